@@ -1,0 +1,1 @@
+"""The aurora command, the local stack, the demo and its report."""

@@ -1,0 +1,1 @@
+"""The stream processor: from trace chunks on Kafka to rows in Delta tables, exactly once."""

@@ -1,0 +1,138 @@
+"""Rows of the Delta tables: what the stream processor writes, and the trainer, the promoter and people read.
+
+bf16 numbers are stored as binary (Delta has no 16-bit float). Shapes: F = feature width (3H), k = teacher width.
+
+How one chunk becomes training rows, for the request of ``schemas.trace`` (prompt ``a b c``, answer ``D E F G``)::
+
+    accepted   tokens     a  b  c  D  E  F      the committed tokens of the chunk, with one feature row each
+               loss_mask  .  .  x  x  x  x      the teacher after consuming the token is known (never inside the prompt)
+               next_token G                     the bonus of the last round: chosen, not yet consumed
+    rejected   root D, branch E X               accepted_prefix 1: E was right, X was not
+               root F, branch Y Z               accepted_prefix 0
+
+A window never reaches beyond its chunk, so that a row depends on one Kafka record alone and re-delivery rebuilds it
+byte for byte. The price is the one training row that spans two chunks of a long request.
+"""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+_TIME = pa.timestamp("us", tz="UTC")
+_IDS = pa.list_(pa.int32())
+_FLOATS = pa.list_(pa.float32())
+
+LINEAGE = [
+    pa.field("topic", pa.string(), nullable=False),
+    pa.field("partition", pa.int32(), nullable=False),
+    pa.field("offset", pa.int64(), nullable=False),
+    pa.field("request", pa.string(), nullable=False),
+    pa.field("chunk", pa.int32(), nullable=False),
+    pa.field("target", pa.string(), nullable=False),
+    pa.field("line", pa.string(), nullable=False),
+    pa.field("label", pa.string()),
+    pa.field("speculator", pa.string(), nullable=False),
+    pa.field("time", _TIME, nullable=False),
+]
+"""Columns that every row carries: where it came from, and which version was drafting (the last one of the chunk)."""
+
+ACCEPTED = pa.schema(
+    [
+        *LINEAGE,
+        pa.field("position", pa.int32(), nullable=False),
+        pa.field("tokens", _IDS, nullable=False),
+        pa.field("next_token", pa.int32()),
+        pa.field("features", pa.binary(), nullable=False),
+        pa.field("feature_width", pa.int32(), nullable=False),
+        pa.field("loss_mask", pa.list_(pa.bool_()), nullable=False),
+        pa.field("top_k", pa.int32(), nullable=False),
+        pa.field("teacher_ids", _IDS, nullable=False),
+        pa.field("teacher_logprobs", _FLOATS, nullable=False),
+    ]
+)
+"""One window of committed tokens a row. ``features`` is bf16 [n, F]; ``teacher_*`` are [masked tokens, k], in order."""
+
+REJECTED = pa.schema(
+    [
+        *LINEAGE,
+        pa.field("round", pa.int32(), nullable=False),
+        pa.field("root_position", pa.int32(), nullable=False),
+        pa.field("root_feature", pa.binary()),
+        pa.field("context", _IDS, nullable=False),
+        pa.field("branch", _IDS, nullable=False),
+        pa.field("accepted_prefix", pa.int32(), nullable=False),
+        pa.field("draft_logprobs", _FLOATS, nullable=False),
+        pa.field("top_k", pa.int32(), nullable=False),
+        pa.field("teacher_ids", _IDS, nullable=False),
+        pa.field("teacher_logprobs", _FLOATS, nullable=False),
+    ]
+)
+"""One rejected branch a row, from the root's child to the leaf.
+
+``root_feature`` is bf16 [F]: the target state before the root, which the draft saw; null where an earlier chunk holds
+it. ``context`` ends with the root. ``teacher_*`` are [len(branch), k]: the target after consuming each branch token.
+"""
+
+TRACES = pa.schema(
+    [
+        *LINEAGE,
+        pa.field("node", pa.string(), nullable=False),
+        pa.field("last_chunk", pa.bool_(), nullable=False),
+        pa.field("finish", pa.string()),
+        pa.field("temperature", pa.float32(), nullable=False),
+        pa.field("top_p", pa.float32(), nullable=False),
+        pa.field("seed", pa.int64()),
+        pa.field("round", pa.int32(), nullable=False),
+        pa.field("position", pa.int32(), nullable=False),
+        pa.field("tokens", _IDS, nullable=False),
+        pa.field("draft_tokens", _IDS, nullable=False),
+        pa.field("draft_parents", pa.list_(pa.int16()), nullable=False),
+        pa.field("draft_logprobs", _FLOATS, nullable=False),
+        pa.field("accepted", pa.list_(pa.int16()), nullable=False),
+        pa.field("bonus", pa.int32()),
+        pa.field("top_k", pa.int32(), nullable=False),
+        pa.field("top_ids", _IDS, nullable=False),
+        pa.field("top_logprobs", _FLOATS, nullable=False),
+        pa.field("draft_us", pa.int32(), nullable=False),
+        pa.field("verify_us", pa.int32(), nullable=False),
+    ]
+)
+"""One verify round a row, without features. Here ``speculator`` and ``time`` are those of the round."""
+
+DEAD_LETTERS = pa.schema(
+    [
+        pa.field("topic", pa.string(), nullable=False),
+        pa.field("partition", pa.int32(), nullable=False),
+        pa.field("offset", pa.int64(), nullable=False),
+        pa.field("time", _TIME, nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("detail", pa.string(), nullable=False),
+        pa.field("rows", pa.int32()),
+        pa.field("key", pa.binary()),
+        pa.field("value", pa.binary()),
+        pa.field("headers", pa.list_(pa.struct([pa.field("name", pa.string()), pa.field("value", pa.binary())]))),
+    ]
+)
+"""One record that could not be used, byte for byte. ``rows`` is what its header claims; null where unreadable."""
+
+PROMOTIONS = pa.schema(
+    [
+        pa.field("time", _TIME, nullable=False),
+        pa.field("line", pa.string(), nullable=False),
+        pa.field("alias", pa.string(), nullable=False),
+        pa.field("from_version", pa.string()),
+        pa.field("to_version", pa.string()),
+        pa.field("actor", pa.string(), nullable=False),
+        pa.field("why", pa.string(), nullable=False),
+        pa.field("figures", pa.string(), nullable=False),
+    ]
+)
+"""One alias move a row; ``figures`` is JSON."""
+
+TABLES = {
+    "accepted": ACCEPTED,
+    "rejected": REJECTED,
+    "traces": TRACES,
+    "dead_letters": DEAD_LETTERS,
+    "promotions": PROMOTIONS,
+}

@@ -1,0 +1,252 @@
+"""The checkpoint contract of a speculator version: names, shapes, types, line and manifest.
+
+A wrong export loads without a word in some serving engines and accepts nothing, so both ends are strict here: every
+tensor is checked by name, shape and type when it is written and when it is read, files are checked against the
+manifest's SHA-256, nothing but safetensors and JSON is opened, and a network is filled with NaN before loading so that
+a missed tensor cannot stay unseen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from schemas.speculator.network import DraftShape, EagleDraft
+
+CONFIG, WEIGHTS, MANIFEST = "config.json", "model.safetensors", "manifest.json"
+ARCHITECTURE = "LlamaForCausalLMEagle3"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that must not be served; the message says which file or tensor and why."""
+
+
+class Manifest(BaseModel):
+    """What a version is and the hash of each of its files."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: str = "aurora.speculator/1"
+    line: str
+    target: str
+    sha256: dict[str, str]
+
+
+def target_fingerprint(folder: Path) -> str:
+    """Identity of a target: its configuration and weights, byte for byte.
+
+    Raises:
+        CheckpointError: the folder holds no configuration or no safetensors weights.
+    """
+    weights = sorted(folder.glob("*.safetensors"))
+    config = folder / "config.json"
+    if not weights or not config.exists():
+        raise CheckpointError(f"{folder}: no config.json with *.safetensors; set target.path to a model folder")
+    digest = hashlib.sha256()
+    for path in [config, *weights]:
+        digest.update(bytes.fromhex(_sha256(path)))
+    return digest.hexdigest()[:32]
+
+
+def default_capture_layers(layers: int) -> tuple[int, ...]:
+    """Low, middle and high layer, numbered by the output they give, as SGLang reads its config."""
+    return (1, layers // 2 - 1, layers - 4)
+
+
+def shape_for_target(config: Mapping[str, Any], draft_vocabulary: int) -> DraftShape:
+    """The draft's shape for a target's ``config.json``.
+
+    Raises:
+        CheckpointError: a rotary variant that the draft network does not compute.
+    """
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type", "default")
+    if kind != "default":
+        raise CheckpointError(f"rope_type {kind!r} is not supported by the draft network, only 'default' is")
+    heads, hidden = config["num_attention_heads"], config["hidden_size"]
+    return DraftShape(
+        hidden_size=hidden,
+        intermediate_size=config["intermediate_size"],
+        num_attention_heads=heads,
+        num_key_value_heads=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or hidden // heads,
+        vocab_size=config["vocab_size"],
+        draft_vocab_size=min(draft_vocabulary, config["vocab_size"]),
+        rms_norm_eps=config["rms_norm_eps"],
+        rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0),
+        max_position_embeddings=config["max_position_embeddings"],
+        capture_layers=default_capture_layers(config["num_hidden_layers"]),
+    )
+
+
+def line_of(target: str, shape: DraftShape, d2t: Tensor) -> str:
+    """Name of the speculator line: target, capture layers, draft shape and the d2t table."""
+    digest = hashlib.sha256(json.dumps(_to_config(shape), sort_keys=True).encode())
+    digest.update(d2t.cpu().contiguous().numpy().tobytes())
+    return f"{target[:12]}-{digest.hexdigest()[:12]}"
+
+
+def write(draft: EagleDraft, folder: Path, target: str, dtype: torch.dtype = torch.bfloat16) -> Manifest:
+    """Write a version into an empty or new folder, and read it back to prove that it loads.
+
+    Raises:
+        CheckpointError: the draft holds a value that is not finite.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        name: (value.detach().to(dtype) if value.is_floating_point() else value).contiguous().cpu()
+        for name, value in draft.state_dict().items()
+    }
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(_to_config(draft.shape), indent=1) + "\n")
+    manifest = Manifest(
+        line=line_of(target, draft.shape, draft.d2t),
+        target=target,
+        sha256={name: _sha256(folder / name) for name in (CONFIG, WEIGHTS)},
+    )
+    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n")
+    read(folder, manifest.line)
+    return manifest
+
+
+def read(folder: Path, line: str) -> EagleDraft:
+    """The draft in float32, after every check that can be made without running it.
+
+    Raises:
+        CheckpointError: altered or foreign files, another line, or a tensor of the wrong name, shape, type or value.
+    """
+    manifest = _read_manifest(folder)
+    if manifest.line != line:
+        raise CheckpointError(f"{folder}: speculator line {manifest.line}, this node serves line {line}")
+    foreign = sorted(p.name for p in folder.iterdir() if p.name not in (CONFIG, WEIGHTS, MANIFEST))
+    if foreign:
+        raise CheckpointError(f"{folder}: files that no version has: {', '.join(foreign)}")
+    for name in (CONFIG, WEIGHTS):
+        _check_hash(folder / name, manifest.sha256.get(name))
+    shape = _from_config(_read_json(folder / CONFIG))
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except SafetensorError as error:
+        raise CheckpointError(f"{folder / WEIGHTS}: not safetensors: {error}") from error
+    draft = EagleDraft(shape)
+    _check_tensors(tensors, draft)
+    with torch.no_grad():
+        for parameter in draft.parameters():
+            parameter.fill_(torch.nan)
+    draft.load_state_dict({n: t.float() if t.is_floating_point() else t for n, t in tensors.items()})
+    _check_values(draft)
+    if line_of(manifest.target, shape, draft.d2t) != manifest.line:
+        raise CheckpointError(f"{folder}: the line in the manifest is not that of its own shape and d2t table")
+    return draft
+
+
+def _read_manifest(folder: Path) -> Manifest:
+    try:
+        return Manifest.model_validate(_read_json(folder / MANIFEST))
+    except ValidationError as error:
+        raise CheckpointError(f"{folder / MANIFEST}: {error.errors()[0]['msg']}") from error
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: missing") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not valid JSON: {error}") from error
+
+
+def _check_hash(path: Path, expected: str | None) -> None:
+    if not path.exists():
+        raise CheckpointError(f"{path}: missing")
+    found = _sha256(path)
+    if found != expected:
+        raise CheckpointError(f"{path}: SHA-256 {found[:16]}… is not the manifest's {str(expected)[:16]}…")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_tensors(tensors: Mapping[str, Tensor], draft: EagleDraft) -> None:
+    expected = draft.state_dict()
+    if missing := sorted(expected.keys() - tensors.keys()):
+        raise CheckpointError(f"missing tensors: {', '.join(missing)}")
+    if unknown := sorted(tensors.keys() - expected.keys()):
+        raise CheckpointError(f"unknown tensors: {', '.join(unknown)}")
+    for name, value in tensors.items():
+        wanted = expected[name]
+        if value.shape != wanted.shape:
+            raise CheckpointError(f"{name}: shape {list(value.shape)}, expected {list(wanted.shape)}")
+        if value.is_floating_point() != wanted.is_floating_point():
+            raise CheckpointError(f"{name}: type {value.dtype}, expected one like {wanted.dtype}")
+        if not value.is_floating_point() and value.dtype != wanted.dtype:
+            raise CheckpointError(f"{name}: type {value.dtype}, expected {wanted.dtype}")
+
+
+def _check_values(draft: EagleDraft) -> None:
+    for name, parameter in draft.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise CheckpointError(f"{name}: holds values that are not finite")
+    kept = torch.arange(draft.shape.draft_vocab_size) + draft.d2t
+    ascending = bool((kept[1:] > kept[:-1]).all())
+    if not ascending or int(kept[0]) < 0 or int(kept[-1]) >= draft.shape.vocab_size:
+        raise CheckpointError("d2t: the kept target ids must be ascending and inside the vocabulary")
+    if not torch.equal(draft.t2d.nonzero().flatten(), kept):
+        raise CheckpointError("t2d: the mask and d2t keep different tokens")
+
+
+def _to_config(shape: DraftShape) -> dict[str, Any]:
+    return {
+        "architectures": [ARCHITECTURE],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "hidden_size": shape.hidden_size,
+        "target_hidden_size": shape.hidden_size,
+        "intermediate_size": shape.intermediate_size,
+        "num_hidden_layers": 1,
+        "num_attention_heads": shape.num_attention_heads,
+        "num_key_value_heads": shape.num_key_value_heads,
+        "head_dim": shape.head_dim,
+        "vocab_size": shape.vocab_size,
+        "draft_vocab_size": shape.draft_vocab_size,
+        "rms_norm_eps": shape.rms_norm_eps,
+        "rope_theta": shape.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta},
+        "max_position_embeddings": shape.max_position_embeddings,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "eagle_config": {
+            "use_aux_hidden_state": True,
+            "eagle_aux_hidden_state_layer_ids": list(shape.capture_layers),
+        },
+    }
+
+
+def _from_config(config: Mapping[str, Any]) -> DraftShape:
+    try:
+        names = (f for f in DraftShape.__dataclass_fields__ if f != "capture_layers")
+        shape = DraftShape(
+            **{name: config[name] for name in names},
+            capture_layers=tuple(config["eagle_config"]["eagle_aux_hidden_state_layer_ids"]),
+        )
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{CONFIG}: key missing or malformed: {error}") from error
+    if dict(config) != _to_config(shape):
+        different = sorted(
+            k for k in config.keys() | _to_config(shape).keys() if config.get(k) != _to_config(shape).get(k)
+        )
+        raise CheckpointError(f"{CONFIG}: unexpected values for {', '.join(different)}")
+    return shape

@@ -1,0 +1,165 @@
+"""The EAGLE-3 draft: one decoder layer over (target features, next token), as in arXiv 2503.01840, section 3.
+
+Parameter names are those of the checkpoint that serving engines load. Row t of a sequence takes the target's captured
+states after x_t and the embedding of x_{t+1}, and predicts x_{t+2}. The layer's output before ``norm`` is the hidden
+state that the next drafting step takes in place of target features.
+
+Shape suffixes: B sequences, T rows, H hidden size, N heads, M key/value heads, E head size, D draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True, slots=True)
+class DraftShape:
+    """Everything that fixes the parameters' shapes and the arithmetic; part of the speculator line."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    draft_vocab_size: int
+    rms_norm_eps: float
+    rope_theta: float
+    max_position_embeddings: int
+    capture_layers: tuple[int, ...]
+    """Layers whose output is captured, numbered from 0 as SGLang's ``eagle_aux_hidden_state_layer_ids``."""
+
+    @property
+    def feature_width(self) -> int:
+        """F: values that the target gives per token."""
+        return self.hidden_size * len(self.capture_layers)
+
+
+class Projected(NamedTuple):
+    """Queries [B, N, T, E], keys and values [B, M, T, E] of a layer's input, rotary position applied."""
+
+    q_BNTE: Tensor
+    k_BMTE: Tensor
+    v_BMTE: Tensor
+
+
+class EagleDraft(nn.Module):
+    """The draft network. Embeddings are the target's and are passed in; attention is the caller's.
+
+    A caller runs one step as ``project`` → its own attention over its own cache → ``finish`` → ``logits``: serving
+    attends over a cache of slots, training over the rows of a window and the steps before.
+    """
+
+    d2t: Tensor
+    t2d: Tensor
+
+    def __init__(self, shape: DraftShape) -> None:
+        super().__init__()
+        self.shape = shape
+        hidden = shape.hidden_size
+        self.fc = nn.Linear(shape.feature_width, hidden, bias=False)
+        self.midlayer = _MidLayer(shape)
+        self.norm = nn.RMSNorm(hidden, eps=shape.rms_norm_eps)
+        self.lm_head = nn.Linear(hidden, shape.draft_vocab_size, bias=False)
+        self.register_buffer("d2t", torch.zeros(shape.draft_vocab_size, dtype=torch.int64))
+        self.register_buffer("t2d", torch.zeros(shape.vocab_size, dtype=torch.bool))
+
+    def fuse(self, features_BTF: Tensor) -> Tensor:
+        """Hidden states [B, T, H] from captured target states [B, T, 3H] (low, middle, high)."""
+        fused: Tensor = self.fc(features_BTF)
+        return fused
+
+    def project(self, embeddings_BTH: Tensor, hidden_BTH: Tensor, positions_BT: Tensor) -> Projected:
+        """Queries, keys and values of the rows at their rotary positions."""
+        layer, shape = self.midlayer, self.shape
+        x_BT2H = torch.cat([layer.input_layernorm(embeddings_BTH), layer.hidden_norm(hidden_BTH)], dim=-1)
+        q, k, v = (
+            p(x_BT2H).unflatten(-1, (-1, shape.head_dim)).transpose(1, 2)
+            for p in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)
+        )
+        cos, sin = rotary_angles(positions_BT, shape)
+        return Projected(rotate(q, cos, sin), rotate(k, cos, sin), v)
+
+    def finish(self, hidden_BTH: Tensor, attended_BNTE: Tensor) -> Tensor:
+        """The layer's output before ``norm`` [B, T, H]: residual, attention, MLP."""
+        layer = self.midlayer
+        residual = hidden_BTH + layer.self_attn.o_proj(attended_BNTE.transpose(1, 2).flatten(2))
+        out: Tensor = residual + layer.mlp(layer.post_attention_layernorm(residual))
+        return out
+
+    def logits(self, hidden_BTH: Tensor) -> Tensor:
+        """Scores [B, T, D] over the draft vocabulary."""
+        scores: Tensor = self.lm_head(self.norm(hidden_BTH))
+        return scores
+
+    def to_target_ids(self, draft_ids: Tensor) -> Tensor:
+        """Target token ids of draft-vocabulary ids, any shape."""
+        return draft_ids + self.d2t[draft_ids]
+
+
+class _MidLayer(nn.Module):
+    def __init__(self, shape: DraftShape) -> None:
+        super().__init__()
+        hidden, eps = shape.hidden_size, shape.rms_norm_eps
+        self.input_layernorm = nn.RMSNorm(hidden, eps=eps)
+        self.hidden_norm = nn.RMSNorm(hidden, eps=eps)
+        self.self_attn = _Attention(shape)
+        self.post_attention_layernorm = nn.RMSNorm(hidden, eps=eps)
+        self.mlp = _Mlp(hidden, shape.intermediate_size)
+
+
+class _Attention(nn.Module):
+    def __init__(self, shape: DraftShape) -> None:
+        super().__init__()
+        hidden, size = shape.hidden_size, shape.head_dim
+        self.q_proj = nn.Linear(2 * hidden, shape.num_attention_heads * size, bias=False)
+        self.k_proj = nn.Linear(2 * hidden, shape.num_key_value_heads * size, bias=False)
+        self.v_proj = nn.Linear(2 * hidden, shape.num_key_value_heads * size, bias=False)
+        self.o_proj = nn.Linear(shape.num_attention_heads * size, hidden, bias=False)
+
+
+class _Mlp(nn.Module):
+    def __init__(self, hidden: int, intermediate: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden, intermediate, bias=False)
+        self.up_proj = nn.Linear(hidden, intermediate, bias=False)
+        self.down_proj = nn.Linear(intermediate, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+def rotary_angles(positions_BT: Tensor, shape: DraftShape) -> tuple[Tensor, Tensor]:
+    """Cosine and sine [B, 1, T, E] of the rotary embedding at the given positions."""
+    half = torch.arange(0, shape.head_dim, 2, dtype=torch.float32, device=positions_BT.device)
+    frequencies = shape.rope_theta ** (-half / shape.head_dim)
+    angles = positions_BT[..., None].to(torch.float32) * frequencies
+    angles = torch.cat([angles, angles], dim=-1).unsqueeze(1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x_BNTE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply the rotary embedding in the half-split layout of Llama."""
+    low, high = x_BNTE.chunk(2, dim=-1)
+    return x_BNTE * cos + torch.cat([-high, low], dim=-1) * sin
+
+
+def random_draft(shape: DraftShape, seed: int) -> EagleDraft:
+    """The draft of day 0: normal weights of deviation 0.02, norms one, and the lowest target ids as vocabulary."""
+    draft = EagleDraft(shape)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in draft.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(0.0, 0.02, generator=generator)
+        draft.d2t.zero_()
+        draft.t2d[: shape.draft_vocab_size] = True
+    return draft

@@ -1,0 +1,110 @@
+"""What each process answers on ``GET /status``: plain JSON for ``aurora status``, the demo, and scripts.
+
+Prometheus metrics for dashboards are beside it on ``/metrics``.
+"""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+
+class _Status(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SwapStatus(_Status):
+    """A version that a node began to serve."""
+
+    version: str
+    time: float
+    in_flight: int
+    pause_ms: float
+
+
+class RefusedStatus(_Status):
+    """A version that a node would not serve, and why."""
+
+    version: str
+    time: float
+    why: str
+
+
+class ServeStatus(_Status):
+    """A serving node. Token and round counters run from its start."""
+
+    node: str
+    target: str
+    line: str
+    alive: bool
+    speculator: str
+    running: int
+    waiting: int
+    finished: int
+    failed: int
+    rounds: int
+    drafted: int
+    accepted: int
+    output_tokens: int
+    rows_captured: int
+    """Rounds handed to the publisher; each ends as published or shed."""
+    rows_published: int
+    """Rounds that the broker acknowledged."""
+    rows_shed: int
+    rows_pending: int
+    breaker: str
+    registry_error: str | None
+    swaps: list[SwapStatus]
+    refused: list[RefusedStatus]
+
+
+class PartitionStatus(_Status):
+    """How far the table has come in one source partition."""
+
+    partition: int
+    wanted: int
+    """Next offset that the table wants."""
+    end: int
+    """Offset after the newest record on the broker."""
+
+
+class StreamStatus(_Status):
+    """A stream worker and the partitions it owns."""
+
+    partitions: list[PartitionStatus]
+    rows_written: int
+    dead_letters: int
+    skipped_behind: int
+    seeks_back: int
+    commits: int
+    lost: int
+    """Records that the log no longer held when the table wanted them."""
+    error: str | None
+
+
+class TrainStatus(_Status):
+    """The trainer. ``accept_length`` is simulated on the held-back slice, bonus excluded."""
+
+    step: int
+    loss: float | None
+    loss_accepted: float | None
+    loss_rejected: float | None
+    tokens_seen: int
+    table_version: int
+    """Newest version of ``accepted`` on the table."""
+    cursor: int
+    """Version of ``accepted`` up to which the feed has read."""
+    accept_length: float | None
+    registered: list[str]
+    error: str | None
+
+
+class PromoterStatus(_Status):
+    """The promoter."""
+
+    champion: str | None
+    candidate: str | None
+    previous: str | None
+    moves: int
+    verdict: str | None
+    """What was decided last, and on which figures."""
+    error: str | None

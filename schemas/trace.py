@@ -1,0 +1,273 @@
+"""The trace record: what the verifier decided, one row per verify round.
+
+A *chunk* is one Kafka message: consecutive rounds of one request, as an Arrow IPC stream with zstd-compressed
+buffers. What is true of the whole chunk (request, target, line, sampling) stands once, in the schema's metadata; what
+changes from round to round stands in the rows. Eight bytes of checksum follow the stream: an Arrow reader stops at the
+end-of-stream marker and never sees them, ours refuses a chunk whose bytes were cut or altered.
+
+How the tokens of a request lie in its rounds, for the prompt ``a b c`` and the answer ``D E F G``::
+
+    round 0  tokens a b c   no draft                              bonus D     (prefill)
+    round 1  tokens D E     drafted E X, accepted node 0 (E)      bonus F
+    round 2  tokens F       drafted Y Z, accepted nothing         bonus G
+
+``tokens`` are those the target consumed and kept: the root (the bonus of the round before) and the accepted drafts.
+Concatenated over the rounds, and followed by the last bonus, they are the whole request. ``features`` has one row per
+token of ``tokens``; ``top_ids`` has one row for the root (the last prompt token in round 0) and one per drafted node,
+also past the first rejection. A long prompt is cut into several rows of round 0; only the last of them has a bonus.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from functools import cache
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from pydantic import NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
+
+CONTENT_TYPE = "application/vnd.apache.arrow.stream"
+FORMAT = "aurora.trace/1"
+ROOT = -1
+"""Parent of a drafted node that follows the root directly."""
+
+Features = Literal["inline"]
+U16 = npt.NDArray[np.uint16]
+I32 = npt.NDArray[np.int32]
+F32 = npt.NDArray[np.float32]
+
+_CHECKSUM_BYTES = 8
+
+SCHEMA = pa.schema(
+    [
+        pa.field("round", pa.int32(), nullable=False),
+        pa.field("position", pa.int32(), nullable=False),
+        pa.field("tokens", pa.list_(pa.int32()), nullable=False),
+        pa.field("features", pa.large_binary(), nullable=False),
+        pa.field("draft_tokens", pa.list_(pa.int32()), nullable=False),
+        pa.field("draft_parents", pa.list_(pa.int16()), nullable=False),
+        pa.field("draft_logprobs", pa.list_(pa.float32()), nullable=False),
+        pa.field("accepted", pa.list_(pa.int16()), nullable=False),
+        pa.field("bonus", pa.int32(), nullable=True),
+        pa.field("top_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("top_logprobs", pa.list_(pa.float32()), nullable=False),
+        pa.field("speculator", pa.string(), nullable=False),
+        pa.field("draft_us", pa.int32(), nullable=False),
+        pa.field("verify_us", pa.int32(), nullable=False),
+        pa.field("time", pa.timestamp("us", tz="UTC"), nullable=False),
+    ]
+)
+
+
+class TraceError(ValueError):
+    """A chunk that cannot be used. ``reason`` is a stable code for counters and dead letters."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Round:
+    """One verify round of one request.
+
+    Shapes: F = feature width (3H), k = teacher width, n = ``len(tokens)``, m = drafted nodes.
+    """
+
+    round: int
+    position: int
+    """Position of ``tokens[0]`` in the request, counted from the first prompt token."""
+    tokens: tuple[int, ...]
+    features: U16
+    """[n, F] bf16 bit patterns: the captured target states after consuming each of ``tokens``."""
+    draft_tokens: tuple[int, ...]
+    draft_parents: tuple[int, ...]
+    """For each drafted node the index of its parent node, or ``ROOT``. A chain is ``-1, 0, 1, ...``."""
+    draft_logprobs: tuple[float, ...]
+    """Log-probability that the draft gave each node, under the distribution it was drawn from."""
+    accepted: tuple[int, ...]
+    """Indices of the accepted nodes, from the root's child on."""
+    bonus: int | None
+    """Token the target chose after the last accepted node; None for a part of a prompt that is not its end."""
+    top_ids: I32
+    """[1 + m, k] the target's likeliest tokens at the root and after each node, best first; [0, k] without a bonus."""
+    top_logprobs: F32
+    """[1 + m, k] their log-probabilities, before temperature."""
+    speculator: str
+    """Version that drafted this round; empty where nothing was drafted."""
+    draft_us: int
+    verify_us: int
+    time_us: int
+    """Unix time in microseconds at which the round was committed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """What is true of every round in a chunk."""
+
+    request: str
+    chunk: NonNegativeInt
+    """Counts the chunks of a request from 0, so that a gap is seen."""
+    last: bool
+    node: str
+    target: str
+    """Fingerprint of the target's weights and configuration."""
+    line: str
+    features: Features
+    """How the target states travel."""
+    feature_width: PositiveInt
+    """F: values per token in ``features``."""
+    top_k: PositiveInt
+    """k: target tokens recorded per position."""
+    temperature: float
+    top_p: float
+    seed: int | None = None
+    label: str | None = None
+    """Traffic label given by the client; any text."""
+    finish: str | None = None
+    """Why the request ended, on its last chunk."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Consecutive rounds of one request: one Kafka message, keyed by the request."""
+
+    envelope: Envelope
+    rounds: tuple[Round, ...]
+
+
+_ENVELOPE = TypeAdapter(Envelope)
+
+
+@cache
+def fingerprint() -> str:
+    """Identity of the wire schema, sent as a header so that a consumer sees a foreign record before it parses one."""
+    shape = FORMAT + SCHEMA.to_string() + ",".join(f.name for f in fields(Envelope))
+    return hashlib.sha256(shape.encode()).hexdigest()[:16]
+
+
+def encode(chunk: Chunk) -> bytes:
+    """Arrow IPC stream of one chunk, followed by its checksum."""
+    schema = SCHEMA.with_metadata({"format": FORMAT, "envelope": _ENVELOPE.dump_json(chunk.envelope)})
+    arrays = [pa.array([_cell(r, f.name) for r in chunk.rounds], type=f.type) for f in SCHEMA]
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+        writer.write_batch(pa.record_batch(arrays, schema=schema))
+    stream: bytes = sink.getvalue().to_pybytes()
+    return stream + _checksum(stream)
+
+
+def decode(value: bytes) -> Chunk:
+    """The chunk that ``encode`` wrote.
+
+    Raises:
+        TraceError: the bytes were cut or altered, are of another format, or contradict themselves.
+    """
+    if len(value) <= _CHECKSUM_BYTES:
+        raise TraceError("truncated", f"{len(value)} bytes are too few for a trace chunk")
+    stream, checksum = value[:-_CHECKSUM_BYTES], value[-_CHECKSUM_BYTES:]
+    if _checksum(stream) != checksum:
+        raise TraceError("corrupt", f"checksum mismatch: the {len(value)} bytes were cut or altered on their way")
+    try:
+        with pa.ipc.open_stream(stream) as reader:
+            table = reader.read_all()
+        table.validate(full=True)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise TraceError("not_arrow", f"not an Arrow stream: {error}") from error
+    metadata = table.schema.metadata or {}
+    if metadata.get(b"format") != FORMAT.encode():
+        raise TraceError("foreign_format", f"expected format {FORMAT!r}, found {metadata.get(b'format')!r}")
+    wrong = [f.name for f in SCHEMA if f.name not in table.column_names or table.schema.field(f.name).type != f.type]
+    if wrong:
+        raise TraceError("foreign_schema", f"columns missing or of another type: {', '.join(wrong)}")
+    try:
+        envelope = _ENVELOPE.validate_json(metadata.get(b"envelope", b""), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "envelope"
+        raise TraceError("bad_envelope", f"{where}: {first['msg']}") from error
+    return Chunk(envelope, tuple(_rounds(table.select(SCHEMA.names), envelope)))
+
+
+def to_bf16(x: npt.NDArray[np.float32]) -> U16:
+    """Bit patterns of ``x`` rounded to bfloat16 (to nearest, ties to even); NaN stays NaN."""
+    bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(x), np.uint32(0x7FC0), rounded).astype(np.uint16)
+
+
+def from_bf16(bits: U16) -> F32:
+    """float32 values of bfloat16 bit patterns."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def _checksum(stream: bytes) -> bytes:
+    return hashlib.blake2b(stream, digest_size=_CHECKSUM_BYTES).digest()
+
+
+def _cell(r: Round, column: str) -> Any:
+    match column:
+        case "features":
+            return np.ascontiguousarray(r.features, dtype="<u2").tobytes()
+        case "top_ids" | "top_logprobs":
+            return getattr(r, column).ravel()
+        case "time":
+            return r.time_us
+        case _:
+            return getattr(r, column)
+
+
+def _rounds(table: pa.Table, envelope: Envelope) -> Iterator[Round]:
+    times = table.column("time").cast(pa.int64()).to_pylist()
+    for row, time_us in zip(table.drop_columns("time").to_pylist(), times, strict=True):
+        nulls = [name for name, value in row.items() if value is None and name != "bonus"]
+        if nulls or time_us is None:
+            raise TraceError("contradiction", f"round {row['round']}: null in {', '.join(nulls) or 'time'}")
+        yield _round(row, time_us, envelope)
+
+
+def _round(row: dict[str, Any], time_us: int, envelope: Envelope) -> Round:
+    """One row, with every length checked against the others."""
+    n, m, k = len(row["tokens"]), len(row["draft_tokens"]), envelope.top_k
+    verified = 0 if row["bonus"] is None else 1 + m
+    parents, accepted = row["draft_parents"], row["accepted"]
+    claims = {
+        "features": (len(row["features"]), n * envelope.feature_width * 2),
+        "draft_parents": (len(parents), m),
+        "draft_logprobs": (len(row["draft_logprobs"]), m),
+        "top_ids": (len(row["top_ids"]), verified * k),
+        "top_logprobs": (len(row["top_logprobs"]), verified * k),
+    }
+    for name, (found, wanted) in claims.items():
+        if found != wanted:
+            raise TraceError("contradiction", f"round {row['round']}: {name} has {found} entries, expected {wanted}")
+    if n == 0:
+        raise TraceError("contradiction", f"round {row['round']}: no committed token")
+    if any(not ROOT <= parent < node for node, parent in enumerate(parents)):
+        raise TraceError("contradiction", f"round {row['round']}: a drafted node must follow its parent: {parents}")
+    if [parents[node] if 0 <= node < m else None for node in accepted] != [ROOT, *accepted][: len(accepted)]:
+        raise TraceError("contradiction", f"round {row['round']}: accepted nodes {accepted} are no path from the root")
+    if row["round"] > 0 and row["tokens"][1:] != [row["draft_tokens"][node] for node in accepted]:
+        raise TraceError("contradiction", f"round {row['round']}: the committed tokens are not the accepted drafts")
+    return Round(
+        round=row["round"],
+        position=row["position"],
+        tokens=tuple(row["tokens"]),
+        features=np.frombuffer(row["features"], dtype="<u2").reshape(n, envelope.feature_width),
+        draft_tokens=tuple(row["draft_tokens"]),
+        draft_parents=tuple(parents),
+        draft_logprobs=tuple(row["draft_logprobs"]),
+        accepted=tuple(accepted),
+        bonus=row["bonus"],
+        top_ids=np.array(row["top_ids"], dtype=np.int32).reshape(verified, k),
+        top_logprobs=np.array(row["top_logprobs"], dtype=np.float32).reshape(verified, k),
+        speculator=row["speculator"],
+        draft_us=row["draft_us"],
+        verify_us=row["verify_us"],
+        time_us=time_us,
+    )

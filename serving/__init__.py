@@ -1,0 +1,1 @@
+"""The serving node: engine, trace publisher, registry puller, HTTP API."""

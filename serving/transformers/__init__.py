@@ -1,0 +1,1 @@
+"""The built-in engine: speculative decoding on PyTorch, on a CPU or one GPU."""

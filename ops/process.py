@@ -1,0 +1,110 @@
+"""A child process in a group of its own, with a log file, that does not outlive its parent."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+"""Several processes share the machine's cores: each keeps to one, and an idle one does not spin."""
+
+
+class StartError(RuntimeError):
+    """A process that did not come up; the message names its log."""
+
+
+@dataclass
+class Process:
+    """One command, started by ``start`` and ended with everything it started by ``stop``.
+
+    On Linux the kernel sends SIGTERM to the command when the thread that started it dies, so start it from a thread
+    that lives as long as the program.
+    """
+
+    name: str
+    command: Sequence[str]
+    log: Path
+    environ: Mapping[str, str] = field(default_factory=dict)
+    """Added to this process's own variables."""
+    nice: int = 0
+    _child: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start the command; its output is appended to the log."""
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        parent = os.getpid()
+
+        def before_exec() -> None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, ())  # a mask survives exec: the child could not be ended
+            if _LIBC is not None:
+                _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+                if os.getppid() != parent:  # it died before the signal was asked for
+                    os._exit(1)
+            if self.nice:
+                os.nice(self.nice)
+
+        with self.log.open("ab") as log:
+            self._child = subprocess.Popen(
+                list(self.command),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **ONE_THREAD, **self.environ},
+                start_new_session=True,
+                preexec_fn=before_exec,  # noqa: PLW1509  # prctl and nice allocate nothing and take no lock
+            )
+
+    @property
+    def pid(self) -> int | None:
+        """Process id, also the id of its group; None before the start."""
+        return self._child.pid if self._child else None
+
+    @property
+    def alive(self) -> bool:
+        """True while the command runs."""
+        return self._child is not None and self._child.poll() is None
+
+    @property
+    def exit_code(self) -> int | None:
+        """Exit code, negative for a signal; None while it runs or before the start."""
+        return self._child.poll() if self._child else None
+
+    def stop(self, grace_s: float = 15) -> None:
+        """Ask the group to end, wait, then kill what is left of it. Does nothing when it never started."""
+        if self._child is None:
+            return
+        self._signal(signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            self._child.wait(grace_s)
+        self._signal(signal.SIGKILL)  # also ends children that outlived the command
+        self._child.wait()
+
+    def wait_ready(self, ready: Callable[[], bool], timeout_s: float) -> None:
+        """Block until ``ready`` says so.
+
+        Raises:
+            StartError: the command ended or was not ready in time.
+        """
+        deadline = time.monotonic() + timeout_s
+        while not ready():
+            if not self.alive:
+                raise StartError(f"{self.name} ended with code {self.exit_code} while starting; read {self.log}")
+            if time.monotonic() > deadline:
+                raise StartError(f"{self.name} was not ready after {timeout_s:.0f} s; read {self.log}")
+            time.sleep(0.1)
+
+    def _signal(self, number: signal.Signals) -> None:
+        assert self._child is not None
+        with suppress(ProcessLookupError):
+            os.killpg(self._child.pid, number)

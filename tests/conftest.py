@@ -1,0 +1,55 @@
+"""Real services, one of each per test run, in temporary folders and on free ports."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from ops.broker import Broker
+from ops.registry_server import RegistryServer
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = ROOT / ".aurora" / "models" / "smollm2-135m-instruct"
+
+
+def unused_port() -> int:
+    """A port on loopback that nothing listens on."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def free_port() -> Callable[[], int]:
+    """Gives another free port on loopback at every call."""
+    return unused_port
+
+
+@pytest.fixture(scope="session")
+def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Bootstrap address of a real Apache Kafka broker. Tests make topics with names of their own."""
+    server = Broker(tmp_path_factory.mktemp("broker"), unused_port(), unused_port())
+    server.start()
+    yield server.bootstrap
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URI of a real MLflow server. Tests register models under lines of their own."""
+    server = RegistryServer(tmp_path_factory.mktemp("registry"), unused_port())
+    server.start()
+    yield server.uri
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """Folder of SmolLM2-135M-Instruct, fetched and converted on first use, then kept in the checkout."""
+    from ops.model import ensure
+
+    ensure(MODEL)
+    return MODEL

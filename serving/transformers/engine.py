@@ -1,0 +1,237 @@
+"""The built-in engine: a thread that runs rounds, and the small mailbox through which everything reaches it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+
+import structlog
+import torch
+
+from schemas.settings import Settings
+from schemas.speculator.checkpoint import line_of
+from schemas.speculator.network import EagleDraft, random_draft
+from serving.engine import EngineFullError, Figures, Finish, Health, Output, Request, Swapped, TraceSink
+from serving.transformers.drafter import Drafter
+from serving.transformers.rounds import Decided, Running, run_round
+from serving.transformers.target import Target
+
+log = structlog.get_logger()
+
+_NO_FIGURES = Figures(0, 0, 0, ())
+
+
+class TransformersEngine:
+    """Implements ``serving.engine.Engine`` on PyTorch.
+
+    The round thread alone touches the models and the caches. Other threads leave requests, cancellations and swaps in
+    a mailbox, which is emptied between two rounds.
+    """
+
+    def __init__(self, settings: Settings, sink: TraceSink | None = None) -> None:
+        serve = settings.serve
+        torch.set_num_threads(serve.threads)
+        positions = serve.max_tokens + serve.draft_tokens + 1
+        self._target = Target(
+            Path(settings.target.path), settings.speculator.draft_vocabulary, serve.max_batch, positions
+        )
+        draft = random_draft(self._target.shape, settings.speculator.seed)
+        self.target = self._target.fingerprint
+        self.line = line_of(self.target, self._target.shape, draft.d2t)
+        self.max_tokens = serve.max_tokens
+        self.feature_width = self._target.shape.feature_width
+        self._drafter = Drafter(draft, self._target.embeddings_VH, serve.max_batch, positions)
+        self._version = f"random-{settings.speculator.seed}"
+        self._serve, self._top_k, self._sink = serve, settings.traces.top_k, sink
+
+        self._mail = threading.Condition()
+        self._waiting: deque[tuple[Request, Callable[[Output], None]]] = deque()
+        self._cancelled: set[str] = set()
+        self._swaps: deque[tuple[EagleDraft, str, Future[Swapped]]] = deque()
+        self._stopping = False
+
+        self._active: list[Running] = []
+        self._free = list(range(serve.max_batch))
+        self._rounds = self._drafted = self._accepted = self._output_tokens = 0
+        self._error: str | None = None
+        self._thread = threading.Thread(target=self._run, name="rounds", daemon=True)
+
+    def start(self) -> None:
+        """Begin to run rounds."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the rounds; running and waiting requests finish with ``cancelled``."""
+        with self._mail:
+            self._stopping = True
+            self._mail.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def trace_to(self, sink: TraceSink) -> None:
+        """Name the sink of the rounds; before ``start``, for a sink that needs the engine's line and feature width."""
+        self._sink = sink
+
+    def submit(self, request: Request, on_output: Callable[[Output], None]) -> None:
+        """Queue a request.
+
+        Raises:
+            EngineFullError: ``serve.max_waiting`` requests wait already, or the engine has stopped.
+        """
+        if not 0 < len(request.prompt) < self.max_tokens:
+            raise ValueError(f"a prompt has 1 to {self.max_tokens - 1} tokens, this one {len(request.prompt)}")
+        with self._mail:
+            if self._stopping or self._error:
+                raise EngineFullError(self._error or "the engine is stopping")
+            if len(self._waiting) >= self._serve.max_waiting:
+                raise EngineFullError(f"{len(self._waiting)} requests wait already (serve.max_waiting)")
+            self._waiting.append((request, on_output))
+            self._mail.notify()
+
+    def cancel(self, request_id: str) -> None:
+        """End a request before its next round; an unknown id has ended already."""
+        with self._mail:
+            self._cancelled.add(request_id)
+            self._mail.notify()
+
+    def check(self, draft: EagleDraft) -> None:
+        """Smoke-draft with the given weights on the caller's thread.
+
+        Raises:
+            CheckpointError: another shape or vocabulary, or values that are not finite.
+        """
+        self._drafter.check(draft)
+
+    def swap(self, draft: EagleDraft, version: str) -> Swapped:
+        """Put checked weights in place between two rounds; blocks until they are."""
+        done: Future[Swapped] = Future()
+        with self._mail:
+            if self._stopping or self._error:
+                raise EngineFullError(self._error or "the engine is stopping")
+            self._swaps.append((draft, version, done))
+            self._mail.notify()
+        return done.result()
+
+    def health(self) -> Health:
+        """Counters and state."""
+        return Health(
+            alive=self._thread.is_alive() and self._error is None,
+            speculator=self._version if self._serve.speculate else "",
+            running=len(self._active),
+            waiting=len(self._waiting),
+            rounds=self._rounds,
+            drafted=self._drafted,
+            accepted=self._accepted,
+            output_tokens=self._output_tokens,
+            error=self._error,
+        )
+
+    def _run(self) -> None:
+        try:
+            with torch.inference_mode():
+                while self._collect_mail():
+                    self._round()
+        except Exception as error:
+            # Whatever broke a round has left the caches undefined, so nothing narrower can be answered: every request
+            # is told, the node turns unhealthy, and its supervisor starts it again.
+            log.exception("engine_died")
+            self._error = f"{type(error).__name__}: {error}"
+        self._close()
+
+    def _collect_mail(self) -> bool:
+        """Wait for something to do, take it in, and say whether to go on."""
+        with self._mail:
+            while not (self._stopping or self._swaps or self._active or self._waiting):
+                self._cancelled.clear()
+                self._mail.wait()
+            if self._stopping:
+                return False
+            cancelled, self._cancelled = self._cancelled, set()
+            gone = [entry for entry in self._waiting if entry[0].id in cancelled]
+            self._waiting = deque(entry for entry in self._waiting if entry[0].id not in cancelled)
+            arrived = [self._waiting.popleft() for _ in range(min(len(self._free), len(self._waiting)))]
+            swaps, self._swaps = self._swaps, deque()
+        for _, on_output in gone:
+            on_output(Output((), "cancelled", figures=_NO_FIGURES))
+        for r in [r for r in self._active if r.request.id in cancelled]:
+            self._finish(r, Output((), "cancelled", figures=r.figures))
+        for draft, version, done in swaps:
+            self._take(draft, version, done)
+        for request, on_output in arrived:
+            self._admit(request, on_output)
+        return True
+
+    def _admit(self, request: Request, on_output: Callable[[Output], None]) -> None:
+        generator = torch.Generator()
+        if request.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(request.seed)
+        request = replace(request, speculate=request.speculate and self._serve.speculate)
+        self._active.append(Running(request, on_output, self._free.pop(), generator, tokens=list(request.prompt)))
+
+    def _take(self, draft: EagleDraft, version: str, done: Future[Swapped]) -> None:
+        started = time.perf_counter()
+        self._drafter.load(draft)
+        self._version = version
+        done.set_result(Swapped(version, len(self._active), (time.perf_counter() - started) * 1e3))
+
+    def _round(self) -> None:
+        if not self._active:
+            return
+        decided = run_round(
+            self._active,
+            self._target,
+            self._drafter,
+            version=self._version,
+            draft_tokens=self._serve.draft_tokens,
+            top_k=self._top_k,
+            limit=self.max_tokens,
+        )
+        for result in decided:
+            self._deliver(result)
+
+    def _deliver(self, result: Decided) -> None:
+        r, trace = result.running, result.trace
+        if trace.round > 0:
+            self._rounds += 1
+            self._drafted += len(trace.draft_tokens)
+            self._accepted += len(trace.accepted)
+        self._output_tokens += len(result.output)
+        if self._sink is not None and r.request.trace:
+            self._sink.record(r.request, (trace,), r.finish)
+        if r.finish is not None:
+            self._release(r)
+            r.on_output(Output(result.output, r.finish, figures=r.figures))
+        elif result.output:
+            r.on_output(Output(result.output))
+
+    def _finish(self, r: Running, output: Output) -> None:
+        """End a request outside of a round."""
+        self._release(r)
+        if self._sink is not None and r.request.trace:
+            self._sink.record(r.request, (), output.finish)
+        r.on_output(output)
+
+    def _release(self, r: Running) -> None:
+        self._active.remove(r)
+        self._free.append(r.slot)
+
+    def _close(self) -> None:
+        """Answer everything that is still open, so that no caller waits for a thread that has ended."""
+        with self._mail:
+            waiting, self._waiting = self._waiting, deque()
+            swaps, self._swaps = self._swaps, deque()
+            self._stopping = True
+        finish: Finish = "error" if self._error else "cancelled"
+        for r in list(self._active):
+            self._finish(r, Output((), finish, self._error, r.figures))
+        for _, on_output in waiting:
+            on_output(Output((), finish, self._error, _NO_FIGURES))
+        for _, version, done in swaps:
+            done.set_exception(EngineFullError(f"version {version} was not swapped in: the engine has stopped"))

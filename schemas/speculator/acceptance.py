@@ -75,23 +75,5 @@ def sampling_probs(logits_TV: Tensor, temperature: float, top_p: float) -> Tenso
     return kept / kept.sum(dim=-1, keepdim=True)
 
 
-def rejected_branches(parents: Sequence[int], accepted: Sequence[int]) -> list[tuple[int, ...]]:
-    """Paths of drafted nodes, root's child to leaf, that end outside the accepted path.
-
-    A chain has at most one. A path that was accepted whole is not among them.
-    """
-    inner, kept = set(parents), set(accepted)
-    paths = []
-    for leaf in range(len(parents)):
-        if leaf in inner or leaf in kept:
-            continue
-        path, node = [leaf], parents[leaf]
-        while node >= 0:
-            path.append(node)
-            node = parents[node]
-        paths.append(tuple(reversed(path)))
-    return paths
-
-
 def _draw(probs_V: Tensor, generator: torch.Generator | None) -> int:
     return int(torch.multinomial(probs_V, 1, generator=generator))

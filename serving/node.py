@@ -1,0 +1,106 @@
+"""A serving node: engine, trace publisher, registry puller and HTTP API in one process."""
+
+from __future__ import annotations
+
+import errno
+import signal
+import socket
+from contextlib import ExitStack
+from types import FrameType
+from typing import NoReturn
+
+import structlog
+import torch
+import uvicorn
+from prometheus_client import CollectorRegistry
+from transformers import AutoTokenizer
+
+from schemas import logs
+from schemas.settings import Settings, SettingsError
+from serving import admin, api
+from serving.chunks import Origin
+from serving.generation import RequestFigures
+from serving.puller import Puller
+from serving.registry import MlflowRegistry
+from serving.traces import TracePublisher
+from serving.transformers.engine import TransformersEngine
+
+log = structlog.get_logger()
+
+_DRAIN_S = 10
+_FLUSH_S = 10.0
+
+
+def run(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT; then answer what runs, for a while, and publish the last traces.
+
+    Raises:
+        SettingsError: the address is taken, the target cannot be served, or a Kafka option is unknown.
+    """
+    logs.configure("serve")
+    signal.signal(signal.SIGTERM, _leave)
+    signal.signal(signal.SIGINT, _leave)
+    torch.set_num_threads(settings.serve.threads)
+    with ExitStack() as undo:
+        server_socket = undo.enter_context(_bind(settings.serve.host, settings.serve.port))
+        publisher = TracePublisher(settings.kafka, settings.traces) if settings.traces.enabled else None
+        engine = TransformersEngine(settings, publisher)
+        if publisher:
+            publisher.start(Origin(settings.serve.node, engine.target, engine.line))
+            undo.callback(_close, publisher)
+        engine.start()
+        undo.callback(engine.stop)
+        puller = _puller(settings, engine)
+        if puller:
+            puller.start()
+            undo.callback(puller.stop)
+        _serve(settings, engine, publisher, puller, server_socket)
+
+
+def _serve(
+    settings: Settings,
+    engine: TransformersEngine,
+    publisher: TracePublisher | None,
+    puller: Puller | None,
+    server_socket: socket.socket,
+) -> None:
+    metrics = CollectorRegistry()
+    figures = RequestFigures(metrics)
+    tokenizer = AutoTokenizer.from_pretrained(settings.target.path, local_files_only=True)
+    app = api.create(engine, tokenizer, settings.target.name, figures)
+    admin.add(app, settings.serve.node, engine, figures, metrics, publisher, puller)
+    config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=_DRAIN_S)
+    host, port = server_socket.getsockname()[:2]
+    log.info("serving", host=host, port=port, target=engine.target, line=engine.line)
+    uvicorn.Server(config).run(sockets=[server_socket])
+
+
+def _puller(settings: Settings, engine: TransformersEngine) -> Puller | None:
+    """Without speculation nothing that could be pulled would be used."""
+    if not settings.serve.speculate:
+        return None
+    registry = MlflowRegistry(settings.registry, engine.line)
+    return Puller(registry, engine, settings.serve.alias, settings.serve.poll_s)
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """Take the address before anything is loaded; nothing is accepted until the server listens."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        server_socket = socket.socket(family, kind, protocol)
+        server_socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server_socket.bind(address)
+    except OSError as error:
+        setting = "serve.port" if error.errno == errno.EADDRINUSE else "serve.host or serve.port"
+        raise SettingsError(f"{setting}: cannot listen on {host}:{port}: {error.strerror}; set another") from error
+    return server_socket
+
+
+def _close(publisher: TracePublisher) -> None:
+    counts = publisher.close(_FLUSH_S)
+    log.info("traces_closed", captured=counts.captured, published=counts.published, shed=counts.shed)
+
+
+def _leave(_signal: int, _frame: FrameType | None) -> NoReturn:
+    """A clean end at any time; while it serves, uvicorn drains first and raises the signal again afterwards."""
+    raise SystemExit(0)

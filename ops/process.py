@@ -13,6 +13,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ops.errors import UserError
+
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
@@ -20,7 +22,7 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 """Several processes share the machine's cores: each keeps to one, and an idle one does not spin."""
 
 
-class StartError(RuntimeError):
+class StartError(UserError):
     """A process that did not come up; the message names its log."""
 
 

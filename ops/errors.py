@@ -1,0 +1,7 @@
+"""The errors that the ``aurora`` command tells in one line."""
+
+from __future__ import annotations
+
+
+class UserError(RuntimeError):
+    """What a person in front of the terminal can put right; the message says how."""

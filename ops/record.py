@@ -1,0 +1,233 @@
+"""What happened in one demo, as frozen records, and the figures that follow from them. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+EDGE = 50
+"""Requests at the beginning and at the end that are compared."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """One request of the demo's traffic and how it was decoded. Times are Unix seconds."""
+
+    id: str
+    domain: str
+    started: float
+    ended: float
+    text: str = ""
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    rounds: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    speculators: tuple[str, ...] = ()
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """The stack at one moment."""
+
+    time: float
+    output_tokens: int
+    trace_lag: int | None = None
+    step: int = 0
+    loss: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Swap:
+    """A version that the node began to serve."""
+
+    version: str
+    time: float
+    in_flight: int
+    pause_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """A registered speculator version; times are None for what has not happened."""
+
+    version: str
+    registered: float
+    promoted: float | None = None
+    served: float | None = None
+    held_back: float | None = None
+    """Simulated accept length on the held-back slice."""
+    champion_held_back: float | None = None
+    """The same of the version that it had to beat."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Where the verify rounds of this run are."""
+
+    published: int = 0
+    """Handed to the publisher."""
+    in_table: int = 0
+    shed: int = 0
+    dead: int = 0
+
+    @property
+    def balance(self) -> bool:
+        """True when every row is accounted for, exactly."""
+        return self.published == self.in_table + self.shed + self.dead
+
+
+@dataclass(frozen=True, slots=True)
+class Lossless:
+    """Requests decoded again by the target alone."""
+
+    checked: int = 0
+    tokens: int = 0
+    mismatches: int = 0
+    near_ties: int = 0
+    examples: tuple[str, ...] = ()
+    """What differed, for the person who has to find out why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Everything the report and the summary are made from."""
+
+    started: float
+    ended: float
+    requests: tuple[Answered, ...] = ()
+    """In the order in which they ended."""
+    plain: tuple[Answered, ...] = ()
+    """The same traffic without speculation."""
+    samples: tuple[Sample, ...] = ()
+    swaps: tuple[Swap, ...] = ()
+    versions: tuple[Version, ...] = ()
+    rows: Rows = field(default_factory=Rows)
+    lossless: Lossless = field(default_factory=Lossless)
+    crashed: str | None = None
+    """Which part died, and the log to read."""
+    interrupted: bool = False
+
+    @property
+    def succeeded(self) -> tuple[Answered, ...]:
+        """Requests that were answered."""
+        return tuple(request for request in self.requests if request.error is None)
+
+    @property
+    def failed(self) -> tuple[Answered, ...]:
+        """Requests that were not, with and without speculation."""
+        return tuple(request for request in (*self.requests, *self.plain) if request.error is not None)
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """In the order in which they began."""
+        return tuple(dict.fromkeys(request.domain for request in sorted(self.requests, key=lambda r: r.started)))
+
+
+def accept_length(requests: Sequence[Answered]) -> float | None:
+    """Drafted tokens accepted per verify round, the bonus token excluded; None without rounds."""
+    rounds = sum(request.rounds for request in requests)
+    return sum(request.accepted for request in requests) / rounds if rounds else None
+
+
+def rolling_accept_length(requests: Sequence[Answered], width: int = EDGE) -> list[float]:
+    """``accept_length`` of the last ``width`` requests, at each request."""
+    return [accept_length(requests[max(0, i + 1 - width) : i + 1]) or 0.0 for i in range(len(requests))]
+
+
+def tokens_per_s(requests: Sequence[Answered], start: float, end: float) -> float | None:
+    """Output tokens per second between two moments; None for an empty span.
+
+    The tokens of a request count as spread evenly over its time, so that one which reaches beyond the span is counted
+    by its share in it.
+    """
+    if end <= start:
+        return None
+    tokens = 0.0
+    for request in requests:
+        shared = min(request.ended, end) - max(request.started, start)
+        if shared > 0 and request.error is None:
+            tokens += request.output_tokens * shared / (request.ended - request.started)
+    return tokens / (end - start)
+
+
+def busy_span(requests: Sequence[Answered]) -> tuple[float, float]:
+    """From the first start to the last start: after it fewer requests run than the concurrency says."""
+    starts = [request.started for request in requests]
+    return (min(starts), max(starts)) if starts else (0.0, 0.0)
+
+
+def edge_rates(run: Run) -> tuple[float | None, float | None]:
+    """Output tokens per second while the first and while the last ``EDGE`` requests ended."""
+    answered = run.succeeded
+    if not answered:
+        return None, None
+    start, end = busy_span(answered)
+    first = answered[:EDGE][-1].ended
+    last = answered[-EDGE - 1].ended if len(answered) > EDGE else start
+    return tokens_per_s(answered, start, min(first, end)), tokens_per_s(answered, last, end)
+
+
+def summary(run: Run) -> dict[str, Any]:
+    """The figures of ``summary.json``."""
+    answered = run.succeeded
+    first_rate, last_rate = edge_rates(run)
+    return {
+        "requests": len(run.requests),
+        "failed_requests": len(run.failed),
+        "accept_length_first_50": _rounded(accept_length(answered[:EDGE])),
+        "accept_length_last_50": _rounded(accept_length(answered[-EDGE:])),
+        "tokens_per_s_first_50": _rounded(first_rate),
+        "tokens_per_s_last_50": _rounded(last_rate),
+        "tokens_per_s_no_speculation": _rounded(tokens_per_s(run.plain, *busy_span(run.plain))),
+        "versions_registered": len(run.versions),
+        "versions_promoted": sum(version.promoted is not None for version in run.versions),
+        "swaps": [
+            {
+                "version": s.version,
+                "at_s": round(s.time - run.started, 1),
+                "in_flight": s.in_flight,
+                "pause_ms": round(s.pause_ms, 1),
+            }
+            for s in run.swaps
+        ],
+        "lossless_checked": run.lossless.checked,
+        "lossless_tokens": run.lossless.tokens,
+        "lossless_mismatches": run.lossless.mismatches,
+        "lossless_near_ties": run.lossless.near_ties,
+        "lossless_examples": list(run.lossless.examples),
+        "rows_published": run.rows.published,
+        "rows_in_table": run.rows.in_table,
+        "rows_shed": run.rows.shed,
+        "rows_dead": run.rows.dead,
+        "rows_balance": run.rows.balance,
+        "domains": {name: _domain(answered, name) for name in run.domains},
+        "duration_s": round(run.ended - run.started, 1),
+        "errors": [request.error for request in run.failed][:5],
+        "crashed": run.crashed,
+        "interrupted": run.interrupted,
+    }
+
+
+def sound(run: Run) -> bool:
+    """True when nothing failed, nothing differed, and every row is accounted for."""
+    whole = not run.failed and run.lossless.mismatches == 0 and run.rows.balance
+    return whole and run.crashed is None and not run.interrupted
+
+
+def _domain(answered: Sequence[Answered], name: str) -> dict[str, Any]:
+    mine = [request for request in answered if request.domain == name]
+    return {
+        "requests": len(mine),
+        "output_tokens": sum(request.output_tokens for request in mine),
+        "accept_length": _rounded(accept_length(mine)),
+        "accept_length_first_50": _rounded(accept_length(mine[:EDGE])),
+        "accept_length_last_50": _rounded(accept_length(mine[-EDGE:])),
+        "tokens_per_s": _rounded(tokens_per_s(answered, *busy_span(mine))),
+    }
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 3)

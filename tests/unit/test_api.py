@@ -1,0 +1,288 @@
+"""The HTTP API against the official client, over a real socket and an engine that echoes."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import uvicorn
+from echo_engine import EchoEngine, byte_tokenizer
+from prometheus_client import CollectorRegistry
+from prometheus_client.parser import text_string_to_metric_families
+
+from schemas.status import ServeStatus
+from serving import admin, api
+from serving.generation import RequestFigures
+
+MODEL = "echo-1"
+
+
+@dataclass
+class Node:
+    engine: EchoEngine
+    url: str
+    client: openai.OpenAI
+
+    def ask(self, content: str = "hello", **options: Any) -> Any:
+        messages = [{"role": "user", "content": content}]
+        return self.client.chat.completions.create(model=MODEL, messages=messages, **options)  # type: ignore[call-overload]
+
+    def post(self, **body: Any) -> httpx.Response:
+        body = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}]} | body
+        return httpx.post(f"{self.url}/v1/chat/completions", json=body, timeout=10)
+
+    def metric(self, name: str, **labels: str) -> float:
+        text = httpx.get(f"{self.url}/metrics").text
+        samples = [s for family in text_string_to_metric_families(text) for s in family.samples]
+        return next((s.value for s in samples if s.name == name and s.labels == labels), 0.0)
+
+
+@pytest.fixture
+def node() -> Iterator[Node]:
+    engine, metrics = EchoEngine(), CollectorRegistry()
+    figures = RequestFigures(metrics)
+    app = api.create(engine, byte_tokenizer(), MODEL, figures)
+    admin.add(app, "node-a", engine, figures, metrics, None, None)
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    eventually(lambda: server.started)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=10) as client:
+        yield Node(engine, url, client)
+    engine.stop()
+    server.should_exit = True
+    thread.join()
+
+
+def eventually(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_an_answer_has_text_usage_and_how_it_was_decoded(node: Node) -> None:
+    answer = node.ask("grüße 🙂")
+    tokens = len("grüße 🙂".encode())
+    rounds = -(-tokens // 2)
+    assert answer.choices[0].message.content == "grüße 🙂"
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.id == node.engine.requests[0].id
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (tokens, tokens)
+    details = answer.usage.completion_tokens_details
+    assert (details.accepted_prediction_tokens, details.rejected_prediction_tokens) == (rounds, 2 * rounds)
+    assert answer.aurora == {
+        "rounds": rounds,
+        "drafted": 3 * rounds,
+        "accepted": rounds,
+        "speculators": ["random-0"],
+    }
+
+
+def test_a_stream_gives_the_same_text_in_whole_characters_and_usage_last(node: Node) -> None:
+    chunks = list(node.ask("grüße 🙂 ✓", stream=True, stream_options={"include_usage": True}))
+    texts = [c.choices[0].delta.content for c in chunks if c.choices and c.choices[0].delta.content]
+    assert "".join(texts) == "grüße 🙂 ✓"
+    assert len(texts) > 3
+    assert not any("\ufffd" in text for text in texts)
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-2:] == [None, "stop"]
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage.completion_tokens == len("grüße 🙂 ✓".encode())
+    assert chunks[-1].aurora["rounds"] > 0
+    assert {c.id for c in chunks} == {node.engine.requests[0].id}
+
+
+def test_usage_is_streamed_only_when_asked_for(node: Node) -> None:
+    assert all(c.usage is None and c.choices for c in node.ask(stream=True))
+
+
+def test_the_parameters_reach_the_engine(node: Node) -> None:
+    headers = {"x-aurora-label": "größe".encode(), "x-aurora-trace": "off", "x-aurora-speculate": "off"}
+    body = {
+        "model": MODEL,
+        "messages": [{"role": "user", "content": [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]}],
+        "max_completion_tokens": 3,
+        "temperature": 0,
+        "top_p": 0.5,
+        "seed": 7,
+        "user": "someone",
+        "n": 1,
+        "frequency_penalty": 0,
+    }
+    answer = httpx.post(f"{node.url}/v1/chat/completions", json=body, headers=headers)
+    (request,) = node.engine.requests
+    assert (request.max_tokens, request.temperature, request.top_p, request.seed) == (3, 0.0, 0.5, 7)
+    assert (request.label, request.trace, request.speculate) == ("größe", False, False)
+    assert len(request.prompt) == len("hello")
+    assert answer.headers["x-aurora-speculator"] == ""
+    assert answer.json()["choices"][0]["finish_reason"] == "length"
+
+
+def test_the_defaults_are_those_of_openai_and_all_the_room_there_is(node: Node) -> None:
+    answer = node.post()
+    (request,) = node.engine.requests
+    assert (request.max_tokens, request.temperature, request.top_p, request.seed) == (195, 1.0, 1.0, None)
+    assert (request.label, request.trace, request.speculate) == (None, True, True)
+    assert answer.headers["x-aurora-speculator"] == "random-0"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_string_is_cut_out_and_ends_the_request(node: Node, stream: bool) -> None:
+    options = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+    answer = node.ask("one two three four five six", stop=["thr", "never"], **options)
+    if stream:
+        chunks = list(answer)
+        text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+        finish, usage = chunks[-2].choices[0].finish_reason, chunks[-1].usage
+    else:
+        text, finish, usage = answer.choices[0].message.content, answer.choices[0].finish_reason, answer.usage
+    assert (text, finish) == ("one two ", "stop")
+    assert len("one two thr") <= usage.completion_tokens <= len("one two thr") + 1
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "code"),
+    [
+        ({"temprature": 1}, "temprature", "unknown_parameter"),
+        ({"n": 2}, "n", "unsupported_parameter"),
+        ({"logprobs": True}, "logprobs", "unsupported_parameter"),
+        ({"tools": [{"type": "function"}]}, "tools", "unsupported_parameter"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter"),
+        ({"temperature": 3}, "temperature", "invalid_value"),
+        ({"top_p": 0}, "top_p", "invalid_value"),
+        ({"max_tokens": 0}, "max_tokens", "invalid_value"),
+        ({"stop": ["a", "b", "c", "d", "e"]}, "stop", "invalid_value"),
+        ({"stop": ""}, "stop.0", "invalid_value"),
+        ({"messages": []}, "messages", "invalid_value"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", "invalid_value"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content", "invalid_value"),
+        ({"messages": [{"role": "user", "content": "refuse me"}]}, "messages", "invalid_value"),
+        ({"messages": None}, "messages", "missing_required_parameter"),
+        ({"model": "gpt-4"}, "model", "model_not_found"),
+        ({"messages": [{"role": "user", "content": "x" * 200}]}, "messages", "context_length_exceeded"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_by_name_in_openais_shape(
+    node: Node, body: dict[str, Any], param: str, code: str
+) -> None:
+    answer = node.post(**body)
+    error = answer.json()["error"]
+    assert answer.status_code == (404 if code == "model_not_found" else 400)
+    assert (error["param"], error["code"], error["type"]) == (param, code, "invalid_request_error")
+    assert error["message"]
+    assert node.engine.requests == []
+    assert node.metric("aurora_serve_requests_total", outcome="refused") == 1
+
+
+def test_a_body_that_is_no_json_and_a_path_that_is_not_there_answer_in_openais_shape(node: Node) -> None:
+    answer = httpx.post(f"{node.url}/v1/chat/completions", content=b"{", headers={"content-type": "application/json"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_json")
+    answer = httpx.get(f"{node.url}/v1/nothing")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "unknown_url")
+
+
+@pytest.mark.parametrize(
+    ("header", "value"), [("x-aurora-trace", "of"), ("x-aurora-speculate", "no"), ("x-aurora-label", "x" * 257)]
+)
+def test_a_header_that_says_nothing_known_is_refused(node: Node, header: str, value: str) -> None:
+    with pytest.raises(openai.BadRequestError) as raised:
+        node.ask(extra_headers={header: value})
+    assert raised.value.param == header
+
+
+def test_a_full_engine_is_a_429_with_a_time_to_come_again(node: Node) -> None:
+    node.engine.full = True
+    with pytest.raises(openai.RateLimitError) as raised:
+        node.ask()
+    assert raised.value.code == "engine_full"
+    assert raised.value.response.headers["retry-after"] == "1"
+    assert node.metric("aurora_serve_requests_total", outcome="refused") == 1
+
+
+def test_a_dead_engine_is_a_503_and_the_node_unhealthy(node: Node) -> None:
+    assert httpx.get(f"{node.url}/health").status_code == httpx.get(f"{node.url}/ready").status_code == 200
+    node.engine.dead = True
+    with pytest.raises(openai.InternalServerError) as raised:
+        node.ask()
+    assert raised.value.status_code == 503
+    assert httpx.get(f"{node.url}/health").status_code == httpx.get(f"{node.url}/ready").status_code == 503
+
+
+def test_an_engine_that_fails_in_mid_answer_is_told_to_the_client(node: Node) -> None:
+    node.engine.dies_with = "cache torn"
+    with pytest.raises(openai.InternalServerError, match="cache torn"):
+        node.ask()
+    with pytest.raises(openai.APIError, match="cache torn"):
+        list(node.ask(stream=True))
+    assert node.metric("aurora_serve_requests_total", outcome="failed") == 2
+
+
+def test_a_client_that_leaves_a_stream_frees_the_engine(node: Node) -> None:
+    node.engine.gate.clear()
+    stream = node.ask("a long answer", stream=True)
+    for chunk in stream:
+        if chunk.choices[0].delta.content:
+            break
+    stream.close()
+    eventually(lambda: list(node.engine.ended.values()) == ["cancelled"])
+    eventually(lambda: node.metric("aurora_serve_requests_total", outcome="cancelled") == 1)
+
+
+def test_a_client_that_leaves_before_the_answer_frees_the_engine(node: Node) -> None:
+    node.engine.gate.clear()
+    with pytest.raises(openai.APITimeoutError):
+        node.ask("a long answer", timeout=0.5)
+    eventually(lambda: list(node.engine.ended.values()) == ["cancelled"])
+    eventually(lambda: node.metric("aurora_serve_requests_total", outcome="cancelled") == 1)
+
+
+def test_answers_run_side_by_side(node: Node) -> None:
+    node.engine.gate.clear()
+    first, second = node.ask("first answer", stream=True), node.ask("second answer", stream=True)
+    eventually(lambda: len(node.engine.requests) == 2)
+    node.engine.gate.set()
+    texts = ["".join(c.choices[0].delta.content or "" for c in stream) for stream in (first, second)]
+    assert texts == ["first answer", "second answer"]
+
+
+def test_the_model_is_listed(node: Node) -> None:
+    assert [m.id for m in node.client.models.list()] == [MODEL]
+    assert node.client.models.retrieve(MODEL).id == MODEL
+    with pytest.raises(openai.NotFoundError):
+        node.client.models.retrieve("gpt-4")
+
+
+def test_status_and_metrics_count_the_requests(node: Node) -> None:
+    node.ask("hello")
+    node.ask("hello", max_tokens=2)
+    status = ServeStatus.model_validate(httpx.get(f"{node.url}/status").json())
+    assert (status.node, status.line, status.finished, status.failed, status.alive) == (
+        "node-a",
+        "echo-line",
+        2,
+        0,
+        True,
+    )
+    assert node.metric("aurora_serve_requests_total", outcome="stop") == 1
+    assert node.metric("aurora_serve_requests_total", outcome="length") == 1
+    assert node.metric("aurora_serve_first_token_seconds_count") == 2
+    assert node.metric("aurora_serve_between_tokens_seconds_count") == 3
+    assert node.metric("aurora_serve_drafted_tokens_total") == 12
+
+
+def test_events_are_valid_server_sent_events(node: Node) -> None:
+    answer = node.post(stream=True)
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    *events, done, end = answer.text.split("\n\n")
+    assert (done, end) == ("data: [DONE]", "")
+    assert all(json.loads(event.removeprefix("data: "))["object"] == "chat.completion.chunk" for event in events)

@@ -38,6 +38,10 @@ _Record = tuple[str, int, int]
 _Source = tuple[str, int]
 
 
+class FeedError(RuntimeError):
+    """The tables are not those that the cursor came from."""
+
+
 class Tables(Protocol):
     """The reading half of the Delta log."""
 
@@ -111,8 +115,14 @@ class Feed:
 
         Raises:
             TableError: the tables cannot be read; nothing was taken, and the next poll tries again.
+            FeedError: the table is older than what was read from it.
         """
         self.table_version = self._tables.version("accepted")
+        if self.table_version < self.cursor:
+            raise FeedError(
+                f"table accepted ends at version {self.table_version}, but was read up to {self.cursor}: "
+                "tables.uri holds other tables than before; set another train.dir to begin anew"
+            )
         if len(self._fresh) >= self._settings.windows_per_step:
             return
         up_to = min(self.table_version, self.cursor + VERSIONS_PER_READ)

@@ -22,6 +22,15 @@ class HeldBack(BaseModel):
     champion_accept_length: float
     windows: int
 
+    @classmethod
+    def of(cls, tags: Mapping[str, str]) -> HeldBack:
+        """The figures in a version's tags.
+
+        Raises:
+            ValidationError: the tag is missing or malformed.
+        """
+        return cls.model_validate_json(tags.get("held_back", ""))
+
     def is_against(self, champion: str | None) -> bool:
         """Whether it was compared with this champion; None is day 0."""
         return self.champion.startswith(DAY_0) if champion is None else self.champion == champion
@@ -55,7 +64,7 @@ def judge(
     if candidate is None or candidate == champion:
         return Verdict(promote=False, why="no candidate" if candidate is None else f"version {candidate} is champion")
     try:
-        held_back = HeldBack.model_validate_json(tags.get("held_back", ""))
+        held_back = HeldBack.of(tags)
     except ValidationError as error:
         return Verdict(promote=False, why=f"version {candidate}: tag held_back: {error.errors()[0]['msg']}")
     figures = (
@@ -70,14 +79,13 @@ def judge(
     return Verdict(better, f"{figures}: {'' if better else 'not '}better by more than promoter.margin {margin:g}")
 
 
-def worth_registering(now: float, champion: float, candidate: float | None, *, comparable: bool) -> bool:
+def worth_registering(now: float, champion: float, candidate: float | None) -> bool:
     """Whether the weights in training deserve a version of their own.
 
     Args:
         now: Their accept length on the held-back slice.
         champion: The champion's on the same windows.
-        candidate: That of the version registered last; None if there is none.
-        comparable: The candidate's own figures are against today's champion. Otherwise it can never be promoted, and
-            the weights need only beat the champion.
+        candidate: That of the version registered last; None if there is none that could still be promoted, and the
+            weights need only beat the champion.
     """
-    return now > (candidate if candidate is not None and comparable else champion)
+    return now > (champion if candidate is None else candidate)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,9 @@ from torch import Tensor
 
 from schemas.speculator.network import EagleDraft
 from trainer.unroll import Unroll
-from trainer.windows import Batch
+from trainer.windows import Batch, Window, collate
+
+_WINDOWS_PER_BATCH = 8
 
 
 class Accepted(NamedTuple):
@@ -22,6 +25,16 @@ class Accepted(NamedTuple):
     def length(self) -> float:
         """Accept length: the bonus token is not in it."""
         return self.tokens / max(self.positions, 1)
+
+
+def accept_length(draft: EagleDraft, embeddings_VH: Tensor, windows: Sequence[Window], lookahead: int) -> Accepted:
+    """``simulated_accept_length`` over any number of windows."""
+    by_length = sorted(windows, key=len)
+    parts = [
+        simulated_accept_length(draft, embeddings_VH, collate(by_length[i : i + _WINDOWS_PER_BATCH]), lookahead)
+        for i in range(0, len(by_length), _WINDOWS_PER_BATCH)
+    ]
+    return Accepted(sum(part.tokens for part in parts), sum(part.positions for part in parts))
 
 
 @torch.inference_mode()

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Self
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+import structlog
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, generate_latest
 from pydantic import BaseModel
+
+from schemas.settings import SettingsError
+
+log = structlog.get_logger()
 
 
 def stop_on_signals() -> threading.Event:
@@ -22,17 +28,51 @@ def stop_on_signals() -> threading.Event:
     return stopping
 
 
+class Failures:
+    """What does not work right now, by part of the process, and how often each part failed."""
+
+    def __init__(self, process: str, metrics: CollectorRegistry) -> None:
+        self._failed = Counter(f"aurora_{process}_failures", "Failed calls, by part.", ["part"], registry=metrics)
+        self._now: dict[str, str] = {}
+
+    @contextmanager
+    def survive(self, part: str, *kinds: type[Exception]) -> Iterator[None]:
+        """Go on after errors of these kinds; a part that failed is failing until it next ends without one."""
+        try:
+            yield
+        except kinds as error:
+            self._failed.labels(part).inc()
+            if part not in self._now:
+                log.warning("failing", part=part, error=str(error))
+            self._now = {**self._now, part: str(error)}
+        else:
+            if part in self._now:
+                log.info("recovered", part=part)
+                self._now = {p: why for p, why in self._now.items() if p != part}
+
+    @property
+    def summary(self) -> str | None:
+        """Why each failing part fails; None when all work."""
+        return "; ".join(f"{part}: {why}" for part, why in self._now.items()) or None
+
+
 class StatusServer:
     """Answers ``GET /status`` and ``GET /metrics`` from a thread of its own while the context is open."""
 
-    def __init__(self, host: str, port: int, status: Callable[[], BaseModel], metrics: CollectorRegistry) -> None:
+    def __init__(
+        self, section: str, host: str, port: int, status: Callable[[], BaseModel], metrics: CollectorRegistry
+    ) -> None:
         """Bind the address.
 
         Args:
+            section: Settings that name the address, for the error.
             host: Address to listen on.
             port: 0 takes a free one.
             status: Gives the current status; called from the server's threads.
             metrics: Where the process counts.
+
+        Raises:
+            SettingsError: the address cannot be listened on.
         """
         answers: dict[str, Callable[[], tuple[str, bytes]]] = {
             "/status": lambda: ("application/json", status().model_dump_json().encode()),
@@ -54,7 +94,10 @@ class StatusServer:
             def log_message(self, *_: object) -> None:
                 """Polls are no news."""
 
-        self._server = ThreadingHTTPServer((host, port), Handler)
+        try:
+            self._server = ThreadingHTTPServer((host, port), Handler)
+        except OSError as error:
+            raise SettingsError(f"{section}.port: cannot listen on {host}:{port}: {error.strerror}") from error
         self._thread = threading.Thread(target=self._server.serve_forever, name="status", daemon=True)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,10 @@ class Target:
     """In the type that the target is stored in."""
     day_0: EagleDraft
     """The random draft that nodes begin with."""
+
+    def new_draft(self) -> EagleDraft:
+        """A copy of the draft of day 0, to train."""
+        return copy.deepcopy(self.day_0)
 
 
 def read_target(settings: Settings) -> Target:

@@ -15,6 +15,7 @@ although they are counted as shed.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -308,7 +309,9 @@ class TracePublisher:
             if rest := assembly.end(None):
                 self._send(rest)
         self._open.clear()
-        self._producer.flush(max(0.0, self._close_by - self._clock()))
+        # A broker that is away will not come back for the sake of this node's end.
+        patience = max(0.0, self._close_by - self._clock())
+        self._producer.flush(patience if self._breaker.state == "closed" else min(patience, 1.0))
         self._give_up()
 
     def _give_up(self) -> None:
@@ -336,6 +339,7 @@ def connect(kafka: Kafka, traces: Traces, on_error: Callable[[KafkaError], None]
         "compression.type": "none",
         "reconnect.backoff.max.ms": 2000,
         "error_cb": on_error,
+        "logger": logging.getLogger("librdkafka"),
     }
     try:
         return ConfluentProducer({**kafka.client, **ours})

@@ -7,6 +7,7 @@ it carried. ``schemas.trace`` says how tokens lie in rounds, ``schemas.batches``
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -195,7 +196,7 @@ def dead_letter(record: Record, reason: str, detail: str) -> pa.Table:
         "time": record.time_us,
         "reason": reason,
         "detail": detail.encode(errors="backslashreplace").decode(),
-        "rows": int(claimed) if claimed.isascii() and claimed.isdigit() and int(claimed) <= INT32_MAX else None,
+        "rows": int(claimed) if re.fullmatch(r"[0-9]{1,9}", claimed) else None,
         "key": record.key,
         "value": record.value,
         "headers": [{"name": name, "value": value} for name, value in record.headers],

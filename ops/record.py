@@ -18,6 +18,7 @@ class Answered:
     domain: str
     started: float
     ended: float
+    prompt: str = ""
     text: str = ""
     prompt_tokens: int = 0
     output_tokens: int = 0

@@ -104,15 +104,15 @@ def running_stack(settings: Settings, say: Say, *, restart: bool = True) -> Iter
             _put_aside(part.process.log)
         supervisor = Supervisor(planned.parts, say, restart=restart)
         stack = Stack(planned, supervisor)
-        signal.signal(signal.SIGTERM, _interrupt)
-        try:
-            yield stack
-        finally:
-            # From here on nothing may cut the stop short and leave a part behind.
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            supervisor.stop()
-            _state_file(settings).unlink(missing_ok=True)
+        with _ended_by_sigterm():
+            try:
+                yield stack
+            finally:
+                # From here on nothing may cut the stop short and leave a part behind.
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+                supervisor.stop()
+                _state_file(settings).unlink(missing_ok=True)
 
 
 def up(settings: Settings, say: Say, show: Callable[[Stack], None]) -> None:
@@ -205,6 +205,18 @@ def provide_target(target: Target, say: Say) -> None:
 
 def _already(folder: Path) -> str:
     return f"a stack runs already in {folder}; `aurora status` shows it, `aurora down` stops it"
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM acts like Ctrl-C inside; both are as before afterwards."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

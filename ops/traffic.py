@@ -7,7 +7,6 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import aclosing
 from dataclasses import dataclass, field
 from itertools import cycle
 from typing import Any
@@ -92,8 +91,7 @@ class Load:
                 if answer.is_error:
                     told = (await answer.aread()).decode(errors="replace")
                     return _failed(prompt, started, f"{answer.status_code}: {told[:200]}")
-                async with aclosing(answer.aiter_lines()) as lines:
-                    events = [event async for line in lines if (event := parse_event(line)) is not None]
+                events = [event async for line in answer.aiter_lines() if (event := parse_event(line)) is not None]
         except httpx.HTTPError as error:
             return _failed(prompt, started, f"{type(error).__name__}: {error}")
         return read_answer(prompt, started, time.time(), events)
@@ -121,6 +119,7 @@ def read_answer(prompt: Prompt, started: float, ended: float, events: list[dict[
         domain=prompt.domain,
         started=started,
         ended=ended,
+        prompt=prompt.text,
         text="".join(c["delta"].get("content") or "" for event in events for c in event["choices"]),
         prompt_tokens=usage["prompt_tokens"],
         output_tokens=usage["completion_tokens"],
@@ -132,4 +131,4 @@ def read_answer(prompt: Prompt, started: float, ended: float, events: list[dict[
 
 
 def _failed(prompt: Prompt, started: float, why: str) -> Answered:
-    return Answered("", prompt.domain, started, time.time(), error=why)
+    return Answered("", prompt.domain, started, time.time(), prompt.text, error=why)

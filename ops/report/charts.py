@@ -1,0 +1,261 @@
+"""The charts of the report, from a record of the run to SVG text. Pure.
+
+Colours are written as CSS variables of the page (``PALETTE``), so that one picture is right on light and on dark
+paper. The series colours are Okabe and Ito's, which colour-blind people can tell apart.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.typing import RcKeyType
+
+from ops.record import Answered, Run, Sample, busy_span, rolling_accept_length, tokens_per_s
+
+INK, MUTED, GRID, SERIES, FAINT, LEVEL, SHADE_A, SHADE_B = (f"#0{i}0{i}0{i}" for i in range(1, 9))
+PALETTE = {
+    INK: "var(--ink)",
+    MUTED: "var(--muted)",
+    GRID: "var(--grid)",
+    SERIES: "var(--series)",
+    FAINT: "var(--faint)",
+    LEVEL: "var(--level)",
+    SHADE_A: "var(--shade-a)",
+    SHADE_B: "var(--shade-b)",
+}
+"""Colours that matplotlib writes, and the variable that stands for each in the page."""
+
+_WIDTH_IN = 10.0
+_RATE_OVER_S = 15.0
+_STYLE: dict[RcKeyType, object] = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 11,
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": MUTED,
+    "text.color": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A version boundary on the x axis."""
+
+    at: float
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A stretch of the x axis that belongs to one domain."""
+
+    start: float
+    end: float
+    name: str
+
+
+def accept_length_chart(run: Run) -> str:
+    """Accept length over requests: each one faint, the rolling mean strong."""
+    answered = run.succeeded
+    with mpl.rc_context(_style("accept")):
+        figure, axes = _figure(3.9)
+        if not answered:
+            return _nothing(figure, axes, "no request was answered")
+        numbers = range(1, len(answered) + 1)
+        each = [request.accepted / max(request.rounds, 1) for request in answered]
+        axes.scatter(numbers, each, s=13, color=FAINT, linewidths=0)
+        rolling = rolling_accept_length(answered)
+        axes.plot(numbers, rolling, color=SERIES, linewidth=2.6, solid_capstyle="round")
+        axes.set_xlim(0, len(answered) + 1)
+        axes.set_ylim(bottom=0)
+        axes.annotate(
+            f"{rolling[-1]:.2f}",
+            (numbers[-1], rolling[-1]),
+            (6, 0),
+            textcoords="offset points",
+            va="center",
+            color=SERIES,
+            fontweight="bold",
+            annotation_clip=False,
+        )
+        _context(axes, domain_spans(answered), version_marks(run, answered))
+        axes.set_xlabel("requests, in the order in which they ended")
+        axes.set_ylabel("drafted tokens accepted per round")
+        return _svg(figure)
+
+
+def throughput_chart(run: Run) -> str:
+    """Output tokens per second over time, beside the level without speculation."""
+    start, end = busy_span(run.requests)
+    points = [(time - start, rate) for time, rate in rates(run.samples) if start + _RATE_OVER_S / 2 <= time <= end]
+    with mpl.rc_context(_style("throughput")):
+        figure, axes = _figure(3.2)
+        if not points:
+            return _nothing(figure, axes, "no traffic was seen")
+        minutes = [seconds / 60 for seconds, _ in points]
+        values = [rate for _, rate in points]
+        axes.plot(minutes, values, color=SERIES, linewidth=2.2, solid_capstyle="round")
+        level = tokens_per_s(run.plain, *busy_span(run.plain))
+        if level is not None:
+            axes.axhline(level, color=LEVEL, linewidth=1.8, linestyle=(0, (5, 3)))
+            axes.annotate(
+                f"without speculation {level:.0f}",
+                (1, level),
+                (-4, 5),
+                xycoords=("axes fraction", "data"),
+                textcoords="offset points",
+                ha="right",
+                color=LEVEL,
+                fontweight="bold",
+            )
+        axes.set_xlim(0, max((end - start) / 60, minutes[-1]))
+        axes.set_ylim(0, 1.25 * max([*values, level or 0]))
+        spans = [Span((s.start - start) / 60, (s.end - start) / 60, s.name) for s in domain_times(run.requests)]
+        marks = [Mark((swap.time - start) / 60, f"v{swap.version}") for swap in run.swaps if start < swap.time < end]
+        _context(axes, spans, marks)
+        axes.set_xlabel("minutes of traffic")
+        axes.set_ylabel("output tokens per second")
+        return _svg(figure)
+
+
+def loss_chart(run: Run) -> str:
+    """Training loss over steps."""
+    points = sorted({sample.step: sample.loss for sample in run.samples if sample.loss is not None}.items())
+    with mpl.rc_context(_style("loss")):
+        figure, axes = _figure(2.7)
+        if not points:
+            return _nothing(figure, axes, "the trainer took no step")
+        steps, losses = [step for step, _ in points], [loss for _, loss in points]
+        axes.plot(steps, losses, color=FAINT, linewidth=1.2)
+        axes.plot(steps, smoothed(losses), color=SERIES, linewidth=2.4, solid_capstyle="round")
+        axes.set_ylim(bottom=0)
+        axes.set_xlim(steps[0], max(steps[-1], steps[0] + 1))
+        axes.set_xlabel("training steps")
+        axes.set_ylabel("loss")
+        return _svg(figure)
+
+
+def domain_spans(answered: Sequence[Answered]) -> list[Span]:
+    """Where each domain's requests lie, by their number; a domain begins with its first answer."""
+    first: dict[str, int] = {}
+    for number, request in enumerate(answered, start=1):
+        first.setdefault(request.domain, number)
+    edges = [*first.values(), len(answered) + 1]
+    return [Span(start - 0.5, end - 0.5, name) for name, start, end in zip(first, edges, edges[1:], strict=False)]
+
+
+def domain_times(requests: Sequence[Answered]) -> list[Span]:
+    """From when to when each domain's requests were begun."""
+    starts: dict[str, float] = {}
+    for request in sorted(requests, key=lambda r: r.started):
+        starts.setdefault(request.domain, request.started)
+    edges = [*starts.values(), busy_span(requests)[1]]
+    return [Span(start, end, name) for name, start, end in zip(starts, edges, edges[1:], strict=False)]
+
+
+def version_marks(run: Run, answered: Sequence[Answered]) -> list[Mark]:
+    """After how many answers each version took over; those that nobody was served by are left out."""
+    ended = [request.ended for request in answered]
+    marks = [Mark(sum(end <= swap.time for end in ended) + 0.5, f"v{swap.version}") for swap in run.swaps]
+    return [mark for mark in marks if mark.at < len(answered)]
+
+
+def rates(samples: Sequence[Sample]) -> list[tuple[float, float]]:
+    """Time and output tokens per second around it, over a sliding window."""
+    found = []
+    first = 0
+    for last, sample in enumerate(samples):
+        while samples[first].time < sample.time - _RATE_OVER_S:
+            first += 1
+        span = sample.time - samples[first].time
+        if last > first and span > _RATE_OVER_S / 2:
+            tokens = sample.output_tokens - samples[first].output_tokens
+            found.append((sample.time - span / 2, tokens / span))
+    return found
+
+
+def smoothed(values: Sequence[float], width: int = 15) -> list[float]:
+    """Running median, which a single bad step does not bend."""
+    half = width // 2
+    return [median(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
+
+
+def _style(chart: str) -> dict[RcKeyType, object]:
+    """The style, with ids that differ from chart to chart: all of them end up in one page."""
+    return {**_STYLE, "svg.hashsalt": chart}
+
+
+def _figure(height_in: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(_WIDTH_IN, height_in), layout="constrained")
+    figure.patch.set_alpha(0)
+    FigureCanvasSVG(figure)
+    axes = figure.add_subplot()
+    axes.patch.set_alpha(0)
+    return figure, axes
+
+
+def _context(axes: Axes, spans: Sequence[Span], marks: Sequence[Mark]) -> None:
+    """Domains as shaded stretches with their names below the top edge, versions as lines with theirs above it."""
+    for i, span in enumerate(spans):
+        axes.axvspan(span.start, span.end, color=(SHADE_A, SHADE_B)[i % 2], linewidth=0, zorder=0)
+        axes.annotate(
+            f"{span.name} prompts",
+            (span.start, 1),
+            (8, -6),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            va="top",
+            color=MUTED,
+            fontsize=11,
+        )
+    for mark in marks:
+        axes.axvline(mark.at, color=MUTED, linewidth=1, linestyle=(0, (2, 2)))
+        axes.annotate(
+            mark.label,
+            (mark.at, 1),
+            (0, 3),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            ha="center",
+            color=INK,
+            fontsize=10,
+        )
+
+
+def _nothing(figure: Figure, axes: Axes, why: str) -> str:
+    axes.set_axis_off()
+    axes.text(0.5, 0.5, why, ha="center", va="center", color=MUTED, transform=axes.transAxes)
+    return _svg(figure)
+
+
+def _svg(figure: Figure) -> str:
+    """The figure as an ``svg`` element that grows with the page, its colours the page's variables."""
+    out = io.StringIO()
+    figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = out.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+    for written, variable in PALETTE.items():
+        text = text.replace(written, variable)
+    return text

@@ -1,0 +1,122 @@
+"""The report as one HTML file. Pure."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from ops.record import EDGE, Run, Version, sound, summary
+from ops.report.charts import accept_length_chart, loss_chart, throughput_chart
+
+_TEMPLATE = Path(__file__).with_name("page.html")
+
+
+def page(run: Run) -> str:
+    """The whole report."""
+    figures = summary(run)
+    return Template(_TEMPLATE.read_text()).substitute(
+        subtitle=escape(_subtitle(run, figures)),
+        fault=f'<p class="fault">{escape(_fault(run, figures))}</p>' if not sound(run) else "",
+        headline="".join(_figure(value, name) for value, name in _headline(figures)),
+        edge=EDGE,
+        accept_length=accept_length_chart(run),
+        throughput=throughput_chart(run),
+        loss=loss_chart(run),
+        versions="".join(_version_row(version, run.started) for version in run.versions)
+        or '<tr><td colspan="6">none was registered</td></tr>',
+        summary="".join(_row(name, value) for name, value in _rows(figures)),
+    )
+
+
+def _subtitle(run: Run, figures: dict[str, Any]) -> str:
+    when = datetime.fromtimestamp(run.started, UTC).strftime("%d %B %Y")
+    domains = " then ".join(run.domains) or "no"
+    return (
+        f"It started from random weights. {figures['requests']} requests with {domains} prompts, "
+        f"{run.ended - run.started:.0f} seconds from start to end, {when}."
+    )
+
+
+def _fault(run: Run, figures: dict[str, Any]) -> str:
+    faults = [
+        f"{figures['failed_requests']} requests failed." if figures["failed_requests"] else "",
+        f"{figures['lossless_mismatches']} mismatches against the target." if figures["lossless_mismatches"] else "",
+        "" if figures["rows_balance"] else "The rows do not add up.",
+        f"{run.crashed}." if run.crashed else "",
+        "Interrupted." if run.interrupted else "",
+    ]
+    return " ".join(fault for fault in faults if fault)
+
+
+def _headline(figures: dict[str, Any]) -> list[tuple[str, str]]:
+    in_flight = sum(swap["in_flight"] > 0 for swap in figures["swaps"])
+    checked = figures["lossless_checked"]
+    first, last = figures["accept_length_first_50"], figures["accept_length_last_50"]
+    plain = figures["tokens_per_s_no_speculation"]
+    return [
+        (f"{_number(first)} → {_number(last)}", f"accept length, first and last {EDGE} requests"),
+        (_number(figures["tokens_per_s_last_50"], 0), f"tokens/s at the end, {_number(plain, 0)} without speculation"),
+        (str(in_flight), "versions swapped in while requests ran"),
+        (f"{figures['failed_requests']} failed", f"of {figures['requests']} requests"),
+        (f"{figures['lossless_mismatches']} mismatches", f"in {checked} requests decoded again by the target alone"),
+    ]
+
+
+def _rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = [
+        ("accept length of the first and last 50 requests", _pair(figures, "accept_length", 3)),
+        ("output tokens/s of the first and last 50 requests", _pair(figures, "tokens_per_s", 1)),
+        ("output tokens/s without speculation", _number(figures["tokens_per_s_no_speculation"], 1)),
+    ]
+    rows += [
+        (
+            f"accept length over the {name} prompts, its first and last 50",
+            f"{_number(domain['accept_length'], 3)}; {_pair(domain, 'accept_length', 3)}",
+        )
+        for name, domain in figures["domains"].items()
+    ]
+    checked = f"{figures['lossless_checked']} requests, {figures['lossless_tokens']:,} tokens"
+    verdict = f"{figures['lossless_mismatches']} mismatches, {figures['lossless_near_ties']} near ties"
+    parts = f"{figures['rows_in_table']:,} in the table, {figures['rows_shed']:,} shed, {figures['rows_dead']:,} dead"
+    return [
+        *rows,
+        ("decoded again by the target alone", f"{checked}: {verdict}"),
+        ("rows published", f"{figures['rows_published']:,} = {parts}"),
+        ("longest pause of a swap", _longest_pause(figures)),
+    ]
+
+
+def _longest_pause(figures: dict[str, Any]) -> str:
+    pauses = [swap["pause_ms"] for swap in figures["swaps"]]
+    return f"{max(pauses):.1f} ms" if pauses else "-"
+
+
+def _pair(figures: dict[str, Any], name: str, digits: int) -> str:
+    return f"{_number(figures[f'{name}_first_50'], digits)} → {_number(figures[f'{name}_last_50'], digits)}"
+
+
+def _version_row(version: Version, start: float) -> str:
+    times = [version.registered, version.promoted, version.served]
+    cells = [_clock(None if time is None else time - start) for time in times]
+    cells += [_number(version.held_back), _number(version.champion_held_back)]
+    numbers = "".join(f'<td class="number">{cell}</td>' for cell in cells)
+    return f"<tr><td>{escape(version.version)}</td>{numbers}</tr>"
+
+
+def _figure(value: str, name: str) -> str:
+    return f'<div class="figure"><b>{escape(value)}</b><span>{escape(name)}</span></div>'
+
+
+def _row(name: str, value: str) -> str:
+    return f'<tr><td>{escape(name)}</td><td class="number">{escape(value)}</td></tr>'
+
+
+def _clock(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"

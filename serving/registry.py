@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
+
+from requests import RequestException
+
+# A node reports to nobody but its operator, and MLflow decides on its telemetry while it is imported.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 import mlflow
 from mlflow import environment_variables as mlflow_settings
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
-from requests import RequestException
 
 from schemas.settings import Registry as RegistrySettings
 from serving.puller import RegistryError
@@ -25,6 +30,7 @@ class MlflowRegistry:
         # puller on one request of a dead server for a quarter of an hour; the puller polls again anyway.
         mlflow_settings.MLFLOW_HTTP_REQUEST_MAX_RETRIES.set(0)
         mlflow_settings.MLFLOW_HTTP_REQUEST_TIMEOUT.set(math.ceil(settings.timeout_s))
+        mlflow_settings.MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR.set(False)
         self._uri = settings.uri
         self._model = f"aurora.{line}"
         self._client = MlflowClient(tracking_uri=settings.uri, registry_uri=settings.uri)

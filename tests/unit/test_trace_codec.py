@@ -1,0 +1,229 @@
+"""The trace codec: what was encoded is read back bit for bit, and everything else is a clear error."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from schemas import trace
+from schemas.trace import ROOT, SCHEMA, Chunk, Envelope, Round, TraceError, decode, encode, from_bf16, to_bf16
+
+TOKEN = st.integers(0, 2**31 - 1)
+FLOAT = st.floats(width=32, allow_nan=False)
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+
+
+@st.composite
+def rounds(draw: st.DrawFn, width: int, k: int) -> Round:
+    number = draw(st.integers(0, 5))
+    m = draw(st.integers(0, 5)) if number else 0
+    parents = tuple(draw(st.integers(ROOT, node - 1)) for node in range(m))
+    drafted = tuple(draw(TOKEN) for _ in range(m))
+    accepted: list[int] = []
+    if m and draw(st.booleans()):
+        node = draw(st.integers(0, m - 1))
+        while node >= 0:
+            accepted.insert(0, node)
+            node = parents[node]
+    kept = tuple(drafted[node] for node in accepted)
+    tokens = (draw(TOKEN), *kept) if number else tuple(draw(st.lists(TOKEN, min_size=1, max_size=4)))
+    bonus = draw(TOKEN) if number or draw(st.booleans()) else None
+    verified = 0 if bonus is None else 1 + m
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    return Round(
+        round=number,
+        position=draw(st.integers(0, 2**31 - 1)),
+        tokens=tokens,
+        features=rng.integers(0, 2**16, (len(tokens), width), dtype=np.uint16),
+        draft_tokens=drafted,
+        draft_parents=parents,
+        draft_logprobs=tuple(draw(FLOAT) for _ in range(m)),
+        accepted=tuple(accepted),
+        bonus=bonus,
+        top_ids=rng.integers(0, 2**31 - 1, (verified, k), dtype=np.int32),
+        top_logprobs=rng.standard_normal((verified, k)).astype(np.float32),
+        speculator=draw(TEXT),
+        draft_us=draw(st.integers(0, 2**31 - 1)),
+        verify_us=draw(st.integers(0, 2**31 - 1)),
+        time_us=draw(st.integers(0, 2**52)),
+    )
+
+
+@st.composite
+def chunks(draw: st.DrawFn) -> Chunk:
+    width, k = draw(st.integers(1, 9)), draw(st.integers(1, 4))
+    envelope = Envelope(
+        request=draw(TEXT),
+        chunk=draw(st.integers(0, 2**31 - 1)),
+        last=draw(st.booleans()),
+        node=draw(TEXT),
+        target=draw(TEXT),
+        line=draw(TEXT),
+        features="inline",
+        feature_width=width,
+        top_k=k,
+        temperature=draw(st.floats(0, 2)),
+        top_p=draw(st.floats(0, 1)),
+        seed=draw(st.none() | st.integers(-(2**63), 2**63 - 1)),
+        label=draw(st.none() | TEXT),
+        finish=draw(st.none() | TEXT),
+    )
+    return Chunk(envelope, tuple(draw(st.lists(rounds(width, k), max_size=4))))
+
+
+def plain(r: Round) -> dict[str, object]:
+    """A round as values that compare."""
+    return {
+        name: value.tolist() if isinstance(value := getattr(r, name), np.ndarray) else value for name in Round.__slots__
+    }
+
+
+ENVELOPE = Envelope(
+    request="r",
+    chunk=0,
+    last=True,
+    node="n",
+    target="t",
+    line="l",
+    features="inline",
+    feature_width=2,
+    top_k=1,
+    temperature=0.0,
+    top_p=1.0,
+)
+ONE = Round(
+    round=1,
+    position=4,
+    tokens=(7, 8),
+    features=np.zeros((2, 2), np.uint16),
+    draft_tokens=(8, 9),
+    draft_parents=(ROOT, 0),
+    draft_logprobs=(-1.0, -2.0),
+    accepted=(0,),
+    bonus=3,
+    top_ids=np.zeros((3, 1), np.int32),
+    top_logprobs=np.zeros((3, 1), np.float32),
+    speculator="1",
+    draft_us=1,
+    verify_us=1,
+    time_us=1,
+)
+CHUNK = Chunk(ENVELOPE, (ONE,))
+
+
+@given(chunks())
+def test_a_chunk_is_read_back_as_it_was_written(chunk: Chunk) -> None:
+    value = encode(chunk)
+    back = decode(value)
+    assert back.envelope == chunk.envelope
+    assert [plain(r) for r in back.rounds] == [plain(r) for r in chunk.rounds]
+    assert encode(back) == value
+
+
+@settings(max_examples=50)
+@given(chunks(), st.data())
+def test_cut_or_altered_bytes_are_refused(chunk: Chunk, data: st.DataObject) -> None:
+    value = encode(chunk)
+    at = data.draw(st.integers(0, len(value) - 1))
+    flipped = value[:at] + bytes([value[at] ^ (1 << data.draw(st.integers(0, 7)))]) + value[at + 1 :]
+    for altered in (value[:at], flipped, value + b"\0"):
+        with pytest.raises(TraceError) as refused:
+            decode(altered)
+        assert refused.value.reason in ("corrupt", "truncated")
+
+
+@given(st.binary(max_size=64))
+def test_foreign_bytes_under_a_right_checksum_are_refused(junk: bytes) -> None:
+    with pytest.raises(TraceError) as refused:
+        decode(signed(junk))
+    assert refused.value.reason in ("not_arrow", "truncated")
+
+
+def signed(stream: bytes) -> bytes:
+    return stream + hashlib.blake2b(stream, digest_size=8).digest()
+
+
+def arrow(schema: pa.Schema, arrays: list[pa.Array]) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, schema) as writer:
+        writer.write_batch(pa.record_batch(arrays, schema=schema))
+    return signed(sink.getvalue().to_pybytes())
+
+
+def test_another_format_is_named() -> None:
+    schema = SCHEMA.with_metadata({"format": "aurora.trace/2"})
+    with pytest.raises(TraceError, match=r"aurora\.trace/1.*aurora\.trace/2") as refused:
+        decode(arrow(schema, [pa.array([], type=f.type) for f in SCHEMA]))
+    assert refused.value.reason == "foreign_format"
+
+
+def test_a_missing_column_is_named() -> None:
+    schema = pa.schema([f for f in SCHEMA if f.name != "bonus"], metadata={"format": trace.FORMAT})
+    with pytest.raises(TraceError, match="bonus") as refused:
+        decode(arrow(schema, [pa.array([], type=f.type) for f in schema]))
+    assert refused.value.reason == "foreign_schema"
+
+
+@pytest.mark.parametrize("envelope", [b"", b"{}", b'{"request": 1}'])
+def test_an_envelope_that_says_too_little_is_refused(envelope: bytes) -> None:
+    schema = SCHEMA.with_metadata({"format": trace.FORMAT, "envelope": envelope})
+    with pytest.raises(TraceError) as refused:
+        decode(arrow(schema, [pa.array([], type=f.type) for f in SCHEMA]))
+    assert refused.value.reason == "bad_envelope"
+
+
+def test_an_envelope_field_of_the_wrong_kind_is_named() -> None:
+    fields = {name: getattr(ENVELOPE, name) for name in Envelope.__slots__} | {"top_k": 0}
+    schema = SCHEMA.with_metadata({"format": trace.FORMAT, "envelope": json.dumps(fields).encode()})
+    with pytest.raises(TraceError, match="top_k") as refused:
+        decode(arrow(schema, [pa.array([], type=f.type) for f in SCHEMA]))
+    assert refused.value.reason == "bad_envelope"
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        pytest.param(replace(ONE, tokens=()), id="no token"),
+        pytest.param(replace(ONE, tokens=(7,)), id="features for another number of tokens"),
+        pytest.param(replace(ONE, draft_parents=(ROOT,)), id="a node without a parent"),
+        pytest.param(replace(ONE, draft_parents=(1, ROOT)), id="a node before its parent"),
+        pytest.param(replace(ONE, draft_logprobs=(-1.0,)), id="a node without a log-probability"),
+        pytest.param(replace(ONE, accepted=(1,)), id="accepted without its parent"),
+        pytest.param(replace(ONE, accepted=(2,)), id="accepted but not drafted"),
+        pytest.param(replace(ONE, tokens=(7, 9)), id="committed but not accepted"),
+        pytest.param(replace(ONE, bonus=None), id="teacher without a bonus"),
+        pytest.param(replace(ONE, top_ids=np.zeros((2, 1), np.int32)), id="a node without a teacher"),
+        pytest.param(replace(ONE, top_logprobs=np.zeros((3, 2), np.float32)), id="more log-probabilities than tokens"),
+    ],
+)
+def test_a_round_that_contradicts_itself_is_refused(bad: Round) -> None:
+    with pytest.raises(TraceError) as refused:
+        decode(encode(Chunk(ENVELOPE, (bad,))))
+    assert refused.value.reason == "contradiction"
+
+
+@given(st.floats(width=32, allow_nan=False, allow_infinity=False, min_value=-(2.0**127), max_value=2.0**127))
+def test_bf16_is_the_nearest_of_its_neighbours(x: float) -> None:
+    value = float(from_bf16(to_bf16(np.array([x], np.float32)))[0])
+    bits = int(to_bf16(np.array([x], np.float32))[0])
+    neighbours = [
+        float(from_bf16(np.array([bits + step], np.uint16))[0]) for step in (-1, 1) if 0 <= bits + step < 2**16
+    ]
+    assert all(abs(value - x) <= abs(other - x) for other in neighbours if math.isfinite(other))
+
+
+def test_bf16_keeps_nan_and_infinity() -> None:
+    x = np.array([np.nan, np.inf, -np.inf], np.float32)
+    np.testing.assert_array_equal(from_bf16(to_bf16(x)), x)
+
+
+def test_the_wire_schema_does_not_change_unnoticed() -> None:
+    assert trace.fingerprint() == "679c4502ef95ecdd"

@@ -1,7 +1,7 @@
 """What the trainer learns from next: a cursor over the tables, a held-back slice, and a ring of windows to replay.
 
 Requests are split by a hash of their id: a held-back share is never trained on, and the newest of its windows are what
-versions are compared on. Windows are trained on in the order of the table, mixed with earlier ones; a window is passed
+versions are compared on. Windows are trained on in the order of their time, mixed with earlier ones; a window is passed
 over ``train.max_passes`` times at most, so a trainer without new traffic stops instead of learning a few requests by
 heart. While windows wait, the table is not read: a slow trainer lags, it drops nothing.
 
@@ -189,6 +189,9 @@ class Feed:
         """Windows of the accepted rows after the cursor, with their branches; moves both cursors."""
         accepted = self._tables.read_added("accepted", self.cursor, up_to, ACCEPTED_COLUMNS).to_pylist()
         added = self._tables.read_added("rejected", self._rejected_cursor, rejected_up_to, REJECTED_COLUMNS).to_pylist()
+        # Within a commit the tables keep no order.
+        accepted.sort(key=lambda row: (row["time"], _record(row)))
+        added.sort(key=lambda row: (_record(row), row["root_position"], row["branch"]))
         after = (self.cursor, self._waiting_from)
         self._waiting_after = self._waiting_from
         self.cursor, self._rejected_cursor = up_to, rejected_up_to

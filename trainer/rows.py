@@ -11,7 +11,7 @@ import torch
 from trainer.windows import Branch, Teacher, Window
 
 ACCEPTED_COLUMNS = (
-    *("topic", "partition", "offset", "request", "target", "line"),
+    *("topic", "partition", "offset", "time", "request", "target", "line"),
     *("position", "tokens", "next_token", "features", "feature_width", "loss_mask"),
     *("top_k", "teacher_ids", "teacher_logprobs"),
 )

@@ -1,0 +1,123 @@
+"""Settings: where they come from, which source wins, and what a typing error is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from schemas.settings import Settings, SettingsError, load, to_environ
+
+
+def test_without_any_source_the_defaults_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load(environ={}) == Settings()
+
+
+def test_flags_win_over_the_environment_which_wins_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "aurora.toml"
+    file.write_text('[serve]\nport = 1\nnode = "file"\ndraft_tokens = 5\n')
+    settings = load(file, {"AURORA_SERVE__PORT": "2", "AURORA_SERVE__NODE": "variable"}, {"serve.port": 3})
+    assert (settings.serve.port, settings.serve.node, settings.serve.draft_tokens) == (3, "variable", 5)
+
+
+def test_the_file_of_the_working_folder_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "aurora.toml").write_text('[kafka]\nbootstrap = "kafka:9092"\n')
+    monkeypatch.chdir(tmp_path)
+    assert load(environ={}).kafka.bootstrap == "kafka:9092"
+
+
+def test_a_flag_that_was_not_given_changes_nothing() -> None:
+    assert load(environ={}, flags={"serve.port": None}).serve.port == Settings().serve.port
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("AURORA_KAFKA__BOTSTRAP", "kafka.bootstrap"),
+        ("AURORA_SERVE__DRAFT_TOKEN", "serve.draft_tokens"),
+        ("AURORA_TRAINN__SEED", "train"),
+    ],
+)
+def test_an_unknown_key_is_told_the_nearest_known_one(name: str, nearest: str) -> None:
+    with pytest.raises(SettingsError, match=f"did you mean '{nearest}'"):
+        load(environ={name: "1"})
+
+
+def test_a_key_like_no_other_is_told_all_known_ones() -> None:
+    with pytest.raises(SettingsError, match=r"known keys: .*bootstrap"):
+        load(environ={"AURORA_KAFKA__XQZW": "1"})
+
+
+def test_an_unknown_key_in_the_file_is_an_error_too(tmp_path: Path) -> None:
+    file = tmp_path / "aurora.toml"
+    file.write_text("[stream]\nflush_recrods = 1\n")
+    with pytest.raises(
+        SettingsError, match=r"stream.flush_recrods: unknown setting; did you mean 'stream.flush_records'"
+    ):
+        load(file, {})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("AURORA_SERVE__PORT", "many", "serve.port"),
+        ("AURORA_SERVE__PORT", "70000", "serve.port"),
+        ("AURORA_TRAIN__HELD_BACK_SHARE", "1.5", "train.held_back_share"),
+        ("AURORA_PORT", "1", "SECTION__KEY"),
+        ("AURORA_KAFKA__CLIENT__DEEP__ER", "1", "kafka.client"),
+    ],
+)
+def test_a_value_that_cannot_be_used_is_named(name: str, value: str, told: str) -> None:
+    with pytest.raises(SettingsError, match=told):
+        load(environ={name: value})
+
+
+def test_all_faults_are_told_at_once() -> None:
+    with pytest.raises(SettingsError, match=r"serve.port.*; .*train.seed|train.seed.*; .*serve.port"):
+        load(environ={"AURORA_SERVE__PORT": "x", "AURORA_TRAIN__SEED": "x"})
+
+
+def test_a_named_file_must_exist(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="no such settings file"):
+        load(tmp_path / "missing.toml", {})
+
+
+def test_a_file_that_is_not_toml_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "aurora.toml"
+    file.write_text("[serve\n")
+    with pytest.raises(SettingsError, match="not valid TOML"):
+        load(file, {})
+
+
+def test_settings_that_contradict_each_other_are_refused() -> None:
+    with pytest.raises(SettingsError, match=r"train.replay_per_step must be below"):
+        load(environ={"AURORA_TRAIN__REPLAY_PER_STEP": "4", "AURORA_TRAIN__WINDOWS_PER_STEP": "4"})
+
+
+def test_client_options_keep_their_dots() -> None:
+    value = '{"security.protocol": "SSL", "ssl.ca.location": "/ca"}'
+    assert load(environ={"AURORA_KAFKA__CLIENT": value}).kafka.client["ssl.ca.location"] == "/ca"
+
+
+@given(
+    port=st.integers(0, 65535),
+    rate=st.floats(1e-9, 1e3),
+    node=st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0"), min_size=1),
+    client=st.dictionaries(st.text(min_size=1), st.text()),
+    speculate=st.booleans(),
+)
+def test_a_child_reads_exactly_what_its_parent_read(
+    *, port: int, rate: float, node: str, client: dict[str, str], speculate: bool
+) -> None:
+    flags = {
+        "serve.port": port,
+        "train.learning_rate": rate,
+        "serve.node": node,
+        "kafka.client": client,
+        "serve.speculate": speculate,
+    }
+    settings = load(environ={}, flags=flags)
+    assert load(environ=to_environ(settings)) == settings

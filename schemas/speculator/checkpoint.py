@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -24,6 +24,7 @@ from schemas.speculator.network import DraftShape, EagleDraft
 
 CONFIG, WEIGHTS, MANIFEST = "config.json", "model.safetensors", "manifest.json"
 ARCHITECTURE = "LlamaForCausalLMEagle3"
+_SHAPE = TypeAdapter(DraftShape)
 
 
 class CheckpointError(ValueError):
@@ -137,8 +138,8 @@ def read(folder: Path, line: str) -> EagleDraft:
         tensors = load_file(folder / WEIGHTS)
     except SafetensorError as error:
         raise CheckpointError(f"{folder / WEIGHTS}: not safetensors: {error}") from error
+    _check_tensors(tensors, shape)
     draft = EagleDraft(shape)
-    _check_tensors(tensors, draft)
     with torch.no_grad():
         for parameter in draft.parameters():
             parameter.fill_(torch.nan)
@@ -178,8 +179,9 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _check_tensors(tensors: Mapping[str, Tensor], draft: EagleDraft) -> None:
-    expected = draft.state_dict()
+def _check_tensors(tensors: Mapping[str, Tensor], shape: DraftShape) -> None:
+    with torch.device("meta"):  # sizes come from a file: nothing is allocated before the tensors confirm them
+        expected = EagleDraft(shape).state_dict()
     if missing := sorted(expected.keys() - tensors.keys()):
         raise CheckpointError(f"missing tensors: {', '.join(missing)}")
     if unknown := sorted(tensors.keys() - expected.keys()):
@@ -237,13 +239,16 @@ def _to_config(shape: DraftShape) -> dict[str, Any]:
 
 def _from_config(config: Mapping[str, Any]) -> DraftShape:
     try:
-        names = (f for f in DraftShape.__dataclass_fields__ if f != "capture_layers")
-        shape = DraftShape(
-            **{name: config[name] for name in names},
-            capture_layers=tuple(config["eagle_config"]["eagle_aux_hidden_state_layer_ids"]),
-        )
+        values = {name: config[name] for name in DraftShape.__dataclass_fields__ if name != "capture_layers"}
+        layers = config["eagle_config"]["eagle_aux_hidden_state_layer_ids"]
+        shape = _SHAPE.validate_json(json.dumps({**values, "capture_layers": layers}), strict=True)
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{CONFIG}: key missing or malformed: {error}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise CheckpointError(f"{CONFIG}: {first['loc'][0]}: {first['msg']}") from error
+    if not 0 < min(values.values()) <= max(values.values()) < 2**31:
+        raise CheckpointError(f"{CONFIG}: a number is not positive, or too large")
     if dict(config) != _to_config(shape):
         different = sorted(
             k for k in config.keys() | _to_config(shape).keys() if config.get(k) != _to_config(shape).get(k)

@@ -1,0 +1,290 @@
+"""A version that is damaged, foreign or wrong does not load; one that is right loads as it was written."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from schemas.speculator.checkpoint import (
+    CONFIG,
+    MANIFEST,
+    WEIGHTS,
+    CheckpointError,
+    default_capture_layers,
+    line_of,
+    read,
+    shape_for_target,
+    target_fingerprint,
+    write,
+)
+from schemas.speculator.network import DraftShape, EagleDraft, random_draft
+
+TARGET = "ab" * 16
+SHAPE = DraftShape(8, 12, 4, 2, 4, 24, 10, 1e-6, 100.0, 64, (1, 3, 4))
+
+CONFIG_OF_TARGET = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "num_hidden_layers": 30,
+    "vocab_size": 49152,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 8192,
+    "rope_parameters": {"rope_theta": 100000.0, "rope_type": "default"},
+}
+
+
+@pytest.fixture
+def draft() -> EagleDraft:
+    made = random_draft(SHAPE, 3)
+    kept = torch.tensor([0, 1, 3, 4, 7, 8, 9, 15, 20, 23])
+    made.d2t.copy_(kept - torch.arange(10))
+    made.t2d.zero_()
+    made.t2d[kept] = True
+    return made
+
+
+@pytest.fixture
+def version(draft: EagleDraft, tmp_path: Path) -> Path:
+    write(draft, tmp_path / "version", TARGET)
+    return tmp_path / "version"
+
+
+def line(draft: EagleDraft) -> str:
+    return line_of(TARGET, draft.shape, draft.d2t)
+
+
+def reseal(version: Path) -> None:
+    """Make the manifest agree with the files again, as someone would who writes a wrong export."""
+    manifest = json.loads((version / MANIFEST).read_text())
+    for name in manifest["sha256"]:
+        manifest["sha256"][name] = hashlib.sha256((version / name).read_bytes()).hexdigest()
+    (version / MANIFEST).write_text(json.dumps(manifest))
+
+
+def test_what_was_written_is_read_rounded_to_bf16(draft: EagleDraft, version: Path) -> None:
+    found = read(version, line(draft))
+    for name, value in draft.state_dict().items():
+        wanted = value.bfloat16().float() if value.is_floating_point() else value
+        assert torch.equal(found.state_dict()[name], wanted), name
+        assert found.state_dict()[name].dtype == (torch.float32 if value.is_floating_point() else value.dtype)
+    assert found.shape == draft.shape
+
+
+def test_float32_can_be_kept(draft: EagleDraft, tmp_path: Path) -> None:
+    write(draft, tmp_path, TARGET, torch.float32)
+    found = read(tmp_path, line(draft))
+    assert all(torch.equal(value, found.state_dict()[name]) for name, value in draft.state_dict().items())
+
+
+def test_names_and_shapes_are_those_that_serving_engines_load(version: Path) -> None:
+    tensors = load_file(version / WEIGHTS)
+    layer = "midlayer."
+    assert {name: tuple(t.shape) for name, t in tensors.items()} == {
+        "fc.weight": (8, 24),
+        layer + "input_layernorm.weight": (8,),
+        layer + "hidden_norm.weight": (8,),
+        layer + "self_attn.q_proj.weight": (16, 16),
+        layer + "self_attn.k_proj.weight": (8, 16),
+        layer + "self_attn.v_proj.weight": (8, 16),
+        layer + "self_attn.o_proj.weight": (8, 16),
+        layer + "post_attention_layernorm.weight": (8,),
+        layer + "mlp.gate_proj.weight": (12, 8),
+        layer + "mlp.up_proj.weight": (12, 8),
+        layer + "mlp.down_proj.weight": (8, 12),
+        "norm.weight": (8,),
+        "lm_head.weight": (10, 8),
+        "d2t": (10,),
+        "t2d": (24,),
+    }
+    assert (tensors["d2t"].dtype, tensors["t2d"].dtype) == (torch.int64, torch.bool)
+    config = json.loads((version / CONFIG).read_text())
+    assert config["architectures"] == ["LlamaForCausalLMEagle3"]
+    assert (config["vocab_size"], config["draft_vocab_size"], config["num_hidden_layers"]) == (24, 10, 1)
+    assert config["eagle_config"] == {
+        "use_aux_hidden_state": True,
+        "eagle_aux_hidden_state_layer_ids": [1, 3, 4],
+    }
+    assert config["tie_word_embeddings"] is False
+
+
+def cut_weights(version: Path) -> None:
+    path = version / WEIGHTS
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def flip_a_bit(version: Path) -> None:
+    path = version / WEIGHTS
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def add_pickle(version: Path) -> None:
+    (version / "pytorch_model.bin").write_bytes(pickle.dumps({"fc.weight": [0.0]}))
+
+
+def remove(name: str) -> Callable[[Path], None]:
+    return lambda version: (version / name).unlink()
+
+
+def garble(name: str) -> Callable[[Path], None]:
+    return lambda version: (version / name).write_text("{") and None
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (cut_weights, "SHA-256"),
+        (flip_a_bit, "SHA-256"),
+        (add_pickle, "no version has: pytorch_model.bin"),
+        (remove(WEIGHTS), f"{WEIGHTS}: missing"),
+        (remove(CONFIG), f"{CONFIG}: missing"),
+        (remove(MANIFEST), f"{MANIFEST}: missing"),
+        (garble(MANIFEST), f"{MANIFEST}: not valid JSON"),
+    ],
+)
+def test_altered_files_are_refused(draft: EagleDraft, version: Path, damage: Callable[[Path], None], says: str) -> None:
+    damage(version)
+    with pytest.raises(CheckpointError, match=says):
+        read(version, line(draft))
+
+
+def edited(edit: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    def apply(version: Path) -> None:
+        tensors = load_file(version / WEIGHTS)
+        edit(tensors)
+        save_file(tensors, version / WEIGHTS)
+
+    return apply
+
+
+def to_nan(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["norm.weight"][3] = torch.nan
+
+
+def swap_d2t(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["d2t"][:2] = torch.tensor([1, -1])
+
+
+def widen_t2d(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["t2d"][2] = True
+
+
+def config_edit(**values: Any) -> Callable[[Path], None]:
+    def apply(version: Path) -> None:
+        config = json.loads((version / CONFIG).read_text())
+        (version / CONFIG).write_text(json.dumps(config | values))
+
+    return apply
+
+
+def not_safetensors(version: Path) -> None:
+    (version / WEIGHTS).write_bytes(b"\x80\x04" * 100)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (edited(lambda t: t.pop("fc.weight")), "missing tensors: fc.weight"),
+        (edited(lambda t: t.update({"layers.0.x": torch.zeros(1)})), "unknown tensors: layers.0.x"),
+        (edited(lambda t: t.update({"norm.weight": torch.zeros(7)})), r"norm.weight: shape \[7\], expected \[8\]"),
+        (edited(lambda t: t.update({"d2t": t["d2t"].int()})), "d2t: type torch.int32"),
+        (edited(lambda t: t.update({"norm.weight": torch.ones(8).int()})), "norm.weight: type torch.int32"),
+        (edited(to_nan), "norm.weight: holds values that are not finite"),
+        (edited(swap_d2t), "ascending"),
+        (edited(widen_t2d), "t2d"),
+        (config_edit(draft_vocab_size=None), "draft_vocab_size: .* integer"),
+        (config_edit(hidden_size="8"), "hidden_size: .* integer"),
+        (config_edit(num_attention_heads=0), "not positive"),
+        (config_edit(draft_vocab_size=10**9), r"shape \[10\], expected \[1000000000\]"),
+        (config_edit(intermediate_size=2**40), "too large"),
+        (config_edit(eagle_config={}), "missing or malformed"),
+        (config_edit(vocab_size=25), r"t2d: shape"),
+        (config_edit(tie_word_embeddings=True), "tie_word_embeddings"),
+        (config_edit(rope_theta=5.0), "rope_parameters"),
+        (config_edit(extra=1), "extra"),
+        (not_safetensors, "not safetensors"),
+    ],
+)
+def test_wrong_exports_are_refused_though_their_hashes_are_right(
+    draft: EagleDraft, version: Path, wrong: Callable[[Path], None], says: str
+) -> None:
+    wrong(version)
+    reseal(version)
+    with pytest.raises(CheckpointError, match=says):
+        read(version, line(draft))
+
+
+def test_another_line_is_refused_and_named(draft: EagleDraft, version: Path) -> None:
+    with pytest.raises(CheckpointError, match=f"line {line(draft)}, this node serves line other"):
+        read(version, "other")
+
+
+def test_a_manifest_that_claims_another_line_is_refused(draft: EagleDraft, version: Path) -> None:
+    manifest = json.loads((version / MANIFEST).read_text())
+    (version / MANIFEST).write_text(json.dumps(manifest | {"line": "forged"}))
+    with pytest.raises(CheckpointError, match="not that of its own shape"):
+        read(version, "forged")
+
+
+def test_values_that_are_not_finite_are_not_written(draft: EagleDraft, tmp_path: Path) -> None:
+    with torch.no_grad():
+        draft.fc.weight[0, 0] = torch.inf
+    with pytest.raises(CheckpointError, match=r"fc\.weight"):
+        write(draft, tmp_path, TARGET)
+
+
+def test_the_line_changes_with_everything_that_makes_versions_incompatible(draft: EagleDraft) -> None:
+    lines = {
+        line(draft),
+        line_of("cd" * 16, draft.shape, draft.d2t),
+        line_of(TARGET, draft.shape, draft.d2t.flip(0)),
+        line_of(TARGET, dataclasses.replace(draft.shape, capture_layers=(1, 2, 4)), draft.d2t),
+        line_of(TARGET, dataclasses.replace(draft.shape, intermediate_size=16), draft.d2t),
+    }
+    assert len(lines) == 5
+
+
+def test_a_targets_fingerprint_is_that_of_its_bytes(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"target\.path"):
+        target_fingerprint(tmp_path)
+    (tmp_path / CONFIG).write_text("{}")
+    save_file({"w": torch.zeros(3)}, tmp_path / WEIGHTS)
+    before = target_fingerprint(tmp_path)
+    assert before == target_fingerprint(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert target_fingerprint(tmp_path) == before
+    save_file({"w": torch.ones(3)}, tmp_path / WEIGHTS)
+    assert target_fingerprint(tmp_path) != before
+
+
+def test_the_shape_follows_the_target() -> None:
+    shape = shape_for_target(CONFIG_OF_TARGET, 8192)
+    assert (shape.hidden_size, shape.draft_vocab_size, shape.feature_width) == (576, 8192, 1728)
+    assert (shape.rope_theta, shape.capture_layers) == (100000.0, (1, 14, 26))
+    assert default_capture_layers(32) == (1, 15, 28)
+    assert shape_for_target(CONFIG_OF_TARGET, 10**6).draft_vocab_size == 49152
+
+
+def test_a_rotary_variant_that_the_network_does_not_compute_is_refused() -> None:
+    config = CONFIG_OF_TARGET | {"rope_scaling": {"rope_type": "llama3"}, "rope_parameters": None}
+    with pytest.raises(CheckpointError, match="llama3"):
+        shape_for_target(config, 8192)
+
+
+def test_day_0_is_the_same_for_every_process() -> None:
+    one, other = random_draft(SHAPE, 0), random_draft(SHAPE, 0)
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+    assert not torch.equal(one.fc.weight, random_draft(SHAPE, 1).fc.weight)

@@ -1,0 +1,170 @@
+"""The stream worker on a real broker: what is published is in the tables, also where Kafka's own offsets mislead."""
+
+from __future__ import annotations
+
+import signal
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from confluent_kafka import ConsumerGroupTopicPartitions, TopicPartition
+from confluent_kafka.admin import AdminClient, NewTopic  # type: ignore[attr-defined]  # re-exported without saying so
+from stream_worker import Publisher, chunk, rows_of_records, stream_settings, wait_until, worker
+
+from pipeline import topics
+from pipeline.batches import build
+from pipeline.offsets import LOST
+from pipeline.table import DeltaLog
+from pipeline.topics import TopicError
+from schemas.settings import Kafka, Settings
+from schemas.status import StreamStatus
+
+
+@dataclass
+class Stage:
+    """One test's topic, tables and publisher."""
+
+    settings: Settings
+    admin: AdminClient
+    publisher: Publisher
+    tables: DeltaLog
+    log: Path
+
+    def stored(self, records: int) -> bool:
+        return wait_until(lambda: rows_of_records(self.tables) >= records, 40)
+
+    def end(self, partition: int) -> int:
+        return 1 + max((r.offset for r in self.publisher.ledger.records if r.partition == partition), default=-1)
+
+    def partitions(self) -> range:
+        return range(self.settings.kafka.partitions)
+
+    def get(self, path: str) -> str:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.settings.stream.port}{path}", timeout=10) as answer:
+            return str(answer.read().decode())
+
+    def status(self) -> StreamStatus:
+        return StreamStatus.model_validate_json(self.get("/status"))
+
+    def assert_equal_to_the_ledger(self) -> None:
+        records = sorted(self.publisher.ledger.records, key=lambda r: (r.partition, r.offset))
+        for name, rows in build(records, self.settings.stream.context_tokens).rows.items():
+            stored = self.tables.read(name).sort_by([("partition", "ascending"), ("offset", "ascending")])
+            assert stored.equals(rows), name
+
+
+@pytest.fixture
+def stage(broker: str, tmp_path: Path, free_port: Callable[[], int]) -> Stage:
+    settings = stream_settings(broker, tmp_path, free_port())
+    topics.create(settings.kafka)
+    admin = AdminClient({"bootstrap.servers": broker})
+    return Stage(settings, admin, Publisher(settings), DeltaLog(settings.tables), tmp_path / "worker.log")
+
+
+def test_records_become_rows_and_unusable_ones_dead_letters(stage: Stage) -> None:
+    stage.publisher.send_many(range(50))
+    foreign = chunk(50, np.random.default_rng(0))
+    stage.publisher.send(foreign, b"not a chunk, but long enough")
+    stage.publisher.send(foreign, None)
+    stage.publisher.flush()
+    with worker(stage.settings, stage.log) as process:
+        assert stage.stored(52), stage.log.read_text()[-5_000:]
+        assert wait_until(
+            lambda: all(p.wanted == p.end == stage.end(p.partition) for p in stage.status().partitions), 9
+        )
+        status, metrics = stage.status(), stage.get("/metrics")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    stage.assert_equal_to_the_ledger()
+    assert stage.tables.read("dead_letters")["reason"].to_pylist().count("empty") == 1
+    assert (status.rows_written, status.dead_letters) == (stage.tables.row_count("traces"), 2)
+    assert (status.lost, status.error) == (0, None)
+    assert len(status.partitions) == stage.settings.kafka.partitions
+    assert f"aurora_stream_rows_written_total {float(status.rows_written)}" in metrics
+    assert 'aurora_stream_dead_letters_total{reason="empty"} 1.0' in metrics
+
+
+def test_a_group_offset_that_ran_ahead_of_the_tables_is_not_believed(stage: Stage) -> None:
+    stage.publisher.send_many(range(40))
+    ends = [TopicPartition(stage.settings.kafka.traces_topic, p, stage.end(p)) for p in stage.partitions()]
+    group = ConsumerGroupTopicPartitions(stage.settings.stream.group, ends)
+    for done in stage.admin.alter_consumer_group_offsets([group]).values():
+        done.result(10)
+    with worker(stage.settings, stage.log):
+        assert stage.stored(40), stage.log.read_text()[-5_000:]
+        stage.publisher.send_many(range(40, 60))
+        assert stage.stored(60), stage.log.read_text()[-5_000:]
+        assert stage.status().seeks_back > 0
+    stage.assert_equal_to_the_ledger()
+
+
+def test_records_that_the_broker_deleted_unread_are_an_alarm_and_a_dead_letter(stage: Stage) -> None:
+    stage.publisher.send_many(range(60))
+    deleted = {p: stage.end(p) // 2 for p in stage.partitions()}
+    starts = [TopicPartition(stage.settings.kafka.traces_topic, p, offset) for p, offset in deleted.items()]
+    for done in stage.admin.delete_records(starts).values():
+        done.result(10)
+    kept = 60 - sum(deleted.values())
+    with worker(stage.settings, stage.log):
+        assert wait_until(lambda: stage.tables.row_count("accepted") >= kept, 40), stage.log.read_text()[-5_000:]
+        assert stage.status().lost == sum(deleted.values())
+    letters = stage.tables.read("dead_letters").sort_by("partition").to_pylist()
+    assert [(row["reason"], row["offset"]) for row in letters] == [(LOST, 0)] * len(letters)
+    assert [row["detail"].split(":")[0] for row in letters] == [f"offsets 0 to {end - 1}" for end in deleted.values()]
+    offsets = stage.tables.read("accepted", ["partition", "offset"]).to_pylist()
+    assert sorted((row["partition"], row["offset"]) for row in offsets) == [
+        (p, offset) for p in stage.partitions() for offset in range(deleted[p], stage.end(p))
+    ]
+
+
+def test_while_a_table_cannot_be_written_nothing_is_acknowledged_and_then_it_goes_on(stage: Stage) -> None:
+    stage.publisher.send_many(range(20))
+    table, away = (Path(stage.settings.tables.uri) / name for name in ("traces", "away"))
+    with worker(stage.settings, stage.log) as process:
+        assert stage.stored(20), stage.log.read_text()[-5_000:]
+        table.rename(away)
+        table.write_text("a file where the table was")
+        stage.publisher.send_many(range(20, 40))
+        assert wait_until(lambda: "tables.uri" in (stage.status().error or ""), 40), stage.log.read_text()[-5_000:]
+        assert stage.tables.row_count("accepted") == 20
+        table.unlink()
+        away.rename(table)
+        assert stage.stored(40), stage.log.read_text()[-5_000:]
+        assert wait_until(lambda: stage.status().error is None, 20)
+        assert process.poll() is None
+    stage.assert_equal_to_the_ledger()
+
+
+def test_tables_that_were_filled_from_another_log_are_refused(stage: Stage) -> None:
+    stage.publisher.send_many(range(20))
+    with worker(stage.settings, stage.log):
+        assert stage.stored(20), stage.log.read_text()[-5_000:]
+    topic = stage.settings.kafka.traces_topic
+    stage.admin.delete_topics([topic])[topic].result(10)
+    assert wait_until(lambda: topic not in stage.admin.list_topics(timeout=10).topics, 20)
+    with worker(stage.settings, stage.log) as process:
+        assert process.wait(60) == 1
+    assert "the topic was created anew" in stage.log.read_text()
+
+
+def test_topics_are_created_once_and_checked_afterwards(stage: Stage) -> None:
+    topics.create(stage.settings.kafka)
+    larger = stage.settings.kafka.model_copy(update={"max_message_bytes": 2_000_000})
+    with pytest.raises(TopicError, match=r"kafka\.max_message_bytes to 1000000"):
+        topics.create(larger)
+
+    name = f"{stage.settings.kafka.traces_topic}-compacted"
+    compacted = NewTopic(name, 1, 1, config={"cleanup.policy": "compact"})
+    stage.admin.create_topics([compacted])[name].result(10)
+    with pytest.raises(TopicError, match="compacted"):
+        topics.create(stage.settings.kafka.model_copy(update={"traces_topic": name}))
+    with pytest.raises(TopicError, match=r"check kafka\.replication"):
+        topics.create(stage.settings.kafka.model_copy(update={"traces_topic": f"{name}-3", "replication": 3}))
+
+
+def test_a_broker_that_does_not_answer_is_named_with_its_setting(free_port: Callable[[], int]) -> None:
+    with pytest.raises(TopicError, match=r"kafka\.bootstrap"):
+        topics.create(Kafka(bootstrap=f"127.0.0.1:{free_port()}"), timeout_s=1)

@@ -1,0 +1,177 @@
+"""A stream worker as a process, and a publisher that keeps a ledger: what the tests of the stream stand on."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from confluent_kafka import KafkaError, Message, Producer
+
+from pipeline.batches import Record
+from pipeline.table import DeltaLog
+from schemas import trace
+from schemas.settings import Kafka, Settings, Stream, Tables, to_environ
+from schemas.trace import ROOT, Chunk, Envelope, Round, encode, to_bf16
+
+Headers = list[tuple[str, bytes | None]]
+
+WORKER = """
+from schemas import logs, settings
+from pipeline.app import run
+logs.configure("stream")
+run(settings.load())
+"""
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+@dataclass
+class Ledger:
+    """Every record that the broker acknowledged, with the coordinates that it was given."""
+
+    records: list[Record] = field(default_factory=list)
+    errors: list[KafkaError] = field(default_factory=list)
+
+    def delivered(self, headers: Headers, error: KafkaError | None, message: Message) -> None:
+        """Note a record; the message of a delivery report has no headers."""
+        if error is not None:
+            self.errors.append(error)
+            return
+        _, milliseconds = message.timestamp()
+        self.records.append(
+            Record(
+                message.topic() or "",
+                message.partition() or 0,
+                message.offset() or 0,
+                milliseconds * 1000,
+                message.key(),
+                message.value(),
+                tuple(headers),
+            )
+        )
+
+
+def chunk(request: int, rng: np.random.Generator) -> Chunk:
+    """A short request with two or three rounds."""
+    rounds: list[Round] = []
+    position, root = 0, 1
+    for number in range(int(rng.integers(2, 4))):
+        drafted = tuple(map(int, rng.integers(0, 999, 3))) if number else ()
+        kept = int(rng.integers(0, 4)) if number else 0
+        tokens = (root, *drafted[:kept]) if number else tuple(map(int, rng.integers(0, 999, 5)))
+        root = int(rng.integers(0, 999))
+        rounds.append(
+            Round(
+                round=number,
+                position=position,
+                tokens=tokens,
+                features=to_bf16(rng.standard_normal((len(tokens), 12)).astype(np.float32)),
+                draft_tokens=drafted,
+                draft_parents=tuple(range(ROOT, len(drafted) - 1)),
+                draft_logprobs=tuple(-rng.random(len(drafted))),
+                accepted=tuple(range(kept)),
+                bonus=root,
+                top_ids=rng.integers(0, 999, (1 + len(drafted), 2), dtype=np.int32),
+                top_logprobs=-rng.random((1 + len(drafted), 2), dtype=np.float32),
+                speculator="3" if number else "",
+                draft_us=1,
+                verify_us=2,
+                time_us=request,
+            )
+        )
+        position += len(tokens)
+    envelope = Envelope(
+        request=f"request-{request}",
+        chunk=0,
+        last=True,
+        node="node-0",
+        target="target",
+        line="line",
+        features="inline",
+        feature_width=12,
+        top_k=2,
+        temperature=0.0,
+        top_p=1.0,
+    )
+    return Chunk(envelope, tuple(rounds))
+
+
+def stream_settings(broker: str, folder: Path, port: int) -> Settings:
+    """Settings with a topic, a group and tables of the test's own."""
+    return Settings(
+        kafka=Kafka(
+            bootstrap=broker, traces_topic=f"traces-{folder.name}", speculators_topic=f"speculators-{folder.name}"
+        ),
+        tables=Tables(uri=str(folder / "tables")),
+        stream=Stream(port=port, group=f"group-{folder.name}", data_dir=str(folder), flush_s=0.2, flush_records=64),
+    )
+
+
+class Publisher:
+    """Sends records as a node does."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.ledger = Ledger()
+        self._topic = settings.kafka.traces_topic
+        self._producer = Producer({"bootstrap.servers": settings.kafka.bootstrap, "enable.idempotence": True})
+
+    def send(self, made: Chunk, value: bytes | None) -> None:
+        """Send ``value`` under the key and headers of a chunk."""
+        headers: Headers = [
+            ("content-type", trace.CONTENT_TYPE.encode()),
+            ("schema", trace.fingerprint().encode()),
+            ("rows", str(len(made.rounds)).encode()),
+        ]
+        self._producer.produce(
+            self._topic,
+            value,
+            key=made.envelope.request.encode(),
+            headers=list(headers),
+            on_delivery=partial(self.ledger.delivered, headers),
+        )
+        self._producer.poll(0)
+
+    def send_many(self, requests: range) -> None:
+        """Send one sound chunk for each request and wait until the broker has them."""
+        rng = np.random.default_rng(requests.start)
+        for request in requests:
+            made = chunk(request, rng)
+            self.send(made, encode(made))
+        self.flush()
+
+    def flush(self) -> None:
+        """Wait until the broker has everything."""
+        self._producer.flush()
+
+
+@contextmanager
+def worker(settings: Settings, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    environ = {**os.environ, **to_environ(settings), "OMP_NUM_THREADS": "1"}
+    with log.open("ab") as output:
+        process = subprocess.Popen([sys.executable, "-c", WORKER], env=environ, cwd=CHECKOUT, stderr=output)
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait()
+
+
+def rows_of_records(tables: DeltaLog) -> int:
+    """Records in the tables: each gives one row of either."""
+    return tables.row_count("accepted") + tables.row_count("dead_letters")
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+    return True

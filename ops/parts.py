@@ -89,13 +89,12 @@ def plan(settings: Settings) -> Plan:
         parts.append(_broker(settings))
     if embeds_registry(settings):
         parts.append(_registry(settings))
-    broker = tuple(part.name for part in parts if part.name == "broker")
-    embedded = tuple(part.name for part in parts)
+    broker = tuple(part.name for part in parts if part.name == "broker")  # the others wait for the registry themselves
     serve = f"http://{settings.serve.host}:{settings.serve.port}/ready"
     parts += [
         _own("stream", settings, {"stream.port": settings.stream.port}, after=broker),
-        _own("train", settings, {"train.port": settings.train.port}, after=embedded, nice=_LEARNING_NICE),
-        _own("promoter", settings, {"promoter.port": settings.promoter.port}, after=embedded, nice=_LEARNING_NICE),
+        _own("train", settings, {"train.port": settings.train.port}, after=broker, nice=_LEARNING_NICE),
+        _own("promoter", settings, {"promoter.port": settings.promoter.port}, after=broker, nice=_LEARNING_NICE),
         _own("serve", settings, {"serve.port": settings.serve.port}, after=broker, probe=serve),
     ]
     return Plan(settings, tuple(parts))

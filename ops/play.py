@@ -36,7 +36,7 @@ def schedule(minutes: float, started_s: float) -> Schedule:
     After the traffic come the requests without speculation, the drain, the stop, and the check by the target alone.
     """
     short = minutes < 6
-    after_s = 75.0 if short else 120.0
+    after_s = 100.0 if short else 140.0
     return Schedule(max(30.0, minutes * 60 - started_s - after_s), 16 if short else 24)
 
 
@@ -61,6 +61,8 @@ class Player:
     _plain: Load | None = None
     _versions: tuple[versions.Registered, ...] = ()
     _promoted: tuple[versions.Promoted, ...] = ()
+    _champions: list[str | None] = field(default_factory=list)
+    """Every champion that was seen, the one of the beginning first."""
     _gatherer: Gatherer | None = None
 
     def play(self, minutes: float) -> None:
@@ -99,6 +101,7 @@ class Player:
         self._phase = "catching up"
         self._until(lambda: self._overview.trace_lag == 0, _CATCH_UP_S)
         self._base = self._count()
+        self._champions = self._champions[-1:]
 
     def _new_load(self) -> Load:
         settings = self.stack.settings
@@ -174,6 +177,9 @@ class Player:
         self._overview = seen.model_copy(
             update={name: getattr(self._overview, name) for name in seen.silent if name != "tables"}
         )
+        promoter = self._overview.promoter
+        if promoter and promoter.champion not in self._champions:
+            self._champions.append(promoter.champion)
         if serve := self._overview.serve:
             train = self._overview.train
             self._samples.append(
@@ -189,7 +195,7 @@ class Player:
 
     def _view(self) -> View:
         done = [*self._load.done] if self._load else []
-        serve, train, promoter = self._overview.serve, self._overview.train, self._overview.promoter
+        serve, train = self._overview.serve, self._overview.train
         return View(
             phase=self._phase,
             elapsed_s=time.monotonic() - self._began,
@@ -204,7 +210,7 @@ class Player:
             step=train.step if train else 0,
             loss=train.loss if train else None,
             registered=len(train.registered) if train else 0,
-            promoted=promoter.moves if promoter else 0,
+            promoted=max(len(self._champions) - 1, 0),
             serving=serve.speculator if serve else "",
         )
 

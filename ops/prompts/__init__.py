@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-DOMAINS = ("math", "code")
+DOMAINS = ("code", "math")
+"""In the order in which the demo sends them."""
 
 
 def read(domain: str) -> list[str]:

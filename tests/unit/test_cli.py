@@ -1,0 +1,96 @@
+"""The command's manners: one clear line and exit code 2 for what a user can put right."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from ops.cli import app
+
+
+@pytest.fixture(autouse=True)
+def _empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def aurora(*arguments: str) -> Result:
+    return CliRunner().invoke(app, arguments)
+
+
+def test_flags_reach_the_settings() -> None:
+    told = aurora("settings", "--json", "--set", "serve.port=9000", "--set", "kafka.bootstrap=kafka:9092")
+    assert told.exit_code == 0
+    values = json.loads(told.stdout)
+    assert (values["serve"]["port"], values["kafka"]["bootstrap"]) == (9000, "kafka:9092")
+
+
+def test_the_printed_settings_are_a_settings_file_again(tmp_path: Path) -> None:
+    file = tmp_path / "again.toml"
+    file.write_text(aurora("settings", "--set", "serve.node=here").stdout)
+    told = aurora("settings", "--json", "--config", str(file))
+    assert json.loads(told.stdout)["serve"]["node"] == "here"
+
+
+@pytest.mark.parametrize(
+    "command", ["serve", "stream", "train", "promoter", "up", "down", "status", "demo", "settings"]
+)
+def test_an_unknown_setting_is_one_line_and_exit_code_2(command: str) -> None:
+    told = aurora(command, "--set", "kafka.botstrap=x")
+    assert told.exit_code == 2
+    assert told.stderr == "aurora: kafka.botstrap: unknown setting; did you mean 'kafka.bootstrap'?\n"
+
+
+def test_a_flag_without_a_value_is_explained() -> None:
+    told = aurora("settings", "--set", "serve.port")
+    assert (told.exit_code, told.stderr) == (2, "aurora: --set serve.port: expected SECTION.KEY=VALUE\n")
+
+
+def test_status_with_nothing_running_exits_1(free_port: object) -> None:
+    ports = [f"--set={part}.port={free_port()}" for part in ("serve", "stream", "train", "promoter")]  # type: ignore[operator]
+    told = aurora("status", *ports)
+    assert told.exit_code == 1
+    assert "nothing runs here" in told.stderr
+
+
+def test_down_with_nothing_running_says_so() -> None:
+    assert aurora("down").stdout == "nothing runs here\n"
+
+
+def test_a_state_file_of_a_process_that_is_gone_is_not_believed(tmp_path: Path) -> None:
+    folder = tmp_path / ".aurora"
+    folder.mkdir()
+    state = {"pid": 1, "created": 0.0, "ready": True, "environ": {}, "parts": {}}
+    (folder / "up.json").write_text(json.dumps(state))
+    assert aurora("down").stdout == "nothing runs here\n"
+
+
+def test_a_target_that_is_missing_is_named() -> None:
+    told = aurora("up", "--set", "target.path=nowhere", "--set", "target.name=mine")
+    assert told.exit_code == 2
+    assert "target.path: no model in nowhere" in told.stderr
+
+
+def test_fresh_wipes_nothing_outside_the_stacks_folder(tmp_path: Path) -> None:
+    from ops.demo import wipe
+    from ops.errors import UserError
+    from schemas.settings import load
+
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    for value in (str(precious), "s3://bucket/tables", ".aurora"):
+        with pytest.raises(UserError, match=r"tables\.uri"):
+            wipe(load(environ={}, flags={"tables.uri": value}))
+    assert precious.exists()
+
+
+def test_fresh_forgets_data_and_keeps_the_model(tmp_path: Path) -> None:
+    from ops.demo import wipe
+    from schemas.settings import load
+
+    for name in ("models", "broker", "registry", "tables", "train", "stream", "demo"):
+        (tmp_path / ".aurora" / name).mkdir(parents=True)
+    wipe(load(environ={}))
+    assert [folder.name for folder in (tmp_path / ".aurora").iterdir()] == ["models"]

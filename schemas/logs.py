@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from typing import Any
 
 import structlog
 
@@ -12,6 +13,7 @@ def configure(process: str, level: str = "info") -> None:
     """Send structlog and the standard library's loggers to stderr as JSON lines."""
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
+        _of(process),
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
@@ -32,4 +34,12 @@ def configure(process: str, level: str = "info") -> None:
         )
     )
     logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
-    structlog.contextvars.bind_contextvars(process=process)
+
+
+def _of(process: str) -> structlog.typing.Processor:
+    """Names the process in every entry; a context variable would be missing on threads other than the first."""
+
+    def add(_logger: Any, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+        return {"process": process, **event}
+
+    return add

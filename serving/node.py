@@ -14,6 +14,7 @@ import torch
 import uvicorn
 from prometheus_client import CollectorRegistry
 from transformers import AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from schemas import logs
 from schemas.settings import Settings, SettingsError
@@ -39,6 +40,7 @@ def run(settings: Settings) -> None:
         SettingsError: the address is taken, the target cannot be served, or a Kafka option is unknown.
     """
     logs.configure("serve")
+    disable_progress_bar()
     signal.signal(signal.SIGTERM, _leave)
     signal.signal(signal.SIGINT, _leave)
     torch.set_num_threads(settings.serve.threads)
@@ -70,7 +72,9 @@ def _serve(
     tokenizer = AutoTokenizer.from_pretrained(settings.target.path, local_files_only=True)
     app = api.create(engine, tokenizer, settings.target.name, figures)
     admin.add(app, settings.serve.node, engine, figures, metrics, publisher, puller)
-    config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=_DRAIN_S)
+    config = uvicorn.Config(
+        app, log_config=None, log_level="warning", access_log=False, timeout_graceful_shutdown=_DRAIN_S
+    )
     host, port = server_socket.getsockname()[:2]
     log.info("serving", host=host, port=port, target=engine.target, line=engine.line)
     uvicorn.Server(config).run(sockets=[server_socket])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -31,6 +32,7 @@ from serving.node import _bind
 from trainer.registry import SpeculatorRegistry
 
 MODEL = "smollm2-135m-instruct"
+_LONG = "Write a long story about a dragon and a lighthouse."
 _COMMAND = "from schemas.settings import load; from serving.node import run; run(load())"
 
 
@@ -95,8 +97,6 @@ def start(smollm2: Path, tmp_path: Path, free_port: Callable[[], int]) -> Iterat
 
 
 def _without_settings() -> dict[str, str]:
-    import os
-
     return {name: value for name, value in os.environ.items() if not name.startswith("AURORA_")}
 
 
@@ -150,7 +150,7 @@ def test_every_round_is_traced_and_a_swap_under_load_changes_no_answer(
 ) -> None:
     topic = make_topic(broker)
     node = start(kafka__bootstrap=broker, kafka__traces_topic=topic, registry__uri=registry)
-    before = node.ask("Count from one to twenty.", max_tokens=48)
+    before = node.ask(_LONG, max_tokens=48)
 
     config = json.loads((smollm2 / "config.json").read_text())
     draft = random_draft(shape_for_target(config, node.settings.speculator.draft_vocabulary), seed=9)
@@ -160,10 +160,7 @@ def test_every_round_is_traced_and_a_swap_under_load_changes_no_answer(
     version = trainer.register(status.line, tmp_path / "version", {}, {})
 
     answers: list[Any] = []
-    streams = [
-        threading.Thread(target=lambda: answers.append(node.ask("Count from one to twenty.", max_tokens=150)))
-        for _ in range(2)
-    ]
+    streams = [threading.Thread(target=lambda: answers.append(node.ask(_LONG, max_tokens=200))) for _ in range(2)]
     for stream in streams:
         stream.start()
     eventually(lambda: node.status().running == 2)
@@ -197,7 +194,7 @@ def test_every_round_is_traced_and_a_swap_under_load_changes_no_answer(
 
 def test_a_node_told_to_end_finishes_the_answer_that_it_gives(start: Callable[..., Node]) -> None:
     node = start()
-    stream = iter(node.ask("Tell me about the sea.", max_tokens=40, stream=True))
+    stream = iter(node.ask("Tell me about the sea.", max_tokens=12, stream=True))
     next(stream)
     node.process.send_signal(signal.SIGTERM)
     assert [chunk.choices[0].finish_reason for chunk in stream][-1] in ("stop", "length")

@@ -195,6 +195,8 @@ class StreamWorker:
     async def _seek_back(self, source: Source) -> None:
         """Ask the consumer for the wanted record again."""
         wanted = await self._check_log(source)
+        if TP(*source) not in self.app.consumer.assignment():
+            return
         self._sought[source] = wanted
         self.counts.seeks_back += 1
         log.warning("seek_back", topic=source.topic, partition=source.partition, offset=wanted)

@@ -1,0 +1,174 @@
+"""Versions, tags, aliases and the record of their moves, on a real MLflow server and a real broker."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from confluent_kafka import Consumer, TopicPartition
+from confluent_kafka.admin import AdminClient, ConfigResource
+
+from pipeline.table import DeltaLog
+from schemas.events import AliasMoved
+from schemas.settings import Kafka, Settings, load
+from schemas.settings import Registry as RegistrySettings
+from schemas.speculator import checkpoint
+from schemas.speculator.network import DraftShape, random_draft
+from trainer.audit import Audit, BrokerError, KafkaEvents
+from trainer.gate import HeldBack
+from trainer.promoter import Promoter
+from trainer.registry import RegistryError, SpeculatorRegistry
+
+SHAPE = DraftShape(8, 8, 2, 1, 4, 32, 16, 1e-6, 100.0, 64, (1, 2, 3))
+
+
+@pytest.fixture
+def versions(registry: str) -> SpeculatorRegistry:
+    return SpeculatorRegistry(RegistrySettings(uri=registry))
+
+
+@pytest.fixture
+def target() -> str:
+    return uuid.uuid4().hex
+
+
+def register(
+    versions: SpeculatorRegistry, folder: Path, target: str, seed: int, tags: dict[str, str]
+) -> tuple[str, str]:
+    """Line and number of a new version."""
+    line = checkpoint.write(random_draft(SHAPE, seed), folder, target).line
+    return line, versions.register(line, folder, tags, {"accept_length": 0.25})
+
+
+def held_back(accept_length: float, champion: str, champion_accept_length: float) -> dict[str, str]:
+    figures = HeldBack(
+        accept_length=accept_length, champion=champion, champion_accept_length=champion_accept_length, windows=20
+    )
+    return {"held_back": figures.model_dump_json()}
+
+
+def test_a_version_comes_back_byte_for_byte_with_its_tags(
+    versions: SpeculatorRegistry, tmp_path: Path, target: str
+) -> None:
+    tags = {"line": "l", "parent": "random-0", "tables": json.dumps({"accepted": 7}), "label": "übung ✓"}
+    line, first = register(versions, tmp_path / "first", target, 0, tags)
+    _, second = register(versions, tmp_path / "second", target, 1, {})
+    assert (first, second) == ("1", "2")
+    assert versions.tags(line, first) == tags
+    files = versions.download(line, first, tmp_path / "back")
+    written = {p.name: p.read_bytes() for p in (tmp_path / "first").iterdir()}
+    assert {p.name: p.read_bytes() for p in files.iterdir()} == written
+    checkpoint.read(files, line)
+
+
+def test_aliases_name_versions_and_can_be_moved(versions: SpeculatorRegistry, tmp_path: Path, target: str) -> None:
+    line, first = register(versions, tmp_path / "first", target, 0, {})
+    _, second = register(versions, tmp_path / "second", target, 1, {})
+    assert versions.aliases(line) == {}
+    versions.point(line, "champion", first)
+    versions.point(line, "candidate", second)
+    versions.point(line, "champion", second)
+    assert versions.aliases(line) == {"champion": second, "candidate": second}
+    assert {found.name: found.aliases for found in versions.lines()}[line] == versions.aliases(line)
+
+
+def test_a_line_that_was_never_registered_has_no_aliases(versions: SpeculatorRegistry) -> None:
+    assert versions.aliases("never-registered") == {}
+
+
+def test_what_the_registry_does_not_have_is_a_registry_error(
+    versions: SpeculatorRegistry, tmp_path: Path, target: str
+) -> None:
+    line, _ = register(versions, tmp_path / "first", target, 0, {})
+    with pytest.raises(RegistryError):
+        versions.point(line, "champion", "99")
+    with pytest.raises(RegistryError):
+        versions.download(line, "99", tmp_path / "back")
+
+
+def test_a_registry_that_is_away_is_said_to_be_within_seconds(free_port: Callable[[], int], tmp_path: Path) -> None:
+    away = SpeculatorRegistry(RegistrySettings(uri=f"http://127.0.0.1:{free_port()}", timeout_s=2))
+    with pytest.raises(RegistryError, match=r"registry\.uri http://127"):
+        away.lines()
+    with pytest.raises(RegistryError):
+        away.register("line", tmp_path, {}, {})
+
+
+@pytest.fixture
+def settings(broker: str, registry: str, tmp_path: Path) -> Settings:
+    flags = {
+        "kafka.bootstrap": broker,
+        "kafka.speculators_topic": f"speculators-{uuid.uuid4().hex[:8]}",
+        "registry.uri": registry,
+        "tables.uri": str(tmp_path / "tables"),
+    }
+    return load(environ={}, flags=flags)
+
+
+def promoter_of(settings: Settings) -> Promoter:
+    audit = Audit(DeltaLog(settings.tables), KafkaEvents(settings.kafka))
+    return Promoter(settings, SpeculatorRegistry(settings.registry), audit)
+
+
+def events(kafka: Kafka, line: str) -> list[AliasMoved]:
+    consumer = Consumer({"bootstrap.servers": kafka.bootstrap, "group.id": uuid.uuid4().hex})
+    partition = TopicPartition(kafka.speculators_topic, 0, 0)
+    consumer.assign([partition])
+    _, end = consumer.get_watermark_offsets(partition, timeout=20)
+    found = []
+    while end and (message := consumer.poll(20)):
+        moved = AliasMoved.model_validate_json(message.value() or b"")
+        assert message.key() == moved.key.encode()
+        if moved.line == line:
+            found.append(moved)
+        if message.offset() == end - 1:
+            break
+    consumer.close()
+    return found
+
+
+def test_a_promotion_is_seen_in_the_registry_the_table_and_on_the_topic(
+    settings: Settings, versions: SpeculatorRegistry, tmp_path: Path, target: str
+) -> None:
+    promoter = promoter_of(settings)
+    line, first = register(versions, tmp_path / "first", target, 0, held_back(0.3, "random-0", 0.0))
+    versions.point(line, "candidate", first)
+    promoter.poll()
+    _, second = register(versions, tmp_path / "second", target, 1, held_back(0.5, first, 0.3))
+    versions.point(line, "candidate", second)
+    promoter.poll()
+    assert promoter.status().error is None
+    assert versions.aliases(line) == {"candidate": second, "champion": second, "previous": first}
+
+    rows = [row for row in DeltaLog(settings.tables).read("promotions").to_pylist() if row["line"] == line]
+    assert [(r["alias"], r["from_version"], r["to_version"]) for r in rows] == [
+        ("candidate", None, first),
+        ("champion", None, first),
+        ("candidate", first, second),
+        ("champion", first, second),
+        ("previous", None, first),
+    ]
+    sent = events(settings.kafka, line)
+    assert sorted((e.alias, e.to_version or "") for e in sent) == sorted((r["alias"], r["to_version"]) for r in rows)
+    promoted = next(e for e in sent if e.key == f"{line}/champion" and e.to_version == second)
+    assert (promoted.actor, promoted.figures["accept_length"]) == ("promoter", 0.5)
+
+    admin = AdminClient({"bootstrap.servers": settings.kafka.bootstrap})
+    resource = ConfigResource("topic", settings.kafka.speculators_topic)
+    assert admin.describe_configs([resource])[resource].result(20)["cleanup.policy"].value == "compact"
+
+    # A second process finds nothing to do but to say the last moves again.
+    again = promoter_of(settings)
+    again.poll()
+    assert again.status().moves == 0
+    last = {e.key: e for e in sent}
+    assert {e.key: e for e in events(settings.kafka, line)[len(sent) :]} == last
+
+
+def test_a_broker_that_is_away_is_a_broker_error(free_port: Callable[[], int]) -> None:
+    away = KafkaEvents(Kafka(bootstrap=f"127.0.0.1:{free_port()}"))
+    with pytest.raises(BrokerError, match=r"kafka\.bootstrap"):
+        away.send("line/champion", b"{}")

@@ -1,0 +1,324 @@
+"""The trainer on real tables and a real registry: it learns, registers, stops cleanly, resumes, outlives outages."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import numpy as np
+import pytest
+import torch
+from recorded import record_of, round_of, tables_of
+from safetensors.torch import save_file
+
+from pipeline.table import DeltaLog
+from schemas.settings import Settings, load, to_environ
+from schemas.speculator import checkpoint
+from schemas.status import TrainStatus
+from schemas.trace import Round
+from trainer.gate import HeldBack
+from trainer.registry import SpeculatorRegistry
+from trainer.target import Target, read_target
+from trainer.train import Trainer
+
+VOCABULARY, HIDDEN = 40, 16
+RUN_TRAINER = "from schemas.settings import load; from trainer.train import run; run(load())"
+RUN_PROMOTER = "from schemas.settings import load; from trainer.promoter import run; run(load())"
+
+
+def write_target(folder: Path) -> None:
+    """A target as far as the trainer reads it; random, so that every test has a line of its own."""
+    folder.mkdir()
+    config = {
+        "hidden_size": HIDDEN,
+        "intermediate_size": 32,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "num_hidden_layers": 8,
+        "vocab_size": VOCABULARY,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 256,
+        "name": uuid.uuid4().hex,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({"model.embed_tokens.weight": torch.randn(VOCABULARY, HIDDEN)}, folder / "model.safetensors")
+
+
+def after(token: int) -> int:
+    return (token * 7 + 3) % 30
+
+
+def request_of(first: int) -> list[Round]:
+    """A request in which every token follows from the one before; every draft has a right and a wrong token."""
+    tokens = [first]
+    while len(tokens) < 24:
+        tokens.append(after(tokens[-1]))
+    features = np.random.default_rng(0).standard_normal((VOCABULARY, 3 * HIDDEN)).astype(np.float32)
+
+    def said(*consumed: int) -> np.ndarray:
+        return np.array([[after(token), 35] for token in consumed])
+
+    rounds = [round_of(0, 0, tokens[:4], tokens[4], features=features[tokens[:4]], said=said(tokens[3]))]
+    for at in range(4, 20, 2):
+        pair, wrong = tokens[at : at + 2], (tokens[at + 2] + 1) % 30
+        rounds.append(
+            round_of(
+                len(rounds),
+                at,
+                pair,
+                tokens[at + 2],
+                [pair[1], wrong],
+                features=features[pair],
+                said=said(*pair, wrong),
+            )
+        )
+    return rounds
+
+
+class World:
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.target: Target = read_target(settings)
+        self.registry = SpeculatorRegistry(settings.registry)
+        self.tables = DeltaLog(settings.tables)
+        self.tables.create()
+        self.offset = 0
+
+    def serve(self, requests: int) -> None:
+        """Commit rows of new requests as the stream does."""
+        records = []
+        for _ in range(requests):
+            rounds = request_of(self.offset % 30)
+            lineage = {"target": self.target.fingerprint, "line": self.target.line}
+            records.append(
+                record_of(f"request-{self.offset}", rounds, self.offset, feature_width=3 * HIDDEN, top_k=2, **lineage)
+            )
+            self.offset += 1
+        rows = tables_of(*records)
+        for name in ("rejected", "accepted"):
+            self.tables.append(name, rows[name])
+
+
+@pytest.fixture
+def world(registry: str, broker: str, tmp_path: Path, free_port: Callable[[], int]) -> World:
+    write_target(tmp_path / "target")
+    flags = {
+        "target.path": str(tmp_path / "target"),
+        "speculator.draft_vocabulary": 32,
+        "kafka.bootstrap": broker,
+        "kafka.speculators_topic": f"speculators-{uuid.uuid4().hex[:8]}",
+        "registry.uri": registry,
+        "registry.timeout_s": 5,
+        "tables.uri": str(tmp_path / "tables"),
+        "train.dir": str(tmp_path / "train"),
+        "train.port": free_port(),
+        "train.learning_rate": 5e-3,
+        "train.held_back_share": 0.25,
+        "train.max_passes": 60,
+        "train.register_every_s": 1.5,
+        "train.checkpoint_every_s": 1,
+        "train.poll_s": 0.1,
+        "promoter.port": free_port(),
+        "promoter.poll_s": 0.2,
+        "promoter.min_windows": 4,
+    }
+    return World(load(environ={}, flags=flags))
+
+
+def until(holds: Callable[[], object], what: str, timeout_s: float = 120) -> None:
+    end = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < end, f"not in {timeout_s} s: {what}"
+        time.sleep(0.1)
+
+
+@contextmanager
+def process(settings: Settings, code: str, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    environ = {**os.environ, **to_environ(settings), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    with log.open("ab") as file:
+        started = subprocess.Popen([sys.executable, "-c", code], env=environ, stdout=file, stderr=file)
+    try:
+        yield started
+    finally:
+        started.kill()
+        started.wait()
+
+
+def get(port: int, path: str) -> bytes:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as answer:
+        body: bytes = answer.read()
+    return body
+
+
+def train_status(settings: Settings) -> TrainStatus | None:
+    with suppress(OSError):
+        return TrainStatus.model_validate_json(get(settings.train.port, "/status"))
+    return None
+
+
+def step_of(settings: Settings) -> int:
+    status = train_status(settings)
+    return status.step if status else 0
+
+
+def end(running: subprocess.Popen[bytes]) -> int:
+    running.send_signal(signal.SIGTERM)
+    return running.wait(60)
+
+
+def test_the_loop_from_rows_to_a_champion_that_drafts_better(world: World, tmp_path: Path) -> None:
+    settings, line = world.settings, world.target.line
+    world.serve(60)
+    with (
+        process(settings, RUN_TRAINER, tmp_path / "train.log") as trainer,
+        process(settings, RUN_PROMOTER, tmp_path / "promoter.log") as promoter,
+    ):
+        until(lambda: world.registry.aliases(line).get("champion"), "a champion")
+        world.serve(30)
+        until(lambda: int(world.registry.aliases(line)["champion"]) >= 2, "a second champion")
+        until(lambda: (s := train_status(settings)) and len(s.registered) >= 2, "the trainer to say so")
+        status = train_status(settings)
+        assert status is not None
+        assert status.error is None
+        assert status.registered[:2] == ["1", "2"]
+        assert status.cursor > 0
+        assert status.accept_length is not None
+        assert b"aurora_train_steps_total" in get(settings.train.port, "/metrics")
+        assert b'aurora_promoter_moves_total{alias="champion"}' in get(settings.promoter.port, "/metrics")
+        with pytest.raises(OSError, match="404"):
+            get(settings.train.port, "/elsewhere")
+        assert (end(trainer), end(promoter)) == (0, 0)
+
+    champion = world.registry.aliases(line)["champion"]
+    tags = world.registry.tags(line, champion)
+    figures = HeldBack.of(tags)
+    assert figures.accept_length > figures.champion_accept_length
+    assert figures.windows >= settings.promoter.min_windows
+    assert {"line", "target", "parent", "tables", "code", "metrics", "held_back"} <= tags.keys()
+    assert world.registry.tags(line, "1")["parent"] == "random-0"
+    assert world.registry.tags(line, "2")["parent"] == "1"
+    assert json.loads(tags["tables"])["accepted"] > 0
+    draft = checkpoint.read(world.registry.download(line, champion, tmp_path / "champion"), line)
+    assert not torch.equal(draft.fc.weight, world.target.day_0.fc.weight)
+    rows = DeltaLog(settings.tables).read("promotions").to_pylist()
+    moves = [row for row in rows if row["line"] == line and row["alias"] == "champion"]
+    assert [row["to_version"] for row in moves][:1] == ["1"]
+    assert all(row["actor"] == "promoter" for row in moves)
+
+
+def test_a_stopped_or_killed_trainer_goes_on_from_its_checkpoint(world: World, tmp_path: Path) -> None:
+    settings, log = world.settings, tmp_path / "train.log"
+    world.serve(40)
+    with process(settings, RUN_TRAINER, log) as trainer:
+        until(lambda: step_of(settings) >= 5, "steps")
+        assert end(trainer) == 0
+    newest = max((Path(settings.train.dir) / world.target.line).iterdir())
+    stopped_at = int(newest.name.removeprefix("step-"))
+    assert stopped_at >= 5
+
+    with process(settings, RUN_TRAINER, log) as trainer:
+        until(lambda: step_of(settings) >= stopped_at, "the step that it stopped at")
+        seen = train_status(settings)
+        assert seen is not None
+        assert seen.tokens_seen >= stopped_at * 20
+        world.serve(40)
+        until(lambda: max((Path(settings.train.dir) / world.target.line).glob("step-*")) > newest, "a checkpoint")
+        trainer.kill()
+        trainer.wait()
+    with process(settings, RUN_TRAINER, log) as trainer:
+        until(lambda: step_of(settings) > stopped_at, "steps after the kill")
+        until(lambda: (s := train_status(settings)) and s.cursor == s.table_version, "everything to be read")
+        assert end(trainer) == 0
+
+
+class Gate:
+    """Forwards connections to the registry, while it is open."""
+
+    def __init__(self, uri: str) -> None:
+        self._to = (urlsplit(uri).hostname or "", urlsplit(uri).port or 0)
+        self.open = False
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.uri = f"http://127.0.0.1:{self._server.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        self._server.close()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                client, _ = self._server.accept()
+                if self.open:
+                    threading.Thread(target=self._forward, args=(client,), daemon=True).start()
+                else:
+                    client.close()
+
+    def _forward(self, client: socket.socket) -> None:
+        with client, socket.create_connection(self._to) as server, suppress(OSError):
+            while self.open:
+                for ready in select.select([client, server], [], [], 0.2)[0]:
+                    if not (data := ready.recv(1 << 16)):
+                        return
+                    (server if ready is client else client).sendall(data)
+
+
+def test_a_registry_that_is_away_stops_no_training_and_is_used_when_it_is_back(world: World, registry: str) -> None:
+    gate = Gate(registry)
+    flags = {f"{section}.{key}": v for section, of in world.settings.model_dump().items() for key, v in of.items()}
+    settings = load(environ={}, flags={**flags, "registry.uri": gate.uri})
+    stopping = threading.Event()
+    trainer = Trainer(settings, world.target, stopping)
+    thread = threading.Thread(target=trainer.run, daemon=True)
+    world.serve(60)
+    thread.start()
+    try:
+        # Without a checkpoint of its own it does not know whether there is a champion to start from: it waits.
+        until(lambda: "registry.uri" in (trainer.status().error or ""), "the first failure")
+        assert trainer.status().step == 0
+        gate.open = True
+        until(lambda: trainer.status().step > 0, "training")
+        assert trainer.status().error is None
+        gate.open = False
+        until(lambda: "registry.uri" in (trainer.status().error or ""), "a failure to register")
+        world.serve(20)
+        until(lambda: trainer.status().cursor == world.tables.version("accepted"), "the new rows to be read")
+        failed_at = trainer.status().step
+        world.serve(20)
+        until(lambda: trainer.status().step > failed_at, "steps without a registry")
+        gate.open = True
+        until(lambda: trainer.status().registered, "a version")
+        until(lambda: trainer.status().error is None, "no error")
+    finally:
+        stopping.set()
+        thread.join(60)
+        gate.close()
+    assert not thread.is_alive()
+    assert world.registry.aliases(world.target.line)["candidate"]
+
+
+def test_a_first_start_begins_with_the_champion_of_its_line(world: World, tmp_path: Path) -> None:
+    line, draft = world.target.line, world.target.new_draft()
+    with torch.no_grad():
+        draft.norm.weight.fill_(1.5)
+    checkpoint.write(draft, tmp_path / "version", world.target.fingerprint)
+    version = world.registry.register(line, tmp_path / "version", {}, {})
+    world.registry.point(line, "champion", version)
+    stopping = threading.Event()
+    trainer = Trainer(world.settings, world.target, stopping)
+    trainer._begin()
+    assert trainer._parent == version
+    assert torch.equal(trainer._learner.draft.norm.weight, draft.norm.weight)
+    assert torch.equal(world.target.day_0.norm.weight, torch.ones(HIDDEN))

@@ -9,14 +9,13 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from ops import lossless
 from ops.demo_screen import DemoScreen
 from ops.errors import UserError
 from ops.play import Player
 from ops.process import StartError
-from ops.record import Lossless, Run, sound, summary
+from ops.record import Lossless, Run, faults, sound, summary
 from ops.report.page import page
 from ops.stack import running_stack
 from ops.supervisor import PartFailedError
@@ -47,8 +46,7 @@ def run(settings: Settings, options: Options) -> int:
     with DemoScreen(live=options.live and not options.as_json, to_stderr=options.as_json) as screen:
         finished = play(settings, options, screen)
         write(finished, folder)
-    figures = summary(finished)
-    sys.stdout.write(json.dumps(figures, indent=2) + "\n" if options.as_json else closing(figures, folder))
+    sys.stdout.write(as_json(finished) if options.as_json else closing(finished, folder))
     if finished.interrupted:
         return _INTERRUPTED
     return 0 if sound(finished) else 1
@@ -116,20 +114,18 @@ def check(seen: Run, settings: Settings, screen: DemoScreen) -> Lossless:
 def write(finished: Run, folder: Path) -> None:
     """Leave ``summary.json`` and ``report.html``."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "summary.json").write_text(json.dumps(summary(finished), indent=2) + "\n")
+    (folder / "summary.json").write_text(as_json(finished))
     (folder / "report.html").write_text(page(finished))
 
 
-def closing(figures: dict[str, Any], folder: Path) -> str:
+def as_json(finished: Run) -> str:
+    """The summary as text."""
+    return json.dumps(summary(finished), indent=2) + "\n"
+
+
+def closing(finished: Run, folder: Path) -> str:
     """The last words: what was seen, and where the picture is."""
-    faults = [
-        f"{figures['failed_requests']} requests failed" if figures["failed_requests"] else "",
-        f"{figures['lossless_mismatches']} mismatches against the target" if figures["lossless_mismatches"] else "",
-        "" if figures["rows_balance"] else "the rows do not add up",
-        figures["crashed"] or "",
-        "interrupted" if figures["interrupted"] else "",
-    ]
-    wrong = "; ".join(fault for fault in faults if fault)
+    figures = summary(finished)
     return (
         f"\n{figures['requests']} requests, {figures['failed_requests']} failed; "
         f"accept length {figures['accept_length_first_50']} at first, {figures['accept_length_last_50']} at last; "
@@ -140,5 +136,5 @@ def closing(figures: dict[str, Any], folder: Path) -> str:
         f"{figures['lossless_mismatches']} mismatches; {figures['rows_published']} rows published, "
         f"{figures['rows_in_table']} in the table\n"
         f"report: {folder / 'report.html'}   summary: {folder / 'summary.json'}\n"
-        + (f"WRONG: {wrong}\n" if wrong else "")
+        + "".join(f"WRONG: {fault}\n" for fault in faults(finished))
     )

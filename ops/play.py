@@ -78,6 +78,8 @@ class Player:
             self._plain = self._again_without_speculation(self._load, planned.plain_requests)
             self._drain()
         finally:
+            for load in filter(None, (self._load, self._plain)):
+                load.abandon()
             self._rows = self._count()
             self._gatherer.close()
 

@@ -212,10 +212,22 @@ def summary(run: Run) -> dict[str, Any]:
     }
 
 
+def faults(run: Run) -> list[str]:
+    """What was wrong with the run, for people; empty when it was sound."""
+    if run.interrupted:
+        return ["interrupted before its end"]
+    told = {
+        f"{len(run.failed)} requests failed": bool(run.failed),
+        f"{run.lossless.mismatches} mismatches against the target": run.lossless.mismatches > 0,
+        "the rows do not add up": not run.rows.balance and run.crashed is None,
+        run.crashed or "": run.crashed is not None,
+    }
+    return [fault for fault, holds in told.items() if holds]
+
+
 def sound(run: Run) -> bool:
     """True when nothing failed, nothing differed, and every row is accounted for."""
-    whole = not run.failed and run.lossless.mismatches == 0 and run.rows.balance
-    return whole and run.crashed is None and not run.interrupted
+    return not faults(run)
 
 
 def _domain(answered: Sequence[Answered], name: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import cycle
 from typing import Any
@@ -48,22 +49,38 @@ class Load:
     """Answers in the order in which they ended; the thread only ever appends."""
     _stopping: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
+    _loop: asyncio.AbstractEventLoop | None = None
+    _sending: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Begin to send."""
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._send_all()), name="load", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="load", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """Begin no further request; those that run are waited for by ``running``'s caller."""
+        """Begin no further request; those that run go on until their answers have come."""
         self._stopping.set()
+
+    def abandon(self) -> None:
+        """Hang up on the requests that run: they end as neither answered nor failed."""
+        self.stop()
+        if self._loop and self._sending and self.running:
+            with suppress(RuntimeError):  # the loop was closed in this moment: the last answer has come
+                self._loop.call_soon_threadsafe(self._sending.cancel)
+        if self._thread:
+            self._thread.join()
 
     @property
     def running(self) -> bool:
         """True until the last answer has come."""
         return self._thread is not None and self._thread.is_alive()
 
+    def _run(self) -> None:
+        with suppress(asyncio.CancelledError):
+            asyncio.run(self._send_all())
+
     async def _send_all(self) -> None:
+        self._loop, self._sending = asyncio.get_running_loop(), asyncio.current_task()
         limits = httpx.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency)
         async with httpx.AsyncClient(base_url=self.url, timeout=_TIMEOUT, limits=limits) as client:
             await asyncio.gather(*(self._send_some(client) for _ in range(self.concurrency)))

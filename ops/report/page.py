@@ -8,7 +8,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from ops.record import EDGE, Run, Version, sound, summary
+from ops.record import EDGE, Run, Version, faults, summary
 from ops.report.charts import accept_length_chart, loss_chart, throughput_chart
 
 _TEMPLATE = Path(__file__).with_name("page.html")
@@ -19,7 +19,7 @@ def page(run: Run) -> str:
     figures = summary(run)
     return Template(_TEMPLATE.read_text()).substitute(
         subtitle=escape(_subtitle(run, figures)),
-        fault=f'<p class="fault">{escape(_fault(run, figures))}</p>' if not sound(run) else "",
+        fault=f'<p class="fault">{escape("; ".join(faults(run)))}</p>' if faults(run) else "",
         headline="".join(_figure(value, name) for value, name in _headline(figures)),
         edge=EDGE,
         accept_length=accept_length_chart(run),
@@ -40,17 +40,6 @@ def _subtitle(run: Run, figures: dict[str, Any]) -> str:
         f"{begin}{figures['requests']} requests with {domains} prompts, "
         f"{run.ended - run.started:.0f} seconds from start to end, {when}."
     )
-
-
-def _fault(run: Run, figures: dict[str, Any]) -> str:
-    faults = [
-        f"{figures['failed_requests']} requests failed." if figures["failed_requests"] else "",
-        f"{figures['lossless_mismatches']} mismatches against the target." if figures["lossless_mismatches"] else "",
-        "" if figures["rows_balance"] else "The rows do not add up.",
-        f"{run.crashed}." if run.crashed else "",
-        "Interrupted." if run.interrupted else "",
-    ]
-    return " ".join(fault for fault in faults if fault)
 
 
 def _headline(figures: dict[str, Any]) -> list[tuple[str, str]]:

@@ -155,6 +155,17 @@ def test_a_load_that_is_stopped_ends_with_the_answers_that_run(node: Node) -> No
     assert 3 <= len(load.done) == len(node.asked) < 1000
 
 
+def test_abandoned_requests_are_neither_answered_nor_failed(node: Node) -> None:
+    load = load_of(node, 1000)
+    load.start()
+    time.sleep(0.2)
+    load.abandon()
+    assert not load.running
+    assert all(answered.error is None for answered in load.done)
+    assert len(load.done) < len(node.asked)
+    load.abandon()
+
+
 @pytest.mark.parametrize("domain", prompts.DOMAINS)
 def test_the_vendored_prompts_are_many_distinct_and_labelled(domain: str) -> None:
     texts = prompts.read(domain)

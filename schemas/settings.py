@@ -160,7 +160,7 @@ class Train(Section):
     """Windows of a step that are drawn from history while new ones are there."""
     history_windows: int = Field(2048, ge=1)
     """Windows kept in memory for replay."""
-    max_passes: int = Field(4, ge=1)
+    max_passes: int = Field(8, ge=1)
     """Passes over a window at most; after them a trainer without new windows waits."""
     max_window_tokens: int = Field(512, ge=2)
     """Longer windows are cut into pieces of this many tokens."""

@@ -9,9 +9,10 @@ is compacted, so a repetition changes nothing.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import NamedTuple, Protocol, get_args
+from typing import Any, NamedTuple, Protocol, get_args
 
 import pyarrow as pa
 from confluent_kafka import KafkaException, Producer
@@ -20,7 +21,7 @@ from confluent_kafka.cimpl import NewTopic
 
 from schemas.batches import PROMOTIONS
 from schemas.events import Alias, AliasMoved
-from schemas.settings import Kafka
+from schemas.settings import Kafka, SettingsError
 
 _TABLE = "promotions"
 _TIMEOUT_S = 5.0
@@ -140,15 +141,28 @@ class KafkaEvents:
     """The compacted topic of alias moves."""
 
     def __init__(self, settings: Kafka) -> None:
-        options: dict[str, str | int | float | bool] = {"bootstrap.servers": settings.bootstrap, **settings.client}
+        """Make the clients; nothing is connected yet.
+
+        Raises:
+            SettingsError: an option that the Kafka client does not know.
+        """
+        options: dict[str, Any] = {
+            "bootstrap.servers": settings.bootstrap,
+            **settings.client,
+            "logger": logging.getLogger("librdkafka"),
+        }
         self._topic = NewTopic(
             settings.speculators_topic,
             num_partitions=1,
             replication_factor=settings.replication,
             config={"cleanup.policy": "compact"},
         )
-        self._admin = AdminClient(options)
-        self._producer = Producer({**options, "enable.idempotence": True, "message.timeout.ms": int(_TIMEOUT_S * 1000)})
+        try:
+            self._admin = AdminClient(options)
+            timeout = {"message.timeout.ms": int(_TIMEOUT_S * 1000)}
+            self._producer = Producer({**options, **timeout, "enable.idempotence": True})
+        except (KafkaException, ValueError) as error:
+            raise SettingsError(f"kafka.bootstrap or kafka.client: {error}") from error
         self._topic_exists = False
 
     def send(self, key: str, value: bytes) -> None:

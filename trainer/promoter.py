@@ -30,7 +30,7 @@ def run(settings: Settings) -> None:
     """Promote until SIGTERM or SIGINT.
 
     Raises:
-        SettingsError: the address of the status page is taken.
+        SettingsError: the address of the status page is taken, or a Kafka option is unknown.
     """
     logs.configure("promoter")
     stopping = stop_on_signals()

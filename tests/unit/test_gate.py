@@ -10,8 +10,8 @@ import pytest
 
 from pipeline.table import DeltaLog, TableError
 from schemas.events import Alias, AliasMoved
-from schemas.settings import Settings, Tables
-from trainer.audit import Audit, BrokerError
+from schemas.settings import Kafka, Settings, SettingsError, Tables
+from trainer.audit import Audit, BrokerError, KafkaEvents
 from trainer.gate import HeldBack, judge, worth_registering
 from trainer.promoter import Promoter
 from trainer.registry import Line, RegistryError
@@ -259,3 +259,8 @@ def test_a_rollback_by_hand_is_written_down_as_such(world: World) -> None:
     world.promoter.poll()
     assert world.registry.named["champion"] == "1"
     assert world.rows()[-1] == ("champion", "2", "1", "unknown")
+
+
+def test_an_unknown_kafka_option_names_the_setting() -> None:
+    with pytest.raises(SettingsError, match=r"kafka\.client"):
+        KafkaEvents(Kafka(client={"no.such.option": "1"}))

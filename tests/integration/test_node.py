@@ -150,7 +150,7 @@ def test_every_round_is_traced_and_a_swap_under_load_changes_no_answer(
 ) -> None:
     topic = make_topic(broker)
     node = start(kafka__bootstrap=broker, kafka__traces_topic=topic, registry__uri=registry)
-    before = node.ask(_LONG, max_tokens=48)
+    before = node.ask(_LONG, max_tokens=16)
 
     config = json.loads((smollm2 / "config.json").read_text())
     draft = random_draft(shape_for_target(config, node.settings.speculator.draft_vocabulary), seed=9)
@@ -160,7 +160,7 @@ def test_every_round_is_traced_and_a_swap_under_load_changes_no_answer(
     version = trainer.register(status.line, tmp_path / "version", {}, {})
 
     answers: list[Any] = []
-    streams = [threading.Thread(target=lambda: answers.append(node.ask(_LONG, max_tokens=200))) for _ in range(2)]
+    streams = [threading.Thread(target=lambda: answers.append(node.ask(_LONG, max_tokens=120))) for _ in range(2)]
     for stream in streams:
         stream.start()
     eventually(lambda: node.status().running == 2)

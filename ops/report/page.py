@@ -44,7 +44,6 @@ def _subtitle(run: Run, figures: dict[str, Any]) -> str:
 
 def _headline(figures: dict[str, Any]) -> list[tuple[str, str]]:
     in_flight = sum(swap["in_flight"] > 0 for swap in figures["swaps"])
-    checked = figures["lossless_checked"]
     first, last = figures["accept_length_first_50"], figures["accept_length_last_50"]
     plain = figures["tokens_per_s_no_speculation"]
     return [
@@ -52,7 +51,10 @@ def _headline(figures: dict[str, Any]) -> list[tuple[str, str]]:
         (_number(figures["tokens_per_s_last_50"], 0), f"tokens/s at the end, {_number(plain, 0)} without speculation"),
         (str(in_flight), "versions swapped in while requests ran"),
         (f"{figures['failed_requests']} failed", f"of {figures['requests']} requests"),
-        (f"{figures['lossless_mismatches']} mismatches", f"in {checked} requests decoded again by the target alone"),
+        (
+            f"{figures['lossless_mismatches']} differ",
+            f"of {figures['lossless_tokens']:,} tokens decoded again by the target alone",
+        ),
     ]
 
 

@@ -29,12 +29,10 @@ class Promoted:
 
 def read(settings: Settings, line: str) -> tuple[list[Registered], list[Promoted]]:
     """Versions and promotions of a line, oldest first. Raises what MLflow and ``TableError`` raise."""
-    from mlflow.tracking import MlflowClient
-
     from pipeline.table import DeltaLog
+    from schemas.registry import connect, model_name
 
-    client = MlflowClient(settings.registry.uri, settings.registry.uri)
-    found = client.search_model_versions(f"name = 'aurora.{line}'")
+    found = connect(settings.registry).search_model_versions(f"name = '{model_name(line)}'")
     registered = [Registered(str(v.version), v.creation_timestamp / 1000, dict(v.tags)) for v in found]
     moves = DeltaLog(settings.tables).read("promotions", ["time", "line", "alias", "to_version"]).to_pylist()
     promoted = [

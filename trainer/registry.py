@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import mlflow
-from mlflow import environment_variables as mlflow_settings
 from mlflow.exceptions import MlflowException
-from mlflow.tracking import MlflowClient
-from requests import RequestException
 
 from schemas.events import Alias
+from schemas.registry import FAILURES, PREFIX, connect, download, model_name
 from schemas.settings import Registry as RegistrySettings
 
-PREFIX = "aurora."
 _ARTIFACT = "speculator"
 _PAGE = 200
 
@@ -38,12 +33,8 @@ class SpeculatorRegistry:
     """Versions of all lines. Every call raises ``RegistryError`` where the registry does not do what was asked."""
 
     def __init__(self, settings: RegistrySettings) -> None:
-        # MLflow takes these from its own variables only. By default it tries seven times, two minutes each; the loops
-        # that call this ask again anyway, and must not stand still for a quarter of an hour.
-        mlflow_settings.MLFLOW_HTTP_REQUEST_MAX_RETRIES.set(0)
-        mlflow_settings.MLFLOW_HTTP_REQUEST_TIMEOUT.set(math.ceil(settings.timeout_s))
         self._uri = settings.uri
-        self._client = MlflowClient(tracking_uri=settings.uri, registry_uri=settings.uri)
+        self._client = connect(settings)
 
     def lines(self) -> list[Line]:
         """All lines, the one that changed last at the end."""
@@ -61,7 +52,7 @@ class SpeculatorRegistry:
         """Version that each alias of a line names; empty where the line is not registered yet."""
         with self._calls():
             try:
-                return _aliases(self._client.get_registered_model(PREFIX + line).aliases)
+                return _aliases(self._client.get_registered_model(model_name(line)).aliases)
             except MlflowException as error:
                 if error.error_code == "RESOURCE_DOES_NOT_EXIST":
                     return {}
@@ -70,11 +61,11 @@ class SpeculatorRegistry:
     def tags(self, line: str, version: str) -> dict[str, str]:
         """Tags of a version."""
         with self._calls():
-            return dict(self._client.get_model_version(PREFIX + line, version).tags)
+            return dict(self._client.get_model_version(model_name(line), version).tags)
 
     def register(self, line: str, folder: Path, tags: Mapping[str, str], metrics: Mapping[str, float]) -> str:
         """Upload a checkpoint folder as the line's next version, and return its number."""
-        model = PREFIX + line
+        model = model_name(line)
         with self._calls():
             try:
                 self._client.create_registered_model(model, tags={"line": line})
@@ -94,20 +85,18 @@ class SpeculatorRegistry:
     def point(self, line: str, alias: Alias, version: str) -> None:
         """Make an alias name a version."""
         with self._calls():
-            self._client.set_registered_model_alias(PREFIX + line, alias, version)
+            self._client.set_registered_model_alias(model_name(line), alias, version)
 
     def download(self, line: str, version: str, folder: Path) -> Path:
         """The version's files, in a folder below the given one."""
         with self._calls():
-            # Not by `models:/name/version`: MLflow would add a file of its own, which the checkpoint contract refuses.
-            source = self._client.get_model_version_download_uri(PREFIX + line, version)
-            return Path(mlflow.artifacts.download_artifacts(source, dst_path=str(folder), tracking_uri=self._uri))
+            return download(self._client, self._uri, line, version, folder)
 
     @contextmanager
     def _calls(self) -> Iterator[None]:
         try:
             yield
-        except (MlflowException, RequestException, OSError) as error:
+        except FAILURES as error:
             raise RegistryError(f"registry.uri {self._uri}: {error}") from error
 
 

@@ -1,0 +1,47 @@
+"""How every process reaches the MLflow registry: one client, one name for each line's model."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+# Aurora reports to nobody but its operator, and MLflow decides on its telemetry while it is imported.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+import mlflow
+from mlflow import environment_variables as mlflow_settings
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+from requests import RequestException
+
+from schemas.settings import Registry
+
+PREFIX = "aurora."
+"""Before the line, in the name of its registered model."""
+FAILURES = (MlflowException, RequestException, OSError)
+"""What a call raises when the registry is away or refuses."""
+
+
+def model_name(line: str) -> str:
+    """Name of the registered model of a speculator line."""
+    return PREFIX + line
+
+
+def connect(settings: Registry) -> MlflowClient:
+    """A client that gives up after ``registry.timeout_s``.
+
+    MLflow takes its limits from its own variables only. By default it tries seven times, two minutes each; everything
+    here asks again anyway, and must not stand still for a quarter of an hour.
+    """
+    mlflow_settings.MLFLOW_HTTP_REQUEST_MAX_RETRIES.set(0)
+    mlflow_settings.MLFLOW_HTTP_REQUEST_TIMEOUT.set(math.ceil(settings.timeout_s))
+    mlflow_settings.MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR.set(False)
+    return MlflowClient(tracking_uri=settings.uri, registry_uri=settings.uri)
+
+
+def download(client: MlflowClient, uri: str, line: str, version: str, folder: Path) -> Path:
+    """A version's files, in a folder below the given one."""
+    # Not by `models:/name/version`: MLflow would add a file of its own, which the checkpoint contract refuses.
+    source = client.get_model_version_download_uri(model_name(line), version)
+    return Path(mlflow.artifacts.download_artifacts(source, dst_path=str(folder), tracking_uri=uri))

@@ -164,10 +164,10 @@ class Train(Section):
     """Passes over a window at most; after them a trainer without new windows waits."""
     max_window_tokens: int = Field(512, ge=2)
     """Longer windows are cut into pieces of this many tokens."""
-    held_back_share: float = Field(0.1, gt=0, lt=1)
+    held_back_share: float = Field(0.15, gt=0, lt=1)
     """Share of requests never trained on: the offline gate scores versions on the newest of them."""
-    held_back_windows: int = Field(64, ge=1)
-    register_every_s: float = Field(45, gt=0)
+    held_back_windows: int = Field(32, ge=1)
+    register_every_s: float = Field(30, gt=0)
     checkpoint_every_s: float = Field(60, gt=0)
     poll_s: float = Field(1.0, gt=0)
     threads: int = Field(1, ge=1)
@@ -182,7 +182,7 @@ class Promoter(Section):
     poll_s: float = Field(2.0, gt=0)
     margin: float = 0.0
     """A candidate must beat the champion's accept length on the held-back slice by more than this."""
-    min_windows: int = Field(8, ge=1)
+    min_windows: int = Field(4, ge=1)
     """Held-back windows that a comparison needs."""
 
 

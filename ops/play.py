@@ -36,7 +36,7 @@ def schedule(minutes: float, started_s: float) -> Schedule:
     After the traffic come the requests without speculation, the drain, the stop, and the check by the target alone.
     """
     short = minutes < 6
-    after_s = 100.0 if short else 140.0
+    after_s = 80.0 if short else 105.0
     return Schedule(max(30.0, minutes * 60 - started_s - after_s), 16 if short else 24)
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 EDGE = 50
 """Requests at the beginning and at the end that are compared."""
+ROLLING = 20
+"""Requests behind each point of a curve: enough to be calm, few enough that a shift of domain is seen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +135,7 @@ def accept_length(requests: Sequence[Answered]) -> float | None:
     return sum(request.accepted for request in requests) / rounds if rounds else None
 
 
-def rolling_accept_length(requests: Sequence[Answered], width: int = EDGE) -> list[float]:
+def rolling_accept_length(requests: Sequence[Answered], width: int = ROLLING) -> list[float]:
     """``accept_length`` of the last ``width`` requests, at each request."""
     return [accept_length(requests[max(0, i + 1 - width) : i + 1]) or 0.0 for i in range(len(requests))]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from ops.record import EDGE, Run, Version, faults, summary
+from ops.record import EDGE, ROLLING, Run, Version, faults, summary
 from ops.report.charts import accept_length_chart, loss_chart, throughput_chart
 
 _TEMPLATE = Path(__file__).with_name("page.html")
@@ -21,7 +21,7 @@ def page(run: Run) -> str:
         subtitle=escape(_subtitle(run, figures)),
         fault=f'<p class="fault">{escape("; ".join(faults(run)))}</p>' if faults(run) else "",
         headline="".join(_figure(value, name) for value, name in _headline(figures)),
-        edge=EDGE,
+        rolling=ROLLING,
         accept_length=accept_length_chart(run),
         throughput=throughput_chart(run),
         loss=loss_chart(run),

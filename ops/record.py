@@ -135,6 +135,12 @@ def accept_length(requests: Sequence[Answered]) -> float | None:
     return sum(request.accepted for request in requests) / rounds if rounds else None
 
 
+def edges(requests: Sequence[Answered]) -> tuple[Sequence[Answered], Sequence[Answered]]:
+    """The first and the last ``EDGE`` requests; the halves of a run too short for both, so that they never overlap."""
+    width = min(EDGE, len(requests) // 2)
+    return requests[:width], requests[len(requests) - width :]
+
+
 def rolling_accept_length(requests: Sequence[Answered], width: int = ROLLING) -> list[float]:
     """``accept_length`` of the last ``width`` requests, at each request."""
     return [accept_length(requests[max(0, i + 1 - width) : i + 1]) or 0.0 for i in range(len(requests))]
@@ -163,25 +169,27 @@ def busy_span(requests: Sequence[Answered]) -> tuple[float, float]:
 
 
 def edge_rates(run: Run) -> tuple[float | None, float | None]:
-    """Output tokens per second while the first and while the last ``EDGE`` requests ended."""
+    """Output tokens per second while the first and while the last requests (``edges``) ended."""
     answered = run.succeeded
-    if not answered:
+    first, last = edges(answered)
+    if not first:
         return None, None
     start, end = busy_span(answered)
-    first = answered[:EDGE][-1].ended
-    last = answered[-EDGE - 1].ended if len(answered) > EDGE else start
-    return tokens_per_s(answered, start, min(first, end)), tokens_per_s(answered, last, end)
+    before_last = answered[-len(last) - 1].ended
+    return tokens_per_s(answered, start, min(first[-1].ended, end)), tokens_per_s(answered, before_last, end)
 
 
 def summary(run: Run) -> dict[str, Any]:
     """The figures of ``summary.json``."""
     answered = run.succeeded
+    first, last = edges(answered)
     first_rate, last_rate = edge_rates(run)
     return {
         "requests": len(run.requests),
         "failed_requests": len(run.failed),
-        "accept_length_first_50": _rounded(accept_length(answered[:EDGE])),
-        "accept_length_last_50": _rounded(accept_length(answered[-EDGE:])),
+        "edge_requests": len(first),
+        "accept_length_first_50": _rounded(accept_length(first)),
+        "accept_length_last_50": _rounded(accept_length(last)),
         "tokens_per_s_first_50": _rounded(first_rate),
         "tokens_per_s_last_50": _rounded(last_rate),
         "tokens_per_s_no_speculation": _rounded(tokens_per_s(run.plain, *busy_span(run.plain))),
@@ -234,12 +242,13 @@ def sound(run: Run) -> bool:
 
 def _domain(answered: Sequence[Answered], name: str) -> dict[str, Any]:
     mine = [request for request in answered if request.domain == name]
+    first, last = edges(mine)
     return {
         "requests": len(mine),
         "output_tokens": sum(request.output_tokens for request in mine),
         "accept_length": _rounded(accept_length(mine)),
-        "accept_length_first_50": _rounded(accept_length(mine[:EDGE])),
-        "accept_length_last_50": _rounded(accept_length(mine[-EDGE:])),
+        "accept_length_first_50": _rounded(accept_length(first)),
+        "accept_length_last_50": _rounded(accept_length(last)),
         "tokens_per_s": _rounded(tokens_per_s(answered, *busy_span(mine))),
     }
 

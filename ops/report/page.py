@@ -8,7 +8,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from ops.record import EDGE, ROLLING, Run, Version, faults, summary
+from ops.record import ROLLING, Run, Version, faults, summary
 from ops.report.charts import accept_length_chart, loss_chart, throughput_chart
 
 _TEMPLATE = Path(__file__).with_name("page.html")
@@ -47,7 +47,7 @@ def _headline(figures: dict[str, Any]) -> list[tuple[str, str]]:
     first, last = figures["accept_length_first_50"], figures["accept_length_last_50"]
     plain = figures["tokens_per_s_no_speculation"]
     return [
-        (f"{_number(first)} → {_number(last)}", f"accept length, first and last {EDGE} requests"),
+        (f"{_number(first)} → {_number(last)}", f"accept length, first and last {figures['edge_requests']} requests"),
         (_number(figures["tokens_per_s_last_50"], 0), f"tokens/s at the end, {_number(plain, 0)} without speculation"),
         (str(in_flight), "versions swapped in while requests ran"),
         (f"{figures['failed_requests']} failed", f"of {figures['requests']} requests"),
@@ -59,14 +59,15 @@ def _headline(figures: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
+    edge = figures["edge_requests"]
     rows = [
-        ("accept length of the first and last 50 requests", _pair(figures, "accept_length", 3)),
-        ("output tokens/s of the first and last 50 requests", _pair(figures, "tokens_per_s", 1)),
+        (f"accept length of the first and last {edge} requests", _pair(figures, "accept_length", 3)),
+        (f"output tokens/s of the first and last {edge} requests", _pair(figures, "tokens_per_s", 1)),
         ("output tokens/s without speculation", _number(figures["tokens_per_s_no_speculation"], 1)),
     ]
     rows += [
         (
-            f"accept length over the {name} prompts, its first and last 50",
+            f"accept length over the {name} prompts, then at its beginning and its end",
             f"{_number(domain['accept_length'], 3)}; {_pair(domain, 'accept_length', 3)}",
         )
         for name, domain in figures["domains"].items()

@@ -77,6 +77,22 @@ def test_the_edges_are_the_first_and_the_last_fifty() -> None:
     assert figures["accept_length_last_50"] == 1
 
 
+def test_the_edges_of_a_short_run_are_its_halves_and_never_overlap() -> None:
+    requests = tuple(answered(n, accepted=0 if n < 10 else 5) for n in range(21))
+    figures = summary(replace(GOOD, requests=requests))
+    assert figures["edge_requests"] == 10
+    assert (figures["accept_length_first_50"], figures["accept_length_last_50"]) == (0, 1)
+
+
+def test_one_request_alone_has_no_edges() -> None:
+    figures = summary(replace(GOOD, requests=(answered(0),)))
+    assert (figures["edge_requests"], figures["accept_length_first_50"], figures["tokens_per_s_last_50"]) == (
+        0,
+        None,
+        None,
+    )
+
+
 def test_the_comparison_without_speculation_is_not_in_the_accept_length() -> None:
     plain = tuple(answered(200 + n, accepted=0, drafted=0, speculators=()) for n in range(20))
     assert summary(replace(GOOD, plain=plain))["accept_length_last_50"] == 1

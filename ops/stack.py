@@ -37,6 +37,8 @@ class Running:
     """A stack that runs in some process, as its state file tells."""
 
     pid: int
+    created: float
+    """When the process began: a pid alone may have gone to another one."""
     ready: bool
     environ: dict[str, str]
     """Its settings: another shell may have started it with flags of its own."""
@@ -171,7 +173,7 @@ def down(settings: Settings) -> bool:
         return False
     os.kill(state.pid, signal.SIGTERM)
     deadline = time.monotonic() + _STOP_S
-    while running(settings):
+    while _lives(state.pid, state.created):
         if time.monotonic() > deadline:
             raise StackError(f"process {state.pid} has not stopped after {_STOP_S:.0f} s; read the logs beside it")
         time.sleep(0.2)
@@ -180,11 +182,10 @@ def down(settings: Settings) -> bool:
 
 def running(settings: Settings) -> Running | None:
     """The stack that runs in this folder, if the process of its state file is really the one that wrote it."""
-    with suppress(OSError, ValueError, KeyError, psutil.NoSuchProcess):
-        state = json.loads(_state_file(settings).read_text())
-        process = psutil.Process(state["pid"])
-        if process.create_time() == state["created"] and process.status() != psutil.STATUS_ZOMBIE:
-            return Running(state["pid"], state["ready"], state["environ"], state["parts"])
+    with suppress(OSError, ValueError, TypeError):
+        state = Running(**json.loads(_state_file(settings).read_text()))
+        if _lives(state.pid, state.created):
+            return state
     return None
 
 
@@ -201,6 +202,14 @@ def provide_target(target: Target, say: Say) -> None:
     if target.path != Target().path and target.name != model.NAME:
         raise StackError(f"target.path: no model in {folder} (config.json is missing)")
     model.ensure(folder, say)
+
+
+def _lives(pid: int, created: float) -> bool:
+    """Whether the process that began at ``created`` has not ended yet."""
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        return process.create_time() == created and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def _already(folder: Path) -> str:

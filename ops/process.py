@@ -75,22 +75,23 @@ class Process:
     @property
     def alive(self) -> bool:
         """True while the command runs."""
-        return self._child is not None and self._child.poll() is None
+        return self._child is not None and self._poll() is None
 
     @property
     def exit_code(self) -> int | None:
         """Exit code, negative for a signal; None while it runs or before the start."""
-        return self._child.poll() if self._child else None
+        return self._poll() if self._child else None
 
     def stop(self, grace_s: float = 15) -> None:
         """Ask the group to end, wait, then kill what is left of it. Does nothing when it never started."""
-        if self._child is None:
+        if self._child is None or not self.alive:
             return
         self._signal(signal.SIGTERM)
-        with suppress(subprocess.TimeoutExpired):
-            self._child.wait(grace_s)
-        self._signal(signal.SIGKILL)  # also ends children that outlived the command
-        self._child.wait()
+        deadline = time.monotonic() + grace_s
+        while self.alive:
+            if time.monotonic() > deadline:
+                self._signal(signal.SIGKILL)
+            time.sleep(0.02)
 
     def wait_ready(self, ready: Callable[[], bool], timeout_s: float) -> None:
         """Block until ``ready`` says so.
@@ -105,6 +106,18 @@ class Process:
             if time.monotonic() > deadline:
                 raise StartError(f"{self.name} was not ready after {timeout_s:.0f} s; read {self.log}")
             time.sleep(0.1)
+
+    def _poll(self) -> int | None:
+        """The exit code, and the end of what the command started when it is seen for the first time.
+
+        That happens at once: once the group is empty, its number may become another program's.
+        """
+        assert self._child is not None
+        known = self._child.returncode
+        code = self._child.poll()
+        if known is None and code is not None:
+            self._signal(signal.SIGKILL)
+        return code
 
     def _signal(self, number: signal.Signals) -> None:
         assert self._child is not None

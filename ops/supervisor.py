@@ -137,7 +137,7 @@ class Supervisor:
 
     def _died(self, watched: Watched, how: str, age: float) -> None:
         process = watched.part.process
-        process.stop()  # what it started may have outlived it
+        process.stop()  # it may be alive, and merely not ready in time
         told = f"{watched.part.name} {how}; read {process.log}"
         if not self._restart:
             watched.state = State.GAVE_UP

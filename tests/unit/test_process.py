@@ -96,5 +96,23 @@ def test_a_process_does_not_outlive_a_parent_that_is_killed(tmp_path: Path) -> N
     assert eventually(lambda: gone([child]))
 
 
+def test_what_a_process_started_ends_when_the_process_dies_by_itself(tmp_path: Path) -> None:
+    process = python(TREE.format("time.sleep(0.5)"), tmp_path / "log")
+    process.start()
+    tree = tree_of(process)
+    assert eventually(lambda: not process.alive)
+    assert eventually(lambda: gone(tree))
+
+
+def test_a_process_that_has_ended_is_never_signalled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its number may belong to another program by then."""
+    process = python("", tmp_path / "log")
+    process.start()
+    assert eventually(lambda: not process.alive)
+    monkeypatch.setattr(os, "killpg", lambda *_: pytest.fail("signalled"))
+    process.stop()
+    assert process.exit_code == 0
+
+
 def test_stopping_what_never_started_does_nothing(tmp_path: Path) -> None:
     python("", tmp_path / "log").stop()

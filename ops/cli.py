@@ -144,9 +144,9 @@ def demo(
     config: Config = None,
     set_: Set = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget what earlier runs left.")] = False,
-    minutes: Annotated[float, typer.Option(min=2, help="Length of the whole demo.")] = 9,
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 6,
-    max_tokens: Annotated[int, typer.Option(min=8, help="Longest answer, in tokens.")] = 96,
+    minutes: Annotated[float, typer.Option(min=2, help="Length of the whole demo.")] = 9.5,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 8,
+    max_tokens: Annotated[int, typer.Option(min=8, help="Longest answer, in tokens.")] = 64,
     as_json: AsJson = False,
     no_ui: Annotated[bool, typer.Option("--no-ui", help="Plain lines instead of a live screen.")] = False,
 ) -> None:

@@ -29,9 +29,9 @@ class Options:
     """The demo's flags."""
 
     fresh: bool = False
-    minutes: float = 9
-    concurrency: int = 6
-    max_tokens: int = 96
+    minutes: float = 9.5
+    concurrency: int = 8
+    max_tokens: int = 64
     as_json: bool = False
     live: bool = True
 

@@ -148,8 +148,8 @@ class Train(Section):
     learning_rate: float = Field(1e-3, gt=0)
     warmup_steps: int = Field(20, ge=0)
     clip: float = Field(1.0, gt=0)
-    ttt_steps: int = Field(4, ge=1)
-    """K: steps of the training-time test."""
+    ttt_steps: int = Field(3, ge=1)
+    """K: steps of the training-time test; one for each token of the drafted chain."""
     ttt_decay: float = Field(0.8, gt=0, le=1)
     rejected_weight: float = Field(0.1, ge=0)
     """Lambda: weight of the loss over rejected branches."""

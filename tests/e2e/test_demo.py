@@ -37,8 +37,8 @@ def test_a_speculator_learns_from_live_traffic(tmp_path: Path, smollm2: Path, fr
     assert figures["rows_published"] == figures["rows_in_table"] + figures["rows_shed"] + figures["rows_dead"]
     assert figures["versions_promoted"] >= 1, told
     assert any(swap["in_flight"] > 0 for swap in figures["swaps"]), told
-    # A random draft of this vocabulary is right about once in 8,192 tokens: what is accepted was learned. A slow machine
-    # may answer fewer than fifty requests, so the first fifty and the last are not compared.
+    # A random draft of this vocabulary is right about once in 8,192 tokens: what is accepted was learned. A slow
+    # machine may answer fewer than fifty requests, so the first fifty and the last are not compared.
     assert figures["accept_length_last_50"] > 0.02, told
     assert "<svg" in (tmp_path / ".aurora/demo/report.html").read_text()
     assert not working_in(tmp_path.resolve())

@@ -44,7 +44,6 @@ class TransformersEngine:
         self.target = self._target.fingerprint
         self.line = line_of(self.target, self._target.shape, draft.d2t)
         self.max_tokens = serve.max_tokens
-        self.feature_width = self._target.shape.feature_width
         self._drafter = Drafter(draft, self._target.embeddings_VH, serve.max_batch, positions)
         self._version = f"random-{settings.speculator.seed}"
         self._serve, self._top_k, self._sink = serve, settings.traces.top_k, sink
@@ -72,10 +71,6 @@ class TransformersEngine:
             self._mail.notify()
         if self._thread.is_alive():
             self._thread.join()
-
-    def trace_to(self, sink: TraceSink) -> None:
-        """Name the sink of the rounds; before ``start``, for a sink that needs the engine's line and feature width."""
-        self._sink = sink
 
     def submit(self, request: Request, on_output: Callable[[Output], None]) -> None:
         """Queue a request.

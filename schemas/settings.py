@@ -17,12 +17,23 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
 
 PREFIX = "AURORA_"
 FILE = Path("aurora.toml")
+_SECRETS = frozenset({"serve.admin_token"})
+"""Values that no message shows."""
 
 
 class SettingsError(ValueError):
@@ -34,6 +45,14 @@ def _from_json(value: Any) -> Any:
     return json.loads(value) if isinstance(value, str) else value
 
 
+def _no_mask(secret: SecretStr) -> SecretStr:
+    """What is printed in a secret's place must never become the secret."""
+    if set(secret.get_secret_value()) == {"*"}:
+        raise ValueError("this is what `aurora settings` prints in place of a secret; write the secret itself")
+    return secret
+
+
+Secret = Annotated[SecretStr, AfterValidator(_no_mask)]
 Options = Annotated[dict[str, str], BeforeValidator(_from_json)]
 
 
@@ -99,13 +118,30 @@ class Serve(Section):
     port: int = Field(8000, ge=0, le=65535)
     node: str = "node-0"
     speculate: bool = True
-    draft_tokens: int = Field(3, ge=1, le=16)
-    """Length of the drafted chain."""
+    draft_tokens: int = Field(6, ge=1, le=16)
+    """Tokens that are drafted at most, one after the other."""
+    draft_width: int = Field(1, ge=1, le=8)
+    """1 drafts chains; more drafts trees that go on from so many tokens at each depth."""
+    draft_nodes: int = Field(16, ge=1, le=128)
+    """Drafted tokens of one request that the target verifies at most in a round."""
+    adaptive: bool = True
+    """Draft what is expected to give the most tokens per second, none included; false always drafts all it may."""
+    weights: Literal["auto", "float32", "float16", "int8"] = "auto"
+    """Kernel of the target's matrices; auto times at start those that compute the target exactly as it is."""
     max_batch: int = Field(8, ge=1)
     """Requests decoded together; further ones wait."""
     max_tokens: int = Field(1024, ge=16)
     """Longest request, prompt and answer together."""
     max_waiting: int = Field(256, ge=1)
+    """Requests that wait for a place in the batch; further ones are refused with 429."""
+    max_choices: int = Field(32, ge=1)
+    """Answers that one request may ask for: its prompts times ``n``."""
+    max_body_bytes: int = Field(4 << 20, ge=1024)
+    """Longest body of a request; a longer one is refused before it is read."""
+    drain_s: float = Field(8, ge=0)
+    """After SIGTERM, time for the requests that run; what still runs then is ended with an error."""
+    admin_token: Secret = SecretStr("")
+    """Bearer token of the admin endpoints; without one they are closed."""
     threads: int = Field(1, ge=1)
     poll_s: float = Field(2, gt=0)
     """How often the registry is asked which version the alias names."""
@@ -116,6 +152,19 @@ class Traces(Section):
     """What a node publishes of its verify rounds."""
 
     enabled: bool = True
+    sample: float = Field(1.0, ge=0, le=1)
+    """Share of the requests that are traced, drawn by their ids: a request is traced whole or not at all."""
+    bytes_per_s: int = Field(0, ge=0)
+    """Bytes of traces that a node publishes in a second at most; 0 sets no bound. Beyond it the easiest are shed."""
+    features: Literal["inline", "claim-check", "recompute"] = "inline"
+    """How the target's states travel: in the records, in files of an object store, or not at all: the trainer then runs
+    the target itself."""
+    claim_uri: str = ".aurora/claims"
+    """Folder or object-store prefix for claim-check files; the same for nodes and stream workers."""
+    claim_options: Options = Field(default_factory=dict)
+    """For an s3:// address: options of Arrow's S3 file system, as region, endpoint_override, access_key, secret_key."""
+    claim_bytes: int = Field(8 << 20, ge=1 << 16)
+    """Largest claim-check file; longer requests are cut into chunks below it."""
     top_k: int = Field(8, ge=1)
     queue_bytes: int = Field(64 << 20, ge=1 << 20)
     """Bound on traces waiting for the broker; beyond it the newest are shed and counted."""
@@ -246,10 +295,16 @@ def load(
 def to_environ(settings: Settings) -> dict[str, str]:
     """The settings as ``AURORA_*`` variables, so that a started process reads exactly what its parent read."""
     return {
-        f"{PREFIX}{section}__{key}".upper(): json.dumps(value) if isinstance(value, dict) else str(value)
+        f"{PREFIX}{section}__{key}".upper(): _to_text(value)
         for section, values in settings.model_dump().items()
         for key, value in values.items()
     }
+
+
+def _to_text(value: Any) -> str:
+    if isinstance(value, SecretStr):
+        return value.get_secret_value()
+    return json.dumps(value) if isinstance(value, dict) else str(value)
 
 
 def _read_file(file: Path | None) -> dict[str, Any]:
@@ -278,7 +333,8 @@ def _explain(error: Any) -> str:
     path = [str(part) for part in error["loc"]]
     name = ".".join(path) or "settings"
     if error["type"] != "extra_forbidden":
-        return f"{name}: {error['msg']} (found {error['input']!r})" if path else str(error["msg"])
+        found = "" if name in _SECRETS else f" (found {error['input']!r})"
+        return f"{name}: {error['msg']}{found}" if path else str(error["msg"])
     known = _known_keys(path[:-1])
     nearest = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.4)
     hint = f"did you mean {'.'.join([*path[:-1], nearest[0]])!r}?" if nearest else f"known keys: {', '.join(known)}"

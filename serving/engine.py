@@ -27,10 +27,28 @@ class Request:
     temperature: float = 0.0
     """0 is greedy."""
     top_p: float = 1.0
+    top_k: int = 0
+    """Draw from this many likeliest tokens only; 0 draws from all."""
     seed: int | None = None
+    stop_ids: frozenset[int] = frozenset()
+    """Tokens that end the answer, beside the target's own end tokens."""
+    ignore_eos: bool = False
+    """The target's own end tokens do not end the answer."""
+    logprobs: int | None = None
+    """Alternatives to report for every answered token; None reports no log-probabilities at all."""
     label: str | None = None
     trace: bool = True
     speculate: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """The target's log-probabilities at one answered token, before temperature, top-k and nucleus."""
+
+    logprob: float
+    """Of the token itself."""
+    top: tuple[tuple[int, float], ...]
+    """The likeliest tokens with theirs, best first; as many as ``Request.logprobs`` asks for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +56,8 @@ class Output:
     """What one round added to an answer; the last one of a request carries ``finish`` and the figures of the whole."""
 
     tokens: tuple[int, ...]
+    scores: tuple[Scored, ...] = ()
+    """One for each of ``tokens`` where the request asks for log-probabilities, else empty."""
     finish: Finish | None = None
     error: str | None = None
     figures: Figures | None = None
@@ -72,6 +92,13 @@ class Health:
 
     alive: bool
     speculator: str
+    """Version that drafts; kept while speculation is off."""
+    speculating: bool
+    """Whether the operator lets the engine draft; how much it drafts is the engine's own measured choice."""
+    draft_depth: int
+    """That choice: tokens a request, one after the other; 0 while drafting does not pay."""
+    expected_rates: tuple[float, ...]
+    """What it rests on: expected output tokens per second with 0, 1, .. drafted tokens a request."""
     running: int
     waiting: int
     rounds: int
@@ -129,6 +156,9 @@ class Engine(Protocol):
 
     def swap(self, draft: EagleDraft, version: str) -> Swapped:
         """Put checked weights in place between two rounds, without dropping a request; blocks the caller until then."""
+
+    def speculate(self, *, on: bool) -> None:
+        """Let running and coming requests be drafted for, or stop it, from the next round on."""
 
     def health(self) -> Health:
         """Counters and state, at any time."""

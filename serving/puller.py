@@ -4,6 +4,8 @@ The alias is the truth: whatever version it names is wanted, newer or older than
 downloaded, checked against the checkpoint contract, smoke-drafted and swapped in between two rounds; whatever goes
 wrong, the draft that is there goes on. A version that is itself at fault is refused for good. A registry that cannot be
 reached is asked again, less and less often.
+
+An operator can pin a version: it goes the same way, and then stays whatever the alias names, until it is unpinned.
 """
 
 from __future__ import annotations
@@ -13,8 +15,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Container, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Protocol
 
 import structlog
@@ -35,11 +39,26 @@ class RegistryError(RuntimeError):
     """The registry cannot be reached, or does not give what it should; another try may go well."""
 
 
+class UnknownVersionError(RegistryError):
+    """The line has no such version."""
+
+
+class RefusedError(RuntimeError):
+    """The version is at fault, and this node will not serve it."""
+
+
 class Registry(Protocol):
     """Where versions come from."""
 
     def named(self, alias: str) -> str | None:
         """The version that an alias names; None where there is no such model or alias.
+
+        Raises:
+            RegistryError: no answer.
+        """
+
+    def has(self, version: str) -> bool:
+        """Whether the line has this version.
 
         Raises:
             RegistryError: no answer.
@@ -72,9 +91,18 @@ class Refusal:
     why: str
 
 
-def wanted(named: str | None, served: str | None, refused: Container[str]) -> str | None:
-    """The version to fetch now, if any. Without an alias the draft that is there stays."""
-    return named if named is not None and named != served and named not in refused else None
+@dataclass(frozen=True, slots=True)
+class _Order:
+    """What an operator wants: a version to pin, or None to follow the alias again."""
+
+    version: str | None
+    done: Future[None]
+
+
+def wanted(named: str | None, pinned: str | None, served: str | None, refused: Container[str]) -> str | None:
+    """The version to fetch now, if any: the pinned one, else what the alias names. With neither, the draft stays."""
+    version = named if pinned is None else pinned
+    return version if version is not None and version != served and version not in refused else None
 
 
 def wait_after(failures: int, poll_s: float) -> float:
@@ -91,13 +119,16 @@ class Puller:
         self._alias = alias
         self._poll_s = poll_s
         self._served: str | None = None
+        self._named: str | None = None
+        self._pinned: str | None = None
+        self._orders: SimpleQueue[_Order | None] = SimpleQueue()
         self._failures = 0
         self._failed = 0
         self._error: str | None = None
         self._swaps: deque[Swap] = deque(maxlen=_SWAPS_KEPT)
         self._swapped = 0
         self._refused: dict[str, Refusal] = {}
-        self._stopping = threading.Event()
+        self._stopping = False
         self._thread = threading.Thread(target=self._run, name="puller", daemon=True)
 
     def start(self) -> None:
@@ -106,8 +137,36 @@ class Puller:
 
     def stop(self) -> None:
         """End the polling; a download that hangs is left to die with the process."""
-        self._stopping.set()
+        self._stopping = True
+        self._orders.put(None)
         self._thread.join(timeout=1.0)
+
+    def pin(self, version: str) -> Future[None]:
+        """Serve this version until ``unpin``, whatever the alias names. Done when it serves, on the puller's thread.
+
+        The future's errors: ``UnknownVersionError``, ``RefusedError``, ``RegistryError``, or that of an engine which
+        has stopped. After an error all is as it was.
+        """
+        return self._order(version)
+
+    def unpin(self) -> Future[None]:
+        """Follow the alias again. Done after a first look at it."""
+        return self._order(None)
+
+    @property
+    def alias(self) -> str:
+        """The alias that is followed."""
+        return self._alias
+
+    @property
+    def named(self) -> str | None:
+        """The version that the alias named when the registry was asked last."""
+        return self._named
+
+    @property
+    def pinned(self) -> str | None:
+        """The version that stays whatever the alias names, if any."""
+        return self._pinned
 
     @property
     def swaps(self) -> tuple[Swap, ...]:
@@ -125,9 +184,10 @@ class Puller:
         return self._error
 
     def poll(self) -> None:
-        """Ask once, and follow the alias if it names something new."""
+        """Ask once, and follow the alias if it names something new and nothing is pinned."""
         try:
-            version = wanted(self._registry.named(self._alias), self._served, self._refused)
+            self._named = self._registry.named(self._alias)
+            version = wanted(self._named, self._pinned, self._served, self._refused)
             if version is not None:
                 self._bring(version)
         except Exception as error:
@@ -165,7 +225,44 @@ class Puller:
         self._swapped += 1
         self._swaps.append(Swap(swapped.version, time.time(), swapped.in_flight, swapped.pause_ms))
 
+    def _order(self, version: str | None) -> Future[None]:
+        order = _Order(version, Future())
+        self._orders.put(order)
+        return order.done
+
+    def _obey(self, order: _Order) -> None:
+        try:
+            if order.version is not None:
+                self._pin(order.version)
+            else:
+                self._pinned = None
+                log.info("unpinned")
+                self.poll()
+        except Exception as error:
+            # Whatever went wrong, as in `poll`: it is the operator's to know, and the polling goes on.
+            known = isinstance(error, RegistryError | RefusedError)
+            log.warning("pin_failed", version=order.version, error=str(error), exc_info=not known)
+            order.done.set_exception(error)
+        else:
+            order.done.set_result(None)
+
+    def _pin(self, version: str) -> None:
+        if version != self._served:
+            if version not in self._refused:
+                if not self._registry.has(version):
+                    raise UnknownVersionError(f"line {self._engine.line} has no version {version!r}")
+                self._bring(version)
+            if version in self._refused:
+                raise RefusedError(f"version {version} is refused: {self._refused[version].why}")
+        self._pinned = version
+        log.info("pinned", version=version)
+
     def _run(self) -> None:
-        while not self._stopping.is_set():
+        while not self._stopping:
             self.poll()
-            self._stopping.wait(wait_after(self._failures, self._poll_s))
+            try:
+                order = self._orders.get(timeout=wait_after(self._failures, self._poll_s))
+            except Empty:
+                continue
+            if order is not None:
+                self._obey(order)

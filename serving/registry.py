@@ -29,9 +29,23 @@ class MlflowRegistry:
         try:
             return str(self._client.get_model_version_by_alias(model_name(self._line), alias).version)
         except FAILURES as error:
-            if isinstance(error, MlflowException) and error.error_code in _ABSENT:
+            if _absent(error):
                 return None
             raise self._away(error) from error
+
+    def has(self, version: str) -> bool:
+        """Whether the line has this version.
+
+        Raises:
+            RegistryError: no answer.
+        """
+        try:
+            self._client.get_model_version(model_name(self._line), version)
+        except FAILURES as error:
+            if _absent(error):
+                return False
+            raise self._away(error) from error
+        return True
 
     def download(self, version: str, folder: Path) -> Path:
         """The version's files, in a folder below the given one.
@@ -46,3 +60,7 @@ class MlflowRegistry:
 
     def _away(self, error: Exception) -> RegistryError:
         return RegistryError(f"registry.uri {self._uri}, model {model_name(self._line)}: {error}")
+
+
+def _absent(error: Exception) -> bool:
+    return isinstance(error, MlflowException) and error.error_code in _ABSENT

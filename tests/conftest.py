@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from ops.bench.embedded import free_port as unused_port
 from ops.broker import Broker
 from ops.registry_server import RegistryServer
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / ".aurora" / "models" / "smollm2-135m-instruct"
-
-
-def unused_port() -> int:
-    """A port on loopback that nothing listens on."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
 
 
 @pytest.fixture(scope="session")

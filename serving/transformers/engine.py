@@ -13,13 +13,15 @@ from pathlib import Path
 import structlog
 import torch
 
-from schemas.settings import Settings
-from schemas.speculator.checkpoint import line_of
+from schemas.settings import Settings, SettingsError
+from schemas.speculator.checkpoint import CheckpointError, line_of
 from schemas.speculator.network import EagleDraft, random_draft
 from serving.engine import EngineFullError, Figures, Finish, Health, Output, Request, Swapped, TraceSink
-from serving.transformers.drafter import Drafter
-from serving.transformers.rounds import Decided, Running, run_round
+from serving.transformers.calibration import measure
+from serving.transformers.drafter import Drafter, pack_draft
+from serving.transformers.rounds import Decided, Models, Running, run_round
 from serving.transformers.target import Target
+from serving.utility import Utility
 
 log = structlog.get_logger()
 
@@ -36,17 +38,24 @@ class TransformersEngine:
     def __init__(self, settings: Settings, sink: TraceSink | None = None) -> None:
         serve = settings.serve
         torch.set_num_threads(serve.threads)
-        positions = serve.max_tokens + serve.draft_tokens + 1
-        self._target = Target(
-            Path(settings.target.path), settings.speculator.draft_vocabulary, serve.max_batch, positions
-        )
+        self._target = _load(settings)
         draft = random_draft(self._target.shape, settings.speculator.seed)
-        self.target = self._target.fingerprint
+        self.target, self.weights = self._target.fingerprint, self._target.kind
         self.line = line_of(self.target, self._target.shape, draft.d2t)
         self.max_tokens = serve.max_tokens
-        self._drafter = Drafter(draft, self._target.embeddings_VH, serve.max_batch, positions)
+        self._drafter = Drafter(
+            draft,
+            self._target.embeddings_VH,
+            serve.max_batch,
+            serve.max_tokens + serve.draft_tokens + 1,
+            width=serve.draft_width,
+            nodes=serve.draft_nodes,
+        )
+        costs = measure(self._target, self._drafter, serve.max_batch)
+        self._utility = Utility(costs, serve.draft_tokens, adaptive=serve.adaptive)
+        self._models = Models(self._target, self._drafter, self._utility, settings.traces.top_k, serve.max_tokens)
         self._version = f"random-{settings.speculator.seed}"
-        self._serve, self._top_k, self._sink = serve, settings.traces.top_k, sink
+        self._serve, self._sink = serve, sink
 
         self._mail = threading.Condition()
         self._waiting: deque[tuple[Request, Callable[[Output], None]]] = deque()
@@ -54,6 +63,7 @@ class TransformersEngine:
         self._swaps: deque[tuple[EagleDraft, str, Future[Swapped]]] = deque()
         self._stopping = False
 
+        self._speculating = serve.speculate
         self._active: list[Running] = []
         self._free = list(range(serve.max_batch))
         self._rounds = self._drafted = self._accepted = self._output_tokens = 0
@@ -104,19 +114,28 @@ class TransformersEngine:
 
     def swap(self, draft: EagleDraft, version: str) -> Swapped:
         """Put checked weights in place between two rounds; blocks until they are."""
+        packed = pack_draft(draft)
         done: Future[Swapped] = Future()
         with self._mail:
             if self._stopping or self._error:
                 raise EngineFullError(self._error or "the engine is stopping")
-            self._swaps.append((draft, version, done))
+            self._swaps.append((packed, version, done))
             self._mail.notify()
         return done.result()
 
+    def speculate(self, *, on: bool) -> None:
+        """Draft from the next round on, or stop it; a node started without speculation stays without."""
+        self._speculating = on and self._serve.speculate
+
     def health(self) -> Health:
         """Counters and state."""
+        forecast = self._utility.forecast
         return Health(
             alive=self._thread.is_alive() and self._error is None,
             speculator=self._version if self._serve.speculate else "",
+            speculating=self._speculating,
+            draft_depth=forecast.depth if self._speculating else 0,
+            expected_rates=forecast.rates,
             running=len(self._active),
             waiting=len(self._waiting),
             rounds=self._rounds,
@@ -152,9 +171,9 @@ class TransformersEngine:
             arrived = [self._waiting.popleft() for _ in range(min(len(self._free), len(self._waiting)))]
             swaps, self._swaps = self._swaps, deque()
         for _, on_output in gone:
-            on_output(Output((), "cancelled", figures=_NO_FIGURES))
+            on_output(Output((), finish="cancelled", figures=_NO_FIGURES))
         for r in [r for r in self._active if r.request.id in cancelled]:
-            self._finish(r, Output((), "cancelled", figures=r.figures))
+            self._finish(r, Output((), finish="cancelled", figures=r.figures))
         for draft, version, done in swaps:
             self._take(draft, version, done)
         for request, on_output in arrived:
@@ -172,39 +191,32 @@ class TransformersEngine:
 
     def _take(self, draft: EagleDraft, version: str, done: Future[Swapped]) -> None:
         started = time.perf_counter()
-        self._drafter.load(draft)
+        self._drafter.take(draft)
+        self._utility.renew()
         self._version = version
         done.set_result(Swapped(version, len(self._active), (time.perf_counter() - started) * 1e3))
 
     def _round(self) -> None:
         if not self._active:
             return
-        decided = run_round(
-            self._active,
-            self._target,
-            self._drafter,
-            version=self._version,
-            draft_tokens=self._serve.draft_tokens,
-            top_k=self._top_k,
-            limit=self.max_tokens,
-        )
+        decided = run_round(self._active, self._models, self._version, speculate=self._speculating)
         for result in decided:
             self._deliver(result)
 
     def _deliver(self, result: Decided) -> None:
-        r, trace = result.running, result.trace
-        if trace.round > 0:
-            self._rounds += 1
-            self._drafted += len(trace.draft_tokens)
-            self._accepted += len(trace.accepted)
+        r = result.running
         self._output_tokens += len(result.output)
-        if self._sink is not None and r.request.trace:
-            self._sink.record(r.request, (trace,), r.finish)
+        if result.round is not None:
+            self._rounds += 1
+            self._drafted += result.round.drafted
+            self._accepted += result.round.accepted
+        if self._sink is not None and result.trace is not None:
+            self._sink.record(r.request, (result.trace,), r.finish)
         if r.finish is not None:
             self._release(r)
-            r.on_output(Output(result.output, r.finish, figures=r.figures))
+            r.on_output(Output(result.output, result.scores, r.finish, figures=r.figures))
         elif result.output:
-            r.on_output(Output(result.output))
+            r.on_output(Output(result.output, result.scores))
 
     def _finish(self, r: Running, output: Output) -> None:
         """End a request outside of a round."""
@@ -225,8 +237,23 @@ class TransformersEngine:
             self._stopping = True
         finish: Finish = "error" if self._error else "cancelled"
         for r in list(self._active):
-            self._finish(r, Output((), finish, self._error, r.figures))
+            self._finish(r, Output((), finish=finish, error=self._error, figures=r.figures))
         for _, on_output in waiting:
-            on_output(Output((), finish, self._error, _NO_FIGURES))
+            on_output(Output((), finish=finish, error=self._error, figures=_NO_FIGURES))
         for _, version, done in swaps:
             done.set_exception(EngineFullError(f"version {version} was not swapped in: the engine has stopped"))
+
+
+def _load(settings: Settings) -> Target:
+    serve = settings.serve
+    try:
+        return Target(
+            Path(settings.target.path),
+            settings.speculator.draft_vocabulary,
+            serve.max_batch,
+            serve.max_tokens,
+            drafted=serve.draft_nodes,
+            weights=serve.weights,
+        )
+    except CheckpointError as error:
+        raise SettingsError(f"target.path {settings.target.path}: {error}") from error

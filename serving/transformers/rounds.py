@@ -6,8 +6,9 @@ The batch has no padding: each request brings its own number of tokens and commi
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -15,17 +16,33 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from schemas.speculator.acceptance import Verdict, accept_greedy, accept_sampled, sampling_probs
+from schemas.speculator.acceptance import SampledRows, Verdict, accept_greedy, accept_sampled
 from schemas.trace import ROOT, U16, Round
-from serving.engine import Figures, Finish, Output, Request
-from serving.transformers.cache import RaggedBatch, Segment
+from schemas.tree import depths, is_chain, visible
+from serving.engine import Figures, Finish, Output, Request, Scored
+from serving.transformers.cache import Branching, RaggedBatch, Segment
 from serving.transformers.drafter import Committed, Drafter, Proposal
-from serving.transformers.target import Consumed, Target
+from serving.transformers.kernels import likeliest
+from serving.transformers.target import Target
+from serving.utility import Timing, Trial, Utility
 
 PREFILL_TOKENS = 128
 """Prompt tokens that one round reads at most, over all requests."""
 
-_NOTHING = Proposal([], [], None)
+_NOTHING = Proposal()
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """What decodes: the same for every round but for the version."""
+
+    target: Target
+    drafter: Drafter
+    utility: Utility
+    top_k: int
+    """Target tokens to record per position."""
+    limit: int
+    """Longest request, prompt and answer together."""
 
 
 @dataclass(slots=True)
@@ -55,9 +72,19 @@ class Running:
         return self.consumed < len(self.request.prompt)
 
     @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken."""
+        return self.request.temperature <= 0
+
+    @property
     def figures(self) -> Figures:
         """How the request was decoded so far."""
         return Figures(self.rounds, self.drafted, self.accepted, tuple(self.speculators))
+
+    def room(self, limit: int) -> int:
+        """Tokens that the answer can still take."""
+        answered = len(self.tokens) - len(self.request.prompt)
+        return min(self.request.max_tokens - answered, limit - len(self.tokens))
 
 
 class Step(NamedTuple):
@@ -67,76 +94,105 @@ class Step(NamedTuple):
     tokens: list[int]
     proposal: Proposal
 
+    @property
+    def decides(self) -> bool:
+        """Whether the target's choice is wanted: not while the prompt goes on."""
+        r = self.running
+        return not r.prefilling or r.consumed + len(self.tokens) == len(r.request.prompt)
+
+
+class Drafting(NamedTuple):
+    """What became of the draft in one verify round."""
+
+    drafted: int
+    accepted: int
+
 
 class Decided(NamedTuple):
     """What one request got from a round."""
 
     running: Running
     output: tuple[int, ...]
-    trace: Round
+    scores: tuple[Scored, ...]
+    round: Drafting | None
+    """None for a prefill."""
+    trace: Round | None
+    """None where the request may not be traced."""
 
 
-def run_round(
-    active: Sequence[Running],
-    target: Target,
-    drafter: Drafter,
-    *,
-    version: str,
-    draft_tokens: int,
-    top_k: int,
-    limit: int,
-) -> list[Decided]:
+class _Judged(NamedTuple):
+    """The target's decision for one step. Rows: the root, then each drafted node; none while the prompt goes on."""
+
+    step: Step
+    features_TF: Tensor
+    verdict: Verdict | None
+    logits_mV: Tensor
+    top_ids_mk: Tensor
+    top_logprobs_mk: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Clock:
+    """When the parts of a round ended; microseconds."""
+
+    draft_us: int
+    verify_us: int
+    now_us: int
+
+
+def run_round(active: Sequence[Running], models: Models, version: str, *, speculate: bool) -> list[Decided]:
     """Draft, verify and commit once for every active request.
 
     Args:
         active: Requests with a slot; those that end here get their ``finish``.
-        target: The model that decides.
-        drafter: The model that proposes.
+        models: What decodes.
         version: Speculator version that drafts.
-        draft_tokens: Length of the chain.
-        top_k: Target tokens to record per position.
-        limit: Longest request, prompt and answer together.
+        speculate: Whether to draft at all.
     """
     started = time.perf_counter()
-    proposals = _propose(active, drafter, draft_tokens, limit)
+    proposals, drafts = _propose(active, models) if speculate else ({}, [])
     steps = _plan(active, proposals)
     drafted = time.perf_counter()
-    batch = RaggedBatch([Segment(s.running.slot, s.running.consumed, len(s.tokens)) for s in steps])
-    consumed = target.consume(torch.tensor([token for s in steps for token in s.tokens]), batch)
-    judged = _judge(steps, consumed, batch, target, top_k)
+    batch = RaggedBatch([_segment(step) for step in steps])
+    judged = _judge(steps, batch, models)
     verified = time.perf_counter()
-    times = (int((drafted - started) * 1e6), int((verified - drafted) * 1e6), time.time_ns() // 1000)
-    return [
-        _commit(step, features_TF, judgement, version=version, times=times, eos=target.eos_ids, limit=limit)
-        for step, features_TF, judgement in judged
-    ]
+    if speculate:
+        reading = any(step.running.prefilling for step in steps)
+        verify = None if reading else Timing(len(batch.slots_T), verified - drafted)
+        trials = [trial for j in judged for trial in _trials(j)]
+        models.utility.observe(trials, verify, drafts, sum(len(step.proposal.nodes) for step in steps))
+    clock = _Clock(int((drafted - started) * 1e6), int((verified - drafted) * 1e6), time.time_ns() // 1000)
+    return [_commit(j, models, version, clock) for j in judged]
 
 
-def _propose(active: Sequence[Running], drafter: Drafter, length: int, limit: int) -> dict[int, Proposal]:
-    """Chains by slot for the requests that speculate and have room for one."""
-    eager = [r for r in active if r.request.speculate and not r.prefilling and len(r.tokens) + length < limit]
-    if not eager:
-        return {}
+def _propose(active: Sequence[Running], models: Models) -> tuple[dict[int, Proposal], list[Timing]]:
+    """Drafts by slot for the requests that speculate and have room for one, and what the steps took."""
+    eager = [r for r in active if r.request.speculate and not r.prefilling and r.room(models.limit) > 1]
+    plan = models.utility.plan([r.greedy for r in eager])
+    if plan.requests is not None:
+        eager = sorted(eager, key=lambda r: len(r.tokens) - r.drafted_rows)[: plan.requests]
+    if not eager or not plan.depth:
+        return {}, []
     committed = [
         Committed(
             slot=r.slot,
             start=r.drafted_rows,
             features_TF=torch.cat(r.unseen),
             next_tokens=r.tokens[r.drafted_rows + 1 :],
-            temperature=r.request.temperature,
-            top_p=r.request.top_p,
+            request=r.request,
             generator=r.generator,
+            room=r.room(models.limit) - 1,
         )
         for r in eager
     ]
-    proposals = drafter.propose(committed, length)
+    proposals, timings = models.drafter.propose(committed, plan, models.utility.acceptance)
     for r in eager:
         r.unseen, r.drafted_rows = [], r.consumed
-    return {r.slot: proposal for r, proposal in zip(eager, proposals, strict=True)}
+    return {r.slot: proposal for r, proposal in zip(eager, proposals, strict=True)}, timings
 
 
 def _plan(active: Sequence[Running], proposals: dict[int, Proposal]) -> list[Step]:
-    """Root and chain for those that decode; a piece of the prompt, within the round's budget, for those that read."""
+    """Root and draft for those that decode; a piece of the prompt, within the round's budget, for those that read."""
     steps, budget = [], PREFILL_TOKENS
     for r in active:
         if not r.prefilling:
@@ -149,109 +205,134 @@ def _plan(active: Sequence[Running], proposals: dict[int, Proposal]) -> list[Ste
     return steps
 
 
-class _Judgement(NamedTuple):
-    """The target's decision for one step; without a verdict where the prompt goes on."""
+def _segment(step: Step) -> Segment:
+    """Where a step's tokens go in the target's cache; of a tree, each sees the root and its own ancestors."""
+    start, length, parents = step.running.consumed, len(step.tokens), step.proposal.parents
+    if is_chain(parents):
+        return Segment(step.running.slot, start, length)
+    sees = np.zeros((length, length), np.bool_)
+    sees[:, 0] = True
+    sees[1:, 1:] = visible(parents)
+    positions = (start, *(start + depth for depth in depths(parents)))
+    return Segment(step.running.slot, start, length, Branching(start, sees, positions))
 
-    verdict: Verdict | None
-    top_ids_mk: Tensor
-    top_logprobs_mk: Tensor
 
-
-def _judge(
-    steps: Sequence[Step], consumed: Consumed, batch: RaggedBatch, target: Target, top_k: int
-) -> list[tuple[Step, Tensor, _Judgement]]:
-    """Apply the acceptance rule to every step. Scores are computed only for rows that decide something."""
+def _judge(steps: Sequence[Step], batch: RaggedBatch, models: Models) -> list[_Judged]:
+    """Run the target and apply the acceptance rule to every step. Only rows that decide something are scored."""
+    consumed = models.target.consume(torch.tensor([token for s in steps for token in s.tokens]), batch)
     ends = [end + 1 for end in batch.last_rows]
-    spans = []
-    for step, end in zip(steps, ends, strict=True):
-        r, first = step.running, end - len(step.tokens)
-        if r.prefilling:
-            done = r.consumed + len(step.tokens) == len(r.request.prompt)
-            spans.append(range(end - 1, end) if done else range(0))
-        else:
-            spans.append(range(first, end))
-    logits_RV = target.logits(consumed.last_TH[[row for span in spans for row in span]])
-    top = logits_RV.topk(top_k, dim=-1)
-    logprobs_Rk = top.values - logits_RV.logsumexp(dim=-1, keepdim=True)
+    firsts = [end - (1 if s.running.prefilling else len(s.tokens)) for s, end in zip(steps, ends, strict=True)]
+    spans = [range(first, end) if s.decides else range(0) for s, first, end in zip(steps, firsts, ends, strict=True)]
+    logits_RV = models.target.logits(consumed.last_TH[[row for span in spans for row in span]])
+    recorded = any(s.running.request.trace or s.running.request.logprobs is not None for s in steps)
+    k = max([models.top_k, *(s.running.request.logprobs or 0 for s in steps)]) if recorded else 1
+    top = likeliest(logits_RV, k)
+    # The normaliser takes as long as all else here; where nobody asks for probabilities it is left out.
+    top_logprobs_Rk = top.scores_Rk - logits_RV.logsumexp(dim=-1, keepdim=True) if recorded else top.scores_Rk
     judged, row = [], 0
     for step, end, span in zip(steps, ends, spans, strict=True):
         rows = slice(row, row + len(span))
         row += len(span)
-        verdict = _verdict(step, logits_RV[rows], top.indices[rows]) if len(span) else None
+        logits_mV, top_ids_mk = logits_RV[rows], top.ids_Rk[rows]
         features_TF = consumed.features_TF[end - len(step.tokens) : end]
-        judged.append((step, features_TF, _Judgement(verdict, top.indices[rows], logprobs_Rk[rows])))
+        verdict = _verdict(step, logits_mV, top_ids_mk) if len(span) else None
+        judged.append(_Judged(step, features_TF, verdict, logits_mV, top_ids_mk, top_logprobs_Rk[rows]))
     return judged
 
 
 def _verdict(step: Step, logits_mV: Tensor, top_ids_mk: Tensor) -> Verdict:
     request, proposal = step.running.request, step.proposal
-    if request.temperature <= 0:
-        return accept_greedy(proposal.tokens, top_ids_mk[:, 0].tolist())
-    target_probs_mV = sampling_probs(logits_mV, request.temperature, request.top_p)
-    draft_probs_mV = target_probs_mV[:0] if proposal.probs_mV is None else proposal.probs_mV
-    return accept_sampled(proposal.tokens, draft_probs_mV, target_probs_mV, step.running.generator)
+    if step.running.greedy:
+        return accept_greedy(proposal.tokens, proposal.parents, top_ids_mk[:, 0].tolist())
+    target_probs_mV = SampledRows(logits_mV, request.temperature, request.top_p, request.top_k)
+    return accept_sampled(proposal.tokens, proposal.parents, target_probs_mV, step.running.generator, proposal.probs_mV)
 
 
-def _commit(
-    step: Step,
-    features_TF: Tensor,
-    judgement: _Judgement,
-    *,
-    version: str,
-    times: tuple[int, int, int],
-    eos: frozenset[int],
-    limit: int,
-) -> Decided:
+def _trials(judged: _Judged) -> Iterator[Trial]:
+    """What the target said of the tokens drafted after the root and after each accepted token.
+
+    A greedy target has also judged the tokens that were left out: it is known which one it would have taken.
+    """
+    if judged.verdict is None:
+        return
+    proposal, greedy = judged.step.proposal, judged.step.running.greedy
+    candidates = [*proposal.nodes, *(proposal.left_out if greedy else ())]
+    said = [*(proposal.nodes[node].token for node in judged.verdict.path), judged.verdict.bonus]
+    for depth, (parent, token) in enumerate(zip((ROOT, *judged.verdict.path), said, strict=True), start=1):
+        siblings = [node for node in candidates if node.parent == parent]
+        if siblings:
+            taken = next((i for i, node in enumerate(siblings) if node.token == token), None)
+            yield Trial(depth, tuple(math.exp(node.logprob) for node in siblings), taken, greedy)
+
+
+def _commit(judged: _Judged, models: Models, version: str, clock: _Clock) -> Decided:
     """Move the request forward by what was decided, and write the round down."""
-    r, proposal, position = step.running, step.proposal, step.running.consumed
+    step, verdict = judged.step, judged.verdict
+    r, proposal, position, prefilling = step.running, step.proposal, step.running.consumed, step.running.prefilling
     output: list[int] = []
-    if judgement.verdict is not None:
-        accepted, bonus = judgement.verdict
-        output, r.finish = _end([*proposal.tokens[:accepted], bonus], r, eos, limit)
-    kept = max(len(output) - 1, 0)
-    committed = len(step.tokens) if r.prefilling else 1 + kept
-    round_number = 0 if r.prefilling else r.rounds + 1
-    if not r.prefilling:
+    if verdict is not None:
+        said = [*(proposal.nodes[node].token for node in verdict.path), verdict.bonus]
+        output, r.finish = _end(said, r, models)
+    path = verdict.path[: max(len(output) - 1, 0)] if verdict else ()
+    rows = list(range(len(step.tokens))) if prefilling else [0, *(1 + node for node in path)]
+    features_TF = judged.features_TF[rows]
+    models.target.cache.keep(r.slot, position + 1, path)
+    if not prefilling:
         r.rounds += 1
-        r.drafted += len(proposal.tokens)
-        r.accepted += kept
-    if proposal.tokens and version not in r.speculators:
+        r.drafted += len(proposal.nodes)
+        r.accepted += len(path)
+    if proposal.nodes and version not in r.speculators:
         r.speculators.append(version)
-    r.consumed += committed
+    r.consumed += len(rows)
     r.tokens += output
     if r.request.speculate:
-        r.unseen.append(features_TF[:committed])
-    draft_us, verify_us, now_us = times
-    trace = Round(
-        round=round_number,
-        position=position,
-        tokens=tuple(step.tokens[:committed]),
-        features=_bf16(features_TF[:committed]) if r.request.trace else np.empty((0, 0), np.uint16),
-        draft_tokens=tuple(proposal.tokens),
-        draft_parents=tuple(range(ROOT, len(proposal.tokens) - 1)),
-        draft_logprobs=tuple(proposal.logprobs),
-        accepted=tuple(range(kept)),
-        bonus=output[-1] if output else None,
-        top_ids=judgement.top_ids_mk.to(torch.int32).numpy(),
-        top_logprobs=judgement.top_logprobs_mk.numpy(),
-        speculator=version if proposal.tokens else "",
-        draft_us=draft_us if proposal.tokens else 0,
-        verify_us=verify_us,
-        time_us=now_us,
-    )
-    return Decided(r, tuple(output), trace)
+        r.unseen.append(features_TF)
+    trace = None
+    if r.request.trace:
+        trace = Round(
+            round=0 if prefilling else r.rounds,
+            position=position,
+            tokens=tuple(step.tokens[row] for row in rows),
+            features=_bf16(features_TF),
+            draft_tokens=tuple(proposal.tokens),
+            draft_parents=tuple(proposal.parents),
+            draft_logprobs=tuple(node.logprob for node in proposal.nodes),
+            accepted=path,
+            bonus=output[-1] if output else None,
+            top_ids=judged.top_ids_mk[:, : models.top_k].to(torch.int32).numpy(),
+            top_logprobs=judged.top_logprobs_mk[:, : models.top_k].numpy(),
+            speculator=version if proposal.nodes else "",
+            draft_us=clock.draft_us if proposal.nodes else 0,
+            verify_us=clock.verify_us,
+            time_us=clock.now_us,
+        )
+    drafting = None if prefilling else Drafting(len(proposal.nodes), len(path))
+    return Decided(r, tuple(output), _scores(judged, path, output), drafting, trace)
 
 
-def _end(decided: list[int], r: Running, eos: frozenset[int], limit: int) -> tuple[list[int], Finish | None]:
+def _end(said: list[int], r: Running, models: Models) -> tuple[list[int], Finish | None]:
     """Cut what was decided at the end of the answer, so that a request's last token is the bonus of its last round."""
-    answered = len(r.tokens) - len(r.request.prompt)
-    room = min(r.request.max_tokens - answered, limit - len(r.tokens))
-    for i, token in enumerate(decided[:room]):
-        if token in eos:
-            return decided[: i + 1], "stop"
-    if len(decided) >= room:
-        return decided[:room], "length"
-    return decided, None
+    room, request = r.room(models.limit), r.request
+    for i, token in enumerate(said[:room]):
+        if token in request.stop_ids or (token in models.target.eos_ids and not request.ignore_eos):
+            return said[: i + 1], "stop"
+    if len(said) >= room:
+        return said[:room], "length"
+    return said, None
+
+
+def _scores(judged: _Judged, path: Sequence[int], output: Sequence[int]) -> tuple[Scored, ...]:
+    """Log-probabilities of the answered tokens, each at the row that decided it: the root's, then those of the path."""
+    wanted = judged.step.running.request.logprobs
+    if wanted is None:
+        return ()
+    scores = []
+    for row, token in zip((0, *(1 + node for node in path)), output, strict=True):
+        logits_V = judged.logits_mV[row]
+        own = float(logits_V[token] - logits_V.logsumexp(dim=-1))
+        ids, logprobs = judged.top_ids_mk[row, :wanted].tolist(), judged.top_logprobs_mk[row, :wanted].tolist()
+        scores.append(Scored(own, tuple(zip(ids, logprobs, strict=True))))
+    return tuple(scores)
 
 
 def _bf16(features_TF: Tensor) -> U16:

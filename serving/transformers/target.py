@@ -4,37 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import structlog
 import torch
-from torch import Tensor, nn
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, GenerationConfig
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from schemas.speculator.checkpoint import CheckpointError, shape_for_target, target_fingerprint
 from schemas.speculator.network import DraftShape
 from serving.transformers.cache import RaggedBatch, SlotCache
-from serving.transformers.kernels import pack_linears
+from serving.transformers.decoder import ATTENTION, Consumed, decoder_for, matrices
+from serving.transformers.kernels import KernelError, Kind, choose, pack
 
 log = structlog.get_logger()
-
-ATTENTION = "aurora_slots"
-
-
-class Consumed(NamedTuple):
-    """What the target gives for the tokens of a batch."""
-
-    features_TF: Tensor
-    """Outputs of the captured layers after each token: low, middle, high, side by side."""
-    last_TH: Tensor
-    """Final hidden states, after the last norm."""
 
 
 class Target:
     """The model that decides every token. Runs in float32 on one thread of its own; not thread-safe."""
 
-    def __init__(self, folder: Path, draft_vocabulary: int, slots: int, positions: int) -> None:
-        """Load the model.
+    def __init__(
+        self,
+        folder: Path,
+        draft_vocabulary: int,
+        slots: int,
+        positions: int,
+        *,
+        drafted: int = 0,
+        weights: Kind | Literal["auto"] = "auto",
+    ) -> None:
+        """Load the model and choose its kernels.
+
+        Args:
+            folder: The model in Hugging Face format.
+            draft_vocabulary: D: tokens that a draft can propose.
+            slots: Requests at a time.
+            positions: Longest request, prompt and answer together.
+            drafted: Tokens of a request that are verified at most in one pass.
+            weights: Kernel of the matrices.
 
         Raises:
             CheckpointError: no usable model in the folder, or one whose draft cannot be shaped.
@@ -50,53 +57,32 @@ class Target:
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=ATTENTION)
         model.requires_grad_(requires_grad=False).eval()
         self.embeddings_VH: Tensor = model.get_input_embeddings().weight
-        packed = pack_linears(model)
-        self._body: nn.Module = model.get_decoder()
-        self._lm_head: nn.Module = model.get_output_embeddings()
-        self._captured: dict[int, Tensor] = {}
-        for layer in self.shape.capture_layers:
-            self._body.get_submodule(f"layers.{layer}").register_forward_hook(self._capture(layer))
+        parameters, entries = matrices(model), positions + drafted + 1
+        try:
+            self.kind: Kind = choose(weights, parameters)
+            output = model.get_output_embeddings()
+            self._lm_head = pack(self.kind, output.weight, output.bias)
+            self._decoder = decoder_for(model, self.kind, self.shape.capture_layers, entries)
+        except KernelError as error:
+            raise CheckpointError(str(error)) from error
         heads, size = self.shape.num_key_value_heads, self.shape.head_dim
-        self.cache = SlotCache(config.num_hidden_layers, slots, heads, positions, size)
-        log.info("target_loaded", folder=str(folder), fingerprint=self.fingerprint, packed_linears=packed)
+        self.cache = SlotCache(config.num_hidden_layers, slots, heads, entries, size)
+        log.info(
+            "target_loaded",
+            folder=str(folder),
+            fingerprint=self.fingerprint,
+            weights=self.kind,
+            decoder=type(self._decoder).__name__,
+        )
 
     def consume(self, tokens_T: Tensor, batch: RaggedBatch) -> Consumed:
         """Run the tokens of a ragged batch through the model, into their slots of the cache."""
-        out = self._body(
-            input_ids=tokens_T[None],
-            position_ids=batch.positions_T[None],
-            use_cache=False,
-            ragged=batch,
-            cache=self.cache,
-        )
-        features = torch.cat([self._captured[layer] for layer in self.shape.capture_layers], dim=-1)
-        return Consumed(features[0], out.last_hidden_state[0])
+        return self._decoder(tokens_T, batch, self.cache)
 
     def logits(self, last_TH: Tensor) -> Tensor:
         """Scores [T, V] of the next token."""
         scores: Tensor = self._lm_head(last_TH)
         return scores
-
-    def _capture(self, layer: int) -> Any:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            self._captured[layer] = output[0] if isinstance(output, tuple) else output
-
-        return hook
-
-
-def _attend(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    _attention_mask: Tensor | None,
-    *,
-    ragged: RaggedBatch,
-    cache: SlotCache,
-    **_unused: Any,
-) -> tuple[Tensor, None]:
-    """Attention in the form that transformers' models call: queries [1, N, T, E] over the slots of the cache."""
-    return cache.attend(module.layer_idx, ragged, query[0], key[0], value[0])[None], None
 
 
 def _eos_ids(folder: Path, config: Any) -> frozenset[int]:
@@ -107,6 +93,3 @@ def _eos_ids(folder: Path, config: Any) -> frozenset[int]:
     if ids is None:
         return frozenset()
     return frozenset(ids if isinstance(ids, Iterable) else [ids])
-
-
-AttentionInterface.register(ATTENTION, _attend)

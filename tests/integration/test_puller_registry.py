@@ -9,29 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_draft import SHAPE
 
 from schemas.settings import Registry as RegistrySettings
 from schemas.speculator import checkpoint
-from schemas.speculator.checkpoint import shape_for_target
 from schemas.speculator.network import EagleDraft, random_draft
 from serving.engine import Swapped
 from serving.puller import Puller, RegistryError
 from serving.registry import MlflowRegistry
 from trainer.registry import SpeculatorRegistry
-
-SHAPE = shape_for_target(
-    {
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "hidden_size": 8,
-        "intermediate_size": 8,
-        "vocab_size": 32,
-        "rms_norm_eps": 1e-5,
-        "max_position_embeddings": 64,
-        "num_hidden_layers": 8,
-    },
-    draft_vocabulary=16,
-)
 
 
 class Engine:

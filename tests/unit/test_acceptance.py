@@ -1,26 +1,25 @@
 """The acceptance rule against brute force: greedy by definition, sampled by the distribution of what comes out.
 
-The sampled rule is run with a generator of uniform numbers that is enumerated instead of drawn: the cell of every
-decision is integrated exactly, so the output distribution is compared with the target's without statistics.
+The sampled rule is run over every outcome of chance (``every_chance``), so the output distribution is compared with the
+target's without statistics. Trees with branches are in ``test_tree_acceptance``.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections import Counter
 from unittest import mock
 
 import pytest
 import torch
+from every_chance import Chance, distribution, judged
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from schemas.speculator import acceptance
-from schemas.speculator.acceptance import Verdict, accept_greedy, accept_sampled, sampling_probs
-from schemas.tree import rejected_branches
+from schemas.speculator.acceptance import SampledRows, Verdict, accept_greedy, accept_sampled, draw, sampling_probs
+from schemas.tree import chain
 
 V = 4
 
@@ -29,10 +28,11 @@ V = 4
 @given(st.lists(st.integers(0, 2), max_size=5).flatmap(lambda d: st.tuples(st.just(d), _choices(len(d) + 1))))
 def test_greedy_keeps_what_the_target_would_have_said(case: tuple[list[int], list[int]]) -> None:
     draft, argmax = case
-    verdict = accept_greedy(draft, argmax)
+    verdict = accept_greedy(draft, chain(len(draft)), argmax)
     right = [draft[:n] == argmax[:n] for n in range(len(draft) + 1)]
-    assert verdict.accepted == max(n for n, whole in enumerate(right) if whole)
-    assert [*draft[: verdict.accepted], verdict.bonus] == argmax[: verdict.accepted + 1]
+    kept = len(verdict.path)
+    assert kept == max(n for n, whole in enumerate(right) if whole)
+    assert [*draft[:kept], verdict.bonus] == argmax[: kept + 1]
 
 
 def _choices(n: int) -> st.SearchStrategy[list[int]]:
@@ -48,77 +48,24 @@ def distributions(rows: int, seed: int, *, sparse: bool) -> Tensor:
     return probs / probs.sum(-1, keepdim=True)
 
 
-class Enumerated:
-    """Takes the place of chance: follows one path of decisions and multiplies up its probability."""
-
-    def __init__(self, decisions: list[int]) -> None:
-        self.decisions = decisions
-        self.taken: list[int] = []
-        self.options: list[int] = []
-        self.probability = 1.0
-
-    def _decide(self, chances: list[float]) -> int:
-        i = len(self.taken)
-        choice = self.decisions[i] if i < len(self.decisions) else 0
-        self.taken.append(choice)
-        self.options.append(len(chances))
-        self.probability *= chances[choice]
-        return choice
-
-    def draw(self, probs_V: Tensor, generator: object) -> int:
-        return self._decide(probs_V.tolist())
-
-    def uniform(self, threshold: float) -> float:
-        """A number below the threshold, or above it."""
-        return threshold / 2 if self._decide([threshold, 1 - threshold]) == 0 else (1 + threshold) / 2
-
-
-def every_path(run: object) -> Iterator[tuple[tuple[int, ...], float]]:
-    """All outcomes of ``run(chance)`` with their probabilities."""
-    decisions: list[int] = []
-    while True:
-        chance = Enumerated(decisions)
-        outcome = run(chance)  # type: ignore[operator]
-        yield outcome, chance.probability
-        decisions = chance.taken
-        options = chance.options
-        while decisions and decisions[-1] + 1 == options[len(decisions) - 1]:
-            decisions = decisions[:-1]
-        if not decisions:
-            return
-        decisions = [*decisions[:-1], decisions[-1] + 1]
-
-
 def exact_output(
     p_of: dict[tuple[int, ...], Tensor], q_of: dict[tuple[int, ...], Tensor], m: int
 ) -> dict[tuple[int, ...], float]:
     """Distribution of the first ``m + 1`` tokens: one speculative round, then the target alone where it fell short."""
 
-    def run(chance: Enumerated) -> tuple[int, ...]:
-        chain: tuple[int, ...] = ()
-        while len(chain) < m:
-            chain = (*chain, chance.draw(q_of[chain], None))
-        q = torch.stack([q_of[chain[:i]] for i in range(m)])
-        p = torch.stack([p_of[chain[:i]] for i in range(m + 1)])
-        at = itertools.count()
-
-        def uniform(*_: object, **__: object) -> Tensor:
-            i = next(at)
-            threshold = min(1.0, float(p[i, chain[i]] / q[i, chain[i]]))
-            return torch.tensor(chance.uniform(threshold), dtype=torch.float64)
-
-        with mock.patch.object(acceptance, "_draw", chance.draw), mock.patch.object(torch, "rand", uniform):
-            verdict = accept_sampled(chain, q, p, None)
-        out = (*chain[: verdict.accepted], verdict.bonus)
+    def run(chance: Chance) -> tuple[int, ...]:
+        drafted: tuple[int, ...] = ()
+        while len(drafted) < m:
+            drafted = (*drafted, chance.draw(q_of[drafted]))
+        q = torch.stack([q_of[drafted[:i]] for i in range(m)])
+        p = torch.stack([p_of[drafted[:i]] for i in range(m + 1)])
+        verdict = judged(chance, drafted, chain(m), p, q)
+        out = (*(drafted[node] for node in verdict.path), verdict.bonus)
         while len(out) < m + 1:
-            out = (*out, chance.draw(p_of[out], None))
+            out = (*out, chance.draw(p_of[out]))
         return out
 
-    found: dict[tuple[int, ...], float] = defaultdict(float)
-    for outcome, probability in every_path(run):
-        if probability > 0:
-            found[outcome] += probability
-    return found
+    return distribution(run)
 
 
 @pytest.mark.parametrize("sparse", [False, True])
@@ -163,8 +110,8 @@ def test_real_randomness_gives_the_targets_distribution() -> None:
     rounds, seen = 8000, Counter[tuple[int, int]]()
     drafted = torch.multinomial(q[0], rounds, replacement=True, generator=g).tolist()
     for token in drafted:
-        verdict = accept_sampled([token], q, p, g)
-        out = [token, verdict.bonus] if verdict.accepted else [verdict.bonus]
+        verdict = accept_sampled([token], chain(1), p, g, q)
+        out = [token, verdict.bonus] if verdict.path else [verdict.bonus]
         if len(out) == 1:
             out.append(int(torch.multinomial(p[1], 1, generator=g)))
         seen[out[0], out[1]] += 1
@@ -176,15 +123,15 @@ def test_a_draft_equal_to_the_target_is_always_kept() -> None:
     p = distributions(4, 3, sparse=False)
     g = torch.Generator().manual_seed(0)
     for _ in range(200):
-        chain = [int(torch.multinomial(p[i], 1, generator=g)) for i in range(3)]
-        assert accept_sampled(chain, p[:3], p, g).accepted == 3
+        drafted = [int(torch.multinomial(p[i], 1, generator=g)) for i in range(3)]
+        assert accept_sampled(drafted, chain(3), p, g, p[:3]).path == (0, 1, 2)
 
 
 def test_what_the_target_excludes_is_never_said() -> None:
     p = torch.tensor([[0.0, 1.0, 0.0, 0.0]] * 2)
     q = torch.tensor([[1.0, 0.0, 0.0, 0.0]])
     g = torch.Generator().manual_seed(0)
-    assert {accept_sampled([0], q, p, g) for _ in range(100)} == {Verdict(0, 1)}
+    assert {accept_sampled([0], chain(1), p, g, q) for _ in range(100)} == {Verdict((), 1)}
 
 
 def test_the_same_seed_gives_the_same_verdicts() -> None:
@@ -192,45 +139,95 @@ def test_the_same_seed_gives_the_same_verdicts() -> None:
 
     def run(seed: int) -> list[Verdict]:
         g = torch.Generator().manual_seed(seed)
-        return [accept_sampled([1, 2], q, p, g) for _ in range(40)]
+        return [accept_sampled([1, 2], chain(2), p, g, q) for _ in range(40)]
 
     assert run(3) == run(3)
     assert run(3) != run(4)
 
 
-@settings(max_examples=60, deadline=None)
+def by_definition(full: list[float], top_p: float, top_k: int) -> list[float]:
+    """Top-k, then the nucleus of what is left, written out token by token; ties with the last one kept stay."""
+    left = [p for p in full if top_k == 0 or sum(other > p for other in full) < top_k]
+    total = sum(sorted(left, reverse=True))
+    mass, least = 0.0, 0.0
+    for least in sorted(left, reverse=True):
+        mass += least
+        if top_p < 1 and mass >= top_p * total:
+            break
+    share = math.fsum(p for p in full if p >= least)
+    return [p / share if p >= least else 0.0 for p in full]
+
+
+TIED = st.lists(st.sampled_from([-3.0, 0.0, 0.5, 1.0]), min_size=1, max_size=12)
+
+
+@settings(max_examples=200, deadline=None)
 @given(
-    st.lists(st.floats(-8, 8), min_size=1, max_size=9),
+    st.one_of(st.lists(st.floats(-8, 8), min_size=1, max_size=12), TIED),
     st.floats(0.05, 5.0),
-    st.floats(0.01, 1.0),
+    st.one_of(st.floats(0.01, 1.0), st.sampled_from([0.25, 0.5, 0.75])),
+    st.integers(0, 13),
 )
-def test_the_nucleus_is_the_smallest_set_that_reaches_its_mass(
-    logits: list[float], temperature: float, top_p: float
+def test_what_is_drawn_from_is_temperature_then_top_k_then_nucleus(
+    logits: list[float], temperature: float, top_p: float, top_k: int
 ) -> None:
-    found = sampling_probs(torch.tensor([logits]), temperature, top_p)[0]
-    full = torch.softmax(torch.tensor(logits) / temperature, -1)
-    kept = found > 0
-    assert float(found.sum()) == pytest.approx(1, abs=1e-5)
-    assert float(full[kept].sum()) >= top_p - 1e-5
-    if top_p < 1 and int(kept.sum()) > 1:
-        assert float(full[kept].sum() - full[kept].min()) < top_p + 1e-5
-    assert not (~kept).any() or float(full[~kept].max()) <= float(full[kept].min()) + 1e-7
-    torch.testing.assert_close(found[kept], full[kept] / full[kept].sum(), rtol=1e-4, atol=1e-7)
-
-
-@settings(deadline=None)
-@given(st.integers(0, 6).flatmap(lambda m: st.tuples(*(st.integers(-1, i - 1) for i in range(m)))), st.integers(0, 99))
-def test_rejected_branches_are_the_paths_to_leaves_off_the_accepted_path(parents: tuple[int, ...], pick: int) -> None:
-    def path(node: int) -> tuple[int, ...]:
-        return (*path(parents[node]), node) if node >= 0 else ()
-
-    accepted = path(pick % (len(parents) + 1) - 1)
-    leaves = [node for node in range(len(parents)) if node not in parents]
-    assert rejected_branches(parents, accepted) == [path(leaf) for leaf in leaves if leaf not in accepted]
+    found = sampling_probs(torch.tensor([logits]), temperature, top_p, top_k)[0]
+    wanted = by_definition(torch.softmax(torch.tensor([logits]) / temperature, -1)[0].tolist(), top_p, top_k)
+    assert [p > 0 for p in found.tolist()] == [p > 0 for p in wanted]
+    torch.testing.assert_close(found, torch.tensor(wanted), rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize(
-    ("accepted", "branches"), [([], [(0, 1, 2)]), ([0], [(0, 1, 2)]), ([0, 1], [(0, 1, 2)]), ([0, 1, 2], [])]
+    ("top_p", "top_k", "kept"),
+    [
+        (1.0, 0, [0, 1, 2, 3, 4]),
+        (0.5, 0, [0, 1, 2]),  # the third as likely as the second
+        (0.39, 0, [0]),
+        (1.0, 1, [0]),
+        (1.0, 2, [0, 1, 2]),  # the third as likely as the second
+        (1.0, 4, [0, 1, 2, 3]),
+        (0.5, 1, [0]),
+        (0.85, 4, [0, 1, 2]),
+        (0.41, 0, [0, 1, 2]),
+        (0.42, 3, [0]),  # 0.4 is half of what top-k left
+        (1.0, 9, [0, 1, 2, 3, 4]),
+    ],
 )
-def test_a_chain_has_one_rejected_branch_or_none(accepted: list[int], branches: list[tuple[int, ...]]) -> None:
-    assert rejected_branches([-1, 0, 1], accepted) == branches
+def test_the_edges_of_top_k_and_nucleus(top_p: float, top_k: int, kept: list[int]) -> None:
+    full = torch.tensor([[0.4, 0.2, 0.2, 0.125, 0.075]])
+    found = sampling_probs(full.log(), 1.0, top_p, top_k)
+    assert found[0].nonzero().flatten().tolist() == kept
+    torch.testing.assert_close(found[0, kept], full[0, kept] / full[0, kept].sum())
+
+
+def test_rows_on_demand_are_those_of_the_whole() -> None:
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(2)) * 2
+    rows = SampledRows(logits, 0.8, 0.9, 20)
+    whole = sampling_probs(logits, 0.8, 0.9, 20)
+    torch.testing.assert_close(torch.stack([rows[i] for i in range(3)]), whole)
+
+
+@pytest.mark.parametrize(
+    ("probs", "tokens"),
+    [
+        ([0.25, 0, 0.5, 0.25], [0, 0, 2, 2, 2, 2, 3, 3]),
+        ([0, 1, 0, 0], [1] * 8),
+        ([0, 0.5, 0, 1.5, 0], [1, 1, 3, 3, 3, 3, 3, 3]),
+    ],
+)
+def test_a_token_is_drawn_as_often_as_its_share_says(probs: list[float], tokens: list[int]) -> None:
+    with mock.patch.object(torch, "rand", side_effect=torch.arange(0, 1, 1 / 8, dtype=torch.float64).unbind()):
+        assert [draw(torch.tensor(probs), None) for _ in range(8)] == tokens
+
+
+@settings(deadline=None)
+@given(st.lists(st.sampled_from([0.0, 0.0, 1e-30, 1e-7, 0.3, 1.0, 2 / 3]), min_size=1, max_size=20).filter(any))
+def test_what_has_no_mass_is_not_drawn_even_by_the_outermost_numbers(probs: list[float]) -> None:
+    for u in (0.0, 1 - 2**-53):
+        with mock.patch.object(torch, "rand", return_value=torch.tensor(u, dtype=torch.float64)):
+            assert probs[draw(torch.tensor(probs), None)] > 0
+
+
+def test_broken_scores_are_an_error_and_no_token() -> None:
+    with pytest.raises(FloatingPointError, match="not finite"):
+        draw(torch.tensor([0.5, math.nan, 0.5]), None)

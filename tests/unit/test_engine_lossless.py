@@ -1,6 +1,6 @@
 """The built-in engine says exactly what the target alone would say, whatever is drafted, swapped or mixed."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -43,6 +43,7 @@ class Bench:
     engine: TransformersEngine
     recorder: Recorder
     reference: LlamaForCausalLM
+    mode: str
     count: int = 0
 
     def new_id(self) -> str:
@@ -71,36 +72,55 @@ class Bench:
             scores = self.reference(torch.tensor([[*request.prompt, *answer]])).logits[0, len(request.prompt) - 1 : -1]
         for position, token in enumerate(answer):
             assert scores[position].max() - scores[position, token] < NEAR_TIE, (position, token)
-        assert EOS not in answer[:-1]
+        ends = request.stop_ids | (frozenset() if request.ignore_eos else {EOS})
+        assert not ends & set(answer[:-1])
         if finish == "stop":
-            assert answer[-1] == EOS
+            assert answer[-1] in ends
         else:
+            assert answer[-1] not in ends
             assert len(answer) == min(request.max_tokens, LIMIT - len(request.prompt))
 
+    def change(self, number: int) -> None:
+        """Swap another draft in, or switch speculation."""
+        if number < 0:
+            self.engine.speculate(on=number == -1)
+        else:
+            draft = oracle_draft(self) if number == 0 else random_draft(self.engine._target.shape, number)
+            self.engine.swap(draft, str(number))
 
-def collect(outputs: SimpleQueue[Output]) -> tuple[list[int], Output]:
-    answer: list[int] = []
-    while True:
-        output = outputs.get(timeout=60)
-        answer.extend(output.tokens)
-        if output.finish is not None:
-            return answer, output
+
+def collect(outputs: SimpleQueue[Output], seen: Sequence[Output] = ()) -> tuple[list[int], Output]:
+    """The whole answer and its last output; ``seen`` was taken from the queue before."""
+    taken = list(seen)
+    while not taken or taken[-1].finish is None:
+        taken.append(outputs.get(timeout=60))
+    return [token for output in taken for token in output.tokens], taken[-1]
 
 
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+MODES: dict[str, dict[str, object]] = {
+    "chain": {"serve.adaptive": False, "serve.draft_tokens": 3},
+    "tree": {"serve.adaptive": False, "serve.draft_tokens": 4, "serve.draft_width": 3, "serve.draft_nodes": 9},
+    "adaptive chain": {},
+    "adaptive tree": {"serve.draft_width": 2, "serve.weights": "float32"},
+}
+
+
+@pytest.fixture(scope="module", params=MODES)
+def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     folder = write_tiny_target(tmp_path_factory.mktemp("target"))
     recorder = Recorder()
-    engine = TransformersEngine(settings_for(folder), recorder)
+    engine = TransformersEngine(settings_for(folder, **MODES[request.param]), recorder)
     engine.start()
-    yield Bench(engine, recorder, LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    reference = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    yield Bench(engine, recorder, reference, request.param)
     engine.stop()
 
 
-def settings_for(folder: Path) -> Settings:
+def settings_for(folder: Path, **flags: object) -> Settings:
     return load(
         environ={},
         flags={
+            **flags,
             "target.path": str(folder),
             "speculator.draft_vocabulary": VOCABULARY,
             "serve.max_tokens": LIMIT,
@@ -126,24 +146,56 @@ def oracle_draft(bench: Bench) -> EagleDraft:
 prompts = st.lists(st.integers(1, VOCABULARY - 1), min_size=1, max_size=40)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    requests=st.lists(st.tuples(prompts, st.integers(1, 25), st.booleans(), st.booleans()), min_size=1, max_size=7),
-    swaps=st.lists(st.integers(0, 3), max_size=3),
+@dataclass(frozen=True)
+class Asked:
+    """One request of a mix."""
+
+    prompt: tuple[int, ...]
+    length: int
+    speculate: bool
+    late: bool
+    """It comes only when the request before it has been answered in part."""
+    stop: int | None
+    ignore_eos: bool
+
+
+asked = st.builds(
+    Asked,
+    prompt=prompts.map(tuple),
+    length=st.integers(1, 25),
+    speculate=st.booleans(),
+    late=st.booleans(),
+    stop=st.none() | st.integers(1, VOCABULARY - 1),
+    ignore_eos=st.booleans(),
 )
+changes = st.lists(st.integers(-2, 3), max_size=4)
+"""-2 switches speculation off, -1 on, 0 swaps in a draft that is often right, others a random one."""
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(mix=st.lists(st.tuples(asked, changes), min_size=1, max_size=7))
 def test_greedy_answers_are_the_targets_own_in_every_batch_mix(
-    bench: Bench, requests: list[tuple[list[int], int, bool, bool]], swaps: list[int]
+    bench: Bench, mix: list[tuple[Asked, list[int]]]
 ) -> None:
-    sent = []
-    for prompt, length, speculate, _ in requests:
-        request = Request(bench.new_id(), tuple(prompt), length, speculate=speculate)
-        sent.append((request, bench.submit(request)))
-    for seed in swaps:
-        draft = oracle_draft(bench) if seed == 0 else random_draft(bench.engine._target.shape, seed)
-        bench.engine.swap(draft, str(seed))
-    for request, outputs in sent:
-        answer, last = collect(outputs)
+    sent: list[tuple[Request, SimpleQueue[Output], list[Output]]] = []
+    for wanted, changed in mix:
+        request = Request(
+            bench.new_id(),
+            wanted.prompt,
+            wanted.length,
+            speculate=wanted.speculate,
+            stop_ids=frozenset() if wanted.stop is None else frozenset({wanted.stop}),
+            ignore_eos=wanted.ignore_eos,
+        )
+        if wanted.late and sent:
+            sent[-1][2].append(sent[-1][1].get(timeout=60))
+        sent.append((request, bench.submit(request), []))
+        for change in changed:
+            bench.change(change)
+    for request, outputs, seen in sent:
+        answer, last = collect(outputs, seen)
         bench.assert_greedy(request, answer, last.finish)
+    bench.engine.speculate(on=True)
 
 
 def test_a_single_answer_equals_greedy_decoding_without_a_cache(bench: Bench) -> None:
@@ -152,7 +204,9 @@ def test_a_single_answer_equals_greedy_decoding_without_a_cache(bench: Bench) ->
     assert answer == bench.target_alone(prompt, len(answer)).tolist()
     assert last.figures is not None
     assert last.figures.rounds > 0
-    assert last.figures.drafted == 3 * last.figures.rounds
+    if bench.mode == "chain":
+        # Towards its end an answer has room for fewer than three.
+        assert 3 * (last.figures.rounds - 2) <= last.figures.drafted <= 3 * last.figures.rounds
 
 
 def test_a_good_draft_is_accepted_and_the_answer_stays_the_same(bench: Bench) -> None:
@@ -163,8 +217,9 @@ def test_a_good_draft_is_accepted_and_the_answer_stays_the_same(bench: Bench) ->
     after, last = bench.generate(Request(bench.new_id(), prompt, 60))
     assert after == before
     assert last.figures is not None
-    assert last.figures.accepted > 0
-    assert last.figures.speculators == ("good",)
+    assert last.figures.speculators in {(), ("good",)}
+    if "adaptive" not in bench.mode:  # on a target this small drafting rarely pays
+        assert last.figures.accepted > 0
 
 
 def test_a_prompt_longer_than_one_rounds_budget_is_read_in_pieces(bench: Bench) -> None:

@@ -25,6 +25,7 @@ WITHOUT_TORCH = (
     "schemas.events",
     "schemas.settings",
     "schemas.status",
+    "schemas.tree",
     "schemas.logs",
     "pipeline.app",
     "ops.cli",

@@ -2,57 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from version_registry import DRAFTS, LINE, FakeRegistry
 
-from schemas.speculator import checkpoint
-from schemas.speculator.checkpoint import CheckpointError, line_of, shape_for_target
-from schemas.speculator.network import EagleDraft, random_draft
+from schemas.speculator.checkpoint import CheckpointError
+from schemas.speculator.network import EagleDraft
 from serving.engine import Swapped
-from serving.puller import LONGEST_WAIT_S, Puller, RegistryError, wait_after, wanted
-
-SHAPE = shape_for_target(
-    {
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "hidden_size": 8,
-        "intermediate_size": 8,
-        "vocab_size": 32,
-        "rms_norm_eps": 1e-5,
-        "max_position_embeddings": 64,
-        "num_hidden_layers": 8,
-    },
-    draft_vocabulary=16,
+from serving.puller import (
+    LONGEST_WAIT_S,
+    Puller,
+    RefusedError,
+    RegistryError,
+    UnknownVersionError,
+    wait_after,
+    wanted,
 )
-TARGET = "f" * 32
-DRAFTS = {str(n): random_draft(SHAPE, seed=n) for n in range(1, 5)}
-LINE = line_of(TARGET, SHAPE, DRAFTS["1"].d2t)
-
-
-@dataclass
-class FakeRegistry:
-    alias: str | None = None
-    away: bool = False
-    foreign: set[str] = field(default_factory=set)
-    downloads: list[str] = field(default_factory=list)
-
-    def named(self, alias: str) -> str | None:
-        assert alias == "champion"
-        if self.away:
-            raise RegistryError("connection refused")
-        return self.alias
-
-    def download(self, version: str, folder: Path) -> Path:
-        self.downloads.append(version)
-        if self.away:
-            raise RegistryError("connection reset")
-        checkpoint.write(DRAFTS[version], folder / "draft", TARGET if version not in self.foreign else "0" * 32)
-        return folder / "draft"
 
 
 @dataclass
@@ -155,7 +125,8 @@ def test_a_registry_that_is_away_is_told_and_forgotten_when_it_is_back(
     assert puller.error == "connection refused"
     registry.away = False
     puller.poll()
-    assert (puller.error, engine.versions, puller.refused) == (None, ["1"], ())
+    assert puller.error is None
+    assert (engine.versions, puller.refused) == (["1"], ())
 
 
 def test_a_swap_that_fails_is_tried_again(puller: Puller, registry: FakeRegistry, engine: FakeEngine) -> None:
@@ -167,16 +138,71 @@ def test_a_swap_that_fails_is_tried_again(puller: Puller, registry: FakeRegistry
     assert (engine.versions, puller.refused) == (["1"], ())
 
 
-@given(
-    named=st.none() | st.sampled_from("123"),
-    served=st.none() | st.sampled_from("123"),
-    refused=st.sets(st.sampled_from("123")),
-)
-def test_only_what_the_alias_names_is_wanted(named: str | None, served: str | None, refused: set[str]) -> None:
-    version = wanted(named, served, refused)
-    assert version in (None, named)
+@pytest.fixture
+def running(puller: Puller) -> Iterator[Puller]:
+    puller.start()
+    yield puller
+    puller.stop()
+
+
+def test_a_pinned_version_stays_while_the_alias_moves_and_goes_when_unpinned(
+    running: Puller, registry: FakeRegistry, engine: FakeEngine
+) -> None:
+    running.pin("2").result(10)
+    assert (running.pinned, engine.versions) == ("2", ["2"])
+    registry.alias = "3"
+    running.poll()
+    assert (running.named, engine.versions) == ("3", ["2"])
+    running.unpin().result(10)
+    assert (running.pinned, engine.versions) == (None, ["2", "3"])
+
+
+def test_what_is_served_already_is_pinned_without_a_swap(
+    running: Puller, registry: FakeRegistry, engine: FakeEngine
+) -> None:
+    registry.alias = "1"
+    running.poll()
+    running.pin("1").result(10)
+    assert (running.pinned, registry.downloads, engine.versions) == ("1", ["1"], ["1"])
+
+
+def test_a_pin_that_fails_says_why_and_leaves_the_pin_before(
+    running: Puller, registry: FakeRegistry, engine: FakeEngine
+) -> None:
+    running.pin("1").result(10)
+    registry.foreign = {"2"}
+    with pytest.raises(RefusedError, match=r"version 2 is refused: .*speculator line"):
+        running.pin("2").result(10)
+    with pytest.raises(UnknownVersionError, match="no version '9'"):
+        running.pin("9").result(10)
+    registry.away = True
+    with pytest.raises(RegistryError, match="connection refused"):
+        running.pin("3").result(10)
+    registry.away, engine.broken = False, True
+    with pytest.raises(RuntimeError, match="stopping"):
+        running.pin("3").result(10)
+    assert (running.pinned, engine.versions) == ("1", ["1"])
+
+
+def test_orders_are_carried_out_in_their_order(running: Puller, engine: FakeEngine) -> None:
+    orders = [running.pin("1"), running.unpin(), running.pin("2"), running.pin("3")]
+    for order in orders:
+        order.result(10)
+    assert (running.pinned, engine.versions) == ("3", ["1", "2", "3"])
+
+
+VERSIONS = st.none() | st.sampled_from("123")
+
+
+@given(named=VERSIONS, pinned=VERSIONS, served=VERSIONS, refused=st.sets(st.sampled_from("123")))
+def test_only_what_is_pinned_or_else_named_is_wanted(
+    named: str | None, pinned: str | None, served: str | None, refused: set[str]
+) -> None:
+    meant = named if pinned is None else pinned
+    version = wanted(named, pinned, served, refused)
+    assert version in (None, meant)
     assert version is None or (version != served and version not in refused)
-    assert version is not None or named is None or named == served or named in refused
+    assert version is not None or meant is None or meant == served or meant in refused
 
 
 @given(failures=st.integers(0, 10_000), poll_s=st.floats(0.01, 600))

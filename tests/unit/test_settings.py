@@ -102,15 +102,36 @@ def test_client_options_keep_their_dots() -> None:
     assert load(environ={"AURORA_KAFKA__CLIENT": value}).kafka.client["ssl.ca.location"] == "/ca"
 
 
+def test_a_secret_is_shown_by_nothing_but_the_way_to_a_child() -> None:
+    settings = load(environ={"AURORA_SERVE__ADMIN_TOKEN": "geheim"})
+    assert settings.serve.admin_token.get_secret_value() == "geheim"
+    assert "geheim" not in f"{settings} {settings!r} {settings.model_dump_json()}"
+    assert to_environ(settings)["AURORA_SERVE__ADMIN_TOKEN"] == "geheim"
+
+
+def test_a_secret_of_the_wrong_kind_is_refused_without_being_shown(tmp_path: Path) -> None:
+    file = tmp_path / "aurora.toml"
+    file.write_text("[serve]\nadmin_token = 123456\n")
+    with pytest.raises(SettingsError, match=r"serve\.admin_token: ") as raised:
+        load(file, {})
+    assert "123456" not in str(raised.value)
+
+
+def test_the_mask_of_a_secret_never_becomes_the_secret() -> None:
+    with pytest.raises(SettingsError, match=r"serve\.admin_token: .*aurora settings"):
+        load(environ={"AURORA_SERVE__ADMIN_TOKEN": "**********"})
+
+
 @given(
     port=st.integers(0, 65535),
     rate=st.floats(1e-9, 1e3),
     node=st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0"), min_size=1),
     client=st.dictionaries(st.text(min_size=1), st.text()),
     speculate=st.booleans(),
+    token=st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0*")),
 )
 def test_a_child_reads_exactly_what_its_parent_read(
-    *, port: int, rate: float, node: str, client: dict[str, str], speculate: bool
+    *, port: int, rate: float, node: str, client: dict[str, str], speculate: bool, token: str
 ) -> None:
     flags = {
         "serve.port": port,
@@ -118,6 +139,7 @@ def test_a_child_reads_exactly_what_its_parent_read(
         "serve.node": node,
         "kafka.client": client,
         "serve.speculate": speculate,
+        "serve.admin_token": token,
     }
     settings = load(environ={}, flags=flags)
     assert load(environ=to_environ(settings)) == settings

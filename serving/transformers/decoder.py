@@ -1,0 +1,219 @@
+"""The target's decoder layers, written for a few rows at a time.
+
+Hugging Face's models are the reference and know every architecture; a step of theirs on a CPU spends about as long in
+Python and small kernels as in the weights. ``FusedDecoder`` runs the layers of the Llama family (attention with rotary
+embedding, grouped heads, RMS norms, a gated SiLU perceptron) with one product for queries, keys and values, one for
+gate and up, and nothing in between that the arithmetic does not need. ``HubDecoder`` runs every other architecture.
+
+Shape suffixes: T tokens of the batch, H hidden size, N query heads, M key/value heads, E head size, P positions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface
+
+from schemas.speculator.checkpoint import CheckpointError
+from serving.transformers.cache import RaggedBatch, SlotCache
+from serving.transformers.kernels import Kind, pack, replace_linears
+
+ATTENTION = "aurora_slots"
+
+_FUSED = frozenset({"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"})
+
+
+class Consumed(NamedTuple):
+    """What the target gives for the tokens of a batch."""
+
+    features_TF: Tensor
+    """Outputs of the captured layers after each token: low, middle, high, side by side."""
+    last_TH: Tensor
+    """Final hidden states, after the last norm."""
+
+
+class Decoder(Protocol):
+    """Runs tokens through the target's layers, into their slots of a cache."""
+
+    def __call__(self, tokens_T: Tensor, batch: RaggedBatch, cache: SlotCache) -> Consumed:
+        """Hidden states after each token."""
+
+
+def decoder_for(model: Any, kind: Kind, capture: Sequence[int], positions: int) -> Decoder:
+    """The fastest decoder that knows the model's architecture.
+
+    Args:
+        model: A causal language model of Hugging Face, fp32. Its linear layers may be taken apart.
+        kind: Kernel of the linear layers.
+        capture: Layers whose output is captured.
+        positions: Longest request.
+    """
+    if type(model).__name__ in _FUSED and model.config.hidden_act == "silu" and _attends_to_all(model.config):
+        return FusedDecoder(model, kind, capture, positions)
+    replace_linears(model.get_decoder(), kind)
+    return HubDecoder(model.get_decoder(), capture)
+
+
+def matrices(model: Any) -> list[Tensor]:
+    """Every matrix [O, I] that a decoding step multiplies with, the output layer last."""
+    linears = [module.weight for module in model.get_decoder().modules() if isinstance(module, nn.Linear)]
+    return [*linears, model.get_output_embeddings().weight]
+
+
+class _Layer(NamedTuple):
+    """One decoder layer, its linear layers packed."""
+
+    before_attention_H: Tensor
+    qkv: nn.Module
+    query_norm_E: Tensor | None
+    key_norm_E: Tensor | None
+    out: nn.Module
+    before_mlp_H: Tensor
+    gate_up: nn.Module
+    down: nn.Module
+
+
+class FusedDecoder:
+    """The layers of a Llama-like model."""
+
+    def __init__(self, model: Any, kind: Kind, capture: Sequence[int], positions: int) -> None:
+        config, body = model.config, model.get_decoder()
+        self._eps: float = config.rms_norm_eps
+        self._heads: int = config.num_attention_heads
+        self._kv_heads: int = config.num_key_value_heads
+        self._size: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self._embeddings_VH: Tensor = body.embed_tokens.weight
+        self._norm_H: Tensor = body.norm.weight
+        self._layers = [_packed(layer, kind) for layer in body.layers]
+        self._capture = tuple(capture)
+        cos_PE, sin_PE = body.rotary_emb(self._embeddings_VH[:1], torch.arange(positions)[None])
+        self._cos_P1E: Tensor = cos_PE[0, :, None]
+        # With the first half negated, `x * cos + roll(x) * sin` is the rotation in Llama's half-split layout.
+        self._sin_P1E: Tensor = torch.cat([-sin_PE[0, :, : self._size // 2], sin_PE[0, :, self._size // 2 :]], -1)[
+            :, None
+        ]
+
+    def __call__(self, tokens_T: Tensor, batch: RaggedBatch, cache: SlotCache) -> Consumed:
+        """Hidden states after each token."""
+        x_TH = F.embedding(tokens_T, self._embeddings_VH)
+        cos_T1E, sin_T1E = self._cos_P1E[batch.positions_T], self._sin_P1E[batch.positions_T]
+        captured: list[Tensor] = []
+        for number, layer in enumerate(self._layers):
+            x_TH = self._attend(number, layer, x_TH, (cos_T1E, sin_T1E), batch, cache)
+            gate_up = layer.gate_up(self._norm(x_TH, layer.before_mlp_H))
+            gate, up = gate_up.chunk(2, dim=-1)
+            x_TH = layer.down(F.silu(gate).mul_(up)).add_(x_TH)
+            if number in self._capture:
+                captured.append(x_TH)
+        return Consumed(torch.cat(captured, dim=-1), self._norm(x_TH, self._norm_H))
+
+    def _attend(
+        self,
+        number: int,
+        layer: _Layer,
+        x_TH: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        batch: RaggedBatch,
+        cache: SlotCache,
+    ) -> Tensor:
+        heads, kv_heads = self._heads, self._kv_heads
+        qkv = layer.qkv(self._norm(x_TH, layer.before_attention_H)).view(len(x_TH), heads + 2 * kv_heads, self._size)
+        qk_TGE = qkv[:, : heads + kv_heads]
+        if layer.query_norm_E is not None and layer.key_norm_E is not None:
+            normed = self._norm(qkv[:, :heads], layer.query_norm_E), self._norm(qk_TGE[:, heads:], layer.key_norm_E)
+            qk_TGE = torch.cat(normed, dim=1)
+        cos_T1E, sin_T1E = rotary
+        qk_TGE = torch.addcmul(qk_TGE * cos_T1E, qk_TGE.roll(self._size // 2, -1), sin_T1E)
+        attended = cache.attend(number, batch, qk_TGE[:, :heads], qk_TGE[:, heads:], qkv[:, heads + kv_heads :])
+        out: Tensor = layer.out(attended.flatten(1)).add_(x_TH)
+        return out
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(x, weight.shape, weight, self._eps)
+
+
+class HubDecoder:
+    """The layers of any architecture, as Hugging Face runs them, with attention over the slots."""
+
+    def __init__(self, body: nn.Module, capture: Sequence[int]) -> None:
+        self._body, self._capture = body, tuple(capture)
+        self._captured: dict[int, Tensor] = {}
+        for layer in self._capture:
+            body.get_submodule(f"layers.{layer}").register_forward_hook(self._hook(layer))
+
+    def __call__(self, tokens_T: Tensor, batch: RaggedBatch, cache: SlotCache) -> Consumed:
+        """Hidden states after each token."""
+        out = self._body(
+            input_ids=tokens_T[None], position_ids=batch.positions_T[None], use_cache=False, ragged=batch, cache=cache
+        )
+        features = torch.cat([self._captured[layer] for layer in self._capture], dim=-1)
+        return Consumed(features[0], out.last_hidden_state[0])
+
+    def _hook(self, layer: int) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            self._captured[layer] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+
+def _packed(layer: Any, kind: Kind) -> _Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+    return _Layer(
+        before_attention_H=layer.input_layernorm.weight,
+        qkv=_joined(kind, [attention.q_proj, attention.k_proj, attention.v_proj]),
+        query_norm_E=attention.q_norm.weight if hasattr(attention, "q_norm") else None,
+        key_norm_E=attention.k_norm.weight if hasattr(attention, "k_norm") else None,
+        out=_joined(kind, [attention.o_proj]),
+        before_mlp_H=layer.post_attention_layernorm.weight,
+        gate_up=_joined(kind, [mlp.gate_proj, mlp.up_proj]),
+        down=_joined(kind, [mlp.down_proj]),
+    )
+
+
+def _joined(kind: Kind, linears: Sequence[nn.Linear]) -> nn.Module:
+    """Linear layers of the same input as one."""
+    bias = torch.cat([layer.bias for layer in linears]) if linears[0].bias is not None else None
+    return pack(kind, torch.cat([layer.weight for layer in linears]), bias)
+
+
+def _attends_to_all(config: Any) -> bool:
+    """Whether every layer sees all tokens before."""
+    kinds = getattr(config, "layer_types", None)
+    return set(kinds) == {"full_attention"} if kinds else getattr(config, "sliding_window", None) is None
+
+
+def _attend(  # noqa: PLR0913 - the signature is transformers'
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    _attention_mask: Tensor | None,
+    *,
+    ragged: RaggedBatch,
+    cache: SlotCache,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_unused: Any,
+) -> tuple[Tensor, None]:
+    """Attention in the form that transformers' models call: queries [1, N, T, E] over the slots of the cache.
+
+    Raises:
+        CheckpointError: the model attends in a way that the cache does not compute.
+    """
+    plain_scaling = scaling is None or math.isclose(scaling, query.shape[-1] ** -0.5)
+    if not plain_scaling or softcap is not None or (sliding_window or cache.positions) < cache.positions:
+        raise CheckpointError(
+            f"{type(module).__name__}: attention with a scale, a soft cap or a sliding window of its own is not served "
+            "by this engine; choose another target.path"
+        )
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    return cache.attend(module.layer_idx, ragged, q, k, v)[None], None
+
+
+AttentionInterface.register(ATTENTION, _attend)

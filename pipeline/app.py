@@ -39,6 +39,7 @@ from pipeline.offsets import (
     lost_range,
 )
 from pipeline.table import DeltaLog, TableError
+from schemas.claims import ClaimStore, ClaimStoreError
 from schemas.settings import Settings
 from schemas.status import PartitionStatus, StreamStatus
 
@@ -74,6 +75,7 @@ class StreamWorker:
         self.settings = settings
         self.counts = Counts()
         self._intake = Intake(DeltaLog(settings.tables))
+        self._claims = ClaimStore(settings.traces)
         self._tables_thread = ThreadPoolExecutor(1, "tables")
         self._partitions: dict[Source, PartitionStatus] = {}
         self._checked: set[Source] = set()
@@ -153,7 +155,8 @@ class StreamWorker:
             for source, arrived in records.items()
         }
         taken = {source: [records[source][i] for i in plan.taken] for source, plan in admitted.items() if plan.taken}
-        built = {source: build(of_one, self.settings.stream.context_tokens) for source, of_one in taken.items()}
+        context = self.settings.stream.context_tokens
+        built = {source: build(of_one, context, self._claims.get) for source, of_one in taken.items()}
         if built:
             self._intake.commit([Batch(source, taken[source][-1].offset, built[source].rows) for source in built])
             self.counts.commits += 1
@@ -178,7 +181,7 @@ class StreamWorker:
             except FencedError as error:
                 self.counts.fenced += 1
                 log.warning("commit_fenced", why=str(error))
-            except (TableError, ConflictError) as error:
+            except (TableError, ConflictError, ClaimStoreError) as error:
                 self.counts.table_errors += 1
                 self._error = str(error)
                 self._healthy_at = time.monotonic()
@@ -379,7 +382,7 @@ def _parts(events: Sequence[EventT[bytes]]) -> Iterator[list[EventT[bytes]]]:
     size = 0
     for event in events:
         part.append(event)
-        size += len(event.message.value or b"")
+        size += _record(event).size
         if size >= PART_BYTES:
             yield part
             part, size = [], 0

@@ -1,15 +1,16 @@
-"""From Kafka records to rows of the tables: pure functions, no clock, no I/O, so that re-delivery rebuilds every byte.
+"""From Kafka records to rows of the tables: no clock and no state, so that re-delivery rebuilds every byte.
 
-A record either gives rows of ``accepted``, ``rejected`` and ``traces``, or one row of ``dead_letters`` with everything
-it carried. ``schemas.trace`` says how tokens lie in rounds, ``schemas.batches`` what becomes of them.
+All functions are pure, but for the files of claim checks, which are read through what the caller hands in: they never
+change. A record either gives rows of ``accepted``, ``rejected`` and ``traces``, or one row of ``dead_letters`` with
+everything it carried. ``schemas.trace`` says how tokens lie in rounds, ``schemas.batches`` what becomes of them.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -18,7 +19,8 @@ import pyarrow as pa
 
 from schemas import trace
 from schemas.batches import ACCEPTED, DEAD_LETTERS, REJECTED, TABLES, TRACES
-from schemas.trace import Chunk, Envelope, Round, TraceError
+from schemas.claims import ClaimStoreError
+from schemas.trace import Chunk, Claim, Envelope, Round, TraceError
 from schemas.tree import rejected_branches
 
 INT32_MAX = 2**31 - 1
@@ -26,6 +28,8 @@ BF16_EXPONENT = 0x7F80
 """A bf16 number with all of these bits set is infinite or not a number."""
 
 Row = dict[str, Any]
+Claimed = Callable[[Claim, int, int], trace.U16]
+"""Gives the features [tokens, width] that a claim names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +50,25 @@ class Record:
         values = [value for key, value in self.headers if key == name and value is not None]
         return values[-1].decode(errors="replace") if values else None
 
+    def number(self, name: str) -> int | None:
+        """A header that counts something; None where it is missing or no count."""
+        text = self.header(name) or ""
+        return int(text) if re.fullmatch(r"[0-9]{1,9}", text) else None
+
+    @property
+    def size(self) -> int:
+        """Bytes that it brings into memory, with the file of its claim check."""
+        return len(self.value or b"") + (self.number("claim-bytes") or 0)
+
+
+def no_claims(claim: Claim, _tokens: int, _width: int) -> trace.U16:
+    """For readers without a store: a claim check is a dead letter.
+
+    Raises:
+        TraceError: always.
+    """
+    raise TraceError("claim_foreign", f"{claim.uri}: this reader has no store of claim checks")
+
 
 @dataclass(frozen=True, slots=True)
 class Built:
@@ -56,21 +79,27 @@ class Built:
     """Dead letters by reason."""
 
 
-def build(records: Iterable[Record], context_tokens: int) -> Built:
+def build(records: Iterable[Record], context_tokens: int, claimed: Claimed = no_claims) -> Built:
     """Rows of every table for the given records, in their order.
 
     Args:
         records: Of any partitions.
         context_tokens: Tokens kept before the root of a rejected branch.
+        claimed: Reads the features of claim checks.
+
+    Raises:
+        ClaimStoreError: the store of claim checks cannot say what a record became; nothing was decided.
     """
     tables: dict[str, list[pa.Table]] = {name: [] for name in ("dead_letters", "rejected", "traces", "accepted")}
     dead: dict[str, int] = {}
     for record in records:
         try:
-            for name, rows in chunk_rows(record, context_tokens).items():
+            for name, rows in chunk_rows(record, context_tokens, claimed).items():
                 tables[name].append(rows)
         except TraceError as error:
             reason, detail = error.reason, error.detail
+        except ClaimStoreError:
+            raise
         except Exception as error:  # noqa: BLE001 - what foreign bytes make a codec raise cannot be listed, and one record must never stop its partition
             reason, detail = "unreadable", f"{type(error).__name__}: {error}"
         else:
@@ -80,16 +109,17 @@ def build(records: Iterable[Record], context_tokens: int) -> Built:
     return Built({name: pa.concat_tables([TABLES[name].empty_table(), *parts]) for name, parts in tables.items()}, dead)
 
 
-def chunk_rows(record: Record, context_tokens: int) -> dict[str, pa.Table]:
+def chunk_rows(record: Record, context_tokens: int, claimed: Claimed) -> dict[str, pa.Table]:
     """Rows of ``accepted``, ``rejected`` and ``traces`` that one record gives.
 
     Raises:
         TraceError: the record cannot be used; its reason is the code for the dead letter.
+        ClaimStoreError: its features cannot be reached.
     """
     if record.value is None:
         raise TraceError("empty", "a record without a value")
     _check_headers(record)
-    chunk = trace.decode(record.value)
+    chunk = _with_features(trace.decode(record.value), claimed)
     _check(chunk, record.header("rows"))
     return {
         "accepted": _table(ACCEPTED, accepted_rows(record, chunk)),
@@ -98,8 +128,22 @@ def chunk_rows(record: Record, context_tokens: int) -> dict[str, pa.Table]:
     }
 
 
+def _with_features(chunk: Chunk, claimed: Claimed) -> Chunk:
+    """The chunk as if its features had travelled in it."""
+    claim = chunk.envelope.claim
+    if claim is None or not chunk.rounds:
+        return chunk
+    ends = np.cumsum([len(r.tokens) for r in chunk.rounds])
+    parts = np.split(claimed(claim, int(ends[-1]), chunk.envelope.feature_width), ends[:-1])
+    rounds = tuple(replace(r, features=part) for r, part in zip(chunk.rounds, parts, strict=True))
+    return replace(chunk, rounds=rounds)
+
+
 def accepted_rows(record: Record, chunk: Chunk) -> Iterator[Row]:
-    """The window of a chunk's committed tokens: one row, or none for a chunk without rounds."""
+    """The window of a chunk's committed tokens: one row, or none for a chunk without rounds.
+
+    Where the features are to be recomputed, the window begins with the request.
+    """
     if not chunk.rounds:
         return
     envelope, rounds = chunk.envelope, chunk.rounds
@@ -107,12 +151,12 @@ def accepted_rows(record: Record, chunk: Chunk) -> Iterator[Row]:
     known = [(r, [node for node in of_round if node is not None]) for r, of_round in zip(rounds, nodes, strict=True)]
     yield {
         **_lineage(record, chunk),
-        "position": rounds[0].position,
-        "tokens": [token for r in rounds for token in r.tokens],
+        "position": rounds[0].position - len(envelope.before),
+        "tokens": [*envelope.before, *(token for r in rounds for token in r.tokens)],
         "next_token": rounds[-1].bonus,
         "features": b"".join(_bytes(r.features) for r in rounds),
         "feature_width": envelope.feature_width,
-        "loss_mask": [node is not None for of_round in nodes for node in of_round],
+        "loss_mask": [False] * len(envelope.before) + [node is not None for of_round in nodes for node in of_round],
         "top_k": envelope.top_k,
         "teacher_ids": np.concatenate([r.top_ids[rows].ravel() for r, rows in known]),
         "teacher_logprobs": np.concatenate([r.top_logprobs[rows].ravel() for r, rows in known]),
@@ -122,7 +166,7 @@ def accepted_rows(record: Record, chunk: Chunk) -> Iterator[Row]:
 def rejected_rows(record: Record, chunk: Chunk, context_tokens: int) -> Iterator[Row]:
     """The rejected branches of a chunk, in the order of its rounds."""
     lineage = _lineage(record, chunk) if chunk.rounds else {}
-    before: list[int] = []
+    before = list(chunk.envelope.before)
     feature_before: bytes | None = None
     for r in chunk.rounds:
         root = r.tokens[0]
@@ -142,7 +186,7 @@ def rejected_rows(record: Record, chunk: Chunk, context_tokens: int) -> Iterator
                 "teacher_logprobs": r.top_logprobs[teacher].ravel(),
             }
         before = [*before, *r.tokens][-context_tokens:]
-        feature_before = _bytes(r.features[-1])
+        feature_before = _bytes(r.features[-1]) if len(r.features) else None
 
 
 def trace_rows(record: Record, chunk: Chunk) -> Iterator[Row]:
@@ -155,6 +199,7 @@ def trace_rows(record: Record, chunk: Chunk) -> Iterator[Row]:
         "finish": envelope.finish,
         "temperature": envelope.temperature,
         "top_p": envelope.top_p,
+        "sampling_top_k": envelope.sampling_top_k,
         "seed": envelope.seed,
         "top_k": envelope.top_k,
     }
@@ -188,7 +233,6 @@ def teacher_nodes(r: Round) -> list[int | None]:
 
 def dead_letter(record: Record, reason: str, detail: str) -> pa.Table:
     """The row that keeps an unusable record byte for byte."""
-    claimed = record.header("rows") or ""
     row = {
         "topic": record.topic,
         "partition": record.partition,
@@ -196,7 +240,7 @@ def dead_letter(record: Record, reason: str, detail: str) -> pa.Table:
         "time": record.time_us,
         "reason": reason,
         "detail": detail.encode(errors="backslashreplace").decode(),
-        "rows": int(claimed) if re.fullmatch(r"[0-9]{1,9}", claimed) else None,
+        "rows": record.number("rows"),
         "key": record.key,
         "value": record.value,
         "headers": [{"name": name, "value": value} for name, value in record.headers],
@@ -206,8 +250,8 @@ def dead_letter(record: Record, reason: str, detail: str) -> pa.Table:
 
 def _check_headers(record: Record) -> None:
     schema, content = record.header("schema"), record.header("content-type")
-    if schema != trace.fingerprint():
-        raise TraceError("foreign_schema", f"header schema is {schema!r}, this worker reads {trace.fingerprint()!r}")
+    if schema not in trace.readable():
+        raise TraceError("foreign_schema", f"header schema is {schema!r}, this worker reads {sorted(trace.readable())}")
     if content != trace.CONTENT_TYPE:
         raise TraceError("foreign_content", f"header content-type is {content!r}, expected {trace.CONTENT_TYPE!r}")
 
@@ -217,8 +261,8 @@ def _check(chunk: Chunk, claimed: str | None) -> None:
     envelope, rounds = chunk.envelope, chunk.rounds
     if claimed != str(len(rounds)):
         raise TraceError("wrong_count", f"header rows is {claimed!r}, the chunk has {len(rounds)} rounds")
-    numbers = {"chunk": envelope.chunk, "feature_width": envelope.feature_width, "top_k": envelope.top_k}
-    too_large = [name for name, number in numbers.items() if number > INT32_MAX]
+    numbers = ("chunk", "feature_width", "top_k", "sampling_top_k")
+    too_large = [name for name in numbers if getattr(envelope, name) > INT32_MAX]
     if envelope.seed is not None and not -(2**63) <= envelope.seed < 2**63:
         too_large.append("seed")
     if too_large:

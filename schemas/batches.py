@@ -12,6 +12,10 @@ How one chunk becomes training rows, for the request of ``schemas.trace`` (promp
 
 A window never reaches beyond its chunk, so that a row depends on one Kafka record alone and re-delivery rebuilds it
 byte for byte. The price is the one training row that spans two chunks of a long request.
+
+A window without ``features`` is to be recomputed: the trainer runs the target over its tokens. It begins with the
+request, at position 0 and with a mask that is false up to its chunk; one that begins later lost the tokens before, and
+its features can be known no more.
 """
 
 from __future__ import annotations
@@ -50,7 +54,8 @@ ACCEPTED = pa.schema(
         pa.field("teacher_logprobs", _FLOATS, nullable=False),
     ]
 )
-"""One window of committed tokens a row. ``features`` is bf16 [n, F]; ``teacher_*`` are [masked tokens, k], in order."""
+"""One window of committed tokens a row. ``features`` is bf16 [n, F], or empty; ``teacher_*`` are [masked tokens, k], in
+order."""
 
 REJECTED = pa.schema(
     [
@@ -70,7 +75,8 @@ REJECTED = pa.schema(
 """One rejected branch a row, from the root's child to the leaf.
 
 ``root_feature`` is bf16 [F]: the target state before the root, which the draft saw; null where an earlier chunk holds
-it. ``context`` ends with the root. ``teacher_*`` are [len(branch), k]: the target after consuming each branch token.
+it, and where features are recomputed. ``context`` ends with the root. ``teacher_*`` are [len(branch), k]: the target
+after consuming each branch token.
 """
 
 TRACES = pa.schema(
@@ -81,6 +87,7 @@ TRACES = pa.schema(
         pa.field("finish", pa.string()),
         pa.field("temperature", pa.float32(), nullable=False),
         pa.field("top_p", pa.float32(), nullable=False),
+        pa.field("sampling_top_k", pa.int32(), nullable=False),
         pa.field("seed", pa.int64()),
         pa.field("round", pa.int32(), nullable=False),
         pa.field("position", pa.int32(), nullable=False),

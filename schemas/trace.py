@@ -15,27 +15,35 @@ How the tokens of a request lie in its rounds, for the prompt ``a b c`` and the 
 Concatenated over the rounds, and followed by the last bonus, they are the whole request. ``features`` has one row per
 token of ``tokens``; ``top_ids`` has one row for the root (the last prompt token in round 0) and one per drafted node,
 also past the first rejection. A long prompt is cut into several rows of round 0; only the last of them has a bonus.
+
+Features travel in one of three ways, which the envelope names:
+
+``inline``       in the rows.
+``claim-check``  in a file of the object store, ``schemas.claims``; the envelope has its address and checksum.
+``recompute``    not at all: the trainer runs the frozen target over the tokens. For that the envelope has the tokens
+                 before the chunk too, so that a chunk still depends on nothing but itself.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from pydantic import NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
+from pydantic import Field, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 
 CONTENT_TYPE = "application/vnd.apache.arrow.stream"
 FORMAT = "aurora.trace/1"
 ROOT = -1
 """Parent of a drafted node that follows the root directly."""
 
-Features = Literal["inline"]
+Features = Literal["inline", "claim-check", "recompute"]
+Token = Annotated[int, Field(ge=0, lt=2**31)]
 U16 = npt.NDArray[np.uint16]
 I32 = npt.NDArray[np.int32]
 F32 = npt.NDArray[np.float32]
@@ -84,7 +92,8 @@ class Round:
     """Position of ``tokens[0]`` in the request, counted from the first prompt token."""
     tokens: tuple[int, ...]
     features: U16
-    """[n, F] bf16 bit patterns: the captured target states after consuming each of ``tokens``."""
+    """[n, F] bf16 bit patterns: the captured target states after consuming each of ``tokens``; [0, F] where the chunk
+    does not carry them."""
     draft_tokens: tuple[int, ...]
     draft_parents: tuple[int, ...]
     """For each drafted node the index of its parent node, or ``ROOT``. A chain is ``-1, 0, 1, ...``."""
@@ -107,6 +116,17 @@ class Round:
 
 
 @dataclass(frozen=True, slots=True)
+class Claim:
+    """Where the features of a chunk lie."""
+
+    uri: str
+    checksum: str
+    """BLAKE2b of the whole file, 16 bytes in hexadecimal."""
+    size: PositiveInt
+    """Bytes of the file."""
+
+
+@dataclass(frozen=True, slots=True)
 class Envelope:
     """What is true of every round in a chunk."""
 
@@ -126,11 +146,17 @@ class Envelope:
     """k: target tokens recorded per position."""
     temperature: float
     top_p: float
+    sampling_top_k: NonNegativeInt = 0
+    """Likeliest tokens that answers were drawn from; 0 for all of them."""
     seed: int | None = None
     label: str | None = None
     """Traffic label given by the client; any text."""
     finish: str | None = None
     """Why the request ended, on its last chunk."""
+    claim: Claim | None = None
+    """Where the features are, with ``claim-check``."""
+    before: tuple[Token, ...] = ()
+    """With ``recompute`` every token of the request before this chunk; empty also where they are not known any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +168,8 @@ class Chunk:
 
 
 _ENVELOPE = TypeAdapter(Envelope)
+_BEFORE_CLAIMS = "679c4502ef95ecdd"
+"""The wire schema without ``claim`` and ``before``, which have defaults."""
 
 
 @cache
@@ -151,15 +179,26 @@ def fingerprint() -> str:
     return hashlib.sha256(shape.encode()).hexdigest()[:16]
 
 
+@cache
+def readable() -> frozenset[str]:
+    """Fingerprints of the wire schemas that ``decode`` reads: a topic outlives the nodes that wrote into it."""
+    return frozenset({fingerprint(), _BEFORE_CLAIMS})
+
+
 def encode(chunk: Chunk) -> bytes:
-    """Arrow IPC stream of one chunk, followed by its checksum."""
+    """Arrow IPC stream of one chunk, followed by its checksum.
+
+    Raises:
+        OverflowError: a number does not fit into its column.
+        ValueError: the arrays of a round do not fit together.
+        pyarrow.ArrowException: a value of another kind.
+    """
     schema = SCHEMA.with_metadata({"format": FORMAT, "envelope": _ENVELOPE.dump_json(chunk.envelope)})
-    arrays = [pa.array([_cell(r, f.name) for r in chunk.rounds], type=f.type) for f in SCHEMA]
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
-        writer.write_batch(pa.record_batch(arrays, schema=schema))
-    stream: bytes = sink.getvalue().to_pybytes()
-    return stream + _checksum(stream)
+        writer.write_batch(pa.record_batch([_column(f, chunk.rounds) for f in SCHEMA], schema=schema))
+    stream = sink.getvalue()
+    return b"".join((stream, _checksum(stream)))
 
 
 def decode(value: bytes) -> Chunk:
@@ -191,7 +230,9 @@ def decode(value: bytes) -> Chunk:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "envelope"
         raise TraceError("bad_envelope", f"{where}: {first['msg']}") from error
-    return Chunk(envelope, tuple(_rounds(table.select(SCHEMA.names), envelope)))
+    chunk = Chunk(envelope, tuple(_rounds(table.select(SCHEMA.names), envelope)))
+    _check_way(chunk)
+    return chunk
 
 
 def to_bf16(x: npt.NDArray[np.float32]) -> U16:
@@ -206,20 +247,25 @@ def from_bf16(bits: U16) -> F32:
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
-def _checksum(stream: bytes) -> bytes:
+def _checksum(stream: bytes | pa.Buffer) -> bytes:
     return hashlib.blake2b(stream, digest_size=_CHECKSUM_BYTES).digest()
 
 
-def _cell(r: Round, column: str) -> Any:
-    match column:
+def _column(field: pa.Field, rounds: Sequence[Round]) -> pa.Array:
+    """One field of all rounds."""
+    match field.name:
         case "features":
-            return np.ascontiguousarray(r.features, dtype="<u2").tobytes()
+            # Nine tenths of a chunk: laid end to end once, and not copied again.
+            parts = [np.ascontiguousarray(r.features, dtype="<u2") for r in rounds]
+            offsets = np.cumsum([0, *(part.nbytes for part in parts)], dtype=np.int64)
+            buffers = [None, pa.py_buffer(offsets), pa.py_buffer(b"".join(part.data for part in parts))]
+            return pa.LargeBinaryArray.from_buffers(field.type, len(rounds), buffers)
         case "top_ids" | "top_logprobs":
-            return getattr(r, column).ravel()
+            return pa.array([getattr(r, field.name).ravel() for r in rounds], type=field.type)
         case "time":
-            return r.time_us
+            return pa.array([r.time_us for r in rounds], type=field.type)
         case _:
-            return getattr(r, column)
+            return pa.array([getattr(r, field.name) for r in rounds], type=field.type)
 
 
 def _rounds(table: pa.Table, envelope: Envelope) -> Iterator[Round]:
@@ -231,13 +277,29 @@ def _rounds(table: pa.Table, envelope: Envelope) -> Iterator[Round]:
         yield _round(row, time_us, envelope)
 
 
+def _check_way(chunk: Chunk) -> None:
+    """What the envelope says about features must fit to the way in which they travel."""
+    envelope = chunk.envelope
+    if (envelope.claim is not None) != (envelope.features == "claim-check"):
+        found = "no claim" if envelope.claim is None else f"a claim {envelope.claim.uri}"
+        raise TraceError("contradiction", f"features {envelope.features}, but {found}")
+    if not envelope.before:
+        return
+    begins = chunk.rounds[0].position if chunk.rounds else 0
+    if envelope.features != "recompute" or len(envelope.before) != begins:
+        raise TraceError(
+            "contradiction",
+            f"features {envelope.features}, {len(envelope.before)} tokens before a chunk that begins at {begins}",
+        )
+
+
 def _round(row: dict[str, Any], time_us: int, envelope: Envelope) -> Round:
     """One row, with every length checked against the others."""
     n, m, k = len(row["tokens"]), len(row["draft_tokens"]), envelope.top_k
     verified = 0 if row["bonus"] is None else 1 + m
     parents, accepted = row["draft_parents"], row["accepted"]
     claims = {
-        "features": (len(row["features"]), n * envelope.feature_width * 2),
+        "features": (len(row["features"]), (n if envelope.features == "inline" else 0) * envelope.feature_width * 2),
         "draft_parents": (len(parents), m),
         "draft_logprobs": (len(row["draft_logprobs"]), m),
         "top_ids": (len(row["top_ids"]), verified * k),
@@ -258,7 +320,7 @@ def _round(row: dict[str, Any], time_us: int, envelope: Envelope) -> Round:
         round=row["round"],
         position=row["position"],
         tokens=tuple(row["tokens"]),
-        features=np.frombuffer(row["features"], dtype="<u2").reshape(n, envelope.feature_width),
+        features=np.frombuffer(row["features"], dtype="<u2").reshape(-1, envelope.feature_width),
         draft_tokens=tuple(row["draft_tokens"]),
         draft_parents=tuple(parents),
         draft_logprobs=tuple(row["draft_logprobs"]),

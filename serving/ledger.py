@@ -7,7 +7,17 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
-Reason = Literal["queue_full", "breaker_open", "too_large", "unencodable", "refused", "closed", "unconfirmed"]
+Reason = Literal[
+    "queue_full",
+    "budget",
+    "breaker_open",
+    "claim_failed",
+    "too_large",
+    "unencodable",
+    "refused",
+    "closed",
+    "unconfirmed",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +29,8 @@ class TraceCounts:
     shed: dict[str, int]
     pending: int
     pending_bytes: int
+    sampled_out: int = 0
+    """Requests outside the traced share; nothing of them is captured."""
 
     @property
     def rows_shed(self) -> int:
@@ -36,6 +48,12 @@ class Ledger:
         self._shed: Counter[str] = Counter()
         self._pending = 0
         self._bytes = 0
+        self._sampled_out = 0
+
+    def sample_out(self) -> None:
+        """Count a request of which nothing will be captured."""
+        with self._lock:
+            self._sampled_out += 1
 
     def capture(self, rows: int, size: int, limit: int) -> bool:
         """Count rows as pending, or as shed where ``size`` more bytes would go beyond ``limit``."""
@@ -71,4 +89,7 @@ class Ledger:
     def counts(self) -> TraceCounts:
         """All figures of one moment."""
         with self._lock:
-            return TraceCounts(self._captured, self._published, dict(self._shed), self._pending, self._bytes)
+            shed = dict(self._shed)
+            return TraceCounts(
+                self._captured, self._published, shed, self._pending, self._bytes, sampled_out=self._sampled_out
+            )

@@ -15,67 +15,42 @@ although they are counted as shed.
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from queue import Empty, SimpleQueue
-from typing import Any, Protocol
+from queue import SimpleQueue
 
 import pyarrow as pa
 import structlog
 from confluent_kafka import KafkaError, KafkaException, Message
-from confluent_kafka import Producer as ConfluentProducer
 from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-from schemas.settings import Kafka, SettingsError, Traces
-from schemas.trace import CONTENT_TYPE, Chunk, Round, encode, fingerprint
+from schemas.claims import ClaimStore
+from schemas.settings import Kafka, Traces
+from schemas.trace import Chunk, Round, encode
 from serving.breaker import Breaker
-from serving.chunks import FRAME_BYTES, Assembly, Origin, cut, row_bytes
+from serving.budget import BURST_S, TokenBucket, WaitingRoom, is_sampled
+from serving.chunks import FRAME_BYTES, Assembly, Origin, Space, Way, chunk_bytes, cut, row_bytes, without_features
+from serving.claims import Cloakroom
 from serving.engine import Finish, Request
 from serving.ledger import Ledger, Reason, TraceCounts
+from serving.producer import Producer, connect, headers_of, message_bytes
 
 log = structlog.get_logger()
 
 OVERDUE_S = 10.0
 """A chunk that was not acknowledged for this long counts as a failed delivery."""
 
-_IDLE_S = 0.05
+_PAUSE_S = 0.05
+"""The publisher looks for rounds this often. Woken for each, it would take the interpreter from the engine's thread
+just when that one has work for the processor."""
 _BREAKER_LEVEL = {"closed": 0, "half_open": 1, "open": 2}
 _TOO_LARGE = (KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.RECORD_LIST_TOO_LARGE)
 _UNKNOWN_FATE = (KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT, KafkaError._FATAL, KafkaError._MSG_TIMED_OUT)
-
-
-Headers = list[tuple[str, str | bytes | None]]
-
-
-class Producer(Protocol):
-    """The part of confluent-kafka's producer that is used here."""
-
-    def produce(
-        self,
-        topic: str,
-        *,
-        value: bytes,
-        key: bytes,
-        headers: Headers,
-        on_delivery: Callable[[KafkaError | None, Message], None],
-    ) -> None:
-        """Queue a message; ``on_delivery`` is called from ``poll`` or ``flush``."""
-
-    def poll(self, timeout: float) -> int:
-        """Run the delivery reports that wait."""
-
-    def flush(self, timeout: float) -> int:
-        """Wait until nothing is outstanding; returns what still is."""
-
-    def purge(self) -> None:
-        """Give up everything outstanding; reports follow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,15 +89,19 @@ class TracePublisher:
     ) -> None:
         self._kafka = kafka
         self._limit = traces.queue_bytes
-        self._budget = kafka.max_message_bytes - FRAME_BYTES
+        self._way = Way(traces.features, Space(kafka.max_message_bytes - FRAME_BYTES, traces.claim_bytes))
         self._clock = clock
         self._connect = partial(producer or connect, kafka, traces, self._on_error)
         self._producer = self._connect()
         self._breaker = Breaker(traces.breaker_after, traces.breaker_probe_s)
         self._ledger = Ledger()
-        self._intake: SimpleQueue[_Item | None] = SimpleQueue()
+        self._cloakroom = _cloakroom(traces, clock)
+        self._room = _waiting_room(kafka, traces)
+        self._share = traces.sample
+        self._intake: SimpleQueue[_Item] = SimpleQueue()
         self._intake_lock = threading.Lock()
         self._closed = False
+        self._ending = threading.Event()
         self._origin = Origin("", "", "")
         self._open: dict[str, Assembly] = {}
         self._in_hand: dict[int, _Parcel] = {}
@@ -137,12 +116,20 @@ class TracePublisher:
         self._origin = origin
         self._thread.start()
 
+    def wants(self, request: str) -> bool:
+        """Whether a request belongs to the share that is traced; to be asked once, those that do not are counted."""
+        if is_sampled(request, self._share):
+            return True
+        self._ledger.sample_out()
+        return False
+
     def record(self, request: Request, rounds: tuple[Round, ...], finish: Finish | None) -> None:
         """Take the next rounds of a request. Never blocks, never raises."""
         if not request.trace:
             return
         try:
-            rows = tuple(part for r in rounds for part in cut(r, self._budget))
+            kept = map(without_features, rounds) if self._way.features == "recompute" else rounds
+            rows = tuple(part for r in kept for part in cut(r, self._way))
             size = sum(map(row_bytes, rows))
         except Exception:
             # The engine's thread must survive whatever a malformed round can raise.
@@ -172,7 +159,7 @@ class TracePublisher:
         with self._intake_lock:
             self._closed = True
             self._close_by = self._clock() + timeout
-            self._intake.put(None)
+            self._ending.set()
         self._thread.join()
         return self.counts()
 
@@ -187,32 +174,35 @@ class TracePublisher:
         yield shed
         yield GaugeMetricFamily("aurora_serve_trace_rows_pending", "Rounds on their way.", value=counts.pending)
         yield GaugeMetricFamily("aurora_serve_trace_queue_bytes", "Bytes on their way.", value=counts.pending_bytes)
+        yield CounterMetricFamily(
+            "aurora_serve_trace_requests_sampled_out", "Requests outside the traced share.", value=counts.sampled_out
+        )
         level = _BREAKER_LEVEL[self._breaker.state]
         yield GaugeMetricFamily("aurora_serve_trace_breaker", "0 closed, 1 half open, 2 open.", value=level)
+        level = _BREAKER_LEVEL[self._cloakroom.state if self._cloakroom else "closed"]
+        yield GaugeMetricFamily("aurora_serve_trace_claim_breaker", "0 closed, 1 half open, 2 open.", value=level)
 
     def _run(self) -> None:
-        while not self._step():
-            pass
+        ending = False
+        while not ending:
+            ending = self._ending.wait(_PAUSE_S)
+            for _ in range(self._intake.qsize()):
+                self._guarded(partial(self._assemble, self._intake.get()))
+            self._guarded(self._tend)
         self._drain()
 
-    def _step(self) -> bool:
-        """Publish what comes next; True when there is nothing more to come."""
+    def _guarded(self, work: Callable[[], None]) -> None:
         try:
-            with suppress(Empty):
-                item = self._intake.get(timeout=_IDLE_S)
-                if item is None:
-                    return True
-                self._assemble(item)
-            self._tend()
+            work()
         except Exception:
             # This thread may not die of a fault nobody foresaw: all later traces of the node would be lost.
             log.exception("trace_publisher_fault")
-        return False
 
     def _tend(self) -> None:
-        """What has to happen between two chunks: delivery reports, overdue chunks, a producer that broke."""
-        self._producer.poll(0)
+        """What has to happen time and again: budget, delivery reports, overdue chunks, a producer that broke."""
         now = self._clock()
+        self._spend(now)
+        self._producer.poll(0)
         while self._due and self._due[0][0] <= now:
             _, ticket = self._due.popleft()
             if ticket in self._in_hand:
@@ -224,44 +214,66 @@ class TracePublisher:
 
     def _assemble(self, item: _Item) -> None:
         request = item.request
-        assembly = self._open.setdefault(request.id, Assembly(request, self._origin, self._budget))
+        assembly = self._open.setdefault(request.id, Assembly(request, self._origin, self._way))
         for r in item.rounds:
             if full := assembly.add(r):
-                self._send(full)
+                self._offer(full)
         if item.finish:
             del self._open[request.id]
             if rest := assembly.end(item.finish):
-                self._send(rest)
+                self._offer(rest)
+
+    def _offer(self, chunk: Chunk) -> None:
+        if self._room is None:
+            self._send(chunk)
+        else:
+            self._room.enter(chunk, chunk_bytes(chunk), self._clock())
+
+    def _spend(self, now: float) -> None:
+        """Send what the budget can pay, and give up what it will not."""
+        if self._room is None:
+            return
+        while chunk := self._room.next(now):
+            self._send(chunk)
+        for chunk in self._room.expel(now):
+            self._shed(_parcel(chunk), "budget")
 
     def _send(self, chunk: Chunk) -> None:
-        parcel = _Parcel(len(chunk.rounds), sum(map(row_bytes, chunk.rounds)))
-        now = self._clock()
-        if not self._breaker.admits(now):
+        parcel, now = _parcel(chunk), self._clock()
+        if self._ending.is_set() and now >= self._close_by:
+            self._shed(parcel, "closed")
+        elif not self._breaker.admits(now):
             self._shed(parcel, "breaker_open")
-            return
+        elif isinstance(packed := self._pack(chunk), str):
+            self._shed(parcel, packed)
+        else:
+            self._tickets += 1
+            self._in_hand[self._tickets] = parcel
+            self._produce(*packed, self._tickets, now)
+
+    def _pack(self, chunk: Chunk) -> tuple[Chunk, bytes] | Reason:
+        """The chunk as it travels and its bytes, or why there are none."""
         try:
-            value = encode(chunk)
+            checked_in = self._cloakroom.check_in(chunk) if self._cloakroom else chunk
+            return (checked_in, encode(checked_in)) if checked_in else "claim_failed"
         except (ValueError, TypeError, OverflowError, pa.ArrowException) as error:
             log.warning("trace_chunk_unencodable", request=chunk.envelope.request, error=str(error))
-            self._shed(parcel, "unencodable")
-            return
-        self._tickets += 1
-        ticket = self._tickets
-        self._in_hand[ticket] = parcel
+            return "unencodable"
+
+    def _produce(self, chunk: Chunk, value: bytes, ticket: int, now: float) -> None:
+        key, headers = chunk.envelope.request.encode(), headers_of(chunk)
+        report = partial(self._reported, ticket)
         try:
-            self._producer.produce(
-                self._kafka.traces_topic,
-                value=value,
-                key=chunk.envelope.request.encode(),
-                headers=_headers(chunk),
-                on_delivery=partial(self._reported, ticket),
-            )
+            self._producer.produce(self._kafka.traces_topic, value=value, key=key, headers=headers, on_delivery=report)
         except BufferError:
             self._settle(ticket, "queue_full")
         except KafkaException as error:
             self._reported(ticket, error.args[0], None)
         else:
             self._due.append((now + OVERDUE_S, ticket))
+            if self._room is not None:
+                claim = chunk.envelope.claim
+                self._room.pay(message_bytes(value, key, headers) + (claim.size if claim else 0))
 
     def _reported(self, ticket: int, error: KafkaError | None, _message: Message | None) -> None:
         """The delivery report of one chunk."""
@@ -307,8 +319,11 @@ class TracePublisher:
         """Send what is assembled and queued, and settle every chunk, within the time that ``close`` gave."""
         for assembly in self._open.values():
             if rest := assembly.end(None):
-                self._send(rest)
+                self._offer(rest)
         self._open.clear()
+        self._spend(self._clock())
+        for chunk in self._room.clear() if self._room else ():
+            self._shed(_parcel(chunk), "budget")
         # A broker that is away will not come back for the sake of this node's end.
         patience = max(0.0, self._close_by - self._clock())
         self._producer.flush(patience if self._breaker.state == "closed" else min(patience, 1.0))
@@ -322,39 +337,23 @@ class TracePublisher:
             self._settle(ticket, "unconfirmed")
 
 
-def connect(kafka: Kafka, traces: Traces, on_error: Callable[[KafkaError], None]) -> Producer:
-    """An idempotent producer that keeps trying for as long as it lives.
+def _parcel(chunk: Chunk) -> _Parcel:
+    return _Parcel(len(chunk.rounds), sum(map(row_bytes, chunk.rounds)))
 
-    Raises:
-        SettingsError: an option in ``kafka.client`` that the client does not know.
+
+def _waiting_room(kafka: Kafka, traces: Traces) -> WaitingRoom | None:
+    """Where chunks wait for the budget, if there is one.
+
+    Half of the queue: the other half is for what comes in, or all rows that come would be shed whatever they teach.
     """
-    ours: dict[str, Any] = {
-        "bootstrap.servers": kafka.bootstrap,
-        "enable.idempotence": True,
-        "acks": "all",
-        "message.timeout.ms": 0,
-        "message.max.bytes": kafka.max_message_bytes,
-        "queue.buffering.max.kbytes": max(1, traces.queue_bytes // 1024),
-        "linger.ms": 20,
-        "compression.type": "none",
-        "reconnect.backoff.max.ms": 2000,
-        "error_cb": on_error,
-        "logger": logging.getLogger("librdkafka"),
-    }
-    try:
-        return ConfluentProducer({**kafka.client, **ours})
-    except (KafkaException, ValueError) as error:
-        raise SettingsError(f"kafka.bootstrap or kafka.client: {error}") from error
+    if not traces.bytes_per_s:
+        return None
+    largest = kafka.max_message_bytes + (traces.claim_bytes if traces.features == "claim-check" else 0)
+    burst = max(traces.bytes_per_s * BURST_S, largest)
+    return WaitingRoom(TokenBucket(traces.bytes_per_s, burst), traces.queue_bytes // 2)
 
 
-def _headers(chunk: Chunk) -> Headers:
-    drafted = [r.speculator for r in chunk.rounds if r.speculator]
-    fields = {
-        "content-type": CONTENT_TYPE,
-        "schema": fingerprint(),
-        "node": chunk.envelope.node,
-        "target": chunk.envelope.target,
-        "speculator": drafted[-1] if drafted else "",
-        "rows": str(len(chunk.rounds)),
-    }
-    return [(name, text.encode()) for name, text in fields.items()]
+def _cloakroom(traces: Traces, clock: Callable[[], float]) -> Cloakroom | None:
+    if traces.features != "claim-check":
+        return None
+    return Cloakroom(ClaimStore(traces), Breaker(traces.breaker_after, traces.breaker_probe_s), clock)

@@ -8,7 +8,8 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.batches import Record, build
-from schemas.trace import CONTENT_TYPE, Chunk, Envelope, Round, encode, fingerprint, to_bf16
+from schemas.trace import CONTENT_TYPE, Chunk, Envelope, Features, Round, encode, fingerprint, to_bf16
+from serving.chunks import without_features
 
 WIDTH, TOP_K = 24, 3
 TARGET, LINE = "t" * 32, "target-draft"
@@ -71,8 +72,12 @@ def record_of(  # noqa: PLR0913 - one for each thing that a test may vary
     line: str = LINE,
     feature_width: int = WIDTH,
     top_k: int = TOP_K,
+    features: Features = "inline",
+    before: Sequence[int] = (),
 ) -> Record:
-    """The record that carries the rounds."""
+    """The record that carries the rounds; where features are to be recomputed, without them."""
+    if features == "recompute":
+        rounds = [without_features(r) for r in rounds]
     envelope = Envelope(
         request=request,
         chunk=chunk,
@@ -80,7 +85,8 @@ def record_of(  # noqa: PLR0913 - one for each thing that a test may vary
         node="node-0",
         target=target,
         line=line,
-        features="inline",
+        features=features,
+        before=tuple(before),
         feature_width=feature_width,
         top_k=top_k,
         temperature=0.0,

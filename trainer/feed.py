@@ -8,6 +8,8 @@ heart. While windows wait, the table is not read: a slow trainer lags, it drops 
 Branches are joined to their window by the Kafka record that both came from. ``rejected`` is committed before
 ``accepted``, so reading it up to its newest version after the windows finds every branch of theirs; rows of records
 whose windows are not committed yet are kept for the next read.
+
+A window whose features did not travel gets them from the frozen target when it is first used, and keeps them.
 """
 
 from __future__ import annotations
@@ -15,16 +17,18 @@ from __future__ import annotations
 import hashlib
 import random
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import pyarrow as pa
 import structlog
+import torch
 from pydantic import BaseModel, ConfigDict
+from torch import Tensor
 
 from schemas.settings import Train
-from trainer.rows import ACCEPTED_COLUMNS, REJECTED_COLUMNS, Row, has_root, is_likely, window_of
+from trainer.rows import ACCEPTED_COLUMNS, REJECTED_COLUMNS, Row, has_beginning, has_root, is_likely, window_of
 from trainer.windows import Window, cut
 
 log = structlog.get_logger()
@@ -34,6 +38,8 @@ VERSIONS_PER_READ = 8
 
 Key = tuple[str, int, int, int]
 """Topic, partition, offset and number of the piece: names a window for good."""
+States = Callable[[Tensor], Tensor]
+"""Gives the target's captured states [n, F] in bf16 after each of the first n tokens of a request."""
 _Record = tuple[str, int, int]
 _Source = tuple[str, int]
 
@@ -83,8 +89,9 @@ class _Entry:
 class Feed:
     """Windows of one line and target, for training and for comparison."""
 
-    def __init__(self, tables: Tables, settings: Train, target: str, line: str) -> None:
+    def __init__(self, tables: Tables, settings: Train, target: str, line: str, states: States) -> None:
         self._tables = tables
+        self._states = states
         self._settings = settings
         self._ours = {"target": target, "line": line}
         self._random = random.Random(settings.seed)  # noqa: S311
@@ -103,7 +110,7 @@ class Feed:
     @property
     def held_back(self) -> list[Window]:
         """The newest windows of requests that are not trained on, oldest first."""
-        return [entry.window for entry in self._held_back]
+        return [self._complete(entry) for entry in self._held_back]
 
     @property
     def tables_read(self) -> dict[str, int]:
@@ -142,7 +149,7 @@ class Feed:
         self._history.extend(fresh)
         for entry in (chosen := fresh + replayed):
             entry.passes += 1
-        return [entry.window for entry in chosen]
+        return [self._complete(entry) for entry in chosen]
 
     def state(self) -> FeedState:
         """Where the feed stands now."""
@@ -222,12 +229,24 @@ class Feed:
                 self.counts["foreign_windows"] += 1
                 continue
             self.counts["windows"] += 1
+            if not has_beginning(row):
+                self.counts["windows_without_beginning"] += 1
+                continue
             learnable = [r for r in branches.get(_record(row), []) if self._is_learnable(r, row)]
             pieces = cut(window_of(row, learnable), self._settings.max_window_tokens)
             self.counts["pieces"] += len(pieces)
             self.counts["branches"] += sum(len(piece.branches) for piece in pieces)
             for i, piece in enumerate(pieces):
                 yield _Entry((*_record(row), i), piece, after)
+
+    def _complete(self, entry: _Entry) -> Window:
+        """The window of an entry, with features."""
+        window = entry.window
+        if len(window.features) < len(window):
+            states = self._states(torch.cat([window.before, window.tokens]))
+            entry.window = window = replace(window, features=states[len(window.before) :])
+            self.counts["pieces_recomputed"] += 1
+        return window
 
     def _is_ours(self, row: Row) -> bool:
         return all(row[column] == value for column, value in self._ours.items())

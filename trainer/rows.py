@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from trainer.windows import Branch, Teacher, Window
 
@@ -29,11 +30,16 @@ def window_of(row: Row, rejected: Sequence[Row]) -> Window:
         request=row["request"],
         tokens=torch.tensor(row["tokens"], dtype=torch.int64),
         next_token=row["next_token"],
-        features=torch.frombuffer(bytearray(row["features"]), dtype=torch.bfloat16).view(-1, row["feature_width"]),
+        features=_features(row),
         known=torch.tensor(row["loss_mask"], dtype=torch.bool),
         teacher=_teacher(row),
         branches=tuple(_branch(r, row["position"]) for r in rejected),
     )
+
+
+def has_beginning(row: Row) -> bool:
+    """Whether the features of an accepted row are there or can be recomputed: for that it begins with its request."""
+    return bool(row["features"]) or row["position"] == 0
 
 
 def has_root(rejected: Row, accepted: Row) -> bool:
@@ -46,6 +52,13 @@ def is_likely(rejected: Row, min_prob: float) -> bool:
     """Whether the draft gave the first token that was rejected at least this probability."""
     logprob: float = rejected["draft_logprobs"][rejected["accepted_prefix"]]
     return math.exp(logprob) >= min_prob
+
+
+def _features(row: Row) -> Tensor:
+    width: int = row["feature_width"]
+    if not row["features"]:
+        return torch.empty(0, width, dtype=torch.bfloat16)
+    return torch.frombuffer(bytearray(row["features"]), dtype=torch.bfloat16).view(-1, width)
 
 
 def _branch(row: Row, position: int) -> Branch:

@@ -1,4 +1,4 @@
-"""What the trainer needs of the target: its configuration, its fingerprint, and its token embeddings."""
+"""What the trainer needs of the target: configuration, fingerprint and token embeddings, and at times its states."""
 
 from __future__ import annotations
 
@@ -6,13 +6,18 @@ import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import structlog
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from schemas.settings import Settings
 from schemas.speculator.checkpoint import CheckpointError, line_of, shape_for_target, target_fingerprint
 from schemas.speculator.network import EagleDraft, random_draft
+
+log = structlog.get_logger()
 
 _EMBEDDINGS = "model.embed_tokens.weight"
 
@@ -64,3 +69,46 @@ def token_embeddings(folder: Path) -> Tensor:
                 embeddings: Tensor = file.get_tensor(_EMBEDDINGS)
                 return embeddings
     raise CheckpointError(f"{folder}: no tensor {_EMBEDDINGS} in its safetensors files")
+
+
+class FrozenTarget:
+    """The target up to the highest captured layer, for windows whose features did not travel; loaded when first used.
+
+    It computes in float32 as nodes do, so that its states differ from theirs by the order of additions alone.
+    """
+
+    def __init__(self, folder: Path, capture_layers: tuple[int, ...]) -> None:
+        self._folder = folder
+        self._layers = capture_layers
+        self._body: Any = None
+        self._captured: dict[int, Tensor] = {}
+
+    @torch.no_grad()
+    def states(self, tokens_n: Tensor) -> Tensor:
+        """[n, F] bf16: outputs of the captured layers after each token, low to high side by side.
+
+        Args:
+            tokens_n: Of one request, from its first one on.
+        """
+        if self._body is None:
+            self._body = self._load()
+        self._body(input_ids=tokens_n[None], use_cache=False)
+        return torch.cat([self._captured[layer][0] for layer in self._layers], dim=-1).to(torch.bfloat16)
+
+    def _load(self) -> Any:
+        # Most trainers get their features with the traces, and never need what this brings in.
+        from transformers import AutoModelForCausalLM
+
+        model: Any = AutoModelForCausalLM.from_pretrained(self._folder, dtype=torch.float32, local_files_only=True)
+        body = model.get_decoder().requires_grad_(requires_grad=False).eval()
+        body.layers = body.layers[: max(self._layers) + 1]
+        for layer in self._layers:
+            body.layers[layer].register_forward_hook(self._capture(layer))
+        log.info("target_loaded", folder=str(self._folder), layers=len(body.layers), why="windows without features")
+        return body
+
+    def _capture(self, layer: int) -> Any:
+        def hook(_module: Any, _inputs: Any, output: Any) -> None:
+            self._captured[layer] = output[0] if isinstance(output, tuple) else output
+
+        return hook

@@ -23,7 +23,7 @@ from trainer.learner import Learner
 from trainer.losses import Loss
 from trainer.registry import RegistryError, SpeculatorRegistry
 from trainer.status import Failures, StatusServer, stop_on_signals
-from trainer.target import Target, read_target
+from trainer.target import FrozenTarget, Target, read_target
 from trainer.windows import collate
 
 log = structlog.get_logger()
@@ -55,7 +55,8 @@ class Trainer:
         self._stopping = stopping
         self._failures = Failures("train", self.metrics)
         self._counts = _Counts(self.metrics)
-        self._feed = Feed(DeltaLog(settings.tables), train, target.fingerprint, target.line)
+        states = FrozenTarget(Path(settings.target.path), target.day_0.shape.capture_layers).states
+        self._feed = Feed(DeltaLog(settings.tables), train, target.fingerprint, target.line, states)
         self._candidates = Candidates(settings, target, SpeculatorRegistry(settings.registry))
         self._checkpoints = Checkpoints(Path(train.dir), target.line)
         self._line = target.line

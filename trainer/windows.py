@@ -7,7 +7,7 @@ window, R branches of a batch, L nodes of the longest branch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -47,12 +47,14 @@ class Window:
     next_token: int | None
     """Token the target chose after the last one; it has no feature yet."""
     features: Tensor
-    """[n, F] bf16: the captured target states after consuming each token."""
+    """[n, F] bf16: the captured target states after consuming each token; [0, F] while they are to be recomputed."""
     known: Tensor
     """[n] bool: where the target's distribution after consuming the token was recorded."""
     teacher: Teacher
     """[known tokens, k], in order."""
     branches: tuple[Branch, ...] = ()
+    before: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    """int64 tokens of the request before the window, as far as they are needed to recompute its features."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -112,6 +114,7 @@ def cut(window: Window, longest: int) -> list[Window]:
                     for b in window.branches
                     if start < b.root < stop
                 ),
+                before=torch.cat([window.before, window.tokens[:start]]),
             )
         )
     return pieces

@@ -5,8 +5,9 @@ from __future__ import annotations
 import signal
 import urllib.request
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -19,8 +20,11 @@ from pipeline.batches import build
 from pipeline.offsets import LOST
 from pipeline.table import DeltaLog
 from pipeline.topics import TopicError
-from schemas.settings import Kafka, Settings
+from schemas.claims import ClaimStore
+from schemas.settings import Kafka, Settings, Traces
 from schemas.status import StreamStatus
+from schemas.trace import Chunk, encode
+from serving.chunks import without_features
 
 
 @dataclass
@@ -51,7 +55,8 @@ class Stage:
 
     def assert_equal_to_the_ledger(self) -> None:
         records = sorted(self.publisher.ledger.records, key=lambda r: (r.partition, r.offset))
-        for name, rows in build(records, self.settings.stream.context_tokens).rows.items():
+        claimed = ClaimStore(self.settings.traces).get
+        for name, rows in build(records, self.settings.stream.context_tokens, claimed).rows.items():
             stored = self.tables.read(name).sort_by([("partition", "ascending"), ("offset", "ascending")])
             assert stored.equals(rows), name
 
@@ -145,6 +150,47 @@ def test_while_a_table_cannot_be_written_nothing_is_acknowledged_and_then_it_goe
         assert wait_until(lambda: stage.status().error is None, 20)
         assert process.poll() is None
     stage.assert_equal_to_the_ledger()
+
+
+def claimed_chunks(requests: range, store: ClaimStore) -> list[Chunk]:
+    """Chunks whose features are kept in the store."""
+    rng, made = np.random.default_rng(requests.start), []
+    for request in requests:
+        whole = chunk(request, rng)
+        claim = store.put(np.concatenate([r.features for r in whole.rounds]), request)
+        envelope = replace(whole.envelope, features="claim-check", claim=claim)
+        made.append(Chunk(envelope, tuple(map(without_features, whole.rounds))))
+    return made
+
+
+def test_claim_checks_are_resolved_wait_for_their_store_and_without_a_file_are_dead_letters(
+    stage: Stage, tmp_path: Path
+) -> None:
+    folder, away = tmp_path / "claims", tmp_path / "away"
+    stage.settings = stage.settings.model_copy(update={"traces": Traces(claim_uri=str(folder))})
+    store = ClaimStore(stage.settings.traces)
+
+    def send(chunks: list[Chunk]) -> None:
+        for made in chunks:
+            stage.publisher.send(made, encode(made))
+        stage.publisher.flush()
+
+    send(claimed_chunks(range(10), store))
+    with worker(stage.settings, stage.log):
+        assert stage.stored(10), stage.log.read_text()[-5_000:]
+        more = claimed_chunks(range(10, 20), store)
+        assert more[0].envelope.claim
+        Path(urlsplit(more[0].envelope.claim.uri).path).unlink()
+        folder.rename(away)
+        send(more)
+        assert wait_until(lambda: "traces.claim_uri" in (stage.status().error or ""), 40), stage.log.read_text()
+        assert rows_of_records(stage.tables) == 10
+        away.rename(folder)
+        assert stage.stored(20), stage.log.read_text()[-5_000:]
+        assert wait_until(lambda: stage.status().error is None, 20)
+    stage.assert_equal_to_the_ledger()
+    assert stage.tables.read("dead_letters")["reason"].to_pylist() == ["claim_missing"]
+    assert all(stage.tables.read("accepted")["features"].to_pylist())
 
 
 def test_tables_that_were_filled_from_another_log_are_refused(stage: Stage) -> None:

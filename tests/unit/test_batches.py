@@ -174,6 +174,20 @@ def test_a_chunk_that_begins_inside_a_request_knows_no_feature_before_its_first_
     assert (accepted["position"], accepted["loss_mask"]) == (3, [True, True, True])
 
 
+def test_a_chunk_to_be_recomputed_gives_the_window_of_its_request_without_features() -> None:
+    bare = [replace(r, features=r.features[:0]) for r in (FIRST, SECOND)]
+    envelope = replace(ENVELOPE, chunk=1, features="recompute", before=(A, B, C))
+    built = build([record(Chunk(envelope, tuple(bare)))], 32)
+    whole = only_row(build([record()], 32).rows["accepted"])
+    row = only_row(built.rows["accepted"])
+    assert (row["position"], row["tokens"], row["features"]) == (0, whole["tokens"], b"")
+    assert row["loss_mask"] == [False, False, False, True, True, True]
+    assert row["teacher_ids"] == whole["teacher_ids"][TOP_K:]  # type: ignore[index]
+    first, second = built.rows["rejected"].to_pylist()
+    assert (first["context"], second["context"]) == ([A, B, C, D], [A, B, C, D, E, F])
+    assert (first["root_position"], first["root_feature"], second["root_feature"]) == (3, None, None)
+
+
 def test_context_is_cut_to_the_tokens_before_the_root() -> None:
     rows = build([record()], 2).rows["rejected"].to_pylist()
     assert [row["context"] for row in rows] == [[B, C, D], [D, E, F]]
@@ -249,8 +263,14 @@ def test_a_header_that_does_not_fit_is_a_dead_letter(header: str, value: bytes |
     assert reason(record(headers=headers)) == code
 
 
+def test_a_record_written_before_the_newest_fields_were_added_is_no_dead_letter() -> None:
+    headers = tuple((name, b"679c4502ef95ecdd" if name == "schema" else old) for name, old in record().headers)
+    assert build([record(headers=headers)], 32).rows["accepted"].num_rows == 1
+
+
 def test_a_number_that_no_column_holds_is_a_dead_letter() -> None:
     assert reason(record(Chunk(replace(ENVELOPE, seed=2**63), EXAMPLE.rounds))) == "too_large"
+    assert reason(record(Chunk(replace(ENVELOPE, sampling_top_k=2**31), EXAMPLE.rounds))) == "too_large"
     assert reason(record(Chunk(replace(ENVELOPE, temperature=float("nan")), EXAMPLE.rounds))) in (
         "bad_number", "bad_envelope",
     )  # fmt: skip

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from schemas.trace import Chunk, Round, decode, encode
-from serving.chunks import FRAME_BYTES, Assembly, Origin, cut, row_bytes
+from serving.chunks import Assembly, Origin, Space, Way, chunk_bytes, cut, row_bytes, without_features
 from serving.engine import Request
 
 ORIGIN = Origin("node-a", "t" * 32, "line")
-REQUEST = Request("chatcmpl-1", (1, 2), 5, temperature=0.5, seed=3, label="größe ✓")
+REQUEST = Request("chatcmpl-1", (1, 2), 5, temperature=0.5, top_k=7, seed=3, label="größe ✓")
 F, K = 6, 2
 
 
@@ -49,9 +49,13 @@ def a_request(prompt: int, answer: list[tuple[int, int]], seed: int = 0) -> list
     return rounds
 
 
-def assemble(rounds: list[Round], budget: int) -> list[Chunk]:
-    assembly = Assembly(REQUEST, ORIGIN, budget)
-    full = [assembly.add(row) for r in rounds for row in cut(r, budget)]
+def inline(budget: int) -> Way:
+    return Way("inline", Space(budget))
+
+
+def assemble(rounds: list[Round], way: Way, request: Request = REQUEST) -> list[Chunk]:
+    assembly = Assembly(request, ORIGIN, way)
+    full = [assembly.add(row) for r in rounds for row in cut(r, way)]
     return [chunk for chunk in [*full, assembly.end("stop")] if chunk]
 
 
@@ -66,7 +70,7 @@ requests = st.builds(
 @settings(deadline=None)
 @given(rounds=requests, budget=st.integers(400, 6000))
 def test_chunks_hold_every_token_once_in_order_and_below_the_budget(rounds: list[Round], budget: int) -> None:
-    chunks = assemble(rounds, budget)
+    chunks = assemble(rounds, inline(budget))
     rows = [row for chunk in chunks for row in chunk.rounds]
     assert [t for row in rows for t in row.tokens] == [t for r in rounds for t in r.tokens]
     assert np.array_equal(np.concatenate([r.features for r in rows]), np.concatenate([r.features for r in rounds]))
@@ -80,14 +84,14 @@ def test_chunks_hold_every_token_once_in_order_and_below_the_budget(rounds: list
 @settings(deadline=None)
 @given(rounds=requests, budget=st.integers(400, 6000))
 def test_a_chunk_survives_the_wire_and_weighs_no_more_than_was_foreseen(rounds: list[Round], budget: int) -> None:
-    for chunk in assemble(rounds, budget):
+    for chunk in assemble(rounds, inline(budget)):
         value = encode(chunk)
-        assert len(value) <= sum(map(row_bytes, chunk.rounds)) + FRAME_BYTES
+        assert len(value) <= chunk_bytes(chunk)
         assert [r.tokens for r in decode(value).rounds] == [r.tokens for r in chunk.rounds]
 
 
 def test_only_the_last_row_of_a_cut_prompt_has_the_bonus_and_the_times() -> None:
-    rows = cut(a_request(100, [])[0], 600)
+    rows = cut(a_request(100, [])[0], inline(600))
     assert len(rows) > 2
     assert all(row_bytes(row) <= 600 for row in rows)
     assert [row.bonus for row in rows] == [None] * (len(rows) - 1) + [7]
@@ -96,32 +100,78 @@ def test_only_the_last_row_of_a_cut_prompt_has_the_bonus_and_the_times() -> None
 
 def test_a_verified_draft_is_never_cut() -> None:
     verified = a_request(3, [(4, 4)])[1]
-    assert cut(verified, 1) == (verified,)
+    assert cut(verified, inline(1)) == (verified,)
 
 
 def test_missing_rounds_end_the_chunk_and_leave_out_a_number() -> None:
     rounds = a_request(5, [(1, 2), (0, 2), (2, 2)])
     del rounds[2]
-    chunks = assemble(rounds, 10**6)
+    chunks = assemble(rounds, inline(10**6))
     assert [(c.envelope.chunk, [r.round for r in c.rounds]) for c in chunks] == [(0, [0, 1]), (2, [3])]
 
 
 def test_a_request_whose_beginning_is_missing_does_not_begin_at_number_zero() -> None:
-    assert [c.envelope.chunk for c in assemble(a_request(5, [(1, 2)])[1:], 10**6)] == [1]
+    assert [c.envelope.chunk for c in assemble(a_request(5, [(1, 2)])[1:], inline(10**6))] == [1]
 
 
 def test_what_is_true_of_the_request_stands_in_the_envelope() -> None:
-    (chunk,) = assemble(a_request(2, [(0, 1)]), 10**6)
+    (chunk,) = assemble(a_request(2, [(0, 1)]), inline(10**6))
     envelope = chunk.envelope
     assert (envelope.request, envelope.node, envelope.target, envelope.line) == (REQUEST.id, "node-a", "t" * 32, "line")
-    assert (envelope.temperature, envelope.top_p, envelope.seed, envelope.label) == (0.5, 1.0, 3, "größe ✓")
+    assert (envelope.temperature, envelope.top_p, envelope.sampling_top_k) == (0.5, 1.0, 7)
+    assert (envelope.seed, envelope.label) == (3, "größe ✓")
     assert (envelope.feature_width, envelope.top_k, envelope.finish) == (F, K, "stop")
 
 
 def test_a_request_without_rounds_gives_no_chunk() -> None:
-    assert Assembly(REQUEST, ORIGIN, 100).end("cancelled") is None
+    assert Assembly(REQUEST, ORIGIN, inline(100)).end("cancelled") is None
 
 
 def test_a_chunk_before_the_end_has_no_finish() -> None:
-    first, *_, last = assemble(a_request(200, []), 600)
+    first, *_, last = assemble(a_request(200, []), inline(600))
     assert first.envelope == replace(last.envelope, chunk=0, last=False, finish=None)
+
+
+@settings(deadline=None)
+@given(rounds=requests, message=st.integers(400, 3000), file=st.integers(100, 3000))
+def test_with_features_beside_it_neither_message_nor_file_is_too_large(
+    rounds: list[Round], message: int, file: int
+) -> None:
+    way = Way("claim-check", Space(message, file))
+    chunks = assemble(rounds, way)
+    assert [t for c in chunks for row in c.rounds for t in row.tokens] == [t for r in rounds for t in r.tokens]
+    for chunk in chunks:
+        if len(chunk.rounds) > 1:
+            assert sum(row_bytes(r) - r.features.nbytes for r in chunk.rounds) <= message
+            assert sum(r.features.nbytes for r in chunk.rounds) <= file
+
+
+def tokens_before(rounds: list[Round], position: int) -> list[int]:
+    return [t for r in rounds for t in r.tokens][:position]
+
+
+@settings(deadline=None)
+@given(rounds=requests, budget=st.integers(400, 12_000), missing=st.sets(st.integers(0, 20)))
+def test_chunks_to_be_recomputed_know_every_token_before_them_or_say_so(
+    rounds: list[Round], budget: int, missing: set[int]
+) -> None:
+    way = Way("recompute", Space(budget))
+    request = replace(REQUEST, prompt=rounds[0].tokens)
+    bare = [without_features(r) for r in rounds]
+    lost_at = min((r.position for r in rounds if r.round in missing - {0}), default=10**9)
+    for chunk in assemble([r for r in bare if r.round not in missing], way, request):
+        begin, before = chunk.rounds[0].position, list(chunk.envelope.before)
+        assert len(encode(chunk)) <= chunk_bytes(chunk)
+        assert before in ([], tokens_before(rounds, begin))
+        if begin < lost_at and 22 * begin <= budget:
+            assert before == tokens_before(rounds, begin)
+        if begin > lost_at:
+            assert before == []
+        assert decode(encode(chunk)).envelope == chunk.envelope
+
+
+def test_a_request_that_lost_its_prompt_still_knows_it() -> None:
+    rounds = [without_features(r) for r in a_request(5, [(1, 2)])]
+    request = replace(REQUEST, prompt=rounds[0].tokens)
+    (chunk,) = assemble(rounds[1:], Way("recompute", Space(10**6)), request)
+    assert chunk.envelope.before == rounds[0].tokens

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from recorded import LINE, TARGET, conversation, record_of, round_of, tables_of
+import torch
+from recorded import LINE, TARGET, WIDTH, conversation, record_of, round_of, tables_of
 
 from pipeline.table import DeltaLog, TableError
 from schemas.settings import Tables, Train
@@ -30,6 +31,7 @@ class World:
         self.tables = DeltaLog(Tables(uri=str(folder)))
         self.tables.create()
         self.offset = 0
+        self.recomputed: list[int] = []
 
     def commit(self, ids: Sequence[str], *, names: Sequence[str] = ("rejected", "accepted"), **lineage: str) -> None:
         records = []
@@ -43,7 +45,12 @@ class World:
 
     def feed(self, **settings: object) -> Feed:
         defaults = {"windows_per_step": 4, "replay_per_step": 2, "held_back_share": SHARE, "rejected_min_prob": 0.1}
-        return Feed(self.tables, Train.model_validate(defaults | settings), TARGET, LINE)
+        return Feed(self.tables, Train.model_validate(defaults | settings), TARGET, LINE, self.states)
+
+    def states(self, tokens: torch.Tensor) -> torch.Tensor:
+        """A target whose state after each token names the token and how many came before."""
+        self.recomputed.append(len(tokens))
+        return (tokens + 100 * torch.arange(len(tokens)))[:, None].expand(-1, WIDTH).bfloat16()
 
 
 @pytest.fixture
@@ -205,6 +212,61 @@ def test_long_windows_are_cut(world: World) -> None:
         lengths += [len(w) for w in windows]
     # Ten tokens with features: the first piece has a teacher at its last one only.
     assert lengths == [4, 4, 2]
+
+
+def commit_bare(world: World, request: str, first_round: int, *, before: bool = True) -> None:
+    """Rows of a chunk whose features are to be recomputed, from one of the request's rounds on."""
+    rounds = conversation([5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15], 4)
+    known = [token for r in rounds[:first_round] for token in r.tokens] if before else []
+    rows = tables_of(record_of(request, rounds[first_round:], world.offset, features="recompute", before=known))
+    world.offset += 1
+    for name in ("rejected", "accepted"):
+        world.tables.append(name, rows[name])
+
+
+def test_features_that_did_not_travel_are_those_of_the_whole_request_computed_once(world: World) -> None:
+    (request,) = requests(1)
+    commit_bare(world, request, 2)
+    feed = world.feed(windows_per_step=1, replay_per_step=0, max_passes=2)
+    feed.poll()
+    assert world.recomputed == [], "nothing is computed before it is used"
+    (window,) = feed.next()
+    assert window.tokens.tolist() == [5, 6, 7, 8, 9, 10, 11, 12, 13, 14]
+    assert window.known.tolist() == [False] * 6 + [True] * 4
+    assert window.features[:, 0].tolist() == world.states(window.tokens)[:, 0].tolist()
+    assert [(b.root, b.accepted_prefix) for b in window.branches] == [(6, 1), (8, 1)]
+    world.recomputed.clear()
+    assert feed.next() == [window]
+    assert world.recomputed == []
+
+
+def test_a_piece_of_a_cut_window_is_recomputed_behind_all_tokens_before_it(world: World) -> None:
+    (request,) = requests(1)
+    commit_bare(world, request, 0)
+    feed = world.feed(windows_per_step=1, replay_per_step=0, max_passes=1, max_window_tokens=4)
+    feed.poll()
+    pieces = [window for _ in range(3) for window in feed.next()]
+    assert [p.features[:, 0].tolist() for p in pieces] == [
+        world.states(torch.arange(5, 15))[at : at + 4, 0].tolist() for at in (0, 4, 8)
+    ]
+    assert feed.counts["pieces_recomputed"] == 3
+
+
+def test_held_back_windows_are_recomputed_too(world: World) -> None:
+    (request,) = requests(1, kept_back=True)
+    commit_bare(world, request, 0)
+    feed = world.feed()
+    feed.poll()
+    assert [len(w.features) for w in feed.held_back] == [10]
+
+
+def test_a_window_that_lost_the_tokens_before_it_is_left_out_and_counted(world: World) -> None:
+    first, second = requests(2)
+    commit_bare(world, first, 2, before=False)
+    commit_bare(world, second, 2)
+    feed = world.feed(windows_per_step=1, replay_per_step=0, max_passes=1)
+    assert drain(feed) == [[second]]
+    assert feed.counts["windows_without_beginning"] == 1
 
 
 def as_json(feed: Feed) -> FeedState:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +15,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from schemas import trace
-from schemas.trace import ROOT, SCHEMA, Chunk, Envelope, Round, TraceError, decode, encode, from_bf16, to_bf16
+from schemas.trace import (
+    ROOT,
+    SCHEMA,
+    Chunk,
+    Claim,
+    Envelope,
+    Features,
+    Round,
+    TraceError,
+    decode,
+    encode,
+    from_bf16,
+    to_bf16,
+)
 
 TOKEN = st.integers(0, 2**31 - 1)
 FLOAT = st.floats(width=32, allow_nan=False)
@@ -22,7 +36,7 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 
 
 @st.composite
-def rounds(draw: st.DrawFn, width: int, k: int) -> Round:
+def rounds(draw: st.DrawFn, width: int, k: int, way: Features) -> Round:
     number = draw(st.integers(0, 5))
     m = draw(st.integers(0, 5)) if number else 0
     parents = tuple(draw(st.integers(ROOT, node - 1)) for node in range(m))
@@ -42,7 +56,7 @@ def rounds(draw: st.DrawFn, width: int, k: int) -> Round:
         round=number,
         position=draw(st.integers(0, 2**31 - 1)),
         tokens=tokens,
-        features=rng.integers(0, 2**16, (len(tokens), width), dtype=np.uint16),
+        features=rng.integers(0, 2**16, (len(tokens) if way == "inline" else 0, width), dtype=np.uint16),
         draft_tokens=drafted,
         draft_parents=parents,
         draft_logprobs=tuple(draw(FLOAT) for _ in range(m)),
@@ -60,6 +74,11 @@ def rounds(draw: st.DrawFn, width: int, k: int) -> Round:
 @st.composite
 def chunks(draw: st.DrawFn) -> Chunk:
     width, k = draw(st.integers(1, 9)), draw(st.integers(1, 4))
+    way: Features = draw(st.sampled_from(get_args(Features)))
+    made = draw(st.lists(rounds(width, k, way), max_size=4))
+    before: list[int] = draw(st.lists(TOKEN, max_size=9)) if way == "recompute" and made else []
+    if before:
+        made[0] = replace(made[0], position=len(before))
     envelope = Envelope(
         request=draw(TEXT),
         chunk=draw(st.integers(0, 2**31 - 1)),
@@ -67,16 +86,19 @@ def chunks(draw: st.DrawFn) -> Chunk:
         node=draw(TEXT),
         target=draw(TEXT),
         line=draw(TEXT),
-        features="inline",
+        features=way,
         feature_width=width,
         top_k=k,
         temperature=draw(st.floats(0, 2)),
         top_p=draw(st.floats(0, 1)),
+        sampling_top_k=draw(st.integers(0, 2**31 - 1)),
         seed=draw(st.none() | st.integers(-(2**63), 2**63 - 1)),
         label=draw(st.none() | TEXT),
         finish=draw(st.none() | TEXT),
+        claim=Claim(draw(TEXT), draw(TEXT), draw(st.integers(1, 2**40))) if way == "claim-check" else None,
+        before=tuple(before),
     )
-    return Chunk(envelope, tuple(draw(st.lists(rounds(width, k), max_size=4))))
+    return Chunk(envelope, tuple(made))
 
 
 def plain(r: Round) -> dict[str, object]:
@@ -119,6 +141,7 @@ ONE = Round(
 CHUNK = Chunk(ENVELOPE, (ONE,))
 
 
+@settings(deadline=None)
 @given(chunks())
 def test_a_chunk_is_read_back_as_it_was_written(chunk: Chunk) -> None:
     value = encode(chunk)
@@ -128,7 +151,7 @@ def test_a_chunk_is_read_back_as_it_was_written(chunk: Chunk) -> None:
     assert encode(back) == value
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(chunks(), st.data())
 def test_cut_or_altered_bytes_are_refused(chunk: Chunk, data: st.DataObject) -> None:
     value = encode(chunk)
@@ -140,6 +163,7 @@ def test_cut_or_altered_bytes_are_refused(chunk: Chunk, data: st.DataObject) -> 
         assert refused.value.reason in ("corrupt", "truncated")
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=64))
 def test_foreign_bytes_under_a_right_checksum_are_refused(junk: bytes) -> None:
     with pytest.raises(TraceError) as refused:
@@ -210,6 +234,36 @@ def test_a_round_that_contradicts_itself_is_refused(bad: Round) -> None:
     assert refused.value.reason == "contradiction"
 
 
+CLAIM = Claim("file:///claims/1.arrow", "0" * 32, 9)
+BARE = replace(ONE, features=np.zeros((0, 2), np.uint16))
+
+
+@pytest.mark.parametrize(
+    ("envelope", "one"),
+    [
+        pytest.param(replace(ENVELOPE, features="claim-check"), BARE, id="a claim check without a claim"),
+        pytest.param(replace(ENVELOPE, claim=CLAIM), ONE, id="a claim beside inline features"),
+        pytest.param(replace(ENVELOPE, features="recompute", claim=CLAIM), BARE, id="a claim for nothing"),
+        pytest.param(replace(ENVELOPE, features="claim-check", claim=CLAIM), ONE, id="features inline and claimed"),
+        pytest.param(replace(ENVELOPE, features="recompute"), ONE, id="features inline and to be recomputed"),
+        pytest.param(ENVELOPE, BARE, id="inline without features"),
+        pytest.param(replace(ENVELOPE, features="recompute", before=(1, 2)), BARE, id="some tokens before are missing"),
+        pytest.param(replace(ENVELOPE, before=(1, 2, 3, 4)), ONE, id="tokens before although nothing is recomputed"),
+    ],
+)
+def test_features_that_travel_in_another_way_than_the_envelope_says_are_refused(envelope: Envelope, one: Round) -> None:
+    with pytest.raises(TraceError) as refused:
+        decode(encode(Chunk(envelope, (one,))))
+    assert refused.value.reason == "contradiction"
+
+
+def test_a_record_of_the_schema_before_is_read_with_the_defaults() -> None:
+    old = {name: getattr(ENVELOPE, name) for name in Envelope.__slots__ if name not in ("claim", "before")}
+    schema = SCHEMA.with_metadata({"format": trace.FORMAT, "envelope": json.dumps(old).encode()})
+    assert decode(arrow(schema, [pa.array([], type=f.type) for f in SCHEMA])).envelope == ENVELOPE
+    assert trace.readable() == {trace.fingerprint(), "679c4502ef95ecdd"}
+
+
 @given(st.floats(width=32, allow_nan=False, allow_infinity=False, min_value=-(2.0**127), max_value=2.0**127))
 def test_bf16_is_the_nearest_of_its_neighbours(x: float) -> None:
     value = float(from_bf16(to_bf16(np.array([x], np.float32)))[0])
@@ -226,4 +280,4 @@ def test_bf16_keeps_nan_and_infinity() -> None:
 
 
 def test_the_wire_schema_does_not_change_unnoticed() -> None:
-    assert trace.fingerprint() == "679c4502ef95ecdd"
+    assert trace.fingerprint() == "6a5bd70ad005ff76"

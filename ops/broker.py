@@ -55,7 +55,8 @@ class Broker:
         if (self.folder / "data" / "meta.properties").exists():
             return
         cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
-        arguments = ("format", "-t", cluster, "-c", str(self._properties))
+        # One in 64 ids begins with a dash, which would pass for an option of its own.
+        arguments = ("format", f"--cluster-id={cluster}", "-c", str(self._properties))
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             formatted = subprocess.run(

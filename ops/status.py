@@ -142,7 +142,9 @@ def _lines(overview: Overview) -> dict[str, tuple[str, str]]:
         "promoter": ("", ""),
     }
     if serve:
-        doing = f"version {serve.speculator or 'none'}, {serve.finished:,} answered, {serve.failed} failed"
+        pinned = " (pinned)" if serve.pinned else ""
+        doing = f"version {serve.speculator or 'none'}{pinned}, {_drafting(serve)}, {serve.finished:,} answered, "
+        doing += f"{serve.failed} failed"
         shed = f", {serve.rows_shed:,} shed" if serve.rows_shed else ""
         lines["serve"] = (doing + _trouble(serve.registry_error), f"{serve.rows_pending:,} rows to publish{shed}")
     if stream:
@@ -157,6 +159,12 @@ def _lines(overview: Overview) -> dict[str, tuple[str, str]]:
         doing = f"champion {promoter.champion or 'none'}, candidate {promoter.candidate or 'none'}"
         lines["promoter"] = (doing + _trouble(promoter.error), "")
     return lines
+
+
+def _drafting(serve: ServeStatus) -> str:
+    if not serve.speculating:
+        return "speculation off"
+    return f"drafting {serve.draft_depth}" if serve.draft_depth else "drafting does not pay"
 
 
 def _trouble(error: str | None) -> str:

@@ -36,7 +36,17 @@ class ServeStatus(_Status):
     target: str
     line: str
     alive: bool
+    draining: bool
+    """Told to end: what runs is answered, new requests are refused."""
     speculator: str
+    speculating: bool
+    """False while an operator has switched speculation off."""
+    draft_depth: int
+    """Tokens that are drafted a request, one after the other; 0 while drafting does not pay."""
+    expected_rates: list[float]
+    """Output tokens per second that the node expects with 0, 1, .. drafted tokens a request."""
+    pinned: str | None
+    """The version that an operator has pinned; None while the alias is followed."""
     running: int
     waiting: int
     finished: int
@@ -54,6 +64,24 @@ class ServeStatus(_Status):
     breaker: str
     registry_error: str | None
     swaps: list[SwapStatus]
+    refused: list[RefusedStatus]
+
+
+class SpeculatorStatus(_Status):
+    """What a node drafts with, and what decides it; the answer of ``GET /admin/speculator``."""
+
+    line: str
+    version: str
+    """The version that serves; empty on a node without speculation."""
+    alias: str
+    alias_version: str | None
+    """The version that the alias named when the registry was asked last."""
+    pinned: str | None
+    """The version that stays whatever the alias names."""
+    speculating: bool
+    registry_error: str | None
+    swaps: list[SwapStatus]
+    """The newest ones, oldest first."""
     refused: list[RefusedStatus]
 
 

@@ -10,6 +10,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Metric, ge
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from schemas.status import RefusedStatus, ServeStatus, SwapStatus
+from serving.drain import Drain
 from serving.engine import Engine
 from serving.generation import RequestFigures
 from serving.ledger import TraceCounts
@@ -32,6 +33,13 @@ class EngineMetrics:
         yield CounterMetricFamily("aurora_serve_drafted_tokens", "Tokens drafted.", value=health.drafted)
         yield CounterMetricFamily("aurora_serve_accepted_tokens", "Drafted tokens accepted.", value=health.accepted)
         yield CounterMetricFamily("aurora_serve_output_tokens", "Tokens answered.", value=health.output_tokens)
+        yield GaugeMetricFamily("aurora_serve_draft_depth", "Tokens drafted a request.", value=health.draft_depth)
+        rates = GaugeMetricFamily(
+            "aurora_serve_expected_tokens_per_second", "By drafted tokens a request.", labels=["drafted"]
+        )
+        for drafted, rate in enumerate(health.expected_rates):
+            rates.add_metric([str(drafted)], rate)
+        yield rates
         yield GaugeMetricFamily("aurora_serve_running", "Requests being decoded.", value=health.running)
         yield GaugeMetricFamily("aurora_serve_waiting", "Requests that wait.", value=health.waiting)
         yield GaugeMetricFamily("aurora_serve_alive", "1 while the engine runs.", value=int(health.alive))
@@ -45,18 +53,25 @@ def add(
     metrics: CollectorRegistry,
     publisher: TracePublisher | None,
     puller: Puller | None,
+    drain: Drain,
 ) -> None:
     """Add the endpoints to the application, and everything that counts to ``metrics``."""
     for source in (EngineMetrics(engine), publisher, puller):
         if source is not None:
             metrics.register(source)
 
+    def state(*, good: bool) -> JSONResponse:
+        health = engine.health()
+        body = {"alive": health.alive, "draining": drain.begun, "error": health.error}
+        return JSONResponse(body, status_code=200 if good else 503)
+
     @app.get("/health")
-    @app.get("/ready")
     async def health() -> JSONResponse:
-        state = engine.health()
-        body = {"alive": state.alive, "error": state.error}
-        return JSONResponse(body, status_code=200 if state.alive else 503)
+        return state(good=engine.health().alive)
+
+    @app.get("/ready")
+    async def ready() -> JSONResponse:
+        return state(good=engine.health().alive and not drain.begun)
 
     @app.get("/metrics")
     async def scrape() -> Response:
@@ -64,23 +79,31 @@ def add(
 
     @app.get("/status")
     async def status() -> ServeStatus:
-        return describe(node, engine, figures, publisher, puller)
+        return describe(node, engine, figures, publisher, puller, drain)
 
 
 def describe(
-    node: str, engine: Engine, figures: RequestFigures, publisher: TracePublisher | None, puller: Puller | None
+    node: str,
+    engine: Engine,
+    figures: RequestFigures,
+    publisher: TracePublisher | None,
+    puller: Puller | None,
+    drain: Drain,
 ) -> ServeStatus:
     """What the node is doing."""
     health = engine.health()
     rows = publisher.counts() if publisher else _NO_TRACES
-    swaps = puller.swaps if puller else ()
-    refused = puller.refused if puller else ()
     return ServeStatus(
         node=node,
         target=engine.target,
         line=engine.line,
         alive=health.alive,
+        draining=drain.begun,
         speculator=health.speculator,
+        speculating=health.speculating,
+        draft_depth=health.draft_depth,
+        expected_rates=list(health.expected_rates),
+        pinned=puller.pinned if puller else None,
         running=health.running,
         waiting=health.waiting,
         finished=figures.finished,
@@ -95,6 +118,18 @@ def describe(
         rows_pending=rows.pending,
         breaker=publisher.breaker if publisher else "closed",
         registry_error=puller.error if puller else None,
-        swaps=[SwapStatus(version=s.version, time=s.time, in_flight=s.in_flight, pause_ms=s.pause_ms) for s in swaps],
-        refused=[RefusedStatus(version=r.version, time=r.time, why=r.why) for r in refused],
+        swaps=swaps_of(puller),
+        refused=refused_of(puller),
     )
+
+
+def swaps_of(puller: Puller | None) -> list[SwapStatus]:
+    """The newest swaps, oldest first."""
+    swaps = puller.swaps if puller else ()
+    return [SwapStatus(version=s.version, time=s.time, in_flight=s.in_flight, pause_ms=s.pause_ms) for s in swaps]
+
+
+def refused_of(puller: Puller | None) -> list[RefusedStatus]:
+    """Versions that the node will not serve."""
+    refused = puller.refused if puller else ()
+    return [RefusedStatus(version=r.version, time=r.time, why=r.why) for r in refused]

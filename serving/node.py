@@ -18,8 +18,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from schemas import logs
 from schemas.settings import Settings, SettingsError
-from serving import admin, api
+from serving import admin, api, control
 from serving.chunks import Origin
+from serving.drain import Drain, DrainingServer
 from serving.generation import RequestFigures
 from serving.puller import Puller
 from serving.registry import MlflowRegistry
@@ -28,13 +29,14 @@ from serving.transformers.engine import TransformersEngine
 
 log = structlog.get_logger()
 
-_DRAIN_S = 8
+_HANG_UP_S = 2
+"""For the last words to requests that outlast the drain."""
 _FLUSH_S = 4.0
-"""Together below the 15 s that process supervisors commonly wait before they kill."""
+"""For the last traces. With the default of ``serve.drain_s``, all is below the 15 s that supervisors commonly wait."""
 
 
 def run(settings: Settings) -> None:
-    """Serve until SIGTERM or SIGINT; then answer what runs, for a while, and publish the last traces.
+    """Serve until SIGTERM or SIGINT; then answer what runs, for ``serve.drain_s``, and publish the last traces.
 
     Raises:
         SettingsError: the address is taken, the target cannot be served, or a Kafka option is unknown.
@@ -70,14 +72,17 @@ def _serve(
     metrics = CollectorRegistry()
     figures = RequestFigures(metrics)
     tokenizer = AutoTokenizer.from_pretrained(settings.target.path, local_files_only=True)
-    app = api.create(engine, tokenizer, settings.target.name, figures)
-    admin.add(app, settings.serve.node, engine, figures, metrics, publisher, puller)
+    drain = Drain()
+    traced = publisher.wants if publisher else _never
+    app = api.create(engine, tokenizer, settings.target.name, figures, drain, settings.serve, traced)
+    admin.add(app, settings.serve.node, engine, figures, metrics, publisher, puller, drain)
+    control.add(app, settings.serve, engine, puller)
     config = uvicorn.Config(
-        app, log_config=None, log_level="warning", access_log=False, timeout_graceful_shutdown=_DRAIN_S
+        app, log_config=None, log_level="warning", access_log=False, timeout_graceful_shutdown=_HANG_UP_S
     )
     host, port = server_socket.getsockname()[:2]
     log.info("serving", host=host, port=port, target=engine.target, line=engine.line)
-    uvicorn.Server(config).run(sockets=[server_socket])
+    DrainingServer(config, drain, settings.serve.drain_s, engine.stop).run(sockets=[server_socket])
 
 
 def _puller(settings: Settings, engine: TransformersEngine) -> Puller | None:
@@ -103,9 +108,20 @@ def _bind(host: str, port: int) -> socket.socket:
 
 def _close(publisher: TracePublisher) -> None:
     counts = publisher.close(_FLUSH_S)
-    log.info("traces_closed", captured=counts.captured, published=counts.published, shed=counts.shed)
+    log.info(
+        "traces_closed",
+        captured=counts.captured,
+        published=counts.published,
+        shed=counts.shed,
+        sampled_out=counts.sampled_out,
+    )
+
+
+def _never(_request: str) -> bool:
+    """Without a publisher nothing is traced, and the engine need not write rounds down."""
+    return False
 
 
 def _leave(_signal: int, _frame: FrameType | None) -> NoReturn:
-    """A clean end at any time; while it serves, uvicorn drains first and raises the signal again afterwards."""
+    """A clean end before it serves, and after it."""
     raise SystemExit(0)

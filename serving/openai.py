@@ -1,35 +1,27 @@
-"""OpenAI's chat completions on the wire: what a request may say, and the shape of answers, chunks and errors."""
+"""OpenAI's API on the wire: what a request may say, and the shape of errors.
+
+``top_k``, ``stop_token_ids``, ``ignore_eos`` and ``stream_options.continuous_usage_stats`` are extensions, named as
+vLLM names them.
+"""
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from serving.engine import Figures
-
 IGNORED = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"})
 """Parameters without a bearing on the answer."""
 
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
+_ALWAYS: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
     "logit_bias": ({},),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
 }
-"""Parameters that are known but not supported, with the values that ask for nothing."""
 
-FinishReason = Literal["stop", "length"]
+MOST_ALTERNATIVES = 20
+"""Alternatives with log-probabilities for each token, at most."""
 
 
 class ApiError(Exception):
@@ -46,9 +38,9 @@ def invalid(message: str, param: str | None, code: str = "invalid_value", status
     return ApiError(status, message, kind="invalid_request_error", code=code, param=param)
 
 
-def unavailable(message: str) -> ApiError:
-    """The engine cannot answer now."""
-    return ApiError(503, message, kind="server_error", code="engine_unavailable")
+def unavailable(message: str, code: str = "engine_unavailable") -> ApiError:
+    """The node cannot answer now."""
+    return ApiError(503, message, kind="server_error", code=code)
 
 
 def _as_text(content: Any) -> Any:
@@ -61,6 +53,20 @@ def _as_text(content: Any) -> Any:
             raise PydanticCustomError("unsupported_value", "only parts of type 'text' are supported")
         texts.append(part["text"])
     return "".join(texts)
+
+
+def _as_prompts(prompt: Any) -> list[str | list[int]]:
+    """One text, several, the token ids of one, or those of several: always as a list of prompts."""
+    if isinstance(prompt, str) or _are_ids(prompt):
+        return [prompt]
+    if isinstance(prompt, list) and prompt and all(isinstance(p, str) or _are_ids(p) for p in prompt):
+        return prompt
+    message = "expected a text, a list of texts, a list of token ids, or a list of such lists; none may be empty"
+    raise PydanticCustomError("unsupported_value", message)
+
+
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(token) is int and token >= 0 for token in value)
 
 
 class Message(BaseModel):
@@ -83,41 +89,118 @@ class StreamOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
+    """Every chunk carries the usage so far."""
     include_obfuscation: bool = False
 
 
-class ChatRequest(BaseModel):
-    """The body of ``POST /v1/chat/completions``; null stands for the default, as OpenAI has it."""
+class Sampling(BaseModel):
+    """What both kinds of request may say; null stands for the default, as OpenAI has it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    neutral: ClassVar[dict[str, tuple[Any, ...]]]
+    """Parameters that are known but not supported, with the values that ask for nothing."""
+
     model: str
-    messages: list[Message] = Field(min_length=1)
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    n: int = Field(1, ge=1)
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=-1, lt=2**31)
+    """0 and -1 draw from all tokens."""
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stream: bool = False
-    stream_options: StreamOptions | None = None
+    stream_options: StreamOptions = StreamOptions()
     stop: list[Annotated[str, Field(min_length=1)]] = Field(default=[], max_length=4)
+    stop_token_ids: list[Annotated[int, Field(ge=0)]] = []
+    ignore_eos: bool = False
 
     @model_validator(mode="before")
     @classmethod
     def _known(cls, body: Any) -> Any:
         if not isinstance(body, dict):
             return body
-        for name, neutral in NEUTRAL.items():
+        for name, neutral in cls.neutral.items():
             if body.get(name) is not None and body[name] not in neutral:
                 raise PydanticCustomError("unsupported", "{param} is not supported", {"param": name})
         stop = body.get("stop")
-        given = {k: v for k, v in body.items() if v is not None and k not in IGNORED and k not in NEUTRAL}
+        given = {k: v for k, v in body.items() if v is not None and k not in IGNORED and k not in cls.neutral}
         return given | ({"stop": [stop]} if isinstance(stop, str) else {})
 
     @property
     def answer_limit(self) -> int | None:
-        """Longest answer that the client wants, in tokens."""
+        """Longest answer that the client wants, in tokens; None for all the room there is."""
+        raise NotImplementedError
+
+    @property
+    def alternatives(self) -> int | None:
+        """Alternatives to report for every token; None for no log-probabilities at all."""
+        raise NotImplementedError
+
+    def choice_seed(self, number: int) -> int | None:
+        """Seed of a prompt's choice: one more for each, so that every choice can be had again alone."""
+        return None if self.seed is None else (self.seed + number + 2**63) % 2**64 - 2**63
+
+
+class ChatRequest(Sampling):
+    """The body of ``POST /v1/chat/completions``."""
+
+    neutral = _ALWAYS | {
+        "tools": ([],),
+        "tool_choice": ("none", "auto"),
+        "parallel_tool_calls": (True, False),
+        "response_format": ({"type": "text"},),
+        "modalities": (["text"],),
+    }
+
+    messages: list[Message] = Field(min_length=1)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int = Field(0, ge=0, le=MOST_ALTERNATIVES)
+
+    @model_validator(mode="after")
+    def _asked_for(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise PydanticCustomError("needs", "needs logprobs to be true", {"param": "top_logprobs"})
+        return self
+
+    @property
+    def answer_limit(self) -> int | None:
+        """``max_completion_tokens``, or by its older name ``max_tokens``."""
         return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def alternatives(self) -> int | None:
+        """``top_logprobs`` with ``logprobs``."""
+        return self.top_logprobs if self.logprobs else None
+
+
+class CompletionRequest(Sampling):
+    """The body of ``POST /v1/completions``."""
+
+    neutral = _ALWAYS | {"echo": (False,), "suffix": ("",)}
+
+    prompt: Annotated[list[str | list[int]], BeforeValidator(_as_prompts)]
+    max_tokens: int = Field(16, ge=1)
+    logprobs: int | None = Field(None, ge=0, le=MOST_ALTERNATIVES)
+    best_of: int | None = None
+
+    @model_validator(mode="after")
+    def _all_are_shown(self) -> CompletionRequest:
+        if self.best_of not in (None, self.n):
+            raise PydanticCustomError("unsupported", "another best_of than n", {"param": "best_of"})
+        return self
+
+    @property
+    def answer_limit(self) -> int | None:
+        """``max_tokens``."""
+        return self.max_tokens
+
+    @property
+    def alternatives(self) -> int | None:
+        """``logprobs``."""
+        return self.logprobs
 
 
 def explain(error: Any) -> ApiError:
@@ -134,62 +217,3 @@ def explain(error: Any) -> ApiError:
             return invalid("The body is not valid JSON", None, "invalid_json")
         case _:
             return invalid(f"{param}: {error['msg']}", param or None)
-
-
-@dataclass(slots=True)
-class Tally:
-    """What an answer cost, known when it has ended."""
-
-    prompt_tokens: int
-    completion_tokens: int = 0
-    figures: Figures | None = None
-
-    def usage(self) -> dict[str, Any]:
-        """OpenAI's ``usage``."""
-        figures = self.figures or Figures(0, 0, 0, ())
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "total_tokens": self.prompt_tokens + self.completion_tokens,
-            "completion_tokens_details": {
-                "accepted_prediction_tokens": figures.accepted,
-                "rejected_prediction_tokens": figures.drafted - figures.accepted,
-            },
-        }
-
-    def aurora(self) -> dict[str, Any]:
-        """How the answer was decoded."""
-        figures = self.figures or Figures(0, 0, 0, ())
-        return {
-            "rounds": figures.rounds,
-            "drafted": figures.drafted,
-            "accepted": figures.accepted,
-            "speculators": list(figures.speculators),
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """Builds the bodies of one answer."""
-
-    id: str
-    model: str
-    created: int = field(default_factory=lambda: int(time.time()))
-
-    def whole(self, text: str, finish: FinishReason, tally: Tally) -> dict[str, Any]:
-        """The body of an answer that is not streamed."""
-        message = {"role": "assistant", "content": text, "refusal": None}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish}
-        return self._body("chat.completion", [choice]) | {"usage": tally.usage(), "aurora": tally.aurora()}
-
-    def delta(self, delta: dict[str, str], finish: FinishReason | None = None) -> dict[str, Any]:
-        """One streamed chunk."""
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
-        return self._body("chat.completion.chunk", [choice])
-
-    def usage(self, tally: Tally) -> dict[str, Any]:
-        """The streamed chunk that carries usage."""
-        return self._body("chat.completion.chunk", []) | {"usage": tally.usage(), "aurora": tally.aurora()}
-
-    def _body(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}

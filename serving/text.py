@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
 _INCOMPLETE = "\ufffd"
+_BYTE_OF = {char: byte for byte, char in bytes_to_unicode().items()}
+"""Bytes as byte-level vocabularies write them."""
+_BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
+"""A byte as vocabularies with byte fallback write it."""
 
 
 class Tokenizer(Protocol):
     """The part of a Hugging Face tokenizer that serving uses."""
+
+    def __len__(self) -> int:
+        """Size of the vocabulary."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, with the special tokens that the target wants at its beginning."""
 
     def apply_chat_template(
         self, conversation: list[dict[str, str]], *, add_generation_prompt: bool, return_dict: bool
@@ -19,6 +33,9 @@ class Tokenizer(Protocol):
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> Any:
         """Text of token ids."""
 
+    def convert_ids_to_tokens(self, ids: int) -> Any:
+        """A token as the vocabulary writes it."""
+
 
 class Detokenizer:
     """Text of a growing answer; never gives a part of a character.
@@ -27,11 +44,12 @@ class Detokenizer:
     twice, without and with the new ones, and gives the difference. Special tokens give no text.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
+        """``before`` are ids that the answer's text goes on from; their own text is not given."""
         self._tokenizer = tokenizer
-        self._ids: list[int] = []
+        self._ids: list[int] = list(before)
         self._cut = 0
-        self._given = 0
+        self._given = len(self._ids)
 
     def feed(self, ids: Sequence[int]) -> str:
         """The text that the new ids complete; empty while a character is in the making."""
@@ -80,6 +98,62 @@ class StopScanner:
         """What was held back, when no more text comes."""
         held, self._held = self._held, ""
         return held
+
+
+@dataclass(frozen=True, slots=True)
+class Spelled:
+    """A single token as log-probabilities show it."""
+
+    text: str | None
+    """None where the token holds a part of a character."""
+    bytes: bytes | None
+    """Its share of the answer's UTF-8; None for a special token, which gives no text."""
+
+
+class Speller:
+    """Spells single tokens; remembers them, as the same few thousand come again and again."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._known: dict[int, Spelled] = {}
+
+    def spell(self, token: int) -> Spelled:
+        """Text and bytes of one token."""
+        if token not in self._known:
+            self._known[token] = self._spell(token)
+        return self._known[token]
+
+    def _spell(self, token: int) -> Spelled:
+        # Some decoders drop the space before the first word, so a token's text is what it adds to another one.
+        once, twice = (self._decode([token] * n, special=True) for n in (1, 2))
+        text = twice[len(once) :]
+        if once and not self._decode([token], special=False):
+            return Spelled(text, None)
+        if _INCOMPLETE in once:
+            raw = _raw_bytes(self._tokenizer.convert_ids_to_tokens(token))
+            if raw is not None:
+                return Spelled(_as_text(raw), raw)
+        return Spelled(text, text.encode())
+
+    def _decode(self, ids: list[int], *, special: bool) -> str:
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=not special, clean_up_tokenization_spaces=False)
+        return text
+
+
+def _raw_bytes(piece: str) -> bytes | None:
+    """Bytes of a vocabulary's entry that is no whole text; None where the vocabulary writes bytes in no known way."""
+    if found := _BYTE_PIECE.fullmatch(piece):
+        return bytes([int(found[1], 16)])
+    if all(char in _BYTE_OF for char in piece):
+        return bytes(_BYTE_OF[char] for char in piece)
+    return None
+
+
+def _as_text(raw: bytes) -> str | None:
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return None
 
 
 def _overlap(text: str, stop: str) -> int:

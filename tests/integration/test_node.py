@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
-import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,59 +16,17 @@ import openai
 import pytest
 from confluent_kafka import Consumer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
+from serving_node import MODEL, Node, eventually
 
-from schemas.settings import Settings, SettingsError, load, to_environ
+from schemas.settings import SettingsError, load
 from schemas.speculator import checkpoint
 from schemas.speculator.checkpoint import shape_for_target
 from schemas.speculator.network import random_draft
-from schemas.status import ServeStatus
 from schemas.trace import Chunk, decode
 from serving.node import _bind
 from trainer.registry import SpeculatorRegistry
 
-MODEL = "smollm2-135m-instruct"
 _LONG = "Write a long story about a dragon and a lighthouse."
-_COMMAND = "from schemas.settings import load; from serving.node import run; run(load())"
-
-
-class Node:
-    """``aurora serve`` in a process of its own."""
-
-    def __init__(self, settings: Settings, folder: Path) -> None:
-        self.settings = settings
-        self.log = folder / "serve.log"
-        self.url = f"http://127.0.0.1:{settings.serve.port}"
-        environ = {**to_environ(settings), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", _COMMAND], env=_without_settings() | environ, stderr=log, stdout=log
-            )
-        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
-
-    def wait_ready(self) -> None:
-        def ready() -> bool:
-            assert self.process.poll() is None, self.log.read_text()
-            with suppress(httpx.HTTPError):
-                return httpx.get(f"{self.url}/ready").status_code == 200
-            return False
-
-        eventually(ready, 120)
-
-    def ask(self, content: str, **options: Any) -> Any:
-        messages = [{"role": "user", "content": content}]
-        options = {"temperature": 0, "max_tokens": 24} | options
-        return self.client.chat.completions.create(model=MODEL, messages=messages, **options)  # type: ignore[call-overload]
-
-    def status(self) -> ServeStatus:
-        return ServeStatus.model_validate(httpx.get(f"{self.url}/status").json())
-
-    def end(self) -> dict[str, Any]:
-        """Send SIGTERM; gives what the node logged last about its traces."""
-        self.process.send_signal(signal.SIGTERM)
-        assert self.process.wait(30) == 0, self.log.read_text()
-        lines = [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
-        closed: dict[str, Any] = next(line for line in lines if line["event"] == "traces_closed")
-        return closed
 
 
 @pytest.fixture
@@ -84,6 +37,8 @@ def start(smollm2: Path, tmp_path: Path, free_port: Callable[[], int]) -> Iterat
     def make(**flags: Any) -> Node:
         nowhere = {"kafka.bootstrap": f"127.0.0.1:{free_port()}", "registry.uri": f"http://127.0.0.1:{free_port()}"}
         ours = {"target.path": str(smollm2), "serve.port": free_port(), "serve.max_tokens": 256, "serve.poll_s": 0.2}
+        # Every round drafts, whatever a random draft is worth.
+        ours |= {"serve.adaptive": False, "serve.draft_tokens": 3}
         named = {name.replace("__", "."): value for name, value in flags.items()}
         nodes.append(Node(load(environ={}, flags=nowhere | ours | named), tmp_path))
         nodes[-1].wait_ready()
@@ -91,20 +46,7 @@ def start(smollm2: Path, tmp_path: Path, free_port: Callable[[], int]) -> Iterat
 
     yield make
     for node in nodes:
-        node.client.close()
-        node.process.kill()
-        node.process.wait()
-
-
-def _without_settings() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if not name.startswith("AURORA_")}
-
-
-def eventually(holds: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+        node.close()
 
 
 def chunks_in(bootstrap: str, topic: str) -> list[Chunk]:
@@ -189,16 +131,22 @@ def test_every_round_is_traced_and_a_swap_under_load_changes_no_answer(
         verified = [r for r in rounds if r.round > 0]
         assert len(verified) == answer.aurora["rounds"]
         assert sum(len(r.draft_tokens) for r in verified) == answer.aurora["drafted"]
-        assert list(dict.fromkeys(r.speculator for r in verified)) == answer.aurora["speculators"]
+        assert list(dict.fromkeys(r.speculator for r in verified if r.draft_tokens)) == answer.aurora["speculators"]
 
 
-def test_a_node_told_to_end_finishes_the_answer_that_it_gives(start: Callable[..., Node]) -> None:
-    node = start()
-    stream = iter(node.ask("Tell me about the sea.", max_tokens=12, stream=True))
+def test_a_node_told_to_end_finishes_the_answer_that_it_gives_and_refuses_others(start: Callable[..., Node]) -> None:
+    node = start(serve__drain_s=60)
+    stream = iter(node.ask(_LONG, max_tokens=48, stream=True))
     next(stream)
     node.process.send_signal(signal.SIGTERM)
+    eventually(lambda: httpx.get(f"{node.url}/ready").status_code == 503)
+    assert httpx.get(f"{node.url}/health").status_code == 200
+    with pytest.raises(openai.InternalServerError) as refused:
+        node.ask("Hi")
+    assert (refused.value.status_code, refused.value.code) == (503, "node_draining")
     assert [chunk.choices[0].finish_reason for chunk in stream][-1] in ("stop", "length")
     assert node.process.wait(30) == 0
+    assert "traces_closed" in node.log.read_text()
 
 
 def test_a_port_in_use_names_the_setting(free_port: Callable[[], int]) -> None:

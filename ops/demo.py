@@ -22,6 +22,7 @@ from ops.supervisor import PartFailedError
 from schemas.settings import Settings
 
 _INTERRUPTED = 130
+_DRAFT_TOKENS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,7 @@ def play(settings: Settings, options: Options, screen: DemoScreen) -> Run:
     player: Player | None = None
     crashed, interrupted, checked = None, False, Lossless()
     try:
-        with running_stack(settings, screen.say, restart=False) as stack:
+        with running_stack(drafting_always(settings), screen.say, restart=False) as stack:
             if options.fresh:
                 wipe(settings)
             player = Player(stack, screen, options.concurrency, options.max_tokens)
@@ -75,6 +76,18 @@ def play(settings: Settings, options: Options, screen: DemoScreen) -> Run:
         interrupted = True
     seen = player.record() if player else Run(started, started)
     return replace(seen, started=started, ended=time.time(), lossless=checked, crashed=crashed, interrupted=interrupted)
+
+
+def drafting_always(settings: Settings) -> Settings:
+    """Settings with which the node drafts in every round, unless they say how much to draft.
+
+    Left to itself a node drafts what pays, which on a small machine is nothing until the draft is good: one would see
+    nothing of what is learned until then.
+    """
+    if {"adaptive", "draft_tokens"} & settings.serve.model_fields_set:
+        return settings
+    serve = settings.serve.model_copy(update={"adaptive": False, "draft_tokens": _DRAFT_TOKENS})
+    return settings.model_copy(update={"serve": serve})
 
 
 def wipe(settings: Settings) -> None:

@@ -34,6 +34,14 @@ def test_the_printed_settings_are_a_settings_file_again(tmp_path: Path) -> None:
     assert json.loads(told.stdout)["serve"]["node"] == "here"
 
 
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_the_printed_settings_hold_no_secret(flags: list[str]) -> None:
+    told = aurora("settings", "--set", "serve.admin_token=geheim", *flags)
+    assert told.exit_code == 0
+    assert "admin_token" in told.stdout
+    assert "geheim" not in told.output
+
+
 @pytest.mark.parametrize(
     "command", ["serve", "stream", "train", "promoter", "up", "down", "status", "demo", "settings"]
 )

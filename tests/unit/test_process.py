@@ -78,7 +78,8 @@ def test_a_process_runs_on_one_thread_and_as_nice_as_told(tmp_path: Path) -> Non
     process = python("import os; print(os.environ['OMP_NUM_THREADS'], os.nice(0))", log, nice=7)
     process.start()
     assert eventually(lambda: not process.alive)
-    assert log.read_text().split() == ["1", str(os.nice(0) + 7)]
+    most = 19
+    assert log.read_text().split() == ["1", str(min(os.nice(0) + 7, most))]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's signal on a parent's death is Linux's")

@@ -12,13 +12,13 @@ from pathlib import Path
 
 from ops import lossless
 from ops.demo_screen import DemoScreen
-from ops.errors import UserError
 from ops.play import Player
 from ops.process import StartError
 from ops.record import Lossless, Run, faults, sound, summary
 from ops.report.page import page
 from ops.stack import running_stack
 from ops.supervisor import PartFailedError
+from schemas.errors import UserError
 from schemas.settings import Settings
 
 _INTERRUPTED = 130

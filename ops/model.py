@@ -7,8 +7,8 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-from ops.errors import UserError
 from ops.locks import held
+from schemas.errors import UserError
 
 NAME = "smollm2-135m-instruct"
 REQUIREMENT = Path(__file__).resolve().parent.parent / "requirements" / "model.txt"

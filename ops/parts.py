@@ -12,9 +12,9 @@ from http import HTTPStatus
 from pathlib import Path
 
 from ops.broker import Broker
-from ops.errors import UserError
 from ops.process import Process
 from ops.registry_server import RegistryServer
+from schemas.errors import UserError
 from schemas.settings import Kafka, Registry, Settings, to_environ
 
 _LEARNING_NICE = 10

@@ -19,9 +19,9 @@ from typing import NoReturn
 import psutil
 
 from ops import model
-from ops.errors import UserError
 from ops.parts import Plan, check_ports, log_path, plan
 from ops.supervisor import Supervisor
+from schemas.errors import UserError
 from schemas.settings import Settings, Target, to_environ
 
 _STOP_S = 150.0

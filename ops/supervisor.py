@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from ops.errors import UserError
 from ops.parts import Part
+from schemas.errors import UserError
 
 QUICK_S = 30.0
 """A part that dies within this time of its start has not recovered from its last death."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ops import prompts
-from ops.errors import UserError
+from schemas.errors import UserError
 from serving.engine import Request
 
 HELD_OUT = 60

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from queue import SimpleQueue
 
-from ops.errors import UserError
 from pipeline.batches import Record, build
+from schemas.errors import UserError
 from schemas.trace import CONTENT_TYPE, Round, decode, encode, fingerprint
 from serving.chunks import Assembly, Origin, Space, Way
 from serving.engine import Engine, Finish, Output, Request

@@ -11,7 +11,7 @@ from ops.bench import batched, loaded, machine
 from ops.bench.paired import Figure
 from ops.bench.single import NAMES, SingleStream
 from ops.bench.stand import FULL, QUICK, Plan, Say, Stand
-from ops.errors import UserError
+from schemas.errors import UserError
 from schemas.settings import Settings
 from trainer.candidates import code_revision
 

@@ -26,11 +26,11 @@ from ops.bench import embedded, machine, speculator
 from ops.bench.clients import Clients
 from ops.bench.paired import Figure, Goal
 from ops.broker import Broker
-from ops.errors import UserError
 from ops.parts import answers
 from ops.process import Process
 from ops.registry_server import RegistryServer
 from ops.stack import Say, provide_target
+from schemas.errors import UserError
 from schemas.settings import Kafka, Registry, Settings, to_environ
 from schemas.speculator import checkpoint
 from schemas.speculator.network import EagleDraft

@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 from ops.bench import prompted, recording
-from ops.errors import UserError
 from ops.stack import provide_target
+from schemas.errors import UserError
 from schemas.settings import Settings
 from schemas.speculator import checkpoint
 from schemas.speculator.network import EagleDraft

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from ops.bench import prompted, speculator
 from ops.bench.drive import Run, drive
-from ops.errors import UserError
 from ops.stack import provide_target
+from schemas.errors import UserError
 from schemas.settings import Settings
 from schemas.speculator.network import EagleDraft
 from serving.engine import Request, TraceSink

@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 from ops import prompts
 from ops.bench import prompted
 from ops.cli import app
-from ops.errors import UserError
+from schemas.errors import UserError
 
 
 @pytest.fixture(autouse=True)

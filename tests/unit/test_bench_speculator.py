@@ -13,7 +13,7 @@ from tiny_target import VOCABULARY, write_tiny_target
 
 from ops.bench import recording, speculator
 from ops.bench.prompted import SAMPLED, training_requests
-from ops.errors import UserError
+from schemas.errors import UserError
 from schemas.settings import Settings, load
 from schemas.speculator import checkpoint
 from serving.engine import Request

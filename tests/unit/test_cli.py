@@ -83,7 +83,7 @@ def test_a_target_that_is_missing_is_named() -> None:
 
 def test_fresh_wipes_nothing_outside_the_stacks_folder(tmp_path: Path) -> None:
     from ops.demo import wipe
-    from ops.errors import UserError
+    from schemas.errors import UserError
     from schemas.settings import load
 
     precious = tmp_path / "precious"

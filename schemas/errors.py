@@ -1,4 +1,4 @@
-"""The errors that the ``aurora`` command tells in one line."""
+"""The errors that the ``aurora`` command tells in one line, wherever they are raised."""
 
 from __future__ import annotations
 

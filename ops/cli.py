@@ -126,7 +126,7 @@ def settings(config: Config = None, set_: Set = None, as_json: AsJson = False) -
         for section, keys in values.items():
             sys.stdout.write(f"[{section}]\n")
             for key, value in keys.items():
-                sys.stdout.write(f"{key} = {json.dumps(value)}\n")
+                sys.stdout.write(f"{key} = {_toml(value)}\n")
             sys.stdout.write("\n")
 
 
@@ -233,6 +233,13 @@ def soak(
         else:
             Console().print(as_table(f"soak of {minutes:g} minutes", report.figures))
         raise typer.Exit(0 if report.passed else 1)
+
+
+def _toml(value: object) -> str:
+    """A setting as TOML, which writes all but tables as JSON does."""
+    if not isinstance(value, dict):
+        return json.dumps(value)
+    return "{" + ", ".join(f"{json.dumps(name)} = {json.dumps(option)}" for name, option in value.items()) + "}"
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ import difflib
 import json
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,6 +25,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainSerializer,
     SecretStr,
     ValidationError,
     model_validator,
@@ -32,8 +33,10 @@ from pydantic import (
 
 PREFIX = "AURORA_"
 FILE = Path("aurora.toml")
-_SECRETS = frozenset({"serve.admin_token"})
-"""Values that no message shows."""
+MASK = "**********"
+_SECRETS = ("serve.admin_token", "kafka.client", "tables.storage_options", "traces.claim_options")
+"""Settings whose values no message shows."""
+_SECRET_WORDS = ("secret", "password", "key", "token")
 
 
 class SettingsError(ValueError):
@@ -52,14 +55,39 @@ def _no_mask(secret: SecretStr) -> SecretStr:
     return secret
 
 
+def _no_masks(options: dict[str, str]) -> dict[str, str]:
+    if masked := [name for name, value in options.items() if _is_secret(name) and value and set(value) == {"*"}]:
+        raise ValueError(f"{masked[0]} is what `aurora settings` prints in place of a secret; write the secret itself")
+    return options
+
+
+def _is_secret(option: str) -> bool:
+    """Whether the value of an option of a client or a store is to be hidden, judged by the option's name."""
+    return any(word in option.lower() for word in _SECRET_WORDS)
+
+
+def _masked(options: Mapping[str, str]) -> dict[str, str]:
+    return {name: MASK if _is_secret(name) and value else value for name, value in options.items()}
+
+
 Secret = Annotated[SecretStr, AfterValidator(_no_mask)]
-Options = Annotated[dict[str, str], BeforeValidator(_from_json)]
+Options = Annotated[
+    dict[str, str],
+    BeforeValidator(_from_json),
+    AfterValidator(_no_masks),
+    PlainSerializer(_masked, when_used="json"),
+]
+"""Options of a client or a store; passwords and keys among them are masked wherever they are shown."""
 
 
 class Section(BaseModel):
     """A part of the file; frozen, and strict about its keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        for name, value in super().__repr_args__():
+            yield name, _masked(value) if isinstance(value, dict) else value
 
 
 class Kafka(Section):
@@ -68,9 +96,13 @@ class Kafka(Section):
     bootstrap: str = "127.0.0.1:19092"
     traces_topic: str = "aurora.traces.v1"
     speculators_topic: str = "aurora.speculators.v1"
+    drift_topic: str = "aurora.drift.v1"
     partitions: int = Field(2, ge=1)
+    """Partitions of the traces topic: so many stream workers can share it."""
     replication: int = Field(1, ge=1)
+    """Copies of every topic. From 3 on a record is acknowledged when more than half of them have it."""
     retention_hours: float = Field(72, gt=0)
+    """How long the traces and drift topics keep a record."""
     max_message_bytes: int = Field(1_000_000, ge=10_000)
     """Largest trace message; longer requests are cut into chunks below it."""
     client: Options = Field(default_factory=dict)
@@ -333,7 +365,7 @@ def _explain(error: Any) -> str:
     path = [str(part) for part in error["loc"]]
     name = ".".join(path) or "settings"
     if error["type"] != "extra_forbidden":
-        found = "" if name in _SECRETS else f" (found {error['input']!r})"
+        found = "" if name.startswith(_SECRETS) else f" (found {error['input']!r})"
         return f"{name}: {error['msg']}{found}" if path else str(error["msg"])
     known = _known_keys(path[:-1])
     nearest = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.4)

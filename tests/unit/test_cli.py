@@ -34,11 +34,21 @@ def test_the_printed_settings_are_a_settings_file_again(tmp_path: Path) -> None:
     assert json.loads(told.stdout)["serve"]["node"] == "here"
 
 
+def test_printed_options_are_a_settings_file_again(tmp_path: Path) -> None:
+    options = '{"security.protocol": "SSL", "ssl.ca.location": "/ca"}'
+    file = tmp_path / "again.toml"
+    file.write_text(aurora("settings", "--set", f"kafka.client={options}").stdout)
+    told = aurora("settings", "--json", "--config", str(file))
+    assert json.loads(told.stdout)["kafka"]["client"] == json.loads(options)
+
+
 @pytest.mark.parametrize("flags", [[], ["--json"]])
 def test_the_printed_settings_hold_no_secret(flags: list[str]) -> None:
-    told = aurora("settings", "--set", "serve.admin_token=geheim", *flags)
+    secrets = ["--set", "serve.admin_token=geheim", "--set", 'kafka.client={"sasl.password": "geheim"}']
+    told = aurora("settings", *secrets, *flags)
     assert told.exit_code == 0
     assert "admin_token" in told.stdout
+    assert "sasl.password" in told.stdout
     assert "geheim" not in told.output
 
 

@@ -109,6 +109,36 @@ def test_a_secret_is_shown_by_nothing_but_the_way_to_a_child() -> None:
     assert to_environ(settings)["AURORA_SERVE__ADMIN_TOKEN"] == "geheim"
 
 
+SECRETS = {
+    "kafka.client": {"sasl.username": "offen", "sasl.password": "geheim", "ssl.key.password": "geheim"},
+    "tables.storage_options": {"AWS_REGION": "offen", "AWS_SECRET_ACCESS_KEY": "geheim", "AWS_SESSION_TOKEN": "geheim"},
+    "traces.claim_options": {"region": "offen", "secret_key": "geheim"},
+}
+
+
+def test_secrets_among_options_are_shown_by_nothing_but_the_way_to_a_child() -> None:
+    settings = load(environ={}, flags=SECRETS)
+    assert settings.kafka.client == SECRETS["kafka.client"]
+    for shown in (f"{settings}", f"{settings!r}", f"{settings.kafka!r}", settings.model_dump_json()):
+        assert "offen" in shown
+        assert "geheim" not in shown
+    assert load(environ=to_environ(settings)) == settings
+
+
+@pytest.mark.parametrize("name", SECRETS)
+def test_options_that_cannot_be_read_are_refused_without_being_shown(name: str) -> None:
+    variable = f"AURORA_{name.replace('.', '__')}".upper()
+    for value in ('{"password": "geheim"', '{"password": ["geheim"]}'):
+        with pytest.raises(SettingsError, match=name) as raised:
+            load(environ={variable: value})
+        assert "geheim" not in str(raised.value)
+
+
+def test_the_mask_of_an_option_never_becomes_its_secret() -> None:
+    with pytest.raises(SettingsError, match=r"kafka\.client: .*sasl\.password.*aurora settings"):
+        load(environ={}, flags={"kafka.client": {"sasl.password": "**********"}})
+
+
 def test_a_secret_of_the_wrong_kind_is_refused_without_being_shown(tmp_path: Path) -> None:
     file = tmp_path / "aurora.toml"
     file.write_text("[serve]\nadmin_token = 123456\n")
@@ -126,7 +156,7 @@ def test_the_mask_of_a_secret_never_becomes_the_secret() -> None:
     port=st.integers(0, 65535),
     rate=st.floats(1e-9, 1e3),
     node=st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0"), min_size=1),
-    client=st.dictionaries(st.text(min_size=1), st.text()),
+    client=st.dictionaries(st.text(min_size=1), st.text(st.characters(blacklist_characters="*"))),
     speculate=st.booleans(),
     token=st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0*")),
 )

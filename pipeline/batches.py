@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from schemas import trace
-from schemas.batches import ACCEPTED, DEAD_LETTERS, REJECTED, TABLES, TRACES
+from schemas.batches import ACCEPTED, DEAD_LETTERS, REJECTED, TABLES, TRACES, day_of
 from schemas.claims import ClaimStoreError
 from schemas.trace import Chunk, Claim, Envelope, Round, TraceError
 from schemas.tree import rejected_branches
@@ -26,6 +26,9 @@ from schemas.tree import rejected_branches
 INT32_MAX = 2**31 - 1
 BF16_EXPONENT = 0x7F80
 """A bf16 number with all of these bits set is infinite or not a number."""
+
+LINE = re.compile(r"[A-Za-z0-9._-]{1,128}")
+"""Lines name folders of the tables: an empty name is a null there, and a long one no file system takes."""
 
 Row = dict[str, Any]
 Claimed = Callable[[Claim, int, int], trace.U16]
@@ -238,6 +241,7 @@ def dead_letter(record: Record, reason: str, detail: str) -> pa.Table:
         "partition": record.partition,
         "offset": record.offset,
         "time": record.time_us,
+        "day": day_of(record.time_us),
         "reason": reason,
         "detail": detail.encode(errors="backslashreplace").decode(),
         "rows": record.number("rows"),
@@ -261,6 +265,8 @@ def _check(chunk: Chunk, claimed: str | None) -> None:
     envelope, rounds = chunk.envelope, chunk.rounds
     if claimed != str(len(rounds)):
         raise TraceError("wrong_count", f"header rows is {claimed!r}, the chunk has {len(rounds)} rounds")
+    if not LINE.fullmatch(envelope.line):
+        raise TraceError("bad_line", f"line is {envelope.line[:200]!r}, expected {LINE.pattern}")
     numbers = ("chunk", "feature_width", "top_k", "sampling_top_k")
     too_large = [name for name in numbers if getattr(envelope, name) > INT32_MAX]
     if envelope.seed is not None and not -(2**63) <= envelope.seed < 2**63:
@@ -322,6 +328,7 @@ def _coordinates(record: Record, envelope: Envelope) -> Row:
         "target": envelope.target,
         "line": envelope.line,
         "label": envelope.label,
+        "day": day_of(record.time_us),
     }
 
 

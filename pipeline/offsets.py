@@ -27,7 +27,7 @@ from typing import NamedTuple, Protocol
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from schemas.batches import DEAD_LETTERS, TABLES
+from schemas.batches import DEAD_LETTERS, TABLES, day_of
 
 COMMIT_ORDER = ("dead_letters", "rejected", "traces", "accepted")
 """``accepted`` last: whoever sees a row of it finds everything else of that record in place."""
@@ -265,6 +265,7 @@ def _loss_rows(source: Source, lost: range, time_us: int) -> pa.Table:
         "partition": source.partition,
         "offset": lost.start,
         "time": time_us,
+        "day": day_of(time_us),
         "reason": LOST,
         "detail": detail,
     }

@@ -13,7 +13,7 @@ from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 
 from pipeline.offsets import ConflictError
-from schemas.batches import TABLES
+from schemas.batches import PARTITIONED_BY, TABLES
 from schemas.settings import Tables
 
 CHECKPOINT_EVERY = 100
@@ -160,6 +160,7 @@ class DeltaLog:
             return DeltaTable.create(
                 address,
                 TABLES[name],
+                partition_by=list(PARTITIONED_BY[name]),
                 storage_options=self._options,
                 configuration={"delta.checkpointInterval": str(CHECKPOINT_EVERY)},
             )

@@ -25,6 +25,7 @@ import pyarrow as pa
 _TIME = pa.timestamp("us", tz="UTC")
 _IDS = pa.list_(pa.int32())
 _FLOATS = pa.list_(pa.float32())
+_DAY_US = 86_400_000_000
 
 LINEAGE = [
     pa.field("topic", pa.string(), nullable=False),
@@ -37,8 +38,12 @@ LINEAGE = [
     pa.field("label", pa.string()),
     pa.field("speculator", pa.string(), nullable=False),
     pa.field("time", _TIME, nullable=False),
+    pa.field("day", pa.date32(), nullable=False),
 ]
-"""Columns that every row carries: where it came from, and which version was drafting (the last one of the chunk)."""
+"""Columns that every row carries: where it came from, and which version was drafting (the last one of the chunk).
+
+``time`` is the node's, ``day`` the UTC day of the Kafka record's time: the clock of a node moves no row.
+"""
 
 ACCEPTED = pa.schema(
     [
@@ -112,6 +117,7 @@ DEAD_LETTERS = pa.schema(
         pa.field("partition", pa.int32(), nullable=False),
         pa.field("offset", pa.int64(), nullable=False),
         pa.field("time", _TIME, nullable=False),
+        pa.field("day", pa.date32(), nullable=False),
         pa.field("reason", pa.string(), nullable=False),
         pa.field("detail", pa.string(), nullable=False),
         pa.field("rows", pa.int32()),
@@ -143,3 +149,18 @@ TABLES = {
     "dead_letters": DEAD_LETTERS,
     "promotions": PROMOTIONS,
 }
+
+PARTITIONED_BY = {
+    "accepted": ("line", "day"),
+    "rejected": ("line", "day"),
+    "traces": ("line", "day"),
+    "dead_letters": ("day",),
+    "promotions": (),
+}
+"""Columns by whose values the files of a table lie apart: a reader of one line opens no other's, and retention deletes
+whole days without rewriting any."""
+
+
+def day_of(time_us: int) -> int:
+    """UTC day of a Unix time in microseconds, as days since 1970-01-01: a value for a ``day`` column."""
+    return time_us // _DAY_US

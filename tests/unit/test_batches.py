@@ -276,6 +276,18 @@ def test_a_number_that_no_column_holds_is_a_dead_letter() -> None:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("line", ["", "l" * 129, "a/b", "a line", "zeile-ä"])
+def test_a_line_that_cannot_name_a_folder_is_a_dead_letter(line: str) -> None:
+    assert reason(record(Chunk(replace(ENVELOPE, line=line), EXAMPLE.rounds))) == "bad_line"
+
+
+def test_the_day_of_a_row_is_that_of_its_record_and_not_of_the_clock_of_the_node() -> None:
+    late = replace(record(), time_us=1_700_006_400_000_000)  # 2023-11-15T00:00:00Z
+    built = build([replace(late, time_us=late.time_us - 1), late, replace(late, value=None)], 32)
+    days = {name: {day.day for day in rows["day"].to_pylist()} for name, rows in built.rows.items()}
+    assert days == {"accepted": {14, 15}, "rejected": {14, 15}, "traces": {14, 15}, "dead_letters": {15}}
+
+
 def test_a_record_without_a_value_is_a_dead_letter() -> None:
     assert reason(record(value=None)) == "empty"
 

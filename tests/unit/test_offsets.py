@@ -247,7 +247,7 @@ def test_rows_are_read_in_the_order_of_their_commits(tmp_path: Path) -> None:
 
 def dead_letters(offsets: range) -> Batch:
     """A batch of dead letters alone, valid for a real table."""
-    row = {"topic": "traces", "partition": 0, "time": 0, "reason": "r", "detail": "d"}
+    row = {"topic": "traces", "partition": 0, "time": 0, "day": 0, "reason": "r", "detail": "d"}
     empty = dict.fromkeys(TABLES["dead_letters"].names)
     letters = pa.Table.from_pylist([{**empty, **row, "offset": o} for o in offsets], schema=TABLES["dead_letters"])
     none = {name: TABLES[name].empty_table() for name in COMMIT_ORDER}

@@ -107,8 +107,10 @@ class StreamWorker:
             rows_written=counts.rows_written,
             dead_letters=counts.dead_letters.total(),
             skipped_behind=counts.skipped_behind,
+            left_out=counts.left_out,
             seeks_back=counts.seeks_back,
             commits=counts.commits,
+            fenced=counts.fenced,
             lost=counts.lost,
             error=self._error,
         )

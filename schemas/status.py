@@ -102,8 +102,12 @@ class StreamStatus(_Status):
     rows_written: int
     dead_letters: int
     skipped_behind: int
+    left_out: int
+    """Records that came ahead of their turn, or from a partition that was given away; they come again."""
     seeks_back: int
     commits: int
+    fenced: int
+    """Commits that were refused because another worker had written."""
     lost: int
     """Records that the log no longer held when the table wanted them."""
     error: str | None

@@ -20,6 +20,7 @@ import pyarrow as pa
 from schemas import trace
 from schemas.batches import ACCEPTED, DEAD_LETTERS, REJECTED, TABLES, TRACES, day_of
 from schemas.claims import ClaimStoreError
+from schemas.reading import decode
 from schemas.trace import Chunk, Claim, Envelope, Round, TraceError
 from schemas.tree import rejected_branches
 
@@ -122,7 +123,7 @@ def chunk_rows(record: Record, context_tokens: int, claimed: Claimed) -> dict[st
     if record.value is None:
         raise TraceError("empty", "a record without a value")
     _check_headers(record)
-    chunk = _with_features(trace.decode(record.value), claimed)
+    chunk = _with_features(decode(record.value), claimed)
     _check(chunk, record.header("rows"))
     return {
         "accepted": _table(ACCEPTED, accepted_rows(record, chunk)),

@@ -27,15 +27,15 @@ Features travel in one of three ways, which the envelope names:
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cache
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from pydantic import Field, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
+from pydantic import Field, NonNegativeInt, PositiveInt, TypeAdapter
 
 CONTENT_TYPE = "application/vnd.apache.arrow.stream"
 FORMAT = "aurora.trace/1"
@@ -48,7 +48,7 @@ U16 = npt.NDArray[np.uint16]
 I32 = npt.NDArray[np.int32]
 F32 = npt.NDArray[np.float32]
 
-_CHECKSUM_BYTES = 8
+CHECKSUM_BYTES = 8
 
 SCHEMA = pa.schema(
     [
@@ -167,7 +167,9 @@ class Chunk:
     rounds: tuple[Round, ...]
 
 
-_ENVELOPE = TypeAdapter(Envelope)
+ENVELOPE_JSON = TypeAdapter(Envelope)
+"""Writes and reads the envelope as it stands in the schema's metadata."""
+
 _BEFORE_CLAIMS = "679c4502ef95ecdd"
 """The wire schema without ``claim`` and ``before``, which have defaults."""
 
@@ -193,46 +195,12 @@ def encode(chunk: Chunk) -> bytes:
         ValueError: the arrays of a round do not fit together.
         pyarrow.ArrowException: a value of another kind.
     """
-    schema = SCHEMA.with_metadata({"format": FORMAT, "envelope": _ENVELOPE.dump_json(chunk.envelope)})
+    schema = SCHEMA.with_metadata({"format": FORMAT, "envelope": ENVELOPE_JSON.dump_json(chunk.envelope)})
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
         writer.write_batch(pa.record_batch([_column(f, chunk.rounds) for f in SCHEMA], schema=schema))
     stream = sink.getvalue()
-    return b"".join((stream, _checksum(stream)))
-
-
-def decode(value: bytes) -> Chunk:
-    """The chunk that ``encode`` wrote.
-
-    Raises:
-        TraceError: the bytes were cut or altered, are of another format, or contradict themselves.
-    """
-    if len(value) <= _CHECKSUM_BYTES:
-        raise TraceError("truncated", f"{len(value)} bytes are too few for a trace chunk")
-    stream, checksum = value[:-_CHECKSUM_BYTES], value[-_CHECKSUM_BYTES:]
-    if _checksum(stream) != checksum:
-        raise TraceError("corrupt", f"checksum mismatch: the {len(value)} bytes were cut or altered on their way")
-    try:
-        with pa.ipc.open_stream(stream) as reader:
-            table = reader.read_all()
-        table.validate(full=True)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise TraceError("not_arrow", f"not an Arrow stream: {error}") from error
-    metadata = table.schema.metadata or {}
-    if metadata.get(b"format") != FORMAT.encode():
-        raise TraceError("foreign_format", f"expected format {FORMAT!r}, found {metadata.get(b'format')!r}")
-    wrong = [f.name for f in SCHEMA if f.name not in table.column_names or table.schema.field(f.name).type != f.type]
-    if wrong:
-        raise TraceError("foreign_schema", f"columns missing or of another type: {', '.join(wrong)}")
-    try:
-        envelope = _ENVELOPE.validate_json(metadata.get(b"envelope", b""), strict=True)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "envelope"
-        raise TraceError("bad_envelope", f"{where}: {first['msg']}") from error
-    chunk = Chunk(envelope, tuple(_rounds(table.select(SCHEMA.names), envelope)))
-    _check_way(chunk)
-    return chunk
+    return b"".join((stream, checksum(stream)))
 
 
 def to_bf16(x: npt.NDArray[np.float32]) -> U16:
@@ -247,8 +215,9 @@ def from_bf16(bits: U16) -> F32:
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
-def _checksum(stream: bytes | pa.Buffer) -> bytes:
-    return hashlib.blake2b(stream, digest_size=_CHECKSUM_BYTES).digest()
+def checksum(stream: bytes | pa.Buffer) -> bytes:
+    """What follows the Arrow stream of a chunk."""
+    return hashlib.blake2b(stream, digest_size=CHECKSUM_BYTES).digest()
 
 
 def _column(field: pa.Field, rounds: Sequence[Round]) -> pa.Array:
@@ -266,70 +235,3 @@ def _column(field: pa.Field, rounds: Sequence[Round]) -> pa.Array:
             return pa.array([r.time_us for r in rounds], type=field.type)
         case _:
             return pa.array([getattr(r, field.name) for r in rounds], type=field.type)
-
-
-def _rounds(table: pa.Table, envelope: Envelope) -> Iterator[Round]:
-    times = table.column("time").cast(pa.int64()).to_pylist()
-    for row, time_us in zip(table.drop_columns("time").to_pylist(), times, strict=True):
-        nulls = [name for name, value in row.items() if value is None and name != "bonus"]
-        if nulls or time_us is None:
-            raise TraceError("contradiction", f"round {row['round']}: null in {', '.join(nulls) or 'time'}")
-        yield _round(row, time_us, envelope)
-
-
-def _check_way(chunk: Chunk) -> None:
-    """What the envelope says about features must fit to the way in which they travel."""
-    envelope = chunk.envelope
-    if (envelope.claim is not None) != (envelope.features == "claim-check"):
-        found = "no claim" if envelope.claim is None else f"a claim {envelope.claim.uri}"
-        raise TraceError("contradiction", f"features {envelope.features}, but {found}")
-    if not envelope.before:
-        return
-    begins = chunk.rounds[0].position if chunk.rounds else 0
-    if envelope.features != "recompute" or len(envelope.before) != begins:
-        raise TraceError(
-            "contradiction",
-            f"features {envelope.features}, {len(envelope.before)} tokens before a chunk that begins at {begins}",
-        )
-
-
-def _round(row: dict[str, Any], time_us: int, envelope: Envelope) -> Round:
-    """One row, with every length checked against the others."""
-    n, m, k = len(row["tokens"]), len(row["draft_tokens"]), envelope.top_k
-    verified = 0 if row["bonus"] is None else 1 + m
-    parents, accepted = row["draft_parents"], row["accepted"]
-    claims = {
-        "features": (len(row["features"]), (n if envelope.features == "inline" else 0) * envelope.feature_width * 2),
-        "draft_parents": (len(parents), m),
-        "draft_logprobs": (len(row["draft_logprobs"]), m),
-        "top_ids": (len(row["top_ids"]), verified * k),
-        "top_logprobs": (len(row["top_logprobs"]), verified * k),
-    }
-    for name, (found, wanted) in claims.items():
-        if found != wanted:
-            raise TraceError("contradiction", f"round {row['round']}: {name} has {found} entries, expected {wanted}")
-    if n == 0:
-        raise TraceError("contradiction", f"round {row['round']}: no committed token")
-    if any(not ROOT <= parent < node for node, parent in enumerate(parents)):
-        raise TraceError("contradiction", f"round {row['round']}: a drafted node must follow its parent: {parents}")
-    if [parents[node] if 0 <= node < m else None for node in accepted] != [ROOT, *accepted][: len(accepted)]:
-        raise TraceError("contradiction", f"round {row['round']}: accepted nodes {accepted} are no path from the root")
-    if row["round"] > 0 and row["tokens"][1:] != [row["draft_tokens"][node] for node in accepted]:
-        raise TraceError("contradiction", f"round {row['round']}: the committed tokens are not the accepted drafts")
-    return Round(
-        round=row["round"],
-        position=row["position"],
-        tokens=tuple(row["tokens"]),
-        features=np.frombuffer(row["features"], dtype="<u2").reshape(-1, envelope.feature_width),
-        draft_tokens=tuple(row["draft_tokens"]),
-        draft_parents=tuple(parents),
-        draft_logprobs=tuple(row["draft_logprobs"]),
-        accepted=tuple(accepted),
-        bonus=row["bonus"],
-        top_ids=np.array(row["top_ids"], dtype=np.int32).reshape(verified, k),
-        top_logprobs=np.array(row["top_logprobs"], dtype=np.float32).reshape(verified, k),
-        speculator=row["speculator"],
-        draft_us=row["draft_us"],
-        verify_us=row["verify_us"],
-        time_us=time_us,
-    )

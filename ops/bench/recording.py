@@ -9,7 +9,8 @@ from queue import SimpleQueue
 
 from pipeline.batches import Record, build
 from schemas.errors import UserError
-from schemas.trace import CONTENT_TYPE, Round, decode, encode, fingerprint
+from schemas.reading import decode
+from schemas.trace import CONTENT_TYPE, Round, encode, fingerprint
 from serving.chunks import Assembly, Origin, Space, Way
 from serving.engine import Engine, Finish, Output, Request
 from trainer.rows import window_of

@@ -18,11 +18,12 @@ from confluent_kafka import Consumer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 from serving_node import MODEL, Node, eventually
 
+from schemas.reading import decode
 from schemas.settings import SettingsError, load
 from schemas.speculator import checkpoint
 from schemas.speculator.checkpoint import shape_for_target
 from schemas.speculator.network import random_draft
-from schemas.trace import Chunk, decode
+from schemas.trace import Chunk
 from serving.node import _bind
 from trainer.registry import SpeculatorRegistry
 

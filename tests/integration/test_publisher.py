@@ -17,8 +17,9 @@ from confluent_kafka import Consumer, Message, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 
 from ops.broker import Broker
+from schemas.reading import decode
 from schemas.settings import Kafka, Traces
-from schemas.trace import Round, decode
+from schemas.trace import Round
 from serving.chunks import Origin
 from serving.engine import Request
 from serving.traces import TracePublisher

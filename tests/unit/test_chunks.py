@@ -8,7 +8,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from schemas.trace import Chunk, Round, decode, encode
+from schemas.reading import decode
+from schemas.trace import Chunk, Round, encode
 from serving.chunks import Assembly, Origin, Space, Way, chunk_bytes, cut, row_bytes, without_features
 from serving.engine import Request
 

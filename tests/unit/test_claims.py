@@ -19,8 +19,9 @@ from trace_bench import Bench, a_round, eventually
 
 from pipeline.batches import Record, build
 from schemas.claims import ClaimStore, ClaimStoreError
+from schemas.reading import decode
 from schemas.settings import SettingsError, Traces
-from schemas.trace import U16, Claim, TraceError, decode
+from schemas.trace import U16, Claim, TraceError
 from serving.budget import BURST_S
 from serving.engine import Request
 

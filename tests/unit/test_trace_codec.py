@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from schemas import trace
+from schemas.reading import decode
 from schemas.trace import (
     ROOT,
     SCHEMA,
@@ -24,7 +25,6 @@ from schemas.trace import (
     Features,
     Round,
     TraceError,
-    decode,
     encode,
     from_bf16,
     to_bf16,

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from confluent_kafka import KafkaError, KafkaException
 
+from schemas.reading import decode
 from schemas.settings import Kafka, Traces
-from schemas.trace import Chunk, Round, decode
+from schemas.trace import Chunk, Round
 from serving.chunks import Origin
 from serving.engine import Request
 from serving.traces import TracePublisher

@@ -1,0 +1,95 @@
+"""Reading the tables: their newest state, earlier ones, and answers to SQL."""
+
+from __future__ import annotations
+
+import shutil
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from recorded import conversation, record_of, tables_of
+
+from pipeline.batches import Record, build
+from pipeline.table import DeltaLog, TableError
+from schemas.batches import TABLES
+from schemas.settings import Tables
+
+FILLED = ("rejected", "traces", "accepted")
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> DeltaLog:
+    """Tables to which four records were added, one in each commit."""
+    tables = DeltaLog(Tables(uri=str(tmp_path)))
+    tables.create()
+    for offset in range(4):
+        rows = tables_of(record_of(f"request-{offset}", conversation(range(9), 4), offset))
+        for name in FILLED:
+            tables.append(name, rows[name])
+    letter = Record("traces", 0, 4, 1_700_000_000_000_000, b"key", b"junk", (("schema", None),))
+    tables.append("dead_letters", build([letter], 32).rows["dead_letters"])
+    return tables
+
+
+def offsets(rows: pa.Table) -> list[int]:
+    return sorted(set(rows["offset"].to_pylist()))
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_rows_are_read_as_they_were_written_whatever_the_partitions(log: DeltaLog, name: str) -> None:
+    rows = log.read(name)
+    assert rows.schema == TABLES[name]
+    added = log.read_added(name, 0, log.version(name))
+    assert added.schema == TABLES[name]
+    assert sorted(map(str, rows.to_pylist())) == sorted(map(str, added.to_pylist()))
+    assert rows.num_rows == log.row_count(name)
+
+
+def test_an_earlier_state_is_read_by_version_and_by_time(log: DeltaLog) -> None:
+    assert offsets(log.read("accepted", ["offset"], at=2)) == [0, 1]
+    assert offsets(log.read("accepted", ["offset"], at=datetime.now(UTC))) == [0, 1, 2, 3]
+    assert log.read("accepted", at=datetime.now(UTC) - timedelta(days=9)).num_rows == 0
+    with pytest.raises(TableError, match="accepted, state 99,"):
+        log.read("accepted", at=99)
+
+
+def test_sql_is_answered_over_all_tables_in_types_that_other_tools_know(log: DeltaLog) -> None:
+    answer = log.query(
+        "select a.offset, a.line, a.features, count(*) as rounds from accepted a join traces t using (offset) "
+        "group by a.offset, a.line, a.features order by a.offset"
+    ).read_all()
+    assert answer["offset"].to_pylist() == [0, 1, 2, 3]
+    assert answer.schema.types[1:3] == [pa.string(), pa.binary()]
+    nested = log.query("select headers, headers[1].name as first from dead_letters").read_all()
+    assert nested.to_pylist() == [{"headers": [{"name": "schema", "value": None}], "first": "schema"}]
+    assert log.query("select count(*) as n from traces", {"traces": 0}).read_all().to_pylist() == [{"n": 0}]
+    assert set(TABLES) <= set(log.query("show tables").read_all()["table_name"].to_pylist())
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "selct 1",
+        "",
+        "select nothing from accepted",
+        "select * from elsewhere",
+        "select cast(request as int) from accepted",
+        "insert into promotions select * from promotions",
+        "delete from accepted",
+    ],
+)
+def test_sql_that_is_wrong_or_would_write_is_refused(log: DeltaLog, sql: str) -> None:
+    with pytest.raises(TableError, match="query: "):
+        log.query(sql).read_all()
+    assert log.row_count("accepted") == 4
+
+
+def test_a_file_that_is_gone_is_an_error_of_the_table_and_not_fewer_rows(log: DeltaLog, tmp_path: Path) -> None:
+    shutil.rmtree(next((tmp_path / "accepted").glob("line=*")))
+    with pytest.raises(TableError, match="accepted"):
+        log.read("accepted")
+    with pytest.raises(TableError, match="accepted"):
+        log.read_added("accepted", 0, 4)
+    with pytest.raises(TableError, match="query"):
+        log.query("select request from accepted").read_all()

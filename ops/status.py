@@ -44,7 +44,7 @@ class Overview(BaseModel):
         """Kafka records that the table still wants."""
         if self.stream is None or not self.stream.partitions:
             return None
-        return sum(max(0, p.end - p.wanted) for p in self.stream.partitions)
+        return sum(p.lag for p in self.stream.partitions)
 
     @property
     def table_lag(self) -> int | None:
@@ -148,9 +148,10 @@ def _lines(overview: Overview) -> dict[str, tuple[str, str]]:
         shed = f", {serve.rows_shed:,} shed" if serve.rows_shed else ""
         lines["serve"] = (doing + _trouble(serve.registry_error), f"{serve.rows_pending:,} rows to publish{shed}")
     if stream:
-        doing = f"{stream.rows_written:,} rows in {stream.commits:,} commits, {stream.dead_letters} dead letters"
+        doing = f"{stream.rows_written:,} rows in {stream.commits:,} commits{_dead(stream)}"
         lost = f", {stream.lost} records lost" if stream.lost else ""
-        lines["stream"] = (doing + lost + _trouble(stream.error), f"{overview.trace_lag or 0:,} records")
+        trouble = "; ".join(dict.fromkeys([*stream.not_live, *stream.not_ready]))
+        lines["stream"] = (doing + lost + _trouble(trouble), f"{overview.trace_lag or 0:,} records")
     if train:
         loss = "none yet" if train.loss is None else f"{train.loss:.3f}"
         doing = f"step {train.step:,}, loss {loss}, {len(train.registered)} versions registered"
@@ -165,6 +166,13 @@ def _drafting(serve: ServeStatus) -> str:
     if not serve.speculating:
         return "speculation off"
     return f"drafting {serve.draft_depth}" if serve.draft_depth else "drafting does not pay"
+
+
+def _dead(stream: StreamStatus) -> str:
+    if not stream.dead_letters:
+        return ""
+    reasons = ", ".join(f"{reason} {number:,}" for reason, number in sorted(stream.dead_letters.items()))
+    return f", {sum(stream.dead_letters.values()):,} dead letters ({reasons})"
 
 
 def _trouble(error: str | None) -> str:

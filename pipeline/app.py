@@ -2,70 +2,53 @@
 
 Faust delivers, and nothing more is asked of it: ``offsets`` decides what is taken, ``batches`` what becomes of it, and
 ``table`` writes it. Faust is known to skip records and to fall silent; a gap is seen by its offsets, and a worker that
-stands still while records wait ends itself, so that its supervisor starts it again.
+stands still while records wait ends itself, so that its supervisor starts it again. Three tasks meet here::
+
+    the agent        Faust ──▶ inbox            waits while the inbox is full
+    _commit          inbox ──▶ writer           waits while the tables are slow; seeks back where a gap came
+    watch            broker ──▶ progress        asks again for what does not come; without it the process ends
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import faust
 import structlog
 from faust.types import TP, AppT, EventT, StreamT
-from faust.web import Request, Response
-from prometheus_client import CONTENT_TYPE_LATEST
 
-from pipeline import topics
-from pipeline.batches import Built, Record, build
-from pipeline.counts import Counts, exposition
+from pipeline import pages, topics
+from pipeline.batches import Record
+from pipeline.counts import Counts
 from pipeline.credentials import credentials, ignored
-from pipeline.offsets import (
-    Batch,
-    ConflictError,
-    FencedError,
-    ForeignLogError,
-    Intake,
-    Source,
-    admit,
-    lost_range,
-)
-from pipeline.table import DeltaLog, TableError
-from schemas.claims import ClaimStore, ClaimStoreError
-from schemas.settings import Settings
-from schemas.status import PartitionStatus, StreamStatus
+from pipeline.inbox import Inbox, Limits
+from pipeline.liveness import TICK_S, Vitals, Watchdog, not_live, not_ready
+from pipeline.offsets import ForeignLogError, Source, lost_range
+from pipeline.progress import Progress
+from pipeline.table import DeltaLog
+from pipeline.watermarks import BrokerAwayError, Watermarks
+from pipeline.writer import Writer
+from schemas.settings import Settings, Stream
+from schemas.status import StreamStatus
 
 log = structlog.get_logger()
-T = TypeVar("T")
 
 SESSION_S = 10.0
 """A killed worker's partitions are given to another one after this long."""
-TICK_S = 1.0
+REBALANCE_S = 60.0
+"""For how long the group waits for workers that do not come back when partitions are given anew."""
+FOREVER_S = 365 * 86400.0
 SEEK_AGAIN_S = 5.0
 """Records wait but none arrives: the consumer is asked again for the wanted one."""
-STALLED_S = 60.0
-"""The process ends when nothing has moved for this long although records wait."""
-BACKOFF_S = (0.5, 15.0)
-"""First and longest wait before a failed commit is tried again."""
-BROKER_S = 10.0
+CONSUMER_S = 30.0
 PART_BYTES = 16 << 20
 """A commit takes records of about this size: rows of all tables are built in memory, several times as large."""
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """What became of delivered records."""
-
-    wanted: Mapping[Source, int]
-    gaps: tuple[Source, ...]
+HELD_BYTES = 2 * PART_BYTES
+"""Records that are read while a commit runs."""
 
 
 class StreamWorker:
@@ -74,16 +57,15 @@ class StreamWorker:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.counts = Counts()
-        self._intake = Intake(DeltaLog(settings.tables))
-        self._claims = ClaimStore(settings.traces)
-        self._tables_thread = ThreadPoolExecutor(1, "tables")
-        self._partitions: dict[Source, PartitionStatus] = {}
-        self._checked: set[Source] = set()
+        self._writer = Writer(settings, self.counts)
+        self._progress = Progress()
+        self._watermarks = Watermarks(settings.kafka)
+        self._inbox: Inbox[EventT[bytes]] = Inbox(_limits(settings.stream))
         self._sought: dict[Source, int] = {}
-        self._moved_at: dict[Source, float] = {}
-        self._taking = False
         self._error: str | None = None
-        self._healthy_at = time.monotonic()
+        self._away_since: float | None = None
+        self._joining_since: float | None = time.monotonic()
+        self._watched_at = self._well_at = time.monotonic()
         self.app = _app(settings)
         topic = self.app.topic(
             settings.kafka.traces_topic,
@@ -94,39 +76,48 @@ class StreamWorker:
             allow_empty=True,
         )
         self.app.agent(topic, name="traces")(self._agent)
+        self.app.on_partitions_revoked.connect(self._on_revoked)
         self.app.on_partitions_assigned.connect(self._on_assigned)
-        self.app.task(self._watch)
-        self.app.page("/status")(self._status_page)
-        self.app.page("/metrics")(self._metrics_page)
+        self.app.task(self._commit)
+        pages.add(self.app, self.status)
 
     def status(self) -> StreamStatus:
-        """The worker's state, for ``/status``."""
-        counts = self.counts
+        """The worker's state, for its pages."""
+        counts, vitals = self.counts, self._vitals()
+        committed = self._writer.committed_at
         return StreamStatus(
-            partitions=[self._partitions[source] for source in sorted(self._partitions)],
+            partitions=self._progress.statuses(),
             rows_written=counts.rows_written,
-            dead_letters=counts.dead_letters.total(),
+            bytes_taken=counts.bytes_taken,
+            dead_letters=dict(counts.dead_letters),
             skipped_behind=counts.skipped_behind,
             left_out=counts.left_out,
             seeks_back=counts.seeks_back,
             commits=counts.commits,
+            last_commit_age_s=None if committed is None else round(time.monotonic() - committed, 1),
             fenced=counts.fenced,
+            table_errors=counts.table_errors,
             lost=counts.lost,
-            error=self._error,
+            held_bytes=self._inbox.bytes,
+            not_live=not_live(vitals),
+            not_ready=not_ready(vitals),
+            error=vitals.error,
         )
 
     async def _agent(self, stream: StreamT[bytes]) -> None:
-        stream_settings = self.settings.stream
-        async for events in stream.noack_take(stream_settings.flush_records, within=stream_settings.flush_s):
-            self._taking = True
-            try:
-                for part in _parts(events):
-                    await self._take(part)
-            except Exception as error:  # noqa: BLE001 - Faust would start the agent anew for ever: whatever it is, end the process
-                await self.app.crash(error)
-                return
-            finally:
-                self._taking = False
+        async for event in stream.noack().events():
+            self._progress.arrived(Source(*event.message.tp))
+            await self._inbox.put(event, _record(event).size)
+
+    async def _commit(self) -> None:
+        try:
+            while True:
+                events = await self._inbox.take()
+                await self._take(events)
+                for event in events:
+                    self._progress.done_with(Source(*event.message.tp))
+        except Exception as error:  # noqa: BLE001 - without this task nothing is written any more: whatever it is, end the process
+            await self.app.crash(error)
 
     async def _take(self, events: Sequence[EventT[bytes]]) -> None:
         """Return when the tables hold what they take of these records; the rest comes again."""
@@ -134,15 +125,14 @@ class StreamWorker:
         records: dict[Source, list[Record]] = {}
         for event in events:
             if event.message.tp in assigned:
-                record = _record(event)
-                records.setdefault(Source(record.topic, record.partition), []).append(record)
+                records.setdefault(Source(*event.message.tp), []).append(_record(event))
             else:
                 self.counts.left_out += 1
-        for source in records.keys() - self._checked:
-            await self._check_log(source)
-        stored = await self._persistently(lambda: self._store(records))
+        for source in set(self._progress.unknown()) & records.keys():
+            await self._settle_one(source)
+        stored = await self._writer.store(records)
         for source, wanted in stored.wanted.items():
-            self._note(source, wanted)
+            self._progress.wants(source, wanted)
         for event in events:
             if event.message.offset < stored.wanted.get(Source(*event.message.tp), 0):
                 event.ack()
@@ -150,169 +140,112 @@ class StreamWorker:
             if self._sought.get(source) != stored.wanted[source]:
                 await self._seek_back(source)
 
-    def _store(self, records: Mapping[Source, Sequence[Record]]) -> Stored:
-        """Decide, build and commit, on the thread of the tables."""
-        admitted = {
-            source: admit(self._intake.wanted(source), [record.offset for record in arrived])
-            for source, arrived in records.items()
-        }
-        taken = {source: [records[source][i] for i in plan.taken] for source, plan in admitted.items() if plan.taken}
-        context = self.settings.stream.context_tokens
-        built = {source: build(of_one, context, self._claims.get) for source, of_one in taken.items()}
-        if built:
-            self._intake.commit([Batch(source, taken[source][-1].offset, built[source].rows) for source in built])
-            self.counts.commits += 1
-        for source, made in built.items():
-            self._count(taken[source], made)
-        self.counts.skipped_behind += sum(plan.behind for plan in admitted.values())
-        self.counts.left_out += sum(plan.ahead for plan in admitted.values())
-        wanted = {source: self._intake.wanted(source) for source in records}
-        return Stored(wanted, tuple(source for source, plan in admitted.items() if plan.gap))
-
-    def _count(self, taken: Sequence[Record], built: Built) -> None:
-        self.counts.rows_written += built.rows["traces"].num_rows
-        self.counts.dead_letters.update(built.dead)
-        self.counts.bytes_taken += sum(len(record.value or b"") for record in taken)
-
-    async def _persistently(self, work: Callable[[], T]) -> T:
-        """Run ``work`` on the thread of the tables until it succeeds: while it fails, consumption waits."""
-        wait, longest = BACKOFF_S
-        while True:
-            try:
-                done = await self._on_tables(work)
-            except FencedError as error:
-                self.counts.fenced += 1
-                log.warning("commit_fenced", why=str(error))
-            except (TableError, ConflictError, ClaimStoreError) as error:
-                self.counts.table_errors += 1
-                self._error = str(error)
-                self._healthy_at = time.monotonic()
-                log.warning("table_failed", why=str(error), retry_in_s=wait)
-                await asyncio.sleep(wait)
-                wait = min(wait * 2, longest)
-            else:
-                self._error = None
-                return done
-
-    async def _on_tables(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._tables_thread, work)
-
     async def _seek_back(self, source: Source) -> None:
         """Ask the consumer for the wanted record again."""
-        wanted = await self._check_log(source)
+        wanted = await self._settle_one(source)
         if TP(*source) not in self.app.consumer.assignment():
             return
         self._sought[source] = wanted
+        self._progress.asked(source)
         self.counts.seeks_back += 1
         log.warning("seek_back", topic=source.topic, partition=source.partition, offset=wanted)
-        await self.app.consumer.seek_wait({TP(*source): wanted})
+        try:
+            await asyncio.wait_for(self.app.consumer.seek_wait({TP(*source): wanted}), CONSUMER_S)
+        except Exception as error:  # noqa: BLE001 - Faust's, aiokafka's and asyncio's errors: asked again later, and the watchdog is behind
+            log.warning("seek_failed", partition=source.partition, why=repr(error))
 
-    async def _check_log(self, source: Source) -> int:
+    async def _settle_one(self, source: Source) -> int:
         """The wanted offset, after writing down what the broker has deleted before it.
 
         Raises:
             ForeignLogError: the topic ends before the wanted offset.
         """
-        start, end = await self._log_bounds(source)
-
-        def settle() -> int:
-            wanted = self._intake.wanted(source)
-            lost = lost_range(source, wanted, start, end)
-            if lost:
-                self._intake.record_loss(source, lost, time.time_ns() // 1000)
-                self.counts.lost += len(lost)
-                log.error("records_lost_to_retention", partition=source.partition, first=lost.start, records=len(lost))
-            return self._intake.wanted(source)
-
-        wanted = await self._persistently(settle)
-        self._checked.add(source)
-        self._note(source, wanted, end)
+        # The tables first: what the log says afterwards is never older than what they hold.
+        wanted = await self._writer.wanted(source)
+        start, end = (await self._bounds([source]))[source]
+        if lost_range(source, wanted, start, end):
+            wanted = await self._writer.settle(source, start)
+        self._progress.reaches(source, start, end)
+        self._progress.wants(source, wanted)
         return wanted
 
-    async def _log_bounds(self, source: Source) -> tuple[int, int]:
-        tp, consumer = TP(*source), self.app.consumer
-        starts = await asyncio.wait_for(consumer.earliest_offsets(tp), BROKER_S)
-        ends = await asyncio.wait_for(consumer.highwaters(tp), BROKER_S)
-        return starts[tp], ends[tp]
+    async def _bounds(self, sources: Sequence[Source]) -> dict[Source, tuple[int, int]]:
+        """Where the broker's log begins and ends, as soon as it answers."""
+        while True:
+            try:
+                return await asyncio.to_thread(self._watermarks.bounds, sources)
+            except BrokerAwayError as error:
+                log.warning("broker_away", why=str(error))
+                await asyncio.sleep(TICK_S)
 
-    def _note(self, source: Source, wanted: int, end: int | None = None) -> None:
-        known = self._partitions.get(source)
-        if known is None or known.wanted != wanted:
-            self._moved_at[source] = time.monotonic()
-        newest = max(wanted, end if end is not None else known.end if known else 0)
-        self._partitions[source] = PartitionStatus(partition=source.partition, wanted=wanted, end=newest)
+    async def _on_revoked(self, _app: AppT, _revoked: set[TP], **_: object) -> None:
+        self._joining_since = time.monotonic()
 
     async def _on_assigned(self, _app: AppT, assigned: set[TP], **_: object) -> None:
         """Another worker may have written since: the tables are asked again where each partition stands."""
         log.info("partitions_assigned", partitions=sorted(tp.partition for tp in assigned))
-        self._partitions.clear()
-        self._checked.clear()
+        sources = [Source(*tp) for tp in assigned]
         self._sought.clear()
-        self._moved_at.clear()
-        # Behind a commit that is still running: it ends before its thread forgets.
-        self._tables_thread.submit(self._intake.forget, [Source(*tp) for tp in assigned])
+        self._progress.assign(sources)
+        self._writer.forget(sources)
+        self._joining_since = None
 
-    async def _watch(self) -> None:
-        """Compare tables and broker, ask again for records that do not come, and keep the watchdog quiet."""
-        _Watchdog(lambda: self._healthy_at).start()
+    async def watch(self) -> None:
+        """Look at the broker once a tick, ask again for records that do not come, and end what is not live.
+
+        Runs beside Faust from the beginning: Faust starts tasks only when the group has assigned partitions.
+        """
+        Watchdog(lambda: self._well_at).start()
+        settling: asyncio.Task[None] | None = None
         while not self.app.should_stop:
-            try:
-                if await self._goes_on():
-                    self._healthy_at = time.monotonic()
-            except ForeignLogError as error:
-                await self.app.crash(error)
-                return
-            except Exception as error:  # noqa: BLE001 - the consumer raises Faust's, aiokafka's and asyncio's errors; lasting ones end in the watchdog
-                self._error = f"broker at {self.settings.kafka.bootstrap} (kafka.bootstrap): {error!r}"
-                log.warning("broker_not_answering", why=repr(error))
+            await self._look()
+            if settling is None or settling.done():
+                settling = asyncio.create_task(self._settle())
+            self._watched_at = time.monotonic()
+            if not not_live(self._vitals()):
+                self._well_at = self._watched_at
             await asyncio.sleep(TICK_S)
 
-    async def _goes_on(self) -> bool:
-        """Whether no partition stands still while records wait in it."""
-        going = True
-        for tp in sorted(self.app.consumer.assignment()):
-            source = Source(tp.topic, tp.partition)
-            known = self._partitions.get(source)
-            if self._taking and known is not None:
-                _, end = await self._log_bounds(source)
-                self._note(source, known.wanted, end)
-            else:
-                await self._check_log(source)
-            idle = self._idle_s(source)
-            if idle > SEEK_AGAIN_S and not self._taking:
+    async def _look(self) -> None:
+        """See how far the log reaches; nobody is to blame for what does not come while the broker is away."""
+        sources = self._progress.sources() or [Source(self.settings.kafka.traces_topic, 0)]
+        try:
+            bounds = await asyncio.to_thread(self._watermarks.bounds, sources)
+        except BrokerAwayError as error:
+            log.warning("broker_away", why=str(error))
+            self._away_since = self._away_since or time.monotonic()
+            self._error = str(error)
+        else:
+            self._away_since = self._error = None
+            for source, (start, end) in bounds.items():
+                self._progress.reaches(source, start, end)
+        if self._away_since is not None:
+            self._progress.excuse()
+            self._joining_since = self._joining_since and time.monotonic()
+        if self._inbox.full:
+            self._progress.excuse()
+
+    async def _settle(self) -> None:
+        """Ask the tables where unknown partitions stand, and the consumer for records that do not come."""
+        try:
+            for source in self._progress.unsettled():
+                await self._settle_one(source)
+            for source in self._progress.overdue(SEEK_AGAIN_S):
                 await self._seek_back(source)
-            going &= idle < 2 * SEEK_AGAIN_S
-        return going
+        except ForeignLogError as error:
+            await self.app.crash(error)
 
-    def _idle_s(self, source: Source) -> float:
-        """For how long records have waited in a partition of which none was taken."""
+    def _vitals(self) -> Vitals:
         now = time.monotonic()
-        partition = self._partitions.get(source)
-        if partition is None or partition.wanted >= partition.end:
-            self._moved_at[source] = now
-        return now - self._moved_at[source]
-
-    async def _status_page(self, _request: Request) -> Response:
-        return self.app.web.bytes(self.status().model_dump_json().encode(), content_type="application/json")
-
-    async def _metrics_page(self, _request: Request) -> Response:
-        page = exposition(self.counts, self._partitions.values())
-        return self.app.web.bytes(page, headers={"Content-Type": CONTENT_TYPE_LATEST})
-
-
-class _Watchdog(threading.Thread):
-    """Ends the process when nothing was healthy for too long; a thread, because the event loop may be what hangs."""
-
-    def __init__(self, healthy_at: Callable[[], float]) -> None:
-        super().__init__(name="watchdog", daemon=True)
-        self._healthy_at = healthy_at
-
-    def run(self) -> None:
-        while time.monotonic() - self._healthy_at() < STALLED_S:
-            time.sleep(TICK_S)
-        log.critical("stalled", seconds=STALLED_S, why="records wait and none is taken; the supervisor starts me again")
-        # Not sys.exit: a hanging event loop would wait for itself. The tables are the truth, so nothing is lost.
-        os._exit(1)
+        return Vitals(
+            unwatched_s=now - self._watched_at,
+            joining_s=0.0 if self._joining_since is None else now - self._joining_since,
+            broker_away_s=0.0 if self._away_since is None else now - self._away_since,
+            storing_s=self._writer.busy_s,
+            waiting_s={source.partition: self._progress.waiting_s(source) for source in self._progress.sources()},
+            unknown=tuple(source.partition for source in self._progress.unknown()),
+            error=self._writer.error or self._error,
+        )
 
 
 def run(settings: Settings) -> None:
@@ -329,14 +262,16 @@ def run(settings: Settings) -> None:
     DeltaLog(settings.tables).create()
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
-    worker = faust.Worker(
-        StreamWorker(settings).app, loop=loop, quiet=True, override_logging=False, redirect_stdouts=False
-    )
+    ours = StreamWorker(settings)
+    faust_worker = faust.Worker(ours.app, loop=loop, quiet=True, override_logging=False, redirect_stdouts=False)
+    watching = loop.create_task(ours.watch())
     try:
-        worker.execute_from_commandline()
+        faust_worker.execute_from_commandline()
     except SystemExit as end:
         if end.code:
             raise
+    finally:
+        watching.cancel()
 
 
 def _app(settings: Settings) -> faust.App:
@@ -344,17 +279,23 @@ def _app(settings: Settings) -> faust.App:
     unknown = ignored(kafka.client)
     if unknown:
         log.warning("kafka_client_options_ignored", options=unknown, by="the stream's consumer")
+    # Faust counts what it holds in records: of the largest ones no more than this.
+    records = max(1, min(stream.flush_records, HELD_BYTES // kafka.max_message_bytes))
     return faust.App(
         stream.group,
         broker=[f"kafka://{address.strip()}" for address in kafka.bootstrap.split(",")],
         broker_credentials=credentials(kafka.client),
         broker_session_timeout=SESSION_S,
         broker_heartbeat_interval=SESSION_S / 4,
+        broker_rebalance_timeout=REBALANCE_S,
         broker_request_timeout=30.0,
-        broker_max_poll_records=stream.flush_records,
+        # A worker that has no partition, or whose tables are away for long, reads nothing and is well nonetheless; one
+        # that left the group for that would not join it again.
+        broker_max_poll_interval=FOREVER_S,
+        broker_max_poll_records=records,
         consumer_max_fetch_size=max(1 << 20, 2 * kafka.max_message_bytes),
         consumer_auto_offset_reset="earliest",
-        stream_buffer_maxsize=stream.flush_records,
+        stream_buffer_maxsize=records,
         datadir=Path(stream.data_dir).resolve(),
         store="memory://",
         topic_allow_declare=False,
@@ -364,6 +305,10 @@ def _app(settings: Settings) -> faust.App:
         web_port=stream.port,
         autodiscover=False,
     )
+
+
+def _limits(stream: Stream) -> Limits:
+    return Limits(stream.flush_records, PART_BYTES, stream.flush_s, HELD_BYTES)
 
 
 def _record(event: EventT[bytes]) -> Record:
@@ -377,16 +322,3 @@ def _record(event: EventT[bytes]) -> Record:
         value=message.value,
         headers=tuple(message.headers or ()),
     )
-
-
-def _parts(events: Sequence[EventT[bytes]]) -> Iterator[list[EventT[bytes]]]:
-    part: list[EventT[bytes]] = []
-    size = 0
-    for event in events:
-        part.append(event)
-        size += _record(event).size
-        if size >= PART_BYTES:
-            yield part
-            part, size = [], 0
-    if part:
-        yield part

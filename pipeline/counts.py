@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, Metric, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-from schemas.status import PartitionStatus
+from schemas.status import StreamStatus
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Counts:
     """Records that the broker had deleted before they were read."""
 
 
-_HELP = {
+_COUNTERS = {
     "rows_written": "Verify rounds written to the traces table",
     "bytes_taken": "Bytes of the records taken from the topic",
     "skipped_behind": "Records that the tables contained already",
@@ -45,31 +45,41 @@ _HELP = {
     "table_errors": "Failed reads and writes of the tables",
     "lost": "Records that the broker deleted before they were read",
 }
+_PER_PARTITION = {
+    "wanted_offset": ("wanted", "Next offset of the tables"),
+    "lag_records": ("lag", "Records the tables lack"),
+    "waiting_seconds": ("waiting_s", "For how long records have waited on the broker while none of them arrived"),
+}
 
 
 class _Collector:
-    def __init__(self, counts: Counts, partitions: Iterable[PartitionStatus]) -> None:
-        self._counts = counts
-        self._partitions = partitions
+    def __init__(self, status: StreamStatus) -> None:
+        self._status = status
 
     def collect(self) -> Iterator[Metric]:
-        for name, text in _HELP.items():
-            yield CounterMetricFamily(f"aurora_stream_{name}", text, value=getattr(self._counts, name))
+        status = self._status
+        for name, text in _COUNTERS.items():
+            yield CounterMetricFamily(f"aurora_stream_{name}", text, value=getattr(status, name))
         dead = CounterMetricFamily("aurora_stream_dead_letters", "Records that could not be used", labels=["reason"])
-        for reason, number in self._counts.dead_letters.items():
+        for reason, number in status.dead_letters.items():
             dead.add_metric([reason], number)
         yield dead
-        wanted = GaugeMetricFamily("aurora_stream_wanted_offset", "Next offset of the tables", labels=["partition"])
-        lag = GaugeMetricFamily("aurora_stream_lag_records", "Records the tables lack", labels=["partition"])
-        for partition in self._partitions:
-            wanted.add_metric([str(partition.partition)], partition.wanted)
-            lag.add_metric([str(partition.partition)], max(partition.end - partition.wanted, 0))
-        yield wanted
-        yield lag
+        for name, (attribute, text) in _PER_PARTITION.items():
+            gauge = GaugeMetricFamily(f"aurora_stream_{name}", text, labels=["partition"])
+            for partition in status.partitions:
+                gauge.add_metric([str(partition.partition)], getattr(partition, attribute))
+            yield gauge
+        yield GaugeMetricFamily("aurora_stream_held_bytes", "Bytes that wait for the tables", value=status.held_bytes)
+        yield GaugeMetricFamily("aurora_stream_live", "1 while there is progress or none to make", not status.not_live)
+        yield GaugeMetricFamily("aurora_stream_ready", "1 while nothing is in the way", not status.not_ready)
+        if status.last_commit_age_s is not None:
+            yield GaugeMetricFamily(
+                "aurora_stream_last_commit_age_seconds", "Since the last commit", status.last_commit_age_s
+            )
 
 
-def exposition(counts: Counts, partitions: Iterable[PartitionStatus]) -> bytes:
-    """Prometheus text of the counters and of how far each partition is."""
+def exposition(status: StreamStatus) -> bytes:
+    """Prometheus text of a worker's state."""
     registry = CollectorRegistry()
-    registry.register(_Collector(counts, partitions))
+    registry.register(_Collector(status))
     return generate_latest(registry)

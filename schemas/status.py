@@ -93,6 +93,10 @@ class PartitionStatus(_Status):
     """Next offset that the table wants."""
     end: int
     """Offset after the newest record on the broker."""
+    lag: int
+    """Records that the table lacks."""
+    waiting_s: float
+    """For how long records have waited on the broker while none of them arrived."""
 
 
 class StreamStatus(_Status):
@@ -100,16 +104,27 @@ class StreamStatus(_Status):
 
     partitions: list[PartitionStatus]
     rows_written: int
-    dead_letters: int
+    bytes_taken: int
+    dead_letters: dict[str, int]
+    """Records that could not be used, by reason."""
     skipped_behind: int
     left_out: int
     """Records that came ahead of their turn, or from a partition that was given away; they come again."""
     seeks_back: int
     commits: int
+    last_commit_age_s: float | None
+    """None before the first one."""
     fenced: int
     """Commits that were refused because another worker had written."""
+    table_errors: int
     lost: int
     """Records that the log no longer held when the table wanted them."""
+    held_bytes: int
+    """Records that were read and wait for the tables."""
+    not_live: list[str]
+    """Why the worker makes no progress although it should; empty when all is well."""
+    not_ready: list[str]
+    """Why the next record would not reach the tables."""
     error: str | None
 
 

@@ -1,0 +1,53 @@
+"""Where the partitions of the traces topic begin and end on the broker.
+
+Asked through a client of its own: while a broker is away, what Faust's consumer is asked waits in the same queue as
+what it reads, and delays it when the broker is back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from confluent_kafka import KafkaException, TopicPartition
+from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported without saying so
+    AdminClient,
+    OffsetSpec,
+)
+
+from pipeline.offsets import Source
+from schemas.settings import Kafka
+
+TIMEOUT_S = 10.0
+
+
+class BrokerAwayError(RuntimeError):
+    """The broker does not answer; the message names the setting that says where it is."""
+
+
+class Watermarks:
+    """Asks the broker; blocks while it does. Thread-safe."""
+
+    def __init__(self, settings: Kafka) -> None:
+        self._settings = settings
+        options: dict[str, str | int | float] = {"log_level": 0, "reconnect.backoff.max.ms": 1000, **settings.client}
+        self._admin = AdminClient({"bootstrap.servers": settings.bootstrap, **options})
+
+    def bounds(self, sources: Iterable[Source]) -> dict[Source, tuple[int, int]]:
+        """For each partition the offset of its oldest record, and the one after its newest.
+
+        Raises:
+            BrokerAwayError: one of them was not told.
+        """
+        asked = {source: TopicPartition(source.topic, source.partition) for source in sources}
+        if not asked:
+            return {}
+        starts, ends = (
+            self._admin.list_offsets(dict.fromkeys(asked.values(), spec), request_timeout=TIMEOUT_S)
+            for spec in (OffsetSpec.earliest(), OffsetSpec.latest())  # type: ignore[no-untyped-call]
+        )
+        try:
+            return {source: (starts[tp].result().offset, ends[tp].result().offset) for source, tp in asked.items()}
+        except KafkaException as error:
+            raise BrokerAwayError(
+                f"broker at {self._settings.bootstrap} (kafka.bootstrap): {error.args[0].str()}"
+            ) from error

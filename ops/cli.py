@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ops import topics_commands
 from ops.command import AsJson, Config, Set, fail, hint, say, settings_of, told
 from schemas.settings import load
 
@@ -20,6 +21,7 @@ app = typer.Typer(
 
 bench = typer.Typer(no_args_is_help=True, help="Measure on this machine what the serving node is worth.")
 app.add_typer(bench, name="bench")
+app.add_typer(topics_commands.app, name="topics")
 
 
 @app.command()

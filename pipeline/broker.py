@@ -1,0 +1,63 @@
+"""The way to the broker for everything but the stream itself: reached, or a clear word on why not."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from confluent_kafka import KafkaError, KafkaException
+from confluent_kafka.admin import AdminClient
+
+from schemas.errors import UserError
+from schemas.settings import Kafka, SettingsError
+
+TIMEOUT_S = 15.0
+_ASK_S = 2.0
+_NOT_LET_IN = frozenset({KafkaError._AUTHENTICATION, KafkaError.SASL_AUTHENTICATION_FAILED, KafkaError._SSL})
+
+
+class TopicError(UserError):
+    """A topic that cannot be reached, created or used; the message names the setting to change."""
+
+
+def client(settings: Kafka, **options: Any) -> dict[str, Any]:
+    """Configuration of a client that says nothing on its own."""
+    return {
+        **settings.client,
+        "bootstrap.servers": settings.bootstrap,
+        "log_level": 0,
+        "reconnect.backoff.max.ms": 1000,
+        **options,
+    }
+
+
+def connect(settings: Kafka, timeout_s: float = TIMEOUT_S) -> AdminClient:
+    """A client that the broker has answered. Keep it while its calls run.
+
+    Raises:
+        TopicError: it does not answer, or does not let the client in.
+        SettingsError: ``kafka.client`` has an option that the client does not know.
+    """
+    errors: list[KafkaError] = []
+    try:
+        admin = AdminClient(client(settings, error_cb=errors.append))
+    except (KafkaException, ValueError) as error:
+        raise SettingsError(f"kafka.bootstrap or kafka.client: {error}") from error
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            admin.list_topics(timeout=min(_ASK_S, timeout_s))
+        except KafkaException as error:
+            admin.poll(0)
+            if refusals := [e for e in errors if e.code() in _NOT_LET_IN]:
+                raise TopicError(
+                    f"the broker at {settings.bootstrap} does not let this client in: {refusals[-1].str()}; check "
+                    f"kafka.client"
+                ) from error
+            if time.monotonic() > deadline:
+                raise TopicError(
+                    f"no broker answered at {settings.bootstrap} within {timeout_s:g} s ({error.args[0].str()}): "
+                    f"start one, or point kafka.bootstrap at the one you have (kafka.client for SASL and TLS)"
+                ) from error
+        else:
+            return admin

@@ -6,11 +6,12 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from confluent_kafka import KafkaError, Message, Producer
@@ -37,25 +38,28 @@ class Ledger:
     """Every record that the broker acknowledged, with the coordinates that it was given."""
 
     records: list[Record] = field(default_factory=list)
+    reasons: dict[tuple[int, int], str] = field(default_factory=dict)
+    """Partition and offset of the records that must become dead letters, with the reason."""
     errors: list[KafkaError] = field(default_factory=list)
 
-    def delivered(self, headers: Headers, error: KafkaError | None, message: Message) -> None:
+    def delivered(self, headers: Headers, reason: str, error: KafkaError | None, message: Message) -> None:
         """Note a record; the message of a delivery report has no headers."""
         if error is not None:
             self.errors.append(error)
             return
         _, milliseconds = message.timestamp()
-        self.records.append(
-            Record(
-                message.topic() or "",
-                message.partition() or 0,
-                message.offset() or 0,
-                milliseconds * 1000,
-                message.key(),
-                message.value(),
-                tuple(headers),
-            )
+        record = Record(
+            message.topic() or "",
+            message.partition() or 0,
+            message.offset() or 0,
+            milliseconds * 1000,
+            message.key(),
+            message.value(),
+            tuple(headers),
         )
+        self.records.append(record)
+        if reason:
+            self.reasons[record.partition, record.offset] = reason
 
 
 def chunk(request: int, rng: np.random.Generator) -> Chunk:
@@ -120,10 +124,19 @@ class Publisher:
     def __init__(self, settings: Settings) -> None:
         self.ledger = Ledger()
         self._topic = settings.kafka.traces_topic
-        self._producer = Producer({"bootstrap.servers": settings.kafka.bootstrap, "enable.idempotence": True})
+        self._producer = Producer(
+            {"bootstrap.servers": settings.kafka.bootstrap, "enable.idempotence": True, "log_level": 0}
+        )
 
-    def send(self, made: Chunk, value: bytes | None) -> None:
-        """Send ``value`` under the key and headers of a chunk."""
+    def send(self, made: Chunk, value: bytes | None, reason: str = "", time_ms: int = 0) -> None:
+        """Send ``value`` under the key and headers of a chunk.
+
+        Args:
+            made: The chunk as it was meant.
+            value: Its bytes as they are sent.
+            reason: Why the record must become a dead letter; empty where it must not.
+            time_ms: The node's clock, Unix milliseconds; 0 for this machine's.
+        """
         headers: Headers = [
             ("content-type", trace.CONTENT_TYPE.encode()),
             ("schema", trace.fingerprint().encode()),
@@ -134,7 +147,8 @@ class Publisher:
             value,
             key=made.envelope.request.encode(),
             headers=list(headers),
-            on_delivery=partial(self.ledger.delivered, headers),
+            timestamp=time_ms,
+            on_delivery=partial(self.ledger.delivered, headers, reason),
         )
         self._producer.poll(0)
 
@@ -152,8 +166,11 @@ class Publisher:
 
 
 @contextmanager
-def worker(settings: Settings, log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    environ = {**os.environ, **to_environ(settings), "OMP_NUM_THREADS": "1"}
+def worker(
+    settings: Settings, log: Path, variables: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A stream worker; ``variables`` are added to its environment."""
+    environ = {**os.environ, **to_environ(settings), "OMP_NUM_THREADS": "1", **variables}
     with log.open("ab") as output:
         process = subprocess.Popen([sys.executable, "-c", WORKER], env=environ, cwd=CHECKOUT, stderr=output)
         try:

@@ -7,9 +7,11 @@ import os
 import socket
 import subprocess
 import uuid
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 
 from ops.jars import class_path
 from ops.process import Process, StartError
@@ -28,11 +30,31 @@ _JVM = (
 class Broker:
     """One Kafka node with its data under ``folder``; started again on the same folder it goes on from its data."""
 
-    def __init__(self, folder: Path, port: int, controller_port: int, log: Path | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        port: int,
+        controller_port: int,
+        log: Path | None = None,
+        cluster: str = "",
+        properties: Mapping[str, object] = MappingProxyType({}),
+    ) -> None:
+        """Name the node; nothing is written yet.
+
+        Args:
+            folder: For its data and its configuration.
+            port: For clients, on loopback.
+            controller_port: For controllers, on loopback.
+            log: Where its output goes; a file in the folder where None.
+            cluster: Id of the cluster that it belongs to; one of its own where empty.
+            properties: Kafka's settings in place of, or beside, those of a single node.
+        """
         self.folder = folder.absolute()
         self.port = port
         self.controller_port = controller_port
         self.log = log or self.folder / "broker.log"
+        self._cluster = cluster
+        self._settings = {**_properties(self.folder / "data", port, controller_port), **properties}
 
     @property
     def bootstrap(self) -> str:
@@ -51,10 +73,10 @@ class Broker:
             StartError: the storage could not be formatted.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._properties.write_text(_properties(self.folder / "data", self.port, self.controller_port))
+        self._properties.write_text("".join(f"{key}={value}\n" for key, value in self._settings.items()))
         if (self.folder / "data" / "meta.properties").exists():
             return
-        cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
+        cluster = self._cluster or base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
         # One in 64 ids begins with a dash, which would pass for an option of its own.
         arguments = ("format", f"--cluster-id={cluster}", "-c", str(self._properties))
         self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -114,9 +136,9 @@ def _answers(bootstrap: str) -> bool:
     return False
 
 
-def _properties(data: Path, port: int, controller_port: int) -> str:
+def _properties(data: Path, port: int, controller_port: int) -> dict[str, object]:
     """Configuration of one node that is broker and controller, with every internal topic sized for one node."""
-    values = {
+    return {
         "process.roles": "broker,controller",
         "node.id": 1,
         "controller.quorum.voters": f"1@{_HOST}:{controller_port}",
@@ -141,4 +163,3 @@ def _properties(data: Path, port: int, controller_port: int) -> str:
         "message.max.bytes": 16 << 20,
         "replica.fetch.max.bytes": 16 << 20,
     }
-    return "".join(f"{key}={value}\n" for key, value in values.items())

@@ -16,6 +16,7 @@ from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundErr
 
 from pipeline.offsets import ConflictError
 from schemas.batches import PARTITIONED_BY, TABLES
+from schemas.errors import UserError
 from schemas.settings import Tables
 
 CHECKPOINT_EVERY = 100
@@ -30,7 +31,7 @@ Moment = int | datetime
 """A state of a table: its version, or the one that was newest at that time (UTC where it names no zone)."""
 
 
-class TableError(RuntimeError):
+class TableError(UserError):
     """The tables cannot be read or written; the message says which one, where, and why."""
 
 
@@ -138,6 +139,10 @@ class DeltaLog:
         with self._failures(name):
             rows = pa.RecordBatchReader.from_stream(table.scan(schema.names)).read_all()
         return rows.select(schema.names).cast(schema)
+
+    def read_in_order(self, name: str) -> pa.Table:
+        """All rows of a table in the order of their commits; for tables that keep their whole log."""
+        return self.read_added(name, 0, self.version(name))
 
     def query(self, sql: str, at: Mapping[str, Moment] | None = None) -> pa.RecordBatchReader:
         """Answer SQL (DataFusion's) over the tables by their names, as a stream that is read once.

@@ -35,7 +35,7 @@ class BrokerError(RuntimeError):
 class Tables(Protocol):
     """The part of the Delta log that is used here."""
 
-    def read(self, name: str) -> pa.Table:
+    def read_in_order(self, name: str) -> pa.Table:
         """All rows of a table, in the order of their commits."""
 
     def append(self, name: str, rows: pa.Table) -> None:
@@ -131,7 +131,7 @@ class Audit:
 
     def _recorded(self) -> list[AliasMoved]:
         if self._rows is None:
-            rows = self._tables.read(_TABLE).to_pylist()
+            rows = self._tables.read_in_order(_TABLE).to_pylist()
             self._rows = [AliasMoved.model_validate({**row, "figures": json.loads(row["figures"])}) for row in rows]
             self._unsent = {**{row.key: row for row in self._rows}, **self._unsent}
         return self._rows

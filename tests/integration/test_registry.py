@@ -143,7 +143,7 @@ def test_a_promotion_is_seen_in_the_registry_the_table_and_on_the_topic(
     assert promoter.status().error is None
     assert versions.aliases(line) == {"candidate": second, "champion": second, "previous": first}
 
-    rows = [row for row in DeltaLog(settings.tables).read("promotions").to_pylist() if row["line"] == line]
+    rows = [row for row in DeltaLog(settings.tables).read_in_order("promotions").to_pylist() if row["line"] == line]
     assert [(r["alias"], r["from_version"], r["to_version"]) for r in rows] == [
         ("candidate", None, first),
         ("champion", None, first),

@@ -213,7 +213,7 @@ def test_the_loop_from_rows_to_a_champion_that_drafts_better(world: World, tmp_p
     assert json.loads(tags["tables"])["accepted"] > 0
     draft = checkpoint.read(world.registry.download(line, champion, tmp_path / "champion"), line)
     assert not torch.equal(draft.fc.weight, world.target.day_0.fc.weight)
-    rows = DeltaLog(settings.tables).read("promotions").to_pylist()
+    rows = DeltaLog(settings.tables).read_in_order("promotions").to_pylist()
     moves = [row for row in rows if row["line"] == line and row["alias"] == "champion"]
     assert [row["to_version"] for row in moves][:1] == ["1"]
     assert all(row["actor"] == "promoter" for row in moves)

@@ -119,7 +119,7 @@ class World:
         return self.promoter
 
     def rows(self) -> list[tuple[str, str | None, str | None, str]]:
-        rows = self.tables.read("promotions").to_pylist()
+        rows = self.tables.read_in_order("promotions").to_pylist()
         return [(r["alias"], r["from_version"], r["to_version"], r["actor"]) for r in rows]
 
 
@@ -147,7 +147,7 @@ def test_a_better_candidate_becomes_champion_and_every_move_has_a_row_and_an_eve
     assert world.topic.kept[f"{LINE}/champion"].figures["accept_length"] == 0.5
     status = world.promoter.status()
     assert (status.champion, status.candidate, status.previous, status.moves, status.error) == ("2", "2", "1", 5, None)
-    figures_of_row = json.loads(world.tables.read("promotions").to_pylist()[3]["figures"])
+    figures_of_row = json.loads(world.tables.read_in_order("promotions").to_pylist()[3]["figures"])
     assert figures_of_row == {"accept_length": 0.5, "champion_accept_length": 0.3, "windows": 20}
 
 

@@ -61,7 +61,7 @@ def test_sql_is_answered_over_all_tables_in_types_that_other_tools_know(log: Del
     ).read_all()
     assert answer["offset"].to_pylist() == [0, 1, 2, 3]
     assert answer.schema.types[1:3] == [pa.string(), pa.binary()]
-    nested = log.query("select headers, headers[1].name as first from dead_letters").read_all()
+    nested = log.query("select headers, headers[1]['name'] as first from dead_letters").read_all()
     assert nested.to_pylist() == [{"headers": [{"name": "schema", "value": None}], "first": "schema"}]
     assert log.query("select count(*) as n from traces", {"traces": 0}).read_all().to_pylist() == [{"n": 0}]
     assert set(TABLES) <= set(log.query("show tables").read_all()["table_name"].to_pylist())

@@ -220,6 +220,17 @@ class Stream(Section):
     """Tokens kept before the root of a rejected branch."""
 
 
+class Drift(Section):
+    """When a stream worker says that a speculator is accepted more or less often than before."""
+
+    delta: float = Field(0.001, gt=0, lt=1)
+    """Confidence of the detector (ADWIN): lower gives fewer false alarms and later true ones."""
+    window: int = Field(5_000, ge=100)
+    """Records of a partition that figures look back on at least, and at most twice as many."""
+    min_requests: int = Field(30, ge=5)
+    """Requests before and after a change that it takes to be told."""
+
+
 class Train(Section):
     """The trainer."""
 
@@ -287,6 +298,7 @@ class Settings(Section):
     serve: Serve = Serve()
     traces: Traces = Traces()
     stream: Stream = Stream()
+    drift: Drift = Drift()
     train: Train = Train()
     promoter: Promoter = Promoter()
     stack: Stack = Stack()

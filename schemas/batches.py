@@ -142,12 +142,26 @@ PROMOTIONS = pa.schema(
 )
 """One alias move a row; ``figures`` is JSON."""
 
+REPLAYS = pa.schema(
+    [
+        pa.field("time", _TIME, nullable=False),
+        pa.field("topic", pa.string(), nullable=False),
+        pa.field("partition", pa.int32(), nullable=False),
+        pa.field("offset", pa.int64(), nullable=False),
+        pa.field("new_topic", pa.string(), nullable=False),
+        pa.field("new_partition", pa.int32(), nullable=False),
+        pa.field("new_offset", pa.int64(), nullable=False),
+    ]
+)
+"""One dead letter that was published again a row: which one, and the record that it became."""
+
 TABLES = {
     "accepted": ACCEPTED,
     "rejected": REJECTED,
     "traces": TRACES,
     "dead_letters": DEAD_LETTERS,
     "promotions": PROMOTIONS,
+    "replays": REPLAYS,
 }
 
 PARTITIONED_BY = {
@@ -156,6 +170,7 @@ PARTITIONED_BY = {
     "traces": ("line", "day"),
     "dead_letters": ("day",),
     "promotions": (),
+    "replays": (),
 }
 """Columns by whose values the files of a table lie apart: a reader of one line opens no other's, and retention deletes
 whole days without rewriting any."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from object_store import ObjectStore
 
 from ops.bench.embedded import free_port as unused_port
 from ops.broker import Broker
@@ -27,6 +28,15 @@ def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     server = Broker(tmp_path_factory.mktemp("broker"), unused_port(), unused_port())
     server.start()
     yield server.bootstrap
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
+    """A real S3 server. Tests write below prefixes of their own in its bucket."""
+    server = ObjectStore(tmp_path_factory.mktemp("store"), unused_port)
+    server.start()
+    yield server
     server.stop()
 
 

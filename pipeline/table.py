@@ -14,7 +14,7 @@ import pyarrow as pa
 from deltalake import CommitProperties, DeltaTable, QueryBuilder, Transaction, write_deltalake
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 
-from pipeline.offsets import ConflictError
+from pipeline.offsets import ConflictError, Source
 from schemas.batches import PARTITIONED_BY, TABLES
 from schemas.errors import UserError
 from schemas.settings import Tables
@@ -144,6 +144,16 @@ class DeltaLog:
         """All rows of a table in the order of their commits; for tables that keep their whole log."""
         return self.read_added(name, 0, self.version(name))
 
+    def read_offsets(self, name: str, source: Source, offsets: range, columns: Sequence[str]) -> pa.Table:
+        """Rows that a range of one partition's records gave, in the order of their offsets; reads few other files."""
+        # Names of our own; the topic is what the settings say.
+        rows = self.query(
+            f"SELECT {_quoted(columns)} FROM {name} WHERE topic = '{_escaped(source.topic)}' "  # noqa: S608
+            f'AND partition = {source.partition} AND "offset" >= {offsets.start} AND "offset" < {offsets.stop} '
+            f'ORDER BY "offset"'
+        ).read_all()
+        return rows.cast(pa.schema([TABLES[name].field(column) for column in columns]))
+
     def query(self, sql: str, at: Mapping[str, Moment] | None = None) -> pa.RecordBatchReader:
         """Answer SQL (DataFusion's) over the tables by their names, as a stream that is read once.
 
@@ -230,6 +240,14 @@ def _failures_of_query() -> Iterator[None]:
         yield
     except (DeltaError, OSError, pa.ArrowException) as error:
         raise TableError(f"query: {error}") from error
+
+
+def _quoted(columns: Sequence[str]) -> str:
+    return ", ".join(f'"{column}"' for column in columns)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("'", "''")
 
 
 def _without_views(kind: pa.DataType) -> pa.DataType:

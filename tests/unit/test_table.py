@@ -11,6 +11,7 @@ import pytest
 from recorded import conversation, record_of, tables_of
 
 from pipeline.batches import Record, build
+from pipeline.offsets import Source
 from pipeline.table import DeltaLog, TableError
 from schemas.batches import TABLES
 from schemas.settings import Tables
@@ -44,6 +45,16 @@ def test_rows_are_read_as_they_were_written_whatever_the_partitions(log: DeltaLo
     assert added.schema == TABLES[name]
     assert sorted(map(str, rows.to_pylist())) == sorted(map(str, added.to_pylist()))
     assert rows.num_rows == log.row_count(name)
+
+
+def test_a_range_of_a_partition_is_read_in_the_order_of_its_offsets(log: DeltaLog) -> None:
+    columns = ("offset", "round", "draft_tokens")
+    rows = log.read_offsets("traces", Source("traces", 0), range(1, 3), columns)
+    assert rows.schema == pa.schema([TABLES["traces"].field(name) for name in columns])
+    assert rows["offset"].to_pylist() == sorted(rows["offset"].to_pylist())
+    assert offsets(rows) == [1, 2]
+    assert log.read_offsets("traces", Source("traces", 1), range(9), columns).num_rows == 0
+    assert log.read_offsets("traces", Source("it's", 0), range(9), columns).num_rows == 0
 
 
 def test_an_earlier_state_is_read_by_version_and_by_time(log: DeltaLog) -> None:

@@ -101,6 +101,7 @@ class StreamWorker:
             held_bytes=self._inbox.bytes,
             not_live=not_live(vitals),
             not_ready=not_ready(vitals),
+            drift=self._writer.drift.status(),
             error=vitals.error,
         )
 

@@ -52,6 +52,12 @@ _PER_PARTITION = {
 }
 
 
+_ACCEPTED = {
+    "acceptance": "Share of rounds whose first drafted token was accepted, since the last drift",
+    "accept_length": "Drafted tokens accepted in a round, since the last drift",
+}
+
+
 class _Collector:
     def __init__(self, status: StreamStatus) -> None:
         self._status = status
@@ -69,6 +75,7 @@ class _Collector:
             for partition in status.partitions:
                 gauge.add_metric([str(partition.partition)], getattr(partition, attribute))
             yield gauge
+        yield from self._drift()
         yield GaugeMetricFamily("aurora_stream_held_bytes", "Bytes that wait for the tables", value=status.held_bytes)
         yield GaugeMetricFamily("aurora_stream_live", "1 while there is progress or none to make", not status.not_live)
         yield GaugeMetricFamily("aurora_stream_ready", "1 while nothing is in the way", not status.not_ready)
@@ -76,6 +83,16 @@ class _Collector:
             yield GaugeMetricFamily(
                 "aurora_stream_last_commit_age_seconds", "Since the last commit", status.last_commit_age_s
             )
+
+    def _drift(self) -> Iterator[Metric]:
+        drift = self._status.drift
+        yield CounterMetricFamily("aurora_stream_drift_events", "Changes of acceptance", value=drift.seen)
+        yield CounterMetricFamily("aurora_stream_drift_events_unsent", "Events never sent", value=drift.unsent)
+        for name, text in _ACCEPTED.items():
+            gauge = GaugeMetricFamily(f"aurora_stream_{name}", text, labels=["line", "speculator", "label"])
+            for of in drift.traffic:
+                gauge.add_metric([of.line, of.speculator, of.label or ""], getattr(of.accepted, name))
+            yield gauge
 
 
 def exposition(status: StreamStatus) -> bytes:

@@ -13,6 +13,8 @@ import structlog
 
 from pipeline.batches import Built, Record, build
 from pipeline.counts import Counts
+from pipeline.drift_topic import DriftTopic
+from pipeline.drift_watch import DriftWatch
 from pipeline.offsets import Batch, ConflictError, FencedError, Intake, Source, admit, lost_range
 from pipeline.table import DeltaLog, TableError
 from schemas.claims import ClaimStore, ClaimStoreError
@@ -43,7 +45,9 @@ class Writer:
         self.committed_at: float | None = None
         """Time of the last commit, on the monotonic clock."""
         self._counts = counts
-        self._intake = Intake(DeltaLog(settings.tables))
+        tables = DeltaLog(settings.tables)
+        self._intake = Intake(tables)
+        self.drift = DriftWatch(settings.drift, tables, DriftTopic(settings.kafka))
         self._claims = ClaimStore(settings.traces)
         self._context = settings.stream.context_tokens
         self._thread = ThreadPoolExecutor(1, "tables")
@@ -77,7 +81,9 @@ class Writer:
 
         Behind a commit that is still running: it ends before its thread forgets.
         """
-        self._thread.submit(self._intake.forget, list(sources))
+        owned = list(sources)
+        self._thread.submit(self._intake.forget, owned)
+        self._thread.submit(self.drift.keep, owned)
 
     def _store(self, records: Mapping[Source, Sequence[Record]]) -> Stored:
         """Decide, build and commit."""
@@ -93,6 +99,8 @@ class Writer:
             self.committed_at = time.monotonic()
         for source, made in built.items():
             self._count(taken[source], made)
+            first, last = taken[source][0].offset, taken[source][-1].offset
+            self.drift.observe(source, range(first, last + 1), made.rows["traces"])
         self._counts.skipped_behind += sum(plan.behind for plan in admitted.values())
         self._counts.left_out += sum(plan.ahead for plan in admitted.values())
         wanted = {source: self._intake.wanted(source) for source in records}

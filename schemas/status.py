@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
+from schemas.events import Accepted, DriftEvent
+
 
 class _Status(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -99,6 +101,30 @@ class PartitionStatus(_Status):
     """For how long records have waited on the broker while none of them arrived."""
 
 
+class TrafficStatus(_Status):
+    """How much of what a version drafted for the traffic of a label was accepted since its last drift."""
+
+    line: str
+    speculator: str
+    label: str | None
+    accepted: Accepted
+
+
+class DriftStatus(_Status):
+    """What a stream worker sees of acceptance, over the partitions it owns."""
+
+    seen: int
+    """Events since the start of the worker; those of its first records may be repetitions."""
+    unsent: int
+    """Events that the broker did not take."""
+    failed: int
+    """Commits that could not be looked at; what they hold is looked at with the next one."""
+    newest: list[DriftEvent]
+    """Oldest first."""
+    traffic: list[TrafficStatus]
+    """The most frequent ones, by falling number of requests."""
+
+
 class StreamStatus(_Status):
     """A stream worker and the partitions it owns."""
 
@@ -125,6 +151,7 @@ class StreamStatus(_Status):
     """Why the worker makes no progress although it should; empty when all is well."""
     not_ready: list[str]
     """Why the next record would not reach the tables."""
+    drift: DriftStatus
     error: str | None
 
 

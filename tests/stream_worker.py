@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -19,8 +19,10 @@ from confluent_kafka import KafkaError, Message, Producer
 from pipeline.batches import Record
 from pipeline.table import DeltaLog
 from schemas import trace
+from schemas.claims import ClaimStore
 from schemas.settings import Kafka, Settings, Stream, Tables, to_environ
 from schemas.trace import ROOT, Chunk, Envelope, Round, encode, to_bf16
+from serving.chunks import without_features
 
 Headers = list[tuple[str, bytes | None]]
 
@@ -107,11 +109,25 @@ def chunk(request: int, rng: np.random.Generator) -> Chunk:
     return Chunk(envelope, tuple(rounds))
 
 
+def claimed_chunks(requests: range, store: ClaimStore) -> list[Chunk]:
+    """Chunks whose features are kept in the store."""
+    rng, made = np.random.default_rng(requests.start), []
+    for request in requests:
+        whole = chunk(request, rng)
+        claim = store.put(np.concatenate([r.features for r in whole.rounds]), request)
+        envelope = replace(whole.envelope, features="claim-check", claim=claim)
+        made.append(Chunk(envelope, tuple(map(without_features, whole.rounds))))
+    return made
+
+
 def stream_settings(broker: str, folder: Path, port: int) -> Settings:
     """Settings with a topic, a group and tables of the test's own."""
     return Settings(
         kafka=Kafka(
-            bootstrap=broker, traces_topic=f"traces-{folder.name}", speculators_topic=f"speculators-{folder.name}"
+            bootstrap=broker,
+            traces_topic=f"traces-{folder.name}",
+            speculators_topic=f"speculators-{folder.name}",
+            drift_topic=f"drift-{folder.name}",
         ),
         tables=Tables(uri=str(folder / "tables")),
         stream=Stream(port=port, group=f"group-{folder.name}", data_dir=str(folder), flush_s=0.2, flush_records=64),

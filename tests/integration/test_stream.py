@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import urllib.request
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from confluent_kafka import Consumer, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient  # type: ignore[attr-defined]  # re-exported without saying so
-from stream_worker import Publisher, chunk, rows_of_records, stream_settings, wait_until, worker
+from stream_worker import Publisher, chunk, claimed_chunks, rows_of_records, stream_settings, wait_until, worker
 
 from pipeline import topics
 from pipeline.batches import build
@@ -23,7 +23,6 @@ from schemas.claims import ClaimStore
 from schemas.settings import Settings, Traces
 from schemas.status import StreamStatus
 from schemas.trace import Chunk, encode
-from serving.chunks import without_features
 
 
 @dataclass
@@ -149,17 +148,6 @@ def test_while_a_table_cannot_be_written_nothing_is_acknowledged_and_then_it_goe
         assert wait_until(lambda: stage.status().error is None, 20)
         assert process.poll() is None
     stage.assert_equal_to_the_ledger()
-
-
-def claimed_chunks(requests: range, store: ClaimStore) -> list[Chunk]:
-    """Chunks whose features are kept in the store."""
-    rng, made = np.random.default_rng(requests.start), []
-    for request in requests:
-        whole = chunk(request, rng)
-        claim = store.put(np.concatenate([r.features for r in whole.rounds]), request)
-        envelope = replace(whole.envelope, features="claim-check", claim=claim)
-        made.append(Chunk(envelope, tuple(map(without_features, whole.rounds))))
-    return made
 
 
 def test_claim_checks_are_resolved_wait_for_their_store_and_without_a_file_are_dead_letters(

@@ -11,7 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from deltalake import CommitProperties, DeltaTable, QueryBuilder, Transaction, write_deltalake
+from deltalake import (
+    ColumnProperties,
+    CommitProperties,
+    DeltaTable,
+    QueryBuilder,
+    Transaction,
+    WriterProperties,
+    write_deltalake,
+)
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 
 from pipeline.offsets import ConflictError, Source
@@ -24,6 +32,16 @@ CHECKPOINT_EVERY = 100
 REOPEN_AFTER = 50
 """Appends through one handle. Each leaves its file list in the handle, which slows the next: 14 ms at first and 80 ms
 after 1,000 on two cores, where opening costs 12 ms."""
+STORE_OPTIONS = {"connect_timeout": "5s", "timeout": "20s", "max_retries": "3", "retry_timeout": "40s"}
+"""For an object store, where ``tables.storage_options`` says nothing else: a request that gets no answer fails within a
+minute, which the stream sees and tries again; by itself the library would try for three."""
+BYTES = ColumnProperties(dictionary_enabled=False, statistics_enabled="NONE")
+WRITTEN_AS = WriterProperties(
+    compression="ZSTD",
+    compression_level=3,
+    column_properties={"features": BYTES, "root_feature": BYTES, "value": BYTES},
+)
+"""How the files of every table are encoded; ``docs/tune.md`` says against what it was measured."""
 _SQL = {"datafusion.catalog.information_schema": "true"}
 """For SHOW TABLES."""
 
@@ -42,7 +60,12 @@ def failures_of(what: str) -> Iterator[None]:
         yield
     # The library's readers pass on what the store raised as an error of Arrow.
     except (DeltaError, OSError, pa.ArrowException) as error:
-        raise TableError(f"{what}: {error}; check tables.uri and tables.storage_options") from error
+        raise TableError(f"{what}: {_in_one_line(error)}; check tables.uri and tables.storage_options") from error
+
+
+def _in_one_line(error: Exception) -> str:
+    """What the library draws as a coloured tree."""
+    return " ".join(re.sub(r"\x1b\[[0-9;]*m|↳", " ", str(error)).split())
 
 
 class TableSnapshot:
@@ -80,7 +103,9 @@ class TableSnapshot:
         )
         with failures_of(f"append to {self._table.table_uri}"):
             try:
-                write_deltalake(self._table, rows, mode="append", commit_properties=commit)
+                write_deltalake(
+                    self._table, rows, mode="append", commit_properties=commit, writer_properties=WRITTEN_AS
+                )
             except CommitFailedError as error:
                 raise ConflictError(str(error)) from error
         self._appends = appends + 1
@@ -94,7 +119,8 @@ class DeltaLog:
 
     def __init__(self, settings: Tables) -> None:
         self._uri = settings.uri
-        self._options = dict(settings.storage_options)
+        in_store = "://" in settings.uri and not settings.uri.startswith("file:")
+        self._options = {**(STORE_OPTIONS if in_store else {}), **settings.storage_options}
         self._snapshots: dict[str, TableSnapshot] = {}
 
     def create(self) -> None:
@@ -186,7 +212,7 @@ class DeltaLog:
         """Add rows outside the exactly-once protocol, for a table that has no source partitions."""
         table = self._open(name)
         with self._failures(name):
-            write_deltalake(table, rows.cast(TABLES[name]), mode="append")
+            write_deltalake(table, rows.cast(TABLES[name]), mode="append", writer_properties=WRITTEN_AS)
 
     def snapshot(self, name: str) -> TableSnapshot:
         """The newest state of a table, to append to."""
@@ -239,7 +265,7 @@ def _failures_of_query() -> Iterator[None]:
     try:
         yield
     except (DeltaError, OSError, pa.ArrowException) as error:
-        raise TableError(f"query: {error}") from error
+        raise TableError(f"query: {_in_one_line(error)}") from error
 
 
 def _quoted(columns: Sequence[str]) -> str:

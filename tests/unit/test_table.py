@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import socket
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -94,6 +95,20 @@ def test_sql_that_is_wrong_or_would_write_is_refused(log: DeltaLog, sql: str) ->
     with pytest.raises(TableError, match="query: "):
         log.query(sql).read_all()
     assert log.row_count("accepted") == 4
+
+
+def test_a_store_that_never_answers_is_an_error_that_names_the_settings() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        options = {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{silent.getsockname()[1]}",
+            "AWS_ALLOW_HTTP": "true",
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "timeout": "100ms",
+            "retry_timeout": "200ms",
+        }
+        with pytest.raises(TableError, match=r"max_retries 3, .*check tables\.uri and tables\.storage_options$"):
+            DeltaLog(Tables(uri="s3://bucket/tables", storage_options=options)).version("traces")
 
 
 def test_a_file_that_is_gone_is_an_error_of_the_table_and_not_fewer_rows(log: DeltaLog, tmp_path: Path) -> None:

@@ -1,0 +1,248 @@
+"""Row by row: what a publisher's ledger says must be in the tables, and what is there.
+
+The expectation owes nothing to ``pipeline``. The rows of ``traces`` are the Arrow rows that were published, with the
+coordinates that the broker gave to their record; ``rejected`` has those whose draft was not accepted whole, and
+``accepted`` one row for each record, with all of its tokens and features. A record that the publisher broke, or sent
+a second time, is a dead letter with every byte of it. Tables are read by the Delta library alone. Columns that are
+worked out rather than carried (contexts, masks, teachers) are compared on a sample, with the rows that
+``pipeline.batches.build`` makes of the single record.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from deltalake import DeltaTable
+from stream_worker import Ledger
+
+from pipeline.batches import Record, build
+from schemas.batches import TABLES, day_of
+from schemas.settings import Settings
+
+SAMPLE = 200
+CHECKSUM_BYTES = 8
+RECORD = ("partition", "offset")
+ROUND = (*RECORD, "round", "position")
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a comparison counted."""
+
+    rows_published: int
+    rows_in_table: int
+    dead_letters: int
+    rows_in_dead_letters: int
+    lost: int
+    """Rows of any table that should be there and are not."""
+    doubled: int
+    """Rows of any table that are there and should not be."""
+
+
+def compare(ledger: Ledger, settings: Settings) -> Verdict:
+    """Hold the tables against the ledger.
+
+    Raises:
+        AssertionError: no row is missing or too many, but one has other contents.
+    """
+    assert not ledger.errors, ledger.errors[:3]
+    records = sorted(ledger.records, key=lambda r: (r.partition, r.offset))
+    sound = [r for r in records if (r.partition, r.offset) not in ledger.reasons]
+    dead = [r for r in records if (r.partition, r.offset) in ledger.reasons]
+    wire = [rows_on_the_wire(record) for record in sound]
+    expected = {
+        "traces": traces(sound, wire),
+        "rejected": rejected(sound, wire),
+        "accepted": accepted(sound, wire),
+        "dead_letters": dead_letters(dead, ledger),
+    }
+    keys = {"traces": ROUND, "rejected": ROUND[:3], "accepted": RECORD, "dead_letters": RECORD}
+    stored = {name: read(settings, name, keys[name]) for name in expected}
+    lost = doubled = 0
+    for name, rows in expected.items():
+        missing, excess = difference(rows, stored[name], keys[name])
+        lost, doubled = lost + missing, doubled + excess
+        if not missing and not excess:
+            assert_same(name, rows, stored[name])
+    if not lost and not doubled:
+        assert_sample_is_built(records, ledger, stored, settings.stream.context_tokens)
+    rows_dead = sum(r.number("rows") or 0 for r in dead)
+    return Verdict(
+        rows_published=sum(r.number("rows") or 0 for r in records),
+        rows_in_table=stored["traces"].num_rows,
+        dead_letters=stored["dead_letters"].num_rows,
+        rows_in_dead_letters=rows_dead,
+        lost=lost,
+        doubled=doubled,
+    )
+
+
+def read(settings: Settings, name: str, key: Sequence[str]) -> pa.Table:
+    """A table as any program sees it, in the order of its key."""
+    address = f"{settings.tables.uri.rstrip('/')}/{name}"
+    rows = DeltaTable(address, storage_options=dict(settings.tables.storage_options)).to_pyarrow_table()
+    return in_order(rows.select(TABLES[name].names).cast(TABLES[name]), key)
+
+
+def in_order(rows: pa.Table, key: Sequence[str]) -> pa.Table:
+    return rows.take(pc.sort_indices(rows, sort_keys=[(column, "ascending") for column in key]))
+
+
+def difference(expected: pa.Table, found: pa.Table, key: Sequence[str]) -> tuple[int, int]:
+    """Rows that are missing and rows in excess, as multisets of their keys."""
+    counted = [
+        rows.select(key).append_column("n", pa.repeat(pa.scalar(n, pa.int64()), rows.num_rows))
+        for rows, n in ((expected, 1), (found, -1))
+    ]
+    sums = pa.concat_tables(counted).group_by(list(key)).aggregate([("n", "sum")])["n_sum"].to_numpy()
+    return int(sums[sums > 0].sum()), int(-sums[sums < 0].sum())
+
+
+def assert_same(name: str, expected: pa.Table, found: pa.Table) -> None:
+    """Every column of the expectation holds the same in the table."""
+    for column in expected.column_names:
+        left, right = (rows[column].combine_chunks() for rows in (expected, found))
+        assert left.equals(right), f"{name}.{column}: {first_difference(left, right)}"
+
+
+def first_difference(left: pa.Array, right: pa.Array) -> str:
+    at = next(i for i in range(len(left)) if not left[i].equals(right[i]))
+    return f"row {at} should be {left[at]}, and is {right[at]}"
+
+
+def assert_sample_is_built(
+    records: Sequence[Record], ledger: Ledger, stored: dict[str, pa.Table], context_tokens: int
+) -> None:
+    """All columns of all tables equal what the stream's own builder makes of single records."""
+    single = [r for r in records if ledger.reasons.get((r.partition, r.offset)) != "duplicate"]
+    sample = random.Random(0).sample(single, min(SAMPLE, len(single)))
+    built = build(sorted(sample, key=lambda r: (r.partition, r.offset)), context_tokens).rows
+    chosen = pa.array([place(r.partition, r.offset) for r in sample])
+    for name, rows in stored.items():
+        places = place(rows["partition"].to_numpy().astype(np.int64), rows["offset"].to_numpy())
+        of_sample = rows.filter(pc.is_in(pa.array(places), chosen))
+        key = ROUND if name == "traces" else [column for column in ROUND[:3] if column in rows.column_names]
+        assert_same(name, in_order(built[name], key), of_sample)
+
+
+def place(partition: int, offset: int) -> int:
+    """One number for partition and offset; for arrays of them too."""
+    return (partition << 48) | offset
+
+
+def rows_on_the_wire(record: Record) -> pa.Table:
+    """The Arrow rows of a sound message, read without any of our own code."""
+    assert record.value is not None
+    with pa.ipc.open_stream(record.value[:-CHECKSUM_BYTES]) as reader:
+        return reader.read_all()
+
+
+def lineage(records: Sequence[Record], wire: Sequence[pa.Table]) -> pa.Table:
+    """One row for each record: where it is from, and what its envelope says."""
+    rows = []
+    for record, table in zip(records, wire, strict=True):
+        envelope = json.loads(table.schema.metadata[b"envelope"])
+        drafting = [name for name in table["speculator"].to_pylist() if name]
+        rows.append(
+            {
+                **envelope,
+                "topic": record.topic,
+                "partition": record.partition,
+                "offset": record.offset,
+                "last_chunk": envelope["last"],
+                "speculator": drafting[-1] if drafting else "",
+                "time": table["time"][-1].as_py(),
+                "day": day_of(record.time_us),
+            }
+        )
+    fields = {f.name: f for name in ("traces", "accepted") for f in TABLES[name]}
+    known = [f for f in fields.values() if not rows or f.name in rows[0]]
+    return pa.table([pa.array([row[f.name] for row in rows], f.type) for f in known], schema=pa.schema(known))
+
+
+def spread(of_records: pa.Table, wire: Sequence[pa.Table]) -> pa.Table:
+    """The rows of the records, each with the lineage of its record; what both have is the row's own."""
+    lengths = [table.num_rows for table in wire]
+    rows = pa.concat_tables([table.replace_schema_metadata(None) for table in wire])
+    repeated = of_records.take(pa.array(np.repeat(np.arange(len(wire)), lengths)))
+    for name in rows.column_names:
+        if name in repeated.column_names:
+            repeated = repeated.drop_columns(name)
+    for name in repeated.column_names:
+        rows = rows.append_column(name, repeated[name])
+    return rows
+
+
+def traces(records: Sequence[Record], wire: Sequence[pa.Table]) -> pa.Table:
+    """All columns of the table."""
+    if not records:
+        return TABLES["traces"].empty_table()
+    return spread(lineage(records, wire), wire).select(TABLES["traces"].names).cast(TABLES["traces"])
+
+
+def rejected(records: Sequence[Record], wire: Sequence[pa.Table]) -> pa.Table:
+    """The carried columns; every draft of a campaign's traffic is a chain, so a round has one branch or none."""
+    names = ["topic", *RECORD, "request", "chunk", "target", "line", "label", "speculator", "time", "day"]
+    own = {"round": "round", "position": "root_position", "draft_tokens": "branch", "draft_logprobs": "draft_logprobs"}
+    schema = pa.schema([TABLES["rejected"].field(name) for name in [*names, *own.values(), "accepted_prefix"]])
+    if not records:
+        return schema.empty_table()
+    of_records = lineage(records, wire).select(names)
+    rows = spread(of_records, [table.drop_columns(["time", "speculator"]) for table in wire])
+    kept = pc.list_value_length(rows["accepted"])
+    rows = rows.append_column("accepted_prefix", kept).filter(pc.less(kept, pc.list_value_length(rows["draft_tokens"])))
+    renamed = [own.get(name, name) for name in rows.column_names]
+    return rows.rename_columns(renamed).select(schema.names).cast(schema)
+
+
+def accepted(records: Sequence[Record], wire: Sequence[pa.Table]) -> pa.Table:
+    """The carried columns: the tokens and features of all rounds of a record, end to end."""
+    names = ["topic", *RECORD, "request", "chunk", "target", "line", "label", "speculator", "time", "day"]
+    own = ["position", "tokens", "next_token", "features", "feature_width", "top_k"]
+    schema = pa.schema([TABLES["accepted"].field(name) for name in [*names, *own]])
+    rows = {
+        "position": [table["position"][0] for table in wire],
+        "tokens": joined((pc.list_flatten(table["tokens"]) for table in wire), pa.int32()),
+        "next_token": [table["bonus"][-1] for table in wire],
+        "features": [b"".join(table["features"].to_pylist()) for table in wire],
+    }
+    of_records = lineage(records, wire)
+    columns = [
+        pa.array(rows[f.name], f.type) if f.name in rows else of_records[f.name].combine_chunks() for f in schema
+    ]
+    return pa.table(columns, schema=schema)
+
+
+def joined(parts: Iterable[pa.ChunkedArray], kind: pa.DataType) -> pa.Array:
+    """A list for each part."""
+    arrays = list(parts)
+    offsets = np.cumsum([0, *map(len, arrays)])
+    values = pa.chunked_array([chunk for array in arrays for chunk in array.chunks], kind).combine_chunks()
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values)
+
+
+def dead_letters(records: Sequence[Record], ledger: Ledger) -> pa.Table:
+    """All columns but the explanation."""
+    rows = [
+        {
+            "topic": r.topic,
+            "partition": r.partition,
+            "offset": r.offset,
+            "time": r.time_us,
+            "day": day_of(r.time_us),
+            "reason": ledger.reasons[r.partition, r.offset],
+            "rows": r.number("rows"),
+            "key": r.key,
+            "value": r.value,
+            "headers": [{"name": name, "value": value} for name, value in r.headers],
+        }
+        for r in records
+    ]
+    schema = pa.schema([f for f in TABLES["dead_letters"] if f.name != "detail"])
+    return pa.Table.from_pylist(rows, schema=schema)

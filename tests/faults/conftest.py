@@ -1,0 +1,69 @@
+"""Two sizes of every campaign, and one line that says what all of them came to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import pytest
+from campaign import Campaign, Tally
+from stream_worker import stream_settings
+
+from schemas.settings import Settings
+
+TALLY = pytest.StashKey[Tally]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="campaigns of full size: a million rounds, half an hour")
+    parser.addoption("--tally", type=Path, metavar="FILE", help="write what the campaigns came to as JSON")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[TALLY] = Tally()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if not is_full(config):
+        terminalreporter.write_line(config.stash[TALLY].line())
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    file: Path | None = config.getoption("tally", default=None)
+    if file:
+        file.write_text(json.dumps(asdict(config.stash[TALLY]), indent=2))
+    if is_full(config):
+        print(config.stash[TALLY].line())
+
+
+def is_full(config: pytest.Config) -> bool:
+    """False also in runs that did not begin in this folder, which do not know the option."""
+    return bool(config.getoption("full", default=False))
+
+
+@pytest.fixture(scope="session")
+def full(pytestconfig: pytest.Config) -> bool:
+    """Whether campaigns have their full size."""
+    return is_full(pytestconfig)
+
+
+@pytest.fixture
+def settings(broker: str, tmp_path: Path, free_port: Callable[[], int]) -> Settings:
+    """A topic, a group and tables of the test's own."""
+    return stream_settings(broker, tmp_path, free_port())
+
+
+@pytest.fixture
+def new_campaign(tmp_path: Path, pytestconfig: pytest.Config) -> Callable[..., Campaign]:
+    """Gives the campaign with the given settings."""
+    reporter = pytestconfig.pluginmanager.get_plugin("terminalreporter")
+    assert reporter is not None
+
+    def say(text: str) -> None:
+        if is_full(pytestconfig):
+            reporter.write_line(text)
+
+    return partial(Campaign, folder=tmp_path, tally=pytestconfig.stash[TALLY], say=say)

@@ -1,0 +1,56 @@
+"""Brokers end while traffic runs: all there is, and one of three."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from campaign import Campaign
+from cluster import running
+from stream_worker import stream_settings
+
+
+@pytest.mark.timeout(1200)
+def test_the_broker_may_be_restarted(
+    new_campaign: Callable[..., Campaign], tmp_path: Path, free_port: Callable[[], int], full: bool
+) -> None:
+    restarts, requests = (3, 600) if full else (1, 40)
+    with running(tmp_path, 1, free_port) as broker:
+        campaign = new_campaign(stream_settings(broker.bootstrap, tmp_path, free_port()))
+        with campaign.worker() as worker:
+            with campaign.publishing(requests, pause_s=0.05):
+                for restart in range(restarts):
+                    worker.await_progress()
+                    if restart % 2:
+                        broker.stop()
+                    else:
+                        broker.kill(0)
+                    time.sleep(campaign.random.uniform(0, 3))
+                    broker.start()
+                    campaign.inject("broker restarted")
+            campaign.settle()
+        campaign.conclude()
+
+
+@pytest.mark.timeout(1200)
+def test_one_broker_of_three_may_be_killed(
+    new_campaign: Callable[..., Campaign], tmp_path: Path, free_port: Callable[[], int], full: bool
+) -> None:
+    kills, requests = (3, 600) if full else (1, 40)
+    with running(tmp_path, 3, free_port) as brokers:
+        settings = stream_settings(brokers.bootstrap, tmp_path, free_port())
+        replicated = settings.kafka.model_copy(update={"replication": 3, "partitions": 3})
+        campaign = new_campaign(settings.model_copy(update={"kafka": replicated}))
+        with campaign.worker() as worker:
+            with campaign.publishing(requests, pause_s=0.05):
+                for number in range(kills):
+                    worker.await_progress()
+                    brokers.kill(number)
+                    campaign.inject("one broker of three killed")
+                    # The two that are left go on; only then it comes back, and the next one may die.
+                    worker.await_progress()
+                    brokers.start()
+            campaign.settle()
+        campaign.conclude()

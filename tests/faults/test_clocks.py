@@ -1,0 +1,68 @@
+"""Clocks are wrong: that of the worker jumps by hours and days while it works, and those of nodes stand elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+from campaign import Campaign
+from libfaketime import get_reload_information
+
+from schemas.settings import Settings
+
+HOUR_S, DAY_MS = 3_600, 86_400_000
+JUMPS_S = (2 * HOUR_S, -5 * HOUR_S, 40 * 24 * HOUR_S, 0, -400 * 24 * HOUR_S, 1)
+
+
+@pytest.mark.timeout(1200)
+def test_the_clock_of_the_worker_may_jump(
+    new_campaign: Callable[..., Campaign], settings: Settings, tmp_path: Path, full: bool
+) -> None:
+    rounds, requests = (2, 400) if full else (1, 40)
+    campaign, clock = new_campaign(settings), Clock(tmp_path / "clock")
+    with campaign.worker(variables=clock.variables) as worker:
+        with campaign.publishing(requests, pause_s=0.05):
+            for jump_s in JUMPS_S * rounds:
+                worker.await_progress()
+                clock.jump(jump_s)
+                campaign.inject("clock jumped")
+                time.sleep(campaign.random.uniform(0, 2))
+            worker.await_progress()
+        campaign.settle()
+    campaign.conclude()
+    assert worker.counts["ended by themselves"] == 0, worker.log.read_text()[-5_000:]
+
+
+def test_the_clocks_of_nodes_may_be_wrong(
+    new_campaign: Callable[..., Campaign], settings: Settings, full: bool
+) -> None:
+    clocks = (0, -700 * DAY_MS, 700 * DAY_MS, -90 * 60_000, 90 * 60_000)
+    campaign = new_campaign(settings, clocks=clocks)
+    with campaign.publishing(400 if full else 20, pause_s=0):
+        for _ in clocks[1:]:
+            campaign.inject("node with a wrong clock")
+    with campaign.worker():
+        campaign.settle()
+    campaign.conclude()
+
+
+class Clock:
+    """The wall clock of a process, by libfaketime; its monotonic clock goes on, as when a real one is set."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self.jump(0)
+
+    @property
+    def variables(self) -> Mapping[str, str]:
+        """Environment for the process."""
+        _, preload = get_reload_information()
+        return {**preload, "FAKETIME_TIMESTAMP_FILE": str(self._file), "FAKETIME_DONT_RESET": "1"}
+
+    def jump(self, offset_s: int) -> None:
+        """Let the clock be off by so much from now on."""
+        written = self._file.with_suffix(".new")
+        written.write_text(f"{offset_s:+d}")
+        written.replace(self._file)  # it is read at every call: never half of it

@@ -1,0 +1,53 @@
+"""The object store under the tables fails while traffic runs: real S3, behind a proxy that does what networks do."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+from campaign import Campaign
+from lives import PATIENCE_S
+from object_store import ObjectStore
+from proxy import Fault, Proxy
+from stream_worker import wait_until
+
+from schemas.settings import Settings
+
+IMPATIENT = {"timeout": "3s", "connect_timeout": "1s", "max_retries": "2", "retry_timeout": "6s"}
+FAULTS: tuple[Fault, ...] = ("answer to a commit lost", "store refused", "store cut off", "store slow", "store silent")
+
+
+@pytest.fixture
+def proxy(object_store: ObjectStore, free_port: Callable[[], int]) -> Iterator[Proxy]:
+    server = Proxy(free_port(), object_store.port)
+    yield server
+    server.close()
+
+
+@pytest.mark.timeout(1800)
+def test_the_store_may_refuse_be_silent_slow_or_cut_its_answers_off(
+    new_campaign: Callable[..., Campaign], settings: Settings, object_store: ObjectStore, proxy: Proxy, full: bool
+) -> None:
+    rounds, requests, seconds = (4, 800, 15) if full else (1, 40, 3)
+    uri = f"{object_store.bucket}/{settings.kafka.traces_topic}"
+    direct = tables(settings, uri, object_store.options())
+    campaign = new_campaign(direct)
+    through_proxy = tables(settings, uri, {**object_store.options(proxy.port), **IMPATIENT})
+    with campaign.worker(through_proxy) as worker:
+        with campaign.publishing(requests, pause_s=0.05):
+            for _ in range(rounds):
+                for fault in FAULTS:
+                    worker.await_progress()
+                    with proxy.failing(fault) as met:
+                        assert wait_until(met, PATIENCE_S)
+                        time.sleep(campaign.random.uniform(0, seconds))
+                    campaign.inject(fault)
+        campaign.settle()
+    campaign.conclude()
+
+
+def tables(settings: Settings, uri: str, options: dict[str, str]) -> Settings:
+    """Settings with the tables elsewhere."""
+    there = settings.tables.model_copy(update={"uri": uri, "storage_options": options})
+    return settings.model_copy(update={"tables": there})

@@ -1,0 +1,143 @@
+"""Traffic of a campaign: chunks of many rounds, of which a share is harmed on the way to the broker."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from stream_worker import Publisher
+
+from schemas.trace import ROOT, Chunk, Envelope, Round, encode, to_bf16
+
+ROUNDS = 80
+"""Rounds of a chunk."""
+CHUNKS = 3
+"""Chunks of a request."""
+WIDTH, TOP_K = 8, 2
+TEMPLATES = 16
+"""Requests with tokens of their own; further ones repeat them under another name."""
+HARMS = ("truncated", "flipped", "duplicated", "reordered")
+DAY_MS = 86_400_000
+
+Clock = Sequence[int]
+"""How far the clocks of the nodes are off, in milliseconds."""
+
+
+class Traffic:
+    """Sends request after request; ``harmed`` counts the messages that did not arrive as they were meant.
+
+    A message is cut (``truncated``), gets a bit flipped (``flipped``), is sent again some requests later
+    (``duplicated``), or changes places with the next chunk of its request (``reordered``). The ledger learns what must
+    become of it: the first three end as dead letters, and a reordered one as rows like any other.
+    """
+
+    def __init__(self, publisher: Publisher, harmed_share: float, clocks: Clock = (0,), seed: int = 0) -> None:
+        self.publisher = publisher
+        self.harmed: Counter[str] = Counter(dict.fromkeys(HARMS, 0))
+        self._share = harmed_share
+        self._clocks = clocks
+        self._rng = np.random.default_rng(seed)
+        self._templates = [request(self._rng) for _ in range(TEMPLATES)]
+        self._sent = 0
+        self._again: list[tuple[Chunk, bytes, int]] = []
+
+    def send_request(self) -> None:
+        """Send the chunks of one more request."""
+        number, rng = self._sent, self._rng
+        self._sent += 1
+        node = number % len(self._clocks)
+        time_ms = time.time_ns() // 1_000_000 + self._clocks[node]
+        chunks = self._chunks(number, f"node-{node}", time_ms)
+        for i in range(CHUNKS - 1):
+            if self._harms("reordered"):
+                chunks[i], chunks[i + 1] = chunks[i + 1], chunks[i]
+        for chunk in chunks:
+            value, reason = encode(chunk), ""
+            if self._harms("truncated"):
+                value = value[: int(rng.integers(len(value)))]
+                # A checksum of eight bytes ends every message: what is not longer cannot hold one.
+                reason = "truncated" if len(value) <= 8 else "corrupt"
+            elif self._harms("flipped"):
+                flipped = bytearray(value)
+                flipped[int(rng.integers(len(value)))] ^= 1 << int(rng.integers(8))
+                value, reason = bytes(flipped), "corrupt"
+            elif self._harms("duplicated"):
+                self._again.append((chunk, value, time_ms))
+            self.publisher.send(chunk, value, reason, time_ms)
+        if len(self._again) > 3 * rng.random():
+            self._send_again()
+
+    def close(self) -> None:
+        """Send what is to be sent again, and wait until the broker has everything."""
+        while self._again:
+            self._send_again()
+        self.publisher.flush()
+
+    def _send_again(self) -> None:
+        chunk, value, time_ms = self._again.pop(0)
+        self.publisher.send(chunk, value, "duplicate", time_ms)
+
+    def _harms(self, how: str) -> bool:
+        harms = bool(self._rng.random() < self._share / len(HARMS))
+        self.harmed[how] += harms
+        return harms
+
+    def _chunks(self, number: int, node: str, time_ms: int) -> list[Chunk]:
+        envelope = Envelope(
+            request=f"request-{number}",
+            chunk=0,
+            last=False,
+            node=node,
+            target="target",
+            line="line",
+            features="inline",
+            feature_width=WIDTH,
+            top_k=TOP_K,
+            temperature=0.5,
+            top_p=0.75,
+            seed=number,
+            label="odd" if number % 2 else None,
+        )
+        chunks = []
+        for i, rounds in enumerate(self._templates[number % TEMPLATES]):
+            last = i == CHUNKS - 1
+            named = replace(envelope, chunk=i, last=last, finish="stop" if last else None)
+            ended = replace(rounds[-1], time_us=time_ms * 1000 + i)
+            chunks.append(Chunk(named, (*rounds[:-1], ended)))
+        return chunks
+
+
+def request(rng: np.random.Generator) -> list[list[Round]]:
+    """The rounds of a request with drafted chains, cut into chunks."""
+    rounds: list[Round] = []
+    position, root = 0, 0
+    for number in range(ROUNDS * CHUNKS):
+        drafted = tuple(map(int, rng.integers(0, 999, 3))) if number else ()
+        kept = int(rng.integers(0, 4)) if number else 0
+        tokens = (root, *drafted[:kept]) if number else tuple(map(int, rng.integers(0, 999, 9)))
+        root = int(rng.integers(0, 999))
+        verified = 1 + len(drafted)
+        rounds.append(
+            Round(
+                round=number,
+                position=position,
+                tokens=tokens,
+                features=to_bf16(rng.standard_normal((len(tokens), WIDTH)).astype(np.float32)),
+                draft_tokens=drafted,
+                draft_parents=tuple(range(ROOT, len(drafted) - 1)),
+                draft_logprobs=tuple(-rng.random(len(drafted))),
+                accepted=tuple(range(kept)),
+                bonus=root,
+                top_ids=rng.integers(0, 999, (verified, TOP_K), dtype=np.int32),
+                top_logprobs=-rng.random((verified, TOP_K), dtype=np.float32),
+                speculator="3" if number else "",
+                draft_us=number,
+                verify_us=2,
+                time_us=1_700_000_000_000_000 + number,
+            )
+        )
+        position += len(tokens)
+    return [rounds[i : i + ROUNDS] for i in range(0, len(rounds), ROUNDS)]

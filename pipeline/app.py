@@ -37,8 +37,6 @@ from schemas.status import StreamStatus
 
 log = structlog.get_logger()
 
-SESSION_S = 10.0
-"""A killed worker's partitions are given to another one after this long."""
 REBALANCE_S = 60.0
 """For how long the group waits for workers that do not come back when partitions are given anew."""
 FOREVER_S = 365 * 86400.0
@@ -286,8 +284,8 @@ def _app(settings: Settings) -> faust.App:
         stream.group,
         broker=[f"kafka://{address.strip()}" for address in kafka.bootstrap.split(",")],
         broker_credentials=credentials(kafka.client),
-        broker_session_timeout=SESSION_S,
-        broker_heartbeat_interval=SESSION_S / 4,
+        broker_session_timeout=stream.session_s,
+        broker_heartbeat_interval=stream.session_s / 4,
         broker_rebalance_timeout=REBALANCE_S,
         broker_request_timeout=30.0,
         # A worker that has no partition, or whose tables are away for long, reads nothing and is well nonetheless; one

@@ -218,6 +218,8 @@ class Stream(Section):
     data_dir: str = ".aurora/stream"
     context_tokens: int = Field(32, ge=1)
     """Tokens kept before the root of a rejected branch."""
+    session_s: float = Field(10, ge=6)
+    """A killed worker's partitions are given to another one after this long; brokers refuse less than 6 s."""
 
 
 class Drift(Section):

@@ -2,37 +2,34 @@
 
 All functions are pure, but for the files of claim checks, which are read through what the caller hands in: they never
 change. A record either gives rows of ``accepted``, ``rejected`` and ``traces``, or one row of ``dead_letters`` with
-everything it carried. ``schemas.trace`` says how tokens lie in rounds, ``schemas.batches`` what becomes of them.
+everything it carried; ``pipeline.reasons`` lists why. Records are looked at one by one as far as bytes and envelope go;
+then many together, in columns. What a record becomes does not depend on its company, but for what it repeats.
 """
 
 from __future__ import annotations
 
-import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
 
-from schemas import trace
-from schemas.batches import ACCEPTED, DEAD_LETTERS, REJECTED, TABLES, TRACES, day_of
+from pipeline.columns import features_of, tables
+from pipeline.duplicates import NOTHING, Identity, Known, Taken
+from pipeline.offsets import Source
+from pipeline.reasons import DUPLICATE, UNREADABLE
+from pipeline.soundness import check_announced, check_envelope, unsound
+from schemas.batches import ACCEPTED, DEAD_LETTERS, TABLES, TRACES, day_of
 from schemas.claims import ClaimStoreError
-from schemas.reading import decode
-from schemas.trace import Chunk, Claim, Envelope, Round, TraceError
-from schemas.tree import rejected_branches
+from schemas.reading import Lists, Opened, Rounds, malformed, open_chunk
+from schemas.trace import U16, Claim, TraceError
 
-INT32_MAX = 2**31 - 1
-BF16_EXPONENT = 0x7F80
-"""A bf16 number with all of these bits set is infinite or not a number."""
+RUN_BYTES = 32 << 20
+"""Rows are built for chunks of about this size at a time."""
 
-LINE = re.compile(r"[A-Za-z0-9._-]{1,128}")
-"""Lines name folders of the tables: an empty name is a null there, and a long one no file system takes."""
-
-Row = dict[str, Any]
-Claimed = Callable[[Claim, int, int], trace.U16]
+Claimed = Callable[[Claim, int, int], U16]
 """Gives the features [tokens, width] that a claim names."""
 
 
@@ -65,7 +62,7 @@ class Record:
         return len(self.value or b"") + (self.number("claim-bytes") or 0)
 
 
-def no_claims(claim: Claim, _tokens: int, _width: int) -> trace.U16:
+def no_claims(claim: Claim, _tokens: int, _width: int) -> U16:
     """For readers without a store: a claim check is a dead letter.
 
     Raises:
@@ -81,264 +78,241 @@ class Built:
     rows: Mapping[str, pa.Table]
     dead: Mapping[str, int]
     """Dead letters by reason."""
+    taken: tuple[Taken, ...]
+    """Records that gave rows, for the caller to remember once they are committed."""
+    gaps: int
+    """Chunks of which the one before is not known: it was shed, became a dead letter, or was forgotten."""
 
 
-def build(records: Iterable[Record], context_tokens: int, claimed: Claimed = no_claims) -> Built:
+def build(
+    records: Iterable[Record], context_tokens: int, claimed: Claimed = no_claims, known: Known = NOTHING
+) -> Built:
     """Rows of every table for the given records, in their order.
 
     Args:
         records: Of any partitions.
         context_tokens: Tokens kept before the root of a rejected branch.
         claimed: Reads the features of claim checks.
+        known: What was taken before, which these records must not repeat; by default nothing repeats anything.
 
     Raises:
         ClaimStoreError: the store of claim checks cannot say what a record became; nothing was decided.
     """
-    tables: dict[str, list[pa.Table]] = {name: [] for name in ("dead_letters", "rejected", "traces", "accepted")}
-    dead: dict[str, int] = {}
-    for record in records:
+    delivered = tuple(records)
+    builder = _Builder(context_tokens, claimed, known)
+    for run in _runs(builder.arrivals(delivered)):
+        builder.take(run)
+    refused = builder.made.refused
+    letters = [_letter(delivered[at], refused[at]) for at in sorted(refused)]
+    rows = {"dead_letters": pa.Table.from_pylist(letters, schema=DEAD_LETTERS)}
+    for name in ("rejected", "traces", "accepted"):
+        rows[name] = pa.concat_tables([TABLES[name].empty_table(), *(part[name] for part in builder.made.parts)])
+    dead = Counter(error.reason for error in refused.values())
+    return Built(rows, dead, tuple(builder.made.taken), builder.made.gaps)
+
+
+@dataclass(frozen=True, slots=True)
+class _Arrival:
+    """A record of which bytes and envelope are sound."""
+
+    at: int
+    """Its number among the delivered."""
+    record: Record
+    chunk: Opened
+
+
+@dataclass(slots=True)
+class _Made:
+    """What some records became."""
+
+    refused: dict[int, TraceError] = field(default_factory=dict)
+    """By number among the delivered."""
+    taken: list[Taken] = field(default_factory=list)
+    gaps: int = 0
+    parts: list[Mapping[str, pa.Table]] = field(default_factory=list)
+
+    def add(self, more: _Made) -> None:
+        self.refused |= more.refused
+        self.taken += more.taken
+        self.gaps += more.gaps
+        self.parts += more.parts
+
+
+class _Builder:
+    def __init__(self, context_tokens: int, claimed: Claimed, known: Known) -> None:
+        self.made = _Made()
+        self._context_tokens = context_tokens
+        self._claimed = claimed
+        self._known = (known, Known(known.window))
+        """What was taken before, and in the runs until here."""
+
+    def arrivals(self, delivered: Sequence[Record]) -> Iterator[_Arrival]:
+        """The records with rounds, as far as each can be judged without looking at them."""
+        for at, record in enumerate(delivered):
+            try:
+                chunk = _open(record)
+            except Exception as error:  # noqa: BLE001 - what foreign bytes make a codec raise cannot be listed, and one record must never stop its partition
+                self.made.refused[at] = _refusal(error)
+            else:
+                if chunk.rows.num_rows:
+                    yield _Arrival(at, record, chunk)
+
+    def take(self, run: Sequence[_Arrival]) -> None:
+        """Decide about records that follow those before, and build their rows."""
         try:
-            for name, rows in chunk_rows(record, context_tokens, claimed).items():
-                tables[name].append(rows)
-        except TraceError as error:
-            reason, detail = error.reason, error.detail
+            made = self._rows(run)
         except ClaimStoreError:
             raise
-        except Exception as error:  # noqa: BLE001 - what foreign bytes make a codec raise cannot be listed, and one record must never stop its partition
-            reason, detail = "unreadable", f"{type(error).__name__}: {error}"
+        except Exception as error:  # noqa: BLE001 - as above; whose fault it is shows when each is alone
+            if len(run) == 1:
+                self.made.refused[run[0].at] = _refusal(error)
+            else:
+                for arrival in run:
+                    self.take([arrival])
         else:
-            continue
-        tables["dead_letters"].append(dead_letter(record, reason, detail))
-        dead[reason] = dead.get(reason, 0) + 1
-    return Built({name: pa.concat_tables([TABLES[name].empty_table(), *parts]) for name, parts in tables.items()}, dead)
+            self.made.add(made)
+            self._known[1].add(made.taken)
+
+    def _rows(self, run: Sequence[_Arrival]) -> _Made:
+        sieve = _Sieve(run)
+        sieve.refuse(malformed(sieve.rounds))
+        sieve.fetch(self._claimed)
+        sieve.refuse(unsound(sieve.rounds, sieve.features()))
+        taken, gaps, repeated = self._news(sieve)
+        sieve.refuse(repeated)
+        parts: list[Mapping[str, pa.Table]] = []
+        if sieve.arrivals:
+            of_chunks = _of_chunks(sieve.arrivals)
+            parts.append(tables(sieve.rounds, sieve.features(), of_chunks, self._context_tokens))
+        return _Made(sieve.refused, taken, gaps, parts)
+
+    def _news(self, sieve: _Sieve) -> tuple[list[Taken], int, dict[int, TraceError]]:
+        """Sound records that repeat none, how many of them miss the one before, and those that repeat one."""
+        known = (*self._known, Known(self._known[0].window))
+        taken: list[Taken] = []
+        gaps, repeated = 0, {}
+        times = sieve.rounds.time[sieve.rounds.bounds[1:] - 1].tolist()
+        for number, (arrival, time_us) in enumerate(zip(sieve.arrivals, times, strict=True)):
+            record, envelope = arrival.record, arrival.chunk.envelope
+            identity = Identity(envelope.node, envelope.request, envelope.chunk, time_us)
+            one = Taken(Source(record.topic, record.partition), record.offset, identity)
+            first = next((at for some in known if (at := some.repeats(one)) is not None), None)
+            if first is not None:
+                repeated[number] = TraceError(DUPLICATE, f"repeats the record at offset {first}")
+                continue
+            gaps += not any(some.follows(one) for some in known)
+            taken.append(one)
+            known[-1].add([one])
+        return taken, gaps, repeated
 
 
-def chunk_rows(record: Record, context_tokens: int, claimed: Claimed) -> dict[str, pa.Table]:
-    """Rows of ``accepted``, ``rejected`` and ``traces`` that one record gives.
+class _Sieve:
+    """Records of a run that nothing speaks against so far, with their rounds."""
+
+    def __init__(self, run: Sequence[_Arrival]) -> None:
+        self.arrivals = list(run)
+        self.rounds = Rounds([arrival.chunk for arrival in run])
+        self.refused: dict[int, TraceError] = {}
+        """By number among the delivered."""
+        self._claimed: dict[int, U16] = {}
+
+    def refuse(self, faults: Mapping[int, TraceError]) -> None:
+        """Leave out records, told by their number in ``arrivals``."""
+        if not faults:
+            return
+        self.refused |= {self.arrivals[number].at: error for number, error in faults.items()}
+        self.arrivals = [arrival for number, arrival in enumerate(self.arrivals) if number not in faults]
+        self.rounds = Rounds([arrival.chunk for arrival in self.arrivals])
+
+    def fetch(self, claimed: Claimed) -> None:
+        """Get the features that did not travel in their records."""
+        faults = {}
+        tokens = np.diff(self.rounds.tokens.offsets[self.rounds.bounds]).tolist()
+        for number, arrival in enumerate(self.arrivals):
+            envelope = arrival.chunk.envelope
+            if envelope.claim is None:
+                continue
+            try:
+                self._claimed[arrival.at] = claimed(envelope.claim, tokens[number], envelope.feature_width)
+            except TraceError as error:
+                faults[number] = error
+        self.refuse(faults)
+
+    def features(self) -> Lists:
+        """The features of every round, however they travelled."""
+        claimed = {
+            number: self._claimed[arrival.at]
+            for number, arrival in enumerate(self.arrivals)
+            if arrival.at in self._claimed
+        }
+        return features_of(self.rounds, claimed)
+
+
+def _open(record: Record) -> Opened:
+    """The chunk of a record, of which the rows are not looked at yet.
 
     Raises:
-        TraceError: the record cannot be used; its reason is the code for the dead letter.
-        ClaimStoreError: its features cannot be reached.
+        TraceError: it cannot be used.
     """
     if record.value is None:
         raise TraceError("empty", "a record without a value")
-    _check_headers(record)
-    chunk = _with_features(decode(record.value), claimed)
-    _check(chunk, record.header("rows"))
-    return {
-        "accepted": _table(ACCEPTED, accepted_rows(record, chunk)),
-        "rejected": _table(REJECTED, rejected_rows(record, chunk, context_tokens)),
-        "traces": _table(TRACES, trace_rows(record, chunk)),
+    check_announced(record.header)
+    chunk = open_chunk(record.value)
+    check_envelope(chunk, record.header)
+    return chunk
+
+
+def _runs(arrivals: Iterable[_Arrival]) -> Iterator[list[_Arrival]]:
+    run: list[_Arrival] = []
+    size = 0
+    for arrival in arrivals:
+        run.append(arrival)
+        size += arrival.chunk.rows.get_total_buffer_size()
+        if size >= RUN_BYTES:
+            yield run
+            run, size = [], 0
+    if run:
+        yield run
+
+
+def _of_chunks(arrivals: Sequence[_Arrival]) -> dict[str, pa.Array]:
+    """What the tables say of each chunk and its record, beside what its rounds say."""
+    records = [arrival.record for arrival in arrivals]
+    envelopes = [arrival.chunk.envelope for arrival in arrivals]
+    columns = {
+        "topic": [record.topic for record in records],
+        "partition": [record.partition for record in records],
+        "offset": [record.offset for record in records],
+        "day": [day_of(record.time_us) for record in records],
+        "last_chunk": [envelope.last for envelope in envelopes],
+        **{name: [getattr(envelope, name) for envelope in envelopes] for name in _AS_IN_ENVELOPE},
     }
+    return {name: pa.array(values, _TYPES[name]) for name, values in columns.items()}
 
 
-def _with_features(chunk: Chunk, claimed: Claimed) -> Chunk:
-    """The chunk as if its features had travelled in it."""
-    claim = chunk.envelope.claim
-    if claim is None or not chunk.rounds:
-        return chunk
-    ends = np.cumsum([len(r.tokens) for r in chunk.rounds])
-    parts = np.split(claimed(claim, int(ends[-1]), chunk.envelope.feature_width), ends[:-1])
-    rounds = tuple(replace(r, features=part) for r, part in zip(chunk.rounds, parts, strict=True))
-    return replace(chunk, rounds=rounds)
+def _refusal(error: Exception) -> TraceError:
+    return error if isinstance(error, TraceError) else TraceError(UNREADABLE, f"{type(error).__name__}: {error}")
 
 
-def accepted_rows(record: Record, chunk: Chunk) -> Iterator[Row]:
-    """The window of a chunk's committed tokens: one row, or none for a chunk without rounds.
-
-    Where the features are to be recomputed, the window begins with the request.
-    """
-    if not chunk.rounds:
-        return
-    envelope, rounds = chunk.envelope, chunk.rounds
-    nodes = [teacher_nodes(r) for r in rounds]
-    known = [(r, [node for node in of_round if node is not None]) for r, of_round in zip(rounds, nodes, strict=True)]
-    yield {
-        **_lineage(record, chunk),
-        "position": rounds[0].position - len(envelope.before),
-        "tokens": [*envelope.before, *(token for r in rounds for token in r.tokens)],
-        "next_token": rounds[-1].bonus,
-        "features": b"".join(_bytes(r.features) for r in rounds),
-        "feature_width": envelope.feature_width,
-        "loss_mask": [False] * len(envelope.before) + [node is not None for of_round in nodes for node in of_round],
-        "top_k": envelope.top_k,
-        "teacher_ids": np.concatenate([r.top_ids[rows].ravel() for r, rows in known]),
-        "teacher_logprobs": np.concatenate([r.top_logprobs[rows].ravel() for r, rows in known]),
-    }
-
-
-def rejected_rows(record: Record, chunk: Chunk, context_tokens: int) -> Iterator[Row]:
-    """The rejected branches of a chunk, in the order of its rounds."""
-    lineage = _lineage(record, chunk) if chunk.rounds else {}
-    before = list(chunk.envelope.before)
-    feature_before: bytes | None = None
-    for r in chunk.rounds:
-        root = r.tokens[0]
-        for path in rejected_branches(r.draft_parents, r.accepted):
-            teacher = [1 + node for node in path]
-            yield {
-                **lineage,
-                "round": r.round,
-                "root_position": r.position,
-                "root_feature": feature_before,
-                "context": [*before[-context_tokens:], root],
-                "branch": [r.draft_tokens[node] for node in path],
-                "accepted_prefix": len(set(path) & set(r.accepted)),
-                "draft_logprobs": [r.draft_logprobs[node] for node in path],
-                "top_k": chunk.envelope.top_k,
-                "teacher_ids": r.top_ids[teacher].ravel(),
-                "teacher_logprobs": r.top_logprobs[teacher].ravel(),
-            }
-        before = [*before, *r.tokens][-context_tokens:]
-        feature_before = _bytes(r.features[-1]) if len(r.features) else None
-
-
-def trace_rows(record: Record, chunk: Chunk) -> Iterator[Row]:
-    """The rounds of a chunk without their features."""
-    envelope = chunk.envelope
-    of_chunk = {
-        **_coordinates(record, envelope),
-        "node": envelope.node,
-        "last_chunk": envelope.last,
-        "finish": envelope.finish,
-        "temperature": envelope.temperature,
-        "top_p": envelope.top_p,
-        "sampling_top_k": envelope.sampling_top_k,
-        "seed": envelope.seed,
-        "top_k": envelope.top_k,
-    }
-    for r in chunk.rounds:
-        yield {
-            **of_chunk,
-            "speculator": r.speculator,
-            "time": r.time_us,
-            "round": r.round,
-            "position": r.position,
-            "tokens": r.tokens,
-            "draft_tokens": r.draft_tokens,
-            "draft_parents": r.draft_parents,
-            "draft_logprobs": r.draft_logprobs,
-            "accepted": r.accepted,
-            "bonus": r.bonus,
-            "top_ids": r.top_ids.ravel(),
-            "top_logprobs": r.top_logprobs.ravel(),
-            "draft_us": r.draft_us,
-            "verify_us": r.verify_us,
-        }
-
-
-def teacher_nodes(r: Round) -> list[int | None]:
-    """For each committed token the row of ``top_ids`` that holds the target after it; None inside the prompt."""
-    if r.round > 0:
-        return [0, *(1 + node for node in r.accepted)]
-    inside: list[int | None] = [None] * len(r.tokens)
-    return inside if r.bonus is None else [*inside[:-1], 0]
-
-
-def dead_letter(record: Record, reason: str, detail: str) -> pa.Table:
+def _letter(record: Record, error: TraceError) -> dict[str, object]:
     """The row that keeps an unusable record byte for byte."""
-    row = {
+    return {
         "topic": record.topic,
         "partition": record.partition,
         "offset": record.offset,
         "time": record.time_us,
         "day": day_of(record.time_us),
-        "reason": reason,
-        "detail": detail.encode(errors="backslashreplace").decode(),
+        "reason": error.reason,
+        "detail": error.detail.encode(errors="backslashreplace").decode(),
         "rows": record.number("rows"),
         "key": record.key,
         "value": record.value,
         "headers": [{"name": name, "value": value} for name, value in record.headers],
     }
-    return _table(DEAD_LETTERS, [row])
 
 
-def _check_headers(record: Record) -> None:
-    schema, content = record.header("schema"), record.header("content-type")
-    if schema not in trace.readable():
-        raise TraceError("foreign_schema", f"header schema is {schema!r}, this worker reads {sorted(trace.readable())}")
-    if content != trace.CONTENT_TYPE:
-        raise TraceError("foreign_content", f"header content-type is {content!r}, expected {trace.CONTENT_TYPE!r}")
-
-
-def _check(chunk: Chunk, claimed: str | None) -> None:
-    """What the codec cannot see in a single row, and what the tables cannot hold."""
-    envelope, rounds = chunk.envelope, chunk.rounds
-    if claimed != str(len(rounds)):
-        raise TraceError("wrong_count", f"header rows is {claimed!r}, the chunk has {len(rounds)} rounds")
-    if not LINE.fullmatch(envelope.line):
-        raise TraceError("bad_line", f"line is {envelope.line[:200]!r}, expected {LINE.pattern}")
-    numbers = ("chunk", "feature_width", "top_k", "sampling_top_k")
-    too_large = [name for name in numbers if getattr(envelope, name) > INT32_MAX]
-    if envelope.seed is not None and not -(2**63) <= envelope.seed < 2**63:
-        too_large.append("seed")
-    if too_large:
-        raise TraceError("too_large", f"does not fit into its column: {', '.join(too_large)}")
-    if not (math.isfinite(envelope.temperature) and math.isfinite(envelope.top_p)):
-        raise TraceError("bad_number", f"temperature {envelope.temperature}, top_p {envelope.top_p}")
-    for r in rounds:
-        _check_round(r)
-    for one, after in pairwise(rounds):
-        _check_order(one, after)
-
-
-def _check_round(r: Round) -> None:
-    where = f"round {r.round}"
-    if r.round < 0 or r.position < 0:
-        raise TraceError("contradiction", f"{where} at position {r.position}")
-    if r.round == 0 and r.draft_tokens:
-        raise TraceError("contradiction", f"{where}: the prompt has no draft, found {len(r.draft_tokens)} tokens")
-    if r.round > 0 and r.bonus is None:
-        raise TraceError("contradiction", f"{where}: no bonus, although only the inside of a prompt has none")
-    if min(*r.tokens, *r.draft_tokens, r.bonus or 0, int(r.top_ids.min(initial=0))) < 0:
-        raise TraceError("bad_token", f"{where}: negative token id")
-    if ((r.features & BF16_EXPONENT) == BF16_EXPONENT).any():
-        raise TraceError("bad_number", f"{where}: a feature is infinite or not a number")
-    if not (np.isfinite(r.draft_logprobs).all() and np.isfinite(r.top_logprobs).all()):
-        raise TraceError("bad_number", f"{where}: a log-probability is infinite or not a number")
-
-
-def _check_order(one: Round, after: Round) -> None:
-    """Rounds of a chunk follow each other: the token that one chose is the first that the next one consumed."""
-    same_prompt = one.round == after.round == 0 and one.bonus is None
-    next_round = after.round == one.round + 1 and one.bonus == after.tokens[0]
-    if not (same_prompt or next_round) or after.position != one.position + len(one.tokens):
-        raise TraceError(
-            "contradiction",
-            f"round {after.round} at position {after.position} with root {after.tokens[0]} does not follow round "
-            f"{one.round} at position {one.position} with {len(one.tokens)} tokens and bonus {one.bonus}",
-        )
-
-
-def _lineage(record: Record, chunk: Chunk) -> Row:
-    drafting = [r.speculator for r in chunk.rounds if r.speculator]
-    return {
-        **_coordinates(record, chunk.envelope),
-        "speculator": drafting[-1] if drafting else "",
-        "time": chunk.rounds[-1].time_us,
-    }
-
-
-def _coordinates(record: Record, envelope: Envelope) -> Row:
-    return {
-        "topic": record.topic,
-        "partition": record.partition,
-        "offset": record.offset,
-        "request": envelope.request,
-        "chunk": envelope.chunk,
-        "target": envelope.target,
-        "line": envelope.line,
-        "label": envelope.label,
-        "day": day_of(record.time_us),
-    }
-
-
-def _bytes(features: trace.U16) -> bytes:
-    return features.astype("<u2", copy=False).tobytes()
-
-
-def _table(schema: pa.Schema, rows: Iterable[Row]) -> pa.Table:
-    listed: Sequence[Row] = list(rows)
-    if not listed:
-        return schema.empty_table()
-    return pa.table([pa.array([row[f.name] for row in listed], type=f.type) for f in schema], schema=schema)
+_AS_IN_ENVELOPE = (
+    "request", "chunk", "node", "target", "line", "label", "feature_width", "top_k",
+    "finish", "temperature", "top_p", "sampling_top_k", "seed",
+)  # fmt: skip
+_TYPES = {f.name: f.type for schema in (ACCEPTED, TRACES) for f in schema}

@@ -33,6 +33,7 @@ LINEAGE = [
     pa.field("offset", pa.int64(), nullable=False),
     pa.field("request", pa.string(), nullable=False),
     pa.field("chunk", pa.int32(), nullable=False),
+    pa.field("node", pa.string(), nullable=False),
     pa.field("target", pa.string(), nullable=False),
     pa.field("line", pa.string(), nullable=False),
     pa.field("label", pa.string()),
@@ -87,7 +88,6 @@ after consuming each branch token.
 TRACES = pa.schema(
     [
         *LINEAGE,
-        pa.field("node", pa.string(), nullable=False),
         pa.field("last_chunk", pa.bool_(), nullable=False),
         pa.field("finish", pa.string()),
         pa.field("temperature", pa.float32(), nullable=False),
@@ -155,6 +155,17 @@ REPLAYS = pa.schema(
 )
 """One dead letter that was published again a row: which one, and the record that it became."""
 
+CURSORS = pa.schema(
+    [
+        pa.field("time", _TIME, nullable=False),
+        pa.field("day", pa.date32(), nullable=False),
+        pa.field("reader", pa.string(), nullable=False),
+        pa.field("table", pa.string(), nullable=False),
+        pa.field("version", pa.int64(), nullable=False),
+    ]
+)
+"""How far a reader has read one table: it needs the rows that later versions added. Its newest row counts."""
+
 TABLES = {
     "accepted": ACCEPTED,
     "rejected": REJECTED,
@@ -162,6 +173,7 @@ TABLES = {
     "dead_letters": DEAD_LETTERS,
     "promotions": PROMOTIONS,
     "replays": REPLAYS,
+    "cursors": CURSORS,
 }
 
 PARTITIONED_BY = {
@@ -171,6 +183,7 @@ PARTITIONED_BY = {
     "dead_letters": ("day",),
     "promotions": (),
     "replays": (),
+    "cursors": ("day",),
 }
 """Columns by whose values the files of a table lie apart: a reader of one line opens no other's, and retention deletes
 whole days without rewriting any."""

@@ -97,9 +97,21 @@ class Lists(NamedTuple):
         return np.repeat(np.arange(len(self.offsets) - 1), self.lengths)
 
     @property
+    def numbers(self) -> Ints:
+        """[entries] how many stand before each in its row."""
+        return spans(np.zeros(len(self.offsets) - 1, np.int64), self.lengths)
+
+    @property
     def entries(self) -> Array:
         """The values that rows own."""
         return self.values[self.offsets[0] : self.offsets[-1]]
+
+    def any(self, bad: Bools) -> Bools:
+        """[rows] whether any entry of a row is bad; ``bad`` is for each of ``entries``."""
+        found = np.zeros(len(self.offsets) - 1, np.bool_)
+        if bad.any():
+            found[self.rows[bad]] = True
+        return found
 
     def of(self, row: int) -> list[Any]:
         """One list."""
@@ -258,8 +270,7 @@ def _nulls(rounds: Rounds) -> Check:
         bad = ~_valid(column) if column.null_count and name != "bonus" else None
         if pa.types.is_list(column.type) and column.values.null_count:
             lists = Lists(_valid(column.values), column.offsets.to_numpy().astype(np.int64))
-            inside = np.zeros(len(rounds), np.bool_)
-            inside[lists.rows[~lists.entries]] = True
+            inside = lists.any(~lists.entries)
             bad = inside if bad is None else bad | inside
         return bad
 
@@ -297,11 +308,9 @@ def _lengths(rounds: Rounds) -> Iterator[Check]:
 
 def _links(rounds: Rounds) -> Iterator[Check]:
     """Parents, accepted nodes and committed tokens. Lengths may not fit either, so nothing is looked up blindly."""
-    rows = len(rounds)
     parents, accepted, drafts, tokens = rounds.draft_parents, rounds.accepted, rounds.draft_tokens, rounds.tokens
-    of_parent, of_accepted = parents.rows, accepted.rows
-    node = np.arange(len(of_parent)) - (parents.starts - parents.offsets[0])[of_parent]
-    stray = _any_of(rows, of_parent, (parents.entries < ROOT) | (parents.entries >= node))
+    of_accepted, node = accepted.rows, parents.numbers
+    stray = parents.any((parents.entries < ROOT) | (parents.entries >= node))
     yield Check(
         stray,
         "contradiction",
@@ -310,11 +319,11 @@ def _links(rounds: Rounds) -> Iterator[Check]:
 
     chosen = accepted.entries.astype(np.int64)
     drafted = (chosen >= 0) & (chosen < np.minimum(parents.lengths, drafts.lengths)[of_accepted])
-    step = np.arange(len(chosen)) - (accepted.starts - accepted.offsets[0])[of_accepted]
+    step = accepted.numbers
     before = np.where(step == 0, ROOT, np.roll(chosen, 1))
     parent = _at(parents.values, parents.starts[of_accepted] + chosen, drafted)
     yield Check(
-        _any_of(rows, of_accepted, ~drafted | (parent != before)),
+        accepted.any(~drafted | (parent != before)),
         "contradiction",
         lambda row: f"{rounds.where(row)}: accepted nodes {accepted.of(row)} are no path from the root",
     )
@@ -322,7 +331,7 @@ def _links(rounds: Rounds) -> Iterator[Check]:
     after_prompt = rounds.number > 0
     there = drafted & (1 + step < tokens.lengths[of_accepted])
     kept = _at(tokens.values, tokens.starts[of_accepted] + 1 + step, there)
-    differs = _any_of(rows, of_accepted, kept != _at(drafts.values, drafts.starts[of_accepted] + chosen, drafted))
+    differs = accepted.any(kept != _at(drafts.values, drafts.starts[of_accepted] + chosen, drafted))
     yield Check(
         after_prompt & (differs | (tokens.lengths != 1 + accepted.lengths)),
         "contradiction",
@@ -362,13 +371,6 @@ def _valid(column: pa.Array) -> Bools:
     if not column.null_count:
         return np.ones(len(column), np.bool_)
     return np.asarray(column.is_valid().to_numpy(zero_copy_only=False), np.bool_)
-
-
-def _any_of(rows: int, row: Ints, bad: Bools) -> Bools:
-    """[rows] whether any entry of a row is bad."""
-    found = np.zeros(rows, np.bool_)
-    found[row[bad]] = True
-    return found
 
 
 def _at(values: Array, index: Ints, there: Bools) -> Array:

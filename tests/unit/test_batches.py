@@ -263,11 +263,6 @@ def test_a_header_that_does_not_fit_is_a_dead_letter(header: str, value: bytes |
     assert reason(record(headers=headers)) == code
 
 
-def test_a_record_written_before_the_newest_fields_were_added_is_no_dead_letter() -> None:
-    headers = tuple((name, b"679c4502ef95ecdd" if name == "schema" else old) for name, old in record().headers)
-    assert build([record(headers=headers)], 32).rows["accepted"].num_rows == 1
-
-
 def test_a_number_that_no_column_holds_is_a_dead_letter() -> None:
     assert reason(record(Chunk(replace(ENVELOPE, seed=2**63), EXAMPLE.rounds))) == "too_large"
     assert reason(record(Chunk(replace(ENVELOPE, sampling_top_k=2**31), EXAMPLE.rounds))) == "too_large"

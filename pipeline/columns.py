@@ -1,0 +1,231 @@
+"""From sound rounds to the columns of the tables, those of many chunks at a time.
+
+``schemas.trace`` says how tokens lie in rounds, ``schemas.batches`` what becomes of them. Every list column of a table
+is a selection of entries of one column of the rounds: here are the selections.
+
+Shapes: C chunks, R rounds, B rejected branches; k as in the rounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from schemas.batches import ACCEPTED, REJECTED, TRACES
+from schemas.reading import Array, Ints, Lists, Rounds, spans
+from schemas.trace import U16
+from schemas.tree import rejected_branches
+
+Columns = Mapping[str, pa.Array]
+
+
+def features_of(rounds: Rounds, claimed: Mapping[int, U16]) -> Lists:
+    """[R] the bf16 bit patterns of each row's tokens, end to end; none where they are to be recomputed.
+
+    Args:
+        rounds: Of which the rows are well-formed.
+        claimed: [tokens, width] by number of the chunk, where they did not travel in it.
+    """
+    inline = Lists(rounds.features.entries.view("<u2"), (rounds.features.offsets - rounds.features.offsets[0]) // 2)
+    if not claimed:
+        return inline
+    edges = inline.offsets[rounds.bounds]
+    parts = [
+        claimed[chunk].ravel() if chunk in claimed else inline.values[start:end]
+        for chunk, (start, end) in enumerate(pairwise(edges.tolist()))
+    ]
+    is_claimed = np.isin(rounds.chunk, list(claimed))
+    lengths = np.where(is_claimed, rounds.tokens.lengths * rounds.feature_width, inline.lengths)
+    return Lists(np.concatenate(parts), _offsets(lengths))
+
+
+def tables(rounds: Rounds, features: Lists, of_chunks: Columns, context_tokens: int) -> dict[str, pa.Table]:
+    """Rows of ``accepted``, ``rejected`` and ``traces``.
+
+    Args:
+        rounds: Sound, and at least one in every chunk.
+        features: [R] as ``features_of`` gives them.
+        of_chunks: [C] what the tables say of a chunk or its record.
+        context_tokens: Tokens kept before the root of a rejected branch.
+    """
+    ends = rounds.batch.column("time").take(pa.array(rounds.bounds[1:] - 1))
+    of_windows = {**of_chunks, "speculator": _drafted_last(rounds), "time": ends}
+    windows = _windows(rounds)
+    return {
+        "accepted": _accepted(rounds, features, of_windows, windows),
+        "rejected": _rejected(rounds, features, of_windows, windows, context_tokens),
+        "traces": _traces(rounds, of_chunks),
+    }
+
+
+class _Windows(NamedTuple):
+    tokens: Lists
+    """[C] the tokens of a chunk, and before them those that its envelope brought."""
+    roots: Ints
+    """[R] where the first token of a round stands among them."""
+
+
+def _windows(rounds: Rounds) -> _Windows:
+    tokens, bounds = rounds.tokens, rounds.bounds
+    edges = tokens.offsets[bounds]
+    before = np.array([len(envelope.before) for envelope in rounds.envelopes], np.int64)
+    roots = tokens.starts - edges[0] + np.cumsum(before)[rounds.chunk]
+    values = tokens.entries
+    if before.any():
+        parts = zip(rounds.envelopes, np.split(values, (edges - edges[0])[1:-1]), strict=True)
+        values = np.concatenate([part for envelope, own in parts for part in (envelope.before, own)])
+    return _Windows(Lists(values.astype(np.int32, copy=False), _offsets(np.diff(edges) + before)), roots)
+
+
+def _accepted(rounds: Rounds, features: Lists, lineage: Columns, windows: _Windows) -> pa.Table:
+    first, last = rounds.bounds[:-1], rounds.bounds[1:] - 1
+    before = windows.roots[first] - windows.tokens.starts
+    of_round, nodes, edges = _taught(rounds)
+    return _table(
+        ACCEPTED,
+        {
+            **lineage,
+            "position": _numbers(rounds.position[first] - before),
+            "tokens": _lists(windows.tokens),
+            "next_token": rounds.batch.column("bonus").take(pa.array(last)),
+            "features": _binary(features.entries, features.offsets[rounds.bounds] - features.offsets[0]),
+            "loss_mask": _lists(Lists(_loss_mask(rounds, windows), windows.tokens.offsets)),
+            "teacher_ids": _lists(_teacher(rounds, rounds.top_ids, of_round, nodes, edges)),
+            "teacher_logprobs": _lists(_teacher(rounds, rounds.top_logprobs, of_round, nodes, edges)),
+        },
+    )
+
+
+def _loss_mask(rounds: Rounds, windows: _Windows) -> Array:
+    """For every token of the windows whether the target after it is known."""
+    mask = np.zeros(len(windows.tokens.values), np.bool_)
+    n, decoded = rounds.tokens.lengths, rounds.number > 0
+    mask[spans(windows.roots[decoded], n[decoded])] = True
+    prompt_ends = ~decoded & rounds.has_bonus
+    mask[windows.roots[prompt_ends] + n[prompt_ends] - 1] = True
+    return mask
+
+
+def _taught(rounds: Rounds) -> tuple[Ints, Ints, Ints]:
+    """The verified nodes that committed tokens lead to: the round and the row of its teacher that each has, and how
+    many there are before each chunk [C + 1]. Row 0 is the root's; inside a prompt nothing is verified."""
+    counts = np.where(rounds.has_bonus, 1 + rounds.accepted.lengths, 0)
+    edges = _offsets(counts)
+    nodes = np.zeros(edges[-1], np.int64)
+    nodes[edges[rounds.accepted.rows] + 1 + rounds.accepted.numbers] = 1 + rounds.accepted.entries.astype(np.int64)
+    return np.repeat(np.arange(len(rounds)), counts), nodes, edges[rounds.bounds]
+
+
+def _teacher(rounds: Rounds, top: Lists, of_round: Ints, nodes: Ints, edges: Ints) -> Lists:
+    """Of ``top_ids`` or ``top_logprobs`` row ``nodes[i]`` of round ``of_round[i]``, cut into lists at ``edges``."""
+    k = rounds.top_k[of_round]
+    return Lists(top.values[spans(top.starts[of_round] + nodes * k, k)], _offsets(k)[edges])
+
+
+class _Branches(NamedTuple):
+    rounds: Ints
+    """[B]."""
+    nodes: Lists
+    """[B] the drafted nodes of each, from the root's child to the leaf."""
+
+
+def _branches(rounds: Rounds) -> _Branches:
+    """The rejected branches, in the order of the rounds. A chain has at most one: all of it."""
+    parents, drafted = rounds.draft_parents, rounds.draft_tokens.lengths
+    forked = parents.any(parents.entries != parents.numbers - 1)
+    chains = np.flatnonzero(~forked & (rounds.accepted.lengths < drafted))
+    lengths = drafted[chains]
+    nodes = spans(np.zeros(len(chains), np.int64), lengths)
+    trees = np.flatnonzero(forked)
+    if not len(trees):
+        return _Branches(chains, Lists(nodes, _offsets(lengths)))
+    paths = [
+        (row, path) for row in trees.tolist() for path in rejected_branches(parents.of(row), rounds.accepted.of(row))
+    ]
+    of_round = np.concatenate([chains, np.array([row for row, _ in paths], np.int64)])
+    lengths = np.concatenate([lengths, np.array([len(path) for _, path in paths], np.int64)])
+    nodes = np.concatenate([nodes, np.array([node for _, path in paths for node in path], np.int64)])
+    order = np.argsort(of_round, kind="stable")
+    starts = np.cumsum(lengths) - lengths
+    return _Branches(of_round[order], Lists(nodes[spans(starts[order], lengths[order])], _offsets(lengths[order])))
+
+
+def _rejected(rounds: Rounds, features: Lists, lineage: Columns, windows: _Windows, context_tokens: int) -> pa.Table:
+    of_round, nodes = _branches(rounds)
+    of_chunk, round_of_node = rounds.chunk[of_round], of_round[nodes.rows]
+    drafted = rounds.draft_tokens.starts[round_of_node] + nodes.values
+    kept = np.zeros(len(rounds.draft_tokens.values) + 1, np.bool_)
+    kept[rounds.draft_tokens.starts[rounds.accepted.rows] + rounds.accepted.entries] = True
+    logprobs = rounds.draft_logprobs.starts[round_of_node] + nodes.values
+    verified = round_of_node, 1 + nodes.values, nodes.offsets
+    roots = windows.roots[of_round]
+    begins = np.maximum(windows.tokens.starts[of_chunk], roots - context_tokens)
+    return _table(
+        REJECTED,
+        {
+            **{name: column.take(pa.array(of_chunk)) for name, column in lineage.items() if name in REJECTED.names},
+            "round": _numbers(rounds.number[of_round]),
+            "root_position": _numbers(rounds.position[of_round]),
+            "root_feature": _features_before(rounds, features, of_round),
+            "context": _lists(
+                Lists(windows.tokens.values[spans(begins, roots + 1 - begins)], _offsets(roots + 1 - begins))
+            ),
+            "branch": _lists(Lists(rounds.draft_tokens.values[drafted], nodes.offsets)),
+            "accepted_prefix": _numbers(np.add.reduceat(kept[drafted], nodes.starts, dtype=np.int64)),
+            "draft_logprobs": _lists(Lists(rounds.draft_logprobs.values[logprobs], nodes.offsets)),
+            "teacher_ids": _lists(_teacher(rounds, rounds.top_ids, *verified)),
+            "teacher_logprobs": _lists(_teacher(rounds, rounds.top_logprobs, *verified)),
+        },
+    )
+
+
+def _traces(rounds: Rounds, of_chunks: Columns) -> pa.Table:
+    of_rounds = dict(zip(rounds.batch.schema.names, rounds.batch.columns, strict=True))
+    chunk = pa.array(rounds.chunk)
+    return _table(TRACES, {**{name: column.take(chunk) for name, column in of_chunks.items()}, **of_rounds})
+
+
+def _drafted_last(rounds: Rounds) -> pa.Array:
+    """[C] the last version that drafted in each chunk; empty where none did."""
+    versions = rounds.batch.column("speculator")
+    named = pc.binary_length(versions).to_numpy() > 0
+    last = np.maximum.reduceat(np.where(named, np.arange(len(rounds)), -1), rounds.bounds[:-1])
+    return versions.take(pa.array(last, mask=last < 0)).fill_null("")
+
+
+def _features_before(rounds: Rounds, features: Lists, of_round: Ints) -> pa.Array:
+    """The features of the token before each round's root; null where the chunk does not have them."""
+    ends = features.offsets[of_round]
+    known = (of_round > rounds.bounds[rounds.chunk[of_round]]) & (features.lengths[of_round - 1] > 0)
+    starts = ends - rounds.feature_width[of_round]
+    spots = zip(known.tolist(), starts.tolist(), ends.tolist(), strict=True)
+    bits = [features.values[start:end].tobytes() if there else None for there, start, end in spots]
+    return pa.array(bits, pa.binary())
+
+
+def _table(schema: pa.Schema, columns: Columns) -> pa.Table:
+    return pa.Table.from_arrays([columns[name] for name in schema.names], schema=schema)
+
+
+def _offsets(lengths: Ints) -> Ints:
+    return np.concatenate([[0], np.cumsum(lengths)])
+
+
+def _numbers(values: Ints) -> pa.Array:
+    return pa.array(values.astype(np.int32))
+
+
+def _lists(lists: Lists) -> pa.Array:
+    values = pa.array(lists.values)
+    return pa.ListArray.from_arrays(pa.array(lists.offsets.astype(np.int32)), values, type=pa.list_(values.type))
+
+
+def _binary(bits: Array, offsets: Ints) -> pa.Array:
+    """Runs of 16-bit numbers as bytes, little-endian as they are."""
+    buffers = [None, pa.py_buffer((2 * offsets).astype(np.int32)), pa.py_buffer(np.ascontiguousarray(bits))]
+    return pa.Array.from_buffers(pa.binary(), len(offsets) - 1, buffers)

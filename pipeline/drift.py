@@ -182,12 +182,12 @@ class _Series:
         self._changed = _detector(settings)
         # Offset, time and figures of each observation, end to end: a tenth of what objects would take.
         self._seen = array("d")
-        self._sums = [0.0, 0.0, 0.0]
+        self._sums = (0.0, 0.0, 0.0)
 
     def observe(self, seen: Observation) -> Change | None:
-        figures = (seen.acceptance, seen.accept_length, seen.drafted)
-        self._seen.extend((seen.offset, seen.time_us, *figures))
-        self._sums = [total + figure for total, figure in zip(self._sums, figures, strict=True)]
+        self._seen.extend((seen.offset, seen.time_us, seen.acceptance, seen.accept_length, seen.drafted))
+        acceptance, accept_length, drafted = self._sums
+        self._sums = (acceptance + seen.acceptance, accept_length + seen.accept_length, drafted + seen.drafted)
         return self._begin_anew() if self._changed(seen.acceptance) else None
 
     def figures(self) -> Accepted:
@@ -201,7 +201,8 @@ class _Series:
         split = split_of(seen[:, 2], self._settings.min_requests)
         before, after = seen[:split], seen[split:]
         self._seen = array("d", after.ravel())
-        self._sums = list(map(float, after[:, 2:].sum(axis=0)))
+        acceptance, accept_length, drafted = map(float, after[:, 2:].sum(axis=0))
+        self._sums = acceptance, accept_length, drafted
         self._changed = _detector(self._settings)
         return Change(_means(before), _means(after), since_offset=int(after[0, 0]), since_us=int(after[0, 1]))
 

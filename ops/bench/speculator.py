@@ -109,9 +109,8 @@ def run(settings: Settings, plan: Plan, say: Say) -> Trained:
     """
     if plan.requests <= VALIDATED:
         raise UserError(f"--requests {plan.requests}: {VALIDATED} of them are kept back, so more are needed")
-    provide_target(settings.target, say)
-    recorded = Path(settings.stack.dir) / "bench" / "recorded" / plan.domain
-    ids = _record(settings, plan, recorded, say)
+    recorded = recordings(settings, plan.domain)
+    ids = record(settings, plan.domain, plan.requests, plan.max_tokens, say)
     torch.set_num_threads(settings.train.threads)
     target = read_target(settings)
     windows = [recording.read_window(recorded, request_id, target.fingerprint) for request_id in ids]
@@ -217,14 +216,25 @@ class Training:
         return trained
 
 
-def _record(settings: Settings, plan: Plan, folder: Path, say: Say) -> list[str]:
-    """See that every request of the plan is recorded; gives their ids."""
+def recordings(settings: Settings, domain: str) -> Path:
+    """Where the traces of a domain are kept."""
+    return Path(settings.stack.dir) / "bench" / "recorded" / domain
+
+
+def record(settings: Settings, domain: str, number: int, max_tokens: int, say: Say) -> list[str]:
+    """See that so many requests of a domain are recorded; gives their ids.
+
+    Raises:
+        UserError: no target, or no such domain.
+    """
+    provide_target(settings.target, say)
+    folder = recordings(settings, domain)
     tokenizer = prompted.tokenizer_of(Path(settings.target.path))
-    texts = prompted.tokenize(tokenizer, prompted.learned_from(plan.domain))
-    requests = prompted.training_requests(plan.domain, texts, plan.requests, plan.max_tokens)
+    texts = prompted.tokenize(tokenizer, prompted.learned_from(domain))
+    requests = prompted.training_requests(domain, texts, number, max_tokens)
     left = recording.missing(folder, requests)
     if left:
-        say(f"recording {len(left)} requests of up to {plan.max_tokens} tokens into {folder}")
+        say(f"recording {len(left)} requests of up to {max_tokens} tokens into {folder}")
         started = time.monotonic()
 
         def done(number: int) -> None:

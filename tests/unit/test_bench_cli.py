@@ -23,16 +23,17 @@ def bench(*arguments: str) -> Result:
     return CliRunner().invoke(app, ["bench", *arguments])
 
 
-@pytest.mark.parametrize("command", ["speculator", "serving", "soak"])
+@pytest.mark.parametrize("command", ["speculator", "serving", "soak", "stream"])
 def test_an_unknown_setting_is_one_line_and_exit_code_2(command: str) -> None:
     told = bench(command, "--set", "serve.prot=1")
     assert (told.exit_code, told.stderr) == (2, "aurora: serve.prot: unknown setting; did you mean 'serve.port'?\n")
 
 
-def test_a_figure_that_does_not_exist_is_told_with_those_that_do() -> None:
-    told = bench("serving", "--only", "speed")
+@pytest.mark.parametrize(("command", "first"), [("serving", "ours_vs_generate"), ("stream", "ratio_to_bare_loop_64k")])
+def test_a_figure_that_does_not_exist_is_told_with_those_that_do(command: str, first: str) -> None:
+    told = bench(command, "--only", "speed")
     assert told.exit_code == 2
-    assert "--only speed: no such figure; there are ours_vs_generate," in told.stderr
+    assert f"--only speed: no such figure; there are {first}," in told.stderr
 
 
 def test_a_soak_without_a_trained_speculator_names_the_command_that_trains_one(tmp_path: Path) -> None:

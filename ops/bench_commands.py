@@ -1,0 +1,125 @@
+"""``aurora bench``: what the parts are worth on this machine."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+
+from ops.command import AsJson, Config, Set, hint, say, settings_of, told
+
+app = typer.Typer(no_args_is_help=True, help="Measure on this machine what the serving node and the stream are worth.")
+
+
+@app.command()
+def speculator(  # noqa: PLR0913, PLR0917 - one for each flag
+    config: Config = None,
+    set_: Set = None,
+    domain: Annotated[str, typer.Option(metavar="math|code", help="Prompts to learn from.")] = "math",
+    name: Annotated[str | None, typer.Option(help="Name in the cache; the domain where none is given.")] = None,
+    requests: Annotated[int, typer.Option(min=25, help="Requests to record.")] = 400,
+    max_tokens: Annotated[int, typer.Option(min=8, help="Longest recorded answer, in tokens.")] = 96,
+    minutes: Annotated[float, typer.Option(min=0.1, help="Training time, after the recording.")] = 12,
+    steps: Annotated[int, typer.Option(min=1, max=16, help="Steps of the training-time test.")] = 4,
+    as_json: AsJson = False,
+) -> None:
+    """Train a speculator on recorded traces of one domain, for the other benchmarks."""
+    with told():
+        from dataclasses import asdict
+
+        from ops.bench import speculator as trainer
+        from schemas import logs
+
+        logs.configure("bench", "warning")
+        plan = trainer.Plan(name or domain, domain, requests, max_tokens, minutes, steps)
+        trained = trainer.run(settings_of(config, set_), plan, hint if as_json else say)
+        if as_json:
+            sys.stdout.write(json.dumps(asdict(trained), indent=2) + "\n")
+        else:
+            say(f"{trained.folder}: accept length {trained.accept_length:.2f} of {trained.lookahead}")
+
+
+@app.command()
+def serving(
+    config: Config = None,
+    set_: Set = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer and shorter trials: below three minutes.")] = False,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Figures that begin with this; repeatable.")
+    ] = None,
+    speculator: Annotated[str, typer.Option(help="Trained speculator: name in the cache, or folder.")] = "math",
+    domain: Annotated[str, typer.Option(metavar="math|code", help="The domain that it was trained for.")] = "math",
+    as_json: AsJson = False,
+) -> None:
+    """Measure the serving node beside others on the same weights: speed, what speculation brings, what it costs."""
+    with told():
+        from rich.console import Console
+
+        from ops.bench import serving as figures
+        from ops.bench.paired import as_table
+        from schemas import logs
+
+        logs.configure("bench", "warning")
+        options = figures.Options(quick, tuple(only or ()), speculator, domain)
+        report = figures.run(settings_of(config, set_), options, hint)
+        if as_json:
+            sys.stdout.write(json.dumps(report.summary(), indent=2) + "\n")
+        else:
+            Console().print(as_table(report.title, report.figures))
+
+
+@app.command()
+def soak(
+    config: Config = None,
+    set_: Set = None,
+    minutes: Annotated[float, typer.Option(min=0.5, help="How long.")] = 30,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 16,
+    swap_every: Annotated[float, typer.Option(min=1, help="Seconds between two versions.")] = 10,
+    leaving: Annotated[float, typer.Option(min=0, max=1, help="Share of clients that hang up early.")] = 0.1,
+    speculator: Annotated[str, typer.Option(help="Trained speculator: name in the cache, or folder.")] = "math",
+    as_json: AsJson = False,
+) -> None:
+    """Load a node for a long time, through swaps, clients that leave and a broker that goes away; exit 1 on a miss."""
+    with told():
+        from rich.console import Console
+
+        from ops.bench import soak as soaking
+        from ops.bench.paired import as_table
+        from schemas import logs
+
+        logs.configure("bench", "warning")
+        options = soaking.Options(minutes, concurrency, swap_every, leaving, speculator)
+        report = soaking.run(settings_of(config, set_), options, hint)
+        if as_json:
+            sys.stdout.write(json.dumps(report.summary(), indent=2) + "\n")
+        else:
+            Console().print(as_table(f"soak of {minutes:g} minutes", report.figures))
+        raise typer.Exit(0 if report.passed else 1)
+
+
+@app.command()
+def stream(
+    config: Config = None,
+    set_: Set = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer trials of less data: below three minutes.")] = False,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Figures that begin with this; repeatable.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the stream worker from topic to committed tables, beside bare loops over the same records."""
+    with told():
+        from rich.console import Console
+
+        from ops.bench import stream as figures
+        from ops.bench.paired import as_table
+        from schemas import logs
+
+        logs.configure("bench", "warning")
+        report = figures.run(settings_of(config, set_), figures.Options(quick, tuple(only or ())), hint)
+        if as_json:
+            sys.stdout.write(json.dumps(report.summary(), indent=2) + "\n")
+        else:
+            Console().print(as_table(report.title, report.figures))

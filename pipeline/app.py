@@ -88,6 +88,7 @@ class StreamWorker:
             rows_written=counts.rows_written,
             bytes_taken=counts.bytes_taken,
             dead_letters=dict(counts.dead_letters),
+            gaps=counts.gaps,
             skipped_behind=counts.skipped_behind,
             left_out=counts.left_out,
             seeks_back=counts.seeks_back,

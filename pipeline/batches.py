@@ -200,7 +200,7 @@ class _Builder:
             if first is not None:
                 repeated[number] = TraceError(DUPLICATE, f"repeats the record at offset {first}")
                 continue
-            gaps += not any(some.follows(one) for some in known)
+            gaps += self._known[0].window > 0 and not any(some.follows(one) for some in known)
             taken.append(one)
             known[-1].add([one])
         return taken, gaps, repeated

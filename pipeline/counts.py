@@ -21,6 +21,8 @@ class Counts:
     bytes_taken: int = 0
     dead_letters: Counter[str] = field(default_factory=Counter)
     """Records that could not be used, by reason."""
+    gaps: int = 0
+    """Chunks whose one before is not known: it was shed, became a dead letter, or came too long ago."""
     skipped_behind: int = 0
     """Records that the tables contained already."""
     left_out: int = 0
@@ -37,6 +39,7 @@ class Counts:
 _COUNTERS = {
     "rows_written": "Verify rounds written to the traces table",
     "bytes_taken": "Bytes of the records taken from the topic",
+    "gaps": "Chunks whose one before is not known",
     "skipped_behind": "Records that the tables contained already",
     "left_out": "Records left out until their turn comes",
     "seeks_back": "Seeks back to the offset that the tables want",

@@ -12,8 +12,8 @@ last, so that no other table is behind what is remembered.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple, TypeVar
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, Protocol, TypeVar
 
 import pyarrow as pa
 
@@ -83,16 +83,23 @@ class Known:
 NOTHING = Known(0)
 
 
+class Tables(Protocol):
+    """Where the rows of ``accepted`` are read from."""
+
+    def read_offsets(self, name: str, source: Source, offsets: range, columns: Sequence[str]) -> pa.Table:
+        """Rows that a range of one partition's records gave, in the order of their offsets."""
+
+
 class Duplicates:
     """What is known of each partition, at the offset that its tables want next.
 
     Args:
-        read: Rows of ``accepted`` of a partition in a range of offsets.
+        tables: Where the rows of ``accepted`` are.
         window: Offsets for which a record is remembered.
     """
 
-    def __init__(self, read: Callable[[Source, range], pa.Table], window: int) -> None:
-        self._read = read
+    def __init__(self, tables: Tables, window: int) -> None:
+        self._tables = tables
         self._window = window
         self._known: dict[Source, tuple[int, Known]] = {}
 
@@ -100,7 +107,8 @@ class Duplicates:
         """What the records from offset ``wanted`` on can repeat."""
         at, known = self._known.get(source, (None, NOTHING))
         if at != wanted:
-            rows = self._read(source, range(max(0, wanted - self._window), wanted))
+            offsets = range(max(0, wanted - self._window), wanted)
+            rows = self._tables.read_offsets("accepted", source, offsets, COLUMNS)
             known = Known(self._window, _taken(source, rows))
             self._known[source] = wanted, known
         return known
@@ -114,11 +122,10 @@ class Duplicates:
 
 
 def _taken(source: Source, rows: pa.Table) -> Iterator[Taken]:
-    """The records that gave rows of ``accepted``, in their order."""
-    ordered = rows.select(COLUMNS).sort_by("offset")
-    times = ordered["time"].cast(pa.int64()).to_pylist()
-    names = (ordered[name].to_pylist() for name in COLUMNS[:-1])
-    for offset, node, request, chunk, time_us in zip(*names, times, strict=True):
+    """The records that gave these rows of ``accepted``."""
+    times = rows["time"].cast(pa.int64()).to_pylist()
+    others = (rows[name].to_pylist() for name in COLUMNS[:-1])
+    for offset, node, request, chunk, time_us in zip(*others, times, strict=True):
         yield Taken(source, offset, Identity(node, request, chunk, time_us))
 
 

@@ -15,6 +15,7 @@ from pipeline.batches import Built, Record, build
 from pipeline.counts import Counts
 from pipeline.drift_topic import DriftTopic
 from pipeline.drift_watch import DriftWatch
+from pipeline.duplicates import Duplicates
 from pipeline.offsets import Batch, ConflictError, FencedError, Intake, Source, admit, lost_range
 from pipeline.table import DeltaLog, TableError
 from schemas.claims import ClaimStore, ClaimStoreError
@@ -48,6 +49,7 @@ class Writer:
         tables = DeltaLog(settings.tables)
         self._intake = Intake(tables)
         self.drift = DriftWatch(settings.drift, tables, DriftTopic(settings.kafka))
+        self._duplicates = Duplicates(tables, settings.stream.duplicate_window)
         self._claims = ClaimStore(settings.traces)
         self._context = settings.stream.context_tokens
         self._thread = ThreadPoolExecutor(1, "tables")
@@ -92,7 +94,7 @@ class Writer:
             for source, arrived in records.items()
         }
         taken = {source: [records[source][i] for i in plan.taken] for source, plan in admitted.items() if plan.taken}
-        built = {source: build(of_one, self._context, self._claims.get) for source, of_one in taken.items()}
+        built = {source: self._build(source, of_one) for source, of_one in taken.items()}
         if built:
             self._intake.commit([Batch(source, taken[source][-1].offset, built[source].rows) for source in built])
             self._counts.commits += 1
@@ -100,15 +102,21 @@ class Writer:
         for source, made in built.items():
             self._count(taken[source], made)
             first, last = taken[source][0].offset, taken[source][-1].offset
+            self._duplicates.committed(source, last + 1, made.taken)
             self.drift.observe(source, range(first, last + 1), made.rows["traces"])
         self._counts.skipped_behind += sum(plan.behind for plan in admitted.values())
         self._counts.left_out += sum(plan.ahead for plan in admitted.values())
         wanted = {source: self._intake.wanted(source) for source in records}
         return Stored(wanted, tuple(source for source, plan in admitted.items() if plan.gap))
 
+    def _build(self, source: Source, records: Sequence[Record]) -> Built:
+        known = self._duplicates.known(source, records[0].offset)
+        return build(records, self._context, self._claims.get, known)
+
     def _count(self, taken: Sequence[Record], built: Built) -> None:
         self._counts.rows_written += built.rows["traces"].num_rows
         self._counts.dead_letters.update(built.dead)
+        self._counts.gaps += built.gaps
         self._counts.bytes_taken += sum(len(record.value or b"") for record in taken)
 
     def _settle(self, source: Source, start: int) -> int:

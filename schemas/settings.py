@@ -115,6 +115,19 @@ class Tables(Section):
     uri: str = ".aurora/tables"
     """Folder or object-store prefix that holds the Delta tables."""
     storage_options: Options = Field(default_factory=dict)
+    """Options of the Delta library for an object store: its address, keys and timeouts."""
+    maintain_every_s: float = Field(600, gt=0)
+    """How often the stream merges small files, lets old days go, and deletes the files that nobody needs any more."""
+    target_file_mb: int = Field(128, ge=1)
+    """Files are merged up to about this size."""
+    retention_days: int = Field(14, ge=1)
+    """Days for which ``accepted`` and ``rejected`` are kept, by the time of their Kafka records."""
+    traces_retention_days: int = Field(90, ge=1)
+    dead_letters_retention_days: int = Field(90, ge=1)
+    vacuum_hours: int = Field(24, ge=2, le=336)
+    """Files that were merged or let go stay for so long: for earlier states, and for queries that run."""
+    reader_lease_hours: int = Field(72, ge=1, le=336)
+    """Files that a reader has not come to stay for so long after it was last heard of, and after they were added."""
 
 
 class Registry(Section):
@@ -218,6 +231,8 @@ class Stream(Section):
     data_dir: str = ".aurora/stream"
     context_tokens: int = Field(32, ge=1)
     """Tokens kept before the root of a rejected branch."""
+    duplicate_window: int = Field(10_000, ge=0)
+    """Records of a partition for which a chunk is remembered: one that repeats it is a dead letter; 0 turns it off."""
     session_s: float = Field(10, ge=6)
     """A killed worker's partitions are given to another one after this long; brokers refuse less than 6 s."""
 

@@ -133,6 +133,8 @@ class StreamStatus(_Status):
     bytes_taken: int
     dead_letters: dict[str, int]
     """Records that could not be used, by reason."""
+    gaps: int
+    """Chunks whose one before is not known."""
     skipped_behind: int
     left_out: int
     """Records that came ahead of their turn, or from a partition that was given away; they come again."""

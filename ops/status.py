@@ -10,8 +10,10 @@ from typing import TypeVar
 
 import httpx
 from pydantic import BaseModel, ConfigDict, ValidationError
+from rich.markup import escape
 from rich.table import Table
 
+from ops.drift import words
 from schemas.settings import Settings
 from schemas.status import PromoterStatus, ServeStatus, StreamStatus, TrainStatus
 
@@ -130,6 +132,9 @@ def as_table(overview: Overview) -> Table:
     if overview.rows:
         counts = ", ".join(f"{name} {count:,}" for name, count in overview.rows.items())
         table.add_row("tables", "", counts, "")
+    if overview.stream and overview.stream.drift.newest:
+        told = overview.stream.drift.newest[-1]
+        table.add_row("drift", "", escape(f"{words(told)}; `aurora drift` shows all"), "")
     return table
 
 

@@ -130,7 +130,9 @@ def stream_settings(broker: str, folder: Path, port: int) -> Settings:
             drift_topic=f"drift-{folder.name}",
         ),
         tables=Tables(uri=str(folder / "tables")),
-        stream=Stream(port=port, group=f"group-{folder.name}", data_dir=str(folder), flush_s=0.2, flush_records=64),
+        stream=Stream(
+            port=port, group=f"group-{folder.name}", data_dir=str(folder), flush_s=0.2, flush_records=64, session_s=6
+        ),
     )
 
 

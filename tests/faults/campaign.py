@@ -163,6 +163,7 @@ class Campaign:
             return rows_of_records(self._tables) >= wanted
 
         assert wait_until(stored, PATIENCE_S + wanted / 20), self._why(wanted)
+        self._say("all are in the tables")
         time.sleep(1)  # for what would come twice
 
     def conclude(self) -> Verdict:

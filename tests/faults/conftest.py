@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -58,12 +59,12 @@ def settings(broker: str, tmp_path: Path, free_port: Callable[[], int]) -> Setti
 
 @pytest.fixture
 def new_campaign(tmp_path: Path, pytestconfig: pytest.Config) -> Callable[..., Campaign]:
-    """Gives the campaign with the given settings."""
+    """Gives the campaign with the given settings; its progress is shown in full size, and otherwise if it fails."""
     reporter = pytestconfig.pluginmanager.get_plugin("terminalreporter")
     assert reporter is not None
+    show = reporter.write_line if is_full(pytestconfig) else print
 
     def say(text: str) -> None:
-        if is_full(pytestconfig):
-            reporter.write_line(text)
+        show(f"{time.strftime('%H:%M:%S')} {text}")
 
     return partial(Campaign, folder=tmp_path, tally=pytestconfig.stash[TALLY], say=say)

@@ -21,7 +21,7 @@ def test_a_second_worker_may_come_and_go_and_the_first_may_freeze(
     free_port: Callable[[], int],
     full: bool,
 ) -> None:
-    visits, freezes, requests = (10, 3, 1_500) if full else (2, 0, 40)
+    visits, freezes, requests = (10, 3, 1_500) if full else (1, 0, 20)
     partitions = settings.kafka.partitions
     campaign = new_campaign(settings)
     with campaign.worker() as first:

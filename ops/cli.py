@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ops import bench_commands, dead_commands, topics_commands
+from ops import bench_commands, dead_commands, drift, table_commands, topics_commands, traces_commands
 from ops.command import AsJson, Config, Set, fail, say, settings_of, told
 from schemas.settings import load
 
@@ -21,7 +21,10 @@ app = typer.Typer(
 
 app.add_typer(bench_commands.app, name="bench")
 app.add_typer(topics_commands.app, name="topics")
+app.command()(drift.drift)
+app.add_typer(table_commands.app, name="tables")
 app.add_typer(dead_commands.app, name="dead")
+app.add_typer(traces_commands.app, name="traces")
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -21,25 +22,39 @@ from deltalake import (
     write_deltalake,
 )
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
+from deltalake.fs import DeltaStorageHandler
+from pyarrow.fs import FileSystem, PyFileSystem
 
 from pipeline.offsets import ConflictError, Source
-from schemas.batches import PARTITIONED_BY, TABLES
+from schemas.batches import CURSORS, PARTITIONED_BY, TABLES, day_of
 from schemas.errors import UserError
 from schemas.settings import Tables
 
-CHECKPOINT_EVERY = 100
-"""Commits between two checkpoints of a table's log: opening a table reads the newest one and what follows it."""
+LOG_DAYS = 16
+"""For how long the commits of a table are kept: longer than any reader's lease can be."""
+PROPERTIES = {
+    "delta.checkpointInterval": "100",
+    "delta.logRetentionDuration": f"interval {LOG_DAYS} days",
+    # Maintenance does it, off the way of the commits.
+    "delta.enableExpiredLogCleanup": "false",
+}
+"""Of every table. Opening one reads its newest checkpoint and the commits that follow it."""
+OLDEST = "oldest"
+"""Application transaction with the version after which everything that was added can be read: maintenance moves it in
+a commit before it deletes anything."""
 REOPEN_AFTER = 50
 """Appends through one handle. Each leaves its file list in the handle, which slows the next: 14 ms at first and 80 ms
 after 1,000 on two cores, where opening costs 12 ms."""
 STORE_OPTIONS = {"connect_timeout": "5s", "timeout": "20s", "max_retries": "3", "retry_timeout": "40s"}
 """For an object store, where ``tables.storage_options`` says nothing else: a request that gets no answer fails within a
 minute, which the stream sees and tries again; by itself the library would try for three."""
-BYTES = ColumnProperties(dictionary_enabled=False, statistics_enabled="NONE")
+ZSTD_LEVEL = 3
+RAW_COLUMNS = ("features", "root_feature", "value")
+"""Columns of long bytes: no two are the same, and nobody looks for one by its value."""
 WRITTEN_AS = WriterProperties(
     compression="ZSTD",
-    compression_level=3,
-    column_properties={"features": BYTES, "root_feature": BYTES, "value": BYTES},
+    compression_level=ZSTD_LEVEL,
+    column_properties=dict.fromkeys(RAW_COLUMNS, ColumnProperties(dictionary_enabled=False, statistics_enabled="NONE")),
 )
 """How the files of every table are encoded; ``docs/tune.md`` says against what it was measured."""
 _SQL = {"datafusion.catalog.information_schema": "true"}
@@ -66,6 +81,10 @@ def failures_of(what: str) -> Iterator[None]:
 def _in_one_line(error: Exception) -> str:
     """What the library draws as a coloured tree."""
     return " ".join(re.sub(r"\x1b\[[0-9;]*m|↳", " ", str(error)).split())
+
+
+class GoneError(TableError):
+    """Rows that a reader asks for can no longer be read version by version."""
 
 
 class TableSnapshot:
@@ -126,11 +145,11 @@ class DeltaLog:
     def create(self) -> None:
         """Make sure that every table exists."""
         for name in TABLES:
-            self._open(name)
+            self.open(name)
 
     def version(self, name: str) -> int:
         """Newest version of a table; 0 is the empty table."""
-        return self._open(name).version()
+        return self.open(name).version()
 
     def read_added(
         self, name: str, after_version: int, up_to_version: int, columns: Sequence[str] | None = None
@@ -138,12 +157,16 @@ class DeltaLog:
         """Rows that the commits ``after_version + 1 .. up_to_version`` appended, in the order of the commits.
 
         Reads only the files that those commits added. ``after_version=0`` reads from the beginning.
+
+        Raises:
+            GoneError: maintenance has deleted some of those files; go on from ``oldest``, or take ``read``.
         """
         schema = TABLES[name] if columns is None else pa.schema([TABLES[name].field(c) for c in columns])
         if after_version >= up_to_version:
             return schema.empty_table()
-        table = self._open(name)
-        with self._failures(name):
+        table = self.open(name)
+        self._check_kept(name, table, after_version)
+        with self.failures(name):
             changes = pa.RecordBatchReader.from_stream(
                 table.load_cdf(
                     starting_version=after_version + 1,
@@ -158,11 +181,39 @@ class DeltaLog:
             return schema.empty_table()
         return pa.Table.from_batches([rows for _, rows in commits]).select(schema.names).cast(schema)
 
+    def oldest(self, name: str) -> int:
+        """The version after which everything that was added can still be read."""
+        return _oldest(self.open(name))
+
+    def store(self, name: str) -> FileSystem:
+        """The folder of a table."""
+        return PyFileSystem(DeltaStorageHandler(self._address(name), self._options))
+
+    def committed(self, name: str, version: int) -> datetime | None:
+        """When a version was committed, by the store's clock; None where the log does not have it (any more)."""
+        with self.failures(name):
+            found: datetime | None = self.store(name).get_file_info(f"_delta_log/{version:020}.json").mtime
+        return found
+
+    def announce(self, reader: str, versions: Mapping[str, int]) -> None:
+        """Say how far a reader has read some tables, so that what it has not read stays.
+
+        Args:
+            reader: A name that it keeps over restarts.
+            versions: By table, the version after which it needs every row.
+        """
+        now = time.time_ns() // 1000
+        rows = [
+            {"time": now, "day": day_of(now), "reader": reader, "table": name, "version": version}
+            for name, version in versions.items()
+        ]
+        self.append("cursors", pa.Table.from_pylist(rows, schema=CURSORS))
+
     def read(self, name: str, columns: Sequence[str] | None = None, at: Moment | None = None) -> pa.Table:
         """All rows of a table in its newest state or an earlier one, in no order."""
         schema = TABLES[name] if columns is None else pa.schema([TABLES[name].field(c) for c in columns])
-        table = self._open(name) if at is None else self._open_at(name, at)
-        with self._failures(name):
+        table = self.open(name) if at is None else self._open_at(name, at)
+        with self.failures(name):
             rows = pa.RecordBatchReader.from_stream(table.scan(schema.names)).read_all()
         return rows.select(schema.names).cast(schema)
 
@@ -193,7 +244,7 @@ class DeltaLog:
         named = [name for name in TABLES if re.search(rf"\b{name}\b", sql)]
         for name in named or TABLES:
             moment = (at or {}).get(name)
-            tables.register(name, self._open(name) if moment is None else self._open_at(name, moment))
+            tables.register(name, self.open(name) if moment is None else self._open_at(name, moment))
         with _failures_of_query():
             answer = pa.RecordBatchReader.from_stream(tables.execute(sql))
         schema = pa.schema([field.with_type(_without_views(field.type)) for field in answer.schema])
@@ -206,35 +257,53 @@ class DeltaLog:
 
     def row_count(self, name: str) -> int:
         """Rows of a table, from its log alone."""
-        return int(self._open(name).count())
+        return int(self.open(name).count())
+
+    def size(self, name: str) -> int:
+        """Bytes of the files that the newest state of a table consists of, from its log alone."""
+        table = self.open(name)
+        with self.failures(name):
+            files = pa.table(table.get_add_actions(flatten=True))
+        return sum(files["size_bytes"].to_pylist())
 
     def append(self, name: str, rows: pa.Table) -> None:
         """Add rows outside the exactly-once protocol, for a table that has no source partitions."""
-        table = self._open(name)
-        with self._failures(name):
+        table = self.open(name)
+        with self.failures(name):
             write_deltalake(table, rows.cast(TABLES[name]), mode="append", writer_properties=WRITTEN_AS)
 
     def snapshot(self, name: str) -> TableSnapshot:
         """The newest state of a table, to append to."""
         known = self._snapshots.get(name)
         if known is None or known.worn:
-            known = self._snapshots[name] = TableSnapshot(self._open(name))
+            known = self._snapshots[name] = TableSnapshot(self.open(name))
             return known
-        with self._failures(name):
+        with self.failures(name):
             known.refresh()
         return known
 
-    def _open(self, name: str) -> DeltaTable:
+    def open(self, name: str) -> DeltaTable:
+        """A handle on the newest state of a table."""
         address = self._address(name)
-        with self._failures(name):
+        with self.failures(name):
             try:
                 return DeltaTable(address, storage_options=self._options)
             except TableNotFoundError:
                 return self._create(name, address)
 
+    def _check_kept(self, name: str, table: DeltaTable, after_version: int) -> None:
+        oldest = _oldest(table)
+        if after_version < oldest:
+            raise GoneError(
+                f"table {name} at {self._address(name)}: what was added after version {after_version} can be read only "
+                f"from version {oldest} on. Go on from there, or read the state of the table as a whole; for a reader "
+                f"that comes back so late raise tables.reader_lease_hours, for one that announces nothing "
+                f"tables.vacuum_hours"
+            )
+
     def _open_at(self, name: str, moment: Moment) -> DeltaTable:
-        table = self._open(name)
-        with self._failures(f"{name}, state {moment},"):
+        table = self.open(name)
+        with self.failures(f"{name}, state {moment},"):
             table.load_as_version(moment)
         return table
 
@@ -245,7 +314,7 @@ class DeltaLog:
                 TABLES[name],
                 partition_by=list(PARTITIONED_BY[name]),
                 storage_options=self._options,
-                configuration={"delta.checkpointInterval": str(CHECKPOINT_EVERY)},
+                configuration=PROPERTIES,
             )
         except DeltaError:
             # Another process may have created it in the meantime; if not, opening says what is wrong.
@@ -255,9 +324,14 @@ class DeltaLog:
         return f"{self._uri.rstrip('/')}/{name}" if "://" in self._uri else str(Path(self._uri).resolve() / name)
 
     @contextmanager
-    def _failures(self, name: str) -> Iterator[None]:
+    def failures(self, name: str) -> Iterator[None]:
+        """Turn what handling a table raises into ``TableError``."""
         with failures_of(f"table {name} at {self._address(name)}"):
             yield
+
+
+def _oldest(table: DeltaTable) -> int:
+    return table.transaction_version(OLDEST) or 0
 
 
 @contextmanager

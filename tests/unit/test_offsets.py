@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from memory_tables import Crash, MemoryTables, dies_after, nothing
 
 from pipeline.offsets import (
     COMMIT_ORDER,
@@ -31,55 +29,6 @@ from schemas.batches import TABLES
 from schemas.settings import Tables
 
 SOURCE = Source("traces", 0)
-
-
-class Crash(BaseException):
-    """The process dies."""
-
-
-@dataclass
-class MemoryTable:
-    """A table that is its commits: rows as (partition, offset, reason), losses as they are told, and transactions."""
-
-    rows: list[tuple[int, int, str]] = field(default_factory=list)
-    lost: list[range] = field(default_factory=list)
-    transactions: dict[str, int] = field(default_factory=dict)
-    version: int = 0
-
-
-class MemorySnapshot:
-    def __init__(self, table: MemoryTable, before_append: Callable[[], None]) -> None:
-        self._table, self._before_append = table, before_append
-        self._version, self._transactions = table.version, dict(table.transactions)
-
-    def transaction(self, app_id: str) -> int | None:
-        return self._transactions.get(app_id)
-
-    def append(self, rows: pa.Table, transactions: Mapping[str, int]) -> None:
-        self._before_append()
-        if self._table.version != self._version:
-            raise ConflictError("moved on")
-        reasons = rows["reason"].to_pylist() if "reason" in rows.column_names else [""] * rows.num_rows
-        self._table.rows += zip(rows["partition"].to_pylist(), rows["offset"].to_pylist(), reasons, strict=True)
-        for detail in rows["detail"].to_pylist() if "detail" in rows.column_names else []:
-            told = re.match(r"offsets (\d+) to (\d+):", detail or "")
-            self._table.lost += [range(int(told[1]), int(told[2]) + 1)] if told else []
-        self._table.transactions |= transactions
-        self._table.version += 1
-
-
-class MemoryTables:
-    """All tables; ``before_append`` runs between the check of a commit and its write."""
-
-    def __init__(self) -> None:
-        self.tables = {name: MemoryTable() for name in COMMIT_ORDER}
-        self.before_append: Callable[[], None] = lambda: None
-
-    def snapshot(self, name: str) -> MemorySnapshot:
-        return MemorySnapshot(self.tables[name], self.before_append)
-
-    def offsets(self, name: str) -> list[int]:
-        return [offset for _, offset, reason in self.tables[name].rows if reason != LOST]
 
 
 def rows(name: str, offsets: range, source: Source = SOURCE) -> pa.Table:
@@ -131,18 +80,10 @@ def test_a_log_that_ends_before_the_wanted_offset_is_refused() -> None:
 
 def test_a_crash_between_two_tables_converges_without_doubling() -> None:
     tables = MemoryTables()
-    left = 2
-
-    def die_at_the_third() -> None:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise Crash
-
-    tables.before_append = die_at_the_third
+    tables.before_append = dies_after(2)
     with pytest.raises(Crash):
         Intake(tables).commit([batch(range(4))])
-    tables.before_append = lambda: None
+    tables.before_append = nothing
     assert [tables.offsets(name) for name in COMMIT_ORDER] == [[0, 1, 2, 3], [0, 1, 2, 3], [], []]
 
     restarted = Intake(tables)
@@ -168,7 +109,7 @@ def test_a_writer_of_another_partition_delays_a_commit_but_does_not_fence_it() -
     other = Source("traces", 1)
 
     def interfere() -> None:
-        tables.before_append = lambda: None
+        tables.before_append = nothing
         Intake(tables).commit([batch(range(2), other)])
 
     tables.before_append = interfere
@@ -180,7 +121,7 @@ def test_an_owner_that_writes_between_check_and_write_wins() -> None:
     tables = MemoryTables()
 
     def interfere() -> None:
-        tables.before_append = lambda: None
+        tables.before_append = nothing
         Intake(tables).commit([batch(range(3))])
 
     tables.before_append = interfere
@@ -191,18 +132,10 @@ def test_an_owner_that_writes_between_check_and_write_wins() -> None:
 
 def test_a_loss_is_written_down_once_even_if_the_worker_dies_in_between() -> None:
     tables = MemoryTables()
-    left = 1
-
-    def die_at_the_second() -> None:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise Crash
-
-    tables.before_append = die_at_the_second
+    tables.before_append = dies_after(1)
     with pytest.raises(Crash):
         Intake(tables).record_loss(SOURCE, range(10), 0)
-    tables.before_append = lambda: None
+    tables.before_append = nothing
     restarted = Intake(tables)
     restarted.record_loss(SOURCE, range(restarted.wanted(SOURCE), 10), 0)
     assert tables.tables["dead_letters"].rows == [(0, 0, LOST)]
@@ -311,15 +244,7 @@ class ExactlyOnce(RuleBasedStateMachine):
 
     @rule(who=workers, commits=st.integers(0, 3), count=st.integers(1, 6))
     def dies_between_commits(self, who: int, commits: int, count: int) -> None:
-        left = commits
-
-        def die() -> None:
-            nonlocal left
-            left -= 1
-            if left < 0:
-                raise Crash
-
-        self.tables.before_append = die
+        self.tables.before_append = dies_after(commits)
         try:
             self.deliver(who, count)
         except Crash:
@@ -327,7 +252,7 @@ class ExactlyOnce(RuleBasedStateMachine):
             self.pair[who] = Worker(self.tables)
             self.pair[who].position = position
         finally:
-            self.tables.before_append = lambda: None
+            self.tables.before_append = nothing
 
     @rule(who=workers, commits=st.integers(0, 3), mine=st.integers(1, 6), theirs=st.integers(1, 6))
     def overtaken_in_a_commit(self, who: int, commits: int, mine: int, theirs: int) -> None:
@@ -337,14 +262,14 @@ class ExactlyOnce(RuleBasedStateMachine):
             nonlocal left
             left -= 1
             if left < 0:
-                self.tables.before_append = lambda: None
+                self.tables.before_append = nothing
                 self.deliver(1 - who, theirs)
 
         self.tables.before_append = overtake
         try:
             self.deliver(who, mine)
         finally:
-            self.tables.before_append = lambda: None
+            self.tables.before_append = nothing
 
     @rule(share=st.floats(0, 1))
     def broker_deletes(self, share: float) -> None:

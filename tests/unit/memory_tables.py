@@ -1,0 +1,99 @@
+"""Tables in memory that keep Delta's promises: what the models of the stream crash, fence and read again."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.offsets import COMMIT_ORDER, LOST, ConflictError, Source
+from schemas.batches import TABLES
+
+
+class Crash(BaseException):
+    """The process dies."""
+
+
+def nothing() -> None:
+    """Nobody interferes."""
+
+
+@dataclass
+class MemoryTable:
+    """A table that is its commits."""
+
+    commits: list[pa.Table] = field(default_factory=list)
+    transactions: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> list[tuple[int, int, str]]:
+        """Partition, offset and reason of every row."""
+        told = []
+        for commit in self.commits:
+            reasons = commit["reason"].to_pylist() if "reason" in commit.column_names else [""] * commit.num_rows
+            told += zip(commit["partition"].to_pylist(), commit["offset"].to_pylist(), reasons, strict=True)
+        return told
+
+    @property
+    def lost(self) -> list[range]:
+        """Losses as they are told."""
+        details = [d or "" for c in self.commits if "detail" in c.column_names for d in c["detail"].to_pylist()]
+        told = [re.match(r"offsets (\d+) to (\d+):", detail) for detail in details]
+        return [range(int(match[1]), int(match[2]) + 1) for match in told if match]
+
+
+class MemorySnapshot:
+    def __init__(self, table: MemoryTable, tables: MemoryTables) -> None:
+        self._table, self._tables = table, tables
+        self._version, self._transactions = len(table.commits), dict(table.transactions)
+
+    def transaction(self, app_id: str) -> int | None:
+        return self._transactions.get(app_id)
+
+    def append(self, rows: pa.Table, transactions: Mapping[str, int]) -> None:
+        self._tables.before_append()
+        if len(self._table.commits) != self._version:
+            raise ConflictError("moved on")
+        self._table.commits.append(rows)
+        self._table.transactions |= transactions
+        self._tables.after_append()
+
+
+class MemoryTables:
+    """All tables. ``before_append`` runs between the check of a commit and its write, ``after_append`` behind it."""
+
+    def __init__(self) -> None:
+        self.tables = {name: MemoryTable() for name in COMMIT_ORDER}
+        self.before_append: Callable[[], None] = nothing
+        self.after_append: Callable[[], None] = nothing
+
+    def snapshot(self, name: str) -> MemorySnapshot:
+        return MemorySnapshot(self.tables[name], self)
+
+    def offsets(self, name: str) -> list[int]:
+        return [offset for _, offset, reason in self.tables[name].rows if reason != LOST]
+
+    def read(self, name: str) -> pa.Table:
+        return pa.concat_tables([TABLES[name].empty_table(), *self.tables[name].commits])
+
+    def read_offsets(self, name: str, source: Source, offsets: range, columns: Sequence[str]) -> pa.Table:
+        rows = self.read(name).sort_by("offset")
+        of_source = pc.and_(pc.equal(rows["topic"], source.topic), pc.equal(rows["partition"], source.partition))
+        inside = pc.and_(pc.greater_equal(rows["offset"], offsets.start), pc.less(rows["offset"], offsets.stop))
+        return rows.filter(pc.and_(of_source, inside)).select(columns)
+
+
+def dies_after(steps: int) -> Callable[[], None]:
+    """Lets so many steps pass, and kills the process at the next."""
+    left = steps
+
+    def step() -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise Crash
+
+    return step

@@ -24,9 +24,10 @@ from faust.types import TP, AppT, EventT, StreamT
 from pipeline import pages, topics
 from pipeline.batches import Record
 from pipeline.counts import Counts
-from pipeline.credentials import credentials, ignored
+from pipeline.credentials import check, credentials, ignored
 from pipeline.inbox import Inbox, Limits
 from pipeline.liveness import TICK_S, Vitals, Watchdog, not_live, not_ready
+from pipeline.maintenance import Caretaker
 from pipeline.offsets import ForeignLogError, Source, lost_range
 from pipeline.progress import Progress
 from pipeline.table import DeltaLog
@@ -57,6 +58,9 @@ class StreamWorker:
         self.counts = Counts()
         self._writer = Writer(settings, self.counts)
         self._progress = Progress()
+        # Of the workers of a group the one that has the first partition.
+        first = Source(settings.kafka.traces_topic, 0)
+        self.caretaker = Caretaker(settings.tables, lambda: first in self._progress.sources())
         self._watermarks = Watermarks(settings.kafka)
         self._inbox: Inbox[EventT[bytes]] = Inbox(_limits(settings.stream))
         self._sought: dict[Source, int] = {}
@@ -101,6 +105,7 @@ class StreamWorker:
             not_live=not_live(vitals),
             not_ready=not_ready(vitals),
             drift=self._writer.drift.status(),
+            maintained=dict(self.caretaker.totals),
             error=vitals.error,
         )
 
@@ -174,9 +179,8 @@ class StreamWorker:
         while True:
             try:
                 return await asyncio.to_thread(self._watermarks.bounds, sources)
-            except BrokerAwayError as error:
-                log.warning("broker_away", why=str(error))
-                await asyncio.sleep(TICK_S)
+            except BrokerAwayError:
+                await asyncio.sleep(TICK_S)  # the watch says that it is
 
     async def _on_revoked(self, _app: AppT, _revoked: set[TP], **_: object) -> None:
         self._joining_since = time.monotonic()
@@ -212,17 +216,19 @@ class StreamWorker:
         try:
             bounds = await asyncio.to_thread(self._watermarks.bounds, sources)
         except BrokerAwayError as error:
-            log.warning("broker_away", why=str(error))
-            self._away_since = self._away_since or time.monotonic()
+            if self._away_since is None:
+                self._away_since = time.monotonic()
+                log.warning("broker_away", why=str(error))
             self._error = str(error)
         else:
+            if self._away_since is not None:
+                log.info("broker_back", after_s=round(time.monotonic() - self._away_since))
             self._away_since = self._error = None
             for source, (start, end) in bounds.items():
                 self._progress.reaches(source, start, end)
-        if self._away_since is not None:
-            self._progress.excuse()
-            self._joining_since = self._joining_since and time.monotonic()
-        if self._inbox.full:
+        if self._away_since is not None and self._joining_since is not None:
+            self._joining_since = time.monotonic()
+        if self._away_since is not None or self._joining_since is not None or self._inbox.full:
             self._progress.excuse()
 
     async def _settle(self) -> None:
@@ -252,18 +258,20 @@ def run(settings: Settings) -> None:
     """Bring traces into the tables until SIGTERM or SIGINT.
 
     Raises:
-        TopicError: the broker does not answer or does not have what is needed.
+        TopicError: the broker does not answer, lets no one in, or does not have what is needed.
         TableError: the tables cannot be opened or created.
         SystemExit: with a code other than 0 after a crash.
     """
     # It writes a hundred lines a second while the broker is away; the watch says it once a tick.
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
     topics.create(settings.kafka)
+    check(settings.kafka)
     DeltaLog(settings.tables).create()
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
     ours = StreamWorker(settings)
     faust_worker = faust.Worker(ours.app, loop=loop, quiet=True, override_logging=False, redirect_stdouts=False)
+    ours.caretaker.start()
     watching = loop.create_task(ours.watch())
     try:
         faust_worker.execute_from_commandline()

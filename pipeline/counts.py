@@ -73,6 +73,10 @@ class _Collector:
         for reason, number in status.dead_letters.items():
             dead.add_metric([reason], number)
         yield dead
+        files = CounterMetricFamily("aurora_stream_maintained", "Files of the tables looked after", labels=["what"])
+        for what, number in status.maintained.items():
+            files.add_metric([what], number)
+        yield files
         for name, (attribute, text) in _PER_PARTITION.items():
             gauge = GaugeMetricFamily(f"aurora_stream_{name}", text, labels=["partition"])
             for partition in status.partitions:

@@ -200,7 +200,12 @@ class Caretaker(threading.Thread):
             time.sleep(self._every_s)
             if self._my_turn():
                 delete = time.monotonic() >= delete_at
-                self.look_after(delete=delete)
+                try:
+                    self.look_after(delete=delete)
+                except Exception:
+                    # Whatever it is: a thread that ends would do so in silence, and the tables fill up.
+                    self.totals["failed"] += 1
+                    log.exception("maintenance_broke_off")
                 if delete:
                     delete_at = time.monotonic() + DELETE_EVERY_S
 

@@ -154,6 +154,8 @@ class StreamStatus(_Status):
     not_ready: list[str]
     """Why the next record would not reach the tables."""
     drift: DriftStatus
+    maintained: dict[str, int]
+    """Files of the tables by what maintenance did to them, and how often it failed."""
     error: str | None
 
 

@@ -190,3 +190,16 @@ def test_tables_that_were_filled_from_another_log_are_refused(stage: Stage) -> N
     with worker(stage.settings, stage.log) as process:
         assert process.wait(60) == 1
     assert "the topic was created anew" in stage.log.read_text()
+
+
+def test_files_are_merged_while_the_stream_commits_and_nobody_is_fenced(stage: Stage) -> None:
+    often = stage.settings.tables.model_copy(update={"maintain_every_s": 0.1})
+    stage.settings = stage.settings.model_copy(update={"tables": often})
+    with worker(stage.settings, stage.log):
+        for start in range(0, 100, 10):
+            stage.publisher.send_many(range(start, start + 10))
+            assert stage.stored(start + 10), stage.log.read_text()[-5_000:]
+        assert wait_until(lambda: stage.status().maintained.get("merged", 0) > 10, 40), stage.log.read_text()[-5_000:]
+        status = stage.status()
+    assert (status.fenced, status.table_errors, status.maintained.get("failed", 0)) == (0, 0, 0)
+    stage.assert_equal_to_the_ledger()

@@ -26,6 +26,7 @@ _TIME = pa.timestamp("us", tz="UTC")
 _IDS = pa.list_(pa.int32())
 _FLOATS = pa.list_(pa.float32())
 _DAY_US = 86_400_000_000
+_LAST_DAY = 2_932_896
 
 LINEAGE = [
     pa.field("topic", pa.string(), nullable=False),
@@ -190,5 +191,8 @@ whole days without rewriting any."""
 
 
 def day_of(time_us: int) -> int:
-    """UTC day of a Unix time in microseconds, as days since 1970-01-01: a value for a ``day`` column."""
-    return time_us // _DAY_US
+    """UTC day of a Unix time in microseconds, as days since 1970-01-01: a value for a ``day`` column.
+
+    A time outside the years 1970 to 9999, which a folder for its day could not name, counts as the nearest one inside.
+    """
+    return min(max(time_us // _DAY_US, 0), _LAST_DAY)

@@ -24,6 +24,8 @@ class Origin:
     node: str
     target: str
     line: str
+    vocabulary: int | None = None
+    """Size of the target's vocabulary; None where it is not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,4 +179,5 @@ class Assembly:
             label=request.label,
             finish=finish,
             before=self._before,
+            vocabulary=self._origin.vocabulary,
         )

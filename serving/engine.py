@@ -128,6 +128,10 @@ class Engine(Protocol):
         """Speculator line of the drafts that ``swap`` takes."""
 
     @property
+    def vocabulary(self) -> int:
+        """Size of the target's vocabulary: every token id is below it."""
+
+    @property
     def max_tokens(self) -> int:
         """Longest request, prompt and answer together."""
 

@@ -51,7 +51,7 @@ def run(settings: Settings) -> None:
         publisher = TracePublisher(settings.kafka, settings.traces) if settings.traces.enabled else None
         engine = TransformersEngine(settings, publisher)
         if publisher:
-            publisher.start(Origin(settings.serve.node, engine.target, engine.line))
+            publisher.start(Origin(settings.serve.node, engine.target, engine.line, engine.vocabulary))
             undo.callback(_close, publisher)
         engine.start()
         undo.callback(engine.stop)

@@ -51,7 +51,7 @@ def trace_overhead(stand: Stand, wanted: Callable[[str], bool]) -> Iterator[Figu
         settings = embedded.pointed_at(stand.settings, broker.bootstrap)
         publisher = TracePublisher(settings.kafka, settings.traces)
         engine = stand.start("trained", sink=publisher)
-        publisher.start(Origin("bench", engine.target, engine.line))
+        publisher.start(Origin("bench", engine.target, engine.line, engine.vocabulary))
         try:
             on, off = (Mode(_TRACED_AT_ONCE, trace=trace) for trace in (True, False))
             rates = interleaved({"on": stand.arm(engine, on), "off": stand.arm(engine, off)}, stand.plan.trials)

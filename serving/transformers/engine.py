@@ -42,6 +42,7 @@ class TransformersEngine:
         draft = random_draft(self._target.shape, settings.speculator.seed)
         self.target, self.weights = self._target.fingerprint, self._target.kind
         self.line = line_of(self.target, self._target.shape, draft.d2t)
+        self.vocabulary = self._target.shape.vocab_size
         self.max_tokens = serve.max_tokens
         self._drafter = Drafter(
             draft,

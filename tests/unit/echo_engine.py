@@ -23,6 +23,7 @@ class EchoEngine:
 
     target = "echo"
     line = "echo-line"
+    vocabulary = 2**16
 
     def __init__(self, max_tokens: int = 200, per_round: int = 2) -> None:
         self.max_tokens = max_tokens

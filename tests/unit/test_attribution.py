@@ -57,7 +57,7 @@ def test_a_swap_in_mid_request_changes_the_version_of_exactly_the_rounds_after_i
     publisher = TracePublisher(Kafka(max_message_bytes=30_000), Traces(), lambda *_: producer)
     sink = SlowSink(publisher)
     engine = TransformersEngine(load(environ={}, flags=flags), sink)
-    publisher.start(Origin("node-0", engine.target, engine.line))
+    publisher.start(Origin("node-0", engine.target, engine.line, engine.vocabulary))
     engine.start()
     outputs: SimpleQueue[Output] = SimpleQueue()
     engine.submit(Request("r", (3, 4, 5), 230, ignore_eos=True), outputs.put)

@@ -283,6 +283,54 @@ def test_the_day_of_a_row_is_that_of_its_record_and_not_of_the_clock_of_the_node
     assert days == {"accepted": {14, 15}, "rejected": {14, 15}, "traces": {14, 15}, "dead_letters": {15}}
 
 
+@pytest.mark.parametrize("time_us", [-(2**63), -1, 2**62, 2**63 - 1])
+def test_a_record_with_the_time_of_a_broken_clock_lies_in_a_day_that_has_a_name(time_us: int) -> None:
+    built = build([replace(record(), time_us=time_us), replace(record(), time_us=time_us, value=None)], 32)
+    for name in ("accepted", "dead_letters"):
+        (day,) = built.rows[name]["day"].to_pylist()
+        assert day.year in (1970, 9999)
+
+
+def test_a_round_outside_the_times_that_readers_know_is_a_dead_letter() -> None:
+    for time_us in (-1, 2**62):
+        assert reason(record(Chunk(ENVELOPE, (replace(PREFILL, time_us=time_us), FIRST, SECOND)))) == "bad_number"
+
+
+@pytest.mark.parametrize("header", ["target", "node"])
+def test_a_header_that_names_another_target_or_node_than_the_envelope_is_a_dead_letter(header: str) -> None:
+    announced = getattr(ENVELOPE, header).encode()
+    assert not build([record(headers=(*record().headers, (header, announced)))], 32).dead
+    assert reason(record(headers=(*record().headers, (header, b"another")))) == "header_mismatch"
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        replace(SECOND, bonus=123),
+        replace(SECOND, draft_tokens=(Y, 123)),
+        replace(SECOND, top_ids=SECOND.top_ids + 2),
+        replace(PREFILL, tokens=(A, 123, C)),
+    ],
+)
+def test_a_token_outside_the_vocabulary_is_a_dead_letter_where_the_vocabulary_is_known(bad: Round) -> None:
+    rounds = tuple(bad if bad.round == r.round else r for r in EXAMPLE.rounds)
+    known = replace(ENVELOPE, vocabulary=124)
+    assert not build([record(Chunk(known, EXAMPLE.rounds)), record(Chunk(ENVELOPE, rounds))], 32).dead
+    assert reason(record(Chunk(replace(ENVELOPE, vocabulary=123), rounds))) == "bad_token"
+
+
+def test_a_token_outside_the_vocabulary_is_named() -> None:
+    built = build([record(Chunk(replace(ENVELOPE, vocabulary=123), (replace(PREFILL, tokens=(A, 123, C)),)))], 32)
+    (detail,) = built.rows["dead_letters"]["detail"].to_pylist()
+    assert detail == "round 0: token id 123 in tokens, expected 0 to 122"
+
+
+def test_a_token_outside_the_vocabulary_among_those_before_the_chunk_is_a_dead_letter() -> None:
+    bare = tuple(replace(r, features=r.features[:0]) for r in (FIRST, SECOND))
+    envelope = replace(ENVELOPE, chunk=1, features="recompute", before=(A, 999, C), vocabulary=200)
+    assert reason(record(Chunk(envelope, bare))) == "bad_token"
+
+
 def test_a_record_without_a_value_is_a_dead_letter() -> None:
     assert reason(record(value=None)) == "empty"
 

@@ -57,7 +57,7 @@ class Served:
         engine.submit(REQUEST, lambda output: done.set() if output.finish else None)
         assert done.wait(60)
         engine.stop()
-        self.origin = Origin("node-0", engine.target, engine.line)
+        self.origin = Origin("node-0", engine.target, engine.line, engine.vocabulary)
         self.layers = engine._target.shape.capture_layers
         self.calls = recorder.calls
         rounds = [r for of_call, _ in self.calls for r in of_call]

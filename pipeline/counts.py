@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from prometheus_client import CollectorRegistry, Metric, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-from schemas.status import StreamStatus
+from schemas.status import DriftStatus, StreamStatus
 
 
 @dataclass
@@ -82,7 +82,7 @@ class _Collector:
             for partition in status.partitions:
                 gauge.add_metric([str(partition.partition)], getattr(partition, attribute))
             yield gauge
-        yield from self._drift()
+        yield from drift_metrics(status.drift)
         yield GaugeMetricFamily("aurora_stream_held_bytes", "Bytes that wait for the tables", value=status.held_bytes)
         yield GaugeMetricFamily("aurora_stream_live", "1 while there is progress or none to make", not status.not_live)
         yield GaugeMetricFamily("aurora_stream_ready", "1 while nothing is in the way", not status.not_ready)
@@ -91,15 +91,16 @@ class _Collector:
                 "aurora_stream_last_commit_age_seconds", "Since the last commit", status.last_commit_age_s
             )
 
-    def _drift(self) -> Iterator[Metric]:
-        drift = self._status.drift
-        yield CounterMetricFamily("aurora_stream_drift_events", "Changes of acceptance", value=drift.seen)
-        yield CounterMetricFamily("aurora_stream_drift_events_unsent", "Events never sent", value=drift.unsent)
-        for name, text in _ACCEPTED.items():
-            gauge = GaugeMetricFamily(f"aurora_stream_{name}", text, labels=["line", "speculator", "label"])
-            for of in drift.traffic:
-                gauge.add_metric([of.line, of.speculator, of.label or ""], getattr(of.accepted, name))
-            yield gauge
+
+def drift_metrics(drift: DriftStatus) -> Iterator[Metric]:
+    """How much is accepted by version and label, and how often that changed."""
+    yield CounterMetricFamily("aurora_stream_drift_events", "Changes of acceptance", value=drift.seen)
+    yield CounterMetricFamily("aurora_stream_drift_events_unsent", "Events never sent", value=drift.unsent)
+    for name, text in _ACCEPTED.items():
+        gauge = GaugeMetricFamily(f"aurora_stream_{name}", text, labels=["line", "speculator", "label"])
+        for shown in drift.traffic:
+            gauge.add_metric([shown.line, shown.speculator, shown.label or ""], getattr(shown.accepted, name))
+        yield gauge
 
 
 def exposition(status: StreamStatus) -> bytes:

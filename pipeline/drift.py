@@ -84,7 +84,7 @@ class Change:
 
 
 def observations(rounds: pa.Table) -> Iterator[Observation]:
-    """What rounds of one partition show, in their order. Chunks are whole, and offsets rise; ``COLUMNS`` are used."""
+    """What rounds of one partition show, in the order of their offsets. Chunks are whole; ``COLUMNS`` are used."""
     begun = pc.unique(rounds.filter(pc.equal(rounds["round"], 1))["offset"])
     kept = pc.and_(pc.is_in(rounds["offset"], value_set=begun), pc.not_equal(rounds["speculator"], ""))
     rounds = rounds.filter(pc.and_(kept, pc.greater(pc.list_value_length(rounds["draft_tokens"]), 0)))
@@ -105,11 +105,11 @@ def observations(rounds: pa.Table) -> Iterator[Observation]:
             "drafted": pc.list_value_length(rounds["draft_tokens"]),
         }
     )
-    # On one thread the groups come in the order of their first rows.
     grouped = figures.group_by(by, use_threads=False).aggregate(
         [("time", "max"), ("first", "mean"), ("kept", "mean"), ("drafted", "mean")]
     )
-    for row in grouped.to_pylist():
+    # Groups come in no order.
+    for row in grouped.sort_by([("offset", "ascending"), ("speculator", "ascending")]).to_pylist():
         key = Key(row["line"], row["speculator"], row["label"])
         yield Observation(row["offset"], key, row["time_max"], row["first_mean"], row["kept_mean"], row["drafted_mean"])
 

@@ -206,6 +206,16 @@ def test_versions_that_swap_within_a_chunk_are_observed_each_by_its_own_rounds()
     assert (second.key.speculator, second.acceptance) == ("8", 0)
 
 
+def test_observations_come_in_the_order_of_their_offsets_however_rows_lie_and_commits_are_cut() -> None:
+    rng = np.random.default_rng(0)
+    rows = Drafting(0.6, 3).rows(rng, range(700))
+    whole = list(observations(rows))
+    assert [one.offset for one in whole] == list(range(700))
+    assert list(observations(rows.take(rng.permutation(rows.num_rows)))) == whole
+    parts = [Drafting(0.6, 3).rows(np.random.default_rng(n), range(40 * n, 40 * n + 40)) for n in range(5)]
+    assert [one for part in parts for one in observations(part)] == list(observations(pa.concat_tables(parts)))
+
+
 def test_rounds_that_show_nothing_are_no_observation() -> None:
     assert not list(observations(TRACES.empty_table()))
     assert not list(observations(traces(draft_tokens=[[], []], accepted=[[], []])))

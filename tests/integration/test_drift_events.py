@@ -1,0 +1,90 @@
+"""Drift through a real broker: traces whose acceptance falls, a worker that is killed, and the event on its topic."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from confluent_kafka import Consumer, TopicPartition
+from recorded import conversation, round_of
+from stream_worker import Publisher, chunk, rows_of_records, stream_settings, wait_until, worker
+from typer.testing import CliRunner
+
+from ops.cli import app
+from pipeline import topics
+from pipeline.table import DeltaLog
+from schemas.events import DriftEvent
+from schemas.settings import Settings
+from schemas.trace import Chunk, encode
+
+BEFORE, AFTER = 600, 400
+
+
+def request(number: int, acceptance: float, rng: np.random.Generator) -> Chunk:
+    """A request of eight rounds that draft one token each."""
+    rounds, position, root = conversation(range(4), 3)[:1], 3, 3
+    for n in range(1, 9):
+        tokens = [root, 7] if rng.random() < acceptance else [root]
+        root = n
+        rounds.append(round_of(n, position, tokens, root, [7]))
+        position += len(tokens)
+    envelope = replace(chunk(0, rng).envelope, request=f"request-{number}", label="sql", feature_width=24, top_k=3)
+    return Chunk(envelope, tuple(rounds))
+
+
+def told(settings: Settings) -> list[DriftEvent]:
+    kafka = settings.kafka
+    flags = ["--set", f"kafka.bootstrap={kafka.bootstrap}", "--set", f"kafka.drift_topic={kafka.drift_topic}"]
+    answer = CliRunner().invoke(app, ["drift", "--json", *flags])
+    assert answer.exit_code == 0, answer.output
+    return [DriftEvent.model_validate(json.loads(line)) for line in answer.stdout.splitlines()]
+
+
+def messages(settings: Settings) -> int:
+    """Messages on the topic, repetitions included."""
+    consumer = Consumer({"bootstrap.servers": settings.kafka.bootstrap, "group.id": "drift-test"})
+    with closing(consumer):
+        ends = consumer.get_watermark_offsets(TopicPartition(settings.kafka.drift_topic, 0), timeout=10)
+    return ends[1]
+
+
+def test_a_fall_of_acceptance_is_told_by_each_partition_whichever_worker_saw_what(
+    broker: str, tmp_path: Path, free_port: Callable[[], int]
+) -> None:
+    settings = stream_settings(broker, tmp_path, free_port())
+    topics.create(settings.kafka)
+    publisher, tables, log = Publisher(settings), DeltaLog(settings.tables), tmp_path / "worker.log"
+    rng, partitions = np.random.default_rng(0), settings.kafka.partitions
+
+    def goes_through_a_worker(numbers: range, acceptance: float, sent: int) -> None:
+        for number in numbers:
+            made = request(number, acceptance, rng)
+            publisher.send(made, encode(made))
+        publisher.flush()
+        with worker(settings, log) as process:
+            assert wait_until(lambda: rows_of_records(tables) >= numbers.stop, 60), log.read_text()[-5_000:]
+            assert wait_until(lambda: messages(settings) == sent, 20), log.read_text()[-5_000:]
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(20) == 0
+
+    goes_through_a_worker(range(BEFORE), 0.8, sent=0)
+    assert not told(settings)
+    # What the worker before saw is known from the table.
+    goes_through_a_worker(range(BEFORE, BEFORE + AFTER), 0.4, sent=partitions)
+    events = told(settings)
+    assert sorted(event.partition for event in events) == list(range(partitions))
+    for event in events:
+        assert (event.label, event.speculator, event.direction) == ("sql", "1", "fall")
+        assert event.before.acceptance == event.before.accept_length == pytest.approx(0.8, abs=0.04)
+        assert event.after.acceptance == pytest.approx(0.4, abs=0.1)
+        assert event.before.requests == pytest.approx(BEFORE / partitions, abs=60)
+        assert event.before.drafted == event.after.drafted == 1
+    # Nobody knows whether the worker before sent them: they are sent again, and told once.
+    goes_through_a_worker(range(BEFORE + AFTER, BEFORE + AFTER + 40), 0.4, sent=2 * partitions)
+    assert told(settings) == events

@@ -9,6 +9,9 @@ Branches are joined to their window by the Kafka record that both came from. ``r
 ``accepted``, so reading it up to its newest version after the windows finds every branch of theirs; rows of records
 whose windows are not committed yet are kept for the next read.
 
+Maintenance deletes what nobody has asked for in a long time. A feed that comes so late passes over what is gone, and
+counts it.
+
 A window whose features did not travel gets them from the frozen target when it is first used, and keeps them.
 """
 
@@ -27,6 +30,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from pipeline.table import GoneError
 from schemas.settings import Train
 from trainer.rows import ACCEPTED_COLUMNS, REJECTED_COLUMNS, Row, has_beginning, has_root, is_likely, window_of
 from trainer.windows import Window, cut
@@ -57,7 +61,14 @@ class Tables(Protocol):
     def read_added(
         self, name: str, after_version: int, up_to_version: int, columns: Sequence[str] | None = None
     ) -> pa.Table:
-        """Rows appended by the versions after one and up to another."""
+        """Rows appended by the versions after one and up to another.
+
+        Raises:
+            GoneError: some of them can no longer be read.
+        """
+
+    def oldest(self, name: str) -> int:
+        """The version after which all rows that were appended can be read."""
 
 
 class FeedState(BaseModel):
@@ -75,6 +86,11 @@ class FeedState(BaseModel):
     """With the passes made over each."""
     held_back: list[Key]
     random: tuple[int, tuple[int, ...], float | None]
+
+    @property
+    def needs(self) -> dict[str, int]:
+        """By table, the version whose successors it takes to restore this."""
+        return {"accepted": self.reread_after, "rejected": self.reread_rejected_after}
 
 
 @dataclass(slots=True)
@@ -193,6 +209,17 @@ class Feed:
         return self._waiting_after if self._waiting else self._rejected_cursor
 
     def _read(self, up_to: int, rejected_up_to: int) -> Iterator[_Entry]:
+        """Windows of the accepted rows after the cursor that are still there; moves both cursors."""
+        try:
+            return self._read_whole(up_to, rejected_up_to)
+        except GoneError as error:
+            log.warning("versions_gone", why=str(error))
+        oldest, oldest_rejected = self._tables.oldest("accepted"), self._tables.oldest("rejected")
+        self.counts["versions_gone"] += max(0, oldest - self.cursor)
+        self.cursor, self._rejected_cursor = max(self.cursor, oldest), max(self._rejected_cursor, oldest_rejected)
+        return self._read_whole(max(up_to, self.cursor), max(rejected_up_to, self._rejected_cursor))
+
+    def _read_whole(self, up_to: int, rejected_up_to: int) -> Iterator[_Entry]:
         """Windows of the accepted rows after the cursor, with their branches; moves both cursors."""
         accepted = self._tables.read_added("accepted", self.cursor, up_to, ACCEPTED_COLUMNS).to_pylist()
         added = self._tables.read_added("rejected", self._rejected_cursor, rejected_up_to, REJECTED_COLUMNS).to_pylist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from pathlib import Path
@@ -27,6 +28,9 @@ from trainer.target import FrozenTarget, Target, read_target
 from trainer.windows import collate
 
 log = structlog.get_logger()
+
+ANNOUNCE_EVERY_S = 300.0
+"""A row in the table of cursors each; a reader's lease is hours."""
 
 
 def run(settings: Settings) -> None:
@@ -56,10 +60,12 @@ class Trainer:
         self._failures = Failures("train", self.metrics)
         self._counts = _Counts(self.metrics)
         states = FrozenTarget(Path(settings.target.path), target.day_0.shape.capture_layers).states
-        self._feed = Feed(DeltaLog(settings.tables), train, target.fingerprint, target.line, states)
+        self._tables = DeltaLog(settings.tables)
+        self._feed = Feed(self._tables, train, target.fingerprint, target.line, states)
         self._candidates = Candidates(settings, target, SpeculatorRegistry(settings.registry))
         self._checkpoints = Checkpoints(Path(train.dir), target.line)
         self._line = target.line
+        self._reader = f"trainer {target.line} {socket.gethostname()}:{Path(train.dir).resolve()}"
         self._learner = Learner(target.new_draft(), target.embeddings_VH, train)
         self._parent = self._candidates.day_0
         self._tokens_seen = 0
@@ -67,11 +73,13 @@ class Trainer:
         self._accept_length: float | None = None
         self._registered: tuple[str, ...] = ()
         self._checkpointed_step = 0
+        self._needs: dict[str, int] | None = None
         self._offered_step = 0
 
     def run(self) -> None:
         """Train until told to stop."""
         self._begin()
+        announce_at = time.monotonic()
         checkpoint_at = time.monotonic() + self._settings.checkpoint_every_s
         offer_at = time.monotonic() + self._settings.register_every_s
         while not self._stopping.is_set():
@@ -85,6 +93,9 @@ class Trainer:
             if time.monotonic() >= checkpoint_at:
                 self._checkpoint()
                 checkpoint_at = time.monotonic() + self._settings.checkpoint_every_s
+            if time.monotonic() >= announce_at:
+                self._announce()
+                announce_at = time.monotonic() + ANNOUNCE_EVERY_S
         self._checkpoint()
         log.info("stopped", step=self._learner.steps)
 
@@ -115,7 +126,7 @@ class Trainer:
                     self._feed.restore(state.feed)
                     self._learner.restore(tensors, state.step)
                     self._parent, self._tokens_seen = state.parent, state.tokens_seen
-                    self._checkpointed_step = state.step
+                    self._checkpointed_step, self._needs = state.step, state.feed.needs
                 else:
                     self._parent, champion = self._candidates.champion()
                     self._learner.draft.load_state_dict(champion.state_dict())
@@ -168,7 +179,12 @@ class Trainer:
         )
         with self._failures.survive("checkpoint", OSError):
             self._checkpoints.write(state, self._learner.tensors())
-            self._checkpointed_step = state.step
+            self._checkpointed_step, self._needs = state.step, state.feed.needs
+
+    def _announce(self) -> None:
+        """Say what a restart would read again, so that it stays; also while nothing new comes."""
+        with self._failures.survive("cursors", TableError):
+            self._tables.announce(self._reader, self._needs or self._feed.state().needs)
 
 
 class _Counts:

@@ -225,6 +225,8 @@ def test_a_stopped_or_killed_trainer_goes_on_from_its_checkpoint(world: World, t
     with process(settings, RUN_TRAINER, log) as trainer:
         until(lambda: step_of(settings) >= 5, "steps")
         assert end(trainer) == 0
+    announced = {row["table"]: row["version"] for row in world.tables.read("cursors").to_pylist()}
+    assert announced.keys() == {"accepted", "rejected"}, "what it needs is kept for it from its start on"
     newest = max((Path(settings.train.dir) / world.target.line).iterdir())
     stopped_at = int(newest.name.removeprefix("step-"))
     assert stopped_at >= 5

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from deltalake import CommitProperties, Transaction, write_deltalake
 from recorded import LINE, TARGET, WIDTH, conversation, record_of, round_of, tables_of
 
-from pipeline.table import DeltaLog, TableError
+from pipeline.table import OLDEST, DeltaLog, TableError
+from schemas.batches import TABLES
 from schemas.settings import Tables, Train
 from trainer.feed import Feed, FeedError, FeedState, held_back
 from trainer.windows import Window
@@ -350,3 +352,39 @@ def test_other_tables_than_before_are_refused_with_the_setting_to_change(world: 
     feed.cursor = state.cursor
     with pytest.raises(FeedError, match=r"tables\.uri .* train\.dir"):
         feed.poll()
+
+
+def forget(world: World, version: int) -> None:
+    """Say in both tables what maintenance says before it deletes what earlier versions added."""
+    mark = CommitProperties(app_transactions=[Transaction(OLDEST, version)])
+    for name in ("accepted", "rejected"):
+        nothing = TABLES[name].empty_table()
+        write_deltalake(world.tables.open(name), nothing, mode="append", commit_properties=mark)
+
+
+def test_a_feed_that_comes_too_late_passes_over_what_is_gone_and_counts_it(world: World) -> None:
+    ids = requests(6)
+    for request in ids:
+        world.commit([request])
+    forget(world, 4)
+    feed = world.feed(windows_per_step=1, replay_per_step=0, max_passes=1)
+    assert drain(feed) == [[ids[4]], [ids[5]]]
+    assert feed.counts["versions_gone"] == 4
+    assert feed.counts["branches"] == 6
+
+
+def test_a_restart_goes_on_without_the_windows_that_are_gone(world: World) -> None:
+    ids = requests(6)
+    for request in ids:
+        world.commit([request])
+    feed = world.feed(windows_per_step=2, replay_per_step=0, max_passes=1)
+    feed.poll()
+    feed.next()
+    state = as_json(feed)
+    assert state.needs == {"accepted": 0, "rejected": 0}
+    forget(world, 3)
+    restored = world.feed(windows_per_step=2, replay_per_step=0, max_passes=1)
+    restored.restore(state)
+    assert restored.counts["gone"] == 3
+    assert restored.counts["versions_gone"] == 3
+    assert drain(restored) == [[ids[3], ids[4]]]

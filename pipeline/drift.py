@@ -1,9 +1,9 @@
 """When the traffic changes: whether a version is accepted more or less often than before. No I/O and no clock.
 
 **What is observed.** A request once, by the chunk that holds its round 1. Rounds of one request are alike, and so are
-its chunks, but ADWIN's bound is for independent observations. With every round as one, half of the stationary streams
-of 5,000 rounds raised a false alarm; with every chunk of long answers, nearly all did; with one observation for each
-request none of 200 did. It needs no memory of requests, as a round says its number.
+its chunks, but ADWIN's bound is for independent observations. With every round as one, every sixth stationary stream
+of 5,000 raised a false alarm; with every chunk of long answers, three of four did; with one observation for each
+request, none of 300. It needs no memory of requests, as a round says its number.
 
 **Which figure.** ``acceptance``: the share of a request's rounds with a draft in which the target took the draft's
 first choice for the next token. It lies between 0 and 1, which ADWIN wants, and it does not depend on how deep or how

@@ -240,7 +240,7 @@ class Stream(Section):
 class Drift(Section):
     """When a stream worker says that a speculator is accepted more or less often than before."""
 
-    delta: float = Field(0.001, gt=0, lt=1)
+    delta: float = Field(1e-4, gt=0, lt=1)
     """Confidence of the detector (ADWIN): lower gives fewer false alarms and later true ones."""
     window: int = Field(5_000, ge=100)
     """Records of a partition that figures look back on at least, and at most twice as many."""

@@ -53,7 +53,7 @@ def test_the_printed_settings_hold_no_secret(flags: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["serve", "stream", "train", "promoter", "up", "down", "status", "demo", "settings"]
+    "command", ["serve", "stream", "train", "promoter", "up", "down", "status", "drift", "demo", "settings"]
 )
 def test_an_unknown_setting_is_one_line_and_exit_code_2(command: str) -> None:
     told = aurora(command, "--set", "kafka.botstrap=x")

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from schemas.batches import ACCEPTED, REJECTED, TRACES
-from schemas.reading import Array, Ints, Lists, Rounds, spans
+from schemas.reading import Array, Bools, Ints, Lists, Rounds, spans
 from schemas.trace import U16
 from schemas.tree import rejected_branches
 
@@ -199,13 +199,14 @@ def _drafted_last(rounds: Rounds) -> pa.Array:
 
 
 def _features_before(rounds: Rounds, features: Lists, of_round: Ints) -> pa.Array:
-    """The features of the token before each round's root; null where the chunk does not have them."""
-    ends = features.offsets[of_round]
+    """[B] the features of the token before the root; null where the chunk does not have them."""
     known = (of_round > rounds.bounds[rounds.chunk[of_round]]) & (features.lengths[of_round - 1] > 0)
-    starts = ends - rounds.feature_width[of_round]
-    spots = zip(known.tolist(), starts.tolist(), ends.tolist(), strict=True)
-    bits = [features.values[start:end].tobytes() if there else None for there, start, end in spots]
-    return pa.array(bits, pa.binary())
+    lengths = known * rounds.feature_width[of_round]
+    ends = features.offsets[of_round]
+    # Joined here, because builders of Arrow copy bytes one value at a time into memory that grows as they go.
+    bits = np.ascontiguousarray(features.values).view(np.uint8).data
+    pieces = [bits[2 * start : 2 * end] for start, end in zip((ends - lengths).tolist(), ends.tolist(), strict=True)]
+    return _binary(b"".join(pieces), _offsets(lengths), known)
 
 
 def _table(schema: pa.Schema, columns: Columns) -> pa.Table:
@@ -225,7 +226,10 @@ def _lists(lists: Lists) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(lists.offsets.astype(np.int32)), values, type=pa.list_(values.type))
 
 
-def _binary(bits: Array, offsets: Ints) -> pa.Array:
-    """Runs of 16-bit numbers as bytes, little-endian as they are."""
-    buffers = [None, pa.py_buffer((2 * offsets).astype(np.int32)), pa.py_buffer(np.ascontiguousarray(bits))]
-    return pa.Array.from_buffers(pa.binary(), len(offsets) - 1, buffers)
+def _binary(bits: Array | bytes, offsets: Ints, known: Bools | None = None) -> pa.Array:
+    """Runs of 16-bit numbers as bytes, little-endian as they are; null where they are not known."""
+    valid = None if known is None else pa.array(known).buffers()[1]
+    data = pa.py_buffer(bits if isinstance(bits, bytes) else np.ascontiguousarray(bits))
+    return pa.Array.from_buffers(
+        pa.binary(), len(offsets) - 1, [valid, pa.py_buffer((2 * offsets).astype(np.int32)), data]
+    )

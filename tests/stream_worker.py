@@ -185,12 +185,19 @@ class Publisher:
 
 @contextmanager
 def worker(
-    settings: Settings, log: Path, variables: Mapping[str, str] = MappingProxyType({})
+    settings: Settings, log: Path, variables: Mapping[str, str] = MappingProxyType({}), *, before: str = ""
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A stream worker; ``variables`` are added to its environment."""
+    """A stream worker.
+
+    Args:
+        settings: Its settings.
+        log: Where its log goes.
+        variables: Added to its environment.
+        before: Python that runs in it first, to force a fault.
+    """
     environ = {**os.environ, **to_environ(settings), "OMP_NUM_THREADS": "1", **variables}
     with log.open("ab") as output:
-        process = subprocess.Popen([sys.executable, "-c", WORKER], env=environ, cwd=CHECKOUT, stderr=output)
+        process = subprocess.Popen([sys.executable, "-c", before + WORKER], env=environ, cwd=CHECKOUT, stderr=output)
         try:
             yield process
         finally:

@@ -20,12 +20,14 @@ import pytest
 from recorded import conversation, record_of, tables_of
 
 from pipeline.maintenance import Maintenance, Upkeep
+from pipeline.merging import files_of
 from pipeline.offsets import COMMIT_ORDER, Batch, Intake, Source
 from pipeline.table import DeltaLog, GoneError
 from schemas.batches import TABLES, day_of
 from schemas.settings import Settings, Tables, to_environ
 
 CLOCK = Path(libfaketime.__file__).parent / "vendor" / "libfaketime" / "src" / "libfaketime.so.1"
+SOURCE = Source("traces", 0)
 AURORA = "from ops.cli import app; app()"
 
 
@@ -52,7 +54,7 @@ class World:
                 column = TABLES[name].get_field_index("day")
                 days = pa.array([day_of(at)] * rows[name].num_rows, pa.date32())
                 rows[name] = rows[name].set_column(column, TABLES[name].field(column), days)
-            self.intake.commit([Batch(Source("traces", 0), self.offset, rows)])
+            self.intake.commit([Batch(SOURCE, self.offset, rows)])
             self.offset += 1
 
     def maintain(self, *, dry_run: bool = False) -> dict[str, Upkeep]:
@@ -96,6 +98,10 @@ def test_small_files_are_merged_and_every_row_stays_for_every_way_of_reading(wor
     assert world.log.read("traces").sort_by([("offset", "ascending"), ("round", "ascending")]).equals(before)
     assert world.added(0) == [0, 1, 2, 3, 4, 5]
     assert sorted(world.log.read("accepted", ["offset"], at=3)["offset"].to_pylist()) == [0, 1, 2]
+    some = world.log.read_offsets("accepted", SOURCE, range(2, 4), ["offset"])
+    assert some["offset"].to_pylist() == [2, 3]
+    (file,) = files_of(world.log.open("accepted"))
+    assert (file.rows, file.least["offset"], file.most["offset"]) == (6, 0, 5), "queries know what they can skip"
     again = Maintenance(world.settings).run()
     assert again == [Upkeep(of_one.table) for of_one in done], "a second pass finds nothing to do"
 

@@ -1,0 +1,94 @@
+"""The tables and the claim checks on a real S3 server."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from object_store import KEY, SECRET, ObjectStore
+from recorded import conversation, record_of, tables_of
+
+from pipeline.maintenance import Maintenance
+from pipeline.offsets import COMMIT_ORDER, Batch, ConflictError, FencedError, Intake, Source, transaction_id
+from pipeline.table import DeltaLog, TableError
+from schemas.batches import TABLES
+from schemas.claims import ClaimStore, ClaimStoreError
+from schemas.settings import Tables, Traces
+from schemas.trace import TraceError
+
+SOURCE = Source("traces", 0)
+
+
+def tables_at(store: ObjectStore, prefix: str, **options: str) -> Tables:
+    """Tables that keep the records of ``recorded``, which are years old."""
+    years = {"retention_days": 36_500, "traces_retention_days": 36_500}
+    return Tables(uri=f"{store.bucket}/{prefix}", storage_options={**store.options(), **options}, **years)
+
+
+def batch(offset: int) -> Batch:
+    rows = tables_of(record_of(f"request-{offset}", conversation(range(9), 4), offset))
+    return Batch(SOURCE, offset, {name: rows[name] for name in COMMIT_ORDER})
+
+
+def offsets(rows: pa.Table) -> list[int]:
+    return sorted(rows["offset"].to_pylist())
+
+
+def test_batches_are_committed_fenced_merged_and_read(object_store: ObjectStore) -> None:
+    settings = tables_at(object_store, "fenced")
+    log = DeltaLog(settings)
+    log.create()
+    stale, owner = Intake(log), Intake(DeltaLog(settings))
+    stale.commit([batch(0)])
+    owner.commit([batch(1)])
+    with pytest.raises(FencedError):
+        stale.commit([batch(1)])
+    for offset in (2, 3):
+        stale.commit([batch(offset)])
+    added = log.read_added("accepted", 2, 4)
+    done = {of_one.table: of_one for of_one in Maintenance(settings).run()}
+    assert not any(of_one.error for of_one in done.values())
+    assert (done["accepted"].merged, done["accepted"].into) == (4, 1)
+    assert offsets(log.read("accepted")) == [0, 1, 2, 3]
+    assert log.read("accepted").schema == TABLES["accepted"]
+    assert log.read_added("accepted", 2, 4).equals(added)
+    assert offsets(log.read("accepted", ["offset"], at=2)) == [0, 1]
+    assert log.committed("accepted", 1)
+    assert log.committed("accepted", 99) is None
+    stale.commit([batch(4)])
+    assert log.query("select count(*) as n from accepted").read_all()["n"].to_pylist() == [5]
+
+
+def test_of_two_that_commit_on_one_state_the_store_lets_one(object_store: ObjectStore) -> None:
+    settings = tables_at(object_store, "conditional")
+    first, second = (DeltaLog(settings).snapshot("accepted") for _ in range(2))
+    rows = batch(0).rows["accepted"]
+    first.append(rows, {transaction_id("accepted", SOURCE): 0})
+    with pytest.raises(ConflictError):
+        second.append(rows, {transaction_id("accepted", SOURCE): 0})
+    assert DeltaLog(settings).row_count("accepted") == 1
+
+
+def test_a_store_that_refuses_the_key_is_an_error_that_names_the_setting(object_store: ObjectStore) -> None:
+    with pytest.raises(TableError, match=r"tables\.storage_options"):
+        DeltaLog(tables_at(object_store, "refused", AWS_SECRET_ACCESS_KEY="another")).version("traces")
+
+
+def test_claim_checks_are_kept_in_the_store(object_store: ObjectStore) -> None:
+    options = {
+        "endpoint_override": object_store.options()["AWS_ENDPOINT_URL"],
+        "access_key": KEY,
+        "secret_key": SECRET,
+        "region": "us-east-1",
+    }
+    settings = Traces(claim_uri=f"{object_store.bucket}/claims", claim_options=options)
+    features = np.arange(24, dtype=np.uint16).reshape(4, 6)
+    claim = ClaimStore(settings).put(features, 0)
+    assert np.array_equal(ClaimStore(settings).get(claim, 4, 6), features)
+    with pytest.raises(TraceError, match="claim_missing"):
+        ClaimStore(settings).get(replace(claim, uri=f"{claim.uri}-gone"), 4, 6)
+    refused = settings.model_copy(update={"claim_options": {**options, "secret_key": "another"}})
+    with pytest.raises(ClaimStoreError, match=r"traces\.claim_"):
+        ClaimStore(refused).get(claim, 4, 6)

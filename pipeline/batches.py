@@ -267,7 +267,8 @@ def _runs(arrivals: Iterable[_Arrival]) -> Iterator[list[_Arrival]]:
     size = 0
     for arrival in arrivals:
         run.append(arrival)
-        size += arrival.chunk.rows.get_total_buffer_size()
+        claim = arrival.chunk.envelope.claim
+        size += arrival.chunk.rows.get_total_buffer_size() + (claim.size if claim else 0)
         if size >= RUN_BYTES:
             yield run
             run, size = [], 0

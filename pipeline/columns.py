@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from schemas.batches import ACCEPTED, REJECTED, TRACES
 from schemas.reading import Array, Bools, Ints, Lists, Rounds, spans
-from schemas.trace import U16
+from schemas.trace import I32, INT32_MAX, U16
 from schemas.tree import rejected_branches
 
 Columns = Mapping[str, pa.Array]
@@ -223,13 +223,22 @@ def _numbers(values: Ints) -> pa.Array:
 
 def _lists(lists: Lists) -> pa.Array:
     values = pa.array(lists.values)
-    return pa.ListArray.from_arrays(pa.array(lists.offsets.astype(np.int32)), values, type=pa.list_(values.type))
+    return pa.ListArray.from_arrays(pa.array(_ends(lists.offsets)), values, type=pa.list_(values.type))
 
 
 def _binary(bits: Array | bytes, offsets: Ints, known: Bools | None = None) -> pa.Array:
     """Runs of 16-bit numbers as bytes, little-endian as they are; null where they are not known."""
     valid = None if known is None else pa.array(known).buffers()[1]
     data = pa.py_buffer(bits if isinstance(bits, bytes) else np.ascontiguousarray(bits))
-    return pa.Array.from_buffers(
-        pa.binary(), len(offsets) - 1, [valid, pa.py_buffer((2 * offsets).astype(np.int32)), data]
-    )
+    return pa.Array.from_buffers(pa.binary(), len(offsets) - 1, [valid, pa.py_buffer(_ends(2 * offsets)), data])
+
+
+def _ends(offsets: Ints) -> I32:
+    """Offsets as Arrow's arrays have them.
+
+    Raises:
+        OverflowError: a column is longer than 2 GiB; fewer chunks at a time are shorter.
+    """
+    if offsets[-1] > INT32_MAX:
+        raise OverflowError(f"a column of {offsets[-1]} entries does not fit into an array")
+    return offsets.astype(np.int32)

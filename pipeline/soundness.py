@@ -14,9 +14,8 @@ import numpy as np
 
 from schemas import trace
 from schemas.reading import Array, Bools, Check, Ints, Lists, Opened, Rounds
-from schemas.trace import TraceError
+from schemas.trace import INT32_MAX, TraceError
 
-INT32_MAX = 2**31 - 1
 LINE = re.compile(r"[A-Za-z0-9._-]{1,128}")
 """Lines name folders of the tables: an empty name is a null there, and a long one no file system takes."""
 

@@ -51,6 +51,7 @@ I32 = npt.NDArray[np.int32]
 F32 = npt.NDArray[np.float32]
 
 CHECKSUM_BYTES = 8
+INT32_MAX = 2**31 - 1
 
 SCHEMA = pa.schema(
     [

@@ -12,11 +12,11 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.batches import Claimed, Record, no_claims
-from pipeline.soundness import INT32_MAX, LINE, TIME_END_US
+from pipeline.soundness import LINE, TIME_END_US
 from schemas import trace
 from schemas.batches import TABLES, day_of
 from schemas.reading import open_chunk
-from schemas.trace import ROOT, Chunk, Envelope, Round, TraceError
+from schemas.trace import INT32_MAX, ROOT, Chunk, Envelope, Round, TraceError
 from schemas.tree import rejected_branches
 
 BF16_EXPONENT = 0x7F80

@@ -11,9 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.batches import Record, build
+from pipeline.duplicates import Known
+from pipeline.soundness import unsound
 from schemas import trace
 from schemas.batches import TABLES
-from schemas.trace import ROOT, Chunk, Envelope, Round, encode, from_bf16, to_bf16
+from schemas.reading import Lists, Rounds
+from schemas.trace import ROOT, Chunk, Envelope, Round, TraceError, encode, from_bf16, to_bf16
 
 A, B, C, D, E, F, G, X, Y, Z = range(10, 20)
 WIDTH = 3
@@ -351,6 +354,33 @@ def test_altered_bytes_are_one_dead_letter_and_never_an_error(cut: int, flip: in
     flipped = value[:at] + bytes([value[at] ^ (1 << flip)]) + value[at + 1 :]
     for altered in (value[:at], flipped, junk):
         assert reason(record(value=altered)) in ("corrupt", "truncated")
+
+
+def test_a_record_that_nobody_foresaw_is_a_dead_letter_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fragile(rounds: Rounds, features: Lists) -> dict[int, TraceError]:
+        if any(envelope.request == "odd" for envelope in rounds.envelopes):
+            raise IndexError("what is this")
+        return unsound(rounds, features)
+
+    monkeypatch.setattr("pipeline.batches.unsound", fragile)
+    odd = Chunk(replace(ENVELOPE, request="odd"), EXAMPLE.rounds)
+    sent = [record(offset=1), record(odd, offset=2), record(offset=3), record(offset=4, value=b"junk")]
+    built = build(sent, 32, known=Known(1))
+    assert built.rows["accepted"]["offset"].to_pylist() == [1, 3]
+    letters = built.rows["dead_letters"].select(["offset", "reason", "detail"]).to_pylist()
+    assert letters[0] == {"offset": 2, "reason": "unreadable", "detail": "IndexError: what is this"}
+    assert [letter["offset"] for letter in letters] == [2, 4]
+    assert [one.offset for one in built.taken] == [1, 3]
+
+
+def test_records_are_the_same_in_runs_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = [record(offset=1), record(offset=2, value=b"junk" * 9), record(offset=3), record(offset=4)]
+    together = build(sent, 32, known=Known(2))
+    monkeypatch.setattr("pipeline.batches.RUN_BYTES", 1)
+    alone = build(sent, 32, known=Known(2))
+    assert (alone.dead, alone.taken, alone.gaps) == (together.dead, together.taken, together.gaps)
+    assert all(alone.rows[name].equals(rows) for name, rows in together.rows.items())
+    assert together.dead == {"corrupt": 1, "duplicate": 1}
 
 
 def test_a_bad_record_does_not_harm_its_neighbours() -> None:

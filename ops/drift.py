@@ -25,7 +25,9 @@ def drift(
     with told():
         settings = settings_of(config, set_)
         from pipeline.drift_topic import read
+        from schemas import logs
 
+        logs.configure("drift", "warning")
         newest: deque[DriftEvent] = deque(maxlen=limit)
         events = read(settings.kafka)
         for event in events:

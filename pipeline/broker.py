@@ -31,6 +31,18 @@ def client(settings: Kafka, **options: Any) -> dict[str, Any]:
     }
 
 
+class Refusals:
+    """Hears the errors of a client, and keeps the last that says that the broker does not let it in."""
+
+    def __init__(self) -> None:
+        self.last: str | None = None
+
+    def __call__(self, error: KafkaError) -> None:
+        """An ``error_cb``."""
+        if error.code() in _NOT_LET_IN:
+            self.last = error.str()
+
+
 def connect(settings: Kafka, timeout_s: float = TIMEOUT_S) -> AdminClient:
     """A client that the broker has answered. Keep it while its calls run.
 
@@ -38,9 +50,9 @@ def connect(settings: Kafka, timeout_s: float = TIMEOUT_S) -> AdminClient:
         TopicError: it does not answer, or does not let the client in.
         SettingsError: ``kafka.client`` has an option that the client does not know.
     """
-    errors: list[KafkaError] = []
+    refusals = Refusals()
     try:
-        admin = AdminClient(client(settings, error_cb=errors.append))
+        admin = AdminClient(client(settings, error_cb=refusals))
     except (KafkaException, ValueError) as error:
         raise SettingsError(f"kafka.bootstrap or kafka.client: {error}") from error
     deadline = time.monotonic() + timeout_s
@@ -49,9 +61,9 @@ def connect(settings: Kafka, timeout_s: float = TIMEOUT_S) -> AdminClient:
             admin.list_topics(timeout=min(_ASK_S, timeout_s))
         except KafkaException as error:
             admin.poll(0)
-            if refusals := [e for e in errors if e.code() in _NOT_LET_IN]:
+            if refusals.last:
                 raise TopicError(
-                    f"the broker at {settings.bootstrap} does not let this client in: {refusals[-1].str()}; check "
+                    f"the broker at {settings.bootstrap} does not let this client in: {refusals.last}; check "
                     f"kafka.client"
                 ) from error
             if time.monotonic() > deadline:

@@ -143,7 +143,12 @@ class Publisher:
         self.ledger = Ledger()
         self._topic = settings.kafka.traces_topic
         self._producer = Producer(
-            {"bootstrap.servers": settings.kafka.bootstrap, "enable.idempotence": True, "log_level": 0}
+            {
+                **settings.kafka.client,
+                "bootstrap.servers": settings.kafka.bootstrap,
+                "enable.idempotence": True,
+                "log_level": 0,
+            }
         )
 
     def send(self, made: Chunk, value: bytes | None, reason: str = "", time_ms: int = 0) -> None:

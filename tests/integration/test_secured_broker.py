@@ -1,0 +1,126 @@
+"""TLS and SASL on a real broker: one ``kafka.client`` brings every client in, and a wrong one is told."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from confluent_kafka import KafkaError
+from secured_broker import Secured, secured_broker
+from stream_worker import CHECKOUT, Publisher, chunk, rows_of_records, stream_settings, wait_until, worker
+
+from pipeline import credentials, topics
+from pipeline.broker import TopicError
+from pipeline.offsets import Source
+from pipeline.table import DeltaLog
+from pipeline.watermarks import BrokerAwayError, Watermarks
+from schemas.settings import Kafka, Settings, Traces, to_environ
+from schemas.trace import encode
+from serving.producer import connect, headers_of
+
+SCRAM = "SCRAM-SHA-256"
+
+
+@pytest.fixture(scope="module")
+def secured(tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], int]) -> Iterator[Secured]:
+    with secured_broker(tmp_path_factory.mktemp("secured"), free_port) as made:
+        yield made
+
+
+def settings_for(kafka: Kafka, folder: Path, port: int) -> Settings:
+    made = stream_settings(kafka.bootstrap, folder, port)
+    return made.model_copy(update={"kafka": made.kafka.model_copy(update={"client": kafka.client})})
+
+
+def without(kafka: Kafka, *names: str, **others: str) -> Kafka:
+    kept = {name: value for name, value in kafka.client.items() if name not in names}
+    return kafka.model_copy(
+        update={"client": {**kept, **{name.replace("_", "."): text for name, text in others.items()}}}
+    )
+
+
+def test_both_clients_come_in_by_every_way_that_is_understood(secured: Secured) -> None:
+    ways = [secured.by_password("PLAIN"), secured.by_password(SCRAM), secured.by_certificate()]
+    inline = without(secured.by_password(SCRAM), "ssl.ca.location", ssl_ca_pem=Path(secured.ca).read_text())
+    for kafka in [*ways, inline]:
+        topics.compare(kafka)
+        credentials.check(kafka)
+
+
+def test_with_one_setting_node_and_worker_bring_records_into_the_tables(
+    secured: Secured, tmp_path: Path, free_port: Callable[[], int]
+) -> None:
+    settings = settings_for(secured.by_password(SCRAM), tmp_path, free_port())
+    topics.create(settings.kafka)
+    producer = connect(settings.kafka, Traces(), lambda _: None)
+    for number in range(5):
+        made = chunk(number, np.random.default_rng(number))
+        producer.produce(
+            settings.kafka.traces_topic,
+            value=encode(made),
+            key=made.envelope.request.encode(),
+            headers=headers_of(made),
+            on_delivery=lambda error, _: pytest.fail(error.str()) if error else None,
+        )
+    assert producer.flush(20) == 0
+    Publisher(settings).send_many(range(5, 8))
+    tables, log = DeltaLog(settings.tables), tmp_path / "worker.log"
+    with worker(settings, log):
+        assert wait_until(lambda: rows_of_records(tables) == 8, 40), log.read_text()[-5_000:]
+    assert tables.row_count("dead_letters") == 0
+
+
+@pytest.mark.parametrize("mechanism", ["PLAIN", SCRAM])
+def test_a_wrong_password_is_told_by_both_clients_and_names_the_setting(secured: Secured, mechanism: str) -> None:
+    wrong = secured.by_password(mechanism, "falsch")
+    for way_in in (topics.create, credentials.check):
+        with pytest.raises(TopicError, match=r"check kafka\.client") as raised:
+            way_in(wrong)
+        assert "uthentication" in str(raised.value)
+        assert "falsch" not in str(raised.value)
+
+
+def test_a_stream_worker_with_a_wrong_password_ends_with_one_line(secured: Secured, tmp_path: Path) -> None:
+    settings = settings_for(secured.by_password(SCRAM, "falsch"), tmp_path, 0)
+    ended = subprocess.run(
+        [sys.executable, "-m", "ops.cli", "stream"],
+        env={**os.environ, **to_environ(settings)},
+        cwd=CHECKOUT,
+        timeout=60,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 2
+    assert ended.stderr.count("\n") == 1
+    assert "kafka.client" in ended.stderr
+
+
+def test_a_worker_that_is_let_in_no_more_says_why(secured: Secured, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.watermarks.TIMEOUT_S", 3.0)
+    watermarks = Watermarks(secured.by_password(SCRAM, "falsch"))
+    with pytest.raises(BrokerAwayError, match=r"uthentication.*kafka\.client"):
+        watermarks.bounds([Source("traces", 0)])
+
+
+def test_a_node_hears_that_its_password_is_wrong(secured: Secured) -> None:
+    heard: list[KafkaError] = []
+    producer = connect(secured.by_password("PLAIN", "falsch"), Traces(), heard.append)
+
+    def refused() -> bool:
+        producer.poll(0.1)
+        return any(error.code() == KafkaError._AUTHENTICATION for error in heard)
+
+    assert wait_until(refused, 20)
+
+
+def test_a_certificate_that_nobody_signed_is_told_with_the_setting(secured: Secured) -> None:
+    unknown = without(secured.by_password(SCRAM), "ssl.ca.location")
+    for way_in in (topics.create, credentials.check):
+        with pytest.raises(TopicError, match=r"(?s)certificate.*kafka\.client"):
+            way_in(unknown)

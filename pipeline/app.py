@@ -246,7 +246,6 @@ class StreamWorker:
         return Vitals(
             unwatched_s=now - self._watched_at,
             joining_s=0.0 if self._joining_since is None else now - self._joining_since,
-            broker_away_s=0.0 if self._away_since is None else now - self._away_since,
             storing_s=self._writer.busy_s,
             waiting_s={source.partition: self._progress.waiting_s(source) for source in self._progress.sources()},
             unknown=tuple(source.partition for source in self._progress.unknown()),

@@ -36,7 +36,6 @@ class Vitals:
     """Since the watch came round."""
     joining_s: float
     """The group has not said which partitions are this worker's, although the broker answers."""
-    broker_away_s: float
     storing_s: float
     """One attempt on the tables."""
     waiting_s: Mapping[int, float]

@@ -35,7 +35,7 @@ inbox.Inbox.put = failing
 READER_HANGS = """
 import asyncio
 from pipeline import inbox, liveness
-liveness.LATE_S, liveness.STALLED_S = 3.0, 6.0
+liveness.LATE_S, liveness.STALLED_S = 2.0, 5.0
 put, calls = inbox.Inbox.put, []
 async def hanging(self, item, size):
     calls.append(item)

@@ -176,6 +176,41 @@ def test_days_are_let_go_whole_when_their_time_is_over(world: World) -> None:
     assert not list(Path(world.settings.uri).glob(f"accepted/line=*/day={datetime.now(UTC) - timedelta(days=20):%F}/*"))
 
 
+def aged(table: Path, days: int) -> None:
+    """Let the commits of a table be as old, by the clock of its store."""
+    then = (datetime.now(UTC) - timedelta(days=days)).timestamp()
+    for commit in (table / "_delta_log").iterdir():
+        os.utime(commit, (then, then))
+
+
+def test_old_commits_are_dropped_from_the_log_and_who_asks_for_them_is_told(world: World, tmp_path: Path) -> None:
+    world.commit(5)
+    world.log.open("accepted").create_checkpoint()
+    aged(tmp_path / "accepted", 20)
+    world.log.announce("behind its lease", {"accepted": 3})
+    world.commit(2)
+    world.maintain()
+    assert not (tmp_path / "accepted/_delta_log/00000000000000000004.json").exists()
+    assert world.log.oldest("accepted") == 5
+    with pytest.raises(GoneError):
+        world.added(3)
+    assert world.added(5) == [5, 6]
+    assert world.kept() == list(range(7))
+    world.commit(1)
+    assert world.kept() == list(range(8)), "the stream goes on over it"
+
+
+def test_the_log_that_a_live_reader_needs_stays(world: World, tmp_path: Path) -> None:
+    world.commit(5)
+    world.log.open("accepted").create_checkpoint()
+    aged(tmp_path / "accepted", 2)
+    world.log.announce("slow", {"accepted": 3})
+    world.commit(2)
+    world.maintain()
+    assert world.log.oldest("accepted") == 0
+    assert world.added(3) == [3, 4, 5, 6]
+
+
 def test_a_dry_run_says_what_a_pass_would_do_and_changes_nothing(world: World) -> None:
     world.commit(3)
     versions = {name: world.log.version(name) for name in TABLES}

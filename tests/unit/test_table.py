@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 from datetime import UTC, datetime, timedelta
@@ -58,8 +59,14 @@ def test_a_range_of_a_partition_is_read_in_the_order_of_its_offsets(log: DeltaLo
     assert log.read_offsets("traces", Source("it's", 0), range(9), columns).num_rows == 0
 
 
-def test_an_earlier_state_is_read_by_version_and_by_time(log: DeltaLog) -> None:
+def test_an_earlier_state_is_read_by_version_and_by_time(log: DeltaLog, tmp_path: Path) -> None:
     assert offsets(log.read("accepted", ["offset"], at=2)) == [0, 1]
+    begun = datetime.now(UTC) - timedelta(hours=9)
+    for version in range(5):
+        at = (begun + timedelta(hours=version)).timestamp()
+        os.utime(tmp_path / f"accepted/_delta_log/{version:020}.json", (at, at))
+    assert offsets(log.read("accepted", ["offset"], at=begun + timedelta(hours=2, minutes=30))) == [0, 1]
+    assert offsets(log.read("accepted", ["offset"], at=(begun + timedelta(hours=3)).replace(tzinfo=None))) == [0, 1, 2]
     assert offsets(log.read("accepted", ["offset"], at=datetime.now(UTC))) == [0, 1, 2, 3]
     assert log.read("accepted", at=datetime.now(UTC) - timedelta(days=9)).num_rows == 0
     with pytest.raises(TableError, match="accepted, state 99,"):

@@ -14,7 +14,7 @@ from pipeline import drift_topic
 from pipeline.counts import drift_metrics
 from pipeline.drift import COLUMNS
 from pipeline.drift_topic import DriftTopic
-from pipeline.drift_watch import SENT_AGAIN, DriftWatch
+from pipeline.drift_watch import SENT_AGAIN, SHOWN, DriftWatch
 from pipeline.offsets import Source
 from pipeline.table import TableError
 from schemas.batches import TRACES
@@ -148,6 +148,17 @@ def test_what_the_other_partitions_of_a_worker_say_is_told_apart_and_shown_toget
     watch.keep([OTHER])
     [other] = watch.status().traffic
     assert other.accepted.requests == 1_000
+
+
+def test_of_many_labels_the_status_shows_those_with_the_most_requests(rows: pa.Table) -> None:
+    head = rows.slice(0, 4 * 300)
+    labels = [f"label-{offset % 60 if offset < 120 else 7}" for offset in head["offset"].to_pylist()]
+    many = head.set_column(head.schema.get_field_index("label"), "label", pa.array(labels))
+    watch = DriftWatch(Drift(), Table(many), Sent())
+    run(watch, Table(many), range(300))
+    traffic = watch.status().traffic
+    assert len(traffic) == SHOWN
+    assert (traffic[0].label, traffic[0].accepted.requests) == ("label-7", 182)
 
 
 @pytest.mark.parametrize("failure", [TableError("the store is away"), ValueError("a fault of ours")])

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 
 import pytest
+from rich.console import Console
 
 from ops.drift import words
+from ops.status import Overview, as_table
 from schemas.events import Accepted, DriftEvent
+from schemas.status import DriftStatus, StreamStatus
 
 BEFORE = Accepted(requests=1_204, acceptance=0.61, accept_length=2.1, drafted=4.0)
 AFTER = Accepted(requests=180, acceptance=0.42, accept_length=1.3, drafted=3.9)
@@ -67,3 +71,14 @@ def test_that_more_or_less_is_drafted_is_said_because_the_accept_length_moves_wi
 @pytest.mark.parametrize("label", ["\x1b[2Jsql", "a\nb", "\u202esql"])
 def test_a_label_cannot_move_the_cursor(label: str) -> None:
     assert words(event(label=label)).isprintable()
+
+
+def test_the_status_ends_with_the_newest_event_as_it_is_written() -> None:
+    drift = DriftStatus(seen=2, unsent=0, failed=0, newest=[event(), event(label="[red]sql")], traffic=[])
+    nothing = {"partitions": [], "dead_letters": {}, "not_live": [], "not_ready": [], "error": None}
+    stream = StreamStatus.model_construct(**(dict.fromkeys(StreamStatus.model_fields, 0) | nothing | {"drift": drift}))
+    console = Console(width=400, record=True, file=io.StringIO())
+    console.print(as_table(Overview.model_construct(stream=stream)))
+    last = console.export_text().splitlines()[-1]
+    assert last.startswith("drift")
+    assert "version 7 on label [red]sql is accepted less often" in last

@@ -17,6 +17,7 @@ from stream_worker import Publisher, chunk, claimed_chunks, rows_of_records, str
 
 from pipeline import topics
 from pipeline.batches import build
+from pipeline.duplicates import Known
 from pipeline.offsets import LOST
 from pipeline.table import DeltaLog
 from schemas.claims import ClaimStore
@@ -53,8 +54,8 @@ class Stage:
 
     def assert_equal_to_the_ledger(self) -> None:
         records = sorted(self.publisher.ledger.records, key=lambda r: (r.partition, r.offset))
-        claimed = ClaimStore(self.settings.traces).get
-        for name, rows in build(records, self.settings.stream.context_tokens, claimed).rows.items():
+        claimed, known = ClaimStore(self.settings.traces).get, Known(self.settings.stream.duplicate_window)
+        for name, rows in build(records, self.settings.stream.context_tokens, claimed, known).rows.items():
             stored = self.tables.read(name).sort_by([("partition", "ascending"), ("offset", "ascending")])
             assert stored.equals(rows), name
 
@@ -72,9 +73,11 @@ def test_records_become_rows_and_unusable_ones_dead_letters(stage: Stage) -> Non
     foreign = chunk(50, np.random.default_rng(0))
     stage.publisher.send(foreign, b"not a chunk, but long enough")
     stage.publisher.send(foreign, None)
+    for _ in range(2):
+        stage.publisher.send(foreign, encode(foreign))
     stage.publisher.flush()
     with worker(stage.settings, stage.log) as process:
-        assert stage.stored(52), stage.log.read_text()[-5_000:]
+        assert stage.stored(54), stage.log.read_text()[-5_000:]
         assert wait_until(
             lambda: all(p.wanted == p.end == stage.end(p.partition) for p in stage.status().partitions), 9
         )
@@ -82,8 +85,8 @@ def test_records_become_rows_and_unusable_ones_dead_letters(stage: Stage) -> Non
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
     stage.assert_equal_to_the_ledger()
-    assert stage.tables.read("dead_letters")["reason"].to_pylist().count("empty") == 1
-    assert (status.rows_written, sum(status.dead_letters.values())) == (stage.tables.row_count("traces"), 2)
+    assert sorted(stage.tables.read("dead_letters")["reason"].to_pylist()) == ["corrupt", "duplicate", "empty"]
+    assert (status.rows_written, sum(status.dead_letters.values())) == (stage.tables.row_count("traces"), 3)
     assert (status.lost, status.error) == (0, None)
     assert len(status.partitions) == stage.settings.kafka.partitions
     assert f"aurora_stream_rows_written_total {float(status.rows_written)}" in metrics

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,7 +15,8 @@ from recorded import conversation, record_of
 from pipeline.batches import Built, Record, build
 from pipeline.duplicates import NOTHING, Duplicates, Identity, Known, Taken
 from pipeline.offsets import COMMIT_ORDER, Batch, FencedError, Intake, Source, admit
-from pipeline.table import TableError
+from pipeline.table import DeltaLog, TableError
+from schemas.settings import Tables
 
 SOURCE = Source("traces", 0)
 CONTEXT = 4
@@ -97,6 +99,18 @@ def test_memory_read_from_the_table_is_the_memory_that_grew(pieces: list[int], c
     assert (len(read), read._offsets, read._pieces) == (len(grown), grown._offsets, grown._pieces)
     assert len(read) <= window
     assert reasons(build(log[cut:], CONTEXT, known=read)) == [r for r in reasons(whole) if r[0] >= cut]
+
+
+def test_a_restarted_worker_reads_from_the_table_what_it_remembered(tmp_path: Path) -> None:
+    log = [at(offset, piece) for offset, piece in enumerate((0, 1, 3, 0, 4))]
+    whole = build(log, CONTEXT, known=Known(10))
+    tables = DeltaLog(Tables(uri=str(tmp_path)))
+    Intake(tables).commit([Batch(SOURCE, log[-1].offset, whole.rows)])
+    read = Duplicates(tables, 3).known(SOURCE, len(log))
+    grown = Known(3, whole.taken)
+    grown.forget_before(len(log))
+    assert (read._offsets, read._pieces) == (grown._offsets, grown._pieces)
+    assert len(read) == 2
 
 
 class Worker:

@@ -224,7 +224,7 @@ def split_of(figures: Floats, least: int) -> int:
 def _detector(settings: Drift) -> Callable[[float], bool]:
     """ADWIN. Takes the next figure; tells whether the figures so far cannot have one mean."""
     # The class behind ``river.drift.ADWIN``. The module of that one imports scikit-learn, pandas and SQLAlchemy for its
-    # other content: 130 MB and over a second for each worker. A test holds that both say the same.
+    # other content: 80 to 130 MB and over a second for each worker. A test holds that both say the same.
     from river._river_rust.drift import AdaptiveWindowing
 
     least = settings.min_requests

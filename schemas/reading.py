@@ -34,7 +34,7 @@ Bools = npt.NDArray[np.bool_]
 Ints = npt.NDArray[np.int64]
 Array = npt.NDArray[Any]
 
-_NOTHING_IN_COMMON = 2**31
+_LONGER_THAN_ANY = 2**31
 """Stands for any larger number in an envelope: no list is as long."""
 _PLAIN = pa.ipc.IpcReadOptions(use_threads=False)
 
@@ -153,8 +153,8 @@ class Rounds:
         sizes = np.array([batch.num_rows for batch in batches], dtype=np.int64)
         self.bounds: Ints = np.concatenate([[0], np.cumsum(sizes)])
         self.chunk: Ints = np.repeat(np.arange(len(chunks)), sizes)
-        self.feature_width = self.of_row([min(e.feature_width, _NOTHING_IN_COMMON) for e in self.envelopes])
-        self.top_k = self.of_row([min(e.top_k, _NOTHING_IN_COMMON) for e in self.envelopes])
+        self.feature_width = self.of_row([min(e.feature_width, _LONGER_THAN_ANY) for e in self.envelopes])
+        self.top_k = self.of_row([min(e.top_k, _LONGER_THAN_ANY) for e in self.envelopes])
         self.number, self.position, self.time = (self._numbers(name) for name in ("round", "position", "time"))
         self.bonus = self._numbers("bonus")
         self.has_bonus: Bools = _valid(self.batch.column("bonus"))

@@ -12,6 +12,8 @@ from confluent_kafka import Producer as ConfluentProducer
 from schemas.settings import Kafka, SettingsError, Traces
 from schemas.trace import CONTENT_TYPE, Chunk, fingerprint
 
+NOT_LET_IN = frozenset({KafkaError._AUTHENTICATION, KafkaError.SASL_AUTHENTICATION_FAILED, KafkaError._SSL})
+"""Errors that a wrong ``kafka.client`` makes; the client goes on trying."""
 Headers = list[tuple[str, str | bytes | None]]
 
 

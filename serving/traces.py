@@ -38,7 +38,7 @@ from serving.chunks import FRAME_BYTES, Assembly, Origin, Space, Way, chunk_byte
 from serving.claims import Cloakroom
 from serving.engine import Finish, Request
 from serving.ledger import Ledger, Reason, TraceCounts
-from serving.producer import Producer, connect, headers_of, message_bytes
+from serving.producer import NOT_LET_IN, Producer, connect, headers_of, message_bytes
 
 log = structlog.get_logger()
 
@@ -108,6 +108,7 @@ class TracePublisher:
         self._due: deque[tuple[float, int]] = deque()
         self._tickets = 0
         self._fatal = False
+        self._refused = False
         self._close_by = 0.0
         self._thread = threading.Thread(target=self._run, name="traces", daemon=True)
 
@@ -281,6 +282,7 @@ class TracePublisher:
             if self._breaker.state != "closed":
                 log.info("trace_breaker_closed")
             self._breaker.succeeded()
+            self._refused = False
             self._settle(ticket, None)
         elif error.code() in _TOO_LARGE:
             log.warning("trace_chunk_too_large", setting="kafka.max_message_bytes", error=error.str())
@@ -310,10 +312,13 @@ class TracePublisher:
             log.warning("trace_breaker_opened", bootstrap=self._kafka.bootstrap, why=why)
 
     def _on_error(self, error: KafkaError) -> None:
-        """Errors of the client as a whole; only fatal ones matter, from the others it recovers by itself."""
+        """Errors of the client as a whole: it recovers by itself from all but the fatal ones."""
         if error.fatal():
             log.error("trace_producer_fatal", error=error.str())
             self._fatal = True
+        elif error.code() in NOT_LET_IN and not self._refused:
+            log.error("trace_producer_not_let_in", why=error.str(), setting="kafka.client")
+            self._refused = True
 
     def _drain(self) -> None:
         """Send what is assembled and queued, and settle every chunk, within the time that ``close`` gave."""

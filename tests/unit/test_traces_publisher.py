@@ -10,6 +10,7 @@ import pytest
 from confluent_kafka import KafkaError
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 from trace_bench import Bench, FakeProducer, a_round, eventually
 
 from schemas.settings import Kafka, SettingsError, Traces
@@ -166,6 +167,21 @@ def test_a_fatal_error_of_the_client_gets_a_new_producer() -> None:
     bench.send()
     counts = bench.publisher.close(1)
     assert (counts.published, bench.producer.rows, broken.delivered) == (1, 1, [])
+
+
+def test_a_broker_that_does_not_let_the_node_in_is_told_once_with_the_setting() -> None:
+    bench = Bench()
+    refusal = KafkaError(KafkaError._AUTHENTICATION, "wrong password")
+    with capture_logs() as told:
+        for _ in range(3):
+            bench.on_error(refusal)
+        bench.on_error(KafkaError(KafkaError._TRANSPORT, "away"))
+        bench.send()
+        bench.settle()
+        bench.on_error(refusal)
+    bench.publisher.close(1)
+    refused = [line for line in told if line["event"] == "trace_producer_not_let_in"]
+    assert [(line["why"], line["setting"]) for line in refused] == [("wrong password", "kafka.client")] * 2
 
 
 def test_malformed_rounds_neither_raise_nor_end_the_publisher() -> None:

@@ -192,7 +192,7 @@ def _other_partitions(wanted: Topic, found: Topic) -> Change:
     else:
         note = (
             "keys go to other partitions from then on: requests that run meanwhile are split over two, which loses and "
-            "doubles no row; start the stream workers again if they are not given the new partitions within minutes"
+            "doubles no row; stream workers take the new partitions up within five minutes, or when they start"
         )
     return Change(wanted.name, PARTITIONS, str(found.partitions), str(wanted.partitions), refused, note)
 

@@ -16,6 +16,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported
     OffsetSpec,
 )
 
+from pipeline.broker import Refusals, client
 from pipeline.offsets import Source
 from schemas.settings import Kafka
 
@@ -31,6 +32,7 @@ class Watermarks:
 
     def __init__(self, settings: Kafka) -> None:
         self._settings = settings
+        self._refusals = Refusals()
         self._admin = self._connected()
 
     def bounds(self, sources: Iterable[Source]) -> dict[Source, tuple[int, int]]:
@@ -42,6 +44,7 @@ class Watermarks:
         asked = {source: TopicPartition(source.topic, source.partition) for source in sources}
         if not asked:
             return {}
+        self._refusals.last = None
         admin = self._admin
         starts, ends = (
             admin.list_offsets(dict.fromkeys(asked.values(), spec), request_timeout=TIMEOUT_S)
@@ -50,15 +53,14 @@ class Watermarks:
         try:
             return {source: (_offset(starts[tp]), _offset(ends[tp])) for source, tp in asked.items()}
         except KafkaException as error:
+            admin.poll(0)
             # A client goes on with what it knew of the leaders before they were away, and is refused for that.
             self._admin = self._connected()
-            raise BrokerAwayError(
-                f"broker at {self._settings.bootstrap} (kafka.bootstrap): {error.args[0].str()}"
-            ) from error
+            why = f"{self._refusals.last} (kafka.client)" if self._refusals.last else error.args[0].str()
+            raise BrokerAwayError(f"broker at {self._settings.bootstrap} (kafka.bootstrap): {why}") from error
 
     def _connected(self) -> AdminClient:
-        options: dict[str, str | int | float] = {"log_level": 0, "reconnect.backoff.max.ms": 1000}
-        return AdminClient({"bootstrap.servers": self._settings.bootstrap, **options, **self._settings.client})
+        return AdminClient(client(self._settings, error_cb=self._refusals))
 
 
 def _offset(answer: Future[ListOffsetsResultInfo]) -> int:

@@ -12,7 +12,7 @@ last, so that no other table is behind what is remembered.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol, TypeVar
 
 import pyarrow as pa
@@ -112,6 +112,10 @@ class Duplicates:
             known = Known(self._window, _taken(source, rows))
             self._known[source] = wanted, known
         return known
+
+    def keep(self, sources: Collection[Source]) -> None:
+        """Let go what is known of other partitions than these."""
+        self._known = {source: known for source, known in self._known.items() if source in sources}
 
     def committed(self, source: Source, wanted: int, taken: Iterable[Taken]) -> None:
         """Remember the records of a commit that succeeded, after which the tables want ``wanted``."""

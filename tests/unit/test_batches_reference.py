@@ -285,7 +285,7 @@ def with_null(rng: Rng) -> Callable[[pa.Table], Sequence[pa.Table]]:
     return change
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(st.lists(shapes.filter(lambda s: s.rounds > 0), min_size=1, max_size=4), st.integers(0, 2**32), st.data())
 def test_spoiled_records_are_refused_as_by_the_reference_and_harm_no_other(
     made: list[Shape], seed: int, data: st.DataObject

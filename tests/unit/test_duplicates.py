@@ -113,6 +113,19 @@ def test_a_restarted_worker_reads_from_the_table_what_it_remembered(tmp_path: Pa
     assert len(read) == 2
 
 
+def test_what_is_known_of_a_partition_goes_with_it() -> None:
+    tables = MemoryTables()
+    tables.snapshot("accepted").append(build([at(0, 0)], CONTEXT).rows["accepted"], {})
+    duplicates = Duplicates(tables, 3)
+    known = duplicates.known(SOURCE, 1)
+    duplicates.keep([SOURCE])
+    assert duplicates.known(SOURCE, 1) is known
+    duplicates.keep([])
+    again = duplicates.known(SOURCE, 1)
+    assert again is not known
+    assert len(again) == 1
+
+
 class Worker:
     """A worker as ``pipeline.writer`` wires it."""
 

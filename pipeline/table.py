@@ -104,8 +104,13 @@ class TableSnapshot:
         self._table.update_incremental()
 
     def transaction(self, app_id: str) -> int | None:
-        """Version of an application transaction in this state."""
-        return self._table.transaction_version(app_id)
+        """Version of an application transaction in this state.
+
+        Raises:
+            TableError: the log of the table, of which the handle holds a part only, cannot be read.
+        """
+        with failures_of(f"log of {self._table.table_uri}"):
+            return self._table.transaction_version(app_id)
 
     def append(self, rows: pa.Table, transactions: Mapping[str, int]) -> None:
         """Add rows and set transaction versions, in one commit that directly follows this state.

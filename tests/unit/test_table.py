@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from deltalake import DeltaTable
 from recorded import conversation, record_of, tables_of
 
 from pipeline.batches import Record, build
@@ -126,3 +127,17 @@ def test_a_file_that_is_gone_is_an_error_of_the_table_and_not_fewer_rows(log: De
         log.read_added("accepted", 0, 4)
     with pytest.raises(TableError, match="query"):
         log.query("select request from accepted").read_all()
+
+
+def test_a_log_that_cannot_be_read_where_a_transaction_is_asked_for_names_its_setting(tmp_path: Path) -> None:
+    tables = DeltaLog(Tables(uri=str(tmp_path)))
+    tables.snapshot("traces").append(TABLES["traces"].empty_table(), {"writer": 7})
+    DeltaTable(str(tmp_path / "traces")).create_checkpoint()
+    snapshot = DeltaLog(Tables(uri=str(tmp_path))).snapshot("traces")
+    (checkpoint,) = (tmp_path / "traces" / "_delta_log").glob("*.checkpoint.parquet")
+    whole = checkpoint.read_bytes()
+    checkpoint.write_bytes(whole[:10])
+    with pytest.raises(TableError, match=r"tables\.uri"):
+        snapshot.transaction("writer")
+    checkpoint.write_bytes(whole)
+    assert snapshot.transaction("writer") == 7

@@ -21,6 +21,7 @@ This needs a topic whose offsets have no holes: no transactions, no compaction.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Executor, wait
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -30,7 +31,8 @@ import pyarrow.compute as pc
 from schemas.batches import DEAD_LETTERS, TABLES, day_of
 
 COMMIT_ORDER = ("dead_letters", "rejected", "traces", "accepted")
-"""``accepted`` last: whoever sees a row of it finds everything else of that record in place."""
+"""``accepted`` last: whoever sees a row of it finds everything else of that record in place. The others in any order,
+or at the same time."""
 LOST = "lost_to_retention"
 ATTEMPTS = 20
 """Tries of one commit while writers of other partitions take the table's next version first."""
@@ -134,10 +136,15 @@ def lost_range(source: Source, wanted: int, log_start: int, log_end: int) -> ran
 
 
 class Intake:
-    """The tables' side of the protocol. Not thread-safe: one thread at a time decides and commits."""
+    """The tables' side of the protocol. Not thread-safe: one thread at a time decides and commits.
 
-    def __init__(self, tables: Tables) -> None:
+    What runs in a pool meanwhile is waited for: when ``commit`` returns or raises, nothing is being written any more.
+    """
+
+    def __init__(self, tables: Tables, pool: Executor | None = None) -> None:
+        """With a ``pool`` all tables but the last are written at the same time."""
         self._tables = tables
+        self._pool = pool
         self._next: dict[Source, dict[str, int]] = {}
 
     def wanted(self, source: Source) -> int:
@@ -164,15 +171,27 @@ class Intake:
             self.wanted(batch.source)
         last = {batch.source: batch.last for batch in batches}
         try:
-            for name in COMMIT_ORDER:
-                rows = pa.concat_tables(
-                    [TABLES[name].empty_table(), *(self._missing(name, batch) for batch in batches)]
-                )
-                self._advance(name, last, _always(rows))
+            self._each(COMMIT_ORDER[:-1], lambda name: self._append(name, batches, last))
+            self._append(COMMIT_ORDER[-1], batches, last)
         except BaseException:
             # Whatever went wrong, and however far it got: only the tables know.
             self.forget(last)
             raise
+
+    def _each(self, names: Sequence[str], write: Callable[[str], None]) -> None:
+        """Write tables, and return or raise only when none is being written any more."""
+        if self._pool is None:
+            for name in names:
+                write(name)
+            return
+        written = wait([self._pool.submit(write, name) for name in names]).done
+        for done in written:
+            done.result()
+
+    def _append(self, name: str, batches: Sequence[Batch], last: Mapping[Source, int]) -> None:
+        """Bring one table up to the ends of the batches."""
+        rows = pa.concat_tables([TABLES[name].empty_table(), *(self._missing(name, batch) for batch in batches)])
+        self._advance(name, last, _always(rows))
 
     def record_loss(self, source: Source, lost: range, time_us: int) -> None:
         """Write down that the broker deleted ``lost`` before it was read, and go on after it.
@@ -199,8 +218,10 @@ class Intake:
 
     def _missing(self, name: str, batch: Batch) -> pa.Table:
         """The rows of a batch that a table does not contain yet."""
-        rows = batch.rows[name]
-        return rows.filter(pc.greater_equal(rows["offset"], self._next[batch.source][name]))
+        rows, wanted = batch.rows[name], self._next[batch.source][name]
+        if not rows.num_rows or pc.min(rows["offset"]).as_py() >= wanted:
+            return rows  # as they are: a filter copies them
+        return rows.filter(pc.greater_equal(rows["offset"], wanted))
 
     def _advance(
         self,

@@ -16,7 +16,7 @@ from pipeline.counts import Counts
 from pipeline.drift_topic import DriftTopic
 from pipeline.drift_watch import DriftWatch
 from pipeline.duplicates import Duplicates
-from pipeline.offsets import Batch, ConflictError, FencedError, Intake, Source, admit, lost_range
+from pipeline.offsets import COMMIT_ORDER, Batch, ConflictError, FencedError, Intake, Source, admit, lost_range
 from pipeline.table import DeltaLog, TableError
 from schemas.claims import ClaimStore, ClaimStoreError
 from schemas.settings import Settings
@@ -47,7 +47,7 @@ class Writer:
         """Time of the last commit, on the monotonic clock."""
         self._counts = counts
         tables = DeltaLog(settings.tables)
-        self._intake = Intake(tables)
+        self._intake = Intake(tables, ThreadPoolExecutor(len(COMMIT_ORDER) - 1, "table"))
         self.drift = DriftWatch(settings.drift, tables, DriftTopic(settings.kafka))
         self._duplicates = Duplicates(tables, settings.stream.duplicate_window)
         self._claims = ClaimStore(settings.traces)
@@ -86,7 +86,6 @@ class Writer:
         owned = list(sources)
         self._thread.submit(self._intake.forget, owned)
         self._thread.submit(self.drift.keep, owned)
-        self._thread.submit(self._duplicates.keep, owned)
 
     def _store(self, records: Mapping[Source, Sequence[Record]]) -> Stored:
         """Decide, build and commit."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -93,6 +97,29 @@ def test_a_crash_between_two_tables_converges_without_doubling() -> None:
     assert restarted.wanted(SOURCE) == 6
 
 
+def test_the_last_table_is_not_written_before_all_others_are() -> None:
+    tables = MemoryTables()
+    tables.before_append = dies_in({1})
+    with pytest.raises(Crash):
+        Intake(tables, AtTheSameTime()).commit([batch(range(4))])
+    tables.before_append = nothing
+    assert [tables.offsets(name) for name in COMMIT_ORDER] == [[0, 1, 2, 3], [], [0, 1, 2, 3], []]
+
+    restarted = Intake(tables, AtTheSameTime())
+    restarted.commit([batch(range(restarted.wanted(SOURCE), 6))])
+    assert all(tables.offsets(name) == [0, 1, 2, 3, 4, 5] for name in COMMIT_ORDER)
+
+
+def test_tables_are_written_by_several_threads(tmp_path: Path) -> None:
+    log = DeltaLog(Tables(uri=str(tmp_path)))
+    with ThreadPoolExecutor(3) as pool:
+        intake = Intake(log, pool)
+        for start in range(0, 12, 3):
+            intake.commit([dead_letters(range(start, start + 3))])
+    assert sorted(log.read("dead_letters", ["offset"])["offset"].to_pylist()) == list(range(12))
+    assert {Intake(log).wanted(SOURCE), *(log.version(name) for name in COMMIT_ORDER)} == {12, 4}
+
+
 def test_a_stale_owner_is_fenced_and_reads_the_wanted_offset_again() -> None:
     tables = MemoryTables()
     stale, owner = Intake(tables), Intake(tables)
@@ -178,6 +205,17 @@ def test_rows_are_read_in_the_order_of_their_commits(tmp_path: Path) -> None:
     assert log.row_count("dead_letters") == 60
 
 
+def dies_in(steps: set[int]) -> Callable[[], None]:
+    """Kills the process in these steps, counted from 0: what runs beside them may still be done."""
+    numbers = count()
+
+    def step() -> None:
+        if next(numbers) in steps:
+            raise Crash
+
+    return step
+
+
 def dead_letters(offsets: range) -> Batch:
     """A batch of dead letters alone, valid for a real table."""
     row = {"topic": "traces", "partition": 0, "time": 0, "day": 0, "reason": "r", "detail": "d"}
@@ -187,11 +225,23 @@ def dead_letters(offsets: range) -> Batch:
     return Batch(SOURCE, offsets[-1], {**none, "dead_letters": letters})
 
 
+class AtTheSameTime(Executor):
+    """What a pool can do to the tables, on one thread: one that fails does not keep the others from being written."""
+
+    def submit(self, work: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(work(*args, **kwargs))
+        except BaseException as error:  # noqa: BLE001 - a crash too is for the one who waits
+            future.set_exception(error)
+        return future
+
+
 class Worker:
     """A worker as ``pipeline.app`` wires it, with a consumer that may stand anywhere in the log."""
 
     def __init__(self, tables: MemoryTables) -> None:
-        self.intake = Intake(tables)
+        self.intake = Intake(tables, AtTheSameTime())
         self.position = 0
 
     def deliver(self, log_start: int, log_end: int, count: int) -> None:
@@ -242,9 +292,9 @@ class ExactlyOnce(RuleBasedStateMachine):
     def partition_assigned(self, who: int) -> None:
         self.pair[who].intake.forget([SOURCE])
 
-    @rule(who=workers, commits=st.integers(0, 3), count=st.integers(1, 6))
-    def dies_between_commits(self, who: int, commits: int, count: int) -> None:
-        self.tables.before_append = dies_after(commits)
+    @rule(who=workers, unwritten=st.sets(st.integers(0, 3), min_size=1), count=st.integers(1, 6))
+    def dies_between_commits(self, who: int, unwritten: set[int], count: int) -> None:
+        self.tables.before_append = dies_in(unwritten)
         try:
             self.deliver(who, count)
         except Crash:

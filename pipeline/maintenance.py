@@ -16,6 +16,9 @@ merged or let go since. Which files may be deleted:
 3. Before files are deleted, the table is told from which version on every addition can still be read: a reader who
    stands before it gets an error that says so, never fewer rows.
 
+Everything here goes by the clock, and a wrong one would delete what is needed. So a pass first asks the store what time
+it is, by writing a file, and leaves the tables alone where its own clock says something else.
+
 Tables without a column ``day`` are small and kept whole.
 """
 
@@ -100,7 +103,12 @@ class Maintenance:
             delete: Also look for files to delete, for which all files are listed.
             dry_run: Change nothing, and say what a pass would do.
         """
-        return [self._of(name, delete, dry_run) for name in TABLES if "day" in PARTITIONED_BY[name]]
+        names = [name for name in TABLES if "day" in PARTITIONED_BY[name]]
+        try:
+            check_clock(self._log.store_clock())
+        except TableError as error:
+            return [Upkeep(name, error=str(error)) for name in names]
+        return [self._of(name, delete, dry_run) for name in names]
 
     def _of(self, name: str, delete: bool, dry_run: bool) -> Upkeep:
         done: Counter[str] = Counter()
@@ -219,6 +227,20 @@ class Caretaker(threading.Thread):
                 log.warning("maintenance_failed", table=done.table, why=done.error)
             elif any(counts.values()):
                 log.info("maintained", table=done.table, oldest=done.oldest, held_by=done.held_by, **counts)
+
+
+def check_clock(store: datetime) -> None:
+    """Compare the clock of this machine with that of the store.
+
+    Raises:
+        TableError: they differ by more than clocks do.
+    """
+    now = datetime.now(UTC)
+    if abs(now - store) > CLOCKS_DIFFER:
+        raise TableError(
+            f"the clock of this machine says {now:%F %T}, that of the store under tables.uri {store:%F %T}: nothing is "
+            f"let go, merged or deleted until they agree"
+        )
 
 
 def _commit(name: str, table: DeltaTable, actions: list[AddAction | RemoveAction]) -> None:

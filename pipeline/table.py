@@ -200,6 +200,17 @@ class DeltaLog:
             found: datetime | None = self.store(name).get_file_info(f"_delta_log/{version:020}.json").mtime
         return found
 
+    def store_clock(self) -> datetime:
+        """What time it is for the store: that of a file that was just written."""
+        name, path = "cursors", "_clock"
+        with self.failures(name):
+            store = self.store(name)
+            # Unbuffered, Arrow hands the library a kind of bytes that it does not take.
+            with store.open_output_stream(path, buffer_size=64) as file:
+                file.write(b"-")
+            written: datetime = store.get_file_info(path).mtime
+        return written
+
     def announce(self, reader: str, versions: Mapping[str, int]) -> None:
         """Say how far a reader has read some tables, so that what it has not read stays.
 

@@ -129,7 +129,8 @@ def stream_settings(broker: str, folder: Path, port: int) -> Settings:
             speculators_topic=f"speculators-{folder.name}",
             drift_topic=f"drift-{folder.name}",
         ),
-        tables=Tables(uri=str(folder / "tables")),
+        # So often that every test of the stream meets it.
+        tables=Tables(uri=str(folder / "tables"), maintain_every_s=2),
         stream=Stream(
             port=port, group=f"group-{folder.name}", data_dir=str(folder), flush_s=0.2, flush_records=64, session_s=6
         ),

@@ -306,6 +306,7 @@ def _letter(record: Record, error: TraceError) -> dict[str, object]:
         "reason": error.reason,
         "detail": error.detail.encode(errors="backslashreplace").decode(),
         "rows": record.number("rows"),
+        "size": None if record.value is None else len(record.value),
         "key": record.key,
         "value": record.value,
         "headers": [{"name": name, "value": value} for name, value in record.headers],

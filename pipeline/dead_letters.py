@@ -156,7 +156,7 @@ class DeadLetters:
             DeadLetterError: one that was named by its address is not there.
             TableError: the tables cannot be read.
         """
-        columns = """topic, partition, "offset", time, reason, detail, rows, length(encode(value, 'hex')) / 2 as size"""
+        columns = 'topic, partition, "offset", time, reason, detail, rows, size'
         order = 'order by time desc, topic, partition desc, "offset" desc'
         limit = "" if wanted.limit is None else f"limit {wanted.limit}"
         where = _condition(wanted)

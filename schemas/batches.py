@@ -122,12 +122,14 @@ DEAD_LETTERS = pa.schema(
         pa.field("reason", pa.string(), nullable=False),
         pa.field("detail", pa.string(), nullable=False),
         pa.field("rows", pa.int32()),
+        pa.field("size", pa.int64()),
         pa.field("key", pa.binary()),
         pa.field("value", pa.binary()),
         pa.field("headers", pa.list_(pa.struct([pa.field("name", pa.string()), pa.field("value", pa.binary())]))),
     ]
 )
-"""One record that could not be used, byte for byte. ``rows`` is what its header claims; null where unreadable."""
+"""One record that could not be used, byte for byte. ``rows`` is what its header claims; null where unreadable. ``size``
+is the bytes of its value, so that a list need not read them."""
 
 PROMOTIONS = pa.schema(
     [

@@ -111,7 +111,10 @@ def test_a_letter_that_the_broker_refuses_is_an_error_and_is_not_noted(settings:
     topics.create(small)
     tables = DeltaLog(settings.tables)
     row = {"topic": "elsewhere", "partition": 0, "time": 0, "day": 0, "reason": "unreadable", "detail": ""}
-    letters = [{**row, "offset": n, "value": bytes(size), "headers": []} for n, size in enumerate([10, 40_000, 10])]
+    letters = [
+        {**row, "offset": n, "size": size, "value": bytes(size), "headers": []}
+        for n, size in enumerate([10, 40_000, 10])
+    ]
     tables.append("dead_letters", pa.Table.from_pylist(letters, schema=DEAD_LETTERS))
     dead = DeadLetters(tables, settings.kafka)
     with pytest.raises(

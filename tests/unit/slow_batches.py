@@ -187,6 +187,7 @@ def _letter(record: Record, reason: str, detail: str) -> Row:
         "reason": reason,
         "detail": detail.encode(errors="backslashreplace").decode(),
         "rows": record.number("rows"),
+        "size": None if record.value is None else len(record.value),
         "key": record.key,
         "value": record.value,
         "headers": [{"name": name, "value": value} for name, value in record.headers],

@@ -35,6 +35,7 @@ def letter(
         "reason": reason,
         "detail": f"it is {reason}",
         "rows": 2,
+        "size": None if value is None else len(value),
         "key": b"request",
         "value": value,
         "headers": [{"name": "schema", "value": b"x"}, {"name": "note", "value": None}],

@@ -91,8 +91,9 @@ def plan(settings: Settings) -> Plan:
         parts.append(_registry(settings))
     broker = tuple(part.name for part in parts if part.name == "broker")  # the others wait for the registry themselves
     serve = f"http://{settings.serve.host}:{settings.serve.port}/ready"
+    stream = f"http://{settings.stream.host}:{settings.stream.port}/ready"
     parts += [
-        _own("stream", settings, {"stream.port": settings.stream.port}, after=broker),
+        _own("stream", settings, {"stream.port": settings.stream.port}, after=broker, probe=stream),
         _own("train", settings, {"train.port": settings.train.port}, after=broker, nice=_LEARNING_NICE),
         _own("promoter", settings, {"promoter.port": settings.promoter.port}, after=broker, nice=_LEARNING_NICE),
         _own("serve", settings, {"serve.port": settings.serve.port}, after=broker, probe=serve),

@@ -7,13 +7,17 @@ COMPILE := $(UV) pip compile --quiet --generate-hashes --no-header --no-annotate
 OURS := --extra serve --extra stream --extra train --extra ops
 CODE := schemas serving pipeline trainer ops tests
 
-.PHONY: demo test lint format install peers requirements clean
+.PHONY: demo test faults lint format install peers requirements clean
 
 demo: .venv/aurora.stamp
 	$(BIN)/aurora demo $(ARGS)
 
 test: .venv/dev.stamp
 	$(BIN)/python -m pytest $(ARGS)
+
+# Every fault that the stream must outlive, at full size: about twenty minutes; the last line says what it came to.
+faults: .venv/dev.stamp
+	$(BIN)/python -m pytest tests/faults --full $(ARGS)
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check $(CODE)

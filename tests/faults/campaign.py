@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from signal import SIGKILL
 from threading import Event
 
 from comparison import Verdict, compare
@@ -120,7 +121,7 @@ class Campaign:
         try:
             yield alive
         finally:
-            alive.end()
+            alive.end(SIGKILL)
 
     @contextmanager
     def publishing(self, requests: int, pause_s: float = 0.02) -> Iterator[None]:
@@ -167,7 +168,7 @@ class Campaign:
         time.sleep(1)  # for what would come twice
 
     def conclude(self) -> Verdict:
-        """Compare tables and ledger row by row, when the workers have ended.
+        """Compare tables and ledger row by row, when the workers were ended.
 
         Raises:
             AssertionError: a row is missing, too many, or another one than was published.

@@ -19,8 +19,8 @@ TALLY = pytest.StashKey[Tally]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--full", action="store_true", help="campaigns of full size: a million rounds, half an hour")
-    parser.addoption("--tally", type=Path, metavar="FILE", help="write what the campaigns came to as JSON")
+    parser.addoption("--full", action="store_true", help="campaigns of full size: a million rounds, twenty minutes")
+    parser.addoption("--json", type=Path, metavar="FILE", help="write what the campaigns came to as JSON")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -33,7 +33,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    file: Path | None = config.getoption("tally", default=None)
+    file: Path | None = config.getoption("json", default=None)
     if file:
         file.write_text(json.dumps(asdict(config.stash[TALLY]), indent=2))
     if is_full(config):

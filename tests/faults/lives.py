@@ -73,8 +73,8 @@ class Worker:
             self.status = None
         return True
 
-    def end(self, number: Signals = SIGTERM) -> None:
-        """End it for good."""
+    def end(self, number: Signals) -> None:
+        """End it for good; nothing happens when it was ended before."""
         self._over = True
         self.signal(number)
         self._thread.join(PATIENCE_S)

@@ -92,7 +92,8 @@ class Proxy:
         connection = _Connection(self, client, store)
         ways = [asyncio.ensure_future(connection.ask(reader)), asyncio.ensure_future(connection.answer(from_store))]
         try:
-            await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for way in ways:
                 way.cancel()

@@ -16,11 +16,11 @@ from stream_worker import stream_settings
 def test_the_broker_may_be_restarted(
     new_campaign: Callable[..., Campaign], tmp_path: Path, free_port: Callable[[], int], full: bool
 ) -> None:
-    restarts, requests = (3, 600) if full else (1, 40)
+    restarts, requests = (3, 600) if full else (1, 20)
     with running(tmp_path, 1, free_port) as broker:
         campaign = new_campaign(stream_settings(broker.bootstrap, tmp_path, free_port()))
         with campaign.worker() as worker:
-            with campaign.publishing(requests, pause_s=0.05):
+            with campaign.publishing(requests, pause_s=0.1):
                 for restart in range(restarts):
                     worker.await_progress()
                     if restart % 2:
@@ -38,13 +38,13 @@ def test_the_broker_may_be_restarted(
 def test_one_broker_of_three_may_be_killed(
     new_campaign: Callable[..., Campaign], tmp_path: Path, free_port: Callable[[], int], full: bool
 ) -> None:
-    kills, requests = (3, 600) if full else (1, 40)
+    kills, requests = (3, 600) if full else (1, 20)
     with running(tmp_path, 3, free_port) as brokers:
         settings = stream_settings(brokers.bootstrap, tmp_path, free_port())
         replicated = settings.kafka.model_copy(update={"replication": 3, "partitions": 3})
         campaign = new_campaign(settings.model_copy(update={"kafka": replicated}))
         with campaign.worker() as worker:
-            with campaign.publishing(requests, pause_s=0.05):
+            with campaign.publishing(requests, pause_s=0.1):
                 for number in range(kills):
                     worker.await_progress()
                     brokers.kill(number)
@@ -54,3 +54,4 @@ def test_one_broker_of_three_may_be_killed(
                     brokers.start()
             campaign.settle()
         campaign.conclude()
+        assert not worker.counts["ended by themselves"], worker.log.read_text()[-5_000:]

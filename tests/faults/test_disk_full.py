@@ -36,11 +36,11 @@ def disk(tmp_path: Path, full: bool) -> Iterator[Path]:
 def test_the_disk_of_the_tables_may_be_full(
     new_campaign: Callable[..., Campaign], settings: Settings, disk: Path, full: bool
 ) -> None:
-    times, requests = (5, 400) if full else (1, 40)
+    times, requests = (5, 400) if full else (1, 20)
     there = settings.model_copy(update={"tables": settings.tables.model_copy(update={"uri": str(disk / "tables")})})
     campaign = new_campaign(there)
     with campaign.worker() as worker:
-        with campaign.publishing(requests, pause_s=0.05):
+        with campaign.publishing(requests, pause_s=0.1):
             for _ in range(times):
                 worker.await_progress()
                 ballast = fill(disk / "ballast")
@@ -54,6 +54,7 @@ def test_the_disk_of_the_tables_may_be_full(
                 worker.await_progress()
         campaign.settle()
     campaign.conclude()
+    assert not worker.counts["ended by themselves"], worker.log.read_text()[-5_000:]
 
 
 def fill(file: Path) -> Path:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
 
 from ops.cli import app
+from ops.command import moment
+from schemas.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +69,28 @@ def test_a_flag_without_a_value_is_explained() -> None:
     assert (told.exit_code, told.stderr) == (2, "aurora: --set serve.port: expected SECTION.KEY=VALUE\n")
 
 
+@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("30m", 1800), ("2h", 7200), ("7d", 604_800)])
+def test_a_time_ago_is_counted_from_now(text: str, seconds: int) -> None:
+    assert datetime.now(UTC) - moment(text) == pytest.approx(timedelta(seconds=seconds), abs=timedelta(seconds=30))
+
+
+def test_a_time_without_a_zone_is_utc() -> None:
+    assert moment("2026-11-23T14:00") == moment("2026-11-23T15:00+01:00") == datetime(2026, 11, 23, 14, tzinfo=UTC)
+
+
+@pytest.mark.parametrize("text", ["", "2 h", "h", "-1h", "1w", "noon"])
+def test_what_is_no_time_is_told_how_to_write_one(text: str) -> None:
+    with pytest.raises(UserError, match="write 90s, 30m, 2h, 7d"):
+        moment(text)
+
+
+@pytest.mark.parametrize("arguments", [[], ["0/1", "--all"], ["--all", "--reason", "corrupt"]])
+def test_a_replay_wants_to_be_told_which_letters_in_one_way(arguments: list[str]) -> None:
+    told = aurora("dead", "replay", *arguments)
+    assert told.exit_code == 2
+    assert told.stderr.startswith("aurora: say which:")
+
+
 def test_status_with_nothing_running_exits_1(free_port: object) -> None:
     ports = [f"--set={part}.port={free_port()}" for part in ("serve", "stream", "train", "promoter")]  # type: ignore[operator]
     told = aurora("status", *ports)
@@ -93,7 +118,6 @@ def test_a_target_that_is_missing_is_named() -> None:
 
 def test_fresh_wipes_nothing_outside_the_stacks_folder(tmp_path: Path) -> None:
     from ops.demo import wipe
-    from schemas.errors import UserError
     from schemas.settings import load
 
     precious = tmp_path / "precious"

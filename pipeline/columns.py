@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from schemas.batches import ACCEPTED, REJECTED, TRACES
-from schemas.reading import Array, Bools, Ints, Lists, Rounds, spans
+from schemas.reading import Array, Ints, Lists, Rounds, spans
 from schemas.trace import I32, INT32_MAX, U16
 from schemas.tree import rejected_branches
 
@@ -58,7 +58,7 @@ def tables(rounds: Rounds, features: Lists, of_chunks: Columns, context_tokens: 
     windows = _windows(rounds)
     return {
         "accepted": _accepted(rounds, features, of_windows, windows),
-        "rejected": _rejected(rounds, features, of_windows, windows, context_tokens),
+        "rejected": _rejected(rounds, of_windows, windows, context_tokens),
         "traces": _traces(rounds, of_chunks),
     }
 
@@ -155,7 +155,7 @@ def _branches(rounds: Rounds) -> _Branches:
     return _Branches(of_round[order], Lists(nodes[spans(starts[order], lengths[order])], _offsets(lengths[order])))
 
 
-def _rejected(rounds: Rounds, features: Lists, lineage: Columns, windows: _Windows, context_tokens: int) -> pa.Table:
+def _rejected(rounds: Rounds, lineage: Columns, windows: _Windows, context_tokens: int) -> pa.Table:
     of_round, nodes = _branches(rounds)
     of_chunk, round_of_node = rounds.chunk[of_round], of_round[nodes.rows]
     drafted = rounds.draft_tokens.starts[round_of_node] + nodes.values
@@ -171,7 +171,6 @@ def _rejected(rounds: Rounds, features: Lists, lineage: Columns, windows: _Windo
             **{name: column.take(pa.array(of_chunk)) for name, column in lineage.items() if name in REJECTED.names},
             "round": _numbers(rounds.number[of_round]),
             "root_position": _numbers(rounds.position[of_round]),
-            "root_feature": _features_before(rounds, features, of_round),
             "context": _lists(
                 Lists(windows.tokens.values[spans(begins, roots + 1 - begins)], _offsets(roots + 1 - begins))
             ),
@@ -198,17 +197,6 @@ def _drafted_last(rounds: Rounds) -> pa.Array:
     return versions.take(pa.array(last, mask=last < 0)).fill_null("")
 
 
-def _features_before(rounds: Rounds, features: Lists, of_round: Ints) -> pa.Array:
-    """[B] the features of the token before the root; null where the chunk does not have them."""
-    known = (of_round > rounds.bounds[rounds.chunk[of_round]]) & (features.lengths[of_round - 1] > 0)
-    lengths = known * rounds.feature_width[of_round]
-    ends = features.offsets[of_round]
-    # Joined here, because builders of Arrow copy bytes one value at a time into memory that grows as they go.
-    bits = np.ascontiguousarray(features.values).view(np.uint8).data
-    pieces = [bits[2 * start : 2 * end] for start, end in zip((ends - lengths).tolist(), ends.tolist(), strict=True)]
-    return _binary(b"".join(pieces), _offsets(lengths), known)
-
-
 def _table(schema: pa.Schema, columns: Columns) -> pa.Table:
     return pa.Table.from_arrays([columns[name] for name in schema.names], schema=schema)
 
@@ -226,11 +214,10 @@ def _lists(lists: Lists) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(_ends(lists.offsets)), values, type=pa.list_(values.type))
 
 
-def _binary(bits: Array | bytes, offsets: Ints, known: Bools | None = None) -> pa.Array:
-    """Runs of 16-bit numbers as bytes, little-endian as they are; null where they are not known."""
-    valid = None if known is None else pa.array(known).buffers()[1]
-    data = pa.py_buffer(bits if isinstance(bits, bytes) else np.ascontiguousarray(bits))
-    return pa.Array.from_buffers(pa.binary(), len(offsets) - 1, [valid, pa.py_buffer(_ends(2 * offsets)), data])
+def _binary(bits: Array, offsets: Ints) -> pa.Array:
+    """Runs of 16-bit numbers as bytes, little-endian as they are."""
+    data = pa.py_buffer(np.ascontiguousarray(bits))
+    return pa.Array.from_buffers(pa.binary(), len(offsets) - 1, [None, pa.py_buffer(_ends(2 * offsets)), data])
 
 
 def _ends(offsets: Ints) -> I32:

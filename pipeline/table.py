@@ -49,7 +49,7 @@ STORE_OPTIONS = {"connect_timeout": "5s", "timeout": "20s", "max_retries": "3", 
 """For an object store, where ``tables.storage_options`` says nothing else: a request that gets no answer fails within a
 minute, which the stream sees and tries again; by itself the library would try for three."""
 ZSTD_LEVEL = 3
-RAW_COLUMNS = ("features", "root_feature", "value")
+RAW_COLUMNS = ("features", "value")
 """Columns of long bytes: no two are the same, and nobody looks for one by its value."""
 WRITTEN_AS = WriterProperties(
     compression="ZSTD",

@@ -69,7 +69,6 @@ REJECTED = pa.schema(
         *LINEAGE,
         pa.field("round", pa.int32(), nullable=False),
         pa.field("root_position", pa.int32(), nullable=False),
-        pa.field("root_feature", pa.binary()),
         pa.field("context", _IDS, nullable=False),
         pa.field("branch", _IDS, nullable=False),
         pa.field("accepted_prefix", pa.int32(), nullable=False),
@@ -81,9 +80,9 @@ REJECTED = pa.schema(
 )
 """One rejected branch a row, from the root's child to the leaf.
 
-``root_feature`` is bf16 [F]: the target state before the root, which the draft saw; null where an earlier chunk holds
-it, and where features are recomputed. ``context`` ends with the root. ``teacher_*`` are [len(branch), k]: the target
-after consuming each branch token.
+``context`` ends with the root. ``teacher_*`` are [len(branch), k]: the target after consuming each branch token. What
+the draft saw before the root are the features of the window in ``accepted`` that came in the same record; kept here as
+well, those of the last token alone would double the size of the tables.
 """
 
 TRACES = pa.schema(

@@ -113,7 +113,6 @@ def rejected_rows(record: Record, chunk: Chunk, context_tokens: int) -> Iterator
     """The rejected branches of a chunk, in the order of its rounds."""
     lineage = _lineage(record, chunk) if chunk.rounds else {}
     before = list(chunk.envelope.before)
-    feature_before: bytes | None = None
     for r in chunk.rounds:
         root = r.tokens[0]
         for path in rejected_branches(r.draft_parents, r.accepted):
@@ -122,7 +121,6 @@ def rejected_rows(record: Record, chunk: Chunk, context_tokens: int) -> Iterator
                 **lineage,
                 "round": r.round,
                 "root_position": r.position,
-                "root_feature": feature_before,
                 "context": [*(before[-context_tokens:] if context_tokens else []), root],
                 "branch": [r.draft_tokens[node] for node in path],
                 "accepted_prefix": len(set(path) & set(r.accepted)),
@@ -132,7 +130,6 @@ def rejected_rows(record: Record, chunk: Chunk, context_tokens: int) -> Iterator
                 "teacher_logprobs": r.top_logprobs[teacher].ravel(),
             }
         before = [*before, *r.tokens]
-        feature_before = _bytes(r.features[-1]) if len(r.features) else None
 
 
 def trace_rows(record: Record, chunk: Chunk) -> Iterator[Row]:

@@ -130,8 +130,6 @@ def test_rejected_holds_the_branches_of_the_worked_example() -> None:
     assert (first["branch"], first["accepted_prefix"], first["context"]) == ([E, X], 1, [A, B, C, D])
     assert (second["branch"], second["accepted_prefix"], second["context"]) == ([Y, Z], 0, [A, B, C, D, E, F])
     assert (first["round"], first["root_position"], second["root_position"]) == (1, 3, 5)
-    assert first["root_feature"] == features(C).tobytes()
-    assert second["root_feature"] == features(E).tobytes()
     assert first["draft_logprobs"] == [-0.5, -1.5]
     assert first["teacher_ids"][::TOP_K] == [111, 112]
     assert second["teacher_ids"][::TOP_K] == [121, 122]
@@ -167,12 +165,10 @@ def test_a_prompt_cut_into_rows_has_a_teacher_only_at_its_end() -> None:
     assert inside["next_token"] is None
 
 
-def test_a_chunk_that_begins_inside_a_request_knows_no_feature_before_its_first_root() -> None:
+def test_a_chunk_that_begins_inside_a_request_knows_no_token_before_its_first_root() -> None:
     built = build([record(Chunk(replace(ENVELOPE, chunk=1), (FIRST, SECOND)))], 32)
     first, second = built.rows["rejected"].to_pylist()
-    assert first["root_feature"] is None
-    assert first["context"] == [D]
-    assert second["root_feature"] == features(E).tobytes()
+    assert (first["context"], second["context"]) == ([D], [D, E, F])
     accepted = only_row(built.rows["accepted"])
     assert (accepted["position"], accepted["loss_mask"]) == (3, [True, True, True])
 
@@ -188,7 +184,7 @@ def test_a_chunk_to_be_recomputed_gives_the_window_of_its_request_without_featur
     assert row["teacher_ids"] == whole["teacher_ids"][TOP_K:]  # type: ignore[index]
     first, second = built.rows["rejected"].to_pylist()
     assert (first["context"], second["context"]) == ([A, B, C, D], [A, B, C, D, E, F])
-    assert (first["root_position"], first["root_feature"], second["root_feature"]) == (3, None, None)
+    assert first["root_position"] == 3
 
 
 def test_context_is_cut_to_the_tokens_before_the_root() -> None:

@@ -28,7 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    if not is_full(config):
+    if not is_full(config) and config.stash[TALLY].rows:
         terminalreporter.write_line(config.stash[TALLY].line())
 
 

@@ -60,11 +60,17 @@ def settings(broker: str, tmp_path: Path, free_port: Callable[[], int]) -> Setti
 @pytest.fixture
 def new_campaign(tmp_path: Path, pytestconfig: pytest.Config) -> Callable[..., Campaign]:
     """Gives the campaign with the given settings; its progress is shown in full size, and otherwise if it fails."""
-    reporter = pytestconfig.pluginmanager.get_plugin("terminalreporter")
+    plugins = pytestconfig.pluginmanager
+    reporter, capture = plugins.get_plugin("terminalreporter"), plugins.get_plugin("capturemanager")
     assert reporter is not None
-    show = reporter.write_line if is_full(pytestconfig) else print
+    assert capture is not None
 
     def say(text: str) -> None:
-        show(f"{time.strftime('%H:%M:%S')} {text}")
+        line = f"{time.strftime('%H:%M:%S')} {text}"
+        if not is_full(pytestconfig):
+            print(line)
+            return
+        with capture.global_and_fixture_disabled():
+            reporter.write_line(line)
 
     return partial(Campaign, folder=tmp_path, tally=pytestconfig.stash[TALLY], say=say)

@@ -240,6 +240,7 @@ def dead_letters(records: Sequence[Record], ledger: Ledger) -> pa.Table:
             "rows": r.number("rows"),
             "key": r.key,
             "value": r.value,
+            "size": None if r.value is None else len(r.value),
             "headers": [{"name": name, "value": value} for name, value in r.headers],
         }
         for r in records

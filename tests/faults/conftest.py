@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -35,7 +34,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 def pytest_unconfigure(config: pytest.Config) -> None:
     file: Path | None = config.getoption("json", default=None)
     if file:
-        file.write_text(json.dumps(asdict(config.stash[TALLY]), indent=2))
+        file.write_text(json.dumps(vars(config.stash[TALLY]), indent=2))
     if is_full(config):
         print(config.stash[TALLY].line())
 

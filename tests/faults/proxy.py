@@ -30,6 +30,8 @@ class Proxy:
         self._upstream = upstream
         self._fault: Fault | None = None
         self._open: set[asyncio.StreamWriter] = set()
+        self._serving: set[asyncio.Task[None]] = set()
+        """Held here, because the loop holds a task that waits for a stream by a weak reference only."""
         self._server: asyncio.Server | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
@@ -81,12 +83,16 @@ class Proxy:
             writer.transport.abort()
 
     async def _finish(self) -> None:
-        serving = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in serving:
+        for task in self._serving:
             task.cancel()
-        await asyncio.gather(*serving, return_exceptions=True)
+        await asyncio.gather(*self._serving, return_exceptions=True)
 
     async def _serve(self, reader: asyncio.StreamReader, client: asyncio.StreamWriter) -> None:
+        serving = asyncio.ensure_future(self._pass_on(reader, client))
+        self._serving.add(serving)
+        serving.add_done_callback(self._serving.discard)
+
+    async def _pass_on(self, reader: asyncio.StreamReader, client: asyncio.StreamWriter) -> None:
         from_store, store = await asyncio.open_connection(_HOST, self._upstream)
         self._open.add(client)
         connection = _Connection(self, client, store)
@@ -125,7 +131,9 @@ class _Connection:
                 if _REQUEST.match(data):
                     self._commits = bool(_COMMIT.match(data))
                     if self._proxy.meets("store silent"):
-                        await asyncio.Event().wait()
+                        while await reader.read(1 << 16):
+                            pass
+                        return
                     if self._proxy.meets("store slow"):
                         await asyncio.sleep(DELAY_S)
                 self._store.write(data)

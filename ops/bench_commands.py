@@ -113,12 +113,12 @@ def stream(
     with told():
         from rich.console import Console
 
-        from ops.bench import stream as figures
         from ops.bench.paired import as_table
+        from ops.bench.stream import Options, run
         from schemas import logs
 
         logs.configure("bench", "warning")
-        report = figures.run(settings_of(config, set_), figures.Options(quick, tuple(only or ())), hint)
+        report = run(settings_of(config, set_), Options(quick, tuple(only or ())), hint)
         if as_json:
             sys.stdout.write(json.dumps(report.summary(), indent=2) + "\n")
         else:

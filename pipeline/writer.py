@@ -86,6 +86,7 @@ class Writer:
         owned = list(sources)
         self._thread.submit(self._intake.forget, owned)
         self._thread.submit(self.drift.keep, owned)
+        self._thread.submit(self._duplicates.keep, owned)
 
     def _store(self, records: Mapping[Source, Sequence[Record]]) -> Stored:
         """Decide, build and commit."""

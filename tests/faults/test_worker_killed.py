@@ -16,7 +16,7 @@ from schemas.settings import Settings
 def test_a_worker_may_be_killed_at_any_moment(
     new_campaign: Callable[..., Campaign], settings: Settings, full: bool
 ) -> None:
-    kills, requests, pause_s = (30, 4_200, 0.08) if full else (2, 20, 0.1)
+    kills, requests, pause_s = (30, 4_200, 0.04) if full else (2, 20, 0.1)
     campaign = new_campaign(settings)
     with campaign.worker() as worker:
         with campaign.publishing(requests, pause_s):

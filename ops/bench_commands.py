@@ -55,19 +55,13 @@ def serving(
 ) -> None:
     """Measure the serving node beside others on the same weights: speed, what speculation brings, what it costs."""
     with told():
-        from rich.console import Console
-
         from ops.bench import serving as figures
-        from ops.bench.paired import as_table
         from schemas import logs
 
         logs.configure("bench", "warning")
         options = figures.Options(quick, tuple(only or ()), speculator, domain)
         report = figures.run(settings_of(config, set_), options, hint)
-        if as_json:
-            sys.stdout.write(json.dumps(report.summary(), indent=2) + "\n")
-        else:
-            Console().print(as_table(report.title, report.figures))
+        report.print(as_json=as_json)
 
 
 @app.command()
@@ -83,19 +77,13 @@ def soak(
 ) -> None:
     """Load a node for a long time, through swaps, clients that leave and a broker that goes away; exit 1 on a miss."""
     with told():
-        from rich.console import Console
-
         from ops.bench import soak as soaking
-        from ops.bench.paired import as_table
         from schemas import logs
 
         logs.configure("bench", "warning")
         options = soaking.Options(minutes, concurrency, swap_every, leaving, speculator)
         report = soaking.run(settings_of(config, set_), options, hint)
-        if as_json:
-            sys.stdout.write(json.dumps(report.summary(), indent=2) + "\n")
-        else:
-            Console().print(as_table(f"soak of {minutes:g} minutes", report.figures))
+        report.print(as_json=as_json)
         raise typer.Exit(0 if report.passed else 1)
 
 
@@ -111,15 +99,9 @@ def stream(
 ) -> None:
     """Measure the stream worker from topic to committed tables, beside bare loops over the same records."""
     with told():
-        from rich.console import Console
-
-        from ops.bench.paired import as_table
         from ops.bench.stream import Options, run
         from schemas import logs
 
         logs.configure("bench", "warning")
         report = run(settings_of(config, set_), Options(quick, tuple(only or ())), hint)
-        if as_json:
-            sys.stdout.write(json.dumps(report.summary(), indent=2) + "\n")
-        else:
-            Console().print(as_table(report.title, report.figures))
+        report.print(as_json=as_json)

@@ -16,8 +16,6 @@ from statistics import median
 from types import MappingProxyType
 from typing import Any
 
-from rich.table import Table
-
 
 @dataclass(frozen=True, slots=True)
 class Samples:
@@ -139,16 +137,3 @@ def percentile(values: Sequence[float], share: float) -> float:
     """The value that ``share`` of all values do not exceed: the nearest one above, nothing between two."""
     ordered = sorted(values)
     return ordered[min(int(share * len(ordered)), len(ordered) - 1)]
-
-
-def as_table(title: str, figures: Sequence[Figure]) -> Table:
-    """Figures for a terminal."""
-    table = Table(title=title)
-    for column in ("figure", "value", "min .. max", "goal", ""):
-        table.add_column(column, justify="left" if column in ("figure", "") else "right")
-    for figure in figures:
-        value = "-" if figure.value is None else f"{figure.value:.3f} {figure.unit}".strip()
-        spread = f"{min(figure.samples.values):.2f} .. {max(figure.samples.values):.2f}" if figure.samples else ""
-        verdict = {True: "met", False: "missed", None: ""}[figure.met]
-        table.add_row(figure.name, value, spread, str(figure.goal or ""), verdict)
-    return table

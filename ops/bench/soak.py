@@ -18,12 +18,12 @@ from dataclasses import asdict, dataclass
 from itertools import cycle
 from pathlib import Path
 from statistics import linear_regression, median
-from typing import Any
 
 import psutil
 
 from ops.bench import embedded, machine, speculator
 from ops.bench.clients import Clients
+from ops.bench.outcome import Report
 from ops.bench.paired import Figure, Goal
 from ops.broker import Broker
 from ops.parts import answers
@@ -81,34 +81,6 @@ class Outcome:
     exit_code: int
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
-    """The figures of a soak."""
-
-    machine: dict[str, Any]
-    options: Options
-    code: str
-    logs: str
-    """Folder with the parts' logs."""
-    figures: tuple[Figure, ...]
-
-    @property
-    def passed(self) -> bool:
-        """Whether every goal was met."""
-        return all(figure.met is not False for figure in self.figures)
-
-    def summary(self) -> dict[str, Any]:
-        """As JSON."""
-        return {
-            "machine": self.machine,
-            "options": asdict(self.options),
-            "code": self.code,
-            "logs": self.logs,
-            "passed": self.passed,
-            "figures": {figure.name: figure.summary() for figure in self.figures},
-        }
-
-
 def run(settings: Settings, options: Options, say: Say) -> Report:
     """Soak.
 
@@ -128,7 +100,9 @@ def run(settings: Settings, options: Options, say: Say) -> Report:
         versions = _register(registry, target, trained)
         outcome = Soak(here, options, node, broker, registry, versions, target.line, say).run()
     described["load_average_after"] = machine.load_average()
-    return Report(described, options, code_revision(), str(folder), tuple(judge(outcome, options)))
+    about = {"options": asdict(options), "logs": str(folder)}
+    title = f"soak of {options.minutes:g} minutes"
+    return Report(title, described, code_revision(), about, tuple(judge(outcome, options)))
 
 
 class Soak:

@@ -15,6 +15,7 @@ from confluent_kafka import Producer
 from ops.bench import draining, embedded, machine
 from ops.bench.draining import Ground, Load, Took
 from ops.bench.messages import Message, messages, recorded
+from ops.bench.outcome import Report, chosen
 from ops.bench.paired import Figure, Goal, Samples, percentile
 from ops.stack import Say
 from pipeline.broker import client
@@ -66,32 +67,6 @@ class Options:
         return QUICK if self.quick else FULL
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
-    """The figures of one run and the machine that they are of."""
-
-    machine: dict[str, Any]
-    plan: Plan
-    code: str
-    seconds: float
-    figures: tuple[Figure, ...]
-
-    @property
-    def title(self) -> str:
-        """For the table."""
-        return f"stream on {self.machine['processor']}, {self.machine['cores']} cores"
-
-    def summary(self) -> dict[str, Any]:
-        """As JSON."""
-        return {
-            "machine": self.machine,
-            "plan": asdict(self.plan),
-            "code": self.code,
-            "seconds": round(self.seconds, 1),
-            "figures": {figure.name: figure.summary() for figure in self.figures},
-        }
-
-
 @dataclass
 class Trials:
     """What each way took to empty a topic of one message size, trial by trial."""
@@ -126,7 +101,7 @@ def run(settings: Settings, options: Options, say: Say) -> Report:
         UserError: no such figure, no target to record from, or a worker ended.
         StartError: a part did not come up.
     """
-    started, plan, wanted = time.monotonic(), options.plan, _wanted(options.only)
+    started, plan, wanted = time.monotonic(), options.plan, chosen(options.only, names())
     described = machine.describe(threads=1)
     requests = recorded(settings, say)
     width = requests[0].envelope.feature_width
@@ -143,7 +118,9 @@ def run(settings: Settings, options: Options, say: Say) -> Report:
             made = messages(requests, SIZES["64k"], number * SIZES["64k"])[:number]
             figures += [f for f in latency(ground, made, 1 / plan.latency_messages_per_s) if wanted(f.name)]
     described["load_average_after"] = machine.load_average()
-    return Report(described, plan, code_revision(), time.monotonic() - started, tuple(figures))
+    about = {"plan": asdict(plan), "seconds": round(time.monotonic() - started, 1)}
+    title = f"stream on {described['processor']}, {described['cores']} cores"
+    return Report(title, described, code_revision(), about, tuple(figures))
 
 
 def throughput(
@@ -252,10 +229,3 @@ def _loops(ground: Ground, made: Sequence[Message], measured: Trials) -> None:
     measured.took["reading"].append(draining.read_only(settings.kafka))
     measured.took["bare"].append(draining.bare_loop(settings))
     ground.forget(settings)
-
-
-def _wanted(only: tuple[str, ...]) -> Callable[[str], bool]:
-    for prefix in only:
-        if not any(name.startswith(prefix) for name in names()):
-            raise UserError(f"--only {prefix}: no such figure; there are {', '.join(names())}")
-    return lambda name: not only or name.startswith(only)

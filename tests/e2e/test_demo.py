@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,8 +10,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-
-from schemas.settings import load, to_environ
 
 MINUTES = 6
 
@@ -22,10 +19,11 @@ def test_a_speculator_learns_from_live_traffic(tmp_path: Path, smollm2: Path, fr
     flags: dict[str, object] = {f"{part}.port": free_port() for part in ("serve", "stream", "train", "promoter")}
     flags |= {f"stack.{name}_port": free_port() for name in ("broker", "controller", "registry")}
     flags |= {"target.path": str(smollm2), "train.register_every_s": 20, "promoter.min_windows": 2}
-    environ = {**os.environ, **to_environ(load(environ={}, flags=flags))}
     command = [sys.executable, "-m", "ops.cli", "demo", "--fresh", "--minutes", str(MINUTES), "--no-ui"]
+    # Only these: a demo drafts in every round unless it is told how to draft, if only by a setting's default.
+    command += [f"--set={name}={value}" for name, value in flags.items()]
 
-    demo = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, check=False)
+    demo = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
 
     told = demo.stdout + demo.stderr
     figures = json.loads((tmp_path / ".aurora/demo/summary.json").read_text())

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import structlog
 from confluent_kafka import KafkaError
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from structlog.testing import capture_logs
+from structlog.testing import LogCapture
 from trace_bench import Bench, FakeProducer, a_round, eventually
 
 from schemas.settings import Kafka, SettingsError, Traces
@@ -169,18 +170,22 @@ def test_a_fatal_error_of_the_client_gets_a_new_producer() -> None:
     assert (counts.published, bench.producer.rows, broken.delivered) == (1, 1, [])
 
 
-def test_a_broker_that_does_not_let_the_node_in_is_told_once_with_the_setting() -> None:
+def test_a_broker_that_does_not_let_the_node_in_is_told_once_with_the_setting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told = LogCapture()
+    # The module's own logger may be bound already to what another test has configured.
+    monkeypatch.setattr("serving.traces.log", structlog.wrap_logger(None, processors=[told]))
     bench = Bench()
     refusal = KafkaError(KafkaError._AUTHENTICATION, "wrong password")
-    with capture_logs() as told:
-        for _ in range(3):
-            bench.on_error(refusal)
-        bench.on_error(KafkaError(KafkaError._TRANSPORT, "away"))
-        bench.send()
-        bench.settle()
+    for _ in range(3):
         bench.on_error(refusal)
+    bench.on_error(KafkaError(KafkaError._TRANSPORT, "away"))
+    bench.send()
+    bench.settle()
+    bench.on_error(refusal)
     bench.publisher.close(1)
-    refused = [line for line in told if line["event"] == "trace_producer_not_let_in"]
+    refused = [line for line in told.entries if line["event"] == "trace_producer_not_let_in"]
     assert [(line["why"], line["setting"]) for line in refused] == [("wrong password", "kafka.client")] * 2
 
 

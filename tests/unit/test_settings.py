@@ -173,3 +173,11 @@ def test_a_child_reads_exactly_what_its_parent_read(
     }
     settings = load(environ={}, flags=flags)
     assert load(environ=to_environ(settings)) == settings
+
+
+@pytest.mark.parametrize("value", ["often", "-1", "", "nan"])
+def test_an_interval_that_is_neither_seconds_nor_auto_is_told_once(value: str) -> None:
+    with pytest.raises(SettingsError, match=r"^sync\.interval_s: [^;]*neither seconds nor 'auto'"):
+        load(environ={"AURORA_SYNC__INTERVAL_S": value})
+    kept = [load(environ={"AURORA_SYNC__INTERVAL_S": text}).sync.interval_s for text in ("auto", "2.5")]
+    assert kept == ["auto", 2.5]

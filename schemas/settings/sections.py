@@ -1,83 +1,14 @@
-"""Settings of every process: ``aurora.toml``, then ``AURORA_*`` variables, then flags; nothing else reads them.
-
-One file serves all processes, each reads its sections, and every section is checked whichever process starts, so that
-a typing error is found at once::
-
-    [kafka]                                      AURORA_KAFKA__BOOTSTRAP=kafka:9092
-    bootstrap = "kafka:9092"
-
-An unknown key is an error that names the nearest known one.
-"""
+"""The sections of the settings, and what each setting means."""
 
 from __future__ import annotations
 
-import difflib
-import json
-import os
-import tomllib
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import suppress
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    SecretStr,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
 
-PREFIX = "AURORA_"
-FILE = Path("aurora.toml")
-MASK = "**********"
-_SECRETS = ("serve.admin_token", "kafka.client", "tables.storage_options", "traces.claim_options")
-"""Settings whose values no message shows."""
-_SECRET_WORDS = ("secret", "password", "key", "token")
-
-
-class SettingsError(ValueError):
-    """A setting that cannot be used; the message says which, where it was read, and what to write instead."""
-
-
-def _from_json(value: Any) -> Any:
-    """Variables carry tables as JSON text."""
-    return json.loads(value) if isinstance(value, str) else value
-
-
-def _no_mask(secret: SecretStr) -> SecretStr:
-    """What is printed in a secret's place must never become the secret."""
-    if set(secret.get_secret_value()) == {"*"}:
-        raise ValueError("this is what `aurora settings` prints in place of a secret; write the secret itself")
-    return secret
-
-
-def _no_masks(options: dict[str, str]) -> dict[str, str]:
-    if masked := [name for name, value in options.items() if _is_secret(name) and value and set(value) == {"*"}]:
-        raise ValueError(f"{masked[0]} is what `aurora settings` prints in place of a secret; write the secret itself")
-    return options
-
-
-def _is_secret(option: str) -> bool:
-    """Whether the value of an option of a client or a store is to be hidden, judged by the option's name."""
-    return any(word in option.lower() for word in _SECRET_WORDS)
-
-
-def _masked(options: Mapping[str, str]) -> dict[str, str]:
-    return {name: MASK if _is_secret(name) and value else value for name, value in options.items()}
-
-
-Secret = Annotated[SecretStr, AfterValidator(_no_mask)]
-Options = Annotated[
-    dict[str, str],
-    BeforeValidator(_from_json),
-    AfterValidator(_no_masks),
-    PlainSerializer(_masked, when_used="json"),
-]
-"""Options of a client or a store; passwords and keys among them are masked wherever they are shown."""
+from schemas.settings.masking import Options, Secret, masked
 
 
 class Section(BaseModel):
@@ -87,7 +18,7 @@ class Section(BaseModel):
 
     def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
         for name, value in super().__repr_args__():
-            yield name, _masked(value) if isinstance(value, dict) else value
+            yield name, masked(value) if isinstance(value, dict) else value
 
 
 class Kafka(Section):
@@ -152,6 +83,12 @@ class Speculator(Section):
 
     draft_vocabulary: int = Field(8192, ge=16)
     """D: tokens the draft can propose; day 0 takes the lowest ids, which a byte-pair tokenizer orders by frequency."""
+    vocabulary: str = ""
+    """File with the ids that the draft can propose, as ``aurora vocabulary`` writes it: then D is their number."""
+    intermediate_size: int = Field(0, ge=0)
+    """Width of the draft's MLP; 0 takes the target's."""
+    variant: Literal["eagle3", "eagle3.1"] = "eagle3.1"
+    """``eagle3.1`` norms the target's states, and the hidden state that goes from one drafting step to the next."""
     seed: int = 0
     """Seed of the random draft of day 0: nodes and trainer start from the same one."""
 
@@ -175,6 +112,8 @@ class Serve(Section):
     """Kernel of the target's matrices; auto times at start those that compute the target exactly as it is."""
     max_batch: int = Field(8, ge=1)
     """Requests decoded together; further ones wait."""
+    prefill_tokens: int = Field(32, ge=1)
+    """Prompt tokens that one round reads while other requests decode; those wait for it."""
     max_tokens: int = Field(1024, ge=16)
     """Longest request, prompt and answer together."""
     max_waiting: int = Field(256, ge=1)
@@ -187,6 +126,8 @@ class Serve(Section):
     """After SIGTERM, time for the requests that run; what still runs then is ended with an error."""
     admin_token: Secret = SecretStr("")
     """Bearer token of the admin endpoints; without one they are closed."""
+    webhook_secret: Secret = SecretStr("")
+    """What the registry signs its webhooks with; without one ``/webhooks/registry`` is closed."""
     threads: int = Field(1, ge=1)
     poll_s: float = Field(2, gt=0)
     """How often the registry is asked which version the alias names."""
@@ -219,6 +160,13 @@ class Traces(Section):
     """While the breaker is open, one chunk is tried this often."""
 
 
+class Sglang(Section):
+    """The plugin in SGLang's own server."""
+
+    capture_share: float = Field(0.05, gt=0, le=1)
+    """Share of the time of the server's steps that recording them may take; beyond it fewer new requests are traced."""
+
+
 class Stream(Section):
     """The stream processor."""
 
@@ -248,27 +196,62 @@ class Drift(Section):
     """Requests before and after a change that it takes to be told."""
 
 
+Objective = Literal["kl", "reverse-kl", "tv", "lk"]
+
+
 class Train(Section):
     """The trainer."""
 
     host: str = "127.0.0.1"
     port: int = Field(16067, ge=0, le=65535)
     dir: str = ".aurora/train"
+    warm_start: str = "alias"
+    """What a trainer without a checkpoint of its own begins with: ``alias`` is the champion (the draft of day 0 while
+    there is none), ``random`` the draft of day 0, a number a version of the line, anything else a checkpoint folder."""
+    optimizer: Literal["adamw", "muon"] = "muon"
+    """What moves the matrices of the hidden layer; vocabulary and norms are AdamW's in any case."""
     learning_rate: float = Field(1e-3, gt=0)
+    matrix_learning_rate: float = Field(0.0, ge=0)
+    """Muon's; 0 takes ``learning_rate``, for which its updates are scaled to the size of AdamW's."""
+    weight_decay: float = Field(0.01, ge=0)
+    """Of matrices; norms have none."""
     warmup_steps: int = Field(20, ge=0)
     clip: float = Field(1.0, gt=0)
+    """Largest norm of the gradient."""
+    ema: float = Field(0.0, ge=0, lt=1)
+    """Decay of a moving average of the weights, which is then what is compared and registered; 0 keeps none."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of products in a pass; weights, their average and the optimizer's state are float32 in any case. bfloat16 is for
+    processors that multiply it natively (AMX, AVX-512 BF16): elsewhere it is slower."""
+    parallel: Literal["ddp", "fsdp2"] = "ddp"
+    """What each of the processes that ``torchrun`` starts holds: the whole draft, or a share of it."""
     ttt_steps: int = Field(3, ge=1)
     """K: steps of the training-time test; one for each token of the drafted chain."""
     ttt_decay: float = Field(0.8, gt=0, le=1)
+    objective: Objective = "kl"
+    """What accepted positions teach: see ``trainer.objectives``."""
     rejected_weight: float = Field(0.1, ge=0)
     """Lambda: weight of the loss over rejected branches."""
+    rejected_objective: Objective = "kl"
     rejected_min_prob: float = Field(0.1, ge=0, le=1)
     """Only branches whose first rejected token the draft gave at least this probability are learned from."""
-    windows_per_step: int = Field(4, ge=1)
-    replay_per_step: int = Field(2, ge=0)
+    rejection_weight: float = Field(0.0, ge=0)
+    """How many times more a position counts where the draft that served was rejected, and still would be."""
+    policy_weight: float = Field(0.0, ge=0)
+    """Weight of a policy gradient on the accept length."""
+    windows_per_step: int = Field(6, ge=1)
+    accumulate: int = Field(1, ge=1)
+    """Parts that a step's windows are passed over in, one after the other: memory falls, the gradient stays."""
+    replay_per_step: int = Field(4, ge=0)
     """Windows of a step that are drawn from history while new ones are there."""
     history_windows: int = Field(2048, ge=1)
     """Windows kept in memory for replay."""
+    replay_half_life: float = Field(0.0, ge=0)
+    """Windows after which one is half as likely to be replayed as a new one; 0 replays all alike."""
+    balance: float = Field(0.0, ge=0, le=1)
+    """0 takes labels of traffic as often as they come, 1 all alike."""
+    stale_half_life: float = Field(16.0, ge=0)
+    """Versions after which a rejected branch counts half: the draft that proposed it is gone. 0 counts all alike."""
     max_passes: int = Field(8, ge=1)
     """Passes over a window at most; after them a trainer without new windows waits."""
     max_window_tokens: int = Field(512, ge=2)
@@ -276,8 +259,15 @@ class Train(Section):
     held_back_share: float = Field(0.15, gt=0, lt=1)
     """Share of requests never trained on: the offline gate scores versions on the newest of them."""
     held_back_windows: int = Field(32, ge=1)
+    guard: float = Field(0.5, ge=0, lt=1)
+    """Training goes back to its last good state when on the same held-back windows its accept length is below this
+    share of that state's, or its loss above that state's divided by it; 0 turns this off."""
     register_every_s: float = Field(30, gt=0)
+    parent_line: str = ""
+    """Line whose champion a line without one begins with, as far as shapes allow; empty begins at day 0."""
     checkpoint_every_s: float = Field(60, gt=0)
+    curves_every_s: float = Field(10, gt=0)
+    """A point of each curve in MLflow stands for so long a time."""
     poll_s: float = Field(1.0, gt=0)
     threads: int = Field(1, ge=1)
     seed: int = 0
@@ -293,6 +283,62 @@ class Promoter(Section):
     """A candidate must beat the champion's accept length on the held-back slice by more than this."""
     min_windows: int = Field(4, ge=1)
     """Held-back windows that a comparison needs."""
+    label_margin: float = Field(0.05, ge=0)
+    """On no label may a candidate's accept length be lower than the champion's by more than this."""
+    label_windows: int = Field(4, ge=1)
+    """Held-back windows that a label needs to be compared for itself; those with fewer are taken together."""
+    trial_margin: float = Field(0.05, gt=0, lt=1)
+    """Share by which a canary may be slower than the champion and still become champion."""
+    trial_error: float = Field(0.05, gt=0, lt=1)
+    """Chance that a trial promotes a canary that is slower by the margin, and that it takes back one that is not slower
+    at all."""
+    trial_requests: int = Field(200, ge=1)
+    """Requests of canary and of champion that a trial waits for at least."""
+    trial_s: float = Field(86_400, gt=0)
+    """A trial that has not decided after this long ends."""
+    trial_end: Literal["back", "estimate"] = "back"
+    """Then the canary is taken back, without quarantine; or it is promoted where neither over all nor on a label its
+    estimates are below the margin, which keeps ``trial_error`` no more."""
+    watch_s: float = Field(3600, ge=0)
+    """A new champion is watched for so long; 0 never goes back by itself."""
+    watch_floor: float = Field(0.8, ge=0, lt=1)
+    """It is taken back where its tokens per second or per round fall below this share of the champion's before it, on
+    the labels that both have served."""
+    watch_requests: int = Field(50, ge=1)
+    """Requests of both, on such labels, that this takes."""
+    cool_down_s: float = Field(3600, ge=0)
+    """After an automatic rollback nothing is promoted automatically for so long; each further one within
+    ``cool_down_memory_s`` doubles it."""
+    cool_down_memory_s: float = Field(86_400, ge=0)
+
+
+class Canary(Section):
+    """The trial of a candidate on live traffic before it becomes champion; read by nodes and promoter alike."""
+
+    share: float = Field(0.0, ge=0, le=1)
+    """Share of a node's time in which it serves the version that ``canary`` names: 1 makes it a canary node, 0 keeps it
+    on the champion. A promoter with 0 holds no trials."""
+    slice_s: float = Field(30, gt=0)
+    """A node serves one of the two for so long before chance, seeded by its name, decides anew."""
+
+
+def _seconds_or_auto(value: Any) -> Any:
+    """Told here, because of a union each part would tell its own error."""
+    with suppress(TypeError, ValueError):
+        if value == "auto" or float(value) >= 0:
+            return value
+    raise ValueError("neither seconds nor 'auto'")
+
+
+class Sync(Section):
+    """When a node takes over a newer version. Steps back, canaries and their ends are never delayed."""
+
+    interval_s: Annotated[float | Literal["auto"], BeforeValidator(_seconds_or_auto)] = 0.0
+    """Least time between two takeovers; 0 follows at once, ``auto`` weighs what they cost against what they bring."""
+    jitter: float = Field(0.1, ge=0, le=1)
+    """Up to this share of the interval is added, another one for each node and version: not all fetch at once."""
+    max_staleness_s: float = Field(900, gt=0)
+    """A node that has been behind for so long takes the newest version over in any case."""
 
 
 class Stack(Section):
@@ -314,10 +360,13 @@ class Settings(Section):
     speculator: Speculator = Speculator()
     serve: Serve = Serve()
     traces: Traces = Traces()
+    sglang: Sglang = Sglang()
     stream: Stream = Stream()
     drift: Drift = Drift()
     train: Train = Train()
     promoter: Promoter = Promoter()
+    canary: Canary = Canary()
+    sync: Sync = Sync()
     stack: Stack = Stack()
 
     @model_validator(mode="after")
@@ -325,88 +374,3 @@ class Settings(Section):
         if self.train.replay_per_step >= self.train.windows_per_step:
             raise ValueError("train.replay_per_step must be below train.windows_per_step, or nothing new is learned")
         return self
-
-
-def load(
-    file: Path | None = None, environ: Mapping[str, str] | None = None, flags: Mapping[str, Any] | None = None
-) -> Settings:
-    """Settings from the file, the environment and the flags, the later ones first in rank.
-
-    Args:
-        file: ``aurora.toml`` of the working folder where None; a named file must exist.
-        environ: The process's environment where None.
-        flags: Dotted names to values; None values are flags that were not given.
-
-    Raises:
-        SettingsError: unreadable file, unknown key, or a value of the wrong kind.
-    """
-    merged = _read_file(file)
-    for name, value in (os.environ if environ is None else environ).items():
-        if name.startswith(PREFIX):
-            _put(merged, name.removeprefix(PREFIX).lower().split("__"), value, name)
-    for name, value in (flags or {}).items():
-        if value is not None:
-            _put(merged, name.split("."), value, f"flag {name}")
-    try:
-        return Settings.model_validate(merged)
-    except ValidationError as error:
-        raise SettingsError("; ".join(_explain(e) for e in error.errors())) from error
-
-
-def to_environ(settings: Settings) -> dict[str, str]:
-    """The settings as ``AURORA_*`` variables, so that a started process reads exactly what its parent read."""
-    return {
-        f"{PREFIX}{section}__{key}".upper(): _to_text(value)
-        for section, values in settings.model_dump().items()
-        for key, value in values.items()
-    }
-
-
-def _to_text(value: Any) -> str:
-    if isinstance(value, SecretStr):
-        return value.get_secret_value()
-    return json.dumps(value) if isinstance(value, dict) else str(value)
-
-
-def _read_file(file: Path | None) -> dict[str, Any]:
-    if file is None and not FILE.exists():
-        return {}
-    path = file or FILE
-    try:
-        return tomllib.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise SettingsError(f"{path}: no such settings file") from error
-    except tomllib.TOMLDecodeError as error:
-        raise SettingsError(f"{path}: not valid TOML: {error}") from error
-
-
-def _put(tree: dict[str, Any], path: list[str], value: Any, source: str) -> None:
-    if len(path) < 2 or not all(path):
-        raise SettingsError(f"{source}: a setting is named SECTION__KEY, as in {PREFIX}KAFKA__BOOTSTRAP")
-    for part in path[:-1]:
-        tree = tree.setdefault(part, {})
-        if not isinstance(tree, dict):
-            raise SettingsError(f"{source}: {part!r} is a value, not a section")
-    tree[path[-1]] = value
-
-
-def _explain(error: Any) -> str:
-    path = [str(part) for part in error["loc"]]
-    name = ".".join(path) or "settings"
-    if error["type"] != "extra_forbidden":
-        found = "" if name.startswith(_SECRETS) else f" (found {error['input']!r})"
-        return f"{name}: {error['msg']}{found}" if path else str(error["msg"])
-    known = _known_keys(path[:-1])
-    nearest = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.4)
-    hint = f"did you mean {'.'.join([*path[:-1], nearest[0]])!r}?" if nearest else f"known keys: {', '.join(known)}"
-    return f"{name}: unknown setting; {hint}"
-
-
-def _known_keys(path: list[str]) -> list[str]:
-    model: type[BaseModel] = Settings
-    for part in path:
-        annotation = model.model_fields[part].annotation
-        assert isinstance(annotation, type)
-        assert issubclass(annotation, BaseModel)
-        model = annotation
-    return list(model.model_fields)

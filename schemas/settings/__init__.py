@@ -1,0 +1,54 @@
+"""Settings of every process: ``aurora.toml``, then ``AURORA_*`` variables, then flags; nothing else reads them.
+
+One file serves all processes, each reads its sections, and every section is checked whichever process starts, so that
+a typing error is found at once::
+
+    [kafka]                                      AURORA_KAFKA__BOOTSTRAP=kafka:9092
+    bootstrap = "kafka:9092"
+
+An unknown key is an error that names the nearest known one.
+"""
+
+from schemas.settings.loading import SettingsError, load, to_environ
+from schemas.settings.sections import (
+    Canary,
+    Drift,
+    Kafka,
+    Objective,
+    Promoter,
+    Registry,
+    Serve,
+    Settings,
+    Sglang,
+    Speculator,
+    Stack,
+    Stream,
+    Sync,
+    Tables,
+    Target,
+    Traces,
+    Train,
+)
+
+__all__ = [
+    "Canary",
+    "Drift",
+    "Kafka",
+    "Objective",
+    "Promoter",
+    "Registry",
+    "Serve",
+    "Settings",
+    "SettingsError",
+    "Sglang",
+    "Speculator",
+    "Stack",
+    "Stream",
+    "Sync",
+    "Tables",
+    "Target",
+    "Traces",
+    "Train",
+    "load",
+    "to_environ",
+]

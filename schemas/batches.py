@@ -82,7 +82,8 @@ REJECTED = pa.schema(
 
 ``context`` ends with the root. ``teacher_*`` are [len(branch), k]: the target after consuming each branch token. What
 the draft saw before the root are the features of the window in ``accepted`` that came in the same record; kept here as
-well, those of the last token alone would double the size of the tables.
+well, those of the last token alone would double the size of the tables. ``draft_logprobs`` are NaN where the node did
+not know them.
 """
 
 TRACES = pa.schema(
@@ -144,6 +145,20 @@ PROMOTIONS = pa.schema(
 )
 """One alias move a row; ``figures`` is JSON."""
 
+INTENTS = pa.schema(
+    [
+        pa.field("time", _TIME, nullable=False),
+        pa.field("line", pa.string(), nullable=False),
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("state", pa.string(), nullable=False),
+        pa.field("what", pa.string(), nullable=False),
+        pa.field("intent", pa.string(), nullable=False),
+        pa.field("note", pa.string()),
+    ]
+)
+"""Moves of aliases as they are wanted: a row ``intended`` before the first alias is moved, and one ``done`` or
+``abandoned`` behind it. ``intent`` is JSON of ``schemas.events.Intent``, ``note`` says why it was abandoned."""
+
 REPLAYS = pa.schema(
     [
         pa.field("time", _TIME, nullable=False),
@@ -168,14 +183,29 @@ CURSORS = pa.schema(
 )
 """How far a reader has read one table: it needs the rows that later versions added. Its newest row counts."""
 
+HOLDS = pa.schema(
+    [
+        pa.field("time", _TIME, nullable=False),
+        pa.field("experiment", pa.string(), nullable=False),
+        pa.field("table", pa.string(), nullable=False),
+        pa.field("after_version", pa.int64(), nullable=False),
+        pa.field("up_to_version", pa.int64(), nullable=False),
+        pa.field("released", pa.bool_(), nullable=False),
+    ]
+)
+"""Versions of a table that an experiment was named on: what they added, and the states from the first one on, stay
+until it is released, however long that is. The newest row of an experiment and a table counts."""
+
 TABLES = {
     "accepted": ACCEPTED,
     "rejected": REJECTED,
     "traces": TRACES,
     "dead_letters": DEAD_LETTERS,
     "promotions": PROMOTIONS,
+    "intents": INTENTS,
     "replays": REPLAYS,
     "cursors": CURSORS,
+    "holds": HOLDS,
 }
 
 PARTITIONED_BY = {
@@ -184,8 +214,10 @@ PARTITIONED_BY = {
     "traces": ("line", "day"),
     "dead_letters": ("day",),
     "promotions": (),
+    "intents": (),
     "replays": (),
     "cursors": ("day",),
+    "holds": (),
 }
 """Columns by whose values the files of a table lie apart: a reader of one line opens no other's, and retention deletes
 whole days without rewriting any."""

@@ -8,6 +8,7 @@ reached through ``pyarrow.fs``, which writer and reader need for Arrow anyway: f
 from __future__ import annotations
 
 import hashlib
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -77,6 +78,20 @@ class ClaimStore:
         if file is None or _checksum(file) != claim.checksum:
             raise TraceError("claim_corrupt", f"{claim.uri} is not the file of {claim.size} bytes that was claimed")
         return _decode(file, claim.uri, tokens, width)
+
+    def probe(self) -> None:
+        """See that the store takes a file, and delete it again.
+
+        Raises:
+            ClaimStoreError: it does not.
+        """
+        path = f"{self._root}/.probe-{uuid.uuid4().hex}"
+        with self._failures():
+            if self._is_local:
+                self._files.create_dir(self._root, recursive=True)
+            with self._files.open_output_stream(path, compression=None) as stream:
+                stream.write(b"-")
+            self._files.delete_file(path)
 
     def _read(self, path: str, size: int) -> pa.Buffer | None:
         """The file, if it has the size that it should have."""

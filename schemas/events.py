@@ -7,11 +7,12 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, PositiveInt
 
 Alias = Literal["candidate", "canary", "champion", "previous"]
+ALIASES: tuple[Alias, ...] = get_args(Alias)
 
 
 class AliasMoved(BaseModel):
@@ -32,6 +33,53 @@ class AliasMoved(BaseModel):
     def key(self) -> str:
         """Key on the compacted topic: the newest move of each alias is kept."""
         return f"{self.line}/{self.alias}"
+
+
+class Change(BaseModel):
+    """An alias as it is and as it has to be; None names no version."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    alias: Alias
+    from_version: str | None
+    to_version: str | None
+
+
+class Intent(BaseModel):
+    """A move of several aliases, written down before it is made: whoever finds it unfinished can finish it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: str
+    time: datetime
+    line: str
+    what: Literal["promote", "try", "end trial", "rollback"]
+    changes: tuple[Change, ...]
+    """In the order in which they are made."""
+    actor: str
+    why: str
+    figures: dict[str, float]
+
+
+AUDITED_TAG = "aurora.audited"
+"""Tag of a line's registered model that holds an ``Audited``, as JSON."""
+QUARANTINED_TAG = "aurora.quarantined"
+"""Tag of a version that must not be promoted any more; its value says why."""
+
+
+class Audited(BaseModel):
+    """What the table ``promotions`` says of a line's aliases: the tag ``AUDITED_TAG`` of its registered model.
+
+    Written after the rows. A node goes back to an earlier version only where an ``Audited`` with more moves than the
+    one it acted on last names it: an old answer of the registry cannot undo a promotion.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    moves: PositiveInt
+    """Rows of the line in the table; they only grow."""
+    aliases: dict[Alias, str]
+    """The version that each alias names; without those that name none."""
 
 
 class Accepted(BaseModel):

@@ -22,6 +22,13 @@ PREFIX = "aurora."
 FAILURES = (MlflowException, RequestException, OSError)
 """What a call raises when the registry is away or refuses."""
 
+_ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+
+
+def is_absent(error: Exception) -> bool:
+    """Whether a call failed because there is no such model, version or alias."""
+    return isinstance(error, MlflowException) and error.error_code in _ABSENT
+
 
 def model_name(line: str) -> str:
     """Name of the registered model of a speculator line."""
@@ -37,6 +44,7 @@ def connect(settings: Registry) -> MlflowClient:
     mlflow_settings.MLFLOW_HTTP_REQUEST_MAX_RETRIES.set(0)
     mlflow_settings.MLFLOW_HTTP_REQUEST_TIMEOUT.set(math.ceil(settings.timeout_s))
     mlflow_settings.MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR.set(False)
+    mlflow_settings.MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT.set(True)
     return MlflowClient(tracking_uri=settings.uri, registry_uri=settings.uri)
 
 

@@ -5,6 +5,8 @@ Prometheus metrics for dashboards are beside it on ``/metrics``.
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict
 
 from schemas.events import Accepted, DriftEvent
@@ -47,6 +49,8 @@ class ServeStatus(_Status):
     """Tokens that are drafted a request, one after the other; 0 while drafting does not pay."""
     expected_rates: list[float]
     """Output tokens per second that the node expects with 0, 1, .. drafted tokens a request."""
+    role: str | None
+    """By what the version came to serve: the followed alias, ``canary`` or ``pinned``; None with the draft of day 0."""
     pinned: str | None
     """The version that an operator has pinned; None while the alias is followed."""
     running: int
@@ -65,6 +69,8 @@ class ServeStatus(_Status):
     rows_pending: int
     breaker: str
     registry_error: str | None
+    registry_stale: int
+    """Old answers of the registry, which the node passed over."""
     swaps: list[SwapStatus]
     refused: list[RefusedStatus]
 
@@ -77,7 +83,17 @@ class SpeculatorStatus(_Status):
     """The version that serves; empty on a node without speculation."""
     alias: str
     alias_version: str | None
-    """The version that the alias named when the registry was asked last."""
+    """The version that the alias named in the registry's last answer that was not old."""
+    canary_version: str | None
+    """The version that is served by turns with the alias's."""
+    role: str | None
+    """By what ``version`` came to serve: the alias, ``canary`` or ``pinned``; None with the draft of day 0."""
+    held: str | None
+    """Why a version that the registry names is not followed."""
+    waiting: str | None
+    """A newer version that is taken over later (``sync``)."""
+    sync_interval_s: float
+    """The least time between two takeovers of the moment."""
     pinned: str | None
     """The version that stays whatever the alias names."""
     speculating: bool
@@ -166,6 +182,15 @@ class TrainStatus(_Status):
     loss: float | None
     loss_accepted: float | None
     loss_rejected: float | None
+    loss_by_step: list[float]
+    """Mean divergence of each step of the training-time test."""
+    learning_rate: float | None
+    gradient_norm: float | None
+    """Before clipping."""
+    tokens_per_s: float | None
+    """Over the last minute, replay and waiting included."""
+    newest_window_age_s: float | None
+    """Age of the newest window of the last step, when it was taken."""
     tokens_seen: int
     table_version: int
     """Newest version of ``accepted`` on the table."""
@@ -173,16 +198,62 @@ class TrainStatus(_Status):
     """Version of ``accepted`` up to which the feed has read."""
     accept_length: float | None
     registered: list[str]
+    unfit_steps: int
+    """Steps that were not taken, because loss or gradient was not finite."""
+    rollbacks: int
+    """How often training went back to its last good state."""
+    went_back: str | None
+    """Why it did so last."""
+    curves: str | None
+    """The run in MLflow that has the curves of this trainer."""
     error: str | None
 
 
+class ComparedStatus(_Status):
+    """One figure of two versions on live traffic."""
+
+    figure: str
+    label: str | None
+    """None over all labels."""
+    new: float
+    before: float
+    difference: float
+    """Share by which the new version is better."""
+    low: float
+    high: float
+    """The difference lies within, however often one looks, but for a small chance."""
+
+
+class TrialStatus(_Status):
+    """A version beside another one, on live traffic: a canary beside the champion, or a new champion beside the last.
+
+    Times are Unix seconds."""
+
+    kind: Literal["trial", "watch"]
+    version: str
+    against: str
+    since: float
+    until: float
+    requests: int
+    requests_against: int
+    """On labels that both have served enough."""
+    figures: list[ComparedStatus]
+
+
 class PromoterStatus(_Status):
-    """The promoter."""
+    """The promoter: the line that changed last."""
 
     champion: str | None
     candidate: str | None
     previous: str | None
+    canary: str | None
     moves: int
     verdict: str | None
     """What was decided last, and on which figures."""
+    trials: list[TrialStatus]
+    """What is compared on live traffic."""
+    taken_back: str | None
+    """Why a version was taken back last, as canary or champion, without a person's hand."""
+    cooling_until: float | None
+    """Nothing is promoted before that Unix time, after versions were taken back."""
     error: str | None

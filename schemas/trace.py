@@ -101,7 +101,8 @@ class Round:
     draft_parents: tuple[int, ...]
     """For each drafted node the index of its parent node, or ``ROOT``. A chain is ``-1, 0, 1, ...``."""
     draft_logprobs: tuple[float, ...]
-    """Log-probability that the draft gave each node, under the distribution it was drawn from."""
+    """Log-probability that the draft gave each node, under the distribution it was drawn from; NaN where that is not
+    known: SGLang keeps none."""
     accepted: tuple[int, ...]
     """Indices of the accepted nodes, from the root's child on."""
     bonus: int | None

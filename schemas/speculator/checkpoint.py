@@ -4,6 +4,10 @@ A wrong export loads without a word in some serving engines and accepts nothing,
 tensor is checked by name, shape and type when it is written and when it is read, files are checked against the
 manifest's SHA-256, nothing but safetensors and JSON is opened, and a network is filled with NaN before loading so that
 a missed tensor cannot stay unseen.
+
+EAGLE-3.1 is ``fc_norm`` and ``norm_output`` set in ``config.json``, and a tensor ``fc_norm.i.weight`` for each captured
+layer. SGLang from 0.5.21 and vLLM from 0.22.0 on read both keys and these names (their ``llama_eagle3.py``), as does
+the EAGLE-3 model of speculators 0.9.0; the converter of speculators 0.9.0 keeps the keys and loses the tensors.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +25,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from schemas.speculator.network import DraftShape, EagleDraft
+from schemas.speculator import rotary
+from schemas.speculator.network import DraftShape, EagleDraft, Variant
 
 CONFIG, WEIGHTS, MANIFEST = "config.json", "model.safetensors", "manifest.json"
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 _SHAPE = TypeAdapter(DraftShape)
+_NUMBERS = [
+    name for name in DraftShape.__dataclass_fields__ if name not in ("capture_layers", "variant", "rope_scaling")
+]
 
 
 class CheckpointError(ValueError):
@@ -63,20 +72,32 @@ def default_capture_layers(layers: int) -> tuple[int, ...]:
     return (1, layers // 2 - 1, layers - 4)
 
 
-def shape_for_target(config: Mapping[str, Any], draft_vocabulary: int) -> DraftShape:
-    """The draft's shape for a target's ``config.json``.
+def shape_for_target(
+    config: Mapping[str, Any], draft_vocabulary: int, *, variant: Variant = "eagle3", intermediate_size: int = 0
+) -> DraftShape:
+    """The draft's shape for a target's ``config.json``: heads, sizes and positions are the target's.
+
+    Args:
+        config: Of the target.
+        draft_vocabulary: D; never more than the target's vocabulary is taken.
+        variant: EAGLE-3 or 3.1.
+        intermediate_size: Width of the draft's MLP; 0 takes the target's.
 
     Raises:
-        CheckpointError: a rotary variant that the draft network does not compute.
+        CheckpointError: a size that is not there, or a rotary scaling that the draft network does not compute.
     """
+    needed = ("num_attention_heads", "hidden_size", "vocab_size", "num_hidden_layers", "max_position_embeddings")
+    if missing := [key for key in (*needed, "intermediate_size", "rms_norm_eps") if config.get(key) is None]:
+        raise CheckpointError(f"the target's {CONFIG} has no {', '.join(missing)}: no draft can be shaped for it")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", "default")
-    if kind != "default":
-        raise CheckpointError(f"rope_type {kind!r} is not supported by the draft network, only 'default' is")
+    try:
+        scaling = rotary.scaling_of(config)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
     return DraftShape(
         hidden_size=hidden,
-        intermediate_size=config["intermediate_size"],
+        intermediate_size=intermediate_size or config["intermediate_size"],
         num_attention_heads=heads,
         num_key_value_heads=config.get("num_key_value_heads") or heads,
         head_dim=config.get("head_dim") or hidden // heads,
@@ -86,6 +107,8 @@ def shape_for_target(config: Mapping[str, Any], draft_vocabulary: int) -> DraftS
         rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0),
         max_position_embeddings=config["max_position_embeddings"],
         capture_layers=default_capture_layers(config["num_hidden_layers"]),
+        variant=variant,
+        rope_scaling=scaling,
     )
 
 
@@ -125,7 +148,7 @@ def read(folder: Path, line: str) -> EagleDraft:
     Raises:
         CheckpointError: altered or foreign files, another line, or a tensor of the wrong name, shape, type or value.
     """
-    manifest = _read_manifest(folder)
+    manifest = read_manifest(folder)
     if manifest.line != line:
         raise CheckpointError(f"{folder}: speculator line {manifest.line}, this node serves line {line}")
     foreign = sorted(p.name for p in folder.iterdir() if p.name not in (CONFIG, WEIGHTS, MANIFEST))
@@ -133,7 +156,7 @@ def read(folder: Path, line: str) -> EagleDraft:
         raise CheckpointError(f"{folder}: files that no version has: {', '.join(foreign)}")
     for name in (CONFIG, WEIGHTS):
         _check_hash(folder / name, manifest.sha256.get(name))
-    shape = _from_config(_read_json(folder / CONFIG))
+    shape = read_shape(folder)
     try:
         tensors = load_file(folder / WEIGHTS)
     except SafetensorError as error:
@@ -150,7 +173,21 @@ def read(folder: Path, line: str) -> EagleDraft:
     return draft
 
 
-def _read_manifest(folder: Path) -> Manifest:
+def read_shape(folder: Path) -> DraftShape:
+    """The shape of a version's draft.
+
+    Raises:
+        CheckpointError: no configuration, or one that no version has.
+    """
+    return _from_config(_read_json(folder / CONFIG))
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """What a version says of itself; whether its files are those it names is for ``read``.
+
+    Raises:
+        CheckpointError: no manifest, or another one.
+    """
     try:
         return Manifest.model_validate(_read_json(folder / MANIFEST))
     except ValidationError as error:
@@ -209,6 +246,8 @@ def _check_values(draft: EagleDraft) -> None:
 
 
 def _to_config(shape: DraftShape) -> dict[str, Any]:
+    # The line hashes this: a key that not every draft needs is there for those that need it alone.
+    scaled = rotary.to_config(shape.rope_scaling) if shape.rope_scaling else {}
     return {
         "architectures": [ARCHITECTURE],
         "model_type": "llama",
@@ -224,7 +263,7 @@ def _to_config(shape: DraftShape) -> dict[str, Any]:
         "draft_vocab_size": shape.draft_vocab_size,
         "rms_norm_eps": shape.rms_norm_eps,
         "rope_theta": shape.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta},
+        "rope_parameters": {**(scaled or {"rope_type": "default"}), "rope_theta": shape.rope_theta},
         "max_position_embeddings": shape.max_position_embeddings,
         "attention_bias": False,
         "mlp_bias": False,
@@ -234,19 +273,25 @@ def _to_config(shape: DraftShape) -> dict[str, Any]:
             "use_aux_hidden_state": True,
             "eagle_aux_hidden_state_layer_ids": list(shape.capture_layers),
         },
+        **({"rope_scaling": scaled} if scaled else {}),
+        **({"fc_norm": True, "norm_output": True} if shape.normed else {}),
     }
 
 
 def _from_config(config: Mapping[str, Any]) -> DraftShape:
     try:
-        values = {name: config[name] for name in DraftShape.__dataclass_fields__ if name != "capture_layers"}
+        values = {name: config[name] for name in _NUMBERS}
         layers = config["eagle_config"]["eagle_aux_hidden_state_layer_ids"]
-        shape = _SHAPE.validate_json(json.dumps({**values, "capture_layers": layers}), strict=True)
-    except (KeyError, TypeError) as error:
+        variant: Variant = "eagle3.1" if config.get("fc_norm") else "eagle3"
+        given = {**values, "capture_layers": layers, "variant": variant}
+        shape = replace(_SHAPE.validate_json(json.dumps(given), strict=True), rope_scaling=rotary.scaling_of(config))
+    except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{CONFIG}: key missing or malformed: {error}") from error
     except ValidationError as error:
         first = error.errors()[0]
         raise CheckpointError(f"{CONFIG}: {first['loc'][0]}: {first['msg']}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{CONFIG}: {error}") from error
     if not 0 < min(values.values()) <= max(values.values()) < 2**31:
         raise CheckpointError(f"{CONFIG}: a number is not positive, or too large")
     if dict(config) != _to_config(shape):

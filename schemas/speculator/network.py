@@ -1,20 +1,29 @@
 """The EAGLE-3 draft: one decoder layer over (target features, next token), as in arXiv 2503.01840, section 3.
 
 Parameter names are those of the checkpoint that serving engines load. Row t of a sequence takes the target's captured
-states after x_t and the embedding of x_{t+1}, and predicts x_{t+2}. The layer's output before ``norm`` is the hidden
-state that the next drafting step takes in place of target features.
+states after x_t and the embedding of x_{t+1}, and predicts x_{t+2}. The layer's output is the hidden state that the
+next drafting step takes in place of target features.
 
-Shape suffixes: B sequences, T rows, H hidden size, N heads, M key/value heads, E head size, D draft vocabulary.
+Two variants. In EAGLE-3 that hidden state is the layer's output before ``norm``, which stands before ``lm_head`` alone.
+In EAGLE-3.1 (arXiv 2605.09992) it is the output after ``norm``, so that its size cannot drift from step to step, and
+each captured layer's states pass a norm of their own before ``fc``, so that layers of large values do not drown others.
+
+Shape suffixes: B sequences, T rows, F feature width, H hidden size, N heads, M key/value heads, E head size, D draft
+vocabulary.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from schemas.speculator.rotary import Scaling, rotary_angles, rotate
+
+Variant = Literal["eagle3", "eagle3.1"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +42,18 @@ class DraftShape:
     max_position_embeddings: int
     capture_layers: tuple[int, ...]
     """Layers whose output is captured, numbered from 0 as SGLang's ``eagle_aux_hidden_state_layer_ids``."""
+    variant: Variant = "eagle3"
+    rope_scaling: Scaling | None = None
 
     @property
     def feature_width(self) -> int:
         """F: values that the target gives per token."""
         return self.hidden_size * len(self.capture_layers)
+
+    @property
+    def normed(self) -> bool:
+        """Whether target states are normed before ``fc``, and the hidden state before it recurs (EAGLE-3.1)."""
+        return self.variant == "eagle3.1"
 
 
 class Projected(NamedTuple):
@@ -62,6 +78,8 @@ class EagleDraft(nn.Module):
         super().__init__()
         self.shape = shape
         hidden = shape.hidden_size
+        if shape.normed:
+            self.fc_norm = nn.ModuleList(nn.RMSNorm(hidden, eps=shape.rms_norm_eps) for _ in shape.capture_layers)
         self.fc = nn.Linear(shape.feature_width, hidden, bias=False)
         self.midlayer = _MidLayer(shape)
         self.norm = nn.RMSNorm(hidden, eps=shape.rms_norm_eps)
@@ -70,7 +88,10 @@ class EagleDraft(nn.Module):
         self.register_buffer("t2d", torch.zeros(shape.vocab_size, dtype=torch.bool))
 
     def fuse(self, features_BTF: Tensor) -> Tensor:
-        """Hidden states [B, T, H] from captured target states [B, T, 3H] (low, middle, high)."""
+        """Hidden states [B, T, H] from captured target states [B, T, F] (low, middle, high)."""
+        if self.shape.normed:
+            layers = features_BTF.chunk(len(self.fc_norm), dim=-1)
+            features_BTF = torch.cat([norm(x) for norm, x in zip(self.fc_norm, layers, strict=True)], dim=-1)
         fused: Tensor = self.fc(features_BTF)
         return fused
 
@@ -82,19 +103,19 @@ class EagleDraft(nn.Module):
             p(x_BT2H).unflatten(-1, (-1, shape.head_dim)).transpose(1, 2)
             for p in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)
         )
-        cos, sin = rotary_angles(positions_BT, shape)
+        cos, sin = rotary_angles(positions_BT, shape.head_dim, shape.rope_theta, shape.rope_scaling)
         return Projected(rotate(q, cos, sin), rotate(k, cos, sin), v)
 
     def finish(self, hidden_BTH: Tensor, attended_BNTE: Tensor) -> Tensor:
-        """The layer's output before ``norm`` [B, T, H]: residual, attention, MLP."""
+        """The hidden state that the next step takes, and ``logits`` [B, T, H]: residual, attention, MLP."""
         layer = self.midlayer
         residual = hidden_BTH + layer.self_attn.o_proj(attended_BNTE.transpose(1, 2).flatten(2))
         out: Tensor = residual + layer.mlp(layer.post_attention_layernorm(residual))
-        return out
+        return self.norm(out) if self.shape.normed else out
 
     def logits(self, hidden_BTH: Tensor) -> Tensor:
-        """Scores [B, T, D] over the draft vocabulary."""
-        scores: Tensor = self.lm_head(self.norm(hidden_BTH))
+        """Scores [B, T, D] over the draft vocabulary, of what ``finish`` gave."""
+        scores: Tensor = self.lm_head(hidden_BTH if self.shape.normed else self.norm(hidden_BTH))
         return scores
 
     def to_target_ids(self, draft_ids: Tensor) -> Tensor:
@@ -135,31 +156,24 @@ class _Mlp(nn.Module):
         return out
 
 
-def rotary_angles(positions_BT: Tensor, shape: DraftShape) -> tuple[Tensor, Tensor]:
-    """Cosine and sine [B, 1, T, E] of the rotary embedding at the given positions."""
-    half = torch.arange(0, shape.head_dim, 2, dtype=torch.float32, device=positions_BT.device)
-    frequencies = shape.rope_theta ** (-half / shape.head_dim)
-    angles = positions_BT[..., None].to(torch.float32) * frequencies
-    angles = torch.cat([angles, angles], dim=-1).unsqueeze(1)
-    return angles.cos(), angles.sin()
+def random_draft(shape: DraftShape, seed: int, kept_D: Tensor | None = None) -> EagleDraft:
+    """A draft that has learned nothing: normal weights of deviation 0.02, norms one.
 
-
-def rotate(x_BNTE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply the rotary embedding in the half-split layout of Llama."""
-    low, high = x_BNTE.chunk(2, dim=-1)
-    return x_BNTE * cos + torch.cat([-high, low], dim=-1) * sin
-
-
-def random_draft(shape: DraftShape, seed: int) -> EagleDraft:
-    """The draft of day 0: normal weights of deviation 0.02, norms one, and the lowest target ids as vocabulary."""
+    Args:
+        shape: Of the draft.
+        seed: Of the weights.
+        kept_D: Target ids that it can propose, ascending; the lowest ones where none are given.
+    """
     draft = EagleDraft(shape)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in draft.named_parameters():
-            if name.endswith("norm.weight"):
+        for parameter in draft.parameters():
+            if parameter.dim() == 1:
                 parameter.fill_(1.0)
             else:
                 parameter.normal_(0.0, 0.02, generator=generator)
-        draft.d2t.zero_()
-        draft.t2d[: shape.draft_vocab_size] = True
+        lowest_D = torch.arange(shape.draft_vocab_size)
+        kept_D = lowest_D if kept_D is None else kept_D
+        draft.d2t.copy_(kept_D - lowest_D)
+        draft.t2d[kept_D] = True
     return draft

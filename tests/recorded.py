@@ -74,6 +74,7 @@ def record_of(  # noqa: PLR0913 - one for each thing that a test may vary
     top_k: int = TOP_K,
     features: Features = "inline",
     before: Sequence[int] = (),
+    last: bool = True,
 ) -> Record:
     """The record that carries the rounds; where features are to be recomputed, without them."""
     if features == "recompute":
@@ -81,7 +82,7 @@ def record_of(  # noqa: PLR0913 - one for each thing that a test may vary
     envelope = Envelope(
         request=request,
         chunk=chunk,
-        last=True,
+        last=last,
         node="node-0",
         target=target,
         line=line,

@@ -49,17 +49,16 @@ def simulated_accept_length(draft: EagleDraft, embeddings_VH: Tensor, batch: Bat
     roots_BT = batch.known_BT & (torch.arange(length) + lookahead < batch.lengths_B[:, None])
     roots_BT[:, 0] = False
     window, root = roots_BT.nonzero(as_tuple=True)
-    if not len(window):
-        return Accepted(0, 0)
-    unroll = Unroll(draft, embeddings_VH, batch.tokens_BT, batch.features_BTF, window, root - 1)
-    alive = torch.arange(len(window))
-    hidden = unroll.first(alive)
+    positions = len(window)
+    unroll = Unroll(draft, embeddings_VH, batch.tokens_BT, batch.features_BTF)
+    hidden = unroll.first(window, root - 1)
     accepted = 0
     for k in range(lookahead):
         drafted = draft.to_target_ids(draft.logits(hidden).argmax(dim=-1))
-        right = drafted == batch.tokens_BT[window[alive], root[alive] + k + 1]
-        alive, hidden = alive[right], hidden[right]
-        accepted += len(alive)
+        committed = batch.tokens_BT[window, root + k + 1]
+        (right,) = (drafted == committed).nonzero(as_tuple=True)
+        window, root = window[right], root[right]
+        accepted += len(right)
         if k + 1 < lookahead:
-            hidden = unroll.advance(alive, batch.tokens_BT[window[alive], root[alive] + k + 1], hidden)
-    return Accepted(accepted, len(window))
+            hidden = unroll.advance(right, committed[right])
+    return Accepted(accepted, positions)

@@ -1,39 +1,49 @@
-"""The EAGLE-3 training-time test with Aurora's second term, accepted and rejected branches in one pass.
+"""The EAGLE-3 training-time test with Aurora's second term, accepted and rejected tokens in one pass over their trees.
 
-Row t of a window reads feature g_t and token x_{t+1}, and its teacher is the target's distribution after consuming
-x_{t+1}::
+    loss = sum_k decay^k mean_k D(target, draft)  +  lambda * mean over rejected nodes of decay^k D(target, draft)
 
-    tokens      x0  x1  x2  x3  x4
-    features    g0  g1  g2  g3  g4
-    row t=1:    g1 + emb(x2)  ->  predicts x3,  teacher after x2
+with D one of ``trainer.objectives``, k the step of the training-time test (EAGLE-3, arXiv 2503.01840, section 3.1) and
+lambda the weight of the discarded tokens (Aurora, arXiv 2602.06932). Means run over the nodes that have a teacher
+(``trainer.forest``), and each node counts once however many branches it is on. A window's weight scales its part and
+not the number it is divided by: what is weighted down moves the draft less.
 
-Step k reads x_{t+1+k} and is taught by the distribution after it; where that is unknown, as behind the last row, there
-is no loss. A rejected branch d_1, d_2, .. behind root x_p leaves row p - 1 from step 1 on: it shares that row's
-step 0 and is taught by the target's distribution after each d_k from the first rejected node on.
+What the rejected term can teach. Where a chain was rejected the accepted rows hold the target's distribution already,
+so nothing about the token that was wrong is new: the rejected nodes add distributions after words that the target did
+not say there. A greedy target never says them there; the same words come up in trees, where a branch that lost may win
+at the next request, and for sampled targets, which may say them the next time.
 
-    loss = sum_k decay^k mean_k KL(target || draft)  +  lambda * sum over branch nodes of decay^k KL / number of nodes
+Two more terms use what the draft that served chose, and whether it was kept. Both are off by default.
 
-Both means run over valid positions only. The teacher is the recorded top k, restricted to the draft vocabulary and
-renormalised; the unrecorded tail is ignored. Where less than ``MIN_KEPT_MASS`` of the target's probability is left, the
-position is masked: renormalising would blow tokens that the target hardly considers up to certainty.
+- ``rejection_weight`` r: a position where the served draft was rejected counts 1 + r min(1, q(d) / q_served(d)) times,
+  d being the token that was wrong. The importance weight is bounded, and fades as the draft stops proposing d.
+- ``policy_weight``: a clipped policy gradient on the accept length (PPO's surrogate, arXiv 1707.06347). The reward of
+  a choice is how many tokens were kept from it on, less the mean over the choices of its step; the ratio of the draft's
+  probability to the served one's corrects for a draft that has moved on. Rounds that were kept whole leave no branch
+  and are not among the choices, so this sees fewer successes than there were.
 
-Shapes: B windows, T tokens, R chains, A accepted ones, K steps, k teacher width, D and V draft and target vocabulary.
+Shapes: A nodes of one step, K steps, P choices, k teacher width, D draft vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from schemas.settings import Train
 from schemas.speculator.network import EagleDraft
+from trainer.forest import Forest, Step, grow
+from trainer.objectives import DIVERGENCES
 from trainer.unroll import Unroll
-from trainer.windows import Batch, Teacher
+from trainer.windows import Batch, Choices
 
-MIN_KEPT_MASS = 0.1
+CLIP = 0.2
+"""Change of a choice's probability, as a share, beyond which the policy term pushes no further."""
+
+Totals = Callable[[Tensor], Tensor]
+"""From the denominators of this batch's means [K + 2] to those of all batches that make up the step."""
 
 
 class Loss(NamedTuple):
@@ -41,137 +51,141 @@ class Loss(NamedTuple):
 
     total: Tensor
     accepted: float
+    accepted_K: tuple[float, ...]
+    """Mean divergence of each step of the training-time test; ``accepted`` is their decayed sum."""
     rejected: float
     """Before lambda."""
+    policy: float
+    """Before its weight."""
     positions: int
     """Teacher distributions learned from, over all steps of the accepted term."""
     nodes: int
     """The same of the rejected term."""
 
 
-class Target(NamedTuple):
-    """Teacher distributions over the draft vocabulary: ids and probabilities [.., k], and where they can be used."""
+class _Sums(NamedTuple):
+    """Sums over the nodes of one step, and what they are to be divided by."""
 
-    ids: Tensor
-    probs: Tensor
-    usable: Tensor
-
-
-class Chains(NamedTuple):
-    """What each chain reads and is taught at each step; accepted chains first."""
-
-    window_R: Tensor
-    row_R: Tensor
-    origin_R: Tensor
-    """Accepted chain that shares the chain's step 0."""
-    tokens_RK: Tensor
-    ids_RKk: Tensor
-    probs_RKk: Tensor
-    learned_RK: Tensor
-    accepted: int
+    accepted: Tensor
+    rejected: Tensor
+    policy: Tensor
+    weights: Tensor
+    nodes: int
+    choices: int
 
 
 def ttt_loss(
-    draft: EagleDraft, embeddings_VH: Tensor, batch: Batch, steps: int, decay: float, rejected_weight: float
+    draft: EagleDraft, embeddings_VH: Tensor, batch: Batch, train: Train, totals: Totals = lambda own: own
 ) -> Loss:
     """Training-time test over a batch.
 
     Args:
         draft: The network to train.
         embeddings_VH: The target's frozen token embeddings, of any float type.
-        batch: Windows with their rejected branches.
-        steps: K, at least 1; branches are learned from at steps 1..K-1.
-        decay: Weight of each step relative to the one before.
-        rejected_weight: Lambda; at 0 the branches are not computed.
+        batch: Windows with what was drafted beside them.
+        train: Steps, decay, objectives and weights.
+        totals: Makes this batch a part of a larger one: the losses of the parts then add up to that of the whole.
 
     Returns:
         A loss of zero without a gradient where the batch holds nothing to learn from.
     """
-    chains = chains_of(draft, batch, steps, with_branches=rejected_weight > 0)
-    positions_K = chains.learned_RK[: chains.accepted].sum(0)
-    nodes = int(chains.learned_RK[chains.accepted :].sum())
-    accepted = rejected = embeddings_VH.new_zeros((), dtype=draft.fc.weight.dtype)
-    if len(chains.window_R):
-        for k, (rows, kl) in enumerate(_divergences(draft, embeddings_VH, batch, chains)):
-            main = rows < chains.accepted
-            accepted = accepted + decay**k * kl[main].sum() / positions_K[k].clamp_min(1)
-            rejected = rejected + decay**k * kl[~main].sum() / max(nodes, 1)
+    forest = grow(draft, batch, train.ttt_steps, train.rejected_min_prob if train.rejected_weight else None)
+    sums = _sums(draft, embeddings_VH, batch, forest, train)
+    steps = len(forest.steps)
+    nodes, choices = sum(s.nodes for s in sums), sum(s.choices for s in sums)
+    weights_K = torch.stack([s.weights for s in sums])
+    own = torch.cat([weights_K, weights_K.new_tensor([nodes, choices])])
+    over = totals(own).clamp_min(torch.finfo(own.dtype).tiny)
+    accepted_K = torch.stack([s.accepted for s in sums]) / over[:steps]
+    decay_K = train.ttt_decay ** torch.arange(steps)
+    accepted = (decay_K * accepted_K).sum()
+    rejected = (decay_K * torch.stack([s.rejected for s in sums])).sum() / over[steps]
+    policy = torch.stack([s.policy for s in sums]).sum() / over[steps + 1]
     return Loss(
-        total=accepted + rejected_weight * rejected,
+        total=accepted + train.rejected_weight * rejected + train.policy_weight * policy,
         accepted=float(accepted.detach()),
+        accepted_K=tuple(accepted_K.detach().tolist()),
         rejected=float(rejected.detach()),
-        positions=int(positions_K.sum()),
+        policy=float(policy.detach()),
+        positions=sum(int(step.learned_A[: step.committed].sum()) for step in forest.steps),
         nodes=nodes,
     )
 
 
-def chains_of(draft: EagleDraft, batch: Batch, steps: int, *, with_branches: bool) -> Chains:
-    """All chains of a batch that have something to learn at any step."""
-    teacher_BT = restrict(draft, batch.teacher_BT)
-    usable_BT = batch.known_BT & teacher_BT.usable
-    length = usable_BT.shape[1]
-    learned_BTK = F.pad(usable_BT, (0, steps)).unfold(1, steps, 1)[:, 1:]
-    branches = batch.branches
-    target_RL = restrict(draft, branches.teacher_RL)
-    within = (branches.learned_RL & target_RL.usable)[:, : steps - 1]
-    taken = within.any(dim=1) if with_branches else torch.zeros_like(branches.root_R, dtype=torch.bool)
-    window_R, row_R = branches.window_R[taken], branches.root_R[taken] - 1
+def _sums(draft: EagleDraft, embeddings_VH: Tensor, batch: Batch, forest: Forest, train: Train) -> list[_Sums]:
+    """The sums of every step."""
+    if not len(forest.row_A):
+        return [_nothing(draft.fc.weight)] * len(forest.steps)
+    unroll = Unroll(draft, embeddings_VH, batch.tokens_BT, batch.features_BTF)
+    sums: list[_Sums] = []
+    for k, step in enumerate(forest.steps):
+        if not len(step.parent_A):
+            sums.append(_nothing(sums[0].accepted))
+            continue
+        hidden_AH = unroll.advance(step.parent_A, step.tokens_A) if k else unroll.first(forest.window_A, forest.row_A)
+        logits_AD = draft.logits(hidden_AH[step.learned_A])
+        if logits_AD.dtype is not torch.float64:
+            logits_AD = logits_AD.float()
+        sums.append(_sums_of(draft, logits_AD, step, k, batch.choices, train))
+    return sums
 
-    needed_BT = learned_BTK.any(dim=-1).index_put((window_R, row_R), torch.ones_like(row_R, dtype=torch.bool))
-    window_A, row_A = needed_BT.nonzero(as_tuple=True)
-    origin_R = (needed_BT.flatten().cumsum(0) - 1)[window_R * length + row_R]
-    at = window_A[:, None], (row_A[:, None] + 1 + torch.arange(steps)).clamp_max(length - 1)
 
-    def join(accepted_AK: Tensor, branch_RL: Tensor) -> Tensor:
-        """Accepted chains above branches; a branch has nothing at step 0, and no more than it has nodes."""
-        branch_RK = branch_RL.new_zeros(len(window_R), *accepted_AK.shape[1:])
-        nodes = branch_RL[taken, : steps - 1]
-        branch_RK[:, 1 : 1 + nodes.shape[1]] = nodes
-        return torch.cat([accepted_AK, branch_RK])
+def _nothing(like: Tensor) -> _Sums:
+    zero = like.detach().new_zeros(())
+    return _Sums(zero, zero, zero, zero, 0, 0)
 
-    return Chains(
-        window_R=torch.cat([window_A, window_R]),
-        row_R=torch.cat([row_A, row_R]),
-        origin_R=torch.cat([torch.arange(len(window_A)), origin_R]),
-        tokens_RK=join(batch.tokens_BT[at], branches.tokens_RL),
-        ids_RKk=join(teacher_BT.ids[at], target_RL.ids),
-        probs_RKk=join(teacher_BT.probs[at], target_RL.probs),
-        learned_RK=join(learned_BTK[window_A, row_A], within),
-        accepted=len(window_A),
+
+def _sums_of(draft: EagleDraft, logits_AD: Tensor, step: Step, k: int, choices: Choices, train: Train) -> _Sums:
+    """The sums of one step from the scores of the nodes that are learned from."""
+    learned_A = step.learned_A
+    ids_Ak, probs_Ak = step.ids_Ak[learned_A], step.probs_Ak[learned_A].to(logits_AD.dtype)
+    weight_A = step.weight_A[learned_A].to(logits_AD.dtype)
+    committed = int(learned_A[: step.committed].sum())
+    counted_A = logits_AD.new_ones(committed)
+    policy = logits_AD.new_zeros(())
+    chosen = _chosen(step, k, choices) if train.rejection_weight or train.policy_weight else None
+    if chosen is not None and len(chosen.choice_P):
+        ratio_P = _ratio(draft, logits_AD, chosen, choices)
+        gain_P = choices.gain_P[chosen.choice_P].to(logits_AD.dtype)
+        if train.rejection_weight:
+            wrong_P = (gain_P == 0) * ratio_P.detach().clamp_max(1)
+            counted_A = counted_A.index_add(0, chosen.node_P, train.rejection_weight * wrong_P)
+        policy = _surrogate(ratio_P, gain_P - gain_P.mean(), weight_A[chosen.node_P])
+    accepted_A = DIVERGENCES[train.objective](logits_AD[:committed], ids_Ak[:committed], probs_Ak[:committed])
+    rejected_A = DIVERGENCES[train.rejected_objective](logits_AD[committed:], ids_Ak[committed:], probs_Ak[committed:])
+    return _Sums(
+        accepted=(weight_A[:committed] * counted_A * accepted_A).sum(),
+        rejected=(weight_A[committed:] * rejected_A).sum(),
+        policy=policy,
+        weights=counted_A.sum(),
+        nodes=len(rejected_A),
+        choices=0 if chosen is None else len(chosen.choice_P),
     )
 
 
-def restrict(draft: EagleDraft, teacher: Teacher) -> Target:
-    """The teacher over the draft vocabulary: what it keeps of the top k, renormalised."""
-    kept = draft.t2d[teacher.ids]
-    probs = torch.where(kept, teacher.logprobs.exp(), 0)
-    mass = probs.sum(dim=-1, keepdim=True)
-    ids = torch.where(kept, (draft.t2d.cumsum(0) - 1)[teacher.ids], 0)
-    return Target(ids, probs / mass.clamp_min(MIN_KEPT_MASS), mass.squeeze(-1) >= MIN_KEPT_MASS)
+class _Chosen(NamedTuple):
+    """Choices that one step predicts at nodes that are learned from: their numbers, and those of the nodes."""
+
+    choice_P: Tensor
+    node_P: Tensor
 
 
-def divergence(logits_AD: Tensor, ids_Ak: Tensor, probs_Ak: Tensor) -> Tensor:
-    """KL(target || draft) of each row [A], where the target is zero outside the given ids."""
-    expected = (probs_Ak * logits_AD.gather(-1, ids_Ak)).sum(dim=-1)
-    entropy: Tensor = torch.special.entr(probs_Ak).sum(dim=-1)
-    return logits_AD.logsumexp(dim=-1) - expected - entropy
+def _chosen(step: Step, k: int, choices: Choices) -> _Chosen:
+    (at_step_P,) = (choices.step_P == k).nonzero(as_tuple=True)
+    place_P = step.place_BT[choices.window_P[at_step_P], choices.row_P[at_step_P]]
+    there_P = (place_P >= 0) & step.learned_A[place_P]
+    return _Chosen(at_step_P[there_P], (step.learned_A.cumsum(0) - 1)[place_P[there_P]])
 
 
-def _divergences(
-    draft: EagleDraft, embeddings_VH: Tensor, batch: Batch, chains: Chains
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """For each step the chains that learn in it, and their divergences."""
-    unroll = Unroll(draft, embeddings_VH, batch.tokens_BT, batch.features_BTF, chains.window_R, chains.row_R)
-    alive = torch.arange(chains.accepted)
-    hidden = unroll.first(alive)
-    for k in range(chains.learned_RK.shape[1]):
-        if k == 1:
-            alive, hidden = torch.arange(len(chains.origin_R)), hidden[chains.origin_R]
-        if k > 0:
-            onward = chains.learned_RK[alive, k:].any(dim=1)
-            alive, hidden = alive[onward], hidden[onward]
-            hidden = unroll.advance(alive, chains.tokens_RK[alive, k], hidden)
-        learning = chains.learned_RK[alive, k]
-        rows = alive[learning]
-        probs = chains.probs_RKk[rows, k].to(hidden.dtype)
-        yield rows, divergence(draft.logits(hidden[learning]), chains.ids_RKk[rows, k], probs)
+def _ratio(draft: EagleDraft, logits_AD: Tensor, chosen: _Chosen, choices: Choices) -> Tensor:
+    """[P] by how much likelier the draft is to choose the token than the one that served was."""
+    token_P = (draft.t2d.cumsum(0) - 1)[choices.token_P[chosen.choice_P]]
+    logits_PD = logits_AD[chosen.node_P]
+    logq_P = logits_PD.gather(-1, token_P[:, None]).squeeze(-1) - logits_PD.logsumexp(dim=-1)
+    return (logq_P - choices.logprob_P[chosen.choice_P].to(logq_P.dtype)).exp()
+
+
+def _surrogate(ratio_P: Tensor, advantage_P: Tensor, weight_P: Tensor) -> Tensor:
+    """PPO's clipped surrogate, to be minimised, summed."""
+    clipped_P = ratio_P.clamp(1 - CLIP, 1 + CLIP)
+    return -(weight_P * torch.minimum(ratio_P * advantage_P, clipped_P * advantage_P)).sum()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from trainer.windows import Branch, Teacher, Window
 
 ACCEPTED_COLUMNS = (
-    *("topic", "partition", "offset", "time", "request", "target", "line"),
+    *("topic", "partition", "offset", "time", "request", "target", "line", "label", "speculator"),
     *("position", "tokens", "next_token", "features", "feature_width", "loss_mask"),
     *("top_k", "teacher_ids", "teacher_logprobs"),
 )
@@ -34,6 +33,8 @@ def window_of(row: Row, rejected: Sequence[Row]) -> Window:
         known=torch.tensor(row["loss_mask"], dtype=torch.bool),
         teacher=_teacher(row),
         branches=tuple(_branch(r, row["position"]) for r in rejected),
+        time=row["time"].timestamp(),
+        label=row["label"],
     )
 
 
@@ -48,12 +49,6 @@ def has_root(rejected: Row, accepted: Row) -> bool:
     return 0 < root < len(accepted["tokens"])
 
 
-def is_likely(rejected: Row, min_prob: float) -> bool:
-    """Whether the draft gave the first token that was rejected at least this probability."""
-    logprob: float = rejected["draft_logprobs"][rejected["accepted_prefix"]]
-    return math.exp(logprob) >= min_prob
-
-
 def _features(row: Row) -> Tensor:
     width: int = row["feature_width"]
     if not row["features"]:
@@ -66,6 +61,7 @@ def _branch(row: Row, position: int) -> Branch:
         root=row["root_position"] - position,
         tokens=tuple(row["branch"]),
         accepted_prefix=row["accepted_prefix"],
+        draft_logprobs=tuple(row["draft_logprobs"]),
         teacher=_teacher(row),
     )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from schemas.settings import Settings
-from schemas.speculator.checkpoint import CheckpointError, line_of, shape_for_target, target_fingerprint
-from schemas.speculator.network import EagleDraft, random_draft
+from schemas.speculator.checkpoint import CheckpointError, line_of, target_fingerprint
+from schemas.speculator.day_0 import draft_of_day_0
+from schemas.speculator.network import EagleDraft
 
 log = structlog.get_logger()
 
@@ -46,12 +46,10 @@ def read_target(settings: Settings) -> Target:
     """
     folder = Path(settings.target.path)
     fingerprint = target_fingerprint(folder)
-    config = json.loads((folder / "config.json").read_text())
-    shape = shape_for_target(config, settings.speculator.draft_vocabulary)
-    day_0 = random_draft(shape, settings.speculator.seed)
+    day_0 = draft_of_day_0(folder, settings.speculator)
     return Target(
         fingerprint=fingerprint,
-        line=line_of(fingerprint, shape, day_0.d2t),
+        line=line_of(fingerprint, day_0.shape, day_0.d2t),
         embeddings_VH=token_embeddings(folder),
         day_0=day_0,
     )

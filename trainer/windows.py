@@ -1,16 +1,20 @@
 """Windows of committed tokens with the target's states and distributions, and padded batches of them.
 
 Shapes: n tokens of a window, F feature width, k teacher width, m nodes of a branch, B windows, T tokens of the longest
-window, R branches of a batch, L nodes of the longest branch.
+window, D drafted tokens that were not kept, P choices of the draft that served.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+
+KEPT = -1
+"""Parent of a drafted token whose own parent was kept."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -20,7 +24,7 @@ class Teacher:
     ids: Tensor
     logprobs: Tensor
 
-    def __getitem__(self, rows: slice | Tensor) -> Teacher:
+    def __getitem__(self, rows: int | slice | Tensor) -> Teacher:
         return Teacher(self.ids[rows], self.logprobs[rows])
 
 
@@ -33,8 +37,18 @@ class Branch:
     tokens: tuple[int, ...]
     accepted_prefix: int
     """Nodes that were accepted; ``tokens[accepted_prefix]`` is the first that was not."""
+    draft_logprobs: tuple[float, ...]
+    """[m] what the draft that served gave each node; NaN where the node did not know it."""
     teacher: Teacher
     """[m, k] the target's distribution after consuming each node."""
+    weight: float = 1.0
+    """How much its loss counts, beside the weight of its window."""
+
+    @property
+    def rejected_prob(self) -> float:
+        """What the draft that served gave the first token that was rejected; 1 where that is not known."""
+        logprob = self.draft_logprobs[self.accepted_prefix]
+        return 1.0 if math.isnan(logprob) else math.exp(logprob)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,22 +69,61 @@ class Window:
     branches: tuple[Branch, ...] = ()
     before: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     """int64 tokens of the request before the window, as far as they are needed to recompute its features."""
+    weight: float = 1.0
+    """How much its loss counts, beside that of other windows of a step."""
+    time: float = 0.0
+    """Unix time of its record by the clock of its node; 0 where it is not known."""
+    label: str | None = None
+    """Of its traffic."""
 
     def __len__(self) -> int:
         return len(self.tokens)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Branches:
-    """Rejected branches of a batch, padded at their ends."""
+class Drafted:
+    """The drafted tokens of a batch that were not kept, each one once however many branches share it, by depth.
 
-    window_R: Tensor
-    root_R: Tensor
-    tokens_RL: Tensor
-    learned_RL: Tensor
-    """Nodes at or past the first rejected one."""
-    teacher_RL: Teacher
-    """[R, L, k]."""
+    The row of a draft is the one before its root: its step 0 predicts the first drafted token, and a token of depth d
+    is what its step d reads.
+    """
+
+    window_D: Tensor
+    row_D: Tensor
+    depth_D: Tensor
+    token_D: Tensor
+    parent_D: Tensor
+    """Drafted token before it; ``KEPT`` where that one was kept and so is the window's own."""
+    learned_D: Tensor
+    """At or past the first rejected one of its branch."""
+    prob_D: Tensor
+    """What the draft that served gave the token that was rejected; the most, where branches share the token."""
+    weight_D: Tensor
+    teacher_D: Teacher
+    """[D, k] after consuming each."""
+
+    def __len__(self) -> int:
+        return len(self.token_D)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Choices:
+    """What the draft that served chose after kept tokens, in rounds where something of it was rejected.
+
+    A choice whose probability is not known is left out: no ratio to another draft's can be taken.
+    """
+
+    window_P: Tensor
+    row_P: Tensor
+    step_P: Tensor
+    """Step of the row that predicts the chosen token."""
+    token_P: Tensor
+    logprob_P: Tensor
+    gain_P: Tensor
+    """Tokens that were kept from this one on; 0 where it was rejected."""
+
+    def __len__(self) -> int:
+        return len(self.token_P)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,9 +137,11 @@ class Batch:
     """[B, T, k]; undefined where ``known_BT`` is false."""
     lengths_B: Tensor
     """Tokens of each window, ``next_token`` included."""
+    weight_B: Tensor
     consumed: int
     """Tokens with features, over all windows."""
-    branches: Branches
+    drafted: Drafted
+    choices: Choices
 
 
 def cut(window: Window, longest: int) -> list[Window]:
@@ -110,11 +165,14 @@ def cut(window: Window, longest: int) -> list[Window]:
                 known=window.known[start:stop],
                 teacher=window.teacher[known_before : known_before + known_within],
                 branches=tuple(
-                    Branch(b.root - start, b.tokens, b.accepted_prefix, b.teacher)
-                    for b in window.branches
-                    if start < b.root < stop
+                    replace(branch, root=branch.root - start)
+                    for branch in window.branches
+                    if start < branch.root < stop
                 ),
                 before=torch.cat([window.before, window.tokens[:start]]),
+                weight=window.weight,
+                time=window.time,
+                label=window.label,
             )
         )
     return pieces
@@ -148,36 +206,103 @@ def collate(windows: Sequence[Window]) -> Batch:
         known_BT=known,
         teacher_BT=teacher,
         lengths_B=torch.tensor(lengths),
+        weight_B=torch.tensor([w.weight for w in windows]),
         consumed=sum(len(w) for w in windows),
-        branches=_collate_branches(windows, max(widths)),
+        drafted=_drafted(windows, max(widths)),
+        choices=_choices(windows),
     )
 
 
-def _collate_branches(windows: Sequence[Window], width: int) -> Branches:
-    flat = [(b, branch) for b, window in enumerate(windows) for branch in window.branches]
-    longest = max((len(branch.tokens) for _, branch in flat), default=0)
-    tokens = torch.zeros(len(flat), longest, dtype=torch.int64)
-    learned = torch.zeros(len(flat), longest, dtype=torch.bool)
-    teacher = _blank_teacher(len(flat), longest, width)
-    for r, (_, branch) in enumerate(flat):
-        m = len(branch.tokens)
-        tokens[r, :m] = torch.tensor(branch.tokens)
-        learned[r, branch.accepted_prefix : m] = True
-        _put(teacher, (r, torch.arange(m)), branch.teacher)
-    return Branches(
-        window_R=torch.tensor([b for b, _ in flat], dtype=torch.int64),
-        root_R=torch.tensor([branch.root for _, branch in flat], dtype=torch.int64),
-        tokens_RL=tokens,
-        learned_RL=learned,
-        teacher_RL=teacher,
+@dataclass(slots=True)
+class _Node:
+    """A drafted token while branches are laid over each other."""
+
+    window: int
+    row: int
+    depth: int
+    token: int
+    parent: _Node | None
+    branch: Branch
+    """The first that has it."""
+    learned: bool
+    prob: float
+    place: int = KEPT
+
+
+def _drafted(windows: Sequence[Window], width: int) -> Drafted:
+    nodes = [node for b, window in enumerate(windows) for node in _overlaid(b, window)]
+    nodes.sort(key=lambda node: node.depth)
+    teacher = _blank_teacher(len(nodes), width)
+    for place, node in enumerate(nodes):
+        node.place = place
+        _put(teacher, (place,), node.branch.teacher[node.depth - 1])
+    return Drafted(
+        window_D=_integers(node.window for node in nodes),
+        row_D=_integers(node.row for node in nodes),
+        depth_D=_integers(node.depth for node in nodes),
+        token_D=_integers(node.token for node in nodes),
+        parent_D=_integers(KEPT if node.parent is None else node.parent.place for node in nodes),
+        learned_D=torch.tensor([node.learned for node in nodes], dtype=torch.bool),
+        prob_D=torch.tensor([node.prob for node in nodes]),
+        weight_D=torch.tensor([windows[node.window].weight * node.branch.weight for node in nodes]),
+        teacher_D=teacher,
     )
+
+
+def _overlaid(number: int, window: Window) -> Iterable[_Node]:
+    """The drafted tokens of a window's branches that are not the window's own, each one once."""
+    committed = _committed(window)
+    found: dict[tuple[int, tuple[int, ...]], _Node] = {}
+    for branch in window.branches:
+        parent: _Node | None = None
+        for depth, token in enumerate(branch.tokens, start=1):
+            if parent is None and committed[branch.root + depth : branch.root + depth + 1] == [token]:
+                continue
+            path = branch.root, branch.tokens[:depth]
+            if path not in found:
+                found[path] = _Node(number, branch.root - 1, depth, token, parent, branch, learned=False, prob=0.0)
+            parent = found[path]
+            parent.learned |= depth > branch.accepted_prefix
+            parent.prob = max(parent.prob, branch.rejected_prob)
+    return found.values()
+
+
+def _choices(windows: Sequence[Window]) -> Choices:
+    found: dict[tuple[int, int, int, int], tuple[float, int]] = {}
+    for b, window in enumerate(windows):
+        kept: dict[int, int] = {}
+        for branch in window.branches:
+            kept[branch.root] = max(kept.get(branch.root, 0), branch.accepted_prefix)
+        length = len(_committed(window))
+        for branch in window.branches:
+            for step in range(min(branch.accepted_prefix + 1, length - branch.root)):
+                gain = kept[branch.root] - step if step < branch.accepted_prefix else 0
+                key = b, branch.root - 1, step, branch.tokens[step]
+                if not math.isnan(branch.draft_logprobs[step]):
+                    found[key] = branch.draft_logprobs[step], gain
+    return Choices(
+        window_P=_integers(key[0] for key in found),
+        row_P=_integers(key[1] for key in found),
+        step_P=_integers(key[2] for key in found),
+        token_P=_integers(key[3] for key in found),
+        logprob_P=torch.tensor([logprob for logprob, _ in found.values()]),
+        gain_P=torch.tensor([float(gain) for _, gain in found.values()]),
+    )
+
+
+def _committed(window: Window) -> list[int]:
+    return [*window.tokens.tolist(), *([] if window.next_token is None else [window.next_token])]
+
+
+def _integers(values: Iterable[int]) -> Tensor:
+    return torch.tensor(list(values), dtype=torch.int64)
 
 
 def _blank_teacher(*shape: int) -> Teacher:
     return Teacher(torch.zeros(shape, dtype=torch.int64), torch.full(shape, -torch.inf))
 
 
-def _put(teacher: Teacher, at: tuple[int, Tensor], rows: Teacher) -> None:
+def _put(teacher: Teacher, at: tuple[int | Tensor, ...], rows: Teacher) -> None:
     """Write rows of a narrower or equal width; what stays blank has probability zero."""
     k = rows.ids.shape[-1]
     teacher.ids[..., :k][at] = rows.ids.to(torch.int64)

@@ -17,7 +17,7 @@ from schemas.trace import Round
 from serving.engine import Finish, Output, Request
 from serving.transformers.engine import TransformersEngine
 from trainer.feed import Feed
-from trainer.losses import chains_of
+from trainer.forest import Step, grow
 from trainer.rows import has_root, window_of
 from trainer.target import FrozenTarget, read_target, token_embeddings
 from trainer.unroll import Unroll
@@ -48,9 +48,13 @@ NUMBERED = torch.arange(32.0)[:, None].expand(32, 8)
 
 
 def taught(batch: Batch, draft: EagleDraft, steps: int) -> set[tuple[int, int, int]]:
-    """Row, step and the teacher's likeliest token, wherever there is a loss on the accepted chains."""
-    chains = chains_of(draft, batch, steps, with_branches=False)
-    return {(int(chains.row_R[r]), k, int(chains.ids_RKk[r, k, 0])) for r, k in chains.learned_RK.nonzero().tolist()}
+    """Row, step and the teacher's likeliest token, wherever there is a loss on committed tokens."""
+    found = set()
+    for k, step in enumerate(grow(draft, batch, steps, None).steps):
+        for row, node in enumerate(step.place_BT[0].tolist()):
+            if node >= 0 and step.learned_A[node]:
+                found.add((row, k, int(step.ids_Ak[node, 0])))
+    return found
 
 
 def test_the_worked_example_of_the_design() -> None:
@@ -59,7 +63,7 @@ def test_the_worked_example_of_the_design() -> None:
     tokens = torch.tensor([10, 11, 12, 13, 14])
     batch = collate([Window("r", tokens, None, features, torch.ones(5, dtype=torch.bool), after)])
     draft = Probe()
-    unroll = Unroll(draft, NUMBERED, batch.tokens_BT, batch.features_BTF, torch.tensor([0]), torch.tensor([1]))
+    unroll = Unroll(draft, NUMBERED, batch.tokens_BT, batch.features_BTF)
     row = 1
     embeddings, positions = draft.read[0]
     assert (draft.features[row], embeddings[row], positions[row]) == (1.0, 12.0, 1)
@@ -67,8 +71,8 @@ def test_the_worked_example_of_the_design() -> None:
     assert taught(batch, draft, 1) == {(0, 0, 21), (1, 0, 22), (2, 0, 23), (3, 0, 24)}
     # One step later tokens, teacher and mask stand one further left, and the same row has the next position.
     assert taught(batch, draft, 2) - taught(batch, draft, 1) == {(0, 1, 22), (1, 1, 23), (2, 1, 24)}
-    unroll.first(torch.tensor([0]))
-    unroll.advance(torch.tensor([0]), batch.tokens_BT[0, [row + 2]], torch.zeros(1, 8))
+    unroll.first(torch.tensor([0]), torch.tensor([row]))
+    unroll.advance(torch.tensor([0]), batch.tokens_BT[0, [row + 2]])
     assert draft.read[1] == ([13.0], [row + 1])
 
 
@@ -100,15 +104,19 @@ def test_the_request_of_the_trace_schema_becomes_the_rows_that_serving_drafted_f
     # After c 13, after D 14, after E (node 0) 15, after F 17.
     assert taught(batch, draft, 1) == {(1, 0, 13), (2, 0, 14), (3, 0, 15), (4, 0, 17)}
 
-    chains = chains_of(draft, batch, 3, with_branches=True)
-    branches = slice(chains.accepted, None)
-    assert chains.row_R[branches].tolist() == [2, 4]
-    assert chains.tokens_RK[branches, 1:].tolist() == [[e, x], [y, z]]
-    # E was accepted: only X, which was not, is learned from, by what the target said after it.
-    assert chains.learned_RK[branches].tolist() == [[False, False, True], [False, True, True]]
-    assert chains.ids_RKk[branches, :, 0].tolist() == [[0, 15, 16], [0, 18, 19]]
-    origin = chains.origin_R[branches]
-    assert chains.row_R[origin].tolist() == [2, 4]
+    # Below D the accepted E, which is the row's own next token, and X, which is learned from by what the target said
+    # after it; below F both tokens that were drafted.
+    one, two = grow(draft, batch, 3, 0.0).steps[1:]
+    assert drafted(one) == [(y, 18, True)]
+    assert drafted(two) == [(x, 16, True), (z, 19, True)]
+    assert [one.tokens_A[parent].item() for parent in two.parent_A[two.committed :]] == [e, y]
+
+
+def drafted(step: Step) -> list[tuple[int, int, bool]]:
+    """Token, likeliest token of the teacher, and whether it is learned from, of the nodes beside the committed ones."""
+    own = slice(step.committed, None)
+    columns = step.tokens_A[own], step.ids_Ak[own, 0], step.learned_A[own]
+    return list(zip(*(column.tolist() for column in columns), strict=True))
 
 
 class Recorder:
@@ -119,13 +127,16 @@ class Recorder:
         self.rounds.extend(rounds)
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Round], EagleDraft]:
+@pytest.fixture(scope="module", params=["eagle3", "eagle3.1"])
+def served(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[Round], EagleDraft]:
     """Rounds of a real engine, greedy, with the draft that made them."""
     folder = write_tiny_target(tmp_path_factory.mktemp("target"))
     flags = {
         "target.path": str(folder),
         "speculator.draft_vocabulary": VOCABULARY - 9,
+        "speculator.variant": request.param,
         "serve.draft_tokens": 4,
         "serve.adaptive": False,
         "serve.max_tokens": 128,
@@ -168,10 +179,9 @@ def test_the_trainers_recursion_gives_the_drafts_that_a_real_engine_published(
     drafting = [r for r in rounds if len(r.draft_tokens) == 4]
     assert len(drafting) > 5
     roots = torch.tensor([r.position for r in drafting])
-    unroll = Unroll(draft, token_embeddings(folder), batch.tokens_BT, batch.features_BTF, roots * 0, roots - 1)
-    everyone = torch.arange(len(roots))
+    unroll = Unroll(draft, token_embeddings(folder), batch.tokens_BT, batch.features_BTF)
     with torch.no_grad():
-        hidden = unroll.first(everyone)
+        hidden = unroll.first(roots * 0, roots - 1)
         for k in range(4):
             scores = draft.logits(hidden).log_softmax(-1)
             drafted = torch.tensor([r.draft_tokens[k] for r in drafting])
@@ -180,7 +190,7 @@ def test_the_trainers_recursion_gives_the_drafts_that_a_real_engine_published(
             same = draft.to_target_ids(scores.argmax(-1)) == drafted
             assert same.float().mean() > 0.9
             torch.testing.assert_close(scores.max(-1).values, logprobs, rtol=0.02, atol=0.02)
-            hidden = unroll.advance(everyone, drafted, hidden) if k < 3 else hidden
+            hidden = unroll.advance(torch.arange(len(roots)), drafted) if k < 3 else hidden
 
 
 def test_rows_of_a_record_reach_the_feed_as_written(tmp_path: Path) -> None:

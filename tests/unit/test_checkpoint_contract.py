@@ -30,6 +30,7 @@ from schemas.speculator.network import DraftShape, EagleDraft, random_draft
 
 TARGET = "ab" * 16
 SHAPE = DraftShape(8, 12, 4, 2, 4, 24, 10, 1e-6, 100.0, 64, (1, 3, 4))
+NORMED = dataclasses.replace(SHAPE, variant="eagle3.1")
 
 CONFIG_OF_TARGET = {
     "hidden_size": 576,
@@ -47,7 +48,11 @@ CONFIG_OF_TARGET = {
 
 @pytest.fixture
 def draft() -> EagleDraft:
-    made = random_draft(SHAPE, 3)
+    return made_of(SHAPE)
+
+
+def made_of(shape: DraftShape) -> EagleDraft:
+    made = random_draft(shape, 3)
     kept = torch.tensor([0, 1, 3, 4, 7, 8, 9, 15, 20, 23])
     made.d2t.copy_(kept - torch.arange(10))
     made.t2d.zero_()
@@ -73,8 +78,11 @@ def reseal(version: Path) -> None:
     (version / MANIFEST).write_text(json.dumps(manifest))
 
 
-def test_what_was_written_is_read_rounded_to_bf16(draft: EagleDraft, version: Path) -> None:
-    found = read(version, line(draft))
+@pytest.mark.parametrize("shape", [SHAPE, NORMED], ids=lambda shape: shape.variant)
+def test_what_was_written_is_read_rounded_to_bf16(shape: DraftShape, tmp_path: Path) -> None:
+    draft = made_of(shape)
+    write(draft, tmp_path, TARGET)
+    found = read(tmp_path, line(draft))
     for name, value in draft.state_dict().items():
         wanted = value.bfloat16().float() if value.is_floating_point() else value
         assert torch.equal(found.state_dict()[name], wanted), name
@@ -117,6 +125,16 @@ def test_names_and_shapes_are_those_that_serving_engines_load(version: Path) -> 
         "eagle_aux_hidden_state_layer_ids": [1, 3, 4],
     }
     assert config["tie_word_embeddings"] is False
+    assert not {"fc_norm", "norm_output"} & config.keys()
+
+
+def test_eagle_3_1_is_a_norm_for_each_captured_layer_and_two_keys(draft: EagleDraft, tmp_path: Path) -> None:
+    write(made_of(NORMED), tmp_path, TARGET)
+    tensors, config = load_file(tmp_path / WEIGHTS), json.loads((tmp_path / CONFIG).read_text())
+    added = {name: tuple(t.shape) for name, t in tensors.items() if name not in draft.state_dict()}
+    assert added == {"fc_norm.0.weight": (8,), "fc_norm.1.weight": (8,), "fc_norm.2.weight": (8,)}
+    assert (config["fc_norm"], config["norm_output"]) == (True, True)
+    assert config["architectures"] == ["LlamaForCausalLMEagle3"]
 
 
 def cut_weights(version: Path) -> None:
@@ -214,7 +232,15 @@ def not_safetensors(version: Path) -> None:
         (config_edit(vocab_size=25), r"t2d: shape"),
         (config_edit(tie_word_embeddings=True), "tie_word_embeddings"),
         (config_edit(rope_theta=5.0), "rope_parameters"),
+        (config_edit(rope_parameters=5), "missing or malformed"),
+        (config_edit(rope_parameters={"rope_type": "longrope"}), "longrope"),
+        (config_edit(rope_parameters={"rope_type": ["yarn"]}), "missing or malformed"),
+        (config_edit(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 100.0}), "rope_scaling"),
         (config_edit(extra=1), "extra"),
+        (config_edit(fc_norm=True), "unexpected values for norm_output"),
+        (config_edit(fc_norm=True, norm_output=True), "missing tensors: fc_norm.0.weight"),
+        (config_edit(norm_output=True), "unexpected values for norm_output"),
+        (edited(lambda t: t.update({"fc_norm.0.weight": torch.ones(8)})), "unknown tensors: fc_norm.0.weight"),
         (not_safetensors, "not safetensors"),
     ],
 )
@@ -225,6 +251,24 @@ def test_wrong_exports_are_refused_though_their_hashes_are_right(
     reseal(version)
     with pytest.raises(CheckpointError, match=says):
         read(version, line(draft))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (edited(lambda t: t.pop("fc_norm.1.weight")), "missing tensors: fc_norm.1.weight"),
+        (edited(lambda t: t.update({"fc_norm.2.weight": torch.ones(24)})), r"fc_norm.2.weight: shape \[24\]"),
+        (config_edit(norm_output=False), "unexpected values for norm_output"),
+        (config_edit(fc_norm=False), "unexpected values for fc_norm, norm_output"),
+    ],
+)
+def test_wrong_exports_of_eagle_3_1_are_refused(wrong: Callable[[Path], None], says: str, tmp_path: Path) -> None:
+    draft = made_of(NORMED)
+    write(draft, tmp_path, TARGET)
+    wrong(tmp_path)
+    reseal(tmp_path)
+    with pytest.raises(CheckpointError, match=says):
+        read(tmp_path, line(draft))
 
 
 def test_another_line_is_refused_and_named(draft: EagleDraft, version: Path) -> None:
@@ -253,8 +297,14 @@ def test_the_line_changes_with_everything_that_makes_versions_incompatible(draft
         line_of(TARGET, draft.shape, draft.d2t.flip(0)),
         line_of(TARGET, dataclasses.replace(draft.shape, capture_layers=(1, 2, 4)), draft.d2t),
         line_of(TARGET, dataclasses.replace(draft.shape, intermediate_size=16), draft.d2t),
+        line_of(TARGET, NORMED, draft.d2t),
     }
-    assert len(lines) == 5
+    assert len(lines) == 6
+
+
+def test_the_line_of_a_plain_draft_is_the_one_it_has_been_registered_under() -> None:
+    d2t = torch.zeros(8192, dtype=torch.int64)
+    assert line_of(TARGET, shape_for_target(CONFIG_OF_TARGET, 8192), d2t) == "abababababab-6e564b6e7074"
 
 
 def test_a_targets_fingerprint_is_that_of_its_bytes(tmp_path: Path) -> None:
@@ -275,12 +325,20 @@ def test_the_shape_follows_the_target() -> None:
     assert (shape.hidden_size, shape.draft_vocab_size, shape.feature_width) == (576, 8192, 1728)
     assert (shape.rope_theta, shape.capture_layers) == (100000.0, (1, 14, 26))
     assert default_capture_layers(32) == (1, 15, 28)
+    assert (shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim) == (9, 3, 64)
     assert shape_for_target(CONFIG_OF_TARGET, 10**6).draft_vocab_size == 49152
+    older = {k: v for k, v in CONFIG_OF_TARGET.items() if k not in ("num_key_value_heads", "head_dim")}
+    assert shape_for_target(older, 8192) == dataclasses.replace(shape, num_key_value_heads=9)
 
 
-def test_a_rotary_variant_that_the_network_does_not_compute_is_refused() -> None:
-    config = CONFIG_OF_TARGET | {"rope_scaling": {"rope_type": "llama3"}, "rope_parameters": None}
-    with pytest.raises(CheckpointError, match="llama3"):
+def test_the_width_of_the_mlp_is_the_targets_or_the_one_that_was_asked_for() -> None:
+    assert shape_for_target(CONFIG_OF_TARGET, 8192).intermediate_size == 1536
+    assert shape_for_target(CONFIG_OF_TARGET, 8192, intermediate_size=512).intermediate_size == 512
+
+
+def test_a_config_that_lacks_a_size_is_refused_by_its_name() -> None:
+    config = {k: v for k, v in CONFIG_OF_TARGET.items() if k != "rms_norm_eps"}
+    with pytest.raises(CheckpointError, match="no rms_norm_eps"):
         shape_for_target(config, 8192)
 
 

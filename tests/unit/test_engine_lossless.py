@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from tiny_target import EOS, VOCABULARY, write_tiny_target
 from transformers import LlamaForCausalLM
 
-from schemas.settings import Settings, load
+from schemas.settings import Settings, Speculator, load
+from schemas.speculator.day_0 import draft_of_day_0
 from schemas.speculator.network import EagleDraft, random_draft
 from schemas.trace import Round
 from serving.engine import EngineFullError, Finish, Output, Request
@@ -232,6 +233,18 @@ def test_a_prompt_longer_than_one_rounds_budget_is_read_in_pieces(bench: Bench) 
     assert [p.bonus is None for p in pieces] == [True, False]
 
 
+def test_a_prompt_that_comes_while_others_decode_is_read_in_small_pieces(bench: Bench) -> None:
+    running = bench.submit(Request(bench.new_id(), (3, 7), 90, ignore_eos=True))
+    first = running.get(timeout=60)
+    prompt = tuple(1 + i % (VOCABULARY - 1) for i in range(100))
+    request = Request(bench.new_id(), prompt, 2)
+    answer, last = bench.generate(request)
+    bench.assert_greedy(request, answer, last.finish)
+    pieces = [len(r.tokens) for r in bench.recorder.rounds[request.id] if r.round == 0]
+    assert pieces == [32, 32, 32, 4]
+    collect(running, [first])
+
+
 def test_the_trace_of_a_request_is_its_prompt_and_answer_with_the_targets_states(bench: Bench) -> None:
     bench.engine.swap(oracle_draft(bench), "oracle")
     request = Request(bench.new_id(), (11, 12, 13, 14, 15), 40)
@@ -294,7 +307,9 @@ def test_a_stopped_engine_answers_everyone(tmp_path: Path) -> None:
 
 
 def test_segments_in_one_batch_do_not_see_each_other(tmp_path: Path) -> None:
-    target = Target(write_tiny_target(tmp_path), VOCABULARY, slots=3, positions=64)
+    folder = write_tiny_target(tmp_path)
+    shape = draft_of_day_0(folder, Speculator(draft_vocabulary=VOCABULARY)).shape
+    target = Target(folder, shape, slots=3, positions=64)
     first, second = torch.tensor([3, 1, 4, 1, 5]), torch.tensor([9, 2, 6])
     with torch.inference_mode():
         mixed = target.consume(torch.cat([first, second]), RaggedBatch([Segment(2, 0, 5), Segment(0, 0, 3)]))

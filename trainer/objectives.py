@@ -1,0 +1,72 @@
+"""What a draft is taught at one position: the divergence of its distribution q from the target's p.
+
+All of them are zero where q equals p; they differ in what a draft that is too small to get there gives up.
+
+- ``kl``: KL(p || q). Covers what the target may say; the usual choice (EAGLE-3, Aurora).
+- ``reverse-kl``: KL(q || p). Keeps to what the target surely says. The recorded p has no tail, so it is smoothed:
+  ``TAIL`` of the mass is spread evenly over the draft vocabulary.
+- ``tv``: 1 - sum min(p, q), the probability that speculative sampling rejects a token drawn from q (Leviathan et al.,
+  arXiv 2211.17192, section 3.3). Its gradient vanishes where q is far from p, as that of a random draft is.
+- ``lk``: w KL(p || q) + (1 - w) (1 - sum min(p, q)), where w = exp(-``LK_RATE`` x mean acceptance) falls as the draft
+  gets better: a hybrid as in LK losses (Samarin et al., arXiv 2602.23881).
+
+Shapes: A positions, k teacher width, D draft vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from schemas.settings import Objective
+
+TAIL = 0.01
+LK_RATE = 3.0
+
+Divergence = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Of draft scores [A, D], teacher ids [A, k] and their probabilities [A, k], which sum to one: [A]."""
+
+
+def forward_kl(logits_AD: Tensor, ids_Ak: Tensor, probs_Ak: Tensor) -> Tensor:
+    """KL(p || q)."""
+    expected = (probs_Ak * logits_AD.gather(-1, ids_Ak)).sum(dim=-1)
+    entropy: Tensor = torch.special.entr(probs_Ak).sum(dim=-1)
+    return logits_AD.logsumexp(dim=-1) - expected - entropy
+
+
+def reverse_kl(logits_AD: Tensor, ids_Ak: Tensor, probs_Ak: Tensor) -> Tensor:
+    """KL(q || p), with p smoothed by ``TAIL``."""
+    logq_AD = logits_AD.log_softmax(dim=-1)
+    q_AD = logq_AD.exp()
+    floor = TAIL / logits_AD.shape[-1]
+    log_ratio_Ak = ((1 - TAIL) * probs_Ak + floor).log() - math.log(floor)
+    inside_A = (q_AD.gather(-1, ids_Ak) * log_ratio_Ak).sum(dim=-1)
+    return (q_AD * logq_AD).sum(dim=-1) - inside_A - math.log(floor)
+
+
+def total_variation(logits_AD: Tensor, ids_Ak: Tensor, probs_Ak: Tensor) -> Tensor:
+    """1 - sum min(p, q)."""
+    return 1 - _acceptance(logits_AD, ids_Ak, probs_Ak)
+
+
+def likely_kept(logits_AD: Tensor, ids_Ak: Tensor, probs_Ak: Tensor) -> Tensor:
+    """The hybrid of ``forward_kl`` and ``total_variation``, weighed by the mean acceptance of these positions."""
+    acceptance_A = _acceptance(logits_AD, ids_Ak, probs_Ak)
+    w = (-LK_RATE * acceptance_A.detach().mean()).exp()
+    return w * forward_kl(logits_AD, ids_Ak, probs_Ak) + (1 - w) * (1 - acceptance_A)
+
+
+DIVERGENCES: dict[Objective, Divergence] = {
+    "kl": forward_kl,
+    "reverse-kl": reverse_kl,
+    "tv": total_variation,
+    "lk": likely_kept,
+}
+
+
+def _acceptance(logits_AD: Tensor, ids_Ak: Tensor, probs_Ak: Tensor) -> Tensor:
+    q_Ak = (logits_AD.gather(-1, ids_Ak) - logits_AD.logsumexp(dim=-1, keepdim=True)).exp()
+    return torch.minimum(probs_Ak, q_Ak).sum(dim=-1)

@@ -1,0 +1,92 @@
+"""The optimizers of a draft: AdamW, or Muon for the matrices of the hidden layer beside it.
+
+Muon (Jordan et al., 2024) orthogonalises the momentum of a matrix, which is of no use for norms and not meant for
+vocabularies: ``lm_head`` and norms stay with AdamW. Its updates are scaled to the root mean square of AdamW's, so that
+one learning rate serves both (Liu et al., arXiv 2502.16982, section 2.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+import structlog
+import torch
+from torch import Tensor, nn
+
+from schemas.settings import Train
+
+log = structlog.get_logger()
+
+HEAD = "lm_head."
+
+
+class Optimizers:
+    """All optimizers of a draft as one."""
+
+    def __init__(self, draft: nn.Module, train: Train) -> None:
+        self._names: dict[Tensor, str] = {parameter: name for name, parameter in draft.named_parameters()}
+        norms = [p for p in self._names if p.ndim < 2]
+        hidden = [p for p, name in self._names.items() if p.ndim == 2 and not name.startswith(HEAD)]
+        head = [p for p, name in self._names.items() if p.ndim == 2 and name.startswith(HEAD)]
+        rate, decay = train.learning_rate, train.weight_decay
+        by_muon = hidden if train.optimizer == "muon" else []
+        matrices = [*([] if by_muon else hidden), *head]
+        self._all: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(
+                [{"params": matrices, "weight_decay": decay}, {"params": norms, "weight_decay": 0.0}],
+                lr=rate,
+                fused=True,
+            )
+        ]
+        if by_muon:
+            muon_rate = train.matrix_learning_rate or rate
+            self._all.append(
+                torch.optim.Muon(by_muon, lr=muon_rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+            )
+        self._rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self._all]
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for optimizer in self._all:
+            optimizer.zero_grad()
+
+    def step(self, factor: float) -> None:
+        """Move the weights, at this share of the learning rates."""
+        for optimizer, rates in zip(self._all, self._rates, strict=True):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * factor
+            optimizer.step()
+
+    def tensors(self, whole: Callable[[Tensor], Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """The state of every parameter, as ``exp_avg/fc.weight``."""
+        for optimizer in self._all:
+            for parameter, state in optimizer.state.items():
+                for key, value in state.items():
+                    yield f"{key}/{self._names[parameter]}", whole(value)
+
+    def restore(self, tensors: Mapping[str, Tensor], like: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Take the state that ``tensors`` gave; what another optimizer left is not taken, and begins anew.
+
+        Args:
+            tensors: All tensors of a checkpoint.
+            like: Gives the second tensor the layout of the first, a parameter.
+        """
+        found: dict[str, dict[str, Tensor]] = {}
+        for path, value in tensors.items():
+            key, _, name = path.partition("/")
+            found.setdefault(name, {})[key] = value
+        for optimizer in self._all:
+            keys = _keys(optimizer)
+            optimizer.state.clear()
+            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+                state = found.get(self._names[parameter], {})
+                if keys <= state.keys():
+                    optimizer.state[parameter] = {
+                        key: like(parameter, state[key]) if state[key].ndim else state[key].clone() for key in keys
+                    }
+                elif any(other.keys() - {"draft", "ema"} for other in found.values()):
+                    log.warning("moments_begin_anew", parameter=self._names[parameter])
+
+
+def _keys(optimizer: torch.optim.Optimizer) -> set[str]:
+    return {"momentum_buffer"} if isinstance(optimizer, torch.optim.Muon) else {"exp_avg", "exp_avg_sq", "step"}

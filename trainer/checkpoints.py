@@ -1,14 +1,15 @@
 """The trainer's own checkpoints: everything that training goes on from after a restart, exactly.
 
 A checkpoint is a folder with ``state.safetensors`` (weights and optimizer state) and ``state.json`` (everything else).
-It is written beside its place and renamed there, so one that has its name is whole. The newest ones are kept.
+It is written beside its place and renamed there, so one that has its name is whole. The newest ones are kept, and the
+newest of those that scored well on the held-back slice: that is where training goes back to when it has gone wrong.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import structlog
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trainer.feed import FeedState
+from trainer.guard import Health
 
 log = structlog.get_logger()
 
@@ -36,6 +38,10 @@ class TrainState(BaseModel):
     parent: str
     """Version that the weights grew from: the one registered last, or the one that training began with."""
     feed: FeedState
+    good: bool = False
+    """Whether training may go back to it."""
+    health: Health | None = None
+    """What it scored; None before the first comparison."""
 
 
 class Checkpoints:
@@ -55,27 +61,60 @@ class Checkpoints:
         (unfinished / _STATE).write_text(state.model_dump_json())
         for name in (_TENSORS, _STATE):
             _flush(unfinished / name)
-        final = self._folder / f"{_PREFIX}{state.step:010d}"
+        final = self._folder / _name(state.step)
         shutil.rmtree(final, ignore_errors=True)
         unfinished.rename(final)
         _flush(self._folder)
-        for old in self._all()[:-KEPT]:
-            shutil.rmtree(old)
+        self._remove_old()
         return final
 
     def newest(self) -> tuple[TrainState, dict[str, Tensor]] | None:
         """The newest checkpoint that can be read; None where there is none."""
+        return next(self._read(only_good=False), None)
+
+    def good(self) -> tuple[TrainState, dict[str, Tensor]] | None:
+        """The newest one that scored well and can be read; None where there is none."""
+        return next(self._read(only_good=True), None)
+
+    def remove_after(self, step: int) -> None:
+        """Remove those of later steps, so that no restart goes on from them."""
+        for folder in self._all():
+            if folder.name > _name(step):
+                shutil.rmtree(folder)
+
+    def _remove_old(self) -> None:
+        folders = self._all()
+        states = ((folder, self._state(folder)) for folder in reversed(folders))
+        good = next((folder for folder, state in states if state and state.good), None)
+        for folder in folders[:-KEPT]:
+            if folder != good:
+                shutil.rmtree(folder)
+
+    def _read(self, *, only_good: bool) -> Iterator[tuple[TrainState, dict[str, Tensor]]]:
         for folder in reversed(self._all()):
+            state = self._state(folder)
+            if state is None or (only_good and not state.good):
+                continue
             try:
-                state = TrainState.model_validate_json((folder / _STATE).read_text())
-                if state.line == self._line:
-                    return state, load_file(folder / _TENSORS)
-            except (OSError, ValidationError, SafetensorError) as error:
+                yield state, load_file(folder / _TENSORS)
+            except (OSError, SafetensorError) as error:
                 log.warning("checkpoint_unreadable", folder=str(folder), error=str(error))
-        return None
+
+    def _state(self, folder: Path) -> TrainState | None:
+        """Of this line, where it can be read."""
+        try:
+            state = TrainState.model_validate_json((folder / _STATE).read_text())
+        except (OSError, ValidationError) as error:
+            log.warning("checkpoint_unreadable", folder=str(folder), error=str(error))
+            return None
+        return state if state.line == self._line else None
 
     def _all(self) -> list[Path]:
         return sorted(self._folder.glob(f"{_PREFIX}*"))
+
+
+def _name(step: int) -> str:
+    return f"{_PREFIX}{step:010d}"
 
 
 def _flush(path: Path) -> None:

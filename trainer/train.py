@@ -1,4 +1,4 @@
-"""The training process: poll the tables, take a step, write a checkpoint, compare, register."""
+"""The training process: poll the tables, take a step, write a checkpoint, compare, register, or go back."""
 
 from __future__ import annotations
 
@@ -6,26 +6,34 @@ import json
 import socket
 import threading
 import time
+from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 
 import structlog
 import torch
-from prometheus_client import CollectorRegistry, Counter, Gauge
+from prometheus_client import CollectorRegistry
 
 from pipeline.table import DeltaLog, TableError
 from schemas import logs
 from schemas.settings import Settings
 from schemas.speculator.checkpoint import CheckpointError
+from schemas.speculator.network import EagleDraft
 from schemas.status import TrainStatus
-from trainer.candidates import Candidates
+from trainer.ahead import Ahead
+from trainer.candidates import Candidates, code_revision
 from trainer.checkpoints import Checkpoints, TrainState
+from trainer.curves import Curves
 from trainer.feed import Feed, FeedError
-from trainer.learner import Learner
-from trainer.losses import Loss
+from trainer.guard import KEPT, UNFIT, Health, fallen, rising
+from trainer.learner import Learner, weights_of
+from trainer.progress import Gauges, Pace, Progress
+from trainer.ranks import Alone, Together, joined
 from trainer.registry import RegistryError, SpeculatorRegistry
 from trainer.status import Failures, StatusServer, stop_on_signals
 from trainer.target import FrozenTarget, Target, read_target
-from trainer.windows import collate
+from trainer.team import Team, Work, follow, work_of
+from trainer.windows import Window
 
 log = structlog.get_logger()
 
@@ -36,60 +44,90 @@ ANNOUNCE_EVERY_S = 300.0
 def run(settings: Settings) -> None:
     """Train until SIGTERM or SIGINT; then finish the step and write a checkpoint.
 
+    One of several processes that ``torchrun`` started does what the first of them says.
+
     Raises:
-        SettingsError: the address of the status page is taken.
+        SettingsError: the address of the status page is taken, or ``train.warm_start`` names no draft of the line.
         CheckpointError: the target cannot be read.
     """
     logs.configure("train")
     stopping = stop_on_signals()
-    torch.set_num_threads(settings.train.threads)
-    trainer = Trainer(settings, read_target(settings), stopping)
     train = settings.train
-    with StatusServer("train", train.host, train.port, trainer.status, trainer.metrics):
-        trainer.run()
+    torch.set_num_threads(train.threads)
+    with joined() as ranks:
+        target = read_target(settings)
+        if isinstance(ranks, Together) and ranks.rank:
+            follow(Learner(target.new_draft(), target.embeddings_VH, train, ranks), ranks)
+            return
+        trainer = Trainer(settings, target, stopping, ranks)
+        with StatusServer("train", train.host, train.port, trainer.status, trainer.metrics):
+            trainer.run()
 
 
 class Trainer:
     """One draft in training, and everything that it is connected to."""
 
-    def __init__(self, settings: Settings, target: Target, stopping: threading.Event) -> None:
-        train = settings.train
+    def __init__(
+        self, settings: Settings, target: Target, stopping: threading.Event, ranks: Alone | Together | None = None
+    ) -> None:
+        train, ranks = settings.train, ranks or Alone()
         self.metrics = CollectorRegistry()
         self._settings = train
         self._stopping = stopping
         self._failures = Failures("train", self.metrics)
-        self._counts = _Counts(self.metrics)
+        self._gauges = Gauges(self.metrics)
         states = FrozenTarget(Path(settings.target.path), target.day_0.shape.capture_layers).states
         self._tables = DeltaLog(settings.tables)
-        self._feed = Feed(self._tables, train, target.fingerprint, target.line, states)
+        feed = Feed(self._tables, train, target.fingerprint, target.line, states)
+        self._feed = Ahead(feed, lambda windows: work_of(windows, ranks.size, train.accumulate))
         self._candidates = Candidates(settings, target, SpeculatorRegistry(settings.registry))
         self._checkpoints = Checkpoints(Path(train.dir), target.line)
         self._line = target.line
         self._reader = f"trainer {target.line} {socket.gethostname()}:{Path(train.dir).resolve()}"
-        self._learner = Learner(target.new_draft(), target.embeddings_VH, train)
+        self._learner = Learner(target.new_draft(), target.embeddings_VH, train, ranks)
+        self._team = Team(self._learner, ranks)
+        self._curves = Curves(
+            SpeculatorRegistry(settings.registry),
+            self._failures,
+            target.line,
+            train.curves_every_s,
+            {"mlflow.runName": f"trainer {socket.gethostname()}", "line": target.line, "code": code_revision()},
+            {**train.model_dump(), "ranks": ranks.size},
+        )
+        self._pace = Pace()
         self._parent = self._candidates.day_0
         self._tokens_seen = 0
-        self._loss: Loss | None = None
-        self._accept_length: float | None = None
+        self._progress: Progress | None = None
+        self._health: Health | None = None
         self._registered: tuple[str, ...] = ()
         self._checkpointed_step = 0
         self._needs: dict[str, int] | None = None
         self._offered_step = 0
+        self._good: TrainState | None = None
+        self._losses: deque[float] = deque(maxlen=KEPT)
+        self._unfit = self._rollbacks = 0
+        self._went_back: str | None = None
 
     def run(self) -> None:
         """Train until told to stop."""
+        self._curves.start()
         self._begin()
         announce_at = time.monotonic()
         checkpoint_at = time.monotonic() + self._settings.checkpoint_every_s
-        offer_at = time.monotonic() + self._settings.register_every_s
+        compare_at = time.monotonic() + self._settings.register_every_s
         while not self._stopping.is_set():
+            work = None
             with self._failures.survive("tables", TableError, FeedError):
-                self._feed.poll()
-            if not self._learn():
+                work = self._feed.next()
+            self._gauges.feed(self._feed.cursor, self._feed.table_version, self._feed.waiting, self._feed.counts)
+            if work:
+                self._learn(work)
+            else:
+                self._team.rest()
                 self._stopping.wait(self._settings.poll_s)
-            if time.monotonic() >= offer_at:
-                self._offer()
-                offer_at = time.monotonic() + self._settings.register_every_s
+            if time.monotonic() >= compare_at or self._is_worth_a_look():
+                self._compare()
+                compare_at = time.monotonic() + self._settings.register_every_s
             if time.monotonic() >= checkpoint_at:
                 self._checkpoint()
                 checkpoint_at = time.monotonic() + self._settings.checkpoint_every_s
@@ -97,26 +135,39 @@ class Trainer:
                 self._announce()
                 announce_at = time.monotonic() + ANNOUNCE_EVERY_S
         self._checkpoint()
+        self._team.close()
+        self._feed.close()
+        self._curves.close()
         log.info("stopped", step=self._learner.steps)
 
     def status(self) -> TrainStatus:
         """Where training stands; called from other threads."""
-        loss = self._loss
+        progress, health = self._progress, self._health
+        loss = progress.loss if progress else None
         return TrainStatus(
             step=self._learner.steps,
-            loss=float(loss.total.detach()) if loss else None,
+            loss=float(loss.total) if loss else None,
             loss_accepted=loss.accepted if loss else None,
             loss_rejected=loss.rejected if loss else None,
+            loss_by_step=list(loss.accepted_K) if loss else [],
+            learning_rate=progress.learning_rate if progress else None,
+            gradient_norm=progress.gradient_norm if progress else None,
+            tokens_per_s=progress.tokens_per_s if progress else None,
+            newest_window_age_s=progress.age_s if progress else None,
             tokens_seen=self._tokens_seen,
             table_version=self._feed.table_version,
             cursor=self._feed.cursor,
-            accept_length=self._accept_length,
+            accept_length=health.accept_length if health else None,
             registered=list(self._registered),
+            unfit_steps=self._unfit,
+            rollbacks=self._rollbacks,
+            went_back=self._went_back,
+            curves=self._curves.run,
             error=self._failures.summary,
         )
 
     def _begin(self) -> None:
-        """Go on from the newest own checkpoint, else from the champion; waits for what cannot be reached."""
+        """Go on from the newest own checkpoint, else as the settings say; waits for what cannot be reached."""
         begun = False
         while not begun and not self._stopping.is_set():
             with self._failures.survive("start", TableError, RegistryError, CheckpointError):
@@ -124,91 +175,140 @@ class Trainer:
                 if found:
                     state, tensors = found
                     self._feed.restore(state.feed)
-                    self._learner.restore(tensors, state.step)
+                    self._team.restore(tensors, state.step)
                     self._parent, self._tokens_seen = state.parent, state.tokens_seen
                     self._checkpointed_step, self._needs = state.step, state.feed.needs
+                    good = self._checkpoints.good()
+                    self._good = good[0] if good else None
                 else:
-                    self._parent, champion = self._candidates.champion()
-                    self._learner.draft.load_state_dict(champion.state_dict())
+                    self._parent, draft = self._candidates.beginning()
+                    self._team.adopt(draft.state_dict())
                 begun = True
             if not begun:
+                self._team.rest()
                 self._stopping.wait(self._settings.poll_s)
+        if begun and self._good is None:
+            self._checkpoint(good=True)
         log.info("training", step=self._learner.steps, parent=self._parent, cursor=self._feed.cursor)
 
-    def _learn(self) -> bool:
-        """Take a step if windows are there for one."""
-        windows = self._feed.next()
-        if not windows:
+    def _learn(self, work: Work) -> None:
+        """Take a step."""
+        rate = self._learner.learning_rate
+        loss = self._team.step(work)
+        self._tokens_seen += work.consumed
+        self._progress = progress = Progress(
+            loss=loss,
+            learning_rate=rate,
+            gradient_norm=self._learner.gradient_norm,
+            tokens_per_s=self._pace.add(work.consumed),
+            lag=max(0, self._feed.table_version - self._feed.cursor),
+            age_s=time.time() - work.newest if work.newest else None,
+        )
+        self._gauges.step(progress, work.consumed)
+        self._curves.add(self._learner.steps, progress.curves)
+        if not self._learner.unfit:
+            self._losses.append(float(loss.total))
+            return
+        self._unfit += 1
+        self._gauges.unfit.inc()
+        log.warning("step_not_taken", step=self._learner.steps, loss=float(loss.total), why="not finite")
+        if self._settings.guard and self._learner.unfit >= UNFIT:
+            self._go_back(f"{UNFIT} steps in a row were not finite")
+
+    def _is_worth_a_look(self) -> bool:
+        """Whether the losses rise so much that the next comparison should not be waited for."""
+        if not self._settings.guard or not rising(list(self._losses)):
             return False
-        batch = collate(windows)
-        self._loss = loss = self._learner.step(batch)
-        self._tokens_seen += batch.consumed
-        self._counts.step(loss, batch.consumed, self._feed)
+        log.info("losses_rise", step=self._learner.steps)
+        self._losses.clear()
         return True
 
-    def _offer(self) -> None:
-        """Compare the weights on the held-back slice, and register them if they are better."""
+    def _compare(self) -> None:
+        """Score the weights on the held-back slice; then register them if they are better, or go back."""
         windows = self._feed.held_back
         if not windows or self._learner.steps == self._offered_step:
             return
-        draft = self._learner.draft
-        self._accept_length = score = self._candidates.score(draft, windows)
-        self._counts.accept_length.set(score)
-        log.info("compared", step=self._learner.steps, accept_length=round(score, 4), windows=len(windows))
+        draft = self._team.weights()
+        self._health = now = self._candidates.health(draft, windows)
+        self._gauges.compared(now)
+        self._curves.add(self._learner.steps, {"accept_length": now.accept_length, "held_back_loss": now.loss or 0.0})
+        log.info("compared", step=self._learner.steps, windows=len(windows), **now.model_dump())
+        if self._settings.guard:
+            if why := self._fallen(now, windows):
+                self._go_back(why)
+                return
+            self._offer(draft, now, windows)
+            self._checkpoint(good=True)
+        else:
+            self._offer(draft, now, windows)
+
+    def _fallen(self, now: Health, windows: Sequence[Window]) -> str | None:
+        """Why the weights are much worse than the last good state; None where they are not."""
+        share, good = self._settings.guard, self._good
+        if good is None or (good.health and not fallen(now, good.health, share)):
+            return None
+        found = self._checkpoints.good()
+        if found is None:
+            return None
+        then = self._candidates.health(weights_of(found[1], self._learner.shape), windows)
+        return fallen(now, then, share)
+
+    def _go_back(self, why: str) -> None:
+        """Take the last good state; the feed goes on from where it is."""
+        found = self._checkpoints.good()
+        if found is None:
+            log.error("nowhere_to_go_back", why=why, folder=self._settings.dir)
+            return
+        state, tensors = found
+        log.error("went_back", why=why, from_step=self._learner.steps, to_step=state.step)
+        self._team.restore(tensors, state.step)
+        with self._failures.survive("checkpoint", OSError):
+            self._checkpoints.remove_after(state.step)
+        self._parent, self._needs = state.parent, state.feed.needs
+        self._checkpointed_step = self._offered_step = state.step
+        self._losses.clear()
+        self._rollbacks += 1
+        self._went_back = why
+        self._gauges.rollbacks.inc()
+
+    def _offer(self, draft: EagleDraft, now: Health, windows: Sequence[Window]) -> None:
+        """Register the weights if they are better than what was registered last."""
         tags = {"parent": self._parent, "tables": json.dumps(self._feed.tables_read)}
+        if self._curves.run:
+            tags["curves"] = self._curves.run
         metrics = {"step": float(self._learner.steps), "tokens_seen": float(self._tokens_seen)}
-        if self._loss:
-            metrics |= {"loss_accepted": self._loss.accepted, "loss_rejected": self._loss.rejected}
+        if self._progress:
+            loss = self._progress.loss
+            metrics |= {"loss_accepted": loss.accepted, "loss_rejected": loss.rejected}
         with self._failures.survive("registry", RegistryError, CheckpointError):
-            version = self._candidates.offer(draft, score, windows, tags, metrics)
+            version = self._candidates.offer(draft, now.accept_length, windows, tags, metrics)
             self._offered_step = self._learner.steps
             if version is not None:
                 self._parent = version
                 self._registered = (*self._registered, version)
-                self._counts.registered.inc()
+                self._gauges.registered.inc()
 
-    def _checkpoint(self) -> None:
-        if self._learner.steps == self._checkpointed_step:
+    def _checkpoint(self, *, good: bool = False) -> None:
+        """Write where training stands, unless that is written already."""
+        step = self._learner.steps
+        if step == self._checkpointed_step and not (good and (self._good is None or self._good.step != step)):
             return
         state = TrainState(
             line=self._line,
-            step=self._learner.steps,
+            step=step,
             tokens_seen=self._tokens_seen,
             parent=self._parent,
             feed=self._feed.state(),
+            good=good,
+            health=self._health if good else None,
         )
         with self._failures.survive("checkpoint", OSError):
-            self._checkpoints.write(state, self._learner.tensors())
+            self._checkpoints.write(state, self._team.tensors())
             self._checkpointed_step, self._needs = state.step, state.feed.needs
+            if good:
+                self._good = state
 
     def _announce(self) -> None:
         """Say what a restart would read again, so that it stays; also while nothing new comes."""
         with self._failures.survive("cursors", TableError):
             self._tables.announce(self._reader, self._needs or self._feed.state().needs)
-
-
-class _Counts:
-    """What the trainer counts for Prometheus."""
-
-    def __init__(self, metrics: CollectorRegistry) -> None:
-        self.accept_length = Gauge(
-            "aurora_train_accept_length", "Simulated on the held-back slice, bonus excluded.", registry=metrics
-        )
-        self.registered = Counter("aurora_train_registered", "Versions registered.", registry=metrics)
-        self._steps = Counter("aurora_train_steps", "Optimizer steps.", registry=metrics)
-        self._tokens = Counter("aurora_train_tokens", "Tokens passed over, replay included.", registry=metrics)
-        self._loss = Gauge("aurora_train_loss", "Loss of the last step, by term.", ["term"], registry=metrics)
-        self._cursor = Gauge("aurora_train_cursor", "Version of accepted that was read last.", registry=metrics)
-        self._version = Gauge("aurora_train_table_version", "Newest version of accepted.", registry=metrics)
-        self._rows = Gauge("aurora_train_rows", "Rows and branches by what became of them.", ["kind"], registry=metrics)
-
-    def step(self, loss: Loss, tokens: int, feed: Feed) -> None:
-        """Count a step."""
-        self._steps.inc()
-        self._tokens.inc(tokens)
-        self._loss.labels("accepted").set(loss.accepted)
-        self._loss.labels("rejected").set(loss.rejected)
-        self._cursor.set(feed.cursor)
-        self._version.set(feed.table_version)
-        for kind, count in feed.counts.items():
-            self._rows.labels(kind).set(count)

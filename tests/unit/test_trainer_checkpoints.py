@@ -11,6 +11,7 @@ from schemas.settings import Train
 from schemas.speculator.network import DraftShape, random_draft
 from trainer.checkpoints import Checkpoints, TrainState
 from trainer.feed import FeedState
+from trainer.guard import Health
 from trainer.learner import Learner
 from trainer.windows import Batch, Branch, Teacher, Window, collate
 
@@ -32,7 +33,9 @@ def batch(seed: int) -> Batch:
     tokens = torch.randint(0, 32, (7,), generator=g)
     features = torch.randn(7, SHAPE.feature_width, generator=g).bfloat16()
     known = torch.arange(7) > 2
-    return collate([Window("r", tokens, 3, features, known, teacher(4), (Branch(4, (1, 2), 0, teacher(2)),))])
+    return collate(
+        [Window("r", tokens, 3, features, known, teacher(4), (Branch(4, (1, 2), 0, (-0.5, -0.5), teacher(2)),))]
+    )
 
 
 def state(step: int, line: str = "line", cursor: int = 5) -> TrainState:
@@ -143,16 +146,10 @@ def test_lines_do_not_see_each_others_checkpoints(tmp_path: Path) -> None:
     assert Checkpoints(tmp_path, "other").newest() is None
 
 
-def test_the_learning_rate_rises_over_the_warmup_and_then_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_learning_rate_rises_over_the_warmup_and_then_stays() -> None:
     one, rates = learner(), []
-    step = one._optimizer.step
-
-    def noted() -> None:
-        rates.append(one._optimizer.param_groups[0]["lr"])
-        step()
-
-    monkeypatch.setattr(one._optimizer, "step", noted)
     for i in range(6):
+        rates.append(one.learning_rate)
         one.step(batch(i))
     assert rates == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01, 0.01])
 
@@ -172,3 +169,33 @@ def test_a_batch_that_teaches_nothing_changes_nothing() -> None:
     one.step(collate([silent]))
     assert one.steps == 1
     assert all(torch.equal(a, b) for a, b in zip(before, weights(one), strict=True))
+
+
+def good(step: int) -> TrainState:
+    return state(step).model_copy(update={"good": True, "health": Health(loss=2.0, accept_length=0.5)})
+
+
+def test_the_last_good_one_is_kept_beside_the_newest(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, "line")
+    for one in (good(1), good(2), state(3), state(4), state(5)):
+        checkpoints.write(one, learner().tensors())
+    assert [p.name[-1] for p in sorted((tmp_path / "line").iterdir())] == ["2", "4", "5"]
+    found = checkpoints.good()
+    assert found is not None
+    assert found[0] == good(2)
+
+
+def test_where_none_was_good_there_is_nothing_to_go_back_to(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, "line")
+    checkpoints.write(state(3), learner().tensors())
+    assert checkpoints.good() is None
+
+
+def test_what_came_after_a_step_can_be_taken_away(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, "line")
+    for one in (good(3), state(4), state(15)):
+        checkpoints.write(one, learner().tensors())
+    checkpoints.remove_after(3)
+    found = checkpoints.newest()
+    assert found is not None
+    assert found[0].step == 3

@@ -1,0 +1,87 @@
+"""The trainer's curves in a real MLflow, and what a training begins with."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from mlflow.tracking import MlflowClient
+from trainer_world import World, offline, write_target
+
+from schemas.registry import model_name
+from schemas.settings import Settings, SettingsError
+from schemas.speculator import checkpoint
+from trainer.train import Trainer
+
+
+def settings_of(folder: Path, registry: str, **train: object) -> Settings:
+    settings = offline(folder, **train)
+    return settings.model_copy(
+        update={"registry": settings.registry.model_copy(update={"uri": registry, "timeout_s": 10})}
+    )
+
+
+@pytest.fixture
+def world(registry: str, tmp_path: Path) -> World:
+    write_target(tmp_path / "target")
+    return World(settings_of(tmp_path, registry, curves_every_s=0.2, register_every_s=0.5))
+
+
+def test_a_life_leaves_a_run_with_its_curves(world: World, registry: str) -> None:
+    world.serve(40)
+    stopping = threading.Event()
+    trainer = Trainer(world.settings, world.target, stopping)
+    compare = trainer._compare
+
+    def compared() -> None:
+        # A version that is registered before the registry has begun the run names none.
+        if trainer.status().curves:
+            compare()
+        if trainer.status().registered:
+            stopping.set()
+
+    trainer._compare = compared  # type: ignore[method-assign]
+    trainer.run()
+    status = trainer.status()
+    client = MlflowClient(registry)
+    assert status.curves
+    run = client.get_run(status.curves)
+    assert run.info.status == "FINISHED"
+    assert run.info.experiment_id == client.get_experiment_by_name(model_name(world.target.line)).experiment_id
+    assert run.data.params["learning_rate"] == "0.005"
+    assert run.data.tags["line"] == world.target.line
+    steps = {f"loss_step_{k}" for k in range(world.settings.train.ttt_steps)}
+    feed = {"lag_commits", "newest_window_age_s", "tokens_per_s"}
+    assert run.data.metrics.keys() >= {"loss", "loss_accepted", "loss_rejected", "accept_length", "held_back_loss"}
+    assert run.data.metrics.keys() >= {"gradient_norm", "learning_rate"} | steps | feed
+    losses = client.get_metric_history(status.curves, "loss")
+    assert [point.step for point in losses] == sorted(point.step for point in losses)
+    assert losses[-1].step == status.step
+    assert world.registry.tags(world.target.line, status.registered[0])["curves"] == status.curves
+
+
+def test_a_training_begins_with_what_it_is_told_to(world: World, tmp_path: Path, registry: str) -> None:
+    line, drafts = world.target.line, {}
+    for number, scale in (("1", 1.5), ("2", 2.5)):
+        draft = world.target.new_draft()
+        with torch.no_grad():
+            draft.norm.weight.fill_(scale)
+        checkpoint.write(draft, tmp_path / number, world.target.fingerprint)
+        drafts[number] = world.registry.register(line, tmp_path / number, {}, {})
+    world.registry.point(line, "champion", drafts["2"])
+
+    def begun(start: str) -> tuple[str, float]:
+        settings = settings_of(tmp_path, registry, warm_start=start, dir=str(tmp_path / f"train-{len(start)}"))
+        trainer = Trainer(settings, world.target, threading.Event())
+        trainer._begin()
+        return trainer._parent, float(trainer._learner.draft.norm.weight.detach()[0])
+
+    assert begun("alias") == (drafts["2"], 2.5)
+    assert begun("random") == ("random-0", 1.0)
+    assert begun(drafts["1"]) == (drafts["1"], 1.5)
+    folder = str(tmp_path / "1")
+    assert begun(folder) == (folder, 1.5)
+    with pytest.raises(SettingsError, match=r"train\.warm_start.*nowhere"):
+        begun(str(tmp_path / "nowhere"))

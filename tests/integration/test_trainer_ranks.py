@@ -1,0 +1,83 @@
+"""Several processes train one draft as one process does."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from torch.testing import assert_close
+from trainer_world import RUN_TRAINER, World, end, offline, process, step_of, until, write_target
+
+from schemas.settings import Train
+
+SCRIPT = Path(__file__).parents[1] / "training_rank.py"
+STEPS = 12
+SETTINGS = Train(optimizer="adamw", ttt_steps=3, warmup_steps=4, learning_rate=1e-2, rejected_min_prob=0.0, ema=0.9)
+
+
+def run(out: Path, processes: int, *trainings: Train) -> None:
+    """One training after the other, by so many processes."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    settings = json.dumps([one.model_dump(mode="json") for one in trainings])
+    command = [sys.executable, *torchrun, str(SCRIPT), str(out), str(STEPS), settings]
+    path = f"{SCRIPT.parents[1]}:{os.environ.get('PYTHONPATH', '')}"
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYTHONPATH": path}
+    ended = subprocess.run(command, env=environ, check=False, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert {json.loads(curve.read_text())["ranks"] for curve in out.glob("*/curve.json")} == {processes}
+
+
+def losses(folder: Path) -> list[float]:
+    """Of every step."""
+    found: list[float] = json.loads((folder / "curve.json").read_text())["losses"]
+    return found
+
+
+def test_two_processes_have_the_loss_curve_the_state_and_the_weights_of_one(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    muon = SETTINGS.model_copy(update={"optimizer": "muon", "parallel": "fsdp2"})
+    ddp, fsdp2 = SETTINGS, SETTINGS.model_copy(update={"parallel": "fsdp2"})
+    shared = [ddp, fsdp2, *(one.model_copy(update={"accumulate": 2}) for one in (ddp, fsdp2))]
+    run(one, 1, muon, SETTINGS)
+    run(two, 2, muon, *shared)
+    curve, state, draft = (
+        losses(one / "1"),
+        load_file(one / "1/state.safetensors"),
+        load_file(one / "1/draft.safetensors"),
+    )
+    assert curve[-1] < curve[0] * 0.95
+    for number, settings in enumerate(shared, start=1):
+        which = f"{settings.parallel}, {settings.accumulate} parts"
+        folder = two / str(number)
+        assert losses(folder) == pytest.approx(curve, rel=1e-4), which
+        assert load_file(folder / "state.safetensors").keys() == state.keys()
+        for name, value in load_file(folder / "draft.safetensors").items():
+            assert_close(value, draft[name], rtol=1e-3, atol=1e-4, msg=f"{name}, {which}")
+    # Muon's update is computed in bfloat16, where a last bit of the gradient can become a visible one of a weight.
+    assert losses(two / "0") == pytest.approx(losses(one / "0"), rel=1e-3)
+
+
+def test_torchrun_trains_writes_one_checkpoint_and_hands_over_to_one_process(
+    tmp_path: Path, free_port: Callable[[], int]
+) -> None:
+    write_target(tmp_path / "target")
+    settings = offline(tmp_path, port=free_port(), parallel="fsdp2", ema=0.9, accumulate=2)
+    world = World(settings)
+    world.serve(40)
+    line = Path(settings.train.dir) / world.target.line
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "ops.cli", "train")
+    with process(settings, torchrun, tmp_path / "torchrun.log") as running:
+        until(lambda: step_of(settings) >= 5, "steps")
+        assert end(running) in (0, -signal.SIGTERM, 1)
+    stopped_at = int(max(line.glob("step-*")).name.removeprefix("step-"))
+    assert stopped_at >= 5
+    with process(settings, RUN_TRAINER, tmp_path / "one.log") as running:
+        until(lambda: step_of(settings) > stopped_at, "steps of one process after those of two")
+        assert end(running) == 0

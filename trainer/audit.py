@@ -10,36 +10,23 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
-from typing import Any, NamedTuple, Protocol, get_args
+from typing import Any, NamedTuple, Protocol
 
-import pyarrow as pa
 from confluent_kafka import KafkaException, Producer
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
 
-from schemas.batches import PROMOTIONS
-from schemas.events import Alias, AliasMoved
+from schemas.events import ALIASES, Alias, AliasMoved, Audited
 from schemas.settings import Kafka, SettingsError
+from trainer.ledger import Ledger, Tables
 
-_TABLE = "promotions"
 _TIMEOUT_S = 5.0
-ALIASES: tuple[Alias, ...] = get_args(Alias)
 
 
 class BrokerError(RuntimeError):
     """The broker did not take an event; it is kept, and the next pass tries again."""
-
-
-class Tables(Protocol):
-    """The part of the Delta log that is used here."""
-
-    def read_in_order(self, name: str) -> pa.Table:
-        """All rows of a table, in the order of their commits."""
-
-    def append(self, name: str, rows: pa.Table) -> None:
-        """Add rows."""
 
 
 class Events(Protocol):
@@ -66,58 +53,58 @@ class Move(NamedTuple):
         return AliasMoved(time=datetime.now(UTC), actor=actor, why=why, figures=dict(figures), **self._asdict())
 
 
+def recorded(ledger: Ledger) -> list[AliasMoved]:
+    """The moves of all lines in the table ``promotions``, oldest first. Raises ``TableError``."""
+    return _parsed(ledger.read())
+
+
 class Audit:
-    """What was recorded of each alias, and what is still to be sent."""
+    """What was recorded of each alias, and what is still to be sent. All raise ``TableError`` but ``send``."""
 
     def __init__(self, tables: Tables, events: Events) -> None:
-        self._tables = tables
+        self._ledger = Ledger(tables, "promotions")
         self._events = events
-        self._rows: list[AliasMoved] | None = None
-        self._unsent: dict[str, AliasMoved] = {}
+        self._rows: list[AliasMoved] = []
+        self._unsent: dict[str, AliasMoved] | None = None
+
+    def moves(self, line: str) -> list[AliasMoved]:
+        """Every recorded move of a line, oldest first."""
+        return [row for row in self._recorded() if row.line == line]
 
     def missing(self, line: str, aliases: Mapping[str, str]) -> list[Move]:
-        """Moves of a line's aliases that have no row.
+        """Moves of a line's aliases that have no row."""
+        recorded = self.aliases(line)
+        return [
+            Move(line, alias, recorded.get(alias), aliases.get(alias))
+            for alias in ALIASES
+            if recorded.get(alias) != aliases.get(alias)
+        ]
 
-        Raises:
-            TableError: the table cannot be read.
-        """
-        moves = []
-        for alias in ALIASES:
-            row = self.last(line, alias)
-            recorded, named = row.to_version if row else None, aliases.get(alias)
-            if recorded != named:
-                moves.append(Move(line, alias, recorded, named))
-        return moves
+    def aliases(self, line: str) -> dict[Alias, str]:
+        """The version that each alias names by its last row; without those that name none."""
+        return _named(self.moves(line))
+
+    def audited(self, line: str) -> Audited | None:
+        """What nodes are to see of the record; None where a line has no row."""
+        moves = self.moves(line)
+        return Audited(moves=len(moves), aliases=_named(moves)) if moves else None
 
     def last(self, line: str, alias: Alias) -> AliasMoved | None:
-        """The newest recorded move of an alias.
+        """The newest recorded move of an alias."""
+        return next((row for row in reversed(self.moves(line)) if row.alias == alias), None)
 
-        Raises:
-            TableError: the table cannot be read.
-        """
-        key = f"{line}/{alias}"
-        return next((row for row in reversed(self._recorded()) if row.key == key), None)
-
-    def had(self, line: str, alias: Alias, version: str | None) -> bool:
-        """Whether an alias has ever named a version.
-
-        Raises:
-            TableError: the table cannot be read.
-        """
-        return any(row.key == f"{line}/{alias}" and row.to_version == version for row in self._recorded())
-
-    def record(self, moved: AliasMoved) -> None:
+    def record(self, moved: AliasMoved) -> bool:
         """Write the row of a move; its event follows with ``send``.
 
-        Raises:
-            TableError: the table cannot be written.
+        False where another process has written since the rows were read: look again which moves are missing.
         """
+        self._recorded()
         row = moved.model_dump(exclude={"figures"}) | {"figures": json.dumps(moved.figures)}
-        # After a failure nobody knows whether the row was kept: the next pass reads the table again.
-        rows, self._rows = self._recorded(), None
-        self._tables.append(_TABLE, pa.Table.from_pylist([row], schema=PROMOTIONS))
-        self._rows = [*rows, moved]
+        if not self._ledger.add(row):
+            return False
+        assert self._unsent is not None, "rows were read above"
         self._unsent[moved.key] = moved
+        return True
 
     def send(self) -> None:
         """Send the events that the broker does not have yet.
@@ -125,16 +112,26 @@ class Audit:
         Raises:
             BrokerError: it did not take them.
         """
-        for key, moved in list(self._unsent.items()):
+        for key, moved in list((self._unsent or {}).items()):
             self._events.send(key, moved.model_dump_json().encode())
+            assert self._unsent is not None, "it holds what is sent"
             del self._unsent[key]
 
     def _recorded(self) -> list[AliasMoved]:
-        if self._rows is None:
-            rows = self._tables.read_in_order(_TABLE).to_pylist()
-            self._rows = [AliasMoved.model_validate({**row, "figures": json.loads(row["figures"])}) for row in rows]
-            self._unsent = {**{row.key: row for row in self._rows}, **self._unsent}
+        self._rows += _parsed(self._ledger.read()[len(self._rows) :])
+        if self._unsent is None:
+            self._unsent = {row.key: row for row in self._rows}
         return self._rows
+
+
+def _parsed(rows: Iterable[Mapping[str, Any]]) -> list[AliasMoved]:
+    return [AliasMoved.model_validate({**row, "figures": json.loads(row["figures"])}) for row in rows]
+
+
+def _named(moves: Iterable[AliasMoved]) -> dict[Alias, str]:
+    """The version that each alias names after these moves; without those that name none."""
+    last = {move.alias: move.to_version for move in moves}
+    return {alias: version for alias, version in last.items() if version is not None}
 
 
 class KafkaEvents:

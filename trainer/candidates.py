@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -11,18 +12,27 @@ from importlib import metadata
 from pathlib import Path
 
 import structlog
+import torch
 from pydantic import ValidationError
 
-from schemas.settings import Settings
+from schemas.events import QUARANTINED_TAG
+from schemas.settings import Settings, SettingsError
 from schemas.speculator import checkpoint
+from schemas.speculator.checkpoint import CheckpointError
 from schemas.speculator.network import EagleDraft
-from trainer.gate import DAY_0, HeldBack, worth_registering
+from trainer.card import SETTINGS_TAG, card, shaping
+from trainer.gate import DAY_0, HeldBack, OnLabel, worth_registering
+from trainer.guard import Health
 from trainer.lookahead import accept_length
+from trainer.losses import ttt_loss
 from trainer.registry import SpeculatorRegistry
 from trainer.target import Target
-from trainer.windows import Window
+from trainer.warm_start import carry_over
+from trainer.windows import Window, collate
 
 log = structlog.get_logger()
+
+_WINDOWS_PER_BATCH = 8
 
 
 class Candidates:
@@ -48,6 +58,56 @@ class Candidates:
         """
         version = self._registry.aliases(self._target.line).get("champion")
         return version or self.day_0, self._draft(version)
+
+    def beginning(self) -> tuple[str, EagleDraft]:
+        """Version and weights that training begins with, as ``train.warm_start`` says.
+
+        Raises:
+            SettingsError: a folder that holds no draft of this line.
+            RegistryError: no answer.
+            CheckpointError: the registry's files are not what was registered.
+        """
+        start = self._settings.train.warm_start
+        if start == "alias":
+            return self._by_alias()
+        if start == "random":
+            return self.day_0, self._target.day_0
+        if start.isdecimal():
+            return start, self._draft(start)
+        try:
+            return start, checkpoint.read(Path(start), self._target.line)
+        except CheckpointError as error:
+            raise SettingsError(f"train.warm_start: {error}") from error
+
+    def _by_alias(self) -> tuple[str, EagleDraft]:
+        """The champion; for a line without one, what fits of the champion of ``train.parent_line``, named LINE/VERSION;
+        else the draft of day 0."""
+        version, draft = self.champion()
+        parent_line = self._settings.train.parent_line
+        if version != self.day_0 or not parent_line:
+            return version, draft
+        parent = self._registry.aliases(parent_line).get("champion")
+        if parent is None:
+            log.warning("no_warm_start", parent_line=parent_line, why="no such line, or it has no champion")
+            return version, draft
+        begun = self._target.new_draft()
+        carried = carry_over(self._download(parent_line, parent), begun)
+        log.info("warm_start", parent_line=parent_line, version=parent, carried=str(carried))
+        return (f"{parent_line}/{parent}", begun) if carried.tensors else (version, draft)
+
+    @torch.no_grad()
+    def health(self, draft: EagleDraft, windows: Sequence[Window]) -> Health:
+        """Loss of the accepted term and accept length over windows."""
+        train = self._settings.train.model_copy(
+            update={"rejected_weight": 0.0, "rejection_weight": 0.0, "policy_weight": 0.0}
+        )
+        by_length = sorted(windows, key=len)
+        losses = [
+            ttt_loss(draft, self._target.embeddings_VH, collate(by_length[i : i + _WINDOWS_PER_BATCH]), train)
+            for i in range(0, len(windows), _WINDOWS_PER_BATCH)
+        ]
+        loss = sum(part.accepted * part.positions for part in losses) / max(sum(part.positions for part in losses), 1)
+        return Health(loss=loss if math.isfinite(loss) else None, accept_length=self.score(draft, windows))
 
     def score(self, draft: EagleDraft, windows: Sequence[Window]) -> float:
         """Simulated accept length over windows, for chains as long as a node drafts; bonus excluded."""
@@ -94,6 +154,7 @@ class Candidates:
             champion=champion or self.day_0,
             champion_accept_length=to_beat,
             windows=len(windows),
+            labels=self._by_label(draft, self._draft(champion), windows),
         )
         figures = {"accept_length": score, **metrics}
         tags = {
@@ -103,31 +164,60 @@ class Candidates:
             "code": code_revision(),
             "metrics": json.dumps(figures),
             "held_back": held_back.model_dump_json(),
+            SETTINGS_TAG: shaping(self._settings),
         }
         with tempfile.TemporaryDirectory() as folder:
             checkpoint.write(draft, Path(folder), self._target.fingerprint)
-            version = self._registry.register(line, Path(folder), tags, figures)
+            described = card(self._settings, draft.shape, tags, figures)
+            version = self._registry.register(line, Path(folder), tags, figures, described)
         self._registry.point(line, "candidate", version)
         log.info("registered", version=version, **held_back.model_dump())
         return version
+
+    def _by_label(self, draft: EagleDraft, champion: EagleDraft, windows: Sequence[Window]) -> tuple[OnLabel, ...]:
+        """Both scored on each label; those with too few windows together."""
+        return tuple(
+            OnLabel(
+                label=label,
+                accept_length=self.score(draft, chosen),
+                champion_accept_length=self.score(champion, chosen),
+                windows=len(chosen),
+            )
+            for label, chosen in by_label(windows, self._settings.promoter.label_windows).items()
+        )
 
     def _can_be_promoted(self, candidate: str, champion: str | None) -> bool:
         """Whether it is champion, or its figures are against today's; else the promoter waits for another."""
         if candidate == champion:
             return True
+        gate, tags = self._settings.promoter, self._registry.tags(self._target.line, candidate)
         try:
-            return HeldBack.of(self._registry.tags(self._target.line, candidate)).is_against(champion)
+            held_back = HeldBack.of(tags)
         except ValidationError:
             return False
+        lost = held_back.lost(gate.label_margin, gate.label_windows)
+        return held_back.is_against(champion) and lost is None and QUARANTINED_TAG not in tags
 
     def _draft(self, version: str | None) -> EagleDraft:
         if version is None:
             return self._target.day_0
         if version not in self._drafts:
-            with tempfile.TemporaryDirectory() as folder:
-                files = self._registry.download(self._target.line, version, Path(folder))
-                self._drafts[version] = checkpoint.read(files, self._target.line)
+            self._drafts[version] = self._download(self._target.line, version)
         return self._drafts[version]
+
+    def _download(self, line: str, version: str) -> EagleDraft:
+        with tempfile.TemporaryDirectory() as folder:
+            return checkpoint.read(self._registry.download(line, version, Path(folder)), line)
+
+
+def by_label(windows: Sequence[Window], least: int) -> dict[str | None, list[Window]]:
+    """Windows by label, the empty one for those without; under None all of labels that have fewer than ``least``."""
+    found: dict[str, list[Window]] = {}
+    for window in windows:
+        found.setdefault(window.label or "", []).append(window)
+    told: dict[str | None, list[Window]] = {label: ws for label, ws in found.items() if len(ws) >= least}
+    rest = [window for ws in found.values() if len(ws) < least for window in ws]
+    return told | {None: rest} if rest else told
 
 
 @cache

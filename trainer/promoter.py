@@ -1,26 +1,36 @@
-"""The promoting process: makes a better candidate the champion, and keeps the record of every alias move.
+"""The promoting process: makes a better candidate the champion, takes it back if it is none, and keeps the record.
 
 It looks at all lines of the registry, so that it needs neither a target nor torch. Nothing is remembered that could be
-lost: each pass derives what to do from the aliases, the tags of the candidate, and the rows written so far.
+lost: each pass derives what to do (``trainer.promotion``) from the aliases, the tags of the candidate, the rows written
+so far and the traces. A move that another process began and did not finish is finished first (``trainer.moves``).
 """
 
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 
 import structlog
-from prometheus_client import CollectorRegistry, Counter
+from prometheus_client import CollectorRegistry, Counter, Gauge
 from pydantic import ValidationError
 
 from pipeline.table import DeltaLog, TableError
 from schemas import logs
-from schemas.events import AliasMoved
+from schemas.events import QUARANTINED_TAG, Change
 from schemas.settings import Settings
-from schemas.status import PromoterStatus
-from trainer.audit import Audit, BrokerError, KafkaEvents, Move
-from trainer.gate import HeldBack, Verdict, judge
+from schemas.status import ComparedStatus, PromoterStatus, TrialStatus
+from trainer import moves, promotion
+from trainer.audit import Audit, BrokerError, KafkaEvents
+from trainer.gate import HeldBack, judge
+from trainer.live import LiveFigures
+from trainer.moves import MoveError, Mover
+from trainer.promotion import Seen, Step, Trial, Watch, Written
+from trainer.recording import record, rollback_of
 from trainer.registry import Line, RegistryError, SpeculatorRegistry
+from trainer.sequential import Rule, Standing, compare
 from trainer.status import Failures, StatusServer, stop_on_signals
 
 log = structlog.get_logger()
@@ -34,26 +44,43 @@ def run(settings: Settings) -> None:
     """
     logs.configure("promoter")
     stopping = stop_on_signals()
-    audit = Audit(DeltaLog(settings.tables), KafkaEvents(settings.kafka))
-    promoter = Promoter(settings, SpeculatorRegistry(settings.registry), audit)
+    tables, registry = DeltaLog(settings.tables), SpeculatorRegistry(settings.registry)
+    audit = Audit(tables, KafkaEvents(settings.kafka))
+    live = LiveFigures(tables, settings.canary.slice_s)
+    promoter = Promoter(settings, registry, audit, Mover(tables, registry), live)
     page = settings.promoter
     with StatusServer("promoter", page.host, page.port, promoter.status, promoter.metrics):
         promoter.run(stopping)
 
 
 class Promoter:
-    """Moves ``champion`` and ``previous``, and records the moves of all aliases."""
+    """Moves ``canary``, ``champion`` and ``previous``, and records the moves of all aliases."""
 
-    def __init__(self, settings: Settings, registry: SpeculatorRegistry, audit: Audit) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        registry: SpeculatorRegistry,
+        audit: Audit,
+        mover: Mover,
+        live: LiveFigures,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         self.metrics = CollectorRegistry()
         self._settings = settings.promoter
+        self._share = settings.canary.share
         self._registry = registry
         self._audit = audit
+        self._mover = mover
+        self._live = live
+        self._clock = clock
         self._failures = Failures("promoter", self.metrics)
-        self._moves = Counter("aurora_promoter_moves", "Alias moves recorded.", ["alias"], registry=self.metrics)
+        self._gauges = _Gauges(self.metrics)
         self._moved = 0
         self._line: Line | None = None
-        self._verdict: Verdict | None = None
+        self._steps: dict[str, Step] = {}
+        self._seen = Seen()
+        self._cooling: float | None = None
+        self._taken_back: str | None = None
 
     def run(self, stopping: threading.Event) -> None:
         """Poll until told to stop."""
@@ -62,73 +89,190 @@ class Promoter:
             stopping.wait(self._settings.poll_s)
 
     def poll(self) -> None:
-        """Decide for every line once, with its record up to date before and after."""
+        """Look at every line once: finish what was begun, record what was moved, and decide."""
         with self._failures.survive("registry", RegistryError):
-            for line in self._registry.lines():
-                if self._record(line) and self._decide(line):
-                    self._record(Line(line.name, self._registry.aliases(line.name)))
+            lines = self._registry.lines()
+            self._gauges.forget()
+            for line in lines:
+                with self._failures.survive("tables", TableError), self._failures.survive("moves", MoveError):
+                    self._look_at(line)
         with self._failures.survive("broker", BrokerError):
             self._audit.send()
+
+    def _look_at(self, line: Line) -> None:
+        if self._mover.finish(line.name):
+            line = replace(line, aliases=self._registry.aliases(line.name))
+        self._record(line)
+        written, now = self._written(line), self._clock()
+        self._seen = self._look(line.name, written, now)
+        self._cooling = promotion.cooling_until(written.intents, now, self._settings)
+        self._taken_back = promotion.taken_back(written.intents)
+        self._gauges.seen(line.name, self._seen, cooling_s=max((self._cooling or now) - now, 0.0))
+        step = promotion.next_step(written, self._seen, now, self._share, self._settings)
+        self._tell(line.name, step)
+        if step.what == "wait":
+            return
+        try:
+            self._make(line, step)
+            self._taken_back = promotion.taken_back(self._mover.intents(line.name))
+        finally:
+            # Also after half a move: what is recorded is what the registry says.
+            self._record(replace(line, aliases=self._registry.aliases(line.name)))
 
     def status(self) -> PromoterStatus:
         """The line that changed last, and what was decided on it; called from other threads."""
         aliases = self._line.aliases if self._line else {}
+        step, seen = self._steps.get(self._line.name) if self._line else None, self._seen
         return PromoterStatus(
             champion=aliases.get("champion"),
             candidate=aliases.get("candidate"),
             previous=aliases.get("previous"),
+            canary=aliases.get("canary"),
             moves=self._moved,
-            verdict=self._verdict.why if self._verdict else None,
+            verdict=step.why if step else None,
+            trials=[_status(*one) for one in (seen.trial, seen.watch) if one is not None],
+            taken_back=self._taken_back,
+            cooling_until=self._cooling,
             error=self._failures.summary,
         )
 
-    def _decide(self, line: Line) -> bool:
-        """Move the aliases of a line if its candidate deserves it."""
+    def _written(self, line: Line) -> Written:
         candidate, champion = line.aliases.get("candidate"), line.aliases.get("champion")
-        verdict = self._judge(line.name, candidate, champion)
-        if verdict.promote and self._audit.had(line.name, "champion", candidate):
-            # Someone took it back; its figures against the champion of then would promote it again at once.
-            verdict = Verdict(promote=False, why=f"version {candidate} was champion and was taken back")
-        if verdict != self._verdict:
-            log.info("judged", line=line.name, promote=verdict.promote, why=verdict.why)
-        self._verdict = verdict
-        if not verdict.promote or candidate is None:
-            return False
-        # In this order a crash in between leaves a champion that is judged again, and a way back.
-        if champion is not None:
-            self._registry.point(line.name, "previous", champion)
-        self._registry.point(line.name, "champion", candidate)
-        return True
+        tags = {version: self._registry.tags(line.name, version) for version in set(line.aliases.values())}
+        verdict = judge(candidate, champion, tags.get(candidate or "", {}), self._settings)
+        return Written(
+            line.aliases,
+            self._audit.moves(line.name),
+            self._mover.intents(line.name),
+            {version for version, of in tags.items() if QUARANTINED_TAG in of},
+            verdict,
+        )
 
-    def _record(self, line: Line) -> bool:
-        """Write the rows that are missing for the aliases of a line; False if the table does not take them."""
+    def _look(self, line: str, written: Written, now: float) -> Seen:
+        """How the versions of a line do on live traffic, where anybody asks."""
+        trial = promotion.trial_of(written, self._settings) if self._share else None
+        watch = promotion.watch_of(written, now, self._settings)
+        if trial is None and watch is None:
+            self._live.forget(line)
+            return Seen()
+        since = min(span.since for one in (trial, watch) if one is not None for span in one.spans)
+
+        def compared(one: Trial | Watch, rule: Rule) -> Standing:
+            return compare(*self._live.pair(line, *one.spans, since), rule)
+
+        return Seen(
+            None if trial is None else (trial, compared(trial, promotion.trial_rule(self._settings))),
+            None if watch is None else (watch, compared(watch, promotion.watch_rule(self._settings))),
+        )
+
+    def _tell(self, line: str, step: Step) -> None:
+        """Log what is decided when it changes; a trial's figures change all the time, and are in the status."""
+        before, self._steps[line] = self._steps.get(line), step
+        news = before is None or (before.what, before.version) != (step.what, step.version)
+        if news or (self._seen.trial is None and before is not None and before.why != step.why):
+            log.info("judged", line=line, what=step.what, version=step.version, why=step.why)
+
+    def _make(self, line: Line, step: Step) -> None:
+        """Take a step: the quarantine first, so that after a crash the version is not taken again."""
+        assert step.version is not None, "every step but waiting is about a version"
+        assert step.what != "wait", "there is nothing to make"
+        if step.quarantine:
+            self._registry.quarantine(line.name, step.version, step.why)
+            self._alert(line.name, step)
+        changes = self._changes(line, step)
+        figures = dict(step.figures) or self._held_back(line.name, step.version)
+        wanted = moves.intent(line.name, step.what, changes, actor=promotion.ACTOR, why=step.why, figures=figures)
+        self._mover.move(wanted)
+
+    def _changes(self, line: Line, step: Step) -> list[Change]:
+        match step.what:
+            case "promote":
+                return moves.promotion(line.aliases, step.version or "")
+            case "try":
+                return moves.trial(line.aliases, step.version)
+            case "end trial":
+                return moves.trial(line.aliases, None)
+            case _:
+                return rollback_of(self._audit, self._registry, line)
+
+    def _alert(self, line: str, step: Step) -> None:
+        """Tell that a version is taken back and is in quarantine."""
+        alias = "champion" if step.what == "rollback" else "canary"
+        log.warning(
+            "taken_back", line=line, alias=alias, version=step.version, why=step.why, figures=dict(step.figures)
+        )
+        self._gauges.taken_back.labels(alias).inc()
+
+    def _record(self, line: Line) -> None:
+        """Write the rows that are missing for the aliases of a line, and stamp the line with what is recorded."""
         self._line = line
-        with self._failures.survive("tables", TableError):
-            for move in self._audit.missing(line.name, line.aliases):
-                self._audit.record(self._explain(move))
-                self._moves.labels(move.alias).inc()
-                self._moved += 1
-            return True
-        return False
+        for moved in record(self._audit, self._mover, self._registry, line):
+            self._gauges.moves.labels(moved.alias).inc()
+            self._moved += 1
 
-    def _explain(self, move: Move) -> AliasMoved:
-        """Who made a move and why, as far as tags and rows tell: it may be another's, or from before a crash."""
-        actor, why, figures = "unknown", "moved or removed by hand", dict[str, float]()
-        if move.to_version is not None and move.alias in ("candidate", "champion"):
-            with suppress(ValidationError):
-                figures = HeldBack.of(self._registry.tags(move.line, move.to_version)).figures
-        if move.alias == "candidate" and figures:
-            actor, why = "trainer", "registered with better held-back figures than the version before"
-        elif move.alias == "champion":
-            verdict = self._judge(move.line, move.to_version, move.from_version)
-            if verdict.promote:
-                actor, why = "promoter", verdict.why
-        elif move.alias == "previous":
-            champion = self._audit.last(move.line, "champion")
-            if champion and champion.from_version == move.to_version:
-                actor, why = champion.actor, f"was champion before version {champion.to_version}"
-        return move.explained(actor, why, figures)
+    def _held_back(self, line: str, version: str) -> dict[str, float]:
+        with suppress(ValidationError):
+            return HeldBack.of(self._registry.tags(line, version)).figures
+        return {}
 
-    def _judge(self, line: str, candidate: str | None, champion: str | None) -> Verdict:
-        tags = self._registry.tags(line, candidate) if candidate is not None else {}
-        return judge(candidate, champion, tags, self._settings.margin, self._settings.min_windows)
+
+class _Gauges:
+    """What dashboards see."""
+
+    def __init__(self, metrics: CollectorRegistry) -> None:
+        self.moves = Counter("aurora_promoter_moves", "Alias moves recorded.", ["alias"], registry=metrics)
+        self.taken_back = Counter(
+            "aurora_promoter_taken_back",
+            "Versions that were taken back automatically, by the alias that they had.",
+            ["alias"],
+            registry=metrics,
+        )
+        for alias in ("canary", "champion"):
+            self.taken_back.labels(alias)  # the first one counts only where there was a zero before
+        self._difference = Gauge(
+            "aurora_promoter_difference",
+            "Share by which a canary is better than the champion, or a watched champion than the one before.",
+            ["line", "kind", "figure"],
+            registry=metrics,
+        )
+        self._cooling = Gauge(
+            "aurora_promoter_cooling_seconds",
+            "For how long nothing is promoted, because versions were taken back.",
+            ["line"],
+            registry=metrics,
+        )
+
+    def forget(self) -> None:
+        """Show nothing of trials that are over."""
+        self._difference.clear()
+
+    def seen(self, line: str, seen: Seen, cooling_s: float) -> None:
+        """Show how trial and watch stand."""
+        self._cooling.labels(line).set(cooling_s)
+        for kind, one in (("trial", seen.trial), ("watch", seen.watch)):
+            for estimate in one[1].overall if one else ():
+                self._difference.labels(line, kind, estimate.figure).set(estimate.difference)
+
+
+def _status(one: Trial | Watch, standing: Standing) -> TrialStatus:
+    return TrialStatus(
+        kind="trial" if isinstance(one, Trial) else "watch",
+        version=one.version,
+        against=one.spans[1].version,
+        since=one.since,
+        until=one.until,
+        requests=standing.new_requests,
+        requests_against=standing.old_requests,
+        figures=[
+            ComparedStatus(
+                figure=estimate.figure,
+                label=estimate.label,
+                new=estimate.new,
+                before=estimate.old,
+                difference=estimate.difference,
+                low=estimate.low,
+                high=estimate.high,
+            )
+            for estimate in (*standing.overall, *standing.labels)
+        ],
+    )

@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
+from promoter_world import LINE, World, figures
 
-from pipeline.table import DeltaLog, TableError
-from schemas.events import Alias, AliasMoved
-from schemas.settings import Kafka, Settings, SettingsError, Tables
-from trainer.audit import Audit, BrokerError, KafkaEvents
-from trainer.gate import HeldBack, judge, worth_registering
-from trainer.promoter import Promoter
+from schemas.settings import Kafka, SettingsError
+from schemas.settings import Promoter as PromoterSettings
+from trainer.audit import KafkaEvents
+from trainer.gate import HeldBack, OnLabel, judge, worth_registering
 from trainer.registry import Line, RegistryError
-
-LINE = "target-draft"
-
-
-def figures(accept_length: float, champion: str, champion_accept_length: float, windows: int = 20) -> dict[str, str]:
-    held_back = HeldBack(
-        accept_length=accept_length, champion=champion, champion_accept_length=champion_accept_length, windows=windows
-    )
-    return {"held_back": held_back.model_dump_json()}
 
 
 @pytest.mark.parametrize(
@@ -45,13 +36,44 @@ def figures(accept_length: float, champion: str, champion_accept_length: float, 
 def test_the_gate_promotes_only_what_beat_the_present_champion(
     champion: str | None, tags: Mapping[str, str], promote: bool, says: str
 ) -> None:
-    verdict = judge("4", champion, tags, margin=0.05, min_windows=8)
+    verdict = judge("4", champion, tags, PromoterSettings(margin=0.05, min_windows=8))
     assert verdict.promote is promote
     assert says in verdict.why
 
 
 def test_without_a_candidate_nothing_is_promoted() -> None:
-    assert judge(None, "1", {}, 0, 1).promote is False
+    assert judge(None, "1", {}, PromoterSettings()).promote is False
+
+
+@pytest.mark.parametrize(
+    ("labels", "lost"),
+    [
+        ([("sql", 0.46, 4), ("chat", 0.9, 20)], None),
+        ([("sql", 0.44, 4), ("chat", 0.9, 20)], "label sql 0.440 against 0.500 on 4 windows"),
+        ([("sql", 0.1, 3), ("chat", 0.9, 20)], None),
+        ([("sql", 0.3, 4), ("", 0.2, 4)], "label none 0.200"),
+        ([(None, 0.2, 4)], "the other labels 0.200"),
+    ],
+)
+def test_a_candidate_that_is_better_over_all_must_not_lose_on_a_label(
+    labels: list[tuple[str | None, float, int]], lost: str | None
+) -> None:
+    on = [
+        OnLabel(label=label, accept_length=length, champion_accept_length=0.5, windows=windows)
+        for label, length, windows in labels
+    ]
+    held_back = HeldBack(accept_length=0.8, champion="3", champion_accept_length=0.5, windows=24, labels=tuple(on))
+    tags = {"held_back": held_back.model_dump_json()}
+    verdict = judge("4", "3", tags, PromoterSettings(label_margin=0.05, label_windows=4))
+    assert verdict.promote is (lost is None)
+    assert (lost or "better by more than") in verdict.why
+
+
+def test_figures_of_labels_are_among_those_that_are_written_down() -> None:
+    on = OnLabel(label="sql", accept_length=0.4, champion_accept_length=0.3, windows=4)
+    held_back = HeldBack(accept_length=0.8, champion="3", champion_accept_length=0.5, windows=24, labels=(on,))
+    assert held_back.figures["accept_length/sql"] == 0.4
+    assert HeldBack.of({"held_back": held_back.model_dump_json()}) == held_back
 
 
 def test_a_version_is_registered_only_if_it_beats_the_one_before() -> None:
@@ -61,68 +83,6 @@ def test_a_version_is_registered_only_if_it_beats_the_one_before() -> None:
     assert not worth_registering(0.2, champion=0.1, candidate=0.2)
 
 
-class MemoryRegistry:
-    """One line; ``breaks`` is called before each alias move."""
-
-    def __init__(self) -> None:
-        self.named: dict[str, str] = {}
-        self.versions: dict[str, dict[str, str]] = {}
-        self.breaks: Callable[[Alias], None] = lambda _: None
-
-    def lines(self) -> list[Line]:
-        return [Line(LINE, dict(self.named))] if self.versions else []
-
-    def aliases(self, line: str) -> dict[str, str]:
-        return dict(self.named)
-
-    def tags(self, line: str, version: str) -> dict[str, str]:
-        return self.versions[version]
-
-    def point(self, line: str, alias: Alias, version: str) -> None:
-        self.breaks(alias)
-        self.named[alias] = version
-
-    def register(self, version: str, tags: dict[str, str]) -> None:
-        self.versions[version] = tags
-        self.named["candidate"] = version
-
-
-class MemoryTopic:
-    def __init__(self) -> None:
-        self.kept: dict[str, AliasMoved] = {}
-        self.down = False
-
-    def send(self, key: str, value: bytes) -> None:
-        if self.down:
-            raise BrokerError("kafka.bootstrap: no answer")
-        self.kept[key] = AliasMoved.model_validate_json(value)
-
-
-class FailingLog(DeltaLog):
-    down = False
-
-    def append(self, name: str, rows: object) -> None:
-        if self.down:
-            raise TableError("table promotions: gone")
-        super().append(name, rows)
-
-
-class World:
-    def __init__(self, folder: Path) -> None:
-        self.registry = MemoryRegistry()
-        self.topic = MemoryTopic()
-        self.tables = FailingLog(Tables(uri=str(folder)))
-        self.promoter = self.restarted()
-
-    def restarted(self) -> Promoter:
-        self.promoter = Promoter(Settings(), self.registry, Audit(self.tables, self.topic))  # type: ignore[arg-type]
-        return self.promoter
-
-    def rows(self) -> list[tuple[str, str | None, str | None, str]]:
-        rows = self.tables.read_in_order("promotions").to_pylist()
-        return [(r["alias"], r["from_version"], r["to_version"], r["actor"]) for r in rows]
-
-
 @pytest.fixture
 def world(tmp_path: Path) -> World:
     return World(tmp_path)
@@ -130,6 +90,7 @@ def world(tmp_path: Path) -> World:
 
 FIRST = [("candidate", None, "1", "trainer"), ("champion", None, "1", "promoter")]
 SECOND = [("candidate", "1", "2", "trainer"), ("champion", "1", "2", "promoter"), ("previous", None, "1", "promoter")]
+"""Rows of one move are in the order of the aliases, whatever the order in which they were made."""
 
 
 def test_a_better_candidate_becomes_champion_and_every_move_has_a_row_and_an_event(world: World) -> None:
@@ -192,19 +153,20 @@ def test_rows_lost_in_a_crash_after_the_move_are_written_by_the_next_start(world
     world.registry.register("1", figures(0.3, "random-0", 0.0))
     world.promoter.poll()
     world.registry.register("2", figures(0.5, "1", 0.3))
-    append, written = world.tables.append, []
+    append, written = world.tables.append_after, []
 
-    def crash(name: str, rows: object) -> None:
-        # The candidate's own row comes before the decision; the crash is among those after it.
-        if len(written) == rows_written:
-            raise CrashError
-        append(name, rows)
-        written.append(rows)
+    def crash(name: str, version: int, rows: pa.Table) -> bool:
+        if name == "promotions":
+            # The candidate's own row comes before the decision; the crash is among those after it.
+            if len(written) == rows_written:
+                raise CrashError
+            written.append(rows)
+        return append(name, version, rows)
 
-    world.tables.append = crash  # type: ignore[method-assign]
+    world.tables.append_after = crash  # type: ignore[method-assign]
     with pytest.raises(CrashError):
         world.promoter.poll()
-    world.tables.append = append  # type: ignore[method-assign]
+    world.tables.append_after = append  # type: ignore[method-assign]
     world.restarted().poll()
     world.promoter.poll()
     assert world.rows() == FIRST + SECOND

@@ -8,10 +8,12 @@ from pathlib import Path
 
 from tiny_draft import SHAPE
 
+from schemas.events import Alias, Audited
 from schemas.speculator import checkpoint
 from schemas.speculator.checkpoint import line_of
 from schemas.speculator.network import random_draft
-from serving.puller import RegistryError
+from serving.following import Named
+from serving.shelf import RegistryError
 
 TARGET = "f" * 32
 DRAFTS = {str(n): random_draft(SHAPE, seed=n) for n in range(1, 5)}
@@ -27,17 +29,34 @@ def _set() -> threading.Event:
 @dataclass
 class FakeRegistry:
     alias: str | None = None
+    canary: str | None = None
+    audited: Audited | None = None
+    unreadable: str | None = None
     away: bool = False
     foreign: set[str] = field(default_factory=set)
+    asked: int = 0
     downloads: list[str] = field(default_factory=list)
+    broken: bool = False
+    """Downloads fail while it is set."""
+    answering: threading.Event = field(default_factory=_set)
+    """Questions about aliases wait while it is clear."""
     open: threading.Event = field(default_factory=_set)
     """Downloads wait while it is clear."""
 
-    def named(self, alias: str) -> str | None:
-        assert alias == "champion"
+    def audit(self) -> None:
+        """Record the aliases as they are, as a promoter does."""
+        self.audited = Audited(moves=self.audited.moves + 1 if self.audited else 1, aliases=self._aliases())
+
+    def named(self) -> Named:
+        self.asked += 1
+        self.answering.wait(10)
         if self.away:
             raise RegistryError("connection refused")
-        return self.alias
+        return Named(dict(self._aliases()), self.audited, self.unreadable)
+
+    def _aliases(self) -> dict[Alias, str]:
+        named: dict[Alias, str | None] = {"champion": self.alias, "canary": self.canary}
+        return {alias: version for alias, version in named.items() if version is not None}
 
     def has(self, version: str) -> bool:
         if self.away:
@@ -47,7 +66,7 @@ class FakeRegistry:
     def download(self, version: str, folder: Path) -> Path:
         self.downloads.append(version)
         self.open.wait(10)
-        if self.away:
+        if self.away or self.broken:
             raise RegistryError("connection reset")
         checkpoint.write(DRAFTS[version], folder / "draft", TARGET if version not in self.foreign else "0" * 32)
         return folder / "draft"

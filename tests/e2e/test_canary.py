@@ -1,0 +1,208 @@
+"""Two real nodes, one version with scrambled weights that a forged tag brought past the gate."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from itertools import count
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from serving_node import Node, eventually
+from stream_worker import worker
+from tiny_target import VOCABULARY, write_tiny_target
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from ops.bench import recording, speculator
+from ops.bench.prompted import training_requests
+from pipeline.table import DeltaLog
+from schemas.events import QUARANTINED_TAG
+from schemas.settings import Settings, load
+from schemas.speculator import checkpoint
+from schemas.speculator.network import EagleDraft
+from serving.transformers.engine import TransformersEngine
+from trainer.audit import Audit, KafkaEvents
+from trainer.gate import HeldBack
+from trainer.live import LiveFigures
+from trainer.moves import Mover
+from trainer.promoter import Promoter
+from trainer.registry import SpeculatorRegistry
+from trainer.target import read_target
+
+PROMPTS = [(3, 7, 11, 13), (5, 2, 9), (8, 8, 21, 4, 6), (17, 30, 2)]
+ANSWER = 32
+
+
+@dataclass
+class Clients:
+    """Send the same prompts to all nodes for as long as they are told to."""
+
+    nodes: list[Node]
+    stopping: threading.Event = field(default_factory=threading.Event)
+    answered: list[tuple[float, int]] = field(default_factory=list)
+    """When, and how many tokens."""
+    failed: list[str] = field(default_factory=list)
+
+    def run(self, node: Node, prompt: tuple[int, ...]) -> None:
+        body = {"model": node.settings.target.name, "prompt": list(prompt), "max_tokens": ANSWER, "ignore_eos": True}
+        with httpx.Client(base_url=node.url, timeout=60) as client:
+            while not self.stopping.is_set():
+                answer = client.post("/v1/completions", json={**body, "temperature": 0})
+                if answer.status_code == 200:
+                    self.answered.append((time.time(), answer.json()["usage"]["completion_tokens"]))
+                else:
+                    self.failed.append(answer.text)
+
+
+class Fleet:
+    """Nodes, a stream worker, and a promoter that is polled here."""
+
+    def __init__(self, settings: Settings, folder: Path) -> None:
+        self.settings, self._folder = settings, folder
+        self.registry = SpeculatorRegistry(settings.registry)
+        self.target = read_target(settings)
+        tables = DeltaLog(settings.tables)
+        self.promoter = Promoter(
+            settings,
+            self.registry,
+            Audit(tables, KafkaEvents(settings.kafka)),
+            Mover(tables, self.registry),
+            LiveFigures(tables, settings.canary.slice_s),
+        )
+
+    @property
+    def aliases(self) -> dict[str, str]:
+        return self.registry.aliases(self.target.line)
+
+    def register(self, draft: EagleDraft, champion: str) -> str:
+        """A new candidate whose tag says that it beats the champion by far."""
+        forged = HeldBack(accept_length=9.0, champion=champion, champion_accept_length=0.0, windows=20)
+        folder = self._folder / f"against-{champion}"
+        checkpoint.write(draft, folder, self.target.fingerprint)
+        version = self.registry.register(self.target.line, folder, {"held_back": forged.model_dump_json()}, {})
+        self.registry.point(self.target.line, "candidate", version)
+        return version
+
+    def poll_until(self, holds: Callable[[dict[str, str]], bool], seconds: float = 180) -> None:
+        def polled() -> bool:
+            self.promoter.poll()
+            return holds(self.aliases)
+
+        eventually(polled, seconds)
+
+
+def learned(settings: Settings, folder: Path) -> EagleDraft:
+    """A draft that knows the answers to the prompts by heart."""
+    recorder = recording.Recorder()
+    engine = TransformersEngine(settings, recorder)
+    engine.start()
+    planned = [
+        replace(request, ignore_eos=True) for request in training_requests("math", PROMPTS, len(PROMPTS), ANSWER)
+    ]
+    recording.record(engine, recorder, planned, folder, lambda _number: None)
+    windows = [recording.read_window(folder, request.id, engine.target) for request in planned]
+    engine.stop()
+    plan = speculator.Plan("tiny", "math", len(planned), ANSWER, minutes=3, steps=3)
+    target, seconds = read_target(settings), count()
+    trained = speculator.Training(
+        settings, plan, target, windows, windows, lambda _line: None, clock=lambda: float(next(seconds))
+    ).run()
+    assert trained.accept_length > 0.6
+    return checkpoint.read(speculator.folder_of(settings, "tiny"), target.line)
+
+
+def scrambled(draft: EagleDraft) -> EagleDraft:
+    """Every matrix with its numbers in another order."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in draft.parameters():
+            if parameter.ndim > 1:
+                parameter.copy_(parameter.flatten()[torch.randperm(parameter.numel())].view_as(parameter))
+    return draft
+
+
+@pytest.fixture
+def settings(tmp_path: Path, broker: str, registry: str, free_port: Callable[[], int]) -> Settings:
+    target = write_tiny_target(tmp_path / "target")
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(target)
+    flags = {
+        "target.path": str(target),
+        "speculator.draft_vocabulary": VOCABULARY,
+        "stack.dir": str(tmp_path),
+        "kafka.bootstrap": broker,
+        "kafka.traces_topic": f"traces-{tmp_path.name}",
+        "kafka.speculators_topic": f"speculators-{tmp_path.name}",
+        "kafka.drift_topic": f"drift-{tmp_path.name}",
+        "registry.uri": registry,
+        "tables.uri": str(tmp_path / "tables"),
+        "stream.port": free_port(),
+        "stream.group": f"group-{tmp_path.name}",
+        "stream.data_dir": str(tmp_path / "stream"),
+        "stream.flush_s": 0.2,
+        "stream.session_s": 6,
+        "serve.max_tokens": 64,
+        "serve.weights": "float32",
+        "serve.poll_s": 0.2,
+        # Every round drafts, so that a bad version does all the harm that it can.
+        "serve.adaptive": False,
+        "serve.draft_tokens": 3,
+        "train.learning_rate": 5e-3,
+        "canary.share": 0.3,
+        "canary.slice_s": 0.4,
+        "promoter.trial_requests": 20,
+    }
+    return load(environ={}, flags=flags)
+
+
+@pytest.fixture
+def nodes(settings: Settings, tmp_path: Path, free_port: Callable[[], int]) -> Iterator[list[Node]]:
+    started = []
+    for name in ("node-a", "node-b"):
+        serve = settings.serve.model_copy(update={"port": free_port(), "node": name})
+        (tmp_path / name).mkdir()
+        started.append(Node(settings.model_copy(update={"serve": serve}), tmp_path / name))
+    yield started
+    for node in started:
+        node.close()
+
+
+def test_a_scrambled_version_is_caught_as_canary_while_every_request_is_answered(
+    settings: Settings, nodes: list[Node], tmp_path: Path
+) -> None:
+    fleet = Fleet(settings, tmp_path)
+    draft = learned(settings, tmp_path / "recorded")
+    good = fleet.register(draft, "random-0")
+    fleet.poll_until(lambda aliases: aliases.get("champion") == good)
+    clients = Clients(nodes)
+    with worker(settings, tmp_path / "stream.log"), ThreadPoolExecutor() as pool:
+        for node in nodes:
+            node.wait_ready()
+            eventually(lambda node=node: node.status().speculator == good)  # type: ignore[misc]
+        try:
+            running = [pool.submit(clients.run, node, prompt) for node in nodes for prompt in PROMPTS[:2]]
+            bad = fleet.register(scrambled(draft), good)
+            fleet.poll_until(lambda aliases: aliases.get("canary") == bad)
+            fleet.poll_until(lambda aliases: "canary" not in aliases)
+            eventually(lambda: all(node.status().speculator == good for node in nodes))
+        finally:
+            clients.stopping.set()
+        for one in running:
+            one.result()
+    assert fleet.aliases == {"candidate": bad, "champion": good}
+    why = fleet.registry.tags(fleet.target.line, bad)[QUARANTINED_TAG]
+    assert "worse: tokens per" in why
+    status = fleet.promoter.status()
+    assert (status.taken_back, status.error) == (why, None)
+    for node in nodes:
+        told = node.status()
+        assert (told.failed, told.role) == (0, "champion")
+        assert bad in {swap.version for swap in told.swaps}
+    assert not clients.failed
+    assert len(clients.answered) > 100

@@ -1,0 +1,250 @@
+"""Versions and moves by command, on a real MLflow server, a real broker and real tables."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import signal
+import threading
+import uuid
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from typing import Any
+
+import killed_promoter
+import pytest
+from killed_promoter import OneLine
+from tiny_draft import SHAPE
+from typer.testing import CliRunner, Result
+
+from ops.cli import app
+from pipeline.table import DeltaLog
+from schemas.events import AUDITED_TAG, Audited
+from schemas.settings import Settings, load
+from schemas.speculator import checkpoint
+from schemas.speculator.network import random_draft
+from trainer.audit import Audit, KafkaEvents
+from trainer.card import SETTINGS_TAG, card, shaping
+from trainer.gate import HeldBack
+from trainer.live import LiveFigures
+from trainer.moves import MoveError, Mover, intent, promotion, rollback
+from trainer.promoter import Promoter
+from trainer.registry import SpeculatorRegistry
+
+
+class Desk:
+    """A line with three versions, each better than the one before, and the commands of a person."""
+
+    def __init__(self, settings: Settings, folder: Path) -> None:
+        self.settings = settings
+        self.registry = SpeculatorRegistry(settings.registry)
+        self.line = ""
+        target = uuid.uuid4().hex
+        for number, length in enumerate((0.3, 0.5, 0.7), start=1):
+            self.line = self._register(folder / str(number), target, number, length)
+        self.promoter().poll()
+
+    def _register(self, folder: Path, target: str, number: int, length: float) -> str:
+        champion = str(number - 1) if number > 1 else "random-0"
+        held = HeldBack(accept_length=length, champion=champion, champion_accept_length=length - 0.2, windows=20)
+        rate = self.settings.train.model_copy(update={"learning_rate": 1e-3 * number})
+        draft = random_draft(SHAPE, number)
+        line = checkpoint.write(draft, folder, target).line
+        tags = {
+            "line": line,
+            "target": target,
+            "parent": champion,
+            "code": "abc",
+            "tables": json.dumps({"accepted": 10 * number}),
+            "held_back": held.model_dump_json(),
+            SETTINGS_TAG: shaping(self.settings.model_copy(update={"train": rate})),
+        }
+        text = card(self.settings, SHAPE, tags, {"step": float(number)})
+        assert self.registry.register(line, folder, tags, {}, text) == str(number)
+        return line
+
+    def promoter(self) -> Promoter:
+        tables, registry = DeltaLog(self.settings.tables), OneLine(self.settings, self.line)
+        audit = Audit(tables, KafkaEvents(self.settings.kafka))
+        return Promoter(self.settings, registry, audit, Mover(tables, registry), LiveFigures(tables, 30))
+
+    def run(self, *arguments: str, code: int = 0) -> Result:
+        flags = ("registry.uri", "tables.uri", "kafka.bootstrap", "kafka.speculators_topic")
+        values = [self.settings.registry.uri, self.settings.tables.uri]
+        values += [self.settings.kafka.bootstrap, self.settings.kafka.speculators_topic]
+        given = [f"--set={flag}={value}" for flag, value in zip(flags, values, strict=True)]
+        result = CliRunner().invoke(app, [*arguments, f"--line={self.line}", *given])
+        assert result.exit_code == code, result.output
+        return result
+
+    def asked(self, *arguments: str) -> Any:
+        return json.loads(self.run(*arguments, "--json").stdout)
+
+    @property
+    def aliases(self) -> dict[str, str]:
+        return self.registry.aliases(self.line)
+
+    @property
+    def stamp(self) -> Audited:
+        model = self.registry._client.get_registered_model(f"aurora.{self.line}")
+        return Audited.model_validate_json(model.tags[AUDITED_TAG])
+
+
+@pytest.fixture
+def desk(broker: str, registry: str, tmp_path: Path) -> Desk:
+    flags = {
+        "kafka.bootstrap": broker,
+        "kafka.speculators_topic": f"speculators-{uuid.uuid4().hex[:8]}",
+        "registry.uri": registry,
+        "tables.uri": str(tmp_path / "tables"),
+        "promoter.min_windows": 4,
+    }
+    DeltaLog(load(environ={}, flags=flags).tables).create()
+    return Desk(load(environ={}, flags=flags), tmp_path)
+
+
+def test_a_person_promotes_rolls_back_and_finds_it_all_in_the_history(desk: Desk) -> None:
+    desk.run("promote", "1")
+    desk.run("promote", "2", "--why", "better on code")
+    assert desk.aliases == {"champion": "2", "previous": "1"}
+    desk.promoter().poll()
+    rolled_back = desk.run("rollback", "--why", "slow on sql")
+    assert "champion: 2 -> 1" in rolled_back.stdout
+    assert desk.aliases == {"champion": "1"}
+    moves = desk.asked("history")["moves"]
+    assert [(m["alias"], m["from_version"], m["to_version"], m["why"]) for m in moves] == [
+        ("champion", None, "1", "promote: by hand"),
+        ("champion", "1", "2", "promote: better on code"),
+        ("previous", None, "1", "promote: better on code"),
+        ("champion", "2", "1", "rollback: slow on sql"),
+        ("previous", "1", None, "rollback: slow on sql"),
+    ]
+    assert (desk.stamp.moves, desk.stamp.aliases) == (5, {"champion": "1"})
+    listed = {one["version"]: one for one in desk.asked("versions", "list")["versions"]}
+    assert listed["2"]["quarantined"] == "rolled back: slow on sql"
+    assert listed["1"]["aliases"] == ["champion"]
+    refused = desk.run("promote", "2", code=2)
+    assert "is in quarantine: rolled back: slow on sql; --force" in refused.stderr
+    desk.run("promote", "2", "--force")
+    assert desk.aliases == {"champion": "2", "previous": "1"}
+    assert desk.registry.version(desk.line, "2").quarantined is None  # type: ignore[union-attr]
+
+
+def test_what_the_gate_refuses_needs_force_and_a_dry_run_changes_nothing(desk: Desk) -> None:
+    refused = desk.run("promote", "2", code=2)
+    assert "champion is random, waiting for the next candidate; --force" in refused.stderr
+    told = desk.run("promote", "2", "--force", "--dry-run")
+    assert "champion: none -> 2" in told.stdout
+    assert desk.aliases == {}
+    assert desk.asked("history") == {"moves": [], "abandoned": []}
+    assert "nothing to go back to" in desk.run("rollback", code=2).stderr
+    assert "no version '9'" in desk.run("promote", "9", code=2).stderr
+    assert "no version is canary" in desk.run("promote", "canary", code=2).stderr
+
+
+def test_a_canary_is_tried_and_promoted_by_its_name(desk: Desk) -> None:
+    desk.run("promote", "1")
+    desk.run("promote", "2", "--to", "canary")
+    assert desk.aliases == {"champion": "1", "canary": "2"}
+    desk.run("promote", "canary")
+    assert desk.aliases == {"champion": "2", "previous": "1"}
+
+
+def test_a_version_is_shown_whole_and_two_are_compared(desk: Desk) -> None:
+    desk.run("promote", "1")
+    shown = desk.asked("versions", "show", "champion")
+    assert shown["files"].keys() == {"config.json", "model.safetensors"}
+    assert shown["tags"]["tables"] == {"accepted": 10}
+    assert shown["moves"][0]["to_version"] == "1"
+    assert f"`{desk.line}`" in shown["card"]
+    assert "learned from" in desk.run("versions", "show", "1").stdout
+    compared = desk.asked("versions", "diff", "1", "2")
+    assert compared["changed"]["settings.train.learning_rate"] == [0.001, 0.002]
+    assert compared["changed"]["tables.accepted"] == [10, 20]
+    assert compared["moved"]["fc.weight"] > 1
+    assert set(desk.asked("versions", "diff", "1", "1")["moved"].values()) == {0.0}
+
+
+def test_a_move_in_the_registrys_own_pages_is_noticed_recorded_and_honoured(desk: Desk) -> None:
+    desk.run("promote", "1")
+    desk.registry.point(desk.line, "champion", "3")
+    desk.promoter().poll()
+    assert desk.aliases["champion"] == "3"
+    last = desk.asked("history")["moves"][-1]
+    assert (last["from_version"], last["to_version"], last["actor"]) == ("1", "3", "unknown")
+    assert desk.stamp.aliases["champion"] == "3"
+
+
+def test_a_broker_that_is_away_does_not_keep_a_person_from_moving(desk: Desk, free_port: Any) -> None:
+    away = desk.settings.kafka.model_copy(update={"bootstrap": f"127.0.0.1:{free_port()}"})
+    desk.settings = desk.settings.model_copy(update={"kafka": away})
+    told = desk.run("promote", "1")
+    assert "its event is sent by the promoter" in told.stderr
+    assert len(desk.asked("history")["moves"]) == 1
+
+
+WRITES = ["row of the candidate", "stamp", "intent", "previous", "champion", "done", "row", "row", "stamp"]
+
+
+@pytest.fixture(scope="module")
+def processes() -> ForkServerContext:
+    """Where a process with all that a promoter imports begins at once."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["killed_promoter"])
+    return context
+
+
+@pytest.mark.parametrize("writes", range(len(WRITES)), ids=lambda n: f"{n}-{WRITES[n]}".replace(" ", "-"))
+def test_a_promoter_killed_at_any_step_leaves_one_of_two_legal_states(
+    desk: Desk, processes: ForkServerContext, writes: int
+) -> None:
+    desk.run("promote", "1")
+    desk.registry.point(desk.line, "candidate", "2")
+    killed = processes.Process(target=killed_promoter.poll, args=(desk.settings, desk.line, writes))
+    killed.start()
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
+    between = {**desk.aliases}
+    desk.promoter().poll()
+    assert desk.aliases == {"champion": "2", "previous": "1", "candidate": "2"}, between
+    moved = [m for m in desk.asked("history")["moves"] if m["to_version"] == "2" and m["alias"] == "champion"]
+    assert [m["actor"] for m in moved] == ["promoter"]
+    assert desk.stamp.aliases == desk.aliases
+    assert [state for _, state in Mover(DeltaLog(desk.settings.tables), desk.registry).intents(desk.line)][-1] == "done"
+
+
+def test_of_two_movers_at_once_exactly_one_wins(desk: Desk) -> None:
+    desk.run("promote", "1")
+    start, outcomes = threading.Barrier(2), dict[str, str]()
+
+    def move(version: str) -> None:
+        mover = Mover(DeltaLog(desk.settings.tables), SpeculatorRegistry(desk.settings.registry))
+        wanted = intent(desk.line, "promote", promotion({"champion": "1"}, version), actor=version, why="race")
+        start.wait()
+        try:
+            mover.move(wanted)
+            outcomes[version] = "moved"
+        except MoveError:
+            outcomes[version] = "refused"
+
+    threads = [threading.Thread(target=move, args=(version,)) for version in ("2", "3")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(outcomes.values()) == ["moved", "refused"]
+    (winner,) = (version for version, outcome in outcomes.items() if outcome == "moved")
+    assert desk.aliases == {"champion": winner, "previous": "1"}
+
+
+def test_a_command_that_finds_a_move_unfinished_finishes_it_and_does_nothing_more(desk: Desk) -> None:
+    desk.run("promote", "1")
+    desk.run("promote", "2")
+    mover = Mover(DeltaLog(desk.settings.tables), desk.registry)
+    assert mover.open(desk.line) is None
+    wanted = intent(desk.line, "rollback", rollback(desk.aliases, None), actor="someone", why="slow")
+    assert mover._write(wanted, "intended")
+    stopped = desk.run("rollback", code=2)
+    assert "that one is finished now, and nothing else was done" in stopped.stderr
+    assert desk.aliases == {"champion": "1"}
+    assert desk.asked("history")["moves"][-1]["actor"] == "someone"

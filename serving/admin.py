@@ -103,6 +103,7 @@ def describe(
         speculating=health.speculating,
         draft_depth=health.draft_depth,
         expected_rates=list(health.expected_rates),
+        role=puller.role if puller else None,
         pinned=puller.pinned if puller else None,
         running=health.running,
         waiting=health.waiting,
@@ -118,6 +119,7 @@ def describe(
         rows_pending=rows.pending,
         breaker=publisher.breaker if publisher else "closed",
         registry_error=puller.error if puller else None,
+        registry_stale=puller.stale if puller else 0,
         swaps=swaps_of(puller),
         refused=refused_of(puller),
     )

@@ -22,7 +22,8 @@ from schemas.status import SpeculatorStatus
 from serving.admin import refused_of, swaps_of
 from serving.engine import Engine
 from serving.openai import ApiError
-from serving.puller import Puller, RefusedError, RegistryError, UnknownVersionError
+from serving.puller import Puller
+from serving.shelf import RefusedError, RegistryError, UnknownVersionError
 
 _WAIT_S = 30.0
 """How long an order may take before the answer is that it is under way."""
@@ -82,6 +83,11 @@ def describe(serve: Serve, engine: Engine, puller: Puller | None) -> SpeculatorS
         version=health.speculator,
         alias=serve.alias,
         alias_version=puller.named if puller else None,
+        canary_version=puller.canary if puller else None,
+        role=puller.role if puller else None,
+        held=puller.held if puller else None,
+        waiting=puller.waiting if puller else None,
+        sync_interval_s=puller.interval_s if puller else 0.0,
         pinned=puller.pinned if puller else None,
         speculating=health.speculating,
         registry_error=puller.error if puller else None,

@@ -18,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from schemas import logs
 from schemas.settings import Settings, SettingsError
-from serving import admin, api, control
+from serving import admin, api, control, webhook
 from serving.chunks import Origin
 from serving.drain import Drain, DrainingServer
 from serving.generation import RequestFigures
@@ -77,6 +77,7 @@ def _serve(
     app = api.create(engine, tokenizer, settings.target.name, figures, drain, settings.serve, traced)
     admin.add(app, settings.serve.node, engine, figures, metrics, publisher, puller, drain)
     control.add(app, settings.serve, engine, puller)
+    webhook.add(app, settings.serve.webhook_secret, engine.line, puller)
     config = uvicorn.Config(
         app, log_config=None, log_level="warning", access_log=False, timeout_graceful_shutdown=_HANG_UP_S
     )
@@ -90,7 +91,7 @@ def _puller(settings: Settings, engine: TransformersEngine) -> Puller | None:
     if not settings.serve.speculate:
         return None
     registry = MlflowRegistry(settings.registry, engine.line)
-    return Puller(registry, engine, settings.serve.alias, settings.serve.poll_s)
+    return Puller(registry, engine, settings)
 
 
 def _bind(host: str, port: int) -> socket.socket:

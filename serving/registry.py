@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
-from mlflow.exceptions import MlflowException
+from pydantic import ValidationError
 
-from schemas.registry import FAILURES, connect, download, model_name
+from schemas.events import AUDITED_TAG, Audited
+from schemas.registry import FAILURES, connect, download, is_absent, model_name
 from schemas.settings import Registry as RegistrySettings
-from serving.puller import RegistryError
-
-_ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+from serving.following import Named
+from serving.shelf import RegistryError
 
 
 class MlflowRegistry:
@@ -20,18 +21,19 @@ class MlflowRegistry:
         self._uri, self._line = settings.uri, line
         self._client = connect(settings)
 
-    def named(self, alias: str) -> str | None:
-        """The version that an alias names; None where there is no such model or alias.
+    def named(self) -> Named:
+        """What the aliases of the line name, and what the record says of them; nothing where there is no such model.
 
         Raises:
             RegistryError: no answer.
         """
         try:
-            return str(self._client.get_model_version_by_alias(model_name(self._line), alias).version)
+            model = self._client.get_registered_model(model_name(self._line))
         except FAILURES as error:
-            if _absent(error):
-                return None
+            if is_absent(error):
+                return Named({})
             raise self._away(error) from error
+        return named_of({alias: str(version) for alias, version in model.aliases.items()}, model.tags.get(AUDITED_TAG))
 
     def has(self, version: str) -> bool:
         """Whether the line has this version.
@@ -42,7 +44,7 @@ class MlflowRegistry:
         try:
             self._client.get_model_version(model_name(self._line), version)
         except FAILURES as error:
-            if _absent(error):
+            if is_absent(error):
                 return False
             raise self._away(error) from error
         return True
@@ -62,5 +64,14 @@ class MlflowRegistry:
         return RegistryError(f"registry.uri {self._uri}, model {model_name(self._line)}: {error}")
 
 
-def _absent(error: Exception) -> bool:
-    return isinstance(error, MlflowException) and error.error_code in _ABSENT
+def named_of(aliases: Mapping[str, str], tag: str | None) -> Named:
+    """An answer of the registry; a tag that is no audit is left out and told."""
+    if tag is None:
+        return Named(aliases)
+    try:
+        audited = Audited.model_validate_json(tag)
+    except ValidationError as error:
+        return Named(aliases, unreadable=f"tag {AUDITED_TAG}: {error.errors()[0]['msg']}")
+    if not all(version.isdecimal() for version in audited.aliases.values()):
+        return Named(aliases, unreadable=f"tag {AUDITED_TAG}: versions are numbers")
+    return Named(aliases, audited)

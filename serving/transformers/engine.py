@@ -15,7 +15,8 @@ import torch
 
 from schemas.settings import Settings, SettingsError
 from schemas.speculator.checkpoint import CheckpointError, line_of
-from schemas.speculator.network import EagleDraft, random_draft
+from schemas.speculator.day_0 import draft_of_day_0
+from schemas.speculator.network import EagleDraft
 from serving.engine import EngineFullError, Figures, Finish, Health, Output, Request, Swapped, TraceSink
 from serving.transformers.calibration import measure
 from serving.transformers.drafter import Drafter, pack_draft
@@ -38,10 +39,9 @@ class TransformersEngine:
     def __init__(self, settings: Settings, sink: TraceSink | None = None) -> None:
         serve = settings.serve
         torch.set_num_threads(serve.threads)
-        self._target = _load(settings)
-        draft = random_draft(self._target.shape, settings.speculator.seed)
+        self._target, draft = _load(settings)
         self.target, self.weights = self._target.fingerprint, self._target.kind
-        self.line = line_of(self.target, self._target.shape, draft.d2t)
+        self.line = line_of(self.target, draft.shape, draft.d2t)
         self.vocabulary = self._target.shape.vocab_size
         self.max_tokens = serve.max_tokens
         self._drafter = Drafter(
@@ -54,7 +54,9 @@ class TransformersEngine:
         )
         costs = measure(self._target, self._drafter, serve.max_batch)
         self._utility = Utility(costs, serve.draft_tokens, adaptive=serve.adaptive)
-        self._models = Models(self._target, self._drafter, self._utility, settings.traces.top_k, serve.max_tokens)
+        self._models = Models(
+            self._target, self._drafter, self._utility, settings.traces.top_k, serve.max_tokens, serve.prefill_tokens
+        )
         self._version = f"random-{settings.speculator.seed}"
         self._serve, self._sink = serve, sink
 
@@ -245,12 +247,13 @@ class TransformersEngine:
             done.set_exception(EngineFullError(f"version {version} was not swapped in: the engine has stopped"))
 
 
-def _load(settings: Settings) -> Target:
-    serve = settings.serve
+def _load(settings: Settings) -> tuple[Target, EagleDraft]:
+    serve, folder = settings.serve, Path(settings.target.path)
     try:
-        return Target(
-            Path(settings.target.path),
-            settings.speculator.draft_vocabulary,
+        draft = draft_of_day_0(folder, settings.speculator)
+        target = Target(
+            folder,
+            draft.shape,
             serve.max_batch,
             serve.max_tokens,
             drafted=serve.draft_nodes,
@@ -258,3 +261,4 @@ def _load(settings: Settings) -> Target:
         )
     except CheckpointError as error:
         raise SettingsError(f"target.path {settings.target.path}: {error}") from error
+    return target, draft

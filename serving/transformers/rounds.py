@@ -27,7 +27,7 @@ from serving.transformers.target import Target
 from serving.utility import Timing, Trial, Utility
 
 PREFILL_TOKENS = 128
-"""Prompt tokens that one round reads at most, over all requests."""
+"""Prompt tokens that one round reads at most, over all requests, while nobody waits for a next token."""
 
 _NOTHING = Proposal()
 
@@ -43,6 +43,8 @@ class Models:
     """Target tokens to record per position."""
     limit: int
     """Longest request, prompt and answer together."""
+    prefill_tokens: int
+    """Prompt tokens that one round reads at most, over all requests, while some decode."""
 
 
 @dataclass(slots=True)
@@ -151,7 +153,7 @@ def run_round(active: Sequence[Running], models: Models, version: str, *, specul
     """
     started = time.perf_counter()
     proposals, drafts = _propose(active, models) if speculate else ({}, [])
-    steps = _plan(active, proposals)
+    steps = _plan(active, proposals, models.prefill_tokens)
     drafted = time.perf_counter()
     batch = RaggedBatch([_segment(step) for step in steps])
     judged = _judge(steps, batch, models)
@@ -191,9 +193,9 @@ def _propose(active: Sequence[Running], models: Models) -> tuple[dict[int, Propo
     return {r.slot: proposal for r, proposal in zip(eager, proposals, strict=True)}, timings
 
 
-def _plan(active: Sequence[Running], proposals: dict[int, Proposal]) -> list[Step]:
+def _plan(active: Sequence[Running], proposals: dict[int, Proposal], prefill_tokens: int) -> list[Step]:
     """Root and draft for those that decode; a piece of the prompt, within the round's budget, for those that read."""
-    steps, budget = [], PREFILL_TOKENS
+    steps, budget = [], PREFILL_TOKENS if all(r.prefilling for r in active) else prefill_tokens
     for r in active:
         if not r.prefilling:
             proposal = proposals.get(r.slot, _NOTHING)

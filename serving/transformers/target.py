@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from schemas.speculator.checkpoint import CheckpointError, shape_for_target, target_fingerprint
+from schemas.speculator.checkpoint import CheckpointError, target_fingerprint
 from schemas.speculator.network import DraftShape
 from serving.transformers.cache import RaggedBatch, SlotCache
 from serving.transformers.decoder import ATTENTION, Consumed, decoder_for, matrices
@@ -26,7 +26,7 @@ class Target:
     def __init__(
         self,
         folder: Path,
-        draft_vocabulary: int,
+        shape: DraftShape,
         slots: int,
         positions: int,
         *,
@@ -37,18 +37,18 @@ class Target:
 
         Args:
             folder: The model in Hugging Face format.
-            draft_vocabulary: D: tokens that a draft can propose.
+            shape: Of the draft that is to be served: it says which layers are captured.
             slots: Requests at a time.
             positions: Longest request, prompt and answer together.
             drafted: Tokens of a request that are verified at most in one pass.
             weights: Kernel of the matrices.
 
         Raises:
-            CheckpointError: no usable model in the folder, or one whose draft cannot be shaped.
+            CheckpointError: no usable model in the folder.
         """
         self.fingerprint = target_fingerprint(folder)
         config = AutoConfig.from_pretrained(folder)
-        self.shape: DraftShape = shape_for_target(config.to_dict(), draft_vocabulary)
+        self.shape = shape
         if positions > config.max_position_embeddings:
             raise CheckpointError(
                 f"serve.max_tokens is {positions}, the target's context only {config.max_position_embeddings}"

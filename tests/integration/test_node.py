@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import socket
 import threading
@@ -21,8 +20,7 @@ from serving_node import MODEL, Node, eventually
 from schemas.reading import decode
 from schemas.settings import SettingsError, load
 from schemas.speculator import checkpoint
-from schemas.speculator.checkpoint import shape_for_target
-from schemas.speculator.network import random_draft
+from schemas.speculator.day_0 import draft_of_day_0
 from schemas.trace import Chunk
 from serving.node import _bind
 from trainer.registry import SpeculatorRegistry
@@ -95,8 +93,7 @@ def test_every_round_is_traced_and_a_swap_under_load_changes_no_answer(
     node = start(kafka__bootstrap=broker, kafka__traces_topic=topic, registry__uri=registry)
     before = node.ask(_LONG, max_tokens=16)
 
-    config = json.loads((smollm2 / "config.json").read_text())
-    draft = random_draft(shape_for_target(config, node.settings.speculator.draft_vocabulary), seed=9)
+    draft = draft_of_day_0(smollm2, node.settings.speculator.model_copy(update={"seed": 9}))
     status = node.status()
     checkpoint.write(draft, tmp_path / "version", status.target)
     trainer = SpeculatorRegistry(node.settings.registry)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from transformers import AutoTokenizer
 
 from schemas.settings import load
 from schemas.speculator import checkpoint
-from schemas.speculator.checkpoint import shape_for_target
+from schemas.speculator.day_0 import draft_of_day_0
 from schemas.speculator.network import random_draft
 from trainer.registry import SpeculatorRegistry
 
@@ -114,8 +113,7 @@ def test_a_stop_string_is_cut_out_and_a_stop_token_is_not(node: Node, smollm2: P
 
 def test_a_pinned_version_serves_until_it_is_unpinned(node: Node, smollm2: Path, tmp_path: Path) -> None:
     status = node.status()
-    config = json.loads((smollm2 / "config.json").read_text())
-    shape = shape_for_target(config, node.settings.speculator.draft_vocabulary)
+    shape = draft_of_day_0(smollm2, node.settings.speculator).shape
     trainer = SpeculatorRegistry(node.settings.registry)
     versions = []
     for seed in (8, 9):

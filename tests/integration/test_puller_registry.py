@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import json
+import pickle
+import re
+import shutil
 import time
 import uuid
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_draft import SHAPE
 
+from schemas.events import AUDITED_TAG, Audited
+from schemas.settings import Canary, Settings
 from schemas.settings import Registry as RegistrySettings
 from schemas.speculator import checkpoint
 from schemas.speculator.network import EagleDraft, random_draft
-from serving.engine import Swapped
-from serving.puller import Puller, RegistryError
+from serving.engine import Health, Swapped
+from serving.puller import Puller
 from serving.registry import MlflowRegistry
+from serving.shelf import RegistryError
 from trainer.registry import SpeculatorRegistry
 
 
@@ -29,6 +38,21 @@ class Engine:
 
     def check(self, draft: EagleDraft) -> None:
         assert torch.isfinite(draft.fc.weight).all()
+
+    def health(self) -> Health:
+        return Health(
+            alive=True,
+            speculator="",
+            speculating=True,
+            draft_depth=0,
+            expected_rates=(),
+            running=0,
+            waiting=0,
+            rounds=0,
+            drafted=0,
+            accepted=0,
+            output_tokens=0,
+        )
 
     def swap(self, draft: EagleDraft, version: str) -> Swapped:
         self.served.append((version, draft))
@@ -44,8 +68,21 @@ class Line:
         self.trainer = SpeculatorRegistry(RegistrySettings(uri=uri))
         self.name = self.write("probe", seed=0).line
         self.engine = Engine(self.name)
-        registry = MlflowRegistry(RegistrySettings(uri=uri, timeout_s=5), self.name)
-        self.puller = Puller(registry, self.engine, "champion", 1.0)  # type: ignore[arg-type]
+        self.uri, self.client = uri, self.trainer._client
+        self.moves = 0
+        self.puller = self.node(Canary())
+
+    def node(self, canary: Canary) -> Puller:
+        registry = MlflowRegistry(RegistrySettings(uri=self.uri, timeout_s=5), self.name)
+        return Puller(registry, self.engine, Settings(canary=canary))  # type: ignore[arg-type]
+
+    def record(self, **aliases: str) -> None:
+        """Move aliases, and write down that they were moved, as a promoter does."""
+        self.moves += 1
+        for alias, version in aliases.items():
+            self.trainer.point(self.name, alias, version)  # type: ignore[arg-type]
+        audited = Audited(moves=self.moves, aliases=aliases)  # type: ignore[arg-type]
+        self.client.set_registered_model_tag(f"aurora.{self.name}", AUDITED_TAG, audited.model_dump_json())
 
     def write(self, name: str, seed: int) -> checkpoint.Manifest:
         return checkpoint.write(random_draft(SHAPE, seed), self.folder / name, self.target)
@@ -83,23 +120,90 @@ def test_what_the_trainer_registers_and_the_alias_names_is_served(line: Line) ->
     assert (line.puller.error, line.puller.refused) == (None, ())
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "extra.bin"])
-def test_a_version_with_an_altered_or_foreign_file_is_refused_with_its_reason(line: Line, file: str) -> None:
-    line.write("bad", seed=1)
-    path = line.folder / "bad" / file
-    path.write_bytes((path.read_bytes() if path.exists() else b"") + b" ")
-    line.trainer.point(line.name, "champion", line.register("bad"))
+def test_a_recorded_line_goes_back_by_the_record_and_tries_a_canary_while_it_is_named(line: Line) -> None:
+    for number in (1, 2):
+        line.write(str(number), seed=number)
+        line.register(str(number))
+    line.record(champion="2")
     line.puller.poll()
-    (refusal,) = line.puller.refused
-    assert (refusal.version, line.engine.served, line.puller.error) == ("1", [], None)
-    assert file in refusal.why
+    line.trainer.point(line.name, "champion", "1")
+    line.puller.poll()
+    assert [version for version, _ in line.engine.served] == ["2"]
+    line.record(champion="1")
+    line.puller.poll()
+    assert [version for version, _ in line.engine.served] == ["2", "1"]
+
+    trying = line.node(Canary(share=1.0))
+    line.record(champion="1", canary="2")
+    trying.poll()
+    assert (line.engine.served[-1][0], trying.role, trying.error) == ("2", "canary", None)
+    line.client.delete_registered_model_alias(f"aurora.{line.name}", "canary")
+    trying.poll()
+    assert (line.engine.served[-1][0], trying.role, trying.error) == ("1", "champion", None)
+
+
+def resealed(edit: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    """Other tensors, with a manifest that is right about them."""
+
+    def apply(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        edit(tensors)
+        save_file(tensors, folder / "model.safetensors")
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["sha256"]["model.safetensors"] = sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+
+    return apply
+
+
+def lengthen(file: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / file).write_bytes((folder / file).read_bytes() + b" ") and None
+
+
+def add_pickle(folder: Path) -> None:
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"fc.weight": [0.0]}))
+
+
+def make_foreign(folder: Path) -> None:
+    shutil.rmtree(folder)
+    checkpoint.write(random_draft(SHAPE, 1), folder, "0" * 32)
+
+
+@pytest.mark.parametrize(
+    ("harm", "why"),
+    [
+        (resealed(lambda t: t.update({"norm.weight": torch.zeros(7)})), r"norm.weight: shape \[7\], expected \[8\]"),
+        (resealed(lambda t: t.pop("fc.weight")), "missing tensors: fc.weight"),
+        (resealed(lambda t: t["fc.weight"].fill_(torch.nan)), "fc.weight: holds values that are not finite"),
+        (lengthen("model.safetensors"), "model.safetensors: SHA-256"),
+        (lengthen("config.json"), "config.json: SHA-256"),
+        (add_pickle, "files that no version has: pytorch_model.bin"),
+        (make_foreign, "this node serves line"),
+    ],
+)
+def test_a_version_at_fault_is_refused_with_its_reason(line: Line, harm: Callable[[Path], None], why: str) -> None:
+    node = line.node(Canary(share=1.0))
+    line.write("good", seed=1)
+    line.write("bad", seed=2)
+    harm(line.folder / "bad")
+    good, bad = line.register("good"), line.register("bad")
+    line.trainer.point(line.name, "champion", good)
+    node.poll()
+    for alias in ("canary", "champion"):
+        line.trainer.point(line.name, alias, bad)
+        node.poll()
+    (refusal,) = node.refused
+    assert (refusal.version, node.error) == (bad, None)
+    assert re.search(why, refusal.why)
+    assert [version for version, _ in line.engine.served] == [good]
+    assert (node.role, node.canary) == ("champion", None)
 
 
 def test_a_registry_that_is_not_there_costs_a_moment_and_is_reported(free_port: Callable[[], int]) -> None:
     registry = MlflowRegistry(RegistrySettings(uri=f"http://127.0.0.1:{free_port()}", timeout_s=5), "line")
     started = time.monotonic()
     with pytest.raises(RegistryError, match=r"registry\.uri"):
-        registry.named("champion")
+        registry.named()
     assert time.monotonic() - started < 60
 
 
@@ -107,7 +211,7 @@ def test_files_that_are_gone_from_the_registry_are_not_the_versions_fault(line: 
     line.write("first", seed=1)
     version = line.register("first")
     model = f"aurora.{line.name}"
-    client = line.trainer._client
+    client = line.client
     run = client.get_model_version(model, version).run_id
     client.create_model_version(model, f"runs:/{run}/nothing", run)
     line.trainer.point(line.name, "champion", "2")

@@ -19,6 +19,8 @@ from schemas.speculator import checkpoint
 from schemas.speculator.network import DraftShape, random_draft
 from trainer.audit import Audit, BrokerError, KafkaEvents
 from trainer.gate import HeldBack
+from trainer.live import LiveFigures
+from trainer.moves import Mover
 from trainer.promoter import Promoter
 from trainer.registry import RegistryError, SpeculatorRegistry
 
@@ -109,8 +111,9 @@ def settings(broker: str, registry: str, tmp_path: Path) -> Settings:
 
 
 def promoter_of(settings: Settings) -> Promoter:
-    audit = Audit(DeltaLog(settings.tables), KafkaEvents(settings.kafka))
-    return Promoter(settings, SpeculatorRegistry(settings.registry), audit)
+    tables, registry = DeltaLog(settings.tables), SpeculatorRegistry(settings.registry)
+    audit = Audit(tables, KafkaEvents(settings.kafka))
+    return Promoter(settings, registry, audit, Mover(tables, registry), LiveFigures(tables, 30))
 
 
 def events(kafka: Kafka, line: str) -> list[AliasMoved]:

@@ -11,13 +11,13 @@ from echo_engine import EchoEngine
 from pydantic import SecretStr
 from version_registry import LINE, FakeRegistry
 
-from schemas.settings import Serve
+from schemas.settings import Serve, Settings
 from schemas.status import ServeStatus, SpeculatorStatus
 from serving import control
 from serving.puller import Puller
 
 TOKEN = "geheim-größe"
-SERVE = Serve(admin_token=SecretStr(TOKEN))
+SERVE = Serve(admin_token=SecretStr(TOKEN), poll_s=0.01)
 ENDPOINTS = [("GET", ""), *(("POST", path) for path in ("/pin", "/unpin", "/off", "/on"))]
 
 
@@ -56,7 +56,7 @@ class DraftingEngine(EchoEngine):
 @pytest.fixture
 def admin() -> Iterator[Admin]:
     engine, registry = DraftingEngine(), FakeRegistry()
-    puller = Puller(registry, engine, "champion", 0.01)
+    puller = Puller(registry, engine, Settings(serve=SERVE))
     puller.start()
     with running_node(SERVE, engine, puller) as node:
         yield Admin(node, registry, puller)
@@ -91,6 +91,7 @@ def test_the_state_says_what_is_served_and_why(admin: Admin) -> None:
     state = admin.state()
     assert (state.line, state.alias, state.alias_version, state.pinned) == (LINE, "champion", "1", None)
     assert (state.speculating, state.registry_error, state.refused) == (True, None, [])
+    assert (state.role, state.canary_version, state.held) == ("champion", None, None)
     assert [swap.version for swap in state.swaps] == ["1"]
 
 
@@ -98,7 +99,7 @@ def test_a_pinned_version_serves_whatever_the_alias_names_until_it_is_unpinned(a
     admin.registry.alias = "1"
     eventually(lambda: admin.state().version == "1")
     pinned = admin.post("/pin", version="3")
-    assert (pinned.version, pinned.pinned) == ("3", "3")
+    assert (pinned.version, pinned.pinned, pinned.role) == ("3", "3", "pinned")
     admin.registry.alias = "2"
     eventually(lambda: admin.state().alias_version == "2")
     assert (admin.state().version, admin.state().pinned) == ("3", "3")

@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from schemas.settings import Serve
-from serving import admin, api, control
+from serving import admin, api, control, webhook
 from serving.drain import Drain, DrainingServer
 from serving.generation import RequestFigures
 from serving.puller import Puller
@@ -62,6 +62,7 @@ def running_node(
     app = api.create(engine, byte_tokenizer(), MODEL, figures, drain, serve, traced)
     admin.add(app, "node-a", engine, figures, metrics, None, puller, drain)
     control.add(app, serve, engine, puller)
+    webhook.add(app, serve.webhook_secret, engine.line, puller)
     config = uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=1)
     server = DrainingServer(config, drain, serve.drain_s, engine.stop)
     thread = threading.Thread(target=server.run)

@@ -1,0 +1,134 @@
+"""A version that passed the gate by a forged tag and drafts nonsense, on a real registry, real tables and a broker."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from live_traffic import Answered, rows_of
+from typer.testing import CliRunner
+
+from ops.cli import app
+from pipeline.table import DeltaLog
+from schemas.settings import Settings, load, to_environ
+from schemas.speculator import checkpoint
+from schemas.speculator.network import DraftShape, random_draft
+from trainer.audit import Audit, KafkaEvents
+from trainer.gate import HeldBack
+from trainer.live import LiveFigures
+from trainer.moves import Mover
+from trainer.promoter import Promoter
+from trainer.registry import Line, SpeculatorRegistry
+
+SHAPE = DraftShape(8, 8, 2, 1, 4, 32, 16, 1e-6, 100.0, 64, (1, 2, 3))
+
+
+class Fleet:
+    """Two nodes as far as the tables show them."""
+
+    def __init__(self, settings: Settings, folder: Path) -> None:
+        self.settings, self._folder, self._target = settings, folder, uuid.uuid4().hex
+        self.registry = SpeculatorRegistry(settings.registry)
+        self.tables = DeltaLog(settings.tables)
+        self.name = ""
+
+    def register(self, accept_length: float, champion: str, seed: int) -> str:
+        folder = self._folder / f"version-{seed}"
+        self.name = checkpoint.write(random_draft(SHAPE, seed), folder, self._target).line
+        held_back = HeldBack(accept_length=accept_length, champion=champion, champion_accept_length=0.1, windows=20)
+        version = self.registry.register(self.name, folder, {"held_back": held_back.model_dump_json()}, {})
+        self.registry.point(self.name, "candidate", version)
+        return version
+
+    def poll(self) -> Line:
+        """A pass of a promoter that knows nothing of the one before; gives the line as nodes see it."""
+        audit = Audit(self.tables, KafkaEvents(self.settings.kafka))
+        live = LiveFigures(self.tables, self.settings.canary.slice_s)
+        promoter = Promoter(self.settings, self.registry, audit, Mover(self.tables, self.registry), live)
+        promoter.poll()
+        assert promoter.status().error is None
+        return next(line for line in self.registry.lines() if line.name == self.name)
+
+    def serve(self, kept: Mapping[str, int], since: float, slices: int = 60) -> None:
+        length = self.settings.canary.slice_s
+        first = (since // length + 1) * length
+        self.tables.append(
+            "traces",
+            rows_of(
+                Answered(version, first + at * length, kept[version], rounds=10 + at % 3, node=node, line=self.name)
+                for at in range(slices)
+                for place, node in enumerate("ab")
+                for version in [list(kept)[(at + place) % len(kept)]]
+                for _ in range(3)
+            ),
+        )
+
+
+@pytest.fixture
+def settings(broker: str, registry: str, tmp_path: Path) -> Settings:
+    flags = {
+        "kafka.bootstrap": broker,
+        "kafka.speculators_topic": f"speculators-{uuid.uuid4().hex[:8]}",
+        "registry.uri": registry,
+        "tables.uri": str(tmp_path / "tables"),
+        "canary.share": 0.5,
+        "canary.slice_s": 5,
+        "promoter.trial_requests": 100,
+    }
+    return load(environ={}, flags=flags)
+
+
+def history(fleet: Fleet) -> list[dict[str, object]]:
+    runner = CliRunner()
+    told = runner.invoke(app, ["history", "--line", fleet.name, "--json"], env=to_environ(fleet.settings))
+    assert told.exit_code == 0, told.output
+    moves: list[dict[str, object]] = json.loads(told.stdout)["moves"]
+    return moves
+
+
+def test_the_trial_takes_a_bad_canary_back_and_says_so_everywhere(settings: Settings, tmp_path: Path) -> None:
+    fleet = Fleet(settings, tmp_path)
+    good = fleet.register(0.3, "random-0", 1)
+    assert fleet.poll().aliases == {"candidate": good, "champion": good}
+    bad = fleet.register(9.0, good, 2)
+    tried = fleet.poll()
+    assert tried.aliases == {"candidate": bad, "champion": good, "canary": bad}
+    fleet.serve({good: 2, bad: 0}, time.time())
+    after = fleet.poll()
+    assert after.aliases == {"candidate": bad, "champion": good}
+    assert tried.audited is not None
+    assert after.audited is not None
+    assert after.audited.moves > tried.audited.moves
+    assert after.audited.aliases == after.aliases
+    found = fleet.registry.version(fleet.name, bad)
+    assert found is not None
+    assert "worse" in (found.quarantined or "")
+    last = history(fleet)[-1]
+    assert (last["alias"], last["from_version"], last["to_version"], last["actor"]) == ("canary", bad, None, "promoter")
+    assert "worse" in str(last["why"])
+    assert fleet.poll().aliases == after.aliases
+
+
+def test_the_watch_takes_a_bad_champion_back_and_nodes_are_told_by_the_stamp(
+    settings: Settings, tmp_path: Path
+) -> None:
+    without = settings.canary.model_copy(update={"share": 0.0})
+    fleet = Fleet(settings.model_copy(update={"canary": without}), tmp_path)
+    good = fleet.register(0.3, "random-0", 1)
+    fleet.poll()
+    fleet.serve({good: 2}, time.time() - 400)
+    bad = fleet.register(9.0, good, 2)
+    assert fleet.poll().aliases == {"candidate": bad, "champion": bad, "previous": good}
+    fleet.serve({bad: 0}, time.time())
+    after = fleet.poll()
+    assert after.aliases == {"candidate": bad, "champion": good}
+    assert after.audited is not None
+    assert after.audited.aliases == after.aliases
+    found = fleet.registry.version(fleet.name, bad)
+    assert found is not None
+    assert "watch_floor" in (found.quarantined or "")
+    assert {row["actor"] for row in history(fleet)} == {"trainer", "promoter"}

@@ -1,0 +1,155 @@
+"""Whatever the registry does, away, slow, at fault or old, a node serves on, catches up, and never goes back."""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Self
+
+import httpx
+import pytest
+from api_node import Node, running_node
+from echo_engine import EchoEngine
+from mlflow.entities.webhook import WebhookEventStr
+from pydantic import SecretStr
+from registry_proxy import Fault, RegistryProxy
+from serving_node import eventually
+from tiny_draft import SHAPE
+
+from schemas.events import AUDITED_TAG, Alias, Audited
+from schemas.registry import connect, model_name
+from schemas.settings import Registry as RegistrySettings
+from schemas.settings import Serve, Settings
+from schemas.speculator import checkpoint
+from schemas.speculator.network import random_draft
+from schemas.status import ServeStatus
+from serving.puller import Puller
+from serving.registry import MlflowRegistry
+from trainer.registry import SpeculatorRegistry
+
+
+class Mover:
+    """Registers versions of a line, moves its champion, and records the moves; always at the registry itself."""
+
+    def __init__(self, uri: str, folder: Path) -> None:
+        self._folder, self._target = folder, uuid.uuid4().hex
+        self.line = checkpoint.write(random_draft(SHAPE, 0), folder / "probe", self._target).line
+        self._trainer = SpeculatorRegistry(RegistrySettings(uri=uri))
+        self._client = connect(RegistrySettings(uri=uri))
+        self._moves = 0
+
+    def promote(self) -> str:
+        """A new version, made champion."""
+        folder = self._folder / f"after-{self._moves}"
+        checkpoint.write(random_draft(SHAPE, self._moves + 1), folder, self._target)
+        version = self._trainer.register(self.line, folder, {}, {})
+        self.point(version)
+        return version
+
+    def point(self, version: str) -> None:
+        """Move the alias, and then write down that it was moved."""
+        self._moves += 1
+        aliases: dict[Alias, str] = {"champion": version}
+        self._trainer.point(self.line, "champion", version)
+        audited = Audited(moves=self._moves, aliases=aliases).model_dump_json()
+        self._client.set_registered_model_tag(model_name(self.line), AUDITED_TAG, audited)
+
+
+class Client:
+    """Asks a node all the time."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self.answered, self.failed = 0, list[str]()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._ask_on, daemon=True)
+        self._thread.start()
+
+    def answers_go_on(self) -> None:
+        """Wait for answers that were begun now."""
+        before = self.answered
+        eventually(lambda: self.answered >= before + 5 or bool(self.failed))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopping.set()
+        self._thread.join(30)
+
+    def _ask_on(self) -> None:
+        while not self._stopping.wait(0.01):
+            answer = self._node.post("/v1/completions", prompt="hello")
+            if answer.status_code == 200:
+                self.answered += 1
+            else:
+                self.failed.append(answer.text)
+
+
+@pytest.fixture
+def proxy(registry: str, free_port: Callable[[], int]) -> Iterator[RegistryProxy]:
+    proxy = RegistryProxy(free_port(), registry)
+    yield proxy
+    proxy.close()
+
+
+def test_a_node_serves_on_and_catches_up_whatever_the_registry_does(proxy: RegistryProxy, tmp_path: Path) -> None:
+    mover = Mover(proxy.upstream, tmp_path)
+    engine, serve = EchoEngine(), Serve(poll_s=0.05)
+    engine.line = mover.line
+    puller = Puller(
+        MlflowRegistry(RegistrySettings(uri=proxy.uri, timeout_s=1), mover.line), engine, Settings(serve=serve)
+    )
+    puller.start()
+    with running_node(serve, engine, puller) as node, Client(node) as client:
+
+        def status() -> ServeStatus:
+            return ServeStatus.model_validate(httpx.get(f"{node.url}/status").json())
+
+        def await_version(version: str) -> None:
+            eventually(lambda: status().speculator == version)
+
+        served = [mover.promote()]
+        await_version(served[-1])
+        faults: tuple[Fault, ...] = ("away", "slow", "500", "old")
+        for fault in faults:
+            proxy.remember()
+            with proxy.failing(fault):
+                served.append(mover.promote())
+                proxy.await_hits(fault, 2)
+                client.answers_go_on()
+                assert status().speculator == served[-2]
+            await_version(served[-1])
+            assert status().registry_error is None
+
+        proxy.remember()
+        mover.point(served[0])
+        await_version(served[0])
+        assert status().registry_stale == 0
+        with proxy.failing("old"):
+            eventually(lambda: status().registry_stale > 1)
+            client.answers_go_on()
+        assert [swap.version for swap in status().swaps] == [*served, served[0]]
+        assert (client.failed, status().refused) == ([], [])
+    puller.stop()
+
+
+def test_the_registrys_own_webhook_wakes_a_node(registry: str, tmp_path: Path) -> None:
+    mover, secret = Mover(registry, tmp_path), uuid.uuid4().hex
+    engine, serve = EchoEngine(), Serve(poll_s=3600, webhook_secret=SecretStr(secret))
+    engine.line = mover.line
+    puller = Puller(MlflowRegistry(RegistrySettings(uri=registry), mover.line), engine, Settings(serve=serve))
+    client = connect(RegistrySettings(uri=registry))
+    puller.start()
+    with running_node(serve, engine, puller) as node:
+        events: list[WebhookEventStr] = ["model_version_alias.created", "model_version_alias.deleted"]
+        webhook = client.create_webhook(f"node-{mover.line}", f"{node.url}/webhooks/registry", events, secret=secret)
+        time.sleep(1.1)  # MLflow's list of webhooks is that old at most
+        version = mover.promote()
+        eventually(lambda: puller.role == "champion")
+        assert [swap.version for swap in puller.swaps] == [version]
+        client.delete_webhook(webhook.webhook_id)
+    puller.stop()

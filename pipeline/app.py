@@ -35,7 +35,7 @@ from pipeline.progress import Progress
 from pipeline.table import DeltaLog
 from pipeline.watermarks import BrokerAwayError, Watermarks
 from pipeline.writer import Writer
-from schemas.settings import Settings, Stream
+from schemas.settings import Settings, SettingsError, Stream
 from schemas.status import StreamStatus
 
 log = structlog.get_logger()
@@ -310,7 +310,7 @@ def _app(settings: Settings) -> faust.App:
         consumer_max_fetch_size=max(1 << 20, FETCHED_MESSAGES * kafka.max_message_bytes),
         consumer_auto_offset_reset="earliest",
         stream_buffer_maxsize=records,
-        datadir=Path(stream.data_dir).resolve(),
+        datadir=_folder(stream.data_dir),
         store="memory://",
         topic_allow_declare=False,
         topic_disable_leader=True,
@@ -319,6 +319,16 @@ def _app(settings: Settings) -> faust.App:
         web_port=stream.port,
         autodiscover=False,
     )
+
+
+def _folder(data_dir: str) -> Path:
+    """Faust's folder; Faust itself ends without a word where the one above it is missing."""
+    folder = Path(data_dir).resolve()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"stream.data_dir {folder}: {error.strerror}; set another folder") from error
+    return folder
 
 
 def _limits(stream: Stream) -> Limits:

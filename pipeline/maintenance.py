@@ -13,7 +13,9 @@ merged or let go since. Which files may be deleted:
    so that states of that age can be read.
 2. What was added after the version that a reader announced stays, until the reader has not been heard of for
    ``tables.reader_lease_hours``, or until the files are older than that.
-3. Before files are deleted, the table is told from which version on every addition can still be read: a reader who
+3. What a named experiment holds (``pipeline.holds``) stays until it is released, and so does the log since then: states
+   from its first version on, and what was added behind it, can be read.
+4. Before files are deleted, the table is told from which version on every addition can still be read: a reader who
    stands before it gets an error that says so, never fewer rows.
 
 Everything here goes by the clock, and a wrong one would delete what is needed. So a pass first asks the store what time
@@ -37,6 +39,7 @@ import structlog
 from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
 from deltalake.transaction import AddAction, RemoveAction
 
+from pipeline.holds import PREFIX, held
 from pipeline.merging import files_of, groups, merged
 from pipeline.table import LOG_DAYS, OLDEST, DeltaLog, TableError
 from schemas.batches import PARTITIONED_BY, TABLES
@@ -48,6 +51,8 @@ CLOCKS_DIFFER = timedelta(hours=1)
 """By how much, at most, the clocks of workers and of the store are taken to differ."""
 FENCE = "maintenance"
 """Application transaction of every commit that removes files: the second of two that began on one state is refused."""
+_LONG_AGO_HOURS = 24 * 366 * 20
+"""For what is held and of which nobody knows when it was committed; the library counts in 64 bits of milliseconds."""
 DELETE_EVERY_S = 3600.0
 """Every file of the tables is listed for it, and every commit of their logs."""
 
@@ -68,13 +73,13 @@ class Upkeep:
     oldest: int = 0
     """Version after which every addition can be read."""
     held_by: str | None = None
-    """Reader without which more could be deleted."""
+    """Reader or experiment without which more could be deleted."""
     error: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Cursor:
-    """How far a live reader has read a table."""
+    """From where on a live reader, or an experiment, needs a table."""
 
     reader: str
     version: int
@@ -151,8 +156,10 @@ class Maintenance:
         table = self._log.open(name)
         known = table.transaction_version(OLDEST) or 0
         hours = self._settings.vacuum_hours
-        oldest = self._version_at(name, now - timedelta(hours=hours) + CLOCKS_DIFFER)
-        held = self._slowest_reader(name, oldest, now)
+        oldest = self._log.version_at(name, now - timedelta(hours=hours) + CLOCKS_DIFFER)
+        holds = self._holds(name, now)
+        needed = [*self._readers(name, now), *holds]
+        held = min((c for c in needed if c.version < oldest), key=lambda c: c.version, default=None)
         if held is not None:
             hours, oldest = max(hours, held.hours), held.version
         files = table.vacuum(hours, dry_run=True, enforce_retention_duration=False, full=True)
@@ -163,26 +170,30 @@ class Maintenance:
         if not dry_run:
             if files:
                 files = table.vacuum(hours, dry_run=False, enforce_retention_duration=False, full=True)
-            table.cleanup_metadata()
+            if not holds:
+                table.cleanup_metadata()
         return len(files), known, held.reader if held else None
 
-    def _version_at(self, name: str, moment: datetime) -> int:
-        table = self._log.open(name)
-        table.load_as_version(moment)
-        return table.version()
-
-    def _slowest_reader(self, name: str, before: int, now: datetime) -> Cursor | None:
-        """The live reader that stands furthest back, of those before a version."""
+    def _readers(self, name: str, now: datetime) -> list[Cursor]:
+        """The live readers of a table."""
         lease = self._settings.reader_lease_hours
         rows = self._log.read("cursors").sort_by("time").to_pylist()
         alive = [row for row in rows if row["table"] == name and row["time"] > now - timedelta(hours=lease)]
         newest = {row["reader"]: row["version"] for row in alive}
-        behind = [
-            Cursor(reader, version, self._hours_since(name, version + 1, now))
-            for reader, version in newest.items()
-            if version < before
+        cursors = [Cursor(r, version, self._hours_since(name, version + 1, now)) for r, version in newest.items()]
+        return [cursor for cursor in cursors if cursor.hours <= lease + 1]
+
+    def _holds(self, name: str, now: datetime) -> list[Cursor]:
+        """What experiments hold of a table, however old it is."""
+        return [
+            Cursor(
+                f"{PREFIX}{hold.experiment}",
+                hold.after_version,
+                min(self._hours_since(name, hold.after_version + 1, now), _LONG_AGO_HOURS),
+            )
+            for hold in held(self._log)
+            if hold.table == name
         ]
-        return min((c for c in behind if c.hours <= lease + 1), key=lambda c: c.version, default=None)
 
     def _hours_since(self, name: str, version: int, now: datetime) -> int:
         """Hours since a commit, rounded up, and one for the clocks; very many where the log has it no more."""

@@ -151,10 +151,10 @@ def _numbers(rounds: Rounds, features: Lists) -> Iterator[Check]:
             lambda row: f"{rounds.where(row)}: a feature is infinite or not a number",
         )
     yield Check(
-        rounds.draft_logprobs.any(~np.isfinite(rounds.draft_logprobs.entries))
+        rounds.draft_logprobs.any(np.isinf(rounds.draft_logprobs.entries))  # not a number: not known
         | rounds.top_logprobs.any(~np.isfinite(rounds.top_logprobs.entries)),
         "bad_number",
-        lambda row: f"{rounds.where(row)}: a log-probability is infinite or not a number",
+        lambda row: f"{rounds.where(row)}: a log-probability is infinite, or the target's is not a number",
     )
 
 

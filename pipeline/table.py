@@ -99,6 +99,11 @@ class TableSnapshot:
         """Whether to open the table anew: after many appends, and after any failed one."""
         return self._appends >= REOPEN_AFTER
 
+    @property
+    def version(self) -> int:
+        """Of this state."""
+        return self._table.version()
+
     def refresh(self) -> None:
         """Read the commits that others have made."""
         self._table.update_incremental()
@@ -190,6 +195,25 @@ class DeltaLog:
         """The version after which everything that was added can still be read."""
         return _oldest(self.open(name))
 
+    def version_at(self, name: str, moment: Moment) -> int:
+        """The version that a moment names: the newest one at a time."""
+        return self._open_at(name, moment).version()
+
+    def check_kept(self, name: str, after_version: int) -> None:
+        """Make sure that everything that was added after a version can still be read.
+
+        Raises:
+            GoneError: it cannot.
+        """
+        self._check_kept(name, self.open(name), after_version)
+
+    def files(self, name: str) -> dict[str, int]:
+        """Path and bytes of the files that the newest state of a table consists of, from its log alone."""
+        table = self.open(name)
+        with self.failures(name):
+            files = pa.table(table.get_add_actions(flatten=True))
+        return dict(zip(files["path"].to_pylist(), files["size_bytes"].to_pylist(), strict=True))
+
     def store(self, name: str) -> FileSystem:
         """The folder of a table."""
         return PyFileSystem(DeltaStorageHandler(self._address(name), self._options))
@@ -241,7 +265,7 @@ class DeltaLog:
         """Rows that a range of one partition's records gave, in the order of their offsets; reads few other files."""
         # Names of our own; the topic is what the settings say.
         rows = self.query(
-            f"SELECT {_quoted(columns)} FROM {name} WHERE topic = '{_escaped(source.topic)}' "  # noqa: S608
+            f"SELECT {_quoted(columns)} FROM {name} WHERE topic = '{escaped(source.topic)}' "  # noqa: S608
             f'AND partition = {source.partition} AND "offset" >= {offsets.start} AND "offset" < {offsets.stop} '
             f'ORDER BY "offset"'
         ).read_all()
@@ -277,16 +301,24 @@ class DeltaLog:
 
     def size(self, name: str) -> int:
         """Bytes of the files that the newest state of a table consists of, from its log alone."""
-        table = self.open(name)
-        with self.failures(name):
-            files = pa.table(table.get_add_actions(flatten=True))
-        return sum(files["size_bytes"].to_pylist())
+        return sum(self.files(name).values())
 
     def append(self, name: str, rows: pa.Table) -> None:
         """Add rows outside the exactly-once protocol, for a table that has no source partitions."""
         table = self.open(name)
         with self.failures(name):
             write_deltalake(table, rows.cast(TABLES[name]), mode="append", writer_properties=WRITTEN_AS)
+
+    def append_after(self, name: str, version: int, rows: pa.Table) -> bool:
+        """Add rows directly after a state; False, and nothing is added, where the table has left it."""
+        snapshot = self.snapshot(name)
+        if snapshot.version != version:
+            return False
+        try:
+            snapshot.append(rows.cast(TABLES[name]), {})
+        except ConflictError:
+            return False
+        return True
 
     def snapshot(self, name: str) -> TableSnapshot:
         """The newest state of a table, to append to."""
@@ -362,7 +394,8 @@ def _quoted(columns: Sequence[str]) -> str:
     return ", ".join(f'"{column}"' for column in columns)
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
+    """Text as it stands between the quotes of a string in SQL."""
     return text.replace("'", "''")
 
 

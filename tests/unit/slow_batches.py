@@ -242,8 +242,8 @@ def _check_round(r: Round, vocabulary: int | None) -> None:
                 raise TraceError("bad_token", f"{where}: token id {token} in {name}, expected 0 to {end - 1}")
     if ((r.features & BF16_EXPONENT) == BF16_EXPONENT).any():
         raise TraceError("bad_number", f"{where}: a feature is infinite or not a number")
-    if not (np.isfinite(r.draft_logprobs).all() and np.isfinite(r.top_logprobs).all()):
-        raise TraceError("bad_number", f"{where}: a log-probability is infinite or not a number")
+    if np.isinf(r.draft_logprobs).any() or not np.isfinite(r.top_logprobs).all():
+        raise TraceError("bad_number", f"{where}: a log-probability is infinite, or the target's is not a number")
 
 
 def _check_order(one: Round, after: Round) -> None:

@@ -215,6 +215,13 @@ def test_a_chunk_without_rounds_adds_nothing_and_is_no_dead_letter() -> None:
     assert sum(rows.num_rows for rows in built.rows.values()) == 0
 
 
+def test_a_draft_whose_probabilities_are_not_known_is_a_row_that_says_so() -> None:
+    unknown = replace(FIRST, draft_logprobs=(float("nan"),) * 2)
+    built = build([record(Chunk(ENVELOPE, (PREFILL, unknown, SECOND)))], 32)
+    assert not built.dead
+    assert np.isnan(built.rows["rejected"].to_pylist()[0]["draft_logprobs"]).all()
+
+
 def nan_features() -> Round:
     bits = SECOND.features.copy()
     bits[0, 1] = 0x7FC0

@@ -180,10 +180,20 @@ def assert_as_the_reference(sent: Sequence[Sent], window: int = 0) -> dict[str, 
     )
     for name, rows in expected.items():
         assert built.rows[name].schema == rows.schema
-        assert built.rows[name].to_pylist() == rows.to_pylist(), name
-        assert built.rows[name].equals(rows), name
+        found, wanted = comparable(built.rows[name]), comparable(rows)
+        assert found.to_pylist() == wanted.to_pylist(), name
+        assert found.equals(wanted), name
         built.rows[name].validate(full=True)
     return dict(built.dead)
+
+
+def comparable(rows: pa.Table) -> pa.Table:
+    """With a number that is no log-probability for those that are not known: NaN equals nothing."""
+    if "draft_logprobs" not in rows.column_names:
+        return rows
+    at = rows.column_names.index("draft_logprobs")
+    lists = [[2.0 if np.isnan(value) else value for value in row] for row in rows.column(at).to_pylist()]
+    return rows.set_column(at, rows.schema.field(at), pa.array(lists, rows.schema.field(at).type))
 
 
 @settings(deadline=None, max_examples=60)

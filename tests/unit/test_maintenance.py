@@ -18,12 +18,16 @@ import libfaketime
 import pyarrow as pa
 import pytest
 from recorded import conversation, record_of, tables_of
+from typer.testing import CliRunner
 
+from ops.cli import app
+from pipeline import holds
 from pipeline.maintenance import Maintenance, Upkeep
 from pipeline.merging import files_of
 from pipeline.offsets import COMMIT_ORDER, Batch, Intake, Source
 from pipeline.table import DeltaLog, GoneError
 from schemas.batches import TABLES, day_of
+from schemas.errors import UserError
 from schemas.settings import Settings, Tables, to_environ
 
 CLOCK = Path(libfaketime.__file__).parent / "vendor" / "libfaketime" / "src" / "libfaketime.so.1"
@@ -268,3 +272,46 @@ def test_a_table_that_cannot_be_looked_after_does_not_keep_the_others_from_it(wo
     done = {of_one.table: of_one for of_one in Maintenance(world.settings).run()}
     assert "tables.uri" in (done["rejected"].error or "")
     assert done["accepted"].merged == 3
+
+
+def test_what_an_experiment_holds_outlives_every_lease_and_retention_until_it_is_released(world: World) -> None:
+    world.commit(3, age=timedelta(days=13, hours=20))
+    world.commit(3)
+    holds.hold(world.log, "ablation", {"accepted": (1, 5)})
+    expected, state = world.log.read_added("accepted", 1, 5), world.log.read("accepted", ["offset"], at=2)
+    world.maintain()
+    assert world.maintain_later(24 * 20)["accepted"].held_by == "hold/ablation"
+    assert world.log.read_added("accepted", 1, 5).equals(expected)
+    assert world.log.read("accepted", ["offset"], at=2).equals(state)
+    assert world.kept() == [], "the newest state has let all days go"
+    (one,) = holds.held(world.log)
+    sizes = holds.kept(world.log, one)
+    assert 0 < sizes.all == sizes.gone
+
+    assert [h.table for h in holds.release(world.log, "ablation")] == ["accepted"]
+    done = world.maintain_later(24 * 22)["accepted"]
+    assert (done.held_by, world.files()) == (None, 0)
+    with pytest.raises(GoneError):
+        world.log.read_added("accepted", 1, 5)
+    with pytest.raises(GoneError):
+        holds.hold(world.log, "late", {"accepted": (1, 5)})
+    assert holds.held(world.log) == [], "what is gone already is not held"
+
+
+def test_an_experiment_holds_one_past_and_is_asked_for_by_its_name(world: World) -> None:
+    world.commit(3)
+    for _ in range(2):
+        holds.hold(world.log, "one", {"accepted": (0, 3), "rejected": (0, 3)})
+    with pytest.raises(UserError, match=r"one holds accepted 0 to 3, rejected 0 to 3: take another --name"):
+        holds.hold(world.log, "one", {"accepted": (1, 3)})
+    environ = to_environ(Settings(tables=world.settings))
+    listed = json.loads(CliRunner().invoke(app, ["replay", "list", "--json"], env=environ).stdout)
+    assert [(one["experiment"], one["table"], one["bytes"]["gone"]) for one in listed] == [
+        ("one", "accepted", 0), ("one", "rejected", 0),
+    ]  # fmt: skip
+    for arguments, left in ((["one", "--dry-run"], 2), (["one"], 0)):
+        told = CliRunner().invoke(app, ["replay", "release", *arguments], env=environ)
+        assert "accepted: versions 0 to 3" in told.stdout
+        assert len(holds.held(world.log)) == left
+    told = CliRunner().invoke(app, ["replay", "release", "one"], env=environ)
+    assert (told.exit_code, "no experiment one holds anything" in told.output) == (2, True)

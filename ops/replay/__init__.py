@@ -1,0 +1,1 @@
+"""The pages of ``aurora replay``, and its load generator."""

@@ -1,0 +1,90 @@
+"""What an experiment says: each variant's figures, and how far each is from the first one. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from trainer.replay.curves import final, length
+from trainer.replay.experiment import Plan, Result
+from trainer.replay.figures import Interval, paired
+from trainer.replay.prequential import Point
+
+LAST_STEPS = 50
+"""Steps at the end that the loss is taken over."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """An experiment that is done."""
+
+    plan: Plan
+    results: tuple[Result, ...]
+
+    def difference(self, result: Result) -> Interval | None:
+        """By how much the accept length over the whole past is above the first variant's, batch by batch; None for the
+        first, and where the two did not see the same batches."""
+        first = self.results[0]
+        if result is first or _batches(result.points) != _batches(first.points):
+            return None
+        return paired(_counts(result.points), _counts(first.points))
+
+    def summary(self) -> dict[str, Any]:
+        """As JSON."""
+        return {
+            "experiment": self.plan.name,
+            "span": self.plan.span.model_dump(),
+            "lookahead": self.plan.lookahead,
+            "variants": [self._one(result) for result in self.results],
+        }
+
+    def _one(self, result: Result) -> dict[str, Any]:
+        difference = self.difference(result)
+        points = result.points
+        return {
+            "name": result.variant,
+            "windows": result.counts.get("pieces", 0),
+            "tokens": sum(point.tokens for point in points),
+            "steps": len(result.losses),
+            "accept_length": round(length(points), 4),
+            "accept_length_at_end": round(final(points), 4),
+            "by_label": {label: round(length(part), 4) for label, part in by_label(points).items()},
+            "loss_at_end": round(fmean(result.losses[-LAST_STEPS:]), 4),
+            "difference": None if difference is None else {**difference.summary(), "clear": difference.is_clear},
+            "seconds": round(result.training_s + result.scoring_s, 1),
+        }
+
+
+def by_label(points: Sequence[Point]) -> dict[str, list[Point]]:
+    """Points by the label of their traffic."""
+    return {label: [p for p in points if p.domain == label] for label in sorted({p.domain for p in points})}
+
+
+def table(comparison: Comparison) -> Table:
+    """For the terminal."""
+    told = comparison.summary()["variants"]
+    shown = Table(box=None, pad_edge=False, header_style="bold")
+    shown.add_column("variant", no_wrap=True)
+    for column in ("accept length", "at the end", "difference", "95 %", "loss", "seconds"):
+        shown.add_column(column, justify="right", no_wrap=True)
+    for one in told:
+        difference = one["difference"]
+        against = ("", "")
+        if difference is not None:
+            against = f"{difference['value']:+.3f}", f"{difference['low']:+.3f} to {difference['high']:+.3f}"
+        lengths = f"{one['accept_length']:.3f}", f"{one['accept_length_at_end']:.3f}"
+        shown.add_row(one["name"], *lengths, *against, f"{one['loss_at_end']:.3f}", f"{one['seconds']:,.0f}")
+    return shown
+
+
+def _batches(points: Sequence[Point]) -> list[tuple[str, int]]:
+    return [(point.domain, point.tokens) for point in points]
+
+
+def _counts(points: Sequence[Point]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    return np.array([(point.accepted, point.positions) for point in points], dtype=np.float64)

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ops.command import AsJson, Config, Set, hint, say, settings_of, told
 
-app = typer.Typer(no_args_is_help=True, help="Measure on this machine what the serving node and the stream are worth.")
+app = typer.Typer(no_args_is_help=True, help="Measure on this machine what the parts and the whole loop are worth.")
 
 
 @app.command()
 def speculator(  # noqa: PLR0913, PLR0917 - one for each flag
     config: Config = None,
     set_: Set = None,
-    domain: Annotated[str, typer.Option(metavar="math|code", help="Prompts to learn from.")] = "math",
+    domain: Annotated[str, typer.Option(metavar="math|code|sql|chat", help="Prompts to learn from.")] = "math",
     name: Annotated[str | None, typer.Option(help="Name in the cache; the domain where none is given.")] = None,
     requests: Annotated[int, typer.Option(min=25, help="Requests to record.")] = 400,
     max_tokens: Annotated[int, typer.Option(min=8, help="Longest recorded answer, in tokens.")] = 96,
@@ -50,7 +51,9 @@ def serving(
         list[str] | None, typer.Option(metavar="NAME", help="Figures that begin with this; repeatable.")
     ] = None,
     speculator: Annotated[str, typer.Option(help="Trained speculator: name in the cache, or folder.")] = "math",
-    domain: Annotated[str, typer.Option(metavar="math|code", help="The domain that it was trained for.")] = "math",
+    domain: Annotated[
+        str, typer.Option(metavar="math|code|sql|chat", help="The domain that it was trained for.")
+    ] = "math",
     as_json: AsJson = False,
 ) -> None:
     """Measure the serving node beside others on the same weights: speed, what speculation brings, what it costs."""
@@ -104,4 +107,128 @@ def stream(
 
         logs.configure("bench", "warning")
         report = run(settings_of(config, set_), Options(quick, tuple(only or ())), hint)
+        report.print(as_json=as_json)
+
+
+@app.command()
+def loop(  # noqa: PLR0913, PLR0917 - one for each flag
+    config: Config = None,
+    set_: Set = None,
+    domains: Annotated[
+        str, typer.Option(metavar="ONE,OTHER", help="Two of code, math, sql, chat, in the order of the traffic.")
+    ] = "code,math",
+    minutes: Annotated[
+        float | None, typer.Option(min=0.5, help="Learning time in each domain; 10 where none is given.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Two minutes in each domain, and fewer trials.")] = False,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests of the traffic at a time.")] = 4,
+    max_tokens: Annotated[int, typer.Option(min=8, help="Longest answer, in tokens.")] = 64,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget what earlier runs of this benchmark left.")] = False,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the picture of the run there.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Drive the whole loop through two domains of traffic: what it gains, and how soon."""
+    with told():
+        from ops.bench.loop import Options, run
+        from schemas import logs
+
+        logs.configure("bench", "warning")
+        options = Options(domains, minutes, quick, concurrency, max_tokens, fresh, html)
+        report = run(settings_of(config, set_), options, hint)
+        report.print(as_json=as_json)
+
+
+@app.command()
+def learning(  # noqa: PLR0913, PLR0917 - one for each flag
+    config: Config = None,
+    set_: Set = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Three variants, two seeds, 12,000 tokens.")] = False,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Variants that begin with this; repeatable.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each variant.")] = 3,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Of the recorded traffic; all where not given.")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 1,
+    record: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Record N requests of each domain first, where they are missing.")
+    ] = 0,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with curves and tables.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Replay recorded traffic offline: how fast a speculator learns from it, and what helps."""
+    with told():
+        from ops.bench.learning import study
+        from schemas import logs
+
+        logs.configure("bench", "warning")
+        options = study.Options(quick, tuple(only or ()), seeds, tokens, processes, record)
+        found = study.run(settings_of(config, set_), options, hint)
+        if html is not None:
+            from ops.bench.learning.page import page
+
+            html.write_text(page(found))
+            hint(f"{html}: written")
+        found.report().print(as_json=as_json)
+
+
+@app.command()
+def trainer(
+    config: Config = None,
+    set_: Set = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer and shorter trials: below three minutes.")] = False,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Figures that begin with this; repeatable.")
+    ] = None,
+    peers: Annotated[
+        Path,
+        typer.Option(metavar="FOLDER", help="Environment of the public trainers, as `make trainer-peers` builds it."),
+    ] = Path(".venv-peers"),
+    as_json: AsJson = False,
+) -> None:
+    """Measure training steps beside public trainers of the same draft, and what learning from whole trees brings."""
+    with told():
+        from ops.bench.trainer import Options, run
+        from schemas import logs
+
+        logs.configure("bench", "warning")
+        report = run(settings_of(config, set_), Options(quick, tuple(only or ()), peers), hint)
+        report.print(as_json=as_json)
+
+
+@app.command()
+def promotion(
+    config: Config = None,
+    set_: Set = None,
+    runs: Annotated[int, typer.Option(min=20, help="Simulated trials of each kind.")] = 500,
+    quick: Annotated[bool, typer.Option("--quick", help="60 trials of each kind: below two minutes.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Simulate trials of canaries: how often they are decided wrongly, and what traffic it takes to decide rightly."""
+    with told():
+        from ops.bench.promotion import QUICK, run
+        from schemas import logs
+
+        logs.configure("bench", "warning")
+        report = run(settings_of(config, set_), QUICK if quick else runs, hint)
+        report.print(as_json=as_json)
+
+
+@app.command()
+def sync(
+    config: Config = None,
+    set_: Set = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Less traffic, fewer versions: below three minutes.")] = False,
+    tokens: Annotated[
+        int | None, typer.Option(min=1000, help="Of the recorded traffic; 50,000 where not given, 8,000 with --quick.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with the frontier.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Sweep how often a node takes newer versions over: what adapts less, and what swaps cost."""
+    with told():
+        from ops.bench.sync import Options, run
+        from schemas import logs
+
+        logs.configure("bench", "warning")
+        report = run(settings_of(config, set_), Options(quick, tokens, html), hint)
         report.print(as_json=as_json)

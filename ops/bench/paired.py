@@ -3,8 +3,9 @@
 A trial runs every arm once on the same prompts; the next one runs them in the opposite order, so that a drift of the
 machine favours nobody. A comparison is the median of the trials' own ratios, never the ratio of two averages.
 
-The same ratio over this process's processor time is reported beside: where other programs take the cores away, it still
-tells how much work each arm is. It leaves out what waiting costs, so the figure itself is always by the clock.
+The same ratio over processor time, of this process or of the one that does the work, is reported beside: where other
+programs take the cores away, it still tells how much work each arm is. It leaves out what waiting costs, so the figure
+itself is always by the clock.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ class Rates:
 
     clock: Samples
     processor: Samples
-    """Tokens a second of this process's processor time."""
+    """Tokens a second of processor time."""
 
     @property
     def told(self) -> float:
@@ -100,17 +101,29 @@ class Rates:
         return round(self.clock.median, 2)
 
 
-def interleaved(arms: Mapping[str, Callable[[int], int]], trials: int) -> dict[str, Rates]:
-    """Run the arms in turn; each is given the number of the trial, and gives the tokens that it answered."""
+def interleaved(
+    arms: Mapping[str, Callable[[int], int]],
+    trials: int,
+    *,
+    prepare: Callable[[str], None] = lambda _: None,
+    processor: Callable[[], float] = time.process_time,
+) -> dict[str, Rates]:
+    """Run the arms in turn.
+
+    Args:
+        arms: Each is given the number of the trial, and gives the tokens that it answered.
+        trials: How often every arm runs.
+        prepare: Is given the name of the arm that runs next; its time is nobody's.
+        processor: Processor seconds of whatever does the work, so far.
+    """
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
     for trial in range(trials):
         order = list(arms)[:: 1 if trial % 2 == 0 else -1]
         for name in order:
-            clock, processor = time.perf_counter(), time.process_time()
+            prepare(name)
+            clock, used = time.perf_counter(), processor()
             tokens = arms[name](trial)
-            found[name].append(
-                (tokens / (time.perf_counter() - clock), tokens / max(time.process_time() - processor, 1e-6))
-            )
+            found[name].append((tokens / (time.perf_counter() - clock), tokens / max(processor() - used, 1e-6)))
     return {name: Rates(*(Samples(column) for column in zip(*rows, strict=True))) for name, rows in found.items()}
 
 

@@ -83,5 +83,5 @@ def training_requests(
 
 def _read(domain: str) -> list[str]:
     if domain not in prompts.DOMAINS:
-        raise UserError(f"--domain {domain}: there are prompts of {' and '.join(prompts.DOMAINS)}")
+        raise UserError(f"--domain {domain}: there are prompts of {', '.join(prompts.DOMAINS)}")
     return prompts.read(domain)

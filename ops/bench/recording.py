@@ -16,6 +16,9 @@ from serving.engine import Engine, Finish, Output, Request
 from trainer.rows import window_of
 from trainer.windows import Window
 
+INDEX = "order.json"
+"""File that names the requests of a folder in the order in which they were sent, by segment."""
+
 _WHOLE = Way("inline", Space(sys.maxsize))
 """A file, unlike a Kafka message, may be as long as its request."""
 

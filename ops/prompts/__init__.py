@@ -1,12 +1,12 @@
-"""Vendored prompts of two domains; ``SOURCES.md`` says where they come from."""
+"""Vendored prompts of four domains; ``SOURCES.md`` says where they come from."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-DOMAINS = ("code", "math")
-"""In the order in which the demo sends them."""
+DOMAINS = ("code", "math", "sql", "chat")
+"""In the order in which they are sent where the order matters; the demo sends the first two."""
 
 
 def read(domain: str) -> list[str]:

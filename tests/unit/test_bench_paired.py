@@ -32,6 +32,29 @@ def test_a_rate_is_tokens_over_the_time_of_the_arm_alone() -> None:
     assert rates["sleeps"].processor.median > rates["sleeps"].clock.median, "sleeping takes no processor time"
 
 
+def test_an_arm_is_prepared_each_time_before_it_runs_and_outside_of_its_time() -> None:
+    told: list[str] = []
+
+    def prepare(name: str) -> None:
+        told.append(f"prepare {name}")
+        time.sleep(0.1)
+
+    def arm(name: str) -> int:
+        told.append(name)
+        time.sleep(0.001)
+        return 1
+
+    rates = interleaved({"a": lambda _: arm("a"), "b": lambda _: arm("b")}, trials=2, prepare=prepare)
+    assert told == ["prepare a", "a", "prepare b", "b", "prepare b", "b", "prepare a", "a"]
+    assert max(rates["a"].clock.values) > 10
+
+
+def test_the_processor_time_is_that_of_whoever_does_the_work() -> None:
+    used = iter([5.0, 7.0])
+    rates = interleaved({"a": lambda _: 10}, trials=1, processor=lambda: next(used))
+    assert rates["a"].processor.median == 5
+
+
 def test_a_comparison_is_the_median_of_the_trials_own_ratios() -> None:
     def rates(*values: float) -> Rates:
         return Rates(Samples(values), Samples(tuple(2 * value for value in values)))

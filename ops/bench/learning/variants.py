@@ -1,0 +1,184 @@
+"""What is compared: named ways to learn, each one the base but for a few settings.
+
+The base is written out, so that its curves stay those of the same experiment when a default of the settings moves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from schemas.errors import UserError
+from schemas.settings import Settings
+
+Value = float | int | str
+Order = Literal["mixed", "ordered"]
+Init = Literal["random", "head"]
+
+BASE: Mapping[str, Value] = {
+    "speculator.draft_vocabulary": 8192,
+    "speculator.intermediate_size": 0,
+    "speculator.variant": "eagle3.1",
+    "train.dtype": "float32",
+    "train.optimizer": "muon",
+    "train.learning_rate": 1e-3,
+    "train.matrix_learning_rate": 0.0,
+    "train.weight_decay": 0.01,
+    "train.ema": 0.0,
+    "train.warmup_steps": 20,
+    "train.clip": 1.0,
+    "train.ttt_steps": 4,
+    "train.ttt_decay": 0.8,
+    "train.objective": "kl",
+    "train.rejected_weight": 0.1,
+    "train.rejected_objective": "kl",
+    "train.rejected_min_prob": 0.1,
+    "train.rejection_weight": 0.0,
+    "train.policy_weight": 0.0,
+    "train.windows_per_step": 6,
+    "train.replay_per_step": 4,
+    "train.history_windows": 2048,
+    "train.replay_half_life": 0.0,
+    "train.balance": 0.0,
+    "train.max_passes": 8,
+    "train.max_window_tokens": 512,
+}
+
+LOOKAHEAD = 4
+"""Length of the chains that are scored, unless a variant says otherwise."""
+
+_BESIDE_LEARNING = (
+    *("host", "port", "dir", "poll_s", "threads", "seed", "register_every_s", "checkpoint_every_s"),
+    *("held_back_share", "held_back_windows", "stale_half_life", "accumulate", "parallel"),
+)
+"""Settings of the trainer that change nothing here: all is learned from, and no version is registered."""
+
+_REPLAYED = "which windows are replayed"
+_REJECTED = "weight of rejected branches"
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One way to learn."""
+
+    name: str
+    question: str
+    """What it helps to decide; variants of one question are drawn in one picture."""
+    changes: tuple[tuple[str, Value], ...] = ()
+    """Settings by their dotted names, over those of the base."""
+    lookahead: int = LOOKAHEAD
+    branch_nodes: int | None = None
+    """Rejected branches are cut to so many tokens, as if no more had been drafted; None leaves them whole."""
+    init: Init = "random"
+    """``head`` begins near the target's own output, see ``ops.bench.speculator.begun_from``."""
+    against: str = "base"
+    """The variant that it is compared with."""
+    orders: tuple[Order, ...] = ("mixed",)
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One run of a variant."""
+
+    variant: Variant
+    order: Order
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.variant.name}, {self.order}, seed {self.seed}"
+
+
+def _replay(ratio: int, new: int = 2) -> Variant:
+    changes = ("train.windows_per_step", new * (1 + ratio)), ("train.replay_per_step", new * ratio)
+    return Variant(f"replay-{ratio}", "replayed windows for each new one", changes, orders=("mixed", "ordered"))
+
+
+def _step(new: int) -> Variant:
+    changes = ("train.windows_per_step", 3 * new), ("train.replay_per_step", 2 * new)
+    return Variant(f"step-{new}", "new windows in a step, with twice as many replayed", changes)
+
+
+def _lookahead(nodes: int, *, rejected: bool) -> Variant:
+    return Variant(
+        f"lookahead-{nodes}-{'both' if rejected else 'accepted'}",
+        f"accepted only, or rejected branches too, {nodes} drafted tokens",
+        (("train.ttt_steps", nodes), *(() if rejected else (("train.rejected_weight", 0.0),))),
+        lookahead=nodes,
+        branch_nodes=nodes,
+        against=f"lookahead-{nodes}-accepted",
+    )
+
+
+def _one(name: str, question: str, setting: str, value: Value) -> Variant:
+    return Variant(name, question, ((setting, value),))
+
+
+PLAN = (
+    Variant("base", "the base", orders=("mixed", "ordered")),
+    *map(_replay, (0, 1, 3)),
+    *map(_step, (1, 4, 8)),
+    replace(_one("replay-recent", _REPLAYED, "train.replay_half_life", 200.0), orders=("mixed", "ordered")),
+    replace(_one("replay-balanced", _REPLAYED, "train.balance", 1.0), orders=("mixed", "ordered")),
+    *(_one(f"rate-x{x:g}", "learning rate", "train.learning_rate", 1e-3 * x) for x in (0.3, 2.0, 3.0)),
+    _one("adamw", "optimizer", "train.optimizer", "adamw"),
+    Variant("adamw-x2", "optimizer", (("train.optimizer", "adamw"), ("train.learning_rate", 2e-3))),
+    _one("average", "optimizer", "train.ema", 0.98),
+    _one("accepted-only", _REJECTED, "train.rejected_weight", 0.0),
+    *(_one(f"lambda-{x:g}", _REJECTED, "train.rejected_weight", x) for x in (0.3, 1.0)),
+    *(_lookahead(nodes, rejected=rejected) for nodes in (3, 5, 8) for rejected in (False, True)),
+    *(_one(f"objective-{x}", "objective", "train.objective", x) for x in ("reverse-kl", "tv", "lk")),
+    *(
+        _one(f"rejected-{x}", "objective of rejected branches", "train.rejected_objective", x)
+        for x in ("reverse-kl", "tv", "lk")
+    ),
+    _one("rejection-weight-1", "what the served draft chose", "train.rejection_weight", 1.0),
+    _one("policy-weight-0.1", "what the served draft chose", "train.policy_weight", 0.1),
+    *(_one(f"vocabulary-{x}", "draft vocabulary", "speculator.draft_vocabulary", x) for x in (4096, 16384)),
+    *(_one(f"width-{x}", "width of the draft", "speculator.intermediate_size", x) for x in (768, 3072)),
+    Variant("init-head", "where the draft begins", init="head"),
+    _one("eagle-3", "variant of the draft", "speculator.variant", "eagle3"),
+)
+
+QUICK = ("base", "replay-0", "accepted-only")
+"""Variants of a quick run."""
+
+
+def chosen(prefixes: Sequence[str]) -> list[Variant]:
+    """The variants whose names begin as asked, or all, and those that they are compared with.
+
+    Raises:
+        UserError: no variant begins so.
+    """
+    names = [variant.name for variant in PLAN]
+    for prefix in prefixes:
+        if not any(name.startswith(prefix) for name in names):
+            raise UserError(f"--only {prefix}: no such variant; there are {', '.join(names)}")
+    wanted = [v for v in PLAN if not prefixes or v.name.startswith(tuple(prefixes))]
+    needed = {"base", *(v.name for v in wanted), *(v.against for v in wanted)}
+    return [v for v in PLAN if v.name in needed]
+
+
+def values_of(settings: Settings, variant: Variant) -> dict[str, Value]:
+    """Every setting that the variant learns with: the base, over it what the user has set, over it the changes."""
+    own = {
+        f"{section}.{name}": value
+        for section in ("speculator", "train")
+        for name, value in getattr(settings, section).model_dump(exclude_defaults=True).items()
+        if name not in _BESIDE_LEARNING
+    }
+    return {**BASE, **own, **dict(variant.changes)}
+
+
+def settings_of(settings: Settings, trial: Trial) -> Settings:
+    """The settings to run the trial with.
+
+    Raises:
+        ValidationError: a variant changes a setting that there is not.
+    """
+    tree = settings.model_dump(exclude={"serve", "kafka", "tables", "traces"})
+    for name, value in values_of(settings, trial.variant).items():
+        section, _, key = name.partition(".")
+        tree[section][key] = value
+    tree["speculator"]["seed"] = tree["train"]["seed"] = trial.seed
+    return Settings.model_validate(tree)

@@ -1,0 +1,118 @@
+"""``aurora bench loop``: what the whole loop is worth, driven for real through two domains of traffic.
+
+Broker, node, stream, tables, trainer, registry and promoter run as processes of their own, as in ``aurora up``. Traffic
+of one domain comes until its time is over, then that of another. After each the trainer is stopped, and prompts that
+were never traffic are answered in turn by what the loop has come to, by no speculation, and after the shift by the
+version that was champion when it came: what a draft trained once is worth.
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pydantic import SecretStr
+
+from ops import prompts
+from ops.bench import machine
+from ops.bench.embedded import free_port
+from ops.bench.loop_course import Course, Size
+from ops.bench.loop_figures import figures, told
+from ops.bench.loop_page import page
+from ops.bench.outcome import Report
+from ops.demo import wipe
+from ops.stack import Say, running_stack
+from schemas.errors import UserError
+from schemas.settings import Kafka, Registry, Settings
+from trainer.candidates import code_revision
+
+_LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the command line says."""
+
+    domains: str = "code,math"
+    minutes: float | None = None
+    quick: bool = False
+    concurrency: int = 4
+    max_tokens: int = 64
+    fresh: bool = False
+    html: Path | None = None
+
+    @property
+    def size(self) -> Size:
+        """How long and how much."""
+        if self.quick:
+            return Size(self.minutes or 2, self.concurrency, self.max_tokens, alone=4, loaded=3, training=3)
+        return Size(self.minutes or 10, self.concurrency, self.max_tokens, alone=12, loaded=6, training=6)
+
+
+def run(settings: Settings, options: Options, say: Say) -> Report:
+    """Drive the loop, and stop all of it.
+
+    Raises:
+        UserError: no such domains, no target, or a part died.
+    """
+    domains = pair(options.domains)
+    if options.html:
+        _write(options.html, "")
+    described = machine.describe(settings.serve.threads)
+    here = own(settings)
+    with running_stack(here, say, restart=False) as stack:
+        if options.fresh:
+            wipe(here)
+        record = Course(stack, domains, options.size, say).run()
+    described["load_average_after"] = machine.load_average()
+    report = Report(
+        title=f"the loop through {' and '.join(domains)} prompts",
+        machine=described,
+        code=code_revision(),
+        about={"domains": domains, **asdict(options.size), **told(record), "logs": f"{here.stack.dir}/logs"},
+        figures=figures(record),
+    )
+    if options.html:
+        _write(options.html, page(record, report))
+    return report
+
+
+def pair(domains: str) -> tuple[str, str]:
+    """The two domains that a flag names.
+
+    Raises:
+        UserError: it names others, or not two.
+    """
+    match [name.strip() for name in domains.split(",")]:
+        case [first, second] if first != second and {first, second} <= set(prompts.DOMAINS):
+            return first, second
+    raise UserError(f"--domains {domains}: name two of {', '.join(prompts.DOMAINS)}, as in code,math")
+
+
+def own(settings: Settings) -> Settings:
+    """The settings with folders, ports and services of the benchmark's own; how to learn and to serve stays."""
+    folder = Path(settings.stack.dir) / "bench" / "loop"
+    serve = {"host": _LOOPBACK, "port": free_port(), "admin_token": SecretStr(secrets.token_urlsafe())}
+    stack = {"dir": str(folder), **{f"{name}_port": free_port() for name in ("broker", "controller", "registry")}}
+    changed: dict[str, dict[str, object]] = {
+        "kafka": {"bootstrap": Kafka().bootstrap, "client": {}},
+        "tables": {"uri": str(folder / "tables"), "storage_options": {}},
+        "serve": serve,
+        "traces": {"claim_uri": str(folder / "claims"), "claim_options": {}},
+        "stream": {"host": _LOOPBACK, "port": free_port(), "data_dir": str(folder / "stream")},
+        "train": {"host": _LOOPBACK, "port": free_port(), "dir": str(folder / "train")},
+        "promoter": {"host": _LOOPBACK, "port": free_port()},
+        "stack": stack,
+        "registry": {"uri": Registry().uri},
+    }
+    sections = {name: getattr(settings, name).model_copy(update=values) for name, values in changed.items()}
+    return settings.model_copy(update=sections)
+
+
+def _write(file: Path, text: str) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    except OSError as error:
+        raise UserError(f"--html {file}: {error.strerror}") from error

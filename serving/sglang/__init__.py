@@ -1,0 +1,1 @@
+"""The plugin that records what SGLang's own server decides."""

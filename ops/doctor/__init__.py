@@ -1,0 +1,1 @@
+"""``aurora doctor``: looks at everything the processes depend on, and says what to change."""

@@ -1,0 +1,223 @@
+"""``aurora doctor`` finds nothing wrong where all is well, and names each of many planted faults by what to change."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from answering import answering, status_of_node
+from trainer_world import World, write_target
+from typer.testing import CliRunner
+
+from ops.cli import app
+from ops.doctor import machine
+from ops.doctor.examination import examine
+from ops.doctor.finding import Finding
+from pipeline import topics
+from schemas.settings import Settings, load
+from schemas.speculator import checkpoint
+from trainer.registry import SpeculatorRegistry
+from trainer.target import read_target
+
+
+class Stand(NamedTuple):
+    """A deployment in which nothing is wrong but that its processes do not run."""
+
+    flags: dict[str, Any]
+    folder: Path
+
+    def settings(self, **changed: Any) -> Settings:
+        return load(environ={}, flags=self.flags | {name.replace("__", "."): value for name, value in changed.items()})
+
+
+@pytest.fixture(scope="module")
+def stand(broker: str, registry: str, free_port: Callable[[], int], tmp_path_factory: pytest.TempPathFactory) -> Stand:
+    folder = tmp_path_factory.mktemp("doctor")
+    write_target(folder / "target")
+    (folder / "target" / "tokenizer.json").write_text("{}")
+    flags: dict[str, Any] = {
+        "kafka.bootstrap": broker,
+        "kafka.traces_topic": "doctor.traces",
+        "kafka.speculators_topic": "doctor.speculators",
+        "kafka.drift_topic": "doctor.drift",
+        "registry.uri": registry,
+        "target.path": str(folder / "target"),
+        "speculator.draft_vocabulary": 32,
+        "serve.max_tokens": 256,
+        "tables.uri": str(folder / "tables"),
+        "traces.features": "claim-check",
+        "traces.claim_uri": str(folder / "claims"),
+        **{f"{name}.port": free_port() for name in ("serve", "stream", "train", "promoter")},
+        **{name: str(folder) for name in ("stack.dir", "stream.data_dir", "train.dir")},
+    }
+    stand = Stand(flags, folder)
+    settings = stand.settings()
+    topics.create(settings.kafka)
+    World(settings).serve(3)
+    target = read_target(settings)
+    checkpoint.write(target.day_0, folder / "version", target.fingerprint)
+    SpeculatorRegistry(settings.registry).register(target.line, folder / "version", {}, {})
+    return stand
+
+
+def problems(settings: Settings) -> list[Finding]:
+    return [finding for finding in examine(settings) if finding.level == "problem"]
+
+
+def only_problem(settings: Settings) -> Finding:
+    (found,) = problems(settings)
+    return found
+
+
+def warnings(settings: Settings, about: str) -> list[Finding]:
+    return [finding for finding in examine(settings) if (finding.level, finding.about) == ("warning", about)]
+
+
+def test_where_all_is_well_nothing_is_to_be_fixed(stand: Stand) -> None:
+    found = list(examine(stand.settings()))
+    line = read_target(stand.settings()).line
+    assert [one for one in found if one.level == "problem"] == []
+    well = {one.about for one in found if one.level == "ok"}
+    assert {"target", "folders", "broker", "topics", "registry", "tables", "claims", "clock"} <= well
+    assert [one.found for one in found if one.about == "registry"][-1].startswith(f"line {line}")
+    assert {one.about for one in found if one.level == "warning"} == {"serve", "stream", "train", "promoter"}
+
+
+def test_a_broker_that_is_not_there(stand: Stand, free_port: Callable[[], int]) -> None:
+    finding = only_problem(stand.settings(kafka__bootstrap=f"127.0.0.1:{free_port()}"))
+    assert finding.about == "broker"
+    assert "kafka.bootstrap" in finding.fix
+
+
+def test_a_topic_that_takes_too_small_messages(stand: Stand) -> None:
+    finding = only_problem(stand.settings(kafka__max_message_bytes=2_000_000))
+    assert "max.message.bytes is 1016384" in finding.found
+    assert "aurora topics apply" in finding.fix
+
+
+def test_a_topic_with_more_partitions_than_the_settings_say(stand: Stand) -> None:
+    finding = only_problem(stand.settings(kafka__partitions=1))
+    assert "set kafka.partitions = 2" in finding.fix
+
+
+def test_more_copies_than_there_are_brokers(stand: Stand) -> None:
+    found = problems(stand.settings(kafka__replication=3))
+    assert any("the cluster has 1" in one.found and "kafka.replication to 1" in one.fix for one in found)
+
+
+def test_topics_that_are_missing(stand: Stand) -> None:
+    (finding,) = warnings(stand.settings(kafka__traces_topic="doctor.other"), "topics")
+    assert finding.found == "doctor.other does not exist"
+
+
+def test_a_registry_that_is_not_there(stand: Stand, free_port: Callable[[], int]) -> None:
+    finding = only_problem(stand.settings(registry__uri=f"http://127.0.0.1:{free_port()}"))
+    assert finding.about == "registry"
+    assert "registry.uri" in finding.fix
+
+
+def test_something_else_in_the_registrys_place(stand: Stand) -> None:
+    with answering(404, b"not here") as uri:
+        finding = only_problem(stand.settings(registry__uri=uri))
+    assert "something else than MLflow" in finding.found
+
+
+def test_a_registry_that_wants_a_password(stand: Stand) -> None:
+    with answering(401, b"") as uri:
+        finding = only_problem(stand.settings(registry__uri=uri))
+    assert "MLFLOW_TRACKING_USERNAME" in finding.fix
+
+
+def test_a_draft_vocabulary_that_is_not_that_of_the_versions(stand: Stand) -> None:
+    settings = stand.settings(speculator__draft_vocabulary=24)
+    (in_registry,) = warnings(settings, "registry")
+    (in_tables,) = warnings(settings, "tables")
+    assert f"no version of line {read_target(settings).line}" in in_registry.found
+    assert "no windows of line" in in_tables.found
+
+
+def test_a_target_folder_without_a_model(stand: Stand, tmp_path: Path) -> None:
+    finding = only_problem(stand.settings(target__path=str(tmp_path)))
+    assert "target.path" in finding.fix
+
+
+def test_a_target_without_its_tokenizer(stand: Stand, tmp_path: Path) -> None:
+    shutil.copytree(stand.folder / "target", tmp_path / "target", ignore=shutil.ignore_patterns("tokenizer.json"))
+    assert "no tokenizer" in only_problem(stand.settings(target__path=str(tmp_path / "target"))).found
+
+
+def test_requests_that_are_longer_than_the_targets_context(stand: Stand) -> None:
+    finding = only_problem(stand.settings(serve__max_tokens=1000))
+    assert finding.fix == "set serve.max_tokens to 256 or less"
+
+
+def test_a_vocabulary_file_that_is_missing(stand: Stand, tmp_path: Path) -> None:
+    finding = only_problem(stand.settings(speculator__vocabulary=str(tmp_path / "ids.json")))
+    assert "speculator.vocabulary" in finding.fix
+
+
+def test_a_folder_that_is_a_file(stand: Stand, tmp_path: Path) -> None:
+    (tmp_path / "train").write_text("")
+    finding = only_problem(stand.settings(train__dir=str(tmp_path / "train" / "checkpoints")))
+    assert finding.about == "folders"
+    assert "set train.dir" in finding.fix
+
+
+def test_a_disk_that_is_full(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(stand.folder)
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: usage._replace(free=machine.LEAST_FREE - 1))
+    found = problems(stand.settings())
+    assert {one.about for one in found} == {"folders"}
+    assert any("tables.uri" in one.fix for one in found)
+
+
+def test_a_clock_that_is_wrong(stand: Stand) -> None:
+    with answering(200, b"3.14.0", date="Sun, 06 Nov 1994 08:49:37 GMT") as uri:
+        found = problems(stand.settings(registry__uri=uri))
+    assert any(one.about == "clock" and "NTP" in one.fix for one in found)
+
+
+def test_a_store_of_claim_checks_that_is_not_there(stand: Stand, tmp_path: Path) -> None:
+    (tmp_path / "claims").write_text("")
+    found = problems(stand.settings(traces__claim_uri=str(tmp_path / "claims")))
+    assert {one.about for one in found} == {"folders", "claims"}
+    assert all("traces.claim_uri" in one.fix for one in found)
+
+
+def test_tables_on_one_machine_and_a_broker_on_another(stand: Stand) -> None:
+    (finding,) = warnings(stand.settings(kafka__bootstrap="no-such-broker.invalid:9092"), "tables")
+    assert "no-such-broker.invalid" in finding.found
+
+
+def test_a_node_of_another_line(stand: Stand) -> None:
+    target = read_target(stand.settings())
+    with answering(200, status_of_node(target.fingerprint, "other-line").encode()) as uri:
+        finding = only_problem(stand.settings(serve__port=uri.rpartition(":")[2]))
+    assert f"is of line other-line, the settings give {target.line}" in finding.found
+
+
+def test_another_program_on_a_port_of_ours(stand: Stand) -> None:
+    with answering(200, b"hello") as uri:
+        finding = only_problem(stand.settings(promoter__port=uri.rpartition(":")[2]))
+    assert "set promoter.port" in finding.fix
+
+
+def test_pages_that_are_open_to_others(stand: Stand) -> None:
+    (finding,) = warnings(stand.settings(train__host="0.0.0.0"), "exposure")
+    assert "train.host" in finding.fix
+
+
+def test_the_command_tells_a_script_and_fails_where_something_is_to_be_fixed(
+    stand: Stand, free_port: Callable[[], int]
+) -> None:
+    flags = [part for name, value in stand.flags.items() for part in ("--set", f"{name}={value}")]
+    well = CliRunner().invoke(app, ["doctor", "--json", *flags])
+    assert well.exit_code == 0, well.output
+    assert {"about", "level", "found", "fix"} == json.loads(well.stdout)["findings"][0].keys()
+    ill = CliRunner().invoke(app, ["doctor", *flags, "--set", f"registry.uri=http://127.0.0.1:{free_port()}"])
+    assert ill.exit_code == 1
+    assert "1 to fix" in ill.stderr

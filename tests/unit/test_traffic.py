@@ -59,7 +59,7 @@ def test_only_data_lines_are_events() -> None:
 
 
 class Node(ThreadingHTTPServer):
-    """Stands for a serving node: answers after a moment, and keeps what it was asked."""
+    """Stands for a serving node: answers after a moment, once it may, and keeps what it was asked."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -68,6 +68,8 @@ class Node(ThreadingHTTPServer):
         self.most = 0
         self.asked: list[tuple[dict[str, object], dict[str, str]]] = []
         self.status = 200
+        self.may_answer = threading.Event()
+        self.may_answer.set()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -80,6 +82,7 @@ class Handler(BaseHTTPRequestHandler):
             self.server.most = max(self.server.most, self.server.now)
             self.server.asked.append((body, {k.lower(): v for k, v in self.headers.items()}))
         time.sleep(0.05)
+        self.server.may_answer.wait()
         with self.server.lock:
             self.server.now -= 1
         answer = f"data: {json.dumps(chunk('2'))}\n\ndata: {json.dumps(LAST)}\n\ndata: [DONE]\n\n".encode()
@@ -130,11 +133,20 @@ def test_requests_are_greedy_streamed_and_labelled(node: Node) -> None:
     assert (body["temperature"], body["stream"], body["max_tokens"]) == (0, True, 8)
     assert headers["x-aurora-label"] == "math"
     assert "x-aurora-speculate" not in headers
+    assert "x-aurora-trace" not in headers
 
 
 def test_the_comparison_asks_for_no_speculation(node: Node) -> None:
     finished(load_of(node, 1, speculate=False))
     assert node.asked[0][1]["x-aurora-speculate"] == "off"
+
+
+def test_what_is_only_measured_is_not_traced(node: Node) -> None:
+    load = load_of(node, 2, trace=False)
+    load.start()
+    load.wait()
+    assert [headers["x-aurora-trace"] for _, headers in node.asked] == ["off", "off"]
+    assert len(load.done) == 2
 
 
 def test_a_refused_request_is_a_failure_that_says_why(node: Node) -> None:
@@ -156,13 +168,17 @@ def test_a_load_that_is_stopped_ends_with_the_answers_that_run(node: Node) -> No
 
 
 def test_abandoned_requests_are_neither_answered_nor_failed(node: Node) -> None:
+    node.may_answer.clear()
     load = load_of(node, 1000)
     load.start()
-    time.sleep(0.2)
+    deadline = time.monotonic() + 30
+    while node.now < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
     load.abandon()
+    node.may_answer.set()
     assert not load.running
-    assert all(answered.error is None for answered in load.done)
-    assert len(load.done) < len(node.asked)
+    assert load.done == []
+    assert len(node.asked) == 3
     load.abandon()
 
 

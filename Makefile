@@ -2,12 +2,14 @@
 PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
+PEERS := .venv-peers
+SGLANG := .venv-sglang
 UV := $(BIN)/uv
 COMPILE := $(UV) pip compile --quiet --generate-hashes --no-header --no-annotate --universal --python-version 3.11
 OURS := --extra serve --extra stream --extra train --extra ops
 CODE := schemas serving pipeline trainer ops tests
 
-.PHONY: demo test faults lint format install peers requirements clean
+.PHONY: demo test faults lint format install model peers trainer-peers test-sglang requirements clean
 
 demo: .venv/aurora.stamp
 	$(BIN)/aurora demo $(ARGS)
@@ -18,6 +20,10 @@ test: .venv/dev.stamp
 # Every fault that the stream must outlive, at full size: about twenty minutes; the last line says what it came to.
 faults: .venv/dev.stamp
 	$(BIN)/python -m pytest tests/faults --full $(ARGS)
+
+# SGLang's own server on this machine's processor, with our plugin in it: about six minutes.
+test-sglang: .venv/dev.stamp $(SGLANG)/stamp
+	$(BIN)/python -m pytest tests/sglang_cpu $(ARGS)
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check $(CODE)
@@ -30,8 +36,15 @@ format: .venv/dev.stamp
 
 install: .venv/dev.stamp
 
+# The small model of the demo, where docker-compose.yml looks for one.
+model: .venv/dev.stamp
+	$(BIN)/python -m ops.model
+
 # Compiles llama.cpp for this machine, a quarter of an hour: only `aurora bench serving` uses it, as a peer.
 peers: .venv/dev.stamp .venv/bench.stamp
+
+# Other projects' trainers and readers of drafts, in an environment of their own: for `aurora bench trainer` and a test.
+trainer-peers: $(PEERS)/stamp
 
 # Pins stay as they are unless asked: make requirements ARGS=--upgrade
 requirements: $(UV)
@@ -39,10 +52,19 @@ requirements: $(UV)
 	$(COMPILE) $(ARGS) --no-deps requirements/model.in -o requirements/model.txt
 	$(COMPILE) $(ARGS) $(OURS) --extra dev pyproject.toml -o requirements/dev.txt
 	$(COMPILE) $(ARGS) $(OURS) -c requirements/dev.txt pyproject.toml -o requirements/aurora.txt
+	$(COMPILE) $(ARGS) --extra cli --extra stream --extra train -c requirements/dev.txt pyproject.toml -o requirements/learning.txt
+	$(COMPILE) $(ARGS) --extra cli --extra serve -c requirements/dev.txt pyproject.toml -o requirements/serving.txt
+	$(COMPILE) $(ARGS) -c requirements/dev.txt requirements/build.in -o requirements/build.txt
+	$(COMPILE) $(ARGS) -c requirements/dev.txt requirements/registry.in -o requirements/registry.txt
+	$(COMPILE) $(ARGS) --extra ray -c requirements/dev.txt pyproject.toml -o requirements/ray.txt
 	$(COMPILE) $(ARGS) --extra bench -c requirements/dev.txt pyproject.toml -o requirements/bench.txt
+	$(COMPILE) $(ARGS) requirements/peers.in -o requirements/peers.txt
+	$(COMPILE) $(ARGS) --no-deps requirements/peers-alone.in -o requirements/peers-alone.txt
+	$(COMPILE) $(ARGS) --extra sglang requirements/sglang.in pyproject.toml -o requirements/sglang.txt
+	$(COMPILE) $(ARGS) --no-deps requirements/sglang-alone.in -o requirements/sglang-alone.txt
 
 clean:
-	rm -rf .venv .aurora build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv $(PEERS) $(SGLANG) .aurora build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(UV): requirements/uv.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=/path/to/python3.11")'
@@ -54,4 +76,18 @@ $(UV): requirements/uv.txt
 .venv/%.stamp: requirements/%.txt pyproject.toml $(UV)
 	$(UV) pip install --python $(BIN)/python --compile-bytecode --require-hashes -r $<
 	$(UV) pip install --python $(BIN)/python --no-deps --no-build-isolation -e .
+	touch $@
+
+$(PEERS)/stamp: requirements/peers.txt requirements/peers-alone.txt | $(UV)
+	$(UV) venv --quiet --clear --python $(BIN)/python $(PEERS)
+	$(UV) pip install --quiet --python $(PEERS)/bin/python --compile-bytecode --require-hashes -r requirements/peers.txt
+	$(UV) pip install --quiet --python $(PEERS)/bin/python --compile-bytecode --require-hashes --no-deps -r requirements/peers-alone.txt
+	touch $@
+
+# Our package is there for the plugin, without what our own processes need beside it.
+$(SGLANG)/stamp: requirements/sglang.txt requirements/sglang-alone.txt pyproject.toml | $(UV)
+	$(UV) venv --quiet --clear --python $(BIN)/python $(SGLANG)
+	$(UV) pip install --quiet --python $(SGLANG)/bin/python --compile-bytecode --require-hashes -r requirements/sglang.txt
+	$(UV) pip install --quiet --python $(SGLANG)/bin/python --compile-bytecode --require-hashes --no-deps -r requirements/sglang-alone.txt
+	$(UV) pip install --quiet --python $(SGLANG)/bin/python --no-deps --no-build-isolation -e .
 	touch $@

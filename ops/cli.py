@@ -8,9 +8,19 @@ from typing import Annotated
 
 import typer
 
-from ops import bench_commands, dead_commands, drift, table_commands, topics_commands, traces_commands
+from ops import (
+    bench_commands,
+    dead_commands,
+    drift,
+    promote_commands,
+    replay_commands,
+    table_commands,
+    topics_commands,
+    traces_commands,
+    versions_commands,
+    vocabulary,
+)
 from ops.command import AsJson, Config, Set, fail, say, settings_of, told
-from schemas.settings import load
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -22,9 +32,15 @@ app = typer.Typer(
 app.add_typer(bench_commands.app, name="bench")
 app.add_typer(topics_commands.app, name="topics")
 app.command()(drift.drift)
+app.command()(vocabulary.vocabulary)
 app.add_typer(table_commands.app, name="tables")
 app.add_typer(dead_commands.app, name="dead")
 app.add_typer(traces_commands.app, name="traces")
+app.add_typer(versions_commands.app, name="versions")
+app.command()(versions_commands.history)
+app.command()(promote_commands.promote)
+app.command()(promote_commands.rollback)
+app.add_typer(replay_commands.app, name="replay")
 
 
 @app.command()
@@ -109,15 +125,56 @@ def status(config: Config = None, set_: Set = None, as_json: AsJson = False) -> 
 
         settings = settings_of(config, set_)
         running = stack.running(settings)
-        if running:  # it may have been started with other flags than this command
-            settings = load(environ=running.environ)
-        overview = Gatherer(settings).gather(parts=running.parts if running else {}, count_rows=True)
+        overview = Gatherer(stack.settings_here(settings)).gather(
+            parts=running.parts if running else {}, count_rows=True
+        )
         if as_json:
             sys.stdout.write(overview.model_dump_json(indent=2) + "\n")
         if overview.nothing_runs:
             fail("nothing runs here; `aurora up` starts the stack", code=1)
         if not as_json:
             Console().print(as_table(overview))
+
+
+@app.command()
+def top(
+    config: Config = None,
+    set_: Set = None,
+    every: Annotated[float, typer.Option(min=0.2, help="Seconds between two looks.")] = 2.0,
+    looks: Annotated[int | None, typer.Option(min=1, help="End after so many, leaving the last on the screen.")] = None,
+) -> None:
+    """Watch the loop: serving, stream, trainer and versions on one screen, until Ctrl-C."""
+    with told():
+        from ops import stack
+        from ops.top import watch
+
+        watch(stack.settings_here(settings_of(config, set_)), every, looks)
+
+
+@app.command()
+def doctor(config: Config = None, set_: Set = None, as_json: AsJson = False) -> None:
+    """Look at everything the processes depend on, and say what to change; exit code 1 where something must be."""
+    with told():
+        from dataclasses import asdict
+
+        from rich.console import Console
+
+        from ops import stack
+        from ops.doctor.examination import as_table, examine
+
+        console = Console(stderr=True)
+        found = []
+        with console.status("looking") as line:
+            for finding in examine(stack.settings_here(settings_of(config, set_))):
+                found.append(finding)
+                line.update(f"looked at: {finding.about}")
+        if as_json:
+            sys.stdout.write(json.dumps({"findings": [asdict(one) for one in found]}, indent=2) + "\n")
+        else:
+            Console().print(as_table(found))
+        problems = sum(one.level == "problem" for one in found)
+        if problems:
+            fail(f"{problems} to fix", code=1)
 
 
 @app.command()

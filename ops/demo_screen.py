@@ -15,10 +15,12 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from ops.panels import course, number, panel
+from ops.panels import events as boxed_events
+
 _LINE_EVERY_S = 5.0
 _EVENTS = 7
-_BARS = "▁▂▃▄▅▆▇█"
-_SPARK = 48
+_HEIGHT = 7
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +76,7 @@ class DemoScreen:
         elif self._view:
             self.show(self._view)
         else:
-            self._live.update(_events_panel(tuple(self._events)), refresh=True)
+            self._live.update(boxed_events(tuple(self._events), _EVENTS + 2), refresh=True)
 
     def show(self, view: View) -> None:
         """Bring the screen up to date; plain lines come every five seconds."""
@@ -93,8 +95,8 @@ def as_line(view: View) -> str:
     """The view on one line."""
     return (
         f"[{_clock(view.elapsed_s)}] {view.phase}: {view.requests} requests, {view.failed} failed, "
-        f"{_number(view.tokens_per_s, '.0f')} tokens/s, accept length {_number(view.accept_length, '.2f')}, "
-        f"lag {_number(view.trace_lag, 'd')}, step {view.step}, loss {_number(view.loss, '.3f')}, "
+        f"{number(view.tokens_per_s, '.0f')} tokens/s, accept length {number(view.accept_length, '.2f')}, "
+        f"lag {number(view.trace_lag, 'd')}, step {view.step}, loss {number(view.loss, '.3f')}, "
         f"versions {view.registered} registered {view.promoted} promoted, serving {view.serving or '-'}"
     )
 
@@ -111,18 +113,10 @@ def render(view: View, events: tuple[str, ...]) -> RenderableType:
     for _ in range(3):
         body.add_column(ratio=1)
     body.add_row(_serving_panel(view), _learning_panel(view), _versions_panel(view))
-    spark = Panel(Text(sparkline(view.accept_lengths), style="green"), title="accept length", title_align="left")
-    return Panel(Group(head, body, spark, _events_panel(events)), title="Aurora Stream", border_style="cyan")
-
-
-def sparkline(values: tuple[float, ...], width: int = _SPARK) -> str:
-    """The values as a row of bars from zero to their highest, thinned out to ``width``."""
-    if not values:
-        return ""
-    kept = [values[i * len(values) // width] for i in range(width)] if len(values) > width else list(values)
-    kept[-1] = values[-1]
-    highest = max(kept) or 1.0
-    return "".join(_BARS[round(value / highest * (len(_BARS) - 1))] for value in kept) + f"  {values[-1]:.2f}"
+    spark = course("accept length", view.accept_lengths)
+    return Panel(
+        Group(head, body, spark, boxed_events(events, _EVENTS + 2)), title="Aurora Stream", border_style="cyan"
+    )
 
 
 def _serving_panel(view: View) -> Panel:
@@ -131,19 +125,19 @@ def _serving_panel(view: View) -> Panel:
         "traffic": view.domain or "-",
         "requests": str(view.requests),
         "failed": failed,
-        "output tokens/s": _number(view.tokens_per_s, ".1f"),
-        "accept length": Text(_number(view.accept_length, ".2f"), style="bold green"),
+        "output tokens/s": number(view.tokens_per_s, ".1f"),
+        "accept length": Text(number(view.accept_length, ".2f"), style="bold green"),
     }
-    return _panel("serving", rows)
+    return panel("serving", rows, _HEIGHT)
 
 
 def _learning_panel(view: View) -> Panel:
     rows: dict[str, str | Text] = {
-        "trace lag": f"{_number(view.trace_lag, 'd')} records",
+        "trace lag": f"{number(view.trace_lag, 'd')} records",
         "training step": f"{view.step:,}",
-        "loss": _number(view.loss, ".3f"),
+        "loss": number(view.loss, ".3f"),
     }
-    return _panel("learning", rows)
+    return panel("learning", rows, _HEIGHT)
 
 
 def _versions_panel(view: View) -> Panel:
@@ -152,25 +146,8 @@ def _versions_panel(view: View) -> Panel:
         "promoted": str(view.promoted),
         "serving": Text(view.serving or "-", style="bold"),
     }
-    return _panel("versions", rows)
-
-
-def _panel(title: str, rows: dict[str, str | Text]) -> Panel:
-    table = Table.grid(padding=(0, 2), expand=True)
-    table.add_column(style="dim")
-    table.add_column(justify="right")
-    for name, value in rows.items():
-        table.add_row(name, value)
-    return Panel(table, title=title, title_align="left", height=7)
-
-
-def _events_panel(events: tuple[str, ...]) -> Panel:
-    return Panel(Text("\n".join(events)), title="events", title_align="left", height=_EVENTS + 2)
+    return panel("versions", rows, _HEIGHT)
 
 
 def _clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)

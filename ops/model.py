@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ops.locks import held
 from schemas.errors import UserError
+from schemas.settings import Target
 
 NAME = "smollm2-135m-instruct"
 REQUIREMENT = Path(__file__).resolve().parent.parent / "requirements" / "model.txt"
@@ -76,3 +77,7 @@ def _convert(source: Path, folder: Path) -> None:
     # The GGUF reader takes <|im_start|> for the end of a turn; the model's own configuration says <|im_end|>.
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(plain.config.eos_token_id)
     tokenizer.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    ensure(Path(Target().path))

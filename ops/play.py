@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from ops import prompts, versions
 from ops.demo_screen import DemoScreen, View
-from ops.record import EDGE, Rows, Run, Sample, Swap, accept_length, rolling_accept_length
+from ops.record import EDGE, Rows, Run, Swap, accept_length, rolling_accept_length
 from ops.stack import Stack
-from ops.status import Gatherer, Overview
 from ops.traffic import Load, Prompt, changing
+from ops.watch import Watch, newest_rate
 from pipeline.table import DeltaLog
 
-_TICK_S = 0.25
-_SAMPLE_EVERY_S = 1.0
-_RATE_OVER_S = 10.0
 _CATCH_UP_S = 60.0
 _DRAIN_S = 60.0
 _LAST_ANSWERS_S = 180.0
@@ -52,9 +48,6 @@ class Player:
     _started: float = field(default_factory=time.time)
     _total_s: float = 0.0
     _phase: str = "starting"
-    _overview: Overview = field(default_factory=Overview)
-    _sampled: float = 0.0
-    _samples: list[Sample] = field(default_factory=list)
     _base: Rows = field(default_factory=Rows)
     _rows: Rows = field(default_factory=Rows)
     _load: Load | None = None
@@ -63,13 +56,15 @@ class Player:
     _promoted: tuple[versions.Promoted, ...] = ()
     _champions: list[str | None] = field(default_factory=list)
     """Every champion that was seen, the one of the beginning first."""
-    _gatherer: Gatherer | None = None
+    _watch: Watch = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._watch = Watch(self.stack, self._looked)
 
     def play(self, minutes: float) -> None:
         """Run all phases. Raises what ``Stack.tick`` raises."""
         self._total_s = minutes * 60
         self.stack.start()
-        self._gatherer = Gatherer(self.stack.settings)
         try:
             self._catch_up()
             planned = schedule(minutes, time.monotonic() - self._began)
@@ -81,18 +76,18 @@ class Player:
             for load in filter(None, (self._load, self._plain)):
                 load.abandon()
             self._rows = self._count()
-            self._gatherer.close()
+            self._watch.close()
 
     def record(self) -> Run:
         """What is known by now."""
-        serve = self._overview.serve
+        serve = self._watch.overview.serve
         swaps = tuple(Swap(s.version, s.time, s.in_flight, s.pause_ms) for s in serve.swaps) if serve else ()
         return Run(
             started=self._started,
             ended=time.time(),
             requests=tuple(self._load.done) if self._load else (),
             plain=tuple(self._plain.done) if self._plain else (),
-            samples=tuple(self._samples),
+            samples=tuple(self._watch.samples),
             swaps=swaps,
             versions=versions.since(self._started, self._versions, self._promoted, swaps),
             rows=self._rows,
@@ -101,7 +96,7 @@ class Player:
     def _catch_up(self) -> None:
         """Let the stream finish what an earlier run left, so that this run's rows can be told from that run's."""
         self._phase = "catching up"
-        self._until(lambda: self._overview.trace_lag == 0, _CATCH_UP_S)
+        self._watch.until(lambda: self._watch.overview.trace_lag == 0, _CATCH_UP_S)
         self._base = self._count()
         self._champions = self._champions[-1:]
 
@@ -113,14 +108,14 @@ class Player:
     def _traffic(self, load: Load, seconds: float) -> None:
         """The first domain, and from half-way on the second."""
         begins = time.monotonic()
-        first, second = ([Prompt(domain, text) for text in prompts.read(domain)] for domain in prompts.DOMAINS)
+        first, second = ([Prompt(domain, text) for text in prompts.read(domain)] for domain in prompts.DOMAINS[:2])
         load.prompts = changing(first, second, lambda: time.monotonic() - begins > seconds / 2)
         self._phase = "traffic"
         load.start()
-        self._until(lambda: False, seconds)
+        self._watch.until(lambda: False, seconds)
         load.stop()
         self._phase = "last answers"
-        self._until(lambda: not load.running, _LAST_ANSWERS_S)
+        self._watch.until(lambda: not load.running, _LAST_ANSWERS_S)
 
     def _again_without_speculation(self, before: Load, count: int) -> Load:
         """Send the newest prompts again without speculation; the learning goes on beside it as before."""
@@ -129,21 +124,21 @@ class Player:
         plain = replace(self._new_load(), prompts=iter(newest), speculate=False)
         self._plain = plain
         plain.start()
-        self._until(lambda: not plain.running, _LAST_ANSWERS_S)
+        self._watch.until(lambda: not plain.running, _LAST_ANSWERS_S)
         return plain
 
     def _drain(self) -> None:
         """Wait until every row is where it belongs, and for the versions that were registered."""
         self._phase = "draining"
-        self._until(self._drained, _DRAIN_S)
-        serve = self._overview.serve
+        self._watch.until(self._drained, _DRAIN_S)
+        serve = self._watch.overview.serve
         if serve:
             registered, promoted = versions.read(self.stack.settings, serve.line)
             self._versions, self._promoted = tuple(registered), tuple(promoted)
 
     def _drained(self) -> bool:
-        serve = self._overview.serve
-        if serve is None or serve.running or serve.rows_pending or self._overview.trace_lag != 0:
+        serve = self._watch.overview.serve
+        if serve is None or serve.running or serve.rows_pending or self._watch.overview.trace_lag != 0:
             return False
         self._rows = self._count()
         return self._rows.balance
@@ -152,7 +147,7 @@ class Player:
         """Rows of this run: the node's counts, and what the tables hold beyond what was in them before."""
         log = DeltaLog(self.stack.settings.tables)
         dead = log.read("dead_letters", ["rows"])["rows"].to_pylist()
-        serve = self._overview.serve
+        serve = self._watch.overview.serve
         return Rows(
             published=serve.rows_captured if serve else 0,
             in_table=log.row_count("traces") - self._base.in_table,
@@ -160,44 +155,15 @@ class Player:
             dead=sum(rows or 0 for rows in dead) - self._base.dead,
         )
 
-    def _until(self, done: Callable[[], bool], limit_s: float) -> None:
-        """Look after the stack, take samples and show them, until ``done`` or the time is over."""
-        deadline = time.monotonic() + limit_s
-        while time.monotonic() < deadline:
-            self.stack.tick()
-            if time.monotonic() - self._sampled >= _SAMPLE_EVERY_S:
-                self._sampled = time.monotonic()
-                self._sample()
-                if done():
-                    return
-            time.sleep(_TICK_S)
-
-    def _sample(self) -> None:
-        assert self._gatherer is not None
-        seen = self._gatherer.gather()
-        # A process too busy to answer in time keeps its last figures.
-        self._overview = seen.model_copy(
-            update={name: getattr(self._overview, name) for name in seen.silent if name != "tables"}
-        )
-        promoter = self._overview.promoter
+    def _looked(self) -> None:
+        promoter = self._watch.overview.promoter
         if promoter and promoter.champion not in self._champions:
             self._champions.append(promoter.champion)
-        if serve := self._overview.serve:
-            train = self._overview.train
-            self._samples.append(
-                Sample(
-                    time=time.time(),
-                    output_tokens=serve.output_tokens,
-                    trace_lag=self._overview.trace_lag,
-                    step=train.step if train else 0,
-                    loss=train.loss if train else None,
-                )
-            )
         self.screen.show(self._view())
 
     def _view(self) -> View:
         done = [*self._load.done] if self._load else []
-        serve, train = self._overview.serve, self._overview.train
+        serve, train = self._watch.overview.serve, self._watch.overview.train
         return View(
             phase=self._phase,
             elapsed_s=time.monotonic() - self._began,
@@ -205,22 +171,13 @@ class Player:
             domain=done[-1].domain if done else "",
             requests=len(done),
             failed=sum(answered.error is not None for answered in done),
-            tokens_per_s=newest_rate(self._samples),
+            tokens_per_s=newest_rate(self._watch.samples),
             accept_length=accept_length(done[-EDGE:]),
             accept_lengths=tuple(rolling_accept_length(done)),
-            trace_lag=self._overview.trace_lag,
+            trace_lag=self._watch.overview.trace_lag,
             step=train.step if train else 0,
             loss=train.loss if train else None,
             registered=len(train.registered) if train else 0,
             promoted=max(len(self._champions) - 1, 0),
             serving=serve.speculator if serve else "",
         )
-
-
-def newest_rate(samples: list[Sample]) -> float | None:
-    """Output tokens per second over the last ten seconds."""
-    if len(samples) < 2:
-        return None
-    recent = [sample for sample in samples if sample.time >= samples[-1].time - _RATE_OVER_S]
-    first, last = recent[0], recent[-1]
-    return (last.output_tokens - first.output_tokens) / (last.time - first.time) if last.time > first.time else None

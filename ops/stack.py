@@ -22,7 +22,7 @@ from ops import model
 from ops.parts import Plan, check_ports, log_path, plan
 from ops.supervisor import Supervisor
 from schemas.errors import UserError
-from schemas.settings import Settings, Target, to_environ
+from schemas.settings import Settings, Target, load, to_environ
 
 _STOP_S = 150.0
 Say = Callable[[str], None]
@@ -187,6 +187,12 @@ def running(settings: Settings) -> Running | None:
         if _lives(state.pid, state.created):
             return state
     return None
+
+
+def settings_here(settings: Settings) -> Settings:
+    """Those of the stack that runs in this folder, for it may have other flags; where none runs, the given ones."""
+    state = running(settings)
+    return load(environ=state.environ) if state else settings
 
 
 def provide_target(target: Target, say: Say) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,7 +16,7 @@ from rich.table import Table
 
 from ops.drift import words
 from schemas.settings import Settings
-from schemas.status import PromoterStatus, ServeStatus, StreamStatus, TrainStatus
+from schemas.status import PromoterStatus, ServeStatus, StreamStatus, TrainStatus, TrialStatus
 
 COUNTED = ("traces", "accepted", "rejected", "dead_letters")
 _Status = TypeVar("_Status", bound=BaseModel)
@@ -147,8 +148,8 @@ def _lines(overview: Overview) -> dict[str, tuple[str, str]]:
         "promoter": ("", ""),
     }
     if serve:
-        pinned = " (pinned)" if serve.pinned else ""
-        doing = f"version {serve.speculator or 'none'}{pinned}, {_drafting(serve)}, {serve.finished:,} answered, "
+        role = f" ({serve.role})" if serve.role in ("pinned", "canary") else ""
+        doing = f"version {serve.speculator or 'none'}{role}, {_drafting(serve)}, {serve.finished:,} answered, "
         doing += f"{serve.failed} failed"
         shed = f", {serve.rows_shed:,} shed" if serve.rows_shed else ""
         lines["serve"] = (doing + _trouble(serve.registry_error), f"{serve.rows_pending:,} rows to publish{shed}")
@@ -160,10 +161,11 @@ def _lines(overview: Overview) -> dict[str, tuple[str, str]]:
     if train:
         loss = "none yet" if train.loss is None else f"{train.loss:.3f}"
         doing = f"step {train.step:,}, loss {loss}, {len(train.registered)} versions registered"
+        if train.rollbacks:
+            doing += f", went back {train.rollbacks} times ({train.went_back})"
         lines["train"] = (doing + _trouble(train.error), f"{overview.table_lag or 0:,} commits")
     if promoter:
-        doing = f"champion {promoter.champion or 'none'}, candidate {promoter.candidate or 'none'}"
-        lines["promoter"] = (doing + _trouble(promoter.error), "")
+        lines["promoter"] = (_promoting(promoter) + _trouble(promoter.error), "")
     return lines
 
 
@@ -171,6 +173,31 @@ def _drafting(serve: ServeStatus) -> str:
     if not serve.speculating:
         return "speculation off"
     return f"drafting {serve.draft_depth}" if serve.draft_depth else "drafting does not pay"
+
+
+def _promoting(promoter: PromoterStatus) -> str:
+    doing = f"champion {promoter.champion or 'none'}, candidate {promoter.candidate or 'none'}"
+    doing += "".join(f"; {_trying(trial)}" for trial in promoter.trials)
+    if promoter.cooling_until is not None:
+        doing += (
+            f"; promotes nothing before {datetime.fromtimestamp(promoter.cooling_until, UTC).astimezone():%H:%M:%S}"
+        )
+    return escape(doing + (f"; took back: {promoter.taken_back}" if promoter.taken_back else ""))
+
+
+def _trying(trial: TrialStatus) -> str:
+    """A trial or a watch in words."""
+    beside = f"{trial.version} beside {trial.against}"
+    doing = f"{'tries' if trial.kind == 'trial' else 'watches'} {beside}"
+    doing += f", {trial.requests:,} and {trial.requests_against:,} requests"
+    figures = [
+        f"{one.figure} {one.difference:+.1%} ({one.low:+.1%} .. {one.high:+.1%})"
+        for one in trial.figures
+        if one.label is None
+    ]
+    return ", ".join(
+        [doing, *figures, f"until {datetime.fromtimestamp(trial.until, UTC).astimezone():%H:%M:%S} at most"]
+    )
 
 
 def _dead(stream: StreamStatus) -> str:

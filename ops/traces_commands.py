@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ops.command import AsJson, Config, Set, hint, moment, opened, say, settings_of, told
+from ops.panels import grid
 from schemas.errors import UserError
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def tables(config: Config = None, set_: Set = None, as_json: AsJson = False) -> 
         if as_json:
             sys.stdout.write(json.dumps(listed, indent=2) + "\n")
             return
-        shown = _grid("table", "columns", right=("version", "rows", "bytes"))
+        shown = grid("table", "columns", right=("version", "rows", "bytes"))
         for one in listed:
             figures = (f"{one[name]:,}" for name in ("version", "rows", "bytes"))
             shown.add_row(str(one["table"]), ", ".join(TABLES[str(one["table"])].names), *figures)
@@ -155,7 +156,7 @@ def _moments(query: str, version: int | None, at: str | None) -> dict[str, Momen
 def _figures_table(counted: Stats, by: str | None) -> Table:
     depths = sorted(counted.total.tried)
     figures = ("requests", "tokens", "rounds", "drafted", "accepted", "accept length")
-    shown = _grid(by or "rounds of", right=(*figures, *(f"depth {depth}" for depth in depths)))
+    shown = grid(by or "rounds of", right=(*figures, *(f"depth {depth}" for depth in depths)))
     for name, one in [*((name or "(none)", one) for name, one in counted.groups.items()), ("all", counted.total)]:
         length = "" if one.accept_length is None else f"{one.accept_length:.2f}"
         counts = (f"{number:,}" for number in (one.requests, one.tokens, one.rounds, one.drafted, one.accepted))
@@ -226,7 +227,7 @@ def _write_csv(names: Sequence[str], rows: Iterator[dict[str, Any]]) -> None:
 
 
 def _print(names: Sequence[str], rows: Iterator[dict[str, Any]]) -> None:
-    shown = _grid(*names)
+    shown = grid(*names)
     for number, row in enumerate(rows):
         if number == SHOWN_ROWS:
             hint(f"the first {SHOWN_ROWS} rows; --json or --csv give all")
@@ -254,12 +255,3 @@ def _plain(value: object) -> object:
             return value
         case _:
             return str(value)
-
-
-def _grid(*columns: str, right: Sequence[str] = ()) -> Table:
-    shown = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        shown.add_column(column, overflow="fold", min_width=min(len(column), 12))
-    for column in right:
-        shown.add_column(column, justify="right")
-    return shown

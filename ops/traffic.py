@@ -45,6 +45,7 @@ class Load:
     concurrency: int
     max_tokens: int
     speculate: bool = True
+    trace: bool = True
     done: list[Answered] = field(default_factory=list)
     """Answers in the order in which they ended; the thread only ever appends."""
     _stopping: threading.Event = field(default_factory=threading.Event)
@@ -61,14 +62,18 @@ class Load:
         """Begin no further request; those that run go on until their answers have come."""
         self._stopping.set()
 
+    def wait(self) -> None:
+        """Block until the last answer has come."""
+        if self._thread:
+            self._thread.join()
+
     def abandon(self) -> None:
         """Hang up on the requests that run: they end as neither answered nor failed."""
         self.stop()
         if self._loop and self._sending and self.running:
             with suppress(RuntimeError):  # the loop was closed in this moment: the last answer has come
                 self._loop.call_soon_threadsafe(self._sending.cancel)
-        if self._thread:
-            self._thread.join()
+        self.wait()
 
     @property
     def running(self) -> bool:
@@ -101,7 +106,8 @@ class Load:
             "stream": True,
             "stream_options": {"include_usage": True},
         }
-        headers = {"x-aurora-label": prompt.domain} | ({} if self.speculate else {"x-aurora-speculate": "off"})
+        asked = {"x-aurora-speculate": self.speculate, "x-aurora-trace": self.trace}
+        headers = {"x-aurora-label": prompt.domain} | {name: "off" for name, on in asked.items() if not on}
         started = time.time()
         try:
             async with client.stream("POST", "/v1/chat/completions", json=body, headers=headers) as answer:

@@ -11,9 +11,23 @@ from object_store import ObjectStore
 from ops.bench.embedded import free_port as unused_port
 from ops.broker import Broker
 from ops.registry_server import RegistryServer
+from schemas import logs
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / ".aurora" / "models" / "smollm2-135m-instruct"
+
+_WEBHOOKS_TO_LOOPBACK = {
+    "MLFLOW_WEBHOOK_ALLOWED_SCHEMES": "http",
+    "MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS": "true",
+    "MLFLOW_WEBHOOK_CACHE_TTL": "1",
+}
+"""MLflow sends to public addresses only, by TLS, and looks once a minute for webhooks that were made."""
+
+
+@pytest.fixture(autouse=True)
+def _own_logs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that runs inside a test must not change how all later tests log."""
+    monkeypatch.setattr(logs, "configure", lambda *_: None)
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +58,10 @@ def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectSto
 def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URI of a real MLflow server. Tests register models under lines of their own."""
     server = RegistryServer(tmp_path_factory.mktemp("registry"), unused_port())
-    server.start()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in _WEBHOOKS_TO_LOOPBACK.items():
+            patch.setenv(name, value)
+        server.start()
     yield server.uri
     server.stop()
 

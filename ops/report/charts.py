@@ -1,60 +1,18 @@
-"""The charts of the report, from a record of the run to SVG text. Pure.
-
-Colours are written as CSS variables of the page (``PALETTE``), so that one picture is right on light and on dark
-paper. The series colours are Okabe and Ito's, which colour-blind people can tell apart.
-"""
+"""The charts of the report, from a record of the run to SVG text. Pure."""
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
-from matplotlib.typing import RcKeyType
 
 from ops.record import Answered, Run, Sample, busy_span, rolling_accept_length, tokens_per_s
+from ops.report.canvas import FAINT, INK, LEVEL, MUTED, SERIES, Span, figure_of, nothing, shade, style, svg
 
-INK, MUTED, GRID, SERIES, FAINT, LEVEL, SHADE_A, SHADE_B = (f"#0{i}0{i}0{i}" for i in range(1, 9))
-PALETTE = {
-    INK: "var(--ink)",
-    MUTED: "var(--muted)",
-    GRID: "var(--grid)",
-    SERIES: "var(--series)",
-    FAINT: "var(--faint)",
-    LEVEL: "var(--level)",
-    SHADE_A: "var(--shade-a)",
-    SHADE_B: "var(--shade-b)",
-}
-"""Colours that matplotlib writes, and the variable that stands for each in the page."""
-
-_WIDTH_IN = 10.0
 _RATE_OVER_S = 15.0
-_STYLE: dict[RcKeyType, object] = {
-    "svg.fonttype": "none",
-    "font.family": "sans-serif",
-    "font.size": 11,
-    "axes.edgecolor": GRID,
-    "axes.labelcolor": MUTED,
-    "text.color": INK,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.8,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,22 +23,13 @@ class Mark:
     label: str
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
-    """A stretch of the x axis that belongs to one domain."""
-
-    start: float
-    end: float
-    name: str
-
-
 def accept_length_chart(run: Run) -> str:
     """Accept length over requests: each one faint, the rolling mean strong."""
     answered = run.succeeded
-    with mpl.rc_context(_style("accept")):
-        figure, axes = _figure(3.9)
+    with mpl.rc_context(style("accept")):
+        figure, axes = figure_of(3.9)
         if not answered:
-            return _nothing(figure, axes, "no request was answered")
+            return nothing(figure, axes, "no request was answered")
         numbers = range(1, len(answered) + 1)
         each = [request.accepted / max(request.rounds, 1) for request in answered]
         axes.scatter(numbers, each, s=13, color=FAINT, linewidths=0)
@@ -101,17 +50,17 @@ def accept_length_chart(run: Run) -> str:
         _context(axes, domain_spans(answered), version_marks(run, answered))
         axes.set_xlabel("requests, in the order in which they ended")
         axes.set_ylabel("drafted tokens accepted per round")
-        return _svg(figure)
+        return svg(figure)
 
 
 def throughput_chart(run: Run) -> str:
     """Output tokens per second over time, beside the level without speculation."""
     start, end = busy_span(run.requests)
     points = [(time - start, rate) for time, rate in rates(run.samples) if start + _RATE_OVER_S / 2 <= time <= end]
-    with mpl.rc_context(_style("throughput")):
-        figure, axes = _figure(3.2)
+    with mpl.rc_context(style("throughput")):
+        figure, axes = figure_of(3.2)
         if not points:
-            return _nothing(figure, axes, "no traffic was seen")
+            return nothing(figure, axes, "no traffic was seen")
         minutes = [seconds / 60 for seconds, _ in points]
         values = [rate for _, rate in points]
         axes.plot(minutes, values, color=SERIES, linewidth=2.2, solid_capstyle="round")
@@ -135,16 +84,16 @@ def throughput_chart(run: Run) -> str:
         _context(axes, spans, marks)
         axes.set_xlabel("minutes of traffic")
         axes.set_ylabel("output tokens per second")
-        return _svg(figure)
+        return svg(figure)
 
 
 def loss_chart(run: Run) -> str:
     """Training loss over steps."""
     points = sorted({sample.step: sample.loss for sample in run.samples if sample.loss is not None}.items())
-    with mpl.rc_context(_style("loss")):
-        figure, axes = _figure(2.7)
+    with mpl.rc_context(style("loss")):
+        figure, axes = figure_of(2.7)
         if not points:
-            return _nothing(figure, axes, "the trainer took no step")
+            return nothing(figure, axes, "the trainer took no step")
         steps, losses = [step for step, _ in points], [loss for _, loss in points]
         axes.plot(steps, losses, color=FAINT, linewidth=1.2)
         axes.plot(steps, smoothed(losses), color=SERIES, linewidth=2.4, solid_capstyle="round")
@@ -152,7 +101,7 @@ def loss_chart(run: Run) -> str:
         axes.set_xlim(steps[0], max(steps[-1], steps[0] + 1))
         axes.set_xlabel("training steps")
         axes.set_ylabel("loss")
-        return _svg(figure)
+        return svg(figure)
 
 
 def domain_spans(answered: Sequence[Answered]) -> list[Span]:
@@ -200,34 +149,9 @@ def smoothed(values: Sequence[float], width: int = 15) -> list[float]:
     return [median(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
 
 
-def _style(chart: str) -> dict[RcKeyType, object]:
-    """The style, with ids that differ from chart to chart: all of them end up in one page."""
-    return {**_STYLE, "svg.hashsalt": chart}
-
-
-def _figure(height_in: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(_WIDTH_IN, height_in), layout="constrained")
-    figure.patch.set_alpha(0)
-    FigureCanvasSVG(figure)
-    axes = figure.add_subplot()
-    axes.patch.set_alpha(0)
-    return figure, axes
-
-
 def _context(axes: Axes, spans: Sequence[Span], marks: Sequence[Mark]) -> None:
-    """Domains as shaded stretches with their names below the top edge, versions as lines with theirs above it."""
-    for i, span in enumerate(spans):
-        axes.axvspan(span.start, span.end, color=(SHADE_A, SHADE_B)[i % 2], linewidth=0, zorder=0)
-        axes.annotate(
-            f"{span.name} prompts",
-            (span.start, 1),
-            (8, -6),
-            xycoords=("data", "axes fraction"),
-            textcoords="offset points",
-            va="top",
-            color=MUTED,
-            fontsize=11,
-        )
+    """Domains as shaded stretches, versions as lines with their names above the top edge."""
+    shade(axes, spans)
     for mark in marks:
         axes.axvline(mark.at, color=MUTED, linewidth=1, linestyle=(0, (2, 2)))
         axes.annotate(
@@ -240,22 +164,3 @@ def _context(axes: Axes, spans: Sequence[Span], marks: Sequence[Mark]) -> None:
             color=INK,
             fontsize=10,
         )
-
-
-def _nothing(figure: Figure, axes: Axes, why: str) -> str:
-    axes.set_axis_off()
-    axes.text(0.5, 0.5, why, ha="center", va="center", color=MUTED, transform=axes.transAxes)
-    return _svg(figure)
-
-
-def _svg(figure: Figure) -> str:
-    """The figure as an ``svg`` element that grows with the page, its colours the page's variables."""
-    out = io.StringIO()
-    figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    text = out.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
-    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
-    for written, variable in PALETTE.items():
-        text = text.replace(written, variable)
-    return text

@@ -12,23 +12,46 @@ from ops.record import ROLLING, Run, Version, faults, summary
 from ops.report.charts import accept_length_chart, loss_chart, throughput_chart
 
 _TEMPLATE = Path(__file__).with_name("page.html")
+STYLE = Path(__file__).with_name("page.css").read_text()
+"""Of every page: its colours are the variables that the charts name."""
 
 
 def page(run: Run) -> str:
     """The whole report."""
     figures = summary(run)
     return Template(_TEMPLATE.read_text()).substitute(
+        style=STYLE,
         subtitle=escape(_subtitle(run, figures)),
         fault=f'<p class="fault">{escape("; ".join(faults(run)))}</p>' if faults(run) else "",
-        headline="".join(_figure(value, name) for value, name in _headline(figures)),
+        headline="".join(figure_card(value, name) for value, name in _headline(figures)),
         rolling=ROLLING,
         accept_length=accept_length_chart(run),
         throughput=throughput_chart(run),
         loss=loss_chart(run),
-        versions="".join(_version_row(version, run.started) for version in run.versions)
-        or '<tr><td colspan="6">none was registered</td></tr>',
-        summary="".join(_row(name, value) for name, value in _rows(figures)),
+        versions=version_rows(run),
+        summary="".join(table_row(name, value) for name, value in _rows(figures)),
     )
+
+
+def version_rows(run: Run) -> str:
+    """Rows of the table of versions."""
+    rows = "".join(_version_row(version, run.started) for version in run.versions)
+    return rows or '<tr><td colspan="6">none was registered</td></tr>'
+
+
+def figure_card(value: str, name: str) -> str:
+    """A figure of the headline."""
+    return f'<div class="figure"><b>{escape(value)}</b><span>{escape(name)}</span></div>'
+
+
+def table_row(name: str, value: str) -> str:
+    """A row of the table of figures."""
+    return f'<tr><td>{escape(name)}</td><td class="number">{escape(value)}</td></tr>'
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A number, or a dash for what is not known."""
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def _subtitle(run: Run, figures: dict[str, Any]) -> str:
@@ -47,8 +70,8 @@ def _headline(figures: dict[str, Any]) -> list[tuple[str, str]]:
     first, last = figures["accept_length_first_50"], figures["accept_length_last_50"]
     plain = figures["tokens_per_s_no_speculation"]
     return [
-        (f"{_number(first)} → {_number(last)}", f"accept length, first and last {figures['edge_requests']} requests"),
-        (_number(figures["tokens_per_s_last_50"], 0), f"tokens/s at the end, {_number(plain, 0)} without speculation"),
+        (f"{number(first)} → {number(last)}", f"accept length, first and last {figures['edge_requests']} requests"),
+        (number(figures["tokens_per_s_last_50"], 0), f"tokens/s at the end, {number(plain, 0)} without speculation"),
         (str(in_flight), "versions swapped in while requests ran"),
         (f"{figures['failed_requests']} failed", f"of {figures['requests']} requests"),
         (
@@ -63,12 +86,12 @@ def _rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [
         (f"accept length of the first and last {edge} requests", _pair(figures, "accept_length", 3)),
         (f"output tokens/s of the first and last {edge} requests", _pair(figures, "tokens_per_s", 1)),
-        ("output tokens/s without speculation", _number(figures["tokens_per_s_no_speculation"], 1)),
+        ("output tokens/s without speculation", number(figures["tokens_per_s_no_speculation"], 1)),
     ]
     rows += [
         (
             f"accept length over the {name} prompts, then at its beginning and its end",
-            f"{_number(domain['accept_length'], 3)}; {_pair(domain, 'accept_length', 3)}",
+            f"{number(domain['accept_length'], 3)}; {_pair(domain, 'accept_length', 3)}",
         )
         for name, domain in figures["domains"].items()
     ]
@@ -89,28 +112,16 @@ def _longest_pause(figures: dict[str, Any]) -> str:
 
 
 def _pair(figures: dict[str, Any], name: str, digits: int) -> str:
-    return f"{_number(figures[f'{name}_first_50'], digits)} → {_number(figures[f'{name}_last_50'], digits)}"
+    return f"{number(figures[f'{name}_first_50'], digits)} → {number(figures[f'{name}_last_50'], digits)}"
 
 
 def _version_row(version: Version, start: float) -> str:
     times = [version.registered, version.promoted, version.served]
     cells = [_clock(None if time is None else time - start) for time in times]
-    cells += [_number(version.held_back), _number(version.champion_held_back)]
+    cells += [number(version.held_back), number(version.champion_held_back)]
     numbers = "".join(f'<td class="number">{cell}</td>' for cell in cells)
     return f"<tr><td>{escape(version.version)}</td>{numbers}</tr>"
 
 
-def _figure(value: str, name: str) -> str:
-    return f'<div class="figure"><b>{escape(value)}</b><span>{escape(name)}</span></div>'
-
-
-def _row(name: str, value: str) -> str:
-    return f'<tr><td>{escape(name)}</td><td class="number">{escape(value)}</td></tr>'
-
-
 def _clock(seconds: float | None) -> str:
     return "-" if seconds is None else f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-
-
-def _number(value: float | None, digits: int = 2) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import psutil
 import pytest
+from prometheus_server import Prometheus
+
+from ops.dashboards import loop
 
 MINUTES = 6
 
@@ -23,7 +28,12 @@ def test_a_speculator_learns_from_live_traffic(tmp_path: Path, smollm2: Path, fr
     # Only these: a demo drafts in every round unless it is told how to draft, if only by a setting's default.
     command += [f"--set={name}={value}" for name, value in flags.items()]
 
-    demo = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    processes = {part: int(str(flags[f"{part}.port"])) for part in ("serve", "stream", "train", "promoter")}
+    prometheus = Prometheus(tmp_path / "prometheus", free_port(), processes) if shutil.which("prometheus") else None
+    with prometheus.running() if prometheus else nullcontext():
+        demo = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        if prometheus:
+            check_pictures(prometheus)
 
     told = demo.stdout + demo.stderr
     figures = json.loads((tmp_path / ".aurora/demo/summary.json").read_text())
@@ -40,6 +50,19 @@ def test_a_speculator_learns_from_live_traffic(tmp_path: Path, smollm2: Path, fr
     assert figures["accept_length_last_50"] > 0.02, told
     assert "<svg" in (tmp_path / ".aurora/demo/report.html").read_text()
     assert not working_in(tmp_path.resolve())
+
+
+def check_pictures(prometheus: Prometheus) -> None:
+    """Every query of the dashboard has given numbers while the demo ran, and every rule is one that works.
+
+    But one: a demo drafts in every round, and a node that has no choice expects nothing.
+    """
+    queries = [query.replace("$__rate_interval", "10s") for query in loop.queries()]
+    silent = [query for query in queries if not prometheus.values(query)]
+    assert silent == ['aurora_serve_expected_tokens_per_second{drafted="0"}']
+    assert prometheus.alerts()
+    assert max(prometheus.values("sum(rate(aurora_serve_output_tokens_total[10s]))")) > 0
+    assert max(prometheus.values("aurora_serve_swaps_total")) >= 1
 
 
 def working_in(folder: Path) -> list[psutil.Process]:

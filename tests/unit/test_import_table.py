@@ -28,6 +28,7 @@ WITHOUT_TORCH = (
     "schemas.tree",
     "schemas.logs",
     "pipeline.app",
+    "trainer.promoter",
     "ops.cli",
 )
 

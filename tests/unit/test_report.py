@@ -8,8 +8,8 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from ops.record import Answered, Lossless, Rows, Run, Sample, Swap, Version
+from ops.report.canvas import PALETTE
 from ops.report.charts import (
-    PALETTE,
     accept_length_chart,
     domain_spans,
     loss_chart,

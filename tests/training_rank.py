@@ -64,7 +64,7 @@ def train(out: Path, steps: int, settings: Train, ranks: Alone | Together) -> No
 def main(out: Path, steps: int, trainings: list[Train]) -> None:
     """One training after the other, each into a folder of its number."""
     torch.set_num_threads(1)
-    with joined() as ranks:
+    with joined(torch.device("cpu")) as ranks:
         for number, settings in enumerate(trainings):
             train(out / str(number), steps, settings, ranks)
 

@@ -101,11 +101,10 @@ class Candidates:
         train = self._settings.train.model_copy(
             update={"rejected_weight": 0.0, "rejection_weight": 0.0, "policy_weight": 0.0}
         )
-        by_length = sorted(windows, key=len)
-        losses = [
-            ttt_loss(draft, self._target.embeddings_VH, collate(by_length[i : i + _WINDOWS_PER_BATCH]), train)
-            for i in range(0, len(windows), _WINDOWS_PER_BATCH)
-        ]
+        by_length, embeddings_VH = sorted(windows, key=len), self._target.embeddings_VH
+        draft = draft.to(embeddings_VH.device)
+        batches = (collate(by_length[i : i + _WINDOWS_PER_BATCH]) for i in range(0, len(windows), _WINDOWS_PER_BATCH))
+        losses = [ttt_loss(draft, embeddings_VH, batch.to(embeddings_VH.device), train) for batch in batches]
         loss = sum(part.accepted * part.positions for part in losses) / max(sum(part.positions for part in losses), 1)
         return Health(loss=loss if math.isfinite(loss) else None, accept_length=self.score(draft, windows))
 

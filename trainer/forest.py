@@ -108,7 +108,7 @@ def grow(draft: EagleDraft, batch: Batch, steps: int, min_prob: float | None) ->
                 place_BT=_places(needed_KBT[k]),
             )
         )
-        place_D[node] = len(row) + torch.arange(len(node))
+        place_D[node] = len(row) + torch.arange(len(node), device=node.device)
     window, row = needed_KBT[0].nonzero(as_tuple=True)
     return Forest(window, row, tuple(grown))
 

@@ -20,11 +20,13 @@ _DRAFT, _AVERAGE = "draft/", "ema/"
 class Learner:
     """A draft in float32 at a constant rate after a linear warmup, gradients clipped by their norm.
 
+    It is trained where the embeddings are.
+
     With several ranks every method that says so must be called on all of them, in the same order.
     """
 
     def __init__(self, draft: EagleDraft, embeddings_VH: Tensor, settings: Train, ranks: Ranks | None = None) -> None:
-        self.draft = draft
+        self.draft = draft.to(embeddings_VH.device)
         self.steps = 0
         self.gradient_norm = 0.0
         """Of the last step, before clipping."""
@@ -33,6 +35,7 @@ class Learner:
         self._settings = settings
         self._ranks = ranks or Alone()
         self.shape = draft.shape
+        self._device = embeddings_VH.device
         self._module = self._ranks.wrap(_Objective(draft, embeddings_VH, settings), settings.parallel)
         self._optimizers = Optimizers(draft, settings)
         self._average = Average(draft, settings.ema) if settings.ema else None
@@ -57,6 +60,7 @@ class Learner:
         Returns:
             The loss of the whole step, detached.
         """
+        parts = tuple(part.to(self._device) for part in parts)
         self._optimizers.zero_grad()
         totals = self._totals(parts)
         losses = []
@@ -92,7 +96,7 @@ class Learner:
         state = {name: whole(value) for name, value in self.draft.state_dict().items()}
         if self._average:
             state |= {name: whole(value) for name, value in self._average.values.items()}
-        draft = EagleDraft(self.shape)
+        draft = EagleDraft(self.shape).to(self._device)
         draft.load_state_dict(state)
         return draft
 

@@ -28,10 +28,13 @@ class Accepted(NamedTuple):
 
 
 def accept_length(draft: EagleDraft, embeddings_VH: Tensor, windows: Sequence[Window], lookahead: int) -> Accepted:
-    """``simulated_accept_length`` over any number of windows."""
-    by_length = sorted(windows, key=len)
+    """``simulated_accept_length`` over any number of windows, computed where the embeddings are."""
+    device = embeddings_VH.device
+    draft, by_length = draft.to(device), sorted(windows, key=len)
     parts = [
-        simulated_accept_length(draft, embeddings_VH, collate(by_length[i : i + _WINDOWS_PER_BATCH]), lookahead)
+        simulated_accept_length(
+            draft, embeddings_VH, collate(by_length[i : i + _WINDOWS_PER_BATCH]).to(device), lookahead
+        )
         for i in range(0, len(by_length), _WINDOWS_PER_BATCH)
     ]
     return Accepted(sum(part.tokens for part in parts), sum(part.positions for part in parts))
@@ -46,7 +49,9 @@ def simulated_accept_length(draft: EagleDraft, embeddings_VH: Tensor, batch: Bat
     is given the committed tokens, which up to there are its own.
     """
     length = batch.tokens_BT.shape[1]
-    roots_BT = batch.known_BT & (torch.arange(length) + lookahead < batch.lengths_B[:, None])
+    roots_BT = batch.known_BT & (
+        torch.arange(length, device=batch.lengths_B.device) + lookahead < batch.lengths_B[:, None]
+    )
     roots_BT[:, 0] = False
     window, root = roots_BT.nonzero(as_tuple=True)
     positions = len(window)

@@ -97,7 +97,7 @@ def ttt_loss(
     own = torch.cat([weights_K, weights_K.new_tensor([nodes, choices])])
     over = totals(own).clamp_min(torch.finfo(own.dtype).tiny)
     accepted_K = torch.stack([s.accepted for s in sums]) / over[:steps]
-    decay_K = train.ttt_decay ** torch.arange(steps)
+    decay_K = train.ttt_decay ** torch.arange(steps, device=own.device)
     accepted = (decay_K * accepted_K).sum()
     rejected = (decay_K * torch.stack([s.rejected for s in sums])).sum() / over[steps]
     policy = torch.stack([s.policy for s in sums]).sum() / over[steps + 1]

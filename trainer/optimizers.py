@@ -82,7 +82,8 @@ class Optimizers:
                 state = found.get(self._names[parameter], {})
                 if keys <= state.keys():
                     optimizer.state[parameter] = {
-                        key: like(parameter, state[key]) if state[key].ndim else state[key].clone() for key in keys
+                        key: like(parameter, state[key]) if state[key].ndim else state[key].to(parameter.device)
+                        for key in keys
                     }
                 elif any(other.keys() - {"draft", "ema"} for other in found.values()):
                     log.warning("moments_begin_anew", parameter=self._names[parameter])

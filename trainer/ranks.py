@@ -2,7 +2,7 @@
 
 Rank 0 reads the tables, writes checkpoints, registers and answers; the others take their share of every step's
 windows. What a step's means are divided by is summed over all of them, so the loss and the gradient are those of one
-process. All of it runs over gloo, on CPUs.
+process. Processors talk over gloo, GPUs over NCCL.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, Protocol, cast
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -61,14 +62,15 @@ class Alone:
 class Together:
     """One of several processes."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self._device = device
 
     def wrap(self, module: nn.Module, parallel: Parallel) -> nn.Module:
         """The module as ``train.parallel`` says: whole in every process, or in shares."""
         if parallel == "ddp":
             return DistributedDataParallel(module, broadcast_buffers=False)
-        fully_shard(module, mesh=init_device_mesh("cpu", (self.size,)))
+        fully_shard(module, mesh=init_device_mesh(self._device.type, (self.size,)))
         return module
 
     def gradients(self, module: nn.Module, *, last: bool) -> Any:
@@ -96,18 +98,24 @@ class Together:
 
 
 @contextmanager
-def joined() -> Iterator[Alone | Together]:
+def joined(device: torch.device) -> Iterator[Alone | Together]:
     """This process among those that ``torchrun`` started with it, or alone where it did not.
 
     One of several ends with the context.
+
+    Args:
+        device: Where this process computes.
     """
     if not dist.is_torchelastic_launched():
         yield Alone()
         return
-    dist.init_process_group("gloo")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # Orders are told over gloo in any case, gradients where they are.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     code = 1
     try:
-        yield Together()
+        yield Together(device)
         dist.barrier()
         code = 0
     except Exception:  # noqa: BLE001 - whatever it is, it ends this process, and torchrun ends the others
@@ -125,7 +133,9 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def like(shared: Tensor, tensor: Tensor) -> Tensor:
-    """A copy of a whole tensor that lies as another one does."""
+    """A copy of a whole tensor that lies where and as another one does."""
     if isinstance(shared, DTensor):
-        return distribute_tensor(tensor.clone(), shared.device_mesh, shared.placements, src_data_rank=None)
-    return tensor.clone()
+        return distribute_tensor(
+            tensor.to(shared.device, copy=True), shared.device_mesh, shared.placements, src_data_rank=None
+        )
+    return tensor.to(shared.device, copy=True)

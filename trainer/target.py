@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,10 @@ class Target:
     """In the type that the target is stored in."""
     day_0: EagleDraft
     """The random draft that nodes begin with."""
+
+    def on(self, device: torch.device) -> Target:
+        """The same with its embeddings on that device: drafts are trained and scored where they are."""
+        return replace(self, embeddings_VH=self.embeddings_VH.to(device))
 
     def new_draft(self) -> EagleDraft:
         """A copy of the draft of day 0, to train."""

@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry
 
 from pipeline.table import DeltaLog, TableError
 from schemas import logs
+from schemas.device import device_of
 from schemas.settings import Settings
 from schemas.speculator.checkpoint import CheckpointError
 from schemas.speculator.network import EagleDraft
@@ -54,8 +55,9 @@ def run(settings: Settings) -> None:
     stopping = stop_on_signals()
     train = settings.train
     torch.set_num_threads(train.threads)
-    with joined() as ranks:
-        target = read_target(settings)
+    device = device_of(train.device, "train.device")
+    with joined(device) as ranks:
+        target = read_target(settings).on(device)
         if isinstance(ranks, Together) and ranks.rank:
             follow(Learner(target.new_draft(), target.embeddings_VH, train, ranks), ranks)
             return

@@ -57,7 +57,10 @@ class Unroll:
         position_A = self._row + len(self._own) + 1
         p = self._draft.project(self._embed(tokens_A)[None], hidden_AH[None], position_A[None])
         self._own.append((p.k_BMTE[0].transpose(0, 1), p.v_BMTE[0].transpose(0, 1)))
-        self._ancestors = [*(place_A[parent_A] for place_A in self._ancestors), torch.arange(len(parent_A))]
+        self._ancestors = [
+            *(place_A[parent_A] for place_A in self._ancestors),
+            torch.arange(len(parent_A), device=parent_A.device),
+        ]
         self._hidden_AH = self._finish(hidden_AH, p.q_BNTE[0].transpose(0, 1))
         return self._hidden_AH
 
@@ -75,7 +78,7 @@ class Unroll:
         q_BNQE = slots.spread(q_ANE).transpose(1, 2)
         windows, all_heads, nodes, _ = q_BNQE.shape
         q_BMGQE = q_BNQE.reshape(windows, heads, all_heads // heads, nodes, size) * size**-0.5
-        beyond_BQT = torch.arange(rows) > slots.spread(self._row)[:, :, None]
+        beyond_BQT = torch.arange(rows, device=q_ANE.device) > slots.spread(self._row)[:, :, None]
         shared_BMGQT = q_BMGQE @ self._k_BMTE[:, :, None].transpose(-1, -2)
         scores = [shared_BMGQT.masked_fill(beyond_BQT[:, None, None], -torch.inf)]
         own = zip(self._own, self._ancestors, strict=True)
@@ -92,7 +95,7 @@ class _Slots:
     """Nodes by window: linear layers see the nodes of a step as one flat list, attention sees those of each window."""
 
     def __init__(self, window_A: Tensor, windows: int) -> None:
-        in_window_AB = window_A[:, None] == torch.arange(windows)
+        in_window_AB = window_A[:, None] == torch.arange(windows, device=window_A.device)
         slot_A = (in_window_AB.cumsum(0).gather(1, window_A[:, None]) - 1).squeeze(1)
         self._shape = windows, int(slot_A.max()) + 1 if len(window_A) else 0
         self._place_A = window_A * self._shape[1] + slot_A

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -142,6 +143,13 @@ class Batch:
     """Tokens with features, over all windows."""
     drafted: Drafted
     choices: Choices
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on that device; itself where it is there."""
+        if self.tokens_BT.device == device:
+            return self
+        moved: Batch = _moved(self, device)
+        return moved
 
 
 def cut(window: Window, longest: int) -> list[Window]:
@@ -288,6 +296,18 @@ def _choices(windows: Sequence[Window]) -> Choices:
         logprob_P=torch.tensor([logprob for logprob, _ in found.values()]),
         gain_P=torch.tensor([float(gain) for _, gain in found.values()]),
     )
+
+
+def _moved(record: Any, device: torch.device) -> Any:
+    """A record with its tensors, and those of the records in it, on a device."""
+    moved: dict[str, Any] = {}
+    for part in fields(record):
+        value = getattr(record, part.name)
+        if isinstance(value, Tensor):
+            moved[part.name] = value.to(device)
+        elif is_dataclass(value) and not isinstance(value, type):
+            moved[part.name] = _moved(value, device)
+    return replace(record, **moved)
 
 
 def _committed(window: Window) -> list[int]:

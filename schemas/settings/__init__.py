@@ -12,6 +12,7 @@ An unknown key is an error that names the nearest known one.
 from schemas.settings.loading import SettingsError, load, to_environ
 from schemas.settings.sections import (
     Canary,
+    Device,
     Drift,
     Kafka,
     Objective,
@@ -32,6 +33,7 @@ from schemas.settings.sections import (
 
 __all__ = [
     "Canary",
+    "Device",
     "Drift",
     "Kafka",
     "Objective",

@@ -10,6 +10,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, m
 
 from schemas.settings.masking import Options, Secret, masked
 
+Device = Literal["auto", "cpu", "cuda"]
+"""Where a process computes; ``auto`` is a GPU where there is one."""
+
 
 class Section(BaseModel):
     """A part of the file; frozen, and strict about its keys."""
@@ -106,6 +109,7 @@ class Serve(Section):
     """1 drafts chains; more drafts trees that go on from so many tokens at each depth."""
     draft_nodes: int = Field(16, ge=1, le=128)
     """Drafted tokens of one request that the target verifies at most in a round."""
+    device: Device = "auto"
     adaptive: bool = True
     """Draft what is expected to give the most tokens per second, none included; false always drafts all it may."""
     weights: Literal["auto", "float32", "float16", "int8"] = "auto"
@@ -220,9 +224,11 @@ class Train(Section):
     """Largest norm of the gradient."""
     ema: float = Field(0.0, ge=0, lt=1)
     """Decay of a moving average of the weights, which is then what is compared and registered; 0 keeps none."""
+    device: Device = "auto"
+    """Where the draft is trained and scored. Of processes that ``torchrun`` starts each takes a GPU of its own."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of products in a pass; weights, their average and the optimizer's state are float32 in any case. bfloat16 is for
-    processors that multiply it natively (AMX, AVX-512 BF16): elsewhere it is slower."""
+    GPUs and for processors that multiply it natively (AMX, AVX-512 BF16): elsewhere it is slower."""
     parallel: Literal["ddp", "fsdp2"] = "ddp"
     """What each of the processes that ``torchrun`` starts holds: the whole draft, or a share of it."""
     ttt_steps: int = Field(3, ge=1)

@@ -39,7 +39,10 @@ class Rows(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SampledRows:
-    """``sampling_probs`` row by row: the rule comes to one row more than it keeps tokens, out of all in a tree."""
+    """``sampling_probs`` row by row: the rule comes to one row more than it keeps tokens, out of all in a tree.
+
+    On the processor, where chance is drawn whatever computes the scores: a seed means the same everywhere.
+    """
 
     logits_TV: Tensor
     temperature: float
@@ -47,7 +50,7 @@ class SampledRows:
     top_k: int = 0
 
     def __getitem__(self, row: int, /) -> Tensor:
-        return sampling_probs(self.logits_TV[row : row + 1], self.temperature, self.top_p, self.top_k)[0]
+        return sampling_probs(self.logits_TV[row : row + 1].cpu(), self.temperature, self.top_p, self.top_k)[0]
 
 
 def accept_greedy(tokens: Sequence[int], parents: Sequence[int], argmax: Sequence[int]) -> Verdict:

@@ -45,13 +45,14 @@ def _verify(target: Target, slots: int, rows: int) -> None:
     requests = min(rows, slots)
     lengths = [rows // requests + (i < rows % requests) for i in range(requests)]
     prefix = min(_PREFIX, target.cache.positions - max(lengths))
-    batch = RaggedBatch([Segment(slot, prefix, length) for slot, length in enumerate(lengths)])
-    last_TH = target.consume(torch.zeros(rows, dtype=torch.int64), batch).last_TH
-    likeliest(target.logits(last_TH), 8)
+    batch = RaggedBatch([Segment(slot, prefix, length) for slot, length in enumerate(lengths)], target.device)
+    tokens_T = torch.zeros(rows, dtype=torch.int64, device=target.device)
+    # As in a round, the pass is over when the processor has what it decided.
+    likeliest(target.logits(target.consume(tokens_T, batch).last_TH), 8).ids_Rk.cpu()
 
 
 def _draft(target: Target, drafter: Drafter, requests: int, depth: int) -> None:
-    features_TF = torch.zeros(2, target.shape.feature_width)
+    features_TF = torch.zeros(2, target.shape.feature_width, device=target.device)
     request = Request("calibration", (0,), depth)
     generator = torch.Generator()
     committed = [Committed(slot, 0, features_TF, (0, 0), request, generator, depth) for slot in range(requests)]

@@ -20,7 +20,8 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from schemas.speculator.checkpoint import CheckpointError
-from serving.transformers.cache import RaggedBatch, SlotCache
+from serving.transformers.cache import RaggedBatch, SlotCache, Tokens
+from serving.transformers.graphs import CapturedPasses
 from serving.transformers.kernels import Kind, pack, replace_linears
 
 ATTENTION = "aurora_slots"
@@ -48,13 +49,14 @@ def decoder_for(model: Any, kind: Kind, capture: Sequence[int], positions: int) 
     """The fastest decoder that knows the model's architecture.
 
     Args:
-        model: A causal language model of Hugging Face, fp32. Its linear layers may be taken apart.
+        model: A causal language model of Hugging Face, fp32, on its device. Its linear layers may be taken apart.
         kind: Kernel of the linear layers.
         capture: Layers whose output is captured.
         positions: Longest request.
     """
     if type(model).__name__ in _FUSED and model.config.hidden_act == "silu" and _attends_to_all(model.config):
-        return FusedDecoder(model, kind, capture, positions)
+        fused = FusedDecoder(model, kind, capture, positions)
+        return GraphedDecoder(fused) if model.device.type == "cuda" else fused
     replace_linears(model.get_decoder(), kind)
     return HubDecoder(model.get_decoder(), capture)
 
@@ -91,14 +93,16 @@ class FusedDecoder:
         self._norm_H: Tensor = body.norm.weight
         self._layers = [_packed(layer, kind) for layer in body.layers]
         self._capture = tuple(capture)
-        cos_PE, sin_PE = body.rotary_emb(self._embeddings_VH[:1], torch.arange(positions)[None])
+        cos_PE, sin_PE = body.rotary_emb(
+            self._embeddings_VH[:1], torch.arange(positions, device=self._embeddings_VH.device)[None]
+        )
         self._cos_P1E: Tensor = cos_PE[0, :, None]
         # With the first half negated, `x * cos + roll(x) * sin` is the rotation in Llama's half-split layout.
         self._sin_P1E: Tensor = torch.cat([-sin_PE[0, :, : self._size // 2], sin_PE[0, :, self._size // 2 :]], -1)[
             :, None
         ]
 
-    def __call__(self, tokens_T: Tensor, batch: RaggedBatch, cache: SlotCache) -> Consumed:
+    def __call__(self, tokens_T: Tensor, batch: Tokens, cache: SlotCache) -> Consumed:
         """Hidden states after each token."""
         x_TH = F.embedding(tokens_T, self._embeddings_VH)
         cos_T1E, sin_T1E = self._cos_P1E[batch.positions_T], self._sin_P1E[batch.positions_T]
@@ -118,7 +122,7 @@ class FusedDecoder:
         layer: _Layer,
         x_TH: Tensor,
         rotary: tuple[Tensor, Tensor],
-        batch: RaggedBatch,
+        batch: Tokens,
         cache: SlotCache,
     ) -> Tensor:
         heads, kv_heads = self._heads, self._kv_heads
@@ -135,6 +139,21 @@ class FusedDecoder:
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, self._eps)
+
+
+class GraphedDecoder:
+    """A fused decoder on a GPU whose passes are captured as CUDA graphs, one for each size of batch."""
+
+    def __init__(self, fused: FusedDecoder) -> None:
+        self._fused = fused
+        self._passes: CapturedPasses | None = None
+
+    def __call__(self, tokens_T: Tensor, batch: RaggedBatch, cache: SlotCache) -> Consumed:
+        """Hidden states after each token."""
+        if self._passes is None:
+            self._passes = CapturedPasses(lambda inputs, padded: self._fused(inputs[0], padded, cache), cache)
+        found = self._passes.run(batch, (tokens_T,))
+        return Consumed(*found) if found else self._fused(tokens_T, batch, cache)
 
 
 class HubDecoder:

@@ -29,7 +29,8 @@ from schemas.speculator.network import EagleDraft
 from schemas.trace import ROOT
 from schemas.tree import visible
 from serving.engine import Request
-from serving.transformers.cache import Branching, RaggedBatch, Segment, SlotCache
+from serving.transformers.cache import Branching, RaggedBatch, Segment, SlotCache, Tokens
+from serving.transformers.graphs import CapturedPasses
 from serving.transformers.kernels import likeliest, narrow, replace_linears
 from serving.utility import Acceptance, Plan, Timing
 
@@ -122,17 +123,29 @@ class Drafter:
         positions: Longest request, with the draft that may follow it.
         width: Tokens that a step goes on from; 1 drafts chains.
         nodes: Tokens of one request that are verified at most.
+        capture: Whether passes on a GPU are captured as graphs.
     """
 
     def __init__(
-        self, draft: EagleDraft, embeddings_VH: Tensor, slots: int, positions: int, *, width: int = 1, nodes: int = 64
+        self,
+        draft: EagleDraft,
+        embeddings_VH: Tensor,
+        slots: int,
+        positions: int,
+        *,
+        width: int = 1,
+        nodes: int = 64,
+        capture: bool = True,
     ) -> None:
         shape = draft.shape
-        self._draft = pack_draft(draft)
+        self._device = embeddings_VH.device
+        self._draft = pack_draft(draft, self._device)
         self._embeddings_VH = embeddings_VH
         self._width, self._nodes = width, nodes
         rows = positions + (width * nodes if width > 1 else 0)
-        self._cache = SlotCache(1, slots, shape.num_key_value_heads, rows, shape.head_dim)
+        self._cache = SlotCache(1, slots, shape.num_key_value_heads, rows, shape.head_dim, self._device)
+        graphs = capture and self._device.type == "cuda"
+        self._passes = CapturedPasses(self._pass, self._cache) if graphs else None
 
     def propose(self, committed: Sequence[Committed], plan: Plan, acceptance: Mapping[bool, Acceptance]) -> Drafted:
         """Tokens for each request, as many as the plan allows and what was accepted so far justifies."""
@@ -159,12 +172,12 @@ class Drafter:
         Raises:
             CheckpointError: the weights are of another shape, or give values that are not finite.
         """
-        if draft.shape != self._draft.shape or not torch.equal(draft.d2t, self._draft.d2t):
+        if draft.shape != self._draft.shape or not torch.equal(draft.d2t.cpu(), self._draft.d2t.cpu()):
             raise CheckpointError("the draft's shape or vocabulary is not that of this node's line")
         rows = 8
-        trial = Drafter(draft, self._embeddings_VH, slots=1, positions=2 * rows)
+        trial = Drafter(draft, self._embeddings_VH, slots=1, positions=2 * rows, capture=False)
         generator = torch.Generator().manual_seed(0)
-        features_TF = torch.randn(rows, draft.shape.feature_width, generator=generator)
+        features_TF = torch.randn(rows, draft.shape.feature_width, generator=generator).to(self._device)
         request = Request("check", (0,), rows)
         with torch.inference_mode():
             hidden_TH = trial._follow([Committed(0, 0, features_TF, range(rows), request, generator, rows)])
@@ -174,18 +187,23 @@ class Drafter:
 
     def take(self, packed: EagleDraft) -> None:
         """Draft with other weights (``pack_draft``). Running requests keep the keys that the old ones gave."""
-        self._draft = packed
+        if self._passes:
+            self._draft.load_state_dict(packed.state_dict())
+        else:
+            self._draft = packed
 
     def _follow(self, committed: Sequence[Committed]) -> Tensor:
         """[B, H] hidden states after the last committed row of each request; the rows before only leave their keys."""
-        batch = RaggedBatch([Segment(c.slot, c.start, len(c.next_tokens)) for c in committed])
+        batch = RaggedBatch([Segment(c.slot, c.start, len(c.next_tokens)) for c in committed], self._device)
         draft = self._draft
         hidden_TH = draft.fuse(torch.cat([c.features_TF for c in committed]))
-        tokens_T = torch.tensor([token for c in committed for token in c.next_tokens])
+        tokens_T = torch.tensor([token for c in committed for token in c.next_tokens], device=self._device)
+        if self._passes:
+            return self._run(tokens_T, hidden_TH, batch)[batch.last_rows]
         q, k, v = draft.project(self._embeddings_VH[tokens_T][None], hidden_TH[None], batch.positions_T[None])
         self._cache.write(0, batch, k[0].transpose(0, 1), v[0].transpose(0, 1))
         last = batch.last_rows
-        ends = RaggedBatch([Segment(c.slot, c.start + len(c.next_tokens) - 1, 1) for c in committed])
+        ends = RaggedBatch([Segment(c.slot, c.start + len(c.next_tokens) - 1, 1) for c in committed], self._device)
         attended_BNE = self._cache.read(0, ends, q[0].transpose(0, 1)[last])
         return draft.finish(hidden_TH[last][None], attended_BNE.transpose(0, 1)[None])[0]
 
@@ -219,24 +237,33 @@ class Drafter:
     def _drawn(self, g: _Growing, logits_D: Tensor) -> tuple[int, float]:
         """A token drawn from the draft's distribution, and its log-probability there."""
         request = g.committed.request
-        probs_D = sampling_probs(logits_D[None], request.temperature, request.top_p, request.top_k)[0]
+        probs_D = sampling_probs(logits_D[None].cpu(), request.temperature, request.top_p, request.top_k)[0]
         drawn = draw(probs_D, g.committed.generator)
         probs_V = probs_D.new_zeros(self._draft.shape.vocab_size)
-        probs_V[self._draft.t2d] = probs_D
+        probs_V[self._draft.t2d.cpu()] = probs_D
         g.probs.append(probs_V)
-        return int(self._draft.to_target_ids(torch.tensor(drawn))), math.log(probs_D[drawn])
+        return int(self._draft.to_target_ids(torch.tensor(drawn, device=self._device))), math.log(probs_D[drawn])
 
     def _feed(self, alive: Sequence[_Growing], hidden_FH: Tensor) -> Tensor:
         """[F, H] hidden states after the frontier's tokens."""
-        batch = RaggedBatch([_segment(g) for g in alive])
-        tokens_F = torch.tensor([g.nodes[node].token for g in alive for node in g.frontier])
+        batch = RaggedBatch([_segment(g) for g in alive], self._device)
+        tokens_F = torch.tensor([g.nodes[node].token for g in alive for node in g.frontier], device=self._device)
         hidden_FH = hidden_FH[[origin for g in alive for origin in g.origins]]
-        draft = self._draft
-        q, k, v = draft.project(self._embeddings_VH[tokens_F][None], hidden_FH[None], batch.positions_T[None])
-        attended_FNE = self._cache.attend(0, batch, *(x[0].transpose(0, 1) for x in (q, k, v)))
         for g in alive:
             g.fed += g.frontier
-        return draft.finish(hidden_FH[None], attended_FNE.transpose(0, 1)[None])[0]
+        return self._run(tokens_F, hidden_FH, batch)
+
+    def _run(self, tokens_T: Tensor, hidden_TH: Tensor, batch: RaggedBatch) -> Tensor:
+        """[T, H] hidden states after rows that read the given tokens and hidden states."""
+        found = self._passes.run(batch, (tokens_T, hidden_TH)) if self._passes else None
+        return (found or self._pass((tokens_T, hidden_TH), batch))[0]
+
+    def _pass(self, inputs: Sequence[Tensor], batch: Tokens) -> tuple[Tensor, ...]:
+        tokens_T, hidden_TH = inputs
+        draft = self._draft
+        q, k, v = draft.project(self._embeddings_VH[tokens_T][None], hidden_TH[None], batch.positions_T[None])
+        attended_TNE = self._cache.attend(0, batch, *(x[0].transpose(0, 1) for x in (q, k, v)))
+        return (draft.finish(hidden_TH[None], attended_TNE.transpose(0, 1)[None])[0],)
 
     def _proposal(self, g: _Growing, plan: Plan) -> Proposal:
         """The nodes that are worth verifying, renumbered; an ancestor is worth at least as much as what follows it."""
@@ -254,10 +281,11 @@ class Drafter:
         return Proposal(tuple(nodes), left_out=tuple(left_out))
 
 
-def pack_draft(draft: EagleDraft) -> EagleDraft:
-    """A copy with the fastest kernels. Rounding the draft's weights changes what is proposed, never what is said."""
-    packed = copy.deepcopy(draft).requires_grad_(requires_grad=False).eval()
-    replace_linears(packed, narrow())
+def pack_draft(draft: EagleDraft, device: torch.device) -> EagleDraft:
+    """A copy with the fastest kernels of the device. Rounding the draft's weights changes what is proposed, never what
+    is said."""
+    packed = copy.deepcopy(draft).requires_grad_(requires_grad=False).eval().to(device)
+    replace_linears(packed, narrow(device))
     return packed
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import threading
 import time
 from collections import deque
@@ -13,6 +14,7 @@ from pathlib import Path
 import structlog
 import torch
 
+from schemas.device import device_of
 from schemas.settings import Settings, SettingsError
 from schemas.speculator.checkpoint import CheckpointError, line_of
 from schemas.speculator.day_0 import draft_of_day_0
@@ -69,6 +71,7 @@ class TransformersEngine:
         self._speculating = serve.speculate
         self._active: list[Running] = []
         self._free = list(range(serve.max_batch))
+        """A heap: the lowest slot is taken first, so that few requests lie in the first ones."""
         self._rounds = self._drafted = self._accepted = self._output_tokens = 0
         self._error: str | None = None
         self._thread = threading.Thread(target=self._run, name="rounds", daemon=True)
@@ -117,7 +120,7 @@ class TransformersEngine:
 
     def swap(self, draft: EagleDraft, version: str) -> Swapped:
         """Put checked weights in place between two rounds; blocks until they are."""
-        packed = pack_draft(draft)
+        packed = pack_draft(draft, self._target.device)
         done: Future[Swapped] = Future()
         with self._mail:
             if self._stopping or self._error:
@@ -190,7 +193,9 @@ class TransformersEngine:
         else:
             generator.manual_seed(request.seed)
         request = replace(request, speculate=request.speculate and self._serve.speculate)
-        self._active.append(Running(request, on_output, self._free.pop(), generator, tokens=list(request.prompt)))
+        self._active.append(
+            Running(request, on_output, heapq.heappop(self._free), generator, tokens=list(request.prompt))
+        )
 
     def _take(self, draft: EagleDraft, version: str, done: Future[Swapped]) -> None:
         started = time.perf_counter()
@@ -230,7 +235,7 @@ class TransformersEngine:
 
     def _release(self, r: Running) -> None:
         self._active.remove(r)
-        self._free.append(r.slot)
+        heapq.heappush(self._free, r.slot)
 
     def _close(self) -> None:
         """Answer everything that is still open, so that no caller waits for a thread that has ended."""
@@ -258,6 +263,7 @@ def _load(settings: Settings) -> tuple[Target, EagleDraft]:
             serve.max_tokens,
             drafted=serve.draft_nodes,
             weights=serve.weights,
+            device=device_of(serve.device, "serve.device"),
         )
     except CheckpointError as error:
         raise SettingsError(f"target.path {settings.target.path}: {error}") from error

@@ -6,14 +6,15 @@ fastest differs from processor to processor, so ``choose`` times them at start o
 ========  ======  ==========================================================================================
 kind      bytes   arithmetic
 ========  ======  ==========================================================================================
-float32   4       oneDNN on weights packed once; fp32 throughout
-float16   2       fbgemm; fp16 weights, fp32 products and sums. Exact where every weight is an fp16 number
+float32   4       oneDNN on weights packed once, cuBLAS on a GPU; fp32 throughout
+float16   2       fbgemm; fp16 weights, fp32 products and sums. Exact where every weight is an fp16 number.
+                  On a GPU inputs are rounded to fp16 as well: another target than the one that was trained
 int8      1       weights rounded to 8 bits an output channel, inputs to 8 bits a row; exact integer sums
 ========  ======  ==========================================================================================
 
-``float32`` and ``float16`` compute the target as it is; only the order of additions differs. ``int8`` is another target
-than the one that was trained, and is used only where it is asked for. Its sums are integers and every row has a scale
-of its own, so a row's product is the same whatever else is in the batch.
+``float32``, and on a processor ``float16``, compute the target as it is; only the order of additions differs. What is
+another target than the one that was trained is used only where it is asked for. The sums of ``int8`` are integers and
+every row has a scale of its own, so a row's product is the same whatever else is in the batch.
 """
 
 from __future__ import annotations
@@ -100,23 +101,32 @@ class PackedInt8(nn.Module):
 
 
 class Dense(nn.Module):
-    """A linear layer as torch has it, for machines without packed kernels."""
+    """A linear layer as torch has it, for GPUs and for processors without packed kernels."""
 
-    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None) -> None:
+    weight_OI: Tensor
+    bias_O: Tensor | None
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self._weight_OI, self._bias_O = weight_OI.detach(), bias_O
+        # Buffers, so that other weights can be put in their place where a captured graph reads them.
+        self.register_buffer("weight_OI", weight_OI.detach().to(dtype))
+        self.register_buffer("bias_O", None if bias_O is None else bias_O.detach().to(dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """[.., I] → [.., O]."""
-        return F.linear(x, self._weight_OI, self._bias_O)
+        return F.linear(x.to(self.weight_OI.dtype), self.weight_OI, self.bias_O).to(x.dtype)
 
 
 def pack(kind: Kind, weight_OI: Tensor, bias_O: Tensor | None = None) -> nn.Module:
     """A linear layer on packed weights.
 
     Raises:
-        KernelError: the kind needs fbgemm, which this build of torch has not.
+        KernelError: the kind needs fbgemm, which this build of torch has not, or is not for GPUs.
     """
+    if weight_OI.is_cuda:
+        if kind == "int8":
+            raise KernelError("serve.weights = 'int8': not for GPUs; use 'float32' or 'float16'")
+        return Dense(weight_OI, bias_O, torch.float16 if kind == "float16" else torch.float32)
     if kind == "float32":
         has_onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         return (PackedFp32 if has_onednn else Dense)(weight_OI, bias_O)
@@ -135,12 +145,13 @@ def choose(asked: Kind | Literal["auto"], weights: Sequence[Tensor]) -> Kind:
     Raises:
         KernelError: a kernel is asked for that does not run here.
     """
-    exact = all(is_fp16(weight) for weight in weights)
+    exact, on_gpu = all(is_fp16(weight) for weight in weights), weights[0].is_cuda
     if asked != "auto":
-        if asked == "float16" and not exact:
-            log.warning("weights_rounded", setting="serve.weights", kind=asked, why="some weights are no fp16 numbers")
+        if asked == "float16" and (on_gpu or not exact):
+            why = "a GPU multiplies fp16 inputs" if on_gpu else "some weights are no fp16 numbers"
+            log.warning("target_rounded", setting="serve.weights", kind=asked, why=why)
         return asked
-    if not (exact and _has_fbgemm()):
+    if on_gpu or not (exact and _has_fbgemm()):
         return "float32"
     sample = _sample(weights)
     times: dict[Kind, list[float]] = {kind: _times_ms(kind, sample) for kind in ("float32", "float16")}
@@ -149,9 +160,9 @@ def choose(asked: Kind | Literal["auto"], weights: Sequence[Tensor]) -> Kind:
     return chosen
 
 
-def narrow() -> Kind:
+def narrow(device: torch.device) -> Kind:
     """The kernel for weights that may be rounded to 16 bits."""
-    return "float16" if _has_fbgemm() else "float32"
+    return "float16" if device.type == "cuda" or _has_fbgemm() else "float32"
 
 
 def replace_linears(model: nn.Module, kind: Kind) -> None:

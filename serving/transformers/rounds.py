@@ -155,7 +155,7 @@ def run_round(active: Sequence[Running], models: Models, version: str, *, specul
     proposals, drafts = _propose(active, models) if speculate else ({}, [])
     steps = _plan(active, proposals, models.prefill_tokens)
     drafted = time.perf_counter()
-    batch = RaggedBatch([_segment(step) for step in steps])
+    batch = RaggedBatch([_segment(step) for step in steps], models.target.device)
     judged = _judge(steps, batch, models)
     verified = time.perf_counter()
     if speculate:
@@ -221,7 +221,8 @@ def _segment(step: Step) -> Segment:
 
 def _judge(steps: Sequence[Step], batch: RaggedBatch, models: Models) -> list[_Judged]:
     """Run the target and apply the acceptance rule to every step. Only rows that decide something are scored."""
-    consumed = models.target.consume(torch.tensor([token for s in steps for token in s.tokens]), batch)
+    tokens_T = torch.tensor([token for s in steps for token in s.tokens], device=models.target.device)
+    consumed = models.target.consume(tokens_T, batch)
     ends = [end + 1 for end in batch.last_rows]
     firsts = [end - (1 if s.running.prefilling else len(s.tokens)) for s, end in zip(steps, ends, strict=True)]
     spans = [range(first, end) if s.decides else range(0) for s, first, end in zip(steps, firsts, ends, strict=True)]
@@ -231,11 +232,12 @@ def _judge(steps: Sequence[Step], batch: RaggedBatch, models: Models) -> list[_J
     top = likeliest(logits_RV, k)
     # The normaliser takes as long as all else here; where nobody asks for probabilities it is left out.
     top_logprobs_Rk = top.scores_Rk - logits_RV.logsumexp(dim=-1, keepdim=True) if recorded else top.scores_Rk
+    ids_Rk, top_logprobs_Rk = top.ids_Rk.cpu(), top_logprobs_Rk.cpu()
     judged, row = [], 0
     for step, end, span in zip(steps, ends, spans, strict=True):
         rows = slice(row, row + len(span))
         row += len(span)
-        logits_mV, top_ids_mk = logits_RV[rows], top.ids_Rk[rows]
+        logits_mV, top_ids_mk = logits_RV[rows], ids_Rk[rows]
         features_TF = consumed.features_TF[end - len(step.tokens) : end]
         verdict = _verdict(step, logits_mV, top_ids_mk) if len(span) else None
         judged.append(_Judged(step, features_TF, verdict, logits_mV, top_ids_mk, top_logprobs_Rk[rows]))
@@ -338,5 +340,5 @@ def _scores(judged: _Judged, path: Sequence[int], output: Sequence[int]) -> tupl
 
 
 def _bf16(features_TF: Tensor) -> U16:
-    bits: U16 = features_TF.to(torch.bfloat16).view(torch.uint16).numpy()
+    bits: U16 = features_TF.to(torch.bfloat16).cpu().view(torch.uint16).numpy()
     return bits

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from schemas.speculator.checkpoint import CheckpointError, target_fingerprint
 from schemas.speculator.network import DraftShape
-from serving.transformers.cache import RaggedBatch, SlotCache
+from serving.transformers.cache import CPU, RaggedBatch, SlotCache
 from serving.transformers.decoder import ATTENTION, Consumed, decoder_for, matrices
 from serving.transformers.kernels import KernelError, Kind, choose, pack
 
@@ -21,7 +21,7 @@ log = structlog.get_logger()
 
 
 class Target:
-    """The model that decides every token. Runs in float32 on one thread of its own; not thread-safe."""
+    """The model that decides every token. Runs on one thread of its own; not thread-safe."""
 
     def __init__(
         self,
@@ -32,6 +32,7 @@ class Target:
         *,
         drafted: int = 0,
         weights: Kind | Literal["auto"] = "auto",
+        device: torch.device = CPU,
     ) -> None:
         """Load the model and choose its kernels.
 
@@ -42,6 +43,7 @@ class Target:
             positions: Longest request, prompt and answer together.
             drafted: Tokens of a request that are verified at most in one pass.
             weights: Kernel of the matrices.
+            device: Where it computes.
 
         Raises:
             CheckpointError: no usable model in the folder.
@@ -55,23 +57,25 @@ class Target:
             )
         self.eos_ids = _eos_ids(folder, config)
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=ATTENTION)
-        model.requires_grad_(requires_grad=False).eval()
+        model.requires_grad_(requires_grad=False).eval().to(device)
+        self.device = device
         self.embeddings_VH: Tensor = model.get_input_embeddings().weight
-        parameters, entries = matrices(model), positions + drafted + 1
+        parameters = matrices(model)
         try:
             self.kind: Kind = choose(weights, parameters)
             output = model.get_output_embeddings()
             self._lm_head = pack(self.kind, output.weight, output.bias)
-            self._decoder = decoder_for(model, self.kind, self.shape.capture_layers, entries)
+            self._decoder = decoder_for(model, self.kind, self.shape.capture_layers, positions + drafted + 1)
         except KernelError as error:
             raise CheckpointError(str(error)) from error
         heads, size = self.shape.num_key_value_heads, self.shape.head_dim
-        self.cache = SlotCache(config.num_hidden_layers, slots, heads, entries, size)
+        self.cache = SlotCache(config.num_hidden_layers, slots, heads, positions + drafted + 1, size, device)
         log.info(
             "target_loaded",
             folder=str(folder),
             fingerprint=self.fingerprint,
             weights=self.kind,
+            device=str(device),
             decoder=type(self._decoder).__name__,
         )
 

@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict
 from safetensors.torch import load_file, save_file
 
 from pipeline.table import DeltaLog
+from schemas.device import device_of
 from schemas.errors import UserError
 from schemas.settings import Settings
 from schemas.speculator import checkpoint
@@ -129,7 +130,8 @@ def learn(task: Task) -> Result:
     folder, settings = task.folder / task.variant, task.settings
     torch.set_num_threads(settings.train.threads)
     torch.manual_seed(settings.train.seed)
-    target, counts = read_target(settings), Counter[str]()
+    device = device_of(settings.train.device, "train.device")
+    target, counts = read_target(settings).on(device), Counter[str]()
     course, stream = _course(task, target), _stream(task, target, counts)
     _restore(folder, course, stream)
     saved = time.monotonic()

@@ -216,7 +216,7 @@ class Course:
         for one in batch:
             by_domain.setdefault(one.domain, []).append(one)
         for domain, asked in by_domain.items():
-            together = collate([replace(one.window, branches=()) for one in asked])
+            together = collate([replace(one.window, branches=()) for one in asked]).to(self._embeddings.device)
             found = simulated_accept_length(draft, self._embeddings, together, self._lookahead)
             static = None
             if self.static is not None:

@@ -14,6 +14,7 @@ from ops import prompts
 from ops.bench.learning.traffic import Traffic
 from ops.bench.learning.variants import Order, Trial, settings_of
 from ops.bench.speculator import begun_from
+from schemas.device import device_of
 from schemas.settings import Settings
 from schemas.speculator.network import EagleDraft
 from trainer.replay.prequential import Asked, Course, Point
@@ -56,7 +57,8 @@ def learn(settings: Settings, traffic: Traffic, trial: Trial) -> Learned:
     settings = settings_of(settings, trial)
     torch.set_num_threads(settings.train.threads)
     torch.manual_seed(trial.seed)
-    target, variant = read_target(settings), trial.variant
+    device = device_of(settings.train.device, "train.device")
+    target, variant = read_target(settings).on(device), trial.variant
     course = Course(
         _new_draft(settings, target, trial),
         target.embeddings_VH,

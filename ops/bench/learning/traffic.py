@@ -21,6 +21,7 @@ from ops import prompts
 from ops.bench import prompted, recording, speculator
 from ops.bench.recording import INDEX
 from ops.stack import provide_target
+from schemas.device import device_of
 from schemas.errors import UserError
 from schemas.settings import Settings
 from schemas.speculator.checkpoint import target_fingerprint
@@ -145,7 +146,7 @@ class Serving:
     def __init__(
         self, settings: Settings, engine: TransformersEngine, recorder: recording.Recorder, folder: Path
     ) -> None:
-        self._target = read_target(settings)
+        self._target = read_target(settings).on(device_of(settings.train.device, "train.device"))
         self._engine, self._recorder, self._folder = engine, recorder, folder
         self._train = settings.train
         self._learner = Learner(self._target.new_draft(), self._target.embeddings_VH, settings.train)

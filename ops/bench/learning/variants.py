@@ -94,6 +94,11 @@ def _replay(ratio: int, new: int = 2) -> Variant:
     return Variant(f"replay-{ratio}", "replayed windows for each new one", changes, orders=("mixed", "ordered"))
 
 
+def _one_and_five(name: str, *more: tuple[str, Value]) -> Variant:
+    changes = ("train.windows_per_step", 6), ("train.replay_per_step", 5), *more
+    return Variant(name, "replayed windows for each new one", changes)
+
+
 def _step(new: int) -> Variant:
     changes = ("train.windows_per_step", 3 * new), ("train.replay_per_step", 2 * new)
     return Variant(f"step-{new}", "new windows in a step, with twice as many replayed", changes)
@@ -117,6 +122,8 @@ def _one(name: str, question: str, setting: str, value: Value) -> Variant:
 PLAN = (
     Variant("base", "the base", orders=("mixed", "ordered")),
     *map(_replay, (0, 1, 3)),
+    _one_and_five("replay-5"),
+    _one_and_five("replay-5-vocabulary-16384", ("speculator.draft_vocabulary", 16384)),
     *map(_step, (1, 4, 8)),
     replace(_one("replay-recent", _REPLAYED, "train.replay_half_life", 200.0), orders=("mixed", "ordered")),
     replace(_one("replay-balanced", _REPLAYED, "train.balance", 1.0), orders=("mixed", "ordered")),

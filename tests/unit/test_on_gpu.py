@@ -1,0 +1,100 @@
+"""Training and scoring on a GPU come to what they do on a processor.
+
+The engine's own tests run on a GPU where there is one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from schemas.device import device_of
+from schemas.errors import UserError
+from schemas.settings import Train
+from schemas.speculator.network import DraftShape, random_draft
+from trainer.learner import Learner, weights_of
+from trainer.lookahead import accept_length
+from trainer.windows import Branch, Teacher, Window, collate
+
+SHAPE = DraftShape(8, 8, 2, 1, 4, 32, 16, 1e-6, 100.0, 64, (1, 2, 3), "eagle3.1")
+EMBEDDINGS = torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
+TRAIN = Train(ttt_steps=3, warmup_steps=0, rejected_weight=0.5, rejected_min_prob=0.0, policy_weight=0.1, ema=0.9)
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU on this machine")
+
+
+def window(seed: int) -> Window:
+    g = torch.Generator().manual_seed(seed)
+    length = 7 + seed
+
+    def teacher(n: int) -> Teacher:
+        return Teacher(torch.randint(0, 16, (n, 2), generator=g), torch.log(torch.rand(n, 2, generator=g) * 0.5))
+
+    return Window(
+        request=f"r{seed}",
+        tokens=torch.randint(0, 32, (length,), generator=g),
+        next_token=3,
+        features=torch.randn(length, SHAPE.feature_width, generator=g).bfloat16(),
+        known=torch.arange(length) >= 2,
+        teacher=teacher(length - 2),
+        branches=(Branch(4, (1, 2), 0, (-0.5, -0.5), teacher(2)),),
+    )
+
+
+WINDOWS = [window(seed) for seed in range(4)]
+
+
+def learner(device: str, **changed: object) -> Learner:
+    return Learner(random_draft(SHAPE, 0), EMBEDDINGS.to(device), TRAIN.model_copy(update=changed))
+
+
+def losses(one: Learner, steps: int) -> list[float]:
+    return [float(one.step(collate(WINDOWS[:2]), collate(WINDOWS[2:])).total) for _ in range(steps)]
+
+
+def test_without_a_gpu_a_setting_that_asks_for_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device_of("auto", "train.device") == torch.device("cpu")
+    with pytest.raises(UserError, match=r"train\.device = 'cuda'.*use 'cpu'"):
+        device_of("cuda", "train.device")
+
+
+def test_a_batch_is_moved_with_all_that_it_holds() -> None:
+    batch = collate(WINDOWS)
+    assert batch.to(torch.device("cpu")) is batch
+    moved = batch.to(torch.device("meta"))
+    assert moved.features_BTF.is_meta
+    assert moved.teacher_BT.ids.is_meta
+    assert moved.drafted.teacher_D.logprobs.is_meta
+    assert moved.choices.gain_P.is_meta
+    assert moved.consumed == batch.consumed
+
+
+@on_gpu
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_steps_on_a_gpu_come_to_the_same_losses_and_weights(optimizer: str) -> None:
+    here, there = learner("cpu", optimizer=optimizer), learner("cuda", optimizer=optimizer)
+    assert losses(there, 5) == pytest.approx(losses(here, 5), rel=1e-3)
+    for (name, own), other in zip(here.draft.named_parameters(), there.draft.parameters(), strict=True):
+        torch.testing.assert_close(other.cpu(), own, rtol=1e-2, atol=1e-3, msg=name)
+
+
+@on_gpu
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_state_that_was_saved_on_a_gpu_goes_on_as_if_it_had_never_stopped(optimizer: str) -> None:
+    one, other = learner("cuda", optimizer=optimizer), learner("cuda", optimizer=optimizer)
+    losses(one, 3)
+    other.restore({name: tensor.cpu() for name, tensor in one.tensors().items()}, one.steps)
+    assert losses(other, 3) == pytest.approx(losses(one, 3), rel=1e-5)
+
+
+@on_gpu
+def test_chains_are_scored_alike() -> None:
+    draft = random_draft(SHAPE, 1)
+    longer = [replace(w, request=f"again-{w.request}") for w in WINDOWS * 5]
+    here = accept_length(draft, EMBEDDINGS, longer, 3)
+    assert accept_length(draft, EMBEDDINGS.cuda(), longer, 3) == here
+    state = {f"draft/{name}": value for name, value in draft.state_dict().items()}
+    assert accept_length(weights_of(state, SHAPE), EMBEDDINGS.cuda(), longer, 3) == here

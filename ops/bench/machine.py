@@ -24,6 +24,7 @@ def describe(threads: int) -> dict[str, Any]:
         "processor": _processor(),
         "flags": [flag for flag in _FLAGS if flag in _cpu_flags()],
         "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "system": platform.platform(),
         "python": platform.python_version(),

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ops.bench import gguf_file
 from ops.bench.paired import interleaved
+
+if TYPE_CHECKING:
+    import torch
 
 DTYPES = ("float32", "bfloat16", "float16")
 LOOKUP_TOKENS = 10
@@ -26,19 +29,18 @@ class PeerAbsentError(RuntimeError):
 class Generate:
     """transformers' ``generate`` on the target, greedy, one prompt at a time."""
 
-    def __init__(self, folder: Path, dtype: str) -> None:
+    def __init__(self, folder: Path, dtype: str, device: torch.device) -> None:
         import torch
         from transformers import AutoModelForCausalLM
 
-        self.dtype = dtype
-        self._model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype), local_files_only=True
-        ).eval()
+        self.dtype, self._device = dtype, device
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True)
+        self._model = model.to(device).eval()
 
     @classmethod
-    def fastest(cls, folder: Path, prompt: tuple[int, ...]) -> tuple[Generate, dict[str, float]]:
+    def fastest(cls, folder: Path, prompt: tuple[int, ...], device: torch.device) -> tuple[Generate, dict[str, float]]:
         """The one in the dtype that is fastest on this machine, and tokens a second in each."""
-        tried = {dtype: cls(folder, dtype) for dtype in DTYPES}
+        tried = {dtype: cls(folder, dtype, device) for dtype in DTYPES}
         arms = {dtype: partial(_tokens_of, model, prompt) for dtype, model in tried.items()}
         for arm in arms.values():
             arm(0)
@@ -49,7 +51,7 @@ class Generate:
         """Answer one prompt, with prompt lookup or without."""
         import torch
 
-        ids = torch.tensor([prompt])
+        ids = torch.tensor([prompt], device=self._device)
         arguments: dict[str, Any] = {"prompt_lookup_num_tokens": LOOKUP_TOKENS} if lookup else {}
         with torch.inference_mode():
             out = self._model.generate(

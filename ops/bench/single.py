@@ -14,6 +14,7 @@ from ops.bench.drive import drive
 from ops.bench.paired import Figure, Goal, Rates, interleaved
 from ops.bench.peers import Generate, LlamaCpp, PeerAbsentError
 from ops.bench.stand import Draft, Mode, Stand
+from schemas.device import device_of
 from serving.transformers.engine import TransformersEngine
 
 Arm = Callable[[tuple[int, ...], int], tuple[int, ...]]
@@ -104,7 +105,9 @@ class SingleStream:
                 stand.warm(running, mode)
                 self._arms[name] = self._ours(running, mode)
         if self._names & {"generate", "lookup"}:
-            generate, rates = Generate.fastest(stand.folder, stand.prompts[0])
+            generate, rates = Generate.fastest(
+                stand.folder, stand.prompts[0], device_of(stand.settings.serve.device, "serve.device")
+            )
             self._told["generate_dtype"] = generate.dtype
             self._told["generate_tried"] = {dtype: round(rate, 2) for dtype, rate in rates.items()}
             for name, lookup in (("generate", False), ("lookup", True)):

@@ -8,7 +8,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from schemas.trace import CHECKSUM_BYTES, FORMAT, SCHEMA, checksum
+from schemas.reading import foreign_columns
+from schemas.trace import CHECKSUM_BYTES, FORMAT, checksum
 
 _BYTES_A_LINE = 16
 
@@ -39,7 +40,7 @@ def hexdump(value: bytes, limit: int) -> Iterator[str]:
 
 
 def _columns(schema: pa.Schema) -> str:
-    wrong = [f.name for f in SCHEMA if f.name not in schema.names or schema.field(f.name).type != f.type]
+    wrong = foreign_columns(schema)
     return "as expected" if not wrong else f"missing or of another type: {', '.join(wrong)}"
 
 
@@ -66,7 +67,7 @@ def _rounds(reader: pa.RecordBatchStreamReader) -> str:
         rows.validate(full=True)
         numbers = [number for number in rows["round"].to_pylist() if number is not None]
         tokens = sum(map(len, filter(None, rows["tokens"].to_pylist())))
-    except (pa.ArrowException, KeyError, TypeError) as error:
+    except (pa.ArrowException, KeyError, TypeError, UnicodeDecodeError) as error:
         return f"{rows.num_rows} rows, unreadable: {error}{ending}"
     span = f", rounds {min(numbers)} to {max(numbers)}, {tokens} tokens" if numbers else ""
     return f"{rows.num_rows} rows{span}{ending}"

@@ -229,11 +229,15 @@ def decode(value: bytes) -> Chunk:
     return Chunk(opened.envelope, tuple(_rounds(rounds)))
 
 
+def foreign_columns(schema: pa.Schema) -> list[str]:
+    """Our columns that a schema lacks or has in another type; its own names are not asked for, they may be no text."""
+    return [f.name for f in SCHEMA if schema.get_field_index(f.name) < 0 or schema.field(f.name).type != f.type]
+
+
 def _in_our_columns(schema: pa.Schema, batches: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
     if len(batches) == 1 and schema.equals(SCHEMA):
         return batches[0].replace_schema_metadata(None)
-    wrong = [f.name for f in SCHEMA if schema.get_field_index(f.name) < 0 or schema.field(f.name).type != f.type]
-    if wrong:
+    if wrong := foreign_columns(schema):
         raise TraceError("foreign_schema", f"columns missing or of another type: {', '.join(wrong)}")
     ours = [pa.RecordBatch.from_arrays([b.column(name) for name in SCHEMA.names], schema=SCHEMA) for b in batches]
     return pa.concat_batches(ours or [_NO_ROWS])

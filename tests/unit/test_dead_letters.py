@@ -165,6 +165,13 @@ def test_of_a_cut_record_the_envelope_is_still_read() -> None:
     assert "request request" in layers["envelope"]
 
 
+def test_a_column_whose_name_is_no_text_is_a_wrong_column() -> None:
+    value = sound_value()
+    at = value.index(b"accepted")
+    layers = examine(value[:at] + b"\x80" + value[at + 1 :])
+    assert layers["columns"] == "missing or of another type: accepted"
+
+
 @given(st.data())
 def test_no_bytes_stop_the_reading(data: st.DataObject) -> None:
     value = bytearray(sound_value())

@@ -1,6 +1,5 @@
 """A batch that is padded for a captured pass gives every token what the ragged batch gives it."""
 
-
 import numpy as np
 import pytest
 import torch
@@ -59,10 +58,10 @@ def test_a_padded_pass_gives_what_the_ragged_one_gives(
     laid_out_T = torch.zeros(padded.sizes.slots * padded.sizes.width, dtype=torch.int64)
     laid_out_T[places] = tokens_T
     found = decoder(laid_out_T, padded, other)
-    torch.testing.assert_close(found.last_TH[places], expected.last_TH, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(found.features_TF[places], expected.features_TF, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.last_TH[places], expected.last_TH, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found.features_TF[places], expected.features_TF, rtol=1e-3, atol=1e-3)
     assert torch.isfinite(found.last_TH).all()
-    torch.testing.assert_close(other._keys[..., :-1, :], cache._keys[..., :-1, :], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(other._keys[..., :-1, :], cache._keys[..., :-1, :], rtol=1e-3, atol=1e-3)
 
 
 def test_sizes_are_rounded_up_to_few_graphs_and_stay_within_the_cache() -> None:

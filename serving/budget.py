@@ -9,12 +9,12 @@ by itself, so a request may keep its hard part and lose its easy one.
 
 from __future__ import annotations
 
-import hashlib
 from bisect import bisect_left, insort
 from collections import deque
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from schemas.chance import fixed_chance
 from schemas.trace import Chunk
 
 BURST_S = 2.0
@@ -28,8 +28,7 @@ def is_sampled(request: str, share: float) -> bool:
 
     The trainer holds requests back by another hash: by the same one, both would take the same requests.
     """
-    digest = hashlib.blake2b(request.encode(), digest_size=8, person=b"aurora-sample").digest()
-    return int.from_bytes(digest, "big") < share * 2**64
+    return fixed_chance(request, "aurora-sample") < share
 
 
 def foreseen(chunk: Chunk) -> float:

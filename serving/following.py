@@ -20,11 +20,11 @@ is one, and goes on from there.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from schemas.chance import fixed_chance
 from schemas.events import ALIASES, Audited
 
 CHAMPION, CANARY = "champion", "canary"
@@ -112,8 +112,7 @@ def held(trail: Trail, named: Named, alias: str) -> str | None:
 
 def serves_canary(node: str, slice_number: int, share: float) -> bool:
     """Whether it is the canary's turn on a node: chance with the probability ``share``, the same at every asking."""
-    digest = hashlib.blake2b(f"{node}/{slice_number}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest) < share * 2**64
+    return fixed_chance(f"{node}/{slice_number}") < share
 
 
 def slice_at(time_s: float, slice_s: float) -> int:

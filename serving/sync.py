@@ -12,13 +12,13 @@ What is not delayed: steps back, canaries and their ends, pins, and the first ve
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from schemas.chance import fixed_chance
 from schemas.settings import Sync
 
 WINDOW_S = 60.0
@@ -84,8 +84,7 @@ class SyncPolicy:
     def due_at(self, version: str, behind_since: float) -> float:
         """When a newer version is to be taken over by a node that has been behind for so long."""
         earliest = behind_since if self._last is None else max(behind_since, self._last + self.interval_s)
-        digest = hashlib.blake2b(f"{self._node}/{version}".encode(), digest_size=8).digest()
-        spread = self._settings.jitter * self.interval_s * int.from_bytes(digest) / 2**64
+        spread = self._settings.jitter * self.interval_s * fixed_chance(f"{self._node}/{version}")
         return min(earliest + spread, behind_since + self._settings.max_staleness_s)
 
     def read(self, reading: Reading) -> None:

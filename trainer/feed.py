@@ -11,7 +11,6 @@ A window whose features did not travel gets them from the frozen target when it 
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +21,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from schemas.chance import fixed_chance
 from schemas.settings import Train
 from trainer import mix
 from trainer.reader import VERSIONS_PER_READ, Entry, Key, Reader, Record, Source, Tables
@@ -246,5 +246,4 @@ class Feed:
 
 def held_back(request: str, share: float) -> bool:
     """Whether a request is among the share that is never trained on; the same for every trainer and at all times."""
-    digest = hashlib.blake2b(request.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < share * 2**64
+    return fixed_chance(request) < share

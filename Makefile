@@ -6,7 +6,7 @@ PEERS := .venv-peers
 SGLANG := .venv-sglang
 UV := $(BIN)/uv
 COMPILE := $(UV) pip compile --quiet --generate-hashes --no-header --no-annotate --universal --python-version 3.11
-OURS := --extra serve --extra stream --extra train --extra ops
+OURS := --extra serve --extra stream --extra train --extra ops --extra telemetry
 CODE := schemas serving pipeline trainer ops tests
 
 .PHONY: demo test faults lint format install model peers trainer-peers test-sglang requirements clean
@@ -52,12 +52,13 @@ requirements: $(UV)
 	$(COMPILE) $(ARGS) --no-deps requirements/model.in -o requirements/model.txt
 	$(COMPILE) $(ARGS) $(OURS) --extra dev pyproject.toml -o requirements/dev.txt
 	$(COMPILE) $(ARGS) $(OURS) -c requirements/dev.txt pyproject.toml -o requirements/aurora.txt
-	$(COMPILE) $(ARGS) --extra cli --extra stream --extra train -c requirements/dev.txt pyproject.toml -o requirements/learning.txt
-	$(COMPILE) $(ARGS) --extra cli --extra serve -c requirements/dev.txt pyproject.toml -o requirements/serving.txt
+	$(COMPILE) $(ARGS) --extra cli --extra stream --extra train --extra telemetry -c requirements/dev.txt pyproject.toml -o requirements/learning.txt
+	$(COMPILE) $(ARGS) --extra cli --extra serve --extra telemetry -c requirements/dev.txt pyproject.toml -o requirements/serving.txt
 	$(COMPILE) $(ARGS) -c requirements/dev.txt requirements/build.in -o requirements/build.txt
 	$(COMPILE) $(ARGS) -c requirements/dev.txt requirements/registry.in -o requirements/registry.txt
 	$(COMPILE) $(ARGS) --extra ray -c requirements/dev.txt pyproject.toml -o requirements/ray.txt
 	$(COMPILE) $(ARGS) --extra bench -c requirements/dev.txt pyproject.toml -o requirements/bench.txt
+	$(COMPILE) $(ARGS) requirements/audit.in -o requirements/audit.txt
 	$(COMPILE) $(ARGS) requirements/peers.in -o requirements/peers.txt
 	$(COMPILE) $(ARGS) --no-deps requirements/peers-alone.in -o requirements/peers-alone.txt
 	$(COMPILE) $(ARGS) --extra sglang requirements/sglang.in pyproject.toml -o requirements/sglang.txt

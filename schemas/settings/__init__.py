@@ -26,6 +26,7 @@ from schemas.settings.sections import (
     Sync,
     Tables,
     Target,
+    Telemetry,
     Traces,
     Train,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "Sync",
     "Tables",
     "Target",
+    "Telemetry",
     "Traces",
     "Train",
     "load",

@@ -4,12 +4,14 @@ ARGS ?=
 BIN := .venv/bin
 PEERS := .venv-peers
 SGLANG := .venv-sglang
+AUDIT := .venv-audit
+IMAGES := learning serving registry
 UV := $(BIN)/uv
 COMPILE := $(UV) pip compile --quiet --generate-hashes --no-header --no-annotate --universal --python-version 3.11
 OURS := --extra serve --extra stream --extra train --extra ops --extra telemetry
 CODE := schemas serving pipeline trainer ops tests
 
-.PHONY: demo test faults lint format install model peers trainer-peers test-sglang requirements clean
+.PHONY: demo test faults lint format install model peers trainer-peers test-sglang requirements sbom audit clean
 
 demo: .venv/aurora.stamp
 	$(BIN)/aurora demo $(ARGS)
@@ -46,6 +48,18 @@ peers: .venv/dev.stamp .venv/bench.stamp
 # Other projects' trainers and readers of drafts, in an environment of their own: for `aurora bench trainer` and a test.
 trainer-peers: $(PEERS)/stamp
 
+# What is in each image, as CycloneDX, from the pinned files that it installs.
+sbom: $(AUDIT)/stamp
+	mkdir -p build/sbom
+	for image in $(IMAGES); do \
+		$(AUDIT)/bin/cyclonedx-py requirements requirements/$$image.txt --pyproject pyproject.toml \
+			--output-reproducible --of JSON -o build/sbom/$$image.cdx.json || exit 1; \
+	done
+
+# What is known against the same packages. ARGS=--go-on ends well where the service cannot be asked, and says so.
+audit: $(AUDIT)/stamp
+	$(BIN)/python -m ops.audit $(AUDIT)/bin/pip-audit $(ARGS) $(IMAGES:%=requirements/%.txt)
+
 # Pins stay as they are unless asked: make requirements ARGS=--upgrade
 requirements: $(UV)
 	$(COMPILE) $(ARGS) requirements/uv.in -o requirements/uv.txt
@@ -65,7 +79,7 @@ requirements: $(UV)
 	$(COMPILE) $(ARGS) --no-deps requirements/sglang-alone.in -o requirements/sglang-alone.txt
 
 clean:
-	rm -rf .venv $(PEERS) $(SGLANG) .aurora build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv $(PEERS) $(SGLANG) $(AUDIT) .aurora build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(UV): requirements/uv.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=/path/to/python3.11")'
@@ -83,6 +97,11 @@ $(PEERS)/stamp: requirements/peers.txt requirements/peers-alone.txt | $(UV)
 	$(UV) venv --quiet --clear --python $(BIN)/python $(PEERS)
 	$(UV) pip install --quiet --python $(PEERS)/bin/python --compile-bytecode --require-hashes -r requirements/peers.txt
 	$(UV) pip install --quiet --python $(PEERS)/bin/python --compile-bytecode --require-hashes --no-deps -r requirements/peers-alone.txt
+	touch $@
+
+$(AUDIT)/stamp: requirements/audit.txt | $(UV)
+	$(UV) venv --quiet --clear --python $(BIN)/python $(AUDIT)
+	$(UV) pip install --quiet --python $(AUDIT)/bin/python --compile-bytecode --require-hashes -r requirements/audit.txt
 	touch $@
 
 # Our package is there for the plugin, without what our own processes need beside it.

@@ -14,9 +14,11 @@ from mlflow import environment_variables as mlflow_settings
 from pydantic import SecretStr
 from tiny_draft import SHAPE
 
+from ops.doctor.finding import Finding, Patient
+from ops.doctor.services import look_at_registry
 from ops.process import Process
 from ops.registry_server import server_command
-from schemas.settings import Registry
+from schemas.settings import Registry, Settings
 from schemas.speculator import checkpoint
 from schemas.speculator.network import random_draft
 from serving.registry import MlflowRegistry
@@ -110,3 +112,12 @@ def test_nobody_comes_in_without_an_account_and_its_password(accounts: Accounts,
     node = MlflowRegistry(accounts.settings(user, "wrong"), "line")
     with pytest.raises(NodeRegistryError, match="401"):
         node.named()
+
+
+def test_the_doctor_says_which_setting_lets_it_in(accounts: Accounts) -> None:
+    def looked(registry: Registry) -> list[Finding]:
+        return list(look_at_registry(Patient(Settings(registry=registry))))
+
+    (finding,) = looked(Registry(uri=accounts.uri))
+    assert "registry.username" in finding.fix
+    assert [finding.level for finding in looked(accounts.settings("node"))] == ["ok"]

@@ -129,8 +129,12 @@ def loop(broker: str, registry: str, smollm2: Path, tmp_path: Path, free_port: C
 @pytest.mark.timeout(600)
 def test_one_id_leads_from_a_request_to_the_version_that_learned_from_it(loop: Loop) -> None:
     loop.start()
-    asked = {loop.ask(context): context for context in (tracing.begun() for _ in range(REQUESTS))}
+    context = tracing.begun()
     share = loop.settings.train.held_back_share
+    asked: dict[str, TraceContext] = {}
+    while len(asked) < REQUESTS or len({held_back(name, share) for name in asked}) < 2:
+        asked[loop.ask(context)] = context
+        context = tracing.begun()
     request, context = next((name, of) for name, of in asked.items() if not held_back(name, share))
     kept_back = next(name for name in asked if held_back(name, share))
     seen = loop.collector
@@ -138,7 +142,7 @@ def test_one_id_leads_from_a_request_to_the_version_that_learned_from_it(loop: L
     (learned, *_) = seen.spans("learn", context.trace)
     version = learned.attributes["aurora.version"]
     of_version = learned.trace
-    loop.until(lambda: seen.spans("move", of_version), "its move")
+    loop.until(lambda: seen.spans("move"), "a promotion; a version that is better at once may have come before it")
     loop.until(lambda: seen.spans("swap"), "a swap")
     answer = aurora_trace(loop, request)
     loop.end()
@@ -154,8 +158,10 @@ def test_one_id_leads_from_a_request_to_the_version_that_learned_from_it(loop: L
     assert committed.attributes["aurora.version_of_accepted"] >= 1
     (registered,) = [one for one in seen.spans("register", of_version) if one.attributes["aurora.version"] == version]
     assert (registered.process, learned.parent) == ("aurora-train", registered.span)
-    assert {one.process for one in seen.spans("move", of_version)} <= {"aurora-promoter"}
-    assert all(one.parent == registered.span for one in seen.spans("move", of_version))
+    for one in [*seen.spans("move"), *seen.spans("swap")]:
+        there = tracing.of_version(one.attributes["aurora.line"], one.attributes["aurora.version"])
+        assert (one.trace, one.parent) == (there.trace, there.span)
+        assert one.process == {"move": "aurora-promoter", "swap": "aurora-serve"}[one.name]
     assert not seen.spans("learn", tracing.of_request(kept_back).trace), "it is only compared on"
 
     check_answer(answer, request, context, version)
@@ -165,18 +171,21 @@ def test_one_id_leads_from_a_request_to_the_version_that_learned_from_it(loop: L
     (compared_on,) = aurora_trace(loop, kept_back)["requests"]
     assert {one["taught"] for one in compared_on["versions"]} == {"held back"}
     shown = command(loop, "trace", request).stdout
-    assert re.search(rf"first learned by version {version}\b", shown), shown
+    assert f"request {request}, trace {context.trace}" in shown
+    assert re.search(r"first learned by version \d|no version has learned from all of it yet", shown), shown
     assert "no rows of 'cmpl-nobody'" in command(loop, "trace", "cmpl-nobody", code=2).stderr
 
 
 def check_answer(answer: dict[str, Any], request: str, context: TraceContext, version: str) -> None:
     (told,) = answer["requests"]
-    assert (told["request"], told["trace"], told["first"]) == (request, context.trace, version)
+    assert (told["request"], told["trace"]) == (request, context.trace)
     tables = {rows["table"]: rows for rows in told["rows"]}
     assert tables.keys() >= {"traces", "accepted"}
     assert all(rows["last_version"] >= rows["first_version"] >= 1 for rows in tables.values())
-    first = next(one for one in told["versions"] if one["version"] == version)
-    assert first["taught"] == "yes"
+    by_version = {one["version"]: one["taught"] for one in told["versions"]}
+    # What was read with it may still have waited: then the tags of this version are careful, and a later one is sure.
+    assert by_version[version] in ("yes", "partly")
+    assert told["first"] == next((one for one, answer in by_version.items() if answer == "yes"), None)
     assert any(move["alias"] == "champion" for one in told["versions"] for move in one["moves"])
 
 

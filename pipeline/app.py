@@ -35,6 +35,7 @@ from pipeline.progress import Progress
 from pipeline.table import DeltaLog
 from pipeline.watermarks import BrokerAwayError, Watermarks
 from pipeline.writer import Writer
+from schemas import logs, spans
 from schemas.settings import Settings, SettingsError, Stream
 from schemas.status import StreamStatus
 
@@ -265,6 +266,8 @@ def run(settings: Settings) -> None:
         TopicError: the broker does not answer, lets no one in, or does not have what is needed.
         TableError: the tables cannot be opened or created.
     """
+    logs.configure("stream")
+    spans.configure("stream", settings.telemetry)
     # It writes a hundred lines a second while the broker is away; the watch says it once a tick.
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
     topics.create(settings.kafka)
@@ -274,6 +277,8 @@ def run(settings: Settings) -> None:
     asyncio.set_event_loop(loop)
     ours = StreamWorker(settings)
     faust_worker = faust.Worker(ours.app, loop=loop, quiet=True, override_logging=False, redirect_stdouts=False)
+    # It would write to the terminal, and between the lines of the log where there is none.
+    faust_worker.spinner = None
     ours.caretaker.start()
     watching = loop.create_task(ours.watch())
     try:
@@ -286,6 +291,7 @@ def run(settings: Settings) -> None:
             os._exit(1)
     finally:
         watching.cancel()
+        spans.close()
 
 
 def _app(settings: Settings) -> faust.App:

@@ -25,7 +25,7 @@ from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundErr
 from deltalake.fs import DeltaStorageHandler
 from pyarrow.fs import FileSystem, PyFileSystem
 
-from pipeline.offsets import ConflictError, Source
+from pipeline.offsets import ConflictError, Source, transaction_id
 from schemas.batches import CURSORS, PARTITIONED_BY, TABLES, day_of
 from schemas.errors import UserError
 from schemas.settings import Tables
@@ -329,6 +329,18 @@ class DeltaLog:
         with self.failures(name):
             known.refresh()
         return known
+
+    def snapshot_version(self, name: str) -> int:
+        """Version of the state that ``snapshot`` gave last: after an append, the version that it made."""
+        return self._snapshots[name].version
+
+    def reached(self, name: str, source: Source, version: int | None = None) -> int:
+        """Offset of the last record of a partition that a state of a table contains, the newest by default; -1 without
+        any."""
+        table = self.open(name) if version is None else self._open_at(name, version)
+        with self.failures(name):
+            last = table.transaction_version(transaction_id(name, source))
+        return -1 if last is None else last
 
     def open(self, name: str) -> DeltaTable:
         """A handle on the newest state of a table."""

@@ -12,12 +12,14 @@ from typing import TypeVar
 import structlog
 
 from pipeline.batches import Built, Record, build
+from pipeline.committed import spans_of
 from pipeline.counts import Counts
 from pipeline.drift_topic import DriftTopic
 from pipeline.drift_watch import DriftWatch
 from pipeline.duplicates import Duplicates
 from pipeline.offsets import COMMIT_ORDER, Batch, ConflictError, FencedError, Intake, Source, admit, lost_range
 from pipeline.table import DeltaLog, TableError
+from schemas import spans
 from schemas.claims import ClaimStore, ClaimStoreError
 from schemas.settings import Settings
 
@@ -46,7 +48,7 @@ class Writer:
         self.committed_at: float | None = None
         """Time of the last commit, on the monotonic clock."""
         self._counts = counts
-        tables = DeltaLog(settings.tables)
+        self._tables = tables = DeltaLog(settings.tables)
         self._intake = Intake(tables, ThreadPoolExecutor(len(COMMIT_ORDER) - 1, "table"))
         self.drift = DriftWatch(settings.drift, tables, DriftTopic(settings.kafka))
         self._duplicates = Duplicates(tables, settings.stream.duplicate_window)
@@ -95,11 +97,13 @@ class Writer:
             for source, arrived in records.items()
         }
         taken = {source: [records[source][i] for i in plan.taken] for source, plan in admitted.items() if plan.taken}
+        start = time.time()
         built = {source: self._build(source, of_one) for source, of_one in taken.items()}
         if built:
             self._intake.commit([Batch(source, taken[source][-1].offset, built[source].rows) for source in built])
             self._counts.commits += 1
             self.committed_at = time.monotonic()
+            self._tell(taken, start)
         for source, made in built.items():
             self._count(taken[source], made)
             first, last = taken[source][0].offset, taken[source][-1].offset
@@ -113,6 +117,11 @@ class Writer:
     def _build(self, source: Source, records: Sequence[Record]) -> Built:
         known = self._duplicates.known(source, records[0].offset)
         return build(records, self._context, self._claims.get, known)
+
+    def _tell(self, taken: Mapping[Source, Sequence[Record]], start: float) -> None:
+        versions = {name: self._tables.snapshot_version(name) for name in COMMIT_ORDER}
+        for span in spans_of(taken, versions, start, time.time()):
+            spans.record(span)
 
     def _count(self, taken: Sequence[Record], built: Built) -> None:
         self._counts.rows_written += built.rows["traces"].num_rows

@@ -1,4 +1,7 @@
-"""How every process reaches the MLflow registry: one client, one name for each line's model."""
+"""How every process reaches the MLflow registry: one client, one name for each line's model.
+
+Whatever is needed of MLflow comes from here: it reads its variables when it is imported, and they are set first.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,29 @@ from pathlib import Path
 
 # Aurora reports to nobody but its operator, and MLflow decides on its telemetry while it is imported.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+# So is who writes its log: this process, in its own form.
+os.environ.setdefault("MLFLOW_CONFIGURE_LOGGING", "false")
 
 import mlflow
 from mlflow import environment_variables as mlflow_settings
+from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from requests import RequestException
 
 from schemas.settings import Registry
+
+__all__ = [
+    "FAILURES",
+    "PREFIX",
+    "Metric",
+    "MlflowException",
+    "Param",
+    "connect",
+    "download",
+    "is_absent",
+    "model_name",
+]
 
 PREFIX = "aurora."
 """Before the line, in the name of its registered model."""
@@ -38,11 +56,14 @@ def model_name(line: str) -> str:
 def connect(settings: Registry) -> MlflowClient:
     """A client that gives up after ``registry.timeout_s``.
 
-    MLflow takes its limits from its own variables only. By default it tries seven times, two minutes each; everything
-    here asks again anyway, and must not stand still for a quarter of an hour.
+    MLflow takes its limits and credentials from its own variables only. By default it tries seven times, two minutes
+    each; everything here asks again anyway, and must not stand still for a quarter of an hour.
     """
     mlflow_settings.MLFLOW_HTTP_REQUEST_MAX_RETRIES.set(0)
     mlflow_settings.MLFLOW_HTTP_REQUEST_TIMEOUT.set(math.ceil(settings.timeout_s))
+    if settings.username:
+        mlflow_settings.MLFLOW_TRACKING_USERNAME.set(settings.username)
+        mlflow_settings.MLFLOW_TRACKING_PASSWORD.set(settings.password.get_secret_value())
     mlflow_settings.MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR.set(False)
     mlflow_settings.MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT.set(True)
     return MlflowClient(tracking_uri=settings.uri, registry_uri=settings.uri)

@@ -1,7 +1,8 @@
 """The node's HTTP API: OpenAI's chat and text completions, with what Aurora adds to them.
 
 Request headers: ``x-aurora-label`` (traffic label in the traces), ``x-aurora-trace: off`` (nothing of this request is
-published), ``x-aurora-speculate: off``. Response header: ``x-aurora-speculator``, the version that drafts when the
+published), ``x-aurora-speculate: off``, ``traceparent`` (the client's span: the request is one of the same trace, and
+the answer's id says so). Response header: ``x-aurora-speculator``, the version that drafts when the
 request begins; empty where none does. The answer's ``aurora`` key says how it was decoded.
 """
 
@@ -9,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import uuid
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import aclosing
@@ -23,7 +23,9 @@ from jinja2 import TemplateError
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
+from schemas import tracing
 from schemas.settings import Serve
+from serving.answered import Trail, teller
 from serving.answers import Answer, ChatAnswer, CompletionAnswer, FinishReason, Tally
 from serving.drain import Drain, Draining
 from serving.engine import Engine, Request
@@ -74,9 +76,11 @@ class Completions:
         # A long prompt takes a while; the event loop has other answers to send.
         prompt = await asyncio.to_thread(self._of_messages, body)
         self._check_size(body, [prompt], "messages")
-        answer = ChatAnswer(f"chatcmpl-{uuid.uuid4().hex}", self._model, self._speller, body.logprobs)
+        trail = _trail(http)
+        answer = ChatAnswer(trail.context.request_id("chatcmpl"), self._model, self._speller, body.logprobs)
         requests = self._requests(body, [prompt], answer.id, http)
-        return await self._respond(body, requests, [Detokenizer(self._tokenizer) for _ in requests], answer, http)
+        detokenizers = [Detokenizer(self._tokenizer) for _ in requests]
+        return await self._respond(body, requests, detokenizers, answer, trail, http)
 
     async def complete(self, body: CompletionRequest, http: fastapi.Request) -> Response:
         """``POST /v1/completions``.
@@ -87,10 +91,12 @@ class Completions:
         self.check_model(body.model)
         prompts = await asyncio.to_thread(lambda: [self._of_prompt(prompt) for prompt in body.prompt])
         self._check_size(body, prompts, "prompt")
-        answer = CompletionAnswer(f"cmpl-{uuid.uuid4().hex}", self._model, self._speller, body.logprobs is not None)
+        trail = _trail(http)
+        answer_id = trail.context.request_id("cmpl")
+        answer = CompletionAnswer(answer_id, self._model, self._speller, body.logprobs is not None)
         requests = self._requests(body, prompts, answer.id, http)
         detokenizers = [Detokenizer(self._tokenizer, request.prompt[-_CONTEXT:]) for request in requests]
-        return await self._respond(body, requests, detokenizers, answer, http)
+        return await self._respond(body, requests, detokenizers, answer, trail, http)
 
     def check_model(self, name: str) -> None:
         """Refuse a model that is not served here.
@@ -112,13 +118,14 @@ class Completions:
         requests: Sequence[Request],
         detokenizers: Sequence[Detokenizer],
         answer: Answer,
+        trail: Trail,
         http: fastapi.Request,
     ) -> Response:
         choices = [
             Choice(i, request, Transcript(detokenizer, body.stop))
             for i, (request, detokenizer) in enumerate(zip(requests, detokenizers, strict=True))
         ]
-        generation = Generation(self._engine, choices, self._figures)
+        generation = Generation(self._engine, choices, self._figures, teller(trail, answer.id))
         # Prompts come once for each of their choices.
         prompt_tokens = sum(len(request.prompt) for request in requests[:: body.n])
         headers = {"x-aurora-speculator": self._drafting(requests[0])}
@@ -127,12 +134,12 @@ class Completions:
             events = _events(generation, answer, prompt_tokens, body.stream_options)
             return _EventStream(generation, events, headers)
         try:
-            told = await _unless_gone(http, _collect(generation))
+            pieces = await _unless_gone(http, _collect(generation))
         finally:
             generation.abandon()
-        if told is None:
+        if pieces is None:
             return Response(status_code=_CLIENT_GONE)
-        return JSONResponse(answer.whole(told, _tally(generation, prompt_tokens)), headers=headers)
+        return JSONResponse(answer.whole(pieces, _tally(generation, prompt_tokens)), headers=headers)
 
     def _requests(
         self, body: Sampling, prompts: Sequence[tuple[int, ...]], answer_id: str, http: fastapi.Request
@@ -332,6 +339,12 @@ async def _unless_gone(http: fastapi.Request, work: Coroutine[None, None, _T]) -
 async def _disconnected(http: fastapi.Request) -> None:
     while (await http.receive())["type"] != "http.disconnect":
         pass
+
+
+def _trail(http: fastapi.Request) -> Trail:
+    """The span of a request, in the trace of its client where that sent one."""
+    parent = tracing.read(http.headers.get(tracing.HEADER))
+    return Trail(parent.child() if parent else tracing.begun(), parent)
 
 
 def _label(http: fastapi.Request) -> str | None:

@@ -1,13 +1,12 @@
 """The operator's hand on the speculator: pin a version, follow the alias again, switch speculation off and on.
 
-Every endpoint wants ``Authorization: Bearer`` with the token of ``serve.admin_token``; without that setting there is no
-way in.
+Every endpoint wants ``Authorization: Bearer`` with the token of ``serve.admin_token`` or one of those in
+``serve.admin_tokens_file``; without any there is no way in.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hmac
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Annotated
@@ -15,7 +14,7 @@ from typing import Annotated
 import fastapi
 from fastapi import APIRouter, Depends, FastAPI
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from pydantic import BaseModel, ConfigDict, Field
 
 from schemas.settings import Serve
 from schemas.status import SpeculatorStatus
@@ -24,6 +23,7 @@ from serving.engine import Engine
 from serving.openai import ApiError
 from serving.puller import Puller
 from serving.shelf import RefusedError, RegistryError, UnknownVersionError
+from serving.tokens import AdminTokens, opens
 
 _WAIT_S = 30.0
 """How long an order may take before the answer is that it is under way."""
@@ -40,7 +40,7 @@ class Pin(BaseModel):
 
 def add(app: FastAPI, serve: Serve, engine: Engine, puller: Puller | None) -> None:
     """Add the endpoints to the application."""
-    router = APIRouter(prefix="/admin/speculator", dependencies=[Depends(_only_with(serve.admin_token))])
+    router = APIRouter(prefix="/admin/speculator", dependencies=[Depends(_only_with(AdminTokens(serve)))])
 
     @router.get("")
     async def show() -> SpeculatorStatus:
@@ -96,17 +96,19 @@ def describe(serve: Serve, engine: Engine, puller: Puller | None) -> SpeculatorS
     )
 
 
-def _only_with(token: SecretStr) -> Callable[[str], None]:
-    expected = token.get_secret_value().encode()
-
+def _only_with(tokens: AdminTokens) -> Callable[[str], None]:
     def check(authorization: Annotated[str, fastapi.Header()] = "") -> None:
-        if not expected:
-            message = "The admin endpoints are closed: this node has no token (set serve.admin_token)"
+        known = tokens.now()
+        if not known:
+            message = (
+                "The admin endpoints are closed: this node has no token (set serve.admin_token, or "
+                "serve.admin_tokens_file with a file that has one)"
+            )
             raise ApiError(403, message, kind="permission_error", code="admin_closed")
         scheme, _, given = authorization.partition(" ")
         # Header values arrive as latin-1, the token may be anything.
-        if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode("latin-1"), expected):
-            message = "Send the token of serve.admin_token as 'Authorization: Bearer TOKEN'"
+        if scheme.lower() != "bearer" or not opens(given.strip().encode("latin-1"), known):
+            message = "Send a token of serve.admin_token or serve.admin_tokens_file as 'Authorization: Bearer TOKEN'"
             raise ApiError(401, message, kind="authentication_error", code="invalid_token")
 
     return check

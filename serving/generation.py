@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -88,8 +88,23 @@ class Choice:
 class Generation:
     """The choices of one request in the engine. ``pieces`` can be read once."""
 
-    def __init__(self, engine: Engine, choices: Sequence[Choice], figures: RequestFigures) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        choices: Sequence[Choice],
+        figures: RequestFigures,
+        tell: Callable[[Sequence[Choice]], None] | None = None,
+    ) -> None:
+        """Begin nothing yet.
+
+        Args:
+            engine: What answers.
+            choices: The sequences.
+            figures: Where they are counted.
+            tell: Called once, when nobody waits for the answer any more.
+        """
         self.choices = tuple(choices)
+        self._tell = tell
         self._engine = engine
         self._figures = figures
         self._loop = asyncio.get_running_loop()
@@ -132,11 +147,14 @@ class Generation:
                 yield choice, piece
 
     def abandon(self) -> None:
-        """Nobody waits for the answer any more; no-op where it has ended."""
+        """Nobody waits for the answer any more; what still runs of it is ended."""
         running, self._running = self._running, set()
         for index in running:
             self._figures.ended("cancelled")
             self._engine.cancel(self.choices[index].request.id)
+        tell, self._tell = self._tell, None
+        if tell is not None:
+            tell(self.choices)
 
     def _hand_over(self, index: int, output: Output) -> None:
         """Called on the engine's thread."""

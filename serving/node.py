@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry
 from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from schemas import logs
+from schemas import logs, spans
 from schemas.settings import Settings, SettingsError
 from serving import admin, api, control, webhook
 from serving.chunks import Origin
@@ -42,11 +42,13 @@ def run(settings: Settings) -> None:
         SettingsError: the address is taken, the target cannot be served, or a Kafka option is unknown.
     """
     logs.configure("serve")
+    spans.configure("serve", settings.telemetry)
     disable_progress_bar()
     signal.signal(signal.SIGTERM, _leave)
     signal.signal(signal.SIGINT, _leave)
     torch.set_num_threads(settings.serve.threads)
     with ExitStack() as undo:
+        undo.callback(spans.close)
         server_socket = undo.enter_context(_bind(settings.serve.host, settings.serve.port))
         publisher = TracePublisher(settings.kafka, settings.traces) if settings.traces.enabled else None
         engine = TransformersEngine(settings, publisher)

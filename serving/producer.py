@@ -9,8 +9,10 @@ from typing import Any, Protocol
 from confluent_kafka import KafkaError, KafkaException, Message
 from confluent_kafka import Producer as ConfluentProducer
 
+from schemas import tracing
 from schemas.settings import Kafka, SettingsError, Traces
 from schemas.trace import CONTENT_TYPE, Chunk, fingerprint
+from schemas.tracing import TraceContext
 
 NOT_LET_IN = frozenset({KafkaError._AUTHENTICATION, KafkaError.SASL_AUTHENTICATION_FAILED, KafkaError._SSL})
 """Errors that a wrong ``kafka.client`` makes; the client goes on trying."""
@@ -66,8 +68,8 @@ def connect(kafka: Kafka, traces: Traces, on_error: Callable[[KafkaError], None]
         raise SettingsError(f"kafka.bootstrap or kafka.client: {error}") from error
 
 
-def headers_of(chunk: Chunk) -> Headers:
-    """What a consumer sees of a chunk before it decodes it."""
+def headers_of(chunk: Chunk, context: TraceContext) -> Headers:
+    """What a consumer sees of a chunk before it decodes it; ``context`` is the span that publishes it."""
     drafted = [r.speculator for r in chunk.rounds if r.speculator]
     fields = {
         "content-type": CONTENT_TYPE,
@@ -76,6 +78,7 @@ def headers_of(chunk: Chunk) -> Headers:
         "target": chunk.envelope.target,
         "speculator": drafted[-1] if drafted else "",
         "rows": str(len(chunk.rounds)),
+        tracing.HEADER: context.header(),
     }
     if chunk.envelope.claim:
         fields["claim-bytes"] = str(chunk.envelope.claim.size)

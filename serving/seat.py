@@ -9,7 +9,10 @@ from dataclasses import dataclass
 
 import structlog
 
+from schemas import spans
+from schemas.spans import Span
 from schemas.speculator.network import EagleDraft
+from schemas.tracing import of_version
 from serving.engine import Engine
 
 log = structlog.get_logger()
@@ -26,6 +29,18 @@ class Swap:
     time: float
     in_flight: int
     pause_ms: float
+
+
+def _span(line: str, swap: Swap, role: str) -> Span:
+    registered = of_version(line, swap.version)
+    return Span(
+        name="swap",
+        context=registered.child(),
+        start=swap.time - swap.pause_ms / 1e3,
+        end=swap.time,
+        parent=registered.span,
+        attributes={"line": line, "version": swap.version, "role": role, "in_flight": swap.in_flight},
+    )
 
 
 class Seat:
@@ -51,8 +66,9 @@ class Seat:
         """Swap a version in between two rounds; returns what that was like."""
         with self.turning:
             swapped = self._engine.swap(draft, version)
-            log.info("swapped", version=version, role=role, in_flight=swapped.in_flight, pause_ms=swapped.pause_ms)
             swap = Swap(version, time.time(), swapped.in_flight, swapped.pause_ms)
+            log.info("swapped", version=version, role=role, in_flight=swap.in_flight, pause_ms=swap.pause_ms)
+            spans.record(_span(self._engine.line, swap, role))
             self.version, self.role = version, role
             self.swapped += 1
             self._swaps.append(swap)

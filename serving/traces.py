@@ -29,9 +29,12 @@ from confluent_kafka import KafkaError, KafkaException, Message
 from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
+from schemas import spans
 from schemas.claims import ClaimStore
 from schemas.settings import Kafka, Traces
+from schemas.spans import Span
 from schemas.trace import Chunk, Round, encode
+from schemas.tracing import TraceContext, of_request
 from serving.breaker import Breaker
 from serving.budget import BURST_S, TokenBucket, WaitingRoom, is_sampled
 from serving.chunks import FRAME_BYTES, Assembly, Origin, Space, Way, chunk_bytes, cut, row_bytes, without_features
@@ -68,6 +71,12 @@ class _Parcel:
 
     rows: int
     size: int
+    context: TraceContext
+    """The span of its publication."""
+    request: str
+    number: int
+    since: float
+    """Unix time at which it was made ready."""
 
 
 class TracePublisher:
@@ -250,7 +259,7 @@ class TracePublisher:
         else:
             self._tickets += 1
             self._in_hand[self._tickets] = parcel
-            self._produce(*packed, self._tickets, now)
+            self._produce(*packed, parcel.context, self._tickets, now)
 
     def _pack(self, chunk: Chunk) -> tuple[Chunk, bytes] | Reason:
         """The chunk as it travels and its bytes, or why there are none."""
@@ -261,8 +270,8 @@ class TracePublisher:
             log.warning("trace_chunk_unencodable", request=chunk.envelope.request, error=str(error))
             return "unencodable"
 
-    def _produce(self, chunk: Chunk, value: bytes, ticket: int, now: float) -> None:
-        key, headers = chunk.envelope.request.encode(), headers_of(chunk)
+    def _produce(self, chunk: Chunk, value: bytes, context: TraceContext, ticket: int, now: float) -> None:
+        key, headers = chunk.envelope.request.encode(), headers_of(chunk, context)
         report = partial(self._reported, ticket)
         try:
             self._producer.produce(self._kafka.traces_topic, value=value, key=key, headers=headers, on_delivery=report)
@@ -299,6 +308,7 @@ class TracePublisher:
             return
         if reason is None:
             self._ledger.publish(parcel.rows, parcel.size)
+            spans.record(_span(parcel))
         else:
             self._shed(parcel, reason)
 
@@ -343,7 +353,28 @@ class TracePublisher:
 
 
 def _parcel(chunk: Chunk) -> _Parcel:
-    return _Parcel(len(chunk.rounds), sum(map(row_bytes, chunk.rounds)))
+    request = chunk.envelope.request
+    return _Parcel(
+        rows=len(chunk.rounds),
+        size=sum(map(row_bytes, chunk.rounds)),
+        context=of_request(request).child(),
+        request=request,
+        number=chunk.envelope.chunk,
+        since=time.time(),
+    )
+
+
+def _span(parcel: _Parcel) -> Span:
+    """A chunk that the broker has acknowledged just now."""
+    return Span(
+        name="publish",
+        context=parcel.context,
+        start=parcel.since,
+        end=time.time(),
+        parent=of_request(parcel.request).span,
+        kind="producer",
+        attributes={"request": parcel.request, "chunk": parcel.number, "rows": parcel.rows},
+    )
 
 
 def _waiting_room(kafka: Kafka, traces: Traces) -> WaitingRoom | None:

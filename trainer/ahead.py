@@ -82,10 +82,18 @@ class Ahead(Generic[Ready]):
 
     def state(self) -> FeedState:
         """Where the feed stands: before all that ``next`` has not given yet."""
+        return self._mark().state()
+
+    @property
+    def passed(self) -> int:
+        """Version of ``accepted`` whose windows, and all before, ``next`` has given or the feed holds back."""
+        return self._mark().passed
+
+    def _mark(self) -> Mark:
         if self._coming is None:
-            return self._ask(self._feed.mark).state()
+            return self._ask(self._feed.mark)
         self._coming.exception()
-        return (self._chosen_at or self._ask(self._feed.mark)).state()
+        return self._chosen_at or self._ask(self._feed.mark)
 
     def restore(self, state: FeedState) -> None:
         """Stand where a feed of the same tables stood.

@@ -14,6 +14,8 @@ from trainer.gate import HeldBack
 _CARD = Path(__file__).with_name("card.md")
 SETTINGS_TAG = "settings"
 """Tag of a version with what shaped it, as JSON: its sections of the settings as they were."""
+PASSED_TAG = "passed"
+"""Tag of a version with the version of ``accepted`` up to which every window had its turn before it was registered."""
 _BESIDE = ("host", "port", "dir", "poll_s", "threads", "checkpoint_every_s", "curves_every_s", "register_every_s")
 """Settings of the trainer that say where and how often, not what is learned."""
 

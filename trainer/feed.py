@@ -78,6 +78,11 @@ class Mark:
     newest_version: int
     random: tuple[int, tuple[int, ...], float | None]
 
+    @property
+    def passed(self) -> int:
+        """Version of ``accepted`` whose windows, and all before, have been given out or held back."""
+        return min([self.cursor, *(entry.after[0] for entry in self.fresh)])
+
     def state(self) -> FeedState:
         """The same, ready to be written."""
         entries = [*self.fresh, *(entry for entry, _ in self.history), *self.held_back]

@@ -13,15 +13,19 @@ write is overwritten, which the record shows.
 
 from __future__ import annotations
 
+import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
 import structlog
 
+from schemas import spans
 from schemas.errors import UserError
 from schemas.events import Alias, Change, Intent
+from schemas.spans import Span
+from schemas.tracing import of_version
 from trainer.ledger import Ledger, Tables
 
 log = structlog.get_logger()
@@ -115,6 +119,29 @@ def next_change(wanted: Intent, aliases: Mapping[str, str]) -> Change | None:
     return next((change for change in wanted.changes if aliases.get(change.alias) != change.to_version), None)
 
 
+def spans_of(made: Intent, now: float) -> Iterator[Span]:
+    """What a move tells: a span in the trace of each version that an alias has come to name."""
+    for change in made.changes:
+        if change.to_version is not None:
+            registered = of_version(made.line, change.to_version)
+            yield Span(
+                name="move",
+                context=registered.child(),
+                start=made.time.timestamp(),
+                end=now,
+                parent=registered.span,
+                attributes={
+                    "line": made.line,
+                    "version": change.to_version,
+                    "alias": change.alias,
+                    "from": change.from_version or "",
+                    "what": made.what,
+                    "by": made.actor,
+                    "why": made.why,
+                },
+            )
+
+
 class Mover:
     """Makes the moves. Every method raises ``RegistryError`` and ``TableError`` where one does not answer."""
 
@@ -172,6 +199,8 @@ class Mover:
             return str(error)
         self._close(wanted, "done")
         log.info("moved", line=wanted.line, what=wanted.what, by=wanted.actor, why=wanted.why)
+        for span in spans_of(wanted, time.time()):
+            spans.record(span)
         return None
 
     def _make(self, wanted: Intent, change: Change) -> None:

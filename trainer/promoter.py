@@ -18,7 +18,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 from pydantic import ValidationError
 
 from pipeline.table import DeltaLog, TableError
-from schemas import logs
+from schemas import logs, spans
 from schemas.events import QUARANTINED_TAG, Change
 from schemas.settings import Settings
 from schemas.status import ComparedStatus, PromoterStatus, TrialStatus
@@ -43,6 +43,7 @@ def run(settings: Settings) -> None:
         SettingsError: the address of the status page is taken, or a Kafka option is unknown.
     """
     logs.configure("promoter")
+    spans.configure("promoter", settings.telemetry)
     stopping = stop_on_signals()
     tables, registry = DeltaLog(settings.tables), SpeculatorRegistry(settings.registry)
     audit = Audit(tables, KafkaEvents(settings.kafka))
@@ -51,6 +52,7 @@ def run(settings: Settings) -> None:
     page = settings.promoter
     with StatusServer("promoter", page.host, page.port, promoter.status, promoter.metrics):
         promoter.run(stopping)
+    spans.close()
 
 
 class Promoter:

@@ -9,12 +9,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlflow.entities import Metric, Param
-from mlflow.exceptions import MlflowException
 from pydantic import ValidationError
 
 from schemas.events import AUDITED_TAG, QUARANTINED_TAG, Alias, Audited
-from schemas.registry import FAILURES, PREFIX, connect, download, is_absent, model_name
+from schemas.registry import FAILURES, PREFIX, Metric, MlflowException, Param, connect, download, is_absent, model_name
 from schemas.settings import Registry as RegistrySettings
 
 _ARTIFACT = "speculator"

@@ -28,6 +28,8 @@ class Work:
     """Tokens with features, over all ranks."""
     newest: float
     """Unix time of the newest window among them; 0 where it is not known."""
+    requests: tuple[str, ...] = ()
+    """Whose windows they are, each once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,8 @@ def work_of(windows: Sequence[Window], ranks: int, parts: int) -> Work:
     shares = tuple(
         tuple(collate(windows[rank::ranks][part::parts] or silent) for part in range(parts)) for rank in range(ranks)
     )
-    return Work(shares, sum(len(window) for window in windows), max(window.time for window in windows))
+    consumed, newest = sum(len(window) for window in windows), max(window.time for window in windows)
+    return Work(shares, consumed, newest, tuple(dict.fromkeys(window.request for window in windows)))
 
 
 class Team:

@@ -15,7 +15,7 @@ import torch
 from prometheus_client import CollectorRegistry
 
 from pipeline.table import DeltaLog, TableError
-from schemas import logs
+from schemas import logs, spans
 from schemas.device import device_of
 from schemas.settings import Settings
 from schemas.speculator.checkpoint import CheckpointError
@@ -23,11 +23,13 @@ from schemas.speculator.network import EagleDraft
 from schemas.status import TrainStatus
 from trainer.ahead import Ahead
 from trainer.candidates import Candidates, code_revision
+from trainer.card import PASSED_TAG
 from trainer.checkpoints import Checkpoints, TrainState
 from trainer.curves import Curves
 from trainer.feed import Feed, FeedError
 from trainer.guard import KEPT, UNFIT, Health, fallen, rising
 from trainer.learner import Learner, weights_of
+from trainer.lessons import Lessons
 from trainer.progress import Gauges, Pace, Progress
 from trainer.ranks import Alone, Together, joined
 from trainer.registry import RegistryError, SpeculatorRegistry
@@ -52,6 +54,7 @@ def run(settings: Settings) -> None:
         CheckpointError: the target cannot be read.
     """
     logs.configure("train")
+    spans.configure("train", settings.telemetry)
     stopping = stop_on_signals()
     train = settings.train
     torch.set_num_threads(train.threads)
@@ -64,6 +67,7 @@ def run(settings: Settings) -> None:
         trainer = Trainer(settings, target, stopping, ranks)
         with StatusServer("train", train.host, train.port, trainer.status, trainer.metrics):
             trainer.run()
+    spans.close()
 
 
 class Trainer:
@@ -102,6 +106,7 @@ class Trainer:
         self._progress: Progress | None = None
         self._health: Health | None = None
         self._registered: tuple[str, ...] = ()
+        self._lessons = Lessons()
         self._checkpointed_step = 0
         self._needs: dict[str, int] | None = None
         self._offered_step = 0
@@ -209,6 +214,7 @@ class Trainer:
         self._gauges.step(progress, work.consumed)
         self._curves.add(self._learner.steps, progress.curves)
         if not self._learner.unfit:
+            self._lessons.learned(self._learner.steps, work.requests)
             self._losses.append(float(loss.total))
             return
         self._unfit += 1
@@ -269,13 +275,18 @@ class Trainer:
         self._parent, self._needs = state.parent, state.feed.needs
         self._checkpointed_step = self._offered_step = state.step
         self._losses.clear()
+        self._lessons.went_back(state.step)
         self._rollbacks += 1
         self._went_back = why
         self._gauges.rollbacks.inc()
 
     def _offer(self, draft: EagleDraft, now: Health, windows: Sequence[Window]) -> None:
         """Register the weights if they are better than what was registered last."""
-        tags = {"parent": self._parent, "tables": json.dumps(self._feed.tables_read)}
+        tags = {
+            "parent": self._parent,
+            "tables": json.dumps(self._feed.tables_read),
+            PASSED_TAG: str(self._feed.passed),
+        }
         if self._curves.run:
             tags["curves"] = self._curves.run
         metrics = {"step": float(self._learner.steps), "tokens_seen": float(self._tokens_seen)}
@@ -289,6 +300,8 @@ class Trainer:
                 self._parent = version
                 self._registered = (*self._registered, version)
                 self._gauges.registered.inc()
+                for span in self._lessons.registered(self._line, version, self._learner.steps):
+                    spans.record(span)
 
     def _checkpoint(self, *, good: bool = False) -> None:
         """Write where training stands, unless that is written already."""

@@ -19,6 +19,7 @@ from schemas.errors import UserError
 from schemas.reading import decode
 from schemas.settings import Settings
 from schemas.trace import ROOT, Chunk, Round, TraceError, encode
+from schemas.tracing import of_request
 from serving.chunks import Assembly, Origin, Space, Way, cut
 from serving.engine import Request
 from serving.producer import Headers, headers_of
@@ -100,7 +101,7 @@ def _of_request(whole: Sequence[Chunk], number: int, space: int, rng: np.random.
             yield Message(
                 request.id.encode(),
                 encode(chunk),
-                headers_of(chunk),
+                headers_of(chunk, of_request(chunk.envelope.request)),
                 len(chunk.rounds),
                 sum(len(r.tokens) for r in chunk.rounds),
             )

@@ -10,7 +10,14 @@ from rich.table import Table
 from ops.doctor.finding import Finding, Look, Patient
 from ops.doctor.machine import look_at_clocks, look_at_folders, look_at_processors, look_at_target
 from ops.doctor.processes import look_at_exposure, look_at_processes
-from ops.doctor.services import look_at_broker, look_at_claims, look_at_registry, look_at_sharing, look_at_tables
+from ops.doctor.services import (
+    look_at_broker,
+    look_at_claims,
+    look_at_collector,
+    look_at_registry,
+    look_at_sharing,
+    look_at_tables,
+)
 from schemas.settings import Settings
 
 LOOKS: Sequence[Look] = (
@@ -21,6 +28,7 @@ LOOKS: Sequence[Look] = (
     look_at_registry,
     look_at_tables,
     look_at_claims,
+    look_at_collector,
     look_at_sharing,
     look_at_processes,
     look_at_exposure,

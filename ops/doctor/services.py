@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
+from importlib.util import find_spec
 from urllib.parse import urlsplit
 
 import httpx
@@ -16,6 +17,7 @@ from schemas.errors import UserError
 from schemas.settings import SettingsError
 
 _BROKER_S = 6.0
+_COLLECTOR_S = 5.0
 _FIX_BROKER = "start it (`aurora up` brings one), or set kafka.bootstrap and, for TLS and SASL, kafka.client"
 _FIX_TOPICS = "`aurora topics apply` makes it so"
 
@@ -49,10 +51,12 @@ def look_at_broker(patient: Patient) -> Iterator[Finding]:
 
 def look_at_registry(patient: Patient) -> Iterator[Finding]:
     """Whether the registry answers, is MLflow, lets us in, and knows the speculator line."""
-    uri = patient.settings.registry.uri
+    settings = patient.settings.registry
+    uri = settings.uri
     fix = "start it (`aurora up` brings one), or set registry.uri to your MLflow server"
     try:
-        answer = httpx.get(f"{uri.rstrip('/')}/version", timeout=patient.settings.registry.timeout_s)
+        account = (settings.username, settings.password.get_secret_value()) if settings.username else None
+        answer = httpx.get(f"{uri.rstrip('/')}/version", auth=account, timeout=settings.timeout_s)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         yield problem("registry", f"{uri}: {error}", fix)
         return
@@ -60,7 +64,7 @@ def look_at_registry(patient: Patient) -> Iterator[Finding]:
         # The header is cut to whole seconds.
         patient.clocks["registry"] = parsedate_to_datetime(date).timestamp() + 0.5 - time.time()
     if answer.status_code in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
-        user = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+        user = "set registry.username and registry.password, or MLflow's own MLFLOW_TRACKING_TOKEN"
         yield problem("registry", f"{uri} answers {answer.status_code}: it does not let us in", user)
         return
     if answer.status_code != HTTPStatus.OK or not answer.text[:1].isdigit():
@@ -127,6 +131,35 @@ def look_at_tables(patient: Patient) -> Iterator[Finding]:
         yield ok("tables", f"{settings.uri}, windows: {told or 'none yet'}")
     if dead:
         yield warning("tables", f"{dead:,} dead letters", "`aurora dead list` says why")
+
+
+def look_at_collector(patient: Patient) -> Iterator[Finding]:
+    """Whether spans can be made, and whether a collector takes them."""
+    endpoint = patient.settings.telemetry.endpoint
+    if not endpoint:
+        return
+    if not _can_send_spans():
+        yield problem("tracing", "OpenTelemetry is not installed", "install the extra `telemetry`, or unset it")
+        return
+    headers = {"content-type": "application/x-protobuf", **patient.settings.telemetry.headers}
+    try:
+        answer = httpx.post(f"{endpoint.rstrip('/')}/v1/traces", headers=headers, timeout=_COLLECTOR_S)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        yield warning("tracing", f"{endpoint}: {error}", "start the collector, or set telemetry.endpoint")
+        return
+    if answer.status_code == HTTPStatus.OK:
+        yield ok("tracing", f"{endpoint} takes spans")
+    else:
+        found = f"{endpoint} answers {answer.status_code} to no spans"
+        yield warning("tracing", found, "set telemetry.endpoint to OTLP over HTTP (port 4318 mostly), and its headers")
+
+
+def _can_send_spans() -> bool:
+    """Looked for and not imported: it takes a while."""
+    try:
+        return find_spec("opentelemetry.exporter.otlp.proto.http") is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def look_at_claims(patient: Patient) -> Iterator[Finding]:

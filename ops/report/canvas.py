@@ -53,6 +53,9 @@ _STYLE: dict[RcKeyType, object] = {
     "grid.linewidth": 0.8,
     "xtick.major.size": 0,
     "ytick.major.size": 0,
+    # Or the two zeros of a corner lie over each other.
+    "xtick.major.pad": 8,
+    "ytick.major.pad": 6,
 }
 
 
@@ -97,7 +100,8 @@ def shade(axes: Axes, spans: Sequence[Span]) -> None:
 
 
 def nothing(figure: Figure, axes: Axes, why: str) -> str:
-    """A chart that only says why there is nothing to draw."""
+    """A chart that only says why there is nothing to draw, in a line's height."""
+    figure.set_figheight(0.9)
     axes.set_axis_off()
     axes.text(0.5, 0.5, why, ha="center", va="center", color=MUTED, transform=axes.transAxes)
     return svg(figure)

@@ -13,6 +13,8 @@ from ops.record import Answered, Run, Sample, busy_span, rolling_accept_length, 
 from ops.report.canvas import FAINT, INK, LEVEL, MUTED, SERIES, Span, figure_of, nothing, shade, style, svg
 
 _RATE_OVER_S = 15.0
+_HEADROOM = 1.25
+"""Of the y axis, over what is drawn: the names of the domains stand there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,7 @@ def accept_length_chart(run: Run) -> str:
         rolling = rolling_accept_length(answered)
         axes.plot(numbers, rolling, color=SERIES, linewidth=2.6, solid_capstyle="round")
         axes.set_xlim(0, len(answered) + 1)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, _HEADROOM * max([*each, 0.1]))
         axes.annotate(
             f"{rolling[-1]:.2f}",
             (numbers[-1], rolling[-1]),
@@ -78,7 +80,7 @@ def throughput_chart(run: Run) -> str:
                 fontweight="bold",
             )
         axes.set_xlim(0, max((end - start) / 60, minutes[-1]))
-        axes.set_ylim(0, 1.25 * max([*values, level or 0]))
+        axes.set_ylim(0, _HEADROOM * max([*values, level or 0]))
         spans = [Span((s.start - start) / 60, (s.end - start) / 60, s.name) for s in domain_times(run.requests)]
         marks = [Mark((swap.time - start) / 60, f"v{swap.version}") for swap in run.swaps if start < swap.time < end]
         _context(axes, spans, marks)

@@ -27,6 +27,7 @@ from schemas.settings.sections import (
     Sync,
     Tables,
     Target,
+    Telemetry,
     Traces,
     Train,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "Sync",
     "Tables",
     "Target",
+    "Telemetry",
     "Traces",
     "Train",
     "load",

@@ -19,9 +19,11 @@ FILE = Path("aurora.toml")
 _SECRETS = (
     "serve.admin_token",
     "serve.webhook_secret",
+    "registry.password",
     "kafka.client",
     "tables.storage_options",
     "traces.claim_options",
+    "telemetry.headers",
 )
 """Settings whose values no message shows."""
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, PlainSerializer, SecretStr
 
 MASK = "**********"
-_SECRET_WORDS = ("secret", "password", "key", "token")
+_SECRET_WORDS = ("secret", "password", "key", "token", "authorization")
 
 
 def _from_json(value: Any) -> Any:

@@ -69,6 +69,9 @@ class Registry(Section):
 
     uri: str = "http://127.0.0.1:15000"
     """Address of the MLflow server."""
+    username: str = ""
+    """Of this process, where the server wants basic auth."""
+    password: Secret = SecretStr("")
     timeout_s: float = Field(10, gt=0)
 
 
@@ -130,6 +133,8 @@ class Serve(Section):
     """After SIGTERM, time for the requests that run; what still runs then is ended with an error."""
     admin_token: Secret = SecretStr("")
     """Bearer token of the admin endpoints; without one they are closed."""
+    admin_tokens_file: str = ""
+    """File with more of them, one a line, read at every call: tokens change while the node runs."""
     webhook_secret: Secret = SecretStr("")
     """What the registry signs its webhooks with; without one ``/webhooks/registry`` is closed."""
     threads: int = Field(1, ge=1)
@@ -347,6 +352,20 @@ class Sync(Section):
     """A node that has been behind for so long takes the newest version over in any case."""
 
 
+class Telemetry(Section):
+    """What every process tells of its work (``schemas.spans``)."""
+
+    log: bool = True
+    """A line in the log for each request, chunk, commit, version, move and swap, with its trace id."""
+    endpoint: str = ""
+    """OpenTelemetry collector that spans are sent to by OTLP over HTTP, as http://collector:4318; empty sends none."""
+    headers: Options = Field(default_factory=dict)
+    """Sent with every batch of spans, as a collector behind a login wants them."""
+    every_s: float = Field(5, gt=0)
+    """Spans wait so long for others to be sent with."""
+    timeout_s: float = Field(10, gt=0)
+
+
 class Stack(Section):
     """The embedded stack of ``aurora up`` and ``aurora demo``."""
 
@@ -373,6 +392,7 @@ class Settings(Section):
     promoter: Promoter = Promoter()
     canary: Canary = Canary()
     sync: Sync = Sync()
+    telemetry: Telemetry = Telemetry()
     stack: Stack = Stack()
 
     @model_validator(mode="after")

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from answering import answering, status_of_node
+from span_collector import collecting
 from trainer_world import World, write_target
 from typer.testing import CliRunner
 
@@ -129,7 +130,17 @@ def test_something_else_in_the_registrys_place(stand: Stand) -> None:
 def test_a_registry_that_wants_a_password(stand: Stand) -> None:
     with answering(401, b"") as uri:
         finding = only_problem(stand.settings(registry__uri=uri))
-    assert "MLFLOW_TRACKING_USERNAME" in finding.fix
+    assert "registry.username" in finding.fix
+
+
+def test_a_collector_of_spans(stand: Stand, free_port: Callable[[], int]) -> None:
+    with collecting() as collector:
+        assert not warnings(stand.settings(telemetry__endpoint=collector.url), "tracing")
+    with answering(404, b"") as uri:
+        (finding,) = warnings(stand.settings(telemetry__endpoint=uri), "tracing")
+        assert "to no spans" in finding.found
+    (finding,) = warnings(stand.settings(telemetry__endpoint=f"http://127.0.0.1:{free_port()}"), "tracing")
+    assert "telemetry.endpoint" in finding.fix
 
 
 def test_a_draft_vocabulary_that_is_not_that_of_the_versions(stand: Stand) -> None:

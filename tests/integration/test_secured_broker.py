@@ -21,6 +21,7 @@ from pipeline.table import DeltaLog
 from pipeline.watermarks import BrokerAwayError, Watermarks
 from schemas.settings import Kafka, Settings, Traces, to_environ
 from schemas.trace import encode
+from schemas.tracing import of_request
 from serving.producer import connect, headers_of
 
 SCRAM = "SCRAM-SHA-256"
@@ -64,7 +65,7 @@ def test_with_one_setting_node_and_worker_bring_records_into_the_tables(
             settings.kafka.traces_topic,
             value=encode(made),
             key=made.envelope.request.encode(),
-            headers=headers_of(made),
+            headers=headers_of(made, of_request(made.envelope.request)),
             on_delivery=lambda error, _: pytest.fail(error.str()) if error else None,
         )
     assert producer.flush(20) == 0

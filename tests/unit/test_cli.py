@@ -48,6 +48,7 @@ def test_printed_options_are_a_settings_file_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize("flags", [[], ["--json"]])
 def test_the_printed_settings_hold_no_secret(flags: list[str]) -> None:
     secrets = ["--set", "serve.admin_token=geheim", "--set", 'kafka.client={"sasl.password": "geheim"}']
+    secrets += ["--set", "registry.password=geheim", "--set", 'telemetry.headers={"Authorization": "Bearer geheim"}']
     told = aurora("settings", *secrets, *flags)
     assert told.exit_code == 0
     assert "admin_token" in told.stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
@@ -11,10 +12,11 @@ from echo_engine import EchoEngine
 from pydantic import SecretStr
 from version_registry import LINE, FakeRegistry
 
-from schemas.settings import Serve, Settings
+from schemas.settings import Serve, Settings, SettingsError
 from schemas.status import ServeStatus, SpeculatorStatus
 from serving import control
 from serving.puller import Puller
+from serving.tokens import AdminTokens
 
 TOKEN = "geheim-größe"
 SERVE = Serve(admin_token=SecretStr(TOKEN), poll_s=0.01)
@@ -83,6 +85,31 @@ def test_without_the_right_token_nothing_happens(
     assert answer.headers["www-authenticate"] == "Bearer"
     assert TOKEN not in answer.text
     assert admin.node.engine.speculating
+
+
+def test_tokens_of_a_file_are_taken_up_and_dropped_while_the_node_runs(tmp_path: Path) -> None:
+    file = tmp_path / "tokens"
+    file.write_text("# of the old deployment\nold\n")
+
+    def status(node: Node, token: str) -> int:
+        return httpx.get(f"{node.url}/admin/speculator", headers=bearer(token)).status_code
+
+    with running_node(Serve(admin_tokens_file=str(file))) as node:
+        assert [status(node, token) for token in ("old", "new", "# of the old deployment")] == [200, 401, 401]
+        file.write_text("old\n  new\n")
+        assert [status(node, token) for token in ("old", "new")] == [200, 200]
+        file.write_text("new\n")
+        assert [status(node, token) for token in ("old", "new")] == [401, 200]
+        file.unlink()
+        assert status(node, "new") == 403
+    file.write_text("b\n")
+    with running_node(SERVE.model_copy(update={"admin_tokens_file": str(file)})) as node:
+        assert [status(node, token) for token in (TOKEN, "b", "new")] == [200, 200, 401]
+
+
+def test_a_file_of_tokens_that_is_not_there_is_an_error_of_the_settings(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"serve\.admin_tokens_file .*No such file"):
+        AdminTokens(Serve(admin_tokens_file=str(tmp_path / "none")))
 
 
 def test_the_state_says_what_is_served_and_why(admin: Admin) -> None:

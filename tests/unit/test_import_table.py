@@ -27,6 +27,8 @@ WITHOUT_TORCH = (
     "schemas.status",
     "schemas.tree",
     "schemas.logs",
+    "schemas.spans",
+    "schemas.tracing",
     "pipeline.app",
     "trainer.promoter",
     "ops.cli",

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from structlog.testing import LogCapture
 from trace_bench import Bench, FakeProducer, a_round, eventually
 
+from schemas import tracing
 from schemas.settings import Kafka, SettingsError, Traces
 from schemas.trace import CONTENT_TYPE, fingerprint
 from serving.engine import Request
@@ -43,7 +44,11 @@ def test_a_finished_request_is_one_message_with_its_headers() -> None:
     (chunk,) = bench.producer.delivered
     assert [r.round for r in chunk.rounds] == [0, 1, 2, 3]
     assert (chunk.envelope.last, chunk.envelope.finish) == (True, "stop")
-    assert dict(bench.producer.headers[0]) == {
+    headers = dict(bench.producer.headers[0])
+    published_by = tracing.read(headers.pop("traceparent"))
+    assert published_by is not None
+    assert published_by.trace == tracing.of_request(chunk.envelope.request).trace
+    assert headers == {
         "content-type": CONTENT_TYPE.encode(),
         "schema": fingerprint().encode(),
         "node": b"node-a",

@@ -1,0 +1,123 @@
+"""MLflow with accounts: who may make a node load weights, and who may not."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from mlflow import environment_variables as mlflow_settings
+from pydantic import SecretStr
+from tiny_draft import SHAPE
+
+from ops.doctor.finding import Finding, Patient
+from ops.doctor.services import look_at_registry
+from ops.process import Process
+from ops.registry_server import server_command
+from schemas.settings import Registry, Settings
+from schemas.speculator import checkpoint
+from schemas.speculator.network import random_draft
+from serving.registry import MlflowRegistry
+from serving.shelf import RegistryError as NodeRegistryError
+from trainer.registry import RegistryError, SpeculatorRegistry
+
+ROOT = Path(__file__).resolve().parents[2]
+PASSWORD = "a password of twelve and more"
+
+
+@dataclass
+class Accounts:
+    """A server whose accounts are those of the documentation."""
+
+    uri: str
+
+    def settings(self, user: str, password: str = PASSWORD) -> Registry:
+        return Registry(uri=self.uri, username=user, password=SecretStr(password))
+
+    def admin(self, path: str, **body: Any) -> httpx.Response:
+        answer = httpx.post(f"{self.uri}/api/{path}", json=body, auth=("admin", PASSWORD), timeout=30)
+        answer.raise_for_status()
+        return answer
+
+
+@pytest.fixture(scope="module")
+def accounts(tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], int]) -> Iterator[Accounts]:
+    folder, port = tmp_path_factory.mktemp("accounts"), free_port()
+    config = (ROOT / "ops/registry/basic_auth.ini").read_text()
+    (folder / "basic_auth.ini").write_text(config.replace("/var/lib/mlflow", str(folder)))
+    environ = {
+        "MLFLOW_AUTH_CONFIG_PATH": str(folder / "basic_auth.ini"),
+        "MLFLOW_AUTH_ADMIN_PASSWORD": PASSWORD,
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": uuid.uuid4().hex,
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    }
+    command = [*server_command(folder, port), "--app-name", "basic-auth"]
+    server = Process("registry", command, folder / "registry.log", environ)
+    made = Accounts(f"http://127.0.0.1:{port}")
+    server.start()
+    try:
+        server.wait_ready(lambda: answers(f"{made.uri}/health"), 180)
+        for user in ("node", "trainer", "promoter"):
+            made.admin("2.0/mlflow/users/create", username=user, password=PASSWORD)
+        yield made
+    finally:
+        server.stop()
+
+
+@pytest.fixture(autouse=True)
+def own_credentials() -> Iterator[None]:
+    """MLflow keeps them for the process: no other test may have these."""
+    yield
+    mlflow_settings.MLFLOW_TRACKING_USERNAME.unset()
+    mlflow_settings.MLFLOW_TRACKING_PASSWORD.unset()
+
+
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=2).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def test_trainer_registers_promoter_moves_and_a_node_only_reads(accounts: Accounts, tmp_path: Path) -> None:
+    line = checkpoint.write(random_draft(SHAPE, 1), tmp_path / "draft", uuid.uuid4().hex).line
+    trainer = SpeculatorRegistry(accounts.settings("trainer"))
+    version = trainer.register(line, tmp_path / "draft", {"line": line}, {})
+    trainer.point(line, "candidate", version)
+
+    promoter = SpeculatorRegistry(accounts.settings("promoter"))
+    with pytest.raises(RegistryError, match=r"(?i)permission denied"):
+        promoter.point(line, "champion", version)
+    of_model = {"resource_type": "registered_model", "resource_id": f"aurora.{line}"}
+    accounts.admin("3.0/mlflow/users/permissions/grant", username="promoter", permission="EDIT", **of_model)
+    promoter.point(line, "champion", version)
+
+    node = MlflowRegistry(accounts.settings("node"), line)
+    assert node.named().aliases == {"candidate": version, "champion": version}
+    (tmp_path / "served").mkdir()
+    assert checkpoint.read(node.download(version, tmp_path / "served"), line)
+    as_node = SpeculatorRegistry(accounts.settings("node"))
+    with pytest.raises(RegistryError, match=r"(?i)permission denied"):
+        as_node.point(line, "champion", version)
+    with pytest.raises(RegistryError, match=r"(?i)permission denied"):
+        as_node.register(line, tmp_path / "draft", {"line": line}, {})
+
+
+@pytest.mark.parametrize("user", ["", "node"])
+def test_nobody_comes_in_without_an_account_and_its_password(accounts: Accounts, user: str) -> None:
+    node = MlflowRegistry(accounts.settings(user, "wrong"), "line")
+    with pytest.raises(NodeRegistryError, match="401"):
+        node.named()
+
+
+def test_the_doctor_says_which_setting_lets_it_in(accounts: Accounts) -> None:
+    def looked(registry: Registry) -> list[Finding]:
+        return list(look_at_registry(Patient(Settings(registry=registry))))
+
+    (finding,) = looked(Registry(uri=accounts.uri))
+    assert "registry.username" in finding.fix
+    assert [finding.level for finding in looked(accounts.settings("node"))] == ["ok"]

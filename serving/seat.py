@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import structlog
 
 from schemas.speculator.network import EagleDraft
-from serving.engine import Engine
+from serving.engine import Drafting
 
 log = structlog.get_logger()
 
@@ -31,7 +31,7 @@ class Swap:
 class Seat:
     """The one version that serves."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Drafting) -> None:
         self._engine = engine
         self._swaps: deque[Swap] = deque(maxlen=_SWAPS_KEPT)
         self.turning = threading.RLock()

@@ -19,6 +19,7 @@ FILE = Path("aurora.toml")
 _SECRETS = (
     "serve.admin_token",
     "serve.webhook_secret",
+    "sglang.api_key",
     "kafka.client",
     "tables.storage_options",
     "traces.claim_options",

@@ -22,6 +22,11 @@ sglang:num_requests_total{is_streaming="false"} 2.0
 sglang:num_requests_total{is_streaming="true"} 1.0
 sglang:spec_verify_calls_total 40.0
 sglang:generation_tokens_total{is_streaming="false"} 103.0
+aurora_serve_trace_rows_captured_total 50.0
+aurora_serve_trace_rows_published_total 40.0
+aurora_serve_trace_rows_shed_total{reason="budget"} 3.0
+aurora_serve_trace_rows_shed_total{reason="queue_full"} 4.0
+aurora_sglang_breaker_open 1.0
 """
 
 Answer = tuple[int, Any]

@@ -39,7 +39,7 @@ from serving.sglang.child import Child
 from serving.sglang.flags import Flags
 from serving.sglang.remote import Known, RemoteEngine
 from serving.sglang.server import SglangError, SglangServer
-from serving.sglang.sums import differences
+from serving.sglang.sums import compare
 from serving.sglang.weights import sent
 from serving.shelf import Registry
 
@@ -176,7 +176,8 @@ class _Beside:
         self._begun, self._why = False, ""
         self.drain = Drain()
         app = FastAPI(title="Aurora Stream", docs_url=None, redoc_url=None)
-        admin.add(app, serve.node, self._engine, self._engine, CollectorRegistry(), None, self._puller, self.drain)
+        metrics, published = CollectorRegistry(), self._engine.published
+        admin.add(app, serve.node, self._engine, self._engine, metrics, published, self._puller, self.drain)
         control.add(app, serve, self._engine, self._puller)
         webhook.add(app, serve.webhook_secret, line.name, self._puller)
         explain_errors(app, lambda: None)
@@ -230,10 +231,10 @@ def _known(server: SglangServer, line: Line) -> Known | None:
         served = read_manifest(folder).line
         if served != line.name:
             raise SglangError(f"{server.url}: drafts for line {served}; target.path and [speculator] give {line.name}")
-        tensors = sent(read(folder, line.name))
+        known = Known(about.weight_version, sent(read(folder, line.name)))
     except CheckpointError as error:
         raise SglangError(f"{server.url}: --speculative-draft-model-path is no version of ours: {error}") from error
-    return None if differences(server.sums(), tensors) else Known(about.weight_version, tensors)
+    return None if compare(server.sums(), known.expected).names else known
 
 
 def _python(settings: Settings) -> str:

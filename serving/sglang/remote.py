@@ -13,7 +13,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import structlog
 import torch
@@ -23,8 +22,8 @@ from schemas.speculator.checkpoint import CheckpointError
 from schemas.speculator.network import EagleDraft
 from serving.engine import FixedError, Health, Swapped
 from serving.sglang.server import SglangError, SglangServer
-from serving.sglang.sums import differences
-from serving.sglang.watch import Watch
+from serving.sglang.sums import WAYS, Expected, Way, compare
+from serving.sglang.watch import Published, Watch
 from serving.sglang.weights import packed, sent
 
 log = structlog.get_logger()
@@ -33,13 +32,17 @@ _RESUME_TRIES = 3
 _BETWEEN_TRIES_S = 1.0
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class Known:
-    """A draft that a server holds, by its version."""
+    """A draft by its version.
 
-    version: str
-    tensors: Mapping[str, Tensor]
-    """From ``weights.sent``."""
+    Args:
+        version: Its name.
+        tensors: From ``weights.sent``.
+    """
+
+    def __init__(self, version: str, tensors: Mapping[str, Tensor]) -> None:
+        self.version, self.tensors = version, tensors
+        self.expected = Expected(tensors)
 
 
 class RemoteEngine:
@@ -56,8 +59,12 @@ class RemoteEngine:
         self.target, self.line = target, line
         self._server, self._known = server, known
         self._watch = Watch(server)
+        self.published = Published(self._watch)
+        """The traces of the plugin in it."""
         self._version = known.version if known else ""
         self._ranks, self._depth = 1, 0
+        self._ways: tuple[Way, ...] = WAYS
+        """How the server may form its sums; one, once that is known."""
         self._updating = threading.Lock()
         self._unclear = True
         """Requests may stand still, or an update may be open."""
@@ -75,6 +82,8 @@ class RemoteEngine:
         self._ranks, self._depth, self._version = about.ranks, about.depth, about.weight_version
         with self._updating:
             self._repair()
+            if self._known:
+                self._other_than(self._known)  # tells how it forms its sums, and at leisure
         self._watch.look()
         self._watch.start()
 
@@ -157,7 +166,7 @@ class RemoteEngine:
     def _swapped(self, wanted: Known) -> Swapped:
         if self._unclear:
             self._repair()
-        if not differences(self._server.sums(), wanted.tensors):
+        if not self._other_than(wanted):
             self._server.rename(wanted.version)
             self._settle(wanted)
             return Swapped(wanted.version, 0, 0.0)
@@ -191,7 +200,7 @@ class RemoteEngine:
         self._server.update(content, wanted.version, self._ranks)
         if not self._server.end():
             raise SglangError("the update was closed by somebody else")
-        if wrong := differences(self._server.sums(), wanted.tensors):
+        if wrong := self._other_than(wanted):
             raise SglangError(f"the server holds other weights than it was sent: {', '.join(wrong)}")
 
     def _gone_back(self, wanted: Known, error: SglangError) -> SglangError:
@@ -202,7 +211,7 @@ class RemoteEngine:
             self._server.end()
             if known is None:
                 return SglangError(f"{failed}; with what the server drafts now is not known")
-            if differences(self._server.sums(), known.tensors):
+            if self._other_than(known):
                 self._put(known, packed(known.tensors))
             self._server.rename(known.version)
         except SglangError as second:
@@ -231,6 +240,13 @@ class RemoteEngine:
                 log.warning("sglang_repaired", why="an update was open: whoever had begun it has died")
         finally:
             self._resume()
+
+    def _other_than(self, known: Known) -> tuple[str, ...]:
+        """Tensors that the server holds otherwise than the draft has them."""
+        difference = compare(self._server.sums(), known.expected, self._ways)
+        if difference.way:
+            self._ways = (difference.way,)
+        return difference.names
 
     def _settle(self, known: Known) -> None:
         self._known, self._version = known, known.version

@@ -18,7 +18,16 @@ _SOON_S = 5.0
 _SHARED = ["embed_tokens"]
 """The target's embeddings, which a draft uses too: large, and never changed."""
 
-_COUNTED = ("sglang:num_requests_total", "sglang:spec_verify_calls_total", "sglang:generation_tokens_total")
+_COUNTED = (
+    "sglang:num_requests_total",
+    "sglang:spec_verify_calls_total",
+    "sglang:generation_tokens_total",
+    "aurora_serve_trace_rows_captured_total",
+    "aurora_serve_trace_rows_published_total",
+    "aurora_serve_trace_rows_shed_total",
+    "aurora_serve_trace_requests_sampled_out_total",
+    "aurora_sglang_breaker_open",
+)
 """Metrics, in the order of the fields of ``Counted``."""
 
 
@@ -58,11 +67,19 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Counted:
-    """Sums over the requests that have ended since the server's start."""
+    """Sums since the server's start."""
 
     requests: int
+    """That have ended; so for rounds and tokens."""
     rounds: int
     tokens: int
+    captured: int
+    """Rows of traces, by our plugin; so for what follows."""
+    published: int
+    shed: int
+    sampled_out: int
+    """Requests."""
+    breaker_open: int
 
 
 class SglangServer:

@@ -9,7 +9,8 @@ two ways.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
@@ -32,37 +33,6 @@ _BLOCK = 256 * _TILE
 """Words that are mixed at once here, to bound memory."""
 _SEEDS = (0x243F6A88, (0x243F6A88 * 0x9E3779B1 ^ 0xDEADBEEF) & 0xFFFFFFFF)
 _PLACES = ((0x27D4EB2D, 15), (0x165667B1, 13))
-
-
-def expected(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, str]]:
-    """What a server of one rank may say when it holds these: for every type, and for each kind of device.
-
-    Args:
-        tensors: From ``weights.sent``.
-    """
-    whole = held(tensors)
-    for form, dtype in product((on_cpu, on_gpu), TYPES):
-        yield {name: form(value.to(dtype)) for name, value in whole.items()}
-
-
-def differences(ranks: Sequence[Sums], tensors: Mapping[str, Tensor]) -> list[str]:
-    """Names of the tensors of a server that are not those of the draft; none where it holds the draft.
-
-    With several ranks only those are compared that every rank holds whole: the others are cut.
-
-    Args:
-        ranks: What each rank says, by the server's names.
-        tensors: From ``weights.sent``.
-    """
-    best: list[str] | None = None
-    for wanted in expected(tensors):
-        compared = [name for name in wanted if len(ranks) == 1 or is_whole(name)]
-        found = [name for name in compared if any(rank.get(DRAFT + name) != wanted[name] for rank in ranks)]
-        if not found:
-            return []
-        if best is None or len(found) < len(best):
-            best = found
-    return best or []
 
 
 def on_cpu(tensor: Tensor) -> str:
@@ -111,3 +81,58 @@ def _finished(total: int) -> int:
     total = (total ^ total >> 30) * 0xBF58476D1CE4E5B9 & mask
     total = (total ^ total >> 27) * 0x94D049BB133111EB & mask
     return total ^ total >> 31
+
+
+Way = tuple[Callable[[Tensor], str], torch.dtype]
+WAYS: tuple[Way, ...] = tuple(product((on_cpu, on_gpu), TYPES))
+"""Kinds of device, and types in which a server may hold a draft."""
+
+
+class Expected:
+    """What a server of one rank may say when it holds a draft: each way formed when it is first asked for.
+
+    Args:
+        tensors: From ``weights.sent``.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+        self._formed: dict[Way, Sums] = {}
+
+    def by(self, way: Way) -> Sums:
+        """The sums one way, by the server's names without ``DRAFT``."""
+        if way not in self._formed:
+            form, dtype = way
+            self._formed[way] = {name: form(value.to(dtype)) for name, value in held(self._tensors).items()}
+        return self._formed[way]
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Names of the tensors that a server holds otherwise than a draft has them, the nearest way."""
+
+    names: tuple[str, ...]
+    way: Way | None
+    """How its sums are formed; None where it holds another draft."""
+
+
+def compare(ranks: Sequence[Sums], expected: Expected, ways: Sequence[Way] = WAYS) -> Difference:
+    """Whether a server holds a draft.
+
+    With several ranks only those tensors are compared that every rank holds whole: the others are cut.
+
+    Args:
+        ranks: What each rank says, by the server's names.
+        expected: Of the draft.
+        ways: To be tried, in this order.
+    """
+    nearest: tuple[str, ...] | None = None
+    for way in ways:
+        wanted = expected.by(way)
+        compared = [name for name in wanted if len(ranks) == 1 or is_whole(name)]
+        found = tuple(name for name in compared if any(rank.get(DRAFT + name) != wanted[name] for rank in ranks))
+        if not found and ranks:
+            return Difference((), way)
+        if nearest is None or len(found) < len(nearest):
+            nearest = found
+    return Difference(nearest or ("all",), None)

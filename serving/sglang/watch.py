@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+from prometheus_client import Metric
+
+from serving.breaker import State
+from serving.ledger import TraceCounts
 from serving.sglang.server import Counted, Load, SglangError, SglangServer
 
 EVERY_S = 1.0
-_NONE_RUN, _NOTHING = Load(0, 0), Counted(0, 0, 0)
+_NONE_RUN, _NOTHING = Load(0, 0), Counted(0, 0, 0, 0, 0, 0, 0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,3 +54,28 @@ class Watch:
     def _run(self) -> None:
         while not self._stopping.wait(EVERY_S):
             self.look()
+
+
+class Published:
+    """What our plugin has published, as ``/status`` tells it of any node.
+
+    Its metrics are the server's own, on the server's address: they are not told a second time.
+    """
+
+    def __init__(self, watch: Watch) -> None:
+        self._watch = watch
+
+    @property
+    def breaker(self) -> State:
+        """State of the breaker before the broker."""
+        return "open" if self._watch.seen.counted.breaker_open else "closed"
+
+    def counts(self) -> TraceCounts:
+        """Where the rows are."""
+        seen = self._watch.seen.counted
+        pending = max(0, seen.captured - seen.published - seen.shed)
+        return TraceCounts(seen.captured, seen.published, {"server": seen.shed}, pending, 0, seen.sampled_out)
+
+    def collect(self) -> Iterator[Metric]:
+        """No metrics."""
+        return iter(())

@@ -169,6 +169,9 @@ def test_health_is_what_the_server_counts_of_requests_that_have_ended(fake: Fake
     assert (health.alive, health.running, health.waiting, health.draft_depth) == (True, 2, 1, 3)
     assert (health.rounds, health.drafted, health.accepted, health.output_tokens) == (40, 120, 60, 103)
     assert (engine.finished, engine.failed) == (3, 0)
+    rows = engine.published.counts()
+    assert (rows.captured, rows.published, rows.rows_shed, rows.pending) == (50, 40, 7, 3)
+    assert engine.published.breaker == "open"
 
 
 def test_drafting_cannot_be_stopped_by_an_operator(fake: FakeSglang) -> None:

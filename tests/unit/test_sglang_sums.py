@@ -6,6 +6,7 @@ import pytest
 import torch
 from version_registry import DRAFTS
 
+from schemas.speculator.network import EagleDraft
 from serving.sglang import sums, weights
 
 # What the mixing of SGLang 0.5.21's kernel gave for such bytes on an H200.
@@ -42,20 +43,26 @@ def test_a_server_joins_what_it_computes_together_and_leaves_out_what_it_has_rea
     assert held["lm_head.weight"].equal(draft.lm_head.weight.bfloat16())
 
 
-@pytest.mark.parametrize("form", [sums.on_cpu, sums.on_gpu])
-@pytest.mark.parametrize("dtype", sums.TYPES)
-def test_a_draft_is_known_in_any_type_and_a_changed_tensor_is_named(form: object, dtype: torch.dtype) -> None:
-    sent = weights.sent(DRAFTS["1"])
-    told = {sums.DRAFT + name: form(value.to(dtype)) for name, value in weights.held(sent).items()}  # type: ignore[operator]
-    assert sums.differences([told], sent) == []
+def differing(ranks: list[dict[str, str]], draft: EagleDraft) -> set[str]:
+    return set(sums.compare(ranks, sums.Expected(weights.sent(draft))).names)
+
+
+@pytest.mark.parametrize("way", sums.WAYS)
+def test_a_draft_is_known_in_any_type_and_a_changed_tensor_is_named(way: sums.Way) -> None:
+    expected = sums.Expected(weights.sent(DRAFTS["1"]))
+    told = {sums.DRAFT + name: value for name, value in expected.by(way).items()}
+    assert sums.compare([told], expected) == sums.Difference((), way)
     told["draft.model.layers.0.mlp.down_proj.weight"] = "0" * 16
-    assert sums.differences([told], sent) == ["model.layers.0.mlp.down_proj.weight"]
-    assert "model.fc.weight" in sums.differences([told], weights.sent(DRAFTS["2"]))
+    assert differing([told], DRAFTS["1"]) == {"model.layers.0.mlp.down_proj.weight"}
+    assert "model.fc.weight" in differing([told], DRAFTS["2"])
 
 
 def test_of_several_ranks_what_is_whole_on_each_is_compared() -> None:
-    sent = weights.sent(DRAFTS["1"])
-    told = {sums.DRAFT + name: sums.on_cpu(value) for name, value in weights.held(sent).items()}
-    cut = {name: value if weights.is_whole(name) else "cut" for name, value in told.items()}
-    assert sums.differences([cut, cut], sent) == []
-    assert sums.differences([cut, cut | {"draft.model.fc.weight": "old"}], sent) == ["model.fc.weight"]
+    expected = sums.Expected(weights.sent(DRAFTS["1"])).by(sums.WAYS[0])
+    cut = {sums.DRAFT + name: value if weights.is_whole(name) else "cut" for name, value in expected.items()}
+    assert differing([cut, cut], DRAFTS["1"]) == set()
+    assert differing([cut, cut | {"draft.model.fc.weight": "old"}], DRAFTS["1"]) == {"model.fc.weight"}
+
+
+def test_a_server_that_says_nothing_holds_nothing() -> None:
+    assert sums.compare([], sums.Expected(weights.sent(DRAFTS["1"]))).names

@@ -45,6 +45,8 @@ class FakeSglang:
         """By path: what is answered instead, once each; None does what is asked and then hangs up."""
         self.spoiled: set[str] = set()
         """Tensors that an update does not reach."""
+        self.received = 0
+        """Bytes of the last update, for one rank."""
         self.url = ""
         self.draft, self.release = "", "0.5.21"
 
@@ -100,7 +102,9 @@ class FakeSglang:
     def take(self, body: dict[str, Any]) -> None:
         assert (body["selector"], body["flush_cache"], body["abort_all_requests"]) == ("draft", False, False)
         assert len(body["serialized_named_tensors"]) == self.ranks
-        named = dict(pickle.loads(base64.b64decode(body["serialized_named_tensors"][0])))
+        contents = [base64.b64decode(text) for text in body["serialized_named_tensors"]]
+        self.received = len(contents[0])
+        named, *_ = [dict(pickle.loads(content)) for content in contents]
         assert not {"d2t", "t2d"} & named.keys()
         assert named.keys() == self.tensors.keys()
         self.tensors |= {name: value for name, value in named.items() if name not in self.spoiled}

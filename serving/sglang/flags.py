@@ -45,6 +45,11 @@ class Flags:
         return found
 
     @property
+    def is_alone(self) -> bool:
+        """Whether one machine runs all of the server."""
+        return int(self.value("--nnodes") or 1) == 1
+
+    @property
     def rank(self) -> int:
         """Of this machine among those that share one server; requests come to the first."""
         return int(self.value("--node-rank") or 0)
@@ -76,8 +81,9 @@ def check(flags: Flags, settings: Settings) -> None:
         raise SettingsError(f"--speculative-algorithm {algorithm}: this node serves drafts of {wanted}")
     if (flags.value("--dp-size", "--dp", "--data-parallel-size") or "1") != "1":
         raise SettingsError("--dp-size: updates reach one replica alone; start one node for each")
-    if not (flags.value("--node-rank") or "0").isdecimal():
-        raise SettingsError("--node-rank: must be a number")
+    for name in ("--node-rank", "--nnodes"):
+        if not (flags.value(name) or "0").isdecimal():
+            raise SettingsError(f"{name}: must be a number")
 
 
 def arguments(flags: Flags, settings: Settings, start: Start | None) -> list[str]:

@@ -114,7 +114,8 @@ def _supervise(settings: Settings, asked: Flags, signals: _Signals) -> int:
         # Further machines of a server answer nothing, and get their weights from the first.
         if asked.rank == 0:
             server = SglangServer(flags.url(asked), flags.key(asked, settings), settings.sglang.timeout_s)
-            beside = _Beside(settings, line, server, known, registry)
+            engine = RemoteEngine(server, line.target, line.name, known, shares=asked.is_alone)
+            beside = _Beside(settings, server, engine, registry)
             undo.callback(beside.close)
         command = [_python(settings), "-m", "sglang.launch_server", *flags.arguments(asked, settings, start)]
         child = Child(command, to_environ(settings))
@@ -151,7 +152,8 @@ def _look_after(settings: Settings, signals: _Signals) -> int:
     with ExitStack() as undo:
         server = SglangServer(settings.sglang.url, settings.sglang.api_key, settings.sglang.timeout_s)
         registry = MlflowRegistry(settings.registry, line.name)
-        beside = _Beside(settings, line, server, _known(server, line), registry)
+        engine = RemoteEngine(server, line.target, line.name, _known(server, line))
+        beside = _Beside(settings, server, engine, registry)
         undo.callback(beside.close)
         while not signals.came.wait(_LOOK_S):
             beside.begin()
@@ -166,12 +168,9 @@ class _Beside:
         SettingsError: the address is taken.
     """
 
-    def __init__(
-        self, settings: Settings, line: Line, server: SglangServer, known: Known | None, registry: Registry
-    ) -> None:
+    def __init__(self, settings: Settings, server: SglangServer, engine: RemoteEngine, registry: Registry) -> None:
         serve = settings.serve
-        self._socket, self._server = bind(serve.host, serve.port), server
-        self._engine = RemoteEngine(server, line.target, line.name, known)
+        self._socket, self._server, self._engine = bind(serve.host, serve.port), server, engine
         self._puller = Puller(registry, self._engine, settings) if serve.speculate else None
         self._begun, self._why = False, ""
         self.drain = Drain()
@@ -179,7 +178,7 @@ class _Beside:
         metrics, published = CollectorRegistry(), self._engine.published
         admin.add(app, serve.node, self._engine, self._engine, metrics, published, self._puller, self.drain)
         control.add(app, serve, self._engine, self._puller)
-        webhook.add(app, serve.webhook_secret, line.name, self._puller)
+        webhook.add(app, serve.webhook_secret, engine.line, self._puller)
         explain_errors(app, lambda: None)
         config = uvicorn.Config(
             app, log_config=None, log_level="warning", access_log=False, timeout_graceful_shutdown=1

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import structlog
 import torch
@@ -24,7 +24,7 @@ from serving.engine import FixedError, Health, Swapped
 from serving.sglang.server import SglangError, SglangServer
 from serving.sglang.sums import WAYS, Expected, Way, compare
 from serving.sglang.watch import Published, Watch
-from serving.sglang.weights import packed, sent
+from serving.sglang.weights import packed, sent, shared
 
 log = structlog.get_logger()
 
@@ -53,11 +53,14 @@ class RemoteEngine:
         target: Fingerprint of the target.
         line: Of the drafts.
         known: The draft that the server starts with; None where that is not known.
+        shares: Whether all its processes are on this machine, and can take weights from its shared memory.
     """
 
-    def __init__(self, server: SglangServer, target: str, line: str, known: Known | None) -> None:
+    def __init__(
+        self, server: SglangServer, target: str, line: str, known: Known | None, *, shares: bool = False
+    ) -> None:
         self.target, self.line = target, line
-        self._server, self._known = server, known
+        self._server, self._known, self._shares = server, known, shares
         self._watch = Watch(server)
         self.published = Published(self._watch)
         """The traces of the plugin in it."""
@@ -170,16 +173,26 @@ class RemoteEngine:
             self._server.rename(wanted.version)
             self._settle(wanted)
             return Swapped(wanted.version, 0, 0.0)
-        content, in_flight = packed(wanted.tensors), self._server.load().running
+        contents, in_flight = self._contents(wanted), self._server.load().running
         began = time.perf_counter()
         self._unclear = True
         try:
             self._stand_still(wanted)
-            self._put_or_go_back(wanted, content)
+            self._put_or_go_back(wanted, contents)
         finally:
             self._resume()
         self._settle(wanted)
         return Swapped(wanted.version, in_flight, (time.perf_counter() - began) * 1e3)
+
+    def _contents(self, known: Known) -> list[str]:
+        """A draft for each rank."""
+        if self._shares:
+            try:
+                return [shared(known.tensors) for _ in range(self._ranks)]
+            except RuntimeError as error:
+                log.warning("sglang_shares_no_memory", why=str(error))
+                self._shares = False
+        return [packed(known.tensors)] * self._ranks
 
     def _stand_still(self, wanted: Known) -> None:
         try:
@@ -188,16 +201,16 @@ class RemoteEngine:
             # Nothing was changed, and to ask about an update now would wait for every request that runs.
             raise SglangError(f"{_not_served(wanted, error)}; version {self._version} goes on") from error
 
-    def _put_or_go_back(self, wanted: Known, content: str) -> None:
+    def _put_or_go_back(self, wanted: Known, contents: Sequence[str]) -> None:
         try:
-            self._put(wanted, content)
+            self._put(wanted, contents)
         except SglangError as error:
             raise self._gone_back(wanted, error) from error
 
-    def _put(self, wanted: Known, content: str) -> None:
+    def _put(self, wanted: Known, contents: Sequence[str]) -> None:
         """Update the draft of a server that stands still, and see that it is there."""
         self._server.begin()
-        self._server.update(content, wanted.version, self._ranks)
+        self._server.update(contents, wanted.version)
         if not self._server.end():
             raise SglangError("the update was closed by somebody else")
         if wrong := self._other_than(wanted):
@@ -207,12 +220,13 @@ class RemoteEngine:
         """Put back what served before; the error that says how that went."""
         known, failed = self._known, _not_served(wanted, error)
         log.warning("sglang_update_failed", version=wanted.version, why=str(error))
+        self._shares = False  # what was not taken from shared memory stays there: not once for every try
         try:
             self._server.end()
             if known is None:
                 return SglangError(f"{failed}; with what the server drafts now is not known")
             if self._other_than(known):
-                self._put(known, packed(known.tensors))
+                self._put(known, self._contents(known))
             self._server.rename(known.version)
         except SglangError as second:
             return SglangError(f"{failed}; what served before could not be put back: {second}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,16 +157,15 @@ class SglangServer:
         """Open an update of the draft."""
         self._json("POST", "/begin_weight_update", {"selector": "draft"})
 
-    def update(self, packed: str, version: str, ranks: int) -> None:
+    def update(self, contents: Sequence[str], version: str) -> None:
         """Put a draft in place.
 
         Args:
-            packed: From ``weights.packed``.
+            contents: For each rank, which takes the whole and keeps its part, from ``weights.packed`` or ``shared``.
             version: What the rounds carry from then on.
-            ranks: Each of them takes the whole and keeps its part.
         """
         body = {
-            "serialized_named_tensors": [packed] * ranks,
+            "serialized_named_tensors": list(contents),
             "selector": "draft",
             "flush_cache": False,
             "abort_all_requests": False,

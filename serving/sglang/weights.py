@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import base64
+import io
 import pickle
 from collections.abc import Mapping
+from multiprocessing.reduction import ForkingPickler
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, multiprocessing
 
 from schemas.speculator.network import EagleDraft
 
@@ -30,6 +33,25 @@ def sent(draft: EagleDraft) -> dict[str, Tensor]:
 def packed(tensors: Mapping[str, Tensor]) -> str:
     """``sent`` as text for SGLang's ``/update_weights_from_tensor``, which knows no other form than a pickle."""
     return base64.b64encode(pickle.dumps(list(tensors.items()), protocol=4)).decode("ascii")
+
+
+def shared(tensors: Mapping[str, Tensor]) -> str:
+    """``packed`` without the values: these move into shared memory, from where one process of this machine takes them.
+
+    They are freed when both have let go of them. What is never taken stays until this process ends.
+
+    Raises:
+        RuntimeError: there is no room, or no shared memory.
+    """
+    buffer = io.BytesIO()
+    strategy: Any = multiprocessing  # it has no types
+    before = strategy.get_sharing_strategy()
+    strategy.set_sharing_strategy("file_system")  # by name: a descriptor would have to be handed over
+    try:
+        ForkingPickler(buffer, 4).dump(list(tensors.items()))
+    finally:
+        strategy.set_sharing_strategy(before)
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def held(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -34,9 +34,9 @@ def server_of(fake: FakeSglang, key: str = KEY) -> SglangServer:
     return SglangServer(fake.url, SecretStr(key), timeout_s=5)
 
 
-def engine_of(fake: FakeSglang, known: EagleDraft | None = DRAFTS["1"]) -> RemoteEngine:
+def engine_of(fake: FakeSglang, known: EagleDraft | None = DRAFTS["1"], *, shares: bool = False) -> RemoteEngine:
     began = Known("1", weights.sent(known)) if known else None
-    engine = RemoteEngine(server_of(fake), TARGET, LINE, began)
+    engine = RemoteEngine(server_of(fake), TARGET, LINE, began, shares=shares)
     engine.start()
     fake.asked.clear()
     return engine
@@ -74,6 +74,38 @@ def test_the_sums_of_any_device_and_of_several_ranks_are_understood(fake: FakeSg
     fake.form, fake.ranks = form, ranks  # type: ignore[assignment]
     engine_of(fake).swap(DRAFTS["2"], "2")
     assert serves(fake, "2")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_server_on_this_machine_takes_weights_from_its_memory(fake: FakeSglang, ranks: int) -> None:
+    fake.ranks = ranks
+    engine = engine_of(fake, shares=True)
+    engine.swap(DRAFTS["2"], "2")
+    assert serves(fake, "2")
+    shared = fake.received
+    engine_of(fake).swap(DRAFTS["3"], "3")
+    assert shared < fake.received / 2
+
+
+def test_without_room_in_shared_memory_weights_go_over_the_wire(
+    fake: FakeSglang, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_tensors: object) -> str:
+        raise RuntimeError("unable to allocate shared memory")
+
+    monkeypatch.setattr(remote, "shared", full)
+    engine_of(fake, shares=True).swap(DRAFTS["2"], "2")
+    assert serves(fake, "2")
+
+
+def test_after_an_update_that_failed_weights_go_over_the_wire(fake: FakeSglang) -> None:
+    engine = engine_of(fake, shares=True)
+    fake.faults = {"/begin_weight_update": [BROKEN]}
+    with pytest.raises(SglangError, match="version 1 goes on"):
+        engine.swap(DRAFTS["2"], "2")
+    engine.swap(DRAFTS["2"], "2")
+    assert serves(fake, "2")
+    assert fake.received > 5000
 
 
 @pytest.mark.parametrize("path", ["/pause_generation", *UPDATE, "/weights_checker"])

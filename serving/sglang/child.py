@@ -52,13 +52,15 @@ class Child:
         if code is None:
             return None
         if not self._ended:
-            # What it started must not live on without it, and its number may soon be another program's.
-            self._ended = True
+            # What it started must not live on without it.
             self.signal(signal.SIGKILL)
+            self._ended = True
         return code if code >= 0 else 128 - code
 
     def signal(self, number: int) -> None:
         """Send a signal: SIGKILL to all that it started, others to itself alone, which knows what to do about them."""
+        if self._ended:  # its number may be another program's by now
+            return
         with suppress(ProcessLookupError):
             if number == signal.SIGKILL:
                 os.killpg(self.pid, number)

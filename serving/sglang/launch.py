@@ -45,7 +45,7 @@ from serving.shelf import Registry
 
 log = structlog.get_logger()
 
-_LOOK_S = 0.5
+_LOOK_S = 0.2
 _END_S = 10.0
 """Beside ``serve.drain_s``: SGLang looks every five seconds whether all requests have ended."""
 _ASK_PYTHON = (
@@ -81,16 +81,14 @@ def run(settings: Settings, given: Sequence[str]) -> int:
 
 
 class _Signals:
-    """Those that came, in their order."""
+    """Those that came, in their order. Looked at, not waited for: a handler must take no lock."""
 
     def __init__(self) -> None:
-        self.came = threading.Event()
         self.numbers: list[int] = []
 
     def take(self, number: int, _frame: FrameType | None) -> None:
         """Handler of a signal."""
         self.numbers.append(number)
-        self.came.set()
 
 
 @contextmanager
@@ -121,9 +119,8 @@ def _supervise(settings: Settings, asked: Flags, signals: _Signals) -> int:
         child = Child(command, to_environ(settings))
         undo.callback(child.signal, signal.SIGKILL)
         log.info("sglang_started", pid=child.pid, url=flags.url(asked), line=line.name)
-        while child.code is None and not signals.came.wait(_LOOK_S):
-            if beside:
-                beside.begin()
+        while child.code is None and not signals.numbers:
+            time.sleep(_LOOK_S)
         if beside:
             beside.drain.begin()
         return _ended(child, signals, settings.serve.drain_s)
@@ -155,8 +152,8 @@ def _look_after(settings: Settings, signals: _Signals) -> int:
         engine = RemoteEngine(server, line.target, line.name, _known(server, line))
         beside = _Beside(settings, server, engine, registry)
         undo.callback(beside.close)
-        while not signals.came.wait(_LOOK_S):
-            beside.begin()
+        while not signals.numbers:
+            time.sleep(_LOOK_S)
         beside.drain.begin()
         return 0
 
@@ -172,7 +169,7 @@ class _Beside:
         serve = settings.serve
         self._socket, self._server, self._engine = bind(serve.host, serve.port), server, engine
         self._puller = Puller(registry, self._engine, settings) if serve.speculate else None
-        self._begun, self._why = False, ""
+        self._stopping, self._follows = threading.Event(), False
         self.drain = Drain()
         app = FastAPI(title="Aurora Stream", docs_url=None, redoc_url=None)
         metrics, published = CollectorRegistry(), self._engine.published
@@ -185,33 +182,42 @@ class _Beside:
         )
         self._side = uvicorn.Server(config)
         answering = {"sockets": [self._socket]}
-        self._thread = threading.Thread(target=self._side.run, kwargs=answering, name="side", daemon=True)
-        self._thread.start()
+        self._threads = [
+            threading.Thread(target=self._side.run, kwargs=answering, name="side", daemon=True),
+            threading.Thread(target=self._begin, name="begin", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
 
-    def begin(self) -> None:
-        """Begin to follow versions, if the server is ready and that has not begun; to be called again and again."""
-        if self._begun or not self._server.healthy():
+    def _begin(self) -> None:
+        """Wait until the server answers, then follow versions. A server that hangs keeps no signal waiting here."""
+        why = ""
+        while not self._stopping.wait(_LOOK_S):
+            if not self._server.healthy():
+                continue
+            try:
+                self._engine.start()
+            except SglangError as error:
+                # The server serves, whatever hinders this: it is tried again, and said once.
+                if str(error) != why:
+                    log.warning("sglang_not_followed", why=str(error))
+                why = str(error)
+                continue
+            if self._puller:
+                self._puller.start()
+                self._follows = True
+            log.info("sglang_ready")
             return
-        try:
-            self._engine.start()
-        except SglangError as error:
-            # The server serves, whatever hinders this: it is tried again, and said once.
-            if str(error) != self._why:
-                log.warning("sglang_not_followed", why=str(error))
-            self._why = str(error)
-            return
-        if self._puller:
-            self._puller.start()
-        self._begun = True
-        log.info("sglang_ready")
 
     def close(self) -> None:
-        """End all of it."""
-        if self._puller and self._begun:
+        """End all of it; what hangs is left to die with the process."""
+        self._stopping.set()
+        self._side.should_exit = True
+        for thread in self._threads:
+            thread.join(2.0)
+        if self._puller and self._follows:
             self._puller.stop()
         self._engine.stop()
-        self._side.should_exit = True
-        self._thread.join(2.0)
         self._socket.close()
         self._server.close()
 

@@ -23,7 +23,7 @@ test: .venv/dev.stamp
 faults: .venv/dev.stamp
 	$(BIN)/python -m pytest tests/faults --full $(ARGS)
 
-# SGLang's own server on this machine's processor, with our plugin in it: about six minutes.
+# SGLang's own server on this machine's processor, with our plugin in it and our node beside it: about eight minutes.
 test-sglang: .venv/dev.stamp $(SGLANG)/stamp
 	$(BIN)/python -m pytest tests/sglang_cpu $(ARGS)
 

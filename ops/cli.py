@@ -22,6 +22,7 @@ from ops import (
     vocabulary,
 )
 from ops.command import AsJson, Config, Set, fail, say, settings_of, told
+from schemas.settings import SettingsError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -46,10 +47,25 @@ app.add_typer(replay_commands.app, name="replay")
 
 
 @app.command()
-def serve(config: Config = None, set_: Set = None) -> None:
+def serve(
+    config: Config = None,
+    set_: Set = None,
+    engine: Annotated[
+        str | None, typer.Option("--engine", metavar="NAME", help="transformers or sglang, over serve.engine.")
+    ] = None,
+    flags: Annotated[
+        list[str] | None, typer.Argument(metavar="-- SGLANG FLAGS", help="Flags of SGLang's own server.")
+    ] = None,
+) -> None:
     """Run a serving node."""
     with told():
-        settings = settings_of(config, set_)
+        settings = settings_of(config, [*(set_ or []), *([f"serve.engine={engine}"] if engine else [])])
+        if settings.serve.engine == "sglang":
+            from serving.sglang import launch
+
+            raise typer.Exit(launch.run(settings, flags or []))
+        if flags:
+            raise SettingsError(f"{flags[0]}: flags are for SGLang's server: --engine sglang")
         from serving.node import run
 
         run(settings)

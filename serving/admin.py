@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Protocol
 
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
@@ -11,19 +12,43 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from schemas.status import RefusedStatus, ServeStatus, SwapStatus
 from serving.drain import Drain
-from serving.engine import Engine
-from serving.generation import RequestFigures
+from serving.engine import Drafting
 from serving.ledger import TraceCounts
 from serving.puller import Puller
-from serving.traces import TracePublisher
 
 _NO_TRACES = TraceCounts(0, 0, {}, 0, 0)
+
+
+class Ended(Protocol):
+    """How many requests have ended, and how."""
+
+    @property
+    def finished(self) -> int:
+        """Those that were answered."""
+
+    @property
+    def failed(self) -> int:
+        """Those that ended by a fault of the node."""
+
+
+class Traced(Protocol):
+    """Who publishes traces."""
+
+    @property
+    def breaker(self) -> str:
+        """State of the breaker before the broker."""
+
+    def counts(self) -> TraceCounts:
+        """Where the rows are."""
+
+    def collect(self) -> Iterator[Metric]:
+        """Metrics of one moment."""
 
 
 class EngineMetrics:
     """The engine's counters, read at scrape time."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Drafting) -> None:
         self._engine = engine
 
     def collect(self) -> Iterator[Metric]:
@@ -48,10 +73,10 @@ class EngineMetrics:
 def add(
     app: FastAPI,
     node: str,
-    engine: Engine,
-    figures: RequestFigures,
+    engine: Drafting,
+    figures: Ended,
     metrics: CollectorRegistry,
-    publisher: TracePublisher | None,
+    publisher: Traced | None,
     puller: Puller | None,
     drain: Drain,
 ) -> None:
@@ -84,9 +109,9 @@ def add(
 
 def describe(
     node: str,
-    engine: Engine,
-    figures: RequestFigures,
-    publisher: TracePublisher | None,
+    engine: Drafting,
+    figures: Ended,
+    publisher: Traced | None,
     puller: Puller | None,
     drain: Drain,
 ) -> ServeStatus:

@@ -237,16 +237,16 @@ def create(
 
     app.add_middleware(BodyLimit, limit=limits.max_body_bytes, refuse=refuse)
     app.add_middleware(Draining, drain=drain, refuse=refuse)
-    _explain_errors(app, figures)
+    explain_errors(app, lambda: figures.ended("refused"))
     return app
 
 
-def _explain_errors(app: FastAPI, figures: RequestFigures) -> None:
-    """Give every error OpenAI's shape, and count the refused requests."""
+def explain_errors(app: FastAPI, refused: Callable[[], None]) -> None:
+    """Give every error OpenAI's shape; ``refused`` is called for each request to the API that is refused."""
 
     def count(request: fastapi.Request, status: int) -> None:
         if request.method == "POST" and request.url.path.startswith("/v1/") and status < _SERVER_ERRORS:
-            figures.ended("refused")
+            refused()
 
     @app.exception_handler(ApiError)
     async def refuse(request: fastapi.Request, error: ApiError) -> JSONResponse:

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from schemas.settings import Serve
 from schemas.status import SpeculatorStatus
 from serving.admin import refused_of, swaps_of
-from serving.engine import Engine
+from serving.engine import Drafting, FixedError
 from serving.openai import ApiError
 from serving.puller import Puller
 from serving.shelf import RefusedError, RegistryError, UnknownVersionError
@@ -38,7 +38,7 @@ class Pin(BaseModel):
     version: str = Field(min_length=1, max_length=64)
 
 
-def add(app: FastAPI, serve: Serve, engine: Engine, puller: Puller | None) -> None:
+def add(app: FastAPI, serve: Serve, engine: Drafting, puller: Puller | None) -> None:
     """Add the endpoints to the application."""
     router = APIRouter(prefix="/admin/speculator", dependencies=[Depends(_only_with(AdminTokens(serve)))])
 
@@ -56,13 +56,13 @@ def add(app: FastAPI, serve: Serve, engine: Engine, puller: Puller | None) -> No
 
     @router.post("/off")
     async def off() -> SpeculatorStatus:
-        engine.speculate(on=False)
+        _switch(engine, on=False)
         return describe(serve, engine, puller)
 
     @router.post("/on")
     async def on() -> SpeculatorStatus:
         _speculating(puller)
-        engine.speculate(on=True)
+        _switch(engine, on=True)
         return describe(serve, engine, puller)
 
     async def carried_out(order: Future[None]) -> JSONResponse:
@@ -75,7 +75,7 @@ def add(app: FastAPI, serve: Serve, engine: Engine, puller: Puller | None) -> No
     app.include_router(router)
 
 
-def describe(serve: Serve, engine: Engine, puller: Puller | None) -> SpeculatorStatus:
+def describe(serve: Serve, engine: Drafting, puller: Puller | None) -> SpeculatorStatus:
     """What is served, and what decides it."""
     health = engine.health()
     return SpeculatorStatus(
@@ -112,6 +112,13 @@ def _only_with(tokens: AdminTokens) -> Callable[[str], None]:
             raise ApiError(401, message, kind="authentication_error", code="invalid_token")
 
     return check
+
+
+def _switch(engine: Drafting, *, on: bool) -> None:
+    try:
+        engine.speculate(on=on)
+    except FixedError as error:
+        raise ApiError(409, str(error), kind="invalid_request_error", code="speculation_fixed") from error
 
 
 def _speculating(puller: Puller | None) -> Puller:

@@ -116,8 +116,8 @@ class TraceSink(Protocol):
         """Take the next rounds of a request; ``finish`` comes with the last ones."""
 
 
-class Engine(Protocol):
-    """A decoding engine with speculation."""
+class Drafting(Protocol):
+    """What drafts, as those see it who decide which version does."""
 
     @property
     def target(self) -> str:
@@ -126,6 +126,30 @@ class Engine(Protocol):
     @property
     def line(self) -> str:
         """Speculator line of the drafts that ``swap`` takes."""
+
+    def check(self, draft: EagleDraft) -> None:
+        """Smoke-draft with the given weights, off the serving path.
+
+        Raises:
+            CheckpointError: the draft gives values that are not finite.
+        """
+
+    def swap(self, draft: EagleDraft, version: str) -> Swapped:
+        """Put checked weights in place between two rounds, without dropping a request; blocks the caller until then."""
+
+    def speculate(self, *, on: bool) -> None:
+        """Let running and coming requests be drafted for, or stop it, from the next round on.
+
+        Raises:
+            FixedError: this was settled at the start.
+        """
+
+    def health(self) -> Health:
+        """Counters and state, at any time."""
+
+
+class Engine(Drafting, Protocol):
+    """A decoding engine with speculation."""
 
     @property
     def vocabulary(self) -> int:
@@ -151,22 +175,10 @@ class Engine(Protocol):
     def cancel(self, request_id: str) -> None:
         """End a request before its next round; unknown ids are those that ended already."""
 
-    def check(self, draft: EagleDraft) -> None:
-        """Smoke-draft with the given weights, off the serving path.
-
-        Raises:
-            CheckpointError: the draft gives values that are not finite.
-        """
-
-    def swap(self, draft: EagleDraft, version: str) -> Swapped:
-        """Put checked weights in place between two rounds, without dropping a request; blocks the caller until then."""
-
-    def speculate(self, *, on: bool) -> None:
-        """Let running and coming requests be drafted for, or stop it, from the next round on."""
-
-    def health(self) -> Health:
-        """Counters and state, at any time."""
-
 
 class EngineFullError(RuntimeError):
     """No more requests can wait."""
+
+
+class FixedError(RuntimeError):
+    """The engine cannot change this while it runs; the message says where it was settled."""

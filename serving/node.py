@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import signal
 import socket
 from contextlib import ExitStack
@@ -17,8 +16,9 @@ from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from schemas import logs, spans
-from schemas.settings import Settings, SettingsError
+from schemas.settings import Settings
 from serving import admin, api, control, webhook
+from serving.address import bind
 from serving.chunks import Origin
 from serving.drain import Drain, DrainingServer
 from serving.generation import RequestFigures
@@ -49,7 +49,7 @@ def run(settings: Settings) -> None:
     torch.set_num_threads(settings.serve.threads)
     with ExitStack() as undo:
         undo.callback(spans.close)
-        server_socket = undo.enter_context(_bind(settings.serve.host, settings.serve.port))
+        server_socket = undo.enter_context(bind(settings.serve.host, settings.serve.port))
         publisher = TracePublisher(settings.kafka, settings.traces) if settings.traces.enabled else None
         engine = TransformersEngine(settings, publisher)
         if publisher:
@@ -94,19 +94,6 @@ def _puller(settings: Settings, engine: TransformersEngine) -> Puller | None:
         return None
     registry = MlflowRegistry(settings.registry, engine.line)
     return Puller(registry, engine, settings)
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    """Take the address before anything is loaded; nothing is accepted until the server listens."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        server_socket = socket.socket(family, kind, protocol)
-        server_socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        server_socket.bind(address)
-    except OSError as error:
-        setting = "serve.port" if error.errno == errno.EADDRINUSE else "serve.host or serve.port"
-        raise SettingsError(f"{setting}: cannot listen on {host}:{port}: {error.strerror}; set another") from error
-    return server_socket
 
 
 def _close(publisher: TracePublisher) -> None:

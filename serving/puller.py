@@ -24,8 +24,9 @@ import structlog
 from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
+from schemas.errors import UserError
 from schemas.settings import Settings
-from serving.engine import Engine
+from serving.engine import Drafting
 from serving.following import CANARY, CHAMPION, Following, Named, hear, held, serves_canary, slice_at
 from serving.seat import PINNED, Seat, Swap
 from serving.shelf import Refusal, RefusedError, Registry, RegistryError, Shelf, UnknownVersionError
@@ -55,7 +56,7 @@ class Puller:
     def __init__(
         self,
         registry: Registry,
-        engine: Engine,
+        engine: Drafting,
         settings: Settings,
         clock: Callable[[], float] = time.time,
         ticks: Callable[[], float] = time.monotonic,
@@ -188,7 +189,8 @@ class Puller:
         except Exception as error:
             # A full disk, a stopped engine, a client library at fault: none may end the polling, all are tried again.
             if self._error is None:
-                log.warning("pull_failed", error=str(error), exc_info=not isinstance(error, RegistryError))
+                known = isinstance(error, RegistryError | UserError)
+                log.warning("pull_failed", error=str(error), exc_info=not known)
             self._failures += 1
             self._failed += 1
             self._error = str(error) or type(error).__name__
@@ -336,7 +338,7 @@ class Puller:
                 self.poll()
         except Exception as error:
             # Whatever went wrong, as in `poll`: it is the operator's to know, and the polling goes on.
-            known = isinstance(error, RegistryError | RefusedError)
+            known = isinstance(error, RegistryError | RefusedError | UserError)
             log.warning("pin_failed", version=order.version, error=str(error), exc_info=not known)
             order.done.set_exception(error)
         else:

@@ -13,7 +13,7 @@ from schemas import spans
 from schemas.spans import Span
 from schemas.speculator.network import EagleDraft
 from schemas.tracing import of_version
-from serving.engine import Engine
+from serving.engine import Drafting
 
 log = structlog.get_logger()
 
@@ -46,7 +46,7 @@ def _span(line: str, swap: Swap, role: str) -> Span:
 class Seat:
     """The one version that serves."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Drafting) -> None:
         self._engine = engine
         self._swaps: deque[Swap] = deque(maxlen=_SWAPS_KEPT)
         self.turning = threading.RLock()

@@ -20,6 +20,7 @@ _SECRETS = (
     "serve.admin_token",
     "serve.webhook_secret",
     "registry.password",
+    "sglang.api_key",
     "kafka.client",
     "tables.storage_options",
     "traces.claim_options",

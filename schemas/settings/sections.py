@@ -105,6 +105,8 @@ class Serve(Section):
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
     node: str = "node-0"
+    engine: Literal["transformers", "sglang"] = "transformers"
+    """What decodes: the built-in engine, or SGLang's own server, which ``aurora serve`` then starts."""
     speculate: bool = True
     draft_tokens: int = Field(6, ge=1, le=16)
     """Tokens that are drafted at most, one after the other."""
@@ -170,8 +172,18 @@ class Traces(Section):
 
 
 class Sglang(Section):
-    """The plugin in SGLang's own server."""
+    """SGLang's own server: the plugin in it, and the node beside it."""
 
+    python: str = ""
+    """Python of the environment that SGLang is installed in; empty is that of the node."""
+    url: str = ""
+    """Address of a server that runs already, whose versions the node is to look after; empty starts one."""
+    api_key: Secret = SecretStr("")
+    """SGLang's ``--admin-api-key``, or its ``--api-key`` where it has no other; sent as ``Authorization: Bearer``."""
+    dir: str = ".aurora/sglang"
+    """Where the draft is written that SGLang starts with; of a path that several machines see, one for each node."""
+    timeout_s: float = Field(120, gt=0)
+    """For one step of an update of the weights. After it the node puts back what served before."""
     capture_share: float = Field(0.05, gt=0, le=1)
     """Share of the time of the server's steps that recording them may take; beyond it fewer new requests are traced."""
 

@@ -42,6 +42,12 @@ class Figures:
             multiprocess_mode="livemin",
             registry=registry,
         )
+        self.breaker_open = Gauge(
+            "aurora_sglang_breaker_open",
+            "1 while the broker is tried only now and then.",
+            multiprocess_mode="livemax",
+            registry=registry,
+        )
         self._captured = counter("aurora_serve_trace_rows_captured", "Rounds handed over.")
         self._published = counter("aurora_serve_trace_rows_published", "Rounds acknowledged.")
         self._shed = counter("aurora_serve_trace_rows_shed", "Rounds given up, by reason.", "reason")

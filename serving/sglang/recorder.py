@@ -207,6 +207,7 @@ class Recorder:
 
     def _tell(self) -> None:
         self._figures.tell(self._publisher.counts())
+        self._figures.breaker_open.set(int(self._publisher.breaker != "closed"))
         self._figures.spent.set(self._gate.spent)
         self._figures.share.set(self._gate.share)
 

@@ -22,6 +22,9 @@ import pytest
 import yaml
 from object_store import ObjectStore
 
+from schemas.settings import load
+from serving.sglang import compat, flags
+
 ROOT = Path(__file__).resolve().parents[2]
 PORTS = {"stream": 16066, "train": 16067, "promoter": 16068, "serve": 8000}
 CHOSEN = {
@@ -30,6 +33,7 @@ CHOSEN = {
     "STORE_SECRET": "c",
     "GRAFANA_PASSWORD": "d",
     "TARGET": "smollm2-135m-instruct",
+    "SGLANG_FLAGS": "--tp-size 2",
 }
 
 
@@ -70,10 +74,31 @@ def test_every_service_that_lasts_is_pinned_checked_and_bounded(services: dict[s
         for port in service.get("ports", []):
             assert port.startswith("127.0.0.1:"), name
     ours = [service for service in services.values() if "build" in service]
-    assert len(ours) == 5
+    assert len(ours) == 6
     for service in ours:
         assert service["read_only"]
         assert service["user"] != "0:0"
+
+
+def test_the_engines_take_each_others_place(services: dict[str, Any]) -> None:
+    built_in, sglang = services["serve"], services["serving-sglang"]
+    assert (built_in["profiles"], sglang["profiles"]) == (["transformers"], ["sglang"])
+    assert "serve" in sglang["networks"]["default"]["aliases"], "Prometheus looks for the node by that name"
+    assert set(built_in["ports"]) < set(sglang["ports"])
+    (device,) = sglang["deploy"]["resources"]["reservations"]["devices"]
+    assert device["capabilities"] == ["gpu"]
+
+
+def test_the_sglang_image_is_of_a_version_that_is_known_and_its_command_is_taken(services: dict[str, Any]) -> None:
+    service = services["serving-sglang"]
+    base = re.search(r"^FROM (\S+):v(\S+)$", (ROOT / service["build"]["dockerfile"]).read_text(), re.MULTILINE)
+    assert base is not None
+    assert base[2] in compat.VERSIONS
+    command, _, given = service["command"].partition(" -- ")
+    settings = load(environ={name: str(value or "") for name, value in service["environment"].items()})
+    asked = flags.of(given.split())
+    flags.check(asked, settings)
+    assert (command, flags.url(asked)) == ("serve --engine sglang", "http://127.0.0.1:30000")
 
 
 def test_start_is_ordered_by_health(services: dict[str, Any]) -> None:
@@ -88,8 +113,11 @@ def test_start_is_ordered_by_health(services: dict[str, Any]) -> None:
     or subprocess.run(["docker", "compose", "version"], capture_output=True, check=False).returncode != 0,
     reason="docker compose is not installed",
 )
-@pytest.mark.parametrize("profiles", ["transformers", "transformers,alerts"])
-def test_docker_compose_takes_the_file(tmp_path: Path, profiles: str) -> None:
+@pytest.mark.parametrize(
+    ("profiles", "engine"),
+    [("transformers", "serve"), ("transformers,alerts", "serve"), ("sglang", "serving-sglang")],
+)
+def test_docker_compose_takes_the_file(tmp_path: Path, profiles: str, engine: str) -> None:
     (tmp_path / "env").write_text("".join(f"{name}={value}\n" for name, value in CHOSEN.items()))
     command = ["docker", "compose", "--project-directory", str(ROOT), "--env-file", str(tmp_path / "env")]
     environ = {**os.environ, "COMPOSE_PROFILES": profiles}
@@ -97,7 +125,8 @@ def test_docker_compose_takes_the_file(tmp_path: Path, profiles: str) -> None:
         [*command, "config", "--format", "json"], capture_output=True, text=True, check=False, env=environ
     )
     assert run.returncode == 0, run.stderr
-    assert "serve" in json.loads(run.stdout)["services"]
+    services = json.loads(run.stdout)["services"]
+    assert {"serve", "serving-sglang"} & services.keys() == {engine}
 
 
 @pytest.mark.timeout(300)

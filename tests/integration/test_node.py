@@ -22,7 +22,7 @@ from schemas.settings import SettingsError, load
 from schemas.speculator import checkpoint
 from schemas.speculator.day_0 import draft_of_day_0
 from schemas.trace import Chunk
-from serving.node import _bind
+from serving.address import bind
 from trainer.registry import SpeculatorRegistry
 
 _LONG = "Write a long story about a dragon and a lighthouse."
@@ -149,9 +149,9 @@ def test_a_node_told_to_end_finishes_the_answer_that_it_gives_and_refuses_others
 
 def test_a_port_in_use_names_the_setting(free_port: Callable[[], int]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(SettingsError, match=r"serve\.port"):
-        _bind("127.0.0.1", taken.getsockname()[1])
+        bind("127.0.0.1", taken.getsockname()[1])
 
 
 def test_a_host_that_is_not_ours_names_the_setting(free_port: Callable[[], int]) -> None:
     with pytest.raises(SettingsError, match=r"serve\.host"):
-        _bind("192.0.2.1", free_port())
+        bind("192.0.2.1", free_port())

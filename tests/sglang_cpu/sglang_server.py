@@ -6,6 +6,7 @@ speed, and the verifier takes the likeliest token whatever the temperature.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -65,7 +66,7 @@ class Server:
         *,
         settings: Settings | None = None,
         path: Sequence[Path] = (),
-        environ: Mapping[str, str] | None = None,
+        launched: bool = False,
     ) -> None:
         """Name the server; nothing is started yet.
 
@@ -76,14 +77,17 @@ class Server:
             arguments: Further flags of SGLang.
             settings: Those of our plugin, which is loaded only where they are given.
             path: Further folders that its Python imports from.
-            environ: Further variables.
+            launched: It is started by ``aurora serve`` with ``settings``, which name the target.
         """
         self.url = f"http://127.0.0.1:{port}"
         where = ["--host", "127.0.0.1", "--port", str(port), "--model-path", str(model)]
-        command = [str(PYTHON), "-m", "sglang.launch_server", *where, *_ARGUMENTS, *arguments]
-        imported = ":".join(map(str, (HERE / "standins", *path)))
+        start = ["-m", "sglang.launch_server"]
+        if launched:
+            start, path = ["-m", "ops.cli", "serve", "--"], [ROOT, *path]
+        command = [sys.executable if launched else str(PYTHON), *start, *where, *_ARGUMENTS, *arguments]
+        imported = ":".join(map(str, (*path, HERE / "standins")))
         plugin = to_environ(settings) if settings else {"SGLANG_PLUGINS": "none"}
-        variables = {**_ENVIRON, "PYTHONPATH": imported, **plugin, **(environ or {})}
+        variables = {**_ENVIRON, "PYTHONPATH": imported, **plugin}
         self.process = Process("sglang", command, log, variables)
         self.client = httpx.Client(base_url=self.url, timeout=120)
 

@@ -70,6 +70,23 @@ def test_a_flag_without_a_value_is_explained() -> None:
     assert (told.exit_code, told.stderr) == (2, "aurora: --set serve.port: expected SECTION.KEY=VALUE\n")
 
 
+def test_an_engine_that_there_is_not_is_told_those_that_there_are() -> None:
+    told = aurora("serve", "--engine", "vllm")
+    assert told.exit_code == 2
+    assert "serve.engine: Input should be 'transformers' or 'sglang'" in told.stderr
+
+
+def test_flags_of_sglang_are_for_sglang_and_are_read_as_they_stand() -> None:
+    told = aurora("serve", "--", "--tp-size", "2")
+    assert (told.exit_code, told.stderr) == (
+        2, "aurora: --tp-size: flags are for SGLang's server: --engine sglang\n"
+    )  # fmt: skip
+    told = aurora("serve", "--engine", "sglang", "--", "--weight-version", "3")
+    assert (told.exit_code, told.stderr) == (
+        2, "aurora: --weight-version: the node names the version that SGLang starts with; leave it out\n"
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("30m", 1800), ("2h", 7200), ("7d", 604_800)])
 def test_a_time_ago_is_counted_from_now(text: str, seconds: int) -> None:
     assert datetime.now(UTC) - moment(text) == pytest.approx(timedelta(seconds=seconds), abs=timedelta(seconds=30))

@@ -40,3 +40,7 @@ __all__ = [
 
 for _operator in (decode_attention_cpu, extend_attention_cpu):  # these two are looked up as compiled operators
     setattr(torch.ops.sgl_kernel, _operator.__name__, _operator)
+
+if not torch.cuda.is_available():
+    # A sum over weights asks for the GPU by name, whatever the server runs on.
+    torch.cuda.synchronize = lambda *_: None

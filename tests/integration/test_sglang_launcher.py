@@ -1,0 +1,173 @@
+"""The launcher, around a stand-in for SGLang that takes its command line: what it starts, ends, and answers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import httpx
+import pytest
+from fake_sglang import KEY, FakeSglang, served
+from sglang_stand_in import ROOT, write_python
+from tiny_target import write_tiny_target
+
+from schemas.settings import Settings, load, to_environ
+from schemas.speculator import checkpoint
+from schemas.status import ServeStatus, SpeculatorStatus
+from serving.sglang.beginning import line_of
+
+TOKEN = "turnip"
+RUN = "import sys; from schemas.settings import load; from serving.sglang import launch; "
+RUN += "sys.exit(launch.run(load(), sys.argv[1:]))"
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_target(tmp_path_factory.mktemp("target"))
+
+
+@pytest.fixture
+def settings(target: Path, tmp_path: Path, free_port: Callable[[], int]) -> Settings:
+    flags = {
+        "target.path": str(target),
+        "speculator.draft_vocabulary": 16,
+        "registry.uri": "http://127.0.0.1:1",
+        "registry.timeout_s": 1,
+        "serve.port": free_port(),
+        "serve.engine": "sglang",
+        "serve.node": "node-7",
+        "serve.drain_s": 0,
+        "serve.admin_token": TOKEN,
+        "sglang.python": str(write_python(tmp_path / "python")),
+        "sglang.dir": str(tmp_path / "drafts"),
+        "sglang.api_key": KEY,
+    }
+    return load(environ={}, flags=flags)
+
+
+class Launched:
+    """The launcher in a process of its own."""
+
+    def __init__(self, settings: Settings, log: Path, *flags: str) -> None:
+        self.log = log
+        self.url = f"http://127.0.0.1:{settings.serve.port}"
+        environ = {**os.environ, **to_environ(settings), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        with log.open("wb") as output:
+            command = [sys.executable, "-c", RUN, *flags]
+            self.process = subprocess.Popen(command, env=environ, stdout=output, stderr=output, cwd=log.parent)
+
+    def until(self, holds: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 60
+        while not holds():
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.05)
+
+    def ready(self) -> bool:
+        with suppress(httpx.HTTPError):
+            return httpx.get(f"{self.url}/ready").status_code == 200
+        return False
+
+    def ended(self) -> int:
+        return self.process.wait(60)
+
+
+@pytest.fixture
+def launched(
+    settings: Settings, tmp_path: Path, free_port: Callable[[], int]
+) -> Iterator[Callable[..., tuple[Launched, str]]]:
+    """``launched(*flags)``: the launcher, and the address of the server that it starts."""
+    started: list[Launched] = []
+
+    def start(*flags: str) -> tuple[Launched, str]:
+        port = free_port()
+        started.append(Launched(settings, tmp_path / "launch.log", "--port", str(port), *flags))
+        return started[-1], f"http://127.0.0.1:{port}"
+
+    yield start
+    for one in started:
+        one.process.kill()
+        one.process.wait()
+
+
+def answers(url: str) -> bool:
+    with suppress(httpx.HTTPError):
+        return httpx.get(f"{url}/health").status_code == 200
+    return False
+
+
+def test_a_server_is_started_with_the_draft_of_day_0_looked_after_and_ended_by_a_signal(
+    launched: Callable[..., tuple[Launched, str]], settings: Settings, target: Path, tmp_path: Path
+) -> None:
+    node, url = launched("--tp-size", "1")
+    node.until(node.ready)
+    arguments = (target / "started.json").read_text()
+    assert '"--tp-size", "1"], "node-7"]' in arguments
+    assert '"-m", "sglang.launch_server"' in arguments
+    manifest = checkpoint.read_manifest(tmp_path / "drafts" / "node-7")
+    status = ServeStatus.model_validate(httpx.get(f"{node.url}/status").json())
+    assert (status.node, status.alive, status.speculator, status.line) == ("node-7", True, "random-0", manifest.line)
+    assert (status.output_tokens, status.finished, status.draft_depth) == (103, 3, 3)
+    assert (status.rows_captured, status.rows_shed, status.breaker) == (50, 7, "open")
+    headers = {"authorization": f"Bearer {TOKEN}"}
+    shown = httpx.get(f"{node.url}/admin/speculator", headers=headers)
+    assert SpeculatorStatus.model_validate(shown.json()).version == "random-0"
+    off = httpx.post(f"{node.url}/admin/speculator/off", headers=headers)
+    assert (off.status_code, off.json()["error"]["code"]) == (409, "speculation_fixed")
+    assert "aurora_serve_output_tokens_total 103" in httpx.get(f"{node.url}/metrics").text
+    node.process.send_signal(signal.SIGTERM)
+    assert node.ended() == 0
+    assert not answers(url)
+
+
+def test_what_the_server_ends_with_is_what_the_launcher_ends_with(
+    launched: Callable[..., tuple[Launched, str]],
+) -> None:
+    node, _ = launched("--crash")
+    assert node.ended() == 7
+
+
+def test_a_server_that_does_not_end_is_killed(
+    launched: Callable[..., tuple[Launched, str]],
+) -> None:
+    node, url = launched("--stubborn")
+    node.until(lambda: answers(url))
+    node.process.send_signal(signal.SIGTERM)
+    assert node.ended() == 128 + signal.SIGKILL
+    assert not answers(url)
+
+
+def test_a_launcher_that_is_killed_takes_the_server_with_it(launched: Callable[..., tuple[Launched, str]]) -> None:
+    node, url = launched()
+    node.until(lambda: answers(url))
+    node.process.kill()
+    node.ended()
+    deadline = time.monotonic() + 20
+    while answers(url):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_versions_of_a_server_that_runs_already_are_looked_after_and_it_outlives_that(
+    settings: Settings, tmp_path: Path, target: Path
+) -> None:
+    line = line_of(settings)
+    folder = tmp_path / "served"
+    checkpoint.write(line.day_0, folder, line.target)
+    fake = FakeSglang(line.day_0, "random-0")
+    fake.draft, fake.paused, fake.open = str(folder), True, True
+    with served(fake):
+        url = settings.sglang.model_copy(update={"url": fake.url})
+        node = Launched(settings.model_copy(update={"sglang": url}), tmp_path / "log")
+        node.until(node.ready)
+        assert not fake.paused
+        assert not fake.open
+        node.process.send_signal(signal.SIGTERM)
+        assert node.ended() == 0
+        assert answers(fake.url)

@@ -70,12 +70,10 @@ def _named(line: Line) -> str:
 
 
 def _line_of_settings(settings: Settings) -> str | None:
-    from schemas.speculator.checkpoint import CheckpointError, line_of, target_fingerprint
-    from schemas.speculator.day_0 import draft_of_day_0
+    from schemas.speculator.checkpoint import CheckpointError
+    from schemas.speculator.day_0 import read_line
 
-    folder = Path(settings.target.path)
     try:
-        draft = draft_of_day_0(folder, settings.speculator)
-        return line_of(target_fingerprint(folder), draft.shape, draft.d2t)
+        return read_line(Path(settings.target.path), settings.speculator).name
     except CheckpointError:
         return None  # a machine without the target: the line has to be named where there are several

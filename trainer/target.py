@@ -13,8 +13,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from schemas.settings import Settings
-from schemas.speculator.checkpoint import CheckpointError, line_of, target_fingerprint
-from schemas.speculator.day_0 import draft_of_day_0
+from schemas.speculator.checkpoint import CheckpointError
+from schemas.speculator.day_0 import read_line
 from schemas.speculator.network import EagleDraft
 
 log = structlog.get_logger()
@@ -49,14 +49,8 @@ def read_target(settings: Settings) -> Target:
         CheckpointError: no model in that folder, or one that the draft network does not fit.
     """
     folder = Path(settings.target.path)
-    fingerprint = target_fingerprint(folder)
-    day_0 = draft_of_day_0(folder, settings.speculator)
-    return Target(
-        fingerprint=fingerprint,
-        line=line_of(fingerprint, day_0.shape, day_0.d2t),
-        embeddings_VH=token_embeddings(folder),
-        day_0=day_0,
-    )
+    line = read_line(folder, settings.speculator)
+    return Target(line.target, line.name, token_embeddings(folder), line.day_0)
 
 
 def token_embeddings(folder: Path) -> Tensor:

@@ -20,27 +20,26 @@ CLOCK_S = 2.0
 
 def look_at_target(patient: Patient) -> Iterator[Finding]:
     """Whether the model can be served, and which speculator line it gives."""
-    from schemas.speculator.checkpoint import CheckpointError, line_of, target_fingerprint
-    from schemas.speculator.day_0 import draft_of_day_0
+    from schemas.speculator.checkpoint import CheckpointError
+    from schemas.speculator.day_0 import read_line
 
     settings, folder = patient.settings, Path(patient.settings.target.path)
     try:
-        draft = draft_of_day_0(folder, settings.speculator)
-        fingerprint = target_fingerprint(folder)
+        line = read_line(folder, settings.speculator)
     except SettingsError as error:
         yield problem("target", str(error), "set speculator.vocabulary to a file that `aurora vocabulary` wrote")
         return
     except CheckpointError as error:
         yield problem("target", str(error), "set target.path to a folder in Hugging Face format with safetensors")
         return
-    patient.model = Model(fingerprint, line_of(fingerprint, draft.shape, draft.d2t))
+    patient.model = Model(line.target, line.name)
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         yield problem("target", f"{folder} has no tokenizer", "copy the model's tokenizer files into target.path")
-    positions = draft.shape.max_position_embeddings
+    positions = line.day_0.shape.max_position_embeddings
     if settings.serve.max_tokens > positions:
         found = f"serve.max_tokens is {settings.serve.max_tokens}, the target's context {positions}"
         yield problem("target", found, f"set serve.max_tokens to {positions} or less")
-    yield ok("target", f"{settings.target.name}, fingerprint {fingerprint}, speculator line {patient.model.line}")
+    yield ok("target", f"{settings.target.name}, fingerprint {line.target}, speculator line {line.name}")
 
 
 def look_at_folders(patient: Patient) -> Iterator[Finding]:

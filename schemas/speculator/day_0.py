@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,8 +11,31 @@ import torch
 from torch import Tensor
 
 from schemas.settings import SettingsError, Speculator
-from schemas.speculator.checkpoint import CheckpointError, shape_for_target
+from schemas.speculator.checkpoint import CheckpointError, line_of, shape_for_target, target_fingerprint
 from schemas.speculator.network import EagleDraft, random_draft
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Line:
+    """A speculator line as target and settings fix it, before anything was learned."""
+
+    target: str
+    """Fingerprint of the target."""
+    name: str
+    day_0: EagleDraft
+    """The random draft that all processes begin with."""
+
+
+def read_line(folder: Path, speculator: Speculator) -> Line:
+    """The line of the target in ``folder``. Reads all of the target once: its fingerprint is over every byte.
+
+    Raises:
+        CheckpointError: no model in the folder, or one that the draft network does not fit.
+        SettingsError: the file that ``speculator.vocabulary`` names cannot be used.
+    """
+    draft = draft_of_day_0(folder, speculator)
+    fingerprint = target_fingerprint(folder)
+    return Line(fingerprint, line_of(fingerprint, draft.shape, draft.d2t), draft)
 
 
 def draft_of_day_0(folder: Path, speculator: Speculator) -> EagleDraft:

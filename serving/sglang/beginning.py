@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
@@ -12,7 +11,7 @@ import structlog
 from schemas.settings import Settings, SettingsError
 from schemas.speculator import checkpoint
 from schemas.speculator.checkpoint import CheckpointError
-from schemas.speculator.day_0 import draft_of_day_0
+from schemas.speculator.day_0 import Line, read_line
 from schemas.speculator.network import EagleDraft
 from serving.following import Following, hear
 from serving.sglang.flags import Start
@@ -23,27 +22,17 @@ from serving.shelf import Registry, RegistryError
 log = structlog.get_logger()
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
-    """A speculator line, as target and settings fix it."""
-
-    target: str
-    name: str
-    day_0: EagleDraft
-
-
 def line_of(settings: Settings) -> Line:
-    """The line that a node serves. Reads the whole target once: its fingerprint is over every byte.
+    """The line that a node serves.
 
     Raises:
         SettingsError: no draft can be made for the target.
     """
     folder = Path(settings.target.path)
     try:
-        target, draft = checkpoint.target_fingerprint(folder), draft_of_day_0(folder, settings.speculator)
+        return read_line(folder, settings.speculator)
     except CheckpointError as error:
         raise SettingsError(f"target.path {folder}: {error}") from error
-    return Line(target, checkpoint.line_of(target, draft.shape, draft.d2t), draft)
 
 
 def begin(settings: Settings, line: Line, registry: Registry) -> tuple[Start, Known]:

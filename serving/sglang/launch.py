@@ -27,6 +27,7 @@ from prometheus_client import CollectorRegistry
 from schemas import logs
 from schemas.settings import Settings, SettingsError, to_environ
 from schemas.speculator.checkpoint import CheckpointError, read, read_manifest
+from schemas.speculator.day_0 import Line
 from serving import admin, control, webhook
 from serving.address import bind
 from serving.api import explain_errors
@@ -34,7 +35,7 @@ from serving.drain import Drain
 from serving.puller import Puller
 from serving.registry import MlflowRegistry
 from serving.sglang import compat, flags
-from serving.sglang.beginning import Line, begin, line_of
+from serving.sglang.beginning import begin, line_of
 from serving.sglang.child import Child
 from serving.sglang.flags import Flags
 from serving.sglang.remote import Known, RemoteEngine

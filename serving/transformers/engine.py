@@ -16,8 +16,8 @@ import torch
 
 from schemas.device import device_of
 from schemas.settings import Settings, SettingsError
-from schemas.speculator.checkpoint import CheckpointError, line_of
-from schemas.speculator.day_0 import draft_of_day_0
+from schemas.speculator.checkpoint import CheckpointError
+from schemas.speculator.day_0 import Line, read_line
 from schemas.speculator.network import EagleDraft
 from serving.engine import EngineFullError, Figures, Finish, Health, Output, Request, Swapped, TraceSink
 from serving.transformers.calibration import measure
@@ -41,13 +41,12 @@ class TransformersEngine:
     def __init__(self, settings: Settings, sink: TraceSink | None = None) -> None:
         serve = settings.serve
         torch.set_num_threads(serve.threads)
-        self._target, draft = _load(settings)
-        self.target, self.weights = self._target.fingerprint, self._target.kind
-        self.line = line_of(self.target, draft.shape, draft.d2t)
+        line, self._target = _load(settings)
+        self.target, self.line, self.weights = line.target, line.name, self._target.kind
         self.vocabulary = self._target.shape.vocab_size
         self.max_tokens = serve.max_tokens
         self._drafter = Drafter(
-            draft,
+            line.day_0,
             self._target.embeddings_VH,
             serve.max_batch,
             serve.max_tokens + serve.draft_tokens + 1,
@@ -252,13 +251,13 @@ class TransformersEngine:
             done.set_exception(EngineFullError(f"version {version} was not swapped in: the engine has stopped"))
 
 
-def _load(settings: Settings) -> tuple[Target, EagleDraft]:
+def _load(settings: Settings) -> tuple[Line, Target]:
     serve, folder = settings.serve, Path(settings.target.path)
     try:
-        draft = draft_of_day_0(folder, settings.speculator)
+        line = read_line(folder, settings.speculator)
         target = Target(
             folder,
-            draft.shape,
+            line.day_0.shape,
             serve.max_batch,
             serve.max_tokens,
             drafted=serve.draft_nodes,
@@ -267,4 +266,4 @@ def _load(settings: Settings) -> tuple[Target, EagleDraft]:
         )
     except CheckpointError as error:
         raise SettingsError(f"target.path {settings.target.path}: {error}") from error
-    return target, draft
+    return line, target

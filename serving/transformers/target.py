@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from schemas.speculator.checkpoint import CheckpointError, target_fingerprint
+from schemas.speculator.checkpoint import CheckpointError
 from schemas.speculator.network import DraftShape
 from serving.transformers.cache import CPU, RaggedBatch, SlotCache
 from serving.transformers.decoder import ATTENTION, Consumed, decoder_for, matrices
@@ -48,7 +48,6 @@ class Target:
         Raises:
             CheckpointError: no usable model in the folder.
         """
-        self.fingerprint = target_fingerprint(folder)
         config = AutoConfig.from_pretrained(folder)
         self.shape = shape
         if positions > config.max_position_embeddings:
@@ -73,7 +72,6 @@ class Target:
         log.info(
             "target_loaded",
             folder=str(folder),
-            fingerprint=self.fingerprint,
             weights=self.kind,
             device=str(device),
             decoder=type(self._decoder).__name__,

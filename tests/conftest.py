@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,6 +23,12 @@ _WEBHOOKS_TO_LOOPBACK = {
     "MLFLOW_WEBHOOK_CACHE_TTL": "1",
 }
 """MLflow sends to public addresses only, by TLS, and looks once a minute for webhooks that were made."""
+
+
+def pytest_configure() -> None:
+    """Let Ctrl-C reach the tests of it: what runs in the background ignores it, and so would all that it starts."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -28,7 +28,7 @@ from pipeline.batches import Record
 from pipeline.counts import Counts
 from pipeline.credentials import check, credentials, ignored
 from pipeline.inbox import Inbox, Limits
-from pipeline.liveness import TICK_S, Vitals, Watchdog, not_live, not_ready
+from pipeline.liveness import TICK_S, LastCall, Vitals, Watchdog, not_live, not_ready
 from pipeline.maintenance import Caretaker
 from pipeline.offsets import ForeignLogError, Source, lost_range
 from pipeline.progress import Progress
@@ -292,6 +292,7 @@ def run(settings: Settings) -> None:
     finally:
         watching.cancel()
         spans.close()
+        LastCall().start()
 
 
 def _app(settings: Settings) -> faust.App:

@@ -7,6 +7,7 @@ store that is slow or refuses. One that is not live for too long ends itself, an
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import threading
 import time
@@ -26,6 +27,8 @@ STORE_S = 900.0
 """The same for one attempt on the tables: longer than the store's own timeouts and retries take."""
 STALLED_S = 60.0
 """A worker that is not live for so long ends."""
+PATIENCE_S = 8.0
+"""For calls that still run when all else has ended; supervisors commonly wait 15 s."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,3 +92,19 @@ class Watchdog(threading.Thread):
         log.critical("stalled", seconds=STALLED_S, why="the worker is not live; the supervisor starts it again")
         # Not sys.exit: a hanging event loop would wait for itself. The tables are the truth, so nothing is lost.
         os._exit(1)
+
+
+class LastCall(threading.Thread):
+    """Ends a process that is done and does not end: a client's call that hangs would be waited for without end."""
+
+    def __init__(self, patience_s: float = PATIENCE_S) -> None:
+        super().__init__(name="last-call", daemon=True)
+        self._patience_s = patience_s
+
+    def run(self) -> None:
+        """Wait; where the process is still there, tell what each of its threads does."""
+        time.sleep(self._patience_s)
+        log.warning("ended_in_the_middle_of_a_call", seconds=self._patience_s)
+        faulthandler.dump_traceback()
+        # A commit that is cut off is finished by the next worker: the tables are the truth.
+        os._exit(0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -129,3 +131,17 @@ def test_faust_holds_no_more_bytes_than_the_inbox_or_a_single_message(largest: i
 
 def test_a_worker_that_reads_nothing_for_days_stays_in_its_group() -> None:
     assert _app(Settings()).conf.broker_max_poll_interval > 30 * 86400
+
+
+def test_a_worker_that_is_done_ends_although_a_call_hangs_and_says_which() -> None:
+    program = (
+        "import threading, time\n"
+        "from pipeline.liveness import LastCall\n"
+        "def hanging(): time.sleep(600)\n"
+        "threading.Thread(target=hanging).start()\n"
+        "LastCall(patience_s=0.1).start()\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 0
+    assert "in hanging" in ended.stderr
+    assert "ended_in_the_middle_of_a_call" in ended.stdout + ended.stderr

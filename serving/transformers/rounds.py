@@ -160,9 +160,9 @@ def run_round(active: Sequence[Running], models: Models, version: str, *, specul
     verified = time.perf_counter()
     clock = _Clock(int((drafted - started) * 1e6), int((verified - drafted) * 1e6), time.time_ns() // 1000)
     reading = any(step.running.prefilling for step in steps)
-    trials = [trial for j in judged for trial in _trials(j)]
     decided = [_commit(j, models, version, clock) for j in judged]
     if speculate:
+        trials = [trial for j in judged for trial in _trials(j)]
         # A row's price is all that it adds to a round: on a GPU its tokens cost the processor more than its pass does.
         verify = None if reading else Timing(len(batch.slots_T), time.perf_counter() - drafted)
         models.utility.observe(trials, verify, drafts, sum(len(step.proposal.nodes) for step in steps))

@@ -165,8 +165,9 @@ def learning(  # noqa: PLR0913, PLR0917 - one for each flag
         found = study.run(settings_of(config, set_), options, hint)
         if html is not None:
             from ops.bench.learning.page import page
+            from ops.report.writing import write_page
 
-            html.write_text(page(found))
+            write_page("--html", html, page(found))
             hint(f"{html}: written")
         found.report().print(as_json=as_json)
 

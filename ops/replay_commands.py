@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ops.command import AsJson, Config, Set, hint, moment, opened, say, settings_of, told
+from ops.report.writing import write_page
 from schemas.errors import UserError
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def score(  # noqa: PLR0913, PLR0917 - one for each flag
         if html is not None:
             from ops.replay.score_page import page
 
-            html.write_text(page(found))
+            write_page("--html", html, page(found))
             hint(f"{html}: written")
         if as_json:
             sys.stdout.write(json.dumps(found.summary(requests=requests), indent=2) + "\n")
@@ -140,9 +141,9 @@ def train(  # noqa: PLR0913, PLR0917 - one for each flag
             hint(f"MLflow run {curves.log(first, found, training.folder_of(first, named), variants)}")
         except RegistryError as error:
             hint(f"no runs in MLflow: {error}")
-        for file, text in ((html, page), (svg, picture)):
+        for option, file, text in (("--html", html, page), ("--svg", svg, picture)):
             if file is not None:
-                file.write_text(text(found))
+                write_page(option, file, text(found))
                 hint(f"{file}: written")
         if as_json:
             sys.stdout.write(json.dumps(found.summary(), indent=2) + "\n")

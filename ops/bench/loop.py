@@ -22,6 +22,7 @@ from ops.bench.loop_figures import figures, told
 from ops.bench.loop_page import page
 from ops.bench.outcome import Report
 from ops.demo import wipe
+from ops.report.writing import write_page
 from ops.stack import Say, running_stack
 from schemas.errors import UserError
 from schemas.settings import Kafka, Registry, Settings
@@ -58,7 +59,7 @@ def run(settings: Settings, options: Options, say: Say) -> Report:
     """
     domains = pair(options.domains)
     if options.html:
-        _write(options.html, "")
+        write_page("--html", options.html, "")
     described = machine.describe(settings.serve.threads)
     here = own(settings)
     with running_stack(here, say, restart=False) as stack:
@@ -74,7 +75,7 @@ def run(settings: Settings, options: Options, say: Say) -> Report:
         figures=figures(record),
     )
     if options.html:
-        _write(options.html, page(record, report))
+        write_page("--html", options.html, page(record, report))
     return report
 
 
@@ -108,11 +109,3 @@ def own(settings: Settings) -> Settings:
     }
     sections = {name: getattr(settings, name).model_copy(update=values) for name, values in changed.items()}
     return settings.model_copy(update=sections)
-
-
-def _write(file: Path, text: str) -> None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
-    except OSError as error:
-        raise UserError(f"--html {file}: {error.strerror}") from error

@@ -23,7 +23,7 @@ from ops.bench.sync_costs import AT_ONCE, measured
 from ops.bench.sync_course import Course
 from ops.bench.sync_page import page
 from ops.bench.sync_policies import Costs, Outcome, kept, net, swept
-from schemas.errors import UserError
+from ops.report.writing import write_page
 from schemas.settings import Settings
 from trainer.candidates import code_revision
 
@@ -62,7 +62,7 @@ def run(settings: Settings, options: Options, say: Say) -> Report:
         UserError: no recorded traffic, no target, or a page that cannot be written.
     """
     if options.html:
-        _write(options.html, "")
+        write_page("--html", options.html, "")
     read = traffic.read(settings, options.traffic_tokens)
     described = machine.describe(settings.serve.threads)
     courses = {order: Course(settings, read, order, options.blocks, say) for order in ORDERS}
@@ -79,7 +79,7 @@ def run(settings: Settings, options: Options, say: Say) -> Report:
         tuple(chain(_costs(costs), *(_figures(order, outcomes) for order, outcomes in found.items()))),
     )
     if options.html:
-        _write(options.html, page(found, report))
+        write_page("--html", options.html, page(found, report))
     return report
 
 
@@ -130,11 +130,3 @@ def _figures(order: Order, outcomes: list[Outcome]) -> list[Figure]:
             detail=detail,
         ),
     ]
-
-
-def _write(file: Path, text: str) -> None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
-    except OSError as error:
-        raise UserError(f"--html {file}: {error.strerror}") from error

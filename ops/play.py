@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from ops import prompts, versions
 from ops.demo_screen import DemoScreen, View
@@ -12,6 +13,10 @@ from ops.stack import Stack
 from ops.traffic import Load, Prompt, changing
 from ops.watch import Watch, newest_rate
 from pipeline.table import DeltaLog
+
+if TYPE_CHECKING:
+    from schemas.events import AliasMoved
+    from trainer.registry import Version
 
 _CATCH_UP_S = 60.0
 _DRAIN_S = 60.0
@@ -52,8 +57,8 @@ class Player:
     _rows: Rows = field(default_factory=Rows)
     _load: Load | None = None
     _plain: Load | None = None
-    _versions: tuple[versions.Registered, ...] = ()
-    _promoted: tuple[versions.Promoted, ...] = ()
+    _versions: tuple[Version, ...] = ()
+    _promoted: tuple[AliasMoved, ...] = ()
     _champions: list[str | None] = field(default_factory=list)
     """Every champion that was seen, the one of the beginning first."""
     _watch: Watch = field(init=False)

@@ -4,61 +4,49 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ops.record import Swap, Version
 from schemas.settings import Settings
 
-
-@dataclass(frozen=True, slots=True)
-class Registered:
-    """A version as the registry has it."""
-
-    version: str
-    time: float
-    tags: Mapping[str, str]
+if TYPE_CHECKING:
+    from schemas.events import AliasMoved
+    from trainer import registry
 
 
-@dataclass(frozen=True, slots=True)
-class Promoted:
-    """A move of the alias ``champion``."""
+def read(settings: Settings, line: str) -> tuple[list[registry.Version], list[AliasMoved]]:
+    """Versions of a line, and the moves of ``champion`` to one; oldest first.
 
-    version: str
-    time: float
-
-
-def read(settings: Settings, line: str) -> tuple[list[Registered], list[Promoted]]:
-    """Versions and promotions of a line, oldest first. Raises what MLflow and ``TableError`` raise."""
+    Raises:
+        RegistryError: no answer.
+        TableError: the table cannot be read.
+    """
     from pipeline.table import DeltaLog
-    from schemas.registry import connect, model_name
+    from trainer.audit import recorded
+    from trainer.ledger import Ledger
+    from trainer.registry import SpeculatorRegistry
 
-    found = connect(settings.registry).search_model_versions(f"name = '{model_name(line)}'")
-    registered = [Registered(str(v.version), v.creation_timestamp / 1000, dict(v.tags)) for v in found]
-    moves = DeltaLog(settings.tables).read("promotions", ["time", "line", "alias", "to_version"]).to_pylist()
-    promoted = [
-        Promoted(move["to_version"], move["time"].timestamp())
-        for move in moves
-        if move["line"] == line and move["alias"] == "champion" and move["to_version"]
-    ]
-    return sorted(registered, key=lambda v: v.time), sorted(promoted, key=lambda p: p.time)
+    moves = recorded(Ledger(DeltaLog(settings.tables), "promotions"))
+    promoted = [move for move in moves if move.line == line and move.alias == "champion" and move.to_version]
+    return SpeculatorRegistry(settings.registry).versions(line), promoted
 
 
 def since(
-    start: float, registered: Sequence[Registered], promoted: Sequence[Promoted], swaps: Sequence[Swap]
+    start: float, registered: Sequence[registry.Version], promoted: Sequence[AliasMoved], swaps: Sequence[Swap]
 ) -> tuple[Version, ...]:
     """The versions registered after ``start``, with what became of each."""
-    first_promoted = {p.version: p.time for p in reversed(promoted)}
+    first_promoted = {move.to_version: move.time.timestamp() for move in reversed(promoted)}
     first_served = {s.version: s.time for s in reversed(swaps)}
     return tuple(
         Version(
-            version=v.version,
-            registered=v.time,
-            promoted=first_promoted.get(v.version),
-            served=first_served.get(v.version),
+            version=v.number,
+            registered=v.registered.timestamp(),
+            promoted=first_promoted.get(v.number),
+            served=first_served.get(v.number),
             **_held_back(v.tags),
         )
         for v in registered
-        if v.time >= start
+        if v.registered.timestamp() >= start
     )
 
 

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from ops.record import Swap
-from ops.versions import Registered
 from pipeline.offsets import Source, transaction_id
 from pipeline.table import DeltaLog, TableSnapshot
 from schemas.settings import Settings
 from trainer.feed import held_back
+from trainer.registry import Version
 
 Span = tuple[float, float]
 """From when to when, in Unix seconds."""
@@ -107,14 +107,14 @@ def read_rows(settings: Settings, line: str, since: float) -> list[Row]:
     ]
 
 
-def read_served(settings: Settings, registered: Sequence[Registered], swaps: Sequence[Swap]) -> list[Served]:
+def read_served(settings: Settings, registered: Sequence[Version], swaps: Sequence[Swap]) -> list[Served]:
     """The versions that were swapped in, with what had been read for them. Raises ``TableError``."""
     tables = DeltaLog(settings.tables)
     first = {swap.version: swap.time for swap in sorted(swaps, key=lambda swap: swap.time, reverse=True)}
     return [
-        Served(version.version, first[version.version], _reach(tables, settings, json.loads(version.tags["tables"])))
+        Served(version.number, first[version.number], _reach(tables, settings, json.loads(version.tags["tables"])))
         for version in registered
-        if version.version in first
+        if version.number in first
     ]
 
 

@@ -11,6 +11,7 @@ import pytest
 from confluent_kafka import Consumer, TopicPartition
 from confluent_kafka.admin import AdminClient, ConfigResource
 
+from ops.versions import read
 from pipeline.table import DeltaLog
 from schemas.events import AliasMoved
 from schemas.settings import Kafka, Settings, load
@@ -154,6 +155,8 @@ def test_a_promotion_is_seen_in_the_registry_the_table_and_on_the_topic(
         ("champion", first, second),
         ("previous", None, first),
     ]
+    registered, promoted = read(settings, line)
+    assert [version.number for version in registered] == [move.to_version for move in promoted] == [first, second]
     sent = events(settings.kafka, line)
     assert sorted((e.alias, e.to_version or "") for e in sent) == sorted((r["alias"], r["to_version"]) for r in rows)
     promoted = next(e for e in sent if e.key == f"{line}/champion" and e.to_version == second)

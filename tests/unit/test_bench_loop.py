@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,11 @@ from recorded import LINE, conversation, record_of, tables_of
 
 from ops.bench.loop_served import Row, Served, Waits, elapsed, first_served, read_rows, read_served, waits
 from ops.record import Swap
-from ops.versions import Registered
 from pipeline.offsets import Source, transaction_id
 from pipeline.table import DeltaLog
 from schemas.settings import Settings, load
 from trainer.feed import held_back
+from trainer.registry import Version
 
 RECORDED = 1_700_000_000
 """When every made-up round was committed."""
@@ -74,7 +75,13 @@ def settings(tmp_path: Path) -> Settings:
 
 def test_what_was_read_for_a_version_is_told_by_the_table_at_that_version(settings: Settings) -> None:
     registered = [
-        Registered(str(n), 0.0, {"tables": json.dumps({"accepted": accepted, "rejected": 0})})
+        Version(
+            str(n),
+            datetime.fromtimestamp(0, UTC),
+            {"tables": json.dumps({"accepted": accepted, "rejected": 0})},
+            card="",
+            run="",
+        )
         for n, accepted in enumerate([1, 3, 2])
     ]
     swaps = [Swap("1", 7.0, 0, 0.1), Swap("0", 3.0, 0, 0.1), Swap("1", 5.0, 0, 0.1)]

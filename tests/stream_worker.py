@@ -27,9 +27,8 @@ from serving.chunks import without_features
 Headers = list[tuple[str, bytes | None]]
 
 WORKER = """
-from schemas import logs, settings
+from schemas import settings
 from pipeline.app import run
-logs.configure("stream")
 run(settings.load())
 """
 CHECKOUT = Path(__file__).resolve().parent.parent

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from idle_health import IDLE
 from safetensors.torch import load_file, save_file
 from tiny_draft import SHAPE
 
@@ -40,19 +41,7 @@ class Engine:
         assert torch.isfinite(draft.fc.weight).all()
 
     def health(self) -> Health:
-        return Health(
-            alive=True,
-            speculator="",
-            speculating=True,
-            draft_depth=0,
-            expected_rates=(),
-            running=0,
-            waiting=0,
-            rounds=0,
-            drafted=0,
-            accepted=0,
-            output_tokens=0,
-        )
+        return IDLE
 
     def swap(self, draft: EagleDraft, version: str) -> Swapped:
         self.served.append((version, draft))

@@ -10,6 +10,7 @@ import torch
 from api_node import eventually
 from hypothesis import given
 from hypothesis import strategies as st
+from idle_health import IDLE
 from version_registry import DRAFTS, LINE, FakeRegistry
 
 from schemas.settings import Canary, Serve, Settings, Sync
@@ -33,19 +34,7 @@ class FakeEngine:
             raise CheckpointError("the draft gives values that are not finite")
 
     def health(self) -> Health:
-        return Health(
-            alive=True,
-            speculator="",
-            speculating=True,
-            draft_depth=0,
-            expected_rates=(),
-            running=0,
-            waiting=0,
-            rounds=0,
-            drafted=0,
-            accepted=0,
-            output_tokens=0,
-        )
+        return IDLE
 
     def swap(self, draft: EagleDraft, version: str) -> Swapped:
         if self.broken:

@@ -22,7 +22,7 @@ from transformers import AttentionInterface
 from schemas.speculator.checkpoint import CheckpointError
 from serving.transformers.cache import RaggedBatch, SlotCache, Tokens
 from serving.transformers.graphs import CapturedPasses
-from serving.transformers.kernels import Kind, pack, replace_linears
+from serving.transformers.kernels import Kind, RmsNorm, pack, replace_linears
 
 ATTENTION = "aurora_slots"
 
@@ -70,12 +70,12 @@ def matrices(model: Any) -> list[Tensor]:
 class _Layer(NamedTuple):
     """One decoder layer, its linear layers packed."""
 
-    before_attention_H: Tensor
+    before_attention: RmsNorm
     qkv: nn.Module
-    query_norm_E: Tensor | None
-    key_norm_E: Tensor | None
+    query_norm: RmsNorm | None
+    key_norm: RmsNorm | None
     out: nn.Module
-    before_mlp_H: Tensor
+    before_mlp: RmsNorm
     gate_up: nn.Module
     down: nn.Module
 
@@ -85,13 +85,12 @@ class FusedDecoder:
 
     def __init__(self, model: Any, kind: Kind, capture: Sequence[int], positions: int) -> None:
         config, body = model.config, model.get_decoder()
-        self._eps: float = config.rms_norm_eps
         self._heads: int = config.num_attention_heads
         self._kv_heads: int = config.num_key_value_heads
         self._size: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self._embeddings_VH: Tensor = body.embed_tokens.weight
-        self._norm_H: Tensor = body.norm.weight
-        self._layers = [_packed(layer, kind) for layer in body.layers]
+        self._norm = RmsNorm(body.norm.weight, config.rms_norm_eps)
+        self._layers = [_packed(layer, kind, config.rms_norm_eps) for layer in body.layers]
         self._capture = tuple(capture)
         cos_PE, sin_PE = body.rotary_emb(
             self._embeddings_VH[:1], torch.arange(positions, device=self._embeddings_VH.device)[None]
@@ -109,12 +108,12 @@ class FusedDecoder:
         captured: list[Tensor] = []
         for number, layer in enumerate(self._layers):
             x_TH = self._attend(number, layer, x_TH, (cos_T1E, sin_T1E), batch, cache)
-            gate_up = layer.gate_up(self._norm(x_TH, layer.before_mlp_H))
+            gate_up = layer.gate_up(layer.before_mlp(x_TH))
             gate, up = gate_up.chunk(2, dim=-1)
             x_TH = layer.down(F.silu(gate).mul_(up)).add_(x_TH)
             if number in self._capture:
                 captured.append(x_TH)
-        return Consumed(torch.cat(captured, dim=-1), self._norm(x_TH, self._norm_H))
+        return Consumed(torch.cat(captured, dim=-1), self._norm(x_TH))
 
     def _attend(
         self,
@@ -126,19 +125,15 @@ class FusedDecoder:
         cache: SlotCache,
     ) -> Tensor:
         heads, kv_heads = self._heads, self._kv_heads
-        qkv = layer.qkv(self._norm(x_TH, layer.before_attention_H)).view(len(x_TH), heads + 2 * kv_heads, self._size)
+        qkv = layer.qkv(layer.before_attention(x_TH)).view(len(x_TH), heads + 2 * kv_heads, self._size)
         qk_TGE = qkv[:, : heads + kv_heads]
-        if layer.query_norm_E is not None and layer.key_norm_E is not None:
-            normed = self._norm(qkv[:, :heads], layer.query_norm_E), self._norm(qk_TGE[:, heads:], layer.key_norm_E)
-            qk_TGE = torch.cat(normed, dim=1)
+        if layer.query_norm is not None and layer.key_norm is not None:
+            qk_TGE = torch.cat([layer.query_norm(qkv[:, :heads]), layer.key_norm(qk_TGE[:, heads:])], dim=1)
         cos_T1E, sin_T1E = rotary
         qk_TGE = torch.addcmul(qk_TGE * cos_T1E, qk_TGE.roll(self._size // 2, -1), sin_T1E)
         attended = cache.attend(number, batch, qk_TGE[:, :heads], qk_TGE[:, heads:], qkv[:, heads + kv_heads :])
         out: Tensor = layer.out(attended.flatten(1)).add_(x_TH)
         return out
-
-    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x, weight.shape, weight, self._eps)
 
 
 class GraphedDecoder:
@@ -180,15 +175,15 @@ class HubDecoder:
         return hook
 
 
-def _packed(layer: Any, kind: Kind) -> _Layer:
+def _packed(layer: Any, kind: Kind, eps: float) -> _Layer:
     attention, mlp = layer.self_attn, layer.mlp
     return _Layer(
-        before_attention_H=layer.input_layernorm.weight,
+        before_attention=RmsNorm(layer.input_layernorm.weight, eps),
         qkv=_joined(kind, [attention.q_proj, attention.k_proj, attention.v_proj]),
-        query_norm_E=attention.q_norm.weight if hasattr(attention, "q_norm") else None,
-        key_norm_E=attention.k_norm.weight if hasattr(attention, "k_norm") else None,
+        query_norm=RmsNorm(attention.q_norm.weight, eps) if hasattr(attention, "q_norm") else None,
+        key_norm=RmsNorm(attention.k_norm.weight, eps) if hasattr(attention, "k_norm") else None,
         out=_joined(kind, [attention.o_proj]),
-        before_mlp_H=layer.post_attention_layernorm.weight,
+        before_mlp=RmsNorm(layer.post_attention_layernorm.weight, eps),
         gate_up=_joined(kind, [mlp.gate_proj, mlp.up_proj]),
         down=_joined(kind, [mlp.down_proj]),
     )

@@ -31,7 +31,7 @@ from schemas.tree import visible
 from serving.engine import Request
 from serving.transformers.cache import Branching, RaggedBatch, Segment, SlotCache, Tokens
 from serving.transformers.graphs import CapturedPasses
-from serving.transformers.kernels import likeliest, narrow, replace_linears
+from serving.transformers.kernels import likeliest, narrow, replace_linears, replace_norms
 from serving.utility import Acceptance, Plan, Timing
 
 
@@ -286,6 +286,7 @@ def pack_draft(draft: EagleDraft, device: torch.device) -> EagleDraft:
     is said."""
     packed = copy.deepcopy(draft).requires_grad_(requires_grad=False).eval().to(device)
     replace_linears(packed, narrow(device))
+    replace_norms(packed)
     return packed
 
 

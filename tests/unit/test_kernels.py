@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from serving.transformers.kernels import Kind, choose, is_fp16, likeliest, pack, replace_linears
+from serving.transformers.kernels import Kind, choose, is_fp16, likeliest, pack, replace_linears, replace_norms
 
 
 @pytest.mark.parametrize("rows", [1, 3, 17])
@@ -50,6 +50,28 @@ def test_every_linear_layer_of_a_model_is_replaced() -> None:
     replace_linears(model, "float32")
     assert not [module for module in model.modules() if isinstance(module, nn.Linear)]
     torch.testing.assert_close(model(x), expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**16),
+    rows=st.integers(1, 9),
+    width=st.sampled_from([1, 64, 576]),
+    size=st.sampled_from([0.0, 1e-12, 1e-3, 1.0, 1e4, 1e15]),
+    eps=st.sampled_from([None, 0.0, 1e-6, 1e-5]),
+)
+def test_a_replaced_norm_gives_what_torch_s_own_gives(
+    seed: int, rows: int, width: int, size: float, eps: float | None
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    model = nn.Sequential(nn.RMSNorm(width, eps=eps))
+    nn.init.normal_(model[0].weight, generator=generator)
+    x_RW = torch.randn(rows, width, generator=generator) * size
+    exact_eps = torch.finfo(torch.float32).eps if eps is None else eps
+    expected = nn.functional.rms_norm(x_RW.double(), (width,), model[0].weight.double(), exact_eps).float()
+    replace_norms(model)
+    assert not isinstance(model[0], nn.RMSNorm)
+    torch.testing.assert_close(model(x_RW), expected, rtol=2e-6, atol=1e-30, equal_nan=True)
 
 
 @settings(max_examples=40, deadline=None)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from schemas.settings import Train
+from schemas.device import device_of
+from schemas.settings import Settings, Train
 from schemas.speculator.network import DraftShape, EagleDraft
 from trainer.losses import Loss, Totals, ttt_loss
 from trainer.optimizers import Optimizers
 from trainer.ranks import Alone, Ranks, like, whole
 from trainer.windows import Batch
+
+# Norms of narrow states by float32 weights are what is wanted; that a GPU has no fused kernel for them is no news.
+warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
 
 _DRAFT, _AVERAGE = "draft/", "ema/"
 
@@ -36,7 +42,10 @@ class Learner:
         self._ranks = ranks or Alone()
         self.shape = draft.shape
         self._device = embeddings_VH.device
-        self._module = self._ranks.wrap(_Objective(draft, embeddings_VH, settings), settings.parallel)
+        self.dtype = products_in(settings.dtype, self._device)
+        """Of products in a pass."""
+        objective = _Objective(draft, embeddings_VH, settings, self.dtype)
+        self._module = self._ranks.wrap(objective, settings.parallel)
         self._optimizers = Optimizers(draft, settings)
         self._average = Average(draft, settings.ema) if settings.ema else None
 
@@ -156,6 +165,25 @@ class Learner:
         return lambda _: total
 
 
+def settled(settings: Settings) -> Settings:
+    """The settings with what ``auto`` stands for on this machine in place of it, as versions and replays note them.
+
+    Raises:
+        UserError: ``train.device`` asks for a GPU, and torch finds none.
+    """
+    dtype = products_in(settings.train.dtype, device_of(settings.train.device, "train.device"))
+    train = settings.train.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
+    return settings.model_copy(update={"train": train})
+
+
+def products_in(asked: Literal["auto", "float32", "bfloat16"], device: torch.device) -> torch.dtype:
+    """The type of products that the setting ``train.dtype`` asks for on this device."""
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if asked == "bfloat16" or (asked == "auto" and device.type == "cpu" and native):
+        return torch.bfloat16
+    return torch.float32
+
+
 def weights_of(tensors: Mapping[str, Tensor], shape: DraftShape) -> EagleDraft:
     """What ``Learner.weights`` gave when ``Learner.tensors`` gave these."""
     draft = EagleDraft(shape)
@@ -183,16 +211,17 @@ class Average:
 class _Objective(nn.Module):
     """The loss as a module, whose forward pass is what ranks are wrapped around."""
 
-    def __init__(self, draft: EagleDraft, embeddings_VH: Tensor, settings: Train) -> None:
+    def __init__(self, draft: EagleDraft, embeddings_VH: Tensor, settings: Train, dtype: torch.dtype) -> None:
         super().__init__()
         self.draft = draft
         self._embeddings = embeddings_VH
         self._settings = settings
+        self._dtype = dtype
 
     def forward(self, batch: Batch, totals: Totals) -> Loss:
         """The loss of a part; its gradient reaches every weight also where the part teaches nothing."""
-        bf16 = self._settings.dtype == "bfloat16"
-        with torch.autocast(self._embeddings.device.type, torch.bfloat16, enabled=bf16):
+        narrow = self._dtype is torch.bfloat16
+        with torch.autocast(self._embeddings.device.type, torch.bfloat16, enabled=narrow):
             loss = ttt_loss(self.draft, self._embeddings, batch, self._settings, totals)
         if torch.is_grad_enabled() and not loss.total.requires_grad:
             nothing = torch.stack([parameter.sum() for parameter in self.draft.parameters()]).sum() * 0

@@ -26,7 +26,7 @@ Shapes: A nodes of one step, K steps, P choices, k teacher width, D draft vocabu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -35,7 +35,7 @@ from torch import Tensor
 from schemas.settings import Train
 from schemas.speculator.network import EagleDraft
 from trainer.forest import Forest, Step, grow
-from trainer.objectives import DIVERGENCES
+from trainer.objectives import DIVERGENCES, OF_EACH_ALONE
 from trainer.unroll import Unroll
 from trainer.windows import Batch, Choices
 
@@ -151,8 +151,7 @@ def _sums_of(draft: EagleDraft, logits_AD: Tensor, step: Step, k: int, choices: 
             wrong_P = (gain_P == 0) * ratio_P.detach().clamp_max(1)
             counted_A = counted_A.index_add(0, chosen.node_P, train.rejection_weight * wrong_P)
         policy = _surrogate(ratio_P, gain_P - gain_P.mean(), weight_A[chosen.node_P])
-    accepted_A = DIVERGENCES[train.objective](logits_AD[:committed], ids_Ak[:committed], probs_Ak[:committed])
-    rejected_A = DIVERGENCES[train.rejected_objective](logits_AD[committed:], ids_Ak[committed:], probs_Ak[committed:])
+    accepted_A, rejected_A = _divergences(train, committed, logits_AD, ids_Ak, probs_Ak)
     return _Sums(
         accepted=(weight_A[:committed] * counted_A * accepted_A).sum(),
         rejected=(weight_A[committed:] * rejected_A).sum(),
@@ -161,6 +160,15 @@ def _sums_of(draft: EagleDraft, logits_AD: Tensor, step: Step, k: int, choices: 
         nodes=len(rejected_A),
         choices=0 if chosen is None else len(chosen.choice_P),
     )
+
+
+def _divergences(train: Train, committed: int, *of: Tensor) -> Sequence[Tensor]:
+    """Of the committed tokens, and of the rejected nodes behind them; in one where that is the same."""
+    if train.objective == train.rejected_objective and train.objective in OF_EACH_ALONE:
+        return DIVERGENCES[train.objective](*of).tensor_split([committed])
+    # Two slices of the scores would each have a gradient of the size of all of them.
+    accepted, rejected = zip(*(torch.split(x, [committed, len(x) - committed]) for x in of), strict=True)
+    return DIVERGENCES[train.objective](*accepted), DIVERGENCES[train.rejected_objective](*rejected)
 
 
 class _Chosen(NamedTuple):

@@ -17,9 +17,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from schemas.settings import Objective
 
@@ -32,9 +35,29 @@ Divergence = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def forward_kl(logits_AD: Tensor, ids_Ak: Tensor, probs_Ak: Tensor) -> Tensor:
     """KL(p || q)."""
-    expected = (probs_Ak * logits_AD.gather(-1, ids_Ak)).sum(dim=-1)
-    entropy: Tensor = torch.special.entr(probs_Ak).sum(dim=-1)
-    return logits_AD.logsumexp(dim=-1) - expected - entropy
+    found: Tensor = _ForwardKl.apply(logits_AD, ids_Ak, probs_Ak)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _ForwardKl(Function):
+    """``forward_kl`` with its gradient q - p written out: torch's own passes twice as often over [A, D]."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_AD: Tensor, ids_Ak: Tensor, probs_Ak: Tensor) -> Tensor:
+        top_A1 = logits_AD.amax(dim=-1, keepdim=True)
+        q_AD = (logits_AD - top_A1).exp_()
+        total_A1 = q_AD.sum(dim=-1, keepdim=True)
+        ctx.save_for_backward(q_AD, total_A1, ids_Ak, probs_Ak)
+        expected_A = (probs_Ak * logits_AD.gather(-1, ids_Ak)).sum(dim=-1)
+        entropy_A: Tensor = torch.special.entr(probs_Ak).sum(dim=-1)
+        return (top_A1 + total_A1.log()).squeeze(-1) - expected_A - entropy_A
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_A: Tensor) -> tuple[Tensor, None, None]:
+        q_AD, total_A1, ids_Ak, probs_Ak = ctx.saved_tensors
+        gradient_A1 = gradient_A[:, None]
+        return (q_AD * (gradient_A1 / total_A1)).scatter_add_(-1, ids_Ak, -gradient_A1 * probs_Ak), None, None
 
 
 def reverse_kl(logits_AD: Tensor, ids_Ak: Tensor, probs_Ak: Tensor) -> Tensor:
@@ -65,6 +88,9 @@ DIVERGENCES: dict[Objective, Divergence] = {
     "tv": total_variation,
     "lk": likely_kept,
 }
+
+OF_EACH_ALONE: frozenset[Objective] = frozenset({"kl", "reverse-kl", "tv"})
+"""Those of which a position's value is the same whatever positions are beside it."""
 
 
 def _acceptance(logits_AD: Tensor, ids_Ak: Tensor, probs_Ak: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from trainer.checkpoints import Checkpoints, TrainState
 from trainer.curves import Curves
 from trainer.feed import Feed, FeedError
 from trainer.guard import KEPT, UNFIT, Health, fallen, rising
-from trainer.learner import Learner, weights_of
+from trainer.learner import Learner, settled, weights_of
 from trainer.lessons import Lessons
 from trainer.progress import Gauges, Pace, Progress
 from trainer.ranks import Alone, Together, joined
@@ -56,6 +56,7 @@ def run(settings: Settings) -> None:
     logs.configure("train")
     spans.configure("train", settings.telemetry)
     stopping = stop_on_signals()
+    settings = settled(settings)
     train = settings.train
     torch.set_num_threads(train.threads)
     device = device_of(train.device, "train.device")

@@ -15,6 +15,7 @@ from pipeline.table import DeltaLog
 from schemas.errors import UserError
 from schemas.settings import Settings
 from schemas.speculator.checkpoint import target_fingerprint
+from trainer.learner import settled
 from trainer.replay import experiment
 from trainer.replay.experiment import Plan, Result, Task
 from trainer.replay.stream import Span
@@ -42,7 +43,7 @@ def variants(files: Sequence[Path], load: Callable[[Path], Settings]) -> dict[st
     for file in files:
         if file.stem in found:
             raise UserError(f"--config {file}: another variant is named {file.stem} too; rename the file")
-        found[file.stem] = load(file)
+        found[file.stem] = settled(load(file))
     first = next(iter(found.values()))
     for name, settings in found.items():
         for section in ("tables", "target", "registry"):

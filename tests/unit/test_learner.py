@@ -14,7 +14,7 @@ from trainer.windows import Batch, Branch, Teacher, Window, collate
 
 SHAPE = DraftShape(8, 8, 2, 1, 4, 32, 16, 1e-6, 100.0, 64, (1, 2, 3))
 EMBEDDINGS = torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
-WARM = Train(ttt_steps=3, warmup_steps=0, learning_rate=1e-2)
+WARM = Train(dtype="float32", ttt_steps=3, warmup_steps=0, learning_rate=1e-2)
 
 
 def window(seed: int, length: int = 9, known_from: int = 2) -> Window:

@@ -355,6 +355,40 @@ def test_every_divergence_is_least_where_the_draft_agrees(objective: Objective) 
     assert float(divergence(torch.zeros(1, 4), ids, probs)) > 0.3
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_gradient_of_the_divergence_is_the_one_that_torch_finds(dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(3)
+    logits = (30 * torch.randn(6, 40, generator=g, dtype=torch.float64)).to(dtype).requires_grad_()
+    ids = torch.randint(0, 40, (6, 5), generator=g)
+    ids[0, 1], ids[1] = ids[0, 0], 0
+    probs = torch.rand(6, 5, generator=g, dtype=torch.float64).to(dtype)
+    probs = probs / probs.sum(dim=-1, keepdim=True)
+    weights = torch.randn(6, generator=g, dtype=torch.float64).to(dtype)
+    expected = logits.logsumexp(-1) - (probs * logits.gather(-1, ids)).sum(-1) - torch.special.entr(probs).sum(-1)
+    found = forward_kl(logits, ids, probs)
+    torch.testing.assert_close(found, expected)
+    (wanted,) = torch.autograd.grad((weights * expected).sum(), logits)
+    (given,) = torch.autograd.grad((weights * found).sum(), logits)
+    torch.testing.assert_close(given, wanted, rtol=1e-5, atol=1e-7)
+    if dtype is torch.float64:
+        assert torch.autograd.gradcheck(lambda x: forward_kl(x, ids, probs), logits)
+
+
+@pytest.mark.parametrize("objective", DIVERGENCES)
+@pytest.mark.parametrize("rejected_objective", DIVERGENCES)
+def test_both_terms_are_those_of_either_alone(objective: Objective, rejected_objective: Objective) -> None:
+    draft, table = tiny_draft(), embeddings()
+    w = within_vocabulary(window(9, 1, 32, branches=[(2, 3, 2), (6, 2, 0)]))
+    train = settings(3, 0.8, 0.5, objective=objective, rejected_objective=rejected_objective)
+    both = ttt_loss(draft, table, collate([w]), train)
+    assert both.nodes
+    alone = ttt_loss(draft, table, collate([w]), train.model_copy(update={"rejected_weight": 0.0}))
+    assert both.accepted_K == pytest.approx(alone.accepted_K)
+    other = next(name for name in DIVERGENCES if name != rejected_objective)
+    apart = ttt_loss(draft, table, collate([w]), train.model_copy(update={"objective": other}))
+    assert both.rejected == pytest.approx(apart.rejected)
+
+
 def test_the_hybrid_goes_from_divergence_to_acceptance_as_the_draft_gets_better() -> None:
     probs, ids = torch.tensor([[0.7, 0.3]]), torch.tensor([[2, 0]])
     far, near = torch.tensor([[0.0, 9.0, 0.0, 9.0]]), torch.tensor([[1.0, 0.0, 1.0, 0.0]])

@@ -20,7 +20,9 @@ from trainer.windows import Branch, Teacher, Window, collate
 
 SHAPE = DraftShape(8, 8, 2, 1, 4, 32, 16, 1e-6, 100.0, 64, (1, 2, 3), "eagle3.1")
 EMBEDDINGS = torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
-TRAIN = Train(ttt_steps=3, warmup_steps=0, rejected_weight=0.5, rejected_min_prob=0.0, policy_weight=0.1, ema=0.9)
+TRAIN = Train(
+    dtype="float32", ttt_steps=3, warmup_steps=0, rejected_weight=0.5, rejected_min_prob=0.0, policy_weight=0.1, ema=0.9
+)
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU on this machine")
 

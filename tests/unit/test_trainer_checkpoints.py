@@ -16,7 +16,7 @@ from trainer.learner import Learner
 from trainer.windows import Batch, Branch, Teacher, Window, collate
 
 SHAPE = DraftShape(8, 8, 2, 1, 4, 32, 16, 1e-6, 100.0, 64, (1, 2, 3))
-SETTINGS = Train(ttt_steps=3, warmup_steps=4, learning_rate=1e-2)
+SETTINGS = Train(dtype="float32", ttt_steps=3, warmup_steps=4, learning_rate=1e-2)
 EMBEDDINGS = torch.randn(32, 8, generator=torch.Generator().manual_seed(0)).half()
 
 

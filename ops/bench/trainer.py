@@ -18,12 +18,12 @@ from ops.bench import machine, trainer_data
 from ops.bench.outcome import Report, Wanted, chosen
 from ops.bench.paired import Figure, Goal, Rates, Samples, interleaved, ratio
 from ops.bench.trainer_arm import OURS, Arm, started
-from ops.bench.trainer_worker import Done
+from ops.bench.trainer_worker import TYPES, Done
 from ops.stack import Say
 from schemas.settings import Settings, Train
 from schemas.speculator.network import random_draft
 from trainer.candidates import code_revision
-from trainer.learner import Learner
+from trainer.learner import Learner, products_in
 from trainer.windows import Window, collate
 
 PEERS = ("speculators", "specforge")
@@ -111,7 +111,7 @@ def run(settings: Settings, options: Options, say: Say) -> Report:
     if any(wanted(name) for name in names(plan) if name not in _TREES):
         with tempfile.TemporaryDirectory(prefix="aurora-bench-") as folder:
             trainer_data.write(Path(folder), trainer_data.SMOLLM2, plan.lengths, plan.tokens, _SEED)
-            figures, trainers = beside_peers(plan, options.peers, Path(folder), threads, say)
+            figures, trainers = beside_peers(plan, options.peers, Path(folder), settings.train, say)
     figures += trees(plan, wanted, threads)
     described["load_average_after"] = machine.load_average()
     about = {
@@ -124,14 +124,18 @@ def run(settings: Settings, options: Options, say: Say) -> Report:
     return Report(title, described, code_revision(), about, tuple(f for f in figures if wanted(f.name)))
 
 
-def beside_peers(plan: Plan, peers: Path, data: Path, threads: int, say: Say) -> tuple[list[Figure], dict[str, Any]]:
+def beside_peers(plan: Plan, peers: Path, data: Path, train: Train, say: Say) -> tuple[list[Figure], dict[str, Any]]:
     """All trainers in turn on the same sequences, in every second trial in the opposite order; and who they were.
+
+    Each computes in the type of products in which it is fastest here, of those that ``train.dtype`` allows.
 
     Raises:
         UserError: a trainer failed.
     """
     with ExitStack() as stack:
-        arms, absent = started(stack, PEERS, peers, data, threads)
+        native = products_in(train.dtype, torch.device("cpu")) is torch.bfloat16
+        types = [train.dtype] if train.dtype != "auto" else TYPES if native else TYPES[:1]
+        arms, absent = started(stack, PEERS, peers, data, train.threads, types)
         for name, why in absent.items():
             say(f"{name} is left out: {why}")
         took: dict[Case, Took] = {}

@@ -71,14 +71,15 @@ class Arm:
 
 
 def started(
-    stack: ExitStack, peers: Sequence[str], environment: Path, data: Path, threads: int
+    stack: ExitStack, peers: Sequence[str], environment: Path, data: Path, threads: int, types: Sequence[str]
 ) -> tuple[dict[str, Arm], dict[str, str]]:
     """Our trainer and every peer that is installed, and why the others are not among them.
 
     Raises:
         UserError: a trainer failed.
     """
-    ours = [sys.executable, "-m", "ops.bench.trainer_ours", str(data), str(threads)]
+    how = [str(data), str(threads), ",".join(types)]
+    ours = [sys.executable, "-m", "ops.bench.trainer_ours", *how]
     arms, absent = {OURS: Arm(OURS, ours, threads)}, {}
     stack.callback(arms[OURS].stop)
     python = environment / "bin" / "python"
@@ -86,7 +87,7 @@ def started(
         if not python.exists():
             absent[peer] = f"no environment in {environment}; `make trainer-peers` builds it"
             continue
-        arm = Arm(peer, [str(python), "-P", trainer_worker.__file__, peer, str(data), str(threads)], threads)
+        arm = Arm(peer, [str(python), "-P", trainer_worker.__file__, peer, *how], threads)
         stack.callback(arm.stop)
         if "absent" in arm.about:
             absent[peer] = arm.about["absent"]

@@ -1,8 +1,9 @@
 """One trainer in a process of its own, for ``aurora bench trainer``: training steps on request, and what they took.
 
-Run as ``python -P trainer_worker.py TRAINER DATA THREADS`` by the Python that the trainer is installed in, so nothing
-of Aurora Stream is imported here. A request and its answer are a line of JSON each; the first line says that the
-trainer is there, or why not. ``warm`` tries the ways in which a trainer can do the step, and keeps the fastest.
+Run as ``python -P trainer_worker.py TRAINER DATA THREADS TYPES`` by the Python that the trainer is installed in, so
+nothing of Aurora Stream is imported here. A request and its answer are a line of JSON each; the first line says that
+the trainer is there, or why not. ``warm`` tries the ways in which a trainer can do the step, and keeps the fastest. A
+way names the type of products last; weights, gradients and optimizers are float32 in each.
 
 Shapes: S sequences of n tokens, H hidden size, F feature width, V and D target and draft vocabulary.
 """
@@ -13,8 +14,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +33,8 @@ LAST_RMS = 20.0
 """Root mean square of the target's last states: with embeddings of deviation 0.02 it makes peaked distributions."""
 _STATUS, _CLEAR, _PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs"), "5"
 """Linux, proc(5): where the memory of this process is told, and what resets the peak."""
+TYPES = ("float32", "bfloat16")
+"""Of products."""
 _BY_OPTIMIZERS = "torch._dynamo"
 """What torch's optimizers import at their first step, were it not there."""
 
@@ -70,7 +74,7 @@ class Speculators:
     """The EAGLE-3 model of ``speculators``, its head unfrozen, as its trainer runs it."""
 
     modules: tuple[str, ...] = ("speculators.models.eagle3", "transformers.models.llama")
-    ways: tuple[str, ...] = ("packed", "one by one")
+    ways: tuple[str, ...] = tuple(f"{form} {dtype}" for form in ("packed", "one by one") for dtype in TYPES)
 
     def __init__(self, weights: Tensors, config: Mapping[str, Any]) -> None:
         from speculators import SpeculatorsConfig, VerifierConfig
@@ -107,22 +111,23 @@ class Speculators:
     def step(self, sequences: Tensors, ttt_steps: int, way: str) -> float:
         """One packed sequence, or the sequences after one another with their gradients added up."""
         number, rows = sequences["tokens"].shape[0], sequences["tokens"].shape[1] - 1
-        packs = [slice(0, number)] if way == "packed" else [slice(i, i + 1) for i in range(number)]
+        packs = [slice(0, number)] if way.startswith("packed") else [slice(i, i + 1) for i in range(number)]
         self._optimizer.zero_grad()
         total = 0.0
         for pack in packs:
             tokens, features, last = (sequences[name][pack] for name in ("tokens", "features", "last"))
-            _, loss, _ = self._model(
-                hidden_states=features[:, :-1].float().flatten(0, 1)[None],
-                input_ids=tokens[:, 1:].reshape(1, -1),
-                document_ids=torch.arange(len(tokens)).repeat_interleave(rows)[None],
-                position_ids=torch.arange(1, rows + 1).repeat(len(tokens))[None],
-                loss_mask=torch.ones(1, len(tokens) * rows, dtype=torch.bool),
-                verifier_last_hidden_states=last[:, 1:].flatten(0, 1)[None],
-                ttt_steps=ttt_steps,
-                ttt_step_loss_decay=DECAY,
-                loss_config=self._loss,
-            )
+            with products(way):
+                _, loss, _ = self._model(
+                    hidden_states=features[:, :-1].float().flatten(0, 1)[None],
+                    input_ids=tokens[:, 1:].reshape(1, -1),
+                    document_ids=torch.arange(len(tokens)).repeat_interleave(rows)[None],
+                    position_ids=torch.arange(1, rows + 1).repeat(len(tokens))[None],
+                    loss_mask=torch.ones(1, len(tokens) * rows, dtype=torch.bool),
+                    verifier_last_hidden_states=last[:, 1:].flatten(0, 1)[None],
+                    ttt_steps=ttt_steps,
+                    ttt_step_loss_decay=DECAY,
+                    loss_config=self._loss,
+                )
             (loss / len(packs)).backward()
             total += float(loss.detach()) / len(packs)
         torch.nn.utils.clip_grad_norm_(self._learned, CLIP)
@@ -131,14 +136,14 @@ class Speculators:
 
 
 class SpecForge:
-    """The EAGLE-3 model of ``specforge`` with the attention that needs no GPU.
+    """The EAGLE-3 model of ``specforge`` with the attention that needs no GPU, on recorded states as in its trainer.
 
-    Its loss is a kernel for GPUs; the plain one that stands beside that kernel takes its place. It is given the
-    target's logits ready-made.
+    Its loss is a kernel for GPUs; the plain one that stands beside that kernel takes its place. Its teacher is the
+    target's head over the recorded last states: at once, or in pieces of the vocabulary (``compact``).
     """
 
     modules: tuple[str, ...] = ("specforge.algorithms.eagle3.model", "transformers.models.llama")
-    ways: tuple[str, ...] = ("a batch",)
+    ways: tuple[str, ...] = tuple(f"{form} {dtype}" for form in ("at once", "compact") for dtype in TYPES)
 
     def __init__(self, weights: Tensors, config: Mapping[str, Any]) -> None:
         from specforge.algorithms.eagle3 import model as eagle3
@@ -157,32 +162,37 @@ class SpecForge:
         self._model = eagle3.OnlineEagle3Model(draft, attention_backend="sdpa")
         self._learned = [parameter for parameter in draft.parameters() if parameter.requires_grad]
         self._optimizer = torch.optim.AdamW(self._learned, lr=LEARNING_RATE, fused=True)
-        self._logits: dict[int, Tensor] = {}
 
-    def step(self, sequences: Tensors, ttt_steps: int, _way: str) -> float:
+    def step(self, sequences: Tensors, ttt_steps: int, way: str) -> float:
         """All sequences as one batch; row t reads token t + 1 and is taught by what follows it."""
         tokens, features, last = (sequences[name] for name in ("tokens", "features", "last"))
         self._model.length = ttt_steps
         self._optimizer.zero_grad()
-        losses, *_ = self._model(
-            input_ids=tokens[:, 1:],
-            attention_mask=torch.ones_like(tokens[:, 1:]),
-            target=self._target(last[:, 1:]),
-            loss_mask=torch.ones_like(tokens[:, 1:])[..., None],
-            hidden_states=features[:, :-1].float(),
-        )
+        with products(way):
+            losses, *_ = self._model(
+                input_ids=tokens[:, 1:],
+                attention_mask=torch.ones_like(tokens[:, 1:]),
+                loss_mask=torch.ones_like(tokens[:, 1:])[..., None],
+                hidden_states=features[:, :-1].float(),
+                **self._teacher(last[:, 1:], way),
+            )
         loss = sum(DECAY**k * loss_k for k, loss_k in enumerate(losses))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self._learned, CLIP)
         self._optimizer.step()
         return float(loss.detach())
 
-    def _target(self, last: Tensor) -> Tensor:
-        """Logits [S, n - 1, V], computed the first time that a case is seen: while it is warmed up."""
-        rows = last.shape[1]
-        if rows not in self._logits:
-            self._logits = {rows: last @ self._head.T}
-        return self._logits[rows]
+    def _teacher(self, last: Tensor, way: str) -> dict[str, Any]:
+        """What its strategy for recorded states hands to the model."""
+        if way.startswith("compact"):
+            return {"target": None, "target_hidden_for_compact": last, "target_head_weight": self._head}
+        with torch.no_grad():
+            return {"target": last @ self._head.T}
+
+
+def products(way: str) -> torch.autocast:
+    """The type of products that a way names."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=way.endswith("bfloat16"))
 
 
 TRAINERS: dict[str, type[Trainer]] = {"speculators": Speculators, "specforge": SpecForge}
@@ -191,19 +201,20 @@ TRAINERS: dict[str, type[Trainer]] = {"speculators": Speculators, "specforge": S
 class Worker:
     """Answers requests for steps of one trainer."""
 
-    def __init__(self, trainer: type[Trainer], data: Path) -> None:
+    def __init__(self, trainer: type[Trainer], data: Path, types: Sequence[str]) -> None:
         for module in (*trainer.modules, _BY_OPTIMIZERS):
             import_module(module)
         self._idle = memory("VmRSS")
         self._data = data
         weights = torch.load(data / WEIGHTS, weights_only=True)
         self._trainer = trainer(weights, json.loads((data / CONFIG).read_text()))
+        self._ways = [way for way in trainer.ways if way.endswith(tuple(types))]
         self._way: dict[tuple[str, int], str] = {}
         self._held: tuple[str, Tensors] = "", {}
 
     def warm(self, case: str, ttt_steps: int) -> Done:
         """Try every way once, and keep to the fastest from now on."""
-        tried = [self._run(case, ttt_steps, 1, way) for way in self._trainer.ways]
+        tried = [self._run(case, ttt_steps, 1, way) for way in self._ways]
         fastest = min(tried, key=lambda done: done.seconds)
         self._way[case, ttt_steps] = fastest.way
         return Done(**{**asdict(fastest), "loss": tried[0].loss})
@@ -235,7 +246,7 @@ def forget_peak() -> None:
         _CLEAR.write_text(_PEAK)
 
 
-def answer(trainer: type[Trainer], package: str, data: Path, requests: Iterable[str], answers: TextIO) -> None:
+def answer(start: Callable[[], Worker], package: str, requests: Iterable[str], answers: TextIO) -> None:
     """Until the requests end."""
 
     def say(value: Mapping[str, Any]) -> None:
@@ -243,7 +254,7 @@ def answer(trainer: type[Trainer], package: str, data: Path, requests: Iterable[
         answers.flush()
 
     try:
-        worker = Worker(trainer, data)
+        worker = start()
     except ImportError as error:
         say({"absent": str(error)})
         return
@@ -257,13 +268,13 @@ def answer(trainer: type[Trainer], package: str, data: Path, requests: Iterable[
         say(asdict(done))
 
 
-def main(trainer: type[Trainer], package: str, data: Path, threads: int) -> None:
+def main(trainer: type[Trainer], package: str, data: Path, threads: int, types: Sequence[str]) -> None:
     """Answer on standard output; what libraries print goes to standard error."""
     torch.set_num_threads(threads)
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    answer(trainer, package, data, sys.stdin, answers)
+    answer(partial(Worker, trainer, data, types), package, sys.stdin, answers)
 
 
 if __name__ == "__main__":
-    main(TRAINERS[sys.argv[1]], sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
+    main(TRAINERS[sys.argv[1]], sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4].split(","))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from tiny_draft import SHAPE
 from ops.bench import trainer, trainer_data, trainer_worker
 from ops.bench.trainer import FULL, QUICK, Case, judge
 from ops.bench.trainer_ours import Ours
-from ops.bench.trainer_worker import Done
+from ops.bench.trainer_worker import TYPES, Done, Worker
 from schemas.settings import Train
 from schemas.speculator.network import random_draft
 from schemas.tree import depths
@@ -94,10 +95,11 @@ def test_a_worker_warms_up_and_steps_on_request(tmp_path: Path) -> None:
     trainer_data.write(tmp_path, WIDE, [16], 32, seed=0)
     asked = [{"case": "16.pt", "ttt_steps": 3, "number": number} for number in (0, 2)]
     answers = io.StringIO()
-    trainer_worker.answer(Ours, "aurora-stream", tmp_path, [json.dumps(request) for request in asked], answers)
+    start = partial(Worker, Ours, tmp_path, ["bfloat16"])
+    trainer_worker.answer(start, "aurora-stream", [json.dumps(request) for request in asked], answers)
     about, warm, done = map(json.loads, answers.getvalue().splitlines())
     assert about["torch"] == torch.__version__
-    assert done["way"] == warm["way"] == "a batch"
+    assert done["way"] == warm["way"] == "bfloat16"
     assert done["loss"] < warm["loss"]
     assert done["seconds"] > 0
 
@@ -107,5 +109,5 @@ def test_a_trainer_that_is_not_installed_says_so(tmp_path: Path) -> None:
         modules = ("no_such_trainer",)
 
     answers = io.StringIO()
-    trainer_worker.answer(Missing, "aurora-stream", tmp_path, [], answers)
+    trainer_worker.answer(partial(Worker, Missing, tmp_path, TYPES), "aurora-stream", [], answers)
     assert "no_such_trainer" in json.loads(answers.getvalue())["absent"]

@@ -259,6 +259,14 @@ class Utility:
         tokens = itertools.accumulate(reached, initial=1.0)
         return [requests * expected / self._seconds(requests, depth) for depth, expected in enumerate(tokens)]
 
+    def rows_within(self, seconds: float, *, beside: int, most: int) -> int:
+        """Rows by which a pass over ``beside`` of them becomes longer by no more than ``seconds``; one at least."""
+        without = self._costs.verify(beside)
+        longer = bisect.bisect_right(
+            range(1, most + 1), seconds, key=lambda rows: self._costs.verify(beside + rows) - without
+        )
+        return max(longer, 1)
+
     def observe(self, trials: Iterable[Trial], verify: Timing | None, drafts: Sequence[Timing], drafted: int) -> None:
         """Take in what a round showed.
 

@@ -56,7 +56,12 @@ class TransformersEngine:
         costs = measure(self._target, self._drafter, serve.max_batch)
         self._utility = Utility(costs, serve.draft_tokens, adaptive=serve.adaptive)
         self._models = Models(
-            self._target, self._drafter, self._utility, settings.traces.top_k, serve.max_tokens, serve.prefill_tokens
+            self._target,
+            self._drafter,
+            self._utility,
+            settings.traces.top_k,
+            serve.max_tokens,
+            serve.prefill_stall_ms / 1e3,
         )
         self._version = f"random-{settings.speculator.seed}"
         self._serve, self._sink = serve, sink

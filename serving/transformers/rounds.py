@@ -27,7 +27,7 @@ from serving.transformers.target import Target
 from serving.utility import Timing, Trial, Utility
 
 PREFILL_TOKENS = 128
-"""Prompt tokens that one round reads at most, over all requests, while nobody waits for a next token."""
+"""Prompt tokens that one round reads at most, over all requests."""
 
 _NOTHING = Proposal()
 
@@ -43,8 +43,8 @@ class Models:
     """Target tokens to record per position."""
     limit: int
     """Longest request, prompt and answer together."""
-    prefill_tokens: int
-    """Prompt tokens that one round reads at most, over all requests, while some decode."""
+    prefill_stall_s: float
+    """How much longer a round may take for prompts that it reads, over all requests, while some decode."""
 
 
 @dataclass(slots=True)
@@ -153,7 +153,7 @@ def run_round(active: Sequence[Running], models: Models, version: str, *, specul
     """
     started = time.perf_counter()
     proposals, drafts = _propose(active, models) if speculate else ({}, [])
-    steps = _plan(active, proposals, models.prefill_tokens)
+    steps = _plan(active, proposals, models)
     drafted = time.perf_counter()
     batch = RaggedBatch([_segment(step) for step in steps], models.target.device)
     judged = _judge(steps, batch, models)
@@ -195,9 +195,12 @@ def _propose(active: Sequence[Running], models: Models) -> tuple[dict[int, Propo
     return {r.slot: proposal for r, proposal in zip(eager, proposals, strict=True)}, timings
 
 
-def _plan(active: Sequence[Running], proposals: dict[int, Proposal], prefill_tokens: int) -> list[Step]:
+def _plan(active: Sequence[Running], proposals: dict[int, Proposal], models: Models) -> list[Step]:
     """Root and draft for those that decode; a piece of the prompt, within the round's budget, for those that read."""
-    steps, budget = [], PREFILL_TOKENS if all(r.prefilling for r in active) else prefill_tokens
+    decoding = sum(1 + len(proposals.get(r.slot, _NOTHING).nodes) for r in active if not r.prefilling)
+    steps, budget = [], PREFILL_TOKENS
+    if decoding:
+        budget = models.utility.rows_within(models.prefill_stall_s, beside=decoding, most=PREFILL_TOKENS)
     for r in active:
         if not r.prefilling:
             proposal = proposals.get(r.slot, _NOTHING)

@@ -110,6 +110,21 @@ def test_what_a_probe_takes_to_catch_up_is_not_held_against_drafting() -> None:
     assert utility.rates([True]) == pytest.approx(before, rel=0.01)
 
 
+@pytest.mark.parametrize(("stall_ms", "rows"), [(0.5, 1), (2.0, 2), (31.0, 31), (1000.0, 128)])
+def test_prompts_are_cut_so_that_a_round_becomes_longer_by_what_is_allowed(stall_ms: float, rows: int) -> None:
+    line = Costs(Curve({1: 0.021, 33: 0.053}), Curve({1: 0.002}), Curve({1: 0.002}))
+    utility = Utility(line, LONGEST)
+    assert utility.rows_within(stall_ms / 1e3 + 1e-9, beside=4, most=128) == rows
+
+
+def test_pieces_of_prompts_follow_what_passes_turn_out_to_take() -> None:
+    utility = Utility(costs(), LONGEST)
+    before = utility.rows_within(0.05, beside=4, most=128)
+    for _ in range(50):
+        utility.observe([], Timing(4, 4 * costs().verify(4)), [], 0)
+    assert utility.rows_within(0.05, beside=4, most=128) < before / 2
+
+
 def test_without_adaptation_every_round_drafts_all_it_may() -> None:
     assert Utility(costs(), 5, adaptive=False).plan([True, False]) == Plan(5)
 

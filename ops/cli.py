@@ -221,7 +221,7 @@ def demo(
     as_json: AsJson = False,
     no_ui: Annotated[bool, typer.Option("--no-ui", help="Plain lines instead of a live screen.")] = False,
 ) -> None:
-    """Watch a speculator that starts from random weights learn from live traffic."""
+    """Watch a speculator that starts untrained learn from live traffic."""
     with told():
         from ops.demo import Options, run
 

@@ -1,4 +1,4 @@
-"""``aurora demo``: a speculator that starts from random weights learns from live traffic while one watches."""
+"""``aurora demo``: a speculator that starts untrained learns from live traffic while one watches."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class Candidates:
 
     @property
     def day_0(self) -> str:
-        """Version string of the random draft that nodes begin with."""
+        """Version string of the draft of day 0, which nodes begin with."""
         return f"{DAY_0}-{self._settings.speculator.seed}"
 
     def champion(self) -> tuple[str, EagleDraft]:

@@ -9,17 +9,13 @@ from typing import Any
 
 import structlog
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from schemas.settings import Settings
-from schemas.speculator.checkpoint import CheckpointError
-from schemas.speculator.day_0 import read_line
+from schemas.speculator.day_0 import read_line, token_embeddings
 from schemas.speculator.network import EagleDraft
 
 log = structlog.get_logger()
-
-_EMBEDDINGS = "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,7 +27,7 @@ class Target:
     embeddings_VH: Tensor
     """In the type that the target is stored in."""
     day_0: EagleDraft
-    """The random draft that nodes begin with."""
+    """What nodes begin with."""
 
     def on(self, device: torch.device) -> Target:
         """The same with its embeddings on that device: drafts are trained and scored where they are."""
@@ -51,20 +47,6 @@ def read_target(settings: Settings) -> Target:
     folder = Path(settings.target.path)
     line = read_line(folder, settings.speculator)
     return Target(line.target, line.name, token_embeddings(folder), line.day_0)
-
-
-def token_embeddings(folder: Path) -> Tensor:
-    """The token embeddings [V, H] of a model in Hugging Face format, from whichever shard holds them.
-
-    Raises:
-        CheckpointError: no shard holds them.
-    """
-    for shard in sorted(folder.glob("*.safetensors")):
-        with safe_open(shard, framework="pt") as file:
-            if _EMBEDDINGS in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
-                embeddings: Tensor = file.get_tensor(_EMBEDDINGS)
-                return embeddings
-    raise CheckpointError(f"{folder}: no tensor {_EMBEDDINGS} in its safetensors files")
 
 
 class FrozenTarget:

@@ -38,9 +38,6 @@ SCHEDULE = ((0.55, 1.0), (0.25, 0.3), (0.2, 0.1))
 VALIDATED = 24
 """Recorded requests that are not trained on: the accept length is simulated on them."""
 
-_MIXED_IN = 0.3
-"""Factor on the random weights that take in the captured layers, beside the one that goes through."""
-
 _RECORDING_BATCH = 16
 _REPORT_S = 60.0
 _TOLD_EVERY = 25
@@ -119,23 +116,8 @@ def run(settings: Settings, plan: Plan, say: Say) -> Trained:
     return Training(settings, plan, target, learned, kept_back, say).run()
 
 
-def begun_from(target: Target, *, tied: bool) -> EagleDraft:
-    """A draft that begins near the target's own output: the highest captured layer goes through, to the target's head.
-
-    A short training gets further from there than from random weights. The head is only known where it is ``tied`` to
-    the embeddings.
-    """
-    draft = target.new_draft()
-    hidden = draft.shape.hidden_size
-    with torch.no_grad():
-        draft.fc.weight.mul_(_MIXED_IN)[:, -hidden:] += torch.eye(hidden)
-        if tied:
-            draft.lm_head.weight.copy_(target.embeddings_VH[draft.t2d])
-    return draft
-
-
 class Training:
-    """One draft, from random weights to the cache."""
+    """One draft, from day 0 to the cache."""
 
     def __init__(
         self,
@@ -153,12 +135,11 @@ class Training:
         self._pieces = [piece for window in learned for piece in cut(window, self._train.max_window_tokens)]
         self._kept_back = kept_back
         self._tokens = sum(map(len, learned))
-        self._tied = bool(json.loads((Path(settings.target.path) / "config.json").read_text())["tie_word_embeddings"])
         self._seen = 0
 
     def run(self) -> Trained:
         """Train until the time is up; the cache holds the state of a minute ago at any time."""
-        learner = Learner(begun_from(self._target, tied=self._tied), self._target.embeddings_VH, self._train)
+        learner = Learner(self._target.new_draft(), self._target.embeddings_VH, self._train)
         steps = self._shuffled()
         began = report_at = self._clock()
         trained = self._cache(learner, 0.0)

@@ -79,6 +79,9 @@ class Stand:
             UserError: no target, or no such domain.
         """
         provide_target(settings.target, say)
+        # The figure of a random draft is one of a random draft, whatever day 0 begins with.
+        drawn = settings.speculator.model_copy(update={"init": "random"})
+        settings = settings.model_copy(update={"speculator": drawn})
         self.settings, self.plan, self.name, self.domain, self.say = settings, plan, name, domain, say
         self.folder = Path(settings.target.path)
         self.tokenizer = prompted.tokenizer_of(self.folder)
@@ -117,7 +120,7 @@ class Stand:
 
     @property
     def random(self) -> EagleDraft:
-        """The draft of day 0."""
+        """A draft that learned nothing."""
         return self._target.day_0
 
     @cached_property

@@ -58,7 +58,7 @@ def _subtitle(run: Run, figures: dict[str, Any]) -> str:
     when = datetime.fromtimestamp(run.started, UTC).strftime("%d %B %Y")
     domains = " then ".join(run.domains) or "no"
     drafted = next((version for request in run.requests for version in request.speculators), "")
-    begin = "It started from random weights. " if drafted.startswith("random") else ""
+    begin = "It started untrained. " if drafted.startswith("random") else ""
     return (
         f"{begin}{figures['requests']} requests with {domains} prompts, "
         f"{run.ended - run.started:.0f} seconds from start to end, {when}."

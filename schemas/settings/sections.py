@@ -95,8 +95,11 @@ class Speculator(Section):
     """Width of the draft's MLP; 0 takes the target's."""
     variant: Literal["eagle3", "eagle3.1"] = "eagle3.1"
     """``eagle3.1`` norms the target's states, and the hidden state that goes from one drafting step to the next."""
+    init: Literal["head", "random"] = "head"
+    """Where the draft of day 0 begins: near the target's output (its own head, with the highest captured layer going
+    through to it), or with random weights alone."""
     seed: int = 0
-    """Seed of the random draft of day 0: nodes and trainer start from the same one."""
+    """Seed of the random weights of day 0: nodes and trainer start from the same ones."""
 
 
 class Serve(Section):
@@ -240,7 +243,7 @@ class Train(Section):
     warmup_steps: int = Field(20, ge=0)
     clip: float = Field(1.0, gt=0)
     """Largest norm of the gradient."""
-    ema: float = Field(0.0, ge=0, lt=1)
+    ema: float = Field(0.95, ge=0, lt=1)
     """Decay of a moving average of the weights, which is then what is compared and registered; 0 keeps none."""
     device: Device = "auto"
     """Where the draft is trained and scored. Of processes that ``torchrun`` starts each takes a GPU of its own."""

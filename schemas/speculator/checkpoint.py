@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -65,6 +65,20 @@ def target_fingerprint(folder: Path) -> str:
     for path in [config, *weights]:
         digest.update(bytes.fromhex(_sha256(path)))
     return digest.hexdigest()[:32]
+
+
+def read_tensor(folder: Path, name: str) -> Tensor:
+    """One tensor of a model in Hugging Face format, from whichever shard holds it.
+
+    Raises:
+        CheckpointError: no shard holds it.
+    """
+    for shard in sorted(folder.glob("*.safetensors")):
+        with safe_open(shard, framework="pt") as file:
+            if name in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
+                found: Tensor = file.get_tensor(name)
+                return found
+    raise CheckpointError(f"{folder}: no tensor {name} in its safetensors files")
 
 
 def default_capture_layers(layers: int) -> tuple[int, ...]:

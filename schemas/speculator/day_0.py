@@ -11,8 +11,18 @@ import torch
 from torch import Tensor
 
 from schemas.settings import SettingsError, Speculator
-from schemas.speculator.checkpoint import CheckpointError, line_of, shape_for_target, target_fingerprint
+from schemas.speculator.checkpoint import (
+    CheckpointError,
+    line_of,
+    read_tensor,
+    shape_for_target,
+    target_fingerprint,
+)
 from schemas.speculator.network import EagleDraft, random_draft
+
+_EMBEDDINGS, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+_MIXED_IN = 0.3
+"""Factor on the random weights that take in the captured layers, beside the one that goes through."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -23,7 +33,7 @@ class Line:
     """Fingerprint of the target."""
     name: str
     day_0: EagleDraft
-    """The random draft that all processes begin with."""
+    """What all processes begin with."""
 
 
 def read_line(folder: Path, speculator: Speculator) -> Line:
@@ -39,10 +49,10 @@ def read_line(folder: Path, speculator: Speculator) -> Line:
 
 
 def draft_of_day_0(folder: Path, speculator: Speculator) -> EagleDraft:
-    """The random draft for the target in ``folder``. With the target it fixes the speculator line.
+    """What a draft for the target in ``folder`` begins with. Its shape and vocabulary fix, with the target, the line.
 
     Raises:
-        CheckpointError: no configuration in the folder, or one that the draft network does not fit.
+        CheckpointError: no model in the folder, or one that the draft network does not fit.
         SettingsError: the file that ``speculator.vocabulary`` names cannot be used.
     """
     path = folder / "config.json"
@@ -56,10 +66,56 @@ def draft_of_day_0(folder: Path, speculator: Speculator) -> EagleDraft:
         variant=speculator.variant,
         intermediate_size=speculator.intermediate_size,
     )
-    if not speculator.vocabulary:
-        return random_draft(shape, speculator.seed)
-    kept_D = read_vocabulary(Path(speculator.vocabulary), shape.vocab_size)
-    return random_draft(replace(shape, draft_vocab_size=len(kept_D)), speculator.seed, kept_D)
+    if speculator.vocabulary:
+        kept_D = read_vocabulary(Path(speculator.vocabulary), shape.vocab_size)
+        draft = random_draft(replace(shape, draft_vocab_size=len(kept_D)), speculator.seed, kept_D)
+    else:
+        draft = random_draft(shape, speculator.seed)
+    if speculator.init == "head":
+        move_to_output(draft, output_of(folder, tied=bool(config.get("tie_word_embeddings"))))
+    return draft
+
+
+def output_of(folder: Path, *, tied: bool) -> Tensor:
+    """The target's output layer [V, H], which is its embeddings where they are ``tied``.
+
+    Raises:
+        CheckpointError: no shard holds it.
+    """
+    try:
+        return read_tensor(folder, _EMBEDDINGS if tied else _OUTPUT)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; set speculator.init = 'random' if it has none of that name") from error
+
+
+def token_embeddings(folder: Path) -> Tensor:
+    """The target's token embeddings [V, H].
+
+    Raises:
+        CheckpointError: no shard holds them.
+    """
+    return read_tensor(folder, _EMBEDDINGS)
+
+
+def move_to_output(draft: EagleDraft, output_VH: Tensor) -> None:
+    """Let a random draft begin near the target's own output.
+
+    It scores with the target's rows, and the highest captured layer goes through ``fc``, beside the random weights at a
+    fraction of their size. What it then says is what the target said a token earlier: seldom right, but learning gets
+    from there to a given accept length with less traffic than from random weights.
+
+    Raises:
+        CheckpointError: that output is of another shape.
+    """
+    hidden = draft.shape.hidden_size
+    if output_VH.shape != (draft.shape.vocab_size, hidden) or not output_VH.is_floating_point():
+        raise CheckpointError(
+            f"the target's output layer is {output_VH.dtype} {list(output_VH.shape)}, not numbers of "
+            f"[{draft.shape.vocab_size}, {hidden}]; set speculator.init = 'random'"
+        )
+    with torch.no_grad():
+        draft.fc.weight.mul_(_MIXED_IN)[:, -hidden:] += torch.eye(hidden)
+        draft.lm_head.weight.copy_(output_VH[draft.t2d])
 
 
 def read_vocabulary(path: Path, vocabulary: int) -> Tensor:

@@ -346,10 +346,9 @@ def test_a_run_has_another_file_when_anything_that_it_depends_on_differs(setting
         trial,
         replace(trial, seed=1),
         replace(trial, order="ordered"),
-        *(
-            replace(trial, variant=replace(TINY, **change))
-            for change in ({"lookahead": 3}, {"branch_nodes": 3}, {"init": "head"})
-        ),  # type: ignore[arg-type]
+        replace(trial, variant=replace(TINY, lookahead=3)),
+        replace(trial, variant=replace(TINY, branch_nodes=3)),
+        replace(trial, variant=replace(TINY, changes=(("speculator.init", "head"),))),
         replace(trial, variant=replace(TINY, changes=(("train.clip", 0.5),))),
     ]
     files = {runs.file_of(settings, other, "digest") for other in others} | {runs.file_of(settings, trial, "other")}

@@ -8,7 +8,6 @@ from itertools import count
 from pathlib import Path
 
 import pytest
-import torch
 from tiny_target import VOCABULARY, write_tiny_target
 
 from ops.bench import recording, speculator
@@ -117,17 +116,6 @@ def test_training_caches_a_speculator_that_drafts_better_than_the_random_one(
     assert json.loads(folder.with_name("tiny.json").read_text())["accept_length"] == trained.accept_length
     running.check(speculator.find(settings, "tiny", running.line))
     assert running.swap(draft, "tiny").version == "tiny"
-
-
-def test_training_begins_at_the_targets_head_where_that_is_its_embeddings(settings: Settings) -> None:
-    target = read_target(settings)
-    draft = speculator.begun_from(target, tied=True)
-    assert torch.equal(draft.lm_head.weight, target.embeddings_VH[draft.t2d].float())
-    assert torch.equal(speculator.begun_from(target, tied=False).lm_head.weight, target.day_0.lm_head.weight)
-    hidden = torch.randn(1, 1, draft.shape.hidden_size)
-    low_middle = torch.zeros(1, 1, 2 * draft.shape.hidden_size)
-    passed = draft.fuse(torch.cat([low_middle, hidden], dim=-1))
-    assert torch.cosine_similarity(passed, hidden, dim=-1).item() > 0.9
 
 
 def test_a_speculator_that_is_not_cached_is_told_with_the_command_that_makes_one(settings: Settings) -> None:

@@ -64,7 +64,7 @@ def test_the_page_tells_domains_versions_and_figures() -> None:
     html = page(RUN)
     for told in ("math prompts", "code prompts", "v1", "v2", "without speculation", "900 = 890 in the table"):
         assert told in html
-    assert "It started from random weights" in html
+    assert "It started untrained" in html
 
 
 def test_a_run_that_went_wrong_says_so() -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -13,12 +11,10 @@ from pydantic import BaseModel, ConfigDict
 from ops import prompts
 from ops.bench.learning.traffic import Traffic
 from ops.bench.learning.variants import Order, Trial, settings_of
-from ops.bench.speculator import begun_from
 from schemas.device import device_of
 from schemas.settings import Settings
-from schemas.speculator.network import EagleDraft
 from trainer.replay.prequential import Asked, Course, Point
-from trainer.target import Target, read_target
+from trainer.target import read_target
 
 
 class Learned(BaseModel):
@@ -60,7 +56,7 @@ def learn(settings: Settings, traffic: Traffic, trial: Trial) -> Learned:
     device = device_of(settings.train.device, "train.device")
     target, variant = read_target(settings).on(device), trial.variant
     course = Course(
-        _new_draft(settings, target, trial),
+        target.new_draft(),
         target.embeddings_VH,
         settings.train,
         seed=trial.seed,
@@ -75,10 +71,3 @@ def learn(settings: Settings, traffic: Traffic, trial: Trial) -> Learned:
         course.take(batch)
     told = course.standing().model_dump(include=set(Learned.model_fields))
     return Learned(name=variant.name, order=trial.order, seed=trial.seed, **told)
-
-
-def _new_draft(settings: Settings, target: Target, trial: Trial) -> EagleDraft:
-    if trial.variant.init == "random":
-        return target.new_draft()
-    config = json.loads((Path(settings.target.path) / "config.json").read_text())
-    return begun_from(target, tied=bool(config["tie_word_embeddings"]))

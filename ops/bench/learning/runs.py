@@ -32,7 +32,6 @@ def file_of(settings: Settings, trial: Trial, digest: str) -> Path:
         "settings": values_of(settings, variant),
         "lookahead": variant.lookahead,
         "branch_nodes": variant.branch_nodes,
-        "init": variant.init,
         "order": trial.order,
         "seed": trial.seed,
         "traffic": digest,

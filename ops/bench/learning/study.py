@@ -223,7 +223,6 @@ def _summary(runs_: Runs, against: Runs | None) -> dict[str, Any]:
         "changes": dict(variant.changes),
         "lookahead": variant.lookahead,
         "branch_nodes": variant.branch_nodes,
-        "init": variant.init,
         "seeds": len(runs_.seeds),
         "overall": _spread(runs_.each(overall)),
         "final": _spread(runs_.each(final)),

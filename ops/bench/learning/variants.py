@@ -14,10 +14,10 @@ from schemas.settings import Settings
 
 Value = float | int | str
 Order = Literal["mixed", "ordered"]
-Init = Literal["random", "head"]
 
 BASE: Mapping[str, Value] = {
     "speculator.draft_vocabulary": 8192,
+    "speculator.init": "random",
     "speculator.intermediate_size": 0,
     "speculator.variant": "eagle3.1",
     "train.dtype": "float32",
@@ -25,7 +25,7 @@ BASE: Mapping[str, Value] = {
     "train.learning_rate": 1e-3,
     "train.matrix_learning_rate": 0.0,
     "train.weight_decay": 0.01,
-    "train.ema": 0.0,
+    "train.ema": 0.95,
     "train.warmup_steps": 20,
     "train.clip": 1.0,
     "train.ttt_steps": 4,
@@ -70,8 +70,6 @@ class Variant:
     lookahead: int = LOOKAHEAD
     branch_nodes: int | None = None
     """Rejected branches are cut to so many tokens, as if no more had been drafted; None leaves them whole."""
-    init: Init = "random"
-    """``head`` begins near the target's own output, see ``ops.bench.speculator.begun_from``."""
     against: str = "base"
     """The variant that it is compared with."""
     orders: tuple[Order, ...] = ("mixed",)
@@ -130,7 +128,7 @@ PLAN = (
     *(_one(f"rate-x{x:g}", "learning rate", "train.learning_rate", 1e-3 * x) for x in (0.3, 2.0, 3.0)),
     _one("adamw", "optimizer", "train.optimizer", "adamw"),
     Variant("adamw-x2", "optimizer", (("train.optimizer", "adamw"), ("train.learning_rate", 2e-3))),
-    _one("average", "optimizer", "train.ema", 0.98),
+    *(_one(f"average-{x:g}", "average of the weights", "train.ema", x) for x in (0.0, 0.9, 0.98)),
     _one("accepted-only", _REJECTED, "train.rejected_weight", 0.0),
     *(_one(f"lambda-{x:g}", _REJECTED, "train.rejected_weight", x) for x in (0.3, 1.0)),
     *(_lookahead(nodes, rejected=rejected) for nodes in (3, 5, 8) for rejected in (False, True)),
@@ -143,7 +141,7 @@ PLAN = (
     _one("policy-weight-0.1", "what the served draft chose", "train.policy_weight", 0.1),
     *(_one(f"vocabulary-{x}", "draft vocabulary", "speculator.draft_vocabulary", x) for x in (4096, 16384)),
     *(_one(f"width-{x}", "width of the draft", "speculator.intermediate_size", x) for x in (768, 3072)),
-    Variant("init-head", "where the draft begins", init="head"),
+    replace(_one("init-head", "where the draft begins", "speculator.init", "head"), orders=("mixed", "ordered")),
     _one("eagle-3", "variant of the draft", "speculator.variant", "eagle3"),
 )
 

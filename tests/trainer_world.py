@@ -46,7 +46,11 @@ def write_target(folder: Path) -> None:
         "name": uuid.uuid4().hex,
     }
     (folder / "config.json").write_text(json.dumps(config))
-    save_file({"model.embed_tokens.weight": torch.randn(VOCABULARY, HIDDEN)}, folder / "model.safetensors")
+    tensors = {
+        "model.embed_tokens.weight": torch.randn(VOCABULARY, HIDDEN),
+        "lm_head.weight": 0.02 * torch.randn(VOCABULARY, HIDDEN),
+    }
+    save_file(tensors, folder / "model.safetensors")
 
 
 def after(token: int) -> int:

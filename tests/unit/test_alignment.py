@@ -136,6 +136,7 @@ def served(
     flags = {
         "target.path": str(folder),
         "speculator.draft_vocabulary": VOCABULARY - 9,
+        "speculator.init": "random",
         "speculator.variant": request.param,
         "serve.draft_tokens": 4,
         "serve.adaptive": False,

@@ -233,7 +233,17 @@ def test_a_prompt_longer_than_one_rounds_budget_is_read_in_pieces(bench: Bench) 
     assert [p.bonus is None for p in pieces] == [True, False]
 
 
-def test_a_prompt_that_comes_while_others_decode_is_read_in_small_pieces(bench: Bench) -> None:
+def test_a_prompt_that_comes_while_others_decode_is_read_in_pieces_that_cost_what_is_allowed(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[float, int]] = []
+
+    def rows_within(seconds: float, *, beside: int, most: int) -> int:
+        assert beside >= 1
+        asked.append((seconds, most))
+        return 32
+
+    monkeypatch.setattr(bench.engine._utility, "rows_within", rows_within)
     running = bench.submit(Request(bench.new_id(), (3, 7), 90, ignore_eos=True))
     first = running.get(timeout=60)
     prompt = tuple(1 + i % (VOCABULARY - 1) for i in range(100))
@@ -242,6 +252,7 @@ def test_a_prompt_that_comes_while_others_decode_is_read_in_small_pieces(bench: 
     bench.assert_greedy(request, answer, last.finish)
     pieces = [len(r.tokens) for r in bench.recorder.rounds[request.id] if r.round == 0]
     assert pieces == [32, 32, 32, 4]
+    assert set(asked) == {(0.04, PREFILL_TOKENS)}
     collect(running, [first])
 
 

@@ -32,7 +32,7 @@ RATES = {"fast": 5e-3, "slow": 1e-5}
 @pytest.fixture
 def world(tmp_path: Path) -> World:
     write_target(tmp_path / "target")
-    settings = offline(tmp_path, ttt_steps=2, windows_per_step=4, replay_per_step=2, checkpoint_every_s=1e-6)
+    settings = offline(tmp_path, ttt_steps=2, windows_per_step=4, replay_per_step=2, checkpoint_every_s=1e-6, ema=0.0)
     stack = settings.stack.model_copy(update={"dir": str(tmp_path / "stack")})
     made = World(settings.model_copy(update={"stack": stack}))
     for _ in range(COMMITS):

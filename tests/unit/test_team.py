@@ -19,7 +19,9 @@ EMBEDDINGS = torch.randn(32, 16, generator=torch.Generator().manual_seed(0))
 
 
 def learner() -> Learner:
-    return Learner(random_draft(SHAPE, 0), EMBEDDINGS, Train(dtype="float32", warmup_steps=0, rejected_min_prob=0.0))
+    return Learner(
+        random_draft(SHAPE, 0), EMBEDDINGS, Train(dtype="float32", ema=0.0, warmup_steps=0, rejected_min_prob=0.0)
+    )
 
 
 @pytest.mark.parametrize(("ranks", "parts"), [(1, 1), (1, 2), (2, 1), (2, 2), (3, 2), (4, 9), (8, 3)])

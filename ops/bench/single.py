@@ -37,7 +37,7 @@ RATIOS = {
     "plain_vs_llamacpp": Ratio("ours", "llama.cpp"),
     "prompt_lookup_generate": Ratio("lookup", "generate"),
     "ours_vs_prompt_lookup": Ratio("speculating", "lookup"),
-    "random_draft_penalty_b1": Ratio("ours", "random", Goal(1.03, at_least=False)),
+    "random_draft_penalty_b1": Ratio("undrafted", "random", Goal(1.03, at_least=False)),
 }
 BANDWIDTH = "bandwidth_fraction"
 NAMES = (*RATIOS, BANDWIDTH)
@@ -97,6 +97,7 @@ class SingleStream:
         ours: dict[str, tuple[Draft, Mode]] = {
             "ours": ("trained", Mode(speculate=False)),
             "speculating": ("trained", Mode()),
+            "undrafted": ("random", Mode(speculate=False)),
             "random": ("random", Mode()),
         }
         for name, (draft, mode) in ours.items():

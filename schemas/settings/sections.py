@@ -124,7 +124,7 @@ class Serve(Section):
     """Kernel of the target's matrices; auto times at start those that compute the target exactly as it is."""
     max_batch: int = Field(8, ge=1)
     """Requests decoded together; further ones wait."""
-    prefill_stall_ms: float = Field(40.0, gt=0)
+    prefill_stall_ms: float = Field(60.0, gt=0)
     """How much longer a round may take for the prompts that it reads while other requests decode: the pieces are cut by
     what a row has proved to cost."""
     max_tokens: int = Field(1024, ge=16)

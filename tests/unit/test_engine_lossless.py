@@ -252,7 +252,7 @@ def test_a_prompt_that_comes_while_others_decode_is_read_in_pieces_that_cost_wha
     bench.assert_greedy(request, answer, last.finish)
     pieces = [len(r.tokens) for r in bench.recorder.rounds[request.id] if r.round == 0]
     assert pieces == [32, 32, 32, 4]
-    assert set(asked) == {(0.04, PREFILL_TOKENS)}
+    assert set(asked) == {(0.06, PREFILL_TOKENS)}
     collect(running, [first])
 
 

@@ -19,7 +19,15 @@ from schemas.settings import Train
 
 SCRIPT = Path(__file__).parents[1] / "training_rank.py"
 STEPS = 12
-SETTINGS = Train(optimizer="adamw", ttt_steps=3, warmup_steps=4, learning_rate=1e-2, rejected_min_prob=0.0, ema=0.9)
+SETTINGS = Train(
+    dtype="float32",
+    optimizer="adamw",
+    ttt_steps=3,
+    warmup_steps=4,
+    learning_rate=1e-2,
+    rejected_min_prob=0.0,
+    ema=0.9,
+)
 
 
 def run(out: Path, processes: int, *trainings: Train) -> None:

@@ -166,7 +166,7 @@ def test_states_are_kept_for_the_hours_that_are_set_and_no_longer(world: World) 
 
 def test_days_are_let_go_whole_when_their_time_is_over(world: World) -> None:
     world.commit(2, age=timedelta(days=20))
-    world.commit(2, age=timedelta(days=13))
+    world.commit(2, age=timedelta(days=12))
     world.commit(2)
     would = world.maintain(dry_run=True)
     assert (would["accepted"].let_go, would["traces"].let_go) == (2, 0)

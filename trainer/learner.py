@@ -42,10 +42,7 @@ class Learner:
         self._ranks = ranks or Alone()
         self.shape = draft.shape
         self._device = embeddings_VH.device
-        self.dtype = products_in(settings.dtype, self._device)
-        """Of products in a pass."""
-        objective = _Objective(draft, embeddings_VH, settings, self.dtype)
-        self._module = self._ranks.wrap(objective, settings.parallel)
+        self._module = self._ranks.wrap(_Objective(draft, embeddings_VH, settings), settings.parallel)
         self._optimizers = Optimizers(draft, settings)
         self._average = Average(draft, settings.ema) if settings.ema else None
 
@@ -211,17 +208,16 @@ class Average:
 class _Objective(nn.Module):
     """The loss as a module, whose forward pass is what ranks are wrapped around."""
 
-    def __init__(self, draft: EagleDraft, embeddings_VH: Tensor, settings: Train, dtype: torch.dtype) -> None:
+    def __init__(self, draft: EagleDraft, embeddings_VH: Tensor, settings: Train) -> None:
         super().__init__()
         self.draft = draft
         self._embeddings = embeddings_VH
         self._settings = settings
-        self._dtype = dtype
+        self._narrow = products_in(settings.dtype, embeddings_VH.device) is torch.bfloat16
 
     def forward(self, batch: Batch, totals: Totals) -> Loss:
         """The loss of a part; its gradient reaches every weight also where the part teaches nothing."""
-        narrow = self._dtype is torch.bfloat16
-        with torch.autocast(self._embeddings.device.type, torch.bfloat16, enabled=narrow):
+        with torch.autocast(self._embeddings.device.type, torch.bfloat16, enabled=self._narrow):
             loss = ttt_loss(self.draft, self._embeddings, batch, self._settings, totals)
         if torch.is_grad_enabled() and not loss.total.requires_grad:
             nothing = torch.stack([parameter.sum() for parameter in self.draft.parameters()]).sum() * 0

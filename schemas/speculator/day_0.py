@@ -66,11 +66,11 @@ def draft_of_day_0(folder: Path, speculator: Speculator) -> EagleDraft:
         variant=speculator.variant,
         intermediate_size=speculator.intermediate_size,
     )
+    kept_D = None
     if speculator.vocabulary:
         kept_D = read_vocabulary(Path(speculator.vocabulary), shape.vocab_size)
-        draft = random_draft(replace(shape, draft_vocab_size=len(kept_D)), speculator.seed, kept_D)
-    else:
-        draft = random_draft(shape, speculator.seed)
+        shape = replace(shape, draft_vocab_size=len(kept_D))
+    draft = random_draft(shape, speculator.seed, kept_D)
     if speculator.init == "head":
         move_to_output(draft, output_of(folder, tied=bool(config.get("tie_word_embeddings"))))
     return draft

@@ -122,7 +122,7 @@ def loop(  # noqa: PLR0913, PLR0917 - one for each flag
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Two minutes in each domain, and fewer trials.")] = False,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests of the traffic at a time.")] = 4,
-    max_tokens: Annotated[int, typer.Option(min=8, help="Longest answer, in tokens.")] = 64,
+    max_tokens: Annotated[int, typer.Option(min=8, help="Longest answer, in tokens.")] = 128,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget what earlier runs of this benchmark left.")] = False,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the picture of the run there.")] = None,
     as_json: AsJson = False,
@@ -150,19 +150,23 @@ def learning(  # noqa: PLR0913, PLR0917 - one for each flag
     tokens: Annotated[int | None, typer.Option(min=1, help="Of the recorded traffic; all where not given.")] = None,
     processes: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 1,
     record: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Record N requests of each domain first, where they are missing.")
-    ] = 0,
+        int | None, typer.Option(min=1, metavar="N", help="Record N requests of each domain where missing, and end.")
+    ] = None,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with curves and tables.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Replay recorded traffic offline: how fast a speculator learns from it, and what helps."""
     with told():
-        from ops.bench.learning import study
+        from ops.bench.learning import study, traffic
         from schemas import logs
 
         logs.configure("bench", "warning")
-        options = study.Options(quick, tuple(only or ()), seeds, tokens, processes, record)
-        found = study.run(settings_of(config, set_), options, hint)
+        settings = settings_of(config, set_)
+        if record is not None:
+            traffic.record(settings, record, hint)
+            return
+        options = study.Options(quick, tuple(only or ()), seeds, tokens, processes)
+        found = study.run(settings, options, hint)
         if html is not None:
             from ops.bench.learning.page import page
             from ops.report.writing import write_page

@@ -116,6 +116,13 @@ def test_recorded_traffic_is_read_in_the_order_in_which_it_was_sent(settings: Se
     assert first.digest != recorded.digest
 
 
+def test_traffic_that_is_recorded_is_not_served_again(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(traffic, "planned", lambda *_: requests())
+    said: list[str] = []
+    traffic.record(settings, PER_DOMAIN, said.append)
+    assert said == [f"{4 * PER_DOMAIN} requests are recorded in {traffic.folder_of(settings)} already"]
+
+
 def test_traffic_that_is_not_there_is_told_with_the_flag_that_records_it(settings: Settings, tmp_path: Path) -> None:
     elsewhere = settings.model_copy(update={"stack": settings.stack.model_copy(update={"dir": str(tmp_path)})})
     with pytest.raises(UserError, match=r"aurora bench learning --record"):

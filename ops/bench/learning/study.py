@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
 
-from ops.bench.learning import figures, runs, traffic, variants
+from ops.bench.learning import figures, runs, variants
 from ops.bench.learning.comparing import Interval, interval, paired
 from ops.bench.learning.figures import LEVELS, Shift
 from ops.bench.learning.prequential import Learned
@@ -44,8 +44,6 @@ class Options:
     tokens: int | None = None
     """Of the recorded traffic; all where None."""
     processes: int = 1
-    record: int = 0
-    """Requests of each domain that are recorded first, where they are missing."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -126,7 +124,7 @@ class Study:
 
 
 def run(settings: Settings, options: Options, say: Say) -> Study:
-    """Record what is asked for, run what was not run before, and put it together.
+    """Run what was not run before, and put it together.
 
     Raises:
         UserError: no traffic is recorded, or from another target; or no such variant.
@@ -136,8 +134,6 @@ def run(settings: Settings, options: Options, say: Say) -> Study:
     if options.quick:
         tokens, seeds, only = tokens or QUICK_TOKENS, min(seeds, QUICK_SEEDS), only or variants.QUICK
     plan = variants.chosen(only)
-    if options.record:
-        traffic.record(settings, options.record, say)
     wanted = [(variant, order) for variant in plan for order in variant.orders]
     trials = [Trial(variant, order, seed) for seed in range(seeds) for variant, order in wanted]
     read, learned = runs.run(settings, trials, tokens, options.processes, say)

@@ -118,6 +118,7 @@ def record(settings: Settings, per_domain: int, say: Say) -> None:
     provide_target(settings.target, say)
     folder, segments = folder_of(settings), planned(settings, per_domain)
     if not recording.missing(folder, [request for segment in segments for request in segment]):
+        say(f"{sum(map(len, segments))} requests are recorded in {folder} already")
         return
     say(f"recording {sum(map(len, segments))} requests of up to {MAX_TOKENS} tokens into {folder}")
     serve = settings.serve.model_copy(

@@ -39,7 +39,7 @@ class Options:
     minutes: float | None = None
     quick: bool = False
     concurrency: int = 4
-    max_tokens: int = 64
+    max_tokens: int = 128
     fresh: bool = False
     html: Path | None = None
 

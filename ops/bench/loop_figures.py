@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -98,9 +98,20 @@ def _waited(waits: Waits) -> Iterator[Figure]:
 
 def _learned(run: Run, domain: str) -> Figure:
     """Accept length of the live traffic at the end of a domain, with that of its beginning beside it."""
-    first, last = edges(_of_domain(run, domain).succeeded)
-    detail = {"first": _rounded(accept_length(first)), "requests": len(last)}
+    answered = _of_domain(run, domain).succeeded
+    first, last = edges(answered)
+    detail = {
+        "first": _rounded(accept_length(first)),
+        "requests": len(last),
+        "asked_before": asked_before(answered)[len(answered) - len(last) :].count(True),
+    }
     return Figure(f"accept_length_{domain}", accept_length(last), detail=detail)
+
+
+def asked_before(requests: Sequence[Answered]) -> list[bool]:
+    """Of each request, whether an earlier one had the same prompt: what it is answered was learned from already."""
+    first = {request.prompt: number for number, request in reversed(list(enumerate(requests)))}
+    return [first[request.prompt] < number for number, request in enumerate(requests)]
 
 
 def _failures(run: Run) -> Figure:

@@ -11,7 +11,7 @@ import pytest
 from ops.bench.loop import Options, own, pair
 from ops.bench.loop_arms import Arm, Measured
 from ops.bench.loop_course import ADAPTIVE, NONE, STATIC, Record, arms, followed, static
-from ops.bench.loop_figures import figures, told
+from ops.bench.loop_figures import asked_before, figures, told
 from ops.bench.loop_page import page
 from ops.bench.loop_served import Waits
 from ops.bench.outcome import Report
@@ -91,8 +91,16 @@ def test_waits_are_told_with_what_they_leave_out() -> None:
 def test_each_domain_has_its_accept_length_and_its_speed_beside_the_trainer() -> None:
     found = by_name(RECORD)
     assert (found["accept_length_code"].value, found["accept_length_math"].value) == (0.5, 0)
+    assert found["accept_length_code"].summary()["requests"] == 20
     speeds = told(RECORD)["with_trainer_running_tokens_per_s"]
     assert speeds == {"code": pytest.approx(10), "math": pytest.approx(20)}
+
+
+def test_requests_whose_prompt_came_before_are_told_beside_the_accept_length_they_had() -> None:
+    asked = [replace(answered(number), prompt=f"p{number % 30}") for number in range(40)]
+    found = by_name(replace(RECORD, run=replace(RECORD.run, requests=tuple(asked))))
+    assert found["accept_length_code"].summary()["asked_before"] == 10
+    assert asked_before(asked) == [False] * 30 + [True] * 10
 
 
 def test_a_failed_request_is_a_miss() -> None:

@@ -7,6 +7,7 @@ import math
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -23,7 +24,8 @@ from schemas.speculator.network import EagleDraft
 from trainer.card import SETTINGS_TAG, card, shaping
 from trainer.gate import DAY_0, HeldBack, OnLabel, worth_registering
 from trainer.guard import Health
-from trainer.lookahead import accept_length
+from trainer.learner import products
+from trainer.lookahead import Accepted, added_up, by_window
 from trainer.losses import ttt_loss
 from trainer.registry import SpeculatorRegistry
 from trainer.target import Target
@@ -35,6 +37,24 @@ log = structlog.get_logger()
 _WINDOWS_PER_BATCH = 8
 
 
+@dataclass(frozen=True, slots=True)
+class Examined:
+    """A draft on the held-back slice."""
+
+    health: Health
+    accepted: Mapping[Window, Accepted]
+    """Of each window."""
+
+
+@dataclass(slots=True)
+class _Version:
+    """A version that others are compared with."""
+
+    draft: EagleDraft
+    accepted: dict[Window, Accepted] = field(default_factory=dict)
+    """Of windows that it was scored on: most of a slice are those of the slice before."""
+
+
 class Candidates:
     """Versions of one line as the trainer sees them: what is champion, what was registered last, what comes next."""
 
@@ -42,7 +62,7 @@ class Candidates:
         self._settings = settings
         self._target = target
         self._registry = registry
-        self._drafts: dict[str, EagleDraft] = {}
+        self._versions: dict[str | None, _Version] = {}
 
     @property
     def day_0(self) -> str:
@@ -57,7 +77,7 @@ class Candidates:
             CheckpointError: the registry's files are not what was registered.
         """
         version = self._registry.aliases(self._target.line).get("champion")
-        return version or self.day_0, self._draft(version)
+        return version or self.day_0, self._version(version).draft
 
     def beginning(self) -> tuple[str, EagleDraft]:
         """Version and weights that training begins with, as ``train.warm_start`` says.
@@ -73,7 +93,7 @@ class Candidates:
         if start == "random":
             return self.day_0, self._target.day_0
         if start.isdecimal():
-            return start, self._draft(start)
+            return start, self._version(start).draft
         try:
             return start, checkpoint.read(Path(start), self._target.line)
         except CheckpointError as error:
@@ -95,28 +115,15 @@ class Candidates:
         log.info("warm_start", parent_line=parent_line, version=parent, carried=str(carried))
         return (f"{parent_line}/{parent}", begun) if carried.tensors else (version, draft)
 
-    @torch.no_grad()
-    def health(self, draft: EagleDraft, windows: Sequence[Window]) -> Health:
-        """Loss of the accepted term and accept length over windows."""
-        train = self._settings.train.model_copy(
-            update={"rejected_weight": 0.0, "rejection_weight": 0.0, "policy_weight": 0.0}
-        )
-        by_length, embeddings_VH = sorted(windows, key=len), self._target.embeddings_VH
-        draft = draft.to(embeddings_VH.device)
-        batches = (collate(by_length[i : i + _WINDOWS_PER_BATCH]) for i in range(0, len(windows), _WINDOWS_PER_BATCH))
-        losses = [ttt_loss(draft, embeddings_VH, batch.to(embeddings_VH.device), train) for batch in batches]
-        loss = sum(part.accepted * part.positions for part in losses) / max(sum(part.positions for part in losses), 1)
-        return Health(loss=loss if math.isfinite(loss) else None, accept_length=self.score(draft, windows))
-
-    def score(self, draft: EagleDraft, windows: Sequence[Window]) -> float:
-        """Simulated accept length over windows, for chains as long as a node drafts; bonus excluded."""
-        return accept_length(draft, self._target.embeddings_VH, windows, self._settings.serve.draft_tokens).length
+    def examine(self, draft: EagleDraft, windows: Sequence[Window]) -> Examined:
+        """Loss of the accepted term, and accept length of chains as long as a node drafts, over windows."""
+        accepted = dict(zip(windows, self._accepted(draft, windows), strict=True))
+        return Examined(Health(loss=self._loss(draft, windows), accept_length=_length(accepted, windows)), accepted)
 
     def offer(
         self,
         draft: EagleDraft,
-        score: float,
-        windows: Sequence[Window],
+        examined: Examined,
         tags: Mapping[str, str],
         metrics: Mapping[str, float],
     ) -> str | None:
@@ -124,8 +131,7 @@ class Candidates:
 
         Args:
             draft: The weights in training.
-            score: Their accept length on ``windows``.
-            windows: The held-back slice.
+            examined: The same weights on the held-back slice.
             tags: What the version came from.
             metrics: Figures of the training.
 
@@ -136,16 +142,17 @@ class Candidates:
             RegistryError: no answer; the next offer tries again.
             CheckpointError: the registry's files are not what was registered.
         """
+        windows, score = list(examined.accepted), examined.health.accept_length
         if len(windows) < self._settings.promoter.min_windows:
             return None
         line = self._target.line
         aliases = self._registry.aliases(line)
         champion, candidate = aliases.get("champion"), aliases.get("candidate")
-        to_beat = self.score(self._draft(champion), windows)
-        last = None
+        self._versions = {name: known for name, known in self._versions.items() if name in (champion, candidate)}
+        of_champion = self._of(champion, windows)
+        to_beat, last = _length(of_champion, windows), None
         if candidate is not None and self._can_be_promoted(candidate, champion):
-            last = self.score(self._draft(candidate), windows)
-        self._drafts = {v: d for v, d in self._drafts.items() if v in (champion, candidate)}
+            last = _length(self._of(candidate, windows), windows)
         if not worth_registering(score, to_beat, last):
             return None
         held_back = HeldBack(
@@ -153,7 +160,7 @@ class Candidates:
             champion=champion or self.day_0,
             champion_accept_length=to_beat,
             windows=len(windows),
-            labels=self._by_label(draft, self._draft(champion), windows),
+            labels=self._by_label(examined.accepted, of_champion),
         )
         figures = {"accept_length": score, **metrics}
         tags = {
@@ -173,16 +180,45 @@ class Candidates:
         log.info("registered", version=version, **held_back.model_dump())
         return version
 
-    def _by_label(self, draft: EagleDraft, champion: EagleDraft, windows: Sequence[Window]) -> tuple[OnLabel, ...]:
-        """Both scored on each label; those with too few windows together."""
+    def _of(self, version: str | None, windows: Sequence[Window]) -> Mapping[Window, Accepted]:
+        """What a version has on each window; of None, the draft of day 0."""
+        known = self._version(version)
+        missing = [window for window in windows if window not in known.accepted]
+        found = known.accepted | dict(zip(missing, self._accepted(known.draft, missing), strict=True))
+        known.accepted = {window: found[window] for window in windows}
+        return known.accepted
+
+    def _accepted(self, draft: EagleDraft, windows: Sequence[Window]) -> list[Accepted]:
+        embeddings_VH, lookahead = self._target.embeddings_VH, self._settings.serve.draft_tokens
+        with products(self._settings.train, embeddings_VH.device):
+            return by_window(draft, embeddings_VH, windows, lookahead)
+
+    @torch.no_grad()
+    def _loss(self, draft: EagleDraft, windows: Sequence[Window]) -> float | None:
+        """Of the accepted term; None where it is not finite."""
+        train = self._settings.train.model_copy(
+            update={"rejected_weight": 0.0, "rejection_weight": 0.0, "policy_weight": 0.0}
+        )
+        by_length, embeddings_VH = sorted(windows, key=len), self._target.embeddings_VH
+        draft = draft.to(embeddings_VH.device)
+        batches = (collate(by_length[i : i + _WINDOWS_PER_BATCH]) for i in range(0, len(windows), _WINDOWS_PER_BATCH))
+        with products(train, embeddings_VH.device):
+            losses = [ttt_loss(draft, embeddings_VH, batch.to(embeddings_VH.device), train) for batch in batches]
+        loss = sum(part.accepted * part.positions for part in losses) / max(sum(part.positions for part in losses), 1)
+        return loss if math.isfinite(loss) else None
+
+    def _by_label(
+        self, accepted: Mapping[Window, Accepted], of_champion: Mapping[Window, Accepted]
+    ) -> tuple[OnLabel, ...]:
+        """Both on each label; those with too few windows together."""
         return tuple(
             OnLabel(
                 label=label,
-                accept_length=self.score(draft, chosen),
-                champion_accept_length=self.score(champion, chosen),
+                accept_length=_length(accepted, chosen),
+                champion_accept_length=_length(of_champion, chosen),
                 windows=len(chosen),
             )
-            for label, chosen in by_label(windows, self._settings.promoter.label_windows).items()
+            for label, chosen in by_label(list(accepted), self._settings.promoter.label_windows).items()
         )
 
     def _can_be_promoted(self, candidate: str, champion: str | None) -> bool:
@@ -197,16 +233,20 @@ class Candidates:
         lost = held_back.lost(gate.label_margin, gate.label_windows)
         return held_back.is_against(champion) and lost is None and QUARANTINED_TAG not in tags
 
-    def _draft(self, version: str | None) -> EagleDraft:
-        if version is None:
-            return self._target.day_0
-        if version not in self._drafts:
-            self._drafts[version] = self._download(self._target.line, version)
-        return self._drafts[version]
+    def _version(self, version: str | None) -> _Version:
+        if version not in self._versions:
+            draft = self._target.day_0 if version is None else self._download(self._target.line, version)
+            self._versions[version] = _Version(draft)
+        return self._versions[version]
 
     def _download(self, line: str, version: str) -> EagleDraft:
         with tempfile.TemporaryDirectory() as folder:
             return checkpoint.read(self._registry.download(line, version, Path(folder)), line)
+
+
+def _length(accepted: Mapping[Window, Accepted], windows: Sequence[Window]) -> float:
+    """Accept length over windows."""
+    return added_up(accepted[window] for window in windows).length
 
 
 def by_label(windows: Sequence[Window], least: int) -> dict[str | None, list[Window]]:

@@ -181,6 +181,12 @@ def products_in(asked: Literal["auto", "float32", "bfloat16"], device: torch.dev
     return torch.float32
 
 
+def products(settings: Train, device: torch.device) -> torch.autocast:
+    """Passes on this device inside of it multiply in the type that ``train.dtype`` asks for."""
+    narrow = products_in(settings.dtype, device) is torch.bfloat16
+    return torch.autocast(device.type, torch.bfloat16, enabled=narrow)
+
+
 def weights_of(tensors: Mapping[str, Tensor], shape: DraftShape) -> EagleDraft:
     """What ``Learner.weights`` gave when ``Learner.tensors`` gave these."""
     draft = EagleDraft(shape)
@@ -213,11 +219,10 @@ class _Objective(nn.Module):
         self.draft = draft
         self._embeddings = embeddings_VH
         self._settings = settings
-        self._narrow = products_in(settings.dtype, embeddings_VH.device) is torch.bfloat16
 
     def forward(self, batch: Batch, totals: Totals) -> Loss:
         """The loss of a part; its gradient reaches every weight also where the part teaches nothing."""
-        with torch.autocast(self._embeddings.device.type, torch.bfloat16, enabled=self._narrow):
+        with products(self._settings, self._embeddings.device):
             loss = ttt_loss(self.draft, self._embeddings, batch, self._settings, totals)
         if torch.is_grad_enabled() and not loss.total.requires_grad:
             nothing = torch.stack([parameter.sum() for parameter in self.draft.parameters()]).sum() * 0

@@ -22,7 +22,7 @@ from schemas.speculator.checkpoint import CheckpointError
 from schemas.speculator.network import EagleDraft
 from schemas.status import TrainStatus
 from trainer.ahead import Ahead
-from trainer.candidates import Candidates, code_revision
+from trainer.candidates import Candidates, Examined, code_revision
 from trainer.card import PASSED_TAG
 from trainer.checkpoints import Checkpoints, TrainState
 from trainer.curves import Curves
@@ -238,7 +238,8 @@ class Trainer:
         if not windows or self._learner.steps == self._offered_step:
             return
         draft = self._team.weights()
-        self._health = now = self._candidates.health(draft, windows)
+        examined = self._candidates.examine(draft, windows)
+        self._health = now = examined.health
         self._gauges.compared(now)
         self._curves.add(self._learner.steps, {"accept_length": now.accept_length, "held_back_loss": now.loss or 0.0})
         log.info("compared", step=self._learner.steps, windows=len(windows), **now.model_dump())
@@ -246,10 +247,10 @@ class Trainer:
             if why := self._fallen(now, windows):
                 self._go_back(why)
                 return
-            self._offer(draft, now, windows)
+            self._offer(draft, examined)
             self._checkpoint(good=True)
         else:
-            self._offer(draft, now, windows)
+            self._offer(draft, examined)
 
     def _fallen(self, now: Health, windows: Sequence[Window]) -> str | None:
         """Why the weights are much worse than the last good state; None where they are not."""
@@ -259,8 +260,8 @@ class Trainer:
         found = self._checkpoints.good()
         if found is None:
             return None
-        then = self._candidates.health(weights_of(found[1], self._learner.shape), windows)
-        return fallen(now, then, share)
+        then = self._candidates.examine(weights_of(found[1], self._learner.shape), windows)
+        return fallen(now, then.health, share)
 
     def _go_back(self, why: str) -> None:
         """Take the last good state; the feed goes on from where it is."""
@@ -281,7 +282,7 @@ class Trainer:
         self._went_back = why
         self._gauges.rollbacks.inc()
 
-    def _offer(self, draft: EagleDraft, now: Health, windows: Sequence[Window]) -> None:
+    def _offer(self, draft: EagleDraft, examined: Examined) -> None:
         """Register the weights if they are better than what was registered last."""
         tags = {
             "parent": self._parent,
@@ -295,7 +296,7 @@ class Trainer:
             loss = self._progress.loss
             metrics |= {"loss_accepted": loss.accepted, "loss_rejected": loss.rejected}
         with self._failures.survive("registry", RegistryError, CheckpointError):
-            version = self._candidates.offer(draft, now.accept_length, windows, tags, metrics)
+            version = self._candidates.offer(draft, examined, tags, metrics)
             self._offered_step = self._learner.steps
             if version is not None:
                 self._parent = version

@@ -13,7 +13,7 @@ from torch import Tensor
 from schemas.settings import Objective, Train
 from schemas.speculator.network import DraftShape, EagleDraft, random_draft
 from trainer.forest import MIN_KEPT_MASS, grow
-from trainer.lookahead import Accepted, simulated_accept_length
+from trainer.lookahead import Accepted, by_window, simulated_accept_length
 from trainer.losses import CLIP, ttt_loss
 from trainer.objectives import DIVERGENCES, LK_RATE, TAIL, forward_kl, total_variation
 from trainer.unroll import Unroll
@@ -500,6 +500,7 @@ def test_simulated_accept_length_is_that_of_drafting_token_by_token() -> None:
             found = simulated_accept_length(draft, table, collate([WINDOWS[2], w]), 3)
             alone, other = plain_accept_length(draft, table, w, 3), plain_accept_length(draft, table, WINDOWS[2], 3)
             assert found == (alone.tokens + other.tokens, alone.positions + other.positions)
+            assert by_window(draft, table, [w, WINDOWS[2]], 3) == [alone, other]
             seen.add(found.tokens)
         loss = ttt_loss(draft, table, collate([w]), settings(3, 0.8, 0.0))
         optimizer.zero_grad()

@@ -235,7 +235,7 @@ class Train(Section):
     there is none), ``random`` the draft of day 0, a number a version of the line, anything else a checkpoint folder."""
     optimizer: Literal["adamw", "muon"] = "muon"
     """What moves the matrices of the hidden layer; vocabulary and norms are AdamW's in any case."""
-    learning_rate: float = Field(1e-3, gt=0)
+    learning_rate: float = Field(2e-3, gt=0)
     matrix_learning_rate: float = Field(0.0, ge=0)
     """Muon's; 0 takes ``learning_rate``, for which its updates are scaled to the size of AdamW's."""
     weight_decay: float = Field(0.01, ge=0)

@@ -30,11 +30,9 @@ from trainer.losses import ttt_loss
 from trainer.registry import SpeculatorRegistry
 from trainer.target import Target
 from trainer.warm_start import carry_over
-from trainer.windows import Window, collate
+from trainer.windows import Window, collate, of_like_length
 
 log = structlog.get_logger()
-
-_WINDOWS_PER_BATCH = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,9 +197,9 @@ class Candidates:
         train = self._settings.train.model_copy(
             update={"rejected_weight": 0.0, "rejection_weight": 0.0, "policy_weight": 0.0}
         )
-        by_length, embeddings_VH = sorted(windows, key=len), self._target.embeddings_VH
+        embeddings_VH = self._target.embeddings_VH
         draft = draft.to(embeddings_VH.device)
-        batches = (collate(by_length[i : i + _WINDOWS_PER_BATCH]) for i in range(0, len(windows), _WINDOWS_PER_BATCH))
+        batches = map(collate, of_like_length(windows))
         with products(train, embeddings_VH.device):
             losses = [ttt_loss(draft, embeddings_VH, batch.to(embeddings_VH.device), train) for batch in batches]
         loss = sum(part.accepted * part.positions for part in losses) / max(sum(part.positions for part in losses), 1)

@@ -10,9 +10,7 @@ from torch import Tensor
 
 from schemas.speculator.network import EagleDraft
 from trainer.unroll import Unroll
-from trainer.windows import Batch, Window, collate
-
-_WINDOWS_PER_BATCH = 8
+from trainer.windows import Batch, Window, collate, of_like_length
 
 
 class Accepted(NamedTuple):
@@ -41,13 +39,11 @@ def accept_length(draft: EagleDraft, embeddings_VH: Tensor, windows: Sequence[Wi
 def by_window(draft: EagleDraft, embeddings_VH: Tensor, windows: Sequence[Window], lookahead: int) -> list[Accepted]:
     """The same of each window, in their order."""
     device = embeddings_VH.device
-    draft, by_length = draft.to(device), sorted(range(len(windows)), key=lambda i: len(windows[i]))
-    found: dict[int, Accepted] = {}
-    for start in range(0, len(by_length), _WINDOWS_PER_BATCH):
-        chosen = by_length[start : start + _WINDOWS_PER_BATCH]
-        batch = collate([windows[i] for i in chosen]).to(device)
-        found |= zip(chosen, _accepted(draft, embeddings_VH, batch, lookahead), strict=True)
-    return [found[i] for i in range(len(windows))]
+    draft, found = draft.to(device), dict[Window, Accepted]()
+    for alike in of_like_length(windows):
+        batch = collate(alike).to(device)
+        found |= zip(alike, _accepted(draft, embeddings_VH, batch, lookahead), strict=True)
+    return [found[window] for window in windows]
 
 
 def simulated_accept_length(draft: EagleDraft, embeddings_VH: Tensor, batch: Batch, lookahead: int) -> Accepted:

@@ -7,7 +7,7 @@ window, D drafted tokens that were not kept, P choices of the draft that served.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
@@ -16,6 +16,8 @@ from torch import Tensor
 
 KEPT = -1
 """Parent of a drafted token whose own parent was kept."""
+
+_SCORED_AT_ONCE = 8
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -184,6 +186,12 @@ def cut(window: Window, longest: int) -> list[Window]:
             )
         )
     return pieces
+
+
+def of_like_length(windows: Sequence[Window]) -> Iterator[list[Window]]:
+    """The windows in batches to score: the shortest first, so that little of a batch is padding."""
+    by_length = sorted(windows, key=len)
+    return (by_length[i : i + _SCORED_AT_ONCE] for i in range(0, len(by_length), _SCORED_AT_ONCE))
 
 
 def collate(windows: Sequence[Window]) -> Batch:

@@ -118,7 +118,8 @@ def loop(  # noqa: PLR0913, PLR0917 - one for each flag
         str, typer.Option(metavar="ONE,OTHER", help="Two of code, math, sql, chat, in the order of the traffic.")
     ] = "code,math",
     minutes: Annotated[
-        float | None, typer.Option(min=0.5, help="Learning time in each domain; 10 where none is given.")
+        str | None,
+        typer.Option(metavar="EACH|ONE,OTHER", help="Minutes of learning in the domains; 10 where none are given."),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Two minutes in each domain, and fewer trials.")] = False,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests of the traffic at a time.")] = 4,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import asdict, dataclass
+from math import isfinite
 from pathlib import Path
 
 from pydantic import SecretStr
@@ -28,6 +29,8 @@ from schemas.errors import UserError
 from schemas.settings import Kafka, Registry, Settings
 from trainer.candidates import code_revision
 
+LEAST_MINUTES = 0.5
+
 _LOOPBACK = "127.0.0.1"
 
 
@@ -36,7 +39,7 @@ class Options:
     """What the command line says."""
 
     domains: str = "code,math"
-    minutes: float | None = None
+    minutes: str | None = None
     quick: bool = False
     concurrency: int = 4
     max_tokens: int = 128
@@ -45,19 +48,23 @@ class Options:
 
     @property
     def size(self) -> Size:
-        """How long and how much."""
+        """How long and how much.
+
+        Raises:
+            UserError: ``minutes`` are none.
+        """
         if self.quick:
-            return Size(self.minutes or 2, self.concurrency, self.max_tokens, alone=4, loaded=3, training=3)
-        return Size(self.minutes or 10, self.concurrency, self.max_tokens, alone=12, loaded=6, training=6)
+            return Size(both(self.minutes or "2"), self.concurrency, self.max_tokens, alone=4, loaded=3, training=3)
+        return Size(both(self.minutes or "10"), self.concurrency, self.max_tokens, alone=12, loaded=6, training=6)
 
 
 def run(settings: Settings, options: Options, say: Say) -> Report:
     """Drive the loop, and stop all of it.
 
     Raises:
-        UserError: no such domains, no target, or a part died.
+        UserError: no such domains, no minutes, no target, or a part died.
     """
-    domains = pair(options.domains)
+    domains, size = pair(options.domains), options.size
     if options.html:
         write_page("--html", options.html, "")
     described = machine.describe(settings.serve.threads)
@@ -65,13 +72,13 @@ def run(settings: Settings, options: Options, say: Say) -> Report:
     with running_stack(here, say, restart=False) as stack:
         if options.fresh:
             wipe(here)
-        record = Course(stack, domains, options.size, say).run()
+        record = Course(stack, domains, size, say).run()
     described["load_average_after"] = machine.load_average()
     report = Report(
         title=f"the loop through {' and '.join(domains)} prompts",
         machine=described,
         code=code_revision(),
-        about={"domains": domains, **asdict(options.size), **told(record), "logs": f"{here.stack.dir}/logs"},
+        about={"domains": domains, **asdict(size), **told(record), "logs": f"{here.stack.dir}/logs"},
         figures=figures(record),
     )
     if options.html:
@@ -89,6 +96,23 @@ def pair(domains: str) -> tuple[str, str]:
         case [first, second] if first != second and {first, second} <= set(prompts.DOMAINS):
             return first, second
     raise UserError(f"--domains {domains}: name two of {', '.join(prompts.DOMAINS)}, as in code,math")
+
+
+def both(minutes: str) -> tuple[float, float]:
+    """Minutes of learning in each of the two domains, as a flag says them: once for both, or one after the other.
+
+    Raises:
+        UserError: they are no numbers, too short, or more than two.
+    """
+    try:
+        match [float(part) for part in minutes.split(",")]:
+            case [each] if isfinite(each) and each >= LEAST_MINUTES:
+                return each, each
+            case [first, second] if isfinite(first + second) and min(first, second) >= LEAST_MINUTES:
+                return first, second
+    except ValueError:
+        pass
+    raise UserError(f"--minutes {minutes}: say {LEAST_MINUTES:g} or more, for both domains or as in 30,10 for each")
 
 
 def own(settings: Settings) -> Settings:

@@ -32,8 +32,8 @@ _LOOK_S = 1.0
 class Size:
     """How long and how much."""
 
-    minutes: float
-    """Learning in each domain."""
+    minutes: tuple[float, float]
+    """Learning in the first domain, and in the second."""
     concurrency: int
     """Requests of the traffic at a time."""
     max_tokens: int
@@ -89,12 +89,12 @@ class Course:
         try:
             self._stack.start()
             self._node = self._reach_node()
-            self._learn(one, traffic[one])
+            self._learn(one, traffic[one], self._size.minutes[0])
             training = self._beside_the_trainer(list(islice(traffic[one], self._loaded.size * self._size.training)))
             at_shift = self._pause()
             first = self._measure(held_out[one], arms(at_shift))
             self._go_on()
-            self._learn(other, traffic[other])
+            self._learn(other, traffic[other], self._size.minutes[1])
             now = self._pause()
             second = self._measure(held_out[other], arms(now) | static(now, at_shift))
             return self._record(training, first, second, at_shift)
@@ -108,13 +108,13 @@ class Course:
         assert pid is not None, "a stack that started has a node"
         return Node(self._stack.settings, pid, self._size.max_tokens)
 
-    def _learn(self, domain: str, prompts: Iterator[Prompt]) -> None:
-        """Send traffic of a domain, and leave the rest to the loop."""
+    def _learn(self, domain: str, prompts: Iterator[Prompt], minutes: float) -> None:
+        """Send traffic of a domain for so long, and leave the rest to the loop."""
         self._learning.append((time.time(), float("inf")))
         self._phase = f"learning {domain}"
         self._load = load = self._node.load(prompts, self._size.concurrency)
         load.start()
-        self._watch.until(lambda: False, self._size.minutes * 60)
+        self._watch.until(lambda: False, minutes * 60)
         load.stop()
         self._watch.until(lambda: not load.running, _LAST_ANSWERS_S)
         self._done += load.done

@@ -26,7 +26,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 LONGEST = 50
-COUNT = 500
+COUNT = {"math": 500, "code": 1500, "sql": 500, "chat": 500}
 PER_SOURCE = {"math": 14, "code": 14, "sql": 30, "chat": 1}
 CLOSING = "Give the result as your final answer. Do not include units."
 
@@ -75,8 +75,8 @@ def chat() -> Iterator[Prompt]:
             yield name, " ".join(" ".join(message["text"].split()) for message in turns[0])
 
 
-def chosen(prompts: Iterator[Prompt], per_source: int, length: Callable[[str], int]) -> list[str]:
-    """Short, distinct prompts in a fixed random order, not too many from one source."""
+def chosen(prompts: Iterator[Prompt], count: int, per_source: int, length: Callable[[str], int]) -> list[str]:
+    """Short, distinct prompts in a fixed random order, not too many from one source; more of them begin alike."""
     short = {text: source for source, text in prompts if 16 <= length(text) <= LONGEST}
     texts = sorted(short)
     random.Random(0).shuffle(texts)  # noqa: S311  # an order, not a secret
@@ -86,17 +86,18 @@ def chosen(prompts: Iterator[Prompt], per_source: int, length: Callable[[str], i
         taken[short[text]] += 1
         if taken[short[text]] <= per_source:
             kept.append(text)
-    return kept[:COUNT]
+    return kept[:count]
 
 
 def main(tokenizer: Path) -> None:
     """Write one file per domain."""
     encode = importlib.import_module("tokenizers").Tokenizer.from_file(str(tokenizer)).encode
     for domain in (math, code, sql, chat):
-        texts = chosen(domain(), PER_SOURCE[domain.__name__], lambda text: len(encode(text).ids))
-        lines = [json.dumps({"label": domain.__name__, "text": text}, ensure_ascii=False) for text in texts]
-        (HERE / f"{domain.__name__}.jsonl").write_text("\n".join(lines) + "\n")
-        sys.stdout.write(f"{domain.__name__}: {len(texts)} prompts\n")
+        name = domain.__name__
+        texts = chosen(domain(), COUNT[name], PER_SOURCE[name], lambda text: len(encode(text).ids))
+        lines = [json.dumps({"label": name, "text": text}, ensure_ascii=False) for text in texts]
+        (HERE / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+        sys.stdout.write(f"{name}: {len(texts)} prompts\n")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ops.bench.loop import Options, own, pair
+from ops.bench.loop import Options, both, own, pair
 from ops.bench.loop_arms import Arm, Measured
 from ops.bench.loop_course import ADAPTIVE, NONE, STATIC, Record, arms, followed, static
 from ops.bench.loop_figures import asked_before, figures, told
@@ -149,8 +149,15 @@ def test_anything_but_two_domains_is_refused(domains: str) -> None:
 
 
 def test_a_quick_run_learns_for_two_minutes_unless_it_is_told_for_how_long() -> None:
-    assert [Options(quick=quick).size.minutes for quick in (False, True)] == [10, 2]
-    assert Options(quick=True, minutes=5).size.minutes == 5
+    assert [Options(quick=quick).size.minutes for quick in (False, True)] == [(10, 10), (2, 2)]
+    assert Options(quick=True, minutes="5").size.minutes == (5, 5)
+    assert Options(minutes="30, 7.5").size.minutes == (30, 7.5)
+
+
+@pytest.mark.parametrize("minutes", ["", "ten", "0.4", "-1", "nan", "inf", "10,", "10,0", "10,nan", "10,10,10"])
+def test_minutes_that_are_none_are_refused_with_the_flag(minutes: str) -> None:
+    with pytest.raises(UserError, match=r"--minutes .*: say 0\.5 or more, .* as in 30,10"):
+        both(minutes)
 
 
 def test_a_run_keeps_to_folders_ports_and_services_of_its_own_and_learns_as_it_is_told() -> None:

@@ -25,6 +25,10 @@ from schemas.speculator.rotary import Scaling, rotary_angles, rotate
 
 Variant = Literal["eagle3", "eagle3.1"]
 
+_LOUDNESS, _BESIDE = 2.0, 0.3
+"""Of a random draft: size of the embeddings that come out of attention, which averages over rows, and factor on the
+random weights that let the hidden state into it."""
+
 
 @dataclass(frozen=True, slots=True)
 class DraftShape:
@@ -157,7 +161,7 @@ class _Mlp(nn.Module):
 
 
 def random_draft(shape: DraftShape, seed: int, kept_D: Tensor | None = None) -> EagleDraft:
-    """A draft that has learned nothing: normal weights of deviation 0.02, norms one.
+    """A draft that has learned nothing: normal weights of deviation 0.02, norms one, the next token let through.
 
     Args:
         shape: Of the draft.
@@ -172,8 +176,28 @@ def random_draft(shape: DraftShape, seed: int, kept_D: Tensor | None = None) -> 
                 parameter.fill_(1.0)
             else:
                 parameter.normal_(0.0, 0.02, generator=generator)
+        _let_next_token_through(draft)
         lowest_D = torch.arange(shape.draft_vocab_size)
         kept_D = lowest_D if kept_D is None else kept_D
         draft.d2t.copy_(kept_D - lowest_D)
         draft.t2d[kept_D] = True
     return draft
+
+
+def _let_next_token_through(draft: EagleDraft) -> None:
+    """Let embeddings come out of attention as they went in, as far as its values are wide enough.
+
+    A row's residual is the hidden state: of its next token, the newest that it knows, it is told by attention alone,
+    and random values and outputs would first have to learn to tell it. Where values are narrower than an embedding,
+    M * E < H, they carry evenly spaced parts of it. The arithmetic is exact: all processes begin with equal weights.
+    """
+    shape, attention = draft.shape, draft.midlayer.self_attn
+    hidden, width = shape.hidden_size, shape.num_key_value_heads * shape.head_dim
+    sharing = shape.num_attention_heads // shape.num_key_value_heads
+    value = torch.arange(width)
+    through_VH = F.one_hot(value * hidden // width if width < hidden else value % hidden, hidden).float()
+    attention.v_proj.weight[:, :hidden].copy_(through_VH)
+    attention.v_proj.weight[:, hidden:].mul_(_BESIDE)
+    back_HV = through_VH.T / (sharing * through_VH.sum(0).clamp(min=1)[:, None])
+    back_HME = back_HV.view(hidden, -1, shape.head_dim).repeat_interleave(sharing, dim=1)
+    attention.o_proj.weight.copy_(_LOUDNESS * back_HME.flatten(1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def lively(variant: Variant) -> EagleDraft:
             if parameter.dim() == 1:
                 parameter.uniform_(0.5, 2.0, generator=generator)
             else:
-                parameter.mul_(12)
+                parameter.normal_(0.0, 0.24, generator=generator)
     kept = torch.arange(20) + (torch.arange(20) > 6) * 5
     draft.d2t.copy_(kept - torch.arange(20))
     draft.t2d.zero_()
@@ -148,3 +149,19 @@ def test_a_trained_chain_is_the_one_of_the_definition(variant: Variant) -> None:
         assert int(draft.to_target_ids(scores.argmax())) == token
         assert float(scores.max()) == pytest.approx(logprob, abs=1e-4)
         hidden_AH = unroll.advance(torch.tensor([0]), torch.tensor([token]))
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("size", [3, 4, 8])
+@torch.no_grad()
+def test_attention_of_a_random_draft_gives_the_embedding_back_as_far_as_its_values_are_wide(
+    kv_heads: int, size: int
+) -> None:
+    draft = random_draft(replace(shaped("eagle3.1"), num_key_value_heads=kv_heads, head_dim=size), seed=2)
+    attention, hidden_H = draft.midlayer.self_attn, torch.zeros(HIDDEN)
+    embedding_H = torch.randn(HIDDEN, generator=torch.Generator().manual_seed(1))
+    values = (attention.v_proj.weight @ torch.cat([embedding_H, hidden_H])).view(kv_heads, size)
+    out_H = attention.o_proj.weight @ values.repeat_interleave(HEADS // kv_heads, dim=0).flatten()
+    given = out_H != 0
+    assert given.sum() == min(kv_heads * size, HIDDEN)
+    assert torch.allclose(out_H[given], 2 * embedding_H[given])

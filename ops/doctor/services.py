@@ -95,7 +95,7 @@ def _line_in_registry(patient: Patient) -> Iterator[Finding]:
             "registry",
             found,
             "a new line begins at day 0; if that is not meant, set target.path, speculator.variant, "
-            "draft_vocabulary, vocabulary and intermediate_size to what the old one was trained with",
+            "draft_vocabulary, vocabulary, intermediate_size and key_value_heads to what the old one was trained with",
         )
     else:
         yield ok("registry", "no versions yet: day 0")

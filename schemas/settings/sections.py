@@ -93,6 +93,8 @@ class Speculator(Section):
     """File with the ids that the draft can propose, as ``aurora vocabulary`` writes it: then D is their number."""
     intermediate_size: int = Field(0, ge=0)
     """Width of the draft's MLP; 0 takes the target's."""
+    key_value_heads: int = Field(0, ge=0)
+    """Heads of the draft's keys and values; 0 takes the target's."""
     variant: Literal["eagle3", "eagle3.1"] = "eagle3.1"
     """``eagle3.1`` norms the target's states, and the hidden state that goes from one drafting step to the next."""
     init: Literal["head", "random"] = "head"

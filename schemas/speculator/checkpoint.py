@@ -87,7 +87,12 @@ def default_capture_layers(layers: int) -> tuple[int, ...]:
 
 
 def shape_for_target(
-    config: Mapping[str, Any], draft_vocabulary: int, *, variant: Variant = "eagle3", intermediate_size: int = 0
+    config: Mapping[str, Any],
+    draft_vocabulary: int,
+    *,
+    variant: Variant = "eagle3",
+    intermediate_size: int = 0,
+    key_value_heads: int = 0,
 ) -> DraftShape:
     """The draft's shape for a target's ``config.json``: heads, sizes and positions are the target's.
 
@@ -96,9 +101,11 @@ def shape_for_target(
         draft_vocabulary: D; never more than the target's vocabulary is taken.
         variant: EAGLE-3 or 3.1.
         intermediate_size: Width of the draft's MLP; 0 takes the target's.
+        key_value_heads: Of the draft; 0 takes the target's.
 
     Raises:
-        CheckpointError: a size that is not there, or a rotary scaling that the draft network does not compute.
+        CheckpointError: a size that is not there, heads that do not share out, or a rotary scaling that the draft
+            network does not compute.
     """
     needed = ("num_attention_heads", "hidden_size", "vocab_size", "num_hidden_layers", "max_position_embeddings")
     if missing := [key for key in (*needed, "intermediate_size", "rms_norm_eps") if config.get(key) is None]:
@@ -109,11 +116,15 @@ def shape_for_target(
     except ValueError as error:
         raise CheckpointError(str(error)) from error
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
+    if key_value_heads and heads % key_value_heads:
+        raise CheckpointError(
+            f"speculator.key_value_heads {key_value_heads} does not divide the target's {heads} attention heads"
+        )
     return DraftShape(
         hidden_size=hidden,
         intermediate_size=intermediate_size or config["intermediate_size"],
         num_attention_heads=heads,
-        num_key_value_heads=config.get("num_key_value_heads") or heads,
+        num_key_value_heads=key_value_heads or config.get("num_key_value_heads") or heads,
         head_dim=config.get("head_dim") or hidden // heads,
         vocab_size=config["vocab_size"],
         draft_vocab_size=min(draft_vocabulary, config["vocab_size"]),

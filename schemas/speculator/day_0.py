@@ -65,6 +65,7 @@ def draft_of_day_0(folder: Path, speculator: Speculator) -> EagleDraft:
         speculator.draft_vocabulary,
         variant=speculator.variant,
         intermediate_size=speculator.intermediate_size,
+        key_value_heads=speculator.key_value_heads,
     )
     kept_D = None
     if speculator.vocabulary:

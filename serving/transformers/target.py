@@ -67,8 +67,7 @@ class Target:
             self._decoder = decoder_for(model, self.kind, self.shape.capture_layers, positions + drafted + 1)
         except KernelError as error:
             raise CheckpointError(str(error)) from error
-        heads, size = self.shape.num_key_value_heads, self.shape.head_dim
-        self.cache = SlotCache(config.num_hidden_layers, slots, heads, positions + drafted + 1, size, device)
+        self.cache = _cache(config, slots, positions + drafted + 1, device)
         log.info(
             "target_loaded",
             folder=str(folder),
@@ -85,6 +84,13 @@ class Target:
         """Scores [T, V] of the next token."""
         scores: Tensor = self._lm_head(last_TH)
         return scores
+
+
+def _cache(config: Any, slots: int, positions: int, device: torch.device) -> SlotCache:
+    """Room for the keys and values of a model of this configuration."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return SlotCache(config.num_hidden_layers, slots, heads, positions, size, device)
 
 
 def _eos_ids(folder: Path, config: Any) -> frozenset[int]:

@@ -317,9 +317,11 @@ def test_a_stopped_engine_answers_everyone(tmp_path: Path) -> None:
     assert sum(f is not None for f in finishes) == 9
 
 
-def test_segments_in_one_batch_do_not_see_each_other(tmp_path: Path) -> None:
+@pytest.mark.parametrize("heads_of_the_draft", [0, 4])
+def test_segments_in_one_batch_do_not_see_each_other(tmp_path: Path, heads_of_the_draft: int) -> None:
     folder = write_tiny_target(tmp_path)
-    shape = draft_of_day_0(folder, Speculator(draft_vocabulary=VOCABULARY)).shape
+    speculator = Speculator(draft_vocabulary=VOCABULARY, key_value_heads=heads_of_the_draft)
+    shape = draft_of_day_0(folder, speculator).shape
     target = Target(folder, shape, slots=3, positions=64)
     first, second = torch.tensor([3, 1, 4, 1, 5]), torch.tensor([9, 2, 6])
     with torch.inference_mode():

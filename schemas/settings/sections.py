@@ -269,10 +269,10 @@ class Train(Section):
     """How many times more a position counts where the draft that served was rejected, and still would be."""
     policy_weight: float = Field(0.0, ge=0)
     """Weight of a policy gradient on the accept length."""
-    windows_per_step: int = Field(6, ge=1)
+    windows_per_step: int = Field(3, ge=1)
     accumulate: int = Field(1, ge=1)
     """Parts that a step's windows are passed over in, one after the other: memory falls, the gradient stays."""
-    replay_per_step: int = Field(4, ge=0)
+    replay_per_step: int = Field(2, ge=0)
     """Windows of a step that are drawn from history while new ones are there."""
     history_windows: int = Field(2048, ge=1)
     """Windows kept in memory for replay."""

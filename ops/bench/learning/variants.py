@@ -19,6 +19,7 @@ BASE: Mapping[str, Value] = {
     "speculator.draft_vocabulary": 8192,
     "speculator.init": "random",
     "speculator.intermediate_size": 0,
+    "speculator.key_value_heads": 0,
     "speculator.variant": "eagle3.1",
     "train.dtype": "float32",
     "train.optimizer": "muon",
@@ -36,8 +37,8 @@ BASE: Mapping[str, Value] = {
     "train.rejected_min_prob": 0.1,
     "train.rejection_weight": 0.0,
     "train.policy_weight": 0.0,
-    "train.windows_per_step": 6,
-    "train.replay_per_step": 4,
+    "train.windows_per_step": 3,
+    "train.replay_per_step": 2,
     "train.history_windows": 2048,
     "train.replay_half_life": 0.0,
     "train.balance": 0.0,
@@ -87,14 +88,9 @@ class Trial:
         return f"{self.variant.name}, {self.order}, seed {self.seed}"
 
 
-def _replay(ratio: int, new: int = 2) -> Variant:
-    changes = ("train.windows_per_step", new * (1 + ratio)), ("train.replay_per_step", new * ratio)
+def _replay(ratio: int) -> Variant:
+    changes = ("train.windows_per_step", 1 + ratio), ("train.replay_per_step", ratio)
     return Variant(f"replay-{ratio}", "replayed windows for each new one", changes, orders=("mixed", "ordered"))
-
-
-def _one_and_five(name: str, *more: tuple[str, Value]) -> Variant:
-    changes = ("train.windows_per_step", 6), ("train.replay_per_step", 5), *more
-    return Variant(name, "replayed windows for each new one", changes)
 
 
 def _step(new: int) -> Variant:
@@ -119,10 +115,8 @@ def _one(name: str, question: str, setting: str, value: Value) -> Variant:
 
 PLAN = (
     Variant("base", "the base", orders=("mixed", "ordered")),
-    *map(_replay, (0, 1, 3)),
-    _one_and_five("replay-5"),
-    _one_and_five("replay-5-vocabulary-16384", ("speculator.draft_vocabulary", 16384)),
-    *map(_step, (1, 4, 8)),
+    *map(_replay, (0, 1, 3, 5)),
+    *map(_step, (2, 4)),
     replace(_one("replay-recent", _REPLAYED, "train.replay_half_life", 200.0), orders=("mixed", "ordered")),
     replace(_one("replay-balanced", _REPLAYED, "train.balance", 1.0), orders=("mixed", "ordered")),
     *(_one(f"rate-x{x:g}", "learning rate", "train.learning_rate", 2e-3 * x) for x in (0.5, 1.5, 2.5)),
@@ -141,6 +135,7 @@ PLAN = (
     _one("policy-weight-0.1", "what the served draft chose", "train.policy_weight", 0.1),
     *(_one(f"vocabulary-{x}", "draft vocabulary", "speculator.draft_vocabulary", x) for x in (4096, 16384)),
     *(_one(f"width-{x}", "width of the draft", "speculator.intermediate_size", x) for x in (768, 3072)),
+    _one("heads-9", "key and value heads of the draft", "speculator.key_value_heads", 9),
     replace(_one("init-head", "where the draft begins", "speculator.init", "head"), orders=("mixed", "ordered")),
     _one("eagle-3", "variant of the draft", "speculator.variant", "eagle3"),
 )

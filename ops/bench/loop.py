@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import asdict, dataclass
-from math import isfinite
+from math import inf
 from pathlib import Path
 
 from pydantic import SecretStr
@@ -53,9 +53,10 @@ class Options:
         Raises:
             UserError: ``minutes`` are none.
         """
+        minutes = both(self.minutes or ("2" if self.quick else "10"))
         if self.quick:
-            return Size(both(self.minutes or "2"), self.concurrency, self.max_tokens, alone=4, loaded=3, training=3)
-        return Size(both(self.minutes or "10"), self.concurrency, self.max_tokens, alone=12, loaded=6, training=6)
+            return Size(minutes, self.concurrency, self.max_tokens, alone=4, loaded=3, training=3)
+        return Size(minutes, self.concurrency, self.max_tokens, alone=12, loaded=6, training=6)
 
 
 def run(settings: Settings, options: Options, say: Say) -> Report:
@@ -105,13 +106,11 @@ def both(minutes: str) -> tuple[float, float]:
         UserError: they are no numbers, too short, or more than two.
     """
     try:
-        match [float(part) for part in minutes.split(",")]:
-            case [each] if isfinite(each) and each >= LEAST_MINUTES:
-                return each, each
-            case [first, second] if isfinite(first + second) and min(first, second) >= LEAST_MINUTES:
-                return first, second
+        given = [float(part) for part in minutes.split(",")]
     except ValueError:
-        pass
+        given = []
+    if len(given) in {1, 2} and all(LEAST_MINUTES <= each < inf for each in given):
+        return given[0], given[-1]
     raise UserError(f"--minutes {minutes}: say {LEAST_MINUTES:g} or more, for both domains or as in 30,10 for each")
 
 

@@ -76,7 +76,7 @@ def chat() -> Iterator[Prompt]:
 
 
 def chosen(prompts: Iterator[Prompt], count: int, per_source: int, length: Callable[[str], int]) -> list[str]:
-    """Short, distinct prompts in a fixed random order, not too many from one source; more of them begin alike."""
+    """Short, distinct prompts in a fixed random order, not too many from one source; more begin with the same ones."""
     short = {text: source for source, text in prompts if 16 <= length(text) <= LONGEST}
     texts = sorted(short)
     random.Random(0).shuffle(texts)  # noqa: S311  # an order, not a secret

@@ -189,13 +189,13 @@ def _let_next_token_through(draft: EagleDraft) -> None:
 
     A row's residual is the hidden state: of its next token, the newest that it knows, it is told by attention alone,
     and random values and outputs would first have to learn to tell it. Where values are narrower than an embedding,
-    M * E < H, they carry evenly spaced parts of it. The arithmetic is exact: all processes begin with equal weights.
+    M * E < H, they carry evenly spaced parts of it. No kernel of a machine decides a digit: all processes begin alike.
     """
     shape, attention = draft.shape, draft.midlayer.self_attn
     hidden, width = shape.hidden_size, shape.num_key_value_heads * shape.head_dim
     sharing = shape.num_attention_heads // shape.num_key_value_heads
     value = torch.arange(width)
-    through_VH = F.one_hot(value * hidden // width if width < hidden else value % hidden, hidden).float()
+    through_VH = torch.eye(hidden)[value * hidden // width if width < hidden else value % hidden]
     attention.v_proj.weight[:, :hidden].copy_(through_VH)
     attention.v_proj.weight[:, hidden:].mul_(_BESIDE)
     back_HV = through_VH.T / (sharing * through_VH.sum(0).clamp(min=1)[:, None])

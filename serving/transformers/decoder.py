@@ -61,6 +61,12 @@ def decoder_for(model: Any, kind: Kind, capture: Sequence[int], positions: int) 
     return HubDecoder(model.get_decoder(), capture)
 
 
+def head_size(config: Any) -> int:
+    """E: values of an attention head of a model of this configuration."""
+    size: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return size
+
+
 def matrices(model: Any) -> list[Tensor]:
     """Every matrix [O, I] that a decoding step multiplies with, the output layer last."""
     linears = [module.weight for module in model.get_decoder().modules() if isinstance(module, nn.Linear)]
@@ -87,7 +93,7 @@ class FusedDecoder:
         config, body = model.config, model.get_decoder()
         self._heads: int = config.num_attention_heads
         self._kv_heads: int = config.num_key_value_heads
-        self._size: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self._size = head_size(config)
         self._embeddings_VH: Tensor = body.embed_tokens.weight
         self._norm = RmsNorm(body.norm.weight, config.rms_norm_eps)
         self._layers = [_packed(layer, kind, config.rms_norm_eps) for layer in body.layers]

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from schemas.speculator.checkpoint import CheckpointError
 from schemas.speculator.network import DraftShape
 from serving.transformers.cache import CPU, RaggedBatch, SlotCache
-from serving.transformers.decoder import ATTENTION, Consumed, decoder_for, matrices
+from serving.transformers.decoder import ATTENTION, Consumed, decoder_for, head_size, matrices
 from serving.transformers.kernels import KernelError, Kind, choose, pack
 
 log = structlog.get_logger()
@@ -89,8 +89,7 @@ class Target:
 def _cache(config: Any, slots: int, positions: int, device: torch.device) -> SlotCache:
     """Room for the keys and values of a model of this configuration."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return SlotCache(config.num_hidden_layers, slots, heads, positions, size, device)
+    return SlotCache(config.num_hidden_layers, slots, heads, positions, head_size(config), device)
 
 
 def _eos_ids(folder: Path, config: Any) -> frozenset[int]:

@@ -135,7 +135,6 @@ PLAN = (
     _one("policy-weight-0.1", "what the served draft chose", "train.policy_weight", 0.1),
     *(_one(f"vocabulary-{x}", "draft vocabulary", "speculator.draft_vocabulary", x) for x in (4096, 16384)),
     *(_one(f"width-{x}", "width of the draft", "speculator.intermediate_size", x) for x in (768, 3072)),
-    _one("heads-9", "key and value heads of the draft", "speculator.key_value_heads", 9),
     replace(_one("init-head", "where the draft begins", "speculator.init", "head"), orders=("mixed", "ordered")),
     _one("eagle-3", "variant of the draft", "speculator.variant", "eagle3"),
 )

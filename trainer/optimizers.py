@@ -39,9 +39,14 @@ class Optimizers:
             )
         ]
         if by_muon:
-            muon_rate = train.matrix_learning_rate or rate
             self._all.append(
-                torch.optim.Muon(by_muon, lr=muon_rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+                torch.optim.Muon(
+                    by_muon,
+                    lr=train.matrix_learning_rate or rate,
+                    weight_decay=decay,
+                    ns_steps=train.newton_schulz_steps,
+                    adjust_lr_fn="match_rms_adamw",
+                )
             )
         self._rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self._all]
 

@@ -240,6 +240,8 @@ class Train(Section):
     learning_rate: float = Field(2e-3, gt=0)
     matrix_learning_rate: float = Field(0.0, ge=0)
     """Muon's; 0 takes ``learning_rate``, for which its updates are scaled to the size of AdamW's."""
+    newton_schulz_steps: int = Field(3, ge=1, le=20)
+    """By which Muon orthogonalises an update: fewer are cheaper, and leave directions of small gradients small."""
     weight_decay: float = Field(0.01, ge=0)
     """Of matrices; norms have none."""
     warmup_steps: int = Field(20, ge=0)
@@ -269,10 +271,10 @@ class Train(Section):
     """How many times more a position counts where the draft that served was rejected, and still would be."""
     policy_weight: float = Field(0.0, ge=0)
     """Weight of a policy gradient on the accept length."""
-    windows_per_step: int = Field(3, ge=1)
+    windows_per_step: int = Field(2, ge=1)
     accumulate: int = Field(1, ge=1)
     """Parts that a step's windows are passed over in, one after the other: memory falls, the gradient stays."""
-    replay_per_step: int = Field(2, ge=0)
+    replay_per_step: int = Field(1, ge=0)
     """Windows of a step that are drawn from history while new ones are there."""
     history_windows: int = Field(2048, ge=1)
     """Windows kept in memory for replay."""

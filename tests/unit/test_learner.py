@@ -92,21 +92,23 @@ def test_without_an_average_the_weights_in_training_are_what_is_registered() -> 
     assert one.weights() is one.draft
 
 
-def newton_schulz(momentum: torch.Tensor) -> torch.Tensor:
-    """The quintic iteration towards the nearest orthogonal matrix, in bfloat16 as torch has it."""
+def newton_schulz(momentum: torch.Tensor, steps: int) -> torch.Tensor:
+    """So many steps of the quintic iteration towards the nearest orthogonal matrix, in bfloat16 as torch has it."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = momentum.bfloat16()
     tall = x.shape[0] > x.shape[1]
     x = x.T if tall else x
     x = x / x.norm().clamp_min(1e-7)
-    for _ in range(5):
+    for _ in range(steps):
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.T if tall else x).float()
 
 
-def test_muon_moves_the_hidden_matrices_as_a_plain_loop_does() -> None:
-    one = learner(optimizer="muon", clip=1e9, weight_decay=0.1, matrix_learning_rate=2e-2)
+@pytest.mark.parametrize("steps", [3, 5])
+def test_muon_moves_the_hidden_matrices_as_a_plain_loop_does(steps: int) -> None:
+    changed = {"newton_schulz_steps": steps, "matrix_learning_rate": 2e-2}
+    one = learner(optimizer="muon", clip=1e9, weight_decay=0.1, **changed)
     expected = weights(one.draft)
     momentum = {name: torch.zeros_like(value) for name, value in expected.items()}
     for step in range(3):
@@ -115,7 +117,7 @@ def test_muon_moves_the_hidden_matrices_as_a_plain_loop_does() -> None:
             if gradient.ndim < 2 or name == "lm_head.weight":
                 continue
             momentum[name] = 0.95 * momentum[name] + 0.05 * gradient
-            update = newton_schulz(0.05 * gradient + 0.95 * momentum[name])
+            update = newton_schulz(0.05 * gradient + 0.95 * momentum[name], steps)
             rate = 2e-2 * 0.2 * max(gradient.shape) ** 0.5
             expected[name] = expected[name] * (1 - 2e-2 * 0.1) - rate * update
     moved = [name for name in expected if name == "fc.weight" or name.endswith("_proj.weight")]

@@ -82,7 +82,8 @@ def chosen(prompts: Iterator[Prompt], count: int, per_source: int, length: Calla
     texts = sorted(short)
     random.Random(0).shuffle(texts)  # noqa: S311  # an order, not a secret
     taken: Counter[str] = Counter()
-    first, beyond = [], []
+    first: list[str] = []
+    beyond: list[str] = []
     for text in texts:
         taken[short[text]] += 1
         (first if taken[short[text]] <= per_source else beyond).append(text)

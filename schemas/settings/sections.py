@@ -247,7 +247,7 @@ class Train(Section):
     warmup_steps: int = Field(20, ge=0)
     clip: float = Field(1.0, gt=0)
     """Largest norm of the gradient."""
-    ema: float = Field(0.95, ge=0, lt=1)
+    ema: float = Field(0.98, ge=0, lt=1)
     """Decay of a moving average of the weights, which is then what is compared and registered; 0 keeps none."""
     device: Device = "auto"
     """Where the draft is trained and scored. Of processes that ``torchrun`` starts each takes a GPU of its own."""

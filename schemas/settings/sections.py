@@ -237,7 +237,7 @@ class Train(Section):
     there is none), ``random`` the draft of day 0, a number a version of the line, anything else a checkpoint folder."""
     optimizer: Literal["adamw", "muon"] = "muon"
     """What moves the matrices of the hidden layer; vocabulary and norms are AdamW's in any case."""
-    learning_rate: float = Field(2e-3, gt=0)
+    learning_rate: float = Field(1.5e-3, gt=0)
     matrix_learning_rate: float = Field(0.0, ge=0)
     """Muon's; 0 takes ``learning_rate``, for which its updates are scaled to the size of AdamW's."""
     newton_schulz_steps: int = Field(3, ge=1, le=20)
@@ -271,10 +271,10 @@ class Train(Section):
     """How many times more a position counts where the draft that served was rejected, and still would be."""
     policy_weight: float = Field(0.0, ge=0)
     """Weight of a policy gradient on the accept length."""
-    windows_per_step: int = Field(2, ge=1)
+    windows_per_step: int = Field(4, ge=1)
     accumulate: int = Field(1, ge=1)
     """Parts that a step's windows are passed over in, one after the other: memory falls, the gradient stays."""
-    replay_per_step: int = Field(1, ge=0)
+    replay_per_step: int = Field(3, ge=0)
     """Windows of a step that are drawn from history while new ones are there."""
     history_windows: int = Field(2048, ge=1)
     """Windows kept in memory for replay."""

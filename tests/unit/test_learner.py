@@ -107,8 +107,7 @@ def newton_schulz(momentum: torch.Tensor, steps: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("steps", [3, 5])
 def test_muon_moves_the_hidden_matrices_as_a_plain_loop_does(steps: int) -> None:
-    changed = {"newton_schulz_steps": steps, "matrix_learning_rate": 2e-2}
-    one = learner(optimizer="muon", clip=1e9, weight_decay=0.1, **changed)
+    one = learner(optimizer="muon", clip=1e9, weight_decay=0.1, matrix_learning_rate=2e-2, newton_schulz_steps=steps)
     expected = weights(one.draft)
     momentum = {name: torch.zeros_like(value) for name, value in expected.items()}
     for step in range(3):

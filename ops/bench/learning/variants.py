@@ -15,6 +15,10 @@ from schemas.settings import Settings
 Value = float | int | str
 Order = Literal["mixed", "ordered"]
 
+_RATE = 1.5e-3
+_REPLAY = 3
+"""Windows of the base that are replayed for each new one."""
+
 BASE: Mapping[str, Value] = {
     "speculator.draft_vocabulary": 8192,
     "speculator.init": "random",
@@ -23,7 +27,7 @@ BASE: Mapping[str, Value] = {
     "speculator.variant": "eagle3.1",
     "train.dtype": "float32",
     "train.optimizer": "muon",
-    "train.learning_rate": 1.5e-3,
+    "train.learning_rate": _RATE,
     "train.matrix_learning_rate": 0.0,
     "train.newton_schulz_steps": 3,
     "train.weight_decay": 0.01,
@@ -38,8 +42,8 @@ BASE: Mapping[str, Value] = {
     "train.rejected_min_prob": 0.1,
     "train.rejection_weight": 0.0,
     "train.policy_weight": 0.0,
-    "train.windows_per_step": 4,
-    "train.replay_per_step": 3,
+    "train.windows_per_step": 1 + _REPLAY,
+    "train.replay_per_step": _REPLAY,
     "train.history_windows": 2048,
     "train.replay_half_life": 0.0,
     "train.balance": 0.0,
@@ -95,8 +99,8 @@ def _replay(ratio: int) -> Variant:
 
 
 def _step(new: int) -> Variant:
-    changes = ("train.windows_per_step", 4 * new), ("train.replay_per_step", 3 * new)
-    return Variant(f"step-{new}", "new windows in a step, with three times as many replayed", changes)
+    changes = ("train.windows_per_step", (1 + _REPLAY) * new), ("train.replay_per_step", _REPLAY * new)
+    return Variant(f"step-{new}", "new windows in a step, with as many replayed for each as in the base", changes)
 
 
 def _lookahead(nodes: int, *, rejected: bool) -> Variant:
@@ -120,10 +124,10 @@ PLAN = (
     *map(_step, (2, 4)),
     replace(_one("replay-recent", _REPLAYED, "train.replay_half_life", 200.0), orders=("mixed", "ordered")),
     replace(_one("replay-balanced", _REPLAYED, "train.balance", 1.0), orders=("mixed", "ordered")),
-    *(_one(f"rate-x{x:g}", "learning rate", "train.learning_rate", 1.5e-3 * x) for x in (0.5, 1.5, 2.5)),
+    *(_one(f"rate-x{x:g}", "learning rate", "train.learning_rate", _RATE * x) for x in (0.5, 1.5, 2.5)),
     _one("adamw", "optimizer", "train.optimizer", "adamw"),
+    Variant("adamw-x0.5", "optimizer", (("train.optimizer", "adamw"), ("train.learning_rate", _RATE * 0.5))),
     _one("newton-schulz-5", "optimizer", "train.newton_schulz_steps", 5),
-    Variant("adamw-x0.5", "optimizer", (("train.optimizer", "adamw"), ("train.learning_rate", 7.5e-4))),
     *(_one(f"average-{x:g}", "average of the weights", "train.ema", x) for x in (0.0, 0.9, 0.95)),
     _one("accepted-only", _REJECTED, "train.rejected_weight", 0.0),
     *(_one(f"lambda-{x:g}", _REJECTED, "train.rejected_weight", x) for x in (0.3, 1.0)),

@@ -36,7 +36,7 @@ Html = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write
 @app.command()
 def score(  # noqa: PLR0913, PLR0917 - one for each flag
     versions: Annotated[
-        str, typer.Option(metavar="V,V", help="Numbers, aliases, `random`, or checkpoint folders, with commas.")
+        str, typer.Option(metavar="V,V", help="Numbers, aliases, `day-0`, or checkpoint folders, with commas.")
     ],
     config: Config = None,
     set_: Set = None,

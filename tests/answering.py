@@ -40,5 +40,5 @@ def status_of_node(target: str, line: str) -> str:
     numbers = dict.fromkeys((n for n, field in ServeStatus.model_fields.items() if field.annotation is int), 0)
     flags = {"alive": True, "draining": False, "speculating": True}
     lists: dict[str, Any] = {"expected_rates": [], "swaps": [], "refused": []}
-    names = {"node": "node-0", "target": target, "line": line, "speculator": "random-0", "breaker": "closed"}
+    names = {"node": "node-0", "target": target, "line": line, "speculator": "day-0-head-0", "breaker": "closed"}
     return json.dumps(numbers | flags | lists | names | {"pinned": None, "role": None, "registry_error": None})

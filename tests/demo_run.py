@@ -9,7 +9,9 @@ START = 1_800_000_000.0
 
 def request(number: int, domain: str) -> Answered:
     begun = START + 20 + number
-    return Answered(f"r{number}", domain, begun, begun + 4, "p", "t", 40, 96, 60, 180, min(number, 50), ("random-0",))
+    return Answered(
+        f"r{number}", domain, begun, begun + 4, "p", "t", 40, 96, 60, 180, min(number, 50), ("day-0-head-0",)
+    )
 
 
 RUN = Run(

@@ -34,7 +34,7 @@ class EchoEngine:
         self.room = 1000
         self.eos: int | None = None
         self.speculating = True
-        self.version = "random-0"
+        self.version = "day-0-head-0"
         self.dies_with: str | None = None
         self.requests: list[Request] = []
         self.ended: dict[str, Finish] = {}
@@ -103,7 +103,7 @@ class EchoEngine:
     def _end(self, request: Request, on_output: Callable[[Output], None], finish: Finish, rounds: int) -> None:
         self.ended[request.id] = finish
         drafted = 3 * rounds if request.speculate else 0
-        versions = ("random-0",) if request.speculate else ()
+        versions = ("day-0-head-0",) if request.speculate else ()
         on_output(Output((), finish=finish, figures=Figures(rounds, drafted, drafted // 3, versions)))
 
 

@@ -98,7 +98,7 @@ def offline(folder: Path, **train: object) -> Settings:
         "registry.timeout_s": 1,
         "tables.uri": str(folder / "tables"),
         "train.dir": str(folder / "train"),
-        "train.warm_start": "random",
+        "train.warm_start": "day-0",
         "train.learning_rate": 5e-3,
         "train.held_back_share": 0.25,
         "train.max_passes": 60,

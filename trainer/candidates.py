@@ -17,12 +17,12 @@ import torch
 from pydantic import ValidationError
 
 from schemas.events import QUARANTINED_TAG
-from schemas.settings import Settings, SettingsError
+from schemas.settings import DAY_0, Settings, SettingsError
 from schemas.speculator import checkpoint
 from schemas.speculator.checkpoint import CheckpointError
 from schemas.speculator.network import EagleDraft
 from trainer.card import SETTINGS_TAG, card, shaping
-from trainer.gate import DAY_0, HeldBack, OnLabel, worth_registering
+from trainer.gate import HeldBack, OnLabel, worth_registering
 from trainer.guard import Health
 from trainer.learner import products
 from trainer.lookahead import Accepted, added_up, by_window
@@ -62,11 +62,6 @@ class Candidates:
         self._registry = registry
         self._versions: dict[str | None, _Version] = {}
 
-    @property
-    def day_0(self) -> str:
-        """Version string of the draft of day 0, which nodes begin with."""
-        return f"{DAY_0}-{self._settings.speculator.seed}"
-
     def champion(self) -> tuple[str, EagleDraft]:
         """Version and weights that nodes serve.
 
@@ -75,7 +70,7 @@ class Candidates:
             CheckpointError: the registry's files are not what was registered.
         """
         version = self._registry.aliases(self._target.line).get("champion")
-        return version or self.day_0, self._version(version).draft
+        return version or self._settings.speculator.day_0, self._version(version).draft
 
     def beginning(self) -> tuple[str, EagleDraft]:
         """Version and weights that training begins with, as ``train.warm_start`` says.
@@ -88,8 +83,8 @@ class Candidates:
         start = self._settings.train.warm_start
         if start == "alias":
             return self._by_alias()
-        if start == "random":
-            return self.day_0, self._target.day_0
+        if start == DAY_0:
+            return self._settings.speculator.day_0, self._target.day_0
         if start.isdecimal():
             return start, self._version(start).draft
         try:
@@ -102,7 +97,7 @@ class Candidates:
         else the draft of day 0."""
         version, draft = self.champion()
         parent_line = self._settings.train.parent_line
-        if version != self.day_0 or not parent_line:
+        if version != self._settings.speculator.day_0 or not parent_line:
             return version, draft
         parent = self._registry.aliases(parent_line).get("champion")
         if parent is None:
@@ -155,7 +150,7 @@ class Candidates:
             return None
         held_back = HeldBack(
             accept_length=score,
-            champion=champion or self.day_0,
+            champion=champion or self._settings.speculator.day_0,
             champion_accept_length=to_beat,
             windows=len(windows),
             labels=self._by_label(examined.accepted, of_champion),

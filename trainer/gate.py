@@ -8,10 +8,7 @@ from dataclasses import dataclass
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from schemas.events import QUARANTINED_TAG
-from schemas.settings import Promoter
-
-DAY_0 = "random"
-"""Versions of day 0 begin with it: they are in no registry."""
+from schemas.settings import DAY_0, Promoter
 
 
 class OnLabel(BaseModel):

@@ -102,7 +102,7 @@ class Trainer:
             {**train.model_dump(), "ranks": ranks.size},
         )
         self._pace = Pace()
-        self._parent = self._candidates.day_0
+        self._parent = settings.speculator.day_0
         self._tokens_seen = 0
         self._progress: Progress | None = None
         self._health: Health | None = None

@@ -16,7 +16,7 @@ from ops.stack import Say, Stack
 from ops.traffic import Load, Prompt
 from ops.watch import Watch, newest_rate
 from schemas.errors import UserError
-from trainer.gate import DAY_0
+from schemas.settings import DAY_0
 
 YOUNG_S = 120.0
 """Rows of the last seconds of learning that do not count: twice the goal for the wait."""

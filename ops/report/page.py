@@ -10,6 +10,7 @@ from typing import Any
 
 from ops.record import ROLLING, Run, Version, faults, summary
 from ops.report.charts import accept_length_chart, loss_chart, throughput_chart
+from schemas.settings import DAY_0
 
 _TEMPLATE = Path(__file__).with_name("page.html")
 STYLE = Path(__file__).with_name("page.css").read_text()
@@ -58,7 +59,7 @@ def _subtitle(run: Run, figures: dict[str, Any]) -> str:
     when = datetime.fromtimestamp(run.started, UTC).strftime("%d %B %Y")
     domains = " then ".join(run.domains) or "no"
     drafted = next((version for request in run.requests for version in request.speculators), "")
-    begin = "It started untrained. " if drafted.startswith("random") else ""
+    begin = "It started untrained. " if drafted.startswith(DAY_0) else ""
     return (
         f"{begin}{figures['requests']} requests with {domains} prompts, "
         f"{run.ended - run.started:.0f} seconds from start to end, {when}."

@@ -11,6 +11,7 @@ An unknown key is an error that names the nearest known one.
 
 from schemas.settings.loading import SettingsError, load, to_environ
 from schemas.settings.sections import (
+    DAY_0,
     Canary,
     Device,
     Drift,
@@ -33,6 +34,7 @@ from schemas.settings.sections import (
 )
 
 __all__ = [
+    "DAY_0",
     "Canary",
     "Device",
     "Drift",

@@ -14,6 +14,10 @@ Device = Literal["auto", "cpu", "cuda"]
 """Where a process computes; ``auto`` is a GPU where there is one."""
 
 
+DAY_0 = "day-0"
+"""Version strings of drafts of day 0 begin with it: they are in no registry."""
+
+
 class Section(BaseModel):
     """A part of the file; frozen, and strict about its keys."""
 
@@ -102,6 +106,11 @@ class Speculator(Section):
     through to it), or with random weights alone."""
     seed: int = 0
     """Seed of the random weights of day 0: nodes and trainer start from the same ones."""
+
+    @property
+    def day_0(self) -> str:
+        """Version string of the draft of day 0, such as ``day-0-head-0``: within its line it names the weights."""
+        return f"{DAY_0}-{self.init}-{self.seed}"
 
 
 class Serve(Section):
@@ -234,7 +243,7 @@ class Train(Section):
     dir: str = ".aurora/train"
     warm_start: str = "alias"
     """What a trainer without a checkpoint of its own begins with: ``alias`` is the champion (the draft of day 0 while
-    there is none), ``random`` the draft of day 0, a number a version of the line, anything else a checkpoint folder."""
+    there is none), ``day-0`` that draft in any case, a number a version of the line, anything else a folder."""
     optimizer: Literal["adamw", "muon"] = "muon"
     """What moves the matrices of the hidden layer; vocabulary and norms are AdamW's in any case."""
     learning_rate: float = Field(1.5e-3, gt=0)

@@ -41,7 +41,7 @@ def begin(settings: Settings, line: Line, registry: Registry) -> tuple[Start, Kn
     Raises:
         SettingsError: it cannot be written.
     """
-    version, draft = _champion(settings, line, registry) or (f"random-{settings.speculator.seed}", line.day_0)
+    version, draft = _champion(settings, line, registry) or (settings.speculator.day_0, line.day_0)
     # One folder: a server that starts again finds no versions of old.
     folder = Path(settings.sglang.dir).absolute() / settings.serve.node
     try:

@@ -63,7 +63,7 @@ class TransformersEngine:
             serve.max_tokens,
             serve.prefill_stall_ms / 1e3,
         )
-        self._version = f"random-{settings.speculator.seed}"
+        self._version = settings.speculator.day_0
         self._serve, self._sink = serve, sink
 
         self._mail = threading.Condition()

@@ -178,7 +178,7 @@ def test_a_scrambled_version_is_caught_as_canary_while_every_request_is_answered
 ) -> None:
     fleet = Fleet(settings, tmp_path)
     draft = learned(settings, tmp_path / "recorded")
-    good = fleet.register(draft, "random-0")
+    good = fleet.register(draft, "day-0-head-0")
     fleet.poll_until(lambda aliases: aliases.get("champion") == good)
     clients = Clients(nodes)
     with worker(settings, tmp_path / "stream.log"), ThreadPoolExecutor() as pool:

@@ -92,7 +92,7 @@ def history(fleet: Fleet) -> list[dict[str, object]]:
 
 def test_the_trial_takes_a_bad_canary_back_and_says_so_everywhere(settings: Settings, tmp_path: Path) -> None:
     fleet = Fleet(settings, tmp_path)
-    good = fleet.register(0.3, "random-0", 1)
+    good = fleet.register(0.3, "day-0-head-0", 1)
     assert fleet.poll().aliases == {"candidate": good, "champion": good}
     bad = fleet.register(9.0, good, 2)
     tried = fleet.poll()
@@ -118,7 +118,7 @@ def test_the_watch_takes_a_bad_champion_back_and_nodes_are_told_by_the_stamp(
 ) -> None:
     without = settings.canary.model_copy(update={"share": 0.0})
     fleet = Fleet(settings.model_copy(update={"canary": without}), tmp_path)
-    good = fleet.register(0.3, "random-0", 1)
+    good = fleet.register(0.3, "day-0-head-0", 1)
     fleet.poll()
     fleet.serve({good: 2}, time.time() - 400)
     bad = fleet.register(9.0, good, 2)

@@ -76,10 +76,10 @@ def test_a_node_without_broker_and_registry_serves_and_ends_cleanly(start: Calla
     node = start()
     answer = node.ask("What is the capital of France?")
     assert "Paris" in answer.choices[0].message.content
-    assert answer.aurora["speculators"] == ["random-0"]
+    assert answer.aurora["speculators"] == ["day-0-head-0"]
     eventually(lambda: node.status().registry_error is not None)
     status = node.status()
-    assert (status.finished, status.failed, status.speculator) == (1, 0, "random-0")
+    assert (status.finished, status.failed, status.speculator) == (1, 0, "day-0-head-0")
     assert status.rows_captured == status.rows_pending == answer.aurora["rounds"] + 1
     closed = node.end()
     assert (closed["captured"], closed["published"]) == (status.rows_captured, 0)
@@ -112,7 +112,7 @@ def test_every_round_is_traced_and_a_swap_under_load_changes_no_answer(
 
     (swap,) = node.status().swaps
     assert (swap.version, swap.in_flight) == (version, 2)
-    assert [a.aurora["speculators"] for a in answers] == [["random-0", version]] * 2
+    assert [a.aurora["speculators"] for a in answers] == [["day-0-head-0", version]] * 2
     assert answers[0].choices[0].message.content == answers[1].choices[0].message.content
     assert answers[0].choices[0].message.content.startswith(before.choices[0].message.content)
     raw = node.client.chat.completions.with_raw_response.create(

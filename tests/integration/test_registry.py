@@ -56,7 +56,7 @@ def held_back(accept_length: float, champion: str, champion_accept_length: float
 def test_a_version_comes_back_byte_for_byte_with_its_tags(
     versions: SpeculatorRegistry, tmp_path: Path, target: str
 ) -> None:
-    tags = {"line": "l", "parent": "random-0", "tables": json.dumps({"accepted": 7}), "label": "übung ✓"}
+    tags = {"line": "l", "parent": "day-0-head-0", "tables": json.dumps({"accepted": 7}), "label": "übung ✓"}
     line, first = register(versions, tmp_path / "first", target, 0, tags)
     _, second = register(versions, tmp_path / "second", target, 1, {})
     assert (first, second) == ("1", "2")
@@ -138,7 +138,7 @@ def test_a_promotion_is_seen_in_the_registry_the_table_and_on_the_topic(
     settings: Settings, versions: SpeculatorRegistry, tmp_path: Path, target: str
 ) -> None:
     promoter = promoter_of(settings)
-    line, first = register(versions, tmp_path / "first", target, 0, held_back(0.3, "random-0", 0.0))
+    line, first = register(versions, tmp_path / "first", target, 0, held_back(0.3, "day-0-head-0", 0.0))
     versions.point(line, "candidate", first)
     promoter.poll()
     _, second = register(versions, tmp_path / "second", target, 1, held_back(0.5, first, 0.3))

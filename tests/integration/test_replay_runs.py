@@ -57,10 +57,10 @@ def test_an_experiment_is_a_run_with_one_below_it_for_each_variant(registry: str
     version = mlflow.register(world.target.line, tmp_path / "version", {}, {})
     mlflow.point(world.target.line, "champion", version)
     told = CliRunner().invoke(
-        app, ["replay", "score", "--versions", f"{version},champion,random", "--json"], env=environ
+        app, ["replay", "score", "--versions", f"{version},champion,day-0", "--json"], env=environ
     )
     scored = json.loads(told.stdout)
-    assert [one["version"] for one in scored["versions"]] == [version, version, "random-0"]
+    assert [one["version"] for one in scored["versions"]] == [version, version, "day-0-head-0"]
     one, other, _ = (of["accept_length"] for of in scored["groups"]["all"]["versions"])
     assert one == other
     told = CliRunner().invoke(app, ["replay", "score", "--versions", "canary"], env=environ)

@@ -112,12 +112,17 @@ def test_a_server_is_started_with_the_draft_of_day_0_looked_after_and_ended_by_a
     assert '"-m", "sglang.launch_server"' in arguments
     manifest = checkpoint.read_manifest(tmp_path / "drafts" / "node-7")
     status = ServeStatus.model_validate(httpx.get(f"{node.url}/status").json())
-    assert (status.node, status.alive, status.speculator, status.line) == ("node-7", True, "random-0", manifest.line)
+    assert (status.node, status.alive, status.speculator, status.line) == (
+        "node-7",
+        True,
+        "day-0-head-0",
+        manifest.line,
+    )
     assert (status.output_tokens, status.finished, status.draft_depth) == (103, 3, 3)
     assert (status.rows_captured, status.rows_shed, status.breaker) == (50, 7, "open")
     headers = {"authorization": f"Bearer {TOKEN}"}
     shown = httpx.get(f"{node.url}/admin/speculator", headers=headers)
-    assert SpeculatorStatus.model_validate(shown.json()).version == "random-0"
+    assert SpeculatorStatus.model_validate(shown.json()).version == "day-0-head-0"
     off = httpx.post(f"{node.url}/admin/speculator/off", headers=headers)
     assert (off.status_code, off.json()["error"]["code"]) == (409, "speculation_fixed")
     assert "aurora_serve_output_tokens_total 103" in httpx.get(f"{node.url}/metrics").text
@@ -160,7 +165,7 @@ def test_versions_of_a_server_that_runs_already_are_looked_after_and_it_outlives
     line = line_of(settings)
     folder = tmp_path / "served"
     checkpoint.write(line.day_0, folder, line.target)
-    fake = FakeSglang(line.day_0, "random-0")
+    fake = FakeSglang(line.day_0, "day-0-head-0")
     fake.draft, fake.paused, fake.open = str(folder), True, True
     with served(fake):
         url = settings.sglang.model_copy(update={"url": fake.url})

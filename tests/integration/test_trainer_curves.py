@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -72,14 +73,16 @@ def test_a_training_begins_with_what_it_is_told_to(world: World, tmp_path: Path,
         drafts[number] = world.registry.register(line, tmp_path / number, {}, {})
     world.registry.point(line, "champion", drafts["2"])
 
+    begins = count()
+
     def begun(start: str) -> tuple[str, float]:
-        settings = settings_of(tmp_path, registry, warm_start=start, dir=str(tmp_path / f"train-{len(start)}"))
+        settings = settings_of(tmp_path, registry, warm_start=start, dir=str(tmp_path / f"train-{next(begins)}"))
         trainer = Trainer(settings, world.target, threading.Event())
         trainer._begin()
         return trainer._parent, float(trainer._learner.draft.norm.weight.detach()[0])
 
     assert begun("alias") == (drafts["2"], 2.5)
-    assert begun("random") == ("random-0", 1.0)
+    assert begun("day-0") == ("day-0-head-0", 1.0)
     assert begun(drafts["1"]) == (drafts["1"], 1.5)
     folder = str(tmp_path / "1")
     assert begun(folder) == (folder, 1.5)

@@ -91,7 +91,7 @@ def test_the_loop_from_rows_to_a_champion_that_drafts_better(world: World, tmp_p
     assert figures.windows >= settings.promoter.min_windows
     assert [(on.label, on.windows) for on in figures.labels] == [("", figures.windows)]
     assert {"line", "target", "parent", "tables", "code", "metrics", "held_back"} <= tags.keys()
-    assert world.registry.tags(line, "1")["parent"] == "random-0"
+    assert world.registry.tags(line, "1")["parent"] == "day-0-head-0"
     assert world.registry.tags(line, "2")["parent"] == "1"
     assert json.loads(tags["tables"])["accepted"] > 0
     draft = checkpoint.read(world.registry.download(line, champion, tmp_path / "champion"), line)

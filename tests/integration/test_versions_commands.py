@@ -45,7 +45,7 @@ class Desk:
         self.promoter().poll()
 
     def _register(self, folder: Path, target: str, number: int, length: float) -> str:
-        champion = str(number - 1) if number > 1 else "random-0"
+        champion = str(number - 1) if number > 1 else "day-0-head-0"
         held = HeldBack(accept_length=length, champion=champion, champion_accept_length=length - 0.2, windows=20)
         rate = self.settings.train.model_copy(update={"learning_rate": 1e-3 * number})
         draft = random_draft(SHAPE, number)
@@ -132,7 +132,7 @@ def test_a_person_promotes_rolls_back_and_finds_it_all_in_the_history(desk: Desk
 
 def test_what_the_gate_refuses_needs_force_and_a_dry_run_changes_nothing(desk: Desk) -> None:
     refused = desk.run("promote", "2", code=2)
-    assert "champion is random, waiting for the next candidate; --force" in refused.stderr
+    assert "champion is day-0, waiting for the next candidate; --force" in refused.stderr
     told = desk.run("promote", "2", "--force", "--dry-run")
     assert "champion: none -> 2" in told.stdout
     assert desk.aliases == {}

@@ -108,12 +108,12 @@ def test_a_target_without_a_speculator_is_served_with_the_draft_of_day_0(
         said = answer["output_ids"]
         assert said == whole[: len(said)]
     assert accept_length(answers) < 1.15
-    assert {answer["meta_info"]["weight_version"] for answer in answers} == {"random-0"}
+    assert {answer["meta_info"]["weight_version"] for answer in answers} == {"day-0-head-0"}
     deadline = time.monotonic() + 30
     while not (status := node.status).alive:
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    assert (status.speculator, status.line) == ("random-0", line_of(node.settings).name)
+    assert (status.speculator, status.line) == ("day-0-head-0", line_of(node.settings).name)
 
 
 def test_what_it_serves_is_learned_from_and_serves_it(

@@ -51,7 +51,7 @@ time.sleep(600)
 
 @pytest.fixture(scope="module")
 def server(serving: Any, random_draft: Path, traced: Settings) -> Iterator[Server]:
-    flags = [*eagle(random_draft), "--weight-version", "random-0", "--admin-api-key", KEY, "--disable-radix-cache"]
+    flags = [*eagle(random_draft), "--weight-version", "day-0-head-0", "--admin-api-key", KEY, "--disable-radix-cache"]
     with serving(flags, settings=traced) as running:
         yield running
 
@@ -60,7 +60,7 @@ def server(serving: Any, random_draft: Path, traced: Settings) -> Iterator[Serve
 def drafts(random_draft: Path, trained_draft: Path) -> dict[str, dict[str, Tensor]]:
     line = checkpoint.read_manifest(random_draft).line
     return {
-        "random-0": weights.sent(checkpoint.read(random_draft, line)),
+        "day-0-head-0": weights.sent(checkpoint.read(random_draft, line)),
         "2": weights.sent(checkpoint.read(trained_draft, line)),
     }
 
@@ -124,7 +124,7 @@ def test_a_swap_loses_no_request_and_each_round_names_the_draft_that_it_had(
     said_by_target: list[list[int]],
     drafts: dict[str, dict[str, Tensor]],
 ) -> None:
-    remote = Remote(server, random_draft, Known("random-0", drafts["random-0"]))
+    remote = Remote(server, random_draft, Known("day-0-head-0", drafts["day-0-head-0"]))
     with ThreadPoolExecutor() as pool:
         asked = pool.submit(ask, server, prompts, "swapped")
         time.sleep(2.0)
@@ -132,18 +132,18 @@ def test_a_swap_loses_no_request_and_each_round_names_the_draft_that_it_had(
         answers = asked.result()
     print(f"stood still for {pause_ms:.0f} ms")
     assert said(answers) == said_by_target
-    accepted = {"random-0": 0, "2": 0}
+    accepted = {"day-0-head-0": 0, "2": 0}
     for number, answer in enumerate(answers):
         told = {span["version"]: range(span["start"], span["end"]) for span in answer["meta_info"]["weight_versions"]}
         rounds = rounds_in(chunks_of(traced.kafka, f"swapped-{number}"))
         ours = versions_of(rounds, len(prompts[number]))
-        assert list(ours) == list(told) == ["random-0", "2"]
+        assert list(ours) == list(told) == ["day-0-head-0", "2"]
         # SGLang notes what it had committed when the weights changed; one round more may have been on its way.
         assert abs(ours["2"].start - told["2"].start) <= 4
         for r in rounds:
             if r.round:
                 accepted[r.speculator] += len(r.accepted)
-    assert accepted["random-0"] <= 1
+    assert accepted["day-0-head-0"] <= 1
     assert accepted["2"] > 10
     remote.close()
 
@@ -158,7 +158,7 @@ def test_a_client_that_died_in_mid_update_leaves_a_server_that_the_next_one_lets
     drafts: dict[str, dict[str, Tensor]],
     updates: bool,
 ) -> None:
-    arguments = [server.url, KEY, str(random_draft), "random-0" if updates else ""]
+    arguments = [server.url, KEY, str(random_draft), "day-0-head-0" if updates else ""]
     command = [sys.executable, "-c", DIES_IN_MID_UPDATE, *arguments]
     with (
         ThreadPoolExecutor() as pool,
@@ -178,8 +178,8 @@ def test_a_client_that_died_in_mid_update_leaves_a_server_that_the_next_one_lets
         remote = Remote(server, random_draft, Known("2", drafts["2"]))
         answers = asked.result()
     assert said(answers) == said_by_target[:2]
-    assert remote.engine.health().speculator == ("random-0" if updates else "2")
-    remote.swap(random_draft, "random-0")
+    assert remote.engine.health().speculator == ("day-0-head-0" if updates else "2")
+    remote.swap(random_draft, "day-0-head-0")
     remote.swap(trained_draft, "2")
     assert remote.engine.health().speculator == "2"
     remote.close()

@@ -34,7 +34,7 @@ def test_an_answer_has_text_usage_and_how_it_was_decoded(node: Node) -> None:
         "rounds": rounds,
         "drafted": 3 * rounds,
         "accepted": rounds,
-        "speculators": ["random-0"],
+        "speculators": ["day-0-head-0"],
     }
 
 
@@ -97,7 +97,7 @@ def test_the_defaults_are_those_of_openai_and_all_the_room_there_is(node: Node) 
     assert (request.max_tokens, request.temperature, request.top_p, request.seed) == (195, 1.0, 1.0, None)
     assert (request.top_k, request.stop_ids, request.ignore_eos, request.logprobs) == (0, frozenset(), False, None)
     assert (request.label, request.trace, request.speculate) == (None, True, True)
-    assert answer.headers["x-aurora-speculator"] == "random-0"
+    assert answer.headers["x-aurora-speculator"] == "day-0-head-0"
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -39,7 +39,7 @@ def test_a_prompt_is_a_text_or_token_ids_alone_or_several(node: Node, prompt: An
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (tokens, tokens)
     assert answer.object == "text_completion"
     assert answer.id.startswith("cmpl-")
-    assert answer.aurora["speculators"] == ["random-0"]
+    assert answer.aurora["speculators"] == ["day-0-head-0"]
 
 
 def test_the_choices_of_a_prompt_stand_together_and_seeds_begin_again(node: Node) -> None:

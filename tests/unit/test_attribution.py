@@ -78,11 +78,11 @@ def test_a_swap_in_mid_request_changes_the_version_of_exactly_the_rounds_after_i
     engine.stop()
     counts = publisher.close(10)
     decoded = [r for r in sink.rounds if r.round > 0]
-    assert [version for version, _ in groupby(r.speculator for r in decoded)] == ["random-0", "1", "", "2"]
+    assert [version for version, _ in groupby(r.speculator for r in decoded)] == ["day-0-head-0", "1", "", "2"]
     assert all(bool(r.speculator) == bool(r.draft_tokens) for r in sink.rounds)
 
     (swap_begun, swapped), (off_begun, _), _, (on_begun, _) = changes
-    assert all(r.speculator == "random-0" for r in decoded if r.time_us < swap_begun)
+    assert all(r.speculator == "day-0-head-0" for r in decoded if r.time_us < swap_begun)
     assert all(r.speculator == "1" for r in decoded if swapped < r.time_us < off_begun)
     assert not [r for r in decoded if r.speculator == "2" and r.time_us < on_begun]
 

@@ -125,7 +125,7 @@ def test_a_version_is_registered_with_figures_of_both_drafts_on_the_slice_and_on
     better, day_0 = best_first()
     assert made.offer(better, made.examine(better, WINDOWS), {}, {}) == "1"
     told = HeldBack.of(registry.told["1"])
-    assert told.champion == made.day_0
+    assert told.champion == "day-0-head-0"
     for label, figures in [("code", told.labels[1]), ("math", told.labels[0]), (None, told)]:
         chosen = [w for w in WINDOWS if label in {None, w.label}]
         assert figures.windows == len(chosen)

@@ -140,7 +140,7 @@ def test_a_version_that_is_not_there_is_a_404_and_changes_nothing(admin: Admin) 
     status, code, message = admin.refused("/pin", version="9")
     assert (status, code) == (404, "version_not_found")
     assert "'9'" in message
-    assert (admin.state().pinned, admin.state().version) == (None, "random-0")
+    assert (admin.state().pinned, admin.state().version) == (None, "day-0-head-0")
 
 
 def test_a_version_at_fault_is_a_409_with_the_reason_at_every_try(admin: Admin) -> None:
@@ -177,12 +177,12 @@ def test_a_pin_without_a_version_is_refused(admin: Admin, body: dict[str, object
 
 def test_speculation_is_switched_off_and_on_again(admin: Admin) -> None:
     off = admin.post("/off")
-    assert (off.speculating, off.version) == (False, "random-0")
+    assert (off.speculating, off.version) == (False, "day-0-head-0")
     raw = admin.node.client.completions.with_raw_response.create(model="echo-1", prompt="hello")
     assert raw.headers["x-aurora-speculator"] == ""
     assert admin.post("/on").speculating
     raw = admin.node.client.completions.with_raw_response.create(model="echo-1", prompt="hello")
-    assert raw.headers["x-aurora-speculator"] == "random-0"
+    assert raw.headers["x-aurora-speculator"] == "day-0-head-0"
 
 
 @pytest.mark.parametrize("path", ["/pin", "/unpin", "/on"])

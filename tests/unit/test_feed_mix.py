@@ -77,7 +77,7 @@ def test_a_rare_label_that_waits_behind_a_common_one_comes_a_little_early_and_no
 
 def test_branches_of_drafts_long_gone_count_less_and_accepted_windows_as_much(world: World) -> None:
     ids = requests(3)
-    for request, version in zip(ids, ("random-0", "4", "12"), strict=True):
+    for request, version in zip(ids, ("day-0-head-0", "4", "12"), strict=True):
         world.commit_as([request], speculator=version)
     feed = world.feed(windows_per_step=3, replay_per_step=0, stale_half_life=4, max_passes=1)
     feed.poll()

@@ -20,13 +20,13 @@ from trainer.registry import Line, RegistryError
 @pytest.mark.parametrize(
     ("champion", "tags", "promote", "says"),
     [
-        (None, figures(0.5, "random-0", 0.1), True, "better by more than"),
+        (None, figures(0.5, "day-0-head-0", 0.1), True, "better by more than"),
         ("3", figures(0.5, "3", 0.4), True, "better by more than"),
         ("3", figures(0.5, "3", 0.5), False, "not better"),
         ("3", figures(0.45, "3", 0.41), False, "promoter.margin 0.05"),
         ("3", figures(0.9, "2", 0.1), False, "champion is 3, waiting for the next candidate"),
-        ("3", figures(0.9, "random-0", 0.1), False, "waiting for the next candidate"),
-        (None, figures(0.9, "3", 0.1), False, "champion is random, waiting"),
+        ("3", figures(0.9, "day-0-head-0", 0.1), False, "waiting for the next candidate"),
+        (None, figures(0.9, "3", 0.1), False, "champion is day-0, waiting"),
         ("3", figures(0.9, "3", 0.1, windows=7), False, "promoter.min_windows asks for 8"),
         ("4", figures(0.9, "3", 0.1), False, "version 4 is champion"),
         ("3", {}, False, "tag held_back"),
@@ -96,7 +96,7 @@ SECOND = [("candidate", "1", "2", "trainer"), ("champion", "1", "2", "promoter")
 def test_a_better_candidate_becomes_champion_and_every_move_has_a_row_and_an_event(world: World) -> None:
     world.promoter.poll()
     assert world.promoter.status().champion is None
-    world.registry.register("1", figures(0.3, "random-0", 0.0))
+    world.registry.register("1", figures(0.3, "day-0-head-0", 0.0))
     world.promoter.poll()
     world.promoter.poll()
     assert world.rows() == FIRST
@@ -113,9 +113,9 @@ def test_a_better_candidate_becomes_champion_and_every_move_has_a_row_and_an_eve
 
 
 def test_a_candidate_measured_against_an_older_champion_waits_for_the_next(world: World) -> None:
-    world.registry.register("1", figures(0.3, "random-0", 0.0))
+    world.registry.register("1", figures(0.3, "day-0-head-0", 0.0))
     world.promoter.poll()
-    world.registry.register("2", figures(0.5, "random-0", 0.0))
+    world.registry.register("2", figures(0.5, "day-0-head-0", 0.0))
     world.promoter.poll()
     assert world.registry.named["champion"] == "1"
     assert "waiting" in (world.promoter.status().verdict or "")
@@ -130,7 +130,7 @@ class CrashError(BaseException):
 
 @pytest.mark.parametrize("at", ["previous", "champion"])
 def test_a_crash_before_an_alias_move_is_repaired_by_the_next_start(world: World, at: str) -> None:
-    world.registry.register("1", figures(0.3, "random-0", 0.0))
+    world.registry.register("1", figures(0.3, "day-0-head-0", 0.0))
     world.promoter.poll()
     world.registry.register("2", figures(0.5, "1", 0.3))
 
@@ -150,7 +150,7 @@ def test_a_crash_before_an_alias_move_is_repaired_by_the_next_start(world: World
 
 @pytest.mark.parametrize("rows_written", [0, 1, 2])
 def test_rows_lost_in_a_crash_after_the_move_are_written_by_the_next_start(world: World, rows_written: int) -> None:
-    world.registry.register("1", figures(0.3, "random-0", 0.0))
+    world.registry.register("1", figures(0.3, "day-0-head-0", 0.0))
     world.promoter.poll()
     world.registry.register("2", figures(0.5, "1", 0.3))
     append, written = world.tables.append_after, []
@@ -174,7 +174,7 @@ def test_rows_lost_in_a_crash_after_the_move_are_written_by_the_next_start(world
 
 
 def test_nothing_is_promoted_while_the_move_before_cannot_be_written_down(world: World) -> None:
-    world.registry.register("1", figures(0.3, "random-0", 0.0))
+    world.registry.register("1", figures(0.3, "day-0-head-0", 0.0))
     world.tables.down = True
     world.promoter.poll()
     assert "champion" not in world.registry.named
@@ -187,7 +187,7 @@ def test_nothing_is_promoted_while_the_move_before_cannot_be_written_down(world:
 
 def test_events_wait_for_the_broker_and_outlive_a_restart(world: World) -> None:
     world.topic.down = True
-    world.registry.register("1", figures(0.3, "random-0", 0.0))
+    world.registry.register("1", figures(0.3, "day-0-head-0", 0.0))
     world.promoter.poll()
     assert world.registry.named["champion"] == "1"
     assert "broker" in (world.promoter.status().error or "")
@@ -203,7 +203,7 @@ def test_a_registry_that_is_away_is_asked_again(world: World) -> None:
     def away() -> list[Line]:
         raise RegistryError("registry.uri: no answer")
 
-    world.registry.register("1", figures(0.3, "random-0", 0.0))
+    world.registry.register("1", figures(0.3, "day-0-head-0", 0.0))
     world.registry.lines = away  # type: ignore[method-assign]
     world.promoter.poll()
     assert "registry.uri" in (world.promoter.status().error or "")
@@ -213,7 +213,7 @@ def test_a_registry_that_is_away_is_asked_again(world: World) -> None:
 
 
 def test_a_rollback_by_hand_is_written_down_as_such(world: World) -> None:
-    world.registry.register("1", figures(0.3, "random-0", 0.0))
+    world.registry.register("1", figures(0.3, "day-0-head-0", 0.0))
     world.promoter.poll()
     world.registry.register("2", figures(0.5, "1", 0.3))
     world.promoter.poll()

@@ -94,4 +94,4 @@ def test_staleness_stays_within_its_bounds_and_never_rises(behind: int, half_lif
 
 
 def test_drafts_without_a_number_are_those_of_day_0() -> None:
-    assert [version_number(s) for s in ("12", "random-0", "")] == [12, 0, 0]
+    assert [version_number(s) for s in ("12", "day-0-head-0", "")] == [12, 0, 0]

@@ -28,7 +28,7 @@ FLAGS = {
 def world(tmp_path: Path) -> World:
     """With a champion, and a candidate that passed the gate."""
     world = World(tmp_path, **FLAGS)
-    world.registry.register("1", figures(0.3, "random-0", 0.0))
+    world.registry.register("1", figures(0.3, "day-0-head-0", 0.0))
     world.promoter.poll()
     world.registry.register("2", figures(0.5, "1", 0.3))
     return world
@@ -129,7 +129,7 @@ def test_a_trial_without_traffic_ends_and_the_version_is_not_put_into_quarantine
 def promoted(tmp_path: Path) -> World:
     """Version 2 became champion without a trial, after version 1 had served for a while."""
     world = World(tmp_path, **{**FLAGS, "canary.share": 0.0})
-    world.registry.register("1", figures(0.3, "random-0", 0.0))
+    world.registry.register("1", figures(0.3, "day-0-head-0", 0.0))
     world.promoter.poll()
     serve(world, {"1": 2}, since=time.time() - 500)
     world.registry.register("2", figures(0.5, "1", 0.3))

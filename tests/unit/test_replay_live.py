@@ -153,7 +153,7 @@ def test_replay_gives_the_rounds_and_accepted_tokens_of_the_live_engine_for_ever
     try:
         live = served(engine, requests)
         assert store(first, engine, recorder) > len(requests), "some requests travel in several chunks"
-        assert assert_replay_is_as_live(first, "random", live) < 40
+        assert assert_replay_is_as_live(first, "day-0", live) < 40
         checkpoint.write(learned(first), tmp_path / "version", engine.target)
         engine.swap(checkpoint.read(tmp_path / "version", engine.line), "1")
         recorder.rounds.clear()
@@ -179,7 +179,7 @@ def test_the_expected_acceptance_of_sampled_requests_is_what_a_live_engine_comes
     finally:
         engine.stop()
     store(settings, engine, recorder)
-    told = CliRunner().invoke(app, ["replay", "score", "--versions", "random", "--json"], env=to_environ(settings))
+    told = CliRunner().invoke(app, ["replay", "score", "--versions", "day-0", "--json"], env=to_environ(settings))
     (expected,) = json.loads(told.stdout)["groups"]["all"]["versions"]
     figures = [output.figures for output in live.values() if output.figures]
     accepted, rounds = sum(one.accepted for one in figures), sum(one.rounds for one in figures)

@@ -37,7 +37,7 @@ def settings(target: Path, tmp_path: Path) -> Settings:
 def test_a_server_with_a_draft_of_another_line_is_left_alone(settings: Settings, tmp_path: Path) -> None:
     line = line_of(settings)
     other = line_of(load(environ={}, flags={"target.path": settings.target.path, "speculator.draft_vocabulary": 20}))
-    fake = FakeSglang(other.day_0, "random-0")
+    fake = FakeSglang(other.day_0, "day-0-head-0")
     checkpoint.write(other.day_0, tmp_path / "served", other.target)
     with served(fake):
         server = launch.SglangServer(fake.url, settings.sglang.api_key, 5)
@@ -80,11 +80,11 @@ def test_a_server_begins_with_the_version_that_the_alias_names(settings: Setting
     assert (start.version, known.version) == ("5", "5")
     assert checkpoint.read(start.folder, line.name).fc.weight.equal(learned.fc.weight.bfloat16().float())
     again, _ = begin(settings, line, _Registry(None))
-    assert (again.folder, again.version) == (start.folder, "random-0")
+    assert (again.folder, again.version) == (start.folder, "day-0-head-0")
     assert checkpoint.read(again.folder, line.name).fc.weight.equal(line.day_0.fc.weight.bfloat16().float())
     (tmp_path / "learned" / "extra").touch()
     at_fault, _ = begin(settings, line, _Registry(tmp_path / "learned"))
-    assert at_fault.version == "random-0"
+    assert at_fault.version == "day-0-head-0"
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def state(step: int, line: str = "line", cursor: int = 5) -> TrainState:
         held_back=[],
         random=(3, (1, 2, 3), None),
     )
-    return TrainState(line=line, step=step, tokens_seen=70, parent="random-0", feed=feed)
+    return TrainState(line=line, step=step, tokens_seen=70, parent="day-0-head-0", feed=feed)
 
 
 def weights(a: Learner) -> list[torch.Tensor]:

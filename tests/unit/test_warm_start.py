@@ -182,5 +182,5 @@ def test_without_a_parent_that_fits_a_new_line_begins_at_day_0(case: str) -> Non
     parent_line = registry.promote(OLD_TARGET, "7", other)
     named = {"none set": "", "unknown": "no-such-line", "nothing fits": parent_line}[case]
     version, draft = beginning(registry, day_0, named)
-    assert version == "random-0"
+    assert version == "day-0-head-0"
     assert all(torch.equal(value, dict(day_0.named_parameters())[name]) for name, value in draft.named_parameters())

@@ -25,9 +25,8 @@ from safetensors.torch import load_file, save_file
 from pipeline.table import DeltaLog
 from schemas.device import device_of
 from schemas.errors import UserError
-from schemas.settings import Settings
+from schemas.settings import DAY_0, Settings
 from schemas.speculator import checkpoint
-from trainer.gate import DAY_0
 from trainer.replay.prequential import Asked, Course, Point, Standing
 from trainer.replay.stream import Span, windows
 from trainer.replay.versions import drafts

@@ -1,4 +1,4 @@
-"""Drafts by the names that people give them: a number or an alias of the registry, ``random``, or a folder."""
+"""Drafts by the names that people give them: a number or an alias of the registry, ``day-0``, or a folder."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from schemas.errors import UserError
-from schemas.settings import Settings
+from schemas.settings import DAY_0, Settings
 from schemas.speculator import checkpoint
 from schemas.speculator.checkpoint import CheckpointError
 from schemas.speculator.network import EagleDraft
-from trainer.gate import DAY_0
 from trainer.registry import RegistryError, SpeculatorRegistry
 from trainer.target import Target
 
@@ -23,7 +22,7 @@ class Named:
 
     name: str
     version: str
-    """Number in the registry, ``random-SEED``, or the folder."""
+    """Number in the registry, that of day 0, or the folder."""
     draft: EagleDraft
 
     @property
@@ -45,7 +44,7 @@ def drafts(settings: Settings, target: Target, names: Sequence[str]) -> list[Nam
 
 
 def _named(settings: Settings, target: Target, name: str) -> Named:
-    day_0 = f"{DAY_0}-{settings.speculator.seed}"
+    day_0 = settings.speculator.day_0
     if name in (DAY_0, day_0):
         return Named(name, day_0, target.new_draft())
     try:

@@ -249,7 +249,7 @@ class Train(Section):
     learning_rate: float = Field(1.5e-3, gt=0)
     matrix_learning_rate: float = Field(0.0, ge=0)
     """Muon's; 0 takes ``learning_rate``, for which its updates are scaled to the size of AdamW's."""
-    newton_schulz_steps: int = Field(3, ge=1, le=20)
+    newton_schulz_steps: int = Field(5, ge=1, le=20)
     """By which Muon orthogonalises an update: fewer are cheaper, and leave directions of small gradients small."""
     weight_decay: float = Field(0.01, ge=0)
     """Of matrices; norms have none."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from datetime import timedelta
 from pathlib import Path
 
 from ops.command import moment
 from ops.replay import on_ray
+from ops.side_by_side import side_by_side
 from pipeline.holds import hold
 from pipeline.table import DeltaLog
 from schemas.errors import UserError
@@ -98,9 +97,7 @@ def _each(tasks: Sequence[Task], processes: int) -> Iterator[Result]:
     if processes == 1 or len(tasks) < 2:
         yield from map(experiment.learn, tasks)
         return
-    # A forked process would inherit torch's threads in whatever state they are.
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        yield from (done.result() for done in as_completed([pool.submit(experiment.learn, task) for task in tasks]))
+    yield from (found for _, found in side_by_side(experiment.learn, tasks, processes))
 
 
 def _span(log: DeltaLog, target: str, line: str, begin: str | None, end: str | None, before: Span | None) -> Span:

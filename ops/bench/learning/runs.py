@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 from ops.bench.learning import prequential, traffic
 from ops.bench.learning.prequential import Learned
 from ops.bench.learning.traffic import Traffic
 from ops.bench.learning.variants import Trial, values_of
+from ops.side_by_side import side_by_side
 from schemas.settings import Settings
 from trainer.replay.curves import final, length
 
@@ -81,11 +80,9 @@ def _each(
     if processes == 1 or len(missing) < 2:
         yield from ((file, prequential.learn(settings, read, trial)) for file, trial in missing)
         return
-    # A forked process would inherit torch's threads in whatever state they are.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, _Worker.begin, (settings, tokens)) as pool:
-        running = {pool.submit(_Worker.learn, trial): file for file, trial in missing}
-        yield from ((running[done], done.result()) for done in as_completed(running))
+    files = {trial: file for file, trial in missing}
+    done = side_by_side(_Worker.learn, list(files), processes, _Worker.begin, (settings, tokens))
+    yield from ((files[trial], learned) for trial, learned in done)
 
 
 class _Worker:

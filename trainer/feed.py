@@ -4,13 +4,15 @@ Requests are split by a hash of their id: a held-back share is never trained on,
 versions are compared on. Windows are trained on in the order of their time, mixed with earlier ones, which
 ``trainer.mix`` draws by age and label; a window is passed over ``train.max_passes`` times at most, so a trainer without
 new traffic stops instead of learning a few requests by heart. While windows wait, the table is not read: a slow
-trainer lags, it drops nothing, and holds no more than a read of ``VERSIONS_PER_READ`` commits beside its history.
+trainer drops nothing, and holds no more than a read of ``VERSIONS_PER_READ`` commits beside its history. It replays
+less the more windows wait, and nothing while more than a read is left: what is new teaches more than a pass more.
 
 A window whose features did not travel gets them from the frozen target when it is first used, and keeps them.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
@@ -158,15 +160,17 @@ class Feed:
 
     def next(self) -> list[Window]:
         """Windows of the next step; empty while new ones and those that may be passed over again do not fill it."""
-        size, replay = self._settings.windows_per_step, self._settings.replay_per_step
+        size = self._settings.windows_per_step
         newest = len(self._history) - 1
         rested = [(newest - i, e) for i, e in enumerate(self._history) if e.passes < self._settings.max_passes]
         if len(self._fresh) + len(rested) < size:
             return []
-        new = min(len(self._fresh), max(size - min(replay, len(rested)), 1))
+        new = self._number_of_new(len(rested))
         replayed = self._draw(rested, size - new)
         fresh = self._take(new)
         self._history.extend(fresh)
+        self.counts["pieces_new"] += len(fresh)
+        self.counts["pieces_replayed"] += len(replayed)
         for entry in (chosen := fresh + replayed):
             entry.passes += 1
         return [self._weighted(entry) for entry in chosen]
@@ -210,6 +214,15 @@ class Feed:
             entry.passes = passes[entry.key]
         self._reader.newest_version = state.newest_version
         self._random.setstate(state.random)
+
+    def _number_of_new(self, rested: int) -> int:
+        """New windows in the next step: those that replay leaves room for, or as many as it takes to catch up."""
+        size, catch_up = self._settings.windows_per_step, self._settings.catch_up_steps
+        number = size - min(self._settings.replay_per_step, rested)
+        if catch_up:
+            flooded = self.table_version - self.cursor > VERSIONS_PER_READ
+            number = size if flooded else max(number, math.ceil(len(self._fresh) / catch_up))
+        return min(number, size, len(self._fresh))
 
     def _take(self, number: int) -> list[Entry]:
         """New windows in the order of their time: the oldest, and with it what balances labels among the next ones."""

@@ -285,6 +285,8 @@ class Train(Section):
     """Parts that a step's windows are passed over in, one after the other: memory falls, the gradient stays."""
     replay_per_step: int = Field(3, ge=0)
     """Windows of a step that are drawn from history while new ones are there."""
+    catch_up_steps: int = Field(8, ge=0)
+    """Fewer windows are replayed where more new ones wait than so many steps would take; 0 replays as many and lags."""
     history_windows: int = Field(2048, ge=1)
     """Windows kept in memory for replay."""
     replay_half_life: float = Field(0.0, ge=0)

@@ -10,11 +10,20 @@ import torch
 from feed_world import SHARE, MemoryLog, World, as_json, drain, names, requests
 
 from trainer.feed import held_back
+from trainer.reader import VERSIONS_PER_READ
 
 
 @pytest.fixture
 def world(tmp_path: Path) -> World:
     return World.on_disk(tmp_path)
+
+
+@pytest.fixture
+def flood() -> World:
+    """Sixty commits of a request each, none of them held back."""
+    world = World(MemoryLog())
+    world.commit_as(requests(60))
+    return world
 
 
 def test_held_back_requests_are_never_trained_on(world: World) -> None:
@@ -52,6 +61,52 @@ def test_new_windows_come_in_the_order_of_the_table_mixed_with_earlier_ones(worl
     assert steps[0] == ids[:4], "without a history a step is all new"
     assert steps[1][:2] == ids[4:6], "then two new and two replayed"
     assert set(steps[1][2:]) <= set(ids[:4])
+
+
+def test_the_more_new_windows_wait_the_fewer_are_replayed(world: World) -> None:
+    ids = requests(20)
+    world.commit(ids)
+    feed = world.feed(replay_per_step=3, catch_up_steps=6)
+    feed.poll()
+    seen, new = set[str](), list[int]()
+    while len(seen) < len(ids):
+        step = names(feed.next())
+        new.append(len(set(step) - seen))
+        seen.update(step)
+    # Of 20, 16, 13, 10, 8, .. that wait a sixth is taken, and the first step has none to replay.
+    assert new == [4, 3, 3, 2, 2, 1, 1, 1, 1, 1, 1]
+    assert (feed.counts["pieces_new"], feed.counts["pieces_replayed"]) == (20, 24)
+
+
+def test_a_flooded_feed_replays_nothing_and_leaves_nothing_out(flood: World) -> None:
+    feed, given = flood.feed(replay_per_step=3, catch_up_steps=1000), list[str]()
+    while True:
+        feed.poll()
+        if feed.table_version - feed.cursor <= VERSIONS_PER_READ:
+            break
+        given += names(feed.next())
+    assert given == requests(60)[: len(given)]
+    assert len(given) > 60 - 3 * VERSIONS_PER_READ
+    assert len(set(names(feed.next())) - set(given)) == 1, "then it replays again"
+
+
+def test_a_feed_that_need_not_catch_up_replays_as_many_however_much_waits(flood: World) -> None:
+    feed, given = flood.feed(replay_per_step=3, catch_up_steps=0), list[str]()
+    for _ in range(9):
+        feed.poll()
+        given += [name for name in names(feed.next()) if name not in given]
+    assert given == requests(12), "four without a history, then one by one"
+
+
+def test_a_feed_that_catches_up_is_restored_in_the_midst_of_it(flood: World) -> None:
+    settings: dict[str, object] = {"replay_per_step": 3, "catch_up_steps": 2, "max_passes": 2}
+    feed = flood.feed(**settings)
+    for _ in range(5):
+        feed.poll()
+        feed.next()
+    restored = flood.feed(**settings)
+    restored.restore(as_json(feed))
+    assert drain(restored) == drain(feed)
 
 
 def test_no_window_is_passed_over_more_often_than_allowed_and_a_starved_feed_stops(world: World) -> None:

@@ -56,7 +56,7 @@ LOOKAHEAD = 4
 
 _BESIDE_LEARNING = (
     *("host", "port", "dir", "poll_s", "threads", "seed", "register_every_s", "checkpoint_every_s"),
-    *("held_back_share", "held_back_windows", "stale_half_life", "accumulate", "parallel"),
+    *("held_back_share", "held_back_windows", "stale_half_life", "accumulate", "parallel", "catch_up_steps"),
 )
 """Settings of the trainer that change nothing here: all is learned from, and no version is registered."""
 

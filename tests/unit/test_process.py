@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from processes import gone
 
 from ops.process import Process, StartError
 
@@ -29,10 +30,6 @@ def tree_of(process: Process) -> list[psutil.Process]:
     parent = psutil.Process(process.pid)
     assert eventually(lambda: bool(parent.children()))
     return [parent, *parent.children(recursive=True)]
-
-
-def gone(processes: list[psutil.Process]) -> bool:
-    return not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes)
 
 
 def python(code: str, log: Path, **changes: int) -> Process:

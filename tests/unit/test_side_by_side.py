@@ -6,21 +6,27 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
+from processes import gone
+from serving_node import eventually
 
 from ops.side_by_side import side_by_side
 
 _WAITER = """
-import sys
-sys.path.insert(0, {tests!r})
-from test_side_by_side import sleep_long
+import os, sys, time
+from pathlib import Path
 from ops.side_by_side import side_by_side
+
+def sleep_long(folder):
+    (Path(folder) / str(os.getpid())).touch()
+    time.sleep(600)
+
 if __name__ == "__main__":
-    list(side_by_side(sleep_long, [{folder!r}] * 3, 2))
+    list(side_by_side(sleep_long, [sys.argv[1]] * 3, 2))
 """
 
 
@@ -32,20 +38,15 @@ def fail(number: int) -> int:
     raise ValueError(f"{number} is odd")
 
 
-def sleep_long(folder: str) -> None:
-    (Path(folder) / str(os.getpid())).touch()
-    time.sleep(600)
-
-
 @pytest.fixture
 def waiter(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A process that waits for two of three jobs that run; its folder has a file with the id of each."""
     script, jobs = tmp_path / "waiter.py", tmp_path / "jobs"
     jobs.mkdir()
-    script.write_text(_WAITER.format(tests=str(Path(__file__).parent), folder=str(jobs)))
+    script.write_text(_WAITER)
     environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    with subprocess.Popen([sys.executable, str(script)], env=environ, stderr=subprocess.DEVNULL) as process:
-        wait_until(lambda: len(list(jobs.iterdir())) == 2)
+    with subprocess.Popen([sys.executable, str(script), str(jobs)], env=environ, stderr=subprocess.DEVNULL) as process:
+        eventually(lambda: len(list(jobs.iterdir())) == 2)
         yield process
         process.kill()
 
@@ -63,22 +64,8 @@ def test_what_a_job_raises_is_raised_here() -> None:
 def test_jobs_end_with_the_process_that_waits_for_them(
     how: signal.Signals, waiter: subprocess.Popen[bytes], tmp_path: Path
 ) -> None:
-    ids = [int(file.name) for file in (tmp_path / "jobs").iterdir()]
+    running = [psutil.Process(int(file.name)) for file in (tmp_path / "jobs").iterdir()]
     waiter.send_signal(how)
     assert waiter.wait(20) != 0
-    wait_until(lambda: not any(map(is_alive, ids)))
+    eventually(lambda: gone(running))
     assert len(list((tmp_path / "jobs").iterdir())) == 2, "the third was never begun"
-
-
-def is_alive(process: int) -> bool:
-    try:
-        return "State:\tZ" not in Path(f"/proc/{process}/status").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def wait_until(reached: Callable[[], bool], seconds: float = 30) -> None:
-    until = time.monotonic() + seconds
-    while not reached():
-        assert time.monotonic() < until, "not reached"
-        time.sleep(0.05)

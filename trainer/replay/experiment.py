@@ -38,11 +38,9 @@ _PLAN, _RESULT, _STATE, _TENSORS, _CHECKPOINT = (
 )
 DRAFT = "draft"
 """Folder of the draft that a variant came to: `aurora replay score` takes it as a version."""
-_BESIDE_LEARNING = frozenset(
-    (
-        *("host", "port", "dir", "poll_s", "threads", "register_every_s", "checkpoint_every_s", "curves_every_s"),
-        "catch_up_steps",
-    )
+_BESIDE_LEARNING = (
+    *("host", "port", "dir", "poll_s", "threads", "catch_up_steps"),
+    *("register_every_s", "checkpoint_every_s", "curves_every_s"),
 )
 """Settings of the trainer that change no number here."""
 

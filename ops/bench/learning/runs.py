@@ -57,11 +57,11 @@ def run(
     read = traffic.read(settings, tokens)
     files = {trial: file_of(settings, trial, read.digest) for trial in trials}
     # Variants that come to the same are run once.
-    missing = list({file: trial for trial, file in files.items() if not file.exists()}.items())
+    missing = list({file: trial for trial, file in files.items() if not file.exists()}.values())
     say(f"{len(read.asked)} requests, {read.tokens} tokens of traffic; {len(missing)} of {len(trials)} runs are new")
     began = time.monotonic()
-    for number, (file, learned) in enumerate(_each(settings, missing, read, tokens, processes), start=1):
-        _write(file, learned)
+    for number, (trial, learned) in enumerate(_each(settings, missing, read, tokens, processes), start=1):
+        _write(files[trial], learned)
         say(
             f"{number} of {len(missing)}, {time.monotonic() - began:.0f} s: {learned.name}, {learned.order}, "
             f"seed {learned.seed}: accept length {length(learned.points):.3f} over all, "
@@ -71,18 +71,12 @@ def run(
 
 
 def _each(
-    settings: Settings,
-    missing: Sequence[tuple[Path, Trial]],
-    read: Traffic,
-    tokens: int | None,
-    processes: int,
-) -> Iterator[tuple[Path, Learned]]:
+    settings: Settings, missing: Sequence[Trial], read: Traffic, tokens: int | None, processes: int
+) -> Iterator[tuple[Trial, Learned]]:
     if processes == 1 or len(missing) < 2:
-        yield from ((file, prequential.learn(settings, read, trial)) for file, trial in missing)
+        yield from ((trial, prequential.learn(settings, read, trial)) for trial in missing)
         return
-    files = {trial: file for file, trial in missing}
-    done = side_by_side(_Worker.learn, list(files), processes, _Worker.begin, (settings, tokens))
-    yield from ((files[trial], learned) for trial, learned in done)
+    yield from side_by_side(_Worker.learn, missing, processes, _Worker.begin, (settings, tokens))
 
 
 class _Worker:

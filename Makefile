@@ -25,7 +25,7 @@ faults: .venv/dev.stamp
 
 # SGLang's own server on this machine's processor, with our plugin in it and our node beside it: about eight minutes.
 test-sglang: .venv/dev.stamp $(SGLANG)/stamp
-	$(BIN)/python -m pytest tests/sglang_cpu $(ARGS)
+	$(BIN)/python -m pytest tests/sglang $(ARGS)
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check $(CODE)
@@ -40,7 +40,7 @@ install: .venv/dev.stamp
 
 # The small model of the demo, where docker-compose.yml looks for one.
 model: .venv/dev.stamp
-	$(BIN)/python -m ops.model
+	$(BIN)/python -m ops.local.demo_model
 
 # Compiles llama.cpp for this machine, a quarter of an hour: only `aurora bench serving` uses it, as a peer.
 peers: .venv/dev.stamp .venv/bench.stamp
@@ -58,7 +58,7 @@ sbom: $(AUDIT)/stamp
 
 # What is known against the same packages. ARGS=--go-on ends well where the service cannot be asked, and says so.
 audit: $(AUDIT)/stamp
-	$(BIN)/python -m ops.audit $(AUDIT)/bin/pip-audit $(ARGS) $(IMAGES:%=requirements/%.txt)
+	$(BIN)/python -m ops.deploy.package_audit $(AUDIT)/bin/pip-audit $(ARGS) $(IMAGES:%=requirements/%.txt)
 
 # Pins stay as they are unless asked: make requirements ARGS=--upgrade
 requirements: $(UV)

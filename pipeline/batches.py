@@ -2,7 +2,8 @@
 
 All functions are pure, but for the files of claim checks, which are read through what the caller hands in: they never
 change. A record either gives rows of ``accepted``, ``rejected`` and ``traces``, or one row of ``dead_letters`` with
-everything it carried; ``pipeline.reasons`` lists why. Records are looked at one by one as far as bytes and envelope go;
+everything it carried; ``pipeline.dead_letters.reasons`` lists why. Records are looked at one by one as far as bytes
+and envelope go;
 then many together, in columns. What a record becomes does not depend on its company, but for what it repeats.
 """
 
@@ -17,14 +18,14 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.columns import features_of, tables
-from pipeline.duplicates import NOTHING, Identity, Known, Taken
+from pipeline.dead_letters.reasons import DUPLICATE, UNREADABLE
+from pipeline.deduplication import NOTHING, Identity, Known, Taken
 from pipeline.offsets import Source
-from pipeline.reasons import DUPLICATE, UNREADABLE
-from pipeline.soundness import check_announced, check_envelope, unsound
+from pipeline.validation import check_announced, check_envelope, unsound
 from schemas.batches import ACCEPTED, DEAD_LETTERS, TABLES, TRACES, day_of
-from schemas.claims import ClaimStoreError
-from schemas.reading import Lists, Opened, Rounds, malformed, open_chunk
-from schemas.trace import U16, Claim, TraceError
+from schemas.claim_store import ClaimStoreError
+from schemas.trace.decoder import Lists, Opened, Rounds, malformed, open_chunk
+from schemas.trace.record import U16, Claim, TraceError
 
 RUN_BYTES = 32 << 20
 """Rows are built for chunks of about this size at a time."""

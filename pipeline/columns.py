@@ -1,6 +1,7 @@
 """From sound rounds to the columns of the tables, those of many chunks at a time.
 
-``schemas.trace`` says how tokens lie in rounds, ``schemas.batches`` what becomes of them. Every list column of a table
+``schemas.trace.record`` says how tokens lie in rounds, ``schemas.batches`` what becomes of them. Every list column
+of a table
 is a selection of entries of one column of the rounds: here are the selections.
 
 Shapes: C chunks, R rounds, B rejected branches; k as in the rounds.
@@ -17,9 +18,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from schemas.batches import ACCEPTED, REJECTED, TRACES
-from schemas.reading import Array, Ints, Lists, Rounds, spans
-from schemas.trace import I32, INT32_MAX, U16
-from schemas.tree import rejected_branches
+from schemas.draft_tree import rejected_branches
+from schemas.trace.decoder import Array, Ints, Lists, Rounds, spans
+from schemas.trace.record import I32, INT32_MAX, U16
 
 Columns = Mapping[str, pa.Array]
 

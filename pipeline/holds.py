@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.table import DeltaLog
+from pipeline.delta import DeltaLog
 from schemas.batches import HOLDS
 from schemas.errors import UserError
 

@@ -39,9 +39,9 @@ import structlog
 from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
 from deltalake.transaction import AddAction, RemoveAction
 
+from pipeline.compaction import files_of, groups, merged
+from pipeline.delta import LOG_DAYS, OLDEST, DeltaLog, TableError
 from pipeline.holds import PREFIX, held
-from pipeline.merging import files_of, groups, merged
-from pipeline.table import LOG_DAYS, OLDEST, DeltaLog, TableError
 from schemas.batches import PARTITIONED_BY, TABLES
 from schemas.settings import Tables
 

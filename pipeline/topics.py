@@ -21,7 +21,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported
     NewTopic,
 )
 
-from pipeline.broker import TIMEOUT_S, TopicError, connect
+from pipeline.kafka_admin import TIMEOUT_S, TopicError, connect
 from schemas.settings import Kafka
 
 log = structlog.get_logger()

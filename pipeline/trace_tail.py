@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pyarrow as pa
 
-from pipeline.table import DeltaLog
+from pipeline.delta import DeltaLog
 
 SHOWN = (
     "time",

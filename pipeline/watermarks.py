@@ -16,7 +16,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported
     OffsetSpec,
 )
 
-from pipeline.broker import Refusals, client
+from pipeline.kafka_admin import Refusals, client
 from pipeline.offsets import Source
 from schemas.settings import Kafka
 

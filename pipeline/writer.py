@@ -12,16 +12,16 @@ from typing import TypeVar
 import structlog
 
 from pipeline.batches import Built, Record, build
-from pipeline.committed import spans_of
-from pipeline.counts import Counts
-from pipeline.drift_topic import DriftTopic
-from pipeline.drift_watch import DriftWatch
-from pipeline.duplicates import Duplicates
+from pipeline.commit_spans import spans_of
+from pipeline.deduplication import Duplicates
+from pipeline.delta import DeltaLog, TableError
+from pipeline.drift.monitor import DriftWatch
+from pipeline.drift.topic import DriftTopic
+from pipeline.metrics import Counts
 from pipeline.offsets import COMMIT_ORDER, Batch, ConflictError, FencedError, Intake, Source, admit, lost_range
-from pipeline.table import DeltaLog, TableError
-from schemas import spans
-from schemas.claims import ClaimStore, ClaimStoreError
+from schemas.claim_store import ClaimStore, ClaimStoreError
 from schemas.settings import Settings
+from schemas.telemetry import spans
 
 log = structlog.get_logger()
 T = TypeVar("T")

@@ -2,7 +2,8 @@
 
 bf16 numbers are stored as binary (Delta has no 16-bit float). Shapes: F = feature width (3H), k = teacher width.
 
-How one chunk becomes training rows, for the request of ``schemas.trace`` (prompt ``a b c``, answer ``D E F G``)::
+How one chunk becomes training rows, for the request of ``schemas.trace.record`` (prompt ``a b c``, answer ``D E F
+G``)::
 
     accepted   tokens     a  b  c  D  E  F      the committed tokens of the chunk, with one feature row each
                loss_mask  .  .  x  x  x  x      the teacher after consuming the token is known (never inside the prompt)

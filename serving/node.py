@@ -15,17 +15,18 @@ from prometheus_client import CollectorRegistry
 from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from schemas import logs, spans
 from schemas.settings import Settings
-from serving import admin, api, control, webhook
-from serving.address import bind
-from serving.chunks import Origin
-from serving.drain import Drain, DrainingServer
-from serving.generation import RequestFigures
-from serving.puller import Puller
-from serving.registry import MlflowRegistry
-from serving.traces import TracePublisher
-from serving.transformers.engine import TransformersEngine
+from schemas.telemetry import logs, spans
+from serving.engines.builtin.engine import TransformersEngine
+from serving.http import admin as control
+from serving.http import routes, status, webhook
+from serving.http.address import bind
+from serving.http.drain import Drain, DrainingServer
+from serving.http.generation import RequestFigures
+from serving.traces.chunks import Origin
+from serving.traces.publisher import TracePublisher
+from serving.versions.poller import Puller
+from serving.versions.registry import MlflowRegistry
 
 log = structlog.get_logger()
 
@@ -76,8 +77,8 @@ def _serve(
     tokenizer = AutoTokenizer.from_pretrained(settings.target.path, local_files_only=True)
     drain = Drain()
     traced = publisher.wants if publisher else _never
-    app = api.create(engine, tokenizer, settings.target.name, figures, drain, settings.serve, traced)
-    admin.add(app, settings.serve.node, engine, figures, metrics, publisher, puller, drain)
+    app = routes.create(engine, tokenizer, settings.target.name, figures, drain, settings.serve, traced)
+    status.add(app, settings.serve.node, engine, figures, metrics, publisher, puller, drain)
     control.add(app, settings.serve, engine, puller)
     webhook.add(app, settings.serve.webhook_secret, engine.line, puller)
     config = uvicorn.Config(

@@ -10,9 +10,9 @@ import pytest
 from object_store import ObjectStore
 
 from ops.bench.embedded import free_port as unused_port
-from ops.broker import Broker
-from ops.registry_server import RegistryServer
-from schemas import logs
+from ops.local.kafka import Broker
+from ops.local.mlflow_server import RegistryServer
+from schemas.telemetry import logs
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / ".aurora" / "models" / "smollm2-135m-instruct"
@@ -76,7 +76,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """Folder of SmolLM2-135M-Instruct, fetched and converted on first use, then kept in the checkout."""
-    from ops.model import ensure
+    from ops.local.demo_model import ensure
 
     ensure(MODEL)
     return MODEL

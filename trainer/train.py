@@ -14,29 +14,29 @@ import structlog
 import torch
 from prometheus_client import CollectorRegistry
 
-from pipeline.table import DeltaLog, TableError
-from schemas import logs, spans
+from pipeline.delta import DeltaLog, TableError
 from schemas.device import device_of
 from schemas.settings import Settings
 from schemas.speculator.checkpoint import CheckpointError
 from schemas.speculator.network import EagleDraft
 from schemas.status import TrainStatus
-from trainer.ahead import Ahead
-from trainer.candidates import Candidates, Examined, code_revision
-from trainer.card import PASSED_TAG
-from trainer.checkpoints import Checkpoints, TrainState
-from trainer.curves import Curves
-from trainer.feed import Feed, FeedError
-from trainer.guard import KEPT, UNFIT, Health, fallen, rising
-from trainer.learner import Learner, settled, weights_of
-from trainer.lessons import Lessons
-from trainer.progress import Gauges, Pace, Progress
-from trainer.ranks import Alone, Together, joined
-from trainer.registry import RegistryError, SpeculatorRegistry
+from schemas.telemetry import logs, spans
+from trainer.data.feed import Feed, FeedError
+from trainer.data.prefetch import Ahead
+from trainer.data.samples import Window
+from trainer.data.target import FrozenTarget, Target, read_target
+from trainer.loop.checkpoints import Checkpoints, TrainState
+from trainer.loop.distributed import Alone, Together, joined
+from trainer.loop.divergence_guard import KEPT, UNFIT, Health, fallen, rising
+from trainer.loop.learner import Learner, settled, weights_of
+from trainer.loop.mlflow_curves import Curves
+from trainer.loop.progress import Gauges, Pace, Progress
+from trainer.loop.replicas import Team, Work, follow, work_of
+from trainer.release.card import PASSED_TAG
+from trainer.release.registration import Candidates, Examined, code_revision
+from trainer.release.registry import RegistryError, SpeculatorRegistry
+from trainer.release.training_lineage import Lessons
 from trainer.status import Failures, StatusServer, stop_on_signals
-from trainer.target import FrozenTarget, Target, read_target
-from trainer.team import Team, Work, follow, work_of
-from trainer.windows import Window
 
 log = structlog.get_logger()
 

@@ -14,7 +14,7 @@ import httpx
 
 from ops import prompts
 from ops.bench.prompted import SAMPLED
-from ops.traffic import Prompt, parse_event, read_answer
+from ops.loadgen.traffic import Prompt, parse_event, read_answer
 
 _TIMEOUT = httpx.Timeout(300, connect=10)
 _ERROR_PAUSE_S = 0.5

@@ -21,16 +21,16 @@ from deltalake import write_deltalake
 
 from ops.bench import embedded
 from ops.bench.messages import Message
-from ops.parts import answers
-from ops.process import Process
+from ops.local.parts import answers
+from ops.local.process import Process
 from pipeline import topics
-from pipeline.app import PART_BYTES
-from pipeline.broker import client
+from pipeline.delta import DeltaLog
+from pipeline.kafka_admin import client
 from pipeline.offsets import Source, transaction_id
-from pipeline.table import DeltaLog
+from pipeline.worker import PART_BYTES
 from schemas.errors import UserError
 from schemas.settings import Kafka, Settings, Tables, to_environ
-from schemas.trace import CHECKSUM_BYTES
+from schemas.trace.record import CHECKSUM_BYTES
 
 PARTITIONS = 2
 _READY_S = 120.0
@@ -255,7 +255,7 @@ def table_bytes(tables: Path) -> dict[str, int]:
 
 def _process(settings: Settings, number: int) -> Process:
     log = Path(settings.tables.uri).parent / f"worker-{number}.log"
-    return Process("stream", [sys.executable, "-m", "ops.cli", "stream"], log.absolute(), to_environ(settings))
+    return Process("stream", [sys.executable, "-m", "ops.cli.main", "stream"], log.absolute(), to_environ(settings))
 
 
 def _has(url: str, partitions: int) -> bool:

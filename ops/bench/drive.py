@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import islice, pairwise
 from queue import SimpleQueue
 
-from serving.engine import Engine, Figures, Finish, Output, Request
+from serving.engines.base import Engine, Figures, Finish, Output, Request
 
 
 @dataclass(slots=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ops.broker import Broker
+from ops.local.kafka import Broker
 from pipeline import topics
 from schemas.settings import Settings
 

@@ -17,10 +17,10 @@ from ops.bench.drive import Run, drive
 from ops.bench.paired import Figure, Goal, interleaved, percentile, ratio
 from ops.bench.stand import Mode, Stand
 from schemas.speculator import checkpoint
-from serving.chunks import Origin
-from serving.engine import Request
-from serving.traces import TracePublisher
-from serving.transformers.engine import TransformersEngine
+from serving.engines.base import Request
+from serving.engines.builtin.engine import TransformersEngine
+from serving.traces.chunks import Origin
+from serving.traces.publisher import TracePublisher
 
 _TRACED_AT_ONCE = 8
 _SWAPPED_AT_ONCE = 4

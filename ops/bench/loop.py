@@ -22,12 +22,12 @@ from ops.bench.loop_course import Course, Size
 from ops.bench.loop_figures import figures, told
 from ops.bench.loop_page import page
 from ops.bench.outcome import Report
-from ops.demo import wipe
+from ops.demo.run import wipe
+from ops.local.stack import Say, running_stack
 from ops.report.writing import write_page
-from ops.stack import Say, running_stack
 from schemas.errors import UserError
 from schemas.settings import Kafka, Registry, Settings
-from trainer.candidates import code_revision
+from trainer.release.registration import code_revision
 
 LEAST_MINUTES = 0.5
 

@@ -14,8 +14,8 @@ import httpx
 import psutil
 
 from ops.bench.paired import Rates, interleaved
-from ops.record import Answered, accept_length
-from ops.traffic import Load, Prompt
+from ops.demo.record import Answered, accept_length
+from ops.loadgen.traffic import Load, Prompt
 from schemas.errors import UserError
 from schemas.settings import Settings
 

@@ -7,14 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
 
-from ops import versions
 from ops.bench import prompted
 from ops.bench.loop_arms import Arm, Measured, Node, Plan, compare
 from ops.bench.loop_served import Span, Waits, read_rows, read_served, waits
-from ops.record import EDGE, Answered, Run, Swap, accept_length
-from ops.stack import Say, Stack
-from ops.traffic import Load, Prompt
-from ops.watch import Watch, newest_rate
+from ops.demo.record import EDGE, Answered, Run, Swap, accept_length
+from ops.demo.watch import Watch, newest_rate
+from ops.loadgen.traffic import Load, Prompt
+from ops.local.stack import Say, Stack
+from ops.observe import version_history
 from schemas.errors import UserError
 from schemas.settings import DAY_0
 
@@ -177,7 +177,7 @@ class Course:
         serve, settings = self._watch.overview.serve, self._stack.settings
         assert serve is not None, "it has just answered"
         swaps = followed([Swap(s.version, s.time, s.in_flight, s.pause_ms) for s in serve.swaps], self._measuring)
-        registered, promoted = versions.read(settings, serve.line)
+        registered, promoted = version_history.read(settings, serve.line)
         rows = read_rows(settings, serve.line, self._began)
         run = Run(
             started=self._began,
@@ -185,7 +185,7 @@ class Course:
             requests=tuple(self._done),
             samples=tuple(self._watch.samples),
             swaps=swaps,
-            versions=versions.since(self._began, registered, promoted, swaps),
+            versions=version_history.since(self._began, registered, promoted, swaps),
         )
         waited = waits(rows, read_served(settings, registered, swaps), self._learning, YOUNG_S)
         return Record(self._domains, run, training, first, second, at_shift, waited)

@@ -10,7 +10,7 @@ from ops.bench.loop_arms import Measured
 from ops.bench.loop_course import ADAPTIVE, NONE, STATIC, YOUNG_S, Record
 from ops.bench.loop_served import Waits
 from ops.bench.paired import Figure, Goal, percentile, ratio
-from ops.record import Answered, Run, accept_length, edge_rates, edges, summary
+from ops.demo.record import Answered, Run, accept_length, edge_rates, edges, summary
 
 DAY_0_GOAL, SHIFT_GOAL = Goal(1.5, at_least=True), Goal(1.25, at_least=True)
 WAIT_GOAL = Goal(60, at_least=False)

@@ -11,9 +11,9 @@ from ops import report as pages
 from ops.bench.loop_course import Record
 from ops.bench.outcome import Report
 from ops.bench.paired import Figure
-from ops.record import ROLLING
+from ops.demo.record import ROLLING
 from ops.report.charts import accept_length_chart, loss_chart
-from ops.report.page import STYLE, figure_card, number, version_rows
+from ops.report.demo_page import STYLE, figure_card, number, version_rows
 
 _TEMPLATE = Path(pages.__file__).with_name("loop.html")
 _HEADLINE = {

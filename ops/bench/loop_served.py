@@ -16,12 +16,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from ops.record import Swap
+from ops.demo.record import Swap
+from pipeline.delta import DeltaLog, TableSnapshot
 from pipeline.offsets import Source, transaction_id
-from pipeline.table import DeltaLog, TableSnapshot
 from schemas.settings import Settings
-from trainer.feed import held_back
-from trainer.registry import Version
+from trainer.data.feed import held_back
+from trainer.release.registry import Version
 
 Span = tuple[float, float]
 """From when to when, in Unix seconds."""

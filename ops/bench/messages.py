@@ -14,15 +14,15 @@ from itertools import count
 import numpy as np
 
 from ops.bench import speculator
-from ops.stack import Say
+from ops.local.stack import Say
 from schemas.errors import UserError
-from schemas.reading import decode
 from schemas.settings import Settings
-from schemas.trace import ROOT, Chunk, Round, TraceError, encode
-from schemas.tracing import of_request
-from serving.chunks import Assembly, Origin, Space, Way, cut
-from serving.engine import Request
-from serving.producer import Headers, headers_of
+from schemas.telemetry.trace_context import of_request
+from schemas.trace.decoder import decode
+from schemas.trace.record import ROOT, Chunk, Round, TraceError, encode
+from serving.engines.base import Request
+from serving.traces.chunks import Assembly, Origin, Space, Way, cut
+from serving.traces.producer import Headers, headers_of
 
 DRAFTED = 3
 """Tokens of a drafted chain."""

@@ -24,8 +24,8 @@ from ops.bench import machine
 from ops.bench.outcome import Report
 from ops.bench.paired import Figure, Goal, percentile
 from schemas.settings import Settings
-from trainer.candidates import code_revision
-from trainer.sequential import F64, I64, Decision, Rule, Served, compare, decide
+from trainer.release.registration import code_revision
+from trainer.release.sequential_test import F64, I64, Decision, Rule, Served, compare, decide
 
 Mask = npt.NDArray[np.bool_]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ops import prompts
 from schemas.errors import UserError
-from serving.engine import Request
+from serving.engines.base import Request
 
 HELD_OUT = 60
 """Prompts at the end of each domain that no speculator of the benchmarks is trained on."""

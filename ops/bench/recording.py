@@ -9,12 +9,12 @@ from queue import SimpleQueue
 
 from pipeline.batches import Record, build
 from schemas.errors import UserError
-from schemas.reading import decode
-from schemas.trace import CONTENT_TYPE, Round, encode, fingerprint
-from serving.chunks import Assembly, Origin, Space, Way
-from serving.engine import Engine, Finish, Output, Request
-from trainer.rows import window_of
-from trainer.windows import Window
+from schemas.trace.decoder import decode
+from schemas.trace.record import CONTENT_TYPE, Round, encode, fingerprint
+from serving.engines.base import Engine, Finish, Output, Request
+from serving.traces.chunks import Assembly, Origin, Space, Way
+from trainer.data.rows import window_of
+from trainer.data.samples import Window
 
 INDEX = "order.json"
 """File that names the requests of a folder in the order in which they were sent, by segment."""

@@ -12,7 +12,7 @@ from ops.bench.paired import Figure
 from ops.bench.single import NAMES, SingleStream
 from ops.bench.stand import FULL, QUICK, Plan, Say, Stand
 from schemas.settings import Settings
-from trainer.candidates import code_revision
+from trainer.release.registration import code_revision
 
 
 @dataclass(frozen=True, slots=True)

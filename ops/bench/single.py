@@ -15,7 +15,7 @@ from ops.bench.paired import Figure, Goal, Rates, interleaved
 from ops.bench.peers import Generate, LlamaCpp, PeerAbsentError
 from ops.bench.stand import Draft, Mode, Stand
 from schemas.device import device_of
-from serving.transformers.engine import TransformersEngine
+from serving.engines.builtin.engine import TransformersEngine
 
 Arm = Callable[[tuple[int, ...], int], tuple[int, ...]]
 """The answer to a prompt, in at most so many tokens."""

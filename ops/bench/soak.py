@@ -25,19 +25,19 @@ from ops.bench import embedded, machine, speculator
 from ops.bench.clients import Clients
 from ops.bench.outcome import Report
 from ops.bench.paired import Figure, Goal
-from ops.broker import Broker
-from ops.parts import answers
-from ops.process import Process
-from ops.registry_server import RegistryServer
-from ops.stack import Say, provide_target
+from ops.local.kafka import Broker
+from ops.local.mlflow_server import RegistryServer
+from ops.local.parts import answers
+from ops.local.process import Process
+from ops.local.stack import Say, provide_target
 from schemas.errors import UserError
 from schemas.settings import Kafka, Registry, Settings, to_environ
 from schemas.speculator import checkpoint
 from schemas.speculator.network import EagleDraft
 from schemas.status import ServeStatus
-from trainer.candidates import code_revision
-from trainer.registry import SpeculatorRegistry
-from trainer.target import Target, read_target
+from trainer.data.target import Target, read_target
+from trainer.release.registration import code_revision
+from trainer.release.registry import SpeculatorRegistry
 
 _OUTAGES = (0.3, 0.6)
 _LONGEST_OUTAGE_S = 30.0
@@ -299,7 +299,7 @@ def _parts(settings: Settings, folder: Path, say: Say) -> Iterator[tuple[Process
 
 def _node(settings: Settings, folder: Path) -> Process:
     log = (folder / "serve.log").absolute()
-    return Process("serve", [sys.executable, "-m", "ops.cli", "serve"], log, to_environ(settings))
+    return Process("serve", [sys.executable, "-m", "ops.cli.main", "serve"], log, to_environ(settings))
 
 
 def _register(registry: SpeculatorRegistry, target: Target, trained: EagleDraft) -> list[str]:

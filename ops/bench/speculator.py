@@ -18,17 +18,17 @@ from pathlib import Path
 import torch
 
 from ops.bench import prompted, recording
-from ops.stack import provide_target
+from ops.local.stack import provide_target
 from schemas.errors import UserError
 from schemas.settings import Settings
 from schemas.speculator import checkpoint
 from schemas.speculator.network import EagleDraft
-from serving.transformers.engine import TransformersEngine
-from trainer.candidates import code_revision
-from trainer.learner import Learner
-from trainer.lookahead import accept_length
-from trainer.target import Target, read_target
-from trainer.windows import Window, collate, cut
+from serving.engines.builtin.engine import TransformersEngine
+from trainer.data.samples import Window, collate, cut
+from trainer.data.target import Target, read_target
+from trainer.loop.learner import Learner
+from trainer.objective.simulated_acceptance import accept_length
+from trainer.release.registration import code_revision
 
 Say = Callable[[str], None]
 

@@ -11,14 +11,14 @@ from typing import Any, Literal
 
 from ops.bench import prompted, speculator
 from ops.bench.drive import Run, drive
-from ops.stack import provide_target
+from ops.local.stack import provide_target
 from schemas.errors import UserError
 from schemas.settings import Settings
 from schemas.speculator.network import EagleDraft
-from serving.engine import Request, TraceSink
-from serving.transformers.engine import TransformersEngine
-from serving.transformers.kernels import Kind
-from trainer.target import Target, read_target
+from serving.engines.base import Request, TraceSink
+from serving.engines.builtin.engine import TransformersEngine
+from serving.engines.builtin.kernels import Kind
+from trainer.data.target import Target, read_target
 
 Draft = Literal["trained", "random"]
 Say = Callable[[str], None]

@@ -17,13 +17,13 @@ from ops.bench.draining import Ground, Load, Took
 from ops.bench.messages import Message, messages, recorded
 from ops.bench.outcome import Report, chosen
 from ops.bench.paired import Figure, Goal, Samples, percentile
-from ops.stack import Say
-from pipeline.broker import client
+from ops.local.stack import Say
+from pipeline.delta import DeltaLog
+from pipeline.kafka_admin import client
 from pipeline.offsets import Source
-from pipeline.table import DeltaLog
 from schemas.errors import UserError
 from schemas.settings import Settings
-from trainer.candidates import code_revision
+from trainer.release.registration import code_revision
 
 SIZES = {"64k": 64 << 10, "900k": 900 << 10}
 """Bytes of a full message."""

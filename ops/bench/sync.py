@@ -25,7 +25,7 @@ from ops.bench.sync_page import page
 from ops.bench.sync_policies import Costs, Outcome, kept, net, swept
 from ops.report.writing import write_page
 from schemas.settings import Settings
-from trainer.candidates import code_revision
+from trainer.release.registration import code_revision
 
 Say = Callable[[str], None]
 ORDERS: tuple[Order, ...] = ("ordered", "mixed")

@@ -18,9 +18,9 @@ from ops.bench.sync_policies import Costs
 from schemas.errors import UserError
 from schemas.speculator import checkpoint
 from schemas.speculator.network import EagleDraft
-from serving.engine import Request
-from serving.sync import Reading
-from serving.transformers.engine import TransformersEngine
+from serving.engines.base import Request
+from serving.engines.builtin.engine import TransformersEngine
+from serving.versions.update_policy import Reading
 
 AT_ONCE = 4
 _APART_S = 1.5

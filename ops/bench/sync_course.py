@@ -12,9 +12,9 @@ from ops.bench.learning.traffic import Traffic
 from ops.bench.learning.variants import LOOKAHEAD, PLAN, Order, Trial, settings_of
 from schemas.settings import Settings
 from schemas.speculator.network import EagleDraft
-from trainer.lookahead import accept_length
+from trainer.data.target import read_target
+from trainer.objective.simulated_acceptance import accept_length
 from trainer.replay import prequential
-from trainer.target import read_target
 
 Say = Callable[[str], None]
 

@@ -13,7 +13,7 @@ from ops.bench.learning.variants import Order
 from ops.bench.outcome import Report
 from ops.bench.sync_policies import Outcome, kept, net
 from ops.report.canvas import MUTED, OTHERS, SERIES, figure_of, style, svg
-from ops.report.page import STYLE, figure_card, number
+from ops.report.demo_page import STYLE, figure_card, number
 
 _TEMPLATE = Path(__file__).with_name("sync.html")
 

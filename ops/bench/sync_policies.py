@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from schemas.settings import Sync
-from serving.sync import Reading, SyncPolicy
+from serving.versions.update_policy import Reading, SyncPolicy
 
 Lengths = Callable[[int, int], float]
 """The accept length of a version on a block of the traffic; version ``b`` has learned from the blocks before ``b``."""

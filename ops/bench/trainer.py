@@ -19,12 +19,12 @@ from ops.bench.outcome import Report, Wanted, chosen
 from ops.bench.paired import Figure, Goal, Rates, Samples, interleaved, ratio
 from ops.bench.trainer_arm import OURS, Arm, started
 from ops.bench.trainer_worker import TYPES, Done
-from ops.stack import Say
+from ops.local.stack import Say
 from schemas.settings import Settings, Train
 from schemas.speculator.network import random_draft
-from trainer.candidates import code_revision
-from trainer.learner import Learner, products_in
-from trainer.windows import Window, collate
+from trainer.data.samples import Window, collate
+from trainer.loop.learner import Learner, products_in
+from trainer.release.registration import code_revision
 
 PEERS = ("speculators", "specforge")
 _PEER_GOAL = Goal(1.5, at_least=True)

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from ops.bench.trainer_worker import CONFIG, LAST_RMS, WEIGHTS, Tensors
+from schemas.draft_tree import rejected_branches
 from schemas.speculator.network import DraftShape, random_draft
-from schemas.trace import ROOT
-from schemas.tree import rejected_branches
-from trainer.windows import Branch, Teacher, Window
+from schemas.trace.record import ROOT
+from trainer.data.samples import Branch, Teacher, Window
 
 SMOLLM2 = DraftShape(
     hidden_size=576,

@@ -14,8 +14,8 @@ from ops.bench.trainer_data import shape_of, window
 from ops.bench.trainer_worker import CLIP, DECAY, LEARNING_RATE, TYPES, Tensors, main
 from schemas.settings import Train
 from schemas.speculator.network import EagleDraft
-from trainer.learner import Learner
-from trainer.windows import Window, collate
+from trainer.data.samples import Window, collate
+from trainer.loop.learner import Learner
 
 
 class Ours:

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from trainer.replay.curves import final, length
+from trainer.replay.acceptance_figures import Interval, paired
 from trainer.replay.experiment import Plan, Result
-from trainer.replay.figures import Interval, paired
+from trainer.replay.learning_curve import final, length
 from trainer.replay.prequential import Point
 
 LAST_STEPS = 50

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from ops.bench.recording import INDEX
 from pipeline.batches import Record, build
+from pipeline.delta import DeltaLog
 from pipeline.offsets import Batch, Intake, Source
-from pipeline.table import DeltaLog
 from schemas.errors import UserError
-from schemas.reading import decode
-from schemas.trace import CONTENT_TYPE, TraceError, fingerprint
+from schemas.trace.decoder import decode
+from schemas.trace.record import CONTENT_TYPE, TraceError, fingerprint
 
 TOPIC = "recorded"
 PER_COMMIT = 20

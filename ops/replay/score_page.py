@@ -8,7 +8,7 @@ import matplotlib as mpl
 
 from ops.replay.score_table import bounds, notes
 from ops.report.canvas import INK, MUTED, OTHERS, SERIES, figure_of, style, svg
-from ops.report.page import STYLE
+from ops.report.demo_page import STYLE
 from trainer.replay.scoring import ALL, Score
 
 COLOURS = (SERIES, *OTHERS)

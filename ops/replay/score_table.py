@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from rich.table import Table
 
-from trainer.replay.figures import Interval
+from trainer.replay.acceptance_figures import Interval
 from trainer.replay.scoring import Score
 
 

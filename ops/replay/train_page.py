@@ -8,10 +8,10 @@ from html import escape
 import matplotlib as mpl
 
 from ops.replay.comparison import Comparison
+from ops.report.acceptance_curves import HEIGHT_IN, lines, name_axes
 from ops.report.canvas import MUTED, OTHERS, SERIES, figure_of, style, svg
-from ops.report.curves import HEIGHT_IN, lines, name_axes
-from ops.report.page import STYLE
-from trainer.replay.curves import FINAL, OVER, curve
+from ops.report.demo_page import STYLE
+from trainer.replay.learning_curve import FINAL, OVER, curve
 
 
 def page(comparison: Comparison) -> str:

@@ -6,15 +6,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 
-from ops.command import moment
+from ops.cli.terminal import moment
 from ops.replay import on_ray
-from ops.side_by_side import side_by_side
+from ops.replay.worker_processes import side_by_side
+from pipeline.delta import DeltaLog
 from pipeline.holds import hold
-from pipeline.table import DeltaLog
 from schemas.errors import UserError
 from schemas.settings import Settings
 from schemas.speculator.checkpoint import target_fingerprint
-from trainer.learner import settled
+from trainer.loop.learner import settled
 from trainer.replay import experiment
 from trainer.replay.experiment import Plan, Result, Task
 from trainer.replay.stream import Span

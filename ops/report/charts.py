@@ -9,7 +9,7 @@ from statistics import median
 import matplotlib as mpl
 from matplotlib.axes import Axes
 
-from ops.record import Answered, Run, Sample, busy_span, rolling_accept_length, tokens_per_s
+from ops.demo.record import Answered, Run, Sample, busy_span, rolling_accept_length, tokens_per_s
 from ops.report.canvas import FAINT, INK, LEVEL, MUTED, SERIES, Span, figure_of, nothing, shade, style, svg
 
 _RATE_OVER_S = 15.0

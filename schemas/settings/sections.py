@@ -270,7 +270,7 @@ class Train(Section):
     """K: steps of the training-time test; one for each token of the drafted chain."""
     ttt_decay: float = Field(0.8, gt=0, le=1)
     objective: Objective = "kl"
-    """What accepted positions teach: see ``trainer.objectives``."""
+    """What accepted positions teach: see ``trainer.objective.divergences``."""
     rejected_weight: float = Field(0.1, ge=0)
     """Lambda: weight of the loss over rejected branches."""
     rejected_objective: Objective = "kl"
@@ -385,7 +385,7 @@ class Sync(Section):
 
 
 class Telemetry(Section):
-    """What every process tells of its work (``schemas.spans``)."""
+    """What every process tells of its work (``schemas.telemetry.spans``)."""
 
     log: bool = True
     """A line in the log for each request, chunk, commit, version, move and swap, with its trace id."""

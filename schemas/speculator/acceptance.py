@@ -1,6 +1,7 @@
 """The acceptance rule: which drafted tokens the target keeps, without changing what it would have said.
 
-A draft is a tree of tokens with parent links (``schemas.tree``); a chain is the tree without branches. The rule walks
+A draft is a tree of tokens with parent links (``schemas.draft_tree``); a chain is the tree without branches. The
+rule walks
 from the root: at each node that was kept it asks the node's children in order, goes on at the first that is kept, and
 where none is the target says its own token, the bonus.
 
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from schemas.trace import ROOT
+from schemas.trace.record import ROOT
 
 
 class Verdict(NamedTuple):

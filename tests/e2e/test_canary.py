@@ -21,19 +21,19 @@ from transformers import PreTrainedTokenizerFast
 
 from ops.bench import recording, speculator
 from ops.bench.prompted import training_requests
-from pipeline.table import DeltaLog
+from pipeline.delta import DeltaLog
 from schemas.events import QUARANTINED_TAG
 from schemas.settings import Settings, load
 from schemas.speculator import checkpoint
 from schemas.speculator.network import EagleDraft
-from serving.transformers.engine import TransformersEngine
-from trainer.audit import Audit, KafkaEvents
-from trainer.gate import HeldBack
-from trainer.live import LiveFigures
-from trainer.moves import Mover
-from trainer.promoter import Promoter
-from trainer.registry import SpeculatorRegistry
-from trainer.target import read_target
+from serving.engines.builtin.engine import TransformersEngine
+from trainer.data.target import read_target
+from trainer.release.alias_moves import Mover
+from trainer.release.audit import Audit, KafkaEvents
+from trainer.release.gate import HeldBack
+from trainer.release.live_figures import LiveFigures
+from trainer.release.promoter import Promoter
+from trainer.release.registry import SpeculatorRegistry
 
 PROMPTS = [(3, 7, 11, 13), (5, 2, 9), (8, 8, 21, 4, 6), (17, 30, 2)]
 ANSWER = 32

@@ -14,7 +14,7 @@ import psutil
 import pytest
 from prometheus_server import Prometheus
 
-from ops.dashboards import loop
+from ops.deploy.monitoring.dashboards import loop
 
 MINUTES = 6
 
@@ -24,7 +24,7 @@ def test_a_speculator_learns_from_live_traffic(tmp_path: Path, smollm2: Path, fr
     flags: dict[str, object] = {f"{part}.port": free_port() for part in ("serve", "stream", "train", "promoter")}
     flags |= {f"stack.{name}_port": free_port() for name in ("broker", "controller", "registry")}
     flags |= {"target.path": str(smollm2), "train.register_every_s": 20, "promoter.min_windows": 2}
-    command = [sys.executable, "-m", "ops.cli", "demo", "--fresh", "--minutes", str(MINUTES), "--no-ui"]
+    command = [sys.executable, "-m", "ops.cli.main", "demo", "--fresh", "--minutes", str(MINUTES), "--no-ui"]
     # Only these: a demo drafts in every round unless it is told how to draft, if only by a setting's default.
     command += [f"--set={name}={value}" for name, value in flags.items()]
 

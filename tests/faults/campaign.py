@@ -20,8 +20,8 @@ from stream_worker import Publisher, rows_of_records, wait_until
 from traffic import HARMS, Traffic
 
 from pipeline import topics
+from pipeline.delta import DeltaLog
 from pipeline.offsets import COMMIT_ORDER, Source, transaction_id
-from pipeline.table import DeltaLog
 from schemas.settings import Settings
 
 HARMED_SHARE = 0.02

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ops.broker import Broker
+from ops.local.kafka import Broker
 
 START_S = 120
 

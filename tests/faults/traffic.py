@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 from stream_worker import Publisher
 
-from schemas.trace import ROOT, Chunk, Envelope, Round, encode, to_bf16
+from schemas.trace.record import ROOT, Chunk, Envelope, Round, encode, to_bf16
 
 ROUNDS = 80
 """Rounds of a chunk."""

@@ -12,17 +12,17 @@ import pytest
 from live_traffic import Answered, rows_of
 from typer.testing import CliRunner
 
-from ops.cli import app
-from pipeline.table import DeltaLog
+from ops.cli.main import app
+from pipeline.delta import DeltaLog
 from schemas.settings import Settings, load, to_environ
 from schemas.speculator import checkpoint
 from schemas.speculator.network import DraftShape, random_draft
-from trainer.audit import Audit, KafkaEvents
-from trainer.gate import HeldBack
-from trainer.live import LiveFigures
-from trainer.moves import Mover
-from trainer.promoter import Promoter
-from trainer.registry import Line, SpeculatorRegistry
+from trainer.release.alias_moves import Mover
+from trainer.release.audit import Audit, KafkaEvents
+from trainer.release.gate import HeldBack
+from trainer.release.live_figures import LiveFigures
+from trainer.release.promoter import Promoter
+from trainer.release.registry import Line, SpeculatorRegistry
 
 SHAPE = DraftShape(8, 8, 2, 1, 4, 32, 16, 1e-6, 100.0, 64, (1, 2, 3))
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ops.broker import Broker
+from ops.local.kafka import Broker
 
 
 def test_a_cluster_id_that_begins_with_a_dash_is_no_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,8 @@ import yaml
 from object_store import ObjectStore
 
 from schemas.settings import load
-from serving.sglang import compat, flags
+from serving.engines.sglang.node import flags
+from serving.engines.sglang.plugin import compatibility
 
 ROOT = Path(__file__).resolve().parents[2]
 PORTS = {"stream": 16066, "train": 16067, "promoter": 16068, "serve": 8000}
@@ -93,7 +94,7 @@ def test_the_sglang_image_is_of_a_version_that_is_known_and_its_command_is_taken
     service = services["serving-sglang"]
     base = re.search(r"^FROM (\S+):v(\S+)$", (ROOT / service["build"]["dockerfile"]).read_text(), re.MULTILINE)
     assert base is not None
-    assert base[2] in compat.VERSIONS
+    assert base[2] in compatibility.VERSIONS
     command, _, given = service["command"].partition(" -- ")
     settings = load(environ={name: str(value or "") for name, value in service["environment"].items()})
     asked = flags.of(given.split())
@@ -160,7 +161,7 @@ def test_every_process_of_ours_becomes_healthy_as_the_file_starts_it(
             environ |= here | {f"AURORA_{name.upper()}__PORT": str(port)}
             with (tmp_path / f"{name}.log").open("wb") as log:
                 running[name] = subprocess.Popen(
-                    [sys.executable, "-m", "ops.cli", *services[name]["command"]],
+                    [sys.executable, "-m", "ops.cli.main", *services[name]["command"]],
                     env={**os.environ, **environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
                     cwd=tmp_path,
                     stdout=log,

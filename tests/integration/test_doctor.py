@@ -14,15 +14,15 @@ from span_collector import collecting
 from trainer_world import World, write_target
 from typer.testing import CliRunner
 
-from ops.cli import app
-from ops.doctor import machine
-from ops.doctor.examination import examine
-from ops.doctor.finding import Finding
+from ops.cli.main import app
+from ops.observe.doctor import machine
+from ops.observe.doctor.examination import examine
+from ops.observe.doctor.finding import Finding
 from pipeline import topics
 from schemas.settings import Settings, load
 from schemas.speculator import checkpoint
-from trainer.registry import SpeculatorRegistry
-from trainer.target import read_target
+from trainer.data.target import read_target
+from trainer.release.registry import SpeculatorRegistry
 
 
 class Stand(NamedTuple):

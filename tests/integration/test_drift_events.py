@@ -16,12 +16,12 @@ from recorded import conversation, round_of
 from stream_worker import Publisher, chunk, rows_of_records, stream_settings, wait_until, worker
 from typer.testing import CliRunner
 
-from ops.cli import app
+from ops.cli.main import app
 from pipeline import topics
-from pipeline.table import DeltaLog
+from pipeline.delta import DeltaLog
 from schemas.events import DriftEvent
 from schemas.settings import Settings
-from schemas.trace import Chunk, encode
+from schemas.trace.record import Chunk, encode
 
 BEFORE, AFTER = 600, 400
 

@@ -22,7 +22,7 @@ from schemas.speculator import checkpoint
 from schemas.speculator.network import EagleDraft, random_draft
 
 ROOT = Path(__file__).resolve().parents[2]
-READER = ROOT / "tests" / "foreign_readers.py"
+READER = ROOT / "tests" / "support" / "foreign_readers.py"
 WIDE = replace(SHAPE, hidden_size=64, head_dim=32, intermediate_size=96)
 LAYER = "midlayer.self_attn"
 

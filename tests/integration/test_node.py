@@ -17,13 +17,13 @@ from confluent_kafka import Consumer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 from serving_node import MODEL, Node, eventually
 
-from schemas.reading import decode
 from schemas.settings import SettingsError, load
 from schemas.speculator import checkpoint
-from schemas.speculator.day_0 import draft_of_day_0
-from schemas.trace import Chunk
-from serving.address import bind
-from trainer.registry import SpeculatorRegistry
+from schemas.speculator.initial_draft import draft_of_day_0
+from schemas.trace.decoder import decode
+from schemas.trace.record import Chunk
+from serving.http.address import bind
+from trainer.release.registry import SpeculatorRegistry
 
 _LONG = "Write a long story about a dragon and a lighthouse."
 

@@ -13,9 +13,9 @@ from transformers import AutoTokenizer
 
 from schemas.settings import load
 from schemas.speculator import checkpoint
-from schemas.speculator.day_0 import draft_of_day_0
+from schemas.speculator.initial_draft import draft_of_day_0
 from schemas.speculator.network import random_draft
-from trainer.registry import SpeculatorRegistry
+from trainer.release.registry import SpeculatorRegistry
 
 TOKEN = "geheim"
 _TALE = "Tell me a tale."

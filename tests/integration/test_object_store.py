@@ -10,13 +10,13 @@ import pytest
 from object_store import KEY, SECRET, ObjectStore
 from recorded import conversation, record_of, tables_of
 
+from pipeline.delta import DeltaLog, TableError
 from pipeline.maintenance import Maintenance
 from pipeline.offsets import COMMIT_ORDER, Batch, ConflictError, FencedError, Intake, Source, transaction_id
-from pipeline.table import DeltaLog, TableError
 from schemas.batches import TABLES
-from schemas.claims import ClaimStore, ClaimStoreError
+from schemas.claim_store import ClaimStore, ClaimStoreError
 from schemas.settings import Tables, Traces
-from schemas.trace import TraceError
+from schemas.trace.record import TraceError
 
 SOURCE = Source("traces", 0)
 

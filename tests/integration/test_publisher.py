@@ -16,13 +16,13 @@ import pytest
 from confluent_kafka import Consumer, Message, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 
-from ops.broker import Broker
-from schemas.reading import decode
+from ops.local.kafka import Broker
 from schemas.settings import Kafka, Traces
-from schemas.trace import Round
-from serving.chunks import Origin
-from serving.engine import Request
-from serving.traces import TracePublisher
+from schemas.trace.decoder import decode
+from schemas.trace.record import Round
+from serving.engines.base import Request
+from serving.traces.chunks import Origin
+from serving.traces.publisher import TracePublisher
 
 ORIGIN = Origin("node-a", "t" * 32, "line")
 F, K = 48, 4
@@ -155,7 +155,7 @@ def test_everything_is_published_once_and_below_the_limit(broker: str) -> None:
 def test_a_publisher_that_starts_before_the_broker_recovers_when_it_comes(
     own_broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serving.traces.OVERDUE_S", 0.5)
+    monkeypatch.setattr("serving.traces.publisher.OVERDUE_S", 0.5)
     settings = kafka(own_broker.bootstrap)
     publisher = TracePublisher(settings, Traces(breaker_probe_s=0.2))
     publisher.start(ORIGIN)
@@ -174,7 +174,7 @@ def test_a_publisher_that_starts_before_the_broker_recovers_when_it_comes(
 def test_a_broker_killed_under_traffic_costs_no_row_its_place_in_the_books(
     own_broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serving.traces.OVERDUE_S", 1.0)
+    monkeypatch.setattr("serving.traces.publisher.OVERDUE_S", 1.0)
     settings = kafka(own_broker.bootstrap)
     own_broker.start()
     make_topic(own_broker.bootstrap, settings.traces_topic)

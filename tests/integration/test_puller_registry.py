@@ -23,11 +23,11 @@ from schemas.settings import Canary, Settings
 from schemas.settings import Registry as RegistrySettings
 from schemas.speculator import checkpoint
 from schemas.speculator.network import EagleDraft, random_draft
-from serving.engine import Health, Swapped
-from serving.puller import Puller
-from serving.registry import MlflowRegistry
-from serving.shelf import RegistryError
-from trainer.registry import SpeculatorRegistry
+from serving.engines.base import Health, Swapped
+from serving.versions.cache import RegistryError
+from serving.versions.poller import Puller
+from serving.versions.registry import MlflowRegistry
+from trainer.release.registry import SpeculatorRegistry
 
 
 class Engine:

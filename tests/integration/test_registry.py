@@ -11,19 +11,19 @@ import pytest
 from confluent_kafka import Consumer, TopicPartition
 from confluent_kafka.admin import AdminClient, ConfigResource
 
-from ops.versions import read
-from pipeline.table import DeltaLog
+from ops.observe.version_history import read
+from pipeline.delta import DeltaLog
 from schemas.events import AliasMoved
 from schemas.settings import Kafka, Settings, load
 from schemas.settings import Registry as RegistrySettings
 from schemas.speculator import checkpoint
 from schemas.speculator.network import DraftShape, random_draft
-from trainer.audit import Audit, BrokerError, KafkaEvents
-from trainer.gate import HeldBack
-from trainer.live import LiveFigures
-from trainer.moves import Mover
-from trainer.promoter import Promoter
-from trainer.registry import RegistryError, SpeculatorRegistry
+from trainer.release.alias_moves import Mover
+from trainer.release.audit import Audit, BrokerError, KafkaEvents
+from trainer.release.gate import HeldBack
+from trainer.release.live_figures import LiveFigures
+from trainer.release.promoter import Promoter
+from trainer.release.registry import RegistryError, SpeculatorRegistry
 
 SHAPE = DraftShape(8, 8, 2, 1, 4, 32, 16, 1e-6, 100.0, 64, (1, 2, 3))
 

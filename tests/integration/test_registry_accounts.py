@@ -14,16 +14,16 @@ from mlflow import environment_variables as mlflow_settings
 from pydantic import SecretStr
 from tiny_draft import SHAPE
 
-from ops.doctor.finding import Finding, Patient
-from ops.doctor.services import look_at_registry
-from ops.process import Process
-from ops.registry_server import server_command
+from ops.local.mlflow_server import server_command
+from ops.local.process import Process
+from ops.observe.doctor.finding import Finding, Patient
+from ops.observe.doctor.services import look_at_registry
 from schemas.settings import Registry, Settings
 from schemas.speculator import checkpoint
 from schemas.speculator.network import random_draft
-from serving.registry import MlflowRegistry
-from serving.shelf import RegistryError as NodeRegistryError
-from trainer.registry import RegistryError, SpeculatorRegistry
+from serving.versions.cache import RegistryError as NodeRegistryError
+from serving.versions.registry import MlflowRegistry
+from trainer.release.registry import RegistryError, SpeculatorRegistry
 
 ROOT = Path(__file__).resolve().parents[2]
 PASSWORD = "a password of twelve and more"
@@ -47,7 +47,7 @@ class Accounts:
 @pytest.fixture(scope="module")
 def accounts(tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], int]) -> Iterator[Accounts]:
     folder, port = tmp_path_factory.mktemp("accounts"), free_port()
-    config = (ROOT / "ops/registry/basic_auth.ini").read_text()
+    config = (ROOT / "ops/deploy/registry/basic_auth.ini").read_text()
     (folder / "basic_auth.ini").write_text(config.replace("/var/lib/mlflow", str(folder)))
     environ = {
         "MLFLOW_AUTH_CONFIG_PATH": str(folder / "basic_auth.ini"),

@@ -20,15 +20,15 @@ from serving_node import eventually
 from tiny_draft import SHAPE
 
 from schemas.events import AUDITED_TAG, Alias, Audited
-from schemas.registry import connect, model_name
+from schemas.registry_client import connect, model_name
 from schemas.settings import Registry as RegistrySettings
 from schemas.settings import Serve, Settings
 from schemas.speculator import checkpoint
 from schemas.speculator.network import random_draft
 from schemas.status import ServeStatus
-from serving.puller import Puller
-from serving.registry import MlflowRegistry
-from trainer.registry import SpeculatorRegistry
+from serving.versions.poller import Puller
+from serving.versions.registry import MlflowRegistry
+from trainer.release.registry import SpeculatorRegistry
 
 
 class Mover:

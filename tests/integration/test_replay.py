@@ -15,16 +15,16 @@ import pytest
 from stream_worker import Publisher, chunk, claimed_chunks, rows_of_records, stream_settings, wait_until, worker
 from typer.testing import CliRunner, Result
 
-from ops.cli import app
+from ops.cli.main import app
 from pipeline import topics
 from pipeline.batches import build
-from pipeline.broker import TopicError
-from pipeline.dead_letters import DeadLetters, Wanted
-from pipeline.table import DeltaLog
+from pipeline.dead_letters.queue import DeadLetters, Wanted
+from pipeline.delta import DeltaLog
+from pipeline.kafka_admin import TopicError
 from schemas.batches import DEAD_LETTERS
-from schemas.claims import ClaimStore
+from schemas.claim_store import ClaimStore
 from schemas.settings import Settings, Traces, to_environ
-from schemas.trace import Chunk, encode
+from schemas.trace.record import Chunk, encode
 
 CLAIMED = 3
 

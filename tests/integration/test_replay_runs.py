@@ -9,11 +9,11 @@ from mlflow.tracking import MlflowClient
 from trainer_world import World, offline, write_target
 from typer.testing import CliRunner
 
-from ops.cli import app
-from schemas.registry import model_name
+from ops.cli.main import app
+from schemas.registry_client import model_name
 from schemas.settings import to_environ
 from schemas.speculator import checkpoint
-from trainer.registry import SpeculatorRegistry
+from trainer.release.registry import SpeculatorRegistry
 
 
 def test_an_experiment_is_a_run_with_one_below_it_for_each_variant(registry: str, tmp_path: Path) -> None:

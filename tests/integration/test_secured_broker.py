@@ -14,15 +14,15 @@ from confluent_kafka import KafkaError
 from secured_broker import Secured, secured_broker
 from stream_worker import CHECKOUT, Publisher, chunk, rows_of_records, stream_settings, wait_until, worker
 
-from pipeline import credentials, topics
-from pipeline.broker import TopicError
+from pipeline import consumer_credentials, topics
+from pipeline.delta import DeltaLog
+from pipeline.kafka_admin import TopicError
 from pipeline.offsets import Source
-from pipeline.table import DeltaLog
 from pipeline.watermarks import BrokerAwayError, Watermarks
 from schemas.settings import Kafka, Settings, Traces, to_environ
-from schemas.trace import encode
-from schemas.tracing import of_request
-from serving.producer import connect, headers_of
+from schemas.telemetry.trace_context import of_request
+from schemas.trace.record import encode
+from serving.traces.producer import connect, headers_of
 
 SCRAM = "SCRAM-SHA-256"
 
@@ -50,7 +50,7 @@ def test_both_clients_come_in_by_every_way_that_is_understood(secured: Secured) 
     inline = without(secured.by_password(SCRAM), "ssl.ca.location", ssl_ca_pem=Path(secured.ca).read_text())
     for kafka in [*ways, inline]:
         topics.compare(kafka)
-        credentials.check(kafka)
+        consumer_credentials.check(kafka)
 
 
 def test_with_one_setting_node_and_worker_bring_records_into_the_tables(
@@ -79,7 +79,7 @@ def test_with_one_setting_node_and_worker_bring_records_into_the_tables(
 @pytest.mark.parametrize("mechanism", ["PLAIN", SCRAM])
 def test_a_wrong_password_is_told_by_both_clients_and_names_the_setting(secured: Secured, mechanism: str) -> None:
     wrong = secured.by_password(mechanism, "falsch")
-    for way_in in (topics.create, credentials.check):
+    for way_in in (topics.create, consumer_credentials.check):
         with pytest.raises(TopicError, match=r"check kafka\.client") as raised:
             way_in(wrong)
         assert "uthentication" in str(raised.value)
@@ -89,7 +89,7 @@ def test_a_wrong_password_is_told_by_both_clients_and_names_the_setting(secured:
 def test_a_stream_worker_with_a_wrong_password_ends_with_one_line(secured: Secured, tmp_path: Path) -> None:
     settings = settings_for(secured.by_password(SCRAM, "falsch"), tmp_path, 0)
     ended = subprocess.run(
-        [sys.executable, "-m", "ops.cli", "stream"],
+        [sys.executable, "-m", "ops.cli.main", "stream"],
         env={**os.environ, **to_environ(settings)},
         cwd=CHECKOUT,
         timeout=60,
@@ -122,6 +122,6 @@ def test_a_node_hears_that_its_password_is_wrong(secured: Secured) -> None:
 
 def test_a_certificate_that_nobody_signed_is_told_with_the_setting(secured: Secured) -> None:
     unknown = without(secured.by_password(SCRAM), "ssl.ca.location")
-    for way_in in (topics.create, credentials.check):
+    for way_in in (topics.create, consumer_credentials.check):
         with pytest.raises(TopicError, match=r"(?s)certificate.*kafka\.client"):
             way_in(unknown)

@@ -20,10 +20,10 @@ from tiny_target import write_tiny_target
 from schemas.settings import Settings, load, to_environ
 from schemas.speculator import checkpoint
 from schemas.status import ServeStatus, SpeculatorStatus
-from serving.sglang.beginning import line_of
+from serving.engines.sglang.node.initial_version import line_of
 
 TOKEN = "turnip"
-RUN = "import sys; from schemas.settings import load; from serving.sglang import launch; "
+RUN = "import sys; from schemas.settings import load; from serving.engines.sglang.node import launch; "
 RUN += "sys.exit(launch.run(load(), sys.argv[1:]))"
 
 

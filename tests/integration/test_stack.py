@@ -42,7 +42,7 @@ class Here:
         )
 
     def command(self, *arguments: str) -> list[str]:
-        return [sys.executable, "-m", "ops.cli", *arguments]
+        return [sys.executable, "-m", "ops.cli.main", *arguments]
 
     @property
     def environ(self) -> dict[str, str]:
@@ -60,7 +60,7 @@ class Here:
 
     def pid_of(self, part: str) -> int:
         for pid, process in self.processes().items():
-            if process.cmdline()[-3:] == ["-m", "ops.cli", part]:
+            if process.cmdline()[-3:] == ["-m", "ops.cli.main", part]:
                 return pid
         raise AssertionError(f"no process of {part}")
 

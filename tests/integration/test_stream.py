@@ -17,13 +17,13 @@ from stream_worker import Publisher, chunk, claimed_chunks, rows_of_records, str
 
 from pipeline import topics
 from pipeline.batches import build
-from pipeline.duplicates import Known
+from pipeline.deduplication import Known
+from pipeline.delta import DeltaLog
 from pipeline.offsets import LOST
-from pipeline.table import DeltaLog
-from schemas.claims import ClaimStore
+from schemas.claim_store import ClaimStore
 from schemas.settings import Settings, Traces
 from schemas.status import StreamStatus
-from schemas.trace import Chunk, encode
+from schemas.trace.record import Chunk, encode
 
 
 @dataclass

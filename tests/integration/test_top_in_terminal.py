@@ -29,7 +29,7 @@ def drawn(flags: list[str], until: str, timeout_s: float = 30) -> tuple[str, int
     """What the terminal was sent until a text came, and the exit code after Ctrl-C."""
     ours, theirs = pty.openpty()
     environ = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "120", "LINES": "50"}
-    command = [sys.executable, "-m", "ops.cli", "top", "--every", "0.3", *flags]
+    command = [sys.executable, "-m", "ops.cli.main", "top", "--every", "0.3", *flags]
     running = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environ, start_new_session=True)
     os.close(theirs)
     sent, deadline = "", time.monotonic() + timeout_s

@@ -10,9 +10,9 @@ import pytest
 from confluent_kafka.admin import AdminClient, NewTopic  # type: ignore[attr-defined]  # re-exported without saying so
 from typer.testing import CliRunner, Result
 
-from ops.cli import app
+from ops.cli.main import app
 from pipeline import topics
-from pipeline.broker import TopicError
+from pipeline.kafka_admin import TopicError
 from schemas.settings import Kafka
 
 

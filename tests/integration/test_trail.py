@@ -19,10 +19,10 @@ import httpx
 import pytest
 from span_collector import Collector, collecting
 
-from schemas import tracing
 from schemas.settings import Settings, load, to_environ
-from schemas.tracing import TraceContext
-from trainer.feed import held_back
+from schemas.telemetry import trace_context
+from schemas.telemetry.trace_context import TraceContext
+from trainer.data.feed import held_back
 
 PROCESSES = ("serve", "stream", "train", "promoter")
 REQUESTS = 10
@@ -46,7 +46,7 @@ class Loop:
         self.until(self._ready, "a node that is ready")
 
     def command(self, *arguments: str) -> list[str]:
-        return [sys.executable, "-m", "ops.cli", *arguments]
+        return [sys.executable, "-m", "ops.cli.main", *arguments]
 
     @property
     def environ(self) -> dict[str, str]:
@@ -57,7 +57,7 @@ class Loop:
         answer = httpx.post(
             f"http://127.0.0.1:{self.settings.serve.port}/v1/completions",
             json={**body, "temperature": 0},
-            headers={tracing.HEADER: context.header()},
+            headers={trace_context.HEADER: context.header()},
             timeout=120,
         )
         answer.raise_for_status()
@@ -129,12 +129,12 @@ def loop(broker: str, registry: str, smollm2: Path, tmp_path: Path, free_port: C
 @pytest.mark.timeout(600)
 def test_one_id_leads_from_a_request_to_the_version_that_learned_from_it(loop: Loop) -> None:
     loop.start()
-    context = tracing.begun()
+    context = trace_context.begun()
     share = loop.settings.train.held_back_share
     asked: dict[str, TraceContext] = {}
     while len(asked) < REQUESTS or len({held_back(name, share) for name in asked}) < 2:
         asked[loop.ask(context)] = context
-        context = tracing.begun()
+        context = trace_context.begun()
     request, context = next((name, of) for name, of in asked.items() if not held_back(name, share))
     kept_back = next(name for name in asked if held_back(name, share))
     seen = loop.collector
@@ -159,10 +159,10 @@ def test_one_id_leads_from_a_request_to_the_version_that_learned_from_it(loop: L
     (registered,) = [one for one in seen.spans("register", of_version) if one.attributes["aurora.version"] == version]
     assert (registered.process, learned.parent) == ("aurora-train", registered.span)
     for one in [*seen.spans("move"), *seen.spans("swap")]:
-        there = tracing.of_version(one.attributes["aurora.line"], one.attributes["aurora.version"])
+        there = trace_context.of_version(one.attributes["aurora.line"], one.attributes["aurora.version"])
         assert (one.trace, one.parent) == (there.trace, there.span)
         assert one.process == {"move": "aurora-promoter", "swap": "aurora-serve"}[one.name]
-    assert not seen.spans("learn", tracing.of_request(kept_back).trace), "it is only compared on"
+    assert not seen.spans("learn", trace_context.of_request(kept_back).trace), "it is only compared on"
 
     check_answer(answer, request, context, version)
     check_logs(loop, context, of_version)

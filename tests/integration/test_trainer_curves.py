@@ -11,7 +11,7 @@ import torch
 from mlflow.tracking import MlflowClient
 from trainer_world import World, offline, write_target
 
-from schemas.registry import model_name
+from schemas.registry_client import model_name
 from schemas.settings import Settings, SettingsError
 from schemas.speculator import checkpoint
 from trainer.train import Trainer

@@ -28,10 +28,10 @@ from trainer_world import (
     write_target,
 )
 
-from pipeline.table import DeltaLog
+from pipeline.delta import DeltaLog
 from schemas.settings import load
 from schemas.speculator import checkpoint
-from trainer.gate import HeldBack
+from trainer.release.gate import HeldBack
 from trainer.train import Trainer
 
 

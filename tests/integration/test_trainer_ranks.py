@@ -17,7 +17,7 @@ from trainer_world import RUN_TRAINER, World, end, offline, process, step_of, un
 
 from schemas.settings import Train
 
-SCRIPT = Path(__file__).parents[1] / "training_rank.py"
+SCRIPT = Path(__file__).parents[1] / "support" / "training_rank.py"
 STEPS = 12
 SETTINGS = Train(
     dtype="float32",
@@ -35,7 +35,7 @@ def run(out: Path, processes: int, *trainings: Train) -> None:
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     settings = json.dumps([one.model_dump(mode="json") for one in trainings])
     command = [sys.executable, *torchrun, str(SCRIPT), str(out), str(STEPS), settings]
-    path = f"{SCRIPT.parents[1]}:{os.environ.get('PYTHONPATH', '')}"
+    path = f"{SCRIPT.parents[2]}:{os.environ.get('PYTHONPATH', '')}"
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYTHONPATH": path}
     ended = subprocess.run(command, env=environ, check=False, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr[-3000:]
@@ -80,7 +80,7 @@ def test_torchrun_trains_writes_one_checkpoint_and_hands_over_to_one_process(
     world = World(settings)
     world.serve(40)
     line = Path(settings.train.dir) / world.target.line
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "ops.cli", "train")
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "ops.cli.main", "train")
     with process(settings, torchrun, tmp_path / "torchrun.log") as running:
         until(lambda: step_of(settings) >= 5, "steps")
         assert end(running) in (0, -signal.SIGTERM, 1)

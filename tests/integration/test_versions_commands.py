@@ -17,19 +17,19 @@ from killed_promoter import OneLine
 from tiny_draft import SHAPE
 from typer.testing import CliRunner, Result
 
-from ops.cli import app
-from pipeline.table import DeltaLog
+from ops.cli.main import app
+from pipeline.delta import DeltaLog
 from schemas.events import AUDITED_TAG, Audited
 from schemas.settings import Settings, load
 from schemas.speculator import checkpoint
 from schemas.speculator.network import random_draft
-from trainer.audit import Audit, KafkaEvents
-from trainer.card import SETTINGS_TAG, card, shaping
-from trainer.gate import HeldBack
-from trainer.live import LiveFigures
-from trainer.moves import MoveError, Mover, intent, promotion, rollback
-from trainer.promoter import Promoter
-from trainer.registry import SpeculatorRegistry
+from trainer.release.alias_moves import MoveError, Mover, intent, promotion, rollback
+from trainer.release.audit import Audit, KafkaEvents
+from trainer.release.card import SETTINGS_TAG, card, shaping
+from trainer.release.gate import HeldBack
+from trainer.release.live_figures import LiveFigures
+from trainer.release.promoter import Promoter
+from trainer.release.registry import SpeculatorRegistry
 
 
 class Desk:

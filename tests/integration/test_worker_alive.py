@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 from stream_worker import Publisher, chunk, rows_of_records, stream_settings, wait_until, worker
 
-from ops.broker import Broker
+from ops.local.kafka import Broker
 from pipeline import topics
-from pipeline.table import DeltaLog
+from pipeline.delta import DeltaLog
 from schemas.settings import Settings
 from schemas.status import StreamStatus
-from schemas.trace import encode
+from schemas.trace.record import encode
 
 READER_FAILS_ONCE = """
 from pipeline import inbox

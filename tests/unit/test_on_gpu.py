@@ -14,9 +14,9 @@ from schemas.device import device_of
 from schemas.errors import UserError
 from schemas.settings import Train
 from schemas.speculator.network import DraftShape, random_draft
-from trainer.learner import Learner, weights_of
-from trainer.lookahead import accept_length
-from trainer.windows import Branch, Teacher, Window, collate
+from trainer.data.samples import Branch, Teacher, Window, collate
+from trainer.loop.learner import Learner, weights_of
+from trainer.objective.simulated_acceptance import accept_length
 
 SHAPE = DraftShape(8, 8, 2, 1, 4, 32, 16, 1e-6, 100.0, 64, (1, 2, 3), "eagle3.1")
 EMBEDDINGS = torch.randn(32, 8, generator=torch.Generator().manual_seed(0))

@@ -1,7 +1,8 @@
 """How likely serving keeps each token of the chains that a draft proposes along a request of the past.
 
 A chain starts at a root, a token of the answer, from the draft's state after it: the target's features of the tokens
-before and the root itself, as ``serving.transformers.drafter`` follows them. Along it the draft is given the committed
+before and the root itself, as ``serving.engines.builtin.drafter`` follows them. Along it the draft is given the
+committed
 tokens, which as far as a chain is kept are its own.
 
 **Greedy.** The chain is the draft's likeliest token after each other. A token is kept if it is the committed one.
@@ -28,10 +29,10 @@ from torch import Tensor
 
 from schemas.speculator.acceptance import sampling_probs
 from schemas.speculator.network import EagleDraft
-from trainer.replay.requests import Past, Sampling
-from trainer.replay.rounds import F64
-from trainer.unroll import Unroll
-from trainer.windows import Teacher
+from trainer.data.samples import Teacher
+from trainer.objective.unroll import Unroll
+from trainer.replay.past_requests import Past, Sampling
+from trainer.replay.verify_rounds import F64
 
 ROOTS = 512
 """Chains that are computed together: bounds the memory of a long request."""

@@ -22,15 +22,15 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from safetensors.torch import load_file, save_file
 
-from pipeline.table import DeltaLog
+from pipeline.delta import DeltaLog
 from schemas.device import device_of
 from schemas.errors import UserError
 from schemas.settings import DAY_0, Settings
 from schemas.speculator import checkpoint
+from trainer.data.target import FrozenTarget, Target, read_target
+from trainer.replay.drafts import drafts
 from trainer.replay.prequential import Asked, Course, Point, Standing
 from trainer.replay.stream import Span, windows
-from trainer.replay.versions import drafts
-from trainer.target import FrozenTarget, Target, read_target
 
 _PLAN, _RESULT, _STATE, _TENSORS, _CHECKPOINT = (
     *("experiment.json", "result.json", "state.json", "state.safetensors"),

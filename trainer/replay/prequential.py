@@ -1,6 +1,7 @@
 """Learning from a stream of the past: every batch of windows is scored before it is learned from (prequential).
 
-The score is the accept length that greedy chains would have had (``trainer.lookahead``): joint, over all positions, the
+The score is the accept length that greedy chains would have had (``trainer.objective.simulated_acceptance``): joint,
+over all positions, the
 bonus token excluded. Replayed windows come from the batches before, as the trainer's feed draws them. Of a stream all
 is learned from: what comes next is what the draft is held to, so nothing need be held back.
 """
@@ -20,10 +21,10 @@ from torch import Tensor
 
 from schemas.settings import Train
 from schemas.speculator.network import EagleDraft
-from trainer import mix
-from trainer.learner import Learner
-from trainer.lookahead import simulated_accept_length
-from trainer.windows import Branch, Window, collate, cut
+from trainer.data import replay_sampler
+from trainer.data.samples import Branch, Window, collate, cut
+from trainer.loop.learner import Learner
+from trainer.objective.simulated_acceptance import simulated_accept_length
 
 Key = tuple[int, int]
 """Number of a request in the stream, and of the piece of its window."""
@@ -102,8 +103,8 @@ class History:
         newest, most = len(self._passed) - 1, self._train.max_passes
         rested = [(newest - i, passed) for i, passed in enumerate(self._passed) if passed.passes < most]
         ages, domains = [age for age, _ in rested], [passed.domain for _, passed in rested]
-        odds = mix.log_odds(ages, domains, self._train.replay_half_life, self._train.balance)
-        drawn = [rested[i][1] for i in mix.draw(self._random, odds, number)]
+        odds = replay_sampler.log_odds(ages, domains, self._train.replay_half_life, self._train.balance)
+        drawn = [rested[i][1] for i in replay_sampler.draw(self._random, odds, number)]
         for passed in drawn:
             passed.passes += 1
         return [passed.window for passed in drawn]

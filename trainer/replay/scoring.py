@@ -11,13 +11,13 @@ from typing import Any
 from torch import Tensor
 
 from schemas.errors import UserError
-from trainer.replay import figures
+from trainer.replay import acceptance_figures
+from trainer.replay.acceptance_figures import Figures, Interval
 from trainer.replay.chains import chances, likelihood
-from trainer.replay.figures import Figures, Interval
-from trainer.replay.requests import Past
-from trainer.replay.rounds import Rounds, run
+from trainer.replay.drafts import Named
+from trainer.replay.past_requests import Past
 from trainer.replay.stream import UNLABELLED
-from trainer.replay.versions import Named
+from trainer.replay.verify_rounds import Rounds, run
 
 ALL, GREEDY, SAMPLED = "all", "greedy", "sampled"
 
@@ -59,14 +59,14 @@ class Score:
 
     def figures(self, version: int, group: str) -> Figures:
         """Of a version by its place, over a group."""
-        return figures.of([scored.rounds[version] for scored in self.groups[group]])
+        return acceptance_figures.of([scored.rounds[version] for scored in self.groups[group]])
 
     def differences(self, group: str) -> dict[tuple[int, int], Interval]:
         """By how much each version is above each one before it, request by request."""
         pairs = combinations(range(len(self.versions)), 2)
         of_group = self.groups[group]
         return {
-            (later, earlier): figures.difference(
+            (later, earlier): acceptance_figures.difference(
                 [s.rounds[later] for s in of_group], [s.rounds[earlier] for s in of_group]
             )
             for earlier, later in pairs

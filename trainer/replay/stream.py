@@ -9,10 +9,10 @@ from dataclasses import replace
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from trainer.reader import VERSIONS_PER_READ, Reader, Tables
+from trainer.data.samples import Window
+from trainer.data.table_reader import VERSIONS_PER_READ, Reader, Tables
+from trainer.replay.past_requests import States
 from trainer.replay.prequential import Asked
-from trainer.replay.requests import States
-from trainer.windows import Window
 
 UNLABELLED = "(none)"
 

@@ -12,9 +12,9 @@ from ops import prompts
 from ops.bench.learning.figures import OVER_BY_DOMAIN, static_curve
 from ops.bench.learning.prequential import Learned
 from ops.bench.learning.study import GOAL_TOKENS, Runs
+from ops.report.acceptance_curves import HEIGHT_IN, axes_of, lines, name_axes
 from ops.report.canvas import FAINT, LEVEL, Span, figure_of, nothing, shade, style, svg
-from ops.report.curves import HEIGHT_IN, axes_of, lines, name_axes
-from trainer.replay.curves import Value, curve
+from trainer.replay.learning_curve import Value, curve
 
 _GRID_POINTS = 160
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import accumulate, groupby, pairwise
 
 from ops.bench.learning.prequential import Learned
-from trainer.replay.curves import OVER, Value, curve, first, last, length, tokens_to
+from trainer.replay.learning_curve import OVER, Value, curve, first, last, length, tokens_to
 from trainer.replay.prequential import Point
 
 OVER_BY_DOMAIN = 16_000

@@ -12,8 +12,8 @@ from ops.bench.learning.charts import base_chart, domains_chart, question_chart,
 from ops.bench.learning.comparing import Interval
 from ops.bench.learning.figures import LEVELS, training_rate
 from ops.bench.learning.study import Comparison, Runs, Study, final, median_reached, over_static, overall
-from ops.report.page import STYLE
-from trainer.replay.curves import OVER
+from ops.report.demo_page import STYLE
+from trainer.replay.learning_curve import OVER
 
 _TEMPLATE = Path(__file__).with_name("page.html")
 

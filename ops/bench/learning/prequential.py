@@ -13,8 +13,8 @@ from ops.bench.learning.traffic import Traffic
 from ops.bench.learning.variants import Order, Trial, settings_of
 from schemas.device import device_of
 from schemas.settings import Settings
+from trainer.data.target import read_target
 from trainer.replay.prequential import Asked, Course, Point
-from trainer.target import read_target
 
 
 class Learned(BaseModel):

@@ -12,9 +12,9 @@ from ops.bench.learning import prequential, traffic
 from ops.bench.learning.prequential import Learned
 from ops.bench.learning.traffic import Traffic
 from ops.bench.learning.variants import Trial, values_of
-from ops.side_by_side import side_by_side
+from ops.replay.worker_processes import side_by_side
 from schemas.settings import Settings
-from trainer.replay.curves import final, length
+from trainer.replay.learning_curve import final, length
 
 Say = Callable[[str], None]
 

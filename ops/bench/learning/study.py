@@ -21,9 +21,9 @@ from ops.bench.machine import describe
 from ops.bench.outcome import Report
 from ops.bench.paired import Figure, Goal
 from schemas.settings import Settings
-from trainer.candidates import code_revision
-from trainer.replay.curves import curve, length, tokens_to
-from trainer.replay.curves import final as final_length
+from trainer.release.registration import code_revision
+from trainer.replay.learning_curve import curve, length, tokens_to
+from trainer.replay.learning_curve import final as final_length
 
 Say = Callable[[str], None]
 

@@ -20,17 +20,17 @@ from pathlib import Path
 from ops import prompts
 from ops.bench import prompted, recording, speculator
 from ops.bench.recording import INDEX
-from ops.stack import provide_target
+from ops.local.stack import provide_target
 from schemas.device import device_of
 from schemas.errors import UserError
 from schemas.settings import Settings
 from schemas.speculator.checkpoint import target_fingerprint
-from serving.engine import Request
-from serving.transformers.engine import TransformersEngine
-from trainer.learner import Learner
+from serving.engines.base import Request
+from serving.engines.builtin.engine import TransformersEngine
+from trainer.data.samples import Window, collate, cut
+from trainer.data.target import read_target
+from trainer.loop.learner import Learner
 from trainer.replay.prequential import Asked
-from trainer.target import read_target
-from trainer.windows import Window, collate, cut
 
 Say = Callable[[str], None]
 

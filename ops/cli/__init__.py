@@ -1,0 +1,1 @@
+"""The ``aurora`` command: one file per command group."""

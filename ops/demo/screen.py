@@ -1,0 +1,153 @@
+"""What a person sees while the demo runs: one screen in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from ops.observe.panels import course, number, panel
+from ops.observe.panels import events as boxed_events
+
+_LINE_EVERY_S = 5.0
+_EVENTS = 7
+_HEIGHT = 7
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """The figures of one moment."""
+
+    phase: str
+    elapsed_s: float
+    total_s: float
+    domain: str = ""
+    requests: int = 0
+    failed: int = 0
+    tokens_per_s: float | None = None
+    accept_length: float | None = None
+    """Over the last 50 requests."""
+    accept_lengths: tuple[float, ...] = ()
+    """The same at each request so far."""
+    trace_lag: int | None = None
+    step: int = 0
+    loss: float | None = None
+    registered: int = 0
+    promoted: int = 0
+    serving: str = ""
+
+
+class DemoScreen:
+    """Shows views and says events."""
+
+    def __init__(self, *, live: bool, to_stderr: bool = False) -> None:
+        """``live=False`` writes plain lines; to stderr where stdout shall hold the result alone."""
+        self._console = Console(stderr=to_stderr)
+        self._live = Live(console=self._console, auto_refresh=False) if live and self._console.is_terminal else None
+        self._events: deque[str] = deque(maxlen=_EVENTS)
+        self._last_line = 0.0
+        self._view: View | None = None
+
+    def __enter__(self) -> Self:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live:
+            self._live.stop()
+
+    def say(self, text: str) -> None:
+        """Tell an event."""
+        self._events.append(f"{time.strftime('%H:%M:%S')}  {text}")
+        if self._live is None:
+            self._print(text)
+        elif self._view:
+            self.show(self._view)
+        else:
+            self._live.update(boxed_events(tuple(self._events), _EVENTS + 2), refresh=True)
+
+    def show(self, view: View) -> None:
+        """Bring the screen up to date; plain lines come every five seconds."""
+        self._view = view
+        if self._live:
+            self._live.update(render(view, tuple(self._events)), refresh=True)
+        elif time.monotonic() - self._last_line >= _LINE_EVERY_S:
+            self._last_line = time.monotonic()
+            self._print(as_line(view))
+
+    def _print(self, text: str) -> None:
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def as_line(view: View) -> str:
+    """The view on one line."""
+    return (
+        f"[{_clock(view.elapsed_s)}] {view.phase}: {view.requests} requests, {view.failed} failed, "
+        f"{number(view.tokens_per_s, '.0f')} tokens/s, accept length {number(view.accept_length, '.2f')}, "
+        f"lag {number(view.trace_lag, 'd')}, step {view.step}, loss {number(view.loss, '.3f')}, "
+        f"versions {view.registered} registered {view.promoted} promoted, serving {view.serving or '-'}"
+    )
+
+
+def render(view: View, events: tuple[str, ...]) -> RenderableType:
+    """The whole screen."""
+    head = Table.grid(expand=True, padding=(0, 1))
+    head.add_column(ratio=1)
+    head.add_column(width=30)
+    head.add_column(justify="right")
+    bar = ProgressBar(total=max(view.total_s, 1), completed=min(view.elapsed_s, view.total_s), width=30)
+    head.add_row(Text(view.phase, style="bold cyan"), bar, f"{_clock(view.elapsed_s)} of {_clock(view.total_s)}")
+    body = Table.grid(expand=True)
+    for _ in range(3):
+        body.add_column(ratio=1)
+    body.add_row(_serving_panel(view), _learning_panel(view), _versions_panel(view))
+    spark = course("accept length", view.accept_lengths)
+    return Panel(
+        Group(head, body, spark, boxed_events(events, _EVENTS + 2)), title="Aurora Stream", border_style="cyan"
+    )
+
+
+def _serving_panel(view: View) -> Panel:
+    failed = Text(str(view.failed), style="red" if view.failed else "green")
+    rows: dict[str, str | Text] = {
+        "traffic": view.domain or "-",
+        "requests": str(view.requests),
+        "failed": failed,
+        "output tokens/s": number(view.tokens_per_s, ".1f"),
+        "accept length": Text(number(view.accept_length, ".2f"), style="bold green"),
+    }
+    return panel("serving", rows, _HEIGHT)
+
+
+def _learning_panel(view: View) -> Panel:
+    rows: dict[str, str | Text] = {
+        "trace lag": f"{number(view.trace_lag, 'd')} records",
+        "training step": f"{view.step:,}",
+        "loss": number(view.loss, ".3f"),
+    }
+    return panel("learning", rows, _HEIGHT)
+
+
+def _versions_panel(view: View) -> Panel:
+    rows: dict[str, str | Text] = {
+        "registered": str(view.registered),
+        "promoted": str(view.promoted),
+        "serving": Text(view.serving or "-", style="bold"),
+    }
+    return panel("versions", rows, _HEIGHT)
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

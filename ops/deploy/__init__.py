@@ -1,0 +1,1 @@
+"""Images, compose files, Kubernetes manifests and monitoring."""

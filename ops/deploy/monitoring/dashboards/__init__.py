@@ -1,0 +1,1 @@
+"""Grafana dashboards as code, next to the JSON that Grafana is given."""

@@ -1,0 +1,1 @@
+"""Drift of acceptance: detector, monitor and events."""

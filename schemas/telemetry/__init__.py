@@ -1,0 +1,1 @@
+"""Logs, spans and trace contexts of every process."""

@@ -1,0 +1,1 @@
+"""The trace record: its types, its encoder and its decoder."""

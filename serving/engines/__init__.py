@@ -1,0 +1,1 @@
+"""The engines that decode: one protocol, several implementations."""

@@ -1,0 +1,1 @@
+"""Runs next to SGLang's server: starts it, watches it, and updates its draft."""

@@ -1,0 +1,1 @@
+"""Runs in SGLang's process: records what its verifier decides."""

@@ -1,0 +1,1 @@
+"""The node's HTTP server: the OpenAI API, the admin API, status, health and drain."""

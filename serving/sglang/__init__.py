@@ -1,1 +1,0 @@
-"""The plugin that records what SGLang's own server decides."""

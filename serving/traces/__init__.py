@@ -1,0 +1,1 @@
+"""Trace capture: sampling, chunking, offloading and publishing of verify steps."""

@@ -1,0 +1,1 @@
+"""Speculator versions on a node: polling, cache, active version, alias and update policy."""

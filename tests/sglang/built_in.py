@@ -1,0 +1,94 @@
+"""The built-in engine as the reference: the same draft, the same requests."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from queue import SimpleQueue
+
+import torch
+from safetensors import safe_open
+
+from schemas.settings import Train, load
+from schemas.speculator import checkpoint
+from schemas.trace.record import Round, from_bf16
+from serving.engines.base import Finish, Output, Request
+from serving.engines.builtin.engine import TransformersEngine
+from trainer.data.samples import Teacher, Window, collate
+from trainer.loop.learner import Learner
+
+TOP_K = 8
+
+
+class _Kept:
+    """A trace sink that keeps everything."""
+
+    def __init__(self) -> None:
+        self.rounds: dict[str, list[Round]] = {}
+
+    def record(self, request: Request, rounds: tuple[Round, ...], finish: Finish | None) -> None:
+        self.rounds.setdefault(request.id, []).extend(rounds)
+
+
+def rounds_of(
+    target: Path, draft: Path, prompts: Mapping[str, Sequence[int]], tokens: int, steps: int
+) -> dict[str, list[Round]]:
+    """Every round of the built-in engine, in float32 as SGLang runs them."""
+    flags = {
+        "target.path": str(target), "serve.adaptive": False, "serve.draft_tokens": steps, "serve.weights": "float32",
+        "traces.top_k": TOP_K,
+    }  # fmt: skip
+    kept = _Kept()
+    engine = TransformersEngine(load(environ={}, flags=flags), kept)
+    engine.start()
+    engine.swap(checkpoint.read(draft, engine.line), "1")
+    outputs: SimpleQueue[Output] = SimpleQueue()
+    for name, prompt in prompts.items():
+        engine.submit(Request(name, tuple(prompt), tokens, ignore_eos=True), outputs.put)
+    finished = 0
+    while finished < len(prompts):
+        finished += outputs.get(timeout=120).finish is not None
+    engine.stop()
+    return kept.rounds
+
+
+def learn(target: Path, draft: Path, into: Path, answers: Mapping[str, Sequence[Round]], steps: int) -> None:
+    """Write a version that has learned these answers by heart: of such a draft tokens are accepted."""
+    manifest = checkpoint.read_manifest(draft)
+    learner = Learner(
+        checkpoint.read(draft, manifest.line),
+        embeddings_of(target),
+        Train(ttt_steps=3, learning_rate=3e-3, warmup_steps=1),
+    )
+    batch = collate([window_of(name, rounds) for name, rounds in answers.items()])
+    for _ in range(steps):
+        learner.step(batch)
+    checkpoint.write(learner.draft, into, manifest.target)
+
+
+def window_of(request: str, rounds: Sequence[Round]) -> Window:
+    """The committed tokens of a request as the trainer reads them."""
+    prompt = sum(len(r.tokens) for r in rounds if r.round == 0)
+    tokens = [token for r in rounds for token in r.tokens]
+    judged = [r for r in rounds if r.bonus is not None]
+    rows = [[0, *(1 + node for node in r.accepted)] for r in judged]
+    ids = torch.cat([torch.tensor(r.top_ids[at]) for r, at in zip(judged, rows, strict=True)])
+    logprobs = torch.cat([torch.tensor(r.top_logprobs[at]) for r, at in zip(judged, rows, strict=True)])
+    features = torch.cat([torch.tensor(from_bf16(r.features)) for r in rounds])
+    known = torch.arange(len(tokens)) >= prompt - 1
+    return Window(
+        request, torch.tensor(tokens), rounds[-1].bonus, features.bfloat16(), known, Teacher(ids.long(), logprobs)
+    )
+
+
+def embeddings_of(target: Path) -> torch.Tensor:
+    """[V, H] in float32."""
+    with safe_open(target / "model.safetensors", "pt") as file:
+        return file.get_tensor("model.embed_tokens.weight").float()
+
+
+def eos_of(target: Path) -> int:
+    """The token that ends an answer."""
+    found: int = json.loads((target / "generation_config.json").read_text())["eos_token_id"]
+    return found

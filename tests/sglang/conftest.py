@@ -1,0 +1,91 @@
+"""Servers of the tests; all of them are left out where ``make test-sglang`` has not built their environment."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from built_in import learn, rounds_of
+from sglang_server import ENVIRONMENT, Server
+
+from pipeline import topics
+from schemas.settings import Settings, Speculator, load
+from schemas.speculator import checkpoint
+from schemas.speculator.initial_draft import draft_of_day_0
+
+Serving = Callable[..., Any]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _environment() -> None:
+    if not (ENVIRONMENT / "stamp").exists():
+        pytest.skip("SGLang's environment is not there: make test-sglang builds it and runs these tests")
+
+
+@pytest.fixture(scope="session")
+def prompts(smollm2: Path) -> list[list[int]]:
+    """Questions as the target reads them."""
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(smollm2, local_files_only=True)
+    asked = ("Write a short story about a cat.", "What is the capital of France?", "Count from one to twenty.")
+    chats = [[{"role": "user", "content": text}] for text in asked]
+    return [
+        tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=False)
+        for chat in chats
+    ]
+
+
+@pytest.fixture(scope="session")
+def random_draft(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The draft of day 0 as a version folder."""
+    folder = tmp_path_factory.mktemp("draft") / "version"
+    checkpoint.write(draft_of_day_0(smollm2, Speculator()), folder, checkpoint.target_fingerprint(smollm2))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained_draft(
+    smollm2: Path, random_draft: Path, prompts: list[list[int]], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A draft that knows the target's answers to ``prompts``, by heart but not to the end."""
+    folder = tmp_path_factory.mktemp("trained") / "version"
+    asked = {f"learn-{number}": prompt for number, prompt in enumerate(prompts)}
+    learn(smollm2, random_draft, folder, rounds_of(smollm2, random_draft, asked, 40, steps=1), steps=15)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def traced(broker: str) -> Settings:
+    """Settings of the plugin, with a topic of its own."""
+    flags = {"kafka.bootstrap": broker, "kafka.traces_topic": f"traces-{uuid.uuid4().hex}", "serve.node": "sglang-0"}
+    settings = load(environ={}, flags=flags)
+    topics.create(settings.kafka)
+    return settings
+
+
+@pytest.fixture(scope="session")
+def serving(smollm2: Path, tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], int]) -> Serving:
+    """``with serving(flags, settings=..)``: a running server with SmolLM2, ended with the block."""
+
+    @contextmanager
+    def run(arguments: Sequence[str] = (), **options: Any) -> Iterator[Server]:
+        log = tmp_path_factory.mktemp("sglang") / "server.log"
+        with ExitStack() as undo:
+            server = Server(smollm2, free_port(), log, arguments, **options)
+            undo.callback(server.close)
+            yield server.start()
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def said_by_target(serving: Serving, prompts: list[list[int]]) -> list[list[int]]:
+    """What the server answers to ``prompts`` without speculation and without plugins."""
+    with serving() as server:
+        answers = [server.generate(prompt, 40, sampling={"ignore_eos": True}) for prompt in prompts]
+    return [answer["output_ids"] for answer in answers]

@@ -1,0 +1,236 @@
+"""Versions go into SGLang's own server while it answers: nothing is lost, and every round names who drafted it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import SecretStr
+from sglang_server import ROOT, Server, eagle
+from torch import Tensor
+from traced_chunks import chunks_of, rounds_in
+
+from schemas.settings import Settings
+from schemas.speculator import checkpoint
+from schemas.trace.record import Round
+from serving.engines.sglang.node import weights
+from serving.engines.sglang.node.client import SglangError, SglangServer
+from serving.engines.sglang.node.remote_engine import Known, RemoteEngine
+
+TOKENS = 40
+WHOLE = {"ignore_eos": True}
+KEY = "sesame"
+
+DIES_IN_MID_UPDATE = """
+import sys, time
+from pathlib import Path
+from pydantic import SecretStr
+from schemas.speculator import checkpoint
+from serving.engines.sglang.node import weights
+from serving.engines.sglang.node.client import SglangServer
+url, key, folder, version = sys.argv[1:]
+server = SglangServer(url, SecretStr(key), 60)
+print("ready", flush=True)
+sys.stdin.readline()
+server.pause()
+server.begin()
+if version:
+    draft = checkpoint.read(Path(folder), checkpoint.read_manifest(Path(folder)).line)
+    server.update([weights.packed(weights.sent(draft))], version)
+print("in the middle", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture(scope="module")
+def server(serving: Any, random_draft: Path, traced: Settings) -> Iterator[Server]:
+    flags = [*eagle(random_draft), "--weight-version", "day-0-head-0", "--admin-api-key", KEY, "--disable-radix-cache"]
+    with serving(flags, settings=traced) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def drafts(random_draft: Path, trained_draft: Path) -> dict[str, dict[str, Tensor]]:
+    line = checkpoint.read_manifest(random_draft).line
+    return {
+        "day-0-head-0": weights.sent(checkpoint.read(random_draft, line)),
+        "2": weights.sent(checkpoint.read(trained_draft, line)),
+    }
+
+
+class Remote:
+    """The engine of a node beside the server."""
+
+    def __init__(
+        self,
+        server: Server,
+        draft: Path,
+        known: Known,
+        link: type[SglangServer] = SglangServer,
+        *,
+        shares: bool = False,
+    ) -> None:
+        self.manifest = checkpoint.read_manifest(draft)
+        self.link = link(server.url, SecretStr(KEY), 60)
+        self.engine = RemoteEngine(self.link, self.manifest.target, self.manifest.line, known, shares=shares)
+        self.engine.start()
+
+    def swap(self, folder: Path, version: str) -> float:
+        return self.engine.swap(checkpoint.read(folder, self.manifest.line), version).pause_ms
+
+    def close(self) -> None:
+        self.engine.stop()
+        self.link.close()
+
+
+def ask(server: Server, prompts: list[list[int]], name: str) -> list[Any]:
+    """Answers to all prompts, decoded together."""
+
+    def one(number: int) -> Any:
+        return server.generate(prompts[number], TOKENS, rid=f"{name}-{number}", sampling=WHOLE)
+
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(one, range(len(prompts))))
+
+
+def said(answers: list[Any]) -> list[list[int]]:
+    return [answer["output_ids"] for answer in answers]
+
+
+def versions_of(rounds: list[Round], prompt: int) -> dict[str, range]:
+    """By version, the answer's tokens that its rounds gave."""
+    found: dict[str, range] = {}
+    for r in rounds:
+        if r.round:
+            first = r.position + 1 - prompt
+            start = found[r.speculator].start if r.speculator in found else first
+            found[r.speculator] = range(start, first + len(r.accepted) + 1)
+    return found
+
+
+def test_a_swap_loses_no_request_and_each_round_names_the_draft_that_it_had(
+    server: Server,
+    traced: Settings,
+    random_draft: Path,
+    trained_draft: Path,
+    prompts: list[list[int]],
+    said_by_target: list[list[int]],
+    drafts: dict[str, dict[str, Tensor]],
+) -> None:
+    remote = Remote(server, random_draft, Known("day-0-head-0", drafts["day-0-head-0"]))
+    with ThreadPoolExecutor() as pool:
+        asked = pool.submit(ask, server, prompts, "swapped")
+        time.sleep(2.0)
+        pause_ms = remote.swap(trained_draft, "2")
+        answers = asked.result()
+    print(f"stood still for {pause_ms:.0f} ms")
+    assert said(answers) == said_by_target
+    accepted = {"day-0-head-0": 0, "2": 0}
+    for number, answer in enumerate(answers):
+        told = {span["version"]: range(span["start"], span["end"]) for span in answer["meta_info"]["weight_versions"]}
+        rounds = rounds_in(chunks_of(traced.kafka, f"swapped-{number}"))
+        ours = versions_of(rounds, len(prompts[number]))
+        assert list(ours) == list(told) == ["day-0-head-0", "2"]
+        # SGLang notes what it had committed when the weights changed; one round more may have been on its way.
+        assert abs(ours["2"].start - told["2"].start) <= 4
+        for r in rounds:
+            if r.round:
+                accepted[r.speculator] += len(r.accepted)
+    assert accepted["day-0-head-0"] <= 1
+    assert accepted["2"] > 10
+    remote.close()
+
+
+@pytest.mark.parametrize("updates", [False, True])
+def test_a_client_that_died_in_mid_update_leaves_a_server_that_the_next_one_lets_go_on(
+    server: Server,
+    random_draft: Path,
+    trained_draft: Path,
+    prompts: list[list[int]],
+    said_by_target: list[list[int]],
+    drafts: dict[str, dict[str, Tensor]],
+    updates: bool,
+) -> None:
+    arguments = [server.url, KEY, str(random_draft), "day-0-head-0" if updates else ""]
+    command = [sys.executable, "-c", DIES_IN_MID_UPDATE, *arguments]
+    with (
+        ThreadPoolExecutor() as pool,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT) as client,
+    ):
+        assert client.stdin is not None
+        assert client.stdout is not None
+        assert client.stdout.readline() == b"ready\n"
+        asked = pool.submit(ask, server, prompts[:2], f"orphaned-{updates}")
+        time.sleep(0.5)
+        client.stdin.write(b"\n")
+        client.stdin.flush()
+        assert client.stdout.readline() == b"in the middle\n"
+        client.kill()
+        time.sleep(1.0)
+        assert not asked.done(), "requests stand still"
+        remote = Remote(server, random_draft, Known("2", drafts["2"]))
+        answers = asked.result()
+    assert said(answers) == said_by_target[:2]
+    assert remote.engine.health().speculator == ("day-0-head-0" if updates else "2")
+    remote.swap(random_draft, "day-0-head-0")
+    remote.swap(trained_draft, "2")
+    assert remote.engine.health().speculator == "2"
+    remote.close()
+
+
+class Faulty(SglangServer):
+    """Fails once it is armed, and once."""
+
+    armed = False
+
+    def fails(self) -> bool:
+        was, self.armed = self.armed, False
+        return was
+
+
+class Spoils(Faulty):
+    """Loses a tensor's values on the way."""
+
+    def update(self, contents: Sequence[str], version: str) -> None:
+        if self.fails():
+            lost = {"midlayer.mlp.down_proj.weight": torch.zeros(576, 1536, dtype=torch.bfloat16)}
+            contents = [weights.packed(lost)]
+        super().update(contents, version)
+
+
+class Breaks(Faulty):
+    """Cannot tell the end of an update; the weights are there."""
+
+    def end(self) -> bool:
+        if self.fails():
+            raise SglangError("connection reset")
+        return super().end()
+
+
+@pytest.mark.parametrize("link", [Spoils, Breaks])
+def test_an_update_that_went_wrong_leaves_the_draft_that_was_there(
+    server: Server,
+    random_draft: Path,
+    trained_draft: Path,
+    prompts: list[list[int]],
+    said_by_target: list[list[int]],
+    drafts: dict[str, dict[str, Tensor]],
+    link: type[Faulty],
+) -> None:
+    remote = Remote(server, random_draft, Known("2", drafts["2"]), link, shares=True)
+    remote.swap(trained_draft, "2")
+    remote.link.armed = True  # type: ignore[attr-defined]
+    with pytest.raises(SglangError, match=r"version 9 is not served: .*; version 2 goes on"):
+        remote.swap(random_draft, "9")
+    answers = ask(server, prompts, f"after-{link.__name__}")
+    assert said(answers) == said_by_target
+    assert {answer["meta_info"]["weight_version"] for answer in answers} == {"2"}
+    assert min(answer["meta_info"]["spec_accept_length"] for answer in answers) > 1.4
+    remote.close()

@@ -1,0 +1,62 @@
+"""What the topic holds of a request."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from confluent_kafka import Consumer, TopicPartition
+
+from pipeline.batches import Record, build
+from schemas.settings import Kafka
+from schemas.trace.decoder import decode
+from schemas.trace.record import Chunk, Round
+
+
+def chunks_of(kafka: Kafka, request: str, timeout_s: float = 20) -> list[Chunk]:
+    """All chunks of a request, as soon as its last one is there."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        found = [chunk for chunk in every_chunk(kafka) if chunk.envelope.request == request]
+        if any(chunk.envelope.last for chunk in found):
+            return sorted(found, key=lambda chunk: chunk.envelope.chunk)
+        assert time.monotonic() < deadline, f"no last chunk of {request}"
+        time.sleep(0.3)
+
+
+def every_chunk(kafka: Kafka) -> list[Chunk]:
+    return [decode(record.value or b"") for record in every_record(kafka)]
+
+
+def every_record(kafka: Kafka) -> list[Record]:
+    consumer = Consumer({"bootstrap.servers": kafka.bootstrap, "group.id": "test", "enable.auto.commit": False})
+    records: list[Record] = []
+    for number in range(kafka.partitions):
+        partition = TopicPartition(kafka.traces_topic, number, 0)
+        _, end = consumer.get_watermark_offsets(partition, timeout=10)
+        consumer.assign([partition])
+        for _ in range(end):
+            record = consumer.poll(10)
+            assert record is not None
+            assert record.error() is None
+            headers: Any = record.headers()
+            time_us = record.timestamp()[1] * 1000
+            place = kafka.traces_topic, number, record.offset() or 0, time_us
+            records.append(Record(*place, record.key(), record.value(), tuple(headers)))
+    consumer.close()
+    return records
+
+
+def rows_of(kafka: Kafka) -> dict[str, int]:
+    """Rows of each table that the stream makes of all that the topic holds."""
+    return {name: rows.num_rows for name, rows in build(every_record(kafka), 32).rows.items()}
+
+
+def rounds_in(chunks: Sequence[Chunk]) -> list[Round]:
+    return [r for chunk in chunks for r in chunk.rounds]
+
+
+def spoken(rounds: Sequence[Round]) -> list[int]:
+    """Every token that the rounds tell of."""
+    return [*(token for r in rounds for token in r.tokens), *([] if rounds[-1].bonus is None else [rounds[-1].bonus])]

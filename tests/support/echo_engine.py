@@ -1,0 +1,135 @@
+"""An engine that answers with the prompt, a few tokens a round, and keeps to the engine's protocol."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from schemas.speculator.network import EagleDraft
+from serving.engines.base import EngineFullError, Figures, Finish, Health, Output, Request, Scored, Swapped
+
+EOS = "<eos>"
+BYTES = 256
+
+
+class EchoEngine:
+    """Every request runs on a thread of its own; ``gate`` holds all of them after their first round.
+
+    With ``eos`` that token follows every whole answer.
+    """
+
+    target = "echo"
+    line = "echo-line"
+    vocabulary = 2**16
+
+    def __init__(self, max_tokens: int = 200, per_round: int = 2) -> None:
+        self.max_tokens = max_tokens
+        self.per_round = per_round
+        self.gate = threading.Event()
+        self.gate.set()
+        self.full = self.dead = False
+        self.room = 1000
+        self.eos: int | None = None
+        self.speculating = True
+        self.version = "day-0-head-0"
+        self.dies_with: str | None = None
+        self.requests: list[Request] = []
+        self.ended: dict[str, Finish] = {}
+        self._cancelled: set[str] = set()
+        self._threads: list[threading.Thread] = []
+
+    def start(self) -> None:
+        pass
+
+    def stop(self) -> None:
+        self._cancelled.update(r.id for r in self.requests)
+        self.gate.set()
+        for thread in self._threads:
+            thread.join()
+
+    def submit(self, request: Request, on_output: Callable[[Output], None]) -> None:
+        if self.full or len(self.requests) >= self.room:
+            raise EngineFullError("256 requests wait already")
+        self.requests.append(request)
+        self._threads.append(threading.Thread(target=self._answer, args=(request, on_output), daemon=True))
+        self._threads[-1].start()
+
+    def cancel(self, request_id: str) -> None:
+        self._cancelled.add(request_id)
+        self.gate.set()
+
+    def check(self, draft: EagleDraft) -> None:
+        pass
+
+    def swap(self, draft: EagleDraft, version: str) -> Swapped:
+        self.version = version
+        return Swapped(version, 0, 0.0)
+
+    def speculate(self, *, on: bool) -> None:
+        self.speculating = on
+
+    def health(self) -> Health:
+        error = "it broke" if self.dead else None
+        return Health(
+            not self.dead, self.version, self.speculating, 3, (50.0, 60.0, 66.0, 64.0), 0, 0, 4, 12, 6, 10, error=error
+        )
+
+    def _answer(self, request: Request, on_output: Callable[[Output], None]) -> None:
+        answer, whole = self._echo(request)
+        rounds = 0
+        for start in range(0, len(answer), self.per_round):
+            tokens = answer[start : start + self.per_round]
+            on_output(Output(tokens, scores=() if request.logprobs is None else scores(tokens, request.logprobs)))
+            rounds += 1
+            self.gate.wait(10)
+            if request.id in self._cancelled:
+                self._end(request, on_output, "cancelled", rounds)
+                return
+            if self.dies_with:
+                on_output(Output((), finish="error", error=self.dies_with))
+                return
+        self._end(request, on_output, "stop" if whole else "length", rounds)
+
+    def _echo(self, request: Request) -> tuple[tuple[int, ...], bool]:
+        """The answer, and whether it ends of itself."""
+        whole = request.prompt if self.eos is None or request.ignore_eos else (*request.prompt, self.eos)
+        stop = next((i for i, token in enumerate(whole) if token in request.stop_ids), len(whole) - 1)
+        answer = whole[: stop + 1][: request.max_tokens]
+        return answer, len(answer) == stop + 1
+
+    def _end(self, request: Request, on_output: Callable[[Output], None], finish: Finish, rounds: int) -> None:
+        self.ended[request.id] = finish
+        drafted = 3 * rounds if request.speculate else 0
+        versions = ("day-0-head-0",) if request.speculate else ()
+        on_output(Output((), finish=finish, figures=Figures(rounds, drafted, drafted // 3, versions)))
+
+
+def scores(tokens: Sequence[int], alternatives: int) -> tuple[Scored, ...]:
+    """Every token at -0.5 as the likeliest, then the next ones in the vocabulary, each less likely by one."""
+    return tuple(Scored(-0.5, tuple(((token + i) % BYTES, -0.5 - i) for i in range(alternatives))) for token in tokens)
+
+
+def byte_tokenizer(extra: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """One token a byte, so that most characters take several; the chat template is the bare contents.
+
+    ``extra`` entries of the vocabulary are never encoded to, but can be decoded.
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate([*alphabet, EOS, *extra])}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS)
+    fast.chat_template = (
+        "{% for m in messages %}{% if m.content == 'refuse me' %}{{ raise_exception('no') }}{% endif %}"
+        "{{ m.content }}{% endfor %}"
+    )
+    return fast
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> Sequence[int]:
+    """Token ids of a text, without the chat template."""
+    ids: list[int] = tokenizer(text)["input_ids"]
+    return ids

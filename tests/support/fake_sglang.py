@@ -1,0 +1,160 @@
+"""A server with the part of SGLang's interface that changes weights, in this process, with faults to order."""
+
+from __future__ import annotations
+
+import base64
+import json
+import pickle
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from torch import Tensor
+
+from schemas.speculator.network import EagleDraft
+from serving.engines.sglang.node import checksums, weights
+
+KEY = "sesame"
+METRICS = """\
+sglang:num_requests_total{is_streaming="false"} 2.0
+sglang:num_requests_total{is_streaming="true"} 1.0
+sglang:spec_verify_calls_total 40.0
+sglang:generation_tokens_total{is_streaming="false"} 103.0
+aurora_serve_trace_rows_captured_total 50.0
+aurora_serve_trace_rows_published_total 40.0
+aurora_serve_trace_rows_shed_total{reason="budget"} 3.0
+aurora_serve_trace_rows_shed_total{reason="queue_full"} 4.0
+aurora_sglang_breaker_open 1.0
+"""
+
+Answer = tuple[int, Any]
+
+
+class FakeSglang:
+    """What the server holds, and what was asked of it."""
+
+    def __init__(self, draft: EagleDraft, version: str, *, ranks: int = 1) -> None:
+        self.tensors: dict[str, Tensor] = weights.sent(draft)
+        self.version, self.ranks, self.replicas = version, ranks, 1
+        self.form: Callable[[Tensor], str] = checksums.on_cpu
+        self.paused = self.open = False
+        self.asked: list[str] = []
+        self.faults: dict[str, list[Answer | None]] = {}
+        """By path: what is answered instead, once each; None does what is asked and then hangs up."""
+        self.spoiled: set[str] = set()
+        """Tensors that an update does not reach."""
+        self.received = 0
+        """Bytes of the last update, for one rank."""
+        self.url = ""
+        self.draft, self.release = "", "0.5.21"
+
+    def holds(self, draft: EagleDraft) -> bool:
+        wanted = weights.sent(draft)
+        return all(self.tensors[name].equal(value) for name, value in wanted.items())
+
+    def answer(self, path: str, body: dict[str, Any]) -> Answer:
+        about: dict[str, Any] = {
+            "/health": {},
+            "/server_info": {
+                "version": self.release,
+                "speculative_draft_model_path": self.draft,
+                "tp_size": self.ranks,
+                "dp_size": self.replicas,
+                "speculative_num_steps": 3,
+                "speculative_algorithm": "EAGLE3",
+            },
+            "/model_info": {"weight_version": self.version},
+            "/v1/loads": {"loads": [{"num_running_reqs": 2, "num_waiting_reqs": 1}]},
+            "/metrics": METRICS,
+            "/weights_checker": {"success": True, "ranks": [{"checksums": self.sums()}] * self.ranks},
+        }
+        if path in about:
+            return 200, about[path]
+        match path:
+            case "/pause_generation":
+                assert body == {"mode": "in_place"}
+                self.paused = True
+            case "/continue_generation":
+                self.paused = False
+            case "/update_weight_version":
+                assert body["abort_all_requests"] is False
+                self.version = body["new_version"]
+            case _:
+                return self.change(path, body)
+        return 200, {"status": "ok"}
+
+    def change(self, path: str, body: dict[str, Any]) -> Answer:
+        assert self.paused, f"{path} waits for every request that runs"
+        match path, self.open:
+            case "/begin_weight_update", False:
+                assert body == {"selector": "draft"}
+                self.open = True
+            case "/end_weight_update", True:
+                self.open = False
+            case "/update_weights_from_tensor", True:
+                self.take(body)
+            case _:
+                return 400, {"success": False, "message": "no weight-update session is open"}
+        return 200, {"success": True, "message": "Success"}
+
+    def take(self, body: dict[str, Any]) -> None:
+        assert (body["selector"], body["flush_cache"], body["abort_all_requests"]) == ("draft", False, False)
+        assert len(body["serialized_named_tensors"]) == self.ranks
+        contents = [base64.b64decode(text) for text in body["serialized_named_tensors"]]
+        self.received = len(contents[0])
+        named, *_ = [dict(pickle.loads(content)) for content in contents]
+        assert not {"d2t", "t2d"} & named.keys()
+        assert named.keys() == self.tensors.keys()
+        self.tensors |= {name: value for name, value in named.items() if name not in self.spoiled}
+        self.version = body["weight_version"]
+
+    def sums(self) -> dict[str, str]:
+        """Beside the draft's own, the target's embeddings and buffers are there too."""
+        held = weights.held(self.tensors)
+        return {f"draft.{name}": self.form(value.float()) for name, value in held.items()} | {"draft.model.other": "0"}
+
+
+@contextmanager
+def served(fake: FakeSglang, port: int = 0) -> Iterator[FakeSglang]:
+    """The server on a port of loopback."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            length = int(self.headers.get("content-length") or 0)
+            body = json.loads(self.rfile.read(length)) if length else {}
+            fake.asked.append(self.path)
+            if self.headers.get("authorization") != f"Bearer {KEY}" and self.path != "/health":
+                self.reply(401, {"error": "Unauthorized"})
+                return
+            ordered = fake.faults.get(self.path)
+            if not ordered:
+                self.reply(*fake.answer(self.path, body))
+                return
+            fault = ordered.pop(0)
+            if fault is not None:
+                self.reply(*fault)
+            else:
+                fake.answer(self.path, body)
+
+        do_POST = do_GET
+
+        def reply(self, status: int, content: Any) -> None:
+            data = content.encode() if isinstance(content, str) else json.dumps(content).encode()
+            self.send_response(status)
+            self.send_header("content-length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", port), Handler) as server:
+        fake.url = f"http://127.0.0.1:{server.server_address[1]}"
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+        thread.start()
+        try:
+            yield fake
+        finally:
+            server.shutdown()

@@ -1,0 +1,135 @@
+"""Tables that records are committed to as the stream does, and feeds that read them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import pyarrow as pa
+import torch
+from recorded import LINE, TARGET, WIDTH, conversation, record_of, tables_of
+
+from pipeline.delta import DeltaLog
+from schemas.batches import TABLES
+from schemas.settings import Tables, Train
+from trainer.data.feed import Feed, FeedState, held_back
+from trainer.data.samples import Window
+from trainer.data.table_reader import Tables as Readable
+
+SHARE = 0.25
+
+
+def requests(n: int, *, kept_back: bool = False) -> list[str]:
+    """Ids on one side of the split."""
+    ids = (f"request-{i}" for i in range(10_000))
+    return [i for i in ids if held_back(i, SHARE) is kept_back][:n]
+
+
+class Log(Readable, Protocol):
+    def append(self, name: str, rows: pa.Table) -> object: ...
+
+
+class MemoryLog:
+    """What a feed reads of Delta, for tests of many commits."""
+
+    def __init__(self) -> None:
+        self._commits: dict[str, list[pa.Table]] = defaultdict(list)
+        self.read: list[tuple[str, int, int]] = []
+
+    def append(self, name: str, rows: pa.Table) -> None:
+        self._commits[name].append(rows)
+
+    def version(self, name: str) -> int:
+        return len(self._commits[name])
+
+    def oldest(self, name: str) -> int:
+        return 0
+
+    def read_added(
+        self, name: str, after_version: int, up_to_version: int, columns: Sequence[str] | None = None
+    ) -> pa.Table:
+        self.read.append((name, after_version, up_to_version))
+        commits = self._commits[name][after_version:up_to_version]
+        return pa.concat_tables([TABLES[name].empty_table(), *commits]).select(columns or TABLES[name].names)
+
+
+class World:
+    """``rejected`` is committed before ``accepted``."""
+
+    def __init__(self, tables: Log) -> None:
+        self.tables = tables
+        self.offset = 0
+        self.recomputed: list[int] = []
+
+    @classmethod
+    def on_disk(cls, folder: Path) -> World:
+        tables = DeltaLog(Tables(uri=str(folder)))
+        tables.create()
+        return cls(tables)
+
+    def commit(self, ids: Sequence[str], *, names: Sequence[str] = ("rejected", "accepted"), **lineage: str) -> None:
+        """Commit requests at once, of our line if ``lineage`` does not say otherwise."""
+        records = []
+        for request in ids:
+            tokens = [(self.offset * 3 + i) % 19 for i in range(11)]
+            records.append(record_of(request, conversation(tokens, 4), self.offset, **lineage))  # type: ignore[arg-type]
+            self.offset += 1
+        self._append(tables_of(*records), names)
+
+    def commit_as(self, ids: Iterable[str], *, label: str | None = None, speculator: str = "1") -> None:
+        """Commit requests one by one, of a label and drafted by a version."""
+        for request in ids:
+            record = record_of(request, conversation([(self.offset + i) % 19 for i in range(11)], 4), self.offset)
+            self.offset += 1
+            rows = tables_of(record)
+            self._append({name: _as(rows[name], label=label, speculator=speculator) for name in rows})
+
+    def commit_bare(self, request: str, first_round: int, *, before: bool = True) -> None:
+        """Commit a chunk whose features are to be recomputed, from one of the request's rounds on."""
+        rounds = conversation([5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15], 4)
+        known = [token for r in rounds[:first_round] for token in r.tokens] if before else []
+        rows = tables_of(record_of(request, rounds[first_round:], self.offset, features="recompute", before=known))
+        self.offset += 1
+        self._append(rows)
+
+    def feed(self, **settings: object) -> Feed:
+        defaults = {"windows_per_step": 4, "replay_per_step": 2, "held_back_share": SHARE}
+        return Feed(self.tables, Train.model_validate(defaults | settings), TARGET, LINE, self.states)
+
+    def states(self, tokens: torch.Tensor) -> torch.Tensor:
+        """A target whose state after each token names the token and how many came before."""
+        self.recomputed.append(len(tokens))
+        return (tokens + 100 * torch.arange(len(tokens)))[:, None].expand(-1, WIDTH).bfloat16()
+
+    def _append(self, rows: dict[str, pa.Table], names: Sequence[str] = ("rejected", "accepted")) -> None:
+        for name in names:
+            self.tables.append(name, rows[name])
+
+
+def names(windows: Sequence[Window]) -> list[str]:
+    return [window.request for window in windows]
+
+
+def drain(feed: Feed) -> list[list[str]]:
+    """Steps until there is nothing left."""
+    steps = []
+    while True:
+        feed.poll()
+        if not (windows := feed.next()):
+            return steps
+        steps.append(names(windows))
+
+
+def as_json(feed: Feed) -> FeedState:
+    """Where a feed stands, from what would be written."""
+    return FeedState.model_validate_json(feed.state().model_dump_json())
+
+
+def _as(rows: pa.Table, **values: str | None) -> pa.Table:
+    for column, value in values.items():
+        if (at := rows.schema.get_field_index(column)) >= 0:
+            field = rows.schema.field(at)
+            rows = rows.set_column(at, field, pa.array([value] * rows.num_rows, field.type))
+    return rows

@@ -1,0 +1,84 @@
+"""A real Prometheus beside what a test runs; Debian's, where it is installed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+RULES = ROOT / "ops/deploy/monitoring/alerts/aurora.rules.yml"
+
+needs_prometheus = pytest.mark.skipif(
+    shutil.which("prometheus") is None or shutil.which("promtool") is None,
+    reason="prometheus and promtool are not installed (Debian: apt-get install prometheus)",
+)
+
+
+class Prometheus:
+    """Scrapes some processes every second, under our rules."""
+
+    def __init__(self, folder: Path, port: int, targets: Mapping[str, int]) -> None:
+        self.folder, self.url = folder, f"http://127.0.0.1:{port}"
+        folder.mkdir(parents=True, exist_ok=True)
+        scraped = [
+            {"job_name": job, "static_configs": [{"targets": [f"127.0.0.1:{target}"]}]}
+            for job, target in targets.items()
+        ]
+        config = {
+            "global": {"scrape_interval": "1s", "evaluation_interval": "5s"},
+            "rule_files": [str(RULES)],
+            "scrape_configs": scraped,
+        }
+        (folder / "prometheus.yml").write_text(json.dumps(config))  # JSON is YAML
+        self.command = [
+            "prometheus",
+            f"--config.file={folder / 'prometheus.yml'}",
+            f"--storage.tsdb.path={folder / 'data'}",
+            f"--web.listen-address=127.0.0.1:{port}",
+        ]
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        with (self.folder / "prometheus.log").open("wb") as log:
+            process = subprocess.Popen(self.command, stdout=log, stderr=log)
+        try:
+            self._wait()
+            yield
+        finally:
+            process.terminate()
+            process.wait(30)
+
+    def values(self, query: str, over: str = "30s") -> list[float]:
+        """What a query has given since the beginning, every curve of it."""
+        end = time.time()
+        answer = self._get("/api/v1/query_range", query=query, start=end - 1800, end=end, step=over)
+        return [float(value) for curve in answer["data"]["result"] for _, value in curve["values"]]
+
+    def alerts(self) -> list[str]:
+        """The names of the rules that it has loaded."""
+        groups = self._get("/api/v1/rules")["data"]["groups"]
+        return [rule["name"] for group in groups for rule in group["rules"] if rule["health"] != "err"]
+
+    def _get(self, path: str, **parameters: Any) -> Any:
+        with urllib.request.urlopen(f"{self.url}{path}?{urllib.parse.urlencode(parameters)}", timeout=10) as answer:
+            return json.load(answer)
+
+    def _wait(self) -> None:
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            with suppress(OSError, urllib.error.URLError):
+                urllib.request.urlopen(f"{self.url}/-/ready", timeout=2).close()
+                return
+            time.sleep(0.1)
+        raise AssertionError((self.folder / "prometheus.log").read_text())

@@ -1,0 +1,119 @@
+"""A promoter's surroundings in memory, but for the tables: a registry of one line, a topic, and a clock."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pyarrow as pa
+
+from pipeline.delta import DeltaLog, TableError
+from schemas.events import QUARANTINED_TAG, Alias, AliasMoved, Audited
+from schemas.settings import Tables, load
+from trainer.release.alias_moves import Mover
+from trainer.release.audit import Audit, BrokerError
+from trainer.release.gate import HeldBack
+from trainer.release.live_figures import LiveFigures
+from trainer.release.promoter import Promoter
+from trainer.release.registry import Line, SpeculatorRegistry, Version
+
+LINE = "target-draft"
+
+
+def figures(accept_length: float, champion: str, champion_accept_length: float, windows: int = 20) -> dict[str, str]:
+    held_back = HeldBack(
+        accept_length=accept_length, champion=champion, champion_accept_length=champion_accept_length, windows=windows
+    )
+    return {"held_back": held_back.model_dump_json()}
+
+
+class MemoryRegistry:
+    """One line; ``breaks`` is called before each alias move."""
+
+    def __init__(self) -> None:
+        self.named: dict[str, str] = {}
+        self.registered: dict[str, dict[str, str]] = {}
+        self.stamped: Audited | None = None
+        self.breaks: Callable[[Alias], None] = lambda _: None
+
+    def lines(self) -> list[Line]:
+        return [Line(LINE, dict(self.named), self.stamped)] if self.registered else []
+
+    def aliases(self, line: str) -> dict[str, str]:
+        return dict(self.named)
+
+    def tags(self, line: str, version: str) -> dict[str, str]:
+        return self.registered[version]
+
+    def point(self, line: str, alias: Alias, version: str) -> None:
+        self.breaks(alias)
+        self.named[alias] = version
+
+    def versions(self, line: str) -> list[Version]:
+        return [Version(number, datetime.now(UTC), tags, "", "") for number, tags in self.registered.items()]
+
+    def quarantine(self, line: str, number: str, why: str) -> None:
+        self.registered[number][QUARANTINED_TAG] = why
+
+    def has(self, line: str, version: str) -> bool:
+        return version in self.registered
+
+    def unpoint(self, line: str, alias: Alias) -> None:
+        self.breaks(alias)
+        self.named.pop(alias, None)
+
+    def stamp(self, line: str, audited: Audited) -> None:
+        self.stamped = audited
+
+    def register(self, version: str, tags: dict[str, str]) -> None:
+        self.registered[version] = tags
+        self.named["candidate"] = version
+
+
+class MemoryTopic:
+    def __init__(self) -> None:
+        self.kept: dict[str, AliasMoved] = {}
+        self.down = False
+
+    def send(self, key: str, value: bytes) -> None:
+        if self.down:
+            raise BrokerError("kafka.bootstrap: no answer")
+        self.kept[key] = AliasMoved.model_validate_json(value)
+
+
+class FailingLog(DeltaLog):
+    down = False
+
+    def append_after(self, name: str, version: int, rows: pa.Table) -> bool:
+        if self.down:
+            raise TableError(f"table {name}: gone")
+        return super().append_after(name, version, rows)
+
+
+class World:
+    def __init__(self, folder: Path, **flags: object) -> None:
+        self.settings = load(environ={}, flags=flags)
+        self.registry = MemoryRegistry()
+        self.topic = MemoryTopic()
+        self.tables = FailingLog(Tables(uri=str(folder)))
+        self.ahead = 0.0
+        """Seconds by which the promoter's clock is ahead of that of the record."""
+        self.promoter = self.restarted()
+
+    def restarted(self) -> Promoter:
+        registry: SpeculatorRegistry = self.registry  # type: ignore[assignment]
+        self.promoter = Promoter(
+            self.settings,
+            registry,
+            Audit(self.tables, self.topic),
+            Mover(self.tables, registry),
+            LiveFigures(self.tables, self.settings.canary.slice_s),
+            lambda: time.time() + self.ahead,
+        )
+        return self.promoter
+
+    def rows(self) -> list[tuple[str, str | None, str | None, str]]:
+        rows = self.tables.read_in_order("promotions").to_pylist()
+        return [(r["alias"], r["from_version"], r["to_version"], r["actor"]) for r in rows]

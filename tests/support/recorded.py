@@ -1,0 +1,106 @@
+"""Kafka records and table rows of made-up requests, written the way a node and the stream write them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.batches import Record, build
+from schemas.trace.record import CONTENT_TYPE, Chunk, Envelope, Features, Round, encode, fingerprint, to_bf16
+from serving.traces.chunks import without_features
+
+WIDTH, TOP_K = 24, 3
+TARGET, LINE = "t" * 32, "target-draft"
+
+
+def round_of(
+    number: int,
+    position: int,
+    tokens: Sequence[int],
+    bonus: int,
+    draft: Sequence[int] = (),
+    *,
+    features: np.ndarray | None = None,
+    said: np.ndarray | None = None,
+    logprob: float = -0.5,
+) -> Round:
+    """A round with a drafted chain, accepted as far as ``tokens`` follow it."""
+    verified = 1 + len(draft)
+    if features is None:
+        features = np.repeat(np.arange(position, position + len(tokens))[:, None], WIDTH, axis=1) / 8
+    if said is None:
+        said = (np.arange(verified)[:, None] + np.arange(TOP_K)[None] * 7 + position) % 20
+    return Round(
+        round=number,
+        position=position,
+        tokens=tuple(tokens),
+        features=to_bf16(features.astype(np.float32)),
+        draft_tokens=tuple(draft),
+        draft_parents=tuple(range(-1, len(draft) - 1)),
+        draft_logprobs=(logprob,) * len(draft),
+        accepted=tuple(range(len(tokens) - 1)) if number else (),
+        bonus=bonus,
+        top_ids=said.astype(np.int32),
+        top_logprobs=np.tile(np.log(np.array([0.6, 0.3, 0.05], np.float32)), (verified, 1))[:, : said.shape[1]],
+        speculator="1",
+        draft_us=1,
+        verify_us=1,
+        time_us=1_700_000_000_000_000,
+    )
+
+
+def conversation(tokens: Sequence[int], prompt: int, *, wrong: int = 19) -> list[Round]:
+    """Rounds of a request whose every draft has one right and one wrong token, as far as its tokens go."""
+    rounds = [round_of(0, 0, tokens[:prompt], tokens[prompt])]
+    at = prompt
+    while at + 2 < len(tokens):
+        rounds.append(round_of(len(rounds), at, tokens[at : at + 2], tokens[at + 2], [tokens[at + 1], wrong]))
+        at += 2
+    return rounds
+
+
+def record_of(  # noqa: PLR0913 - one for each thing that a test may vary
+    request: str,
+    rounds: Sequence[Round],
+    offset: int,
+    *,
+    partition: int = 0,
+    chunk: int = 0,
+    target: str = TARGET,
+    line: str = LINE,
+    feature_width: int = WIDTH,
+    top_k: int = TOP_K,
+    features: Features = "inline",
+    before: Sequence[int] = (),
+    last: bool = True,
+) -> Record:
+    """The record that carries the rounds; where features are to be recomputed, without them."""
+    if features == "recompute":
+        rounds = [without_features(r) for r in rounds]
+    envelope = Envelope(
+        request=request,
+        chunk=chunk,
+        last=last,
+        node="node-0",
+        target=target,
+        line=line,
+        features=features,
+        before=tuple(before),
+        feature_width=feature_width,
+        top_k=top_k,
+        temperature=0.0,
+        top_p=1.0,
+    )
+    headers = {"content-type": CONTENT_TYPE, "schema": fingerprint(), "rows": str(len(rounds))}
+    value = encode(Chunk(envelope, tuple(rounds)))
+    as_bytes = tuple((name, text.encode()) for name, text in headers.items())
+    return Record("traces", partition, offset, 1_700_000_000_000_000, request.encode(), value, as_bytes)
+
+
+def tables_of(*records: Record) -> dict[str, pa.Table]:
+    """Rows of every table; a record that could not be used is an error here."""
+    built = build(records, 32)
+    assert not built.dead, built.rows["dead_letters"].to_pylist()
+    return dict(built.rows)

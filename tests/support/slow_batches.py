@@ -1,0 +1,349 @@
+"""The slow, plain reference of ``schemas.trace.decoder`` and ``pipeline.batches``: record by record, round by round."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.batches import Claimed, Record, no_claims
+from pipeline.validation import LINE, TIME_END_US
+from schemas.batches import TABLES, day_of
+from schemas.draft_tree import rejected_branches
+from schemas.trace import record as trace
+from schemas.trace.decoder import open_chunk
+from schemas.trace.record import INT32_MAX, ROOT, Chunk, Envelope, Round, TraceError
+
+BF16_EXPONENT = 0x7F80
+"""A bf16 number with all of these bits set is infinite or not a number."""
+
+Row = dict[str, Any]
+
+
+def decode(value: bytes) -> Chunk:
+    """The chunk in ``value``, built row by row."""
+    opened = open_chunk(value)
+    return Chunk(opened.envelope, tuple(_rounds(opened.rows, opened.envelope)))
+
+
+def build(
+    records: Iterable[Record], context_tokens: int, claimed: Claimed = no_claims, window: int = 0
+) -> dict[str, pa.Table]:
+    """Rows of every table; a record repeats any of the ``window`` offsets before it in its partition."""
+    rows: dict[str, list[Row]] = {name: [] for name in ("dead_letters", "rejected", "traces", "accepted")}
+    taken: dict[object, list[int]] = {}
+    for record in records:
+        try:
+            chunk = _sound_chunk(record, claimed)
+            if chunk.rounds:
+                _check_news(record, chunk, taken, window)
+        except TraceError as error:
+            rows["dead_letters"].append(_letter(record, error.reason, error.detail))
+            continue
+        rows["accepted"] += accepted_rows(record, chunk)
+        rows["rejected"] += rejected_rows(record, chunk, context_tokens)
+        rows["traces"] += trace_rows(record, chunk)
+    return {name: _table(TABLES[name], of_table) for name, of_table in rows.items()}
+
+
+def _sound_chunk(record: Record, claimed: Claimed) -> Chunk:
+    if record.value is None:
+        raise TraceError("empty", "a record without a value")
+    _check_headers(record)
+    opened = open_chunk(record.value)
+    _check_envelope(record, opened.envelope, opened.rows.num_rows)
+    chunk = _with_features(Chunk(opened.envelope, tuple(_rounds(opened.rows, opened.envelope))), claimed)
+    for r in chunk.rounds:
+        _check_round(r, chunk.envelope.vocabulary)
+    for one, after in pairwise(chunk.rounds):
+        _check_order(one, after)
+    return chunk
+
+
+def _check_news(record: Record, chunk: Chunk, taken: dict[object, list[int]], window: int) -> None:
+    envelope = chunk.envelope
+    name = (record.topic, record.partition, envelope.node, envelope.request, envelope.chunk, chunk.rounds[-1].time_us)
+    for offset in reversed(taken.setdefault(name, [])):
+        if record.offset - window <= offset < record.offset:
+            raise TraceError("duplicate", f"repeats the record at offset {offset}")
+    taken[name].append(record.offset)
+
+
+def _with_features(chunk: Chunk, claimed: Claimed) -> Chunk:
+    """The chunk as if its features had travelled in it."""
+    claim = chunk.envelope.claim
+    if claim is None or not chunk.rounds:
+        return chunk
+    ends = np.cumsum([len(r.tokens) for r in chunk.rounds])
+    parts = np.split(claimed(claim, int(ends[-1]), chunk.envelope.feature_width), ends[:-1])
+    rounds = tuple(replace(r, features=part) for r, part in zip(chunk.rounds, parts, strict=True))
+    return replace(chunk, rounds=rounds)
+
+
+def accepted_rows(record: Record, chunk: Chunk) -> Iterator[Row]:
+    """The window of a chunk's committed tokens: one row, or none for a chunk without rounds.
+
+    Where the features are to be recomputed, the window begins with the request.
+    """
+    if not chunk.rounds:
+        return
+    envelope, rounds = chunk.envelope, chunk.rounds
+    nodes = [teacher_nodes(r) for r in rounds]
+    known = [(r, [node for node in of_round if node is not None]) for r, of_round in zip(rounds, nodes, strict=True)]
+    yield {
+        **_lineage(record, chunk),
+        "position": rounds[0].position - len(envelope.before),
+        "tokens": [*envelope.before, *(token for r in rounds for token in r.tokens)],
+        "next_token": rounds[-1].bonus,
+        "features": b"".join(_bytes(r.features) for r in rounds),
+        "feature_width": envelope.feature_width,
+        "loss_mask": [False] * len(envelope.before) + [node is not None for of_round in nodes for node in of_round],
+        "top_k": envelope.top_k,
+        "teacher_ids": np.concatenate([r.top_ids[rows].ravel() for r, rows in known]),
+        "teacher_logprobs": np.concatenate([r.top_logprobs[rows].ravel() for r, rows in known]),
+    }
+
+
+def rejected_rows(record: Record, chunk: Chunk, context_tokens: int) -> Iterator[Row]:
+    """The rejected branches of a chunk, in the order of its rounds."""
+    lineage = _lineage(record, chunk) if chunk.rounds else {}
+    before = list(chunk.envelope.before)
+    for r in chunk.rounds:
+        root = r.tokens[0]
+        for path in rejected_branches(r.draft_parents, r.accepted):
+            teacher = [1 + node for node in path]
+            yield {
+                **lineage,
+                "round": r.round,
+                "root_position": r.position,
+                "context": [*(before[-context_tokens:] if context_tokens else []), root],
+                "branch": [r.draft_tokens[node] for node in path],
+                "accepted_prefix": len(set(path) & set(r.accepted)),
+                "draft_logprobs": [r.draft_logprobs[node] for node in path],
+                "top_k": chunk.envelope.top_k,
+                "teacher_ids": r.top_ids[teacher].ravel(),
+                "teacher_logprobs": r.top_logprobs[teacher].ravel(),
+            }
+        before = [*before, *r.tokens]
+
+
+def trace_rows(record: Record, chunk: Chunk) -> Iterator[Row]:
+    """The rounds of a chunk without their features."""
+    envelope = chunk.envelope
+    of_chunk = {
+        **_coordinates(record, envelope),
+        "last_chunk": envelope.last,
+        "finish": envelope.finish,
+        "temperature": envelope.temperature,
+        "top_p": envelope.top_p,
+        "sampling_top_k": envelope.sampling_top_k,
+        "seed": envelope.seed,
+        "top_k": envelope.top_k,
+    }
+    for r in chunk.rounds:
+        yield {
+            **of_chunk,
+            "speculator": r.speculator,
+            "time": r.time_us,
+            "round": r.round,
+            "position": r.position,
+            "tokens": r.tokens,
+            "draft_tokens": r.draft_tokens,
+            "draft_parents": r.draft_parents,
+            "draft_logprobs": r.draft_logprobs,
+            "accepted": r.accepted,
+            "bonus": r.bonus,
+            "top_ids": r.top_ids.ravel(),
+            "top_logprobs": r.top_logprobs.ravel(),
+            "draft_us": r.draft_us,
+            "verify_us": r.verify_us,
+        }
+
+
+def teacher_nodes(r: Round) -> list[int | None]:
+    """For each committed token the row of ``top_ids`` that holds the target after it; None inside the prompt."""
+    if r.round > 0:
+        return [0, *(1 + node for node in r.accepted)]
+    inside: list[int | None] = [None] * len(r.tokens)
+    return inside if r.bonus is None else [*inside[:-1], 0]
+
+
+def _letter(record: Record, reason: str, detail: str) -> Row:
+    """The row that keeps an unusable record byte for byte."""
+    return {
+        "topic": record.topic,
+        "partition": record.partition,
+        "offset": record.offset,
+        "time": record.time_us,
+        "day": day_of(record.time_us),
+        "reason": reason,
+        "detail": detail.encode(errors="backslashreplace").decode(),
+        "rows": record.number("rows"),
+        "size": None if record.value is None else len(record.value),
+        "key": record.key,
+        "value": record.value,
+        "headers": [{"name": name, "value": value} for name, value in record.headers],
+    }
+
+
+def _check_headers(record: Record) -> None:
+    schema, content = record.header("schema"), record.header("content-type")
+    if schema not in trace.readable():
+        raise TraceError("foreign_schema", f"header schema is {schema!r}, this worker reads {sorted(trace.readable())}")
+    if content != trace.CONTENT_TYPE:
+        raise TraceError("foreign_content", f"header content-type is {content!r}, expected {trace.CONTENT_TYPE!r}")
+
+
+def _check_envelope(record: Record, envelope: Envelope, rows: int) -> None:
+    claimed = record.header("rows")
+    if claimed != str(rows):
+        raise TraceError("wrong_count", f"header rows is {claimed!r}, the chunk has {rows} rounds")
+    for name, found in (("target", envelope.target), ("node", envelope.node)):
+        if record.header(name) not in (None, found):
+            raise TraceError(
+                "header_mismatch", f"header {name} is {record.header(name)!r}, the envelope says {found!r}"
+            )
+    if not LINE.fullmatch(envelope.line):
+        raise TraceError("bad_line", f"line is {envelope.line[:200]!r}, expected {LINE.pattern}")
+    numbers = ("chunk", "feature_width", "top_k", "sampling_top_k", "vocabulary")
+    too_large = [name for name in numbers if (getattr(envelope, name) or 0) > INT32_MAX]
+    if envelope.seed is not None and not -(2**63) <= envelope.seed < 2**63:
+        too_large.append("seed")
+    if too_large:
+        raise TraceError("too_large", f"does not fit into its column: {', '.join(too_large)}")
+    if not (math.isfinite(envelope.temperature) and math.isfinite(envelope.top_p)):
+        raise TraceError("bad_number", f"temperature {envelope.temperature}, top_p {envelope.top_p}")
+    highest = max(envelope.before, default=0)
+    if envelope.vocabulary is not None and highest >= envelope.vocabulary:
+        raise TraceError("bad_token", f"token id {highest} in before, the vocabulary ends at {envelope.vocabulary}")
+
+
+def _check_round(r: Round, vocabulary: int | None) -> None:
+    where = f"round {r.round}"
+    if r.round < 0 or r.position < 0:
+        raise TraceError("contradiction", f"{where} at position {r.position}")
+    if r.round == 0 and r.draft_tokens:
+        raise TraceError("contradiction", f"{where}: the prompt has no draft, found {len(r.draft_tokens)} tokens")
+    if not 0 <= r.time_us < TIME_END_US:
+        raise TraceError("bad_number", f"{where}: time {r.time_us} us, expected one before the year 10000")
+    if r.round > 0 and r.bonus is None:
+        raise TraceError("contradiction", f"{where}: no bonus, although only the inside of a prompt has none")
+    end = vocabulary or 2**31
+    bonus = () if r.bonus is None else (r.bonus,)
+    ids = {"tokens": r.tokens, "draft_tokens": r.draft_tokens, "top_ids": r.top_ids.ravel().tolist(), "bonus": bonus}
+    for name, of_name in ids.items():
+        for token in of_name:
+            if not 0 <= token < end:
+                raise TraceError("bad_token", f"{where}: token id {token} in {name}, expected 0 to {end - 1}")
+    if ((r.features & BF16_EXPONENT) == BF16_EXPONENT).any():
+        raise TraceError("bad_number", f"{where}: a feature is infinite or not a number")
+    if np.isinf(r.draft_logprobs).any() or not np.isfinite(r.top_logprobs).all():
+        raise TraceError("bad_number", f"{where}: a log-probability is infinite, or the target's is not a number")
+
+
+def _check_order(one: Round, after: Round) -> None:
+    """Rounds of a chunk follow each other: the token that one chose is the first that the next one consumed."""
+    same_prompt = one.round == after.round == 0 and one.bonus is None
+    next_round = after.round == one.round + 1 and one.bonus == after.tokens[0]
+    if not (same_prompt or next_round) or after.position != one.position + len(one.tokens):
+        raise TraceError(
+            "contradiction",
+            f"round {after.round} at position {after.position} with root {after.tokens[0]} does not follow round "
+            f"{one.round} at position {one.position} with {len(one.tokens)} tokens and bonus {one.bonus}",
+        )
+
+
+def _lineage(record: Record, chunk: Chunk) -> Row:
+    drafting = [r.speculator for r in chunk.rounds if r.speculator]
+    return {
+        **_coordinates(record, chunk.envelope),
+        "speculator": drafting[-1] if drafting else "",
+        "time": chunk.rounds[-1].time_us,
+    }
+
+
+def _coordinates(record: Record, envelope: Envelope) -> Row:
+    return {
+        "topic": record.topic,
+        "partition": record.partition,
+        "offset": record.offset,
+        "request": envelope.request,
+        "chunk": envelope.chunk,
+        "node": envelope.node,
+        "target": envelope.target,
+        "line": envelope.line,
+        "label": envelope.label,
+        "day": day_of(record.time_us),
+    }
+
+
+def _bytes(features: trace.U16) -> bytes:
+    return features.astype("<u2", copy=False).tobytes()
+
+
+def _table(schema: pa.Schema, rows: Iterable[Row]) -> pa.Table:
+    listed: Sequence[Row] = list(rows)
+    if not listed:
+        return schema.empty_table()
+    return pa.table([pa.array([row[f.name] for row in listed], type=f.type) for f in schema], schema=schema)
+
+
+def _rounds(table: pa.RecordBatch, envelope: Envelope) -> Iterator[Round]:
+    times = table.column("time").cast(pa.int64()).to_pylist()
+    for known, time_us in zip(table.drop_columns("time").to_pylist(), times, strict=True):
+        row = known | {"time": time_us}
+        nulls = [name for name in trace.SCHEMA.names if name != "bonus" and _has_null(row[name])]
+        if nulls:
+            raise TraceError("contradiction", f"round {row['round']}: null in {', '.join(nulls)}")
+        yield _round(row, time_us, envelope)
+
+
+def _has_null(value: object) -> bool:
+    return value is None or (isinstance(value, list) and None in value)
+
+
+def _round(row: dict[str, Any], time_us: int, envelope: Envelope) -> Round:
+    """One row, with every length checked against the others."""
+    n, m, k = len(row["tokens"]), len(row["draft_tokens"]), envelope.top_k
+    verified = 0 if row["bonus"] is None else 1 + m
+    parents, accepted = row["draft_parents"], row["accepted"]
+    claims = {
+        "features": (len(row["features"]), (n if envelope.features == "inline" else 0) * envelope.feature_width * 2),
+        "draft_parents": (len(parents), m),
+        "draft_logprobs": (len(row["draft_logprobs"]), m),
+        "top_ids": (len(row["top_ids"]), verified * k),
+        "top_logprobs": (len(row["top_logprobs"]), verified * k),
+    }
+    for name, (found, wanted) in claims.items():
+        if found != wanted:
+            raise TraceError("contradiction", f"round {row['round']}: {name} has {found} entries, expected {wanted}")
+    if n == 0:
+        raise TraceError("contradiction", f"round {row['round']}: no committed token")
+    if any(not ROOT <= parent < node for node, parent in enumerate(parents)):
+        raise TraceError("contradiction", f"round {row['round']}: a drafted node must follow its parent: {parents}")
+    if [parents[node] if 0 <= node < m else None for node in accepted] != [ROOT, *accepted][: len(accepted)]:
+        raise TraceError("contradiction", f"round {row['round']}: accepted nodes {accepted} are no path from the root")
+    if row["round"] > 0 and row["tokens"][1:] != [row["draft_tokens"][node] for node in accepted]:
+        raise TraceError("contradiction", f"round {row['round']}: the committed tokens are not the accepted drafts")
+    return Round(
+        round=row["round"],
+        position=row["position"],
+        tokens=tuple(row["tokens"]),
+        features=np.frombuffer(row["features"], dtype="<u2").reshape(-1, envelope.feature_width),
+        draft_tokens=tuple(row["draft_tokens"]),
+        draft_parents=tuple(parents),
+        draft_logprobs=tuple(row["draft_logprobs"]),
+        accepted=tuple(accepted),
+        bonus=row["bonus"],
+        top_ids=np.array(row["top_ids"], dtype=np.int32).reshape(verified, k),
+        top_logprobs=np.array(row["top_logprobs"], dtype=np.float32).reshape(verified, k),
+        speculator=row["speculator"],
+        draft_us=row["draft_us"],
+        verify_us=row["verify_us"],
+        time_us=time_us,
+    )

@@ -1,0 +1,224 @@
+"""A stream worker as a process, and a publisher that keeps a ledger: what the tests of the stream stand on."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+from confluent_kafka import KafkaError, Message, Producer
+
+from pipeline.batches import Record
+from pipeline.delta import DeltaLog
+from schemas.claim_store import ClaimStore
+from schemas.settings import Kafka, Settings, Stream, Tables, to_environ
+from schemas.trace import record as trace
+from schemas.trace.record import ROOT, Chunk, Envelope, Round, encode, to_bf16
+from serving.traces.chunks import without_features
+
+Headers = list[tuple[str, bytes | None]]
+
+WORKER = """
+from schemas import settings
+from pipeline.worker import run
+run(settings.load())
+"""
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+@dataclass
+class Ledger:
+    """Every record that the broker acknowledged, with the coordinates that it was given."""
+
+    records: list[Record] = field(default_factory=list)
+    reasons: dict[tuple[int, int], str] = field(default_factory=dict)
+    """Partition and offset of the records that must become dead letters, with the reason."""
+    errors: list[KafkaError] = field(default_factory=list)
+
+    def delivered(self, headers: Headers, reason: str, error: KafkaError | None, message: Message) -> None:
+        """Note a record; the message of a delivery report has no headers."""
+        if error is not None:
+            self.errors.append(error)
+            return
+        _, milliseconds = message.timestamp()
+        record = Record(
+            message.topic() or "",
+            message.partition() or 0,
+            message.offset() or 0,
+            milliseconds * 1000,
+            message.key(),
+            message.value(),
+            tuple(headers),
+        )
+        self.records.append(record)
+        if reason:
+            self.reasons[record.partition, record.offset] = reason
+
+
+def chunk(request: int, rng: np.random.Generator) -> Chunk:
+    """A short request with two or three rounds."""
+    rounds: list[Round] = []
+    position, root = 0, 1
+    for number in range(int(rng.integers(2, 4))):
+        drafted = tuple(map(int, rng.integers(0, 999, 3))) if number else ()
+        kept = int(rng.integers(0, 4)) if number else 0
+        tokens = (root, *drafted[:kept]) if number else tuple(map(int, rng.integers(0, 999, 5)))
+        root = int(rng.integers(0, 999))
+        rounds.append(
+            Round(
+                round=number,
+                position=position,
+                tokens=tokens,
+                features=to_bf16(rng.standard_normal((len(tokens), 12)).astype(np.float32)),
+                draft_tokens=drafted,
+                draft_parents=tuple(range(ROOT, len(drafted) - 1)),
+                draft_logprobs=tuple(-rng.random(len(drafted))),
+                accepted=tuple(range(kept)),
+                bonus=root,
+                top_ids=rng.integers(0, 999, (1 + len(drafted), 2), dtype=np.int32),
+                top_logprobs=-rng.random((1 + len(drafted), 2), dtype=np.float32),
+                speculator="3" if number else "",
+                draft_us=1,
+                verify_us=2,
+                time_us=request,
+            )
+        )
+        position += len(tokens)
+    envelope = Envelope(
+        request=f"request-{request}",
+        chunk=0,
+        last=True,
+        node="node-0",
+        target="target",
+        line="line",
+        features="inline",
+        feature_width=12,
+        top_k=2,
+        temperature=0.0,
+        top_p=1.0,
+    )
+    return Chunk(envelope, tuple(rounds))
+
+
+def claimed_chunks(requests: range, store: ClaimStore) -> list[Chunk]:
+    """Chunks whose features are kept in the store."""
+    rng, made = np.random.default_rng(requests.start), []
+    for request in requests:
+        whole = chunk(request, rng)
+        claim = store.put(np.concatenate([r.features for r in whole.rounds]), request)
+        envelope = replace(whole.envelope, features="claim-check", claim=claim)
+        made.append(Chunk(envelope, tuple(map(without_features, whole.rounds))))
+    return made
+
+
+def stream_settings(broker: str, folder: Path, port: int) -> Settings:
+    """Settings with a topic, a group and tables of the test's own."""
+    return Settings(
+        kafka=Kafka(
+            bootstrap=broker,
+            traces_topic=f"traces-{folder.name}",
+            speculators_topic=f"speculators-{folder.name}",
+            drift_topic=f"drift-{folder.name}",
+        ),
+        # So often that every test of the stream meets it.
+        tables=Tables(uri=str(folder / "tables"), maintain_every_s=2),
+        stream=Stream(
+            port=port, group=f"group-{folder.name}", data_dir=str(folder), flush_s=0.2, flush_records=64, session_s=6
+        ),
+    )
+
+
+class Publisher:
+    """Sends records as a node does."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.ledger = Ledger()
+        self._topic = settings.kafka.traces_topic
+        self._producer = Producer(
+            {
+                **settings.kafka.client,
+                "bootstrap.servers": settings.kafka.bootstrap,
+                "enable.idempotence": True,
+                "log_level": 0,
+            }
+        )
+
+    def send(self, made: Chunk, value: bytes | None, reason: str = "", time_ms: int = 0) -> None:
+        """Send ``value`` under the key and headers of a chunk.
+
+        Args:
+            made: The chunk as it was meant.
+            value: Its bytes as they are sent.
+            reason: Why the record must become a dead letter; empty where it must not.
+            time_ms: The node's clock, Unix milliseconds; 0 for this machine's.
+        """
+        headers: Headers = [
+            ("content-type", trace.CONTENT_TYPE.encode()),
+            ("schema", trace.fingerprint().encode()),
+            ("rows", str(len(made.rounds)).encode()),
+        ]
+        self._producer.produce(
+            self._topic,
+            value,
+            key=made.envelope.request.encode(),
+            headers=list(headers),
+            timestamp=time_ms,
+            on_delivery=partial(self.ledger.delivered, headers, reason),
+        )
+        self._producer.poll(0)
+
+    def send_many(self, requests: range) -> None:
+        """Send one sound chunk for each request and wait until the broker has them."""
+        rng = np.random.default_rng(requests.start)
+        for request in requests:
+            made = chunk(request, rng)
+            self.send(made, encode(made))
+        self.flush()
+
+    def flush(self) -> None:
+        """Wait until the broker has everything."""
+        self._producer.flush()
+
+
+@contextmanager
+def worker(
+    settings: Settings, log: Path, variables: Mapping[str, str] = MappingProxyType({}), *, before: str = ""
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A stream worker.
+
+    Args:
+        settings: Its settings.
+        log: Where its log goes.
+        variables: Added to its environment.
+        before: Python that runs in it first, to force a fault.
+    """
+    environ = {**os.environ, **to_environ(settings), "OMP_NUM_THREADS": "1", **variables}
+    with log.open("ab") as output:
+        process = subprocess.Popen([sys.executable, "-c", before + WORKER], env=environ, cwd=CHECKOUT, stderr=output)
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait()
+
+
+def rows_of_records(tables: DeltaLog) -> int:
+    """Records in the tables: each gives one row of either."""
+    return tables.row_count("accepted") + tables.row_count("dead_letters")
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+    return True

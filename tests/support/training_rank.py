@@ -1,0 +1,73 @@
+"""One of several processes that train made-up drafts together; rank 0 writes what came of it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from schemas.settings import Train
+from schemas.speculator.network import DraftShape, random_draft
+from trainer.data.samples import Branch, Teacher, Window, collate
+from trainer.loop.distributed import Alone, Together, joined
+from trainer.loop.learner import Learner
+
+SHAPE = DraftShape(16, 24, 2, 1, 8, 32, 20, 1e-6, 100.0, 64, (1, 2, 3))
+WINDOWS = 5
+"""In a step: one more for the first of two ranks."""
+
+
+def window(seed: int) -> Window:
+    """Of some length, with or without a rejected branch; every seventh teaches nothing."""
+    g = torch.Generator().manual_seed(seed)
+    length = 6 + seed % 5
+
+    def teacher(n: int) -> Teacher:
+        return Teacher(torch.randint(0, 20, (n, 2), generator=g), torch.log(torch.rand(n, 2, generator=g) * 0.5))
+
+    known = torch.arange(length) >= (2 if seed % 7 else length)
+    return Window(
+        request=f"r{seed}",
+        tokens=torch.randint(0, 32, (length,), generator=g),
+        next_token=3,
+        features=torch.randn(length, SHAPE.feature_width, generator=g).bfloat16(),
+        known=known,
+        teacher=teacher(int(known.sum())),
+        branches=(Branch(4, (1, 2), 0, (-0.5, -0.5), teacher(2)),) if seed % 3 == 0 else (),
+    )
+
+
+def train(out: Path, steps: int, settings: Train, ranks: Alone | Together) -> None:
+    """Train for so many steps; half-way the state is taken and put back, as over a restart."""
+    embeddings = torch.randn(32, 16, generator=torch.Generator().manual_seed(0))
+    learner = Learner(random_draft(SHAPE, 0), embeddings, settings, ranks)
+    losses = []
+    for step in range(steps):
+        if step == steps // 2:
+            kept = {name: value.clone() for name, value in learner.tensors().items()}
+            learner = Learner(random_draft(SHAPE, 1), embeddings, settings, ranks)
+            learner.restore(kept, step)
+        windows = [window(step % 2 * WINDOWS + i) for i in range(WINDOWS)][ranks.rank :: ranks.size]
+        parts = [collate(windows[i :: settings.accumulate]) for i in range(settings.accumulate)]
+        losses.append(float(learner.step(*parts).total))
+    tensors, draft = learner.tensors(), learner.weights()
+    if ranks.rank == 0:
+        out.mkdir(parents=True)
+        (out / "curve.json").write_text(json.dumps({"losses": losses, "ranks": ranks.size}))
+        save_file({name: value.contiguous() for name, value in tensors.items()}, out / "state.safetensors")
+        save_file(draft.state_dict(), out / "draft.safetensors")
+
+
+def main(out: Path, steps: int, trainings: list[Train]) -> None:
+    """One training after the other, each into a folder of its number."""
+    torch.set_num_threads(1)
+    with joined(torch.device("cpu")) as ranks:
+        for number, settings in enumerate(trainings):
+            train(out / str(number), steps, settings, ranks)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), [Train.model_validate(one) for one in json.loads(sys.argv[3])])

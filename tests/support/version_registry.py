@@ -1,0 +1,72 @@
+"""A registry in memory, with a few versions of one speculator line."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tiny_draft import SHAPE
+
+from schemas.events import Alias, Audited
+from schemas.speculator import checkpoint
+from schemas.speculator.checkpoint import line_of
+from schemas.speculator.network import random_draft
+from serving.versions.alias_policy import Named
+from serving.versions.cache import RegistryError
+
+TARGET = "f" * 32
+DRAFTS = {str(n): random_draft(SHAPE, seed=n) for n in range(1, 5)}
+LINE = line_of(TARGET, SHAPE, DRAFTS["1"].d2t)
+
+
+def _set() -> threading.Event:
+    event = threading.Event()
+    event.set()
+    return event
+
+
+@dataclass
+class FakeRegistry:
+    alias: str | None = None
+    canary: str | None = None
+    audited: Audited | None = None
+    unreadable: str | None = None
+    away: bool = False
+    foreign: set[str] = field(default_factory=set)
+    asked: int = 0
+    downloads: list[str] = field(default_factory=list)
+    broken: bool = False
+    """Downloads fail while it is set."""
+    answering: threading.Event = field(default_factory=_set)
+    """Questions about aliases wait while it is clear."""
+    open: threading.Event = field(default_factory=_set)
+    """Downloads wait while it is clear."""
+
+    def audit(self) -> None:
+        """Record the aliases as they are, as a promoter does."""
+        self.audited = Audited(moves=self.audited.moves + 1 if self.audited else 1, aliases=self._aliases())
+
+    def named(self) -> Named:
+        self.asked += 1
+        self.answering.wait(10)
+        if self.away:
+            raise RegistryError("connection refused")
+        return Named(dict(self._aliases()), self.audited, self.unreadable)
+
+    def _aliases(self) -> dict[Alias, str]:
+        named: dict[Alias, str | None] = {"champion": self.alias, "canary": self.canary}
+        return {alias: version for alias, version in named.items() if version is not None}
+
+    def has(self, version: str) -> bool:
+        if self.away:
+            raise RegistryError("connection refused")
+        return version in DRAFTS
+
+    def download(self, version: str, folder: Path) -> Path:
+        self.downloads.append(version)
+        self.open.wait(10)
+        if self.away or self.broken:
+            raise RegistryError("connection reset")
+        checkpoint.write(DRAFTS[version], folder / "draft", TARGET if version not in self.foreign else "0" * 32)
+        return folder / "draft"

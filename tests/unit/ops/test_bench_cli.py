@@ -1,0 +1,75 @@
+"""The benchmarks' manners on the command line: one clear line and exit code 2 for what a user can put right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiny_target import write_tiny_target
+from typer.testing import CliRunner, Result
+
+from ops import prompts
+from ops.bench import prompted
+from ops.cli.main import app
+from schemas.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def _empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def bench(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["bench", *arguments])
+
+
+@pytest.mark.parametrize("command", ["speculator", "serving", "soak", "stream", "loop", "learning", "trainer", "sync"])
+def test_an_unknown_setting_is_one_line_and_exit_code_2(command: str) -> None:
+    told = bench(command, "--set", "serve.prot=1")
+    assert (told.exit_code, told.stderr) == (2, "aurora: serve.prot: unknown setting; did you mean 'serve.port'?\n")
+
+
+@pytest.mark.parametrize(
+    ("command", "first"),
+    [("serving", "ours_vs_generate"), ("stream", "ratio_to_bare_loop_64k"), ("trainer", "ratio_to_best_peer")],
+)
+def test_a_figure_that_does_not_exist_is_told_with_those_that_do(command: str, first: str) -> None:
+    told = bench(command, "--only", "speed")
+    assert told.exit_code == 2
+    assert f"--only speed: no such figure; there are {first}," in told.stderr
+
+
+def test_a_soak_without_a_trained_speculator_names_the_command_that_trains_one(tmp_path: Path) -> None:
+    target = write_tiny_target(tmp_path / "target")
+    told = bench("soak", "--set", f"target.path={target}", "--speculator", "mine")
+    assert told.exit_code == 2
+    assert "no speculator 'mine'" in told.stderr
+    assert "aurora bench speculator" in told.stderr
+
+
+def test_a_loop_through_domains_without_prompts_is_told_with_those_that_have_some() -> None:
+    told = bench("loop", "--domains", "code,poems")
+    assert told.exit_code == 2
+    assert told.stderr == "aurora: --domains code,poems: name two of code, math, sql, chat, as in code,math\n"
+
+
+def test_a_picture_that_cannot_be_written_is_told_before_anything_runs(tmp_path: Path) -> None:
+    told = bench("loop", "--html", str(tmp_path))
+    assert told.exit_code == 2
+    assert told.stderr == f"aurora: --html {tmp_path}: Is a directory\n"
+
+
+def test_too_few_requests_to_keep_some_back_are_refused() -> None:
+    assert bench("speculator", "--requests", "24").exit_code == 2
+
+
+def test_a_domain_without_prompts_is_told_with_those_that_have_some() -> None:
+    with pytest.raises(UserError, match="--domain poems: there are prompts of code, math, sql, chat"):
+        prompted.held_out("poems")
+
+
+@pytest.mark.parametrize("domain", prompts.DOMAINS)
+def test_what_is_measured_with_was_never_learned_from(domain: str) -> None:
+    learned, held_out = prompted.learned_from(domain), prompted.held_out(domain)
+    assert len(held_out) == prompted.HELD_OUT
+    assert not set(learned) & set(held_out)

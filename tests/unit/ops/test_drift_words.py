@@ -1,0 +1,84 @@
+"""Drift in words: what a person reads is what happened, whatever a client wrote into a label."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+
+import pytest
+from rich.console import Console
+
+from ops.cli.drift import words
+from ops.observe.status import Overview, as_table
+from schemas.events import Accepted, DriftEvent
+from schemas.status import DriftStatus, StreamStatus
+
+BEFORE = Accepted(requests=1_204, acceptance=0.61, accept_length=2.1, drafted=4.0)
+AFTER = Accepted(requests=180, acceptance=0.42, accept_length=1.3, drafted=3.9)
+
+
+@pytest.fixture(autouse=True)
+def _in_berlin(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("TZ", "Europe/Berlin")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
+def event(**changes: object) -> DriftEvent:
+    whole = {
+        "id": "0",
+        "time": datetime(2026, 11, 23, 13, 9, tzinfo=UTC),
+        "line": "line",
+        "speculator": "7",
+        "label": "sql",
+        "topic": "traces",
+        "partition": 0,
+        "offset": 5,
+        "direction": "fall",
+        "before": BEFORE,
+        "after": AFTER,
+        "since": datetime(2026, 11, 23, 13, 2, tzinfo=UTC),
+    }
+    return DriftEvent.model_validate(whole | changes)
+
+
+def test_an_event_is_said_with_its_figures_in_local_time() -> None:
+    assert words(event()) == (
+        "version 7 on label sql is accepted less often since 14:02: its first token 42% instead of 61%, "
+        "accept length 1.30 instead of 2.10 (180 requests since, 1,204 before)"
+    )
+
+
+def test_a_rise_of_traffic_without_a_label_that_began_the_day_before() -> None:
+    risen = event(
+        direction="rise", label=None, before=AFTER, after=BEFORE, since=datetime(2026, 11, 22, 13, 2, tzinfo=UTC)
+    )
+    assert words(risen).startswith(
+        "version 7 is accepted more often since 2026-11-22 14:02: its first token 61% instead"
+    )
+
+
+def test_that_more_or_less_is_drafted_is_said_because_the_accept_length_moves_with_it() -> None:
+    assert words(event(after=AFTER.model_copy(update={"drafted": 2.0}))).endswith(
+        "; 2.0 tokens drafted a round, 4.0 before"
+    )
+
+
+@pytest.mark.parametrize("label", ["\x1b[2Jsql", "a\nb", "\u202esql"])
+def test_a_label_cannot_move_the_cursor(label: str) -> None:
+    assert words(event(label=label)).isprintable()
+
+
+def test_the_status_ends_with_the_newest_event_as_it_is_written() -> None:
+    drift = DriftStatus(seen=2, unsent=0, failed=0, newest=[event(), event(label="[red]sql")], traffic=[])
+    nothing = {"partitions": [], "dead_letters": {}, "not_live": [], "not_ready": [], "error": None}
+    stream = StreamStatus.model_construct(**(dict.fromkeys(StreamStatus.model_fields, 0) | nothing | {"drift": drift}))
+    console = Console(width=400, record=True, file=io.StringIO())
+    console.print(as_table(Overview.model_construct(stream=stream)))
+    last = console.export_text().splitlines()[-1]
+    assert last.startswith("drift")
+    assert "version 7 on label [red]sql is accepted less often" in last

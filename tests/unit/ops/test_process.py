@@ -1,0 +1,116 @@
+"""A child process: its group ends with it, its log is named, and it does not outlive its parent."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from processes import gone
+
+from ops.local.process import Process, StartError
+
+TREE = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(99)']); {}"
+DEAF = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); " + TREE
+
+
+def eventually(what: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and not what():
+        time.sleep(0.02)
+    return what()
+
+
+def tree_of(process: Process) -> list[psutil.Process]:
+    parent = psutil.Process(process.pid)
+    assert eventually(lambda: bool(parent.children()))
+    return [parent, *parent.children(recursive=True)]
+
+
+def python(code: str, log: Path, **changes: int) -> Process:
+    return Process("child", [sys.executable, "-c", code], log, **changes)
+
+
+@pytest.mark.parametrize("code", [TREE, DEAF])
+def test_what_a_process_started_ends_with_it_even_when_it_is_deaf(code: str, tmp_path: Path) -> None:
+    process = python(code.format("time.sleep(99)"), tmp_path / "log")
+    process.start()
+    tree = tree_of(process)
+    process.stop(grace_s=0.5)
+    assert eventually(lambda: gone(tree))
+    assert not process.alive
+
+
+def test_output_goes_to_the_log_and_is_added_to_it(tmp_path: Path) -> None:
+    log = tmp_path / "logs" / "child.log"
+    for _ in range(2):
+        process = python("import sys; print('out'); print('err', file=sys.stderr)", log)
+        process.start()
+        assert eventually(lambda p=process: not p.alive)  # type: ignore[misc]
+    assert sorted(log.read_text().split()) == ["err", "err", "out", "out"]
+
+
+def test_a_process_that_ends_while_starting_is_told_with_its_log(tmp_path: Path) -> None:
+    process = python("raise SystemExit(3)", tmp_path / "child.log")
+    process.start()
+    with pytest.raises(StartError, match=r"child ended with code 3 while starting; read .*child\.log"):
+        process.wait_ready(lambda: False, 20)
+
+
+def test_a_process_that_is_never_ready_is_told_too(tmp_path: Path) -> None:
+    process = python("import time; time.sleep(99)", tmp_path / "child.log")
+    process.start()
+    with pytest.raises(StartError, match="not ready after 0 s"):
+        process.wait_ready(lambda: False, 0.2)
+    process.stop()
+
+
+def test_a_process_runs_on_one_thread_and_as_nice_as_told(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    process = python("import os; print(os.environ['OMP_NUM_THREADS'], os.nice(0))", log, nice=7)
+    process.start()
+    assert eventually(lambda: not process.alive)
+    most = 19
+    assert log.read_text().split() == ["1", str(min(os.nice(0) + 7, most))]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's signal on a parent's death is Linux's")
+def test_a_process_does_not_outlive_a_parent_that_is_killed(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from ops.local.process import Process; "
+        "p = Process('child', [sys.executable, '-c', 'import time; time.sleep(99)'], Path(sys.argv[1])); "
+        "p.start(); print(p.pid, flush=True); time.sleep(99)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "log")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child = psutil.Process(int(parent.stdout.readline()))
+        parent.kill()
+    assert eventually(lambda: gone([child]))
+
+
+def test_what_a_process_started_ends_when_the_process_dies_by_itself(tmp_path: Path) -> None:
+    process = python(TREE.format("time.sleep(0.5)"), tmp_path / "log")
+    process.start()
+    tree = tree_of(process)
+    assert eventually(lambda: not process.alive)
+    assert eventually(lambda: gone(tree))
+
+
+def test_a_process_that_has_ended_is_never_signalled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its number may belong to another program by then."""
+    process = python("", tmp_path / "log")
+    process.start()
+    assert eventually(lambda: not process.alive)
+    monkeypatch.setattr(os, "killpg", lambda *_: pytest.fail("signalled"))
+    process.stop()
+    assert process.exit_code == 0
+
+
+def test_stopping_what_never_started_does_nothing(tmp_path: Path) -> None:
+    python("", tmp_path / "log").stop()

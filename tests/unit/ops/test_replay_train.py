@@ -1,0 +1,147 @@
+"""Variants learn from one past: the same numbers whether in one go or killed and gone on with, or in two processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree as ET
+
+import pytest
+import torch
+from trainer_world import World, offline, until, write_target
+from typer.testing import CliRunner, Result
+
+from ops.cli.main import app
+from pipeline import holds
+from schemas.settings import Settings, to_environ
+from schemas.speculator import checkpoint
+from trainer.replay import experiment
+from trainer.replay.stream import Span, windows
+
+REQUESTS, COMMITS = 8, 4
+AURORA = "from ops.cli.main import app; app()"
+RATES = {"fast": 5e-3, "slow": 1e-5}
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    write_target(tmp_path / "target")
+    settings = offline(tmp_path, ttt_steps=2, windows_per_step=4, replay_per_step=2, checkpoint_every_s=1e-6, ema=0.0)
+    stack = settings.stack.model_copy(update={"dir": str(tmp_path / "stack")})
+    made = World(settings.model_copy(update={"stack": stack}))
+    for _ in range(COMMITS):
+        made.serve(REQUESTS)
+    for name, rate in RATES.items():
+        (tmp_path / f"{name}.toml").write_text(f"[train]\nlearning_rate = {rate}\n")
+    return made
+
+
+def environ(settings: Settings) -> dict[str, str]:
+    """All settings but the one that the files set."""
+    return {name: value for name, value in to_environ(settings).items() if "LEARNING_RATE" not in name}
+
+
+def arguments(world: World, name: str, *more: str) -> list[str]:
+    folder = Path(world.settings.tables.uri).parent
+    configs = [text for variant in RATES for text in ("--config", str(folder / f"{variant}.toml"))]
+    return ["replay", "train", *configs, "--name", name, "--json", *more]
+
+
+def train(world: World, name: str, *more: str) -> Result:
+    told = CliRunner().invoke(app, arguments(world, name, *more), env=environ(world.settings))
+    assert told.exit_code == 0, told.output
+    return told
+
+
+def numbers(world: World, name: str) -> dict[str, Any]:
+    """Everything of the results but how long they took."""
+    folder = Path(world.settings.stack.dir) / "replay" / name
+    results = {variant: json.loads((folder / variant / "result.json").read_text()) for variant in RATES}
+    return {variant: {k: v for k, v in told.items() if not k.endswith("_s")} for variant, told in results.items()}
+
+
+def test_an_experiment_that_was_killed_goes_on_with_the_numbers_that_it_would_have_had(world: World) -> None:
+    whole = json.loads(train(world, "whole").stdout)
+    folder = Path(world.settings.stack.dir) / "replay" / "cut"
+    env = {**os.environ, **environ(world.settings), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", AURORA, *arguments(world, "cut")]
+    with subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as running:
+        state = folder / "fast" / "checkpoint" / "state.json"
+        until(lambda: state.exists() or running.poll() is not None, "a checkpoint")
+        running.send_signal(signal.SIGKILL)
+    assert not (folder / "fast" / "result.json").exists(), "it was done before it could be killed"
+    again = json.loads(train(world, "cut").stdout)
+    assert numbers(world, "cut") == numbers(world, "whole")
+    for one, other in zip(whole["variants"], again["variants"], strict=True):
+        assert {**one, "seconds": 0} == {**other, "seconds": 0}
+    assert list(folder.glob("*/checkpoint*")) == []
+    drafts = [checkpoint.read(at / "fast" / "draft", world.target.line) for at in (folder, folder.parent / "whole")]
+    assert torch.equal(drafts[0].fc.weight, drafts[1].fc.weight)
+
+
+def test_what_is_done_is_only_read_and_two_processes_come_to_the_same(world: World, tmp_path: Path) -> None:
+    files = "--html", str(tmp_path / "page.html"), "--svg", str(tmp_path / "plot.svg")
+    told = train(world, "two", "--processes", "2", *files)
+    found = json.loads(told.stdout)
+    assert "no runs in MLflow: registry.uri" in told.stderr
+    fast, slow = found["variants"]
+    assert (fast["name"], fast["windows"], fast["steps"]) == ("fast", REQUESTS * COMMITS, REQUESTS * COMMITS // 2)
+    assert fast["accept_length_at_end"] > slow["accept_length_at_end"]
+    assert fast["difference"] is None
+    assert slow["difference"]["high"] < 0
+    assert "fast" in (tmp_path / "page.html").read_text()
+    assert ET.parse(tmp_path / "plot.svg").getroot().tag.endswith("svg")
+    train(world, "one")
+    assert numbers(world, "two") == numbers(world, "one")
+    before = json.loads(told.stdout)
+    assert json.loads(train(world, "two").stdout) == before, "not run again: even the seconds are the same"
+
+
+def test_an_experiment_holds_its_past_and_its_name_stands_for_it(world: World) -> None:
+    train(world, "part", "--from", "version:1", "--to", "version:3")
+    held = {one.table: (one.after_version, one.up_to_version) for one in holds.held(world.tables)}
+    assert held["accepted"] == (1, 3)
+    assert numbers(world, "part")["fast"]["counts"]["windows"] == 2 * REQUESTS
+    world.serve(REQUESTS)
+    assert train(world, "part").stdout
+    told = CliRunner().invoke(app, arguments(world, "part", "--to", "version:4"), env=environ(world.settings))
+    assert told.exit_code == 2
+    assert "take another --name" in told.output
+
+
+def test_a_span_gives_the_windows_of_its_commits_with_their_branches(world: World) -> None:
+    target, counts = world.target, Counter[str]()
+    span = Span(accepted=(1, 3), rejected=(0, COMMITS), target=target.fingerprint, line=target.line)
+    asked = list(windows(world.tables, span, 512, lambda tokens: torch.zeros(len(tokens), 48), counts))
+    assert [one.window.request for one in asked] == [f"request-{i}" for i in range(REQUESTS, 3 * REQUESTS)]
+    assert all(one.window.branches for one in asked)
+    assert {one.domain for one in asked} == {"(none)"}
+
+
+def test_files_of_one_experiment_share_their_tables_and_differ_in_name(world: World, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    twin = tmp_path / "other" / "fast.toml"
+    twin.write_text("")
+    for more, why in (
+        (["--config", str(twin)], "another variant is named fast too"),
+        (["--from", "version:x"], "is no version: write version:120"),
+        (["--from", "version:4", "--to", "version:4"], "no span of table accepted"),
+    ):
+        told = CliRunner().invoke(app, arguments(world, "wrong", *more), env=environ(world.settings))
+        assert told.exit_code == 2
+        assert why in told.output
+
+
+def test_how_a_variant_learns_names_it_and_how_often_it_is_saved_does_not(world: World) -> None:
+    train_settings = world.settings.train
+    saved, other = (
+        world.settings.model_copy(update={"train": train_settings.model_copy(update=update)})
+        for update in ({"checkpoint_every_s": 7.0}, {"ema": 0.5})
+    )
+    assert experiment.digest(saved) == experiment.digest(world.settings) != experiment.digest(other)

@@ -1,0 +1,66 @@
+"""What ``aurora status`` says of trials on live traffic."""
+
+from __future__ import annotations
+
+from io import StringIO
+
+from rich.console import Console
+
+from ops.observe.status import Overview, as_table
+from schemas.status import ComparedStatus, PromoterStatus, TrialStatus
+
+
+def shown(promoter: PromoterStatus) -> str:
+    console = Console(width=300, record=True, file=StringIO())
+    console.print(as_table(Overview(promoter=promoter)))
+    return console.export_text()
+
+
+def test_a_trial_is_told_with_its_requests_its_interval_and_what_was_taken_back() -> None:
+    overall = ComparedStatus(
+        figure="tokens per second", label=None, new=95, before=100, difference=-0.05, low=-0.09, high=-0.01
+    )
+    trial = TrialStatus(
+        kind="trial",
+        version="8",
+        against="7",
+        since=0,
+        until=60,
+        requests=1234,
+        requests_against=5678,
+        figures=[overall, overall.model_copy(update={"label": "sql", "difference": -0.2})],
+    )
+    told = shown(
+        PromoterStatus(
+            champion="7",
+            candidate="9",
+            previous="6",
+            canary="8",
+            moves=3,
+            verdict=None,
+            trials=[trial],
+            taken_back="worse on label [red]",
+            cooling_until=90.0,
+            error=None,
+        )
+    )
+    assert "tries 8 beside 7, 1,234 and 5,678 requests, tokens per second -5.0% (-9.0% .. -1.0%), until" in told
+    assert "-20.0%" not in told
+    assert "promotes nothing before" in told
+    assert "took back: worse on label [red]" in told
+
+
+def test_a_promoter_without_a_trial_says_what_it_has() -> None:
+    promoter = PromoterStatus(
+        champion="7",
+        candidate=None,
+        previous=None,
+        canary=None,
+        moves=0,
+        verdict=None,
+        trials=[],
+        taken_back=None,
+        cooling_until=None,
+        error=None,
+    )
+    assert "champion 7, candidate none" in shown(promoter)

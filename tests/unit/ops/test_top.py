@@ -1,0 +1,77 @@
+"""The screen of ``aurora top``."""
+
+from __future__ import annotations
+
+from io import StringIO
+from typing import Any
+
+from pydantic import BaseModel
+from rich.console import Console
+
+from ops.observe.status import Overview
+from ops.observe.top import Course, pace, render
+from schemas.status import PromoterStatus, RefusedStatus, ServeStatus, SwapStatus
+
+
+def empty(status: type[BaseModel], **known: Any) -> Any:
+    """A status of which nothing else is said."""
+    zeros: dict[Any, Any] = {int: 0, float: 0.0, bool: True, str: "-"}
+    blank = {
+        name: zeros.get(field.annotation, [] if "list" in str(field.annotation) else None)
+        for name, field in status.model_fields.items()
+    }
+    return status.model_validate(blank | known)
+
+
+def node(**known: Any) -> ServeStatus:
+    status: ServeStatus = empty(ServeStatus, **known)
+    return status
+
+
+def shown(course: Course) -> str:
+    console = Console(width=120, record=True, file=StringIO())
+    console.print(render(course, 2.0))
+    return console.export_text()
+
+
+def test_the_pace_is_that_between_two_looks() -> None:
+    before = node(rounds=100, accepted=50, output_tokens=200, finished=3)
+    now = node(rounds=140, accepted=110, output_tokens=300, finished=5)
+    found = pace(before, now, 4.0)
+    assert found is not None
+    assert (found.tokens_per_s, found.accept_length, found.requests_per_s) == (25.0, 1.5, 0.5)
+
+
+def test_a_node_that_ran_no_round_has_no_accept_length() -> None:
+    found = pace(node(rounds=5, accepted=5), node(rounds=5, accepted=5), 1.0)
+    assert found is not None
+    assert found.accept_length is None
+
+
+def test_a_restarted_node_has_no_pace_until_the_next_look() -> None:
+    assert pace(node(rounds=100, finished=9), node(rounds=2, finished=0), 1.0) is None
+
+
+def test_the_screen_shows_the_pace_the_versions_and_what_happened() -> None:
+    promoter: PromoterStatus = empty(PromoterStatus, champion="7", verdict="version 7 is champion", error=None)
+    swap = SwapStatus(version="7", time=1_700_000_000, in_flight=3, pause_ms=12.4)
+    refused = RefusedStatus(version="8", time=1_700_000_010, why="tensor fc.weight is missing [x]")
+    course = Course()
+    course.add(Overview(serve=node(), promoter=promoter), 10.0)
+    now = node(rounds=40, accepted=60, output_tokens=100, speculator="7", swaps=[swap], refused=[refused])
+    course.add(Overview(serve=now, promoter=promoter, silent={"train": "no status [Errno 111]"}), 14.0)
+    screen = shown(course)
+    assert "25.0" in screen
+    assert "1.50" in screen
+    assert "version 7 is champion" in screen
+    assert "version 7 swapped in, 12 ms, 3 requests ran" in screen
+    assert "version 8 refused: tensor fc.weight is missing [x]" in screen
+    assert "no status [Errno 111]" in screen
+
+
+def test_courses_hold_only_looks_in_which_something_ran() -> None:
+    course = Course()
+    for at, rounds in enumerate([0, 10, 10, 20]):
+        course.add(Overview(serve=node(rounds=rounds, accepted=2 * rounds)), float(at))
+    assert list(course.accept_lengths) == [2.0, 2.0]
+    assert len(course.rates) == 3

@@ -1,0 +1,154 @@
+"""A draft's vocabulary chosen from what was answered, written to a file, and taken by nodes and trainer alike."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from recorded import TARGET, record_of, round_of, tables_of
+from tiny_target import EOS, VOCABULARY, write_tiny_target
+from typer.testing import CliRunner
+
+from ops.cli import vocabulary
+from ops.cli.main import app
+from pipeline.delta import DeltaLog
+from schemas.errors import UserError
+from schemas.settings import Settings, SettingsError, Speculator, Tables, load
+from schemas.speculator.checkpoint import target_fingerprint
+from schemas.speculator.initial_draft import draft_of_day_0, read_vocabulary
+from serving.engines.builtin.engine import TransformersEngine
+from trainer.data.target import read_target
+
+
+def answered(tables: DeltaLog, request: str, prompt: list[int], answer: list[int], target: str) -> None:
+    """Commit a request that was answered token by token."""
+    rounds = [round_of(0, 0, prompt, answer[0])]
+    for number, token in enumerate(answer[:-1]):
+        rounds.append(round_of(number + 1, len(prompt) + number, [token], answer[number + 1]))
+    tables.append("accepted", tables_of(record_of(request, rounds, 0, target=target))["accepted"])
+
+
+def test_what_was_answered_is_counted_and_prompts_and_other_targets_are_not(tmp_path: Path) -> None:
+    tables = DeltaLog(Tables(uri=str(tmp_path)))
+    answered(tables, "one", [3, 3, 3], [7, 8, 7], TARGET)
+    answered(tables, "two", [4], [7, 9], TARGET)
+    answered(tables, "three", [5], [11, 11], "o" * 32)
+    one, other = vocabulary.count(tables, TARGET)
+    counted = {token: one.get(token, 0) + other.get(token, 0) for token in one.keys() | other.keys()}
+    assert counted == {7: 3, 8: 1, 9: 1}
+    with pytest.raises(UserError, match="no answers of target"):
+        vocabulary.count(tables, "x" * 32)
+
+
+def test_a_request_is_in_one_half_alone(tmp_path: Path) -> None:
+    tables = DeltaLog(Tables(uri=str(tmp_path)))
+    for i in range(8):
+        answered(tables, f"request-{i}", [1], [10 + i, 10 + i], TARGET)
+    one, other = vocabulary.count(tables, TARGET)
+    assert one
+    assert other
+    assert one.keys().isdisjoint(other)
+    assert set((one | other).values()) == {2}
+
+
+def test_the_most_frequent_ids_are_kept_beside_the_special_ones_and_the_lowest_fill_up() -> None:
+    counts = {30: 5, 12: 9, 41: 5, 2: 1}
+    assert vocabulary.choose(counts, [0, 50], 4, 60) == [0, 12, 30, 50]
+    assert vocabulary.choose(counts, [0, 50], 8, 60) == [0, 1, 2, 3, 12, 30, 41, 50]
+    assert vocabulary.choose(counts, [0, 12], 4, 60) == [0, 12, 30, 41]
+    assert vocabulary.choose(counts, [], 99, 60) == list(range(60))
+    with pytest.raises(UserError, match="3 special tokens, so --size"):
+        vocabulary.choose(counts, [1, 2, 3], 2, 60)
+
+
+def test_coverage_is_the_share_of_answered_tokens_among_the_ids() -> None:
+    halves = {40: 6, 1: 2}, {40: 3, 50: 5, 1: 4}
+    ids = vocabulary.choose({40: 9, 50: 5, 1: 6}, [0], 3, 60)
+    assert ids == [0, 1, 40]
+    told = vocabulary.coverage(halves, [0], ids, 60)
+    # The first half chooses 0 1 40 and the second 0 1 50: of the other halves that is 7 of 12, and 2 of 8.
+    assert (told.tokens, told.chosen, told.lowest, told.unseen) == (20, 15 / 20, 6 / 20, 9 / 20)
+
+
+def test_special_ids_are_those_of_the_targets_own_files(tmp_path: Path) -> None:
+    def put(name: str, content: object) -> None:
+        (tmp_path / name).write_text(json.dumps(content))
+
+    put("config.json", {"eos_token_id": 9})
+    assert vocabulary.special_ids(tmp_path, 60) == [9]
+    put("generation_config.json", {"eos_token_id": [10, 11]})
+    put("tokenizer.json", {"added_tokens": [{"id": 3, "special": True}, {"id": 4, "special": False}]})
+    put("tokenizer_config.json", {"added_tokens_decoder": {"5": {"special": True}, "6": {}, "70": {"special": True}}})
+    assert vocabulary.special_ids(tmp_path, 60) == [3, 5, 9, 10, 11]
+
+
+def settings_of(folder: Path, file: Path, **flags: object) -> Settings:
+    flags |= {"target.path": str(folder), "speculator.vocabulary": str(file)}
+    return load(environ={}, flags={**flags, "serve.max_tokens": 32, "serve.max_batch": 1})
+
+
+def test_the_written_file_begins_a_line_that_nodes_and_trainer_agree_on(tmp_path: Path) -> None:
+    folder, file = write_tiny_target(tmp_path / "target"), tmp_path / "new" / "vocabulary.json"
+    tables = DeltaLog(Tables(uri=str(tmp_path / "tables")))
+    answered(tables, "one", [1, 2, 3], [*range(30, 45), 60], target_fingerprint(folder))
+    flags = [f"target.path={folder}", f"speculator.vocabulary={file}", f"tables.uri={tmp_path / 'tables'}"]
+    command = ["vocabulary", "--size", "20", *(part for flag in flags for part in ("--set", flag))]
+    told = CliRunner().invoke(app, [*command, "--json"])
+    assert told.exit_code == 0, told.output
+    kept = [EOS, 1, 2, 3, *range(30, 45), 60]
+    assert json.loads(file.read_text()) == kept
+    figures = json.loads(told.stdout)
+    assert (figures["ids"], figures["tokens"], figures["chosen"], figures["lowest"]) == (20, 16, 1.0, 0.0)
+
+    again = CliRunner().invoke(app, command)
+    assert (again.exit_code, "--overwrite" in again.stderr) == (2, True)
+
+    settings = settings_of(folder, file)
+    target, engine = read_target(settings), TransformersEngine(settings)
+    assert target.line == engine.line
+    assert target.line != read_target(settings.model_copy(update={"speculator": Speculator(draft_vocabulary=20)})).line
+    assert target.day_0.shape.draft_vocab_size == 20
+    assert target.day_0.t2d.nonzero().flatten().tolist() == kept
+
+
+def test_the_command_needs_a_setting_that_names_the_file() -> None:
+    told = CliRunner().invoke(app, ["vocabulary"])
+    assert (told.exit_code, "set speculator.vocabulary" in told.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "no such file; `aurora vocabulary` writes it"),
+        ("[1, 2", "not readable as JSON"),
+        ('{"ids": [1, 2]}', "must be a list of token ids"),
+        ("[1]", "must be a list of token ids"),
+        ("[1, 2.0, 3]", "must be a list of token ids"),
+        ("[true, 2, 3]", "must be a list of token ids"),
+        ("[1, 3, 3]", "ascending, and 3"),
+        ("[-1, 3]", "0 to 60, the target's; found -1 to 3"),
+        ("[1, 61]", "0 to 60, the target's; found 1 to 61"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_an_error_that_names_the_setting(
+    content: str | None, says: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "vocabulary.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(SettingsError, match=rf"speculator\.vocabulary .*vocabulary\.json: .*{says}"):
+        read_vocabulary(file, VOCABULARY)
+
+
+def test_a_node_and_a_trainer_refuse_to_start_without_the_file(tmp_path: Path) -> None:
+    settings = settings_of(write_tiny_target(tmp_path), tmp_path / "missing.json")
+    for start in (TransformersEngine, read_target):
+        with pytest.raises(SettingsError, match=r"^speculator\.vocabulary"):
+            start(settings)
+
+
+def test_without_a_file_day_0_takes_the_lowest_ids(tmp_path: Path) -> None:
+    draft = draft_of_day_0(write_tiny_target(tmp_path), Speculator(draft_vocabulary=16))
+    assert draft.t2d.nonzero().flatten().tolist() == list(range(16))
+    assert draft.d2t.tolist() == [0] * 16

@@ -1,0 +1,99 @@
+"""Every round names the version that drafted it, from the engine to the table, also where the version changes in it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from itertools import groupby
+from pathlib import Path
+from queue import SimpleQueue
+
+from tiny_target import VOCABULARY, write_tiny_target
+from trace_bench import FakeProducer, eventually
+
+from pipeline.batches import Record, build
+from schemas.settings import Kafka, Traces, load
+from schemas.speculator.network import random_draft
+from schemas.trace.record import Round
+from serving.engines.base import Finish, Output, Request
+from serving.engines.builtin.engine import TransformersEngine
+from serving.traces.chunks import Origin
+from serving.traces.publisher import TracePublisher
+
+ROUNDS = 10
+"""Rounds between two changes."""
+
+
+class SlowSink:
+    """Keeps the rounds, hands them on, and gives the test time between two of them."""
+
+    def __init__(self, to: TracePublisher) -> None:
+        self.rounds: list[Round] = []
+        self._to = to
+
+    def record(self, request: Request, rounds: tuple[Round, ...], finish: Finish | None) -> None:
+        self._to.record(request, rounds, finish)
+        self.rounds.extend(rounds)
+        time.sleep(0.002)
+
+    def wait(self) -> None:
+        seen = len(self.rounds)
+        eventually(lambda: len(self.rounds) >= seen + ROUNDS)
+
+
+def now_us() -> int:
+    return time.time_ns() // 1000
+
+
+def test_a_swap_in_mid_request_changes_the_version_of_exactly_the_rounds_after_it(tmp_path: Path) -> None:
+    flags = {
+        "target.path": str(write_tiny_target(tmp_path)),
+        "speculator.draft_vocabulary": VOCABULARY,
+        "serve.max_tokens": 240,
+        "serve.draft_tokens": 2,
+        "serve.adaptive": False,
+    }
+    producer = FakeProducer()
+    publisher = TracePublisher(Kafka(max_message_bytes=30_000), Traces(), lambda *_: producer)
+    sink = SlowSink(publisher)
+    engine = TransformersEngine(load(environ={}, flags=flags), sink)
+    publisher.start(Origin("node-0", engine.target, engine.line, engine.vocabulary))
+    engine.start()
+    outputs: SimpleQueue[Output] = SimpleQueue()
+    engine.submit(Request("r", (3, 4, 5), 230, ignore_eos=True), outputs.put)
+
+    def change(how: Callable[[], object]) -> tuple[int, int]:
+        sink.wait()
+        before = now_us()
+        how()
+        return before, now_us()
+
+    changes = [
+        change(lambda: engine.swap(random_draft(engine._target.shape, 1), "1")),
+        change(lambda: engine.speculate(on=False)),
+        change(lambda: engine.swap(random_draft(engine._target.shape, 2), "2")),
+        change(lambda: engine.speculate(on=True)),
+    ]
+    sink.wait()
+    engine.stop()
+    counts = publisher.close(10)
+    decoded = [r for r in sink.rounds if r.round > 0]
+    assert [version for version, _ in groupby(r.speculator for r in decoded)] == ["day-0-head-0", "1", "", "2"]
+    assert all(bool(r.speculator) == bool(r.draft_tokens) for r in sink.rounds)
+
+    (swap_begun, swapped), (off_begun, _), _, (on_begun, _) = changes
+    assert all(r.speculator == "day-0-head-0" for r in decoded if r.time_us < swap_begun)
+    assert all(r.speculator == "1" for r in decoded if swapped < r.time_us < off_begun)
+    assert not [r for r in decoded if r.speculator == "2" and r.time_us < on_begun]
+
+    assert (counts.captured, counts.shed) == (counts.published, {})
+    sent = zip(producer.values, producer.headers, strict=True)
+    records = [Record("t", 0, offset, 0, b"r", value, tuple(headers)) for offset, (value, headers) in enumerate(sent)]
+    assert len(records) > 1
+    rows = build(records, 32).rows
+    assert [(row["round"], row["speculator"]) for row in rows["traces"].to_pylist()] == [
+        (r.round, r.speculator) for r in sink.rounds
+    ]
+    versions = {r.round: r.speculator for r in sink.rounds}
+    last_of = {row["offset"]: versions[row["round"]] for row in rows["traces"].to_pylist() if row["speculator"]}
+    assert {r["offset"]: r["speculator"] for r in rows["accepted"].to_pylist() if r["speculator"]} == last_of

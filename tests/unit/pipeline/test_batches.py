@@ -1,0 +1,395 @@
+"""Rows from records: the worked example of ``schemas.trace.record`` and ``schemas.batches``, and the fate of bad
+records.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.batches import Record, build
+from pipeline.deduplication import Known
+from pipeline.validation import unsound
+from schemas.batches import TABLES
+from schemas.trace import record as trace
+from schemas.trace.decoder import Lists, Rounds
+from schemas.trace.record import ROOT, Chunk, Envelope, Round, TraceError, encode, from_bf16, to_bf16
+
+A, B, C, D, E, F, G, X, Y, Z = range(10, 20)
+WIDTH = 3
+TOP_K = 2
+
+
+def features(*tokens: int) -> trace.U16:
+    """A feature that names its token, so that a shifted row shows."""
+    return to_bf16(np.array([[token, token + 0.5, -token] for token in tokens], dtype=np.float32))
+
+
+def teacher(*names: int) -> tuple[trace.I32, trace.F32]:
+    ids = np.array([[name, name + 1] for name in names], dtype=np.int32).reshape(-1, TOP_K)
+    return ids, -ids.astype(np.float32) / 8
+
+
+def round_(
+    number: int, position: int, tokens: tuple[int, ...], bonus: int | None, teaches: tuple[int, ...], **draft: object
+) -> Round:
+    ids, logprobs = teacher(*teaches)
+    fields = {
+        "draft_tokens": (),
+        "draft_parents": (),
+        "draft_logprobs": (),
+        "accepted": (),
+        "speculator": "",
+    } | draft
+    return Round(
+        round=number,
+        position=position,
+        tokens=tokens,
+        features=features(*tokens),
+        bonus=bonus,
+        top_ids=ids,
+        top_logprobs=logprobs,
+        draft_us=1,
+        verify_us=2,
+        time_us=1_000_000 + number,
+        **fields,  # type: ignore[arg-type]
+    )
+
+
+PREFILL = round_(0, 0, (A, B, C), D, (100,))
+FIRST = round_(
+    1, 3, (D, E), F, (110, 111, 112), draft_tokens=(E, X), draft_parents=(ROOT, 0), draft_logprobs=(-0.5, -1.5),
+    accepted=(0,), speculator="1",
+)  # fmt: skip
+SECOND = round_(
+    2, 5, (F,), G, (120, 121, 122), draft_tokens=(Y, Z), draft_parents=(ROOT, 0), draft_logprobs=(-2.0, -3.0),
+    speculator="2",
+)  # fmt: skip
+ENVELOPE = Envelope(
+    request="req",
+    chunk=0,
+    last=True,
+    node="node-0",
+    target="target",
+    line="line",
+    features="inline",
+    feature_width=WIDTH,
+    top_k=TOP_K,
+    temperature=0.0,
+    top_p=1.0,
+    label="ünï",
+    finish="stop",
+)
+EXAMPLE = Chunk(ENVELOPE, (PREFILL, FIRST, SECOND))
+
+
+def record(chunk: Chunk = EXAMPLE, offset: int = 7, **changed: object) -> Record:
+    headers = {
+        "content-type": trace.CONTENT_TYPE.encode(),
+        "schema": trace.fingerprint().encode(),
+        "rows": str(len(chunk.rounds)).encode(),
+    }
+    made = Record("traces", 1, offset, 5_000, b"req", encode(chunk), tuple(headers.items()))
+    return replace(made, **changed)  # type: ignore[arg-type]
+
+
+def only_row(table: pa.Table) -> dict[str, object]:
+    (row,) = table.to_pylist()
+    return row
+
+
+def reason(made: Record) -> str:
+    built = build([made], 32)
+    assert {name: rows.num_rows for name, rows in built.rows.items()} == {
+        "dead_letters": 1, "rejected": 0, "traces": 0, "accepted": 0,
+    }  # fmt: skip
+    row = only_row(built.rows["dead_letters"])
+    assert (row["value"], row["key"], row["offset"]) == (made.value, made.key, made.offset)
+    assert built.dead == {row["reason"]: 1}
+    return str(row["reason"])
+
+
+def test_accepted_is_the_window_of_the_worked_example() -> None:
+    row = only_row(build([record()], 32).rows["accepted"])
+    assert row["tokens"] == [A, B, C, D, E, F]
+    assert row["loss_mask"] == [False, False, True, True, True, True]
+    assert row["next_token"] == G
+    assert row["position"] == 0
+    bits = np.frombuffer(row["features"], dtype="<u2").reshape(6, WIDTH)  # type: ignore[call-overload]
+    assert from_bf16(bits)[:, 0].tolist() == [A, B, C, D, E, F]
+    # after c: round 0; after D: root of round 1; after E: its node 0; after F: root of round 2
+    assert np.reshape(row["teacher_ids"], (4, TOP_K))[:, 0].tolist() == [100, 110, 111, 120]  # type: ignore[arg-type]
+    assert np.reshape(row["teacher_logprobs"], (4, TOP_K))[:, 0].tolist() == [-12.5, -13.75, -13.875, -15.0]  # type: ignore[arg-type]
+
+
+def test_rejected_holds_the_branches_of_the_worked_example() -> None:
+    first, second = build([record()], 32).rows["rejected"].to_pylist()
+    assert (first["branch"], first["accepted_prefix"], first["context"]) == ([E, X], 1, [A, B, C, D])
+    assert (second["branch"], second["accepted_prefix"], second["context"]) == ([Y, Z], 0, [A, B, C, D, E, F])
+    assert (first["round"], first["root_position"], second["root_position"]) == (1, 3, 5)
+    assert first["draft_logprobs"] == [-0.5, -1.5]
+    assert first["teacher_ids"][::TOP_K] == [111, 112]
+    assert second["teacher_ids"][::TOP_K] == [121, 122]
+
+
+def test_traces_hold_every_round_with_its_own_version_and_time() -> None:
+    rows = build([record()], 32).rows["traces"].to_pylist()
+    assert [row["round"] for row in rows] == [0, 1, 2]
+    assert [row["speculator"] for row in rows] == ["", "1", "2"]
+    assert [row["tokens"] for row in rows] == [[A, B, C], [D, E], [F]]
+    assert [row["top_ids"][::TOP_K] for row in rows] == [[100], [110, 111, 112], [120, 121, 122]]
+    assert all(row["label"] == "ünï" and row["offset"] == 7 and row["last_chunk"] for row in rows)
+
+
+def test_rows_carry_the_version_that_drafted_last() -> None:
+    plain = replace(SECOND, draft_tokens=(), draft_parents=(), draft_logprobs=(), speculator="",
+                    top_ids=SECOND.top_ids[:1], top_logprobs=SECOND.top_logprobs[:1])  # fmt: skip
+    built = build([record(Chunk(ENVELOPE, (PREFILL, FIRST, plain)))], 32)
+    assert only_row(built.rows["accepted"])["speculator"] == "1"
+    assert built.rows["rejected"].num_rows == 1
+
+
+def test_a_prompt_cut_into_rows_has_a_teacher_only_at_its_end() -> None:
+    head = round_(0, 0, (A, B), None, ())
+    tail = round_(0, 2, (C,), D, (100,))
+    whole = only_row(build([record()], 32).rows["accepted"])
+    cut = only_row(build([record(Chunk(ENVELOPE, (head, tail, FIRST, SECOND)))], 32).rows["accepted"])
+    assert cut == whole
+
+    inside = only_row(build([record(Chunk(ENVELOPE, (head,)))], 32).rows["accepted"])
+    assert inside["loss_mask"] == [False, False]
+    assert inside["teacher_ids"] == []
+    assert inside["next_token"] is None
+
+
+def test_a_chunk_that_begins_inside_a_request_knows_no_token_before_its_first_root() -> None:
+    built = build([record(Chunk(replace(ENVELOPE, chunk=1), (FIRST, SECOND)))], 32)
+    first, second = built.rows["rejected"].to_pylist()
+    assert (first["context"], second["context"]) == ([D], [D, E, F])
+    accepted = only_row(built.rows["accepted"])
+    assert (accepted["position"], accepted["loss_mask"]) == (3, [True, True, True])
+
+
+def test_a_chunk_to_be_recomputed_gives_the_window_of_its_request_without_features() -> None:
+    bare = [replace(r, features=r.features[:0]) for r in (FIRST, SECOND)]
+    envelope = replace(ENVELOPE, chunk=1, features="recompute", before=(A, B, C))
+    built = build([record(Chunk(envelope, tuple(bare)))], 32)
+    whole = only_row(build([record()], 32).rows["accepted"])
+    row = only_row(built.rows["accepted"])
+    assert (row["position"], row["tokens"], row["features"]) == (0, whole["tokens"], b"")
+    assert row["loss_mask"] == [False, False, False, True, True, True]
+    assert row["teacher_ids"] == whole["teacher_ids"][TOP_K:]  # type: ignore[index]
+    first, second = built.rows["rejected"].to_pylist()
+    assert (first["context"], second["context"]) == ([A, B, C, D], [A, B, C, D, E, F])
+    assert first["root_position"] == 3
+
+
+def test_context_is_cut_to_the_tokens_before_the_root() -> None:
+    rows = build([record()], 2).rows["rejected"].to_pylist()
+    assert [row["context"] for row in rows] == [[B, C, D], [D, E, F]]
+
+
+def test_branches_of_a_tree_are_rows_of_their_own() -> None:
+    tree = round_(
+        1, 3, (D, E), F, (110, 111, 112, 113), draft_tokens=(E, X, Y), draft_parents=(ROOT, ROOT, 0),
+        draft_logprobs=(-1.0, -2.0, -3.0), accepted=(0,), speculator="1",
+    )  # fmt: skip
+    rows = build([record(Chunk(ENVELOPE, (PREFILL, tree)))], 32).rows["rejected"].to_pylist()
+    assert [(row["branch"], row["accepted_prefix"]) for row in rows] == [([X], 0), ([E, Y], 1)]
+    assert [row["teacher_ids"][::TOP_K] for row in rows] == [[112], [111, 113]]
+
+
+def test_rows_are_the_same_in_every_delivery_and_in_any_company() -> None:
+    again = build([record()], 32).rows
+    together = build([record(offset=6), record(offset=7)], 32).rows
+    for name, rows in again.items():
+        assert rows.schema == TABLES[name]
+        assert together[name].slice(rows.num_rows).equals(rows)
+
+
+def test_a_chunk_without_rounds_adds_nothing_and_is_no_dead_letter() -> None:
+    built = build([record(Chunk(ENVELOPE, ()))], 32)
+    assert sum(rows.num_rows for rows in built.rows.values()) == 0
+
+
+def test_a_draft_whose_probabilities_are_not_known_is_a_row_that_says_so() -> None:
+    unknown = replace(FIRST, draft_logprobs=(float("nan"),) * 2)
+    built = build([record(Chunk(ENVELOPE, (PREFILL, unknown, SECOND)))], 32)
+    assert not built.dead
+    assert np.isnan(built.rows["rejected"].to_pylist()[0]["draft_logprobs"]).all()
+
+
+def nan_features() -> Round:
+    bits = SECOND.features.copy()
+    bits[0, 1] = 0x7FC0
+    return replace(SECOND, features=bits)
+
+
+@pytest.mark.parametrize(
+    ("bad", "code"),
+    [
+        pytest.param(nan_features(), "bad_number", id="nan in the features"),
+        pytest.param(replace(SECOND, draft_logprobs=(float("-inf"), 0.0)), "bad_number", id="infinite log-probability"),
+        pytest.param(replace(SECOND, top_ids=-SECOND.top_ids), "bad_token", id="negative teacher token"),
+        pytest.param(replace(SECOND, bonus=-3), "bad_token", id="negative bonus"),
+        pytest.param(replace(SECOND, position=9), "contradiction", id="hole between positions"),
+        pytest.param(replace(SECOND, round=4), "contradiction", id="missing round"),
+        pytest.param(replace(SECOND, tokens=(E,)), "contradiction", id="root that nobody chose"),
+        pytest.param(
+            replace(SECOND, bonus=None, top_ids=SECOND.top_ids[:0], top_logprobs=SECOND.top_logprobs[:0]),
+            "contradiction",
+            id="answer without a bonus",
+        ),
+    ],
+)
+def test_a_chunk_that_contradicts_itself_is_a_dead_letter(bad: Round, code: str) -> None:
+    assert reason(record(Chunk(ENVELOPE, (PREFILL, FIRST, bad)))) == code
+
+
+def test_a_draft_inside_the_prompt_is_a_dead_letter() -> None:
+    assert reason(record(Chunk(ENVELOPE, (replace(FIRST, round=0),)))) == "contradiction"
+
+
+@pytest.mark.parametrize(
+    ("header", "value", "code"),
+    [
+        ("schema", b"another", "foreign_schema"),
+        ("schema", None, "foreign_schema"),
+        ("content-type", b"text/plain", "foreign_content"),
+        ("rows", b"4", "wrong_count"),
+        ("rows", None, "wrong_count"),
+        ("rows", b"\xff", "wrong_count"),
+    ],
+)
+def test_a_header_that_does_not_fit_is_a_dead_letter(header: str, value: bytes | None, code: str) -> None:
+    headers = tuple((name, value if name == header else old) for name, old in record().headers)
+    assert reason(record(headers=headers)) == code
+
+
+def test_a_number_that_no_column_holds_is_a_dead_letter() -> None:
+    assert reason(record(Chunk(replace(ENVELOPE, seed=2**63), EXAMPLE.rounds))) == "too_large"
+    assert reason(record(Chunk(replace(ENVELOPE, sampling_top_k=2**31), EXAMPLE.rounds))) == "too_large"
+    assert reason(record(Chunk(replace(ENVELOPE, temperature=float("nan")), EXAMPLE.rounds))) in (
+        "bad_number", "bad_envelope",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("line", ["", "l" * 129, "a/b", "a line", "zeile-ä"])
+def test_a_line_that_cannot_name_a_folder_is_a_dead_letter(line: str) -> None:
+    assert reason(record(Chunk(replace(ENVELOPE, line=line), EXAMPLE.rounds))) == "bad_line"
+
+
+def test_the_day_of_a_row_is_that_of_its_record_and_not_of_the_clock_of_the_node() -> None:
+    late = replace(record(), time_us=1_700_006_400_000_000)  # 2023-11-15T00:00:00Z
+    built = build([replace(late, time_us=late.time_us - 1), late, replace(late, value=None)], 32)
+    days = {name: {day.day for day in rows["day"].to_pylist()} for name, rows in built.rows.items()}
+    assert days == {"accepted": {14, 15}, "rejected": {14, 15}, "traces": {14, 15}, "dead_letters": {15}}
+
+
+@pytest.mark.parametrize("time_us", [-(2**63), -1, 2**62, 2**63 - 1])
+def test_a_record_with_the_time_of_a_broken_clock_lies_in_a_day_that_has_a_name(time_us: int) -> None:
+    built = build([replace(record(), time_us=time_us), replace(record(), time_us=time_us, value=None)], 32)
+    for name in ("accepted", "dead_letters"):
+        (day,) = built.rows[name]["day"].to_pylist()
+        assert day.year in (1970, 9999)
+
+
+def test_a_round_outside_the_times_that_readers_know_is_a_dead_letter() -> None:
+    for time_us in (-1, 2**62):
+        assert reason(record(Chunk(ENVELOPE, (replace(PREFILL, time_us=time_us), FIRST, SECOND)))) == "bad_number"
+
+
+@pytest.mark.parametrize("header", ["target", "node"])
+def test_a_header_that_names_another_target_or_node_than_the_envelope_is_a_dead_letter(header: str) -> None:
+    announced = getattr(ENVELOPE, header).encode()
+    assert not build([record(headers=(*record().headers, (header, announced)))], 32).dead
+    assert reason(record(headers=(*record().headers, (header, b"another")))) == "header_mismatch"
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        replace(SECOND, bonus=123),
+        replace(SECOND, draft_tokens=(Y, 123)),
+        replace(SECOND, top_ids=SECOND.top_ids + 2),
+        replace(PREFILL, tokens=(A, 123, C)),
+    ],
+)
+def test_a_token_outside_the_vocabulary_is_a_dead_letter_where_the_vocabulary_is_known(bad: Round) -> None:
+    rounds = tuple(bad if bad.round == r.round else r for r in EXAMPLE.rounds)
+    known = replace(ENVELOPE, vocabulary=124)
+    assert not build([record(Chunk(known, EXAMPLE.rounds)), record(Chunk(ENVELOPE, rounds))], 32).dead
+    assert reason(record(Chunk(replace(ENVELOPE, vocabulary=123), rounds))) == "bad_token"
+
+
+def test_a_token_outside_the_vocabulary_is_named() -> None:
+    built = build([record(Chunk(replace(ENVELOPE, vocabulary=123), (replace(PREFILL, tokens=(A, 123, C)),)))], 32)
+    (detail,) = built.rows["dead_letters"]["detail"].to_pylist()
+    assert detail == "round 0: token id 123 in tokens, expected 0 to 122"
+
+
+def test_a_token_outside_the_vocabulary_among_those_before_the_chunk_is_a_dead_letter() -> None:
+    bare = tuple(replace(r, features=r.features[:0]) for r in (FIRST, SECOND))
+    envelope = replace(ENVELOPE, chunk=1, features="recompute", before=(A, 999, C), vocabulary=200)
+    assert reason(record(Chunk(envelope, bare))) == "bad_token"
+
+
+def test_a_record_without_a_value_is_a_dead_letter() -> None:
+    assert reason(record(value=None)) == "empty"
+
+
+def test_a_dead_letter_keeps_what_the_header_claims() -> None:
+    row = only_row(build([record(value=b"junk")], 32).rows["dead_letters"])
+    assert row["rows"] == 3
+    assert row["headers"][1] == {"name": "schema", "value": trace.fingerprint().encode()}  # type: ignore[index]
+    for claimed in (b"-1", b"9" * 5000, "٣".encode(), b""):
+        built = build([record(value=b"junk", headers=(("rows", claimed),))], 32)
+        assert only_row(built.rows["dead_letters"])["rows"] is None
+
+
+@given(cut=st.integers(0, 2_000), flip=st.integers(0, 7), junk=st.binary(max_size=40))
+def test_altered_bytes_are_one_dead_letter_and_never_an_error(cut: int, flip: int, junk: bytes) -> None:
+    value = encode(EXAMPLE)
+    at = cut % len(value)
+    flipped = value[:at] + bytes([value[at] ^ (1 << flip)]) + value[at + 1 :]
+    for altered in (value[:at], flipped, junk):
+        assert reason(record(value=altered)) in ("corrupt", "truncated")
+
+
+def test_a_record_that_nobody_foresaw_is_a_dead_letter_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fragile(rounds: Rounds, features: Lists) -> dict[int, TraceError]:
+        if any(envelope.request == "odd" for envelope in rounds.envelopes):
+            raise IndexError("what is this")
+        return unsound(rounds, features)
+
+    monkeypatch.setattr("pipeline.batches.unsound", fragile)
+    odd = Chunk(replace(ENVELOPE, request="odd"), EXAMPLE.rounds)
+    sent = [record(offset=1), record(odd, offset=2), record(offset=3), record(offset=4, value=b"junk")]
+    built = build(sent, 32, known=Known(1))
+    assert built.rows["accepted"]["offset"].to_pylist() == [1, 3]
+    letters = built.rows["dead_letters"].select(["offset", "reason", "detail"]).to_pylist()
+    assert letters[0] == {"offset": 2, "reason": "unreadable", "detail": "IndexError: what is this"}
+    assert [letter["offset"] for letter in letters] == [2, 4]
+    assert [one.offset for one in built.taken] == [1, 3]
+
+
+def test_records_are_the_same_in_runs_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = [record(offset=1), record(offset=2, value=b"junk" * 9), record(offset=3), record(offset=4)]
+    together = build(sent, 32, known=Known(2))
+    monkeypatch.setattr("pipeline.batches.RUN_BYTES", 1)
+    alone = build(sent, 32, known=Known(2))
+    assert (alone.dead, alone.taken, alone.gaps) == (together.dead, together.taken, together.gaps)
+    assert all(alone.rows[name].equals(rows) for name, rows in together.rows.items())
+    assert together.dead == {"corrupt": 1, "duplicate": 1}
+
+
+def test_a_bad_record_does_not_harm_its_neighbours() -> None:
+    built = build([record(offset=1), record(offset=2, value=b"junk" * 9), record(offset=3)], 32)
+    assert built.rows["accepted"]["offset"].to_pylist() == [1, 3]
+    assert built.rows["dead_letters"]["offset"].to_pylist() == [2]
+    assert built.dead == {"corrupt": 1}

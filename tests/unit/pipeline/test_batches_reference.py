@@ -1,0 +1,344 @@
+"""Rows built in columns are those that the slow reference builds one by one, and so are the refusals, word for word."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, get_args
+
+import numpy as np
+import pyarrow as pa
+import slow_batches
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.batches import Record, build
+from pipeline.deduplication import Known
+from schemas.draft_tree import chain
+from schemas.trace import record as trace
+from schemas.trace.decoder import decode
+from schemas.trace.record import ROOT, SCHEMA, U16, Chunk, Claim, Envelope, Features, Round, TraceError, encode
+from serving.traces.chunks import without_features
+
+CONTEXT = 4
+Rng = np.random.Generator
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a made-up chunk is like."""
+
+    seed: int
+    rounds: int
+    prompt_parts: int
+    """Rows of round 0; without any the chunk begins inside a request."""
+    drafted: int
+    """Most nodes of a draft."""
+    trees: bool
+    way: Features
+    width: int
+    top_k: int
+    vocabulary: int | None
+
+
+shapes = st.builds(
+    Shape,
+    seed=st.integers(0, 2**32),
+    rounds=st.integers(0, 6),
+    prompt_parts=st.integers(0, 3),
+    drafted=st.integers(0, 6),
+    trees=st.booleans(),
+    way=st.sampled_from(get_args(Features)),
+    width=st.integers(1, 5),
+    top_k=st.integers(1, 4),
+    vocabulary=st.sampled_from([None, 50, 60]),
+)
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A record, and what its claim check holds."""
+
+    record: Record
+    claim: U16 | None
+
+
+def ids(rng: Rng, n: int) -> tuple[int, ...]:
+    return tuple(rng.integers(0, 50, n).tolist())
+
+
+def draft(rng: Rng, shape: Shape) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Tokens, parents and the accepted nodes."""
+    m = int(rng.integers(0, shape.drafted + 1))
+    parents = tuple(int(rng.integers(ROOT, node)) for node in range(m)) if shape.trees else chain(m)
+    accepted: list[int] = []
+    node = int(rng.integers(ROOT, m)) if m else ROOT
+    while node != ROOT:
+        accepted.insert(0, node)
+        node = parents[node]
+    return ids(rng, m), parents, tuple(accepted)
+
+
+def a_round(rng: Rng, shape: Shape, number: int, position: int, root: int | None, *, ends: bool) -> Round:
+    drafted, parents, accepted = draft(rng, shape) if number else ((), (), ())
+    prompt = ids(rng, int(rng.integers(1, 4)))
+    tokens = prompt if root is None else (root, *(drafted[node] for node in accepted))
+    verified = 1 + len(drafted) if ends else 0
+    return Round(
+        round=number,
+        position=position,
+        tokens=tokens,
+        features=rng.integers(0, 0x7F80, (len(tokens), shape.width), dtype=np.uint16),
+        draft_tokens=drafted,
+        draft_parents=parents,
+        draft_logprobs=tuple((-rng.random(len(drafted))).tolist()),
+        accepted=accepted,
+        bonus=ids(rng, 1)[0] if ends else None,
+        top_ids=rng.integers(0, 50, (verified, shape.top_k), dtype=np.int32),
+        top_logprobs=-rng.random((verified, shape.top_k), dtype=np.float32),
+        speculator=str(rng.integers(3)) if drafted else "",
+        draft_us=int(rng.integers(99)),
+        verify_us=int(rng.integers(99)),
+        time_us=int(rng.integers(2**50)),
+    )
+
+
+def sound(shape: Shape) -> Chunk:
+    """A chunk that nothing speaks against."""
+    rng = np.random.default_rng(shape.seed)
+    number = 0 if shape.prompt_parts else int(rng.integers(1, 5))
+    position = 0 if shape.prompt_parts else int(rng.integers(1, 9))
+    before = ids(rng, position) if shape.way == "recompute" and position and shape.rounds else ()
+    rounds: list[Round] = []
+    for i in range(shape.rounds):
+        in_prompt = i < shape.prompt_parts
+        root = None if in_prompt else rounds[-1].bonus if rounds else ids(rng, 1)[0]
+        rounds.append(a_round(rng, shape, number, position, root, ends=not in_prompt or i == shape.prompt_parts - 1))
+        position += len(rounds[-1].tokens)
+        number += not in_prompt or i == shape.prompt_parts - 1
+    envelope = Envelope(
+        request=f"request-{shape.seed % 5}",
+        chunk=shape.seed % 3,
+        last=bool(rng.integers(2)),
+        node=f"node-{shape.seed % 2}",
+        target="target",
+        line="line",
+        features=shape.way,
+        feature_width=shape.width,
+        top_k=shape.top_k,
+        temperature=float(rng.random()),
+        top_p=float(rng.random()),
+        seed=int(rng.integers(9)) if rng.integers(2) else None,
+        label="ünï" if rng.integers(2) else None,
+        finish="stop" if rng.integers(2) else None,
+        claim=Claim("file:///a", "0" * 32, 9) if shape.way == "claim-check" else None,
+        before=before,
+        vocabulary=shape.vocabulary,
+    )
+    return Chunk(envelope, tuple(rounds))
+
+
+def send(chunk: Chunk, offset: int, partition: int = 0, value: bytes | None = None) -> Sent:
+    """The record as a node sends it, or with another value."""
+    way, rounds = chunk.envelope.features, chunk.rounds
+    claim = np.concatenate([r.features for r in rounds]) if way == "claim-check" and rounds else None
+    bare = chunk if way == "inline" else replace(chunk, rounds=tuple(map(without_features, rounds)))
+    headers = {
+        "content-type": trace.CONTENT_TYPE,
+        "schema": trace.fingerprint(),
+        "node": chunk.envelope.node,
+        "target": chunk.envelope.target,
+        "rows": str(len(rounds)),
+    }
+    as_bytes = tuple((name, text.encode()) for name, text in headers.items())
+    key = chunk.envelope.request.encode()
+    return Sent(
+        Record("traces", partition, offset, 5_000, key, encode(bare) if value is None else value, as_bytes), claim
+    )
+
+
+def assert_as_the_reference(sent: Sequence[Sent], window: int = 0) -> dict[str, int]:
+    """Reasons of the dead letters, after everything was compared."""
+
+    def reader() -> Callable[[Claim, int, int], U16]:
+        # Both read the claims of the records that get so far, in their order.
+        claims = {(len(s.claim), s.claim.shape[1]): s.claim for s in sent if s.claim is not None}
+
+        def get(_claim: Claim, tokens: int, width: int) -> U16:
+            if (tokens, width) not in claims:
+                raise TraceError("claim_missing", f"no {tokens} by {width}")
+            return claims[tokens, width]
+
+        return get
+
+    records = [s.record for s in sent]
+    built = build(records, CONTEXT, reader(), Known(window))
+    expected = slow_batches.build(records, CONTEXT, reader(), window)
+    letters = ["offset", "reason", "detail", "rows"]
+    assert (
+        built.rows["dead_letters"].select(letters).to_pylist() == expected["dead_letters"].select(letters).to_pylist()
+    )
+    for name, rows in expected.items():
+        assert built.rows[name].schema == rows.schema
+        found, wanted = comparable(built.rows[name]), comparable(rows)
+        assert found.to_pylist() == wanted.to_pylist(), name
+        assert found.equals(wanted), name
+        built.rows[name].validate(full=True)
+    return dict(built.dead)
+
+
+def comparable(rows: pa.Table) -> pa.Table:
+    """With a number that is no log-probability for those that are not known: NaN equals nothing."""
+    if "draft_logprobs" not in rows.column_names:
+        return rows
+    at = rows.column_names.index("draft_logprobs")
+    lists = [[2.0 if np.isnan(value) else value for value in row] for row in rows.column(at).to_pylist()]
+    return rows.set_column(at, rows.schema.field(at), pa.array(lists, rows.schema.field(at).type))
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(shapes, max_size=6))
+def test_sound_records_give_the_rows_of_the_reference(made: list[Shape]) -> None:
+    assert assert_as_the_reference([send(sound(shape), offset) for offset, shape in enumerate(made)]) == {}
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(shapes, min_size=1, max_size=8), st.integers(0, 6))
+def test_repeated_records_are_the_dead_letters_of_the_reference(made: list[Shape], window: int) -> None:
+    several = [made[i % len(made)] for i in range(3 * len(made))]
+    sent = [send(sound(shape), offset, partition=offset % 2) for offset, shape in enumerate(several)]
+    assert set(assert_as_the_reference(sent, window)) <= {"duplicate"}
+
+
+def other_int(rng: Rng, value: int) -> int:
+    return int(rng.choice([value - 1, value + 1, -1, 0, 55, 2**31 - 1]))
+
+
+def other_list(rng: Rng, values: tuple[Any, ...], entry: Callable[[], Any]) -> tuple[Any, ...]:
+    """One entry more, one less, or one changed."""
+    at = int(rng.integers(len(values))) if values else 0
+    match int(rng.integers(3)):
+        case 0:
+            return (*values[:at], entry(), *values[at:])
+        case 1:
+            return (*values[:at], *values[at + 1 :])
+        case _:
+            return (*values[:at], entry(), *values[at + 1 :])
+
+
+def other_features(rng: Rng, bits: U16) -> U16:
+    if not len(bits) or rng.integers(2):
+        return np.concatenate([bits, np.zeros((1, bits.shape[1]), np.uint16)])
+    changed = bits.copy()
+    changed[rng.integers(len(bits)), rng.integers(bits.shape[1])] = rng.choice([0x7F80, 0xFF80, 0x7FC1, 0xFFFF])
+    return changed
+
+
+def spoil(rng: Rng, chunk: Chunk) -> Chunk:
+    """A chunk with one thing in one of its rounds changed, which may or may not matter."""
+    at = int(rng.integers(len(chunk.rounds)))
+    r = chunk.rounds[at]
+    name = str(rng.choice([f for f in Round.__slots__ if f not in ("speculator", "draft_us", "verify_us")]))
+    value = getattr(r, name)
+    match name:
+        case "round" | "position":
+            new: object = other_int(rng, value)
+        case "time_us":
+            new = int(rng.choice([2**62, -1]))
+        case "bonus":
+            new = None if rng.integers(2) else other_int(rng, value or 0)
+        case "tokens" | "draft_tokens":
+            new = other_list(rng, value, lambda: other_int(rng, 3))
+        case "draft_parents" | "accepted":
+            new = other_list(rng, value, lambda: int(rng.integers(-2, 7)))
+        case "draft_logprobs":
+            new = other_list(rng, value, lambda: float(rng.choice([-1.0, np.nan, np.inf])))
+        case "features":
+            new = other_features(rng, value)
+        case "top_ids":
+            new = value[:-1] if rng.integers(2) else np.where(rng.random(value.shape) < 0.1, other_int(rng, 0), value)
+        case _:
+            new = value[:-1] if rng.integers(2) else np.where(rng.random(value.shape) < 0.1, np.nan, value)
+    rounds = [*chunk.rounds]
+    rounds[at] = replace(r, **{name: new})
+    return replace(chunk, rounds=tuple(rounds))
+
+
+def rewritten(sent: Sent, change: Callable[[pa.Table], Sequence[pa.Table]]) -> Sent:
+    """The record as another writer might have sent it."""
+    value = sent.record.value or b""
+    with pa.ipc.open_stream(value[: -trace.CHECKSUM_BYTES]) as reader:
+        parts = change(reader.read_all())
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, parts[0].schema) as writer:
+        for part in parts:
+            writer.write_table(part)
+    stream = sink.getvalue()
+    value = stream.to_pybytes() + trace.checksum(stream)
+    return replace(sent, record=replace(sent.record, value=value))
+
+
+def with_null(rng: Rng) -> Callable[[pa.Table], Sequence[pa.Table]]:
+    """Put a null into some column, or into one of its lists."""
+
+    def change(table: pa.Table) -> Sequence[pa.Table]:
+        name, row = str(rng.choice(SCHEMA.names)), int(rng.integers(table.num_rows))
+        values = (table[name].cast(pa.int64()) if name == "time" else table[name]).to_pylist()
+        if isinstance(values[row], list) and values[row] and rng.integers(2):
+            values[row][int(rng.integers(len(values[row])))] = None
+        else:
+            values[row] = None
+        column = pa.array(values, SCHEMA.field(name).type)
+        at = table.schema.get_field_index(name)
+        return [table.set_column(at, pa.field(name, column.type), column)]
+
+    return change
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.lists(shapes.filter(lambda s: s.rounds > 0), min_size=1, max_size=4), st.integers(0, 2**32), st.data())
+def test_spoiled_records_are_refused_as_by_the_reference_and_harm_no_other(
+    made: list[Shape], seed: int, data: st.DataObject
+) -> None:
+    rng = np.random.default_rng(seed)
+    sent = []
+    for offset, shape in enumerate(made):
+        chunk = sound(shape)
+        match data.draw(st.sampled_from(["sound", "spoiled", "null", "split"])):
+            case "sound":
+                sent.append(send(chunk, offset))
+            case "spoiled":
+                sent.append(send(spoil(rng, chunk), offset))
+            case "null":
+                sent.append(rewritten(send(chunk, offset), with_null(rng)))
+            case "split":
+                sent.append(rewritten(send(chunk, offset), lambda table: [table.slice(0, 1), table.slice(1)]))
+    assert_as_the_reference(sent)
+
+
+@settings(deadline=None, max_examples=50)
+@given(shapes, st.integers(0, 2**32))
+def test_altered_bytes_are_refused_as_by_the_reference(shape: Shape, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    value = bytearray(send(sound(shape), 0).record.value or b"")
+    flipped = bytearray(value)
+    flipped[rng.integers(len(value))] ^= 1 << int(rng.integers(8))
+    cut = value[: rng.integers(len(value))]
+    sent = [send(sound(shape), offset, value=bytes(v)) for offset, v in enumerate((value, flipped, cut, value))]
+    dead = assert_as_the_reference(sent)
+    assert sum(dead.values()) == 2
+    assert set(dead) <= {"corrupt", "truncated"}
+
+
+@settings(deadline=None)
+@given(shapes.filter(lambda s: s.rounds > 0), st.integers(0, 2**32))
+def test_decoding_refuses_what_the_reference_refuses(shape: Shape, seed: int) -> None:
+    value = send(spoil(np.random.default_rng(seed), sound(shape)), 0).record.value or b""
+
+    def outcome(read: Callable[[bytes], Chunk]) -> object:
+        try:
+            return encode(read(value))
+        except TraceError as error:
+            return error.reason, error.detail
+
+    assert outcome(decode) == outcome(slow_batches.decode)

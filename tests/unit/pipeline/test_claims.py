@@ -1,0 +1,256 @@
+"""Claim checks: what was kept is given back bit for bit, the rest is a clear error, and a dead store costs little."""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import IO, Any
+from urllib.parse import unquote, urlsplit
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from trace_bench import Bench, a_round, eventually
+
+from pipeline.batches import Record, build
+from schemas.claim_store import ClaimStore, ClaimStoreError
+from schemas.settings import SettingsError, Traces
+from schemas.trace.decoder import decode
+from schemas.trace.record import U16, Claim, TraceError
+from serving.engines.base import Request
+from serving.traces.sampling import BURST_S
+
+TIME_US = 1_700_000_000_000_000
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The publisher looks for rounds more often, so that no test waits for it."""
+    monkeypatch.setattr("serving.traces.publisher._PAUSE_S", 0.002)
+
+
+def features(tokens: int, width: int, seed: int = 0) -> U16:
+    return np.random.default_rng(seed).integers(0, 2**16, (tokens, width)).astype(np.uint16)
+
+
+def store(uri: object, **options: str) -> ClaimStore:
+    return ClaimStore(Traces(claim_uri=str(uri), claim_options=options))
+
+
+@settings(deadline=None, max_examples=30)
+@given(tokens=st.integers(1, 50), width=st.integers(1, 40), seed=st.integers(0, 9))
+def test_features_come_back_bit_for_bit(
+    tmp_path_factory: pytest.TempPathFactory, tokens: int, width: int, seed: int
+) -> None:
+    claims = store(tmp_path_factory.getbasetemp() / "claims")
+    kept = features(tokens, width, seed)
+    claim = claims.put(kept, TIME_US)
+    np.testing.assert_array_equal(claims.get(claim, tokens, width), kept)
+    for wrong in ((tokens + 1, width), (tokens, width + 1)):
+        with pytest.raises(TraceError) as refused:
+            claims.get(claim, *wrong)
+        assert refused.value.reason == "claim_corrupt"
+
+
+def test_a_file_is_named_after_its_content_in_a_folder_for_its_day(tmp_path: Path) -> None:
+    claims = store(tmp_path)
+    claim = claims.put(features(3, 4), TIME_US)
+    assert claim.uri == f"{tmp_path.as_uri()}/2023-11-14/{claim.checksum}.arrow"
+    assert Path(urlsplit(claim.uri).path).stat().st_size == claim.size
+    assert claims.put(features(3, 4), TIME_US) == claim
+
+
+@pytest.mark.parametrize("name", ["../secret.arrow", "2023-11-14/../../secret.arrow"])
+def test_only_files_below_the_own_address_are_opened(tmp_path: Path, name: str) -> None:
+    (tmp_path / "secret.arrow").write_bytes(b"x")
+    for uri in (f"{(tmp_path / 'claims').as_uri()}/{name}", (tmp_path / "secret.arrow").as_uri(), "s3://other/x.arrow"):
+        with pytest.raises(TraceError, match=r"traces\.claim_uri") as refused:
+            store(tmp_path / "claims").get(Claim(uri, "0" * 32, 1), 1, 1)
+        assert refused.value.reason == "claim_foreign"
+
+
+def test_a_folder_that_is_gone_is_a_store_that_is_away_and_not_a_missing_file(tmp_path: Path) -> None:
+    claims = store(tmp_path / "claims")
+    claim = claims.put(features(1, 1), TIME_US)
+    (tmp_path / "claims").rename(tmp_path / "elsewhere")
+    with pytest.raises(ClaimStoreError, match=r"traces\.claim_uri"):
+        claims.get(claim, 1, 1)
+    (tmp_path / "claims").mkdir()
+    with pytest.raises(TraceError) as refused:
+        claims.get(claim, 1, 1)
+    assert refused.value.reason == "claim_missing"
+
+
+@pytest.mark.parametrize(
+    ("uri", "options"),
+    [
+        ("claims", {"region": "x"}),
+        ("s3://bucket/claims", {"no_such_option": "x"}),
+        ("nowhere://bucket/claims", {}),
+    ],
+)
+def test_an_address_or_option_that_cannot_be_used_is_named(uri: str, options: dict[str, str]) -> None:
+    with pytest.raises(SettingsError, match=r"traces\.claim_(uri|options)"):
+        store(uri, **options)
+
+
+def unchunked(stream: IO[bytes]) -> bytes:
+    body = b""
+    while size := int(stream.readline().split(b";")[0], 16):
+        body += stream.read(size)
+        stream.readline()
+    while stream.readline().strip():
+        pass
+    return body
+
+
+class Bucket(BaseHTTPRequestHandler):
+    """As much of S3 as keeping and reading objects takes."""
+
+    protocol_version = "HTTP/1.1"
+    objects: dict[str, bytes]
+
+    def do_PUT(self) -> None:
+        # The client sends chunks of its own, with a checksum behind them, in chunks of HTTP.
+        body = unchunked(io.BytesIO(unchunked(self.rfile)))
+        assert len(body) == int(self.headers["x-amz-decoded-content-length"])
+        self.objects[self._key] = body
+        self._answer(200, {"ETag": '"0"'})
+
+    def do_HEAD(self) -> None:
+        known = self.objects.get(self._key)
+        if known is None:
+            self._answer(200 if self._key.count("/") == 1 else 404, {})
+        else:
+            self._answer(200, {"content-length": str(len(known)), "ETag": '"0"'})
+
+    def do_GET(self) -> None:
+        start, end = self.headers["range"].removeprefix("bytes=").split("-")
+        self._answer(206, {}, self.objects[self._key][int(start) : int(end) + 1])
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    @property
+    def _key(self) -> str:
+        return unquote(urlsplit(self.path).path)
+
+    def _answer(self, code: int, headers: dict[str, str], body: bytes = b"") -> None:
+        self.send_response(code)
+        for name, value in ({"content-length": str(len(body))} | headers).items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+
+@pytest.fixture
+def bucket() -> Iterator[dict[str, Any]]:
+    """Options of an S3 server of the test's own, and its objects."""
+    Bucket.objects = {}
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Bucket)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    keys = {"access_key": "a", "secret_key": "s", "region": "x", "scheme": "http"}
+    yield {"options": {**keys, "endpoint_override": f"127.0.0.1:{server.server_port}"}, "objects": Bucket.objects}
+    server.shutdown()
+    server.server_close()
+
+
+def test_an_s3_prefix_is_a_store(bucket: dict[str, Any]) -> None:
+    claims = store("s3://traces/aurora/claims/", **bucket["options"])
+    kept = features(5, 7)
+    claim = claims.put(kept, TIME_US)
+    assert claim.uri == f"s3://traces/aurora/claims/2023-11-14/{claim.checksum}.arrow"
+    assert list(bucket["objects"]) == [f"/{claim.uri.removeprefix('s3://')}"]
+    np.testing.assert_array_equal(claims.get(claim, 5, 7), kept)
+    bucket["objects"].clear()
+    with pytest.raises(TraceError) as refused:
+        claims.get(claim, 5, 7)
+    assert refused.value.reason == "claim_missing"
+
+
+def test_an_s3_store_that_is_away_is_no_missing_file(bucket: dict[str, Any], free_port: Any) -> None:
+    away = bucket["options"] | {"endpoint_override": f"127.0.0.1:{free_port()}"}
+    claims = store("s3://traces/claims", **away)
+    with pytest.raises(ClaimStoreError, match=r"traces\.claim_uri"):
+        claims.put(features(1, 1), TIME_US)
+    with pytest.raises(ClaimStoreError):
+        claims.get(Claim("s3://traces/claims/x.arrow", "0" * 32, 1), 1, 1)
+
+
+def test_a_store_that_refuses_costs_a_few_tries_and_recovers_by_itself(tmp_path: Path) -> None:
+    (tmp_path / "claims").write_text("a file where the folder should be")
+    bench = Bench(features="claim-check", claim_uri=str(tmp_path / "claims"))
+    tried = _count_tries(bench)
+    for _ in range(6):
+        bench.send(rounds=2)
+    bench.settle()
+    counts = bench.publisher.counts()
+    assert (counts.shed, counts.pending, bench.producer.delivered) == ({"claim_failed": 12}, 0, [])
+    assert len(tried) == 2, "after breaker_after failures the store is left alone"
+    assert bench.publisher.breaker == "closed", "it says nothing about the broker"
+    (tmp_path / "claims").unlink()
+    bench.send(rounds=2)
+    bench.settle()
+    assert bench.publisher.counts().shed == {"claim_failed": 14}
+    bench.now += 5
+    bench.send(rounds=2)
+    bench.send(rounds=2)
+    counts = bench.publisher.close(1)
+    assert (counts.published, counts.captured) == (4, 18)
+    assert [len(r.features) for chunk in bench.producer.delivered for r in chunk.rounds] == [0] * 4
+
+
+def _count_tries(bench: Bench) -> list[int]:
+    assert bench.publisher._cloakroom is not None
+    claims, tried = bench.publisher._cloakroom._store, list[int]()
+    put = claims.put
+
+    def counted(kept: U16, time_us: int) -> Claim:
+        tried.append(len(kept))
+        return put(kept, time_us)
+
+    claims.put = counted  # type: ignore[method-assign]
+    return tried
+
+
+def test_while_the_broker_is_away_nothing_is_written_to_the_store(tmp_path: Path) -> None:
+    bench = Bench(features="claim-check", claim_uri=str(tmp_path))
+    tried = _count_tries(bench)
+    bench.producer.mode = "refuse"
+    for _ in range(2):
+        bench.send()
+    eventually(lambda: bench.publisher.breaker == "open")
+    for _ in range(5):
+        bench.send()
+    assert bench.publisher.close(1).shed == {"refused": 2, "breaker_open": 5}
+    assert len(tried) == 2
+
+
+def test_the_budget_pays_for_the_file_too(tmp_path: Path) -> None:
+    bench = Bench(features="claim-check", claim_uri=str(tmp_path), claim_bytes=1 << 16, bytes_per_s=1_000)
+    for number in range(100):
+        kept = replace(a_round(0, tokens=300), features=features(300, 6, number))
+        bench.publisher.record(Request(f"chatcmpl-{number}", (1,), 5), (kept,), "stop")
+    bench.settle()
+    files = sum(path.stat().st_size for path in tmp_path.rglob("*.arrow"))
+    messages = sum(map(len, bench.producer.values))
+    assert 0 < messages + files <= max(1_000 * BURST_S, 20_000 + (1 << 16))
+    assert bench.publisher.close(1).shed["budget"] > 0
+
+
+def test_what_a_publisher_claims_a_reader_finds(tmp_path: Path) -> None:
+    bench = Bench(features="claim-check", claim_uri=str(tmp_path))
+    bench.send(rounds=3)
+    bench.publisher.close(1)
+    ((value,), (headers,)) = bench.producer.values, bench.producer.headers
+    claim = decode(value).envelope.claim
+    assert claim is not None
+    assert dict(headers)["claim-bytes"] == str(claim.size).encode()
+    record = Record("t", 0, 0, 0, b"k", value, tuple(headers))
+    built = build([record], 32, store(tmp_path).get)
+    assert (built.dead, built.rows["accepted"]["tokens"].to_pylist()[0][:3]) == ({}, [0, 1, 2])

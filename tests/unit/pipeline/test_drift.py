@@ -1,0 +1,319 @@
+"""Drift: no alarm by chance, one event for a change, soon, and the same one whoever reads the log."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from recorded import conversation, record_of, round_of, tables_of
+
+from pipeline.drift.detector import (
+    COLUMNS,
+    KEYS,
+    Key,
+    Observation,
+    PartitionWatch,
+    observations,
+    rebuilt_from,
+    split_of,
+)
+from pipeline.offsets import Source
+from schemas.batches import TRACES
+from schemas.events import DriftEvent
+from schemas.settings import Drift
+
+Floats = npt.NDArray[np.float64]
+
+Traffic = Callable[[np.random.Generator, float, int], Floats]
+
+SOURCE = Source("traces", 0)
+KEY = Key("line", "7", "sql")
+DEFAULTS = Drift()
+SPREAD = 0.15
+"""Deviation of the acceptance between requests; that between a request's rounds comes on top."""
+
+
+def difficulty(rng: np.random.Generator, acceptance: float, requests: int) -> Floats:
+    """What the draft is worth for each request: some are easier than others."""
+    k = acceptance * (1 - acceptance) / SPREAD**2 - 1
+    return rng.beta(acceptance * k, (1 - acceptance) * k, requests)
+
+
+def of_requests(rng: np.random.Generator, acceptance: float, requests: int) -> Floats:
+    """Each request's share of accepted first tokens, over 4 to 40 rounds."""
+    rounds = rng.integers(4, 41, requests)
+    return rng.binomial(rounds, difficulty(rng, acceptance, requests)) / rounds
+
+
+def in_sessions(rng: np.random.Generator, acceptance: float, requests: int) -> Floats:
+    """Requests of sixteen users at a time, who send about eight each, half of them as easy as their others."""
+    user, begins = rng.integers(16, size=requests), rng.random(requests) < 1 / 8
+    session = np.empty(requests, np.int64)
+    for one in range(16):
+        session[user == one] = one * requests + np.cumsum(begins[user == one])
+    _, session = np.unique(session, return_inverse=True)
+    of_session, own = (difficulty(rng, acceptance, requests) for _ in range(2))
+    worth = np.where(rng.random(requests) < 1 / 2, of_session[session], own)
+    rounds = rng.integers(4, 41, requests)
+    return rng.binomial(rounds, worth) / rounds
+
+
+def seen(acceptances: Iterable[float], keys: Sequence[Key] = (KEY,)) -> Iterator[Observation]:
+    """Requests of the keys in turn, one a record, a second each."""
+    for offset, acceptance in enumerate(acceptances):
+        key = keys[offset % len(keys)]
+        yield Observation(offset, key, offset * 10**6, float(acceptance), 3 * float(acceptance), 4.0)
+
+
+def events(observed: Iterable[Observation], tuning: Drift = DEFAULTS) -> list[DriftEvent]:
+    watch = PartitionWatch(SOURCE, tuning)
+    return [event for one in observed if (event := watch.observe(one))]
+
+
+@pytest.mark.parametrize("traffic", [of_requests, in_sessions])
+def test_of_fifty_stationary_streams_of_five_thousand_requests_at_most_one_raises_an_alarm(traffic: Traffic) -> None:
+    # Several generations pass in each stream.
+    tuning = Drift(window=1_500)
+    alarms = [len(events(seen(traffic(np.random.default_rng(seed), 0.6, 5_000)), tuning)) for seed in range(50)]
+    assert sum(map(bool, alarms)) <= 1
+
+
+@pytest.mark.parametrize(("to", "within"), [(0.3, 120), (0.4, 180), (0.5, 500), (0.7, 500), (0.8, 180)])
+def test_a_shift_is_told_once_soon_and_with_what_was_before_and_after(to: float, within: int) -> None:
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        shift = int(rng.integers(1_000, 3_000))
+        acceptances = np.concatenate([of_requests(rng, 0.6, shift), of_requests(rng, to, 3_000)])
+        [event] = events(seen(acceptances))
+        assert shift < event.offset <= shift + within
+        assert event.direction == ("fall" if to < 0.6 else "rise")
+        assert event.before.acceptance == pytest.approx(0.6, abs=0.03)
+        assert event.after.acceptance == pytest.approx(to, abs=0.06)
+        assert event.before.accept_length == pytest.approx(3 * event.before.acceptance)
+        assert event.before.requests + event.after.requests == event.offset + 1
+        assert abs(event.since.timestamp() - shift) < 150
+        assert event.time == datetime.fromtimestamp(event.offset, UTC)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_shift_is_told_once_where_a_generation_ends_before_the_next_one_is_sure(seed: int) -> None:
+    # The younger generation saw little of what was before: it becomes sure later than the elder one, and speaks then.
+    rng, tuning = np.random.default_rng(seed), Drift(window=1_000)
+    shift = 2_000 + int(rng.integers(50, 500))
+    observed = list(seen(np.concatenate([of_requests(rng, 0.6, shift), of_requests(rng, 0.5, 3_000)])))
+    [event] = events(observed, tuning)
+    # Whoever begins to read between the two knows that it was told.
+    again = events(observed[rebuilt_from(3_000, tuning.window) :], tuning)
+    assert [one for one in again if one.offset >= 3_000] == [one for one in [event] if one.offset >= 3_000]
+
+
+def test_a_label_and_a_version_are_each_told_for_themselves() -> None:
+    rng = np.random.default_rng(0)
+    sql, chat = KEY, KEY._replace(label=None)
+    values = np.stack([of_requests(rng, 0.7, 3_000), of_requests(rng, 0.4, 3_000)], axis=1)
+    values[1_500:, 1] = of_requests(rng, 0.7, 1_500)
+    [event] = events(seen(values.ravel(), [sql, chat]))
+    assert (event.label, event.direction, event.before.acceptance) == (None, "rise", pytest.approx(0.4, abs=0.03))
+
+    # The next version is better from its first request on: neither of the two has changed.
+    before = list(seen(of_requests(rng, 0.4, 2_000)))
+    after = [
+        Observation(2_000 + one.offset, KEY._replace(speculator="8"), one.time_us, one.acceptance, 1, 1)
+        for one in seen(of_requests(rng, 0.7, 2_000))
+    ]
+    assert not events([*before, *after])
+
+
+@dataclass(frozen=True)
+class Drafting:
+    """Requests whose tokens are accepted by chance, one after the other, as far as they were drafted."""
+
+    acceptance: float
+    depth: int
+
+    def rows(self, rng: np.random.Generator, offsets: range, rounds: int = 8) -> pa.Table:
+        n = len(offsets) * rounds
+        worth = np.repeat(difficulty(rng, self.acceptance, len(offsets)), rounds)
+        kept = np.minimum(rng.geometric(1 - worth) - 1, self.depth)
+        columns = {
+            "offset": np.repeat(np.array(offsets), rounds),
+            "round": np.tile(np.arange(1, rounds + 1), len(offsets)),
+            "line": ["line"] * n,
+            "label": [None] * n,
+            "speculator": ["7"] * n,
+            "time": np.repeat(np.array(offsets) * 10**6, rounds),
+            "draft_tokens": [[1] * self.depth] * n,
+            "accepted": [list(range(k)) for k in kept],
+        }
+        fields = [TRACES.field(name) for name in COLUMNS]
+        return pa.table([pa.array(columns[f.name], f.type) for f in fields], pa.schema(fields))
+
+
+def test_a_node_that_drafts_less_deep_raises_no_alarm_although_the_accept_length_falls() -> None:
+    rng = np.random.default_rng(0)
+    deep, shallow = Drafting(0.6, 6).rows(rng, range(1_500)), Drafting(0.6, 1).rows(rng, range(1_500, 3_000))
+    observed = [*observations(deep), *observations(shallow)]
+    assert np.mean([one.accept_length for one in observed[:1_500]]) > 1.3
+    assert np.mean([one.accept_length for one in observed[1_500:]]) < 0.65
+    assert not events(observed)
+
+    worse = Drafting(0.4, 6).rows(rng, range(3_000, 3_300))
+    [event] = events([*observed, *observations(worse)])
+    assert event.direction == "fall"
+
+
+def test_a_request_is_observed_once_by_its_rounds_with_a_draft() -> None:
+    whole = conversation([1, 2, 3, *range(4, 14)], 3)
+    assert [len(r.draft_tokens) for r in whole] == [0, 2, 2, 2, 2]
+    right = round_of(5, 11, [12, 13, 14], 15, [13, 14])
+    wrong = round_of(6, 14, [15], 16, [99, 98])
+    nothing = round_of(7, 15, [16], 17)
+    records = [
+        record_of("a", [*whole, right, wrong, nothing], 4),
+        record_of("b", whole[:1], 5),
+        record_of("a", [round_of(8, 16, [17, 18], 19, [18])], 6, chunk=1),
+    ]
+    [one] = observations(tables_of(*records)["traces"])
+    assert (one.offset, one.key, one.time_us) == (4, Key("target-draft", "1", None), 1_700_000_000_000_000)
+    assert one.acceptance == pytest.approx(5 / 6)
+    assert one.accept_length == pytest.approx((4 * 1 + 2 + 0) / 6)
+    assert one.drafted == 2
+
+
+def traces(**columns: Sequence[object]) -> pa.Table:
+    """Rows of one column each; the others are those of a round that accepted its only token."""
+    n = len(next(iter(columns.values())))
+    usual = {
+        "offset": [0] * n,
+        "round": list(range(1, n + 1)),
+        "line": ["line"] * n,
+        "label": [None] * n,
+        "speculator": ["7"] * n,
+        "time": [0] * n,
+        "draft_tokens": [[5]] * n,
+        "accepted": [[0]] * n,
+    }
+    fields = [TRACES.field(name) for name in COLUMNS]
+    return pa.table([pa.array({**usual, **columns}[f.name], f.type) for f in fields], pa.schema(fields))
+
+
+def test_in_a_tree_only_the_first_choice_counts_so_that_the_width_changes_nothing() -> None:
+    [one] = observations(traces(draft_tokens=[[5, 6, 7]] * 3, accepted=[[0, 2], [1], []]))
+    assert (one.acceptance, one.accept_length, one.drafted) == (pytest.approx(1 / 3), 1, 3)
+
+
+def test_versions_that_swap_within_a_chunk_are_observed_each_by_its_own_rounds() -> None:
+    first, second = observations(traces(speculator=["7", "7", "8", ""], accepted=[[0], [], [], [0]]))
+    assert (first.key.speculator, first.acceptance) == ("7", 0.5)
+    assert (second.key.speculator, second.acceptance) == ("8", 0)
+
+
+def test_observations_come_in_the_order_of_their_offsets_however_rows_lie_and_commits_are_cut() -> None:
+    rng = np.random.default_rng(0)
+    rows = Drafting(0.6, 3).rows(rng, range(700))
+    whole = list(observations(rows))
+    assert [one.offset for one in whole] == list(range(700))
+    assert list(observations(rows.take(rng.permutation(rows.num_rows)))) == whole
+    parts = [Drafting(0.6, 3).rows(np.random.default_rng(n), range(40 * n, 40 * n + 40)) for n in range(5)]
+    assert [one for part in parts for one in observations(part)] == list(observations(pa.concat_tables(parts)))
+
+
+def test_rounds_that_show_nothing_are_no_observation() -> None:
+    assert not list(observations(TRACES.empty_table()))
+    assert not list(observations(traces(draft_tokens=[[], []], accepted=[[], []])))
+
+
+def test_any_time_that_a_record_claims_can_be_told() -> None:
+    absurd = [
+        Observation(one.offset, KEY, time_us, one.acceptance, 1, 1)
+        for one, time_us in zip(seen([1.0] * 200 + [0.0] * 200), [2**63 - 1] * 200 + [-(2**63)] * 200, strict=True)
+    ]
+    [event] = events(absurd)
+    assert event.since.year == 1970
+
+
+def test_a_label_that_was_not_seen_for_long_gives_way_and_a_busy_one_stays() -> None:
+    watch = PartitionWatch(SOURCE, Drift())
+    labels = [KEY._replace(label=str(i)) for i in range(KEYS + 10)]
+    for offset, label in enumerate(labels):
+        watch.observe(Observation(2 * offset, label, 0, 0.5, 1, 1))
+        watch.observe(Observation(2 * offset + 1, KEY, 0, 0.5, 1, 1))
+    figures = watch.figures()
+    assert len(figures) == KEYS
+    assert figures[KEY].requests == KEYS + 10
+    assert labels[0] not in figures
+    assert labels[-1] in figures
+
+
+@pytest.mark.parametrize(("silent", "kept"), [(0, 600), (400, 600), (500, 100), (9_000, 100)])
+def test_figures_look_back_no_further_than_two_windows(silent: int, kept: int) -> None:
+    watch = PartitionWatch(SOURCE, Drift(window=500))
+    for one in seen([0.5] * 1_100):
+        watch.observe(replace(one, offset=one.offset if one.offset < 1_000 else one.offset + silent))
+    assert watch.figures()[KEY].requests == kept
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), at=st.integers(0, 6_000), window=st.integers(100, 1_500))
+def test_what_is_said_after_a_restart_is_what_would_have_been_said_without_it(seed: int, at: int, window: int) -> None:
+    rng = np.random.default_rng(seed)
+    levels = rng.uniform(0.2, 0.8, 8)
+    values = np.concatenate([of_requests(rng, level, 750) for level in levels])
+    # Of some records nothing is known.
+    keys = [KEY, KEY._replace(label="chat")]
+    observed = [one for one in seen(values, keys) if rng.random() < 0.9]
+    tuning = Drift(window=window, min_requests=10)
+
+    uninterrupted, rebuilt = PartitionWatch(SOURCE, tuning), PartitionWatch(SOURCE, tuning)
+    start = rebuilt_from(at, window)
+    assert at - start <= 3 * window
+    said = [event for one in observed if (event := uninterrupted.observe(one)) and one.offset >= at]
+    again = [event for one in observed if one.offset >= start and (event := rebuilt.observe(one)) and one.offset >= at]
+    assert [event.model_dump_json() for event in again] == [event.model_dump_json() for event in said]
+    assert rebuilt.figures() == uninterrupted.figures() or at > observed[-1].offset
+
+
+def test_the_restarts_above_fall_between_events() -> None:
+    """Else the rule would hold of a watch that says nothing."""
+    rng = np.random.default_rng(0)
+    values = np.concatenate([of_requests(rng, level, 750) for level in (0.2, 0.7, 0.3, 0.8)])
+    assert len({event.id for event in events(seen(values), Drift(window=700, min_requests=10))}) == 3
+
+
+@given(st.lists(st.integers(0, 40), min_size=10, max_size=60), st.integers(1, 5))
+def test_a_window_is_split_where_its_sides_differ_most(counts: list[int], least: int) -> None:
+    figures = np.array(counts) / 40
+
+    def difference(left: int) -> float:
+        right = len(figures) - left
+        return abs(figures[:left].mean() - figures[left:].mean()) * (left * right) ** 0.5
+
+    split = split_of(figures, least)
+    assert least <= split <= len(figures) - least
+    best = max(difference(left) for left in range(least, len(figures) - least + 1))
+    assert difference(split) == pytest.approx(best)
+
+
+def test_the_detector_says_what_the_librarys_own_does() -> None:
+    from river.drift import ADWIN
+
+    from pipeline.drift.detector import CLOCK, _detector
+
+    tuning = Drift()
+    least = tuning.min_requests
+    theirs = ADWIN(delta=tuning.delta, clock=CLOCK, min_window_length=least, grace_period=2 * least)
+    ours = _detector(tuning)
+    rng = np.random.default_rng(0)
+    for value in np.concatenate([of_requests(rng, 0.6, 1_000), of_requests(rng, 0.4, 1_000)]):
+        theirs.update(value)
+        assert ours(value) == theirs.drift_detected
+        if theirs.drift_detected:
+            return
+    pytest.fail("neither saw the change")

@@ -1,0 +1,213 @@
+"""Drift beside the worker: rebuilt from the table, sent at least once, and never in the way of a record."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+
+from pipeline.delta import TableError
+from pipeline.drift import topic as drift_topic
+from pipeline.drift.detector import COLUMNS
+from pipeline.drift.monitor import SENT_AGAIN, SHOWN, DriftWatch
+from pipeline.drift.topic import DriftTopic
+from pipeline.metrics import drift_metrics
+from pipeline.offsets import Source
+from schemas.batches import TRACES
+from schemas.events import DriftEvent
+from schemas.settings import Drift, Kafka
+
+SOURCE, OTHER = Source("traces", 0), Source("traces", 1)
+RECORDS = 6_000
+SHIFT = 4_000
+
+
+class Table:
+    """The rows of ``traces`` as a table has them."""
+
+    def __init__(self, rows: pa.Table) -> None:
+        self.rows = rows
+        self.fails: Exception | None = None
+        self.read: list[range] = []
+
+    def read_offsets(self, name: str, source: Source, offsets: range, columns: tuple[str, ...]) -> pa.Table:
+        assert (name, columns) == ("traces", COLUMNS)
+        if self.fails:
+            raise self.fails
+        self.read.append(offsets)
+        return self.of(offsets)
+
+    def of(self, offsets: range) -> pa.Table:
+        at = self.rows["offset"]
+        return self.rows.filter(pc.and_(pc.greater_equal(at, offsets.start), pc.less(at, offsets.stop)))
+
+
+class Sent:
+    """Keeps what is sent."""
+
+    unsent = 0
+
+    def __init__(self) -> None:
+        self.events: list[DriftEvent] = []
+
+    def send(self, event: DriftEvent) -> None:
+        self.events.append(event)
+
+    def poll(self) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def rows() -> pa.Table:
+    """A request of four rounds a record; the draft's only token is accepted less often from ``SHIFT`` on."""
+    rng = np.random.default_rng(0)
+    n = 4 * RECORDS
+    accepted = rng.random(n) < np.where(np.arange(n) < 4 * SHIFT, 0.7, 0.4)
+    columns = {
+        "offset": np.repeat(np.arange(RECORDS), 4),
+        "round": np.tile(np.arange(1, 5), RECORDS),
+        "line": ["line"] * n,
+        "label": ["sql"] * n,
+        "speculator": ["7"] * n,
+        "time": np.repeat(np.arange(RECORDS), 4) * 10**6,
+        "draft_tokens": [[5]] * n,
+        "accepted": [[0] if one else [] for one in accepted],
+    }
+    fields = [TRACES.field(name) for name in COLUMNS]
+    return pa.table([pa.array(columns[f.name], f.type) for f in fields], pa.schema(fields))
+
+
+def commits(offsets: range, rng: np.random.Generator) -> Iterator[range]:
+    cuts = np.unique([offsets.start, *rng.integers(offsets.start, offsets.stop, 20), offsets.stop]).tolist()
+    return (range(start, stop) for start, stop in pairwise(cuts))
+
+
+def run(watch: DriftWatch, table: Table, offsets: range, source: Source = SOURCE) -> None:
+    for commit in commits(offsets, np.random.default_rng(offsets.start)):
+        watch.observe(source, commit, table.of(commit))
+
+
+@pytest.fixture
+def uninterrupted(rows: pa.Table) -> tuple[list[DriftEvent], DriftWatch]:
+    sent = Sent()
+    watch = DriftWatch(Drift(), Table(rows), sent)
+    run(watch, Table(rows), range(RECORDS))
+    return sent.events, watch
+
+
+Uninterrupted = tuple[list[DriftEvent], DriftWatch]
+
+
+def test_a_worker_that_takes_over_goes_on_as_the_one_before(rows: pa.Table, uninterrupted: Uninterrupted) -> None:
+    [event], before = uninterrupted
+    assert SHIFT < event.offset < SHIFT + 200
+    sent, table = Sent(), Table(rows)
+    watch = DriftWatch(Drift(), table, sent)
+    run(watch, table, range(SHIFT + 10, RECORDS))
+    assert sent.events == [event]
+    assert watch.status() == before.status()
+    assert len(table.read) == 1
+
+
+@pytest.mark.parametrize(("late", "again"), [(1, True), (SENT_AGAIN, True), (SENT_AGAIN + 1, False)])
+def test_events_of_the_newest_records_are_sent_again_and_are_equal(
+    rows: pa.Table, uninterrupted: Uninterrupted, *, late: int, again: bool
+) -> None:
+    [event], _ = uninterrupted
+    sent, table = Sent(), Table(rows)
+    watch = DriftWatch(Drift(), table, sent)
+    run(watch, table, range(event.offset + late, RECORDS))
+    assert [one.model_dump_json() for one in sent.events] == ([event.model_dump_json()] if again else [])
+
+
+def test_after_records_that_another_worker_committed_the_state_is_read_again(
+    rows: pa.Table, uninterrupted: Uninterrupted
+) -> None:
+    events, before = uninterrupted
+    sent, table = Sent(), Table(rows)
+    watch = DriftWatch(Drift(), table, sent)
+    run(watch, table, range(3_000))
+    run(watch, table, range(5_000, RECORDS))
+    assert sent.events == events
+    assert watch.status() == before.status()
+
+
+def test_what_the_other_partitions_of_a_worker_say_is_told_apart_and_shown_together(rows: pa.Table) -> None:
+    sent, table = Sent(), Table(rows)
+    watch = DriftWatch(Drift(), table, sent)
+    run(watch, table, range(3_000))
+    [alone] = watch.status().traffic
+    run(watch, table, range(1_000), OTHER)
+    [both] = watch.status().traffic
+    assert (alone.accepted.requests, both.accepted.requests) == (3_000, 4_000)
+    assert both.accepted.acceptance == pytest.approx(0.7, abs=0.02)
+    watch.keep([OTHER])
+    [other] = watch.status().traffic
+    assert other.accepted.requests == 1_000
+
+
+def test_of_many_labels_the_status_shows_those_with_the_most_requests(rows: pa.Table) -> None:
+    head = rows.slice(0, 4 * 300)
+    labels = [f"label-{offset % 60 if offset < 120 else 7}" for offset in head["offset"].to_pylist()]
+    many = head.set_column(head.schema.get_field_index("label"), "label", pa.array(labels))
+    watch = DriftWatch(Drift(), Table(many), Sent())
+    run(watch, Table(many), range(300))
+    traffic = watch.status().traffic
+    assert len(traffic) == SHOWN
+    assert (traffic[0].label, traffic[0].accepted.requests) == ("label-7", 182)
+
+
+@pytest.mark.parametrize("failure", [TableError("the store is away"), ValueError("a fault of ours")])
+def test_a_failure_stops_no_record_and_what_was_missed_is_looked_at_later(
+    rows: pa.Table, uninterrupted: Uninterrupted, failure: Exception
+) -> None:
+    events, before = uninterrupted
+    sent, table = Sent(), Table(rows)
+    watch = DriftWatch(Drift(), table, sent)
+    table.fails = failure
+    run(watch, table, range(1, 4_500))
+    assert (sent.events, watch.status().traffic) == ([], [])
+    assert watch.status().failed > 0
+    table.fails = None
+    run(watch, table, range(4_500, RECORDS))
+    assert sent.events == events
+    assert watch.status().traffic == before.status().traffic
+
+
+def test_what_a_broker_that_is_away_cannot_take_is_counted(
+    uninterrupted: Uninterrupted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [event], _ = uninterrupted
+    monkeypatch.setattr(drift_topic, "WAITING", 2)
+    topic = DriftTopic(Kafka(bootstrap="127.0.0.1:1"))
+    for _ in range(3):
+        topic.send(event)
+    topic.poll()
+    assert topic.unsent == 1
+
+
+def test_an_event_reads_back_from_its_json(uninterrupted: Uninterrupted) -> None:
+    [event], _ = uninterrupted
+    assert DriftEvent.model_validate_json(event.model_dump_json()) == event
+    assert event.key == "line/7"
+
+
+def test_prometheus_sees_the_figures_and_the_events(uninterrupted: Uninterrupted) -> None:
+    _, watch = uninterrupted
+    samples = {
+        (sample.name, tuple(sample.labels.values())): sample.value
+        for metric in drift_metrics(watch.status())
+        for sample in metric.samples
+    }
+    [shown] = watch.status().traffic
+    key = ("line", "7", "sql")
+    assert samples == {
+        ("aurora_stream_drift_events_total", ()): 1,
+        ("aurora_stream_drift_events_unsent_total", ()): 0,
+        ("aurora_stream_acceptance", key): shown.accepted.acceptance,
+        ("aurora_stream_accept_length", key): shown.accepted.accept_length,
+    }

@@ -1,0 +1,219 @@
+"""Figures over real tables: what was accepted, what is missing, and what of it a person or a script is shown."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from dataclasses import replace
+from datetime import UTC, datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from recorded import conversation, record_of, round_of, tables_of
+from typer.testing import CliRunner, Result
+
+from ops.cli.main import app
+from pipeline.batches import Record
+from pipeline.delta import DeltaLog
+from pipeline.trace_stats import depth_of, stats
+from pipeline.trace_tail import following, newest
+from schemas.batches import DEAD_LETTERS
+from schemas.settings import Tables
+from schemas.trace.record import ROOT
+
+NOW_US = 1_700_000_000_000_000
+
+
+@pytest.fixture
+def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DeltaLog:
+    """Tables that the command finds too."""
+    monkeypatch.setenv("AURORA_TABLES__URI", str(tmp_path))
+    return DeltaLog(Tables(uri=str(tmp_path)))
+
+
+def write(tables: DeltaLog, *records: Record) -> None:
+    for name, rows in tables_of(*records).items():
+        if rows.num_rows:
+            tables.append(name, rows)
+
+
+def aurora(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["traces", *arguments])
+
+
+def tokens(count: int, first: int = 1) -> list[int]:
+    return list(range(first, first + count))
+
+
+def a_tree() -> list[Any]:
+    """A prompt, and a round with two branches: 5 6 of which 5 is kept, and 7."""
+    prompt = round_of(0, 0, [1, 2, 3], 4)
+    drafted = round_of(1, 3, [4, 5], 9, [5, 6, 7])
+    return [prompt, replace(drafted, draft_parents=(ROOT, 0, ROOT))]
+
+
+def test_accept_length_counts_drafted_tokens_and_no_bonus(tables: DeltaLog) -> None:
+    write(tables, record_of("a", conversation(tokens(12), prompt=4), offset=0))
+    total = stats(tables).total
+    rounds = len(conversation(tokens(12), prompt=4)) - 1
+    assert (total.requests, total.rounds, total.drafted, total.accepted) == (1, rounds, 2 * rounds, rounds)
+    assert total.accept_length == 1.0
+    assert total.tokens == 1 + 2 * rounds, "the prompt's bonus, and in each round one draft and one bonus"
+    assert total.acceptance == [1.0, 0.0]
+
+
+def test_a_round_without_a_draft_counts_as_a_round_in_which_nothing_was_kept(tables: DeltaLog) -> None:
+    write(tables, record_of("a", [*a_tree(), round_of(2, 5, [9], 10)], offset=0))
+    total = stats(tables).total
+    assert (total.rounds, total.accept_length) == (2, 0.5)
+    assert (dict(total.tried), dict(total.kept)) == ({1: 1, 2: 1}, {1: 1, 2: 0})
+
+
+def test_rounds_are_grouped_and_the_groups_add_up(tables: DeltaLog) -> None:
+    write(
+        tables,
+        *(record_of(f"r{n}", conversation(tokens(8 + 2 * n), prompt=4), n, line=f"line-{n % 2}") for n in range(4)),
+    )
+    counted = stats(tables, "line")
+    assert set(counted.groups) == {"line-0", "line-1"}
+    for figure in ("requests", "tokens", "rounds", "drafted", "accepted"):
+        assert sum(getattr(one, figure) for one in counted.groups.values()) == getattr(counted.total, figure)
+
+
+def test_missing_chunks_and_requests_without_an_end_are_seen(tables: DeltaLog) -> None:
+    rounds = conversation(tokens(8), prompt=4)
+    write(tables, record_of("holes", rounds, 0, chunk=1), record_of("holes", rounds, 1, chunk=4))
+    write(tables, record_of("whole", rounds, 2))
+    assert (stats(tables).chunks.missing, stats(tables).chunks.unfinished) == (3, 0)
+    earlier = stats(tables, since=datetime.fromtimestamp(NOW_US / 1e6 - 1, UTC)).chunks
+    assert earlier.missing == 2, "what a request sent before the time that is asked for is not missing"
+
+
+def test_since_leaves_out_what_is_older(tables: DeltaLog) -> None:
+    write(tables, record_of("a", conversation(tokens(8), prompt=4), 0))
+    later = stats(tables, "node", since=datetime.fromtimestamp(NOW_US / 1e6 + 1, UTC))
+    assert (later.total.rounds, later.total.accept_length, later.groups) == (0, None, {})
+    assert later.table_tokens > 0, "bytes and tokens of the tables are those of all rows"
+
+
+def test_dead_letters_are_counted_by_reason(tables: DeltaLog) -> None:
+    row = {"topic": "t", "partition": 0, "time": NOW_US, "day": 0, "detail": ""}
+    letters = [{**row, "offset": n, "reason": "corrupt" if n else "empty"} for n in range(3)]
+    tables.append("dead_letters", pa.Table.from_pylist(letters, schema=DEAD_LETTERS))
+    assert stats(tables).dead_letters == {"corrupt": 2, "empty": 1}
+
+
+def test_empty_tables_have_no_rates(tables: DeltaLog) -> None:
+    counted = stats(tables, "label")
+    assert (counted.total.accept_length, counted.bytes_per_token, counted.groups) == (None, None, {})
+
+
+@given(st.lists(st.integers(0, 5), max_size=12))
+def test_the_depth_of_a_draft_is_that_of_its_longest_path(back: list[int]) -> None:
+    parents = [max(ROOT, node - 1 - step) for node, step in enumerate(back)]
+    depths = {ROOT: 0}
+    for node, parent in enumerate(parents):
+        depths[node] = depths[parent] + 1
+    assert depth_of(parents) == max(depths.values())
+
+
+def test_the_newest_rounds_are_those_of_the_last_commits_in_order(tables: DeltaLog) -> None:
+    for n in range(9):
+        write(tables, record_of(f"r{n}", conversation(tokens(8), prompt=4), n))
+    for count in (0, 1, 5, 11, 1000):
+        rows, version = newest(tables, count)
+        everything = tables.read_added("traces", 0, version)
+        assert rows["request"].to_pylist() == everything["request"].to_pylist()[len(everything) - rows.num_rows :]
+        assert rows.num_rows == min(count, len(everything))
+
+
+def test_rounds_are_followed_commit_by_commit_and_each_comes_once(tables: DeltaLog) -> None:
+    write(tables, record_of("a", conversation(tokens(8), prompt=4), 0))
+    _, version = newest(tables, 1)
+    follower = following(tables, version, poll_s=0)
+    for name in ("b", "c"):
+        write(tables, record_of(name, conversation(tokens(8), prompt=4), 1))
+        assert set(next(follower)["request"].to_pylist()) == {name}
+
+
+def test_stats_are_told_to_people_and_to_scripts(tables: DeltaLog) -> None:
+    write(tables, record_of("a", conversation(tokens(12), prompt=4), offset=0))
+    told = aurora("stats", "--by", "speculator")
+    assert told.exit_code == 0, told.output
+    assert "missing chunks: 0" in told.stdout
+    plain = json.loads(aurora("stats", "--by", "speculator", "--json").stdout)
+    assert plain["accept_length"] == plain["by_speculator"]["1"]["accept_length"] == 1.0
+    assert plain["table_bytes_per_token"] > 0
+
+
+def test_a_round_is_one_line_with_what_was_kept_and_what_was_not(tables: DeltaLog) -> None:
+    write(tables, record_of("a", a_tree(), offset=0))
+    told = aurora("tail", "-n", "1")
+    assert told.stdout.endswith("node-0 a #1 by 1  1 of 3 kept: 5 | 6 7 -> 9\n")
+    assert json.loads(aurora("tail", "-n", "1", "--json").stdout)["draft_tokens"] == [5, 6, 7]
+
+
+def test_sql_is_answered_in_every_form(tables: DeltaLog) -> None:
+    write(tables, record_of("a", a_tree(), offset=0))
+    query = "select round, tokens, time, cardinality(tokens) as n from traces order by round"
+    plain = json.loads(aurora("sql", query, "--json").stdout)
+    assert [(row["round"], row["tokens"], row["n"]) for row in plain] == [(0, [1, 2, 3], 3), (1, [4, 5], 2)]
+    assert plain[0]["time"] == "2023-11-14T22:13:20+00:00"
+    rows = list(csv.DictReader(io.StringIO(aurora("sql", query, "--csv").stdout)))
+    assert [json.loads(row["tokens"]) for row in rows] == [[1, 2, 3], [4, 5]]
+    assert "[1, 2, 3]" in aurora("sql", query).stdout
+    assert json.loads(aurora("sql", "select 1 as one from traces where false", "--json").stdout) == []
+
+
+def test_sql_reads_earlier_states(tables: DeltaLog) -> None:
+    for n in range(3):
+        write(tables, record_of(f"r{n}", a_tree(), n))
+    count = "select count(*) as n from traces"
+
+    def rows(*arguments: str) -> int:
+        return int(json.loads(aurora("sql", count, "--json", *arguments).stdout)[0]["n"])
+
+    numbers = [rows("--version", str(version)) for version in range(4)]
+    assert numbers == [0, 2, 4, 6]
+    assert all(before < after for before, after in pairwise(numbers))
+    assert (rows(), rows("--at", datetime.now(UTC).isoformat())) == (6, 6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["select nope from traces"], "No field named nope"),
+        (["select * fom traces"], "found: fom"),
+        (["select 1 from traces, accepted", "--version", "1"], "--version is that of one table"),
+        (["select 1 from traces", "--version", "1", "--at", "1h"], "--version or --at, not both"),
+        (["select 1 from traces", "--at", "yesterday"], "'yesterday' is no time"),
+        (["select 1 from traces", "--version", "99"], "99"),
+    ],
+)
+def test_a_query_that_cannot_be_answered_is_one_line(tables: DeltaLog, arguments: list[str], told: str) -> None:
+    tables.create()
+    answer = aurora("sql", *arguments)
+    assert answer.exit_code == 2
+    assert told in answer.stderr
+    assert answer.stderr.count("\n") == 1
+
+
+def test_tables_are_listed_with_their_columns(tables: DeltaLog) -> None:
+    write(tables, record_of("a", a_tree(), offset=0))
+    listed = {one["table"]: one for one in json.loads(aurora("tables", "--json").stdout)}
+    assert (listed["traces"]["rows"], listed["traces"]["version"]) == (2, 1)
+    assert listed["accepted"]["columns"]["features"] == "binary"
+    assert "draft_parents" in aurora("tables").stdout
+
+
+def test_without_tables_nothing_is_made_and_the_setting_is_named(tmp_path: Path) -> None:
+    told = CliRunner().invoke(app, ["traces", "stats", f"--set=tables.uri={tmp_path / 'none'}"])
+    assert told.exit_code == 2
+    assert "tables.uri" in told.stderr
+    assert not (tmp_path / "none").exists()

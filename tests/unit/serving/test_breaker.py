@@ -1,0 +1,63 @@
+"""The breaker opens after failures in a row, probes while open, and never stays open."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serving.traces.circuit_breaker import Breaker
+
+
+def opened(after: int = 3, probe_s: float = 5.0) -> Breaker:
+    breaker = Breaker(after, probe_s)
+    for _ in range(after):
+        breaker.failed(100.0)
+    return breaker
+
+
+def test_it_opens_after_as_many_failures_in_a_row_as_are_set() -> None:
+    breaker = Breaker(3, 5.0)
+    for _ in range(2):
+        breaker.failed(0.0)
+    breaker.succeeded()
+    for _ in range(2):
+        breaker.failed(0.0)
+    assert breaker.state == "closed"
+    breaker.failed(0.0)
+    assert breaker.state == "open"
+
+
+def test_open_it_lets_one_try_through_per_interval() -> None:
+    breaker = opened()
+    assert [breaker.admits(t) for t in (100.0, 104.9, 105.0, 105.1, 109.9, 110.0)] == [
+        False,
+        False,
+        True,
+        False,
+        False,
+        True,
+    ]
+    assert breaker.state == "half_open"
+
+
+def test_a_failed_probe_opens_it_again_and_a_good_one_closes_it() -> None:
+    breaker = opened()
+    assert breaker.admits(105.0)
+    breaker.failed(106.0)
+    assert (breaker.state, breaker.admits(110.9), breaker.admits(111.0)) == ("open", False, True)
+    breaker.succeeded()
+    assert (breaker.state, breaker.admits(111.0)) == ("closed", True)
+
+
+@given(st.lists(st.sampled_from(["fail", "admit"]), max_size=50))
+def test_whatever_happened_a_success_closes_it_and_time_lets_a_probe_through(events: list[str]) -> None:
+    breaker, now = Breaker(2, 5.0), 0.0
+    for event in events:
+        now += 1
+        if event == "fail":
+            breaker.failed(now)
+        else:
+            breaker.admits(now)
+    assert breaker.admits(now + 5.0)
+    breaker.succeeded()
+    assert breaker.state == "closed"

@@ -1,0 +1,197 @@
+"""The admin endpoints: closed without the token, and what pin, unpin, off and on do to a node."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from api_node import Node, eventually, running_node
+from echo_engine import EchoEngine
+from pydantic import SecretStr
+from version_registry import LINE, FakeRegistry
+
+from schemas.settings import Serve, Settings, SettingsError
+from schemas.status import ServeStatus, SpeculatorStatus
+from serving.http import admin as control
+from serving.http.auth import AdminTokens
+from serving.versions.poller import Puller
+
+TOKEN = "geheim-größe"
+SERVE = Serve(admin_token=SecretStr(TOKEN), poll_s=0.01)
+ENDPOINTS = [("GET", ""), *(("POST", path) for path in ("/pin", "/unpin", "/off", "/on"))]
+
+
+def bearer(token: str) -> dict[bytes, bytes]:
+    return {b"authorization": f"Bearer {token}".encode()}
+
+
+class Admin:
+    """A node with its admin endpoints, a puller that runs, and a registry to command."""
+
+    def __init__(self, node: Node, registry: FakeRegistry, puller: Puller) -> None:
+        self.node, self.registry, self.puller = node, registry, puller
+
+    def call(self, method: str, path: str, **body: object) -> httpx.Response:
+        url = f"{self.node.url}/admin/speculator{path}"
+        return httpx.request(method, url, headers=bearer(TOKEN), json=body or None, timeout=20)
+
+    def post(self, path: str, **body: object) -> SpeculatorStatus:
+        answer = self.call("POST", path, **body)
+        assert answer.status_code == 200, answer.text
+        return SpeculatorStatus.model_validate(answer.json())
+
+    def refused(self, path: str, **body: object) -> tuple[int, str, str]:
+        answer = self.call("POST", path, **body)
+        error = answer.json()["error"]
+        return answer.status_code, error["code"], error["message"]
+
+    def state(self) -> SpeculatorStatus:
+        return SpeculatorStatus.model_validate(self.call("GET", "").json())
+
+
+class DraftingEngine(EchoEngine):
+    line = LINE
+
+
+@pytest.fixture
+def admin() -> Iterator[Admin]:
+    engine, registry = DraftingEngine(), FakeRegistry()
+    puller = Puller(registry, engine, Settings(serve=SERVE))
+    puller.start()
+    with running_node(SERVE, engine, puller) as node:
+        yield Admin(node, registry, puller)
+    puller.stop()
+
+
+@pytest.mark.parametrize(("method", "path"), ENDPOINTS)
+def test_without_a_token_in_the_settings_the_endpoints_are_closed(method: str, path: str) -> None:
+    with running_node() as node:
+        for headers in ({}, {"authorization": "Bearer"}, {"authorization": "Bearer x"}):
+            answer = httpx.request(method, f"{node.url}/admin/speculator{path}", headers=headers)
+            assert answer.status_code == 403
+            assert "serve.admin_token" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(("method", "path"), ENDPOINTS)
+@pytest.mark.parametrize("authorization", [None, "", "Bearer", "Bearer wrong", f"Basic {TOKEN}", f"Bearer {TOKEN}x"])
+def test_without_the_right_token_nothing_happens(
+    admin: Admin, method: str, path: str, authorization: str | None
+) -> None:
+    headers = {} if authorization is None else {b"authorization": authorization.encode()}
+    answer = httpx.request(method, f"{admin.node.url}/admin/speculator{path}", headers=headers)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_token")
+    assert answer.headers["www-authenticate"] == "Bearer"
+    assert TOKEN not in answer.text
+    assert admin.node.engine.speculating
+
+
+def test_tokens_of_a_file_are_taken_up_and_dropped_while_the_node_runs(tmp_path: Path) -> None:
+    file = tmp_path / "tokens"
+    file.write_text("# of the old deployment\nold\n")
+
+    def status(node: Node, token: str) -> int:
+        return httpx.get(f"{node.url}/admin/speculator", headers=bearer(token)).status_code
+
+    with running_node(Serve(admin_tokens_file=str(file))) as node:
+        assert [status(node, token) for token in ("old", "new", "# of the old deployment")] == [200, 401, 401]
+        file.write_text("old\n  new\n")
+        assert [status(node, token) for token in ("old", "new")] == [200, 200]
+        file.write_text("new\n")
+        assert [status(node, token) for token in ("old", "new")] == [401, 200]
+        file.unlink()
+        assert status(node, "new") == 403
+    file.write_text("b\n")
+    with running_node(SERVE.model_copy(update={"admin_tokens_file": str(file)})) as node:
+        assert [status(node, token) for token in (TOKEN, "b", "new")] == [200, 200, 401]
+
+
+def test_a_file_of_tokens_that_is_not_there_is_an_error_of_the_settings(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"serve\.admin_tokens_file .*No such file"):
+        AdminTokens(Serve(admin_tokens_file=str(tmp_path / "none")))
+
+
+def test_the_state_says_what_is_served_and_why(admin: Admin) -> None:
+    admin.registry.alias = "1"
+    eventually(lambda: admin.state().version == "1")
+    state = admin.state()
+    assert (state.line, state.alias, state.alias_version, state.pinned) == (LINE, "champion", "1", None)
+    assert (state.speculating, state.registry_error, state.refused) == (True, None, [])
+    assert (state.role, state.canary_version, state.held) == ("champion", None, None)
+    assert [swap.version for swap in state.swaps] == ["1"]
+
+
+def test_a_pinned_version_serves_whatever_the_alias_names_until_it_is_unpinned(admin: Admin) -> None:
+    admin.registry.alias = "1"
+    eventually(lambda: admin.state().version == "1")
+    pinned = admin.post("/pin", version="3")
+    assert (pinned.version, pinned.pinned, pinned.role) == ("3", "3", "pinned")
+    admin.registry.alias = "2"
+    eventually(lambda: admin.state().alias_version == "2")
+    assert (admin.state().version, admin.state().pinned) == ("3", "3")
+    assert ServeStatus.model_validate(httpx.get(f"{admin.node.url}/status").json()).pinned == "3"
+    unpinned = admin.post("/unpin")
+    assert (unpinned.version, unpinned.pinned) == ("2", None)
+    assert [swap.version for swap in unpinned.swaps] == ["1", "3", "2"]
+
+
+def test_a_version_that_is_not_there_is_a_404_and_changes_nothing(admin: Admin) -> None:
+    status, code, message = admin.refused("/pin", version="9")
+    assert (status, code) == (404, "version_not_found")
+    assert "'9'" in message
+    assert (admin.state().pinned, admin.state().version) == (None, "day-0-head-0")
+
+
+def test_a_version_at_fault_is_a_409_with_the_reason_at_every_try(admin: Admin) -> None:
+    admin.registry.foreign = {"2"}
+    for _ in range(2):
+        status, code, message = admin.refused("/pin", version="2")
+        assert (status, code) == (409, "version_refused")
+        assert "speculator line" in message
+    assert admin.registry.downloads == ["2"]
+    assert (admin.state().pinned, [r.version for r in admin.state().refused]) == (None, ["2"])
+
+
+def test_a_registry_that_is_away_is_a_503_and_changes_nothing(admin: Admin) -> None:
+    admin.post("/pin", version="1")
+    admin.registry.away = True
+    assert admin.refused("/pin", version="2")[:2] == (503, "registry_unavailable")
+    assert (admin.state().pinned, admin.state().version) == ("1", "1")
+
+
+def test_an_order_that_takes_long_is_a_202_and_is_carried_out(admin: Admin, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control, "_WAIT_S", 0.05)
+    admin.registry.open.clear()
+    answer = admin.call("POST", "/pin", version="1")
+    assert (answer.status_code, answer.json()["pinned"]) == (202, None)
+    admin.registry.open.set()
+    eventually(lambda: admin.state().pinned == "1")
+
+
+@pytest.mark.parametrize("body", [{}, {"version": ""}, {"version": 7}, {"version": "7", "force": True}])
+def test_a_pin_without_a_version_is_refused(admin: Admin, body: dict[str, object]) -> None:
+    assert admin.refused("/pin", **body)[0] == 400
+    assert admin.node.metric("aurora_serve_requests_total", outcome="refused") == 0
+
+
+def test_speculation_is_switched_off_and_on_again(admin: Admin) -> None:
+    off = admin.post("/off")
+    assert (off.speculating, off.version) == (False, "day-0-head-0")
+    raw = admin.node.client.completions.with_raw_response.create(model="echo-1", prompt="hello")
+    assert raw.headers["x-aurora-speculator"] == ""
+    assert admin.post("/on").speculating
+    raw = admin.node.client.completions.with_raw_response.create(model="echo-1", prompt="hello")
+    assert raw.headers["x-aurora-speculator"] == "day-0-head-0"
+
+
+@pytest.mark.parametrize("path", ["/pin", "/unpin", "/on"])
+def test_a_node_without_speculation_says_so(path: str) -> None:
+    with running_node(SERVE, EchoEngine()) as node:
+        answer = httpx.post(
+            f"{node.url}/admin/speculator{path}",
+            headers=bearer(TOKEN),
+            json={"version": "1"},
+        )
+    assert (answer.status_code, answer.json()["error"]["code"]) == (409, "speculation_disabled")
+    assert "serve.speculate" in answer.json()["error"]["message"]

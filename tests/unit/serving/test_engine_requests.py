@@ -1,0 +1,98 @@
+"""What a request asks for beside its tokens: where to end, and the target's log-probabilities."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from queue import SimpleQueue
+
+import pytest
+import torch
+from tiny_target import EOS, VOCABULARY, write_tiny_target
+from transformers import LlamaForCausalLM
+
+from schemas.settings import load
+from serving.engines.base import Output, Request, Scored
+from serving.engines.builtin.engine import TransformersEngine
+
+PROMPT = (3, 14, 15, 9)
+
+
+@pytest.fixture(scope="module", params=[1, 3], ids=["chain", "tree"])
+def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TransformersEngine]:
+    flags = {
+        "target.path": str(write_tiny_target(tmp_path_factory.mktemp("target"))),
+        "speculator.draft_vocabulary": VOCABULARY,
+        "serve.max_tokens": 96,
+        "serve.adaptive": False,
+        "serve.draft_width": request.param,
+    }
+    engine = TransformersEngine(load(environ={}, flags=flags))
+    engine.start()
+    yield engine
+    engine.stop()
+
+
+def answer(engine: TransformersEngine, request: Request) -> tuple[list[int], list[Scored], Output]:
+    outputs: SimpleQueue[Output] = SimpleQueue()
+    engine.submit(request, outputs.put)
+    tokens: list[int] = []
+    scores: list[Scored] = []
+    while True:
+        output = outputs.get(timeout=60)
+        tokens += output.tokens
+        scores += output.scores
+        if output.finish is not None:
+            return tokens, scores, output
+
+
+def test_an_answer_ends_with_the_first_of_its_stop_tokens(engine: TransformersEngine) -> None:
+    whole, _, _ = answer(engine, Request("whole", PROMPT, 30, ignore_eos=True))
+    stop = whole[10]
+    tokens, _, last = answer(engine, Request("stopped", PROMPT, 30, ignore_eos=True, stop_ids=frozenset({stop})))
+    assert tokens == whole[: whole.index(stop) + 1]
+    assert last.finish == "stop"
+
+
+def test_the_targets_own_end_token_can_be_ignored(engine: TransformersEngine) -> None:
+    for seed in range(20):
+        request = Request(f"until-{seed}", PROMPT, 80, temperature=2.0, seed=seed)
+        tokens, _, last = answer(engine, request)
+        if last.finish == "stop":
+            break
+    assert tokens[-1] == EOS
+    beyond = Request("beyond", PROMPT, 80, temperature=2.0, seed=seed, ignore_eos=True)
+    tokens, _, last = answer(engine, beyond)
+    assert (len(tokens), last.finish) == (80, "length")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.2])
+def test_log_probabilities_are_the_targets_at_each_answered_token(
+    engine: TransformersEngine, temperature: float, tmp_path: Path
+) -> None:
+    request = Request(f"scored-{temperature}", PROMPT, 25, temperature=temperature, seed=5, logprobs=11, trace=False)
+    tokens, scores, _ = answer(engine, request)
+    model = LlamaForCausalLM.from_pretrained(write_tiny_target(tmp_path), dtype=torch.float32)
+    with torch.inference_mode():
+        logits = model(torch.tensor([[*PROMPT, *tokens]])).logits[0, len(PROMPT) - 1 : -1]
+    truth = torch.log_softmax(logits, dim=-1)
+    assert len(scores) == len(tokens)
+    for row, (token, scored) in enumerate(zip(tokens, scores, strict=True)):
+        assert scored.logprob == pytest.approx(float(truth[row, token]), abs=1e-4)
+        best = truth[row].topk(11)
+        assert [logprob for _, logprob in scored.top] == pytest.approx(best.values.tolist(), abs=1e-4)
+        if temperature == 0:
+            assert scored.logprob == pytest.approx(scored.top[0][1], abs=1e-3)
+
+
+def test_no_log_probabilities_are_told_unasked(engine: TransformersEngine) -> None:
+    _, scores, _ = answer(engine, Request("plain", PROMPT, 5))
+    assert scores == []
+
+
+def test_an_answer_is_never_longer_than_it_may_be(engine: TransformersEngine) -> None:
+    for length in range(1, 9):
+        tokens, _, last = answer(engine, Request(f"short-{length}", PROMPT, length, ignore_eos=True))
+        assert len(tokens) == length
+        assert last.finish == "length"
+    prompt = tuple(1 + i % (VOCABULARY - 1) for i in range(90))
+    tokens, _, _ = answer(engine, Request("to the limit", prompt, 50, ignore_eos=True))
+    assert len(prompt) + len(tokens) == engine.max_tokens

@@ -1,0 +1,263 @@
+"""A node follows what the registry says now, and takes no old answer for a step back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from schemas.events import AUDITED_TAG, Alias, Audited
+from serving.versions.alias_policy import (
+    CANARY,
+    CHAMPION,
+    CONVINCED,
+    Following,
+    Named,
+    Trail,
+    follow,
+    hear,
+    held,
+    serves_canary,
+    slice_at,
+)
+from serving.versions.registry import named_of
+
+
+def answer(champion: str | None, moves: int = 0, audited: str | None = None, canary: str | None = None) -> Named:
+    """With the audit of the champion alone; none where there are no moves."""
+    aliases = {alias: version for alias, version in ((CHAMPION, champion), (CANARY, canary)) if version is not None}
+    recorded: dict[Alias, str] = {} if audited is None else {"champion": audited}
+    return Named(aliases, Audited(moves=moves, aliases=recorded) if moves else None)
+
+
+def after(*answers: Named, alias: str = CHAMPION, canary: bool = True) -> Following:
+    """What is followed after these answers; old ones change nothing."""
+    following = Following()
+    for named in answers:
+        following = hear(following, named, alias, canary=canary) or following
+    return following
+
+
+def main_after(*answers: Named) -> str | None:
+    return after(*answers).main.version
+
+
+def test_without_an_audit_the_alias_is_followed_wherever_it_points() -> None:
+    assert [main_after(*map(answer, versions)) for versions in ("1", "13", "132")] == ["1", "3", "2"]
+
+
+def test_an_alias_that_nobody_records_is_followed_wherever_it_points_beside_an_audit() -> None:
+    answers = [Named({"mine": version}, Audited(moves=4, aliases={"champion": "9"})) for version in "132"]
+    assert after(*answers, alias="mine").main.version == "2"
+
+
+def test_a_step_up_is_followed_before_it_is_recorded_and_a_step_back_after() -> None:
+    begun = (answer("5", 10, "5"), answer("7", 10, "5"))
+    assert main_after(*begun) == "7"
+    assert main_after(*begun, answer("7", 11, "7"), answer("5", 11, "7")) == "7"
+    assert main_after(*begun, answer("7", 11, "7"), answer("5", 12, "5")) == "5"
+    assert main_after(*begun, answer("7", 11, "7"), answer("5", 12, "5"), answer("6", 12, "5")) == "6"
+
+
+def test_an_old_answer_is_recognised_by_its_moves_and_by_their_absence() -> None:
+    now = after(answer("7", 11, "7"))
+    for old in (answer("9", 10, "9"), answer("5", 10, "5"), answer("9"), Named({})):
+        assert hear(now, old, CHAMPION, canary=True) is None
+
+
+def test_an_old_answer_from_before_the_record_of_a_step_up_does_not_undo_it() -> None:
+    assert main_after(answer("5", 10, "5"), answer("7", 10, "5"), answer("5", 10, "5")) == "7"
+
+
+def test_half_an_old_answer_delays_a_rollback_by_one_answer() -> None:
+    torn = answer("7", 12, "5")
+    assert main_after(answer("7", 11, "7"), torn) == "7"
+    assert main_after(answer("7", 11, "7"), torn, answer("5", 12, "5")) == "5"
+
+
+def test_a_record_of_another_move_does_not_undo_a_step_up_that_is_not_recorded_yet() -> None:
+    assert main_after(answer("5", 10, "5"), answer("7", 10, "5"), answer("7", 11, "5"), answer("7", 12, "7")) == "7"
+
+
+def test_the_first_record_of_a_line_does_not_undo_a_step_up_either() -> None:
+    assert main_after(answer("5"), answer("7"), answer("7", 1, "5")) == "7"
+    assert main_after(answer("5"), answer("7"), answer("5", 2, "5")) == "5"
+
+
+def test_a_step_up_that_was_taken_back_before_anybody_recorded_it_is_given_up_in_the_end() -> None:
+    begun = [answer("5", 10, "5"), answer("7", 10, "5")]
+    back = [answer("5", 10, "5")] * CONVINCED
+    assert main_after(*begun, *back[1:]) == "7"
+    assert main_after(*begun, *back) == "5"
+    assert main_after(*begun, *back[1:], answer("7", 10, "5"), *back[1:]) == "7"
+
+
+def test_a_node_that_starts_begins_with_what_is_recorded_and_goes_up_from_there() -> None:
+    higher, lower = answer("7", 12, "5"), answer("3", 12, "5")
+    assert [main_after(*answers) for answers in ([higher], [higher] * 2, [lower], [lower] * 2)] == ["5", "7", "5", "5"]
+
+
+def test_a_canary_that_is_gone_comes_back_with_a_record_only() -> None:
+    with_canary = Audited(moves=10, aliases={"champion": "5", "canary": "7"})
+    begun = [Named({"champion": "5", "canary": "7"}, with_canary), Named({"champion": "5"}, with_canary)]
+    assert after(begun[0]).canary.version == "7"
+    assert after(*begun).canary.version is None
+    assert after(*begun, begun[0]).canary.version is None
+    again = Audited(moves=12, aliases=with_canary.aliases)
+    assert after(*begun, Named(begun[0].aliases, again)).canary.version == "7"
+    assert after(*begun, Named({"champion": "5", "canary": "8"}, with_canary)).canary.version == "8"
+
+
+def test_a_node_without_trials_follows_no_canary() -> None:
+    assert after(answer("5", canary="7"), canary=False).canary == Trail()
+
+
+def test_a_version_that_is_not_followed_is_told() -> None:
+    following = after(answer("7", 11, "7"), answer("5", 11, "7"))
+    assert held(following.main, answer("5", 11, "7"), CHAMPION) == (
+        "champion names version 5: no step up from 7, and no audit of it was seen"
+    )
+    assert held(following.main, answer("7", 11, "7"), CHAMPION) is None
+
+
+def test_a_tag_that_is_no_audit_is_left_out_and_told() -> None:
+    good = Audited(moves=3, aliases={"champion": "2"})
+    assert named_of({"champion": "2"}, good.model_dump_json()) == Named({"champion": "2"}, good)
+    assert named_of({}, None) == Named({})
+    for tag in ("", "{}", "null", '{"moves": 0, "aliases": {}}', '{"moves": 1, "aliases": {"champion": "two"}}'):
+        named = named_of({"champion": "2"}, tag)
+        assert (named.aliases, named.audited) == ({"champion": "2"}, None)
+        assert named.unreadable is not None
+        assert AUDITED_TAG in named.unreadable
+
+
+class Moment(NamedTuple):
+    """What the registry held between two writes."""
+
+    champion: str
+    canary: str | None
+    moves: int
+    recorded: dict[Alias, str]
+
+
+@dataclass
+class World:
+    """A registry with movers and a promoter, and a node that hears of it, now and then late or in two halves."""
+
+    rising: bool
+    """Champions are ever newer versions."""
+    past: list[Moment] = field(default_factory=lambda: [Moment("1", None, 1, {"champion": "1"})])
+    heard_until: int = 0
+    following: Following = field(default_factory=Following)
+
+    def take(self, kind: str, number: int) -> None:
+        now = self.past[-1]
+        match kind:
+            case "champion":
+                version = int(now.champion) + number if self.rising else number
+                self.past.append(now._replace(champion=str(version)))
+            case "canary":
+                self.past.append(now._replace(canary=str(number)))
+            case "end canary":
+                self.past.append(now._replace(canary=None))
+            case "record":
+                self.past.append(now._replace(moves=now.moves + 1, recorded=_named(now)))
+            case "other row":
+                self.past.append(now._replace(moves=now.moves + 1))
+            case "hear now":
+                self.hear(len(self.past) - 1, len(self.past) - 1)
+            case "hear torn":
+                first = min(self.heard_until + number, len(self.past) - 1)
+                self.hear(first, min(first + number, len(self.past) - 1))
+            case "hear old":
+                old = number % len(self.past)
+                self.hear(old, old)
+
+    def hear(self, aliases: int, audit: int) -> None:
+        """An answer whose aliases and audit are of these moments; what must hold of every answer."""
+        moves, recorded = self.past[audit].moves, self.past[audit].recorded
+        named = Named({**_named(self.past[aliases])}, Audited(moves=moves, aliases=recorded))
+        before, after_ = self.following, hear(self.following, named, CHAMPION, canary=True)
+        assert (after_ is None) == (moves < before.moves)
+        if after_ is None:
+            return
+        self.heard_until = max(self.heard_until, aliases)
+        self.following = after_
+        if after_.main.version is not None and int(after_.main.version) < before.main.bar:
+            assert recorded.get("champion") == after_.main.version
+            assert moves > before.main.moves
+        if CANARY not in named.aliases:
+            assert after_.canary.version is None
+        if self.rising:
+            assert after_.main.bar >= before.main.bar
+
+
+def _named(moment: Moment) -> dict[Alias, str]:
+    named: dict[Alias, str | None] = {"champion": moment.champion, "canary": moment.canary}
+    return {alias: version for alias, version in named.items() if version is not None}
+
+
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(
+            ["champion", "canary", "end canary", "record", "other row", "hear now", "hear torn", "hear old"]
+        ),
+        st.integers(1, 6),
+    ),
+    max_size=CONVINCED - 1,
+)
+
+
+@settings(deadline=None)
+@given(steps=STEPS, rising=st.booleans())
+def test_no_answer_takes_a_node_back_but_one_with_a_newer_record_of_it(
+    steps: Sequence[tuple[str, int]], *, rising: bool
+) -> None:
+    world = World(rising)
+    for kind, number in steps:
+        world.take(kind, number)
+
+
+@settings(deadline=None)
+@given(steps=STEPS)
+def test_when_all_is_recorded_and_answers_are_of_now_a_node_follows_the_aliases(
+    steps: Sequence[tuple[str, int]],
+) -> None:
+    world = World(rising=False)
+    for kind, number in [*steps, ("record", 1), *[("hear now", 1)] * (CONVINCED + 1)]:
+        world.take(kind, number)
+    now = world.past[-1]
+    assert (world.following.main.version, world.following.canary.version) == (now.champion, now.canary)
+
+
+@settings(deadline=None)
+@given(
+    share=st.floats(0, 1),
+    more=st.floats(0, 1),
+    node=st.text(max_size=20),
+    number=st.integers(0, 2**40),
+)
+def test_a_larger_share_keeps_the_slices_of_a_smaller_one(share: float, more: float, node: str, number: int) -> None:
+    small, large = sorted((share, more))
+    assert serves_canary(node, number, small) <= serves_canary(node, number, large)
+    assert not serves_canary(node, number, 0.0)
+    assert serves_canary(node, number, 1.0)
+
+
+def test_a_canary_has_its_share_of_the_slices_and_nodes_draw_apart() -> None:
+    drawn = [[serves_canary(f"node-{n}", number, 0.2) for number in range(2000)] for n in range(3)]
+    assert all(0.17 < sum(slices) / 2000 < 0.23 for slices in drawn)
+    both = sum(one and other for one, other in zip(drawn[0], drawn[1], strict=True)) / 2000
+    assert 0.02 < both < 0.06
+
+
+def test_slices_are_counted_from_the_epoch() -> None:
+    assert [slice_at(time_s, 30.0) for time_s in (0, 29.9, 30, 1_800_000_000)] == [0, 0, 1, 60_000_000]
+
+
+def test_a_trail_keeps_what_it_followed_while_an_alias_is_gone() -> None:
+    trail = follow(after(answer("7", 11, "7")).main, answer(None, 11, "7"), CHAMPION)
+    assert (trail.version, trail.bar) == (None, 7)

@@ -1,0 +1,113 @@
+"""What a node beside SGLang begins with, and what it will not begin with."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from fake_sglang import KEY, FakeSglang, served
+from sglang_stand_in import write_python
+from tiny_target import write_tiny_target
+
+from schemas.settings import Settings, SettingsError, load
+from schemas.speculator import checkpoint
+from serving.engines.sglang.node import launch
+from serving.engines.sglang.node.initial_version import begin, line_of
+from serving.versions.alias_policy import Named
+from serving.versions.cache import RegistryError
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_target(tmp_path_factory.mktemp("target"))
+
+
+@pytest.fixture
+def settings(target: Path, tmp_path: Path) -> Settings:
+    flags = {
+        "target.path": str(target),
+        "speculator.draft_vocabulary": 16,
+        "sglang.dir": str(tmp_path / "drafts"),
+        "sglang.api_key": KEY,
+    }
+    return load(environ={}, flags=flags)
+
+
+def test_a_server_with_a_draft_of_another_line_is_left_alone(settings: Settings, tmp_path: Path) -> None:
+    line = line_of(settings)
+    other = line_of(load(environ={}, flags={"target.path": settings.target.path, "speculator.draft_vocabulary": 20}))
+    fake = FakeSglang(other.day_0, "day-0-head-0")
+    checkpoint.write(other.day_0, tmp_path / "served", other.target)
+    with served(fake):
+        server = launch.SglangServer(fake.url, settings.sglang.api_key, 5)
+        fake.draft = str(tmp_path / "served")
+        with pytest.raises(launch.SglangError, match=f"line {other.name}.*give {line.name}"):
+            launch._known(server, line)
+        fake.draft = str(tmp_path)
+        with pytest.raises(launch.SglangError, match="no version of ours"):
+            launch._known(server, line)
+        fake.release = "0.6.0"
+        with pytest.raises(launch.SglangError, match=r"SGLang 0\.6\.0; known: 0\.5\.21"):
+            launch._known(server, line)
+
+
+class _Registry:
+    """Names a version, whose files are those of a folder."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+
+    def named(self) -> Named:
+        if self._folder is None:
+            raise RegistryError("connection refused")
+        return Named({"champion": "5"})
+
+    def has(self, version: str) -> bool:
+        return version == "5"
+
+    def download(self, version: str, folder: Path) -> Path:
+        assert self._folder
+        return self._folder
+
+
+def test_a_server_begins_with_the_version_that_the_alias_names(settings: Settings, tmp_path: Path) -> None:
+    line = line_of(settings)
+    seeded = settings.speculator.model_copy(update={"seed": 3})
+    learned = line_of(settings.model_copy(update={"speculator": seeded})).day_0
+    checkpoint.write(learned, tmp_path / "learned", line.target)
+    start, known = begin(settings, line, _Registry(tmp_path / "learned"))
+    assert (start.version, known.version) == ("5", "5")
+    assert checkpoint.read(start.folder, line.name).fc.weight.equal(learned.fc.weight.bfloat16().float())
+    again, _ = begin(settings, line, _Registry(None))
+    assert (again.folder, again.version) == (start.folder, "day-0-head-0")
+    assert checkpoint.read(again.folder, line.name).fc.weight.equal(line.day_0.fc.weight.bfloat16().float())
+    (tmp_path / "learned" / "extra").touch()
+    at_fault, _ = begin(settings, line, _Registry(tmp_path / "learned"))
+    assert at_fault.version == "day-0-head-0"
+
+
+@pytest.mark.parametrize(
+    ("version", "plugin", "told"),
+    [("0.5.22", "true", r"SGLang 0\.5\.22 is not known; known: 0\.5\.21"), ("0.5.21", "false", "our plugin is not")],
+)
+def test_a_python_without_a_known_sglang_or_our_plugin_is_refused(
+    settings: Settings, tmp_path: Path, version: str, plugin: str, told: str
+) -> None:
+    python = write_python(tmp_path / "other", version, plugin)
+    update = {"sglang": settings.sglang.model_copy(update={"python": str(python)})}
+    with pytest.raises(SettingsError, match=rf"sglang\.python {python}: {told}"):
+        launch.run(settings.model_copy(update=update), [])
+
+
+def test_a_python_without_sglang_is_told_what_to_read(settings: Settings, tmp_path: Path) -> None:
+    for python in (sys.executable, str(tmp_path / "nowhere")):
+        update = {"sglang": settings.sglang.model_copy(update={"python": python})}
+        with pytest.raises(SettingsError, match=r"sglang\.python .*docs/sglang\.md"):
+            launch.run(settings.model_copy(update=update), [])
+
+
+def test_flags_for_a_server_that_runs_already_are_an_error(settings: Settings) -> None:
+    update = {"sglang": settings.sglang.model_copy(update={"url": "http://127.0.0.1:1"})}
+    with pytest.raises(SettingsError, match=r"sglang\.url"):
+        launch.run(settings.model_copy(update=update), ["--tp-size", "2"])

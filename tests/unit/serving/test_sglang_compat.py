@@ -1,0 +1,98 @@
+"""A server that the plugin does not know is left alone, with the reason."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from serving.engines.sglang.plugin import compatibility
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def test_the_plugin_leaves_the_metrics_library_alone_until_a_step() -> None:
+    """SGLang says where that library's files are only after it has called the plugins."""
+    code = "import sys, serving.engines.sglang.plugin.plugin; sys.exit('prometheus_client' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT).returncode == 0
+
+
+def function(parameters: tuple[str, ...]) -> Any:
+    made: dict[str, Any] = {}
+    exec(f"def made({', '.join(parameters)}): pass", made)
+    return made["made"]
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What stands for SGLang as released: every hooked function and every record, by its full name."""
+    monkeypatch.setattr(compatibility, "version", lambda _: compatibility.VERSIONS[0])
+    parts: dict[str, Any] = {target: function(parameters) for target, parameters in compatibility.SIGNATURES.items()}
+    parts |= {target: dataclasses.make_dataclass("Record", fields) for target, fields in compatibility.FIELDS.items()}
+    for target, part in parts.items():
+        names = target.split(".")
+        depth = next((i for i, name in enumerate(names) if name[:1].isupper()), len(names) - 1)
+        for end in range(1, depth + 1):
+            name = ".".join(names[:end])
+            if name not in sys.modules or not hasattr(sys.modules[name], "of_the_test"):
+                module = ModuleType(name)
+                module.__path__ = []
+                module.of_the_test = True  # type: ignore[attr-defined]
+                monkeypatch.setitem(sys.modules, name, module)
+        holder: Any = sys.modules[".".join(names[:depth])]
+        for name in names[depth:-1]:
+            if not hasattr(holder, name):
+                setattr(holder, name, SimpleNamespace())
+            holder = getattr(holder, name)
+        setattr(holder, names[-1], part)
+    return parts
+
+
+def test_a_server_as_released_is_recorded(server: dict[str, Any]) -> None:
+    assert compatibility.refusal() is None
+
+
+def test_another_version_is_refused_with_the_known_ones(
+    server: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compatibility, "version", lambda _: "9.9.9")
+    assert (
+        compatibility.refusal()
+        == f"SGLang 9.9.9 is not known: this plugin knows SGLang {', '.join(compatibility.VERSIONS)}"
+    )
+
+
+def test_a_changed_signature_or_record_is_named(server: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    module, _, name = compatibility.JUDGE.rpartition(".")
+    monkeypatch.setattr(sys.modules[module], name, function(("verify_input", "batch")))
+    record, _, name = next(iter(compatibility.FIELDS)).rpartition(".")
+    monkeypatch.setattr(sys.modules[record], name, dataclasses.make_dataclass("Record", ["draft_token"]))
+    why = compatibility.refusal()
+    assert why is not None
+    assert f"{compatibility.JUDGE} takes verify_input, batch" in why
+    assert "has no retrieve_next_token" in why
+
+
+def test_a_missing_function_is_named(server: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    module, _, name = compatibility.RELEASE.rpartition(".")
+    monkeypatch.delattr(sys.modules[module], name)
+    assert compatibility.RELEASE in (compatibility.refusal() or "")
+
+
+@pytest.mark.parametrize(
+    ("given", "setting"),
+    [
+        (("cuda", 1, False), "--speculative-algorithm EAGLE3"),
+        (("cuda", 2, True), "--pp-size 1"),
+        (("npu", 1, True), "cpu and cuda"),
+    ],
+)
+def test_a_server_that_was_started_otherwise_is_told_what_is_known(given: tuple[str, int, bool], setting: str) -> None:
+    device, stages, is_eagle3 = given
+    assert setting in (compatibility.unsuitable(device, stages, is_eagle3=is_eagle3) or "")
+    assert compatibility.unsuitable("cuda", 1, is_eagle3=True) is None

@@ -1,0 +1,115 @@
+"""What the node adds to SGLang's command line, and what it will not have there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import SecretStr
+
+from schemas.settings import Settings, SettingsError, load
+from serving.engines.sglang.node import flags
+from serving.engines.sglang.node.flags import Start
+
+START = Start(Path("/drafts/node-0"), "7")
+
+
+def settings_of(**values: object) -> Settings:
+    return load(environ={}, flags={name.replace("__", "."): value for name, value in values.items()})
+
+
+def added(given: list[str], settings: Settings, start: Start | None = START) -> flags.Flags:
+    asked = flags.of(given)
+    flags.check(asked, settings)
+    whole = flags.arguments(asked, settings, start)
+    assert whole[len(whole) - len(given) :] == given
+    return flags.of(whole[: len(whole) - len(given)])
+
+
+def test_a_plain_start_serves_the_target_with_the_draft_and_its_version() -> None:
+    found = added([], settings_of(target__path="/models/m", target__name="m", serve__draft_tokens=3))
+    assert found.value("--model-path") == "/models/m"
+    assert found.value("--served-model-name") == "m"
+    assert found.value("--speculative-algorithm") == "EAGLE3"
+    assert found.value("--speculative-draft-model-path") == "/drafts/node-0"
+    assert found.value("--weight-version") == "7"
+    steps = "--speculative-num-steps", "--speculative-eagle-topk", "--speculative-num-draft-tokens"
+    assert [found.value(name) for name in steps] == ["3", "1", "4"]
+    assert found.has("--enable-metrics")
+    assert not found.has("--admin-api-key")
+
+
+def test_trees_are_as_large_as_the_settings_say_and_the_root_comes_on_top() -> None:
+    found = added([], settings_of(serve__draft_width=4, serve__draft_nodes=20, serve__draft_tokens=5))
+    steps = "--speculative-num-steps", "--speculative-eagle-topk", "--speculative-num-draft-tokens"
+    assert [found.value(name) for name in steps] == ["5", "4", "21"]
+
+
+def test_what_the_user_says_stands_and_what_follows_from_it_is_added() -> None:
+    given = ["--speculative-num-steps=2", "--model-path", "/models/m", "--enable-metrics", "--tp", "2"]
+    found = added(given, settings_of(target__path="/models/m"))
+    assert not found.has("--speculative-num-steps", "--model-path", "--enable-metrics")
+    assert found.value("--speculative-num-draft-tokens") == "3"
+
+
+def test_a_node_without_speculation_gives_no_draft() -> None:
+    found = added([], settings_of(serve__speculate=False), None)
+    assert not [flag for flag in found.given if "speculative" in flag or "weight-version" in flag]
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["--speculative-draft-model-path", "/d"], "the node writes the draft"),
+        (["--speculative-draft-model-path=/d"], "the node writes the draft"),
+        (["--weight-version", "3"], "the node names the version"),
+        (["--speculative-algorithm", "NGRAM"], r"NGRAM: this node serves drafts of EAGLE3"),
+        (["--model", "/models/other"], r"target\.path is "),
+        (["--dp-size", "2"], "start one node for each"),
+        (["--node-rank", "x"], "must be a number"),
+    ],
+)
+def test_a_flag_that_contradicts_the_node_is_an_error_that_names_it(given: list[str], told: str) -> None:
+    with pytest.raises(SettingsError, match=told) as error:
+        flags.check(flags.of(given), Settings())
+    assert given[0].partition("=")[0].removesuffix("-path") in str(error.value)
+
+
+def test_an_algorithm_contradicts_a_node_without_speculation() -> None:
+    flags.check(flags.of(["--speculative-algorithm", "eagle3"]), Settings())
+    with pytest.raises(SettingsError, match=r"none \(serve\.speculate\)"):
+        flags.check(flags.of(["--speculative-algorithm", "EAGLE3"]), settings_of(serve__speculate=False))
+
+
+@pytest.mark.parametrize(
+    ("given", "url"),
+    [
+        ([], "http://127.0.0.1:30000"),
+        (["--host", "0.0.0.0", "--port=8080"], "http://127.0.0.1:8080"),
+        (["--host", "10.0.0.7", "--ssl-certfile", "c"], "https://10.0.0.7:30000"),
+        (["--host", "fd00::1"], "http://[fd00::1]:30000"),
+        (["--host", "::"], "http://127.0.0.1:30000"),
+    ],
+)
+def test_the_server_is_reached_where_its_flags_say(given: list[str], url: str) -> None:
+    assert flags.url(flags.of(given)) == url
+
+
+def test_the_key_is_that_of_the_flags_or_the_settings_and_a_server_without_one_gets_it() -> None:
+    secret = settings_of(sglang__api_key="s")
+    assert added([], secret).value("--admin-api-key") == "s"
+    assert flags.key(flags.of([]), secret) == SecretStr("s")
+    given = ["--api-key", "users"]
+    assert not added(given, secret).has("--admin-api-key")
+    assert flags.key(flags.of(given), secret) == SecretStr("users")
+    assert flags.key(flags.of([*given, "--admin-api-key", "admins"]), secret) == SecretStr("admins")
+
+
+@given(st.lists(st.sampled_from(["--a", "--b=1", "--b", "2", "--c", ""])))
+def test_the_last_value_of_a_flag_counts(given: list[str]) -> None:
+    asked = flags.of([*given, "--b", "last"])
+    assert asked.value("--b") == "last"
+    assert asked.has("--b")
+    assert asked.value("--nowhere") is None

@@ -1,0 +1,277 @@
+"""What the plugin's hooks make of SGLang's calls: the order of them, the end of requests, and faults of our own."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from prometheus_client import CollectorRegistry
+
+from schemas.settings import Settings, load
+from schemas.speculator.checkpoint import CheckpointError
+from schemas.trace.record import Round, from_bf16
+from serving.engines.base import Finish, Request
+from serving.engines.sglang.plugin.cost import CostGate
+from serving.engines.sglang.plugin.hooks import Hooks
+from serving.engines.sglang.plugin.metrics import Figures
+from serving.engines.sglang.plugin.plugin import Plugin
+from serving.engines.sglang.plugin.recorder import MOST_STEPS, Recorder
+from serving.engines.sglang.plugin.transfer import Carrier
+from serving.traces.accounting import TraceCounts
+from serving.traces.chunks import Origin
+
+F, V = 4, 50
+PROMPT = [3, 4, 5]
+
+
+class Publisher:
+    """Keeps what it is given."""
+
+    breaker = "closed"
+
+    def __init__(self) -> None:
+        self.rounds: dict[str, list[Round]] = {}
+        self.finished: dict[str, Finish] = {}
+        self.requests: dict[str, Request] = {}
+
+    def start(self, origin: Origin) -> None:
+        self.origin = origin
+
+    def wants(self, request: str) -> bool:
+        return True
+
+    def record(self, request: Request, rounds: tuple[Round, ...], finish: Finish | None) -> None:
+        self.requests[request.id] = request
+        self.rounds.setdefault(request.id, []).extend(rounds)
+        if finish:
+            self.finished[request.id] = finish
+
+    def counts(self) -> TraceCounts:
+        return TraceCounts(0, 0, {}, 0, 0)
+
+    def close(self, timeout: float) -> TraceCounts:
+        return self.counts()
+
+
+class Server:
+    """Calls the hooks as SGLang does."""
+
+    def __init__(self, settings: Settings, origin: Callable[[], Origin]) -> None:
+        self.publisher = Publisher()
+        self.registry = CollectorRegistry()
+        figures, gate = Figures(self.registry), CostGate(0.5)
+        self.recorder = Recorder(self.publisher, origin, gate, figures)  # type: ignore[arg-type]
+        carrier = Carrier(torch.device("cpu"))
+        self.hooks = Hooks(settings, self.recorder, carrier, gate, figures, lambda: "7")
+
+    def read(self, reqs: Sequence[Any], starts: Sequence[int], lengths: Sequence[int], chosen: Sequence[int]) -> None:
+        """A step over pieces of prompts. A token's states are its position."""
+        positions = [p for start, n in zip(starts, lengths, strict=True) for p in range(start, start + n)]
+        output = SimpleNamespace(next_token_logits=scores(chosen), hidden_states=states(positions))
+        self.hooks.step()
+        self.hooks.sampling(output)
+        output.next_token_logits.zero_()  # as the sampler does
+        batch = SimpleNamespace(forward_mode=MODE, reqs=reqs, prefix_lens=list(starts), extend_lens=list(lengths))
+        self.hooks.prefilled(SimpleNamespace(logits_output=output, next_token_ids=torch.tensor(chosen)), batch)
+
+    def verify(self, reqs: Sequence[Any], positions: Sequence[int], drafts: Sequence[list[int]], said: Any) -> None:
+        """A step over chains of two drafted tokens; ``said`` is [B, 3], what the target chooses at each node."""
+        said = torch.tensor(said)
+        counts = [
+            1 + next((i for i, token in enumerate(draft[1:]) if token != row[i]), len(draft) - 1)
+            for draft, row in zip(drafts, said.tolist(), strict=True)
+        ]
+        first = torch.arange(len(reqs))[:, None] * 3
+        kept = torch.arange(3) < torch.tensor(counts)[:, None]
+        result = (said.flatten().int(), torch.tensor(counts), torch.where(kept, first + torch.arange(3), -1))
+        nodes = [p + i for p in positions for i in range(3)]
+        output = SimpleNamespace(next_token_logits=scores(said.flatten().tolist()), hidden_states=states(nodes))
+        verify_input = SimpleNamespace(
+            draft_token=torch.tensor(drafts).flatten(),
+            draft_token_num=3,
+            retrieve_next_token=torch.tensor([[1, 2, -1]] * len(reqs)),
+            retrieve_next_sibling=torch.full((len(reqs), 3), -1),
+        )
+        batch = SimpleNamespace(forward_mode=MODE, reqs=reqs, seq_lens=torch.tensor(positions))
+        self.hooks.step()
+        self.hooks.drafted()
+        if judging := self.hooks.judging(verify_input, batch, output):
+            self.hooks.judged(judging, verify_input, batch, output, result)
+
+    def end(self, req: Any, kind: str | None = "length") -> None:
+        """A request gives its memory back; ``kind`` None is one that is to be read again."""
+        req.finished_reason = kind and SimpleNamespace(to_json=lambda: {"type": kind})
+        self.hooks.released(req)
+
+    def count(self, name: str, **labels: str) -> float:
+        return self.registry.get_sample_value(name, labels) or 0.0
+
+    def settled(self) -> Publisher:
+        self.recorder.close()
+        return self.publisher
+
+
+MODE = SimpleNamespace(is_idle=lambda: False)
+
+
+def scores(chosen: Sequence[int]) -> torch.Tensor:
+    return torch.nn.functional.one_hot(torch.tensor(chosen), V).float() * 5
+
+
+def states(positions: Sequence[int]) -> torch.Tensor:
+    return torch.tensor(positions)[:, None].expand(-1, F).float()
+
+
+def request(name: str, *said: int, custom: dict[str, Any] | None = None, **changed: Any) -> Any:
+    """SGLang's request with what is committed of its answer."""
+    sampling = SimpleNamespace(
+        custom_params=custom, top_k=1, top_p=1.0, temperature=1.0, sampling_seed=None, max_new_tokens=9
+    )
+    req = SimpleNamespace(
+        rid=name, origin_input_ids=list(PROMPT), output_ids=list(said), sampling_params=sampling, lora_id=None,
+        multimodal_inputs=None, finished_reason=None, **changed,
+    )  # fmt: skip
+    req.finished = lambda: req.finished_reason is not None
+    req.output_ids_through_stop = req.output_ids
+    return req
+
+
+@pytest.fixture
+def server() -> Server:
+    return Server(load(environ={}, flags={"traces.top_k": 2}), lambda: Origin("n", "t", "line", V))
+
+
+def test_a_request_becomes_its_rounds_though_it_is_decoded_beyond_its_end(server: Server) -> None:
+    req = request("a")
+    server.read([req], [0], [2], [0])
+    server.read([req], [2], [1], [10])
+    server.verify([req], [3], [[10, 11, 12]], [[11, 12, 13]])  # the overlap scheduler has not looked at token 10 yet
+    req.output_ids += [10]
+    server.verify([req], [6], [[13, 14, 15]], [[14, 0, 0]])
+    req.output_ids += [11, 12, 13]
+    server.verify([req], [8], [[0, 1, 2]], [[9, 9, 9]])  # a step more than the request has
+    req.output_ids += [14]
+    server.end(req)
+    rounds = server.settled().rounds["a"]
+    assert [(r.round, r.position, r.tokens, r.bonus) for r in rounds] == [
+        (0, 0, (3, 4), None),
+        (0, 2, (5,), 10),
+        (1, 3, (10, 11, 12), 13),
+        (2, 6, (13,), 14),
+    ]
+    assert [r.accepted for r in rounds] == [(), (), (0, 1), ()]
+    assert [from_bf16(r.features)[:, 0].tolist() for r in rounds] == [[0, 1], [2], [3, 4, 5], [6]]
+    assert [r.top_ids[:, 0].tolist() for r in rounds] == [[], [10], [11, 12, 13], [14, 0, 0]]
+    assert [r.speculator for r in rounds] == ["", "", "7", "7"]
+    assert server.publisher.finished == {"a": "length"}
+    assert server.publisher.requests["a"].temperature == 0.0
+
+
+def test_only_the_requests_that_are_traced_are_taken_out_of_a_batch(server: Server) -> None:
+    off, on = request("off", custom={"aurora_trace": "off"}), request("on", custom={"aurora_label": "sql"})
+    server.read([off, on], [0, 1], [3, 2], [20, 10])
+    server.verify([off, on], [3, 3], [[20, 21, 22], [10, 11, 12]], [[21, 22, 23], [11, 9, 9]])
+    on.output_ids += [10, 11, 9]
+    for req in (off, on):
+        server.end(req, "stop")
+    publisher = server.settled()
+    read, verified = publisher.rounds["on"]
+    assert (read.position, read.tokens, read.bonus) == (1, (4, 5), 10)
+    assert from_bf16(read.features)[:, 0].tolist() == [1, 2]
+    assert (verified.tokens, verified.bonus, from_bf16(verified.features)[:, 0].tolist()) == ((10, 11), 9, [3, 4])
+    assert list(publisher.rounds) == ["on"]
+    assert publisher.requests["on"].label == "sql"
+    assert server.count("aurora_sglang_requests_untraced_total", reason="asked") == 1
+    assert server.count("aurora_sglang_prompt_tokens_cached_total") == 1
+
+
+def test_a_request_that_is_read_again_adds_nothing_to_its_trace(server: Server) -> None:
+    req = request("a")
+    server.read([req], [0], [3], [10])
+    req.output_ids += [10]
+    server.end(req, None)
+    server.read([req], [0], [4], [11])
+    server.verify([req], [4], [[11, 1, 2]], [[9, 9, 9]])
+    req.output_ids += [11, 9]
+    server.end(req)
+    assert [r.round for r in server.settled().rounds["a"]] == [0]
+    assert server.count("aurora_sglang_requests_untraced_total", reason="retracted") == 1
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"lora_id": "x"}, "lora"),
+        ({"multimodal_inputs": object()}, "multimodal"),
+        ({"rid": "HEALTH_CHECK_1"}, "health"),
+    ],
+)
+def test_requests_that_teach_nothing_of_the_target_are_counted(
+    server: Server, changed: dict[str, Any], reason: str
+) -> None:
+    req = request("a")
+    vars(req).update(changed)
+    server.read([req], [0], [3], [10])
+    assert not server.settled().rounds
+    assert server.count("aurora_sglang_requests_untraced_total", reason=reason) == 1
+
+
+def test_what_a_hook_raises_stays_in_it_and_is_counted(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):
+        assert server.hooks.judging(None, None, None) is None
+    assert server.count("aurora_sglang_hook_errors_total", hook="judging") == 2
+    assert capsys.readouterr().out.count("aurora_hook_failed") == 1
+
+
+def test_without_features_the_rounds_are_told_how_wide_they_are() -> None:
+    server = Server(load(environ={}, flags={"traces.features": "recompute"}), lambda: Origin("n", "t", "line", V))
+    req = request("a")
+    server.read([req], [0], [3], [10])
+    server.verify([req], [3], [[10, 11, 12]], [[11, 12, 13]])
+    req.output_ids += [10, 11, 12, 13]
+    server.end(req)
+    assert [r.features.shape for r in server.settled().rounds["a"]] == [(0, F), (0, F)]
+
+
+def test_steps_beyond_what_may_wait_are_lost_and_counted() -> None:
+    def slow() -> Origin:
+        time.sleep(0.5)
+        return Origin("n", "t", "line", V)
+
+    server, reqs = Server(load(environ={}), slow), [request(f"r{number}") for number in range(MOST_STEPS + 3)]
+    for req in reqs:
+        server.read([req], [0], [3], [10])
+    assert server.count("aurora_sglang_rounds_lost_total", reason="behind") == 3
+
+
+def test_a_server_of_other_models_is_not_recorded(capsys: pytest.CaptureFixture[str]) -> None:
+    def foreign() -> Origin:
+        raise CheckpointError("is a draft for another target")
+
+    server = Server(load(environ={}), foreign)
+    server.read([early := request("early")], [0], [3], [10])
+    server.recorder.close()
+    server.end(early)
+    server.read([request("late")], [0], [3], [10])
+    assert not server.publisher.rounds
+    assert not server.recorder.full()
+    assert "another target" in capsys.readouterr().out
+
+
+def test_the_server_decides_once_and_as_ever_whatever_a_hook_is_given() -> None:
+    plugin, decided = Plugin(load(environ={})), []
+
+    def original(*args: Any, **kwargs: Any) -> str:
+        decided.append((args, kwargs))
+        return "decided"
+
+    plugin.step(object())  # a worker of another kind
+    plugin.sample(object(), None)
+    plugin.prefill(None, None, None)
+    plugin.release(None)
+    assert plugin.judge(original, 1, mask=2) == "decided"
+    assert decided == [((1,), {"mask": 2})]

@@ -1,0 +1,57 @@
+"""What a server of SGLang serves has the names that the built-in engine gives it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiny_target import write_tiny_target
+
+from schemas.settings import Speculator
+from schemas.speculator import checkpoint
+from schemas.speculator.initial_draft import draft_of_day_0
+from serving.engines.sglang.plugin.origin import origin_of
+from serving.traces.chunks import Origin
+
+WIDTH = 3 * 32
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_target(tmp_path_factory.mktemp("target"))
+
+
+@pytest.fixture(scope="module")
+def draft(target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("draft") / "version"
+    made = draft_of_day_0(target, Speculator(draft_vocabulary=16))
+    checkpoint.write(made, folder, checkpoint.target_fingerprint(target))
+    return folder
+
+
+def test_target_and_line_are_those_of_the_built_in_engine(target: Path, draft: Path) -> None:
+    fingerprint = checkpoint.target_fingerprint(target)
+    made = draft_of_day_0(target, Speculator(draft_vocabulary=16))
+    line = checkpoint.line_of(fingerprint, made.shape, made.d2t)
+    assert origin_of("n", str(target), str(draft), WIDTH) == Origin("n", fingerprint, line, made.shape.vocab_size)
+
+
+def test_a_draft_for_another_target_is_refused(draft: Path, tmp_path: Path) -> None:
+    other = write_tiny_target(tmp_path, seed=1)
+    with pytest.raises(checkpoint.CheckpointError, match="is a draft for target"):
+        origin_of("n", str(other), str(draft), WIDTH)
+
+
+def test_a_draft_that_reads_other_states_is_refused(target: Path, draft: Path) -> None:
+    with pytest.raises(checkpoint.CheckpointError, match="the server has 5"):
+        origin_of("n", str(target), str(draft), 5)
+
+
+def test_a_draft_that_is_no_version_is_refused(target: Path) -> None:
+    with pytest.raises(checkpoint.CheckpointError, match=r"manifest.json: missing"):
+        origin_of("n", str(target), str(target), WIDTH)
+
+
+def test_a_name_that_was_never_loaded_is_refused(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(checkpoint.CheckpointError, match="neither a folder nor in the hub's cache"):
+        origin_of("n", str(target), "nobody/never-made", WIDTH)

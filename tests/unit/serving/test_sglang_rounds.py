@@ -1,0 +1,128 @@
+"""From what a step of SGLang gave to trace rounds: links, paths, and the end of a request."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from schemas.trace.decoder import decode
+from schemas.trace.record import ROOT, Chunk, Envelope, Round, encode
+from serving.engines.sglang.plugin.rounds import Read, Times, Verified, prompt_round, verify_round, within
+
+TIMES = Times(draft_us=3, verify_us=5, time_us=7)
+F, K = 6, 2
+
+
+def ints(*values: int) -> np.ndarray:
+    return np.array(values, np.int32)
+
+
+def verified(**changed: object) -> Verified:
+    """Root 10 with children 11 and 12; 12 with child 13; 12 and 13 are accepted."""
+    found = Verified(
+        position=4,
+        drafted=ints(10, 11, 12, 13),
+        first_child=ints(1, -1, 3, -1),
+        next_sibling=ints(-1, 2, -1, -1),
+        accepted=[0, 2, 3],
+        said=ints(12, 0, 13, 99),
+        features=np.arange(3 * F, dtype=np.uint16).reshape(3, F),
+        top_ids=np.arange(4 * K, dtype=np.int32).reshape(4, K),
+        top_logprobs=-np.arange(4 * K, dtype=np.float32).reshape(4, K),
+    )
+    return replace(found, **changed)  # type: ignore[arg-type]
+
+
+def round_of(**changed: object) -> Round:
+    return verify_round(verified(**changed), 1, "7", TIMES)
+
+
+def test_links_become_parents_and_the_path_becomes_tokens() -> None:
+    r = round_of()
+    assert (r.draft_tokens, r.draft_parents) == ((11, 12, 13), (ROOT, ROOT, 1))
+    assert (r.tokens, r.accepted, r.bonus) == ((10, 12, 13), (1, 2), 99)
+    assert (len(r.features), r.top_ids.shape, r.speculator) == (3, (4, K), "7")
+    assert (r.draft_us, r.verify_us, r.time_us) == (3, 5, 7)
+    assert all(math.isnan(logprob) for logprob in r.draft_logprobs)
+
+
+def test_nodes_that_nothing_leads_to_are_left_out_with_what_hangs_on_them() -> None:
+    r = round_of(
+        drafted=ints(10, 11, 12, 13), first_child=ints(3, 2, -1, -1), next_sibling=ints(-1, -1, -1, -1),
+        accepted=[0, 3], said=ints(13, 0, 0, 99),
+    )  # fmt: skip
+    assert (r.draft_tokens, r.draft_parents, r.accepted) == ((13,), (ROOT,), (0,))
+    assert r.top_ids[:, 0].tolist() == [0, 6]
+
+
+def test_a_round_without_a_draft_names_no_version() -> None:
+    r = round_of(drafted=ints(10), first_child=ints(-1), next_sibling=ints(-1), accepted=[0], said=ints(99))
+    assert (r.tokens, r.bonus, r.speculator, r.draft_us) == ((10,), 99, "", 0)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        pytest.param({"accepted": [0, 3]}, id="a path that leaves a node out"),
+        pytest.param({"accepted": [2, 3]}, id="a path without the root"),
+        pytest.param({"first_child": ints(1, -1, 1, -1)}, id="a node with two parents"),
+        pytest.param({"first_child": ints(1, -1, 0, -1)}, id="a node before its parent"),
+    ],
+)
+def test_links_that_are_no_tree_are_refused(changed: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"no path|cannot follow"):
+        round_of(**changed)
+
+
+def prompt(position: int, n: int, chosen: int | None) -> Round:
+    top = np.zeros(K, np.int32), np.zeros(K, np.float32)
+    return prompt_round(Read(position, range(n), np.zeros((n, F), np.uint16), chosen, *top), TIMES)
+
+
+def test_only_the_end_of_a_prompt_has_a_choice() -> None:
+    inside, end = prompt(0, 3, None), prompt(3, 1, 10)
+    assert (inside.bonus, inside.top_ids.shape) == (None, (0, K))
+    assert (end.bonus, end.top_ids.shape) == (10, (1, K))
+
+
+@pytest.mark.parametrize(
+    ("total", "tokens", "accepted", "bonus"),
+    [
+        pytest.param(8, (10, 12, 13), (1, 2), 99, id="all of it"),
+        pytest.param(7, (10, 12), (1,), 13, id="the last accepted token ends it"),
+        pytest.param(6, (10,), (), 12, id="the first accepted token ends it"),
+    ],
+)
+def test_the_last_token_of_a_request_is_the_bonus_of_its_last_round(
+    total: int, tokens: tuple[int, ...], accepted: tuple[int, ...], bonus: int
+) -> None:
+    first, last = within([prompt(0, 4, 10), round_of()], total)
+    assert (last.tokens, last.accepted, last.bonus, len(last.features)) == (tokens, accepted, bonus, len(tokens))
+    assert first.bonus == 10
+
+
+def test_rounds_beyond_the_end_are_none_of_the_request() -> None:
+    assert [r.round for r in within([prompt(0, 4, 10), round_of()], total=5)] == [0]
+    (read,) = within([prompt(0, 4, 10)], total=4)
+    assert (read.bonus, len(read.top_ids)) == (None, 0)
+
+
+def test_what_is_made_here_is_what_the_codec_takes() -> None:
+    envelope = Envelope(
+        "r",
+        0,
+        last=True,
+        node="n",
+        target="t" * 32,
+        line="line",
+        features="inline",
+        feature_width=F,
+        top_k=K,
+        temperature=0.0,
+        top_p=1.0,
+    )
+    rounds = (prompt(0, 4, 10), round_of())
+    assert [r.tokens for r in decode(encode(Chunk(envelope, rounds))).rounds] == [r.tokens for r in rounds]

@@ -1,0 +1,263 @@
+"""Every captured row ends in exactly one of published, shed and pending, and the engine never waits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import structlog
+from confluent_kafka import KafkaError
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from structlog.testing import LogCapture
+from trace_bench import Bench, FakeProducer, a_round, eventually
+
+from schemas.settings import Kafka, SettingsError, Traces
+from schemas.telemetry import trace_context
+from schemas.trace.record import CONTENT_TYPE, fingerprint
+from serving.engines.base import Request
+from serving.traces.producer import connect
+from serving.traces.publisher import OVERDUE_S
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The publisher looks for rounds more often, so that no test waits for it."""
+    monkeypatch.setattr("serving.traces.publisher._PAUSE_S", 0.002)
+
+
+def open_breaker(bench: Bench) -> None:
+    bench.producer.mode = "hold"
+    bench.send()
+    bench.send()
+    bench.settle()
+    bench.now += OVERDUE_S
+    eventually(lambda: bench.publisher.breaker == "open")
+
+
+def test_a_finished_request_is_one_message_with_its_headers() -> None:
+    bench = Bench()
+    bench.send(rounds=4)
+    counts = bench.publisher.close(1)
+    (chunk,) = bench.producer.delivered
+    assert [r.round for r in chunk.rounds] == [0, 1, 2, 3]
+    assert (chunk.envelope.last, chunk.envelope.finish) == (True, "stop")
+    headers = dict(bench.producer.headers[0])
+    published_by = trace_context.read(headers.pop("traceparent"))
+    assert published_by is not None
+    assert published_by.trace == trace_context.of_request(chunk.envelope.request).trace
+    assert headers == {
+        "content-type": CONTENT_TYPE.encode(),
+        "schema": fingerprint().encode(),
+        "node": b"node-a",
+        "target": b"t" * 32,
+        "speculator": b"7",
+        "rows": b"4",
+    }
+    assert (counts.captured, counts.published, counts.shed, counts.pending) == (4, 4, {}, 0)
+
+
+def test_rows_of_a_cut_prompt_are_counted_as_the_wire_has_them() -> None:
+    bench = Bench()
+    bench.send(tokens=5000)
+    counts = bench.publisher.close(1)
+    assert len(bench.producer.delivered) > 3
+    assert counts.captured == counts.published == bench.producer.rows > 1
+
+
+def test_a_cancelled_request_publishes_what_was_captured() -> None:
+    bench = Bench()
+    request = Request("chatcmpl-1", (1,), 5)
+    bench.publisher.record(request, (a_round(0), a_round(1)), None)
+    bench.publisher.record(request, (), "cancelled")
+    bench.publisher.close(1)
+    (chunk,) = bench.producer.delivered
+    assert (len(chunk.rounds), chunk.envelope.finish) == (2, "cancelled")
+
+
+def test_a_request_that_may_not_be_traced_leaves_nothing() -> None:
+    bench = Bench()
+    bench.publisher.record(Request("chatcmpl-1", (1,), 5, trace=False), (a_round(0),), "stop")
+    assert (bench.publisher.close(1).captured, bench.producer.delivered) == (0, [])
+
+
+def test_beyond_the_bound_the_newest_rows_are_shed_and_the_request_still_ends() -> None:
+    bench = Bench(queue_bytes=1 << 20)
+    bench.producer.mode = "hold"
+    for _ in range(40):
+        bench.send(tokens=3000)
+    bench.settle()
+    counts = bench.publisher.counts()
+    assert counts.pending_bytes <= 1 << 20
+    assert counts.shed["queue_full"] > 0
+    assert counts.captured == counts.published + counts.rows_shed + counts.pending
+    assert bench.publisher._open == {}
+    bench.producer.come_back()
+    assert bench.publisher.close(1).pending == 0
+    assert {c.envelope.request for c in bench.producer.delivered} >= {"chatcmpl-1", "chatcmpl-2"}
+
+
+def test_a_broker_that_is_away_makes_chunks_wait_and_they_arrive_once_when_it_is_back() -> None:
+    bench = Bench()
+    open_breaker(bench)
+    assert (bench.publisher.counts().pending, bench.publisher.counts().shed) == (2, {})
+    bench.producer.come_back()
+    eventually(lambda: bench.publisher.breaker == "closed")
+    bench.send()
+    counts = bench.publisher.close(1)
+    assert (counts.published, counts.shed) == (3, {})
+    assert [c.envelope.request for c in bench.producer.delivered] == ["chatcmpl-1", "chatcmpl-2", "chatcmpl-3"]
+
+
+def test_while_the_breaker_is_open_chunks_are_shed_unsent_but_for_one_probe_per_interval() -> None:
+    bench = Bench()
+    open_breaker(bench)
+    bench.send()
+    eventually(lambda: bench.publisher.counts().shed == {"breaker_open": 1})
+    bench.now += 5
+    bench.send()
+    bench.settle()
+    assert (len(bench.producer.held), bench.publisher.breaker) == (3, "half_open")
+    bench.send()
+    eventually(lambda: bench.publisher.counts().shed == {"breaker_open": 2})
+    bench.producer.come_back()
+    counts = bench.publisher.close(1)
+    assert (counts.published, counts.pending) == (3, 0)
+
+
+def test_what_the_broker_refuses_is_shed_and_opens_the_breaker() -> None:
+    bench = Bench()
+    bench.producer.mode = "refuse"
+    bench.send()
+    bench.send()
+    eventually(lambda: bench.publisher.breaker == "open")
+    assert bench.publisher.close(1).shed == {"refused": 2}
+
+
+def test_a_chunk_that_is_too_large_says_nothing_about_the_broker() -> None:
+    bench = Bench()
+    bench.producer.mode = "large"
+    for _ in range(5):
+        bench.send()
+    assert bench.publisher.close(1).shed == {"too_large": 5}
+    assert bench.publisher.breaker == "closed"
+
+
+def test_what_is_in_hand_when_the_node_closes_is_unconfirmed() -> None:
+    bench = Bench()
+    bench.producer.mode = "hold"
+    bench.send(rounds=3)
+    counts = bench.publisher.close(0.1)
+    assert (counts.captured, counts.shed, counts.pending, counts.pending_bytes) == (3, {"unconfirmed": 3}, 0, 0)
+
+
+def test_after_closing_rows_are_turned_away_and_counted() -> None:
+    bench = Bench()
+    bench.publisher.close(1)
+    bench.send(rounds=2)
+    counts = bench.publisher.counts()
+    assert (counts.captured, counts.shed, counts.pending) == (2, {"closed": 2}, 0)
+
+
+def test_a_fatal_error_of_the_client_gets_a_new_producer() -> None:
+    bench = Bench()
+    broken = bench.producer
+    broken.mode = "hold"
+    bench.send()
+    bench.settle()
+    bench.producers.append(FakeProducer())
+    bench.on_error(KafkaError(KafkaError._FATAL, "fatal", fatal=True))
+    eventually(lambda: bench.publisher.counts().shed == {"unconfirmed": 1})
+    bench.send()
+    counts = bench.publisher.close(1)
+    assert (counts.published, bench.producer.rows, broken.delivered) == (1, 1, [])
+
+
+def test_a_broker_that_does_not_let_the_node_in_is_told_once_with_the_setting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told = LogCapture()
+    # The module's own logger may be bound already to what another test has configured.
+    monkeypatch.setattr("serving.traces.publisher.log", structlog.wrap_logger(None, processors=[told]))
+    bench = Bench()
+    refusal = KafkaError(KafkaError._AUTHENTICATION, "wrong password")
+    for _ in range(3):
+        bench.on_error(refusal)
+    bench.on_error(KafkaError(KafkaError._TRANSPORT, "away"))
+    bench.send()
+    bench.settle()
+    bench.on_error(refusal)
+    bench.publisher.close(1)
+    refused = [line for line in told.entries if line["event"] == "trace_producer_not_let_in"]
+    assert [(line["why"], line["setting"]) for line in refused] == [("wrong password", "kafka.client")] * 2
+
+
+def test_malformed_rounds_neither_raise_nor_end_the_publisher() -> None:
+    bench = Bench()
+    malformed = replace(a_round(0), features=None)  # type: ignore[arg-type]
+    bench.publisher.record(Request("bad", (1,), 5), (malformed,), "stop")
+    unencodable = replace(a_round(0), tokens=(2**40,), features=np.zeros((1, 6), np.uint16))
+    bench.publisher.record(Request("worse", (1,), 5), (unencodable,), "stop")
+    bench.send()
+    counts = bench.publisher.close(1)
+    assert (counts.captured, counts.published, counts.shed, counts.pending) == (3, 1, {"unencodable": 2}, 0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    way=st.sampled_from(
+        [
+            {},
+            {"features": "recompute"},
+            {"features": "claim-check", "claim_bytes": 1 << 16},
+            {"bytes_per_s": 3_000},
+            {"bytes_per_s": 3_000, "features": "claim-check"},
+        ]
+    ),
+    steps=st.lists(
+        st.tuples(
+            st.sampled_from(["ack", "hold", "refuse", "large", "full", "fatal", "back", "no store", "store"]),
+            st.integers(1, 5),
+            st.sampled_from([3, 2000]),
+            st.floats(0, 12),
+        ),
+        max_size=12,
+    ),
+)
+def test_every_row_ends_in_exactly_one_way(
+    tmp_path_factory: pytest.TempPathFactory, way: dict[str, Any], steps: list[tuple[str, int, int, float]]
+) -> None:
+    folder = tmp_path_factory.mktemp("claims")
+    bench = Bench(queue_bytes=1 << 20, claim_uri=str(folder / "claims"), **way)
+    for mode, rounds, tokens, passes in steps:
+        bench.now += passes
+        match mode:
+            case "back":
+                bench.producer.come_back()
+            case "no store":
+                # Moved, not removed: the publisher's thread may be writing into it.
+                if folder.is_dir():
+                    folder.rename(tmp_path_factory.mktemp("aside") / "claims")
+                folder.touch()
+            case "store" if folder.is_file():
+                folder.unlink()
+            case "store":
+                pass
+            case _:
+                bench.producer.mode = mode
+        bench.send(rounds, tokens if rounds == 1 else 3)
+        if rounds % 2:
+            bench.settle()
+        counts = bench.publisher.counts()
+        assert counts.captured == counts.published + counts.rows_shed + counts.pending
+    counts = bench.publisher.close(0.1)
+    assert counts.captured == counts.published + counts.rows_shed
+    assert counts.published == bench.producer.rows
+    assert (counts.pending, counts.pending_bytes) == (0, 0)
+
+
+def test_an_unknown_kafka_option_is_an_error_that_names_the_setting() -> None:
+    with pytest.raises(SettingsError, match=r"kafka\.client.*no\.such\.option"):
+        connect(Kafka(client={"no.such.option": "1"}), Traces(), lambda _: None)

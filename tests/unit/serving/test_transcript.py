@@ -1,0 +1,108 @@
+"""Tokens are told with the text that they give: each once, in order, and none that a stop string has cut away."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+from echo_engine import byte_tokenizer, encode
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from serving.engines.base import Scored
+from serving.http.detokenizer import Detokenizer, Speller
+from serving.http.transcript import Piece, Token, Transcript, joined
+
+TOKENIZER = byte_tokenizer()
+SPELLER = Speller(TOKENIZER)
+TEXTS = st.text(st.sampled_from("ab ß✓🙂"), max_size=24)
+STOPS = st.lists(st.text(st.sampled_from("ab ß✓🙂"), min_size=1, max_size=3), max_size=2)
+
+
+def scored(tokens: Sequence[int]) -> list[Scored]:
+    return [Scored(-float(token), ()) for token in tokens]
+
+
+def told(ids: Sequence[int], stops: Sequence[str], per_round: int) -> tuple[list[Piece], Transcript]:
+    transcript = Transcript(Detokenizer(TOKENIZER), stops)
+    rounds = [ids[i : i + per_round] for i in range(0, len(ids), per_round)]
+    return [*(transcript.feed(ids, scored(ids)) for ids in rounds), transcript.finish()], transcript
+
+
+def spelled(tokens: Sequence[Token]) -> bytes:
+    return b"".join(SPELLER.spell(token.id).bytes or b"" for token in tokens)
+
+
+@settings(deadline=None)
+@given(text=TEXTS, stops=STOPS, per_round=st.integers(1, 5))
+def test_at_every_moment_the_tokens_told_are_those_of_the_text_shown(
+    text: str, stops: list[str], per_round: int
+) -> None:
+    pieces, _ = told(encode(TOKENIZER, text), stops, per_round)
+    for end in range(len(pieces) + 1):
+        so_far = joined(pieces[:end])
+        assert spelled(so_far.tokens) == so_far.text.encode()
+
+
+@settings(deadline=None)
+@given(text=TEXTS, stops=STOPS, per_round=st.integers(1, 5))
+def test_tokens_keep_their_order_their_scores_and_their_place(text: str, stops: list[str], per_round: int) -> None:
+    ids = encode(TOKENIZER, text)
+    pieces, transcript = told(ids, stops, per_round)
+    tokens = joined(pieces).tokens
+    assert [token.id for token in tokens] == list(ids[: len(tokens)])
+    assert all(token.score.logprob == -token.id for token in tokens)
+    assert [token.offset for token in tokens] == [len(_whole(ids[:i])) for i in range(len(tokens))]
+    if not transcript.stopped:
+        assert len(tokens) == len(ids) == transcript.count
+
+
+def _whole(ids: Sequence[int]) -> str:
+    raw = b"".join(SPELLER.spell(token).bytes or b"" for token in ids)
+    return raw.decode(errors="ignore")
+
+
+@settings(deadline=None)
+@given(text=TEXTS, stops=STOPS, per_round=st.integers(1, 5))
+def test_scores_change_nothing_in_the_text(text: str, stops: list[str], per_round: int) -> None:
+    ids = encode(TOKENIZER, text)
+    bare = Transcript(Detokenizer(TOKENIZER), stops)
+    shown = [bare.feed(ids[i : i + per_round]) for i in range(0, len(ids), per_round)]
+    pieces, with_scores = told(ids, stops, per_round)
+    assert joined([*shown, bare.finish()]).text == joined(pieces).text
+    assert (bare.stopped, bare.count) == (with_scores.stopped, with_scores.count)
+
+
+@pytest.mark.parametrize("per_round", [1, 2, 5, 50])
+def test_the_count_ends_with_the_token_that_completes_the_stop_string(per_round: int) -> None:
+    _, transcript = told(encode(TOKENIZER, "one two three"), ["tw"], per_round)
+    assert transcript.count == len("one tw")
+
+
+def test_a_special_token_is_told_with_the_text_after_it_or_with_the_end() -> None:
+    eos = TOKENIZER.eos_token_id
+    transcript = Transcript(Detokenizer(TOKENIZER), [])
+    ids = [*encode(TOKENIZER, "a"), eos, *encode(TOKENIZER, "b"), eos]
+    pieces = [transcript.feed([token], scored([token])) for token in ids]
+    assert [(p.text, [t.id for t in p.tokens]) for p in [*pieces, transcript.finish()]] == [
+        ("a", [ids[0]]),
+        ("", []),
+        ("b", [eos, ids[2]]),
+        ("", []),
+        ("", [eos]),
+    ]
+
+
+def test_a_token_that_a_stop_string_cuts_in_two_is_told_and_those_after_it_are_not() -> None:
+    wide = byte_tokenizer(extra=["\u0120two"])
+    space_two = len(wide) - 1
+    ids = [*encode(wide, "one"), space_two, *encode(wide, " three")]
+    transcript = Transcript(Detokenizer(wide), ["two t"])
+    piece = joined([transcript.feed(ids, scored(ids)), transcript.finish()])
+    assert (piece.text, [t.id for t in piece.tokens]) == ("one ", ids[:4])
+    assert transcript.count == len("one") + 1 + len(" t")
+
+
+def test_scores_that_do_not_fit_the_tokens_are_an_error() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        Transcript(Detokenizer(TOKENIZER), []).feed([1, 2], scored([1]))

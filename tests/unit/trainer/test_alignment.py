@@ -1,0 +1,211 @@
+"""Row t reads feature g_t and token x_{t+1} and is taught by the target after it, from the node to the loss."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from recorded import LINE, TARGET, WIDTH, record_of, round_of, tables_of
+from tiny_target import VOCABULARY, write_tiny_target
+
+from schemas.settings import Train, load
+from schemas.speculator.network import DraftShape, EagleDraft, random_draft
+from schemas.trace.record import Round
+from serving.engines.base import Finish, Output, Request
+from serving.engines.builtin.engine import TransformersEngine
+from trainer.data.feed import Feed
+from trainer.data.rows import has_root, window_of
+from trainer.data.samples import Batch, Teacher, Window, collate
+from trainer.data.target import FrozenTarget, read_target, token_embeddings
+from trainer.objective.draft_trees import Step, grow
+from trainer.objective.unroll import Unroll
+
+SHAPE = DraftShape(8, 8, 2, 1, 4, 32, 32, 1e-6, 100.0, 64, (1, 2, 3))
+
+
+class Probe(EagleDraft):
+    """A draft that writes down which feature, token and position each row reads."""
+
+    def __init__(self) -> None:
+        super().__init__(SHAPE)
+        self.load_state_dict(random_draft(SHAPE, 0).state_dict())
+        self.read: list[tuple[list[float], list[int]]] = []
+
+    def fuse(self, features_BTF: torch.Tensor) -> torch.Tensor:
+        self.features = features_BTF[0, :, 0].tolist()
+        return super().fuse(features_BTF)
+
+    def project(self, embeddings_BTH, hidden_BTH, positions_BT):  # type: ignore[no-untyped-def]
+        self.read.append((embeddings_BTH[0, :, 0].tolist(), positions_BT[0].tolist()))
+        return super().project(embeddings_BTH, hidden_BTH, positions_BT)
+
+
+NUMBERED = torch.arange(32.0)[:, None].expand(32, 8)
+"""Embeddings that are the number of the token."""
+
+
+def taught(batch: Batch, draft: EagleDraft, steps: int) -> set[tuple[int, int, int]]:
+    """Row, step and the teacher's likeliest token, wherever there is a loss on committed tokens."""
+    found = set()
+    for k, step in enumerate(grow(draft, batch, steps, None).steps):
+        for row, node in enumerate(step.place_BT[0].tolist()):
+            if node >= 0 and step.learned_A[node]:
+                found.add((row, k, int(step.ids_Ak[node, 0])))
+    return found
+
+
+def test_the_worked_example_of_the_design() -> None:
+    features = torch.arange(5.0)[:, None].expand(5, SHAPE.feature_width).bfloat16()
+    after = Teacher(torch.tensor([[20 + t] for t in range(5)]), torch.zeros(5, 1))
+    tokens = torch.tensor([10, 11, 12, 13, 14])
+    batch = collate([Window("r", tokens, None, features, torch.ones(5, dtype=torch.bool), after)])
+    draft = Probe()
+    unroll = Unroll(draft, NUMBERED, batch.tokens_BT, batch.features_BTF)
+    row = 1
+    embeddings, positions = draft.read[0]
+    assert (draft.features[row], embeddings[row], positions[row]) == (1.0, 12.0, 1)
+    # The teacher of row 1 is the target after x2; the last row, which has no next token, is taught by nothing.
+    assert taught(batch, draft, 1) == {(0, 0, 21), (1, 0, 22), (2, 0, 23), (3, 0, 24)}
+    # One step later tokens, teacher and mask stand one further left, and the same row has the next position.
+    assert taught(batch, draft, 2) - taught(batch, draft, 1) == {(0, 1, 22), (1, 1, 23), (2, 1, 24)}
+    unroll.first(torch.tensor([0]), torch.tensor([row]))
+    unroll.advance(torch.tensor([0]), batch.tokens_BT[0, [row + 2]])
+    assert draft.read[1] == ([13.0], [row + 1])
+
+
+def test_the_first_position_drafted_after_the_prompt_is_learned() -> None:
+    mask = torch.tensor([False, False, True, True, True])
+    after = Teacher(torch.tensor([[22], [23], [24]]), torch.zeros(3, 1))
+    batch = collate([Window("r", torch.arange(5), 5, torch.zeros(5, SHAPE.feature_width).bfloat16(), mask, after)])
+    # The prompt is x0 x1 x2. With the mask of x_t instead of x_{t+1}, row 1 would be missing.
+    assert taught(batch, random_draft(SHAPE, 0), 1) == {(1, 0, 22), (2, 0, 23), (3, 0, 24)}
+
+
+def test_the_request_of_the_trace_schema_becomes_the_rows_that_serving_drafted_from() -> None:
+    a, b, c, d, e, f, g, x, y, z = range(1, 11)
+    rounds = [
+        round_of(0, 0, [a, b, c], d, said=np.array([[13]])),
+        round_of(1, 3, [d, e], f, [e, x], said=np.array([[14], [15], [16]])),
+        round_of(2, 5, [f], g, [y, z], said=np.array([[17], [18], [19]])),
+    ]
+    rows = tables_of(record_of("r", rounds, 0, top_k=1))
+    (accepted,), rejected = rows["accepted"].to_pylist(), rows["rejected"].to_pylist()
+    assert all(has_root(r, accepted) for r in rejected)
+    window = window_of(accepted, rejected)
+    assert window.tokens.tolist() == [a, b, c, d, e, f]
+    assert window.next_token == g
+    assert window.known.tolist() == [False, False, True, True, True, True]
+    assert window.features[:, 0].tolist() == [t / 8 for t in range(6)]
+    draft = random_draft(SHAPE, 0)
+    batch = collate([window])
+    # After c 13, after D 14, after E (node 0) 15, after F 17.
+    assert taught(batch, draft, 1) == {(1, 0, 13), (2, 0, 14), (3, 0, 15), (4, 0, 17)}
+
+    # Below D the accepted E, which is the row's own next token, and X, which is learned from by what the target said
+    # after it; below F both tokens that were drafted.
+    one, two = grow(draft, batch, 3, 0.0).steps[1:]
+    assert drafted(one) == [(y, 18, True)]
+    assert drafted(two) == [(x, 16, True), (z, 19, True)]
+    assert [one.tokens_A[parent].item() for parent in two.parent_A[two.committed :]] == [e, y]
+
+
+def drafted(step: Step) -> list[tuple[int, int, bool]]:
+    """Token, likeliest token of the teacher, and whether it is learned from, of the nodes beside the committed ones."""
+    own = slice(step.committed, None)
+    columns = step.tokens_A[own], step.ids_Ak[own, 0], step.learned_A[own]
+    return list(zip(*(column.tolist() for column in columns), strict=True))
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.rounds: list[Round] = []
+
+    def record(self, request: Request, rounds: tuple[Round, ...], finish: Finish | None) -> None:
+        self.rounds.extend(rounds)
+
+
+@pytest.fixture(scope="module", params=["eagle3", "eagle3.1"])
+def served(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[Round], EagleDraft]:
+    """Rounds of a real engine, greedy, with the draft that made them."""
+    folder = write_tiny_target(tmp_path_factory.mktemp("target"))
+    flags = {
+        "target.path": str(folder),
+        "speculator.draft_vocabulary": VOCABULARY - 9,
+        "speculator.init": "random",
+        "speculator.variant": request.param,
+        "serve.draft_tokens": 4,
+        "serve.adaptive": False,
+        "serve.max_tokens": 128,
+    }
+    settings = load(environ={}, flags=flags)
+    recorder, done = Recorder(), threading.Event()
+    engine = TransformersEngine(settings, recorder)
+    target = read_target(settings)
+    draft = target.new_draft()
+    with torch.no_grad():
+        for parameter in draft.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(12)
+    assert engine.line == target.line
+    engine.start()
+
+    def on_output(output: Output) -> None:
+        if output.finish is not None:
+            done.set()
+
+    try:
+        engine.swap(draft, "7")
+        engine.submit(Request("r", tuple(range(3, 17)), 40), on_output)
+        assert done.wait(60)
+    finally:
+        engine.stop()
+    # The engine took a copy and holds no gradients; this one is the trainer's.
+    return folder, recorder.rounds, draft
+
+
+def test_the_trainers_recursion_gives_the_drafts_that_a_real_engine_published(
+    served: tuple[Path, list[Round], EagleDraft],
+) -> None:
+    folder, rounds, draft = served
+    width = rounds[0].features.shape[1]
+    record = record_of("r", rounds, 0, feature_width=width, top_k=rounds[0].top_ids.shape[1])
+    rows = tables_of(record)
+    window = window_of(rows["accepted"].to_pylist()[0], [])
+    batch = collate([window])
+    drafting = [r for r in rounds if len(r.draft_tokens) == 4]
+    assert len(drafting) > 5
+    roots = torch.tensor([r.position for r in drafting])
+    unroll = Unroll(draft, token_embeddings(folder), batch.tokens_BT, batch.features_BTF)
+    with torch.no_grad():
+        hidden = unroll.first(roots * 0, roots - 1)
+        for k in range(4):
+            scores = draft.logits(hidden).log_softmax(-1)
+            drafted = torch.tensor([r.draft_tokens[k] for r in drafting])
+            logprobs = torch.tensor([r.draft_logprobs[k] for r in drafting])
+            # Published features are bf16, the node drafted from float32: near-ties may fall the other way.
+            same = draft.to_target_ids(scores.argmax(-1)) == drafted
+            assert same.float().mean() > 0.9
+            torch.testing.assert_close(scores.max(-1).values, logprobs, rtol=0.02, atol=0.02)
+            hidden = unroll.advance(torch.arange(len(roots)), drafted) if k < 3 else hidden
+
+
+def test_rows_of_a_record_reach_the_feed_as_written(tmp_path: Path) -> None:
+    from pipeline.delta import DeltaLog
+    from schemas.settings import Tables
+
+    tables = DeltaLog(Tables(uri=str(tmp_path)))
+    rows = tables_of(record_of("r", [round_of(0, 0, [1, 2, 3], 4), round_of(1, 3, [4], 5, [9, 8])], 0))
+    for name in ("rejected", "accepted"):
+        tables.append(name, rows[name])
+    feed = Feed(
+        tables, Train(windows_per_step=1, held_back_share=1e-9), TARGET, LINE, FrozenTarget(tmp_path, ()).states
+    )
+    feed.poll()
+    (window,) = feed.next()
+    assert window.features.shape == (4, WIDTH)
+    assert [(branch.root, branch.tokens) for branch in window.branches] == [(3, (9, 8))]

@@ -1,0 +1,123 @@
+"""Curves reach the registry as means over an interval, and outlive its absence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from prometheus_client import CollectorRegistry
+
+from trainer.loop.mlflow_curves import WAITING, Curves
+from trainer.loop.progress import Pace
+from trainer.release.registry import Point, RegistryError
+from trainer.status import Failures
+
+
+class Kept:
+    """Runs that are kept in memory, while there is a registry."""
+
+    def __init__(self) -> None:
+        self.away = False
+        self.points: list[Point] = []
+        self.calls = self.begun = 0
+        self.ended: list[str] = []
+
+    def begin_run(self, line: str, tags: Mapping[str, str], parameters: Mapping[str, object]) -> str:
+        self._answer()
+        self.begun += 1
+        return f"run of {line}"
+
+    def log(self, run: str, points: list[Point]) -> None:
+        self._answer()
+        self.calls += 1
+        self.points += points
+
+    def end_run(self, run: str) -> None:
+        self._answer()
+        self.ended.append(run)
+
+    def _answer(self) -> None:
+        if self.away:
+            raise RegistryError("away")
+
+
+def curves_of(runs: Kept) -> tuple[Curves, Failures]:
+    failures = Failures("train", CollectorRegistry())
+    return Curves(runs, failures, "line", 3600, {}, {}), failures
+
+
+def test_a_point_is_the_mean_since_the_last_one_at_the_newest_step() -> None:
+    runs = Kept()
+    curves, _ = curves_of(runs)
+    for step, loss in ((1, 4.0), (2, 2.0), (3, 3.0)):
+        curves.add(step, {"loss": loss, "rate": 0.1})
+    curves._send()
+    curves.add(4, {"loss": 1.0})
+    curves._send()
+    assert [(p.name, p.value, p.step) for p in runs.points[:1] + runs.points[2:]] == [
+        ("loss", 3.0, 3),
+        ("loss", 1.0, 4),
+    ]
+    assert runs.begun == 1
+    assert curves.run == "run of line"
+
+
+def test_what_is_not_finite_is_no_point() -> None:
+    runs = Kept()
+    curves, _ = curves_of(runs)
+    curves.add(1, {"loss": math.nan, "norm": math.inf})
+    curves._send()
+    assert (runs.points, runs.begun) == ([], 0)
+
+
+def test_points_wait_for_a_registry_that_is_away() -> None:
+    runs = Kept()
+    runs.away = True
+    curves, failures = curves_of(runs)
+    for step in range(1, 4):
+        curves.add(step, {"loss": float(step)})
+        curves._send()
+    assert failures.summary == "curves: away"
+    assert curves.run is None
+    runs.away = False
+    curves._send()
+    assert [p.step for p in runs.points] == [1, 2, 3]
+    assert failures.summary is None
+
+
+def test_the_newest_points_are_kept_when_the_registry_stays_away() -> None:
+    runs = Kept()
+    runs.away = True
+    curves, _ = curves_of(runs)
+    for step in range(WAITING + 10):
+        curves.add(step, {"loss": 1.0})
+        curves._send()
+    runs.away = False
+    curves._send()
+    assert (len(runs.points), runs.points[0].step, runs.points[-1].step) == (WAITING, 10, WAITING + 9)
+    assert runs.calls > 1, "no call may hold more than the registry takes"
+
+
+def test_the_end_sends_what_there_is_and_ends_the_run() -> None:
+    runs = Kept()
+    curves, _ = curves_of(runs)
+    curves.start()
+    curves.add(7, {"loss": 1.0})
+    curves.close()
+    assert [p.step for p in runs.points] == [7]
+    assert runs.ended == ["run of line"]
+
+
+def test_the_pace_is_that_of_the_last_minute() -> None:
+    now = [100.0]
+    pace = Pace(lambda: now[0])
+    for _ in range(10):
+        now[0] += 1
+        last = pace.add(50)
+    assert last == 50
+    now[0] += 600
+    assert pace.add(50) < 1
+    for _ in range(100):
+        now[0] += 1
+        last = pace.add(200)
+    assert 195 < last < 205

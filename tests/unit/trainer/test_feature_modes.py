@@ -1,0 +1,183 @@
+"""However features travel, the trainer learns from the same ones: from a real engine's rounds to its windows."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_target import VOCABULARY, write_tiny_target
+from trace_bench import FakeProducer
+
+from pipeline.batches import Record, build
+from pipeline.delta import DeltaLog
+from schemas.claim_store import ClaimStore
+from schemas.settings import Settings, load
+from schemas.trace.record import Round
+from serving.engines.base import Finish, Request
+from serving.engines.builtin.engine import TransformersEngine
+from serving.traces.chunks import FRAME_BYTES, Origin, row_bytes, without_features
+from serving.traces.publisher import TracePublisher
+from trainer.data.feed import Feed
+from trainer.data.samples import Window
+from trainer.data.target import FrozenTarget
+
+REQUEST = Request("r", tuple(range(3, 40)), 60)
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.calls: list[tuple[tuple[Round, ...], Finish | None]] = []
+
+    def record(self, request: Request, rounds: tuple[Round, ...], finish: Finish | None) -> None:
+        self.calls.append((rounds, finish))
+
+
+class Served:
+    """One request of a real engine."""
+
+    def __init__(self, folder: Path) -> None:
+        self.settings = load(
+            environ={},
+            flags={
+                "target.path": str(write_tiny_target(folder)),
+                "speculator.draft_vocabulary": VOCABULARY,
+                "serve.max_tokens": 128,
+                "train.held_back_share": 1e-9,
+                "train.windows_per_step": 1,
+                "train.replay_per_step": 0,
+                "train.max_passes": 1,
+            },
+        )
+        recorder, done = Recorder(), threading.Event()
+        engine = TransformersEngine(self.settings, recorder)
+        engine.start()
+        engine.submit(REQUEST, lambda output: done.set() if output.finish else None)
+        assert done.wait(60)
+        engine.stop()
+        self.origin = Origin("node-0", engine.target, engine.line, engine.vocabulary)
+        self.layers = engine._target.shape.capture_layers
+        self.calls = recorder.calls
+        rounds = [r for of_call, _ in self.calls for r in of_call]
+        self.whole, self.bare = (sum(map(row_bytes, of)) for of in (rounds, map(without_features, rounds)))
+        self.limit_messages((self.whole + self.bare) // 2)
+
+    def limit_messages(self, rows: int) -> None:
+        """Let a message hold rows of so many bytes."""
+        kafka = self.settings.kafka.model_copy(update={"max_message_bytes": rows + FRAME_BYTES})
+        self.settings = self.settings.model_copy(update={"kafka": kafka})
+
+    def records(self, folder: Path, way: str) -> tuple[Settings, list[Record]]:
+        """What a node that is set to ``way`` sends."""
+        flags = {"features": way, "claim_uri": str(folder / "claims")}
+        settings = self.settings.model_copy(update={"traces": self.settings.traces.model_copy(update=flags)})
+        producer = FakeProducer()
+        publisher = TracePublisher(settings.kafka, settings.traces, lambda *_: producer)
+        publisher.start(self.origin)
+        for rounds, finish in self.calls:
+            publisher.record(REQUEST, rounds, finish)
+        counts = publisher.close(10)
+        assert (counts.captured, counts.shed) == (counts.published, {})
+        sent = zip(producer.values, producer.headers, strict=True)
+        return settings, [
+            Record("t", 0, offset, 0, b"r", value, tuple(headers)) for offset, (value, headers) in enumerate(sent)
+        ]
+
+    def windows(self, folder: Path, way: str) -> list[Window]:
+        """What a trainer gets of it."""
+        settings, records = self.records(folder, way)
+        built = build(records, 32, ClaimStore(settings.traces).get)
+        assert not built.dead, built.rows["dead_letters"].to_pylist()
+        tables = DeltaLog(settings.tables.model_copy(update={"uri": str(folder / "tables")}))
+        for name in ("rejected", "accepted"):
+            tables.append(name, built.rows[name])
+        states = FrozenTarget(Path(settings.target.path), self.layers).states
+        feed = Feed(tables, settings.train, self.origin.target, self.origin.line, states)
+        feed.poll()
+        return [window for _ in records for window in feed.next()]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
+    return Served(tmp_path_factory.mktemp("target"))
+
+
+def test_a_claim_check_gives_the_windows_of_inline_features_in_fewer_chunks(served: Served, tmp_path: Path) -> None:
+    inline, claimed = served.windows(tmp_path / "a", "inline"), served.windows(tmp_path / "b", "claim-check")
+    assert (len(inline) > 1, len(claimed)) == (True, 1)
+    assert torch.equal(torch.cat([w.features for w in inline]), claimed[0].features)
+    assert torch.cat([w.tokens for w in inline]).tolist() == claimed[0].tokens.tolist()
+    assert torch.cat([w.known for w in inline]).tolist() == claimed[0].known.tolist()
+    assert torch.equal(torch.cat([w.teacher.ids for w in inline]), claimed[0].teacher.ids)
+
+
+def test_recomputed_features_are_those_that_the_engine_captured(served: Served, tmp_path: Path) -> None:
+    inline = served.windows(tmp_path / "a", "inline")
+    (recomputed,) = served.windows(tmp_path / "b", "recompute")
+    captured = torch.cat([w.features for w in inline])
+    assert recomputed.tokens.tolist() == torch.cat([w.tokens for w in inline]).tolist()
+    assert recomputed.features.dtype == captured.dtype
+    torch.testing.assert_close(recomputed.features, captured, rtol=2**-7, atol=1e-3)
+    # One token further would be something else altogether.
+    assert (recomputed.features[1:] - captured[:-1]).abs().mean() > 0.1
+
+
+def test_recomputed_features_of_later_chunks_are_those_that_the_engine_captured(
+    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captured = torch.cat([w.features for w in served.windows(tmp_path / "a", "inline")])
+    monkeypatch.setattr(served, "settings", served.settings)
+    served.limit_messages(served.bare * 2 // 3)
+    windows = served.windows(tmp_path / "b", "recompute")
+    assert len(windows) > 1
+    for window in windows:
+        torch.testing.assert_close(window.features, captured[: len(window)], rtol=2**-7, atol=1e-3)
+    taught = [int(window.known.sum()) for window in windows]
+    assert sum(taught) == len(captured) - len(REQUEST.prompt) + 1
+
+
+def test_without_features_a_message_is_a_small_part_of_what_it_was(served: Served, tmp_path: Path) -> None:
+    size = {
+        way: sum(len(r.value or b"") for r in served.records(tmp_path / way, way)[1])
+        for way in ("inline", "claim-check", "recompute")
+    }
+    assert max(size["claim-check"], size["recompute"]) < size["inline"] / 2
+
+
+def test_a_worker_counts_the_claimed_file_among_the_bytes_of_a_record(served: Served, tmp_path: Path) -> None:
+    _, (record,) = served.records(tmp_path, "claim-check")
+    (file,) = (tmp_path / "claims").rglob("*.arrow")
+    assert record.size == len(record.value or b"") + file.stat().st_size
+
+
+Breakage = Callable[[Path], object]
+
+
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [
+        (lambda file: file.unlink(), "claim_missing"),
+        (lambda file: file.write_bytes(file.read_bytes()[:-1]), "claim_corrupt"),
+        (lambda file: file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:]), "claim_corrupt"),
+    ],
+)
+def test_a_missing_or_altered_claim_is_a_dead_letter_byte_for_byte(
+    served: Served, tmp_path: Path, broken: Breakage, reason: str
+) -> None:
+    settings, (record,) = served.records(tmp_path, "claim-check")
+    (file,) = (tmp_path / "claims").rglob("*.arrow")
+    broken(file)
+    built = build([record], 32, ClaimStore(settings.traces).get)
+    (letter,) = built.rows["dead_letters"].to_pylist()
+    assert (letter["reason"], letter["value"], letter["rows"]) == (reason, record.value, record.number("rows"))
+    assert str(file) in letter["detail"]
+    assert built.rows["accepted"].num_rows == built.rows["traces"].num_rows == 0
+
+
+def test_a_reader_without_a_store_refuses_claims_and_reads_the_rest(served: Served, tmp_path: Path) -> None:
+    _, (claimed,) = served.records(tmp_path / "a", "claim-check")
+    assert build([claimed], 32).dead == {"claim_foreign": 1}
+    _, inline = served.records(tmp_path / "b", "inline")
+    assert not build(inline, 32).dead

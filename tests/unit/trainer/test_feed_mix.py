@@ -1,0 +1,117 @@
+"""Which windows a feed replays and takes first, by age and label, and what it makes of stale branches."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from feed_world import MemoryLog, World, as_json, drain, names, requests
+
+from trainer.data.feed import Feed
+
+
+@pytest.fixture
+def world() -> World:
+    return World(MemoryLog())
+
+
+def in_history(world: World, **settings: object) -> Feed:
+    """A feed that has been through all that was committed."""
+    feed = world.feed(windows_per_step=1, replay_per_step=0, max_passes=10_000, **settings)
+    while True:
+        feed.poll()
+        if not feed.waiting:
+            return feed
+        feed.next()
+
+
+def replayed(feed: Feed, draws: int) -> Counter[str]:
+    return Counter(name for _ in range(draws) for name in names(feed.next()))
+
+
+def test_old_windows_are_replayed_less_often_by_their_half_life(world: World) -> None:
+    ids = requests(8)
+    world.commit_as(ids)
+    seen = replayed(in_history(world, replay_half_life=2), 1500)
+    odds = [2.0 ** (-age / 2) for age in range(7, -1, -1)]
+    assert [seen[i] / 1500 for i in ids] == pytest.approx([o / sum(odds) for o in odds], abs=0.04)
+
+
+def test_a_rare_label_is_replayed_as_often_as_the_balance_says(world: World) -> None:
+    ids = requests(10)
+    world.commit_as(ids[:8], label="sql")
+    world.commit_as(ids[8:9], label="math")
+    world.commit_as(ids[9:])
+    # Eight windows of one label and one each of two others, the one without a label among them.
+    for balance, rare in ((0.0, 1 / 10), (1.0, 1 / 3)):
+        seen = replayed(in_history(world, balance=balance), 1500)
+        assert [seen[i] / 1500 for i in ids[8:]] == pytest.approx([rare, rare], abs=0.04)
+
+
+def test_windows_of_a_rare_label_have_no_more_passes_than_others(world: World) -> None:
+    ids = requests(9)
+    world.commit_as(ids[:8], label="sql")
+    world.commit_as(ids[8:], label="math")
+    passes = Counter(name for step in drain(world.feed(max_passes=3, balance=1, replay_half_life=1)) for name in step)
+    assert max(passes.values()) == 3
+    assert set(passes) == set(ids)
+
+
+def test_a_rare_label_that_waits_behind_a_common_one_comes_a_little_early_and_nothing_is_passed_over(
+    world: World,
+) -> None:
+    ids = requests(16)
+    common, rare = ids[:14], ids[14:]
+    world.commit_as(common[:6], label="sql")
+    world.commit_as(rare, label="math")
+    firsts = {}
+    for balance in (0.0, 1.0):
+        feed = world.feed(windows_per_step=2, replay_per_step=0, max_passes=1, balance=balance)
+        steps = drain(feed)
+        assert Counter(name for step in steps for name in step) == Counter([*common[:6], *rare])
+        assert all(step == sorted(step, key=ids.index) for step in steps)
+        assert steps[0][0] == ids[0], "the oldest always comes"
+        firsts[balance] = next(i for i, step in enumerate(steps) if set(step) & set(rare))
+    assert firsts == {0.0: 3, 1.0: 0}
+
+
+def test_branches_of_drafts_long_gone_count_less_and_accepted_windows_as_much(world: World) -> None:
+    ids = requests(3)
+    for request, version in zip(ids, ("day-0-head-0", "4", "12"), strict=True):
+        world.commit_as([request], speculator=version)
+    feed = world.feed(windows_per_step=3, replay_per_step=0, stale_half_life=4, max_passes=1)
+    feed.poll()
+    windows = feed.next()
+    assert [{b.weight for b in w.branches} for w in windows] == [{1 / 8}, {1 / 4}, {1.0}]
+    assert {w.weight for w in windows} == {1.0}
+    assert feed.counts["branches_stale"] == 6
+
+
+def test_a_replayed_branch_grows_stale_with_the_versions_that_come(world: World) -> None:
+    ids = requests(2)
+    world.commit_as(ids[:1], speculator="1")
+    feed = world.feed(windows_per_step=1, replay_per_step=0, stale_half_life=1)
+    weights = []
+    for _ in range(2):
+        feed.poll()
+        weights += [window.branches[0].weight for window in feed.next()]
+    world.commit_as(ids[1:], speculator="3")
+    feed.poll()
+    assert names(feed.next()) == ids[1:]
+    (old,) = [w for _ in range(8) for w in feed.next() if w.request == ids[0]][:1]
+    assert (weights, old.branches[0].weight) == ([1.0, 1.0], 1 / 4)
+
+
+def test_a_restored_feed_still_knows_the_newest_version(world: World) -> None:
+    ids = requests(3)
+    world.commit_as(ids[:1], speculator="9")
+    world.commit_as(ids[1:], speculator="1")
+    settings: dict[str, object] = {"windows_per_step": 1, "replay_per_step": 0, "stale_half_life": 8, "max_passes": 1}
+    # The window of the newest version falls out of the history: what is read again does not tell of it.
+    feed = world.feed(history_windows=1, **settings)
+    for _ in range(2):
+        feed.poll()
+        feed.next()
+    restored = world.feed(history_windows=1, **settings)
+    restored.restore(as_json(feed))
+    assert [b.weight for b in restored.next()[0].branches] == [1 / 2] * 3

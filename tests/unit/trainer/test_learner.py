@@ -1,0 +1,196 @@
+"""How the draft is moved: optimizers, average, parts of a step, and steps that must not be taken."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from schemas.settings import Train
+from schemas.speculator.network import DraftShape, EagleDraft, random_draft
+from trainer.data.samples import Batch, Branch, Teacher, Window, collate
+from trainer.loop.learner import Learner
+
+SHAPE = DraftShape(8, 8, 2, 1, 4, 32, 16, 1e-6, 100.0, 64, (1, 2, 3))
+EMBEDDINGS = torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
+WARM = Train(dtype="float32", ttt_steps=3, warmup_steps=0, learning_rate=1e-2)
+
+
+def window(seed: int, length: int = 9, known_from: int = 2) -> Window:
+    g = torch.Generator().manual_seed(seed)
+
+    def teacher(n: int) -> Teacher:
+        return Teacher(torch.randint(0, 16, (n, 2), generator=g), torch.log(torch.rand(n, 2, generator=g) * 0.5))
+
+    branches = (Branch(4, (1, 2), 0, (-0.5, -0.5), teacher(2)),) if seed % 2 else ()
+    return Window(
+        request=f"r{seed}",
+        tokens=torch.randint(0, 32, (length,), generator=g),
+        next_token=3,
+        features=torch.randn(length, SHAPE.feature_width, generator=g).bfloat16(),
+        known=torch.arange(length) >= known_from,
+        teacher=teacher(length - known_from),
+        branches=branches,
+    )
+
+
+def batch(*seeds: int) -> Batch:
+    return collate([window(seed, length=7 + seed % 5) for seed in seeds])
+
+
+def learner(**changed: object) -> Learner:
+    return Learner(random_draft(SHAPE, 0), EMBEDDINGS, WARM.model_copy(update=changed))
+
+
+def weights(draft: EagleDraft) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in draft.named_parameters()}
+
+
+def gradients(one: Learner) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in one.draft.named_parameters() if p.grad is not None}
+
+
+def assert_close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], tolerance: float = 1e-6) -> None:
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        torch.testing.assert_close(value, b[name], rtol=1e-4, atol=tolerance, msg=name)
+
+
+@pytest.mark.parametrize("terms", [{}, {"rejected_weight": 0.7, "rejected_min_prob": 0.0}, {"rejection_weight": 2.0}])
+def test_a_step_in_parts_has_the_loss_and_the_gradient_of_one_batch(terms: dict[str, float]) -> None:
+    whole, parts = learner(clip=1e9, **terms), learner(clip=1e9, **terms)
+    one = whole.step(batch(0, 1, 2, 3, 4, 5))
+    other = parts.step(batch(0), batch(1, 2, 3), batch(4, 5))
+    assert float(other.total) == pytest.approx(float(one.total), rel=1e-5)
+    assert other.accepted_K == pytest.approx(one.accepted_K, rel=1e-5)
+    assert (other.rejected, other.positions, other.nodes) == pytest.approx((one.rejected, one.positions, one.nodes))
+    assert_close(gradients(parts), gradients(whole))
+    assert parts.steps == whole.steps == 1
+
+
+def test_a_part_that_teaches_nothing_takes_nothing_from_the_others() -> None:
+    silent = collate([window(2, length=6, known_from=6)])
+    alone, beside = learner(), learner()
+    assert float(beside.step(batch(0, 1), silent).total) == pytest.approx(float(alone.step(batch(0, 1)).total))
+    assert_close(gradients(beside), gradients(alone))
+
+
+def test_the_average_is_that_of_a_plain_loop() -> None:
+    one, expected = learner(ema=0.4), weights(random_draft(SHAPE, 0))
+    for step in range(1, 12):
+        one.step(batch(step))
+        decay = min(0.4, (1 + step) / (10 + step))
+        expected = {name: decay * expected[name] + (1 - decay) * value for name, value in weights(one.draft).items()}
+    assert_close(weights(one.weights()), expected)
+    assert not torch.equal(one.weights().fc.weight, one.draft.fc.weight)
+    assert torch.equal(one.weights().t2d, one.draft.t2d)
+
+
+def test_without_an_average_the_weights_in_training_are_what_is_registered() -> None:
+    one = learner(ema=0.0)
+    assert one.weights() is one.draft
+
+
+def newton_schulz(momentum: torch.Tensor, steps: int) -> torch.Tensor:
+    """So many steps of the quintic iteration towards the nearest orthogonal matrix, in bfloat16 as torch has it."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = momentum.bfloat16()
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    x = x / x.norm().clamp_min(1e-7)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.T if tall else x).float()
+
+
+@pytest.mark.parametrize("steps", [3, 5])
+def test_muon_moves_the_hidden_matrices_as_a_plain_loop_does(steps: int) -> None:
+    one = learner(optimizer="muon", clip=1e9, weight_decay=0.1, matrix_learning_rate=2e-2, newton_schulz_steps=steps)
+    expected = weights(one.draft)
+    momentum = {name: torch.zeros_like(value) for name, value in expected.items()}
+    for step in range(3):
+        one.step(batch(step))
+        for name, gradient in gradients(one).items():
+            if gradient.ndim < 2 or name == "lm_head.weight":
+                continue
+            momentum[name] = 0.95 * momentum[name] + 0.05 * gradient
+            update = newton_schulz(0.05 * gradient + 0.95 * momentum[name], steps)
+            rate = 2e-2 * 0.2 * max(gradient.shape) ** 0.5
+            expected[name] = expected[name] * (1 - 2e-2 * 0.1) - rate * update
+    moved = [name for name in expected if name == "fc.weight" or name.endswith("_proj.weight")]
+    assert len(moved) == 8
+    found = weights(one.draft)
+    assert_close({name: found[name] for name in moved}, {name: expected[name] for name in moved}, tolerance=1e-4)
+
+
+def test_norms_and_the_vocabulary_are_adamws_whatever_moves_the_matrices() -> None:
+    muon, adamw = learner(optimizer="muon"), learner(optimizer="adamw")
+    for one in (muon, adamw):
+        one.step(batch(0))
+    for name in ("lm_head.weight", "norm.weight", "midlayer.hidden_norm.weight"):
+        assert torch.equal(weights(muon.draft)[name], weights(adamw.draft)[name])
+    assert not torch.equal(muon.draft.fc.weight, adamw.draft.fc.weight)
+
+
+def test_norms_do_not_decay_and_matrices_do() -> None:
+    plain, decayed = learner(weight_decay=0.0), learner(weight_decay=0.9)
+    for one in (plain, decayed):
+        one.step(batch(0))
+    assert torch.equal(plain.draft.norm.weight, decayed.draft.norm.weight)
+    assert not torch.equal(plain.draft.lm_head.weight, decayed.draft.lm_head.weight)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_a_restored_learner_takes_the_same_steps(optimizer: str, ema: float) -> None:
+    through, resumed = learner(optimizer=optimizer, ema=ema), learner(optimizer=optimizer, ema=ema)
+    for i in range(3):
+        through.step(batch(i))
+    resumed.step(batch(9))
+    resumed.restore({name: value.clone() for name, value in through.tensors().items()}, through.steps)
+    for i in range(3, 6):
+        assert torch.equal(through.step(batch(i)).total, resumed.step(batch(i)).total)
+    for a, b in ((through.draft, resumed.draft), (through.weights(), resumed.weights())):
+        assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_going_back_to_the_beginning_forgets_the_moments() -> None:
+    fresh, returned = learner(), learner()
+    beginning = {name: value.clone() for name, value in returned.tensors().items()}
+    returned.step(batch(0))
+    returned.restore(beginning, 0)
+    for one in (fresh, returned):
+        one.step(batch(1))
+    assert all(torch.equal(a, b) for a, b in zip(fresh.draft.parameters(), returned.draft.parameters(), strict=True))
+
+
+def test_the_state_of_another_optimizer_is_left_and_the_weights_are_taken() -> None:
+    adamw, muon = learner(), learner(optimizer="muon")
+    adamw.step(batch(0))
+    muon.restore(adamw.tensors(), adamw.steps)
+    assert torch.equal(muon.draft.fc.weight, adamw.draft.fc.weight)
+    assert muon.step(batch(1)).total.isfinite()
+
+
+def test_a_step_that_is_not_finite_is_not_taken() -> None:
+    one = learner(ema=0.9)
+    one.step(batch(0))
+    before, average = weights(one.draft), weights(one.weights())
+    poisoned = replace(batch(1), features_BTF=torch.full_like(batch(1).features_BTF, torch.inf))
+    assert not one.step(poisoned).total.isfinite()
+    assert not one.step(poisoned).total.isfinite()
+    assert (one.steps, one.unfit) == (1, 2)
+    assert_close(weights(one.draft), before)
+    assert_close(weights(one.weights()), average)
+    one.step(batch(2))
+    assert (one.steps, one.unfit) == (2, 0)
+
+
+def test_a_pass_in_bfloat16_keeps_weights_and_state_in_float32_and_learns_the_same() -> None:
+    half, full = learner(dtype="bfloat16"), learner()
+    for i in range(6):
+        a, b = half.step(batch(i % 3)), full.step(batch(i % 3))
+    assert float(a.total) == pytest.approx(float(b.total), rel=0.05)
+    assert all(value.dtype == torch.float32 for value in half.tensors().values() if value.is_floating_point())

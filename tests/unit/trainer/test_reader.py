@@ -1,0 +1,205 @@
+"""What is read of the tables and when, that branches find their windows, and what becomes of what cannot be read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from deltalake import CommitProperties, Transaction, write_deltalake
+from feed_world import MemoryLog, World, as_json, drain, names, requests
+from recorded import record_of, round_of, tables_of
+
+from pipeline.delta import OLDEST, TableError
+from schemas.batches import TABLES
+from trainer.data.feed import FeedError
+from trainer.data.samples import Window
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World.on_disk(tmp_path)
+
+
+@pytest.fixture
+def in_memory() -> World:
+    return World(MemoryLog())
+
+
+def test_rows_of_another_line_or_target_are_left_out_and_counted(world: World) -> None:
+    ids = requests(8)
+    world.commit(ids[:2], line="other")
+    world.commit(ids[2:4], target="f" * 32)
+    world.commit(ids[4:])
+    feed = world.feed(max_passes=1)
+    assert drain(feed) == [ids[4:]]
+    assert (feed.counts["foreign_windows"], feed.counts["windows"]) == (4, 4)
+
+
+def test_the_table_is_not_read_while_enough_windows_wait(in_memory: World) -> None:
+    for request in requests(20):
+        in_memory.commit([request])
+    feed = in_memory.feed()
+    for _ in range(5):
+        feed.poll()
+    assert feed.table_version == 20
+    assert feed.cursor == 8, "one read of commits, then a wait until they are used"
+    drain(feed)
+    assert feed.cursor == 20
+    assert feed.tables_read == {"accepted": 20, "rejected": 20}
+
+
+def test_a_flooded_feed_reads_no_further_than_its_windows_need_and_shows_its_lag(in_memory: World) -> None:
+    ids = requests(120)
+    in_memory.commit_as(ids)
+    feed = in_memory.feed()
+    feed.poll()
+    assert feed.tables_read == {"accepted": 8, "rejected": 8}
+    assert (feed.table_version - feed.cursor, feed.waiting) == (112, 8)
+    most, windows = 0, list[Window]()
+    while feed.cursor < 120 or feed.waiting >= 4:
+        feed.poll()
+        most = max(most, feed.waiting + feed._reader.waiting)
+        windows += feed.next()
+    assert most < 4 + 8, "what was left for a step, and one read more"
+    assert feed.tables_read["rejected"] == 120
+    assert {(w.request, len(w.branches)) for w in windows} >= {(i, 3) for i in ids[:116]}
+
+
+def test_branches_are_found_however_far_they_were_committed_ahead(in_memory: World) -> None:
+    ids = requests(40)
+    for i in range(0, 40, 20):
+        in_memory.commit(ids[i : i + 20], names=["rejected"])
+    in_memory.offset = 0
+    feed = in_memory.feed(windows_per_step=1, replay_per_step=0, max_passes=1, history_windows=1)
+    kept, needed = [], []
+    for request in ids:
+        in_memory.commit([request], names=["accepted"])
+        feed.poll()
+        (window,) = feed.next()
+        assert (window.request, len(window.branches)) == (request, 3)
+        kept.append(feed._reader.waiting)
+        needed.append(feed.state().needs["rejected"])
+    assert kept == [*range(117, -1, -3)]
+    assert (needed[0], needed[-1]) == (0, 0), "one read brought both commits"
+
+
+def test_rows_that_wait_do_not_hold_what_was_read_before_them(in_memory: World) -> None:
+    ids = requests(60)
+    for i in range(0, 60, 3):
+        in_memory.commit(ids[i : i + 3], names=["rejected"])
+    in_memory.offset = 0
+    feed = in_memory.feed(windows_per_step=1, replay_per_step=0, max_passes=1, history_windows=1)
+    needed = []
+    for request in ids:
+        in_memory.commit([request], names=["accepted"])
+        feed.poll()
+        assert len(feed.next()[0].branches) == 3
+        needed.append(feed.state().needs["rejected"])
+    assert sorted(set(needed)) == [0, 8, 16], "the beginnings of the reads that found them"
+    assert needed == sorted(needed)
+
+
+def test_branches_come_with_their_window_however_the_commits_interleave(world: World) -> None:
+    ids = requests(4)
+    world.commit(ids[:2], names=["rejected"])
+    world.offset = 0
+    feed = world.feed(windows_per_step=1, replay_per_step=0, max_passes=1)
+    feed.poll()
+    assert feed.next() == []
+    # The second chunk's branches are on the table, its window is not: they wait for it.
+    world.commit(ids[:1], names=["accepted"])
+    feed.poll()
+    (first,) = feed.next()
+    world.commit(ids[1:2], names=["accepted"])
+    feed.poll()
+    (second,) = feed.next()
+    for window in (first, second):
+        assert [(b.root, b.accepted_prefix, b.tokens[1]) for b in window.branches] == [
+            (4, 1, 19),
+            (6, 1, 19),
+            (8, 1, 19),
+        ]
+    assert feed.counts["branches"] == 6
+
+
+def test_branches_whose_root_is_in_another_chunk_are_counted(world: World) -> None:
+    (request,) = requests(1)
+    rounds = [
+        round_of(3, 10, [1], 2, [9, 9]),
+        round_of(4, 11, [2], 3, [7, 7], logprob=-5.0),
+    ]
+    rows = tables_of(record_of(request, rounds, 0, chunk=1))
+    for name in ("rejected", "accepted"):
+        world.tables.append(name, rows[name])
+    feed = world.feed(windows_per_step=1, replay_per_step=0)
+    feed.poll()
+    (window,) = feed.next()
+    assert [(b.tokens, b.draft_logprobs) for b in window.branches] == [((7, 7), (-5.0, -5.0))]
+    assert feed.counts["branches_without_root"] == 1
+
+
+def test_an_outage_of_the_tables_loses_nothing(world: World) -> None:
+    ids = requests(4)
+    world.commit(ids)
+    feed = world.feed(max_passes=1)
+    read_added, calls = world.tables.read_added, list[str]()
+
+    def fails(name: str, *rest: object) -> object:
+        calls.append(name)
+        if len(calls) in (1, 3):
+            raise TableError(f"table {name}: gone")
+        return read_added(name, *rest)  # type: ignore[arg-type]
+
+    world.tables.read_added = fails  # type: ignore[method-assign, assignment]
+    for _ in range(2):
+        with pytest.raises(TableError):
+            feed.poll()
+    feed.poll()
+    windows = feed.next()
+    assert names(windows) == ids
+    assert all(len(w.branches) == 3 for w in windows)
+
+
+def test_other_tables_than_before_are_refused_with_the_setting_to_change(world: World, tmp_path: Path) -> None:
+    world.commit(requests(4))
+    state = world.feed().state().model_copy(update={"cursor": 9})
+    feed = world.feed()
+    feed._reader.cursor = state.cursor
+    with pytest.raises(FeedError, match=r"tables\.uri .* train\.dir"):
+        feed.poll()
+
+
+def forget(world: World, version: int) -> None:
+    """Say in both tables what maintenance says before it deletes what earlier versions added."""
+    mark = CommitProperties(app_transactions=[Transaction(OLDEST, version)])
+    for name in ("accepted", "rejected"):
+        nothing = TABLES[name].empty_table()
+        write_deltalake(world.tables.open(name), nothing, mode="append", commit_properties=mark)
+
+
+def test_a_feed_that_comes_too_late_passes_over_what_is_gone_and_counts_it(world: World) -> None:
+    ids = requests(6)
+    for request in ids:
+        world.commit([request])
+    forget(world, 4)
+    feed = world.feed(windows_per_step=1, replay_per_step=0, max_passes=1)
+    assert drain(feed) == [[ids[4]], [ids[5]]]
+    assert feed.counts["versions_gone"] == 4
+    assert feed.counts["branches"] == 6
+
+
+def test_a_restart_goes_on_without_the_windows_that_are_gone(world: World) -> None:
+    ids = requests(6)
+    for request in ids:
+        world.commit([request])
+    feed = world.feed(windows_per_step=2, replay_per_step=0, max_passes=1)
+    feed.poll()
+    feed.next()
+    state = as_json(feed)
+    assert state.needs == {"accepted": 0, "rejected": 0}
+    forget(world, 3)
+    restored = world.feed(windows_per_step=2, replay_per_step=0, max_passes=1)
+    restored.restore(state)
+    assert restored.counts["gone"] == 3
+    assert restored.counts["versions_gone"] == 3
+    assert drain(restored) == [[ids[3], ids[4]]]

@@ -1,0 +1,127 @@
+"""The sequential test of two versions: what it counts as evidence, and what it decides."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trainer.release.sequential_test import (
+    Decision,
+    Estimate,
+    Rule,
+    Served,
+    Standing,
+    bound,
+    compare,
+    decide,
+    log_evidence,
+)
+
+RULE = Rule(margin=0.05, error=0.05, min_requests=100)
+
+
+def served(pace: float, groups: int = 60, *, first: int = 0, seed: int = 0, requests: int = 4) -> Served:
+    """Rounds of a tenth of a second that each give ``pace`` tokens, more or less."""
+    random = np.random.default_rng(seed)
+    rounds = random.integers(100, 300, groups).astype(float)
+    tokens = rounds * pace * np.exp(random.normal(0, 0.05, groups))
+    seconds = rounds * 0.1 * np.exp(random.normal(0, 0.05, groups))
+    return Served(np.arange(first, first + groups), np.full(groups, requests), tokens, rounds, seconds)
+
+
+def decided(new: dict[str, Served], old: dict[str, Served]) -> Decision:
+    return decide(compare(new, old, RULE), RULE)
+
+
+@pytest.mark.parametrize("time", [1.0, 100.0, 10_000.0])
+def test_without_a_difference_the_evidence_stays_the_same_on_average(time: float) -> None:
+    moved = np.linspace(-60, 60, 20_001) * math.sqrt(time)
+    weighed = [log_evidence(float(x), time) - float(x) ** 2 / (2 * time) for x in moved]
+    mean = sum(map(math.exp, weighed)) / math.sqrt(2 * math.pi * time) * float(moved[1] - moved[0])
+    assert mean == pytest.approx(1, abs=1e-3)
+
+
+@given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6))
+def test_evidence_grows_with_what_it_is_for(moved: float, time: float) -> None:
+    assert log_evidence(moved, time) <= log_evidence(moved + 1, time)
+
+
+def test_a_faster_version_is_promoted_and_a_slower_one_taken_back() -> None:
+    old = {"": served(2.0, first=1000, seed=1)}
+    assert decided({"": served(2.2)}, old).outcome == "promote"
+    slower = decided({"": served(1.8)}, old)
+    assert slower.outcome == "back"
+    assert "tokens per" in slower.why
+
+
+def test_an_equal_version_is_promoted_once_there_is_traffic_enough_to_tell() -> None:
+    few = decided({"": served(2.0, 20)}, {"": served(2.0, 20, first=1000, seed=1)})
+    assert few.outcome == "go on"
+    assert decided({"": served(2.0, 400)}, {"": served(2.0, 400, first=1000, seed=1)}).outcome == "promote"
+
+
+def test_nothing_is_decided_on_less_than_the_least_traffic() -> None:
+    old = {"": served(2.0, first=1000)}
+    assert "too few to tell" in decided({"": served(1.0, requests=1)}, old).why
+    assert "too few to tell" in decided({"": served(1.0, 15, requests=99)}, old).why
+
+
+def test_a_label_on_which_a_version_is_slower_takes_it_back_although_it_is_faster_over_all() -> None:
+    new = {"chat": served(2.3, 200), "sql": served(1.5, 20, first=300, seed=2)}
+    old = {"chat": served(2.0, 200, first=1000, seed=3), "sql": served(2.0, 20, first=1300, seed=4)}
+    standing = compare(new, old, RULE)
+    assert standing.overall[0].difference > 0
+    decision = decide(standing, RULE)
+    assert decision.outcome == "back"
+    assert "label sql" in decision.why
+
+
+def test_a_label_that_seems_worse_holds_a_promotion_up() -> None:
+    better = Estimate("tokens per second", None, 2, 2, 0.01, 0.0, 0.02, better=9.0, worse=-3.0, share=0.25)
+    label = replace(better, label="sql", difference=-0.06, better=-1.0, worse=1.0, share=0.125)
+    standing = Standing(500, 500, enough=True, overall=(better, replace(better, figure="tokens per round")))
+    assert decide(standing, RULE).outcome == "promote"
+    held_up = replace(standing, labels=(label,))
+    assert bound(held_up, RULE) == label
+    assert decide(held_up, RULE).outcome == "go on"
+
+
+def test_another_mix_of_labels_is_no_difference() -> None:
+    new = {"chat": served(1.0, 40), "sql": served(4.0, 200, first=300, seed=2)}
+    old = {"chat": served(1.0, 200, first=1000, seed=3), "sql": served(4.0, 40, first=1300, seed=4)}
+    for estimate in compare(new, old, RULE).overall:
+        assert abs(estimate.difference) < 0.03
+
+
+def test_what_the_labels_of_a_group_have_in_common_is_not_taken_for_independent() -> None:
+    """Of two labels that rise and fall together one tells as much as both."""
+    new, old = served(2.0), served(2.0, first=1000, seed=1)
+    one, both = compare({"a": new}, {"a": old}, RULE), compare({"a": new, "b": new}, {"a": old, "b": old}, RULE)
+    assert both.overall[0].high == pytest.approx(one.overall[0].high)
+    apart = compare({"a": new, "b": served(2.0, first=100)}, {"a": old, "b": served(2.0, first=1100, seed=1)}, RULE)
+    assert apart.overall[0].high < one.overall[0].high
+
+
+def test_another_label_takes_no_evidence_from_those_that_are_there() -> None:
+    new, old = {"a": served(1.9)}, {"a": served(2.0, first=1000, seed=1)}
+    more = compare({**new, "b": served(2.0, 5, first=100)}, {**old, "b": served(2.0, first=1100)}, RULE)
+    assert more.overall == compare(new, old, RULE).overall
+
+
+def test_versions_that_always_accept_the_same_can_be_compared() -> None:
+    rounds = np.full(60, 100.0)
+    same = Served(np.arange(60), np.full(60, 4), rounds, rounds, rounds / 10)
+    old = Served(same.group + 1000, *(column for column in (same.requests, same.tokens, same.rounds, same.seconds)))
+    assert decided({"": same}, {"": old}).outcome == "promote"
+
+
+def test_without_times_tokens_per_round_alone_are_compared() -> None:
+    untimed = replace(served(1.5), seconds=np.zeros(60))
+    standing = compare({"": untimed}, {"": served(2.0, first=1000, seed=1)}, RULE)
+    assert [estimate.figure for estimate in standing.overall] == ["tokens per round"]
+    assert decide(standing, RULE).outcome == "back"

@@ -1,0 +1,201 @@
+"""A restarted trainer goes on exactly where it stood."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from schemas.settings import Train
+from schemas.speculator.network import DraftShape, random_draft
+from trainer.data.feed import FeedState
+from trainer.data.samples import Batch, Branch, Teacher, Window, collate
+from trainer.loop.checkpoints import Checkpoints, TrainState
+from trainer.loop.divergence_guard import Health
+from trainer.loop.learner import Learner
+
+SHAPE = DraftShape(8, 8, 2, 1, 4, 32, 16, 1e-6, 100.0, 64, (1, 2, 3))
+SETTINGS = Train(dtype="float32", ttt_steps=3, warmup_steps=4, learning_rate=1e-2)
+EMBEDDINGS = torch.randn(32, 8, generator=torch.Generator().manual_seed(0)).half()
+
+
+def learner() -> Learner:
+    return Learner(random_draft(SHAPE, 0), EMBEDDINGS, SETTINGS)
+
+
+def batch(seed: int) -> Batch:
+    g = torch.Generator().manual_seed(seed)
+
+    def teacher(n: int) -> Teacher:
+        return Teacher(torch.randint(0, 16, (n, 1), generator=g), torch.zeros(n, 1))
+
+    tokens = torch.randint(0, 32, (7,), generator=g)
+    features = torch.randn(7, SHAPE.feature_width, generator=g).bfloat16()
+    known = torch.arange(7) > 2
+    return collate(
+        [Window("r", tokens, 3, features, known, teacher(4), (Branch(4, (1, 2), 0, (-0.5, -0.5), teacher(2)),))]
+    )
+
+
+def state(step: int, line: str = "line", cursor: int = 5) -> TrainState:
+    feed = FeedState(
+        cursor=cursor,
+        rejected_cursor=6,
+        reread_after=1,
+        reread_rejected_after=2,
+        reached=[("traces", 0, 7)],
+        fresh=[("traces", 0, 7, 0)],
+        history=[(("traces", 0, 6, 0), 2)],
+        held_back=[],
+        random=(3, (1, 2, 3), None),
+    )
+    return TrainState(line=line, step=step, tokens_seen=70, parent="day-0-head-0", feed=feed)
+
+
+def weights(a: Learner) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in a.draft.parameters()]
+
+
+def test_without_its_moments_training_would_go_on_differently() -> None:
+    through, bare = learner(), learner()
+    through.step(batch(0))
+    bare.draft.load_state_dict(through.draft.state_dict())
+    bare.steps = 1
+    for one in (through, bare):
+        one.step(batch(1))
+    assert not all(torch.equal(a, b) for a, b in zip(weights(through), weights(bare), strict=True))
+
+
+@pytest.mark.parametrize("before", [0, 1, 5])
+def test_training_resumed_from_a_checkpoint_is_bitwise_what_it_would_have_been(tmp_path: Path, before: int) -> None:
+    through, checkpoints = learner(), Checkpoints(tmp_path, "line")
+    for i in range(before):
+        through.step(batch(i))
+    checkpoints.write(state(through.steps), through.tensors())
+    resumed, found = learner(), checkpoints.newest()
+    assert found is not None
+    resumed.restore(found[1], found[0].step)
+    for i in range(before, before + 4):
+        assert torch.equal(through.step(batch(i)).total, resumed.step(batch(i)).total)
+    assert all(torch.equal(a, b) for a, b in zip(weights(through), weights(resumed), strict=True))
+    assert resumed.steps == before + 4
+
+
+def test_the_state_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    Checkpoints(tmp_path, "line").write(state(3), learner().tensors())
+    found = Checkpoints(tmp_path, "line").newest()
+    assert found is not None
+    assert found[0] == state(3)
+
+
+def test_only_the_newest_two_are_kept(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, "line")
+    for step in (9, 10, 100, 101):
+        checkpoints.write(state(step), learner().tensors())
+    assert sorted(p.name for p in (tmp_path / "line").iterdir()) == ["step-0000000100", "step-0000000101"]
+    found = checkpoints.newest()
+    assert found is not None
+    assert found[0].step == 101
+
+
+def test_a_checkpoint_of_the_same_step_takes_the_place_of_the_first(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, "line")
+    checkpoints.write(state(3, cursor=5), learner().tensors())
+    checkpoints.write(state(3, cursor=8), learner().tensors())
+    found = checkpoints.newest()
+    assert found is not None
+    assert found[0].feed.cursor == 8
+
+
+@pytest.mark.parametrize("damage", ["state.json", "state.safetensors"])
+@pytest.mark.parametrize("how", ["cut", "gone"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path, damage: str, how: str) -> None:
+    checkpoints = Checkpoints(tmp_path, "line")
+    checkpoints.write(state(3), learner().tensors())
+    newest = checkpoints.write(state(4), learner().tensors()) / damage
+    if how == "cut":
+        newest.write_bytes(newest.read_bytes()[:40])
+    else:
+        newest.unlink()
+    found = checkpoints.newest()
+    assert found is not None
+    assert found[0].step == 3
+
+
+def test_a_checkpoint_that_was_never_finished_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = Checkpoints(tmp_path, "line")
+    checkpoints.write(state(3), learner().tensors())
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.write(state(4), learner().tensors())
+    found = checkpoints.newest()
+    assert found is not None
+    assert found[0].step == 3
+    checkpoints.write(state(5), learner().tensors())
+    assert len(list((tmp_path / "line").iterdir())) == 2
+
+
+def test_lines_do_not_see_each_others_checkpoints(tmp_path: Path) -> None:
+    Checkpoints(tmp_path, "line").write(state(3), learner().tensors())
+    assert Checkpoints(tmp_path, "other").newest() is None
+
+
+def test_the_learning_rate_rises_over_the_warmup_and_then_stays() -> None:
+    one, rates = learner(), []
+    for i in range(6):
+        rates.append(one.learning_rate)
+        one.step(batch(i))
+    assert rates == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01, 0.01])
+
+
+def test_a_batch_that_teaches_nothing_changes_nothing() -> None:
+    one = learner()
+    one.step(batch(0))
+    before = weights(one)
+    silent = Window(
+        "r",
+        torch.arange(4),
+        None,
+        torch.ones(4, SHAPE.feature_width).bfloat16(),
+        torch.tensor([False, False, False, True]),
+        Teacher(torch.tensor([[31]]), torch.zeros(1, 1)),
+    )
+    one.step(collate([silent]))
+    assert one.steps == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(one), strict=True))
+
+
+def good(step: int) -> TrainState:
+    return state(step).model_copy(update={"good": True, "health": Health(loss=2.0, accept_length=0.5)})
+
+
+def test_the_last_good_one_is_kept_beside_the_newest(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, "line")
+    for one in (good(1), good(2), state(3), state(4), state(5)):
+        checkpoints.write(one, learner().tensors())
+    assert [p.name[-1] for p in sorted((tmp_path / "line").iterdir())] == ["2", "4", "5"]
+    found = checkpoints.good()
+    assert found is not None
+    assert found[0] == good(2)
+
+
+def test_where_none_was_good_there_is_nothing_to_go_back_to(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, "line")
+    checkpoints.write(state(3), learner().tensors())
+    assert checkpoints.good() is None
+
+
+def test_what_came_after_a_step_can_be_taken_away(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, "line")
+    for one in (good(3), state(4), state(15)):
+        checkpoints.write(one, learner().tensors())
+    checkpoints.remove_after(3)
+    found = checkpoints.newest()
+    assert found is not None
+    assert found[0].step == 3

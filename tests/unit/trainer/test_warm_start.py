@@ -1,0 +1,186 @@
+"""What a draft of a new line takes over from another line's, and what it leaves."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+import pytest
+import torch
+from tiny_draft import SHAPE
+
+from schemas.settings import Settings, load
+from schemas.speculator import checkpoint
+from schemas.speculator.checkpoint import line_of
+from schemas.speculator.network import DraftShape, EagleDraft, random_draft
+from trainer.data.target import Target
+from trainer.loop.warm_start import carry_over
+from trainer.release.registration import Candidates
+from trainer.release.registry import SpeculatorRegistry
+
+V = SHAPE.vocab_size
+
+
+def draft_of(kept: list[int], seed: int, **changes: int) -> EagleDraft:
+    """A random draft that proposes the given target tokens."""
+    draft = random_draft(replace(SHAPE, draft_vocab_size=len(kept), **changes), seed)
+    ids = torch.tensor(kept)
+    draft.d2t.copy_(ids - torch.arange(len(kept)))
+    draft.t2d.zero_()
+    draft.t2d[ids] = True
+    with torch.no_grad():
+        draft.norm.weight.fill_(1.0 + seed)
+    return draft
+
+
+def parameters(draft: EagleDraft) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in draft.named_parameters()}
+
+
+def test_a_draft_of_the_same_shape_and_vocabulary_is_taken_whole() -> None:
+    old, new = draft_of(list(range(16)), 1), draft_of(list(range(16)), 2)
+    carried = carry_over(old, new)
+    assert set(carried.tensors) == set(dict(new.named_parameters()))
+    assert (carried.left, carried.tokens) == ((), 16)
+    for name, value in old.state_dict().items():
+        assert torch.equal(new.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("kept", [[1, 3, 5, 7, 11, 30, 31], [0, 2, 3, *range(10, 32)]])
+def test_with_another_draft_vocabulary_rows_of_the_head_follow_their_target_tokens(kept: list[int]) -> None:
+    first = [0, 3, 4, 5, 9, 11, 12, 31]
+    old, new = draft_of(first, 1), draft_of(kept, 2)
+    before, head = parameters(new), new.lm_head.weight
+    d2t, t2d = new.d2t.clone(), new.t2d.clone()
+    carried = carry_over(old, new)
+    for row, token in enumerate(kept):
+        wanted = old.lm_head.weight[first.index(token)] if token in first else before["lm_head.weight"][row]
+        assert torch.equal(head[row], wanted), token
+        assert int(new.to_target_ids(torch.tensor(row))) == token
+    assert carried.tokens == len(set(first) & set(kept))
+    assert carried.left == ()
+    assert torch.equal(new.fc.weight, old.fc.weight)
+    assert torch.equal(new.d2t, d2t)
+    assert torch.equal(new.t2d, t2d)
+
+
+def test_vocabularies_without_a_common_token_leave_the_head() -> None:
+    old, new = draft_of([0, 1, 2], 1), draft_of([5, 6, 7, 8], 2)
+    before = parameters(new)
+    carried = carry_over(old, new)
+    assert (carried.left, carried.tokens) == (("lm_head.weight",), 0)
+    assert torch.equal(new.lm_head.weight, before["lm_head.weight"])
+    assert torch.equal(new.norm.weight, old.norm.weight)
+
+
+def test_ids_of_a_target_with_another_vocabulary_are_not_taken_for_the_same_tokens() -> None:
+    old, new = draft_of(list(range(16)), 1), draft_of(list(range(16)), 2, vocab_size=V + 8)
+    before = parameters(new)
+    carried = carry_over(old, new)
+    assert (carried.left, carried.tokens) == (("lm_head.weight",), 0)
+    assert torch.equal(new.lm_head.weight, before["lm_head.weight"])
+    assert torch.equal(new.midlayer.self_attn.q_proj.weight, old.midlayer.self_attn.q_proj.weight)
+
+
+def test_only_what_has_another_shape_stays_at_day_0() -> None:
+    old, new = draft_of(list(range(16)), 1), draft_of(list(range(16)), 2, intermediate_size=24)
+    before = parameters(new)
+    carried = carry_over(old, new)
+    assert set(carried.left) == {f"midlayer.mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
+    for name in carried.left:
+        assert torch.equal(dict(new.named_parameters())[name], before[name])
+    assert str(carried).startswith("10 of 13 tensors, 16 draft tokens; left as they were: midlayer.mlp.gate_proj")
+
+
+def test_weights_that_read_raw_states_are_not_taken_where_states_are_normed() -> None:
+    old = draft_of(list(range(16)), 1)
+    new = random_draft(replace(SHAPE, variant="eagle3.1"), 2)
+    before = parameters(new)
+    carried = carry_over(old, new)
+    assert set(carried.left) == {"fc.weight", *(f"fc_norm.{i}.weight" for i in range(3))}
+    assert all(torch.equal(dict(new.named_parameters())[name], before[name]) for name in carried.left)
+    assert torch.equal(new.midlayer.self_attn.q_proj.weight, old.midlayer.self_attn.q_proj.weight)
+
+
+def test_of_a_target_of_another_width_nothing_fits_and_it_says_so() -> None:
+    other = DraftShape(12, 20, 3, 3, 4, V + 1, 16, 1e-5, 100.0, 64, (1, 3, 5))
+    old, new = draft_of(list(range(16)), 1), random_draft(other, 2)
+    before = parameters(new)
+    carried = carry_over(old, new)
+    assert (carried.tensors, carried.tokens, str(carried)) == ((), 0, "nothing fits")
+    assert all(torch.equal(value, before[name]) for name, value in new.named_parameters())
+
+
+def test_the_old_draft_stays_as_it_is_and_shares_nothing() -> None:
+    old, new = draft_of(list(range(16)), 1), draft_of(list(range(8)), 2)
+    before = parameters(old)
+    carry_over(old, new)
+    with torch.no_grad():
+        for parameter in new.parameters():
+            parameter.zero_()
+    assert all(torch.equal(value, before[name]) for name, value in old.named_parameters())
+
+
+OLD_TARGET, NEW_TARGET = "a" * 32, "b" * 32
+
+
+class Registry:
+    """Champions by line, in memory."""
+
+    def __init__(self) -> None:
+        self.champions: dict[str, tuple[str, str, EagleDraft]] = {}
+
+    def promote(self, target: str, version: str, draft: EagleDraft) -> str:
+        line = line_of(target, draft.shape, draft.d2t)
+        self.champions[line] = version, target, draft
+        return line
+
+    def aliases(self, line: str) -> dict[str, str]:
+        return {"champion": self.champions[line][0]} if line in self.champions else {}
+
+    def download(self, line: str, version: str, folder: Path) -> Path:
+        champion, target, draft = self.champions[line]
+        assert version == champion
+        checkpoint.write(draft, folder / "version", target, torch.float32)
+        return folder / "version"
+
+
+def beginning(registry: Registry, day_0: EagleDraft, parent_line: str) -> tuple[str, EagleDraft]:
+    line = line_of(NEW_TARGET, day_0.shape, day_0.d2t)
+    target = Target(NEW_TARGET, line, torch.zeros(V, SHAPE.hidden_size), day_0)
+    settings: Settings = load(environ={}, flags={"train.parent_line": parent_line})
+    return Candidates(settings, target, cast(SpeculatorRegistry, registry)).beginning()
+
+
+def test_a_new_line_begins_with_the_champion_of_its_parent_line() -> None:
+    registry, old, day_0 = Registry(), draft_of(list(range(16)), 1), draft_of(list(range(8, 32)), 2)
+    before = parameters(day_0)
+    parent_line = registry.promote(OLD_TARGET, "7", old)
+    version, draft = beginning(registry, day_0, parent_line)
+    assert version == f"{parent_line}/7"
+    assert torch.equal(draft.lm_head.weight[:8], old.lm_head.weight[8:])
+    assert torch.equal(draft.lm_head.weight[8:], day_0.lm_head.weight[8:])
+    assert torch.equal(draft.fc.weight, old.fc.weight)
+    assert torch.equal(draft.d2t, day_0.d2t)
+    assert all(torch.equal(value, before[name]) for name, value in day_0.named_parameters()), "what nodes begin with"
+
+
+def test_a_line_with_a_champion_goes_on_from_it_whatever_its_parent_line() -> None:
+    registry, own = Registry(), draft_of(list(range(16)), 3)
+    parent_line = registry.promote(OLD_TARGET, "7", draft_of(list(range(16)), 1))
+    registry.promote(NEW_TARGET, "2", own)
+    version, draft = beginning(registry, draft_of(list(range(16)), 2), parent_line)
+    assert version == "2"
+    assert torch.equal(draft.fc.weight, own.fc.weight)
+
+
+@pytest.mark.parametrize("case", ["none set", "unknown", "nothing fits"])
+def test_without_a_parent_that_fits_a_new_line_begins_at_day_0(case: str) -> None:
+    registry, day_0 = Registry(), draft_of(list(range(16)), 2)
+    other = random_draft(DraftShape(12, 20, 3, 3, 4, V + 1, 16, 1e-5, 100.0, 64, (1, 3, 5)), 1)
+    parent_line = registry.promote(OLD_TARGET, "7", other)
+    named = {"none set": "", "unknown": "no-such-line", "nothing fits": parent_line}[case]
+    version, draft = beginning(registry, day_0, named)
+    assert version == "day-0-head-0"
+    assert all(torch.equal(value, dict(day_0.named_parameters())[name]) for name, value in draft.named_parameters())

@@ -1,0 +1,1 @@
+"""Training data: table reader, samples, replay, prefetch and recomputed features."""

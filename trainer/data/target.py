@@ -1,0 +1,92 @@
+"""What the trainer needs of the target: configuration, fingerprint and token embeddings, and at times its states."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import structlog
+import torch
+from torch import Tensor
+
+from schemas.settings import Settings
+from schemas.speculator.initial_draft import read_line, token_embeddings
+from schemas.speculator.network import EagleDraft
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Target:
+    """The frozen model that drafts are made for."""
+
+    fingerprint: str
+    line: str
+    embeddings_VH: Tensor
+    """In the type that the target is stored in."""
+    day_0: EagleDraft
+    """What nodes begin with."""
+
+    def on(self, device: torch.device) -> Target:
+        """The same with its embeddings on that device: drafts are trained and scored where they are."""
+        return replace(self, embeddings_VH=self.embeddings_VH.to(device))
+
+    def new_draft(self) -> EagleDraft:
+        """A copy of the draft of day 0, to train."""
+        return copy.deepcopy(self.day_0)
+
+
+def read_target(settings: Settings) -> Target:
+    """The target that the settings name, and the speculator line that they fix with it.
+
+    Raises:
+        CheckpointError: no model in that folder, or one that the draft network does not fit.
+    """
+    folder = Path(settings.target.path)
+    line = read_line(folder, settings.speculator)
+    return Target(line.target, line.name, token_embeddings(folder), line.day_0)
+
+
+class FrozenTarget:
+    """The target up to the highest captured layer, for windows whose features did not travel; loaded when first used.
+
+    It computes in float32 as nodes do, so that its states differ from theirs by the order of additions alone.
+    """
+
+    def __init__(self, folder: Path, capture_layers: tuple[int, ...]) -> None:
+        self._folder = folder
+        self._layers = capture_layers
+        self._body: Any = None
+        self._captured: dict[int, Tensor] = {}
+
+    @torch.no_grad()
+    def states(self, tokens_n: Tensor) -> Tensor:
+        """[n, F] bf16: outputs of the captured layers after each token, low to high side by side.
+
+        Args:
+            tokens_n: Of one request, from its first one on.
+        """
+        if self._body is None:
+            self._body = self._load()
+        self._body(input_ids=tokens_n[None], use_cache=False)
+        return torch.cat([self._captured[layer][0] for layer in self._layers], dim=-1).to(torch.bfloat16)
+
+    def _load(self) -> Any:
+        # Most trainers get their features with the traces, and never need what this brings in.
+        from transformers import AutoModelForCausalLM
+
+        model: Any = AutoModelForCausalLM.from_pretrained(self._folder, dtype=torch.float32, local_files_only=True)
+        body = model.get_decoder().requires_grad_(requires_grad=False).eval()
+        body.layers = body.layers[: max(self._layers) + 1]
+        for layer in self._layers:
+            body.layers[layer].register_forward_hook(self._capture(layer))
+        log.info("target_loaded", folder=str(self._folder), layers=len(body.layers), why="windows without features")
+        return body
+
+    def _capture(self, layer: int) -> Any:
+        def hook(_module: Any, _inputs: Any, output: Any) -> None:
+            self._captured[layer] = output[0] if isinstance(output, tuple) else output
+
+        return hook

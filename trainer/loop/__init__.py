@@ -1,0 +1,1 @@
+"""The training loop: learner, optimizers, distribution, checkpoints and divergence guard."""

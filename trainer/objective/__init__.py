@@ -1,0 +1,1 @@
+"""The training objective: draft trees, training-time test, losses and divergences."""

@@ -1,0 +1,1 @@
+"""Releasing versions: registration, gate, canary analysis, promoter, alias moves and audit."""

@@ -24,7 +24,7 @@ from pipeline.offsets import Source
 from pipeline.validation import check_announced, check_envelope, unsound
 from schemas.batches import ACCEPTED, DEAD_LETTERS, TABLES, TRACES, day_of
 from schemas.claim_store import ClaimStoreError
-from schemas.trace.decoder import Lists, Opened, Rounds, malformed, open_chunk
+from schemas.trace.decoder import Lists, Opened, VerifySteps, malformed, open_chunk
 from schemas.trace.record import U16, Claim, TraceError
 
 RUN_BYTES = 32 << 20
@@ -148,7 +148,7 @@ class _Builder:
         """What was taken before, and in the runs until here."""
 
     def arrivals(self, delivered: Sequence[Record]) -> Iterator[_Arrival]:
-        """The records with rounds, as far as each can be judged without looking at them."""
+        """The records with verify steps, as far as each can be judged without looking at them."""
         for at, record in enumerate(delivered):
             try:
                 chunk = _open(record)
@@ -176,15 +176,15 @@ class _Builder:
 
     def _rows(self, run: Sequence[_Arrival]) -> _Made:
         sieve = _Sieve(run)
-        sieve.refuse(malformed(sieve.rounds))
+        sieve.refuse(malformed(sieve.verify_steps))
         sieve.fetch(self._claimed)
-        sieve.refuse(unsound(sieve.rounds, sieve.features()))
+        sieve.refuse(unsound(sieve.verify_steps, sieve.features()))
         taken, gaps, repeated = self._news(sieve)
         sieve.refuse(repeated)
         parts: list[Mapping[str, pa.Table]] = []
         if sieve.arrivals:
             of_chunks = _of_chunks(sieve.arrivals)
-            parts.append(tables(sieve.rounds, sieve.features(), of_chunks, self._context_tokens))
+            parts.append(tables(sieve.verify_steps, sieve.features(), of_chunks, self._context_tokens))
         return _Made(sieve.refused, taken, gaps, parts)
 
     def _news(self, sieve: _Sieve) -> tuple[list[Taken], int, dict[int, TraceError]]:
@@ -192,7 +192,7 @@ class _Builder:
         known = (*self._known, Known(self._known[0].window))
         taken: list[Taken] = []
         gaps, repeated = 0, {}
-        times = sieve.rounds.time[sieve.rounds.bounds[1:] - 1].tolist()
+        times = sieve.verify_steps.time[sieve.verify_steps.bounds[1:] - 1].tolist()
         for number, (arrival, time_us) in enumerate(zip(sieve.arrivals, times, strict=True)):
             record, envelope = arrival.record, arrival.chunk.envelope
             identity = Identity(envelope.node, envelope.request, envelope.chunk, time_us)
@@ -208,11 +208,11 @@ class _Builder:
 
 
 class _Sieve:
-    """Records of a run that nothing speaks against so far, with their rounds."""
+    """Records of a run that nothing speaks against so far, with their verify steps."""
 
     def __init__(self, run: Sequence[_Arrival]) -> None:
         self.arrivals = list(run)
-        self.rounds = Rounds([arrival.chunk for arrival in run])
+        self.verify_steps = VerifySteps([arrival.chunk for arrival in run])
         self.refused: dict[int, TraceError] = {}
         """By number among the delivered."""
         self._claimed: dict[int, U16] = {}
@@ -223,12 +223,12 @@ class _Sieve:
             return
         self.refused |= {self.arrivals[number].at: error for number, error in faults.items()}
         self.arrivals = [arrival for number, arrival in enumerate(self.arrivals) if number not in faults]
-        self.rounds = Rounds([arrival.chunk for arrival in self.arrivals])
+        self.verify_steps = VerifySteps([arrival.chunk for arrival in self.arrivals])
 
     def fetch(self, claimed: Claimed) -> None:
         """Get the features that did not travel in their records."""
         faults = {}
-        tokens = np.diff(self.rounds.tokens.offsets[self.rounds.bounds]).tolist()
+        tokens = np.diff(self.verify_steps.tokens.offsets[self.verify_steps.bounds]).tolist()
         for number, arrival in enumerate(self.arrivals):
             envelope = arrival.chunk.envelope
             if envelope.claim is None:
@@ -240,13 +240,13 @@ class _Sieve:
         self.refuse(faults)
 
     def features(self) -> Lists:
-        """The features of every round, however they travelled."""
+        """The features of every verify step, however they travelled."""
         claimed = {
             number: self._claimed[arrival.at]
             for number, arrival in enumerate(self.arrivals)
             if arrival.at in self._claimed
         }
-        return features_of(self.rounds, claimed)
+        return features_of(self.verify_steps, claimed)
 
 
 def _open(record: Record) -> Opened:
@@ -278,7 +278,7 @@ def _runs(arrivals: Iterable[_Arrival]) -> Iterator[list[_Arrival]]:
 
 
 def _of_chunks(arrivals: Sequence[_Arrival]) -> dict[str, pa.Array]:
-    """What the tables say of each chunk and its record, beside what its rounds say."""
+    """What the tables say of each chunk and its record, beside what its verify steps say."""
     records = [arrival.record for arrival in arrivals]
     envelopes = [arrival.chunk.envelope for arrival in arrivals]
     columns = {

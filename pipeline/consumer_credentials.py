@@ -1,4 +1,4 @@
-"""How the Faust consumer reads ``kafka.client``, which is written in librdkafka's names."""
+"""How the Faust consumer reads ``kafka.client_options``, which is written in librdkafka's names."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def ignored(client: Mapping[str, str]) -> list[str]:
     unknown = sorted(set(client) - UNDERSTOOD)
     if needed := [name for name in unknown if name.startswith(("ssl.", "sasl."))]:
         raise SettingsError(
-            f"kafka.client: {', '.join(needed)}: the stream's consumer does not take this; it takes "
+            f"kafka.client_options: {', '.join(needed)}: the stream's consumer does not take this; it takes "
             f"{', '.join(sorted(UNDERSTOOD))}"
         )
     return unknown
@@ -60,7 +60,7 @@ def credentials(client: Mapping[str, str]) -> CredentialsT | None:
     """
     protocol = client.get("security.protocol", "PLAINTEXT").upper()
     if protocol not in _PROTOCOLS:
-        raise SettingsError(f"kafka.client: security.protocol {protocol!r} is none of {', '.join(_PROTOCOLS)}")
+        raise SettingsError(f"kafka.client_options: security.protocol {protocol!r} is none of {', '.join(_PROTOCOLS)}")
     if protocol == "PLAINTEXT":
         return None
     context = _context(client) if protocol.endswith("SSL") else None
@@ -69,7 +69,7 @@ def credentials(client: Mapping[str, str]) -> CredentialsT | None:
     mechanism = client.get("sasl.mechanism") or client.get("sasl.mechanisms") or "PLAIN"
     if mechanism not in _MECHANISMS:
         raise SettingsError(
-            f"kafka.client: sasl.mechanism {mechanism!r}: the stream's consumer takes {', '.join(_MECHANISMS)}"
+            f"kafka.client_options: sasl.mechanism {mechanism!r}: the stream's consumer takes {', '.join(_MECHANISMS)}"
         )
     return faust.SASLCredentials(
         username=client.get("sasl.username"),
@@ -83,11 +83,11 @@ def check(kafka: Kafka) -> None:
     """Get in once as the consumer will: Faust says only that it did not.
 
     Raises:
-        TopicError: no broker of ``kafka.bootstrap`` lets the consumer in.
+        TopicError: no broker of ``kafka.bootstrap_servers`` lets the consumer in.
         SettingsError: as ``credentials``.
     """
-    auth = credentials_to_aiokafka_auth(credentials(kafka.client), None)
-    asyncio.run(_get_in(kafka.bootstrap, auth))
+    auth = credentials_to_aiokafka_auth(credentials(kafka.client_options), None)
+    asyncio.run(_get_in(kafka.bootstrap_servers, auth))
 
 
 async def _get_in(bootstrap: str, auth: Mapping[str, Any]) -> None:
@@ -102,7 +102,8 @@ async def _get_in(bootstrap: str, auth: Mapping[str, Any]) -> None:
             connection.close()
             return
     raise TopicError(
-        f"no broker lets the stream's consumer in ({'; '.join(reasons)}): check kafka.client, and kafka.bootstrap"
+        f"no broker lets the stream's consumer in ({'; '.join(reasons)}): check kafka.client_options, "
+        "and kafka.bootstrap_servers"
     )
 
 
@@ -114,7 +115,7 @@ def _context(client: Mapping[str, str]) -> ssl.SSLContext:
             context.load_cert_chain(certificate, client.get("ssl.key.location"), client.get("ssl.key.password"))
     except (OSError, ValueError) as error:
         files = ", ".join(f"{name} {client[name]}" for name in sorted(client) if name.endswith(".location"))
-        raise SettingsError(f"kafka.client: {error} ({files})") from error
+        raise SettingsError(f"kafka.client_options: {error} ({files})") from error
     if client.get("ssl.endpoint.identification.algorithm") == "none":
         context.check_hostname = False
     if client.get("enable.ssl.certificate.verification") == "false":

@@ -1,6 +1,7 @@
 """Which records repeat one that was taken already: a producer that sent twice, or something that copies the topic.
 
-A record is a piece of a request, (node, request, chunk), and the time of its last round tells it from another piece of
+A record is a piece of a request, (node, request, chunk), and the time of its last verify step tells it from another
+piece of
 that name. One that repeats a record taken at most ``window`` offsets before it in its partition is a dead letter.
 
 What is remembered is a function of the log up to the wanted offset: exactly the records of the last ``window`` offsets
@@ -32,7 +33,7 @@ class Identity(NamedTuple):
     request: str
     chunk: int
     time_us: int
-    """Of the last round."""
+    """Of the last verify step."""
 
 
 class Taken(NamedTuple):

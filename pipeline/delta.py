@@ -357,8 +357,8 @@ class DeltaLog:
             raise GoneError(
                 f"table {name} at {self._address(name)}: what was added after version {after_version} can be read only "
                 f"from version {oldest} on. Go on from there, or read the state of the table as a whole; for a reader "
-                f"that comes back so late raise tables.reader_lease_hours, for one that announces nothing "
-                f"tables.vacuum_hours"
+                f"that comes back so late raise tables.reader_lease, for one that announces nothing "
+                f"tables.vacuum_retention"
             )
 
     def _open_at(self, name: str, moment: Moment) -> DeltaTable:

@@ -20,7 +20,7 @@ log = structlog.get_logger()
 
 TICK_S = 1.0
 LATE_S = 15.0
-"""Records wait and none is taken, or the watch does not come round: from then on the worker is not live."""
+"""Records wait and none is taken, or the watch does not come verify step: from then on the worker is not live."""
 JOINING_S = 90.0
 """The same for the group's answer, which may wait for other workers (``REBALANCE_S`` in ``pipeline.worker``)."""
 STORE_S = 900.0
@@ -36,7 +36,7 @@ class Vitals:
     """For how many seconds each of these has lasted; 0 where it does not."""
 
     unwatched_s: float
-    """Since the watch came round."""
+    """Since the watch came verify step."""
     joining_s: float
     """The group has not said which partitions are this worker's, although the broker answers."""
     storing_s: float
@@ -53,7 +53,7 @@ def not_live(vitals: Vitals) -> list[str]:
     """Why the worker is not live; empty when it is."""
     why = []
     if vitals.unwatched_s > LATE_S + TICK_S:
-        why.append(f"the watch has not come round for {vitals.unwatched_s:.0f} s")
+        why.append(f"the watch has not come verify step for {vitals.unwatched_s:.0f} s")
     if vitals.joining_s > JOINING_S:
         why.append(f"the group has not assigned partitions for {vitals.joining_s:.0f} s")
     if vitals.storing_s > STORE_S:

@@ -23,8 +23,8 @@ class TopicError(UserError):
 def client(settings: Kafka, **options: Any) -> dict[str, Any]:
     """Configuration of a client that says nothing on its own."""
     return {
-        **settings.client,
-        "bootstrap.servers": settings.bootstrap,
+        **settings.client_options,
+        "bootstrap.servers": settings.bootstrap_servers,
         "log_level": 0,
         "reconnect.backoff.max.ms": 1000,
         **options,
@@ -48,13 +48,13 @@ def connect(settings: Kafka, timeout_s: float = TIMEOUT_S) -> AdminClient:
 
     Raises:
         TopicError: it does not answer, or does not let the client in.
-        SettingsError: ``kafka.client`` has an option that the client does not know.
+        SettingsError: ``kafka.client_options`` has an option that the client does not know.
     """
     refusals = Refusals()
     try:
         admin = AdminClient(client(settings, error_cb=refusals))
     except (KafkaException, ValueError) as error:
-        raise SettingsError(f"kafka.bootstrap or kafka.client: {error}") from error
+        raise SettingsError(f"kafka.bootstrap_servers or kafka.client_options: {error}") from error
     deadline = time.monotonic() + timeout_s
     while True:
         try:
@@ -63,13 +63,15 @@ def connect(settings: Kafka, timeout_s: float = TIMEOUT_S) -> AdminClient:
             admin.poll(0)
             if refusals.last:
                 raise TopicError(
-                    f"the broker at {settings.bootstrap} does not let this client in: {refusals.last}; check "
-                    f"kafka.client"
+                    f"the broker at {settings.bootstrap_servers} does not let this client in: {refusals.last}; check "
+                    f"kafka.client_options"
                 ) from error
             if time.monotonic() > deadline:
                 raise TopicError(
-                    f"no broker answered at {settings.bootstrap} within {timeout_s:g} s ({error.args[0].str()}): "
-                    f"start one, or point kafka.bootstrap at the one you have (kafka.client for SASL and TLS)"
+                    f"no broker answered at {settings.bootstrap_servers} within {timeout_s:g} s "
+                    f"({error.args[0].str()}): "
+                    "start one, or point kafka.bootstrap_servers at the one you have "
+                    "(kafka.client_options for SASL and TLS)"
                 ) from error
         else:
             return admin

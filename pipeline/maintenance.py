@@ -9,10 +9,11 @@ would only do it in vain.
 A reader that tails a table (``DeltaLog.read_added``) needs the very files that each commit added, also when they were
 merged or let go since. Which files may be deleted:
 
-1. Merging and letting go only mark files as removed. They are deleted ``tables.vacuum_hours`` later at the earliest,
+1. Merging and letting go only mark files as removed. They are deleted ``tables.vacuum_retention`` later
+   at the earliest,
    so that states of that age can be read.
 2. What was added after the version that a reader announced stays, until the reader has not been heard of for
-   ``tables.reader_lease_hours``, or until the files are older than that.
+   ``tables.reader_lease``, or until the files are older than that.
 3. What a named experiment holds (``pipeline.holds``) stays until it is released, and so does the log since then: states
    from its first version on, and what was added behind it, can be read.
 4. Before files are deleted, the table is told from which version on every addition can still be read: a reader who
@@ -93,12 +94,12 @@ class Maintenance:
     def __init__(self, settings: Tables) -> None:
         self._settings = settings
         self._log = DeltaLog(settings)
-        self._kept_days = {
-            "accepted": settings.retention_days,
-            "rejected": settings.retention_days,
-            "traces": settings.traces_retention_days,
-            "dead_letters": settings.dead_letters_retention_days,
-            "cursors": math.ceil(settings.reader_lease_hours / 24) + 1,
+        self._retention_s = {
+            "accepted": settings.batches_retention,
+            "rejected": settings.batches_retention,
+            "traces": settings.traces_retention,
+            "dead_letters": settings.dead_letters_retention,
+            "cursors": settings.reader_lease + 86_400,
         }
 
     def run(self, *, delete: bool = True, dry_run: bool = False) -> list[Upkeep]:
@@ -130,7 +131,7 @@ class Maintenance:
 
     def _let_days_go(self, name: str, dry_run: bool) -> int:
         """Remove the files of days that are over from the newest state, whole and without reading them."""
-        first = (datetime.now(UTC) - timedelta(days=self._kept_days[name])).date()
+        first = (datetime.now(UTC) - timedelta(seconds=self._retention_s[name])).date()
         table = self._log.open(name)
         over = [file for file in files_of(table) if file.partition["day"] < f"{first}"]
         if over and not dry_run:
@@ -140,7 +141,7 @@ class Maintenance:
     def _merge(self, name: str, dry_run: bool) -> tuple[int, int]:
         """Merge small files within their partitions; how many, and into how many."""
         table = self._log.open(name)
-        small = groups(files_of(table), self._settings.target_file_mb << 20)
+        small = groups(files_of(table), self._settings.target_file_size_mb << 20)
         if small and not dry_run:
             store = self._log.store(name)
             _commit(name, table, [merged(group, store) for group in small] + [f.removed() for g in small for f in g])
@@ -155,7 +156,7 @@ class Maintenance:
         now = datetime.now(UTC)
         table = self._log.open(name)
         known = table.transaction_version(OLDEST) or 0
-        hours = self._settings.vacuum_hours
+        hours = math.ceil(self._settings.vacuum_retention / 3600)
         oldest = self._log.version_at(name, now - timedelta(hours=hours) + CLOCKS_DIFFER)
         holds = self._holds(name, now)
         needed = [*self._readers(name, now), *holds]
@@ -176,7 +177,7 @@ class Maintenance:
 
     def _readers(self, name: str, now: datetime) -> list[Cursor]:
         """The live readers of a table."""
-        lease = self._settings.reader_lease_hours
+        lease = math.ceil(self._settings.reader_lease / 3600)
         rows = self._log.read("cursors").sort_by("time").to_pylist()
         alive = [row for row in rows if row["table"] == name and row["time"] > now - timedelta(hours=lease)]
         newest = {row["reader"]: row["version"] for row in alive}
@@ -207,7 +208,7 @@ class Caretaker(threading.Thread):
     def __init__(self, settings: Tables, my_turn: Callable[[], bool]) -> None:
         super().__init__(name="maintenance", daemon=True)
         self._maintenance = Maintenance(settings)
-        self._every_s = settings.maintain_every_s
+        self._every_s = settings.maintenance_interval
         self._my_turn = my_turn
         self.totals: Counter[str] = Counter()
         """Files by what became of them, and failures."""

@@ -17,7 +17,7 @@ class Counts:
     """Counters since the start of the process."""
 
     rows_written: int = 0
-    """Rounds that went into ``traces``."""
+    """Verify steps that went into ``traces``."""
     bytes_taken: int = 0
     dead_letters: Counter[str] = field(default_factory=Counter)
     """Records that could not be used, by reason."""
@@ -37,7 +37,7 @@ class Counts:
 
 
 _COUNTERS = {
-    "rows_written": "Verify rounds written to the traces table",
+    "rows_written": "Verify steps written to the traces table",
     "bytes_taken": "Bytes of the records taken from the topic",
     "gaps": "Chunks whose one before is not known",
     "skipped_behind": "Records that the tables contained already",
@@ -56,8 +56,8 @@ _PER_PARTITION = {
 
 
 _ACCEPTED = {
-    "acceptance": "Share of rounds whose first drafted token was accepted, since the last drift",
-    "accept_length": "Drafted tokens accepted in a round, since the last drift",
+    "acceptance": "Share of verify steps whose first drafted token was accepted, since the last drift",
+    "accepted_per_step": "Drafted tokens accepted in a verify step, since the last drift",
 }
 
 

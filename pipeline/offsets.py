@@ -129,7 +129,7 @@ def lost_range(source: Source, wanted: int, log_start: int, log_end: int) -> ran
     if log_end < wanted:
         raise ForeignLogError(
             f"{source.topic}/{source.partition} ends at offset {log_end}, but the tables already hold records up to "
-            f"{wanted - 1}: the topic was created anew, or kafka.bootstrap names another broker. Set "
+            f"{wanted - 1}: the topic was created anew, or kafka.bootstrap_servers names another broker. Set "
             f"kafka.traces_topic to a topic that the tables do not know, or tables.uri to tables of their own"
         )
     return range(wanted, max(wanted, log_start))
@@ -278,7 +278,7 @@ def _loss_rows(source: Source, lost: range, time_us: int) -> pa.Table:
         return DEAD_LETTERS.empty_table()
     detail = (
         f"offsets {lost.start} to {lost.stop - 1}: the broker deleted {len(lost)} records before they were read; "
-        f"keep them longer with kafka.retention_hours"
+        f"keep them longer with kafka.retention"
     )
     row = {
         **dict.fromkeys(DEAD_LETTERS.names),

@@ -31,18 +31,18 @@ HEADROOM_BYTES = 16 << 10
 PARTITIONS, REPLICATION = "partitions", "replication"
 SETTING_OF = {
     PARTITIONS: "kafka.partitions",
-    REPLICATION: "kafka.replication",
-    "min.insync.replicas": "kafka.replication",
-    "retention.ms": "kafka.retention_hours",
+    REPLICATION: "kafka.replication_factor",
+    "min.insync.replicas": "kafka.replication_factor",
+    "retention.ms": "kafka.retention",
     "max.message.bytes": "kafka.max_message_bytes",
 }
 """Where what a topic has to be comes from; for all else there is no choice."""
 _BLAMED = {
-    KafkaError.INVALID_REPLICATION_FACTOR: "kafka.replication",
+    KafkaError.INVALID_REPLICATION_FACTOR: "kafka.replication_factor",
     KafkaError.INVALID_PARTITIONS: "kafka.partitions",
-    KafkaError.TOPIC_AUTHORIZATION_FAILED: "the rights of the user in kafka.client",
-    KafkaError.CLUSTER_AUTHORIZATION_FAILED: "the rights of the user in kafka.client",
-    KafkaError.POLICY_VIOLATION: "kafka.partitions, replication, retention_hours or max_message_bytes",
+    KafkaError.TOPIC_AUTHORIZATION_FAILED: "the rights of the user in kafka.client_options",
+    KafkaError.CLUSTER_AUTHORIZATION_FAILED: "the rights of the user in kafka.client_options",
+    KafkaError.POLICY_VIOLATION: "kafka.partitions, replication_factor, retention or max_message_bytes",
 }
 
 
@@ -82,21 +82,25 @@ def declared(settings: Kafka) -> list[Topic]:
     are kept; events of drift expire.
     """
     safe = {
-        "min.insync.replicas": str((settings.replication + 1) // 2),
+        "min.insync.replicas": str((settings.replication_factor + 1) // 2),
         "unclean.leader.election.enable": "false",
     }
-    expiring = {"cleanup.policy": "delete", "retention.ms": str(round(settings.retention_hours * 3_600_000)), **safe}
+    expiring = {"cleanup.policy": "delete", "retention.ms": str(round(settings.retention * 1000)), **safe}
     traces = {
         **expiring,
         "max.message.bytes": str(settings.max_message_bytes + HEADROOM_BYTES),
         "message.timestamp.type": "LogAppendTime",
     }
     return [
-        Topic(settings.traces_topic, settings.partitions, settings.replication, traces),
+        Topic(settings.traces_topic, settings.partitions, settings.replication_factor, traces),
         Topic(
-            settings.speculators_topic, 1, settings.replication, {"cleanup.policy": "compact", **safe}, at_least=True
+            settings.speculators_topic,
+            1,
+            settings.replication_factor,
+            {"cleanup.policy": "compact", **safe},
+            at_least=True,
         ),
-        Topic(settings.drift_topic, 1, settings.replication, expiring, at_least=True),
+        Topic(settings.drift_topic, 1, settings.replication_factor, expiring, at_least=True),
     ]
 
 
@@ -111,7 +115,7 @@ def differences(wanted: Topic, found: Topic | None) -> list[Change]:
     if wanted.replication != found.replication:
         to_do = (
             f"Kafka moves copies between brokers only by kafka-reassign-partitions: do that, or set "
-            f"kafka.replication = {found.replication}"
+            f"kafka.replication_factor = {found.replication}"
         )
         changes.append(Change(wanted.name, REPLICATION, str(found.replication), str(wanted.replication), to_do))
     for key, value in wanted.config.items():
@@ -214,7 +218,8 @@ def _found(admin: AdminClient, wanted: Sequence[Topic]) -> dict[str, Topic]:
         entries = {topic.name: described[resources[topic.name]].result() for topic in there}
     except KafkaException as error:
         raise TopicError(
-            f"the broker does not show its topics: {error.args[0].str()}; check the rights of the user in kafka.client"
+            f"the broker does not show its topics: {error.args[0].str()}; "
+            "check the rights of the user in kafka.client_options"
         ) from error
     return {
         topic.name: Topic(
@@ -272,5 +277,5 @@ def _done(what: str, result: Future[None]) -> None:
         if cause.code() == KafkaError.TOPIC_ALREADY_EXISTS:
             return  # another process was faster, with the same declaration
         named = [setting for key, setting in SETTING_OF.items() if key in cause.str() and "." in key]
-        blamed = named[0] if named else _BLAMED.get(cause.code(), "kafka.bootstrap and kafka.client")
+        blamed = named[0] if named else _BLAMED.get(cause.code(), "kafka.bootstrap_servers and kafka.client_options")
         raise TopicError(f"the broker refused {what}: {cause.str()}; check {blamed}") from error

@@ -1,8 +1,9 @@
 """Figures over the tables: how often drafts are accepted, what is missing, what a token costs.
 
-The query engine counts; what a tree of drafts means is worked out here, once for every shape. A verify round is any
-round but the prompt's. Accept length is the drafted tokens kept per verify round, the bonus token excluded, also over
-rounds in which nothing was drafted.
+The query engine counts; what a tree of drafts means is worked out here, once for every shape. A verify step is any
+verify step but the prompt's. Accepted tokens per step is the drafted tokens kept per verify step, the bonus token
+excluded, also over
+verify steps in which nothing was drafted.
 """
 
 from __future__ import annotations
@@ -23,37 +24,37 @@ TRACED = ("accepted", "rejected", "traces")
 
 @dataclass
 class Figures:
-    """What a group of rounds comes to."""
+    """What a group of verify steps comes to."""
 
     requests: int = 0
     tokens: int = 0
     """Of answers: every token that the target chose."""
-    rounds: int = 0
+    verify_steps: int = 0
     drafted: int = 0
     accepted: int = 0
     tried: Counter[int] = field(default_factory=Counter)
-    """Rounds whose draft was at least so deep, by depth from 1."""
+    """Verify steps whose draft was at least so deep, by depth from 1."""
     kept: Counter[int] = field(default_factory=Counter)
-    """Rounds of those in which the target took at least so many."""
+    """Verify steps of those in which the target took at least so many."""
 
     @property
-    def accept_length(self) -> float | None:
-        """Drafted tokens kept per round; None without rounds."""
-        return self.accepted / self.rounds if self.rounds else None
+    def accepted_per_step(self) -> float | None:
+        """Drafted tokens kept per verify step; None without verify steps."""
+        return self.accepted / self.verify_steps if self.verify_steps else None
 
     @property
     def acceptance(self) -> list[float]:
         """For each depth the share of the drafts so deep that were accepted that far."""
         return [self.kept[depth] / self.tried[depth] for depth in sorted(self.tried)]
 
-    def add(self, parents: Sequence[int], kept: int, rounds: int) -> None:
-        """Count rounds with a draft of one shape of which so many nodes were kept."""
-        self.rounds += rounds
-        self.drafted += rounds * len(parents)
-        self.accepted += rounds * kept
+    def add(self, parents: Sequence[int], kept: int, verify_steps: int) -> None:
+        """Count verify steps with a draft of one shape of which so many nodes were kept."""
+        self.verify_steps += verify_steps
+        self.drafted += verify_steps * len(parents)
+        self.accepted += verify_steps * kept
         for depth in range(1, depth_of(parents) + 1):
-            self.tried[depth] += rounds
-            self.kept[depth] += rounds if kept >= depth else 0
+            self.tried[depth] += verify_steps
+            self.kept[depth] += verify_steps if kept >= depth else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +105,7 @@ def stats(tables: DeltaLog, by: Group | None = None, since: datetime | None = No
 
 
 def depth_of(parents: Sequence[int]) -> int:
-    """Tokens on the longest path of a draft; ``parents`` as in ``schemas.trace.record.Round``."""
+    """Tokens on the longest path of a draft; ``parents`` as in ``schemas.trace.record.VerifyStep``."""
     depths: list[int] = []
     for parent in parents:
         depths.append(1 if parent == ROOT else depths[parent] + 1)
@@ -112,7 +113,7 @@ def depth_of(parents: Sequence[int]) -> int:
 
 
 def _figures(tables: DeltaLog, by: Group | None, since: datetime | None) -> dict[str, Figures]:
-    """By group; of all rounds under the empty name where there are no groups."""
+    """By group; of all verify steps under the empty name where there are no groups."""
     group = f"coalesce({by}, '')" if by else "''"
     counts = (
         f"select {group} as name, count(distinct concat(node, '/', request)) as requests, "  # noqa: S608 - names of columns
@@ -120,12 +121,12 @@ def _figures(tables: DeltaLog, by: Group | None, since: datetime | None) -> dict
         f"from traces where {_since(since)} group by 1 order by 1"
     )
     shapes = (
-        f"select {group} as name, draft_parents, cast(cardinality(accepted) as int) as kept, count(*) as rounds "  # noqa: S608 - names of columns
-        f"from traces where round > 0 and {_since(since)} group by 1, 2, 3"
+        f"select {group} as name, draft_parents, cast(cardinality(accepted) as int) as kept, count(*) as verify_steps "  # noqa: S608 - names of columns
+        f"from traces where verify_step > 0 and {_since(since)} group by 1, 2, 3"
     )
     found = {row["name"]: Figures(requests=row["requests"], tokens=row["tokens"]) for row in _rows(tables, counts)}
     for row in _rows(tables, shapes):
-        found.setdefault(row["name"], Figures()).add(row["draft_parents"], row["kept"], row["rounds"])
+        found.setdefault(row["name"], Figures()).add(row["draft_parents"], row["kept"], row["verify_steps"])
     return found
 
 

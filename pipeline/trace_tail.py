@@ -1,4 +1,4 @@
-"""The newest rounds of the ``traces`` table, and those that come after them."""
+"""The newest verify steps of the ``traces`` table, and those that come after them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SHOWN = (
     "node",
     "request",
     "chunk",
-    "round",
+    "verify_step",
     "speculator",
     "label",
     "draft_tokens",
@@ -22,11 +22,11 @@ SHOWN = (
     "bonus",
 )
 _COMMITS = 4
-"""Commits that are read at first; four times as many each time they hold too few rounds."""
+"""Commits that are read at first; four times as many each time they hold too few verify steps."""
 
 
 def newest(tables: DeltaLog, count: int) -> tuple[pa.Table, int]:
-    """The last ``count`` rounds in the order of their commits, and the version that they end with.
+    """The last ``count`` verify steps in the order of their commits, and the version that they end with.
 
     Raises:
         TableError: the table cannot be read.
@@ -42,7 +42,7 @@ def newest(tables: DeltaLog, count: int) -> tuple[pa.Table, int]:
 
 
 def following(tables: DeltaLog, version: int, poll_s: float) -> Iterator[pa.Table]:
-    """Rounds of the commits after ``version`` as they come, without end.
+    """Verify steps of the commits after ``version`` as they come, without end.
 
     Raises:
         TableError: the table cannot be read.

@@ -1,6 +1,7 @@
 """What the codec cannot see in a record, and what the tables cannot hold.
 
-The codec refuses what contradicts itself in a single row. Here headers are held against the envelope, rounds against
+The codec refuses what contradicts itself in a single row. Here headers are held against the envelope, verify steps
+against
 their neighbours, and numbers against what they may be.
 """
 
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from schemas.trace import record
-from schemas.trace.decoder import Array, Bools, Check, Ints, Lists, Opened, Rounds
+from schemas.trace.decoder import Array, Bools, Check, Ints, Lists, Opened, VerifySteps
 from schemas.trace.record import INT32_MAX, TraceError
 
 LINE = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -56,7 +57,7 @@ def check_envelope(chunk: Opened, header: Header) -> None:
     """
     envelope, rows = chunk.envelope, chunk.rows.num_rows
     if header("rows") != str(rows):
-        raise TraceError("wrong_count", f"header rows is {header('rows')!r}, the chunk has {rows} rounds")
+        raise TraceError("wrong_count", f"header rows is {header('rows')!r}, the chunk has {rows} verify steps")
     for name, found in (("target", envelope.target), ("node", envelope.node)):
         if header(name) not in (None, found):
             raise TraceError("header_mismatch", f"header {name} is {header(name)!r}, the envelope says {found!r}")
@@ -78,44 +79,44 @@ def check_envelope(chunk: Opened, header: Header) -> None:
         )
 
 
-def unsound(rounds: Rounds, features: Lists) -> dict[int, TraceError]:
+def unsound(verify_steps: VerifySteps, features: Lists) -> dict[int, TraceError]:
     """Why chunks of well-formed rows cannot be used, by their number; empty where all are sound.
 
     Args:
-        rounds: Of many chunks.
+        verify steps: Of many chunks.
         features: [rows] the bf16 bit patterns of each row's tokens.
     """
-    of_rounds = [*_plainly_wrong(rounds), *_tokens(rounds), *_numbers(rounds, features)]
-    return rounds.first_faults([_order(rounds)]) | rounds.first_faults(of_rounds)
+    of_verify_steps = [*_plainly_wrong(verify_steps), *_tokens(verify_steps), *_numbers(verify_steps, features)]
+    return verify_steps.first_faults([_order(verify_steps)]) | verify_steps.first_faults(of_verify_steps)
 
 
-def _plainly_wrong(rounds: Rounds) -> Iterator[Check]:
-    where, drafted = rounds.where, rounds.draft_tokens.lengths
+def _plainly_wrong(verify_steps: VerifySteps) -> Iterator[Check]:
+    where, drafted = verify_steps.where, verify_steps.draft_tokens.lengths
     yield Check(
-        (rounds.number < 0) | (rounds.position < 0),
+        (verify_steps.number < 0) | (verify_steps.position < 0),
         "contradiction",
-        lambda row: f"{where(row)} at position {rounds.position[row]}",
+        lambda row: f"{where(row)} at position {verify_steps.position[row]}",
     )
     yield Check(
-        (rounds.number == 0) & (drafted > 0),
+        (verify_steps.number == 0) & (drafted > 0),
         "contradiction",
         lambda row: f"{where(row)}: the prompt has no draft, found {drafted[row]} tokens",
     )
     yield Check(
-        (rounds.time < 0) | (rounds.time >= TIME_END_US),
+        (verify_steps.time < 0) | (verify_steps.time >= TIME_END_US),
         "bad_number",
-        lambda row: f"{where(row)}: time {rounds.time[row]} us, expected one before the year 10000",
+        lambda row: f"{where(row)}: time {verify_steps.time[row]} us, expected one before the year 10000",
     )
     yield Check(
-        (rounds.number > 0) & ~rounds.has_bonus,
+        (verify_steps.number > 0) & ~verify_steps.has_bonus,
         "contradiction",
         lambda row: f"{where(row)}: no bonus, although only the inside of a prompt has none",
     )
 
 
-def _tokens(rounds: Rounds) -> Iterator[Check]:
+def _tokens(verify_steps: VerifySteps) -> Iterator[Check]:
     """Token ids that no token has."""
-    ends = rounds.of_row([envelope.vocabulary or 2**31 for envelope in rounds.envelopes])
+    ends = verify_steps.of_row([envelope.vocabulary or 2**31 for envelope in verify_steps.envelopes])
     lowest = int(ends.min(initial=2**31))
 
     def outside(ids: Array, end: Ints) -> Bools:
@@ -124,19 +125,19 @@ def _tokens(rounds: Rounds) -> Iterator[Check]:
     def check(name: str, bad: Bools, ids: Callable[[int], list[int]]) -> Check:
         def detail(row: int) -> str:
             wrong = next(token for token in ids(row) if not 0 <= token < ends[row])
-            return f"{rounds.where(row)}: token id {wrong} in {name}, expected 0 to {ends[row] - 1}"
+            return f"{verify_steps.where(row)}: token id {wrong} in {name}, expected 0 to {ends[row] - 1}"
 
         return Check(bad, "bad_token", detail)
 
     for name in ("tokens", "draft_tokens", "top_ids"):
-        lists: Lists = getattr(rounds, name)
+        lists: Lists = getattr(verify_steps, name)
         ids = lists.entries
         if len(ids) and (ids.min() < 0 or ids.max() >= lowest):
             yield check(name, lists.any(outside(ids, ends[lists.rows])), lists.of)
-    yield check("bonus", outside(rounds.bonus, ends), lambda row: [int(rounds.bonus[row])])
+    yield check("bonus", outside(verify_steps.bonus, ends), lambda row: [int(verify_steps.bonus[row])])
 
 
-def _numbers(rounds: Rounds, features: Lists) -> Iterator[Check]:
+def _numbers(verify_steps: VerifySteps, features: Lists) -> Iterator[Check]:
     """Numbers that are none. Features are most of a chunk: they are looked at piece by piece."""
     bits = features.entries
     infinite = [
@@ -150,33 +151,36 @@ def _numbers(rounds: Rounds, features: Lists) -> Iterator[Check]:
         yield Check(
             features.any(bad),
             "bad_number",
-            lambda row: f"{rounds.where(row)}: a feature is infinite or not a number",
+            lambda row: f"{verify_steps.where(row)}: a feature is infinite or not a number",
         )
     yield Check(
-        rounds.draft_logprobs.any(np.isinf(rounds.draft_logprobs.entries))  # not a number: not known
-        | rounds.top_logprobs.any(~np.isfinite(rounds.top_logprobs.entries)),
+        verify_steps.draft_logprobs.any(np.isinf(verify_steps.draft_logprobs.entries))  # not a number: not known
+        | verify_steps.top_logprobs.any(~np.isfinite(verify_steps.top_logprobs.entries)),
         "bad_number",
-        lambda row: f"{rounds.where(row)}: a log-probability is infinite, or the target's is not a number",
+        lambda row: f"{verify_steps.where(row)}: a log-probability is infinite, or the target's is not a number",
     )
 
 
-def _order(rounds: Rounds) -> Check:
-    """Rounds of a chunk follow each other: the token that one chose is the first that the next one consumed."""
-    number, n = rounds.number, rounds.tokens.lengths
-    root = rounds.tokens.values[rounds.tokens.starts]
-    in_chunk = rounds.chunk[1:] == rounds.chunk[:-1]
-    same_prompt = (number[:-1] == 0) & (number[1:] == 0) & ~rounds.has_bonus[:-1]
-    next_round = (number[1:] == number[:-1] + 1) & rounds.has_bonus[:-1] & (rounds.bonus[:-1] == root[1:])
-    joined = rounds.position[1:] == rounds.position[:-1] + n[:-1]
-    bad = np.zeros(len(rounds), np.bool_)
-    bad[1:] = in_chunk & ~((same_prompt | next_round) & joined)
+def _order(verify_steps: VerifySteps) -> Check:
+    """Verify steps of a chunk follow each other: the token that one chose is the first that the next one consumed."""
+    number, n = verify_steps.number, verify_steps.tokens.lengths
+    root = verify_steps.tokens.values[verify_steps.tokens.starts]
+    in_chunk = verify_steps.chunk[1:] == verify_steps.chunk[:-1]
+    same_prompt = (number[:-1] == 0) & (number[1:] == 0) & ~verify_steps.has_bonus[:-1]
+    next_verify_step = (
+        (number[1:] == number[:-1] + 1) & verify_steps.has_bonus[:-1] & (verify_steps.bonus[:-1] == root[1:])
+    )
+    joined = verify_steps.position[1:] == verify_steps.position[:-1] + n[:-1]
+    bad = np.zeros(len(verify_steps), np.bool_)
+    bad[1:] = in_chunk & ~((same_prompt | next_verify_step) & joined)
 
     def detail(row: int) -> str:
         one = row - 1
-        bonus = rounds.bonus[one] if rounds.has_bonus[one] else None
+        bonus = verify_steps.bonus[one] if verify_steps.has_bonus[one] else None
         return (
-            f"round {number[row]} at position {rounds.position[row]} with root {root[row]} does not follow round "
-            f"{number[one]} at position {rounds.position[one]} with {n[one]} tokens and bonus {bonus}"
+            f"verify step {number[row]} at position {verify_steps.position[row]} with root {root[row]} does not follow "
+            f"verify step "
+            f"{number[one]} at position {verify_steps.position[one]} with {n[one]} tokens and bonus {bonus}"
         )
 
     return Check(bad, "contradiction", detail)

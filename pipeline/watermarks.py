@@ -56,8 +56,10 @@ class Watermarks:
             admin.poll(0)
             # A client goes on with what it knew of the leaders before they were away, and is refused for that.
             self._admin = self._connected()
-            why = f"{self._refusals.last} (kafka.client)" if self._refusals.last else error.args[0].str()
-            raise BrokerAwayError(f"broker at {self._settings.bootstrap} (kafka.bootstrap): {why}") from error
+            why = f"{self._refusals.last} (kafka.client_options)" if self._refusals.last else error.args[0].str()
+            raise BrokerAwayError(
+                f"broker at {self._settings.bootstrap_servers} (kafka.bootstrap_servers): {why}"
+            ) from error
 
     def _connected(self) -> AdminClient:
         return AdminClient(client(self._settings, error_cb=self._refusals))

@@ -297,17 +297,17 @@ def run(settings: Settings) -> None:
 
 def _app(settings: Settings) -> faust.App:
     kafka, stream = settings.kafka, settings.stream
-    unknown = ignored(kafka.client)
+    unknown = ignored(kafka.client_options)
     if unknown:
         log.warning("kafka_client_options_ignored", options=unknown, by="the stream's consumer")
     # Faust counts what it holds in records: of the largest ones no more than this.
     records = max(1, min(stream.flush_records, HELD_BYTES // kafka.max_message_bytes))
     return faust.App(
-        stream.group,
-        broker=[f"kafka://{address.strip()}" for address in kafka.bootstrap.split(",")],
-        broker_credentials=credentials(kafka.client),
-        broker_session_timeout=stream.session_s,
-        broker_heartbeat_interval=stream.session_s / 4,
+        stream.group_id,
+        broker=[f"kafka://{address.strip()}" for address in kafka.bootstrap_servers.split(",")],
+        broker_credentials=credentials(kafka.client_options),
+        broker_session_timeout=stream.session_timeout,
+        broker_heartbeat_interval=stream.session_timeout / 4,
         broker_rebalance_timeout=REBALANCE_S,
         broker_request_timeout=30.0,
         # A worker that has no partition, or whose tables are away for long, reads nothing and is well nonetheless; one
@@ -339,7 +339,7 @@ def _folder(data_dir: str) -> Path:
 
 
 def _limits(stream: Stream) -> Limits:
-    return Limits(stream.flush_records, PART_BYTES, stream.flush_s, HELD_BYTES)
+    return Limits(stream.flush_records, PART_BYTES, stream.flush_interval, HELD_BYTES)
 
 
 def _record(event: EventT[bytes]) -> Record:

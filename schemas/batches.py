@@ -7,7 +7,7 @@ G``)::
 
     accepted   tokens     a  b  c  D  E  F      the committed tokens of the chunk, with one feature row each
                loss_mask  .  .  x  x  x  x      the teacher after consuming the token is known (never inside the prompt)
-               next_token G                     the bonus of the last round: chosen, not yet consumed
+               next_token G                     the bonus of the last verify step: chosen, not yet consumed
     rejected   root D, branch E X               accepted_prefix 1: E was right, X was not
                root F, branch Y Z               accepted_prefix 0
 
@@ -68,7 +68,7 @@ order."""
 REJECTED = pa.schema(
     [
         *LINEAGE,
-        pa.field("round", pa.int32(), nullable=False),
+        pa.field("verify_step", pa.int32(), nullable=False),
         pa.field("root_position", pa.int32(), nullable=False),
         pa.field("context", _IDS, nullable=False),
         pa.field("branch", _IDS, nullable=False),
@@ -96,7 +96,7 @@ TRACES = pa.schema(
         pa.field("top_p", pa.float32(), nullable=False),
         pa.field("sampling_top_k", pa.int32(), nullable=False),
         pa.field("seed", pa.int64()),
-        pa.field("round", pa.int32(), nullable=False),
+        pa.field("verify_step", pa.int32(), nullable=False),
         pa.field("position", pa.int32(), nullable=False),
         pa.field("tokens", _IDS, nullable=False),
         pa.field("draft_tokens", _IDS, nullable=False),
@@ -111,7 +111,7 @@ TRACES = pa.schema(
         pa.field("verify_us", pa.int32(), nullable=False),
     ]
 )
-"""One verify round a row, without features. Here ``speculator`` and ``time`` are those of the round."""
+"""One verify step a row, without features. Here ``speculator`` and ``time`` are those of the verify step."""
 
 DEAD_LETTERS = pa.schema(
     [

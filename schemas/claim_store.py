@@ -32,7 +32,7 @@ class ClaimStoreError(RuntimeError):
 
 
 class ClaimStore:
-    """The files below ``traces.claim_uri``. Not thread-safe."""
+    """The files below ``traces.claim_check_uri``. Not thread-safe."""
 
     def __init__(self, settings: Traces) -> None:
         """Name the store; nothing is connected yet.
@@ -68,7 +68,7 @@ class ClaimStore:
         """
         name = claim.uri.removeprefix(f"{self._uri}/")
         if name == claim.uri or ".." in name.split("/"):
-            raise TraceError("claim_foreign", f"{claim.uri} is not below {self._uri} (traces.claim_uri)")
+            raise TraceError("claim_foreign", f"{claim.uri} is not below {self._uri} (traces.claim_check_uri)")
         with self._failures():
             try:
                 file = self._read(f"{self._root}/{name}", claim.size)
@@ -109,24 +109,26 @@ class ClaimStore:
         try:
             yield
         except (OSError, pa.ArrowException) as error:
-            raise ClaimStoreError(f"{self._uri}: {error}; check traces.claim_uri and traces.claim_options") from error
+            raise ClaimStoreError(
+                f"{self._uri}: {error}; check traces.claim_check_uri and traces.claim_check_options"
+            ) from error
 
 
 def _open(settings: Traces) -> tuple[fs.FileSystem, str, str]:
     """File system, path of the root in it, and the root's full address."""
-    uri, options = settings.claim_uri.rstrip("/"), settings.claim_options
+    uri, options = settings.claim_check_uri.rstrip("/"), settings.claim_check_options
     scheme, separator, path = uri.partition("://")
     try:
         if scheme == "s3" and separator:
             return _s3(options), path, uri
         if options:
-            raise SettingsError(f"traces.claim_options: only an s3:// address takes options, not {uri!r}")
+            raise SettingsError(f"traces.claim_check_options: only an s3:// address takes options, not {uri!r}")
         if not separator:
             folder = Path(uri).resolve()
             return fs.LocalFileSystem(), str(folder), folder.as_uri()
         files, root = fs.FileSystem.from_uri(uri)
     except (pa.ArrowException, OSError, TypeError, ValueError) as error:
-        raise SettingsError(f"traces.claim_uri or traces.claim_options: {error}") from error
+        raise SettingsError(f"traces.claim_check_uri or traces.claim_check_options: {error}") from error
     return files, root.rstrip("/"), uri
 
 

@@ -89,11 +89,11 @@ class Accepted(BaseModel):
 
     requests: PositiveInt
     acceptance: float
-    """Share of the rounds with a draft in which the target took the draft's first choice for the next token."""
-    accept_length: float
-    """Drafted tokens that the target kept in a round."""
+    """Share of the verify steps with a draft in which the target took the draft's first choice for the next token."""
+    accepted_per_step: float
+    """Drafted tokens that the target kept in a verify step."""
     drafted: float
-    """Tokens drafted in a round; the accept length moves with it, the acceptance does not."""
+    """Tokens drafted in a verify step; the accepted tokens per step moves with it, the acceptance does not."""
 
 
 class DriftEvent(BaseModel):
@@ -108,7 +108,7 @@ class DriftEvent(BaseModel):
     id: str
     """Function of line, version, label and the record at which the change was noticed."""
     time: datetime
-    """When that record's last round was committed, by the clock of its node."""
+    """When that record's last verify step was committed, by the clock of its node."""
     line: str
     speculator: str
     label: str | None

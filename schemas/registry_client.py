@@ -54,19 +54,19 @@ def model_name(line: str) -> str:
 
 
 def connect(settings: Registry) -> MlflowClient:
-    """A client that gives up after ``registry.timeout_s``.
+    """A client that gives up after ``registry.timeout``.
 
     MLflow takes its limits and credentials from its own variables only. By default it tries seven times, two minutes
     each; everything here asks again anyway, and must not stand still for a quarter of an hour.
     """
     mlflow_settings.MLFLOW_HTTP_REQUEST_MAX_RETRIES.set(0)
-    mlflow_settings.MLFLOW_HTTP_REQUEST_TIMEOUT.set(math.ceil(settings.timeout_s))
+    mlflow_settings.MLFLOW_HTTP_REQUEST_TIMEOUT.set(math.ceil(settings.timeout))
     if settings.username:
         mlflow_settings.MLFLOW_TRACKING_USERNAME.set(settings.username)
         mlflow_settings.MLFLOW_TRACKING_PASSWORD.set(settings.password.get_secret_value())
     mlflow_settings.MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR.set(False)
     mlflow_settings.MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT.set(True)
-    return MlflowClient(tracking_uri=settings.uri, registry_uri=settings.uri)
+    return MlflowClient(tracking_uri=settings.tracking_uri, registry_uri=settings.tracking_uri)
 
 
 def download(client: MlflowClient, uri: str, line: str, version: str, folder: Path) -> Path:

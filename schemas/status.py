@@ -34,7 +34,7 @@ class RefusedStatus(_Status):
 
 
 class ServeStatus(_Status):
-    """A serving node. Token and round counters run from its start."""
+    """A serving node. Token and verify step counters run from its start."""
 
     node: str
     target: str
@@ -57,14 +57,14 @@ class ServeStatus(_Status):
     waiting: int
     finished: int
     failed: int
-    rounds: int
+    verify_steps: int
     drafted: int
     accepted: int
     output_tokens: int
     rows_captured: int
-    """Rounds handed to the publisher; each ends as published or shed."""
+    """Verify steps handed to the publisher; each ends as published or shed."""
     rows_published: int
-    """Rounds that the broker acknowledged."""
+    """Verify steps that the broker acknowledged."""
     rows_shed: int
     rows_pending: int
     breaker: str
@@ -176,7 +176,7 @@ class StreamStatus(_Status):
 
 
 class TrainStatus(_Status):
-    """The trainer. ``accept_length`` is simulated on the held-back slice, bonus excluded."""
+    """The trainer. ``accepted_per_step`` is simulated on the held-out set, bonus excluded."""
 
     step: int
     loss: float | None
@@ -196,7 +196,7 @@ class TrainStatus(_Status):
     """Newest version of ``accepted`` on the table."""
     cursor: int
     """Version of ``accepted`` up to which the feed has read."""
-    accept_length: float | None
+    accepted_per_step: float | None
     registered: list[str]
     unfit_steps: int
     """Steps that were not taken, because loss or gradient was not finite."""

@@ -33,11 +33,11 @@ log = structlog.get_logger()
 _HANG_UP_S = 2
 """For the last words to requests that outlast the drain."""
 _FLUSH_S = 4.0
-"""For the last traces. With the default of ``serve.drain_s``, all is below the 15 s that supervisors commonly wait."""
+"""For the last traces. With the default of ``serve.drain_timeout``, all is below the 15 s that supervisors wait."""
 
 
 def run(settings: Settings) -> None:
-    """Serve until SIGTERM or SIGINT; then answer what runs, for ``serve.drain_s``, and publish the last traces.
+    """Serve until SIGTERM or SIGINT; then answer what runs, for ``serve.drain_timeout``, and publish the last traces.
 
     Raises:
         SettingsError: the address is taken, the target cannot be served, or a Kafka option is unknown.
@@ -47,7 +47,7 @@ def run(settings: Settings) -> None:
     disable_progress_bar()
     signal.signal(signal.SIGTERM, _leave)
     signal.signal(signal.SIGINT, _leave)
-    torch.set_num_threads(settings.serve.threads)
+    torch.set_num_threads(settings.serve.num_threads)
     with ExitStack() as undo:
         undo.callback(spans.close)
         server_socket = undo.enter_context(bind(settings.serve.host, settings.serve.port))
@@ -77,7 +77,7 @@ def _serve(
     tokenizer = AutoTokenizer.from_pretrained(settings.target.path, local_files_only=True)
     drain = Drain()
     traced = publisher.wants if publisher else _never
-    app = routes.create(engine, tokenizer, settings.target.name, figures, drain, settings.serve, traced)
+    app = routes.create(engine, tokenizer, settings.target.served_model_name, figures, drain, settings.serve, traced)
     status.add(app, settings.serve.node, engine, figures, metrics, publisher, puller, drain)
     control.add(app, settings.serve, engine, puller)
     webhook.add(app, settings.serve.webhook_secret, engine.line, puller)
@@ -86,7 +86,7 @@ def _serve(
     )
     host, port = server_socket.getsockname()[:2]
     log.info("serving", host=host, port=port, target=engine.target, line=engine.line)
-    DrainingServer(config, drain, settings.serve.drain_s, engine.stop).run(sockets=[server_socket])
+    DrainingServer(config, drain, settings.serve.drain_timeout, engine.stop).run(sockets=[server_socket])
 
 
 def _puller(settings: Settings, engine: TransformersEngine) -> Puller | None:
@@ -109,7 +109,7 @@ def _close(publisher: TracePublisher) -> None:
 
 
 def _never(_request: str) -> bool:
-    """Without a publisher nothing is traced, and the engine need not write rounds down."""
+    """Without a publisher nothing is traced, and the engine need not write verify steps down."""
     return False
 
 

@@ -1,15 +1,17 @@
 """How much to draft: what is expected to give the most tokens per second, by what this node has measured.
 
-A round drafts a token for every running request, or several, and the target verifies them all in one pass. Whether
+A verify step drafts a token for every running request, or several, and the target verifies them all in one pass.
+Whether
 that pays depends on what a pass costs with more rows, on what a drafting step costs, and on how often the target
-accepts: all three are measured while the node serves, and the round that follows is planned by them.
+accepts: all three are measured while the node serves, and the verify step that follows is planned by them.
 
 **Rate.** With B requests, and a_i the share of tokens accepted at depth i of those whose parent was accepted, a draft
 of n tokens is expected to give ``B * (1 + a_1 + a_1 a_2 + .. + a_1 .. a_n)`` tokens, and takes
 ``verify(B (1 + n)) + draft(B, n)`` seconds. The plan's depth is the n with the best rate, none among them. Where drafts
-end early or branch, the rows are as many fewer or more as they were in the rounds before.
+end early or branch, the rows are as many fewer or more as they were in the verify steps before.
 
-**Worth.** Within a round a request goes on only as long as it pays. At the best rate, a second is worth so many tokens;
+**Worth.** Within a verify step a request goes on only as long as it pays. At the best rate, a second is worth so
+many tokens;
 so a token is drafted while the chance that it will be accepted is worth a drafting step and a row of the target's pass,
 and verified while it is worth the row (the threshold policy of SpecDec++, Huang et al., arXiv 2405.19715, with the
 threshold taken from the measured costs). The chance is that of its ancestors times what tokens of that draft
@@ -17,7 +19,7 @@ probability have proved to be worth.
 
 **Probes.** What is not drafted is not learned of. While nothing is drafted, one request drafts all the same now and
 then: rarely while that leads to nothing, at once again after a version was swapped in or a probe was accepted. While
-drafts are shorter than they may be, some rounds draft one token more than planned.
+drafts are shorter than they may be, some verify steps draft one token more than planned.
 
 Nothing here does I/O or knows of tensors.
 """
@@ -37,7 +39,7 @@ _OUTLIER = 3.0
 _WINDOW = 48.0
 """Trials that an estimate of acceptance remembers."""
 _PROBE_WEIGHT = 8.0
-"""Trials that one of a probe counts for: it stands for all the rounds since the probe before."""
+"""Trials that one of a probe counts for: it stands for all the verify steps since the probe before."""
 _PRIOR_TRIALS = 2.0
 _EDGES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 
@@ -49,7 +51,7 @@ _PROBE_LAST = 32
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a round drafts."""
+    """What a verify step drafts."""
 
     depth: int
     """Tokens that a request drafts at most, one after the other; 0 is none."""
@@ -143,7 +145,7 @@ class Costs:
         return self._pace * (self._first.at(requests) + (depth - 1) * self._further.at(requests))
 
     def learn(self, verify: Timing, drafts: Sequence[Timing]) -> None:
-        """Take in one round: the target's pass, and each drafting step in order."""
+        """Take in one verify step: the target's pass, and each drafting step in order."""
         self._take(self._verify, verify, sets_pace=True)
         for step, timing in enumerate(drafts):
             self._take(self._further if step else self._first, timing, sets_pace=False)
@@ -210,12 +212,12 @@ class Acceptance:
 
 
 class Utility:
-    """Plans rounds by what was measured.
+    """Plans verify steps by what was measured.
 
     Args:
         costs: Curves of this machine, calibrated at start.
         longest: Tokens that are drafted at most.
-        adaptive: False drafts ``longest`` tokens in every round.
+        adaptive: False drafts ``longest`` tokens in every verify step.
     """
 
     def __init__(self, costs: Costs, longest: int, *, adaptive: bool = True) -> None:
@@ -225,13 +227,13 @@ class Utility:
         self._until_probe = self._pause = _PROBE_FIRST
         self._until_deeper = _DEEPER_EVERY
         self._known_depth = longest
-        """Tokens of the present round's drafts that are more than a probe."""
+        """Tokens of the present verify step's drafts that are more than a probe."""
         self._rows_per_depth = 1.0
         """Verified tokens of a request for each step of its draft; above one in trees."""
         self.forecast = Forecast(0 if adaptive else longest, ())
 
     def plan(self, greedy: Sequence[bool]) -> Plan:
-        """The coming round, for one request for each entry: whether it decodes greedily."""
+        """The coming verify step, for one request for each entry: whether it decodes greedily."""
         if not self._adaptive:
             return Plan(self._longest)
         if not greedy:
@@ -268,7 +270,7 @@ class Utility:
         return max(longer, 1)
 
     def observe(self, trials: Iterable[Trial], verify: Timing | None, drafts: Sequence[Timing], drafted: int) -> None:
-        """Take in what a round showed.
+        """Take in what a verify step showed.
 
         Args:
             trials: What the target said of the drafts.
@@ -285,7 +287,8 @@ class Utility:
             if probed and trial.accepted is not None:
                 self._until_probe = self._pause = _PROBE_FIRST
         if verify is not None:
-            # A probe's first step also follows all that was committed since the last one; that is no round's price.
+            # A probe's first step also follows all that was committed since the last one; that is no verify step's
+            # price.
             self._costs.learn(verify, drafts if self._known_depth else ())
 
     def renew(self) -> None:

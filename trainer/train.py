@@ -58,7 +58,7 @@ def run(settings: Settings) -> None:
     stopping = stop_on_signals()
     settings = settled(settings)
     train = settings.train
-    torch.set_num_threads(train.threads)
+    torch.set_num_threads(train.num_threads)
     device = device_of(train.device, "train.device")
     with joined(device) as ranks:
         target = read_target(settings).on(device)
@@ -86,18 +86,18 @@ class Trainer:
         states = FrozenTarget(Path(settings.target.path), target.day_0.shape.capture_layers).states
         self._tables = DeltaLog(settings.tables)
         feed = Feed(self._tables, train, target.fingerprint, target.line, states)
-        self._feed = Ahead(feed, lambda windows: work_of(windows, ranks.size, train.accumulate))
+        self._feed = Ahead(feed, lambda windows: work_of(windows, ranks.size, train.gradient_accumulation_steps))
         self._candidates = Candidates(settings, target, SpeculatorRegistry(settings.registry))
-        self._checkpoints = Checkpoints(Path(train.dir), target.line)
+        self._checkpoints = Checkpoints(Path(train.checkpoint_dir), target.line)
         self._line = target.line
-        self._reader = f"trainer {target.line} {socket.gethostname()}:{Path(train.dir).resolve()}"
+        self._reader = f"trainer {target.line} {socket.gethostname()}:{Path(train.checkpoint_dir).resolve()}"
         self._learner = Learner(target.new_draft(), target.embeddings_VH, train, ranks)
         self._team = Team(self._learner, ranks)
         self._curves = Curves(
             SpeculatorRegistry(settings.registry),
             self._failures,
             target.line,
-            train.curves_every_s,
+            train.metrics_interval,
             {"mlflow.runName": f"trainer {socket.gethostname()}", "line": target.line, "code": code_revision()},
             {**train.model_dump(), "ranks": ranks.size},
         )
@@ -121,8 +121,8 @@ class Trainer:
         self._curves.start()
         self._begin()
         announce_at = time.monotonic()
-        checkpoint_at = time.monotonic() + self._settings.checkpoint_every_s
-        compare_at = time.monotonic() + self._settings.register_every_s
+        checkpoint_at = time.monotonic() + self._settings.checkpoint_interval
+        compare_at = time.monotonic() + self._settings.registration_interval
         while not self._stopping.is_set():
             work = None
             with self._failures.survive("tables", TableError, FeedError):
@@ -132,13 +132,13 @@ class Trainer:
                 self._learn(work)
             else:
                 self._team.rest()
-                self._stopping.wait(self._settings.poll_s)
+                self._stopping.wait(self._settings.poll_interval)
             if time.monotonic() >= compare_at or self._is_worth_a_look():
                 self._compare()
-                compare_at = time.monotonic() + self._settings.register_every_s
+                compare_at = time.monotonic() + self._settings.registration_interval
             if time.monotonic() >= checkpoint_at:
                 self._checkpoint()
-                checkpoint_at = time.monotonic() + self._settings.checkpoint_every_s
+                checkpoint_at = time.monotonic() + self._settings.checkpoint_interval
             if time.monotonic() >= announce_at:
                 self._announce()
                 announce_at = time.monotonic() + ANNOUNCE_EVERY_S
@@ -165,7 +165,7 @@ class Trainer:
             tokens_seen=self._tokens_seen,
             table_version=self._feed.table_version,
             cursor=self._feed.cursor,
-            accept_length=health.accept_length if health else None,
+            accepted_per_step=health.accepted_per_step if health else None,
             registered=list(self._registered),
             unfit_steps=self._unfit,
             rollbacks=self._rollbacks,
@@ -194,7 +194,7 @@ class Trainer:
                 begun = True
             if not begun:
                 self._team.rest()
-                self._stopping.wait(self._settings.poll_s)
+                self._stopping.wait(self._settings.poll_interval)
         if begun and self._good is None:
             self._checkpoint(good=True)
         log.info("training", step=self._learner.steps, parent=self._parent, cursor=self._feed.cursor)
@@ -221,29 +221,31 @@ class Trainer:
         self._unfit += 1
         self._gauges.unfit.inc()
         log.warning("step_not_taken", step=self._learner.steps, loss=float(loss.total), why="not finite")
-        if self._settings.guard and self._learner.unfit >= UNFIT:
+        if self._settings.divergence_threshold and self._learner.unfit >= UNFIT:
             self._go_back(f"{UNFIT} steps in a row were not finite")
 
     def _is_worth_a_look(self) -> bool:
         """Whether the losses rise so much that the next comparison should not be waited for."""
-        if not self._settings.guard or not rising(list(self._losses)):
+        if not self._settings.divergence_threshold or not rising(list(self._losses)):
             return False
         log.info("losses_rise", step=self._learner.steps)
         self._losses.clear()
         return True
 
     def _compare(self) -> None:
-        """Score the weights on the held-back slice; then register them if they are better, or go back."""
-        windows = self._feed.held_back
+        """Score the weights on the held-out set; then register them if they are better, or go back."""
+        windows = self._feed.held_out
         if not windows or self._learner.steps == self._offered_step:
             return
         draft = self._team.weights()
         examined = self._candidates.examine(draft, windows)
         self._health = now = examined.health
         self._gauges.compared(now)
-        self._curves.add(self._learner.steps, {"accept_length": now.accept_length, "held_back_loss": now.loss or 0.0})
+        self._curves.add(
+            self._learner.steps, {"accepted_per_step": now.accepted_per_step, "held_out_loss": now.loss or 0.0}
+        )
         log.info("compared", step=self._learner.steps, windows=len(windows), **now.model_dump())
-        if self._settings.guard:
+        if self._settings.divergence_threshold:
             if why := self._fallen(now, windows):
                 self._go_back(why)
                 return
@@ -254,7 +256,7 @@ class Trainer:
 
     def _fallen(self, now: Health, windows: Sequence[Window]) -> str | None:
         """Why the weights are much worse than the last good state; None where they are not."""
-        share, good = self._settings.guard, self._good
+        share, good = self._settings.divergence_threshold, self._good
         if good is None or (good.health and not fallen(now, good.health, share)):
             return None
         found = self._checkpoints.good()
@@ -267,7 +269,7 @@ class Trainer:
         """Take the last good state; the feed goes on from where it is."""
         found = self._checkpoints.good()
         if found is None:
-            log.error("nowhere_to_go_back", why=why, folder=self._settings.dir)
+            log.error("nowhere_to_go_back", why=why, folder=self._settings.checkpoint_dir)
             return
         state, tensors = found
         log.error("went_back", why=why, from_step=self._learner.steps, to_step=state.step)

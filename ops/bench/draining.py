@@ -44,7 +44,7 @@ class Load:
     """What is in a topic."""
 
     messages: int
-    rounds: int
+    verify_steps: int
     tokens: int
     size: int
 
@@ -53,7 +53,7 @@ class Load:
         """Of these."""
         return cls(
             len(messages),
-            sum(m.rounds for m in messages),
+            sum(m.verify_steps for m in messages),
             sum(m.tokens for m in messages),
             sum(len(m.value) for m in messages),
         )
@@ -89,7 +89,7 @@ class Ground:
         """With a topic, a group and tables of their own; the topic is there."""
         name = f"bench-{next(self._numbers)}"
         kafka = Kafka(
-            bootstrap=self._bootstrap,
+            bootstrap_servers=self._bootstrap,
             traces_topic=name,
             partitions=PARTITIONS,
             max_message_bytes=self._settings.kafka.max_message_bytes,
@@ -97,7 +97,7 @@ class Ground:
         topics.create(kafka)
         folder = self._folder / name
         stream = self._settings.stream.model_copy(
-            update={"group": name, "data_dir": str(folder / "worker"), "host": "127.0.0.1"}
+            update={"group_id": name, "data_dir": str(folder / "worker"), "host": "127.0.0.1"}
         )
         return self._settings.model_copy(
             update={"kafka": kafka, "tables": Tables(uri=str(folder / "tables")), "stream": stream}
@@ -152,7 +152,7 @@ def read_only(kafka: Kafka) -> Took:
 
 
 def bare_loop(settings: Settings) -> Took:
-    """A loop reads the topic, opens the Arrow streams and appends their rounds to one table.
+    """A loop reads the topic, opens the Arrow streams and appends their verify steps to one table.
 
     It flushes as a worker does, and does nothing else: no checks, no shapes, no dead letters, nothing exactly once.
     """

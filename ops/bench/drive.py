@@ -58,10 +58,10 @@ class Run:
         return sum(answer.finish not in ("stop", "length") for answer in self.answers)
 
     @property
-    def accept_length(self) -> float:
-        """Accepted tokens a verify round; the bonus token is not in it."""
+    def accepted_per_step(self) -> float:
+        """Accepted tokens a verify step; the bonus token is not in it."""
         figures = [answer.figures for answer in self.answers if answer.figures]
-        return sum(f.accepted for f in figures) / max(sum(f.rounds for f in figures), 1)
+        return sum(f.accepted for f in figures) / max(sum(f.verify_steps for f in figures), 1)
 
 
 def drive(engine: Engine, requests: Iterable[Request], at_once: int) -> Run:

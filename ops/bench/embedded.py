@@ -29,7 +29,7 @@ def pointed_at(settings: Settings, bootstrap: str) -> Settings:
     Raises:
         TopicError: it does not answer.
     """
-    kafka = settings.kafka.model_copy(update={"bootstrap": bootstrap, "client": {}})
+    kafka = settings.kafka.model_copy(update={"bootstrap_servers": bootstrap, "client_options": {}})
     topics.create(kafka)
     return settings.model_copy(update={"kafka": kafka})
 

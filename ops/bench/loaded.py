@@ -44,7 +44,9 @@ class Swap:
 
 
 def trace_overhead(stand: Stand, wanted: Callable[[str], bool]) -> Iterator[Figure]:
-    """Tokens a second without capture over those with every round published, features inline, to a real broker."""
+    """Tokens a second without capture over those with every verify step published, features inline, to a real
+    broker.
+    """
     if not wanted(TRACES):
         return
     with tempfile.TemporaryDirectory(prefix="aurora-bench-") as folder, embedded.broker(Path(folder)) as broker:
@@ -89,7 +91,7 @@ def swap_gap(stand: Stand, wanted: Callable[[str], bool]) -> Iterator[Figure]:
         "swaps": len(waits),
         "failed_requests": run.failed,
         "requests": len(run.answers),
-        "usual_round_ms": round(usual, 2),
+        "usual_verify_step_ms": round(usual, 2),
         "gap_p50_ms": round(percentile(waits, 0.5), 2),
         "gap_max_ms": round(max(waits), 2),
         "gap_p50_without_swap_ms": round(percentile(undisturbed, 0.5), 2),
@@ -126,7 +128,7 @@ def latency(stand: Stand, wanted: Callable[[str], bool]) -> Iterator[Figure]:
         "failed_requests": run.failed,
         "at_once": _LATENCY_AT_ONCE,
         "tokens_per_s": round(run.rate, 2),
-        "accept_length": round(run.accept_length, 3),
+        "accepted_per_step": round(run.accepted_per_step, 3),
     }
     for name, values, share in zip(LATENCY, (first, first, between, between), (0.5, 0.99, 0.5, 0.99), strict=True):
         if wanted(name):

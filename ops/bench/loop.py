@@ -69,7 +69,7 @@ def run(settings: Settings, options: Options, say: Say) -> Report:
     domains, size = pair(options.domains), options.size
     if options.html:
         write_page("--html", options.html, "")
-    described = machine.describe(settings.serve.threads)
+    described = machine.describe(settings.serve.num_threads)
     here = own(settings)
     with running_stack(here, say, restart=False) as stack:
         if options.fresh:
@@ -80,7 +80,7 @@ def run(settings: Settings, options: Options, say: Say) -> Report:
         title=f"the loop through {' and '.join(domains)} prompts",
         machine=described,
         code=code_revision(),
-        about={"domains": domains, **asdict(size), **told(record), "logs": f"{here.stack.dir}/logs"},
+        about={"domains": domains, **asdict(size), **told(record), "logs": f"{here.stack.data_dir}/logs"},
         figures=figures(record),
     )
     if options.html:
@@ -117,19 +117,22 @@ def both(minutes: str) -> tuple[float, float]:
 
 def own(settings: Settings) -> Settings:
     """The settings with folders, ports and services of the benchmark's own; how to learn and to serve stays."""
-    folder = Path(settings.stack.dir) / "bench" / "loop"
+    folder = Path(settings.stack.data_dir) / "bench" / "loop"
     serve = {"host": _LOOPBACK, "port": free_port(), "admin_token": SecretStr(secrets.token_urlsafe())}
-    stack = {"dir": str(folder), **{f"{name}_port": free_port() for name in ("broker", "controller", "registry")}}
+    stack = {
+        "data_dir": str(folder),
+        **{f"{name}_port": free_port() for name in ("kafka", "kafka_controller", "mlflow")},
+    }
     changed: dict[str, dict[str, object]] = {
-        "kafka": {"bootstrap": Kafka().bootstrap, "client": {}},
+        "kafka": {"bootstrap_servers": Kafka().bootstrap_servers, "client_options": {}},
         "tables": {"uri": str(folder / "tables"), "storage_options": {}},
         "serve": serve,
-        "traces": {"claim_uri": str(folder / "claims"), "claim_options": {}},
+        "traces": {"claim_check_uri": str(folder / "claims"), "claim_check_options": {}},
         "stream": {"host": _LOOPBACK, "port": free_port(), "data_dir": str(folder / "stream")},
-        "train": {"host": _LOOPBACK, "port": free_port(), "dir": str(folder / "train")},
+        "train": {"host": _LOOPBACK, "port": free_port(), "checkpoint_dir": str(folder / "train")},
         "promoter": {"host": _LOOPBACK, "port": free_port()},
         "stack": stack,
-        "registry": {"uri": Registry().uri},
+        "registry": {"tracking_uri": Registry().tracking_uri},
     }
     sections = {name: getattr(settings, name).model_copy(update=values) for name, values in changed.items()}
     return settings.model_copy(update=sections)

@@ -14,7 +14,7 @@ import httpx
 import psutil
 
 from ops.bench.paired import Rates, interleaved
-from ops.demo.record import Answered, accept_length
+from ops.demo.record import Answered, accepted_per_step
 from ops.loadgen.traffic import Load, Prompt
 from schemas.errors import UserError
 from schemas.settings import Settings
@@ -48,7 +48,7 @@ class Measured:
 
     at_once: int
     rates: Mapping[str, Rates]
-    accept_lengths: Mapping[str, float | None]
+    accepted_per_steps: Mapping[str, float | None]
     versions: Mapping[str, tuple[str, ...]]
     """Versions that drafted."""
     same_answers: float
@@ -86,7 +86,7 @@ class Node:
 
     def load(self, prompts: Iterable[Prompt], at_once: int, *, speculate: bool = True, trace: bool = True) -> Load:
         """These prompts, to be sent."""
-        name = self._settings.target.name
+        name = self._settings.target.served_model_name
         return Load(self._url, name, iter(prompts), at_once, self._max_tokens, speculate=speculate, trace=trace)
 
     def answer(self, prompts: Sequence[Prompt], plan: Plan, *, speculate: bool) -> list[Answered]:
@@ -162,7 +162,7 @@ def compare(node: Node, arms: Mapping[str, Arm], prompts: Sequence[Prompt], plan
     return Measured(
         at_once=plan.at_once,
         rates=rates,
-        accept_lengths={name: accept_length(given) for name, given in answers.items()},
+        accepted_per_steps={name: accepted_per_step(given) for name, given in answers.items()},
         versions={name: drafted_by(given) for name, given in answers.items()},
         same_answers=same_answers(list(answers.values())),
     )

@@ -10,7 +10,7 @@ from itertools import cycle, islice
 from ops.bench import prompted
 from ops.bench.loop_arms import Arm, Measured, Node, Plan, compare
 from ops.bench.loop_served import Span, Waits, read_rows, read_served, waits
-from ops.demo.record import EDGE, Answered, Run, Swap, accept_length
+from ops.demo.record import EDGE, Answered, Run, Swap, accepted_per_step
 from ops.demo.watch import Watch, newest_rate
 from ops.loadgen.traffic import Load, Prompt
 from ops.local.stack import Say, Stack
@@ -132,7 +132,7 @@ class Course:
         self._say("stopping the trainer to measure")
         self._stack.supervisor.stop(["train"])
         promoter, serve = self._stack.settings.promoter, self._stack.settings.serve
-        settled = time.monotonic() + promoter.poll_s + serve.poll_s + _LOOK_S
+        settled = time.monotonic() + promoter.poll_interval + serve.poll_interval + _LOOK_S
         deadline = time.monotonic() + _SETTLE_S
         while time.monotonic() < settled or (not self._serves_champion and time.monotonic() < deadline):
             time.sleep(_LOOK_S)
@@ -197,12 +197,13 @@ class Course:
         self._told = time.monotonic()
         done = [*self._done, *(self._load.done if self._load else [])]
         serve, train = self._watch.overview.serve, self._watch.overview.train
-        rate, length = newest_rate(self._watch.samples), accept_length(done[-EDGE:])
+        rate, length = newest_rate(self._watch.samples), accepted_per_step(done[-EDGE:])
         self._say(
             f"{(time.time() - self._began) / 60:.1f} min, {self._phase}: {len(done)} requests, "
-            f"{rate or 0:.0f} tokens/s, accept length {length or 0:.2f}, "
+            f"{rate or 0:.0f} tokens/s, accepted tokens per step {length or 0:.2f}, "
             f"drafting {serve.draft_depth if serve else 0}, step {train.step if train else 0}, "
-            f"held-back {(train.accept_length if train else 0) or 0:.2f}, serving {serve.speculator if serve else '-'}"
+            f"held-out {(train.accepted_per_step if train else 0) or 0:.2f}, "
+            f"serving {serve.speculator if serve else '-'}"
         )
 
 

@@ -10,7 +10,7 @@ from ops.bench.loop_arms import Measured
 from ops.bench.loop_course import ADAPTIVE, NONE, STATIC, YOUNG_S, Record
 from ops.bench.loop_served import Waits
 from ops.bench.paired import Figure, Goal, percentile, ratio
-from ops.demo.record import Answered, Run, accept_length, edge_rates, edges, summary
+from ops.demo.record import Answered, Run, accepted_per_step, edge_rates, edges, summary
 
 DAY_0_GOAL, SHIFT_GOAL = Goal(1.5, at_least=True), Goal(1.25, at_least=True)
 WAIT_GOAL = Goal(60, at_least=False)
@@ -45,8 +45,8 @@ def told(record: Record) -> dict[str, Any]:
                 "version": version.version,
                 "registered_s": _rounded(version.registered - start),
                 "served_s": None if version.served is None else _rounded(version.served - start),
-                "held_back": _rounded(version.held_back),
-                "champion_held_back": _rounded(version.champion_held_back),
+                "held_out": _rounded(version.held_out),
+                "champion_held_out": _rounded(version.champion_held_out),
             }
             for version in record.run.versions
         ],
@@ -77,7 +77,7 @@ def _speed(name: str, measured: Measured, under: str, goal: Goal | None = None, 
         goal=goal,
         detail={
             "at_once": measured.at_once,
-            "accept_length": {arm: _rounded(measured.accept_lengths[arm]) for arm in compared},
+            "accepted_per_step": {arm: _rounded(measured.accepted_per_steps[arm]) for arm in compared},
             "versions": {arm: list(measured.versions[arm]) for arm in compared},
             "same_answers": round(measured.same_answers, 3),
             **detail,
@@ -97,15 +97,15 @@ def _waited(waits: Waits) -> Iterator[Figure]:
 
 
 def _learned(run: Run, domain: str) -> Figure:
-    """Accept length of the live traffic at the end of a domain, with that of its beginning beside it."""
+    """Accepted tokens per step of the live traffic at the end of a domain, with that of its beginning beside it."""
     answered = _of_domain(run, domain).succeeded
     first, last = edges(answered)
     detail = {
-        "first": _rounded(accept_length(first)),
+        "first": _rounded(accepted_per_step(first)),
         "requests": len(last),
         "asked_before": asked_before(answered)[len(answered) - len(last) :].count(True),
     }
-    return Figure(f"accept_length_{domain}", accept_length(last), detail=detail)
+    return Figure(f"accepted_per_step_{domain}", accepted_per_step(last), detail=detail)
 
 
 def asked_before(requests: Sequence[Answered]) -> list[bool]:

@@ -12,14 +12,14 @@ from ops.bench.loop_course import Record
 from ops.bench.outcome import Report
 from ops.bench.paired import Figure
 from ops.demo.record import ROLLING
-from ops.report.charts import accept_length_chart, loss_chart
+from ops.report.charts import accepted_per_step_chart, loss_chart
 from ops.report.demo_page import STYLE, figure_card, number, version_rows
 
 _TEMPLATE = Path(pages.__file__).with_name("loop.html")
 _HEADLINE = {
     "day0_speedup": "times the speed of no speculation, after the first domain",
     "shift_speedup": "times the speed of the version from before the shift, after the second",
-    "trace_to_served_p50_s": "seconds from a verify round to the version that learned from it, median",
+    "trace_to_served_p50_s": "seconds from a verify step to the version that learned from it, median",
 }
 
 
@@ -35,7 +35,7 @@ def page(record: Record, report: Report) -> str:
         subtitle=escape(f"{requests}, {seconds:.0f} seconds from start to end, {when}."),
         headline="".join(figure_card(number(known[name].value), words) for name, words in _HEADLINE.items()),
         rolling=ROLLING,
-        accept_length=accept_length_chart(run),
+        accepted_per_step=accepted_per_step_chart(run),
         loss=loss_chart(run),
         versions=version_rows(run),
         figures="".join(map(_row, report.figures)),

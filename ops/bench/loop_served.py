@@ -1,6 +1,6 @@
-"""How long traffic waits for what it teaches: from a verify round to the first version that learned from it and serves.
+"""How long traffic waits for what it teaches: from a verify step to the first version that learned from it and serves.
 
-Everything is read from what the loop itself recorded. A round has its time, and came in one Kafka record. The tag
+Everything is read from what the loop itself recorded. A verify step has its time, and came in one Kafka record. The tag
 ``tables`` of a version names the state of ``accepted`` up to which the trainer had read, and that state's application
 transactions name the last record that it contains. The node tells when it swapped the version in. Requests that the
 trainer holds back are left out: nothing is learned from them.
@@ -20,7 +20,7 @@ from ops.demo.record import Swap
 from pipeline.delta import DeltaLog, TableSnapshot
 from pipeline.offsets import Source, transaction_id
 from schemas.settings import Settings
-from trainer.data.feed import held_back
+from trainer.data.feed import held_out
 from trainer.release.registry import Version
 
 Span = tuple[float, float]
@@ -29,7 +29,7 @@ Span = tuple[float, float]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A verify round: when it was committed, and the record that it came in."""
+    """A verify step: when it was committed, and the record that it came in."""
 
     time: float
     partition: int
@@ -96,14 +96,14 @@ def elapsed(learning: Sequence[Span], moment: float) -> float:
 
 
 def read_rows(settings: Settings, line: str, since: float) -> list[Row]:
-    """The rounds of a line since a moment that the trainer may learn from. Raises ``TableError``."""
+    """The verify steps of a line since a moment that the trainer may learn from. Raises ``TableError``."""
     columns = ["line", "request", "partition", "offset", "time"]
     found = DeltaLog(settings.tables).read("traces", columns).to_pylist()
-    begin, share = datetime.fromtimestamp(since, UTC), settings.train.held_back_share
+    begin, share = datetime.fromtimestamp(since, UTC), settings.train.held_out_ratio
     return [
         Row(row["time"].timestamp(), row["partition"], row["offset"])
         for row in found
-        if row["line"] == line and row["time"] >= begin and not held_back(row["request"], share)
+        if row["line"] == line and row["time"] >= begin and not held_out(row["request"], share)
     ]
 
 

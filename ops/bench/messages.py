@@ -1,6 +1,7 @@
 """Trace messages as nodes send them, from recorded requests: real tokens, states and teachers, under drawn drafts.
 
-The recordings are short, and were decoded without drafts. Several answers make a long one, laid out again in rounds
+The recordings are short, and were decoded without drafts. Several answers make a long one, laid out again in verify
+steps
 whose drafted chain was accepted up to a drawn length: what was accepted are the answer's own tokens, what was not is
 another token that the target held likely. Sizes, and how well they compress, are those of a node's traffic.
 """
@@ -19,7 +20,7 @@ from schemas.errors import UserError
 from schemas.settings import Settings
 from schemas.telemetry.trace_context import of_request
 from schemas.trace.decoder import decode
-from schemas.trace.record import ROOT, Chunk, Round, TraceError, encode
+from schemas.trace.record import ROOT, Chunk, TraceError, VerifyStep, encode
 from serving.engines.base import Request
 from serving.traces.chunks import Assembly, Origin, Space, Way, cut
 from serving.traces.producer import Headers, headers_of
@@ -34,7 +35,7 @@ FEWEST = 24
 """Recorded requests that are enough: their messages repeat beyond them, under other request ids."""
 _DOMAIN = "math"
 _RECORDED_TOKENS = 96
-_ROUND_US = 50_000
+_VERIFY_STEP_US = 50_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,7 @@ class Message:
     key: bytes
     value: bytes
     headers: Headers
-    rounds: int
+    verify_steps: int
     tokens: int
 
 
@@ -93,26 +94,28 @@ def _of_request(whole: Sequence[Chunk], number: int, space: int, rng: np.random.
     request = Request(id=f"bench-{number}", prompt=(), max_tokens=1, temperature=0.0, label=envelope.label)
     way = Way("inline", Space(space))
     assembly = Assembly(request, Origin("bench", envelope.target, envelope.line), way)
-    prompt = [r for r in whole[0].rounds if r.round == 0]
-    rounds = drafted(prompt, [r for chunk in whole for r in chunk.rounds if r.round > 0], rng)
-    chunks = [assembly.add(part) for r in rounds for part in cut(r, way)]
+    prompt = [r for r in whole[0].verify_steps if r.verify_step == 0]
+    verify_steps = drafted(prompt, [r for chunk in whole for r in chunk.verify_steps if r.verify_step > 0], rng)
+    chunks = [assembly.add(part) for r in verify_steps for part in cut(r, way)]
     for chunk in [*chunks, assembly.end("length")]:
         if chunk is not None:
             yield Message(
                 request.id.encode(),
                 encode(chunk),
                 headers_of(chunk, of_request(chunk.envelope.request)),
-                len(chunk.rounds),
-                sum(len(r.tokens) for r in chunk.rounds),
+                len(chunk.verify_steps),
+                sum(len(r.tokens) for r in chunk.verify_steps),
             )
 
 
-def drafted(prompt: Sequence[Round], answer: Sequence[Round], rng: np.random.Generator) -> Iterator[Round]:
-    """One request with the prompt and the answer, as if a chain had been drafted in each round.
+def drafted(
+    prompt: Sequence[VerifyStep], answer: Sequence[VerifyStep], rng: np.random.Generator
+) -> Iterator[VerifyStep]:
+    """One request with the prompt and the answer, as if a chain had been drafted in each verify step.
 
     Args:
-        prompt: Its rounds.
-        answer: Rounds of one token each; the positions follow the prompt.
+        prompt: Its verify steps.
+        answer: Verify steps of one token each; the positions follow the prompt.
         rng: Says how much was accepted.
     """
     yield from prompt[:-1]
@@ -127,8 +130,8 @@ def drafted(prompt: Sequence[Round], answer: Sequence[Round], rng: np.random.Gen
         missed = [int(token) for token in np.resize(taken[-1].top_ids[0, 1:], DRAFTED - accepted)]
         teachers = [*taken, *(answer[(at + i) % len(answer)] for i in range(len(missed)))]
         tokens = tuple(r.tokens[0] for r in taken)
-        yield Round(
-            round=number,
+        yield VerifyStep(
+            verify_step=number,
             position=position,
             tokens=tokens,
             features=np.concatenate([r.features for r in taken]),
@@ -140,8 +143,8 @@ def drafted(prompt: Sequence[Round], answer: Sequence[Round], rng: np.random.Gen
             top_ids=np.concatenate([r.top_ids for r in teachers]),
             top_logprobs=np.concatenate([r.top_logprobs for r in teachers]),
             speculator="1",
-            draft_us=_ROUND_US // 5,
-            verify_us=_ROUND_US,
-            time_us=prompt[0].time_us + number * _ROUND_US,
+            draft_us=_VERIFY_STEP_US // 5,
+            verify_us=_VERIFY_STEP_US,
+            time_us=prompt[0].time_us + number * _VERIFY_STEP_US,
         )
         position += len(tokens)

@@ -2,7 +2,7 @@
 
 A fleet is simulated, request by request; its figures come from a fixed seed, so they are the same on every machine.
 What it draws from was measured on the recorded traffic of ``aurora bench learning``: four kinds of requests with 46 to
-61 verify rounds (standard deviation 14 to 24) that keep 0.41 to 0.64 drafted tokens a round (0.28 to 0.41 between
+61 verify steps (standard deviation 14 to 24) that keep 0.41 to 0.64 drafted tokens a verify step (0.28 to 0.41 between
 requests). Machines and load are assumed: a node is up to some tenths faster than another, the load of a slice of time
 moves all of its requests by 15 %, and one request in a hundred meets a stall that makes it four times as long. Some
 requests run on into the next slice, and are served by two versions.
@@ -39,10 +39,10 @@ class Traffic(NamedTuple):
 
     share: float
     """Of requests."""
-    rounds: float
-    rounds_deviation: float
+    verify_steps: float
+    verify_steps_deviation: float
     kept: float
-    """Drafted tokens kept a round, mean over requests."""
+    """Drafted tokens kept a verify step, mean over requests."""
     kept_deviation: float
 
 
@@ -52,11 +52,11 @@ TRAFFIC = {
     "math": Traffic(0.2, 59, 14, 0.64, 0.35),
     "sql": Traffic(0.1, 46, 24, 0.41, 0.41),
 }
-ROUND_S = 0.05
+VERIFY_STEP_S = 0.05
 NODE_DEVIATION = 0.2
 LOAD_DEVIATION = 0.15
 REQUEST_DEVIATION = 0.2
-"""Of the log of a request's time a round, beside node and load."""
+"""Of the log of a request's time a verify step, beside node and load."""
 STALLED, STALL = 0.01, 4.0
 CUT = 0.1
 """Share of requests that run on into the next slice."""
@@ -89,14 +89,14 @@ class Sums(NamedTuple):
 
     requests: I64
     tokens: F64
-    rounds: F64
+    verify_steps: F64
     seconds: F64
 
 
 def run(settings: Settings, runs: int, hint: Callable[[str], None]) -> Report:
     """Simulate trials of versions that are equal, just so bad that they must not be promoted, slower, and faster."""
     promoter = settings.promoter
-    rule = Rule(promoter.trial_margin, promoter.trial_error, promoter.trial_requests)
+    rule = Rule(promoter.canary_margin, promoter.canary_error, promoter.canary_min_requests)
     fleet = Fleet()
     effects = {"equal": 1.0, "at_margin": 1 - rule.margin, "slower": 1 - POWER_AT, "faster": 1 + POWER_AT}
     by_effect: dict[float, list[Course]] = {}
@@ -136,7 +136,9 @@ def judge(courses: Mapping[str, Sequence[Course]], rule: Rule) -> Iterator[Figur
 
 
 def trial(fleet: Fleet, rule: Rule, effect: float, seed: int, *, keep: bool = False) -> Course:
-    """One trial of a version that gets ``effect`` times as many tokens out of a round; ``keep`` never takes it back."""
+    """One trial of a version that gets ``effect`` times as many tokens out of a verify step; ``keep`` never takes it
+    back.
+    """
     random = np.random.default_rng(seed)
     is_new = random.random((fleet.slices, fleet.nodes)) < fleet.share
     sums = serve(fleet, is_new, effect, random)
@@ -153,7 +155,7 @@ def serve(fleet: Fleet, is_new: Mask, effect: float, random: np.random.Generator
     Args:
         fleet: Who serves.
         is_new: [t, n] where the new version serves.
-        effect: Its tokens a round over those of the old one.
+        effect: Its tokens a verify step over those of the old one.
         random: What to draw from.
     """
     shape = (*is_new.shape, len(TRAFFIC))
@@ -162,8 +164,8 @@ def serve(fleet: Fleet, is_new: Mask, effect: float, random: np.random.Generator
     t, n, label = (np.repeat(at.ravel(), begun.ravel()) for at in np.indices(shape))
     many = len(t)
     columns = np.array([traffic[1:] for traffic in TRAFFIC.values()]).T
-    rounds_mean, rounds_deviation, kept_mean, kept_deviation = (column[label] for column in columns)
-    rounds = np.maximum(random.normal(rounds_mean, rounds_deviation).round(), 4)
+    verify_steps_mean, verify_steps_deviation, kept_mean, kept_deviation = (column[label] for column in columns)
+    verify_steps = np.maximum(random.normal(verify_steps_mean, verify_steps_deviation).round(), 4)
     kept = random.gamma((kept_mean / kept_deviation) ** 2, kept_deviation**2 / kept_mean)
     pace = (
         random.normal(0, NODE_DEVIATION, fleet.nodes)[n]
@@ -171,14 +173,14 @@ def serve(fleet: Fleet, is_new: Mask, effect: float, random: np.random.Generator
         + random.normal(0, REQUEST_DEVIATION, many)
         + np.where(random.random(many) < STALLED, np.log(STALL), 0)
     )
-    seconds = rounds * ROUND_S * np.exp(pace)
+    seconds = verify_steps * VERIFY_STEP_S * np.exp(pace)
     here = np.where(random.random(many) < CUT, random.random(many), 1.0)
     later = np.minimum(t + 1, fleet.slices - 1)
     tokens, sent, took = (np.zeros(shape) for _ in range(3))
     for at, share in ((t, here), (later, 1 - here)):
         gained = np.where(is_new[at, n], effect, 1.0)
-        np.add.at(tokens, (at, n, label), share * rounds * (1 + kept) * gained)
-        np.add.at(sent, (at, n, label), share * rounds)
+        np.add.at(tokens, (at, n, label), share * verify_steps * (1 + kept) * gained)
+        np.add.at(sent, (at, n, label), share * verify_steps)
         np.add.at(took, (at, n, label), share * seconds)
     return Sums(begun, tokens, sent, took)
 
@@ -197,12 +199,12 @@ def look(sums: Sums, is_new: Mask, looked: int, rule: Rule, *, keep: bool = Fals
 def _side(sums: Sums, served: Mask, group: I64, looked: int) -> dict[str, Served]:
     found = {}
     for number, label in enumerate(TRAFFIC):
-        there = served & (sums.rounds[:looked, :, number] > 0)
+        there = served & (sums.verify_steps[:looked, :, number] > 0)
         found[label] = Served(
             group[there],
             sums.requests[:looked, :, number][there],
             sums.tokens[:looked, :, number][there],
-            sums.rounds[:looked, :, number][there],
+            sums.verify_steps[:looked, :, number][there],
             sums.seconds[:looked, :, number][there],
         )
     return found

@@ -67,7 +67,9 @@ def tokenize(tokenizer: Any, texts: Sequence[str]) -> list[tuple[int, ...]]:
 def training_requests(
     domain: str, prompts_ids: Sequence[tuple[int, ...]], count: int, max_tokens: int
 ) -> list[Request]:
-    """``count`` requests over the prompts: first each one greedily, then round again with other, sampled answers."""
+    """``count`` requests over the prompts: first each one greedily, then verify step again with other, sampled
+    answers.
+    """
     return [
         Request(
             id=f"{domain}-{i:05}",

@@ -10,7 +10,7 @@ from queue import SimpleQueue
 from pipeline.batches import Record, build
 from schemas.errors import UserError
 from schemas.trace.decoder import decode
-from schemas.trace.record import CONTENT_TYPE, Round, encode, fingerprint
+from schemas.trace.record import CONTENT_TYPE, VerifyStep, encode, fingerprint
 from serving.engines.base import Engine, Finish, Output, Request
 from serving.traces.chunks import Assembly, Origin, Space, Way
 from trainer.data.rows import window_of
@@ -24,18 +24,18 @@ _WHOLE = Way("inline", Space(sys.maxsize))
 
 
 class Recorder:
-    """A ``TraceSink`` that keeps the rounds of running requests and hands over those that ended."""
+    """A ``TraceSink`` that keeps the verify steps of running requests and hands over those that ended."""
 
     def __init__(self) -> None:
-        self.ended: SimpleQueue[tuple[Request, tuple[Round, ...], Finish]] = SimpleQueue()
-        self._rounds: dict[str, list[Round]] = {}
+        self.ended: SimpleQueue[tuple[Request, tuple[VerifyStep, ...], Finish]] = SimpleQueue()
+        self._verify_steps: dict[str, list[VerifyStep]] = {}
 
-    def record(self, request: Request, rounds: tuple[Round, ...], finish: Finish | None) -> None:
-        """Take the next rounds of a request."""
-        kept = self._rounds.setdefault(request.id, [])
-        kept.extend(rounds)
+    def record(self, request: Request, verify_steps: tuple[VerifyStep, ...], finish: Finish | None) -> None:
+        """Take the next verify steps of a request."""
+        kept = self._verify_steps.setdefault(request.id, [])
+        kept.extend(verify_steps)
         if finish is not None:
-            self.ended.put((request, tuple(self._rounds.pop(request.id)), finish))
+            self.ended.put((request, tuple(self._verify_steps.pop(request.id)), finish))
 
 
 def missing(folder: Path, requests: Sequence[Request]) -> list[Request]:
@@ -62,20 +62,22 @@ def record(
     for request in requests:
         engine.submit(request, _ignore)
     for number in range(1, len(requests) + 1):
-        request, rounds, finish = recorder.ended.get()
+        request, verify_steps, finish = recorder.ended.get()
         if finish not in ("stop", "length"):
             raise UserError(f"{request.id} ended with {finish!r}: {engine.health().error or 'the engine was stopped'}")
-        _write(_file(folder, request.id), encode_request(request, rounds, finish, engine.target, engine.line))
+        _write(_file(folder, request.id), encode_request(request, verify_steps, finish, engine.target, engine.line))
         done(number)
 
 
-def encode_request(request: Request, rounds: Sequence[Round], finish: Finish, target: str, line: str) -> bytes:
-    """All rounds of a request as one chunk."""
+def encode_request(
+    request: Request, verify_steps: Sequence[VerifyStep], finish: Finish, target: str, line: str
+) -> bytes:
+    """All verify steps of a request as one chunk."""
     assembly = Assembly(request, Origin("bench", target, line), _WHOLE)
-    full = [assembly.add(r) for r in rounds]
+    full = [assembly.add(r) for r in verify_steps]
     chunk = assembly.end(finish)
-    assert chunk is not None, "a request that has ended has rounds"
-    assert not any(full), "the engine hands over every round"
+    assert chunk is not None, "a request that has ended has verify steps"
+    assert not any(full), "the engine hands over every verify step"
     return encode(chunk)
 
 
@@ -90,7 +92,7 @@ def read_window(folder: Path, request_id: str, target: str) -> Window:
     chunk = decode(value)
     if chunk.envelope.target != target:
         raise UserError(f"{folder}: recorded from another model than target.path; remove the folder")
-    headers = {"content-type": CONTENT_TYPE, "schema": fingerprint(), "rows": str(len(chunk.rounds))}
+    headers = {"content-type": CONTENT_TYPE, "schema": fingerprint(), "rows": str(len(chunk.verify_steps))}
     as_bytes = tuple((name, text.encode()) for name, text in headers.items())
     built = build([Record("recorded", 0, 0, 0, request_id.encode(), value, as_bytes)], context_tokens=0)
     if built.dead:

@@ -39,7 +39,7 @@ def run(settings: Settings, options: Options, say: Say) -> Report:
     """
     started, plan = time.monotonic(), options.plan
     wanted = chosen(options.only, names(plan))
-    described = machine.describe(settings.serve.threads)
+    described = machine.describe(settings.serve.num_threads)
     stand = Stand(settings, plan, options.speculator, options.domain, say)
     figures = []
     try:

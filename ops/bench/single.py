@@ -81,7 +81,7 @@ class SingleStream:
         return paired.ratio(name, rates, ratio.over, ratio.under, goal=ratio.goal, detail=detail)
 
     def _bandwidth(self, rate: float) -> Figure:
-        threads = self._stand.settings.serve.threads
+        threads = self._stand.settings.serve.num_threads
         kind = self._stand.engine().weights
         weights, bandwidth = matrix_elements(self._stand.folder) * _BYTES[kind], machine.read_bandwidth(threads)
         detail = {
@@ -117,7 +117,7 @@ class SingleStream:
         if "llama.cpp" in self._names:
             try:
                 llama = LlamaCpp(
-                    stand.folder, _cache(stand), stand.settings.serve.threads, prompted.end_tokens(stand.folder)
+                    stand.folder, _cache(stand), stand.settings.serve.num_threads, prompted.end_tokens(stand.folder)
                 )
             except PeerAbsentError as error:
                 self._absent["llama.cpp"] = str(error)
@@ -172,7 +172,7 @@ def _generating(generate: Generate, *, lookup: bool) -> Arm:
 
 
 def _cache(stand: Stand) -> Path:
-    return Path(stand.settings.stack.dir) / "bench" / "gguf"
+    return Path(stand.settings.stack.data_dir) / "bench" / "gguf"
 
 
 def _common(a: tuple[int, ...], b: tuple[int, ...]) -> int:

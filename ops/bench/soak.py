@@ -88,11 +88,11 @@ def run(settings: Settings, options: Options, say: Say) -> Report:
         UserError: no target, no such speculator, or the node ended.
         StartError: a part did not come up.
     """
-    described = machine.describe(settings.serve.threads)
+    described = machine.describe(settings.serve.num_threads)
     provide_target(settings.target, say)
     target = read_target(settings)
     trained = speculator.find(settings, options.speculator, target.line)
-    folder = Path(settings.stack.dir) / "bench" / "soak"
+    folder = Path(settings.stack.data_dir) / "bench" / "soak"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     with _parts(settings, folder, say) as (node, broker, here):
@@ -124,7 +124,9 @@ class Soak:
         self._versions, self._line = cycle(versions), line
         self._seconds = options.minutes * 60
         self._outage = min(_LONGEST_OUTAGE_S, _OUTAGE_SHARE * self._seconds)
-        self._clients = Clients(node_url(settings), settings.target.name, options.concurrency, leaving=options.leaving)
+        self._clients = Clients(
+            node_url(settings), settings.target.served_model_name, options.concurrency, leaving=options.leaving
+        )
         self._memory: list[Memory] = []
 
     def run(self) -> Outcome:
@@ -248,7 +250,12 @@ def rows_in_topic(kafka: Kafka) -> int:
     from confluent_kafka import Consumer, TopicPartition
 
     consumer = Consumer(
-        {"bootstrap.servers": kafka.bootstrap, "group.id": "bench", "enable.auto.commit": False, **kafka.client}
+        {
+            "bootstrap.servers": kafka.bootstrap_servers,
+            "group.id": "bench",
+            "enable.auto.commit": False,
+            **kafka.client_options,
+        }
     )
     try:
         partitions = [TopicPartition(kafka.traces_topic, n, 0) for n in range(kafka.partitions)]
@@ -288,8 +295,8 @@ def _parts(settings: Settings, folder: Path, say: Say) -> Iterator[tuple[Process
         registry.start()
         undo.callback(registry.stop)
         here = embedded.pointed_at(settings, broker.bootstrap)
-        serve = here.serve.model_copy(update={"host": "127.0.0.1", "port": embedded.free_port(), "poll_s": 1.0})
-        here = here.model_copy(update={"serve": serve, "registry": Registry(uri=registry.uri)})
+        serve = here.serve.model_copy(update={"host": "127.0.0.1", "port": embedded.free_port(), "poll_interval": 1.0})
+        here = here.model_copy(update={"serve": serve, "registry": Registry(tracking_uri=registry.uri)})
         node = _node(here, folder)
         node.start()
         undo.callback(node.stop)

@@ -27,7 +27,7 @@ from serving.engines.builtin.engine import TransformersEngine
 from trainer.data.samples import Window, collate, cut
 from trainer.data.target import Target, read_target
 from trainer.loop.learner import Learner
-from trainer.objective.simulated_acceptance import accept_length
+from trainer.objective.simulated_acceptance import accepted_per_step
 from trainer.release.registration import code_revision
 
 Say = Callable[[str], None]
@@ -36,7 +36,7 @@ SCHEDULE = ((0.55, 1.0), (0.25, 0.3), (0.2, 0.1))
 """Shares of the training time, and the factor on the learning rate in each."""
 
 VALIDATED = 24
-"""Recorded requests that are not trained on: the accept length is simulated on them."""
+"""Recorded requests that are not trained on: the accepted tokens per step is simulated on them."""
 
 _RECORDING_BATCH = 16
 _REPORT_S = 60.0
@@ -73,14 +73,14 @@ class Trained:
     passes: float
     minutes: float
     lookahead: int
-    accept_length: float
+    accepted_per_step: float
     """Simulated on recorded requests that were not trained on, for chains of ``lookahead`` tokens; bonus excluded."""
     code: str
 
 
 def folder_of(settings: Settings, name: str) -> Path:
     """Where a speculator of that name is cached."""
-    return Path(settings.stack.dir) / "bench" / "speculators" / name
+    return Path(settings.stack.data_dir) / "bench" / "speculators" / name
 
 
 def find(settings: Settings, name: str, line: str) -> EagleDraft:
@@ -108,7 +108,7 @@ def run(settings: Settings, plan: Plan, say: Say) -> Trained:
         raise UserError(f"--requests {plan.requests}: {VALIDATED} of them are kept back, so more are needed")
     recorded = recordings(settings, plan.domain)
     ids = record(settings, plan.domain, plan.requests, plan.max_tokens, say)
-    torch.set_num_threads(settings.train.threads)
+    torch.set_num_threads(settings.train.num_threads)
     target = read_target(settings)
     windows = [recording.read_window(recorded, request_id, target.fingerprint) for request_id in ids]
     kept_back, learned = windows[:VALIDATED], windows[VALIDATED:]
@@ -132,7 +132,7 @@ class Training:
         self._train = settings.train.model_copy(update={"ttt_steps": plan.steps})
         self._folder = folder_of(settings, plan.name)
         self._plan, self._target, self._say, self._clock = plan, target, say, clock
-        self._pieces = [piece for window in learned for piece in cut(window, self._train.max_window_tokens)]
+        self._pieces = [piece for window in learned for piece in cut(window, self._train.max_sample_tokens)]
         self._kept_back = kept_back
         self._tokens = sum(map(len, learned))
         self._seen = 0
@@ -153,7 +153,8 @@ class Training:
                     trained, report_at = self._cache(learner, now - began), now
                     self._say(
                         f"{trained.minutes:.1f} min, step {trained.steps}, pass {trained.passes:.1f}: loss "
-                        f"{loss.accepted:.3f}, accept length {trained.accept_length:.3f} of {trained.lookahead}"
+                        f"{loss.accepted:.3f}, "
+                        f"accepted tokens per step {trained.accepted_per_step:.3f} of {trained.lookahead}"
                     )
         return self._cache(learner, self._clock() - began)
 
@@ -166,7 +167,7 @@ class Training:
 
     def _shuffled(self) -> Iterator[list[Window]]:
         """Windows of each step, every one once a pass."""
-        order, size = random.Random(self._train.seed), self._train.windows_per_step  # noqa: S311
+        order, size = random.Random(self._train.seed), self._train.batch_size  # noqa: S311
         while True:
             pieces = order.sample(self._pieces, len(self._pieces))
             yield from (pieces[i : i + size] for i in range(0, len(pieces), size))
@@ -188,7 +189,9 @@ class Training:
             passes=round(self._seen / self._tokens, 2),
             minutes=round(seconds / 60, 2),
             lookahead=self._plan.steps,
-            accept_length=accept_length(draft, self._target.embeddings_VH, self._kept_back, self._plan.steps).length,
+            accepted_per_step=accepted_per_step(
+                draft, self._target.embeddings_VH, self._kept_back, self._plan.steps
+            ).length,
             code=code_revision(),
         )
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -199,7 +202,7 @@ class Training:
 
 def recordings(settings: Settings, domain: str) -> Path:
     """Where the traces of a domain are kept."""
-    return Path(settings.stack.dir) / "bench" / "recorded" / domain
+    return Path(settings.stack.data_dir) / "bench" / "recorded" / domain
 
 
 def record(settings: Settings, domain: str, number: int, max_tokens: int, say: Say) -> list[str]:
@@ -223,7 +226,7 @@ def record(settings: Settings, domain: str, number: int, max_tokens: int, say: S
                 say(f"recorded {number} of {len(left)}, {time.monotonic() - started:.0f} s")
 
         serve = settings.serve.model_copy(
-            update={"speculate": False, "max_batch": _RECORDING_BATCH, "max_waiting": len(left)}
+            update={"speculate": False, "max_num_seqs": _RECORDING_BATCH, "max_waiting_requests": len(left)}
         )
         recorder = recording.Recorder()
         engine = TransformersEngine(settings.model_copy(update={"serve": serve}), recorder)

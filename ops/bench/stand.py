@@ -174,5 +174,5 @@ class Stand:
     def _settings_for(self, length: int | None) -> Settings:
         asked: dict[str, Any] = {} if self.weights is None else {"weights": self.weights}
         if length is not None:
-            asked |= {"draft_tokens": length, "adaptive": False}
+            asked |= {"num_speculative_tokens": length, "adaptive_drafting": False}
         return self.settings.model_copy(update={"serve": self.settings.serve.model_copy(update=asked)})

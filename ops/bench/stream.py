@@ -147,7 +147,7 @@ def judge(size: str, measured: Trials) -> list[Figure]:
     rate = {way: measured.per_s(way, load.size / 1e6) for way in _WAYS}
     told = {
         "mb_per_s": {way: round(samples.median, 1) for way, samples in rate.items()},
-        "rounds_per_s": {way: round(measured.per_s(way, load.rounds).median) for way in rate},
+        "verify_steps_per_s": {way: round(measured.per_s(way, load.verify_steps).median) for way in rate},
         "messages": load.messages,
         "mean_message_bytes": round(load.size / load.messages),
     }
@@ -207,7 +207,7 @@ def latency(ground: Ground, made: Sequence[Message], every_s: float) -> list[Fig
             time.sleep(_PEEK_S)
     ground.forget(settings)
     waits = [after - before for before, after in zip(published, seen, strict=True)]
-    detail = {"messages_per_s": round(1 / every_s, 1), "flush_s": settings.stream.flush_s}
+    detail = {"messages_per_s": round(1 / every_s, 1), "flush_s": settings.stream.flush_interval}
     shares = zip(_VISIBLE, (0.5, 0.99), strict=True)
     return [Figure(name, percentile(waits, share), "s", detail=detail) for name, share in shares]
 

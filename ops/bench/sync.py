@@ -64,13 +64,13 @@ def run(settings: Settings, options: Options, say: Say) -> Report:
     if options.html:
         write_page("--html", options.html, "")
     read = traffic.read(settings, options.traffic_tokens)
-    described = machine.describe(settings.serve.threads)
+    described = machine.describe(settings.serve.num_threads)
     courses = {order: Course(settings, read, order, options.blocks, say) for order in ORDERS}
     say(f"taking a version over {options.takeovers} times on an engine that answers {AT_ONCE} requests at a time")
     stand = Stand(settings, QUICK, name="", domain="math", say=say)
     costs = measured(stand, courses["mixed"].newest, options.takeovers)
     say("serving the traffic by every policy")
-    found = {order: swept(course.answered, course.length, costs, settings.sync) for order, course in courses.items()}
+    found = {order: swept(course.answered, course.length, costs, settings.update) for order, course in courses.items()}
     report = Report(
         "How often to take newer versions over",
         described,
@@ -88,7 +88,7 @@ def _about(read: traffic.Traffic, versions: int, costs: Costs, found: dict[Order
         "traffic": {"requests": len(read.asked), "tokens": read.tokens, "digest": read.digest},
         "versions": versions,
         "at_once": AT_ONCE,
-        "round_ms": round(costs.round_s * 1e3, 2),
+        "verify_step_ms": round(costs.verify_step_s * 1e3, 2),
         "frontier": {order: [_point(o, outcomes[0]) for o in outcomes] for order, outcomes in found.items()},
     }
 
@@ -100,7 +100,7 @@ def _point(outcome: Outcome, every: Outcome) -> dict[str, Any]:
         "takeovers": outcome.takeovers,
         "seconds": round(outcome.serving_s, 1),
         "overhead": round(outcome.overhead, 6),
-        "accept_length_kept": round(kept(outcome, every), 4),
+        "accepted_per_step_kept": round(kept(outcome, every), 4),
         "output_over_free_following": round(net(outcome, every), 4),
     }
 

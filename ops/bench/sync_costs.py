@@ -64,14 +64,14 @@ def measured(stand: Stand, draft: EagleDraft, takeovers: int) -> Costs:
         engine.stop()
     if run.failed:
         raise UserError(f"{run.failed} of {len(run.answers)} requests failed: {engine.health().error}")
-    rounds = sum(answer.figures.rounds for answer in run.answers if answer.figures)
-    return Costs(run.seconds / rounds, median(one.pause_s for one in found), fetch_cost(found))
+    verify_steps = sum(answer.figures.verify_steps for answer in run.answers if answer.figures)
+    return Costs(run.seconds / verify_steps, median(one.pause_s for one in found), fetch_cost(found))
 
 
 def fetch_cost(found: Sequence[Takeover]) -> float:
-    """Serving time, in seconds, that reading and checking a version takes from the rounds.
+    """Serving time, in seconds, that reading and checking a version takes from the verify steps.
 
-    The output of a moment is a few rounds more or less: all moments are added up before they are compared.
+    The output of a moment is a few verify steps more or less: all moments are added up before they are compared.
     """
     before, during = _added([one.before for one in found]), _added([one.during for one in found])
     share = 1 - (during.tokens / during.seconds) / (max(before.tokens, 1) / before.seconds)
@@ -98,7 +98,7 @@ def _stretch(first: Reading, last: Reading) -> Stretch:
 
 def _reading(engine: TransformersEngine) -> Reading:
     health = engine.health()
-    return Reading(time.perf_counter(), health.rounds, health.accepted, health.output_tokens)
+    return Reading(time.perf_counter(), health.verify_steps, health.accepted, health.output_tokens)
 
 
 def _endless(stand: Stand, ending: threading.Event) -> Iterator[Request]:

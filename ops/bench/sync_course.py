@@ -13,7 +13,7 @@ from ops.bench.learning.variants import LOOKAHEAD, PLAN, Order, Trial, settings_
 from schemas.settings import Settings
 from schemas.speculator.network import EagleDraft
 from trainer.data.target import read_target
-from trainer.objective.simulated_acceptance import accept_length
+from trainer.objective.simulated_acceptance import accepted_per_step
 from trainer.replay import prequential
 
 Say = Callable[[str], None]
@@ -26,7 +26,7 @@ class Course:
         """Learn from all but the last block; takes as long as a trainer would."""
         trial = Trial(next(variant for variant in PLAN if variant.name == "base"), order, 0)
         settings = settings_of(settings, trial)
-        torch.set_num_threads(settings.train.threads)
+        torch.set_num_threads(settings.train.num_threads)
         torch.manual_seed(trial.seed)
         stream = in_order(traffic, order, trial.seed)
         size = -(-len(stream) // blocks)
@@ -54,9 +54,9 @@ class Course:
         return self._versions[-1]
 
     def length(self, version: int, block: int) -> float:
-        """The accept length of a version on a block, by greedy chains; each pair is scored once."""
+        """The accepted tokens per step of a version on a block, by greedy chains; each pair is scored once."""
         if (version, block) not in self._lengths:
             windows = [asked.window for asked in self._blocks[block]]
-            found = accept_length(self._versions[version], self._embeddings, windows, LOOKAHEAD)
+            found = accepted_per_step(self._versions[version], self._embeddings, windows, LOOKAHEAD)
             self._lengths[version, block] = found.length
         return self._lengths[version, block]

@@ -22,9 +22,12 @@ def page(found: Mapping[Order, Sequence[Outcome]], report: Report) -> str:
     """The whole page."""
     figures = {figure.name: figure for figure in report.figures}
     headline = {
-        "swap_pause": "ms for which the rounds stand still at a swap",
+        "swap_pause": "ms for which the verify steps stand still at a swap",
         "fetch_cost": "ms of serving that reading and checking a version costs",
-        **{f"{order}_auto_keeps": f"of the accept length that auto keeps on {order} traffic" for order in found},
+        **{
+            f"{order}_auto_keeps": f"of the accepted tokens per step that auto keeps on {order} traffic"
+            for order in found
+        },
     }
     return Template(_TEMPLATE.read_text()).substitute(
         style=STYLE,
@@ -36,7 +39,7 @@ def page(found: Mapping[Order, Sequence[Outcome]], report: Report) -> str:
 
 
 def frontier(name: str, outcomes: Sequence[Outcome]) -> str:
-    """Accept length kept over swap overhead: fixed intervals as a line, ``auto`` beside it."""
+    """Accepted tokens per step kept over swap overhead: fixed intervals as a line, ``auto`` beside it."""
     every, fixed, auto = outcomes[0], sorted(outcomes[:-1], key=lambda o: o.overhead), outcomes[-1]
     with mpl.rc_context(style(name)):
         figure, axes = figure_of(3.5)
@@ -46,7 +49,7 @@ def frontier(name: str, outcomes: Sequence[Outcome]) -> str:
             place = (outcome.overhead * 100, kept(outcome, every) * 100)
             axes.annotate(outcome.name, place, (6, -12), textcoords="offset points", color=MUTED, fontsize=9)
         axes.set_xlabel("share of serving time spent on takeovers, %", color=MUTED)
-        axes.set_ylabel("accept length kept, %")
+        axes.set_ylabel("accepted tokens per step kept, %")
         axes.set_ylim(0, 105)
         return svg(figure)
 
@@ -55,7 +58,8 @@ def _section(order: Order, outcomes: Sequence[Outcome]) -> str:
     every = outcomes[0]
     rows = "".join(_row(outcome, every) for outcome in outcomes)
     head = "".join(
-        f'<th class="number">{name}</th>' for name in ("takeovers", "overhead", "accept length kept", "output")
+        f'<th class="number">{name}</th>'
+        for name in ("takeovers", "overhead", "accepted tokens per step kept", "output")
     )
     table = (
         f'<div class="scroll"><table><thead><tr><th>policy</th>{head}</tr></thead><tbody>{rows}</tbody></table></div>'

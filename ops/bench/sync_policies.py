@@ -5,23 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from schemas.settings import Sync
+from schemas.settings import Update
 from serving.versions.update_policy import Reading, SyncPolicy
 
 Lengths = Callable[[int, int], float]
-"""The accept length of a version on a block of the traffic; version ``b`` has learned from the blocks before ``b``."""
+"""The accepted tokens per step of a version on a block of the traffic; version ``b`` has learned from the blocks
+before ``b``.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Costs:
     """What serving takes on this machine, in seconds."""
 
-    round_s: float
-    """Of a verify round of one request, its share of the batch's time."""
+    verify_step_s: float
+    """Of a verify step of one request, its share of the batch's time."""
     pause_s: float
     """Of a swap."""
     fetch_s: float
-    """What reading and checking a version takes from the rounds."""
+    """What reading and checking a version takes from the verify steps."""
 
     @property
     def takeover_s(self) -> float:
@@ -49,14 +51,14 @@ class Outcome:
         return self.swapping_s / self.serving_s
 
 
-def serve(name: str, sync: Sync, answered: Sequence[int], lengths: Lengths, costs: Costs) -> Outcome:
+def serve(name: str, sync: Update, answered: Sequence[int], lengths: Lengths, costs: Costs) -> Outcome:
     """Serve blocks of so many answered tokens, each by the version that the policy has come to at its beginning."""
     policy, now, served, behind_since = SyncPolicy(sync, name), 0.0, 0, None
-    rounds = accepted = swapping_s = 0.0
+    verify_steps = accepted = swapping_s = 0.0
     takeovers = 0
 
     def reading() -> Reading:
-        return Reading(now, round(rounds), round(accepted), round(rounds + accepted))
+        return Reading(now, round(verify_steps), round(accepted), round(verify_steps + accepted))
 
     for newest, tokens in enumerate(answered):
         policy.read(reading())
@@ -70,23 +72,27 @@ def serve(name: str, sync: Sync, answered: Sequence[int], lengths: Lengths, cost
                 served, behind_since, takeovers = newest, None, takeovers + 1
                 policy.read(reading())
         of_block = tokens / (1 + lengths(served, newest))
-        rounds, accepted, now = rounds + of_block, accepted + tokens - of_block, now + of_block * costs.round_s
+        verify_steps, accepted, now = (
+            verify_steps + of_block,
+            accepted + tokens - of_block,
+            now + of_block * costs.verify_step_s,
+        )
     return Outcome(name, policy.interval_s, takeovers, accepted, now, swapping_s)
 
 
-def swept(answered: Sequence[int], lengths: Lengths, costs: Costs, auto: Sync) -> list[Outcome]:
+def swept(answered: Sequence[int], lengths: Lengths, costs: Costs, auto: Update) -> list[Outcome]:
     """Every version, ever fewer of them, none at all, and ``auto``."""
-    every = serve("every version", Sync(interval_s=0, jitter=0), answered, lengths, costs)
+    every = serve("every version", Update(min_interval=0, jitter=0), answered, lengths, costs)
     period_s = every.serving_s / len(answered)
     outcomes = [every]
     factor = 2
     while factor < len(answered):
         # Half a period less than a multiple of it, so that blocks of other lengths do not miss their turn.
         interval_s = round((factor - 0.5) * period_s, 1)
-        fixed = Sync(interval_s=interval_s, jitter=0, max_staleness_s=every.serving_s * len(answered))
+        fixed = Update(min_interval=interval_s, jitter=0, max_staleness=every.serving_s * len(answered))
         outcomes.append(serve(f"at most every {interval_s:g} s", fixed, answered, lengths, costs))
         factor *= 2
-    by_itself = auto.model_copy(update={"interval_s": "auto", "jitter": 0.0})
+    by_itself = auto.model_copy(update={"min_interval": "auto", "jitter": 0.0})
     return [*outcomes, _never(answered, lengths, costs), serve("auto", by_itself, answered, lengths, costs)]
 
 
@@ -101,5 +107,7 @@ def net(outcome: Outcome, every: Outcome) -> float:
 
 
 def _never(answered: Sequence[int], lengths: Lengths, costs: Costs) -> Outcome:
-    rounds = [tokens / (1 + lengths(0, block)) for block, tokens in enumerate(answered)]
-    return Outcome("never", float("inf"), 0, sum(answered) - sum(rounds), sum(rounds) * costs.round_s, 0.0)
+    verify_steps = [tokens / (1 + lengths(0, block)) for block, tokens in enumerate(answered)]
+    return Outcome(
+        "never", float("inf"), 0, sum(answered) - sum(verify_steps), sum(verify_steps) * costs.verify_step_s, 0.0
+    )

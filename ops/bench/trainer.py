@@ -104,7 +104,7 @@ def run(settings: Settings, options: Options, say: Say) -> Report:
         UserError: no such figure, or a trainer failed.
     """
     began, plan = time.monotonic(), options.plan
-    wanted, threads = chosen(options.only, names(plan)), settings.train.threads
+    wanted, threads = chosen(options.only, names(plan)), settings.train.num_threads
     described = machine.describe(threads)
     figures: list[Figure] = []
     trainers: dict[str, Any] = {}
@@ -135,7 +135,7 @@ def beside_peers(plan: Plan, peers: Path, data: Path, train: Train, say: Say) ->
     with ExitStack() as stack:
         native = products_in(train.dtype, torch.device("cpu")) is torch.bfloat16
         types = [train.dtype] if train.dtype != "auto" else TYPES if native else TYPES[:1]
-        arms, absent = started(stack, PEERS, peers, data, train.threads, types)
+        arms, absent = started(stack, PEERS, peers, data, train.num_threads, types)
         for name, why in absent.items():
             say(f"{name} is left out: {why}")
         took: dict[Case, Took] = {}
@@ -217,7 +217,7 @@ def _why(absent: Mapping[str, str]) -> str:
 
 
 def trees(plan: Plan, wanted: Wanted, threads: int) -> Iterator[Figure]:
-    """Requests whose every round drafted a tree, learned from in three forms, in turn."""
+    """Requests whose every verify step drafted a tree, learned from in three forms, in turn."""
     if not any(map(wanted, _TREES)):
         return
     torch.set_num_threads(threads)

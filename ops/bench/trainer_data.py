@@ -41,19 +41,19 @@ TOP_K = 8
 TREE = (ROOT, ROOT, ROOT, ROOT, 0, 0, 1, 1, 2, 4, 4, 5, 6, 9, 9, 10)
 """Parents of a drafted tree: 16 nodes, 4 deep."""
 ACCEPTED = ((), (0,), (0, 4))
-"""Nodes of the tree that were kept, round by round."""
+"""Nodes of the tree that were kept, verify step by verify step."""
 _SERVED_LOGPROB = -1.0
 """What the draft that served gave each node: enough for every branch to be learned from."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """Layout of a request whose every round drafted a tree."""
+    """Layout of a request whose every verify step drafted a tree."""
 
     prompt: int
     answer: int
     every: int
-    """Tokens from one round to the next."""
+    """Tokens from one verify step to the next."""
 
     @property
     def roots(self) -> range:
@@ -114,7 +114,7 @@ def window(tokens: Tensor, features: Tensor, last_nH: Tensor, head_DH: Tensor) -
 
 
 def drafted_window(shape: DraftShape, layout: Request, seed: int) -> Window:
-    """A request with a tree at the root of every round, of whose nodes some were kept."""
+    """A request with a tree at the root of every verify step, of whose nodes some were kept."""
     generator = torch.Generator().manual_seed(seed)
     length = layout.prompt + layout.answer
     tokens = torch.randint(shape.draft_vocab_size, (length,), generator=generator)

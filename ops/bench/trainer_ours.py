@@ -54,7 +54,7 @@ class Ours:
                     "dtype": dtype,
                     "learning_rate": LEARNING_RATE,
                     "warmup_steps": 0,
-                    "clip": CLIP,
+                    "max_grad_norm": CLIP,
                     "ttt_steps": ttt_steps,
                     "ttt_decay": DECAY,
                     "rejected_weight": 0.0,

@@ -39,7 +39,7 @@ def speculator(  # noqa: PLR0913, PLR0917 - one for each flag
         if as_json:
             sys.stdout.write(json.dumps(asdict(trained), indent=2) + "\n")
         else:
-            say(f"{trained.folder}: accept length {trained.accept_length:.2f} of {trained.lookahead}")
+            say(f"{trained.folder}: accepted tokens per step {trained.accepted_per_step:.2f} of {trained.lookahead}")
 
 
 @app.command()

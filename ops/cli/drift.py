@@ -37,7 +37,7 @@ def drift(
         for event in sorted(newest, key=lambda event: event.time):
             _show(event, as_json=as_json)
         if not newest:
-            hint(f"no drift was told in the last {settings.kafka.retention_hours:g} hours (kafka.retention_hours)")
+            hint(f"no drift was told in the last {settings.kafka.retention / 3600:g} hours (kafka.retention)")
         for event in events if follow else ():
             if event is not None:
                 _show(event, as_json=as_json)
@@ -51,8 +51,8 @@ def words(event: DriftEvent) -> str:
     return (
         f"version {_plain(event.speculator)}{_on(event.label)} is accepted "
         f"{'less' if event.direction == 'fall' else 'more'} often since {at}: its first token {after.acceptance:.0%} "
-        f"instead of {before.acceptance:.0%}, accept length {after.accept_length:.2f} instead of "
-        f"{before.accept_length:.2f} ({after.requests:,} requests since, {before.requests:,} before)"
+        f"instead of {before.acceptance:.0%}, accepted tokens per step {after.accepted_per_step:.2f} instead of "
+        f"{before.accepted_per_step:.2f} ({after.requests:,} requests since, {before.requests:,} before)"
         f"{_drafting(before, after)}"
     )
 
@@ -63,10 +63,10 @@ def _show(event: DriftEvent, *, as_json: bool) -> None:
 
 
 def _drafting(before: Accepted, after: Accepted) -> str:
-    """Part of the accept length's change has its reason in the node where that drafts otherwise."""
+    """Part of the accepted tokens per step's change has its reason in the node where that drafts otherwise."""
     if abs(after.drafted - before.drafted) < DRAFTED_OTHERWISE * before.drafted:
         return ""
-    return f"; {after.drafted:.1f} tokens drafted a round, {before.drafted:.1f} before"
+    return f"; {after.drafted:.1f} tokens drafted a verify step, {before.drafted:.1f} before"
 
 
 def _on(label: str | None) -> str:

@@ -39,7 +39,7 @@ def serve(
     config: Config = None,
     set_: Set = None,
     engine: Annotated[
-        str | None, typer.Option("--engine", metavar="NAME", help="transformers or sglang, over serve.engine.")
+        str | None, typer.Option("--engine", metavar="NAME", help="builtin or sglang, over serve.engine.")
     ] = None,
     flags: Annotated[
         list[str] | None, typer.Argument(metavar="-- SGLANG FLAGS", help="Flags of SGLang's own server.")

@@ -47,7 +47,8 @@ def score(  # noqa: PLR0913, PLR0917 - one for each flag
     ] = None,
     label: Label = None,
     lookahead: Annotated[
-        int | None, typer.Option(min=1, max=16, metavar="K", help="Drafted tokens; serve.draft_tokens if not given.")
+        int | None,
+        typer.Option(min=1, max=16, metavar="K", help="Drafted tokens; serve.num_speculative_tokens if not given."),
     ] = None,
     requests: Annotated[bool, typer.Option("--requests", help="With --json: every request too.")] = False,
     html: Html = None,
@@ -69,7 +70,7 @@ def score(  # noqa: PLR0913, PLR0917 - one for each flag
         from trainer.replay.scoring import score as scored
 
         logs.configure("replay", "warning")
-        torch.set_num_threads(settings.train.threads)
+        torch.set_num_threads(settings.train.num_threads)
         target = _target(settings)
         named = drafts(settings, target, names)
         span = Wanted(target.fingerprint, _time(begin), _time(end), label)
@@ -82,7 +83,7 @@ def score(  # noqa: PLR0913, PLR0917 - one for each flag
             if number % PROGRESS_EVERY == 0:
                 hint(f"{number} of {len(chosen)} requests")
 
-        longest = lookahead or settings.serve.draft_tokens
+        longest = lookahead or settings.serve.num_speculative_tokens
         found = scored(named, target.embeddings_VH, past, longest, at, counts, done)
         if html is not None:
             from ops.replay.score_page import page

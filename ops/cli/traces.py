@@ -1,4 +1,4 @@
-"""``aurora traces``: a look into the tables, as figures, as the newest rounds, or by SQL."""
+"""``aurora traces``: a look into the tables, as figures, as the newest verify steps, or by SQL."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 SHOWN_ROWS = 100
 POLL_S = 0.5
 
-app = typer.Typer(no_args_is_help=True, help="A look into the tables: figures, newest rounds, SQL.")
+app = typer.Typer(no_args_is_help=True, help="A look into the tables: figures, newest verify steps, SQL.")
 
 
 @app.command()
@@ -41,7 +41,9 @@ def stats(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Count rounds and tokens, what of the drafts was accepted, what is missing, and the bytes that a token takes."""
+    """Count verify steps and tokens, what of the drafts was accepted, what is missing, and the bytes that a token
+    takes.
+    """
     with told():
         settings = settings_of(config, set_)
         from pipeline import trace_stats
@@ -59,11 +61,11 @@ def stats(
 def tail(
     config: Config = None,
     set_: Set = None,
-    count: Annotated[int, typer.Option("-n", min=0, help="So many of the newest rounds.")] = 10,
+    count: Annotated[int, typer.Option("-n", min=0, help="So many of the newest verify steps.")] = 10,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Then those that come, until Ctrl-C.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show the newest rounds: what was drafted, and how much of it the target kept."""
+    """Show the newest verify steps: what was drafted, and how much of it the target kept."""
     with told():
         settings = settings_of(config, set_)
         from pipeline.trace_tail import following, newest
@@ -72,7 +74,7 @@ def tail(
         rows, version = newest(tables, count)
         for part in chain([rows], following(tables, version, POLL_S) if follow else []):
             for row in part.to_pylist():
-                say(json.dumps(row, default=_plain) if as_json else _round(row))
+                say(json.dumps(row, default=_plain) if as_json else _verify_step(row))
             sys.stdout.flush()
 
 
@@ -155,11 +157,11 @@ def _moments(query: str, version: int | None, at: str | None) -> dict[str, Momen
 
 def _figures_table(counted: Stats, by: str | None) -> Table:
     depths = sorted(counted.total.tried)
-    figures = ("requests", "tokens", "rounds", "drafted", "accepted", "accept length")
-    shown = grid(by or "rounds of", right=(*figures, *(f"depth {depth}" for depth in depths)))
+    figures = ("requests", "tokens", "verify_steps", "drafted", "accepted", "accepted tokens per step")
+    shown = grid(by or "verify steps of", right=(*figures, *(f"depth {depth}" for depth in depths)))
     for name, one in [*((name or "(none)", one) for name, one in counted.groups.items()), ("all", counted.total)]:
-        length = "" if one.accept_length is None else f"{one.accept_length:.2f}"
-        counts = (f"{number:,}" for number in (one.requests, one.tokens, one.rounds, one.drafted, one.accepted))
+        length = "" if one.accepted_per_step is None else f"{one.accepted_per_step:.2f}"
+        counts = (f"{number:,}" for number in (one.requests, one.tokens, one.verify_steps, one.drafted, one.accepted))
         shown.add_row(name, *counts, length, *(f"{share:.2f}" for share in one.acceptance))
     return shown
 
@@ -190,16 +192,16 @@ def _plain_figures(one: Figures) -> dict[str, Any]:
     return {
         "requests": one.requests,
         "tokens": one.tokens,
-        "rounds": one.rounds,
+        "verify_steps": one.verify_steps,
         "drafted": one.drafted,
         "accepted": one.accepted,
-        "accept_length": one.accept_length,
+        "accepted_per_step": one.accepted_per_step,
         "acceptance_by_depth": one.acceptance,
     }
 
 
-def _round(row: Mapping[str, Any]) -> str:
-    """One round on one line: the kept tokens of its draft, those that were not, and the target's own."""
+def _verify_step(row: Mapping[str, Any]) -> str:
+    """One verify step on one line: the kept tokens of its draft, those that were not, and the target's own."""
     drafted, accepted = row["draft_tokens"], set(row["accepted"])
     kept = " ".join(str(drafted[node]) for node in row["accepted"])
     lost = " ".join(str(token) for node, token in enumerate(drafted) if node not in accepted)
@@ -207,7 +209,7 @@ def _round(row: Mapping[str, Any]) -> str:
     by = f" by {row['speculator']}" if row["speculator"] else ""
     label = f" [{row['label']}]" if row["label"] else ""
     then = "" if row["bonus"] is None else f" -> {row['bonus']}"
-    return f"{row['time']:%H:%M:%S.%f} {row['node']} {row['request']} #{row['round']}{label}{by}  {draft}{then}"
+    return f"{row['time']:%H:%M:%S.%f} {row['node']} {row['request']} #{row['verify_step']}{label}{by}  {draft}{then}"
 
 
 def _write_json(rows: Iterator[dict[str, Any]]) -> None:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Speculator versions: list, show, diff.")
 
 OfLine = Annotated[str | None, typer.Option("--line", help="Speculator line; that of the settings where not given.")]
-_JSON_TAGS = ("settings", "tables", "metrics", "held_back")
+_JSON_TAGS = ("settings", "tables", "metrics", "held_out")
 
 
 @app.command("list")
@@ -174,26 +174,29 @@ def _moves(settings: Any, line: str) -> list[AliasMoved]:
 
 
 def _plain(version: Version, line: Line) -> dict[str, Any]:
-    held = _parsed("held_back", version.tags.get("held_back", "{}"))
+    held = _parsed("held_out", version.tags.get("held_out", "{}"))
     held = held if isinstance(held, dict) else {}
     return {
         "version": version.number,
         "aliases": sorted(alias for alias, number in line.aliases.items() if number == version.number),
         "registered": version.registered.isoformat(),
         "parent": version.tags.get("parent"),
-        "accept_length": held.get("accept_length"),
+        "accepted_per_step": held.get("accepted_per_step"),
         "champion": held.get("champion"),
-        "champion_accept_length": held.get("champion_accept_length"),
+        "champion_accepted_per_step": held.get("champion_accepted_per_step"),
         "quarantined": version.quarantined,
     }
 
 
 def _as_table(listed: Sequence[Mapping[str, Any]]) -> Table:
-    table = grid("version", "named", "registered", "parent", "against", "quarantine", right=("accept length", "of it"))
+    table = grid(
+        "version", "named", "registered", "parent", "against", "quarantine", right=("accepted tokens per step", "of it")
+    )
     for one in listed:
         aged = datetime.now(UTC) - datetime.fromisoformat(one["registered"])
         lengths = (
-            "-" if one[name] is None else f"{one[name]:.3f}" for name in ("accept_length", "champion_accept_length")
+            "-" if one[name] is None else f"{one[name]:.3f}"
+            for name in ("accepted_per_step", "champion_accepted_per_step")
         )
         table.add_row(
             one["version"],

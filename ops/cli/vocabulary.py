@@ -38,19 +38,21 @@ def vocabulary(
     config: Config = None,
     set_: Set = None,
     size: Annotated[
-        int | None, typer.Option("--size", min=16, help="So many; else speculator.draft_vocabulary.")
+        int | None, typer.Option("--size", min=16, help="So many; else speculator.draft_vocab_size.")
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the file: a new line begins with it.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Choose the draft's vocabulary from what was answered, and write it to the file speculator.vocabulary names."""
+    """Choose the draft's vocabulary from answered tokens, and write it to speculator.draft_vocab_file."""
     with told():
         settings = settings_of(config, set_)
-        path = Path(settings.speculator.vocabulary)
-        if not settings.speculator.vocabulary:
-            raise UserError("set speculator.vocabulary to the file that is to be written, here and where it is used")
+        path = Path(settings.speculator.draft_vocab_file)
+        if not settings.speculator.draft_vocab_file:
+            raise UserError(
+                "set speculator.draft_vocab_file to the file that is to be written, here and where it is used"
+            )
         if path.exists() and not overwrite:
             raise UserError(f"{path} is there and fixes a speculator line; --overwrite begins a new one")
         tables = opened(settings)
@@ -64,7 +66,7 @@ def vocabulary(
         halves = count(tables, target)
         total = _read(folder / "config.json")["vocab_size"]
         kept = special_ids(folder, total)
-        ids = choose(_sum(halves), kept, size or settings.speculator.draft_vocabulary, total)
+        ids = choose(_sum(halves), kept, size or settings.speculator.draft_vocab_size, total)
         write(path, ids)
         covered = coverage(halves, kept, ids, total)
         if as_json:

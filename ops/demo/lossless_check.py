@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 NEAR = 1e-3
 CHECKED = 24
-COLUMNS = ("request", "round", "position", "tokens", "bonus", "temperature", "finish")
+COLUMNS = ("request", "verify_step", "position", "tokens", "bonus", "temperature", "finish")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,9 @@ class Verdict:
 
 def choose(requests: Sequence[Answered], swaps: Sequence[Swap], count: int = CHECKED) -> list[Answered]:
     """Requests to check: those that ran through a swap first, up to half, then the others spread evenly."""
-    drafted = [request for request in requests if request.error is None and request.rounds and request.speculators]
+    drafted = [
+        request for request in requests if request.error is None and request.verify_steps and request.speculators
+    ]
     through = [r for r in drafted if any(r.started < swap.time < r.ended for swap in swaps)]
     chosen = _spread(through, count // 2)
     rest = [request for request in drafted if request not in chosen]
@@ -60,17 +62,18 @@ def choose(requests: Sequence[Answered], swaps: Sequence[Swap], count: int = CHE
 
 
 def rebuild(rows: Sequence[Mapping[str, Any]]) -> Rebuilt | None:
-    """Prompt and answer of one request from its rounds; None while its end is missing.
+    """Prompt and answer of one request from its verify steps; None while its end is missing.
 
-    ``tokens`` of all rounds one after the other, then the last bonus, are the whole request; those of round 0 are its
+    ``tokens`` of all verify steps one after the other, then the last bonus, are the whole request; those of verify
+    step 0 are its
     prompt.
     """
-    ordered = sorted(rows, key=lambda row: (row["round"], row["position"]))
+    ordered = sorted(rows, key=lambda row: (row["verify_step"], row["position"]))
     whole = [token for row in ordered for token in row["tokens"]]
     gaps = sum(len(row["tokens"]) for row in ordered) != ordered[-1]["position"] + len(ordered[-1]["tokens"])
     if gaps or ordered[-1]["finish"] is None or ordered[-1]["bonus"] is None:
         return None
-    prompt = sum(len(row["tokens"]) for row in ordered if row["round"] == 0)
+    prompt = sum(len(row["tokens"]) for row in ordered if row["verify_step"] == 0)
     return Rebuilt(ordered[0]["request"], tuple(whole[:prompt]), (*whole[prompt:], ordered[-1]["bonus"]))
 
 

@@ -24,7 +24,7 @@ class Answered:
     text: str = ""
     prompt_tokens: int = 0
     output_tokens: int = 0
-    rounds: int = 0
+    verify_steps: int = 0
     drafted: int = 0
     accepted: int = 0
     speculators: tuple[str, ...] = ()
@@ -60,15 +60,15 @@ class Version:
     registered: float
     promoted: float | None = None
     served: float | None = None
-    held_back: float | None = None
-    """Simulated accept length on the held-back slice."""
-    champion_held_back: float | None = None
+    held_out: float | None = None
+    """Simulated accepted tokens per step on the held-out set."""
+    champion_held_out: float | None = None
     """The same of the version that it had to beat."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Where the verify rounds of this run are."""
+    """Where the verify steps of this run are."""
 
     published: int = 0
     """Handed to the publisher."""
@@ -129,10 +129,10 @@ class Run:
         return tuple(dict.fromkeys(request.domain for request in sorted(self.requests, key=lambda r: r.started)))
 
 
-def accept_length(requests: Sequence[Answered]) -> float | None:
-    """Drafted tokens accepted per verify round, the bonus token excluded; None without rounds."""
-    rounds = sum(request.rounds for request in requests)
-    return sum(request.accepted for request in requests) / rounds if rounds else None
+def accepted_per_step(requests: Sequence[Answered]) -> float | None:
+    """Drafted tokens accepted per verify step, the bonus token excluded; None without verify steps."""
+    verify_steps = sum(request.verify_steps for request in requests)
+    return sum(request.accepted for request in requests) / verify_steps if verify_steps else None
 
 
 def edges(requests: Sequence[Answered]) -> tuple[Sequence[Answered], Sequence[Answered]]:
@@ -141,9 +141,9 @@ def edges(requests: Sequence[Answered]) -> tuple[Sequence[Answered], Sequence[An
     return requests[:width], requests[len(requests) - width :]
 
 
-def rolling_accept_length(requests: Sequence[Answered], width: int = ROLLING) -> list[float]:
-    """``accept_length`` of the last ``width`` requests, at each request."""
-    return [accept_length(requests[max(0, i + 1 - width) : i + 1]) or 0.0 for i in range(len(requests))]
+def rolling_accepted_per_step(requests: Sequence[Answered], width: int = ROLLING) -> list[float]:
+    """``accepted_per_step`` of the last ``width`` requests, at each request."""
+    return [accepted_per_step(requests[max(0, i + 1 - width) : i + 1]) or 0.0 for i in range(len(requests))]
 
 
 def tokens_per_s(requests: Sequence[Answered], start: float, end: float) -> float | None:
@@ -188,8 +188,8 @@ def summary(run: Run) -> dict[str, Any]:
         "requests": len(run.requests),
         "failed_requests": len(run.failed),
         "edge_requests": len(first),
-        "accept_length_first_50": _rounded(accept_length(first)),
-        "accept_length_last_50": _rounded(accept_length(last)),
+        "accepted_per_step_first_50": _rounded(accepted_per_step(first)),
+        "accepted_per_step_last_50": _rounded(accepted_per_step(last)),
         "tokens_per_s_first_50": _rounded(first_rate),
         "tokens_per_s_last_50": _rounded(last_rate),
         "tokens_per_s_no_speculation": _rounded(tokens_per_s(run.plain, *busy_span(run.plain))),
@@ -246,9 +246,9 @@ def _domain(answered: Sequence[Answered], name: str) -> dict[str, Any]:
     return {
         "requests": len(mine),
         "output_tokens": sum(request.output_tokens for request in mine),
-        "accept_length": _rounded(accept_length(mine)),
-        "accept_length_first_50": _rounded(accept_length(first)),
-        "accept_length_last_50": _rounded(accept_length(last)),
+        "accepted_per_step": _rounded(accepted_per_step(mine)),
+        "accepted_per_step_first_50": _rounded(accepted_per_step(first)),
+        "accepted_per_step_last_50": _rounded(accepted_per_step(last)),
         "tokens_per_s": _rounded(tokens_per_s(answered, *busy_span(mine))),
     }
 

@@ -43,7 +43,7 @@ def run(settings: Settings, options: Options) -> int:
     Raises:
         UserError: it could not begin.
     """
-    folder = Path(settings.stack.dir) / "demo"
+    folder = Path(settings.stack.data_dir) / "demo"
     with DemoScreen(live=options.live and not options.as_json, to_stderr=options.as_json) as screen:
         finished = play(settings, options, screen)
         write(finished, folder)
@@ -79,14 +79,14 @@ def play(settings: Settings, options: Options, screen: DemoScreen) -> Run:
 
 
 def drafting_always(settings: Settings) -> Settings:
-    """Settings with which the node drafts in every round, unless they say how much to draft.
+    """Settings with which the node drafts in every verify step, unless they say how much to draft.
 
     Left to itself a node drafts what pays, which on a small machine is nothing until the draft is good: one would see
     nothing of what is learned until then.
     """
-    if {"adaptive", "draft_tokens"} & settings.serve.model_fields_set:
+    if {"adaptive_drafting", "num_speculative_tokens"} & settings.serve.model_fields_set:
         return settings
-    serve = settings.serve.model_copy(update={"adaptive": False, "draft_tokens": _DRAFT_TOKENS})
+    serve = settings.serve.model_copy(update={"adaptive_drafting": False, "num_speculative_tokens": _DRAFT_TOKENS})
     return settings.model_copy(update={"serve": serve})
 
 
@@ -94,13 +94,13 @@ def wipe(settings: Settings) -> None:
     """Forget what earlier runs left; the model and the jars stay.
 
     Raises:
-        UserError: a folder to be wiped is not inside ``stack.dir``, or is in an object store.
+        UserError: a folder to be wiped is not inside ``stack.data_dir``, or is in an object store.
     """
-    root = Path(settings.stack.dir).resolve()
+    root = Path(settings.stack.data_dir).resolve()
     named = {
         "tables.uri": settings.tables.uri,
         "stream.data_dir": settings.stream.data_dir,
-        "train.dir": settings.train.dir,
+        "train.checkpoint_dir": settings.train.checkpoint_dir,
     }
     folders = [root / name for name in ("broker", "registry", "demo")]
     for setting, value in named.items():
@@ -141,7 +141,8 @@ def closing(finished: Run, folder: Path) -> str:
     figures = summary(finished)
     return (
         f"\n{figures['requests']} requests, {figures['failed_requests']} failed; "
-        f"accept length {figures['accept_length_first_50']} at first, {figures['accept_length_last_50']} at last; "
+        f"accepted tokens per step {figures['accepted_per_step_first_50']} at first, "
+        f"{figures['accepted_per_step_last_50']} at last; "
         f"tokens/s {figures['tokens_per_s_first_50']} at first, {figures['tokens_per_s_last_50']} at last, "
         f"{figures['tokens_per_s_no_speculation']} without speculation\n"
         f"{figures['versions_registered']} versions registered, {figures['versions_promoted']} promoted; "

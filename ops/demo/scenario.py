@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ops import prompts
-from ops.demo.record import EDGE, Rows, Run, Swap, accept_length, rolling_accept_length
+from ops.demo.record import EDGE, Rows, Run, Swap, accepted_per_step, rolling_accepted_per_step
 from ops.demo.screen import DemoScreen, View
 from ops.demo.watch import Watch, newest_rate
 from ops.loadgen.traffic import Load, Prompt, changing
@@ -109,7 +109,7 @@ class Player:
     def _new_load(self) -> Load:
         settings = self.stack.settings
         url = f"http://{settings.serve.host}:{settings.serve.port}"
-        return Load(url, settings.target.name, iter(()), self.concurrency, self.max_tokens)
+        return Load(url, settings.target.served_model_name, iter(()), self.concurrency, self.max_tokens)
 
     def _traffic(self, load: Load, seconds: float) -> None:
         """The first domain, and from half-way on the second."""
@@ -178,8 +178,8 @@ class Player:
             requests=len(done),
             failed=sum(answered.error is not None for answered in done),
             tokens_per_s=newest_rate(self._watch.samples),
-            accept_length=accept_length(done[-EDGE:]),
-            accept_lengths=tuple(rolling_accept_length(done)),
+            accepted_per_step=accepted_per_step(done[-EDGE:]),
+            accepted_per_steps=tuple(rolling_accepted_per_step(done)),
             trace_lag=self._watch.overview.trace_lag,
             step=train.step if train else 0,
             loss=train.loss if train else None,

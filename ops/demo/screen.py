@@ -34,9 +34,9 @@ class View:
     requests: int = 0
     failed: int = 0
     tokens_per_s: float | None = None
-    accept_length: float | None = None
+    accepted_per_step: float | None = None
     """Over the last 50 requests."""
-    accept_lengths: tuple[float, ...] = ()
+    accepted_per_steps: tuple[float, ...] = ()
     """The same at each request so far."""
     trace_lag: int | None = None
     step: int = 0
@@ -95,7 +95,8 @@ def as_line(view: View) -> str:
     """The view on one line."""
     return (
         f"[{_clock(view.elapsed_s)}] {view.phase}: {view.requests} requests, {view.failed} failed, "
-        f"{number(view.tokens_per_s, '.0f')} tokens/s, accept length {number(view.accept_length, '.2f')}, "
+        f"{number(view.tokens_per_s, '.0f')} tokens/s, "
+        f"accepted tokens per step {number(view.accepted_per_step, '.2f')}, "
         f"lag {number(view.trace_lag, 'd')}, step {view.step}, loss {number(view.loss, '.3f')}, "
         f"versions {view.registered} registered {view.promoted} promoted, serving {view.serving or '-'}"
     )
@@ -113,7 +114,7 @@ def render(view: View, events: tuple[str, ...]) -> RenderableType:
     for _ in range(3):
         body.add_column(ratio=1)
     body.add_row(_serving_panel(view), _learning_panel(view), _versions_panel(view))
-    spark = course("accept length", view.accept_lengths)
+    spark = course("accepted tokens per step", view.accepted_per_steps)
     return Panel(
         Group(head, body, spark, boxed_events(events, _EVENTS + 2)), title="Aurora Stream", border_style="cyan"
     )
@@ -126,7 +127,7 @@ def _serving_panel(view: View) -> Panel:
         "requests": str(view.requests),
         "failed": failed,
         "output tokens/s": number(view.tokens_per_s, ".1f"),
-        "accept length": Text(number(view.accept_length, ".2f"), style="bold green"),
+        "accepted tokens per step": Text(number(view.accepted_per_step, ".2f"), style="bold green"),
     }
     return panel("serving", rows, _HEIGHT)
 

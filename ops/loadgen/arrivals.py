@@ -9,9 +9,9 @@ from typing import Any
 
 from pipeline.delta import DeltaLog
 
-_ROUND_0 = (
+_VERIFY_STEP_0 = (
     "SELECT request, label, temperature, top_p, sampling_top_k, seed, time, verify_us, position, tokens "
-    "FROM traces WHERE round = 0 ORDER BY request, position"
+    "FROM traces WHERE verify_step = 0 ORDER BY request, position"
 )
 _LENGTHS = (
     "SELECT request, CAST(max(position + array_length(tokens)) + 1 AS BIGINT) AS tokens FROM traces GROUP BY request"
@@ -24,7 +24,7 @@ class Arrival:
 
     request: str
     at: float
-    """Unix time at which its first round began: how long it had waited for that is not recorded."""
+    """Unix time at which its first verify step began: how long it had waited for that is not recorded."""
     label: str | None
     prompt: tuple[int, ...]
     answer_tokens: int
@@ -59,7 +59,7 @@ def arrivals(
     """
     lengths = {row["request"]: row["tokens"] for batch in log.query(_LENGTHS) for row in batch.to_pylist()}
     rows: dict[str, list[dict[str, Any]]] = {}
-    for batch in log.query(_ROUND_0):
+    for batch in log.query(_VERIFY_STEP_0):
         for row in batch.to_pylist():
             rows.setdefault(row["request"], []).append(row)
     found = [one for name, parts in rows.items() if (one := _arrival(parts, lengths[name])) is not None]

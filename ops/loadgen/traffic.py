@@ -29,7 +29,9 @@ class Prompt:
 
 
 def changing(first: Iterable[Prompt], second: Iterable[Prompt], switch: Callable[[], bool]) -> Iterator[Prompt]:
-    """Prompts of the first domain until ``switch`` says so, then of the second; each goes round when it is used up."""
+    """Prompts of the first domain until ``switch`` says so, then of the second; each goes verify step when it is
+    used up.
+    """
     one, two = cycle(first), cycle(second)
     while True:
         yield next(two if switch() else one)
@@ -146,7 +148,7 @@ def read_answer(prompt: Prompt, started: float, ended: float, events: list[dict[
         text="".join(c["delta"].get("content") or "" for event in events for c in event["choices"]),
         prompt_tokens=usage["prompt_tokens"],
         output_tokens=usage["completion_tokens"],
-        rounds=figures["rounds"],
+        verify_steps=figures["verify_steps"],
         drafted=figures["drafted"],
         accepted=figures["accepted"],
         speculators=tuple(figures["speculators"]),

@@ -56,5 +56,5 @@ def _fetch() -> list[Path]:
     except Exception as error:  # jgo documents no errors: whatever it raises, the jars are not there
         raise JarsError(
             f"cannot fetch the embedded broker's jars ({ENDPOINT}): {error}; check the network, "
-            "or set kafka.bootstrap to a broker of your own"
+            "or set kafka.bootstrap_servers to a broker of your own"
         ) from error

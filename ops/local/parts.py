@@ -50,15 +50,15 @@ class Plan:
 
 
 def embeds_broker(settings: Settings) -> bool:
-    """True when ``kafka.bootstrap`` is left as it is, or names the embedded broker's port."""
-    return settings.kafka.bootstrap in (Kafka().bootstrap, f"127.0.0.1:{settings.stack.broker_port}")
+    """True when ``kafka.bootstrap_servers`` is left as it is, or names the embedded broker's port."""
+    return settings.kafka.bootstrap_servers in (Kafka().bootstrap_servers, f"127.0.0.1:{settings.stack.kafka_port}")
 
 
 def embeds_registry(settings: Settings) -> bool:
-    """True when ``registry.uri`` is left as it is, or names the embedded server's port."""
-    return settings.registry.uri.rstrip("/") in (
-        Registry().uri,
-        f"http://127.0.0.1:{settings.stack.registry_port}",
+    """True when ``registry.tracking_uri`` is left as it is, or names the embedded server's port."""
+    return settings.registry.tracking_uri.rstrip("/") in (
+        Registry().tracking_uri,
+        f"http://127.0.0.1:{settings.stack.mlflow_port}",
     )
 
 
@@ -66,15 +66,15 @@ def effective(settings: Settings) -> Settings:
     """The settings with the addresses of what is embedded filled in; a user's own addresses stay."""
     kafka, registry = settings.kafka, settings.registry
     if embeds_broker(settings):
-        kafka = kafka.model_copy(update={"bootstrap": f"127.0.0.1:{settings.stack.broker_port}"})
+        kafka = kafka.model_copy(update={"bootstrap_servers": f"127.0.0.1:{settings.stack.kafka_port}"})
     if embeds_registry(settings):
-        registry = registry.model_copy(update={"uri": f"http://127.0.0.1:{settings.stack.registry_port}"})
+        registry = registry.model_copy(update={"tracking_uri": f"http://127.0.0.1:{settings.stack.mlflow_port}"})
     return settings.model_copy(update={"kafka": kafka, "registry": registry})
 
 
 def log_path(settings: Settings, name: str) -> Path:
     """Where a part's output goes."""
-    return Path(settings.stack.dir) / "logs" / f"{name}.log"
+    return Path(settings.stack.data_dir) / "logs" / f"{name}.log"
 
 
 def plan(settings: Settings) -> Plan:
@@ -130,18 +130,21 @@ def answers(url: str, timeout_s: float = 2) -> bool:
 def _broker(settings: Settings) -> Part:
     stack = settings.stack
     broker = Broker(
-        Path(stack.dir) / "broker", stack.broker_port, stack.controller_port, log_path(settings, "broker").absolute()
+        Path(stack.data_dir) / "broker",
+        stack.kafka_port,
+        stack.kafka_controller_port,
+        log_path(settings, "broker").absolute(),
     )
-    ports = {"stack.broker_port": stack.broker_port, "stack.controller_port": stack.controller_port}
+    ports = {"stack.kafka_port": stack.kafka_port, "stack.kafka_controller_port": stack.kafka_controller_port}
     return Part("broker", broker.process, broker.ready, prepare=broker.prepare, ports=ports)
 
 
 def _registry(settings: Settings) -> Part:
     stack = settings.stack
     server = RegistryServer(
-        Path(stack.dir) / "registry", stack.registry_port, log_path(settings, "registry").absolute()
+        Path(stack.data_dir) / "registry", stack.mlflow_port, log_path(settings, "registry").absolute()
     )
-    return Part("registry", server.process, server.ready, ports={"stack.registry_port": stack.registry_port})
+    return Part("registry", server.process, server.ready, ports={"stack.mlflow_port": stack.mlflow_port})
 
 
 def _own(

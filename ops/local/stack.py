@@ -96,7 +96,7 @@ def running_stack(settings: Settings, say: Say, *, restart: bool = True) -> Iter
         PortInUseError: a port is taken.
         JarsError, ModelError: something to be fetched cannot be had.
     """
-    folder = Path(settings.stack.dir)
+    folder = Path(settings.stack.data_dir)
     folder.mkdir(parents=True, exist_ok=True)
     with _only_one(folder):
         provide_target(settings.target, say)
@@ -138,7 +138,7 @@ def up_detached(settings: Settings, say: Say, timeout_s: float = 600) -> None:
         StackError: one runs already, or this one did not come up.
     """
     if running(settings):
-        raise StackError(_already(Path(settings.stack.dir)))
+        raise StackError(_already(Path(settings.stack.data_dir)))
     log = log_path(settings, "up").absolute()
     _put_aside(log)
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -205,7 +205,7 @@ def provide_target(target: Target, say: Say) -> None:
     folder = Path(target.path)
     if (folder / "config.json").exists():
         return
-    if target.path != Target().path and target.name != demo_model.NAME:
+    if target.path != Target().path and target.served_model_name != demo_model.NAME:
         raise StackError(f"target.path: no model in {folder} (config.json is missing)")
     demo_model.ensure(folder, say)
 
@@ -245,7 +245,7 @@ def _only_one(folder: Path) -> Iterator[None]:
 
 
 def _state_file(settings: Settings) -> Path:
-    return Path(settings.stack.dir) / "up.json"
+    return Path(settings.stack.data_dir) / "up.json"
 
 
 def _put_aside(log: Path) -> None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from schemas.events import AliasMoved
     from trainer.release.registry import SpeculatorRegistry, Version
 
-Taught = Literal["yes", "partly", "no", "held back"]
+Taught = Literal["yes", "partly", "no", "held out"]
 TOLD_TABLES = ("traces", "accepted", "rejected")
 
 
@@ -53,7 +53,7 @@ class Reader:
     moves: tuple[AliasMoved, ...]
     """Of aliases that came to name it."""
     served: datetime | None
-    """Time of its first round in ``traces``."""
+    """Time of its first verify step in ``traces``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class Trail:
     node: str
     line: str
     time: datetime
-    """Of its first round."""
+    """Of its first verify step."""
     drafted_by: tuple[str, ...]
     rows: tuple[Rows, ...]
     versions: tuple[Reader, ...]
@@ -94,7 +94,7 @@ def trails(tables: DeltaLog, registry: SpeculatorRegistry, named: str) -> list[T
     if not requests:
         raise UserError(
             f"no rows of {named!r} in table traces: it was not traced, is on its way, became a dead letter "
-            f"(`aurora dead list`), or is older than tables.traces_retention_days"
+            f"(`aurora dead list`), or is older than tables.traces_retention"
         )
     return [
         Trail(
@@ -113,12 +113,12 @@ def trails(tables: DeltaLog, registry: SpeculatorRegistry, named: str) -> list[T
 
 def taught(tags: Mapping[str, str], request: str, commits: Sequence[int | None]) -> Taught:
     """Whether a version has learned from a request whose windows came with these commits of ``accepted``."""
-    from trainer.data.feed import held_back
+    from trainer.data.feed import held_out
     from trainer.release.card import PASSED_TAG, SETTINGS_TAG
 
     shaped_by = json.loads(tags.get(SETTINGS_TAG, "{}"))
-    if held_back(request, shaped_by.get("train", {}).get("held_back_share", 0.0)):
-        return "held back"
+    if held_out(request, shaped_by.get("train", {}).get("held_out_ratio", 0.0)):
+        return "held out"
     read = json.loads(tags.get("tables", "{}")).get("accepted", 0)
     passed = int(tags.get(PASSED_TAG, "0"))
     if commits and all(commit is not None and commit <= passed for commit in commits):
@@ -166,7 +166,7 @@ def _readers(
 
 
 def _served(tables: DeltaLog, line: str) -> dict[str, datetime]:
-    """When each version of a line drafted its first round."""
+    """When each version of a line drafted its first verify step."""
     from pipeline.delta import escaped
 
     found = tables.query(

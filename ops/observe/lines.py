@@ -25,7 +25,7 @@ def connect(settings: Settings) -> SpeculatorRegistry:
     try:
         registry.lines()
     except RegistryError as error:
-        raise UserError(f"{error}; start it, or set registry.uri") from error
+        raise UserError(f"{error}; start it, or set registry.tracking_uri") from error
     return registry
 
 
@@ -37,11 +37,13 @@ def line_of(settings: Settings, registry: SpeculatorRegistry, named: str | None)
     """
     lines = {line.name: line for line in registry.lines()}
     if not lines:
-        raise UserError(f"no versions at {settings.registry.uri} (registry.uri); the trainer registers them")
+        raise UserError(
+            f"no versions at {settings.registry.tracking_uri} (registry.tracking_uri); the trainer registers them"
+        )
     if named is not None:
         if found := lines.get(named):
             return found
-        raise UserError(f"no line {named!r} at {settings.registry.uri}; there are {', '.join(sorted(lines))}")
+        raise UserError(f"no line {named!r} at {settings.registry.tracking_uri}; there are {', '.join(sorted(lines))}")
     if len(lines) == 1:
         return next(iter(lines.values()))
     ours = _line_of_settings(settings)

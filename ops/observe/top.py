@@ -32,19 +32,19 @@ class Pace:
     """What a node did between two looks."""
 
     tokens_per_s: float
-    accept_length: float | None
-    """Drafted tokens kept a round; None where no round was run."""
+    accepted_per_step: float | None
+    """Drafted tokens kept a verify step; None where no verify step was run."""
     requests_per_s: float
 
 
 def pace(before: ServeStatus, now: ServeStatus, seconds: float) -> Pace | None:
     """The pace of a node between two looks; None where it was restarted in between."""
-    if now.rounds < before.rounds or now.finished < before.finished:
+    if now.verify_steps < before.verify_steps or now.finished < before.finished:
         return None
-    rounds, kept = now.rounds - before.rounds, now.accepted - before.accepted
+    verify_steps, kept = now.verify_steps - before.verify_steps, now.accepted - before.accepted
     return Pace(
         (now.output_tokens - before.output_tokens) / seconds,
-        kept / rounds if rounds else None,
+        kept / verify_steps if verify_steps else None,
         (now.finished - before.finished) / seconds,
     )
 
@@ -57,7 +57,7 @@ class Course:
     at: float = 0.0
     """Monotonic seconds of the newest look."""
     pace: Pace | None = None
-    accept_lengths: deque[float] = field(default_factory=lambda: deque(maxlen=_KEPT))
+    accepted_per_steps: deque[float] = field(default_factory=lambda: deque(maxlen=_KEPT))
     rates: deque[float] = field(default_factory=lambda: deque(maxlen=_KEPT))
     rows_per_s: float | None = None
 
@@ -70,8 +70,8 @@ class Course:
             self.pace = pace(before.serve, overview.serve, seconds)
         if self.pace:
             self.rates.append(self.pace.tokens_per_s)
-            if self.pace.accept_length is not None:
-                self.accept_lengths.append(self.pace.accept_length)
+            if self.pace.accepted_per_step is not None:
+                self.accepted_per_steps.append(self.pace.accepted_per_step)
         if before.stream and overview.stream and overview.stream.rows_written >= before.stream.rows_written:
             self.rows_per_s = (overview.stream.rows_written - before.stream.rows_written) / seconds
 
@@ -103,7 +103,7 @@ def render(course: Course, every_s: float) -> RenderableType:
     return Panel(
         Group(
             body,
-            panels.course("accept length", course.accept_lengths),
+            panels.course("accepted tokens per step", course.accepted_per_steps),
             panels.course("output tokens/s", course.rates),
             panels.events(_told(overview)[-_EVENTS:], _EVENTS + 2),
         ),
@@ -121,7 +121,7 @@ def _serving(course: Course) -> Panel:
     rows: dict[str, str | Text] = {
         "output tokens/s": Text(number(now.tokens_per_s if now else None, ".1f"), style="bold"),
         "expected without drafting": number(alone, ".1f"),
-        "accept length": Text(number(now.accept_length if now else None, ".2f"), style="bold green"),
+        "accepted tokens per step": Text(number(now.accepted_per_step if now else None, ".2f"), style="bold green"),
         "drafts": str(node.draft_depth) if node.speculating else "off",
         "requests/s": f"{number(now.requests_per_s if now else None, '.1f')}, {node.running} run, {node.waiting} wait",
         "failed": Text(str(node.failed), style="red" if node.failed else "green"),
@@ -154,7 +154,7 @@ def _learning(overview: Overview) -> Panel:
         "step": f"{train.step:,}",
         "loss": number(train.loss, ".3f"),
         "tokens/s": number(train.tokens_per_s, ".0f"),
-        "accept length, held back": Text(number(train.accept_length, ".2f"), style="bold green"),
+        "accepted tokens per step, held out": Text(number(train.accepted_per_step, ".2f"), style="bold green"),
         "commits behind": f"{overview.table_lag or 0:,}",
         "newest window": f"{number(train.newest_window_age_s, '.0f')} s old",
         "went back": Text(str(train.rollbacks), style="yellow" if train.rollbacks else "green"),

@@ -43,19 +43,19 @@ def since(
             registered=v.registered.timestamp(),
             promoted=first_promoted.get(v.number),
             served=first_served.get(v.number),
-            **_held_back(v.tags),
+            **_held_out(v.tags),
         )
         for v in registered
         if v.registered.timestamp() >= start
     )
 
 
-def _held_back(tags: Mapping[str, str]) -> dict[str, float | None]:
+def _held_out(tags: Mapping[str, str]) -> dict[str, float | None]:
     try:
-        figures = json.loads(tags.get("held_back", "{}"))
+        figures = json.loads(tags.get("held_out", "{}"))
     except ValueError:
         figures = {}
     return {
-        "held_back": figures.get("accept_length"),
-        "champion_held_back": figures.get("champion_accept_length"),
+        "held_out": figures.get("accepted_per_step"),
+        "champion_held_out": figures.get("champion_accepted_per_step"),
     }

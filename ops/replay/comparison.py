@@ -27,7 +27,8 @@ class Comparison:
     results: tuple[Result, ...]
 
     def difference(self, result: Result) -> Interval | None:
-        """By how much the accept length over the whole past is above the first variant's, batch by batch; None for the
+        """By how much the accepted tokens per step over the whole past is above the first variant's, batch by batch;
+        None for the
         first, and where the two did not see the same batches."""
         first = self.results[0]
         if result is first or _batches(result.points) != _batches(first.points):
@@ -51,8 +52,8 @@ class Comparison:
             "windows": result.counts.get("pieces", 0),
             "tokens": sum(point.tokens for point in points),
             "steps": len(result.losses),
-            "accept_length": round(length(points), 4),
-            "accept_length_at_end": round(final(points), 4),
+            "accepted_per_step": round(length(points), 4),
+            "accepted_per_step_at_end": round(final(points), 4),
             "by_label": {label: round(length(part), 4) for label, part in by_label(points).items()},
             "loss_at_end": round(fmean(result.losses[-LAST_STEPS:]), 4),
             "difference": None if difference is None else {**difference.summary(), "clear": difference.is_clear},
@@ -70,14 +71,14 @@ def table(comparison: Comparison) -> Table:
     told = comparison.summary()["variants"]
     shown = Table(box=None, pad_edge=False, header_style="bold")
     shown.add_column("variant", no_wrap=True)
-    for column in ("accept length", "at the end", "difference", "95 %", "loss", "seconds"):
+    for column in ("accepted tokens per step", "at the end", "difference", "95 %", "loss", "seconds"):
         shown.add_column(column, justify="right", no_wrap=True)
     for one in told:
         difference = one["difference"]
         against = ("", "")
         if difference is not None:
             against = f"{difference['value']:+.3f}", f"{difference['low']:+.3f} to {difference['high']:+.3f}"
-        lengths = f"{one['accept_length']:.3f}", f"{one['accept_length_at_end']:.3f}"
+        lengths = f"{one['accepted_per_step']:.3f}", f"{one['accepted_per_step_at_end']:.3f}"
         shown.add_row(one["name"], *lengths, *against, f"{one['loss_at_end']:.3f}", f"{one['seconds']:,.0f}")
     return shown
 

@@ -46,9 +46,9 @@ def _record(folder: Path, name: str, offset: int) -> Record:
     path = folder / f"{name}.trace"
     value = path.read_bytes()
     try:
-        rounds = decode(value).rounds
+        verify_steps = decode(value).verify_steps
     except TraceError as error:
         raise UserError(f"{path}: {error}") from error
-    headers = {"content-type": CONTENT_TYPE, "schema": fingerprint(), "rows": str(len(rounds))}
+    headers = {"content-type": CONTENT_TYPE, "schema": fingerprint(), "rows": str(len(verify_steps))}
     told = tuple((key, text.encode()) for key, text in headers.items())
-    return Record(TOPIC, 0, offset, rounds[-1].time_us, name.encode(), value, told)
+    return Record(TOPIC, 0, offset, verify_steps[-1].time_us, name.encode(), value, told)

@@ -63,7 +63,7 @@ def log(settings: Settings, comparison: Comparison, folder: Path, variants: dict
 def _points(result: Result) -> Iterator[Point]:
     now = time.time_ns() // 1_000_000
     for value in curve(result.points):
-        yield Point("accept_length", value.length, value.tokens, now)
+        yield Point("accepted_per_step", value.length, value.tokens, now)
     for step, loss in enumerate(result.losses):
         yield Point("loss", loss, step, now)
-    yield Point("accept_length_whole", length(result.points), 0, now)
+    yield Point("accepted_per_step_whole", length(result.points), 0, now)

@@ -1,7 +1,7 @@
 """Variants of an experiment on a Ray cluster: a task for each.
 
 A task is what a process of this machine would run, so everything it names has to be there for all of the cluster: this
-package, the target's folder, the tables, and ``stack.dir`` on a disk that they share, where a task that lost its
+package, the target's folder, the tables, and ``stack.data_dir`` on a disk that they share, where a task that lost its
 machine goes on from its checkpoint on another.
 """
 
@@ -36,7 +36,7 @@ def learn(tasks: Sequence[Task], address: str) -> Iterator[Result]:
     try:
         # Results are in the folder too, so a task is done once whoever asks for it.
         run = ray.remote(max_retries=_RETRIES)(experiment.learn)
-        left = [run.options(num_cpus=task.settings.train.threads).remote(task) for task in tasks]
+        left = [run.options(num_cpus=task.settings.train.num_threads).remote(task) for task in tasks]
         while left:
             (done,), left = ray.wait(left, num_returns=1)
             yield ray.get(done)

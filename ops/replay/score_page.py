@@ -30,17 +30,19 @@ def page(found: Score) -> str:
 </head>
 <body>
 <h1>What versions would have accepted</h1>
-<p>{len(found.scored):,} requests of the past. Accept length is drafted tokens kept per round, the bonus token excluded,
-along the rounds that serving would have run; intervals are over requests, 95 %.</p>
-<h2>Accept length</h2>
+<p>{len(found.scored):,} requests of the past. Accepted tokens per step is drafted tokens kept per verify step, the
+bonus token excluded,
+along the verify steps that serving would have run; intervals are over requests, 95 %.</p>
+<h2>Accepted tokens per step</h2>
 {lengths_chart(found)}
 <h2>Acceptance by depth</h2>
-<p>Of the rounds whose draft could be kept so deep, the share in which it was.</p>
+<p>Of the verify steps whose draft could be kept so deep, the share in which it was.</p>
 {depths_chart(found)}
 <h2>Figures</h2>
 <div class="scroll"><table>
-<thead><tr><th>requests of</th><th>version</th><th class="number">requests</th><th class="number">rounds</th>
-<th class="number">accept length</th><th class="number">95 %</th><th class="number">over all positions</th></tr></thead>
+<thead><tr><th>requests of</th><th>version</th><th class="number">requests</th><th class="number">verify steps</th>
+<th class="number">accepted tokens per step</th>
+<th class="number">95 %</th><th class="number">over all positions</th></tr></thead>
 <tbody>{rows}</tbody>
 </table></div>
 <h2>Notes</h2>
@@ -56,7 +58,7 @@ def lengths_chart(found: Score) -> str:
     with mpl.rc_context(style("lengths")):
         figure, axes = figure_of(0.9 + _ROW_IN * len(groups) * max(len(versions), 1))
         for i, named in enumerate(versions):
-            own = [found.figures(i, group).accept_length for group in groups]
+            own = [found.figures(i, group).accepted_per_step for group in groups]
             heights = [-g - (i + 0.5) / (len(versions) + 1) for g in range(len(groups))]
             for interval, height in zip(own, heights, strict=True):
                 axes.plot([interval.low, interval.high], [height] * 2, color=COLOURS[i % len(COLOURS)], linewidth=2)
@@ -66,7 +68,7 @@ def lengths_chart(found: Score) -> str:
         axes.set_yticks([-g - 0.45 for g in range(len(groups))], groups, color=INK)
         axes.grid(visible=True, axis="x")
         axes.set_xlim(left=0)
-        axes.set_xlabel("accept length", color=MUTED)
+        axes.set_xlabel("accepted tokens per step", color=MUTED)
         axes.legend(frameon=False, loc="lower right")
         return svg(figure)
 
@@ -92,8 +94,8 @@ def _rows(found: Score, group: str) -> str:
     for i, named in enumerate(found.versions):
         one = found.figures(i, group)
         numbers = (
-            *(f"{one.requests:,}", f"{one.rounds:,.0f}", f"{one.accept_length.value:.3f}"),
-            *(bounds(one.accept_length), f"{one.everywhere:.3f}"),
+            *(f"{one.requests:,}", f"{one.verify_steps:,.0f}", f"{one.accepted_per_step.value:.3f}"),
+            *(bounds(one.accepted_per_step), f"{one.everywhere:.3f}"),
         )
         cells = "".join(f'<td class="number">{number}</td>' for number in numbers)
         rows.append(f"<tr><td>{escape(group)}</td><td>{escape(named.short)}</td>{cells}</tr>")

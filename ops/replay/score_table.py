@@ -15,14 +15,14 @@ def tables(found: Score) -> list[Table]:
     shown = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("requests of", "version"):
         shown.add_column(column, overflow="fold")
-    for column in ("requests", "accept length", "95 %", "everywhere", "by depth"):
+    for column in ("requests", "accepted tokens per step", "95 %", "everywhere", "by depth"):
         shown.add_column(column, justify="right", no_wrap=True)
     for group in found.groups:
         for i, named in enumerate(found.versions):
             one = found.figures(i, group)
             shown.add_row(
-                *(group if i == 0 else "", named.short, f"{one.requests:,}", f"{one.accept_length.value:.3f}"),
-                *(bounds(one.accept_length), f"{one.everywhere:.3f}"),
+                *(group if i == 0 else "", named.short, f"{one.requests:,}", f"{one.accepted_per_step.value:.3f}"),
+                *(bounds(one.accepted_per_step), f"{one.everywhere:.3f}"),
                 " ".join(f"{share:.2f}" for share in one.by_depth),
             )
     return [shown, _differences(found)] if len(found.versions) > 1 else [shown]
@@ -50,7 +50,9 @@ def bounds(interval: Interval) -> str:
 
 
 def _differences(found: Score) -> Table:
-    shown = Table(box=None, pad_edge=False, header_style="bold", title="accept length, paired", title_justify="left")
+    shown = Table(
+        box=None, pad_edge=False, header_style="bold", title="accepted tokens per step, paired", title_justify="left"
+    )
     for column in ("requests of", "version", "against"):
         shown.add_column(column, overflow="fold")
     for column in ("difference", "95 %"):

@@ -31,18 +31,18 @@ def page(comparison: Comparison) -> str:
 <p>Variants that learned from one past, versions {span.accepted[0]} to {span.accepted[1]} of the table accepted,
 in its time order. Every batch is scored before it is learned from; a value is taken over the last {OVER:,} tokens of
 traffic.</p>
-<h2>Accept length</h2>
+<h2>Accepted tokens per step</h2>
 {lengths_chart(comparison)}
 <h2>Loss</h2>
 {losses_chart(comparison)}
 <h2>Figures</h2>
 <div class="scroll"><table>
-<thead><tr><th>variant</th><th class="number">accept length, whole past</th>
+<thead><tr><th>variant</th><th class="number">accepted tokens per step, whole past</th>
 <th class="number">last {FINAL:,} tokens</th><th class="number">against the first</th><th class="number">95 %</th>
 <th class="number">loss at the end</th></tr></thead>
 <tbody>{_rows(comparison)}</tbody>
 </table></div>
-<p style="margin-top:1.2rem">Accept length is drafted tokens that are right, over chains of
+<p style="margin-top:1.2rem">Accepted tokens per step is drafted tokens that are right, over chains of
 {comparison.plan.lookahead} from all positions, the bonus token excluded. Intervals are over batches of the same past,
 paired; they say nothing of other seeds.</p>
 </body>
@@ -60,7 +60,7 @@ def picture(comparison: Comparison) -> str:
 
 
 def lengths_chart(comparison: Comparison) -> str:
-    """Accept length over the tokens of traffic."""
+    """Accepted tokens per step over the tokens of traffic."""
     with mpl.rc_context(style("variants")):
         figure, axes = figure_of(HEIGHT_IN)
         lines(axes, {result.variant: curve(result.points) for result in comparison.results})
@@ -94,8 +94,8 @@ def _rows(comparison: Comparison) -> str:
         if difference is not None:
             told = f"{difference['value']:+.3f}", f"{difference['low']:+.3f} to {difference['high']:+.3f}"
         numbers = (
-            f"{one['accept_length']:.3f}",
-            f"{one['accept_length_at_end']:.3f}",
+            f"{one['accepted_per_step']:.3f}",
+            f"{one['accepted_per_step_at_end']:.3f}",
             *told,
             f"{one['loss_at_end']:.3f}",
         )

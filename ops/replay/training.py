@@ -28,7 +28,7 @@ _CLOCKS = timedelta(minutes=10)
 
 def folder_of(settings: Settings, name: str) -> Path:
     """Where an experiment is kept."""
-    return Path(settings.stack.dir) / "replay" / name
+    return Path(settings.stack.data_dir) / "replay" / name
 
 
 def variants(files: Sequence[Path], load: Callable[[Path], Settings]) -> dict[str, Settings]:
@@ -65,7 +65,7 @@ def prepared(
     before = experiment.known(folder)
     span = _span(log, target_fingerprint(Path(first.target.path)), line, begin, end, before.span if before else None)
     digests = {variant: experiment.digest(settings) for variant, settings in configs.items()}
-    plan = Plan(name=name, span=span, lookahead=first.serve.draft_tokens, variants=digests)
+    plan = Plan(name=name, span=span, lookahead=first.serve.num_speculative_tokens, variants=digests)
     experiment.begin(folder, plan)
     hold(log, name, span.versions)
     return plan, [Task(folder, plan, variant, settings) for variant, settings in configs.items()]

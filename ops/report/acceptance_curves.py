@@ -1,4 +1,4 @@
-"""Curves of accept length over tokens of traffic, drawn alike in every page. Pure."""
+"""Curves of accepted tokens per step over tokens of traffic, drawn alike in every page. Pure."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def axes_of(values: Sequence[Value]) -> tuple[list[int], list[float]]:
 
 
 def name_axes(axes: Axes) -> None:
-    """Tokens of traffic below, accept length beside."""
+    """Tokens of traffic below, accepted tokens per step beside."""
     axes.xaxis.set_major_formatter(lambda tokens, _place: f"{tokens / 1000:g}k" if tokens else "0")
     axes.set_xlabel("tokens of traffic, prompts included", color=MUTED)
-    axes.set_ylabel("accept length")
+    axes.set_ylabel("accepted tokens per step")

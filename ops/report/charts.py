@@ -9,7 +9,7 @@ from statistics import median
 import matplotlib as mpl
 from matplotlib.axes import Axes
 
-from ops.demo.record import Answered, Run, Sample, busy_span, rolling_accept_length, tokens_per_s
+from ops.demo.record import Answered, Run, Sample, busy_span, rolling_accepted_per_step, tokens_per_s
 from ops.report.canvas import FAINT, INK, LEVEL, MUTED, SERIES, Span, figure_of, nothing, shade, style, svg
 
 _RATE_OVER_S = 15.0
@@ -25,17 +25,17 @@ class Mark:
     label: str
 
 
-def accept_length_chart(run: Run) -> str:
-    """Accept length over requests: each one faint, the rolling mean strong."""
+def accepted_per_step_chart(run: Run) -> str:
+    """Accepted tokens per step over requests: each one faint, the rolling mean strong."""
     answered = run.succeeded
     with mpl.rc_context(style("accept")):
         figure, axes = figure_of(3.9)
         if not answered:
             return nothing(figure, axes, "no request was answered")
         numbers = range(1, len(answered) + 1)
-        each = [request.accepted / max(request.rounds, 1) for request in answered]
+        each = [request.accepted / max(request.verify_steps, 1) for request in answered]
         axes.scatter(numbers, each, s=13, color=FAINT, linewidths=0)
-        rolling = rolling_accept_length(answered)
+        rolling = rolling_accepted_per_step(answered)
         axes.plot(numbers, rolling, color=SERIES, linewidth=2.6, solid_capstyle="round")
         axes.set_xlim(0, len(answered) + 1)
         axes.set_ylim(0, _HEADROOM * max([*each, 0.1]))
@@ -51,7 +51,7 @@ def accept_length_chart(run: Run) -> str:
         )
         _context(axes, domain_spans(answered), version_marks(run, answered))
         axes.set_xlabel("requests, in the order in which they ended")
-        axes.set_ylabel("drafted tokens accepted per round")
+        axes.set_ylabel("drafted tokens accepted per verify step")
         return svg(figure)
 
 

@@ -9,7 +9,7 @@ from string import Template
 from typing import Any
 
 from ops.demo.record import ROLLING, Run, Version, faults, summary
-from ops.report.charts import accept_length_chart, loss_chart, throughput_chart
+from ops.report.charts import accepted_per_step_chart, loss_chart, throughput_chart
 from schemas.settings import DAY_0
 
 _TEMPLATE = Path(__file__).with_name("page.html")
@@ -26,7 +26,7 @@ def page(run: Run) -> str:
         fault=f'<p class="fault">{escape("; ".join(faults(run)))}</p>' if faults(run) else "",
         headline="".join(figure_card(value, name) for value, name in _headline(figures)),
         rolling=ROLLING,
-        accept_length=accept_length_chart(run),
+        accepted_per_step=accepted_per_step_chart(run),
         throughput=throughput_chart(run),
         loss=loss_chart(run),
         versions=version_rows(run),
@@ -68,10 +68,13 @@ def _subtitle(run: Run, figures: dict[str, Any]) -> str:
 
 def _headline(figures: dict[str, Any]) -> list[tuple[str, str]]:
     in_flight = sum(swap["in_flight"] > 0 for swap in figures["swaps"])
-    first, last = figures["accept_length_first_50"], figures["accept_length_last_50"]
+    first, last = figures["accepted_per_step_first_50"], figures["accepted_per_step_last_50"]
     plain = figures["tokens_per_s_no_speculation"]
     return [
-        (f"{number(first)} → {number(last)}", f"accept length, first and last {figures['edge_requests']} requests"),
+        (
+            f"{number(first)} → {number(last)}",
+            f"accepted tokens per step, first and last {figures['edge_requests']} requests",
+        ),
         (number(figures["tokens_per_s_last_50"], 0), f"tokens/s at the end, {number(plain, 0)} without speculation"),
         (str(in_flight), "versions swapped in while requests ran"),
         (f"{figures['failed_requests']} failed", f"of {figures['requests']} requests"),
@@ -85,14 +88,14 @@ def _headline(figures: dict[str, Any]) -> list[tuple[str, str]]:
 def _rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
     edge = figures["edge_requests"]
     rows = [
-        (f"accept length of the first and last {edge} requests", _pair(figures, "accept_length", 3)),
+        (f"accepted tokens per step of the first and last {edge} requests", _pair(figures, "accepted_per_step", 3)),
         (f"output tokens/s of the first and last {edge} requests", _pair(figures, "tokens_per_s", 1)),
         ("output tokens/s without speculation", number(figures["tokens_per_s_no_speculation"], 1)),
     ]
     rows += [
         (
-            f"accept length over the {name} prompts, then at its beginning and its end",
-            f"{number(domain['accept_length'], 3)}; {_pair(domain, 'accept_length', 3)}",
+            f"accepted tokens per step over the {name} prompts, then at its beginning and its end",
+            f"{number(domain['accepted_per_step'], 3)}; {_pair(domain, 'accepted_per_step', 3)}",
         )
         for name, domain in figures["domains"].items()
     ]
@@ -119,7 +122,7 @@ def _pair(figures: dict[str, Any], name: str, digits: int) -> str:
 def _version_row(version: Version, start: float) -> str:
     times = [version.registered, version.promoted, version.served]
     cells = [_clock(None if time is None else time - start) for time in times]
-    cells += [number(version.held_back), number(version.champion_held_back)]
+    cells += [number(version.held_out), number(version.champion_held_out)]
     numbers = "".join(f'<td class="number">{cell}</td>' for cell in cells)
     return f"<tr><td>{escape(version.version)}</td>{numbers}</tr>"
 

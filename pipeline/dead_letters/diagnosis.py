@@ -27,7 +27,7 @@ def examine(value: bytes) -> dict[str, str]:
     found["format"] = named if named == FORMAT else f"{named or 'none'}, not {FORMAT}"
     found["columns"] = _columns(reader.schema)
     found["envelope"] = _envelope(metadata.get(b"envelope", b""))
-    found["rounds"] = _rounds(reader)
+    found["verify_steps"] = _verify_steps(reader)
     return found
 
 
@@ -54,7 +54,7 @@ def _envelope(text: bytes) -> str:
     return ", ".join(f"{name} {value}" for name, value in fields.items())
 
 
-def _rounds(reader: pa.RecordBatchStreamReader) -> str:
+def _verify_steps(reader: pa.RecordBatchStreamReader) -> str:
     """How far the rows go, and what they span."""
     batches: list[pa.RecordBatch] = []
     ending = ""
@@ -65,9 +65,9 @@ def _rounds(reader: pa.RecordBatchStreamReader) -> str:
     rows = pa.Table.from_batches(batches, reader.schema)
     try:
         rows.validate(full=True)
-        numbers = [number for number in rows["round"].to_pylist() if number is not None]
+        numbers = [number for number in rows["verify_step"].to_pylist() if number is not None]
         tokens = sum(map(len, filter(None, rows["tokens"].to_pylist())))
     except (pa.ArrowException, KeyError, TypeError, UnicodeDecodeError) as error:
         return f"{rows.num_rows} rows, unreadable: {error}{ending}"
-    span = f", rounds {min(numbers)} to {max(numbers)}, {tokens} tokens" if numbers else ""
+    span = f", verify steps {min(numbers)} to {max(numbers)}, {tokens} tokens" if numbers else ""
     return f"{rows.num_rows} rows{span}{ending}"

@@ -72,7 +72,7 @@ class Letter:
     reason: str
     detail: str
     rows: int | None
-    """Rounds that its header claims."""
+    """Verify steps that its header claims."""
     size: int | None
     """Bytes of its value; None where it has none."""
     replays: tuple[Replay, ...]
@@ -317,5 +317,6 @@ def _publish(kafka: Kafka, letters: Mapping[Address, Content]) -> tuple[dict[Add
     first = next(iter(failed.items()), (None, f"no answer within {ACKNOWLEDGED_S:g} s"))
     return sent, (
         f"{len(letters) - len(sent)} of {len(letters)} dead letters were not published again: "
-        f"{first[0] or 'all'}: {first[1]}; check kafka.bootstrap, kafka.client and max.message.bytes of the topic"
+        f"{first[0] or 'all'}: {first[1]}; check kafka.bootstrap_servers, "
+        "kafka.client_options and max.message.bytes of the topic"
     )

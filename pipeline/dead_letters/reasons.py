@@ -52,7 +52,7 @@ REASONS = {
         "Look for what rewrites headers or values between node and worker.",
     ),
     "wrong_count": Reason(
-        "The header rows does not say how many rounds the record holds.",
+        "The header rows does not say how many verify steps the record holds.",
         "Look for what rewrites headers or values between node and worker.",
     ),
     "contradiction": Reason(
@@ -73,15 +73,15 @@ REASONS = {
     ),
     "claim_foreign": Reason(
         "The record names a file outside the store that this worker reads.",
-        "Set traces.claim_uri of nodes and workers to the same address, then replay the dead letters.",
+        "Set traces.claim_check_uri of nodes and workers to the same address, then replay the dead letters.",
     ),
     "claim_missing": Reason(
         "The file that holds the features is not there.",
-        "Keep claim-check files longer than kafka.retention_hours. If the file can be brought back, replay.",
+        "Keep claim-check files longer than kafka.retention. If the file can be brought back, replay.",
     ),
     "claim_corrupt": Reason(
         "The file that holds the features is not the one that was written.",
-        "Check what else writes to traces.claim_uri. If the file can be brought back, replay.",
+        "Check what else writes to traces.claim_check_uri. If the file can be brought back, replay.",
     ),
     DUPLICATE: Reason(
         "The same chunk was taken already, at the offset in the detail.",
@@ -89,7 +89,7 @@ REASONS = {
     ),
     "lost_to_retention": Reason(
         "The broker deleted records before a worker had read them; the detail says which.",
-        "Raise kafka.retention_hours above the longest outage of the workers. The records are gone.",
+        "Raise kafka.retention above the longest outage of the workers. The records are gone.",
     ),
     UNREADABLE: Reason(
         "Reading the record failed in a way that nobody foresaw.",

@@ -1,13 +1,16 @@
 """When the traffic changes: whether a version is accepted more or less often than before. No I/O and no clock.
 
-**What is observed.** A request once, by the chunk that holds its round 1. Rounds of one request are alike, and so are
-its chunks, but ADWIN's bound is for independent observations. With every round as one, every sixth stationary stream
+**What is observed.** A request once, by the chunk that holds its verify step 1. Verify steps of one request are
+alike, and so are
+its chunks, but ADWIN's bound is for independent observations. With every verify step as one, every sixth stationary
+stream
 of 5,000 raised a false alarm; with every chunk of long answers, three of four did; with one observation for each
-request, none of 300. It needs no memory of requests, as a round says its number.
+request, none of 300. It needs no memory of requests, as a verify step says its number.
 
-**Which figure.** ``acceptance``: the share of a request's rounds with a draft in which the target took the draft's
+**Which figure.** ``acceptance``: the share of a request's verify steps with a draft in which the target took the
+draft's
 first choice for the next token. It lies between 0 and 1, which ADWIN wants, and it does not depend on how deep or how
-wide a node chooses to draft; the accept length does, so it is reported and not judged.
+wide a node chooses to draft; the accepted tokens per step does, so it is reported and not judged.
 
 **Where it changed.** ADWIN says that a window does not have one mean, and drops old observations until it has: a coarse
 answer to where. So the window is split where its halves differ most, by the means' difference over its deviation; those
@@ -40,7 +43,7 @@ from pipeline.offsets import Source
 from schemas.events import Accepted, DriftEvent
 from schemas.settings import Drift
 
-COLUMNS = ("offset", "round", "line", "label", "speculator", "time", "draft_tokens", "accepted")
+COLUMNS = ("offset", "verify_step", "line", "label", "speculator", "time", "draft_tokens", "accepted")
 """Columns of ``traces`` that observations are made from."""
 KEYS = 256
 """Versions and labels that a partition keeps apart; beyond it the one that was seen longest ago is forgotten."""
@@ -62,14 +65,16 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """What one request shows of the version that drafted in its first rounds: means over its rounds with a draft."""
+    """What one request shows of the version that drafted in its first verify steps: means over its verify steps with
+    a draft.
+    """
 
     offset: int
     key: Key
     time_us: int
-    """Of the last of these rounds."""
+    """Of the last of these verify steps."""
     acceptance: float
-    accept_length: float
+    accepted_per_step: float
     drafted: float
 
 
@@ -83,14 +88,16 @@ class Change:
     since_us: int
 
 
-def observations(rounds: pa.Table) -> Iterator[Observation]:
-    """What rounds of one partition show, in the order of their offsets. Chunks are whole; ``COLUMNS`` are used."""
-    begun = pc.unique(rounds.filter(pc.equal(rounds["round"], 1))["offset"])
-    kept = pc.and_(pc.is_in(rounds["offset"], value_set=begun), pc.not_equal(rounds["speculator"], ""))
-    rounds = rounds.filter(pc.and_(kept, pc.greater(pc.list_value_length(rounds["draft_tokens"]), 0)))
-    if not rounds.num_rows:
+def observations(verify_steps: pa.Table) -> Iterator[Observation]:
+    """What verify steps of one partition show, in the order of their offsets. Chunks are whole; ``COLUMNS`` are
+    used.
+    """
+    begun = pc.unique(verify_steps.filter(pc.equal(verify_steps["verify_step"], 1))["offset"])
+    kept = pc.and_(pc.is_in(verify_steps["offset"], value_set=begun), pc.not_equal(verify_steps["speculator"], ""))
+    verify_steps = verify_steps.filter(pc.and_(kept, pc.greater(pc.list_value_length(verify_steps["draft_tokens"]), 0)))
+    if not verify_steps.num_rows:
         return
-    accepted = rounds["accepted"].combine_chunks()
+    accepted = verify_steps["accepted"].combine_chunks()
     lengths = pc.list_value_length(accepted)
     # Node 0 is the draft's first choice, also in a tree.
     first = np.zeros(len(accepted))
@@ -98,11 +105,11 @@ def observations(rounds: pa.Table) -> Iterator[Observation]:
     by = ["offset", "line", "speculator", "label"]
     figures = pa.table(
         {
-            **{name: rounds[name] for name in by},
-            "time": rounds["time"].cast(pa.int64()),
+            **{name: verify_steps[name] for name in by},
+            "time": verify_steps["time"].cast(pa.int64()),
             "first": first,
             "kept": lengths,
-            "drafted": pc.list_value_length(rounds["draft_tokens"]),
+            "drafted": pc.list_value_length(verify_steps["draft_tokens"]),
         }
     )
     grouped = figures.group_by(by, use_threads=False).aggregate(
@@ -127,7 +134,7 @@ class PartitionWatch:
 
     def observe(self, seen: Observation) -> DriftEvent | None:
         """Take one observation; an event if it completes the evidence of a change."""
-        self._advance(seen.offset // self._settings.window)
+        self._advance(seen.offset // self._settings.window_records)
         self._younger.observe(seen)
         change = self._elder.observe(seen)
         if change is None:
@@ -185,15 +192,15 @@ class _Series:
         self._sums = (0.0, 0.0, 0.0)
 
     def observe(self, seen: Observation) -> Change | None:
-        self._seen.extend((seen.offset, seen.time_us, seen.acceptance, seen.accept_length, seen.drafted))
-        acceptance, accept_length, drafted = self._sums
-        self._sums = (acceptance + seen.acceptance, accept_length + seen.accept_length, drafted + seen.drafted)
+        self._seen.extend((seen.offset, seen.time_us, seen.acceptance, seen.accepted_per_step, seen.drafted))
+        acceptance, accepted_per_step, drafted = self._sums
+        self._sums = (acceptance + seen.acceptance, accepted_per_step + seen.accepted_per_step, drafted + seen.drafted)
         return self._begin_anew() if self._changed(seen.acceptance) else None
 
     def figures(self) -> Accepted:
         n = len(self._seen) // self._WIDTH
-        acceptance, accept_length, drafted = (total / n for total in self._sums)
-        return Accepted(requests=n, acceptance=acceptance, accept_length=accept_length, drafted=drafted)
+        acceptance, accepted_per_step, drafted = (total / n for total in self._sums)
+        return Accepted(requests=n, acceptance=acceptance, accepted_per_step=accepted_per_step, drafted=drafted)
 
     def _begin_anew(self) -> Change:
         """Forget what was before the change. The detector learns from nothing: one change is told once."""
@@ -201,8 +208,8 @@ class _Series:
         split = split_of(seen[:, 2], self._settings.min_requests)
         before, after = seen[:split], seen[split:]
         self._seen = array("d", after.ravel())
-        acceptance, accept_length, drafted = map(float, after[:, 2:].sum(axis=0))
-        self._sums = acceptance, accept_length, drafted
+        acceptance, accepted_per_step, drafted = map(float, after[:, 2:].sum(axis=0))
+        self._sums = acceptance, accepted_per_step, drafted
         self._changed = _detector(self._settings)
         return Change(_means(before), _means(after), since_offset=int(after[0, 0]), since_us=int(after[0, 1]))
 
@@ -235,8 +242,8 @@ def _detector(settings: Drift) -> Callable[[float], bool]:
 
 
 def _means(seen: Floats) -> Accepted:
-    acceptance, accept_length, drafted = map(float, seen[:, 2:].mean(axis=0))
-    return Accepted(requests=len(seen), acceptance=acceptance, accept_length=accept_length, drafted=drafted)
+    acceptance, accepted_per_step, drafted = map(float, seen[:, 2:].mean(axis=0))
+    return Accepted(requests=len(seen), acceptance=acceptance, accepted_per_step=accepted_per_step, drafted=drafted)
 
 
 def _event(source: Source, seen: Observation, change: Change) -> DriftEvent:

@@ -30,7 +30,7 @@ SHOWN = 50
 """Versions and labels that the status and the metrics show, those with the most requests: clients choose labels."""
 
 
-class Rounds(Protocol):
+class VerifySteps(Protocol):
     """The part of the Delta log that is used here."""
 
     def read_offsets(self, name: str, source: Source, offsets: range, columns: tuple[str, ...]) -> pa.Table:
@@ -63,21 +63,21 @@ class _Watched:
 class DriftWatch:
     """Watches the partitions of a worker. One thread observes; ``status`` may be asked from another."""
 
-    def __init__(self, settings: Drift, rounds: Rounds, events: Events) -> None:
+    def __init__(self, settings: Drift, verify_steps: VerifySteps, events: Events) -> None:
         self._settings = settings
-        self._rounds = rounds
+        self._verify_steps = verify_steps
         self._events = events
         self._watched: dict[Source, _Watched] = {}
         self._newest: dict[str, DriftEvent] = {}
         self._seen = self._failed = 0
 
-    def observe(self, source: Source, offsets: range, rounds: pa.Table) -> None:
+    def observe(self, source: Source, offsets: range, verify_steps: pa.Table) -> None:
         """Take what was committed: the rows of ``traces`` that these offsets of a partition gave."""
         watched = self._watched.get(source)
         try:
             if watched is None or watched.reached != offsets.start:
                 watched = self._rebuilt(source, offsets.start)
-            for event in _events(watched.watch, rounds):
+            for event in _events(watched.watch, verify_steps):
                 self._tell(event)
             watched.figures = watched.watch.figures()
             self._events.poll()
@@ -112,10 +112,12 @@ class DriftWatch:
     def _rebuilt(self, source: Source, offset: int) -> _Watched:
         """The state before an offset, from the table; what may not have been sent is sent."""
         again = max(0, offset - SENT_AGAIN)
-        start = rebuilt_from(again, self._settings.window)
+        start = rebuilt_from(again, self._settings.window_records)
         watch = PartitionWatch(source, self._settings)
         if start < offset:
-            for event in _events(watch, self._rounds.read_offsets("traces", source, range(start, offset), COLUMNS)):
+            for event in _events(
+                watch, self._verify_steps.read_offsets("traces", source, range(start, offset), COLUMNS)
+            ):
                 if event.offset >= again:
                     self._tell(event)
         return _Watched(watch, offset)
@@ -128,8 +130,8 @@ class DriftWatch:
         self._events.send(event)
 
 
-def _events(watch: PartitionWatch, rounds: pa.Table) -> Iterator[DriftEvent]:
-    for seen in observations(rounds):
+def _events(watch: PartitionWatch, verify_steps: pa.Table) -> Iterator[DriftEvent]:
+    for seen in observations(verify_steps):
         event = watch.observe(seen)
         if event is not None:
             yield event
@@ -146,6 +148,6 @@ def _together(parts: list[Accepted]) -> Accepted:
     return Accepted(
         requests=requests,
         acceptance=mean("acceptance"),
-        accept_length=mean("accept_length"),
+        accepted_per_step=mean("accepted_per_step"),
         drafted=mean("drafted"),
     )

@@ -45,7 +45,7 @@ class DriftTopic:
         try:
             self._producer = Producer(client(settings, **options))
         except (KafkaException, ValueError) as error:
-            raise SettingsError(f"kafka.bootstrap or kafka.client: {error}") from error
+            raise SettingsError(f"kafka.bootstrap_servers or kafka.client_options: {error}") from error
 
     def send(self, event: DriftEvent) -> None:
         """Hand one to the producer."""
@@ -80,7 +80,7 @@ def read(settings: Kafka) -> Iterator[DriftEvent | None]:
     found = connect(settings).list_topics(topic, timeout=TIMEOUT_S).topics[topic]
     if found.error is not None:
         raise TopicError(
-            f"topic {topic} at {settings.bootstrap}: {found.error.str()}; a stream worker makes it, or "
+            f"topic {topic} at {settings.bootstrap_servers}: {found.error.str()}; a stream worker makes it, or "
             f"`aurora topics apply`; check kafka.drift_topic"
         )
     options = {"group.id": "aurora-drift-readers", "enable.auto.commit": False, "enable.partition.eof": True}
@@ -104,7 +104,9 @@ def _once(consumer: Consumer, unread: set[int]) -> Iterator[DriftEvent | None]:
             if not unread:
                 yield None
         elif error is not None:
-            raise TopicError(f"topic {message.topic()}: {error.str()}; check kafka.bootstrap and kafka.drift_topic")
+            raise TopicError(
+                f"topic {message.topic()}: {error.str()}; check kafka.bootstrap_servers and kafka.drift_topic"
+            )
         elif (event := _event(message)) is not None and event.id not in known:
             known.add(event.id)
             yield event

@@ -3,7 +3,7 @@
 One file serves all processes, each reads its sections, and every section is checked whichever process starts, so that
 a typing error is found at once::
 
-    [kafka]                                      AURORA_KAFKA__BOOTSTRAP=kafka:9092
+    [kafka]                                      AURORA_KAFKA__BOOTSTRAP_SERVERS=kafka:9092
     bootstrap = "kafka:9092"
 
 An unknown key is an error that names the nearest known one.
@@ -15,6 +15,7 @@ from schemas.settings.sections import (
     Canary,
     Device,
     Drift,
+    Duration,
     Kafka,
     Objective,
     Promoter,
@@ -25,12 +26,12 @@ from schemas.settings.sections import (
     Speculator,
     Stack,
     Stream,
-    Sync,
     Tables,
     Target,
     Telemetry,
     Traces,
     Train,
+    Update,
 )
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "Canary",
     "Device",
     "Drift",
+    "Duration",
     "Kafka",
     "Objective",
     "Promoter",
@@ -49,12 +51,12 @@ __all__ = [
     "Speculator",
     "Stack",
     "Stream",
-    "Sync",
     "Tables",
     "Target",
     "Telemetry",
     "Traces",
     "Train",
+    "Update",
     "load",
     "to_environ",
 ]

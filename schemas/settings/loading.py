@@ -21,9 +21,9 @@ _SECRETS = (
     "serve.webhook_secret",
     "registry.password",
     "sglang.api_key",
-    "kafka.client",
+    "kafka.client_options",
     "tables.storage_options",
-    "traces.claim_options",
+    "traces.claim_check_options",
     "telemetry.headers",
 )
 """Settings whose values no message shows."""

@@ -118,7 +118,7 @@ def shape_for_target(
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
     if key_value_heads and heads % key_value_heads:
         raise CheckpointError(
-            f"speculator.key_value_heads {key_value_heads} does not divide the target's {heads} attention heads"
+            f"speculator.num_key_value_heads {key_value_heads} does not divide the target's {heads} attention heads"
         )
     return DraftShape(
         hidden_size=hidden,

@@ -41,7 +41,7 @@ def read_line(folder: Path, speculator: Speculator) -> Line:
 
     Raises:
         CheckpointError: no model in the folder, or one that the draft network does not fit.
-        SettingsError: the file that ``speculator.vocabulary`` names cannot be used.
+        SettingsError: the file that ``speculator.draft_vocab_file`` names cannot be used.
     """
     draft = draft_of_day_0(folder, speculator)
     fingerprint = target_fingerprint(folder)
@@ -53,7 +53,7 @@ def draft_of_day_0(folder: Path, speculator: Speculator) -> EagleDraft:
 
     Raises:
         CheckpointError: no model in the folder, or one that the draft network does not fit.
-        SettingsError: the file that ``speculator.vocabulary`` names cannot be used.
+        SettingsError: the file that ``speculator.draft_vocab_file`` names cannot be used.
     """
     path = folder / "config.json"
     try:
@@ -62,14 +62,14 @@ def draft_of_day_0(folder: Path, speculator: Speculator) -> EagleDraft:
         raise CheckpointError(f"{path}: not readable: {error}; set target.path to a model folder") from error
     shape = shape_for_target(
         config,
-        speculator.draft_vocabulary,
+        speculator.draft_vocab_size,
         variant=speculator.variant,
         intermediate_size=speculator.intermediate_size,
-        key_value_heads=speculator.key_value_heads,
+        key_value_heads=speculator.num_key_value_heads,
     )
     kept_D = None
-    if speculator.vocabulary:
-        kept_D = read_vocabulary(Path(speculator.vocabulary), shape.vocab_size)
+    if speculator.draft_vocab_file:
+        kept_D = read_vocabulary(Path(speculator.draft_vocab_file), shape.vocab_size)
         shape = replace(shape, draft_vocab_size=len(kept_D))
     draft = random_draft(shape, speculator.seed, kept_D)
     if speculator.init == "head":
@@ -103,7 +103,7 @@ def move_to_output(draft: EagleDraft, output_VH: Tensor) -> None:
 
     It scores with the target's rows, and the highest captured layer goes through ``fc``, beside the random weights at a
     fraction of their size. What it then says is what the target said a token earlier: seldom right, but learning gets
-    from there to a given accept length with less traffic than from random weights.
+    from there to a given accepted tokens per step with less traffic than from random weights.
 
     Raises:
         CheckpointError: that output is of another shape.
@@ -129,7 +129,7 @@ def read_vocabulary(path: Path, vocabulary: int) -> Tensor:
     Raises:
         SettingsError: no such file, or something else than at least two ascending ids below ``vocabulary``.
     """
-    named = f"speculator.vocabulary {path}"
+    named = f"speculator.draft_vocab_file {path}"
     try:
         ids = json.loads(path.read_text())
     except FileNotFoundError as error:

@@ -1,7 +1,7 @@
 """What a process did, told once and in two forms: a line of its log, and a span for an OpenTelemetry collector.
 
 Both have the same names, so that a trace id found in one is found in the other. Lines are written where
-``telemetry.log`` says so; spans go to ``telemetry.endpoint`` where that is set, from a thread of their own: a
+``telemetry.log_spans`` says so; spans go to ``telemetry.endpoint`` where that is set, from a thread of their own: a
 collector that is slow or away makes nobody wait, and what its queue cannot hold is dropped with a warning in the log.
 OpenTelemetry is imported only then.
 """
@@ -71,7 +71,7 @@ def configure(process: str, settings: Telemetry) -> None:
         SettingsError: ``telemetry.endpoint`` is set and OpenTelemetry is not installed.
     """
     close()
-    _State.log = settings.log
+    _State.log = settings.log_spans
     if settings.endpoint:
         _State.exporter = _Collector(process, settings)
 
@@ -114,9 +114,9 @@ class _Collector:
         exporter = OTLPSpanExporter(
             endpoint=f"{settings.endpoint.rstrip('/')}/v1/traces",
             headers=settings.headers,
-            timeout=settings.timeout_s,
+            timeout=settings.timeout,
         )
-        self._batches = BatchSpanProcessor(exporter, schedule_delay_millis=settings.every_s * 1e3)
+        self._batches = BatchSpanProcessor(exporter, schedule_delay_millis=settings.export_interval * 1e3)
         self._resource = Resource(
             {"service.namespace": "aurora", "service.name": f"aurora-{process}", "host.name": socket.gethostname()}
         )

@@ -1,9 +1,11 @@
-"""The reading side of ``schemas.trace.record``: from bytes to rounds, those of many chunks at a time.
+"""The reading side of ``schemas.trace.record``: from bytes to verify steps, those of many chunks at a time.
 
-``open_chunk`` looks at the bytes and the envelope, and leaves the rows in their Arrow columns. ``Rounds`` lays the rows
+``open_chunk`` looks at the bytes and the envelope, and leaves the rows in their Arrow columns. ``VerifySteps`` lays
+the rows
 of chunks end to end as numpy arrays, and ``malformed`` says which of them contradict themselves: a check is one
-expression over all rows, and a message is written only for a row that fails. ``decode`` gives one chunk as ``Round``
-objects, for those who look at single rounds.
+expression over all rows, and a message is written only for a row that fails. ``decode`` gives one chunk as
+``VerifyStep``
+objects, for those who look at single verify steps.
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ from schemas.trace.record import (
     SCHEMA,
     Chunk,
     Envelope,
-    Round,
     TraceError,
+    VerifyStep,
     checksum,
 )
 
@@ -135,7 +137,7 @@ class Check(NamedTuple):
     """What is wrong with a row that breaks it."""
 
 
-class Rounds:
+class VerifySteps:
     """The rows of chunks, end to end in their order.
 
     Attributes:
@@ -155,7 +157,7 @@ class Rounds:
         self.chunk: Ints = np.repeat(np.arange(len(chunks)), sizes)
         self.feature_width = self.of_row([min(e.feature_width, _LONGER_THAN_ANY) for e in self.envelopes])
         self.top_k = self.of_row([min(e.top_k, _LONGER_THAN_ANY) for e in self.envelopes])
-        self.number, self.position, self.time = (self._numbers(name) for name in ("round", "position", "time"))
+        self.number, self.position, self.time = (self._numbers(name) for name in ("verify_step", "position", "time"))
         self.bonus = self._numbers("bonus")
         self.has_bonus: Bools = _valid(self.batch.column("bonus"))
         self.tokens, self.accepted = self._lists("tokens"), self._lists("accepted")
@@ -189,7 +191,7 @@ class Rounds:
 
     def where(self, row: int) -> str:
         """What a message calls a row."""
-        return f"round {self.batch.column('round')[row].as_py()}"
+        return f"verify step {self.batch.column('verify_step')[row].as_py()}"
 
     def _numbers(self, name: str) -> Ints:
         column = self.batch.column(name)
@@ -207,13 +209,13 @@ class Rounds:
         )
 
 
-def malformed(rounds: Rounds) -> dict[int, TraceError]:
+def malformed(verify_steps: VerifySteps) -> dict[int, TraceError]:
     """Why chunks contradict themselves, by their number; empty where all are sound.
 
     Every list is as long as the others ask, parents come before their children, accepted nodes are a path from the
     root, and what was committed is what was accepted.
     """
-    return rounds.first_faults([_nulls(rounds), *_lengths(rounds), *_links(rounds)])
+    return verify_steps.first_faults([_nulls(verify_steps), *_lengths(verify_steps), *_links(verify_steps)])
 
 
 def decode(value: bytes) -> Chunk:
@@ -223,10 +225,10 @@ def decode(value: bytes) -> Chunk:
         TraceError: the bytes were cut or altered, are of another format, or contradict themselves.
     """
     opened = open_chunk(value)
-    rounds = Rounds([opened])
-    for fault in malformed(rounds).values():
+    verify_steps = VerifySteps([opened])
+    for fault in malformed(verify_steps).values():
         raise fault
-    return Chunk(opened.envelope, tuple(_rounds(rounds)))
+    return Chunk(opened.envelope, tuple(_verify_steps(verify_steps)))
 
 
 def foreign_columns(schema: pa.Schema) -> list[str]:
@@ -268,9 +270,9 @@ def _check_way(opened: Opened) -> None:
         )
 
 
-def _nulls(rounds: Rounds) -> Check:
+def _nulls(verify_steps: VerifySteps) -> Check:
     def missing(name: str) -> Bools | None:
-        column = rounds.batch.column(name)
+        column = verify_steps.batch.column(name)
         bad = ~_valid(column) if column.null_count and name != "bonus" else None
         if pa.types.is_list(column.type) and column.values.null_count:
             lists = Lists(_valid(column.values), column.offsets.to_numpy().astype(np.int64))
@@ -280,18 +282,18 @@ def _nulls(rounds: Rounds) -> Check:
 
     found = {name: bad for name in SCHEMA.names if (bad := missing(name)) is not None}
     return Check(
-        np.logical_or.reduce([np.zeros(len(rounds), np.bool_), *found.values()]),
+        np.logical_or.reduce([np.zeros(len(verify_steps), np.bool_), *found.values()]),
         "contradiction",
-        lambda row: f"{rounds.where(row)}: null in {', '.join(name for name, bad in found.items() if bad[row])}",
+        lambda row: f"{verify_steps.where(row)}: null in {', '.join(name for name, bad in found.items() if bad[row])}",
     )
 
 
-def _lengths(rounds: Rounds) -> Iterator[Check]:
-    inline = np.array([e.features == "inline" for e in rounds.envelopes], np.bool_)[rounds.chunk]
-    n, m = rounds.tokens.lengths, rounds.draft_tokens.lengths
-    known = rounds.has_bonus * (1 + m) * rounds.top_k
+def _lengths(verify_steps: VerifySteps) -> Iterator[Check]:
+    inline = np.array([e.features == "inline" for e in verify_steps.envelopes], np.bool_)[verify_steps.chunk]
+    n, m = verify_steps.tokens.lengths, verify_steps.draft_tokens.lengths
+    known = verify_steps.has_bonus * (1 + m) * verify_steps.top_k
     wanted = {
-        "features": n * inline * rounds.feature_width * 2,
+        "features": n * inline * verify_steps.feature_width * 2,
         "draft_parents": m,
         "draft_logprobs": m,
         "top_ids": known,
@@ -299,26 +301,31 @@ def _lengths(rounds: Rounds) -> Iterator[Check]:
     }
 
     def check(name: str, expected: Ints) -> Check:
-        found = getattr(rounds, name).lengths
+        found = getattr(verify_steps, name).lengths
         return Check(
             found != expected,
             "contradiction",
-            lambda row: f"{rounds.where(row)}: {name} has {found[row]} entries, expected {expected[row]}",
+            lambda row: f"{verify_steps.where(row)}: {name} has {found[row]} entries, expected {expected[row]}",
         )
 
     yield from (check(name, expected) for name, expected in wanted.items())
-    yield Check(n == 0, "contradiction", lambda row: f"{rounds.where(row)}: no committed token")
+    yield Check(n == 0, "contradiction", lambda row: f"{verify_steps.where(row)}: no committed token")
 
 
-def _links(rounds: Rounds) -> Iterator[Check]:
+def _links(verify_steps: VerifySteps) -> Iterator[Check]:
     """Parents, accepted nodes and committed tokens. Lengths may not fit either, so nothing is looked up blindly."""
-    parents, accepted, drafts, tokens = rounds.draft_parents, rounds.accepted, rounds.draft_tokens, rounds.tokens
+    parents, accepted, drafts, tokens = (
+        verify_steps.draft_parents,
+        verify_steps.accepted,
+        verify_steps.draft_tokens,
+        verify_steps.tokens,
+    )
     of_accepted, node = accepted.rows, parents.numbers
     stray = parents.any((parents.entries < ROOT) | (parents.entries >= node))
     yield Check(
         stray,
         "contradiction",
-        lambda row: f"{rounds.where(row)}: a drafted node must follow its parent: {parents.of(row)}",
+        lambda row: f"{verify_steps.where(row)}: a drafted node must follow its parent: {parents.of(row)}",
     )
 
     chosen = accepted.entries.astype(np.int64)
@@ -329,45 +336,47 @@ def _links(rounds: Rounds) -> Iterator[Check]:
     yield Check(
         accepted.any(~drafted | (parent != before)),
         "contradiction",
-        lambda row: f"{rounds.where(row)}: accepted nodes {accepted.of(row)} are no path from the root",
+        lambda row: f"{verify_steps.where(row)}: accepted nodes {accepted.of(row)} are no path from the root",
     )
 
-    after_prompt = rounds.number > 0
+    after_prompt = verify_steps.number > 0
     there = drafted & (1 + step < tokens.lengths[of_accepted])
     kept = _at(tokens.values, tokens.starts[of_accepted] + 1 + step, there)
     differs = accepted.any(kept != _at(drafts.values, drafts.starts[of_accepted] + chosen, drafted))
     yield Check(
         after_prompt & (differs | (tokens.lengths != 1 + accepted.lengths)),
         "contradiction",
-        lambda row: f"{rounds.where(row)}: the committed tokens are not the accepted drafts",
+        lambda row: f"{verify_steps.where(row)}: the committed tokens are not the accepted drafts",
     )
 
 
-def _rounds(rounds: Rounds) -> Iterator[Round]:
+def _verify_steps(verify_steps: VerifySteps) -> Iterator[VerifyStep]:
     """Sound rows of one chunk."""
-    (envelope,), batch = rounds.envelopes, rounds.batch
-    k, verified = envelope.top_k, rounds.has_bonus * (1 + rounds.draft_tokens.lengths)
+    (envelope,), batch = verify_steps.envelopes, verify_steps.batch
+    k, verified = envelope.top_k, verify_steps.has_bonus * (1 + verify_steps.draft_tokens.lengths)
     versions, draft_us, verify_us = (batch.column(name).to_pylist() for name in ("speculator", "draft_us", "verify_us"))
-    for row in range(len(rounds)):
-        features = rounds.features.values[rounds.features.offsets[row] : rounds.features.offsets[row + 1]]
-        top = slice(rounds.top_ids.offsets[row], rounds.top_ids.offsets[row + 1])
-        top_logprobs = slice(rounds.top_logprobs.offsets[row], rounds.top_logprobs.offsets[row + 1])
-        yield Round(
-            round=int(rounds.number[row]),
-            position=int(rounds.position[row]),
-            tokens=tuple(rounds.tokens.of(row)),
+    for row in range(len(verify_steps)):
+        features = verify_steps.features.values[
+            verify_steps.features.offsets[row] : verify_steps.features.offsets[row + 1]
+        ]
+        top = slice(verify_steps.top_ids.offsets[row], verify_steps.top_ids.offsets[row + 1])
+        top_logprobs = slice(verify_steps.top_logprobs.offsets[row], verify_steps.top_logprobs.offsets[row + 1])
+        yield VerifyStep(
+            verify_step=int(verify_steps.number[row]),
+            position=int(verify_steps.position[row]),
+            tokens=tuple(verify_steps.tokens.of(row)),
             features=features.view("<u2").reshape(-1, envelope.feature_width),
-            draft_tokens=tuple(rounds.draft_tokens.of(row)),
-            draft_parents=tuple(rounds.draft_parents.of(row)),
-            draft_logprobs=tuple(rounds.draft_logprobs.of(row)),
-            accepted=tuple(rounds.accepted.of(row)),
-            bonus=int(rounds.bonus[row]) if rounds.has_bonus[row] else None,
-            top_ids=rounds.top_ids.values[top].reshape(verified[row], k),
-            top_logprobs=rounds.top_logprobs.values[top_logprobs].reshape(verified[row], k),
+            draft_tokens=tuple(verify_steps.draft_tokens.of(row)),
+            draft_parents=tuple(verify_steps.draft_parents.of(row)),
+            draft_logprobs=tuple(verify_steps.draft_logprobs.of(row)),
+            accepted=tuple(verify_steps.accepted.of(row)),
+            bonus=int(verify_steps.bonus[row]) if verify_steps.has_bonus[row] else None,
+            top_ids=verify_steps.top_ids.values[top].reshape(verified[row], k),
+            top_logprobs=verify_steps.top_logprobs.values[top_logprobs].reshape(verified[row], k),
             speculator=versions[row],
             draft_us=draft_us[row],
             verify_us=verify_us[row],
-            time_us=int(rounds.time[row]),
+            time_us=int(verify_steps.time[row]),
         )
 
 

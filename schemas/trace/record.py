@@ -1,20 +1,25 @@
-"""The trace record: what the verifier decided, one row per verify round.
+"""The trace record: what the verifier decided, one row per verify step.
 
-A *chunk* is one Kafka message: consecutive rounds of one request, as an Arrow IPC stream with zstd-compressed
+A *chunk* is one Kafka message: consecutive verify steps of one request, as an Arrow IPC stream with zstd-compressed
 buffers. What is true of the whole chunk (request, target, line, sampling) stands once, in the schema's metadata; what
-changes from round to round stands in the rows. Eight bytes follow the stream, its length and its CRC-32: an Arrow
+changes from verify step to verify step stands in the rows. Eight bytes follow the stream, its length and its CRC-32:
+an Arrow
 reader stops at the end-of-stream marker and never sees them, ours refuses a chunk whose bytes were cut or altered.
 
-How the tokens of a request lie in its rounds, for the prompt ``a b c`` and the answer ``D E F G``::
+How the tokens of a request lie in its verify steps, for the prompt ``a b c`` and the answer ``D E F G``::
 
-    round 0  tokens a b c   no draft                              bonus D     (prefill)
-    round 1  tokens D E     drafted E X, accepted node 0 (E)      bonus F
-    round 2  tokens F       drafted Y Z, accepted nothing         bonus G
+    verify step 0  tokens a b c   no draft                              bonus D     (prefill)
+    verify step 1  tokens D E     drafted E X, accepted node 0 (E)      bonus F
+    verify step 2  tokens F       drafted Y Z, accepted nothing         bonus G
 
-``tokens`` are those the target consumed and kept: the root (the bonus of the round before) and the accepted drafts.
-Concatenated over the rounds, and followed by the last bonus, they are the whole request. ``features`` has one row per
-token of ``tokens``; ``top_ids`` has one row for the root (the last prompt token in round 0) and one per drafted node,
-also past the first rejection. A long prompt is cut into several rows of round 0; only the last of them has a bonus.
+``tokens`` are those the target consumed and kept: the root (the bonus of the verify step before) and the accepted
+drafts.
+Concatenated over the verify steps, and followed by the last bonus, they are the whole request. ``features`` has one
+row per
+token of ``tokens``; ``top_ids`` has one row for the root (the last prompt token in verify step 0) and one per
+drafted node,
+also past the first rejection. A long prompt is cut into several rows of verify step 0; only the last of them has a
+bonus.
 
 Features travel in one of three ways, which the envelope names:
 
@@ -55,7 +60,7 @@ INT32_MAX = 2**31 - 1
 
 SCHEMA = pa.schema(
     [
-        pa.field("round", pa.int32(), nullable=False),
+        pa.field("verify_step", pa.int32(), nullable=False),
         pa.field("position", pa.int32(), nullable=False),
         pa.field("tokens", pa.list_(pa.int32()), nullable=False),
         pa.field("features", pa.large_binary(), nullable=False),
@@ -84,13 +89,13 @@ class TraceError(ValueError):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Round:
-    """One verify round of one request.
+class VerifyStep:
+    """One verify step of one request.
 
     Shapes: F = feature width (3H), k = teacher width, n = ``len(tokens)``, m = drafted nodes.
     """
 
-    round: int
+    verify_step: int
     position: int
     """Position of ``tokens[0]`` in the request, counted from the first prompt token."""
     tokens: tuple[int, ...]
@@ -112,11 +117,11 @@ class Round:
     top_logprobs: F32
     """[1 + m, k] their log-probabilities, before temperature."""
     speculator: str
-    """Version that drafted this round; empty where nothing was drafted."""
+    """Version that drafted this verify step; empty where nothing was drafted."""
     draft_us: int
     verify_us: int
     time_us: int
-    """Unix time in microseconds at which the round was committed."""
+    """Unix time in microseconds at which the verify step was committed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +137,7 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Envelope:
-    """What is true of every round in a chunk."""
+    """What is true of every verify step in a chunk."""
 
     request: str
     chunk: NonNegativeInt
@@ -167,10 +172,10 @@ class Envelope:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Consecutive rounds of one request: one Kafka message, keyed by the request."""
+    """Consecutive verify steps of one request: one Kafka message, keyed by the request."""
 
     envelope: Envelope
-    rounds: tuple[Round, ...]
+    verify_steps: tuple[VerifyStep, ...]
 
 
 ENVELOPE_JSON = TypeAdapter(Envelope)
@@ -198,13 +203,13 @@ def encode(chunk: Chunk) -> bytes:
 
     Raises:
         OverflowError: a number does not fit into its column.
-        ValueError: the arrays of a round do not fit together.
+        ValueError: the arrays of a verify step do not fit together.
         pyarrow.ArrowException: a value of another kind.
     """
     schema = SCHEMA.with_metadata({"format": FORMAT, "envelope": ENVELOPE_JSON.dump_json(chunk.envelope)})
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
-        writer.write_batch(pa.record_batch([_column(f, chunk.rounds) for f in SCHEMA], schema=schema))
+        writer.write_batch(pa.record_batch([_column(f, chunk.verify_steps) for f in SCHEMA], schema=schema))
     stream = sink.getvalue()
     return b"".join((stream, checksum(stream)))
 
@@ -226,18 +231,18 @@ def checksum(stream: bytes | pa.Buffer) -> bytes:
     return struct.pack("<II", len(stream) & 0xFFFFFFFF, zlib.crc32(stream))
 
 
-def _column(field: pa.Field, rounds: Sequence[Round]) -> pa.Array:
-    """One field of all rounds."""
+def _column(field: pa.Field, verify_steps: Sequence[VerifyStep]) -> pa.Array:
+    """One field of all verify steps."""
     match field.name:
         case "features":
             # Nine tenths of a chunk: laid end to end once, and not copied again.
-            parts = [np.ascontiguousarray(r.features, dtype="<u2") for r in rounds]
+            parts = [np.ascontiguousarray(r.features, dtype="<u2") for r in verify_steps]
             offsets = np.cumsum([0, *(part.nbytes for part in parts)], dtype=np.int64)
             buffers = [None, pa.py_buffer(offsets), pa.py_buffer(b"".join(part.data for part in parts))]
-            return pa.LargeBinaryArray.from_buffers(field.type, len(rounds), buffers)
+            return pa.LargeBinaryArray.from_buffers(field.type, len(verify_steps), buffers)
         case "top_ids" | "top_logprobs":
-            return pa.array([getattr(r, field.name).ravel() for r in rounds], type=field.type)
+            return pa.array([getattr(r, field.name).ravel() for r in verify_steps], type=field.type)
         case "time":
-            return pa.array([r.time_us for r in rounds], type=field.type)
+            return pa.array([r.time_us for r in verify_steps], type=field.type)
         case _:
-            return pa.array([getattr(r, field.name) for r in rounds], type=field.type)
+            return pa.array([getattr(r, field.name) for r in verify_steps], type=field.type)

@@ -1,7 +1,8 @@
 """What the node asks of an engine: generate with a trace sink, swap the draft, say how it is.
 
-An engine runs its rounds on a thread of its own. Callbacks come from that thread and must return at once: the API hands
-an output over to its event loop, the publisher puts a round into its queue.
+An engine runs its verify steps on a thread of its own. Callbacks come from that thread and must return at once: the
+API hands
+an output over to its event loop, the publisher puts a verify step into its queue.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from schemas.speculator.network import EagleDraft
-from schemas.trace.record import Round
+from schemas.trace.record import VerifyStep
 
 Finish = Literal["stop", "length", "cancelled", "error"]
 
@@ -53,7 +54,9 @@ class Scored:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What one round added to an answer; the last one of a request carries ``finish`` and the figures of the whole."""
+    """What one verify step added to an answer; the last one of a request carries ``finish`` and the figures of the
+    whole.
+    """
 
     tokens: tuple[int, ...]
     scores: tuple[Scored, ...] = ()
@@ -65,10 +68,12 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """How a request was decoded. Accept length is ``accepted / rounds``: the bonus token is not in it."""
+    """How a request was decoded. Accepted tokens per step is ``accepted / verify_steps``: the bonus token is not in
+    it.
+    """
 
-    rounds: int
-    """Verify rounds, the prefill not counted."""
+    verify_steps: int
+    """Verify steps, the prefill not counted."""
     drafted: int
     accepted: int
     speculators: tuple[str, ...]
@@ -77,13 +82,13 @@ class Figures:
 
 @dataclass(frozen=True, slots=True)
 class Swapped:
-    """A draft that took its place between two rounds."""
+    """A draft that took its place between two verify steps."""
 
     version: str
     in_flight: int
     """Requests that were being decoded; none of them is lost."""
     pause_ms: float
-    """Time for which the rounds stood still."""
+    """Time for which the verify steps stood still."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +106,7 @@ class Health:
     """What it rests on: expected output tokens per second with 0, 1, .. drafted tokens a request."""
     running: int
     waiting: int
-    rounds: int
+    verify_steps: int
     drafted: int
     accepted: int
     output_tokens: int
@@ -110,10 +115,10 @@ class Health:
 
 
 class TraceSink(Protocol):
-    """Takes the rounds of requests that may be traced. Never blocks, never raises."""
+    """Takes the verify steps of requests that may be traced. Never blocks, never raises."""
 
-    def record(self, request: Request, rounds: tuple[Round, ...], finish: Finish | None) -> None:
-        """Take the next rounds of a request; ``finish`` comes with the last ones."""
+    def record(self, request: Request, verify_steps: tuple[VerifyStep, ...], finish: Finish | None) -> None:
+        """Take the next verify steps of a request; ``finish`` comes with the last ones."""
 
 
 class Drafting(Protocol):
@@ -135,10 +140,12 @@ class Drafting(Protocol):
         """
 
     def swap(self, draft: EagleDraft, version: str) -> Swapped:
-        """Put checked weights in place between two rounds, without dropping a request; blocks the caller until then."""
+        """Put checked weights in place between two verify steps, without dropping a request; blocks the caller until
+        then.
+        """
 
     def speculate(self, *, on: bool) -> None:
-        """Let running and coming requests be drafted for, or stop it, from the next round on.
+        """Let running and coming requests be drafted for, or stop it, from the next verify step on.
 
         Raises:
             FixedError: this was settled at the start.
@@ -160,10 +167,10 @@ class Engine(Drafting, Protocol):
         """Longest request, prompt and answer together."""
 
     def start(self) -> None:
-        """Begin to run rounds."""
+        """Begin to run verify steps."""
 
     def stop(self) -> None:
-        """End the rounds; running requests finish with ``cancelled``."""
+        """End the verify steps; running requests finish with ``cancelled``."""
 
     def submit(self, request: Request, on_output: Callable[[Output], None]) -> None:
         """Queue a request.
@@ -173,7 +180,7 @@ class Engine(Drafting, Protocol):
         """
 
     def cancel(self, request_id: str) -> None:
-        """End a request before its next round; unknown ids are those that ended already."""
+        """End a request before its next verify step; unknown ids are those that ended already."""
 
 
 class EngineFullError(RuntimeError):

@@ -95,7 +95,7 @@ class StopScanner:
         return text[: len(text) - keep]
 
     def finish(self) -> str:
-        """What was held back, when no more text comes."""
+        """What was held out, when no more text comes."""
         held, self._held = self._held, ""
         return held
 

@@ -39,7 +39,7 @@ class RequestFigures:
         )
         self.between_tokens = Histogram(
             "aurora_serve_between_tokens_seconds",
-            "Time per output token after the first; a round's time is shared by its tokens.",
+            "Time per output token after the first; a verify step's time is shared by its tokens.",
             buckets=_BUCKETS,
             registry=registry,
         )

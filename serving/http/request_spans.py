@@ -1,4 +1,4 @@
-"""What a node tells of a request that has ended: one span, with what its verify rounds came to."""
+"""What a node tells of a request that has ended: one span, with what its verify steps came to."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def span_of(trail: Trail, answer_id: str, choices: Sequence[Choice], start: floa
             "choices": len(choices),
             "prompt_tokens": max(len(choice.request.prompt) for choice in choices),
             "output_tokens": sum(choice.cost.tokens for choice in choices),
-            "rounds": sum(one.rounds for one in figures),
+            "verify_steps": sum(one.verify_steps for one in figures),
             "drafted": sum(one.drafted for one in figures),
             "accepted": sum(one.accepted for one in figures),
             "speculators": list(dict.fromkeys(version for one in figures for version in one.speculators)),

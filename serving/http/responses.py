@@ -54,7 +54,7 @@ class Tally:
             },
         }
         aurora = {
-            "rounds": sum(cost.figures.rounds for cost in self.costs),
+            "verify_steps": sum(cost.figures.verify_steps for cost in self.costs),
             "drafted": drafted,
             "accepted": accepted,
             "speculators": list(dict.fromkeys(v for cost in self.costs for v in cost.figures.speculators)),

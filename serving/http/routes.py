@@ -180,7 +180,7 @@ class Completions:
         if longest >= self._engine.max_tokens:
             message = (
                 f"This node's longest request is {self._engine.max_tokens} tokens, prompt and answer together "
-                f"(serve.max_tokens); {param} has {longest}"
+                f"(serve.max_model_len); {param} has {longest}"
             )
             raise invalid(message, param, "context_length_exceeded")
 

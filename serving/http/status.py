@@ -54,7 +54,7 @@ class EngineMetrics:
     def collect(self) -> Iterator[Metric]:
         """Metrics of one moment."""
         health = self._engine.health()
-        yield CounterMetricFamily("aurora_serve_rounds", "Verify rounds.", value=health.rounds)
+        yield CounterMetricFamily("aurora_serve_verify_steps", "Verify steps.", value=health.verify_steps)
         yield CounterMetricFamily("aurora_serve_drafted_tokens", "Tokens drafted.", value=health.drafted)
         yield CounterMetricFamily("aurora_serve_accepted_tokens", "Drafted tokens accepted.", value=health.accepted)
         yield CounterMetricFamily("aurora_serve_output_tokens", "Tokens answered.", value=health.output_tokens)
@@ -134,7 +134,7 @@ def describe(
         waiting=health.waiting,
         finished=figures.finished,
         failed=figures.failed,
-        rounds=health.rounds,
+        verify_steps=health.verify_steps,
         drafted=health.drafted,
         accepted=health.accepted,
         output_tokens=health.output_tokens,

@@ -1,4 +1,4 @@
-"""From a request's rounds to chunks that fit into one Kafka message; nothing here does I/O."""
+"""From a request's verify steps to chunks that fit into one Kafka message; nothing here does I/O."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from schemas.trace.record import Chunk, Envelope, Features, Round
+from schemas.trace.record import Chunk, Envelope, Features, VerifyStep
 from serving.engines.base import Finish, Request
 
 FRAME_BYTES = 8192
@@ -19,7 +19,7 @@ _TOKEN_BEFORE_BYTES = 11
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where rounds come from; the same for every chunk of a node."""
+    """Where verify steps come from; the same for every chunk of a node."""
 
     node: str
     target: str
@@ -50,14 +50,14 @@ class Way:
     features: Features
     limit: Space
 
-    def space(self, r: Round) -> Space:
+    def space(self, r: VerifyStep) -> Space:
         """What a row takes."""
         if self.features != "claim-check":
             return Space(row_bytes(r))
         return Space(row_bytes(r) - r.features.nbytes, r.features.nbytes)
 
 
-def row_bytes(r: Round) -> int:
+def row_bytes(r: VerifyStep) -> int:
     """Upper bound of what a row adds to an encoded chunk, as if nothing in it could be compressed."""
     ids = 4 * len(r.tokens) + 10 * len(r.draft_tokens) + 2 * len(r.accepted)
     numbers = r.features.nbytes + r.top_ids.nbytes + r.top_logprobs.nbytes
@@ -66,15 +66,15 @@ def row_bytes(r: Round) -> int:
 
 def chunk_bytes(chunk: Chunk) -> int:
     """Upper bound of what a chunk weighs, file of features included."""
-    return FRAME_BYTES + sum(map(row_bytes, chunk.rounds)) + _TOKEN_BEFORE_BYTES * len(chunk.envelope.before)
+    return FRAME_BYTES + sum(map(row_bytes, chunk.verify_steps)) + _TOKEN_BEFORE_BYTES * len(chunk.envelope.before)
 
 
-def without_features(r: Round) -> Round:
-    """The round with none of its features; what held them can be freed."""
+def without_features(r: VerifyStep) -> VerifyStep:
+    """The verify step with none of its features; what held them can be freed."""
     return replace(r, features=np.empty((0, r.features.shape[1]), np.uint16)) if len(r.features) else r
 
 
-def cut(r: Round, way: Way) -> tuple[Round, ...]:
+def cut(r: VerifyStep, way: Way) -> tuple[VerifyStep, ...]:
     """The rows of a prefill, none larger than a chunk where tokens can be parted; only the last has a bonus.
 
     A row with a draft is one decision of the verifier and stays whole. The times stand on the last row, so that they
@@ -96,7 +96,7 @@ def cut(r: Round, way: Way) -> tuple[Round, ...]:
     return tuple(_part(r, at, min(at + step, n), is_end=at + step >= n) for at in range(0, n, step))
 
 
-def _part(r: Round, start: int, end: int, *, is_end: bool) -> Round:
+def _part(r: VerifyStep, start: int, end: int, *, is_end: bool) -> VerifyStep:
     part = replace(r, position=r.position + start, tokens=r.tokens[start:end], features=r.features[start:end])
     if is_end:
         return part
@@ -104,10 +104,12 @@ def _part(r: Round, start: int, end: int, *, is_end: bool) -> Round:
 
 
 class Assembly:
-    """One request's rounds on their way into chunks.
+    """One request's verify steps on their way into chunks.
 
-    A chunk holds consecutive rounds. Where rounds are missing (they were shed) the chunk ends and a number is left out,
-    so that a reader sees the gap. The newest rounds are kept back until the next ones or the end come: the last chunk
+    A chunk holds consecutive verify steps. Where verify steps are missing (they were shed) the chunk ends and a
+    number is left out,
+    so that a reader sees the gap. The newest verify steps are kept back until the next ones or the end come: the
+    last chunk
     of a request is never empty.
     """
 
@@ -115,7 +117,7 @@ class Assembly:
         self._request = request
         self._origin = origin
         self._way = way
-        self._rounds: list[Round] = []
+        self._verify_steps: list[VerifyStep] = []
         self._taken = Space(0)
         self._number = 0
         self._position = 0
@@ -123,18 +125,18 @@ class Assembly:
         """Tokens up to ``_position``, as long as none was missed."""
         self._before: tuple[int, ...] = ()
 
-    def add(self, r: Round) -> Chunk | None:
-        """Take the next round, and give the chunk that ends before it, if one does."""
+    def add(self, r: VerifyStep) -> Chunk | None:
+        """Take the next verify step, and give the chunk that ends before it, if one does."""
         gap, space = r.position != self._position, self._way.space(r)
         full = self._take() if gap or not self._way.limit.holds(self._taken + space) else None
         self._number += gap
         if gap and self._known is not None:
-            # The answer's tokens were in the rounds that are missing, the prompt's are known.
+            # The answer's tokens were in the verify steps that are missing, the prompt's are known.
             prompt = self._request.prompt
             self._known = list(prompt[: r.position]) if r.position <= len(prompt) else None
-        if not self._rounds:
+        if not self._verify_steps:
             self._begin()
-        self._rounds.append(r)
+        self._verify_steps.append(r)
         self._taken += space
         self._position = r.position + len(r.tokens)
         if self._known is not None:
@@ -142,7 +144,9 @@ class Assembly:
         return full
 
     def end(self, finish: Finish | None) -> Chunk | None:
-        """The rounds that are left, as the request's last chunk where ``finish`` is given; None if none was taken."""
+        """The verify steps that are left, as the request's last chunk where ``finish`` is given; None if none was
+        taken.
+        """
         return self._take(finish)
 
     def _begin(self) -> None:
@@ -152,16 +156,16 @@ class Assembly:
         self._before, self._taken = ((), Space(0)) if 2 * space.message > self._way.limit.message else (before, space)
 
     def _take(self, finish: Finish | None = None) -> Chunk | None:
-        if not self._rounds:
+        if not self._verify_steps:
             return None
-        chunk = Chunk(self._envelope(finish), tuple(self._rounds))
-        self._rounds.clear()
+        chunk = Chunk(self._envelope(finish), tuple(self._verify_steps))
+        self._verify_steps.clear()
         self._taken = Space(0)
         self._number += 1
         return chunk
 
     def _envelope(self, finish: Finish | None) -> Envelope:
-        first, request = self._rounds[0], self._request
+        first, request = self._verify_steps[0], self._request
         return Envelope(
             request=request.id,
             chunk=self._number,

@@ -40,9 +40,9 @@ class Cloakroom:
         if not self._breaker.admits(self._clock()):
             return None
         before = self._breaker.state
-        features = np.concatenate([r.features for r in chunk.rounds])
+        features = np.concatenate([r.features for r in chunk.verify_steps])
         try:
-            claim = self._store.put(features, chunk.rounds[-1].time_us)
+            claim = self._store.put(features, chunk.verify_steps[-1].time_us)
         except ClaimStoreError as error:
             self._breaker.failed(self._clock())
             if before == "closed" and self._breaker.state == "open":
@@ -51,4 +51,4 @@ class Cloakroom:
         if before != "closed":
             log.info("trace_claims_recovered")
         self._breaker.succeeded()
-        return Chunk(replace(chunk.envelope, claim=claim), tuple(map(without_features, chunk.rounds)))
+        return Chunk(replace(chunk.envelope, claim=claim), tuple(map(without_features, chunk.verify_steps)))

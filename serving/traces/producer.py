@@ -15,7 +15,7 @@ from schemas.telemetry.trace_context import TraceContext
 from schemas.trace.record import CONTENT_TYPE, Chunk, fingerprint
 
 NOT_LET_IN = frozenset({KafkaError._AUTHENTICATION, KafkaError.SASL_AUTHENTICATION_FAILED, KafkaError._SSL})
-"""Errors that a wrong ``kafka.client`` makes; the client goes on trying."""
+"""Errors that a wrong ``kafka.client_options`` makes; the client goes on trying."""
 Headers = list[tuple[str, str | bytes | None]]
 
 
@@ -47,15 +47,15 @@ def connect(kafka: Kafka, traces: Traces, on_error: Callable[[KafkaError], None]
     """An idempotent producer that keeps trying for as long as it lives.
 
     Raises:
-        SettingsError: an option in ``kafka.client`` that the client does not know.
+        SettingsError: an option in ``kafka.client_options`` that the client does not know.
     """
     ours: dict[str, Any] = {
-        "bootstrap.servers": kafka.bootstrap,
+        "bootstrap.servers": kafka.bootstrap_servers,
         "enable.idempotence": True,
         "acks": "all",
         "message.timeout.ms": 0,
         "message.max.bytes": kafka.max_message_bytes,
-        "queue.buffering.max.kbytes": max(1, traces.queue_bytes // 1024),
+        "queue.buffering.max.kbytes": max(1, traces.max_queue_bytes // 1024),
         "linger.ms": 20,
         "compression.type": "none",
         "reconnect.backoff.max.ms": 2000,
@@ -63,21 +63,21 @@ def connect(kafka: Kafka, traces: Traces, on_error: Callable[[KafkaError], None]
         "logger": logging.getLogger("librdkafka"),
     }
     try:
-        return ConfluentProducer({**kafka.client, **ours})
+        return ConfluentProducer({**kafka.client_options, **ours})
     except (KafkaException, ValueError) as error:
-        raise SettingsError(f"kafka.bootstrap or kafka.client: {error}") from error
+        raise SettingsError(f"kafka.bootstrap_servers or kafka.client_options: {error}") from error
 
 
 def headers_of(chunk: Chunk, context: TraceContext) -> Headers:
     """What a consumer sees of a chunk before it decodes it; ``context`` is the span that publishes it."""
-    drafted = [r.speculator for r in chunk.rounds if r.speculator]
+    drafted = [r.speculator for r in chunk.verify_steps if r.speculator]
     fields = {
         "content-type": CONTENT_TYPE,
         "schema": fingerprint(),
         "node": chunk.envelope.node,
         "target": chunk.envelope.target,
         "speculator": drafted[-1] if drafted else "",
-        "rows": str(len(chunk.rounds)),
+        "rows": str(len(chunk.verify_steps)),
         trace_context.HEADER: context.header(),
     }
     if chunk.envelope.claim:

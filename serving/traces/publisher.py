@@ -1,4 +1,4 @@
-"""The trace publisher: takes rounds from the engine's thread, and brings them to Kafka from a thread of its own.
+"""The trace publisher: takes verify steps from the engine's thread, and brings them to Kafka from a thread of its own.
 
 Every row ends in exactly one of three ways: *published* (the broker acknowledged it), *shed* (given up, with a reason),
 or, while the node runs, *pending*. Bytes that are pending are bounded; beyond the bound the newest rows are shed.
@@ -8,7 +8,9 @@ out in flight may have reached the broker all the same, and could be counted nei
 broker that is away makes chunks wait, not fail. A chunk without an acknowledgement for ``OVERDUE_S`` counts as a failed
 delivery for the breaker, and only for the breaker: it stays pending, and when the broker is back it arrives, once.
 While the breaker is open new chunks are shed before they are sent, which is exact; one is sent as a probe every
-``breaker_probe_s``. Only where the producer ends with chunks in hand (the node closes, or the client library reports a
+``circuit_breaker_probe_interval``. Only where the producer ends with chunks in hand (the node closes, or the
+client
+library reports a
 fatal error) can the truth not be known: those rows are shed as ``unconfirmed``, and at most those may be in the topic
 although they are counted as shed.
 """
@@ -34,7 +36,7 @@ from schemas.settings import Kafka, Traces
 from schemas.telemetry import spans
 from schemas.telemetry.spans import Span
 from schemas.telemetry.trace_context import TraceContext, of_request
-from schemas.trace.record import Chunk, Round, encode
+from schemas.trace.record import Chunk, VerifyStep, encode
 from serving.engines.base import Finish, Request
 from serving.traces.accounting import Ledger, Reason, TraceCounts
 from serving.traces.chunks import (
@@ -59,7 +61,8 @@ OVERDUE_S = 10.0
 """A chunk that was not acknowledged for this long counts as a failed delivery."""
 
 _PAUSE_S = 0.05
-"""The publisher looks for rounds this often. Woken for each, it would take the interpreter from the engine's thread
+"""The publisher looks for verify steps this often. Woken for each, it would take the interpreter from the engine's
+thread
 just when that one has work for the processor."""
 _BREAKER_LEVEL = {"closed": 0, "half_open": 1, "open": 2}
 _TOO_LARGE = (KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.RECORD_LIST_TOO_LARGE)
@@ -68,10 +71,10 @@ _UNKNOWN_FATE = (KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT, KafkaError
 
 @dataclass(frozen=True, slots=True)
 class _Item:
-    """What the engine handed over; no rounds where only the end of a request is told."""
+    """What the engine handed over; no verify steps where only the end of a request is told."""
 
     request: Request
-    rounds: tuple[Round, ...]
+    verify_steps: tuple[VerifyStep, ...]
     finish: Finish | None
 
 
@@ -107,16 +110,16 @@ class TracePublisher:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._kafka = kafka
-        self._limit = traces.queue_bytes
-        self._way = Way(traces.features, Space(kafka.max_message_bytes - FRAME_BYTES, traces.claim_bytes))
+        self._limit = traces.max_queue_bytes
+        self._way = Way(traces.features, Space(kafka.max_message_bytes - FRAME_BYTES, traces.claim_check_max_bytes))
         self._clock = clock
         self._connect = partial(producer or connect, kafka, traces, self._on_error)
         self._producer = self._connect()
-        self._breaker = Breaker(traces.breaker_after, traces.breaker_probe_s)
+        self._breaker = Breaker(traces.circuit_breaker_failures, traces.circuit_breaker_probe_interval)
         self._ledger = Ledger()
         self._cloakroom = _cloakroom(traces, clock)
         self._room = _waiting_room(kafka, traces)
-        self._share = traces.sample
+        self._share = traces.sample_ratio
         self._intake: SimpleQueue[_Item] = SimpleQueue()
         self._intake_lock = threading.Lock()
         self._closed = False
@@ -143,18 +146,18 @@ class TracePublisher:
         self._ledger.sample_out()
         return False
 
-    def record(self, request: Request, rounds: tuple[Round, ...], finish: Finish | None) -> None:
-        """Take the next rounds of a request. Never blocks, never raises."""
+    def record(self, request: Request, verify_steps: tuple[VerifyStep, ...], finish: Finish | None) -> None:
+        """Take the next verify steps of a request. Never blocks, never raises."""
         if not request.trace:
             return
         try:
-            kept = map(without_features, rounds) if self._way.features == "recompute" else rounds
+            kept = map(without_features, verify_steps) if self._way.features == "recompute" else verify_steps
             rows = tuple(part for r in kept for part in cut(r, self._way))
             size = sum(map(row_bytes, rows))
         except Exception:
-            # The engine's thread must survive whatever a malformed round can raise.
-            log.exception("trace_round_malformed", request=request.id)
-            self._ledger.turn_away(len(rounds), "unencodable")
+            # The engine's thread must survive whatever a malformed verify step can raise.
+            log.exception("trace_verify_step_malformed", request=request.id)
+            self._ledger.turn_away(len(verify_steps), "unencodable")
             rows, size = (), 0
         with self._intake_lock:
             if self._closed:
@@ -186,13 +189,19 @@ class TracePublisher:
     def collect(self) -> Iterator[Metric]:
         """Metrics, read from the same counters at scrape time."""
         counts = self.counts()
-        yield CounterMetricFamily("aurora_serve_trace_rows_captured", "Rounds handed over.", value=counts.captured)
-        yield CounterMetricFamily("aurora_serve_trace_rows_published", "Rounds acknowledged.", value=counts.published)
-        shed = CounterMetricFamily("aurora_serve_trace_rows_shed", "Rounds given up, by reason.", labels=["reason"])
+        yield CounterMetricFamily(
+            "aurora_serve_trace_rows_captured", "Verify steps handed over.", value=counts.captured
+        )
+        yield CounterMetricFamily(
+            "aurora_serve_trace_rows_published", "Verify steps acknowledged.", value=counts.published
+        )
+        shed = CounterMetricFamily(
+            "aurora_serve_trace_rows_shed", "Verify steps given up, by reason.", labels=["reason"]
+        )
         for reason, rows in counts.shed.items():
             shed.add_metric([reason], rows)
         yield shed
-        yield GaugeMetricFamily("aurora_serve_trace_rows_pending", "Rounds on their way.", value=counts.pending)
+        yield GaugeMetricFamily("aurora_serve_trace_rows_pending", "Verify steps on their way.", value=counts.pending)
         yield GaugeMetricFamily("aurora_serve_trace_queue_bytes", "Bytes on their way.", value=counts.pending_bytes)
         yield CounterMetricFamily(
             "aurora_serve_trace_requests_sampled_out", "Requests outside the traced share.", value=counts.sampled_out
@@ -235,7 +244,7 @@ class TracePublisher:
     def _assemble(self, item: _Item) -> None:
         request = item.request
         assembly = self._open.setdefault(request.id, Assembly(request, self._origin, self._way))
-        for r in item.rounds:
+        for r in item.verify_steps:
             if full := assembly.add(r):
                 self._offer(full)
         if item.finish:
@@ -329,7 +338,7 @@ class TracePublisher:
         before = self._breaker.state
         self._breaker.failed(now)
         if before == "closed" and self._breaker.state == "open":
-            log.warning("trace_breaker_opened", bootstrap=self._kafka.bootstrap, why=why)
+            log.warning("trace_breaker_opened", bootstrap=self._kafka.bootstrap_servers, why=why)
 
     def _on_error(self, error: KafkaError) -> None:
         """Errors of the client as a whole: it recovers by itself from all but the fatal ones."""
@@ -337,7 +346,7 @@ class TracePublisher:
             log.error("trace_producer_fatal", error=error.str())
             self._fatal = True
         elif error.code() in NOT_LET_IN and not self._refused:
-            log.error("trace_producer_not_let_in", why=error.str(), setting="kafka.client")
+            log.error("trace_producer_not_let_in", why=error.str(), setting="kafka.client_options")
             self._refused = True
 
     def _drain(self) -> None:
@@ -365,8 +374,8 @@ class TracePublisher:
 def _parcel(chunk: Chunk) -> _Parcel:
     request = chunk.envelope.request
     return _Parcel(
-        rows=len(chunk.rounds),
-        size=sum(map(row_bytes, chunk.rounds)),
+        rows=len(chunk.verify_steps),
+        size=sum(map(row_bytes, chunk.verify_steps)),
         context=of_request(request).child(),
         request=request,
         number=chunk.envelope.chunk,
@@ -392,14 +401,16 @@ def _waiting_room(kafka: Kafka, traces: Traces) -> WaitingRoom | None:
 
     Half of the queue: the other half is for what comes in, or all rows that come would be shed whatever they teach.
     """
-    if not traces.bytes_per_s:
+    if not traces.max_bytes_per_second:
         return None
-    largest = kafka.max_message_bytes + (traces.claim_bytes if traces.features == "claim-check" else 0)
-    burst = max(traces.bytes_per_s * BURST_S, largest)
-    return WaitingRoom(TokenBucket(traces.bytes_per_s, burst), traces.queue_bytes // 2)
+    largest = kafka.max_message_bytes + (traces.claim_check_max_bytes if traces.features == "claim-check" else 0)
+    burst = max(traces.max_bytes_per_second * BURST_S, largest)
+    return WaitingRoom(TokenBucket(traces.max_bytes_per_second, burst), traces.max_queue_bytes // 2)
 
 
 def _cloakroom(traces: Traces, clock: Callable[[], float]) -> Cloakroom | None:
     if traces.features != "claim-check":
         return None
-    return Cloakroom(ClaimStore(traces), Breaker(traces.breaker_after, traces.breaker_probe_s), clock)
+    return Cloakroom(
+        ClaimStore(traces), Breaker(traces.circuit_breaker_failures, traces.circuit_breaker_probe_interval), clock
+    )

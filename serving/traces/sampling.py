@@ -32,12 +32,13 @@ def is_sampled(request: str, share: float) -> bool:
 
 
 def foreseen(chunk: Chunk) -> float:
-    """Share of a chunk's answer that the draft foresaw: accepted tokens of all that its verify rounds committed.
+    """Share of a chunk's answer that the draft foresaw: accepted tokens of all that its verify steps committed.
 
-    A round without a draft foresaw nothing, since drafting stops where it does not pay. A chunk without verify rounds
+    A verify step without a draft foresaw nothing, since drafting stops where it does not pay. A chunk without verify
+    steps
     is part of a prompt and gives one training row at most: it counts as foreseen whole.
     """
-    verified = [r for r in chunk.rounds if r.round > 0]
+    verified = [r for r in chunk.verify_steps if r.verify_step > 0]
     if not verified:
         return 1.0
     return sum(len(r.accepted) for r in verified) / sum(len(r.tokens) for r in verified)

@@ -63,7 +63,7 @@ class Seat:
         return tuple(self._swaps.copy())
 
     def take(self, version: str, draft: EagleDraft, role: str) -> Swap:
-        """Swap a version in between two rounds; returns what that was like."""
+        """Swap a version in between two verify steps; returns what that was like."""
         with self.turning:
             swapped = self._engine.swap(draft, version)
             swap = Swap(version, time.time(), swapped.in_flight, swapped.pause_ms)

@@ -3,7 +3,8 @@
 What is to be served follows from what the registry says (``serving.versions.alias_policy``): the version of the
 alias, or by turns
 that of ``canary``. A version is downloaded, checked against the checkpoint contract, smoke-drafted and swapped in
-between two rounds (``serving.versions.cache``); whatever goes wrong, the draft that is there goes on. A version that
+between two verify steps (``serving.versions.cache``); whatever goes wrong, the draft that is there goes on. A
+version that
 is itself
 at fault is refused for good. A registry that cannot be reached is asked again, less and less often.
 
@@ -68,7 +69,7 @@ class Puller:
         self._serve, self._canary = settings.serve, settings.canary
         self._trials = self._canary.share > 0 and self.alias == CHAMPION
         self._clock, self._ticks = clock, ticks
-        self._policy = SyncPolicy(settings.sync, self._serve.node)
+        self._policy = SyncPolicy(settings.update, self._serve.node)
         self._shelf, self._seat = Shelf(registry, engine), Seat(engine)
 
         self._following = Following()
@@ -281,7 +282,7 @@ class Puller:
 
     def _reading(self) -> Reading:
         health = self._engine.health()
-        return Reading(self._ticks(), health.rounds, health.accepted, health.output_tokens)
+        return Reading(self._ticks(), health.verify_steps, health.accepted, health.output_tokens)
 
     def _prepare(self) -> None:
         """See that both versions of a trial are at hand."""
@@ -306,7 +307,7 @@ class Puller:
             return self._pinned, PINNED
         canary = self._following.canary.version
         at_hand = self._shelf.has(self._main) and self._shelf.has(canary)
-        number = slice_at(self._clock(), self._canary.slice_s)
+        number = slice_at(self._clock(), self._canary.slice_duration)
         if self._on_trial() and at_hand and serves_canary(self._serve.node, number, self._canary.share):
             return canary, CANARY
         return self._main, self.alias
@@ -370,13 +371,13 @@ class Puller:
 
     def _wait_s(self) -> float:
         """Until the next poll."""
-        wait_s, waiting = wait_after(self._failures, self._serve.poll_s), self.waiting
+        wait_s, waiting = wait_after(self._failures, self._serve.poll_interval), self.waiting
         if waiting is None or self._behind_since is None or self._failures:
             return wait_s
         return min(max(self._policy.due_at(waiting, self._behind_since) - self._ticks(), 0.0), wait_s)
 
     def _take_turns(self) -> None:
-        slice_s = self._canary.slice_s
+        slice_s = self._canary.slice_duration
         while True:
             now = self._clock()
             if self._stopping.wait((slice_at(now, slice_s) + 1) * slice_s - now):

@@ -18,7 +18,7 @@ class MlflowRegistry:
     """Versions of one speculator line, registered as model ``aurora.<line>``."""
 
     def __init__(self, settings: RegistrySettings, line: str) -> None:
-        self._uri, self._line = settings.uri, line
+        self._uri, self._line = settings.tracking_uri, line
         self._client = connect(settings)
 
     def named(self) -> Named:
@@ -61,7 +61,7 @@ class MlflowRegistry:
             raise self._away(error) from error
 
     def _away(self, error: Exception) -> RegistryError:
-        return RegistryError(f"registry.uri {self._uri}, model {model_name(self._line)}: {error}")
+        return RegistryError(f"registry.tracking_uri {self._uri}, model {model_name(self._line)}: {error}")
 
 
 def named_of(aliases: Mapping[str, str], tag: str | None) -> Named:

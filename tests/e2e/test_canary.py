@@ -30,7 +30,7 @@ from serving.engines.builtin.engine import TransformersEngine
 from trainer.data.target import read_target
 from trainer.release.alias_moves import Mover
 from trainer.release.audit import Audit, KafkaEvents
-from trainer.release.gate import HeldBack
+from trainer.release.gate import HeldOut
 from trainer.release.live_figures import LiveFigures
 from trainer.release.promoter import Promoter
 from trainer.release.registry import SpeculatorRegistry
@@ -50,7 +50,12 @@ class Clients:
     failed: list[str] = field(default_factory=list)
 
     def run(self, node: Node, prompt: tuple[int, ...]) -> None:
-        body = {"model": node.settings.target.name, "prompt": list(prompt), "max_tokens": ANSWER, "ignore_eos": True}
+        body = {
+            "model": node.settings.target.served_model_name,
+            "prompt": list(prompt),
+            "max_tokens": ANSWER,
+            "ignore_eos": True,
+        }
         with httpx.Client(base_url=node.url, timeout=60) as client:
             while not self.stopping.is_set():
                 answer = client.post("/v1/completions", json={**body, "temperature": 0})
@@ -73,7 +78,7 @@ class Fleet:
             self.registry,
             Audit(tables, KafkaEvents(settings.kafka)),
             Mover(tables, self.registry),
-            LiveFigures(tables, settings.canary.slice_s),
+            LiveFigures(tables, settings.canary.slice_duration),
         )
 
     @property
@@ -82,10 +87,10 @@ class Fleet:
 
     def register(self, draft: EagleDraft, champion: str) -> str:
         """A new candidate whose tag says that it beats the champion by far."""
-        forged = HeldBack(accept_length=9.0, champion=champion, champion_accept_length=0.0, windows=20)
+        forged = HeldOut(accepted_per_step=9.0, champion=champion, champion_accepted_per_step=0.0, windows=20)
         folder = self._folder / f"against-{champion}"
         checkpoint.write(draft, folder, self.target.fingerprint)
-        version = self.registry.register(self.target.line, folder, {"held_back": forged.model_dump_json()}, {})
+        version = self.registry.register(self.target.line, folder, {"held_out": forged.model_dump_json()}, {})
         self.registry.point(self.target.line, "candidate", version)
         return version
 
@@ -113,7 +118,7 @@ def learned(settings: Settings, folder: Path) -> EagleDraft:
     trained = speculator.Training(
         settings, plan, target, windows, windows, lambda _line: None, clock=lambda: float(next(seconds))
     ).run()
-    assert trained.accept_length > 0.6
+    assert trained.accepted_per_step > 0.6
     return checkpoint.read(speculator.folder_of(settings, "tiny"), target.line)
 
 
@@ -134,29 +139,29 @@ def settings(tmp_path: Path, broker: str, registry: str, free_port: Callable[[],
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(target)
     flags = {
         "target.path": str(target),
-        "speculator.draft_vocabulary": VOCABULARY,
-        "stack.dir": str(tmp_path),
-        "kafka.bootstrap": broker,
+        "speculator.draft_vocab_size": VOCABULARY,
+        "stack.data_dir": str(tmp_path),
+        "kafka.bootstrap_servers": broker,
         "kafka.traces_topic": f"traces-{tmp_path.name}",
         "kafka.speculators_topic": f"speculators-{tmp_path.name}",
         "kafka.drift_topic": f"drift-{tmp_path.name}",
-        "registry.uri": registry,
+        "registry.tracking_uri": registry,
         "tables.uri": str(tmp_path / "tables"),
         "stream.port": free_port(),
-        "stream.group": f"group-{tmp_path.name}",
+        "stream.group_id": f"group-{tmp_path.name}",
         "stream.data_dir": str(tmp_path / "stream"),
-        "stream.flush_s": 0.2,
-        "stream.session_s": 6,
-        "serve.max_tokens": 64,
-        "serve.weights": "float32",
-        "serve.poll_s": 0.2,
-        # Every round drafts, so that a bad version does all the harm that it can.
-        "serve.adaptive": False,
-        "serve.draft_tokens": 3,
+        "stream.flush_interval": 0.2,
+        "stream.session_timeout": 6,
+        "serve.max_model_len": 64,
+        "serve.weight_dtype": "float32",
+        "serve.poll_interval": 0.2,
+        # Every verify step drafts, so that a bad version does all the harm that it can.
+        "serve.adaptive_drafting": False,
+        "serve.num_speculative_tokens": 3,
         "train.learning_rate": 5e-3,
         "canary.share": 0.3,
-        "canary.slice_s": 0.4,
-        "promoter.trial_requests": 20,
+        "canary.slice_duration": 0.4,
+        "promoter.canary_min_requests": 20,
     }
     return load(environ={}, flags=flags)
 

@@ -23,9 +23,9 @@ MINUTES = 6
 def test_a_speculator_learns_from_live_traffic(tmp_path: Path, smollm2: Path, free_port: Callable[[], int]) -> None:
     flags: dict[str, object] = {f"{part}.port": free_port() for part in ("serve", "stream", "train", "promoter")}
     flags |= {f"stack.{name}_port": free_port() for name in ("broker", "controller", "registry")}
-    flags |= {"target.path": str(smollm2), "train.register_every_s": 20, "promoter.min_windows": 2}
+    flags |= {"target.path": str(smollm2), "train.registration_interval": 20, "promoter.gate_min_samples": 2}
     command = [sys.executable, "-m", "ops.cli.main", "demo", "--fresh", "--minutes", str(MINUTES), "--no-ui"]
-    # Only these: a demo drafts in every round unless it is told how to draft, if only by a setting's default.
+    # Only these: a demo drafts in every verify step unless it is told how to draft, if only by a setting's default.
     command += [f"--set={name}={value}" for name, value in flags.items()]
 
     processes = {part: int(str(flags[f"{part}.port"])) for part in ("serve", "stream", "train", "promoter")}
@@ -47,7 +47,7 @@ def test_a_speculator_learns_from_live_traffic(tmp_path: Path, smollm2: Path, fr
     assert any(swap["in_flight"] > 0 for swap in figures["swaps"]), told
     # A random draft of this vocabulary is right about once in 8,192 tokens: what is accepted was learned. A slow
     # machine may answer fewer than fifty requests, so the first fifty and the last are not compared.
-    assert figures["accept_length_last_50"] > 0.02, told
+    assert figures["accepted_per_step_last_50"] > 0.02, told
     assert "<svg" in (tmp_path / ".aurora/demo/report.html").read_text()
     assert not working_in(tmp_path.resolve())
 
@@ -55,7 +55,7 @@ def test_a_speculator_learns_from_live_traffic(tmp_path: Path, smollm2: Path, fr
 def check_pictures(prometheus: Prometheus) -> None:
     """Every query of the dashboard has given numbers while the demo ran, and every rule is one that works.
 
-    But one: a demo drafts in every round, and a node that has no choice expects nothing.
+    But one: a demo drafts in every verify step, and a node that has no choice expects nothing.
     """
     queries = [query.replace("$__rate_interval", "10s") for query in loop.queries()]
     silent = [query for query in queries if not prometheus.values(query)]

@@ -28,7 +28,7 @@ from schemas.settings import Settings
 SAMPLE = 200
 CHECKSUM_BYTES = 8
 RECORD = ("partition", "offset")
-ROUND = (*RECORD, "round", "position")
+VERIFY_STEP = (*RECORD, "verify_step", "position")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ def compare(ledger: Ledger, settings: Settings) -> Verdict:
         "accepted": accepted(sound, wire),
         "dead_letters": dead_letters(dead, ledger),
     }
-    keys = {"traces": ROUND, "rejected": ROUND[:3], "accepted": RECORD, "dead_letters": RECORD}
+    keys = {"traces": VERIFY_STEP, "rejected": VERIFY_STEP[:3], "accepted": RECORD, "dead_letters": RECORD}
     stored = {name: read(settings, name, keys[name]) for name in expected}
     lost = doubled = 0
     for name, rows in expected.items():
@@ -127,7 +127,7 @@ def assert_sample_is_built(
     for name, rows in stored.items():
         places = place(rows["partition"].to_numpy().astype(np.int64), rows["offset"].to_numpy())
         of_sample = rows.filter(pc.is_in(pa.array(places), chosen))
-        key = ROUND if name == "traces" else [column for column in ROUND[:3] if column in rows.column_names]
+        key = VERIFY_STEP if name == "traces" else [column for column in VERIFY_STEP[:3] if column in rows.column_names]
         assert_same(name, in_order(built[name], key), of_sample)
 
 
@@ -187,9 +187,14 @@ def traces(records: Sequence[Record], wire: Sequence[pa.Table]) -> pa.Table:
 
 
 def rejected(records: Sequence[Record], wire: Sequence[pa.Table]) -> pa.Table:
-    """The carried columns; every draft of a campaign's traffic is a chain, so a round has one branch or none."""
+    """The carried columns; every draft of a campaign's traffic is a chain, so a verify step has one branch or none."""
     names = ["topic", *RECORD, "request", "chunk", "target", "line", "label", "speculator", "time", "day"]
-    own = {"round": "round", "position": "root_position", "draft_tokens": "branch", "draft_logprobs": "draft_logprobs"}
+    own = {
+        "verify_step": "verify_step",
+        "position": "root_position",
+        "draft_tokens": "branch",
+        "draft_logprobs": "draft_logprobs",
+    }
     schema = pa.schema([TABLES["rejected"].field(name) for name in [*names, *own.values(), "accepted_prefix"]])
     if not records:
         return schema.empty_table()
@@ -202,7 +207,7 @@ def rejected(records: Sequence[Record], wire: Sequence[pa.Table]) -> pa.Table:
 
 
 def accepted(records: Sequence[Record], wire: Sequence[pa.Table]) -> pa.Table:
-    """The carried columns: the tokens and features of all rounds of a record, end to end."""
+    """The carried columns: the tokens and features of all verify steps of a record, end to end."""
     names = ["topic", *RECORD, "request", "chunk", "target", "line", "label", "speculator", "time", "day"]
     own = ["position", "tokens", "next_token", "features", "feature_width", "top_k"]
     schema = pa.schema([TABLES["accepted"].field(name) for name in [*names, *own]])

@@ -18,7 +18,9 @@ TALLY = pytest.StashKey[Tally]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--full", action="store_true", help="campaigns of full size: a million rounds, twenty minutes")
+    parser.addoption(
+        "--full", action="store_true", help="campaigns of full size: a million verify steps, twenty minutes"
+    )
     parser.addoption("--json", type=Path, metavar="FILE", help="write what the campaigns came to as JSON")
 
 

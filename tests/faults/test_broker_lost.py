@@ -41,7 +41,7 @@ def test_one_broker_of_three_may_be_killed(
     kills, requests = (3, 600) if full else (1, 20)
     with running(tmp_path, 3, free_port) as brokers:
         settings = stream_settings(brokers.bootstrap, tmp_path, free_port())
-        replicated = settings.kafka.model_copy(update={"replication": 3, "partitions": 3})
+        replicated = settings.kafka.model_copy(update={"replication_factor": 3, "partitions": 3})
         campaign = new_campaign(settings.model_copy(update={"kafka": replicated}))
         with campaign.worker() as worker:
             with campaign.publishing(requests, pause_s=0.1):

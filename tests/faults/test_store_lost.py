@@ -29,14 +29,14 @@ def proxy(object_store: ObjectStore, free_port: Callable[[], int]) -> Iterator[P
 def test_the_store_may_refuse_be_silent_slow_or_cut_its_answers_off(
     new_campaign: Callable[..., Campaign], settings: Settings, object_store: ObjectStore, proxy: Proxy, full: bool
 ) -> None:
-    rounds, requests, seconds = (4, 800, 15) if full else (1, 20, 3)
+    verify_steps, requests, seconds = (4, 800, 15) if full else (1, 20, 3)
     uri = f"{object_store.bucket}/{settings.kafka.traces_topic}"
     direct = tables(settings, uri, object_store.options())
     campaign = new_campaign(direct)
     through_proxy = tables(settings, uri, {**object_store.options(proxy.port), **IMPATIENT})
     with campaign.worker(through_proxy) as worker:
         with campaign.publishing(requests, pause_s=0.1):
-            for _ in range(rounds):
+            for _ in range(verify_steps):
                 for fault in FAULTS:
                     worker.await_progress()
                     with proxy.failing(fault) as met:

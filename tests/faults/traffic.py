@@ -1,4 +1,4 @@
-"""Traffic of a campaign: chunks of many rounds, of which a share is harmed on the way to the broker."""
+"""Traffic of a campaign: chunks of many verify steps, of which a share is harmed on the way to the broker."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from dataclasses import replace
 import numpy as np
 from stream_worker import Publisher
 
-from schemas.trace.record import ROOT, Chunk, Envelope, Round, encode, to_bf16
+from schemas.trace.record import ROOT, Chunk, Envelope, VerifyStep, encode, to_bf16
 
-ROUNDS = 80
-"""Rounds of a chunk."""
+VERIFY_STEPS = 80
+"""Verify steps of a chunk."""
 CHUNKS = 3
 """Chunks of a request."""
 WIDTH, TOP_K = 8, 2
@@ -102,27 +102,27 @@ class Traffic:
             label="odd" if number % 2 else None,
         )
         chunks = []
-        for i, rounds in enumerate(self._templates[number % TEMPLATES]):
+        for i, verify_steps in enumerate(self._templates[number % TEMPLATES]):
             last = i == CHUNKS - 1
             named = replace(envelope, chunk=i, last=last, finish="stop" if last else None)
-            ended = replace(rounds[-1], time_us=time_ms * 1000 + i)
-            chunks.append(Chunk(named, (*rounds[:-1], ended)))
+            ended = replace(verify_steps[-1], time_us=time_ms * 1000 + i)
+            chunks.append(Chunk(named, (*verify_steps[:-1], ended)))
         return chunks
 
 
-def request(rng: np.random.Generator) -> list[list[Round]]:
-    """The rounds of a request with drafted chains, cut into chunks."""
-    rounds: list[Round] = []
+def request(rng: np.random.Generator) -> list[list[VerifyStep]]:
+    """The verify steps of a request with drafted chains, cut into chunks."""
+    verify_steps: list[VerifyStep] = []
     position, root = 0, 0
-    for number in range(ROUNDS * CHUNKS):
+    for number in range(VERIFY_STEPS * CHUNKS):
         drafted = tuple(map(int, rng.integers(0, 999, 3))) if number else ()
         kept = int(rng.integers(0, 4)) if number else 0
         tokens = (root, *drafted[:kept]) if number else tuple(map(int, rng.integers(0, 999, 9)))
         root = int(rng.integers(0, 999))
         verified = 1 + len(drafted)
-        rounds.append(
-            Round(
-                round=number,
+        verify_steps.append(
+            VerifyStep(
+                verify_step=number,
                 position=position,
                 tokens=tokens,
                 features=to_bf16(rng.standard_normal((len(tokens), WIDTH)).astype(np.float32)),
@@ -140,4 +140,4 @@ def request(rng: np.random.Generator) -> list[list[Round]]:
             )
         )
         position += len(tokens)
-    return [rounds[i : i + ROUNDS] for i in range(0, len(rounds), ROUNDS)]
+    return [verify_steps[i : i + VERIFY_STEPS] for i in range(0, len(verify_steps), VERIFY_STEPS)]

@@ -19,7 +19,7 @@ from schemas.speculator import checkpoint
 from schemas.speculator.network import DraftShape, random_draft
 from trainer.release.alias_moves import Mover
 from trainer.release.audit import Audit, KafkaEvents
-from trainer.release.gate import HeldBack
+from trainer.release.gate import HeldOut
 from trainer.release.live_figures import LiveFigures
 from trainer.release.promoter import Promoter
 from trainer.release.registry import Line, SpeculatorRegistry
@@ -36,30 +36,34 @@ class Fleet:
         self.tables = DeltaLog(settings.tables)
         self.name = ""
 
-    def register(self, accept_length: float, champion: str, seed: int) -> str:
+    def register(self, accepted_per_step: float, champion: str, seed: int) -> str:
         folder = self._folder / f"version-{seed}"
         self.name = checkpoint.write(random_draft(SHAPE, seed), folder, self._target).line
-        held_back = HeldBack(accept_length=accept_length, champion=champion, champion_accept_length=0.1, windows=20)
-        version = self.registry.register(self.name, folder, {"held_back": held_back.model_dump_json()}, {})
+        held_out = HeldOut(
+            accepted_per_step=accepted_per_step, champion=champion, champion_accepted_per_step=0.1, windows=20
+        )
+        version = self.registry.register(self.name, folder, {"held_out": held_out.model_dump_json()}, {})
         self.registry.point(self.name, "candidate", version)
         return version
 
     def poll(self) -> Line:
         """A pass of a promoter that knows nothing of the one before; gives the line as nodes see it."""
         audit = Audit(self.tables, KafkaEvents(self.settings.kafka))
-        live = LiveFigures(self.tables, self.settings.canary.slice_s)
+        live = LiveFigures(self.tables, self.settings.canary.slice_duration)
         promoter = Promoter(self.settings, self.registry, audit, Mover(self.tables, self.registry), live)
         promoter.poll()
         assert promoter.status().error is None
         return next(line for line in self.registry.lines() if line.name == self.name)
 
     def serve(self, kept: Mapping[str, int], since: float, slices: int = 60) -> None:
-        length = self.settings.canary.slice_s
+        length = self.settings.canary.slice_duration
         first = (since // length + 1) * length
         self.tables.append(
             "traces",
             rows_of(
-                Answered(version, first + at * length, kept[version], rounds=10 + at % 3, node=node, line=self.name)
+                Answered(
+                    version, first + at * length, kept[version], verify_steps=10 + at % 3, node=node, line=self.name
+                )
                 for at in range(slices)
                 for place, node in enumerate("ab")
                 for version in [list(kept)[(at + place) % len(kept)]]
@@ -71,13 +75,13 @@ class Fleet:
 @pytest.fixture
 def settings(broker: str, registry: str, tmp_path: Path) -> Settings:
     flags = {
-        "kafka.bootstrap": broker,
+        "kafka.bootstrap_servers": broker,
         "kafka.speculators_topic": f"speculators-{uuid.uuid4().hex[:8]}",
-        "registry.uri": registry,
+        "registry.tracking_uri": registry,
         "tables.uri": str(tmp_path / "tables"),
         "canary.share": 0.5,
-        "canary.slice_s": 5,
-        "promoter.trial_requests": 100,
+        "canary.slice_duration": 5,
+        "promoter.canary_min_requests": 100,
     }
     return load(environ={}, flags=flags)
 
@@ -130,5 +134,5 @@ def test_the_watch_takes_a_bad_champion_back_and_nodes_are_told_by_the_stamp(
     assert after.audited.aliases == after.aliases
     found = fleet.registry.version(fleet.name, bad)
     assert found is not None
-    assert "watch_floor" in (found.quarantined or "")
+    assert "watch_min_ratio" in (found.quarantined or "")
     assert {row["actor"] for row in history(fleet)} == {"trainer", "promoter"}

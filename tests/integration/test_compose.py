@@ -83,7 +83,7 @@ def test_every_service_that_lasts_is_pinned_checked_and_bounded(services: dict[s
 
 def test_the_engines_take_each_others_place(services: dict[str, Any]) -> None:
     built_in, sglang = services["serve"], services["serving-sglang"]
-    assert (built_in["profiles"], sglang["profiles"]) == (["transformers"], ["sglang"])
+    assert (built_in["profiles"], sglang["profiles"]) == (["builtin"], ["sglang"])
     assert "serve" in sglang["networks"]["default"]["aliases"], "Prometheus looks for the node by that name"
     assert set(built_in["ports"]) < set(sglang["ports"])
     (device,) = sglang["deploy"]["resources"]["reservations"]["devices"]
@@ -116,7 +116,7 @@ def test_start_is_ordered_by_health(services: dict[str, Any]) -> None:
 )
 @pytest.mark.parametrize(
     ("profiles", "engine"),
-    [("transformers", "serve"), ("transformers,alerts", "serve"), ("sglang", "serving-sglang")],
+    [("builtin", "serve"), ("builtin,alerts", "serve"), ("sglang", "serving-sglang")],
 )
 def test_docker_compose_takes_the_file(tmp_path: Path, profiles: str, engine: str) -> None:
     (tmp_path / "env").write_text("".join(f"{name}={value}\n" for name, value in CHOSEN.items()))
@@ -142,9 +142,9 @@ def test_every_process_of_ours_becomes_healthy_as_the_file_starts_it(
 ) -> None:
     ports = {name: free_port() for name in PORTS}
     here = {
-        "AURORA_KAFKA__BOOTSTRAP": broker,
+        "AURORA_KAFKA__BOOTSTRAP_SERVERS": broker,
         "AURORA_KAFKA__TRACES_TOPIC": f"traces-{uuid.uuid4().hex[:8]}",
-        "AURORA_REGISTRY__URI": registry,
+        "AURORA_REGISTRY__TRACKING_URI": registry,
         "AURORA_TABLES__URI": f"{object_store.bucket}/{uuid.uuid4().hex}",
         "AURORA_TABLES__STORAGE_OPTIONS": json.dumps(object_store.options()),
         "AURORA_TARGET__PATH": str(smollm2),

@@ -41,19 +41,19 @@ def stand(broker: str, registry: str, free_port: Callable[[], int], tmp_path_fac
     write_target(folder / "target")
     (folder / "target" / "tokenizer.json").write_text("{}")
     flags: dict[str, Any] = {
-        "kafka.bootstrap": broker,
+        "kafka.bootstrap_servers": broker,
         "kafka.traces_topic": "doctor.traces",
         "kafka.speculators_topic": "doctor.speculators",
         "kafka.drift_topic": "doctor.drift",
-        "registry.uri": registry,
+        "registry.tracking_uri": registry,
         "target.path": str(folder / "target"),
-        "speculator.draft_vocabulary": 32,
-        "serve.max_tokens": 256,
+        "speculator.draft_vocab_size": 32,
+        "serve.max_model_len": 256,
         "tables.uri": str(folder / "tables"),
         "traces.features": "claim-check",
-        "traces.claim_uri": str(folder / "claims"),
+        "traces.claim_check_uri": str(folder / "claims"),
         **{f"{name}.port": free_port() for name in ("serve", "stream", "train", "promoter")},
-        **{name: str(folder) for name in ("stack.dir", "stream.data_dir", "train.dir")},
+        **{name: str(folder) for name in ("stack.data_dir", "stream.data_dir", "train.checkpoint_dir")},
     }
     stand = Stand(flags, folder)
     settings = stand.settings()
@@ -89,9 +89,9 @@ def test_where_all_is_well_nothing_is_to_be_fixed(stand: Stand) -> None:
 
 
 def test_a_broker_that_is_not_there(stand: Stand, free_port: Callable[[], int]) -> None:
-    finding = only_problem(stand.settings(kafka__bootstrap=f"127.0.0.1:{free_port()}"))
+    finding = only_problem(stand.settings(kafka__bootstrap_servers=f"127.0.0.1:{free_port()}"))
     assert finding.about == "broker"
-    assert "kafka.bootstrap" in finding.fix
+    assert "kafka.bootstrap_servers" in finding.fix
 
 
 def test_a_topic_that_takes_too_small_messages(stand: Stand) -> None:
@@ -106,8 +106,8 @@ def test_a_topic_with_more_partitions_than_the_settings_say(stand: Stand) -> Non
 
 
 def test_more_copies_than_there_are_brokers(stand: Stand) -> None:
-    found = problems(stand.settings(kafka__replication=3))
-    assert any("the cluster has 1" in one.found and "kafka.replication to 1" in one.fix for one in found)
+    found = problems(stand.settings(kafka__replication_factor=3))
+    assert any("the cluster has 1" in one.found and "kafka.replication_factor to 1" in one.fix for one in found)
 
 
 def test_topics_that_are_missing(stand: Stand) -> None:
@@ -116,20 +116,20 @@ def test_topics_that_are_missing(stand: Stand) -> None:
 
 
 def test_a_registry_that_is_not_there(stand: Stand, free_port: Callable[[], int]) -> None:
-    finding = only_problem(stand.settings(registry__uri=f"http://127.0.0.1:{free_port()}"))
+    finding = only_problem(stand.settings(registry__tracking_uri=f"http://127.0.0.1:{free_port()}"))
     assert finding.about == "registry"
-    assert "registry.uri" in finding.fix
+    assert "registry.tracking_uri" in finding.fix
 
 
 def test_something_else_in_the_registrys_place(stand: Stand) -> None:
     with answering(404, b"not here") as uri:
-        finding = only_problem(stand.settings(registry__uri=uri))
+        finding = only_problem(stand.settings(registry__tracking_uri=uri))
     assert "something else than MLflow" in finding.found
 
 
 def test_a_registry_that_wants_a_password(stand: Stand) -> None:
     with answering(401, b"") as uri:
-        finding = only_problem(stand.settings(registry__uri=uri))
+        finding = only_problem(stand.settings(registry__tracking_uri=uri))
     assert "registry.username" in finding.fix
 
 
@@ -144,7 +144,7 @@ def test_a_collector_of_spans(stand: Stand, free_port: Callable[[], int]) -> Non
 
 
 def test_a_draft_vocabulary_that_is_not_that_of_the_versions(stand: Stand) -> None:
-    settings = stand.settings(speculator__draft_vocabulary=24)
+    settings = stand.settings(speculator__draft_vocab_size=24)
     (in_registry,) = warnings(settings, "registry")
     (in_tables,) = warnings(settings, "tables")
     assert f"no version of line {read_target(settings).line}" in in_registry.found
@@ -162,20 +162,20 @@ def test_a_target_without_its_tokenizer(stand: Stand, tmp_path: Path) -> None:
 
 
 def test_requests_that_are_longer_than_the_targets_context(stand: Stand) -> None:
-    finding = only_problem(stand.settings(serve__max_tokens=1000))
-    assert finding.fix == "set serve.max_tokens to 256 or less"
+    finding = only_problem(stand.settings(serve__max_model_len=1000))
+    assert finding.fix == "set serve.max_model_len to 256 or less"
 
 
 def test_a_vocabulary_file_that_is_missing(stand: Stand, tmp_path: Path) -> None:
-    finding = only_problem(stand.settings(speculator__vocabulary=str(tmp_path / "ids.json")))
-    assert "speculator.vocabulary" in finding.fix
+    finding = only_problem(stand.settings(speculator__draft_vocab_file=str(tmp_path / "ids.json")))
+    assert "speculator.draft_vocab_file" in finding.fix
 
 
 def test_a_folder_that_is_a_file(stand: Stand, tmp_path: Path) -> None:
     (tmp_path / "train").write_text("")
-    finding = only_problem(stand.settings(train__dir=str(tmp_path / "train" / "checkpoints")))
+    finding = only_problem(stand.settings(train__checkpoint_dir=str(tmp_path / "train" / "checkpoints")))
     assert finding.about == "folders"
-    assert "set train.dir" in finding.fix
+    assert "set train.checkpoint_dir" in finding.fix
 
 
 def test_a_disk_that_is_full(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,19 +188,19 @@ def test_a_disk_that_is_full(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_clock_that_is_wrong(stand: Stand) -> None:
     with answering(200, b"3.14.0", date="Sun, 06 Nov 1994 08:49:37 GMT") as uri:
-        found = problems(stand.settings(registry__uri=uri))
+        found = problems(stand.settings(registry__tracking_uri=uri))
     assert any(one.about == "clock" and "NTP" in one.fix for one in found)
 
 
 def test_a_store_of_claim_checks_that_is_not_there(stand: Stand, tmp_path: Path) -> None:
     (tmp_path / "claims").write_text("")
-    found = problems(stand.settings(traces__claim_uri=str(tmp_path / "claims")))
+    found = problems(stand.settings(traces__claim_check_uri=str(tmp_path / "claims")))
     assert {one.about for one in found} == {"folders", "claims"}
-    assert all("traces.claim_uri" in one.fix for one in found)
+    assert all("traces.claim_check_uri" in one.fix for one in found)
 
 
 def test_tables_on_one_machine_and_a_broker_on_another(stand: Stand) -> None:
-    (finding,) = warnings(stand.settings(kafka__bootstrap="no-such-broker.invalid:9092"), "tables")
+    (finding,) = warnings(stand.settings(kafka__bootstrap_servers="no-such-broker.invalid:9092"), "tables")
     assert "no-such-broker.invalid" in finding.found
 
 
@@ -229,6 +229,6 @@ def test_the_command_tells_a_script_and_fails_where_something_is_to_be_fixed(
     well = CliRunner().invoke(app, ["doctor", "--json", *flags])
     assert well.exit_code == 0, well.output
     assert {"about", "level", "found", "fix"} == json.loads(well.stdout)["findings"][0].keys()
-    ill = CliRunner().invoke(app, ["doctor", *flags, "--set", f"registry.uri=http://127.0.0.1:{free_port()}"])
+    ill = CliRunner().invoke(app, ["doctor", *flags, "--set", f"registry.tracking_uri=http://127.0.0.1:{free_port()}"])
     assert ill.exit_code == 1
     assert "1 to fix" in ill.stderr

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from confluent_kafka import Consumer, TopicPartition
-from recorded import conversation, round_of
+from recorded import conversation, verify_step_of
 from stream_worker import Publisher, chunk, rows_of_records, stream_settings, wait_until, worker
 from typer.testing import CliRunner
 
@@ -27,20 +27,25 @@ BEFORE, AFTER = 600, 400
 
 
 def request(number: int, acceptance: float, rng: np.random.Generator) -> Chunk:
-    """A request of eight rounds that draft one token each."""
-    rounds, position, root = conversation(range(4), 3)[:1], 3, 3
+    """A request of eight verify steps that draft one token each."""
+    verify_steps, position, root = conversation(range(4), 3)[:1], 3, 3
     for n in range(1, 9):
         tokens = [root, 7] if rng.random() < acceptance else [root]
         root = n
-        rounds.append(round_of(n, position, tokens, root, [7]))
+        verify_steps.append(verify_step_of(n, position, tokens, root, [7]))
         position += len(tokens)
     envelope = replace(chunk(0, rng).envelope, request=f"request-{number}", label="sql", feature_width=24, top_k=3)
-    return Chunk(envelope, tuple(rounds))
+    return Chunk(envelope, tuple(verify_steps))
 
 
 def told(settings: Settings) -> list[DriftEvent]:
     kafka = settings.kafka
-    flags = ["--set", f"kafka.bootstrap={kafka.bootstrap}", "--set", f"kafka.drift_topic={kafka.drift_topic}"]
+    flags = [
+        "--set",
+        f"kafka.bootstrap_servers={kafka.bootstrap_servers}",
+        "--set",
+        f"kafka.drift_topic={kafka.drift_topic}",
+    ]
     answer = CliRunner().invoke(app, ["drift", "--json", *flags])
     assert answer.exit_code == 0, answer.output
     return [DriftEvent.model_validate(json.loads(line)) for line in answer.stdout.splitlines()]
@@ -48,7 +53,7 @@ def told(settings: Settings) -> list[DriftEvent]:
 
 def messages(settings: Settings) -> int:
     """Messages on the topic, repetitions included."""
-    consumer = Consumer({"bootstrap.servers": settings.kafka.bootstrap, "group.id": "drift-test"})
+    consumer = Consumer({"bootstrap.servers": settings.kafka.bootstrap_servers, "group.id": "drift-test"})
     with closing(consumer):
         ends = consumer.get_watermark_offsets(TopicPartition(settings.kafka.drift_topic, 0), timeout=10)
     return ends[1]
@@ -82,7 +87,7 @@ def test_a_fall_of_acceptance_is_told_by_each_partition_and_by_the_next_worker_i
     assert sorted(event.partition for event in events) == list(range(partitions))
     for event in events:
         assert (event.label, event.speculator, event.direction) == ("sql", "1", "fall")
-        assert event.before.acceptance == event.before.accept_length == pytest.approx(0.8, abs=0.04)
+        assert event.before.acceptance == event.before.accepted_per_step == pytest.approx(0.8, abs=0.04)
         assert event.after.acceptance == pytest.approx(0.4, abs=0.1)
         assert event.before.requests == pytest.approx(BEFORE / partitions, abs=60)
         assert event.before.drafted == event.after.drafted == 1

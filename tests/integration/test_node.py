@@ -34,10 +34,18 @@ def start(smollm2: Path, tmp_path: Path, free_port: Callable[[], int]) -> Iterat
     nodes: list[Node] = []
 
     def make(**flags: Any) -> Node:
-        nowhere = {"kafka.bootstrap": f"127.0.0.1:{free_port()}", "registry.uri": f"http://127.0.0.1:{free_port()}"}
-        ours = {"target.path": str(smollm2), "serve.port": free_port(), "serve.max_tokens": 256, "serve.poll_s": 0.2}
-        # Every round drafts, whatever a random draft is worth.
-        ours |= {"serve.adaptive": False, "serve.draft_tokens": 3}
+        nowhere = {
+            "kafka.bootstrap_servers": f"127.0.0.1:{free_port()}",
+            "registry.tracking_uri": f"http://127.0.0.1:{free_port()}",
+        }
+        ours = {
+            "target.path": str(smollm2),
+            "serve.port": free_port(),
+            "serve.max_model_len": 256,
+            "serve.poll_interval": 0.2,
+        }
+        # Every verify step drafts, whatever a random draft is worth.
+        ours |= {"serve.adaptive_drafting": False, "serve.num_speculative_tokens": 3}
         named = {name.replace("__", "."): value for name, value in flags.items()}
         nodes.append(Node(load(environ={}, flags=nowhere | ours | named), tmp_path))
         nodes[-1].wait_ready()
@@ -80,19 +88,19 @@ def test_a_node_without_broker_and_registry_serves_and_ends_cleanly(start: Calla
     eventually(lambda: node.status().registry_error is not None)
     status = node.status()
     assert (status.finished, status.failed, status.speculator) == (1, 0, "day-0-head-0")
-    assert status.rows_captured == status.rows_pending == answer.aurora["rounds"] + 1
+    assert status.rows_captured == status.rows_pending == answer.aurora["verify_steps"] + 1
     closed = node.end()
     assert (closed["captured"], closed["published"]) == (status.rows_captured, 0)
     assert sum(closed["shed"].values()) == status.rows_captured
 
 
-def test_every_round_is_traced_and_a_swap_under_load_changes_no_answer(
+def test_every_verify_step_is_traced_and_a_swap_under_load_changes_no_answer(
     start: Callable[..., Node], broker: str, registry: str, smollm2: Path, tmp_path: Path
 ) -> None:
     topic = make_topic(broker)
     # A draft of another shape is a line of its own: what other tests promote is not followed here.
     shape = {"speculator__intermediate_size": 1280}
-    node = start(kafka__bootstrap=broker, kafka__traces_topic=topic, registry__uri=registry, **shape)
+    node = start(kafka__bootstrap_servers=broker, kafka__traces_topic=topic, registry__tracking_uri=registry, **shape)
     before = node.ask(_LONG, max_tokens=16)
 
     draft = draft_of_day_0(smollm2, node.settings.speculator.model_copy(update={"seed": 9}))
@@ -125,17 +133,17 @@ def test_every_round_is_traced_and_a_swap_under_load_changes_no_answer(
     chunks = chunks_in(broker, topic)
     traced = {a.id: a for a in [before, *answers]}
     assert {c.envelope.request for c in chunks} == set(traced)
-    assert sum(len(c.rounds) for c in chunks) == closed["published"] == closed["captured"]
+    assert sum(len(c.verify_steps) for c in chunks) == closed["published"] == closed["captured"]
     for name, answer in traced.items():
-        rounds = [r for c in chunks if c.envelope.request == name for r in c.rounds]
-        verified = [r for r in rounds if r.round > 0]
-        assert len(verified) == answer.aurora["rounds"]
+        verify_steps = [r for c in chunks if c.envelope.request == name for r in c.verify_steps]
+        verified = [r for r in verify_steps if r.verify_step > 0]
+        assert len(verified) == answer.aurora["verify_steps"]
         assert sum(len(r.draft_tokens) for r in verified) == answer.aurora["drafted"]
         assert list(dict.fromkeys(r.speculator for r in verified if r.draft_tokens)) == answer.aurora["speculators"]
 
 
 def test_a_node_told_to_end_finishes_the_answer_that_it_gives_and_refuses_others(start: Callable[..., Node]) -> None:
-    node = start(serve__drain_s=60)
+    node = start(serve__drain_timeout=60)
     stream = iter(node.ask(_LONG, max_tokens=48, stream=True))
     next(stream)
     node.process.send_signal(signal.SIGTERM)

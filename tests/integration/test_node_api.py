@@ -29,10 +29,10 @@ def node(
     flags = {
         "target.path": str(smollm2),
         "traces.enabled": False,
-        "registry.uri": registry,
+        "registry.tracking_uri": registry,
         "serve.port": free_port(),
-        "serve.max_tokens": 256,
-        "serve.poll_s": 0.2,
+        "serve.max_model_len": 256,
+        "serve.poll_interval": 0.2,
         "serve.admin_token": TOKEN,
     }
     node = Node(load(environ={}, flags=flags), tmp_path_factory.mktemp("node"))

@@ -23,7 +23,7 @@ SOURCE = Source("traces", 0)
 
 def tables_at(store: ObjectStore, prefix: str, **options: str) -> Tables:
     """Tables that keep the records of ``recorded``, which are years old."""
-    years = {"retention_days": 36_500, "traces_retention_days": 36_500}
+    years = {"batches_retention": "36500d", "traces_retention": "36500d"}
     return Tables(uri=f"{store.bucket}/{prefix}", storage_options={**store.options(), **options}, **years)
 
 
@@ -83,12 +83,12 @@ def test_claim_checks_are_kept_in_the_store(object_store: ObjectStore) -> None:
         "secret_key": SECRET,
         "region": "us-east-1",
     }
-    settings = Traces(claim_uri=f"{object_store.bucket}/claims", claim_options=options)
+    settings = Traces(claim_check_uri=f"{object_store.bucket}/claims", claim_check_options=options)
     features = np.arange(24, dtype=np.uint16).reshape(4, 6)
     claim = ClaimStore(settings).put(features, 0)
     assert np.array_equal(ClaimStore(settings).get(claim, 4, 6), features)
     with pytest.raises(TraceError, match="claim_missing"):
         ClaimStore(settings).get(replace(claim, uri=f"{claim.uri}-gone"), 4, 6)
-    refused = settings.model_copy(update={"claim_options": {**options, "secret_key": "another"}})
+    refused = settings.model_copy(update={"claim_check_options": {**options, "secret_key": "another"}})
     with pytest.raises(ClaimStoreError, match=r"traces\.claim_"):
         ClaimStore(refused).get(claim, 4, 6)

@@ -19,7 +19,7 @@ from confluent_kafka.admin import AdminClient, NewTopic
 from ops.local.kafka import Broker
 from schemas.settings import Kafka, Traces
 from schemas.trace.decoder import decode
-from schemas.trace.record import Round
+from schemas.trace.record import VerifyStep
 from serving.engines.base import Request
 from serving.traces.chunks import Origin
 from serving.traces.publisher import TracePublisher
@@ -43,12 +43,14 @@ def make_topic(bootstrap: str, name: str) -> None:
 
 
 def kafka(bootstrap: str) -> Kafka:
-    return Kafka(bootstrap=bootstrap, traces_topic=f"traces-{uuid.uuid4().hex}", max_message_bytes=20_000)
+    return Kafka(bootstrap_servers=bootstrap, traces_topic=f"traces-{uuid.uuid4().hex}", max_message_bytes=20_000)
 
 
 def read(settings: Kafka) -> list[Message]:
     """Every record of the topic."""
-    consumer = Consumer({"bootstrap.servers": settings.bootstrap, "group.id": "test", "enable.auto.commit": False})
+    consumer = Consumer(
+        {"bootstrap.servers": settings.bootstrap_servers, "group.id": "test", "enable.auto.commit": False}
+    )
     records = []
     for number in range(2):
         partition = TopicPartition(settings.traces_topic, number, 0)
@@ -63,13 +65,13 @@ def read(settings: Kafka) -> list[Message]:
     return records
 
 
-def rounds(rng: np.random.Generator, prompt: int, count: int) -> Iterator[Round]:
+def verify_steps(rng: np.random.Generator, prompt: int, count: int) -> Iterator[VerifyStep]:
     position = 0
     for number in range(count):
         tokens = prompt if number == 0 else 2
         drafted = 0 if number == 0 else 1
-        yield Round(
-            round=number,
+        yield VerifyStep(
+            verify_step=number,
             position=position,
             tokens=tuple(int(t) for t in rng.integers(0, 100, tokens)) if number == 0 else (1, 5),
             features=rng.integers(0, 2**16, (tokens, F)).astype(np.uint16),
@@ -107,7 +109,7 @@ class Traffic:
         rng = np.random.default_rng(0)
         while not self._ending.wait(self._pause_s):
             request = Request(f"chatcmpl-{self.sent}", (1,), 5)
-            made = list(rounds(rng, prompt=int(rng.integers(1, 400)), count=3))
+            made = list(verify_steps(rng, prompt=int(rng.integers(1, 400)), count=3))
             for r in made:
                 self._publisher.record(request, (r,), "stop" if r is made[-1] else None)
             self.sent += 1
@@ -117,7 +119,7 @@ def assert_the_topic_holds_what_was_published(publisher: TracePublisher, setting
     """Row by row, once each, and every request's chunks in order."""
     counts = publisher.counts()
     chunks = [decode(record.value()) for record in read(settings)]
-    rows = Counter((c.envelope.request, r.position) for c in chunks for r in c.rounds)
+    rows = Counter((c.envelope.request, r.position) for c in chunks for r in c.verify_steps)
     assert counts.captured == counts.published + counts.rows_shed
     assert "unconfirmed" not in counts.shed
     assert sum(rows.values()) == counts.published
@@ -157,7 +159,7 @@ def test_a_publisher_that_starts_before_the_broker_recovers_when_it_comes(
 ) -> None:
     monkeypatch.setattr("serving.traces.publisher.OVERDUE_S", 0.5)
     settings = kafka(own_broker.bootstrap)
-    publisher = TracePublisher(settings, Traces(breaker_probe_s=0.2))
+    publisher = TracePublisher(settings, Traces(circuit_breaker_probe_interval=0.2))
     publisher.start(ORIGIN)
     traffic = Traffic(publisher)
     eventually(lambda: publisher.counts().shed.get("breaker_open", 0) > 100)
@@ -178,7 +180,7 @@ def test_a_broker_killed_under_traffic_costs_no_row_its_place_in_the_books(
     settings = kafka(own_broker.bootstrap)
     own_broker.start()
     make_topic(own_broker.bootstrap, settings.traces_topic)
-    publisher = TracePublisher(settings, Traces(breaker_probe_s=0.5))
+    publisher = TracePublisher(settings, Traces(circuit_breaker_probe_interval=0.5))
     publisher.start(ORIGIN)
     traffic = Traffic(publisher)
     for _ in range(2):

@@ -54,7 +54,7 @@ class Line:
     def __init__(self, uri: str, folder: Path) -> None:
         self.folder = folder
         self.target = uuid.uuid4().hex
-        self.trainer = SpeculatorRegistry(RegistrySettings(uri=uri))
+        self.trainer = SpeculatorRegistry(RegistrySettings(tracking_uri=uri))
         self.name = self.write("probe", seed=0).line
         self.engine = Engine(self.name)
         self.uri, self.client = uri, self.trainer._client
@@ -62,7 +62,7 @@ class Line:
         self.puller = self.node(Canary())
 
     def node(self, canary: Canary) -> Puller:
-        registry = MlflowRegistry(RegistrySettings(uri=self.uri, timeout_s=5), self.name)
+        registry = MlflowRegistry(RegistrySettings(tracking_uri=self.uri, timeout=5), self.name)
         return Puller(registry, self.engine, Settings(canary=canary))  # type: ignore[arg-type]
 
     def record(self, **aliases: str) -> None:
@@ -189,9 +189,9 @@ def test_a_version_at_fault_is_refused_with_its_reason(line: Line, harm: Callabl
 
 
 def test_a_registry_that_is_not_there_costs_a_moment_and_is_reported(free_port: Callable[[], int]) -> None:
-    registry = MlflowRegistry(RegistrySettings(uri=f"http://127.0.0.1:{free_port()}", timeout_s=5), "line")
+    registry = MlflowRegistry(RegistrySettings(tracking_uri=f"http://127.0.0.1:{free_port()}", timeout=5), "line")
     started = time.monotonic()
-    with pytest.raises(RegistryError, match=r"registry\.uri"):
+    with pytest.raises(RegistryError, match=r"registry\.tracking_uri"):
         registry.named()
     assert time.monotonic() - started < 60
 

@@ -20,7 +20,7 @@ from schemas.speculator import checkpoint
 from schemas.speculator.network import DraftShape, random_draft
 from trainer.release.alias_moves import Mover
 from trainer.release.audit import Audit, BrokerError, KafkaEvents
-from trainer.release.gate import HeldBack
+from trainer.release.gate import HeldOut
 from trainer.release.live_figures import LiveFigures
 from trainer.release.promoter import Promoter
 from trainer.release.registry import RegistryError, SpeculatorRegistry
@@ -30,7 +30,7 @@ SHAPE = DraftShape(8, 8, 2, 1, 4, 32, 16, 1e-6, 100.0, 64, (1, 2, 3))
 
 @pytest.fixture
 def versions(registry: str) -> SpeculatorRegistry:
-    return SpeculatorRegistry(RegistrySettings(uri=registry))
+    return SpeculatorRegistry(RegistrySettings(tracking_uri=registry))
 
 
 @pytest.fixture
@@ -43,14 +43,17 @@ def register(
 ) -> tuple[str, str]:
     """Line and number of a new version."""
     line = checkpoint.write(random_draft(SHAPE, seed), folder, target).line
-    return line, versions.register(line, folder, tags, {"accept_length": 0.25})
+    return line, versions.register(line, folder, tags, {"accepted_per_step": 0.25})
 
 
-def held_back(accept_length: float, champion: str, champion_accept_length: float) -> dict[str, str]:
-    figures = HeldBack(
-        accept_length=accept_length, champion=champion, champion_accept_length=champion_accept_length, windows=20
+def held_out(accepted_per_step: float, champion: str, champion_accepted_per_step: float) -> dict[str, str]:
+    figures = HeldOut(
+        accepted_per_step=accepted_per_step,
+        champion=champion,
+        champion_accepted_per_step=champion_accepted_per_step,
+        windows=20,
     )
-    return {"held_back": figures.model_dump_json()}
+    return {"held_out": figures.model_dump_json()}
 
 
 def test_a_version_comes_back_byte_for_byte_with_its_tags(
@@ -93,8 +96,8 @@ def test_what_the_registry_does_not_have_is_a_registry_error(
 
 
 def test_a_registry_that_is_away_is_said_to_be_within_seconds(free_port: Callable[[], int], tmp_path: Path) -> None:
-    away = SpeculatorRegistry(RegistrySettings(uri=f"http://127.0.0.1:{free_port()}", timeout_s=2))
-    with pytest.raises(RegistryError, match=r"registry\.uri http://127"):
+    away = SpeculatorRegistry(RegistrySettings(tracking_uri=f"http://127.0.0.1:{free_port()}", timeout=2))
+    with pytest.raises(RegistryError, match=r"registry\.tracking_uri http://127"):
         away.lines()
     with pytest.raises(RegistryError):
         away.register("line", tmp_path, {}, {})
@@ -103,9 +106,9 @@ def test_a_registry_that_is_away_is_said_to_be_within_seconds(free_port: Callabl
 @pytest.fixture
 def settings(broker: str, registry: str, tmp_path: Path) -> Settings:
     flags = {
-        "kafka.bootstrap": broker,
+        "kafka.bootstrap_servers": broker,
         "kafka.speculators_topic": f"speculators-{uuid.uuid4().hex[:8]}",
-        "registry.uri": registry,
+        "registry.tracking_uri": registry,
         "tables.uri": str(tmp_path / "tables"),
     }
     return load(environ={}, flags=flags)
@@ -118,7 +121,7 @@ def promoter_of(settings: Settings) -> Promoter:
 
 
 def events(kafka: Kafka, line: str) -> list[AliasMoved]:
-    consumer = Consumer({"bootstrap.servers": kafka.bootstrap, "group.id": uuid.uuid4().hex})
+    consumer = Consumer({"bootstrap.servers": kafka.bootstrap_servers, "group.id": uuid.uuid4().hex})
     partition = TopicPartition(kafka.speculators_topic, 0, 0)
     consumer.assign([partition])
     _, end = consumer.get_watermark_offsets(partition, timeout=20)
@@ -138,10 +141,10 @@ def test_a_promotion_is_seen_in_the_registry_the_table_and_on_the_topic(
     settings: Settings, versions: SpeculatorRegistry, tmp_path: Path, target: str
 ) -> None:
     promoter = promoter_of(settings)
-    line, first = register(versions, tmp_path / "first", target, 0, held_back(0.3, "day-0-head-0", 0.0))
+    line, first = register(versions, tmp_path / "first", target, 0, held_out(0.3, "day-0-head-0", 0.0))
     versions.point(line, "candidate", first)
     promoter.poll()
-    _, second = register(versions, tmp_path / "second", target, 1, held_back(0.5, first, 0.3))
+    _, second = register(versions, tmp_path / "second", target, 1, held_out(0.5, first, 0.3))
     versions.point(line, "candidate", second)
     promoter.poll()
     assert promoter.status().error is None
@@ -160,9 +163,9 @@ def test_a_promotion_is_seen_in_the_registry_the_table_and_on_the_topic(
     sent = events(settings.kafka, line)
     assert sorted((e.alias, e.to_version or "") for e in sent) == sorted((r["alias"], r["to_version"]) for r in rows)
     promoted = next(e for e in sent if e.key == f"{line}/champion" and e.to_version == second)
-    assert (promoted.actor, promoted.figures["accept_length"]) == ("promoter", 0.5)
+    assert (promoted.actor, promoted.figures["accepted_per_step"]) == ("promoter", 0.5)
 
-    admin = AdminClient({"bootstrap.servers": settings.kafka.bootstrap})
+    admin = AdminClient({"bootstrap.servers": settings.kafka.bootstrap_servers})
     resource = ConfigResource("topic", settings.kafka.speculators_topic)
     assert admin.describe_configs([resource])[resource].result(20)["cleanup.policy"].value == "compact"
 
@@ -175,6 +178,6 @@ def test_a_promotion_is_seen_in_the_registry_the_table_and_on_the_topic(
 
 
 def test_a_broker_that_is_away_is_a_broker_error(free_port: Callable[[], int]) -> None:
-    away = KafkaEvents(Kafka(bootstrap=f"127.0.0.1:{free_port()}"))
-    with pytest.raises(BrokerError, match=r"kafka\.bootstrap"):
+    away = KafkaEvents(Kafka(bootstrap_servers=f"127.0.0.1:{free_port()}"))
+    with pytest.raises(BrokerError, match=r"kafka\.bootstrap_servers"):
         away.send("line/champion", b"{}")

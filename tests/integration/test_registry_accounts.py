@@ -36,7 +36,7 @@ class Accounts:
     uri: str
 
     def settings(self, user: str, password: str = PASSWORD) -> Registry:
-        return Registry(uri=self.uri, username=user, password=SecretStr(password))
+        return Registry(tracking_uri=self.uri, username=user, password=SecretStr(password))
 
     def admin(self, path: str, **body: Any) -> httpx.Response:
         answer = httpx.post(f"{self.uri}/api/{path}", json=body, auth=("admin", PASSWORD), timeout=30)
@@ -118,6 +118,6 @@ def test_the_doctor_says_which_setting_lets_it_in(accounts: Accounts) -> None:
     def looked(registry: Registry) -> list[Finding]:
         return list(look_at_registry(Patient(Settings(registry=registry))))
 
-    (finding,) = looked(Registry(uri=accounts.uri))
+    (finding,) = looked(Registry(tracking_uri=accounts.uri))
     assert "registry.username" in finding.fix
     assert [finding.level for finding in looked(accounts.settings("node"))] == ["ok"]

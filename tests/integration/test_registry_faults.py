@@ -37,8 +37,8 @@ class Mover:
     def __init__(self, uri: str, folder: Path) -> None:
         self._folder, self._target = folder, uuid.uuid4().hex
         self.line = checkpoint.write(random_draft(SHAPE, 0), folder / "probe", self._target).line
-        self._trainer = SpeculatorRegistry(RegistrySettings(uri=uri))
-        self._client = connect(RegistrySettings(uri=uri))
+        self._trainer = SpeculatorRegistry(RegistrySettings(tracking_uri=uri))
+        self._client = connect(RegistrySettings(tracking_uri=uri))
         self._moves = 0
 
     def promote(self) -> str:
@@ -98,10 +98,10 @@ def proxy(registry: str, free_port: Callable[[], int]) -> Iterator[RegistryProxy
 
 def test_a_node_serves_on_and_catches_up_whatever_the_registry_does(proxy: RegistryProxy, tmp_path: Path) -> None:
     mover = Mover(proxy.upstream, tmp_path)
-    engine, serve = EchoEngine(), Serve(poll_s=0.05)
+    engine, serve = EchoEngine(), Serve(poll_interval=0.05)
     engine.line = mover.line
     puller = Puller(
-        MlflowRegistry(RegistrySettings(uri=proxy.uri, timeout_s=1), mover.line), engine, Settings(serve=serve)
+        MlflowRegistry(RegistrySettings(tracking_uri=proxy.uri, timeout=1), mover.line), engine, Settings(serve=serve)
     )
     puller.start()
     with running_node(serve, engine, puller) as node, Client(node) as client:
@@ -139,10 +139,10 @@ def test_a_node_serves_on_and_catches_up_whatever_the_registry_does(proxy: Regis
 
 def test_the_registrys_own_webhook_wakes_a_node(registry: str, tmp_path: Path) -> None:
     mover, secret = Mover(registry, tmp_path), uuid.uuid4().hex
-    engine, serve = EchoEngine(), Serve(poll_s=3600, webhook_secret=SecretStr(secret))
+    engine, serve = EchoEngine(), Serve(poll_interval=3600, webhook_secret=SecretStr(secret))
     engine.line = mover.line
-    puller = Puller(MlflowRegistry(RegistrySettings(uri=registry), mover.line), engine, Settings(serve=serve))
-    client = connect(RegistrySettings(uri=registry))
+    puller = Puller(MlflowRegistry(RegistrySettings(tracking_uri=registry), mover.line), engine, Settings(serve=serve))
+    client = connect(RegistrySettings(tracking_uri=registry))
     puller.start()
     with running_node(serve, engine, puller) as node:
         events: list[WebhookEventStr] = ["model_version_alias.created", "model_version_alias.deleted"]

@@ -32,7 +32,7 @@ CLAIMED = 3
 @pytest.fixture
 def settings(broker: str, tmp_path: Path, free_port: Callable[[], int]) -> Settings:
     made = stream_settings(broker, tmp_path, free_port())
-    return made.model_copy(update={"traces": Traces(claim_uri=str(tmp_path / "claims"))})
+    return made.model_copy(update={"traces": Traces(claim_check_uri=str(tmp_path / "claims"))})
 
 
 def aurora(settings: Settings, *arguments: str) -> Result:

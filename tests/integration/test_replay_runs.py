@@ -18,11 +18,11 @@ from trainer.release.registry import SpeculatorRegistry
 
 def test_an_experiment_is_a_run_with_one_below_it_for_each_variant(registry: str, tmp_path: Path) -> None:
     write_target(tmp_path / "target")
-    settings = offline(tmp_path, ttt_steps=2, windows_per_step=4, replay_per_step=2)
+    settings = offline(tmp_path, ttt_steps=2, batch_size=4, replay_batch_size=2)
     settings = settings.model_copy(
         update={
-            "registry": settings.registry.model_copy(update={"uri": registry, "timeout_s": 10}),
-            "stack": settings.stack.model_copy(update={"dir": str(tmp_path / "stack")}),
+            "registry": settings.registry.model_copy(update={"tracking_uri": registry, "timeout": 10}),
+            "stack": settings.stack.model_copy(update={"data_dir": str(tmp_path / "stack")}),
         }
     )
     world = World(settings)
@@ -48,7 +48,7 @@ def test_an_experiment_is_a_run_with_one_below_it_for_each_variant(registry: str
     for name in ("fast", "slow"):
         run = runs[name].info.run_id
         assert len(client.get_metric_history(run, "loss")) == found[name]["steps"]
-        lengths = client.get_metric_history(run, "accept_length")
+        lengths = client.get_metric_history(run, "accepted_per_step")
         assert max(point.step for point in lengths) == found[name]["tokens"]
 
     # Versions are scored by number and alias as they are registered.
@@ -61,7 +61,7 @@ def test_an_experiment_is_a_run_with_one_below_it_for_each_variant(registry: str
     )
     scored = json.loads(told.stdout)
     assert [one["version"] for one in scored["versions"]] == [version, version, "day-0-head-0"]
-    one, other, _ = (of["accept_length"] for of in scored["groups"]["all"]["versions"])
+    one, other, _ = (of["accepted_per_step"] for of in scored["groups"]["all"]["versions"])
     assert one == other
     told = CliRunner().invoke(app, ["replay", "score", "--versions", "canary"], env=environ)
     assert (told.exit_code, "no alias of line" in told.output) == (2, True)

@@ -1,4 +1,4 @@
-"""TLS and SASL on a real broker: one ``kafka.client`` brings every client in, and a wrong one is told."""
+"""TLS and SASL on a real broker: one ``kafka.client_options`` brings every client in, and a wrong one is told."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def secured(tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], in
 
 
 def settings_for(kafka: Kafka, folder: Path, port: int) -> Settings:
-    made = stream_settings(kafka.bootstrap, folder, port)
-    return made.model_copy(update={"kafka": made.kafka.model_copy(update={"client": kafka.client})})
+    made = stream_settings(kafka.bootstrap_servers, folder, port)
+    return made.model_copy(update={"kafka": made.kafka.model_copy(update={"client_options": kafka.client_options})})
 
 
 def without(kafka: Kafka, *names: str, **others: str) -> Kafka:
-    kept = {name: value for name, value in kafka.client.items() if name not in names}
+    kept = {name: value for name, value in kafka.client_options.items() if name not in names}
     return kafka.model_copy(
-        update={"client": {**kept, **{name.replace("_", "."): text for name, text in others.items()}}}
+        update={"client_options": {**kept, **{name.replace("_", "."): text for name, text in others.items()}}}
     )
 
 
@@ -80,7 +80,7 @@ def test_with_one_setting_node_and_worker_bring_records_into_the_tables(
 def test_a_wrong_password_is_told_by_both_clients_and_names_the_setting(secured: Secured, mechanism: str) -> None:
     wrong = secured.by_password(mechanism, "falsch")
     for way_in in (topics.create, consumer_credentials.check):
-        with pytest.raises(TopicError, match=r"check kafka\.client") as raised:
+        with pytest.raises(TopicError, match=r"check kafka\.client_options") as raised:
             way_in(wrong)
         assert "uthentication" in str(raised.value)
         assert "falsch" not in str(raised.value)
@@ -99,13 +99,13 @@ def test_a_stream_worker_with_a_wrong_password_ends_with_one_line(secured: Secur
     )
     assert ended.returncode == 2
     assert ended.stderr.count("\n") == 1
-    assert "kafka.client" in ended.stderr
+    assert "kafka.client_options" in ended.stderr
 
 
 def test_a_worker_that_is_let_in_no_more_says_why(secured: Secured, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.watermarks.TIMEOUT_S", 3.0)
     watermarks = Watermarks(secured.by_password(SCRAM, "falsch"))
-    with pytest.raises(BrokerAwayError, match=r"uthentication.*kafka\.client"):
+    with pytest.raises(BrokerAwayError, match=r"uthentication.*kafka\.client_options"):
         watermarks.bounds([Source("traces", 0)])
 
 
@@ -123,5 +123,5 @@ def test_a_node_hears_that_its_password_is_wrong(secured: Secured) -> None:
 def test_a_certificate_that_nobody_signed_is_told_with_the_setting(secured: Secured) -> None:
     unknown = without(secured.by_password(SCRAM), "ssl.ca.location")
     for way_in in (topics.create, consumer_credentials.check):
-        with pytest.raises(TopicError, match=r"(?s)certificate.*kafka\.client"):
+        with pytest.raises(TopicError, match=r"(?s)certificate.*kafka\.client_options"):
             way_in(unknown)

@@ -36,16 +36,16 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def settings(target: Path, tmp_path: Path, free_port: Callable[[], int]) -> Settings:
     flags = {
         "target.path": str(target),
-        "speculator.draft_vocabulary": 16,
-        "registry.uri": "http://127.0.0.1:1",
-        "registry.timeout_s": 1,
+        "speculator.draft_vocab_size": 16,
+        "registry.tracking_uri": "http://127.0.0.1:1",
+        "registry.timeout": 1,
         "serve.port": free_port(),
         "serve.engine": "sglang",
         "serve.node": "node-7",
-        "serve.drain_s": 0,
+        "serve.drain_timeout": 0,
         "serve.admin_token": TOKEN,
         "sglang.python": str(write_python(tmp_path / "python")),
-        "sglang.dir": str(tmp_path / "drafts"),
+        "sglang.draft_dir": str(tmp_path / "drafts"),
         "sglang.api_key": KEY,
     }
     return load(environ={}, flags=flags)

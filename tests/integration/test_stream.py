@@ -105,7 +105,9 @@ def commit_offsets(consumer: Consumer, ends: list[TopicPartition]) -> bool:
 def test_a_group_offset_that_ran_ahead_of_the_tables_is_not_believed(stage: Stage) -> None:
     stage.publisher.send_many(range(40))
     ends = [TopicPartition(stage.settings.kafka.traces_topic, p, stage.end(p)) for p in stage.partitions()]
-    consumer = Consumer({"bootstrap.servers": stage.settings.kafka.bootstrap, "group.id": stage.settings.stream.group})
+    consumer = Consumer(
+        {"bootstrap.servers": stage.settings.kafka.bootstrap_servers, "group.id": stage.settings.stream.group_id}
+    )
     assert wait_until(lambda: commit_offsets(consumer, ends), 30)
     consumer.close()
     with worker(stage.settings, stage.log):
@@ -157,7 +159,7 @@ def test_claim_checks_are_resolved_wait_for_their_store_and_without_a_file_are_d
     stage: Stage, tmp_path: Path
 ) -> None:
     folder, away = tmp_path / "claims", tmp_path / "away"
-    stage.settings = stage.settings.model_copy(update={"traces": Traces(claim_uri=str(folder))})
+    stage.settings = stage.settings.model_copy(update={"traces": Traces(claim_check_uri=str(folder))})
     store = ClaimStore(stage.settings.traces)
 
     def send(chunks: list[Chunk]) -> None:
@@ -173,7 +175,7 @@ def test_claim_checks_are_resolved_wait_for_their_store_and_without_a_file_are_d
         Path(urlsplit(more[0].envelope.claim.uri).path).unlink()
         folder.rename(away)
         send(more)
-        assert wait_until(lambda: "traces.claim_uri" in (stage.status().error or ""), 40), stage.log.read_text()
+        assert wait_until(lambda: "traces.claim_check_uri" in (stage.status().error or ""), 40), stage.log.read_text()
         assert rows_of_records(stage.tables) == 10
         away.rename(folder)
         assert stage.stored(20), stage.log.read_text()[-5_000:]
@@ -196,7 +198,7 @@ def test_tables_that_were_filled_from_another_log_are_refused(stage: Stage) -> N
 
 
 def test_files_are_merged_while_the_stream_commits_and_nobody_is_fenced(stage: Stage) -> None:
-    often = stage.settings.tables.model_copy(update={"maintain_every_s": 0.1})
+    often = stage.settings.tables.model_copy(update={"maintenance_interval": 0.1})
     stage.settings = stage.settings.model_copy(update={"tables": often})
     with worker(stage.settings, stage.log):
         for start in range(0, 100, 10):

@@ -18,7 +18,7 @@ from answering import answering, status_of_node
 def test_it_draws_a_screen_and_ends_on_ctrl_c(tmp_path: Path, free_port: Callable[[], int]) -> None:
     ports = [f"{name}.port={free_port()}" for name in ("stream", "train", "promoter")]
     with answering(200, status_of_node("a-target", "a-line").encode()) as uri:
-        flags = [f"serve.port={uri.rpartition(':')[2]}", f"stack.dir={tmp_path}", *ports]
+        flags = [f"serve.port={uri.rpartition(':')[2]}", f"stack.data_dir={tmp_path}", *ports]
         screen, code = drawn([part for flag in flags for part in ("--set", flag)], until="node node-0")
     assert "node node-0" in screen
     assert "silent" in screen

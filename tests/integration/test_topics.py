@@ -20,7 +20,7 @@ from schemas.settings import Kafka
 def kafka(broker: str, tmp_path: Path) -> Kafka:
     """Settings with topics of the test's own."""
     names = {name: f"{name}-{tmp_path.name}" for name in ("traces_topic", "speculators_topic", "drift_topic")}
-    return Kafka(bootstrap=broker, **names)
+    return Kafka(bootstrap_servers=broker, **names)
 
 
 def aurora(kafka: Kafka, *arguments: str) -> Result:
@@ -47,7 +47,7 @@ def test_apply_makes_what_is_missing_and_then_has_nothing_to_change(kafka: Kafka
 
 
 def test_apply_changes_what_is_declared_and_leaves_the_rest_alone(kafka: Kafka) -> None:
-    admin = AdminClient({"bootstrap.servers": kafka.bootstrap})
+    admin = AdminClient({"bootstrap.servers": kafka.bootstrap_servers})
     theirs = {"segment.bytes": "2097152", "retention.ms": "1000"}
     admin.create_topics([NewTopic(kafka.traces_topic, 1, 1, config=theirs)])[kafka.traces_topic].result(10)
     with pytest.raises(TopicError, match="aurora topics apply"):
@@ -69,12 +69,12 @@ def test_apply_changes_what_is_declared_and_leaves_the_rest_alone(kafka: Kafka) 
 
 def test_one_refused_change_keeps_all_others_from_being_made(kafka: Kafka) -> None:
     topics.create(kafka)
-    wanted = kafka.model_copy(update={"partitions": 1, "replication": 3, "retention_hours": 1.0})
+    wanted = kafka.model_copy(update={"partitions": 1, "replication_factor": 3, "retention": 3600.0})
     told = aurora(wanted)
     assert told.exit_code == 2
     assert "kafka.partitions = 2" in told.stderr
-    assert "kafka.replication = 1" in told.stderr
-    too_large = kafka.model_copy(update={"max_message_bytes": 3_000_000_000, "retention_hours": 1.0})
+    assert "kafka.replication_factor = 1" in told.stderr
+    too_large = kafka.model_copy(update={"max_message_bytes": 3_000_000_000, "retention": 3600.0})
     for arguments in (["--dry-run"], []):
         told = aurora(too_large, *arguments)
         assert told.exit_code == 2
@@ -83,8 +83,8 @@ def test_one_refused_change_keeps_all_others_from_being_made(kafka: Kafka) -> No
 
 
 def test_a_topic_that_the_broker_does_not_make_is_an_error_with_its_setting(kafka: Kafka) -> None:
-    with pytest.raises(TopicError, match=r"check kafka\.replication"):
-        topics.create(kafka.model_copy(update={"replication": 3}))
+    with pytest.raises(TopicError, match=r"check kafka\.replication_factor"):
+        topics.create(kafka.model_copy(update={"replication_factor": 3}))
     with pytest.raises(TopicError, match=r"check kafka\.max_message_bytes"):
         topics.create(kafka.model_copy(update={"max_message_bytes": 3_000_000_000}))
 
@@ -97,5 +97,5 @@ def test_a_start_refuses_a_compacted_traces_topic(kafka: Kafka) -> None:
 
 
 def test_a_broker_that_does_not_answer_is_named_with_its_setting(free_port: Callable[[], int]) -> None:
-    with pytest.raises(TopicError, match=r"kafka\.bootstrap"):
-        topics.create(Kafka(bootstrap=f"127.0.0.1:{free_port()}"), timeout_s=1)
+    with pytest.raises(TopicError, match=r"kafka\.bootstrap_servers"):
+        topics.create(Kafka(bootstrap_servers=f"127.0.0.1:{free_port()}"), timeout_s=1)

@@ -22,7 +22,7 @@ from span_collector import Collector, collecting
 from schemas.settings import Settings, load, to_environ
 from schemas.telemetry import trace_context
 from schemas.telemetry.trace_context import TraceContext
-from trainer.data.feed import held_back
+from trainer.data.feed import held_out
 
 PROCESSES = ("serve", "stream", "train", "promoter")
 REQUESTS = 10
@@ -53,7 +53,7 @@ class Loop:
         return {**os.environ, **to_environ(self.settings), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
     def ask(self, context: TraceContext) -> str:
-        body = {"model": self.settings.target.name, "prompt": "The capital of France is", "max_tokens": 24}
+        body = {"model": self.settings.target.served_model_name, "prompt": "The capital of France is", "max_tokens": 24}
         answer = httpx.post(
             f"http://127.0.0.1:{self.settings.serve.port}/v1/completions",
             json={**body, "temperature": 0},
@@ -93,31 +93,31 @@ def loop(broker: str, registry: str, smollm2: Path, tmp_path: Path, free_port: C
         flags: dict[str, object] = {f"{name}.port": free_port() for name in PROCESSES}
         flags |= {
             "telemetry.endpoint": collector.url,
-            "telemetry.every_s": 0.5,
-            "kafka.bootstrap": broker,
+            "telemetry.export_interval": 0.5,
+            "kafka.bootstrap_servers": broker,
             "kafka.traces_topic": f"traces-{uuid.uuid4().hex[:8]}",
             "kafka.speculators_topic": f"speculators-{uuid.uuid4().hex[:8]}",
             "kafka.drift_topic": f"drift-{uuid.uuid4().hex[:8]}",
-            "registry.uri": registry,
+            "registry.tracking_uri": registry,
             "tables.uri": str(tmp_path / "tables"),
             "target.path": str(smollm2),
             # A line of its own, beside those of other tests with this model.
-            "speculator.draft_vocabulary": 1024,
+            "speculator.draft_vocab_size": 1024,
             "speculator.intermediate_size": 64,
-            "serve.adaptive": False,
-            "serve.draft_tokens": 3,
-            "serve.poll_s": 0.3,
-            "stream.flush_s": 0.3,
+            "serve.adaptive_drafting": False,
+            "serve.num_speculative_tokens": 3,
+            "serve.poll_interval": 0.3,
+            "stream.flush_interval": 0.3,
             "stream.data_dir": str(tmp_path / "stream"),
-            "train.dir": str(tmp_path / "train"),
-            "train.held_back_share": 0.4,
-            "train.windows_per_step": 2,
-            "train.replay_per_step": 1,
-            "train.max_passes": 60,
-            "train.register_every_s": 3,
-            "train.poll_s": 0.2,
-            "promoter.min_windows": 1,
-            "promoter.poll_s": 0.3,
+            "train.checkpoint_dir": str(tmp_path / "train"),
+            "train.held_out_ratio": 0.4,
+            "train.batch_size": 2,
+            "train.replay_batch_size": 1,
+            "train.max_epochs": 60,
+            "train.registration_interval": 3,
+            "train.poll_interval": 0.2,
+            "promoter.gate_min_samples": 1,
+            "promoter.poll_interval": 0.3,
         }
         loop = Loop(load(environ={}, flags=flags), tmp_path, collector)
         yield loop
@@ -130,13 +130,13 @@ def loop(broker: str, registry: str, smollm2: Path, tmp_path: Path, free_port: C
 def test_one_id_leads_from_a_request_to_the_version_that_learned_from_it(loop: Loop) -> None:
     loop.start()
     context = trace_context.begun()
-    share = loop.settings.train.held_back_share
+    share = loop.settings.train.held_out_ratio
     asked: dict[str, TraceContext] = {}
-    while len(asked) < REQUESTS or len({held_back(name, share) for name in asked}) < 2:
+    while len(asked) < REQUESTS or len({held_out(name, share) for name in asked}) < 2:
         asked[loop.ask(context)] = context
         context = trace_context.begun()
-    request, context = next((name, of) for name, of in asked.items() if not held_back(name, share))
-    kept_back = next(name for name in asked if held_back(name, share))
+    request, context = next((name, of) for name, of in asked.items() if not held_out(name, share))
+    kept_back = next(name for name in asked if held_out(name, share))
     seen = loop.collector
     loop.until(lambda: seen.spans("learn", context.trace), "a version that learned from it")
     (learned, *_) = seen.spans("learn", context.trace)
@@ -150,7 +150,7 @@ def test_one_id_leads_from_a_request_to_the_version_that_learned_from_it(loop: L
     (answered,) = seen.spans("request", context.trace)
     assert (answered.process, answered.trace, answered.parent) == ("aurora-serve", context.trace, context.span)
     assert answered.attributes["aurora.request"] == request
-    assert answered.attributes["aurora.rounds"] > 0
+    assert answered.attributes["aurora.verify_steps"] > 0
     published = seen.spans("publish", context.trace)
     assert {one.parent for one in published} == {answered.span}
     (committed,) = seen.spans("commit", context.trace)
@@ -169,7 +169,7 @@ def test_one_id_leads_from_a_request_to_the_version_that_learned_from_it(loop: L
     raw = aurora_trace(loop, context.header())
     assert [one["request"] for one in raw["requests"]] == [request]
     (compared_on,) = aurora_trace(loop, kept_back)["requests"]
-    assert {one["taught"] for one in compared_on["versions"]} == {"held back"}
+    assert {one["taught"] for one in compared_on["versions"]} == {"held out"}
     shown = command(loop, "trace", request).stdout
     assert f"request {request}, trace {context.trace}" in shown
     assert re.search(r"first learned by version \d|no version has learned from all of it yet", shown), shown

@@ -20,14 +20,14 @@ from trainer.train import Trainer
 def settings_of(folder: Path, registry: str, **train: object) -> Settings:
     settings = offline(folder, **train)
     return settings.model_copy(
-        update={"registry": settings.registry.model_copy(update={"uri": registry, "timeout_s": 10})}
+        update={"registry": settings.registry.model_copy(update={"tracking_uri": registry, "timeout": 10})}
     )
 
 
 @pytest.fixture
 def world(registry: str, tmp_path: Path) -> World:
     write_target(tmp_path / "target")
-    return World(settings_of(tmp_path, registry, curves_every_s=0.2, register_every_s=0.5))
+    return World(settings_of(tmp_path, registry, metrics_interval=0.2, registration_interval=0.5))
 
 
 def test_a_life_leaves_a_run_with_its_curves(world: World, registry: str) -> None:
@@ -55,7 +55,7 @@ def test_a_life_leaves_a_run_with_its_curves(world: World, registry: str) -> Non
     assert run.data.tags["line"] == world.target.line
     steps = {f"loss_step_{k}" for k in range(world.settings.train.ttt_steps)}
     feed = {"lag_commits", "newest_window_age_s", "tokens_per_s"}
-    assert run.data.metrics.keys() >= {"loss", "loss_accepted", "loss_rejected", "accept_length", "held_back_loss"}
+    assert run.data.metrics.keys() >= {"loss", "loss_accepted", "loss_rejected", "accepted_per_step", "held_out_loss"}
     assert run.data.metrics.keys() >= {"gradient_norm", "learning_rate"} | steps | feed
     losses = client.get_metric_history(status.curves, "loss")
     assert [point.step for point in losses] == sorted(point.step for point in losses)

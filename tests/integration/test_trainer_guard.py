@@ -110,12 +110,12 @@ def test_traffic_that_changes_is_no_reason_to_go_back(settings: Settings, monkey
     trainer = trainer_of(world, settings)
     learn(trainer, 150)
     trainer._compare()
-    before = trainer.status().accept_length
+    before = trainer.status().accepted_per_step
     monkeypatch.setattr("trainer_world.after", lambda token: (token * 11 + 5) % 30)
     world.serve(240)
     learn(trainer, 3)
     trainer._compare()
-    after = trainer.status().accept_length
+    after = trainer.status().accepted_per_step
     assert before is not None
     assert after is not None
     assert after < before / 2, "the shift is not deep enough to say something"
@@ -123,7 +123,9 @@ def test_traffic_that_changes_is_no_reason_to_go_back(settings: Settings, monkey
 
 
 def test_without_a_guard_nothing_goes_back(settings: Settings) -> None:
-    off = settings.model_copy(update={"train": settings.train.model_copy(update={"guard": 0.0, "learning_rate": 3.0})})
+    off = settings.model_copy(
+        update={"train": settings.train.model_copy(update={"divergence_threshold": 0.0, "learning_rate": 3.0})}
+    )
     world = World(off)
     world.serve(40)
     trainer = trainer_of(world, off)

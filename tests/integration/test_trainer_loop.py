@@ -31,7 +31,7 @@ from trainer_world import (
 from pipeline.delta import DeltaLog
 from schemas.settings import load
 from schemas.speculator import checkpoint
-from trainer.release.gate import HeldBack
+from trainer.release.gate import HeldOut
 from trainer.train import Trainer
 
 
@@ -40,23 +40,23 @@ def world(registry: str, broker: str, tmp_path: Path, free_port: Callable[[], in
     write_target(tmp_path / "target")
     flags = {
         "target.path": str(tmp_path / "target"),
-        "speculator.draft_vocabulary": 32,
-        "kafka.bootstrap": broker,
+        "speculator.draft_vocab_size": 32,
+        "kafka.bootstrap_servers": broker,
         "kafka.speculators_topic": f"speculators-{uuid.uuid4().hex[:8]}",
-        "registry.uri": registry,
-        "registry.timeout_s": 5,
+        "registry.tracking_uri": registry,
+        "registry.timeout": 5,
         "tables.uri": str(tmp_path / "tables"),
-        "train.dir": str(tmp_path / "train"),
+        "train.checkpoint_dir": str(tmp_path / "train"),
         "train.port": free_port(),
         "train.learning_rate": 5e-3,
-        "train.held_back_share": 0.25,
-        "train.max_passes": 60,
-        "train.register_every_s": 1.5,
-        "train.checkpoint_every_s": 1,
-        "train.poll_s": 0.1,
+        "train.held_out_ratio": 0.25,
+        "train.max_epochs": 60,
+        "train.registration_interval": 1.5,
+        "train.checkpoint_interval": 1,
+        "train.poll_interval": 0.1,
         "promoter.port": free_port(),
-        "promoter.poll_s": 0.2,
-        "promoter.min_windows": 4,
+        "promoter.poll_interval": 0.2,
+        "promoter.gate_min_samples": 4,
     }
     return World(load(environ={}, flags=flags))
 
@@ -77,7 +77,7 @@ def test_the_loop_from_rows_to_a_champion_that_drafts_better(world: World, tmp_p
         assert status.error is None
         assert status.registered[:2] == ["1", "2"]
         assert status.cursor > 0
-        assert status.accept_length is not None
+        assert status.accepted_per_step is not None
         assert b"aurora_train_steps_total" in get(settings.train.port, "/metrics")
         assert b'aurora_promoter_moves_total{alias="champion"}' in get(settings.promoter.port, "/metrics")
         with pytest.raises(OSError, match="404"):
@@ -86,11 +86,11 @@ def test_the_loop_from_rows_to_a_champion_that_drafts_better(world: World, tmp_p
 
     champion = world.registry.aliases(line)["champion"]
     tags = world.registry.tags(line, champion)
-    figures = HeldBack.of(tags)
-    assert figures.accept_length > figures.champion_accept_length
-    assert figures.windows >= settings.promoter.min_windows
+    figures = HeldOut.of(tags)
+    assert figures.accepted_per_step > figures.champion_accepted_per_step
+    assert figures.windows >= settings.promoter.gate_min_samples
     assert [(on.label, on.windows) for on in figures.labels] == [("", figures.windows)]
-    assert {"line", "target", "parent", "tables", "code", "metrics", "held_back"} <= tags.keys()
+    assert {"line", "target", "parent", "tables", "code", "metrics", "held_out"} <= tags.keys()
     assert world.registry.tags(line, "1")["parent"] == "day-0-head-0"
     assert world.registry.tags(line, "2")["parent"] == "1"
     assert json.loads(tags["tables"])["accepted"] > 0
@@ -113,7 +113,7 @@ def test_a_stopped_or_killed_trainer_goes_on_from_its_checkpoint(world: World, t
         assert end(trainer) == 0
     announced = {row["table"]: row["version"] for row in world.tables.read("cursors").to_pylist()}
     assert announced.keys() == {"accepted", "rejected"}, "what it needs is kept for it from its start on"
-    newest = max((Path(settings.train.dir) / world.target.line).iterdir())
+    newest = max((Path(settings.train.checkpoint_dir) / world.target.line).iterdir())
     stopped_at = int(newest.name.removeprefix("step-"))
     assert stopped_at >= 5
 
@@ -123,7 +123,10 @@ def test_a_stopped_or_killed_trainer_goes_on_from_its_checkpoint(world: World, t
         assert seen is not None
         assert seen.tokens_seen >= stopped_at * 20
         world.serve(40)
-        until(lambda: max((Path(settings.train.dir) / world.target.line).glob("step-*")) > newest, "a checkpoint")
+        until(
+            lambda: max((Path(settings.train.checkpoint_dir) / world.target.line).glob("step-*")) > newest,
+            "a checkpoint",
+        )
         trainer.kill()
         trainer.wait()
     with process(settings, RUN_TRAINER, log) as trainer:
@@ -166,7 +169,7 @@ class Gate:
 def test_a_registry_that_is_away_stops_no_training_and_is_used_when_it_is_back(world: World, registry: str) -> None:
     gate = Gate(registry)
     flags = {f"{section}.{key}": v for section, of in world.settings.model_dump().items() for key, v in of.items()}
-    settings = load(environ={}, flags={**flags, "registry.uri": gate.uri})
+    settings = load(environ={}, flags={**flags, "registry.tracking_uri": gate.uri})
     stopping = threading.Event()
     trainer = Trainer(settings, world.target, stopping)
     thread = threading.Thread(target=trainer.run, daemon=True)
@@ -174,13 +177,13 @@ def test_a_registry_that_is_away_stops_no_training_and_is_used_when_it_is_back(w
     thread.start()
     try:
         # Without a checkpoint of its own it does not know whether there is a champion to start from: it waits.
-        until(lambda: "registry.uri" in (trainer.status().error or ""), "the first failure")
+        until(lambda: "registry.tracking_uri" in (trainer.status().error or ""), "the first failure")
         assert trainer.status().step == 0
         gate.open = True
         until(lambda: trainer.status().step > 0, "training")
         assert trainer.status().error is None
         gate.open = False
-        until(lambda: "registry.uri" in (trainer.status().error or ""), "a failure to register")
+        until(lambda: "registry.tracking_uri" in (trainer.status().error or ""), "a failure to register")
         world.serve(20)
         until(lambda: trainer.status().cursor == world.tables.version("accepted"), "the new rows to be read")
         failed_at = trainer.status().step

@@ -26,7 +26,7 @@ SETTINGS = Train(
     warmup_steps=4,
     learning_rate=1e-2,
     rejected_min_prob=0.0,
-    ema=0.9,
+    ema_decay=0.9,
 )
 
 
@@ -52,7 +52,7 @@ def test_two_processes_have_the_loss_curve_the_state_and_the_weights_of_one(tmp_
     one, two = tmp_path / "one", tmp_path / "two"
     muon = SETTINGS.model_copy(update={"optimizer": "muon", "parallel": "fsdp2"})
     ddp, fsdp2 = SETTINGS, SETTINGS.model_copy(update={"parallel": "fsdp2"})
-    shared = [ddp, fsdp2, *(one.model_copy(update={"accumulate": 2}) for one in (ddp, fsdp2))]
+    shared = [ddp, fsdp2, *(one.model_copy(update={"gradient_accumulation_steps": 2}) for one in (ddp, fsdp2))]
     run(one, 1, muon, SETTINGS)
     run(two, 2, muon, *shared)
     curve, state, draft = (
@@ -62,7 +62,7 @@ def test_two_processes_have_the_loss_curve_the_state_and_the_weights_of_one(tmp_
     )
     assert curve[-1] < curve[0] * 0.95
     for number, settings in enumerate(shared, start=1):
-        which = f"{settings.parallel}, {settings.accumulate} parts"
+        which = f"{settings.parallel}, {settings.gradient_accumulation_steps} parts"
         folder = two / str(number)
         assert losses(folder) == pytest.approx(curve, rel=1e-4), which
         assert load_file(folder / "state.safetensors").keys() == state.keys()
@@ -76,10 +76,10 @@ def test_torchrun_trains_writes_one_checkpoint_and_hands_over_to_one_process(
     tmp_path: Path, free_port: Callable[[], int]
 ) -> None:
     write_target(tmp_path / "target")
-    settings = offline(tmp_path, port=free_port(), parallel="fsdp2", ema=0.9, accumulate=2)
+    settings = offline(tmp_path, port=free_port(), parallel="fsdp2", ema_decay=0.9, gradient_accumulation_steps=2)
     world = World(settings)
     world.serve(40)
-    line = Path(settings.train.dir) / world.target.line
+    line = Path(settings.train.checkpoint_dir) / world.target.line
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "ops.cli.main", "train")
     with process(settings, torchrun, tmp_path / "torchrun.log") as running:
         until(lambda: step_of(settings) >= 5, "steps")

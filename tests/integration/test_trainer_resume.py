@@ -32,7 +32,7 @@ def told(file: Path) -> list[tuple[int, str]]:
 
 def test_a_killed_trainer_has_the_losses_of_one_that_was_not(tmp_path: Path, free_port: Callable[[], int]) -> None:
     write_target(tmp_path / "target")
-    changed = {"optimizer": "muon", "ema": 0.9, "checkpoint_every_s": 0.1, "replay_half_life": 20.0}
+    changed = {"optimizer": "muon", "ema_decay": 0.9, "checkpoint_interval": 0.1, "replay_half_life": 20.0}
     settings = offline(tmp_path, port=free_port(), **changed)
     world = World(settings)
     for _ in range(12):  # more commits than are read at once: the cursor moves while it trains

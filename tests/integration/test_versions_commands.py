@@ -26,7 +26,7 @@ from schemas.speculator.network import random_draft
 from trainer.release.alias_moves import MoveError, Mover, intent, promotion, rollback
 from trainer.release.audit import Audit, KafkaEvents
 from trainer.release.card import SETTINGS_TAG, card, shaping
-from trainer.release.gate import HeldBack
+from trainer.release.gate import HeldOut
 from trainer.release.live_figures import LiveFigures
 from trainer.release.promoter import Promoter
 from trainer.release.registry import SpeculatorRegistry
@@ -46,7 +46,7 @@ class Desk:
 
     def _register(self, folder: Path, target: str, number: int, length: float) -> str:
         champion = str(number - 1) if number > 1 else "day-0-head-0"
-        held = HeldBack(accept_length=length, champion=champion, champion_accept_length=length - 0.2, windows=20)
+        held = HeldOut(accepted_per_step=length, champion=champion, champion_accepted_per_step=length - 0.2, windows=20)
         rate = self.settings.train.model_copy(update={"learning_rate": 1e-3 * number})
         draft = random_draft(SHAPE, number)
         line = checkpoint.write(draft, folder, target).line
@@ -56,7 +56,7 @@ class Desk:
             "parent": champion,
             "code": "abc",
             "tables": json.dumps({"accepted": 10 * number}),
-            "held_back": held.model_dump_json(),
+            "held_out": held.model_dump_json(),
             SETTINGS_TAG: shaping(self.settings.model_copy(update={"train": rate})),
         }
         text = card(self.settings, SHAPE, tags, {"step": float(number)})
@@ -69,9 +69,9 @@ class Desk:
         return Promoter(self.settings, registry, audit, Mover(tables, registry), LiveFigures(tables, 30))
 
     def run(self, *arguments: str, code: int = 0) -> Result:
-        flags = ("registry.uri", "tables.uri", "kafka.bootstrap", "kafka.speculators_topic")
-        values = [self.settings.registry.uri, self.settings.tables.uri]
-        values += [self.settings.kafka.bootstrap, self.settings.kafka.speculators_topic]
+        flags = ("registry.tracking_uri", "tables.uri", "kafka.bootstrap_servers", "kafka.speculators_topic")
+        values = [self.settings.registry.tracking_uri, self.settings.tables.uri]
+        values += [self.settings.kafka.bootstrap_servers, self.settings.kafka.speculators_topic]
         given = [f"--set={flag}={value}" for flag, value in zip(flags, values, strict=True)]
         result = CliRunner().invoke(app, [*arguments, f"--line={self.line}", *given])
         assert result.exit_code == code, result.output
@@ -93,11 +93,11 @@ class Desk:
 @pytest.fixture
 def desk(broker: str, registry: str, tmp_path: Path) -> Desk:
     flags = {
-        "kafka.bootstrap": broker,
+        "kafka.bootstrap_servers": broker,
         "kafka.speculators_topic": f"speculators-{uuid.uuid4().hex[:8]}",
-        "registry.uri": registry,
+        "registry.tracking_uri": registry,
         "tables.uri": str(tmp_path / "tables"),
-        "promoter.min_windows": 4,
+        "promoter.gate_min_samples": 4,
     }
     DeltaLog(load(environ={}, flags=flags).tables).create()
     return Desk(load(environ={}, flags=flags), tmp_path)
@@ -176,7 +176,7 @@ def test_a_move_in_the_registrys_own_pages_is_noticed_recorded_and_honoured(desk
 
 
 def test_a_broker_that_is_away_does_not_keep_a_person_from_moving(desk: Desk, free_port: Any) -> None:
-    away = desk.settings.kafka.model_copy(update={"bootstrap": f"127.0.0.1:{free_port()}"})
+    away = desk.settings.kafka.model_copy(update={"bootstrap_servers": f"127.0.0.1:{free_port()}"})
     desk.settings = desk.settings.model_copy(update={"kafka": away})
     told = desk.run("promote", "1")
     assert "its event is sent by the promoter" in told.stderr

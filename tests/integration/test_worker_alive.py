@@ -176,7 +176,7 @@ def test_a_worker_outlives_its_broker_and_goes_on_when_it_is_back(tmp_path: Path
         broker.stop()
         assert wait_until(lambda: only.answer("/ready") == 503, 60), stage.told()
         assert only.answer("/live") == 200
-        assert "kafka.bootstrap" in only.status.not_ready[0]
+        assert "kafka.bootstrap_servers" in only.status.not_ready[0]
         broker.start()
         stage.publisher.send_many(range(10, 20))
         assert stage.stored(20), stage.told()

@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from schemas.settings import Train, load
 from schemas.speculator import checkpoint
-from schemas.trace.record import Round, from_bf16
+from schemas.trace.record import VerifyStep, from_bf16
 from serving.engines.base import Finish, Output, Request
 from serving.engines.builtin.engine import TransformersEngine
 from trainer.data.samples import Teacher, Window, collate
@@ -25,18 +25,19 @@ class _Kept:
     """A trace sink that keeps everything."""
 
     def __init__(self) -> None:
-        self.rounds: dict[str, list[Round]] = {}
+        self.verify_steps: dict[str, list[VerifyStep]] = {}
 
-    def record(self, request: Request, rounds: tuple[Round, ...], finish: Finish | None) -> None:
-        self.rounds.setdefault(request.id, []).extend(rounds)
+    def record(self, request: Request, verify_steps: tuple[VerifyStep, ...], finish: Finish | None) -> None:
+        self.verify_steps.setdefault(request.id, []).extend(verify_steps)
 
 
-def rounds_of(
+def verify_steps_of(
     target: Path, draft: Path, prompts: Mapping[str, Sequence[int]], tokens: int, steps: int
-) -> dict[str, list[Round]]:
-    """Every round of the built-in engine, in float32 as SGLang runs them."""
+) -> dict[str, list[VerifyStep]]:
+    """Every verify step of the built-in engine, in float32 as SGLang runs them."""
     flags = {
-        "target.path": str(target), "serve.adaptive": False, "serve.draft_tokens": steps, "serve.weights": "float32",
+        "target.path": str(target),
+        "serve.adaptive_drafting": False, "serve.num_speculative_tokens": steps, "serve.weight_dtype": "float32",
         "traces.top_k": TOP_K,
     }  # fmt: skip
     kept = _Kept()
@@ -50,10 +51,10 @@ def rounds_of(
     while finished < len(prompts):
         finished += outputs.get(timeout=120).finish is not None
     engine.stop()
-    return kept.rounds
+    return kept.verify_steps
 
 
-def learn(target: Path, draft: Path, into: Path, answers: Mapping[str, Sequence[Round]], steps: int) -> None:
+def learn(target: Path, draft: Path, into: Path, answers: Mapping[str, Sequence[VerifyStep]], steps: int) -> None:
     """Write a version that has learned these answers by heart: of such a draft tokens are accepted."""
     manifest = checkpoint.read_manifest(draft)
     learner = Learner(
@@ -61,24 +62,24 @@ def learn(target: Path, draft: Path, into: Path, answers: Mapping[str, Sequence[
         embeddings_of(target),
         Train(ttt_steps=3, learning_rate=3e-3, warmup_steps=1),
     )
-    batch = collate([window_of(name, rounds) for name, rounds in answers.items()])
+    batch = collate([window_of(name, verify_steps) for name, verify_steps in answers.items()])
     for _ in range(steps):
         learner.step(batch)
     checkpoint.write(learner.draft, into, manifest.target)
 
 
-def window_of(request: str, rounds: Sequence[Round]) -> Window:
+def window_of(request: str, verify_steps: Sequence[VerifyStep]) -> Window:
     """The committed tokens of a request as the trainer reads them."""
-    prompt = sum(len(r.tokens) for r in rounds if r.round == 0)
-    tokens = [token for r in rounds for token in r.tokens]
-    judged = [r for r in rounds if r.bonus is not None]
+    prompt = sum(len(r.tokens) for r in verify_steps if r.verify_step == 0)
+    tokens = [token for r in verify_steps for token in r.tokens]
+    judged = [r for r in verify_steps if r.bonus is not None]
     rows = [[0, *(1 + node for node in r.accepted)] for r in judged]
     ids = torch.cat([torch.tensor(r.top_ids[at]) for r, at in zip(judged, rows, strict=True)])
     logprobs = torch.cat([torch.tensor(r.top_logprobs[at]) for r, at in zip(judged, rows, strict=True)])
-    features = torch.cat([torch.tensor(from_bf16(r.features)) for r in rounds])
+    features = torch.cat([torch.tensor(from_bf16(r.features)) for r in verify_steps])
     known = torch.arange(len(tokens)) >= prompt - 1
     return Window(
-        request, torch.tensor(tokens), rounds[-1].bonus, features.bfloat16(), known, Teacher(ids.long(), logprobs)
+        request, torch.tensor(tokens), verify_steps[-1].bonus, features.bfloat16(), known, Teacher(ids.long(), logprobs)
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from built_in import learn, rounds_of
+from built_in import learn, verify_steps_of
 from sglang_server import ENVIRONMENT, Server
 
 from pipeline import topics
@@ -55,14 +55,18 @@ def trained_draft(
     """A draft that knows the target's answers to ``prompts``, by heart but not to the end."""
     folder = tmp_path_factory.mktemp("trained") / "version"
     asked = {f"learn-{number}": prompt for number, prompt in enumerate(prompts)}
-    learn(smollm2, random_draft, folder, rounds_of(smollm2, random_draft, asked, 40, steps=1), steps=15)
+    learn(smollm2, random_draft, folder, verify_steps_of(smollm2, random_draft, asked, 40, steps=1), steps=15)
     return folder
 
 
 @pytest.fixture(scope="session")
 def traced(broker: str) -> Settings:
     """Settings of the plugin, with a topic of its own."""
-    flags = {"kafka.bootstrap": broker, "kafka.traces_topic": f"traces-{uuid.uuid4().hex}", "serve.node": "sglang-0"}
+    flags = {
+        "kafka.bootstrap_servers": broker,
+        "kafka.traces_topic": f"traces-{uuid.uuid4().hex}",
+        "serve.node": "sglang-0",
+    }
     settings = load(environ={}, flags=flags)
     topics.create(settings.kafka)
     return settings

@@ -45,7 +45,7 @@ def eagle(draft: Path, *, steps: int = 3, width: int = 1, nodes: int | None = No
         draft: Folder of a speculator version.
         steps: Depth of what is drafted.
         width: 1 drafts chains; more drafts trees.
-        nodes: Tokens that are verified in a round, the root among them; a whole chain by default.
+        nodes: Tokens that are verified in a verify step, the root among them; a whole chain by default.
     """
     return [
         "--speculative-algorithm", "EAGLE3", "--speculative-draft-model-path", str(draft),

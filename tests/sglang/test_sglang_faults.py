@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from sglang_server import HERE, Server, eagle
-from traced_chunks import chunks_of, rounds_in, rows_of, spoken
+from traced_chunks import chunks_of, rows_of, spoken, verify_steps_in
 from transformers import AutoModelForCausalLM
 
 from ops.local.kafka import Broker
@@ -21,7 +21,7 @@ from pipeline import topics
 from schemas.draft_tree import is_chain
 from schemas.settings import Kafka, Settings, load
 from schemas.speculator.acceptance import accept_greedy
-from schemas.trace.record import ROOT, Round
+from schemas.trace.record import ROOT, VerifyStep
 
 TOKENS = 36
 WHOLE = {"ignore_eos": True}
@@ -46,7 +46,11 @@ def world(
     """A server that drafts trees, with a prefix cache, a broker of its own, and a plugin beside ours that breaks it."""
     broker = Broker(tmp_path_factory.mktemp("broker"), free_port(), free_port())
     broker.start()
-    flags = {"kafka.bootstrap": broker.bootstrap, "traces.breaker_after": 1, "traces.breaker_probe_s": 1}
+    flags = {
+        "kafka.bootstrap_servers": broker.bootstrap,
+        "traces.circuit_breaker_failures": 1,
+        "traces.circuit_breaker_probe_interval": 1,
+    }
     settings: Settings = load(environ={}, flags=flags)
     topics.create(settings.kafka)
     arguments = [*eagle(trained_draft, width=2, nodes=6), "--enable-metrics"]
@@ -64,22 +68,22 @@ def test_trees_are_traced_as_they_were_drafted_and_judged(
         name = f"tree-{number}"
         answer = world.server.generate(prompt, TOKENS, rid=name, sampling=WHOLE)
         assert answer["output_ids"] == said_by_target[number][:TOKENS]
-        rounds = rounds_in(chunks_of(world.kafka, name))
+        verify_steps = verify_steps_in(chunks_of(world.kafka, name))
         whole = [*prompt, *answer["output_ids"]]
-        assert spoken(rounds) == whole[rounds[0].position :]
-        for r in rounds[1:-1]:
+        assert spoken(verify_steps) == whole[verify_steps[0].position :]
+        for r in verify_steps[1:-1]:
             verdict = accept_greedy(r.draft_tokens, r.draft_parents, r.top_ids[:, 0].tolist())
             assert (verdict.path, verdict.bonus) == (r.accepted, r.bonus)
             branched += not is_chain(r.draft_parents)
             accepted += len(r.accepted)
-        judged_by_the_target(target, whole, rounds[1])
-        judged_by_the_target(target, whole, rounds[-2])
+        judged_by_the_target(target, whole, verify_steps[1])
+        judged_by_the_target(target, whole, verify_steps[-2])
     assert branched > 10
     assert accepted > 20
     assert rows_of(world.kafka)["dead_letters"] == 0
 
 
-def judged_by_the_target(target: Any, whole: list[int], r: Round) -> None:
+def judged_by_the_target(target: Any, whole: list[int], r: VerifyStep) -> None:
     """What is recorded at each node is what the target says after the tokens on the way to it."""
     paths: dict[int, list[int]] = {ROOT: whole[: r.position + 1]}
     for node, (token, parent) in enumerate(zip(r.draft_tokens, r.draft_parents, strict=True)):
@@ -97,7 +101,7 @@ def test_prompt_tokens_from_the_cache_are_a_gap_and_not_invented(world: World, p
     before = world.metric("aurora_sglang_prompt_tokens_cached_total")
     answer = world.server.generate(prompts[0], 8, rid="second", sampling=WHOLE)
     chunks = chunks_of(world.kafka, "second")
-    read = rounds_in(chunks)[0]
+    read = verify_steps_in(chunks)[0]
     cached = answer["meta_info"]["cached_tokens"]
     assert cached > 0
     assert (read.position, read.tokens) == (cached, tuple(prompts[0][cached:]))

@@ -25,7 +25,9 @@ from trainer.release.registry import SpeculatorRegistry
 
 TOKENS = 32
 LEARNED = 1.4
-"""SGLang's own ``spec_accept_length``, which counts the token that every round gives; 1 where no draft is accepted."""
+"""SGLang's own ``spec_accepted_per_step``, which counts the token that every verify step gives; 1 where no draft is
+accepted.
+"""
 LEARN_S = 300
 
 
@@ -47,8 +49,8 @@ class Node:
             return list(pool.map(lambda prompt: self.server.generate(prompt, TOKENS), prompts))
 
 
-def accept_length(answers: list[Any]) -> float:
-    return statistics.mean(answer["meta_info"]["spec_accept_length"] for answer in answers)
+def accepted_per_step(answers: list[Any]) -> float:
+    return statistics.mean(answer["meta_info"]["spec_accepted_per_step"] for answer in answers)
 
 
 @pytest.fixture(scope="module")
@@ -59,37 +61,37 @@ def settings(
     folder = tmp_path_factory.mktemp("loop")
     flags = {
         "target.path": str(smollm2),
-        "speculator.draft_vocabulary": 8000,
-        "kafka.bootstrap": broker,
+        "speculator.draft_vocab_size": 8000,
+        "kafka.bootstrap_servers": broker,
         "kafka.traces_topic": f"traces-{folder.name}",
         "kafka.speculators_topic": f"speculators-{folder.name}",
         "kafka.drift_topic": f"drift-{folder.name}",
-        "registry.uri": registry,
+        "registry.tracking_uri": registry,
         "tables.uri": str(folder / "tables"),
         "serve.engine": "sglang",
         "serve.port": free_port(),
-        "serve.draft_tokens": 3,
-        "serve.poll_s": 0.5,
+        "serve.num_speculative_tokens": 3,
+        "serve.poll_interval": 0.5,
         "sglang.python": str(PYTHON),
-        "sglang.dir": str(folder / "sglang"),
+        "sglang.draft_dir": str(folder / "sglang"),
         "stream.port": free_port(),
-        "stream.group": f"group-{folder.name}",
+        "stream.group_id": f"group-{folder.name}",
         "stream.data_dir": str(folder / "stream"),
-        "stream.flush_s": 0.5,
-        "train.dir": str(folder / "train"),
+        "stream.flush_interval": 0.5,
+        "train.checkpoint_dir": str(folder / "train"),
         "train.port": free_port(),
         "train.learning_rate": 3e-3,
         "train.warmup_steps": 1,
-        "train.windows_per_step": 3,
-        "train.replay_per_step": 2,
-        "train.max_passes": 60,
-        "train.held_back_share": 0.25,
-        "train.register_every_s": 15,
-        "train.poll_s": 0.2,
+        "train.batch_size": 3,
+        "train.replay_batch_size": 2,
+        "train.max_epochs": 60,
+        "train.held_out_ratio": 0.25,
+        "train.registration_interval": 15,
+        "train.poll_interval": 0.2,
         "promoter.port": free_port(),
-        "promoter.poll_s": 0.5,
-        "promoter.min_windows": 1,
-        "promoter.watch_s": 0,
+        "promoter.poll_interval": 0.5,
+        "promoter.gate_min_samples": 1,
+        "promoter.watch_duration": 0,
     }
     return load(environ={}, flags=flags)
 
@@ -107,7 +109,7 @@ def test_a_target_without_a_speculator_is_served_with_the_draft_of_day_0(
     for answer, whole in zip(answers, said_by_target, strict=True):
         said = answer["output_ids"]
         assert said == whole[: len(said)]
-    assert accept_length(answers) < 1.15
+    assert accepted_per_step(answers) < 1.15
     assert {answer["meta_info"]["weight_version"] for answer in answers} == {"day-0-head-0"}
     deadline = time.monotonic() + 30
     while not (status := node.status).alive:
@@ -120,26 +122,26 @@ def test_what_it_serves_is_learned_from_and_serves_it(
     node: Node, prompts: list[list[int]], said_by_target: list[list[int]], tmp_path: Path
 ) -> None:
     settings, line = node.settings, line_of(node.settings).name
-    before = accept_length(node.ask(prompts))
+    before = accepted_per_step(node.ask(prompts))
     with (
         worker(settings, tmp_path / "stream.log"),
         process(settings, RUN_TRAINER, tmp_path / "train.log"),
         process(settings, RUN_PROMOTER, tmp_path / "promoter.log"),
     ):
         deadline = time.monotonic() + LEARN_S
-        while accept_length(answers := node.ask(prompts)) < LEARNED:
-            assert time.monotonic() < deadline, f"{accept_length(answers):.2f} after {LEARN_S} s"
+        while accepted_per_step(answers := node.ask(prompts)) < LEARNED:
+            assert time.monotonic() < deadline, f"{accepted_per_step(answers):.2f} after {LEARN_S} s"
     assert before < 1.15
     for answer, whole in zip(answers, said_by_target, strict=True):
         said = answer["output_ids"]
         assert said == whole[: len(said)]
     status = node.status
-    print(f"from {before:.2f} to {accept_length(answers):.2f} with {[swap.version for swap in status.swaps]}")
+    print(f"from {before:.2f} to {accepted_per_step(answers):.2f} with {[swap.version for swap in status.swaps]}")
     assert status.swaps
     assert status.registry_error is None
     assert status.rows_published > 0
     assert int(SpeculatorRegistry(settings.registry).aliases(line)["champion"]) >= int(status.swaps[-1].version)
-    assert "sglang:spec_accept_length" in node.server.client.get("/metrics").text
+    assert "sglang:spec_accepted_per_step" in node.server.client.get("/metrics").text
 
 
 def test_it_ends_when_it_is_told_to_with_the_server(node: Node) -> None:

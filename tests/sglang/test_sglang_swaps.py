@@ -1,4 +1,6 @@
-"""Versions go into SGLang's own server while it answers: nothing is lost, and every round names who drafted it."""
+"""Versions go into SGLang's own server while it answers: nothing is lost, and every verify step names who drafted
+it.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,11 @@ import torch
 from pydantic import SecretStr
 from sglang_server import ROOT, Server, eagle
 from torch import Tensor
-from traced_chunks import chunks_of, rounds_in
+from traced_chunks import chunks_of, verify_steps_in
 
 from schemas.settings import Settings
 from schemas.speculator import checkpoint
-from schemas.trace.record import Round
+from schemas.trace.record import VerifyStep
 from serving.engines.sglang.node import weights
 from serving.engines.sglang.node.client import SglangError, SglangServer
 from serving.engines.sglang.node.remote_engine import Known, RemoteEngine
@@ -104,18 +106,18 @@ def said(answers: list[Any]) -> list[list[int]]:
     return [answer["output_ids"] for answer in answers]
 
 
-def versions_of(rounds: list[Round], prompt: int) -> dict[str, range]:
-    """By version, the answer's tokens that its rounds gave."""
+def versions_of(verify_steps: list[VerifyStep], prompt: int) -> dict[str, range]:
+    """By version, the answer's tokens that its verify steps gave."""
     found: dict[str, range] = {}
-    for r in rounds:
-        if r.round:
+    for r in verify_steps:
+        if r.verify_step:
             first = r.position + 1 - prompt
             start = found[r.speculator].start if r.speculator in found else first
             found[r.speculator] = range(start, first + len(r.accepted) + 1)
     return found
 
 
-def test_a_swap_loses_no_request_and_each_round_names_the_draft_that_it_had(
+def test_a_swap_loses_no_request_and_each_verify_step_names_the_draft_that_it_had(
     server: Server,
     traced: Settings,
     random_draft: Path,
@@ -135,13 +137,13 @@ def test_a_swap_loses_no_request_and_each_round_names_the_draft_that_it_had(
     accepted = {"day-0-head-0": 0, "2": 0}
     for number, answer in enumerate(answers):
         told = {span["version"]: range(span["start"], span["end"]) for span in answer["meta_info"]["weight_versions"]}
-        rounds = rounds_in(chunks_of(traced.kafka, f"swapped-{number}"))
-        ours = versions_of(rounds, len(prompts[number]))
+        verify_steps = verify_steps_in(chunks_of(traced.kafka, f"swapped-{number}"))
+        ours = versions_of(verify_steps, len(prompts[number]))
         assert list(ours) == list(told) == ["day-0-head-0", "2"]
-        # SGLang notes what it had committed when the weights changed; one round more may have been on its way.
+        # SGLang notes what it had committed when the weights changed; one verify step more may have been on its way.
         assert abs(ours["2"].start - told["2"].start) <= 4
-        for r in rounds:
-            if r.round:
+        for r in verify_steps:
+            if r.verify_step:
                 accepted[r.speculator] += len(r.accepted)
     assert accepted["day-0-head-0"] <= 1
     assert accepted["2"] > 10
@@ -232,5 +234,5 @@ def test_an_update_that_went_wrong_leaves_the_draft_that_was_there(
     answers = ask(server, prompts, f"after-{link.__name__}")
     assert said(answers) == said_by_target
     assert {answer["meta_info"]["weight_version"] for answer in answers} == {"2"}
-    assert min(answer["meta_info"]["spec_accept_length"] for answer in answers) > 1.4
+    assert min(answer["meta_info"]["spec_accepted_per_step"] for answer in answers) > 1.4
     remote.close()

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from built_in import eos_of, rounds_of
+from built_in import eos_of, verify_steps_of
 from sglang_server import Server, eagle
-from traced_chunks import chunks_of, every_chunk, rounds_in, rows_of, spoken
+from traced_chunks import chunks_of, every_chunk, rows_of, spoken, verify_steps_in
 
 from schemas.settings import Settings
 from schemas.speculator import checkpoint
-from schemas.trace.record import Round, from_bf16
+from schemas.trace.record import VerifyStep, from_bf16
 
 TOKENS = 36
 WHOLE = {"ignore_eos": True}
@@ -29,9 +29,15 @@ def server(serving: Any, trained_draft: Path, traced: Settings) -> Iterator[Serv
         yield running
 
 
-def compare(a: Round, b: Round, *, drafts_too: bool = True) -> None:
-    """SGLang's round beside the built-in engine's, which near its limit drafts only what still fits."""
-    assert (a.round, a.position, a.tokens, a.accepted, a.bonus) == (b.round, b.position, b.tokens, b.accepted, b.bonus)
+def compare(a: VerifyStep, b: VerifyStep, *, drafts_too: bool = True) -> None:
+    """SGLang's verify step beside the built-in engine's, which near its limit drafts only what still fits."""
+    assert (a.verify_step, a.position, a.tokens, a.accepted, a.bonus) == (
+        b.verify_step,
+        b.position,
+        b.tokens,
+        b.accepted,
+        b.bonus,
+    )
     kept = len(b.draft_tokens)
     assert a.draft_tokens[:kept] == b.draft_tokens
     assert a.draft_parents[:kept] == b.draft_parents
@@ -53,10 +59,10 @@ def test_traces_are_those_of_the_built_in_engine(
     asked = {f"same-{number}": prompt for number, prompt in enumerate(prompts)}
     said = [server.generate(prompt, TOKENS, rid=name, sampling=WHOLE)["output_ids"] for name, prompt in asked.items()]
     assert said == [tokens[:TOKENS] for tokens in said_by_target]
-    expected = rounds_of(smollm2, trained_draft, asked, TOKENS, steps=3)
+    expected = verify_steps_of(smollm2, trained_draft, asked, TOKENS, steps=3)
     accepted = 0
     for name, prompt in asked.items():
-        ours, theirs = rounds_in(chunks_of(traced.kafka, name)), expected[name]
+        ours, theirs = verify_steps_in(chunks_of(traced.kafka, name)), expected[name]
         assert ours[0].tokens == tuple(prompt)
         assert spoken(ours) == spoken(theirs)
         for a, b in zip(ours, theirs, strict=True):
@@ -68,7 +74,7 @@ def test_traces_are_those_of_the_built_in_engine(
     assert min(rows["accepted"], rows["rejected"], rows["traces"]) > 0
 
 
-def test_requests_decoded_together_have_the_rounds_they_have_alone(
+def test_requests_decoded_together_have_the_verify_steps_they_have_alone(
     server: Server, traced: Settings, prompts: list[list[int]]
 ) -> None:
     def ask(number: int) -> Any:
@@ -84,8 +90,8 @@ def test_requests_decoded_together_have_the_rounds_they_have_alone(
     for number in (0, 2):
         chunks = chunks_of(traced.kafka, f"beside-{number}")
         assert {chunk.envelope.label for chunk in chunks} == {"x"}
-        alone = rounds_in(chunks_of(traced.kafka, f"alone-{number}"))
-        for a, b in zip(rounds_in(chunks), alone, strict=True):
+        alone = verify_steps_in(chunks_of(traced.kafka, f"alone-{number}"))
+        for a, b in zip(verify_steps_in(chunks), alone, strict=True):
             compare(a, b)
     assert not [chunk for chunk in every_chunk(traced.kafka) if chunk.envelope.request == "beside-1"]
 
@@ -99,9 +105,9 @@ def test_a_chunk_says_which_target_line_and_version_it_comes_from(
     assert (envelope.target, envelope.line) == (checkpoint.target_fingerprint(smollm2), line)
     assert (envelope.node, envelope.finish, envelope.temperature) == ("sglang-0", "length", 0.5)
     assert (envelope.sampling_top_k, envelope.vocabulary) == (20, 49152)
-    assert {r.speculator for r in chunk.rounds if r.round} == {"7"}
-    assert all(r.verify_us > 0 for r in chunk.rounds)
-    assert all(r.draft_us > 0 for r in chunk.rounds if r.round)
+    assert {r.speculator for r in chunk.verify_steps if r.verify_step} == {"7"}
+    assert all(r.verify_us > 0 for r in chunk.verify_steps)
+    assert all(r.draft_us > 0 for r in chunk.verify_steps if r.verify_step)
 
 
 def test_a_trace_ends_where_the_answer_does_though_more_was_accepted(
@@ -110,5 +116,5 @@ def test_a_trace_ends_where_the_answer_does_though_more_was_accepted(
     answer = server.generate(prompts[1], TOKENS, rid="stopped")
     (chunk,) = chunks_of(traced.kafka, "stopped")
     assert answer["meta_info"]["finish_reason"]["type"] == chunk.envelope.finish == "stop"
-    assert spoken(chunk.rounds) == [*prompts[1], *answer["output_ids"]]
-    assert chunk.rounds[-1].bonus == eos_of(smollm2)
+    assert spoken(chunk.verify_steps) == [*prompts[1], *answer["output_ids"]]
+    assert chunk.verify_steps[-1].bonus == eos_of(smollm2)

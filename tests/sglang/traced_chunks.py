@@ -11,7 +11,7 @@ from confluent_kafka import Consumer, TopicPartition
 from pipeline.batches import Record, build
 from schemas.settings import Kafka
 from schemas.trace.decoder import decode
-from schemas.trace.record import Chunk, Round
+from schemas.trace.record import Chunk, VerifyStep
 
 
 def chunks_of(kafka: Kafka, request: str, timeout_s: float = 20) -> list[Chunk]:
@@ -30,7 +30,7 @@ def every_chunk(kafka: Kafka) -> list[Chunk]:
 
 
 def every_record(kafka: Kafka) -> list[Record]:
-    consumer = Consumer({"bootstrap.servers": kafka.bootstrap, "group.id": "test", "enable.auto.commit": False})
+    consumer = Consumer({"bootstrap.servers": kafka.bootstrap_servers, "group.id": "test", "enable.auto.commit": False})
     records: list[Record] = []
     for number in range(kafka.partitions):
         partition = TopicPartition(kafka.traces_topic, number, 0)
@@ -53,10 +53,13 @@ def rows_of(kafka: Kafka) -> dict[str, int]:
     return {name: rows.num_rows for name, rows in build(every_record(kafka), 32).rows.items()}
 
 
-def rounds_in(chunks: Sequence[Chunk]) -> list[Round]:
-    return [r for chunk in chunks for r in chunk.rounds]
+def verify_steps_in(chunks: Sequence[Chunk]) -> list[VerifyStep]:
+    return [r for chunk in chunks for r in chunk.verify_steps]
 
 
-def spoken(rounds: Sequence[Round]) -> list[int]:
-    """Every token that the rounds tell of."""
-    return [*(token for r in rounds for token in r.tokens), *([] if rounds[-1].bonus is None else [rounds[-1].bonus])]
+def spoken(verify_steps: Sequence[VerifyStep]) -> list[int]:
+    """Every token that the verify steps tell of."""
+    return [
+        *(token for r in verify_steps for token in r.tokens),
+        *([] if verify_steps[-1].bonus is None else [verify_steps[-1].bonus]),
+    ]

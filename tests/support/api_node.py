@@ -65,7 +65,7 @@ def running_node(
     control.add(app, serve, engine, puller)
     webhook.add(app, serve.webhook_secret, engine.line, puller)
     config = uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=1)
-    server = DrainingServer(config, drain, serve.drain_s, engine.stop)
+    server = DrainingServer(config, drain, serve.drain_timeout, engine.stop)
     thread = threading.Thread(target=server.run)
     thread.start()
     eventually(lambda: server.started)

@@ -1,4 +1,4 @@
-"""An engine that answers with the prompt, a few tokens a round, and keeps to the engine's protocol."""
+"""An engine that answers with the prompt, a few tokens a verify step, and keeps to the engine's protocol."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BYTES = 256
 
 
 class EchoEngine:
-    """Every request runs on a thread of its own; ``gate`` holds all of them after their first round.
+    """Every request runs on a thread of its own; ``gate`` holds all of them after their first verify step.
 
     With ``eos`` that token follows every whole answer.
     """
@@ -25,9 +25,9 @@ class EchoEngine:
     line = "echo-line"
     vocabulary = 2**16
 
-    def __init__(self, max_tokens: int = 200, per_round: int = 2) -> None:
+    def __init__(self, max_tokens: int = 200, per_verify_step: int = 2) -> None:
         self.max_tokens = max_tokens
-        self.per_round = per_round
+        self.per_verify_step = per_verify_step
         self.gate = threading.Event()
         self.gate.set()
         self.full = self.dead = False
@@ -79,19 +79,19 @@ class EchoEngine:
 
     def _answer(self, request: Request, on_output: Callable[[Output], None]) -> None:
         answer, whole = self._echo(request)
-        rounds = 0
-        for start in range(0, len(answer), self.per_round):
-            tokens = answer[start : start + self.per_round]
+        verify_steps = 0
+        for start in range(0, len(answer), self.per_verify_step):
+            tokens = answer[start : start + self.per_verify_step]
             on_output(Output(tokens, scores=() if request.logprobs is None else scores(tokens, request.logprobs)))
-            rounds += 1
+            verify_steps += 1
             self.gate.wait(10)
             if request.id in self._cancelled:
-                self._end(request, on_output, "cancelled", rounds)
+                self._end(request, on_output, "cancelled", verify_steps)
                 return
             if self.dies_with:
                 on_output(Output((), finish="error", error=self.dies_with))
                 return
-        self._end(request, on_output, "stop" if whole else "length", rounds)
+        self._end(request, on_output, "stop" if whole else "length", verify_steps)
 
     def _echo(self, request: Request) -> tuple[tuple[int, ...], bool]:
         """The answer, and whether it ends of itself."""
@@ -100,11 +100,11 @@ class EchoEngine:
         answer = whole[: stop + 1][: request.max_tokens]
         return answer, len(answer) == stop + 1
 
-    def _end(self, request: Request, on_output: Callable[[Output], None], finish: Finish, rounds: int) -> None:
+    def _end(self, request: Request, on_output: Callable[[Output], None], finish: Finish, verify_steps: int) -> None:
         self.ended[request.id] = finish
-        drafted = 3 * rounds if request.speculate else 0
+        drafted = 3 * verify_steps if request.speculate else 0
         versions = ("day-0-head-0",) if request.speculate else ()
-        on_output(Output((), finish=finish, figures=Figures(rounds, drafted, drafted // 3, versions)))
+        on_output(Output((), finish=finish, figures=Figures(verify_steps, drafted, drafted // 3, versions)))
 
 
 def scores(tokens: Sequence[int], alternatives: int) -> tuple[Scored, ...]:

@@ -14,7 +14,7 @@ from recorded import LINE, TARGET, WIDTH, conversation, record_of, tables_of
 from pipeline.delta import DeltaLog
 from schemas.batches import TABLES
 from schemas.settings import Tables, Train
-from trainer.data.feed import Feed, FeedState, held_back
+from trainer.data.feed import Feed, FeedState, held_out
 from trainer.data.samples import Window
 from trainer.data.table_reader import Tables as Readable
 
@@ -24,7 +24,7 @@ SHARE = 0.25
 def requests(n: int, *, kept_back: bool = False) -> list[str]:
     """Ids on one side of the split."""
     ids = (f"request-{i}" for i in range(10_000))
-    return [i for i in ids if held_back(i, SHARE) is kept_back][:n]
+    return [i for i in ids if held_out(i, SHARE) is kept_back][:n]
 
 
 class Log(Readable, Protocol):
@@ -86,16 +86,18 @@ class World:
             rows = tables_of(record)
             self._append({name: _as(rows[name], label=label, speculator=speculator) for name in rows})
 
-    def commit_bare(self, request: str, first_round: int, *, before: bool = True) -> None:
-        """Commit a chunk whose features are to be recomputed, from one of the request's rounds on."""
-        rounds = conversation([5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15], 4)
-        known = [token for r in rounds[:first_round] for token in r.tokens] if before else []
-        rows = tables_of(record_of(request, rounds[first_round:], self.offset, features="recompute", before=known))
+    def commit_bare(self, request: str, first_verify_step: int, *, before: bool = True) -> None:
+        """Commit a chunk whose features are to be recomputed, from one of the request's verify steps on."""
+        verify_steps = conversation([5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15], 4)
+        known = [token for r in verify_steps[:first_verify_step] for token in r.tokens] if before else []
+        rows = tables_of(
+            record_of(request, verify_steps[first_verify_step:], self.offset, features="recompute", before=known)
+        )
         self.offset += 1
         self._append(rows)
 
     def feed(self, **settings: object) -> Feed:
-        defaults = {"windows_per_step": 4, "replay_per_step": 2, "held_back_share": SHARE}
+        defaults = {"batch_size": 4, "replay_batch_size": 2, "held_out_ratio": SHARE}
         return Feed(self.tables, Train.model_validate(defaults | settings), TARGET, LINE, self.states)
 
     def states(self, tokens: torch.Tensor) -> torch.Tensor:

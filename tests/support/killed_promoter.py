@@ -45,5 +45,5 @@ def poll(settings: Settings, line: str, writes: int) -> None:
     registry.point = counted(registry.point)  # type: ignore[method-assign]
     registry.stamp = counted(registry.stamp)  # type: ignore[method-assign]
     tables.append_after = counted(tables.append_after)  # type: ignore[method-assign]
-    audit, live = Audit(tables, KafkaEvents(settings.kafka)), LiveFigures(tables, settings.canary.slice_s)
+    audit, live = Audit(tables, KafkaEvents(settings.kafka)), LiveFigures(tables, settings.canary.slice_duration)
     Promoter(settings, registry, audit, Mover(tables, registry), live).poll()

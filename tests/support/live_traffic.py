@@ -16,36 +16,36 @@ _IDS = count()
 
 @dataclass(frozen=True)
 class Answered:
-    """A request of equal rounds."""
+    """A request of equal verify steps."""
 
     version: str
     at: float
-    """Unix time of its first round."""
+    """Unix time of its first verify step."""
     kept: int = 1
-    """Drafted tokens that each round keeps."""
-    rounds: int = 10
-    round_s: float = 0.01
+    """Drafted tokens that each verify step keeps."""
+    verify_steps: int = 10
+    verify_step_s: float = 0.01
     label: str | None = None
     node: str = "node-0"
     line: str = "target-draft"
     drafted: bool = True
     swapped_to: str | None = None
-    """The version that drafts the second half of its rounds."""
+    """The version that drafts the second half of its verify steps."""
 
 
 def rows_of(requests: Iterable[Answered]) -> pa.Table:
-    """A prompt and the verify rounds of each request."""
+    """A prompt and the verify steps of each request."""
     return pa.Table.from_pylist([row for request in requests for row in _rows(request)], schema=TRACES)
 
 
 def _rows(request: Answered) -> list[dict[str, Any]]:
     number = next(_IDS)
     rows = []
-    for at in range(request.rounds + 1):
-        swapped = request.swapped_to if at > request.rounds / 2 else None
+    for at in range(request.verify_steps + 1):
+        swapped = request.swapped_to if at > request.verify_steps / 2 else None
         version = (swapped or request.version) if at and request.drafted else ""
         kept = request.kept if version else 0
-        time_us = round((request.at + max(at - 1, 0) * request.round_s) * 1e6)
+        time_us = round((request.at + max(at - 1, 0) * request.verify_step_s) * 1e6)
         rows.append(
             {
                 "topic": "traces",
@@ -66,7 +66,7 @@ def _rows(request: Answered) -> list[dict[str, Any]]:
                 "top_p": 1.0,
                 "sampling_top_k": 0,
                 "seed": None,
-                "round": at,
+                "verify_step": at,
                 "position": at * (kept + 1),
                 "tokens": [1] * (kept + 1),
                 "draft_tokens": [1] * (3 if version else 0),
@@ -77,8 +77,8 @@ def _rows(request: Answered) -> list[dict[str, Any]]:
                 "top_k": 0,
                 "top_ids": [],
                 "top_logprobs": [],
-                "draft_us": round(request.round_s * 2e5),
-                "verify_us": round(request.round_s * 8e5),
+                "draft_us": round(request.verify_step_s * 2e5),
+                "verify_us": round(request.verify_step_s * 8e5),
             }
         )
     return rows

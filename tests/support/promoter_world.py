@@ -14,7 +14,7 @@ from schemas.events import QUARANTINED_TAG, Alias, AliasMoved, Audited
 from schemas.settings import Tables, load
 from trainer.release.alias_moves import Mover
 from trainer.release.audit import Audit, BrokerError
-from trainer.release.gate import HeldBack
+from trainer.release.gate import HeldOut
 from trainer.release.live_figures import LiveFigures
 from trainer.release.promoter import Promoter
 from trainer.release.registry import Line, SpeculatorRegistry, Version
@@ -22,11 +22,16 @@ from trainer.release.registry import Line, SpeculatorRegistry, Version
 LINE = "target-draft"
 
 
-def figures(accept_length: float, champion: str, champion_accept_length: float, windows: int = 20) -> dict[str, str]:
-    held_back = HeldBack(
-        accept_length=accept_length, champion=champion, champion_accept_length=champion_accept_length, windows=windows
+def figures(
+    accepted_per_step: float, champion: str, champion_accepted_per_step: float, windows: int = 20
+) -> dict[str, str]:
+    held_out = HeldOut(
+        accepted_per_step=accepted_per_step,
+        champion=champion,
+        champion_accepted_per_step=champion_accepted_per_step,
+        windows=windows,
     )
-    return {"held_back": held_back.model_dump_json()}
+    return {"held_out": held_out.model_dump_json()}
 
 
 class MemoryRegistry:
@@ -79,7 +84,7 @@ class MemoryTopic:
 
     def send(self, key: str, value: bytes) -> None:
         if self.down:
-            raise BrokerError("kafka.bootstrap: no answer")
+            raise BrokerError("kafka.bootstrap_servers: no answer")
         self.kept[key] = AliasMoved.model_validate_json(value)
 
 
@@ -109,7 +114,7 @@ class World:
             registry,
             Audit(self.tables, self.topic),
             Mover(self.tables, registry),
-            LiveFigures(self.tables, self.settings.canary.slice_s),
+            LiveFigures(self.tables, self.settings.canary.slice_duration),
             lambda: time.time() + self.ahead,
         )
         return self.promoter

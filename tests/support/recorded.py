@@ -8,14 +8,14 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.batches import Record, build
-from schemas.trace.record import CONTENT_TYPE, Chunk, Envelope, Features, Round, encode, fingerprint, to_bf16
+from schemas.trace.record import CONTENT_TYPE, Chunk, Envelope, Features, VerifyStep, encode, fingerprint, to_bf16
 from serving.traces.chunks import without_features
 
 WIDTH, TOP_K = 24, 3
 TARGET, LINE = "t" * 32, "target-draft"
 
 
-def round_of(
+def verify_step_of(
     number: int,
     position: int,
     tokens: Sequence[int],
@@ -25,15 +25,15 @@ def round_of(
     features: np.ndarray | None = None,
     said: np.ndarray | None = None,
     logprob: float = -0.5,
-) -> Round:
-    """A round with a drafted chain, accepted as far as ``tokens`` follow it."""
+) -> VerifyStep:
+    """A verify step with a drafted chain, accepted as far as ``tokens`` follow it."""
     verified = 1 + len(draft)
     if features is None:
         features = np.repeat(np.arange(position, position + len(tokens))[:, None], WIDTH, axis=1) / 8
     if said is None:
         said = (np.arange(verified)[:, None] + np.arange(TOP_K)[None] * 7 + position) % 20
-    return Round(
-        round=number,
+    return VerifyStep(
+        verify_step=number,
         position=position,
         tokens=tuple(tokens),
         features=to_bf16(features.astype(np.float32)),
@@ -51,19 +51,21 @@ def round_of(
     )
 
 
-def conversation(tokens: Sequence[int], prompt: int, *, wrong: int = 19) -> list[Round]:
-    """Rounds of a request whose every draft has one right and one wrong token, as far as its tokens go."""
-    rounds = [round_of(0, 0, tokens[:prompt], tokens[prompt])]
+def conversation(tokens: Sequence[int], prompt: int, *, wrong: int = 19) -> list[VerifyStep]:
+    """Verify steps of a request whose every draft has one right and one wrong token, as far as its tokens go."""
+    verify_steps = [verify_step_of(0, 0, tokens[:prompt], tokens[prompt])]
     at = prompt
     while at + 2 < len(tokens):
-        rounds.append(round_of(len(rounds), at, tokens[at : at + 2], tokens[at + 2], [tokens[at + 1], wrong]))
+        verify_steps.append(
+            verify_step_of(len(verify_steps), at, tokens[at : at + 2], tokens[at + 2], [tokens[at + 1], wrong])
+        )
         at += 2
-    return rounds
+    return verify_steps
 
 
 def record_of(  # noqa: PLR0913 - one for each thing that a test may vary
     request: str,
-    rounds: Sequence[Round],
+    verify_steps: Sequence[VerifyStep],
     offset: int,
     *,
     partition: int = 0,
@@ -76,9 +78,9 @@ def record_of(  # noqa: PLR0913 - one for each thing that a test may vary
     before: Sequence[int] = (),
     last: bool = True,
 ) -> Record:
-    """The record that carries the rounds; where features are to be recomputed, without them."""
+    """The record that carries the verify steps; where features are to be recomputed, without them."""
     if features == "recompute":
-        rounds = [without_features(r) for r in rounds]
+        verify_steps = [without_features(r) for r in verify_steps]
     envelope = Envelope(
         request=request,
         chunk=chunk,
@@ -93,8 +95,8 @@ def record_of(  # noqa: PLR0913 - one for each thing that a test may vary
         temperature=0.0,
         top_p=1.0,
     )
-    headers = {"content-type": CONTENT_TYPE, "schema": fingerprint(), "rows": str(len(rounds))}
-    value = encode(Chunk(envelope, tuple(rounds)))
+    headers = {"content-type": CONTENT_TYPE, "schema": fingerprint(), "rows": str(len(verify_steps))}
+    value = encode(Chunk(envelope, tuple(verify_steps)))
     as_bytes = tuple((name, text.encode()) for name, text in headers.items())
     return Record("traces", partition, offset, 1_700_000_000_000_000, request.encode(), value, as_bytes)
 

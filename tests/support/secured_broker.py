@@ -43,7 +43,7 @@ class Secured:
             "sasl.password": password,
             "ssl.ca.location": self.ca,
         }
-        return Kafka(bootstrap=f"127.0.0.1:{self.password_port}", client=client)
+        return Kafka(bootstrap_servers=f"127.0.0.1:{self.password_port}", client_options=client)
 
     def by_certificate(self) -> Kafka:
         client = {
@@ -52,7 +52,7 @@ class Secured:
             "ssl.certificate.location": str(self.folder / "client.pem"),
             "ssl.key.location": str(self.folder / "client.pem"),
         }
-        return Kafka(bootstrap=f"127.0.0.1:{self.certificate_port}", client=client)
+        return Kafka(bootstrap_servers=f"127.0.0.1:{self.certificate_port}", client_options=client)
 
 
 @contextmanager

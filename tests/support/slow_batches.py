@@ -1,4 +1,6 @@
-"""The slow, plain reference of ``schemas.trace.decoder`` and ``pipeline.batches``: record by record, round by round."""
+"""The slow, plain reference of ``schemas.trace.decoder`` and ``pipeline.batches``: record by record, verify step by
+verify step.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ from schemas.batches import TABLES, day_of
 from schemas.draft_tree import rejected_branches
 from schemas.trace import record as trace
 from schemas.trace.decoder import open_chunk
-from schemas.trace.record import INT32_MAX, ROOT, Chunk, Envelope, Round, TraceError
+from schemas.trace.record import INT32_MAX, ROOT, Chunk, Envelope, TraceError, VerifyStep
 
 BF16_EXPONENT = 0x7F80
 """A bf16 number with all of these bits set is infinite or not a number."""
@@ -28,7 +30,7 @@ Row = dict[str, Any]
 def decode(value: bytes) -> Chunk:
     """The chunk in ``value``, built row by row."""
     opened = open_chunk(value)
-    return Chunk(opened.envelope, tuple(_rounds(opened.rows, opened.envelope)))
+    return Chunk(opened.envelope, tuple(_verify_steps(opened.rows, opened.envelope)))
 
 
 def build(
@@ -40,7 +42,7 @@ def build(
     for record in records:
         try:
             chunk = _sound_chunk(record, claimed)
-            if chunk.rounds:
+            if chunk.verify_steps:
                 _check_news(record, chunk, taken, window)
         except TraceError as error:
             rows["dead_letters"].append(_letter(record, error.reason, error.detail))
@@ -57,17 +59,24 @@ def _sound_chunk(record: Record, claimed: Claimed) -> Chunk:
     _check_headers(record)
     opened = open_chunk(record.value)
     _check_envelope(record, opened.envelope, opened.rows.num_rows)
-    chunk = _with_features(Chunk(opened.envelope, tuple(_rounds(opened.rows, opened.envelope))), claimed)
-    for r in chunk.rounds:
-        _check_round(r, chunk.envelope.vocabulary)
-    for one, after in pairwise(chunk.rounds):
+    chunk = _with_features(Chunk(opened.envelope, tuple(_verify_steps(opened.rows, opened.envelope))), claimed)
+    for r in chunk.verify_steps:
+        _check_verify_step(r, chunk.envelope.vocabulary)
+    for one, after in pairwise(chunk.verify_steps):
         _check_order(one, after)
     return chunk
 
 
 def _check_news(record: Record, chunk: Chunk, taken: dict[object, list[int]], window: int) -> None:
     envelope = chunk.envelope
-    name = (record.topic, record.partition, envelope.node, envelope.request, envelope.chunk, chunk.rounds[-1].time_us)
+    name = (
+        record.topic,
+        record.partition,
+        envelope.node,
+        envelope.request,
+        envelope.chunk,
+        chunk.verify_steps[-1].time_us,
+    )
     for offset in reversed(taken.setdefault(name, [])):
         if record.offset - window <= offset < record.offset:
             raise TraceError("duplicate", f"repeats the record at offset {offset}")
@@ -77,32 +86,36 @@ def _check_news(record: Record, chunk: Chunk, taken: dict[object, list[int]], wi
 def _with_features(chunk: Chunk, claimed: Claimed) -> Chunk:
     """The chunk as if its features had travelled in it."""
     claim = chunk.envelope.claim
-    if claim is None or not chunk.rounds:
+    if claim is None or not chunk.verify_steps:
         return chunk
-    ends = np.cumsum([len(r.tokens) for r in chunk.rounds])
+    ends = np.cumsum([len(r.tokens) for r in chunk.verify_steps])
     parts = np.split(claimed(claim, int(ends[-1]), chunk.envelope.feature_width), ends[:-1])
-    rounds = tuple(replace(r, features=part) for r, part in zip(chunk.rounds, parts, strict=True))
-    return replace(chunk, rounds=rounds)
+    verify_steps = tuple(replace(r, features=part) for r, part in zip(chunk.verify_steps, parts, strict=True))
+    return replace(chunk, verify_steps=verify_steps)
 
 
 def accepted_rows(record: Record, chunk: Chunk) -> Iterator[Row]:
-    """The window of a chunk's committed tokens: one row, or none for a chunk without rounds.
+    """The window of a chunk's committed tokens: one row, or none for a chunk without verify steps.
 
     Where the features are to be recomputed, the window begins with the request.
     """
-    if not chunk.rounds:
+    if not chunk.verify_steps:
         return
-    envelope, rounds = chunk.envelope, chunk.rounds
-    nodes = [teacher_nodes(r) for r in rounds]
-    known = [(r, [node for node in of_round if node is not None]) for r, of_round in zip(rounds, nodes, strict=True)]
+    envelope, verify_steps = chunk.envelope, chunk.verify_steps
+    nodes = [teacher_nodes(r) for r in verify_steps]
+    known = [
+        (r, [node for node in of_verify_step if node is not None])
+        for r, of_verify_step in zip(verify_steps, nodes, strict=True)
+    ]
     yield {
         **_lineage(record, chunk),
-        "position": rounds[0].position - len(envelope.before),
-        "tokens": [*envelope.before, *(token for r in rounds for token in r.tokens)],
-        "next_token": rounds[-1].bonus,
-        "features": b"".join(_bytes(r.features) for r in rounds),
+        "position": verify_steps[0].position - len(envelope.before),
+        "tokens": [*envelope.before, *(token for r in verify_steps for token in r.tokens)],
+        "next_token": verify_steps[-1].bonus,
+        "features": b"".join(_bytes(r.features) for r in verify_steps),
         "feature_width": envelope.feature_width,
-        "loss_mask": [False] * len(envelope.before) + [node is not None for of_round in nodes for node in of_round],
+        "loss_mask": [False] * len(envelope.before)
+        + [node is not None for of_verify_step in nodes for node in of_verify_step],
         "top_k": envelope.top_k,
         "teacher_ids": np.concatenate([r.top_ids[rows].ravel() for r, rows in known]),
         "teacher_logprobs": np.concatenate([r.top_logprobs[rows].ravel() for r, rows in known]),
@@ -110,16 +123,16 @@ def accepted_rows(record: Record, chunk: Chunk) -> Iterator[Row]:
 
 
 def rejected_rows(record: Record, chunk: Chunk, context_tokens: int) -> Iterator[Row]:
-    """The rejected branches of a chunk, in the order of its rounds."""
-    lineage = _lineage(record, chunk) if chunk.rounds else {}
+    """The rejected branches of a chunk, in the order of its verify steps."""
+    lineage = _lineage(record, chunk) if chunk.verify_steps else {}
     before = list(chunk.envelope.before)
-    for r in chunk.rounds:
+    for r in chunk.verify_steps:
         root = r.tokens[0]
         for path in rejected_branches(r.draft_parents, r.accepted):
             teacher = [1 + node for node in path]
             yield {
                 **lineage,
-                "round": r.round,
+                "verify_step": r.verify_step,
                 "root_position": r.position,
                 "context": [*(before[-context_tokens:] if context_tokens else []), root],
                 "branch": [r.draft_tokens[node] for node in path],
@@ -133,7 +146,7 @@ def rejected_rows(record: Record, chunk: Chunk, context_tokens: int) -> Iterator
 
 
 def trace_rows(record: Record, chunk: Chunk) -> Iterator[Row]:
-    """The rounds of a chunk without their features."""
+    """The verify steps of a chunk without their features."""
     envelope = chunk.envelope
     of_chunk = {
         **_coordinates(record, envelope),
@@ -145,12 +158,12 @@ def trace_rows(record: Record, chunk: Chunk) -> Iterator[Row]:
         "seed": envelope.seed,
         "top_k": envelope.top_k,
     }
-    for r in chunk.rounds:
+    for r in chunk.verify_steps:
         yield {
             **of_chunk,
             "speculator": r.speculator,
             "time": r.time_us,
-            "round": r.round,
+            "verify_step": r.verify_step,
             "position": r.position,
             "tokens": r.tokens,
             "draft_tokens": r.draft_tokens,
@@ -165,9 +178,9 @@ def trace_rows(record: Record, chunk: Chunk) -> Iterator[Row]:
         }
 
 
-def teacher_nodes(r: Round) -> list[int | None]:
+def teacher_nodes(r: VerifyStep) -> list[int | None]:
     """For each committed token the row of ``top_ids`` that holds the target after it; None inside the prompt."""
-    if r.round > 0:
+    if r.verify_step > 0:
         return [0, *(1 + node for node in r.accepted)]
     inside: list[int | None] = [None] * len(r.tokens)
     return inside if r.bonus is None else [*inside[:-1], 0]
@@ -202,7 +215,7 @@ def _check_headers(record: Record) -> None:
 def _check_envelope(record: Record, envelope: Envelope, rows: int) -> None:
     claimed = record.header("rows")
     if claimed != str(rows):
-        raise TraceError("wrong_count", f"header rows is {claimed!r}, the chunk has {rows} rounds")
+        raise TraceError("wrong_count", f"header rows is {claimed!r}, the chunk has {rows} verify steps")
     for name, found in (("target", envelope.target), ("node", envelope.node)):
         if record.header(name) not in (None, found):
             raise TraceError(
@@ -223,15 +236,15 @@ def _check_envelope(record: Record, envelope: Envelope, rows: int) -> None:
         raise TraceError("bad_token", f"token id {highest} in before, the vocabulary ends at {envelope.vocabulary}")
 
 
-def _check_round(r: Round, vocabulary: int | None) -> None:
-    where = f"round {r.round}"
-    if r.round < 0 or r.position < 0:
+def _check_verify_step(r: VerifyStep, vocabulary: int | None) -> None:
+    where = f"verify step {r.verify_step}"
+    if r.verify_step < 0 or r.position < 0:
         raise TraceError("contradiction", f"{where} at position {r.position}")
-    if r.round == 0 and r.draft_tokens:
+    if r.verify_step == 0 and r.draft_tokens:
         raise TraceError("contradiction", f"{where}: the prompt has no draft, found {len(r.draft_tokens)} tokens")
     if not 0 <= r.time_us < TIME_END_US:
         raise TraceError("bad_number", f"{where}: time {r.time_us} us, expected one before the year 10000")
-    if r.round > 0 and r.bonus is None:
+    if r.verify_step > 0 and r.bonus is None:
         raise TraceError("contradiction", f"{where}: no bonus, although only the inside of a prompt has none")
     end = vocabulary or 2**31
     bonus = () if r.bonus is None else (r.bonus,)
@@ -246,24 +259,25 @@ def _check_round(r: Round, vocabulary: int | None) -> None:
         raise TraceError("bad_number", f"{where}: a log-probability is infinite, or the target's is not a number")
 
 
-def _check_order(one: Round, after: Round) -> None:
-    """Rounds of a chunk follow each other: the token that one chose is the first that the next one consumed."""
-    same_prompt = one.round == after.round == 0 and one.bonus is None
-    next_round = after.round == one.round + 1 and one.bonus == after.tokens[0]
-    if not (same_prompt or next_round) or after.position != one.position + len(one.tokens):
+def _check_order(one: VerifyStep, after: VerifyStep) -> None:
+    """Verify steps of a chunk follow each other: the token that one chose is the first that the next one consumed."""
+    same_prompt = one.verify_step == after.verify_step == 0 and one.bonus is None
+    next_verify_step = after.verify_step == one.verify_step + 1 and one.bonus == after.tokens[0]
+    if not (same_prompt or next_verify_step) or after.position != one.position + len(one.tokens):
         raise TraceError(
             "contradiction",
-            f"round {after.round} at position {after.position} with root {after.tokens[0]} does not follow round "
-            f"{one.round} at position {one.position} with {len(one.tokens)} tokens and bonus {one.bonus}",
+            f"verify step {after.verify_step} at position {after.position} with root {after.tokens[0]} does not follow "
+            f"verify step "
+            f"{one.verify_step} at position {one.position} with {len(one.tokens)} tokens and bonus {one.bonus}",
         )
 
 
 def _lineage(record: Record, chunk: Chunk) -> Row:
-    drafting = [r.speculator for r in chunk.rounds if r.speculator]
+    drafting = [r.speculator for r in chunk.verify_steps if r.speculator]
     return {
         **_coordinates(record, chunk.envelope),
         "speculator": drafting[-1] if drafting else "",
-        "time": chunk.rounds[-1].time_us,
+        "time": chunk.verify_steps[-1].time_us,
     }
 
 
@@ -293,21 +307,21 @@ def _table(schema: pa.Schema, rows: Iterable[Row]) -> pa.Table:
     return pa.table([pa.array([row[f.name] for row in listed], type=f.type) for f in schema], schema=schema)
 
 
-def _rounds(table: pa.RecordBatch, envelope: Envelope) -> Iterator[Round]:
+def _verify_steps(table: pa.RecordBatch, envelope: Envelope) -> Iterator[VerifyStep]:
     times = table.column("time").cast(pa.int64()).to_pylist()
     for known, time_us in zip(table.drop_columns("time").to_pylist(), times, strict=True):
         row = known | {"time": time_us}
         nulls = [name for name in trace.SCHEMA.names if name != "bonus" and _has_null(row[name])]
         if nulls:
-            raise TraceError("contradiction", f"round {row['round']}: null in {', '.join(nulls)}")
-        yield _round(row, time_us, envelope)
+            raise TraceError("contradiction", f"verify step {row['verify_step']}: null in {', '.join(nulls)}")
+        yield _verify_step(row, time_us, envelope)
 
 
 def _has_null(value: object) -> bool:
     return value is None or (isinstance(value, list) and None in value)
 
 
-def _round(row: dict[str, Any], time_us: int, envelope: Envelope) -> Round:
+def _verify_step(row: dict[str, Any], time_us: int, envelope: Envelope) -> VerifyStep:
     """One row, with every length checked against the others."""
     n, m, k = len(row["tokens"]), len(row["draft_tokens"]), envelope.top_k
     verified = 0 if row["bonus"] is None else 1 + m
@@ -321,17 +335,25 @@ def _round(row: dict[str, Any], time_us: int, envelope: Envelope) -> Round:
     }
     for name, (found, wanted) in claims.items():
         if found != wanted:
-            raise TraceError("contradiction", f"round {row['round']}: {name} has {found} entries, expected {wanted}")
+            raise TraceError(
+                "contradiction", f"verify step {row['verify_step']}: {name} has {found} entries, expected {wanted}"
+            )
     if n == 0:
-        raise TraceError("contradiction", f"round {row['round']}: no committed token")
+        raise TraceError("contradiction", f"verify step {row['verify_step']}: no committed token")
     if any(not ROOT <= parent < node for node, parent in enumerate(parents)):
-        raise TraceError("contradiction", f"round {row['round']}: a drafted node must follow its parent: {parents}")
+        raise TraceError(
+            "contradiction", f"verify step {row['verify_step']}: a drafted node must follow its parent: {parents}"
+        )
     if [parents[node] if 0 <= node < m else None for node in accepted] != [ROOT, *accepted][: len(accepted)]:
-        raise TraceError("contradiction", f"round {row['round']}: accepted nodes {accepted} are no path from the root")
-    if row["round"] > 0 and row["tokens"][1:] != [row["draft_tokens"][node] for node in accepted]:
-        raise TraceError("contradiction", f"round {row['round']}: the committed tokens are not the accepted drafts")
-    return Round(
-        round=row["round"],
+        raise TraceError(
+            "contradiction", f"verify step {row['verify_step']}: accepted nodes {accepted} are no path from the root"
+        )
+    if row["verify_step"] > 0 and row["tokens"][1:] != [row["draft_tokens"][node] for node in accepted]:
+        raise TraceError(
+            "contradiction", f"verify step {row['verify_step']}: the committed tokens are not the accepted drafts"
+        )
+    return VerifyStep(
+        verify_step=row["verify_step"],
         position=row["position"],
         tokens=tuple(row["tokens"]),
         features=np.frombuffer(row["features"], dtype="<u2").reshape(-1, envelope.feature_width),

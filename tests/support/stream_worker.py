@@ -21,7 +21,7 @@ from pipeline.delta import DeltaLog
 from schemas.claim_store import ClaimStore
 from schemas.settings import Kafka, Settings, Stream, Tables, to_environ
 from schemas.trace import record as trace
-from schemas.trace.record import ROOT, Chunk, Envelope, Round, encode, to_bf16
+from schemas.trace.record import ROOT, Chunk, Envelope, VerifyStep, encode, to_bf16
 from serving.traces.chunks import without_features
 
 Headers = list[tuple[str, bytes | None]]
@@ -64,17 +64,17 @@ class Ledger:
 
 
 def chunk(request: int, rng: np.random.Generator) -> Chunk:
-    """A short request with two or three rounds."""
-    rounds: list[Round] = []
+    """A short request with two or three verify steps."""
+    verify_steps: list[VerifyStep] = []
     position, root = 0, 1
     for number in range(int(rng.integers(2, 4))):
         drafted = tuple(map(int, rng.integers(0, 999, 3))) if number else ()
         kept = int(rng.integers(0, 4)) if number else 0
         tokens = (root, *drafted[:kept]) if number else tuple(map(int, rng.integers(0, 999, 5)))
         root = int(rng.integers(0, 999))
-        rounds.append(
-            Round(
-                round=number,
+        verify_steps.append(
+            VerifyStep(
+                verify_step=number,
                 position=position,
                 tokens=tokens,
                 features=to_bf16(rng.standard_normal((len(tokens), 12)).astype(np.float32)),
@@ -105,7 +105,7 @@ def chunk(request: int, rng: np.random.Generator) -> Chunk:
         temperature=0.0,
         top_p=1.0,
     )
-    return Chunk(envelope, tuple(rounds))
+    return Chunk(envelope, tuple(verify_steps))
 
 
 def claimed_chunks(requests: range, store: ClaimStore) -> list[Chunk]:
@@ -113,9 +113,9 @@ def claimed_chunks(requests: range, store: ClaimStore) -> list[Chunk]:
     rng, made = np.random.default_rng(requests.start), []
     for request in requests:
         whole = chunk(request, rng)
-        claim = store.put(np.concatenate([r.features for r in whole.rounds]), request)
+        claim = store.put(np.concatenate([r.features for r in whole.verify_steps]), request)
         envelope = replace(whole.envelope, features="claim-check", claim=claim)
-        made.append(Chunk(envelope, tuple(map(without_features, whole.rounds))))
+        made.append(Chunk(envelope, tuple(map(without_features, whole.verify_steps))))
     return made
 
 
@@ -123,15 +123,20 @@ def stream_settings(broker: str, folder: Path, port: int) -> Settings:
     """Settings with a topic, a group and tables of the test's own."""
     return Settings(
         kafka=Kafka(
-            bootstrap=broker,
+            bootstrap_servers=broker,
             traces_topic=f"traces-{folder.name}",
             speculators_topic=f"speculators-{folder.name}",
             drift_topic=f"drift-{folder.name}",
         ),
         # So often that every test of the stream meets it.
-        tables=Tables(uri=str(folder / "tables"), maintain_every_s=2),
+        tables=Tables(uri=str(folder / "tables"), maintenance_interval=2),
         stream=Stream(
-            port=port, group=f"group-{folder.name}", data_dir=str(folder), flush_s=0.2, flush_records=64, session_s=6
+            port=port,
+            group_id=f"group-{folder.name}",
+            data_dir=str(folder),
+            flush_interval=0.2,
+            flush_records=64,
+            session_timeout=6,
         ),
     )
 
@@ -144,8 +149,8 @@ class Publisher:
         self._topic = settings.kafka.traces_topic
         self._producer = Producer(
             {
-                **settings.kafka.client,
-                "bootstrap.servers": settings.kafka.bootstrap,
+                **settings.kafka.client_options,
+                "bootstrap.servers": settings.kafka.bootstrap_servers,
                 "enable.idempotence": True,
                 "log_level": 0,
             }
@@ -163,7 +168,7 @@ class Publisher:
         headers: Headers = [
             ("content-type", trace.CONTENT_TYPE.encode()),
             ("schema", trace.fingerprint().encode()),
-            ("rows", str(len(made.rounds)).encode()),
+            ("rows", str(len(made.verify_steps)).encode()),
         ]
         self._producer.produce(
             self._topic,

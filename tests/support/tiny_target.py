@@ -1,4 +1,4 @@
-"""A random Llama, small enough that a test runs hundreds of rounds a second."""
+"""A random Llama, small enough that a test runs hundreds of verify steps a second."""
 
 import json
 from pathlib import Path

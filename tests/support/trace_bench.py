@@ -13,7 +13,7 @@ from confluent_kafka import KafkaError, KafkaException
 
 from schemas.settings import Kafka, Traces
 from schemas.trace.decoder import decode
-from schemas.trace.record import Chunk, Round
+from schemas.trace.record import Chunk, VerifyStep
 from serving.engines.base import Request
 from serving.traces.chunks import Origin
 from serving.traces.publisher import TracePublisher
@@ -85,7 +85,7 @@ class FakeProducer:
 
     @property
     def rows(self) -> int:
-        return sum(len(chunk.rounds) for chunk in self.delivered)
+        return sum(len(chunk.verify_steps) for chunk in self.delivered)
 
 
 class Bench:
@@ -102,7 +102,7 @@ class Bench:
 
         self.publisher = TracePublisher(
             Kafka(max_message_bytes=20_000),
-            Traces(breaker_after=2, breaker_probe_s=5, **traces),
+            Traces(circuit_breaker_failures=2, circuit_breaker_probe_interval=5, **traces),
             make,
             lambda: self.now,
         )
@@ -113,13 +113,13 @@ class Bench:
     def producer(self) -> FakeProducer:
         return self.producers[-1]
 
-    def send(self, rounds: int = 1, tokens: int = 3) -> None:
+    def send(self, verify_steps: int = 1, tokens: int = 3) -> None:
         """One whole request."""
         self.sent += 1
         request = Request(f"chatcmpl-{self.sent}", (1,), 5)
-        for number in range(rounds):
-            last = number == rounds - 1
-            self.publisher.record(request, (a_round(number, tokens),), "stop" if last else None)
+        for number in range(verify_steps):
+            last = number == verify_steps - 1
+            self.publisher.record(request, (a_verify_step(number, tokens),), "stop" if last else None)
 
     def settle(self) -> None:
         """Wait until the publisher's thread has nothing to do but wait for reports."""
@@ -128,9 +128,9 @@ class Bench:
         eventually(lambda: self.producer.polls >= seen + 2)
 
 
-def a_round(number: int, tokens: int = 3) -> Round:
-    return Round(
-        round=number,
+def a_verify_step(number: int, tokens: int = 3) -> VerifyStep:
+    return VerifyStep(
+        verify_step=number,
         position=number * tokens,
         tokens=tuple(range(tokens)) if number == 0 else (1, *range(tokens - 1)),
         features=np.zeros((tokens, 6), np.uint16),

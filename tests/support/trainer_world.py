@@ -16,13 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from recorded import record_of, round_of, tables_of
+from recorded import record_of, tables_of, verify_step_of
 from safetensors.torch import save_file
 
 from pipeline.delta import DeltaLog
 from schemas.settings import Settings, load, to_environ
 from schemas.status import TrainStatus
-from schemas.trace.record import Round
+from schemas.trace.record import VerifyStep
 from trainer.data.target import Target, read_target
 from trainer.release.registry import SpeculatorRegistry
 
@@ -62,7 +62,7 @@ def feature_table() -> np.ndarray:
     return np.random.default_rng(0).standard_normal((VOCABULARY, 3 * HIDDEN)).astype(np.float32)
 
 
-def request_of(first: int) -> list[Round]:
+def request_of(first: int) -> list[VerifyStep]:
     """A request in which every token follows from the one before; every draft has a right and a wrong token."""
     tokens = [first]
     while len(tokens) < 24:
@@ -72,12 +72,12 @@ def request_of(first: int) -> list[Round]:
     def said(*consumed: int) -> np.ndarray:
         return np.array([[after(token), 35] for token in consumed])
 
-    rounds = [round_of(0, 0, tokens[:4], tokens[4], features=features[tokens[:4]], said=said(tokens[3]))]
+    verify_steps = [verify_step_of(0, 0, tokens[:4], tokens[4], features=features[tokens[:4]], said=said(tokens[3]))]
     for at in range(4, 20, 2):
         pair, wrong = tokens[at : at + 2], (tokens[at + 2] + 1) % 30
-        rounds.append(
-            round_of(
-                len(rounds),
+        verify_steps.append(
+            verify_step_of(
+                len(verify_steps),
                 at,
                 pair,
                 tokens[at + 2],
@@ -86,25 +86,25 @@ def request_of(first: int) -> list[Round]:
                 said=said(*pair, wrong),
             )
         )
-    return rounds
+    return verify_steps
 
 
 def offline(folder: Path, **train: object) -> Settings:
     """Of a trainer that has its tables and nothing else."""
     flags = {
         "target.path": str(folder / "target"),
-        "speculator.draft_vocabulary": 32,
-        "registry.uri": "http://127.0.0.1:9",
-        "registry.timeout_s": 1,
+        "speculator.draft_vocab_size": 32,
+        "registry.tracking_uri": "http://127.0.0.1:9",
+        "registry.timeout": 1,
         "tables.uri": str(folder / "tables"),
-        "train.dir": str(folder / "train"),
+        "train.checkpoint_dir": str(folder / "train"),
         "train.warm_start": "day-0",
         "train.learning_rate": 5e-3,
-        "train.held_back_share": 0.25,
-        "train.max_passes": 60,
-        "train.register_every_s": 1e6,
-        "train.poll_s": 0.1,
-        "promoter.min_windows": 4,
+        "train.held_out_ratio": 0.25,
+        "train.max_epochs": 60,
+        "train.registration_interval": 1e6,
+        "train.poll_interval": 0.1,
+        "promoter.gate_min_samples": 4,
     }
     return load(environ={}, flags=flags | {f"train.{name}": value for name, value in train.items()})
 
@@ -122,10 +122,12 @@ class World:
         """Commit rows of new requests as the stream does."""
         records = []
         for _ in range(requests):
-            rounds = request_of(self.offset % 30)
+            verify_steps = request_of(self.offset % 30)
             lineage = {"target": self.target.fingerprint, "line": self.target.line}
             records.append(
-                record_of(f"request-{self.offset}", rounds, self.offset, feature_width=3 * HIDDEN, top_k=2, **lineage)
+                record_of(
+                    f"request-{self.offset}", verify_steps, self.offset, feature_width=3 * HIDDEN, top_k=2, **lineage
+                )
             )
             self.offset += 1
         rows = tables_of(*records)

@@ -51,7 +51,10 @@ def train(out: Path, steps: int, settings: Train, ranks: Alone | Together) -> No
             learner = Learner(random_draft(SHAPE, 1), embeddings, settings, ranks)
             learner.restore(kept, step)
         windows = [window(step % 2 * WINDOWS + i) for i in range(WINDOWS)][ranks.rank :: ranks.size]
-        parts = [collate(windows[i :: settings.accumulate]) for i in range(settings.accumulate)]
+        parts = [
+            collate(windows[i :: settings.gradient_accumulation_steps])
+            for i in range(settings.gradient_accumulation_steps)
+        ]
         losses.append(float(learner.step(*parts).total))
     tensors, draft = learner.tensors(), learner.weights()
     if ranks.rank == 0:

@@ -16,12 +16,18 @@ from schemas.settings import Train
 from schemas.speculator.network import DraftShape, random_draft
 from trainer.data.samples import Branch, Teacher, Window, collate
 from trainer.loop.learner import Learner, weights_of
-from trainer.objective.simulated_acceptance import accept_length
+from trainer.objective.simulated_acceptance import accepted_per_step
 
 SHAPE = DraftShape(8, 8, 2, 1, 4, 32, 16, 1e-6, 100.0, 64, (1, 2, 3), "eagle3.1")
 EMBEDDINGS = torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
 TRAIN = Train(
-    dtype="float32", ttt_steps=3, warmup_steps=0, rejected_weight=0.5, rejected_min_prob=0.0, policy_weight=0.1, ema=0.9
+    dtype="float32",
+    ttt_steps=3,
+    warmup_steps=0,
+    rejected_weight=0.5,
+    rejected_min_prob=0.0,
+    policy_weight=0.1,
+    ema_decay=0.9,
 )
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU on this machine")
@@ -96,7 +102,7 @@ def test_a_state_that_was_saved_on_a_gpu_goes_on_as_if_it_had_never_stopped(opti
 def test_chains_are_scored_alike() -> None:
     draft = random_draft(SHAPE, 1)
     longer = [replace(w, request=f"again-{w.request}") for w in WINDOWS * 5]
-    here = accept_length(draft, EMBEDDINGS, longer, 3)
-    assert accept_length(draft, EMBEDDINGS.cuda(), longer, 3) == here
+    here = accepted_per_step(draft, EMBEDDINGS, longer, 3)
+    assert accepted_per_step(draft, EMBEDDINGS.cuda(), longer, 3) == here
     state = {f"draft/{name}": value for name, value in draft.state_dict().items()}
-    assert accept_length(weights_of(state, SHAPE), EMBEDDINGS.cuda(), longer, 3) == here
+    assert accepted_per_step(weights_of(state, SHAPE), EMBEDDINGS.cuda(), longer, 3) == here

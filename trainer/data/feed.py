@@ -1,8 +1,8 @@
-"""What the trainer learns from next: new windows of the tables, a held-back slice, and a ring of windows to replay.
+"""What the trainer learns from next: new windows of the tables, a held-out set, and a ring of windows to replay.
 
-Requests are split by a hash of their id: a held-back share is never trained on, and the newest of its windows are what
+Requests are split by a hash of their id: a held-out share is never trained on, and the newest of its windows are what
 versions are compared on. Windows are trained on in the order of their time, mixed with earlier ones, which
-``trainer.data.replay_sampler`` draws by age and label; a window is passed over ``train.max_passes`` times at most,
+``trainer.data.replay_sampler`` draws by age and label; a window is passed over ``train.max_epochs`` times at most,
 so a trainer without
 new traffic stops instead of learning a few requests by heart. While windows wait, the table is not read: a slow
 trainer drops nothing, and holds no more than a read of ``VERSIONS_PER_READ`` commits beside its history. It replays
@@ -56,7 +56,7 @@ class FeedState(BaseModel):
     fresh: list[Key]
     history: list[tuple[Key, int]]
     """With the passes made over each."""
-    held_back: list[Key]
+    held_out: list[Key]
     newest_version: int = 0
     """Of those that rows were drafted by."""
     random: tuple[int, tuple[int, ...], float | None]
@@ -77,18 +77,18 @@ class Mark:
     reached: Mapping[Source, int]
     fresh: tuple[Entry, ...]
     history: tuple[tuple[Entry, int], ...]
-    held_back: tuple[Entry, ...]
+    held_out: tuple[Entry, ...]
     newest_version: int
     random: tuple[int, tuple[int, ...], float | None]
 
     @property
     def passed(self) -> int:
-        """Version of ``accepted`` whose windows, and all before, have been given out or held back."""
+        """Version of ``accepted`` whose windows, and all before, have been given out or held out."""
         return min([self.cursor, *(entry.after[0] for entry in self.fresh)])
 
     def state(self) -> FeedState:
         """The same, ready to be written."""
-        entries = [*self.fresh, *(entry for entry, _ in self.history), *self.held_back]
+        entries = [*self.fresh, *(entry for entry, _ in self.history), *self.held_out]
         return FeedState(
             cursor=self.cursor,
             rejected_cursor=self.rejected_cursor,
@@ -97,7 +97,7 @@ class Mark:
             reached=[(*source, offset) for source, offset in self.reached.items()],
             fresh=[e.key for e in self.fresh],
             history=[(e.key, passes) for e, passes in self.history],
-            held_back=[e.key for e in self.held_back],
+            held_out=[e.key for e in self.held_out],
             newest_version=self.newest_version,
             random=self.random,
         )
@@ -110,13 +110,13 @@ class Feed:
         self.counts: Counter[str] = Counter()
         """Rows and branches by what became of them."""
         self._tables = tables
-        self._reader = Reader(tables, target, line, settings.max_window_tokens, self.counts)
+        self._reader = Reader(tables, target, line, settings.max_sample_tokens, self.counts)
         self._states = states
         self._settings = settings
         self._random = random.Random(settings.seed)  # noqa: S311
         self._fresh: deque[Entry] = deque()
-        self._history: deque[Entry] = deque(maxlen=settings.history_windows)
-        self._held_back: deque[Entry] = deque(maxlen=settings.held_back_windows)
+        self._history: deque[Entry] = deque(maxlen=settings.replay_buffer_size)
+        self._held_out: deque[Entry] = deque(maxlen=settings.held_out_samples)
         self.table_version = 0
 
     @property
@@ -130,9 +130,9 @@ class Feed:
         return len(self._fresh)
 
     @property
-    def held_back(self) -> list[Window]:
+    def held_out(self) -> list[Window]:
         """The newest windows of requests that are not trained on, oldest first."""
-        return [self._complete(entry) for entry in self._held_back]
+        return [self._complete(entry) for entry in self._held_out]
 
     @property
     def tables_read(self) -> dict[str, int]:
@@ -150,20 +150,20 @@ class Feed:
         if self.table_version < self.cursor:
             raise FeedError(
                 f"table accepted ends at version {self.table_version}, but was read up to {self.cursor}: "
-                "tables.uri holds other tables than before; set another train.dir to begin anew"
+                "tables.uri holds other tables than before; set another train.checkpoint_dir to begin anew"
             )
-        if len(self._fresh) >= self._settings.windows_per_step:
+        if len(self._fresh) >= self._settings.batch_size:
             return
         up_to = min(self.table_version, self.cursor + VERSIONS_PER_READ)
         if up_to > self.cursor:
             for entry in self._reader.read(up_to, self._tables.version("rejected")):
-                (self._held_back if self._is_held_back(entry.window) else self._fresh).append(entry)
+                (self._held_out if self._is_held_out(entry.window) else self._fresh).append(entry)
 
     def next(self) -> list[Window]:
         """Windows of the next step; empty while new ones and those that may be passed over again do not fill it."""
-        size = self._settings.windows_per_step
+        size = self._settings.batch_size
         newest = len(self._history) - 1
-        rested = [(newest - i, e) for i, e in enumerate(self._history) if e.passes < self._settings.max_passes]
+        rested = [(newest - i, e) for i, e in enumerate(self._history) if e.passes < self._settings.max_epochs]
         if len(self._fresh) + len(rested) < size:
             return []
         new = self._number_of_new(len(rested))
@@ -185,7 +185,7 @@ class Feed:
             reached=dict(self._reader.reached),
             fresh=tuple(self._fresh),
             history=tuple((entry, entry.passes) for entry in self._history),
-            held_back=tuple(self._held_back),
+            held_out=tuple(self._held_out),
             newest_version=self._reader.newest_version,
             random=self._random.getstate(),
         )
@@ -204,7 +204,7 @@ class Feed:
         read = self._reader.read(state.cursor, state.rejected_cursor, all_rejected=True)
         found = {entry.key: entry for entry in read}
         passes = dict(state.history)
-        for name, keys in (("_fresh", state.fresh), ("_history", passes), ("_held_back", state.held_back)):
+        for name, keys in (("_fresh", state.fresh), ("_history", passes), ("_held_out", state.held_out)):
             kept: deque[Entry] = getattr(self, name)
             kept.clear()
             kept.extend(found[key] for key in keys if key in found)
@@ -218,8 +218,8 @@ class Feed:
 
     def _number_of_new(self, rested: int) -> int:
         """New windows in the next step: those that replay leaves room for, or as many as it takes to catch up."""
-        size, catch_up = self._settings.windows_per_step, self._settings.catch_up_steps
-        number = size - min(self._settings.replay_per_step, rested)
+        size, catch_up = self._settings.batch_size, self._settings.catch_up_steps
+        number = size - min(self._settings.replay_batch_size, rested)
         if catch_up:
             flooded = self.table_version - self.cursor > VERSIONS_PER_READ
             number = size if flooded else max(number, math.ceil(len(self._fresh) / catch_up))
@@ -227,10 +227,12 @@ class Feed:
 
     def _take(self, number: int) -> list[Entry]:
         """New windows in the order of their time: the oldest, and with it what balances labels among the next ones."""
-        if not self._settings.balance:
+        if not self._settings.label_balance:
             return [self._fresh.popleft() for _ in range(number)]
-        near = [self._fresh.popleft() for _ in range(min(len(self._fresh), REACH * self._settings.windows_per_step))]
-        odds = replay_sampler.log_odds([0] * len(near), [entry.label for entry in near], balance=self._settings.balance)
+        near = [self._fresh.popleft() for _ in range(min(len(self._fresh), REACH * self._settings.batch_size))]
+        odds = replay_sampler.log_odds(
+            [0] * len(near), [entry.label for entry in near], balance=self._settings.label_balance
+        )
         taken = {0, *(1 + i for i in replay_sampler.draw(self._random, odds[1:], number - 1))} if number else set()
         self._fresh.extendleft(reversed([entry for i, entry in enumerate(near) if i not in taken]))
         return [near[i] for i in sorted(taken)]
@@ -238,13 +240,15 @@ class Feed:
     def _draw(self, rested: Sequence[tuple[int, Entry]], number: int) -> list[Entry]:
         """Windows to replay, of those with their ages."""
         ages, labels = [age for age, _ in rested], [entry.label for _, entry in rested]
-        odds = replay_sampler.log_odds(ages, labels, self._settings.replay_half_life, self._settings.balance)
+        odds = replay_sampler.log_odds(ages, labels, self._settings.replay_half_life, self._settings.label_balance)
         return [rested[i][1] for i in replay_sampler.draw(self._random, odds, number)]
 
     def _weighted(self, entry: Entry) -> Window:
         """The window of an entry with features, its branches weighed by what has been registered since."""
         window = self._complete(entry)
-        weight = replay_sampler.staleness(self._reader.newest_version - entry.version, self._settings.stale_half_life)
+        weight = replay_sampler.staleness(
+            self._reader.newest_version - entry.version, self._settings.staleness_half_life
+        )
         if weight == 1:
             return window
         self.counts["branches_stale"] += len(window.branches)
@@ -259,10 +263,10 @@ class Feed:
             self.counts["pieces_recomputed"] += 1
         return window
 
-    def _is_held_back(self, window: Window) -> bool:
-        return held_back(window.request, self._settings.held_back_share)
+    def _is_held_out(self, window: Window) -> bool:
+        return held_out(window.request, self._settings.held_out_ratio)
 
 
-def held_back(request: str, share: float) -> bool:
+def held_out(request: str, share: float) -> bool:
     """Whether a request is among the share that is never trained on; the same for every trainer and at all times."""
     return fixed_chance(request) < share

@@ -35,9 +35,9 @@ class Ahead(Generic[Ready]):
         self._chosen_at: Mark | None = None
 
     @property
-    def held_back(self) -> list[Window]:
+    def held_out(self) -> list[Window]:
         """The newest windows of requests that are not trained on, oldest first."""
-        return self._ask(lambda: self._feed.held_back)
+        return self._ask(lambda: self._feed.held_out)
 
     @property
     def tables_read(self) -> dict[str, int]:

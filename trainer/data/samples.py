@@ -111,7 +111,7 @@ class Drafted:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Choices:
-    """What the draft that served chose after kept tokens, in rounds where something of it was rejected.
+    """What the draft that served chose after kept tokens, in verify steps where something of it was rejected.
 
     A choice whose probability is not known is left out: no ratio to another draft's can be taken.
     """

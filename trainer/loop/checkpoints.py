@@ -2,7 +2,7 @@
 
 A checkpoint is a folder with ``state.safetensors`` (weights and optimizer state) and ``state.json`` (everything else).
 It is written beside its place and renamed there, so one that has its name is whole. The newest ones are kept, and the
-newest of those that scored well on the held-back slice: that is where training goes back to when it has gone wrong.
+newest of those that scored well on the held-out set: that is where training goes back to when it has gone wrong.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""When training has gone wrong: decisions over losses and over figures of the held-back slice, without I/O.
+"""When training has gone wrong: decisions over losses and over figures of the held-out set, without I/O.
 
-Traffic that changes raises the loss too, and lowers the accept length of any draft. So a state is never judged by its
+Traffic that changes raises the loss too, and lowers the accepted tokens per step of any draft. So a state is never
+judged by its
 own past figures, but beside the last good state on the same windows; the running statistics only say when to look.
 """
 
@@ -22,19 +23,19 @@ DEVIATIONS = 6.0
 LEAST_DEVIATION = 0.05
 """As a share of the median: losses that hardly vary must not make every change look large."""
 LEAST_LENGTH, LEAST_LOSS = 0.05, 1.0
-"""Differences in accept length and in loss below which a share means nothing."""
+"""Differences in accepted tokens per step and in loss below which a share means nothing."""
 _MAD_TO_DEVIATION = 1.4826
 """For normally distributed values."""
 
 
 class Health(BaseModel):
-    """Figures of a draft on the held-back slice."""
+    """Figures of a draft on the held-out set."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     loss: float | None
     """Of the accepted term; None where it is not finite."""
-    accept_length: float
+    accepted_per_step: float
     """Simulated, bonus excluded."""
 
 
@@ -60,13 +61,15 @@ def fallen(now: Health, good: Health, share: float) -> str | None:
     Args:
         now: The draft in training.
         good: The last good state.
-        share: Of the accept length that must be left; the loss may be higher by its inverse.
+        share: Of the accepted tokens per step that must be left; the loss may be higher by its inverse.
     """
     if now.loss is None or not math.isfinite(now.loss):
-        return "loss on the held-back slice is not finite"
-    lengths = f"accept length {now.accept_length:.3f}, {good.accept_length:.3f} in the last good state"
-    if now.accept_length < min(share * good.accept_length, good.accept_length - LEAST_LENGTH):
+        return "loss on the held-out set is not finite"
+    lengths = (
+        f"accepted tokens per step {now.accepted_per_step:.3f}, {good.accepted_per_step:.3f} in the last good state"
+    )
+    if now.accepted_per_step < min(share * good.accepted_per_step, good.accepted_per_step - LEAST_LENGTH):
         return lengths
     if good.loss is not None and now.loss > max(good.loss / share, good.loss + LEAST_LOSS):
-        return f"loss {now.loss:.3f} on the held-back slice, {good.loss:.3f} in the last good state"
+        return f"loss {now.loss:.3f} on the held-out set, {good.loss:.3f} in the last good state"
     return None

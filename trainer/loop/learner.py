@@ -44,7 +44,7 @@ class Learner:
         self._device = embeddings_VH.device
         self._module = self._ranks.wrap(_Objective(draft, embeddings_VH, settings), settings.parallel)
         self._optimizers = Optimizers(draft, settings)
-        self._average = Average(draft, settings.ema) if settings.ema else None
+        self._average = Average(draft, settings.ema_decay) if settings.ema_decay else None
 
     @property
     def learning_rate(self) -> float:
@@ -80,7 +80,7 @@ class Learner:
         loss = _added_up(losses, self._ranks)
         if not loss.positions + loss.nodes:
             return loss
-        norm = torch.nn.utils.clip_grad_norm_(self.draft.parameters(), self._settings.clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.draft.parameters(), self._settings.max_grad_norm)
         self.gradient_norm = float(whole(norm))
         if not torch.isfinite(loss.total + self.gradient_norm):
             self.unfit += 1
@@ -143,7 +143,7 @@ class Learner:
         own = self.draft.state_dict()
         self.draft.load_state_dict({name: like(own.get(name, value), value) for name, value in weights.items()})
         if self._average:
-            self._average = Average(self.draft, self._settings.ema)
+            self._average = Average(self.draft, self._settings.ema_decay)
 
     def _totals(self, parts: tuple[Batch, ...]) -> Totals:
         """What the means of each part are divided by: known after its pass, so several parts take one more each."""

@@ -42,7 +42,7 @@ class Optimizers:
             self._all.append(
                 torch.optim.Muon(
                     by_muon,
-                    lr=train.matrix_learning_rate or rate,
+                    lr=train.muon_learning_rate or rate,
                     weight_decay=decay,
                     ns_steps=train.newton_schulz_steps,
                     adjust_lr_fn="match_rms_adamw",

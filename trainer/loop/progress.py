@@ -82,8 +82,8 @@ class Gauges:
         self._tokens = counter("tokens", "Tokens passed over, replay included.")
         self._loss = gauge("loss", "Loss of the last step, by term.", "term")
         self._step_loss = gauge("step_loss", "Mean divergence of the last step, by step of the unrolled draft.", "step")
-        self._accept_length = gauge("accept_length", "Simulated on the held-back slice, bonus excluded.")
-        self._held_back_loss = gauge("held_back_loss", "Loss of the accepted term on the held-back slice.")
+        self._accepted_per_step = gauge("accepted_per_step", "Simulated on the held-out set, bonus excluded.")
+        self._held_out_loss = gauge("held_out_loss", "Loss of the accepted term on the held-out set.")
         self._rate = gauge("learning_rate", "Of the last step.")
         self._norm = gauge("gradient_norm", "Of the last step, before clipping.")
         self._pace = gauge("tokens_per_second", "Over the last minute, waiting included.")
@@ -119,7 +119,7 @@ class Gauges:
             self._rows.labels(kind).set(count)
 
     def compared(self, health: Health) -> None:
-        """Show the figures on the held-back slice."""
-        self._accept_length.set(health.accept_length)
+        """Show the figures on the held-out set."""
+        self._accepted_per_step.set(health.accepted_per_step)
         if health.loss is not None:
-            self._held_back_loss.set(health.loss)
+            self._held_out_loss.set(health.loss)

@@ -18,9 +18,11 @@ Two more terms use what the draft that served chose, and whether it was kept. Bo
 
 - ``rejection_weight`` r: a position where the served draft was rejected counts 1 + r min(1, q(d) / q_served(d)) times,
   d being the token that was wrong. The importance weight is bounded, and fades as the draft stops proposing d.
-- ``policy_weight``: a clipped policy gradient on the accept length (PPO's surrogate, arXiv 1707.06347). The reward of
+- ``policy_weight``: a clipped policy gradient on the accepted tokens per step (PPO's surrogate, arXiv 1707.06347).
+The reward of
   a choice is how many tokens were kept from it on, less the mean over the choices of its step; the ratio of the draft's
-  probability to the served one's corrects for a draft that has moved on. Rounds that were kept whole leave no branch
+  probability to the served one's corrects for a draft that has moved on. Verify steps that were kept whole leave no
+  branch
   and are not among the choices, so this sees fewer successes than there were.
 
 Shapes: A nodes of one step, K steps, P choices, k teacher width, D draft vocabulary.

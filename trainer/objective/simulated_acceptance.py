@@ -21,7 +21,7 @@ class Accepted(NamedTuple):
 
     @property
     def length(self) -> float:
-        """Accept length: the bonus token is not in it."""
+        """Accepted tokens per step: the bonus token is not in it."""
         return self.tokens / max(self.positions, 1)
 
 
@@ -31,8 +31,8 @@ def added_up(parts: Iterable[Accepted]) -> Accepted:
     return Accepted(sum(tokens), sum(positions))
 
 
-def accept_length(draft: EagleDraft, embeddings_VH: Tensor, windows: Sequence[Window], lookahead: int) -> Accepted:
-    """``simulated_accept_length`` over any number of windows, computed where the embeddings are."""
+def accepted_per_step(draft: EagleDraft, embeddings_VH: Tensor, windows: Sequence[Window], lookahead: int) -> Accepted:
+    """``simulated_accepted_per_step`` over any number of windows, computed where the embeddings are."""
     return added_up(by_window(draft, embeddings_VH, windows, lookahead))
 
 
@@ -46,7 +46,7 @@ def by_window(draft: EagleDraft, embeddings_VH: Tensor, windows: Sequence[Window
     return [found[window] for window in windows]
 
 
-def simulated_accept_length(draft: EagleDraft, embeddings_VH: Tensor, batch: Batch, lookahead: int) -> Accepted:
+def simulated_accepted_per_step(draft: EagleDraft, embeddings_VH: Tensor, batch: Batch, lookahead: int) -> Accepted:
     """How far greedy chains of ``lookahead`` tokens are right, from every position that serving drafts from.
 
     A chain starts behind every token after which the target's distribution is known, if the window holds ``lookahead``

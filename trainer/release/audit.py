@@ -144,14 +144,14 @@ class KafkaEvents:
             SettingsError: an option that the Kafka client does not know.
         """
         options: dict[str, Any] = {
-            "bootstrap.servers": settings.bootstrap,
-            **settings.client,
+            "bootstrap.servers": settings.bootstrap_servers,
+            **settings.client_options,
             "logger": logging.getLogger("librdkafka"),
         }
         self._topic = NewTopic(
             settings.speculators_topic,
             num_partitions=1,
-            replication_factor=settings.replication,
+            replication_factor=settings.replication_factor,
             config={"cleanup.policy": "compact"},
         )
         try:
@@ -159,7 +159,7 @@ class KafkaEvents:
             timeout = {"message.timeout.ms": int(_TIMEOUT_S * 1000)}
             self._producer = Producer({**options, **timeout, "enable.idempotence": True})
         except (KafkaException, ValueError) as error:
-            raise SettingsError(f"kafka.bootstrap or kafka.client: {error}") from error
+            raise SettingsError(f"kafka.bootstrap_servers or kafka.client_options: {error}") from error
         self._topic_exists = False
 
     def send(self, key: str, value: bytes) -> None:
@@ -179,9 +179,9 @@ class KafkaEvents:
             )
             unfinished = self._producer.flush(_TIMEOUT_S * 2)
         except (KafkaException, BufferError) as error:
-            raise BrokerError(f"kafka.bootstrap, topic {self._topic.topic}: {error}") from error
+            raise BrokerError(f"kafka.bootstrap_servers, topic {self._topic.topic}: {error}") from error
         if failed or unfinished:
-            raise BrokerError(f"kafka.bootstrap, topic {self._topic.topic}: {failed or 'no answer'}")
+            raise BrokerError(f"kafka.bootstrap_servers, topic {self._topic.topic}: {failed or 'no answer'}")
 
     def _make_topic(self) -> None:
         """The topic must be compacted before its first event: a broker that makes topics itself would not do that."""

@@ -9,14 +9,23 @@ from string import Template
 
 from schemas.settings import Settings
 from schemas.speculator.network import DraftShape
-from trainer.release.gate import HeldBack
+from trainer.release.gate import HeldOut
 
 _CARD = Path(__file__).with_name("card.md")
 SETTINGS_TAG = "settings"
 """Tag of a version with what shaped it, as JSON: its sections of the settings as they were."""
 PASSED_TAG = "passed"
 """Tag of a version with the version of ``accepted`` up to which every window had its turn before it was registered."""
-_BESIDE = ("host", "port", "dir", "poll_s", "threads", "checkpoint_every_s", "curves_every_s", "register_every_s")
+_BESIDE = (
+    "host",
+    "port",
+    "checkpoint_dir",
+    "poll_interval",
+    "num_threads",
+    "checkpoint_interval",
+    "metrics_interval",
+    "registration_interval",
+)
 """Settings of the trainer that say where and how often, not what is learned."""
 
 
@@ -36,13 +45,13 @@ def card(settings: Settings, shape: DraftShape, tags: Mapping[str, str], metrics
     Args:
         settings: Of the trainer.
         shape: Of the draft.
-        tags: With line, target, parent, tables, code and held_back.
+        tags: With line, target, parent, tables, code and held_out.
         metrics: Figures of the training.
     """
-    held = HeldBack.of(tags)
+    held = HeldOut.of(tags)
     tables = json.loads(tags.get("tables", "{}"))
     facts = {
-        "name": settings.target.name,
+        "name": settings.target.served_model_name,
         "folder": Path(settings.target.path).name,
         "line": tags["line"],
         "target": tags["target"],
@@ -52,12 +61,12 @@ def card(settings: Settings, shape: DraftShape, tags: Mapping[str, str], metrics
         "variant": shape.variant,
         "hidden": shape.hidden_size,
         "mlp": shape.intermediate_size,
-        "draft_vocabulary": f"{shape.draft_vocab_size:,}",
+        "draft_vocab_size": f"{shape.draft_vocab_size:,}",
         "vocabulary": f"{shape.vocab_size:,}",
         "windows": held.windows,
-        "accept_length": f"{held.accept_length:.3f}",
+        "accepted_per_step": f"{held.accepted_per_step:.3f}",
         "champion": held.champion,
-        "champion_accept_length": f"{held.champion_accept_length:.3f}",
+        "champion_accepted_per_step": f"{held.champion_accepted_per_step:.3f}",
         "figures": "\n".join(f"| {name} | {value:,.4g} |" for name, value in sorted(metrics.items())),
     }
     return Template(_CARD.read_text()).substitute(facts)

@@ -1,13 +1,19 @@
-"""What versions do on live traffic, from the rounds in the table ``traces``: sums by node, slice of time and label.
+"""What versions do on live traffic, from the verify steps in the table ``traces``: sums by node, slice of time and
+label.
 
-A slice is the time in which a node does not change between champion and canary (``canary.slice_s``, counted from 1970
-by the node's clock, which also stamps its rounds). Each round counts for the version that drafted it, so a request
-that a swap cut in two counts on both sides. A round in which nothing was drafted names no version, and a version that
-drafts badly drafts seldom: it counts for the version that drafted most of what its node drafted in that slice. Rounds
+A slice is the time in which a node does not change between champion and canary (``canary.slice_duration``,
+counted from 1970 by the node's clock, which also stamps its verify steps). Each verify step counts for the version
+that drafted
+it, so a request
+that a swap cut in two counts on both sides. A verify step in which nothing was drafted names no version, and a
+version that
+drafts badly drafts seldom: it counts for the version that drafted most of what its node drafted in that slice.
+Verify steps
 of slices in which nothing was drafted at all count for nobody.
 
-Seconds are those that a request spends in its verify rounds, draft and verification together, as the engine measured
-them: a round takes as long for each request that is in it. They are the time a user waits from token to token; prompts
+Seconds are those that a request spends in its verify steps, draft and verification together, as the engine measured
+them: a verify step takes as long for each request that is in it. They are the time a user waits from token to token;
+prompts
 and queues are not in them. The sum over requests is no machine's time, but for two versions under the same load their
 ratio is that of their machines' rates. Nothing here is kept that the table does not have.
 """
@@ -28,11 +34,11 @@ import pyarrow.compute as pc
 from pipeline.delta import GoneError, Moment, escaped
 from trainer.release.sequential_test import I64, Served
 
-COLUMNS = ("line", "speculator", "label", "node", "time", "round", "accepted", "bonus", "draft_us", "verify_us")
+COLUMNS = ("line", "speculator", "label", "node", "time", "verify_step", "accepted", "bonus", "draft_us", "verify_us")
 CATCH_UP = 500
 """Commits that are read one by one; after a longer absence the rows are asked for instead."""
 _KEYS = ["speculator", "label", "node", "slice"]
-_SUMS = ["requests", "tokens", "rounds", "us"]
+_SUMS = ["requests", "tokens", "verify_steps", "us"]
 _SCHEMA = pa.schema(
     [
         *(pa.field(name, pa.int64() if name == "slice" else pa.string()) for name in _KEYS),
@@ -74,7 +80,7 @@ class _Held:
 
 
 class LiveFigures:
-    """Sums over rounds, brought up to date by what was committed since the last look."""
+    """Sums over verify steps, brought up to date by what was committed since the last look."""
 
     def __init__(self, tables: Tables, slice_s: float) -> None:
         self._tables = tables
@@ -101,14 +107,14 @@ class LiveFigures:
         """
         earliest = min(new.since, old.since)
         sums = self._refreshed(line, earliest if since is None else min(since, earliest))
-        rounds = _Rounds(sums)
-        chosen = [rounds.of(span.version) & self._within(rounds.slice, span) for span in (new, old)]
-        labels = dict.fromkeys(map(str, rounds.label[chosen[0] | chosen[1]].tolist()))
-        nodes = [set(rounds.node[side].tolist()) for side in chosen]
+        verify_steps = _VerifySteps(sums)
+        chosen = [verify_steps.of(span.version) & self._within(verify_steps.slice, span) for span in (new, old)]
+        labels = dict.fromkeys(map(str, verify_steps.label[chosen[0] | chosen[1]].tolist()))
+        nodes = [set(verify_steps.node[side].tolist()) for side in chosen]
         if both := nodes[0] & nodes[1]:
-            on_both = np.isin(rounds.node, list(both))
+            on_both = np.isin(verify_steps.node, list(both))
             chosen = [side & on_both for side in chosen]
-        served_new, served_old = ({label: rounds.sums(side, label) for label in labels} for side in chosen)
+        served_new, served_old = ({label: verify_steps.sums(side, label) for label in labels} for side in chosen)
         return served_new, served_old
 
     def forget(self, line: str) -> None:
@@ -132,7 +138,7 @@ class LiveFigures:
             except GoneError:
                 held = self._asked(line, since, newest)
             else:
-                rows = added.filter(pc.and_(pc.equal(added["line"], line), pc.greater(added["round"], 0)))
+                rows = added.filter(pc.and_(pc.equal(added["line"], line), pc.greater(added["verify_step"], 0)))
                 held = _Held(since, newest, _added([held.sums, self._summed(rows)]))
         held.sums = held.sums.filter(pc.greater_equal(held.sums["slice"], math.floor(since / self._slice_s)))
         self._lines[line] = _Held(since, held.cursor, held.sums)
@@ -143,7 +149,7 @@ class LiveFigures:
         quoted = ", ".join(f'"{column}"' for column in COLUMNS)
         # The day is the broker's, which may differ from the node's by a little.
         batches = self._tables.query(
-            f"SELECT {quoted} FROM traces WHERE line = '{escaped(line)}' AND round > 0 "  # noqa: S608 - names of columns
+            f"SELECT {quoted} FROM traces WHERE line = '{escaped(line)}' AND verify_step > 0 "  # noqa: S608 - names of columns
             f"AND day >= '{(moment - timedelta(days=1)).date()}' "
             f"AND time >= to_timestamp_micros({round(since * 1e6)})",
             {"traces": version},
@@ -151,7 +157,7 @@ class LiveFigures:
         return _Held(since, version, _added(self._summed(pa.Table.from_batches([batch])) for batch in batches))
 
     def _summed(self, rows: pa.Table) -> pa.Table:
-        """Sums over rows of verify rounds."""
+        """Sums over rows of verify steps."""
         kept = pc.list_value_length(rows["accepted"])
         seconds = pc.divide(pc.cast(pc.cast(rows["time"], pa.int64()), pa.float64()), 1e6 * self._slice_s)
         columns = {
@@ -159,15 +165,15 @@ class LiveFigures:
             "label": pc.fill_null(rows["label"], ""),
             "node": rows["node"],
             "slice": pc.cast(pc.floor(seconds), pa.int64()),
-            "requests": pc.cast(pc.equal(rows["round"], 1), pa.int64()),
+            "requests": pc.cast(pc.equal(rows["verify_step"], 1), pa.int64()),
             "tokens": pc.if_else(pc.is_valid(rows["bonus"]), pc.add(pc.cast(kept, pa.int64()), 1), 0),
-            "rounds": pc.cast(pc.is_valid(rows["bonus"]), pa.int64()),
+            "verify_steps": pc.cast(pc.is_valid(rows["bonus"]), pa.int64()),
             "us": pc.add(pc.cast(rows["draft_us"], pa.int64()), pc.cast(rows["verify_us"], pa.int64())),
         }
         return _added([pa.table(columns).select(_SCHEMA.names).cast(_SCHEMA)])
 
 
-class _Rounds:
+class _VerifySteps:
     """Sums as arrays, with a version for each."""
 
     def __init__(self, sums: pa.Table) -> None:
@@ -179,7 +185,7 @@ class _Rounds:
         first = int(self.slice.min()) if len(self.slice) else 0
         slices = self.slice - first
         _, self.group = np.unique(nodes * (int(slices.max(initial=0)) + 1) + slices, return_inverse=True)
-        self._version = self._attributed(arrays["speculator"].astype(str), arrays["rounds"])
+        self._version = self._attributed(arrays["speculator"].astype(str), arrays["verify_steps"])
 
     def of(self, version: str) -> npt.NDArray[np.bool_]:
         """Which sums are a version's."""
@@ -192,11 +198,13 @@ class _Rounds:
         sums = [np.bincount(where, self._arrays[name][at], len(groups)).astype(np.float64) for name in _SUMS]
         return Served(groups.astype(np.int64), sums[0].astype(np.int64), sums[1], sums[2], sums[3] / 1e6)
 
-    def _attributed(self, drafted_by: npt.NDArray[np.str_], rounds: I64) -> npt.NDArray[np.str_]:
-        """The version of each row; rows of rounds without a draft get the one that drafted most in their group."""
+    def _attributed(self, drafted_by: npt.NDArray[np.str_], verify_steps: I64) -> npt.NDArray[np.str_]:
+        """The version of each row; rows of verify steps without a draft get the one that drafted most in their
+        group.
+        """
         versions, index = np.unique(drafted_by, return_inverse=True)
         by_group = np.zeros((int(self.group.max(initial=-1)) + 1, len(versions)), np.int64)
-        np.add.at(by_group, (self.group, index), np.where(drafted_by == "", 0, rounds))
+        np.add.at(by_group, (self.group, index), np.where(drafted_by == "", 0, verify_steps))
         if not by_group.size:
             return drafted_by
         most = versions[by_group.argmax(axis=1)]

@@ -27,7 +27,7 @@ from schemas.telemetry import logs, spans
 from trainer.release import alias_moves, promotion
 from trainer.release.alias_moves import MoveError, Mover
 from trainer.release.audit import Audit, BrokerError, KafkaEvents
-from trainer.release.gate import HeldBack, judge
+from trainer.release.gate import HeldOut, judge
 from trainer.release.live_figures import LiveFigures
 from trainer.release.promotion import Seen, Step, Trial, Watch, Written
 from trainer.release.recording import record, rollback_of
@@ -49,7 +49,7 @@ def run(settings: Settings) -> None:
     stopping = stop_on_signals()
     tables, registry = DeltaLog(settings.tables), SpeculatorRegistry(settings.registry)
     audit = Audit(tables, KafkaEvents(settings.kafka))
-    live = LiveFigures(tables, settings.canary.slice_s)
+    live = LiveFigures(tables, settings.canary.slice_duration)
     promoter = Promoter(settings, registry, audit, Mover(tables, registry), live)
     page = settings.promoter
     with StatusServer("promoter", page.host, page.port, promoter.status, promoter.metrics):
@@ -90,7 +90,7 @@ class Promoter:
         """Poll until told to stop."""
         while not stopping.is_set():
             self.poll()
-            stopping.wait(self._settings.poll_s)
+            stopping.wait(self._settings.poll_interval)
 
     def poll(self) -> None:
         """Look at every line once: finish what was begun, record what was moved, and decide."""
@@ -184,7 +184,7 @@ class Promoter:
             self._registry.quarantine(line.name, step.version, step.why)
             self._alert(line.name, step)
         changes = self._changes(line, step)
-        figures = dict(step.figures) or self._held_back(line.name, step.version)
+        figures = dict(step.figures) or self._held_out(line.name, step.version)
         wanted = alias_moves.intent(line.name, step.what, changes, actor=promotion.ACTOR, why=step.why, figures=figures)
         self._mover.move(wanted)
 
@@ -214,9 +214,9 @@ class Promoter:
             self._gauges.moves.labels(moved.alias).inc()
             self._moved += 1
 
-    def _held_back(self, line: str, version: str) -> dict[str, float]:
+    def _held_out(self, line: str, version: str) -> dict[str, float]:
         with suppress(ValidationError):
-            return HeldBack.of(self._registry.tags(line, version)).figures
+            return HeldOut.of(self._registry.tags(line, version)).figures
         return {}
 
 

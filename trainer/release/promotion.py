@@ -95,12 +95,12 @@ class Step:
 
 def trial_rule(settings: Promoter) -> Rule:
     """What a trial asks for."""
-    return Rule(settings.trial_margin, settings.trial_error, settings.trial_requests)
+    return Rule(settings.canary_margin, settings.canary_error, settings.canary_min_requests)
 
 
 def watch_rule(settings: Promoter) -> Rule:
     """What a watch asks for; it looks at each label for itself, and errs ten times more seldom than a trial."""
-    return Rule(1 - settings.watch_floor, settings.trial_error / 10, settings.watch_requests, WATCH_GROUPS)
+    return Rule(1 - settings.watch_min_ratio, settings.canary_error / 10, settings.watch_min_requests, WATCH_GROUPS)
 
 
 def trial_of(written: Written, settings: Promoter) -> Trial | None:
@@ -112,7 +112,7 @@ def trial_of(written: Written, settings: Promoter) -> Trial | None:
     if tried is None or beside is None or (tried.to_version, beside.to_version) != (canary, champion):
         return None
     since = max(tried.time, beside.time).timestamp()
-    return Trial(canary, champion, since, since + settings.trial_s)
+    return Trial(canary, champion, since, since + settings.canary_timeout)
 
 
 def watch_of(written: Written, now: float, settings: Promoter) -> Watch | None:
@@ -121,9 +121,9 @@ def watch_of(written: Written, now: float, settings: Promoter) -> Watch | None:
     if promoted is None or previous is None or promoted.from_version != previous:
         return None
     since = promoted.time.timestamp()
-    if now >= since + settings.watch_s or promoted.to_version is None or previous in written.quarantined:
+    if now >= since + settings.watch_duration or promoted.to_version is None or previous in written.quarantined:
         return None
-    return Watch(promoted.to_version, previous, since, since + settings.watch_s)
+    return Watch(promoted.to_version, previous, since, since + settings.watch_duration)
 
 
 def next_step(written: Written, seen: Seen, now: float, share: float, settings: Promoter) -> Step:
@@ -138,7 +138,7 @@ def next_step(written: Written, seen: Seen, now: float, share: float, settings: 
     """
     if seen.watch is not None and (fall := fallen(seen.watch[1], settings)) is not None:
         watch, standing = seen.watch
-        why = f"version {watch.version} fell below promoter.watch_floor of version {watch.before}: {told(fall)}"
+        why = f"version {watch.version} fell below promoter.watch_min_ratio of version {watch.before}: {told(fall)}"
         return Step("rollback", why, watch.version, quarantine=True, figures=figures_of(standing))
     cooling = cooling_until(written.intents, now, settings)
     if share and (canary := written.aliases.get("canary")) is not None:
@@ -149,15 +149,20 @@ def next_step(written: Written, seen: Seen, now: float, share: float, settings: 
 def fallen(standing: Standing, settings: Promoter) -> Estimate | None:
     """The figure that lies below the floor with its whole interval.
 
-    Tokens per round, over all labels or on one. Tokens per second, which fall with the load of an hour, only where
-    tokens per round have fallen too.
+    Tokens per verify step, over all labels or on one. Tokens per second, which fall with the load of an hour, only
+    where
+    tokens per verify step have fallen too.
     """
     if not standing.enough:
         return None
-    floor = settings.watch_floor - 1
+    floor = settings.watch_min_ratio - 1
     found = [one for one in (*standing.overall, *standing.labels) if one.high < floor]
-    per_round = {one.label: one for one in (*standing.overall, *standing.labels) if one.figure == "tokens per round"}
-    return next((one for one in found if one.figure == "tokens per round" or per_round[one.label].high < 0), None)
+    per_verify_step = {
+        one.label: one for one in (*standing.overall, *standing.labels) if one.figure == "tokens per verify step"
+    }
+    return next(
+        (one for one in found if one.figure == "tokens per verify step" or per_verify_step[one.label].high < 0), None
+    )
 
 
 def cooling_until(intents: Sequence[tuple[Intent, str]], now: float, settings: Promoter) -> float | None:
@@ -167,10 +172,10 @@ def cooling_until(intents: Sequence[tuple[Intent, str]], now: float, settings: P
         for wanted, state in intents
         if wanted.what == "rollback" and wanted.actor == ACTOR and state == "done"
     ]
-    recent = [time for time in times if now - time < settings.cool_down_memory_s]
+    recent = [time for time in times if now - time < settings.cooldown_window]
     if not recent:
         return None
-    until = recent[-1] + settings.cool_down_s * 2.0 ** (len(recent) - 1)
+    until = recent[-1] + settings.cooldown * 2.0 ** (len(recent) - 1)
     return until if until > now else None
 
 
@@ -214,14 +219,16 @@ def _of_trial(trial: Trial, standing: Standing, now: float, cooling: float | Non
     if outcome == "promote" or (over and _passes_by_estimate(standing, settings)):
         if cooling is not None:
             return Step("wait", f"{why}; {_cooling(cooling)}")
-        return Step("promote", f"{why}; after promoter.trial_s, by estimate" if over else why, canary, figures=figures)
+        return Step(
+            "promote", f"{why}; after promoter.canary_timeout, by estimate" if over else why, canary, figures=figures
+        )
     if over:
-        return Step("end trial", f"{why}; undecided after promoter.trial_s", canary, figures=figures)
+        return Step("end trial", f"{why}; undecided after promoter.canary_timeout", canary, figures=figures)
     return Step("wait", why)
 
 
 def _passes_by_estimate(standing: Standing, settings: Promoter) -> bool:
-    by_estimate = settings.trial_end == "estimate" and standing.enough
+    by_estimate = settings.canary_on_timeout == "estimate" and standing.enough
     return by_estimate and bound(standing, trial_rule(settings)) is None
 
 
@@ -243,7 +250,7 @@ def _of_candidate(written: Written, share: float, cooling: float | None) -> Step
 
 
 def _cooling(until: float) -> str:
-    return f"nothing is promoted before {datetime.fromtimestamp(until, UTC):%H:%M:%S} UTC (promoter.cool_down_s)"
+    return f"nothing is promoted before {datetime.fromtimestamp(until, UTC):%H:%M:%S} UTC (promoter.cooldown)"
 
 
 def _last(moves: Sequence[AliasMoved], alias: Alias) -> AliasMoved | None:

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from schemas.events import AliasMoved, Audited, Change
 from trainer.release.alias_moves import Mover, rollback
 from trainer.release.audit import Audit, Move
-from trainer.release.gate import HeldBack
+from trainer.release.gate import HeldOut
 from trainer.release.registry import Line, Version
 
 BY_HAND = "unknown"
@@ -66,10 +66,8 @@ def explained(move: Move, last: AliasMoved | None, mover: Mover, registry: Regis
             return move.explained(wanted.actor, f"{wanted.what}: {wanted.why}", wanted.figures)
     if move.alias == "candidate" and move.to_version is not None:
         with suppress(ValidationError):
-            figures = HeldBack.of(registry.tags(move.line, move.to_version)).figures
-            return move.explained(
-                "trainer", "registered with better held-back figures than the version before", figures
-            )
+            figures = HeldOut.of(registry.tags(move.line, move.to_version)).figures
+            return move.explained("trainer", "registered with better held-out figures than the version before", figures)
     return move.explained(BY_HAND, "moved or removed by hand in the registry", {})
 
 

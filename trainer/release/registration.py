@@ -1,4 +1,4 @@
-"""Registers the weights in training as versions, when the held-back slice says that they are worth it."""
+"""Registers the weights in training as versions, when the held-out set says that they are worth it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from trainer.loop.warm_start import carry_over
 from trainer.objective.losses import ttt_loss
 from trainer.objective.simulated_acceptance import Accepted, added_up, by_window
 from trainer.release.card import SETTINGS_TAG, card, shaping
-from trainer.release.gate import HeldBack, OnLabel, worth_registering
+from trainer.release.gate import HeldOut, OnLabel, worth_registering
 from trainer.release.registry import SpeculatorRegistry
 
 log = structlog.get_logger()
@@ -37,7 +37,7 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class Examined:
-    """A draft on the held-back slice."""
+    """A draft on the held-out set."""
 
     health: Health
     accepted: Mapping[Window, Accepted]
@@ -109,9 +109,9 @@ class Candidates:
         return (f"{parent_line}/{parent}", begun) if carried.tensors else (version, draft)
 
     def examine(self, draft: EagleDraft, windows: Sequence[Window]) -> Examined:
-        """Loss of the accepted term, and accept length of chains as long as a node drafts, over windows."""
+        """Loss of the accepted term, and accepted tokens per step of chains as long as a node drafts, over windows."""
         accepted = dict(zip(windows, self._accepted(draft, windows), strict=True))
-        return Examined(Health(loss=self._loss(draft, windows), accept_length=_length(accepted, windows)), accepted)
+        return Examined(Health(loss=self._loss(draft, windows), accepted_per_step=_length(accepted, windows)), accepted)
 
     def offer(
         self,
@@ -124,7 +124,7 @@ class Candidates:
 
         Args:
             draft: The weights in training.
-            examined: The same weights on the held-back slice.
+            examined: The same weights on the held-out set.
             tags: What the version came from.
             metrics: Figures of the training.
 
@@ -135,8 +135,8 @@ class Candidates:
             RegistryError: no answer; the next offer tries again.
             CheckpointError: the registry's files are not what was registered.
         """
-        windows, score = list(examined.accepted), examined.health.accept_length
-        if len(windows) < self._settings.promoter.min_windows:
+        windows, score = list(examined.accepted), examined.health.accepted_per_step
+        if len(windows) < self._settings.promoter.gate_min_samples:
             return None
         line = self._target.line
         aliases = self._registry.aliases(line)
@@ -148,21 +148,21 @@ class Candidates:
             last = _length(self._of(candidate, windows), windows)
         if not worth_registering(score, to_beat, last):
             return None
-        held_back = HeldBack(
-            accept_length=score,
+        held_out = HeldOut(
+            accepted_per_step=score,
             champion=champion or self._settings.speculator.day_0,
-            champion_accept_length=to_beat,
+            champion_accepted_per_step=to_beat,
             windows=len(windows),
             labels=self._by_label(examined.accepted, of_champion),
         )
-        figures = {"accept_length": score, **metrics}
+        figures = {"accepted_per_step": score, **metrics}
         tags = {
             **tags,
             "line": line,
             "target": self._target.fingerprint,
             "code": code_revision(),
             "metrics": json.dumps(figures),
-            "held_back": held_back.model_dump_json(),
+            "held_out": held_out.model_dump_json(),
             SETTINGS_TAG: shaping(self._settings),
         }
         with tempfile.TemporaryDirectory() as folder:
@@ -170,7 +170,7 @@ class Candidates:
             described = card(self._settings, draft.shape, tags, figures)
             version = self._registry.register(line, Path(folder), tags, figures, described)
         self._registry.point(line, "candidate", version)
-        log.info("registered", version=version, **held_back.model_dump())
+        log.info("registered", version=version, **held_out.model_dump())
         return version
 
     def _of(self, version: str | None, windows: Sequence[Window]) -> Mapping[Window, Accepted]:
@@ -182,7 +182,7 @@ class Candidates:
         return known.accepted
 
     def _accepted(self, draft: EagleDraft, windows: Sequence[Window]) -> list[Accepted]:
-        embeddings_VH, lookahead = self._target.embeddings_VH, self._settings.serve.draft_tokens
+        embeddings_VH, lookahead = self._target.embeddings_VH, self._settings.serve.num_speculative_tokens
         with products(self._settings.train, embeddings_VH.device):
             return by_window(draft, embeddings_VH, windows, lookahead)
 
@@ -207,11 +207,11 @@ class Candidates:
         return tuple(
             OnLabel(
                 label=label,
-                accept_length=_length(accepted, chosen),
-                champion_accept_length=_length(of_champion, chosen),
+                accepted_per_step=_length(accepted, chosen),
+                champion_accepted_per_step=_length(of_champion, chosen),
                 windows=len(chosen),
             )
-            for label, chosen in by_label(list(accepted), self._settings.promoter.label_windows).items()
+            for label, chosen in by_label(list(accepted), self._settings.promoter.gate_label_min_samples).items()
         )
 
     def _can_be_promoted(self, candidate: str, champion: str | None) -> bool:
@@ -220,11 +220,11 @@ class Candidates:
             return True
         gate, tags = self._settings.promoter, self._registry.tags(self._target.line, candidate)
         try:
-            held_back = HeldBack.of(tags)
+            held_out = HeldOut.of(tags)
         except ValidationError:
             return False
-        lost = held_back.lost(gate.label_margin, gate.label_windows)
-        return held_back.is_against(champion) and lost is None and QUARANTINED_TAG not in tags
+        lost = held_out.lost(gate.gate_label_margin, gate.gate_label_min_samples)
+        return held_out.is_against(champion) and lost is None and QUARANTINED_TAG not in tags
 
     def _version(self, version: str | None) -> _Version:
         if version not in self._versions:
@@ -238,7 +238,7 @@ class Candidates:
 
 
 def _length(accepted: Mapping[Window, Accepted], windows: Sequence[Window]) -> float:
-    """Accept length over windows."""
+    """Accepted tokens per step over windows."""
     return added_up(accepted[window] for window in windows).length
 
 

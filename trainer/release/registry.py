@@ -74,7 +74,7 @@ class SpeculatorRegistry:
     """Versions of all lines. Every call raises ``RegistryError`` where the registry does not do what was asked."""
 
     def __init__(self, settings: RegistrySettings) -> None:
-        self._uri = settings.uri
+        self._uri = settings.tracking_uri
         self._client = connect(settings)
 
     def lines(self) -> list[Line]:
@@ -210,7 +210,7 @@ class SpeculatorRegistry:
         try:
             yield
         except FAILURES as error:
-            raise RegistryError(f"registry.uri {self._uri}: {error}") from error
+            raise RegistryError(f"registry.tracking_uri {self._uri}: {error}") from error
 
 
 def _version(found: Any) -> Version:

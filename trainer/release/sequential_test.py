@@ -1,8 +1,9 @@
 """A sequential test of two versions on live traffic: it may be looked at after every request, and stopped at any look.
 
-What is compared are two ratios of sums, output tokens per second and output tokens per verify round (the accept length
+What is compared are two ratios of sums, output tokens per second and output tokens per verify step (the accepted
+tokens per step
 and one, for the target's own token). A ratio of sums is what a fleet gets out of its machines. It lets a request that
-two versions served count on both sides with its rounds there, and a request of three tokens weighs three tokens:
+two versions served count on both sides with its verify steps there, and a request of three tokens weighs three tokens:
 means over requests would be at the mercy of the shortest ones. Differences are of logarithms, that is, relative.
 
 Requests that one node serves at one time share its load, so they are no independent draws. What is taken as independent
@@ -34,8 +35,8 @@ import numpy.typing as npt
 F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
 
-Figure = Literal["tokens per second", "tokens per round"]
-FIGURES: tuple[Figure, Figure] = ("tokens per second", "tokens per round")
+Figure = Literal["tokens per second", "tokens per verify step"]
+FIGURES: tuple[Figure, Figure] = ("tokens per second", "tokens per verify step")
 
 SOUGHT = 0.05
 """Scale of the mixture: differences of this size are found with the least traffic, others soon after."""
@@ -55,10 +56,10 @@ class Served:
     """[g] that began there."""
     tokens: F64
     """[g] of answers, the target's own included."""
-    rounds: F64
-    """[g] verify rounds."""
+    verify_steps: F64
+    """[g] verify steps."""
     seconds: F64
-    """[g] that requests spent in those rounds."""
+    """[g] that requests spent in those verify steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +223,7 @@ class _Difference(NamedTuple):
 
 
 def _ratio(served: Served, figure: Figure) -> _Ratio:
-    below = served.seconds if figure == "tokens per second" else served.rounds
+    below = served.seconds if figure == "tokens per second" else served.verify_steps
     tokens = float(served.tokens.sum())
     ratio = tokens / float(below.sum())
     count = len(served.group)

@@ -1,4 +1,5 @@
-"""What rounds of many requests come to, with the uncertainty that comes from which requests happened to be there. Pure.
+"""What verify steps of many requests come to, with the uncertainty that comes from which requests happened to be
+there. Pure.
 
 Intervals are bootstrapped over requests (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, section 13.3):
 tokens of one request depend on each other, requests do not. Every version is drawn with the same resamples, so that
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from trainer.replay.verify_rounds import F64, Rounds
+from trainer.replay.verify_steps import F64, VerifySteps
 
 RESAMPLES = 1000
 SEED = 0
@@ -40,54 +41,58 @@ class Figures(NamedTuple):
     """Of one version over a group of requests."""
 
     requests: int
-    rounds: float
+    verify_steps: float
     accepted: float
-    accept_length: Interval
+    accepted_per_step: Interval
     by_depth: tuple[float, ...]
-    """Of the rounds whose draft could be kept so deep, the share in which it was."""
+    """Of the verify steps whose draft could be kept so deep, the share in which it was."""
     everywhere: float
-    """Accept length over all positions, wherever rounds begin: ``trainer.objective.simulated_acceptance``."""
+    """Accepted tokens per step over all positions, wherever verify steps begin:
+    ``trainer.objective.simulated_acceptance``.
+    """
 
     def summary(self) -> dict[str, Any]:
         """As JSON."""
         return {
             "requests": self.requests,
-            "rounds": round(self.rounds, 3),
+            "verify_steps": round(self.verify_steps, 3),
             "accepted": round(self.accepted, 3),
-            "accept_length": self.accept_length.summary(),
+            "accepted_per_step": self.accepted_per_step.summary(),
             "acceptance_by_depth": [round(share, 4) for share in self.by_depth],
-            "accept_length_everywhere": round(self.everywhere, 4),
+            "accepted_per_step_everywhere": round(self.everywhere, 4),
         }
 
 
-def of(rounds: Sequence[Rounds]) -> Figures:
+def of(verify_steps: Sequence[VerifySteps]) -> Figures:
     """The figures of a group.
 
     Args:
-        rounds: One for each request, at least one.
+        verify steps: One for each request, at least one.
     """
-    tried, kept = np.sum([r.tried_K for r in rounds], axis=0), np.sum([r.kept_K for r in rounds], axis=0)
-    counts_R2 = _counts(rounds)
+    tried, kept = np.sum([r.tried_K for r in verify_steps], axis=0), np.sum([r.kept_K for r in verify_steps], axis=0)
+    counts_R2 = _counts(verify_steps)
     return Figures(
-        requests=len(rounds),
-        rounds=float(counts_R2[:, 1].sum()),
+        requests=len(verify_steps),
+        verify_steps=float(counts_R2[:, 1].sum()),
         accepted=float(counts_R2[:, 0].sum()),
-        accept_length=_interval(counts_R2.sum(axis=0)[None], _resampled(counts_R2)),
+        accepted_per_step=_interval(counts_R2.sum(axis=0)[None], _resampled(counts_R2)),
         by_depth=tuple((kept / np.maximum(tried, 1e-12)).tolist()),
-        everywhere=sum(r.everywhere_accepted for r in rounds) / max(sum(r.everywhere for r in rounds), 1),
+        everywhere=sum(r.everywhere_accepted for r in verify_steps) / max(sum(r.everywhere for r in verify_steps), 1),
     )
 
 
-def difference(rounds: Sequence[Rounds], others: Sequence[Rounds]) -> Interval:
-    """By how much the accept length is above that of other rounds of the same requests, in the same order."""
-    return paired(_counts(rounds), _counts(others))
+def difference(verify_steps: Sequence[VerifySteps], others: Sequence[VerifySteps]) -> Interval:
+    """By how much the accepted tokens per step is above that of other verify steps of the same requests, in the same
+    order.
+    """
+    return paired(_counts(verify_steps), _counts(others))
 
 
 def paired(own_R2: F64, other_R2: F64) -> Interval:
-    """The difference of two accept lengths over the same parts of traffic, drawn together.
+    """The difference of two accepted tokens per step over the same parts of traffic, drawn together.
 
     Args:
-        own_R2: Kept tokens, and what they were kept in (rounds or positions), of each part.
+        own_R2: Kept tokens, and what they were kept in (verify steps or positions), of each part.
         other_R2: The same of the other.
     """
     value = _lengths(own_R2.sum(axis=0)[None]) - _lengths(other_R2.sum(axis=0)[None])
@@ -95,8 +100,8 @@ def paired(own_R2: F64, other_R2: F64) -> Interval:
     return Interval(float(value[0]), *_bounds(spread))
 
 
-def _counts(rounds: Sequence[Rounds]) -> F64:
-    return np.array([(r.accepted, r.rounds) for r in rounds])
+def _counts(verify_steps: Sequence[VerifySteps]) -> F64:
+    return np.array([(r.accepted, r.verify_steps) for r in verify_steps])
 
 
 def _resampled(counts_R2: F64) -> F64:

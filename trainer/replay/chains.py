@@ -32,7 +32,7 @@ from schemas.speculator.network import EagleDraft
 from trainer.data.samples import Teacher
 from trainer.objective.unroll import Unroll
 from trainer.replay.past_requests import Past, Sampling
-from trainer.replay.verify_rounds import F64
+from trainer.replay.verify_steps import F64
 
 ROOTS = 512
 """Chains that are computed together: bounds the memory of a long request."""

@@ -39,8 +39,8 @@ _PLAN, _RESULT, _STATE, _TENSORS, _CHECKPOINT = (
 DRAFT = "draft"
 """Folder of the draft that a variant came to: `aurora replay score` takes it as a version."""
 _BESIDE_LEARNING = (
-    *("host", "port", "dir", "poll_s", "threads", "catch_up_steps"),
-    *("register_every_s", "checkpoint_every_s", "curves_every_s"),
+    *("host", "port", "checkpoint_dir", "poll_interval", "num_threads", "catch_up_steps"),
+    *("registration_interval", "checkpoint_interval", "metrics_interval"),
 )
 """Settings of the trainer that change no number here."""
 
@@ -128,7 +128,7 @@ def learn(task: Task) -> Result:
     if (done := result(task)) is not None:
         return done
     folder, settings = task.folder / task.variant, task.settings
-    torch.set_num_threads(settings.train.threads)
+    torch.set_num_threads(settings.train.num_threads)
     torch.manual_seed(settings.train.seed)
     device = device_of(settings.train.device, "train.device")
     target, counts = read_target(settings).on(device), Counter[str]()
@@ -137,7 +137,7 @@ def learn(task: Task) -> Result:
     saved = time.monotonic()
     while batch := list(islice(stream, course.batch)):
         course.take(batch)
-        if time.monotonic() - saved >= settings.train.checkpoint_every_s:
+        if time.monotonic() - saved >= settings.train.checkpoint_interval:
             _save(folder, course)
             saved = time.monotonic()
     standing = course.standing()
@@ -166,7 +166,7 @@ def _course(task: Task, target: Target) -> Course:
 def _stream(task: Task, target: Target, counts: Counter[str]) -> Iterator[Asked]:
     settings = task.settings
     states = FrozenTarget(Path(settings.target.path), target.day_0.shape.capture_layers).states
-    return windows(DeltaLog(settings.tables), task.plan.span, settings.train.max_window_tokens, states, counts)
+    return windows(DeltaLog(settings.tables), task.plan.span, settings.train.max_sample_tokens, states, counts)
 
 
 def _restore(folder: Path, course: Course, stream: Iterator[Asked]) -> None:

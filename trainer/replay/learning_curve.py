@@ -12,7 +12,7 @@ OVER = 6_000
 """Tokens of traffic that a value of a curve is taken over: those up to there."""
 
 FINAL = 10_000
-"""Tokens at the end of a stream that the final accept length is taken over."""
+"""Tokens at the end of a stream that the final accepted tokens per step is taken over."""
 
 
 class Value(NamedTuple):
@@ -24,7 +24,9 @@ class Value(NamedTuple):
 
 
 def curve(points: Sequence[Point], over: int = OVER, domain: str | None = None) -> list[Value]:
-    """Behind every point, the accept length over the last ``over`` tokens of traffic, or of one domain among them."""
+    """Behind every point, the accepted tokens per step over the last ``over`` tokens of traffic, or of one domain
+    among them.
+    """
     ends = list(accumulate(point.tokens for point in points))
     values, first = [], 0
     accepted = positions = 0
@@ -47,13 +49,13 @@ def tokens_to(values: Iterable[Value], level: float) -> int | None:
 
 
 def length(points: Iterable[Point]) -> float:
-    """Accept length over all the points."""
+    """Accepted tokens per step over all the points."""
     points = list(points)
     return sum(point.accepted for point in points) / max(sum(point.positions for point in points), 1)
 
 
 def final(points: Sequence[Point]) -> float:
-    """Accept length over the last ``FINAL`` tokens."""
+    """Accepted tokens per step over the last ``FINAL`` tokens."""
     return length(last(points, FINAL))
 
 

@@ -85,7 +85,7 @@ class Past:
     features_NF: Tensor
     """[N - 1, F] bf16: after each token but the last, which the target never consumed."""
     prompt: int
-    """Tokens of the prompt: the first root of a round stands there."""
+    """Tokens of the prompt: the first root of a verify step stands there."""
     teacher: Teacher
     """[N - prompt, k]: what the target said after the last token of the prompt, and after each of the answer's but the
     last: row i belongs to the token that stands at ``prompt + i``."""
@@ -100,7 +100,7 @@ def pinned(log: DeltaLog, accepted: int | None = None) -> dict[str, int]:
 
 
 def listed(log: DeltaLog, wanted: Wanted, at: Mapping[str, Moment]) -> list[Listed]:
-    """The requests that began in the span, by the time of their first round; those of one time by their ids.
+    """The requests that began in the span, by the time of their first verify step; those of one time by their ids.
 
     Raises:
         TableError: the tables cannot be read.

@@ -1,9 +1,10 @@
 """Learning from a stream of the past: every batch of windows is scored before it is learned from (prequential).
 
-The score is the accept length that greedy chains would have had (``trainer.objective.simulated_acceptance``): joint,
+The score is the accepted tokens per step that greedy chains would have had
+(``trainer.objective.simulated_acceptance``): joint,
 over all positions, the
 bonus token excluded. Replayed windows come from the batches before, as the trainer's feed draws them. Of a stream all
-is learned from: what comes next is what the draft is held to, so nothing need be held back.
+is learned from: what comes next is what the draft is held to, so nothing need be held out.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from schemas.speculator.network import EagleDraft
 from trainer.data import replay_sampler
 from trainer.data.samples import Branch, Window, collate, cut
 from trainer.loop.learner import Learner
-from trainer.objective.simulated_acceptance import simulated_accept_length
+from trainer.objective.simulated_acceptance import simulated_accepted_per_step
 
 Key = tuple[int, int]
 """Number of a request in the stream, and of the piece of its window."""
@@ -94,16 +95,16 @@ class History:
     """Windows that were learned from, to learn from again; drawn as the trainer's feed draws them."""
 
     def __init__(self, train: Train, seed: int) -> None:
-        self._passed: deque[_Passed] = deque(maxlen=train.history_windows)
+        self._passed: deque[_Passed] = deque(maxlen=train.replay_buffer_size)
         self._train = train
         self._random = random.Random(seed)  # noqa: S311
 
     def draw(self, number: int) -> list[Window]:
         """So many windows, or as many as there are that may be passed over again."""
-        newest, most = len(self._passed) - 1, self._train.max_passes
+        newest, most = len(self._passed) - 1, self._train.max_epochs
         rested = [(newest - i, passed) for i, passed in enumerate(self._passed) if passed.passes < most]
         ages, domains = [age for age, _ in rested], [passed.domain for _, passed in rested]
-        odds = replay_sampler.log_odds(ages, domains, self._train.replay_half_life, self._train.balance)
+        odds = replay_sampler.log_odds(ages, domains, self._train.replay_half_life, self._train.label_balance)
         drawn = [rested[i][1] for i in replay_sampler.draw(self._random, odds, number)]
         for passed in drawn:
             passed.passes += 1
@@ -147,7 +148,7 @@ class Course:
             lookahead: Length of the chains that are scored.
             branch_nodes: Rejected branches are cut to so many tokens; None leaves them whole.
         """
-        self.batch = train.windows_per_step - train.replay_per_step
+        self.batch = train.batch_size - train.replay_batch_size
         """Windows of the stream in a batch."""
         self.static: EagleDraft | None = None
         """A frozen draft that is scored beside."""
@@ -218,10 +219,10 @@ class Course:
             by_domain.setdefault(one.domain, []).append(one)
         for domain, asked in by_domain.items():
             together = collate([replace(one.window, branches=()) for one in asked]).to(self._embeddings.device)
-            found = simulated_accept_length(draft, self._embeddings, together, self._lookahead)
+            found = simulated_accepted_per_step(draft, self._embeddings, together, self._lookahead)
             static = None
             if self.static is not None:
-                static = simulated_accept_length(self.static, self._embeddings, together, self._lookahead).tokens
+                static = simulated_accepted_per_step(self.static, self._embeddings, together, self._lookahead).tokens
             yield Point(
                 domain,
                 sum(one.tokens for one in asked),
@@ -237,14 +238,14 @@ class Course:
             for i, asked in enumerate(batch)
             for j, piece in enumerate(self._pieces(asked))
         ]
-        windows = [*(piece for _, _, piece in new), *self._history.draw(self._train.replay_per_step)]
+        windows = [*(piece for _, _, piece in new), *self._history.draw(self._train.replay_batch_size)]
         for key, domain, piece in new:
             self._history.add(key, domain, piece)
         self._trained_tokens += sum(map(len, windows))
         return round(self._learner.step(collate(windows)).accepted, 4)
 
     def _pieces(self, asked: Asked) -> list[Window]:
-        pieces, nodes = cut(asked.window, self._train.max_window_tokens), self._branch_nodes
+        pieces, nodes = cut(asked.window, self._train.max_sample_tokens), self._branch_nodes
         return pieces if nodes is None else [cut_branches(piece, nodes) for piece in pieces]
 
 

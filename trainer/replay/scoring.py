@@ -17,19 +17,19 @@ from trainer.replay.chains import chances, likelihood
 from trainer.replay.drafts import Named
 from trainer.replay.past_requests import Past
 from trainer.replay.stream import UNLABELLED
-from trainer.replay.verify_rounds import Rounds, run
+from trainer.replay.verify_steps import VerifySteps, run
 
 ALL, GREEDY, SAMPLED = "all", "greedy", "sampled"
 
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """A request, and the rounds that each version would have run for it, in the order of the versions."""
+    """A request, and the verify steps that each version would have run for it, in the order of the versions."""
 
     request: str
     label: str | None
     greedy: bool
-    rounds: tuple[Rounds, ...]
+    verify_steps: tuple[VerifySteps, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Score:
 
     versions: tuple[Named, ...]
     longest: int
-    """Tokens that a round drafts at most."""
+    """Tokens that a verify step drafts at most."""
     tables: Mapping[str, int]
     """The states that were read."""
     scored: tuple[Scored, ...]
@@ -59,7 +59,7 @@ class Score:
 
     def figures(self, version: int, group: str) -> Figures:
         """Of a version by its place, over a group."""
-        return acceptance_figures.of([scored.rounds[version] for scored in self.groups[group]])
+        return acceptance_figures.of([scored.verify_steps[version] for scored in self.groups[group]])
 
     def differences(self, group: str) -> dict[tuple[int, int], Interval]:
         """By how much each version is above each one before it, request by request."""
@@ -67,7 +67,7 @@ class Score:
         of_group = self.groups[group]
         return {
             (later, earlier): acceptance_figures.difference(
-                [s.rounds[later] for s in of_group], [s.rounds[earlier] for s in of_group]
+                [s.verify_steps[later] for s in of_group], [s.verify_steps[earlier] for s in of_group]
             )
             for earlier, later in pairs
         }
@@ -111,7 +111,7 @@ def score(
         versions: The drafts.
         embeddings_VH: The target's.
         past: The requests.
-        longest: K: tokens that a round drafts at most.
+        longest: K: tokens that a verify step drafts at most.
         tables: The states that they come from, for the record.
         counts: What became of the requests; read when the last one is scored.
         done: Told after each request how many are done.
@@ -141,8 +141,8 @@ def _scored(versions: Sequence[Named], embeddings_VH: Tensor, one: Past, longest
     for named in versions:
         if named.draft.shape.feature_width != width:
             raise UserError(f"{named}: takes {named.draft.shape.feature_width} values a token; recorded were {width}")
-    rounds = tuple(run(chances(named.draft, embeddings_VH, one, longest)) for named in versions)
-    return Scored(one.request, one.label, one.sampling.greedy, rounds)
+    verify_steps = tuple(run(chances(named.draft, embeddings_VH, one, longest)) for named in versions)
+    return Scored(one.request, one.label, one.sampling.greedy, verify_steps)
 
 
 def _request(scored: Scored) -> dict[str, Any]:
@@ -150,6 +150,6 @@ def _request(scored: Scored) -> dict[str, Any]:
         "request": scored.request,
         "label": scored.label,
         "greedy": scored.greedy,
-        "rounds": [round(r.rounds, 6) for r in scored.rounds],
-        "accepted": [round(r.accepted, 6) for r in scored.rounds],
+        "verify_steps": [round(r.verify_steps, 6) for r in scored.verify_steps],
+        "accepted": [round(r.accepted, 6) for r in scored.verify_steps],
     }

@@ -1,4 +1,4 @@
-"""Curves of accept length over tokens of traffic, as SVG text. Pure."""
+"""Curves of accepted tokens per step over tokens of traffic, as SVG text. Pure."""
 
 from __future__ import annotations
 

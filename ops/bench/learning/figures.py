@@ -29,7 +29,7 @@ class Shift:
     domain: str
     """The new one."""
     before: float
-    """Accept length over the last ``OVER`` tokens of the domain before."""
+    """Accepted tokens per step over the last ``OVER`` tokens of the domain before."""
     after: float
     """Over the first ``AFTER_SHIFT`` tokens of the new one."""
     recovered_after: int | None
@@ -38,12 +38,13 @@ class Shift:
     settled_after: int | None
     """The same, for the level that the new domain itself has over its last ``OVER`` tokens."""
     over_static: float
-    """Tokens of a round over those with the draft that was frozen when the first domain ended, over the new domain;
-    a round gives the accepted tokens and one more."""
+    """Tokens of a verify step over those with the draft that was frozen when the first domain ended, over the new
+    domain;
+    a verify step gives the accepted tokens and one more."""
 
     @property
     def drop(self) -> float:
-        """By how much the accept length fell."""
+        """By how much the accepted tokens per step fell."""
         return self.before - self.after
 
 
@@ -89,7 +90,7 @@ def shifts(points: Sequence[Point]) -> list[Shift]:
 
 
 def over_static(points: Iterable[Point]) -> float:
-    """Tokens of a round by the draft that learns over those by the frozen one, where both are scored."""
+    """Tokens of a verify step by the draft that learns over those by the frozen one, where both are scored."""
     both = [point for point in points if point.static_accepted is not None]
     positions = sum(point.positions for point in both)
     static = sum(point.static_accepted or 0 for point in both)

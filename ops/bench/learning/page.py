@@ -52,7 +52,7 @@ def verdict(comparisons: Sequence[Comparison]) -> str:
     for word, found in (("higher", better), ("lower", worse)):
         if found:
             names = ", ".join(_versus(comparison) for comparison in found)
-            sentences.append(f"Over the whole stream the accept length is clearly {word} with {names}.")
+            sentences.append(f"Over the whole stream the accepted tokens per step is clearly {word} with {names}.")
     if unclear == 1:
         sentences.append("One comparison could be chance: its interval holds zero.")
     elif unclear:
@@ -82,13 +82,16 @@ def _subtitle(study: Study, mixed: Runs) -> str:
 
 def _headline(mixed: Runs, ordered: Runs | None) -> list[tuple[str, str]]:
     found = [
-        (_tokens(median_reached(mixed.tokens_to(level))), f"tokens of mixed traffic to accept length {level:g}")
+        (
+            _tokens(median_reached(mixed.tokens_to(level))),
+            f"tokens of mixed traffic to accepted tokens per step {level:g}",
+        )
         for level in LEVELS
     ]
-    found.append((f"{median(mixed.each(final)):.2f}", "accept length at the end of the mixed stream"))
+    found.append((f"{median(mixed.each(final)):.2f}", "accepted tokens per step at the end of the mixed stream"))
     if ordered:
         ratio = f"{median(ordered.each(over_static)):.2f} : 1"
-        found.append((ratio, "tokens a round, against a draft that was frozen after the first domain"))
+        found.append((ratio, "tokens a verify step, against a draft that was frozen after the first domain"))
     return found
 
 

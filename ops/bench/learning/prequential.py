@@ -51,7 +51,7 @@ def in_order(traffic: Traffic, order: Order, seed: int) -> list[Asked]:
 def learn(settings: Settings, traffic: Traffic, trial: Trial) -> Learned:
     """Run a trial to the end of the traffic; on an ordered one the draft of the first domain's end is scored beside."""
     settings = settings_of(settings, trial)
-    torch.set_num_threads(settings.train.threads)
+    torch.set_num_threads(settings.train.num_threads)
     torch.manual_seed(trial.seed)
     device = device_of(settings.train.device, "train.device")
     target, variant = read_target(settings).on(device), trial.variant

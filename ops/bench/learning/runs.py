@@ -21,7 +21,7 @@ Say = Callable[[str], None]
 
 def folder_of(settings: Settings) -> Path:
     """Where runs are kept."""
-    return Path(settings.stack.dir) / "bench" / "learning"
+    return Path(settings.stack.data_dir) / "bench" / "learning"
 
 
 def file_of(settings: Settings, trial: Trial, digest: str) -> Path:
@@ -64,7 +64,7 @@ def run(
         _write(files[trial], learned)
         say(
             f"{number} of {len(missing)}, {time.monotonic() - began:.0f} s: {learned.name}, {learned.order}, "
-            f"seed {learned.seed}: accept length {length(learned.points):.3f} over all, "
+            f"seed {learned.seed}: accepted tokens per step {length(learned.points):.3f} over all, "
             f"{final(learned.points):.3f} at the end"
         )
     return read, {trial: Learned.model_validate_json(file.read_text()) for trial, file in files.items()}

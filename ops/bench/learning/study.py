@@ -28,7 +28,7 @@ from trainer.replay.learning_curve import final as final_length
 Say = Callable[[str], None]
 
 GOAL_TOKENS = 80_000
-"""Tokens of the mixed stream within which the base should be at an accept length of 1."""
+"""Tokens of the mixed stream within which the base should be at an accepted tokens per step of 1."""
 
 QUICK_TOKENS = 12_000
 QUICK_SEEDS = 2
@@ -77,12 +77,12 @@ class Comparison:
 
     @property
     def overall(self) -> Interval:
-        """Difference of the accept length over the whole stream."""
+        """Difference of the accepted tokens per step over the whole stream."""
         return paired(self.runs.each(overall), self.against.each(overall))
 
     @property
     def final(self) -> Interval:
-        """Difference of the accept length at the end of the stream."""
+        """Difference of the accepted tokens per step at the end of the stream."""
         return paired(self.runs.each(final), self.against.each(final))
 
 
@@ -138,7 +138,7 @@ def run(settings: Settings, options: Options, say: Say) -> Study:
     trials = [Trial(variant, order, seed) for seed in range(seeds) for variant, order in wanted]
     read, learned = runs.run(settings, trials, tokens, options.processes, say)
     return Study(
-        describe(settings.train.threads),
+        describe(settings.train.num_threads),
         code_revision(),
         read,
         tuple(
@@ -149,17 +149,17 @@ def run(settings: Settings, options: Options, say: Say) -> Study:
 
 
 def overall(learned: Learned) -> float:
-    """Accept length over the whole stream: how much was gained while it learned."""
+    """Accepted tokens per step over the whole stream: how much was gained while it learned."""
     return length(learned.points)
 
 
 def final(learned: Learned) -> float:
-    """Accept length at the end of the stream."""
+    """Accepted tokens per step at the end of the stream."""
     return final_length(learned.points)
 
 
 def over_static(learned: Learned) -> float:
-    """Tokens of a round over those of the frozen draft, after the first domain."""
+    """Tokens of a verify step over those of the frozen draft, after the first domain."""
     return figures.over_static(learned.points)
 
 
@@ -175,7 +175,7 @@ def _mixed_figures(mixed: Runs) -> list[Figure]:
     for level in LEVELS:
         tokens = mixed.tokens_to(level)
         goal = Goal(GOAL_TOKENS, at_least=False) if level == 1 else None
-        name = f"tokens_to_accept_length_{level:.1f}".replace(".", "_")
+        name = f"tokens_to_accepted_per_step_{level:.1f}".replace(".", "_")
         answered = [
             None if reached is None else figures.answered_within(learned.points, reached)
             for reached, learned in zip(tokens, mixed.seeds, strict=True)
@@ -186,13 +186,15 @@ def _mixed_figures(mixed: Runs) -> list[Figure]:
     known = [length for length in at_goal if length is not None]
     found.append(
         Figure(
-            f"accept_length_at_{GOAL_TOKENS // 1000}k_tokens",
+            f"accepted_per_step_at_{GOAL_TOKENS // 1000}k_tokens",
             median(known) if known else None,
             goal=Goal(1.0, at_least=True),
             detail={"seeds": known} if known else {"why": "the stream is shorter"},
         )
     )
-    found.append(Figure("final_accept_length", median(mixed.each(final)), detail={"seeds": _told(mixed.each(final))}))
+    found.append(
+        Figure("final_accepted_per_step", median(mixed.each(final)), detail={"seeds": _told(mixed.each(final))})
+    )
     return found
 
 

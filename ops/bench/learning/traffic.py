@@ -41,7 +41,7 @@ SEGMENT_PER_DOMAIN = 15
 """Requests of each domain in a segment."""
 
 DRAFT_TOKENS = 8
-"""Drafted in every round, so that branches of any lookahead up to it can be cut from the recording."""
+"""Drafted in every verify step, so that branches of any lookahead up to it can be cut from the recording."""
 
 _NEW_PER_STEP = 4
 _BATCH = 16
@@ -54,13 +54,15 @@ class Served:
     segment: int
     version: str
     output_tokens: int
-    rounds: int
+    verify_steps: int
     accepted: int
     seconds: float
 
     def __str__(self) -> str:
-        rate, length = self.output_tokens / self.seconds, self.accepted / max(self.rounds, 1)
-        return f"{self.output_tokens} tokens by {self.version}, {rate:.1f} tokens/s, accept length {length:.2f}"
+        rate, length = self.output_tokens / self.seconds, self.accepted / max(self.verify_steps, 1)
+        return (
+            f"{self.output_tokens} tokens by {self.version}, {rate:.1f} tokens/s, accepted tokens per step {length:.2f}"
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -125,10 +127,10 @@ def record(settings: Settings, per_domain: int, say: Say) -> None:
         update={
             "speculate": True,
             "draft_tokens": DRAFT_TOKENS,
-            "draft_width": 1,
-            "adaptive": False,
-            "max_batch": _BATCH,
-            "max_waiting": max(map(len, segments)),
+            "draft_tree_width": 1,
+            "adaptive_drafting": False,
+            "max_num_seqs": _BATCH,
+            "max_waiting_requests": max(map(len, segments)),
         }
     )
     recorder = recording.Recorder()
@@ -175,7 +177,7 @@ class Serving:
             number,
             self._version,
             after.output_tokens - before.output_tokens,
-            after.rounds - before.rounds,
+            after.verify_steps - before.verify_steps,
             after.accepted - before.accepted,
             seconds,
         )
@@ -185,7 +187,7 @@ class Serving:
             piece
             for request in segment
             for piece in cut(
-                recording.read_window(self._folder, request.id, self._target.fingerprint), self._train.max_window_tokens
+                recording.read_window(self._folder, request.id, self._target.fingerprint), self._train.max_sample_tokens
             )
         ]
         for start in range(0, len(windows), _NEW_PER_STEP):

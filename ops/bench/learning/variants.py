@@ -20,20 +20,20 @@ _REPLAY = 3
 """Windows of the base that are replayed for each new one."""
 
 BASE: Mapping[str, Value] = {
-    "speculator.draft_vocabulary": 8192,
+    "speculator.draft_vocab_size": 8192,
     "speculator.init": "random",
     "speculator.intermediate_size": 0,
-    "speculator.key_value_heads": 0,
+    "speculator.num_key_value_heads": 0,
     "speculator.variant": "eagle3.1",
     "train.dtype": "float32",
     "train.optimizer": "muon",
     "train.learning_rate": _RATE,
-    "train.matrix_learning_rate": 0.0,
+    "train.muon_learning_rate": 0.0,
     "train.newton_schulz_steps": 3,
     "train.weight_decay": 0.01,
-    "train.ema": 0.98,
+    "train.ema_decay": 0.98,
     "train.warmup_steps": 20,
-    "train.clip": 1.0,
+    "train.max_grad_norm": 1.0,
     "train.ttt_steps": 4,
     "train.ttt_decay": 0.8,
     "train.objective": "kl",
@@ -42,21 +42,37 @@ BASE: Mapping[str, Value] = {
     "train.rejected_min_prob": 0.1,
     "train.rejection_weight": 0.0,
     "train.policy_weight": 0.0,
-    "train.windows_per_step": 1 + _REPLAY,
-    "train.replay_per_step": _REPLAY,
-    "train.history_windows": 2048,
+    "train.batch_size": 1 + _REPLAY,
+    "train.replay_batch_size": _REPLAY,
+    "train.replay_buffer_size": 2048,
     "train.replay_half_life": 0.0,
-    "train.balance": 0.0,
-    "train.max_passes": 8,
-    "train.max_window_tokens": 512,
+    "train.label_balance": 0.0,
+    "train.max_epochs": 8,
+    "train.max_sample_tokens": 512,
 }
 
 LOOKAHEAD = 4
 """Length of the chains that are scored, unless a variant says otherwise."""
 
 _BESIDE_LEARNING = (
-    *("host", "port", "dir", "poll_s", "threads", "seed", "register_every_s", "checkpoint_every_s"),
-    *("held_back_share", "held_back_windows", "stale_half_life", "accumulate", "parallel", "catch_up_steps"),
+    *(
+        "host",
+        "port",
+        "checkpoint_dir",
+        "poll_interval",
+        "num_threads",
+        "seed",
+        "registration_interval",
+        "checkpoint_interval",
+    ),
+    *(
+        "held_out_ratio",
+        "held_out_samples",
+        "staleness_half_life",
+        "gradient_accumulation_steps",
+        "parallel",
+        "catch_up_steps",
+    ),
 )
 """Settings of the trainer that change nothing here: all is learned from, and no version is registered."""
 
@@ -94,12 +110,12 @@ class Trial:
 
 
 def _replay(ratio: int) -> Variant:
-    changes = ("train.windows_per_step", 1 + ratio), ("train.replay_per_step", ratio)
+    changes = ("train.batch_size", 1 + ratio), ("train.replay_batch_size", ratio)
     return Variant(f"replay-{ratio}", "replayed windows for each new one", changes, orders=("mixed", "ordered"))
 
 
 def _step(new: int) -> Variant:
-    changes = ("train.windows_per_step", (1 + _REPLAY) * new), ("train.replay_per_step", _REPLAY * new)
+    changes = ("train.batch_size", (1 + _REPLAY) * new), ("train.replay_batch_size", _REPLAY * new)
     return Variant(f"step-{new}", "new windows in a step, with as many replayed for each as in the base", changes)
 
 
@@ -123,12 +139,12 @@ PLAN = (
     *map(_replay, (0, 1, 2, 5)),
     *map(_step, (2, 4)),
     replace(_one("replay-recent", _REPLAYED, "train.replay_half_life", 200.0), orders=("mixed", "ordered")),
-    replace(_one("replay-balanced", _REPLAYED, "train.balance", 1.0), orders=("mixed", "ordered")),
+    replace(_one("replay-balanced", _REPLAYED, "train.label_balance", 1.0), orders=("mixed", "ordered")),
     *(_one(f"rate-x{x:g}", "learning rate", "train.learning_rate", _RATE * x) for x in (0.5, 1.5, 2.5)),
     _one("adamw", "optimizer", "train.optimizer", "adamw"),
     Variant("adamw-x0.5", "optimizer", (("train.optimizer", "adamw"), ("train.learning_rate", _RATE * 0.5))),
     _one("newton-schulz-5", "optimizer", "train.newton_schulz_steps", 5),
-    *(_one(f"average-{x:g}", "average of the weights", "train.ema", x) for x in (0.0, 0.9, 0.95)),
+    *(_one(f"average-{x:g}", "average of the weights", "train.ema_decay", x) for x in (0.0, 0.9, 0.95)),
     _one("accepted-only", _REJECTED, "train.rejected_weight", 0.0),
     *(_one(f"lambda-{x:g}", _REJECTED, "train.rejected_weight", x) for x in (0.3, 1.0)),
     *(_lookahead(nodes, rejected=rejected) for nodes in (3, 5, 8) for rejected in (False, True)),
@@ -139,7 +155,7 @@ PLAN = (
     ),
     _one("rejection-weight-1", "what the served draft chose", "train.rejection_weight", 1.0),
     _one("policy-weight-0.1", "what the served draft chose", "train.policy_weight", 0.1),
-    *(_one(f"vocabulary-{x}", "draft vocabulary", "speculator.draft_vocabulary", x) for x in (4096, 16384)),
+    *(_one(f"vocabulary-{x}", "draft vocabulary", "speculator.draft_vocab_size", x) for x in (4096, 16384)),
     *(_one(f"width-{x}", "width of the draft", "speculator.intermediate_size", x) for x in (768, 3072)),
     replace(_one("init-head", "where the draft begins", "speculator.init", "head"), orders=("mixed", "ordered")),
     _one("eagle-3", "variant of the draft", "speculator.variant", "eagle3"),

@@ -27,7 +27,7 @@ def look_at_target(patient: Patient) -> Iterator[Finding]:
     try:
         line = read_line(folder, settings.speculator)
     except SettingsError as error:
-        yield problem("target", str(error), "set speculator.vocabulary to a file that `aurora vocabulary` wrote")
+        yield problem("target", str(error), "set speculator.draft_vocab_file to a file that `aurora vocabulary` wrote")
         return
     except CheckpointError as error:
         yield problem("target", str(error), "set target.path to a folder in Hugging Face format with safetensors")
@@ -36,10 +36,10 @@ def look_at_target(patient: Patient) -> Iterator[Finding]:
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         yield problem("target", f"{folder} has no tokenizer", "copy the model's tokenizer files into target.path")
     positions = line.day_0.shape.max_position_embeddings
-    if settings.serve.max_tokens > positions:
-        found = f"serve.max_tokens is {settings.serve.max_tokens}, the target's context {positions}"
-        yield problem("target", found, f"set serve.max_tokens to {positions} or less")
-    yield ok("target", f"{settings.target.name}, fingerprint {line.target}, speculator line {line.name}")
+    if settings.serve.max_model_len > positions:
+        found = f"serve.max_model_len is {settings.serve.max_model_len}, the target's context {positions}"
+        yield problem("target", found, f"set serve.max_model_len to {positions} or less")
+    yield ok("target", f"{settings.target.served_model_name}, fingerprint {line.target}, speculator line {line.name}")
 
 
 def look_at_folders(patient: Patient) -> Iterator[Finding]:
@@ -63,13 +63,13 @@ def look_at_folders(patient: Patient) -> Iterator[Finding]:
 def local_folders(settings: Settings) -> dict[str, Path]:
     """The folders of this machine that are written to, by the setting that names them."""
     named = {
-        "stack.dir": settings.stack.dir,
+        "stack.data_dir": settings.stack.data_dir,
         "stream.data_dir": settings.stream.data_dir,
-        "train.dir": settings.train.dir,
+        "train.checkpoint_dir": settings.train.checkpoint_dir,
         "tables.uri": settings.tables.uri,
     }
     if settings.traces.features == "claim-check":
-        named["traces.claim_uri"] = settings.traces.claim_uri
+        named["traces.claim_check_uri"] = settings.traces.claim_check_uri
     return {setting: Path(text.removeprefix("file://")).absolute() for setting, text in named.items() if is_local(text)}
 
 
@@ -80,9 +80,9 @@ def is_local(uri: str) -> bool:
 
 def look_at_processors(patient: Patient) -> Iterator[Finding]:
     """Whether node and trainer ask for more threads than there are processors."""
-    cores, serve, train = os.cpu_count() or 1, patient.settings.serve.threads, patient.settings.train.threads
+    cores, serve, train = os.cpu_count() or 1, patient.settings.serve.num_threads, patient.settings.train.num_threads
     if serve + train > cores:
-        found = f"serve.threads {serve} and train.threads {train} on {cores} processors"
+        found = f"serve.num_threads {serve} and train.num_threads {train} on {cores} processors"
         yield warning("processors", found, "lower them, unless node and trainer run on machines of their own")
     else:
         yield ok("processors", f"{cores}, of which node and trainer use {serve + train}")

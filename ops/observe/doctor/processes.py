@@ -42,10 +42,10 @@ def _node(patient: Patient, overview: Overview) -> Iterator[Finding]:
     if not node.alive:
         yield problem("serve", f"the engine of node {node.node} does not run", "its log says why; restart it")
     if node.registry_error:
-        yield problem("serve", f"node {node.node}: {node.registry_error}", "set registry.uri for the node")
+        yield problem("serve", f"node {node.node}: {node.registry_error}", "set registry.tracking_uri for the node")
     if node.breaker != "closed":
         found = f"node {node.node} cannot publish traces (breaker {node.breaker})"
-        yield problem("serve", found, "check kafka.bootstrap and kafka.client of the node")
+        yield problem("serve", found, "check kafka.bootstrap_servers and kafka.client_options of the node")
     for refused in node.refused:
         yield warning("serve", f"node {node.node} refuses version {refused.version}: {refused.why}", "promote another")
     yield ok("serve", f"node {node.node}, version {node.speculator or 'none'}, {node.failed} failed requests")

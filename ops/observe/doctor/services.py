@@ -18,7 +18,9 @@ from schemas.settings import SettingsError
 
 _BROKER_S = 6.0
 _COLLECTOR_S = 5.0
-_FIX_BROKER = "start it (`aurora up` brings one), or set kafka.bootstrap and, for TLS and SASL, kafka.client"
+_FIX_BROKER = (
+    "start it (`aurora up` brings one), or set kafka.bootstrap_servers and, for TLS and SASL, kafka.client_options"
+)
 _FIX_TOPICS = "`aurora topics apply` makes it so"
 
 
@@ -34,10 +36,10 @@ def look_at_broker(patient: Patient) -> Iterator[Finding]:
     except (UserError, SettingsError) as error:
         yield problem("broker", str(error), _FIX_BROKER)
         return
-    yield ok("broker", f"{kafka.bootstrap} answers, {members} in the cluster")
-    if kafka.replication > members:
-        found = f"kafka.replication is {kafka.replication}, the cluster has {members}"
-        yield problem("topics", found, f"set kafka.replication to {members} or less, or add brokers")
+    yield ok("broker", f"{kafka.bootstrap_servers} answers, {members} in the cluster")
+    if kafka.replication_factor > members:
+        found = f"kafka.replication_factor is {kafka.replication_factor}, the cluster has {members}"
+        yield problem("topics", found, f"set kafka.replication_factor to {members} or less, or add brokers")
     missing = sorted({change.topic for change in changes if change.found is None})
     for name in missing:
         yield warning("topics", f"{name} does not exist", f"{_FIX_TOPICS}; so does the first stream worker")
@@ -52,11 +54,11 @@ def look_at_broker(patient: Patient) -> Iterator[Finding]:
 def look_at_registry(patient: Patient) -> Iterator[Finding]:
     """Whether the registry answers, is MLflow, lets us in, and knows the speculator line."""
     settings = patient.settings.registry
-    uri = settings.uri
-    fix = "start it (`aurora up` brings one), or set registry.uri to your MLflow server"
+    uri = settings.tracking_uri
+    fix = "start it (`aurora up` brings one), or set registry.tracking_uri to your MLflow server"
     try:
         account = (settings.username, settings.password.get_secret_value()) if settings.username else None
-        answer = httpx.get(f"{uri.rstrip('/')}/version", auth=account, timeout=settings.timeout_s)
+        answer = httpx.get(f"{uri.rstrip('/')}/version", auth=account, timeout=settings.timeout)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         yield problem("registry", f"{uri}: {error}", fix)
         return
@@ -69,7 +71,7 @@ def look_at_registry(patient: Patient) -> Iterator[Finding]:
         return
     if answer.status_code != HTTPStatus.OK or not answer.text[:1].isdigit():
         found = f"something else than MLflow answers at {uri} ({answer.status_code} for /version)"
-        yield problem("registry", found, "set registry.uri to your MLflow server, without a path behind it")
+        yield problem("registry", found, "set registry.tracking_uri to your MLflow server, without a path behind it")
         return
     yield ok("registry", f"{uri}, MLflow {answer.text.strip()}")
     yield from _line_in_registry(patient)
@@ -84,7 +86,7 @@ def _line_in_registry(patient: Patient) -> Iterator[Finding]:
     try:
         lines = {one.name: one.aliases for one in SpeculatorRegistry(patient.settings.registry).lines()}
     except RegistryError as error:
-        yield problem("registry", str(error), "check the rights of the user there, and registry.timeout_s")
+        yield problem("registry", str(error), "check the rights of the user there, and registry.timeout")
         return
     if line in lines:
         named = ", ".join(f"{alias} is version {version}" for alias, version in sorted(lines[line].items()))
@@ -172,22 +174,22 @@ def look_at_claims(patient: Patient) -> Iterator[Finding]:
     try:
         ClaimStore(traces).probe()
     except (ClaimStoreError, SettingsError) as error:
-        yield problem("claims", str(error), "set traces.claim_uri and traces.claim_options")
+        yield problem("claims", str(error), "set traces.claim_check_uri and traces.claim_check_options")
     else:
-        yield ok("claims", f"{traces.claim_uri} takes files")
+        yield ok("claims", f"{traces.claim_check_uri} takes files")
 
 
 def look_at_sharing(patient: Patient) -> Iterator[Finding]:
     """Whether processes that are spread over machines would look into folders that only this one has."""
     settings = patient.settings
-    hosts = {urlsplit(f"//{address.strip()}").hostname for address in settings.kafka.bootstrap.split(",")}
-    hosts.add(urlsplit(settings.registry.uri).hostname)
+    hosts = {urlsplit(f"//{address.strip()}").hostname for address in settings.kafka.bootstrap_servers.split(",")}
+    hosts.add(urlsplit(settings.registry.tracking_uri).hostname)
     away = sorted(host for host in hosts if host and host not in ("127.0.0.1", "localhost", "::1"))
     if not away:
         return
     folders = {"tables.uri": settings.tables.uri}
     if settings.traces.features == "claim-check":
-        folders["traces.claim_uri"] = settings.traces.claim_uri
+        folders["traces.claim_check_uri"] = settings.traces.claim_check_uri
     for setting, uri in folders.items():
         if is_local(uri):
             found = f"{setting} is the folder {uri} of this machine, while {', '.join(away)} serves others too"

@@ -41,13 +41,13 @@ def measure(target: Target, drafter: Drafter, slots: int) -> Costs:
 
 
 def _verify(target: Target, slots: int, rows: int) -> None:
-    """A pass as a round has it: the rows spread over as many requests as there are slots."""
+    """A pass as a verify step has it: the rows spread over as many requests as there are slots."""
     requests = min(rows, slots)
     lengths = [rows // requests + (i < rows % requests) for i in range(requests)]
     prefix = min(_PREFIX, target.cache.positions - max(lengths))
     batch = RaggedBatch([Segment(slot, prefix, length) for slot, length in enumerate(lengths)], target.device)
     tokens_T = torch.zeros(rows, dtype=torch.int64, device=target.device)
-    # As in a round, the pass is over when the processor has what it decided.
+    # As in a verify step, the pass is over when the processor has what it decided.
     likeliest(target.logits(target.consume(tokens_T, batch).last_TH), 8).ids_Rk.cpu()
 
 

@@ -1,4 +1,4 @@
-"""The draft's side of a round: follow what the target committed, then propose tokens for the running requests.
+"""The draft's side of a verify step: follow what the target committed, then propose tokens for the running requests.
 
 Row t of the draft pairs the target's features after token t with the embedding of token t + 1 and stands at rotary
 position t. Committed rows are computed from true features once and stay; the rows of proposed tokens follow them in
@@ -44,7 +44,7 @@ class Committed:
     """Position of the first row."""
     features_TF: Tensor
     next_tokens: Sequence[int]
-    """[T] the token after each row; the last one is the root of the coming round."""
+    """[T] the token after each row; the last one is the root of the coming verify step."""
     request: Request
     generator: torch.Generator
     room: int

@@ -1,4 +1,4 @@
-"""The built-in engine: a thread that runs rounds, and the small mailbox through which everything reaches it."""
+"""The built-in engine: a thread that runs verify steps, and the small mailbox through which everything reaches it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from serving.engines.base import EngineFullError, Figures, Finish, Health, Outpu
 from serving.engines.builtin.calibration import measure
 from serving.engines.builtin.drafter import Drafter, pack_draft
 from serving.engines.builtin.target import Target
-from serving.engines.builtin.verify import Decided, Models, Running, run_round
+from serving.engines.builtin.verify import Decided, Models, Running, run_verify_step
 from serving.planner import Utility
 
 log = structlog.get_logger()
@@ -34,34 +34,35 @@ _NO_FIGURES = Figures(0, 0, 0, ())
 class TransformersEngine:
     """Implements ``serving.engines.base.Engine`` on PyTorch.
 
-    The round thread alone touches the models and the caches. Other threads leave requests, cancellations and swaps in
-    a mailbox, which is emptied between two rounds.
+    The verify step thread alone touches the models and the caches. Other threads leave requests, cancellations and
+    swaps in
+    a mailbox, which is emptied between two verify steps.
     """
 
     def __init__(self, settings: Settings, sink: TraceSink | None = None) -> None:
         serve = settings.serve
-        torch.set_num_threads(serve.threads)
+        torch.set_num_threads(serve.num_threads)
         line, self._target = _load(settings)
         self.target, self.line, self.weights = line.target, line.name, self._target.kind
         self.vocabulary = self._target.shape.vocab_size
-        self.max_tokens = serve.max_tokens
+        self.max_tokens = serve.max_model_len
         self._drafter = Drafter(
             line.day_0,
             self._target.embeddings_VH,
-            serve.max_batch,
-            serve.max_tokens + serve.draft_tokens + 1,
-            width=serve.draft_width,
-            nodes=serve.draft_nodes,
+            serve.max_num_seqs,
+            serve.max_model_len + serve.num_speculative_tokens + 1,
+            width=serve.draft_tree_width,
+            nodes=serve.draft_tree_nodes,
         )
-        costs = measure(self._target, self._drafter, serve.max_batch)
-        self._utility = Utility(costs, serve.draft_tokens, adaptive=serve.adaptive)
+        costs = measure(self._target, self._drafter, serve.max_num_seqs)
+        self._utility = Utility(costs, serve.num_speculative_tokens, adaptive=serve.adaptive_drafting)
         self._models = Models(
             self._target,
             self._drafter,
             self._utility,
             settings.traces.top_k,
-            serve.max_tokens,
-            serve.prefill_stall_ms / 1e3,
+            serve.max_model_len,
+            serve.max_prefill_stall,
         )
         self._version = settings.speculator.day_0
         self._serve, self._sink = serve, sink
@@ -74,18 +75,18 @@ class TransformersEngine:
 
         self._speculating = serve.speculate
         self._active: list[Running] = []
-        self._free = list(range(serve.max_batch))
+        self._free = list(range(serve.max_num_seqs))
         """A heap: the lowest slot is taken first, so that few requests lie in the first ones."""
-        self._rounds = self._drafted = self._accepted = self._output_tokens = 0
+        self._verify_steps = self._drafted = self._accepted = self._output_tokens = 0
         self._error: str | None = None
-        self._thread = threading.Thread(target=self._run, name="rounds", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="verify_steps", daemon=True)
 
     def start(self) -> None:
-        """Begin to run rounds."""
+        """Begin to run verify steps."""
         self._thread.start()
 
     def stop(self) -> None:
-        """End the rounds; running and waiting requests finish with ``cancelled``."""
+        """End the verify steps; running and waiting requests finish with ``cancelled``."""
         with self._mail:
             self._stopping = True
             self._mail.notify()
@@ -96,20 +97,20 @@ class TransformersEngine:
         """Queue a request.
 
         Raises:
-            EngineFullError: ``serve.max_waiting`` requests wait already, or the engine has stopped.
+            EngineFullError: ``serve.max_waiting_requests`` requests wait already, or the engine has stopped.
         """
         if not 0 < len(request.prompt) < self.max_tokens:
             raise ValueError(f"a prompt has 1 to {self.max_tokens - 1} tokens, this one {len(request.prompt)}")
         with self._mail:
             if self._stopping or self._error:
                 raise EngineFullError(self._error or "the engine is stopping")
-            if len(self._waiting) >= self._serve.max_waiting:
-                raise EngineFullError(f"{len(self._waiting)} requests wait already (serve.max_waiting)")
+            if len(self._waiting) >= self._serve.max_waiting_requests:
+                raise EngineFullError(f"{len(self._waiting)} requests wait already (serve.max_waiting_requests)")
             self._waiting.append((request, on_output))
             self._mail.notify()
 
     def cancel(self, request_id: str) -> None:
-        """End a request before its next round; an unknown id has ended already."""
+        """End a request before its next verify step; an unknown id has ended already."""
         with self._mail:
             self._cancelled.add(request_id)
             self._mail.notify()
@@ -123,7 +124,7 @@ class TransformersEngine:
         self._drafter.check(draft)
 
     def swap(self, draft: EagleDraft, version: str) -> Swapped:
-        """Put checked weights in place between two rounds; blocks until they are."""
+        """Put checked weights in place between two verify steps; blocks until they are."""
         packed = pack_draft(draft, self._target.device)
         done: Future[Swapped] = Future()
         with self._mail:
@@ -134,7 +135,7 @@ class TransformersEngine:
         return done.result()
 
     def speculate(self, *, on: bool) -> None:
-        """Draft from the next round on, or stop it; a node started without speculation stays without."""
+        """Draft from the next verify step on, or stop it; a node started without speculation stays without."""
         self._speculating = on and self._serve.speculate
 
     def health(self) -> Health:
@@ -148,7 +149,7 @@ class TransformersEngine:
             expected_rates=forecast.rates,
             running=len(self._active),
             waiting=len(self._waiting),
-            rounds=self._rounds,
+            verify_steps=self._verify_steps,
             drafted=self._drafted,
             accepted=self._accepted,
             output_tokens=self._output_tokens,
@@ -159,9 +160,10 @@ class TransformersEngine:
         try:
             with torch.inference_mode():
                 while self._collect_mail():
-                    self._round()
+                    self._verify_step()
         except Exception as error:
-            # Whatever broke a round has left the caches undefined, so nothing narrower can be answered: every request
+            # Whatever broke a verify step has left the caches undefined, so nothing narrower can be answered: every
+            # request
             # is told, the node turns unhealthy, and its supervisor starts it again.
             log.exception("engine_died")
             self._error = f"{type(error).__name__}: {error}"
@@ -208,20 +210,20 @@ class TransformersEngine:
         self._version = version
         done.set_result(Swapped(version, len(self._active), (time.perf_counter() - started) * 1e3))
 
-    def _round(self) -> None:
+    def _verify_step(self) -> None:
         if not self._active:
             return
-        decided = run_round(self._active, self._models, self._version, speculate=self._speculating)
+        decided = run_verify_step(self._active, self._models, self._version, speculate=self._speculating)
         for result in decided:
             self._deliver(result)
 
     def _deliver(self, result: Decided) -> None:
         r = result.running
         self._output_tokens += len(result.output)
-        if result.round is not None:
-            self._rounds += 1
-            self._drafted += result.round.drafted
-            self._accepted += result.round.accepted
+        if result.verify_step is not None:
+            self._verify_steps += 1
+            self._drafted += result.verify_step.drafted
+            self._accepted += result.verify_step.accepted
         if self._sink is not None and result.trace is not None:
             self._sink.record(r.request, (result.trace,), r.finish)
         if r.finish is not None:
@@ -231,7 +233,7 @@ class TransformersEngine:
             r.on_output(Output(result.output, result.scores))
 
     def _finish(self, r: Running, output: Output) -> None:
-        """End a request outside of a round."""
+        """End a request outside of a verify step."""
         self._release(r)
         if self._sink is not None and r.request.trace:
             self._sink.record(r.request, (), output.finish)
@@ -263,10 +265,10 @@ def _load(settings: Settings) -> tuple[Line, Target]:
         target = Target(
             folder,
             line.day_0.shape,
-            serve.max_batch,
-            serve.max_tokens,
-            drafted=serve.draft_nodes,
-            weights=serve.weights,
+            serve.max_num_seqs,
+            serve.max_model_len,
+            drafted=serve.draft_tree_nodes,
+            weights=serve.weight_dtype,
             device=device_of(serve.device, "serve.device"),
         )
     except CheckpointError as error:

@@ -154,13 +154,13 @@ def pack(kind: Kind, weight_OI: Tensor, bias_O: Tensor | None = None) -> nn.Modu
     """
     if weight_OI.is_cuda:
         if kind == "int8":
-            raise KernelError("serve.weights = 'int8': not for GPUs; use 'float32' or 'float16'")
+            raise KernelError("serve.weight_dtype = 'int8': not for GPUs; use 'float32' or 'float16'")
         return Dense(weight_OI, bias_O, torch.float16 if kind == "float16" else torch.float32)
     if kind == "float32":
         has_onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         return (PackedFp32 if has_onednn else Dense)(weight_OI, bias_O)
     if not _has_fbgemm():
-        raise KernelError(f"serve.weights = {kind!r}: this build of torch has no fbgemm kernels; use 'float32'")
+        raise KernelError(f"serve.weight_dtype = {kind!r}: this build of torch has no fbgemm kernels; use 'float32'")
     return (PackedFp16 if kind == "float16" else PackedInt8)(weight_OI, bias_O)
 
 
@@ -168,7 +168,7 @@ def choose(asked: Kind | Literal["auto"], weights: Sequence[Tensor]) -> Kind:
     """The kernel to use: the one asked for, or the fastest of those that compute the target exactly as it is.
 
     Args:
-        asked: The setting ``serve.weights``.
+        asked: The setting ``serve.weight_dtype``.
         weights: The target's matrices [O, I], fp32.
 
     Raises:
@@ -178,7 +178,7 @@ def choose(asked: Kind | Literal["auto"], weights: Sequence[Tensor]) -> Kind:
     if asked != "auto":
         if asked == "float16" and (on_gpu or not exact):
             why = "a GPU multiplies fp16 inputs" if on_gpu else "some weights are no fp16 numbers"
-            log.warning("target_rounded", setting="serve.weights", kind=asked, why=why)
+            log.warning("target_rounded", setting="serve.weight_dtype", kind=asked, why=why)
         return asked
     if on_gpu or not (exact and _has_fbgemm()):
         return "float32"

@@ -52,7 +52,7 @@ class Target:
         self.shape = shape
         if positions > config.max_position_embeddings:
             raise CheckpointError(
-                f"serve.max_tokens is {positions}, the target's context only {config.max_position_embeddings}"
+                f"serve.max_model_len is {positions}, the target's context only {config.max_position_embeddings}"
             )
         self.eos_ids = _eos_ids(folder, config)
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=ATTENTION)

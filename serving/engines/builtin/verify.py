@@ -1,4 +1,4 @@
-"""One round over all running requests: draft, verify, commit.
+"""One verify step over all running requests: draft, verify, commit.
 
 Requests that still read their prompt take part with a piece of it, so that a long prompt does not hold up the others.
 The batch has no padding: each request brings its own number of tokens and commits its own number.
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from schemas.draft_tree import depths, is_chain, visible
 from schemas.speculator.acceptance import SampledRows, Verdict, accept_greedy, accept_sampled
-from schemas.trace.record import ROOT, U16, Round
+from schemas.trace.record import ROOT, U16, VerifyStep
 from serving.engines.base import Figures, Finish, Output, Request, Scored
 from serving.engines.builtin.drafter import Committed, Drafter, Proposal
 from serving.engines.builtin.kernels import likeliest
@@ -27,14 +27,14 @@ from serving.engines.builtin.target import Target
 from serving.planner import Timing, Trial, Utility
 
 PREFILL_TOKENS = 128
-"""Prompt tokens that one round reads at most, over all requests."""
+"""Prompt tokens that one verify step reads at most, over all requests."""
 
 _NOTHING = Proposal()
 
 
 @dataclass(frozen=True, slots=True)
 class Models:
-    """What decodes: the same for every round but for the version."""
+    """What decodes: the same for every verify step but for the version."""
 
     target: Target
     drafter: Drafter
@@ -44,7 +44,7 @@ class Models:
     limit: int
     """Longest request, prompt and answer together."""
     prefill_stall_s: float
-    """How much longer a round may take for prompts that it reads, over all requests, while some decode."""
+    """How much longer a verify step may take for prompts that it reads, over all requests, while some decode."""
 
 
 @dataclass(slots=True)
@@ -62,7 +62,7 @@ class Running:
     """Rows that are committed in the draft's cache."""
     unseen: list[Tensor] = field(default_factory=list)
     """Features [.., F] of committed tokens that the draft has not seen."""
-    rounds: int = 0
+    verify_steps: int = 0
     drafted: int = 0
     accepted: int = 0
     speculators: list[str] = field(default_factory=list)
@@ -81,7 +81,7 @@ class Running:
     @property
     def figures(self) -> Figures:
         """How the request was decoded so far."""
-        return Figures(self.rounds, self.drafted, self.accepted, tuple(self.speculators))
+        return Figures(self.verify_steps, self.drafted, self.accepted, tuple(self.speculators))
 
     def room(self, limit: int) -> int:
         """Tokens that the answer can still take."""
@@ -90,7 +90,7 @@ class Running:
 
 
 class Step(NamedTuple):
-    """What one request feeds to the target in this round."""
+    """What one request feeds to the target in this verify step."""
 
     running: Running
     tokens: list[int]
@@ -104,21 +104,21 @@ class Step(NamedTuple):
 
 
 class Drafting(NamedTuple):
-    """What became of the draft in one verify round."""
+    """What became of the draft in one verify step."""
 
     drafted: int
     accepted: int
 
 
 class Decided(NamedTuple):
-    """What one request got from a round."""
+    """What one request got from a verify step."""
 
     running: Running
     output: tuple[int, ...]
     scores: tuple[Scored, ...]
-    round: Drafting | None
+    verify_step: Drafting | None
     """None for a prefill."""
-    trace: Round | None
+    trace: VerifyStep | None
     """None where the request may not be traced."""
 
 
@@ -135,14 +135,14 @@ class _Judged(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Clock:
-    """When the parts of a round ended; microseconds."""
+    """When the parts of a verify step ended; microseconds."""
 
     draft_us: int
     verify_us: int
     now_us: int
 
 
-def run_round(active: Sequence[Running], models: Models, version: str, *, speculate: bool) -> list[Decided]:
+def run_verify_step(active: Sequence[Running], models: Models, version: str, *, speculate: bool) -> list[Decided]:
     """Draft, verify and commit once for every active request.
 
     Args:
@@ -163,7 +163,8 @@ def run_round(active: Sequence[Running], models: Models, version: str, *, specul
     decided = [_commit(j, models, version, clock) for j in judged]
     if speculate:
         trials = [trial for j in judged for trial in _trials(j)]
-        # A row's price is all that it adds to a round: on a GPU its tokens cost the processor more than its pass does.
+        # A row's price is all that it adds to a verify step: on a GPU its tokens cost the processor more than its
+        # pass does.
         verify = None if reading else Timing(len(batch.slots_T), time.perf_counter() - drafted)
         models.utility.observe(trials, verify, drafts, sum(len(step.proposal.nodes) for step in steps))
     return decided
@@ -196,7 +197,9 @@ def _propose(active: Sequence[Running], models: Models) -> tuple[dict[int, Propo
 
 
 def _plan(active: Sequence[Running], proposals: dict[int, Proposal], models: Models) -> list[Step]:
-    """Root and draft for those that decode; a piece of the prompt, within the round's budget, for those that read."""
+    """Root and draft for those that decode; a piece of the prompt, within the verify step's budget, for those that
+    read.
+    """
     decoding = sum(1 + len(proposals.get(r.slot, _NOTHING).nodes) for r in active if not r.prefilling)
     steps, budget = [], PREFILL_TOKENS
     if decoding:
@@ -275,7 +278,7 @@ def _trials(judged: _Judged) -> Iterator[Trial]:
 
 
 def _commit(judged: _Judged, models: Models, version: str, clock: _Clock) -> Decided:
-    """Move the request forward by what was decided, and write the round down."""
+    """Move the request forward by what was decided, and write the verify step down."""
     step, verdict = judged.step, judged.verdict
     r, proposal, position, prefilling = step.running, step.proposal, step.running.consumed, step.running.prefilling
     output: list[int] = []
@@ -287,7 +290,7 @@ def _commit(judged: _Judged, models: Models, version: str, clock: _Clock) -> Dec
     features_TF = judged.features_TF[rows]
     models.target.cache.keep(r.slot, position + 1, path)
     if not prefilling:
-        r.rounds += 1
+        r.verify_steps += 1
         r.drafted += len(proposal.nodes)
         r.accepted += len(path)
     if proposal.nodes and version not in r.speculators:
@@ -298,8 +301,8 @@ def _commit(judged: _Judged, models: Models, version: str, clock: _Clock) -> Dec
         r.unseen.append(features_TF)
     trace = None
     if r.request.trace:
-        trace = Round(
-            round=0 if prefilling else r.rounds,
+        trace = VerifyStep(
+            verify_step=0 if prefilling else r.verify_steps,
             position=position,
             tokens=tuple(step.tokens[row] for row in rows),
             features=_bf16(features_TF),
@@ -320,7 +323,9 @@ def _commit(judged: _Judged, models: Models, version: str, clock: _Clock) -> Dec
 
 
 def _end(said: list[int], r: Running, models: Models) -> tuple[list[int], Finish | None]:
-    """Cut what was decided at the end of the answer, so that a request's last token is the bonus of its last round."""
+    """Cut what was decided at the end of the answer, so that a request's last token is the bonus of its last verify
+    step.
+    """
     room, request = r.room(models.limit), r.request
     for i, token in enumerate(said[:room]):
         if token in request.stop_ids or (token in models.target.eos_ids and not request.ignore_eos):

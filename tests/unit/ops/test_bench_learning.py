@@ -31,7 +31,7 @@ from serving.engines.base import Request
 from serving.engines.builtin.engine import TransformersEngine
 from trainer.data.samples import Branch, Teacher, Window
 from trainer.data.target import read_target
-from trainer.objective.simulated_acceptance import accept_length
+from trainer.objective.simulated_acceptance import accepted_per_step
 from trainer.replay.learning_curve import curve, tokens_to
 from trainer.replay.prequential import Asked, History, Point, cut_branches
 
@@ -41,8 +41,8 @@ TINY = Variant(
     (
         ("train.ttt_steps", 2),
         ("train.learning_rate", 5e-3),
-        ("train.windows_per_step", 8),
-        ("train.replay_per_step", 4),
+        ("train.batch_size", 8),
+        ("train.replay_batch_size", 4),
     ),
     orders=("mixed", "ordered"),
 )
@@ -65,13 +65,13 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     folder = tmp_path_factory.mktemp("learning")
     flags = {
         "target.path": str(write_tiny_target(folder / "target")),
-        "speculator.draft_vocabulary": VOCABULARY,
-        "stack.dir": str(folder),
-        "serve.max_tokens": 64,
-        "serve.weights": "float32",
-        "serve.adaptive": False,
-        "serve.draft_tokens": 5,
-        "serve.max_waiting": 64,
+        "speculator.draft_vocab_size": VOCABULARY,
+        "stack.data_dir": str(folder),
+        "serve.max_model_len": 64,
+        "serve.weight_dtype": "float32",
+        "serve.adaptive_drafting": False,
+        "serve.num_speculative_tokens": 5,
+        "serve.max_waiting_requests": 64,
     }
     made = load(environ={}, flags=flags)
     recorder = recording.Recorder()
@@ -124,7 +124,7 @@ def test_traffic_that_is_recorded_is_not_served_again(settings: Settings, monkey
 
 
 def test_traffic_that_is_not_there_is_told_with_the_flag_that_records_it(settings: Settings, tmp_path: Path) -> None:
-    elsewhere = settings.model_copy(update={"stack": settings.stack.model_copy(update={"dir": str(tmp_path)})})
+    elsewhere = settings.model_copy(update={"stack": settings.stack.model_copy(update={"data_dir": str(tmp_path)})})
     with pytest.raises(UserError, match=r"aurora bench learning --record"):
         traffic.read(elsewhere)
 
@@ -157,7 +157,7 @@ def test_every_batch_is_scored_before_it_is_learned_from(settings: Settings, rec
     learned = run(settings, recorded)
     target = read_target(variants.settings_of(settings, Trial(TINY, "mixed", 0)))
     first = in_order(recorded, "mixed", 0)[:4]
-    untrained = accept_length(target.new_draft(), target.embeddings_VH, [asked.window for asked in first], 4)
+    untrained = accepted_per_step(target.new_draft(), target.embeddings_VH, [asked.window for asked in first], 4)
     scored = learned.points[: len({asked.domain for asked in first})]
     assert (sum(p.accepted for p in scored), sum(p.positions for p in scored)) == untrained
 
@@ -189,7 +189,7 @@ def test_an_ordered_run_scores_a_draft_that_was_frozen_when_the_first_domain_end
 
 
 def test_replay_passes_over_a_window_no_more_often_than_is_allowed() -> None:
-    history = History(Train(history_windows=3, max_passes=2), seed=0)
+    history = History(Train(replay_buffer_size=3, max_epochs=2), seed=0)
     windows = [window(tokens=5) for _ in range(4)]
     for one in windows:
         history.add((0, 0), "math", one)
@@ -299,9 +299,9 @@ def test_every_variant_of_the_plan_runs_with_settings_that_there_are(settings: S
 
 
 def test_a_variant_goes_over_what_the_user_set_and_that_over_the_base() -> None:
-    own = load(environ={}, flags={"train.clip": 0.5, "train.learning_rate": 3e-4, "train.poll_s": 9})
+    own = load(environ={}, flags={"train.max_grad_norm": 0.5, "train.learning_rate": 3e-4, "train.poll_interval": 9})
     values = variants.values_of(own, Variant("fast", "rate", (("train.learning_rate", 2e-3),)))
-    assert values == {**BASE, "train.clip": 0.5, "train.learning_rate": 2e-3}
+    assert values == {**BASE, "train.max_grad_norm": 0.5, "train.learning_rate": 2e-3}
 
 
 def test_a_choice_of_variants_brings_those_that_they_are_compared_with() -> None:
@@ -334,7 +334,7 @@ def test_what_was_run_is_not_run_again(settings: Settings, recorded: Traffic, tm
     elsewhere = tmp_path / "bench" / "recorded"
     elsewhere.parent.mkdir()
     elsewhere.symlink_to(traffic.folder_of(settings).parent)
-    own = settings.model_copy(update={"stack": settings.stack.model_copy(update={"dir": str(tmp_path)})})
+    own = settings.model_copy(update={"stack": settings.stack.model_copy(update={"data_dir": str(tmp_path)})})
     trials = [Trial(TINY, "mixed", 0), Trial(replace(TINY, name="the-same"), "mixed", 0)]
     _, first = runs.run(own, trials, None, 1, lambda _line: None)
     (file,) = runs.folder_of(own).glob("*.json")
@@ -356,7 +356,7 @@ def test_a_run_has_another_file_when_anything_that_it_depends_on_differs(setting
         replace(trial, variant=replace(TINY, lookahead=3)),
         replace(trial, variant=replace(TINY, branch_nodes=3)),
         replace(trial, variant=replace(TINY, changes=(("speculator.init", "head"),))),
-        replace(trial, variant=replace(TINY, changes=(("train.clip", 0.5),))),
+        replace(trial, variant=replace(TINY, changes=(("train.max_grad_norm", 0.5),))),
     ]
     files = {runs.file_of(settings, other, "digest") for other in others} | {runs.file_of(settings, trial, "other")}
     assert len(files) == len(others) + 1
@@ -364,10 +364,12 @@ def test_a_run_has_another_file_when_anything_that_it_depends_on_differs(setting
 
 def test_the_report_holds_the_bases_figures_and_every_variant_with_its_interval(small: study.Study) -> None:
     summary = json.loads(json.dumps(small.report().summary()))
-    assert {"tokens_to_accept_length_0_5", "tokens_to_accept_length_1_0", "tokens_to_accept_length_1_5"} < set(
-        summary["figures"]
-    )
-    assert summary["figures"]["tokens_to_accept_length_1_0"]["goal"] == "<= 80000"
+    assert {
+        "tokens_to_accepted_per_step_0_5",
+        "tokens_to_accepted_per_step_1_0",
+        "tokens_to_accepted_per_step_1_5",
+    } < set(summary["figures"])
+    assert summary["figures"]["tokens_to_accepted_per_step_1_0"]["goal"] == "<= 80000"
     assert [(v["name"], v["order"]) for v in summary["variants"]] == [
         (name, order) for name in ("base", "lambda-0") for order in ("mixed", "ordered")
     ]
@@ -413,8 +415,8 @@ def test_the_verdict_says_which_differences_are_beyond_chance() -> None:
     base = of("base", 0.5, 0.6, 0.7)
     better, worse, same = of("better", 0.6, 0.7, 0.81), of("worse", 0.3, 0.41, 0.5), of("same", 0.6, 0.5, 0.7)
     assert verdict([study.Comparison(r, base) for r in (better, worse, same)]) == (
-        "Over the whole stream the accept length is clearly higher with better (+0.10, mixed). "
-        "Over the whole stream the accept length is clearly lower with worse (-0.20, mixed). "
+        "Over the whole stream the accepted tokens per step is clearly higher with better (+0.10, mixed). "
+        "Over the whole stream the accepted tokens per step is clearly lower with worse (-0.20, mixed). "
         "One comparison could be chance: its interval holds zero."
     )
     assert "One seed cannot tell" in verdict([study.Comparison(of("better", 0.6), of("base", 0.5))])
@@ -440,8 +442,8 @@ def test_the_command_writes_json_and_a_page(
     monkeypatch.setattr(variants, "PLAN", (TINY,))
     flags = {
         "target.path": settings.target.path,
-        "stack.dir": settings.stack.dir,
-        "speculator.draft_vocabulary": VOCABULARY,
+        "stack.data_dir": settings.stack.data_dir,
+        "speculator.draft_vocab_size": VOCABULARY,
     }
     sets = [part for name, value in flags.items() for part in ("--set", f"{name}={value}")]
     told = CliRunner().invoke(app, ["bench", "learning", "--seeds", "1", "--json", "--html", "page.html", *sets])

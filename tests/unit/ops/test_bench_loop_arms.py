@@ -43,7 +43,7 @@ class Handler(BaseHTTPRequestHandler):
         plain = self.headers["x-aurora-speculate"] == "off"
         asked = body["messages"][0]["content"]
         self.server.told.append(f"{'plain' if plain else self.server.pinned}: {asked}")
-        figures = {"rounds": 4, "drafted": 8, "accepted": 0 if plain else int(self.server.pinned)}
+        figures = {"verify_steps": 4, "drafted": 8, "accepted": 0 if plain else int(self.server.pinned)}
         last = {
             "id": "c1",
             "choices": [{"delta": {"content": f"to {asked}{'!' if plain and asked == '1' else ''}"}}],
@@ -91,10 +91,10 @@ def test_what_is_served_is_compared_without_a_pin(node: Node, asked: Asked) -> N
     assert asked.told == ["0: 3", "0: 4", "0: 0", "0: 1", "plain: 3", "plain: 4", "plain: 0", "plain: 1"]
 
 
-def test_accept_lengths_versions_and_answers_are_those_of_the_trials(node: Node) -> None:
+def test_accepted_per_steps_versions_and_answers_are_those_of_the_trials(node: Node) -> None:
     arms = {"now": Arm(speculate=True, version="3"), "none": NONE}
     measured = compare(node, arms, PROMPTS, Plan(at_once=1, trials=2, size=2))
-    assert measured.accept_lengths == {"now": 0.75, "none": 0}
+    assert measured.accepted_per_steps == {"now": 0.75, "none": 0}
     assert measured.versions == {"now": ("3",), "none": ()}
     assert measured.same_answers == 0.75
     assert all(rate > 0 for rates in measured.rates.values() for rate in rates.clock.values)
@@ -113,7 +113,7 @@ def test_a_node_that_refuses_ends_the_measurement_with_its_reason(node: Node, as
         node.pin("7")
 
 
-def test_prompts_come_round_again_when_they_are_used_up() -> None:
+def test_prompts_come_verify_step_again_when_they_are_used_up() -> None:
     assert [prompt.text for prompt in of_trial(PROMPTS, 1, 3)] == ["3", "4", "0"]
 
 

@@ -88,18 +88,18 @@ def test_waits_are_told_with_what_they_leave_out() -> None:
     assert (nothing.value, nothing.met) == (None, None)
 
 
-def test_each_domain_has_its_accept_length_and_its_speed_beside_the_trainer() -> None:
+def test_each_domain_has_its_accepted_per_step_and_its_speed_beside_the_trainer() -> None:
     found = by_name(RECORD)
-    assert (found["accept_length_code"].value, found["accept_length_math"].value) == (0.5, 0)
-    assert found["accept_length_code"].summary()["requests"] == 20
+    assert (found["accepted_per_step_code"].value, found["accepted_per_step_math"].value) == (0.5, 0)
+    assert found["accepted_per_step_code"].summary()["requests"] == 20
     speeds = told(RECORD)["with_trainer_running_tokens_per_s"]
     assert speeds == {"code": pytest.approx(10), "math": pytest.approx(20)}
 
 
-def test_requests_whose_prompt_came_before_are_told_beside_the_accept_length_they_had() -> None:
+def test_requests_whose_prompt_came_before_are_told_beside_the_accepted_per_step_they_had() -> None:
     asked = [replace(answered(number), prompt=f"p{number % 30}") for number in range(40)]
     found = by_name(replace(RECORD, run=replace(RECORD.run, requests=tuple(asked))))
-    assert found["accept_length_code"].summary()["asked_before"] == 10
+    assert found["accepted_per_step_code"].summary()["asked_before"] == 10
     assert asked_before(asked) == [False] * 30 + [True] * 10
 
 
@@ -166,15 +166,21 @@ def test_minutes_that_are_none_are_refused_with_the_flag(minutes: str) -> None:
 
 
 def test_a_run_keeps_to_folders_ports_and_services_of_its_own_and_learns_as_it_is_told() -> None:
-    flags = {"train.learning_rate": 0.5, "kafka.bootstrap": "kafka:9092", "tables.uri": "s3://bucket/tables"}
+    flags = {"train.learning_rate": 0.5, "kafka.bootstrap_servers": "kafka:9092", "tables.uri": "s3://bucket/tables"}
     here = own(load(environ={}, flags=flags))
     assert here.train.learning_rate == 0.5
-    assert here.kafka.bootstrap == Settings().kafka.bootstrap
+    assert here.kafka.bootstrap_servers == Settings().kafka.bootstrap_servers
     assert here.registry == Settings().registry
-    folders = [here.stack.dir, here.tables.uri, here.traces.claim_uri, here.stream.data_dir, here.train.dir]
+    folders = [
+        here.stack.data_dir,
+        here.tables.uri,
+        here.traces.claim_check_uri,
+        here.stream.data_dir,
+        here.train.checkpoint_dir,
+    ]
     assert all(Path(folder).is_relative_to(".aurora/bench/loop") for folder in folders)
     assert here.serve.admin_token.get_secret_value()
     ports = [getattr(here, part).port for part in ("serve", "stream", "train", "promoter")]
-    ports += [here.stack.broker_port, here.stack.controller_port, here.stack.registry_port]
+    ports += [here.stack.kafka_port, here.stack.kafka_controller_port, here.stack.mlflow_port]
     assert len(set(ports)) == 7
     assert load(environ=to_environ(here)) == here

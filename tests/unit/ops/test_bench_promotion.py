@@ -16,9 +16,9 @@ def test_simulated_traffic_is_what_was_measured() -> None:
     is_new = np.zeros((200, 8), np.bool_)
     sums = serve(Fleet(slices=200), is_new, 1.1, np.random.default_rng(0))
     for number, traffic in enumerate(TRAFFIC.values()):
-        requests, tokens, rounds, _ = (float(column[..., number].sum()) for column in sums)
-        assert rounds / requests == pytest.approx(traffic.rounds, rel=0.05)
-        assert tokens / rounds == pytest.approx(1 + traffic.kept, rel=0.05)
+        requests, tokens, verify_steps, _ = (float(column[..., number].sum()) for column in sums)
+        assert verify_steps / requests == pytest.approx(traffic.verify_steps, rel=0.05)
+        assert tokens / verify_steps == pytest.approx(1 + traffic.kept, rel=0.05)
     faster = serve(Fleet(slices=200), ~is_new, 1.1, np.random.default_rng(0))
     assert faster.tokens.sum() == pytest.approx(1.1 * sums.tokens.sum())
     assert faster.seconds.sum() == pytest.approx(sums.seconds.sum())

@@ -18,7 +18,7 @@ from schemas.speculator import checkpoint
 from serving.engines.base import Request
 from serving.engines.builtin.engine import TransformersEngine
 from trainer.data.target import read_target
-from trainer.objective.simulated_acceptance import accept_length
+from trainer.objective.simulated_acceptance import accepted_per_step
 
 PROMPTS = [(3, 7, 11, 13), (5, 2, 9), (8, 8, 21, 4, 6)]
 
@@ -29,10 +29,10 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     target = write_tiny_target(folder / "target")
     flags = {
         "target.path": str(target),
-        "speculator.draft_vocabulary": VOCABULARY,
-        "stack.dir": str(folder),
-        "serve.max_tokens": 64,
-        "serve.weights": "float32",
+        "speculator.draft_vocab_size": VOCABULARY,
+        "stack.data_dir": str(folder),
+        "serve.max_model_len": 64,
+        "serve.weight_dtype": "float32",
         "train.learning_rate": 5e-3,
     }
     return load(environ={}, flags=flags)
@@ -109,11 +109,11 @@ def test_training_caches_a_speculator_that_drafts_better_than_the_random_one(
 
     folder = speculator.folder_of(settings, "tiny")
     draft = checkpoint.read(folder, running.line)
-    before = accept_length(target.new_draft(), target.embeddings_VH, windows, 3).length
-    after = accept_length(draft, target.embeddings_VH, windows, 3).length
+    before = accepted_per_step(target.new_draft(), target.embeddings_VH, windows, 3).length
+    after = accepted_per_step(draft, target.embeddings_VH, windows, 3).length
     assert after > before + 0.2
-    assert trained.accept_length == pytest.approx(after)
-    assert json.loads(folder.with_name("tiny.json").read_text())["accept_length"] == trained.accept_length
+    assert trained.accepted_per_step == pytest.approx(after)
+    assert json.loads(folder.with_name("tiny.json").read_text())["accepted_per_step"] == trained.accepted_per_step
     running.check(speculator.find(settings, "tiny", running.line))
     assert running.swap(draft, "tiny").version == "tiny"
 

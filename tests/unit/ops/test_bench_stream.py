@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from recorded import WIDTH, round_of
+from recorded import WIDTH, verify_step_of
 
 from ops.bench import stream
 from ops.bench.draining import Load, Took
 from ops.bench.messages import ANSWERS, DRAFTED, drafted, messages
 from ops.bench.stream import FULL, QUICK, Trials, judge
 from pipeline.batches import Record, build
-from schemas.trace.record import Chunk, Envelope, Round
+from schemas.trace.record import Chunk, Envelope, VerifyStep
 
 
-def answer_of(tokens: list[int], position: int) -> list[Round]:
-    """Rounds of a token each, as a node decodes without a draft."""
-    return [round_of(i + 1, position + i, [token], tokens[i + 1]) for i, token in enumerate(tokens[:-1])]
+def answer_of(tokens: list[int], position: int) -> list[VerifyStep]:
+    """Verify steps of a token each, as a node decodes without a draft."""
+    return [verify_step_of(i + 1, position + i, [token], tokens[i + 1]) for i, token in enumerate(tokens[:-1])]
 
 
 def as_bytes(header: str | bytes | None) -> bytes:
@@ -39,12 +39,12 @@ def recorded_request(number: int) -> Chunk:
         top_p=1.0,
     )
     answer = [int(token) for token in np.random.default_rng(number).integers(0, 20, 30)]
-    return Chunk(envelope, (round_of(0, 0, [1, 2, 3], answer[0]), *answer_of(answer, 3)))
+    return Chunk(envelope, (verify_step_of(0, 0, [1, 2, 3], answer[0]), *answer_of(answer, 3)))
 
 
 def test_drafts_are_laid_over_an_answer_without_changing_it() -> None:
     tokens = list(range(40))
-    made = list(drafted([round_of(0, 0, [7, 8], 0)], answer_of(tokens, 2), np.random.default_rng(0)))
+    made = list(drafted([verify_step_of(0, 0, [7, 8], 0)], answer_of(tokens, 2), np.random.default_rng(0)))
     kept = [token for r in made for token in r.tokens]
     assert kept == [7, 8, *tokens[: len(kept) - 2]]
     assert {len(r.accepted) for r in made[1:]} == set(range(DRAFTED + 1))
@@ -59,13 +59,13 @@ def test_the_stream_takes_every_message_and_none_twice() -> None:
     ]
     built = build(records, 32)
     assert not built.dead
-    assert built.rows["traces"].num_rows == sum(m.rounds for m in made)
+    assert built.rows["traces"].num_rows == sum(m.verify_steps for m in made)
     assert sum(map(len, built.rows["accepted"]["tokens"].to_pylist())) == sum(m.tokens for m in made)
     assert sum(len(m.value) for m in made) >= 60_000
 
 
 def test_a_ratio_is_the_median_of_the_trials_own_ratios() -> None:
-    trials = Trials(Load(messages=10, rounds=100, tokens=200, size=4_000_000), feature_width=10)
+    trials = Trials(Load(messages=10, verify_steps=100, tokens=200, size=4_000_000), feature_width=10)
     trials.took = {
         "reading": [Took(1, 1), Took(1, 1)],
         "bare": [Took(2, 2), Took(4, 4)],

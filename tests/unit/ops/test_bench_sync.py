@@ -16,9 +16,9 @@ from ops.bench.sync_costs import Stretch, Takeover, fetch_cost
 from ops.bench.sync_page import frontier, page
 from ops.bench.sync_policies import Costs, kept, net, serve, swept
 from ops.cli.main import app
-from schemas.settings import Sync
+from schemas.settings import Update
 
-COSTS = Costs(round_s=0.02, pause_s=0.002, fetch_s=0.098)
+COSTS = Costs(verify_step_s=0.02, pause_s=0.002, fetch_s=0.098)
 ANSWERED = [1000] * 24
 
 
@@ -34,17 +34,17 @@ def test_without_an_interval_every_version_serves_its_block() -> None:
         served.append((version, block))
         return learning(version, block)
 
-    every = serve("every", Sync(interval_s=0), ANSWERED, noted, COSTS)
+    every = serve("every", Update(min_interval=0), ANSWERED, noted, COSTS)
     assert served == [(block, block) for block in range(24)]
     assert every.takeovers == 23
     assert every.swapping_s == pytest.approx(23 * 0.1)
-    rounds = sum(1000 / (1 + 0.1 * block) for block in range(24))
-    assert every.accepted == pytest.approx(24_000 - rounds)
-    assert every.serving_s == pytest.approx(rounds * 0.02 + 2.3)
+    verify_steps = sum(1000 / (1 + 0.1 * block) for block in range(24))
+    assert every.accepted == pytest.approx(24_000 - verify_steps)
+    assert every.serving_s == pytest.approx(verify_steps * 0.02 + 2.3)
 
 
 def test_longer_intervals_swap_less_and_keep_less() -> None:
-    *fixed, auto = swept(ANSWERED, learning, COSTS, Sync())
+    *fixed, auto = swept(ANSWERED, learning, COSTS, Update())
     every, never = fixed[0], fixed[-1]
     takeovers = [outcome.takeovers for outcome in fixed]
     shares = [kept(outcome, every) for outcome in fixed]
@@ -56,11 +56,11 @@ def test_longer_intervals_swap_less_and_keep_less() -> None:
 
 
 def test_auto_follows_closely_what_gets_better_and_loosely_what_does_not() -> None:
-    dear = Costs(round_s=0.02, pause_s=0.5, fetch_s=0.5)
-    *_, hurried = swept([3000] * 40, learning, dear, Sync())
-    *_, idle = swept([3000] * 40, lambda version, block: 1.0, dear, Sync())
+    dear = Costs(verify_step_s=0.02, pause_s=0.5, fetch_s=0.5)
+    *_, hurried = swept([3000] * 40, learning, dear, Update())
+    *_, idle = swept([3000] * 40, lambda version, block: 1.0, dear, Update())
     assert idle.takeovers < hurried.takeovers / 2
-    assert net(hurried, swept([3000] * 40, learning, dear, Sync())[0]) > 0.9
+    assert net(hurried, swept([3000] * 40, learning, dear, Update())[0]) > 0.9
 
 
 def test_what_fetching_takes_is_told_of_all_takeovers_together() -> None:
@@ -72,10 +72,10 @@ def test_what_fetching_takes_is_told_of_all_takeovers_together() -> None:
 
 
 def test_the_report_has_a_point_for_every_policy_and_the_page_draws_them() -> None:
-    outcomes = swept(ANSWERED, learning, COSTS, Sync())
+    outcomes = swept(ANSWERED, learning, COSTS, Update())
     points = [_point(outcome, outcomes[0]) for outcome in outcomes]
     assert [points[0]["policy"], points[-2]["policy"], points[-1]["policy"]] == ["every version", "never", "auto"]
-    assert points[0]["accept_length_kept"] == 1.0
+    assert points[0]["accepted_per_step_kept"] == 1.0
     figures: list[Figure] = [*_costs(COSTS), *_figures("mixed", outcomes), *_figures("ordered", outcomes)]
     about = {"traffic": {"requests": 24, "tokens": 24_000}}
     report = Report("sync", {"processor": "one", "cores": 2}, "code", about, tuple(figures))

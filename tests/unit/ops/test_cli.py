@@ -24,10 +24,10 @@ def aurora(*arguments: str) -> Result:
 
 
 def test_flags_reach_the_settings() -> None:
-    told = aurora("settings", "--json", "--set", "serve.port=9000", "--set", "kafka.bootstrap=kafka:9092")
+    told = aurora("settings", "--json", "--set", "serve.port=9000", "--set", "kafka.bootstrap_servers=kafka:9092")
     assert told.exit_code == 0
     values = json.loads(told.stdout)
-    assert (values["serve"]["port"], values["kafka"]["bootstrap"]) == (9000, "kafka:9092")
+    assert (values["serve"]["port"], values["kafka"]["bootstrap_servers"]) == (9000, "kafka:9092")
 
 
 def test_the_printed_settings_are_a_settings_file_again(tmp_path: Path) -> None:
@@ -40,14 +40,14 @@ def test_the_printed_settings_are_a_settings_file_again(tmp_path: Path) -> None:
 def test_printed_options_are_a_settings_file_again(tmp_path: Path) -> None:
     options = '{"security.protocol": "SSL", "ssl.ca.location": "/ca"}'
     file = tmp_path / "again.toml"
-    file.write_text(aurora("settings", "--set", f"kafka.client={options}").stdout)
+    file.write_text(aurora("settings", "--set", f"kafka.client_options={options}").stdout)
     told = aurora("settings", "--json", "--config", str(file))
-    assert json.loads(told.stdout)["kafka"]["client"] == json.loads(options)
+    assert json.loads(told.stdout)["kafka"]["client_options"] == json.loads(options)
 
 
 @pytest.mark.parametrize("flags", [[], ["--json"]])
 def test_the_printed_settings_hold_no_secret(flags: list[str]) -> None:
-    secrets = ["--set", "serve.admin_token=geheim", "--set", 'kafka.client={"sasl.password": "geheim"}']
+    secrets = ["--set", "serve.admin_token=geheim", "--set", 'kafka.client_options={"sasl.password": "geheim"}']
     secrets += ["--set", "registry.password=geheim", "--set", 'telemetry.headers={"Authorization": "Bearer geheim"}']
     told = aurora("settings", *secrets, *flags)
     assert told.exit_code == 0
@@ -62,7 +62,7 @@ def test_the_printed_settings_hold_no_secret(flags: list[str]) -> None:
 def test_an_unknown_setting_is_one_line_and_exit_code_2(command: str) -> None:
     told = aurora(command, "--set", "kafka.botstrap=x")
     assert told.exit_code == 2
-    assert told.stderr == "aurora: kafka.botstrap: unknown setting; did you mean 'kafka.bootstrap'?\n"
+    assert told.stderr == "aurora: kafka.botstrap: unknown setting; did you mean 'kafka.bootstrap_servers'?\n"
 
 
 def test_a_flag_without_a_value_is_explained() -> None:
@@ -73,7 +73,7 @@ def test_a_flag_without_a_value_is_explained() -> None:
 def test_an_engine_that_there_is_not_is_told_those_that_there_are() -> None:
     told = aurora("serve", "--engine", "vllm")
     assert told.exit_code == 2
-    assert "serve.engine: Input should be 'transformers' or 'sglang'" in told.stderr
+    assert "serve.engine: Input should be 'builtin' or 'sglang'" in told.stderr
 
 
 def test_flags_of_sglang_are_for_sglang_and_are_read_as_they_stand() -> None:
@@ -129,7 +129,7 @@ def test_a_state_file_of_a_process_that_is_gone_is_not_believed(tmp_path: Path) 
 
 
 def test_a_target_that_is_missing_is_named() -> None:
-    told = aurora("up", "--set", "target.path=nowhere", "--set", "target.name=mine")
+    told = aurora("up", "--set", "target.path=nowhere", "--set", "target.served_model_name=mine")
     assert told.exit_code == 2
     assert "target.path: no model in nowhere" in told.stderr
 

@@ -13,10 +13,10 @@ from ops.demo.record import (
     Run,
     Swap,
     Version,
-    accept_length,
+    accepted_per_step,
     busy_span,
     edge_rates,
-    rolling_accept_length,
+    rolling_accepted_per_step,
     sound,
     summary,
     tokens_per_s,
@@ -30,7 +30,7 @@ def answered(number: int, **changes: object) -> Answered:
         started=float(number),
         ended=number + 1.0,
         output_tokens=10,
-        rounds=5,
+        verify_steps=5,
         drafted=15,
         accepted=5,
         speculators=("1",),
@@ -41,15 +41,15 @@ def answered(number: int, **changes: object) -> Answered:
 GOOD = Run(started=0, ended=100, requests=tuple(answered(n) for n in range(120)), rows=Rows(10, 7, 2, 1))
 
 
-def test_accept_length_is_weighted_by_rounds_and_knows_no_bonus() -> None:
-    requests = [answered(0, rounds=1, accepted=3), answered(1, rounds=9, accepted=0)]
-    assert accept_length(requests) == pytest.approx(0.3)
-    assert accept_length([]) is None
+def test_accepted_per_step_is_weighted_by_verify_steps_and_knows_no_bonus() -> None:
+    requests = [answered(0, verify_steps=1, accepted=3), answered(1, verify_steps=9, accepted=0)]
+    assert accepted_per_step(requests) == pytest.approx(0.3)
+    assert accepted_per_step([]) is None
 
 
 def test_the_rolling_mean_looks_back_and_no_further_than_its_width() -> None:
-    requests = [answered(n, rounds=1, accepted=n) for n in range(5)]
-    assert rolling_accept_length(requests, width=2) == [0, 0.5, 1.5, 2.5, 3.5]
+    requests = [answered(n, verify_steps=1, accepted=n) for n in range(5)]
+    assert rolling_accepted_per_step(requests, width=2) == [0, 0.5, 1.5, 2.5, 3.5]
 
 
 def test_a_request_counts_by_its_share_in_the_span() -> None:
@@ -73,29 +73,29 @@ def test_constant_throughput_is_measured_as_such_at_both_ends_and_in_the_tail() 
 def test_the_edges_are_the_first_and_the_last_fifty() -> None:
     requests = tuple(answered(n, accepted=0 if n < 50 else 5 if n >= 70 else 100) for n in range(120))
     figures = summary(replace(GOOD, requests=requests))
-    assert figures["accept_length_first_50"] == 0
-    assert figures["accept_length_last_50"] == 1
+    assert figures["accepted_per_step_first_50"] == 0
+    assert figures["accepted_per_step_last_50"] == 1
 
 
 def test_the_edges_of_a_short_run_are_its_halves_and_never_overlap() -> None:
     requests = tuple(answered(n, accepted=0 if n < 10 else 5) for n in range(21))
     figures = summary(replace(GOOD, requests=requests))
     assert figures["edge_requests"] == 10
-    assert (figures["accept_length_first_50"], figures["accept_length_last_50"]) == (0, 1)
+    assert (figures["accepted_per_step_first_50"], figures["accepted_per_step_last_50"]) == (0, 1)
 
 
 def test_one_request_alone_has_no_edges() -> None:
     figures = summary(replace(GOOD, requests=(answered(0),)))
-    assert (figures["edge_requests"], figures["accept_length_first_50"], figures["tokens_per_s_last_50"]) == (
+    assert (figures["edge_requests"], figures["accepted_per_step_first_50"], figures["tokens_per_s_last_50"]) == (
         0,
         None,
         None,
     )
 
 
-def test_the_comparison_without_speculation_is_not_in_the_accept_length() -> None:
+def test_the_comparison_without_speculation_is_not_in_the_accepted_per_step() -> None:
     plain = tuple(answered(200 + n, accepted=0, drafted=0, speculators=()) for n in range(20))
-    assert summary(replace(GOOD, plain=plain))["accept_length_last_50"] == 1
+    assert summary(replace(GOOD, plain=plain))["accepted_per_step_last_50"] == 1
     assert summary(replace(GOOD, plain=plain))["requests"] == 120
 
 
@@ -144,10 +144,10 @@ def test_each_domain_has_figures_of_its_own() -> None:
     requests = tuple(answered(n, domain="math" if n < 60 else "code", accepted=n >= 60) for n in range(120))
     domains = summary(replace(GOOD, requests=requests))["domains"]
     assert list(domains) == ["math", "code"]
-    assert (domains["math"]["accept_length"], domains["code"]["accept_length"]) == (0, 0.2)
+    assert (domains["math"]["accepted_per_step"], domains["code"]["accepted_per_step"]) == (0, 0.2)
 
 
 def test_a_run_of_which_nothing_is_known_can_still_be_told() -> None:
     figures = summary(Run(started=0, ended=1, crashed="broker"))
-    assert figures["accept_length_first_50"] is None
+    assert figures["accepted_per_step_first_50"] is None
     assert figures["tokens_per_s_no_speculation"] is None

@@ -15,8 +15,8 @@ from ops.observe.status import Overview, as_table
 from schemas.events import Accepted, DriftEvent
 from schemas.status import DriftStatus, StreamStatus
 
-BEFORE = Accepted(requests=1_204, acceptance=0.61, accept_length=2.1, drafted=4.0)
-AFTER = Accepted(requests=180, acceptance=0.42, accept_length=1.3, drafted=3.9)
+BEFORE = Accepted(requests=1_204, acceptance=0.61, accepted_per_step=2.1, drafted=4.0)
+AFTER = Accepted(requests=180, acceptance=0.42, accepted_per_step=1.3, drafted=3.9)
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +49,7 @@ def event(**changes: object) -> DriftEvent:
 def test_an_event_is_said_with_its_figures_in_local_time() -> None:
     assert words(event()) == (
         "version 7 on label sql is accepted less often since 14:02: its first token 42% instead of 61%, "
-        "accept length 1.30 instead of 2.10 (180 requests since, 1,204 before)"
+        "accepted tokens per step 1.30 instead of 2.10 (180 requests since, 1,204 before)"
     )
 
 
@@ -62,9 +62,9 @@ def test_a_rise_of_traffic_without_a_label_that_began_the_day_before() -> None:
     )
 
 
-def test_that_more_or_less_is_drafted_is_said_because_the_accept_length_moves_with_it() -> None:
+def test_that_more_or_less_is_drafted_is_said_because_the_accepted_per_step_moves_with_it() -> None:
     assert words(event(after=AFTER.model_copy(update={"drafted": 2.0}))).endswith(
-        "; 2.0 tokens drafted a round, 4.0 before"
+        "; 2.0 tokens drafted a verify step, 4.0 before"
     )
 
 

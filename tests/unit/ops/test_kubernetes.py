@@ -89,8 +89,8 @@ def test_workers_are_scaled_by_the_lag_of_the_group_and_topic_of_the_settings() 
     settings = named("ConfigMap", "aurora")["data"]
     assert trigger["type"] == "kafka"
     assert trigger["metadata"]["topic"] == defaults.kafka.traces_topic
-    assert trigger["metadata"]["consumerGroup"] == defaults.stream.group
-    assert trigger["metadata"]["bootstrapServers"] == settings["AURORA_KAFKA__BOOTSTRAP"]
+    assert trigger["metadata"]["consumerGroup"] == defaults.stream.group_id
+    assert trigger["metadata"]["bootstrapServers"] == settings["AURORA_KAFKA__BOOTSTRAP_SERVERS"]
     assert spec["maxReplicaCount"] == int(settings["AURORA_KAFKA__PARTITIONS"])
     assert spec["scaleTargetRef"]["name"] == "stream"
     assert "replicas" not in WORKLOADS["stream"]["spec"]
@@ -138,7 +138,7 @@ def test_its_settings_are_settings(name: str) -> None:
     environ |= {one["name"]: one.get("value", "a-pod") for one in container(name)["env"]}
     settings = load(environ=environ)
     grace = pod(name)["terminationGracePeriodSeconds"]
-    assert name != "serve" or grace >= settings.serve.drain_s + 7
+    assert name != "serve" or grace >= settings.serve.drain_timeout + 7
 
 
 def test_no_secret_is_in_a_file() -> None:

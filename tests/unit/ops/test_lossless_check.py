@@ -23,7 +23,7 @@ def row(
 ) -> dict[str, Any]:
     return {
         "request": "r",
-        "round": number,
+        "verify_step": number,
         "position": position,
         "tokens": tokens,
         "bonus": bonus,
@@ -36,13 +36,13 @@ WORKED = [row(0, 0, [1, 2, 3], 4), row(1, 3, [4, 5], 6), row(2, 5, [6], 7)]
 """The example of schemas.trace.record: prompt a b c, answer D E F G."""
 
 
-def test_a_request_is_rebuilt_from_its_rounds_in_any_order() -> None:
+def test_a_request_is_rebuilt_from_its_verify_steps_in_any_order() -> None:
     rebuilt = rebuild(WORKED[::-1])
     assert rebuilt is not None
     assert (rebuilt.prompt, rebuilt.output) == ((1, 2, 3), (4, 5, 6, 7))
 
 
-def test_a_long_prompt_may_lie_in_several_rows_of_round_0() -> None:
+def test_a_long_prompt_may_lie_in_several_rows_of_verify_step_0() -> None:
     rebuilt = rebuild([row(0, 0, [1, 2], None), row(0, 2, [3], 4)])
     assert rebuilt is not None
     assert (rebuilt.prompt, rebuilt.output) == ((1, 2, 3), (4,))
@@ -68,7 +68,7 @@ def test_a_token_within_the_last_bits_of_the_best_is_a_near_tie() -> None:
 
 
 def answered(number: int, **changes: Any) -> Answered:
-    values: dict[str, Any] = {"rounds": 3, "speculators": ("1",), "started": float(number), "ended": number + 2.0}
+    values: dict[str, Any] = {"verify_steps": 3, "speculators": ("1",), "started": float(number), "ended": number + 2.0}
     return Answered(id=f"r{number}", domain="math", **(values | changes))
 
 
@@ -83,7 +83,7 @@ def test_requests_that_ran_through_a_swap_are_chosen_first_and_the_others_over_t
 
 
 def test_failed_requests_and_those_without_speculation_are_not_chosen() -> None:
-    assert not choose([answered(0, error="x"), answered(1, speculators=()), answered(2, rounds=0)], [])
+    assert not choose([answered(0, error="x"), answered(1, speculators=()), answered(2, verify_steps=0)], [])
 
 
 def test_no_more_are_chosen_than_there_are() -> None:

@@ -20,34 +20,36 @@ def settings(**flags: object) -> Settings:
 
 
 def test_addresses_that_were_left_alone_are_embedded_on_the_ports_of_the_stack() -> None:
-    given = settings(stack__broker_port=30001, stack__registry_port=30002)
+    given = settings(stack__kafka_port=30001, stack__mlflow_port=30002)
     assert embeds_broker(given)
     assert embeds_registry(given)
-    assert effective(given).kafka.bootstrap == "127.0.0.1:30001"
-    assert effective(given).registry.uri == "http://127.0.0.1:30002"
+    assert effective(given).kafka.bootstrap_servers == "127.0.0.1:30001"
+    assert effective(given).registry.tracking_uri == "http://127.0.0.1:30002"
 
 
 def test_addresses_that_name_the_embedded_ports_are_embedded() -> None:
-    given = settings(kafka__bootstrap="127.0.0.1:19092", registry__uri="http://127.0.0.1:15000/")
+    given = settings(kafka__bootstrap_servers="127.0.0.1:19092", registry__tracking_uri="http://127.0.0.1:15000/")
     assert embeds_broker(given)
     assert embeds_registry(given)
 
 
 def test_a_users_own_broker_and_registry_are_used_as_they_are() -> None:
-    given = settings(kafka__bootstrap="kafka:9092", registry__uri="https://mlflow.example")
+    given = settings(kafka__bootstrap_servers="kafka:9092", registry__tracking_uri="https://mlflow.example")
     assert effective(given) == given
     assert [part.name for part in plan(given).parts] == ["stream", "train", "promoter", "serve"]
     assert all(part.after == () for part in plan(given).parts)
 
 
 def test_every_part_reads_the_same_settings() -> None:
-    given = settings(kafka__bootstrap="kafka:9092", registry__uri="https://mlflow.example", serve__node="here")
+    given = settings(
+        kafka__bootstrap_servers="kafka:9092", registry__tracking_uri="https://mlflow.example", serve__node="here"
+    )
     for part in plan(given).parts:
         assert load(environ=part.process.environ) == given
 
 
 def test_learning_gives_way_to_serving() -> None:
-    given = settings(kafka__bootstrap="kafka:9092")
+    given = settings(kafka__bootstrap_servers="kafka:9092")
     nice = {part.name: part.process.nice for part in plan(given).parts}
     assert nice == {"registry": 10, "stream": 0, "train": 10, "promoter": 10, "serve": 0}
 

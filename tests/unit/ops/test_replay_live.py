@@ -1,4 +1,4 @@
-"""What replay says of a version is what a live engine did with it: the same rounds, request by request."""
+"""What replay says of a version is what a live engine did with it: the same verify steps, request by request."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pipeline.delta import DeltaLog
 from schemas.settings import Settings, load, to_environ
 from schemas.speculator import checkpoint
 from schemas.speculator.network import EagleDraft
-from schemas.trace.record import CONTENT_TYPE, Chunk, Round, encode, fingerprint
+from schemas.trace.record import CONTENT_TYPE, Chunk, VerifyStep, encode, fingerprint
 from serving.engines.base import Finish, Output, Request
 from serving.engines.builtin.engine import TransformersEngine
 from serving.traces.chunks import Assembly, Origin, Space, Way
@@ -35,11 +35,11 @@ CHUNK_BYTES = 12_000
 
 class Recorder:
     def __init__(self) -> None:
-        self.rounds: dict[str, list[Round]] = {}
+        self.verify_steps: dict[str, list[VerifyStep]] = {}
         self.ended: dict[str, tuple[Request, Finish]] = {}
 
-    def record(self, request: Request, rounds: tuple[Round, ...], finish: Finish | None) -> None:
-        self.rounds.setdefault(request.id, []).extend(rounds)
+    def record(self, request: Request, verify_steps: tuple[VerifyStep, ...], finish: Finish | None) -> None:
+        self.verify_steps.setdefault(request.id, []).extend(verify_steps)
         if finish is not None:
             self.ended[request.id] = request, finish
 
@@ -49,12 +49,12 @@ def settings_for(folder: Path, **flags: object) -> Settings:
         environ={},
         flags={
             "target.path": str(folder / "target"),
-            "speculator.draft_vocabulary": VOCABULARY,
-            "serve.max_tokens": 200,
-            "serve.max_batch": 4,
-            "serve.draft_tokens": DRAFTED,
-            "serve.adaptive": False,
-            "registry.uri": "http://127.0.0.1:9",
+            "speculator.draft_vocab_size": VOCABULARY,
+            "serve.max_model_len": 200,
+            "serve.max_num_seqs": 4,
+            "serve.num_speculative_tokens": DRAFTED,
+            "serve.adaptive_drafting": False,
+            "registry.tracking_uri": "http://127.0.0.1:9",
             "train.learning_rate": 1e-2,
             **flags,
         },
@@ -107,13 +107,13 @@ def store(settings: Settings, engine: TransformersEngine, recorder: Recorder) ->
     made: list[Chunk | None] = []
     for name, (request, finish) in recorder.ended.items():
         assembly = Assembly(request, Origin("node", engine.target, engine.line), Way("inline", Space(CHUNK_BYTES)))
-        made += [assembly.add(done) for done in recorder.rounds[name]]
+        made += [assembly.add(done) for done in recorder.verify_steps[name]]
         made.append(assembly.end(finish))
     chunks = [chunk for chunk in made if chunk is not None]
     headers = {"content-type": CONTENT_TYPE, "schema": fingerprint()}
     records = []
     for offset, chunk in enumerate(chunks):
-        told = {**headers, "rows": str(len(chunk.rounds))}
+        told = {**headers, "rows": str(len(chunk.verify_steps))}
         named = tuple((key, text.encode()) for key, text in told.items())
         records.append(Record("t", 0, offset, 1, chunk.envelope.request.encode(), encode(chunk), named))
     built = build(records, 32)
@@ -133,8 +133,8 @@ def assert_replay_is_as_live(settings: Settings, version: str, live: Mapping[str
     assert again.stdout == told.stdout
     found = json.loads(told.stdout)
     figures = {name: output.figures for name, output in live.items() if output.figures}
-    replayed = {one["request"]: (one["rounds"][0], one["accepted"][0]) for one in found["requests"]}
-    assert replayed == {name: (one.rounds, one.accepted) for name, one in figures.items()}
+    replayed = {one["request"]: (one["verify_steps"][0], one["accepted"][0]) for one in found["requests"]}
+    assert replayed == {name: (one.verify_steps, one.accepted) for name, one in figures.items()}
     accepted = sum(one.accepted for one in figures.values())
     groups = found["groups"]
     assert groups["all"]["versions"][0]["accepted"] == accepted
@@ -142,7 +142,7 @@ def assert_replay_is_as_live(settings: Settings, version: str, live: Mapping[str
     return accepted
 
 
-def test_replay_gives_the_rounds_and_accepted_tokens_of_the_live_engine_for_every_greedy_request(
+def test_replay_gives_the_verify_steps_and_accepted_tokens_of_the_live_engine_for_every_greedy_request(
     tmp_path: Path,
 ) -> None:
     write_tiny_target(tmp_path / "target")
@@ -156,7 +156,7 @@ def test_replay_gives_the_rounds_and_accepted_tokens_of_the_live_engine_for_ever
         assert assert_replay_is_as_live(first, "day-0", live) < 40
         checkpoint.write(learned(first), tmp_path / "version", engine.target)
         engine.swap(checkpoint.read(tmp_path / "version", engine.line), "1")
-        recorder.rounds.clear()
+        recorder.verify_steps.clear()
         live = served(engine, requests)
         store(second, engine, recorder)
         assert assert_replay_is_as_live(second, str(tmp_path / "version"), live) > 60
@@ -182,7 +182,7 @@ def test_the_expected_acceptance_of_sampled_requests_is_what_a_live_engine_comes
     told = CliRunner().invoke(app, ["replay", "score", "--versions", "day-0", "--json"], env=to_environ(settings))
     (expected,) = json.loads(told.stdout)["groups"]["all"]["versions"]
     figures = [output.figures for output in live.values() if output.figures]
-    accepted, rounds = sum(one.accepted for one in figures), sum(one.rounds for one in figures)
+    accepted, verify_steps = sum(one.accepted for one in figures), sum(one.verify_steps for one in figures)
     assert accepted > 100
     assert expected["accepted"] == pytest.approx(accepted, abs=3 * accepted**0.5)
-    assert expected["accepted"] + expected["rounds"] == pytest.approx(accepted + rounds, abs=0.01)
+    assert expected["accepted"] + expected["verify_steps"] == pytest.approx(accepted + verify_steps, abs=0.01)

@@ -36,8 +36,10 @@ def settings(tmp_path: Path) -> Settings:
     made = Settings(tables=Tables(uri=str(tmp_path / "tables")))
     log = DeltaLog(made.tables)
     log.create()
-    rounds = conversation(range(65, 78), 4)
-    rows = tables_of(*(record_of(f"r{i}", rounds, i) for i in range(3)), record_of("late", rounds[1:], 9, chunk=1))
+    verify_steps = conversation(range(65, 78), 4)
+    rows = tables_of(
+        *(record_of(f"r{i}", verify_steps, i) for i in range(3)), record_of("late", verify_steps[1:], 9, chunk=1)
+    )
     log.append("traces", rows["traces"])
     return made
 

@@ -46,10 +46,10 @@ def asked(log: DeltaLog, counts: Counter[str], wanted: Wanted = OF_TARGET, accep
 
 
 def test_chunks_are_joined_as_if_the_request_had_come_in_one(log: DeltaLog) -> None:
-    rounds, counts = conversation(TOKENS, 4), Counter[str]()
-    commit(log, record_of("whole", rounds, 0))
+    verify_steps, counts = conversation(TOKENS, 4), Counter[str]()
+    commit(log, record_of("whole", verify_steps, 0))
     # As a node numbers them; the first is not the last one of its request.
-    commit(log, record_of("cut", rounds[:2], 1, last=False), record_of("cut", rounds[2:], 2, chunk=1))
+    commit(log, record_of("cut", verify_steps[:2], 1, last=False), record_of("cut", verify_steps[2:], 2, chunk=1))
     one, other = sorted(asked(log, counts), key=lambda past: past.request, reverse=True)
     assert one.tokens_N.tolist() == list(TOKENS)
     assert (one.prompt, one.features_NF.shape, one.teacher.ids.shape) == (4, (12, WIDTH), (9, TOP_K))
@@ -60,20 +60,20 @@ def test_chunks_are_joined_as_if_the_request_had_come_in_one(log: DeltaLog) -> N
 
 
 def test_a_request_with_a_missing_chunk_or_without_its_end_is_left_out_and_counted(log: DeltaLog) -> None:
-    rounds, counts = conversation(TOKENS, 4), Counter[str]()
-    commit(log, record_of("gap", rounds[:2], 0, last=False), record_of("gap", rounds[3:], 1, chunk=2))
-    commit(log, record_of("running", rounds[:2], 2, last=False))
-    commit(log, record_of("headless", rounds[1:], 3, chunk=1))
+    verify_steps, counts = conversation(TOKENS, 4), Counter[str]()
+    commit(log, record_of("gap", verify_steps[:2], 0, last=False), record_of("gap", verify_steps[3:], 1, chunk=2))
+    commit(log, record_of("running", verify_steps[:2], 2, last=False))
+    commit(log, record_of("headless", verify_steps[1:], 3, chunk=1))
     assert asked(log, counts) == []
     assert counts == {"incomplete": 3}
 
 
 def test_features_that_did_not_travel_are_computed_and_what_chunks_repeat_is_passed_over(log: DeltaLog) -> None:
-    rounds, counts = conversation(TOKENS, 4), Counter[str]()
+    verify_steps, counts = conversation(TOKENS, 4), Counter[str]()
     commit(
         log,
-        record_of("r", rounds[:2], 0, features="recompute", last=False),
-        record_of("r", rounds[2:], 1, chunk=1, features="recompute", before=range(6)),
+        record_of("r", verify_steps[:2], 0, features="recompute", last=False),
+        record_of("r", verify_steps[2:], 1, chunk=1, features="recompute", before=range(6)),
     )
     (one,) = asked(log, counts)
     assert one.tokens_N.tolist() == list(TOKENS)
@@ -82,10 +82,10 @@ def test_features_that_did_not_travel_are_computed_and_what_chunks_repeat_is_pas
 
 
 def test_requests_are_chosen_by_time_target_and_state_of_the_table(log: DeltaLog) -> None:
-    rounds, second = conversation(TOKENS, 4), timedelta(seconds=1)
-    commit(log, record_of("first", rounds, 0))
+    verify_steps, second = conversation(TOKENS, 4), timedelta(seconds=1)
+    commit(log, record_of("first", verify_steps, 0))
     version = log.version("accepted")
-    commit(log, record_of("second", rounds, 1), record_of("foreign", rounds, 2, target="u" * 32, line=LINE))
+    commit(log, record_of("second", verify_steps, 1), record_of("foreign", verify_steps, 2, target="u" * 32, line=LINE))
 
     def names(wanted: Wanted, accepted: int | None = None) -> list[str]:
         return [past.request for past in asked(log, Counter(), wanted, accepted)]

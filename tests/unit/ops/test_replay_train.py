@@ -32,8 +32,10 @@ RATES = {"fast": 5e-3, "slow": 1e-5}
 @pytest.fixture
 def world(tmp_path: Path) -> World:
     write_target(tmp_path / "target")
-    settings = offline(tmp_path, ttt_steps=2, windows_per_step=4, replay_per_step=2, checkpoint_every_s=1e-6, ema=0.0)
-    stack = settings.stack.model_copy(update={"dir": str(tmp_path / "stack")})
+    settings = offline(
+        tmp_path, ttt_steps=2, batch_size=4, replay_batch_size=2, checkpoint_interval=1e-6, ema_decay=0.0
+    )
+    stack = settings.stack.model_copy(update={"data_dir": str(tmp_path / "stack")})
     made = World(settings.model_copy(update={"stack": stack}))
     for _ in range(COMMITS):
         made.serve(REQUESTS)
@@ -61,14 +63,14 @@ def train(world: World, name: str, *more: str) -> Result:
 
 def numbers(world: World, name: str) -> dict[str, Any]:
     """Everything of the results but how long they took."""
-    folder = Path(world.settings.stack.dir) / "replay" / name
+    folder = Path(world.settings.stack.data_dir) / "replay" / name
     results = {variant: json.loads((folder / variant / "result.json").read_text()) for variant in RATES}
     return {variant: {k: v for k, v in told.items() if not k.endswith("_s")} for variant, told in results.items()}
 
 
 def test_an_experiment_that_was_killed_goes_on_with_the_numbers_that_it_would_have_had(world: World) -> None:
     whole = json.loads(train(world, "whole").stdout)
-    folder = Path(world.settings.stack.dir) / "replay" / "cut"
+    folder = Path(world.settings.stack.data_dir) / "replay" / "cut"
     env = {**os.environ, **environ(world.settings), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", AURORA, *arguments(world, "cut")]
     with subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as running:
@@ -89,10 +91,10 @@ def test_what_is_done_is_only_read_and_two_processes_come_to_the_same(world: Wor
     files = "--html", str(tmp_path / "page.html"), "--svg", str(tmp_path / "plot.svg")
     told = train(world, "two", "--processes", "2", *files)
     found = json.loads(told.stdout)
-    assert "no runs in MLflow: registry.uri" in told.stderr
+    assert "no runs in MLflow: registry.tracking_uri" in told.stderr
     fast, slow = found["variants"]
     assert (fast["name"], fast["windows"], fast["steps"]) == ("fast", REQUESTS * COMMITS, REQUESTS * COMMITS // 2)
-    assert fast["accept_length_at_end"] > slow["accept_length_at_end"]
+    assert fast["accepted_per_step_at_end"] > slow["accepted_per_step_at_end"]
     assert fast["difference"] is None
     assert slow["difference"]["high"] < 0
     assert "fast" in (tmp_path / "page.html").read_text()
@@ -142,6 +144,6 @@ def test_how_a_variant_learns_names_it_and_how_often_it_is_saved_does_not(world:
     train_settings = world.settings.train
     saved, other = (
         world.settings.model_copy(update={"train": train_settings.model_copy(update=update)})
-        for update in ({"checkpoint_every_s": 7.0}, {"ema": 0.5})
+        for update in ({"checkpoint_interval": 7.0}, {"ema_decay": 0.5})
     )
     assert experiment.digest(saved) == experiment.digest(world.settings) != experiment.digest(other)

@@ -11,7 +11,7 @@ from demo_run import EMPTY, RUN, START, request
 from ops.demo.record import Run
 from ops.report.canvas import PALETTE
 from ops.report.charts import (
-    accept_length_chart,
+    accepted_per_step_chart,
     domain_spans,
     loss_chart,
     rates,
@@ -21,7 +21,7 @@ from ops.report.charts import (
 )
 from ops.report.demo_page import page
 
-CHARTS = (accept_length_chart, throughput_chart, loss_chart)
+CHARTS = (accepted_per_step_chart, throughput_chart, loss_chart)
 
 
 @pytest.mark.parametrize("chart", CHARTS)

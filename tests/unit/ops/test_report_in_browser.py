@@ -102,5 +102,5 @@ def test_a_screenshot_has_the_colours_of_its_series(tmp_path: Path) -> None:
 
     pixels = (imread(tmp_path / "report.png")[..., :3] * 255).round().astype(int)
     assert pixels.shape[:2] == (1900, 1200)
-    # The line of the accept length, --series of page.css.
+    # The line of the accepted tokens per step, --series of page.css.
     assert (pixels == [0x00, 0x72, 0xB2]).all(axis=-1).sum() > 500

@@ -7,18 +7,18 @@ import json
 import pytest
 
 from ops.observe.lineage import Taught, taught
-from trainer.data.feed import held_back
+from trainer.data.feed import held_out
 from trainer.release.card import PASSED_TAG, SETTINGS_TAG
 
 SHARE = 0.5
 TAGS = {
     "tables": json.dumps({"accepted": 20, "rejected": 30}),
     PASSED_TAG: "10",
-    SETTINGS_TAG: json.dumps({"train": {"held_back_share": SHARE}}),
+    SETTINGS_TAG: json.dumps({"train": {"held_out_ratio": SHARE}}),
 }
 NAMES = [f"request-{number}" for number in range(50)]
-LEARNED = next(name for name in NAMES if not held_back(name, SHARE))
-KEPT_BACK = next(name for name in NAMES if held_back(name, SHARE))
+LEARNED = next(name for name in NAMES if not held_out(name, SHARE))
+KEPT_BACK = next(name for name in NAMES if held_out(name, SHARE))
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ KEPT_BACK = next(name for name in NAMES if held_back(name, SHARE))
 )
 def test_what_lies_before_the_mark_has_taught_it(commits: list[int | None], answer: Taught) -> None:
     assert taught(TAGS, LEARNED, commits) == answer
-    assert taught(TAGS, KEPT_BACK, commits) == "held back"
+    assert taught(TAGS, KEPT_BACK, commits) == "held out"
 
 
 def test_a_version_without_the_mark_is_believed_to_have_read_and_no_more() -> None:

@@ -35,21 +35,21 @@ def shown(course: Course) -> str:
 
 
 def test_the_pace_is_that_between_two_looks() -> None:
-    before = node(rounds=100, accepted=50, output_tokens=200, finished=3)
-    now = node(rounds=140, accepted=110, output_tokens=300, finished=5)
+    before = node(verify_steps=100, accepted=50, output_tokens=200, finished=3)
+    now = node(verify_steps=140, accepted=110, output_tokens=300, finished=5)
     found = pace(before, now, 4.0)
     assert found is not None
-    assert (found.tokens_per_s, found.accept_length, found.requests_per_s) == (25.0, 1.5, 0.5)
+    assert (found.tokens_per_s, found.accepted_per_step, found.requests_per_s) == (25.0, 1.5, 0.5)
 
 
-def test_a_node_that_ran_no_round_has_no_accept_length() -> None:
-    found = pace(node(rounds=5, accepted=5), node(rounds=5, accepted=5), 1.0)
+def test_a_node_that_ran_no_verify_step_has_no_accepted_per_step() -> None:
+    found = pace(node(verify_steps=5, accepted=5), node(verify_steps=5, accepted=5), 1.0)
     assert found is not None
-    assert found.accept_length is None
+    assert found.accepted_per_step is None
 
 
 def test_a_restarted_node_has_no_pace_until_the_next_look() -> None:
-    assert pace(node(rounds=100, finished=9), node(rounds=2, finished=0), 1.0) is None
+    assert pace(node(verify_steps=100, finished=9), node(verify_steps=2, finished=0), 1.0) is None
 
 
 def test_the_screen_shows_the_pace_the_versions_and_what_happened() -> None:
@@ -58,7 +58,7 @@ def test_the_screen_shows_the_pace_the_versions_and_what_happened() -> None:
     refused = RefusedStatus(version="8", time=1_700_000_010, why="tensor fc.weight is missing [x]")
     course = Course()
     course.add(Overview(serve=node(), promoter=promoter), 10.0)
-    now = node(rounds=40, accepted=60, output_tokens=100, speculator="7", swaps=[swap], refused=[refused])
+    now = node(verify_steps=40, accepted=60, output_tokens=100, speculator="7", swaps=[swap], refused=[refused])
     course.add(Overview(serve=now, promoter=promoter, silent={"train": "no status [Errno 111]"}), 14.0)
     screen = shown(course)
     assert "25.0" in screen
@@ -71,7 +71,7 @@ def test_the_screen_shows_the_pace_the_versions_and_what_happened() -> None:
 
 def test_courses_hold_only_looks_in_which_something_ran() -> None:
     course = Course()
-    for at, rounds in enumerate([0, 10, 10, 20]):
-        course.add(Overview(serve=node(rounds=rounds, accepted=2 * rounds)), float(at))
-    assert list(course.accept_lengths) == [2.0, 2.0]
+    for at, verify_steps in enumerate([0, 10, 10, 20]):
+        course.add(Overview(serve=node(verify_steps=verify_steps, accepted=2 * verify_steps)), float(at))
+    assert list(course.accepted_per_steps) == [2.0, 2.0]
     assert len(course.rates) == 3

@@ -25,7 +25,7 @@ LAST = {
     "id": "c1",
     "choices": [],
     "usage": {"prompt_tokens": 9, "completion_tokens": 4},
-    "aurora": {"rounds": 3, "drafted": 9, "accepted": 1, "speculators": ["day-0-head-0", "1"]},
+    "aurora": {"verify_steps": 3, "drafted": 9, "accepted": 1, "speculators": ["day-0-head-0", "1"]},
 }
 
 
@@ -41,7 +41,7 @@ def test_the_second_domain_begins_when_it_is_told_to() -> None:
 def test_an_answer_is_put_together_from_its_chunks() -> None:
     answered = read_answer(PROMPT, 1.0, 2.0, [chunk("it "), chunk("is 2"), LAST])
     assert (answered.id, answered.text, answered.prompt, answered.error) == ("c1", "it is 2", "1 + 1?", None)
-    assert (answered.rounds, answered.drafted, answered.accepted, answered.output_tokens) == (3, 9, 1, 4)
+    assert (answered.verify_steps, answered.drafted, answered.accepted, answered.output_tokens) == (3, 9, 1, 4)
     assert answered.speculators == ("day-0-head-0", "1")
 
 

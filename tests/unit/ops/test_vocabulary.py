@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from recorded import TARGET, record_of, round_of, tables_of
+from recorded import TARGET, record_of, tables_of, verify_step_of
 from tiny_target import EOS, VOCABULARY, write_tiny_target
 from typer.testing import CliRunner
 
@@ -23,10 +23,10 @@ from trainer.data.target import read_target
 
 def answered(tables: DeltaLog, request: str, prompt: list[int], answer: list[int], target: str) -> None:
     """Commit a request that was answered token by token."""
-    rounds = [round_of(0, 0, prompt, answer[0])]
+    verify_steps = [verify_step_of(0, 0, prompt, answer[0])]
     for number, token in enumerate(answer[:-1]):
-        rounds.append(round_of(number + 1, len(prompt) + number, [token], answer[number + 1]))
-    tables.append("accepted", tables_of(record_of(request, rounds, 0, target=target))["accepted"])
+        verify_steps.append(verify_step_of(number + 1, len(prompt) + number, [token], answer[number + 1]))
+    tables.append("accepted", tables_of(record_of(request, verify_steps, 0, target=target))["accepted"])
 
 
 def test_what_was_answered_is_counted_and_prompts_and_other_targets_are_not(tmp_path: Path) -> None:
@@ -84,15 +84,15 @@ def test_special_ids_are_those_of_the_targets_own_files(tmp_path: Path) -> None:
 
 
 def settings_of(folder: Path, file: Path, **flags: object) -> Settings:
-    flags |= {"target.path": str(folder), "speculator.vocabulary": str(file)}
-    return load(environ={}, flags={**flags, "serve.max_tokens": 32, "serve.max_batch": 1})
+    flags |= {"target.path": str(folder), "speculator.draft_vocab_file": str(file)}
+    return load(environ={}, flags={**flags, "serve.max_model_len": 32, "serve.max_num_seqs": 1})
 
 
 def test_the_written_file_begins_a_line_that_nodes_and_trainer_agree_on(tmp_path: Path) -> None:
     folder, file = write_tiny_target(tmp_path / "target"), tmp_path / "new" / "vocabulary.json"
     tables = DeltaLog(Tables(uri=str(tmp_path / "tables")))
     answered(tables, "one", [1, 2, 3], [*range(30, 45), 60], target_fingerprint(folder))
-    flags = [f"target.path={folder}", f"speculator.vocabulary={file}", f"tables.uri={tmp_path / 'tables'}"]
+    flags = [f"target.path={folder}", f"speculator.draft_vocab_file={file}", f"tables.uri={tmp_path / 'tables'}"]
     command = ["vocabulary", "--size", "20", *(part for flag in flags for part in ("--set", flag))]
     told = CliRunner().invoke(app, [*command, "--json"])
     assert told.exit_code == 0, told.output
@@ -107,14 +107,14 @@ def test_the_written_file_begins_a_line_that_nodes_and_trainer_agree_on(tmp_path
     settings = settings_of(folder, file)
     target, engine = read_target(settings), TransformersEngine(settings)
     assert target.line == engine.line
-    assert target.line != read_target(settings.model_copy(update={"speculator": Speculator(draft_vocabulary=20)})).line
+    assert target.line != read_target(settings.model_copy(update={"speculator": Speculator(draft_vocab_size=20)})).line
     assert target.day_0.shape.draft_vocab_size == 20
     assert target.day_0.t2d.nonzero().flatten().tolist() == kept
 
 
 def test_the_command_needs_a_setting_that_names_the_file() -> None:
     told = CliRunner().invoke(app, ["vocabulary"])
-    assert (told.exit_code, "set speculator.vocabulary" in told.stderr) == (2, True)
+    assert (told.exit_code, "set speculator.draft_vocab_file" in told.stderr) == (2, True)
 
 
 @pytest.mark.parametrize(
@@ -137,18 +137,18 @@ def test_a_file_that_cannot_be_used_is_an_error_that_names_the_setting(
     file = tmp_path / "vocabulary.json"
     if content is not None:
         file.write_text(content)
-    with pytest.raises(SettingsError, match=rf"speculator\.vocabulary .*vocabulary\.json: .*{says}"):
+    with pytest.raises(SettingsError, match=rf"speculator\.draft_vocab_file .*vocabulary\.json: .*{says}"):
         read_vocabulary(file, VOCABULARY)
 
 
 def test_a_node_and_a_trainer_refuse_to_start_without_the_file(tmp_path: Path) -> None:
     settings = settings_of(write_tiny_target(tmp_path), tmp_path / "missing.json")
     for start in (TransformersEngine, read_target):
-        with pytest.raises(SettingsError, match=r"^speculator\.vocabulary"):
+        with pytest.raises(SettingsError, match=r"^speculator\.draft_vocab_file"):
             start(settings)
 
 
 def test_without_a_file_day_0_takes_the_lowest_ids(tmp_path: Path) -> None:
-    draft = draft_of_day_0(write_tiny_target(tmp_path), Speculator(draft_vocabulary=16))
+    draft = draft_of_day_0(write_tiny_target(tmp_path), Speculator(draft_vocab_size=16))
     assert draft.t2d.nonzero().flatten().tolist() == list(range(16))
     assert draft.d2t.tolist() == [0] * 16

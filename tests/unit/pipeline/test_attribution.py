@@ -1,4 +1,6 @@
-"""Every round names the version that drafted it, from the engine to the table, also where the version changes in it."""
+"""Every verify step names the version that drafted it, from the engine to the table, also where the version changes
+in it.
+"""
 
 from __future__ import annotations
 
@@ -14,44 +16,44 @@ from trace_bench import FakeProducer, eventually
 from pipeline.batches import Record, build
 from schemas.settings import Kafka, Traces, load
 from schemas.speculator.network import random_draft
-from schemas.trace.record import Round
+from schemas.trace.record import VerifyStep
 from serving.engines.base import Finish, Output, Request
 from serving.engines.builtin.engine import TransformersEngine
 from serving.traces.chunks import Origin
 from serving.traces.publisher import TracePublisher
 
-ROUNDS = 10
-"""Rounds between two changes."""
+VERIFY_STEPS = 10
+"""Verify steps between two changes."""
 
 
 class SlowSink:
-    """Keeps the rounds, hands them on, and gives the test time between two of them."""
+    """Keeps the verify steps, hands them on, and gives the test time between two of them."""
 
     def __init__(self, to: TracePublisher) -> None:
-        self.rounds: list[Round] = []
+        self.verify_steps: list[VerifyStep] = []
         self._to = to
 
-    def record(self, request: Request, rounds: tuple[Round, ...], finish: Finish | None) -> None:
-        self._to.record(request, rounds, finish)
-        self.rounds.extend(rounds)
+    def record(self, request: Request, verify_steps: tuple[VerifyStep, ...], finish: Finish | None) -> None:
+        self._to.record(request, verify_steps, finish)
+        self.verify_steps.extend(verify_steps)
         time.sleep(0.002)
 
     def wait(self) -> None:
-        seen = len(self.rounds)
-        eventually(lambda: len(self.rounds) >= seen + ROUNDS)
+        seen = len(self.verify_steps)
+        eventually(lambda: len(self.verify_steps) >= seen + VERIFY_STEPS)
 
 
 def now_us() -> int:
     return time.time_ns() // 1000
 
 
-def test_a_swap_in_mid_request_changes_the_version_of_exactly_the_rounds_after_it(tmp_path: Path) -> None:
+def test_a_swap_in_mid_request_changes_the_version_of_exactly_the_verify_steps_after_it(tmp_path: Path) -> None:
     flags = {
         "target.path": str(write_tiny_target(tmp_path)),
-        "speculator.draft_vocabulary": VOCABULARY,
-        "serve.max_tokens": 240,
-        "serve.draft_tokens": 2,
-        "serve.adaptive": False,
+        "speculator.draft_vocab_size": VOCABULARY,
+        "serve.max_model_len": 240,
+        "serve.num_speculative_tokens": 2,
+        "serve.adaptive_drafting": False,
     }
     producer = FakeProducer()
     publisher = TracePublisher(Kafka(max_message_bytes=30_000), Traces(), lambda *_: producer)
@@ -77,9 +79,9 @@ def test_a_swap_in_mid_request_changes_the_version_of_exactly_the_rounds_after_i
     sink.wait()
     engine.stop()
     counts = publisher.close(10)
-    decoded = [r for r in sink.rounds if r.round > 0]
+    decoded = [r for r in sink.verify_steps if r.verify_step > 0]
     assert [version for version, _ in groupby(r.speculator for r in decoded)] == ["day-0-head-0", "1", "", "2"]
-    assert all(bool(r.speculator) == bool(r.draft_tokens) for r in sink.rounds)
+    assert all(bool(r.speculator) == bool(r.draft_tokens) for r in sink.verify_steps)
 
     (swap_begun, swapped), (off_begun, _), _, (on_begun, _) = changes
     assert all(r.speculator == "day-0-head-0" for r in decoded if r.time_us < swap_begun)
@@ -91,9 +93,9 @@ def test_a_swap_in_mid_request_changes_the_version_of_exactly_the_rounds_after_i
     records = [Record("t", 0, offset, 0, b"r", value, tuple(headers)) for offset, (value, headers) in enumerate(sent)]
     assert len(records) > 1
     rows = build(records, 32).rows
-    assert [(row["round"], row["speculator"]) for row in rows["traces"].to_pylist()] == [
-        (r.round, r.speculator) for r in sink.rounds
+    assert [(row["verify_step"], row["speculator"]) for row in rows["traces"].to_pylist()] == [
+        (r.verify_step, r.speculator) for r in sink.verify_steps
     ]
-    versions = {r.round: r.speculator for r in sink.rounds}
-    last_of = {row["offset"]: versions[row["round"]] for row in rows["traces"].to_pylist() if row["speculator"]}
+    versions = {r.verify_step: r.speculator for r in sink.verify_steps}
+    last_of = {row["offset"]: versions[row["verify_step"]] for row in rows["traces"].to_pylist() if row["speculator"]}
     assert {r["offset"]: r["speculator"] for r in rows["accepted"].to_pylist() if r["speculator"]} == last_of

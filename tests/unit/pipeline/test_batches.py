@@ -17,8 +17,8 @@ from pipeline.deduplication import Known
 from pipeline.validation import unsound
 from schemas.batches import TABLES
 from schemas.trace import record as trace
-from schemas.trace.decoder import Lists, Rounds
-from schemas.trace.record import ROOT, Chunk, Envelope, Round, TraceError, encode, from_bf16, to_bf16
+from schemas.trace.decoder import Lists, VerifySteps
+from schemas.trace.record import ROOT, Chunk, Envelope, TraceError, VerifyStep, encode, from_bf16, to_bf16
 
 A, B, C, D, E, F, G, X, Y, Z = range(10, 20)
 WIDTH = 3
@@ -35,9 +35,9 @@ def teacher(*names: int) -> tuple[trace.I32, trace.F32]:
     return ids, -ids.astype(np.float32) / 8
 
 
-def round_(
+def verify_step_(
     number: int, position: int, tokens: tuple[int, ...], bonus: int | None, teaches: tuple[int, ...], **draft: object
-) -> Round:
+) -> VerifyStep:
     ids, logprobs = teacher(*teaches)
     fields = {
         "draft_tokens": (),
@@ -46,8 +46,8 @@ def round_(
         "accepted": (),
         "speculator": "",
     } | draft
-    return Round(
-        round=number,
+    return VerifyStep(
+        verify_step=number,
         position=position,
         tokens=tokens,
         features=features(*tokens),
@@ -61,12 +61,12 @@ def round_(
     )
 
 
-PREFILL = round_(0, 0, (A, B, C), D, (100,))
-FIRST = round_(
+PREFILL = verify_step_(0, 0, (A, B, C), D, (100,))
+FIRST = verify_step_(
     1, 3, (D, E), F, (110, 111, 112), draft_tokens=(E, X), draft_parents=(ROOT, 0), draft_logprobs=(-0.5, -1.5),
     accepted=(0,), speculator="1",
 )  # fmt: skip
-SECOND = round_(
+SECOND = verify_step_(
     2, 5, (F,), G, (120, 121, 122), draft_tokens=(Y, Z), draft_parents=(ROOT, 0), draft_logprobs=(-2.0, -3.0),
     speculator="2",
 )  # fmt: skip
@@ -92,7 +92,7 @@ def record(chunk: Chunk = EXAMPLE, offset: int = 7, **changed: object) -> Record
     headers = {
         "content-type": trace.CONTENT_TYPE.encode(),
         "schema": trace.fingerprint().encode(),
-        "rows": str(len(chunk.rounds)).encode(),
+        "rows": str(len(chunk.verify_steps)).encode(),
     }
     made = Record("traces", 1, offset, 5_000, b"req", encode(chunk), tuple(headers.items()))
     return replace(made, **changed)  # type: ignore[arg-type]
@@ -122,7 +122,7 @@ def test_accepted_is_the_window_of_the_worked_example() -> None:
     assert row["position"] == 0
     bits = np.frombuffer(row["features"], dtype="<u2").reshape(6, WIDTH)  # type: ignore[call-overload]
     assert from_bf16(bits)[:, 0].tolist() == [A, B, C, D, E, F]
-    # after c: round 0; after D: root of round 1; after E: its node 0; after F: root of round 2
+    # after c: verify step 0; after D: root of verify step 1; after E: its node 0; after F: root of verify step 2
     assert np.reshape(row["teacher_ids"], (4, TOP_K))[:, 0].tolist() == [100, 110, 111, 120]  # type: ignore[arg-type]
     assert np.reshape(row["teacher_logprobs"], (4, TOP_K))[:, 0].tolist() == [-12.5, -13.75, -13.875, -15.0]  # type: ignore[arg-type]
 
@@ -131,15 +131,15 @@ def test_rejected_holds_the_branches_of_the_worked_example() -> None:
     first, second = build([record()], 32).rows["rejected"].to_pylist()
     assert (first["branch"], first["accepted_prefix"], first["context"]) == ([E, X], 1, [A, B, C, D])
     assert (second["branch"], second["accepted_prefix"], second["context"]) == ([Y, Z], 0, [A, B, C, D, E, F])
-    assert (first["round"], first["root_position"], second["root_position"]) == (1, 3, 5)
+    assert (first["verify_step"], first["root_position"], second["root_position"]) == (1, 3, 5)
     assert first["draft_logprobs"] == [-0.5, -1.5]
     assert first["teacher_ids"][::TOP_K] == [111, 112]
     assert second["teacher_ids"][::TOP_K] == [121, 122]
 
 
-def test_traces_hold_every_round_with_its_own_version_and_time() -> None:
+def test_traces_hold_every_verify_step_with_its_own_version_and_time() -> None:
     rows = build([record()], 32).rows["traces"].to_pylist()
-    assert [row["round"] for row in rows] == [0, 1, 2]
+    assert [row["verify_step"] for row in rows] == [0, 1, 2]
     assert [row["speculator"] for row in rows] == ["", "1", "2"]
     assert [row["tokens"] for row in rows] == [[A, B, C], [D, E], [F]]
     assert [row["top_ids"][::TOP_K] for row in rows] == [[100], [110, 111, 112], [120, 121, 122]]
@@ -155,8 +155,8 @@ def test_rows_carry_the_version_that_drafted_last() -> None:
 
 
 def test_a_prompt_cut_into_rows_has_a_teacher_only_at_its_end() -> None:
-    head = round_(0, 0, (A, B), None, ())
-    tail = round_(0, 2, (C,), D, (100,))
+    head = verify_step_(0, 0, (A, B), None, ())
+    tail = verify_step_(0, 2, (C,), D, (100,))
     whole = only_row(build([record()], 32).rows["accepted"])
     cut = only_row(build([record(Chunk(ENVELOPE, (head, tail, FIRST, SECOND)))], 32).rows["accepted"])
     assert cut == whole
@@ -195,7 +195,7 @@ def test_context_is_cut_to_the_tokens_before_the_root() -> None:
 
 
 def test_branches_of_a_tree_are_rows_of_their_own() -> None:
-    tree = round_(
+    tree = verify_step_(
         1, 3, (D, E), F, (110, 111, 112, 113), draft_tokens=(E, X, Y), draft_parents=(ROOT, ROOT, 0),
         draft_logprobs=(-1.0, -2.0, -3.0), accepted=(0,), speculator="1",
     )  # fmt: skip
@@ -212,7 +212,7 @@ def test_rows_are_the_same_in_every_delivery_and_in_any_company() -> None:
         assert together[name].slice(rows.num_rows).equals(rows)
 
 
-def test_a_chunk_without_rounds_adds_nothing_and_is_no_dead_letter() -> None:
+def test_a_chunk_without_verify_steps_adds_nothing_and_is_no_dead_letter() -> None:
     built = build([record(Chunk(ENVELOPE, ()))], 32)
     assert sum(rows.num_rows for rows in built.rows.values()) == 0
 
@@ -224,7 +224,7 @@ def test_a_draft_whose_probabilities_are_not_known_is_a_row_that_says_so() -> No
     assert np.isnan(built.rows["rejected"].to_pylist()[0]["draft_logprobs"]).all()
 
 
-def nan_features() -> Round:
+def nan_features() -> VerifyStep:
     bits = SECOND.features.copy()
     bits[0, 1] = 0x7FC0
     return replace(SECOND, features=bits)
@@ -238,7 +238,7 @@ def nan_features() -> Round:
         pytest.param(replace(SECOND, top_ids=-SECOND.top_ids), "bad_token", id="negative teacher token"),
         pytest.param(replace(SECOND, bonus=-3), "bad_token", id="negative bonus"),
         pytest.param(replace(SECOND, position=9), "contradiction", id="hole between positions"),
-        pytest.param(replace(SECOND, round=4), "contradiction", id="missing round"),
+        pytest.param(replace(SECOND, verify_step=4), "contradiction", id="missing verify step"),
         pytest.param(replace(SECOND, tokens=(E,)), "contradiction", id="root that nobody chose"),
         pytest.param(
             replace(SECOND, bonus=None, top_ids=SECOND.top_ids[:0], top_logprobs=SECOND.top_logprobs[:0]),
@@ -247,12 +247,12 @@ def nan_features() -> Round:
         ),
     ],
 )
-def test_a_chunk_that_contradicts_itself_is_a_dead_letter(bad: Round, code: str) -> None:
+def test_a_chunk_that_contradicts_itself_is_a_dead_letter(bad: VerifyStep, code: str) -> None:
     assert reason(record(Chunk(ENVELOPE, (PREFILL, FIRST, bad)))) == code
 
 
 def test_a_draft_inside_the_prompt_is_a_dead_letter() -> None:
-    assert reason(record(Chunk(ENVELOPE, (replace(FIRST, round=0),)))) == "contradiction"
+    assert reason(record(Chunk(ENVELOPE, (replace(FIRST, verify_step=0),)))) == "contradiction"
 
 
 @pytest.mark.parametrize(
@@ -272,16 +272,16 @@ def test_a_header_that_does_not_fit_is_a_dead_letter(header: str, value: bytes |
 
 
 def test_a_number_that_no_column_holds_is_a_dead_letter() -> None:
-    assert reason(record(Chunk(replace(ENVELOPE, seed=2**63), EXAMPLE.rounds))) == "too_large"
-    assert reason(record(Chunk(replace(ENVELOPE, sampling_top_k=2**31), EXAMPLE.rounds))) == "too_large"
-    assert reason(record(Chunk(replace(ENVELOPE, temperature=float("nan")), EXAMPLE.rounds))) in (
+    assert reason(record(Chunk(replace(ENVELOPE, seed=2**63), EXAMPLE.verify_steps))) == "too_large"
+    assert reason(record(Chunk(replace(ENVELOPE, sampling_top_k=2**31), EXAMPLE.verify_steps))) == "too_large"
+    assert reason(record(Chunk(replace(ENVELOPE, temperature=float("nan")), EXAMPLE.verify_steps))) in (
         "bad_number", "bad_envelope",
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("line", ["", "l" * 129, "a/b", "a line", "zeile-ä"])
 def test_a_line_that_cannot_name_a_folder_is_a_dead_letter(line: str) -> None:
-    assert reason(record(Chunk(replace(ENVELOPE, line=line), EXAMPLE.rounds))) == "bad_line"
+    assert reason(record(Chunk(replace(ENVELOPE, line=line), EXAMPLE.verify_steps))) == "bad_line"
 
 
 def test_the_day_of_a_row_is_that_of_its_record_and_not_of_the_clock_of_the_node() -> None:
@@ -299,7 +299,7 @@ def test_a_record_with_the_time_of_a_broken_clock_lies_in_a_day_that_has_a_name(
         assert day.year in (1970, 9999)
 
 
-def test_a_round_outside_the_times_that_readers_know_is_a_dead_letter() -> None:
+def test_a_verify_step_outside_the_times_that_readers_know_is_a_dead_letter() -> None:
     for time_us in (-1, 2**62):
         assert reason(record(Chunk(ENVELOPE, (replace(PREFILL, time_us=time_us), FIRST, SECOND)))) == "bad_number"
 
@@ -320,17 +320,17 @@ def test_a_header_that_names_another_target_or_node_than_the_envelope_is_a_dead_
         replace(PREFILL, tokens=(A, 123, C)),
     ],
 )
-def test_a_token_outside_the_vocabulary_is_a_dead_letter_where_the_vocabulary_is_known(bad: Round) -> None:
-    rounds = tuple(bad if bad.round == r.round else r for r in EXAMPLE.rounds)
+def test_a_token_outside_the_vocabulary_is_a_dead_letter_where_the_vocabulary_is_known(bad: VerifyStep) -> None:
+    verify_steps = tuple(bad if bad.verify_step == r.verify_step else r for r in EXAMPLE.verify_steps)
     known = replace(ENVELOPE, vocabulary=124)
-    assert not build([record(Chunk(known, EXAMPLE.rounds)), record(Chunk(ENVELOPE, rounds))], 32).dead
-    assert reason(record(Chunk(replace(ENVELOPE, vocabulary=123), rounds))) == "bad_token"
+    assert not build([record(Chunk(known, EXAMPLE.verify_steps)), record(Chunk(ENVELOPE, verify_steps))], 32).dead
+    assert reason(record(Chunk(replace(ENVELOPE, vocabulary=123), verify_steps))) == "bad_token"
 
 
 def test_a_token_outside_the_vocabulary_is_named() -> None:
     built = build([record(Chunk(replace(ENVELOPE, vocabulary=123), (replace(PREFILL, tokens=(A, 123, C)),)))], 32)
     (detail,) = built.rows["dead_letters"]["detail"].to_pylist()
-    assert detail == "round 0: token id 123 in tokens, expected 0 to 122"
+    assert detail == "verify step 0: token id 123 in tokens, expected 0 to 122"
 
 
 def test_a_token_outside_the_vocabulary_among_those_before_the_chunk_is_a_dead_letter() -> None:
@@ -362,13 +362,13 @@ def test_altered_bytes_are_one_dead_letter_and_never_an_error(cut: int, flip: in
 
 
 def test_a_record_that_nobody_foresaw_is_a_dead_letter_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fragile(rounds: Rounds, features: Lists) -> dict[int, TraceError]:
-        if any(envelope.request == "odd" for envelope in rounds.envelopes):
+    def fragile(verify_steps: VerifySteps, features: Lists) -> dict[int, TraceError]:
+        if any(envelope.request == "odd" for envelope in verify_steps.envelopes):
             raise IndexError("what is this")
-        return unsound(rounds, features)
+        return unsound(verify_steps, features)
 
     monkeypatch.setattr("pipeline.batches.unsound", fragile)
-    odd = Chunk(replace(ENVELOPE, request="odd"), EXAMPLE.rounds)
+    odd = Chunk(replace(ENVELOPE, request="odd"), EXAMPLE.verify_steps)
     sent = [record(offset=1), record(odd, offset=2), record(offset=3), record(offset=4, value=b"junk")]
     built = build(sent, 32, known=Known(1))
     assert built.rows["accepted"]["offset"].to_pylist() == [1, 3]

@@ -17,7 +17,7 @@ from pipeline.deduplication import Known
 from schemas.draft_tree import chain
 from schemas.trace import record as trace
 from schemas.trace.decoder import decode
-from schemas.trace.record import ROOT, SCHEMA, U16, Chunk, Claim, Envelope, Features, Round, TraceError, encode
+from schemas.trace.record import ROOT, SCHEMA, U16, Chunk, Claim, Envelope, Features, TraceError, VerifyStep, encode
 from serving.traces.chunks import without_features
 
 CONTEXT = 4
@@ -29,9 +29,9 @@ class Shape:
     """What a made-up chunk is like."""
 
     seed: int
-    rounds: int
+    verify_steps: int
     prompt_parts: int
-    """Rows of round 0; without any the chunk begins inside a request."""
+    """Rows of verify step 0; without any the chunk begins inside a request."""
     drafted: int
     """Most nodes of a draft."""
     trees: bool
@@ -44,7 +44,7 @@ class Shape:
 shapes = st.builds(
     Shape,
     seed=st.integers(0, 2**32),
-    rounds=st.integers(0, 6),
+    verify_steps=st.integers(0, 6),
     prompt_parts=st.integers(0, 3),
     drafted=st.integers(0, 6),
     trees=st.booleans(),
@@ -79,13 +79,13 @@ def draft(rng: Rng, shape: Shape) -> tuple[tuple[int, ...], tuple[int, ...], tup
     return ids(rng, m), parents, tuple(accepted)
 
 
-def a_round(rng: Rng, shape: Shape, number: int, position: int, root: int | None, *, ends: bool) -> Round:
+def a_verify_step(rng: Rng, shape: Shape, number: int, position: int, root: int | None, *, ends: bool) -> VerifyStep:
     drafted, parents, accepted = draft(rng, shape) if number else ((), (), ())
     prompt = ids(rng, int(rng.integers(1, 4)))
     tokens = prompt if root is None else (root, *(drafted[node] for node in accepted))
     verified = 1 + len(drafted) if ends else 0
-    return Round(
-        round=number,
+    return VerifyStep(
+        verify_step=number,
         position=position,
         tokens=tokens,
         features=rng.integers(0, 0x7F80, (len(tokens), shape.width), dtype=np.uint16),
@@ -108,13 +108,15 @@ def sound(shape: Shape) -> Chunk:
     rng = np.random.default_rng(shape.seed)
     number = 0 if shape.prompt_parts else int(rng.integers(1, 5))
     position = 0 if shape.prompt_parts else int(rng.integers(1, 9))
-    before = ids(rng, position) if shape.way == "recompute" and position and shape.rounds else ()
-    rounds: list[Round] = []
-    for i in range(shape.rounds):
+    before = ids(rng, position) if shape.way == "recompute" and position and shape.verify_steps else ()
+    verify_steps: list[VerifyStep] = []
+    for i in range(shape.verify_steps):
         in_prompt = i < shape.prompt_parts
-        root = None if in_prompt else rounds[-1].bonus if rounds else ids(rng, 1)[0]
-        rounds.append(a_round(rng, shape, number, position, root, ends=not in_prompt or i == shape.prompt_parts - 1))
-        position += len(rounds[-1].tokens)
+        root = None if in_prompt else verify_steps[-1].bonus if verify_steps else ids(rng, 1)[0]
+        verify_steps.append(
+            a_verify_step(rng, shape, number, position, root, ends=not in_prompt or i == shape.prompt_parts - 1)
+        )
+        position += len(verify_steps[-1].tokens)
         number += not in_prompt or i == shape.prompt_parts - 1
     envelope = Envelope(
         request=f"request-{shape.seed % 5}",
@@ -135,20 +137,20 @@ def sound(shape: Shape) -> Chunk:
         before=before,
         vocabulary=shape.vocabulary,
     )
-    return Chunk(envelope, tuple(rounds))
+    return Chunk(envelope, tuple(verify_steps))
 
 
 def send(chunk: Chunk, offset: int, partition: int = 0, value: bytes | None = None) -> Sent:
     """The record as a node sends it, or with another value."""
-    way, rounds = chunk.envelope.features, chunk.rounds
-    claim = np.concatenate([r.features for r in rounds]) if way == "claim-check" and rounds else None
-    bare = chunk if way == "inline" else replace(chunk, rounds=tuple(map(without_features, rounds)))
+    way, verify_steps = chunk.envelope.features, chunk.verify_steps
+    claim = np.concatenate([r.features for r in verify_steps]) if way == "claim-check" and verify_steps else None
+    bare = chunk if way == "inline" else replace(chunk, verify_steps=tuple(map(without_features, verify_steps)))
     headers = {
         "content-type": trace.CONTENT_TYPE,
         "schema": trace.fingerprint(),
         "node": chunk.envelope.node,
         "target": chunk.envelope.target,
-        "rows": str(len(rounds)),
+        "rows": str(len(verify_steps)),
     }
     as_bytes = tuple((name, text.encode()) for name, text in headers.items())
     key = chunk.envelope.request.encode()
@@ -235,13 +237,13 @@ def other_features(rng: Rng, bits: U16) -> U16:
 
 
 def spoil(rng: Rng, chunk: Chunk) -> Chunk:
-    """A chunk with one thing in one of its rounds changed, which may or may not matter."""
-    at = int(rng.integers(len(chunk.rounds)))
-    r = chunk.rounds[at]
-    name = str(rng.choice([f for f in Round.__slots__ if f not in ("speculator", "draft_us", "verify_us")]))
+    """A chunk with one thing in one of its verify steps changed, which may or may not matter."""
+    at = int(rng.integers(len(chunk.verify_steps)))
+    r = chunk.verify_steps[at]
+    name = str(rng.choice([f for f in VerifyStep.__slots__ if f not in ("speculator", "draft_us", "verify_us")]))
     value = getattr(r, name)
     match name:
-        case "round" | "position":
+        case "verify_step" | "position":
             new: object = other_int(rng, value)
         case "time_us":
             new = int(rng.choice([2**62, -1]))
@@ -259,9 +261,9 @@ def spoil(rng: Rng, chunk: Chunk) -> Chunk:
             new = value[:-1] if rng.integers(2) else np.where(rng.random(value.shape) < 0.1, other_int(rng, 0), value)
         case _:
             new = value[:-1] if rng.integers(2) else np.where(rng.random(value.shape) < 0.1, np.nan, value)
-    rounds = [*chunk.rounds]
-    rounds[at] = replace(r, **{name: new})
-    return replace(chunk, rounds=tuple(rounds))
+    verify_steps = [*chunk.verify_steps]
+    verify_steps[at] = replace(r, **{name: new})
+    return replace(chunk, verify_steps=tuple(verify_steps))
 
 
 def rewritten(sent: Sent, change: Callable[[pa.Table], Sequence[pa.Table]]) -> Sent:
@@ -296,7 +298,7 @@ def with_null(rng: Rng) -> Callable[[pa.Table], Sequence[pa.Table]]:
 
 
 @settings(deadline=None, max_examples=150)
-@given(st.lists(shapes.filter(lambda s: s.rounds > 0), min_size=1, max_size=4), st.integers(0, 2**32), st.data())
+@given(st.lists(shapes.filter(lambda s: s.verify_steps > 0), min_size=1, max_size=4), st.integers(0, 2**32), st.data())
 def test_spoiled_records_are_refused_as_by_the_reference_and_harm_no_other(
     made: list[Shape], seed: int, data: st.DataObject
 ) -> None:
@@ -331,7 +333,7 @@ def test_altered_bytes_are_refused_as_by_the_reference(shape: Shape, seed: int) 
 
 
 @settings(deadline=None)
-@given(shapes.filter(lambda s: s.rounds > 0), st.integers(0, 2**32))
+@given(shapes.filter(lambda s: s.verify_steps > 0), st.integers(0, 2**32))
 def test_decoding_refuses_what_the_reference_refuses(shape: Shape, seed: int) -> None:
     value = send(spoil(np.random.default_rng(seed), sound(shape)), 0).record.value or b""
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trace_bench import Bench, a_round, eventually
+from trace_bench import Bench, a_verify_step, eventually
 
 from pipeline.batches import Record, build
 from schemas.claim_store import ClaimStore, ClaimStoreError
@@ -30,7 +30,7 @@ TIME_US = 1_700_000_000_000_000
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The publisher looks for rounds more often, so that no test waits for it."""
+    """The publisher looks for verify steps more often, so that no test waits for it."""
     monkeypatch.setattr("serving.traces.publisher._PAUSE_S", 0.002)
 
 
@@ -39,7 +39,7 @@ def features(tokens: int, width: int, seed: int = 0) -> U16:
 
 
 def store(uri: object, **options: str) -> ClaimStore:
-    return ClaimStore(Traces(claim_uri=str(uri), claim_options=options))
+    return ClaimStore(Traces(claim_check_uri=str(uri), claim_check_options=options))
 
 
 @settings(deadline=None, max_examples=30)
@@ -69,7 +69,7 @@ def test_a_file_is_named_after_its_content_in_a_folder_for_its_day(tmp_path: Pat
 def test_only_files_below_the_own_address_are_opened(tmp_path: Path, name: str) -> None:
     (tmp_path / "secret.arrow").write_bytes(b"x")
     for uri in (f"{(tmp_path / 'claims').as_uri()}/{name}", (tmp_path / "secret.arrow").as_uri(), "s3://other/x.arrow"):
-        with pytest.raises(TraceError, match=r"traces\.claim_uri") as refused:
+        with pytest.raises(TraceError, match=r"traces\.claim_check_uri") as refused:
             store(tmp_path / "claims").get(Claim(uri, "0" * 32, 1), 1, 1)
         assert refused.value.reason == "claim_foreign"
 
@@ -78,7 +78,7 @@ def test_a_folder_that_is_gone_is_a_store_that_is_away_and_not_a_missing_file(tm
     claims = store(tmp_path / "claims")
     claim = claims.put(features(1, 1), TIME_US)
     (tmp_path / "claims").rename(tmp_path / "elsewhere")
-    with pytest.raises(ClaimStoreError, match=r"traces\.claim_uri"):
+    with pytest.raises(ClaimStoreError, match=r"traces\.claim_check_uri"):
         claims.get(claim, 1, 1)
     (tmp_path / "claims").mkdir()
     with pytest.raises(TraceError) as refused:
@@ -95,7 +95,7 @@ def test_a_folder_that_is_gone_is_a_store_that_is_away_and_not_a_missing_file(tm
     ],
 )
 def test_an_address_or_option_that_cannot_be_used_is_named(uri: str, options: dict[str, str]) -> None:
-    with pytest.raises(SettingsError, match=r"traces\.claim_(uri|options)"):
+    with pytest.raises(SettingsError, match=r"traces\.claim_check_(uri|options)"):
         store(uri, **options)
 
 
@@ -176,7 +176,7 @@ def test_an_s3_prefix_is_a_store(bucket: dict[str, Any]) -> None:
 def test_an_s3_store_that_is_away_is_no_missing_file(bucket: dict[str, Any], free_port: Any) -> None:
     away = bucket["options"] | {"endpoint_override": f"127.0.0.1:{free_port()}"}
     claims = store("s3://traces/claims", **away)
-    with pytest.raises(ClaimStoreError, match=r"traces\.claim_uri"):
+    with pytest.raises(ClaimStoreError, match=r"traces\.claim_check_uri"):
         claims.put(features(1, 1), TIME_US)
     with pytest.raises(ClaimStoreError):
         claims.get(Claim("s3://traces/claims/x.arrow", "0" * 32, 1), 1, 1)
@@ -184,25 +184,25 @@ def test_an_s3_store_that_is_away_is_no_missing_file(bucket: dict[str, Any], fre
 
 def test_a_store_that_refuses_costs_a_few_tries_and_recovers_by_itself(tmp_path: Path) -> None:
     (tmp_path / "claims").write_text("a file where the folder should be")
-    bench = Bench(features="claim-check", claim_uri=str(tmp_path / "claims"))
+    bench = Bench(features="claim-check", claim_check_uri=str(tmp_path / "claims"))
     tried = _count_tries(bench)
     for _ in range(6):
-        bench.send(rounds=2)
+        bench.send(verify_steps=2)
     bench.settle()
     counts = bench.publisher.counts()
     assert (counts.shed, counts.pending, bench.producer.delivered) == ({"claim_failed": 12}, 0, [])
-    assert len(tried) == 2, "after breaker_after failures the store is left alone"
+    assert len(tried) == 2, "after circuit_breaker_failures failures the store is left alone"
     assert bench.publisher.breaker == "closed", "it says nothing about the broker"
     (tmp_path / "claims").unlink()
-    bench.send(rounds=2)
+    bench.send(verify_steps=2)
     bench.settle()
     assert bench.publisher.counts().shed == {"claim_failed": 14}
     bench.now += 5
-    bench.send(rounds=2)
-    bench.send(rounds=2)
+    bench.send(verify_steps=2)
+    bench.send(verify_steps=2)
     counts = bench.publisher.close(1)
     assert (counts.published, counts.captured) == (4, 18)
-    assert [len(r.features) for chunk in bench.producer.delivered for r in chunk.rounds] == [0] * 4
+    assert [len(r.features) for chunk in bench.producer.delivered for r in chunk.verify_steps] == [0] * 4
 
 
 def _count_tries(bench: Bench) -> list[int]:
@@ -219,7 +219,7 @@ def _count_tries(bench: Bench) -> list[int]:
 
 
 def test_while_the_broker_is_away_nothing_is_written_to_the_store(tmp_path: Path) -> None:
-    bench = Bench(features="claim-check", claim_uri=str(tmp_path))
+    bench = Bench(features="claim-check", claim_check_uri=str(tmp_path))
     tried = _count_tries(bench)
     bench.producer.mode = "refuse"
     for _ in range(2):
@@ -232,9 +232,11 @@ def test_while_the_broker_is_away_nothing_is_written_to_the_store(tmp_path: Path
 
 
 def test_the_budget_pays_for_the_file_too(tmp_path: Path) -> None:
-    bench = Bench(features="claim-check", claim_uri=str(tmp_path), claim_bytes=1 << 16, bytes_per_s=1_000)
+    bench = Bench(
+        features="claim-check", claim_check_uri=str(tmp_path), claim_check_max_bytes=1 << 16, max_bytes_per_second=1_000
+    )
     for number in range(100):
-        kept = replace(a_round(0, tokens=300), features=features(300, 6, number))
+        kept = replace(a_verify_step(0, tokens=300), features=features(300, 6, number))
         bench.publisher.record(Request(f"chatcmpl-{number}", (1,), 5), (kept,), "stop")
     bench.settle()
     files = sum(path.stat().st_size for path in tmp_path.rglob("*.arrow"))
@@ -244,8 +246,8 @@ def test_the_budget_pays_for_the_file_too(tmp_path: Path) -> None:
 
 
 def test_what_a_publisher_claims_a_reader_finds(tmp_path: Path) -> None:
-    bench = Bench(features="claim-check", claim_uri=str(tmp_path))
-    bench.send(rounds=3)
+    bench = Bench(features="claim-check", claim_check_uri=str(tmp_path))
+    bench.send(verify_steps=3)
     bench.publisher.close(1)
     ((value,), (headers,)) = bench.producer.values, bench.producer.headers
     claim = decode(value).envelope.claim

@@ -1,4 +1,4 @@
-"""``kafka.client`` as the stream's consumer reads it: what it takes, what it leaves, and what it refuses."""
+"""``kafka.client_options`` as the stream's consumer reads it: what it takes, what it leaves, and what it refuses."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_tls_checks_the_name_unless_it_is_told_not_to() -> None:
         ({"security.protocol": "TLS"}, "security.protocol 'TLS'"),
         ({"security.protocol": "SASL_SSL", "sasl.mechanism": "OAUTHBEARER"}, "sasl.mechanism 'OAUTHBEARER'"),
         ({"security.protocol": "SSL", "ssl.ca.location": "/nowhere.pem"}, r"ssl\.ca\.location /nowhere\.pem"),
-        ({"security.protocol": "SSL", "ssl.ca.pem": "no certificate"}, "kafka.client"),
+        ({"security.protocol": "SSL", "ssl.ca.pem": "no certificate"}, "kafka.client_options"),
     ],
 )
 def test_what_cannot_be_used_is_an_error_with_the_setting(client: dict[str, str], told: str) -> None:
@@ -50,5 +50,7 @@ def test_what_cannot_be_used_is_an_error_with_the_setting(client: dict[str, str]
 
 def test_options_of_other_clients_are_left_but_not_those_of_the_way_in() -> None:
     assert ignored({"security.protocol": "SSL", "socket.timeout.ms": "1"}) == ["socket.timeout.ms"]
-    with pytest.raises(SettingsError, match=r"kafka\.client: ssl\.certificate\.pem: .*ssl\.certificate\.location"):
+    with pytest.raises(
+        SettingsError, match=r"kafka\.client_options: ssl\.certificate\.pem: .*ssl\.certificate\.location"
+    ):
         ignored({"security.protocol": "SSL", "ssl.certificate.pem": "-"})

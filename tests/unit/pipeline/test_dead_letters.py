@@ -156,7 +156,7 @@ def test_a_whole_record_is_read_to_its_end() -> None:
     assert layers["checksum"] == "fits"
     assert "request request" in layers["envelope"]
     assert "line target-draft" in layers["envelope"]
-    assert layers["rounds"].endswith("rounds 0 to 3, 10 tokens")
+    assert layers["verify_steps"].endswith("verify steps 0 to 3, 10 tokens")
 
 
 def test_of_a_cut_record_the_envelope_is_still_read() -> None:

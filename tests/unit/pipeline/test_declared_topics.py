@@ -12,7 +12,7 @@ from pipeline.kafka_admin import TopicError
 from pipeline.topics import SETTING_OF, Topic, check_traces, declared, differences
 from schemas.settings import Kafka
 
-TRACES, SPECULATORS, DRIFT = declared(Kafka(partitions=4, replication=3))
+TRACES, SPECULATORS, DRIFT = declared(Kafka(partitions=4, replication_factor=3))
 
 
 def with_config(topic: Topic, **changed: str) -> Topic:
@@ -28,7 +28,7 @@ def test_traces_expire_are_never_compacted_and_carry_the_brokers_time() -> None:
 
 @pytest.mark.parametrize(("replication", "in_sync"), [(1, "1"), (2, "1"), (3, "2"), (5, "3")])
 def test_an_acknowledged_record_survives_the_loss_of_a_minority(replication: int, in_sync: str) -> None:
-    for topic in declared(Kafka(replication=replication)):
+    for topic in declared(Kafka(replication_factor=replication)):
         assert topic.config["min.insync.replicas"] == in_sync
         assert topic.config["unclean.leader.election.enable"] == "false"
 
@@ -63,7 +63,7 @@ def test_events_may_have_more_partitions_than_they_need() -> None:
 def test_another_replication_is_refused_with_the_way_to_change_it() -> None:
     (change,) = differences(TRACES, replace(TRACES, replication=1))
     assert "kafka-reassign-partitions" in (change.refused or "")
-    assert "kafka.replication = 1" in (change.refused or "")
+    assert "kafka.replication_factor = 1" in (change.refused or "")
 
 
 def test_a_compacted_traces_topic_is_not_made_good_by_another_policy() -> None:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from recorded import conversation, record_of, round_of, tables_of
+from recorded import conversation, record_of, tables_of, verify_step_of
 
 from pipeline.drift.detector import (
     COLUMNS,
@@ -37,7 +37,7 @@ SOURCE = Source("traces", 0)
 KEY = Key("line", "7", "sql")
 DEFAULTS = Drift()
 SPREAD = 0.15
-"""Deviation of the acceptance between requests; that between a request's rounds comes on top."""
+"""Deviation of the acceptance between requests; that between a request's verify steps comes on top."""
 
 
 def difficulty(rng: np.random.Generator, acceptance: float, requests: int) -> Floats:
@@ -47,9 +47,9 @@ def difficulty(rng: np.random.Generator, acceptance: float, requests: int) -> Fl
 
 
 def of_requests(rng: np.random.Generator, acceptance: float, requests: int) -> Floats:
-    """Each request's share of accepted first tokens, over 4 to 40 rounds."""
-    rounds = rng.integers(4, 41, requests)
-    return rng.binomial(rounds, difficulty(rng, acceptance, requests)) / rounds
+    """Each request's share of accepted first tokens, over 4 to 40 verify steps."""
+    verify_steps = rng.integers(4, 41, requests)
+    return rng.binomial(verify_steps, difficulty(rng, acceptance, requests)) / verify_steps
 
 
 def in_sessions(rng: np.random.Generator, acceptance: float, requests: int) -> Floats:
@@ -61,8 +61,8 @@ def in_sessions(rng: np.random.Generator, acceptance: float, requests: int) -> F
     _, session = np.unique(session, return_inverse=True)
     of_session, own = (difficulty(rng, acceptance, requests) for _ in range(2))
     worth = np.where(rng.random(requests) < 1 / 2, of_session[session], own)
-    rounds = rng.integers(4, 41, requests)
-    return rng.binomial(rounds, worth) / rounds
+    verify_steps = rng.integers(4, 41, requests)
+    return rng.binomial(verify_steps, worth) / verify_steps
 
 
 def seen(acceptances: Iterable[float], keys: Sequence[Key] = (KEY,)) -> Iterator[Observation]:
@@ -80,7 +80,7 @@ def events(observed: Iterable[Observation], tuning: Drift = DEFAULTS) -> list[Dr
 @pytest.mark.parametrize("traffic", [of_requests, in_sessions])
 def test_of_fifty_stationary_streams_of_five_thousand_requests_at_most_one_raises_an_alarm(traffic: Traffic) -> None:
     # Several generations pass in each stream.
-    tuning = Drift(window=1_500)
+    tuning = Drift(window_records=1_500)
     alarms = [len(events(seen(traffic(np.random.default_rng(seed), 0.6, 5_000)), tuning)) for seed in range(50)]
     assert sum(map(bool, alarms)) <= 1
 
@@ -96,7 +96,7 @@ def test_a_shift_is_told_once_soon_and_with_what_was_before_and_after(to: float,
         assert event.direction == ("fall" if to < 0.6 else "rise")
         assert event.before.acceptance == pytest.approx(0.6, abs=0.03)
         assert event.after.acceptance == pytest.approx(to, abs=0.06)
-        assert event.before.accept_length == pytest.approx(3 * event.before.acceptance)
+        assert event.before.accepted_per_step == pytest.approx(3 * event.before.acceptance)
         assert event.before.requests + event.after.requests == event.offset + 1
         assert abs(event.since.timestamp() - shift) < 150
         assert event.time == datetime.fromtimestamp(event.offset, UTC)
@@ -105,12 +105,12 @@ def test_a_shift_is_told_once_soon_and_with_what_was_before_and_after(to: float,
 @pytest.mark.parametrize("seed", range(30))
 def test_a_shift_is_told_once_where_a_generation_ends_before_the_next_one_is_sure(seed: int) -> None:
     # The younger generation saw little of what was before: it becomes sure later than the elder one, and speaks then.
-    rng, tuning = np.random.default_rng(seed), Drift(window=1_000)
+    rng, tuning = np.random.default_rng(seed), Drift(window_records=1_000)
     shift = 2_000 + int(rng.integers(50, 500))
     observed = list(seen(np.concatenate([of_requests(rng, 0.6, shift), of_requests(rng, 0.5, 3_000)])))
     [event] = events(observed, tuning)
     # Whoever begins to read between the two knows that it was told.
-    again = events(observed[rebuilt_from(3_000, tuning.window) :], tuning)
+    again = events(observed[rebuilt_from(3_000, tuning.window_records) :], tuning)
     assert [one for one in again if one.offset >= 3_000] == [one for one in [event] if one.offset >= 3_000]
 
 
@@ -138,17 +138,17 @@ class Drafting:
     acceptance: float
     depth: int
 
-    def rows(self, rng: np.random.Generator, offsets: range, rounds: int = 8) -> pa.Table:
-        n = len(offsets) * rounds
-        worth = np.repeat(difficulty(rng, self.acceptance, len(offsets)), rounds)
+    def rows(self, rng: np.random.Generator, offsets: range, verify_steps: int = 8) -> pa.Table:
+        n = len(offsets) * verify_steps
+        worth = np.repeat(difficulty(rng, self.acceptance, len(offsets)), verify_steps)
         kept = np.minimum(rng.geometric(1 - worth) - 1, self.depth)
         columns = {
-            "offset": np.repeat(np.array(offsets), rounds),
-            "round": np.tile(np.arange(1, rounds + 1), len(offsets)),
+            "offset": np.repeat(np.array(offsets), verify_steps),
+            "verify_step": np.tile(np.arange(1, verify_steps + 1), len(offsets)),
             "line": ["line"] * n,
             "label": [None] * n,
             "speculator": ["7"] * n,
-            "time": np.repeat(np.array(offsets) * 10**6, rounds),
+            "time": np.repeat(np.array(offsets) * 10**6, verify_steps),
             "draft_tokens": [[1] * self.depth] * n,
             "accepted": [list(range(k)) for k in kept],
         }
@@ -156,12 +156,12 @@ class Drafting:
         return pa.table([pa.array(columns[f.name], f.type) for f in fields], pa.schema(fields))
 
 
-def test_a_node_that_drafts_less_deep_raises_no_alarm_although_the_accept_length_falls() -> None:
+def test_a_node_that_drafts_less_deep_raises_no_alarm_although_the_accepted_per_step_falls() -> None:
     rng = np.random.default_rng(0)
     deep, shallow = Drafting(0.6, 6).rows(rng, range(1_500)), Drafting(0.6, 1).rows(rng, range(1_500, 3_000))
     observed = [*observations(deep), *observations(shallow)]
-    assert np.mean([one.accept_length for one in observed[:1_500]]) > 1.3
-    assert np.mean([one.accept_length for one in observed[1_500:]]) < 0.65
+    assert np.mean([one.accepted_per_step for one in observed[:1_500]]) > 1.3
+    assert np.mean([one.accepted_per_step for one in observed[1_500:]]) < 0.65
     assert not events(observed)
 
     worse = Drafting(0.4, 6).rows(rng, range(3_000, 3_300))
@@ -169,30 +169,30 @@ def test_a_node_that_drafts_less_deep_raises_no_alarm_although_the_accept_length
     assert event.direction == "fall"
 
 
-def test_a_request_is_observed_once_by_its_rounds_with_a_draft() -> None:
+def test_a_request_is_observed_once_by_its_verify_steps_with_a_draft() -> None:
     whole = conversation([1, 2, 3, *range(4, 14)], 3)
     assert [len(r.draft_tokens) for r in whole] == [0, 2, 2, 2, 2]
-    right = round_of(5, 11, [12, 13, 14], 15, [13, 14])
-    wrong = round_of(6, 14, [15], 16, [99, 98])
-    nothing = round_of(7, 15, [16], 17)
+    right = verify_step_of(5, 11, [12, 13, 14], 15, [13, 14])
+    wrong = verify_step_of(6, 14, [15], 16, [99, 98])
+    nothing = verify_step_of(7, 15, [16], 17)
     records = [
         record_of("a", [*whole, right, wrong, nothing], 4),
         record_of("b", whole[:1], 5),
-        record_of("a", [round_of(8, 16, [17, 18], 19, [18])], 6, chunk=1),
+        record_of("a", [verify_step_of(8, 16, [17, 18], 19, [18])], 6, chunk=1),
     ]
     [one] = observations(tables_of(*records)["traces"])
     assert (one.offset, one.key, one.time_us) == (4, Key("target-draft", "1", None), 1_700_000_000_000_000)
     assert one.acceptance == pytest.approx(5 / 6)
-    assert one.accept_length == pytest.approx((4 * 1 + 2 + 0) / 6)
+    assert one.accepted_per_step == pytest.approx((4 * 1 + 2 + 0) / 6)
     assert one.drafted == 2
 
 
 def traces(**columns: Sequence[object]) -> pa.Table:
-    """Rows of one column each; the others are those of a round that accepted its only token."""
+    """Rows of one column each; the others are those of a verify step that accepted its only token."""
     n = len(next(iter(columns.values())))
     usual = {
         "offset": [0] * n,
-        "round": list(range(1, n + 1)),
+        "verify_step": list(range(1, n + 1)),
         "line": ["line"] * n,
         "label": [None] * n,
         "speculator": ["7"] * n,
@@ -206,10 +206,10 @@ def traces(**columns: Sequence[object]) -> pa.Table:
 
 def test_in_a_tree_only_the_first_choice_counts_so_that_the_width_changes_nothing() -> None:
     [one] = observations(traces(draft_tokens=[[5, 6, 7]] * 3, accepted=[[0, 2], [1], []]))
-    assert (one.acceptance, one.accept_length, one.drafted) == (pytest.approx(1 / 3), 1, 3)
+    assert (one.acceptance, one.accepted_per_step, one.drafted) == (pytest.approx(1 / 3), 1, 3)
 
 
-def test_versions_that_swap_within_a_chunk_are_observed_each_by_its_own_rounds() -> None:
+def test_versions_that_swap_within_a_chunk_are_observed_each_by_its_own_verify_steps() -> None:
     first, second = observations(traces(speculator=["7", "7", "8", ""], accepted=[[0], [], [], [0]]))
     assert (first.key.speculator, first.acceptance) == ("7", 0.5)
     assert (second.key.speculator, second.acceptance) == ("8", 0)
@@ -225,7 +225,7 @@ def test_observations_come_in_the_order_of_their_offsets_however_rows_lie_and_co
     assert [one for part in parts for one in observations(part)] == list(observations(pa.concat_tables(parts)))
 
 
-def test_rounds_that_show_nothing_are_no_observation() -> None:
+def test_verify_steps_that_show_nothing_are_no_observation() -> None:
     assert not list(observations(TRACES.empty_table()))
     assert not list(observations(traces(draft_tokens=[[], []], accepted=[[], []])))
 
@@ -254,7 +254,7 @@ def test_a_label_that_was_not_seen_for_long_gives_way_and_a_busy_one_stays() -> 
 
 @pytest.mark.parametrize(("silent", "kept"), [(0, 600), (400, 600), (500, 100), (9_000, 100)])
 def test_figures_look_back_no_further_than_two_windows(silent: int, kept: int) -> None:
-    watch = PartitionWatch(SOURCE, Drift(window=500))
+    watch = PartitionWatch(SOURCE, Drift(window_records=500))
     for one in seen([0.5] * 1_100):
         watch.observe(replace(one, offset=one.offset if one.offset < 1_000 else one.offset + silent))
     assert watch.figures()[KEY].requests == kept
@@ -269,7 +269,7 @@ def test_what_is_said_after_a_restart_is_what_would_have_been_said_without_it(se
     # Of some records nothing is known.
     keys = [KEY, KEY._replace(label="chat")]
     observed = [one for one in seen(values, keys) if rng.random() < 0.9]
-    tuning = Drift(window=window, min_requests=10)
+    tuning = Drift(window_records=window, min_requests=10)
 
     uninterrupted, rebuilt = PartitionWatch(SOURCE, tuning), PartitionWatch(SOURCE, tuning)
     start = rebuilt_from(at, window)
@@ -284,7 +284,7 @@ def test_the_restarts_above_fall_between_events() -> None:
     """Else the rule would hold of a watch that says nothing."""
     rng = np.random.default_rng(0)
     values = np.concatenate([of_requests(rng, level, 750) for level in (0.2, 0.7, 0.3, 0.8)])
-    assert len({event.id for event in events(seen(values), Drift(window=700, min_requests=10))}) == 3
+    assert len({event.id for event in events(seen(values), Drift(window_records=700, min_requests=10))}) == 3
 
 
 @given(st.lists(st.integers(0, 40), min_size=10, max_size=60), st.integers(1, 5))

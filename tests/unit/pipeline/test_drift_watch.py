@@ -63,13 +63,13 @@ class Sent:
 
 @pytest.fixture(scope="module")
 def rows() -> pa.Table:
-    """A request of four rounds a record; the draft's only token is accepted less often from ``SHIFT`` on."""
+    """A request of four verify steps a record; the draft's only token is accepted less often from ``SHIFT`` on."""
     rng = np.random.default_rng(0)
     n = 4 * RECORDS
     accepted = rng.random(n) < np.where(np.arange(n) < 4 * SHIFT, 0.7, 0.4)
     columns = {
         "offset": np.repeat(np.arange(RECORDS), 4),
-        "round": np.tile(np.arange(1, 5), RECORDS),
+        "verify_step": np.tile(np.arange(1, 5), RECORDS),
         "line": ["line"] * n,
         "label": ["sql"] * n,
         "speculator": ["7"] * n,
@@ -183,7 +183,7 @@ def test_what_a_broker_that_is_away_cannot_take_is_counted(
 ) -> None:
     [event], _ = uninterrupted
     monkeypatch.setattr(drift_topic, "WAITING", 2)
-    topic = DriftTopic(Kafka(bootstrap="127.0.0.1:1"))
+    topic = DriftTopic(Kafka(bootstrap_servers="127.0.0.1:1"))
     for _ in range(3):
         topic.send(event)
     topic.poll()
@@ -209,5 +209,5 @@ def test_prometheus_sees_the_figures_and_the_events(uninterrupted: Uninterrupted
         ("aurora_stream_drift_events_total", ()): 1,
         ("aurora_stream_drift_events_unsent_total", ()): 0,
         ("aurora_stream_acceptance", key): shown.accepted.acceptance,
-        ("aurora_stream_accept_length", key): shown.accepted.accept_length,
+        ("aurora_stream_accepted_per_step", key): shown.accepted.accepted_per_step,
     }

@@ -90,17 +90,17 @@ class World:
 
 @pytest.fixture
 def world(tmp_path: Path) -> World:
-    return World(Tables(uri=str(tmp_path), vacuum_hours=24, reader_lease_hours=72))
+    return World(Tables(uri=str(tmp_path), vacuum_retention="24h", reader_lease="72h"))
 
 
 def test_small_files_are_merged_and_every_row_stays_for_every_way_of_reading(world: World) -> None:
     world.commit(6)
-    before = world.log.read("traces").sort_by([("offset", "ascending"), ("round", "ascending")])
+    before = world.log.read("traces").sort_by([("offset", "ascending"), ("verify_step", "ascending")])
     done = Maintenance(world.settings).run()
     assert {of_one.table: (of_one.merged, of_one.into) for of_one in done if of_one.merged} == {
         "rejected": (6, 1), "traces": (6, 1), "accepted": (6, 1),
     }  # fmt: skip
-    assert world.log.read("traces").sort_by([("offset", "ascending"), ("round", "ascending")]).equals(before)
+    assert world.log.read("traces").sort_by([("offset", "ascending"), ("verify_step", "ascending")]).equals(before)
     assert world.added(0) == [0, 1, 2, 3, 4, 5]
     assert sorted(world.log.read("accepted", ["offset"], at=3)["offset"].to_pylist()) == [0, 1, 2]
     some = world.log.read_offsets("accepted", SOURCE, range(2, 4), ["offset"])
@@ -131,7 +131,7 @@ def test_a_reader_that_comes_back_after_its_lease_is_told_and_can_go_on(world: W
     done = world.maintain_later(80)["accepted"]
     assert (done.deleted, done.held_by) == (6, None)
     assert world.files() == 1
-    with pytest.raises(GoneError, match=r"after version 2 .* from version 7 on.* tables\.reader_lease_hours"):
+    with pytest.raises(GoneError, match=r"after version 2 .* from version 7 on.* tables\.reader_lease"):
         world.log.read_added("accepted", 2, 6)
     assert world.log.oldest("accepted") == 7
     assert world.kept() == [0, 1, 2, 3, 4, 5]

@@ -51,7 +51,7 @@ def test_rows_are_read_as_they_were_written_whatever_the_partitions(log: DeltaLo
 
 
 def test_a_range_of_a_partition_is_read_in_the_order_of_its_offsets(log: DeltaLog) -> None:
-    columns = ("offset", "round", "draft_tokens")
+    columns = ("offset", "verify_step", "draft_tokens")
     rows = log.read_offsets("traces", Source("traces", 0), range(1, 3), columns)
     assert rows.schema == pa.schema([TABLES["traces"].field(name) for name in columns])
     assert rows["offset"].to_pylist() == sorted(rows["offset"].to_pylist())
@@ -76,7 +76,7 @@ def test_an_earlier_state_is_read_by_version_and_by_time(log: DeltaLog, tmp_path
 
 def test_sql_is_answered_over_all_tables_in_types_that_other_tools_know(log: DeltaLog) -> None:
     answer = log.query(
-        "select a.offset, a.line, a.features, count(*) as rounds from accepted a join traces t using (offset) "
+        "select a.offset, a.line, a.features, count(*) as verify_steps from accepted a join traces t using (offset) "
         "group by a.offset, a.line, a.features order by a.offset"
     ).read_all()
     assert answer["offset"].to_pylist() == [0, 1, 2, 3]

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from recorded import conversation, record_of, round_of, tables_of
+from recorded import conversation, record_of, tables_of, verify_step_of
 from typer.testing import CliRunner, Result
 
 from ops.cli.main import app
@@ -52,44 +52,49 @@ def tokens(count: int, first: int = 1) -> list[int]:
 
 
 def a_tree() -> list[Any]:
-    """A prompt, and a round with two branches: 5 6 of which 5 is kept, and 7."""
-    prompt = round_of(0, 0, [1, 2, 3], 4)
-    drafted = round_of(1, 3, [4, 5], 9, [5, 6, 7])
+    """A prompt, and a verify step with two branches: 5 6 of which 5 is kept, and 7."""
+    prompt = verify_step_of(0, 0, [1, 2, 3], 4)
+    drafted = verify_step_of(1, 3, [4, 5], 9, [5, 6, 7])
     return [prompt, replace(drafted, draft_parents=(ROOT, 0, ROOT))]
 
 
-def test_accept_length_counts_drafted_tokens_and_no_bonus(tables: DeltaLog) -> None:
+def test_accepted_per_step_counts_drafted_tokens_and_no_bonus(tables: DeltaLog) -> None:
     write(tables, record_of("a", conversation(tokens(12), prompt=4), offset=0))
     total = stats(tables).total
-    rounds = len(conversation(tokens(12), prompt=4)) - 1
-    assert (total.requests, total.rounds, total.drafted, total.accepted) == (1, rounds, 2 * rounds, rounds)
-    assert total.accept_length == 1.0
-    assert total.tokens == 1 + 2 * rounds, "the prompt's bonus, and in each round one draft and one bonus"
+    verify_steps = len(conversation(tokens(12), prompt=4)) - 1
+    assert (total.requests, total.verify_steps, total.drafted, total.accepted) == (
+        1,
+        verify_steps,
+        2 * verify_steps,
+        verify_steps,
+    )
+    assert total.accepted_per_step == 1.0
+    assert total.tokens == 1 + 2 * verify_steps, "the prompt's bonus, and in each verify step one draft and one bonus"
     assert total.acceptance == [1.0, 0.0]
 
 
-def test_a_round_without_a_draft_counts_as_a_round_in_which_nothing_was_kept(tables: DeltaLog) -> None:
-    write(tables, record_of("a", [*a_tree(), round_of(2, 5, [9], 10)], offset=0))
+def test_a_verify_step_without_a_draft_counts_as_a_verify_step_in_which_nothing_was_kept(tables: DeltaLog) -> None:
+    write(tables, record_of("a", [*a_tree(), verify_step_of(2, 5, [9], 10)], offset=0))
     total = stats(tables).total
-    assert (total.rounds, total.accept_length) == (2, 0.5)
+    assert (total.verify_steps, total.accepted_per_step) == (2, 0.5)
     assert (dict(total.tried), dict(total.kept)) == ({1: 1, 2: 1}, {1: 1, 2: 0})
 
 
-def test_rounds_are_grouped_and_the_groups_add_up(tables: DeltaLog) -> None:
+def test_verify_steps_are_grouped_and_the_groups_add_up(tables: DeltaLog) -> None:
     write(
         tables,
         *(record_of(f"r{n}", conversation(tokens(8 + 2 * n), prompt=4), n, line=f"line-{n % 2}") for n in range(4)),
     )
     counted = stats(tables, "line")
     assert set(counted.groups) == {"line-0", "line-1"}
-    for figure in ("requests", "tokens", "rounds", "drafted", "accepted"):
+    for figure in ("requests", "tokens", "verify_steps", "drafted", "accepted"):
         assert sum(getattr(one, figure) for one in counted.groups.values()) == getattr(counted.total, figure)
 
 
 def test_missing_chunks_and_requests_without_an_end_are_seen(tables: DeltaLog) -> None:
-    rounds = conversation(tokens(8), prompt=4)
-    write(tables, record_of("holes", rounds, 0, chunk=1), record_of("holes", rounds, 1, chunk=4))
-    write(tables, record_of("whole", rounds, 2))
+    verify_steps = conversation(tokens(8), prompt=4)
+    write(tables, record_of("holes", verify_steps, 0, chunk=1), record_of("holes", verify_steps, 1, chunk=4))
+    write(tables, record_of("whole", verify_steps, 2))
     assert (stats(tables).chunks.missing, stats(tables).chunks.unfinished) == (3, 0)
     earlier = stats(tables, since=datetime.fromtimestamp(NOW_US / 1e6 - 1, UTC)).chunks
     assert earlier.missing == 2, "what a request sent before the time that is asked for is not missing"
@@ -98,7 +103,7 @@ def test_missing_chunks_and_requests_without_an_end_are_seen(tables: DeltaLog) -
 def test_since_leaves_out_what_is_older(tables: DeltaLog) -> None:
     write(tables, record_of("a", conversation(tokens(8), prompt=4), 0))
     later = stats(tables, "node", since=datetime.fromtimestamp(NOW_US / 1e6 + 1, UTC))
-    assert (later.total.rounds, later.total.accept_length, later.groups) == (0, None, {})
+    assert (later.total.verify_steps, later.total.accepted_per_step, later.groups) == (0, None, {})
     assert later.table_tokens > 0, "bytes and tokens of the tables are those of all rows"
 
 
@@ -111,7 +116,7 @@ def test_dead_letters_are_counted_by_reason(tables: DeltaLog) -> None:
 
 def test_empty_tables_have_no_rates(tables: DeltaLog) -> None:
     counted = stats(tables, "label")
-    assert (counted.total.accept_length, counted.bytes_per_token, counted.groups) == (None, None, {})
+    assert (counted.total.accepted_per_step, counted.bytes_per_token, counted.groups) == (None, None, {})
 
 
 @given(st.lists(st.integers(0, 5), max_size=12))
@@ -123,7 +128,7 @@ def test_the_depth_of_a_draft_is_that_of_its_longest_path(back: list[int]) -> No
     assert depth_of(parents) == max(depths.values())
 
 
-def test_the_newest_rounds_are_those_of_the_last_commits_in_order(tables: DeltaLog) -> None:
+def test_the_newest_verify_steps_are_those_of_the_last_commits_in_order(tables: DeltaLog) -> None:
     for n in range(9):
         write(tables, record_of(f"r{n}", conversation(tokens(8), prompt=4), n))
     for count in (0, 1, 5, 11, 1000):
@@ -133,7 +138,7 @@ def test_the_newest_rounds_are_those_of_the_last_commits_in_order(tables: DeltaL
         assert rows.num_rows == min(count, len(everything))
 
 
-def test_rounds_are_followed_commit_by_commit_and_each_comes_once(tables: DeltaLog) -> None:
+def test_verify_steps_are_followed_commit_by_commit_and_each_comes_once(tables: DeltaLog) -> None:
     write(tables, record_of("a", conversation(tokens(8), prompt=4), 0))
     _, version = newest(tables, 1)
     follower = following(tables, version, poll_s=0)
@@ -148,11 +153,11 @@ def test_stats_are_told_to_people_and_to_scripts(tables: DeltaLog) -> None:
     assert told.exit_code == 0, told.output
     assert "missing chunks: 0" in told.stdout
     plain = json.loads(aurora("stats", "--by", "speculator", "--json").stdout)
-    assert plain["accept_length"] == plain["by_speculator"]["1"]["accept_length"] == 1.0
+    assert plain["accepted_per_step"] == plain["by_speculator"]["1"]["accepted_per_step"] == 1.0
     assert plain["table_bytes_per_token"] > 0
 
 
-def test_a_round_is_one_line_with_what_was_kept_and_what_was_not(tables: DeltaLog) -> None:
+def test_a_verify_step_is_one_line_with_what_was_kept_and_what_was_not(tables: DeltaLog) -> None:
     write(tables, record_of("a", a_tree(), offset=0))
     told = aurora("tail", "-n", "1")
     assert told.stdout.endswith("node-0 a #1 by 1  1 of 3 kept: 5 | 6 7 -> 9\n")
@@ -161,9 +166,9 @@ def test_a_round_is_one_line_with_what_was_kept_and_what_was_not(tables: DeltaLo
 
 def test_sql_is_answered_in_every_form(tables: DeltaLog) -> None:
     write(tables, record_of("a", a_tree(), offset=0))
-    query = "select round, tokens, time, cardinality(tokens) as n from traces order by round"
+    query = "select verify_step, tokens, time, cardinality(tokens) as n from traces order by verify_step"
     plain = json.loads(aurora("sql", query, "--json").stdout)
-    assert [(row["round"], row["tokens"], row["n"]) for row in plain] == [(0, [1, 2, 3], 3), (1, [4, 5], 2)]
+    assert [(row["verify_step"], row["tokens"], row["n"]) for row in plain] == [(0, [1, 2, 3], 3), (1, [4, 5], 2)]
     assert plain[0]["time"] == "2023-11-14T22:13:20+00:00"
     rows = list(csv.DictReader(io.StringIO(aurora("sql", query, "--csv").stdout)))
     assert [json.loads(row["tokens"]) for row in rows] == [[1, 2, 3], [4, 5]]

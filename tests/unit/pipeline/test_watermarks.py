@@ -34,6 +34,6 @@ def test_a_partition_without_a_leader_has_no_end_and_another_client_is_asked(mon
 
     monkeypatch.setattr(watermarks, "AdminClient", Client)
     asked, source = Watermarks(Kafka()), Source("traces", 0)
-    with pytest.raises(BrokerAwayError, match=r"kafka\.bootstrap"):
+    with pytest.raises(BrokerAwayError, match=r"kafka\.bootstrap_servers"):
         asked.bounds([source])
     assert asked.bounds([source]) == {source: (7, 7)}

@@ -51,7 +51,9 @@ def distributions(rows: int, seed: int, *, sparse: bool) -> Tensor:
 def exact_output(
     p_of: dict[tuple[int, ...], Tensor], q_of: dict[tuple[int, ...], Tensor], m: int
 ) -> dict[tuple[int, ...], float]:
-    """Distribution of the first ``m + 1`` tokens: one speculative round, then the target alone where it fell short."""
+    """Distribution of the first ``m + 1`` tokens: one speculative verify step, then the target alone where it fell
+    short.
+    """
 
     def run(chance: Chance) -> tuple[int, ...]:
         drafted: tuple[int, ...] = ()
@@ -99,7 +101,7 @@ def test_the_enumeration_can_tell_a_wrong_rule() -> None:
 
 
 def test_real_randomness_gives_the_targets_distribution() -> None:
-    """Chi-square over 16 pairs of tokens, 8,000 rounds, bound at one in a million.
+    """Chi-square over 16 pairs of tokens, 8,000 verify steps, bound at one in a million.
 
     With 15 degrees of freedom the bound is 56.5. Moving 4 % of the mass from one token to another (noncentrality
     8000 * sum (d^2 / p), about 2 * 0.04^2 / 0.0625 * 8000 = 410) passes unseen with a chance below 1e-12.
@@ -107,15 +109,15 @@ def test_real_randomness_gives_the_targets_distribution() -> None:
     g = torch.Generator().manual_seed(11)
     p = distributions(2, 5, sparse=False)
     q = distributions(1, 6, sparse=False)
-    rounds, seen = 8000, Counter[tuple[int, int]]()
-    drafted = torch.multinomial(q[0], rounds, replacement=True, generator=g).tolist()
+    verify_steps, seen = 8000, Counter[tuple[int, int]]()
+    drafted = torch.multinomial(q[0], verify_steps, replacement=True, generator=g).tolist()
     for token in drafted:
         verdict = accept_sampled([token], chain(1), p, g, q)
         out = [token, verdict.bonus] if verdict.path else [verdict.bonus]
         if len(out) == 1:
             out.append(int(torch.multinomial(p[1], 1, generator=g)))
         seen[out[0], out[1]] += 1
-    wanted = {(a, b): float(p[0, a] * p[1, b]) * rounds for a in range(V) for b in range(V)}
+    wanted = {(a, b): float(p[0, a] * p[1, b]) * verify_steps for a in range(V) for b in range(V)}
     assert sum((seen[pair] - n) ** 2 / n for pair, n in wanted.items()) < 56.5
 
 

@@ -339,7 +339,7 @@ def test_the_width_of_the_mlp_is_the_targets_or_the_one_that_was_asked_for() -> 
 def test_key_and_value_heads_are_the_targets_or_as_many_as_were_asked_for() -> None:
     assert shape_for_target(CONFIG_OF_TARGET, 8192).num_key_value_heads == 3
     assert shape_for_target(CONFIG_OF_TARGET, 8192, key_value_heads=9).num_key_value_heads == 9
-    with pytest.raises(CheckpointError, match=r"speculator\.key_value_heads 4 .* 9 attention heads"):
+    with pytest.raises(CheckpointError, match=r"speculator\.num_key_value_heads 4 .* 9 attention heads"):
         shape_for_target(CONFIG_OF_TARGET, 8192, key_value_heads=4)
 
 

@@ -15,8 +15,8 @@ from schemas.speculator.checkpoint import CheckpointError
 from schemas.speculator.initial_draft import draft_of_day_0, read_line, token_embeddings
 from schemas.speculator.network import EagleDraft
 
-NEAR = Speculator(draft_vocabulary=16)
-RANDOM = Speculator(draft_vocabulary=16, init="random")
+NEAR = Speculator(draft_vocab_size=16)
+RANDOM = Speculator(draft_vocab_size=16, init="random")
 
 
 @pytest.fixture

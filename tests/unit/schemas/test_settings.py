@@ -18,15 +18,15 @@ def test_without_any_source_the_defaults_hold(tmp_path: Path, monkeypatch: pytes
 
 def test_flags_win_over_the_environment_which_wins_over_the_file(tmp_path: Path) -> None:
     file = tmp_path / "aurora.toml"
-    file.write_text('[serve]\nport = 1\nnode = "file"\ndraft_tokens = 5\n')
+    file.write_text('[serve]\nport = 1\nnode = "file"\nnum_speculative_tokens = 5\n')
     settings = load(file, {"AURORA_SERVE__PORT": "2", "AURORA_SERVE__NODE": "variable"}, {"serve.port": 3})
-    assert (settings.serve.port, settings.serve.node, settings.serve.draft_tokens) == (3, "variable", 5)
+    assert (settings.serve.port, settings.serve.node, settings.serve.num_speculative_tokens) == (3, "variable", 5)
 
 
 def test_the_file_of_the_working_folder_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "aurora.toml").write_text('[kafka]\nbootstrap = "kafka:9092"\n')
+    (tmp_path / "aurora.toml").write_text('[kafka]\nbootstrap_servers = "kafka:9092"\n')
     monkeypatch.chdir(tmp_path)
-    assert load(environ={}).kafka.bootstrap == "kafka:9092"
+    assert load(environ={}).kafka.bootstrap_servers == "kafka:9092"
 
 
 def test_a_flag_that_was_not_given_changes_nothing() -> None:
@@ -36,8 +36,8 @@ def test_a_flag_that_was_not_given_changes_nothing() -> None:
 @pytest.mark.parametrize(
     ("name", "nearest"),
     [
-        ("AURORA_KAFKA__BOTSTRAP", "kafka.bootstrap"),
-        ("AURORA_SERVE__DRAFT_TOKEN", "serve.draft_tokens"),
+        ("AURORA_KAFKA__BOTSTRAP", "kafka.bootstrap_servers"),
+        ("AURORA_SERVE__NUM_SPECULATIVE_TOKEN", "serve.num_speculative_tokens"),
         ("AURORA_TRAINN__SEED", "train"),
     ],
 )
@@ -65,9 +65,9 @@ def test_an_unknown_key_in_the_file_is_an_error_too(tmp_path: Path) -> None:
     [
         ("AURORA_SERVE__PORT", "many", "serve.port"),
         ("AURORA_SERVE__PORT", "70000", "serve.port"),
-        ("AURORA_TRAIN__HELD_BACK_SHARE", "1.5", "train.held_back_share"),
+        ("AURORA_TRAIN__HELD_OUT_RATIO", "1.5", "train.held_out_ratio"),
         ("AURORA_PORT", "1", "SECTION__KEY"),
-        ("AURORA_KAFKA__CLIENT__DEEP__ER", "1", "kafka.client"),
+        ("AURORA_KAFKA__CLIENT__DEEP__ER", "1", "kafka.client_options"),
     ],
 )
 def test_a_value_that_cannot_be_used_is_named(name: str, value: str, told: str) -> None:
@@ -93,13 +93,13 @@ def test_a_file_that_is_not_toml_is_named(tmp_path: Path) -> None:
 
 
 def test_settings_that_contradict_each_other_are_refused() -> None:
-    with pytest.raises(SettingsError, match=r"train.replay_per_step must be below"):
-        load(environ={"AURORA_TRAIN__REPLAY_PER_STEP": "4", "AURORA_TRAIN__WINDOWS_PER_STEP": "4"})
+    with pytest.raises(SettingsError, match=r"train.replay_batch_size must be below"):
+        load(environ={"AURORA_TRAIN__REPLAY_BATCH_SIZE": "4", "AURORA_TRAIN__BATCH_SIZE": "4"})
 
 
 def test_client_options_keep_their_dots() -> None:
     value = '{"security.protocol": "SSL", "ssl.ca.location": "/ca"}'
-    assert load(environ={"AURORA_KAFKA__CLIENT": value}).kafka.client["ssl.ca.location"] == "/ca"
+    assert load(environ={"AURORA_KAFKA__CLIENT_OPTIONS": value}).kafka.client_options["ssl.ca.location"] == "/ca"
 
 
 def test_a_secret_is_shown_by_nothing_but_the_way_to_a_child() -> None:
@@ -110,15 +110,15 @@ def test_a_secret_is_shown_by_nothing_but_the_way_to_a_child() -> None:
 
 
 SECRETS = {
-    "kafka.client": {"sasl.username": "offen", "sasl.password": "geheim", "ssl.key.password": "geheim"},
+    "kafka.client_options": {"sasl.username": "offen", "sasl.password": "geheim", "ssl.key.password": "geheim"},
     "tables.storage_options": {"AWS_REGION": "offen", "AWS_SECRET_ACCESS_KEY": "geheim", "AWS_SESSION_TOKEN": "geheim"},
-    "traces.claim_options": {"region": "offen", "secret_key": "geheim"},
+    "traces.claim_check_options": {"region": "offen", "secret_key": "geheim"},
 }
 
 
 def test_secrets_among_options_are_shown_by_nothing_but_the_way_to_a_child() -> None:
     settings = load(environ={}, flags=SECRETS)
-    assert settings.kafka.client == SECRETS["kafka.client"]
+    assert settings.kafka.client_options == SECRETS["kafka.client_options"]
     for shown in (f"{settings}", f"{settings!r}", f"{settings.kafka!r}", settings.model_dump_json()):
         assert "offen" in shown
         assert "geheim" not in shown
@@ -135,8 +135,8 @@ def test_options_that_cannot_be_read_are_refused_without_being_shown(name: str) 
 
 
 def test_the_mask_of_an_option_never_becomes_its_secret() -> None:
-    with pytest.raises(SettingsError, match=r"kafka\.client: .*sasl\.password.*aurora settings"):
-        load(environ={}, flags={"kafka.client": {"sasl.password": "**********"}})
+    with pytest.raises(SettingsError, match=r"kafka\.client_options: .*sasl\.password.*aurora settings"):
+        load(environ={}, flags={"kafka.client_options": {"sasl.password": "**********"}})
 
 
 def test_a_secret_of_the_wrong_kind_is_refused_without_being_shown(tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_a_child_reads_exactly_what_its_parent_read(
         "serve.port": port,
         "train.learning_rate": rate,
         "serve.node": node,
-        "kafka.client": client,
+        "kafka.client_options": client,
         "serve.speculate": speculate,
         "serve.admin_token": token,
     }
@@ -177,7 +177,7 @@ def test_a_child_reads_exactly_what_its_parent_read(
 
 @pytest.mark.parametrize("value", ["often", "-1", "", "nan"])
 def test_an_interval_that_is_neither_seconds_nor_auto_is_told_once(value: str) -> None:
-    with pytest.raises(SettingsError, match=r"^sync\.interval_s: [^;]*neither seconds nor 'auto'"):
-        load(environ={"AURORA_SYNC__INTERVAL_S": value})
-    kept = [load(environ={"AURORA_SYNC__INTERVAL_S": text}).sync.interval_s for text in ("auto", "2.5")]
+    with pytest.raises(SettingsError, match=r"^update\.min_interval: [^;]*neither a duration nor 'auto'"):
+        load(environ={"AURORA_UPDATE__MIN_INTERVAL": value})
+    kept = [load(environ={"AURORA_UPDATE__MIN_INTERVAL": text}).update.min_interval for text in ("auto", "2.5")]
     assert kept == ["auto", 2.5]

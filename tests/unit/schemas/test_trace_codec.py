@@ -22,8 +22,8 @@ from schemas.trace.record import (
     Claim,
     Envelope,
     Features,
-    Round,
     TraceError,
+    VerifyStep,
     encode,
     from_bf16,
     to_bf16,
@@ -35,7 +35,7 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 
 
 @st.composite
-def rounds(draw: st.DrawFn, width: int, k: int, way: Features) -> Round:
+def verify_steps(draw: st.DrawFn, width: int, k: int, way: Features) -> VerifyStep:
     number = draw(st.integers(0, 5))
     m = draw(st.integers(0, 5)) if number else 0
     parents = tuple(draw(st.integers(ROOT, node - 1)) for node in range(m))
@@ -51,8 +51,8 @@ def rounds(draw: st.DrawFn, width: int, k: int, way: Features) -> Round:
     bonus = draw(TOKEN) if number or draw(st.booleans()) else None
     verified = 0 if bonus is None else 1 + m
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
-    return Round(
-        round=number,
+    return VerifyStep(
+        verify_step=number,
         position=draw(st.integers(0, 2**31 - 1)),
         tokens=tokens,
         features=rng.integers(0, 2**16, (len(tokens) if way == "inline" else 0, width), dtype=np.uint16),
@@ -74,7 +74,7 @@ def rounds(draw: st.DrawFn, width: int, k: int, way: Features) -> Round:
 def chunks(draw: st.DrawFn) -> Chunk:
     width, k = draw(st.integers(1, 9)), draw(st.integers(1, 4))
     way: Features = draw(st.sampled_from(get_args(Features)))
-    made = draw(st.lists(rounds(width, k, way), max_size=4))
+    made = draw(st.lists(verify_steps(width, k, way), max_size=4))
     before: list[int] = draw(st.lists(TOKEN, max_size=9)) if way == "recompute" and made else []
     if before:
         made[0] = replace(made[0], position=len(before))
@@ -101,10 +101,11 @@ def chunks(draw: st.DrawFn) -> Chunk:
     return Chunk(envelope, tuple(made))
 
 
-def plain(r: Round) -> dict[str, object]:
-    """A round as values that compare."""
+def plain(r: VerifyStep) -> dict[str, object]:
+    """A verify step as values that compare."""
     return {
-        name: value.tolist() if isinstance(value := getattr(r, name), np.ndarray) else value for name in Round.__slots__
+        name: value.tolist() if isinstance(value := getattr(r, name), np.ndarray) else value
+        for name in VerifyStep.__slots__
     }
 
 
@@ -121,8 +122,8 @@ ENVELOPE = Envelope(
     temperature=0.0,
     top_p=1.0,
 )
-ONE = Round(
-    round=1,
+ONE = VerifyStep(
+    verify_step=1,
     position=4,
     tokens=(7, 8),
     features=np.zeros((2, 2), np.uint16),
@@ -147,7 +148,7 @@ def test_a_chunk_is_read_back_as_it_was_written(chunk: Chunk) -> None:
     value = encode(chunk)
     back = decode(value)
     assert back.envelope == chunk.envelope
-    assert [plain(r) for r in back.rounds] == [plain(r) for r in chunk.rounds]
+    assert [plain(r) for r in back.verify_steps] == [plain(r) for r in chunk.verify_steps]
     assert encode(back) == value
 
 
@@ -228,7 +229,7 @@ def test_an_envelope_field_of_the_wrong_kind_is_named() -> None:
         pytest.param(replace(ONE, top_logprobs=np.zeros((3, 2), np.float32)), id="more log-probabilities than tokens"),
     ],
 )
-def test_a_round_that_contradicts_itself_is_refused(bad: Round) -> None:
+def test_a_verify_step_that_contradicts_itself_is_refused(bad: VerifyStep) -> None:
     with pytest.raises(TraceError) as refused:
         decode(encode(Chunk(ENVELOPE, (bad,))))
     assert refused.value.reason == "contradiction"
@@ -251,7 +252,9 @@ BARE = replace(ONE, features=np.zeros((0, 2), np.uint16))
         pytest.param(replace(ENVELOPE, before=(1, 2, 3, 4)), ONE, id="tokens before although nothing is recomputed"),
     ],
 )
-def test_features_that_travel_in_another_way_than_the_envelope_says_are_refused(envelope: Envelope, one: Round) -> None:
+def test_features_that_travel_in_another_way_than_the_envelope_says_are_refused(
+    envelope: Envelope, one: VerifyStep
+) -> None:
     with pytest.raises(TraceError) as refused:
         decode(encode(Chunk(envelope, (one,))))
     assert refused.value.reason == "contradiction"
@@ -280,4 +283,4 @@ def test_bf16_keeps_nan_and_infinity() -> None:
 
 
 def test_the_wire_schema_does_not_change_unnoticed() -> None:
-    assert record.fingerprint() == "00967d12221e703a"
+    assert record.fingerprint() == "e89e127b0ee1cd50"

@@ -97,7 +97,8 @@ def test_a_span_is_told_as_a_line_and_to_the_collector_by_the_same_names() -> No
 def test_without_an_endpoint_opentelemetry_is_not_imported() -> None:
     code = (
         "import sys; from schemas.telemetry import spans, trace_context; from schemas.settings import Telemetry;"
-        "spans.configure('test', Telemetry()); spans.record(spans.Span('x', trace_context.begun(), 0, 1)); spans.close();"
+        "spans.configure('test', Telemetry()); spans.record(spans.Span('x', trace_context.begun(), 0, 1));"
+        "spans.close();"
         "sys.exit(any(name.startswith('opentelemetry') for name in sys.modules))"
     )
     run = subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT, capture_output=True, text=True)

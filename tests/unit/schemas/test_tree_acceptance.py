@@ -91,7 +91,7 @@ def said(tokens: Sequence[int], verdict: Verdict) -> Path:
 
 
 def continued(found: dict[Path, float], joint: Tensor) -> Tensor:
-    """Distribution of whole sequences when the target alone goes on after what a round said."""
+    """Distribution of whole sequences when the target alone goes on after what a verify step said."""
     whole = torch.zeros_like(joint)
     for prefix, probability in found.items():
         whole[prefix] += probability * joint[prefix] / joint[prefix].sum()
@@ -222,7 +222,7 @@ DRAWS, ALPHA, VARIATION = 10_000, 1e-6, 0.05
 
 
 def first_pairs(target: Model, draft: Model, *, drawn: bool) -> Tensor:
-    """[V, V] how often each pair of first tokens was said in ``DRAWS`` rounds with real random numbers."""
+    """[V, V] how often each pair of first tokens was said in ``DRAWS`` verify steps with real random numbers."""
     g = torch.Generator().manual_seed(3)
     seen = torch.zeros(target.vocabulary, target.vocabulary, dtype=torch.float64)
     tokens, parents = likeliest(draft, 8)

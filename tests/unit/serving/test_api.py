@@ -23,17 +23,17 @@ def node() -> Iterator[Node]:
 def test_an_answer_has_text_usage_and_how_it_was_decoded(node: Node) -> None:
     answer = node.ask("grüße 🙂")
     tokens = len("grüße 🙂".encode())
-    rounds = -(-tokens // 2)
+    verify_steps = -(-tokens // 2)
     assert answer.choices[0].message.content == "grüße 🙂"
     assert answer.choices[0].finish_reason == "stop"
     assert answer.id == node.engine.requests[0].id
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (tokens, tokens)
     details = answer.usage.completion_tokens_details
-    assert (details.accepted_prediction_tokens, details.rejected_prediction_tokens) == (rounds, 2 * rounds)
+    assert (details.accepted_prediction_tokens, details.rejected_prediction_tokens) == (verify_steps, 2 * verify_steps)
     assert answer.aurora == {
-        "rounds": rounds,
-        "drafted": 3 * rounds,
-        "accepted": rounds,
+        "verify_steps": verify_steps,
+        "drafted": 3 * verify_steps,
+        "accepted": verify_steps,
         "speculators": ["day-0-head-0"],
     }
 
@@ -48,7 +48,7 @@ def test_a_stream_gives_the_same_text_in_whole_characters_and_usage_last(node: N
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-2:] == [None, "stop"]
     assert chunks[-1].choices == []
     assert chunks[-1].usage.completion_tokens == len("grüße 🙂 ✓".encode())
-    assert chunks[-1].aurora["rounds"] > 0
+    assert chunks[-1].aurora["verify_steps"] > 0
     assert {c.id for c in chunks} == {node.engine.requests[0].id}
 
 

@@ -48,7 +48,7 @@ def test_without_a_seed_no_choice_has_one(node: Node) -> None:
 def test_the_prompt_is_paid_once_and_every_answer(node: Node) -> None:
     answer = node.ask("hello", n=3)
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (5, 15)
-    assert answer.aurora == {"rounds": 9, "drafted": 27, "accepted": 9, "speculators": ["day-0-head-0"]}
+    assert answer.aurora == {"verify_steps": 9, "drafted": 27, "accepted": 9, "speculators": ["day-0-head-0"]}
     assert node.metric("aurora_serve_requests_total", outcome="stop") == 3
 
 

@@ -11,14 +11,14 @@ import pytest
 from api_node import running_node
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from recorded import LINE, TARGET, TOP_K, WIDTH, round_of
+from recorded import LINE, TARGET, TOP_K, WIDTH, verify_step_of
 from trace_bench import Bench, eventually
 
-from schemas.trace.record import Chunk, Envelope, Round
+from schemas.trace.record import Chunk, Envelope, VerifyStep
 from serving.engines.base import Request
 from serving.traces.producer import message_bytes
 from serving.traces.sampling import PATIENCE_S, TokenBucket, WaitingRoom, foreseen, is_sampled
-from trainer.data.feed import held_back
+from trainer.data.feed import held_out
 
 ENVELOPE = Envelope(
     request="r",
@@ -38,18 +38,18 @@ DRAFTED = 3
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The publisher looks for rounds more often, so that no test waits for it."""
+    """The publisher looks for verify steps more often, so that no test waits for it."""
     monkeypatch.setattr("serving.traces.publisher._PAUSE_S", 0.002)
 
 
-def answer(accepted: list[int]) -> tuple[Round, ...]:
-    """A prompt and a round for each number of accepted tokens."""
-    rounds, at = [round_of(0, 0, (1, 2, 3), 4)], 3
+def answer(accepted: list[int]) -> tuple[VerifyStep, ...]:
+    """A prompt and a verify step for each number of accepted tokens."""
+    verify_steps, at = [verify_step_of(0, 0, (1, 2, 3), 4)], 3
     for number, kept in enumerate(accepted, start=1):
         draft = range(5, 5 + DRAFTED)
-        rounds.append(round_of(number, at, (4, *draft[:kept]), 4, draft))
+        verify_steps.append(verify_step_of(number, at, (4, *draft[:kept]), 4, draft))
         at += 1 + kept
-    return tuple(rounds)
+    return tuple(verify_steps)
 
 
 def chunk_of(accepted: list[int], request: str = "r") -> Chunk:
@@ -64,7 +64,7 @@ def test_the_share_is_taken_by_request_and_independently_of_what_the_trainer_hol
     assert set(sampled) <= {i for i in ids if is_sampled(i, 0.5)}
     assert (any(is_sampled(i, 0.0) for i in ids), all(is_sampled(i, 1.0) for i in ids)) == (False, True)
     # By one hash for both, a trainer that holds back a quarter would get nothing to learn from this node.
-    assert sum(held_back(i, 0.25) for i in sampled) == pytest.approx(250, abs=60)
+    assert sum(held_out(i, 0.25) for i in sampled) == pytest.approx(250, abs=60)
 
 
 @pytest.mark.parametrize(
@@ -75,8 +75,8 @@ def test_what_was_foreseen_is_the_accepted_share_of_the_answer(accepted: list[in
     assert foreseen(chunk_of(accepted)) == pytest.approx(share)
 
 
-def test_rounds_that_were_not_drafted_for_count_as_unforeseen() -> None:
-    undrafted = (round_of(0, 0, (1, 2, 3), 4), round_of(1, 3, (4,), 5))
+def test_verify_steps_that_were_not_drafted_for_count_as_unforeseen() -> None:
+    undrafted = (verify_step_of(0, 0, (1, 2, 3), 4), verify_step_of(1, 3, (4,), 5))
     assert foreseen(Chunk(ENVELOPE, undrafted)) == 0.0
 
 
@@ -155,8 +155,8 @@ def test_who_waited_too_long_is_let_out_whatever_it_teaches() -> None:
 def send(bench: Bench, accepted: list[int]) -> str:
     bench.sent += 1
     request = Request(f"chatcmpl-{bench.sent}", (1, 2, 3), 64)
-    for r in (rounds := answer(accepted)):
-        bench.publisher.record(request, (r,), "stop" if r is rounds[-1] else None)
+    for r in (verify_steps := answer(accepted)):
+        bench.publisher.record(request, (r,), "stop" if r is verify_steps[-1] else None)
     return request.id
 
 
@@ -172,7 +172,7 @@ def balanced(bench: Bench) -> bool:
 
 @pytest.mark.parametrize("rate", [4_000, 8_000])
 def test_a_binding_budget_is_kept_and_prefers_what_was_not_foreseen(rate: int) -> None:
-    bench, rng = Bench(bytes_per_s=rate), np.random.default_rng(0)
+    bench, rng = Bench(max_bytes_per_second=rate), np.random.default_rng(0)
     captured, hard = Counter[bool](), set()
     sent_at: list[float] = []
     for _ in range(60):
@@ -192,7 +192,7 @@ def test_a_binding_budget_is_kept_and_prefers_what_was_not_foreseen(rate: int) -
             assert sum(weights[i : j + 1]) <= rate * (sent_at[j] - begin) + burst
     published = Counter[bool]()
     for chunk in bench.producer.delivered:
-        published[chunk.envelope.request in hard] += len(chunk.rounds)
+        published[chunk.envelope.request in hard] += len(chunk.verify_steps)
     counts = bench.publisher.close(1)
     assert counts.shed["budget"] > 0
     assert (counts.pending, balanced(bench)) == (0, True)
@@ -201,7 +201,7 @@ def test_a_binding_budget_is_kept_and_prefers_what_was_not_foreseen(rate: int) -
 
 
 def test_a_budget_that_does_not_bind_sheds_nothing() -> None:
-    bench = Bench(bytes_per_s=10**7)
+    bench = Bench(max_bytes_per_second=10**7)
     for accepted in ([0], [3], [1]):
         send(bench, accepted)
     counts = bench.publisher.close(1)
@@ -209,7 +209,7 @@ def test_a_budget_that_does_not_bind_sheds_nothing() -> None:
 
 
 def test_without_any_budget_nothing_is_published_and_everything_is_counted() -> None:
-    bench = Bench(bytes_per_s=1)
+    bench = Bench(max_bytes_per_second=1)
     bench.publisher._room = WaitingRoom(TokenBucket(0, 0), 1 << 20)
     for _ in range(5):
         send(bench, [1, 1])
@@ -223,7 +223,7 @@ def test_without_any_budget_nothing_is_published_and_everything_is_counted() -> 
 
 
 def test_while_too_much_waits_the_easiest_go_although_new_ones_come() -> None:
-    bench = Bench(bytes_per_s=1, queue_bytes=1 << 20)
+    bench = Bench(max_bytes_per_second=1, max_queue_bytes=1 << 20)
     bench.publisher._room = WaitingRoom(TokenBucket(0, 0), 30_000)
     hard = send(bench, [0] * 8)
     bench.settle()
@@ -235,7 +235,7 @@ def test_while_too_much_waits_the_easiest_go_although_new_ones_come() -> None:
 
 
 def test_requests_outside_the_share_are_counted_and_the_others_are_not() -> None:
-    bench = Bench(sample=0.5)
+    bench = Bench(sample_ratio=0.5)
     wanted = [bench.publisher.wants(f"chatcmpl-{i}") for i in range(200)]
     counts = bench.publisher.close(1)
     assert wanted == [is_sampled(f"chatcmpl-{i}", 0.5) for i in range(200)]

@@ -1,4 +1,4 @@
-"""Rounds become chunks without losing, doubling or reordering a token."""
+"""Verify steps become chunks without losing, doubling or reordering a token."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from schemas.trace.decoder import decode
-from schemas.trace.record import Chunk, Round, encode
+from schemas.trace.record import Chunk, VerifyStep, encode
 from serving.engines.base import Request
 from serving.traces.chunks import Assembly, Origin, Space, Way, chunk_bytes, cut, row_bytes, without_features
 
@@ -18,12 +18,12 @@ REQUEST = Request("chatcmpl-1", (1, 2), 5, temperature=0.5, top_k=7, seed=3, lab
 F, K = 6, 2
 
 
-def a_round(number: int, position: int, tokens: int, drafted: int, rng: np.random.Generator) -> Round:
+def a_verify_step(number: int, position: int, tokens: int, drafted: int, rng: np.random.Generator) -> VerifyStep:
     draft = tuple(int(t) for t in rng.integers(0, 50_000, drafted))
     kept = min(tokens - 1, drafted)
     prompt = tuple(int(t) for t in rng.integers(0, 50_000, tokens))
-    return Round(
-        round=number,
+    return VerifyStep(
+        verify_step=number,
         position=position,
         tokens=prompt if number == 0 else (prompt[0], *draft[:kept]),
         features=rng.integers(0, 2**16, (tokens if number == 0 else 1 + kept, F)).astype(np.uint16),
@@ -41,22 +41,22 @@ def a_round(number: int, position: int, tokens: int, drafted: int, rng: np.rando
     )
 
 
-def a_request(prompt: int, answer: list[tuple[int, int]], seed: int = 0) -> list[Round]:
+def a_request(prompt: int, answer: list[tuple[int, int]], seed: int = 0) -> list[VerifyStep]:
     rng = np.random.default_rng(seed)
-    rounds, position = [a_round(0, 0, prompt, 0, rng)], prompt
+    verify_steps, position = [a_verify_step(0, 0, prompt, 0, rng)], prompt
     for number, (kept, drafted) in enumerate(answer, start=1):
-        rounds.append(a_round(number, position, 1 + min(kept, drafted), drafted, rng))
-        position += len(rounds[-1].tokens)
-    return rounds
+        verify_steps.append(a_verify_step(number, position, 1 + min(kept, drafted), drafted, rng))
+        position += len(verify_steps[-1].tokens)
+    return verify_steps
 
 
 def inline(budget: int) -> Way:
     return Way("inline", Space(budget))
 
 
-def assemble(rounds: list[Round], way: Way, request: Request = REQUEST) -> list[Chunk]:
+def assemble(verify_steps: list[VerifyStep], way: Way, request: Request = REQUEST) -> list[Chunk]:
     assembly = Assembly(request, ORIGIN, way)
-    full = [assembly.add(row) for r in rounds for row in cut(r, way)]
+    full = [assembly.add(row) for r in verify_steps for row in cut(r, way)]
     return [chunk for chunk in [*full, assembly.end("stop")] if chunk]
 
 
@@ -69,26 +69,32 @@ requests = st.builds(
 
 
 @settings(deadline=None)
-@given(rounds=requests, budget=st.integers(400, 6000))
-def test_chunks_hold_every_token_once_in_order_and_below_the_budget(rounds: list[Round], budget: int) -> None:
-    chunks = assemble(rounds, inline(budget))
-    rows = [row for chunk in chunks for row in chunk.rounds]
-    assert [t for row in rows for t in row.tokens] == [t for r in rounds for t in r.tokens]
-    assert np.array_equal(np.concatenate([r.features for r in rows]), np.concatenate([r.features for r in rounds]))
+@given(verify_steps=requests, budget=st.integers(400, 6000))
+def test_chunks_hold_every_token_once_in_order_and_below_the_budget(
+    verify_steps: list[VerifyStep], budget: int
+) -> None:
+    chunks = assemble(verify_steps, inline(budget))
+    rows = [row for chunk in chunks for row in chunk.verify_steps]
+    assert [t for row in rows for t in row.tokens] == [t for r in verify_steps for t in r.tokens]
+    assert np.array_equal(
+        np.concatenate([r.features for r in rows]), np.concatenate([r.features for r in verify_steps])
+    )
     assert [row.position for row in rows] == list(np.cumsum([0, *(len(row.tokens) for row in rows)])[:-1])
-    assert sum(row.verify_us for row in rows) == sum(r.verify_us for r in rounds)
+    assert sum(row.verify_us for row in rows) == sum(r.verify_us for r in verify_steps)
     assert [chunk.envelope.chunk for chunk in chunks] == list(range(len(chunks)))
     assert [chunk.envelope.last for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
-    assert all(sum(map(row_bytes, chunk.rounds)) <= budget for chunk in chunks if len(chunk.rounds) > 1)
+    assert all(sum(map(row_bytes, chunk.verify_steps)) <= budget for chunk in chunks if len(chunk.verify_steps) > 1)
 
 
 @settings(deadline=None)
-@given(rounds=requests, budget=st.integers(400, 6000))
-def test_a_chunk_survives_the_wire_and_weighs_no_more_than_was_foreseen(rounds: list[Round], budget: int) -> None:
-    for chunk in assemble(rounds, inline(budget)):
+@given(verify_steps=requests, budget=st.integers(400, 6000))
+def test_a_chunk_survives_the_wire_and_weighs_no_more_than_was_foreseen(
+    verify_steps: list[VerifyStep], budget: int
+) -> None:
+    for chunk in assemble(verify_steps, inline(budget)):
         value = encode(chunk)
         assert len(value) <= chunk_bytes(chunk)
-        assert [r.tokens for r in decode(value).rounds] == [r.tokens for r in chunk.rounds]
+        assert [r.tokens for r in decode(value).verify_steps] == [r.tokens for r in chunk.verify_steps]
 
 
 def test_only_the_last_row_of_a_cut_prompt_has_the_bonus_and_the_times() -> None:
@@ -104,11 +110,11 @@ def test_a_verified_draft_is_never_cut() -> None:
     assert cut(verified, inline(1)) == (verified,)
 
 
-def test_missing_rounds_end_the_chunk_and_leave_out_a_number() -> None:
-    rounds = a_request(5, [(1, 2), (0, 2), (2, 2)])
-    del rounds[2]
-    chunks = assemble(rounds, inline(10**6))
-    assert [(c.envelope.chunk, [r.round for r in c.rounds]) for c in chunks] == [(0, [0, 1]), (2, [3])]
+def test_missing_verify_steps_end_the_chunk_and_leave_out_a_number() -> None:
+    verify_steps = a_request(5, [(1, 2), (0, 2), (2, 2)])
+    del verify_steps[2]
+    chunks = assemble(verify_steps, inline(10**6))
+    assert [(c.envelope.chunk, [r.verify_step for r in c.verify_steps]) for c in chunks] == [(0, [0, 1]), (2, [3])]
 
 
 def test_a_request_whose_beginning_is_missing_does_not_begin_at_number_zero() -> None:
@@ -124,7 +130,7 @@ def test_what_is_true_of_the_request_stands_in_the_envelope() -> None:
     assert (envelope.feature_width, envelope.top_k, envelope.finish) == (F, K, "stop")
 
 
-def test_a_request_without_rounds_gives_no_chunk() -> None:
+def test_a_request_without_verify_steps_gives_no_chunk() -> None:
     assert Assembly(REQUEST, ORIGIN, inline(100)).end("cancelled") is None
 
 
@@ -134,45 +140,47 @@ def test_a_chunk_before_the_end_has_no_finish() -> None:
 
 
 @settings(deadline=None)
-@given(rounds=requests, message=st.integers(400, 3000), file=st.integers(100, 3000))
+@given(verify_steps=requests, message=st.integers(400, 3000), file=st.integers(100, 3000))
 def test_with_features_beside_it_neither_message_nor_file_is_too_large(
-    rounds: list[Round], message: int, file: int
+    verify_steps: list[VerifyStep], message: int, file: int
 ) -> None:
     way = Way("claim-check", Space(message, file))
-    chunks = assemble(rounds, way)
-    assert [t for c in chunks for row in c.rounds for t in row.tokens] == [t for r in rounds for t in r.tokens]
+    chunks = assemble(verify_steps, way)
+    assert [t for c in chunks for row in c.verify_steps for t in row.tokens] == [
+        t for r in verify_steps for t in r.tokens
+    ]
     for chunk in chunks:
-        if len(chunk.rounds) > 1:
-            assert sum(row_bytes(r) - r.features.nbytes for r in chunk.rounds) <= message
-            assert sum(r.features.nbytes for r in chunk.rounds) <= file
+        if len(chunk.verify_steps) > 1:
+            assert sum(row_bytes(r) - r.features.nbytes for r in chunk.verify_steps) <= message
+            assert sum(r.features.nbytes for r in chunk.verify_steps) <= file
 
 
-def tokens_before(rounds: list[Round], position: int) -> list[int]:
-    return [t for r in rounds for t in r.tokens][:position]
+def tokens_before(verify_steps: list[VerifyStep], position: int) -> list[int]:
+    return [t for r in verify_steps for t in r.tokens][:position]
 
 
 @settings(deadline=None)
-@given(rounds=requests, budget=st.integers(400, 12_000), missing=st.sets(st.integers(0, 20)))
+@given(verify_steps=requests, budget=st.integers(400, 12_000), missing=st.sets(st.integers(0, 20)))
 def test_chunks_to_be_recomputed_know_every_token_before_them_or_say_so(
-    rounds: list[Round], budget: int, missing: set[int]
+    verify_steps: list[VerifyStep], budget: int, missing: set[int]
 ) -> None:
     way = Way("recompute", Space(budget))
-    request = replace(REQUEST, prompt=rounds[0].tokens)
-    bare = [without_features(r) for r in rounds]
-    lost_at = min((r.position for r in rounds if r.round in missing - {0}), default=10**9)
-    for chunk in assemble([r for r in bare if r.round not in missing], way, request):
-        begin, before = chunk.rounds[0].position, list(chunk.envelope.before)
+    request = replace(REQUEST, prompt=verify_steps[0].tokens)
+    bare = [without_features(r) for r in verify_steps]
+    lost_at = min((r.position for r in verify_steps if r.verify_step in missing - {0}), default=10**9)
+    for chunk in assemble([r for r in bare if r.verify_step not in missing], way, request):
+        begin, before = chunk.verify_steps[0].position, list(chunk.envelope.before)
         assert len(encode(chunk)) <= chunk_bytes(chunk)
-        assert before in ([], tokens_before(rounds, begin))
+        assert before in ([], tokens_before(verify_steps, begin))
         if begin < lost_at and 22 * begin <= budget:
-            assert before == tokens_before(rounds, begin)
+            assert before == tokens_before(verify_steps, begin)
         if begin > lost_at:
             assert before == []
         assert decode(encode(chunk)).envelope == chunk.envelope
 
 
 def test_a_request_that_lost_its_prompt_still_knows_it() -> None:
-    rounds = [without_features(r) for r in a_request(5, [(1, 2)])]
-    request = replace(REQUEST, prompt=rounds[0].tokens)
-    (chunk,) = assemble(rounds[1:], Way("recompute", Space(10**6)), request)
-    assert chunk.envelope.before == rounds[0].tokens
+    verify_steps = [without_features(r) for r in a_request(5, [(1, 2)])]
+    request = replace(REQUEST, prompt=verify_steps[0].tokens)
+    (chunk,) = assemble(verify_steps[1:], Way("recompute", Space(10**6)), request)
+    assert chunk.envelope.before == verify_steps[0].tokens

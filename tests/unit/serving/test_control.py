@@ -19,7 +19,7 @@ from serving.http.auth import AdminTokens
 from serving.versions.poller import Puller
 
 TOKEN = "geheim-größe"
-SERVE = Serve(admin_token=SecretStr(TOKEN), poll_s=0.01)
+SERVE = Serve(admin_token=SecretStr(TOKEN), poll_interval=0.01)
 ENDPOINTS = [("GET", ""), *(("POST", path) for path in ("/pin", "/unpin", "/off", "/on"))]
 
 

@@ -17,7 +17,7 @@ from schemas.status import ServeStatus
 
 @pytest.fixture
 def node() -> Iterator[Node]:
-    with running_node(Serve(drain_s=60)) as node:
+    with running_node(Serve(drain_timeout=60)) as node:
         yield node
 
 
@@ -68,7 +68,7 @@ def test_a_node_without_requests_ends_at_once(node: Node) -> None:
 
 
 def test_what_outlasts_the_drain_is_ended_with_an_error_that_says_so() -> None:
-    with running_node(Serve(drain_s=0.3)) as node:
+    with running_node(Serve(drain_timeout=0.3)) as node:
         stream = begun(node)
         end(node)
         with pytest.raises(openai.APIError, match="stopped before the answer was complete"):

@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 from schemas.settings import Settings, Speculator, load
 from schemas.speculator.initial_draft import draft_of_day_0
 from schemas.speculator.network import EagleDraft, random_draft
-from schemas.trace.record import Round
+from schemas.trace.record import VerifyStep
 from serving.engines.base import EngineFullError, Finish, Output, Request
 from serving.engines.builtin.engine import TransformersEngine
 from serving.engines.builtin.kv_cache import RaggedBatch, Segment
@@ -30,11 +30,11 @@ class Recorder:
     """A trace sink that keeps everything."""
 
     def __init__(self) -> None:
-        self.rounds: dict[str, list[Round]] = {}
+        self.verify_steps: dict[str, list[VerifyStep]] = {}
         self.finished: dict[str, Finish] = {}
 
-    def record(self, request: Request, rounds: tuple[Round, ...], finish: Finish | None) -> None:
-        self.rounds.setdefault(request.id, []).extend(rounds)
+    def record(self, request: Request, verify_steps: tuple[VerifyStep, ...], finish: Finish | None) -> None:
+        self.verify_steps.setdefault(request.id, []).extend(verify_steps)
         if finish is not None:
             self.finished[request.id] = finish
 
@@ -99,10 +99,15 @@ def collect(outputs: SimpleQueue[Output], seen: Sequence[Output] = ()) -> tuple[
 
 
 MODES: dict[str, dict[str, object]] = {
-    "chain": {"serve.adaptive": False, "serve.draft_tokens": 3},
-    "tree": {"serve.adaptive": False, "serve.draft_tokens": 4, "serve.draft_width": 3, "serve.draft_nodes": 9},
+    "chain": {"serve.adaptive_drafting": False, "serve.num_speculative_tokens": 3},
+    "tree": {
+        "serve.adaptive_drafting": False,
+        "serve.num_speculative_tokens": 4,
+        "serve.draft_tree_width": 3,
+        "serve.draft_tree_nodes": 9,
+    },
     "adaptive chain": {},
-    "adaptive tree": {"serve.draft_width": 2, "serve.weights": "float32"},
+    "adaptive tree": {"serve.draft_tree_width": 2, "serve.weight_dtype": "float32"},
 }
 
 
@@ -123,10 +128,10 @@ def settings_for(folder: Path, **flags: object) -> Settings:
         flags={
             **flags,
             "target.path": str(folder),
-            "speculator.draft_vocabulary": VOCABULARY,
-            "serve.max_tokens": LIMIT,
-            "serve.max_batch": 4,
-            "serve.max_waiting": 64,
+            "speculator.draft_vocab_size": VOCABULARY,
+            "serve.max_model_len": LIMIT,
+            "serve.max_num_seqs": 4,
+            "serve.max_waiting_requests": 64,
         },
     )
 
@@ -204,10 +209,10 @@ def test_a_single_answer_equals_greedy_decoding_without_a_cache(bench: Bench) ->
     answer, last = bench.generate(Request(bench.new_id(), prompt, 30))
     assert answer == bench.target_alone(prompt, len(answer)).tolist()
     assert last.figures is not None
-    assert last.figures.rounds > 0
+    assert last.figures.verify_steps > 0
     if bench.mode == "chain":
         # Towards its end an answer has room for fewer than three.
-        assert 3 * (last.figures.rounds - 2) <= last.figures.drafted <= 3 * last.figures.rounds
+        assert 3 * (last.figures.verify_steps - 2) <= last.figures.drafted <= 3 * last.figures.verify_steps
 
 
 def test_a_good_draft_is_accepted_and_the_answer_stays_the_same(bench: Bench) -> None:
@@ -223,12 +228,12 @@ def test_a_good_draft_is_accepted_and_the_answer_stays_the_same(bench: Bench) ->
         assert last.figures.accepted > 0
 
 
-def test_a_prompt_longer_than_one_rounds_budget_is_read_in_pieces(bench: Bench) -> None:
+def test_a_prompt_longer_than_one_verify_steps_budget_is_read_in_pieces(bench: Bench) -> None:
     prompt = tuple(1 + i % (VOCABULARY - 1) for i in range(PREFILL_TOKENS + 30))
     request = Request(bench.new_id(), prompt, 12)
     answer, last = bench.generate(request)
     bench.assert_greedy(request, answer, last.finish)
-    pieces = [r for r in bench.recorder.rounds[request.id] if r.round == 0]
+    pieces = [r for r in bench.recorder.verify_steps[request.id] if r.verify_step == 0]
     assert [len(p.tokens) for p in pieces] == [PREFILL_TOKENS, 30]
     assert [p.bonus is None for p in pieces] == [True, False]
 
@@ -250,7 +255,7 @@ def test_a_prompt_that_comes_while_others_decode_is_read_in_pieces_that_cost_wha
     request = Request(bench.new_id(), prompt, 2)
     answer, last = bench.generate(request)
     bench.assert_greedy(request, answer, last.finish)
-    pieces = [len(r.tokens) for r in bench.recorder.rounds[request.id] if r.round == 0]
+    pieces = [len(r.tokens) for r in bench.recorder.verify_steps[request.id] if r.verify_step == 0]
     assert pieces == [32, 32, 32, 4]
     assert set(asked) == {(0.06, PREFILL_TOKENS)}
     collect(running, [first])
@@ -260,21 +265,21 @@ def test_the_trace_of_a_request_is_its_prompt_and_answer_with_the_targets_states
     bench.engine.swap(oracle_draft(bench), "oracle")
     request = Request(bench.new_id(), (11, 12, 13, 14, 15), 40)
     answer, last = bench.generate(request)
-    rounds = bench.recorder.rounds[request.id]
+    verify_steps = bench.recorder.verify_steps[request.id]
     assert bench.recorder.finished[request.id] == last.finish
-    tokens = [token for r in rounds for token in r.tokens]
-    assert [*tokens, rounds[-1].bonus] == [*request.prompt, *answer]
+    tokens = [token for r in verify_steps for token in r.tokens]
+    assert [*tokens, verify_steps[-1].bonus] == [*request.prompt, *answer]
     position = 0
     with torch.inference_mode():
         truth = bench.reference(torch.tensor([tokens]), output_hidden_states=True)
         layers = [truth.hidden_states[i + 1][0] for i in bench.engine._target.shape.capture_layers]
         features_TF = torch.cat(layers, dim=-1).to(torch.bfloat16).float()
-    for r in rounds:
+    for r in verify_steps:
         assert r.position == position
         found = torch.from_numpy(r.features).view(torch.bfloat16).float()
         expected = features_TF[position : position + len(r.tokens)]
         torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
-        root_scores = truth.logits[0, position + (len(r.tokens) - 1 if r.round == 0 else 0)]
+        root_scores = truth.logits[0, position + (len(r.tokens) - 1 if r.verify_step == 0 else 0)]
         assert int(r.top_ids[0, 0]) == int(root_scores.argmax())
         expected_logprobs = torch.log_softmax(root_scores, -1)[torch.from_numpy(r.top_ids[0]).long()]
         torch.testing.assert_close(torch.from_numpy(r.top_logprobs[0]), expected_logprobs, rtol=1e-3, atol=1e-3)
@@ -296,11 +301,15 @@ def test_a_cancelled_request_ends_and_frees_its_slot(bench: Bench) -> None:
 def test_requests_beyond_the_waiting_room_are_refused(tmp_path: Path) -> None:
     settings_ = load(
         environ={},
-        flags={"target.path": str(write_tiny_target(tmp_path)), "serve.max_waiting": 1, "serve.max_tokens": LIMIT},
+        flags={
+            "target.path": str(write_tiny_target(tmp_path)),
+            "serve.max_waiting_requests": 1,
+            "serve.max_model_len": LIMIT,
+        },
     )
     engine = TransformersEngine(settings_)
     engine.submit(Request("first", (1, 2), 4), lambda _: None)
-    with pytest.raises(EngineFullError, match=r"serve\.max_waiting"):
+    with pytest.raises(EngineFullError, match=r"serve\.max_waiting_requests"):
         engine.submit(Request("second", (1, 2), 4), lambda _: None)
 
 
@@ -320,7 +329,7 @@ def test_a_stopped_engine_answers_everyone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("heads_of_the_draft", [0, 4])
 def test_segments_in_one_batch_do_not_see_each_other(tmp_path: Path, heads_of_the_draft: int) -> None:
     folder = write_tiny_target(tmp_path)
-    speculator = Speculator(draft_vocabulary=VOCABULARY, key_value_heads=heads_of_the_draft)
+    speculator = Speculator(draft_vocab_size=VOCABULARY, num_key_value_heads=heads_of_the_draft)
     shape = draft_of_day_0(folder, speculator).shape
     target = Target(folder, shape, slots=3, positions=64)
     first, second = torch.tensor([3, 1, 4, 1, 5]), torch.tensor([9, 2, 6])

@@ -20,10 +20,10 @@ PROMPT = (3, 14, 15, 9)
 def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TransformersEngine]:
     flags = {
         "target.path": str(write_tiny_target(tmp_path_factory.mktemp("target"))),
-        "speculator.draft_vocabulary": VOCABULARY,
-        "serve.max_tokens": 96,
-        "serve.adaptive": False,
-        "serve.draft_width": request.param,
+        "speculator.draft_vocab_size": VOCABULARY,
+        "serve.max_model_len": 96,
+        "serve.adaptive_drafting": False,
+        "serve.draft_tree_width": request.param,
     }
     engine = TransformersEngine(load(environ={}, flags=flags))
     engine.start()

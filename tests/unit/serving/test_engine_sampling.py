@@ -28,9 +28,11 @@ def test_the_second_token_is_distributed_as_the_target_says(
     With 1,500 draws the chi-square test at 1e-4 finds a total variation of 0.1 on these cells nearly always.
     """
     folder = write_tiny_target(tmp_path, scale=0.12)
-    flags = {"target.path": str(folder), "speculator.draft_vocabulary": VOCABULARY, "serve.max_batch": 16}
-    flags |= {"serve.adaptive": False, "serve.draft_tokens": 2, "serve.draft_width": width}
-    engine = TransformersEngine(load(environ={}, flags={**flags, "serve.max_waiting": DRAWS, "serve.max_tokens": 64}))
+    flags = {"target.path": str(folder), "speculator.draft_vocab_size": VOCABULARY, "serve.max_num_seqs": 16}
+    flags |= {"serve.adaptive_drafting": False, "serve.num_speculative_tokens": 2, "serve.draft_tree_width": width}
+    engine = TransformersEngine(
+        load(environ={}, flags={**flags, "serve.max_waiting_requests": DRAWS, "serve.max_model_len": 64})
+    )
     outputs: SimpleQueue[tuple[int, Output]] = SimpleQueue()
     for seed in range(DRAWS):
         request = Request(str(seed), PROMPT, 3, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)

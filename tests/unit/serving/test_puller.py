@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from idle_health import IDLE
 from version_registry import DRAFTS, LINE, FakeRegistry
 
-from schemas.settings import Canary, Serve, Settings, Sync
+from schemas.settings import Canary, Serve, Settings, Update
 from schemas.speculator.checkpoint import CheckpointError
 from schemas.speculator.network import EagleDraft
 from serving.engines.base import Health, Swapped
@@ -223,7 +223,7 @@ def clock() -> Clock:
 @pytest.fixture
 def trying(registry: FakeRegistry, engine: FakeEngine, clock: Clock) -> Puller:
     registry.alias, registry.canary = "1", "2"
-    return Puller(registry, engine, Settings(canary=Canary(share=SHARE, slice_s=SLICE_S)), clock)  # type: ignore[arg-type]
+    return Puller(registry, engine, Settings(canary=Canary(share=SHARE, slice_duration=SLICE_S)), clock)  # type: ignore[arg-type]
 
 
 def test_a_canary_is_served_in_its_slices_and_the_champion_in_the_others(
@@ -303,7 +303,7 @@ def test_only_a_node_that_follows_the_champion_takes_part_in_trials(
     registry: FakeRegistry, engine: FakeEngine, clock: Clock, serve: Serve, share: float, version: str | None
 ) -> None:
     registry.alias, registry.canary = "1", "2"
-    settings = Settings(serve=serve, canary=Canary(share=share, slice_s=SLICE_S))
+    settings = Settings(serve=serve, canary=Canary(share=share, slice_duration=SLICE_S))
     puller = Puller(registry, engine, settings, clock)  # type: ignore[arg-type]
     for _ in range(10):
         clock.now += SLICE_S
@@ -314,7 +314,7 @@ def test_only_a_node_that_follows_the_champion_takes_part_in_trials(
 @pytest.fixture
 def lazy(registry: FakeRegistry, engine: FakeEngine, clock: Clock) -> Puller:
     """Takes a newer version over once a minute at most."""
-    settings = Settings(sync=Sync(interval_s=60.0, jitter=0.0), canary=Canary(share=1.0))
+    settings = Settings(update=Update(min_interval=60.0, jitter=0.0), canary=Canary(share=1.0))
     return Puller(registry, engine, settings, clock, clock)  # type: ignore[arg-type]
 
 
@@ -360,7 +360,7 @@ def test_a_canary_that_became_champion_is_not_left_for_an_interval(
 
 def test_turns_are_taken_on_time_while_the_registry_does_not_answer(registry: FakeRegistry, engine: FakeEngine) -> None:
     registry.alias, registry.canary = "1", "2"
-    settings = Settings(serve=Serve(poll_s=0.01), canary=Canary(share=0.5, slice_s=0.05))
+    settings = Settings(serve=Serve(poll_interval=0.01), canary=Canary(share=0.5, slice_duration=0.05))
     puller = Puller(registry, engine, settings)  # type: ignore[arg-type]
     puller.start()
     eventually(lambda: puller.canary == "2" and registry.downloads == ["1", "2"])

@@ -27,8 +27,8 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def settings(target: Path, tmp_path: Path) -> Settings:
     flags = {
         "target.path": str(target),
-        "speculator.draft_vocabulary": 16,
-        "sglang.dir": str(tmp_path / "drafts"),
+        "speculator.draft_vocab_size": 16,
+        "sglang.draft_dir": str(tmp_path / "drafts"),
         "sglang.api_key": KEY,
     }
     return load(environ={}, flags=flags)
@@ -36,7 +36,7 @@ def settings(target: Path, tmp_path: Path) -> Settings:
 
 def test_a_server_with_a_draft_of_another_line_is_left_alone(settings: Settings, tmp_path: Path) -> None:
     line = line_of(settings)
-    other = line_of(load(environ={}, flags={"target.path": settings.target.path, "speculator.draft_vocabulary": 20}))
+    other = line_of(load(environ={}, flags={"target.path": settings.target.path, "speculator.draft_vocab_size": 20}))
     fake = FakeSglang(other.day_0, "day-0-head-0")
     checkpoint.write(other.day_0, tmp_path / "served", other.target)
     with served(fake):

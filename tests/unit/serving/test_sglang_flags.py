@@ -29,7 +29,9 @@ def added(given: list[str], settings: Settings, start: Start | None = START) -> 
 
 
 def test_a_plain_start_serves_the_target_with_the_draft_and_its_version() -> None:
-    found = added([], settings_of(target__path="/models/m", target__name="m", serve__draft_tokens=3))
+    found = added(
+        [], settings_of(target__path="/models/m", target__served_model_name="m", serve__num_speculative_tokens=3)
+    )
     assert found.value("--model-path") == "/models/m"
     assert found.value("--served-model-name") == "m"
     assert found.value("--speculative-algorithm") == "EAGLE3"
@@ -42,7 +44,9 @@ def test_a_plain_start_serves_the_target_with_the_draft_and_its_version() -> Non
 
 
 def test_trees_are_as_large_as_the_settings_say_and_the_root_comes_on_top() -> None:
-    found = added([], settings_of(serve__draft_width=4, serve__draft_nodes=20, serve__draft_tokens=5))
+    found = added(
+        [], settings_of(serve__draft_tree_width=4, serve__draft_tree_nodes=20, serve__num_speculative_tokens=5)
+    )
     steps = "--speculative-num-steps", "--speculative-eagle-topk", "--speculative-num-draft-tokens"
     assert [found.value(name) for name in steps] == ["5", "4", "21"]
 

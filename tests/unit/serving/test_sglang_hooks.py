@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 
 from schemas.settings import Settings, load
 from schemas.speculator.checkpoint import CheckpointError
-from schemas.trace.record import Round, from_bf16
+from schemas.trace.record import VerifyStep, from_bf16
 from serving.engines.base import Finish, Request
 from serving.engines.sglang.plugin.cost import CostGate
 from serving.engines.sglang.plugin.hooks import Hooks
@@ -34,7 +34,7 @@ class Publisher:
     breaker = "closed"
 
     def __init__(self) -> None:
-        self.rounds: dict[str, list[Round]] = {}
+        self.verify_steps: dict[str, list[VerifyStep]] = {}
         self.finished: dict[str, Finish] = {}
         self.requests: dict[str, Request] = {}
 
@@ -44,9 +44,9 @@ class Publisher:
     def wants(self, request: str) -> bool:
         return True
 
-    def record(self, request: Request, rounds: tuple[Round, ...], finish: Finish | None) -> None:
+    def record(self, request: Request, verify_steps: tuple[VerifyStep, ...], finish: Finish | None) -> None:
         self.requests[request.id] = request
-        self.rounds.setdefault(request.id, []).extend(rounds)
+        self.verify_steps.setdefault(request.id, []).extend(verify_steps)
         if finish:
             self.finished[request.id] = finish
 
@@ -145,7 +145,7 @@ def server() -> Server:
     return Server(load(environ={}, flags={"traces.top_k": 2}), lambda: Origin("n", "t", "line", V))
 
 
-def test_a_request_becomes_its_rounds_though_it_is_decoded_beyond_its_end(server: Server) -> None:
+def test_a_request_becomes_its_verify_steps_though_it_is_decoded_beyond_its_end(server: Server) -> None:
     req = request("a")
     server.read([req], [0], [2], [0])
     server.read([req], [2], [1], [10])
@@ -156,17 +156,17 @@ def test_a_request_becomes_its_rounds_though_it_is_decoded_beyond_its_end(server
     server.verify([req], [8], [[0, 1, 2]], [[9, 9, 9]])  # a step more than the request has
     req.output_ids += [14]
     server.end(req)
-    rounds = server.settled().rounds["a"]
-    assert [(r.round, r.position, r.tokens, r.bonus) for r in rounds] == [
+    verify_steps = server.settled().verify_steps["a"]
+    assert [(r.verify_step, r.position, r.tokens, r.bonus) for r in verify_steps] == [
         (0, 0, (3, 4), None),
         (0, 2, (5,), 10),
         (1, 3, (10, 11, 12), 13),
         (2, 6, (13,), 14),
     ]
-    assert [r.accepted for r in rounds] == [(), (), (0, 1), ()]
-    assert [from_bf16(r.features)[:, 0].tolist() for r in rounds] == [[0, 1], [2], [3, 4, 5], [6]]
-    assert [r.top_ids[:, 0].tolist() for r in rounds] == [[], [10], [11, 12, 13], [14, 0, 0]]
-    assert [r.speculator for r in rounds] == ["", "", "7", "7"]
+    assert [r.accepted for r in verify_steps] == [(), (), (0, 1), ()]
+    assert [from_bf16(r.features)[:, 0].tolist() for r in verify_steps] == [[0, 1], [2], [3, 4, 5], [6]]
+    assert [r.top_ids[:, 0].tolist() for r in verify_steps] == [[], [10], [11, 12, 13], [14, 0, 0]]
+    assert [r.speculator for r in verify_steps] == ["", "", "7", "7"]
     assert server.publisher.finished == {"a": "length"}
     assert server.publisher.requests["a"].temperature == 0.0
 
@@ -179,11 +179,11 @@ def test_only_the_requests_that_are_traced_are_taken_out_of_a_batch(server: Serv
     for req in (off, on):
         server.end(req, "stop")
     publisher = server.settled()
-    read, verified = publisher.rounds["on"]
+    read, verified = publisher.verify_steps["on"]
     assert (read.position, read.tokens, read.bonus) == (1, (4, 5), 10)
     assert from_bf16(read.features)[:, 0].tolist() == [1, 2]
     assert (verified.tokens, verified.bonus, from_bf16(verified.features)[:, 0].tolist()) == ((10, 11), 9, [3, 4])
-    assert list(publisher.rounds) == ["on"]
+    assert list(publisher.verify_steps) == ["on"]
     assert publisher.requests["on"].label == "sql"
     assert server.count("aurora_sglang_requests_untraced_total", reason="asked") == 1
     assert server.count("aurora_sglang_prompt_tokens_cached_total") == 1
@@ -198,7 +198,7 @@ def test_a_request_that_is_read_again_adds_nothing_to_its_trace(server: Server) 
     server.verify([req], [4], [[11, 1, 2]], [[9, 9, 9]])
     req.output_ids += [11, 9]
     server.end(req)
-    assert [r.round for r in server.settled().rounds["a"]] == [0]
+    assert [r.verify_step for r in server.settled().verify_steps["a"]] == [0]
     assert server.count("aurora_sglang_requests_untraced_total", reason="retracted") == 1
 
 
@@ -216,7 +216,7 @@ def test_requests_that_teach_nothing_of_the_target_are_counted(
     req = request("a")
     vars(req).update(changed)
     server.read([req], [0], [3], [10])
-    assert not server.settled().rounds
+    assert not server.settled().verify_steps
     assert server.count("aurora_sglang_requests_untraced_total", reason=reason) == 1
 
 
@@ -227,14 +227,14 @@ def test_what_a_hook_raises_stays_in_it_and_is_counted(server: Server, capsys: p
     assert capsys.readouterr().out.count("aurora_hook_failed") == 1
 
 
-def test_without_features_the_rounds_are_told_how_wide_they_are() -> None:
+def test_without_features_the_verify_steps_are_told_how_wide_they_are() -> None:
     server = Server(load(environ={}, flags={"traces.features": "recompute"}), lambda: Origin("n", "t", "line", V))
     req = request("a")
     server.read([req], [0], [3], [10])
     server.verify([req], [3], [[10, 11, 12]], [[11, 12, 13]])
     req.output_ids += [10, 11, 12, 13]
     server.end(req)
-    assert [r.features.shape for r in server.settled().rounds["a"]] == [(0, F), (0, F)]
+    assert [r.features.shape for r in server.settled().verify_steps["a"]] == [(0, F), (0, F)]
 
 
 def test_steps_beyond_what_may_wait_are_lost_and_counted() -> None:
@@ -245,7 +245,7 @@ def test_steps_beyond_what_may_wait_are_lost_and_counted() -> None:
     server, reqs = Server(load(environ={}), slow), [request(f"r{number}") for number in range(MOST_STEPS + 3)]
     for req in reqs:
         server.read([req], [0], [3], [10])
-    assert server.count("aurora_sglang_rounds_lost_total", reason="behind") == 3
+    assert server.count("aurora_sglang_verify_steps_lost_total", reason="behind") == 3
 
 
 def test_a_server_of_other_models_is_not_recorded(capsys: pytest.CaptureFixture[str]) -> None:
@@ -257,7 +257,7 @@ def test_a_server_of_other_models_is_not_recorded(capsys: pytest.CaptureFixture[
     server.recorder.close()
     server.end(early)
     server.read([request("late")], [0], [3], [10])
-    assert not server.publisher.rounds
+    assert not server.publisher.verify_steps
     assert not server.recorder.full()
     assert "another target" in capsys.readouterr().out
 

@@ -24,14 +24,14 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def draft(target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("draft") / "version"
-    made = draft_of_day_0(target, Speculator(draft_vocabulary=16))
+    made = draft_of_day_0(target, Speculator(draft_vocab_size=16))
     checkpoint.write(made, folder, checkpoint.target_fingerprint(target))
     return folder
 
 
 def test_target_and_line_are_those_of_the_built_in_engine(target: Path, draft: Path) -> None:
     fingerprint = checkpoint.target_fingerprint(target)
-    made = draft_of_day_0(target, Speculator(draft_vocabulary=16))
+    made = draft_of_day_0(target, Speculator(draft_vocab_size=16))
     line = checkpoint.line_of(fingerprint, made.shape, made.d2t)
     assert origin_of("n", str(target), str(draft), WIDTH) == Origin("n", fingerprint, line, made.shape.vocab_size)
 

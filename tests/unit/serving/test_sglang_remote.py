@@ -199,7 +199,7 @@ def test_health_is_what_the_server_counts_of_requests_that_have_ended(fake: Fake
     engine = engine_of(fake)
     health = engine.health()
     assert (health.alive, health.running, health.waiting, health.draft_depth) == (True, 2, 1, 3)
-    assert (health.rounds, health.drafted, health.accepted, health.output_tokens) == (40, 120, 60, 103)
+    assert (health.verify_steps, health.drafted, health.accepted, health.output_tokens) == (40, 120, 60, 103)
     assert (engine.finished, engine.failed) == (3, 0)
     rows = engine.published.counts()
     assert (rows.captured, rows.published, rows.rows_shed, rows.pending) == (50, 40, 7, 3)

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from schemas.settings import Sync
+from schemas.settings import Update
 from serving.versions.update_policy import WINDOW_S, Reading, SyncPolicy, best_interval, lost_s
 
 
-def policy(interval_s: float | Literal["auto"], jitter: float = 0.0, max_staleness_s: float = 900.0) -> SyncPolicy:
-    return SyncPolicy(Sync(interval_s=interval_s, jitter=jitter, max_staleness_s=max_staleness_s), "node-0")
+def policy(interval_s: float | Literal["auto"], jitter: float = 0.0, max_staleness: float = 900.0) -> SyncPolicy:
+    return SyncPolicy(Update(min_interval=interval_s, jitter=jitter, max_staleness=max_staleness), "node-0")
 
 
 def take(policy: SyncPolicy, time_s: float) -> None:
@@ -40,7 +40,7 @@ def test_the_interval_runs_from_the_last_takeover() -> None:
 
 
 def test_who_is_behind_for_too_long_takes_over_in_any_case() -> None:
-    sync = policy(600.0, jitter=1.0, max_staleness_s=120.0)
+    sync = policy(600.0, jitter=1.0, max_staleness=120.0)
     take(sync, 100.0)
     assert sync.due_at("8", 110.0) == 230.0
 
@@ -69,7 +69,7 @@ def test_a_version_is_due_within_its_bounds(
 def test_nodes_are_spread_over_the_jitter() -> None:
     due = []
     for n in range(200):
-        sync = SyncPolicy(Sync(interval_s=100.0, jitter=0.5), f"node-{n}")
+        sync = SyncPolicy(Update(min_interval=100.0, jitter=0.5), f"node-{n}")
         take(sync, 0.0)
         due.append(sync.due_at("8", 1000.0) - 1000.0)
     assert 0 <= min(due) < 5
@@ -91,7 +91,7 @@ def test_where_nothing_is_gained_no_interval_is_long_enough() -> None:
     assert best_interval(1.0, 0.0) == best_interval(1.0, -0.1) == math.inf
 
 
-def test_fetching_costs_what_the_rounds_gave_less_meanwhile() -> None:
+def test_fetching_costs_what_the_verify_steps_gave_less_meanwhile() -> None:
     begun = Reading(10.0, 0, 0, 0)
     assert lost_s(100.0, begun, Reading(14.0, 0, 0, 300)) == pytest.approx(1.0)
     assert lost_s(100.0, begun, Reading(14.0, 0, 0, 500)) == 0.0
@@ -107,25 +107,25 @@ class Serving:
     pause_s: float
     gain: float
     now: float = 0.0
-    rounds: int = 0
+    verify_steps: int = 0
     accepted: int = 0
-    accept_length: float = 1.0
+    accepted_per_step: float = 1.0
 
     def take_over(self, times: int) -> None:
         for _ in range(times):
             until = self.now + self.every_s
             while self.now < until:
                 self.now += 2.0
-                self.rounds += 100
-                self.accepted += round(100 * self.accept_length)
+                self.verify_steps += 100
+                self.accepted += round(100 * self.accepted_per_step)
                 self.sync.read(self.reading)
             self.sync.swapped()
             self.sync.taken(self.reading, self.reading, self.pause_s)
-            self.accept_length = (1 + self.accept_length) * (1 + self.gain) - 1
+            self.accepted_per_step = (1 + self.accepted_per_step) * (1 + self.gain) - 1
 
     @property
     def reading(self) -> Reading:
-        return Reading(self.now, self.rounds, self.accepted, self.rounds + self.accepted)
+        return Reading(self.now, self.verify_steps, self.accepted, self.verify_steps + self.accepted)
 
 
 @pytest.mark.parametrize("every_s", [WINDOW_S / 2, 2 * WINDOW_S])
@@ -136,7 +136,7 @@ def test_auto_finds_the_interval_that_loses_least(every_s: float) -> None:
 
 
 def test_auto_widens_step_by_step_up_to_the_staleness_where_nothing_is_gained() -> None:
-    sync = policy("auto", max_staleness_s=300.0)
+    sync = policy("auto", max_staleness=300.0)
     serving = Serving(sync, every_s=120.0, pause_s=0.002, gain=-0.001)
     widths = []
     for _ in range(14):
@@ -156,7 +156,7 @@ def test_auto_narrows_again_when_versions_bring_something() -> None:
     assert sync.interval_s < wide / 50
 
 
-def test_a_takeover_of_too_few_rounds_teaches_nothing() -> None:
+def test_a_takeover_of_too_few_verify_steps_teaches_nothing() -> None:
     sync = policy("auto")
     for number in range(10):
         for second in range(0, 120, 2):

@@ -25,23 +25,23 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
-def pieces(text: str, per_round: int) -> list[str]:
+def pieces(text: str, per_verify_step: int) -> list[str]:
     ids = encode(TOKENIZER, text)
     detokenizer = Detokenizer(TOKENIZER)
-    fed = [detokenizer.feed(ids[i : i + per_round]) for i in range(0, len(ids), per_round)]
+    fed = [detokenizer.feed(ids[i : i + per_verify_step]) for i in range(0, len(ids), per_verify_step)]
     return [*fed, detokenizer.finish()]
 
 
 @settings(deadline=None)
-@given(text=st.text(st.characters(exclude_categories=["Cs"])), per_round=st.integers(1, 5))
-def test_the_pieces_are_the_text(text: str, per_round: int) -> None:
-    assert "".join(pieces(text, per_round)) == text
+@given(text=st.text(st.characters(exclude_categories=["Cs"])), per_verify_step=st.integers(1, 5))
+def test_the_pieces_are_the_text(text: str, per_verify_step: int) -> None:
+    assert "".join(pieces(text, per_verify_step)) == text
 
 
 @settings(deadline=None)
-@given(text=st.text(st.sampled_from("aß✓🙂"), max_size=20), per_round=st.integers(1, 3))
-def test_no_piece_holds_half_a_character(text: str, per_round: int) -> None:
-    assert not any("\ufffd" in piece for piece in pieces(text, per_round))
+@given(text=st.text(st.sampled_from("aß✓🙂"), max_size=20), per_verify_step=st.integers(1, 3))
+def test_no_piece_holds_half_a_character(text: str, per_verify_step: int) -> None:
+    assert not any("\ufffd" in piece for piece in pieces(text, per_verify_step))
 
 
 def test_a_character_that_is_never_finished_shows_as_one_replacement() -> None:
@@ -81,12 +81,12 @@ def test_the_shown_text_ends_before_the_first_stop_string_however_it_arrives(
 
 
 @pytest.mark.parametrize(("text", "shown"), [("one\nUser: two", "one"), ("one\nUse", "one\nUse"), ("\nUser:", "")])
-def test_a_stop_string_is_cut_and_its_beginning_held_back_only_while_it_may_be_one(text: str, shown: str) -> None:
+def test_a_stop_string_is_cut_and_its_beginning_held_out_only_while_it_may_be_one(text: str, shown: str) -> None:
     scanner = StopScanner(["\nUser:"])
     assert "".join(scanner.feed(c) for c in text) + scanner.finish() == shown
 
 
-def test_without_stop_strings_nothing_is_held_back() -> None:
+def test_without_stop_strings_nothing_is_held_out() -> None:
     assert StopScanner([]).feed("abc") == "abc"
 
 

@@ -12,7 +12,7 @@ from confluent_kafka import KafkaError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from structlog.testing import LogCapture
-from trace_bench import Bench, FakeProducer, a_round, eventually
+from trace_bench import Bench, FakeProducer, a_verify_step, eventually
 
 from schemas.settings import Kafka, SettingsError, Traces
 from schemas.telemetry import trace_context
@@ -24,7 +24,7 @@ from serving.traces.publisher import OVERDUE_S
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The publisher looks for rounds more often, so that no test waits for it."""
+    """The publisher looks for verify steps more often, so that no test waits for it."""
     monkeypatch.setattr("serving.traces.publisher._PAUSE_S", 0.002)
 
 
@@ -39,10 +39,10 @@ def open_breaker(bench: Bench) -> None:
 
 def test_a_finished_request_is_one_message_with_its_headers() -> None:
     bench = Bench()
-    bench.send(rounds=4)
+    bench.send(verify_steps=4)
     counts = bench.publisher.close(1)
     (chunk,) = bench.producer.delivered
-    assert [r.round for r in chunk.rounds] == [0, 1, 2, 3]
+    assert [r.verify_step for r in chunk.verify_steps] == [0, 1, 2, 3]
     assert (chunk.envelope.last, chunk.envelope.finish) == (True, "stop")
     headers = dict(bench.producer.headers[0])
     published_by = trace_context.read(headers.pop("traceparent"))
@@ -70,21 +70,21 @@ def test_rows_of_a_cut_prompt_are_counted_as_the_wire_has_them() -> None:
 def test_a_cancelled_request_publishes_what_was_captured() -> None:
     bench = Bench()
     request = Request("chatcmpl-1", (1,), 5)
-    bench.publisher.record(request, (a_round(0), a_round(1)), None)
+    bench.publisher.record(request, (a_verify_step(0), a_verify_step(1)), None)
     bench.publisher.record(request, (), "cancelled")
     bench.publisher.close(1)
     (chunk,) = bench.producer.delivered
-    assert (len(chunk.rounds), chunk.envelope.finish) == (2, "cancelled")
+    assert (len(chunk.verify_steps), chunk.envelope.finish) == (2, "cancelled")
 
 
 def test_a_request_that_may_not_be_traced_leaves_nothing() -> None:
     bench = Bench()
-    bench.publisher.record(Request("chatcmpl-1", (1,), 5, trace=False), (a_round(0),), "stop")
+    bench.publisher.record(Request("chatcmpl-1", (1,), 5, trace=False), (a_verify_step(0),), "stop")
     assert (bench.publisher.close(1).captured, bench.producer.delivered) == (0, [])
 
 
 def test_beyond_the_bound_the_newest_rows_are_shed_and_the_request_still_ends() -> None:
-    bench = Bench(queue_bytes=1 << 20)
+    bench = Bench(max_queue_bytes=1 << 20)
     bench.producer.mode = "hold"
     for _ in range(40):
         bench.send(tokens=3000)
@@ -148,7 +148,7 @@ def test_a_chunk_that_is_too_large_says_nothing_about_the_broker() -> None:
 def test_what_is_in_hand_when_the_node_closes_is_unconfirmed() -> None:
     bench = Bench()
     bench.producer.mode = "hold"
-    bench.send(rounds=3)
+    bench.send(verify_steps=3)
     counts = bench.publisher.close(0.1)
     assert (counts.captured, counts.shed, counts.pending, counts.pending_bytes) == (3, {"unconfirmed": 3}, 0, 0)
 
@@ -156,7 +156,7 @@ def test_what_is_in_hand_when_the_node_closes_is_unconfirmed() -> None:
 def test_after_closing_rows_are_turned_away_and_counted() -> None:
     bench = Bench()
     bench.publisher.close(1)
-    bench.send(rounds=2)
+    bench.send(verify_steps=2)
     counts = bench.publisher.counts()
     assert (counts.captured, counts.shed, counts.pending) == (2, {"closed": 2}, 0)
 
@@ -191,14 +191,14 @@ def test_a_broker_that_does_not_let_the_node_in_is_told_once_with_the_setting(
     bench.on_error(refusal)
     bench.publisher.close(1)
     refused = [line for line in told.entries if line["event"] == "trace_producer_not_let_in"]
-    assert [(line["why"], line["setting"]) for line in refused] == [("wrong password", "kafka.client")] * 2
+    assert [(line["why"], line["setting"]) for line in refused] == [("wrong password", "kafka.client_options")] * 2
 
 
-def test_malformed_rounds_neither_raise_nor_end_the_publisher() -> None:
+def test_malformed_verify_steps_neither_raise_nor_end_the_publisher() -> None:
     bench = Bench()
-    malformed = replace(a_round(0), features=None)  # type: ignore[arg-type]
+    malformed = replace(a_verify_step(0), features=None)  # type: ignore[arg-type]
     bench.publisher.record(Request("bad", (1,), 5), (malformed,), "stop")
-    unencodable = replace(a_round(0), tokens=(2**40,), features=np.zeros((1, 6), np.uint16))
+    unencodable = replace(a_verify_step(0), tokens=(2**40,), features=np.zeros((1, 6), np.uint16))
     bench.publisher.record(Request("worse", (1,), 5), (unencodable,), "stop")
     bench.send()
     counts = bench.publisher.close(1)
@@ -211,9 +211,9 @@ def test_malformed_rounds_neither_raise_nor_end_the_publisher() -> None:
         [
             {},
             {"features": "recompute"},
-            {"features": "claim-check", "claim_bytes": 1 << 16},
-            {"bytes_per_s": 3_000},
-            {"bytes_per_s": 3_000, "features": "claim-check"},
+            {"features": "claim-check", "claim_check_max_bytes": 1 << 16},
+            {"max_bytes_per_second": 3_000},
+            {"max_bytes_per_second": 3_000, "features": "claim-check"},
         ]
     ),
     steps=st.lists(
@@ -230,8 +230,8 @@ def test_every_row_ends_in_exactly_one_way(
     tmp_path_factory: pytest.TempPathFactory, way: dict[str, Any], steps: list[tuple[str, int, int, float]]
 ) -> None:
     folder = tmp_path_factory.mktemp("claims")
-    bench = Bench(queue_bytes=1 << 20, claim_uri=str(folder / "claims"), **way)
-    for mode, rounds, tokens, passes in steps:
+    bench = Bench(max_queue_bytes=1 << 20, claim_check_uri=str(folder / "claims"), **way)
+    for mode, verify_steps, tokens, passes in steps:
         bench.now += passes
         match mode:
             case "back":
@@ -247,8 +247,8 @@ def test_every_row_ends_in_exactly_one_way(
                 pass
             case _:
                 bench.producer.mode = mode
-        bench.send(rounds, tokens if rounds == 1 else 3)
-        if rounds % 2:
+        bench.send(verify_steps, tokens if verify_steps == 1 else 3)
+        if verify_steps % 2:
             bench.settle()
         counts = bench.publisher.counts()
         assert counts.captured == counts.published + counts.rows_shed + counts.pending
@@ -259,5 +259,5 @@ def test_every_row_ends_in_exactly_one_way(
 
 
 def test_an_unknown_kafka_option_is_an_error_that_names_the_setting() -> None:
-    with pytest.raises(SettingsError, match=r"kafka\.client.*no\.such\.option"):
-        connect(Kafka(client={"no.such.option": "1"}), Traces(), lambda _: None)
+    with pytest.raises(SettingsError, match=r"kafka\.client_options.*no\.such\.option"):
+        connect(Kafka(client_options={"no.such.option": "1"}), Traces(), lambda _: None)

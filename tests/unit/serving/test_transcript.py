@@ -23,10 +23,10 @@ def scored(tokens: Sequence[int]) -> list[Scored]:
     return [Scored(-float(token), ()) for token in tokens]
 
 
-def told(ids: Sequence[int], stops: Sequence[str], per_round: int) -> tuple[list[Piece], Transcript]:
+def told(ids: Sequence[int], stops: Sequence[str], per_verify_step: int) -> tuple[list[Piece], Transcript]:
     transcript = Transcript(Detokenizer(TOKENIZER), stops)
-    rounds = [ids[i : i + per_round] for i in range(0, len(ids), per_round)]
-    return [*(transcript.feed(ids, scored(ids)) for ids in rounds), transcript.finish()], transcript
+    verify_steps = [ids[i : i + per_verify_step] for i in range(0, len(ids), per_verify_step)]
+    return [*(transcript.feed(ids, scored(ids)) for ids in verify_steps), transcript.finish()], transcript
 
 
 def spelled(tokens: Sequence[Token]) -> bytes:
@@ -34,21 +34,23 @@ def spelled(tokens: Sequence[Token]) -> bytes:
 
 
 @settings(deadline=None)
-@given(text=TEXTS, stops=STOPS, per_round=st.integers(1, 5))
+@given(text=TEXTS, stops=STOPS, per_verify_step=st.integers(1, 5))
 def test_at_every_moment_the_tokens_told_are_those_of_the_text_shown(
-    text: str, stops: list[str], per_round: int
+    text: str, stops: list[str], per_verify_step: int
 ) -> None:
-    pieces, _ = told(encode(TOKENIZER, text), stops, per_round)
+    pieces, _ = told(encode(TOKENIZER, text), stops, per_verify_step)
     for end in range(len(pieces) + 1):
         so_far = joined(pieces[:end])
         assert spelled(so_far.tokens) == so_far.text.encode()
 
 
 @settings(deadline=None)
-@given(text=TEXTS, stops=STOPS, per_round=st.integers(1, 5))
-def test_tokens_keep_their_order_their_scores_and_their_place(text: str, stops: list[str], per_round: int) -> None:
+@given(text=TEXTS, stops=STOPS, per_verify_step=st.integers(1, 5))
+def test_tokens_keep_their_order_their_scores_and_their_place(
+    text: str, stops: list[str], per_verify_step: int
+) -> None:
     ids = encode(TOKENIZER, text)
-    pieces, transcript = told(ids, stops, per_round)
+    pieces, transcript = told(ids, stops, per_verify_step)
     tokens = joined(pieces).tokens
     assert [token.id for token in tokens] == list(ids[: len(tokens)])
     assert all(token.score.logprob == -token.id for token in tokens)
@@ -63,19 +65,19 @@ def _whole(ids: Sequence[int]) -> str:
 
 
 @settings(deadline=None)
-@given(text=TEXTS, stops=STOPS, per_round=st.integers(1, 5))
-def test_scores_change_nothing_in_the_text(text: str, stops: list[str], per_round: int) -> None:
+@given(text=TEXTS, stops=STOPS, per_verify_step=st.integers(1, 5))
+def test_scores_change_nothing_in_the_text(text: str, stops: list[str], per_verify_step: int) -> None:
     ids = encode(TOKENIZER, text)
     bare = Transcript(Detokenizer(TOKENIZER), stops)
-    shown = [bare.feed(ids[i : i + per_round]) for i in range(0, len(ids), per_round)]
-    pieces, with_scores = told(ids, stops, per_round)
+    shown = [bare.feed(ids[i : i + per_verify_step]) for i in range(0, len(ids), per_verify_step)]
+    pieces, with_scores = told(ids, stops, per_verify_step)
     assert joined([*shown, bare.finish()]).text == joined(pieces).text
     assert (bare.stopped, bare.count) == (with_scores.stopped, with_scores.count)
 
 
-@pytest.mark.parametrize("per_round", [1, 2, 5, 50])
-def test_the_count_ends_with_the_token_that_completes_the_stop_string(per_round: int) -> None:
-    _, transcript = told(encode(TOKENIZER, "one two three"), ["tw"], per_round)
+@pytest.mark.parametrize("per_verify_step", [1, 2, 5, 50])
+def test_the_count_ends_with_the_token_that_completes_the_stop_string(per_verify_step: int) -> None:
+    _, transcript = told(encode(TOKENIZER, "one two three"), ["tw"], per_verify_step)
     assert transcript.count == len("one tw")
 
 

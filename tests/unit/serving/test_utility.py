@@ -32,8 +32,8 @@ class Simulation:
         """Expected of what was drafted: the luck of single tokens is left out."""
         self.depths: list[int] = []
 
-    def run(self, rounds: int, chance: float) -> None:
-        for _ in range(rounds):
+    def run(self, verify_steps: int, chance: float) -> None:
+        for _ in range(verify_steps):
             plan = self.utility.plan([True] * self.requests)
             drafting = (plan.requests or self.requests) if plan.depth else 0
             trials = [trial for _ in range(drafting) for trial in self.draft(plan.depth, chance)]
@@ -61,9 +61,11 @@ class Simulation:
         return self.tokens / self.seconds
 
 
-def simulate(longest: int, requests: int, chance: float, *, adaptive: bool = True, rounds: int = 1500) -> Simulation:
+def simulate(
+    longest: int, requests: int, chance: float, *, adaptive: bool = True, verify_steps: int = 1500
+) -> Simulation:
     simulation = Simulation(Utility(costs(), longest, adaptive=adaptive), costs(), requests)
-    simulation.run(rounds, chance)
+    simulation.run(verify_steps, chance)
     return simulation
 
 
@@ -83,7 +85,7 @@ def test_the_measured_choice_is_within_five_percent_of_the_best_fixed_length(req
 
 
 @pytest.mark.parametrize("requests", [1, 8])
-def test_a_change_of_acceptance_is_followed_within_two_hundred_rounds(requests: int) -> None:
+def test_a_change_of_acceptance_is_followed_within_two_hundred_verify_steps(requests: int) -> None:
     simulation = Simulation(Utility(costs(), LONGEST), costs(), requests)
     simulation.run(600, 0.0)
     assert simulation.depths[-1] == 0
@@ -93,7 +95,7 @@ def test_a_change_of_acceptance_is_followed_within_two_hundred_rounds(requests: 
     assert max(simulation.depths[-10:]) == 0
 
 
-def test_a_swapped_in_version_is_probed_in_the_next_round() -> None:
+def test_a_swapped_in_version_is_probed_in_the_next_verify_step() -> None:
     simulation = Simulation(Utility(costs(), LONGEST), costs(), requests=4)
     simulation.run(500, 0.0)
     simulation.utility.renew()
@@ -111,7 +113,7 @@ def test_what_a_probe_takes_to_catch_up_is_not_held_against_drafting() -> None:
 
 
 @pytest.mark.parametrize(("stall_ms", "rows"), [(0.5, 1), (2.0, 2), (31.0, 31), (1000.0, 128)])
-def test_prompts_are_cut_so_that_a_round_becomes_longer_by_what_is_allowed(stall_ms: float, rows: int) -> None:
+def test_prompts_are_cut_so_that_a_verify_step_becomes_longer_by_what_is_allowed(stall_ms: float, rows: int) -> None:
     line = Costs(Curve({1: 0.021, 33: 0.053}), Curve({1: 0.002}), Curve({1: 0.002}))
     utility = Utility(line, LONGEST)
     assert utility.rows_within(stall_ms / 1e3 + 1e-9, beside=4, most=128) == rows
@@ -125,7 +127,7 @@ def test_pieces_of_prompts_follow_what_passes_turn_out_to_take() -> None:
     assert utility.rows_within(0.05, beside=4, most=128) < before / 2
 
 
-def test_without_adaptation_every_round_drafts_all_it_may() -> None:
+def test_without_adaptation_every_verify_step_drafts_all_it_may() -> None:
     assert Utility(costs(), 5, adaptive=False).plan([True, False]) == Plan(5)
 
 

@@ -22,7 +22,7 @@ from serving.http.webhook import MAX_AGE_S, PATH, refusal, signature
 from serving.versions.poller import Puller
 
 SECRET = "geheim-größe"
-SERVE = Serve(webhook_secret=SecretStr(SECRET), poll_s=3600)
+SERVE = Serve(webhook_secret=SecretStr(SECRET), poll_interval=3600)
 
 
 class Woken(NamedTuple):

@@ -13,7 +13,7 @@ from trainer.data.feed import FeedError, FeedState
 from trainer.data.prefetch import Ahead
 from trainer.data.samples import Window
 
-SETTINGS: dict[str, object] = {"max_passes": 3, "replay_half_life": 4, "balance": 0.5, "history_windows": 12}
+SETTINGS: dict[str, object] = {"max_epochs": 3, "replay_half_life": 4, "label_balance": 0.5, "replay_buffer_size": 12}
 
 
 class Kitchen:
@@ -134,14 +134,14 @@ def test_asking_where_it_stands_changes_nothing(world: World, ahead_of: Aheads) 
     while (step := ahead.next()) is not None:
         steps.append(step)
         assert ahead.state() == ahead.state()
-        assert ahead.held_back == []
+        assert ahead.held_out == []
     assert steps == drain(world.feed(**SETTINGS))
 
 
 def test_a_starved_feed_gives_nothing_until_something_comes(world: World, kitchen: Kitchen, ahead_of: Aheads) -> None:
     ids = requests(8)
     world.commit_as(ids[:4])
-    ahead = ahead_of(max_passes=1)
+    ahead = ahead_of(max_epochs=1)
     assert ahead.next() == ids[:4]
     assert [ahead.next() for _ in range(3)] == [None] * 3
     world.commit_as(ids[4:])
@@ -152,7 +152,7 @@ def test_a_starved_feed_gives_nothing_until_something_comes(world: World, kitche
 def test_what_comes_while_a_step_runs_is_in_the_next_one(world: World, ahead_of: Aheads) -> None:
     ids = requests(8)
     world.commit_as(ids[:4])
-    ahead = ahead_of(max_passes=1)
+    ahead = ahead_of(max_epochs=1)
     assert ahead.next() == ids[:4]
     ahead.state()  # The thread has looked, and found nothing.
     world.commit_as(ids[4:])

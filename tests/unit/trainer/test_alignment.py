@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from recorded import LINE, TARGET, WIDTH, record_of, round_of, tables_of
+from recorded import LINE, TARGET, WIDTH, record_of, tables_of, verify_step_of
 from tiny_target import VOCABULARY, write_tiny_target
 
 from schemas.settings import Train, load
 from schemas.speculator.network import DraftShape, EagleDraft, random_draft
-from schemas.trace.record import Round
+from schemas.trace.record import VerifyStep
 from serving.engines.base import Finish, Output, Request
 from serving.engines.builtin.engine import TransformersEngine
 from trainer.data.feed import Feed
@@ -86,12 +86,12 @@ def test_the_first_position_drafted_after_the_prompt_is_learned() -> None:
 
 def test_the_request_of_the_trace_schema_becomes_the_rows_that_serving_drafted_from() -> None:
     a, b, c, d, e, f, g, x, y, z = range(1, 11)
-    rounds = [
-        round_of(0, 0, [a, b, c], d, said=np.array([[13]])),
-        round_of(1, 3, [d, e], f, [e, x], said=np.array([[14], [15], [16]])),
-        round_of(2, 5, [f], g, [y, z], said=np.array([[17], [18], [19]])),
+    verify_steps = [
+        verify_step_of(0, 0, [a, b, c], d, said=np.array([[13]])),
+        verify_step_of(1, 3, [d, e], f, [e, x], said=np.array([[14], [15], [16]])),
+        verify_step_of(2, 5, [f], g, [y, z], said=np.array([[17], [18], [19]])),
     ]
-    rows = tables_of(record_of("r", rounds, 0, top_k=1))
+    rows = tables_of(record_of("r", verify_steps, 0, top_k=1))
     (accepted,), rejected = rows["accepted"].to_pylist(), rows["rejected"].to_pylist()
     assert all(has_root(r, accepted) for r in rejected)
     window = window_of(accepted, rejected)
@@ -121,26 +121,26 @@ def drafted(step: Step) -> list[tuple[int, int, bool]]:
 
 class Recorder:
     def __init__(self) -> None:
-        self.rounds: list[Round] = []
+        self.verify_steps: list[VerifyStep] = []
 
-    def record(self, request: Request, rounds: tuple[Round, ...], finish: Finish | None) -> None:
-        self.rounds.extend(rounds)
+    def record(self, request: Request, verify_steps: tuple[VerifyStep, ...], finish: Finish | None) -> None:
+        self.verify_steps.extend(verify_steps)
 
 
 @pytest.fixture(scope="module", params=["eagle3", "eagle3.1"])
 def served(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, list[Round], EagleDraft]:
-    """Rounds of a real engine, greedy, with the draft that made them."""
+) -> tuple[Path, list[VerifyStep], EagleDraft]:
+    """Verify steps of a real engine, greedy, with the draft that made them."""
     folder = write_tiny_target(tmp_path_factory.mktemp("target"))
     flags = {
         "target.path": str(folder),
-        "speculator.draft_vocabulary": VOCABULARY - 9,
+        "speculator.draft_vocab_size": VOCABULARY - 9,
         "speculator.init": "random",
         "speculator.variant": request.param,
-        "serve.draft_tokens": 4,
-        "serve.adaptive": False,
-        "serve.max_tokens": 128,
+        "serve.num_speculative_tokens": 4,
+        "serve.adaptive_drafting": False,
+        "serve.max_model_len": 128,
     }
     settings = load(environ={}, flags=flags)
     recorder, done = Recorder(), threading.Event()
@@ -165,19 +165,19 @@ def served(
     finally:
         engine.stop()
     # The engine took a copy and holds no gradients; this one is the trainer's.
-    return folder, recorder.rounds, draft
+    return folder, recorder.verify_steps, draft
 
 
 def test_the_trainers_recursion_gives_the_drafts_that_a_real_engine_published(
-    served: tuple[Path, list[Round], EagleDraft],
+    served: tuple[Path, list[VerifyStep], EagleDraft],
 ) -> None:
-    folder, rounds, draft = served
-    width = rounds[0].features.shape[1]
-    record = record_of("r", rounds, 0, feature_width=width, top_k=rounds[0].top_ids.shape[1])
+    folder, verify_steps, draft = served
+    width = verify_steps[0].features.shape[1]
+    record = record_of("r", verify_steps, 0, feature_width=width, top_k=verify_steps[0].top_ids.shape[1])
     rows = tables_of(record)
     window = window_of(rows["accepted"].to_pylist()[0], [])
     batch = collate([window])
-    drafting = [r for r in rounds if len(r.draft_tokens) == 4]
+    drafting = [r for r in verify_steps if len(r.draft_tokens) == 4]
     assert len(drafting) > 5
     roots = torch.tensor([r.position for r in drafting])
     unroll = Unroll(draft, token_embeddings(folder), batch.tokens_BT, batch.features_BTF)
@@ -199,12 +199,10 @@ def test_rows_of_a_record_reach_the_feed_as_written(tmp_path: Path) -> None:
     from schemas.settings import Tables
 
     tables = DeltaLog(Tables(uri=str(tmp_path)))
-    rows = tables_of(record_of("r", [round_of(0, 0, [1, 2, 3], 4), round_of(1, 3, [4], 5, [9, 8])], 0))
+    rows = tables_of(record_of("r", [verify_step_of(0, 0, [1, 2, 3], 4), verify_step_of(1, 3, [4], 5, [9, 8])], 0))
     for name in ("rejected", "accepted"):
         tables.append(name, rows[name])
-    feed = Feed(
-        tables, Train(windows_per_step=1, held_back_share=1e-9), TARGET, LINE, FrozenTarget(tmp_path, ()).states
-    )
+    feed = Feed(tables, Train(batch_size=1, held_out_ratio=1e-9), TARGET, LINE, FrozenTarget(tmp_path, ()).states)
     feed.poll()
     (window,) = feed.next()
     assert window.features.shape == (4, WIDTH)

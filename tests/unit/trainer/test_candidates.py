@@ -1,4 +1,4 @@
-"""What a version is registered with: figures of the held-back slice, each computed once."""
+"""What a version is registered with: figures of the held-out set, each computed once."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from schemas.speculator.checkpoint import line_of
 from schemas.speculator.network import EagleDraft, random_draft
 from trainer.data.samples import Teacher, Window
 from trainer.data.target import Target
-from trainer.objective.simulated_acceptance import Accepted, accept_length, by_window
+from trainer.objective.simulated_acceptance import Accepted, accepted_per_step, by_window
 from trainer.release import registration
-from trainer.release.gate import HeldBack
+from trainer.release.gate import HeldOut
 from trainer.release.registration import Candidates
 from trainer.release.registry import SpeculatorRegistry
 
@@ -88,7 +88,7 @@ def draft_of(seed: int) -> EagleDraft:
 def best_first() -> list[EagleDraft]:
     """The best and the worst of some drafts: far enough apart that any part of the windows tells which is which."""
     drafts = [draft_of(seed) for seed in range(12)]
-    drafts.sort(key=lambda draft: -accept_length(draft, EMBEDDINGS_VH, WINDOWS, LOOKAHEAD).tokens)
+    drafts.sort(key=lambda draft: -accepted_per_step(draft, EMBEDDINGS_VH, WINDOWS, LOOKAHEAD).tokens)
     return [drafts[0], drafts[-1]]
 
 
@@ -101,7 +101,7 @@ def registry(tmp_path: Path) -> Registry:
 def made(registry: Registry) -> Candidates:
     day_0 = best_first()[1]
     target = Target(TARGET, line_of(TARGET, day_0.shape, day_0.d2t), EMBEDDINGS_VH, day_0)
-    flags = {"serve.draft_tokens": LOOKAHEAD, "train.dtype": "float32", "promoter.label_windows": 3}
+    flags = {"serve.num_speculative_tokens": LOOKAHEAD, "train.dtype": "float32", "promoter.gate_label_min_samples": 3}
     return Candidates(load(environ={}, flags=flags), target, cast(SpeculatorRegistry, registry))
 
 
@@ -124,15 +124,15 @@ def test_a_version_is_registered_with_figures_of_both_drafts_on_the_slice_and_on
 ) -> None:
     better, day_0 = best_first()
     assert made.offer(better, made.examine(better, WINDOWS), {}, {}) == "1"
-    told = HeldBack.of(registry.told["1"])
+    told = HeldOut.of(registry.told["1"])
     assert told.champion == "day-0-head-0"
     for label, figures in [("code", told.labels[1]), ("math", told.labels[0]), (None, told)]:
         chosen = [w for w in WINDOWS if label in {None, w.label}]
         assert figures.windows == len(chosen)
-        assert figures.accept_length == accept_length(better, EMBEDDINGS_VH, chosen, LOOKAHEAD).length
-        assert figures.champion_accept_length == accept_length(day_0, EMBEDDINGS_VH, chosen, LOOKAHEAD).length
+        assert figures.accepted_per_step == accepted_per_step(better, EMBEDDINGS_VH, chosen, LOOKAHEAD).length
+        assert figures.champion_accepted_per_step == accepted_per_step(day_0, EMBEDDINGS_VH, chosen, LOOKAHEAD).length
     assert [label.label for label in told.labels] == ["math", "code"]
-    assert told.accept_length > told.champion_accept_length
+    assert told.accepted_per_step > told.champion_accepted_per_step
 
 
 def test_a_champion_is_scored_once_on_each_window_however_often_it_is_compared_with(

@@ -18,7 +18,7 @@ from trainer.objective.unroll import Unroll
 
 HIDDEN, HEADS, KV_HEADS, SIZE, EPS, THETA = 16, 4, 2, 4, 1e-5, 100.0
 TOKENS = [3, 1, 4, 1, 5, 9, 2]
-"""The last one is the root of the round."""
+"""The last one is the root of the verify step."""
 STEPS = 4
 VARIANTS: Sequence[Variant] = ("eagle3", "eagle3.1")
 

@@ -1,4 +1,4 @@
-"""However features travel, the trainer learns from the same ones: from a real engine's rounds to its windows."""
+"""However features travel, the trainer learns from the same ones: from a real engine's verify steps to its windows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline.batches import Record, build
 from pipeline.delta import DeltaLog
 from schemas.claim_store import ClaimStore
 from schemas.settings import Settings, load
-from schemas.trace.record import Round
+from schemas.trace.record import VerifyStep
 from serving.engines.base import Finish, Request
 from serving.engines.builtin.engine import TransformersEngine
 from serving.traces.chunks import FRAME_BYTES, Origin, row_bytes, without_features
@@ -29,10 +29,10 @@ REQUEST = Request("r", tuple(range(3, 40)), 60)
 
 class Recorder:
     def __init__(self) -> None:
-        self.calls: list[tuple[tuple[Round, ...], Finish | None]] = []
+        self.calls: list[tuple[tuple[VerifyStep, ...], Finish | None]] = []
 
-    def record(self, request: Request, rounds: tuple[Round, ...], finish: Finish | None) -> None:
-        self.calls.append((rounds, finish))
+    def record(self, request: Request, verify_steps: tuple[VerifyStep, ...], finish: Finish | None) -> None:
+        self.calls.append((verify_steps, finish))
 
 
 class Served:
@@ -43,12 +43,12 @@ class Served:
             environ={},
             flags={
                 "target.path": str(write_tiny_target(folder)),
-                "speculator.draft_vocabulary": VOCABULARY,
-                "serve.max_tokens": 128,
-                "train.held_back_share": 1e-9,
-                "train.windows_per_step": 1,
-                "train.replay_per_step": 0,
-                "train.max_passes": 1,
+                "speculator.draft_vocab_size": VOCABULARY,
+                "serve.max_model_len": 128,
+                "train.held_out_ratio": 1e-9,
+                "train.batch_size": 1,
+                "train.replay_batch_size": 0,
+                "train.max_epochs": 1,
             },
         )
         recorder, done = Recorder(), threading.Event()
@@ -60,8 +60,8 @@ class Served:
         self.origin = Origin("node-0", engine.target, engine.line, engine.vocabulary)
         self.layers = engine._target.shape.capture_layers
         self.calls = recorder.calls
-        rounds = [r for of_call, _ in self.calls for r in of_call]
-        self.whole, self.bare = (sum(map(row_bytes, of)) for of in (rounds, map(without_features, rounds)))
+        verify_steps = [r for of_call, _ in self.calls for r in of_call]
+        self.whole, self.bare = (sum(map(row_bytes, of)) for of in (verify_steps, map(without_features, verify_steps)))
         self.limit_messages((self.whole + self.bare) // 2)
 
     def limit_messages(self, rows: int) -> None:
@@ -71,13 +71,13 @@ class Served:
 
     def records(self, folder: Path, way: str) -> tuple[Settings, list[Record]]:
         """What a node that is set to ``way`` sends."""
-        flags = {"features": way, "claim_uri": str(folder / "claims")}
+        flags = {"features": way, "claim_check_uri": str(folder / "claims")}
         settings = self.settings.model_copy(update={"traces": self.settings.traces.model_copy(update=flags)})
         producer = FakeProducer()
         publisher = TracePublisher(settings.kafka, settings.traces, lambda *_: producer)
         publisher.start(self.origin)
-        for rounds, finish in self.calls:
-            publisher.record(REQUEST, rounds, finish)
+        for verify_steps, finish in self.calls:
+            publisher.record(REQUEST, verify_steps, finish)
         counts = publisher.close(10)
         assert (counts.captured, counts.shed) == (counts.published, {})
         sent = zip(producer.values, producer.headers, strict=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from feed_world import SHARE, MemoryLog, World, as_json, drain, names, requests
 
-from trainer.data.feed import held_back
+from trainer.data.feed import held_out
 from trainer.data.table_reader import VERSIONS_PER_READ
 
 
@@ -20,41 +20,41 @@ def world(tmp_path: Path) -> World:
 
 @pytest.fixture
 def flood() -> World:
-    """Sixty commits of a request each, none of them held back."""
+    """Sixty commits of a request each, none of them held out."""
     world = World(MemoryLog())
     world.commit_as(requests(60))
     return world
 
 
-def test_held_back_requests_are_never_trained_on(world: World) -> None:
+def test_held_out_requests_are_never_trained_on(world: World) -> None:
     trained, kept = requests(12), requests(5, kept_back=True)
     world.commit([*trained[:6], *kept[:3], *trained[6:], *kept[3:]])
-    feed = world.feed(max_passes=2)
+    feed = world.feed(max_epochs=2)
     seen = Counter(name for step in drain(feed) for name in step)
     assert set(seen) == set(trained)
-    assert names(feed.held_back) == kept
+    assert names(feed.held_out) == kept
 
 
 def test_the_split_takes_its_share_and_does_not_depend_on_the_process(world: World) -> None:
     ids = [f"request-{i}" for i in range(4000)]
-    assert sum(held_back(i, SHARE) for i in ids) == pytest.approx(1000, abs=110)
+    assert sum(held_out(i, SHARE) for i in ids) == pytest.approx(1000, abs=110)
     # Fixed for good: another hash would train on what versions were compared on.
-    assert [held_back(f"request-{i}", 0.5) for i in range(8)] == [True, False, False, False, False, False, True, False]
+    assert [held_out(f"request-{i}", 0.5) for i in range(8)] == [True, False, False, False, False, False, True, False]
 
 
-def test_only_the_newest_held_back_windows_are_kept(world: World) -> None:
+def test_only_the_newest_held_out_windows_are_kept(world: World) -> None:
     kept = requests(6, kept_back=True)
     world.commit(kept)
-    feed = world.feed(held_back_windows=2)
+    feed = world.feed(held_out_samples=2)
     feed.poll()
-    assert names(feed.held_back) == kept[-2:]
+    assert names(feed.held_out) == kept[-2:]
 
 
 def test_new_windows_come_in_the_order_of_the_table_mixed_with_earlier_ones(world: World) -> None:
     ids = requests(12)
     world.commit(ids[:6])
     world.commit(ids[6:])
-    feed = world.feed(max_passes=3)
+    feed = world.feed(max_epochs=3)
     steps = drain(feed)
     first_seen = list(dict.fromkeys(name for step in steps for name in step))
     assert first_seen == ids
@@ -66,7 +66,7 @@ def test_new_windows_come_in_the_order_of_the_table_mixed_with_earlier_ones(worl
 def test_the_more_new_windows_wait_the_fewer_are_replayed(world: World) -> None:
     ids = requests(20)
     world.commit(ids)
-    feed = world.feed(replay_per_step=3, catch_up_steps=6)
+    feed = world.feed(replay_batch_size=3, catch_up_steps=6)
     feed.poll()
     seen, new = set[str](), list[int]()
     while len(seen) < len(ids):
@@ -79,7 +79,7 @@ def test_the_more_new_windows_wait_the_fewer_are_replayed(world: World) -> None:
 
 
 def test_a_flooded_feed_replays_nothing_and_leaves_nothing_out(flood: World) -> None:
-    feed, given = flood.feed(replay_per_step=3, catch_up_steps=1000), list[str]()
+    feed, given = flood.feed(replay_batch_size=3, catch_up_steps=1000), list[str]()
     while True:
         feed.poll()
         if feed.table_version - feed.cursor <= VERSIONS_PER_READ:
@@ -91,7 +91,7 @@ def test_a_flooded_feed_replays_nothing_and_leaves_nothing_out(flood: World) -> 
 
 
 def test_a_feed_that_need_not_catch_up_replays_as_many_however_much_waits(flood: World) -> None:
-    feed, given = flood.feed(replay_per_step=3, catch_up_steps=0), list[str]()
+    feed, given = flood.feed(replay_batch_size=3, catch_up_steps=0), list[str]()
     for _ in range(9):
         feed.poll()
         given += [name for name in names(feed.next()) if name not in given]
@@ -99,7 +99,7 @@ def test_a_feed_that_need_not_catch_up_replays_as_many_however_much_waits(flood:
 
 
 def test_a_feed_that_catches_up_is_restored_in_the_midst_of_it(flood: World) -> None:
-    settings: dict[str, object] = {"replay_per_step": 3, "catch_up_steps": 2, "max_passes": 2}
+    settings: dict[str, object] = {"replay_batch_size": 3, "catch_up_steps": 2, "max_epochs": 2}
     feed = flood.feed(**settings)
     for _ in range(5):
         feed.poll()
@@ -112,7 +112,7 @@ def test_a_feed_that_catches_up_is_restored_in_the_midst_of_it(flood: World) -> 
 def test_no_window_is_passed_over_more_often_than_allowed_and_a_starved_feed_stops(world: World) -> None:
     ids = requests(9)
     world.commit(ids)
-    feed = world.feed(max_passes=3)
+    feed = world.feed(max_epochs=3)
     passes = Counter(name for step in drain(feed) for name in step)
     assert set(passes) == set(ids)
     assert max(passes.values()) == 3
@@ -132,7 +132,7 @@ def test_history_is_bounded(world: World) -> None:
     ids = requests(12)
     for request in ids:
         world.commit([request])
-    feed = world.feed(windows_per_step=1, replay_per_step=0, history_windows=2, max_passes=1000)
+    feed = world.feed(batch_size=1, replay_batch_size=0, replay_buffer_size=2, max_epochs=1000)
     for _ in ids:
         feed.poll()
         feed.next()
@@ -141,7 +141,7 @@ def test_history_is_bounded(world: World) -> None:
 
 def test_long_windows_are_cut(world: World) -> None:
     world.commit(requests(1))
-    feed = world.feed(windows_per_step=1, replay_per_step=0, max_passes=1, max_window_tokens=4)
+    feed = world.feed(batch_size=1, replay_batch_size=0, max_epochs=1, max_sample_tokens=4)
     feed.poll()
     lengths = []
     while windows := feed.next():
@@ -153,7 +153,7 @@ def test_long_windows_are_cut(world: World) -> None:
 def test_features_that_did_not_travel_are_those_of_the_whole_request_computed_once(world: World) -> None:
     (request,) = requests(1)
     world.commit_bare(request, 2)
-    feed = world.feed(windows_per_step=1, replay_per_step=0, max_passes=2)
+    feed = world.feed(batch_size=1, replay_batch_size=0, max_epochs=2)
     feed.poll()
     assert world.recomputed == [], "nothing is computed before it is used"
     (window,) = feed.next()
@@ -169,7 +169,7 @@ def test_features_that_did_not_travel_are_those_of_the_whole_request_computed_on
 def test_a_piece_of_a_cut_window_is_recomputed_behind_all_tokens_before_it(world: World) -> None:
     (request,) = requests(1)
     world.commit_bare(request, 0)
-    feed = world.feed(windows_per_step=1, replay_per_step=0, max_passes=1, max_window_tokens=4)
+    feed = world.feed(batch_size=1, replay_batch_size=0, max_epochs=1, max_sample_tokens=4)
     feed.poll()
     pieces = [window for _ in range(3) for window in feed.next()]
     assert [p.features[:, 0].tolist() for p in pieces] == [
@@ -178,19 +178,19 @@ def test_a_piece_of_a_cut_window_is_recomputed_behind_all_tokens_before_it(world
     assert feed.counts["pieces_recomputed"] == 3
 
 
-def test_held_back_windows_are_recomputed_too(world: World) -> None:
+def test_held_out_windows_are_recomputed_too(world: World) -> None:
     (request,) = requests(1, kept_back=True)
     world.commit_bare(request, 0)
     feed = world.feed()
     feed.poll()
-    assert [len(w.features) for w in feed.held_back] == [10]
+    assert [len(w.features) for w in feed.held_out] == [10]
 
 
 def test_a_window_that_lost_the_tokens_before_it_is_left_out_and_counted(world: World) -> None:
     first, second = requests(2)
     world.commit_bare(first, 2, before=False)
     world.commit_bare(second, 2)
-    feed = world.feed(windows_per_step=1, replay_per_step=0, max_passes=1)
+    feed = world.feed(batch_size=1, replay_batch_size=0, max_epochs=1)
     assert drain(feed) == [[second]]
     assert feed.counts["windows_without_beginning"] == 1
 
@@ -202,8 +202,8 @@ def test_a_restored_feed_gives_the_same_windows_in_the_same_order(steps_before: 
     kept = requests(6, kept_back=True)
     for i in range(0, 30, 3):
         world.commit([*ids[i : i + 3], *kept[i // 5 : i // 5 + 1]])
-    settings: dict[str, object] = {"history_windows": 10, "held_back_windows": 3, "max_passes": 3}
-    settings |= {"replay_half_life": 4, "balance": 0.5}
+    settings: dict[str, object] = {"replay_buffer_size": 10, "held_out_samples": 3, "max_epochs": 3}
+    settings |= {"replay_half_life": 4, "label_balance": 0.5}
     feed = world.feed(**settings)
     for _ in range(steps_before):
         feed.poll()
@@ -220,16 +220,16 @@ def test_a_restored_feed_gives_the_same_windows_in_the_same_order(steps_before: 
     assert drain(restored) == wanted
     assert drain(again) == wanted
     assert len(wanted) >= 7
-    assert names(restored.held_back) == names(feed.held_back)
+    assert names(restored.held_out) == names(feed.held_out)
     assert restored.tables_read == feed.tables_read
-    branches = [len(w.branches) for w in feed.held_back]
-    assert [len(w.branches) for w in restored.held_back] == branches
+    branches = [len(w.branches) for w in feed.held_out]
+    assert [len(w.branches) for w in restored.held_out] == branches
     assert sum(branches) > 0
 
 
 def test_branches_that_wait_at_a_checkpoint_are_there_after_it(world: World) -> None:
     ids = requests(2)
-    settings: dict[str, object] = {"windows_per_step": 1, "replay_per_step": 0}
+    settings: dict[str, object] = {"batch_size": 1, "replay_batch_size": 0}
     world.commit(ids[:1])
     world.commit(ids[1:], names=["rejected"])
     feed = world.feed(**settings)

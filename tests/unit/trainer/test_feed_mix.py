@@ -17,7 +17,7 @@ def world() -> World:
 
 def in_history(world: World, **settings: object) -> Feed:
     """A feed that has been through all that was committed."""
-    feed = world.feed(windows_per_step=1, replay_per_step=0, max_passes=10_000, **settings)
+    feed = world.feed(batch_size=1, replay_batch_size=0, max_epochs=10_000, **settings)
     while True:
         feed.poll()
         if not feed.waiting:
@@ -44,7 +44,7 @@ def test_a_rare_label_is_replayed_as_often_as_the_balance_says(world: World) -> 
     world.commit_as(ids[9:])
     # Eight windows of one label and one each of two others, the one without a label among them.
     for balance, rare in ((0.0, 1 / 10), (1.0, 1 / 3)):
-        seen = replayed(in_history(world, balance=balance), 1500)
+        seen = replayed(in_history(world, label_balance=balance), 1500)
         assert [seen[i] / 1500 for i in ids[8:]] == pytest.approx([rare, rare], abs=0.04)
 
 
@@ -52,7 +52,9 @@ def test_windows_of_a_rare_label_have_no_more_passes_than_others(world: World) -
     ids = requests(9)
     world.commit_as(ids[:8], label="sql")
     world.commit_as(ids[8:], label="math")
-    passes = Counter(name for step in drain(world.feed(max_passes=3, balance=1, replay_half_life=1)) for name in step)
+    passes = Counter(
+        name for step in drain(world.feed(max_epochs=3, label_balance=1, replay_half_life=1)) for name in step
+    )
     assert max(passes.values()) == 3
     assert set(passes) == set(ids)
 
@@ -66,7 +68,7 @@ def test_a_rare_label_that_waits_behind_a_common_one_comes_a_little_early_and_no
     world.commit_as(rare, label="math")
     firsts = {}
     for balance in (0.0, 1.0):
-        feed = world.feed(windows_per_step=2, replay_per_step=0, max_passes=1, balance=balance)
+        feed = world.feed(batch_size=2, replay_batch_size=0, max_epochs=1, label_balance=balance)
         steps = drain(feed)
         assert Counter(name for step in steps for name in step) == Counter([*common[:6], *rare])
         assert all(step == sorted(step, key=ids.index) for step in steps)
@@ -79,7 +81,7 @@ def test_branches_of_drafts_long_gone_count_less_and_accepted_windows_as_much(wo
     ids = requests(3)
     for request, version in zip(ids, ("day-0-head-0", "4", "12"), strict=True):
         world.commit_as([request], speculator=version)
-    feed = world.feed(windows_per_step=3, replay_per_step=0, stale_half_life=4, max_passes=1)
+    feed = world.feed(batch_size=3, replay_batch_size=0, staleness_half_life=4, max_epochs=1)
     feed.poll()
     windows = feed.next()
     assert [{b.weight for b in w.branches} for w in windows] == [{1 / 8}, {1 / 4}, {1.0}]
@@ -90,7 +92,7 @@ def test_branches_of_drafts_long_gone_count_less_and_accepted_windows_as_much(wo
 def test_a_replayed_branch_grows_stale_with_the_versions_that_come(world: World) -> None:
     ids = requests(2)
     world.commit_as(ids[:1], speculator="1")
-    feed = world.feed(windows_per_step=1, replay_per_step=0, stale_half_life=1)
+    feed = world.feed(batch_size=1, replay_batch_size=0, staleness_half_life=1)
     weights = []
     for _ in range(2):
         feed.poll()
@@ -106,12 +108,12 @@ def test_a_restored_feed_still_knows_the_newest_version(world: World) -> None:
     ids = requests(3)
     world.commit_as(ids[:1], speculator="9")
     world.commit_as(ids[1:], speculator="1")
-    settings: dict[str, object] = {"windows_per_step": 1, "replay_per_step": 0, "stale_half_life": 8, "max_passes": 1}
+    settings: dict[str, object] = {"batch_size": 1, "replay_batch_size": 0, "staleness_half_life": 8, "max_epochs": 1}
     # The window of the newest version falls out of the history: what is read again does not tell of it.
-    feed = world.feed(history_windows=1, **settings)
+    feed = world.feed(replay_buffer_size=1, **settings)
     for _ in range(2):
         feed.poll()
         feed.next()
-    restored = world.feed(history_windows=1, **settings)
+    restored = world.feed(replay_buffer_size=1, **settings)
     restored.restore(as_json(feed))
     assert [b.weight for b in restored.next()[0].branches] == [1 / 2] * 3

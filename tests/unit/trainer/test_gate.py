@@ -13,7 +13,7 @@ from promoter_world import LINE, World, figures
 from schemas.settings import Kafka, SettingsError
 from schemas.settings import Promoter as PromoterSettings
 from trainer.release.audit import KafkaEvents
-from trainer.release.gate import HeldBack, OnLabel, judge, worth_registering
+from trainer.release.gate import HeldOut, OnLabel, judge, worth_registering
 from trainer.release.registry import Line, RegistryError
 
 
@@ -23,20 +23,20 @@ from trainer.release.registry import Line, RegistryError
         (None, figures(0.5, "day-0-head-0", 0.1), True, "better by more than"),
         ("3", figures(0.5, "3", 0.4), True, "better by more than"),
         ("3", figures(0.5, "3", 0.5), False, "not better"),
-        ("3", figures(0.45, "3", 0.41), False, "promoter.margin 0.05"),
+        ("3", figures(0.45, "3", 0.41), False, "promoter.gate_margin 0.05"),
         ("3", figures(0.9, "2", 0.1), False, "champion is 3, waiting for the next candidate"),
         ("3", figures(0.9, "day-0-head-0", 0.1), False, "waiting for the next candidate"),
         (None, figures(0.9, "3", 0.1), False, "champion is day-0, waiting"),
-        ("3", figures(0.9, "3", 0.1, windows=7), False, "promoter.min_windows asks for 8"),
+        ("3", figures(0.9, "3", 0.1, windows=7), False, "promoter.gate_min_samples asks for 8"),
         ("4", figures(0.9, "3", 0.1), False, "version 4 is champion"),
-        ("3", {}, False, "tag held_back"),
-        ("3", {"held_back": '{"accept_length": 1}'}, False, "tag held_back"),
+        ("3", {}, False, "tag held_out"),
+        ("3", {"held_out": '{"accepted_per_step": 1}'}, False, "tag held_out"),
     ],
 )
 def test_the_gate_promotes_only_what_beat_the_present_champion(
     champion: str | None, tags: Mapping[str, str], promote: bool, says: str
 ) -> None:
-    verdict = judge("4", champion, tags, PromoterSettings(margin=0.05, min_windows=8))
+    verdict = judge("4", champion, tags, PromoterSettings(gate_margin=0.05, gate_min_samples=8))
     assert verdict.promote is promote
     assert says in verdict.why
 
@@ -59,21 +59,23 @@ def test_a_candidate_that_is_better_over_all_must_not_lose_on_a_label(
     labels: list[tuple[str | None, float, int]], lost: str | None
 ) -> None:
     on = [
-        OnLabel(label=label, accept_length=length, champion_accept_length=0.5, windows=windows)
+        OnLabel(label=label, accepted_per_step=length, champion_accepted_per_step=0.5, windows=windows)
         for label, length, windows in labels
     ]
-    held_back = HeldBack(accept_length=0.8, champion="3", champion_accept_length=0.5, windows=24, labels=tuple(on))
-    tags = {"held_back": held_back.model_dump_json()}
-    verdict = judge("4", "3", tags, PromoterSettings(label_margin=0.05, label_windows=4))
+    held_out = HeldOut(
+        accepted_per_step=0.8, champion="3", champion_accepted_per_step=0.5, windows=24, labels=tuple(on)
+    )
+    tags = {"held_out": held_out.model_dump_json()}
+    verdict = judge("4", "3", tags, PromoterSettings(gate_label_margin=0.05, gate_label_min_samples=4))
     assert verdict.promote is (lost is None)
     assert (lost or "better by more than") in verdict.why
 
 
 def test_figures_of_labels_are_among_those_that_are_written_down() -> None:
-    on = OnLabel(label="sql", accept_length=0.4, champion_accept_length=0.3, windows=4)
-    held_back = HeldBack(accept_length=0.8, champion="3", champion_accept_length=0.5, windows=24, labels=(on,))
-    assert held_back.figures["accept_length/sql"] == 0.4
-    assert HeldBack.of({"held_back": held_back.model_dump_json()}) == held_back
+    on = OnLabel(label="sql", accepted_per_step=0.4, champion_accepted_per_step=0.3, windows=4)
+    held_out = HeldOut(accepted_per_step=0.8, champion="3", champion_accepted_per_step=0.5, windows=24, labels=(on,))
+    assert held_out.figures["accepted_per_step/sql"] == 0.4
+    assert HeldOut.of({"held_out": held_out.model_dump_json()}) == held_out
 
 
 def test_a_version_is_registered_only_if_it_beats_the_one_before() -> None:
@@ -105,11 +107,11 @@ def test_a_better_candidate_becomes_champion_and_every_move_has_a_row_and_an_eve
     assert world.registry.named == {"candidate": "2", "champion": "2", "previous": "1"}
     assert world.rows() == FIRST + SECOND
     assert world.topic.kept[f"{LINE}/champion"].to_version == "2"
-    assert world.topic.kept[f"{LINE}/champion"].figures["accept_length"] == 0.5
+    assert world.topic.kept[f"{LINE}/champion"].figures["accepted_per_step"] == 0.5
     status = world.promoter.status()
     assert (status.champion, status.candidate, status.previous, status.moves, status.error) == ("2", "2", "1", 5, None)
     figures_of_row = json.loads(world.tables.read_in_order("promotions").to_pylist()[3]["figures"])
-    assert figures_of_row == {"accept_length": 0.5, "champion_accept_length": 0.3, "windows": 20}
+    assert figures_of_row == {"accepted_per_step": 0.5, "champion_accepted_per_step": 0.3, "windows": 20}
 
 
 def test_a_candidate_measured_against_an_older_champion_waits_for_the_next(world: World) -> None:
@@ -201,12 +203,12 @@ def test_a_registry_that_is_away_is_asked_again(world: World) -> None:
     lines = world.registry.lines
 
     def away() -> list[Line]:
-        raise RegistryError("registry.uri: no answer")
+        raise RegistryError("registry.tracking_uri: no answer")
 
     world.registry.register("1", figures(0.3, "day-0-head-0", 0.0))
     world.registry.lines = away  # type: ignore[method-assign]
     world.promoter.poll()
-    assert "registry.uri" in (world.promoter.status().error or "")
+    assert "registry.tracking_uri" in (world.promoter.status().error or "")
     world.registry.lines = lines  # type: ignore[method-assign]
     world.promoter.poll()
     assert world.rows() == FIRST
@@ -224,5 +226,5 @@ def test_a_rollback_by_hand_is_written_down_as_such(world: World) -> None:
 
 
 def test_an_unknown_kafka_option_names_the_setting() -> None:
-    with pytest.raises(SettingsError, match=r"kafka\.client"):
-        KafkaEvents(Kafka(client={"no.such.option": "1"}))
+    with pytest.raises(SettingsError, match=r"kafka\.client_options"):
+        KafkaEvents(Kafka(client_options={"no.such.option": "1"}))

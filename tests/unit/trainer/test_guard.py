@@ -9,7 +9,7 @@ import pytest
 
 from trainer.loop.divergence_guard import EARLIER, KEPT, RECENT, Health, fallen, rising
 
-GOOD = Health(loss=2.0, accept_length=1.2)
+GOOD = Health(loss=2.0, accepted_per_step=1.2)
 
 
 def noisy(level: float, number: int, seed: int = 0) -> list[float]:
@@ -17,32 +17,32 @@ def noisy(level: float, number: int, seed: int = 0) -> list[float]:
     return [draw.gauss(level, 0.2) for _ in range(number)]
 
 
-@pytest.mark.parametrize(("loss", "accept_length"), [(2.0, 1.2), (3.9, 1.2), (2.0, 0.61), (2.9, 0.8), (0.1, 2.0)])
-def test_figures_near_those_of_the_last_good_state_pass(loss: float, accept_length: float) -> None:
-    assert fallen(Health(loss=loss, accept_length=accept_length), GOOD, 0.5) is None
+@pytest.mark.parametrize(("loss", "accepted_per_step"), [(2.0, 1.2), (3.9, 1.2), (2.0, 0.61), (2.9, 0.8), (0.1, 2.0)])
+def test_figures_near_those_of_the_last_good_state_pass(loss: float, accepted_per_step: float) -> None:
+    assert fallen(Health(loss=loss, accepted_per_step=accepted_per_step), GOOD, 0.5) is None
 
 
 @pytest.mark.parametrize(
-    ("loss", "accept_length", "word"),
-    [(2.0, 0.59, "accept length"), (4.1, 1.2, "loss"), (None, 1.2, "finite"), (math.nan, 1.2, "finite")],
+    ("loss", "accepted_per_step", "word"),
+    [(2.0, 0.59, "accepted tokens per step"), (4.1, 1.2, "loss"), (None, 1.2, "finite"), (math.nan, 1.2, "finite")],
 )
-def test_half_the_accept_length_or_twice_the_loss_is_a_fall(
-    loss: float | None, accept_length: float, word: str
+def test_half_the_accepted_per_step_or_twice_the_loss_is_a_fall(
+    loss: float | None, accepted_per_step: float, word: str
 ) -> None:
-    assert word in (fallen(Health(loss=loss, accept_length=accept_length), GOOD, 0.5) or "")
+    assert word in (fallen(Health(loss=loss, accepted_per_step=accepted_per_step), GOOD, 0.5) or "")
 
 
 def test_small_figures_may_fall_to_nothing() -> None:
-    beginning = Health(loss=0.02, accept_length=0.04)
-    assert fallen(Health(loss=0.9, accept_length=0.0), beginning, 0.5) is None
+    beginning = Health(loss=0.02, accepted_per_step=0.04)
+    assert fallen(Health(loss=0.9, accepted_per_step=0.0), beginning, 0.5) is None
 
 
 def test_a_draft_that_knew_nothing_can_still_get_worse() -> None:
-    assert fallen(Health(loss=60.0, accept_length=0.0), Health(loss=9.0, accept_length=0.0), 0.5)
+    assert fallen(Health(loss=60.0, accepted_per_step=0.0), Health(loss=9.0, accepted_per_step=0.0), 0.5)
 
 
 def test_a_lower_share_asks_for_a_deeper_fall() -> None:
-    now = Health(loss=5.0, accept_length=0.5)
+    now = Health(loss=5.0, accepted_per_step=0.5)
     assert fallen(now, GOOD, 0.5)
     assert fallen(now, GOOD, 0.3) is None
 

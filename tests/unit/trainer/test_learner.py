@@ -59,7 +59,7 @@ def assert_close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], toleran
 
 @pytest.mark.parametrize("terms", [{}, {"rejected_weight": 0.7, "rejected_min_prob": 0.0}, {"rejection_weight": 2.0}])
 def test_a_step_in_parts_has_the_loss_and_the_gradient_of_one_batch(terms: dict[str, float]) -> None:
-    whole, parts = learner(clip=1e9, **terms), learner(clip=1e9, **terms)
+    whole, parts = learner(max_grad_norm=1e9, **terms), learner(max_grad_norm=1e9, **terms)
     one = whole.step(batch(0, 1, 2, 3, 4, 5))
     other = parts.step(batch(0), batch(1, 2, 3), batch(4, 5))
     assert float(other.total) == pytest.approx(float(one.total), rel=1e-5)
@@ -77,7 +77,7 @@ def test_a_part_that_teaches_nothing_takes_nothing_from_the_others() -> None:
 
 
 def test_the_average_is_that_of_a_plain_loop() -> None:
-    one, expected = learner(ema=0.4), weights(random_draft(SHAPE, 0))
+    one, expected = learner(ema_decay=0.4), weights(random_draft(SHAPE, 0))
     for step in range(1, 12):
         one.step(batch(step))
         decay = min(0.4, (1 + step) / (10 + step))
@@ -88,7 +88,7 @@ def test_the_average_is_that_of_a_plain_loop() -> None:
 
 
 def test_without_an_average_the_weights_in_training_are_what_is_registered() -> None:
-    one = learner(ema=0.0)
+    one = learner(ema_decay=0.0)
     assert one.weights() is one.draft
 
 
@@ -107,7 +107,9 @@ def newton_schulz(momentum: torch.Tensor, steps: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("steps", [3, 5])
 def test_muon_moves_the_hidden_matrices_as_a_plain_loop_does(steps: int) -> None:
-    one = learner(optimizer="muon", clip=1e9, weight_decay=0.1, matrix_learning_rate=2e-2, newton_schulz_steps=steps)
+    one = learner(
+        optimizer="muon", max_grad_norm=1e9, weight_decay=0.1, muon_learning_rate=2e-2, newton_schulz_steps=steps
+    )
     expected = weights(one.draft)
     momentum = {name: torch.zeros_like(value) for name, value in expected.items()}
     for step in range(3):
@@ -145,7 +147,7 @@ def test_norms_do_not_decay_and_matrices_do() -> None:
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("ema", [0.0, 0.9])
 def test_a_restored_learner_takes_the_same_steps(optimizer: str, ema: float) -> None:
-    through, resumed = learner(optimizer=optimizer, ema=ema), learner(optimizer=optimizer, ema=ema)
+    through, resumed = learner(optimizer=optimizer, ema_decay=ema), learner(optimizer=optimizer, ema_decay=ema)
     for i in range(3):
         through.step(batch(i))
     resumed.step(batch(9))
@@ -175,7 +177,7 @@ def test_the_state_of_another_optimizer_is_left_and_the_weights_are_taken() -> N
 
 
 def test_a_step_that_is_not_finite_is_not_taken() -> None:
-    one = learner(ema=0.9)
+    one = learner(ema_decay=0.9)
     one.step(batch(0))
     before, average = weights(one.draft), weights(one.weights())
     poisoned = replace(batch(1), features_BTF=torch.full_like(batch(1).features_BTF, torch.inf))

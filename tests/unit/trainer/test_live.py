@@ -25,14 +25,19 @@ def tables(tmp_path: Path) -> DeltaLog:
 
 
 def totals(served: Served) -> tuple[int, float, float, float]:
-    return int(served.requests.sum()), served.tokens.sum(), served.rounds.sum(), round(float(served.seconds.sum()), 6)
+    return (
+        int(served.requests.sum()),
+        served.tokens.sum(),
+        served.verify_steps.sum(),
+        round(float(served.seconds.sum()), 6),
+    )
 
 
 def pair(live: LiveFigures, since: float = T, until: float = math.inf) -> tuple[dict[str, Served], dict[str, Served]]:
     return live.pair(LINE, Span("2", since, until), Span("1", since, until))
 
 
-def test_rounds_are_added_up_by_version_label_and_slice(tables: DeltaLog) -> None:
+def test_verify_steps_are_added_up_by_version_label_and_slice(tables: DeltaLog) -> None:
     requests = [
         Answered("1", T, label="sql"),
         Answered("1", T + 10, label="sql"),
@@ -58,7 +63,7 @@ def test_a_request_that_a_swap_cut_in_two_counts_on_both_sides(tables: DeltaLog)
     assert totals(new[""]) == (0, 10, 5, 0.05)
 
 
-def test_rounds_without_a_draft_count_for_what_their_node_served(tables: DeltaLog) -> None:
+def test_verify_steps_without_a_draft_count_for_what_their_node_served(tables: DeltaLog) -> None:
     idle = [Answered("2", T + at, drafted=False) for at in (1, 11, 21)]
     tables.append("traces", rows_of([*idle, Answered("2", T), Answered("1", T + 10), Answered("1", T + 20, node="b")]))
     new, old = pair(LiveFigures(tables, SLICE))

@@ -16,7 +16,7 @@ from trainer.data.samples import Branch, Teacher, Window, collate, cut
 from trainer.objective.divergences import DIVERGENCES, LK_RATE, TAIL, forward_kl, total_variation
 from trainer.objective.draft_trees import MIN_KEPT_MASS, grow
 from trainer.objective.losses import CLIP, ttt_loss
-from trainer.objective.simulated_acceptance import Accepted, by_window, simulated_accept_length
+from trainer.objective.simulated_acceptance import Accepted, by_window, simulated_accepted_per_step
 from trainer.objective.unroll import Unroll
 
 VOCABULARY = 24
@@ -434,7 +434,7 @@ def test_the_policy_term_raises_what_was_kept_and_lowers_what_was_rejected() -> 
     train = settings(3, 1.0, 0.0, policy_weight=1.0)
     loss = ttt_loss(draft, table, collate([w]), train)
     terms = []
-    # Step 0 of both rounds: two tokens were kept from the first choice on, none from the other.
+    # Step 0 of both verify steps: two tokens were kept from the first choice on, none from the other.
     for branch, advantage in zip(w.branches, (1.0, -1.0), strict=True):
         scores = served_chain(draft, table, w, branch.root - 1, [])[0][1].log_softmax(0)
         ratio = (scores[KEPT.index(branch.tokens[0])] - branch.draft_logprobs[0]).exp()
@@ -469,7 +469,7 @@ def test_a_window_is_cut_into_pieces_that_keep_every_teacher_and_reachable_branc
     assert [len(p) for p in cut(w, 11)] == [11]
 
 
-def plain_accept_length(draft: EagleDraft, table: Tensor, w: Window, lookahead: int) -> Accepted:
+def plain_accepted_per_step(draft: EagleDraft, table: Tensor, w: Window, lookahead: int) -> Accepted:
     tokens = [*w.tokens.tolist(), *([] if w.next_token is None else [w.next_token])]
     kept = positions = 0
     for root in range(1, len(w)):
@@ -485,7 +485,7 @@ def plain_accept_length(draft: EagleDraft, table: Tensor, w: Window, lookahead: 
     return Accepted(kept, positions)
 
 
-def test_simulated_accept_length_is_that_of_drafting_token_by_token() -> None:
+def test_simulated_accepted_per_step_is_that_of_drafting_token_by_token() -> None:
     table = embeddings(torch.float32)
     w = window(10, 4, 5)
     tokens = torch.tensor(KEPT)[w.tokens % len(KEPT)]
@@ -497,8 +497,11 @@ def test_simulated_accept_length_is_that_of_drafting_token_by_token() -> None:
     seen = set()
     for step in range(60):
         if step % 6 == 0:
-            found = simulated_accept_length(draft, table, collate([WINDOWS[2], w]), 3)
-            alone, other = plain_accept_length(draft, table, w, 3), plain_accept_length(draft, table, WINDOWS[2], 3)
+            found = simulated_accepted_per_step(draft, table, collate([WINDOWS[2], w]), 3)
+            alone, other = (
+                plain_accepted_per_step(draft, table, w, 3),
+                plain_accepted_per_step(draft, table, WINDOWS[2], 3),
+            )
             assert found == (alone.tokens + other.tokens, alone.positions + other.positions)
             assert by_window(draft, table, [w, WINDOWS[2]], 3) == [alone, other]
             seen.add(found.tokens)
@@ -515,10 +518,12 @@ def test_a_committed_token_outside_the_draft_vocabulary_is_a_miss_and_not_left_o
     w = window(6, 2, 5)
     outside = next(i for i in range(VOCABULARY) if i not in KEPT)
     w = Window(w.request, torch.full_like(w.tokens, outside), outside, w.features, w.known, w.teacher)
-    assert simulated_accept_length(draft, table, collate([w]), 2) == Accepted(0, 3)
+    assert simulated_accepted_per_step(draft, table, collate([w]), 2) == Accepted(0, 3)
 
 
 def test_windows_too_short_for_the_lookahead_count_no_position() -> None:
-    found = simulated_accept_length(tiny_draft(torch.float32), embeddings(torch.float32), collate([window(3, 2, 3)]), 5)
+    found = simulated_accepted_per_step(
+        tiny_draft(torch.float32), embeddings(torch.float32), collate([window(3, 2, 3)]), 5
+    )
     assert found == Accepted(0, 0)
     assert found.length == 0.0

@@ -16,11 +16,11 @@ from schemas.events import QUARANTINED_TAG
 SLICE = 10.0
 FLAGS = {
     "canary.share": 0.25,
-    "canary.slice_s": SLICE,
-    "promoter.trial_requests": 40,
-    "promoter.watch_requests": 40,
-    "promoter.watch_s": 600,
-    "promoter.cool_down_s": 60,
+    "canary.slice_duration": SLICE,
+    "promoter.canary_min_requests": 40,
+    "promoter.watch_min_requests": 40,
+    "promoter.watch_duration": 600,
+    "promoter.cooldown": 60,
 }
 
 
@@ -44,8 +44,8 @@ def serve(world: World, kept: Mapping[str, int], slices: int = 48, since: float 
                 version,
                 first + number * SLICE,
                 kept=kept[version],
-                rounds=10 + number % 3 + place,
-                round_s=0.01 + 0.001 * (number % 2),
+                verify_steps=10 + number % 3 + place,
+                verify_step_s=0.01 + 0.001 * (number % 2),
                 node=node,
                 label=more.get("label"),
             )
@@ -93,7 +93,7 @@ def test_a_bad_canary_is_taken_back_quarantined_told_and_never_tried_again(world
     assert world.promoter.metrics.get_sample_value("aurora_promoter_taken_back_total", {"alias": "canary"}) == 1
     assert world.promoter.status().taken_back == alert["why"]
     moved = world.topic.kept[f"{LINE}/canary"]
-    assert moved.figures["tokens_per_round_difference"] < -0.6
+    assert moved.figures["tokens_per_verify_step_difference"] < -0.6
     world.restarted().poll()
     assert "canary" not in world.registry.named
     assert "quarantine" in (world.promoter.status().verdict or "")

@@ -26,7 +26,7 @@ from trainer.release.promotion import (
 from trainer.release.sequential_test import Estimate, Standing
 
 NOW = 1_000_000.0
-SETTINGS = Promoter(trial_s=1000, watch_s=600, cool_down_s=100, cool_down_memory_s=10_000, watch_floor=0.8)
+SETTINGS = Promoter(canary_timeout=1000, watch_duration=600, cooldown=100, cooldown_window=10_000, watch_min_ratio=0.8)
 PASSED, FAILED = Verdict(promote=True, why="better"), Verdict(promote=False, why="not better")
 TRIAL = Trial("3", "2", NOW - 100, NOW + 900)
 WATCH = Watch("3", "2", NOW - 100, NOW + 500)
@@ -56,9 +56,9 @@ def rollback(ago: float, actor: str = "promoter", state: str = "done") -> tuple[
 
 
 def estimate(difference: float, width: float = 0.01, **named: object) -> Estimate:
-    """Of tokens per round over all labels, with as much evidence as the interval says."""
+    """Of tokens per verify step over all labels, with as much evidence as the interval says."""
     plain = Estimate(
-        "tokens per round",
+        "tokens per verify step",
         None,
         1 + difference,
         1.0,
@@ -73,10 +73,10 @@ def estimate(difference: float, width: float = 0.01, **named: object) -> Estimat
 
 
 def standing(
-    per_round: float, per_second: float | None = None, width: float = 0.01, *, enough: bool = True
+    per_verify_step: float, per_second: float | None = None, width: float = 0.01, *, enough: bool = True
 ) -> Standing:
-    overall = estimate(per_round, width)
-    seconds = estimate(per_round if per_second is None else per_second, width, figure="tokens per second")
+    overall = estimate(per_verify_step, width)
+    seconds = estimate(per_verify_step if per_second is None else per_second, width, figure="tokens per second")
     return Standing(500, 500, enough=enough, overall=(seconds, overall))
 
 
@@ -123,7 +123,7 @@ def test_a_canary_is_promoted_taken_back_or_waited_for(stand: Standing, what: st
     found = step(written(canary="3", **CANDIDATE), Seen(trial=(TRIAL, stand)))
     assert (found.what, found.quarantine) == (what, quarantine)
     if what != "wait":
-        assert found.figures["tokens_per_round_difference"] == stand.overall[1].difference
+        assert found.figures["tokens_per_verify_step_difference"] == stand.overall[1].difference
 
 
 def test_a_trial_that_comes_to_no_end_is_ended_as_the_settings_say() -> None:
@@ -132,18 +132,18 @@ def test_a_trial_that_comes_to_no_end_is_ended_as_the_settings_say() -> None:
     undecided, below = standing(-0.04, width=0.1), standing(-0.06, width=0.1)
     ended = step(at, Seen(trial=(over, undecided)))
     assert (ended.what, ended.version, ended.quarantine) == ("end trial", "3", False)
-    by_estimate = SETTINGS.model_copy(update={"trial_end": "estimate"})
+    by_estimate = SETTINGS.model_copy(update={"canary_on_timeout": "estimate"})
     assert step(at, Seen(trial=(over, undecided)), settings=by_estimate).what == "promote"
     assert step(at, Seen(trial=(over, below)), settings=by_estimate).what == "end trial"
     too_few = standing(0.1, width=0.5, enough=False)
     assert step(at, Seen(trial=(over, too_few)), settings=by_estimate).what == "end trial"
 
 
-def test_a_canary_that_won_waits_while_promotions_cool_down() -> None:
+def test_a_canary_that_won_waits_while_promotions_cooldown() -> None:
     at = written(canary="3", rollbacks=[50], **CANDIDATE)
     found = step(at, Seen(trial=(TRIAL, standing(0.0))))
     assert found.what == "wait"
-    assert "cool_down" in found.why
+    assert "cooldown" in found.why
 
 
 def test_a_canary_in_quarantine_or_without_a_champion_beside_it_is_ended() -> None:
@@ -179,7 +179,7 @@ def test_a_champion_that_fell_is_taken_back_into_quarantine_before_anything_else
     at = written(PASSED, candidate="4", canary="4", champion="3", previous="2")
     found = step(at, Seen(watch=(WATCH, standing(-0.5)), trial=(TRIAL, standing(0.1))))
     assert (found.what, found.version, found.quarantine) == ("rollback", "3", True)
-    assert "watch_floor" in found.why
+    assert "watch_min_ratio" in found.why
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_a_champion_that_fell_is_taken_back_into_quarantine_before_anything_else
         (standing(-0.05, per_second=-0.5), True),
     ],
 )
-def test_only_a_certain_fall_counts_and_slower_rounds_alone_are_load(stand: Standing, falls: bool) -> None:
+def test_only_a_certain_fall_counts_and_slower_verify_steps_alone_are_load(stand: Standing, falls: bool) -> None:
     assert (fallen(stand, SETTINGS) is not None) is falls
 
 
@@ -208,7 +208,7 @@ def test_a_fall_on_one_label_counts() -> None:
     ("ago", "left"),
     [([], None), ([50], 50), ([150], None), ([500, 50], 150), ([900, 500, 150], 250), ([20_000, 50], 50)],
 )
-def test_the_cool_down_doubles_with_each_rollback_and_forgets_old_ones(ago: list[float], left: float | None) -> None:
+def test_the_cooldown_doubles_with_each_rollback_and_forgets_old_ones(ago: list[float], left: float | None) -> None:
     until = cooling_until([rollback(each) for each in ago], NOW, SETTINGS)
     assert until == (None if left is None else NOW + left)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from deltalake import CommitProperties, Transaction, write_deltalake
 from feed_world import MemoryLog, World, as_json, drain, names, requests
-from recorded import record_of, round_of, tables_of
+from recorded import record_of, tables_of, verify_step_of
 
 from pipeline.delta import OLDEST, TableError
 from schemas.batches import TABLES
@@ -30,7 +30,7 @@ def test_rows_of_another_line_or_target_are_left_out_and_counted(world: World) -
     world.commit(ids[:2], line="other")
     world.commit(ids[2:4], target="f" * 32)
     world.commit(ids[4:])
-    feed = world.feed(max_passes=1)
+    feed = world.feed(max_epochs=1)
     assert drain(feed) == [ids[4:]]
     assert (feed.counts["foreign_windows"], feed.counts["windows"]) == (4, 4)
 
@@ -70,7 +70,7 @@ def test_branches_are_found_however_far_they_were_committed_ahead(in_memory: Wor
     for i in range(0, 40, 20):
         in_memory.commit(ids[i : i + 20], names=["rejected"])
     in_memory.offset = 0
-    feed = in_memory.feed(windows_per_step=1, replay_per_step=0, max_passes=1, history_windows=1)
+    feed = in_memory.feed(batch_size=1, replay_batch_size=0, max_epochs=1, replay_buffer_size=1)
     kept, needed = [], []
     for request in ids:
         in_memory.commit([request], names=["accepted"])
@@ -88,7 +88,7 @@ def test_rows_that_wait_do_not_hold_what_was_read_before_them(in_memory: World) 
     for i in range(0, 60, 3):
         in_memory.commit(ids[i : i + 3], names=["rejected"])
     in_memory.offset = 0
-    feed = in_memory.feed(windows_per_step=1, replay_per_step=0, max_passes=1, history_windows=1)
+    feed = in_memory.feed(batch_size=1, replay_batch_size=0, max_epochs=1, replay_buffer_size=1)
     needed = []
     for request in ids:
         in_memory.commit([request], names=["accepted"])
@@ -103,7 +103,7 @@ def test_branches_come_with_their_window_however_the_commits_interleave(world: W
     ids = requests(4)
     world.commit(ids[:2], names=["rejected"])
     world.offset = 0
-    feed = world.feed(windows_per_step=1, replay_per_step=0, max_passes=1)
+    feed = world.feed(batch_size=1, replay_batch_size=0, max_epochs=1)
     feed.poll()
     assert feed.next() == []
     # The second chunk's branches are on the table, its window is not: they wait for it.
@@ -124,14 +124,14 @@ def test_branches_come_with_their_window_however_the_commits_interleave(world: W
 
 def test_branches_whose_root_is_in_another_chunk_are_counted(world: World) -> None:
     (request,) = requests(1)
-    rounds = [
-        round_of(3, 10, [1], 2, [9, 9]),
-        round_of(4, 11, [2], 3, [7, 7], logprob=-5.0),
+    verify_steps = [
+        verify_step_of(3, 10, [1], 2, [9, 9]),
+        verify_step_of(4, 11, [2], 3, [7, 7], logprob=-5.0),
     ]
-    rows = tables_of(record_of(request, rounds, 0, chunk=1))
+    rows = tables_of(record_of(request, verify_steps, 0, chunk=1))
     for name in ("rejected", "accepted"):
         world.tables.append(name, rows[name])
-    feed = world.feed(windows_per_step=1, replay_per_step=0)
+    feed = world.feed(batch_size=1, replay_batch_size=0)
     feed.poll()
     (window,) = feed.next()
     assert [(b.tokens, b.draft_logprobs) for b in window.branches] == [((7, 7), (-5.0, -5.0))]
@@ -141,7 +141,7 @@ def test_branches_whose_root_is_in_another_chunk_are_counted(world: World) -> No
 def test_an_outage_of_the_tables_loses_nothing(world: World) -> None:
     ids = requests(4)
     world.commit(ids)
-    feed = world.feed(max_passes=1)
+    feed = world.feed(max_epochs=1)
     read_added, calls = world.tables.read_added, list[str]()
 
     def fails(name: str, *rest: object) -> object:
@@ -165,7 +165,7 @@ def test_other_tables_than_before_are_refused_with_the_setting_to_change(world: 
     state = world.feed().state().model_copy(update={"cursor": 9})
     feed = world.feed()
     feed._reader.cursor = state.cursor
-    with pytest.raises(FeedError, match=r"tables\.uri .* train\.dir"):
+    with pytest.raises(FeedError, match=r"tables\.uri .* train\.checkpoint_dir"):
         feed.poll()
 
 
@@ -182,7 +182,7 @@ def test_a_feed_that_comes_too_late_passes_over_what_is_gone_and_counts_it(world
     for request in ids:
         world.commit([request])
     forget(world, 4)
-    feed = world.feed(windows_per_step=1, replay_per_step=0, max_passes=1)
+    feed = world.feed(batch_size=1, replay_batch_size=0, max_epochs=1)
     assert drain(feed) == [[ids[4]], [ids[5]]]
     assert feed.counts["versions_gone"] == 4
     assert feed.counts["branches"] == 6
@@ -192,13 +192,13 @@ def test_a_restart_goes_on_without_the_windows_that_are_gone(world: World) -> No
     ids = requests(6)
     for request in ids:
         world.commit([request])
-    feed = world.feed(windows_per_step=2, replay_per_step=0, max_passes=1)
+    feed = world.feed(batch_size=2, replay_batch_size=0, max_epochs=1)
     feed.poll()
     feed.next()
     state = as_json(feed)
     assert state.needs == {"accepted": 0, "rejected": 0}
     forget(world, 3)
-    restored = world.feed(windows_per_step=2, replay_per_step=0, max_passes=1)
+    restored = world.feed(batch_size=2, replay_batch_size=0, max_epochs=1)
     restored.restore(state)
     assert restored.counts["gone"] == 3
     assert restored.counts["versions_gone"] == 3

@@ -26,12 +26,12 @@ RULE = Rule(margin=0.05, error=0.05, min_requests=100)
 
 
 def served(pace: float, groups: int = 60, *, first: int = 0, seed: int = 0, requests: int = 4) -> Served:
-    """Rounds of a tenth of a second that each give ``pace`` tokens, more or less."""
+    """Verify steps of a tenth of a second that each give ``pace`` tokens, more or less."""
     random = np.random.default_rng(seed)
-    rounds = random.integers(100, 300, groups).astype(float)
-    tokens = rounds * pace * np.exp(random.normal(0, 0.05, groups))
-    seconds = rounds * 0.1 * np.exp(random.normal(0, 0.05, groups))
-    return Served(np.arange(first, first + groups), np.full(groups, requests), tokens, rounds, seconds)
+    verify_steps = random.integers(100, 300, groups).astype(float)
+    tokens = verify_steps * pace * np.exp(random.normal(0, 0.05, groups))
+    seconds = verify_steps * 0.1 * np.exp(random.normal(0, 0.05, groups))
+    return Served(np.arange(first, first + groups), np.full(groups, requests), tokens, verify_steps, seconds)
 
 
 def decided(new: dict[str, Served], old: dict[str, Served]) -> Decision:
@@ -84,7 +84,7 @@ def test_a_label_on_which_a_version_is_slower_takes_it_back_although_it_is_faste
 def test_a_label_that_seems_worse_holds_a_promotion_up() -> None:
     better = Estimate("tokens per second", None, 2, 2, 0.01, 0.0, 0.02, better=9.0, worse=-3.0, share=0.25)
     label = replace(better, label="sql", difference=-0.06, better=-1.0, worse=1.0, share=0.125)
-    standing = Standing(500, 500, enough=True, overall=(better, replace(better, figure="tokens per round")))
+    standing = Standing(500, 500, enough=True, overall=(better, replace(better, figure="tokens per verify step")))
     assert decide(standing, RULE).outcome == "promote"
     held_up = replace(standing, labels=(label,))
     assert bound(held_up, RULE) == label
@@ -114,14 +114,16 @@ def test_another_label_takes_no_evidence_from_those_that_are_there() -> None:
 
 
 def test_versions_that_always_accept_the_same_can_be_compared() -> None:
-    rounds = np.full(60, 100.0)
-    same = Served(np.arange(60), np.full(60, 4), rounds, rounds, rounds / 10)
-    old = Served(same.group + 1000, *(column for column in (same.requests, same.tokens, same.rounds, same.seconds)))
+    verify_steps = np.full(60, 100.0)
+    same = Served(np.arange(60), np.full(60, 4), verify_steps, verify_steps, verify_steps / 10)
+    old = Served(
+        same.group + 1000, *(column for column in (same.requests, same.tokens, same.verify_steps, same.seconds))
+    )
     assert decided({"": same}, {"": old}).outcome == "promote"
 
 
-def test_without_times_tokens_per_round_alone_are_compared() -> None:
+def test_without_times_tokens_per_verify_step_alone_are_compared() -> None:
     untimed = replace(served(1.5), seconds=np.zeros(60))
     standing = compare({"": untimed}, {"": served(2.0, first=1000, seed=1)}, RULE)
-    assert [estimate.figure for estimate in standing.overall] == ["tokens per round"]
+    assert [estimate.figure for estimate in standing.overall] == ["tokens per verify step"]
     assert decide(standing, RULE).outcome == "back"

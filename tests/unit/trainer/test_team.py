@@ -20,7 +20,7 @@ EMBEDDINGS = torch.randn(32, 16, generator=torch.Generator().manual_seed(0))
 
 def learner() -> Learner:
     return Learner(
-        random_draft(SHAPE, 0), EMBEDDINGS, Train(dtype="float32", ema=0.0, warmup_steps=0, rejected_min_prob=0.0)
+        random_draft(SHAPE, 0), EMBEDDINGS, Train(dtype="float32", ema_decay=0.0, warmup_steps=0, rejected_min_prob=0.0)
     )
 
 

@@ -47,7 +47,7 @@ def state(step: int, line: str = "line", cursor: int = 5) -> TrainState:
         reached=[("traces", 0, 7)],
         fresh=[("traces", 0, 7, 0)],
         history=[(("traces", 0, 6, 0), 2)],
-        held_back=[],
+        held_out=[],
         random=(3, (1, 2, 3), None),
     )
     return TrainState(line=line, step=step, tokens_seen=70, parent="day-0-head-0", feed=feed)
@@ -172,7 +172,7 @@ def test_a_batch_that_teaches_nothing_changes_nothing() -> None:
 
 
 def good(step: int) -> TrainState:
-    return state(step).model_copy(update={"good": True, "health": Health(loss=2.0, accept_length=0.5)})
+    return state(step).model_copy(update={"good": True, "health": Health(loss=2.0, accepted_per_step=0.5)})
 
 
 def test_the_last_good_one_is_kept_beside_the_newest(tmp_path: Path) -> None:

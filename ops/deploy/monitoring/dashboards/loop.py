@@ -63,12 +63,12 @@ ROWS: dict[str, tuple[Picture, ...]] = {
             ),
         ),
         Picture(
-            "Accept length",
-            "Drafted tokens that the target keeps in a verify round; the bonus token is not in it.",
+            "Accepted tokens per step",
+            "Drafted tokens that the target keeps in a verify step; the bonus token is not in it.",
             (
                 Curve(
                     f"sum by (instance) (rate(aurora_serve_accepted_tokens_total[{_INTERVAL}])) / "
-                    f"sum by (instance) (rate(aurora_serve_rounds_total[{_INTERVAL}]))",
+                    f"sum by (instance) (rate(aurora_serve_verify_steps_total[{_INTERVAL}]))",
                     "{{instance}}",
                 ),
             ),
@@ -98,7 +98,7 @@ ROWS: dict[str, tuple[Picture, ...]] = {
         ),
         Picture(
             "Time between tokens",
-            "Of each output token after the first; a round's time is shared by its tokens.",
+            "Of each output token after the first; a verify step's time is shared by its tokens.",
             (
                 Curve(_quantile(0.5, "aurora_serve_between_tokens_seconds"), "p50"),
                 Curve(_quantile(0.99, "aurora_serve_between_tokens_seconds"), "p99"),
@@ -108,8 +108,8 @@ ROWS: dict[str, tuple[Picture, ...]] = {
     ),
     "From traces to tables": (
         Picture(
-            "Rounds",
-            "Verify rounds that nodes handed over, that the broker acknowledged, and that were given up.",
+            "VerifySteps",
+            "Verify steps that nodes handed over, that the broker acknowledged, and that were given up.",
             (
                 Curve(_rate("aurora_serve_trace_rows_captured"), "captured"),
                 Curve(_rate("aurora_serve_trace_rows_published"), "published"),
@@ -137,7 +137,7 @@ ROWS: dict[str, tuple[Picture, ...]] = {
         ),
         Picture(
             "Acceptance by version and traffic",
-            "Share of the rounds in which the first drafted token was accepted, since the last drift.",
+            "Share of the verify steps in which the first drafted token was accepted, since the last drift.",
             (Curve("aurora_stream_acceptance", "version {{speculator}} {{label}}"),),
             "percentunit",
         ),
@@ -165,9 +165,9 @@ ROWS: dict[str, tuple[Picture, ...]] = {
             (Curve("aurora_train_step_loss", "step {{step}}"),),
         ),
         Picture(
-            "Accept length, held back",
+            "Accepted tokens per step, held out",
             "Simulated on requests that are never trained on; bonus excluded.",
-            (Curve("aurora_train_accept_length", "in training"),),
+            (Curve("aurora_train_accepted_per_step", "in training"),),
         ),
         Picture(
             "Tokens per second",

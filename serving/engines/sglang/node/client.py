@@ -70,8 +70,8 @@ class Counted:
     """Sums since the server's start."""
 
     requests: int
-    """That have ended; so for rounds and tokens."""
-    rounds: int
+    """That have ended; so for verify steps and tokens."""
+    verify_steps: int
     tokens: int
     captured: int
     """Rows of traces, by our plugin; so for what follows."""
@@ -162,7 +162,7 @@ class SglangServer:
 
         Args:
             contents: For each rank, which takes the whole and keeps its part, from ``weights.packed`` or ``shared``.
-            version: What the rounds carry from then on.
+            version: What the verify steps carry from then on.
         """
         body = {
             "serialized_named_tensors": list(contents),
@@ -174,7 +174,7 @@ class SglangServer:
         self._json("POST", "/update_weights_from_tensor", body)
 
     def rename(self, version: str) -> None:
-        """Let rounds carry another version from now on, with the draft that is there."""
+        """Let verify steps carry another version from now on, with the draft that is there."""
         self._json("POST", "/update_weight_version", {"new_version": version, "abort_all_requests": False})
 
     def end(self) -> bool:

@@ -96,7 +96,7 @@ def arguments(flags: Flags, settings: Settings, start: Start | None) -> list[str
     """
     added = {
         "--model-path": settings.target.path,
-        "--served-model-name": settings.target.name,
+        "--served-model-name": settings.target.served_model_name,
         "--enable-metrics": None,
     }
     if start is not None:
@@ -132,9 +132,9 @@ def key(flags: Flags, settings: Settings) -> SecretStr:
 def _speculative(flags: Flags, settings: Settings) -> dict[str, str | None]:
     """How much is drafted: SGLang counts the root among the tokens that are verified, the settings do not."""
     serve = settings.serve
-    steps = flags.value("--speculative-num-steps") or str(serve.draft_tokens)
-    width = flags.value("--speculative-eagle-topk") or str(serve.draft_width)
-    nodes = steps if width == "1" else str(serve.draft_nodes)
+    steps = flags.value("--speculative-num-steps") or str(serve.num_speculative_tokens)
+    width = flags.value("--speculative-eagle-topk") or str(serve.draft_tree_width)
+    nodes = steps if width == "1" else str(serve.draft_tree_nodes)
     return {
         "--speculative-num-steps": steps,
         "--speculative-eagle-topk": width,

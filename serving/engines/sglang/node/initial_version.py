@@ -43,12 +43,12 @@ def begin(settings: Settings, line: Line, registry: Registry) -> tuple[Start, Kn
     """
     version, draft = _champion(settings, line, registry) or (settings.speculator.day_0, line.day_0)
     # One folder: a server that starts again finds no versions of old.
-    folder = Path(settings.sglang.dir).absolute() / settings.serve.node
+    folder = Path(settings.sglang.draft_dir).absolute() / settings.serve.node
     try:
         shutil.rmtree(folder, ignore_errors=True)
         checkpoint.write(draft, folder, line.target)
     except OSError as error:
-        raise SettingsError(f"sglang.dir: the draft cannot be written: {error}") from error
+        raise SettingsError(f"sglang.draft_dir: the draft cannot be written: {error}") from error
     log.info("sglang_begins_with", version=version, line=line.name, folder=str(folder))
     return Start(folder, version), Known(version, sent(draft))
 

@@ -50,7 +50,7 @@ log = structlog.get_logger()
 
 _LOOK_S = 0.2
 _END_S = 10.0
-"""Beside ``serve.drain_s``: SGLang looks every five seconds whether all requests have ended."""
+"""Beside ``serve.drain_timeout``: SGLang looks every five seconds whether all requests have ended."""
 _ASK_PYTHON = (
     "import importlib.metadata as m, json;"
     "print(json.dumps([m.version('sglang'),"
@@ -114,7 +114,7 @@ def _supervise(settings: Settings, asked: Flags, signals: _Signals) -> int:
         beside: _Beside | None = None
         # Further machines of a server answer nothing, and get their weights from the first.
         if asked.rank == 0:
-            server = SglangServer(flags.url(asked), flags.key(asked, settings), settings.sglang.timeout_s)
+            server = SglangServer(flags.url(asked), flags.key(asked, settings), settings.sglang.timeout)
             engine = RemoteEngine(server, line.target, line.name, known, shares=asked.is_alone)
             beside = _Beside(settings, server, engine, registry)
             undo.callback(beside.close)
@@ -126,7 +126,7 @@ def _supervise(settings: Settings, asked: Flags, signals: _Signals) -> int:
             time.sleep(_LOOK_S)
         if beside:
             beside.drain.begin()
-        return _ended(child, signals, settings.serve.drain_s)
+        return _ended(child, signals, settings.serve.drain_timeout)
 
 
 def _ended(child: Child, signals: _Signals, drain_s: float) -> int:
@@ -138,7 +138,7 @@ def _ended(child: Child, signals: _Signals, drain_s: float) -> int:
             child.signal(number)
             handed += 1
         if time.monotonic() > deadline:
-            log.warning("sglang_killed", why="it did not end by itself within serve.drain_s")
+            log.warning("sglang_killed", why="it did not end by itself within serve.drain_timeout")
             child.signal(signal.SIGKILL)
         child.wait(_LOOK_S)
     code = child.code
@@ -150,7 +150,7 @@ def _look_after(settings: Settings, signals: _Signals) -> int:
     """Follow the versions for a server that somebody else has started, until a signal comes."""
     line = line_of(settings)
     with ExitStack() as undo:
-        server = SglangServer(settings.sglang.url, settings.sglang.api_key, settings.sglang.timeout_s)
+        server = SglangServer(settings.sglang.url, settings.sglang.api_key, settings.sglang.timeout)
         registry = MlflowRegistry(settings.registry, line.name)
         engine = RemoteEngine(server, line.target, line.name, _known(server, line))
         beside = _Beside(settings, server, engine, registry)

@@ -148,10 +148,11 @@ class RemoteEngine:
             expected_rates=(),
             running=seen.load.running,
             waiting=seen.load.waiting,
-            rounds=counted.rounds,
-            drafted=counted.rounds * self._depth,
-            # Of a request's tokens the first comes from its prompt, and each round gives one that was not drafted.
-            accepted=max(0, counted.tokens - counted.requests - counted.rounds),
+            verify_steps=counted.verify_steps,
+            drafted=counted.verify_steps * self._depth,
+            # Of a request's tokens the first comes from its prompt, and each verify step gives one that was not
+            # drafted.
+            accepted=max(0, counted.tokens - counted.requests - counted.verify_steps),
             output_tokens=counted.tokens,
             error=self._error or seen.error,
         )

@@ -38,7 +38,7 @@ def nodes_of(verify_input: Any, logits: Tensor, rows_R: Tensor | None, k: int) -
 def verified(
     verify_input: Any, batch: Any, hidden: Tensor | None, result: Any, rows_R: Tensor | None, top: Top
 ) -> dict[str, Tensor]:
-    """A verify round: the draft as it was linked, what was accepted, and the states at what was accepted.
+    """A verify step: the draft as it was linked, what was accepted, and the states at what was accepted.
 
     Args:
         verify_input: SGLang's ``EagleVerifyInput``.

@@ -60,7 +60,7 @@ class _Sampled(NamedTuple):
 
 
 class _Judging(NamedTuple):
-    """Between a round's scores and its decision."""
+    """Between a verify step's scores and its decision."""
 
     rows: Sequence[int]
     rows_R: Tensor | None
@@ -168,8 +168,8 @@ class Hooks:
         for row in judging.rows:
             req = batch.reqs[row]
             traced = self._open[req.rid]
-            traced.rounds += 1
-            members.append(Turn(traced, traced.rounds, len(req.origin_input_ids) + len(req.output_ids)))
+            traced.verify_steps += 1
+            members.append(Turn(traced, traced.verify_steps, len(req.origin_input_ids) + len(req.output_ids)))
         hidden = logits_output.hidden_states
         found = capture.verified(verify_input, batch, self._states(hidden), result, judging.rows_R, judging.top)
         self._put(tuple(members), found, hidden.shape[-1])
@@ -191,7 +191,7 @@ class Hooks:
 
     def _put(self, members: tuple[Piece | Turn, ...], found: dict[str, Tensor], width: int) -> None:
         if self._recorder.full():
-            self._figures.rounds_lost.labels("behind").inc(len(members))
+            self._figures.verify_steps_lost.labels("behind").inc(len(members))
             return
         stamps = (self._began, self._drafted, self._verified)
         pending = self._carrier.carry(found)
@@ -234,7 +234,7 @@ class Hooks:
             return None
         if not self._recorder.wants(req.rid):
             return None
-        if not is_sampled(req.rid, self._traces.sample * self._gate.share):
+        if not is_sampled(req.rid, self._traces.sample_ratio * self._gate.share):
             self._figures.untraced.labels("cost").inc()
             return None
         self._figures.cached.inc(start)

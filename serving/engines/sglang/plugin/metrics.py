@@ -25,7 +25,9 @@ class Figures:
 
         self.errors = counter("aurora_sglang_hook_errors", "Hooks that failed; the server went on.", "hook")
         self.untraced = counter("aurora_sglang_requests_untraced", "Requests not traced, or no further.", "reason")
-        self.rounds_lost = counter("aurora_sglang_rounds_lost", "Rounds that were not recorded.", "reason")
+        self.verify_steps_lost = counter(
+            "aurora_sglang_verify_steps_lost", "Verify steps that were not recorded.", "reason"
+        )
         self.cached = counter("aurora_sglang_prompt_tokens_cached", "Prompt tokens whose states were not computed.")
         self.hooks = Histogram(
             "aurora_sglang_hook_seconds", "Time of the hooks in a step.", buckets=_STEP_S, registry=registry
@@ -48,9 +50,9 @@ class Figures:
             multiprocess_mode="livemax",
             registry=registry,
         )
-        self._captured = counter("aurora_serve_trace_rows_captured", "Rounds handed over.")
-        self._published = counter("aurora_serve_trace_rows_published", "Rounds acknowledged.")
-        self._shed = counter("aurora_serve_trace_rows_shed", "Rounds given up, by reason.", "reason")
+        self._captured = counter("aurora_serve_trace_rows_captured", "Verify steps handed over.")
+        self._published = counter("aurora_serve_trace_rows_published", "Verify steps acknowledged.")
+        self._shed = counter("aurora_serve_trace_rows_shed", "Verify steps given up, by reason.", "reason")
         self._sampled_out = counter("aurora_serve_trace_requests_sampled_out", "Requests outside the traced share.")
         self._told: Counts[str] = Counts()
 

@@ -9,7 +9,7 @@ from serving.traces.chunks import Origin
 
 
 def origin_of(node: str, model: str, draft: str, width: int) -> Origin:
-    """Where the rounds of this server come from. Reads the whole target once: its fingerprint is over every byte.
+    """Where the verify steps of this server come from. Reads the whole target once: its fingerprint is over every byte.
 
     Args:
         node: Name of the node.

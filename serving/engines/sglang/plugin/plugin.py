@@ -183,7 +183,7 @@ def _started(settings: Settings, worker: Any) -> Hooks | None:
     ):
         log.error(NOT_RECORDING, why=why)
         return None
-    carrier, gate, figures = Carrier(device), CostGate(settings.sglang.capture_share), Figures()
+    carrier, gate, figures = Carrier(device), CostGate(settings.sglang.max_capture_ratio), Figures()
     width = 3 * worker.target_worker.model_runner.model_config.hidden_size
 
     def origin() -> Any:

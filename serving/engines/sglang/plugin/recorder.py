@@ -1,7 +1,8 @@
-"""The plugin's own thread: turns what steps gave into rounds, and hands them to the publisher.
+"""The plugin's own thread: turns what steps gave into verify steps, and hands them to the publisher.
 
 With the overlap scheduler SGLang starts a step before it has looked at what the one before gave, so a request may be
-decoded a little beyond its end. A round is handed over only when the server has committed its tokens; what lies beyond
+decoded a little beyond its end. A verify step is handed over only when the server has committed its tokens; what
+lies beyond
 the end is cut.
 """
 
@@ -21,12 +22,12 @@ from torch import Tensor
 
 from schemas.errors import UserError
 from schemas.speculator.checkpoint import CheckpointError
-from schemas.trace.record import Round
+from schemas.trace.record import VerifyStep
 from serving.engines.base import Finish, Request
 from serving.engines.sglang.plugin.cost import CostGate
 from serving.engines.sglang.plugin.metrics import Figures
-from serving.engines.sglang.plugin.rounds import Read, Times, Verified, prompt_round, verify_round, within
 from serving.engines.sglang.plugin.transfer import Pending, microseconds
+from serving.engines.sglang.plugin.verify_steps import Read, Times, Verified, prompt_verify_step, verify_step, within
 from serving.traces.chunks import Origin
 from serving.traces.publisher import TracePublisher
 
@@ -44,11 +45,11 @@ class Traced:
     """A request that is recorded."""
 
     request: Request
-    rounds: int = 0
-    """Verify rounds so far; counted by the hooks."""
+    verify_steps: int = 0
+    """Verify steps so far; counted by the hooks."""
     stopped: bool = False
     """Nothing more of it is recorded; set by the hooks."""
-    waiting: deque[Round] = field(default_factory=deque)
+    waiting: deque[VerifyStep] = field(default_factory=deque)
     """Not known to be committed; touched by this thread alone."""
 
 
@@ -64,7 +65,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A verify round of one request."""
+    """A verify step of one request."""
 
     traced: Traced
     number: int
@@ -101,7 +102,7 @@ class Recorder:
 
     Args:
         publisher: Not started yet.
-        origin: Says where the rounds come from; may take long.
+        origin: Says where the verify steps come from; may take long.
         gate: Pays for this thread's time.
         figures: Counters.
     """
@@ -148,7 +149,9 @@ class Recorder:
             except Exception:
                 # Whatever one step was like, the next ones are to be recorded.
                 log.exception("aurora_step_malformed")
-                self._figures.rounds_lost.labels("malformed").inc(len(item.members) if isinstance(item, Step) else 1)
+                self._figures.verify_steps_lost.labels("malformed").inc(
+                    len(item.members) if isinstance(item, Step) else 1
+                )
             self._gate.pay(time.thread_time() - began)
             if (now := time.monotonic()) - told >= _TELL_S:
                 told = now
@@ -190,15 +193,15 @@ class Recorder:
         for row, member in enumerate(item.members):
             if isinstance(member, Turn):
                 self._confirm(member)
-                r = verify_round(_verified(found, row, item.width), member.number, item.speculator, times)
+                r = verify_step(_verified(found, row, item.width), member.number, item.speculator, times)
             else:
                 length = len(member.tokens)
-                r = prompt_round(_read(found, row, slice(at, at + length), member, item.width), times)
+                r = prompt_verify_step(_read(found, row, slice(at, at + length), member, item.width), times)
                 at += length
             member.traced.waiting.append(r)
 
     def _confirm(self, turn: Turn) -> None:
-        """Hand over the rounds of which the server has committed every token, the bonus too."""
+        """Hand over the verify steps of which the server has committed every token, the bonus too."""
         waiting, ready = turn.traced.waiting, []
         while waiting and waiting[0].position + len(waiting[0].tokens) < turn.committed:
             ready.append(waiting.popleft())

@@ -1,4 +1,4 @@
-"""Which windows of the held-back slice a version is compared on, label by label."""
+"""Which windows of the held-out set a version is compared on, label by label."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from schemas.trace.record import ROOT, U16, Round
+from schemas.trace.record import ROOT, U16, VerifyStep
 
 Numbers = npt.NDArray[np.int32]
 UNKNOWN = float("nan")
@@ -26,7 +26,7 @@ class Times:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Verified:
-    """What one request got from a verify round. n: nodes, 0 is the root; d: longest path."""
+    """What one request got from a verify step. n: nodes, 0 is the root; d: longest path."""
 
     position: int
     """Of the root in the request."""
@@ -65,8 +65,8 @@ class Read:
     """[k]."""
 
 
-def verify_round(found: Verified, number: int, speculator: str, times: Times) -> Round:
-    """The trace record of a verify round.
+def verify_step(found: Verified, number: int, speculator: str, times: Times) -> VerifyStep:
+    """The trace record of a verify step.
 
     Nodes that no link leads to are left out: where probabilities are equal SGLang may keep a node without its parent,
     and never looks at it.
@@ -81,8 +81,8 @@ def verify_round(found: Verified, number: int, speculator: str, times: Times) ->
     if path[:1] != [0] or any(parents.get(b) != a for a, b in pairwise(path)):
         raise ValueError(f"accepted nodes {path} are no path in {parents}")
     rows = [0, *kept]
-    return Round(
-        round=number,
+    return VerifyStep(
+        verify_step=number,
         position=found.position,
         tokens=tuple(found.drafted[path].tolist()),
         features=found.features[: len(path)],
@@ -101,11 +101,11 @@ def verify_round(found: Verified, number: int, speculator: str, times: Times) ->
     )
 
 
-def prompt_round(found: Read, times: Times) -> Round:
+def prompt_verify_step(found: Read, times: Times) -> VerifyStep:
     """The trace record of a piece of a prompt."""
     known = 0 if found.chosen is None else 1
-    return Round(
-        round=0,
+    return VerifyStep(
+        verify_step=0,
         position=found.position,
         tokens=tuple(found.tokens),
         features=found.features,
@@ -123,32 +123,32 @@ def prompt_round(found: Read, times: Times) -> Round:
     )
 
 
-def within(rounds: Iterable[Round], total: int) -> tuple[Round, ...]:
-    """Rounds as far as the request goes: its last token is then the bonus of the last round.
+def within(verify_steps: Iterable[VerifyStep], total: int) -> tuple[VerifyStep, ...]:
+    """Verify steps as far as the request goes: its last token is then the bonus of the last verify step.
 
     Args:
-        rounds: In their order.
+        verify steps: In their order.
         total: Tokens of prompt and answer together.
     """
     found = []
-    for r in rounds:
+    for r in verify_steps:
         room = total - 1 - r.position
         if room <= 0:
             break
         if r.bonus is None or len(r.tokens) <= room:
             found.append(r)
         else:
-            found.append(_shortened(r, room) if r.round else _unanswered(r))
+            found.append(_shortened(r, room) if r.verify_step else _unanswered(r))
     return tuple(found)
 
 
-def _shortened(r: Round, room: int) -> Round:
-    """The round with fewer tokens; the first of those that it loses is its bonus then."""
+def _shortened(r: VerifyStep, room: int) -> VerifyStep:
+    """The verify step with fewer tokens; the first of those that it loses is its bonus then."""
     features = r.features[:room] if len(r.features) else r.features
     return replace(r, tokens=r.tokens[:room], bonus=r.tokens[room], accepted=r.accepted[: room - 1], features=features)
 
 
-def _unanswered(r: Round) -> Round:
+def _unanswered(r: VerifyStep) -> VerifyStep:
     """The end of a prompt whose request ended with it."""
     return replace(r, bonus=None, top_ids=r.top_ids[:0], top_logprobs=r.top_logprobs[:0])
 

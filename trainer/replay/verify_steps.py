@@ -1,12 +1,16 @@
-"""The rounds that serving would run along tokens that are known: how many, and what of their drafts is kept.
+"""The verify steps that serving would run along tokens that are known: how many, and what of their drafts is kept.
 
-Where a round begins depends on what the rounds before it kept, so the accept length of serving is no mean over all
-positions. For a greedy request the rounds follow from the tokens. For a sampled one each drafted token was kept with a
-chance: then the rounds are all that may have been, each with its probability, and the figures are what is expected
-*given the tokens*: the chance that a round begins at a position is the sum, over the positions before, of the chance
-that a round began there and ended here.
+Where a verify step begins depends on what the verify steps before it kept, so the accepted tokens per step of
+serving is no mean over all
+positions. For a greedy request the verify steps follow from the tokens. For a sampled one each drafted token was
+kept with a
+chance: then the verify steps are all that may have been, each with its probability, and the figures are what is
+expected
+*given the tokens*: the chance that a verify step begins at a position is the sum, over the positions before, of the
+chance
+that a verify step began there and ended here.
 
-Shapes: R positions from which a round may begin, K longest draft.
+Shapes: R positions from which a verify step may begin, K longest draft.
 """
 
 from __future__ import annotations
@@ -20,13 +24,13 @@ F64 = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
-class Rounds:
-    """What the rounds of a request come to; whole numbers where nothing was left to chance."""
+class VerifySteps:
+    """What the verify steps of a request come to; whole numbers where nothing was left to chance."""
 
-    rounds: float
+    verify_steps: float
     accepted: float
     tried_K: tuple[float, ...]
-    """By depth from 1, rounds whose draft could be kept so deep."""
+    """By depth from 1, verify steps whose draft could be kept so deep."""
     kept_K: tuple[float, ...]
     """Of those, the ones in which it was."""
     everywhere_accepted: float
@@ -36,10 +40,11 @@ class Rounds:
     everywhere: int
 
 
-def run(chance_RK: F64) -> Rounds:
+def run(chance_RK: F64) -> VerifySteps:
     """Walk from the first position to the end of the request.
 
-    The request's last token ends its last round as the bonus, so a round keeps one token less than are left at most.
+    The request's last token ends its last verify step as the bonus, so a verify step keeps one token less than are
+    left at most.
 
     Args:
         chance_RK: From the root at each position but the last, the first one that of the first token of the answer:
@@ -61,8 +66,8 @@ def run(chance_RK: F64) -> Rounds:
         exactly = np.append(1.0, reach) - np.append(reach, 0.0)
         begins[root + 1 : root + 2 + most] += begins[root] * exactly
     everywhere = max(positions - longest + 1, 0)
-    return Rounds(
-        rounds=float(begins[:positions].sum()),
+    return VerifySteps(
+        verify_steps=float(begins[:positions].sum()),
         accepted=float(kept.sum()),
         tried_K=tuple(tried.tolist()),
         kept_K=tuple(kept.tolist()),

@@ -1,4 +1,4 @@
-"""Rounds, chances and figures of replay, against what slow and plain code says."""
+"""Verify steps, chances and figures of replay, against what slow and plain code says."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from hypothesis.extra import numpy as of_numpy
 from schemas.speculator.acceptance import sampling_probs
 from schemas.speculator.network import DraftShape, random_draft
 from trainer.data.samples import Teacher, Window, collate
-from trainer.objective.simulated_acceptance import simulated_accept_length
+from trainer.objective.simulated_acceptance import simulated_accepted_per_step
 from trainer.replay import acceptance_figures
 from trainer.replay.chains import chances, likelihood, sampled
 from trainer.replay.past_requests import Past, Sampling
-from trainer.replay.verify_rounds import Rounds, run
+from trainer.replay.verify_steps import VerifySteps, run
 
 VOCABULARY, LONGEST = 30, 3
 GREEDY = Sampling(0.0, 1.0, 0)
@@ -26,35 +26,35 @@ SHAPE = DraftShape(8, 8, 2, 1, 4, VOCABULARY, 20, 1e-5, 10_000.0, 64, (0, 1, 2),
 
 
 def walked(right: np.ndarray) -> tuple[int, int]:
-    """Rounds and kept tokens where each token is right or wrong for good, one round after the other."""
+    """Verify steps and kept tokens where each token is right or wrong for good, one verify step after the other."""
     positions, longest = right.shape
-    root = rounds = kept = 0
+    root = verify_steps = kept = 0
     while root < positions:
         most, length = min(longest, positions - 1 - root), 0
         while length < most and right[root, length]:
             length += 1
-        root, rounds, kept = root + length + 1, rounds + 1, kept + length
-    return rounds, kept
+        root, verify_steps, kept = root + length + 1, verify_steps + 1, kept + length
+    return verify_steps, kept
 
 
 rights = st.tuples(st.integers(1, 12), st.integers(1, 4)).flatmap(lambda shape: of_numpy.arrays(np.bool_, shape))
 
 
 @given(rights)
-def test_without_chance_the_rounds_are_walked_one_after_the_other(right: np.ndarray) -> None:
+def test_without_chance_the_verify_steps_are_walked_one_after_the_other(right: np.ndarray) -> None:
     found = run(right.astype(np.float64))
-    assert (found.rounds, found.accepted) == walked(right)
-    assert found.rounds + found.accepted == len(right), "each round gives the kept tokens and one more"
+    assert (found.verify_steps, found.accepted) == walked(right)
+    assert found.verify_steps + found.accepted == len(right), "each verify step gives the kept tokens and one more"
     assert sum(found.kept_K) == found.accepted
 
 
-def test_with_chance_the_rounds_are_the_mean_over_what_may_have_been() -> None:
+def test_with_chance_the_verify_steps_are_the_mean_over_what_may_have_been() -> None:
     generator = np.random.default_rng(0)
     chance = generator.random((7, 3))
     seen = np.mean([walked(generator.random((7, 3)) < chance) for _ in range(20_000)], axis=0)
     found = run(chance)
-    assert np.allclose((found.rounds, found.accepted), seen, atol=0.05)
-    assert found.rounds + found.accepted == pytest.approx(7)
+    assert np.allclose((found.verify_steps, found.accepted), seen, atol=0.05)
+    assert found.verify_steps + found.accepted == pytest.approx(7)
 
 
 def past(sampling: Sampling = GREEDY, *, width: int = VOCABULARY, tokens: int = 14) -> tuple[Past, torch.Tensor]:
@@ -78,7 +78,7 @@ def test_over_all_positions_greedy_replay_is_the_lookahead_of_the_trainer() -> N
         draft.lm_head.weight[4:] = 0
     known = torch.arange(39) >= 4
     window = Window("r", one.tokens_N[:-1], int(one.tokens_N[-1]), one.features_NF, known, one.teacher[1:])
-    expected = simulated_accept_length(draft, EMBEDDINGS, collate([window]), LONGEST)
+    expected = simulated_accepted_per_step(draft, EMBEDDINGS, collate([window]), LONGEST)
     found = run(chances(draft, EMBEDDINGS, one, LONGEST))
     assert (found.everywhere_accepted, found.everywhere) == (expected.tokens, expected.positions)
     assert 0 < expected.tokens < LONGEST * expected.positions
@@ -127,15 +127,15 @@ def _fields(one: Past) -> dict[str, object]:
     return {name: getattr(one, name) for name in Past.__dataclass_fields__}
 
 
-def rounds_of(accepted: float, rounds: float) -> Rounds:
-    return Rounds(rounds, accepted, (rounds,), (accepted,), accepted, int(rounds))
+def verify_steps_of(accepted: float, verify_steps: float) -> VerifySteps:
+    return VerifySteps(verify_steps, accepted, (verify_steps,), (accepted,), accepted, int(verify_steps))
 
 
 def test_intervals_hold_the_figure_and_a_paired_difference_is_narrower_than_either() -> None:
     generator = np.random.default_rng(0)
-    base = [rounds_of(float(generator.integers(0, 60)), 20) for _ in range(50)]
-    better = [rounds_of(one.accepted + 2, 20) for one in base]
-    one, paired = acceptance_figures.of(base).accept_length, acceptance_figures.difference(better, base)
+    base = [verify_steps_of(float(generator.integers(0, 60)), 20) for _ in range(50)]
+    better = [verify_steps_of(one.accepted + 2, 20) for one in base]
+    one, paired = acceptance_figures.of(base).accepted_per_step, acceptance_figures.difference(better, base)
     assert one.low < one.value < one.high
     assert paired.value == pytest.approx(0.1)
     assert paired.high - paired.low < 1e-9 < one.high - one.low
@@ -147,6 +147,6 @@ def test_intervals_hold_the_figure_and_a_paired_difference_is_narrower_than_eith
 def test_counting_depths_counts_only_drafts_that_could_be_kept_so_deep() -> None:
     found = acceptance_figures.of([run(np.ones((5, 4)))])
     assert found.by_depth == (1.0, 1.0, 1.0, 1.0)
-    assert (found.rounds, found.accepted) == (1, 4)
+    assert (found.verify_steps, found.accepted) == (1, 4)
     short = run(np.ones((2, 4)))
     assert Counter(short.tried_K) == {1.0: 1, 0.0: 3}

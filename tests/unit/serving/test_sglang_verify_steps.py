@@ -1,4 +1,4 @@
-"""From what a step of SGLang gave to trace rounds: links, paths, and the end of a request."""
+"""From what a step of SGLang gave to trace verify steps: links, paths, and the end of a request."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from schemas.trace.decoder import decode
-from schemas.trace.record import ROOT, Chunk, Envelope, Round, encode
-from serving.engines.sglang.plugin.rounds import Read, Times, Verified, prompt_round, verify_round, within
+from schemas.trace.record import ROOT, Chunk, Envelope, VerifyStep, encode
+from serving.engines.sglang.plugin.verify_steps import Read, Times, Verified, prompt_verify_step, verify_step, within
 
 TIMES = Times(draft_us=3, verify_us=5, time_us=7)
 F, K = 6, 2
@@ -36,12 +36,12 @@ def verified(**changed: object) -> Verified:
     return replace(found, **changed)  # type: ignore[arg-type]
 
 
-def round_of(**changed: object) -> Round:
-    return verify_round(verified(**changed), 1, "7", TIMES)
+def verify_step_of(**changed: object) -> VerifyStep:
+    return verify_step(verified(**changed), 1, "7", TIMES)
 
 
 def test_links_become_parents_and_the_path_becomes_tokens() -> None:
-    r = round_of()
+    r = verify_step_of()
     assert (r.draft_tokens, r.draft_parents) == ((11, 12, 13), (ROOT, ROOT, 1))
     assert (r.tokens, r.accepted, r.bonus) == ((10, 12, 13), (1, 2), 99)
     assert (len(r.features), r.top_ids.shape, r.speculator) == (3, (4, K), "7")
@@ -50,7 +50,7 @@ def test_links_become_parents_and_the_path_becomes_tokens() -> None:
 
 
 def test_nodes_that_nothing_leads_to_are_left_out_with_what_hangs_on_them() -> None:
-    r = round_of(
+    r = verify_step_of(
         drafted=ints(10, 11, 12, 13), first_child=ints(3, 2, -1, -1), next_sibling=ints(-1, -1, -1, -1),
         accepted=[0, 3], said=ints(13, 0, 0, 99),
     )  # fmt: skip
@@ -58,8 +58,8 @@ def test_nodes_that_nothing_leads_to_are_left_out_with_what_hangs_on_them() -> N
     assert r.top_ids[:, 0].tolist() == [0, 6]
 
 
-def test_a_round_without_a_draft_names_no_version() -> None:
-    r = round_of(drafted=ints(10), first_child=ints(-1), next_sibling=ints(-1), accepted=[0], said=ints(99))
+def test_a_verify_step_without_a_draft_names_no_version() -> None:
+    r = verify_step_of(drafted=ints(10), first_child=ints(-1), next_sibling=ints(-1), accepted=[0], said=ints(99))
     assert (r.tokens, r.bonus, r.speculator, r.draft_us) == ((10,), 99, "", 0)
 
 
@@ -74,12 +74,12 @@ def test_a_round_without_a_draft_names_no_version() -> None:
 )
 def test_links_that_are_no_tree_are_refused(changed: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"no path|cannot follow"):
-        round_of(**changed)
+        verify_step_of(**changed)
 
 
-def prompt(position: int, n: int, chosen: int | None) -> Round:
+def prompt(position: int, n: int, chosen: int | None) -> VerifyStep:
     top = np.zeros(K, np.int32), np.zeros(K, np.float32)
-    return prompt_round(Read(position, range(n), np.zeros((n, F), np.uint16), chosen, *top), TIMES)
+    return prompt_verify_step(Read(position, range(n), np.zeros((n, F), np.uint16), chosen, *top), TIMES)
 
 
 def test_only_the_end_of_a_prompt_has_a_choice() -> None:
@@ -96,16 +96,16 @@ def test_only_the_end_of_a_prompt_has_a_choice() -> None:
         pytest.param(6, (10,), (), 12, id="the first accepted token ends it"),
     ],
 )
-def test_the_last_token_of_a_request_is_the_bonus_of_its_last_round(
+def test_the_last_token_of_a_request_is_the_bonus_of_its_last_verify_step(
     total: int, tokens: tuple[int, ...], accepted: tuple[int, ...], bonus: int
 ) -> None:
-    first, last = within([prompt(0, 4, 10), round_of()], total)
+    first, last = within([prompt(0, 4, 10), verify_step_of()], total)
     assert (last.tokens, last.accepted, last.bonus, len(last.features)) == (tokens, accepted, bonus, len(tokens))
     assert first.bonus == 10
 
 
-def test_rounds_beyond_the_end_are_none_of_the_request() -> None:
-    assert [r.round for r in within([prompt(0, 4, 10), round_of()], total=5)] == [0]
+def test_verify_steps_beyond_the_end_are_none_of_the_request() -> None:
+    assert [r.verify_step for r in within([prompt(0, 4, 10), verify_step_of()], total=5)] == [0]
     (read,) = within([prompt(0, 4, 10)], total=4)
     assert (read.bonus, len(read.top_ids)) == (None, 0)
 
@@ -124,5 +124,7 @@ def test_what_is_made_here_is_what_the_codec_takes() -> None:
         temperature=0.0,
         top_p=1.0,
     )
-    rounds = (prompt(0, 4, 10), round_of())
-    assert [r.tokens for r in decode(encode(Chunk(envelope, rounds))).rounds] == [r.tokens for r in rounds]
+    verify_steps = (prompt(0, 4, 10), verify_step_of())
+    assert [r.tokens for r in decode(encode(Chunk(envelope, verify_steps))).verify_steps] == [
+        r.tokens for r in verify_steps
+    ]

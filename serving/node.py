@@ -17,7 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from schemas.settings import Settings
 from schemas.telemetry import logs, spans
-from serving.engines.builtin.engine import TransformersEngine
+from serving.engines.builtin.engine import BuiltinEngine
 from serving.http import admin as control
 from serving.http import routes, status, webhook
 from serving.http.address import bind
@@ -52,7 +52,7 @@ def run(settings: Settings) -> None:
         undo.callback(spans.close)
         server_socket = undo.enter_context(bind(settings.serve.host, settings.serve.port))
         publisher = TracePublisher(settings.kafka, settings.traces) if settings.traces.enabled else None
-        engine = TransformersEngine(settings, publisher)
+        engine = BuiltinEngine(settings, publisher)
         if publisher:
             publisher.start(Origin(settings.serve.node, engine.target, engine.line, engine.vocabulary))
             undo.callback(_close, publisher)
@@ -67,7 +67,7 @@ def run(settings: Settings) -> None:
 
 def _serve(
     settings: Settings,
-    engine: TransformersEngine,
+    engine: BuiltinEngine,
     publisher: TracePublisher | None,
     puller: Puller | None,
     server_socket: socket.socket,
@@ -89,7 +89,7 @@ def _serve(
     DrainingServer(config, drain, settings.serve.drain_timeout, engine.stop).run(sockets=[server_socket])
 
 
-def _puller(settings: Settings, engine: TransformersEngine) -> Puller | None:
+def _puller(settings: Settings, engine: BuiltinEngine) -> Puller | None:
     """Without speculation nothing that could be pulled would be used."""
     if not settings.serve.speculate:
         return None

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import islice, pairwise
 from queue import SimpleQueue
 
-from serving.engines.base import Engine, Figures, Finish, Output, Request
+from serving.engines.base import Engine, Finish, Output, Request, RequestStats
 
 
 @dataclass(slots=True)
@@ -22,7 +22,7 @@ class Answer:
     tokens: list[int] = field(default_factory=list)
     finish: Finish | None = None
     error: str | None = None
-    figures: Figures | None = None
+    stats: RequestStats | None = None
 
     @property
     def first_s(self) -> float:
@@ -60,8 +60,8 @@ class Run:
     @property
     def accepted_per_step(self) -> float:
         """Accepted tokens a verify step; the bonus token is not in it."""
-        figures = [answer.figures for answer in self.answers if answer.figures]
-        return sum(f.accepted for f in figures) / max(sum(f.verify_steps for f in figures), 1)
+        stats = [answer.stats for answer in self.answers if answer.stats]
+        return sum(s.accepted_tokens for s in stats) / max(sum(s.verify_steps for s in stats), 1)
 
 
 def drive(engine: Engine, requests: Iterable[Request], at_once: int) -> Run:
@@ -88,7 +88,7 @@ def _taking(answer: Answer, ended: Callable[[Answer], None]) -> Callable[[Output
             answer.times.append(time.perf_counter())
             answer.tokens.extend(output.tokens)
         if output.finish is not None:
-            answer.finish, answer.error, answer.figures = output.finish, output.error, output.figures
+            answer.finish, answer.error, answer.stats = output.finish, output.error, output.stats
             ended(answer)
 
     return take

@@ -18,7 +18,7 @@ from ops.bench.paired import Figure, Goal, interleaved, percentile, ratio
 from ops.bench.stand import Mode, Stand
 from schemas.speculator import checkpoint
 from serving.engines.base import Request
-from serving.engines.builtin.engine import TransformersEngine
+from serving.engines.builtin.engine import BuiltinEngine
 from serving.traces.chunks import Origin
 from serving.traces.publisher import TracePublisher
 
@@ -135,7 +135,7 @@ def latency(stand: Stand, wanted: Callable[[str], bool]) -> Iterator[Figure]:
             yield Figure(name, percentile(values, share), "ms", detail=detail)
 
 
-def _swap(engine: TransformersEngine, version: str, folder: Path) -> tuple[Swap, Swap]:
+def _swap(engine: BuiltinEngine, version: str, folder: Path) -> tuple[Swap, Swap]:
     """Swap a version in, then let as much time go by without one, to compare with."""
     draft = checkpoint.read(folder, engine.line)
     engine.check(draft)

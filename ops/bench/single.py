@@ -15,7 +15,7 @@ from ops.bench.paired import Figure, Goal, Rates, interleaved
 from ops.bench.peers import Generate, LlamaCpp, PeerAbsentError
 from ops.bench.stand import Draft, Mode, Stand
 from schemas.device import device_of
-from serving.engines.builtin.engine import TransformersEngine
+from serving.engines.builtin.engine import BuiltinEngine
 
 Arm = Callable[[tuple[int, ...], int], tuple[int, ...]]
 """The answer to a prompt, in at most so many tokens."""
@@ -136,7 +136,7 @@ class SingleStream:
 
         return run
 
-    def _ours(self, engine: TransformersEngine, mode: Mode) -> Arm:
+    def _ours(self, engine: BuiltinEngine, mode: Mode) -> Arm:
         def answer(prompt: tuple[int, ...], _max_tokens: int) -> tuple[int, ...]:
             run = drive(engine, [self._stand.request(prompt, mode)], at_once=1)
             return tuple(run.answers[0].tokens)

@@ -23,7 +23,7 @@ from schemas.errors import UserError
 from schemas.settings import Settings
 from schemas.speculator import checkpoint
 from schemas.speculator.network import EagleDraft
-from serving.engines.builtin.engine import TransformersEngine
+from serving.engines.builtin.engine import BuiltinEngine
 from trainer.data.samples import Window, collate, cut
 from trainer.data.target import Target, read_target
 from trainer.loop.learner import Learner
@@ -229,7 +229,7 @@ def record(settings: Settings, domain: str, number: int, max_tokens: int, say: S
             update={"speculate": False, "max_num_seqs": _RECORDING_BATCH, "max_waiting_requests": len(left)}
         )
         recorder = recording.Recorder()
-        engine = TransformersEngine(settings.model_copy(update={"serve": serve}), recorder)
+        engine = BuiltinEngine(settings.model_copy(update={"serve": serve}), recorder)
         engine.start()
         try:
             recording.record(engine, recorder, left, folder, done)

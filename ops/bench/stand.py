@@ -16,7 +16,7 @@ from schemas.errors import UserError
 from schemas.settings import Settings
 from schemas.speculator.network import EagleDraft
 from serving.engines.base import Request, TraceSink
-from serving.engines.builtin.engine import TransformersEngine
+from serving.engines.builtin.engine import BuiltinEngine
 from serving.engines.builtin.kernels import Kind
 from trainer.data.target import Target, read_target
 
@@ -88,21 +88,21 @@ class Stand:
         self.prompts = prompted.tokenize(self.tokenizer, prompted.held_out(domain))
         self.weights: Kind | None = None
         """Kernel of the target's matrices, once an engine runs."""
-        self._engines: dict[tuple[Draft, int | None], TransformersEngine] = {}
+        self._engines: dict[tuple[Draft, int | None], BuiltinEngine] = {}
         self._numbers = count()
 
-    def engine(self, draft: Draft = "trained", length: int | None = None) -> TransformersEngine:
+    def engine(self, draft: Draft = "trained", length: int | None = None) -> BuiltinEngine:
         """A running engine with that draft; ``length`` fixes how much it drafts, without one it chooses itself."""
         if (draft, length) not in self._engines:
             self._engines[draft, length] = self.start(draft, length=length)
         return self._engines[draft, length]
 
-    def start(self, draft: Draft, *, length: int | None = None, sink: TraceSink | None = None) -> TransformersEngine:
+    def start(self, draft: Draft, *, length: int | None = None, sink: TraceSink | None = None) -> BuiltinEngine:
         """A running engine of the caller's own, to be stopped by it.
 
         All run the kernel that the first one chose: two that differ in it could not be compared.
         """
-        engine = TransformersEngine(self._settings_for(length), sink)
+        engine = BuiltinEngine(self._settings_for(length), sink)
         self.weights = self.weights or engine.weights
         engine.start()
         if draft == "trained":
@@ -144,7 +144,7 @@ class Stand:
             speculate=mode.speculate,
         )
 
-    def arm(self, engine: TransformersEngine, mode: Mode) -> Callable[[int], int]:
+    def arm(self, engine: BuiltinEngine, mode: Mode) -> Callable[[int], int]:
         """Answers a prompt for each place in the batch and gives the tokens, for ``paired.interleaved``.
 
         The engine has met such requests before, so that what it learns of drafts and costs is not part of a trial.
@@ -152,11 +152,11 @@ class Stand:
         self.warm(engine, mode)
         return lambda trial: self._run(engine, mode, trial, self.plan.tokens).tokens
 
-    def warm(self, engine: TransformersEngine, mode: Mode) -> None:
+    def warm(self, engine: BuiltinEngine, mode: Mode) -> None:
         """Let the engine meet such requests."""
         self._run(engine, mode, trial=-1, tokens=self.plan.tokens if mode.speculate else _WARM_TOKENS)
 
-    def _run(self, engine: TransformersEngine, mode: Mode, trial: int, tokens: int) -> Run:
+    def _run(self, engine: BuiltinEngine, mode: Mode, trial: int, tokens: int) -> Run:
         requests = [
             replace(self.request(prompt, mode, seed), max_tokens=tokens)
             for seed, prompt in enumerate(self.of_trial(trial, mode.at_once))

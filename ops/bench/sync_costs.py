@@ -19,7 +19,7 @@ from schemas.errors import UserError
 from schemas.speculator import checkpoint
 from schemas.speculator.network import EagleDraft
 from serving.engines.base import Request
-from serving.engines.builtin.engine import TransformersEngine
+from serving.engines.builtin.engine import BuiltinEngine
 from serving.versions.update_policy import Reading
 
 AT_ONCE = 4
@@ -64,7 +64,7 @@ def measured(stand: Stand, draft: EagleDraft, takeovers: int) -> Costs:
         engine.stop()
     if run.failed:
         raise UserError(f"{run.failed} of {len(run.answers)} requests failed: {engine.health().error}")
-    verify_steps = sum(answer.figures.verify_steps for answer in run.answers if answer.figures)
+    verify_steps = sum(answer.stats.verify_steps for answer in run.answers if answer.stats)
     return Costs(run.seconds / verify_steps, median(one.pause_s for one in found), fetch_cost(found))
 
 
@@ -78,7 +78,7 @@ def fetch_cost(found: Sequence[Takeover]) -> float:
     return max(share, 0.0) * during.seconds / len(found)
 
 
-def _take_over(engine: TransformersEngine, version: Path) -> Takeover:
+def _take_over(engine: BuiltinEngine, version: Path) -> Takeover:
     before = _reading(engine)
     time.sleep(_APART_S)
     begun = _reading(engine)
@@ -96,9 +96,9 @@ def _stretch(first: Reading, last: Reading) -> Stretch:
     return Stretch(last.output_tokens - first.output_tokens, last.time_s - first.time_s)
 
 
-def _reading(engine: TransformersEngine) -> Reading:
+def _reading(engine: BuiltinEngine) -> Reading:
     health = engine.health()
-    return Reading(time.perf_counter(), health.verify_steps, health.accepted, health.output_tokens)
+    return Reading(time.perf_counter(), health.verify_steps, health.accepted_tokens, health.output_tokens)
 
 
 def _endless(stand: Stand, ending: threading.Event) -> Iterator[Request]:

@@ -1,8 +1,7 @@
-"""What the node asks of an engine: generate with a trace sink, swap the draft, say how it is.
+"""The engine protocol: generate with a trace sink, swap the draft, report health.
 
-An engine runs its verify steps on a thread of its own. Callbacks come from that thread and must return at once: the
-API hands
-an output over to its event loop, the publisher puts a verify step into its queue.
+An engine runs its verify steps on its own thread and calls every callback from that thread. A callback must return at
+once: the HTTP API hands an output to its event loop, and the trace publisher puts a verify step into its queue.
 """
 
 from __future__ import annotations
@@ -19,110 +18,106 @@ Finish = Literal["stop", "length", "cancelled", "error"]
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One sequence to generate."""
+    """A prompt and how to continue it."""
 
     id: str
     prompt: tuple[int, ...]
     max_tokens: int
-    """Longest answer, in tokens; the engine also ends a request at its own limit for prompt and answer together."""
+    """Maximum number of output tokens; the engine's limit on prompt and output together also applies."""
     temperature: float = 0.0
     """0 is greedy."""
     top_p: float = 1.0
     top_k: int = 0
-    """Draw from this many likeliest tokens only; 0 draws from all."""
+    """Sample from this many of the likeliest tokens; 0 samples from all."""
     seed: int | None = None
     stop_ids: frozenset[int] = frozenset()
-    """Tokens that end the answer, beside the target's own end tokens."""
+    """Tokens that end the output, in addition to the target's EOS tokens."""
     ignore_eos: bool = False
-    """The target's own end tokens do not end the answer."""
+    """Whether to continue after the target's EOS tokens."""
     logprobs: int | None = None
-    """Alternatives to report for every answered token; None reports no log-probabilities at all."""
+    """Number of alternatives to report with each output token; None reports no log-probabilities."""
     label: str | None = None
     trace: bool = True
     speculate: bool = True
 
 
 @dataclass(frozen=True, slots=True)
-class Scored:
-    """The target's log-probabilities at one answered token, before temperature, top-k and nucleus."""
+class TokenLogprobs:
+    """The target's log-probabilities at one output token, before temperature, top-k and top-p."""
 
     logprob: float
-    """Of the token itself."""
+    """Log-probability of the token itself."""
     top: tuple[tuple[int, float], ...]
-    """The likeliest tokens with theirs, best first; as many as ``Request.logprobs`` asks for."""
+    """The ``Request.logprobs`` likeliest tokens with their log-probabilities, best first."""
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What one verify step added to an answer; the last one of a request carries ``finish`` and the figures of the
-    whole.
-    """
+    """The output of one verify step. The last output of a request carries ``finish`` and ``stats``."""
 
     tokens: tuple[int, ...]
-    scores: tuple[Scored, ...] = ()
-    """One for each of ``tokens`` where the request asks for log-probabilities, else empty."""
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """One for each of ``tokens`` if the request asks for log-probabilities, else empty."""
     finish: Finish | None = None
     error: str | None = None
-    figures: Figures | None = None
+    stats: RequestStats | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Figures:
-    """How a request was decoded. Accepted tokens per step is ``accepted / verify_steps``: the bonus token is not in
-    it.
-    """
+class RequestStats:
+    """How a request was decoded. ``accepted_tokens / verify_steps`` is the accepted tokens per step, bonus excluded."""
 
     verify_steps: int
-    """Verify steps, the prefill not counted."""
-    drafted: int
-    accepted: int
+    """Verify steps, without prefill."""
+    draft_tokens: int
+    accepted_tokens: int
     speculators: tuple[str, ...]
     """Versions that drafted for the request, in order; empty without speculation."""
 
 
 @dataclass(frozen=True, slots=True)
-class Swapped:
-    """A draft that took its place between two verify steps."""
+class SwapResult:
+    """A completed hot swap of the draft."""
 
     version: str
     in_flight: int
-    """Requests that were being decoded; none of them is lost."""
+    """Requests that were running; the swap drops none of them."""
     pause_ms: float
-    """Time for which the verify steps stood still."""
+    """Time without a verify step."""
 
 
 @dataclass(frozen=True, slots=True)
-class Health:
-    """Counters since the start, and what runs now."""
+class EngineHealth:
+    """Counters since the start, and the current state."""
 
     alive: bool
     speculator: str
-    """Version that drafts; kept while speculation is off."""
+    """Version that drafts; reported also while speculation is off."""
     speculating: bool
-    """Whether the operator lets the engine draft; how much it drafts is the engine's own measured choice."""
+    """Whether the operator allows speculation. ``draft_depth`` shows how much the engine chooses to draft."""
     draft_depth: int
-    """That choice: tokens a request, one after the other; 0 while drafting does not pay."""
-    expected_rates: tuple[float, ...]
-    """What it rests on: expected output tokens per second with 0, 1, .. drafted tokens a request."""
-    running: int
-    waiting: int
+    """Draft tokens per sequence, one after the other; 0 while drafting does not pay."""
+    expected_tokens_per_second: tuple[float, ...]
+    """Expected output tokens per second with 0, 1, .. draft tokens per sequence: the reason for ``draft_depth``."""
+    requests_running: int
+    requests_waiting: int
     verify_steps: int
-    drafted: int
-    accepted: int
+    draft_tokens: int
+    accepted_tokens: int
     output_tokens: int
     error: str | None = None
-    """Why the engine stopped, if it did."""
+    """Why the engine failed."""
 
 
 class TraceSink(Protocol):
-    """Takes the verify steps of requests that may be traced. Never blocks, never raises."""
+    """Receives the verify steps of requests that may be traced. Never blocks and never raises."""
 
     def record(self, request: Request, verify_steps: tuple[VerifyStep, ...], finish: Finish | None) -> None:
-        """Take the next verify steps of a request; ``finish`` comes with the last ones."""
+        """Record the next verify steps of a request; ``finish`` accompanies the last ones."""
 
 
-class Drafting(Protocol):
-    """What drafts, as those see it who decide which version does."""
+class HotSwapEngine(Protocol):
+    """An engine whose draft can be swapped while it serves. The version poller and the admin API need no more."""
 
     @property
     def target(self) -> str:
@@ -130,32 +125,30 @@ class Drafting(Protocol):
 
     @property
     def line(self) -> str:
-        """Speculator line of the drafts that ``swap`` takes."""
+        """Speculator line of the drafts that ``swap`` accepts."""
 
     def check(self, draft: EagleDraft) -> None:
-        """Smoke-draft with the given weights, off the serving path.
+        """Draft a few tokens with the given weights, outside the serving path.
 
         Raises:
-            CheckpointError: the draft gives values that are not finite.
+            CheckpointError: the draft produces values that are not finite.
         """
 
-    def swap(self, draft: EagleDraft, version: str) -> Swapped:
-        """Put checked weights in place between two verify steps, without dropping a request; blocks the caller until
-        then.
-        """
+    def swap(self, draft: EagleDraft, version: str) -> SwapResult:
+        """Swap in checked weights between two verify steps; block until done. No request is dropped."""
 
     def speculate(self, *, on: bool) -> None:
-        """Let running and coming requests be drafted for, or stop it, from the next verify step on.
+        """Turn speculation on or off for all requests, from the next verify step on.
 
         Raises:
-            FixedError: this was settled at the start.
+            SpeculationFixedError: the engine cannot change it while it runs.
         """
 
-    def health(self) -> Health:
-        """Counters and state, at any time."""
+    def health(self) -> EngineHealth:
+        """Return counters and state; callable at any time."""
 
 
-class Engine(Drafting, Protocol):
+class Engine(HotSwapEngine, Protocol):
     """A decoding engine with speculation."""
 
     @property
@@ -164,28 +157,28 @@ class Engine(Drafting, Protocol):
 
     @property
     def max_tokens(self) -> int:
-        """Longest request, prompt and answer together."""
+        """Maximum length of a request, prompt and output together."""
 
     def start(self) -> None:
-        """Begin to run verify steps."""
+        """Start to run verify steps."""
 
     def stop(self) -> None:
-        """End the verify steps; running requests finish with ``cancelled``."""
+        """Stop; running requests finish with ``cancelled``."""
 
     def submit(self, request: Request, on_output: Callable[[Output], None]) -> None:
         """Queue a request.
 
         Raises:
-            EngineFullError: as many requests wait as the settings allow.
+            EngineFullError: the queue of waiting requests is full.
         """
 
     def cancel(self, request_id: str) -> None:
-        """End a request before its next verify step; unknown ids are those that ended already."""
+        """End a request before its next verify step. Ignore unknown ids: their requests have ended."""
 
 
 class EngineFullError(RuntimeError):
-    """No more requests can wait."""
+    """The queue of waiting requests is full, or the engine has stopped."""
 
 
-class FixedError(RuntimeError):
-    """The engine cannot change this while it runs; the message says where it was settled."""
+class SpeculationFixedError(RuntimeError):
+    """The engine cannot turn speculation on or off while it runs; the message names the setting that fixed it."""

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from schemas.settings import Serve
 from schemas.status import SpeculatorStatus
-from serving.engines.base import Drafting, FixedError
+from serving.engines.base import HotSwapEngine, SpeculationFixedError
 from serving.http.auth import AdminTokens, opens
 from serving.http.requests import ApiError
 from serving.http.status import refused_of, swaps_of
@@ -38,7 +38,7 @@ class Pin(BaseModel):
     version: str = Field(min_length=1, max_length=64)
 
 
-def add(app: FastAPI, serve: Serve, engine: Drafting, puller: Puller | None) -> None:
+def add(app: FastAPI, serve: Serve, engine: HotSwapEngine, puller: Puller | None) -> None:
     """Add the endpoints to the application."""
     router = APIRouter(prefix="/admin/speculator", dependencies=[Depends(_only_with(AdminTokens(serve)))])
 
@@ -75,7 +75,7 @@ def add(app: FastAPI, serve: Serve, engine: Drafting, puller: Puller | None) -> 
     app.include_router(router)
 
 
-def describe(serve: Serve, engine: Drafting, puller: Puller | None) -> SpeculatorStatus:
+def describe(serve: Serve, engine: HotSwapEngine, puller: Puller | None) -> SpeculatorStatus:
     """What is served, and what decides it."""
     health = engine.health()
     return SpeculatorStatus(
@@ -114,10 +114,10 @@ def _only_with(tokens: AdminTokens) -> Callable[[str], None]:
     return check
 
 
-def _switch(engine: Drafting, *, on: bool) -> None:
+def _switch(engine: HotSwapEngine, *, on: bool) -> None:
     try:
         engine.speculate(on=on)
-    except FixedError as error:
+    except SpeculationFixedError as error:
         raise ApiError(409, str(error), kind="invalid_request_error", code="speculation_fixed") from error
 
 

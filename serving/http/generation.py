@@ -13,14 +13,14 @@ from functools import partial
 from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client import Counter as PrometheusCounter
 
-from serving.engines.base import Engine, EngineFullError, Figures, Output, Request
+from serving.engines.base import Engine, EngineFullError, Output, Request, RequestStats
 from serving.http.requests import ApiError, unavailable
 from serving.http.responses import Cost, FinishReason
 from serving.http.transcript import Piece, Transcript, joined
 
 _ALIVE_CHECK_S = 5.0
 _BUCKETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0, 10.0, 30.0)
-_NO_FIGURES = Figures(0, 0, 0, ())
+_NO_FIGURES = RequestStats(0, 0, 0, ())
 
 
 class RequestFigures:
@@ -69,7 +69,7 @@ class Choice:
     transcript: Transcript
     finish: FinishReason | None = None
     """None until it has ended."""
-    figures: Figures = _NO_FIGURES
+    figures: RequestStats = _NO_FIGURES
     """How it was decoded, known when it has ended."""
     last: float = field(default_factory=time.perf_counter)
     """When it began, then when its newest tokens came."""
@@ -81,7 +81,7 @@ class Choice:
 
     def read(self, output: Output) -> Piece:
         """What an output adds to the text."""
-        piece = self.transcript.feed(output.tokens, output.scores)
+        piece = self.transcript.feed(output.tokens, output.logprobs)
         return piece if output.finish is None else joined([piece, self.transcript.finish()])
 
 
@@ -177,7 +177,7 @@ class Generation:
 
     def _end(self, choice: Choice, output: Output) -> None:
         self._running.remove(choice.index)
-        choice.figures = output.figures or choice.figures
+        choice.figures = output.stats or choice.figures
         stopped = choice.transcript.stopped
         if output.finish == "error":
             self._figures.ended("failed")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from serving.engines.base import Figures
+from serving.engines.base import RequestStats
 from serving.http.detokenizer import Speller
 from serving.http.transcript import Piece, Token
 
@@ -23,7 +23,7 @@ class Cost:
     """What one choice cost."""
 
     tokens: int
-    figures: Figures
+    figures: RequestStats
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +45,8 @@ class Tally:
 
     def body(self) -> dict[str, Any]:
         """OpenAI's ``usage``, and how the answer was decoded."""
-        drafted = sum(cost.figures.drafted for cost in self.costs)
-        accepted = sum(cost.figures.accepted for cost in self.costs)
+        drafted = sum(cost.figures.draft_tokens for cost in self.costs)
+        accepted = sum(cost.figures.accepted_tokens for cost in self.costs)
         usage = self.so_far() | {
             "completion_tokens_details": {
                 "accepted_prediction_tokens": accepted,

@@ -11,7 +11,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Metric, ge
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from schemas.status import RefusedStatus, ServeStatus, SwapStatus
-from serving.engines.base import Drafting
+from serving.engines.base import HotSwapEngine
 from serving.http.drain import Drain
 from serving.traces.accounting import TraceCounts
 from serving.versions.poller import Puller
@@ -48,32 +48,34 @@ class Traced(Protocol):
 class EngineMetrics:
     """The engine's counters, read at scrape time."""
 
-    def __init__(self, engine: Drafting) -> None:
+    def __init__(self, engine: HotSwapEngine) -> None:
         self._engine = engine
 
     def collect(self) -> Iterator[Metric]:
         """Metrics of one moment."""
         health = self._engine.health()
         yield CounterMetricFamily("aurora_serve_verify_steps", "Verify steps.", value=health.verify_steps)
-        yield CounterMetricFamily("aurora_serve_drafted_tokens", "Tokens drafted.", value=health.drafted)
-        yield CounterMetricFamily("aurora_serve_accepted_tokens", "Drafted tokens accepted.", value=health.accepted)
+        yield CounterMetricFamily("aurora_serve_drafted_tokens", "Tokens drafted.", value=health.draft_tokens)
+        yield CounterMetricFamily(
+            "aurora_serve_accepted_tokens", "Drafted tokens accepted.", value=health.accepted_tokens
+        )
         yield CounterMetricFamily("aurora_serve_output_tokens", "Tokens answered.", value=health.output_tokens)
         yield GaugeMetricFamily("aurora_serve_draft_depth", "Tokens drafted a request.", value=health.draft_depth)
         rates = GaugeMetricFamily(
             "aurora_serve_expected_tokens_per_second", "By drafted tokens a request.", labels=["drafted"]
         )
-        for drafted, rate in enumerate(health.expected_rates):
+        for drafted, rate in enumerate(health.expected_tokens_per_second):
             rates.add_metric([str(drafted)], rate)
         yield rates
-        yield GaugeMetricFamily("aurora_serve_running", "Requests being decoded.", value=health.running)
-        yield GaugeMetricFamily("aurora_serve_waiting", "Requests that wait.", value=health.waiting)
+        yield GaugeMetricFamily("aurora_serve_running", "Requests being decoded.", value=health.requests_running)
+        yield GaugeMetricFamily("aurora_serve_waiting", "Requests that wait.", value=health.requests_waiting)
         yield GaugeMetricFamily("aurora_serve_alive", "1 while the engine runs.", value=int(health.alive))
 
 
 def add(
     app: FastAPI,
     node: str,
-    engine: Drafting,
+    engine: HotSwapEngine,
     figures: Ended,
     metrics: CollectorRegistry,
     publisher: Traced | None,
@@ -109,7 +111,7 @@ def add(
 
 def describe(
     node: str,
-    engine: Drafting,
+    engine: HotSwapEngine,
     figures: Ended,
     publisher: Traced | None,
     puller: Puller | None,
@@ -127,16 +129,16 @@ def describe(
         speculator=health.speculator,
         speculating=health.speculating,
         draft_depth=health.draft_depth,
-        expected_rates=list(health.expected_rates),
+        expected_rates=list(health.expected_tokens_per_second),
         role=puller.role if puller else None,
         pinned=puller.pinned if puller else None,
-        running=health.running,
-        waiting=health.waiting,
+        running=health.requests_running,
+        waiting=health.requests_waiting,
         finished=figures.finished,
         failed=figures.failed,
         verify_steps=health.verify_steps,
-        drafted=health.drafted,
-        accepted=health.accepted,
+        drafted=health.draft_tokens,
+        accepted=health.accepted_tokens,
         output_tokens=health.output_tokens,
         rows_captured=rows.captured,
         rows_published=rows.published,

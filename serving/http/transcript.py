@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from serving.engines.base import Scored
+from serving.engines.base import TokenLogprobs
 from serving.http.detokenizer import Detokenizer, StopScanner
 
 
@@ -21,7 +21,7 @@ class Token:
     id: int
     offset: int
     """Characters of the answer before the token's text."""
-    score: Scored
+    score: TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class Transcript:
         """True after a stop string."""
         return self._scanner.stopped
 
-    def feed(self, tokens: Sequence[int], scores: Sequence[Scored] = ()) -> Piece:
+    def feed(self, tokens: Sequence[int], scores: Sequence[TokenLogprobs] = ()) -> Piece:
         """What can be shown after the next tokens; ``scores`` are theirs, or empty.
 
         Tokens are read one by one where it matters which of them gave which text.
@@ -94,8 +94,8 @@ class Transcript:
         return joined([piece, Piece(rest, tuple(tokens))])
 
     def _steps(
-        self, tokens: Sequence[int], scores: Sequence[Scored]
-    ) -> Iterator[tuple[tuple[int, ...], tuple[Scored, ...]]]:
+        self, tokens: Sequence[int], scores: Sequence[TokenLogprobs]
+    ) -> Iterator[tuple[tuple[int, ...], tuple[TokenLogprobs, ...]]]:
         if scores:
             return (((token,), (score,)) for token, score in zip(tokens, scores, strict=True))
         if self._singly:

@@ -13,7 +13,7 @@ from schemas.speculator.network import EagleDraft
 from schemas.telemetry import spans
 from schemas.telemetry.spans import Span
 from schemas.telemetry.trace_context import of_version
-from serving.engines.base import Drafting
+from serving.engines.base import HotSwapEngine
 
 log = structlog.get_logger()
 
@@ -46,7 +46,7 @@ def _span(line: str, swap: Swap, role: str) -> Span:
 class Seat:
     """The one version that serves."""
 
-    def __init__(self, engine: Drafting) -> None:
+    def __init__(self, engine: HotSwapEngine) -> None:
         self._engine = engine
         self._swaps: deque[Swap] = deque(maxlen=_SWAPS_KEPT)
         self.turning = threading.RLock()

@@ -18,7 +18,7 @@ import structlog
 from schemas.speculator import checkpoint
 from schemas.speculator.checkpoint import CheckpointError
 from schemas.speculator.network import EagleDraft
-from serving.engines.base import Drafting
+from serving.engines.base import HotSwapEngine
 from serving.versions.alias_policy import Named
 
 log = structlog.get_logger()
@@ -73,7 +73,7 @@ class Refusal:
 class Shelf:
     """Brings versions, and keeps those that are asked for again and again."""
 
-    def __init__(self, registry: Registry, engine: Drafting) -> None:
+    def __init__(self, registry: Registry, engine: HotSwapEngine) -> None:
         self._registry = registry
         self._engine = engine
         self._drafts: dict[str, EagleDraft] = {}

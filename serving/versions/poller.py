@@ -29,7 +29,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from schemas.errors import UserError
 from schemas.settings import Settings
-from serving.engines.base import Drafting
+from serving.engines.base import HotSwapEngine
 from serving.versions.active import PINNED, Seat, Swap
 from serving.versions.alias_policy import CANARY, CHAMPION, Following, Named, hear, held, serves_canary, slice_at
 from serving.versions.cache import Refusal, RefusedError, Registry, RegistryError, Shelf, UnknownVersionError
@@ -59,7 +59,7 @@ class Puller:
     def __init__(
         self,
         registry: Registry,
-        engine: Drafting,
+        engine: HotSwapEngine,
         settings: Settings,
         clock: Callable[[], float] = time.time,
         ticks: Callable[[], float] = time.monotonic,
@@ -282,7 +282,7 @@ class Puller:
 
     def _reading(self) -> Reading:
         health = self._engine.health()
-        return Reading(self._ticks(), health.verify_steps, health.accepted, health.output_tokens)
+        return Reading(self._ticks(), health.verify_steps, health.accepted_tokens, health.output_tokens)
 
     def _prepare(self) -> None:
         """See that both versions of a trial are at hand."""

@@ -26,7 +26,7 @@ from schemas.events import QUARANTINED_TAG
 from schemas.settings import Settings, load
 from schemas.speculator import checkpoint
 from schemas.speculator.network import EagleDraft
-from serving.engines.builtin.engine import TransformersEngine
+from serving.engines.builtin.engine import BuiltinEngine
 from trainer.data.target import read_target
 from trainer.release.alias_moves import Mover
 from trainer.release.audit import Audit, KafkaEvents
@@ -105,7 +105,7 @@ class Fleet:
 def learned(settings: Settings, folder: Path) -> EagleDraft:
     """A draft that knows the answers to the prompts by heart."""
     recorder = recording.Recorder()
-    engine = TransformersEngine(settings, recorder)
+    engine = BuiltinEngine(settings, recorder)
     engine.start()
     planned = [
         replace(request, ignore_eos=True) for request in training_requests("math", PROMPTS, len(PROMPTS), ANSWER)

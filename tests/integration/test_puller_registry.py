@@ -23,7 +23,7 @@ from schemas.settings import Canary, Settings
 from schemas.settings import Registry as RegistrySettings
 from schemas.speculator import checkpoint
 from schemas.speculator.network import EagleDraft, random_draft
-from serving.engines.base import Health, Swapped
+from serving.engines.base import EngineHealth, SwapResult
 from serving.versions.cache import RegistryError
 from serving.versions.poller import Puller
 from serving.versions.registry import MlflowRegistry
@@ -40,12 +40,12 @@ class Engine:
     def check(self, draft: EagleDraft) -> None:
         assert torch.isfinite(draft.fc.weight).all()
 
-    def health(self) -> Health:
+    def health(self) -> EngineHealth:
         return IDLE
 
-    def swap(self, draft: EagleDraft, version: str) -> Swapped:
+    def swap(self, draft: EagleDraft, version: str) -> SwapResult:
         self.served.append((version, draft))
-        return Swapped(version, 0, 0.1)
+        return SwapResult(version, 0, 0.1)
 
 
 class Line:

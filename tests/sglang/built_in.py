@@ -14,7 +14,7 @@ from schemas.settings import Train, load
 from schemas.speculator import checkpoint
 from schemas.trace.record import VerifyStep, from_bf16
 from serving.engines.base import Finish, Output, Request
-from serving.engines.builtin.engine import TransformersEngine
+from serving.engines.builtin.engine import BuiltinEngine
 from trainer.data.samples import Teacher, Window, collate
 from trainer.loop.learner import Learner
 
@@ -41,7 +41,7 @@ def verify_steps_of(
         "traces.top_k": TOP_K,
     }  # fmt: skip
     kept = _Kept()
-    engine = TransformersEngine(load(environ={}, flags=flags), kept)
+    engine = BuiltinEngine(load(environ={}, flags=flags), kept)
     engine.start()
     engine.swap(checkpoint.read(draft, engine.line), "1")
     outputs: SimpleQueue[Output] = SimpleQueue()

@@ -9,7 +9,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from schemas.speculator.network import EagleDraft
-from serving.engines.base import EngineFullError, Figures, Finish, Health, Output, Request, Scored, Swapped
+from serving.engines.base import (
+    EngineFullError,
+    EngineHealth,
+    Finish,
+    Output,
+    Request,
+    RequestStats,
+    SwapResult,
+    TokenLogprobs,
+)
 
 EOS = "<eos>"
 BYTES = 256
@@ -64,16 +73,16 @@ class EchoEngine:
     def check(self, draft: EagleDraft) -> None:
         pass
 
-    def swap(self, draft: EagleDraft, version: str) -> Swapped:
+    def swap(self, draft: EagleDraft, version: str) -> SwapResult:
         self.version = version
-        return Swapped(version, 0, 0.0)
+        return SwapResult(version, 0, 0.0)
 
     def speculate(self, *, on: bool) -> None:
         self.speculating = on
 
-    def health(self) -> Health:
+    def health(self) -> EngineHealth:
         error = "it broke" if self.dead else None
-        return Health(
+        return EngineHealth(
             not self.dead, self.version, self.speculating, 3, (50.0, 60.0, 66.0, 64.0), 0, 0, 4, 12, 6, 10, error=error
         )
 
@@ -82,7 +91,7 @@ class EchoEngine:
         verify_steps = 0
         for start in range(0, len(answer), self.per_verify_step):
             tokens = answer[start : start + self.per_verify_step]
-            on_output(Output(tokens, scores=() if request.logprobs is None else scores(tokens, request.logprobs)))
+            on_output(Output(tokens, logprobs=() if request.logprobs is None else scores(tokens, request.logprobs)))
             verify_steps += 1
             self.gate.wait(10)
             if request.id in self._cancelled:
@@ -104,12 +113,14 @@ class EchoEngine:
         self.ended[request.id] = finish
         drafted = 3 * verify_steps if request.speculate else 0
         versions = ("day-0-head-0",) if request.speculate else ()
-        on_output(Output((), finish=finish, figures=Figures(verify_steps, drafted, drafted // 3, versions)))
+        on_output(Output((), finish=finish, stats=RequestStats(verify_steps, drafted, drafted // 3, versions)))
 
 
-def scores(tokens: Sequence[int], alternatives: int) -> tuple[Scored, ...]:
+def scores(tokens: Sequence[int], alternatives: int) -> tuple[TokenLogprobs, ...]:
     """Every token at -0.5 as the likeliest, then the next ones in the vocabulary, each less likely by one."""
-    return tuple(Scored(-0.5, tuple(((token + i) % BYTES, -0.5 - i) for i in range(alternatives))) for token in tokens)
+    return tuple(
+        TokenLogprobs(-0.5, tuple(((token + i) % BYTES, -0.5 - i) for i in range(alternatives))) for token in tokens
+    )
 
 
 def byte_tokenizer(extra: Sequence[str] = ()) -> PreTrainedTokenizerFast:

@@ -1,17 +1,17 @@
 """The health of an engine that nobody has asked anything yet."""
 
-from serving.engines.base import Health
+from serving.engines.base import EngineHealth
 
-IDLE = Health(
+IDLE = EngineHealth(
     alive=True,
     speculator="",
     speculating=True,
     draft_depth=0,
-    expected_rates=(),
-    running=0,
-    waiting=0,
+    expected_tokens_per_second=(),
+    requests_running=0,
+    requests_waiting=0,
     verify_steps=0,
-    drafted=0,
-    accepted=0,
+    draft_tokens=0,
+    accepted_tokens=0,
     output_tokens=0,
 )

@@ -26,7 +26,7 @@ from schemas.errors import UserError
 from schemas.settings import Settings
 from schemas.speculator.checkpoint import target_fingerprint
 from serving.engines.base import Request
-from serving.engines.builtin.engine import TransformersEngine
+from serving.engines.builtin.engine import BuiltinEngine
 from trainer.data.samples import Window, collate, cut
 from trainer.data.target import read_target
 from trainer.loop.learner import Learner
@@ -134,7 +134,7 @@ def record(settings: Settings, per_domain: int, say: Say) -> None:
         }
     )
     recorder = recording.Recorder()
-    engine = TransformersEngine(settings.model_copy(update={"serve": serve}), recorder)
+    engine = BuiltinEngine(settings.model_copy(update={"serve": serve}), recorder)
     engine.start()
     try:
         for served in Serving(settings, engine, recorder, folder).run(segments):
@@ -146,9 +146,7 @@ def record(settings: Settings, per_domain: int, say: Say) -> None:
 class Serving:
     """An engine and the learner that follows it, segment by segment."""
 
-    def __init__(
-        self, settings: Settings, engine: TransformersEngine, recorder: recording.Recorder, folder: Path
-    ) -> None:
+    def __init__(self, settings: Settings, engine: BuiltinEngine, recorder: recording.Recorder, folder: Path) -> None:
         self._target = read_target(settings).on(device_of(settings.train.device, "train.device"))
         self._engine, self._recorder, self._folder = engine, recorder, folder
         self._train = settings.train
@@ -178,7 +176,7 @@ class Serving:
             self._version,
             after.output_tokens - before.output_tokens,
             after.verify_steps - before.verify_steps,
-            after.accepted - before.accepted,
+            after.accepted_tokens - before.accepted_tokens,
             seconds,
         )
 

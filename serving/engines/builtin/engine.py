@@ -19,7 +19,16 @@ from schemas.settings import Settings, SettingsError
 from schemas.speculator.checkpoint import CheckpointError
 from schemas.speculator.initial_draft import Line, read_line
 from schemas.speculator.network import EagleDraft
-from serving.engines.base import EngineFullError, Figures, Finish, Health, Output, Request, Swapped, TraceSink
+from serving.engines.base import (
+    EngineFullError,
+    EngineHealth,
+    Finish,
+    Output,
+    Request,
+    RequestStats,
+    SwapResult,
+    TraceSink,
+)
 from serving.engines.builtin.calibration import measure
 from serving.engines.builtin.drafter import Drafter, pack_draft
 from serving.engines.builtin.target import Target
@@ -28,10 +37,10 @@ from serving.planner import Utility
 
 log = structlog.get_logger()
 
-_NO_FIGURES = Figures(0, 0, 0, ())
+_NO_STATS = RequestStats(0, 0, 0, ())
 
 
-class TransformersEngine:
+class BuiltinEngine:
     """Implements ``serving.engines.base.Engine`` on PyTorch.
 
     The verify step thread alone touches the models and the caches. Other threads leave requests, cancellations and
@@ -70,7 +79,7 @@ class TransformersEngine:
         self._mail = threading.Condition()
         self._waiting: deque[tuple[Request, Callable[[Output], None]]] = deque()
         self._cancelled: set[str] = set()
-        self._swaps: deque[tuple[EagleDraft, str, Future[Swapped]]] = deque()
+        self._swaps: deque[tuple[EagleDraft, str, Future[SwapResult]]] = deque()
         self._stopping = False
 
         self._speculating = serve.speculate
@@ -123,10 +132,10 @@ class TransformersEngine:
         """
         self._drafter.check(draft)
 
-    def swap(self, draft: EagleDraft, version: str) -> Swapped:
+    def swap(self, draft: EagleDraft, version: str) -> SwapResult:
         """Put checked weights in place between two verify steps; blocks until they are."""
         packed = pack_draft(draft, self._target.device)
-        done: Future[Swapped] = Future()
+        done: Future[SwapResult] = Future()
         with self._mail:
             if self._stopping or self._error:
                 raise EngineFullError(self._error or "the engine is stopping")
@@ -138,20 +147,20 @@ class TransformersEngine:
         """Draft from the next verify step on, or stop it; a node started without speculation stays without."""
         self._speculating = on and self._serve.speculate
 
-    def health(self) -> Health:
+    def health(self) -> EngineHealth:
         """Counters and state."""
         forecast = self._utility.forecast
-        return Health(
+        return EngineHealth(
             alive=self._thread.is_alive() and self._error is None,
             speculator=self._version if self._serve.speculate else "",
             speculating=self._speculating,
             draft_depth=forecast.depth if self._speculating else 0,
-            expected_rates=forecast.rates,
-            running=len(self._active),
-            waiting=len(self._waiting),
+            expected_tokens_per_second=forecast.rates,
+            requests_running=len(self._active),
+            requests_waiting=len(self._waiting),
             verify_steps=self._verify_steps,
-            drafted=self._drafted,
-            accepted=self._accepted,
+            draft_tokens=self._drafted,
+            accepted_tokens=self._accepted,
             output_tokens=self._output_tokens,
             error=self._error,
         )
@@ -183,9 +192,9 @@ class TransformersEngine:
             arrived = [self._waiting.popleft() for _ in range(min(len(self._free), len(self._waiting)))]
             swaps, self._swaps = self._swaps, deque()
         for _, on_output in gone:
-            on_output(Output((), finish="cancelled", figures=_NO_FIGURES))
+            on_output(Output((), finish="cancelled", stats=_NO_STATS))
         for r in [r for r in self._active if r.request.id in cancelled]:
-            self._finish(r, Output((), finish="cancelled", figures=r.figures))
+            self._finish(r, Output((), finish="cancelled", stats=r.stats))
         for draft, version, done in swaps:
             self._take(draft, version, done)
         for request, on_output in arrived:
@@ -203,12 +212,12 @@ class TransformersEngine:
             Running(request, on_output, heapq.heappop(self._free), generator, tokens=list(request.prompt))
         )
 
-    def _take(self, draft: EagleDraft, version: str, done: Future[Swapped]) -> None:
+    def _take(self, draft: EagleDraft, version: str, done: Future[SwapResult]) -> None:
         started = time.perf_counter()
         self._drafter.take(draft)
         self._utility.renew()
         self._version = version
-        done.set_result(Swapped(version, len(self._active), (time.perf_counter() - started) * 1e3))
+        done.set_result(SwapResult(version, len(self._active), (time.perf_counter() - started) * 1e3))
 
     def _verify_step(self) -> None:
         if not self._active:
@@ -228,7 +237,7 @@ class TransformersEngine:
             self._sink.record(r.request, (result.trace,), r.finish)
         if r.finish is not None:
             self._release(r)
-            r.on_output(Output(result.output, result.scores, r.finish, figures=r.figures))
+            r.on_output(Output(result.output, result.scores, r.finish, stats=r.stats))
         elif result.output:
             r.on_output(Output(result.output, result.scores))
 
@@ -251,9 +260,9 @@ class TransformersEngine:
             self._stopping = True
         finish: Finish = "error" if self._error else "cancelled"
         for r in list(self._active):
-            self._finish(r, Output((), finish=finish, error=self._error, figures=r.figures))
+            self._finish(r, Output((), finish=finish, error=self._error, stats=r.stats))
         for _, on_output in waiting:
-            on_output(Output((), finish=finish, error=self._error, figures=_NO_FIGURES))
+            on_output(Output((), finish=finish, error=self._error, stats=_NO_STATS))
         for _, version, done in swaps:
             done.set_exception(EngineFullError(f"version {version} was not swapped in: the engine has stopped"))
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from schemas.draft_tree import depths, is_chain, visible
 from schemas.speculator.acceptance import SampledRows, Verdict, accept_greedy, accept_sampled
 from schemas.trace.record import ROOT, U16, VerifyStep
-from serving.engines.base import Figures, Finish, Output, Request, Scored
+from serving.engines.base import Finish, Output, Request, RequestStats, TokenLogprobs
 from serving.engines.builtin.drafter import Committed, Drafter, Proposal
 from serving.engines.builtin.kernels import likeliest
 from serving.engines.builtin.kv_cache import Branching, RaggedBatch, Segment
@@ -79,9 +79,9 @@ class Running:
         return self.request.temperature <= 0
 
     @property
-    def figures(self) -> Figures:
+    def stats(self) -> RequestStats:
         """How the request was decoded so far."""
-        return Figures(self.verify_steps, self.drafted, self.accepted, tuple(self.speculators))
+        return RequestStats(self.verify_steps, self.drafted, self.accepted, tuple(self.speculators))
 
     def room(self, limit: int) -> int:
         """Tokens that the answer can still take."""
@@ -115,7 +115,7 @@ class Decided(NamedTuple):
 
     running: Running
     output: tuple[int, ...]
-    scores: tuple[Scored, ...]
+    scores: tuple[TokenLogprobs, ...]
     verify_step: Drafting | None
     """None for a prefill."""
     trace: VerifyStep | None
@@ -335,7 +335,7 @@ def _end(said: list[int], r: Running, models: Models) -> tuple[list[int], Finish
     return said, None
 
 
-def _scores(judged: _Judged, path: Sequence[int], output: Sequence[int]) -> tuple[Scored, ...]:
+def _scores(judged: _Judged, path: Sequence[int], output: Sequence[int]) -> tuple[TokenLogprobs, ...]:
     """Log-probabilities of the answered tokens, each at the row that decided it: the root's, then those of the path."""
     wanted = judged.step.running.request.logprobs
     if wanted is None:
@@ -345,7 +345,7 @@ def _scores(judged: _Judged, path: Sequence[int], output: Sequence[int]) -> tupl
         logits_V = judged.logits_mV[row]
         own = float(logits_V[token] - logits_V.logsumexp(dim=-1))
         ids, logprobs = judged.top_ids_mk[row, :wanted].tolist(), judged.top_logprobs_mk[row, :wanted].tolist()
-        scores.append(Scored(own, tuple(zip(ids, logprobs, strict=True))))
+        scores.append(TokenLogprobs(own, tuple(zip(ids, logprobs, strict=True))))
     return tuple(scores)
 
 

@@ -28,7 +28,7 @@ from ops.report.acceptance_curves import spread
 from schemas.errors import UserError
 from schemas.settings import Settings, Train, load
 from serving.engines.base import Request
-from serving.engines.builtin.engine import TransformersEngine
+from serving.engines.builtin.engine import BuiltinEngine
 from trainer.data.samples import Branch, Teacher, Window
 from trainer.data.target import read_target
 from trainer.objective.simulated_acceptance import accepted_per_step
@@ -75,7 +75,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     }
     made = load(environ={}, flags=flags)
     recorder = recording.Recorder()
-    engine = TransformersEngine(made, recorder)
+    engine = BuiltinEngine(made, recorder)
     engine.start()
     served = list(traffic.Serving(made, engine, recorder, traffic.folder_of(made)).run(requests()))
     again = list(traffic.Serving(made, engine, recorder, traffic.folder_of(made)).run(requests()))

@@ -16,7 +16,7 @@ from schemas.errors import UserError
 from schemas.settings import Settings, load
 from schemas.speculator import checkpoint
 from serving.engines.base import Request
-from serving.engines.builtin.engine import TransformersEngine
+from serving.engines.builtin.engine import BuiltinEngine
 from trainer.data.target import read_target
 from trainer.objective.simulated_acceptance import accepted_per_step
 
@@ -39,9 +39,9 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 
 
 @pytest.fixture(scope="module")
-def engine(settings: Settings) -> Iterator[tuple[TransformersEngine, recording.Recorder]]:
+def engine(settings: Settings) -> Iterator[tuple[BuiltinEngine, recording.Recorder]]:
     recorder = recording.Recorder()
-    running = TransformersEngine(settings, recorder)
+    running = BuiltinEngine(settings, recorder)
     running.start()
     yield running, recorder
     running.stop()
@@ -60,7 +60,7 @@ def test_prompts_are_answered_greedily_first_and_then_in_other_ways() -> None:
 
 
 def test_a_recorded_request_is_read_back_as_the_window_that_the_trainer_learns_from(
-    engine: tuple[TransformersEngine, recording.Recorder], tmp_path: Path
+    engine: tuple[BuiltinEngine, recording.Recorder], tmp_path: Path
 ) -> None:
     running, recorder = engine
     planned = requests(4)
@@ -78,7 +78,7 @@ def test_a_recorded_request_is_read_back_as_the_window_that_the_trainer_learns_f
 
 
 def test_what_is_recorded_is_not_recorded_again(
-    engine: tuple[TransformersEngine, recording.Recorder], tmp_path: Path
+    engine: tuple[BuiltinEngine, recording.Recorder], tmp_path: Path
 ) -> None:
     planned = requests(5)
     recording.record(*engine, planned[:3], tmp_path, lambda _number: None)
@@ -86,7 +86,7 @@ def test_what_is_recorded_is_not_recorded_again(
 
 
 def test_recordings_of_another_target_are_refused(
-    engine: tuple[TransformersEngine, recording.Recorder], tmp_path: Path
+    engine: tuple[BuiltinEngine, recording.Recorder], tmp_path: Path
 ) -> None:
     planned = requests(1)
     recording.record(*engine, planned, tmp_path, lambda _number: None)
@@ -95,7 +95,7 @@ def test_recordings_of_another_target_are_refused(
 
 
 def test_training_caches_a_speculator_that_drafts_better_than_the_random_one(
-    engine: tuple[TransformersEngine, recording.Recorder], settings: Settings, tmp_path: Path
+    engine: tuple[BuiltinEngine, recording.Recorder], settings: Settings, tmp_path: Path
 ) -> None:
     running, recorder = engine
     planned = requests(12)

@@ -22,7 +22,7 @@ from schemas.speculator import checkpoint
 from schemas.speculator.network import EagleDraft
 from schemas.trace.record import CONTENT_TYPE, Chunk, VerifyStep, encode, fingerprint
 from serving.engines.base import Finish, Output, Request
-from serving.engines.builtin.engine import TransformersEngine
+from serving.engines.builtin.engine import BuiltinEngine
 from serving.traces.chunks import Assembly, Origin, Space, Way
 from trainer.data.rows import window_of
 from trainer.data.samples import collate
@@ -89,7 +89,7 @@ def some_requests() -> list[Request]:
     ]
 
 
-def served(engine: TransformersEngine, requests: Sequence[Request]) -> dict[str, Output]:
+def served(engine: BuiltinEngine, requests: Sequence[Request]) -> dict[str, Output]:
     """The last output of each request."""
     queues: dict[str, SimpleQueue[Output]] = {request.id: SimpleQueue() for request in requests}
     for request in requests:
@@ -102,7 +102,7 @@ def served(engine: TransformersEngine, requests: Sequence[Request]) -> dict[str,
     return last
 
 
-def store(settings: Settings, engine: TransformersEngine, recorder: Recorder) -> int:
+def store(settings: Settings, engine: BuiltinEngine, recorder: Recorder) -> int:
     """Rows of all requests, chunk by chunk as a node cuts them and a stream worker builds them; how many chunks."""
     made: list[Chunk | None] = []
     for name, (request, finish) in recorder.ended.items():
@@ -132,10 +132,10 @@ def assert_replay_is_as_live(settings: Settings, version: str, live: Mapping[str
     assert told.exit_code == 0, told.output
     assert again.stdout == told.stdout
     found = json.loads(told.stdout)
-    figures = {name: output.figures for name, output in live.items() if output.figures}
+    figures = {name: output.stats for name, output in live.items() if output.stats}
     replayed = {one["request"]: (one["verify_steps"][0], one["accepted"][0]) for one in found["requests"]}
-    assert replayed == {name: (one.verify_steps, one.accepted) for name, one in figures.items()}
-    accepted = sum(one.accepted for one in figures.values())
+    assert replayed == {name: (one.verify_steps, one.accepted_tokens) for name, one in figures.items()}
+    accepted = sum(one.accepted_tokens for one in figures.values())
     groups = found["groups"]
     assert groups["all"]["versions"][0]["accepted"] == accepted
     assert sum(groups[f"label {label}"]["versions"][0]["accepted"] for label in "ab") == accepted
@@ -148,7 +148,7 @@ def test_replay_gives_the_verify_steps_and_accepted_tokens_of_the_live_engine_fo
     write_tiny_target(tmp_path / "target")
     first, second = (settings_for(tmp_path, **{"tables.uri": str(tmp_path / name)}) for name in ("first", "second"))
     recorder, requests = Recorder(), some_requests()
-    engine = TransformersEngine(first, recorder)
+    engine = BuiltinEngine(first, recorder)
     engine.start()
     try:
         live = served(engine, requests)
@@ -172,7 +172,7 @@ def test_the_expected_acceptance_of_sampled_requests_is_what_a_live_engine_comes
         replace(one, max_tokens=40, temperature=0.8, top_p=0.95, seed=i, stop_ids=frozenset(), ignore_eos=True)
         for i, one in enumerate(some_requests())
     ]
-    engine = TransformersEngine(settings, recorder)
+    engine = BuiltinEngine(settings, recorder)
     engine.start()
     try:
         live = served(engine, requests)
@@ -181,8 +181,8 @@ def test_the_expected_acceptance_of_sampled_requests_is_what_a_live_engine_comes
     store(settings, engine, recorder)
     told = CliRunner().invoke(app, ["replay", "score", "--versions", "day-0", "--json"], env=to_environ(settings))
     (expected,) = json.loads(told.stdout)["groups"]["all"]["versions"]
-    figures = [output.figures for output in live.values() if output.figures]
-    accepted, verify_steps = sum(one.accepted for one in figures), sum(one.verify_steps for one in figures)
+    figures = [output.stats for output in live.values() if output.stats]
+    accepted, verify_steps = sum(one.accepted_tokens for one in figures), sum(one.verify_steps for one in figures)
     assert accepted > 100
     assert expected["accepted"] == pytest.approx(accepted, abs=3 * accepted**0.5)
     assert expected["accepted"] + expected["verify_steps"] == pytest.approx(accepted + verify_steps, abs=0.01)

@@ -17,7 +17,7 @@ from schemas.errors import UserError
 from schemas.settings import Settings, SettingsError, Speculator, Tables, load
 from schemas.speculator.checkpoint import target_fingerprint
 from schemas.speculator.initial_draft import draft_of_day_0, read_vocabulary
-from serving.engines.builtin.engine import TransformersEngine
+from serving.engines.builtin.engine import BuiltinEngine
 from trainer.data.target import read_target
 
 
@@ -105,7 +105,7 @@ def test_the_written_file_begins_a_line_that_nodes_and_trainer_agree_on(tmp_path
     assert (again.exit_code, "--overwrite" in again.stderr) == (2, True)
 
     settings = settings_of(folder, file)
-    target, engine = read_target(settings), TransformersEngine(settings)
+    target, engine = read_target(settings), BuiltinEngine(settings)
     assert target.line == engine.line
     assert target.line != read_target(settings.model_copy(update={"speculator": Speculator(draft_vocab_size=20)})).line
     assert target.day_0.shape.draft_vocab_size == 20
@@ -143,7 +143,7 @@ def test_a_file_that_cannot_be_used_is_an_error_that_names_the_setting(
 
 def test_a_node_and_a_trainer_refuse_to_start_without_the_file(tmp_path: Path) -> None:
     settings = settings_of(write_tiny_target(tmp_path), tmp_path / "missing.json")
-    for start in (TransformersEngine, read_target):
+    for start in (BuiltinEngine, read_target):
         with pytest.raises(SettingsError, match=r"^speculator\.draft_vocab_file"):
             start(settings)
 

@@ -18,7 +18,7 @@ from schemas.settings import Kafka, Traces, load
 from schemas.speculator.network import random_draft
 from schemas.trace.record import VerifyStep
 from serving.engines.base import Finish, Output, Request
-from serving.engines.builtin.engine import TransformersEngine
+from serving.engines.builtin.engine import BuiltinEngine
 from serving.traces.chunks import Origin
 from serving.traces.publisher import TracePublisher
 
@@ -58,7 +58,7 @@ def test_a_swap_in_mid_request_changes_the_version_of_exactly_the_verify_steps_a
     producer = FakeProducer()
     publisher = TracePublisher(Kafka(max_message_bytes=30_000), Traces(), lambda *_: producer)
     sink = SlowSink(publisher)
-    engine = TransformersEngine(load(environ={}, flags=flags), sink)
+    engine = BuiltinEngine(load(environ={}, flags=flags), sink)
     publisher.start(Origin("node-0", engine.target, engine.line, engine.vocabulary))
     engine.start()
     outputs: SimpleQueue[Output] = SimpleQueue()

@@ -9,7 +9,7 @@ import pytest
 from api_node import Node, running_node
 from echo_engine import BYTES, byte_tokenizer, encode
 
-from serving.engines.base import Scored
+from serving.engines.base import TokenLogprobs
 from serving.http.detokenizer import Speller
 
 TOKENIZER = byte_tokenizer()
@@ -104,8 +104,8 @@ def test_the_tokens_own_is_among_the_alternatives_of_a_text_completion(node: Nod
 
 
 def test_a_token_without_a_chance_is_told_as_openai_does(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
-    def hopeless(tokens: Any, alternatives: int) -> tuple[Scored, ...]:
-        return tuple(Scored(float("-inf"), ((token, float("-inf")),)) for token in tokens)
+    def hopeless(tokens: Any, alternatives: int) -> tuple[TokenLogprobs, ...]:
+        return tuple(TokenLogprobs(float("-inf"), ((token, float("-inf")),)) for token in tokens)
 
     monkeypatch.setattr("echo_engine.scores", hopeless)
     (token,) = node.ask("a", logprobs=True, top_logprobs=1).choices[0].logprobs.content

@@ -17,7 +17,7 @@ from schemas.speculator.initial_draft import draft_of_day_0
 from schemas.speculator.network import EagleDraft, random_draft
 from schemas.trace.record import VerifyStep
 from serving.engines.base import EngineFullError, Finish, Output, Request
-from serving.engines.builtin.engine import TransformersEngine
+from serving.engines.builtin.engine import BuiltinEngine
 from serving.engines.builtin.kv_cache import RaggedBatch, Segment
 from serving.engines.builtin.target import Target
 from serving.engines.builtin.verify import PREFILL_TOKENS
@@ -41,7 +41,7 @@ class Recorder:
 
 @dataclass
 class Bench:
-    engine: TransformersEngine
+    engine: BuiltinEngine
     recorder: Recorder
     reference: LlamaForCausalLM
     mode: str
@@ -115,7 +115,7 @@ MODES: dict[str, dict[str, object]] = {
 def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     folder = write_tiny_target(tmp_path_factory.mktemp("target"))
     recorder = Recorder()
-    engine = TransformersEngine(settings_for(folder, **MODES[request.param]), recorder)
+    engine = BuiltinEngine(settings_for(folder, **MODES[request.param]), recorder)
     engine.start()
     reference = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     yield Bench(engine, recorder, reference, request.param)
@@ -208,11 +208,11 @@ def test_a_single_answer_equals_greedy_decoding_without_a_cache(bench: Bench) ->
     prompt = (3, 14, 15, 9, 26, 5)
     answer, last = bench.generate(Request(bench.new_id(), prompt, 30))
     assert answer == bench.target_alone(prompt, len(answer)).tolist()
-    assert last.figures is not None
-    assert last.figures.verify_steps > 0
+    assert last.stats is not None
+    assert last.stats.verify_steps > 0
     if bench.mode == "chain":
         # Towards its end an answer has room for fewer than three.
-        assert 3 * (last.figures.verify_steps - 2) <= last.figures.drafted <= 3 * last.figures.verify_steps
+        assert 3 * (last.stats.verify_steps - 2) <= last.stats.draft_tokens <= 3 * last.stats.verify_steps
 
 
 def test_a_good_draft_is_accepted_and_the_answer_stays_the_same(bench: Bench) -> None:
@@ -222,10 +222,10 @@ def test_a_good_draft_is_accepted_and_the_answer_stays_the_same(bench: Bench) ->
     bench.engine.swap(oracle_draft(bench), "good")
     after, last = bench.generate(Request(bench.new_id(), prompt, 60))
     assert after == before
-    assert last.figures is not None
-    assert last.figures.speculators in {(), ("good",)}
+    assert last.stats is not None
+    assert last.stats.speculators in {(), ("good",)}
     if "adaptive" not in bench.mode:  # on a target this small drafting rarely pays
-        assert last.figures.accepted > 0
+        assert last.stats.accepted_tokens > 0
 
 
 def test_a_prompt_longer_than_one_verify_steps_budget_is_read_in_pieces(bench: Bench) -> None:
@@ -295,7 +295,7 @@ def test_a_cancelled_request_ends_and_frees_its_slot(bench: Bench) -> None:
     assert finishes[1::2].count("cancelled") == 0
     assert set(finishes[::2]) <= {"cancelled", "stop", "length"}
     health = bench.engine.health()
-    assert (health.running, health.waiting) == (0, 0)
+    assert (health.requests_running, health.requests_waiting) == (0, 0)
 
 
 def test_requests_beyond_the_waiting_room_are_refused(tmp_path: Path) -> None:
@@ -307,14 +307,14 @@ def test_requests_beyond_the_waiting_room_are_refused(tmp_path: Path) -> None:
             "serve.max_model_len": LIMIT,
         },
     )
-    engine = TransformersEngine(settings_)
+    engine = BuiltinEngine(settings_)
     engine.submit(Request("first", (1, 2), 4), lambda _: None)
     with pytest.raises(EngineFullError, match=r"serve\.max_waiting_requests"):
         engine.submit(Request("second", (1, 2), 4), lambda _: None)
 
 
 def test_a_stopped_engine_answers_everyone(tmp_path: Path) -> None:
-    engine = TransformersEngine(settings_for(write_tiny_target(tmp_path)))
+    engine = BuiltinEngine(settings_for(write_tiny_target(tmp_path)))
     answers: SimpleQueue[Output] = SimpleQueue()
     for i in range(9):
         engine.submit(Request(str(i), (1, 2), LIMIT), answers.put)

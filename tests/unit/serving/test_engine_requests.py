@@ -10,14 +10,14 @@ from tiny_target import EOS, VOCABULARY, write_tiny_target
 from transformers import LlamaForCausalLM
 
 from schemas.settings import load
-from serving.engines.base import Output, Request, Scored
-from serving.engines.builtin.engine import TransformersEngine
+from serving.engines.base import Output, Request, TokenLogprobs
+from serving.engines.builtin.engine import BuiltinEngine
 
 PROMPT = (3, 14, 15, 9)
 
 
 @pytest.fixture(scope="module", params=[1, 3], ids=["chain", "tree"])
-def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TransformersEngine]:
+def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[BuiltinEngine]:
     flags = {
         "target.path": str(write_tiny_target(tmp_path_factory.mktemp("target"))),
         "speculator.draft_vocab_size": VOCABULARY,
@@ -25,26 +25,26 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         "serve.adaptive_drafting": False,
         "serve.draft_tree_width": request.param,
     }
-    engine = TransformersEngine(load(environ={}, flags=flags))
+    engine = BuiltinEngine(load(environ={}, flags=flags))
     engine.start()
     yield engine
     engine.stop()
 
 
-def answer(engine: TransformersEngine, request: Request) -> tuple[list[int], list[Scored], Output]:
+def answer(engine: BuiltinEngine, request: Request) -> tuple[list[int], list[TokenLogprobs], Output]:
     outputs: SimpleQueue[Output] = SimpleQueue()
     engine.submit(request, outputs.put)
     tokens: list[int] = []
-    scores: list[Scored] = []
+    scores: list[TokenLogprobs] = []
     while True:
         output = outputs.get(timeout=60)
         tokens += output.tokens
-        scores += output.scores
+        scores += output.logprobs
         if output.finish is not None:
             return tokens, scores, output
 
 
-def test_an_answer_ends_with_the_first_of_its_stop_tokens(engine: TransformersEngine) -> None:
+def test_an_answer_ends_with_the_first_of_its_stop_tokens(engine: BuiltinEngine) -> None:
     whole, _, _ = answer(engine, Request("whole", PROMPT, 30, ignore_eos=True))
     stop = whole[10]
     tokens, _, last = answer(engine, Request("stopped", PROMPT, 30, ignore_eos=True, stop_ids=frozenset({stop})))
@@ -52,7 +52,7 @@ def test_an_answer_ends_with_the_first_of_its_stop_tokens(engine: TransformersEn
     assert last.finish == "stop"
 
 
-def test_the_targets_own_end_token_can_be_ignored(engine: TransformersEngine) -> None:
+def test_the_targets_own_end_token_can_be_ignored(engine: BuiltinEngine) -> None:
     for seed in range(20):
         request = Request(f"until-{seed}", PROMPT, 80, temperature=2.0, seed=seed)
         tokens, _, last = answer(engine, request)
@@ -66,7 +66,7 @@ def test_the_targets_own_end_token_can_be_ignored(engine: TransformersEngine) ->
 
 @pytest.mark.parametrize("temperature", [0.0, 1.2])
 def test_log_probabilities_are_the_targets_at_each_answered_token(
-    engine: TransformersEngine, temperature: float, tmp_path: Path
+    engine: BuiltinEngine, temperature: float, tmp_path: Path
 ) -> None:
     request = Request(f"scored-{temperature}", PROMPT, 25, temperature=temperature, seed=5, logprobs=11, trace=False)
     tokens, scores, _ = answer(engine, request)
@@ -83,12 +83,12 @@ def test_log_probabilities_are_the_targets_at_each_answered_token(
             assert scored.logprob == pytest.approx(scored.top[0][1], abs=1e-3)
 
 
-def test_no_log_probabilities_are_told_unasked(engine: TransformersEngine) -> None:
+def test_no_log_probabilities_are_told_unasked(engine: BuiltinEngine) -> None:
     _, scores, _ = answer(engine, Request("plain", PROMPT, 5))
     assert scores == []
 
 
-def test_an_answer_is_never_longer_than_it_may_be(engine: TransformersEngine) -> None:
+def test_an_answer_is_never_longer_than_it_may_be(engine: BuiltinEngine) -> None:
     for length in range(1, 9):
         tokens, _, last = answer(engine, Request(f"short-{length}", PROMPT, length, ignore_eos=True))
         assert len(tokens) == length

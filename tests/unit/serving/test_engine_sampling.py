@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 from schemas.settings import load
 from schemas.speculator.acceptance import sampling_probs
 from serving.engines.base import Output, Request
-from serving.engines.builtin.engine import TransformersEngine
+from serving.engines.builtin.engine import BuiltinEngine
 
 DRAWS = 1500
 PROMPT = (4, 8, 15, 16)
@@ -30,7 +30,7 @@ def test_the_second_token_is_distributed_as_the_target_says(
     folder = write_tiny_target(tmp_path, scale=0.12)
     flags = {"target.path": str(folder), "speculator.draft_vocab_size": VOCABULARY, "serve.max_num_seqs": 16}
     flags |= {"serve.adaptive_drafting": False, "serve.num_speculative_tokens": 2, "serve.draft_tree_width": width}
-    engine = TransformersEngine(
+    engine = BuiltinEngine(
         load(environ={}, flags={**flags, "serve.max_waiting_requests": DRAWS, "serve.max_model_len": 64})
     )
     outputs: SimpleQueue[tuple[int, Output]] = SimpleQueue()
@@ -45,7 +45,7 @@ def test_the_second_token_is_distributed_as_the_target_says(
         answers[seed].extend(output.tokens)
         open_requests -= output.finish is not None
     engine.stop()
-    assert engine.health().drafted > 0
+    assert engine.health().draft_tokens > 0
     expected = _second_token_probs(
         LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32), temperature, top_p, top_k
     )

@@ -16,7 +16,7 @@ from version_registry import DRAFTS, LINE, FakeRegistry
 from schemas.settings import Canary, Serve, Settings, Update
 from schemas.speculator.checkpoint import CheckpointError
 from schemas.speculator.network import EagleDraft
-from serving.engines.base import Health, Swapped
+from serving.engines.base import EngineHealth, SwapResult
 from serving.versions.alias_policy import serves_canary, slice_at
 from serving.versions.cache import RefusedError, RegistryError, UnknownVersionError
 from serving.versions.poller import LONGEST_WAIT_S, Puller, wait_after
@@ -33,14 +33,14 @@ class FakeEngine:
         if self.not_finite:
             raise CheckpointError("the draft gives values that are not finite")
 
-    def health(self) -> Health:
+    def health(self) -> EngineHealth:
         return IDLE
 
-    def swap(self, draft: EagleDraft, version: str) -> Swapped:
+    def swap(self, draft: EagleDraft, version: str) -> SwapResult:
         if self.broken:
             raise RuntimeError("the engine is stopping")
         self.served.append((version, draft))
-        return Swapped(version, 3, 1.5)
+        return SwapResult(version, 3, 1.5)
 
     @property
     def versions(self) -> list[str]:

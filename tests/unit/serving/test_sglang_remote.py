@@ -13,7 +13,7 @@ from version_registry import DRAFTS, LINE, TARGET, FakeRegistry
 from schemas.settings import Settings
 from schemas.speculator.checkpoint import CheckpointError
 from schemas.speculator.network import EagleDraft, random_draft
-from serving.engines.base import FixedError
+from serving.engines.base import SpeculationFixedError
 from serving.engines.sglang.node import checksums, remote_engine, weights
 from serving.engines.sglang.node.client import SglangError, SglangServer
 from serving.engines.sglang.node.remote_engine import Known, RemoteEngine
@@ -198,8 +198,13 @@ def test_answers_that_are_not_sglangs_are_told(fake: FakeSglang) -> None:
 def test_health_is_what_the_server_counts_of_requests_that_have_ended(fake: FakeSglang) -> None:
     engine = engine_of(fake)
     health = engine.health()
-    assert (health.alive, health.running, health.waiting, health.draft_depth) == (True, 2, 1, 3)
-    assert (health.verify_steps, health.drafted, health.accepted, health.output_tokens) == (40, 120, 60, 103)
+    assert (health.alive, health.requests_running, health.requests_waiting, health.draft_depth) == (True, 2, 1, 3)
+    assert (health.verify_steps, health.draft_tokens, health.accepted_tokens, health.output_tokens) == (
+        40,
+        120,
+        60,
+        103,
+    )
     assert (engine.finished, engine.failed) == (3, 0)
     rows = engine.published.counts()
     assert (rows.captured, rows.published, rows.rows_shed, rows.pending) == (50, 40, 7, 3)
@@ -209,7 +214,7 @@ def test_health_is_what_the_server_counts_of_requests_that_have_ended(fake: Fake
 def test_drafting_cannot_be_stopped_by_an_operator(fake: FakeSglang) -> None:
     engine = engine_of(fake)
     engine.speculate(on=True)
-    with pytest.raises(FixedError, match=r"serve\.speculate"):
+    with pytest.raises(SpeculationFixedError, match=r"serve\.speculate"):
         engine.speculate(on=False)
 
 

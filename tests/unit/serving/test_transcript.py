@@ -9,7 +9,7 @@ from echo_engine import byte_tokenizer, encode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.engines.base import Scored
+from serving.engines.base import TokenLogprobs
 from serving.http.detokenizer import Detokenizer, Speller
 from serving.http.transcript import Piece, Token, Transcript, joined
 
@@ -19,8 +19,8 @@ TEXTS = st.text(st.sampled_from("ab ß✓🙂"), max_size=24)
 STOPS = st.lists(st.text(st.sampled_from("ab ß✓🙂"), min_size=1, max_size=3), max_size=2)
 
 
-def scored(tokens: Sequence[int]) -> list[Scored]:
-    return [Scored(-float(token), ()) for token in tokens]
+def scored(tokens: Sequence[int]) -> list[TokenLogprobs]:
+    return [TokenLogprobs(-float(token), ()) for token in tokens]
 
 
 def told(ids: Sequence[int], stops: Sequence[str], per_verify_step: int) -> tuple[list[Piece], Transcript]:

@@ -15,7 +15,7 @@ from schemas.settings import Train, load
 from schemas.speculator.network import DraftShape, EagleDraft, random_draft
 from schemas.trace.record import VerifyStep
 from serving.engines.base import Finish, Output, Request
-from serving.engines.builtin.engine import TransformersEngine
+from serving.engines.builtin.engine import BuiltinEngine
 from trainer.data.feed import Feed
 from trainer.data.rows import has_root, window_of
 from trainer.data.samples import Batch, Teacher, Window, collate
@@ -144,7 +144,7 @@ def served(
     }
     settings = load(environ={}, flags=flags)
     recorder, done = Recorder(), threading.Event()
-    engine = TransformersEngine(settings, recorder)
+    engine = BuiltinEngine(settings, recorder)
     target = read_target(settings)
     draft = target.new_draft()
     with torch.no_grad():

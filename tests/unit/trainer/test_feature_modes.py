@@ -17,7 +17,7 @@ from schemas.claim_store import ClaimStore
 from schemas.settings import Settings, load
 from schemas.trace.record import VerifyStep
 from serving.engines.base import Finish, Request
-from serving.engines.builtin.engine import TransformersEngine
+from serving.engines.builtin.engine import BuiltinEngine
 from serving.traces.chunks import FRAME_BYTES, Origin, row_bytes, without_features
 from serving.traces.publisher import TracePublisher
 from trainer.data.feed import Feed
@@ -52,7 +52,7 @@ class Served:
             },
         )
         recorder, done = Recorder(), threading.Event()
-        engine = TransformersEngine(self.settings, recorder)
+        engine = BuiltinEngine(self.settings, recorder)
         engine.start()
         engine.submit(REQUEST, lambda output: done.set() if output.finish else None)
         assert done.wait(60)

@@ -1,4 +1,4 @@
-"""SGLang's own server as ``serving.engines.base.Drafting``: the puller's versions go into it over HTTP.
+"""SGLang's own server as ``serving.engines.base.HotSwapEngine``: the puller's versions go into it over HTTP.
 
 An update is: pause in place, begin, update, end, compare sums, continue. Requests stand still meanwhile and lose
 nothing. What the server says it holds afterwards is compared with what was sent, tensor by tensor. Where anything goes
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from schemas.speculator.checkpoint import CheckpointError
 from schemas.speculator.network import EagleDraft
-from serving.engines.base import FixedError, Health, Swapped
+from serving.engines.base import EngineHealth, SpeculationFixedError, SwapResult
 from serving.engines.sglang.node.checksums import WAYS, Expected, Way, compare
 from serving.engines.sglang.node.client import SglangError, SglangServer
 from serving.engines.sglang.node.monitor import Published, Watch
@@ -46,7 +46,7 @@ class Known:
 
 
 class RemoteEngine:
-    """Implements ``serving.engines.base.Drafting``.
+    """Implements ``serving.engines.base.HotSwapEngine``.
 
     Args:
         server: Need not run yet.
@@ -111,7 +111,7 @@ class RemoteEngine:
         if not torch.isfinite(scores).all():
             raise CheckpointError("the draft gives values that are not finite")
 
-    def swap(self, draft: EagleDraft, version: str) -> Swapped:
+    def swap(self, draft: EagleDraft, version: str) -> SwapResult:
         """Put weights in place while requests stand still; nothing is paused where they are in place already.
 
         Raises:
@@ -131,28 +131,30 @@ class RemoteEngine:
         """Change nothing: SGLang drafts from its start on, or never.
 
         Raises:
-            FixedError: drafting is to stop.
+            SpeculationFixedError: drafting is to stop.
         """
         if not on:
-            raise FixedError("SGLang cannot stop drafting while it runs: start the node with serve.speculate=false")
+            raise SpeculationFixedError(
+                "SGLang cannot stop drafting while it runs: start the node with serve.speculate=false"
+            )
 
-    def health(self) -> Health:
+    def health(self) -> EngineHealth:
         """What was seen last; requests count when they have ended."""
         seen = self._watch.seen
         counted = seen.counted
-        return Health(
+        return EngineHealth(
             alive=seen.answers,
             speculator=self._version,
             speculating=True,
             draft_depth=self._depth,
-            expected_rates=(),
-            running=seen.load.running,
-            waiting=seen.load.waiting,
+            expected_tokens_per_second=(),
+            requests_running=seen.load.running,
+            requests_waiting=seen.load.waiting,
             verify_steps=counted.verify_steps,
-            drafted=counted.verify_steps * self._depth,
+            draft_tokens=counted.verify_steps * self._depth,
             # Of a request's tokens the first comes from its prompt, and each verify step gives one that was not
             # drafted.
-            accepted=max(0, counted.tokens - counted.requests - counted.verify_steps),
+            accepted_tokens=max(0, counted.tokens - counted.requests - counted.verify_steps),
             output_tokens=counted.tokens,
             error=self._error or seen.error,
         )
@@ -167,13 +169,13 @@ class RemoteEngine:
         """SGLang counts no requests that ended by a fault of its own."""
         return 0
 
-    def _swapped(self, wanted: Known) -> Swapped:
+    def _swapped(self, wanted: Known) -> SwapResult:
         if self._unclear:
             self._repair()
         if not self._other_than(wanted):
             self._server.rename(wanted.version)
             self._settle(wanted)
-            return Swapped(wanted.version, 0, 0.0)
+            return SwapResult(wanted.version, 0, 0.0)
         contents, in_flight = self._contents(wanted), self._server.load().running
         began = time.perf_counter()
         self._unclear = True
@@ -183,7 +185,7 @@ class RemoteEngine:
         finally:
             self._resume()
         self._settle(wanted)
-        return Swapped(wanted.version, in_flight, (time.perf_counter() - began) * 1e3)
+        return SwapResult(wanted.version, in_flight, (time.perf_counter() - began) * 1e3)
 
     def _contents(self, known: Known) -> list[str]:
         """A draft for each rank."""

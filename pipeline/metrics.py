@@ -37,27 +37,33 @@ class Counts:
 
 
 _COUNTERS = {
-    "rows_written": "Verify steps written to the traces table",
-    "bytes_taken": "Bytes of the records taken from the topic",
-    "gaps": "Chunks whose one before is not known",
-    "skipped_behind": "Records that the tables contained already",
-    "left_out": "Records left out until their turn comes",
-    "seeks_back": "Seeks back to the offset that the tables want",
-    "commits": "Batches committed to the tables",
-    "fenced": "Commits refused because another owner had written",
-    "table_errors": "Failed reads and writes of the tables",
-    "lost": "Records that the broker deleted before they were read",
+    "rows_written": ("rows_written", "Verify steps written to the traces table"),
+    "bytes_taken": ("consumed_bytes", "Bytes of the records taken from the topic"),
+    "gaps": ("chunk_gaps", "Chunks whose one before is not known"),
+    "skipped_behind": ("records_skipped", "Records that the tables contained already"),
+    "left_out": ("records_deferred", "Records left out until their turn comes"),
+    "seeks_back": ("seeks", "Seeks back to the offset that the tables want"),
+    "commits": ("commits", "Batches committed to the tables"),
+    "fenced": ("commits_fenced", "Commits refused because another owner had written"),
+    "table_errors": ("table_errors", "Failed reads and writes of the tables"),
+    "lost": ("records_lost", "Records that the broker deleted before they were read"),
 }
 _PER_PARTITION = {
-    "wanted_offset": ("wanted", "Next offset of the tables"),
+    "wanted_offset": ("next_offset", "Next offset of the tables"),
     "lag_records": ("lag", "Records the tables lack"),
-    "waiting_seconds": ("waiting_s", "For how long records have waited on the broker while none of them arrived"),
+    "waiting_seconds": ("stalled_s", "For how long records have waited on the broker while none of them arrived"),
 }
 
 
-_ACCEPTED = {
-    "acceptance": "Share of verify steps whose first drafted token was accepted, since the last drift",
-    "accepted_per_step": "Drafted tokens accepted in a verify step, since the last drift",
+_ACCEPTANCE = {
+    "first_token_acceptance_ratio": (
+        "first_token_acceptance",
+        "Ratio of verify steps whose first draft token was accepted, since the last drift",
+    ),
+    "acceptance_length": (
+        "acceptance_length",
+        "1 + accepted tokens per verify step (bonus token included), since the last drift",
+    ),
 }
 
 
@@ -67,14 +73,14 @@ class _Collector:
 
     def collect(self) -> Iterator[Metric]:
         status = self._status
-        for name, text in _COUNTERS.items():
-            yield CounterMetricFamily(f"aurora_stream_{name}", text, value=getattr(status, name))
+        for name, (attribute, text) in _COUNTERS.items():
+            yield CounterMetricFamily(f"aurora_stream_{name}", text, value=getattr(status, attribute))
         dead = CounterMetricFamily("aurora_stream_dead_letters", "Records that could not be used", labels=["reason"])
         for reason, number in status.dead_letters.items():
             dead.add_metric([reason], number)
         yield dead
         files = CounterMetricFamily("aurora_stream_maintained", "Files of the tables looked after", labels=["what"])
-        for what, number in status.maintained.items():
+        for what, number in status.maintenance_files.items():
             files.add_metric([what], number)
         yield files
         for name, (attribute, text) in _PER_PARTITION.items():
@@ -83,23 +89,23 @@ class _Collector:
                 gauge.add_metric([str(partition.partition)], getattr(partition, attribute))
             yield gauge
         yield from drift_metrics(status.drift)
-        yield GaugeMetricFamily("aurora_stream_held_bytes", "Bytes that wait for the tables", value=status.held_bytes)
+        yield GaugeMetricFamily("aurora_stream_held_bytes", "Bytes that wait for the tables", value=status.buffer_bytes)
         yield GaugeMetricFamily("aurora_stream_live", "1 while there is progress or none to make", not status.not_live)
         yield GaugeMetricFamily("aurora_stream_ready", "1 while nothing is in the way", not status.not_ready)
-        if status.last_commit_age_s is not None:
+        if status.last_commit_time is not None:
             yield GaugeMetricFamily(
-                "aurora_stream_last_commit_age_seconds", "Since the last commit", status.last_commit_age_s
+                "aurora_stream_last_commit_timestamp_seconds", "Unix time of the last commit", status.last_commit_time
             )
 
 
 def drift_metrics(drift: DriftStatus) -> Iterator[Metric]:
     """How much is accepted by version and label, and how often that changed."""
-    yield CounterMetricFamily("aurora_stream_drift_events", "Changes of acceptance", value=drift.seen)
-    yield CounterMetricFamily("aurora_stream_drift_events_unsent", "Events never sent", value=drift.unsent)
-    for name, text in _ACCEPTED.items():
+    yield CounterMetricFamily("aurora_stream_drift_events", "Changes of acceptance", value=drift.detected)
+    yield CounterMetricFamily("aurora_stream_drift_events_unsent", "Events never sent", value=drift.dropped)
+    for name, (attribute, text) in _ACCEPTANCE.items():
         gauge = GaugeMetricFamily(f"aurora_stream_{name}", text, labels=["line", "speculator", "label"])
         for shown in drift.traffic:
-            gauge.add_metric([shown.line, shown.speculator, shown.label or ""], getattr(shown.accepted, name))
+            gauge.add_metric([shown.line, shown.speculator, shown.label or ""], getattr(shown.acceptance, attribute))
         yield gauge
 
 

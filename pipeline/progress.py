@@ -92,10 +92,10 @@ class Progress:
         return [
             PartitionStatus(
                 partition=source.partition,
-                wanted=partition.wanted,
-                end=max(partition.end, partition.wanted),
+                next_offset=partition.wanted,
+                end_offset=max(partition.end, partition.wanted),
                 lag=max(partition.end - partition.wanted, 0),
-                waiting_s=round(self.waiting_s(source), 1),
+                stalled_s=round(self.waiting_s(source), 1),
             )
             for source, partition in sorted(self._partitions.items())
             if partition.wanted is not None

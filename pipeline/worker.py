@@ -92,26 +92,25 @@ class StreamWorker:
     def status(self) -> StreamStatus:
         """The worker's state, for its pages."""
         counts, vitals = self.counts, self._vitals()
-        committed = self._writer.committed_at
         return StreamStatus(
             partitions=self._progress.statuses(),
             rows_written=counts.rows_written,
-            bytes_taken=counts.bytes_taken,
+            consumed_bytes=counts.bytes_taken,
             dead_letters=dict(counts.dead_letters),
-            gaps=counts.gaps,
-            skipped_behind=counts.skipped_behind,
-            left_out=counts.left_out,
-            seeks_back=counts.seeks_back,
+            chunk_gaps=counts.gaps,
+            records_skipped=counts.skipped_behind,
+            records_deferred=counts.left_out,
+            seeks=counts.seeks_back,
             commits=counts.commits,
-            last_commit_age_s=None if committed is None else round(time.monotonic() - committed, 1),
-            fenced=counts.fenced,
+            last_commit_time=self._writer.committed_at,
+            commits_fenced=counts.fenced,
             table_errors=counts.table_errors,
-            lost=counts.lost,
-            held_bytes=self._inbox.bytes,
+            records_lost=counts.lost,
+            buffer_bytes=self._inbox.bytes,
             not_live=not_live(vitals),
             not_ready=not_ready(vitals),
             drift=self._writer.drift.status(),
-            maintained=dict(self.caretaker.totals),
+            maintenance_files=dict(self.caretaker.totals),
             error=vitals.error,
         )
 

@@ -46,7 +46,7 @@ class Writer:
         self.error: str | None = None
         """Why the tables did not take what they were given last; None once they did."""
         self.committed_at: float | None = None
-        """Time of the last commit, on the monotonic clock."""
+        """Unix time of the last commit."""
         self._counts = counts
         self._tables = tables = DeltaLog(settings.tables)
         self._intake = Intake(tables, ThreadPoolExecutor(len(COMMIT_ORDER) - 1, "table"))
@@ -102,7 +102,7 @@ class Writer:
         if built:
             self._intake.commit([Batch(source, taken[source][-1].offset, built[source].rows) for source in built])
             self._counts.commits += 1
-            self.committed_at = time.monotonic()
+            self.committed_at = time.time()
             self._tell(taken, start)
         for source, made in built.items():
             self._count(taken[source], made)

@@ -152,7 +152,7 @@ INTENTS = pa.schema(
         pa.field("line", pa.string(), nullable=False),
         pa.field("id", pa.string(), nullable=False),
         pa.field("state", pa.string(), nullable=False),
-        pa.field("what", pa.string(), nullable=False),
+        pa.field("action", pa.string(), nullable=False),
         pa.field("intent", pa.string(), nullable=False),
         pa.field("note", pa.string()),
     ]

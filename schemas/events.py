@@ -1,7 +1,7 @@
-"""Events about speculator versions, as JSON on two topics.
+"""Records about speculator versions: JSON on two Kafka topics, in the table ``intents`` and in registry tags.
 
-``aurora.speculators.v1``   moves of aliases: compacted, key ``line/alias``.
-``aurora.drift.v1``         changes of how often a version is accepted: expiring, key ``line/speculator``.
+``aurora.speculators.v1``   alias moves: compacted, key ``line/alias``.
+``aurora.drift.v1``         drift of a version's acceptance: deleted after ``kafka.retention``, key ``line/speculator``.
 """
 
 from __future__ import annotations
@@ -13,12 +13,20 @@ from pydantic import BaseModel, ConfigDict, PositiveInt
 
 Alias = Literal["candidate", "canary", "champion", "previous"]
 ALIASES: tuple[Alias, ...] = get_args(Alias)
+AliasAction = Literal["promote", "start_canary", "end_canary", "rollback"]
+
+AUDITED_TAG = "aurora.audited"
+"""Tag of a line's registered model that holds an ``AuditState``, as JSON."""
+QUARANTINED_TAG = "aurora.quarantined"
+"""Tag of a version that must not be promoted again; its value is the reason."""
 
 
-class AliasMoved(BaseModel):
-    """Who or what moved an alias, why, from where to where, and on which figures."""
-
+class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class AliasMoved(_Record):
+    """A completed move of one alias."""
 
     time: datetime
     line: str
@@ -26,104 +34,90 @@ class AliasMoved(BaseModel):
     from_version: str | None
     to_version: str | None
     actor: str
+    """The person or process that moved the alias."""
     why: str
     figures: dict[str, float]
+    """Figures behind the decision."""
 
     @property
     def key(self) -> str:
-        """Key on the compacted topic: the newest move of each alias is kept."""
+        """Key on the compacted topic, which keeps the newest move of each alias."""
         return f"{self.line}/{self.alias}"
 
 
-class Change(BaseModel):
-    """An alias as it is and as it has to be; None names no version."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class AliasChange(_Record):
+    """Current and intended version of one alias; None means that the alias names no version."""
 
     alias: Alias
     from_version: str | None
     to_version: str | None
 
 
-class Intent(BaseModel):
-    """A move of several aliases, written down before it is made: whoever finds it unfinished can finish it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class AliasIntent(_Record):
+    """An intended move of several aliases, written before the first change so that any process can finish it."""
 
     id: str
     time: datetime
     line: str
-    what: Literal["promote", "try", "end trial", "rollback"]
-    changes: tuple[Change, ...]
+    action: AliasAction
+    changes: tuple[AliasChange, ...]
     """In the order in which they are made."""
     actor: str
     why: str
     figures: dict[str, float]
 
 
-AUDITED_TAG = "aurora.audited"
-"""Tag of a line's registered model that holds an ``Audited``, as JSON."""
-QUARANTINED_TAG = "aurora.quarantined"
-"""Tag of a version that must not be promoted any more; its value says why."""
+class AuditState(_Record):
+    """Recorded state of a line's aliases in the table ``promotions``; value of ``AUDITED_TAG``, written after the rows.
 
-
-class Audited(BaseModel):
-    """What the table ``promotions`` says of a line's aliases: the tag ``AUDITED_TAG`` of its registered model.
-
-    Written after the rows. A node goes back to an earlier version only where an ``Audited`` with more moves than the
-    one it acted on last names it: an old answer of the registry cannot undo a promotion.
+    A node returns to an earlier version only if an ``AuditState`` with more moves than the last one it followed names
+    that version. A stale registry response therefore cannot undo a promotion.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     moves: PositiveInt
-    """Rows of the line in the table; they only grow."""
+    """Rows of the line in the table; the number never decreases."""
     aliases: dict[Alias, str]
-    """The version that each alias names; without those that name none."""
+    """Version of each alias, without the aliases that name no version."""
 
 
-class Accepted(BaseModel):
-    """How much of what a version drafted was accepted: means over requests, each counted once whatever its length."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class AcceptanceStats(_Record):
+    """Acceptance of a version's draft tokens. Figures are means over requests, with equal weight for each request."""
 
     requests: PositiveInt
-    acceptance: float
-    """Share of the verify steps with a draft in which the target took the draft's first choice for the next token."""
-    accepted_per_step: float
-    """Drafted tokens that the target kept in a verify step."""
-    drafted: float
-    """Tokens drafted in a verify step; the accepted tokens per step moves with it, the acceptance does not."""
+    first_token_acceptance: float
+    """Ratio of verify steps with a draft whose first draft token equals the target's choice."""
+    acceptance_length: float
+    """1 + accepted tokens per verify step (bonus token included)."""
+    draft_tokens: float
+    """Draft tokens per verify step. ``acceptance_length`` depends on it, ``first_token_acceptance`` does not."""
 
 
-class DriftEvent(BaseModel):
-    """A version is accepted more or less often than before, by the traffic of one label in one partition.
+class DriftEvent(_Record):
+    """A change in the acceptance of a version, on the traffic of one label in one partition.
 
-    Sent at least once: a repetition is equal in every field, ``id`` included. Requests are spread over the partitions
-    by their ids, so a change of all traffic is told by each partition for itself.
+    Delivered at least once; a repetition equals the original in every field, ``id`` included. Requests are distributed
+    over the partitions by their ids, so each partition reports a change of the whole traffic separately.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     id: str
-    """Function of line, version, label and the record at which the change was noticed."""
+    """Determined by line, version, label and the record at which the change was detected."""
     time: datetime
-    """When that record's last verify step was committed, by the clock of its node."""
+    """Commit time of that record's last verify step, by its node's clock."""
     line: str
     speculator: str
     label: str | None
     topic: str
     partition: int
     offset: int
-    """Of the record at which the change was noticed."""
+    """Offset of the record at which the change was detected."""
     direction: Literal["fall", "rise"]
-    """Of ``acceptance``."""
-    before: Accepted
-    after: Accepted
+    """Direction of ``first_token_acceptance``."""
+    before: AcceptanceStats
+    after: AcceptanceStats
     since: datetime
     """Time of the oldest request of ``after``."""
 
     @property
     def key(self) -> str:
-        """Key on the topic: events of one version stay in order."""
+        """Key on the topic, which keeps the events of one version in order."""
         return f"{self.line}/{self.speculator}"

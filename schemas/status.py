@@ -1,6 +1,6 @@
-"""What each process answers on ``GET /status``: plain JSON for ``aurora status``, the demo, and scripts.
+"""Responses of ``GET /status``, one model per process: JSON for ``aurora status``, the demo and scripts.
 
-Prometheus metrics for dashboards are beside it on ``/metrics``.
+``GET /metrics`` on the same port serves Prometheus metrics for dashboards.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from schemas.events import Accepted, DriftEvent
+from schemas.events import AcceptanceStats, DriftEvent
 
 
 class _Status(BaseModel):
@@ -17,195 +17,208 @@ class _Status(BaseModel):
 
 
 class SwapStatus(_Status):
-    """A version that a node began to serve."""
+    """A hot swap to a version."""
 
     version: str
     time: float
+    """Unix time in seconds."""
     in_flight: int
+    """Requests that were being decoded."""
     pause_ms: float
+    """Time for which decoding paused."""
 
 
-class RefusedStatus(_Status):
-    """A version that a node would not serve, and why."""
+class RejectedVersionStatus(_Status):
+    """A version that the node rejected."""
 
     version: str
     time: float
+    """Unix time in seconds."""
     why: str
 
 
 class ServeStatus(_Status):
-    """A serving node. Token and verify step counters run from its start."""
+    """A serving node. Counters start at zero with the process."""
 
     node: str
     target: str
     line: str
-    alive: bool
+    engine_up: bool
     draining: bool
-    """Told to end: what runs is answered, new requests are refused."""
+    """Whether the node is shutting down: it finishes running requests and rejects new ones."""
     speculator: str
+    """The active version."""
     speculating: bool
     """False while an operator has switched speculation off."""
     draft_depth: int
-    """Tokens that are drafted a request, one after the other; 0 while drafting does not pay."""
-    expected_rates: list[float]
-    """Output tokens per second that the node expects with 0, 1, .. drafted tokens a request."""
+    """Draft tokens per request and verify step along the deepest path; 0 while drafting does not pay."""
+    expected_tokens_per_second: list[float]
+    """Expected output rate with 0, 1, .. draft tokens per request."""
     role: str | None
-    """By what the version came to serve: the followed alias, ``canary`` or ``pinned``; None with the draft of day 0."""
+    """Why the version is active: the name of the alias, ``canary`` or ``pinned``; None with the initial draft."""
     pinned: str | None
-    """The version that an operator has pinned; None while the alias is followed."""
-    running: int
-    waiting: int
-    finished: int
-    failed: int
+    """Version pinned by an operator; None while the node follows the alias."""
+    requests_running: int
+    requests_waiting: int
+    requests_finished: int
+    requests_failed: int
     verify_steps: int
-    drafted: int
-    accepted: int
+    draft_tokens: int
+    accepted_tokens: int
     output_tokens: int
+    acceptance_length: float | None
+    """1 + accepted tokens per verify step (bonus token included) since the start; None before the first verify step."""
     rows_captured: int
-    """Verify steps handed to the publisher; each ends as published or shed."""
+    """Trace rows handed to the publisher; each is later counted as published or dropped."""
     rows_published: int
-    """Verify steps that the broker acknowledged."""
-    rows_shed: int
+    """Trace rows acknowledged by the broker."""
+    rows_dropped: int
     rows_pending: int
-    breaker: str
+    circuit_breaker: str
+    """State of the circuit breaker in front of the broker."""
     registry_error: str | None
-    registry_stale: int
-    """Old answers of the registry, which the node passed over."""
+    registry_stale_responses: int
+    """Registry responses ignored because they were older than an earlier one."""
     swaps: list[SwapStatus]
-    refused: list[RefusedStatus]
+    """Newest swaps, oldest first."""
+    versions_rejected: list[RejectedVersionStatus]
 
 
 class SpeculatorStatus(_Status):
-    """What a node drafts with, and what decides it; the answer of ``GET /admin/speculator``."""
+    """The active version and the reason for it; response of ``GET /admin/speculator``."""
 
     line: str
     version: str
-    """The version that serves; empty on a node without speculation."""
+    """The active version; empty on a node without speculation."""
     alias: str
     alias_version: str | None
-    """The version that the alias named in the registry's last answer that was not old."""
+    """Version named by the alias in the latest registry response that was not stale."""
     canary_version: str | None
-    """The version that is served by turns with the alias's."""
+    """Version that alternates with the alias's version."""
     role: str | None
-    """By what ``version`` came to serve: the alias, ``canary`` or ``pinned``; None with the draft of day 0."""
-    held: str | None
-    """Why a version that the registry names is not followed."""
-    waiting: str | None
-    """A newer version that is taken over later (``sync``)."""
-    sync_interval_s: float
-    """The least time between two takeovers of the moment."""
+    """Why ``version`` is active: the name of the alias, ``canary`` or ``pinned``; None with the initial draft."""
+    update_blocked: str | None
+    """Why the node does not follow the version named by the registry."""
+    pending_version: str | None
+    """Newer version that the update policy (``update``) defers."""
+    update_interval_s: float
+    """Current minimum time between two updates."""
     pinned: str | None
-    """The version that stays whatever the alias names."""
+    """Version that stays active whatever the alias names."""
     speculating: bool
     registry_error: str | None
     swaps: list[SwapStatus]
-    """The newest ones, oldest first."""
-    refused: list[RefusedStatus]
+    """Newest swaps, oldest first."""
+    versions_rejected: list[RejectedVersionStatus]
 
 
 class PartitionStatus(_Status):
-    """How far the table has come in one source partition."""
+    """Progress of the tables in one partition of the traces topic."""
 
     partition: int
-    wanted: int
-    """Next offset that the table wants."""
-    end: int
+    next_offset: int
+    """Offset of the next record to commit to the tables."""
+    end_offset: int
     """Offset after the newest record on the broker."""
     lag: int
-    """Records that the table lacks."""
-    waiting_s: float
-    """For how long records have waited on the broker while none of them arrived."""
+    """Records on the broker that the tables do not contain."""
+    stalled_s: float
+    """Time for which records have waited on the broker and none has arrived."""
 
 
 class TrafficStatus(_Status):
-    """How much of what a version drafted for the traffic of a label was accepted since its last drift."""
+    """Acceptance of one version on the traffic of one label, since the last drift."""
 
     line: str
     speculator: str
     label: str | None
-    accepted: Accepted
+    acceptance: AcceptanceStats
 
 
 class DriftStatus(_Status):
-    """What a stream worker sees of acceptance, over the partitions it owns."""
+    """Acceptance drift over the partitions of a stream worker."""
 
-    seen: int
-    """Events since the start of the worker; those of its first records may be repetitions."""
-    unsent: int
-    """Events that the broker did not take."""
+    detected: int
+    """Drift events since the start of the worker; events of its first records may be repetitions."""
+    dropped: int
+    """Events that the broker did not accept."""
     failed: int
-    """Commits that could not be looked at; what they hold is looked at with the next one."""
+    """Commits that could not be evaluated; their rows are evaluated with the next commit."""
     newest: list[DriftEvent]
     """Oldest first."""
     traffic: list[TrafficStatus]
-    """The most frequent ones, by falling number of requests."""
+    """The labels with the most requests, in descending order."""
 
 
 class StreamStatus(_Status):
-    """A stream worker and the partitions it owns."""
+    """A stream worker and its partitions."""
 
     partitions: list[PartitionStatus]
     rows_written: int
-    bytes_taken: int
+    consumed_bytes: int
     dead_letters: dict[str, int]
     """Records that could not be used, by reason."""
-    gaps: int
-    """Chunks whose one before is not known."""
-    skipped_behind: int
-    left_out: int
-    """Records that came ahead of their turn, or from a partition that was given away; they come again."""
-    seeks_back: int
+    chunk_gaps: int
+    """Chunks whose predecessor is unknown."""
+    records_skipped: int
+    """Records that the tables already contained."""
+    records_deferred: int
+    """Records that arrived ahead of the next offset or from a revoked partition; the broker delivers them again."""
+    seeks: int
+    """Seeks back to the next offset."""
     commits: int
-    last_commit_age_s: float | None
-    """None before the first one."""
-    fenced: int
-    """Commits that were refused because another worker had written."""
+    last_commit_time: float | None
+    """Unix time in seconds; None before the first commit."""
+    commits_fenced: int
+    """Commits rejected because another worker had written."""
     table_errors: int
-    lost: int
-    """Records that the log no longer held when the table wanted them."""
-    held_bytes: int
-    """Records that were read and wait for the tables."""
+    records_lost: int
+    """Records that retention deleted before they were read."""
+    buffer_bytes: int
+    """Size of the records that were read and are not yet in the tables."""
     not_live: list[str]
-    """Why the worker makes no progress although it should; empty when all is well."""
+    """Reasons why the worker makes no progress although it should; empty while it is live."""
     not_ready: list[str]
-    """Why the next record would not reach the tables."""
+    """Reasons why the next record would not reach the tables; empty while the worker is ready."""
     drift: DriftStatus
-    maintained: dict[str, int]
-    """Files of the tables by what maintenance did to them, and how often it failed."""
+    maintenance_files: dict[str, int]
+    """Table files by maintenance action, and the failed maintenance runs."""
     error: str | None
 
 
 class TrainStatus(_Status):
-    """The trainer. ``accepted_per_step`` is simulated on the held-out set, bonus excluded."""
+    """The trainer."""
 
     step: int
     loss: float | None
     loss_accepted: float | None
     loss_rejected: float | None
-    loss_by_step: list[float]
-    """Mean divergence of each step of the training-time test."""
+    loss_by_ttt_step: list[float]
+    """Mean divergence at each step of the training-time test."""
     learning_rate: float | None
     gradient_norm: float | None
     """Before clipping."""
-    tokens_per_s: float | None
+    tokens_per_second: float | None
     """Over the last minute, replay and waiting included."""
-    newest_window_age_s: float | None
-    """Age of the newest window of the last step, when it was taken."""
+    newest_sample_age_s: float | None
+    """Age of the newest sample of the last training step, when the step ran."""
     tokens_seen: int
-    table_version: int
-    """Newest version of ``accepted`` on the table."""
-    cursor: int
-    """Version of ``accepted`` up to which the feed has read."""
-    accepted_per_step: float | None
+    table_version_latest: int
+    """Newest version of the table ``accepted``."""
+    table_version_read: int
+    """Version of ``accepted`` up to which the data loader has read."""
+    acceptance_length: float | None
+    """Simulated on the held-out set, bonus token included."""
     registered: list[str]
-    unfit_steps: int
-    """Steps that were not taken, because loss or gradient was not finite."""
+    """Versions registered since the start."""
+    steps_skipped: int
+    """Training steps skipped because the loss or the gradient was not finite."""
     rollbacks: int
-    """How often training went back to its last good state."""
-    went_back: str | None
-    """Why it did so last."""
-    curves: str | None
-    """The run in MLflow that has the curves of this trainer."""
+    """Times that the divergence guard restored the last good checkpoint."""
+    last_rollback: str | None
+    """Reason of the newest rollback."""
+    mlflow_run: str | None
+    """MLflow run with the training curves."""
     error: str | None
 
 
@@ -214,46 +227,48 @@ class ComparedStatus(_Status):
 
     figure: str
     label: str | None
-    """None over all labels."""
+    """Traffic label; None for the mean over all labels."""
     new: float
     before: float
     difference: float
-    """Share by which the new version is better."""
+    """Ratio by which the new version is better."""
     low: float
+    """Lower bound of ``difference``, valid at any time of the analysis with the configured error probability."""
     high: float
-    """The difference lies within, however often one looks, but for a small chance."""
+    """Upper bound of ``difference``."""
 
 
-class TrialStatus(_Status):
-    """A version beside another one, on live traffic: a canary beside the champion, or a new champion beside the last.
+class ComparisonStatus(_Status):
+    """Comparison on live traffic: of a canary with the champion, or of a new champion with the previous one."""
 
-    Times are Unix seconds."""
-
-    kind: Literal["trial", "watch"]
+    kind: Literal["canary", "watch"]
     version: str
-    against: str
-    since: float
-    until: float
+    baseline: str
+    """Version that ``version`` is compared with."""
+    start_time: float
+    """Unix time in seconds."""
+    end_time: float
+    """Unix time in seconds at which the comparison ends at the latest."""
     requests: int
-    requests_against: int
-    """On labels that both have served enough."""
+    baseline_requests: int
+    """Requests on labels that both versions have served enough."""
     figures: list[ComparedStatus]
 
 
 class PromoterStatus(_Status):
-    """The promoter: the line that changed last."""
+    """The promoter: aliases and last decision of the line that changed last."""
 
     champion: str | None
     candidate: str | None
     previous: str | None
     canary: str | None
-    moves: int
+    alias_moves: int
     verdict: str | None
-    """What was decided last, and on which figures."""
-    trials: list[TrialStatus]
-    """What is compared on live traffic."""
-    taken_back: str | None
-    """Why a version was taken back last, as canary or champion, without a person's hand."""
-    cooling_until: float | None
-    """Nothing is promoted before that Unix time, after versions were taken back."""
+    """The last decision and the figures behind it."""
+    comparisons: list[ComparisonStatus]
+    """Running comparisons on live traffic."""
+    last_rollback: str | None
+    """Why the promoter last rolled back a canary or a champion."""
+    cooldown_until: float | None
+    """Unix time in seconds before which nothing is promoted, after a rollback."""
     error: str | None

@@ -202,7 +202,7 @@ class Course:
             f"{(time.time() - self._began) / 60:.1f} min, {self._phase}: {len(done)} requests, "
             f"{rate or 0:.0f} tokens/s, accepted tokens per step {length or 0:.2f}, "
             f"drafting {serve.draft_depth if serve else 0}, step {train.step if train else 0}, "
-            f"held-out {(train.accepted_per_step if train else 0) or 0:.2f}, "
+            f"held-out {(train.acceptance_length if train else 0) or 0:.2f}, "
             f"serving {serve.speculator if serve else '-'}"
         )
 

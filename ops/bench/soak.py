@@ -189,7 +189,10 @@ class Soak:
         deadline = time.monotonic() + _SETTLE_S
         while True:
             status = read_status(self._settings)
-            if not (status.running or status.waiting or status.rows_pending) or time.monotonic() > deadline:
+            if (
+                not (status.requests_running or status.requests_waiting or status.rows_pending)
+                or time.monotonic() > deadline
+            ):
                 return status
             time.sleep(_TICK_S)
 
@@ -199,7 +202,7 @@ def judge(outcome: Outcome, options: Options) -> list[Figure]:
     clients, status = outcome.clients, outcome.status
     slope, growth = growth_of(outcome.memory)
     nothing = Goal(0, at_least=False)
-    lost = status.rows_captured - status.rows_published - status.rows_shed - status.rows_pending
+    lost = status.rows_captured - status.rows_published - status.rows_dropped - status.rows_pending
     return [
         Figure(
             "errors",
@@ -214,7 +217,7 @@ def judge(outcome: Outcome, options: Options) -> list[Figure]:
             "rows_not_as_in_topic",
             abs(status.rows_published - outcome.rows_in_topic),
             goal=nothing,
-            detail={"published": status.rows_published, "in_topic": outcome.rows_in_topic, "shed": status.rows_shed},
+            detail={"published": status.rows_published, "in_topic": outcome.rows_in_topic, "shed": status.rows_dropped},
         ),
         Figure(
             "memory_growth",
@@ -231,7 +234,10 @@ def judge(outcome: Outcome, options: Options) -> list[Figure]:
             "swaps",
             len(status.swaps),
             goal=Goal(round(options.minutes * 60 / options.swap_every_s / 2), at_least=True),
-            detail={"refused": len(status.refused), "pause_max_ms": max((s.pause_ms for s in status.swaps), default=0)},
+            detail={
+                "refused": len(status.versions_rejected),
+                "pause_max_ms": max((s.pause_ms for s in status.swaps), default=0),
+            },
         ),
         Figure("tokens_per_s", clients.tokens / (options.minutes * 60)),
     ]

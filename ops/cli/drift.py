@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ops.cli.terminal import AsJson, Config, Set, hint, say, settings_of, told
-from schemas.events import Accepted, DriftEvent
+from schemas.events import AcceptanceStats, DriftEvent
 
 DRAFTED_OTHERWISE = 0.1
 """From this share on, a change in how much is drafted is worth a word."""
@@ -50,9 +50,10 @@ def words(event: DriftEvent) -> str:
     at = since.strftime("%H:%M" if since.date() == noticed.date() else "%Y-%m-%d %H:%M")
     return (
         f"version {_plain(event.speculator)}{_on(event.label)} is accepted "
-        f"{'less' if event.direction == 'fall' else 'more'} often since {at}: its first token {after.acceptance:.0%} "
-        f"instead of {before.acceptance:.0%}, accepted tokens per step {after.accepted_per_step:.2f} instead of "
-        f"{before.accepted_per_step:.2f} ({after.requests:,} requests since, {before.requests:,} before)"
+        f"{'less' if event.direction == 'fall' else 'more'} often since {at}: its first token "
+        f"{after.first_token_acceptance:.0%} instead of {before.first_token_acceptance:.0%}, "
+        f"acceptance length {after.acceptance_length:.2f} instead of "
+        f"{before.acceptance_length:.2f} ({after.requests:,} requests since, {before.requests:,} before)"
         f"{_drafting(before, after)}"
     )
 
@@ -62,11 +63,11 @@ def _show(event: DriftEvent, *, as_json: bool) -> None:
     say(event.model_dump_json() if as_json else f"{noticed}  {words(event)}; partition {event.partition}")
 
 
-def _drafting(before: Accepted, after: Accepted) -> str:
-    """Part of the accepted tokens per step's change has its reason in the node where that drafts otherwise."""
-    if abs(after.drafted - before.drafted) < DRAFTED_OTHERWISE * before.drafted:
+def _drafting(before: AcceptanceStats, after: AcceptanceStats) -> str:
+    """Part of the acceptance length's change has its reason in the node where that drafts otherwise."""
+    if abs(after.draft_tokens - before.draft_tokens) < DRAFTED_OTHERWISE * before.draft_tokens:
         return ""
-    return f"; {after.drafted:.1f} tokens drafted a verify step, {before.drafted:.1f} before"
+    return f"; {after.draft_tokens:.1f} tokens drafted a verify step, {before.draft_tokens:.1f} before"
 
 
 def _on(label: str | None) -> str:

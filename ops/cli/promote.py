@@ -19,7 +19,7 @@ from schemas.errors import UserError
 from schemas.settings import Settings
 
 if TYPE_CHECKING:
-    from schemas.events import Change, Intent
+    from schemas.events import AliasChange, AliasIntent
     from trainer.release.alias_moves import Mover
     from trainer.release.audit import Audit
     from trainer.release.registry import Line, SpeculatorRegistry, Version
@@ -49,12 +49,12 @@ class Hand:
         if unfinished := self.mover.finish(line.name):
             record(self.audit, self.mover, self.registry, line_of(self.settings, self.registry, line.name))
             raise UserError(
-                f"line {line.name} was in the middle of a move ({unfinished.what} by {unfinished.actor}: "
+                f"line {line.name} was in the middle of a move ({unfinished.action} by {unfinished.actor}: "
                 f"{unfinished.why}); that one is finished now, and nothing else was done: look again, then decide"
             )
         return line
 
-    def make(self, wanted: Intent, line: Line) -> None:
+    def make(self, wanted: AliasIntent, line: Line) -> None:
         """Make the move and record it; its events stay for the promoter where the broker is away."""
         from trainer.release.audit import BrokerError
         from trainer.release.recording import record
@@ -96,7 +96,7 @@ def promote(  # noqa: PLR0913, PLR0917 - one for each flag
             else alias_moves.trial(of.aliases, found.number)
         )
         reason = why or (f"by hand, although {objection}" if objection else "by hand")
-        what = "promote" if to == "champion" else "try"
+        what = "promote" if to == "champion" else "start_canary"
         wanted = alias_moves.intent(of.name, what, changes, actor=getpass.getuser(), why=reason)
         lifted = bool(found.quarantined)
         _tell(wanted.changes, of, as_json=as_json, extra=[f"quarantine of {found.number} is lifted"] if lifted else [])
@@ -171,7 +171,7 @@ def _objection(settings: Settings, line: Line, version: Version, to: str) -> str
     return None if verdict.promote else verdict.why
 
 
-def _tell(changes: tuple[Change, ...], line: Line, *, as_json: bool, extra: list[str]) -> None:
+def _tell(changes: tuple[AliasChange, ...], line: Line, *, as_json: bool, extra: list[str]) -> None:
     """Say what will happen."""
     if as_json:
         plain = {"line": line.name, "changes": [change.model_dump() for change in changes], "also": extra}

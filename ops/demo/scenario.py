@@ -144,7 +144,7 @@ class Player:
 
     def _drained(self) -> bool:
         serve = self._watch.overview.serve
-        if serve is None or serve.running or serve.rows_pending or self._watch.overview.trace_lag != 0:
+        if serve is None or serve.requests_running or serve.rows_pending or self._watch.overview.trace_lag != 0:
             return False
         self._rows = self._count()
         return self._rows.balance
@@ -157,7 +157,7 @@ class Player:
         return Rows(
             published=serve.rows_captured if serve else 0,
             in_table=log.row_count("traces") - self._base.in_table,
-            shed=serve.rows_shed if serve else 0,
+            shed=serve.rows_dropped if serve else 0,
             dead=sum(rows or 0 for rows in dead) - self._base.dead,
         )
 

@@ -63,7 +63,7 @@ def summary(overview: Overview) -> str:
     """The figures that matter most, on one line."""
     told = []
     if serve := overview.serve:
-        told.append(f"serving {serve.speculator or 'without speculation'}, {serve.finished:,} answered")
+        told.append(f"serving {serve.speculator or 'without speculation'}, {serve.requests_finished:,} answered")
     if overview.trace_lag is not None:
         told.append(f"{overview.trace_lag:,} records behind")
     if train := overview.train:

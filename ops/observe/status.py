@@ -16,7 +16,7 @@ from rich.table import Table
 
 from ops.cli.drift import words
 from schemas.settings import Settings
-from schemas.status import PromoterStatus, ServeStatus, StreamStatus, TrainStatus, TrialStatus
+from schemas.status import ComparisonStatus, PromoterStatus, ServeStatus, StreamStatus, TrainStatus
 
 COUNTED = ("traces", "accepted", "rejected", "dead_letters")
 _Status = TypeVar("_Status", bound=BaseModel)
@@ -52,7 +52,7 @@ class Overview(BaseModel):
     @property
     def table_lag(self) -> int | None:
         """Commits of ``accepted`` that the trainer has yet to read."""
-        return None if self.train is None else max(0, self.train.table_version - self.train.cursor)
+        return None if self.train is None else max(0, self.train.table_version_latest - self.train.table_version_read)
 
 
 @dataclass(frozen=True)
@@ -149,20 +149,22 @@ def _lines(overview: Overview) -> dict[str, tuple[str, str]]:
     }
     if serve:
         role = f" ({serve.role})" if serve.role in ("pinned", "canary") else ""
-        doing = f"version {serve.speculator or 'none'}{role}, {_drafting(serve)}, {serve.finished:,} answered, "
-        doing += f"{serve.failed} failed"
-        shed = f", {serve.rows_shed:,} shed" if serve.rows_shed else ""
+        doing = (
+            f"version {serve.speculator or 'none'}{role}, {_drafting(serve)}, {serve.requests_finished:,} answered, "
+        )
+        doing += f"{serve.requests_failed} failed"
+        shed = f", {serve.rows_dropped:,} shed" if serve.rows_dropped else ""
         lines["serve"] = (doing + _trouble(serve.registry_error), f"{serve.rows_pending:,} rows to publish{shed}")
     if stream:
         doing = f"{stream.rows_written:,} rows in {stream.commits:,} commits{_dead(stream)}"
-        lost = f", {stream.lost} records lost" if stream.lost else ""
+        lost = f", {stream.records_lost} records lost" if stream.records_lost else ""
         trouble = "; ".join(dict.fromkeys([*stream.not_live, *stream.not_ready]))
         lines["stream"] = (doing + lost + _trouble(trouble), f"{overview.trace_lag or 0:,} records")
     if train:
         loss = "none yet" if train.loss is None else f"{train.loss:.3f}"
         doing = f"step {train.step:,}, loss {loss}, {len(train.registered)} versions registered"
         if train.rollbacks:
-            doing += f", went back {train.rollbacks} times ({train.went_back})"
+            doing += f", went back {train.rollbacks} times ({train.last_rollback})"
         lines["train"] = (doing + _trouble(train.error), f"{overview.table_lag or 0:,} commits")
     if promoter:
         lines["promoter"] = (_promoting(promoter) + _trouble(promoter.error), "")
@@ -177,26 +179,26 @@ def _drafting(serve: ServeStatus) -> str:
 
 def _promoting(promoter: PromoterStatus) -> str:
     doing = f"champion {promoter.champion or 'none'}, candidate {promoter.candidate or 'none'}"
-    doing += "".join(f"; {_trying(trial)}" for trial in promoter.trials)
-    if promoter.cooling_until is not None:
+    doing += "".join(f"; {_trying(trial)}" for trial in promoter.comparisons)
+    if promoter.cooldown_until is not None:
         doing += (
-            f"; promotes nothing before {datetime.fromtimestamp(promoter.cooling_until, UTC).astimezone():%H:%M:%S}"
+            f"; promotes nothing before {datetime.fromtimestamp(promoter.cooldown_until, UTC).astimezone():%H:%M:%S}"
         )
-    return escape(doing + (f"; took back: {promoter.taken_back}" if promoter.taken_back else ""))
+    return escape(doing + (f"; took back: {promoter.last_rollback}" if promoter.last_rollback else ""))
 
 
-def _trying(trial: TrialStatus) -> str:
+def _trying(trial: ComparisonStatus) -> str:
     """A trial or a watch in words."""
-    beside = f"{trial.version} beside {trial.against}"
-    doing = f"{'tries' if trial.kind == 'trial' else 'watches'} {beside}"
-    doing += f", {trial.requests:,} and {trial.requests_against:,} requests"
+    beside = f"{trial.version} beside {trial.baseline}"
+    doing = f"{'tries' if trial.kind == 'canary' else 'watches'} {beside}"
+    doing += f", {trial.requests:,} and {trial.baseline_requests:,} requests"
     figures = [
         f"{one.figure} {one.difference:+.1%} ({one.low:+.1%} .. {one.high:+.1%})"
         for one in trial.figures
         if one.label is None
     ]
     return ", ".join(
-        [doing, *figures, f"until {datetime.fromtimestamp(trial.until, UTC).astimezone():%H:%M:%S} at most"]
+        [doing, *figures, f"until {datetime.fromtimestamp(trial.end_time, UTC).astimezone():%H:%M:%S} at most"]
     )
 
 

@@ -32,20 +32,20 @@ class Pace:
     """What a node did between two looks."""
 
     tokens_per_s: float
-    accepted_per_step: float | None
-    """Drafted tokens kept a verify step; None where no verify step was run."""
+    acceptance_length: float | None
+    """1 + accepted tokens per verify step (bonus token included); None without a verify step."""
     requests_per_s: float
 
 
 def pace(before: ServeStatus, now: ServeStatus, seconds: float) -> Pace | None:
     """The pace of a node between two looks; None where it was restarted in between."""
-    if now.verify_steps < before.verify_steps or now.finished < before.finished:
+    if now.verify_steps < before.verify_steps or now.requests_finished < before.requests_finished:
         return None
-    verify_steps, kept = now.verify_steps - before.verify_steps, now.accepted - before.accepted
+    verify_steps, kept = now.verify_steps - before.verify_steps, now.accepted_tokens - before.accepted_tokens
     return Pace(
         (now.output_tokens - before.output_tokens) / seconds,
-        kept / verify_steps if verify_steps else None,
-        (now.finished - before.finished) / seconds,
+        1 + kept / verify_steps if verify_steps else None,
+        (now.requests_finished - before.requests_finished) / seconds,
     )
 
 
@@ -57,7 +57,7 @@ class Course:
     at: float = 0.0
     """Monotonic seconds of the newest look."""
     pace: Pace | None = None
-    accepted_per_steps: deque[float] = field(default_factory=lambda: deque(maxlen=_KEPT))
+    acceptance_lengths: deque[float] = field(default_factory=lambda: deque(maxlen=_KEPT))
     rates: deque[float] = field(default_factory=lambda: deque(maxlen=_KEPT))
     rows_per_s: float | None = None
 
@@ -70,8 +70,8 @@ class Course:
             self.pace = pace(before.serve, overview.serve, seconds)
         if self.pace:
             self.rates.append(self.pace.tokens_per_s)
-            if self.pace.accepted_per_step is not None:
-                self.accepted_per_steps.append(self.pace.accepted_per_step)
+            if self.pace.acceptance_length is not None:
+                self.acceptance_lengths.append(self.pace.acceptance_length)
         if before.stream and overview.stream and overview.stream.rows_written >= before.stream.rows_written:
             self.rows_per_s = (overview.stream.rows_written - before.stream.rows_written) / seconds
 
@@ -103,7 +103,7 @@ def render(course: Course, every_s: float) -> RenderableType:
     return Panel(
         Group(
             body,
-            panels.course("accepted tokens per step", course.accepted_per_steps),
+            panels.course("acceptance length", course.acceptance_lengths),
             panels.course("output tokens/s", course.rates),
             panels.events(_told(overview)[-_EVENTS:], _EVENTS + 2),
         ),
@@ -117,15 +117,16 @@ def _serving(course: Course) -> Panel:
     node, now = course.overview.serve, course.pace
     if node is None:
         return _silent("serve", course.overview)
-    alone = node.expected_rates[0] if node.expected_rates else None
+    alone = node.expected_tokens_per_second[0] if node.expected_tokens_per_second else None
+    running = f"{node.requests_running} run, {node.requests_waiting} wait"
     rows: dict[str, str | Text] = {
         "output tokens/s": Text(number(now.tokens_per_s if now else None, ".1f"), style="bold"),
         "expected without drafting": number(alone, ".1f"),
-        "accepted tokens per step": Text(number(now.accepted_per_step if now else None, ".2f"), style="bold green"),
+        "acceptance length": Text(number(now.acceptance_length if now else None, ".2f"), style="bold green"),
         "drafts": str(node.draft_depth) if node.speculating else "off",
-        "requests/s": f"{number(now.requests_per_s if now else None, '.1f')}, {node.running} run, {node.waiting} wait",
-        "failed": Text(str(node.failed), style="red" if node.failed else "green"),
-        "rows shed": Text(f"{node.rows_shed:,}", style="yellow" if node.rows_shed else "green"),
+        "requests/s": f"{number(now.requests_per_s if now else None, '.1f')}, {running}",
+        "failed": Text(str(node.requests_failed), style="red" if node.requests_failed else "green"),
+        "rows shed": Text(f"{node.rows_dropped:,}", style="yellow" if node.rows_dropped else "green"),
     }
     return panel(f"node {node.node}", rows, _HEIGHT)
 
@@ -139,9 +140,9 @@ def _stream(course: Course) -> Panel:
         "records behind": f"{course.overview.trace_lag or 0:,}",
         "rows/s": number(course.rows_per_s, ".1f"),
         "rows written": f"{stream.rows_written:,}",
-        "last commit": f"{number(stream.last_commit_age_s, '.0f')} s ago",
+        "last commit": _ago(stream.last_commit_time),
         "dead letters": Text(f"{dead:,}", style="yellow" if dead else "green"),
-        "lost": Text(f"{stream.lost:,}", style="red" if stream.lost else "green"),
+        "lost": Text(f"{stream.records_lost:,}", style="red" if stream.records_lost else "green"),
     }
     return panel("stream", rows, _HEIGHT)
 
@@ -153,10 +154,10 @@ def _learning(overview: Overview) -> Panel:
     rows: dict[str, str | Text] = {
         "step": f"{train.step:,}",
         "loss": number(train.loss, ".3f"),
-        "tokens/s": number(train.tokens_per_s, ".0f"),
-        "accepted tokens per step, held out": Text(number(train.accepted_per_step, ".2f"), style="bold green"),
+        "tokens/s": number(train.tokens_per_second, ".0f"),
+        "acceptance length, held out": Text(number(train.acceptance_length, ".2f"), style="bold green"),
         "commits behind": f"{overview.table_lag or 0:,}",
-        "newest window": f"{number(train.newest_window_age_s, '.0f')} s old",
+        "newest window": f"{number(train.newest_sample_age_s, '.0f')} s old",
         "went back": Text(str(train.rollbacks), style="yellow" if train.rollbacks else "green"),
     }
     return panel("trainer", rows, _HEIGHT)
@@ -171,10 +172,14 @@ def _versions(overview: Overview) -> Panel:
         "champion": promoter.champion or "-",
         "candidate": promoter.candidate or "-",
         "previous": promoter.previous or "-",
-        "moves": str(promoter.moves),
+        "moves": str(promoter.alias_moves),
         "verdict": promoter.verdict or "-",
     }
     return panel("versions", rows, _HEIGHT)
+
+
+def _ago(unix_time: float | None) -> str:
+    return "never" if unix_time is None else f"{max(time.time() - unix_time, 0):.0f} s ago"
 
 
 def _silent(name: str, overview: Overview) -> Panel:
@@ -189,10 +194,10 @@ def _told(overview: Overview) -> list[str]:
             (s.time, f"version {s.version} swapped in, {s.pause_ms:.0f} ms, {s.in_flight} requests ran")
             for s in node.swaps
         ]
-        told += [(r.time, f"version {r.version} refused: {r.why}") for r in node.refused]
+        told += [(r.time, f"version {r.version} refused: {r.why}") for r in node.versions_rejected]
     if stream := overview.stream:
         told += [(event.time.timestamp(), words(event)) for event in stream.drift.newest]
     lines = [f"{time.strftime('%H:%M:%S', time.localtime(at))}  {text}" for at, text in sorted(told)]
-    if overview.train and overview.train.went_back:
-        lines.append(f"training went back: {overview.train.went_back}")
+    if overview.train and overview.train.last_rollback:
+        lines.append(f"training went back: {overview.train.last_rollback}")
     return lines

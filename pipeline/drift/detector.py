@@ -40,7 +40,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.offsets import Source
-from schemas.events import Accepted, DriftEvent
+from schemas.events import AcceptanceStats, DriftEvent
 from schemas.settings import Drift
 
 COLUMNS = ("offset", "verify_step", "line", "label", "speculator", "time", "draft_tokens", "accepted")
@@ -82,8 +82,8 @@ class Observation:
 class Change:
     """Where a series changed, and the figures on both sides."""
 
-    before: Accepted
-    after: Accepted
+    before: AcceptanceStats
+    after: AcceptanceStats
     since_offset: int
     since_us: int
 
@@ -144,7 +144,7 @@ class PartitionWatch:
             return None
         return _event(self._source, seen, change)
 
-    def figures(self) -> Mapping[Key, Accepted]:
+    def figures(self) -> Mapping[Key, AcceptanceStats]:
         """The means of every key since its last change."""
         return self._elder.figures()
 
@@ -175,7 +175,7 @@ class _Generation:
             del self._series[next(iter(self._series))]
         return series.observe(seen)
 
-    def figures(self) -> Mapping[Key, Accepted]:
+    def figures(self) -> Mapping[Key, AcceptanceStats]:
         return {key: series.figures() for key, series in self._series.items()}
 
 
@@ -197,10 +197,12 @@ class _Series:
         self._sums = (acceptance + seen.acceptance, accepted_per_step + seen.accepted_per_step, drafted + seen.drafted)
         return self._begin_anew() if self._changed(seen.acceptance) else None
 
-    def figures(self) -> Accepted:
+    def figures(self) -> AcceptanceStats:
         n = len(self._seen) // self._WIDTH
         acceptance, accepted_per_step, drafted = (total / n for total in self._sums)
-        return Accepted(requests=n, acceptance=acceptance, accepted_per_step=accepted_per_step, drafted=drafted)
+        return AcceptanceStats(
+            requests=n, first_token_acceptance=acceptance, acceptance_length=1 + accepted_per_step, draft_tokens=drafted
+        )
 
     def _begin_anew(self) -> Change:
         """Forget what was before the change. The detector learns from nothing: one change is told once."""
@@ -241,9 +243,14 @@ def _detector(settings: Drift) -> Callable[[float], bool]:
     return update
 
 
-def _means(seen: Floats) -> Accepted:
+def _means(seen: Floats) -> AcceptanceStats:
     acceptance, accepted_per_step, drafted = map(float, seen[:, 2:].mean(axis=0))
-    return Accepted(requests=len(seen), acceptance=acceptance, accepted_per_step=accepted_per_step, drafted=drafted)
+    return AcceptanceStats(
+        requests=len(seen),
+        first_token_acceptance=acceptance,
+        acceptance_length=1 + accepted_per_step,
+        draft_tokens=drafted,
+    )
 
 
 def _event(source: Source, seen: Observation, change: Change) -> DriftEvent:
@@ -255,7 +262,7 @@ def _event(source: Source, seen: Observation, change: Change) -> DriftEvent:
         topic=source.topic,
         partition=source.partition,
         offset=seen.offset,
-        direction="fall" if change.after.acceptance < change.before.acceptance else "rise",
+        direction="fall" if change.after.first_token_acceptance < change.before.first_token_acceptance else "rise",
         before=change.before,
         after=change.after,
         since=_time(change.since_us),

@@ -16,7 +16,7 @@ import structlog
 
 from pipeline.drift.detector import COLUMNS, Key, PartitionWatch, observations, rebuilt_from
 from pipeline.offsets import Source
-from schemas.events import Accepted, DriftEvent
+from schemas.events import AcceptanceStats, DriftEvent
 from schemas.settings import Drift
 from schemas.status import DriftStatus, TrafficStatus
 
@@ -57,7 +57,7 @@ class _Watched:
 
     watch: PartitionWatch
     reached: int
-    figures: Mapping[Key, Accepted] = field(default_factory=dict)
+    figures: Mapping[Key, AcceptanceStats] = field(default_factory=dict)
 
 
 class DriftWatch:
@@ -95,15 +95,15 @@ class DriftWatch:
 
     def status(self) -> DriftStatus:
         """The newest events, and what each version and label shows over the partitions of this worker."""
-        figures: dict[Key, list[Accepted]] = {}
+        figures: dict[Key, list[AcceptanceStats]] = {}
         for watched in list(self._watched.values()):
             for key, of_partition in watched.figures.items():
                 figures.setdefault(key, []).append(of_partition)
-        traffic = [TrafficStatus(**key._asdict(), accepted=_together(parts)) for key, parts in figures.items()]
-        traffic.sort(key=lambda shown: -shown.accepted.requests)
+        traffic = [TrafficStatus(**key._asdict(), acceptance=_together(parts)) for key, parts in figures.items()]
+        traffic.sort(key=lambda shown: -shown.acceptance.requests)
         return DriftStatus(
-            seen=self._seen,
-            unsent=self._events.unsent,
+            detected=self._seen,
+            dropped=self._events.unsent,
             failed=self._failed,
             newest=list(self._newest.values()),
             traffic=traffic[:SHOWN],
@@ -137,7 +137,7 @@ def _events(watch: PartitionWatch, verify_steps: pa.Table) -> Iterator[DriftEven
             yield event
 
 
-def _together(parts: list[Accepted]) -> Accepted:
+def _together(parts: list[AcceptanceStats]) -> AcceptanceStats:
     """The figures of several partitions as if they were one."""
     requests = sum(part.requests for part in parts)
 
@@ -145,9 +145,9 @@ def _together(parts: list[Accepted]) -> Accepted:
         total: float = sum(part.requests * getattr(part, name) for part in parts)
         return total / requests
 
-    return Accepted(
+    return AcceptanceStats(
         requests=requests,
-        acceptance=mean("acceptance"),
-        accepted_per_step=mean("accepted_per_step"),
-        drafted=mean("drafted"),
+        first_token_acceptance=mean("first_token_acceptance"),
+        acceptance_length=mean("acceptance_length"),
+        draft_tokens=mean("draft_tokens"),
     )

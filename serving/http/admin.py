@@ -85,14 +85,14 @@ def describe(serve: Serve, engine: HotSwapEngine, puller: Puller | None) -> Spec
         alias_version=puller.named if puller else None,
         canary_version=puller.canary if puller else None,
         role=puller.role if puller else None,
-        held=puller.held if puller else None,
-        waiting=puller.waiting if puller else None,
-        sync_interval_s=puller.interval_s if puller else 0.0,
+        update_blocked=puller.held if puller else None,
+        pending_version=puller.waiting if puller else None,
+        update_interval_s=puller.interval_s if puller else 0.0,
         pinned=puller.pinned if puller else None,
         speculating=health.speculating,
         registry_error=puller.error if puller else None,
         swaps=swaps_of(puller)[-_SWAPS_SHOWN:],
-        refused=refused_of(puller),
+        versions_rejected=refused_of(puller),
     )
 
 

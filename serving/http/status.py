@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Metric, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-from schemas.status import RefusedStatus, ServeStatus, SwapStatus
+from schemas.status import RejectedVersionStatus, ServeStatus, SwapStatus
 from serving.engines.base import HotSwapEngine
 from serving.http.drain import Drain
 from serving.traces.accounting import TraceCounts
@@ -124,31 +124,32 @@ def describe(
         node=node,
         target=engine.target,
         line=engine.line,
-        alive=health.alive,
+        engine_up=health.alive,
         draining=drain.begun,
         speculator=health.speculator,
         speculating=health.speculating,
         draft_depth=health.draft_depth,
-        expected_rates=list(health.expected_tokens_per_second),
+        expected_tokens_per_second=list(health.expected_tokens_per_second),
         role=puller.role if puller else None,
         pinned=puller.pinned if puller else None,
-        running=health.requests_running,
-        waiting=health.requests_waiting,
-        finished=figures.finished,
-        failed=figures.failed,
+        requests_running=health.requests_running,
+        requests_waiting=health.requests_waiting,
+        requests_finished=figures.finished,
+        requests_failed=figures.failed,
         verify_steps=health.verify_steps,
-        drafted=health.draft_tokens,
-        accepted=health.accepted_tokens,
+        draft_tokens=health.draft_tokens,
+        accepted_tokens=health.accepted_tokens,
         output_tokens=health.output_tokens,
+        acceptance_length=1 + health.accepted_tokens / health.verify_steps if health.verify_steps else None,
         rows_captured=rows.captured,
         rows_published=rows.published,
-        rows_shed=rows.rows_shed,
+        rows_dropped=rows.rows_shed,
         rows_pending=rows.pending,
-        breaker=publisher.breaker if publisher else "closed",
+        circuit_breaker=publisher.breaker if publisher else "closed",
         registry_error=puller.error if puller else None,
-        registry_stale=puller.stale if puller else 0,
+        registry_stale_responses=puller.stale if puller else 0,
         swaps=swaps_of(puller),
-        refused=refused_of(puller),
+        versions_rejected=refused_of(puller),
     )
 
 
@@ -158,7 +159,7 @@ def swaps_of(puller: Puller | None) -> list[SwapStatus]:
     return [SwapStatus(version=s.version, time=s.time, in_flight=s.in_flight, pause_ms=s.pause_ms) for s in swaps]
 
 
-def refused_of(puller: Puller | None) -> list[RefusedStatus]:
+def refused_of(puller: Puller | None) -> list[RejectedVersionStatus]:
     """Versions that the node will not serve."""
     refused = puller.refused if puller else ()
-    return [RefusedStatus(version=r.version, time=r.time, why=r.why) for r in refused]
+    return [RejectedVersionStatus(version=r.version, time=r.time, why=r.why) for r in refused]

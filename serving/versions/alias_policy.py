@@ -1,8 +1,8 @@
 """What a node makes of the registry's answers: which versions it follows, and whose turn it is. All of it pure.
 
 A registry may answer with what was true a while ago: from a replica that lags, a cache, or a proxy. So an alias alone
-cannot tell a rollback from an old answer. What tells them apart is the ``Audited`` of the line: the promoter writes it
-after it has recorded a move, and its ``moves`` only grow.
+cannot tell a rollback from an old answer. What tells them apart is the ``AuditState`` of the line: the promoter
+writes it after it has recorded a move, and its ``moves`` only grow.
 
 - An answer with fewer ``moves`` than one heard before, or with none any more, is old: nothing is made of it.
 - A higher version than those followed so far is followed as soon as an alias names it.
@@ -24,7 +24,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from schemas.events import ALIASES, Audited
+from schemas.events import ALIASES, AuditState
 from schemas.hash_sampling import fixed_chance
 
 CHAMPION, CANARY = "champion", "canary"
@@ -37,7 +37,7 @@ class Named:
 
     aliases: Mapping[str, str]
     """The version that each alias names."""
-    audited: Audited | None = None
+    audited: AuditState | None = None
     unreadable: str | None = None
     """Why the line's tag is no audit, where it has one that cannot be read."""
 

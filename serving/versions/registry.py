@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from schemas.events import AUDITED_TAG, Audited
+from schemas.events import AUDITED_TAG, AuditState
 from schemas.registry_client import FAILURES, connect, download, is_absent, model_name
 from schemas.settings import Registry as RegistrySettings
 from serving.versions.alias_policy import Named
@@ -69,7 +69,7 @@ def named_of(aliases: Mapping[str, str], tag: str | None) -> Named:
     if tag is None:
         return Named(aliases)
     try:
-        audited = Audited.model_validate_json(tag)
+        audited = AuditState.model_validate_json(tag)
     except ValidationError as error:
         return Named(aliases, unreadable=f"tag {AUDITED_TAG}: {error.errors()[0]['msg']}")
     if not all(version.isdecimal() for version in audited.aliases.values()):

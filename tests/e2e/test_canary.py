@@ -204,10 +204,10 @@ def test_a_scrambled_version_is_caught_as_canary_while_every_request_is_answered
     why = fleet.registry.tags(fleet.target.line, bad)[QUARANTINED_TAG]
     assert "worse: tokens per" in why
     status = fleet.promoter.status()
-    assert (status.taken_back, status.error) == (why, None)
+    assert (status.last_rollback, status.error) == (why, None)
     for node in nodes:
         told = node.status()
-        assert (told.failed, told.role) == (0, "champion")
+        assert (told.requests_failed, told.role) == (0, "champion")
         assert bad in {swap.version for swap in told.swaps}
     assert not clients.failed
     assert len(clients.answered) > 100

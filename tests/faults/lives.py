@@ -22,7 +22,7 @@ POLL_S = 0.2
 PATIENCE_S = 120.0
 """For anything that a worker is waited for, on the slowest machine."""
 NOTHING: Mapping[str, str] = MappingProxyType({})
-COUNTED = ("left_out", "seeks_back", "fenced", "skipped_behind")
+COUNTED = ("records_deferred", "seeks", "commits_fenced", "records_skipped")
 
 
 class Worker:

@@ -87,10 +87,11 @@ def test_a_fall_of_acceptance_is_told_by_each_partition_and_by_the_next_worker_i
     assert sorted(event.partition for event in events) == list(range(partitions))
     for event in events:
         assert (event.label, event.speculator, event.direction) == ("sql", "1", "fall")
-        assert event.before.acceptance == event.before.accepted_per_step == pytest.approx(0.8, abs=0.04)
-        assert event.after.acceptance == pytest.approx(0.4, abs=0.1)
+        assert event.before.first_token_acceptance == pytest.approx(0.8, abs=0.04)
+        assert event.before.acceptance_length == 1 + event.before.first_token_acceptance
+        assert event.after.first_token_acceptance == pytest.approx(0.4, abs=0.1)
         assert event.before.requests == pytest.approx(BEFORE / partitions, abs=60)
-        assert event.before.drafted == event.after.drafted == 1
+        assert event.before.draft_tokens == event.after.draft_tokens == 1
     # It cannot know whether the worker before sent them, and finds out from the table what they were.
     publish(range(BEFORE + AFTER, BEFORE + AFTER + 40), 0.4)
     work(BEFORE + AFTER + 40, sent=2 * partitions)

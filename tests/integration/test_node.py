@@ -87,7 +87,7 @@ def test_a_node_without_broker_and_registry_serves_and_ends_cleanly(start: Calla
     assert answer.aurora["speculators"] == ["day-0-head-0"]
     eventually(lambda: node.status().registry_error is not None)
     status = node.status()
-    assert (status.finished, status.failed, status.speculator) == (1, 0, "day-0-head-0")
+    assert (status.requests_finished, status.requests_failed, status.speculator) == (1, 0, "day-0-head-0")
     assert status.rows_captured == status.rows_pending == answer.aurora["verify_steps"] + 1
     closed = node.end()
     assert (closed["captured"], closed["published"]) == (status.rows_captured, 0)
@@ -113,7 +113,7 @@ def test_every_verify_step_is_traced_and_a_swap_under_load_changes_no_answer(
     streams = [threading.Thread(target=lambda: answers.append(node.ask(_LONG, max_tokens=120))) for _ in range(2)]
     for stream in streams:
         stream.start()
-    eventually(lambda: node.status().running == 2)
+    eventually(lambda: node.status().requests_running == 2)
     trainer.point(status.line, "champion", version)
     for stream in streams:
         stream.join()

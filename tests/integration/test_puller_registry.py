@@ -18,7 +18,7 @@ from idle_health import IDLE
 from safetensors.torch import load_file, save_file
 from tiny_draft import SHAPE
 
-from schemas.events import AUDITED_TAG, Audited
+from schemas.events import AUDITED_TAG, AuditState
 from schemas.settings import Canary, Settings
 from schemas.settings import Registry as RegistrySettings
 from schemas.speculator import checkpoint
@@ -70,7 +70,7 @@ class Line:
         self.moves += 1
         for alias, version in aliases.items():
             self.trainer.point(self.name, alias, version)  # type: ignore[arg-type]
-        audited = Audited(moves=self.moves, aliases=aliases)  # type: ignore[arg-type]
+        audited = AuditState(moves=self.moves, aliases=aliases)  # type: ignore[arg-type]
         self.client.set_registered_model_tag(f"aurora.{self.name}", AUDITED_TAG, audited.model_dump_json())
 
     def write(self, name: str, seed: int) -> checkpoint.Manifest:

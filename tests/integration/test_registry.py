@@ -172,7 +172,7 @@ def test_a_promotion_is_seen_in_the_registry_the_table_and_on_the_topic(
     # A second process finds nothing to do but to say the last moves again.
     again = promoter_of(settings)
     again.poll()
-    assert again.status().moves == 0
+    assert again.status().alias_moves == 0
     last = {e.key: e for e in sent}
     assert {e.key: e for e in events(settings.kafka, line)[len(sent) :]} == last
 

@@ -19,7 +19,7 @@ from registry_proxy import Fault, RegistryProxy
 from serving_node import eventually
 from tiny_draft import SHAPE
 
-from schemas.events import AUDITED_TAG, Alias, Audited
+from schemas.events import AUDITED_TAG, Alias, AuditState
 from schemas.registry_client import connect, model_name
 from schemas.settings import Registry as RegistrySettings
 from schemas.settings import Serve, Settings
@@ -54,7 +54,7 @@ class Mover:
         self._moves += 1
         aliases: dict[Alias, str] = {"champion": version}
         self._trainer.point(self.line, "champion", version)
-        audited = Audited(moves=self._moves, aliases=aliases).model_dump_json()
+        audited = AuditState(moves=self._moves, aliases=aliases).model_dump_json()
         self._client.set_registered_model_tag(model_name(self.line), AUDITED_TAG, audited)
 
 
@@ -128,12 +128,12 @@ def test_a_node_serves_on_and_catches_up_whatever_the_registry_does(proxy: Regis
         proxy.remember()
         mover.point(served[0])
         await_version(served[0])
-        assert status().registry_stale == 0
+        assert status().registry_stale_responses == 0
         with proxy.failing("old"):
-            eventually(lambda: status().registry_stale > 1)
+            eventually(lambda: status().registry_stale_responses > 1)
             client.answers_go_on()
         assert [swap.version for swap in status().swaps] == [*served, served[0]]
-        assert (client.failed, status().refused) == ([], [])
+        assert (client.failed, status().versions_rejected) == ([], [])
     puller.stop()
 
 

@@ -112,14 +112,14 @@ def test_a_server_is_started_with_the_draft_of_day_0_looked_after_and_ended_by_a
     assert '"-m", "sglang.launch_server"' in arguments
     manifest = checkpoint.read_manifest(tmp_path / "drafts" / "node-7")
     status = ServeStatus.model_validate(httpx.get(f"{node.url}/status").json())
-    assert (status.node, status.alive, status.speculator, status.line) == (
+    assert (status.node, status.engine_up, status.speculator, status.line) == (
         "node-7",
         True,
         "day-0-head-0",
         manifest.line,
     )
-    assert (status.output_tokens, status.finished, status.draft_depth) == (103, 3, 3)
-    assert (status.rows_captured, status.rows_shed, status.breaker) == (50, 7, "open")
+    assert (status.output_tokens, status.requests_finished, status.draft_depth) == (103, 3, 3)
+    assert (status.rows_captured, status.rows_dropped, status.circuit_breaker) == (50, 7, "open")
     headers = {"authorization": f"Bearer {TOKEN}"}
     shown = httpx.get(f"{node.url}/admin/speculator", headers=headers)
     assert SpeculatorStatus.model_validate(shown.json()).version == "day-0-head-0"

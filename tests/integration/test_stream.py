@@ -79,7 +79,7 @@ def test_records_become_rows_and_unusable_ones_dead_letters(stage: Stage) -> Non
     with worker(stage.settings, stage.log) as process:
         assert stage.stored(54), stage.log.read_text()[-5_000:]
         assert wait_until(
-            lambda: all(p.wanted == p.end == stage.end(p.partition) for p in stage.status().partitions), 9
+            lambda: all(p.next_offset == p.end_offset == stage.end(p.partition) for p in stage.status().partitions), 9
         )
         status, metrics = stage.status(), stage.get("/metrics")
         process.send_signal(signal.SIGTERM)
@@ -87,7 +87,7 @@ def test_records_become_rows_and_unusable_ones_dead_letters(stage: Stage) -> Non
     stage.assert_equal_to_the_ledger()
     assert sorted(stage.tables.read("dead_letters")["reason"].to_pylist()) == ["corrupt", "duplicate", "empty"]
     assert (status.rows_written, sum(status.dead_letters.values())) == (stage.tables.row_count("traces"), 3)
-    assert (status.lost, status.error) == (0, None)
+    assert (status.records_lost, status.error) == (0, None)
     assert len(status.partitions) == stage.settings.kafka.partitions
     assert f"aurora_stream_rows_written_total {float(status.rows_written)}" in metrics
     assert 'aurora_stream_dead_letters_total{reason="empty"} 1.0' in metrics
@@ -114,7 +114,7 @@ def test_a_group_offset_that_ran_ahead_of_the_tables_is_not_believed(stage: Stag
         assert stage.stored(40), stage.log.read_text()[-5_000:]
         stage.publisher.send_many(range(40, 60))
         assert stage.stored(60), stage.log.read_text()[-5_000:]
-        assert stage.status().seeks_back > 0
+        assert stage.status().seeks > 0
     stage.assert_equal_to_the_ledger()
 
 
@@ -127,7 +127,7 @@ def test_records_that_the_broker_deleted_unread_are_an_alarm_and_a_dead_letter(s
     kept = 60 - sum(deleted.values())
     with worker(stage.settings, stage.log):
         assert wait_until(lambda: stage.tables.row_count("accepted") >= kept, 40), stage.log.read_text()[-5_000:]
-        assert stage.status().lost == sum(deleted.values())
+        assert stage.status().records_lost == sum(deleted.values())
     letters = stage.tables.read("dead_letters").sort_by("partition").to_pylist()
     assert [(row["reason"], row["offset"]) for row in letters] == [(LOST, 0)] * len(letters)
     assert [row["detail"].split(":")[0] for row in letters] == [f"offsets 0 to {end - 1}" for end in deleted.values()]
@@ -204,7 +204,9 @@ def test_files_are_merged_while_the_stream_commits_and_nobody_is_fenced(stage: S
         for start in range(0, 100, 10):
             stage.publisher.send_many(range(start, start + 10))
             assert stage.stored(start + 10), stage.log.read_text()[-5_000:]
-        assert wait_until(lambda: stage.status().maintained.get("merged", 0) > 10, 40), stage.log.read_text()[-5_000:]
+        assert wait_until(lambda: stage.status().maintenance_files.get("merged", 0) > 10, 40), stage.log.read_text()[
+            -5_000:
+        ]
         status = stage.status()
-    assert (status.fenced, status.table_errors, status.maintained.get("failed", 0)) == (0, 0, 0)
+    assert (status.commits_fenced, status.table_errors, status.maintenance_files.get("failed", 0)) == (0, 0, 0)
     stage.assert_equal_to_the_ledger()

@@ -38,7 +38,7 @@ def test_a_life_leaves_a_run_with_its_curves(world: World, registry: str) -> Non
 
     def compared() -> None:
         # A version that is registered before the registry has begun the run names none.
-        if trainer.status().curves:
+        if trainer.status().mlflow_run:
             compare()
         if trainer.status().registered:
             stopping.set()
@@ -47,8 +47,8 @@ def test_a_life_leaves_a_run_with_its_curves(world: World, registry: str) -> Non
     trainer.run()
     status = trainer.status()
     client = MlflowClient(registry)
-    assert status.curves
-    run = client.get_run(status.curves)
+    assert status.mlflow_run
+    run = client.get_run(status.mlflow_run)
     assert run.info.status == "FINISHED"
     assert run.info.experiment_id == client.get_experiment_by_name(model_name(world.target.line)).experiment_id
     assert run.data.params["learning_rate"] == "0.005"
@@ -57,10 +57,10 @@ def test_a_life_leaves_a_run_with_its_curves(world: World, registry: str) -> Non
     feed = {"lag_commits", "newest_window_age_s", "tokens_per_s"}
     assert run.data.metrics.keys() >= {"loss", "loss_accepted", "loss_rejected", "accepted_per_step", "held_out_loss"}
     assert run.data.metrics.keys() >= {"gradient_norm", "learning_rate"} | steps | feed
-    losses = client.get_metric_history(status.curves, "loss")
+    losses = client.get_metric_history(status.mlflow_run, "loss")
     assert [point.step for point in losses] == sorted(point.step for point in losses)
     assert losses[-1].step == status.step
-    assert world.registry.tags(world.target.line, status.registered[0])["curves"] == status.curves
+    assert world.registry.tags(world.target.line, status.registered[0])["curves"] == status.mlflow_run
 
 
 def test_a_training_begins_with_what_it_is_told_to(world: World, tmp_path: Path, registry: str) -> None:

@@ -76,8 +76,8 @@ def test_the_loop_from_rows_to_a_champion_that_drafts_better(world: World, tmp_p
         assert status is not None
         assert status.error is None
         assert status.registered[:2] == ["1", "2"]
-        assert status.cursor > 0
-        assert status.accepted_per_step is not None
+        assert status.table_version_read > 0
+        assert status.acceptance_length is not None
         assert b"aurora_train_steps_total" in get(settings.train.port, "/metrics")
         assert b'aurora_promoter_moves_total{alias="champion"}' in get(settings.promoter.port, "/metrics")
         with pytest.raises(OSError, match="404"):
@@ -131,7 +131,10 @@ def test_a_stopped_or_killed_trainer_goes_on_from_its_checkpoint(world: World, t
         trainer.wait()
     with process(settings, RUN_TRAINER, log) as trainer:
         until(lambda: step_of(settings) > stopped_at, "steps after the kill")
-        until(lambda: (s := train_status(settings)) and s.cursor == s.table_version, "everything to be read")
+        until(
+            lambda: (s := train_status(settings)) and s.table_version_read == s.table_version_latest,
+            "everything to be read",
+        )
         assert end(trainer) == 0
 
 
@@ -185,7 +188,9 @@ def test_a_registry_that_is_away_stops_no_training_and_is_used_when_it_is_back(w
         gate.open = False
         until(lambda: "registry.tracking_uri" in (trainer.status().error or ""), "a failure to register")
         world.serve(20)
-        until(lambda: trainer.status().cursor == world.tables.version("accepted"), "the new rows to be read")
+        until(
+            lambda: trainer.status().table_version_read == world.tables.version("accepted"), "the new rows to be read"
+        )
         failed_at = trainer.status().step
         world.serve(20)
         until(lambda: trainer.status().step > failed_at, "steps without a registry")

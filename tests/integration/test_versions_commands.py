@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 
 from ops.cli.main import app
 from pipeline.delta import DeltaLog
-from schemas.events import AUDITED_TAG, Audited
+from schemas.events import AUDITED_TAG, AuditState
 from schemas.settings import Settings, load
 from schemas.speculator import checkpoint
 from schemas.speculator.network import random_draft
@@ -85,9 +85,9 @@ class Desk:
         return self.registry.aliases(self.line)
 
     @property
-    def stamp(self) -> Audited:
+    def stamp(self) -> AuditState:
         model = self.registry._client.get_registered_model(f"aurora.{self.line}")
-        return Audited.model_validate_json(model.tags[AUDITED_TAG])
+        return AuditState.model_validate_json(model.tags[AUDITED_TAG])
 
 
 @pytest.fixture

@@ -142,7 +142,7 @@ def test_a_reader_that_fails_is_started_again_and_what_it_lost_comes_again(stage
     only = stage.start(READER_FAILS_ONCE)
     assert stage.stored(30), stage.told()
     assert only.well
-    assert only.status.seeks_back > 0
+    assert only.status.seeks > 0
     assert only.process.poll() is None
     assert "a reader that fails" in stage.log.read_text()
 
@@ -203,7 +203,7 @@ def test_a_slow_store_slows_reading_and_shows_as_lag_and_memory_stays_bounded(st
         return rows_of_records(stage.tables) >= records
 
     assert wait_until(all_stored, 90), stage.told()
-    held = [status.held_bytes for status in seen]
+    held = [status.buffer_bytes for status in seen]
     assert HELD_BYTES / 2 < max(held) <= HELD_BYTES
     assert max(sum(p.lag for p in status.partitions) for status in seen) > records / 2
     assert max(lag_told) > records / 2

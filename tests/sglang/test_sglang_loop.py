@@ -112,7 +112,7 @@ def test_a_target_without_a_speculator_is_served_with_the_draft_of_day_0(
     assert accepted_per_step(answers) < 1.15
     assert {answer["meta_info"]["weight_version"] for answer in answers} == {"day-0-head-0"}
     deadline = time.monotonic() + 30
-    while not (status := node.status).alive:
+    while not (status := node.status).engine_up:
         assert time.monotonic() < deadline
         time.sleep(0.2)
     assert (status.speculator, status.line) == ("day-0-head-0", line_of(node.settings).name)

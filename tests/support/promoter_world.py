@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from pipeline.delta import DeltaLog, TableError
-from schemas.events import QUARANTINED_TAG, Alias, AliasMoved, Audited
+from schemas.events import QUARANTINED_TAG, Alias, AliasMoved, AuditState
 from schemas.settings import Tables, load
 from trainer.release.alias_moves import Mover
 from trainer.release.audit import Audit, BrokerError
@@ -40,7 +40,7 @@ class MemoryRegistry:
     def __init__(self) -> None:
         self.named: dict[str, str] = {}
         self.registered: dict[str, dict[str, str]] = {}
-        self.stamped: Audited | None = None
+        self.stamped: AuditState | None = None
         self.breaks: Callable[[Alias], None] = lambda _: None
 
     def lines(self) -> list[Line]:
@@ -69,7 +69,7 @@ class MemoryRegistry:
         self.breaks(alias)
         self.named.pop(alias, None)
 
-    def stamp(self, line: str, audited: Audited) -> None:
+    def stamp(self, line: str, audited: AuditState) -> None:
         self.stamped = audited
 
     def register(self, version: str, tags: dict[str, str]) -> None:

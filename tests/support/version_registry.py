@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tiny_draft import SHAPE
 
-from schemas.events import Alias, Audited
+from schemas.events import Alias, AuditState
 from schemas.speculator import checkpoint
 from schemas.speculator.checkpoint import line_of
 from schemas.speculator.network import random_draft
@@ -30,7 +30,7 @@ def _set() -> threading.Event:
 class FakeRegistry:
     alias: str | None = None
     canary: str | None = None
-    audited: Audited | None = None
+    audited: AuditState | None = None
     unreadable: str | None = None
     away: bool = False
     foreign: set[str] = field(default_factory=set)
@@ -45,7 +45,7 @@ class FakeRegistry:
 
     def audit(self) -> None:
         """Record the aliases as they are, as a promoter does."""
-        self.audited = Audited(moves=self.audited.moves + 1 if self.audited else 1, aliases=self._aliases())
+        self.audited = AuditState(moves=self.audited.moves + 1 if self.audited else 1, aliases=self._aliases())
 
     def named(self) -> Named:
         self.asked += 1

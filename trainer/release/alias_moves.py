@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import structlog
 
 from schemas.errors import UserError
-from schemas.events import Alias, Change, Intent
+from schemas.events import Alias, AliasChange, AliasIntent
 from schemas.telemetry import spans
 from schemas.telemetry.spans import Span
 from schemas.telemetry.trace_context import of_version
@@ -54,15 +54,21 @@ class Registry(Protocol):
 
 
 def intent(
-    line: str, what: str, changes: Sequence[Change], *, actor: str, why: str, figures: Mapping[str, float] | None = None
-) -> Intent:
+    line: str,
+    action: str,
+    changes: Sequence[AliasChange],
+    *,
+    actor: str,
+    why: str,
+    figures: Mapping[str, float] | None = None,
+) -> AliasIntent:
     """A new intent, with those of the changes that change something."""
-    return Intent.model_validate(
+    return AliasIntent.model_validate(
         {
             "id": uuid.uuid4().hex,
             "time": datetime.now(UTC),
             "line": line,
-            "what": what,
+            "action": action,
             "changes": [change for change in changes if change.from_version != change.to_version],
             "actor": actor,
             "why": why,
@@ -71,23 +77,23 @@ def intent(
     )
 
 
-def promotion(aliases: Mapping[str, str], version: str) -> list[Change]:
+def promotion(aliases: Mapping[str, str], version: str) -> list[AliasChange]:
     """``champion`` to a version; ``previous`` first, so that there is a way back at every moment."""
     champion = aliases.get("champion")
-    changes = [Change(alias="champion", from_version=champion, to_version=version)]
+    changes = [AliasChange(alias="champion", from_version=champion, to_version=version)]
     if champion is not None and champion != version:
-        changes.insert(0, Change(alias="previous", from_version=aliases.get("previous"), to_version=champion))
+        changes.insert(0, AliasChange(alias="previous", from_version=aliases.get("previous"), to_version=champion))
     if aliases.get("canary") == version:
-        changes.append(Change(alias="canary", from_version=version, to_version=None))
+        changes.append(AliasChange(alias="canary", from_version=version, to_version=None))
     return changes
 
 
-def trial(aliases: Mapping[str, str], version: str | None) -> list[Change]:
+def trial(aliases: Mapping[str, str], version: str | None) -> list[AliasChange]:
     """``canary`` to a version, or to none."""
-    return [Change(alias="canary", from_version=aliases.get("canary"), to_version=version)]
+    return [AliasChange(alias="canary", from_version=aliases.get("canary"), to_version=version)]
 
 
-def rollback(aliases: Mapping[str, str], before: str | None) -> list[Change]:
+def rollback(aliases: Mapping[str, str], before: str | None) -> list[AliasChange]:
     """``champion`` to what ``previous`` names, and ``previous`` to the version before that; a trial ends.
 
     Args:
@@ -96,13 +102,13 @@ def rollback(aliases: Mapping[str, str], before: str | None) -> list[Change]:
     """
     champion, previous = aliases["champion"], aliases["previous"]
     return [
-        Change(alias="champion", from_version=champion, to_version=previous),
-        Change(alias="previous", from_version=previous, to_version=before),
+        AliasChange(alias="champion", from_version=champion, to_version=previous),
+        AliasChange(alias="previous", from_version=previous, to_version=before),
         *trial(aliases, None),
     ]
 
 
-def next_change(wanted: Intent, aliases: Mapping[str, str]) -> Change | None:
+def next_change(wanted: AliasIntent, aliases: Mapping[str, str]) -> AliasChange | None:
     """The first change that is still to be made; None when all are.
 
     Raises:
@@ -119,7 +125,7 @@ def next_change(wanted: Intent, aliases: Mapping[str, str]) -> Change | None:
     return next((change for change in wanted.changes if aliases.get(change.alias) != change.to_version), None)
 
 
-def spans_of(made: Intent, now: float) -> Iterator[Span]:
+def spans_of(made: AliasIntent, now: float) -> Iterator[Span]:
     """What a move tells: a span in the trace of each version that an alias has come to name."""
     for change in made.changes:
         if change.to_version is not None:
@@ -135,7 +141,7 @@ def spans_of(made: Intent, now: float) -> Iterator[Span]:
                     "version": change.to_version,
                     "alias": change.alias,
                     "from": change.from_version or "",
-                    "what": made.what,
+                    "action": made.action,
                     "by": made.actor,
                     "why": made.why,
                 },
@@ -149,28 +155,28 @@ class Mover:
         self._ledger = Ledger(tables, "intents")
         self._registry = registry
 
-    def intents(self, line: str) -> list[tuple[Intent, str]]:
+    def intents(self, line: str) -> list[tuple[AliasIntent, str]]:
         """Every intent of a line with its state (intended, done, abandoned), oldest first."""
         found = {row["id"]: row for row in self._ledger.read() if row["line"] == line}
-        return [(Intent.model_validate_json(row["intent"]), row["state"]) for row in found.values()]
+        return [(AliasIntent.model_validate_json(row["intent"]), row["state"]) for row in found.values()]
 
     def notes(self, line: str) -> list[str]:
         """Why intents of a line were abandoned, oldest first."""
         return [row["note"] for row in self._ledger.read() if row["line"] == line and row["note"]]
 
-    def open(self, line: str) -> Intent | None:
+    def open(self, line: str) -> AliasIntent | None:
         """The intent of a line that is not closed."""
         return next((one for one, state in reversed(self.intents(line)) if state == "intended"), None)
 
-    def finish(self, line: str) -> Intent | None:
+    def finish(self, line: str) -> AliasIntent | None:
         """Finish the open intent of a line, if there is one, whoever began it."""
         unfinished = self.open(line)
         if unfinished is not None:
-            log.warning("finishing_move", line=line, what=unfinished.what, by=unfinished.actor, id=unfinished.id)
+            log.warning("finishing_move", line=line, action=unfinished.action, by=unfinished.actor, id=unfinished.id)
             self._carry_out(unfinished)
         return unfinished
 
-    def move(self, wanted: Intent) -> None:
+    def move(self, wanted: AliasIntent) -> None:
         """Write the intent down, make its changes, and close it.
 
         Raises:
@@ -188,22 +194,22 @@ class Mover:
         if why := self._carry_out(wanted):
             raise MoveError(why)
 
-    def _carry_out(self, wanted: Intent) -> str | None:
+    def _carry_out(self, wanted: AliasIntent) -> str | None:
         """Make what is left of the changes; gives why the intent was abandoned, if it was."""
         try:
             while change := next_change(wanted, self._registry.aliases(wanted.line)):
                 self._make(wanted, change)
         except MoveError as error:
-            log.warning("move_abandoned", line=wanted.line, what=wanted.what, why=str(error))
+            log.warning("move_abandoned", line=wanted.line, action=wanted.action, why=str(error))
             self._close(wanted, "abandoned", str(error))
             return str(error)
         self._close(wanted, "done")
-        log.info("moved", line=wanted.line, what=wanted.what, by=wanted.actor, why=wanted.why)
+        log.info("moved", line=wanted.line, action=wanted.action, by=wanted.actor, why=wanted.why)
         for span in spans_of(wanted, time.time()):
             spans.record(span)
         return None
 
-    def _make(self, wanted: Intent, change: Change) -> None:
+    def _make(self, wanted: AliasIntent, change: AliasChange) -> None:
         if change.to_version is None:
             self._registry.unpoint(wanted.line, change.alias)
         elif self._registry.has(wanted.line, change.to_version):
@@ -212,7 +218,7 @@ class Mover:
             # Otherwise the line could never be moved again: each mover would first try to finish this move.
             raise MoveError(f"line {wanted.line} has no version {change.to_version} (any more); promote another")
 
-    def _close(self, wanted: Intent, state: str, note: str | None = None) -> None:
+    def _close(self, wanted: AliasIntent, state: str, note: str | None = None) -> None:
         """Write the last row of an intent, unless another mover that finished it has."""
         for _ in range(_TRIES):
             still_open = self.open(wanted.line)
@@ -220,13 +226,13 @@ class Mover:
                 return
         raise MoveError(f"table intents: others write all the time; the move of line {wanted.line} is made, not closed")
 
-    def _write(self, wanted: Intent, state: str, note: str | None = None) -> bool:
+    def _write(self, wanted: AliasIntent, state: str, note: str | None = None) -> bool:
         row: dict[str, Any] = {
             "time": datetime.now(UTC),
             "line": wanted.line,
             "id": wanted.id,
             "state": state,
-            "what": wanted.what,
+            "action": wanted.action,
             "intent": wanted.model_dump_json(),
             "note": note,
         }

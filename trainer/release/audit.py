@@ -18,7 +18,7 @@ from confluent_kafka import KafkaException, Producer
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
 
-from schemas.events import ALIASES, Alias, AliasMoved, Audited
+from schemas.events import ALIASES, Alias, AliasMoved, AuditState
 from schemas.settings import Kafka, SettingsError
 from trainer.release.ledger import Ledger, Tables
 
@@ -84,10 +84,10 @@ class Audit:
         """The version that each alias names by its last row; without those that name none."""
         return _named(self.moves(line))
 
-    def audited(self, line: str) -> Audited | None:
+    def audited(self, line: str) -> AuditState | None:
         """What nodes are to see of the record; None where a line has no row."""
         moves = self.moves(line)
-        return Audited(moves=len(moves), aliases=_named(moves)) if moves else None
+        return AuditState(moves=len(moves), aliases=_named(moves)) if moves else None
 
     def last(self, line: str, alias: Alias) -> AliasMoved | None:
         """The newest recorded move of an alias."""

@@ -20,9 +20,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 from pydantic import ValidationError
 
 from pipeline.delta import DeltaLog, TableError
-from schemas.events import QUARANTINED_TAG, Change
+from schemas.events import QUARANTINED_TAG, AliasChange
 from schemas.settings import Settings
-from schemas.status import ComparedStatus, PromoterStatus, TrialStatus
+from schemas.status import ComparedStatus, ComparisonStatus, PromoterStatus
 from schemas.telemetry import logs, spans
 from trainer.release import alias_moves, promotion
 from trainer.release.alias_moves import MoveError, Mover
@@ -132,11 +132,11 @@ class Promoter:
             candidate=aliases.get("candidate"),
             previous=aliases.get("previous"),
             canary=aliases.get("canary"),
-            moves=self._moved,
+            alias_moves=self._moved,
             verdict=step.why if step else None,
-            trials=[_status(*one) for one in (seen.trial, seen.watch) if one is not None],
-            taken_back=self._taken_back,
-            cooling_until=self._cooling,
+            comparisons=[_status(*one) for one in (seen.trial, seen.watch) if one is not None],
+            last_rollback=self._taken_back,
+            cooldown_until=self._cooling,
             error=self._failures.summary,
         )
 
@@ -188,13 +188,13 @@ class Promoter:
         wanted = alias_moves.intent(line.name, step.what, changes, actor=promotion.ACTOR, why=step.why, figures=figures)
         self._mover.move(wanted)
 
-    def _changes(self, line: Line, step: Step) -> list[Change]:
+    def _changes(self, line: Line, step: Step) -> list[AliasChange]:
         match step.what:
             case "promote":
                 return alias_moves.promotion(line.aliases, step.version or "")
-            case "try":
+            case "start_canary":
                 return alias_moves.trial(line.aliases, step.version)
-            case "end trial":
+            case "end_canary":
                 return alias_moves.trial(line.aliases, None)
             case _:
                 return rollback_of(self._audit, self._registry, line)
@@ -258,15 +258,15 @@ class _Gauges:
                 self._difference.labels(line, kind, estimate.figure).set(estimate.difference)
 
 
-def _status(one: Trial | Watch, standing: Standing) -> TrialStatus:
-    return TrialStatus(
-        kind="trial" if isinstance(one, Trial) else "watch",
+def _status(one: Trial | Watch, standing: Standing) -> ComparisonStatus:
+    return ComparisonStatus(
+        kind="canary" if isinstance(one, Trial) else "watch",
         version=one.version,
-        against=one.spans[1].version,
-        since=one.since,
-        until=one.until,
+        baseline=one.spans[1].version,
+        start_time=one.since,
+        end_time=one.until,
         requests=standing.new_requests,
-        requests_against=standing.old_requests,
+        baseline_requests=standing.old_requests,
         figures=[
             ComparedStatus(
                 figure=estimate.figure,

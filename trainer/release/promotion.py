@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Literal
 
-from schemas.events import Alias, AliasMoved, Intent
+from schemas.events import Alias, AliasIntent, AliasMoved
 from schemas.settings import Promoter
 from trainer.release.gate import Verdict
 from trainer.release.live_figures import Span
@@ -35,7 +35,7 @@ class Written:
     aliases: Mapping[str, str]
     moves: Sequence[AliasMoved]
     """Oldest first, and up to date."""
-    intents: Sequence[tuple[Intent, str]]
+    intents: Sequence[tuple[AliasIntent, str]]
     quarantined: Collection[str]
     """Of the versions that aliases name."""
     gate: Verdict
@@ -84,7 +84,7 @@ class Seen:
 class Step:
     """What to do next with a line."""
 
-    what: Literal["promote", "try", "end trial", "rollback", "wait"]
+    what: Literal["promote", "start_canary", "end_canary", "rollback", "wait"]
     why: str
     version: str | None = None
     """The version that it is about: that is promoted, tried, or taken back."""
@@ -165,12 +165,12 @@ def fallen(standing: Standing, settings: Promoter) -> Estimate | None:
     )
 
 
-def cooling_until(intents: Sequence[tuple[Intent, str]], now: float, settings: Promoter) -> float | None:
+def cooling_until(intents: Sequence[tuple[AliasIntent, str]], now: float, settings: Promoter) -> float | None:
     """Until when nothing is promoted because champions were taken back; each one within the memory doubles it."""
     times = [
         wanted.time.timestamp()
         for wanted, state in intents
-        if wanted.what == "rollback" and wanted.actor == ACTOR and state == "done"
+        if wanted.action == "rollback" and wanted.actor == ACTOR and state == "done"
     ]
     recent = [time for time in times if now - time < settings.cooldown_window]
     if not recent:
@@ -179,9 +179,11 @@ def cooling_until(intents: Sequence[tuple[Intent, str]], now: float, settings: P
     return until if until > now else None
 
 
-def taken_back(intents: Sequence[tuple[Intent, str]]) -> str | None:
+def taken_back(intents: Sequence[tuple[AliasIntent, str]]) -> str | None:
     """Why a version was taken back last, as canary or as champion, without a person's hand."""
-    ends = [wanted.why for wanted, _ in intents if wanted.what in ("rollback", "end trial") and wanted.actor == ACTOR]
+    ends = [
+        wanted.why for wanted, _ in intents if wanted.action in ("rollback", "end_canary") and wanted.actor == ACTOR
+    ]
     return ends[-1] if ends else None
 
 
@@ -202,7 +204,7 @@ def _of_canary(
     """What becomes of a canary."""
     if written.aliases.get("champion") in (None, canary) or canary in written.quarantined:
         held = "is in quarantine" if canary in written.quarantined else "has no other champion beside it"
-        return Step("end trial", f"version {canary} {held}", canary)
+        return Step("end_canary", f"version {canary} {held}", canary)
     if seen.trial is None:
         return Step("wait", f"the trial of version {canary} is not recorded yet")
     return _of_trial(*seen.trial, now, cooling, settings)
@@ -214,7 +216,7 @@ def _of_trial(trial: Trial, standing: Standing, now: float, cooling: float | Non
     outcome, why = decide(standing, trial_rule(settings))
     figures, why = figures_of(standing), f"version {canary} against {trial.against}: {why}"
     if outcome == "back":
-        return Step("end trial", why, canary, quarantine=True, figures=figures)
+        return Step("end_canary", why, canary, quarantine=True, figures=figures)
     over = outcome == "go on" and now >= trial.until
     if outcome == "promote" or (over and _passes_by_estimate(standing, settings)):
         if cooling is not None:
@@ -223,7 +225,7 @@ def _of_trial(trial: Trial, standing: Standing, now: float, cooling: float | Non
             "promote", f"{why}; after promoter.canary_timeout, by estimate" if over else why, canary, figures=figures
         )
     if over:
-        return Step("end trial", f"{why}; undecided after promoter.canary_timeout", canary, figures=figures)
+        return Step("end_canary", f"{why}; undecided after promoter.canary_timeout", canary, figures=figures)
     return Step("wait", why)
 
 
@@ -246,7 +248,7 @@ def _of_candidate(written: Written, share: float, cooling: float | None) -> Step
         )
     if cooling is not None:
         return Step("wait", f"{why}; {_cooling(cooling)}")
-    return Step("try" if tried else "promote", why, candidate)
+    return Step("start_canary" if tried else "promote", why, candidate)
 
 
 def _cooling(until: float) -> str:

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from pydantic import ValidationError
 
-from schemas.events import AliasMoved, Audited, Change
+from schemas.events import AliasChange, AliasMoved, AuditState
 from trainer.release.alias_moves import Mover, rollback
 from trainer.release.audit import Audit, Move
 from trainer.release.gate import HeldOut
@@ -30,7 +30,7 @@ class Registry(Protocol):
     def versions(self, line: str) -> Sequence[Version]:
         """All versions of a line."""
 
-    def stamp(self, line: str, audited: Audited) -> None:
+    def stamp(self, line: str, audited: AuditState) -> None:
         """Write what the record says of a line's aliases where nodes see it."""
 
 
@@ -60,10 +60,10 @@ def explained(move: Move, last: AliasMoved | None, mover: Mover, registry: Regis
         mover: Knows the intents.
         registry: Knows the versions.
     """
-    change = Change(alias=move.alias, from_version=move.from_version, to_version=move.to_version)
+    change = AliasChange(alias=move.alias, from_version=move.from_version, to_version=move.to_version)
     for wanted, _ in reversed(mover.intents(move.line)):
         if change in wanted.changes and (last is None or wanted.time >= last.time):
-            return move.explained(wanted.actor, f"{wanted.what}: {wanted.why}", wanted.figures)
+            return move.explained(wanted.actor, f"{wanted.action}: {wanted.why}", wanted.figures)
     if move.alias == "candidate" and move.to_version is not None:
         with suppress(ValidationError):
             figures = HeldOut.of(registry.tags(move.line, move.to_version)).figures
@@ -71,7 +71,7 @@ def explained(move: Move, last: AliasMoved | None, mover: Mover, registry: Regis
     return move.explained(BY_HAND, "moved or removed by hand in the registry", {})
 
 
-def rollback_of(audit: Audit, registry: Registry, line: Line) -> list[Change]:
+def rollback_of(audit: Audit, registry: Registry, line: Line) -> list[AliasChange]:
     """The changes of a rollback: ``previous`` becomes the last champion before it that is not in quarantine.
 
     Raises ``TableError`` and ``RegistryError``.

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from schemas.events import AUDITED_TAG, QUARANTINED_TAG, Alias, Audited
+from schemas.events import AUDITED_TAG, QUARANTINED_TAG, Alias, AuditState
 from schemas.registry_client import (
     FAILURES,
     PREFIX,
@@ -48,7 +48,7 @@ class Line:
 
     name: str
     aliases: Mapping[str, str]
-    audited: Audited | None = None
+    audited: AuditState | None = None
     """What its tag says of the record; None where it has none, or one that cannot be read."""
 
 
@@ -141,7 +141,7 @@ class SpeculatorRegistry:
         with self._calls():
             self._client.delete_model_version_tag(model_name(line), number, QUARANTINED_TAG)
 
-    def stamp(self, line: str, audited: Audited) -> None:
+    def stamp(self, line: str, audited: AuditState) -> None:
         """Write what the record says of a line's aliases where nodes see it."""
         with self._calls():
             self._client.set_registered_model_tag(model_name(line), AUDITED_TAG, audited.model_dump_json())
@@ -223,9 +223,9 @@ def _version(found: Any) -> Version:
     )
 
 
-def _audited(tags: Mapping[str, str]) -> Audited | None:
+def _audited(tags: Mapping[str, str]) -> AuditState | None:
     try:
-        return Audited.model_validate_json(tags.get(AUDITED_TAG, ""))
+        return AuditState.model_validate_json(tags.get(AUDITED_TAG, ""))
     except ValidationError:
         return None
 

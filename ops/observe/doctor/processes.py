@@ -39,16 +39,16 @@ def _node(patient: Patient, overview: Overview) -> Iterator[Finding]:
     elif model and node.line != model.line:
         found = f"node {node.node} is of line {node.line}, the settings give {model.line}"
         yield problem("serve", found, "give node and trainer the same [speculator] section, and restart the node")
-    if not node.alive:
+    if not node.engine_up:
         yield problem("serve", f"the engine of node {node.node} does not run", "its log says why; restart it")
     if node.registry_error:
         yield problem("serve", f"node {node.node}: {node.registry_error}", "set registry.tracking_uri for the node")
-    if node.breaker != "closed":
-        found = f"node {node.node} cannot publish traces (breaker {node.breaker})"
+    if node.circuit_breaker != "closed":
+        found = f"node {node.node} cannot publish traces (breaker {node.circuit_breaker})"
         yield problem("serve", found, "check kafka.bootstrap_servers and kafka.client_options of the node")
-    for refused in node.refused:
+    for refused in node.versions_rejected:
         yield warning("serve", f"node {node.node} refuses version {refused.version}: {refused.why}", "promote another")
-    yield ok("serve", f"node {node.node}, version {node.speculator or 'none'}, {node.failed} failed requests")
+    yield ok("serve", f"node {node.node}, version {node.speculator or 'none'}, {node.requests_failed} failed requests")
 
 
 def _learning(overview: Overview) -> Iterator[Finding]:

@@ -12,11 +12,11 @@ from rich.console import Console
 
 from ops.cli.drift import words
 from ops.observe.status import Overview, as_table
-from schemas.events import Accepted, DriftEvent
+from schemas.events import AcceptanceStats, DriftEvent
 from schemas.status import DriftStatus, StreamStatus
 
-BEFORE = Accepted(requests=1_204, acceptance=0.61, accepted_per_step=2.1, drafted=4.0)
-AFTER = Accepted(requests=180, acceptance=0.42, accepted_per_step=1.3, drafted=3.9)
+BEFORE = AcceptanceStats(requests=1_204, first_token_acceptance=0.61, acceptance_length=3.1, draft_tokens=4.0)
+AFTER = AcceptanceStats(requests=180, first_token_acceptance=0.42, acceptance_length=2.3, draft_tokens=3.9)
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +49,7 @@ def event(**changes: object) -> DriftEvent:
 def test_an_event_is_said_with_its_figures_in_local_time() -> None:
     assert words(event()) == (
         "version 7 on label sql is accepted less often since 14:02: its first token 42% instead of 61%, "
-        "accepted tokens per step 1.30 instead of 2.10 (180 requests since, 1,204 before)"
+        "acceptance length 2.30 instead of 3.10 (180 requests since, 1,204 before)"
     )
 
 
@@ -62,8 +62,8 @@ def test_a_rise_of_traffic_without_a_label_that_began_the_day_before() -> None:
     )
 
 
-def test_that_more_or_less_is_drafted_is_said_because_the_accepted_per_step_moves_with_it() -> None:
-    assert words(event(after=AFTER.model_copy(update={"drafted": 2.0}))).endswith(
+def test_that_more_or_less_is_drafted_is_said_because_the_acceptance_length_moves_with_it() -> None:
+    assert words(event(after=AFTER.model_copy(update={"draft_tokens": 2.0}))).endswith(
         "; 2.0 tokens drafted a verify step, 4.0 before"
     )
 
@@ -74,7 +74,7 @@ def test_a_label_cannot_move_the_cursor(label: str) -> None:
 
 
 def test_the_status_ends_with_the_newest_event_as_it_is_written() -> None:
-    drift = DriftStatus(seen=2, unsent=0, failed=0, newest=[event(), event(label="[red]sql")], traffic=[])
+    drift = DriftStatus(detected=2, dropped=0, failed=0, newest=[event(), event(label="[red]sql")], traffic=[])
     nothing = {"partitions": [], "dead_letters": {}, "not_live": [], "not_ready": [], "error": None}
     stream = StreamStatus.model_construct(**(dict.fromkeys(StreamStatus.model_fields, 0) | nothing | {"drift": drift}))
     console = Console(width=400, record=True, file=io.StringIO())

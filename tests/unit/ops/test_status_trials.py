@@ -7,7 +7,7 @@ from io import StringIO
 from rich.console import Console
 
 from ops.observe.status import Overview, as_table
-from schemas.status import ComparedStatus, PromoterStatus, TrialStatus
+from schemas.status import ComparedStatus, ComparisonStatus, PromoterStatus
 
 
 def shown(promoter: PromoterStatus) -> str:
@@ -20,14 +20,14 @@ def test_a_trial_is_told_with_its_requests_its_interval_and_what_was_taken_back(
     overall = ComparedStatus(
         figure="tokens per second", label=None, new=95, before=100, difference=-0.05, low=-0.09, high=-0.01
     )
-    trial = TrialStatus(
-        kind="trial",
+    trial = ComparisonStatus(
+        kind="canary",
         version="8",
-        against="7",
-        since=0,
-        until=60,
+        baseline="7",
+        start_time=0,
+        end_time=60,
         requests=1234,
-        requests_against=5678,
+        baseline_requests=5678,
         figures=[overall, overall.model_copy(update={"label": "sql", "difference": -0.2})],
     )
     told = shown(
@@ -36,11 +36,11 @@ def test_a_trial_is_told_with_its_requests_its_interval_and_what_was_taken_back(
             candidate="9",
             previous="6",
             canary="8",
-            moves=3,
+            alias_moves=3,
             verdict=None,
-            trials=[trial],
-            taken_back="worse on label [red]",
-            cooling_until=90.0,
+            comparisons=[trial],
+            last_rollback="worse on label [red]",
+            cooldown_until=90.0,
             error=None,
         )
     )
@@ -56,11 +56,11 @@ def test_a_promoter_without_a_trial_says_what_it_has() -> None:
         candidate=None,
         previous=None,
         canary=None,
-        moves=0,
+        alias_moves=0,
         verdict=None,
-        trials=[],
-        taken_back=None,
-        cooling_until=None,
+        comparisons=[],
+        last_rollback=None,
+        cooldown_until=None,
         error=None,
     )
     assert "champion 7, candidate none" in shown(promoter)

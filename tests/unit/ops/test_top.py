@@ -10,7 +10,7 @@ from rich.console import Console
 
 from ops.observe.status import Overview
 from ops.observe.top import Course, pace, render
-from schemas.status import PromoterStatus, RefusedStatus, ServeStatus, SwapStatus
+from schemas.status import PromoterStatus, RejectedVersionStatus, ServeStatus, SwapStatus
 
 
 def empty(status: type[BaseModel], **known: Any) -> Any:
@@ -35,34 +35,41 @@ def shown(course: Course) -> str:
 
 
 def test_the_pace_is_that_between_two_looks() -> None:
-    before = node(verify_steps=100, accepted=50, output_tokens=200, finished=3)
-    now = node(verify_steps=140, accepted=110, output_tokens=300, finished=5)
+    before = node(verify_steps=100, accepted_tokens=50, output_tokens=200, requests_finished=3)
+    now = node(verify_steps=140, accepted_tokens=110, output_tokens=300, requests_finished=5)
     found = pace(before, now, 4.0)
     assert found is not None
-    assert (found.tokens_per_s, found.accepted_per_step, found.requests_per_s) == (25.0, 1.5, 0.5)
+    assert (found.tokens_per_s, found.acceptance_length, found.requests_per_s) == (25.0, 2.5, 0.5)
 
 
-def test_a_node_that_ran_no_verify_step_has_no_accepted_per_step() -> None:
-    found = pace(node(verify_steps=5, accepted=5), node(verify_steps=5, accepted=5), 1.0)
+def test_a_node_that_ran_no_verify_step_has_no_acceptance_length() -> None:
+    found = pace(node(verify_steps=5, accepted_tokens=5), node(verify_steps=5, accepted_tokens=5), 1.0)
     assert found is not None
-    assert found.accepted_per_step is None
+    assert found.acceptance_length is None
 
 
 def test_a_restarted_node_has_no_pace_until_the_next_look() -> None:
-    assert pace(node(verify_steps=100, finished=9), node(verify_steps=2, finished=0), 1.0) is None
+    assert pace(node(verify_steps=100, requests_finished=9), node(verify_steps=2, requests_finished=0), 1.0) is None
 
 
 def test_the_screen_shows_the_pace_the_versions_and_what_happened() -> None:
     promoter: PromoterStatus = empty(PromoterStatus, champion="7", verdict="version 7 is champion", error=None)
     swap = SwapStatus(version="7", time=1_700_000_000, in_flight=3, pause_ms=12.4)
-    refused = RefusedStatus(version="8", time=1_700_000_010, why="tensor fc.weight is missing [x]")
+    refused = RejectedVersionStatus(version="8", time=1_700_000_010, why="tensor fc.weight is missing [x]")
     course = Course()
     course.add(Overview(serve=node(), promoter=promoter), 10.0)
-    now = node(verify_steps=40, accepted=60, output_tokens=100, speculator="7", swaps=[swap], refused=[refused])
+    now = node(
+        verify_steps=40,
+        accepted_tokens=60,
+        output_tokens=100,
+        speculator="7",
+        swaps=[swap],
+        versions_rejected=[refused],
+    )
     course.add(Overview(serve=now, promoter=promoter, silent={"train": "no status [Errno 111]"}), 14.0)
     screen = shown(course)
     assert "25.0" in screen
-    assert "1.50" in screen
+    assert "2.50" in screen
     assert "version 7 is champion" in screen
     assert "version 7 swapped in, 12 ms, 3 requests ran" in screen
     assert "version 8 refused: tensor fc.weight is missing [x]" in screen
@@ -72,6 +79,6 @@ def test_the_screen_shows_the_pace_the_versions_and_what_happened() -> None:
 def test_courses_hold_only_looks_in_which_something_ran() -> None:
     course = Course()
     for at, verify_steps in enumerate([0, 10, 10, 20]):
-        course.add(Overview(serve=node(verify_steps=verify_steps, accepted=2 * verify_steps)), float(at))
-    assert list(course.accepted_per_steps) == [2.0, 2.0]
+        course.add(Overview(serve=node(verify_steps=verify_steps, accepted_tokens=2 * verify_steps)), float(at))
+    assert list(course.acceptance_lengths) == [3.0, 3.0]
     assert len(course.rates) == 3

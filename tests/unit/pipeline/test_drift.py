@@ -94,9 +94,9 @@ def test_a_shift_is_told_once_soon_and_with_what_was_before_and_after(to: float,
         [event] = events(seen(acceptances))
         assert shift < event.offset <= shift + within
         assert event.direction == ("fall" if to < 0.6 else "rise")
-        assert event.before.acceptance == pytest.approx(0.6, abs=0.03)
-        assert event.after.acceptance == pytest.approx(to, abs=0.06)
-        assert event.before.accepted_per_step == pytest.approx(3 * event.before.acceptance)
+        assert event.before.first_token_acceptance == pytest.approx(0.6, abs=0.03)
+        assert event.after.first_token_acceptance == pytest.approx(to, abs=0.06)
+        assert event.before.acceptance_length == pytest.approx(1 + 3 * event.before.first_token_acceptance)
         assert event.before.requests + event.after.requests == event.offset + 1
         assert abs(event.since.timestamp() - shift) < 150
         assert event.time == datetime.fromtimestamp(event.offset, UTC)
@@ -120,7 +120,11 @@ def test_a_label_and_a_version_are_each_told_for_themselves() -> None:
     values = np.stack([of_requests(rng, 0.7, 3_000), of_requests(rng, 0.4, 3_000)], axis=1)
     values[1_500:, 1] = of_requests(rng, 0.7, 1_500)
     [event] = events(seen(values.ravel(), [sql, chat]))
-    assert (event.label, event.direction, event.before.acceptance) == (None, "rise", pytest.approx(0.4, abs=0.03))
+    assert (event.label, event.direction, event.before.first_token_acceptance) == (
+        None,
+        "rise",
+        pytest.approx(0.4, abs=0.03),
+    )
 
     # The next version is better from its first request on: neither of the two has changed.
     before = list(seen(of_requests(rng, 0.4, 2_000)))

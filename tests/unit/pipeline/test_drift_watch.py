@@ -143,11 +143,11 @@ def test_what_the_other_partitions_of_a_worker_say_is_told_apart_and_shown_toget
     [alone] = watch.status().traffic
     run(watch, table, range(1_000), OTHER)
     [both] = watch.status().traffic
-    assert (alone.accepted.requests, both.accepted.requests) == (3_000, 4_000)
-    assert both.accepted.acceptance == pytest.approx(0.7, abs=0.02)
+    assert (alone.acceptance.requests, both.acceptance.requests) == (3_000, 4_000)
+    assert both.acceptance.first_token_acceptance == pytest.approx(0.7, abs=0.02)
     watch.keep([OTHER])
     [other] = watch.status().traffic
-    assert other.accepted.requests == 1_000
+    assert other.acceptance.requests == 1_000
 
 
 def test_of_many_labels_the_status_shows_those_with_the_most_requests(rows: pa.Table) -> None:
@@ -158,7 +158,7 @@ def test_of_many_labels_the_status_shows_those_with_the_most_requests(rows: pa.T
     run(watch, Table(many), range(300))
     traffic = watch.status().traffic
     assert len(traffic) == SHOWN
-    assert (traffic[0].label, traffic[0].accepted.requests) == ("label-7", 182)
+    assert (traffic[0].label, traffic[0].acceptance.requests) == ("label-7", 182)
 
 
 @pytest.mark.parametrize("failure", [TableError("the store is away"), ValueError("a fault of ours")])
@@ -208,6 +208,6 @@ def test_prometheus_sees_the_figures_and_the_events(uninterrupted: Uninterrupted
     assert samples == {
         ("aurora_stream_drift_events_total", ()): 1,
         ("aurora_stream_drift_events_unsent_total", ()): 0,
-        ("aurora_stream_acceptance", key): shown.accepted.acceptance,
-        ("aurora_stream_accepted_per_step", key): shown.accepted.accepted_per_step,
+        ("aurora_stream_first_token_acceptance_ratio", key): shown.acceptance.first_token_acceptance,
+        ("aurora_stream_acceptance_length", key): shown.acceptance.acceptance_length,
     }

@@ -234,7 +234,7 @@ def test_status_and_metrics_count_the_requests(node: Node) -> None:
     node.ask("hello")
     node.ask("hello", max_tokens=2)
     status = ServeStatus.model_validate(httpx.get(f"{node.url}/status").json())
-    assert (status.node, status.line, status.finished, status.failed, status.alive) == (
+    assert (status.node, status.line, status.requests_finished, status.requests_failed, status.engine_up) == (
         "node-a",
         "echo-line",
         2,
@@ -246,7 +246,7 @@ def test_status_and_metrics_count_the_requests(node: Node) -> None:
     assert node.metric("aurora_serve_first_token_seconds_count") == 2
     assert node.metric("aurora_serve_between_tokens_seconds_count") == 3
     assert node.metric("aurora_serve_drafted_tokens_total") == 12
-    assert (status.draft_depth, status.expected_rates) == (3, [50.0, 60.0, 66.0, 64.0])
+    assert (status.draft_depth, status.expected_tokens_per_second) == (3, [50.0, 60.0, 66.0, 64.0])
     assert node.metric("aurora_serve_draft_depth") == 3
     assert node.metric("aurora_serve_expected_tokens_per_second", drafted="2") == 66
 

@@ -117,8 +117,8 @@ def test_the_state_says_what_is_served_and_why(admin: Admin) -> None:
     eventually(lambda: admin.state().version == "1")
     state = admin.state()
     assert (state.line, state.alias, state.alias_version, state.pinned) == (LINE, "champion", "1", None)
-    assert (state.speculating, state.registry_error, state.refused) == (True, None, [])
-    assert (state.role, state.canary_version, state.held) == ("champion", None, None)
+    assert (state.speculating, state.registry_error, state.versions_rejected) == (True, None, [])
+    assert (state.role, state.canary_version, state.update_blocked) == ("champion", None, None)
     assert [swap.version for swap in state.swaps] == ["1"]
 
 
@@ -150,7 +150,7 @@ def test_a_version_at_fault_is_a_409_with_the_reason_at_every_try(admin: Admin) 
         assert (status, code) == (409, "version_refused")
         assert "speculator line" in message
     assert admin.registry.downloads == ["2"]
-    assert (admin.state().pinned, [r.version for r in admin.state().refused]) == (None, ["2"])
+    assert (admin.state().pinned, [r.version for r in admin.state().versions_rejected]) == (None, ["2"])
 
 
 def test_a_registry_that_is_away_is_a_503_and_changes_nothing(admin: Admin) -> None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from schemas.events import AUDITED_TAG, Alias, Audited
+from schemas.events import AUDITED_TAG, Alias, AuditState
 from serving.versions.alias_policy import (
     CANARY,
     CHAMPION,
@@ -30,7 +30,7 @@ def answer(champion: str | None, moves: int = 0, audited: str | None = None, can
     """With the audit of the champion alone; none where there are no moves."""
     aliases = {alias: version for alias, version in ((CHAMPION, champion), (CANARY, canary)) if version is not None}
     recorded: dict[Alias, str] = {} if audited is None else {"champion": audited}
-    return Named(aliases, Audited(moves=moves, aliases=recorded) if moves else None)
+    return Named(aliases, AuditState(moves=moves, aliases=recorded) if moves else None)
 
 
 def after(*answers: Named, alias: str = CHAMPION, canary: bool = True) -> Following:
@@ -50,7 +50,7 @@ def test_without_an_audit_the_alias_is_followed_wherever_it_points() -> None:
 
 
 def test_an_alias_that_nobody_records_is_followed_wherever_it_points_beside_an_audit() -> None:
-    answers = [Named({"mine": version}, Audited(moves=4, aliases={"champion": "9"})) for version in "132"]
+    answers = [Named({"mine": version}, AuditState(moves=4, aliases={"champion": "9"})) for version in "132"]
     assert after(*answers, alias="mine").main.version == "2"
 
 
@@ -101,12 +101,12 @@ def test_a_node_that_starts_begins_with_what_is_recorded_and_goes_up_from_there(
 
 
 def test_a_canary_that_is_gone_comes_back_with_a_record_only() -> None:
-    with_canary = Audited(moves=10, aliases={"champion": "5", "canary": "7"})
+    with_canary = AuditState(moves=10, aliases={"champion": "5", "canary": "7"})
     begun = [Named({"champion": "5", "canary": "7"}, with_canary), Named({"champion": "5"}, with_canary)]
     assert after(begun[0]).canary.version == "7"
     assert after(*begun).canary.version is None
     assert after(*begun, begun[0]).canary.version is None
-    again = Audited(moves=12, aliases=with_canary.aliases)
+    again = AuditState(moves=12, aliases=with_canary.aliases)
     assert after(*begun, Named(begun[0].aliases, again)).canary.version == "7"
     assert after(*begun, Named({"champion": "5", "canary": "8"}, with_canary)).canary.version == "8"
 
@@ -124,7 +124,7 @@ def test_a_version_that_is_not_followed_is_told() -> None:
 
 
 def test_a_tag_that_is_no_audit_is_left_out_and_told() -> None:
-    good = Audited(moves=3, aliases={"champion": "2"})
+    good = AuditState(moves=3, aliases={"champion": "2"})
     assert named_of({"champion": "2"}, good.model_dump_json()) == Named({"champion": "2"}, good)
     assert named_of({}, None) == Named({})
     for tag in ("", "{}", "null", '{"moves": 0, "aliases": {}}', '{"moves": 1, "aliases": {"champion": "two"}}'):
@@ -179,7 +179,7 @@ class World:
     def hear(self, aliases: int, audit: int) -> None:
         """An answer whose aliases and audit are of these moments; what must hold of every answer."""
         moves, recorded = self.past[audit].moves, self.past[audit].recorded
-        named = Named({**_named(self.past[aliases])}, Audited(moves=moves, aliases=recorded))
+        named = Named({**_named(self.past[aliases])}, AuditState(moves=moves, aliases=recorded))
         before, after_ = self.following, hear(self.following, named, CHAMPION, canary=True)
         assert (after_ is None) == (moves < before.moves)
         if after_ is None:

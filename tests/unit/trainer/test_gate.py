@@ -109,7 +109,13 @@ def test_a_better_candidate_becomes_champion_and_every_move_has_a_row_and_an_eve
     assert world.topic.kept[f"{LINE}/champion"].to_version == "2"
     assert world.topic.kept[f"{LINE}/champion"].figures["accepted_per_step"] == 0.5
     status = world.promoter.status()
-    assert (status.champion, status.candidate, status.previous, status.moves, status.error) == ("2", "2", "1", 5, None)
+    assert (status.champion, status.candidate, status.previous, status.alias_moves, status.error) == (
+        "2",
+        "2",
+        "1",
+        5,
+        None,
+    )
     figures_of_row = json.loads(world.tables.read_in_order("promotions").to_pylist()[3]["figures"])
     assert figures_of_row == {"accepted_per_step": 0.5, "champion_accepted_per_step": 0.3, "windows": 20}
 

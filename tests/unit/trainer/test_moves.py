@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from schemas.batches import TABLES
-from schemas.events import Alias, Intent
+from schemas.events import Alias, AliasIntent
 from trainer.release.alias_moves import MoveError, Mover, intent, next_change, promotion, rollback, trial
 
 LINE = "target-draft"
@@ -81,11 +81,11 @@ def dying_after(thing: Any, steps: int, names: tuple[str, ...]) -> Callable[[], 
     return lambda: made
 
 
-def wanted(changes: list[Any], why: str = "better") -> Intent:
+def wanted(changes: list[Any], why: str = "better") -> AliasIntent:
     return intent(LINE, "promote", changes, actor="promoter", why=why)
 
 
-def after(named: Mapping[str, str], move: Intent) -> dict[str, str]:
+def after(named: Mapping[str, str], move: AliasIntent) -> dict[str, str]:
     """The aliases when all is done."""
     to = {**named, **{change.alias: change.to_version for change in move.changes}}
     return {alias: version for alias, version in to.items() if version is not None}

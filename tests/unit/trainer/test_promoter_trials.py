@@ -79,8 +79,8 @@ def test_a_bad_canary_is_taken_back_quarantined_told_and_never_tried_again(world
     tried(world)
     serve(world, {"1": 2, "2": 0}, slices=16)
     world.promoter.poll()
-    (trial,) = world.promoter.status().trials
-    assert (trial.kind, trial.version, trial.against, trial.requests) == ("trial", "2", "1", 48)
+    (trial,) = world.promoter.status().comparisons
+    assert (trial.kind, trial.version, trial.baseline, trial.requests) == ("canary", "2", "1", 48)
     assert world.registry.named["canary"] == "2", "sixteen slices are too few"
     serve(world, {"1": 2, "2": 0}, since=time.time() + 20 * SLICE)
     with capture_logs() as logs:
@@ -91,13 +91,13 @@ def test_a_bad_canary_is_taken_back_quarantined_told_and_never_tried_again(world
     (alert,) = [line for line in logs if line["event"] == "taken_back"]
     assert (alert["log_level"], alert["alias"], alert["version"]) == ("warning", "canary", "2")
     assert world.promoter.metrics.get_sample_value("aurora_promoter_taken_back_total", {"alias": "canary"}) == 1
-    assert world.promoter.status().taken_back == alert["why"]
+    assert world.promoter.status().last_rollback == alert["why"]
     moved = world.topic.kept[f"{LINE}/canary"]
     assert moved.figures["tokens_per_verify_step_difference"] < -0.6
     world.restarted().poll()
     assert "canary" not in world.registry.named
     assert "quarantine" in (world.promoter.status().verdict or "")
-    assert world.promoter.status().taken_back == alert["why"]
+    assert world.promoter.status().last_rollback == alert["why"]
 
 
 def test_a_promoter_that_starts_again_decides_as_the_one_before_would_have(world: World) -> None:
@@ -107,7 +107,7 @@ def test_a_promoter_that_starts_again_decides_as_the_one_before_would_have(world
     before = world.promoter.status()
     world.restarted().poll()
     after = world.promoter.status()
-    assert before.trials == after.trials
+    assert before.comparisons == after.comparisons
     assert before.verdict == after.verdict
     serve(world, {"1": 1, "2": 1}, since=time.time() + 20 * SLICE)
     world.restarted().poll()
@@ -152,8 +152,8 @@ def test_a_champion_that_falls_is_taken_back_and_nothing_is_promoted_for_a_while
     status = world.promoter.status()
     assert status.champion == "1"
     assert "nothing is promoted before" in (status.verdict or "")
-    assert status.cooling_until is not None
-    assert status.cooling_until == pytest.approx(time.time() + 60, abs=20)
+    assert status.cooldown_until is not None
+    assert status.cooldown_until == pytest.approx(time.time() + 60, abs=20)
     world.ahead = 61
     world.restarted().poll()
     assert world.registry.named["champion"] == "3"
@@ -163,18 +163,18 @@ def test_traffic_that_changed_takes_no_champion_back(promoted: World) -> None:
     serve(promoted, {"2": 0}, label="new")
     promoted.promoter.poll()
     assert promoted.registry.named["champion"] == "2"
-    assert promoted.promoter.status().trials[0].requests == 0
+    assert promoted.promoter.status().comparisons[0].requests == 0
 
 
 def test_a_champion_that_does_as_well_stays(promoted: World) -> None:
     serve(promoted, {"2": 2})
     promoted.promoter.poll()
-    (watch,) = promoted.promoter.status().trials
-    assert (watch.kind, watch.requests, watch.requests_against) == ("watch", 288, 288)
+    (watch,) = promoted.promoter.status().comparisons
+    assert (watch.kind, watch.requests, watch.baseline_requests) == ("watch", 288, 288)
     assert promoted.registry.named["champion"] == "2"
     promoted.ahead = 601
     promoted.promoter.poll()
-    assert promoted.promoter.status().trials == []
+    assert promoted.promoter.status().comparisons == []
 
 
 class CrashError(BaseException):

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from schemas.events import Alias, AliasMoved, Intent
+from schemas.events import Alias, AliasIntent, AliasMoved
 from schemas.settings import Promoter
 from trainer.release.gate import Verdict
 from trainer.release.promotion import (
@@ -49,9 +49,9 @@ def written(
     return Written(aliases, moves, [rollback(ago) for ago in rollbacks], quarantined, gate)
 
 
-def rollback(ago: float, actor: str = "promoter", state: str = "done") -> tuple[Intent, str]:
+def rollback(ago: float, actor: str = "promoter", state: str = "done") -> tuple[AliasIntent, str]:
     time = datetime.fromtimestamp(NOW - ago, UTC)
-    wanted = Intent(id="i", time=time, line="l", what="rollback", changes=(), actor=actor, why="", figures={})
+    wanted = AliasIntent(id="i", time=time, line="l", action="rollback", changes=(), actor=actor, why="", figures={})
     return wanted, state
 
 
@@ -90,7 +90,7 @@ CANDIDATE = {"candidate": "3", "champion": "2"}
 @pytest.mark.parametrize(
     ("at", "share", "what"),
     [
-        (written(PASSED, **CANDIDATE), 0.1, "try"),
+        (written(PASSED, **CANDIDATE), 0.1, "start_canary"),
         (written(PASSED, **CANDIDATE), 0.0, "promote"),
         (written(PASSED, candidate="3"), 0.1, "promote"),
         (written(FAILED, **CANDIDATE), 0.1, "wait"),
@@ -98,7 +98,7 @@ CANDIDATE = {"candidate": "3", "champion": "2"}
         (written(PASSED, [moved("canary", None, "3")], **CANDIDATE), 0.0, "promote"),
         (written(PASSED, [moved("champion", None, "3")], **CANDIDATE), 0.1, "wait"),
         (written(PASSED, rollbacks=[50], **CANDIDATE), 0.1, "wait"),
-        (written(PASSED, rollbacks=[150], **CANDIDATE), 0.1, "try"),
+        (written(PASSED, rollbacks=[150], **CANDIDATE), 0.1, "start_canary"),
         (written(PASSED, canary="1", **CANDIDATE), 0.0, "promote"),
     ],
 )
@@ -114,9 +114,9 @@ def test_a_candidate_that_passed_the_gate_is_tried_or_promoted_once(at: Written,
     [
         (standing(0.0), "promote", False),
         (standing(0.0, width=0.1), "wait", False),
-        (standing(-0.2), "end trial", True),
+        (standing(-0.2), "end_canary", True),
         (standing(0.0, enough=False), "wait", False),
-        (standing(0.0, per_second=-0.2), "end trial", True),
+        (standing(0.0, per_second=-0.2), "end_canary", True),
     ],
 )
 def test_a_canary_is_promoted_taken_back_or_waited_for(stand: Standing, what: str, quarantine: bool) -> None:
@@ -131,12 +131,12 @@ def test_a_trial_that_comes_to_no_end_is_ended_as_the_settings_say() -> None:
     over = replace(TRIAL, until=NOW)
     undecided, below = standing(-0.04, width=0.1), standing(-0.06, width=0.1)
     ended = step(at, Seen(trial=(over, undecided)))
-    assert (ended.what, ended.version, ended.quarantine) == ("end trial", "3", False)
+    assert (ended.what, ended.version, ended.quarantine) == ("end_canary", "3", False)
     by_estimate = SETTINGS.model_copy(update={"canary_on_timeout": "estimate"})
     assert step(at, Seen(trial=(over, undecided)), settings=by_estimate).what == "promote"
-    assert step(at, Seen(trial=(over, below)), settings=by_estimate).what == "end trial"
+    assert step(at, Seen(trial=(over, below)), settings=by_estimate).what == "end_canary"
     too_few = standing(0.1, width=0.5, enough=False)
-    assert step(at, Seen(trial=(over, too_few)), settings=by_estimate).what == "end trial"
+    assert step(at, Seen(trial=(over, too_few)), settings=by_estimate).what == "end_canary"
 
 
 def test_a_canary_that_won_waits_while_promotions_cooldown() -> None:
@@ -148,9 +148,9 @@ def test_a_canary_that_won_waits_while_promotions_cooldown() -> None:
 
 def test_a_canary_in_quarantine_or_without_a_champion_beside_it_is_ended() -> None:
     assert step(written(canary="3", quarantined=["3"], **CANDIDATE), Seen(trial=(TRIAL, standing(0.0)))).what == (
-        "end trial"
+        "end_canary"
     )
-    assert step(written(canary="3", champion="3")).what == "end trial"
+    assert step(written(canary="3", champion="3")).what == "end_canary"
 
 
 def test_a_trial_runs_since_canary_and_champion_are_what_they_are() -> None:

@@ -138,7 +138,7 @@ ROWS: dict[str, tuple[Picture, ...]] = {
         Picture(
             "Acceptance by version and traffic",
             "Share of the verify steps in which the first drafted token was accepted, since the last drift.",
-            (Curve("aurora_stream_acceptance", "version {{speculator}} {{label}}"),),
+            (Curve("aurora_stream_first_token_acceptance_ratio", "version {{speculator}} {{label}}"),),
             "percentunit",
         ),
         Picture(

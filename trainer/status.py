@@ -1,4 +1,4 @@
-"""What the trainer and the promoter show to the outside, and the signals that end them."""
+"""Status page, metrics and error tracking of the trainer and the promoter, and the signals that end them."""
 
 from __future__ import annotations
 
@@ -21,43 +21,43 @@ log = structlog.get_logger()
 
 
 def stop_on_signals() -> threading.Event:
-    """An event that SIGTERM and SIGINT set; called from the main thread."""
+    """Return an event that SIGTERM and SIGINT set; call it from the main thread."""
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
     return stopping
 
 
-class Failures:
-    """What does not work right now, by part of the process, and how often each part failed."""
+class ErrorTracker:
+    """Current errors by part of the process, and a counter of errors by part."""
 
     def __init__(self, process: str, metrics: CollectorRegistry) -> None:
-        self._failed = Counter(f"aurora_{process}_failures", "Failed calls, by part.", ["part"], registry=metrics)
-        self._now: dict[str, str] = {}
+        self._errors = Counter(f"aurora_{process}_errors", "Failed calls, by part.", ["part"], registry=metrics)
+        self._current: dict[str, str] = {}
 
     @contextmanager
-    def survive(self, part: str, *kinds: type[Exception]) -> Iterator[None]:
-        """Go on after errors of these kinds; a part that failed is failing until it next ends without one."""
+    def catch(self, part: str, *kinds: type[Exception]) -> Iterator[None]:
+        """Suppress and count errors of these kinds; the part counts as failing until it next ends without one."""
         try:
             yield
         except kinds as error:
-            self._failed.labels(part).inc()
-            if part not in self._now:
-                log.warning("failing", part=part, error=str(error))
-            self._now = {**self._now, part: str(error)}
+            self._errors.labels(part).inc()
+            if part not in self._current:
+                log.warning("part_failed", part=part, error=str(error))
+            self._current = {**self._current, part: str(error)}
         else:
-            if part in self._now:
-                log.info("recovered", part=part)
-                self._now = {p: why for p, why in self._now.items() if p != part}
+            if part in self._current:
+                log.info("part_recovered", part=part)
+                self._current = {p: why for p, why in self._current.items() if p != part}
 
     @property
     def summary(self) -> str | None:
-        """Why each failing part fails; None when all work."""
-        return "; ".join(f"{part}: {why}" for part, why in self._now.items()) or None
+        """The current error of each failing part; None if all work."""
+        return "; ".join(f"{part}: {why}" for part, why in self._current.items()) or None
 
 
 class StatusServer:
-    """Answers ``GET /status`` and ``GET /metrics`` from a thread of its own while the context is open."""
+    """Serves ``GET /status`` and ``GET /metrics`` from its own thread while the context is open."""
 
     def __init__(
         self, section: str, host: str, port: int, status: Callable[[], BaseModel], metrics: CollectorRegistry
@@ -65,34 +65,34 @@ class StatusServer:
         """Bind the address.
 
         Args:
-            section: Settings that name the address, for the error.
+            section: Settings section of the address, for error messages.
             host: Address to listen on.
-            port: 0 takes a free one.
-            status: Gives the current status; called from the server's threads.
-            metrics: Where the process counts.
+            port: 0 takes a free port.
+            status: Returns the current status; called from the server's threads.
+            metrics: Registry of the process.
 
         Raises:
-            SettingsError: the address cannot be listened on.
+            SettingsError: the address cannot be bound.
         """
-        answers: dict[str, Callable[[], tuple[str, bytes]]] = {
+        pages: dict[str, Callable[[], tuple[str, bytes]]] = {
             "/status": lambda: ("application/json", status().model_dump_json().encode()),
             "/metrics": lambda: (CONTENT_TYPE_LATEST, generate_latest(metrics)),
         }
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                if (answer := answers.get(self.path)) is None:
+                if (page := pages.get(self.path)) is None:
                     self.send_error(HTTPStatus.NOT_FOUND)
                     return
-                kind, body = answer()
+                content_type, body = page()
                 self.send_response(HTTPStatus.OK)
-                self.send_header("Content-Type", kind)
+                self.send_header("Content-Type", content_type)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
                 self.wfile.write(body)
 
             def log_message(self, *_: object) -> None:
-                """Polls are no news."""
+                """Requests are not logged."""
 
         try:
             self._server = ThreadingHTTPServer((host, port), Handler)
@@ -102,7 +102,7 @@ class StatusServer:
 
     @property
     def port(self) -> int:
-        """Port that is listened on."""
+        """Port that the server listens on."""
         return int(self._server.server_address[1])
 
     def __enter__(self) -> Self:

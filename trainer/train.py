@@ -8,6 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -32,11 +33,11 @@ from trainer.loop.learner import Learner, settled, weights_of
 from trainer.loop.mlflow_curves import Curves
 from trainer.loop.progress import Gauges, Pace, Progress
 from trainer.loop.replicas import Team, Work, follow, work_of
-from trainer.release.card import PASSED_TAG
-from trainer.release.registration import Candidates, Examined, code_revision
+from trainer.loop.warm_start import load_initial_draft
+from trainer.release.evaluation import Evaluation, HeldOutEvaluator
+from trainer.release.registration import PASSED_TAG, Registrar, TrainingLineage, code_revision
 from trainer.release.registry import RegistryError, SpeculatorRegistry
-from trainer.release.training_lineage import Lessons
-from trainer.status import Failures, StatusServer, stop_on_signals
+from trainer.status import ErrorTracker, StatusServer, stop_on_signals
 
 log = structlog.get_logger()
 
@@ -81,13 +82,16 @@ class Trainer:
         self.metrics = CollectorRegistry()
         self._settings = train
         self._stopping = stopping
-        self._failures = Failures("train", self.metrics)
+        self._errors = ErrorTracker("train", self.metrics)
         self._gauges = Gauges(self.metrics)
         states = FrozenTarget(Path(settings.target.path), target.day_0.shape.capture_layers).states
         self._tables = DeltaLog(settings.tables)
         feed = Feed(self._tables, train, target.fingerprint, target.line, states)
         self._feed = Ahead(feed, lambda windows: work_of(windows, ranks.size, train.gradient_accumulation_steps))
-        self._candidates = Candidates(settings, target, SpeculatorRegistry(settings.registry))
+        registry = SpeculatorRegistry(settings.registry)
+        self._evaluator = HeldOutEvaluator(settings, target, registry)
+        self._registrar = Registrar(settings, target, registry, self._evaluator)
+        self._load_initial_draft = partial(load_initial_draft, settings, target, registry)
         self._checkpoints = Checkpoints(Path(train.checkpoint_dir), target.line)
         self._line = target.line
         self._reader = f"trainer {target.line} {socket.gethostname()}:{Path(train.checkpoint_dir).resolve()}"
@@ -95,7 +99,7 @@ class Trainer:
         self._team = Team(self._learner, ranks)
         self._curves = Curves(
             SpeculatorRegistry(settings.registry),
-            self._failures,
+            self._errors,
             target.line,
             train.metrics_interval,
             {"mlflow.runName": f"trainer {socket.gethostname()}", "line": target.line, "code": code_revision()},
@@ -107,7 +111,7 @@ class Trainer:
         self._progress: Progress | None = None
         self._health: Health | None = None
         self._registered: tuple[str, ...] = ()
-        self._lessons = Lessons()
+        self._lineage = TrainingLineage()
         self._checkpointed_step = 0
         self._needs: dict[str, int] | None = None
         self._offered_step = 0
@@ -125,7 +129,7 @@ class Trainer:
         compare_at = time.monotonic() + self._settings.registration_interval
         while not self._stopping.is_set():
             work = None
-            with self._failures.survive("tables", TableError, FeedError):
+            with self._errors.catch("tables", TableError, FeedError):
                 work = self._feed.next()
             self._gauges.feed(self._feed.cursor, self._feed.table_version, self._feed.waiting, self._feed.counts)
             if work:
@@ -171,14 +175,14 @@ class Trainer:
             rollbacks=self._rollbacks,
             last_rollback=self._went_back,
             mlflow_run=self._curves.run,
-            error=self._failures.summary,
+            error=self._errors.summary,
         )
 
     def _begin(self) -> None:
         """Go on from the newest own checkpoint, else as the settings say; waits for what cannot be reached."""
         begun = False
         while not begun and not self._stopping.is_set():
-            with self._failures.survive("start", TableError, RegistryError, CheckpointError):
+            with self._errors.catch("start", TableError, RegistryError, CheckpointError):
                 found = self._checkpoints.newest()
                 if found:
                     state, tensors = found
@@ -189,7 +193,7 @@ class Trainer:
                     good = self._checkpoints.good()
                     self._good = good[0] if good else None
                 else:
-                    self._parent, draft = self._candidates.beginning()
+                    self._parent, draft = self._load_initial_draft()
                     self._team.adopt(draft.state_dict())
                 begun = True
             if not begun:
@@ -215,7 +219,7 @@ class Trainer:
         self._gauges.step(progress, work.consumed)
         self._curves.add(self._learner.steps, progress.curves)
         if not self._learner.unfit:
-            self._lessons.learned(self._learner.steps, work.requests)
+            self._lineage.add(self._learner.steps, work.requests)
             self._losses.append(float(loss.total))
             return
         self._unfit += 1
@@ -238,8 +242,8 @@ class Trainer:
         if not windows or self._learner.steps == self._offered_step:
             return
         draft = self._team.weights()
-        examined = self._candidates.examine(draft, windows)
-        self._health = now = examined.health
+        evaluation = self._evaluator.evaluate(draft, windows)
+        self._health = now = evaluation.health
         self._gauges.compared(now)
         self._curves.add(
             self._learner.steps, {"accepted_per_step": now.accepted_per_step, "held_out_loss": now.loss or 0.0}
@@ -249,10 +253,10 @@ class Trainer:
             if why := self._fallen(now, windows):
                 self._go_back(why)
                 return
-            self._offer(draft, examined)
+            self._offer(draft, evaluation)
             self._checkpoint(good=True)
         else:
-            self._offer(draft, examined)
+            self._offer(draft, evaluation)
 
     def _fallen(self, now: Health, windows: Sequence[Window]) -> str | None:
         """Why the weights are much worse than the last good state; None where they are not."""
@@ -262,7 +266,7 @@ class Trainer:
         found = self._checkpoints.good()
         if found is None:
             return None
-        then = self._candidates.examine(weights_of(found[1], self._learner.shape), windows)
+        then = self._evaluator.evaluate(weights_of(found[1], self._learner.shape), windows)
         return fallen(now, then.health, share)
 
     def _go_back(self, why: str) -> None:
@@ -274,17 +278,17 @@ class Trainer:
         state, tensors = found
         log.error("went_back", why=why, from_step=self._learner.steps, to_step=state.step)
         self._team.restore(tensors, state.step)
-        with self._failures.survive("checkpoint", OSError):
+        with self._errors.catch("checkpoint", OSError):
             self._checkpoints.remove_after(state.step)
         self._parent, self._needs = state.parent, state.feed.needs
         self._checkpointed_step = self._offered_step = state.step
         self._losses.clear()
-        self._lessons.went_back(state.step)
+        self._lineage.roll_back(state.step)
         self._rollbacks += 1
         self._went_back = why
         self._gauges.rollbacks.inc()
 
-    def _offer(self, draft: EagleDraft, examined: Examined) -> None:
+    def _offer(self, draft: EagleDraft, evaluation: Evaluation) -> None:
         """Register the weights if they are better than what was registered last."""
         tags = {
             "parent": self._parent,
@@ -297,14 +301,14 @@ class Trainer:
         if self._progress:
             loss = self._progress.loss
             metrics |= {"loss_accepted": loss.accepted, "loss_rejected": loss.rejected}
-        with self._failures.survive("registry", RegistryError, CheckpointError):
-            version = self._candidates.offer(draft, examined, tags, metrics)
+        with self._errors.catch("registry", RegistryError, CheckpointError):
+            version = self._registrar.register_if_better(draft, evaluation, tags, metrics)
             self._offered_step = self._learner.steps
             if version is not None:
                 self._parent = version
                 self._registered = (*self._registered, version)
                 self._gauges.registered.inc()
-                for span in self._lessons.registered(self._line, version, self._learner.steps):
+                for span in self._lineage.close_version(self._line, version, self._learner.steps):
                     spans.record(span)
 
     def _checkpoint(self, *, good: bool = False) -> None:
@@ -321,7 +325,7 @@ class Trainer:
             good=good,
             health=self._health if good else None,
         )
-        with self._failures.survive("checkpoint", OSError):
+        with self._errors.catch("checkpoint", OSError):
             self._checkpoints.write(state, self._team.tensors())
             self._checkpointed_step, self._needs = state.step, state.feed.needs
             if good:
@@ -329,5 +333,5 @@ class Trainer:
 
     def _announce(self) -> None:
         """Say what a restart would read again, so that it stays; also while nothing new comes."""
-        with self._failures.survive("cursors", TableError):
+        with self._errors.catch("cursors", TableError):
             self._tables.announce(self._reader, self._needs or self._feed.state().needs)

@@ -25,7 +25,7 @@ from ops.bench.outcome import Report
 from ops.bench.paired import Figure, Goal, percentile
 from schemas.settings import Settings
 from trainer.release.registration import code_revision
-from trainer.release.sequential_test import F64, I64, Decision, Rule, Served, compare, decide
+from trainer.release.sequential_test import F64, I64, Criteria, Decision, ServedTraffic, compare, decide
 
 Mask = npt.NDArray[np.bool_]
 
@@ -96,7 +96,7 @@ class Sums(NamedTuple):
 def run(settings: Settings, runs: int, hint: Callable[[str], None]) -> Report:
     """Simulate trials of versions that are equal, just so bad that they must not be promoted, slower, and faster."""
     promoter = settings.promoter
-    rule = Rule(promoter.canary_margin, promoter.canary_error, promoter.canary_min_requests)
+    rule = Criteria(promoter.canary_margin, promoter.canary_error, promoter.canary_min_requests)
     fleet = Fleet()
     effects = {"equal": 1.0, "at_margin": 1 - rule.margin, "slower": 1 - POWER_AT, "faster": 1 + POWER_AT}
     by_effect: dict[float, list[Course]] = {}
@@ -116,7 +116,7 @@ def run(settings: Settings, runs: int, hint: Callable[[str], None]) -> Report:
     return Report(title, machine.describe(1), code_revision(), about, tuple(judge(courses, rule)))
 
 
-def judge(courses: Mapping[str, Sequence[Course]], rule: Rule) -> Iterator[Figure]:
+def judge(courses: Mapping[str, Sequence[Course]], rule: Criteria) -> Iterator[Figure]:
     """The figures of the simulated trials.
 
     A false promotion is one of a version that is worse by exactly the margin, the hardest case of those that must not
@@ -126,16 +126,16 @@ def judge(courses: Mapping[str, Sequence[Course]], rule: Rule) -> Iterator[Figur
     asked = Goal(rule.error, at_least=False)
     yield _rate("false_promotion_rate", courses["at_margin"], "promote", asked)
     yield _rate("false_promotion_rate_if_never_taken_back", courses["kept"], "promote", asked)
-    yield _rate("false_rollback_rate", courses["equal"], "back", asked)
+    yield _rate("false_rollback_rate", courses["equal"], "rollback", asked)
     yield _rate("equal_promoted", courses["equal"], "promote")
     faster = _rate("faster_promoted", courses["faster"], "promote")
-    slower = _rate("slower_taken_back", courses["slower"], "back")
+    slower = _rate("slower_taken_back", courses["slower"], "rollback")
     yield from (faster, slower)
     weaker = min(faster, slower, key=lambda figure: figure.value or 0.0)
     yield Figure("power_at_5_percent", weaker.value, detail={"of": weaker.name, **(weaker.detail or {})})
 
 
-def trial(fleet: Fleet, rule: Rule, effect: float, seed: int, *, keep: bool = False) -> Course:
+def trial(fleet: Fleet, rule: Criteria, effect: float, seed: int, *, keep: bool = False) -> Course:
     """One trial of a version that gets ``effect`` times as many tokens out of a verify step; ``keep`` never takes it
     back.
     """
@@ -144,7 +144,7 @@ def trial(fleet: Fleet, rule: Rule, effect: float, seed: int, *, keep: bool = Fa
     sums = serve(fleet, is_new, effect, random)
     for looked in range(1, fleet.slices + 1):
         decision = look(sums, is_new, looked, rule, keep=keep)
-        if decision.outcome != "go on":
+        if decision.outcome != "continue":
             return Course(decision.outcome, int(sums.requests[:looked].sum()))
     return Course("undecided", int(sums.requests.sum()))
 
@@ -185,7 +185,7 @@ def serve(fleet: Fleet, is_new: Mask, effect: float, random: np.random.Generator
     return Sums(begun, tokens, sent, took)
 
 
-def look(sums: Sums, is_new: Mask, looked: int, rule: Rule, *, keep: bool = False) -> Decision:
+def look(sums: Sums, is_new: Mask, looked: int, rule: Criteria, *, keep: bool = False) -> Decision:
     """What the test says after so many slices; ``keep`` makes nothing of evidence that the version is worse."""
     group = np.arange(looked * is_new.shape[1]).reshape(looked, -1)
     new, old = (_side(sums, side, group, looked) for side in (is_new[:looked], ~is_new[:looked]))
@@ -196,11 +196,11 @@ def look(sums: Sums, is_new: Mask, looked: int, rule: Rule, *, keep: bool = Fals
     return decide(standing, rule)
 
 
-def _side(sums: Sums, served: Mask, group: I64, looked: int) -> dict[str, Served]:
+def _side(sums: Sums, served: Mask, group: I64, looked: int) -> dict[str, ServedTraffic]:
     found = {}
     for number, label in enumerate(TRAFFIC):
         there = served & (sums.verify_steps[:looked, :, number] > 0)
-        found[label] = Served(
+        found[label] = ServedTraffic(
             group[there],
             sums.requests[:looked, :, number][there],
             sums.tokens[:looked, :, number][there],

@@ -156,7 +156,7 @@ class Soak:
             if not self._node.alive:
                 raise UserError(f"the node ended with code {self._node.exit_code}; read {self._node.log}")
             if now >= swap_at:
-                self._registry.point(self._line, "champion", next(self._versions))
+                self._registry.set_alias(self._line, "champion", next(self._versions))
                 swap_at = now + self._options.swap_every_s
             if now >= sample_at:
                 self._memory.append(Memory(now, process.memory_info().rss))

@@ -20,8 +20,8 @@ from schemas.settings import Settings
 
 if TYPE_CHECKING:
     from schemas.events import AliasChange, AliasIntent
-    from trainer.release.alias_moves import Mover
-    from trainer.release.audit import Audit
+    from trainer.release.alias_moves import AliasMover
+    from trainer.release.audit import AuditLog
     from trainer.release.registry import Line, SpeculatorRegistry, Version
 
 Why = Annotated[str, typer.Option("--why", help="Reason, for the record.")]
@@ -34,8 +34,8 @@ class Hand:
 
     settings: Settings
     registry: SpeculatorRegistry
-    audit: Audit
-    mover: Mover
+    audit: AuditLog
+    mover: AliasMover
 
     def line(self, named: str | None) -> Line:
         """The line, with no move of it begun and not finished.
@@ -43,26 +43,27 @@ class Hand:
         Raises:
             UserError: there was one; it is finished now. A rollback that died and is said again must not go back twice.
         """
-        from trainer.release.recording import record
-
         line = line_of(self.settings, self.registry, named)
-        if unfinished := self.mover.finish(line.name):
-            record(self.audit, self.mover, self.registry, line_of(self.settings, self.registry, line.name))
+        if unfinished := self.mover.finish_open(line.name):
+            self.record(line.name)
             raise UserError(
                 f"line {line.name} was in the middle of a move ({unfinished.action} by {unfinished.actor}: "
                 f"{unfinished.why}); that one is finished now, and nothing else was done: look again, then decide"
             )
         return line
 
+    def record(self, line: str) -> None:
+        """Record the moves of a line."""
+        self.audit.record(line_of(self.settings, self.registry, line), self.mover.intents(line))
+
     def make(self, wanted: AliasIntent, line: Line) -> None:
         """Make the move and record it; its events stay for the promoter where the broker is away."""
         from trainer.release.audit import BrokerError
-        from trainer.release.recording import record
 
         self.mover.move(wanted)
-        record(self.audit, self.mover, self.registry, line_of(self.settings, self.registry, line.name))
+        self.record(line.name)
         try:
-            self.audit.send()
+            self.audit.send_events()
         except BrokerError as error:
             hint(f"recorded; its event is sent by the promoter when the broker is back ({error})")
 
@@ -80,7 +81,7 @@ def promote(  # noqa: PLR0913, PLR0917 - one for each flag
 ) -> None:
     """Make a version champion, which all nodes serve, or canary, which they try; refused where the gate says no."""
     with told(), _failures():
-        from trainer.release import alias_moves
+        from trainer.release.alias_moves import new_intent, plan_canary, plan_promotion
 
         hand = _hand(settings_of(config, set_))
         of = hand.line(line)
@@ -90,14 +91,11 @@ def promote(  # noqa: PLR0913, PLR0917 - one for each flag
         objection = _objection(hand.settings, of, found, to)
         if objection and not force:
             raise UserError(f"{objection}; --force promotes it all the same")
-        changes = (
-            alias_moves.promotion(of.aliases, found.number)
-            if to == "champion"
-            else alias_moves.trial(of.aliases, found.number)
-        )
+        plan = plan_promotion if to == "champion" else plan_canary
         reason = why or (f"by hand, although {objection}" if objection else "by hand")
-        what = "promote" if to == "champion" else "start_canary"
-        wanted = alias_moves.intent(of.name, what, changes, actor=getpass.getuser(), why=reason)
+        action = "promote" if to == "champion" else "start_canary"
+        changes = plan(of.aliases, found.number)
+        wanted = new_intent(of.name, action, changes, actor=getpass.getuser(), why=reason)
         lifted = bool(found.quarantined)
         _tell(wanted.changes, of, as_json=as_json, extra=[f"quarantine of {found.number} is lifted"] if lifted else [])
         if dry_run:
@@ -118,8 +116,7 @@ def rollback(
 ) -> None:
     """Make the version before champion again, and put the one that is into quarantine."""
     with told(), _failures():
-        from trainer.release import alias_moves
-        from trainer.release.recording import rollback_of
+        from trainer.release.alias_moves import new_intent, plan_rollback
 
         hand = _hand(settings_of(config, set_))
         of = hand.line(line)
@@ -130,8 +127,8 @@ def rollback(
         if held and not force:
             raise UserError(f"version {previous} is in quarantine: {held}; promote another, or use --force")
         reason = why or "by hand"
-        changes = rollback_of(hand.audit, hand.registry, of)
-        wanted = alias_moves.intent(of.name, "rollback", changes, actor=getpass.getuser(), why=reason)
+        changes = plan_rollback(of.aliases, hand.audit.moves(of.name), hand.registry.versions(of.name))
+        wanted = new_intent(of.name, "rollback", changes, actor=getpass.getuser(), why=reason)
         _tell(wanted.changes, of, as_json=as_json, extra=[f"{champion} is put into quarantine: {reason}"])
         if dry_run:
             return
@@ -152,22 +149,24 @@ def _failures() -> Iterator[None]:
 
 def _hand(settings: Settings) -> Hand:
     from pipeline.delta import DeltaLog
-    from trainer.release.alias_moves import Mover
-    from trainer.release.audit import Audit, KafkaEvents
+    from trainer.release.alias_moves import AliasMover
+    from trainer.release.audit import AuditLog, KafkaEvents
 
     registry, tables = connect(settings), DeltaLog(settings.tables)
-    return Hand(settings, registry, Audit(tables, KafkaEvents(settings.kafka)), Mover(tables, registry))
+    return Hand(
+        settings, registry, AuditLog(tables, registry, KafkaEvents(settings.kafka)), AliasMover(tables, registry)
+    )
 
 
 def _objection(settings: Settings, line: Line, version: Version, to: str) -> str | None:
     """Why the version should not be promoted, if anything speaks against it."""
-    from trainer.release.gate import judge
+    from trainer.release.gate import judge_candidate
 
     if version.quarantined:
         return f"version {version.number} is in quarantine: {version.quarantined}"
     if to == "canary":
         return None
-    verdict = judge(version.number, line.aliases.get("champion"), version.tags, settings.promoter)
+    verdict = judge_candidate(version.number, line.aliases.get("champion"), version.tags, settings.promoter)
     return None if verdict.promote else verdict.why
 
 

@@ -136,10 +136,9 @@ def history(
     with told():
         settings = settings_of(config, set_)
         tables = opened(settings)
-        from trainer.release.audit import recorded
-        from trainer.release.ledger import Ledger
+        from trainer.release.audit import Ledger, read_moves
 
-        moves = [move for move in recorded(Ledger(tables, "promotions")) if line in (None, move.line)][-count:]
+        moves = [move for move in read_moves(tables) if line in (None, move.line)][-count:]
         abandoned = [row for row in Ledger(tables, "intents").read() if row["note"] and line in (None, row["line"])]
         if as_json:
             told_moves = [move.model_dump(mode="json") for move in moves]
@@ -165,11 +164,10 @@ def moves_table(moves: Sequence[AliasMoved]) -> Table:
 def _moves(settings: Any, line: str) -> list[AliasMoved]:
     """The recorded moves of a line; none where there are no tables on this machine."""
     from schemas.errors import UserError
-    from trainer.release.audit import recorded
-    from trainer.release.ledger import Ledger
+    from trainer.release.audit import read_moves
 
     with suppress(UserError):
-        return [move for move in recorded(Ledger(opened(settings), "promotions")) if move.line == line]
+        return [move for move in read_moves(opened(settings)) if move.line == line]
     return []
 
 

@@ -114,7 +114,7 @@ def trails(tables: DeltaLog, registry: SpeculatorRegistry, named: str) -> list[T
 def taught(tags: Mapping[str, str], request: str, commits: Sequence[int | None]) -> Taught:
     """Whether a version has learned from a request whose windows came with these commits of ``accepted``."""
     from trainer.data.feed import held_out
-    from trainer.release.card import PASSED_TAG, SETTINGS_TAG
+    from trainer.release.registration import PASSED_TAG, SETTINGS_TAG
 
     shaped_by = json.loads(tags.get(SETTINGS_TAG, "{}"))
     if held_out(request, shaped_by.get("train", {}).get("held_out_ratio", 0.0)):
@@ -145,11 +145,10 @@ def _rows(tables: DeltaLog, request: str) -> tuple[Rows, ...]:
 def _readers(
     tables: DeltaLog, registry: SpeculatorRegistry, line: str, request: str, rows: Sequence[Rows]
 ) -> tuple[Reader, ...]:
-    from trainer.release.audit import recorded
-    from trainer.release.ledger import Ledger
+    from trainer.release.audit import read_moves
 
     commits = [end for part in rows if part.table == "accepted" for end in (part.first_version, part.last_version)]
-    moves = [move for move in recorded(Ledger(tables, "promotions")) if move.line == line]
+    moves = [move for move in read_moves(tables) if move.line == line]
     served = _served(tables, line)
 
     def reader(version: Version) -> Reader:

@@ -179,27 +179,26 @@ def _drafting(serve: ServeStatus) -> str:
 
 def _promoting(promoter: PromoterStatus) -> str:
     doing = f"champion {promoter.champion or 'none'}, candidate {promoter.candidate or 'none'}"
-    doing += "".join(f"; {_trying(trial)}" for trial in promoter.comparisons)
+    doing += "".join(f"; {_describe_comparison(one)}" for one in promoter.comparisons)
     if promoter.cooldown_until is not None:
         doing += (
             f"; promotes nothing before {datetime.fromtimestamp(promoter.cooldown_until, UTC).astimezone():%H:%M:%S}"
         )
-    return escape(doing + (f"; took back: {promoter.last_rollback}" if promoter.last_rollback else ""))
+    return escape(doing + (f"; rolled back: {promoter.last_rollback}" if promoter.last_rollback else ""))
 
 
-def _trying(trial: ComparisonStatus) -> str:
-    """A trial or a watch in words."""
-    beside = f"{trial.version} beside {trial.baseline}"
-    doing = f"{'tries' if trial.kind == 'canary' else 'watches'} {beside}"
-    doing += f", {trial.requests:,} and {trial.baseline_requests:,} requests"
+def _describe_comparison(comparison: ComparisonStatus) -> str:
+    """Return a canary analysis or a post-promotion watch as text."""
+    name = "canary" if comparison.kind == "canary" else "watch of"
+    versions = f"{comparison.version} against {comparison.baseline}"
+    requests = f"{comparison.requests:,} and {comparison.baseline_requests:,} requests"
     figures = [
         f"{one.figure} {one.difference:+.1%} ({one.low:+.1%} .. {one.high:+.1%})"
-        for one in trial.figures
+        for one in comparison.figures
         if one.label is None
     ]
-    return ", ".join(
-        [doing, *figures, f"until {datetime.fromtimestamp(trial.end_time, UTC).astimezone():%H:%M:%S} at most"]
-    )
+    until = datetime.fromtimestamp(comparison.end_time, UTC).astimezone()
+    return ", ".join([f"{name} {versions}", requests, *figures, f"until {until:%H:%M:%S} at most"])
 
 
 def _dead(stream: StreamStatus) -> str:

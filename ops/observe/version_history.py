@@ -22,11 +22,10 @@ def read(settings: Settings, line: str) -> tuple[list[registry.Version], list[Al
         TableError: the table cannot be read.
     """
     from pipeline.delta import DeltaLog
-    from trainer.release.audit import recorded
-    from trainer.release.ledger import Ledger
+    from trainer.release.audit import read_moves
     from trainer.release.registry import SpeculatorRegistry
 
-    moves = recorded(Ledger(DeltaLog(settings.tables), "promotions"))
+    moves = read_moves(DeltaLog(settings.tables))
     promoted = [move for move in moves if move.line == line and move.alias == "champion" and move.to_version]
     return SpeculatorRegistry(settings.registry).versions(line), promoted
 

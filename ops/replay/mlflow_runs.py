@@ -10,7 +10,7 @@ from pathlib import Path
 from ops.replay.comparison import Comparison
 from schemas.settings import Settings
 from trainer.release.registration import code_revision
-from trainer.release.registry import Point, SpeculatorRegistry
+from trainer.release.registry import MetricPoint, SpeculatorRegistry
 from trainer.replay.experiment import Result
 from trainer.replay.learning_curve import curve, length
 
@@ -41,7 +41,7 @@ def log(settings: Settings, comparison: Comparison, folder: Path, variants: dict
 
     if "" not in noted:
         tags = {"mlflow.runName": plan.name, _EXPERIMENT: plan.name, "code": code_revision()}
-        note("", registry.begin_run(line, tags, {**plan.span.versions, "lookahead": plan.lookahead}))
+        note("", registry.start_run(line, tags, {**plan.span.versions, "lookahead": plan.lookahead}))
     for result in comparison.results:
         if result.variant not in noted:
             tags = {"mlflow.runName": result.variant, "mlflow.parentRunId": noted[""], _EXPERIMENT: plan.name}
@@ -50,20 +50,20 @@ def log(settings: Settings, comparison: Comparison, folder: Path, variants: dict
                 **own.train.model_dump(exclude_defaults=True),
                 **own.speculator.model_dump(exclude_defaults=True),
             }
-            run = registry.begin_run(line, tags, settled)
+            run = registry.start_run(line, tags, settled)
             points = list(_points(result))
             for start in range(0, len(points), _PER_CALL):
-                registry.log(run, points[start : start + _PER_CALL])
+                registry.log_metrics(run, points[start : start + _PER_CALL])
             registry.end_run(run)
             note(result.variant, run)
     registry.end_run(noted[""])
     return noted[""]
 
 
-def _points(result: Result) -> Iterator[Point]:
+def _points(result: Result) -> Iterator[MetricPoint]:
     now = time.time_ns() // 1_000_000
     for value in curve(result.points):
-        yield Point("accepted_per_step", value.length, value.tokens, now)
+        yield MetricPoint("accepted_per_step", value.length, value.tokens, now)
     for step, loss in enumerate(result.losses):
-        yield Point("loss", loss, step, now)
-    yield Point("accepted_per_step_whole", length(result.points), 0, now)
+        yield MetricPoint("loss", loss, step, now)
+    yield MetricPoint("accepted_per_step_whole", length(result.points), 0, now)

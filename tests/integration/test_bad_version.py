@@ -17,10 +17,8 @@ from pipeline.delta import DeltaLog
 from schemas.settings import Settings, load, to_environ
 from schemas.speculator import checkpoint
 from schemas.speculator.network import DraftShape, random_draft
-from trainer.release.alias_moves import Mover
-from trainer.release.audit import Audit, KafkaEvents
-from trainer.release.gate import HeldOut
-from trainer.release.live_figures import LiveFigures
+from trainer.release.audit import KafkaEvents
+from trainer.release.gate import HELD_OUT_TAG, HeldOutComparison
 from trainer.release.promoter import Promoter
 from trainer.release.registry import Line, SpeculatorRegistry
 
@@ -39,18 +37,16 @@ class Fleet:
     def register(self, accepted_per_step: float, champion: str, seed: int) -> str:
         folder = self._folder / f"version-{seed}"
         self.name = checkpoint.write(random_draft(SHAPE, seed), folder, self._target).line
-        held_out = HeldOut(
-            accepted_per_step=accepted_per_step, champion=champion, champion_accepted_per_step=0.1, windows=20
+        held_out = HeldOutComparison(
+            accepted_per_step=accepted_per_step, champion=champion, champion_accepted_per_step=0.1, samples=20
         )
-        version = self.registry.register(self.name, folder, {"held_out": held_out.model_dump_json()}, {})
-        self.registry.point(self.name, "candidate", version)
+        version = self.registry.register(self.name, folder, {HELD_OUT_TAG: held_out.model_dump_json()}, {})
+        self.registry.set_alias(self.name, "candidate", version)
         return version
 
     def poll(self) -> Line:
         """A pass of a promoter that knows nothing of the one before; gives the line as nodes see it."""
-        audit = Audit(self.tables, KafkaEvents(self.settings.kafka))
-        live = LiveFigures(self.tables, self.settings.canary.slice_duration)
-        promoter = Promoter(self.settings, self.registry, audit, Mover(self.tables, self.registry), live)
+        promoter = Promoter(self.settings, self.registry, self.tables, KafkaEvents(self.settings.kafka))
         promoter.poll()
         assert promoter.status().error is None
         return next(line for line in self.registry.lines() if line.name == self.name)
@@ -94,7 +90,7 @@ def history(fleet: Fleet) -> list[dict[str, object]]:
     return moves
 
 
-def test_the_trial_takes_a_bad_canary_back_and_says_so_everywhere(settings: Settings, tmp_path: Path) -> None:
+def test_the_canary_analysis_rolls_a_bad_canary_back(settings: Settings, tmp_path: Path) -> None:
     fleet = Fleet(settings, tmp_path)
     good = fleet.register(0.3, "day-0-head-0", 1)
     assert fleet.poll().aliases == {"candidate": good, "champion": good}
@@ -117,9 +113,7 @@ def test_the_trial_takes_a_bad_canary_back_and_says_so_everywhere(settings: Sett
     assert fleet.poll().aliases == after.aliases
 
 
-def test_the_watch_takes_a_bad_champion_back_and_nodes_are_told_by_the_stamp(
-    settings: Settings, tmp_path: Path
-) -> None:
+def test_the_watch_rolls_a_bad_champion_back_and_updates_the_audited_tag(settings: Settings, tmp_path: Path) -> None:
     without = settings.canary.model_copy(update={"share": 0.0})
     fleet = Fleet(settings.model_copy(update={"canary": without}), tmp_path)
     good = fleet.register(0.3, "day-0-head-0", 1)

@@ -114,7 +114,7 @@ def test_every_verify_step_is_traced_and_a_swap_under_load_changes_no_answer(
     for stream in streams:
         stream.start()
     eventually(lambda: node.status().requests_running == 2)
-    trainer.point(status.line, "champion", version)
+    trainer.set_alias(status.line, "champion", version)
     for stream in streams:
         stream.join()
 

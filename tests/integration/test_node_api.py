@@ -120,7 +120,7 @@ def test_a_pinned_version_serves_until_it_is_unpinned(node: Node, smollm2: Path,
         checkpoint.write(random_draft(shape, seed=seed), tmp_path / str(seed), status.target)
         versions.append(trainer.register(status.line, tmp_path / str(seed), {}, {}))
     named, other = versions
-    trainer.point(status.line, "champion", named)
+    trainer.set_alias(status.line, "champion", named)
 
     pinned = admin(node, "POST", "/pin", version=other).json()
     assert (pinned["version"], pinned["pinned"]) == (other, other)

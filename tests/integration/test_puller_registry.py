@@ -69,7 +69,7 @@ class Line:
         """Move aliases, and write down that they were moved, as a promoter does."""
         self.moves += 1
         for alias, version in aliases.items():
-            self.trainer.point(self.name, alias, version)  # type: ignore[arg-type]
+            self.trainer.set_alias(self.name, alias, version)  # type: ignore[arg-type]
         audited = AuditState(moves=self.moves, aliases=aliases)  # type: ignore[arg-type]
         self.client.set_registered_model_tag(f"aurora.{self.name}", AUDITED_TAG, audited.model_dump_json())
 
@@ -94,16 +94,16 @@ def test_what_the_trainer_registers_and_the_alias_names_is_served(line: Line) ->
     line.puller.poll()
     assert (line.engine.served, line.puller.error) == ([], None)
 
-    line.trainer.point(line.name, "champion", first)
+    line.trainer.set_alias(line.name, "champion", first)
     line.puller.poll()
     ((version, draft),) = line.engine.served
     assert version == first
     assert torch.equal(draft.lm_head.weight, random_draft(SHAPE, 1).lm_head.weight.bfloat16().float())
 
     line.write("second", seed=2)
-    line.trainer.point(line.name, "champion", line.register("second"))
+    line.trainer.set_alias(line.name, "champion", line.register("second"))
     line.puller.poll()
-    line.trainer.point(line.name, "champion", first)
+    line.trainer.set_alias(line.name, "champion", first)
     line.puller.poll()
     assert [version for version, _ in line.engine.served] == ["1", "2", "1"]
     assert (line.puller.error, line.puller.refused) == (None, ())
@@ -115,7 +115,7 @@ def test_a_recorded_line_goes_back_by_the_record_and_tries_a_canary_while_it_is_
         line.register(str(number))
     line.record(champion="2")
     line.puller.poll()
-    line.trainer.point(line.name, "champion", "1")
+    line.trainer.set_alias(line.name, "champion", "1")
     line.puller.poll()
     assert [version for version, _ in line.engine.served] == ["2"]
     line.record(champion="1")
@@ -176,10 +176,10 @@ def test_a_version_at_fault_is_refused_with_its_reason(line: Line, harm: Callabl
     line.write("bad", seed=2)
     harm(line.folder / "bad")
     good, bad = line.register("good"), line.register("bad")
-    line.trainer.point(line.name, "champion", good)
+    line.trainer.set_alias(line.name, "champion", good)
     node.poll()
     for alias in ("canary", "champion"):
-        line.trainer.point(line.name, alias, bad)
+        line.trainer.set_alias(line.name, alias, bad)
         node.poll()
     (refusal,) = node.refused
     assert (refusal.version, node.error) == (bad, None)
@@ -203,10 +203,10 @@ def test_files_that_are_gone_from_the_registry_are_not_the_versions_fault(line: 
     client = line.client
     run = client.get_model_version(model, version).run_id
     client.create_model_version(model, f"runs:/{run}/nothing", run)
-    line.trainer.point(line.name, "champion", "2")
+    line.trainer.set_alias(line.name, "champion", "2")
     line.puller.poll()
     assert line.puller.error
     assert (line.puller.refused, line.engine.served) == ((), [])
-    line.trainer.point(line.name, "champion", version)
+    line.trainer.set_alias(line.name, "champion", version)
     line.puller.poll()
     assert (line.puller.error, [v for v, _ in line.engine.served]) == (None, ["1"])

@@ -18,10 +18,8 @@ from schemas.settings import Kafka, Settings, load
 from schemas.settings import Registry as RegistrySettings
 from schemas.speculator import checkpoint
 from schemas.speculator.network import DraftShape, random_draft
-from trainer.release.alias_moves import Mover
-from trainer.release.audit import Audit, BrokerError, KafkaEvents
-from trainer.release.gate import HeldOut
-from trainer.release.live_figures import LiveFigures
+from trainer.release.audit import BrokerError, KafkaEvents
+from trainer.release.gate import HELD_OUT_TAG, HeldOutComparison
 from trainer.release.promoter import Promoter
 from trainer.release.registry import RegistryError, SpeculatorRegistry
 
@@ -47,13 +45,13 @@ def register(
 
 
 def held_out(accepted_per_step: float, champion: str, champion_accepted_per_step: float) -> dict[str, str]:
-    figures = HeldOut(
+    figures = HeldOutComparison(
         accepted_per_step=accepted_per_step,
         champion=champion,
         champion_accepted_per_step=champion_accepted_per_step,
-        windows=20,
+        samples=20,
     )
-    return {"held_out": figures.model_dump_json()}
+    return {HELD_OUT_TAG: figures.model_dump_json()}
 
 
 def test_a_version_comes_back_byte_for_byte_with_its_tags(
@@ -74,9 +72,9 @@ def test_aliases_name_versions_and_can_be_moved(versions: SpeculatorRegistry, tm
     line, first = register(versions, tmp_path / "first", target, 0, {})
     _, second = register(versions, tmp_path / "second", target, 1, {})
     assert versions.aliases(line) == {}
-    versions.point(line, "champion", first)
-    versions.point(line, "candidate", second)
-    versions.point(line, "champion", second)
+    versions.set_alias(line, "champion", first)
+    versions.set_alias(line, "candidate", second)
+    versions.set_alias(line, "champion", second)
     assert versions.aliases(line) == {"champion": second, "candidate": second}
     assert {found.name: found.aliases for found in versions.lines()}[line] == versions.aliases(line)
 
@@ -90,7 +88,7 @@ def test_what_the_registry_does_not_have_is_a_registry_error(
 ) -> None:
     line, _ = register(versions, tmp_path / "first", target, 0, {})
     with pytest.raises(RegistryError):
-        versions.point(line, "champion", "99")
+        versions.set_alias(line, "champion", "99")
     with pytest.raises(RegistryError):
         versions.download(line, "99", tmp_path / "back")
 
@@ -116,8 +114,7 @@ def settings(broker: str, registry: str, tmp_path: Path) -> Settings:
 
 def promoter_of(settings: Settings) -> Promoter:
     tables, registry = DeltaLog(settings.tables), SpeculatorRegistry(settings.registry)
-    audit = Audit(tables, KafkaEvents(settings.kafka))
-    return Promoter(settings, registry, audit, Mover(tables, registry), LiveFigures(tables, 30))
+    return Promoter(settings, registry, tables, KafkaEvents(settings.kafka))
 
 
 def events(kafka: Kafka, line: str) -> list[AliasMoved]:
@@ -142,10 +139,10 @@ def test_a_promotion_is_seen_in_the_registry_the_table_and_on_the_topic(
 ) -> None:
     promoter = promoter_of(settings)
     line, first = register(versions, tmp_path / "first", target, 0, held_out(0.3, "day-0-head-0", 0.0))
-    versions.point(line, "candidate", first)
+    versions.set_alias(line, "candidate", first)
     promoter.poll()
     _, second = register(versions, tmp_path / "second", target, 1, held_out(0.5, first, 0.3))
-    versions.point(line, "candidate", second)
+    versions.set_alias(line, "candidate", second)
     promoter.poll()
     assert promoter.status().error is None
     assert versions.aliases(line) == {"candidate": second, "champion": second, "previous": first}

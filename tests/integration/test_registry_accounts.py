@@ -87,14 +87,14 @@ def test_trainer_registers_promoter_moves_and_a_node_only_reads(accounts: Accoun
     line = checkpoint.write(random_draft(SHAPE, 1), tmp_path / "draft", uuid.uuid4().hex).line
     trainer = SpeculatorRegistry(accounts.settings("trainer"))
     version = trainer.register(line, tmp_path / "draft", {"line": line}, {})
-    trainer.point(line, "candidate", version)
+    trainer.set_alias(line, "candidate", version)
 
     promoter = SpeculatorRegistry(accounts.settings("promoter"))
     with pytest.raises(RegistryError, match=r"(?i)permission denied"):
-        promoter.point(line, "champion", version)
+        promoter.set_alias(line, "champion", version)
     of_model = {"resource_type": "registered_model", "resource_id": f"aurora.{line}"}
     accounts.admin("3.0/mlflow/users/permissions/grant", username="promoter", permission="EDIT", **of_model)
-    promoter.point(line, "champion", version)
+    promoter.set_alias(line, "champion", version)
 
     node = MlflowRegistry(accounts.settings("node"), line)
     assert node.named().aliases == {"candidate": version, "champion": version}
@@ -102,7 +102,7 @@ def test_trainer_registers_promoter_moves_and_a_node_only_reads(accounts: Accoun
     assert checkpoint.read(node.download(version, tmp_path / "served"), line)
     as_node = SpeculatorRegistry(accounts.settings("node"))
     with pytest.raises(RegistryError, match=r"(?i)permission denied"):
-        as_node.point(line, "champion", version)
+        as_node.set_alias(line, "champion", version)
     with pytest.raises(RegistryError, match=r"(?i)permission denied"):
         as_node.register(line, tmp_path / "draft", {"line": line}, {})
 

@@ -53,7 +53,7 @@ class Mover:
         """Move the alias, and then write down that it was moved."""
         self._moves += 1
         aliases: dict[Alias, str] = {"champion": version}
-        self._trainer.point(self.line, "champion", version)
+        self._trainer.set_alias(self.line, "champion", version)
         audited = AuditState(moves=self._moves, aliases=aliases).model_dump_json()
         self._client.set_registered_model_tag(model_name(self.line), AUDITED_TAG, audited)
 

@@ -55,7 +55,7 @@ def test_an_experiment_is_a_run_with_one_below_it_for_each_variant(registry: str
     checkpoint.write(world.target.day_0, tmp_path / "version", world.target.fingerprint)
     mlflow = SpeculatorRegistry(settings.registry)
     version = mlflow.register(world.target.line, tmp_path / "version", {}, {})
-    mlflow.point(world.target.line, "champion", version)
+    mlflow.set_alias(world.target.line, "champion", version)
     told = CliRunner().invoke(
         app, ["replay", "score", "--versions", f"{version},champion,day-0", "--json"], env=environ
     )

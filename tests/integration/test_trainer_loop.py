@@ -31,7 +31,7 @@ from trainer_world import (
 from pipeline.delta import DeltaLog
 from schemas.settings import load
 from schemas.speculator import checkpoint
-from trainer.release.gate import HeldOut
+from trainer.release.gate import HeldOutComparison
 from trainer.train import Trainer
 
 
@@ -79,17 +79,17 @@ def test_the_loop_from_rows_to_a_champion_that_drafts_better(world: World, tmp_p
         assert status.table_version_read > 0
         assert status.acceptance_length is not None
         assert b"aurora_train_steps_total" in get(settings.train.port, "/metrics")
-        assert b'aurora_promoter_moves_total{alias="champion"}' in get(settings.promoter.port, "/metrics")
+        assert b'aurora_promoter_alias_moves_total{alias="champion"}' in get(settings.promoter.port, "/metrics")
         with pytest.raises(OSError, match="404"):
             get(settings.train.port, "/elsewhere")
         assert (end(trainer), end(promoter)) == (0, 0)
 
     champion = world.registry.aliases(line)["champion"]
     tags = world.registry.tags(line, champion)
-    figures = HeldOut.of(tags)
+    figures = HeldOutComparison.from_tags(tags)
     assert figures.accepted_per_step > figures.champion_accepted_per_step
-    assert figures.windows >= settings.promoter.gate_min_samples
-    assert [(on.label, on.windows) for on in figures.labels] == [("", figures.windows)]
+    assert figures.samples >= settings.promoter.gate_min_samples
+    assert [(on.label, on.samples) for on in figures.labels] == [("", figures.samples)]
     assert {"line", "target", "parent", "tables", "code", "metrics", "held_out"} <= tags.keys()
     assert world.registry.tags(line, "1")["parent"] == "day-0-head-0"
     assert world.registry.tags(line, "2")["parent"] == "1"
@@ -211,7 +211,7 @@ def test_a_first_start_begins_with_the_champion_of_its_line(world: World, tmp_pa
         draft.norm.weight.fill_(1.5)
     checkpoint.write(draft, tmp_path / "version", world.target.fingerprint)
     version = world.registry.register(line, tmp_path / "version", {}, {})
-    world.registry.point(line, "champion", version)
+    world.registry.set_alias(line, "champion", version)
     stopping = threading.Event()
     trainer = Trainer(world.settings, world.target, stopping)
     trainer._begin()

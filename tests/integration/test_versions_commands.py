@@ -23,12 +23,11 @@ from schemas.events import AUDITED_TAG, AuditState
 from schemas.settings import Settings, load
 from schemas.speculator import checkpoint
 from schemas.speculator.network import random_draft
-from trainer.release.alias_moves import MoveError, Mover, intent, promotion, rollback
-from trainer.release.audit import Audit, KafkaEvents
-from trainer.release.card import SETTINGS_TAG, card, shaping
-from trainer.release.gate import HeldOut
-from trainer.release.live_figures import LiveFigures
+from trainer.release.alias_moves import AliasMover, MoveError, new_intent, plan_promotion, plan_rollback
+from trainer.release.audit import KafkaEvents
+from trainer.release.gate import HELD_OUT_TAG, HeldOutComparison
 from trainer.release.promoter import Promoter
+from trainer.release.registration import SETTINGS_TAG, dump_shaping_settings, render_card
 from trainer.release.registry import SpeculatorRegistry
 
 
@@ -46,7 +45,9 @@ class Desk:
 
     def _register(self, folder: Path, target: str, number: int, length: float) -> str:
         champion = str(number - 1) if number > 1 else "day-0-head-0"
-        held = HeldOut(accepted_per_step=length, champion=champion, champion_accepted_per_step=length - 0.2, windows=20)
+        held = HeldOutComparison(
+            accepted_per_step=length, champion=champion, champion_accepted_per_step=length - 0.2, samples=20
+        )
         rate = self.settings.train.model_copy(update={"learning_rate": 1e-3 * number})
         draft = random_draft(SHAPE, number)
         line = checkpoint.write(draft, folder, target).line
@@ -56,17 +57,16 @@ class Desk:
             "parent": champion,
             "code": "abc",
             "tables": json.dumps({"accepted": 10 * number}),
-            "held_out": held.model_dump_json(),
-            SETTINGS_TAG: shaping(self.settings.model_copy(update={"train": rate})),
+            HELD_OUT_TAG: held.model_dump_json(),
+            SETTINGS_TAG: dump_shaping_settings(self.settings.model_copy(update={"train": rate})),
         }
-        text = card(self.settings, SHAPE, tags, {"step": float(number)})
+        text = render_card(self.settings, SHAPE, tags, {"step": float(number)})
         assert self.registry.register(line, folder, tags, {}, text) == str(number)
         return line
 
     def promoter(self) -> Promoter:
         tables, registry = DeltaLog(self.settings.tables), OneLine(self.settings, self.line)
-        audit = Audit(tables, KafkaEvents(self.settings.kafka))
-        return Promoter(self.settings, registry, audit, Mover(tables, registry), LiveFigures(tables, 30))
+        return Promoter(self.settings, registry, tables, KafkaEvents(self.settings.kafka))
 
     def run(self, *arguments: str, code: int = 0) -> Result:
         flags = ("registry.tracking_uri", "tables.uri", "kafka.bootstrap_servers", "kafka.speculators_topic")
@@ -157,7 +157,7 @@ def test_a_version_is_shown_whole_and_two_are_compared(desk: Desk) -> None:
     assert shown["tags"]["tables"] == {"accepted": 10}
     assert shown["moves"][0]["to_version"] == "1"
     assert f"`{desk.line}`" in shown["card"]
-    assert "learned from" in desk.run("versions", "show", "1").stdout
+    assert "trained on" in desk.run("versions", "show", "1").stdout
     compared = desk.asked("versions", "diff", "1", "2")
     assert compared["changed"]["settings.train.learning_rate"] == [0.001, 0.002]
     assert compared["changed"]["tables.accepted"] == [10, 20]
@@ -167,7 +167,7 @@ def test_a_version_is_shown_whole_and_two_are_compared(desk: Desk) -> None:
 
 def test_a_move_in_the_registrys_own_pages_is_noticed_recorded_and_honoured(desk: Desk) -> None:
     desk.run("promote", "1")
-    desk.registry.point(desk.line, "champion", "3")
+    desk.registry.set_alias(desk.line, "champion", "3")
     desk.promoter().poll()
     assert desk.aliases["champion"] == "3"
     last = desk.asked("history")["moves"][-1]
@@ -199,7 +199,7 @@ def test_a_promoter_killed_at_any_step_leaves_one_of_two_legal_states(
     desk: Desk, processes: ForkServerContext, writes: int
 ) -> None:
     desk.run("promote", "1")
-    desk.registry.point(desk.line, "candidate", "2")
+    desk.registry.set_alias(desk.line, "candidate", "2")
     killed = processes.Process(target=killed_promoter.poll, args=(desk.settings, desk.line, writes))
     killed.start()
     killed.join()
@@ -210,7 +210,9 @@ def test_a_promoter_killed_at_any_step_leaves_one_of_two_legal_states(
     moved = [m for m in desk.asked("history")["moves"] if m["to_version"] == "2" and m["alias"] == "champion"]
     assert [m["actor"] for m in moved] == ["promoter"]
     assert desk.stamp.aliases == desk.aliases
-    assert [state for _, state in Mover(DeltaLog(desk.settings.tables), desk.registry).intents(desk.line)][-1] == "done"
+    assert [state for _, state in AliasMover(DeltaLog(desk.settings.tables), desk.registry).intents(desk.line)][
+        -1
+    ] == "done"
 
 
 def test_of_two_movers_at_once_exactly_one_wins(desk: Desk) -> None:
@@ -218,8 +220,8 @@ def test_of_two_movers_at_once_exactly_one_wins(desk: Desk) -> None:
     start, outcomes = threading.Barrier(2), dict[str, str]()
 
     def move(version: str) -> None:
-        mover = Mover(DeltaLog(desk.settings.tables), SpeculatorRegistry(desk.settings.registry))
-        wanted = intent(desk.line, "promote", promotion({"champion": "1"}, version), actor=version, why="race")
+        mover = AliasMover(DeltaLog(desk.settings.tables), SpeculatorRegistry(desk.settings.registry))
+        wanted = new_intent(desk.line, "promote", plan_promotion({"champion": "1"}, version), actor=version, why="race")
         start.wait()
         try:
             mover.move(wanted)
@@ -240,9 +242,9 @@ def test_of_two_movers_at_once_exactly_one_wins(desk: Desk) -> None:
 def test_a_command_that_finds_a_move_unfinished_finishes_it_and_does_nothing_more(desk: Desk) -> None:
     desk.run("promote", "1")
     desk.run("promote", "2")
-    mover = Mover(DeltaLog(desk.settings.tables), desk.registry)
-    assert mover.open(desk.line) is None
-    wanted = intent(desk.line, "rollback", rollback(desk.aliases, None), actor="someone", why="slow")
+    mover = AliasMover(DeltaLog(desk.settings.tables), desk.registry)
+    assert mover.find_open(desk.line) is None
+    wanted = new_intent(desk.line, "rollback", plan_rollback(desk.aliases, [], []), actor="someone", why="slow")
     assert mover._write(wanted, "intended")
     stopped = desk.run("rollback", code=2)
     assert "that one is finished now, and nothing else was done" in stopped.stderr

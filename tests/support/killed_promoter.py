@@ -9,15 +9,13 @@ from typing import Any
 
 from pipeline.delta import DeltaLog
 from schemas.settings import Settings
-from trainer.release.alias_moves import Mover
-from trainer.release.audit import Audit, KafkaEvents
-from trainer.release.live_figures import LiveFigures
+from trainer.release.audit import KafkaEvents
 from trainer.release.promoter import Promoter
 from trainer.release.registry import Line, SpeculatorRegistry
 
 
 class OneLine(SpeculatorRegistry):
-    """A registry without what other tests have left in it, which every pass would look at."""
+    """A registry that hides the lines of other tests, which every poll would handle."""
 
     def __init__(self, settings: Settings, line: str) -> None:
         super().__init__(settings.registry)
@@ -28,7 +26,7 @@ class OneLine(SpeculatorRegistry):
 
 
 def poll(settings: Settings, line: str, writes: int) -> None:
-    """One pass over a line that ends with SIGKILL after so many writes to registry and tables."""
+    """Poll a line once; SIGKILL ends the poll after so many writes to registry and tables."""
     tables, registry = DeltaLog(settings.tables), OneLine(settings, line)
     left = writes
 
@@ -42,8 +40,7 @@ def poll(settings: Settings, line: str, writes: int) -> None:
 
         return call
 
-    registry.point = counted(registry.point)  # type: ignore[method-assign]
-    registry.stamp = counted(registry.stamp)  # type: ignore[method-assign]
+    registry.set_alias = counted(registry.set_alias)  # type: ignore[method-assign]
+    registry.write_audit_state = counted(registry.write_audit_state)  # type: ignore[method-assign]
     tables.append_after = counted(tables.append_after)  # type: ignore[method-assign]
-    audit, live = Audit(tables, KafkaEvents(settings.kafka)), LiveFigures(tables, settings.canary.slice_duration)
-    Promoter(settings, registry, audit, Mover(tables, registry), live).poll()
+    Promoter(settings, registry, tables, KafkaEvents(settings.kafka)).poll()

@@ -1,4 +1,4 @@
-"""A promoter's surroundings in memory, but for the tables: a registry of one line, a topic, and a clock."""
+"""A promoter with real tables, and a registry of one line, a topic and a clock in memory."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import cast
 
 import pyarrow as pa
 
 from pipeline.delta import DeltaLog, TableError
 from schemas.events import QUARANTINED_TAG, Alias, AliasMoved, AuditState
 from schemas.settings import Tables, load
-from trainer.release.alias_moves import Mover
-from trainer.release.audit import Audit, BrokerError
-from trainer.release.gate import HeldOut
-from trainer.release.live_figures import LiveFigures
+from trainer.release.audit import BrokerError, KafkaEvents
+from trainer.release.gate import HELD_OUT_TAG, HeldOutComparison
 from trainer.release.promoter import Promoter
 from trainer.release.registry import Line, SpeculatorRegistry, Version
 
@@ -23,15 +22,15 @@ LINE = "target-draft"
 
 
 def figures(
-    accepted_per_step: float, champion: str, champion_accepted_per_step: float, windows: int = 20
+    accepted_per_step: float, champion: str, champion_accepted_per_step: float, samples: int = 20
 ) -> dict[str, str]:
-    held_out = HeldOut(
+    held_out = HeldOutComparison(
         accepted_per_step=accepted_per_step,
         champion=champion,
         champion_accepted_per_step=champion_accepted_per_step,
-        windows=windows,
+        samples=samples,
     )
-    return {"held_out": held_out.model_dump_json()}
+    return {HELD_OUT_TAG: held_out.model_dump_json()}
 
 
 class MemoryRegistry:
@@ -40,11 +39,11 @@ class MemoryRegistry:
     def __init__(self) -> None:
         self.named: dict[str, str] = {}
         self.registered: dict[str, dict[str, str]] = {}
-        self.stamped: AuditState | None = None
+        self.audited: AuditState | None = None
         self.breaks: Callable[[Alias], None] = lambda _: None
 
     def lines(self) -> list[Line]:
-        return [Line(LINE, dict(self.named), self.stamped)] if self.registered else []
+        return [Line(LINE, dict(self.named), self.audited)] if self.registered else []
 
     def aliases(self, line: str) -> dict[str, str]:
         return dict(self.named)
@@ -52,25 +51,25 @@ class MemoryRegistry:
     def tags(self, line: str, version: str) -> dict[str, str]:
         return self.registered[version]
 
-    def point(self, line: str, alias: Alias, version: str) -> None:
+    def set_alias(self, line: str, alias: Alias, version: str) -> None:
         self.breaks(alias)
         self.named[alias] = version
 
     def versions(self, line: str) -> list[Version]:
         return [Version(number, datetime.now(UTC), tags, "", "") for number, tags in self.registered.items()]
 
+    def version(self, line: str, number: str) -> Version | None:
+        return next((version for version in self.versions(line) if version.number == number), None)
+
     def quarantine(self, line: str, number: str, why: str) -> None:
         self.registered[number][QUARANTINED_TAG] = why
 
-    def has(self, line: str, version: str) -> bool:
-        return version in self.registered
-
-    def unpoint(self, line: str, alias: Alias) -> None:
+    def delete_alias(self, line: str, alias: Alias) -> None:
         self.breaks(alias)
         self.named.pop(alias, None)
 
-    def stamp(self, line: str, audited: AuditState) -> None:
-        self.stamped = audited
+    def write_audit_state(self, line: str, audited: AuditState) -> None:
+        self.audited = audited
 
     def register(self, version: str, tags: dict[str, str]) -> None:
         self.registered[version] = tags
@@ -103,19 +102,17 @@ class World:
         self.registry = MemoryRegistry()
         self.topic = MemoryTopic()
         self.tables = FailingLog(Tables(uri=str(folder)))
-        self.ahead = 0.0
-        """Seconds by which the promoter's clock is ahead of that of the record."""
-        self.promoter = self.restarted()
+        self.clock_offset = 0.0
+        """Seconds by which the promoter's clock is ahead of the recorded times."""
+        self.promoter = self.restart()
 
-    def restarted(self) -> Promoter:
-        registry: SpeculatorRegistry = self.registry  # type: ignore[assignment]
+    def restart(self) -> Promoter:
         self.promoter = Promoter(
             self.settings,
-            registry,
-            Audit(self.tables, self.topic),
-            Mover(self.tables, registry),
-            LiveFigures(self.tables, self.settings.canary.slice_duration),
-            lambda: time.time() + self.ahead,
+            cast(SpeculatorRegistry, self.registry),
+            self.tables,
+            cast(KafkaEvents, self.topic),
+            lambda: time.time() + self.clock_offset,
         )
         return self.promoter
 

@@ -13,8 +13,8 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Protocol
 
-from trainer.release.registry import Point, RegistryError
-from trainer.status import Failures
+from trainer.release.registry import MetricPoint, RegistryError
+from trainer.status import ErrorTracker
 
 WAITING = 20_000
 """Points that are kept for a registry that is away: some three hours of them."""
@@ -25,10 +25,10 @@ AT_ONCE = 500
 class Runs(Protocol):
     """The part of the registry that is used here; every call may raise ``RegistryError``."""
 
-    def begin_run(self, line: str, tags: Mapping[str, str], parameters: Mapping[str, object]) -> str:
+    def start_run(self, line: str, tags: Mapping[str, str], parameters: Mapping[str, object]) -> str:
         """Begin a run, and return its id."""
 
-    def log(self, run: str, points: list[Point]) -> None:
+    def log_metrics(self, run: str, points: list[MetricPoint]) -> None:
         """Add points to the curves of a run."""
 
     def end_run(self, run: str) -> None:
@@ -41,7 +41,7 @@ class Curves:
     def __init__(
         self,
         runs: Runs,
-        failures: Failures,
+        errors: ErrorTracker,
         line: str,
         every_s: float,
         tags: Mapping[str, str],
@@ -49,12 +49,12 @@ class Curves:
     ) -> None:
         self.run: str | None = None
         """Id of the run; None until the registry was first there."""
-        self._runs, self._failures, self._line, self._every_s = runs, failures, line, every_s
+        self._runs, self._errors, self._line, self._every_s = runs, errors, line, every_s
         self._tags, self._parameters = dict(tags), dict(parameters)
         self._lock = threading.Lock()
         self._sums: dict[str, tuple[float, int]] = {}
         self._step = 0
-        self._waiting: deque[Point] = deque(maxlen=WAITING)
+        self._waiting: deque[MetricPoint] = deque(maxlen=WAITING)
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._send_often, name="curves", daemon=True)
 
@@ -81,7 +81,7 @@ class Curves:
         while not self._ending.wait(self._every_s):
             self._send()
         self._send()
-        with self._failures.survive("curves", RegistryError):
+        with self._errors.catch("curves", RegistryError):
             if self.run is not None:
                 self._runs.end_run(self.run)
 
@@ -89,12 +89,12 @@ class Curves:
         with self._lock:
             sums, self._sums, step = self._sums, {}, self._step
         now = int(time.time() * 1000)
-        self._waiting.extend(Point(name, total / number, step, now) for name, (total, number) in sums.items())
-        with self._failures.survive("curves", RegistryError):
+        self._waiting.extend(MetricPoint(name, total / number, step, now) for name, (total, number) in sums.items())
+        with self._errors.catch("curves", RegistryError):
             if self.run is None and self._waiting:
-                self.run = self._runs.begin_run(self._line, self._tags, self._parameters)
+                self.run = self._runs.start_run(self._line, self._tags, self._parameters)
             while self._waiting and self.run is not None:
                 points = [self._waiting[i] for i in range(min(AT_ONCE, len(self._waiting)))]
-                self._runs.log(self.run, points)
+                self._runs.log_metrics(self.run, points)
                 for _ in points:
                     self._waiting.popleft()

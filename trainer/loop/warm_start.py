@@ -1,13 +1,23 @@
-"""A draft of a new line begins with what a draft of another line has learned, as far as their shapes allow."""
+"""Initial weights of a training: a registered version, a folder, day 0, or another line's draft where shapes allow."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
+import structlog
 import torch
 from torch import Tensor
 
+from schemas.settings import DAY_0, Settings, SettingsError
+from schemas.speculator import checkpoint
+from schemas.speculator.checkpoint import CheckpointError
 from schemas.speculator.network import EagleDraft
+from trainer.data.target import Target
+from trainer.release.evaluation import read_draft
+from trainer.release.registry import SpeculatorRegistry
+
+log = structlog.get_logger()
 
 _HEAD, _FUSION = "lm_head.weight", "fc.weight"
 
@@ -70,3 +80,46 @@ def _carry_head(old: EagleDraft, new: EagleDraft) -> int:
 def _rows(draft: EagleDraft) -> Tensor:
     """[V] row of the head for each target token that the draft has; kept ids are ascending."""
     return draft.t2d.cumsum(0) - 1
+
+
+def load_initial_draft(settings: Settings, target: Target, registry: SpeculatorRegistry) -> tuple[str, EagleDraft]:
+    """Return version and weights with which training begins, as ``train.warm_start`` says.
+
+    Raises:
+        SettingsError: the folder holds no draft of this line.
+        RegistryError: no answer.
+        CheckpointError: the registry's files differ from the registered ones.
+    """
+    start = settings.train.warm_start
+    if start == "alias":
+        return _load_by_alias(settings, target, registry)
+    if start == DAY_0:
+        return settings.speculator.day_0, target.day_0
+    if start.isdecimal():
+        return start, read_draft(registry, target.line, start)
+    try:
+        return start, checkpoint.read(Path(start), target.line)
+    except CheckpointError as error:
+        raise SettingsError(f"train.warm_start: {error}") from error
+
+
+def _load_by_alias(settings: Settings, target: Target, registry: SpeculatorRegistry) -> tuple[str, EagleDraft]:
+    """Return the champion of the line.
+
+    A line without a champion starts with the weights of the champion of ``train.parent_line`` that fit, named
+    LINE/VERSION; else with the draft of day 0.
+    """
+    champion = registry.aliases(target.line).get("champion")
+    if champion is not None:
+        return champion, read_draft(registry, target.line, champion)
+    day_0, parent_line = (settings.speculator.day_0, target.day_0), settings.train.parent_line
+    if not parent_line:
+        return day_0
+    parent = registry.aliases(parent_line).get("champion")
+    if parent is None:
+        log.warning("warm_start_skipped", parent_line=parent_line, why="no such line, or it has no champion")
+        return day_0
+    draft = target.new_draft()
+    carried = carry_over(read_draft(registry, parent_line, parent), draft)
+    log.info("warm_start", parent_line=parent_line, version=parent, carried=str(carried))
+    return (f"{parent_line}/{parent}", draft) if carried.tensors else day_0

@@ -1,5 +1,7 @@
-"""Who may become candidate and who champion: decisions over accepted tokens per step on the held-out set, without
-I/O.
+"""Decide which version may become candidate and which champion: pure functions over figures of the held-out set.
+
+Both versions are scored on the same samples. Tags hold accepted tokens per step (bonus excluded); texts show acceptance
+length (bonus included).
 """
 
 from __future__ import annotations
@@ -12,47 +14,50 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from schemas.events import QUARANTINED_TAG
 from schemas.settings import DAY_0, Promoter
 
+HELD_OUT_TAG = "held_out"
+"""Tag of a version with its ``HeldOutComparison``, as JSON."""
 
-class OnLabel(BaseModel):
-    """Figures of both on the held-out windows of one label."""
+
+class LabelComparison(BaseModel):
+    """Both versions on the held-out samples of one label."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     label: str | None
-    """Empty for traffic without one; None for all labels with too few windows of their own, taken together."""
+    """Empty for traffic without a label; None for all labels with too few samples of their own, taken together."""
     accepted_per_step: float
     champion_accepted_per_step: float
-    windows: int
+    samples: int
 
     def __str__(self) -> str:
         name = "the other labels" if self.label is None else f"label {self.label or 'none'}"
-        figures = f"{self.accepted_per_step:.3f} against {self.champion_accepted_per_step:.3f}"
-        return f"{name} {figures} on {self.windows} windows"
+        lengths = f"{1 + self.accepted_per_step:.3f} against {1 + self.champion_accepted_per_step:.3f}"
+        return f"{name} {lengths} on {self.samples} samples"
 
 
-class HeldOut(BaseModel):
-    """Figures of a version against the champion of that moment, on the same windows: its tag ``held_out``."""
+class HeldOutComparison(BaseModel):
+    """A version against the champion at its registration, on the same held-out samples: its tag ``HELD_OUT_TAG``."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     accepted_per_step: float
     champion: str
-    """Version that was champion, or one of day 0."""
+    """Champion version, or a version of day 0."""
     champion_accepted_per_step: float
-    windows: int
-    labels: tuple[OnLabel, ...] = ()
+    samples: int
+    labels: tuple[LabelComparison, ...] = ()
 
     @classmethod
-    def of(cls, tags: Mapping[str, str]) -> HeldOut:
-        """The figures in a version's tags.
+    def from_tags(cls, tags: Mapping[str, str]) -> HeldOutComparison:
+        """Parse the comparison from a version's tags.
 
         Raises:
             ValidationError: the tag is missing or malformed.
         """
-        return cls.model_validate_json(tags.get("held_out", ""))
+        return cls.model_validate_json(tags.get(HELD_OUT_TAG, ""))
 
     def is_against(self, champion: str | None) -> bool:
-        """Whether it was compared with this champion; None is day 0."""
+        """Return whether the version was compared with this champion; None is day 0."""
         return self.champion.startswith(DAY_0) if champion is None else self.champion == champion
 
     @property
@@ -62,14 +67,14 @@ class HeldOut(BaseModel):
             f"{name}/{label.label}": value
             for label in self.labels
             if label.label is not None
-            for name, value in label.model_dump(exclude={"label", "windows"}).items()
+            for name, value in label.model_dump(exclude={"label", "samples"}).items()
         }
         return self.model_dump(exclude={"champion", "labels"}) | by_label
 
-    def lost(self, margin: float, gate_min_samples: int) -> OnLabel | None:
-        """The label on which it is behind the champion most, if that is by more than the margin."""
-        told = [label for label in self.labels if label.windows >= gate_min_samples]
-        worst = min(told, key=lambda on: on.accepted_per_step - on.champion_accepted_per_step, default=None)
+    def find_regression(self, margin: float, min_samples: int) -> LabelComparison | None:
+        """Return the label with the largest loss against the champion, if the loss exceeds the margin."""
+        large = [label for label in self.labels if label.samples >= min_samples]
+        worst = min(large, key=lambda one: one.accepted_per_step - one.champion_accepted_per_step, default=None)
         if worst is None or worst.accepted_per_step >= worst.champion_accepted_per_step - margin:
             return None
         return worst
@@ -77,56 +82,58 @@ class HeldOut(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What the gate says of a candidate."""
+    """Decision of the gate on a candidate."""
 
     promote: bool
     why: str
 
 
-def judge(candidate: str | None, champion: str | None, tags: Mapping[str, str], settings: Promoter) -> Verdict:
-    """Whether the candidate is better than the champion on the held-out set, and on none of its labels worse.
+def judge_candidate(
+    candidate: str | None, champion: str | None, tags: Mapping[str, str], settings: Promoter
+) -> Verdict:
+    """Return whether the candidate beats the champion on the held-out set and regresses on none of its labels.
 
     Args:
-        candidate: Version that the alias ``candidate`` names.
-        champion: Version that the alias ``champion`` names; None while nodes draft with day 0.
-        tags: The candidate's tags.
-        settings: Margins, and the windows that a comparison needs.
+        candidate: Version with the alias ``candidate``.
+        champion: Version with the alias ``champion``; None while nodes draft with day 0.
+        tags: Of the candidate.
+        settings: Margins, and the samples that a comparison needs.
     """
     if candidate is None or candidate == champion:
         return Verdict(promote=False, why="no candidate" if candidate is None else f"version {candidate} is champion")
     if why := tags.get(QUARANTINED_TAG):
         return Verdict(promote=False, why=f"version {candidate} is in quarantine: {why}")
     try:
-        held_out = HeldOut.of(tags)
+        held_out = HeldOutComparison.from_tags(tags)
     except ValidationError as error:
-        return Verdict(promote=False, why=f"version {candidate}: tag held_out: {error.errors()[0]['msg']}")
-    return _compared(candidate, champion, held_out, settings)
+        return Verdict(promote=False, why=f"version {candidate}: tag {HELD_OUT_TAG}: {error.errors()[0]['msg']}")
+    return _judge_figures(candidate, champion, held_out, settings)
 
 
-def _compared(candidate: str, champion: str | None, held_out: HeldOut, settings: Promoter) -> Verdict:
+def _judge_figures(candidate: str, champion: str | None, held_out: HeldOutComparison, settings: Promoter) -> Verdict:
     figures = (
-        f"version {candidate} {held_out.accepted_per_step:.3f} against {held_out.champion} "
-        f"{held_out.champion_accepted_per_step:.3f} on {held_out.windows} windows"
+        f"version {candidate}: acceptance length {1 + held_out.accepted_per_step:.3f}, "
+        f"{1 + held_out.champion_accepted_per_step:.3f} of {held_out.champion}, on {held_out.samples} samples"
     )
     if not held_out.is_against(champion):
         return Verdict(promote=False, why=f"{figures}: champion is {champion or DAY_0}, waiting for the next candidate")
-    if held_out.windows < settings.gate_min_samples:
-        return Verdict(promote=False, why=f"{figures}: promoter.gate_min_samples asks for {settings.gate_min_samples}")
-    if lost := held_out.lost(settings.gate_label_margin, settings.gate_label_min_samples):
-        why = f"{figures}: worse by more than promoter.gate_label_margin {settings.gate_label_margin:g} on {lost}"
-        return Verdict(promote=False, why=why)
+    if held_out.samples < settings.gate_min_samples:
+        return Verdict(promote=False, why=f"{figures}: promoter.gate_min_samples requires {settings.gate_min_samples}")
+    if regression := held_out.find_regression(settings.gate_label_margin, settings.gate_label_min_samples):
+        margin = f"promoter.gate_label_margin {settings.gate_label_margin:g}"
+        return Verdict(promote=False, why=f"{figures}: worse by more than {margin} on {regression}")
     better = held_out.accepted_per_step > held_out.champion_accepted_per_step + settings.gate_margin
     not_ = "" if better else "not "
     return Verdict(better, f"{figures}: {not_}better by more than promoter.gate_margin {settings.gate_margin:g}")
 
 
-def worth_registering(now: float, champion: float, candidate: float | None) -> bool:
-    """Whether the weights in training deserve a version of their own.
+def is_worth_registering(current: float, champion: float, last: float | None) -> bool:
+    """Return whether the weights in training deserve a version of their own.
 
     Args:
-        now: Their accepted tokens per step on the held-out set.
-        champion: The champion's on the same windows.
-        candidate: That of the version registered last; None if there is none that could still be promoted, and the
-            weights need only beat the champion.
+        current: Their accepted tokens per step on the held-out set.
+        champion: The champion's on the same samples.
+        last: That of the version registered last; None if that version cannot be promoted any more, so that the weights
+            need only beat the champion.
     """
-    return now > (champion if candidate is None else candidate)
+    return current > (champion if last is None else last)

@@ -1,9 +1,8 @@
-"""The promoting process: makes a better candidate the champion, takes it back if it is none, and keeps the record.
+"""The promoter process: promote better candidates, roll back worse versions, and record every alias move.
 
-It looks at all lines of the registry, so that it needs neither a target nor torch. Nothing is remembered that could be
-lost: each pass derives what to do (``trainer.release.promotion``) from the aliases, the tags of the candidate, the
-rows written
-so far and the traces. A move that another process began and did not finish is finished first
+It handles all lines of the registry, so it needs neither a target nor torch. It has no state that could be lost: each
+poll derives the next action (``trainer.release.promotion_policy``) from the aliases, the candidate's tags, the recorded
+moves and the traces. If another process left a move unfinished, the poll finishes it first
 (``trainer.release.alias_moves``).
 """
 
@@ -24,33 +23,43 @@ from schemas.events import QUARANTINED_TAG, AliasChange
 from schemas.settings import Settings
 from schemas.status import ComparedStatus, ComparisonStatus, PromoterStatus
 from schemas.telemetry import logs, spans
-from trainer.release import alias_moves, promotion
-from trainer.release.alias_moves import MoveError, Mover
-from trainer.release.audit import Audit, BrokerError, KafkaEvents
-from trainer.release.gate import HeldOut, judge
+from trainer.release import promotion_policy
+from trainer.release.alias_moves import (
+    AliasMover,
+    MoveError,
+    new_intent,
+    plan_canary,
+    plan_promotion,
+    plan_rollback,
+)
+from trainer.release.audit import AuditLog, BrokerError, KafkaEvents
+from trainer.release.gate import HeldOutComparison, judge_candidate
 from trainer.release.live_figures import LiveFigures
-from trainer.release.promotion import Seen, Step, Trial, Watch, Written
-from trainer.release.recording import record, rollback_of
+from trainer.release.promotion_policy import (
+    CanaryAnalysis,
+    LineState,
+    LiveComparisons,
+    NextAction,
+    PostPromotionWatch,
+)
 from trainer.release.registry import Line, RegistryError, SpeculatorRegistry
-from trainer.release.sequential_test import Rule, Standing, compare
-from trainer.status import Failures, StatusServer, stop_on_signals
+from trainer.release.sequential_test import Comparison, Criteria, compare
+from trainer.status import ErrorTracker, StatusServer, stop_on_signals
 
 log = structlog.get_logger()
 
 
 def run(settings: Settings) -> None:
-    """Promote until SIGTERM or SIGINT.
+    """Promote versions until SIGTERM or SIGINT.
 
     Raises:
-        SettingsError: the address of the status page is taken, or a Kafka option is unknown.
+        SettingsError: the address of the status page is in use, or a Kafka option is unknown.
     """
     logs.configure("promoter")
     spans.configure("promoter", settings.telemetry)
     stopping = stop_on_signals()
-    tables, registry = DeltaLog(settings.tables), SpeculatorRegistry(settings.registry)
-    audit = Audit(tables, KafkaEvents(settings.kafka))
-    live = LiveFigures(tables, settings.canary.slice_duration)
-    promoter = Promoter(settings, registry, audit, Mover(tables, registry), live)
+    registry, tables = SpeculatorRegistry(settings.registry), DeltaLog(settings.tables)
+    promoter = Promoter(settings, registry, tables, KafkaEvents(settings.kafka))
     page = settings.promoter
     with StatusServer("promoter", page.host, page.port, promoter.status, promoter.metrics):
         promoter.run(stopping)
@@ -64,209 +73,212 @@ class Promoter:
         self,
         settings: Settings,
         registry: SpeculatorRegistry,
-        audit: Audit,
-        mover: Mover,
-        live: LiveFigures,
+        tables: DeltaLog,
+        events: KafkaEvents,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.metrics = CollectorRegistry()
         self._settings = settings.promoter
-        self._share = settings.canary.share
+        self._canary_share = settings.canary.share
         self._registry = registry
-        self._audit = audit
-        self._mover = mover
-        self._live = live
+        self._audit = AuditLog(tables, registry, events)
+        self._mover = AliasMover(tables, registry)
+        self._live_figures = LiveFigures(tables, settings.canary.slice_duration)
         self._clock = clock
-        self._failures = Failures("promoter", self.metrics)
-        self._gauges = _Gauges(self.metrics)
-        self._moved = 0
+        self._errors = ErrorTracker("promoter", self.metrics)
+        self._metrics = _PromoterMetrics(self.metrics)
+        self._alias_moves = 0
         self._line: Line | None = None
-        self._steps: dict[str, Step] = {}
-        self._seen = Seen()
-        self._cooling: float | None = None
-        self._taken_back: str | None = None
+        self._actions: dict[str, NextAction] = {}
+        self._live = LiveComparisons()
+        self._cooldown_until: float | None = None
+        self._last_rollback: str | None = None
 
     def run(self, stopping: threading.Event) -> None:
-        """Poll until told to stop."""
+        """Poll until ``stopping`` is set."""
         while not stopping.is_set():
             self.poll()
             stopping.wait(self._settings.poll_interval)
 
     def poll(self) -> None:
-        """Look at every line once: finish what was begun, record what was moved, and decide."""
-        with self._failures.survive("registry", RegistryError):
+        """Handle every line once: finish an open move, record moves, and take the next action."""
+        with self._errors.catch("registry", RegistryError):
             lines = self._registry.lines()
-            self._gauges.forget()
+            self._metrics.clear_comparisons()
             for line in lines:
-                with self._failures.survive("tables", TableError), self._failures.survive("moves", MoveError):
-                    self._look_at(line)
-        with self._failures.survive("broker", BrokerError):
-            self._audit.send()
+                with self._errors.catch("tables", TableError), self._errors.catch("moves", MoveError):
+                    self._poll_line(line)
+        with self._errors.catch("broker", BrokerError):
+            self._audit.send_events()
 
-    def _look_at(self, line: Line) -> None:
-        if self._mover.finish(line.name):
+    def _poll_line(self, line: Line) -> None:
+        if self._mover.finish_open(line.name):
             line = replace(line, aliases=self._registry.aliases(line.name))
-        self._record(line)
-        written, now = self._written(line), self._clock()
-        self._seen = self._look(line.name, written, now)
-        self._cooling = promotion.cooling_until(written.intents, now, self._settings)
-        self._taken_back = promotion.taken_back(written.intents)
-        self._gauges.seen(line.name, self._seen, cooling_s=max((self._cooling or now) - now, 0.0))
-        step = promotion.next_step(written, self._seen, now, self._share, self._settings)
-        self._tell(line.name, step)
-        if step.what == "wait":
+        self._record_moves(line)
+        state, now = self._read_state(line), self._clock()
+        self._live = self._compare_versions(line.name, state, now)
+        self._cooldown_until = promotion_policy.find_cooldown_end(state.intents, now, self._settings)
+        self._last_rollback = promotion_policy.find_last_rollback(state.intents)
+        self._metrics.show_line(line.name, self._live, self._cooldown_until)
+        action = promotion_policy.choose_action(state, self._live, now, self._canary_share, self._settings)
+        self._log_action(line.name, action)
+        if action.action == "wait":
             return
         try:
-            self._make(line, step)
-            self._taken_back = promotion.taken_back(self._mover.intents(line.name))
+            self._take_action(line, action, state)
+            self._last_rollback = promotion_policy.find_last_rollback(self._mover.intents(line.name))
         finally:
-            # Also after half a move: what is recorded is what the registry says.
-            self._record(replace(line, aliases=self._registry.aliases(line.name)))
+            # Also after half a move: the registry's aliases are what is recorded.
+            self._record_moves(replace(line, aliases=self._registry.aliases(line.name)))
 
     def status(self) -> PromoterStatus:
-        """The line that changed last, and what was decided on it; called from other threads."""
+        """Return the line that changed last and the last decision on it; called from other threads."""
         aliases = self._line.aliases if self._line else {}
-        step, seen = self._steps.get(self._line.name) if self._line else None, self._seen
+        action, live = self._actions.get(self._line.name) if self._line else None, self._live
         return PromoterStatus(
             champion=aliases.get("champion"),
             candidate=aliases.get("candidate"),
             previous=aliases.get("previous"),
             canary=aliases.get("canary"),
-            alias_moves=self._moved,
-            verdict=step.why if step else None,
-            comparisons=[_status(*one) for one in (seen.trial, seen.watch) if one is not None],
-            last_rollback=self._taken_back,
-            cooldown_until=self._cooling,
-            error=self._failures.summary,
+            alias_moves=self._alias_moves,
+            verdict=action.why if action else None,
+            comparisons=[_comparison_status(*one) for one in (live.canary, live.watch) if one is not None],
+            last_rollback=self._last_rollback,
+            cooldown_until=self._cooldown_until,
+            error=self._errors.summary,
         )
 
-    def _written(self, line: Line) -> Written:
+    def _read_state(self, line: Line) -> LineState:
         candidate, champion = line.aliases.get("candidate"), line.aliases.get("champion")
         tags = {version: self._registry.tags(line.name, version) for version in set(line.aliases.values())}
-        verdict = judge(candidate, champion, tags.get(candidate or "", {}), self._settings)
-        return Written(
+        return LineState(
             line.aliases,
             self._audit.moves(line.name),
             self._mover.intents(line.name),
-            {version for version, of in tags.items() if QUARANTINED_TAG in of},
-            verdict,
+            {version for version, of_version in tags.items() if QUARANTINED_TAG in of_version},
+            judge_candidate(candidate, champion, tags.get(candidate or "", {}), self._settings),
         )
 
-    def _look(self, line: str, written: Written, now: float) -> Seen:
-        """How the versions of a line do on live traffic, where anybody asks."""
-        trial = promotion.trial_of(written, self._settings) if self._share else None
-        watch = promotion.watch_of(written, now, self._settings)
-        if trial is None and watch is None:
-            self._live.forget(line)
-            return Seen()
-        since = min(span.since for one in (trial, watch) if one is not None for span in one.spans)
+    def _compare_versions(self, line: str, state: LineState, now: float) -> LiveComparisons:
+        """Compare versions on live traffic if a canary analysis or a watch runs."""
+        canary = promotion_policy.find_canary_analysis(state, self._settings) if self._canary_share else None
+        watch = promotion_policy.find_watch(state, now, self._settings)
+        if canary is None and watch is None:
+            self._live_figures.forget(line)
+            return LiveComparisons()
+        since = min(period.since for one in (canary, watch) if one is not None for period in one.periods)
 
-        def compared(one: Trial | Watch, rule: Rule) -> Standing:
-            return compare(*self._live.pair(line, *one.spans, since), rule)
+        def compare_live(one: CanaryAnalysis | PostPromotionWatch, criteria: Criteria) -> Comparison:
+            return compare(*self._live_figures.read_traffic(line, *one.periods, since), criteria)
 
-        return Seen(
-            None if trial is None else (trial, compared(trial, promotion.trial_rule(self._settings))),
-            None if watch is None else (watch, compared(watch, promotion.watch_rule(self._settings))),
+        return LiveComparisons(
+            None
+            if canary is None
+            else (canary, compare_live(canary, promotion_policy.canary_criteria(self._settings))),
+            None if watch is None else (watch, compare_live(watch, promotion_policy.watch_criteria(self._settings))),
         )
 
-    def _tell(self, line: str, step: Step) -> None:
-        """Log what is decided when it changes; a trial's figures change all the time, and are in the status."""
-        before, self._steps[line] = self._steps.get(line), step
-        news = before is None or (before.what, before.version) != (step.what, step.version)
-        if news or (self._seen.trial is None and before is not None and before.why != step.why):
-            log.info("judged", line=line, what=step.what, version=step.version, why=step.why)
+    def _log_action(self, line: str, action: NextAction) -> None:
+        """Log a decision that differs from the last; changed figures of a canary analysis are only in the status."""
+        before, self._actions[line] = self._actions.get(line), action
+        changed = before is None or (before.action, before.version) != (action.action, action.version)
+        if changed or (self._live.canary is None and before is not None and before.why != action.why):
+            log.info("action_chosen", line=line, action=action.action, version=action.version, why=action.why)
 
-    def _make(self, line: Line, step: Step) -> None:
-        """Take a step: the quarantine first, so that after a crash the version is not taken again."""
-        assert step.version is not None, "every step but waiting is about a version"
-        assert step.what != "wait", "there is nothing to make"
-        if step.quarantine:
-            self._registry.quarantine(line.name, step.version, step.why)
-            self._alert(line.name, step)
-        changes = self._changes(line, step)
-        figures = dict(step.figures) or self._held_out(line.name, step.version)
-        wanted = alias_moves.intent(line.name, step.what, changes, actor=promotion.ACTOR, why=step.why, figures=figures)
-        self._mover.move(wanted)
+    def _take_action(self, line: Line, action: NextAction, state: LineState) -> None:
+        """Quarantine and move aliases; the quarantine comes first, so that no restart promotes the version again."""
+        assert action.version is not None, "every action but waiting has a version"
+        if action.quarantine:
+            self._registry.quarantine(line.name, action.version, action.why)
+            alias = "champion" if action.action == "rollback" else "canary"
+            log.warning(
+                "version_rolled_back",
+                line=line.name,
+                alias=alias,
+                version=action.version,
+                why=action.why,
+                figures=dict(action.figures),
+            )
+            self._metrics.rollbacks.labels(alias).inc()
+        changes = self._plan_changes(line, action, state)
+        figures = dict(action.figures) or self._held_out_figures(line.name, action.version)
+        self._mover.move(
+            new_intent(line.name, action.action, changes, actor=promotion_policy.ACTOR, why=action.why, figures=figures)
+        )
 
-    def _changes(self, line: Line, step: Step) -> list[AliasChange]:
-        match step.what:
+    def _plan_changes(self, line: Line, action: NextAction, state: LineState) -> list[AliasChange]:
+        match action.action:
             case "promote":
-                return alias_moves.promotion(line.aliases, step.version or "")
+                return plan_promotion(line.aliases, action.version or "")
             case "start_canary":
-                return alias_moves.trial(line.aliases, step.version)
+                return plan_canary(line.aliases, action.version)
             case "end_canary":
-                return alias_moves.trial(line.aliases, None)
+                return plan_canary(line.aliases, None)
             case _:
-                return rollback_of(self._audit, self._registry, line)
+                return plan_rollback(line.aliases, state.moves, self._registry.versions(line.name))
 
-    def _alert(self, line: str, step: Step) -> None:
-        """Tell that a version is taken back and is in quarantine."""
-        alias = "champion" if step.what == "rollback" else "canary"
-        log.warning(
-            "taken_back", line=line, alias=alias, version=step.version, why=step.why, figures=dict(step.figures)
-        )
-        self._gauges.taken_back.labels(alias).inc()
-
-    def _record(self, line: Line) -> None:
-        """Write the rows that are missing for the aliases of a line, and stamp the line with what is recorded."""
+    def _record_moves(self, line: Line) -> None:
+        """Write the missing rows of a line."""
         self._line = line
-        for moved in record(self._audit, self._mover, self._registry, line):
-            self._gauges.moves.labels(moved.alias).inc()
-            self._moved += 1
+        for move in self._audit.record(line, self._mover.intents(line.name)):
+            self._metrics.alias_moves.labels(move.alias).inc()
+            self._alias_moves += 1
 
-    def _held_out(self, line: str, version: str) -> dict[str, float]:
+    def _held_out_figures(self, line: str, version: str) -> dict[str, float]:
         with suppress(ValidationError):
-            return HeldOut.of(self._registry.tags(line, version)).figures
+            return HeldOutComparison.from_tags(self._registry.tags(line, version)).figures
         return {}
 
 
-class _Gauges:
-    """What dashboards see."""
+class _PromoterMetrics:
+    """Prometheus metrics of the promoter."""
 
     def __init__(self, metrics: CollectorRegistry) -> None:
-        self.moves = Counter("aurora_promoter_moves", "Alias moves recorded.", ["alias"], registry=metrics)
-        self.taken_back = Counter(
-            "aurora_promoter_taken_back",
-            "Versions that were taken back automatically, by the alias that they had.",
+        self.alias_moves = Counter(
+            "aurora_promoter_alias_moves", "Recorded alias moves, by alias.", ["alias"], registry=metrics
+        )
+        self.rollbacks = Counter(
+            "aurora_promoter_rollbacks",
+            "Versions that the promoter rolled back, by the alias that they had.",
             ["alias"],
             registry=metrics,
         )
         for alias in ("canary", "champion"):
-            self.taken_back.labels(alias)  # the first one counts only where there was a zero before
+            self.rollbacks.labels(alias)  # an increase is only seen after a sample of zero
         self._difference = Gauge(
-            "aurora_promoter_difference",
-            "Share by which a canary is better than the champion, or a watched champion than the one before.",
+            "aurora_promoter_canary_difference_ratio",
+            "Relative difference by which a canary is better than the champion, or a new champion than the one before.",
             ["line", "kind", "figure"],
             registry=metrics,
         )
-        self._cooling = Gauge(
-            "aurora_promoter_cooling_seconds",
-            "For how long nothing is promoted, because versions were taken back.",
+        self._cooldown_until = Gauge(
+            "aurora_promoter_cooldown_until_timestamp_seconds",
+            "Unix time until which nothing is promoted after rollbacks; 0 without a cooldown.",
             ["line"],
             registry=metrics,
         )
 
-    def forget(self) -> None:
-        """Show nothing of trials that are over."""
+    def clear_comparisons(self) -> None:
+        """Remove the series of comparisons that have ended."""
         self._difference.clear()
 
-    def seen(self, line: str, seen: Seen, cooling_s: float) -> None:
-        """Show how trial and watch stand."""
-        self._cooling.labels(line).set(cooling_s)
-        for kind, one in (("trial", seen.trial), ("watch", seen.watch)):
+    def show_line(self, line: str, live: LiveComparisons, cooldown_until: float | None) -> None:
+        """Set the series of a line."""
+        self._cooldown_until.labels(line).set(cooldown_until or 0.0)
+        for kind, one in (("canary", live.canary), ("watch", live.watch)):
             for estimate in one[1].overall if one else ():
                 self._difference.labels(line, kind, estimate.figure).set(estimate.difference)
 
 
-def _status(one: Trial | Watch, standing: Standing) -> ComparisonStatus:
+def _comparison_status(one: CanaryAnalysis | PostPromotionWatch, comparison: Comparison) -> ComparisonStatus:
     return ComparisonStatus(
-        kind="canary" if isinstance(one, Trial) else "watch",
+        kind="canary" if isinstance(one, CanaryAnalysis) else "watch",
         version=one.version,
-        baseline=one.spans[1].version,
+        baseline=one.baseline,
         start_time=one.since,
         end_time=one.until,
-        requests=standing.new_requests,
-        baseline_requests=standing.old_requests,
+        requests=comparison.new_requests,
+        baseline_requests=comparison.old_requests,
         figures=[
             ComparedStatus(
                 figure=estimate.figure,
@@ -277,6 +289,6 @@ def _status(one: Trial | Watch, standing: Standing) -> ComparisonStatus:
                 low=estimate.low,
                 high=estimate.high,
             )
-            for estimate in (*standing.overall, *standing.labels)
+            for estimate in (*comparison.overall, *comparison.labels)
         ],
     )

@@ -1,260 +1,225 @@
-"""Registers the weights in training as versions, when the held-out set says that they are worth it."""
+"""Register the weights in training as a version if they are better on the held-out set.
+
+A version carries a card for people, tags to rebuild it, and spans that link it to the requests it was trained on.
+"""
 
 from __future__ import annotations
 
 import json
-import math
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from importlib import metadata
+from itertools import islice
 from pathlib import Path
+from string import Template
 
 import structlog
-import torch
 from pydantic import ValidationError
 
 from schemas.events import QUARANTINED_TAG
-from schemas.settings import DAY_0, Settings, SettingsError
+from schemas.settings import Settings
 from schemas.speculator import checkpoint
-from schemas.speculator.checkpoint import CheckpointError
-from schemas.speculator.network import EagleDraft
-from trainer.data.samples import Window, collate, of_like_length
+from schemas.speculator.network import DraftShape, EagleDraft
+from schemas.telemetry.spans import LINKS, Span, Value
+from schemas.telemetry.trace_context import of_request, of_version
 from trainer.data.target import Target
-from trainer.loop.divergence_guard import Health
-from trainer.loop.learner import products
-from trainer.loop.warm_start import carry_over
-from trainer.objective.losses import ttt_loss
-from trainer.objective.simulated_acceptance import Accepted, added_up, by_window
-from trainer.release.card import SETTINGS_TAG, card, shaping
-from trainer.release.gate import HeldOut, OnLabel, worth_registering
+from trainer.release.evaluation import Evaluation, HeldOutEvaluator, accepted_per_step, compare_labels
+from trainer.release.gate import HELD_OUT_TAG, HeldOutComparison, is_worth_registering
 from trainer.release.registry import SpeculatorRegistry
 
 log = structlog.get_logger()
 
+SETTINGS_TAG = "settings"
+"""Tag of a version with the settings that shaped it, as JSON."""
+PASSED_TAG = "passed"
+"""Tag of a version with the version of ``accepted`` up to which every sample had been due for training."""
+MAX_TRACKED_REQUESTS = 65_536
+"""Requests in a training lineage; further ones are only counted."""
+_CARD = Path(__file__).with_name("card.md")
+_NOT_SHAPING = (
+    "host",
+    "port",
+    "checkpoint_dir",
+    "poll_interval",
+    "num_threads",
+    "checkpoint_interval",
+    "metrics_interval",
+    "registration_interval",
+)
+"""Settings of the trainer that decide where and how often, not what is learned."""
 
-@dataclass(frozen=True, slots=True)
-class Examined:
-    """A draft on the held-out set."""
 
-    health: Health
-    accepted: Mapping[Window, Accepted]
-    """Of each window."""
+class Registrar:
+    """Registers versions of one line."""
 
-
-@dataclass(slots=True)
-class _Version:
-    """A version that others are compared with."""
-
-    draft: EagleDraft
-    accepted: dict[Window, Accepted] = field(default_factory=dict)
-    """Of windows that it was scored on: most of a slice are those of the slice before."""
-
-
-class Candidates:
-    """Versions of one line as the trainer sees them: what is champion, what was registered last, what comes next."""
-
-    def __init__(self, settings: Settings, target: Target, registry: SpeculatorRegistry) -> None:
+    def __init__(
+        self, settings: Settings, target: Target, registry: SpeculatorRegistry, evaluator: HeldOutEvaluator
+    ) -> None:
         self._settings = settings
         self._target = target
         self._registry = registry
-        self._versions: dict[str | None, _Version] = {}
+        self._evaluator = evaluator
 
-    def champion(self) -> tuple[str, EagleDraft]:
-        """Version and weights that nodes serve.
-
-        Raises:
-            RegistryError: no answer.
-            CheckpointError: the registry's files are not what was registered.
-        """
-        version = self._registry.aliases(self._target.line).get("champion")
-        return version or self._settings.speculator.day_0, self._version(version).draft
-
-    def beginning(self) -> tuple[str, EagleDraft]:
-        """Version and weights that training begins with, as ``train.warm_start`` says.
-
-        Raises:
-            SettingsError: a folder that holds no draft of this line.
-            RegistryError: no answer.
-            CheckpointError: the registry's files are not what was registered.
-        """
-        start = self._settings.train.warm_start
-        if start == "alias":
-            return self._by_alias()
-        if start == DAY_0:
-            return self._settings.speculator.day_0, self._target.day_0
-        if start.isdecimal():
-            return start, self._version(start).draft
-        try:
-            return start, checkpoint.read(Path(start), self._target.line)
-        except CheckpointError as error:
-            raise SettingsError(f"train.warm_start: {error}") from error
-
-    def _by_alias(self) -> tuple[str, EagleDraft]:
-        """The champion; for a line without one, what fits of the champion of ``train.parent_line``, named LINE/VERSION;
-        else the draft of day 0."""
-        version, draft = self.champion()
-        parent_line = self._settings.train.parent_line
-        if version != self._settings.speculator.day_0 or not parent_line:
-            return version, draft
-        parent = self._registry.aliases(parent_line).get("champion")
-        if parent is None:
-            log.warning("no_warm_start", parent_line=parent_line, why="no such line, or it has no champion")
-            return version, draft
-        begun = self._target.new_draft()
-        carried = carry_over(self._download(parent_line, parent), begun)
-        log.info("warm_start", parent_line=parent_line, version=parent, carried=str(carried))
-        return (f"{parent_line}/{parent}", begun) if carried.tensors else (version, draft)
-
-    def examine(self, draft: EagleDraft, windows: Sequence[Window]) -> Examined:
-        """Loss of the accepted term, and accepted tokens per step of chains as long as a node drafts, over windows."""
-        accepted = dict(zip(windows, self._accepted(draft, windows), strict=True))
-        return Examined(Health(loss=self._loss(draft, windows), accepted_per_step=_length(accepted, windows)), accepted)
-
-    def offer(
-        self,
-        draft: EagleDraft,
-        examined: Examined,
-        tags: Mapping[str, str],
-        metrics: Mapping[str, float],
+    def register_if_better(
+        self, draft: EagleDraft, evaluation: Evaluation, tags: Mapping[str, str], metrics: Mapping[str, float]
     ) -> str | None:
-        """Register the draft and make it candidate, if it is better than what was registered last.
+        """Register the draft and make it candidate if it beats the version registered last.
 
         Args:
             draft: The weights in training.
-            examined: The same weights on the held-out set.
-            tags: What the version came from.
-            metrics: Figures of the training.
+            evaluation: Of the same weights on the held-out set.
+            tags: Origin of the version.
+            metrics: Of the training.
 
         Returns:
-            The new version; None if it is not worth one, or too few windows are there to tell.
+            The new version; None if the draft is not better, or the held-out set is too small to decide.
 
         Raises:
-            RegistryError: no answer; the next offer tries again.
-            CheckpointError: the registry's files are not what was registered.
+            RegistryError: no answer; the next call tries again.
+            CheckpointError: the registry's files differ from the registered ones.
         """
-        windows, score = list(examined.accepted), examined.health.accepted_per_step
-        if len(windows) < self._settings.promoter.gate_min_samples:
+        samples = list(evaluation.accepted)
+        if len(samples) < self._settings.promoter.gate_min_samples:
             return None
         line = self._target.line
         aliases = self._registry.aliases(line)
         champion, candidate = aliases.get("champion"), aliases.get("candidate")
-        self._versions = {name: known for name, known in self._versions.items() if name in (champion, candidate)}
-        of_champion = self._of(champion, windows)
-        to_beat, last = _length(of_champion, windows), None
+        self._evaluator.keep_only({champion, candidate})
+        of_champion = self._evaluator.evaluate_version(champion, samples)
+        to_beat, last = accepted_per_step(of_champion, samples), None
         if candidate is not None and self._can_be_promoted(candidate, champion):
-            last = _length(self._of(candidate, windows), windows)
-        if not worth_registering(score, to_beat, last):
+            last = accepted_per_step(self._evaluator.evaluate_version(candidate, samples), samples)
+        current = evaluation.health.accepted_per_step
+        if not is_worth_registering(current, to_beat, last):
             return None
-        held_out = HeldOut(
-            accepted_per_step=score,
+        held_out = HeldOutComparison(
+            accepted_per_step=current,
             champion=champion or self._settings.speculator.day_0,
             champion_accepted_per_step=to_beat,
-            windows=len(windows),
-            labels=self._by_label(examined.accepted, of_champion),
+            samples=len(samples),
+            labels=compare_labels(evaluation.accepted, of_champion, self._settings.promoter.gate_label_min_samples),
         )
-        figures = {"accepted_per_step": score, **metrics}
+        metrics = {"acceptance_length": 1 + current, **metrics}
         tags = {
             **tags,
             "line": line,
             "target": self._target.fingerprint,
             "code": code_revision(),
-            "metrics": json.dumps(figures),
-            "held_out": held_out.model_dump_json(),
-            SETTINGS_TAG: shaping(self._settings),
+            "metrics": json.dumps(metrics),
+            HELD_OUT_TAG: held_out.model_dump_json(),
+            SETTINGS_TAG: dump_shaping_settings(self._settings),
         }
         with tempfile.TemporaryDirectory() as folder:
             checkpoint.write(draft, Path(folder), self._target.fingerprint)
-            described = card(self._settings, draft.shape, tags, figures)
-            version = self._registry.register(line, Path(folder), tags, figures, described)
-        self._registry.point(line, "candidate", version)
-        log.info("registered", version=version, **held_out.model_dump())
+            card = render_card(self._settings, draft.shape, tags, metrics)
+            version = self._registry.register(line, Path(folder), tags, metrics, card)
+        self._registry.set_alias(line, "candidate", version)
+        log.info("version_registered", version=version, **held_out.model_dump())
         return version
 
-    def _of(self, version: str | None, windows: Sequence[Window]) -> Mapping[Window, Accepted]:
-        """What a version has on each window; of None, the draft of day 0."""
-        known = self._version(version)
-        missing = [window for window in windows if window not in known.accepted]
-        found = known.accepted | dict(zip(missing, self._accepted(known.draft, missing), strict=True))
-        known.accepted = {window: found[window] for window in windows}
-        return known.accepted
-
-    def _accepted(self, draft: EagleDraft, windows: Sequence[Window]) -> list[Accepted]:
-        embeddings_VH, lookahead = self._target.embeddings_VH, self._settings.serve.num_speculative_tokens
-        with products(self._settings.train, embeddings_VH.device):
-            return by_window(draft, embeddings_VH, windows, lookahead)
-
-    @torch.no_grad()
-    def _loss(self, draft: EagleDraft, windows: Sequence[Window]) -> float | None:
-        """Of the accepted term; None where it is not finite."""
-        train = self._settings.train.model_copy(
-            update={"rejected_weight": 0.0, "rejection_weight": 0.0, "policy_weight": 0.0}
-        )
-        embeddings_VH = self._target.embeddings_VH
-        draft = draft.to(embeddings_VH.device)
-        batches = map(collate, of_like_length(windows))
-        with products(train, embeddings_VH.device):
-            losses = [ttt_loss(draft, embeddings_VH, batch.to(embeddings_VH.device), train) for batch in batches]
-        loss = sum(part.accepted * part.positions for part in losses) / max(sum(part.positions for part in losses), 1)
-        return loss if math.isfinite(loss) else None
-
-    def _by_label(
-        self, accepted: Mapping[Window, Accepted], of_champion: Mapping[Window, Accepted]
-    ) -> tuple[OnLabel, ...]:
-        """Both on each label; those with too few windows together."""
-        return tuple(
-            OnLabel(
-                label=label,
-                accepted_per_step=_length(accepted, chosen),
-                champion_accepted_per_step=_length(of_champion, chosen),
-                windows=len(chosen),
-            )
-            for label, chosen in by_label(list(accepted), self._settings.promoter.gate_label_min_samples).items()
-        )
-
     def _can_be_promoted(self, candidate: str, champion: str | None) -> bool:
-        """Whether it is champion, or its figures are against today's; else the promoter waits for another."""
+        """Return whether the candidate is champion, or the gate may still pass it.
+
+        Otherwise the promoter waits for another candidate.
+        """
         if candidate == champion:
             return True
         gate, tags = self._settings.promoter, self._registry.tags(self._target.line, candidate)
         try:
-            held_out = HeldOut.of(tags)
+            held_out = HeldOutComparison.from_tags(tags)
         except ValidationError:
             return False
-        lost = held_out.lost(gate.gate_label_margin, gate.gate_label_min_samples)
-        return held_out.is_against(champion) and lost is None and QUARANTINED_TAG not in tags
-
-    def _version(self, version: str | None) -> _Version:
-        if version not in self._versions:
-            draft = self._target.day_0 if version is None else self._download(self._target.line, version)
-            self._versions[version] = _Version(draft)
-        return self._versions[version]
-
-    def _download(self, line: str, version: str) -> EagleDraft:
-        with tempfile.TemporaryDirectory() as folder:
-            return checkpoint.read(self._registry.download(line, version, Path(folder)), line)
+        regression = held_out.find_regression(gate.gate_label_margin, gate.gate_label_min_samples)
+        return held_out.is_against(champion) and regression is None and QUARANTINED_TAG not in tags
 
 
-def _length(accepted: Mapping[Window, Accepted], windows: Sequence[Window]) -> float:
-    """Accepted tokens per step over windows."""
-    return added_up(accepted[window] for window in windows).length
+class TrainingLineage:
+    """Requests that training has seen since the last version, with the training step that saw each first.
+
+    Kept in memory: after a restart the lineage holds only the requests since then.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        self._first_steps: dict[str, int] = {}
+        self._since = clock()
+        self.untracked = 0
+        """Requests beyond ``MAX_TRACKED_REQUESTS``, counted once for each training step."""
+
+    def add(self, step: int, requests: Iterable[str]) -> None:
+        """Add the requests of a training step."""
+        for request in requests:
+            if len(self._first_steps) < MAX_TRACKED_REQUESTS:
+                self._first_steps.setdefault(request, step)
+            elif request not in self._first_steps:
+                self.untracked += 1
+
+    def roll_back(self, step: int) -> None:
+        """Forget the requests first seen after a step to which the weights were restored."""
+        self._first_steps = {request: first for request, first in self._first_steps.items() if first <= step}
+
+    def close_version(self, line: str, version: str, step: int) -> Iterator[Span]:
+        """Yield the spans of a new version, the parent first; then start an empty lineage."""
+        context, start, end = of_version(line, version), self._since, self._clock()
+        attributes: dict[str, Value] = {"line": line, "version": version, "step": step}
+        totals: dict[str, Value] = {"requests": len(self._first_steps), "untracked": self.untracked}
+        yield Span(name="register", context=context, start=start, end=end, attributes={**attributes, **totals})
+        # Several choices of a request share its trace.
+        contexts = iter(dict.fromkeys(map(of_request, self._first_steps)))
+        while links := tuple(islice(contexts, LINKS)):
+            yield Span("learn", context.child(), start, end, context.span, links=links, attributes=attributes)
+        self._first_steps, self._since, self.untracked = {}, end, 0
 
 
-def by_label(windows: Sequence[Window], least: int) -> dict[str | None, list[Window]]:
-    """Windows by label, the empty one for those without; under None all of labels that have fewer than ``least``."""
-    found: dict[str, list[Window]] = {}
-    for window in windows:
-        found.setdefault(window.label or "", []).append(window)
-    told: dict[str | None, list[Window]] = {label: ws for label, ws in found.items() if len(ws) >= least}
-    rest = [window for ws in found.values() if len(ws) < least for window in ws]
-    return told | {None: rest} if rest else told
+def dump_shaping_settings(settings: Settings) -> str:
+    """Return the settings that a version depends on, as JSON with sorted keys."""
+    sections = {
+        "speculator": settings.speculator.model_dump(mode="json"),
+        "train": settings.train.model_dump(mode="json", exclude=set(_NOT_SHAPING)),
+        "context_tokens": settings.stream.context_tokens,
+    }
+    return json.dumps(sections, sort_keys=True, separators=(",", ":"))
+
+
+def render_card(settings: Settings, shape: DraftShape, tags: Mapping[str, str], metrics: Mapping[str, float]) -> str:
+    """Return the card of a version: its origin and figures in Markdown, for readers of the registry.
+
+    Args:
+        settings: Of the trainer.
+        shape: Of the draft.
+        tags: With line, target, parent, tables, code and held_out.
+        metrics: Of the training.
+    """
+    held_out = HeldOutComparison.from_tags(tags)
+    tables = json.loads(tags.get("tables", "{}"))
+    fields = {
+        "name": settings.target.served_model_name,
+        "folder": Path(settings.target.path).name,
+        "line": tags["line"],
+        "target": tags["target"],
+        "code": tags["code"],
+        "parent": tags.get("parent", "none"),
+        "tables": ", ".join(f"`{name}` up to version {version}" for name, version in tables.items()) or "none",
+        "variant": shape.variant,
+        "hidden": shape.hidden_size,
+        "mlp": shape.intermediate_size,
+        "draft_vocab_size": f"{shape.draft_vocab_size:,}",
+        "vocab_size": f"{shape.vocab_size:,}",
+        "samples": held_out.samples,
+        "acceptance_length": f"{1 + held_out.accepted_per_step:.3f}",
+        "champion": held_out.champion,
+        "champion_acceptance_length": f"{1 + held_out.champion_accepted_per_step:.3f}",
+        "figures": "\n".join(f"| {name} | {value:,.4g} |" for name, value in sorted(metrics.items())),
+    }
+    return Template(_CARD.read_text()).substitute(fields)
 
 
 @cache
 def code_revision() -> str:
-    """Git revision of this checkout, or the version of the installed package."""
+    """Return the Git revision of this checkout, or the version of the installed package."""
     try:
         answer = subprocess.run(
             ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=True

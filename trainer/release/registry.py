@@ -1,8 +1,8 @@
-"""Speculator versions in MLflow: a registered model per line, versions with tags, and the aliases that name them."""
+"""Speculator versions in MLflow: a registered model for each line, its versions with tags, and their aliases."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -26,15 +26,15 @@ from schemas.registry_client import (
 from schemas.settings import Registry as RegistrySettings
 
 _ARTIFACT = "speculator"
-_PAGE = 200
+_PAGE_SIZE = 200
 
 
 class RegistryError(RuntimeError):
-    """The registry cannot be reached, or refused; another try may go well."""
+    """The registry did not answer, or rejected the call; a retry may succeed."""
 
 
-class Point(NamedTuple):
-    """One value of a curve."""
+class MetricPoint(NamedTuple):
+    """One value of a metric of a run."""
 
     name: str
     value: float
@@ -44,12 +44,13 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A registered model: the line that it stands for, and the version that each alias names."""
+    """A registered model: a speculator line and its aliases."""
 
     name: str
     aliases: Mapping[str, str]
+    """Version of each alias."""
     audited: AuditState | None = None
-    """What its tag says of the record; None where it has none, or one that cannot be read."""
+    """Parsed ``AUDITED_TAG``; None if the tag is missing or malformed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,40 +61,36 @@ class Version:
     registered: datetime
     tags: Mapping[str, str]
     card: str
-    """What it is, in Markdown."""
+    """Description in Markdown."""
     run: str
-    """The run that holds its files."""
+    """MLflow run that holds its files."""
 
     @property
     def quarantined(self) -> str | None:
-        """Why it must not be promoted, if so."""
+        """Why the version must not be promoted; None if it may be."""
         return self.tags.get(QUARANTINED_TAG)
 
 
 class SpeculatorRegistry:
-    """Versions of all lines. Every call raises ``RegistryError`` where the registry does not do what was asked."""
+    """Versions of all lines. Every method raises ``RegistryError`` if the registry does not carry it out."""
 
     def __init__(self, settings: RegistrySettings) -> None:
         self._uri = settings.tracking_uri
         self._client = connect(settings)
 
     def lines(self) -> list[Line]:
-        """All lines, the one that changed last at the end."""
-        with self._calls():
-            models = []
-            token: str | None = None
-            while token != "":
-                page = self._client.search_registered_models(f"name LIKE '{PREFIX}%'", _PAGE, page_token=token)
-                models += list(page)
-                token = page.token or ""
-            models.sort(key=lambda model: model.last_updated_timestamp)
-            return [
-                Line(model.name.removeprefix(PREFIX), _aliases(model.aliases), _audited(model.tags)) for model in models
-            ]
+        """Return all lines; the line that changed last is at the end."""
+        models = self._read_pages(
+            lambda token: self._client.search_registered_models(f"name LIKE '{PREFIX}%'", _PAGE_SIZE, page_token=token)
+        )
+        models.sort(key=lambda model: model.last_updated_timestamp)
+        return [
+            Line(model.name.removeprefix(PREFIX), _aliases(model.aliases), _audited(model.tags)) for model in models
+        ]
 
     def aliases(self, line: str) -> dict[str, str]:
-        """Version that each alias of a line names; empty where the line is not registered yet."""
-        with self._calls():
+        """Return the version of each alias of a line; empty if the line is not registered yet."""
+        with self._wrap_errors():
             try:
                 return _aliases(self._client.get_registered_model(model_name(line)).aliases)
             except MlflowException as error:
@@ -102,24 +99,19 @@ class SpeculatorRegistry:
                 raise
 
     def tags(self, line: str, version: str) -> dict[str, str]:
-        """Tags of a version."""
-        with self._calls():
+        """Return the tags of a version."""
+        with self._wrap_errors():
             return dict(self._client.get_model_version(model_name(line), version).tags)
 
     def versions(self, line: str) -> list[Version]:
-        """All versions of a line, oldest first; none where the line is not registered."""
-        with self._calls():
-            found: list[Any] = []
-            token: str | None = None
-            while token != "":
-                page = self._client.search_model_versions(f"name = '{model_name(line)}'", _PAGE, page_token=token)
-                found += list(page)
-                token = page.token or ""
+        """Return all versions of a line, oldest first; empty if the line is not registered."""
+        name = f"name = '{model_name(line)}'"
+        found = self._read_pages(lambda token: self._client.search_model_versions(name, _PAGE_SIZE, page_token=token))
         return sorted(map(_version, found), key=lambda version: int(version.number))
 
     def version(self, line: str, number: str) -> Version | None:
-        """One version; None where the line has none of that number."""
-        with self._calls():
+        """Return one version; None if the line has no such number."""
+        with self._wrap_errors():
             try:
                 return _version(self._client.get_model_version(model_name(line), number))
             except MlflowException as error:
@@ -127,31 +119,27 @@ class SpeculatorRegistry:
                     return None
                 raise
 
-    def has(self, line: str, number: str) -> bool:
-        """Whether a line has a version of that number."""
-        return self.version(line, number) is not None
-
     def quarantine(self, line: str, number: str, why: str) -> None:
-        """Say that a version must not be promoted."""
-        with self._calls():
+        """Mark a version as never to be promoted again."""
+        with self._wrap_errors():
             self._client.set_model_version_tag(model_name(line), number, QUARANTINED_TAG, why)
 
     def lift_quarantine(self, line: str, number: str) -> None:
-        """Let a version be promoted again."""
-        with self._calls():
+        """Allow a version to be promoted again."""
+        with self._wrap_errors():
             self._client.delete_model_version_tag(model_name(line), number, QUARANTINED_TAG)
 
-    def stamp(self, line: str, audited: AuditState) -> None:
-        """Write what the record says of a line's aliases where nodes see it."""
-        with self._calls():
+    def write_audit_state(self, line: str, audited: AuditState) -> None:
+        """Write the tag from which nodes learn the recorded aliases of a line."""
+        with self._wrap_errors():
             self._client.set_registered_model_tag(model_name(line), AUDITED_TAG, audited.model_dump_json())
 
     def register(
         self, line: str, folder: Path, tags: Mapping[str, str], metrics: Mapping[str, float], card: str = ""
     ) -> str:
-        """Upload a checkpoint folder as the line's next version, described by its card, and return its number."""
+        """Upload a checkpoint folder as the line's next version, with its card, and return its number."""
         model = model_name(line)
-        with self._calls():
+        with self._wrap_errors():
             try:
                 self._client.create_registered_model(model, tags={"line": line})
             except MlflowException as error:
@@ -167,46 +155,56 @@ class SpeculatorRegistry:
             self._client.set_terminated(run)
             return str(version.version)
 
-    def begin_run(self, line: str, tags: Mapping[str, str], parameters: Mapping[str, object]) -> str:
-        """Begin a run among those of a line, for curves of a training, and return its id."""
-        with self._calls():
+    def start_run(self, line: str, tags: Mapping[str, str], parameters: Mapping[str, object]) -> str:
+        """Start a run among those of a line, for the metrics of a training, and return its id."""
+        with self._wrap_errors():
             run: str = self._client.create_run(self._experiment(model_name(line)), tags=dict(tags)).info.run_id
             self._client.log_batch(run, params=[Param(name, str(value)) for name, value in parameters.items()])
             return run
 
-    def log(self, run: str, points: Sequence[Point]) -> None:
-        """Add points to the curves of a run."""
-        with self._calls():
+    def log_metrics(self, run: str, points: Sequence[MetricPoint]) -> None:
+        """Add points to the metrics of a run."""
+        with self._wrap_errors():
             self._client.log_batch(run, [Metric(p.name, p.value, p.time_ms, p.step) for p in points])
 
     def end_run(self, run: str) -> None:
-        """Say that nothing more comes to a run."""
-        with self._calls():
+        """Mark a run as finished."""
+        with self._wrap_errors():
             self._client.set_terminated(run)
 
-    def point(self, line: str, alias: Alias, version: str) -> None:
-        """Make an alias name a version."""
-        with self._calls():
+    def set_alias(self, line: str, alias: Alias, version: str) -> None:
+        """Move an alias to a version."""
+        with self._wrap_errors():
             self._client.set_registered_model_alias(model_name(line), alias, version)
 
-    def unpoint(self, line: str, alias: Alias) -> None:
-        """Take an alias away; one that is not there is no error."""
-        with self._calls():
+    def delete_alias(self, line: str, alias: Alias) -> None:
+        """Remove an alias; do nothing if it does not exist."""
+        with self._wrap_errors():
             self._client.delete_registered_model_alias(model_name(line), alias)
 
     def download(self, line: str, version: str, folder: Path) -> Path:
-        """The version's files, in a folder below the given one."""
-        with self._calls():
+        """Download the version's files and return their folder, below the given one."""
+        with self._wrap_errors():
             return download(self._client, self._uri, line, version, folder)
 
     def _experiment(self, model: str) -> str:
-        """Where the runs of a line are; made when it is first asked for."""
+        """Return the experiment with the runs of a line; create it on first use."""
         experiment = self._client.get_experiment_by_name(model)
         found: str = experiment.experiment_id if experiment else self._client.create_experiment(model)
         return found
 
+    def _read_pages(self, search: Callable[[str | None], Any]) -> list[Any]:
+        found: list[Any] = []
+        token: str | None = None
+        with self._wrap_errors():
+            while token != "":
+                page = search(token)
+                found += list(page)
+                token = page.token or ""
+        return found
+
     @contextmanager
-    def _calls(self) -> Iterator[None]:
+    def _wrap_errors(self) -> Iterator[None]:
         try:
             yield
         except FAILURES as error:

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from ops.bench.promotion import TRAFFIC, Course, Fleet, judge, serve, trial
-from trainer.release.sequential_test import Rule
+from trainer.release.sequential_test import Criteria
 
-RULE = Rule(0.05, 0.05, 200)
+RULE = Criteria(0.05, 0.05, 200)
 FLEET = Fleet(slices=60)
 
 
@@ -26,18 +26,18 @@ def test_simulated_traffic_is_what_was_measured() -> None:
 
 def test_a_trial_is_the_same_whenever_it_is_simulated() -> None:
     assert trial(FLEET, RULE, 0.8, 3) == trial(FLEET, RULE, 0.8, 3)
-    assert trial(FLEET, RULE, 0.8, 3).outcome == "back"
+    assert trial(FLEET, RULE, 0.8, 3).outcome == "rollback"
     assert trial(FLEET, RULE, 1.2, 3).outcome == "promote"
     assert trial(FLEET, RULE, 0.8, 3, keep=True).outcome == "undecided"
 
 
 def test_figures_count_the_outcomes_that_are_wrong_and_those_that_are_right() -> None:
-    promoted, back, undecided = Course("promote", 100), Course("back", 300), Course("undecided", 999)
+    promoted, back, undecided = Course("promote", 100), Course("rollback", 300), Course("undecided", 999)
     courses = {
         "equal": [promoted, promoted, back, undecided],
         "at_margin": [back, back, back, promoted],
         "kept": [undecided, undecided, promoted, promoted],
-        "slower": [back, Course("back", 500), undecided, undecided],
+        "slower": [back, Course("rollback", 500), undecided, undecided],
         "faster": [promoted] * 4,
     }
     figures = {figure.name: figure for figure in judge(courses, RULE)}

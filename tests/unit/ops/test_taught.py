@@ -8,7 +8,7 @@ import pytest
 
 from ops.observe.lineage import Taught, taught
 from trainer.data.feed import held_out
-from trainer.release.card import PASSED_TAG, SETTINGS_TAG
+from trainer.release.registration import PASSED_TAG, SETTINGS_TAG
 
 SHARE = 0.5
 TAGS = {

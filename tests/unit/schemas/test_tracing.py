@@ -16,7 +16,7 @@ from schemas.settings import Telemetry
 from schemas.telemetry import spans, trace_context
 from schemas.telemetry.spans import LINKS, Span
 from schemas.telemetry.trace_context import TraceContext
-from trainer.release.training_lineage import Lessons
+from trainer.release.registration import TrainingLineage
 
 ROOT = Path(__file__).resolve().parents[3]
 HEADER = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
@@ -105,23 +105,23 @@ def test_without_an_endpoint_opentelemetry_is_not_imported() -> None:
     assert run.returncode == 0, run.stderr
 
 
-def test_a_version_names_all_that_it_learned_from_in_runs_that_a_span_can_be_linked_to() -> None:
-    lessons, taught = Lessons(), [trace_context.begun() for _ in range(LINKS + 1)]
+def test_a_version_links_to_all_requests_it_was_trained_on() -> None:
+    lineage, taught = TrainingLineage(), [trace_context.begun() for _ in range(LINKS + 1)]
     for step, context in enumerate(taught, start=1):
-        lessons.learned(step, [context.request_id("cmpl")] * 2)
-    whole, *parts = lessons.registered("line", "7", 200)
+        lineage.add(step, [context.request_id("cmpl")] * 2)
+    whole, *parts = lineage.close_version("line", "7", 200)
     assert (whole.context, whole.attributes["requests"]) == (trace_context.of_version("line", "7"), len(taught))
     assert [len(part.links) for part in parts] == [LINKS, 1]
     assert {link.trace for part in parts for link in part.links} == {context.trace for context in taught}
     assert all(part.context.trace == whole.context.trace and part.parent == whole.context.span for part in parts)
-    assert [span.attributes["requests"] for span in lessons.registered("line", "8", 201)] == [0]
+    assert [span.attributes["requests"] for span in lineage.close_version("line", "8", 201)] == [0]
 
 
-def test_what_is_taken_back_has_taught_nobody() -> None:
-    lessons = Lessons()
-    lessons.learned(1, ["a"])
-    lessons.learned(2, ["a", "b"])
-    lessons.went_back(1)
-    whole, part = lessons.registered("line", "7", 3)
+def test_requests_of_rolled_back_steps_are_not_in_the_lineage() -> None:
+    lineage = TrainingLineage()
+    lineage.add(1, ["a"])
+    lineage.add(2, ["a", "b"])
+    lineage.roll_back(1)
+    whole, part = lineage.close_version("line", "7", 3)
     assert whole.attributes["requests"] == 1
     assert part.links == (trace_context.of_request("a"),)

@@ -9,8 +9,8 @@ from prometheus_client import CollectorRegistry
 
 from trainer.loop.mlflow_curves import WAITING, Curves
 from trainer.loop.progress import Pace
-from trainer.release.registry import Point, RegistryError
-from trainer.status import Failures
+from trainer.release.registry import MetricPoint, RegistryError
+from trainer.status import ErrorTracker
 
 
 class Kept:
@@ -18,16 +18,16 @@ class Kept:
 
     def __init__(self) -> None:
         self.away = False
-        self.points: list[Point] = []
+        self.points: list[MetricPoint] = []
         self.calls = self.begun = 0
         self.ended: list[str] = []
 
-    def begin_run(self, line: str, tags: Mapping[str, str], parameters: Mapping[str, object]) -> str:
+    def start_run(self, line: str, tags: Mapping[str, str], parameters: Mapping[str, object]) -> str:
         self._answer()
         self.begun += 1
         return f"run of {line}"
 
-    def log(self, run: str, points: list[Point]) -> None:
+    def log_metrics(self, run: str, points: list[MetricPoint]) -> None:
         self._answer()
         self.calls += 1
         self.points += points
@@ -41,8 +41,8 @@ class Kept:
             raise RegistryError("away")
 
 
-def curves_of(runs: Kept) -> tuple[Curves, Failures]:
-    failures = Failures("train", CollectorRegistry())
+def curves_of(runs: Kept) -> tuple[Curves, ErrorTracker]:
+    failures = ErrorTracker("train", CollectorRegistry())
     return Curves(runs, failures, "line", 3600, {}, {}), failures
 
 

@@ -1,4 +1,4 @@
-"""Who is promoted, what is written about it, and what a crash or an outage in between leaves behind."""
+"""The gate passes better candidates only, and the promoter records every move in spite of crashes and outages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from promoter_world import LINE, World, figures
 from schemas.settings import Kafka, SettingsError
 from schemas.settings import Promoter as PromoterSettings
 from trainer.release.audit import KafkaEvents
-from trainer.release.gate import HeldOut, OnLabel, judge, worth_registering
+from trainer.release.gate import HELD_OUT_TAG, HeldOutComparison, LabelComparison, is_worth_registering, judge_candidate
 from trainer.release.registry import Line, RegistryError
 
 
@@ -27,7 +27,7 @@ from trainer.release.registry import Line, RegistryError
         ("3", figures(0.9, "2", 0.1), False, "champion is 3, waiting for the next candidate"),
         ("3", figures(0.9, "day-0-head-0", 0.1), False, "waiting for the next candidate"),
         (None, figures(0.9, "3", 0.1), False, "champion is day-0, waiting"),
-        ("3", figures(0.9, "3", 0.1, windows=7), False, "promoter.gate_min_samples asks for 8"),
+        ("3", figures(0.9, "3", 0.1, samples=7), False, "promoter.gate_min_samples requires 8"),
         ("4", figures(0.9, "3", 0.1), False, "version 4 is champion"),
         ("3", {}, False, "tag held_out"),
         ("3", {"held_out": '{"accepted_per_step": 1}'}, False, "tag held_out"),
@@ -36,53 +36,55 @@ from trainer.release.registry import Line, RegistryError
 def test_the_gate_promotes_only_what_beat_the_present_champion(
     champion: str | None, tags: Mapping[str, str], promote: bool, says: str
 ) -> None:
-    verdict = judge("4", champion, tags, PromoterSettings(gate_margin=0.05, gate_min_samples=8))
+    verdict = judge_candidate("4", champion, tags, PromoterSettings(gate_margin=0.05, gate_min_samples=8))
     assert verdict.promote is promote
     assert says in verdict.why
 
 
 def test_without_a_candidate_nothing_is_promoted() -> None:
-    assert judge(None, "1", {}, PromoterSettings()).promote is False
+    assert judge_candidate(None, "1", {}, PromoterSettings()).promote is False
 
 
 @pytest.mark.parametrize(
     ("labels", "lost"),
     [
         ([("sql", 0.46, 4), ("chat", 0.9, 20)], None),
-        ([("sql", 0.44, 4), ("chat", 0.9, 20)], "label sql 0.440 against 0.500 on 4 windows"),
+        ([("sql", 0.44, 4), ("chat", 0.9, 20)], "label sql 1.440 against 1.500 on 4 samples"),
         ([("sql", 0.1, 3), ("chat", 0.9, 20)], None),
-        ([("sql", 0.3, 4), ("", 0.2, 4)], "label none 0.200"),
-        ([(None, 0.2, 4)], "the other labels 0.200"),
+        ([("sql", 0.3, 4), ("", 0.2, 4)], "label none 1.200"),
+        ([(None, 0.2, 4)], "the other labels 1.200"),
     ],
 )
 def test_a_candidate_that_is_better_over_all_must_not_lose_on_a_label(
     labels: list[tuple[str | None, float, int]], lost: str | None
 ) -> None:
     on = [
-        OnLabel(label=label, accepted_per_step=length, champion_accepted_per_step=0.5, windows=windows)
-        for label, length, windows in labels
+        LabelComparison(label=label, accepted_per_step=length, champion_accepted_per_step=0.5, samples=samples)
+        for label, length, samples in labels
     ]
-    held_out = HeldOut(
-        accepted_per_step=0.8, champion="3", champion_accepted_per_step=0.5, windows=24, labels=tuple(on)
+    held_out = HeldOutComparison(
+        accepted_per_step=0.8, champion="3", champion_accepted_per_step=0.5, samples=24, labels=tuple(on)
     )
-    tags = {"held_out": held_out.model_dump_json()}
-    verdict = judge("4", "3", tags, PromoterSettings(gate_label_margin=0.05, gate_label_min_samples=4))
+    tags = {HELD_OUT_TAG: held_out.model_dump_json()}
+    verdict = judge_candidate("4", "3", tags, PromoterSettings(gate_label_margin=0.05, gate_label_min_samples=4))
     assert verdict.promote is (lost is None)
     assert (lost or "better by more than") in verdict.why
 
 
 def test_figures_of_labels_are_among_those_that_are_written_down() -> None:
-    on = OnLabel(label="sql", accepted_per_step=0.4, champion_accepted_per_step=0.3, windows=4)
-    held_out = HeldOut(accepted_per_step=0.8, champion="3", champion_accepted_per_step=0.5, windows=24, labels=(on,))
+    on = LabelComparison(label="sql", accepted_per_step=0.4, champion_accepted_per_step=0.3, samples=4)
+    held_out = HeldOutComparison(
+        accepted_per_step=0.8, champion="3", champion_accepted_per_step=0.5, samples=24, labels=(on,)
+    )
     assert held_out.figures["accepted_per_step/sql"] == 0.4
-    assert HeldOut.of({"held_out": held_out.model_dump_json()}) == held_out
+    assert HeldOutComparison.from_tags({HELD_OUT_TAG: held_out.model_dump_json()}) == held_out
 
 
 def test_a_version_is_registered_only_if_it_beats_the_one_before() -> None:
-    assert worth_registering(0.3, champion=0.1, candidate=None)
-    assert not worth_registering(0.1, champion=0.1, candidate=None)
-    assert worth_registering(0.3, champion=0.1, candidate=0.2)
-    assert not worth_registering(0.2, champion=0.1, candidate=0.2)
+    assert is_worth_registering(0.3, champion=0.1, last=None)
+    assert not is_worth_registering(0.1, champion=0.1, last=None)
+    assert is_worth_registering(0.3, champion=0.1, last=0.2)
+    assert not is_worth_registering(0.2, champion=0.1, last=0.2)
 
 
 @pytest.fixture
@@ -117,7 +119,7 @@ def test_a_better_candidate_becomes_champion_and_every_move_has_a_row_and_an_eve
         None,
     )
     figures_of_row = json.loads(world.tables.read_in_order("promotions").to_pylist()[3]["figures"])
-    assert figures_of_row == {"accepted_per_step": 0.5, "champion_accepted_per_step": 0.3, "windows": 20}
+    assert figures_of_row == {"accepted_per_step": 0.5, "champion_accepted_per_step": 0.3, "samples": 20}
 
 
 def test_a_candidate_measured_against_an_older_champion_waits_for_the_next(world: World) -> None:
@@ -150,7 +152,7 @@ def test_a_crash_before_an_alias_move_is_repaired_by_the_next_start(world: World
     with pytest.raises(CrashError):
         world.promoter.poll()
     world.registry.breaks = lambda _: None
-    world.restarted().poll()
+    world.restart().poll()
     assert world.registry.named == {"candidate": "2", "champion": "2", "previous": "1"}
     alias_moves = [row[:3] for row in world.rows()]
     assert sorted(alias_moves, key=str) == sorted([row[:3] for row in FIRST + SECOND], key=str)
@@ -175,7 +177,7 @@ def test_rows_lost_in_a_crash_after_the_move_are_written_by_the_next_start(world
     with pytest.raises(CrashError):
         world.promoter.poll()
     world.tables.append_after = append  # type: ignore[method-assign]
-    world.restarted().poll()
+    world.restart().poll()
     world.promoter.poll()
     assert world.rows() == FIRST + SECOND
     assert world.topic.kept[f"{LINE}/previous"].to_version == "1"
@@ -199,7 +201,7 @@ def test_events_wait_for_the_broker_and_outlive_a_restart(world: World) -> None:
     world.promoter.poll()
     assert world.registry.named["champion"] == "1"
     assert "broker" in (world.promoter.status().error or "")
-    world.restarted().poll()
+    world.restart().poll()
     world.topic.down = False
     world.promoter.poll()
     assert {key.split("/")[1] for key in world.topic.kept} == {"candidate", "champion"}

@@ -15,8 +15,7 @@ from schemas.speculator import checkpoint
 from schemas.speculator.checkpoint import line_of
 from schemas.speculator.network import DraftShape, EagleDraft, random_draft
 from trainer.data.target import Target
-from trainer.loop.warm_start import carry_over
-from trainer.release.registration import Candidates
+from trainer.loop.warm_start import carry_over, load_initial_draft
 from trainer.release.registry import SpeculatorRegistry
 
 V = SHAPE.vocab_size
@@ -150,7 +149,7 @@ def beginning(registry: Registry, day_0: EagleDraft, parent_line: str) -> tuple[
     line = line_of(NEW_TARGET, day_0.shape, day_0.d2t)
     target = Target(NEW_TARGET, line, torch.zeros(V, SHAPE.hidden_size), day_0)
     settings: Settings = load(environ={}, flags={"train.parent_line": parent_line})
-    return Candidates(settings, target, cast(SpeculatorRegistry, registry)).beginning()
+    return load_initial_draft(settings, target, cast(SpeculatorRegistry, registry))
 
 
 def test_a_new_line_begins_with_the_champion_of_its_parent_line() -> None:

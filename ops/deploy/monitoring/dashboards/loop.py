@@ -205,14 +205,14 @@ ROWS: dict[str, tuple[Picture, ...]] = {
         Picture(
             "Alias moves",
             "Recorded by the promoter.",
-            (Curve("sum by (alias) (aurora_promoter_moves_total) or vector(0)", "{{alias}}"),),
+            (Curve("sum by (alias) (aurora_promoter_alias_moves_total) or vector(0)", "{{alias}}"),),
         ),
         Picture(
             "Failed calls",
             "To registry, broker and tables, which are tried again.",
             (
-                Curve(_rate("aurora_train_failures", "part"), "trainer, {{part}}"),
-                Curve(_rate("aurora_promoter_failures", "part"), "promoter, {{part}}"),
+                Curve(_rate("aurora_train_errors", "part"), "trainer, {{part}}"),
+                Curve(_rate("aurora_promoter_errors", "part"), "promoter, {{part}}"),
                 Curve(_rate("aurora_serve_registry_failures", "instance"), "registry, {{instance}}"),
             ),
         ),

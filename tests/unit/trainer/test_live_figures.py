@@ -1,4 +1,4 @@
-"""What versions did on live traffic, from rows of the table as they come."""
+"""Live figures sum the verify steps of versions by node, slice and label."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from live_traffic import Answered, rows_of
 
 from pipeline.delta import DeltaLog, GoneError
 from schemas.settings import Tables
-from trainer.release.live_figures import CATCH_UP, LiveFigures, Span
-from trainer.release.sequential_test import Served
+from trainer.release.live_figures import MAX_COMMITS_BEHIND, LiveFigures, ServingPeriod
+from trainer.release.sequential_test import ServedTraffic
 
 LINE, SLICE = "target-draft", 10.0
 T = 1_700_000_000.0
@@ -24,7 +24,7 @@ def tables(tmp_path: Path) -> DeltaLog:
     return DeltaLog(Tables(uri=str(tmp_path)))
 
 
-def totals(served: Served) -> tuple[int, float, float, float]:
+def totals(served: ServedTraffic) -> tuple[int, float, float, float]:
     return (
         int(served.requests.sum()),
         served.tokens.sum(),
@@ -33,8 +33,10 @@ def totals(served: Served) -> tuple[int, float, float, float]:
     )
 
 
-def pair(live: LiveFigures, since: float = T, until: float = math.inf) -> tuple[dict[str, Served], dict[str, Served]]:
-    return live.pair(LINE, Span("2", since, until), Span("1", since, until))
+def read_both(
+    live: LiveFigures, since: float = T, until: float = math.inf
+) -> tuple[dict[str, ServedTraffic], dict[str, ServedTraffic]]:
+    return live.read_traffic(LINE, ServingPeriod("2", since, until), ServingPeriod("1", since, until))
 
 
 def test_verify_steps_are_added_up_by_version_label_and_slice(tables: DeltaLog) -> None:
@@ -47,7 +49,7 @@ def test_verify_steps_are_added_up_by_version_label_and_slice(tables: DeltaLog) 
         Answered("2", T + 20, line="another"),
     ]
     tables.append("traces", rows_of(requests))
-    new, old = pair(LiveFigures(tables, SLICE))
+    new, old = read_both(LiveFigures(tables, SLICE))
     assert list(new) == list(old) == ["sql", ""]
     assert totals(old["sql"]) == (2, 40, 20, 0.2)
     assert len(old["sql"].group) == 2
@@ -58,7 +60,7 @@ def test_verify_steps_are_added_up_by_version_label_and_slice(tables: DeltaLog) 
 
 def test_a_request_that_a_swap_cut_in_two_counts_on_both_sides(tables: DeltaLog) -> None:
     tables.append("traces", rows_of([Answered("1", T, swapped_to="2")]))
-    new, old = pair(LiveFigures(tables, SLICE))
+    new, old = read_both(LiveFigures(tables, SLICE))
     assert totals(old[""]) == (1, 10, 5, 0.05)
     assert totals(new[""]) == (0, 10, 5, 0.05)
 
@@ -66,29 +68,29 @@ def test_a_request_that_a_swap_cut_in_two_counts_on_both_sides(tables: DeltaLog)
 def test_verify_steps_without_a_draft_count_for_what_their_node_served(tables: DeltaLog) -> None:
     idle = [Answered("2", T + at, drafted=False) for at in (1, 11, 21)]
     tables.append("traces", rows_of([*idle, Answered("2", T), Answered("1", T + 10), Answered("1", T + 20, node="b")]))
-    new, old = pair(LiveFigures(tables, SLICE))
+    new, old = read_both(LiveFigures(tables, SLICE))
     assert totals(new[""])[2] == 20
     assert totals(old[""])[2] == 20, "the third slice of node-0 drafted nothing, and b is another machine"
 
 
-def test_only_whole_slices_of_a_span_count(tables: DeltaLog) -> None:
+def test_only_whole_slices_of_a_period_count(tables: DeltaLog) -> None:
     tables.append("traces", rows_of(Answered(v, T + at) for v in "12" for at in (0, 10, 20)))
-    new, old = pair(LiveFigures(tables, SLICE), since=T + 5, until=T + 25)
+    new, old = read_both(LiveFigures(tables, SLICE), since=T + 5, until=T + 25)
     assert len(new[""].group) == len(old[""].group) == 1
 
 
-def test_nodes_that_served_one_version_only_are_left_out_where_others_served_both(tables: DeltaLog) -> None:
+def test_nodes_that_served_one_version_are_ignored_if_others_served_both(tables: DeltaLog) -> None:
     apart = [Answered("1", T, node="a"), Answered("2", T, node="b", kept=2)]
     tables.append("traces", rows_of(apart))
     live = LiveFigures(tables, SLICE)
-    new, old = pair(live)
+    new, old = read_both(live)
     assert (totals(new[""])[0], totals(old[""])[0]) == (1, 1)
     tables.append("traces", rows_of([Answered("1", T + 10, node="c"), Answered("2", T + 20, node="c")]))
-    new, old = pair(live)
+    new, old = read_both(live)
     assert (totals(new[""])[1], totals(old[""])[1]) == (20, 20)
 
 
-def test_what_comes_later_is_added_and_a_restart_comes_to_the_same(
+def test_later_rows_are_added_and_a_restart_gives_the_same_sums(
     tables: DeltaLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     live = LiveFigures(tables, SLICE)
@@ -97,38 +99,36 @@ def test_what_comes_later_is_added_and_a_restart_comes_to_the_same(
     monkeypatch.setattr(tables, "query", lambda sql, at: asked.append(sql) or query(sql, at))
     for at in range(0, 40, 10):
         tables.append("traces", rows_of([Answered("1", T + at), Answered("2", T + at, kept=2)]))
-        new, old = pair(live)
+        new, old = read_both(live)
     assert len(asked) == 1
-    for mine, again in zip((new, old), pair(LiveFigures(tables, SLICE)), strict=True):
+    for mine, again in zip((new, old), read_both(LiveFigures(tables, SLICE)), strict=True):
         assert totals(mine[""]) == totals(again[""])
         assert mine[""].group.tolist() == again[""].group.tolist()
     assert totals(new[""]) == (4, 120, 40, 0.4)
 
 
-def test_rows_that_can_no_longer_be_read_commit_by_commit_are_asked_for(
-    tables: DeltaLog, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_whose_commits_are_gone_are_queried(tables: DeltaLog, monkeypatch: pytest.MonkeyPatch) -> None:
     live = LiveFigures(tables, SLICE)
     tables.append("traces", rows_of([Answered("1", T)]))
-    pair(live)
+    read_both(live)
     tables.append("traces", rows_of([Answered("1", T)]))
 
     def gone(name: str, after: int, up_to: int, columns: Sequence[str]) -> pa.Table:
         raise GoneError(f"{name} {after} {up_to} {columns}")
 
     monkeypatch.setattr(tables, "read_added", gone)
-    _, old = pair(live)
+    _, old = read_both(live)
     assert totals(old[""])[0] == 2
-    assert CATCH_UP > 1
+    assert MAX_COMMITS_BEHIND > 1
 
 
-def test_an_earlier_span_is_read_again_and_a_later_one_is_not_mixed_with_it(tables: DeltaLog) -> None:
+def test_an_earlier_period_is_queried_again_and_a_later_one_excludes_it(tables: DeltaLog) -> None:
     tables.append("traces", rows_of([Answered("1", T), Answered("1", T + 100)]))
     live = LiveFigures(tables, SLICE)
-    assert totals(pair(live, since=T + 50)[1][""])[0] == 1
-    assert totals(pair(live)[1][""])[0] == 2
-    assert totals(pair(live, since=T + 50)[1][""])[0] == 1
+    assert totals(read_both(live, since=T + 50)[1][""])[0] == 1
+    assert totals(read_both(live)[1][""])[0] == 2
+    assert totals(read_both(live, since=T + 50)[1][""])[0] == 1
 
 
-def test_without_traffic_there_is_nothing_to_compare(tables: DeltaLog) -> None:
-    assert pair(LiveFigures(tables, SLICE)) == ({}, {})
+def test_without_traffic_there_are_no_labels(tables: DeltaLog) -> None:
+    assert read_both(LiveFigures(tables, SLICE)) == ({}, {})

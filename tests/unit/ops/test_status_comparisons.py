@@ -1,4 +1,4 @@
-"""What ``aurora status`` says of trials on live traffic."""
+"""``aurora status`` shows canary analyses and watches."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def shown(promoter: PromoterStatus) -> str:
     return console.export_text()
 
 
-def test_a_trial_is_told_with_its_requests_its_interval_and_what_was_taken_back() -> None:
+def test_a_canary_analysis_shows_requests_interval_and_the_last_rollback() -> None:
     overall = ComparedStatus(
         figure="tokens per second", label=None, new=95, before=100, difference=-0.05, low=-0.09, high=-0.01
     )
-    trial = ComparisonStatus(
+    canary = ComparisonStatus(
         kind="canary",
         version="8",
         baseline="7",
@@ -38,19 +38,19 @@ def test_a_trial_is_told_with_its_requests_its_interval_and_what_was_taken_back(
             canary="8",
             alias_moves=3,
             verdict=None,
-            comparisons=[trial],
+            comparisons=[canary],
             last_rollback="worse on label [red]",
             cooldown_until=90.0,
             error=None,
         )
     )
-    assert "tries 8 beside 7, 1,234 and 5,678 requests, tokens per second -5.0% (-9.0% .. -1.0%), until" in told
+    assert "canary 8 against 7, 1,234 and 5,678 requests, tokens per second -5.0% (-9.0% .. -1.0%), until" in told
     assert "-20.0%" not in told
     assert "promotes nothing before" in told
-    assert "took back: worse on label [red]" in told
+    assert "rolled back: worse on label [red]" in told
 
 
-def test_a_promoter_without_a_trial_says_what_it_has() -> None:
+def test_a_promoter_without_a_comparison_shows_its_versions() -> None:
     promoter = PromoterStatus(
         champion="7",
         candidate=None,

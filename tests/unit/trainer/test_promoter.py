@@ -1,4 +1,4 @@
-"""The promoter on live traffic, with real tables: what becomes of good and bad versions, and what is written of it."""
+"""The promoter on live traffic, with real tables: it promotes good versions, rolls bad ones back, and records both."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FLAGS = {
 
 @pytest.fixture
 def world(tmp_path: Path) -> World:
-    """With a champion, and a candidate that passed the gate."""
+    """A line with a champion, and a candidate that passed the gate."""
     world = World(tmp_path, **FLAGS)
     world.registry.register("1", figures(0.3, "day-0-head-0", 0.0))
     world.promoter.poll()
@@ -57,13 +57,13 @@ def serve(world: World, kept: Mapping[str, int], slices: int = 48, since: float 
     )
 
 
-def tried(world: World) -> None:
+def start_canary(world: World) -> None:
     world.promoter.poll()
     assert world.registry.named == {"candidate": "2", "champion": "1", "canary": "2"}
 
 
-def test_a_canary_that_does_as_well_becomes_champion(world: World) -> None:
-    tried(world)
+def test_an_equal_canary_becomes_champion(world: World) -> None:
+    start_canary(world)
     serve(world, {"1": 1, "2": 1})
     world.promoter.poll()
     assert world.registry.named == {"candidate": "2", "champion": "2", "previous": "1"}
@@ -75,12 +75,12 @@ def test_a_canary_that_does_as_well_becomes_champion(world: World) -> None:
     assert world.topic.kept[f"{LINE}/champion"].figures["requests"] == 144
 
 
-def test_a_bad_canary_is_taken_back_quarantined_told_and_never_tried_again(world: World) -> None:
-    tried(world)
+def test_a_bad_canary_is_rolled_back_quarantined_and_never_becomes_canary_again(world: World) -> None:
+    start_canary(world)
     serve(world, {"1": 2, "2": 0}, slices=16)
     world.promoter.poll()
-    (trial,) = world.promoter.status().comparisons
-    assert (trial.kind, trial.version, trial.baseline, trial.requests) == ("canary", "2", "1", 48)
+    (canary,) = world.promoter.status().comparisons
+    assert (canary.kind, canary.version, canary.baseline, canary.requests) == ("canary", "2", "1", 48)
     assert world.registry.named["canary"] == "2", "sixteen slices are too few"
     serve(world, {"1": 2, "2": 0}, since=time.time() + 20 * SLICE)
     with capture_logs() as logs:
@@ -88,46 +88,46 @@ def test_a_bad_canary_is_taken_back_quarantined_told_and_never_tried_again(world
     assert world.registry.named == {"candidate": "2", "champion": "1"}
     assert world.rows()[-1] == ("canary", "2", None, "promoter")
     assert "worse" in world.registry.registered["2"][QUARANTINED_TAG]
-    (alert,) = [line for line in logs if line["event"] == "taken_back"]
+    (alert,) = [line for line in logs if line["event"] == "version_rolled_back"]
     assert (alert["log_level"], alert["alias"], alert["version"]) == ("warning", "canary", "2")
-    assert world.promoter.metrics.get_sample_value("aurora_promoter_taken_back_total", {"alias": "canary"}) == 1
+    assert world.promoter.metrics.get_sample_value("aurora_promoter_rollbacks_total", {"alias": "canary"}) == 1
     assert world.promoter.status().last_rollback == alert["why"]
     moved = world.topic.kept[f"{LINE}/canary"]
-    assert moved.figures["tokens_per_verify_step_difference"] < -0.6
-    world.restarted().poll()
+    assert moved.figures["acceptance_length_difference"] < -0.6
+    world.restart().poll()
     assert "canary" not in world.registry.named
     assert "quarantine" in (world.promoter.status().verdict or "")
     assert world.promoter.status().last_rollback == alert["why"]
 
 
-def test_a_promoter_that_starts_again_decides_as_the_one_before_would_have(world: World) -> None:
-    tried(world)
+def test_a_restarted_promoter_makes_the_same_decisions(world: World) -> None:
+    start_canary(world)
     serve(world, {"1": 1, "2": 1}, slices=12)
     world.promoter.poll()
     before = world.promoter.status()
-    world.restarted().poll()
+    world.restart().poll()
     after = world.promoter.status()
     assert before.comparisons == after.comparisons
     assert before.verdict == after.verdict
     serve(world, {"1": 1, "2": 1}, since=time.time() + 20 * SLICE)
-    world.restarted().poll()
+    world.restart().poll()
     assert world.registry.named["champion"] == "2"
 
 
-def test_a_trial_without_traffic_ends_and_the_version_is_not_put_into_quarantine(world: World) -> None:
-    tried(world)
-    world.ahead = 86_400
+def test_a_canary_analysis_without_traffic_ends_without_quarantine(world: World) -> None:
+    start_canary(world)
+    world.clock_offset = 86_400
     world.promoter.poll()
     assert "canary" not in world.registry.named
     assert QUARANTINED_TAG not in world.registry.registered["2"]
     world.promoter.poll()
     assert "canary" not in world.registry.named
-    assert "had its trial" in (world.promoter.status().verdict or "")
+    assert "had its canary analysis" in (world.promoter.status().verdict or "")
 
 
 @pytest.fixture
 def promoted(tmp_path: Path) -> World:
-    """Version 2 became champion without a trial, after version 1 had served for a while."""
+    """Version 2 became champion without a canary analysis, after version 1 had served for a while."""
     world = World(tmp_path, **{**FLAGS, "canary.share": 0.0})
     world.registry.register("1", figures(0.3, "day-0-head-0", 0.0))
     world.promoter.poll()
@@ -138,7 +138,7 @@ def promoted(tmp_path: Path) -> World:
     return world
 
 
-def test_a_champion_that_falls_is_taken_back_and_nothing_is_promoted_for_a_while(promoted: World) -> None:
+def test_a_dropped_champion_is_rolled_back_and_starts_a_cooldown(promoted: World) -> None:
     world = promoted
     serve(world, {"2": 0})
     with capture_logs() as logs:
@@ -146,7 +146,7 @@ def test_a_champion_that_falls_is_taken_back_and_nothing_is_promoted_for_a_while
     assert (world.registry.named["champion"], world.registry.named.get("previous")) == ("1", None)
     assert ("champion", "2", "1", "promoter") in world.rows()
     assert QUARANTINED_TAG in world.registry.registered["2"]
-    assert [line["alias"] for line in logs if line["event"] == "taken_back"] == ["champion"]
+    assert [line["alias"] for line in logs if line["event"] == "version_rolled_back"] == ["champion"]
     world.registry.register("3", figures(0.6, "1", 0.3))
     world.promoter.poll()
     status = world.promoter.status()
@@ -154,25 +154,25 @@ def test_a_champion_that_falls_is_taken_back_and_nothing_is_promoted_for_a_while
     assert "nothing is promoted before" in (status.verdict or "")
     assert status.cooldown_until is not None
     assert status.cooldown_until == pytest.approx(time.time() + 60, abs=20)
-    world.ahead = 61
-    world.restarted().poll()
+    world.clock_offset = 61
+    world.restart().poll()
     assert world.registry.named["champion"] == "3"
 
 
-def test_traffic_that_changed_takes_no_champion_back(promoted: World) -> None:
+def test_changed_traffic_rolls_no_champion_back(promoted: World) -> None:
     serve(promoted, {"2": 0}, label="new")
     promoted.promoter.poll()
     assert promoted.registry.named["champion"] == "2"
     assert promoted.promoter.status().comparisons[0].requests == 0
 
 
-def test_a_champion_that_does_as_well_stays(promoted: World) -> None:
+def test_an_equal_champion_stays(promoted: World) -> None:
     serve(promoted, {"2": 2})
     promoted.promoter.poll()
     (watch,) = promoted.promoter.status().comparisons
     assert (watch.kind, watch.requests, watch.baseline_requests) == ("watch", 288, 288)
     assert promoted.registry.named["champion"] == "2"
-    promoted.ahead = 601
+    promoted.clock_offset = 601
     promoted.promoter.poll()
     assert promoted.promoter.status().comparisons == []
 
@@ -182,10 +182,10 @@ class CrashError(BaseException):
 
 
 @pytest.mark.parametrize("writes", [0, 1, 2, 3])
-def test_a_rollback_that_a_crash_cut_short_is_made_by_the_next_start(
+def test_the_next_start_finishes_a_rollback_after_a_crash(
     promoted: World, writes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before the quarantine, the intent, the move of an alias, and the end of the intent."""
+    """Crashes come before the quarantine, the intent, the alias move, and the closing of the intent."""
     world, left = promoted, [writes]
     serve(world, {"2": 0})
 
@@ -201,7 +201,7 @@ def test_a_rollback_that_a_crash_cut_short_is_made_by_the_next_start(
     with pytest.raises(CrashError):
         world.promoter.poll()
     left[0] = 1000
-    world.restarted().poll()
+    world.restart().poll()
     assert world.registry.named == {"candidate": "2", "champion": "1"}
     assert QUARANTINED_TAG in world.registry.registered["2"]
     assert [row for row in world.rows() if row[0] == "champion"][-1] == ("champion", "2", "1", "promoter")

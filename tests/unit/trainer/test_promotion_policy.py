@@ -1,0 +1,226 @@
+"""The next action of the promoter follows from recorded moves and live figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+
+import pytest
+
+from schemas.events import Alias, AliasIntent, AliasMoved
+from schemas.settings import Promoter
+from trainer.release.gate import Verdict
+from trainer.release.promotion_policy import (
+    CanaryAnalysis,
+    LineState,
+    LiveComparisons,
+    NextAction,
+    PostPromotionWatch,
+    choose_action,
+    find_canary_analysis,
+    find_cooldown_end,
+    find_drop,
+    find_watch,
+)
+from trainer.release.sequential_test import Comparison, Estimate
+
+NOW = 1_000_000.0
+SETTINGS = Promoter(canary_timeout=1000, watch_duration=600, cooldown=100, cooldown_window=10_000, watch_min_ratio=0.8)
+PASSED, FAILED = Verdict(promote=True, why="better"), Verdict(promote=False, why="not better")
+ANALYSIS = CanaryAnalysis("3", "2", NOW - 100, NOW + 900)
+WATCH = PostPromotionWatch("3", "2", NOW - 100, NOW + 500)
+
+
+def moved(alias: Alias, before: str | None, after: str | None, ago: float = 100) -> AliasMoved:
+    time = datetime.fromtimestamp(NOW - ago, UTC)
+    return AliasMoved(
+        time=time, line="l", alias=alias, from_version=before, to_version=after, actor="promoter", why="", figures={}
+    )
+
+
+def state_of(
+    gate: Verdict = FAILED,
+    moves: Sequence[AliasMoved] = (),
+    quarantined: Sequence[str] = (),
+    rollbacks: Sequence[float] = (),
+    **aliases: str,
+) -> LineState:
+    return LineState(aliases, moves, [rollback(ago) for ago in rollbacks], quarantined, gate)
+
+
+def rollback(ago: float, actor: str = "promoter", state: str = "done") -> tuple[AliasIntent, str]:
+    time = datetime.fromtimestamp(NOW - ago, UTC)
+    wanted = AliasIntent(id="i", time=time, line="l", action="rollback", changes=(), actor=actor, why="", figures={})
+    return wanted, state
+
+
+def estimate(difference: float, width: float = 0.01, **named: object) -> Estimate:
+    """Return an acceptance length over all labels, with the evidence that its interval implies."""
+    plain = Estimate(
+        "acceptance length",
+        None,
+        1 + difference,
+        1.0,
+        difference,
+        difference - width,
+        difference + width,
+        better=9.0 if difference - width > -0.05 else -9.0,
+        worse=9.0 if difference + width < 0 else -9.0,
+        share=0.25,
+    )
+    return replace(plain, **named)  # type: ignore[arg-type]
+
+
+def comparison(
+    length: float, per_second: float | None = None, width: float = 0.01, *, enough: bool = True
+) -> Comparison:
+    overall = estimate(length, width)
+    seconds = estimate(length if per_second is None else per_second, width, figure="tokens per second")
+    return Comparison(500, 500, enough=enough, overall=(seconds, overall))
+
+
+NO_COMPARISON = LiveComparisons()
+
+
+def action(
+    at: LineState, live: LiveComparisons = NO_COMPARISON, share: float = 0.1, settings: Promoter = SETTINGS
+) -> NextAction:
+    return choose_action(at, live, NOW, share, settings)
+
+
+CANDIDATE = {"candidate": "3", "champion": "2"}
+
+
+@pytest.mark.parametrize(
+    ("at", "share", "what"),
+    [
+        (state_of(PASSED, **CANDIDATE), 0.1, "start_canary"),
+        (state_of(PASSED, **CANDIDATE), 0.0, "promote"),
+        (state_of(PASSED, candidate="3"), 0.1, "promote"),
+        (state_of(FAILED, **CANDIDATE), 0.1, "wait"),
+        (state_of(PASSED, [moved("canary", None, "3")], **CANDIDATE), 0.1, "wait"),
+        (state_of(PASSED, [moved("canary", None, "3")], **CANDIDATE), 0.0, "promote"),
+        (state_of(PASSED, [moved("champion", None, "3")], **CANDIDATE), 0.1, "wait"),
+        (state_of(PASSED, rollbacks=[50], **CANDIDATE), 0.1, "wait"),
+        (state_of(PASSED, rollbacks=[150], **CANDIDATE), 0.1, "start_canary"),
+        (state_of(PASSED, canary="1", **CANDIDATE), 0.0, "promote"),
+    ],
+)
+def test_a_candidate_that_passed_the_gate_becomes_canary_or_champion_once(
+    at: LineState, share: float, what: str
+) -> None:
+    found = action(at, share=share)
+    assert found.action == what
+    assert found.version == (None if what == "wait" else "3")
+    assert not found.quarantine
+
+
+@pytest.mark.parametrize(
+    ("compared", "what", "quarantine"),
+    [
+        (comparison(0.0), "promote", False),
+        (comparison(0.0, width=0.1), "wait", False),
+        (comparison(-0.2), "end_canary", True),
+        (comparison(0.0, enough=False), "wait", False),
+        (comparison(0.0, per_second=-0.2), "end_canary", True),
+    ],
+)
+def test_a_canary_is_promoted_rolled_back_or_continues(compared: Comparison, what: str, quarantine: bool) -> None:
+    found = action(state_of(canary="3", **CANDIDATE), LiveComparisons(canary=(ANALYSIS, compared)))
+    assert (found.action, found.quarantine) == (what, quarantine)
+    if what != "wait":
+        assert found.figures["acceptance_length_difference"] == compared.overall[1].difference
+
+
+def test_an_undecided_canary_analysis_ends_as_canary_on_timeout_says() -> None:
+    at = state_of(canary="3", **CANDIDATE)
+    over = replace(ANALYSIS, until=NOW)
+    undecided, below = comparison(-0.04, width=0.1), comparison(-0.06, width=0.1)
+    ended = action(at, LiveComparisons(canary=(over, undecided)))
+    assert (ended.action, ended.version, ended.quarantine) == ("end_canary", "3", False)
+    by_estimate = SETTINGS.model_copy(update={"canary_on_timeout": "estimate"})
+    assert action(at, LiveComparisons(canary=(over, undecided)), settings=by_estimate).action == "promote"
+    assert action(at, LiveComparisons(canary=(over, below)), settings=by_estimate).action == "end_canary"
+    too_few = comparison(0.1, width=0.5, enough=False)
+    assert action(at, LiveComparisons(canary=(over, too_few)), settings=by_estimate).action == "end_canary"
+
+
+def test_a_better_canary_waits_during_the_cooldown() -> None:
+    at = state_of(canary="3", rollbacks=[50], **CANDIDATE)
+    found = action(at, LiveComparisons(canary=(ANALYSIS, comparison(0.0))))
+    assert found.action == "wait"
+    assert "cooldown" in found.why
+
+
+def test_a_canary_in_quarantine_or_without_another_champion_is_ended() -> None:
+    assert action(
+        state_of(canary="3", quarantined=["3"], **CANDIDATE), LiveComparisons(canary=(ANALYSIS, comparison(0.0)))
+    ).action == ("end_canary")
+    assert action(state_of(canary="3", champion="3")).action == "end_canary"
+
+
+def test_a_canary_analysis_begins_with_the_last_move_of_canary_or_champion() -> None:
+    moves = [moved("canary", None, "3", 300), moved("champion", "1", "2", 200), moved("candidate", "3", "4", 10)]
+    assert find_canary_analysis(state_of(moves=moves, canary="3", champion="2"), SETTINGS) == CanaryAnalysis(
+        "3", "2", NOW - 200, NOW + 800
+    )
+    unrecorded = state_of(moves=moves, canary="4", champion="2")
+    assert find_canary_analysis(unrecorded, SETTINGS) is None
+    assert action(unrecorded).action == "wait"
+    assert find_canary_analysis(state_of(moves=moves, canary="3"), SETTINGS) is None
+    assert find_canary_analysis(state_of(moves=moves, champion="2"), SETTINGS) is None
+
+
+def test_a_promotion_is_watched_and_a_rollback_is_not() -> None:
+    promoted = [moved("champion", "2", "3")]
+    found = find_watch(state_of(moves=promoted, champion="3", previous="2"), NOW, SETTINGS)
+    assert found == PostPromotionWatch("3", "2", NOW - 100, NOW + 500)
+    assert [period.since for period in found.periods] == [NOW - 100, NOW - 700]
+    assert find_watch(state_of(moves=promoted, champion="3"), NOW, SETTINGS) is None
+    assert find_watch(state_of(moves=promoted, champion="3", previous="2"), NOW + 500, SETTINGS) is None
+    back = [*promoted, moved("champion", "3", "2", 50)]
+    assert find_watch(state_of(moves=back, quarantined=["3"], champion="2", previous="3"), NOW, SETTINGS) is None
+    assert find_watch(state_of(moves=back, champion="2", previous="1"), NOW, SETTINGS) is None
+
+
+def test_a_dropped_champion_is_rolled_back_and_quarantined_before_any_other_action() -> None:
+    at = state_of(PASSED, candidate="4", canary="4", champion="3", previous="2")
+    found = action(at, LiveComparisons(watch=(WATCH, comparison(-0.5)), canary=(ANALYSIS, comparison(0.1))))
+    assert (found.action, found.version, found.quarantine) == ("rollback", "3", True)
+    assert "watch_min_ratio" in found.why
+
+
+@pytest.mark.parametrize(
+    ("compared", "drops"),
+    [
+        (comparison(-0.3), True),
+        (comparison(-0.195), False),
+        (comparison(-0.3, width=0.15), False),
+        (comparison(-0.3, enough=False), False),
+        (comparison(0.0, per_second=-0.5), False),
+        (comparison(-0.05, per_second=-0.5), True),
+    ],
+)
+def test_a_drop_needs_its_whole_interval_and_a_lower_acceptance_length(compared: Comparison, drops: bool) -> None:
+    assert (find_drop(compared, SETTINGS) is not None) is drops
+
+
+def test_a_drop_on_one_label_counts() -> None:
+    on_sql = (estimate(-0.4, label="sql", figure="tokens per second"), estimate(-0.4, label="sql"))
+    found = find_drop(replace(comparison(0.1), labels=on_sql), SETTINGS)
+    assert found is not None
+    assert found.label == "sql"
+
+
+@pytest.mark.parametrize(
+    ("ago", "left"),
+    [([], None), ([50], 50), ([150], None), ([500, 50], 150), ([900, 500, 150], 250), ([20_000, 50], 50)],
+)
+def test_the_cooldown_doubles_with_each_rollback_and_forgets_old_ones(ago: list[float], left: float | None) -> None:
+    until = find_cooldown_end([rollback(each) for each in ago], NOW, SETTINGS)
+    assert until == (None if left is None else NOW + left)
+
+
+def test_rollbacks_by_hand_and_abandoned_rollbacks_start_no_cooldown() -> None:
+    assert find_cooldown_end([rollback(50, actor="ann"), rollback(50, state="abandoned")], NOW, SETTINGS) is None

@@ -1,0 +1,181 @@
+"""A version is registered with its figures on the held-out set, each computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import cast
+
+import pytest
+import torch
+from tiny_draft import SHAPE
+from torch import Tensor
+
+from schemas.settings import Settings, load
+from schemas.speculator.checkpoint import line_of
+from schemas.speculator.network import EagleDraft, random_draft
+from trainer.data.samples import Teacher, Window
+from trainer.data.target import Target
+from trainer.objective.simulated_acceptance import Accepted, accepted_per_step, by_window
+from trainer.release import evaluation
+from trainer.release.evaluation import HeldOutEvaluator
+from trainer.release.gate import HeldOutComparison
+from trainer.release.registration import Registrar
+from trainer.release.registry import SpeculatorRegistry
+
+TARGET = "a" * 32
+V = SHAPE.vocab_size
+LOOKAHEAD = 2
+Register = Callable[[EagleDraft, list[Window]], str | None]
+EMBEDDINGS_VH = torch.randn(V, SHAPE.hidden_size, generator=torch.Generator().manual_seed(0))
+
+
+class MemoryVersions:
+    """Versions of one line, in memory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.named: dict[str, str] = {}
+        self.tags_of: dict[str, Mapping[str, str]] = {}
+
+    def aliases(self, _line: str) -> dict[str, str]:
+        return self.named
+
+    def tags(self, _line: str, version: str) -> Mapping[str, str]:
+        return self.tags_of[version]
+
+    def register(
+        self, _line: str, folder: Path, tags: Mapping[str, str], _figures: Mapping[str, float], _card: str
+    ) -> str:
+        version = str(len(self.tags_of) + 1)
+        self.tags_of[version] = tags
+        folder.rename(self.folder / version)
+        folder.mkdir()
+        return version
+
+    def set_alias(self, _line: str, alias: str, version: str) -> None:
+        self.named[alias] = version
+
+    def download(self, _line: str, version: str, _folder: Path) -> Path:
+        return self.folder / version
+
+
+def sample(seed: int, label: str) -> Window:
+    g = torch.Generator().manual_seed(seed)
+    said = torch.randint(0, SHAPE.draft_vocab_size, (12, 1), generator=g)
+    return Window(
+        request=str(seed),
+        tokens=torch.randint(0, SHAPE.draft_vocab_size, (12,), generator=g),
+        next_token=3,
+        features=torch.randn(12, SHAPE.feature_width, generator=g).to(torch.bfloat16),
+        known=torch.arange(12) >= 0,
+        teacher=Teacher(said, torch.zeros(12, 1)),
+        label=label,
+    )
+
+
+SAMPLES = [sample(seed, "code" if seed % 2 else "math") for seed in range(10)]
+
+
+def draft_of(seed: int) -> EagleDraft:
+    """A draft that is wrong in a way of its own: weights as large as these make it sure of what it says."""
+    draft = random_draft(SHAPE, seed)
+    with torch.no_grad():
+        for parameter in draft.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(15)
+    return draft
+
+
+def best_first() -> list[EagleDraft]:
+    """The best and the worst of some drafts: far enough apart that any part of the samples separates them."""
+    drafts = [draft_of(seed) for seed in range(12)]
+    drafts.sort(key=lambda draft: -accepted_per_step(draft, EMBEDDINGS_VH, SAMPLES, LOOKAHEAD).tokens)
+    return [drafts[0], drafts[-1]]
+
+
+def settings() -> Settings:
+    flags = {"serve.num_speculative_tokens": LOOKAHEAD, "train.dtype": "float32", "promoter.gate_label_min_samples": 3}
+    return load(environ={}, flags=flags)
+
+
+def target() -> Target:
+    day_0 = best_first()[1]
+    return Target(TARGET, line_of(TARGET, day_0.shape, day_0.d2t), EMBEDDINGS_VH, day_0)
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> MemoryVersions:
+    return MemoryVersions(tmp_path)
+
+
+@pytest.fixture
+def evaluator(registry: MemoryVersions) -> HeldOutEvaluator:
+    return HeldOutEvaluator(settings(), target(), cast(SpeculatorRegistry, registry))
+
+
+@pytest.fixture
+def register(evaluator: HeldOutEvaluator, registry: MemoryVersions) -> Register:
+    """Evaluate a draft on samples and register it if it is better."""
+    registrar = Registrar(settings(), target(), cast(SpeculatorRegistry, registry), evaluator)
+
+    def evaluate_and_register(draft: EagleDraft, samples: list[Window]) -> str | None:
+        return registrar.register_if_better(draft, evaluator.evaluate(draft, samples), {}, {})
+
+    return evaluate_and_register
+
+
+@pytest.fixture
+def scored(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Numbers of samples that were scored, by call with any."""
+    calls: list[int] = []
+
+    def counting(draft: EagleDraft, table: Tensor, samples: Sequence[Window], lookahead: int) -> list[Accepted]:
+        if samples:
+            calls.append(len(samples))
+        return by_window(draft, table, samples, lookahead)
+
+    monkeypatch.setattr(evaluation, "by_window", counting)
+    return calls
+
+
+def test_a_version_is_registered_with_figures_of_both_drafts_overall_and_on_each_label(
+    register: Register, registry: MemoryVersions
+) -> None:
+    better, day_0 = best_first()
+    assert register(better, SAMPLES) == "1"
+    held_out = HeldOutComparison.from_tags(registry.tags_of["1"])
+    assert held_out.champion == "day-0-head-0"
+    for label, figures in [("code", held_out.labels[1]), ("math", held_out.labels[0]), (None, held_out)]:
+        chosen = [sample for sample in SAMPLES if label in {None, sample.label}]
+        assert figures.samples == len(chosen)
+        assert figures.accepted_per_step == accepted_per_step(better, EMBEDDINGS_VH, chosen, LOOKAHEAD).length
+        assert figures.champion_accepted_per_step == accepted_per_step(day_0, EMBEDDINGS_VH, chosen, LOOKAHEAD).length
+    assert [label.label for label in held_out.labels] == ["math", "code"]
+    assert held_out.accepted_per_step > held_out.champion_accepted_per_step
+
+
+def test_a_champion_is_scored_once_on_each_sample(
+    register: Register, registry: MemoryVersions, scored: list[int]
+) -> None:
+    better = best_first()[0]
+    register(better, SAMPLES[:8])
+    assert scored == [8, 8], "the draft and day 0"
+    registry.named["champion"] = "1"
+    scored.clear()
+    register(better, SAMPLES[:8])
+    assert scored == [8, 8], "the draft and the new champion, which is candidate too"
+    scored.clear()
+    register(better, SAMPLES[2:])
+    assert scored == [8, 2]
+
+
+def test_samples_that_left_the_held_out_set_are_forgotten(
+    register: Register, registry: MemoryVersions, scored: list[int]
+) -> None:
+    better = best_first()[0]
+    for chosen, expected in [(SAMPLES[:5], [5]), (SAMPLES[5:], [5]), (SAMPLES[:5], [5]), (SAMPLES[:5], [])]:
+        scored.clear()
+        registry.named.clear()
+        register(better, chosen)
+        assert scored == [5, *expected], "the draft, and the samples that are new to day 0"

@@ -1,0 +1,139 @@
+"""Evaluate drafts on the held-out set: the weights in training, and the registered versions beside them."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from schemas.settings import Settings
+from schemas.speculator import checkpoint
+from schemas.speculator.network import EagleDraft
+from trainer.data.samples import Window, collate, of_like_length
+from trainer.data.target import Target
+from trainer.loop.divergence_guard import Health
+from trainer.loop.learner import products
+from trainer.objective.losses import ttt_loss
+from trainer.objective.simulated_acceptance import Accepted, added_up, by_window
+from trainer.release.gate import LabelComparison
+from trainer.release.registry import SpeculatorRegistry
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Figures of a draft on the held-out set."""
+
+    health: Health
+    accepted: Mapping[Window, Accepted]
+    """Simulated acceptance on each sample."""
+
+
+@dataclass(slots=True)
+class _KnownVersion:
+    """A version that drafts are compared with."""
+
+    draft: EagleDraft
+    accepted: dict[Window, Accepted] = field(default_factory=dict)
+    """On samples of the last held-out set, which has most of its samples in common with the next."""
+
+
+class HeldOutEvaluator:
+    """Evaluates drafts and registered versions of one line; scores each version only once on each sample."""
+
+    def __init__(self, settings: Settings, target: Target, registry: SpeculatorRegistry) -> None:
+        self._settings = settings
+        self._target = target
+        self._registry = registry
+        self._versions: dict[str | None, _KnownVersion] = {}
+
+    def evaluate(self, draft: EagleDraft, samples: Sequence[Window]) -> Evaluation:
+        """Return the accepted term of the loss, and the acceptance of chains as long as a node drafts."""
+        accepted = dict(zip(samples, self._simulate(draft, samples), strict=True))
+        health = Health(loss=self._loss(draft, samples), accepted_per_step=accepted_per_step(accepted, samples))
+        return Evaluation(health, accepted)
+
+    def evaluate_version(self, version: str | None, samples: Sequence[Window]) -> Mapping[Window, Accepted]:
+        """Return the simulated acceptance of a version on each sample; None is the draft of day 0.
+
+        Raises:
+            RegistryError: no answer.
+            CheckpointError: the registry's files differ from the registered ones.
+        """
+        if version not in self._versions:
+            draft = self._target.day_0 if version is None else read_draft(self._registry, self._target.line, version)
+            self._versions[version] = _KnownVersion(draft)
+        known = self._versions[version]
+        missing = [sample for sample in samples if sample not in known.accepted]
+        accepted = known.accepted | dict(zip(missing, self._simulate(known.draft, missing), strict=True))
+        known.accepted = {sample: accepted[sample] for sample in samples}
+        return known.accepted
+
+    def keep_only(self, versions: Collection[str | None]) -> None:
+        """Drop the weights and figures of all other versions."""
+        self._versions = {version: known for version, known in self._versions.items() if version in versions}
+
+    def _simulate(self, draft: EagleDraft, samples: Sequence[Window]) -> list[Accepted]:
+        embeddings_VH, lookahead = self._target.embeddings_VH, self._settings.serve.num_speculative_tokens
+        with products(self._settings.train, embeddings_VH.device):
+            return by_window(draft, embeddings_VH, samples, lookahead)
+
+    @torch.no_grad()
+    def _loss(self, draft: EagleDraft, samples: Sequence[Window]) -> float | None:
+        """Return the accepted term of the loss; None if it is not finite."""
+        train = self._settings.train.model_copy(
+            update={"rejected_weight": 0.0, "rejection_weight": 0.0, "policy_weight": 0.0}
+        )
+        embeddings_VH = self._target.embeddings_VH
+        draft = draft.to(embeddings_VH.device)
+        batches = map(collate, of_like_length(samples))
+        with products(train, embeddings_VH.device):
+            losses = [ttt_loss(draft, embeddings_VH, batch.to(embeddings_VH.device), train) for batch in batches]
+        loss = sum(part.accepted * part.positions for part in losses) / max(sum(part.positions for part in losses), 1)
+        return loss if math.isfinite(loss) else None
+
+
+def accepted_per_step(accepted: Mapping[Window, Accepted], samples: Sequence[Window]) -> float:
+    """Return the accepted tokens per step over samples."""
+    return added_up(accepted[sample] for sample in samples).length
+
+
+def compare_labels(
+    accepted: Mapping[Window, Accepted], champion: Mapping[Window, Accepted], min_samples: int
+) -> tuple[LabelComparison, ...]:
+    """Compare a draft with the champion on each label; take labels with too few samples together."""
+    return tuple(
+        LabelComparison(
+            label=label,
+            accepted_per_step=accepted_per_step(accepted, samples),
+            champion_accepted_per_step=accepted_per_step(champion, samples),
+            samples=len(samples),
+        )
+        for label, samples in group_by_label(list(accepted), min_samples).items()
+    )
+
+
+def group_by_label(samples: Sequence[Window], min_samples: int) -> dict[str | None, list[Window]]:
+    """Group samples by label, the empty label for those without; None holds labels with fewer than ``min_samples``."""
+    by_label: dict[str, list[Window]] = {}
+    for sample in samples:
+        by_label.setdefault(sample.label or "", []).append(sample)
+    large: dict[str | None, list[Window]] = {
+        label: group for label, group in by_label.items() if len(group) >= min_samples
+    }
+    rest = [sample for group in by_label.values() if len(group) < min_samples for sample in group]
+    return large | {None: rest} if rest else large
+
+
+def read_draft(registry: SpeculatorRegistry, line: str, version: str) -> EagleDraft:
+    """Download a version and read its weights.
+
+    Raises:
+        RegistryError: no answer.
+        CheckpointError: the registry's files differ from the registered ones.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        return checkpoint.read(registry.download(line, version, Path(folder)), line)

@@ -1,4 +1,4 @@
-"""Dashboard, alerts and runbook agree with each other and with what the processes count."""
+"""Dashboard, alerts and runbook agree with each other and with the exported metrics."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ CODE = [file for folder in ("serving", "pipeline", "trainer") for file in (ROOT 
 ALERTS = yaml.safe_load(RULES.read_text())["groups"][0]["rules"]
 
 
-def counted() -> set[str]:
-    """Names that code gives to metrics, without what the client adds; some are put together from two parts."""
+def exported() -> set[str]:
+    """Return the metric names in the code, without the client's suffixes; some are composed of two parts."""
     text = "\n".join(file.read_text() for file in CODE)
     parts = set(re.findall(r'"([a-z_]+)"', text)) | set(re.findall(r"aurora_\{\w+\}_([a-z_]+)", text))
     return (
@@ -31,36 +31,36 @@ def named_in(query: str) -> set[str]:
     return {re.sub(r"_(total|bucket)$", "", name) for name in re.findall(r"aurora_[a-z_]+", query)}
 
 
-def test_the_dashboard_that_is_kept_is_the_one_that_the_code_builds() -> None:
+def test_the_dashboard_file_is_up_to_date() -> None:
     assert loop.FILE.read_text() == loop.build(), "python -m ops.deploy.monitoring.dashboards.loop"
 
 
-def test_pictures_ask_for_what_processes_count() -> None:
-    asked = {name for query in loop.queries() for name in named_in(query)}
-    assert len(asked) > 30
-    assert asked - counted() == set()
+def test_panels_query_exported_metrics() -> None:
+    queried = {name for query in loop.queries() for name in named_in(query)}
+    assert len(queried) > 30
+    assert queried - exported() == set()
 
 
-def test_marks_ask_for_what_processes_count() -> None:
-    assert {name for query, _ in loop.ANNOTATIONS.values() for name in named_in(query)} - counted() == set()
+def test_annotations_query_exported_metrics() -> None:
+    assert {name for query, _ in loop.ANNOTATIONS.values() for name in named_in(query)} - exported() == set()
 
 
 @pytest.mark.parametrize("rule", ALERTS, ids=[rule["alert"] for rule in ALERTS])
-def test_an_alert_asks_for_what_is_counted_and_has_its_entry_in_the_runbook(rule: dict[str, dict[str, str]]) -> None:
-    assert named_in(str(rule["expr"])) - counted() == set()
+def test_an_alert_queries_exported_metrics_and_has_an_entry_in_the_runbook(rule: dict[str, dict[str, str]]) -> None:
+    assert named_in(str(rule["expr"])) - exported() == set()
     file, _, anchor = rule["annotations"]["runbook"].partition("#")
     headings = re.findall(r"^### (\S+)$", (ROOT / file).read_text(), re.MULTILINE)
     assert anchor in [heading.lower() for heading in headings]
     assert rule["labels"]["severity"] in {"page", "ticket", "info"}
 
 
-def test_the_runbook_has_no_entry_without_an_alert() -> None:
+def test_every_entry_of_the_runbook_has_an_alert() -> None:
     headings = re.findall(r"^### (\S+)$", (ROOT / "docs/runbook.md").read_text(), re.MULTILINE)
     assert sorted(headings) == sorted(rule["alert"] for rule in ALERTS)
 
 
 @needs_prometheus
-def test_each_alert_fires_on_what_it_is_for() -> None:
+def test_each_alert_fires_on_its_condition() -> None:
     tests = yaml.safe_load((RULES.parent / "aurora.test.yml").read_text())["tests"]
     fired = {case["alertname"] for one in tests for case in one["alert_rule_test"] if case["exp_alerts"]}
     assert fired == {rule["alert"] for rule in ALERTS}
@@ -70,7 +70,7 @@ def test_each_alert_fires_on_what_it_is_for() -> None:
 
 
 @needs_prometheus
-def test_prometheus_takes_its_configuration(tmp_path: Path) -> None:
+def test_prometheus_accepts_its_configuration(tmp_path: Path) -> None:
     config = (ROOT / "ops/deploy/monitoring/prometheus/prometheus.yml").read_text()
     (tmp_path / "prometheus.yml").write_text(config.replace("/etc/prometheus/aurora.rules.yml", str(RULES)))
     run = subprocess.run(

@@ -1,5 +1,6 @@
-"""The loop on one page: serving, stream, learning, versions. ``python -m ops.deploy.monitoring.dashboards.loop``
-writes ``loop.json``.
+"""Dashboard of the whole loop: serving, stream, training, versions.
+
+``python -m ops.deploy.monitoring.dashboards.loop`` writes ``loop.json``.
 """
 
 from __future__ import annotations
@@ -21,25 +22,27 @@ _WIDTH, _HEIGHT = 8, 8
 
 
 @dataclass(frozen=True, slots=True)
-class Curve:
-    """A query in PromQL, and what its curves are called."""
+class Query:
+    """A PromQL query and the legend of its series."""
 
-    query: str
-    name: str
+    promql: str
+    legend: str
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
-    """One panel."""
+class Panel:
+    """A panel with time series."""
 
     title: str
-    about: str
-    curves: tuple[Curve, ...]
+    description: str
+    queries: tuple[Query, ...]
     unit: str = "short"
+    signed: bool = False
+    """Whether the axis shows values below zero."""
 
 
 def _rate(counter: str, by: str = "") -> str:
-    """Per second; zero where nothing of it was counted yet."""
+    """Return the rate per second, summed by a label; zero before the first increment."""
     grouped = f" by ({by})" if by else ""
     rate = f"sum{grouped} (rate({counter}_total[{_INTERVAL}]))"
     return f"{rate} or vector(0)" if by else rate
@@ -49,171 +52,185 @@ def _quantile(q: float, histogram: str) -> str:
     return f"histogram_quantile({q}, sum by (le) (rate({histogram}_bucket[{_INTERVAL}])))"
 
 
-ROWS: dict[str, tuple[Picture, ...]] = {
+def _ratio(numerator: str, denominator: str) -> str:
+    """Return the ratio of two counters' rates, by node."""
+    return " / ".join(f"sum by (instance) (rate({name}_total[{_INTERVAL}]))" for name in (numerator, denominator))
+
+
+ROWS: dict[str, tuple[Panel, ...]] = {
     "Serving": (
-        Picture(
+        Panel(
             "Output tokens per second",
-            "What the nodes give, beside what each expects of its target alone: below it, drafting costs more than it "
-            "gives.",
+            "Measured rate of each node, and the rate it expects without drafting. If the measured rate is lower, "
+            "drafting costs more than it saves.",
             (
-                Curve(f"sum by (instance) (rate(aurora_serve_output_tokens_total[{_INTERVAL}]))", "{{instance}}"),
-                Curve(
+                Query(f"sum by (instance) (rate(aurora_serve_output_tokens_total[{_INTERVAL}]))", "{{instance}}"),
+                Query(
                     'aurora_serve_expected_tokens_per_second{drafted="0"}', "{{instance}}, expected without drafting"
                 ),
             ),
         ),
-        Picture(
-            "Accepted tokens per step",
-            "Drafted tokens that the target keeps in a verify step; the bonus token is not in it.",
+        Panel(
+            "Acceptance length",
+            "Tokens per verify step: 1 + accepted tokens per step (bonus token included).",
             (
-                Curve(
-                    f"sum by (instance) (rate(aurora_serve_accepted_tokens_total[{_INTERVAL}])) / "
-                    f"sum by (instance) (rate(aurora_serve_verify_steps_total[{_INTERVAL}]))",
+                Query(
+                    f"1 + {_ratio('aurora_serve_accepted_tokens', 'aurora_serve_verify_steps')}",
                     "{{instance}}",
                 ),
             ),
         ),
-        Picture(
+        Panel(
             "Draft depth",
-            "Tokens that a node drafts for a request, one after the other; 0 while drafting does not pay.",
-            (Curve("aurora_serve_draft_depth", "{{instance}}"),),
+            "Draft tokens per request and verify step along the deepest path; 0 while drafting does not pay.",
+            (Query("aurora_serve_draft_depth", "{{instance}}"),),
         ),
-        Picture(
+        Panel(
             "Requests",
-            "Choices of requests that ended, by outcome, and how many run and wait.",
+            "Choices that finished, by outcome, and the requests that run and wait.",
             (
-                Curve(_rate("aurora_serve_requests", "outcome"), "{{outcome}} a second"),
-                Curve("sum (aurora_serve_running)", "running"),
-                Curve("sum (aurora_serve_waiting)", "waiting"),
+                Query(_rate("aurora_serve_requests", "outcome"), "{{outcome}} per second"),
+                Query("sum (aurora_serve_running)", "running"),
+                Query("sum (aurora_serve_waiting)", "waiting"),
             ),
         ),
-        Picture(
-            "Time to the first token",
-            "From the request to its first token.",
+        Panel(
+            "Time to first token",
+            "From the arrival of a request to its first token.",
             (
-                Curve(_quantile(0.5, "aurora_serve_first_token_seconds"), "p50"),
-                Curve(_quantile(0.99, "aurora_serve_first_token_seconds"), "p99"),
+                Query(_quantile(0.5, "aurora_serve_first_token_seconds"), "p50"),
+                Query(_quantile(0.99, "aurora_serve_first_token_seconds"), "p99"),
             ),
             "s",
         ),
-        Picture(
-            "Time between tokens",
-            "Of each output token after the first; a verify step's time is shared by its tokens.",
+        Panel(
+            "Inter-token latency",
+            "Of each output token after the first. The tokens of a verify step share its time equally.",
             (
-                Curve(_quantile(0.5, "aurora_serve_between_tokens_seconds"), "p50"),
-                Curve(_quantile(0.99, "aurora_serve_between_tokens_seconds"), "p99"),
+                Query(_quantile(0.5, "aurora_serve_between_tokens_seconds"), "p50"),
+                Query(_quantile(0.99, "aurora_serve_between_tokens_seconds"), "p99"),
             ),
             "s",
         ),
     ),
     "From traces to tables": (
-        Picture(
-            "VerifySteps",
-            "Verify steps that nodes handed over, that the broker acknowledged, and that were given up.",
+        Panel(
+            "Verify steps",
+            "Trace rows that nodes captured, published and dropped, and rows that the stream wrote to the tables.",
             (
-                Curve(_rate("aurora_serve_trace_rows_captured"), "captured"),
-                Curve(_rate("aurora_serve_trace_rows_published"), "published"),
-                Curve(_rate("aurora_serve_trace_rows_shed", "reason"), "shed {{reason}}"),
-                Curve(_rate("aurora_stream_rows_written"), "written"),
+                Query(_rate("aurora_serve_trace_rows_captured"), "captured"),
+                Query(_rate("aurora_serve_trace_rows_published"), "published"),
+                Query(_rate("aurora_serve_trace_rows_shed", "reason"), "dropped, {{reason}}"),
+                Query(_rate("aurora_stream_rows_written"), "written"),
             ),
         ),
-        Picture(
-            "Behind",
-            "Records that the tables lack, and for how long some have waited while none arrived.",
+        Panel(
+            "Lag of the tables",
+            "Records on the broker that the tables do not contain, and how long a partition has made no progress.",
             (
-                Curve("sum by (partition) (aurora_stream_lag_records)", "records of partition {{partition}}"),
-                Curve("max (aurora_stream_waiting_seconds)", "waiting, s"),
+                Query("sum by (partition) (aurora_stream_lag_records)", "records of partition {{partition}}"),
+                Query("max (aurora_stream_waiting_seconds)", "stalled, s"),
             ),
         ),
-        Picture(
-            "Records that could not be used",
-            "Dead letters by reason, records that the log lost, and commits that were refused or failed.",
+        Panel(
+            "Rejected records and failed commits",
+            "Dead letters by reason, records lost to retention, and commits that were fenced or failed.",
             (
-                Curve(_rate("aurora_stream_dead_letters", "reason"), "dead {{reason}}"),
-                Curve(_rate("aurora_stream_lost"), "lost"),
-                Curve(_rate("aurora_stream_fenced"), "fenced"),
-                Curve(_rate("aurora_stream_table_errors"), "table errors"),
+                Query(_rate("aurora_stream_dead_letters", "reason"), "dead letters, {{reason}}"),
+                Query(_rate("aurora_stream_lost"), "lost to retention"),
+                Query(_rate("aurora_stream_fenced"), "fenced"),
+                Query(_rate("aurora_stream_table_errors"), "table errors"),
             ),
         ),
-        Picture(
-            "Acceptance by version and traffic",
-            "Share of the verify steps in which the first drafted token was accepted, since the last drift.",
-            (Curve("aurora_stream_first_token_acceptance_ratio", "version {{speculator}} {{label}}"),),
+        Panel(
+            "First-token acceptance by version and label",
+            "Ratio of verify steps whose first draft token was accepted, since the last drift.",
+            (Query("aurora_stream_first_token_acceptance_ratio", "version {{speculator}} {{label}}"),),
             "percentunit",
         ),
-        Picture(
+        Panel(
             "Drift",
-            "Changes of acceptance that were noticed.",
-            (Curve(f"sum (increase(aurora_stream_drift_events_total[{_INTERVAL}]))", "events"),),
+            "Detected changes of acceptance.",
+            (Query(f"sum (increase(aurora_stream_drift_events_total[{_INTERVAL}]))", "events"),),
         ),
-        Picture(
+        Panel(
             "Health",
-            "1 where all is well: engines that run, workers that make progress; breakers are 2 while a node cannot "
-            "publish.",
+            "1 for engines that run and workers that make progress. Circuit breakers: 0 closed, 1 half open, 2 open.",
             (
-                Curve("aurora_serve_alive", "engine of {{instance}}"),
-                Curve("aurora_stream_live", "worker {{instance}}"),
-                Curve("aurora_serve_trace_breaker", "breaker of {{instance}}"),
+                Query("aurora_serve_alive", "engine of {{instance}}"),
+                Query("aurora_stream_live", "worker {{instance}}"),
+                Query("aurora_serve_trace_breaker", "circuit breaker of {{instance}}"),
             ),
         ),
     ),
-    "Learning": (
-        Picture("Loss", "Of the last step, by term.", (Curve("aurora_train_loss", "{{term}}"),)),
-        Picture(
-            "Loss by step of the unrolled draft",
-            "Mean divergence from the target's distribution after so many drafted tokens.",
-            (Curve("aurora_train_step_loss", "step {{step}}"),),
+    "Training": (
+        Panel("Loss", "Of the last training step, by term.", (Query("aurora_train_loss", "{{term}}"),)),
+        Panel(
+            "Loss by TTT step",
+            "Mean divergence from the target's distribution at each step of the training-time test.",
+            (Query("aurora_train_step_loss", "TTT step {{step}}"),),
         ),
-        Picture(
-            "Accepted tokens per step, held out",
-            "Simulated on requests that are never trained on; bonus excluded.",
-            (Curve("aurora_train_accepted_per_step", "in training"),),
+        Panel(
+            "Acceptance length on the held-out set",
+            "Simulated on requests that are never trained on; bonus token included.",
+            (Query("aurora_train_accepted_per_step", "in training"),),
         ),
-        Picture(
+        Panel(
             "Tokens per second",
-            "Tokens that training passes over, replay and waiting included.",
-            (Curve("aurora_train_tokens_per_second", "{{instance}}"),),
+            "Tokens that training processes, replay and idle time included.",
+            (Query("aurora_train_tokens_per_second", "{{instance}}"),),
         ),
-        Picture(
-            "Behind the tables",
-            "Commits that are not read, windows that are not learned from, and the age of the newest one that is.",
+        Panel(
+            "Lag of training",
+            "Commits that are not read, samples that wait for training, and the age of the newest sample when a step "
+            "used it.",
             (
-                Curve("aurora_train_lag_commits", "commits"),
-                Curve("aurora_train_windows_waiting", "windows"),
-                Curve("aurora_train_newest_window_age_seconds", "age of the newest, s"),
+                Query("aurora_train_lag_commits", "commits"),
+                Query("aurora_train_windows_waiting", "samples"),
+                Query("aurora_train_newest_window_age_seconds", "age of the newest, s"),
             ),
         ),
-        Picture(
-            "Steps gone wrong",
-            "Steps that were not taken, and returns to the last good state.",
+        Panel(
+            "Skipped steps and rollbacks",
+            "Training steps without a finite loss or gradient, and restores of the last good checkpoint.",
             (
-                Curve(f"sum (increase(aurora_train_unfit_steps_total[{_INTERVAL}]))", "not taken"),
-                Curve(f"sum (increase(aurora_train_rollbacks_total[{_INTERVAL}]))", "went back"),
+                Query(f"sum (increase(aurora_train_unfit_steps_total[{_INTERVAL}]))", "skipped steps"),
+                Query(f"sum (increase(aurora_train_rollbacks_total[{_INTERVAL}]))", "rollbacks"),
             ),
         ),
     ),
     "Versions": (
-        Picture(
+        Panel(
             "Versions",
-            "Registered by the trainer, swapped in and refused by nodes, since each began.",
+            "Registered by the trainer, swapped in and rejected by nodes, since each process started.",
             (
-                Curve("sum (aurora_train_registered_total)", "registered"),
-                Curve("sum by (instance) (aurora_serve_swaps_total)", "swapped in by {{instance}}"),
-                Curve("sum by (instance) (aurora_serve_refused_total)", "refused by {{instance}}"),
+                Query("sum (aurora_train_registered_total)", "registered"),
+                Query("sum by (instance) (aurora_serve_swaps_total)", "swapped in by {{instance}}"),
+                Query("sum by (instance) (aurora_serve_refused_total)", "rejected by {{instance}}"),
             ),
         ),
-        Picture(
-            "Alias moves",
-            "Recorded by the promoter.",
-            (Curve("sum by (alias) (aurora_promoter_alias_moves_total) or vector(0)", "{{alias}}"),),
-        ),
-        Picture(
-            "Failed calls",
-            "To registry, broker and tables, which are tried again.",
+        Panel(
+            "Alias moves and rollbacks",
+            "Recorded alias moves, and versions that the promoter rolled back, by alias.",
             (
-                Curve(_rate("aurora_train_errors", "part"), "trainer, {{part}}"),
-                Curve(_rate("aurora_promoter_errors", "part"), "promoter, {{part}}"),
-                Curve(_rate("aurora_serve_registry_failures", "instance"), "registry, {{instance}}"),
+                Query("sum by (alias) (aurora_promoter_alias_moves_total) or vector(0)", "moves of {{alias}}"),
+                Query("sum by (alias) (aurora_promoter_rollbacks_total)", "rollbacks as {{alias}}"),
+            ),
+        ),
+        Panel(
+            "Canary analysis and post-promotion watch",
+            "Relative difference of the new version against the version it is compared with, on live traffic.",
+            (Query("aurora_promoter_canary_difference_ratio", "{{kind}}, {{figure}}"),),
+            "percentunit",
+            signed=True,
+        ),
+        Panel(
+            "Failed calls",
+            "To registry, broker and tables; processes retry them.",
+            (
+                Query(_rate("aurora_train_errors", "part"), "trainer, {{part}}"),
+                Query(_rate("aurora_promoter_errors", "part"), "promoter, {{part}}"),
+                Query(_rate("aurora_serve_registry_failures", "instance"), "registry, {{instance}}"),
             ),
         ),
     ),
@@ -222,13 +239,14 @@ ROWS: dict[str, tuple[Picture, ...]] = {
 ANNOTATIONS = {
     "swap": ("changes(aurora_serve_swaps_total[1m]) > 0", "green"),
     "drift": ("increase(aurora_stream_drift_events_total[1m]) > 0", "orange"),
-    "training went back": ("increase(aurora_train_rollbacks_total[1m]) > 0", "red"),
+    "training rollback": ("increase(aurora_train_rollbacks_total[1m]) > 0", "red"),
+    "version rollback": ("increase(aurora_promoter_rollbacks_total[1m]) > 0", "purple"),
 }
-"""Moments that are marked in every picture, by the query that is true then, with a colour."""
+"""Moments that every panel marks: the query that is true at the moment, and the colour."""
 
 
 def build() -> str:
-    """The dashboard as JSON."""
+    """Return the dashboard as JSON."""
     board = (
         dashboard.Dashboard("Aurora: the loop")
         .uid("aurora-loop")
@@ -240,23 +258,22 @@ def build() -> str:
     )
     for name, (query, colour) in ANNOTATIONS.items():
         board = board.annotation(_annotation(name, query, colour))
-    for row, pictures in ROWS.items():
+    for row, panels in ROWS.items():
         board = board.with_row(dashboard.Row(row))
-        for picture in pictures:
-            board = board.with_panel(_panel(picture))
+        for panel in panels:
+            board = board.with_panel(_panel(panel))
     return JSONEncoder(sort_keys=True, indent=2).encode(board.build()) + "\n"
 
 
-def _panel(picture: Picture) -> timeseries.Panel:
-    panel = (
+def _panel(panel: Panel) -> timeseries.Panel:
+    built = (
         timeseries.Panel()
-        .title(picture.title)
-        .description(picture.about)
+        .title(panel.title)
+        .description(panel.description)
         .datasource(_source())
         .span(_WIDTH)
         .height(_HEIGHT)
-        .unit(picture.unit)
-        .min(0)
+        .unit(panel.unit)
         .fill_opacity(8)
         .legend(
             common.VizLegendOptions()
@@ -266,10 +283,11 @@ def _panel(picture: Picture) -> timeseries.Panel:
         )
         .tooltip(common.VizTooltipOptions().mode(TooltipDisplayMode.MULTI))
     )
-    for letter, curve in zip("ABCDEFGH", picture.curves, strict=False):
-        query = prometheus.Dataquery().expr(curve.query).legend_format(curve.name).ref_id(letter)
-        panel = panel.with_target(query)
-    return panel
+    if not panel.signed:
+        built = built.min(0)
+    for letter, query in zip("ABCDEFGH", panel.queries, strict=False):
+        built = built.with_target(prometheus.Dataquery().expr(query.promql).legend_format(query.legend).ref_id(letter))
+    return built
 
 
 def _annotation(name: str, query: str, colour: str) -> dashboard.AnnotationQuery:
@@ -283,10 +301,10 @@ def _source() -> DataSourceRef:
 
 
 def queries() -> Sequence[str]:
-    """Every query of every picture."""
-    return [curve.query for pictures in ROWS.values() for picture in pictures for curve in picture.curves]
+    """Return every query of every panel."""
+    return [query.promql for panels in ROWS.values() for panel in panels for query in panel.queries]
 
 
 if __name__ == "__main__":
     FILE.write_text(build())
-    sys.stdout.write(f"{FILE}: {sum(len(pictures) for pictures in ROWS.values())} panels\n")
+    sys.stdout.write(f"{FILE}: {sum(map(len, ROWS.values()))} panels\n")

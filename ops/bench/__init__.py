@@ -1,1 +1,1 @@
-"""``aurora bench``: what the serving node is worth on this machine, in figures that a second run gives again."""
+"""Benchmarks of the parts and of the whole loop. They exist in a checkout only: no wheel and no image contains them."""

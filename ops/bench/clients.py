@@ -12,8 +12,8 @@ from typing import Any
 
 import httpx
 
-from ops import prompts
-from ops.bench.prompted import SAMPLED
+from ops.bench import prompts
+from ops.bench.prompts import SAMPLED
 from ops.loadgen.traffic import Prompt, parse_event, read_answer
 
 _TIMEOUT = httpx.Timeout(300, connect=10)
@@ -53,7 +53,7 @@ class Clients:
 
     async def _send_all(self) -> None:
         limits = httpx.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency)
-        asked = [Prompt(domain, text) for domain in prompts.DOMAINS for text in prompts.read(domain)]
+        asked = [Prompt(domain, text) for domain in prompts.DOMAINS for text in prompts.read_prompts(domain)]
         random.Random(self.seed).shuffle(asked)  # noqa: S311
         numbers = count()
         async with httpx.AsyncClient(base_url=self.url, timeout=_TIMEOUT, limits=limits) as client:

@@ -15,19 +15,17 @@ from pathlib import Path
 
 from pydantic import SecretStr
 
-from ops import prompts
-from ops.bench import machine
-from ops.bench.embedded import free_port
+from ops.bench import prompts
+from ops.bench.embedded_kafka import free_port
+from ops.bench.harness import Report, Session
 from ops.bench.loop_course import Course, Size
 from ops.bench.loop_figures import figures, told
 from ops.bench.loop_page import page
-from ops.bench.outcome import Report
 from ops.demo.run import wipe
 from ops.local.stack import Say, running_stack
 from ops.report.writing import write_page
 from schemas.errors import UserError
 from schemas.settings import Kafka, Registry, Settings
-from trainer.release.registration import code_revision
 
 LEAST_MINUTES = 0.5
 
@@ -69,17 +67,14 @@ def run(settings: Settings, options: Options, say: Say) -> Report:
     domains, size = pair(options.domains), options.size
     if options.html:
         write_page("--html", options.html, "")
-    described = machine.describe(settings.serve.num_threads)
+    session = Session(settings.serve.num_threads)
     here = own(settings)
     with running_stack(here, say, restart=False) as stack:
         if options.fresh:
             wipe(here)
         record = Course(stack, domains, size, say).run()
-    described["load_average_after"] = machine.load_average()
-    report = Report(
+    report = session.report(
         title=f"the loop through {' and '.join(domains)} prompts",
-        machine=described,
-        code=code_revision(),
         about={"domains": domains, **asdict(size), **told(record), "logs": f"{here.stack.data_dir}/logs"},
         figures=figures(record),
     )

@@ -13,7 +13,7 @@ from http import HTTPStatus
 import httpx
 import psutil
 
-from ops.bench.paired import Rates, interleaved
+from ops.bench.harness import Rates, run_alternating
 from ops.demo.record import Answered, accepted_per_step
 from ops.loadgen.traffic import Load, Prompt
 from schemas.errors import UserError
@@ -156,8 +156,8 @@ def compare(node: Node, arms: Mapping[str, Arm], prompts: Sequence[Prompt], plan
 
         return answer
 
-    rates = interleaved(
-        {name: answering(name) for name in arms}, plan.trials, prepare=prepare, processor=node.processor_s
+    rates = run_alternating(
+        {name: answering(name) for name in arms}, plan.trials, prepare=prepare, processor_s=node.processor_s
     )
     return Measured(
         at_once=plan.at_once,

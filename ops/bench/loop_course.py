@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
 
-from ops.bench import prompted
+from ops.bench import prompts as bench_prompts
 from ops.bench.loop_arms import Arm, Measured, Node, Plan, compare
 from ops.bench.loop_served import Span, Waits, read_rows, read_served, waits
 from ops.demo.record import EDGE, Answered, Run, Swap, accepted_per_step
@@ -82,7 +82,9 @@ class Course:
         Raises:
             UserError: a part died, a request that was measured with failed, or no prompts.
         """
-        texts = {name: (prompted.learned_from(name), prompted.held_out(name)) for name in self._domains}
+        texts = {
+            name: (bench_prompts.training_prompts(name), bench_prompts.held_out_prompts(name)) for name in self._domains
+        }
         traffic = {name: cycle([Prompt(name, text) for text in learned]) for name, (learned, _) in texts.items()}
         held_out = {name: [Prompt(name, text) for text in kept] for name, (_, kept) in texts.items()}
         one, other = self._domains
@@ -156,7 +158,9 @@ class Course:
         for plan in plans:
             self._say(f"measuring {', '.join(arms)} on held-out prompts, {plan.at_once} at a time")
             found.append(compare(self._node, arms, prompts, plan))
-            self._say(", ".join(f"{name} {rates.told}" for name, rates in found[-1].rates.items()) + " tokens/s")
+            self._say(
+                ", ".join(f"{name} {rates.tokens_per_s}" for name, rates in found[-1].rates.items()) + " tokens/s"
+            )
         self._measuring.append((began, time.time()))
         return tuple(found)
 

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from ops.bench.harness import Figure, Goal, compare_arms, percentile
 from ops.bench.loop_arms import Measured
 from ops.bench.loop_course import ADAPTIVE, NONE, STATIC, YOUNG_S, Record
 from ops.bench.loop_served import Waits
-from ops.bench.paired import Figure, Goal, percentile, ratio
 from ops.demo.record import Answered, Run, accepted_per_step, edge_rates, edges, summary
 
 DAY_0_GOAL, SHIFT_GOAL = Goal(1.5, at_least=True), Goal(1.25, at_least=True)
@@ -69,7 +69,7 @@ def _speeds(
 
 def _speed(name: str, measured: Measured, under: str, goal: Goal | None = None, **detail: str | None) -> Figure:
     compared = (ADAPTIVE, under)
-    return ratio(
+    return compare_arms(
         name,
         measured.rates,
         ADAPTIVE,

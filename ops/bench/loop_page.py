@@ -8,9 +8,8 @@ from pathlib import Path
 from string import Template
 
 from ops import report as pages
+from ops.bench.harness import Figure, Report
 from ops.bench.loop_course import Record
-from ops.bench.outcome import Report
-from ops.bench.paired import Figure
 from ops.demo.record import ROLLING
 from ops.report.charts import accepted_per_step_chart, loss_chart
 from ops.report.demo_page import STYLE, figure_card, number, version_rows
@@ -44,7 +43,7 @@ def page(record: Record, report: Report) -> str:
 
 
 def _row(figure: Figure) -> str:
-    spread = figure.samples and f"{min(figure.samples.values):.2f} .. {max(figure.samples.values):.2f}"
+    spread = figure.ratios and f"{min(figure.ratios.values):.2f} .. {max(figure.ratios.values):.2f}"
     outcome = {True: "met", False: "missed", None: ""}[figure.met]
     cells = [f"{number(figure.value, 3)} {figure.unit}".strip(), spread or "", str(figure.goal or ""), outcome]
     numbers = "".join(f'<td class="number">{escape(cell)}</td>' for cell in cells)

@@ -21,10 +21,9 @@ from statistics import linear_regression, median
 
 import psutil
 
-from ops.bench import embedded, machine, speculator
+from ops.bench import embedded_kafka, speculator
 from ops.bench.clients import Clients
-from ops.bench.outcome import Report
-from ops.bench.paired import Figure, Goal
+from ops.bench.harness import Figure, Goal, Report, Session
 from ops.local.kafka import Broker
 from ops.local.mlflow_server import RegistryServer
 from ops.local.parts import answers
@@ -36,7 +35,6 @@ from schemas.speculator import checkpoint
 from schemas.speculator.network import EagleDraft
 from schemas.status import ServeStatus
 from trainer.data.target import Target, read_target
-from trainer.release.registration import code_revision
 from trainer.release.registry import SpeculatorRegistry
 
 _OUTAGES = (0.3, 0.6)
@@ -88,10 +86,10 @@ def run(settings: Settings, options: Options, say: Say) -> Report:
         UserError: no target, no such speculator, or the node ended.
         StartError: a part did not come up.
     """
-    described = machine.describe(settings.serve.num_threads)
+    session = Session(settings.serve.num_threads)
     provide_target(settings.target, say)
     target = read_target(settings)
-    trained = speculator.find(settings, options.speculator, target.line)
+    trained = speculator.load_speculator(settings, options.speculator, target.line)
     folder = Path(settings.stack.data_dir) / "bench" / "soak"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -99,10 +97,9 @@ def run(settings: Settings, options: Options, say: Say) -> Report:
         registry = SpeculatorRegistry(here.registry)
         versions = _register(registry, target, trained)
         outcome = Soak(here, options, node, broker, registry, versions, target.line, say).run()
-    described["load_average_after"] = machine.load_average()
     about = {"options": asdict(options), "logs": str(folder)}
     title = f"soak of {options.minutes:g} minutes"
-    return Report(title, described, code_revision(), about, tuple(judge(outcome, options)))
+    return session.report(title, about, judge(outcome, options))
 
 
 class Soak:
@@ -296,12 +293,14 @@ def _parts(settings: Settings, folder: Path, say: Say) -> Iterator[tuple[Process
     """A node, a broker and a registry, each a process of its own; the settings say where they are."""
     with ExitStack() as undo:
         say("starting broker, registry and node")
-        broker = undo.enter_context(embedded.broker(folder / "broker"))
-        registry = RegistryServer(folder / "registry", embedded.free_port(), (folder / "registry.log").absolute())
+        broker = undo.enter_context(embedded_kafka.running_broker(folder / "broker"))
+        registry = RegistryServer(folder / "registry", embedded_kafka.free_port(), (folder / "registry.log").absolute())
         registry.start()
         undo.callback(registry.stop)
-        here = embedded.pointed_at(settings, broker.bootstrap)
-        serve = here.serve.model_copy(update={"host": "127.0.0.1", "port": embedded.free_port(), "poll_interval": 1.0})
+        here = embedded_kafka.use_broker(settings, broker.bootstrap)
+        serve = here.serve.model_copy(
+            update={"host": "127.0.0.1", "port": embedded_kafka.free_port(), "poll_interval": 1.0}
+        )
         here = here.model_copy(update={"serve": serve, "registry": Registry(tracking_uri=registry.uri)})
         node = _node(here, folder)
         node.start()

@@ -9,16 +9,16 @@ from string import Template
 
 import matplotlib as mpl
 
+from ops.bench.harness import Report
 from ops.bench.learning.variants import Order
-from ops.bench.outcome import Report
-from ops.bench.sync_policies import Outcome, kept, net
+from ops.bench.sync import PolicyOutcome
 from ops.report.canvas import MUTED, OTHERS, SERIES, figure_of, style, svg
 from ops.report.demo_page import STYLE, figure_card, number
 
 _TEMPLATE = Path(__file__).with_name("sync.html")
 
 
-def page(found: Mapping[Order, Sequence[Outcome]], report: Report) -> str:
+def render_page(found: Mapping[Order, Sequence[PolicyOutcome]], report: Report) -> str:
     """The whole page."""
     figures = {figure.name: figure for figure in report.figures}
     headline = {
@@ -38,15 +38,15 @@ def page(found: Mapping[Order, Sequence[Outcome]], report: Report) -> str:
     )
 
 
-def frontier(name: str, outcomes: Sequence[Outcome]) -> str:
+def frontier(name: str, outcomes: Sequence[PolicyOutcome]) -> str:
     """Accepted tokens per step kept over swap overhead: fixed intervals as a line, ``auto`` beside it."""
     every, fixed, auto = outcomes[0], sorted(outcomes[:-1], key=lambda o: o.overhead), outcomes[-1]
     with mpl.rc_context(style(name)):
         figure, axes = figure_of(3.5)
-        axes.plot([o.overhead * 100 for o in fixed], [kept(o, every) * 100 for o in fixed], "o-", color=SERIES)
-        axes.plot([auto.overhead * 100], [kept(auto, every) * 100], "D", color=OTHERS[0], markersize=9)
+        axes.plot([o.overhead * 100 for o in fixed], [o.accepted_share(every) * 100 for o in fixed], "o-", color=SERIES)
+        axes.plot([auto.overhead * 100], [auto.accepted_share(every) * 100], "D", color=OTHERS[0], markersize=9)
         for outcome in outcomes:
-            place = (outcome.overhead * 100, kept(outcome, every) * 100)
+            place = (outcome.overhead * 100, outcome.accepted_share(every) * 100)
             axes.annotate(outcome.name, place, (6, -12), textcoords="offset points", color=MUTED, fontsize=9)
         axes.set_xlabel("share of serving time spent on takeovers, %", color=MUTED)
         axes.set_ylabel("accepted tokens per step kept, %")
@@ -54,7 +54,7 @@ def frontier(name: str, outcomes: Sequence[Outcome]) -> str:
         return svg(figure)
 
 
-def _section(order: Order, outcomes: Sequence[Outcome]) -> str:
+def _section(order: Order, outcomes: Sequence[PolicyOutcome]) -> str:
     every = outcomes[0]
     rows = "".join(_row(outcome, every) for outcome in outcomes)
     head = "".join(
@@ -68,12 +68,12 @@ def _section(order: Order, outcomes: Sequence[Outcome]) -> str:
     return f"<h2>{title}</h2>{frontier(order, outcomes)}{table}"
 
 
-def _row(outcome: Outcome, every: Outcome) -> str:
+def _row(outcome: PolicyOutcome, every: PolicyOutcome) -> str:
     cells = (
-        str(outcome.takeovers),
+        str(outcome.updates),
         f"{outcome.overhead:.3%}",
-        f"{kept(outcome, every):.1%}",
-        f"{net(outcome, every):.1%}",
+        f"{outcome.accepted_share(every):.1%}",
+        f"{outcome.output_share(every):.1%}",
     )
     numbers = "".join(f'<td class="number">{cell}</td>' for cell in cells)
     return f"<tr><td>{escape(outcome.name)}</td>{numbers}</tr>"

@@ -1,69 +1,78 @@
-"""``aurora bench``: what the parts are worth on this machine."""
+"""``aurora bench``: measure the parts and the whole loop on this machine."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ops.cli.terminal import AsJson, Config, Set, hint, say, settings_of, told
+from schemas.settings import Settings
+from schemas.telemetry import logs
 
-app = typer.Typer(no_args_is_help=True, help="Measure on this machine what the parts and the whole loop are worth.")
+app = typer.Typer(no_args_is_help=True, help="Measure the parts and the whole loop on this machine.")
+
+Only = Annotated[
+    list[str] | None, typer.Option("--only", metavar="NAME", help="Figures whose names begin with NAME; repeatable.")
+]
+Speculator = Annotated[str, typer.Option("--speculator", help="Trained speculator: name in the cache, or folder.")]
+_DOMAINS = "math|code|sql|chat"
+
+
+@contextmanager
+def _benchmark(config: Path | None, set_: list[str] | None) -> Iterator[Settings]:
+    """Load the settings and limit the logs to warnings; report user errors in one line."""
+    with told():
+        logs.configure("bench", "warning")
+        yield settings_of(config, set_)
 
 
 @app.command()
 def speculator(  # noqa: PLR0913, PLR0917 - one for each flag
     config: Config = None,
     set_: Set = None,
-    domain: Annotated[str, typer.Option(metavar="math|code|sql|chat", help="Prompts to learn from.")] = "math",
-    name: Annotated[str | None, typer.Option(help="Name in the cache; the domain where none is given.")] = None,
+    domain: Annotated[str, typer.Option(metavar=_DOMAINS, help="Domain of the prompts to train on.")] = "math",
+    name: Annotated[str | None, typer.Option(help="Name in the cache; the domain by default.")] = None,
     requests: Annotated[int, typer.Option(min=25, help="Requests to record.")] = 400,
-    max_tokens: Annotated[int, typer.Option(min=8, help="Longest recorded answer, in tokens.")] = 96,
+    max_tokens: Annotated[int, typer.Option(min=8, help="Longest recorded output, in tokens.")] = 96,
     minutes: Annotated[float, typer.Option(min=0.1, help="Training time, after the recording.")] = 12,
     steps: Annotated[int, typer.Option(min=1, max=16, help="Steps of the training-time test.")] = 4,
     as_json: AsJson = False,
 ) -> None:
     """Train a speculator on recorded traces of one domain, for the other benchmarks."""
-    with told():
-        from dataclasses import asdict
+    with _benchmark(config, set_) as settings:
+        from ops.bench import speculator as training
 
-        from ops.bench import speculator as trainer
-        from schemas.telemetry import logs
-
-        logs.configure("bench", "warning")
-        plan = trainer.Plan(name or domain, domain, requests, max_tokens, minutes, steps)
-        trained = trainer.run(settings_of(config, set_), plan, hint if as_json else say)
+        options = training.SpeculatorOptions(name or domain, domain, requests, max_tokens, minutes, steps)
+        trained = training.run(settings, options, hint if as_json else say)
         if as_json:
             sys.stdout.write(json.dumps(asdict(trained), indent=2) + "\n")
         else:
-            say(f"{trained.folder}: accepted tokens per step {trained.accepted_per_step:.2f} of {trained.lookahead}")
+            accepted = f"{trained.accepted_per_step:.2f} of {trained.lookahead} draft tokens accepted per step"
+            say(f"{trained.folder}: {accepted}")
 
 
 @app.command()
 def serving(
     config: Config = None,
     set_: Set = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer and shorter trials: below three minutes.")] = False,
-    only: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Figures that begin with this; repeatable.")
-    ] = None,
-    speculator: Annotated[str, typer.Option(help="Trained speculator: name in the cache, or folder.")] = "math",
-    domain: Annotated[
-        str, typer.Option(metavar="math|code|sql|chat", help="The domain that it was trained for.")
-    ] = "math",
+    quick: Annotated[bool, typer.Option("--quick", help="Run fewer and shorter trials: below three minutes.")] = False,
+    only: Only = None,
+    speculator: Speculator = "math",
+    domain: Annotated[str, typer.Option(metavar=_DOMAINS, help="Domain that the speculator was trained for.")] = "math",
     as_json: AsJson = False,
 ) -> None:
-    """Measure the serving node beside others on the same weights: speed, what speculation brings, what it costs."""
-    with told():
-        from ops.bench import serving as figures
-        from schemas.telemetry import logs
+    """Compare the serving node with other engines on the same weights, and measure speculation and its overheads."""
+    with _benchmark(config, set_) as settings:
+        from ops.bench.serving.serving_benchmark import run
 
-        logs.configure("bench", "warning")
-        options = figures.Options(quick, tuple(only or ()), speculator, domain)
-        report = figures.run(settings_of(config, set_), options, hint)
+        report = run(settings, hint, quick=quick, only=tuple(only or ()), trained_speculator=speculator, domain=domain)
         report.print(as_json=as_json)
 
 
@@ -71,21 +80,18 @@ def serving(
 def soak(
     config: Config = None,
     set_: Set = None,
-    minutes: Annotated[float, typer.Option(min=0.5, help="How long.")] = 30,
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 16,
+    minutes: Annotated[float, typer.Option(min=0.5, help="Length of the soak.")] = 30,
+    concurrency: Annotated[int, typer.Option(min=1, help="Concurrent requests.")] = 16,
     swap_every: Annotated[float, typer.Option(min=1, help="Seconds between two versions.")] = 10,
-    leaving: Annotated[float, typer.Option(min=0, max=1, help="Share of clients that hang up early.")] = 0.1,
-    speculator: Annotated[str, typer.Option(help="Trained speculator: name in the cache, or folder.")] = "math",
+    leaving: Annotated[float, typer.Option(min=0, max=1, help="Share of clients that disconnect early.")] = 0.1,
+    speculator: Speculator = "math",
     as_json: AsJson = False,
 ) -> None:
-    """Load a node for a long time, through swaps, clients that leave and a broker that goes away; exit 1 on a miss."""
-    with told():
-        from ops.bench import soak as soaking
-        from schemas.telemetry import logs
+    """Load a node for a long time, with swaps, disconnecting clients and broker outages; exit 1 if a goal is missed."""
+    with _benchmark(config, set_) as settings:
+        from ops.bench.soak import Options, run
 
-        logs.configure("bench", "warning")
-        options = soaking.Options(minutes, concurrency, swap_every, leaving, speculator)
-        report = soaking.run(settings_of(config, set_), options, hint)
+        report = run(settings, Options(minutes, concurrency, swap_every, leaving, speculator), hint)
         report.print(as_json=as_json)
         raise typer.Exit(0 if report.passed else 1)
 
@@ -94,20 +100,15 @@ def soak(
 def stream(
     config: Config = None,
     set_: Set = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer trials of less data: below three minutes.")] = False,
-    only: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Figures that begin with this; repeatable.")
-    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Run fewer trials of less data: below three minutes.")] = False,
+    only: Only = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure the stream worker from topic to committed tables, beside bare loops over the same records."""
-    with told():
-        from ops.bench.stream import Options, run
-        from schemas.telemetry import logs
+    with _benchmark(config, set_) as settings:
+        from ops.bench.stream.stream_benchmark import run
 
-        logs.configure("bench", "warning")
-        report = run(settings_of(config, set_), Options(quick, tuple(only or ())), hint)
-        report.print(as_json=as_json)
+        run(settings, hint, quick=quick, only=tuple(only or ())).print(as_json=as_json)
 
 
 @app.command()
@@ -119,37 +120,36 @@ def loop(  # noqa: PLR0913, PLR0917 - one for each flag
     ] = "code,math",
     minutes: Annotated[
         str | None,
-        typer.Option(metavar="EACH|ONE,OTHER", help="Minutes of learning in the domains; 10 where none are given."),
+        typer.Option(metavar="EACH|ONE,OTHER", help="Minutes of learning in the domains; 10 by default."),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Two minutes in each domain, and fewer trials.")] = False,
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests of the traffic at a time.")] = 4,
-    max_tokens: Annotated[int, typer.Option(min=8, help="Longest answer, in tokens.")] = 128,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Forget what earlier runs of this benchmark left.")] = False,
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the picture of the run there.")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Learn for two minutes in each domain, and run fewer trials.")
+    ] = False,
+    concurrency: Annotated[int, typer.Option(min=1, help="Concurrent requests of the traffic.")] = 4,
+    max_tokens: Annotated[int, typer.Option(min=8, help="Longest output, in tokens.")] = 128,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Delete the data of earlier runs of this benchmark.")] = False,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with curves and figures.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Drive the whole loop through two domains of traffic: what it gains, and how soon."""
-    with told():
+    """Run the whole loop through two domains of traffic: what it gains, and how soon."""
+    with _benchmark(config, set_) as settings:
         from ops.bench.loop import Options, run
-        from schemas.telemetry import logs
 
-        logs.configure("bench", "warning")
         options = Options(domains, minutes, quick, concurrency, max_tokens, fresh, html)
-        report = run(settings_of(config, set_), options, hint)
-        report.print(as_json=as_json)
+        run(settings, options, hint).print(as_json=as_json)
 
 
 @app.command()
 def learning(  # noqa: PLR0913, PLR0917 - one for each flag
     config: Config = None,
     set_: Set = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Three variants, two seeds, 12,000 tokens.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Run three variants, two seeds, 12,000 tokens.")] = False,
     only: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Variants that begin with this; repeatable.")
+        list[str] | None, typer.Option(metavar="NAME", help="Variants whose names begin with NAME; repeatable.")
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each variant.")] = 3,
-    tokens: Annotated[int | None, typer.Option(min=1, help="Of the recorded traffic; all where not given.")] = None,
-    processes: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="Trials of each variant.")] = 3,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of the recorded traffic; all by default.")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Parallel trials.")] = 1,
     record: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Record N requests of each domain where missing, and end.")
     ] = None,
@@ -157,66 +157,56 @@ def learning(  # noqa: PLR0913, PLR0917 - one for each flag
     as_json: AsJson = False,
 ) -> None:
     """Replay recorded traffic offline: how fast a speculator learns from it, and what helps."""
-    with told():
-        from ops.bench.learning import study, traffic
-        from schemas.telemetry import logs
+    with _benchmark(config, set_) as settings:
+        from ops.bench.learning import recorded_traffic, study
 
-        logs.configure("bench", "warning")
-        settings = settings_of(config, set_)
         if record is not None:
-            traffic.record(settings, record, hint)
+            recorded_traffic.record_traffic(settings, record, hint)
             return
-        options = study.Options(quick, tuple(only or ()), seeds, tokens, processes)
-        found = study.run(settings, options, hint)
+        result = study.run(
+            settings, hint, quick=quick, only=tuple(only or ()), seeds=seeds, tokens=tokens, processes=processes
+        )
         if html is not None:
-            from ops.bench.learning.page import page
+            from ops.bench.learning.page import render_page
             from ops.report.writing import write_page
 
-            write_page("--html", html, page(found))
+            write_page("--html", html, render_page(result))
             hint(f"{html}: written")
-        found.report().print(as_json=as_json)
+        result.report().print(as_json=as_json)
 
 
 @app.command()
 def trainer(
     config: Config = None,
     set_: Set = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer and shorter trials: below three minutes.")] = False,
-    only: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Figures that begin with this; repeatable.")
-    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Run fewer and shorter trials: below three minutes.")] = False,
+    only: Only = None,
     peers: Annotated[
         Path,
         typer.Option(metavar="FOLDER", help="Environment of the public trainers, as `make trainer-peers` builds it."),
     ] = Path(".venv-peers"),
     as_json: AsJson = False,
 ) -> None:
-    """Measure training steps beside public trainers of the same draft, and what learning from whole trees brings."""
-    with told():
-        from ops.bench.trainer import Options, run
-        from schemas.telemetry import logs
+    """Compare training steps with public trainers of the same draft, and measure training on whole draft trees."""
+    with _benchmark(config, set_) as settings:
+        from ops.bench.trainer.trainer_benchmark import run
 
-        logs.configure("bench", "warning")
-        report = run(settings_of(config, set_), Options(quick, tuple(only or ()), peers), hint)
-        report.print(as_json=as_json)
+        run(settings, hint, quick=quick, only=tuple(only or ()), peers=peers).print(as_json=as_json)
 
 
 @app.command()
 def promotion(
     config: Config = None,
     set_: Set = None,
-    runs: Annotated[int, typer.Option(min=20, help="Simulated trials of each kind.")] = 500,
-    quick: Annotated[bool, typer.Option("--quick", help="60 trials of each kind: below two minutes.")] = False,
+    runs: Annotated[int, typer.Option(min=20, help="Simulated canaries of each kind.")] = 500,
+    quick: Annotated[bool, typer.Option("--quick", help="60 canaries of each kind: below two minutes.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Simulate trials of canaries: how often they are decided wrongly, and what traffic it takes to decide rightly."""
-    with told():
-        from ops.bench.promotion import QUICK, run
-        from schemas.telemetry import logs
+    """Simulate canary analyses: how often they decide wrongly, and how much traffic they need to decide rightly."""
+    with _benchmark(config, set_) as settings:
+        from ops.bench.promotion import QUICK_RUNS, run
 
-        logs.configure("bench", "warning")
-        report = run(settings_of(config, set_), QUICK if quick else runs, hint)
-        report.print(as_json=as_json)
+        run(settings, QUICK_RUNS if quick else runs, hint).print(as_json=as_json)
 
 
 @app.command()
@@ -225,16 +215,14 @@ def sync(
     set_: Set = None,
     quick: Annotated[bool, typer.Option("--quick", help="Less traffic, fewer versions: below three minutes.")] = False,
     tokens: Annotated[
-        int | None, typer.Option(min=1000, help="Of the recorded traffic; 50,000 where not given, 8,000 with --quick.")
+        int | None,
+        typer.Option(min=1000, help="Tokens of the recorded traffic; 50,000 by default, 8,000 with --quick."),
     ] = None,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with the frontier.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Sweep how often a node takes newer versions over: what adapts less, and what swaps cost."""
-    with told():
-        from ops.bench.sync import Options, run
-        from schemas.telemetry import logs
+    """Sweep how often a node updates to newer versions: the acceptance that it loses, and the cost of the swaps."""
+    with _benchmark(config, set_) as settings:
+        from ops.bench.sync import run
 
-        logs.configure("bench", "warning")
-        report = run(settings_of(config, set_), Options(quick, tokens, html), hint)
-        report.print(as_json=as_json)
+        run(settings, hint, quick=quick, tokens=tokens, html=html).print(as_json=as_json)

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from ops import prompts
+from ops.demo import prompts
 from ops.demo.record import EDGE, Rows, Run, Swap, accepted_per_step, rolling_accepted_per_step
 from ops.demo.screen import DemoScreen, View
 from ops.demo.watch import Watch, newest_rate
@@ -114,7 +114,7 @@ class Player:
     def _traffic(self, load: Load, seconds: float) -> None:
         """The first domain, and from half-way on the second."""
         begins = time.monotonic()
-        first, second = ([Prompt(domain, text) for text in prompts.read(domain)] for domain in prompts.DOMAINS[:2])
+        first, second = ([Prompt(domain, text) for text in prompts.read_prompts(domain)] for domain in prompts.DOMAINS)
         load.prompts = changing(first, second, lambda: time.monotonic() - begins > seconds / 2)
         self._phase = "traffic"
         load.start()

@@ -18,7 +18,7 @@ from typing import Any
 
 import httpx
 
-from ops.bench.paired import percentile
+from ops.bench.harness import percentile
 from ops.loadgen.arrivals import Arrival
 from ops.loadgen.traffic import parse_event
 from schemas.errors import UserError

@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from ops.bench.recording import INDEX
 from pipeline.batches import Record, build
 from pipeline.delta import DeltaLog
 from pipeline.offsets import Batch, Intake, Source
@@ -14,6 +13,8 @@ from schemas.errors import UserError
 from schemas.trace.decoder import decode
 from schemas.trace.record import CONTENT_TYPE, TraceError, fingerprint
 
+INDEX = "order.json"
+"""File with the request ids of a folder by segment, in the order in which they were sent."""
 TOPIC = "recorded"
 PER_COMMIT = 20
 """Requests: a commit stands for one of the stream, which brings what came in a few seconds."""
@@ -37,12 +38,17 @@ def bring(log: DeltaLog, folder: Path, context_tokens: int) -> Iterator[tuple[in
     begin = intake.wanted(source)
     for start in range(begin, len(names), PER_COMMIT):
         some = range(start, min(start + PER_COMMIT, len(names)))
-        built = build([_record(folder, names[offset], offset) for offset in some], context_tokens)
+        built = build([read_record(folder, names[offset], offset) for offset in some], context_tokens)
         intake.commit([Batch(source, some[-1], built.rows)])
         yield some[-1] + 1, len(names)
 
 
-def _record(folder: Path, name: str, offset: int) -> Record:
+def read_record(folder: Path, name: str, offset: int) -> Record:
+    """Return the recorded request as a record of the topic ``recorded``.
+
+    Raises:
+        UserError: the file was altered.
+    """
     path = folder / f"{name}.trace"
     value = path.read_bytes()
     try:

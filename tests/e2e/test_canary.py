@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from ops.bench import recording, speculator
-from ops.bench.prompted import training_requests
+from ops.bench.prompts import training_requests
 from pipeline.delta import DeltaLog
 from schemas.events import QUARANTINED_TAG
 from schemas.settings import Settings, load
@@ -107,16 +107,16 @@ def learned(settings: Settings, folder: Path) -> EagleDraft:
     planned = [
         replace(request, ignore_eos=True) for request in training_requests("math", PROMPTS, len(PROMPTS), ANSWER)
     ]
-    recording.record(engine, recorder, planned, folder, lambda _number: None)
+    recording.record_requests(engine, recorder, planned, folder)
     windows = [recording.read_window(folder, request.id, engine.target) for request in planned]
     engine.stop()
-    plan = speculator.Plan("tiny", "math", len(planned), ANSWER, minutes=3, steps=3)
+    options = speculator.SpeculatorOptions("tiny", "math", len(planned), ANSWER, minutes=3, steps=3)
     target, seconds = read_target(settings), count()
-    trained = speculator.Training(
-        settings, plan, target, windows, windows, lambda _line: None, clock=lambda: float(next(seconds))
+    trained = speculator.OfflineTraining(
+        settings, options, target, windows, windows, lambda _line: None, clock=lambda: float(next(seconds))
     ).run()
     assert trained.accepted_per_step > 0.6
-    return checkpoint.read(speculator.folder_of(settings, "tiny"), target.line)
+    return checkpoint.read(speculator.cache_folder(settings, "tiny"), target.line)
 
 
 def scrambled(draft: EagleDraft) -> EagleDraft:

@@ -1,1 +1,1 @@
-"""``aurora bench learning``: how a speculator learns from traffic, replayed offline from recorded traces."""
+"""``aurora bench learning``: how fast a speculator learns from recorded traffic, offline, and what helps it."""

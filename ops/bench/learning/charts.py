@@ -8,10 +8,11 @@ from itertools import accumulate, groupby
 import matplotlib as mpl
 import numpy as np
 
-from ops import prompts
-from ops.bench.learning.figures import OVER_BY_DOMAIN, static_curve
-from ops.bench.learning.prequential import Learned
-from ops.bench.learning.study import GOAL_TOKENS, Runs
+from ops.bench import prompts
+from ops.bench.learning.learning_figures import OVER_BY_DOMAIN, static_curve
+from ops.bench.learning.study import GOAL_TOKENS
+from ops.bench.learning.study import VariantRuns as Runs
+from ops.bench.learning.trials import TrialResult as Learned
 from ops.report.acceptance_curves import HEIGHT_IN, axes_of, lines, name_axes
 from ops.report.canvas import FAINT, LEVEL, Span, figure_of, nothing, shade, style, svg
 from trainer.replay.learning_curve import Value, curve

@@ -9,20 +9,21 @@ from statistics import median
 from string import Template
 
 from ops.bench.learning.charts import base_chart, domains_chart, question_chart, shifts_chart
-from ops.bench.learning.comparing import Interval
-from ops.bench.learning.figures import LEVELS, training_rate
-from ops.bench.learning.study import Comparison, Runs, Study, final, median_reached, over_static, overall
+from ops.bench.learning.learning_figures import LEVELS, SeedInterval, median_reached
+from ops.bench.learning.study import Study, VariantComparison, VariantRuns
 from ops.report.demo_page import STYLE
+from trainer.release.registration import code_revision
 from trainer.replay.learning_curve import OVER
 
 _TEMPLATE = Path(__file__).with_name("page.html")
 
 
-def page(study: Study) -> str:
+def render_page(study: Study) -> str:
     """The whole page."""
     mixed, ordered = study.find("base", "mixed"), study.find("base", "ordered")
     assert mixed is not None, "every plan holds the base"
-    machine = "{processor}, {threads} thread, torch {torch}.".format_map(study.machine)
+    comparisons = [found for runs in study.runs if (found := study.compare(runs)) is not None]
+    machine = "{processor}, {threads} thread, torch {torch}.".format_map(study.session.machine)
     return Template(_TEMPLATE.read_text()).substitute(
         style=STYLE,
         subtitle=escape(_subtitle(study, mixed)),
@@ -32,14 +33,14 @@ def page(study: Study) -> str:
         domains=domains_chart(mixed),
         shifts=shifts_chart(ordered.seeds[0] if ordered else None),
         shift_rows=_shift_rows(ordered) or '<tr><td colspan="7">no ordered stream was run</td></tr>',
-        verdict=escape(verdict(study.comparisons)),
-        variants="".join(_variant_row(r, _of(study.comparisons, r)) for r in study.runs),
+        verdict=escape(verdict(comparisons)),
+        variants="".join(_variant_row(r, study.compare(r)) for r in study.runs),
         questions="".join(_question(name, runs) for name, runs in questions(study).items()),
         machine=escape(machine),
     )
 
 
-def verdict(comparisons: Sequence[Comparison]) -> str:
+def verdict(comparisons: Sequence[VariantComparison]) -> str:
     """Which variants differ from what they are compared with by more than chance, in words."""
     if not comparisons:
         return "Nothing was compared."
@@ -60,10 +61,10 @@ def verdict(comparisons: Sequence[Comparison]) -> str:
     return " ".join(sentences)
 
 
-def questions(study: Study) -> dict[str, list[Runs]]:
+def questions(study: Study) -> dict[str, list[VariantRuns]]:
     """Variants on the mixed stream by what they help to decide, below the base where that is their measure."""
     mixed = [r for r in study.runs if r.order == "mixed"]
-    found: dict[str, list[Runs]] = {}
+    found: dict[str, list[VariantRuns]] = {}
     for r in mixed:
         if r.variant.name == "base":
             continue
@@ -72,15 +73,15 @@ def questions(study: Study) -> dict[str, list[Runs]]:
     return found
 
 
-def _subtitle(study: Study, mixed: Runs) -> str:
+def _subtitle(study: Study, mixed: VariantRuns) -> str:
     seeds = "one seed" if len(mixed.seeds) == 1 else f"{len(mixed.seeds)} seeds"
     return (
-        f"{len(study.traffic.asked):,} recorded requests of four domains, {study.traffic.tokens:,} tokens, "
-        f"replayed offline; {seeds}; code {study.code[:12]}."
+        f"{len(study.traffic.requests):,} recorded requests of four domains, {study.traffic.tokens:,} tokens, "
+        f"replayed offline; {seeds}; code {code_revision()[:12]}."
     )
 
 
-def _headline(mixed: Runs, ordered: Runs | None) -> list[tuple[str, str]]:
+def _headline(mixed: VariantRuns, ordered: VariantRuns | None) -> list[tuple[str, str]]:
     found = [
         (
             _tokens(median_reached(mixed.tokens_to(level))),
@@ -88,14 +89,14 @@ def _headline(mixed: Runs, ordered: Runs | None) -> list[tuple[str, str]]:
         )
         for level in LEVELS
     ]
-    found.append((f"{median(mixed.each(final)):.2f}", "accepted tokens per step at the end of the mixed stream"))
+    found.append((f"{median(mixed.final):.2f}", "accepted tokens per step at the end of the mixed stream"))
     if ordered:
-        ratio = f"{median(ordered.each(over_static)):.2f} : 1"
+        ratio = f"{median(ordered.over_static):.2f} : 1"
         found.append((ratio, "tokens a verify step, against a draft that was frozen after the first domain"))
     return found
 
 
-def _shift_rows(ordered: Runs | None) -> str:
+def _shift_rows(ordered: VariantRuns | None) -> str:
     rows = []
     for learned, shifts in zip(ordered.seeds, ordered.shifts, strict=True) if ordered else ():
         for shift in shifts:
@@ -107,20 +108,20 @@ def _shift_rows(ordered: Runs | None) -> str:
     return "".join(rows)
 
 
-def _variant_row(runs: Runs, comparison: Comparison | None) -> str:
+def _variant_row(runs: VariantRuns, comparison: VariantComparison | None) -> str:
     variant = runs.variant
     reached = _tokens(median_reached(runs.tokens_to(1.0)))
-    cells = f"{median(runs.each(overall)):.3f}", f"{median(runs.each(final)):.3f}", reached
+    cells = f"{median(runs.overall):.3f}", f"{median(runs.final):.3f}", reached
     differences = [comparison.overall, comparison.final] if comparison else []
     told = "".join(_difference(difference) for difference in differences) or '<td class="number">-</td>' * 2
     return (
         f"<tr><td>{escape(variant.name)}</td><td>{runs.order}</td>{_numbers(cells)}"
         f"<td>{escape(variant.against) if comparison else '-'}</td>{told}"
-        f"{_numbers([f'{median(runs.each(training_rate)):.0f}'])}</tr>"
+        f"{_numbers([f'{median(result.training_tokens_per_s for result in runs.seeds):.0f}'])}</tr>"
     )
 
 
-def _difference(difference: Interval) -> str:
+def _difference(difference: SeedInterval) -> str:
     text = f"{difference.mean:+.3f}"
     if difference.low is not None and difference.high is not None:
         text += f" [{difference.low:+.3f}, {difference.high:+.3f}]"
@@ -128,15 +129,11 @@ def _difference(difference: Interval) -> str:
     return f'<td class="number" style="white-space:nowrap">{f"<b>{text}</b>" if difference.is_clear else text}</td>'
 
 
-def _question(name: str, runs: Sequence[Runs]) -> str:
+def _question(name: str, runs: Sequence[VariantRuns]) -> str:
     return f"<h2>{escape(name[0].upper() + name[1:])}</h2>{question_chart(name, runs)}"
 
 
-def _of(comparisons: Iterable[Comparison], runs: Runs) -> Comparison | None:
-    return next((comparison for comparison in comparisons if comparison.runs is runs), None)
-
-
-def _versus(comparison: Comparison) -> str:
+def _versus(comparison: VariantComparison) -> str:
     variant, mean = comparison.runs.variant, comparison.overall.mean
     beside = "" if variant.against == "base" else f" against {variant.against}"
     return f"{variant.name}{beside} ({mean:+.2f}, {comparison.runs.order})"

@@ -1,6 +1,6 @@
-"""What is compared: named ways to learn, each one the base but for a few settings.
+"""The compared variants: named ways to learn, each the base with a few other settings.
 
-The base is written out, so that its curves stay those of the same experiment when a default of the settings moves.
+The base is written out, so that its curves stay those of the same experiment when a default of the settings changes.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from typing import Literal
 from schemas.errors import UserError
 from schemas.settings import Settings
 
-Value = float | int | str
+SettingValue = float | int | str
 Order = Literal["mixed", "ordered"]
+"""All domains mixed, or one domain after the other."""
 
 _RATE = 1.5e-3
 _REPLAY = 3
-"""Windows of the base that are replayed for each new one."""
+"""Replayed samples of the base per new one."""
 
-BASE: Mapping[str, Value] = {
+BASE: Mapping[str, SettingValue] = {
     "speculator.draft_vocab_size": 8192,
     "speculator.init": "random",
     "speculator.intermediate_size": 0,
@@ -52,31 +53,16 @@ BASE: Mapping[str, Value] = {
 }
 
 LOOKAHEAD = 4
-"""Length of the chains that are scored, unless a variant says otherwise."""
+"""Length of the chains that are simulated, unless a variant sets another."""
 
-_BESIDE_LEARNING = (
-    *(
-        "host",
-        "port",
-        "checkpoint_dir",
-        "poll_interval",
-        "num_threads",
-        "seed",
-        "registration_interval",
-        "checkpoint_interval",
-    ),
-    *(
-        "held_out_ratio",
-        "held_out_samples",
-        "staleness_half_life",
-        "gradient_accumulation_steps",
-        "parallel",
-        "catch_up_steps",
-    ),
+_IRRELEVANT = (
+    *("host", "port", "checkpoint_dir", "poll_interval", "num_threads", "seed", "registration_interval"),
+    *("checkpoint_interval", "held_out_ratio", "held_out_samples", "staleness_half_life"),
+    *("gradient_accumulation_steps", "parallel", "catch_up_steps"),
 )
-"""Settings of the trainer that change nothing here: all is learned from, and no version is registered."""
+"""Settings of the trainer without effect here: nothing is held out, and no version is registered."""
 
-_REPLAYED = "which windows are replayed"
+_REPLAYED = "which samples are replayed"
 _REJECTED = "weight of rejected branches"
 
 
@@ -86,43 +72,40 @@ class Variant:
 
     name: str
     question: str
-    """What it helps to decide; variants of one question are drawn in one picture."""
-    changes: tuple[tuple[str, Value], ...] = ()
+    """What the variant helps to decide; variants of one question share a chart."""
+    changes: tuple[tuple[str, SettingValue], ...] = ()
     """Settings by their dotted names, over those of the base."""
     lookahead: int = LOOKAHEAD
     branch_nodes: int | None = None
-    """Rejected branches are cut to so many tokens, as if no more had been drafted; None leaves them whole."""
+    """Rejected branches are cut to this length, as if no more had been drafted; None leaves them whole."""
     against: str = "base"
     """The variant that it is compared with."""
     orders: tuple[Order, ...] = ("mixed",)
 
 
 @dataclass(frozen=True, slots=True)
-class Trial:
+class LearningTrial:
     """One run of a variant."""
 
     variant: Variant
     order: Order
     seed: int
 
-    def __str__(self) -> str:
-        return f"{self.variant.name}, {self.order}, seed {self.seed}"
-
 
 def _replay(ratio: int) -> Variant:
     changes = ("train.batch_size", 1 + ratio), ("train.replay_batch_size", ratio)
-    return Variant(f"replay-{ratio}", "replayed windows for each new one", changes, orders=("mixed", "ordered"))
+    return Variant(f"replay-{ratio}", "replayed samples per new one", changes, orders=("mixed", "ordered"))
 
 
 def _step(new: int) -> Variant:
     changes = ("train.batch_size", (1 + _REPLAY) * new), ("train.replay_batch_size", _REPLAY * new)
-    return Variant(f"step-{new}", "new windows in a step, with as many replayed for each as in the base", changes)
+    return Variant(f"step-{new}", "new samples in a batch, each with as many replayed ones as in the base", changes)
 
 
 def _lookahead(nodes: int, *, rejected: bool) -> Variant:
     return Variant(
         f"lookahead-{nodes}-{'both' if rejected else 'accepted'}",
-        f"accepted only, or rejected branches too, {nodes} drafted tokens",
+        f"accepted only, or rejected branches too, {nodes} draft tokens",
         (("train.ttt_steps", nodes), *(() if rejected else (("train.rejected_weight", 0.0),))),
         lookahead=nodes,
         branch_nodes=nodes,
@@ -130,7 +113,7 @@ def _lookahead(nodes: int, *, rejected: bool) -> Variant:
     )
 
 
-def _one(name: str, question: str, setting: str, value: Value) -> Variant:
+def _one(name: str, question: str, setting: str, value: SettingValue) -> Variant:
     return Variant(name, question, ((setting, value),))
 
 
@@ -157,48 +140,47 @@ PLAN = (
     _one("policy-weight-0.1", "what the served draft chose", "train.policy_weight", 0.1),
     *(_one(f"vocabulary-{x}", "draft vocabulary", "speculator.draft_vocab_size", x) for x in (4096, 16384)),
     *(_one(f"width-{x}", "width of the draft", "speculator.intermediate_size", x) for x in (768, 3072)),
-    replace(_one("init-head", "where the draft begins", "speculator.init", "head"), orders=("mixed", "ordered")),
+    replace(_one("init-head", "initial weights of the draft", "speculator.init", "head"), orders=("mixed", "ordered")),
     _one("eagle-3", "variant of the draft", "speculator.variant", "eagle3"),
 )
 
-QUICK = ("base", "replay-0", "accepted-only")
-"""Variants of a quick run."""
+QUICK_VARIANTS = ("base", "replay-0", "accepted-only")
 
 
-def chosen(prefixes: Sequence[str]) -> list[Variant]:
-    """The variants whose names begin as asked, or all, and those that they are compared with.
+def select_variants(prefixes: Sequence[str]) -> list[Variant]:
+    """Return the variants whose names begin with a prefix, or all, and those that they are compared with.
 
     Raises:
-        UserError: no variant begins so.
+        UserError: no name begins with one of the prefixes.
     """
     names = [variant.name for variant in PLAN]
     for prefix in prefixes:
         if not any(name.startswith(prefix) for name in names):
             raise UserError(f"--only {prefix}: no such variant; there are {', '.join(names)}")
-    wanted = [v for v in PLAN if not prefixes or v.name.startswith(tuple(prefixes))]
-    needed = {"base", *(v.name for v in wanted), *(v.against for v in wanted)}
+    selected = [v for v in PLAN if not prefixes or v.name.startswith(tuple(prefixes))]
+    needed = {"base", *(v.name for v in selected), *(v.against for v in selected)}
     return [v for v in PLAN if v.name in needed]
 
 
-def values_of(settings: Settings, variant: Variant) -> dict[str, Value]:
-    """Every setting that the variant learns with: the base, over it what the user has set, over it the changes."""
+def variant_values(settings: Settings, variant: Variant) -> dict[str, SettingValue]:
+    """Return every setting of a variant: the base, over it the user's settings, over them the changes."""
     own = {
         f"{section}.{name}": value
         for section in ("speculator", "train")
         for name, value in getattr(settings, section).model_dump(exclude_defaults=True).items()
-        if name not in _BESIDE_LEARNING
+        if name not in _IRRELEVANT
     }
     return {**BASE, **own, **dict(variant.changes)}
 
 
-def settings_of(settings: Settings, trial: Trial) -> Settings:
-    """The settings to run the trial with.
+def trial_settings(settings: Settings, trial: LearningTrial) -> Settings:
+    """Return the settings of a trial.
 
     Raises:
-        ValidationError: a variant changes a setting that there is not.
+        ValidationError: a variant changes a setting that does not exist.
     """
     tree = settings.model_dump(exclude={"serve", "kafka", "tables", "traces"})
-    for name, value in values_of(settings, trial.variant).items():
+    for name, value in variant_values(settings, trial.variant).items():
         section, _, key = name.partition(".")
         tree[section][key] = value
     tree["speculator"]["seed"] = tree["train"]["seed"] = trial.seed

@@ -11,7 +11,6 @@ from itertools import islice
 
 import pytest
 
-from ops import prompts
 from ops.loadgen.traffic import Load, Prompt, changing, parse_event, read_answer
 
 PROMPT = Prompt("math", "1 + 1?")
@@ -180,11 +179,3 @@ def test_abandoned_requests_are_neither_answered_nor_failed(node: Node) -> None:
     assert load.done == []
     assert len(node.asked) == 3
     load.abandon()
-
-
-@pytest.mark.parametrize("domain", prompts.DOMAINS)
-def test_the_vendored_prompts_are_many_distinct_and_labelled(domain: str) -> None:
-    texts = prompts.read(domain)
-    assert len(texts) >= 400
-    assert len(set(texts)) == len(texts)
-    assert all(10 < len(text) < 400 for text in texts)

@@ -1,0 +1,140 @@
+"""The numbers that summarize trials: levels of the curve, changes of domain, and differences with their intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, groupby, pairwise
+from statistics import fmean, median, stdev
+from typing import Any, NamedTuple
+
+from trainer.replay.learning_curve import OVER, Value, curve, first, last, length, tokens_to
+from trainer.replay.prequential import Point
+
+OVER_BY_DOMAIN = 16_000
+"""Tokens that a value of the curve of one domain of a mixed stream covers, of which the domain is a fourth."""
+AFTER_SHIFT = 2_000
+"""Tokens after a shift that its drop and its recovery cover."""
+RECOVERED = 0.9
+"""Share of the level before a shift at which the draft counts as recovered."""
+LEVELS = (0.5, 1.0, 1.5)
+"""Accepted tokens per step."""
+
+_T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+"""Quantiles of Student's t for 1, 2, .. degrees of freedom; for more the last one is slightly too wide."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shift:
+    """The change from one domain to another. Levels are accepted tokens per step."""
+
+    domain: str
+    """The new domain."""
+    before: float
+    """Over the last ``OVER`` tokens of the domain before."""
+    after: float
+    """Over the first ``AFTER_SHIFT`` tokens of the new domain."""
+    recovered_after: int | None
+    """Tokens of the new domain until its last ``AFTER_SHIFT`` tokens are at ``RECOVERED`` of the level before."""
+    settled_after: int | None
+    """The same, for the level of the last ``OVER`` tokens of the new domain."""
+    over_static: float
+    """Tokens per verify step, bonus token included, over those of the frozen draft, over the new domain."""
+
+    @property
+    def drop(self) -> float:
+        """The loss of accepted tokens per step."""
+        return self.before - self.after
+
+    def summary(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        levels = {name: round(getattr(self, name), 4) for name in ("before", "after", "drop", "over_static")}
+        reached = {"recovered_after": self.recovered_after, "settled_after": self.settled_after}
+        return {"domain": self.domain, **levels, **reached}
+
+
+def find_shifts(points: Sequence[Point]) -> list[Shift]:
+    """Return every change of domain of an ordered stream."""
+    by_domain = [(domain, list(group)) for domain, group in groupby(points, key=lambda point: point.domain)]
+    shifts = []
+    for (_, ended), (domain, started) in pairwise(by_domain):
+        before, own = length(last(ended, OVER)), length(last(started, OVER))
+        # The first values cover too few tokens: the curve counts from where it covers as many as all later ones.
+        rolling = [value for value in curve(started, AFTER_SHIFT) if value.tokens >= AFTER_SHIFT]
+        shifts.append(
+            Shift(
+                domain,
+                before,
+                after=length(first(started, AFTER_SHIFT)),
+                recovered_after=tokens_to(rolling, RECOVERED * before),
+                settled_after=tokens_to(rolling, RECOVERED * own),
+                over_static=ratio_to_static(started),
+            )
+        )
+    return shifts
+
+
+def ratio_to_static(points: Iterable[Point]) -> float:
+    """Return the tokens per verify step over those of the frozen draft, where both are simulated."""
+    both = [point for point in points if point.static_accepted is not None]
+    positions = sum(point.positions for point in both)
+    static = sum(point.static_accepted or 0 for point in both)
+    return (positions + sum(point.accepted for point in both)) / max(positions + static, 1)
+
+
+def static_curve(points: Sequence[Point], over: int = OVER) -> list[Value]:
+    """Return the curve of the frozen draft, from its first simulation."""
+    start = next((i for i, point in enumerate(points) if point.static_accepted is not None), len(points))
+    offset = sum(point.tokens for point in points[:start])
+    frozen = [point._replace(accepted=point.static_accepted or 0) for point in points[start:]]
+    return [Value(offset + value.tokens, value.length) for value in curve(frozen, over)]
+
+
+def level_at(values: Iterable[Value], tokens: int) -> float | None:
+    """Return the value of a curve at so many tokens; None if the stream ends before."""
+    return next((value.length for value in values if value.tokens >= tokens), None)
+
+
+def count_output_tokens(points: Iterable[Point], tokens: int) -> int:
+    """Count the output tokens among the first so many tokens of traffic; the others are prompts."""
+    points = list(points)
+    ends = accumulate(point.tokens for point in points)
+    return sum(point.answered for end, point in zip(ends, points, strict=True) if end <= tokens)
+
+
+def median_reached(values: Sequence[float | None]) -> float | None:
+    """Return the median if more than half of the seeds reached the level; the others count as infinite."""
+    reached = [float("inf") if value is None else value for value in values]
+    middle = median(reached)
+    return None if middle == float("inf") else middle
+
+
+class SeedInterval(NamedTuple):
+    """A mean over seeds with its 95 % confidence interval; no bounds with a single seed."""
+
+    mean: float
+    low: float | None
+    high: float | None
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the interval excludes zero."""
+        return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
+
+    def summary(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        return {name: None if value is None else round(value, 4) for name, value in self._asdict().items()}
+
+
+def mean_interval(values: Sequence[float]) -> SeedInterval:
+    """Return Student's interval for the mean over the seeds."""
+    mean, n = fmean(values), len(values)
+    if n == 1:
+        return SeedInterval(mean, None, None)
+    half = _T_975[min(n - 1, len(_T_975)) - 1] * stdev(values) / n**0.5
+    return SeedInterval(mean, mean - half, mean + half)
+
+
+def paired_interval(values: Sequence[float], others: Sequence[float]) -> SeedInterval:
+    """Return the interval for the difference of two variants, seed by seed in the same order."""
+    return mean_interval([a - b for a, b in zip(values, others, strict=True)])

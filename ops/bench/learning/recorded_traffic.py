@@ -1,0 +1,208 @@
+"""Recorded traffic of all domains, served with a speculator that learns from it, as in a running stack.
+
+Requests are greedy, so the outputs do not depend on the draft: one recording serves every order of the stream. Only the
+rejected branches depend on the draft, and they come from drafts of growing quality: the traffic is served in segments,
+the first one with the random draft of day 0. After each segment a learner trains on its windows once, with as many
+replayed ones, and its weights serve the next segment. Every segment holds equally many requests of each domain, so a
+longer recording begins with the whole of a shorter one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ops.bench import prompts, recording
+from ops.bench.harness import Say
+from ops.local.stack import provide_target
+from ops.replay.importing import INDEX
+from schemas.device import device_of
+from schemas.errors import UserError
+from schemas.settings import Settings
+from schemas.speculator.checkpoint import target_fingerprint
+from serving.engines.base import Request
+from serving.engines.builtin.engine import BuiltinEngine
+from trainer.data.samples import Window, collate, cut
+from trainer.data.target import read_target
+from trainer.loop.learner import Learner
+from trainer.replay.prequential import Asked
+
+MAX_TOKENS = 96
+"""Longest recorded output."""
+SEGMENT_PER_DOMAIN = 15
+"""Requests of each domain in a segment."""
+DRAFT_TOKENS = 8
+"""Of every verify step, so that branches of any lookahead up to it can be cut from the recording."""
+_NEW_PER_STEP = 4
+
+
+@dataclass(frozen=True, slots=True)
+class ServedSegment:
+    """How a segment was served."""
+
+    segment: int
+    version: str
+    output_tokens: int
+    verify_steps: int
+    accepted: int
+    seconds: float
+
+    def __str__(self) -> str:
+        accepted_per_step = self.accepted / max(self.verify_steps, 1)
+        rate = f"{self.output_tokens / self.seconds:.1f} tokens/s"
+        return f"{self.output_tokens} tokens by {self.version}, {rate}, {accepted_per_step:.2f} accepted per step"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RecordedTraffic:
+    """The recording, or the first part of it."""
+
+    requests: tuple[Asked, ...]
+    digest: str
+    """Of the target, the requests and their traces."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all requests, prompts included."""
+        return sum(request.tokens for request in self.requests)
+
+
+def traffic_folder(settings: Settings) -> Path:
+    """Return the folder of the recording."""
+    return recording.recordings_folder(settings, "learning")
+
+
+def plan_segments(settings: Settings, per_domain: int) -> list[list[Request]]:
+    """Return the requests by segment, in the order in which they are sent.
+
+    Raises:
+        UserError: no target, or more requests than a domain has training prompts.
+    """
+    tokenizer = prompts.load_tokenizer(Path(settings.target.path))
+    by_domain = []
+    for domain in prompts.DOMAINS:
+        texts = prompts.training_prompts(domain)
+        if per_domain > len(texts):
+            raise UserError(f"--record {per_domain}: {domain} has {len(texts)} training prompts")
+        texts_ids = prompts.tokenize(tokenizer, texts[:per_domain])
+        by_domain.append(prompts.training_requests(domain, texts_ids, per_domain, MAX_TOKENS))
+    return split_segments(by_domain)
+
+
+def split_segments(by_domain: Sequence[Sequence[Request]]) -> list[list[Request]]:
+    """Split into segments with equally many requests of each domain, in a fixed order within each segment."""
+    segments = []
+    for number, start in enumerate(range(0, len(by_domain[0]), SEGMENT_PER_DOMAIN)):
+        segment = [request for domain in by_domain for request in domain[start : start + SEGMENT_PER_DOMAIN]]
+        random.Random(number).shuffle(segment)  # noqa: S311
+        segments.append(segment)
+    return segments
+
+
+def record_traffic(settings: Settings, per_domain: int, say: Say) -> None:
+    """Record the traffic; requests that are recorded already are trained on, but not served again.
+
+    Raises:
+        UserError: no target, too few prompts, or recordings of another target.
+    """
+    provide_target(settings.target, say)
+    folder, segments = traffic_folder(settings), plan_segments(settings, per_domain)
+    number = sum(map(len, segments))
+    if not recording.find_missing(folder, [request for segment in segments for request in segment]):
+        say(f"{number} requests are recorded in {folder} already")
+        return
+    say(f"recording {number} requests of up to {MAX_TOKENS} tokens into {folder}")
+    drafting = {
+        "speculate": True,
+        "num_speculative_tokens": DRAFT_TOKENS,
+        "draft_tree_width": 1,
+        "adaptive_drafting": False,
+    }
+    with recording.recording_engine(settings, max(map(len, segments)), **drafting) as (engine, recorder):
+        for served in SegmentRecording(settings, engine, recorder, folder).run(segments):
+            say(f"segment {served.segment + 1} of {len(segments)}: {served}")
+
+
+class SegmentRecording:
+    """An engine, and the learner whose weights it gets after each segment."""
+
+    def __init__(self, settings: Settings, engine: BuiltinEngine, recorder: recording.Recorder, folder: Path) -> None:
+        self._target = read_target(settings).on(device_of(settings.train.device, "train.device"))
+        self._engine, self._recorder, self._folder = engine, recorder, folder
+        self._train = settings.train
+        self._learner = Learner(self._target.new_draft(), self._target.embeddings_VH, settings.train)
+        self._trained: list[Window] = []
+        self._order = random.Random(settings.train.seed)  # noqa: S311
+        self._version = "segment-0"
+
+    def run(self, segments: Sequence[Sequence[Request]]) -> Iterator[ServedSegment]:
+        """Serve the missing requests of each segment, and train on all of it; yield the segments that were served."""
+        for number, segment in enumerate(segments):
+            if missing := recording.find_missing(self._folder, segment):
+                yield self._serve(number, missing)
+                self._write_index(segments[: number + 1])
+            if number + 1 < len(segments):
+                self._train_on(segment)
+                self._version = f"segment-{number + 1}"
+
+    def _serve(self, number: int, requests: Sequence[Request]) -> ServedSegment:
+        self._engine.swap(self._learner.weights(), self._version)
+        before, started = self._engine.health(), time.monotonic()
+        recording.record_requests(self._engine, self._recorder, requests, self._folder)
+        after, seconds = self._engine.health(), time.monotonic() - started
+        return ServedSegment(
+            number,
+            self._version,
+            after.output_tokens - before.output_tokens,
+            after.verify_steps - before.verify_steps,
+            after.accepted_tokens - before.accepted_tokens,
+            seconds,
+        )
+
+    def _train_on(self, segment: Sequence[Request]) -> None:
+        fingerprint, limit = self._target.fingerprint, self._train.max_sample_tokens
+        windows = [recording.read_window(self._folder, request.id, fingerprint) for request in segment]
+        pieces = [piece for window in windows for piece in cut(window, limit)]
+        for start in range(0, len(pieces), _NEW_PER_STEP):
+            new = pieces[start : start + _NEW_PER_STEP]
+            replayed = self._order.sample(self._trained, min(len(new), len(self._trained)))
+            self._learner.step(collate([*new, *replayed]))
+            self._trained += new
+
+    def _write_index(self, segments: Sequence[Sequence[Request]]) -> None:
+        """Write the order of the recorded requests, for readers of the folder."""
+        index = {
+            "target": self._target.fingerprint,
+            "line": self._target.line,
+            "max_tokens": MAX_TOKENS,
+            "draft_tokens": DRAFT_TOKENS,
+            "segments": [[request.id for request in segment] for segment in segments],
+        }
+        unfinished = self._folder / f"{INDEX}.part"
+        unfinished.write_text(json.dumps(index, indent=1) + "\n")
+        unfinished.replace(self._folder / INDEX)
+
+
+def read_traffic(settings: Settings, tokens: int | None = None) -> RecordedTraffic:
+    """Read the recorded traffic in the order in which it was sent, up to so many tokens or all.
+
+    Raises:
+        UserError: nothing is recorded, or from another target.
+    """
+    folder, fingerprint = traffic_folder(settings), target_fingerprint(Path(settings.target.path))
+    if not (folder / INDEX).exists():
+        raise UserError(f"no traffic is recorded in {folder}; `aurora bench learning --record 200` records some")
+    digest, requests, so_far = hashlib.sha256(fingerprint.encode()), [], 0
+    for name in (name for segment in json.loads((folder / INDEX).read_text())["segments"] for name in segment):
+        if tokens is not None and so_far >= tokens:
+            break
+        request = Asked(name.rpartition("-")[0], recording.read_window(folder, name, fingerprint))
+        digest.update(f"{name} {request.tokens} {len(request.window.branches)}\n".encode())
+        requests.append(request)
+        so_far += request.tokens
+    return RecordedTraffic(tuple(requests), digest.hexdigest()[:16])

@@ -1,0 +1,170 @@
+"""Trials over recorded traffic; each result is kept under a hash of everything that it depends on except the code."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from ops.bench import prompts
+from ops.bench.harness import Say
+from ops.bench.learning.recorded_traffic import RecordedTraffic, read_traffic
+from ops.bench.learning.variants import LearningTrial, Order, trial_settings, variant_values
+from ops.replay.worker_processes import side_by_side
+from schemas.device import device_of
+from schemas.settings import Settings
+from trainer.data.target import read_target
+from trainer.replay.learning_curve import final, length
+from trainer.replay.prequential import Asked, Course, Point
+
+
+class TrialResult(BaseModel):
+    """The result of a trial."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    order: Order
+    seed: int
+    points: tuple[Point, ...]
+    losses: tuple[float, ...]
+    """Of the accepted term, by training step."""
+    trained_tokens: int
+    """Tokens of all windows that were trained on, replayed ones each time."""
+    training_s: float
+    scoring_s: float
+
+    @property
+    def training_tokens_per_s(self) -> float:
+        """Tokens trained on per second of training."""
+        return self.trained_tokens / max(self.training_s, 1e-9)
+
+
+def order_stream(traffic: RecordedTraffic, order: Order, seed: int) -> list[Asked]:
+    """Return the requests in the order of the stream.
+
+    A mixed stream is shuffled by the seed. An ordered one has one domain after the other, each shuffled in itself, and
+    the seed selects the first domain.
+    """
+    shuffled = random.Random(seed).sample(traffic.requests, len(traffic.requests))  # noqa: S311
+    if order == "mixed":
+        return shuffled
+    first = seed % len(prompts.DOMAINS)
+    rank = {domain: i for i, domain in enumerate(prompts.DOMAINS[first:] + prompts.DOMAINS[:first])}
+    return sorted(shuffled, key=lambda request: rank[request.domain])
+
+
+def run_trial(settings: Settings, traffic: RecordedTraffic, trial: LearningTrial) -> TrialResult:
+    """Run a trial to the end of the traffic; on an ordered stream the draft is frozen when the first domain ends."""
+    settings = trial_settings(settings, trial)
+    torch.set_num_threads(settings.train.num_threads)
+    torch.manual_seed(trial.seed)
+    device = device_of(settings.train.device, "train.device")
+    target, variant = read_target(settings).on(device), trial.variant
+    course = Course(
+        target.new_draft(),
+        target.embeddings_VH,
+        settings.train,
+        seed=trial.seed,
+        lookahead=variant.lookahead,
+        branch_nodes=variant.branch_nodes,
+    )
+    stream = order_stream(traffic, trial.order, trial.seed)
+    for start in range(0, len(stream), course.batch):
+        batch = stream[start : start + course.batch]
+        if trial.order == "ordered" and course.static is None and batch[-1].domain != stream[0].domain:
+            course.freeze()
+        course.take(batch)
+    measured = course.standing().model_dump(include=set(TrialResult.model_fields))
+    return TrialResult(name=variant.name, order=trial.order, seed=trial.seed, **measured)
+
+
+def results_folder(settings: Settings) -> Path:
+    """Return the folder of the results."""
+    return Path(settings.stack.data_dir) / "bench" / "learning"
+
+
+def result_file(settings: Settings, trial: LearningTrial, digest: str) -> Path:
+    """Return the file of the result of a trial over the traffic with that digest."""
+    variant = trial.variant
+    depends_on = {
+        "settings": variant_values(settings, variant),
+        "lookahead": variant.lookahead,
+        "branch_nodes": variant.branch_nodes,
+        "order": trial.order,
+        "seed": trial.seed,
+        "traffic": digest,
+    }
+    key = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:16]
+    return results_folder(settings) / f"{key}.json"
+
+
+def run_trials(
+    settings: Settings, trials: Sequence[LearningTrial], tokens: int | None, processes: int, say: Say
+) -> tuple[RecordedTraffic, dict[LearningTrial, TrialResult]]:
+    """Run the trials without a result; return the traffic and all results.
+
+    Args:
+        settings: Target, recordings, and everything that variants do not change.
+        trials: In the order in which they start.
+        tokens: Tokens of the recorded traffic to use; all if None.
+        processes: Number of parallel trials.
+        say: Called before the first trial and after each one.
+
+    Raises:
+        UserError: no traffic is recorded, or from another target.
+    """
+    traffic = read_traffic(settings, tokens)
+    files = {trial: result_file(settings, trial, traffic.digest) for trial in trials}
+    # Variants with equal settings are run once.
+    missing = list({file: trial for trial, file in files.items() if not file.exists()}.values())
+    say(
+        f"{len(traffic.requests)} requests, {traffic.tokens} tokens of traffic; "
+        f"{len(missing)} of {len(trials)} trials are new"
+    )
+    started = time.monotonic()
+    for number, (trial, result) in enumerate(_run_each(settings, missing, traffic, tokens, processes), start=1):
+        files[trial].parent.mkdir(parents=True, exist_ok=True)
+        unfinished = files[trial].with_suffix(".part")
+        unfinished.write_text(result.model_dump_json() + "\n")
+        unfinished.replace(files[trial])
+        say(
+            f"{number} of {len(missing)}, {time.monotonic() - started:.0f} s: {result.name}, {result.order}, "
+            f"seed {result.seed}: {length(result.points):.3f} tokens accepted per step over all, "
+            f"{final(result.points):.3f} at the end"
+        )
+    return traffic, {trial: TrialResult.model_validate_json(file.read_text()) for trial, file in files.items()}
+
+
+def _run_each(
+    settings: Settings,
+    trials: Sequence[LearningTrial],
+    traffic: RecordedTraffic,
+    tokens: int | None,
+    processes: int,
+) -> Iterator[tuple[LearningTrial, TrialResult]]:
+    if processes == 1 or len(trials) < 2:
+        yield from ((trial, run_trial(settings, traffic, trial)) for trial in trials)
+        return
+    yield from side_by_side(_TrialProcess.run, trials, processes, _TrialProcess.start, (settings, tokens))
+
+
+class _TrialProcess:
+    """A process that reads the traffic once and runs one trial after the other."""
+
+    settings: Settings
+    traffic: RecordedTraffic
+
+    @classmethod
+    def start(cls, settings: Settings, tokens: int | None) -> None:
+        cls.settings, cls.traffic = settings, read_traffic(settings, tokens)
+
+    @classmethod
+    def run(cls, trial: LearningTrial) -> TrialResult:
+        return run_trial(cls.settings, cls.traffic, trial)

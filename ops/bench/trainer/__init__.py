@@ -1,0 +1,1 @@
+"""``aurora bench trainer``: training steps of this project's trainer beside those of public ones."""

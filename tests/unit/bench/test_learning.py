@@ -1,0 +1,474 @@
+"""Learning from recorded traffic: the recording, the trials, their figures, and the study."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from itertools import accumulate
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+import pytest
+import torch
+from tiny_target import VOCABULARY, write_tiny_target
+from typer.testing import CliRunner
+
+from ops.bench import prompts, recording
+from ops.bench.learning import learning_figures, recorded_traffic, study, trials, variants
+from ops.bench.learning.charts import base_chart, question_chart, shifts_chart
+from ops.bench.learning.learning_figures import mean_interval, paired_interval
+from ops.bench.learning.page import render_page, verdict
+from ops.bench.learning.recorded_traffic import RecordedTraffic
+from ops.bench.learning.trials import TrialResult, order_stream
+from ops.bench.learning.variants import BASE, PLAN, LearningTrial, Variant
+from ops.cli.main import app
+from ops.report.acceptance_curves import spread
+from schemas.errors import UserError
+from schemas.settings import Settings, Train, load
+from serving.engines.base import Request
+from serving.engines.builtin.engine import BuiltinEngine
+from trainer.data.samples import Branch, Teacher, Window
+from trainer.data.target import read_target
+from trainer.objective.simulated_acceptance import accepted_per_step
+from trainer.replay.learning_curve import curve, tokens_to
+from trainer.replay.prequential import Asked, History, Point, cut_branches
+
+TINY = Variant(
+    "base",
+    "the base",
+    (
+        ("train.ttt_steps", 2),
+        ("train.learning_rate", 5e-3),
+        ("train.batch_size", 8),
+        ("train.replay_batch_size", 4),
+    ),
+    orders=("mixed", "ordered"),
+)
+PER_DOMAIN = 6
+
+
+def requests() -> list[list[Request]]:
+    generator = torch.Generator().manual_seed(3)
+    prompt = lambda: tuple(torch.randint(2, VOCABULARY, (6,), generator=generator).tolist())  # noqa: E731
+    by_domain = [
+        [Request(f"{domain}-{i:05}", prompt(), 14, label=domain, ignore_eos=True) for i in range(PER_DOMAIN)]
+        for domain in prompts.DOMAINS
+    ]
+    return recorded_traffic.split_segments(by_domain)
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """With recorded traffic of a tiny target."""
+    folder = tmp_path_factory.mktemp("learning")
+    flags = {
+        "target.path": str(write_tiny_target(folder / "target")),
+        "speculator.draft_vocab_size": VOCABULARY,
+        "stack.data_dir": str(folder),
+        "serve.max_model_len": 64,
+        "serve.weight_dtype": "float32",
+        "serve.adaptive_drafting": False,
+        "serve.num_speculative_tokens": 5,
+        "serve.max_waiting_requests": 64,
+    }
+    made = load(environ={}, flags=flags)
+    recorder = recording.Recorder()
+    engine = BuiltinEngine(made, recorder)
+    engine.start()
+    served = list(
+        recorded_traffic.SegmentRecording(made, engine, recorder, recorded_traffic.traffic_folder(made)).run(requests())
+    )
+    again = list(
+        recorded_traffic.SegmentRecording(made, engine, recorder, recorded_traffic.traffic_folder(made)).run(requests())
+    )
+    engine.stop()
+    assert [s.output_tokens for s in served] == [4 * PER_DOMAIN * 14]
+    assert not again, "what is recorded is not served again"
+    return made
+
+
+@pytest.fixture(scope="module")
+def recorded(settings: Settings) -> RecordedTraffic:
+    return recorded_traffic.read_traffic(settings)
+
+
+def run(
+    settings: Settings, recorded: RecordedTraffic, variant: Variant = TINY, order: str = "mixed", seed: int = 0
+) -> TrialResult:
+    return trials.run_trial(settings, recorded, LearningTrial(variant, order, seed))  # type: ignore[arg-type]
+
+
+# Recording
+
+
+def test_a_longer_recording_begins_with_the_whole_of_a_shorter_one() -> None:
+    made = [[Request(f"{d}-{i}", (1,), 1) for i in range(45)] for d in prompts.DOMAINS]
+    longer = recorded_traffic.split_segments(made)
+    assert recorded_traffic.split_segments([domain[:30] for domain in made]) == longer[:2]
+    for segment in longer:
+        assert sorted(r.id.partition("-")[0] for r in segment) == sorted(list(prompts.DOMAINS) * 15)
+    assert [r.id for r in longer[0]] != sorted(r.id for r in longer[0])
+
+
+def test_recorded_traffic_is_read_in_the_order_in_which_it_was_sent(
+    settings: Settings, recorded: RecordedTraffic
+) -> None:
+    assert [asked.window.request for asked in recorded.requests] == [r.id for segment in requests() for r in segment]
+    assert all(asked.domain == asked.window.request.partition("-")[0] for asked in recorded.requests)
+    assert all((asked.tokens, asked.answered) == (20, 14) for asked in recorded.requests)
+    assert any(asked.window.branches for asked in recorded.requests)
+    first = recorded_traffic.read_traffic(settings, tokens=50)
+    assert [asked.window.request for asked in first.requests] == [
+        asked.window.request for asked in recorded.requests[:3]
+    ]
+    assert first.digest != recorded.digest
+
+
+def test_traffic_that_is_recorded_is_not_served_again(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorded_traffic, "plan_segments", lambda *_: requests())
+    said: list[str] = []
+    recorded_traffic.record_traffic(settings, PER_DOMAIN, said.append)
+    assert said == [f"{4 * PER_DOMAIN} requests are recorded in {recorded_traffic.traffic_folder(settings)} already"]
+
+
+def test_traffic_that_is_not_there_is_told_with_the_flag_that_records_it(settings: Settings, tmp_path: Path) -> None:
+    elsewhere = settings.model_copy(update={"stack": settings.stack.model_copy(update={"data_dir": str(tmp_path)})})
+    with pytest.raises(UserError, match=r"aurora bench learning --record"):
+        recorded_traffic.read_traffic(elsewhere)
+
+
+# Streams
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_an_ordered_stream_has_one_domain_after_the_other_and_the_seed_says_which_is_first(
+    recorded: RecordedTraffic, seed: int
+) -> None:
+    stream = order_stream(recorded, "ordered", seed)
+    begun = list(dict.fromkeys(asked.domain for asked in stream))
+    assert begun == [*prompts.DOMAINS[seed:], *prompts.DOMAINS[:seed]]
+    assert [asked.domain for asked in stream] == [domain for domain in begun for _ in range(PER_DOMAIN)]
+
+
+def test_both_orders_hold_the_same_requests_and_the_seed_shuffles_them(recorded: RecordedTraffic) -> None:
+    streams = [
+        [a.window.request for a in order_stream(recorded, order, seed)]
+        for order in ("mixed", "ordered")
+        for seed in (0, 1)
+    ]
+    assert len({tuple(stream) for stream in streams}) == 4
+    assert len({tuple(sorted(stream)) for stream in streams}) == 1
+
+
+# Runs
+
+
+def test_every_batch_is_scored_before_it_is_learned_from(settings: Settings, recorded: RecordedTraffic) -> None:
+    learned = run(settings, recorded)
+    target = read_target(variants.trial_settings(settings, LearningTrial(TINY, "mixed", 0)))
+    first = order_stream(recorded, "mixed", 0)[:4]
+    untrained = accepted_per_step(target.new_draft(), target.embeddings_VH, [asked.window for asked in first], 4)
+    scored = learned.points[: len({asked.domain for asked in first})]
+    assert (sum(p.accepted for p in scored), sum(p.positions for p in scored)) == untrained
+
+
+def test_a_run_covers_all_traffic_once_and_learns_from_as_much_again(
+    settings: Settings, recorded: RecordedTraffic
+) -> None:
+    learned = run(settings, recorded)
+    assert sum(point.tokens for point in learned.points) == recorded.tokens
+    assert sum(point.answered for point in learned.points) == 4 * PER_DOMAIN * 14
+    assert len(learned.losses) == PER_DOMAIN
+    assert learned.losses[-1] < learned.losses[0]
+    assert learned.trained_tokens == (2 * 4 * PER_DOMAIN - 4) * 19, "in the first step there is nothing to replay"
+
+
+def test_the_same_seed_gives_the_same_curve_and_another_one_another(
+    settings: Settings, recorded: RecordedTraffic
+) -> None:
+    one, again, other = (run(settings, recorded, seed=seed) for seed in (0, 0, 1))
+    assert (one.points, one.losses) == (again.points, again.losses)
+    assert one.losses[0] != other.losses[0]
+
+
+def test_an_ordered_run_scores_a_draft_that_was_frozen_when_the_first_domain_ended(
+    settings: Settings, recorded: RecordedTraffic
+) -> None:
+    learned = run(settings, recorded, order="ordered")
+    is_scored = [point.static_accepted is not None for point in learned.points]
+    shifted = next(i for i, point in enumerate(learned.points) if point.domain != learned.points[0].domain)
+    assert is_scored == [i >= shifted - 1 for i in range(len(is_scored))], "the batch that holds both domains, and on"
+    both = [point for point in learned.points[: shifted + 1] if point.static_accepted is not None]
+    assert all(point.accepted == point.static_accepted for point in both), "it is the draft of that moment"
+
+
+def test_replay_passes_over_a_window_no_more_often_than_is_allowed() -> None:
+    history = History(Train(replay_buffer_size=3, max_epochs=2), seed=0)
+    windows = [window(tokens=5) for _ in range(4)]
+    for one in windows:
+        history.add((0, 0), "math", one)
+    assert {id(w) for w in history.draw(8)} == {id(w) for w in windows[1:]}, "the oldest had to go"
+    assert history.draw(1) == []
+
+
+def window(tokens: int, branches: tuple[Branch, ...] = ()) -> Window:
+    known = torch.arange(tokens) >= 2
+    teacher = Teacher(torch.zeros(int(known.sum()), 1, dtype=torch.int64), torch.zeros(int(known.sum()), 1))
+    return Window("r", torch.arange(tokens), None, torch.zeros(tokens, 4), known, teacher, branches)
+
+
+def branch(tokens: tuple[int, ...], accepted_prefix: int) -> Branch:
+    teacher = Teacher(torch.arange(len(tokens))[:, None], torch.zeros(len(tokens), 1))
+    return Branch(3, tokens, accepted_prefix, tuple(-0.1 * i for i in range(len(tokens))), teacher)
+
+
+def test_branches_are_cut_as_if_fewer_tokens_had_been_drafted() -> None:
+    early, late = branch((7, 8, 9, 10), accepted_prefix=1), branch((4, 5, 6, 1), accepted_prefix=2)
+    (kept,) = cut_branches(window(9, (early, late)), nodes=2).branches
+    assert (kept.root, kept.tokens, kept.accepted_prefix) == (3, (7, 8), 1)
+    assert kept.draft_logprobs == (0.0, -0.1)
+    assert kept.teacher.ids.tolist() == [[0], [1]], "the branch that was wrong later is one that was kept whole"
+
+
+# Figures
+
+
+def point(domain: str, accepted: int, static: int | None = None, tokens: int = 1000) -> Point:
+    return Point(domain, tokens, 80, accepted, 100, static)
+
+
+def test_a_curve_looks_back_over_so_many_tokens() -> None:
+    points = [point("math", 0), point("code", 100), point("math", 50), point("code", 150)]
+    assert curve(points, over=2000) == [(1000, 0.0), (2000, 0.5), (3000, 0.75), (4000, 1.0)]
+    assert curve(points, over=3000, domain="code") == [(2000, 1.0), (4000, 1.25)]
+    assert tokens_to(curve(points, over=2000), 0.7) == 3000
+    assert tokens_to(curve(points, over=2000), 1.1) is None
+    assert learning_figures.level_at(curve(points, over=2000), 3500) == 1.0
+    assert learning_figures.level_at(curve(points, over=2000), 4001) is None
+    assert learning_figures.count_output_tokens(points, 3500) == 3 * 80
+
+
+def test_a_curve_is_what_adding_up_gives_at_every_point() -> None:
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randint(1, 900, (60, 3), generator=generator).tolist()
+    points = [Point("math" if a % 2 else "sql", t, 1, a, p, None) for t, a, p in draws]
+    ends = list(accumulate(p.tokens for p in points))
+    for domain in (None, "sql"):
+        for value in curve(points, 2500, domain):
+            within = [
+                p
+                for end, p in zip(ends, points, strict=True)
+                if value.tokens - 2500 < end <= value.tokens and domain in (None, p.domain)
+            ]
+            assert value.length == sum(p.accepted for p in within) / sum(p.positions for p in within)
+
+
+def test_a_shift_is_told_by_its_drop_its_recovery_and_the_frozen_draft() -> None:
+    ended = [point("code", 40), *[point("code", 100)] * 6]
+    begun = [point("math", accepted, static=20) for accepted in (10, 30, 60, 90, 110, 120, 120, 120, 120, 120)]
+    (shift,) = learning_figures.find_shifts([*ended, *begun])
+    assert shift.domain == "math"
+    assert (shift.before, shift.after, shift.drop) == (1.0, 0.2, 0.8)
+    assert shift.recovered_after == 5000, "of the last 2,000 tokens 100 in 100 were right, and 0.9 is enough"
+    assert shift.settled_after == 6000, "0.9 of 1.18 at its own end"
+    assert shift.over_static == pytest.approx((1000 + 900) / (1000 + 200))
+    (never,) = learning_figures.find_shifts([*ended, *begun[:3]])
+    assert never.recovered_after is None
+
+
+def test_the_curve_of_the_frozen_draft_begins_where_it_was_frozen() -> None:
+    points = [point("code", 100), point("math", 50, static=20), point("math", 60, static=40)]
+    assert learning_figures.static_curve(points, over=2000) == [(2000, 0.2), (3000, pytest.approx(0.3))]
+    assert learning_figures.static_curve(points[:1]) == []
+
+
+def test_an_interval_is_students_and_a_pair_takes_the_seeds_out() -> None:
+    found = mean_interval([1.0, 2.0, 3.0])
+    assert (found.mean, found.low, found.high) == pytest.approx((2.0, 2 - 2.484, 2 + 2.484), abs=1e-3)
+    assert mean_interval([1.0])[1:] == (None, None)
+    assert not mean_interval([0.5]).is_clear
+    assert not paired_interval([1.0, 5.0, 9.0], [1.1, 4.8, 9.1]).is_clear
+    assert paired_interval([1.0, 5.0, 9.0], [0.9, 4.8, 8.85]).is_clear
+
+
+def test_seeds_that_never_got_there_count_as_late() -> None:
+    assert learning_figures.median_reached([30, None, 10]) == 30
+    assert learning_figures.median_reached([30, None, None]) is None
+
+
+def test_labels_that_would_lie_on_each_other_are_moved_apart() -> None:
+    assert spread([0.5, 0.1, 0.52], 0.1) == [0.5, 0.1, pytest.approx(0.6)]
+
+
+# Variants
+
+
+def test_every_variant_of_the_plan_runs_with_settings_that_there_are(settings: Settings) -> None:
+    names = [variant.name for variant in PLAN]
+    assert len(set(names)) == len(names)
+    assert set(variants.QUICK_VARIANTS) <= set(names)
+    for variant in PLAN:
+        assert variant.against in names
+        assert variants.trial_settings(load(environ={}), LearningTrial(variant, "mixed", 2)).train.seed == 2
+
+
+def test_a_variant_goes_over_what_the_user_set_and_that_over_the_base() -> None:
+    own = load(environ={}, flags={"train.max_grad_norm": 0.5, "train.learning_rate": 3e-4, "train.poll_interval": 9})
+    values = variants.variant_values(own, Variant("fast", "rate", (("train.learning_rate", 2e-3),)))
+    assert values == {**BASE, "train.max_grad_norm": 0.5, "train.learning_rate": 2e-3}
+
+
+def test_a_choice_of_variants_brings_those_that_they_are_compared_with() -> None:
+    assert [v.name for v in variants.select_variants(["lookahead-3-both"])] == [
+        "base",
+        "lookahead-3-accepted",
+        "lookahead-3-both",
+    ]
+    with pytest.raises(UserError, match="--only speed: no such variant; there are base, "):
+        variants.select_variants(["speed"])
+
+
+# The whole study
+
+
+@pytest.fixture(scope="module")
+def small(settings: Settings) -> study.Study:
+    plan = (
+        TINY,
+        replace(TINY, name="lambda-0", question="weight", changes=(*TINY.changes, ("train.rejected_weight", 0.0))),
+    )
+    original, variants.PLAN = variants.PLAN, plan  # type: ignore[misc, assignment]
+    try:
+        return study.run(settings, lambda _line: None, seeds=2)
+    finally:
+        variants.PLAN = original  # type: ignore[misc]
+
+
+def test_what_was_run_is_not_run_again(settings: Settings, recorded: RecordedTraffic, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "bench" / "recorded"
+    elsewhere.parent.mkdir()
+    elsewhere.symlink_to(recorded_traffic.traffic_folder(settings).parent)
+    own = settings.model_copy(update={"stack": settings.stack.model_copy(update={"data_dir": str(tmp_path)})})
+    planned = [LearningTrial(TINY, "mixed", 0), LearningTrial(replace(TINY, name="the-same"), "mixed", 0)]
+    _, first = trials.run_trials(own, planned, None, 1, lambda _line: None)
+    (file,) = trials.results_folder(own).glob("*.json")
+    kept = json.loads(file.read_text())
+    file.write_text(json.dumps({**kept, "training_s": 77.0}))
+    said: list[str] = []
+    _, second = trials.run_trials(own, planned, None, 1, said.append)
+    assert [second[trial].training_s for trial in planned] == [77.0, 77.0]
+    assert second[planned[0]].points == first[planned[0]].points
+    assert said == [f"24 requests, {recorded.tokens} tokens of traffic; 0 of 2 trials are new"]
+
+
+def test_a_run_has_another_file_when_anything_that_it_depends_on_differs(settings: Settings) -> None:
+    trial = LearningTrial(TINY, "mixed", 0)
+    others = [
+        trial,
+        replace(trial, seed=1),
+        replace(trial, order="ordered"),
+        replace(trial, variant=replace(TINY, lookahead=3)),
+        replace(trial, variant=replace(TINY, branch_nodes=3)),
+        replace(trial, variant=replace(TINY, changes=(("speculator.init", "head"),))),
+        replace(trial, variant=replace(TINY, changes=(("train.max_grad_norm", 0.5),))),
+    ]
+    files = {trials.result_file(settings, other, "digest") for other in others} | {
+        trials.result_file(settings, trial, "other")
+    }
+    assert len(files) == len(others) + 1
+
+
+def test_the_report_holds_the_bases_figures_and_every_variant_with_its_interval(small: study.Study) -> None:
+    summary = json.loads(json.dumps(small.report().summary()))
+    assert {
+        "tokens_to_accepted_per_step_0_5",
+        "tokens_to_accepted_per_step_1_0",
+        "tokens_to_accepted_per_step_1_5",
+    } < set(summary["figures"])
+    assert summary["figures"]["tokens_to_accepted_per_step_1_0"]["goal"] == "<= 80000"
+    assert [(v["name"], v["order"]) for v in summary["variants"]] == [
+        (name, order) for name in ("base", "lambda-0") for order in ("mixed", "ordered")
+    ]
+    other = summary["variants"][2]
+    assert other["against"] == "base"
+    assert other["overall_difference"]["low"] <= other["overall_difference"]["high"]
+    assert other["seeds"] == 2
+
+
+def test_the_page_needs_nothing_else_and_holds_every_variant(small: study.Study) -> None:
+    html = render_page(small)
+    assert not re.findall(r"(?:src|href)=[\"']?(?:https?:)?//", html)
+    assert "<script" not in html
+    assert html.count("<svg") == 4
+    assert html.count("<td>lambda-0</td>") == 2
+    assert not re.findall(r"\$[a-z_]+", html)
+
+
+def test_a_chart_is_well_formed_and_its_colours_follow_the_page(small: study.Study) -> None:
+    mixed, ordered = small.runs[0], small.runs[1]
+    for svg in (base_chart(mixed), shifts_chart(ordered.seeds[0]), shifts_chart(None), question_chart("q", [mixed])):
+        assert ET.fromstring(svg).tag.endswith("svg")
+        assert not re.findall(r"#[0-9a-fA-F]{6}\b", svg.replace("#000000", ""))
+
+
+def test_the_verdict_says_which_differences_are_beyond_chance() -> None:
+    def of(name: str, *lengths: float) -> study.VariantRuns:
+        seeds = [
+            TrialResult(
+                name=name,
+                order="mixed",
+                seed=i,
+                points=(point("math", round(100 * length)),),
+                losses=(),
+                trained_tokens=0,
+                training_s=0,
+                scoring_s=0,
+            )
+            for i, length in enumerate(lengths)
+        ]
+        return study.VariantRuns(Variant(name, "question"), "mixed", tuple(seeds))
+
+    base = of("base", 0.5, 0.6, 0.7)
+    better, worse, same = of("better", 0.6, 0.7, 0.81), of("worse", 0.3, 0.41, 0.5), of("same", 0.6, 0.5, 0.7)
+    assert verdict([study.VariantComparison(r, base) for r in (better, worse, same)]) == (
+        "Over the whole stream the accepted tokens per step is clearly higher with better (+0.10, mixed). "
+        "Over the whole stream the accepted tokens per step is clearly lower with worse (-0.20, mixed). "
+        "One comparison could be chance: its interval holds zero."
+    )
+    assert "One seed cannot tell" in verdict([study.VariantComparison(of("better", 0.6), of("base", 0.5))])
+
+
+# The command
+
+
+def test_the_command_tells_what_is_not_there_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    target = write_tiny_target(tmp_path / "target")
+    told = CliRunner().invoke(app, ["bench", "learning", "--set", f"target.path={target}"])
+    assert told.exit_code == 2
+    assert "no traffic is recorded" in told.stderr
+    told = CliRunner().invoke(app, ["bench", "learning", "--only", "speed"])
+    assert (told.exit_code, "no such variant" in told.stderr) == (2, True)
+
+
+def test_the_command_writes_json_and_a_page(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(variants, "PLAN", (TINY,))
+    flags = {
+        "target.path": settings.target.path,
+        "stack.data_dir": settings.stack.data_dir,
+        "speculator.draft_vocab_size": VOCABULARY,
+    }
+    sets = [part for name, value in flags.items() for part in ("--set", f"{name}={value}")]
+    told = CliRunner().invoke(app, ["bench", "learning", "--seeds", "1", "--json", "--html", "page.html", *sets])
+    assert told.exit_code == 0, told.output
+    assert json.loads(told.stdout)["variants"][0]["name"] == "base"
+    assert "<svg" in (tmp_path / "page.html").read_text()
+
+
+def test_asked_counts_the_token_that_has_no_feature_yet() -> None:
+    asked = Asked("math", replace(window(tokens=5), next_token=3))
+    assert (asked.tokens, asked.answered) == (6, 3)

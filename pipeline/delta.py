@@ -56,7 +56,7 @@ WRITTEN_AS = WriterProperties(
     compression_level=ZSTD_LEVEL,
     column_properties=dict.fromkeys(RAW_COLUMNS, ColumnProperties(dictionary_enabled=False, statistics_enabled="NONE")),
 )
-"""How the files of every table are encoded; ``docs/tune.md`` says against what it was measured."""
+"""How the files of every table are encoded; ``docs/benchmarks/results.md`` says against what it was measured."""
 _SQL = {"datafusion.catalog.information_schema": "true"}
 """For SHOW TABLES."""
 

@@ -54,7 +54,7 @@ def _node(patient: Patient, overview: Overview) -> Iterator[Finding]:
 def _learning(overview: Overview) -> Iterator[Finding]:
     if stream := overview.stream:
         for why in dict.fromkeys([*stream.not_live, *stream.not_ready]):
-            yield problem("stream", why, "docs/operate.md, 'Is the stream alive?'")
+            yield problem("stream", why, "docs/guides/services.md, 'Stream workers'")
         yield ok("stream", f"{stream.rows_written:,} rows written, {overview.trace_lag or 0:,} records behind")
     if train := overview.train:
         if train.error:

@@ -55,7 +55,7 @@ def test_an_alert_queries_exported_metrics_and_has_an_entry_in_the_runbook(rule:
 
 
 def test_every_entry_of_the_runbook_has_an_alert() -> None:
-    headings = re.findall(r"^### (\S+)$", (ROOT / "docs/runbook.md").read_text(), re.MULTILINE)
+    headings = re.findall(r"^### (\S+)$", (ROOT / "docs/guides/troubleshooting.md").read_text(), re.MULTILINE)
     assert sorted(headings) == sorted(rule["alert"] for rule in ALERTS)
 
 

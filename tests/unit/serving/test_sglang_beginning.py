@@ -103,7 +103,7 @@ def test_a_python_without_a_known_sglang_or_our_plugin_is_refused(
 def test_a_python_without_sglang_is_told_what_to_read(settings: Settings, tmp_path: Path) -> None:
     for python in (sys.executable, str(tmp_path / "nowhere")):
         update = {"sglang": settings.sglang.model_copy(update={"python": python})}
-        with pytest.raises(SettingsError, match=r"sglang\.python .*docs/sglang\.md"):
+        with pytest.raises(SettingsError, match=r"sglang\.python .*docs/guides/sglang\.md"):
             launch.run(settings.model_copy(update=update), [])
 
 

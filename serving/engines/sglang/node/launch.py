@@ -260,7 +260,7 @@ def _check_python(python: str) -> None:
         asked = subprocess.run([python, "-c", _ASK_PYTHON], capture_output=True, text=True, timeout=60, check=True)
         version, recorded = json.loads(asked.stdout.strip().rsplit("\n", 1)[-1])
     except (OSError, subprocess.SubprocessError, ValueError) as error:
-        raise SettingsError(f"{named}: SGLang is not installed there: docs/sglang.md") from error
+        raise SettingsError(f"{named}: SGLang is not installed there: docs/guides/sglang.md") from error
     if version not in compatibility.VERSIONS:
         raise SettingsError(f"{named}: SGLang {version} is not known; known: {', '.join(compatibility.VERSIONS)}")
     if not recorded:

@@ -1,4 +1,4 @@
-"""What a stream worker tells of a commit: spans linked to those that published its messages."""
+"""The spans of a commit, linked to the spans that published its records."""
 
 from __future__ import annotations
 
@@ -6,44 +6,60 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from pipeline.batches import Record
 from pipeline.offsets import Source
-from schemas.telemetry import trace_context
-from schemas.telemetry.spans import LINKS, Span
-from schemas.telemetry.trace_context import TraceContext
+from schemas.telemetry.spans import MAX_LINKS, Span
+from schemas.telemetry.trace_context import (
+    TRACEPARENT,
+    TraceContext,
+    new_trace,
+    parse_traceparent,
+    request_context,
+)
 
 
-def spans_of(
-    taken: Mapping[Source, Sequence[Record]], versions: Mapping[str, int], start: float, end: float
+def commit_spans(
+    records: Mapping[Source, Sequence[Record]],
+    table_versions: Mapping[str, int],
+    group_id: str,
+    start: float,
+    end: float,
 ) -> Iterator[Span]:
-    """The spans of a commit, one for each run of records that a span can be linked to.
+    """Return the spans of a commit, one for each run of records that one span can be linked to.
 
     Args:
-        taken: Its records, by partition in the order of their offsets.
-        versions: By table, the version that the commit made.
-        start: Unix time at which its rows began to be built.
-        end: At which the last table had them.
+        records: The committed records by partition, in the order of their offsets.
+        table_versions: The version that the commit made, by table.
+        group_id: The consumer group.
+        start: Unix time at which the first row was built.
+        end: Unix time at which the last table was committed.
     """
-    context = trace_context.begun()
-    for source, records in taken.items():
-        for at in range(0, len(records), LINKS):
-            part = records[at : at + LINKS]
+    context = new_trace()
+    for source, of_partition in records.items():
+        for first in range(0, len(of_partition), MAX_LINKS):
+            run = of_partition[first : first + MAX_LINKS]
             yield Span(
-                name="commit",
+                name=f"process {source.topic}",
+                event="batch_committed",
                 context=context.child(),
                 start=start,
                 end=end,
                 kind="consumer",
-                links=tuple(dict.fromkeys(map(_published_by, part))),
+                links=tuple(dict.fromkeys(map(_sender, run))),
                 attributes={
-                    "topic": source.topic,
-                    "partition": source.partition,
-                    "first_offset": part[0].offset,
-                    "last_offset": part[-1].offset,
-                    **{f"version_of_{name}": version for name, version in versions.items()},
+                    "messaging.system": "kafka",
+                    "messaging.operation.name": "process",
+                    "messaging.operation.type": "process",
+                    "messaging.destination.name": source.topic,
+                    "messaging.destination.partition.id": str(source.partition),
+                    "messaging.consumer.group.name": group_id,
+                    "messaging.batch.message_count": len(run),
+                    "first_offset": run[0].offset,
+                    "last_offset": run[-1].offset,
+                    **{f"version_of_{name}": version for name, version in table_versions.items()},
                 },
             )
 
 
-def _published_by(record: Record) -> TraceContext:
-    """By its header; a node that sends none is known by the request, and anything else by its bytes."""
-    header = next((value for name, value in record.headers if name == trace_context.HEADER), None)
-    return trace_context.read(header) or trace_context.of_request((record.key or b"").decode(errors="replace"))
+def _sender(record: Record) -> TraceContext:
+    """Return the span of the record's header, or else the span of the request in its key."""
+    header = next((value for name, value in record.headers if name == TRACEPARENT), None)
+    return parse_traceparent(header) or request_context((record.key or b"").decode(errors="replace"))

@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, Metric, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from schemas.status import DriftStatus, StreamStatus
+from schemas.telemetry.metrics import register_process_metrics
 
 
 @dataclass
@@ -112,5 +113,6 @@ def drift_metrics(drift: DriftStatus) -> Iterator[Metric]:
 def exposition(status: StreamStatus) -> bytes:
     """Prometheus text of a worker's state."""
     registry = CollectorRegistry()
+    register_process_metrics(registry)
     registry.register(_Collector(status))
     return generate_latest(registry)

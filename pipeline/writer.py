@@ -12,7 +12,7 @@ from typing import TypeVar
 import structlog
 
 from pipeline.batches import Built, Record, build
-from pipeline.commit_spans import spans_of
+from pipeline.commit_spans import commit_spans
 from pipeline.deduplication import Duplicates
 from pipeline.delta import DeltaLog, TableError
 from pipeline.drift.monitor import DriftWatch
@@ -47,6 +47,7 @@ class Writer:
         """Why the tables did not take what they were given last; None once they did."""
         self.committed_at: float | None = None
         """Unix time of the last commit."""
+        self._group_id = settings.stream.group_id
         self._counts = counts
         self._tables = tables = DeltaLog(settings.tables)
         self._intake = Intake(tables, ThreadPoolExecutor(len(COMMIT_ORDER) - 1, "table"))
@@ -120,7 +121,7 @@ class Writer:
 
     def _tell(self, taken: Mapping[Source, Sequence[Record]], start: float) -> None:
         versions = {name: self._tables.snapshot_version(name) for name in COMMIT_ORDER}
-        for span in spans_of(taken, versions, start, time.time()):
+        for span in commit_spans(taken, versions, self._group_id, start, time.time()):
             spans.record(span)
 
     def _count(self, taken: Sequence[Record], built: Built) -> None:

@@ -17,6 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from schemas.settings import Settings
 from schemas.telemetry import logs, spans
+from schemas.telemetry.metrics import register_process_metrics
 from serving.engines.builtin.engine import BuiltinEngine
 from serving.http import admin as control
 from serving.http import routes, status, webhook
@@ -73,6 +74,7 @@ def _serve(
     server_socket: socket.socket,
 ) -> None:
     metrics = CollectorRegistry()
+    register_process_metrics(metrics)
     figures = RequestFigures(metrics)
     tokenizer = AutoTokenizer.from_pretrained(settings.target.path, local_files_only=True)
     drain = Drain()

@@ -16,12 +16,14 @@ import torch
 from prometheus_client import CollectorRegistry
 
 from pipeline.delta import DeltaLog, TableError
+from schemas.build_info import code_revision
 from schemas.device import device_of
 from schemas.settings import Settings
 from schemas.speculator.checkpoint import CheckpointError
 from schemas.speculator.network import EagleDraft
 from schemas.status import TrainStatus
 from schemas.telemetry import logs, spans
+from schemas.telemetry.metrics import register_process_metrics
 from trainer.data.feed import Feed, FeedError
 from trainer.data.prefetch import Ahead
 from trainer.data.samples import Window
@@ -35,7 +37,7 @@ from trainer.loop.progress import Gauges, Pace, Progress
 from trainer.loop.replicas import Team, Work, follow, work_of
 from trainer.loop.warm_start import load_initial_draft
 from trainer.release.evaluation import Evaluation, HeldOutEvaluator
-from trainer.release.registration import PASSED_TAG, Registrar, TrainingLineage, code_revision
+from trainer.release.registration import PASSED_TAG, Registrar, TrainingLineage
 from trainer.release.registry import RegistryError, SpeculatorRegistry
 from trainer.status import ErrorTracker, StatusServer, stop_on_signals
 
@@ -80,6 +82,7 @@ class Trainer:
     ) -> None:
         train, ranks = settings.train, ranks or Alone()
         self.metrics = CollectorRegistry()
+        register_process_metrics(self.metrics)
         self._settings = train
         self._stopping = stopping
         self._errors = ErrorTracker("train", self.metrics)

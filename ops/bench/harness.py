@@ -25,8 +25,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from schemas.build_info import code_revision
 from schemas.errors import UserError
-from trainer.release.registration import code_revision
 
 Say = Callable[[str], None]
 Selection = Callable[[str], bool]

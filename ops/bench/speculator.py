@@ -20,6 +20,7 @@ import torch
 
 from ops.bench import recording
 from ops.bench.harness import Say
+from schemas.build_info import code_revision
 from schemas.errors import UserError
 from schemas.settings import Settings
 from schemas.speculator import checkpoint
@@ -28,7 +29,6 @@ from trainer.data.samples import Window, collate, cut
 from trainer.data.target import Target, read_target
 from trainer.loop.learner import Learner
 from trainer.objective.simulated_acceptance import accepted_per_step
-from trainer.release.registration import code_revision
 
 SCHEDULE = ((0.55, 1.0), (0.25, 0.3), (0.2, 0.1))
 """Shares of the training time, and the factor of the learning rate in each."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 from pipeline.commit_lookup import commit_of
 from pipeline.offsets import Source
 from schemas.errors import UserError
-from schemas.telemetry.trace_context import of_request
+from schemas.telemetry.trace_context import request_context
 
 if TYPE_CHECKING:
     from pipeline.delta import DeltaLog
@@ -99,7 +99,7 @@ def trails(tables: DeltaLog, registry: SpeculatorRegistry, named: str) -> list[T
     return [
         Trail(
             request=one["request"],
-            trace=of_request(one["request"]).trace,
+            trace=request_context(one["request"]).trace_id,
             node=one["node"],
             line=one["line"],
             time=one["time"],

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ops.replay.comparison import Comparison
+from schemas.build_info import code_revision
 from schemas.settings import Settings
-from trainer.release.registration import code_revision
 from trainer.release.registry import MetricPoint, SpeculatorRegistry
 from trainer.replay.experiment import Result
 from trainer.replay.learning_curve import curve, length

@@ -1,4 +1,4 @@
-"""One log format for every process: a line of JSON with a time, a level, the process and an event name."""
+"""The log of every process: JSON lines on stderr with time, level, process, event, and the trace where there is one."""
 
 from __future__ import annotations
 
@@ -7,13 +7,22 @@ import sys
 from typing import Any
 
 import structlog
+from structlog.typing import EventDict, Processor
+
+from schemas.telemetry.trace_context import request_context, version_context
 
 
 def configure(process: str, level: str = "info") -> None:
-    """Send structlog and the standard library's loggers to stderr as JSON lines."""
-    shared: list[structlog.typing.Processor] = [
+    """Send the entries of structlog and of the standard library's loggers to stderr as JSON lines."""
+
+    # A context variable would exist on the main thread only.
+    def add_process(_logger: Any, _method: str, event: EventDict) -> EventDict:
+        return {"process": process, **event}
+
+    shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
-        _of(process),
+        add_process,
+        add_trace,
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
@@ -36,10 +45,15 @@ def configure(process: str, level: str = "info") -> None:
     logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
 
 
-def _of(process: str) -> structlog.typing.Processor:
-    """Names the process in every entry; a context variable would be missing on threads other than the first."""
-
-    def add(_logger: Any, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
-        return {"process": process, **event}
-
-    return add
+def add_trace(_logger: Any, _method: str, event: EventDict) -> EventDict:
+    """Add ``trace_id`` and ``span_id`` to an entry about a request, or about a version of a line."""
+    match event:
+        case {"trace_id": _}:
+            return event
+        case {"request": str(request)}:
+            context = request_context(request)
+        case {"line": str(line), "version": str(version)}:
+            context = version_context(line, version)
+        case _:
+            return event
+    return {**event, "trace_id": context.trace_id, "span_id": context.span_id}

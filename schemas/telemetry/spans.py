@@ -1,9 +1,11 @@
-"""What a process did, told once and in two forms: a line of its log, and a span for an OpenTelemetry collector.
+"""Spans: finished operations, written to the log and exported to an OpenTelemetry collector.
 
-Both have the same names, so that a trace id found in one is found in the other. Lines are written where
-``telemetry.log_spans`` says so; spans go to ``telemetry.endpoint`` where that is set, from a thread of their own: a
-collector that is slow or away makes nobody wait, and what its queue cannot hold is dropped with a warning in the log.
-OpenTelemetry is imported only then.
+Both forms carry the same ids and attributes. Log lines are written if ``telemetry.log_spans`` is set. Spans are
+exported if ``telemetry.endpoint`` is set, by the exporter's thread: a slow or unreachable collector delays no caller.
+The exporter drops spans that its queue cannot hold, and logs a warning. OpenTelemetry is imported only if it is used.
+
+Names and attributes follow the OpenTelemetry semantic conventions for generative AI and for messaging. Attribute names
+of Aurora's own are written here without a prefix and exported below ``aurora.``.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import structlog
 
@@ -19,89 +21,84 @@ from schemas.settings import SettingsError, Telemetry
 from schemas.telemetry.trace_context import TraceContext
 
 if TYPE_CHECKING:
-    from opentelemetry.sdk.resources import Resource
     from opentelemetry.sdk.trace import ReadableSpan
 
 log = structlog.get_logger()
 
-LINKS = 128
-"""Links of a span at most, OpenTelemetry's own bound; whoever has more tells several spans."""
+MAX_LINKS = 128
+"""Maximum links of a span, OpenTelemetry's default limit; an operation with more links is split into several spans."""
 
 Kind = Literal["server", "producer", "consumer", "internal"]
-Value = str | int | float | bool | Sequence[str]
+AttributeValue = str | int | float | bool | Sequence[str]
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Something that was done, from one time to another."""
+    """A finished operation."""
 
     name: str
+    """Name of the span at the collector."""
+    event: str
+    """Event name of its log line."""
     context: TraceContext
     start: float
-    """Unix time in seconds, as ``end``."""
+    """Unix time in seconds."""
     end: float
+    """Unix time in seconds."""
     parent: str | None = None
-    """Span id in the same trace."""
+    """Span id of the parent, in the same trace."""
     kind: Kind = "internal"
     links: tuple[TraceContext, ...] = ()
-    """Other traces that it has to do with."""
-    attributes: Mapping[str, Value] = field(default_factory=dict)
-    error: str | None = None
+    """Related spans of other traces."""
+    attributes: Mapping[str, AttributeValue] = field(default_factory=dict)
+    """A name with a dot is one of the semantic conventions, any other is Aurora's own."""
+    error_type: str | None = None
+    """Class of the failure, low in cardinality; None if the operation succeeded."""
 
 
-class _Exporter(Protocol):
-    def send(self, span: Span) -> None:
-        """Queue a span."""
+class _Telemetry:
+    """Where this process writes its spans."""
 
-    def close(self) -> None:
-        """Send what is queued."""
-
-
-class _State:
-    """What this process does with its spans; like the log, there is one for the process."""
-
-    log = False
+    log_spans = False
     exporter: _Exporter | None = None
 
 
 def configure(process: str, settings: Telemetry) -> None:
-    """Begin to tell; before that ``record`` does nothing.
+    """Start writing spans; until then ``record`` does nothing.
 
     Raises:
         SettingsError: ``telemetry.endpoint`` is set and OpenTelemetry is not installed.
     """
     close()
-    _State.log = settings.log_spans
+    _Telemetry.log_spans = settings.log_spans
     if settings.endpoint:
-        _State.exporter = _Collector(process, settings)
+        _Telemetry.exporter = _Exporter(process, settings)
 
 
 def close() -> None:
-    """Send what is queued, and stop telling."""
-    exporter, _State.exporter, _State.log = _State.exporter, None, False
+    """Export the queued spans, and stop writing spans."""
+    exporter, _Telemetry.exporter, _Telemetry.log_spans = _Telemetry.exporter, None, False
     if exporter is not None:
         exporter.close()
 
 
 def record(span: Span) -> None:
-    """Tell what was done. Never raises for a collector's sake, and never waits for it."""
-    if _State.log:
-        links = {"links": [link.trace for link in span.links]} if span.links else {}
+    """Write a span. A failing collector causes no exception and no delay."""
+    if _Telemetry.log_spans:
         log.info(
-            span.name,
-            trace=span.context.trace,
-            span=span.context.span,
-            seconds=round(span.end - span.start, 6),
-            **links,
-            **span.attributes,
-            **({"error": span.error} if span.error else {}),
+            span.event,
+            trace_id=span.context.trace_id,
+            span_id=span.context.span_id,
+            duration_s=round(span.end - span.start, 6),
+            **({"links": [link.trace_id for link in span.links]} if span.links else {}),
+            **_attributes(span),
         )
-    if _State.exporter is not None and span.context.sampled:
-        _State.exporter.send(span)
+    if _Telemetry.exporter is not None and span.context.sampled:
+        _Telemetry.exporter.send(span)
 
 
-class _Collector:
-    """Sends spans by OTLP over HTTP."""
+class _Exporter:
+    """Exports spans by OTLP over HTTP."""
 
     def __init__(self, process: str, settings: Telemetry) -> None:
         try:
@@ -116,48 +113,46 @@ class _Collector:
             headers=settings.headers,
             timeout=settings.timeout,
         )
-        self._batches = BatchSpanProcessor(exporter, schedule_delay_millis=settings.export_interval * 1e3)
+        self._processor = BatchSpanProcessor(exporter, schedule_delay_millis=settings.export_interval * 1e3)
         self._resource = Resource(
             {"service.namespace": "aurora", "service.name": f"aurora-{process}", "host.name": socket.gethostname()}
         )
 
     def send(self, span: Span) -> None:
-        self._batches.on_end(_readable(span, self._resource))
+        """Queue a span."""
+        self._processor.on_end(self._to_readable(span))
 
     def close(self) -> None:
-        self._batches.shutdown()  # type: ignore[no-untyped-call]
+        """Export the queued spans."""
+        self._processor.shutdown()  # type: ignore[no-untyped-call]
+
+    def _to_readable(self, span: Span) -> ReadableSpan:
+        """Convert a span to the SDK's type directly: a tracer would draw ids of its own."""
+        from opentelemetry import trace
+        from opentelemetry.sdk.trace import ReadableSpan
+        from opentelemetry.sdk.util.instrumentation import InstrumentationScope
+        from opentelemetry.trace.status import Status, StatusCode
+
+        def span_context(context: TraceContext, *, remote: bool) -> trace.SpanContext:
+            flags = trace.TraceFlags(trace.TraceFlags.SAMPLED if context.sampled else trace.TraceFlags.DEFAULT)
+            return trace.SpanContext(int(context.trace_id, 16), int(context.span_id, 16), remote, flags)
+
+        parent = TraceContext(span.context.trace_id, span.parent) if span.parent else None
+        return ReadableSpan(
+            name=span.name,
+            context=span_context(span.context, remote=False),
+            parent=span_context(parent, remote=True) if parent else None,
+            resource=self._resource,
+            attributes={n if "." in n else f"aurora.{n}": value for n, value in _attributes(span).items()},
+            links=[trace.Link(span_context(link, remote=True)) for link in span.links],
+            kind=trace.SpanKind[span.kind.upper()],
+            instrumentation_scope=InstrumentationScope("aurora"),
+            status=Status(StatusCode.ERROR if span.error_type else StatusCode.UNSET),
+            start_time=round(span.start * 1e9),
+            end_time=round(span.end * 1e9),
+        )
 
 
-def _readable(span: Span, resource: Resource) -> ReadableSpan:
-    """The span as the SDK's processors take one: its ids are given, the SDK would draw new ones."""
-    from opentelemetry import trace
-    from opentelemetry.sdk.trace import ReadableSpan
-    from opentelemetry.sdk.util.instrumentation import InstrumentationScope
-    from opentelemetry.trace.status import Status, StatusCode
-
-    def context(of: TraceContext, *, remote: bool) -> trace.SpanContext:
-        flags = trace.TraceFlags(trace.TraceFlags.SAMPLED if of.sampled else trace.TraceFlags.DEFAULT)
-        return trace.SpanContext(int(of.trace, 16), int(of.span, 16), remote, flags)
-
-    def parent_of() -> trace.SpanContext | None:
-        if span.parent is None:
-            return None
-        return context(TraceContext(span.context.trace, span.parent), remote=True)
-
-    attributes: dict[str, Any] = {
-        f"aurora.{name}": list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
-        for name, value in span.attributes.items()
-    }
-    return ReadableSpan(
-        name=span.name,
-        context=context(span.context, remote=False),
-        parent=parent_of(),
-        resource=resource,
-        attributes=attributes,
-        links=[trace.Link(context(link, remote=True)) for link in span.links],
-        kind=trace.SpanKind[span.kind.upper()],
-        instrumentation_scope=InstrumentationScope("aurora"),
-        status=Status(StatusCode.ERROR, span.error) if span.error else Status(StatusCode.OK),
-        start_time=round(span.start * 1e9),
-        end_time=round(span.end * 1e9),
-    )
+def _attributes(span: Span) -> dict[str, Any]:
+    error = {"error.type": span.error_type} if span.error_type else {}
+    return {n: list(v) if isinstance(v, tuple) else v for n, v in span.attributes.items()} | error

@@ -1,11 +1,11 @@
-"""What ties a request to the versions that learned from it: contexts in the form of W3C Trace Context.
+"""W3C trace contexts that tie a request to the speculator versions trained on it.
 
-A node writes the context of a request into the request's id, ``chatcmpl-<trace id><span id>``. The id is the key of its
-messages and stands in every row, so whoever has a row has the trace. Messages carry the same as a ``traceparent``
-header, for consumers that are not ours.
+A node writes the context of a request into the request id, ``chatcmpl-<trace id><span id>``. The request id is the key
+of its Kafka messages and a column of every table, so each row leads to its trace. Messages also carry a ``traceparent``
+header, for consumers outside Aurora.
 
-A version has a trace of its own, which follows from its line and number: trainer, promoter and nodes name it without
-asking each other. Links lead from there to the requests that it was trained on.
+A version has its own trace. Its ids follow from its line and number, so trainer, promoter and nodes derive the same
+context independently. Span links connect the version to the requests that it was trained on.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ import re
 import secrets
 from dataclasses import dataclass, replace
 
-HEADER = "traceparent"
-"""Of HTTP requests and of Kafka messages."""
+TRACEPARENT = "traceparent"
+"""Header of HTTP requests and Kafka messages that carries a context."""
 
-_FORM = re.compile(r"(?P<version>[0-9a-f]{2})-(?P<trace>[0-9a-f]{32})-(?P<span>[0-9a-f]{16})-(?P<flags>[0-9a-f]{2})")
-_IN_REQUEST = re.compile(r"-(?P<trace>[0-9a-f]{32})(?P<span>[0-9a-f]{16})(-\d+)?$")
+_TRACEPARENT = re.compile(
+    r"(?P<version>[0-9a-f]{2})-(?P<trace_id>[0-9a-f]{32})-(?P<span_id>[0-9a-f]{16})-(?P<flags>[0-9a-f]{2})"
+)
+_REQUEST_ID = re.compile(r"-(?P<trace_id>[0-9a-f]{32})(?P<span_id>[0-9a-f]{16})(-\d+)?$")
 _SAMPLED = 1
 
 
@@ -27,56 +29,56 @@ _SAMPLED = 1
 class TraceContext:
     """One span of one trace."""
 
-    trace: str
+    trace_id: str
     """32 hexadecimal digits."""
-    span: str
+    span_id: str
     """16 hexadecimal digits."""
     sampled: bool = True
-    """Whether its spans are wanted."""
+    """Whether the spans of the trace are exported."""
 
-    def header(self) -> str:
-        """As the value of ``traceparent``."""
-        return f"00-{self.trace}-{self.span}-{int(self.sampled):02x}"
+    def to_traceparent(self) -> str:
+        """Return the context as the value of a ``traceparent`` header."""
+        return f"00-{self.trace_id}-{self.span_id}-{int(self.sampled):02x}"
 
     def child(self) -> TraceContext:
-        """A new span of the same trace."""
-        return replace(self, span=secrets.token_hex(8))
+        """Return a new span of the same trace."""
+        return replace(self, span_id=secrets.token_hex(8))
 
-    def request_id(self, prefix: str) -> str:
-        """The id of the request whose span this is."""
-        return f"{prefix}-{self.trace}{self.span}"
+    def to_request_id(self, prefix: str) -> str:
+        """Return the id of the request that this span describes."""
+        return f"{prefix}-{self.trace_id}{self.span_id}"
 
 
-def begun() -> TraceContext:
-    """The first span of a new trace."""
+def new_trace() -> TraceContext:
+    """Return the root span of a new trace."""
     return TraceContext(secrets.token_hex(16), secrets.token_hex(8))
 
 
-def read(header: str | bytes | None) -> TraceContext | None:
-    """What a ``traceparent`` says; None where there is none, or it is not of the standard's form."""
-    text = header.decode("latin-1") if isinstance(header, bytes) else header or ""
-    found = _FORM.match(text.strip())
-    if found is None or found["version"] == "ff" or not int(found["trace"], 16) or not int(found["span"], 16):
+def parse_traceparent(header: str | bytes | None) -> TraceContext | None:
+    """Return the context in a ``traceparent`` header; None if it is missing or malformed."""
+    text = (header.decode("latin-1") if isinstance(header, bytes) else header or "").strip()
+    fields = _TRACEPARENT.match(text)
+    if fields is None or fields["version"] == "ff" or not int(fields["trace_id"], 16) or not int(fields["span_id"], 16):
         return None
-    # A version to come may add fields behind a dash, and nothing else.
-    rest = text.strip()[found.end() :]
-    if rest and (found["version"] == "00" or not rest.startswith("-")):
+    # A later version of the standard may append fields, each after a dash.
+    rest = text[fields.end() :]
+    if rest and (fields["version"] == "00" or not rest.startswith("-")):
         return None
-    return TraceContext(found["trace"], found["span"], bool(int(found["flags"], 16) & _SAMPLED))
+    return TraceContext(fields["trace_id"], fields["span_id"], bool(int(fields["flags"], 16) & _SAMPLED))
 
 
-def of_request(request: str) -> TraceContext:
-    """The span of a request, by its id; an id that another server gave stands for a trace of its own."""
-    if found := _IN_REQUEST.search(request):
-        return TraceContext(found["trace"], found["span"])
-    return _named(request)
+def request_context(request: str) -> TraceContext:
+    """Return the span of a request, read from its id; an id of another server maps to a trace of its own."""
+    if fields := _REQUEST_ID.search(request):
+        return TraceContext(fields["trace_id"], fields["span_id"])
+    return _derived_context(request)
 
 
-def of_version(line: str, version: str) -> TraceContext:
-    """The span in which a version was registered."""
-    return _named(f"{line}/{version}")
+def version_context(line: str, version: str) -> TraceContext:
+    """Return the span of the registration of a version."""
+    return _derived_context(f"{line}/{version}")
 
 
-def _named(name: str) -> TraceContext:
+def _derived_context(name: str) -> TraceContext:
     digest = hashlib.blake2b(name.encode(), digest_size=24).hexdigest()
     return TraceContext(digest[:32], digest[32:])

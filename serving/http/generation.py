@@ -69,6 +69,8 @@ class Choice:
     transcript: Transcript
     finish: FinishReason | None = None
     """None until it has ended."""
+    error_type: str | None = None
+    """Class of the failure of the node that ended it; None without one."""
     figures: RequestStats = _NO_FIGURES
     """How it was decoded, known when it has ended."""
     last: float = field(default_factory=time.perf_counter)
@@ -181,9 +183,11 @@ class Generation:
         stopped = choice.transcript.stopped
         if output.finish == "error":
             self._figures.ended("failed")
+            choice.error_type = "engine_failed"
             raise ApiError(500, f"The engine failed: {output.error}", kind="server_error", code="engine_failed")
         if output.finish == "cancelled" and not stopped:
             self._figures.ended("cancelled")
+            choice.error_type = "node_stopped"
             raise unavailable("The node stopped before the answer was complete")
         choice.finish = "length" if output.finish == "length" and not stopped else "stop"
         self._figures.ended(choice.finish)

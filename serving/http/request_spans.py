@@ -1,4 +1,4 @@
-"""What a node tells of a request that has ended: one span, with what its verify steps came to."""
+"""The span of a request, recorded when the request ends."""
 
 from __future__ import annotations
 
@@ -14,45 +14,54 @@ from serving.http.generation import Choice
 
 @dataclass(frozen=True, slots=True)
 class Trail:
-    """Where a request stands among the spans of its client."""
+    """Trace context of a request."""
 
     context: TraceContext
-    """Of the request itself; the id of its answer says the same."""
+    """Span of the request; the response id carries the same ids."""
     parent: TraceContext | None
-    """The client's span, where it sent one."""
+    """Span of the client, if it sent one."""
 
 
-def teller(trail: Trail, answer_id: str, clock: Callable[[], float] = time.time) -> Callable[[Sequence[Choice]], None]:
-    """Tells of a request that begins now, when it is called at its end."""
+def teller(
+    trail: Trail, response_id: str, model: str, clock: Callable[[], float] = time.time
+) -> Callable[[Sequence[Choice]], None]:
+    """Return a function that records the span of a request that starts now; call it when the request ends."""
     start = clock()
 
     def tell(choices: Sequence[Choice]) -> None:
-        spans.record(span_of(trail, answer_id, choices, start, clock()))
+        spans.record(request_span(trail, response_id, model, choices, start, clock()))
 
     return tell
 
 
-def span_of(trail: Trail, answer_id: str, choices: Sequence[Choice], start: float, end: float) -> Span:
-    """The span of a request."""
+def request_span(
+    trail: Trail, response_id: str, model: str, choices: Sequence[Choice], start: float, end: float
+) -> Span:
+    """Return the span of a request, named after OpenTelemetry's conventions for generative AI."""
     figures = [choice.figures for choice in choices]
-    finishes = [choice.finish or "not ended" for choice in choices]
+    operation = "chat" if response_id.startswith("chatcmpl") else "text_completion"
     return Span(
-        name="request",
+        name=f"{operation} {model}",
+        event="request_finished",
         context=trail.context,
         start=start,
         end=end,
-        parent=trail.parent.span if trail.parent else None,
+        parent=trail.parent.span_id if trail.parent else None,
         kind="server",
+        error_type=next((choice.error_type for choice in choices if choice.error_type), None),
         attributes={
-            "request": answer_id,
+            "gen_ai.operation.name": operation,
+            "gen_ai.provider.name": "aurora",
+            "gen_ai.request.model": model,
+            "gen_ai.request.choice.count": len(choices),
+            "gen_ai.response.id": response_id,
+            "gen_ai.response.finish_reasons": [choice.finish or "cancelled" for choice in choices],
+            "gen_ai.usage.input_tokens": max(len(choice.request.prompt) for choice in choices),
+            "gen_ai.usage.output_tokens": sum(choice.cost.tokens for choice in choices),
             "traced": any(choice.request.trace for choice in choices),
-            "choices": len(choices),
-            "prompt_tokens": max(len(choice.request.prompt) for choice in choices),
-            "output_tokens": sum(choice.cost.tokens for choice in choices),
             "verify_steps": sum(one.verify_steps for one in figures),
-            "drafted": sum(one.draft_tokens for one in figures),
-            "accepted": sum(one.accepted_tokens for one in figures),
+            "draft_tokens": sum(one.draft_tokens for one in figures),
+            "accepted_tokens": sum(one.accepted_tokens for one in figures),
             "speculators": list(dict.fromkeys(version for one in figures for version in one.speculators)),
-            "finish": list(dict.fromkeys(finishes)),
         },
     )

@@ -77,7 +77,7 @@ class Completions:
         prompt = await asyncio.to_thread(self._of_messages, body)
         self._check_size(body, [prompt], "messages")
         trail = _trail(http)
-        answer = ChatAnswer(trail.context.request_id("chatcmpl"), self._model, self._speller, body.logprobs)
+        answer = ChatAnswer(trail.context.to_request_id("chatcmpl"), self._model, self._speller, body.logprobs)
         requests = self._requests(body, [prompt], answer.id, http)
         detokenizers = [Detokenizer(self._tokenizer) for _ in requests]
         return await self._respond(body, requests, detokenizers, answer, trail, http)
@@ -92,7 +92,7 @@ class Completions:
         prompts = await asyncio.to_thread(lambda: [self._of_prompt(prompt) for prompt in body.prompt])
         self._check_size(body, prompts, "prompt")
         trail = _trail(http)
-        answer_id = trail.context.request_id("cmpl")
+        answer_id = trail.context.to_request_id("cmpl")
         answer = CompletionAnswer(answer_id, self._model, self._speller, body.logprobs is not None)
         requests = self._requests(body, prompts, answer.id, http)
         detokenizers = [Detokenizer(self._tokenizer, request.prompt[-_CONTEXT:]) for request in requests]
@@ -125,7 +125,7 @@ class Completions:
             Choice(i, request, Transcript(detokenizer, body.stop))
             for i, (request, detokenizer) in enumerate(zip(requests, detokenizers, strict=True))
         ]
-        generation = Generation(self._engine, choices, self._figures, teller(trail, answer.id))
+        generation = Generation(self._engine, choices, self._figures, teller(trail, answer.id, self._model))
         # Prompts come once for each of their choices.
         prompt_tokens = sum(len(request.prompt) for request in requests[:: body.n])
         headers = {"x-aurora-speculator": self._drafting(requests[0])}
@@ -343,8 +343,8 @@ async def _disconnected(http: fastapi.Request) -> None:
 
 def _trail(http: fastapi.Request) -> Trail:
     """The span of a request, in the trace of its client where that sent one."""
-    parent = trace_context.read(http.headers.get(trace_context.HEADER))
-    return Trail(parent.child() if parent else trace_context.begun(), parent)
+    parent = trace_context.parse_traceparent(http.headers.get(trace_context.TRACEPARENT))
+    return Trail(parent.child() if parent else trace_context.new_trace(), parent)
 
 
 def _label(http: fastapi.Request) -> str | None:

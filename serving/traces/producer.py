@@ -78,7 +78,7 @@ def headers_of(chunk: Chunk, context: TraceContext) -> Headers:
         "target": chunk.envelope.target,
         "speculator": drafted[-1] if drafted else "",
         "rows": str(len(chunk.verify_steps)),
-        trace_context.HEADER: context.header(),
+        trace_context.TRACEPARENT: context.to_traceparent(),
     }
     if chunk.envelope.claim:
         fields["claim-bytes"] = str(chunk.envelope.claim.size)

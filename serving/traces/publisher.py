@@ -35,7 +35,7 @@ from schemas.claim_store import ClaimStore
 from schemas.settings import Kafka, Traces
 from schemas.telemetry import spans
 from schemas.telemetry.spans import Span
-from schemas.telemetry.trace_context import TraceContext, of_request
+from schemas.telemetry.trace_context import TraceContext, request_context
 from schemas.trace.record import Chunk, VerifyStep, encode
 from serving.engines.base import Finish, Request
 from serving.traces.accounting import Ledger, Reason, TraceCounts
@@ -327,9 +327,10 @@ class TracePublisher:
             return
         if reason is None:
             self._ledger.publish(parcel.rows, parcel.size)
-            spans.record(_span(parcel))
         else:
             self._shed(parcel, reason)
+        if reason != "queue_full":  # such a chunk was never sent, and there may be many of them
+            spans.record(_send_span(self._kafka.traces_topic, parcel, reason))
 
     def _shed(self, parcel: _Parcel, reason: Reason) -> None:
         self._ledger.shed(parcel.rows, parcel.size, reason)
@@ -376,23 +377,35 @@ def _parcel(chunk: Chunk) -> _Parcel:
     return _Parcel(
         rows=len(chunk.verify_steps),
         size=sum(map(row_bytes, chunk.verify_steps)),
-        context=of_request(request).child(),
+        context=request_context(request).child(),
         request=request,
         number=chunk.envelope.chunk,
         since=time.time(),
     )
 
 
-def _span(parcel: _Parcel) -> Span:
-    """A chunk that the broker has acknowledged just now."""
+def _send_span(topic: str, parcel: _Parcel, error_type: Reason | None) -> Span:
+    """Return the span of a chunk that the broker has just acknowledged, or that failed."""
     return Span(
-        name="publish",
+        name=f"send {topic}",
+        event="chunk_published" if error_type is None else "chunk_dropped",
         context=parcel.context,
         start=parcel.since,
         end=time.time(),
-        parent=of_request(parcel.request).span,
+        parent=request_context(parcel.request).span_id,
         kind="producer",
-        attributes={"request": parcel.request, "chunk": parcel.number, "rows": parcel.rows},
+        error_type=error_type,
+        attributes={
+            "messaging.system": "kafka",
+            "messaging.operation.name": "send",
+            "messaging.operation.type": "send",
+            "messaging.destination.name": topic,
+            "messaging.kafka.message.key": parcel.request,
+            "messaging.message.body.size": parcel.size,
+            "request": parcel.request,
+            "chunk": parcel.number,
+            "rows": parcel.rows,
+        },
     )
 
 

@@ -12,7 +12,7 @@ import structlog
 from schemas.speculator.network import EagleDraft
 from schemas.telemetry import spans
 from schemas.telemetry.spans import Span
-from schemas.telemetry.trace_context import of_version
+from schemas.telemetry.trace_context import version_context
 from serving.engines.base import HotSwapEngine
 
 log = structlog.get_logger()
@@ -32,14 +32,21 @@ class Swap:
 
 
 def _span(line: str, swap: Swap, role: str) -> Span:
-    registered = of_version(line, swap.version)
+    registered = version_context(line, swap.version)
     return Span(
-        name="swap",
+        name="swap version",
+        event="version_swapped",
         context=registered.child(),
         start=swap.time - swap.pause_ms / 1e3,
         end=swap.time,
-        parent=registered.span,
-        attributes={"line": line, "version": swap.version, "role": role, "in_flight": swap.in_flight},
+        parent=registered.span_id,
+        attributes={
+            "line": line,
+            "version": swap.version,
+            "role": role,
+            "in_flight": swap.in_flight,
+            "pause_s": swap.pause_ms / 1e3,
+        },
     )
 
 

@@ -57,7 +57,7 @@ class Loop:
         answer = httpx.post(
             f"http://127.0.0.1:{self.settings.serve.port}/v1/completions",
             json={**body, "temperature": 0},
-            headers={trace_context.HEADER: context.header()},
+            headers={trace_context.TRACEPARENT: context.to_traceparent()},
             timeout=120,
         )
         answer.raise_for_status()
@@ -129,56 +129,58 @@ def loop(broker: str, registry: str, smollm2: Path, tmp_path: Path, free_port: C
 @pytest.mark.timeout(600)
 def test_one_id_leads_from_a_request_to_the_version_that_learned_from_it(loop: Loop) -> None:
     loop.start()
-    context = trace_context.begun()
+    context = trace_context.new_trace()
     share = loop.settings.train.held_out_ratio
     asked: dict[str, TraceContext] = {}
     while len(asked) < REQUESTS or len({held_out(name, share) for name in asked}) < 2:
         asked[loop.ask(context)] = context
-        context = trace_context.begun()
+        context = trace_context.new_trace()
     request, context = next((name, of) for name, of in asked.items() if not held_out(name, share))
     kept_back = next(name for name in asked if held_out(name, share))
     seen = loop.collector
-    loop.until(lambda: seen.spans("learn", context.trace), "a version that learned from it")
-    (learned, *_) = seen.spans("learn", context.trace)
+    loop.until(lambda: seen.spans("train version", context.trace_id), "a version that learned from it")
+    (learned, *_) = seen.spans("train version", context.trace_id)
     version = learned.attributes["aurora.version"]
-    of_version = learned.trace
-    loop.until(lambda: seen.spans("move"), "a promotion; a version that is better at once may have come before it")
-    loop.until(lambda: seen.spans("swap"), "a swap")
+    of_version = learned.trace_id
+    loop.until(lambda: seen.spans("move alias"), "a promotion; an immediately better version may precede it")
+    loop.until(lambda: seen.spans("swap version"), "a swap")
     answer = aurora_trace(loop, request)
     loop.end()
 
-    (answered,) = seen.spans("request", context.trace)
-    assert (answered.process, answered.trace, answered.parent) == ("aurora-serve", context.trace, context.span)
-    assert answered.attributes["aurora.request"] == request
+    (answered,) = seen.spans("text_completion", context.trace_id)
+    assert (answered.process, answered.trace_id, answered.parent) == ("aurora-serve", context.trace_id, context.span_id)
+    assert answered.attributes["gen_ai.response.id"] == request
     assert answered.attributes["aurora.verify_steps"] > 0
-    published = seen.spans("publish", context.trace)
-    assert {one.parent for one in published} == {answered.span}
-    (committed,) = seen.spans("commit", context.trace)
+    published = seen.spans("send", context.trace_id)
+    assert {one.parent for one in published} == {answered.span_id}
+    (committed,) = seen.spans("process", context.trace_id)
     assert committed.process == "aurora-stream"
     assert committed.attributes["aurora.version_of_accepted"] >= 1
-    (registered,) = [one for one in seen.spans("register", of_version) if one.attributes["aurora.version"] == version]
-    assert (registered.process, learned.parent) == ("aurora-train", registered.span)
-    for one in [*seen.spans("move"), *seen.spans("swap")]:
-        there = trace_context.of_version(one.attributes["aurora.line"], one.attributes["aurora.version"])
-        assert (one.trace, one.parent) == (there.trace, there.span)
-        assert one.process == {"move": "aurora-promoter", "swap": "aurora-serve"}[one.name]
-    assert not seen.spans("learn", trace_context.of_request(kept_back).trace), "it is only compared on"
+    (registered,) = [
+        one for one in seen.spans("register version", of_version) if one.attributes["aurora.version"] == version
+    ]
+    assert (registered.process, learned.parent) == ("aurora-train", registered.span_id)
+    for one in [*seen.spans("move alias"), *seen.spans("swap version")]:
+        there = trace_context.version_context(one.attributes["aurora.line"], one.attributes["aurora.version"])
+        assert (one.trace_id, one.parent) == (there.trace_id, there.span_id)
+        assert one.process == {"move alias": "aurora-promoter", "swap version": "aurora-serve"}[one.name]
+    assert not seen.spans("train version", trace_context.request_context(kept_back).trace_id), "it is only compared on"
 
     check_answer(answer, request, context, version)
     check_logs(loop, context, of_version)
-    raw = aurora_trace(loop, context.header())
+    raw = aurora_trace(loop, context.to_traceparent())
     assert [one["request"] for one in raw["requests"]] == [request]
     (compared_on,) = aurora_trace(loop, kept_back)["requests"]
     assert {one["taught"] for one in compared_on["versions"]} == {"held out"}
     shown = command(loop, "trace", request).stdout
-    assert f"request {request}, trace {context.trace}" in shown
+    assert f"request {request}, trace {context.trace_id}" in shown
     assert re.search(r"first learned by version \d|no version has learned from all of it yet", shown), shown
     assert "no rows of 'cmpl-nobody'" in command(loop, "trace", "cmpl-nobody", code=2).stderr
 
 
 def check_answer(answer: dict[str, Any], request: str, context: TraceContext, version: str) -> None:
     (told,) = answer["requests"]
-    assert (told["request"], told["trace"]) == (request, context.trace)
+    assert (told["request"], told["trace"]) == (request, context.trace_id)
     tables = {rows["table"]: rows for rows in told["rows"]}
     assert tables.keys() >= {"traces", "accepted"}
     assert all(rows["last_version"] >= rows["first_version"] >= 1 for rows in tables.values())
@@ -198,10 +200,16 @@ def check_logs(loop: Loop, context: TraceContext, of_version: str) -> None:
             assert {"event", "level", "timestamp", "process"} <= line.keys(), line
     told: dict[str, set[str]] = {}
     for name in PROCESSES:
-        ours = [line for line in loop.lines(name) if context.trace in (line.get("trace"), *line.get("links", []))]
+        ours = [line for line in loop.lines(name) if context.trace_id in (line.get("trace_id"), *line.get("links", []))]
         told[name] = {line["event"] for line in ours}
-    assert told == {"serve": {"request", "publish"}, "stream": {"commit"}, "train": {"learn"}, "promoter": set()}
-    assert {"register", "learn"} <= {line["event"] for line in loop.lines("train") if line.get("trace") == of_version}
+    assert told == {
+        "serve": {"request_finished", "chunk_published"},
+        "stream": {"batch_committed"},
+        "train": {"version_trained"},
+        "promoter": set(),
+    }
+    of_registration = {line["event"] for line in loop.lines("train") if line.get("trace_id") == of_version}
+    assert {"version_registered", "version_trained"} <= of_registration
 
 
 def aurora_trace(loop: Loop, named: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""An OpenTelemetry collector as far as spans by OTLP over HTTP go: it parses what it is sent, and keeps it."""
+"""An OpenTelemetry collector for OTLP over HTTP that keeps the spans it receives."""
 
 from __future__ import annotations
 
@@ -14,33 +14,38 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceRequest,
     ExportTraceServiceResponse,
 )
+from opentelemetry.proto.trace.v1.trace_pb2 import Status
 
 
 @dataclass(frozen=True)
 class Seen:
-    """A span as it came."""
+    """A received span."""
 
     process: str
     name: str
-    trace: str
-    span: str
+    trace_id: str
+    span_id: str
     parent: str
     links: frozenset[str]
     """Trace ids."""
     attributes: dict[str, Any]
+    failed: bool
+    """Whether its status is an error."""
 
 
 @dataclass
 class Collector:
-    """What has come, and where to send it."""
+    """The received spans, and the address of the collector."""
 
     url: str
     seen: list[Seen] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
 
     def spans(self, name: str, trace: str = "") -> list[Seen]:
-        """Of a name, and of a trace or linked to it."""
-        return [one for one in self.seen if one.name == name and (not trace or trace in {one.trace, *one.links})]
+        """Return the spans whose name starts with ``name``, and that are in a trace or linked to it."""
+        return [
+            one for one in self.seen if one.name.startswith(name) and (not trace or trace in {one.trace_id, *one.links})
+        ]
 
     def take(self, body: bytes) -> None:
         for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
@@ -50,11 +55,12 @@ class Collector:
                     Seen(
                         process=about["service.name"],
                         name=span.name,
-                        trace=span.trace_id.hex(),
-                        span=span.span_id.hex(),
+                        trace_id=span.trace_id.hex(),
+                        span_id=span.span_id.hex(),
                         parent=span.parent_span_id.hex(),
                         links=frozenset(link.trace_id.hex() for link in span.links),
                         attributes={one.key: _value(one.value) for one in span.attributes},
+                        failed=span.status.code == Status.STATUS_CODE_ERROR,
                     )
                     for span in scope.spans
                 ]

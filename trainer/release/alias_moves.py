@@ -26,7 +26,7 @@ from schemas.errors import UserError
 from schemas.events import AliasChange, AliasIntent, AliasMoved
 from schemas.telemetry import spans
 from schemas.telemetry.spans import Span
-from schemas.telemetry.trace_context import of_version
+from schemas.telemetry.trace_context import version_context
 from trainer.release.audit import Ledger
 from trainer.release.registry import SpeculatorRegistry, Version
 
@@ -215,18 +215,19 @@ def _spans_of(intent: AliasIntent, end: float) -> Iterator[Span]:
     """Yield a span in the trace of each version to which an alias moved."""
     for change in intent.changes:
         if change.to_version is not None:
-            registered = of_version(intent.line, change.to_version)
+            registered = version_context(intent.line, change.to_version)
             yield Span(
-                name="move",
+                name="move alias",
+                event="alias_moved",
                 context=registered.child(),
                 start=intent.time.timestamp(),
                 end=end,
-                parent=registered.span,
+                parent=registered.span_id,
                 attributes={
                     "line": intent.line,
                     "version": change.to_version,
                     "alias": change.alias,
-                    "from": change.from_version or "",
+                    "from_version": change.from_version or "",
                     "action": intent.action,
                     "actor": intent.actor,
                     "why": intent.why,

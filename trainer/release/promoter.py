@@ -23,6 +23,7 @@ from schemas.events import QUARANTINED_TAG, AliasChange
 from schemas.settings import Settings
 from schemas.status import ComparedStatus, ComparisonStatus, PromoterStatus
 from schemas.telemetry import logs, spans
+from schemas.telemetry.metrics import register_process_metrics
 from trainer.release import promotion_policy
 from trainer.release.alias_moves import (
     AliasMover,
@@ -78,6 +79,7 @@ class Promoter:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.metrics = CollectorRegistry()
+        register_process_metrics(self.metrics)
         self._settings = settings.promoter
         self._canary_share = settings.canary.share
         self._registry = registry

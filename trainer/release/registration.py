@@ -6,12 +6,9 @@ A version carries a card for people, tags to rebuild it, and spans that link it 
 from __future__ import annotations
 
 import json
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import cache
-from importlib import metadata
 from itertools import islice
 from pathlib import Path
 from string import Template
@@ -19,12 +16,13 @@ from string import Template
 import structlog
 from pydantic import ValidationError
 
+from schemas.build_info import code_revision
 from schemas.events import QUARANTINED_TAG
 from schemas.settings import Settings
 from schemas.speculator import checkpoint
 from schemas.speculator.network import DraftShape, EagleDraft
-from schemas.telemetry.spans import LINKS, Span, Value
-from schemas.telemetry.trace_context import of_request, of_version
+from schemas.telemetry.spans import MAX_LINKS, AttributeValue, Span
+from schemas.telemetry.trace_context import request_context, version_context
 from trainer.data.target import Target
 from trainer.release.evaluation import Evaluation, HeldOutEvaluator, accepted_per_step, compare_labels
 from trainer.release.gate import HELD_OUT_TAG, HeldOutComparison, is_worth_registering
@@ -163,14 +161,17 @@ class TrainingLineage:
 
     def close_version(self, line: str, version: str, step: int) -> Iterator[Span]:
         """Yield the spans of a new version, the parent first; then start an empty lineage."""
-        context, start, end = of_version(line, version), self._since, self._clock()
-        attributes: dict[str, Value] = {"line": line, "version": version, "step": step}
-        totals: dict[str, Value] = {"requests": len(self._first_steps), "untracked": self.untracked}
-        yield Span(name="register", context=context, start=start, end=end, attributes={**attributes, **totals})
+        context, start, end = version_context(line, version), self._since, self._clock()
+        attributes: dict[str, AttributeValue] = {"line": line, "version": version, "step": step}
+        totals: dict[str, AttributeValue] = {"requests": len(self._first_steps), "untracked": self.untracked}
+        yield Span("register version", "version_registered", context, start, end, attributes={**attributes, **totals})
         # Several choices of a request share its trace.
-        contexts = iter(dict.fromkeys(map(of_request, self._first_steps)))
-        while links := tuple(islice(contexts, LINKS)):
-            yield Span("learn", context.child(), start, end, context.span, links=links, attributes=attributes)
+        contexts = iter(dict.fromkeys(map(request_context, self._first_steps)))
+        while links := tuple(islice(contexts, MAX_LINKS)):
+            child = context.child()
+            yield Span(
+                "train version", "version_trained", child, start, end, context.span_id, "internal", links, attributes
+            )
         self._first_steps, self._since, self.untracked = {}, end, 0
 
 
@@ -215,15 +216,3 @@ def render_card(settings: Settings, shape: DraftShape, tags: Mapping[str, str], 
         "figures": "\n".join(f"| {name} | {value:,.4g} |" for name, value in sorted(metrics.items())),
     }
     return Template(_CARD.read_text()).substitute(fields)
-
-
-@cache
-def code_revision() -> str:
-    """Return the Git revision of this checkout, or the version of the installed package."""
-    try:
-        answer = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return metadata.version("aurora-stream")
-    return answer.stdout.strip()

@@ -12,7 +12,7 @@ from ops.bench.learning.charts import base_chart, domains_chart, question_chart,
 from ops.bench.learning.learning_figures import LEVELS, SeedInterval, median_reached
 from ops.bench.learning.study import Study, VariantComparison, VariantRuns
 from ops.report.demo_page import STYLE
-from trainer.release.registration import code_revision
+from schemas.build_info import code_revision
 from trainer.replay.learning_curve import OVER
 
 _TEMPLATE = Path(__file__).with_name("page.html")

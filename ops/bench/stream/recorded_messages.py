@@ -18,7 +18,7 @@ from ops.bench import recording
 from ops.bench.harness import Say
 from schemas.errors import UserError
 from schemas.settings import Settings
-from schemas.telemetry.trace_context import of_request
+from schemas.telemetry.trace_context import request_context
 from schemas.trace.decoder import decode
 from schemas.trace.record import ROOT, Chunk, TraceError, VerifyStep, encode
 from serving.engines.base import Request
@@ -103,7 +103,7 @@ def _request_messages(
             yield TraceMessage(
                 request.id.encode(),
                 encode(chunk),
-                headers_of(chunk, of_request(chunk.envelope.request)),
+                headers_of(chunk, request_context(chunk.envelope.request)),
                 len(chunk.verify_steps),
                 sum(len(step.tokens) for step in chunk.verify_steps),
             )

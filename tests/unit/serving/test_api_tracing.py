@@ -29,45 +29,51 @@ def told() -> Iterator[list[Any]]:
 def post(node: Node, header: str | None, **body: Any) -> httpx.Response:
     whole = {"model": MODEL, "prompt": "hello", "max_tokens": 8} | body
     return httpx.post(
-        f"{node.url}/v1/completions", json=whole, headers={trace_context.HEADER: header} if header else {}
+        f"{node.url}/v1/completions", json=whole, headers={trace_context.TRACEPARENT: header} if header else {}
     )
 
 
 def requests(lines: list[Any]) -> list[Any]:
-    return [line for line in lines if line["event"] == "request"]
+    return [line for line in lines if line["event"] == "request_finished"]
 
 
 def test_requests_of_one_trace_are_spans_of_their_own(told: list[Any]) -> None:
     with running_node() as node:
-        ids = [post(node, CLIENT.header()).json()["id"] for _ in range(2)]
-    contexts = [trace_context.of_request(name) for name in ids]
-    assert {context.trace for context in contexts} == {CLIENT.trace}
-    assert len({CLIENT.span, *(context.span for context in contexts)}) == 3
-    assert [(line["trace"], line["span"]) for line in requests(told)] == [(c.trace, c.span) for c in contexts]
+        ids = [post(node, CLIENT.to_traceparent()).json()["id"] for _ in range(2)]
+    contexts = [trace_context.request_context(name) for name in ids]
+    assert {context.trace_id for context in contexts} == {CLIENT.trace_id}
+    assert len({CLIENT.span_id, *(context.span_id for context in contexts)}) == 3
+    assert [(line["trace_id"], line["span_id"]) for line in requests(told)] == [
+        (c.trace_id, c.span_id) for c in contexts
+    ]
 
 
-@pytest.mark.parametrize("header", [None, "nonsense", CLIENT.header().replace("00-", "ff-", 1)])
+@pytest.mark.parametrize("header", [None, "nonsense", CLIENT.to_traceparent().replace("00-", "ff-", 1)])
 def test_without_a_trace_of_the_client_one_begins(header: str | None) -> None:
     with running_node() as node:
         ids = [post(node, header).json()["id"] for _ in range(2)]
-    traces = {trace_context.of_request(name).trace for name in ids}
-    assert len(traces | {CLIENT.trace}) == 3
+    traces = {trace_context.request_context(name).trace_id for name in ids}
+    assert len(traces | {CLIENT.trace_id}) == 3
 
 
 def test_several_choices_are_one_span(told: list[Any]) -> None:
     with running_node() as node:
-        answer = post(node, CLIENT.header(), n=3).json()
+        answer = post(node, CLIENT.to_traceparent(), n=3).json()
         sequences = [request.id for request in node.engine.requests]
     (line,) = requests(told)
-    assert (line["request"], line["choices"], line["trace"]) == (answer["id"], 3, CLIENT.trace)
-    assert line["output_tokens"] == answer["usage"]["completion_tokens"]
-    assert {trace_context.of_request(name).span for name in sequences} == {line["span"]}
+    assert (line["gen_ai.response.id"], line["gen_ai.request.choice.count"], line["trace_id"]) == (
+        answer["id"],
+        3,
+        CLIENT.trace_id,
+    )
+    assert line["gen_ai.usage.output_tokens"] == answer["usage"]["completion_tokens"]
+    assert {trace_context.request_context(name).span_id for name in sequences} == {line["span_id"]}
 
 
 def test_a_stream_is_told_when_it_has_ended(told: list[Any]) -> None:
     with running_node() as node:
-        streamed = post(node, CLIENT.header(), stream=True).text
+        streamed = post(node, CLIENT.to_traceparent(), stream=True).text
     (line,) = requests(told)
-    assert line["request"] in streamed
-    assert line["finish"]
+    assert line["gen_ai.response.id"] in streamed
+    assert line["gen_ai.response.finish_reasons"] == ["stop"]
     assert line["traced"]

@@ -45,9 +45,9 @@ def test_a_finished_request_is_one_message_with_its_headers() -> None:
     assert [r.verify_step for r in chunk.verify_steps] == [0, 1, 2, 3]
     assert (chunk.envelope.last, chunk.envelope.finish) == (True, "stop")
     headers = dict(bench.producer.headers[0])
-    published_by = trace_context.read(headers.pop("traceparent"))
+    published_by = trace_context.parse_traceparent(headers.pop("traceparent"))
     assert published_by is not None
-    assert published_by.trace == trace_context.of_request(chunk.envelope.request).trace
+    assert published_by.trace_id == trace_context.request_context(chunk.envelope.request).trace_id
     assert headers == {
         "content-type": CONTENT_TYPE.encode(),
         "schema": fingerprint().encode(),

@@ -28,6 +28,7 @@ from schemas.settings import Settings, SettingsError, to_environ
 from schemas.speculator.checkpoint import CheckpointError, read, read_manifest
 from schemas.speculator.initial_draft import Line
 from schemas.telemetry import logs
+from schemas.telemetry.metrics import register_process_metrics
 from serving.engines.sglang.node import flags
 from serving.engines.sglang.node.checksums import compare
 from serving.engines.sglang.node.child import Child
@@ -176,6 +177,7 @@ class _Beside:
         self.drain = Drain()
         app = FastAPI(title="Aurora Stream", docs_url=None, redoc_url=None)
         metrics, published = CollectorRegistry(), self._engine.published
+        register_process_metrics(metrics)
         status.add(app, serve.node, self._engine, self._engine, metrics, published, self._puller, self.drain)
         control.add(app, serve, self._engine, self._puller)
         webhook.add(app, serve.webhook_secret, engine.line, self._puller)

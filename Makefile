@@ -56,7 +56,7 @@ sbom: $(AUDIT)/stamp
 			--output-reproducible --of JSON -o build/sbom/$$image.cdx.json || exit 1; \
 	done
 
-# What is known against the same packages. ARGS=--go-on ends well where the service cannot be asked, and says so.
+# Known vulnerabilities of the same packages. ARGS=--allow-unaudited succeeds if the service is unreachable, and says so.
 audit: $(AUDIT)/stamp
 	$(BIN)/python -m ops.deploy.package_audit $(AUDIT)/bin/pip-audit $(ARGS) $(IMAGES:%=requirements/%.txt)
 

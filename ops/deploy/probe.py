@@ -1,5 +1,6 @@
-"""``python -m ops.deploy.probe URL``: exit code 0 where it answers 200, else what it said; for health checks of
-containers.
+"""Health check of containers: ``python -m ops.deploy.probe URL`` exits with 0 if the URL answers 200.
+
+Otherwise it prints the error and exits with 1. It uses only the standard library, so the registry image can run it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ _TIMEOUT_S = 4
 
 
 def probe(url: str) -> str:
-    """What is wrong with the answer; empty where nothing is."""
+    """Return the error of a URL; empty if it answers 200."""
     try:
         with urllib.request.urlopen(url, timeout=_TIMEOUT_S):  # noqa: S310 - the address is ours
             return ""

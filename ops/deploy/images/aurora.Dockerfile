@@ -1,4 +1,5 @@
-# One image for stream, trainer and promoter (ROLE=learning), one for the node (ROLE=serving): the same commands as `aurora up`.
+# ROLE=learning builds the image of stream, trainer and promoter; ROLE=serving builds the image of the node.
+# .dockerignore excludes benchmarks, tests and docs.
 FROM python:3.11.14-slim-bookworm AS build
 WORKDIR /build
 COPY requirements/uv.txt requirements/build.txt requirements/

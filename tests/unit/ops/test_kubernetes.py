@@ -1,4 +1,4 @@
-"""The manifests against Kubernetes' own schemas and KEDA's, and against what docker-compose.yml starts."""
+"""The manifests are valid for Kubernetes and KEDA, and agree with docker-compose.yml."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ def container(name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("version", [OLDEST, NEWEST])
-def test_kubernetes_own_schemas_take_every_object(version: str) -> None:
+def test_every_object_is_valid_for_kubernetes(version: str) -> None:
     ours = [one for one in documents() if not one["apiVersion"].startswith("keda.sh/")]
     assert len(ours) > 10
     for one in ours:
         kubernetes_validate.validate(one, version, strict=True)
 
 
-def test_the_schema_of_keda_takes_the_scaled_object_and_would_not_take_another() -> None:
+def test_the_scaled_object_is_valid_for_keda_and_wrong_ones_are_not() -> None:
     schema = json.loads((ROOT / "tests" / "support" / "keda_scaled_object.json").read_text())
     scaled = named("ScaledObject", "stream")
     strict = closed(schema)
@@ -74,7 +74,7 @@ def test_the_schema_of_keda_takes_the_scaled_object_and_would_not_take_another()
 
 
 def closed(schema: Any) -> Any:
-    """A server of Kubernetes prunes fields that a schema does not name; here they are errors, but in free metadata."""
+    """Return the schema with unknown fields as errors; a Kubernetes server prunes them. Free metadata stays open."""
     if isinstance(schema, list):
         return [closed(one) for one in schema]
     if not isinstance(schema, dict):
@@ -83,7 +83,7 @@ def closed(schema: Any) -> Any:
     return {**made, "additionalProperties": False} if isinstance(schema.get("properties"), dict) else made
 
 
-def test_workers_are_scaled_by_the_lag_of_the_group_and_topic_of_the_settings() -> None:
+def test_keda_scales_by_the_lag_of_the_configured_group_and_topic() -> None:
     spec, defaults = named("ScaledObject", "stream")["spec"], load(environ={})
     (trigger,) = spec["triggers"]
     settings = named("ConfigMap", "aurora")["data"]
@@ -115,7 +115,7 @@ def test_a_process_runs_as_compose_runs_it(compose: dict[str, Any], name: str) -
 
 
 @pytest.mark.parametrize("name", PROCESSES)
-def test_a_process_is_nobody_and_can_write_only_where_it_must(name: str) -> None:
+def test_a_process_runs_unprivileged_and_writes_only_to_its_volumes(name: str) -> None:
     of_pod, one = pod(name), container(name)
     assert of_pod["securityContext"]["runAsNonRoot"]
     assert of_pod["securityContext"]["runAsUser"] == 10001
@@ -132,7 +132,7 @@ def test_a_process_is_nobody_and_can_write_only_where_it_must(name: str) -> None
 
 
 @pytest.mark.parametrize("name", PROCESSES)
-def test_its_settings_are_settings(name: str) -> None:
+def test_its_environment_holds_valid_settings(name: str) -> None:
     environ = dict(named("ConfigMap", "aurora")["data"])
     environ |= {key: value or "" for key, value in named("Secret", "aurora")["stringData"].items()}
     environ |= {one["name"]: one.get("value", "a-pod") for one in container(name)["env"]}

@@ -1,10 +1,16 @@
-"""From Kafka records to rows of the tables: no clock and no state, so that re-delivery rebuilds every byte.
+"""Builds table rows from Kafka records, with no clock and no state: a redelivery rebuilds every byte.
 
-All functions are pure, but for the files of claim checks, which are read through what the caller hands in: they never
-change. A record either gives rows of ``accepted``, ``rejected`` and ``traces``, or one row of ``dead_letters`` with
-everything it carried; ``pipeline.dead_letters.reasons`` lists why. Records are looked at one by one as far as bytes
-and envelope go;
-then many together, in columns. What a record becomes does not depend on its company, but for what it repeats.
+A record becomes either rows of ``accepted``, ``rejected`` and ``traces``, or one row of ``dead_letters`` that keeps
+everything it carried. ``pipeline.dead_letters.reasons`` lists the reasons. The steps:
+
+1. Open each record: check its headers, bytes and envelope.
+2. Split the records into runs of about ``RUN_BYTES``. The verify steps of a run are checked and built in columns.
+3. Reject chunks that contradict themselves, read the features of claim checks, and reject chunks with invalid values.
+4. Reject records that repeat a written record.
+5. Build the columns of the tables (``pipeline.columns``).
+
+All functions are pure, except that they read the files of claim checks through a function of the caller; these files
+never change. The result for a record does not depend on the other records, unless it repeats one of them.
 """
 
 from __future__ import annotations
@@ -12,16 +18,16 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 
-from pipeline.columns import features_of, tables
+from pipeline.columns import build_tables, gather_features
 from pipeline.dead_letters.reasons import DUPLICATE, UNREADABLE
-from pipeline.deduplication import NOTHING, Identity, Known, Taken
-from pipeline.offsets import Source
-from pipeline.validation import check_announced, check_envelope, unsound
+from pipeline.deduplication import NO_DEDUPLICATION, ChunkIdentity, DeduplicationWindow, WrittenRecord
+from pipeline.offsets import SourcePartition
+from pipeline.validation import check_envelope, check_headers, find_invalid
 from schemas.batches import ACCEPTED, DEAD_LETTERS, TABLES, TRACES, day_of
 from schemas.claim_store import ClaimStoreError
 from schemas.trace.decoder import Lists, Opened, VerifySteps, malformed, open_chunk
@@ -30,8 +36,15 @@ from schemas.trace.record import U16, Claim, TraceError
 RUN_BYTES = 32 << 20
 """Rows are built for chunks of about this size at a time."""
 
-Claimed = Callable[[Claim, int, int], U16]
-"""Gives the features [tokens, width] that a claim names."""
+ClaimReader = Callable[[Claim, int, int], U16]
+"""Returns the features [tokens, width] of a claim check."""
+
+_ENVELOPE_COLUMNS = (
+    "request", "chunk", "node", "target", "line", "label", "feature_width", "top_k",
+    "finish", "temperature", "top_p", "sampling_top_k", "seed",
+)  # fmt: skip
+"""Columns that are fields of the envelope."""
+_TYPES = {f.name: f.type for schema in (ACCEPTED, TRACES) for f in schema}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,234 +55,229 @@ class Record:
     partition: int
     offset: int
     time_us: int
-    """Broker's or producer's time stamp, Unix microseconds."""
+    """Timestamp of the broker or the producer, in Unix microseconds."""
     key: bytes | None
     value: bytes | None
     headers: tuple[tuple[str, bytes | None], ...]
 
     def header(self, name: str) -> str | None:
-        """Text of a header; of several with one name the last. None where it is missing."""
+        """Return the text of a header, the last one of that name; None if it is missing."""
         values = [value for key, value in self.headers if key == name and value is not None]
         return values[-1].decode(errors="replace") if values else None
 
     def number(self, name: str) -> int | None:
-        """A header that counts something; None where it is missing or no count."""
+        """Return the count in a header; None if it is missing or not a count."""
         text = self.header(name) or ""
         return int(text) if re.fullmatch(r"[0-9]{1,9}", text) else None
 
     @property
     def size(self) -> int:
-        """Bytes that it brings into memory, with the file of its claim check."""
+        """Bytes that the record takes in memory, with the file of its claim check."""
         return len(self.value or b"") + (self.number("claim-bytes") or 0)
 
 
-def no_claims(claim: Claim, _tokens: int, _width: int) -> U16:
-    """For readers without a store: a claim check is a dead letter.
+@dataclass(frozen=True, slots=True)
+class BuiltBatch:
+    """Rows of every table, built from some records."""
+
+    rows: Mapping[str, pa.Table]
+    dead_letters: Mapping[str, int]
+    """Number of dead letters by reason."""
+    written: tuple[WrittenRecord, ...]
+    """Records with rows in ``accepted``, to be added to the deduplication window once they are committed."""
+    chunk_gaps: int
+    """Chunks without the chunk before them: it was dropped, became a dead letter, or left the deduplication window."""
+
+
+def reject_claims(claim: Claim, _tokens: int, _width: int) -> U16:
+    """Reject every claim check, for a reader without a claim store.
 
     Raises:
         TraceError: always.
     """
-    raise TraceError("claim_foreign", f"{claim.uri}: this reader has no store of claim checks")
-
-
-@dataclass(frozen=True, slots=True)
-class Built:
-    """What records became."""
-
-    rows: Mapping[str, pa.Table]
-    dead: Mapping[str, int]
-    """Dead letters by reason."""
-    taken: tuple[Taken, ...]
-    """Records that gave rows, for the caller to remember once they are committed."""
-    gaps: int
-    """Chunks of which the one before is not known: it was shed, became a dead letter, or was forgotten."""
+    raise TraceError("claim_foreign", f"{claim.uri}: this reader has no claim store")
 
 
 def build(
-    records: Iterable[Record], context_tokens: int, claimed: Claimed = no_claims, known: Known = NOTHING
-) -> Built:
-    """Rows of every table for the given records, in their order.
+    records: Iterable[Record],
+    context_tokens: int,
+    read_claim: ClaimReader = reject_claims,
+    window: DeduplicationWindow = NO_DEDUPLICATION,
+) -> BuiltBatch:
+    """Build the rows of every table for the given records, in their order.
 
     Args:
-        records: Of any partitions.
+        records: Records of any partitions.
         context_tokens: Tokens kept before the root of a rejected branch.
-        claimed: Reads the features of claim checks.
-        known: What was taken before, which these records must not repeat; by default nothing repeats anything.
+        read_claim: Reads the features of claim checks.
+        window: Written records, which these records must not repeat. By default duplicates are not detected.
 
     Raises:
-        ClaimStoreError: the store of claim checks cannot say what a record became; nothing was decided.
+        ClaimStoreError: the claim store is unreachable. Nothing was decided.
     """
     delivered = tuple(records)
-    builder = _Builder(context_tokens, claimed, known)
-    for run in _runs(builder.arrivals(delivered)):
-        builder.take(run)
-    refused = builder.made.refused
-    letters = [_letter(delivered[at], refused[at]) for at in sorted(refused)]
-    rows = {"dead_letters": pa.Table.from_pylist(letters, schema=DEAD_LETTERS)}
+    builder = _Builder(context_tokens, read_claim, window)
+    for run in _split_into_runs(builder.open(delivered)):
+        builder.add(run)
+    rejected = builder.rejected
+    dead_letters = [_build_dead_letter(delivered[index], rejected[index]) for index in sorted(rejected)]
+    rows = {"dead_letters": pa.Table.from_pylist(dead_letters, schema=DEAD_LETTERS)}
     for name in ("rejected", "traces", "accepted"):
-        rows[name] = pa.concat_tables([TABLES[name].empty_table(), *(part[name] for part in builder.made.parts)])
-    dead = Counter(error.reason for error in refused.values())
-    return Built(rows, dead, tuple(builder.made.taken), builder.made.gaps)
+        rows[name] = pa.concat_tables([TABLES[name].empty_table(), *(part[name] for part in builder.parts)])
+    reasons = Counter(error.reason for error in rejected.values())
+    return BuiltBatch(rows, reasons, tuple(builder.written), builder.chunk_gaps)
 
 
 @dataclass(frozen=True, slots=True)
-class _Arrival:
-    """A record of which bytes and envelope are sound."""
+class _OpenRecord:
+    """A record with valid bytes and a valid envelope."""
 
-    at: int
-    """Its number among the delivered."""
+    index: int
+    """Index among the delivered records."""
     record: Record
     chunk: Opened
 
 
-@dataclass(slots=True)
-class _Made:
-    """What some records became."""
-
-    refused: dict[int, TraceError] = field(default_factory=dict)
-    """By number among the delivered."""
-    taken: list[Taken] = field(default_factory=list)
-    gaps: int = 0
-    parts: list[Mapping[str, pa.Table]] = field(default_factory=list)
-
-    def add(self, more: _Made) -> None:
-        self.refused |= more.refused
-        self.taken += more.taken
-        self.gaps += more.gaps
-        self.parts += more.parts
-
-
 class _Builder:
-    def __init__(self, context_tokens: int, claimed: Claimed, known: Known) -> None:
-        self.made = _Made()
-        self._context_tokens = context_tokens
-        self._claimed = claimed
-        self._known = (known, Known(known.window))
-        """What was taken before, and in the runs until here."""
+    """Collects the results of the runs."""
 
-    def arrivals(self, delivered: Sequence[Record]) -> Iterator[_Arrival]:
-        """The records with verify steps, as far as each can be judged without looking at them."""
-        for at, record in enumerate(delivered):
+    def __init__(self, context_tokens: int, read_claim: ClaimReader, window: DeduplicationWindow) -> None:
+        self.rejected: dict[int, TraceError] = {}
+        """By index among the delivered records."""
+        self.written: list[WrittenRecord] = []
+        self.chunk_gaps = 0
+        self.parts: list[Mapping[str, pa.Table]] = []
+        self._context_tokens = context_tokens
+        self._read_claim = read_claim
+        self._windows = (window, DeduplicationWindow(window.size))
+        """Records written before, and records of the runs so far."""
+
+    def open(self, delivered: Sequence[Record]) -> Iterator[_OpenRecord]:
+        """Yield the records that have verify steps, and reject those with invalid headers, bytes or envelope."""
+        for index, record in enumerate(delivered):
             try:
                 chunk = _open(record)
-            except Exception as error:  # noqa: BLE001 - what foreign bytes make a codec raise cannot be listed, and one record must never stop its partition
-                self.made.refused[at] = _refusal(error)
+            except Exception as error:  # noqa: BLE001 - foreign bytes make a codec raise anything, and one record must never stop its partition
+                self.rejected[index] = _as_trace_error(error)
             else:
                 if chunk.rows.num_rows:
-                    yield _Arrival(at, record, chunk)
+                    yield _OpenRecord(index, record, chunk)
 
-    def take(self, run: Sequence[_Arrival]) -> None:
-        """Decide about records that follow those before, and build their rows."""
+    def add(self, records: Sequence[_OpenRecord]) -> None:
+        """Build the rows of records that follow those of the runs before."""
+        run = _Run(records)
         try:
-            made = self._rows(run)
+            run.read_features(self._read_claim)
+            run.deduplicate(self._windows)
+            rows = run.build_rows(self._context_tokens)
         except ClaimStoreError:
             raise
-        except Exception as error:  # noqa: BLE001 - as above; whose fault it is shows when each is alone
-            if len(run) == 1:
-                self.made.refused[run[0].at] = _refusal(error)
+        except Exception as error:  # noqa: BLE001 - as above; the faulty record is found when each is built alone
+            if len(records) == 1:
+                self.rejected[records[0].index] = _as_trace_error(error)
             else:
-                for arrival in run:
-                    self.take([arrival])
-        else:
-            self.made.add(made)
-            self._known[1].add(made.taken)
-
-    def _rows(self, run: Sequence[_Arrival]) -> _Made:
-        sieve = _Sieve(run)
-        sieve.refuse(malformed(sieve.verify_steps))
-        sieve.fetch(self._claimed)
-        sieve.refuse(unsound(sieve.verify_steps, sieve.features()))
-        taken, gaps, repeated = self._news(sieve)
-        sieve.refuse(repeated)
-        parts: list[Mapping[str, pa.Table]] = []
-        if sieve.arrivals:
-            of_chunks = _of_chunks(sieve.arrivals)
-            parts.append(tables(sieve.verify_steps, sieve.features(), of_chunks, self._context_tokens))
-        return _Made(sieve.refused, taken, gaps, parts)
-
-    def _news(self, sieve: _Sieve) -> tuple[list[Taken], int, dict[int, TraceError]]:
-        """Sound records that repeat none, how many of them miss the one before, and those that repeat one."""
-        known = (*self._known, Known(self._known[0].window))
-        taken: list[Taken] = []
-        gaps, repeated = 0, {}
-        times = sieve.verify_steps.time[sieve.verify_steps.bounds[1:] - 1].tolist()
-        for number, (arrival, time_us) in enumerate(zip(sieve.arrivals, times, strict=True)):
-            record, envelope = arrival.record, arrival.chunk.envelope
-            identity = Identity(envelope.node, envelope.request, envelope.chunk, time_us)
-            one = Taken(Source(record.topic, record.partition), record.offset, identity)
-            first = next((at for some in known if (at := some.repeats(one)) is not None), None)
-            if first is not None:
-                repeated[number] = TraceError(DUPLICATE, f"repeats the record at offset {first}")
-                continue
-            gaps += self._known[0].window > 0 and not any(some.follows(one) for some in known)
-            taken.append(one)
-            known[-1].add([one])
-        return taken, gaps, repeated
-
-
-class _Sieve:
-    """Records of a run that nothing speaks against so far, with their verify steps."""
-
-    def __init__(self, run: Sequence[_Arrival]) -> None:
-        self.arrivals = list(run)
-        self.verify_steps = VerifySteps([arrival.chunk for arrival in run])
-        self.refused: dict[int, TraceError] = {}
-        """By number among the delivered."""
-        self._claimed: dict[int, U16] = {}
-
-    def refuse(self, faults: Mapping[int, TraceError]) -> None:
-        """Leave out records, told by their number in ``arrivals``."""
-        if not faults:
+                for record in records:
+                    self.add([record])
             return
-        self.refused |= {self.arrivals[number].at: error for number, error in faults.items()}
-        self.arrivals = [arrival for number, arrival in enumerate(self.arrivals) if number not in faults]
-        self.verify_steps = VerifySteps([arrival.chunk for arrival in self.arrivals])
+        self.rejected |= run.rejected
+        self.written += run.written
+        self.chunk_gaps += run.chunk_gaps
+        self.parts += [rows] if rows else []
+        self._windows[1].add(run.written)
 
-    def fetch(self, claimed: Claimed) -> None:
-        """Get the features that did not travel in their records."""
+
+class _Run:
+    """Records whose rows are built together. A rejected record leaves the run."""
+
+    def __init__(self, records: Sequence[_OpenRecord]) -> None:
+        self.rejected: dict[int, TraceError] = {}
+        """By index among the delivered records."""
+        self.written: list[WrittenRecord] = []
+        self.chunk_gaps = 0
+        self._records = list(records)
+        self._steps = VerifySteps([record.chunk for record in records])
+        self._claimed: dict[int, U16] = {}
+        """Features of claim checks, by index among the delivered records."""
+
+    def read_features(self, read_claim: ClaimReader) -> None:
+        """Reject invalid chunks. The features of claim checks are read once the lengths of their chunks are valid."""
+        self._reject(malformed(self._steps))
         faults = {}
-        tokens = np.diff(self.verify_steps.tokens.offsets[self.verify_steps.bounds]).tolist()
-        for number, arrival in enumerate(self.arrivals):
-            envelope = arrival.chunk.envelope
+        tokens = np.diff(self._steps.tokens.offsets[self._steps.bounds]).tolist()
+        for number, record in enumerate(self._records):
+            envelope = record.chunk.envelope
             if envelope.claim is None:
                 continue
             try:
-                self._claimed[arrival.at] = claimed(envelope.claim, tokens[number], envelope.feature_width)
+                self._claimed[record.index] = read_claim(envelope.claim, tokens[number], envelope.feature_width)
             except TraceError as error:
                 faults[number] = error
-        self.refuse(faults)
+        self._reject(faults)
+        self._reject(find_invalid(self._steps, self._features()))
 
-    def features(self) -> Lists:
-        """The features of every verify step, however they travelled."""
+    def deduplicate(self, windows: Sequence[DeduplicationWindow]) -> None:
+        """Reject records that repeat one in ``windows`` or in this run, and count chunks without the one before."""
+        windows = (*windows, DeduplicationWindow(windows[0].size))
+        duplicates = {}
+        times = self._steps.time[self._steps.bounds[1:] - 1].tolist()
+        for number, (opened, time_us) in enumerate(zip(self._records, times, strict=True)):
+            record, envelope = opened.record, opened.chunk.envelope
+            identity = ChunkIdentity(envelope.node, envelope.request, envelope.chunk, time_us)
+            written = WrittenRecord(SourcePartition(record.topic, record.partition), record.offset, identity)
+            first = next((at for window in windows if (at := window.find_duplicate(written)) is not None), None)
+            if first is not None:
+                duplicates[number] = TraceError(DUPLICATE, f"repeats the record at offset {first}")
+                continue
+            self.chunk_gaps += windows[0].size > 0 and not any(w.has_previous_chunk(written) for w in windows)
+            self.written.append(written)
+            windows[-1].add([written])
+        self._reject(duplicates)
+
+    def build_rows(self, context_tokens: int) -> dict[str, pa.Table] | None:
+        """Build the rows of the remaining records; None without any."""
+        if not self._records:
+            return None
+        return build_tables(self._steps, self._features(), _build_chunk_columns(self._records), context_tokens)
+
+    def _reject(self, faults: Mapping[int, TraceError]) -> None:
+        """Remove records from the run, by their position in it."""
+        if not faults:
+            return
+        self.rejected |= {self._records[number].index: error for number, error in faults.items()}
+        self._records = [record for number, record in enumerate(self._records) if number not in faults]
+        self._steps = VerifySteps([record.chunk for record in self._records])
+
+    def _features(self) -> Lists:
+        """Return the features of every verify step, inline or from claim checks."""
         claimed = {
-            number: self._claimed[arrival.at]
-            for number, arrival in enumerate(self.arrivals)
-            if arrival.at in self._claimed
+            number: self._claimed[record.index]
+            for number, record in enumerate(self._records)
+            if record.index in self._claimed
         }
-        return features_of(self.verify_steps, claimed)
+        return gather_features(self._steps, claimed)
 
 
 def _open(record: Record) -> Opened:
-    """The chunk of a record, of which the rows are not looked at yet.
+    """Open the chunk of a record. Its rows are not checked yet.
 
     Raises:
-        TraceError: it cannot be used.
+        TraceError: headers, bytes or envelope are invalid.
     """
     if record.value is None:
         raise TraceError("empty", "a record without a value")
-    check_announced(record.header)
+    check_headers(record.header)
     chunk = open_chunk(record.value)
     check_envelope(chunk, record.header)
     return chunk
 
 
-def _runs(arrivals: Iterable[_Arrival]) -> Iterator[list[_Arrival]]:
-    run: list[_Arrival] = []
+def _split_into_runs(records: Iterable[_OpenRecord]) -> Iterator[list[_OpenRecord]]:
+    run: list[_OpenRecord] = []
     size = 0
-    for arrival in arrivals:
-        run.append(arrival)
-        claim = arrival.chunk.envelope.claim
-        size += arrival.chunk.rows.get_total_buffer_size() + (claim.size if claim else 0)
+    for record in records:
+        run.append(record)
+        claim = record.chunk.envelope.claim
+        size += record.chunk.rows.get_total_buffer_size() + (claim.size if claim else 0)
         if size >= RUN_BYTES:
             yield run
             run, size = [], 0
@@ -277,27 +285,27 @@ def _runs(arrivals: Iterable[_Arrival]) -> Iterator[list[_Arrival]]:
         yield run
 
 
-def _of_chunks(arrivals: Sequence[_Arrival]) -> dict[str, pa.Array]:
-    """What the tables say of each chunk and its record, beside what its verify steps say."""
-    records = [arrival.record for arrival in arrivals]
-    envelopes = [arrival.chunk.envelope for arrival in arrivals]
+def _build_chunk_columns(opened: Sequence[_OpenRecord]) -> dict[str, pa.Array]:
+    """Return the columns with one value for each chunk: where its record was, and its envelope."""
+    records = [one.record for one in opened]
+    envelopes = [one.chunk.envelope for one in opened]
     columns = {
         "topic": [record.topic for record in records],
         "partition": [record.partition for record in records],
         "offset": [record.offset for record in records],
         "day": [day_of(record.time_us) for record in records],
         "last_chunk": [envelope.last for envelope in envelopes],
-        **{name: [getattr(envelope, name) for envelope in envelopes] for name in _AS_IN_ENVELOPE},
+        **{name: [getattr(envelope, name) for envelope in envelopes] for name in _ENVELOPE_COLUMNS},
     }
     return {name: pa.array(values, _TYPES[name]) for name, values in columns.items()}
 
 
-def _refusal(error: Exception) -> TraceError:
+def _as_trace_error(error: Exception) -> TraceError:
     return error if isinstance(error, TraceError) else TraceError(UNREADABLE, f"{type(error).__name__}: {error}")
 
 
-def _letter(record: Record, error: TraceError) -> dict[str, object]:
-    """The row that keeps an unusable record byte for byte."""
+def _build_dead_letter(record: Record, error: TraceError) -> dict[str, object]:
+    """Build the row that keeps an unusable record byte for byte."""
     return {
         "topic": record.topic,
         "partition": record.partition,
@@ -312,10 +320,3 @@ def _letter(record: Record, error: TraceError) -> dict[str, object]:
         "value": record.value,
         "headers": [{"name": name, "value": value} for name, value in record.headers],
     }
-
-
-_AS_IN_ENVELOPE = (
-    "request", "chunk", "node", "target", "line", "label", "feature_width", "top_k",
-    "finish", "temperature", "top_p", "sampling_top_k", "seed",
-)  # fmt: skip
-_TYPES = {f.name: f.type for schema in (ACCEPTED, TRACES) for f in schema}

@@ -1,146 +1,139 @@
-"""Which records repeat one that was taken already: a producer that sent twice, or something that copies the topic.
+"""Detects duplicates: a record that a producer sent twice, or that something copied into the topic.
 
-A record is a piece of a request, (node, request, chunk), and the time of its last verify step tells it from another
-piece of
-that name. One that repeats a record taken at most ``window`` offsets before it in its partition is a dead letter.
+A record carries one chunk of a request. Its identity is (node, request, chunk) and the time of its last verify step. A
+record that repeats one written at most ``window`` offsets before it in its partition becomes a dead letter.
 
-What is remembered is a function of the log up to the wanted offset: exactly the records of the last ``window`` offsets
-that have a row in ``accepted``. So it need not be kept anywhere; whenever it does not stand at the wanted offset (at
-the start, after an assignment, and after a commit of which nobody knows whether it happened) it is read from the table.
-Re-delivery then decides as the first delivery did, whoever decides and wherever runs are cut. ``accepted`` is committed
-last, so that no other table is behind what is remembered.
+The deduplication window is a function of the log up to the next offset: the records of the last ``window`` offsets
+that have a row in ``accepted``. It needs no storage of its own. If the cached window does not end at the next offset
+(at the start, after an assignment, and after a commit whose outcome is unknown), it is read from the table. So a
+redelivery decides as the first delivery did, in any worker and with any batch boundaries. ``accepted`` is committed
+last, so no other table is behind the window.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import NamedTuple, Protocol, TypeVar
+from collections.abc import Collection, Iterable, Iterator
+from typing import NamedTuple, TypeVar
 
 import pyarrow as pa
 
-from pipeline.offsets import Source
+from pipeline.delta import DeltaLog
+from pipeline.offsets import SourcePartition
 
 K = TypeVar("K")
 
 COLUMNS = ("offset", "node", "request", "chunk", "time")
-"""Of ``accepted``: what tells which records were taken."""
+"""Columns of ``accepted`` that identify a record."""
 
 
-class Identity(NamedTuple):
-    """What is the same in a record and its repetition."""
+class ChunkIdentity(NamedTuple):
+    """Identity of a chunk; a duplicate has the same."""
 
     node: str
     request: str
     chunk: int
     time_us: int
-    """Of the last verify step."""
+    """Time of the last verify step."""
 
 
-class Taken(NamedTuple):
-    """A record that has rows in ``accepted``."""
+class WrittenRecord(NamedTuple):
+    """A record with rows in ``accepted``."""
 
-    source: Source
+    source: SourcePartition
     offset: int
-    identity: Identity
+    identity: ChunkIdentity
 
 
-class Known:
-    """Records that were taken, each for the next ``window`` offsets of its partition. A window of 0 knows none."""
+class DeduplicationWindow:
+    """Written records, each remembered for the next ``size`` offsets of its partition. Size 0 detects no duplicates."""
 
-    def __init__(self, window: int, taken: Iterable[Taken] = ()) -> None:
-        self.window = window
-        self._offsets: dict[tuple[Source, Identity], int] = {}
-        self._pieces: dict[tuple[Source, str, str, int], int] = {}
-        self.add(taken)
+    def __init__(self, size: int, records: Iterable[WrittenRecord] = ()) -> None:
+        self.size = size
+        self._offsets: dict[tuple[SourcePartition, ChunkIdentity], int] = {}
+        self._chunks: dict[tuple[SourcePartition, str, str, int], int] = {}
+        self.add(records)
 
-    def add(self, taken: Iterable[Taken]) -> None:
-        """Remember records that follow those known before."""
-        for source, offset, identity in taken:
-            _renew(self._offsets, (source, identity), offset)
-            _renew(self._pieces, (source, identity.node, identity.request, identity.chunk), offset)
+    def add(self, records: Iterable[WrittenRecord]) -> None:
+        """Add records that follow those in the window."""
+        for source, offset, identity in records:
+            _set_newest(self._offsets, (source, identity), offset)
+            _set_newest(self._chunks, (source, identity.node, identity.request, identity.chunk), offset)
 
-    def forget_before(self, offset: int) -> None:
-        """Let go what no record from ``offset`` on can repeat; all that is known is of one partition."""
-        _shorten(self._offsets, offset - self.window)
-        _shorten(self._pieces, offset - self.window)
+    def evict_before(self, next_offset: int) -> None:
+        """Evict records that no record from ``next_offset`` on can repeat. The window must hold one partition only."""
+        _evict(self._offsets, next_offset - self.size)
+        _evict(self._chunks, next_offset - self.size)
 
-    def repeats(self, record: Taken) -> int | None:
-        """Offset of the record that this one repeats."""
+    def find_duplicate(self, record: WrittenRecord) -> int | None:
+        """Return the offset of the record that this one repeats; None if it repeats none."""
         return self._within(self._offsets.get((record.source, record.identity)), record.offset)
 
-    def follows(self, record: Taken) -> bool:
-        """Whether the chunk before this one is known, or this one is the first."""
+    def has_previous_chunk(self, record: WrittenRecord) -> bool:
+        """Return whether the chunk before this one is in the window, or this one is the first of its request."""
         source, offset, identity = record
-        before = (source, identity.node, identity.request, identity.chunk - 1)
-        return identity.chunk == 0 or self._within(self._pieces.get(before), offset) is not None
+        previous = (source, identity.node, identity.request, identity.chunk - 1)
+        return identity.chunk == 0 or self._within(self._chunks.get(previous), offset) is not None
 
     def __len__(self) -> int:
         return len(self._offsets)
 
-    def _within(self, known: int | None, offset: int) -> int | None:
-        return known if known is not None and offset - self.window <= known < offset else None
+    def _within(self, written: int | None, offset: int) -> int | None:
+        return written if written is not None and offset - self.size <= written < offset else None
 
 
-NOTHING = Known(0)
+NO_DEDUPLICATION = DeduplicationWindow(0)
 
 
-class Tables(Protocol):
-    """Where the rows of ``accepted`` are read from."""
-
-    def read_offsets(self, name: str, source: Source, offsets: range, columns: Sequence[str]) -> pa.Table:
-        """Rows that a range of one partition's records gave, in the order of their offsets."""
-
-
-class Duplicates:
-    """What is known of each partition, at the offset that its tables want next.
+class Deduplicator:
+    """Keeps the deduplication window of each partition at its next offset.
 
     Args:
-        tables: Where the rows of ``accepted`` are.
+        tables: Where the rows of ``accepted`` are read from.
         window: Offsets for which a record is remembered.
     """
 
-    def __init__(self, tables: Tables, window: int) -> None:
+    def __init__(self, tables: DeltaLog, window: int) -> None:
         self._tables = tables
-        self._window = window
-        self._known: dict[Source, tuple[int, Known]] = {}
+        self._size = window
+        self._windows: dict[SourcePartition, tuple[int, DeduplicationWindow]] = {}
 
-    def known(self, source: Source, wanted: int) -> Known:
-        """What the records from offset ``wanted`` on can repeat."""
-        at, known = self._known.get(source, (None, NOTHING))
-        if at != wanted:
-            offsets = range(max(0, wanted - self._window), wanted)
+    def window(self, source: SourcePartition, next_offset: int) -> DeduplicationWindow:
+        """Return the records that a record from ``next_offset`` on can repeat."""
+        at, window = self._windows.get(source, (None, NO_DEDUPLICATION))
+        if at != next_offset:
+            offsets = range(max(0, next_offset - self._size), next_offset)
             rows = self._tables.read_offsets("accepted", source, offsets, COLUMNS)
-            known = Known(self._window, _taken(source, rows))
-            self._known[source] = wanted, known
-        return known
+            window = DeduplicationWindow(self._size, _read_written(source, rows))
+            self._windows[source] = next_offset, window
+        return window
 
-    def keep(self, sources: Collection[Source]) -> None:
-        """Let go what is known of other partitions than these."""
-        self._known = {source: known for source, known in self._known.items() if source in sources}
+    def retain(self, sources: Collection[SourcePartition]) -> None:
+        """Drop the windows of all other partitions."""
+        self._windows = {source: window for source, window in self._windows.items() if source in sources}
 
-    def committed(self, source: Source, wanted: int, taken: Iterable[Taken]) -> None:
-        """Remember the records of a commit that succeeded, after which the tables want ``wanted``."""
-        _, known = self._known[source]
-        known.add(taken)
-        known.forget_before(wanted)
-        self._known[source] = wanted, known
+    def advance(self, source: SourcePartition, next_offset: int, written: Iterable[WrittenRecord]) -> None:
+        """Add the records of a successful commit, and move the window to ``next_offset``."""
+        _, window = self._windows[source]
+        window.add(written)
+        window.evict_before(next_offset)
+        self._windows[source] = next_offset, window
 
 
-def _taken(source: Source, rows: pa.Table) -> Iterator[Taken]:
-    """The records that gave these rows of ``accepted``."""
+def _read_written(source: SourcePartition, rows: pa.Table) -> Iterator[WrittenRecord]:
+    """Yield the records of rows of ``accepted``."""
     times = rows["time"].cast(pa.int64()).to_pylist()
     others = (rows[name].to_pylist() for name in COLUMNS[:-1])
     for offset, node, request, chunk, time_us in zip(*others, times, strict=True):
-        yield Taken(source, offset, Identity(node, request, chunk, time_us))
+        yield WrittenRecord(source, offset, ChunkIdentity(node, request, chunk, time_us))
 
 
-def _renew(entries: dict[K, int], key: K, offset: int) -> None:
-    """Out and in again, so that entries stand in the order of their offsets."""
+def _set_newest(entries: dict[K, int], key: K, offset: int) -> None:
+    """Set an entry and move it to the end: entries are in the order of their offsets."""
     entries.pop(key, None)
     entries[key] = offset
 
 
-def _shorten(entries: dict[K, int], first: int) -> None:
+def _evict(entries: dict[K, int], first: int) -> None:
     while entries:
         key, offset = next(iter(entries.items()))
         if offset >= first:

@@ -1,4 +1,4 @@
-"""The Delta tables: how the stream writes them, and how the trainer, the promoter and people read them."""
+"""The Delta tables: how the stream writes them, and how the trainer, the promoter and the CLI read them."""
 
 from __future__ import annotations
 
@@ -25,115 +25,115 @@ from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundErr
 from deltalake.fs import DeltaStorageHandler
 from pyarrow.fs import FileSystem, PyFileSystem
 
-from pipeline.offsets import ConflictError, Source, transaction_id
+from pipeline.offsets import ConflictError, SourcePartition, transaction_id
 from schemas.batches import CURSORS, PARTITIONED_BY, TABLES, day_of
 from schemas.errors import UserError
 from schemas.settings import Tables
 
 LOG_DAYS = 16
-"""For how long the commits of a table are kept: longer than any reader's lease can be."""
-PROPERTIES = {
+"""Days for which the commits of a table are kept: more than any reader's lease."""
+TABLE_PROPERTIES = {
     "delta.checkpointInterval": "100",
     "delta.logRetentionDuration": f"interval {LOG_DAYS} days",
-    # Maintenance does it, off the way of the commits.
+    # Maintenance cleans the log, off the path of the commits.
     "delta.enableExpiredLogCleanup": "false",
 }
-"""Of every table. Opening one reads its newest checkpoint and the commits that follow it."""
+"""Properties of every table. Opening a table reads its newest checkpoint and the commits that follow it."""
 OLDEST = "oldest"
-"""Application transaction with the version after which everything that was added can be read: maintenance moves it in
-a commit before it deletes anything."""
+"""Application transaction whose version is the one after which all added rows can be read. Maintenance raises it in a
+commit before it deletes any file."""
 REOPEN_AFTER = 50
-"""Appends through one handle. Each leaves its file list in the handle, which slows the next: 14 ms at first and 80 ms
-after 1,000 on two cores, where opening costs 12 ms."""
+"""Appends through one handle. Each append leaves its file list in the handle, which slows the next one: from 14 ms to
+80 ms after 1,000 appends on two cores. Opening a table takes 12 ms."""
 STORE_OPTIONS = {"connect_timeout": "5s", "timeout": "20s", "max_retries": "3", "retry_timeout": "40s"}
-"""For an object store, where ``tables.storage_options`` says nothing else: a request that gets no answer fails within a
-minute, which the stream sees and tries again; by itself the library would try for three."""
+"""Defaults for an object store; ``tables.storage_options`` overrides them. A request without an answer fails within a
+minute, and the stream retries it. The library's own default is three minutes."""
 ZSTD_LEVEL = 3
 RAW_COLUMNS = ("features", "value")
-"""Columns of long bytes: no two are the same, and nobody looks for one by its value."""
-WRITTEN_AS = WriterProperties(
+"""Columns of long byte strings: all values differ, and no query filters by them."""
+WRITER_PROPERTIES = WriterProperties(
     compression="ZSTD",
     compression_level=ZSTD_LEVEL,
     column_properties=dict.fromkeys(RAW_COLUMNS, ColumnProperties(dictionary_enabled=False, statistics_enabled="NONE")),
 )
-"""How the files of every table are encoded; ``docs/benchmarks/results.md`` says against what it was measured."""
-_SQL = {"datafusion.catalog.information_schema": "true"}
-"""For SHOW TABLES."""
+"""Encoding of the files of every table. ``docs/benchmarks/results.md`` has the measurements."""
+_SQL_OPTIONS = {"datafusion.catalog.information_schema": "true"}
+"""Needed for SHOW TABLES."""
 
 Moment = int | datetime
-"""A state of a table: its version, or the one that was newest at that time (UTC where it names no zone)."""
+"""A version of a table: its number, or the time at which it was the newest one (UTC if the time has no zone)."""
 
 
 class TableError(UserError):
-    """The tables cannot be read or written; the message says which one, where, and why."""
+    """The tables cannot be read or written. The message names the table, its address and the reason."""
+
+
+class HistoryExpiredError(TableError):
+    """The requested rows can no longer be read version by version."""
 
 
 @contextmanager
-def failures_of(what: str) -> Iterator[None]:
-    """Turn what the store and the Delta library raise into ``TableError``."""
+def translate_errors(subject: str) -> Iterator[None]:
+    """Raise errors of the store and the Delta library as ``TableError``."""
     try:
         yield
-    # The library's readers pass on what the store raised as an error of Arrow.
+    # The library's readers raise errors of the store as Arrow errors.
     except (DeltaError, OSError, pa.ArrowException) as error:
-        raise TableError(f"{what}: {_in_one_line(error)}; check tables.uri and tables.storage_options") from error
+        raise TableError(f"{subject}: {_flatten(error)}; check tables.uri and tables.storage_options") from error
 
 
-def _in_one_line(error: Exception) -> str:
-    """What the library draws as a coloured tree."""
+def _flatten(error: Exception) -> str:
+    """Return the message in one line. The library writes it as a coloured tree."""
     return " ".join(re.sub(r"\x1b\[[0-9;]*m|↳", " ", str(error)).split())
 
 
-class GoneError(TableError):
-    """Rows that a reader asks for can no longer be read version by version."""
-
-
 class TableSnapshot:
-    """One state of a table, held by an open handle: an append follows that state directly, or fails."""
+    """One version of a table with an open handle. An append directly follows that version, or fails."""
 
     def __init__(self, table: DeltaTable) -> None:
         self._table = table
         self._appends = 0
 
     @property
-    def worn(self) -> bool:
-        """Whether to open the table anew: after many appends, and after any failed one."""
+    def needs_reopen(self) -> bool:
+        """True after ``REOPEN_AFTER`` appends, and after any failed append."""
         return self._appends >= REOPEN_AFTER
 
     @property
     def version(self) -> int:
-        """Of this state."""
+        """Version of this snapshot."""
         return self._table.version()
 
     def refresh(self) -> None:
-        """Read the commits that others have made."""
+        """Move to the newest version of the table."""
         self._table.update_incremental()
 
     def transaction(self, app_id: str) -> int | None:
-        """Version of an application transaction in this state.
+        """Return the version of an application transaction in this snapshot.
 
         Raises:
-            TableError: the log of the table, of which the handle holds a part only, cannot be read.
+            TableError: the log of the table cannot be read; the handle holds only a part of it.
         """
-        with failures_of(f"log of {self._table.table_uri}"):
+        with translate_errors(f"log of {self._table.table_uri}"):
             return self._table.transaction_version(app_id)
 
     def append(self, rows: pa.Table, transactions: Mapping[str, int]) -> None:
-        """Add rows and set transaction versions, in one commit that directly follows this state.
+        """Add rows and set transaction versions in one commit that directly follows this snapshot.
 
         Raises:
-            ConflictError: the table has left this state; nothing was added.
-            TableError: the store failed, and may or may not have kept the commit.
+            ConflictError: the table has a newer version. Nothing was added.
+            TableError: the store failed. The commit may or may not have been made.
         """
         appends, self._appends = self._appends, REOPEN_AFTER
-        # Without retries: a retry would move the commit onto a state that nobody has checked.
+        # No retries: a retry would put the commit on a version that nothing has checked.
         commit = CommitProperties(
             app_transactions=[Transaction(app_id, version) for app_id, version in transactions.items()],
             max_commit_retries=0,
         )
-        with failures_of(f"append to {self._table.table_uri}"):
+        with translate_errors(f"append to {self._table.table_uri}"):
             try:
                 write_deltalake(
-                    self._table, rows, mode="append", commit_properties=commit, writer_properties=WRITTEN_AS
+                    self._table, rows, mode="append", commit_properties=commit, writer_properties=WRITER_PROPERTIES
                 )
             except CommitFailedError as error:
                 raise ConflictError(str(error)) from error
@@ -141,176 +141,55 @@ class TableSnapshot:
 
 
 class DeltaLog:
-    """The tables of ``schemas.batches.TABLES`` below one address. Tables that do not exist yet are created empty.
+    """The tables of ``schemas.batches.TABLES`` below one address. A table that does not exist is created empty.
 
-    Every method raises ``TableError`` when the store refuses or fails. Not thread-safe.
+    Every method raises ``TableError`` if the store fails. Not thread-safe.
     """
 
     def __init__(self, settings: Tables) -> None:
         self._uri = settings.uri
-        in_store = "://" in settings.uri and not settings.uri.startswith("file:")
-        self._options = {**(STORE_OPTIONS if in_store else {}), **settings.storage_options}
+        in_object_store = "://" in settings.uri and not settings.uri.startswith("file:")
+        self._options = {**(STORE_OPTIONS if in_object_store else {}), **settings.storage_options}
         self._snapshots: dict[str, TableSnapshot] = {}
 
     def create(self) -> None:
-        """Make sure that every table exists."""
+        """Create every table that does not exist."""
         for name in TABLES:
             self.open(name)
 
-    def version(self, name: str) -> int:
-        """Newest version of a table; 0 is the empty table."""
-        return self.open(name).version()
+    def open(self, name: str) -> DeltaTable:
+        """Return a handle on the newest version of a table."""
+        address = self._address(name)
+        with self.translate_errors(name):
+            try:
+                return DeltaTable(address, storage_options=self._options)
+            except TableNotFoundError:
+                return self._create(name, address)
 
-    def read_added(
-        self, name: str, after_version: int, up_to_version: int, columns: Sequence[str] | None = None
-    ) -> pa.Table:
-        """Rows that the commits ``after_version + 1 .. up_to_version`` appended, in the order of the commits.
+    # Writing
 
-        Reads only the files that those commits added. ``after_version=0`` reads from the beginning.
+    def snapshot(self, name: str) -> TableSnapshot:
+        """Return the newest version of a table, to append to."""
+        cached = self._snapshots.get(name)
+        if cached is None or cached.needs_reopen:
+            cached = self._snapshots[name] = TableSnapshot(self.open(name))
+            return cached
+        with self.translate_errors(name):
+            cached.refresh()
+        return cached
 
-        Raises:
-            GoneError: maintenance has deleted some of those files; go on from ``oldest``, or take ``read``.
-        """
-        schema = TABLES[name] if columns is None else pa.schema([TABLES[name].field(c) for c in columns])
-        if after_version >= up_to_version:
-            return schema.empty_table()
-        table = self.open(name)
-        self._check_kept(name, table, after_version)
-        with self.failures(name):
-            changes = pa.RecordBatchReader.from_stream(
-                table.load_cdf(
-                    starting_version=after_version + 1,
-                    ending_version=up_to_version,
-                    # Quoted: the library reads them as SQL, where "offset" is a keyword.
-                    columns=[f'"{column}"' for column in [*schema.names, "_commit_version"]],
-                )
-            )
-            commits = [part for batch in changes for part in _split_by_commit(batch)]
-        commits.sort(key=lambda commit: commit[0])
-        if not commits:
-            return schema.empty_table()
-        return pa.Table.from_batches([rows for _, rows in commits]).select(schema.names).cast(schema)
-
-    def oldest(self, name: str) -> int:
-        """The version after which everything that was added can still be read."""
-        return _oldest(self.open(name))
-
-    def version_at(self, name: str, moment: Moment) -> int:
-        """The version that a moment names: the newest one at a time."""
-        return self._open_at(name, moment).version()
-
-    def check_kept(self, name: str, after_version: int) -> None:
-        """Make sure that everything that was added after a version can still be read.
-
-        Raises:
-            GoneError: it cannot.
-        """
-        self._check_kept(name, self.open(name), after_version)
-
-    def files(self, name: str) -> dict[str, int]:
-        """Path and bytes of the files that the newest state of a table consists of, from its log alone."""
-        table = self.open(name)
-        with self.failures(name):
-            files = pa.table(table.get_add_actions(flatten=True))
-        return dict(zip(files["path"].to_pylist(), files["size_bytes"].to_pylist(), strict=True))
-
-    def store(self, name: str) -> FileSystem:
-        """The folder of a table."""
-        return PyFileSystem(DeltaStorageHandler(self._address(name), self._options))
-
-    def committed(self, name: str, version: int) -> datetime | None:
-        """When a version was committed, by the store's clock; None where the log does not have it (any more)."""
-        with self.failures(name):
-            found: datetime | None = self.store(name).get_file_info(f"_delta_log/{version:020}.json").mtime
-        return found
-
-    def store_clock(self) -> datetime:
-        """What time it is for the store: that of a file that was just written."""
-        name, path = "cursors", "_clock"
-        with self.failures(name):
-            store = self.store(name)
-            # Unbuffered, Arrow hands the library a kind of bytes that it does not take.
-            with store.open_output_stream(path, buffer_size=64) as file:
-                file.write(b"-")
-            written: datetime = store.get_file_info(path).mtime
-        return written
-
-    def announce(self, reader: str, versions: Mapping[str, int]) -> None:
-        """Say how far a reader has read some tables, so that what it has not read stays.
-
-        Args:
-            reader: A name that it keeps over restarts.
-            versions: By table, the version after which it needs every row.
-        """
-        now = time.time_ns() // 1000
-        rows = [
-            {"time": now, "day": day_of(now), "reader": reader, "table": name, "version": version}
-            for name, version in versions.items()
-        ]
-        self.append("cursors", pa.Table.from_pylist(rows, schema=CURSORS))
-
-    def read(self, name: str, columns: Sequence[str] | None = None, at: Moment | None = None) -> pa.Table:
-        """All rows of a table in its newest state or an earlier one, in no order."""
-        schema = TABLES[name] if columns is None else pa.schema([TABLES[name].field(c) for c in columns])
-        table = self.open(name) if at is None else self._open_at(name, at)
-        with self.failures(name):
-            rows = pa.RecordBatchReader.from_stream(table.scan(schema.names)).read_all()
-        return rows.select(schema.names).cast(schema)
-
-    def read_in_order(self, name: str) -> pa.Table:
-        """All rows of a table in the order of their commits; for tables that keep their whole log."""
-        return self.read_added(name, 0, self.version(name))
-
-    def read_offsets(self, name: str, source: Source, offsets: range, columns: Sequence[str]) -> pa.Table:
-        """Rows that a range of one partition's records gave, in the order of their offsets; reads few other files."""
-        # Names of our own; the topic is what the settings say.
-        rows = self.query(
-            f"SELECT {_quoted(columns)} FROM {name} WHERE topic = '{escaped(source.topic)}' "  # noqa: S608
-            f'AND partition = {source.partition} AND "offset" >= {offsets.start} AND "offset" < {offsets.stop} '
-            f'ORDER BY "offset"'
-        ).read_all()
-        return rows.cast(pa.schema([TABLES[name].field(column) for column in columns]))
-
-    def query(self, sql: str, at: Mapping[str, Moment] | None = None) -> pa.RecordBatchReader:
-        """Answer SQL (DataFusion's) over the tables by their names, as a stream that is read once.
-
-        Reading from the stream raises ``TableError`` too. Nothing can be written: the tables take no INSERT.
-
-        Args:
-            sql: One statement.
-            at: Tables of which not the newest state is asked.
-        """
-        tables = QueryBuilder(_SQL)
-        named = [name for name in TABLES if re.search(rf"\b{name}\b", sql)]
-        for name in named or TABLES:
-            moment = (at or {}).get(name)
-            tables.register(name, self.open(name) if moment is None else self._open_at(name, moment))
-        with _failures_of_query():
-            answer = pa.RecordBatchReader.from_stream(tables.execute(sql))
-        schema = pa.schema([field.with_type(_without_views(field.type)) for field in answer.schema])
-
-        def batches() -> Iterator[pa.RecordBatch]:
-            with _failures_of_query():
-                yield from (batch.cast(schema) for batch in answer)
-
-        return pa.RecordBatchReader.from_batches(schema, batches())
-
-    def row_count(self, name: str) -> int:
-        """Rows of a table, from its log alone."""
-        return int(self.open(name).count())
-
-    def size(self, name: str) -> int:
-        """Bytes of the files that the newest state of a table consists of, from its log alone."""
-        return sum(self.files(name).values())
+    def snapshot_version(self, name: str) -> int:
+        """Return the version of the last ``snapshot``; after an append, the version that the append made."""
+        return self._snapshots[name].version
 
     def append(self, name: str, rows: pa.Table) -> None:
-        """Add rows outside the exactly-once protocol, for a table that has no source partitions."""
+        """Add rows to a table without source partitions, outside the exactly-once protocol."""
         table = self.open(name)
-        with self.failures(name):
-            write_deltalake(table, rows.cast(TABLES[name]), mode="append", writer_properties=WRITTEN_AS)
+        with self.translate_errors(name):
+            write_deltalake(table, rows.cast(TABLES[name]), mode="append", writer_properties=WRITER_PROPERTIES)
 
     def append_after(self, name: str, version: int, rows: pa.Table) -> bool:
-        """Add rows directly after a state; False, and nothing is added, where the table has left it."""
+        """Add rows directly after ``version``. Return False, and add nothing, if the table has a newer version."""
         snapshot = self.snapshot(name)
         if snapshot.version != version:
             return False
@@ -320,50 +199,184 @@ class DeltaLog:
             return False
         return True
 
-    def snapshot(self, name: str) -> TableSnapshot:
-        """The newest state of a table, to append to."""
-        known = self._snapshots.get(name)
-        if known is None or known.worn:
-            known = self._snapshots[name] = TableSnapshot(self.open(name))
-            return known
-        with self.failures(name):
-            known.refresh()
-        return known
+    def save_cursor(self, reader: str, versions: Mapping[str, int]) -> None:
+        """Record how far a reader has read, so that maintenance keeps the rows that it has not read.
 
-    def snapshot_version(self, name: str) -> int:
-        """Version of the state that ``snapshot`` gave last: after an append, the version that it made."""
-        return self._snapshots[name].version
+        Args:
+            reader: Name of the reader; the same after a restart.
+            versions: By table, the version after which the reader needs every row.
+        """
+        now = time.time_ns() // 1000
+        rows = [
+            {"time": now, "day": day_of(now), "reader": reader, "table": name, "version": version}
+            for name, version in versions.items()
+        ]
+        self.append("cursors", pa.Table.from_pylist(rows, schema=CURSORS))
 
-    def reached(self, name: str, source: Source, version: int | None = None) -> int:
-        """Offset of the last record of a partition that a state of a table contains, the newest by default; -1 without
-        any."""
+    # Reading
+
+    def version(self, name: str) -> int:
+        """Return the newest version of a table; 0 is the empty table."""
+        return self.open(name).version()
+
+    def version_at(self, name: str, moment: Moment) -> int:
+        """Return the version of a table at a moment."""
+        return self._open_at(name, moment).version()
+
+    def read(self, name: str, columns: Sequence[str] | None = None, at: Moment | None = None) -> pa.Table:
+        """Return all rows of the newest or an earlier version of a table, in no order."""
+        schema = _schema(name, columns)
+        table = self.open(name) if at is None else self._open_at(name, at)
+        with self.translate_errors(name):
+            rows = pa.RecordBatchReader.from_stream(table.scan(schema.names)).read_all()
+        return rows.select(schema.names).cast(schema)
+
+    def read_added(
+        self, name: str, after_version: int, up_to_version: int, columns: Sequence[str] | None = None
+    ) -> pa.Table:
+        """Return the rows that the commits ``after_version + 1 .. up_to_version`` added, in the order of the commits.
+
+        Only the files that those commits added are read. ``after_version=0`` reads from the beginning.
+
+        Raises:
+            HistoryExpiredError: maintenance has deleted some of those files. Continue from ``oldest_readable``, or use
+                ``read``.
+        """
+        schema = _schema(name, columns)
+        if after_version >= up_to_version:
+            return schema.empty_table()
+        table = self.open(name)
+        self._check_readable(name, table, after_version)
+        with self.translate_errors(name):
+            changes = pa.RecordBatchReader.from_stream(
+                table.load_cdf(
+                    starting_version=after_version + 1,
+                    ending_version=up_to_version,
+                    # Quoted: the library parses them as SQL, where "offset" is a keyword.
+                    columns=[f'"{column}"' for column in [*schema.names, "_commit_version"]],
+                )
+            )
+            commits = [part for batch in changes for part in _split_by_commit(batch)]
+        commits.sort(key=lambda commit: commit[0])
+        if not commits:
+            return schema.empty_table()
+        return pa.Table.from_batches([rows for _, rows in commits]).select(schema.names).cast(schema)
+
+    def read_in_order(self, name: str) -> pa.Table:
+        """Return all rows of a table in the order of their commits, for a table that keeps its whole log."""
+        return self.read_added(name, 0, self.version(name))
+
+    def read_offsets(self, name: str, source: SourcePartition, offsets: range, columns: Sequence[str]) -> pa.Table:
+        """Return the rows of a range of one partition's records, ordered by offset. Few other files are read."""
+        # Table and columns are names from the code; the topic comes from the settings.
+        rows = self.query(
+            f"SELECT {_quote_columns(columns)} FROM {name} WHERE topic = '{escape_sql(source.topic)}' "  # noqa: S608
+            f'AND partition = {source.partition} AND "offset" >= {offsets.start} AND "offset" < {offsets.stop} '
+            f'ORDER BY "offset"'
+        ).read_all()
+        return rows.cast(_schema(name, columns))
+
+    def query(self, sql: str, at: Mapping[str, Moment] | None = None) -> pa.RecordBatchReader:
+        """Run a SQL query (DataFusion dialect) over the tables. Return its result as a stream that is read once.
+
+        Reading from the stream raises ``TableError`` too. The tables are read-only: INSERT fails.
+
+        Args:
+            sql: One statement.
+            at: Tables of which an earlier version is queried.
+        """
+        engine = QueryBuilder(_SQL_OPTIONS)
+        named = [name for name in TABLES if re.search(rf"\b{name}\b", sql)]
+        for name in named or TABLES:
+            moment = (at or {}).get(name)
+            engine.register(name, self.open(name) if moment is None else self._open_at(name, moment))
+        with _translate_query_errors():
+            result = pa.RecordBatchReader.from_stream(engine.execute(sql))
+        schema = pa.schema([field.with_type(_without_views(field.type)) for field in result.schema])
+
+        def batches() -> Iterator[pa.RecordBatch]:
+            with _translate_query_errors():
+                yield from (batch.cast(schema) for batch in result)
+
+        return pa.RecordBatchReader.from_batches(schema, batches())
+
+    def oldest_readable(self, name: str) -> int:
+        """Return the version after which all added rows can still be read."""
+        return _read_oldest(self.open(name))
+
+    def check_readable(self, name: str, after_version: int) -> None:
+        """Check that all rows added after a version can still be read.
+
+        Raises:
+            HistoryExpiredError: they cannot.
+        """
+        self._check_readable(name, self.open(name), after_version)
+
+    def last_offset(self, name: str, source: SourcePartition, version: int | None = None) -> int:
+        """Return the last offset of a partition in the newest or an earlier version of a table; -1 without records."""
         table = self.open(name) if version is None else self._open_at(name, version)
-        with self.failures(name):
+        with self.translate_errors(name):
             last = table.transaction_version(transaction_id(name, source))
         return -1 if last is None else last
 
-    def open(self, name: str) -> DeltaTable:
-        """A handle on the newest state of a table."""
-        address = self._address(name)
-        with self.failures(name):
-            try:
-                return DeltaTable(address, storage_options=self._options)
-            except TableNotFoundError:
-                return self._create(name, address)
+    # The following methods read the log of a table alone.
 
-    def _check_kept(self, name: str, table: DeltaTable, after_version: int) -> None:
-        oldest = _oldest(table)
+    def row_count(self, name: str) -> int:
+        """Return the number of rows of a table."""
+        return int(self.open(name).count())
+
+    def size(self, name: str) -> int:
+        """Return the bytes of the files of the newest version of a table."""
+        return sum(self.file_sizes(name).values())
+
+    def file_sizes(self, name: str) -> dict[str, int]:
+        """Return path and bytes of the files of the newest version of a table."""
+        table = self.open(name)
+        with self.translate_errors(name):
+            files = pa.table(table.get_add_actions(flatten=True))
+        return dict(zip(files["path"].to_pylist(), files["size_bytes"].to_pylist(), strict=True))
+
+    # The store
+
+    def filesystem(self, name: str) -> FileSystem:
+        """Return a file system with the folder of a table as its root."""
+        return PyFileSystem(DeltaStorageHandler(self._address(name), self._options))
+
+    def commit_time(self, name: str, version: int) -> datetime | None:
+        """Return the time of a commit by the store's clock; None if the log does not contain the commit."""
+        with self.translate_errors(name):
+            found: datetime | None = self.filesystem(name).get_file_info(f"_delta_log/{version:020}.json").mtime
+        return found
+
+    def store_clock(self) -> datetime:
+        """Return the store's time: the modification time of a file that is written for this purpose."""
+        name, path = "cursors", "_clock"
+        with self.translate_errors(name):
+            store = self.filesystem(name)
+            # Unbuffered, Arrow passes a kind of bytes that the library rejects.
+            with store.open_output_stream(path, buffer_size=64) as file:
+                file.write(b"-")
+            written: datetime = store.get_file_info(path).mtime
+        return written
+
+    @contextmanager
+    def translate_errors(self, name: str) -> Iterator[None]:
+        """Raise errors about a table as ``TableError``."""
+        with translate_errors(f"table {name} at {self._address(name)}"):
+            yield
+
+    def _check_readable(self, name: str, table: DeltaTable, after_version: int) -> None:
+        oldest = _read_oldest(table)
         if after_version < oldest:
-            raise GoneError(
-                f"table {name} at {self._address(name)}: what was added after version {after_version} can be read only "
-                f"from version {oldest} on. Go on from there, or read the state of the table as a whole; for a reader "
-                f"that comes back so late raise tables.reader_lease, for one that announces nothing "
-                f"tables.vacuum_retention"
+            raise HistoryExpiredError(
+                f"table {name} at {self._address(name)}: rows added after version {after_version} can be read only "
+                f"from version {oldest} on. Continue from there, or read the table as a whole; raise "
+                f"tables.reader_lease for a reader that saves a cursor, tables.vacuum_retention for one that does not"
             )
 
     def _open_at(self, name: str, moment: Moment) -> DeltaTable:
         table = self.open(name)
-        with self.failures(f"{name}, state {moment},"):
+        with self.translate_errors(f"{name}, version {moment},"):
             table.load_as_version(moment)
         return table
 
@@ -374,45 +387,43 @@ class DeltaLog:
                 TABLES[name],
                 partition_by=list(PARTITIONED_BY[name]),
                 storage_options=self._options,
-                configuration=PROPERTIES,
+                configuration=TABLE_PROPERTIES,
             )
         except DeltaError:
-            # Another process may have created it in the meantime; if not, opening says what is wrong.
+            # Another process may have created it meanwhile. If not, opening it raises the reason.
             return DeltaTable(address, storage_options=self._options)
 
     def _address(self, name: str) -> str:
         return f"{self._uri.rstrip('/')}/{name}" if "://" in self._uri else str(Path(self._uri).resolve() / name)
 
-    @contextmanager
-    def failures(self, name: str) -> Iterator[None]:
-        """Turn what handling a table raises into ``TableError``."""
-        with failures_of(f"table {name} at {self._address(name)}"):
-            yield
+
+def escape_sql(text: str) -> str:
+    """Return text with the quotes escaped, for a string in SQL."""
+    return text.replace("'", "''")
 
 
-def _oldest(table: DeltaTable) -> int:
+def _schema(name: str, columns: Sequence[str] | None) -> pa.Schema:
+    return TABLES[name] if columns is None else pa.schema([TABLES[name].field(column) for column in columns])
+
+
+def _read_oldest(table: DeltaTable) -> int:
     return table.transaction_version(OLDEST) or 0
 
 
 @contextmanager
-def _failures_of_query() -> Iterator[None]:
+def _translate_query_errors() -> Iterator[None]:
     try:
         yield
     except (DeltaError, OSError, pa.ArrowException) as error:
-        raise TableError(f"query: {_in_one_line(error)}") from error
+        raise TableError(f"query: {_flatten(error)}") from error
 
 
-def _quoted(columns: Sequence[str]) -> str:
+def _quote_columns(columns: Sequence[str]) -> str:
     return ", ".join(f'"{column}"' for column in columns)
 
 
-def escaped(text: str) -> str:
-    """Text as it stands between the quotes of a string in SQL."""
-    return text.replace("'", "''")
-
-
 def _without_views(kind: pa.DataType) -> pa.DataType:
-    """The type that other tools know: the query engine answers with views into its buffers."""
+    """Return the type that other tools know. The query engine returns views of its buffers."""
     if pa.types.is_string_view(kind):
         return pa.string()
     if pa.types.is_binary_view(kind):
@@ -425,7 +436,7 @@ def _without_views(kind: pa.DataType) -> pa.DataType:
 
 
 def _split_by_commit(batch: pa.RecordBatch) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """Commit version and rows, without copying: sorting would join the features into one array of at most 2 GiB."""
+    """Yield commit version and rows without a copy. A sort would join all features in one array of at most 2 GiB."""
     versions = batch.column("_commit_version").to_numpy()
     cuts = [0, *(np.flatnonzero(np.diff(versions)) + 1), len(versions)]
     for start, end in pairwise(cuts):

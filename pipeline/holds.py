@@ -1,7 +1,8 @@
-"""Past versions that experiments are named on: they outlive retention and maintenance until they are released.
+"""Retention holds: table versions that an experiment needs. Maintenance keeps them until they are released.
 
-A reader's lease (``DeltaLog.announce``) ends by itself; a hold does not. It names a table and two of its versions: what
-the commits between them added can be read version by version, and every state from the first one on as a whole.
+A reader's lease (``DeltaLog.save_cursor``) expires; a hold does not. A hold names a table and two of its versions. Rows
+that the commits between them added can be read version by version, and every version from the first one on can be read
+as a whole.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from pipeline.delta import DeltaLog
 from schemas.batches import HOLDS
 from schemas.errors import UserError
 
-PREFIX = "hold/"
-"""Before an experiment's name where readers are named too."""
+HOLD_PREFIX = "hold/"
+"""Prefix of an experiment's name where readers are listed too."""
 _TABLE = "holds"
 
 
 @dataclass(frozen=True, slots=True)
-class Hold:
+class RetentionHold:
     """Versions of a table that an experiment needs."""
 
     experiment: str
@@ -32,27 +33,27 @@ class Hold:
     after_version: int
     up_to_version: int
     time_us: int
-    """Since when, as Unix microseconds."""
+    """Unix time in microseconds at which the hold was added."""
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class HoldSize:
     """Bytes of the files that the commits of a hold added."""
 
-    all: int
-    gone: int
-    """Those of them that the newest state has no more: they are there for the sake of the hold."""
+    total: int
+    held: int
+    """Bytes of those files that the newest version lacks: they exist only for the hold."""
 
 
-def held(log: DeltaLog) -> list[Hold]:
-    """Everything that is held, in the order in which it was named.
+def list_holds(log: DeltaLog) -> list[RetentionHold]:
+    """Return all holds that are not released, in the order in which they were added.
 
     Raises:
         TableError: the table cannot be read.
     """
     newest = {(row["experiment"], row["table"]): row for row in log.read_in_order(_TABLE).to_pylist()}
     return [
-        Hold(
+        RetentionHold(
             row["experiment"],
             row["table"],
             row["after_version"],
@@ -64,64 +65,65 @@ def held(log: DeltaLog) -> list[Hold]:
     ]
 
 
-def hold(log: DeltaLog, experiment: str, versions: Mapping[str, tuple[int, int]]) -> None:
-    """Hold versions of some tables in the name of an experiment; once more changes nothing.
+def add_hold(log: DeltaLog, experiment: str, versions: Mapping[str, tuple[int, int]]) -> None:
+    """Hold versions of some tables for an experiment. Adding the same hold again changes nothing.
 
     Args:
-        log: Where the tables are.
-        experiment: Its name.
-        versions: By table, the version after which it reads and the one up to which it does.
+        log: The tables.
+        experiment: Name of the experiment.
+        versions: By table, the version after which the experiment reads and the last version that it reads.
 
     Raises:
-        UserError: the experiment holds others.
-        GoneError: what was added after a version is gone already; nothing is held then.
+        UserError: the experiment holds other versions.
+        HistoryExpiredError: the rows added after a version are deleted already; nothing is held then.
     """
-    known = {h.table: (h.after_version, h.up_to_version) for h in held(log) if h.experiment == experiment}
+    known = {h.table: (h.after_version, h.up_to_version) for h in list_holds(log) if h.experiment == experiment}
     if known == dict(versions):
         return
     if known:
-        told = ", ".join(f"{table} {first} to {last}" for table, (first, last) in known.items())
-        raise UserError(f"experiment {experiment} holds {told}: take another --name, or release it first")
+        held = ", ".join(f"{table} {first} to {last}" for table, (first, last) in known.items())
+        raise UserError(f"experiment {experiment} holds {held}: use another --name, or release it first")
     _write(log, experiment, versions, released=False)
     try:
-        # Behind the row, so that what is there now stays.
+        # Checked after the row is written, so that files that exist now are kept.
         for table, (first, _) in versions.items():
-            log.check_kept(table, first)
+            log.check_readable(table, first)
     except BaseException:
         _write(log, experiment, versions, released=True)
         raise
 
 
-def release(log: DeltaLog, experiment: str) -> list[Hold]:
-    """Let go of what an experiment holds; gives what that was.
+def release_holds(log: DeltaLog, experiment: str) -> list[RetentionHold]:
+    """Release the holds of an experiment and return them.
 
     Raises:
-        UserError: it holds nothing.
+        UserError: the experiment holds nothing.
     """
-    let_go = [h for h in held(log) if h.experiment == experiment]
-    if not let_go:
-        names = ", ".join(sorted({h.experiment for h in held(log)})) or "none"
-        raise UserError(f"no experiment {experiment} holds anything; those that do: {names}")
-    _write(log, experiment, {h.table: (h.after_version, h.up_to_version) for h in let_go}, released=True)
-    return let_go
+    holds = list_holds(log)
+    released = [hold for hold in holds if hold.experiment == experiment]
+    if not released:
+        names = ", ".join(sorted({hold.experiment for hold in holds})) or "none"
+        raise UserError(f"experiment {experiment} holds nothing; experiments with holds: {names}")
+    _write(log, experiment, {h.table: (h.after_version, h.up_to_version) for h in released}, released=True)
+    return released
 
 
-def kept(log: DeltaLog, one: Hold) -> Kept:
-    """What a hold keeps, from the table's log alone.
+def measure_hold(log: DeltaLog, hold: RetentionHold) -> HoldSize:
+    """Return the bytes that a hold keeps, from the table's log alone.
 
     Raises:
         TableError: the log cannot be read.
     """
-    newest = set(log.files(one.table))
-    sizes = dict(_added(log, one))
-    return Kept(sum(sizes.values()), sum(size for path, size in sizes.items() if path not in newest))
+    newest = log.file_sizes(hold.table)
+    sizes = dict(_list_added_files(log, hold))
+    return HoldSize(sum(sizes.values()), sum(size for path, size in sizes.items() if path not in newest))
 
 
-def _added(log: DeltaLog, one: Hold) -> Iterator[tuple[str, int]]:
-    """Path and bytes of every file with rows that are new."""
-    store = log.store(one.table)
-    with log.failures(one.table):
-        for version in range(one.after_version + 1, one.up_to_version + 1):
+def _list_added_files(log: DeltaLog, hold: RetentionHold) -> Iterator[tuple[str, int]]:
+    """Yield path and bytes of every file with added rows."""
+    store = log.filesystem(hold.table)
+    with log.translate_errors(hold.table):
+        for version in range(hold.after_version + 1, hold.up_to_version + 1):
             with store.open_input_stream(f"_delta_log/{version:020}.json") as file:
                 actions: list[dict[str, Any]] = [json.loads(line) for line in file.read().splitlines()]
             for action in actions:

@@ -1,21 +1,21 @@
-"""Exactly once: how Kafka offsets and Delta tables are kept in step. The tables are the truth; Kafka only delivers.
+"""The exactly-once protocol between Kafka offsets and Delta tables. The tables are the truth; Kafka only delivers.
 
-Every record ends up as rows of four tables, each row a function of that one record. Per table and source partition the
-Delta log carries an application transaction ``<table>/<topic>/<partition>`` whose version is the last offset that the
-table contains. Delta stores that number and guards nothing by itself, so this file does:
+Each record becomes rows of four tables, and every row is a function of that one record. For each table and source
+partition the Delta log carries an application transaction ``<table>/<topic>/<partition>``. Its version is the last
+offset that the table contains. Delta stores this number but enforces nothing, so this module enforces five rules:
 
-1. A table contains all records of a partition up to its transaction version, and none after it: rows and version move
-   in one commit, and the next commit begins where the last one ended.
-2. A commit happens only on the state it was decided on. The version is checked on a snapshot, and the write goes
-   through that same snapshot, which Delta refuses if any commit came in between. Two owners of one partition can thus
-   both believe in themselves; one of them is fenced.
-3. The wanted offset of a partition is the lowest of its tables' next offsets. A crash between the commits of two
-   tables leaves some ahead: records come again, and each table takes only those it does not contain yet.
-4. A record behind the wanted offset is skipped, the wanted one is taken, one ahead of it is left out: the consumer
-   skipped something, and has to seek back.
-5. What the broker deleted before it was read is written down as lost, in the commit that moves past it.
+1. A table contains all records of a partition up to the transaction version, and none after it. Rows and version
+   change in one commit, and the next commit begins where the last one ended.
+2. A commit applies only to the snapshot it was decided on. The version is checked on a snapshot, and the write uses
+   that same snapshot. Delta rejects the write if another commit came in between. If two workers believe that they own
+   a partition, one of them is fenced.
+3. The next offset of a partition is the lowest next offset of its tables. A crash between the commits of two tables
+   leaves some tables ahead. The records are delivered again, and each table adds only the records it lacks.
+4. A record below the next offset is skipped, the record at the next offset is selected, and a record above it is
+   deferred: the consumer jumped over records and must seek back.
+5. Records that the broker deleted before they were read are recorded as lost, in the commit that moves past them.
 
-This needs a topic whose offsets have no holes: no transactions, no compaction.
+The protocol needs a topic whose offsets have no holes: no transactions and no compaction.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ import pyarrow.compute as pc
 from schemas.batches import DEAD_LETTERS, TABLES, day_of
 
 COMMIT_ORDER = ("dead_letters", "rejected", "traces", "accepted")
-"""``accepted`` last: whoever sees a row of it finds everything else of that record in place. The others in any order,
-or at the same time."""
-LOST = "lost_to_retention"
-ATTEMPTS = 20
-"""Tries of one commit while writers of other partitions take the table's next version first."""
+"""``accepted`` is committed last: a reader that sees a row of it finds all other rows of that record. The other tables
+may be committed in any order, or at the same time."""
+LOST_TO_RETENTION = "lost_to_retention"
+MAX_ATTEMPTS = 20
+"""Attempts of one commit while writers of other partitions take the next version of the table first."""
 
 
-class Source(NamedTuple):
-    """A partition that records come from."""
+class SourcePartition(NamedTuple):
+    """A Kafka partition that records are read from."""
 
     topic: str
     partition: int
@@ -47,30 +47,33 @@ class Source(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows of a run of records without holes, up to and with offset ``last``; ``rows`` has every committed table."""
+    """Rows of a run of records without holes, up to and including ``last_offset``. ``rows`` has every table of
+    ``COMMIT_ORDER``."""
 
-    source: Source
-    last: int
+    source: SourcePartition
+    last_offset: int
     rows: Mapping[str, pa.Table]
 
 
 @dataclass(frozen=True, slots=True)
-class Admission:
-    """What to do with delivered records; the numbers in ``taken`` index them."""
+class RecordSelection:
+    """Decision about delivered records. ``selected`` holds their indices."""
 
-    taken: tuple[int, ...]
-    behind: int
-    ahead: int
-    gap: bool
-    """The wanted record is not among them although later ones are: seek back to it."""
+    selected: tuple[int, ...]
+    skipped: int
+    """Records below the next offset: the tables contain them."""
+    deferred: int
+    """Records above the next offset: the broker delivers them again."""
+    has_gap: bool
+    """True if later records were delivered without the record at the next offset: the consumer must seek back."""
 
 
 class ConflictError(RuntimeError):
-    """The table has moved on since the snapshot was taken; nothing was written."""
+    """The table has a newer version than the snapshot. Nothing was written."""
 
 
 class FencedError(RuntimeError):
-    """Another owner has written records of this partition; what is known about its offsets is stale."""
+    """Another worker has written records of this partition. The cached offsets are stale."""
 
 
 class ForeignLogError(RuntimeError):
@@ -78,202 +81,205 @@ class ForeignLogError(RuntimeError):
 
 
 class Snapshot(Protocol):
-    """One state of a table."""
+    """One version of a table."""
 
     def transaction(self, app_id: str) -> int | None:
-        """Version of an application transaction in this state."""
+        """Return the version of an application transaction in this snapshot."""
 
     def append(self, rows: pa.Table, transactions: Mapping[str, int]) -> None:
-        """Add rows and set transaction versions, in one commit that directly follows this state.
+        """Add rows and set transaction versions in one commit that directly follows this snapshot.
 
         Raises:
-            ConflictError: the table has left this state.
+            ConflictError: the table has a newer version.
         """
 
 
-Content = Callable[[Snapshot], tuple[pa.Table, dict[str, int]]]
-"""What a commit adds to the state that it follows: rows, and transactions beside those of the source partitions."""
+CommitContent = Callable[[Snapshot], tuple[pa.Table, dict[str, int]]]
+"""Returns what a commit adds to a snapshot: rows, and transactions other than those of the source partitions."""
 
 
-class Tables(Protocol):
+class SnapshotStore(Protocol):
     """The tables that records are written to."""
 
     def snapshot(self, name: str) -> Snapshot:
-        """The newest state of a table."""
+        """Return the newest version of a table."""
 
 
-def admit(wanted: int, offsets: Sequence[int]) -> Admission:
-    """Decide, record by record, what a table that wants offset ``wanted`` takes of ``offsets``."""
-    taken: list[int] = []
-    behind = ahead = 0
-    gap = False
+def select_records(next_offset: int, offsets: Sequence[int]) -> RecordSelection:
+    """Decide for each of ``offsets`` whether its record is selected, skipped or deferred."""
+    selected: list[int] = []
+    skipped = deferred = 0
+    has_gap = False
     for i, offset in enumerate(offsets):
-        if offset == wanted:
-            taken.append(i)
-            wanted += 1
-            gap = False
-        elif offset < wanted:
-            behind += 1
+        if offset == next_offset:
+            selected.append(i)
+            next_offset += 1
+            has_gap = False
+        elif offset < next_offset:
+            skipped += 1
         else:
-            ahead += 1
-            gap = True
-    return Admission(tuple(taken), behind, ahead, gap)
+            deferred += 1
+            has_gap = True
+    return RecordSelection(tuple(selected), skipped, deferred, has_gap)
 
 
-def lost_range(source: Source, wanted: int, log_start: int, log_end: int) -> range:
-    """Offsets that the broker no longer has although the tables want them; empty in a healthy log.
+def find_lost_offsets(source: SourcePartition, next_offset: int, log_start: int, log_end: int) -> range:
+    """Return the offsets that the broker deleted before the tables contained them; empty in a healthy log.
 
     Raises:
-        ForeignLogError: the log ends before the wanted offset, so what follows would be taken for known records.
+        ForeignLogError: the log ends before the next offset, so new records would be skipped as known ones.
     """
-    if log_end < wanted:
+    if log_end < next_offset:
         raise ForeignLogError(
-            f"{source.topic}/{source.partition} ends at offset {log_end}, but the tables already hold records up to "
-            f"{wanted - 1}: the topic was created anew, or kafka.bootstrap_servers names another broker. Set "
-            f"kafka.traces_topic to a topic that the tables do not know, or tables.uri to tables of their own"
+            f"{source.topic}/{source.partition} ends at offset {log_end}, but the tables already contain records up to "
+            f"{next_offset - 1}: the topic was created anew, or kafka.bootstrap_servers names another broker. Set "
+            f"kafka.traces_topic to a topic that the tables do not know, or set tables.uri to new tables"
         )
-    return range(wanted, max(wanted, log_start))
+    return range(next_offset, max(next_offset, log_start))
 
 
-class Intake:
-    """The tables' side of the protocol. Not thread-safe: one thread at a time decides and commits.
+class OffsetCommitter:
+    """Commits batches to the tables. Not thread-safe: one thread at a time decides and commits.
 
-    What runs in a pool meanwhile is waited for: when ``commit`` returns or raises, nothing is being written any more.
+    Writes that run in the pool are awaited: no write is in progress when ``commit`` returns or raises.
     """
 
-    def __init__(self, tables: Tables, pool: Executor | None = None) -> None:
+    def __init__(self, tables: SnapshotStore, pool: Executor | None = None) -> None:
         """With a ``pool`` all tables but the last are written at the same time."""
         self._tables = tables
         self._pool = pool
-        self._next: dict[Source, dict[str, int]] = {}
+        self._next: dict[SourcePartition, dict[str, int]] = {}
 
-    def wanted(self, source: Source) -> int:
-        """Next offset that the tables want of a partition; read from them when it is not known."""
+    def next_offset(self, source: SourcePartition) -> int:
+        """Return the next offset of a partition. Read it from the tables if it is not cached."""
         if source not in self._next:
             self._next[source] = {
-                name: _next_offset(self._tables.snapshot(name), name, source) for name in COMMIT_ORDER
+                name: _read_next_offset(self._tables.snapshot(name), name, source) for name in COMMIT_ORDER
             }
         return min(self._next[source].values())
 
-    def forget(self, sources: Iterable[Source]) -> None:
-        """Read the wanted offsets again before they are used: after an assignment, and after any failed commit."""
+    def invalidate(self, sources: Iterable[SourcePartition]) -> None:
+        """Drop cached offsets, so that they are read again: after an assignment, and after any failed commit."""
         for source in sources:
             self._next.pop(source, None)
 
     def commit(self, batches: Sequence[Batch]) -> None:
-        """Write batches that begin at the wanted offsets of their partitions, one partition each.
+        """Write batches that begin at the next offsets of their partitions, at most one batch for each partition.
 
         Raises:
-            FencedError: another owner wrote; nothing is doubled, and the wanted offsets are read again.
-            ConflictError: other writers were faster in every attempt; try again.
+            FencedError: another worker wrote. No row is duplicated, and the next offsets are read again.
+            ConflictError: other writers were faster in every attempt. Try again.
         """
         for batch in batches:
-            self.wanted(batch.source)
-        last = {batch.source: batch.last for batch in batches}
+            self.next_offset(batch.source)
+        last = {batch.source: batch.last_offset for batch in batches}
         try:
-            self._each(COMMIT_ORDER[:-1], lambda name: self._append(name, batches, last))
+            self._for_each(COMMIT_ORDER[:-1], lambda name: self._append(name, batches, last))
             self._append(COMMIT_ORDER[-1], batches, last)
         except BaseException:
-            # Whatever went wrong, and however far it got: only the tables know.
-            self.forget(last)
+            # Only the tables know how far the commit got.
+            self.invalidate(last)
             raise
 
-    def _each(self, names: Sequence[str], write: Callable[[str], None]) -> None:
-        """Write tables, and return or raise only when none is being written any more."""
+    def record_loss(self, source: SourcePartition, lost: range, time_us: int) -> None:
+        """Record that the broker deleted ``lost`` before it was read, and move past it.
+
+        A separate transaction holds the last offset that is recorded as lost. After a crash ``dead_letters`` may be
+        ahead of the other tables, and the loss must not be recorded twice.
+        """
+        loss_id = f"dead_letters.lost/{source.topic}/{source.partition}"
+        last = lost.stop - 1
+
+        def loss_rows(snapshot: Snapshot) -> tuple[pa.Table, dict[str, int]]:
+            recorded = snapshot.transaction(loss_id)
+            unrecorded = range(lost.start if recorded is None else max(lost.start, recorded + 1), lost.stop)
+            return _build_loss_rows(source, unrecorded, time_us), {
+                loss_id: max(last, -1 if recorded is None else recorded)
+            }
+
+        self.next_offset(source)
+        try:
+            self._advance("dead_letters", {source: last}, loss_rows, even_if_ahead=True)
+            for name in COMMIT_ORDER[1:]:
+                self._advance(name, {source: last}, _constant(TABLES[name].empty_table()))
+        except BaseException:
+            self.invalidate([source])
+            raise
+
+    def _for_each(self, names: Sequence[str], write: Callable[[str], None]) -> None:
+        """Write tables. Return or raise only when no write is in progress."""
         if self._pool is None:
             for name in names:
                 write(name)
             return
-        written = wait([self._pool.submit(write, name) for name in names]).done
-        for done in written:
+        for done in wait([self._pool.submit(write, name) for name in names]).done:
             done.result()
 
-    def _append(self, name: str, batches: Sequence[Batch], last: Mapping[Source, int]) -> None:
+    def _append(self, name: str, batches: Sequence[Batch], last: Mapping[SourcePartition, int]) -> None:
         """Bring one table up to the ends of the batches."""
-        rows = pa.concat_tables([TABLES[name].empty_table(), *(self._missing(name, batch) for batch in batches)])
-        self._advance(name, last, _always(rows))
+        rows = pa.concat_tables([TABLES[name].empty_table(), *(self._missing_rows(name, batch) for batch in batches)])
+        self._advance(name, last, _constant(rows))
 
-    def record_loss(self, source: Source, lost: range, time_us: int) -> None:
-        """Write down that the broker deleted ``lost`` before it was read, and go on after it.
-
-        A transaction of its own remembers how far losses are written down: ``dead_letters`` may have come further than
-        the other tables, and a crash in between must not write one loss twice.
-        """
-        noted_id = f"dead_letters.lost/{source.topic}/{source.partition}"
-        last = lost.stop - 1
-
-        def note(snapshot: Snapshot) -> tuple[pa.Table, dict[str, int]]:
-            noted = snapshot.transaction(noted_id)
-            unnoted = range(lost.start if noted is None else max(lost.start, noted + 1), lost.stop)
-            return _loss_rows(source, unnoted, time_us), {noted_id: max(last, -1 if noted is None else noted)}
-
-        self.wanted(source)
-        try:
-            self._advance("dead_letters", {source: last}, note, even_if_ahead=True)
-            for name in COMMIT_ORDER[1:]:
-                self._advance(name, {source: last}, _always(TABLES[name].empty_table()))
-        except BaseException:
-            self.forget([source])
-            raise
-
-    def _missing(self, name: str, batch: Batch) -> pa.Table:
-        """The rows of a batch that a table does not contain yet."""
-        rows, wanted = batch.rows[name], self._next[batch.source][name]
-        if not rows.num_rows or pc.min(rows["offset"]).as_py() >= wanted:
-            return rows  # as they are: a filter copies them
-        return rows.filter(pc.greater_equal(rows["offset"], wanted))
+    def _missing_rows(self, name: str, batch: Batch) -> pa.Table:
+        """Return the rows of a batch that a table does not contain yet."""
+        rows, next_offset = batch.rows[name], self._next[batch.source][name]
+        if not rows.num_rows or pc.min(rows["offset"]).as_py() >= next_offset:
+            return rows  # without a filter, which would copy them
+        return rows.filter(pc.greater_equal(rows["offset"], next_offset))
 
     def _advance(
         self,
         name: str,
-        last: Mapping[Source, int],
-        content: Content,
+        last: Mapping[SourcePartition, int],
+        content: CommitContent,
         *,
         even_if_ahead: bool = False,
     ) -> None:
-        """Move one table to ``last``, with rows that may depend on the state they are added to: the fenced commit."""
+        """Move one table to ``last`` in a fenced commit. The rows may depend on the snapshot they are added to."""
         known = {source: self._next[source][name] for source in last}
         ends = {source: max(known[source], offset + 1) for source, offset in last.items()}
         if ends == known and not even_if_ahead:
             return
         conflict: ConflictError | None = None
-        for _ in range(ATTEMPTS):
+        for _ in range(MAX_ATTEMPTS):
             snapshot = self._tables.snapshot(name)
             for source, expected in known.items():
-                found = _next_offset(snapshot, name, source)
+                found = _read_next_offset(snapshot, name, source)
                 if found != expected:
                     raise FencedError(
-                        f"{name} wants offset {found} of {source.topic}/{source.partition}, not {expected}: "
+                        f"{name}: the next offset of {source.topic}/{source.partition} is {found}, not {expected}: "
                         f"another worker wrote there"
                     )
-            rows, notes = content(snapshot)
+            rows, transactions = content(snapshot)
             moved = {transaction_id(name, source): end - 1 for source, end in ends.items() if end > 0}
             try:
-                snapshot.append(rows, {**moved, **notes})
+                snapshot.append(rows, {**moved, **transactions})
             except ConflictError as error:
                 conflict = error
                 continue
             for source, end in ends.items():
                 self._next[source][name] = end
             return
-        raise ConflictError(f"{name}: other writers took the next version in each of {ATTEMPTS} attempts") from conflict
+        raise ConflictError(
+            f"{name}: other writers took the next version in each of {MAX_ATTEMPTS} attempts"
+        ) from conflict
 
 
-def transaction_id(table: str, source: Source) -> str:
-    """Name of the application transaction that says how far a table has come in a partition."""
+def transaction_id(table: str, source: SourcePartition) -> str:
+    """Return the name of the application transaction that holds the last offset of a partition in a table."""
     return f"{table}/{source.topic}/{source.partition}"
 
 
-def _always(rows: pa.Table) -> Content:
+def _constant(rows: pa.Table) -> CommitContent:
     return lambda _: (rows, {})
 
 
-def _next_offset(snapshot: Snapshot, table: str, source: Source) -> int:
+def _read_next_offset(snapshot: Snapshot, table: str, source: SourcePartition) -> int:
     last = snapshot.transaction(transaction_id(table, source))
     return 0 if last is None else last + 1
 
 
-def _loss_rows(source: Source, lost: range, time_us: int) -> pa.Table:
+def _build_loss_rows(source: SourcePartition, lost: range, time_us: int) -> pa.Table:
     if not lost:
         return DEAD_LETTERS.empty_table()
     detail = (
@@ -287,7 +293,7 @@ def _loss_rows(source: Source, lost: range, time_us: int) -> pa.Table:
         "offset": lost.start,
         "time": time_us,
         "day": day_of(time_us),
-        "reason": LOST,
+        "reason": LOST_TO_RETENTION,
         "detail": detail,
     }
     return pa.Table.from_pylist([row], schema=DEAD_LETTERS)

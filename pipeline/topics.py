@@ -1,7 +1,7 @@
-"""The Kafka topics: what they have to be, compared with what the broker has, and brought in line with it.
+"""The Kafka topics: their declaration, its comparison with the broker, and the changes that align the broker with it.
 
-A process that starts makes the topics that are missing and refuses a traces topic that would lose records; all else is
-left to ``aurora topics apply``, because to change a topic that others use is for a person to decide.
+A process that starts creates the topics that are missing and rejects a traces topic that would lose records. All other
+changes are left to ``aurora topics apply``, because a person decides about a topic that others use.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported
     NewTopic,
 )
 
-from pipeline.kafka_admin import TIMEOUT_S, TopicError, connect
+from pipeline.broker import TIMEOUT_S, TopicError, connect
 from schemas.settings import Kafka
 
 log = structlog.get_logger()
 
 HEADROOM_BYTES = 16 << 10
-"""What a message may weigh beside its value: key, headers and the framing of its batch."""
+"""Bytes of a message beside its value: key, headers and the framing of its batch."""
 PARTITIONS, REPLICATION = "partitions", "replication"
 SETTING_OF = {
     PARTITIONS: "kafka.partitions",
@@ -36,8 +36,8 @@ SETTING_OF = {
     "retention.ms": "kafka.retention",
     "max.message.bytes": "kafka.max_message_bytes",
 }
-"""Where what a topic has to be comes from; for all else there is no choice."""
-_BLAMED = {
+"""The setting behind each property of a topic. Other properties cannot be set."""
+_SETTING_OF_ERROR = {
     KafkaError.INVALID_REPLICATION_FACTOR: "kafka.replication_factor",
     KafkaError.INVALID_PARTITIONS: "kafka.partitions",
     KafkaError.TOPIC_AUTHORIZATION_FAILED: "the rights of the user in kafka.client_options",
@@ -48,130 +48,130 @@ _BLAMED = {
 
 @dataclass(frozen=True, slots=True)
 class Topic:
-    """What a topic has to be, or what it is."""
+    """A topic, as declared or as found on the broker."""
 
     name: str
     partitions: int
     replication: int
     config: Mapping[str, str]
-    at_least: bool = False
-    """Whether more partitions are as good."""
+    more_partitions_allowed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
-    """One thing that a topic has to become; for a topic that is missing, there is one for each of its properties."""
+class TopicChange:
+    """A change of one property of a topic. A missing topic has one change for each of its properties."""
 
     topic: str
-    what: str
+    property: str
     """``partitions``, ``replication`` or a key of the topic's configuration."""
     found: str | None
-    """None where the topic is missing."""
-    wanted: str
-    refused: str | None = None
-    """Why it cannot be done, and what to do instead."""
+    """None if the topic is missing."""
+    declared: str
+    rejected: str | None = None
+    """Why the change cannot be made, and what to do instead."""
     note: str | None = None
-    """What else it brings about."""
+    """Side effects of the change."""
 
 
-def declared(settings: Kafka) -> list[Topic]:
-    """Every topic, as it has to be.
+def declare_topics(settings: Kafka) -> list[Topic]:
+    """Return the declaration of every topic.
 
-    Traces expire and are never compacted, so that offsets have no holes. Their records carry the broker's time: a node
-    whose clock is wrong moves neither retention nor the day that rows are filed under. Of moves of aliases the newest
-    are kept; events of drift expire.
+    The traces topic expires and is never compacted, so that its offsets have no holes. Its records have the broker's
+    timestamp: a node whose clock is wrong affects neither retention nor the day in the tables. The speculators topic
+    keeps the newest move of each alias. The drift topic expires.
     """
     safe = {
         "min.insync.replicas": str((settings.replication_factor + 1) // 2),
         "unclean.leader.election.enable": "false",
     }
     expiring = {"cleanup.policy": "delete", "retention.ms": str(round(settings.retention * 1000)), **safe}
+    compacted = {"cleanup.policy": "compact", **safe}
     traces = {
         **expiring,
         "max.message.bytes": str(settings.max_message_bytes + HEADROOM_BYTES),
         "message.timestamp.type": "LogAppendTime",
     }
+    replication = settings.replication_factor
     return [
-        Topic(settings.traces_topic, settings.partitions, settings.replication_factor, traces),
-        Topic(
-            settings.speculators_topic,
-            1,
-            settings.replication_factor,
-            {"cleanup.policy": "compact", **safe},
-            at_least=True,
-        ),
-        Topic(settings.drift_topic, 1, settings.replication_factor, expiring, at_least=True),
+        Topic(settings.traces_topic, settings.partitions, replication, traces),
+        Topic(settings.speculators_topic, 1, replication, compacted, more_partitions_allowed=True),
+        Topic(settings.drift_topic, 1, replication, expiring, more_partitions_allowed=True),
     ]
 
 
-def differences(wanted: Topic, found: Topic | None) -> list[Change]:
-    """What has to change for a topic to become as it is declared; keys that are not declared are left as they are."""
+def diff_topic(declared: Topic, found: Topic | None) -> list[TopicChange]:
+    """Return the changes that align a topic with its declaration. Keys that are not declared stay as they are."""
     if found is None:
-        properties = {PARTITIONS: str(wanted.partitions), REPLICATION: str(wanted.replication), **wanted.config}
-        return [Change(wanted.name, what, None, value) for what, value in properties.items()]
+        properties = {PARTITIONS: str(declared.partitions), REPLICATION: str(declared.replication), **declared.config}
+        return [TopicChange(declared.name, name, None, value) for name, value in properties.items()]
     changes = []
-    if wanted.partitions != found.partitions and not (wanted.at_least and wanted.partitions < found.partitions):
-        changes.append(_other_partitions(wanted, found))
-    if wanted.replication != found.replication:
+    grown = declared.more_partitions_allowed and declared.partitions < found.partitions
+    if declared.partitions != found.partitions and not grown:
+        changes.append(_change_partitions(declared, found))
+    if declared.replication != found.replication:
         to_do = (
-            f"Kafka moves copies between brokers only by kafka-reassign-partitions: do that, or set "
+            f"Kafka moves replicas between brokers only by kafka-reassign-partitions: run it, or set "
             f"kafka.replication_factor = {found.replication}"
         )
-        changes.append(Change(wanted.name, REPLICATION, str(found.replication), str(wanted.replication), to_do))
-    for key, value in wanted.config.items():
-        is_now = found.config.get(key, "")
-        if is_now != value:
-            holes = key == "cleanup.policy" and "compact" in is_now
-            changes.append(Change(wanted.name, key, is_now, value, _holes(wanted.name) if holes else None))
+        changes.append(
+            TopicChange(declared.name, REPLICATION, str(found.replication), str(declared.replication), to_do)
+        )
+    for key, value in declared.config.items():
+        current = found.config.get(key, "")
+        if current != value:
+            compacted = key == "cleanup.policy" and "compact" in current
+            changes.append(
+                TopicChange(declared.name, key, current, value, _holes(declared.name) if compacted else None)
+            )
     return changes
 
 
-def compare(settings: Kafka) -> list[Change]:
-    """What the broker lacks; empty when every topic is as it is declared.
+def compare(settings: Kafka) -> list[TopicChange]:
+    """Return the changes that align the broker with the declaration; empty if it is aligned.
 
     Raises:
-        TopicError: the broker does not answer, or does not show its topics.
+        TopicError: the broker does not answer, or does not list its topics.
     """
-    admin, wanted = connect(settings), declared(settings)
-    found = _found(admin, wanted)
-    return [change for topic in wanted for change in differences(topic, found.get(topic.name))]
+    admin, declared = connect(settings), declare_topics(settings)
+    found = _describe_topics(admin, declared)
+    return [change for topic in declared for change in diff_topic(topic, found.get(topic.name))]
 
 
-def apply(settings: Kafka, changes: Sequence[Change], *, dry_run: bool = False) -> None:
-    """Make the changes that ``compare`` found, after the broker has checked all of them; none where one is refused.
+def apply(settings: Kafka, changes: Sequence[TopicChange], *, dry_run: bool = False) -> None:
+    """Make the changes of ``compare`` after the broker has validated all of them. If one is rejected, none is made.
 
     Raises:
-        TopicError: a change cannot be made, or the broker refuses it; with the setting that it comes from.
+        TopicError: a change cannot be made, or the broker rejects it. The message names the setting behind it.
     """
-    if refused := [change for change in changes if change.refused]:
-        raise TopicError("; ".join(f"topic {c.topic}: {c.what} is {c.found}: {c.refused}" for c in refused))
+    if rejected := [change for change in changes if change.rejected]:
+        raise TopicError("; ".join(f"topic {c.topic}: {c.property} is {c.found}: {c.rejected}" for c in rejected))
     admin = connect(settings)
-    topics = {topic.name: topic for topic in declared(settings)}
+    topics = {topic.name: topic for topic in declare_topics(settings)}
     for validate_only in [True] if dry_run else [True, False]:
-        _carry_out(admin, changes, topics, validate_only=validate_only)
+        _make_changes(admin, changes, topics, validate_only=validate_only)
 
 
 def create(settings: Kafka, timeout_s: float = TIMEOUT_S) -> None:
-    """Make sure that the topics exist, and that the traces topic loses nothing of what is sent to it.
+    """Create the topics that are missing, and check that the traces topic loses no records.
 
     Raises:
-        TopicError: the broker does not answer, refuses, or has a topic of that name that does not fit.
+        TopicError: the broker does not answer, rejects a topic, or has an unsuitable one of that name.
     """
-    admin, wanted = connect(settings, timeout_s), declared(settings)
-    found = _found(admin, wanted)
-    missing = [topic for topic in wanted if topic.name not in found]
-    for name, made in _create(admin, missing, validate_only=False).items():
-        _done(f"topic {name}", made)
+    admin, declared = connect(settings, timeout_s), declare_topics(settings)
+    found = _describe_topics(admin, declared)
+    missing = [topic for topic in declared if topic.name not in found]
+    for name, result in _create_topics(admin, missing, validate_only=False).items():
+        _await_result(f"topic {name}", result)
         log.info("topic_created", topic=name)
     if settings.traces_topic in found:
-        check_traces(found[settings.traces_topic], settings)
+        check_traces_topic(found[settings.traces_topic], settings)
 
 
-def check_traces(found: Topic, settings: Kafka) -> None:
-    """Refuse a traces topic in which records could be lost unseen, or which does not take them.
+def check_traces_topic(found: Topic, settings: Kafka) -> None:
+    """Check that no record can be lost unnoticed in a traces topic, and that it accepts all records.
 
     Raises:
-        TopicError: with what is wrong and what to do.
+        TopicError: the topic is unsuitable. The message says what to do.
     """
     if "compact" in found.config["cleanup.policy"]:
         raise TopicError(f"topic {found.name} is compacted: {_holes(found.name)}")
@@ -179,47 +179,47 @@ def check_traces(found: Topic, settings: Kafka) -> None:
     needed = settings.max_message_bytes + HEADROOM_BYTES
     if limit < needed:
         raise TopicError(
-            f"topic {found.name} takes messages of at most {limit} bytes, {needed} are needed: `aurora topics apply` "
+            f"topic {found.name} accepts messages of at most {limit} bytes, {needed} are needed: `aurora topics apply` "
             f"raises max.message.bytes, or lower kafka.max_message_bytes to {max(limit - HEADROOM_BYTES, 0)}"
         )
     if found.config["message.timestamp.type"] != "LogAppendTime":
         raise TopicError(
-            f"topic {found.name} keeps the nodes' time stamps, so that one wrong clock upsets its retention and the "
-            f"day that rows are filed under: `aurora topics apply` sets message.timestamp.type to LogAppendTime"
+            f"topic {found.name} keeps the timestamps of the nodes, so one wrong clock affects its retention and the "
+            f"day of its rows: `aurora topics apply` sets message.timestamp.type to LogAppendTime"
         )
 
 
-def _other_partitions(wanted: Topic, found: Topic) -> Change:
-    refused = note = None
-    if wanted.partitions < found.partitions:
-        refused = f"Kafka takes no partition away from a topic; set kafka.partitions = {found.partitions}"
+def _change_partitions(declared: Topic, found: Topic) -> TopicChange:
+    rejected = note = None
+    if declared.partitions < found.partitions:
+        rejected = f"Kafka cannot remove partitions from a topic; set kafka.partitions = {found.partitions}"
     else:
         note = (
-            "keys go to other partitions from then on: requests that run meanwhile are split over two, which loses and "
-            "doubles no row; stream workers take the new partitions up within five minutes, or when they start"
+            "keys go to other partitions from then on: a request that runs meanwhile is split over two, which loses "
+            "and duplicates no row; stream workers read the new partitions within five minutes, or after a restart"
         )
-    return Change(wanted.name, PARTITIONS, str(found.partitions), str(wanted.partitions), refused, note)
+    return TopicChange(declared.name, PARTITIONS, str(found.partitions), str(declared.partitions), rejected, note)
 
 
 def _holes(name: str) -> str:
     return (
-        f"its offsets have holes, and records could be lost unseen; set kafka.traces_topic to another name, or delete "
-        f"{name} if nothing in it is needed"
+        f"its offsets have holes, and records could be lost unnoticed; set kafka.traces_topic to another name, or "
+        f"delete {name} if nothing in it is needed"
     )
 
 
-def _found(admin: AdminClient, wanted: Sequence[Topic]) -> dict[str, Topic]:
-    """Those of the wanted topics that exist, with the keys of their configuration that are declared."""
+def _describe_topics(admin: AdminClient, declared: Sequence[Topic]) -> dict[str, Topic]:
+    """Return the declared topics that exist, with the keys of their configuration that are declared."""
     try:
         known = admin.list_topics(timeout=TIMEOUT_S).topics
-        there = [topic for topic in wanted if topic.name in known and known[topic.name].error is None]
-        resources = {topic.name: ConfigResource(ConfigResource.Type.TOPIC, topic.name) for topic in there}
+        existing = [topic for topic in declared if topic.name in known and known[topic.name].error is None]
+        resources = {topic.name: ConfigResource(ConfigResource.Type.TOPIC, topic.name) for topic in existing}
         described = admin.describe_configs(list(resources.values()), request_timeout=TIMEOUT_S) if resources else {}
-        entries = {topic.name: described[resources[topic.name]].result() for topic in there}
+        entries = {topic.name: described[resources[topic.name]].result() for topic in existing}
     except KafkaException as error:
         raise TopicError(
-            f"the broker does not show its topics: {error.args[0].str()}; "
-            "check the rights of the user in kafka.client_options"
+            f"the broker does not list its topics: {error.args[0].str()}; check the rights of the user in "
+            f"kafka.client_options"
         ) from error
     return {
         topic.name: Topic(
@@ -228,54 +228,61 @@ def _found(admin: AdminClient, wanted: Sequence[Topic]) -> dict[str, Topic]:
             min(len(partition.replicas) for partition in partitions.values()),
             {key: entries[topic.name][key].value or "" for key in topic.config},
         )
-        for topic in there
+        for topic in existing
     }
 
 
-def _carry_out(
-    admin: AdminClient, changes: Sequence[Change], topics: Mapping[str, Topic], *, validate_only: bool
+def _make_changes(
+    admin: AdminClient, changes: Sequence[TopicChange], topics: Mapping[str, Topic], *, validate_only: bool
 ) -> None:
     missing = {change.topic for change in changes if change.found is None}
-    for name, made in _create(admin, [topics[name] for name in missing], validate_only=validate_only).items():
-        _done(f"topic {name}", made)
-    there = [change for change in changes if change.found is not None]
-    growing = [NewPartitions(change.topic, int(change.wanted)) for change in there if change.what == PARTITIONS]
+    created = _create_topics(admin, [topics[name] for name in missing], validate_only=validate_only)
+    for name, result in created.items():
+        _await_result(f"topic {name}", result)
+    updates = [change for change in changes if change.found is not None]
+    growing = [NewPartitions(change.topic, int(change.declared)) for change in updates if change.property == PARTITIONS]
     if growing:
-        for name, grown in admin.create_partitions(growing, validate_only=validate_only).items():
-            _done(f"more partitions of topic {name}", grown)
-    for name in dict.fromkeys(change.topic for change in there):
-        keys = {c.what: c.wanted for c in there if c.topic == name and c.what in topics[name].config}
+        for name, result in admin.create_partitions(growing, validate_only=validate_only).items():
+            _await_result(f"more partitions of topic {name}", result)
+    for name in dict.fromkeys(change.topic for change in updates):
+        keys = {c.property: c.declared for c in updates if c.topic == name and c.property in topics[name].config}
         if keys:
-            _alter(admin, name, keys, validate_only=validate_only)
+            _alter_config(admin, name, keys, validate_only=validate_only)
 
 
-def _create(admin: AdminClient, topics: Sequence[Topic], *, validate_only: bool) -> Mapping[str, Future[None]]:
+def _create_topics(admin: AdminClient, topics: Sequence[Topic], *, validate_only: bool) -> Mapping[str, Future[None]]:
     new = [NewTopic(t.name, t.partitions, t.replication, config=dict(t.config)) for t in topics]
     if not new:
         return {}
-    made: Mapping[str, Future[None]] = admin.create_topics(new, request_timeout=TIMEOUT_S, validate_only=validate_only)
-    return made
+    created: Mapping[str, Future[None]] = admin.create_topics(
+        new, request_timeout=TIMEOUT_S, validate_only=validate_only
+    )
+    return created
 
 
-def _alter(admin: AdminClient, name: str, keys: Mapping[str, str], *, validate_only: bool) -> None:
+def _alter_config(admin: AdminClient, name: str, keys: Mapping[str, str], *, validate_only: bool) -> None:
     entries = [ConfigEntry(key, value, incremental_operation=AlterConfigOpType.SET) for key, value in keys.items()]
     resource = ConfigResource(ConfigResource.Type.TOPIC, name, incremental_configs=entries)
-    for altered in admin.incremental_alter_configs([resource], validate_only=validate_only).values():
-        _done(f"the configuration of topic {name}", altered)
+    for result in admin.incremental_alter_configs([resource], validate_only=validate_only).values():
+        _await_result(f"the configuration of topic {name}", result)
 
 
-def _done(what: str, result: Future[None]) -> None:
+def _await_result(subject: str, result: Future[None]) -> None:
     """Wait for the broker.
 
     Raises:
-        TopicError: it refuses, with the setting that it refuses.
+        TopicError: the broker rejects the request. The message names the setting behind it.
     """
     try:
         result.result()
     except KafkaException as error:
         cause = error.args[0]
         if cause.code() == KafkaError.TOPIC_ALREADY_EXISTS:
-            return  # another process was faster, with the same declaration
+            return  # another process created it, from the same declaration
         named = [setting for key, setting in SETTING_OF.items() if key in cause.str() and "." in key]
-        blamed = named[0] if named else _BLAMED.get(cause.code(), "kafka.bootstrap_servers and kafka.client_options")
-        raise TopicError(f"the broker refused {what}: {cause.str()}; check {blamed}") from error
+        setting = (
+            named[0]
+            if named
+            else _SETTING_OF_ERROR.get(cause.code(), "kafka.bootstrap_servers and kafka.client_options")
+        )
+        raise TopicError(f"the broker rejected {subject}: {cause.str()}; check {setting}") from error

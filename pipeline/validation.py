@@ -1,8 +1,6 @@
-"""What the codec cannot see in a record, and what the tables cannot hold.
+"""Checks headers against the envelope, verify steps against each other, and values against their columns.
 
-The codec refuses what contradicts itself in a single row. Here headers are held against the envelope, verify steps
-against
-their neighbours, and numbers against what they may be.
+The codec rejects rows that contradict themselves. This module also rejects values that the tables cannot hold.
 """
 
 from __future__ import annotations
@@ -18,25 +16,25 @@ from schemas.trace.decoder import Array, Bools, Check, Ints, Lists, Opened, Veri
 from schemas.trace.record import INT32_MAX, TraceError
 
 LINE = re.compile(r"[A-Za-z0-9._-]{1,128}")
-"""Lines name folders of the tables: an empty name is a null there, and a long one no file system takes."""
+"""A line names a folder of the tables. An empty name would be null there, and file systems reject a long one."""
 
 TIME_END_US = 253_402_300_800_000_000
-"""The year 10000: readers of the tables know no later time."""
+"""The year 10000: readers of the tables support no later time."""
 
 _INFINITE = 0xFF00
-"""A bf16 number without its sign, moved to the left by one bit, is infinite or not a number from here on."""
-_AT_ONCE = 1 << 17
-"""Numbers that are looked at together: few enough to stay in the processor's cache."""
+"""A bf16 number, shifted left by one bit to drop its sign, is infinite or NaN from this value on."""
+_PIECE = 1 << 17
+"""Numbers that are checked together: few enough to stay in the processor's cache."""
 
-Header = Callable[[str], str | None]
-"""Text of a header; None where there is none."""
+HeaderReader = Callable[[str], str | None]
+"""Returns the text of a header; None without one."""
 
 
-def check_announced(header: Header) -> None:
-    """Refuse what its headers say this worker cannot read.
+def check_headers(header: HeaderReader) -> None:
+    """Check that this worker can read the schema and the content type that the headers name.
 
     Raises:
-        TraceError: another schema or content.
+        TraceError: it cannot.
     """
     schema, content = header("schema"), header("content-type")
     if schema not in record.readable():
@@ -47,13 +45,13 @@ def check_announced(header: Header) -> None:
         raise TraceError("foreign_content", f"header content-type is {content!r}, expected {record.CONTENT_TYPE!r}")
 
 
-def check_envelope(chunk: Opened, header: Header) -> None:
-    """Refuse an envelope that its headers contradict, or that no row can hold.
+def check_envelope(chunk: Opened, header: HeaderReader) -> None:
+    """Check the envelope against its headers and against the types of its columns.
 
-    Headers beside the number of rows may be missing: they announce, the envelope decides.
+    All headers but the number of rows may be missing; the envelope is authoritative.
 
     Raises:
-        TraceError: with the reason.
+        TraceError: the envelope is invalid.
     """
     envelope, rows = chunk.envelope, chunk.rows.num_rows
     if header("rows") != str(rows):
@@ -79,45 +77,45 @@ def check_envelope(chunk: Opened, header: Header) -> None:
         )
 
 
-def unsound(verify_steps: VerifySteps, features: Lists) -> dict[int, TraceError]:
-    """Why chunks of well-formed rows cannot be used, by their number; empty where all are sound.
+def find_invalid(steps: VerifySteps, features: Lists) -> dict[int, TraceError]:
+    """Return the errors of invalid chunks, by chunk; empty if all are valid.
 
     Args:
-        verify steps: Of many chunks.
+        steps: Well-formed verify steps of many chunks.
         features: [rows] the bf16 bit patterns of each row's tokens.
     """
-    of_verify_steps = [*_plainly_wrong(verify_steps), *_tokens(verify_steps), *_numbers(verify_steps, features)]
-    return verify_steps.first_faults([_order(verify_steps)]) | verify_steps.first_faults(of_verify_steps)
+    of_rows = [*_check_fields(steps), *_check_tokens(steps), *_check_numbers(steps, features)]
+    return steps.first_faults([_check_order(steps)]) | steps.first_faults(of_rows)
 
 
-def _plainly_wrong(verify_steps: VerifySteps) -> Iterator[Check]:
-    where, drafted = verify_steps.where, verify_steps.draft_tokens.lengths
+def _check_fields(steps: VerifySteps) -> Iterator[Check]:
+    where, drafted = steps.where, steps.draft_tokens.lengths
     yield Check(
-        (verify_steps.number < 0) | (verify_steps.position < 0),
+        (steps.number < 0) | (steps.position < 0),
         "contradiction",
-        lambda row: f"{where(row)} at position {verify_steps.position[row]}",
+        lambda row: f"{where(row)} at position {steps.position[row]}",
     )
     yield Check(
-        (verify_steps.number == 0) & (drafted > 0),
+        (steps.number == 0) & (drafted > 0),
         "contradiction",
         lambda row: f"{where(row)}: the prompt has no draft, found {drafted[row]} tokens",
     )
     yield Check(
-        (verify_steps.time < 0) | (verify_steps.time >= TIME_END_US),
+        (steps.time < 0) | (steps.time >= TIME_END_US),
         "bad_number",
-        lambda row: f"{where(row)}: time {verify_steps.time[row]} us, expected one before the year 10000",
+        lambda row: f"{where(row)}: time {steps.time[row]} us, expected one before the year 10000",
     )
     yield Check(
-        (verify_steps.number > 0) & ~verify_steps.has_bonus,
+        (steps.number > 0) & ~steps.has_bonus,
         "contradiction",
-        lambda row: f"{where(row)}: no bonus, although only the inside of a prompt has none",
+        lambda row: f"{where(row)}: no bonus token; only a part of the prompt has none",
     )
 
 
-def _tokens(verify_steps: VerifySteps) -> Iterator[Check]:
-    """Token ids that no token has."""
-    ends = verify_steps.of_row([envelope.vocabulary or 2**31 for envelope in verify_steps.envelopes])
-    lowest = int(ends.min(initial=2**31))
+def _check_tokens(steps: VerifySteps) -> Iterator[Check]:
+    """Check token ids against the vocabulary."""
+    ends = steps.of_row([envelope.vocabulary or 2**31 for envelope in steps.envelopes])
+    smallest_end = int(ends.min(initial=2**31))
 
     def outside(ids: Array, end: Ints) -> Bools:
         return (ids < 0) | (ids >= end)
@@ -125,25 +123,25 @@ def _tokens(verify_steps: VerifySteps) -> Iterator[Check]:
     def check(name: str, bad: Bools, ids: Callable[[int], list[int]]) -> Check:
         def detail(row: int) -> str:
             wrong = next(token for token in ids(row) if not 0 <= token < ends[row])
-            return f"{verify_steps.where(row)}: token id {wrong} in {name}, expected 0 to {ends[row] - 1}"
+            return f"{steps.where(row)}: token id {wrong} in {name}, expected 0 to {ends[row] - 1}"
 
         return Check(bad, "bad_token", detail)
 
     for name in ("tokens", "draft_tokens", "top_ids"):
-        lists: Lists = getattr(verify_steps, name)
+        lists: Lists = getattr(steps, name)
         ids = lists.entries
-        if len(ids) and (ids.min() < 0 or ids.max() >= lowest):
+        if len(ids) and (ids.min() < 0 or ids.max() >= smallest_end):
             yield check(name, lists.any(outside(ids, ends[lists.rows])), lists.of)
-    yield check("bonus", outside(verify_steps.bonus, ends), lambda row: [int(verify_steps.bonus[row])])
+    yield check("bonus", outside(steps.bonus, ends), lambda row: [int(steps.bonus[row])])
 
 
-def _numbers(verify_steps: VerifySteps, features: Lists) -> Iterator[Check]:
-    """Numbers that are none. Features are most of a chunk: they are looked at piece by piece."""
+def _check_numbers(steps: VerifySteps, features: Lists) -> Iterator[Check]:
+    """Check for infinite numbers and NaN. Features are most of a chunk, so they are checked piece by piece."""
     bits = features.entries
     infinite = [
         at + np.flatnonzero(piece >= _INFINITE)
-        for at in range(0, len(bits), _AT_ONCE)
-        if (piece := bits[at : at + _AT_ONCE] << 1).max() >= _INFINITE
+        for at in range(0, len(bits), _PIECE)
+        if (piece := bits[at : at + _PIECE] << 1).max() >= _INFINITE
     ]
     if infinite:
         bad = np.zeros(len(bits), np.bool_)
@@ -151,36 +149,33 @@ def _numbers(verify_steps: VerifySteps, features: Lists) -> Iterator[Check]:
         yield Check(
             features.any(bad),
             "bad_number",
-            lambda row: f"{verify_steps.where(row)}: a feature is infinite or not a number",
+            lambda row: f"{steps.where(row)}: a feature is infinite or NaN",
         )
     yield Check(
-        verify_steps.draft_logprobs.any(np.isinf(verify_steps.draft_logprobs.entries))  # not a number: not known
-        | verify_steps.top_logprobs.any(~np.isfinite(verify_steps.top_logprobs.entries)),
+        steps.draft_logprobs.any(np.isinf(steps.draft_logprobs.entries))  # NaN: the node does not know it
+        | steps.top_logprobs.any(~np.isfinite(steps.top_logprobs.entries)),
         "bad_number",
-        lambda row: f"{verify_steps.where(row)}: a log-probability is infinite, or the target's is not a number",
+        lambda row: f"{steps.where(row)}: a log-probability is infinite, or the target's is NaN",
     )
 
 
-def _order(verify_steps: VerifySteps) -> Check:
-    """Verify steps of a chunk follow each other: the token that one chose is the first that the next one consumed."""
-    number, n = verify_steps.number, verify_steps.tokens.lengths
-    root = verify_steps.tokens.values[verify_steps.tokens.starts]
-    in_chunk = verify_steps.chunk[1:] == verify_steps.chunk[:-1]
-    same_prompt = (number[:-1] == 0) & (number[1:] == 0) & ~verify_steps.has_bonus[:-1]
-    next_verify_step = (
-        (number[1:] == number[:-1] + 1) & verify_steps.has_bonus[:-1] & (verify_steps.bonus[:-1] == root[1:])
-    )
-    joined = verify_steps.position[1:] == verify_steps.position[:-1] + n[:-1]
-    bad = np.zeros(len(verify_steps), np.bool_)
-    bad[1:] = in_chunk & ~((same_prompt | next_verify_step) & joined)
+def _check_order(steps: VerifySteps) -> Check:
+    """Check that the verify steps of a chunk follow each other: the bonus token of one is the root of the next."""
+    number, n = steps.number, steps.tokens.lengths
+    root = steps.tokens.values[steps.tokens.starts]
+    same_chunk = steps.chunk[1:] == steps.chunk[:-1]
+    same_prompt = (number[:-1] == 0) & (number[1:] == 0) & ~steps.has_bonus[:-1]
+    next_step = (number[1:] == number[:-1] + 1) & steps.has_bonus[:-1] & (steps.bonus[:-1] == root[1:])
+    contiguous = steps.position[1:] == steps.position[:-1] + n[:-1]
+    bad = np.zeros(len(steps), np.bool_)
+    bad[1:] = same_chunk & ~((same_prompt | next_step) & contiguous)
 
     def detail(row: int) -> str:
-        one = row - 1
-        bonus = verify_steps.bonus[one] if verify_steps.has_bonus[one] else None
+        before = row - 1
+        bonus = steps.bonus[before] if steps.has_bonus[before] else None
         return (
-            f"verify step {number[row]} at position {verify_steps.position[row]} with root {root[row]} does not follow "
-            f"verify step "
-            f"{number[one]} at position {verify_steps.position[one]} with {n[one]} tokens and bonus {bonus}"
+            f"verify step {number[row]} at position {steps.position[row]} with root {root[row]} does not follow verify "
+            f"step {number[before]} at position {steps.position[before]} with {n[before]} tokens and bonus {bonus}"
         )
 
     return Check(bad, "contradiction", detail)

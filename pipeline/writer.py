@@ -1,155 +1,164 @@
-"""The tables' side of a stream worker: one thread that decides, builds and commits, and tries again while they fail."""
+"""Writes records to the tables: one thread selects, builds and commits, and retries while the tables fail."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
 import structlog
 
-from pipeline.batches import Built, Record, build
-from pipeline.commit_spans import commit_spans
-from pipeline.deduplication import Duplicates
+from pipeline.batches import BuiltBatch, Record, build
+from pipeline.deduplication import Deduplicator
 from pipeline.delta import DeltaLog, TableError
-from pipeline.drift.monitor import DriftWatch
-from pipeline.drift.topic import DriftTopic
-from pipeline.metrics import Counts
-from pipeline.offsets import COMMIT_ORDER, Batch, ConflictError, FencedError, Intake, Source, admit, lost_range
+from pipeline.drift.monitor import DriftEventProducer, DriftMonitor
+from pipeline.metrics import StreamCounters
+from pipeline.offsets import (
+    COMMIT_ORDER,
+    Batch,
+    ConflictError,
+    FencedError,
+    OffsetCommitter,
+    SourcePartition,
+    find_lost_offsets,
+    select_records,
+)
 from schemas.claim_store import ClaimStore, ClaimStoreError
 from schemas.settings import Settings
 from schemas.telemetry import spans
+from schemas.telemetry.spans import MAX_LINKS, Span
+from schemas.telemetry.trace_context import (
+    TRACEPARENT,
+    TraceContext,
+    new_trace,
+    parse_traceparent,
+    request_context,
+)
 
 log = structlog.get_logger()
 T = TypeVar("T")
 
 BACKOFF_S = (0.5, 15.0)
-"""First and longest wait before a failed commit is tried again."""
+"""First and longest wait before a failed attempt is retried."""
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
-    """What became of delivered records."""
+class WriteResult:
+    """State of the partitions after a write."""
 
-    wanted: Mapping[Source, int]
-    gaps: tuple[Source, ...]
-    """Partitions of which later records came than the wanted one."""
+    next_offsets: Mapping[SourcePartition, int]
+    gaps: tuple[SourcePartition, ...]
+    """Partitions whose record at the next offset was not delivered, although later ones were."""
 
 
-class Writer:
-    """Writes what its caller awaits, one thing after the other. To be used on one event loop."""
+class TableWriter:
+    """Runs one operation after the other on its thread. Use it on one event loop."""
 
-    def __init__(self, settings: Settings, counts: Counts) -> None:
+    def __init__(self, settings: Settings, counters: StreamCounters) -> None:
         self.error: str | None = None
-        """Why the tables did not take what they were given last; None once they did."""
-        self.committed_at: float | None = None
-        """Unix time of the last commit."""
+        """Error of the last attempt; None once an attempt succeeds."""
         self._group_id = settings.stream.group_id
-        self._counts = counts
+        self._counters = counters
         self._tables = tables = DeltaLog(settings.tables)
-        self._intake = Intake(tables, ThreadPoolExecutor(len(COMMIT_ORDER) - 1, "table"))
-        self.drift = DriftWatch(settings.drift, tables, DriftTopic(settings.kafka))
-        self._duplicates = Duplicates(tables, settings.stream.duplicate_window)
+        self._committer = OffsetCommitter(tables, ThreadPoolExecutor(len(COMMIT_ORDER) - 1, "table"))
+        self.drift = DriftMonitor(settings.drift, tables, DriftEventProducer(settings.kafka))
+        self._deduplicator = Deduplicator(tables, settings.stream.duplicate_window)
         self._claims = ClaimStore(settings.traces)
-        self._context = settings.stream.context_tokens
+        self._context_tokens = settings.stream.context_tokens
         self._thread = ThreadPoolExecutor(1, "tables")
-        self._since: float | None = None
+        self._attempt_started: float | None = None
 
     @property
-    def busy_s(self) -> float:
-        """For how long the attempt on the tables that runs has lasted; 0 where none does."""
-        since = self._since
-        return 0.0 if since is None else time.monotonic() - since
+    def attempt_s(self) -> float:
+        """Duration of the current attempt to read or write the tables; 0 without one."""
+        started = self._attempt_started
+        return 0.0 if started is None else time.monotonic() - started
 
-    async def store(self, records: Mapping[Source, Sequence[Record]]) -> Stored:
-        """Return when the tables hold what they take of these records."""
-        return await self._persistently(lambda: self._store(records))
+    async def write(self, records: Mapping[SourcePartition, Sequence[Record]]) -> WriteResult:
+        """Write the selected ones of these records. Return when the tables contain them."""
+        return await self._retry(lambda: self._write(records))
 
-    async def wanted(self, source: Source) -> int:
-        """Next offset that the tables want of a partition."""
-        return await self._persistently(lambda: self._intake.wanted(source))
+    async def next_offset(self, source: SourcePartition) -> int:
+        """Return the next offset of a partition."""
+        return await self._retry(lambda: self._committer.next_offset(source))
 
-    async def settle(self, source: Source, start: int) -> int:
-        """Write down what the broker has deleted before it was read; the wanted offset afterwards.
+    async def record_loss(self, source: SourcePartition, log_start: int) -> int:
+        """Record the offsets before ``log_start`` that the broker deleted unread. Return the next offset after them."""
+        return await self._retry(lambda: self._record_loss(source, log_start))
 
-        Args:
-            source: The partition.
-            start: Offset of the oldest record that the broker has.
+    def reassign(self, sources: Iterable[SourcePartition]) -> None:
+        """Drop cached state after an assignment: another worker may have written since.
+
+        It runs on the thread, after a commit that is in progress.
         """
-        return await self._persistently(lambda: self._settle(source, start))
+        assigned = list(sources)
+        self._thread.submit(self._committer.invalidate, assigned)
+        self._thread.submit(self.drift.retain, assigned)
+        self._thread.submit(self._deduplicator.retain, assigned)
 
-    def forget(self, sources: Iterable[Source]) -> None:
-        """Another worker may have written since: ask the tables again where they stand.
-
-        Behind a commit that is still running: it ends before its thread forgets.
-        """
-        owned = list(sources)
-        self._thread.submit(self._intake.forget, owned)
-        self._thread.submit(self.drift.keep, owned)
-        self._thread.submit(self._duplicates.keep, owned)
-
-    def _store(self, records: Mapping[Source, Sequence[Record]]) -> Stored:
-        """Decide, build and commit."""
-        admitted = {
-            source: admit(self._intake.wanted(source), [record.offset for record in arrived])
-            for source, arrived in records.items()
+    def _write(self, records: Mapping[SourcePartition, Sequence[Record]]) -> WriteResult:
+        """Select, build and commit."""
+        selections = {
+            source: select_records(self._committer.next_offset(source), [record.offset for record in delivered])
+            for source, delivered in records.items()
         }
-        taken = {source: [records[source][i] for i in plan.taken] for source, plan in admitted.items() if plan.taken}
-        start = time.time()
-        built = {source: self._build(source, of_one) for source, of_one in taken.items()}
+        selected = {
+            source: [records[source][i] for i in selection.selected]
+            for source, selection in selections.items()
+            if selection.selected
+        }
+        started = time.time()
+        built = {source: self._build(source, of_source) for source, of_source in selected.items()}
         if built:
-            self._intake.commit([Batch(source, taken[source][-1].offset, built[source].rows) for source in built])
-            self._counts.commits += 1
-            self.committed_at = time.time()
-            self._tell(taken, start)
-        for source, made in built.items():
-            self._count(taken[source], made)
-            first, last = taken[source][0].offset, taken[source][-1].offset
-            self._duplicates.committed(source, last + 1, made.taken)
-            self.drift.observe(source, range(first, last + 1), made.rows["traces"])
-        self._counts.skipped_behind += sum(plan.behind for plan in admitted.values())
-        self._counts.left_out += sum(plan.ahead for plan in admitted.values())
-        wanted = {source: self._intake.wanted(source) for source in records}
-        return Stored(wanted, tuple(source for source, plan in admitted.items() if plan.gap))
+            self._committer.commit([Batch(source, selected[source][-1].offset, built[source].rows) for source in built])
+            self._counters.commits += 1
+            self._counters.last_commit_time = time.time()
+            versions = {name: self._tables.snapshot_version(name) for name in COMMIT_ORDER}
+            for span in _build_spans(selected, versions, self._group_id, started, time.time()):
+                spans.record(span)
+        for source, batch in built.items():
+            self._count(selected[source], batch)
+            first, last = selected[source][0].offset, selected[source][-1].offset
+            self._deduplicator.advance(source, last + 1, batch.written)
+            self.drift.observe(source, range(first, last + 1), batch.rows["traces"])
+        self._counters.records_skipped += sum(selection.skipped for selection in selections.values())
+        self._counters.records_deferred += sum(selection.deferred for selection in selections.values())
+        next_offsets = {source: self._committer.next_offset(source) for source in records}
+        return WriteResult(next_offsets, tuple(source for source, selection in selections.items() if selection.has_gap))
 
-    def _build(self, source: Source, records: Sequence[Record]) -> Built:
-        known = self._duplicates.known(source, records[0].offset)
-        return build(records, self._context, self._claims.get, known)
+    def _build(self, source: SourcePartition, records: Sequence[Record]) -> BuiltBatch:
+        window = self._deduplicator.window(source, records[0].offset)
+        return build(records, self._context_tokens, self._claims.get, window)
 
-    def _tell(self, taken: Mapping[Source, Sequence[Record]], start: float) -> None:
-        versions = {name: self._tables.snapshot_version(name) for name in COMMIT_ORDER}
-        for span in commit_spans(taken, versions, self._group_id, start, time.time()):
-            spans.record(span)
+    def _count(self, records: Sequence[Record], batch: BuiltBatch) -> None:
+        self._counters.rows_written += batch.rows["traces"].num_rows
+        self._counters.dead_letters.update(batch.dead_letters)
+        self._counters.chunk_gaps += batch.chunk_gaps
+        self._counters.consumed_bytes += sum(len(record.value or b"") for record in records)
 
-    def _count(self, taken: Sequence[Record], built: Built) -> None:
-        self._counts.rows_written += built.rows["traces"].num_rows
-        self._counts.dead_letters.update(built.dead)
-        self._counts.gaps += built.gaps
-        self._counts.bytes_taken += sum(len(record.value or b"") for record in taken)
-
-    def _settle(self, source: Source, start: int) -> int:
-        wanted = self._intake.wanted(source)
-        lost = lost_range(source, wanted, start, max(start, wanted))
+    def _record_loss(self, source: SourcePartition, log_start: int) -> int:
+        next_offset = self._committer.next_offset(source)
+        lost = find_lost_offsets(source, next_offset, log_start, max(log_start, next_offset))
         if lost:
-            self._intake.record_loss(source, lost, time.time_ns() // 1000)
-            self._counts.lost += len(lost)
+            self._committer.record_loss(source, lost, time.time_ns() // 1000)
+            self._counters.records_lost += len(lost)
             log.error("records_lost_to_retention", partition=source.partition, first=lost.start, records=len(lost))
-        return self._intake.wanted(source)
+        return self._committer.next_offset(source)
 
-    async def _persistently(self, work: Callable[[], T]) -> T:
-        """Run ``work`` on the thread until it succeeds: while it fails, consumption waits."""
+    async def _retry(self, work: Callable[[], T]) -> T:
+        """Run ``work`` on the thread until it succeeds. Consumption waits meanwhile."""
         wait, longest = BACKOFF_S
         while True:
             try:
-                done = await asyncio.get_running_loop().run_in_executor(self._thread, self._timed, work)
+                done = await asyncio.get_running_loop().run_in_executor(self._thread, self._attempt, work)
             except FencedError as error:
-                self._counts.fenced += 1
+                self._counters.commits_fenced += 1
                 log.warning("commit_fenced", why=str(error))
             except (TableError, ConflictError, ClaimStoreError) as error:
-                self._counts.table_errors += 1
+                self._counters.table_errors += 1
                 self.error = str(error)
                 log.warning("table_failed", why=str(error), retry_in_s=wait)
                 await asyncio.sleep(wait)
@@ -158,9 +167,58 @@ class Writer:
                 self.error = None
                 return done
 
-    def _timed(self, work: Callable[[], T]) -> T:
-        self._since = time.monotonic()
+    def _attempt(self, work: Callable[[], T]) -> T:
+        self._attempt_started = time.monotonic()
         try:
             return work()
         finally:
-            self._since = None
+            self._attempt_started = None
+
+
+def _build_spans(
+    records: Mapping[SourcePartition, Sequence[Record]],
+    table_versions: Mapping[str, int],
+    group_id: str,
+    start: float,
+    end: float,
+) -> Iterator[Span]:
+    """Yield the spans of a commit, linked to the spans that published its records. A span has at most ``MAX_LINKS``.
+
+    Args:
+        records: The committed records by partition, ordered by offset.
+        table_versions: By table, the version that the commit made.
+        group_id: The consumer group.
+        start: Unix time at which building the rows began.
+        end: Unix time at which the last table was committed.
+    """
+    context = new_trace()
+    for source, of_source in records.items():
+        for first in range(0, len(of_source), MAX_LINKS):
+            run = of_source[first : first + MAX_LINKS]
+            yield Span(
+                name=f"process {source.topic}",
+                event="batch_committed",
+                context=context.child(),
+                start=start,
+                end=end,
+                kind="consumer",
+                links=tuple(dict.fromkeys(map(_sender_context, run))),
+                attributes={
+                    "messaging.system": "kafka",
+                    "messaging.operation.name": "process",
+                    "messaging.operation.type": "process",
+                    "messaging.destination.name": source.topic,
+                    "messaging.destination.partition.id": str(source.partition),
+                    "messaging.consumer.group.name": group_id,
+                    "messaging.batch.message_count": len(run),
+                    "first_offset": run[0].offset,
+                    "last_offset": run[-1].offset,
+                    **{f"version_of_{name}": version for name, version in table_versions.items()},
+                },
+            )
+
+
+def _sender_context(record: Record) -> TraceContext:
+    """Return the context in the record's header; without one, a context derived from the request id in its key."""
+    header = next((value for name, value in record.headers if name == TRACEPARENT), None)
+    return parse_traceparent(header) or request_context((record.key or b"").decode(errors="replace"))

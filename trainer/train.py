@@ -337,4 +337,4 @@ class Trainer:
     def _announce(self) -> None:
         """Say what a restart would read again, so that it stays; also while nothing new comes."""
         with self._errors.catch("cursors", TableError):
-            self._tables.announce(self._reader, self._needs or self._feed.state().needs)
+            self._tables.save_cursor(self._reader, self._needs or self._feed.state().needs)

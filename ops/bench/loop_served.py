@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 
 from ops.demo.record import Swap
 from pipeline.delta import DeltaLog, TableSnapshot
-from pipeline.offsets import Source, transaction_id
+from pipeline.offsets import SourcePartition, transaction_id
 from schemas.settings import Settings
 from trainer.data.feed import held_out
 from trainer.release.registry import Version
@@ -121,9 +121,9 @@ def read_served(settings: Settings, registered: Sequence[Version], swaps: Sequen
 def _reach(tables: DeltaLog, settings: Settings, read: Mapping[str, int]) -> dict[int, int]:
     """Last offset of each partition in the state of ``accepted`` that was read."""
     table = tables.open("accepted")
-    with tables.failures("accepted"):
+    with tables.translate_errors("accepted"):
         table.load_as_version(read["accepted"])
     state = TableSnapshot(table)
     topic, partitions = settings.kafka.traces_topic, range(settings.kafka.partitions)
-    found = {p: state.transaction(transaction_id("accepted", Source(topic, p))) for p in partitions}
+    found = {p: state.transaction(transaction_id("accepted", SourcePartition(topic, p))) for p in partitions}
     return {partition: last for partition, last in found.items() if last is not None}

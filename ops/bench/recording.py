@@ -137,8 +137,8 @@ def read_window(folder: Path, request_id: str, target: str) -> Window:
     if decode(record.value).envelope.target != target:
         raise UserError(f"{folder}: recorded from another model than target.path; remove the folder")
     built = build([record], context_tokens=0)
-    if built.dead:
-        reasons = ", ".join(built.dead)
+    if built.dead_letters:
+        reasons = ", ".join(built.dead_letters)
         raise UserError(f"{_trace_file(folder, request_id)}: the stream would reject it ({reasons}); remove it")
     (accepted,) = built.rows["accepted"].to_pylist()
     return window_of(accepted, built.rows["rejected"].to_pylist())

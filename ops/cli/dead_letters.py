@@ -18,7 +18,7 @@ from ops.cli.terminal import AsJson, Config, Set, fail, hint, moment, opened, sa
 from schemas.errors import UserError
 
 if TYPE_CHECKING:
-    from pipeline.dead_letters.queue import Content, Letter
+    from pipeline.dead_letters.queue import DeadLetter, RecordContent
     from schemas.settings import Settings
 
 DUMPED_BYTES = 256
@@ -43,10 +43,10 @@ def list_(
     """Show dead letters, newest first, and what became of those that were published again."""
     with told():
         settings = settings_of(config, set_)
-        from pipeline.dead_letters.queue import DeadLetters, Wanted
+        from pipeline.dead_letters.queue import DeadLetterFilter, DeadLetterQueue
 
-        wanted = Wanted((), reason, moment(since) if since else None, limit)
-        letters = DeadLetters(opened(settings), settings.kafka).find(wanted)
+        wanted = DeadLetterFilter((), reason, moment(since) if since else None, limit)
+        letters = DeadLetterQueue(opened(settings), settings.kafka).find(wanted)
         if as_json:
             _write([_plain(letter) for letter in letters])
         elif letters:
@@ -68,12 +68,12 @@ def show(
     """Explain one dead letter, with everything that can still be read of it."""
     with told():
         settings = settings_of(config, set_)
-        from pipeline.dead_letters.queue import DeadLetters, Wanted, address_of
+        from pipeline.dead_letters.queue import DeadLetterFilter, DeadLetterQueue, parse_address
 
-        address = address_of(id_, settings.kafka.traces_topic)
-        dead = DeadLetters(opened(settings), settings.kafka)
-        letters = dead.find(Wanted((address,)))
-        content = dead.contents([address]).get(address)
+        address = parse_address(id_, settings.kafka.traces_topic)
+        dead = DeadLetterQueue(opened(settings), settings.kafka)
+        letters = dead.find(DeadLetterFilter((address,)))
+        content = dead.read_contents([address]).get(address)
         if save is not None:
             _save(save, content)
         if as_json:
@@ -103,25 +103,27 @@ def replay(  # noqa: PLR0913, PLR0917 - one for each flag
 
         if bool(ids) + bool(reason) + all_ != 1:
             raise UserError("say which: ids, --reason REASON, or --all (`aurora dead list` shows them)")
-        addresses = tuple(queue.address_of(one, settings.kafka.traces_topic) for one in ids or [])
-        dead = queue.DeadLetters(opened(settings), settings.kafka)
-        wanted = queue.Wanted(addresses, reason, moment(since) if since else None)
-        plan = queue.plan(dead.find(wanted), named=not all_, again=again)
-        for why, count in plan.left_out.items():
+        addresses = tuple(queue.parse_address(one, settings.kafka.traces_topic) for one in ids or [])
+        dead = queue.DeadLetterQueue(opened(settings), settings.kafka)
+        wanted = queue.DeadLetterFilter(addresses, reason, moment(since) if since else None)
+        plan = queue.plan_replay(dead.find(wanted), named=not all_, again=again)
+        for why, count in plan.excluded.items():
             hint(f"{count} left out: {why}")
         done: list[dict[str, Any]] = []
         try:
-            for letter, became in [(one, None) for one in plan.letters] if dry_run else dead.replay(plan.letters):
+            for letter, became in (
+                [(one, None) for one in plan.dead_letters] if dry_run else dead.replay(plan.dead_letters)
+            ):
                 done.append({"letter": str(letter.address), "became": str(became) if became else None})
                 if not as_json:
                     say(f"{letter.address} ({letter.reason})" + (f" -> {became}" if became else ""))
         finally:
             if as_json:
-                _write({"replayed": done, "left_out": plan.left_out})
+                _write({"replayed": done, "left_out": plan.excluded})
         hint(f"{len(done)} {'would be published' if dry_run else 'published'} again")
 
 
-def _as_table(letters: Sequence[Letter], settings: Settings) -> Table:
+def _as_table(letters: Sequence[DeadLetter], settings: Settings) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("id", "time (UTC)", "reason"):
         table.add_column(column, overflow="fold", no_wrap=column != "reason")
@@ -142,28 +144,28 @@ def _as_table(letters: Sequence[Letter], settings: Settings) -> Table:
     return table
 
 
-def _fate(letter: Letter) -> str:
+def _fate(letter: DeadLetter) -> str:
     if not letter.replays:
         return ""
     last = letter.replays[-1]
-    became = f"{last.became.partition}/{last.became.offset}"
+    became = f"{last.new_address.partition}/{last.new_address.offset}"
     return f"{last.time:%Y-%m-%d %H:%M:%S} as {became}" + (f": {last.reason} again" if last.reason else "")
 
 
-def _told(letter: Letter, content: Content | None) -> Iterator[str]:
+def _told(letter: DeadLetter, content: RecordContent | None) -> Iterator[str]:
     """One letter, for a person."""
-    from pipeline.dead_letters.diagnosis import examine, hexdump
+    from pipeline.dead_letters.diagnosis import diagnose, hexdump
     from pipeline.dead_letters.reasons import REASONS
 
     yield f"{letter.address}  {letter.time:%Y-%m-%d %H:%M:%S} UTC"
     yield f"reason   {letter.reason}"
     if known := REASONS.get(letter.reason):
-        yield f"means    {known.means}"
-        yield f"do       {known.do}"
+        yield f"means    {known.meaning}"
+        yield f"do       {known.action}"
     yield f"detail   {letter.detail}"
     for one in letter.replays:
         outcome = f"a dead letter again: {one.reason}" if one.reason else "not a dead letter again"
-        yield f"replayed {one.time:%Y-%m-%d %H:%M:%S} UTC as {one.became}, {outcome}"
+        yield f"replayed {one.time:%Y-%m-%d %H:%M:%S} UTC as {one.new_address}, {outcome}"
     if content is None:
         yield "nothing of it was read, so there is nothing to show and nothing to publish again"
         return
@@ -176,7 +178,7 @@ def _told(letter: Letter, content: Content | None) -> Iterator[str]:
         yield "value    none"
         return
     yield f"value    {len(content.value):,} bytes"
-    for layer, says in examine(content.value).items():
+    for layer, says in diagnose(content.value).items():
         yield f"  {layer:<9}{says}"
     for line in hexdump(content.value, DUMPED_BYTES):
         yield f"  {line}"
@@ -186,7 +188,7 @@ def _text(value: bytes | None) -> str:
     return "none" if value is None else value.decode(errors="backslashreplace")
 
 
-def _save(file: Path, content: Content | None) -> None:
+def _save(file: Path, content: RecordContent | None) -> None:
     if content is None or content.value is None:
         fail("this dead letter has no bytes", code=2)
     try:
@@ -196,7 +198,7 @@ def _save(file: Path, content: Content | None) -> None:
     hint(f"{len(content.value):,} bytes written to {file}")
 
 
-def _plain(letter: Letter) -> dict[str, Any]:
+def _plain(letter: DeadLetter) -> dict[str, Any]:
     """A letter as JSON."""
     return {
         "id": str(letter.address),
@@ -206,19 +208,19 @@ def _plain(letter: Letter) -> dict[str, Any]:
         "detail": letter.detail,
         "rows": letter.rows,
         "bytes": letter.size,
-        "replays": [{"time": r.time, "became": str(r.became), "reason": r.reason} for r in letter.replays],
+        "replays": [{"time": r.time, "became": str(r.new_address), "reason": r.reason} for r in letter.replays],
     }
 
 
-def _plain_content(content: Content) -> dict[str, Any]:
-    from pipeline.dead_letters.diagnosis import examine
+def _plain_content(content: RecordContent) -> dict[str, Any]:
+    from pipeline.dead_letters.diagnosis import diagnose
 
     return {
         "key": _base64(content.key),
         "headers": [{"name": name, "value": _base64(value)} for name, value in content.headers],
         "value": _base64(content.value),
         "replay_of": content.replay_of,
-        "layers": examine(content.value) if content.value is not None else {},
+        "layers": diagnose(content.value) if content.value is not None else {},
     }
 
 

@@ -24,12 +24,12 @@ def drift(
     """Show when a version began to be accepted more or less often than before, oldest first."""
     with told():
         settings = settings_of(config, set_)
-        from pipeline.drift.topic import read
+        from pipeline.drift.monitor import read_events
         from schemas.telemetry import logs
 
         logs.configure("drift", "warning")
         newest: deque[DriftEvent] = deque(maxlen=limit)
-        events = read(settings.kafka)
+        events = read_events(settings.kafka)
         for event in events:
             if event is None:
                 break

@@ -214,9 +214,9 @@ def list_(config: Config = None, set_: Set = None, as_json: AsJson = False) -> N
     """List the experiments that hold past versions, and how many bytes they keep."""
     with told():
         tables = opened(settings_of(config, set_))
-        from pipeline.holds import held, kept
+        from pipeline.holds import list_holds, measure_hold
 
-        listed = [{**asdict(one), "bytes": asdict(kept(tables, one))} for one in held(tables)]
+        listed = [{**asdict(one), "bytes": asdict(measure_hold(tables, one))} for one in list_holds(tables)]
         if as_json:
             sys.stdout.write(json.dumps(listed, indent=2) + "\n")
             return
@@ -225,10 +225,10 @@ def list_(config: Config = None, set_: Set = None, as_json: AsJson = False) -> N
             shown.add_column(column, overflow="fold")
         for column in ("versions", "bytes", "of them only held"):
             shown.add_column(column, justify="right")
-        for one in held(tables):
-            sizes, since = kept(tables, one), datetime.fromtimestamp(one.time_us / 1e6, UTC)
+        for one in list_holds(tables):
+            sizes, since = measure_hold(tables, one), datetime.fromtimestamp(one.time_us / 1e6, UTC)
             span = f"{one.after_version} - {one.up_to_version}"
-            shown.add_row(one.experiment, one.table, f"{since:%F %H:%M}", span, f"{sizes.all:,}", f"{sizes.gone:,}")
+            shown.add_row(one.experiment, one.table, f"{since:%F %H:%M}", span, f"{sizes.total:,}", f"{sizes.held:,}")
         Console().print(shown)
 
 
@@ -244,8 +244,8 @@ def release(
         tables = opened(settings_of(config, set_))
         from pipeline import holds
 
-        mine = [one for one in holds.held(tables) if one.experiment == experiment]
-        for one in mine if dry_run else holds.release(tables, experiment):
+        mine = [one for one in holds.list_holds(tables) if one.experiment == experiment]
+        for one in mine if dry_run else holds.release_holds(tables, experiment):
             say(f"{one.table}: versions {one.after_version} to {one.up_to_version}")
         if dry_run:
             hint("nothing was changed")

@@ -16,7 +16,7 @@ from ops.cli.terminal import AsJson, Config, Set, hint, settings_of, told
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pipeline.maintenance import Upkeep
+    from pipeline.maintenance import MaintenanceResult
 
 app = typer.Typer(no_args_is_help=True, help="The Delta tables.")
 
@@ -49,14 +49,14 @@ def maintain(config: Config = None, set_: Set = None, dry_run: DryRun = False, a
         raise typer.Exit(1)
 
 
-def as_table(done: Sequence[Upkeep]) -> Table:
+def as_table(done: Sequence[MaintenanceResult]) -> Table:
     """Files by what became of them."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("table")
-    for column in ("let go", "merged", "into", "deleted", "readable after version"):
+    for column in ("expired", "compacted", "written", "vacuumed", "readable after version"):
         table.add_column(column, justify="right")
     table.add_column("held by", overflow="fold")
     for of_one in done:
-        counts = (of_one.let_go, of_one.merged, of_one.into, of_one.deleted, of_one.oldest)
+        counts = (of_one.expired, of_one.compacted, of_one.written, of_one.vacuumed, of_one.oldest_readable)
         table.add_row(of_one.table, *map(str, counts), of_one.held_by or "")
     return table

@@ -16,7 +16,7 @@ from ops.cli.terminal import AsJson, Config, Set, hint, settings_of, told
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pipeline.topics import Change
+    from pipeline.topics import TopicChange
 
 app = typer.Typer(no_args_is_help=True, help="The Kafka topics, as the settings want them.")
 
@@ -44,13 +44,13 @@ def apply(config: Config = None, set_: Set = None, dry_run: DryRun = False, as_j
             hint("the broker would take this; nothing was changed" if dry_run else "done")
 
 
-def as_table(changes: Sequence[Change]) -> Table:
+def as_table(changes: Sequence[TopicChange]) -> Table:
     """What is, and what will be; ``+`` for a topic that is missing, ``~`` for a change, ``!`` for what cannot be."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("", "topic", "property", "is", "will be"):
         table.add_column(column, overflow="fold")
     for change in changes:
-        sign = "!" if change.refused else "+" if change.found is None else "~"
+        sign = "!" if change.rejected else "+" if change.found is None else "~"
         colour = {"!": "red", "+": "green", "~": "yellow"}[sign]
-        table.add_row(sign, change.topic, change.what, change.found or "", change.wanted, style=colour)
+        table.add_row(sign, change.topic, change.property, change.found or "", change.declared, style=colour)
     return table

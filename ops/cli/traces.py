@@ -23,7 +23,7 @@ from schemas.errors import UserError
 
 if TYPE_CHECKING:
     from pipeline.delta import Moment
-    from pipeline.trace_stats import Figures, Stats
+    from pipeline.trace_queries import GroupStats, TraceStats
 
 SHOWN_ROWS = 100
 POLL_S = 0.5
@@ -46,9 +46,9 @@ def stats(
     """
     with told():
         settings = settings_of(config, set_)
-        from pipeline import trace_stats
+        from pipeline import trace_queries
 
-        counted = trace_stats.stats(opened(settings), by, moment(since) if since else None)
+        counted = trace_queries.compute_stats(opened(settings), by, moment(since) if since else None)
         if as_json:
             sys.stdout.write(json.dumps(_plain_stats(counted, by), indent=2) + "\n")
             return
@@ -68,11 +68,11 @@ def tail(
     """Show the newest verify steps: what was drafted, and how much of it the target kept."""
     with told():
         settings = settings_of(config, set_)
-        from pipeline.trace_tail import following, newest
+        from pipeline.trace_queries import follow_steps, read_newest_steps
 
         tables = opened(settings)
-        rows, version = newest(tables, count)
-        for part in chain([rows], following(tables, version, POLL_S) if follow else []):
+        rows, version = read_newest_steps(tables, count)
+        for part in chain([rows], follow_steps(tables, version, POLL_S) if follow else []):
             for row in part.to_pylist():
                 say(json.dumps(row, default=_plain) if as_json else _verify_step(row))
             sys.stdout.flush()
@@ -155,18 +155,21 @@ def _moments(query: str, version: int | None, at: str | None) -> dict[str, Momen
     return {named[0]: version}
 
 
-def _figures_table(counted: Stats, by: str | None) -> Table:
-    depths = sorted(counted.total.tried)
-    figures = ("requests", "tokens", "verify_steps", "drafted", "accepted", "accepted tokens per step")
+def _figures_table(counted: TraceStats, by: str | None) -> Table:
+    depths = sorted(counted.total.drafted_to)
+    figures = ("requests", "tokens", "verify_steps", "drafted", "accepted", "acceptance length")
     shown = grid(by or "verify steps of", right=(*figures, *(f"depth {depth}" for depth in depths)))
     for name, one in [*((name or "(none)", one) for name, one in counted.groups.items()), ("all", counted.total)]:
-        length = "" if one.accepted_per_step is None else f"{one.accepted_per_step:.2f}"
-        counts = (f"{number:,}" for number in (one.requests, one.tokens, one.verify_steps, one.drafted, one.accepted))
-        shown.add_row(name, *counts, length, *(f"{share:.2f}" for share in one.acceptance))
+        length = "" if one.acceptance_length is None else f"{one.acceptance_length:.2f}"
+        counts = (
+            f"{number:,}"
+            for number in (one.requests, one.tokens, one.verify_steps, one.draft_tokens, one.accepted_tokens)
+        )
+        shown.add_row(name, *counts, length, *(f"{share:.2f}" for share in one.acceptance_by_depth))
     return shown
 
 
-def _rest(counted: Stats) -> Iterator[str]:
+def _rest(counted: TraceStats) -> Iterator[str]:
     """What has no group."""
     letters = ", ".join(f"{reason} {number:,}" for reason, number in counted.dead_letters.items())
     sizes = ", ".join(f"{name} {size:,}" for name, size in counted.table_bytes.items())
@@ -176,7 +179,7 @@ def _rest(counted: Stats) -> Iterator[str]:
     yield f"bytes of all rows: {sizes}{per_token}"
 
 
-def _plain_stats(counted: Stats, by: str | None) -> dict[str, Any]:
+def _plain_stats(counted: TraceStats, by: str | None) -> dict[str, Any]:
     return {
         **_plain_figures(counted.total),
         **({f"by_{by}": {name: _plain_figures(one) for name, one in counted.groups.items()}} if by else {}),
@@ -188,15 +191,15 @@ def _plain_stats(counted: Stats, by: str | None) -> dict[str, Any]:
     }
 
 
-def _plain_figures(one: Figures) -> dict[str, Any]:
+def _plain_figures(one: GroupStats) -> dict[str, Any]:
     return {
         "requests": one.requests,
         "tokens": one.tokens,
         "verify_steps": one.verify_steps,
-        "drafted": one.drafted,
-        "accepted": one.accepted,
-        "accepted_per_step": one.accepted_per_step,
-        "acceptance_by_depth": one.acceptance,
+        "draft_tokens": one.draft_tokens,
+        "accepted_tokens": one.accepted_tokens,
+        "acceptance_length": one.acceptance_length,
+        "acceptance_by_depth": one.acceptance_by_depth,
     }
 
 

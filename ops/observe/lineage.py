@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Literal
 
-from pipeline.commit_lookup import commit_of
-from pipeline.offsets import Source
+from pipeline.offsets import SourcePartition
+from pipeline.trace_queries import find_commit
 from schemas.errors import UserError
 from schemas.telemetry.trace_context import request_context
 
@@ -83,12 +83,12 @@ def trails(tables: DeltaLog, registry: SpeculatorRegistry, named: str) -> list[T
         UserError: the tables have no rows of it, or are not to be read.
         RegistryError: no answer.
     """
-    from pipeline.delta import escaped
+    from pipeline.delta import escape_sql
 
     of_trace = f" OR request LIKE '%-{named}%'" if re.fullmatch(r"[0-9a-f]{32}", named) else ""
     found = tables.query(
         'SELECT request, node, line, MIN("time") AS "time", array_agg(DISTINCT speculator) AS drafted_by FROM traces '  # noqa: S608 - escaped
-        f"WHERE request = '{escaped(named)}'{of_trace} GROUP BY request, node, line ORDER BY 4"
+        f"WHERE request = '{escape_sql(named)}'{of_trace} GROUP BY request, node, line ORDER BY 4"
     )
     requests = found.read_all().to_pylist()
     if not requests:
@@ -127,17 +127,17 @@ def taught(tags: Mapping[str, str], request: str, commits: Sequence[int | None])
 
 
 def _rows(tables: DeltaLog, request: str) -> tuple[Rows, ...]:
-    from pipeline.delta import escaped
+    from pipeline.delta import escape_sql
 
     rows: list[Rows] = []
     for name in TOLD_TABLES:
         found = tables.query(
             'SELECT topic, partition, MIN("offset") AS first, MAX("offset") AS last, COUNT(*) AS rows '  # noqa: S608 - escaped
-            f"FROM {name} WHERE request = '{escaped(request)}' GROUP BY topic, partition ORDER BY topic, partition"
+            f"FROM {name} WHERE request = '{escape_sql(request)}' GROUP BY topic, partition ORDER BY topic, partition"
         )
         for one in found.read_all().to_pylist():
-            source = Source(one["topic"], one["partition"])
-            first, last = (commit_of(tables, name, source, one[end]) for end in ("first", "last"))
+            source = SourcePartition(one["topic"], one["partition"])
+            first, last = (find_commit(tables, name, source, one[end]) for end in ("first", "last"))
             rows.append(Rows(name, *source, one["first"], one["last"], one["rows"], first, last))
     return tuple(rows)
 
@@ -166,10 +166,10 @@ def _readers(
 
 def _served(tables: DeltaLog, line: str) -> dict[str, datetime]:
     """When each version of a line drafted its first verify step."""
-    from pipeline.delta import escaped
+    from pipeline.delta import escape_sql
 
     found = tables.query(
         'SELECT speculator, MIN("time") AS "time" FROM traces '  # noqa: S608 - escaped
-        f"WHERE line = '{escaped(line)}' GROUP BY speculator"
+        f"WHERE line = '{escape_sql(line)}' GROUP BY speculator"
     )
     return {row["speculator"]: row["time"] for row in found.read_all().to_pylist()}

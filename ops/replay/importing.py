@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pipeline.batches import Record, build
 from pipeline.delta import DeltaLog
-from pipeline.offsets import Batch, Intake, Source
+from pipeline.offsets import Batch, OffsetCommitter, SourcePartition
 from schemas.errors import UserError
 from schemas.trace.decoder import decode
 from schemas.trace.record import CONTENT_TYPE, TraceError, fingerprint
@@ -34,12 +34,12 @@ def bring(log: DeltaLog, folder: Path, context_tokens: int) -> Iterator[tuple[in
         raise UserError(f"{folder}: no {INDEX}; `aurora bench learning --record 200` records traffic")
     names = [name for segment in json.loads((folder / INDEX).read_text())["segments"] for name in segment]
     log.create()
-    intake, source = Intake(log), Source(TOPIC, 0)
-    begin = intake.wanted(source)
+    committer, source = OffsetCommitter(log), SourcePartition(TOPIC, 0)
+    begin = committer.next_offset(source)
     for start in range(begin, len(names), PER_COMMIT):
         some = range(start, min(start + PER_COMMIT, len(names)))
         built = build([read_record(folder, names[offset], offset) for offset in some], context_tokens)
-        intake.commit([Batch(source, some[-1], built.rows)])
+        committer.commit([Batch(source, some[-1], built.rows)])
         yield some[-1] + 1, len(names)
 
 

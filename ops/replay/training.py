@@ -10,7 +10,7 @@ from ops.cli.terminal import moment
 from ops.replay import on_ray
 from ops.replay.worker_processes import side_by_side
 from pipeline.delta import DeltaLog
-from pipeline.holds import hold
+from pipeline.holds import add_hold
 from schemas.errors import UserError
 from schemas.settings import Settings
 from schemas.speculator.checkpoint import target_fingerprint
@@ -67,7 +67,7 @@ def prepared(
     digests = {variant: experiment.digest(settings) for variant, settings in configs.items()}
     plan = Plan(name=name, span=span, lookahead=first.serve.num_speculative_tokens, variants=digests)
     experiment.begin(folder, plan)
-    hold(log, name, span.versions)
+    add_hold(log, name, span.versions)
     return plan, [Task(folder, plan, variant, settings) for variant, settings in configs.items()]
 
 
@@ -126,6 +126,6 @@ def _version(log: DeltaLog, text: str | None, default: int) -> int:
 
 def _rejected(log: DeltaLog, accepted: int) -> int:
     """A version of ``rejected`` that was there before any branch of a later window."""
-    oldest = log.oldest("rejected")
-    at = log.committed("accepted", accepted) if accepted else None
+    oldest = log.oldest_readable("rejected")
+    at = log.commit_time("accepted", accepted) if accepted else None
     return oldest if at is None else max(oldest, log.version_at("rejected", at - _CLOCKS))

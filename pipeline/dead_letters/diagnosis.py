@@ -1,4 +1,4 @@
-"""What can still be read of a record that could not be used: each layer by itself, as far as its bytes go."""
+"""Diagnosis of an unusable record: reads each layer of its value separately, as far as its bytes allow."""
 
 from __future__ import annotations
 
@@ -11,40 +11,41 @@ import pyarrow as pa
 from schemas.trace.decoder import foreign_columns
 from schemas.trace.record import CHECKSUM_BYTES, FORMAT, checksum
 
-_BYTES_A_LINE = 16
+_BYTES_PER_LINE = 16
 
 
-def examine(value: bytes) -> dict[str, str]:
-    """What each layer of a value says, from the outside in; no token of the request is among it."""
+def diagnose(value: bytes) -> dict[str, str]:
+    """Return the state of each layer of a value, from the outside in. It contains no token of the request."""
     stream, ending = value[:-CHECKSUM_BYTES], value[-CHECKSUM_BYTES:]
-    found = {"checksum": "fits" if stream and checksum(stream) == ending else "does not fit: cut or altered"}
+    is_intact = stream and checksum(stream) == ending
+    layers = {"checksum": "matches" if is_intact else "does not match: the bytes were cut or altered"}
     try:
         reader = pa.ipc.open_stream(stream)
     except (pa.ArrowException, OSError) as error:
-        return {**found, "stream": f"not Arrow: {error}"}
+        return {**layers, "stream": f"not Arrow: {error}"}
     metadata = reader.schema.metadata or {}
-    named = metadata.get(b"format", b"").decode(errors="replace")
-    found["format"] = named if named == FORMAT else f"{named or 'none'}, not {FORMAT}"
-    found["columns"] = _columns(reader.schema)
-    found["envelope"] = _envelope(metadata.get(b"envelope", b""))
-    found["verify_steps"] = _verify_steps(reader)
-    return found
+    format_ = metadata.get(b"format", b"").decode(errors="replace")
+    layers["format"] = format_ if format_ == FORMAT else f"{format_ or 'none'}, not {FORMAT}"
+    layers["columns"] = _describe_columns(reader.schema)
+    layers["envelope"] = _describe_envelope(metadata.get(b"envelope", b""))
+    layers["verify_steps"] = _describe_verify_steps(reader)
+    return layers
 
 
 def hexdump(value: bytes, limit: int) -> Iterator[str]:
-    """Lines of the first ``limit`` bytes, as ``xxd`` writes them."""
-    for start in range(0, min(len(value), limit), _BYTES_A_LINE):
-        line = value[start : min(start + _BYTES_A_LINE, limit)]
+    """Yield the lines of the first ``limit`` bytes, in the format of ``xxd``."""
+    for start in range(0, min(len(value), limit), _BYTES_PER_LINE):
+        line = value[start : min(start + _BYTES_PER_LINE, limit)]
         text = "".join(chr(byte) if 32 <= byte < 127 else "." for byte in line)
-        yield f"{start:08x}  {line.hex(' ', 2):<{_BYTES_A_LINE // 2 * 5}}  {text}"
+        yield f"{start:08x}  {line.hex(' ', 2):<{_BYTES_PER_LINE // 2 * 5}}  {text}"
 
 
-def _columns(schema: pa.Schema) -> str:
+def _describe_columns(schema: pa.Schema) -> str:
     wrong = foreign_columns(schema)
     return "as expected" if not wrong else f"missing or of another type: {', '.join(wrong)}"
 
 
-def _envelope(text: bytes) -> str:
+def _describe_envelope(text: bytes) -> str:
     try:
         fields: dict[str, Any] = dict(json.loads(text))
     except (ValueError, TypeError):
@@ -54,8 +55,8 @@ def _envelope(text: bytes) -> str:
     return ", ".join(f"{name} {value}" for name, value in fields.items())
 
 
-def _verify_steps(reader: pa.RecordBatchStreamReader) -> str:
-    """How far the rows go, and what they span."""
+def _describe_verify_steps(reader: pa.RecordBatchStreamReader) -> str:
+    """Return the number of readable rows, and the range of their verify steps."""
     batches: list[pa.RecordBatch] = []
     ending = ""
     try:

@@ -1,9 +1,9 @@
-"""Dead letters after the fact: what lies there, what can still be read of it, and publishing it again after a fix.
+"""The dead-letter queue: lists dead letters, reads their content, and replays them after a fix.
 
-The stream writes dead letters; nothing here changes them. A letter that is published again keeps its key, its bytes and
-its headers, and gets one header more, ``replay-of`` with its address, so that a letter that comes of it leads back to
-its origin. Which were published is noted in the table ``replays`` after the broker has them: a crash in between leads
-to a record that comes twice, which the stream tells from the first by what it holds.
+The stream writes dead letters; this module never changes them. A replay publishes the record again with its key, value
+and headers, and adds the header ``replay-of`` with its address, so that a dead letter of the replayed record leads back
+to the original. The table ``replays`` records a replay after the broker has acknowledged it. A crash in between can
+publish a record twice; the stream detects the second one as a duplicate.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
+from pipeline.broker import TopicError, client_config, connect
 from pipeline.dead_letters.reasons import DUPLICATE
-from pipeline.delta import DeltaLog
-from pipeline.kafka_admin import TopicError, client, connect
-from pipeline.offsets import LOST
+from pipeline.delta import DeltaLog, escape_sql
+from pipeline.offsets import LOST_TO_RETENTION
 from schemas.batches import REPLAYS
 from schemas.errors import UserError
 from schemas.settings import Kafka
 
 REPLAY_OF = "replay-of"
-"""Header of a record that was published again: the address of the dead letter that it was."""
-FINAL = frozenset({DUPLICATE, "empty", "truncated", "corrupt"})
-"""Reasons that no setting and no other worker can remove."""
-TOGETHER = 64
-"""Letters that are read and published together."""
-MEGABYTES_TOGETHER = 16
-ACKNOWLEDGED_S = 60.0
+"""Header of a replayed record: the address of its dead letter."""
+PERMANENT = frozenset({DUPLICATE, "empty", "truncated", "corrupt"})
+"""Reasons that no setting and no other worker version can resolve."""
+BATCH_RECORDS = 64
+"""Dead letters that are read and published together."""
+BATCH_BYTES = 16 << 20
+ACK_TIMEOUT_S = 60.0
 
 
 class DeadLetterError(UserError):
-    """A dead letter that is not there, or that cannot be published again."""
+    """A dead letter does not exist, or cannot be replayed."""
 
 
-class Address(NamedTuple):
-    """Where a record stands, or stood."""
+class RecordAddress(NamedTuple):
+    """Topic, partition and offset of a record."""
 
     topic: str
     partition: int
@@ -55,32 +55,32 @@ class Address(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """What became of a dead letter that was published again."""
+    """One replay of a dead letter."""
 
     time: datetime
-    became: Address
+    new_address: RecordAddress
     reason: str | None
-    """Why it is a dead letter again; None where it is not, or not yet."""
+    """Why the replayed record is a dead letter too; None if it is not, or not yet."""
 
 
 @dataclass(frozen=True, slots=True)
-class Letter:
-    """A dead letter without its bytes."""
+class DeadLetter:
+    """A dead letter without its content."""
 
-    address: Address
+    address: RecordAddress
     time: datetime
     reason: str
     detail: str
     rows: int | None
-    """Verify steps that its header claims."""
+    """Number of verify steps in its header."""
     size: int | None
-    """Bytes of its value; None where it has none."""
+    """Bytes of its value; None without a value."""
     replays: tuple[Replay, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Content:
-    """What a dead letter carried."""
+class RecordContent:
+    """Key, value and headers of a dead letter."""
 
     key: bytes | None
     value: bytes | None
@@ -88,82 +88,81 @@ class Content:
 
     @property
     def replay_of(self) -> str | None:
-        """The dead letter that this one was before it was published again."""
+        """Address of the dead letter that this record is a replay of."""
         origins = [value for name, value in self.headers if name == REPLAY_OF and value]
         return origins[-1].decode(errors="replace") if origins else None
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
-    """Which letters: those of some addresses, or those of a reason since a time; newest first."""
+class DeadLetterFilter:
+    """Selects dead letters: by address, or by reason and time. The newest come first."""
 
-    addresses: tuple[Address, ...] = ()
+    addresses: tuple[RecordAddress, ...] = ()
     reason: str | None = None
     since: datetime | None = None
     limit: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """What a replay would publish, and what it leaves out."""
+class ReplayPlan:
+    """Dead letters that a replay would publish."""
 
-    letters: tuple[Letter, ...]
-    left_out: Mapping[str, int]
-    """Letters by why they stay."""
+    dead_letters: tuple[DeadLetter, ...]
+    excluded: Mapping[str, int]
+    """Number of other dead letters, by the reason for which they are excluded."""
 
 
-def address_of(text: str, topic: str) -> Address:
-    """The address that ``TOPIC/PARTITION/OFFSET`` names, or ``PARTITION/OFFSET`` of the given topic.
+def parse_address(text: str, topic: str) -> RecordAddress:
+    """Parse ``TOPIC/PARTITION/OFFSET``, or ``PARTITION/OFFSET`` of the given topic.
 
     Raises:
-        DeadLetterError: it is written otherwise.
+        DeadLetterError: the text has another form.
     """
     found = re.fullmatch(r"(?:(.+)/)?([0-9]{1,9})/([0-9]{1,18})", text)
     if found is None:
-        raise DeadLetterError(f"{text!r} is no address of a record: write TOPIC/PARTITION/OFFSET, or PARTITION/OFFSET")
-    return Address(found[1] or topic, int(found[2]), int(found[3]))
+        raise DeadLetterError(f"{text!r} is no record address: write TOPIC/PARTITION/OFFSET, or PARTITION/OFFSET")
+    return RecordAddress(found[1] or topic, int(found[2]), int(found[3]))
 
 
-def plan(letters: Sequence[Letter], *, named: bool, again: bool) -> Plan:
-    """Choose what to publish again: each letter once, unless it is to be done ``again``.
+def plan_replay(dead_letters: Sequence[DeadLetter], *, named: bool, again: bool) -> ReplayPlan:
+    """Select the dead letters to replay. A dead letter is replayed once, unless ``again`` is set.
 
     Args:
-        letters: The candidates.
-        named: Whether they were chosen by address or reason; otherwise those of final reasons stay where they are.
-        again: Also those that were published before.
+        dead_letters: The candidates.
+        named: Whether they were selected by address or reason. If not, those with permanent reasons are excluded.
+        again: Include dead letters that were replayed before.
     """
-    kept: list[Letter] = []
-    left_out: dict[str, int] = {}
-    for letter in sorted(letters, key=lambda one: one.address):
-        if why := _stays(letter, named=named, again=again):
-            left_out[why] = left_out.get(why, 0) + 1
+    selected: list[DeadLetter] = []
+    excluded: dict[str, int] = {}
+    for dead_letter in sorted(dead_letters, key=lambda one: one.address):
+        if why := _exclusion_reason(dead_letter, named=named, again=again):
+            excluded[why] = excluded.get(why, 0) + 1
         else:
-            kept.append(letter)
-    return Plan(tuple(kept), left_out)
+            selected.append(dead_letter)
+    return ReplayPlan(tuple(selected), excluded)
 
 
-class DeadLetters:
-    """The dead letters in the tables, and the topic that they go back to."""
+class DeadLetterQueue:
+    """The dead letters in the tables, and the topic that they are replayed to."""
 
     def __init__(self, tables: DeltaLog, kafka: Kafka) -> None:
         self._kafka = kafka
         self._tables = tables
 
-    def find(self, wanted: Wanted) -> list[Letter]:
-        """Letters without their bytes, newest first.
+    def find(self, wanted: DeadLetterFilter) -> list[DeadLetter]:
+        """Return dead letters without their content, newest first.
 
         Raises:
-            DeadLetterError: one that was named by its address is not there.
+            DeadLetterError: no dead letter exists at one of the addresses.
             TableError: the tables cannot be read.
         """
         columns = 'topic, partition, "offset", time, reason, detail, rows, size'
         order = 'order by time desc, topic, partition desc, "offset" desc'
         limit = "" if wanted.limit is None else f"limit {wanted.limit}"
-        where = _condition(wanted)
-        rows = self._select(f"select {columns} from dead_letters where {where} {order} {limit}")  # noqa: S608 - quoted
-        replays = self._replays()
-        letters = [
-            Letter(
+        rows = self._select(f"select {columns} from dead_letters where {_condition(wanted)} {order} {limit}")  # noqa: S608 - quoted
+        replays = self._read_replays()
+        dead_letters = [
+            DeadLetter(
                 address := _address(row),
                 row["time"],
                 row["reason"],
@@ -174,57 +173,57 @@ class DeadLetters:
             )
             for row in rows
         ]
-        if missing := set(wanted.addresses) - {letter.address for letter in letters}:
+        if missing := set(wanted.addresses) - {dead_letter.address for dead_letter in dead_letters}:
             raise DeadLetterError(
-                f"no dead letter {', '.join(map(str, sorted(missing)))}; `aurora dead list` shows which there are"
+                f"no dead letter {', '.join(map(str, sorted(missing)))}; `aurora dlq list` shows the existing ones"
             )
-        return letters
+        return dead_letters
 
-    def contents(self, addresses: Sequence[Address]) -> dict[Address, Content]:
-        """What letters carried; a loss carried nothing, and is not among them."""
+    def read_contents(self, addresses: Sequence[RecordAddress]) -> dict[RecordAddress, RecordContent]:
+        """Return the content of dead letters. A loss has no content and is not in the result."""
         columns = 'topic, partition, "offset", key, value, headers'
-        where = f"{_condition(Wanted(tuple(addresses)))} and reason <> {_quoted(LOST)}"
+        where = f"{_condition(DeadLetterFilter(tuple(addresses)))} and reason <> {_quote(LOST_TO_RETENTION)}"
         rows = self._select(f"select {columns} from dead_letters where {where}")  # noqa: S608 - quoted
         return {
-            _address(row): Content(
+            _address(row): RecordContent(
                 row["key"], row["value"], tuple((h["name"], h["value"]) for h in row["headers"] or [])
             )
             for row in rows
         }
 
-    def replay(self, letters: Sequence[Letter]) -> Iterator[tuple[Letter, Address]]:
-        """Publish letters to ``kafka.traces_topic`` as they were, and note each that the broker has.
+    def replay(self, dead_letters: Sequence[DeadLetter]) -> Iterator[tuple[DeadLetter, RecordAddress]]:
+        """Publish dead letters to ``kafka.traces_topic``, record each acknowledged one, and yield its new address.
 
         Raises:
-            TopicError: the broker does not take one; those before it are noted.
-            TableError: they cannot be read, or not be noted.
+            TopicError: the broker rejects one. Those before it are recorded.
+            TableError: they cannot be read or recorded.
         """
         connect(self._kafka)
-        for part in _together(letters):
-            contents = self.contents([letter.address for letter in part])
-            sent, refused = _publish(self._kafka, {letter.address: contents[letter.address] for letter in part})
-            self._note(sent)
-            yield from ((letter, sent[letter.address]) for letter in part if letter.address in sent)
-            if refused is not None:
-                raise TopicError(refused)
+        for batch in _split_into_batches(dead_letters):
+            contents = self.read_contents([dead_letter.address for dead_letter in batch])
+            sent, error = _publish(self._kafka, {one.address: contents[one.address] for one in batch})
+            self._record_replays(sent)
+            yield from ((one, sent[one.address]) for one in batch if one.address in sent)
+            if error is not None:
+                raise TopicError(error)
 
-    def _replays(self) -> dict[Address, list[Replay]]:
-        """By letter, the oldest first."""
+    def _read_replays(self) -> dict[RecordAddress, list[Replay]]:
+        """Return the replays of each dead letter, oldest first."""
         rows = self._select(
             "select r.*, d.reason from replays r left join dead_letters d on r.new_topic = d.topic "
             'and r.new_partition = d.partition and r.new_offset = d."offset" order by r.time'
         )
-        replays: dict[Address, list[Replay]] = {}
+        replays: dict[RecordAddress, list[Replay]] = {}
         for row in rows:
-            became = Address(row["new_topic"], row["new_partition"], row["new_offset"])
-            replays.setdefault(_address(row), []).append(Replay(row["time"], became, row["reason"]))
+            new_address = RecordAddress(row["new_topic"], row["new_partition"], row["new_offset"])
+            replays.setdefault(_address(row), []).append(Replay(row["time"], new_address, row["reason"]))
         return replays
 
-    def _note(self, sent: Mapping[Address, Address]) -> None:
+    def _record_replays(self, sent: Mapping[RecordAddress, RecordAddress]) -> None:
         if not sent:
             return
         now = time.time_ns() // 1000
-        rows = [[now, *origin, *became] for origin, became in sent.items()]
+        rows = [[now, *origin, *new_address] for origin, new_address in sent.items()]
         columns = [pa.array(column, f.type) for column, f in zip(zip(*rows, strict=True), REPLAYS, strict=True)]
         self._tables.append("replays", pa.table(columns, schema=REPLAYS))
 
@@ -233,73 +232,75 @@ class DeadLetters:
         return rows
 
 
-def _stays(letter: Letter, *, named: bool, again: bool) -> str | None:
-    if letter.reason == LOST:
-        return "lost before they were read, so there is nothing to publish"
-    if letter.size is None:
+def _exclusion_reason(dead_letter: DeadLetter, *, named: bool, again: bool) -> str | None:
+    if dead_letter.reason == LOST_TO_RETENTION:
+        return "lost to retention before they were read, so there is nothing to publish"
+    if dead_letter.size is None:
         return "without a value"
-    if letter.replays and not again:
-        return "published again before (--again repeats it)"
-    if letter.reason in FINAL and not named:
-        return "unusable for good (--reason takes them nonetheless)"
+    if dead_letter.replays and not again:
+        return "replayed before (--again repeats it)"
+    if dead_letter.reason in PERMANENT and not named:
+        return "permanently unusable (--reason includes them)"
     return None
 
 
-def _condition(wanted: Wanted) -> str:
-    """A condition of SQL."""
+def _condition(wanted: DeadLetterFilter) -> str:
+    """Return a SQL condition."""
     conditions = ["true"]
     if wanted.addresses:
-        of_partition = groupby(sorted(wanted.addresses), key=lambda address: address[:2])
+        by_partition = groupby(sorted(wanted.addresses), key=lambda address: address[:2])
         conditions.append(
             " or ".join(
-                f'(topic = {_quoted(topic)} and partition = {partition} and "offset" in '
+                f'(topic = {_quote(topic)} and partition = {partition} and "offset" in '
                 f"({', '.join(str(address.offset) for address in addresses)}))"
-                for (topic, partition), addresses in of_partition
+                for (topic, partition), addresses in by_partition
             )
         )
     if wanted.reason is not None:
-        conditions.append(f"reason = {_quoted(wanted.reason)}")
+        conditions.append(f"reason = {_quote(wanted.reason)}")
     if wanted.since is not None:
         conditions.append(f"time >= to_timestamp_micros({round(wanted.since.timestamp() * 1e6)})")
-        conditions.append(f"day >= {_quoted(f'{wanted.since.astimezone(UTC):%Y-%m-%d}')}")
+        conditions.append(f"day >= {_quote(f'{wanted.since.astimezone(UTC):%Y-%m-%d}')}")
     return " and ".join(f"({condition})" for condition in conditions)
 
 
-def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
+def _quote(text: str) -> str:
+    return f"'{escape_sql(text)}'"
 
 
-def _address(row: Mapping[str, Any]) -> Address:
-    return Address(row["topic"], row["partition"], row["offset"])
+def _address(row: Mapping[str, Any]) -> RecordAddress:
+    return RecordAddress(row["topic"], row["partition"], row["offset"])
 
 
-def _together(letters: Sequence[Letter]) -> Iterator[list[Letter]]:
-    part: list[Letter] = []
-    for letter in letters:
-        size = sum(one.size or 0 for one in part) + (letter.size or 0)
-        if part and (len(part) == TOGETHER or size > MEGABYTES_TOGETHER << 20):
-            yield part
-            part = []
-        part.append(letter)
-    if part:
-        yield part
+def _split_into_batches(dead_letters: Sequence[DeadLetter]) -> Iterator[list[DeadLetter]]:
+    batch: list[DeadLetter] = []
+    for dead_letter in dead_letters:
+        size = sum(one.size or 0 for one in batch) + (dead_letter.size or 0)
+        if batch and (len(batch) == BATCH_RECORDS or size > BATCH_BYTES):
+            yield batch
+            batch = []
+        batch.append(dead_letter)
+    if batch:
+        yield batch
 
 
-def _publish(kafka: Kafka, letters: Mapping[Address, Content]) -> tuple[dict[Address, Address], str | None]:
-    """Which letters the broker has, and as which records; and why it has not all of them."""
-    sent: dict[Address, Address] = {}
-    failed: dict[Address, str] = {}
-    # One message a batch: the broker refuses whole batches, and one letter must not keep others back.
-    ours = {"enable.idempotence": True, "acks": "all", "message.max.bytes": 1_000_000_000, "batch.num.messages": 1}
-    producer = Producer(client(kafka, **ours))
+def _publish(
+    kafka: Kafka, contents: Mapping[RecordAddress, RecordContent]
+) -> tuple[dict[RecordAddress, RecordAddress], str | None]:
+    """Publish records. Return the new address of each acknowledged one, and the error if some were not acknowledged."""
+    sent: dict[RecordAddress, RecordAddress] = {}
+    failed: dict[RecordAddress, str] = {}
+    # One message per batch: the broker rejects whole batches, and one dead letter must not block others.
+    options = {"enable.idempotence": True, "acks": "all", "message.max.bytes": 1_000_000_000, "batch.num.messages": 1}
+    producer = Producer(client_config(kafka, **options))
 
-    def reported(origin: Address, error: KafkaError | None, message: Message) -> None:
+    def on_delivery(origin: RecordAddress, error: KafkaError | None, message: Message) -> None:
         if error is not None:
             failed[origin] = error.str()
         else:
-            sent[origin] = Address(message.topic() or "", message.partition() or 0, message.offset() or 0)
+            sent[origin] = RecordAddress(message.topic() or "", message.partition() or 0, message.offset() or 0)
 
-    for origin, content in letters.items():
+    for origin, content in contents.items():
         headers: list[tuple[str, str | bytes | None]] = [*content.headers, (REPLAY_OF, str(origin))]
         try:
             producer.produce(
@@ -307,16 +308,15 @@ def _publish(kafka: Kafka, letters: Mapping[Address, Content]) -> tuple[dict[Add
                 content.value,
                 key=content.key,
                 headers=headers,
-                on_delivery=partial(reported, origin),
+                on_delivery=partial(on_delivery, origin),
             )
         except (KafkaException, BufferError) as error:
             failed[origin] = str(error)
-    left = producer.flush(ACKNOWLEDGED_S)
-    if not failed and not left:
+    pending = producer.flush(ACK_TIMEOUT_S)
+    if not failed and not pending:
         return sent, None
-    first = next(iter(failed.items()), (None, f"no answer within {ACKNOWLEDGED_S:g} s"))
+    first = next(iter(failed.items()), (None, f"no answer within {ACK_TIMEOUT_S:g} s"))
     return sent, (
-        f"{len(letters) - len(sent)} of {len(letters)} dead letters were not published again: "
-        f"{first[0] or 'all'}: {first[1]}; check kafka.bootstrap_servers, "
-        "kafka.client_options and max.message.bytes of the topic"
+        f"{len(contents) - len(sent)} of {len(contents)} dead letters were not replayed: {first[0] or 'all'}: "
+        f"{first[1]}; check kafka.bootstrap_servers, kafka.client_options and max.message.bytes of the topic"
     )

@@ -1,4 +1,4 @@
-"""Why a record could not be used: every code that a dead letter can carry, and what a person can do about it."""
+"""The reasons of dead letters: every code, its meaning, and what an operator can do about it."""
 
 from __future__ import annotations
 
@@ -10,90 +10,79 @@ UNREADABLE = "unreadable"
 
 @dataclass(frozen=True, slots=True)
 class Reason:
-    """What a code says."""
+    """Meaning of a code, and the action that it calls for."""
 
-    means: str
-    do: str
+    meaning: str
+    action: str
 
 
-_REPORT = "The node has a fault: report it with the dead letter. Nothing can be done about the record itself."
+_REPORT = "Report a fault of the node, with the dead letter. The record itself cannot be repaired."
 _UPGRADE = "Upgrade the stream worker, then replay the dead letters; or stop the foreign producer."
+_REWRITTEN = "Find the process that rewrites headers or values between node and worker."
 
 REASONS = {
     "empty": Reason(
-        "A record without a value: no node sends one.",
-        "Find who else writes to the topic; only nodes may.",
+        "The record has no value. Nodes never send such a record.",
+        "Find the other producer of the topic. Only nodes may write to it.",
     ),
     "foreign_content": Reason(
-        "The header content-type names something else than an Arrow stream.",
-        "Find who else writes to the topic, or give the nodes a topic of their own (kafka.traces_topic).",
+        "The header content-type does not name an Arrow stream.",
+        "Find the other producer of the topic, or give the nodes a topic of their own (kafka.traces_topic).",
     ),
     "foreign_schema": Reason(
-        "The header schema, or the columns in the record, are of a version that this worker does not read.",
+        "This worker does not read the schema version in the header, or the columns of the record.",
         _UPGRADE,
     ),
-    "foreign_format": Reason("The record says that it is of another format.", _UPGRADE),
+    "foreign_format": Reason("The record names another format.", _UPGRADE),
     "truncated": Reason(
-        "Fewer bytes than the smallest chunk has.",
-        "Look for what cuts messages between node and worker; the rest of the record is gone.",
+        "The record has fewer bytes than the smallest chunk.",
+        "Find the process that truncates messages between node and worker. The rest of the record is lost.",
     ),
     "corrupt": Reason(
-        "The checksum does not fit: the bytes were cut or altered after the node had made them.",
-        "Check memory and disks of the brokers, and whatever copies the topic. Replaying gives the same result.",
+        "The checksum does not match: the bytes were cut or altered after the node had sent them.",
+        "Check memory and disks of the brokers, and any process that copies the topic. A replay has the same result.",
     ),
-    "not_arrow": Reason("The bytes are those that were sent, but no Arrow stream.", _REPORT),
-    "bad_envelope": Reason("A field of the envelope is missing or of the wrong kind.", _REPORT),
+    "not_arrow": Reason("The bytes are those that the node sent, but they are not an Arrow stream.", _REPORT),
+    "bad_envelope": Reason("A field of the envelope is missing or has the wrong type.", _REPORT),
     "bad_line": Reason(
         "The speculator line cannot be the name of a folder.",
         "Correct it in the engine that writes these traces: letters, digits, dot, dash and underscore, at most 128.",
     ),
-    "header_mismatch": Reason(
-        "A header says something else than the envelope beside it: what travels is not what was announced.",
-        "Look for what rewrites headers or values between node and worker.",
-    ),
-    "wrong_count": Reason(
-        "The header rows does not say how many verify steps the record holds.",
-        "Look for what rewrites headers or values between node and worker.",
-    ),
+    "header_mismatch": Reason("A header contradicts the envelope of its record.", _REWRITTEN),
+    "wrong_count": Reason("The header rows differs from the number of verify steps in the record.", _REWRITTEN),
     "contradiction": Reason(
-        "Lengths, links or positions in the record do not fit together; the detail says which.",
+        "Lengths, links or positions in the record contradict each other. The detail says which.",
         _REPORT,
     ),
-    "bad_token": Reason(
-        "A token id below 0, or not in the vocabulary that the node has announced.",
-        _REPORT,
-    ),
+    "bad_token": Reason("A token id is negative, or outside the vocabulary that the node announced.", _REPORT),
     "bad_number": Reason(
-        "A feature, log-probability or sampling setting is infinite or not a number, or a time is none.",
-        "Look at the target on that node: its states overflow, or its weights are damaged. For a time: at its clock.",
+        "A feature, log-probability or sampling parameter is infinite or NaN, or a time is out of range.",
+        "Check the target on that node: its states overflow, or its weights are damaged. For a time, check its clock.",
     ),
-    "too_large": Reason(
-        "A number that does not fit into its column, or more features in one record than a row can hold.",
-        _REPORT,
-    ),
+    "too_large": Reason("A number does not fit into its column, or the features exceed the size of a row.", _REPORT),
     "claim_foreign": Reason(
-        "The record names a file outside the store that this worker reads.",
+        "The claim check names a file outside the claim store of this worker.",
         "Set traces.claim_check_uri of nodes and workers to the same address, then replay the dead letters.",
     ),
     "claim_missing": Reason(
-        "The file that holds the features is not there.",
-        "Keep claim-check files longer than kafka.retention. If the file can be brought back, replay.",
+        "The file of the claim check does not exist.",
+        "Keep claim-check files longer than kafka.retention. If the file can be restored, replay the dead letters.",
     ),
     "claim_corrupt": Reason(
-        "The file that holds the features is not the one that was written.",
-        "Check what else writes to traces.claim_check_uri. If the file can be brought back, replay.",
+        "The file of the claim check differs from the file that the node wrote.",
+        "Find the other writer to traces.claim_check_uri. If the file can be restored, replay the dead letters.",
     ),
     DUPLICATE: Reason(
-        "The same chunk was taken already, at the offset in the detail.",
-        "Nothing: the tables hold it once. If many come, look for what copies records into the topic.",
+        "The same chunk was written before, from the offset in the detail.",
+        "Do nothing: the tables contain it once. If there are many, find the process that copies records to the topic.",
     ),
     "lost_to_retention": Reason(
-        "The broker deleted records before a worker had read them; the detail says which.",
-        "Raise kafka.retention above the longest outage of the workers. The records are gone.",
+        "The broker deleted records before a worker had read them. The detail says which.",
+        "Raise kafka.retention above the longest outage of the workers. The records are lost.",
     ),
     UNREADABLE: Reason(
-        "Reading the record failed in a way that nobody foresaw.",
-        "Report it with the dead letter; replay it after a fix.",
+        "Reading the record failed with an unexpected error.",
+        "Report it with the dead letter. Replay it after a fix.",
     ),
 }
-"""By code."""
+"""Reasons by code."""

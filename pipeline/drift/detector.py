@@ -1,27 +1,23 @@
-"""When the traffic changes: whether a version is accepted more or less often than before. No I/O and no clock.
+"""Drift detection: whether a speculator version is accepted more or less often than before. No I/O and no clock.
 
-**What is observed.** A request once, by the chunk that holds its verify step 1. Verify steps of one request are
-alike, and so are
-its chunks, but ADWIN's bound is for independent observations. With every verify step as one, every sixth stationary
-stream
-of 5,000 raised a false alarm; with every chunk of long answers, three of four did; with one observation for each
-request, none of 300. It needs no memory of requests, as a verify step says its number.
+**Observation.** A request is observed once, by the chunk with its verify step 1. The verify steps of a request are
+alike, and so are its chunks, but ADWIN's bound assumes independent observations. With one observation per verify step,
+every sixth stationary stream of 5,000 raised a false alarm; with one per chunk of long answers, three of four did; with
+one per request, none of 300 did. This needs no memory of requests, because a verify step has a number.
 
-**Which figure.** ``acceptance``: the share of a request's verify steps with a draft in which the target took the
-draft's
-first choice for the next token. It lies between 0 and 1, which ADWIN wants, and it does not depend on how deep or how
-wide a node chooses to draft; the accepted tokens per step does, so it is reported and not judged.
+**Figure.** ``first_token_acceptance`` is the ratio of a request's verify steps with a draft in which the target
+accepted the first draft token. It lies between 0 and 1, as ADWIN requires, and it does not depend on the depth or width
+of the draft. The acceptance length does, so it is reported but not tested.
 
-**Where it changed.** ADWIN says that a window does not have one mean, and drops old observations until it has: a coarse
-answer to where. So the window is split where its halves differ most, by the means' difference over its deviation; those
-are the figures before and after.
+**Position of the change.** ADWIN detects that a window does not have one mean, and drops old observations until it has,
+which locates the change coarsely. So the window is split where its halves differ most, by the difference of the means
+over its deviation. The two halves are reported as ``before`` and ``after``.
 
-**What the state depends on.** Each partition is watched for itself, and its detectors see what lies between two fixed
-offsets: generation g begins at offset ``g * window`` and ends at ``(g + 2) * window``. Two of them are there at a time,
-and the elder one speaks, except of what the one before it has noticed while it spoke. So what is said at an offset
-follows from at most ``3 * window`` records before it, whoever read them and however often it was started anew: the
-state is rebuilt from the table, and says the same again, byte for byte. The price is that partitions do not add up
-their evidence.
+**Determinism.** Each partition has its own detectors, and each detector covers a fixed range of offsets: generation g
+covers offsets from ``g * window`` to ``(g + 2) * window``. Two generations exist at a time. The older one reports,
+except a change that the generation before it reported. So a report at an offset depends on at most ``3 * window``
+records before it, in any worker and after any restart: the state is rebuilt from the table and reports the same events,
+byte for byte. The price is that partitions do not combine their evidence.
 """
 
 from __future__ import annotations
@@ -39,24 +35,24 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.offsets import Source
+from pipeline.offsets import SourcePartition
 from schemas.events import AcceptanceStats, DriftEvent
 from schemas.settings import Drift
 
-COLUMNS = ("offset", "verify_step", "line", "label", "speculator", "time", "draft_tokens", "accepted")
-"""Columns of ``traces`` that observations are made from."""
-KEYS = 256
-"""Versions and labels that a partition keeps apart; beyond it the one that was seen longest ago is forgotten."""
-CLOCK = 8
-"""Observations between two looks for a change."""
+TRACE_COLUMNS = ("offset", "verify_step", "line", "label", "speculator", "time", "draft_tokens", "accepted")
+"""Columns of ``traces`` that observations are computed from."""
+MAX_KEYS = 256
+"""Traffic keys per partition. Beyond it the key that was observed longest ago is evicted."""
+CHECK_INTERVAL = 8
+"""Observations between two checks for a change."""
 Floats = npt.NDArray[np.float64]
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _LATEST_US = 253_370_764_800 * 10**6
-"""The year 9999, where Python's time ends. A record may claim any."""
+"""The year 9999, the last one of ``datetime``. A record may have any time."""
 
 
-class Key(NamedTuple):
-    """What is told apart."""
+class TrafficKey(NamedTuple):
+    """Traffic that is observed separately."""
 
     line: str
     speculator: str
@@ -65,22 +61,20 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """What one request shows of the version that drafted in its first verify steps: means over its verify steps with
-    a draft.
-    """
+    """Acceptance of one request by the version that drafted first: means over its verify steps with a draft."""
 
     offset: int
-    key: Key
+    key: TrafficKey
     time_us: int
-    """Of the last of these verify steps."""
-    acceptance: float
-    accepted_per_step: float
-    drafted: float
+    """Time of the last of these verify steps."""
+    first_token_acceptance: float
+    acceptance_length: float
+    draft_tokens: float
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
-    """Where a series changed, and the figures on both sides."""
+class AcceptanceChange:
+    """A change of acceptance, and the means on both sides of it."""
 
     before: AcceptanceStats
     after: AcceptanceStats
@@ -88,18 +82,24 @@ class Change:
     since_us: int
 
 
-def observations(verify_steps: pa.Table) -> Iterator[Observation]:
-    """What verify steps of one partition show, in the order of their offsets. Chunks are whole; ``COLUMNS`` are
-    used.
+def observe_requests(verify_steps: pa.Table) -> Iterator[Observation]:
+    """Yield the observations in verify steps of one partition, ordered by offset.
+
+    Args:
+        verify_steps: ``TRACE_COLUMNS`` of whole chunks.
     """
-    begun = pc.unique(verify_steps.filter(pc.equal(verify_steps["verify_step"], 1))["offset"])
-    kept = pc.and_(pc.is_in(verify_steps["offset"], value_set=begun), pc.not_equal(verify_steps["speculator"], ""))
-    verify_steps = verify_steps.filter(pc.and_(kept, pc.greater(pc.list_value_length(verify_steps["draft_tokens"]), 0)))
+    first_chunks = pc.unique(verify_steps.filter(pc.equal(verify_steps["verify_step"], 1))["offset"])
+    drafted = pc.and_(
+        pc.is_in(verify_steps["offset"], value_set=first_chunks), pc.not_equal(verify_steps["speculator"], "")
+    )
+    verify_steps = verify_steps.filter(
+        pc.and_(drafted, pc.greater(pc.list_value_length(verify_steps["draft_tokens"]), 0))
+    )
     if not verify_steps.num_rows:
         return
     accepted = verify_steps["accepted"].combine_chunks()
     lengths = pc.list_value_length(accepted)
-    # Node 0 is the draft's first choice, also in a tree.
+    # Node 0 is the first draft token, also in a tree.
     first = np.zeros(len(accepted))
     first[lengths.to_numpy() > 0] = pc.equal(pc.list_element(accepted.filter(pc.greater(lengths, 0)), 0), 0)
     by = ["offset", "line", "speculator", "label"]
@@ -108,120 +108,124 @@ def observations(verify_steps: pa.Table) -> Iterator[Observation]:
             **{name: verify_steps[name] for name in by},
             "time": verify_steps["time"].cast(pa.int64()),
             "first": first,
-            "kept": lengths,
+            "length": pc.add(lengths, 1),
             "drafted": pc.list_value_length(verify_steps["draft_tokens"]),
         }
     )
     grouped = figures.group_by(by, use_threads=False).aggregate(
-        [("time", "max"), ("first", "mean"), ("kept", "mean"), ("drafted", "mean")]
+        [("time", "max"), ("first", "mean"), ("length", "mean"), ("drafted", "mean")]
     )
-    # Groups come in no order.
+    # Groups have no order.
     for row in grouped.sort_by([("offset", "ascending"), ("speculator", "ascending")]).to_pylist():
-        key = Key(row["line"], row["speculator"], row["label"])
-        yield Observation(row["offset"], key, row["time_max"], row["first_mean"], row["kept_mean"], row["drafted_mean"])
+        key = TrafficKey(row["line"], row["speculator"], row["label"])
+        yield Observation(
+            row["offset"], key, row["time_max"], row["first_mean"], row["length_mean"], row["drafted_mean"]
+        )
 
 
-class PartitionWatch:
-    """Watches one partition. Observations come in the order of their offsets."""
+class PartitionDetector:
+    """Detects drift in one partition. Observations are passed in the order of their offsets."""
 
-    def __init__(self, source: Source, settings: Drift) -> None:
+    def __init__(self, source: SourcePartition, settings: Drift) -> None:
         self._source = source
         self._settings = settings
-        self._newest = 0
-        self._elder, self._younger = _Generation(settings), _Generation(settings)
-        self._noticed: dict[Key, int] = {}
-        self._noticed_before: dict[Key, int] = {}
+        self._generation = 0
+        self._older, self._younger = _Generation(settings), _Generation(settings)
+        self._reported: dict[TrafficKey, int] = {}
+        """Offset of the last change of each key that the older generation detected."""
+        self._reported_before: dict[TrafficKey, int] = {}
+        """The same of the generation before it."""
 
-    def observe(self, seen: Observation) -> DriftEvent | None:
-        """Take one observation; an event if it completes the evidence of a change."""
-        self._advance(seen.offset // self._settings.window_records)
-        self._younger.observe(seen)
-        change = self._elder.observe(seen)
+    def observe(self, observation: Observation) -> DriftEvent | None:
+        """Add an observation. Return an event if it completes the evidence of a change."""
+        self._advance(observation.offset // self._settings.window_records)
+        self._younger.observe(observation)
+        change = self._older.observe(observation)
         if change is None:
             return None
-        self._noticed[seen.key] = seen.offset
-        if change.since_offset <= self._noticed_before.get(seen.key, -1):
+        self._reported[observation.key] = observation.offset
+        if change.since_offset <= self._reported_before.get(observation.key, -1):
             return None
-        return _event(self._source, seen, change)
+        return _build_event(self._source, observation, change)
 
-    def figures(self) -> Mapping[Key, AcceptanceStats]:
-        """The means of every key since its last change."""
-        return self._elder.figures()
+    def means(self) -> Mapping[TrafficKey, AcceptanceStats]:
+        """Return the means of every key since its last change."""
+        return self._older.means()
 
     def _advance(self, newest: int) -> None:
-        """Begin the generation with this number, and give the word to the one before it."""
-        for g in range(max(self._newest + 1, newest - 2), newest + 1):
-            self._newest = g
-            self._elder, self._younger = self._younger, _Generation(self._settings)
-            self._noticed_before, self._noticed = self._noticed, {}
+        """Start the generation ``newest``. The one before it reports from now on."""
+        for generation in range(max(self._generation + 1, newest - 2), newest + 1):
+            self._generation = generation
+            self._older, self._younger = self._younger, _Generation(self._settings)
+            self._reported_before, self._reported = self._reported, {}
 
 
-def rebuilt_from(offset: int, window: int) -> int:
-    """The first offset on which depends what is said from ``offset`` on."""
+def find_replay_start(offset: int, window: int) -> int:
+    """Return the first offset that reports from ``offset`` on depend on."""
     return max(0, (offset // window - 2) * window)
 
 
 class _Generation:
-    """Every key's observations of a range of offsets."""
+    """Observations of every key in a range of offsets."""
 
     def __init__(self, settings: Drift) -> None:
         self._settings = settings
-        self._series: dict[Key, _Series] = {}
+        self._series: dict[TrafficKey, _Series] = {}
 
-    def observe(self, seen: Observation) -> Change | None:
-        series = self._series.pop(seen.key, None) or _Series(self._settings)
-        self._series[seen.key] = series  # the one that was seen longest ago stands first
-        if len(self._series) > KEYS:
+    def observe(self, observation: Observation) -> AcceptanceChange | None:
+        series = self._series.pop(observation.key, None) or _Series(self._settings)
+        self._series[observation.key] = series  # the key that was observed longest ago is the first
+        if len(self._series) > MAX_KEYS:
             del self._series[next(iter(self._series))]
-        return series.observe(seen)
+        return series.observe(observation)
 
-    def figures(self) -> Mapping[Key, AcceptanceStats]:
-        return {key: series.figures() for key, series in self._series.items()}
+    def means(self) -> Mapping[TrafficKey, AcceptanceStats]:
+        return {key: series.mean() for key, series in self._series.items()}
 
 
 class _Series:
-    """One key's observations since its last change, and the detector that looks at them."""
+    """Observations of one key since its last change, and their change detector."""
 
     _WIDTH = 5
 
     def __init__(self, settings: Drift) -> None:
         self._settings = settings
-        self._changed = _detector(settings)
-        # Offset, time and figures of each observation, end to end: a tenth of what objects would take.
-        self._seen = array("d")
-        self._sums = (0.0, 0.0, 0.0)
+        self._is_changed = _create_adwin(settings)
+        # Offset, time and figures of each observation, end to end: a tenth of the memory of objects.
+        self._observations = array("d")
+        self._sums = np.zeros(3)
 
-    def observe(self, seen: Observation) -> Change | None:
-        self._seen.extend((seen.offset, seen.time_us, seen.acceptance, seen.accepted_per_step, seen.drafted))
-        acceptance, accepted_per_step, drafted = self._sums
-        self._sums = (acceptance + seen.acceptance, accepted_per_step + seen.accepted_per_step, drafted + seen.drafted)
-        return self._begin_anew() if self._changed(seen.acceptance) else None
+    def observe(self, one: Observation) -> AcceptanceChange | None:
+        figures = (one.first_token_acceptance, one.acceptance_length, one.draft_tokens)
+        self._observations.extend((one.offset, one.time_us, *figures))
+        self._sums += figures
+        return self._split() if self._is_changed(one.first_token_acceptance) else None
 
-    def figures(self) -> AcceptanceStats:
-        n = len(self._seen) // self._WIDTH
-        acceptance, accepted_per_step, drafted = (total / n for total in self._sums)
-        return AcceptanceStats(
-            requests=n, first_token_acceptance=acceptance, acceptance_length=1 + accepted_per_step, draft_tokens=drafted
+    def mean(self) -> AcceptanceStats:
+        return _build_stats(self._sums, len(self._observations) // self._WIDTH)
+
+    def _split(self) -> AcceptanceChange:
+        """Drop the observations before the change. A new detector starts empty, so that one change is reported once."""
+        observations = np.array(self._observations).reshape(-1, self._WIDTH)
+        split = find_split(observations[:, 2], self._settings.min_requests)
+        before, after = observations[:split], observations[split:]
+        self._observations = array("d", after.ravel())
+        self._sums = after[:, 2:].sum(axis=0)
+        self._is_changed = _create_adwin(self._settings)
+        return AcceptanceChange(
+            before=_build_stats(before[:, 2:].sum(axis=0), len(before)),
+            after=_build_stats(self._sums, len(after)),
+            since_offset=int(after[0, 0]),
+            since_us=int(after[0, 1]),
         )
 
-    def _begin_anew(self) -> Change:
-        """Forget what was before the change. The detector learns from nothing: one change is told once."""
-        seen = np.array(self._seen).reshape(-1, self._WIDTH)
-        split = split_of(seen[:, 2], self._settings.min_requests)
-        before, after = seen[:split], seen[split:]
-        self._seen = array("d", after.ravel())
-        acceptance, accepted_per_step, drafted = map(float, after[:, 2:].sum(axis=0))
-        self._sums = acceptance, accepted_per_step, drafted
-        self._changed = _detector(self._settings)
-        return Change(_means(before), _means(after), since_offset=int(after[0, 0]), since_us=int(after[0, 1]))
 
-
-def split_of(figures: Floats, least: int) -> int:
-    """How many of the figures lie before the point where the means on its two sides differ most, for their lengths.
+def find_split(figures: Floats, least: int) -> int:
+    """Return the number of figures before the point where the means of the two sides differ most, for their lengths.
 
     Args:
-        figures: [n] in their order, n at least twice ``least``.
-        least: Figures on each side.
+        figures: [n] figures in order, n at least twice ``least``.
+        least: Least number of figures on each side.
     """
     n = len(figures)
     left = np.arange(least, n - least + 1)
@@ -230,44 +234,44 @@ def split_of(figures: Floats, least: int) -> int:
     return int(left[np.argmax(np.abs(difference) * np.sqrt(left * (n - left)))])
 
 
-def _detector(settings: Drift) -> Callable[[float], bool]:
-    """ADWIN. Takes the next figure; tells whether the figures so far cannot have one mean."""
-    # The class behind ``river.drift.ADWIN``. The module of that one imports scikit-learn, pandas and SQLAlchemy for its
-    # other content: 80 to 130 MB and over a second for each worker. A test holds that both say the same.
+def _create_adwin(settings: Drift) -> Callable[[float], bool]:
+    """Return an ADWIN detector: a function that adds a figure and returns whether the figures cannot have one mean."""
+    # The class behind ``river.drift.ADWIN``. That module imports scikit-learn, pandas and SQLAlchemy for its other
+    # classes: 80 to 130 MB and over a second for each worker. A test checks that both give the same results.
     from river._river_rust.drift import AdaptiveWindowing
 
     least = settings.min_requests
     update: Callable[[float], bool] = AdaptiveWindowing(
-        delta=settings.delta, clock=CLOCK, min_window_length=least, grace_period=2 * least
+        delta=settings.delta, clock=CHECK_INTERVAL, min_window_length=least, grace_period=2 * least
     ).update
     return update
 
 
-def _means(seen: Floats) -> AcceptanceStats:
-    acceptance, accepted_per_step, drafted = map(float, seen[:, 2:].mean(axis=0))
+def _build_stats(sums: Floats, requests: int) -> AcceptanceStats:
+    first_token_acceptance, acceptance_length, draft_tokens = (sums / requests).tolist()
     return AcceptanceStats(
-        requests=len(seen),
-        first_token_acceptance=acceptance,
-        acceptance_length=1 + accepted_per_step,
-        draft_tokens=drafted,
+        requests=requests,
+        first_token_acceptance=first_token_acceptance,
+        acceptance_length=acceptance_length,
+        draft_tokens=draft_tokens,
     )
 
 
-def _event(source: Source, seen: Observation, change: Change) -> DriftEvent:
-    coordinates = json.dumps([*source, seen.offset, *seen.key])
+def _build_event(source: SourcePartition, observation: Observation, change: AcceptanceChange) -> DriftEvent:
+    coordinates = json.dumps([*source, observation.offset, *observation.key])
     return DriftEvent(
         id=hashlib.blake2b(coordinates.encode(), digest_size=8).hexdigest(),
-        time=_time(seen.time_us),
-        **seen.key._asdict(),
+        time=_to_datetime(observation.time_us),
+        **observation.key._asdict(),
         topic=source.topic,
         partition=source.partition,
-        offset=seen.offset,
+        offset=observation.offset,
         direction="fall" if change.after.first_token_acceptance < change.before.first_token_acceptance else "rise",
         before=change.before,
         after=change.after,
-        since=_time(change.since_us),
+        since=_to_datetime(change.since_us),
     )
 
 
-def _time(microseconds: int) -> datetime:
+def _to_datetime(microseconds: int) -> datetime:
     return _EPOCH + timedelta(microseconds=min(max(microseconds, 0), _LATEST_US))

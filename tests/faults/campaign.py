@@ -21,7 +21,7 @@ from traffic import HARMS, Traffic
 
 from pipeline import topics
 from pipeline.delta import DeltaLog
-from pipeline.offsets import COMMIT_ORDER, Source, transaction_id
+from pipeline.offsets import COMMIT_ORDER, SourcePartition, transaction_id
 from schemas.settings import Settings
 
 HARMED_SHARE = 0.02
@@ -149,7 +149,7 @@ class Campaign:
         topic = self.settings.kafka.traces_topic
         address = self.settings.tables.uri.rstrip("/")
         tables = {name: DeltaTable(f"{address}/{name}") for name in COMMIT_ORDER}
-        sources = [Source(topic, partition) for partition in range(self.settings.kafka.partitions)]
+        sources = [SourcePartition(topic, partition) for partition in range(self.settings.kafka.partitions)]
         return any(
             len({table.transaction_version(transaction_id(name, source)) for name, table in tables.items()}) > 1
             for source in sources

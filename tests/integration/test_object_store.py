@@ -12,13 +12,21 @@ from recorded import conversation, record_of, tables_of
 
 from pipeline.delta import DeltaLog, TableError
 from pipeline.maintenance import Maintenance
-from pipeline.offsets import COMMIT_ORDER, Batch, ConflictError, FencedError, Intake, Source, transaction_id
+from pipeline.offsets import (
+    COMMIT_ORDER,
+    Batch,
+    ConflictError,
+    FencedError,
+    OffsetCommitter,
+    SourcePartition,
+    transaction_id,
+)
 from schemas.batches import TABLES
 from schemas.claim_store import ClaimStore, ClaimStoreError
 from schemas.settings import Tables, Traces
 from schemas.trace.record import TraceError
 
-SOURCE = Source("traces", 0)
+SOURCE = SourcePartition("traces", 0)
 
 
 def tables_at(store: ObjectStore, prefix: str, **options: str) -> Tables:
@@ -40,7 +48,7 @@ def test_batches_are_committed_fenced_merged_and_read(object_store: ObjectStore)
     settings = tables_at(object_store, "fenced")
     log = DeltaLog(settings)
     log.create()
-    stale, owner = Intake(log), Intake(DeltaLog(settings))
+    stale, owner = OffsetCommitter(log), OffsetCommitter(DeltaLog(settings))
     stale.commit([batch(0)])
     owner.commit([batch(1)])
     with pytest.raises(FencedError):
@@ -55,8 +63,8 @@ def test_batches_are_committed_fenced_merged_and_read(object_store: ObjectStore)
     assert log.read("accepted").schema == TABLES["accepted"]
     assert log.read_added("accepted", 2, 4).equals(added)
     assert offsets(log.read("accepted", ["offset"], at=2)) == [0, 1]
-    assert log.committed("accepted", 1)
-    assert log.committed("accepted", 99) is None
+    assert log.commit_time("accepted", 1)
+    assert log.commit_time("accepted", 99) is None
     stale.commit([batch(4)])
     assert log.query("select count(*) as n from accepted").read_all()["n"].to_pylist() == [5]
 

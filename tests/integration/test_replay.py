@@ -18,9 +18,9 @@ from typer.testing import CliRunner, Result
 from ops.cli.main import app
 from pipeline import topics
 from pipeline.batches import build
-from pipeline.dead_letters.queue import DeadLetters, Wanted
+from pipeline.broker import TopicError
+from pipeline.dead_letters.queue import DeadLetterFilter, DeadLetterQueue
 from pipeline.delta import DeltaLog
-from pipeline.kafka_admin import TopicError
 from schemas.batches import DEAD_LETTERS
 from schemas.claim_store import ClaimStore
 from schemas.settings import Settings, Traces, to_environ
@@ -116,9 +116,9 @@ def test_a_letter_that_the_broker_refuses_is_an_error_and_is_not_noted(settings:
         for n, size in enumerate([10, 40_000, 10])
     ]
     tables.append("dead_letters", pa.Table.from_pylist(letters, schema=DEAD_LETTERS))
-    dead = DeadLetters(tables, settings.kafka)
+    dead = DeadLetterQueue(tables, settings.kafka)
     with pytest.raises(
         TopicError, match=r"1 of 3 dead letters were not published again: elsewhere/0/1: .*max\.message"
     ):
-        list(dead.replay(dead.find(Wanted())))
+        list(dead.replay(dead.find(DeadLetterFilter())))
     assert sorted(tables.read("replays")["offset"].to_pylist()) == [0, 2]

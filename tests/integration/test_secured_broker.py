@@ -14,11 +14,10 @@ from confluent_kafka import KafkaError
 from secured_broker import Secured, secured_broker
 from stream_worker import CHECKOUT, Publisher, chunk, rows_of_records, stream_settings, wait_until, worker
 
-from pipeline import consumer_credentials, topics
+from pipeline import consumer, topics
+from pipeline.broker import BrokerUnreachableError, TopicError, Watermarks
 from pipeline.delta import DeltaLog
-from pipeline.kafka_admin import TopicError
-from pipeline.offsets import Source
-from pipeline.watermarks import BrokerAwayError, Watermarks
+from pipeline.offsets import SourcePartition
 from schemas.settings import Kafka, Settings, Traces, to_environ
 from schemas.telemetry.trace_context import request_context
 from schemas.trace.record import encode
@@ -50,7 +49,7 @@ def test_both_clients_come_in_by_every_way_that_is_understood(secured: Secured) 
     inline = without(secured.by_password(SCRAM), "ssl.ca.location", ssl_ca_pem=Path(secured.ca).read_text())
     for kafka in [*ways, inline]:
         topics.compare(kafka)
-        consumer_credentials.check(kafka)
+        consumer.check_connection(kafka)
 
 
 def test_with_one_setting_node_and_worker_bring_records_into_the_tables(
@@ -79,7 +78,7 @@ def test_with_one_setting_node_and_worker_bring_records_into_the_tables(
 @pytest.mark.parametrize("mechanism", ["PLAIN", SCRAM])
 def test_a_wrong_password_is_told_by_both_clients_and_names_the_setting(secured: Secured, mechanism: str) -> None:
     wrong = secured.by_password(mechanism, "falsch")
-    for way_in in (topics.create, consumer_credentials.check):
+    for way_in in (topics.create, consumer.check_connection):
         with pytest.raises(TopicError, match=r"check kafka\.client_options") as raised:
             way_in(wrong)
         assert "uthentication" in str(raised.value)
@@ -103,10 +102,10 @@ def test_a_stream_worker_with_a_wrong_password_ends_with_one_line(secured: Secur
 
 
 def test_a_worker_that_is_let_in_no_more_says_why(secured: Secured, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.watermarks.TIMEOUT_S", 3.0)
+    monkeypatch.setattr("pipeline.broker.WATERMARK_TIMEOUT_S", 3.0)
     watermarks = Watermarks(secured.by_password(SCRAM, "falsch"))
-    with pytest.raises(BrokerAwayError, match=r"uthentication.*kafka\.client_options"):
-        watermarks.bounds([Source("traces", 0)])
+    with pytest.raises(BrokerUnreachableError, match=r"uthentication.*kafka\.client_options"):
+        watermarks.read([SourcePartition("traces", 0)])
 
 
 def test_a_node_hears_that_its_password_is_wrong(secured: Secured) -> None:
@@ -122,6 +121,6 @@ def test_a_node_hears_that_its_password_is_wrong(secured: Secured) -> None:
 
 def test_a_certificate_that_nobody_signed_is_told_with_the_setting(secured: Secured) -> None:
     unknown = without(secured.by_password(SCRAM), "ssl.ca.location")
-    for way_in in (topics.create, consumer_credentials.check):
+    for way_in in (topics.create, consumer.check_connection):
         with pytest.raises(TopicError, match=r"(?s)certificate.*kafka\.client_options"):
             way_in(unknown)

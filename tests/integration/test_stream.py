@@ -17,9 +17,9 @@ from stream_worker import Publisher, chunk, claimed_chunks, rows_of_records, str
 
 from pipeline import topics
 from pipeline.batches import build
-from pipeline.deduplication import Known
+from pipeline.deduplication import DeduplicationWindow
 from pipeline.delta import DeltaLog
-from pipeline.offsets import LOST
+from pipeline.offsets import LOST_TO_RETENTION
 from schemas.claim_store import ClaimStore
 from schemas.settings import Settings, Traces
 from schemas.status import StreamStatus
@@ -54,7 +54,10 @@ class Stage:
 
     def assert_equal_to_the_ledger(self) -> None:
         records = sorted(self.publisher.ledger.records, key=lambda r: (r.partition, r.offset))
-        claimed, known = ClaimStore(self.settings.traces).get, Known(self.settings.stream.duplicate_window)
+        claimed, known = (
+            ClaimStore(self.settings.traces).get,
+            DeduplicationWindow(self.settings.stream.duplicate_window),
+        )
         for name, rows in build(records, self.settings.stream.context_tokens, claimed, known).rows.items():
             stored = self.tables.read(name).sort_by([("partition", "ascending"), ("offset", "ascending")])
             assert stored.equals(rows), name
@@ -129,7 +132,7 @@ def test_records_that_the_broker_deleted_unread_are_an_alarm_and_a_dead_letter(s
         assert wait_until(lambda: stage.tables.row_count("accepted") >= kept, 40), stage.log.read_text()[-5_000:]
         assert stage.status().records_lost == sum(deleted.values())
     letters = stage.tables.read("dead_letters").sort_by("partition").to_pylist()
-    assert [(row["reason"], row["offset"]) for row in letters] == [(LOST, 0)] * len(letters)
+    assert [(row["reason"], row["offset"]) for row in letters] == [(LOST_TO_RETENTION, 0)] * len(letters)
     assert [row["detail"].split(":")[0] for row in letters] == [f"offsets 0 to {end - 1}" for end in deleted.values()]
     offsets = stage.tables.read("accepted", ["partition", "offset"]).to_pylist()
     assert sorted((row["partition"], row["offset"]) for row in offsets) == [

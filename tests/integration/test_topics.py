@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 
 from ops.cli.main import app
 from pipeline import topics
-from pipeline.kafka_admin import TopicError
+from pipeline.broker import TopicError
 from schemas.settings import Kafka
 
 

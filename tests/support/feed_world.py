@@ -44,7 +44,7 @@ class MemoryLog:
     def version(self, name: str) -> int:
         return len(self._commits[name])
 
-    def oldest(self, name: str) -> int:
+    def oldest_readable(self, name: str) -> int:
         return 0
 
     def read_added(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.offsets import COMMIT_ORDER, LOST, ConflictError, Source
+from pipeline.offsets import COMMIT_ORDER, LOST_TO_RETENTION, ConflictError, SourcePartition
 from schemas.batches import TABLES
 
 
@@ -74,12 +74,12 @@ class MemoryTables:
         return MemorySnapshot(self.tables[name], self)
 
     def offsets(self, name: str) -> list[int]:
-        return [offset for _, offset, reason in self.tables[name].rows if reason != LOST]
+        return [offset for _, offset, reason in self.tables[name].rows if reason != LOST_TO_RETENTION]
 
     def read(self, name: str) -> pa.Table:
         return pa.concat_tables([TABLES[name].empty_table(), *self.tables[name].commits])
 
-    def read_offsets(self, name: str, source: Source, offsets: range, columns: Sequence[str]) -> pa.Table:
+    def read_offsets(self, name: str, source: SourcePartition, offsets: range, columns: Sequence[str]) -> pa.Table:
         rows = self.read(name).sort_by("offset")
         of_source = pc.and_(pc.equal(rows["topic"], source.topic), pc.equal(rows["partition"], source.partition))
         inside = pc.and_(pc.greater_equal(rows["offset"], offsets.start), pc.less(rows["offset"], offsets.stop))

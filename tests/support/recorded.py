@@ -104,5 +104,5 @@ def record_of(  # noqa: PLR0913 - one for each thing that a test may vary
 def tables_of(*records: Record) -> dict[str, pa.Table]:
     """Rows of every table; a record that could not be used is an error here."""
     built = build(records, 32)
-    assert not built.dead, built.rows["dead_letters"].to_pylist()
+    assert not built.dead_letters, built.rows["dead_letters"].to_pylist()
     return dict(built.rows)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.batches import Claimed, Record, no_claims
+from pipeline.batches import ClaimReader, Record, reject_claims
 from pipeline.validation import LINE, TIME_END_US
 from schemas.batches import TABLES, day_of
 from schemas.draft_tree import rejected_branches
@@ -22,7 +22,7 @@ from schemas.trace.decoder import open_chunk
 from schemas.trace.record import INT32_MAX, ROOT, Chunk, Envelope, TraceError, VerifyStep
 
 BF16_EXPONENT = 0x7F80
-"""A bf16 number with all of these bits set is infinite or not a number."""
+"""A bf16 number with all of these bits set is infinite or NaN."""
 
 Row = dict[str, Any]
 
@@ -34,7 +34,7 @@ def decode(value: bytes) -> Chunk:
 
 
 def build(
-    records: Iterable[Record], context_tokens: int, claimed: Claimed = no_claims, window: int = 0
+    records: Iterable[Record], context_tokens: int, claimed: ClaimReader = reject_claims, window: int = 0
 ) -> dict[str, pa.Table]:
     """Rows of every table; a record repeats any of the ``window`` offsets before it in its partition."""
     rows: dict[str, list[Row]] = {name: [] for name in ("dead_letters", "rejected", "traces", "accepted")}
@@ -53,7 +53,7 @@ def build(
     return {name: _table(TABLES[name], of_table) for name, of_table in rows.items()}
 
 
-def _sound_chunk(record: Record, claimed: Claimed) -> Chunk:
+def _sound_chunk(record: Record, claimed: ClaimReader) -> Chunk:
     if record.value is None:
         raise TraceError("empty", "a record without a value")
     _check_headers(record)
@@ -83,7 +83,7 @@ def _check_news(record: Record, chunk: Chunk, taken: dict[object, list[int]], wi
     taken[name].append(record.offset)
 
 
-def _with_features(chunk: Chunk, claimed: Claimed) -> Chunk:
+def _with_features(chunk: Chunk, claimed: ClaimReader) -> Chunk:
     """The chunk as if its features had travelled in it."""
     claim = chunk.envelope.claim
     if claim is None or not chunk.verify_steps:
@@ -245,7 +245,7 @@ def _check_verify_step(r: VerifyStep, vocabulary: int | None) -> None:
     if not 0 <= r.time_us < TIME_END_US:
         raise TraceError("bad_number", f"{where}: time {r.time_us} us, expected one before the year 10000")
     if r.verify_step > 0 and r.bonus is None:
-        raise TraceError("contradiction", f"{where}: no bonus, although only the inside of a prompt has none")
+        raise TraceError("contradiction", f"{where}: no bonus token; only a part of the prompt has none")
     end = vocabulary or 2**31
     bonus = () if r.bonus is None else (r.bonus,)
     ids = {"tokens": r.tokens, "draft_tokens": r.draft_tokens, "top_ids": r.top_ids.ravel().tolist(), "bonus": bonus}
@@ -254,9 +254,9 @@ def _check_verify_step(r: VerifyStep, vocabulary: int | None) -> None:
             if not 0 <= token < end:
                 raise TraceError("bad_token", f"{where}: token id {token} in {name}, expected 0 to {end - 1}")
     if ((r.features & BF16_EXPONENT) == BF16_EXPONENT).any():
-        raise TraceError("bad_number", f"{where}: a feature is infinite or not a number")
+        raise TraceError("bad_number", f"{where}: a feature is infinite or NaN")
     if np.isinf(r.draft_logprobs).any() or not np.isfinite(r.top_logprobs).all():
-        raise TraceError("bad_number", f"{where}: a log-probability is infinite, or the target's is not a number")
+        raise TraceError("bad_number", f"{where}: a log-probability is infinite, or the target's is NaN")
 
 
 def _check_order(one: VerifyStep, after: VerifyStep) -> None:

@@ -19,7 +19,7 @@ from typing import Protocol
 import pyarrow as pa
 import structlog
 
-from pipeline.delta import GoneError
+from pipeline.delta import HistoryExpiredError
 from trainer.data.replay_sampler import version_number
 from trainer.data.rows import ACCEPTED_COLUMNS, REJECTED_COLUMNS, Row, has_beginning, has_root, window_of
 from trainer.data.samples import Window, cut
@@ -50,7 +50,7 @@ class Tables(Protocol):
             GoneError: some of them can no longer be read.
         """
 
-    def oldest(self, name: str) -> int:
+    def oldest_readable(self, name: str) -> int:
         """The version after which all rows that were appended can be read."""
 
 
@@ -122,9 +122,9 @@ class Reader:
         """
         try:
             return list(self._read(up_to, rejected_up_to, all_rejected=all_rejected))
-        except GoneError as error:
+        except HistoryExpiredError as error:
             log.warning("versions_gone", why=str(error))
-        oldest, oldest_rejected = self._tables.oldest("accepted"), self._tables.oldest("rejected")
+        oldest, oldest_rejected = self._tables.oldest_readable("accepted"), self._tables.oldest_readable("rejected")
         self._counts["versions_gone"] += max(0, oldest - self.cursor)
         self.cursor, self.rejected_cursor = max(self.cursor, oldest), max(self.rejected_cursor, oldest_rejected)
         up_to, rejected_up_to = max(up_to, self.cursor), max(rejected_up_to, self.rejected_cursor)

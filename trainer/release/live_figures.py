@@ -25,7 +25,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.delta import DeltaLog, GoneError, escaped
+from pipeline.delta import DeltaLog, HistoryExpiredError, escape_sql
 from trainer.release.sequential_test import I64, ServedTraffic
 
 COLUMNS = ("line", "speculator", "label", "node", "time", "verify_step", "accepted", "bonus", "draft_us", "verify_us")
@@ -119,7 +119,7 @@ class LiveFigures:
         else:
             try:
                 added = self._tables.read_added("traces", known.table_version, newest, COLUMNS)
-            except GoneError:
+            except HistoryExpiredError:
                 sums = self._query(line, since, newest)
             else:
                 rows = added.filter(pc.and_(pc.equal(added["line"], line), pc.greater(added["verify_step"], 0)))
@@ -133,7 +133,7 @@ class LiveFigures:
         quoted = ", ".join(f'"{column}"' for column in COLUMNS)
         # The day is the broker's, which may differ slightly from the node's.
         batches = self._tables.query(
-            f"SELECT {quoted} FROM traces WHERE line = '{escaped(line)}' AND verify_step > 0 "  # noqa: S608 - names of columns
+            f"SELECT {quoted} FROM traces WHERE line = '{escape_sql(line)}' AND verify_step > 0 "  # noqa: S608 - names of columns
             f"AND day >= '{(moment - timedelta(days=1)).date()}' "
             f"AND time >= to_timestamp_micros({round(since * 1e6)})",
             {"traces": table_version},

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.delta import DeltaLog, Moment, escaped
+from pipeline.delta import DeltaLog, Moment, escape_sql
 from trainer.data.rows import ACCEPTED_COLUMNS, window_of
 from trainer.data.samples import Teacher
 
@@ -182,7 +182,7 @@ def join(
 
 def _windows(log: DeltaLog, some: Sequence[Listed], at: Mapping[str, Moment]) -> dict[str, list[dict[str, Any]]]:
     """Rows of ``accepted`` by request, in the order of their chunks."""
-    names = ", ".join(f"'{escaped(one.request)}'" for one in some)
+    names = ", ".join(f"'{escape_sql(one.request)}'" for one in some)
     first, last = min(one.offsets[0] for one in some), max(one.offsets[1] for one in some)
     columns = ", ".join(f'"{column}"' for column in ("chunk", *ACCEPTED_COLUMNS))
     rows = log.query(

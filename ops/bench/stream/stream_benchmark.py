@@ -17,9 +17,9 @@ from ops.bench.harness import Figure, Goal, Report, Say, Session, TrialValues, i
 from ops.bench.stream import topic_drain
 from ops.bench.stream.recorded_messages import TraceMessage, build_messages, read_recorded
 from ops.bench.stream.topic_drain import DrainCost, TopicFactory
+from pipeline.broker import client_config
 from pipeline.delta import DeltaLog
-from pipeline.kafka_admin import client
-from pipeline.offsets import Source
+from pipeline.offsets import SourcePartition
 from schemas.errors import UserError
 from schemas.settings import Settings
 
@@ -166,8 +166,8 @@ def _measure_latency(factory: TopicFactory, messages: Sequence[TraceMessage], ev
     published: list[float] = []
     visible: list[float] = []
     with factory.new_topic() as settings, topic_drain.running_workers(settings, 1):
-        producer = Producer(client(settings.kafka, **{"linger.ms": 20}))
-        log, source = DeltaLog(settings.tables), Source(settings.kafka.traces_topic, 0)
+        producer = Producer(client_config(settings.kafka, **{"linger.ms": 20}))
+        log, source = DeltaLog(settings.tables), SourcePartition(settings.kafka.traces_topic, 0)
         started = time.monotonic()
         while len(visible) < len(messages):
             now = time.monotonic()

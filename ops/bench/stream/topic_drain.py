@@ -24,10 +24,10 @@ from ops.bench.stream.recorded_messages import TraceMessage
 from ops.local.parts import answers
 from ops.local.process import Process
 from pipeline import topics
+from pipeline.broker import client_config
+from pipeline.consumer import COMMIT_BYTES
 from pipeline.delta import DeltaLog
-from pipeline.kafka_admin import client
-from pipeline.offsets import Source, transaction_id
-from pipeline.worker import PART_BYTES
+from pipeline.offsets import SourcePartition, transaction_id
 from schemas.errors import UserError
 from schemas.settings import Kafka, Settings, Tables, to_environ
 from schemas.trace.record import CHECKSUM_BYTES
@@ -96,7 +96,7 @@ def publish(kafka: Kafka, messages: Sequence[TraceMessage]) -> None:
         if error is not None:
             errors.append(error.str())
 
-    producer = Producer(client(kafka, **{"linger.ms": 20, "message.max.bytes": kafka.max_message_bytes}))
+    producer = Producer(client_config(kafka, **{"linger.ms": 20, "message.max.bytes": kafka.max_message_bytes}))
     for number, message in enumerate(messages):
         send = partial(
             producer.produce,
@@ -156,7 +156,7 @@ def drain_bare_loop(settings: Settings) -> DrainCost:
         for value in _consume_all(consumer):
             part.append(value)
             size += len(value)
-            if len(part) >= settings.stream.flush_records or size >= PART_BYTES:
+            if len(part) >= settings.stream.flush_records or size >= COMMIT_BYTES:
                 _append(table, part)
                 part, size = [], 0
         if part:
@@ -173,7 +173,7 @@ def _append(table: str, values: Sequence[bytes]) -> None:
 def _consumer(kafka: Kafka) -> Iterator[Consumer]:
     """Yield a consumer at the start of every partition."""
     options = {"group.id": "bench", "enable.auto.commit": False, "auto.offset.reset": "earliest"}
-    consumer = Consumer(client(kafka, **options))
+    consumer = Consumer(client_config(kafka, **options))
     try:
         consumer.assign([TopicPartition(kafka.traces_topic, number, 0) for number in range(PARTITIONS)])
         yield consumer
@@ -206,7 +206,7 @@ def drain_with_workers(settings: Settings, workers: int, messages: Sequence[Trac
             publish(settings.kafka, messages)
             stopwatch = _Stopwatch(processes)
         log, topic = DeltaLog(settings.tables), settings.kafka.traces_topic
-        ends = {Source(topic, p): len(range(p, len(messages), PARTITIONS)) for p in range(PARTITIONS)}
+        ends = {SourcePartition(topic, p): len(range(p, len(messages), PARTITIONS)) for p in range(PARTITIONS)}
         while any(count_committed(log, source) < end for source, end in ends.items()):
             _check_workers(processes, stopwatch.read().seconds)
             time.sleep(_POLL_S)
@@ -247,7 +247,7 @@ def _has_partitions(url: str, partitions: int) -> bool:
     return False
 
 
-def count_committed(log: DeltaLog, source: Source) -> int:
+def count_committed(log: DeltaLog, source: SourcePartition) -> int:
     """Count the records of a partition whose rows are all in the tables: ``accepted`` is written last."""
     last = log.snapshot("accepted").transaction(transaction_id("accepted", source))
     return 0 if last is None else last + 1

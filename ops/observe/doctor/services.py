@@ -27,7 +27,7 @@ _FIX_TOPICS = "`aurora topics apply` makes it so"
 def look_at_broker(patient: Patient) -> Iterator[Finding]:
     """Whether the broker answers, and whether its topics are as they are declared."""
     from pipeline import topics
-    from pipeline.kafka_admin import connect
+    from pipeline.broker import connect
 
     kafka = patient.settings.kafka
     try:
@@ -45,8 +45,8 @@ def look_at_broker(patient: Patient) -> Iterator[Finding]:
         yield warning("topics", f"{name} does not exist", f"{_FIX_TOPICS}; so does the first stream worker")
     for change in changes:
         if change.found is not None:
-            found = f"{change.topic}: {change.what} is {change.found}, the settings want {change.wanted}"
-            yield problem("topics", found, change.refused or _FIX_TOPICS)
+            found = f"{change.topic}: {change.property} is {change.found}, the settings want {change.declared}"
+            yield problem("topics", found, change.rejected or _FIX_TOPICS)
     if not changes:
         yield ok("topics", "as they are declared")
 
@@ -107,11 +107,11 @@ def look_at_tables(patient: Patient) -> Iterator[Finding]:
     """Whether the tables can be read, and hold rows of our line; says nothing of tables that are not there yet."""
     from deltalake import DeltaTable
 
-    from pipeline.delta import DeltaLog, TableError, failures_of
+    from pipeline.delta import DeltaLog, TableError, translate_errors
 
     settings = patient.settings.tables
     try:
-        with failures_of(f"tables at {settings.uri}"):
+        with translate_errors(f"tables at {settings.uri}"):
             there = DeltaTable.is_deltatable(f"{settings.uri.rstrip('/')}/traces", settings.storage_options or None)
         if not there:
             yield ok("tables", f"none at {settings.uri} yet; a stream worker makes them")

@@ -57,7 +57,7 @@ def test_the_stream_accepts_every_message() -> None:
         for i, m in enumerate(made)
     ]
     built = build(records, 32)
-    assert not built.dead
+    assert not built.dead_letters
     assert built.rows["traces"].num_rows == sum(m.verify_steps for m in made)
     assert sum(map(len, built.rows["accepted"]["tokens"].to_pylist())) == sum(m.tokens for m in made)
     assert sum(len(m.value) for m in made) >= 60_000
@@ -92,6 +92,6 @@ def test_every_measured_figure_is_in_the_list_of_names() -> None:
 
 @pytest.mark.parametrize("size", [QUICK, FULL])
 def test_a_trial_has_enough_messages_for_several_commits(size: StreamSize) -> None:
-    from pipeline.worker import PART_BYTES
+    from pipeline.worker import COMMIT_BYTES
 
-    assert size.mib << 20 >= 4 * PART_BYTES
+    assert size.mib << 20 >= 4 * COMMIT_BYTES

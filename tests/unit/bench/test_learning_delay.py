@@ -12,7 +12,7 @@ from recorded import LINE, conversation, record_of, tables_of
 from ops.bench.loop_served import Row, Served, Waits, elapsed, first_served, read_rows, read_served, waits
 from ops.demo.record import Swap
 from pipeline.delta import DeltaLog
-from pipeline.offsets import Source, transaction_id
+from pipeline.offsets import SourcePartition, transaction_id
 from schemas.settings import Settings, load
 from trainer.data.feed import held_out
 from trainer.release.registry import Version
@@ -69,7 +69,7 @@ def settings(tmp_path: Path) -> Settings:
     for offset in range(3):
         rows = tables_of(record_of(f"request-{offset}", conversation(range(9), 4), offset))
         for name in ("traces", "accepted"):
-            tables.snapshot(name).append(rows[name], {transaction_id(name, Source("traces", 0)): offset})
+            tables.snapshot(name).append(rows[name], {transaction_id(name, SourcePartition("traces", 0)): offset})
     return made
 
 

@@ -117,7 +117,7 @@ def store(settings: Settings, engine: BuiltinEngine, recorder: Recorder) -> int:
         named = tuple((key, text.encode()) for key, text in told.items())
         records.append(Record("t", 0, offset, 1, chunk.envelope.request.encode(), encode(chunk), named))
     built = build(records, 32)
-    assert not built.dead
+    assert not built.dead_letters
     tables = DeltaLog(settings.tables)
     tables.create()
     for name in ("rejected", "traces", "accepted"):

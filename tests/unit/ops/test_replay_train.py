@@ -107,7 +107,7 @@ def test_what_is_done_is_only_read_and_two_processes_come_to_the_same(world: Wor
 
 def test_an_experiment_holds_its_past_and_its_name_stands_for_it(world: World) -> None:
     train(world, "part", "--from", "version:1", "--to", "version:3")
-    held = {one.table: (one.after_version, one.up_to_version) for one in holds.held(world.tables)}
+    held = {one.table: (one.after_version, one.up_to_version) for one in holds.list_holds(world.tables)}
     assert held["accepted"] == (1, 3)
     assert numbers(world, "part")["fast"]["counts"]["windows"] == 2 * REQUESTS
     world.serve(REQUESTS)

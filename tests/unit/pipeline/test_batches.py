@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.batches import Record, build
-from pipeline.deduplication import Known
-from pipeline.validation import unsound
+from pipeline.deduplication import DeduplicationWindow
+from pipeline.validation import find_invalid
 from schemas.batches import TABLES
 from schemas.trace import record as trace
 from schemas.trace.decoder import Lists, VerifySteps
@@ -110,7 +110,7 @@ def reason(made: Record) -> str:
     }  # fmt: skip
     row = only_row(built.rows["dead_letters"])
     assert (row["value"], row["key"], row["offset"]) == (made.value, made.key, made.offset)
-    assert built.dead == {row["reason"]: 1}
+    assert built.dead_letters == {row["reason"]: 1}
     return str(row["reason"])
 
 
@@ -220,7 +220,7 @@ def test_a_chunk_without_verify_steps_adds_nothing_and_is_no_dead_letter() -> No
 def test_a_draft_whose_probabilities_are_not_known_is_a_row_that_says_so() -> None:
     unknown = replace(FIRST, draft_logprobs=(float("nan"),) * 2)
     built = build([record(Chunk(ENVELOPE, (PREFILL, unknown, SECOND)))], 32)
-    assert not built.dead
+    assert not built.dead_letters
     assert np.isnan(built.rows["rejected"].to_pylist()[0]["draft_logprobs"]).all()
 
 
@@ -307,7 +307,7 @@ def test_a_verify_step_outside_the_times_that_readers_know_is_a_dead_letter() ->
 @pytest.mark.parametrize("header", ["target", "node"])
 def test_a_header_that_names_another_target_or_node_than_the_envelope_is_a_dead_letter(header: str) -> None:
     announced = getattr(ENVELOPE, header).encode()
-    assert not build([record(headers=(*record().headers, (header, announced)))], 32).dead
+    assert not build([record(headers=(*record().headers, (header, announced)))], 32).dead_letters
     assert reason(record(headers=(*record().headers, (header, b"another")))) == "header_mismatch"
 
 
@@ -323,7 +323,9 @@ def test_a_header_that_names_another_target_or_node_than_the_envelope_is_a_dead_
 def test_a_token_outside_the_vocabulary_is_a_dead_letter_where_the_vocabulary_is_known(bad: VerifyStep) -> None:
     verify_steps = tuple(bad if bad.verify_step == r.verify_step else r for r in EXAMPLE.verify_steps)
     known = replace(ENVELOPE, vocabulary=124)
-    assert not build([record(Chunk(known, EXAMPLE.verify_steps)), record(Chunk(ENVELOPE, verify_steps))], 32).dead
+    assert not build(
+        [record(Chunk(known, EXAMPLE.verify_steps)), record(Chunk(ENVELOPE, verify_steps))], 32
+    ).dead_letters
     assert reason(record(Chunk(replace(ENVELOPE, vocabulary=123), verify_steps))) == "bad_token"
 
 
@@ -365,31 +367,35 @@ def test_a_record_that_nobody_foresaw_is_a_dead_letter_alone(monkeypatch: pytest
     def fragile(verify_steps: VerifySteps, features: Lists) -> dict[int, TraceError]:
         if any(envelope.request == "odd" for envelope in verify_steps.envelopes):
             raise IndexError("what is this")
-        return unsound(verify_steps, features)
+        return find_invalid(verify_steps, features)
 
-    monkeypatch.setattr("pipeline.batches.unsound", fragile)
+    monkeypatch.setattr("pipeline.batches.find_invalid", fragile)
     odd = Chunk(replace(ENVELOPE, request="odd"), EXAMPLE.verify_steps)
     sent = [record(offset=1), record(odd, offset=2), record(offset=3), record(offset=4, value=b"junk")]
-    built = build(sent, 32, known=Known(1))
+    built = build(sent, 32, window=DeduplicationWindow(1))
     assert built.rows["accepted"]["offset"].to_pylist() == [1, 3]
     letters = built.rows["dead_letters"].select(["offset", "reason", "detail"]).to_pylist()
     assert letters[0] == {"offset": 2, "reason": "unreadable", "detail": "IndexError: what is this"}
     assert [letter["offset"] for letter in letters] == [2, 4]
-    assert [one.offset for one in built.taken] == [1, 3]
+    assert [one.offset for one in built.written] == [1, 3]
 
 
 def test_records_are_the_same_in_runs_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     sent = [record(offset=1), record(offset=2, value=b"junk" * 9), record(offset=3), record(offset=4)]
-    together = build(sent, 32, known=Known(2))
+    together = build(sent, 32, window=DeduplicationWindow(2))
     monkeypatch.setattr("pipeline.batches.RUN_BYTES", 1)
-    alone = build(sent, 32, known=Known(2))
-    assert (alone.dead, alone.taken, alone.gaps) == (together.dead, together.taken, together.gaps)
+    alone = build(sent, 32, window=DeduplicationWindow(2))
+    assert (alone.dead_letters, alone.written, alone.chunk_gaps) == (
+        together.dead_letters,
+        together.written,
+        together.chunk_gaps,
+    )
     assert all(alone.rows[name].equals(rows) for name, rows in together.rows.items())
-    assert together.dead == {"corrupt": 1, "duplicate": 1}
+    assert together.dead_letters == {"corrupt": 1, "duplicate": 1}
 
 
 def test_a_bad_record_does_not_harm_its_neighbours() -> None:
     built = build([record(offset=1), record(offset=2, value=b"junk" * 9), record(offset=3)], 32)
     assert built.rows["accepted"]["offset"].to_pylist() == [1, 3]
     assert built.rows["dead_letters"]["offset"].to_pylist() == [2]
-    assert built.dead == {"corrupt": 1}
+    assert built.dead_letters == {"corrupt": 1}

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.batches import Record, build
-from pipeline.deduplication import Known
+from pipeline.deduplication import DeduplicationWindow
 from schemas.draft_tree import chain
 from schemas.trace import record as trace
 from schemas.trace.decoder import decode
@@ -174,7 +174,7 @@ def assert_as_the_reference(sent: Sequence[Sent], window: int = 0) -> dict[str, 
         return get
 
     records = [s.record for s in sent]
-    built = build(records, CONTEXT, reader(), Known(window))
+    built = build(records, CONTEXT, reader(), DeduplicationWindow(window))
     expected = slow_batches.build(records, CONTEXT, reader(), window)
     letters = ["offset", "reason", "detail", "rows"]
     assert (
@@ -186,7 +186,7 @@ def assert_as_the_reference(sent: Sequence[Sent], window: int = 0) -> dict[str, 
         assert found.to_pylist() == wanted.to_pylist(), name
         assert found.equals(wanted), name
         built.rows[name].validate(full=True)
-    return dict(built.dead)
+    return dict(built.dead_letters)
 
 
 def comparable(rows: pa.Table) -> pa.Table:

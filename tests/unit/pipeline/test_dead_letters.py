@@ -11,10 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from recorded import conversation, record_of
 
-from pipeline.dead_letters.diagnosis import examine, hexdump
-from pipeline.dead_letters.queue import Address, DeadLetterError, DeadLetters, Wanted, address_of, plan
+from pipeline.dead_letters.diagnosis import diagnose, hexdump
+from pipeline.dead_letters.queue import (
+    DeadLetterError,
+    DeadLetterFilter,
+    DeadLetterQueue,
+    RecordAddress,
+    parse_address,
+    plan_replay,
+)
 from pipeline.delta import DeltaLog
-from pipeline.offsets import LOST
+from pipeline.offsets import LOST_TO_RETENTION
 from schemas.batches import DEAD_LETTERS, REPLAYS, day_of
 from schemas.settings import Settings, Tables
 
@@ -55,37 +62,37 @@ def settings(tmp_path: Path) -> Settings:
 
 def written(
     settings: Settings, letters: list[dict[str, object]], replays: list[dict[str, object]] | None = None
-) -> DeadLetters:
+) -> DeadLetterQueue:
     tables = DeltaLog(settings.tables)
     tables.append("dead_letters", pa.Table.from_pylist(letters, schema=DEAD_LETTERS))
     if replays:
         tables.append("replays", pa.Table.from_pylist(replays, schema=REPLAYS))
-    return DeadLetters(tables, settings.kafka)
+    return DeadLetterQueue(tables, settings.kafka)
 
 
-def offsets(dead: DeadLetters, wanted: Wanted) -> list[int]:
+def offsets(dead: DeadLetterQueue, wanted: DeadLetterFilter) -> list[int]:
     return [one.address.offset for one in dead.find(wanted)]
 
 
 def test_letters_are_found_newest_first_by_reason_time_and_address(settings: Settings) -> None:
     dead = written(settings, [letter(n, "corrupt" if n % 2 else "empty", hour=n) for n in range(6)])
-    assert offsets(dead, Wanted()) == [5, 4, 3, 2, 1, 0]
-    assert offsets(dead, Wanted(limit=2)) == [5, 4]
-    assert offsets(dead, Wanted(reason="corrupt")) == [5, 3, 1]
-    assert offsets(dead, Wanted(since=datetime(1970, 1, 1, 4, tzinfo=UTC))) == [5, 4]
-    assert offsets(dead, Wanted((Address("traces", 0, 3), Address("traces", 0, 1)))) == [3, 1]
-    assert offsets(dead, Wanted(reason="it's none")) == []
+    assert offsets(dead, DeadLetterFilter()) == [5, 4, 3, 2, 1, 0]
+    assert offsets(dead, DeadLetterFilter(limit=2)) == [5, 4]
+    assert offsets(dead, DeadLetterFilter(reason="corrupt")) == [5, 3, 1]
+    assert offsets(dead, DeadLetterFilter(since=datetime(1970, 1, 1, 4, tzinfo=UTC))) == [5, 4]
+    assert offsets(dead, DeadLetterFilter((RecordAddress("traces", 0, 3), RecordAddress("traces", 0, 1)))) == [3, 1]
+    assert offsets(dead, DeadLetterFilter(reason="it's none")) == []
 
 
 def test_a_letter_that_is_not_there_is_named(settings: Settings) -> None:
     dead = written(settings, [letter(1, "corrupt")])
     with pytest.raises(DeadLetterError, match="traces/0/2"):
-        dead.find(Wanted((Address("traces", 0, 1), Address("traces", 0, 2))))
+        dead.find(DeadLetterFilter((RecordAddress("traces", 0, 1), RecordAddress("traces", 0, 2))))
 
 
 def test_contents_are_what_the_record_carried(settings: Settings) -> None:
-    address = Address("traces", 0, 1)
-    content = written(settings, [letter(1, "corrupt", value=b"\x00\xff", key=None)]).contents([address])[address]
+    address = RecordAddress("traces", 0, 1)
+    content = written(settings, [letter(1, "corrupt", value=b"\x00\xff", key=None)]).read_contents([address])[address]
     assert (content.key, content.value) == (None, b"\x00\xff")
     assert content.headers == (("schema", b"x"), ("note", None))
     assert content.replay_of is None
@@ -95,12 +102,12 @@ def test_a_letter_knows_what_became_of_it_and_where_it_came_from(settings: Setti
     again = letter(9, "claim_missing", partition=1, headers=[{"name": "replay-of", "value": b"traces/0/1"}])
     letters = [letter(1, "claim_missing"), letter(2, "claim_missing"), letter(3, "claim_missing"), again]
     dead = written(settings, letters, [replay(1, became=9), replay(2, became=10)])
-    failed, taken, never = (dead.find(Wanted((Address("traces", 0, n),)))[0] for n in (1, 2, 3))
-    assert [(r.became, r.reason) for r in failed.replays] == [(Address("traces", 1, 9), "claim_missing")]
-    assert [(r.became, r.reason) for r in taken.replays] == [(Address("traces", 1, 10), None)]
+    failed, taken, never = (dead.find(DeadLetterFilter((RecordAddress("traces", 0, n),)))[0] for n in (1, 2, 3))
+    assert [(r.new_address, r.reason) for r in failed.replays] == [(RecordAddress("traces", 1, 9), "claim_missing")]
+    assert [(r.new_address, r.reason) for r in taken.replays] == [(RecordAddress("traces", 1, 10), None)]
     assert never.replays == ()
-    address = Address("traces", 1, 9)
-    assert dead.contents([address])[address].replay_of == "traces/0/1"
+    address = RecordAddress("traces", 1, 9)
+    assert dead.read_contents([address])[address].replay_of == "traces/0/1"
 
 
 def test_a_replay_takes_each_letter_once_and_nothing_that_no_fix_can_mend(settings: Settings) -> None:
@@ -108,42 +115,50 @@ def test_a_replay_takes_each_letter_once_and_nothing_that_no_fix_can_mend(settin
         letter(1, "claim_missing"),
         letter(2, "claim_missing"),
         letter(3, "duplicate"),
-        letter(4, LOST, value=None, key=None, headers=None),
+        letter(4, LOST_TO_RETENTION, value=None, key=None, headers=None),
         letter(5, "empty", value=None),
     ]
-    found = written(settings, letters, [replay(1, became=9)]).find(Wanted())
+    found = written(settings, letters, [replay(1, became=9)]).find(DeadLetterFilter())
 
     def chosen(*, named: bool, again: bool) -> list[int]:
-        return [one.address.offset for one in plan(found, named=named, again=again).letters]
+        return [one.address.offset for one in plan_replay(found, named=named, again=again).dead_letters]
 
     assert chosen(named=False, again=False) == [2]
     assert chosen(named=True, again=False) == [2, 3]
     assert chosen(named=False, again=True) == [1, 2]
-    left_out = plan(found, named=False, again=False).left_out
+    left_out = plan_replay(found, named=False, again=False).excluded
     assert sum(left_out.values()) == 4
-    assert "lost before they were read, so there is nothing to publish" in left_out
+    assert "lost to retention before they were read, so there is nothing to publish" in left_out
 
 
 def test_a_loss_never_stands_in_for_a_letter_at_its_offset(settings: Settings) -> None:
-    dead = written(settings, [letter(1, "claim_missing"), letter(1, LOST, value=None, key=None, headers=None)])
-    address = Address("traces", 0, 1)
-    assert dead.contents([address])[address].value == b"bytes"
-    assert [one.reason for one in plan(dead.find(Wanted()), named=True, again=False).letters] == ["claim_missing"]
+    dead = written(
+        settings, [letter(1, "claim_missing"), letter(1, LOST_TO_RETENTION, value=None, key=None, headers=None)]
+    )
+    address = RecordAddress("traces", 0, 1)
+    assert dead.read_contents([address])[address].value == b"bytes"
+    assert [one.reason for one in plan_replay(dead.find(DeadLetterFilter()), named=True, again=False).dead_letters] == [
+        "claim_missing"
+    ]
 
 
 @pytest.mark.parametrize(
     ("text", "address"),
-    [("3/17", Address("traces", 3, 17)), ("other/3/17", Address("other", 3, 17)), ("a/b/3/17", Address("a/b", 3, 17))],
+    [
+        ("3/17", RecordAddress("traces", 3, 17)),
+        ("other/3/17", RecordAddress("other", 3, 17)),
+        ("a/b/3/17", RecordAddress("a/b", 3, 17)),
+    ],
 )
-def test_an_address_may_leave_out_the_topic(text: str, address: Address) -> None:
-    assert address_of(text, "traces") == address
-    assert address_of(str(address), "traces") == address
+def test_an_address_may_leave_out_the_topic(text: str, address: RecordAddress) -> None:
+    assert parse_address(text, "traces") == address
+    assert parse_address(str(address), "traces") == address
 
 
 @pytest.mark.parametrize("text", ["", "17", "a/17", "1/-1", "/1/2x"])
 def test_what_is_no_address_is_told(text: str) -> None:
     with pytest.raises(DeadLetterError, match="TOPIC/PARTITION/OFFSET"):
-        address_of(text, "traces")
+        parse_address(text, "traces")
 
 
 def sound_value() -> bytes:
@@ -152,23 +167,23 @@ def sound_value() -> bytes:
 
 
 def test_a_whole_record_is_read_to_its_end() -> None:
-    layers = examine(sound_value())
-    assert layers["checksum"] == "fits"
+    layers = diagnose(sound_value())
+    assert layers["checksum"] == "matches"
     assert "request request" in layers["envelope"]
     assert "line target-draft" in layers["envelope"]
     assert layers["verify_steps"].endswith("verify steps 0 to 3, 10 tokens")
 
 
 def test_of_a_cut_record_the_envelope_is_still_read() -> None:
-    layers = examine(sound_value()[:-500])
-    assert layers["checksum"].startswith("does not fit")
+    layers = diagnose(sound_value()[:-500])
+    assert layers["checksum"].startswith("does not match")
     assert "request request" in layers["envelope"]
 
 
 def test_a_column_whose_name_is_no_text_is_a_wrong_column() -> None:
     value = sound_value()
     at = value.index(b"accepted")
-    layers = examine(value[:at] + b"\x80" + value[at + 1 :])
+    layers = diagnose(value[:at] + b"\x80" + value[at + 1 :])
     assert layers["columns"] == "missing or of another type: accepted"
 
 
@@ -177,12 +192,12 @@ def test_no_bytes_stop_the_reading(data: st.DataObject) -> None:
     value = bytearray(sound_value())
     for place in data.draw(st.lists(st.integers(0, len(value) - 1), max_size=8)):
         value[place] = data.draw(st.integers(0, 255))
-    examine(bytes(value[: data.draw(st.integers(0, len(value)))]))
+    diagnose(bytes(value[: data.draw(st.integers(0, len(value)))]))
 
 
 @given(st.binary(max_size=64))
 def test_foreign_bytes_are_read_as_far_as_they_go(value: bytes) -> None:
-    assert examine(value)["checksum"].startswith("does not fit")
+    assert diagnose(value)["checksum"].startswith("does not match")
 
 
 def test_a_hexdump_ends_at_its_limit() -> None:

@@ -22,16 +22,16 @@ from typer.testing import CliRunner
 
 from ops.cli.main import app
 from pipeline import holds
-from pipeline.compaction import files_of
-from pipeline.delta import DeltaLog, GoneError
-from pipeline.maintenance import Maintenance, Upkeep
-from pipeline.offsets import COMMIT_ORDER, Batch, Intake, Source
+from pipeline.compaction import list_data_files
+from pipeline.delta import DeltaLog, HistoryExpiredError
+from pipeline.maintenance import Maintenance, MaintenanceResult
+from pipeline.offsets import COMMIT_ORDER, Batch, OffsetCommitter, SourcePartition
 from schemas.batches import TABLES, day_of
 from schemas.errors import UserError
 from schemas.settings import Settings, Tables, to_environ
 
 CLOCK = Path(libfaketime.__file__).parent / "vendor" / "libfaketime" / "src" / "libfaketime.so.1"
-SOURCE = Source("traces", 0)
+SOURCE = SourcePartition("traces", 0)
 AURORA = "from ops.cli.main import app; app()"
 BELIEVES_ITS_CLOCK = "import pipeline.maintenance as m; m.check_clock = lambda _: None; "
 
@@ -47,7 +47,7 @@ class World:
     def __post_init__(self) -> None:
         self.log = DeltaLog(self.settings)
         self.log.create()
-        self.intake = Intake(self.log)
+        self.committer = OffsetCommitter(self.log)
 
     def commit(self, commits: int, *, age: timedelta = timedelta(0)) -> None:
         """Commits of one record each."""
@@ -59,23 +59,23 @@ class World:
                 column = TABLES[name].get_field_index("day")
                 days = pa.array([day_of(at)] * rows[name].num_rows, pa.date32())
                 rows[name] = rows[name].set_column(column, TABLES[name].field(column), days)
-            self.intake.commit([Batch(SOURCE, self.offset, rows)])
+            self.committer.commit([Batch(SOURCE, self.offset, rows)])
             self.offset += 1
 
-    def maintain(self, *, dry_run: bool = False) -> dict[str, Upkeep]:
+    def maintain(self, *, dry_run: bool = False) -> dict[str, MaintenanceResult]:
         """What a pass did to each table."""
         done = {of_one.table: of_one for of_one in Maintenance(self.settings).run(dry_run=dry_run)}
         assert not any(of_one.error for of_one in done.values())
         return done
 
-    def maintain_later(self, hours: int) -> dict[str, Upkeep]:
+    def maintain_later(self, hours: int) -> dict[str, MaintenanceResult]:
         """A pass by the command, ``hours`` from now."""
         environ = {**os.environ, **to_environ(Settings(tables=self.settings)), "OMP_NUM_THREADS": "1"}
         environ |= {"LD_PRELOAD": str(CLOCK), "FAKETIME": f"+{hours}h", "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
         command = [sys.executable, "-c", BELIEVES_ITS_CLOCK + AURORA, "tables", "maintain", "--json"]
         done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
-        return {of_one["table"]: Upkeep(**of_one) for of_one in json.loads(done.stdout)["tables"]}
+        return {of_one["table"]: MaintenanceResult(**of_one) for of_one in json.loads(done.stdout)["tables"]}
 
     def files(self, name: str = "accepted") -> int:
         return len(list((Path(self.settings.uri) / name).rglob("*.parquet")))
@@ -97,7 +97,7 @@ def test_small_files_are_merged_and_every_row_stays_for_every_way_of_reading(wor
     world.commit(6)
     before = world.log.read("traces").sort_by([("offset", "ascending"), ("verify_step", "ascending")])
     done = Maintenance(world.settings).run()
-    assert {of_one.table: (of_one.merged, of_one.into) for of_one in done if of_one.merged} == {
+    assert {of_one.table: (of_one.compacted, of_one.written) for of_one in done if of_one.compacted} == {
         "rejected": (6, 1), "traces": (6, 1), "accepted": (6, 1),
     }  # fmt: skip
     assert world.log.read("traces").sort_by([("offset", "ascending"), ("verify_step", "ascending")]).equals(before)
@@ -105,18 +105,19 @@ def test_small_files_are_merged_and_every_row_stays_for_every_way_of_reading(wor
     assert sorted(world.log.read("accepted", ["offset"], at=3)["offset"].to_pylist()) == [0, 1, 2]
     some = world.log.read_offsets("accepted", SOURCE, range(2, 4), ["offset"])
     assert some["offset"].to_pylist() == [2, 3]
-    (file,) = files_of(world.log.open("accepted"))
-    assert (file.rows, file.least["offset"], file.most["offset"]) == (6, 0, 5), "queries know what they can skip"
+    (file,) = list_data_files(world.log.open("accepted"))
+    bounds = (file.min_values["offset"], file.max_values["offset"])
+    assert (file.rows, bounds) == (6, (0, 5)), "queries know which files they can skip"
     again = Maintenance(world.settings).run()
-    assert again == [Upkeep(of_one.table) for of_one in done], "a second pass finds nothing to do"
+    assert again == [MaintenanceResult(of_one.table) for of_one in done], "a second pass finds nothing to do"
 
 
 def test_a_live_reader_gets_the_rows_it_has_not_read_after_merging_and_deleting(world: World) -> None:
     world.commit(6)
-    world.log.announce("far", {"accepted": 4})
-    world.log.announce("near", {"accepted": world.log.version("accepted")})
+    world.log.save_cursor("far", {"accepted": 4})
+    world.log.save_cursor("near", {"accepted": world.log.version("accepted")})
     world.maintain()
-    world.log.announce("far", {"accepted": 2})
+    world.log.save_cursor("far", {"accepted": 2})
     expected = world.log.read_added("accepted", 2, world.log.version("accepted"))
     assert world.maintain_later(30)["accepted"].held_by == "far"
     assert world.log.read_added("accepted", 2, world.log.version("accepted")).equals(expected)
@@ -126,17 +127,17 @@ def test_a_live_reader_gets_the_rows_it_has_not_read_after_merging_and_deleting(
 
 def test_a_reader_that_comes_back_after_its_lease_is_told_and_can_go_on(world: World) -> None:
     world.commit(6)
-    world.log.announce("gone", {"accepted": 2})
+    world.log.save_cursor("gone", {"accepted": 2})
     world.maintain()
     done = world.maintain_later(80)["accepted"]
-    assert (done.deleted, done.held_by) == (6, None)
+    assert (done.vacuumed, done.held_by) == (6, None)
     assert world.files() == 1
-    with pytest.raises(GoneError, match=r"after version 2 .* from version 7 on.* tables\.reader_lease"):
+    with pytest.raises(HistoryExpiredError, match=r"after version 2 .* from version 7 on.* tables\.reader_lease"):
         world.log.read_added("accepted", 2, 6)
-    assert world.log.oldest("accepted") == 7
+    assert world.log.oldest_readable("accepted") == 7
     assert world.kept() == [0, 1, 2, 3, 4, 5]
     world.commit(2)
-    assert world.added(world.log.oldest("accepted")) == [6, 7]
+    assert world.added(world.log.oldest_readable("accepted")) == [6, 7]
 
 
 def test_a_reader_that_is_heard_of_but_does_not_come_nearer_holds_files_no_longer_than_its_lease(world: World) -> None:
@@ -152,15 +153,15 @@ def test_a_reader_that_is_heard_of_but_does_not_come_nearer_holds_files_no_longe
     }
     world.log.append("cursors", pa.Table.from_pylist([row], schema=TABLES["cursors"]))
     done = world.maintain_later(80)["accepted"]
-    assert (done.deleted, done.held_by) == (3, None)
+    assert (done.vacuumed, done.held_by) == (3, None)
 
 
 def test_states_are_kept_for_the_hours_that_are_set_and_no_longer(world: World) -> None:
     world.commit(4)
     world.maintain()
-    assert world.maintain_later(23)["accepted"].deleted == 0
+    assert world.maintain_later(23)["accepted"].vacuumed == 0
     assert sorted(world.log.read("accepted", ["offset"], at=2)["offset"].to_pylist()) == [0, 1]
-    assert world.maintain_later(25)["accepted"].deleted == 4
+    assert world.maintain_later(25)["accepted"].vacuumed == 4
     assert world.kept() == [0, 1, 2, 3]
 
 
@@ -169,10 +170,10 @@ def test_days_are_let_go_whole_when_their_time_is_over(world: World) -> None:
     world.commit(2, age=timedelta(days=12))
     world.commit(2)
     would = world.maintain(dry_run=True)
-    assert (would["accepted"].let_go, would["traces"].let_go) == (2, 0)
+    assert (would["accepted"].expired, would["traces"].expired) == (2, 0)
     assert world.kept() == [0, 1, 2, 3, 4, 5]
     done = world.maintain()
-    assert (done["accepted"].let_go, done["rejected"].let_go, done["traces"].let_go) == (2, 2, 0)
+    assert (done["accepted"].expired, done["rejected"].expired, done["traces"].expired) == (2, 2, 0)
     assert world.kept() == [2, 3, 4, 5]
     assert world.kept("traces") == [0, 1, 2, 3, 4, 5]
     assert world.added(0) == [0, 1, 2, 3, 4, 5], "who tails the table sees what was added, until it is deleted"
@@ -192,12 +193,12 @@ def test_old_commits_are_dropped_from_the_log_and_who_asks_for_them_is_told(worl
     world.commit(5)
     world.log.open("accepted").create_checkpoint()
     aged(tmp_path / "accepted", 20)
-    world.log.announce("behind its lease", {"accepted": 3})
+    world.log.save_cursor("behind its lease", {"accepted": 3})
     world.commit(2)
     world.maintain()
     assert not (tmp_path / "accepted/_delta_log/00000000000000000004.json").exists()
-    assert world.log.oldest("accepted") == 5
-    with pytest.raises(GoneError):
+    assert world.log.oldest_readable("accepted") == 5
+    with pytest.raises(HistoryExpiredError):
         world.added(3)
     assert world.added(5) == [5, 6]
     assert world.kept() == list(range(7))
@@ -209,10 +210,10 @@ def test_the_log_that_a_live_reader_needs_stays(world: World, tmp_path: Path) ->
     world.commit(5)
     world.log.open("accepted").create_checkpoint()
     aged(tmp_path / "accepted", 2)
-    world.log.announce("slow", {"accepted": 3})
+    world.log.save_cursor("slow", {"accepted": 3})
     world.commit(2)
     world.maintain()
-    assert world.log.oldest("accepted") == 0
+    assert world.log.oldest_readable("accepted") == 0
     assert world.added(3) == [3, 4, 5, 6]
 
 
@@ -229,14 +230,14 @@ def test_a_machine_whose_clock_is_not_that_of_the_store_leaves_the_tables_alone(
     assert {name: world.log.version(name) for name in TABLES} == versions
     monkeypatch.undo()
     assert abs(world.log.store_clock() - datetime.now(UTC)) < timedelta(minutes=5)
-    assert world.maintain()["accepted"].merged == 3
+    assert world.maintain()["accepted"].compacted == 3
 
 
 def test_a_dry_run_says_what_a_pass_would_do_and_changes_nothing(world: World) -> None:
     world.commit(3)
     versions = {name: world.log.version(name) for name in TABLES}
     would = world.maintain(dry_run=True)
-    assert (would["accepted"].merged, would["accepted"].into) == (3, 1)
+    assert (would["accepted"].compacted, would["accepted"].written) == (3, 1)
     assert {name: world.log.version(name) for name in TABLES} == versions
     assert world.files() == 3
 
@@ -244,7 +245,7 @@ def test_a_dry_run_says_what_a_pass_would_do_and_changes_nothing(world: World) -
 def test_maintenance_and_the_stream_never_stop_each_other(world: World) -> None:
     """Two that maintain without a pause, beside a stream that commits: nothing is lost, doubled or fenced."""
     stopping = threading.Event()
-    results: list[Upkeep] = []
+    results: list[MaintenanceResult] = []
 
     def look_after() -> None:
         maintenance = Maintenance(world.settings)
@@ -258,7 +259,7 @@ def test_maintenance_and_the_stream_never_stop_each_other(world: World) -> None:
     stopping.set()
     for thread in threads:
         thread.join()
-    assert sum(of_one.merged for of_one in results) > 0
+    assert sum(of_one.compacted for of_one in results) > 0
     for name in ("rejected", "traces", "accepted"):
         assert world.kept(name) == list(range(25))
         assert world.log.read(name).num_rows == world.log.read_added(name, 0, world.log.version(name)).num_rows
@@ -271,47 +272,47 @@ def test_a_table_that_cannot_be_looked_after_does_not_keep_the_others_from_it(wo
     (tmp_path / "rejected").write_text("a file where the table was")
     done = {of_one.table: of_one for of_one in Maintenance(world.settings).run()}
     assert "tables.uri" in (done["rejected"].error or "")
-    assert done["accepted"].merged == 3
+    assert done["accepted"].compacted == 3
 
 
 def test_what_an_experiment_holds_outlives_every_lease_and_retention_until_it_is_released(world: World) -> None:
     world.commit(3, age=timedelta(days=13, hours=20))
     world.commit(3)
-    holds.hold(world.log, "ablation", {"accepted": (1, 5)})
+    holds.add_hold(world.log, "ablation", {"accepted": (1, 5)})
     expected, state = world.log.read_added("accepted", 1, 5), world.log.read("accepted", ["offset"], at=2)
     world.maintain()
     assert world.maintain_later(24 * 20)["accepted"].held_by == "hold/ablation"
     assert world.log.read_added("accepted", 1, 5).equals(expected)
     assert world.log.read("accepted", ["offset"], at=2).equals(state)
     assert world.kept() == [], "the newest state has let all days go"
-    (one,) = holds.held(world.log)
-    sizes = holds.kept(world.log, one)
-    assert 0 < sizes.all == sizes.gone
+    (one,) = holds.list_holds(world.log)
+    sizes = holds.measure_hold(world.log, one)
+    assert 0 < sizes.total == sizes.held
 
-    assert [h.table for h in holds.release(world.log, "ablation")] == ["accepted"]
+    assert [h.table for h in holds.release_holds(world.log, "ablation")] == ["accepted"]
     done = world.maintain_later(24 * 22)["accepted"]
     assert (done.held_by, world.files()) == (None, 0)
-    with pytest.raises(GoneError):
+    with pytest.raises(HistoryExpiredError):
         world.log.read_added("accepted", 1, 5)
-    with pytest.raises(GoneError):
-        holds.hold(world.log, "late", {"accepted": (1, 5)})
-    assert holds.held(world.log) == [], "what is gone already is not held"
+    with pytest.raises(HistoryExpiredError):
+        holds.add_hold(world.log, "late", {"accepted": (1, 5)})
+    assert holds.list_holds(world.log) == [], "what is gone already is not held"
 
 
 def test_an_experiment_holds_one_past_and_is_asked_for_by_its_name(world: World) -> None:
     world.commit(3)
     for _ in range(2):
-        holds.hold(world.log, "one", {"accepted": (0, 3), "rejected": (0, 3)})
-    with pytest.raises(UserError, match=r"one holds accepted 0 to 3, rejected 0 to 3: take another --name"):
-        holds.hold(world.log, "one", {"accepted": (1, 3)})
+        holds.add_hold(world.log, "one", {"accepted": (0, 3), "rejected": (0, 3)})
+    with pytest.raises(UserError, match=r"one holds accepted 0 to 3, rejected 0 to 3: use another --name"):
+        holds.add_hold(world.log, "one", {"accepted": (1, 3)})
     environ = to_environ(Settings(tables=world.settings))
     listed = json.loads(CliRunner().invoke(app, ["replay", "list", "--json"], env=environ).stdout)
-    assert [(one["experiment"], one["table"], one["bytes"]["gone"]) for one in listed] == [
+    assert [(one["experiment"], one["table"], one["bytes"]["held"]) for one in listed] == [
         ("one", "accepted", 0), ("one", "rejected", 0),
     ]  # fmt: skip
     for arguments, left in ((["one", "--dry-run"], 2), (["one"], 0)):
         told = CliRunner().invoke(app, ["replay", "release", *arguments], env=environ)
         assert "accepted: versions 0 to 3" in told.stdout
-        assert len(holds.held(world.log)) == left
+        assert len(holds.list_holds(world.log)) == left
     told = CliRunner().invoke(app, ["replay", "release", "one"], env=environ)
-    assert (told.exit_code, "no experiment one holds anything" in told.output) == (2, True)
+    assert (told.exit_code, "experiment one holds nothing" in told.output) == (2, True)

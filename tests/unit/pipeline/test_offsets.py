@@ -18,24 +18,24 @@ from memory_tables import Crash, MemoryTables, dies_after, nothing
 from pipeline.delta import DeltaLog
 from pipeline.offsets import (
     COMMIT_ORDER,
-    LOST,
+    LOST_TO_RETENTION,
     Batch,
     ConflictError,
     FencedError,
     ForeignLogError,
-    Intake,
-    Source,
-    admit,
-    lost_range,
+    OffsetCommitter,
+    SourcePartition,
+    find_lost_offsets,
+    select_records,
     transaction_id,
 )
 from schemas.batches import TABLES
 from schemas.settings import Tables
 
-SOURCE = Source("traces", 0)
+SOURCE = SourcePartition("traces", 0)
 
 
-def rows(name: str, offsets: range, source: Source = SOURCE) -> pa.Table:
+def rows(name: str, offsets: range, source: SourcePartition = SOURCE) -> pa.Table:
     """One row for each offset; columns that the protocol does not read are filled with nothing."""
     schema = TABLES[name]
     columns = {"topic": source.topic, "partition": source.partition}
@@ -45,102 +45,104 @@ def rows(name: str, offsets: range, source: Source = SOURCE) -> pa.Table:
     return pa.table(arrays, schema=schema)
 
 
-def batch(offsets: range, source: Source = SOURCE) -> Batch:
+def batch(offsets: range, source: SourcePartition = SOURCE) -> Batch:
     return Batch(source, offsets[-1], {name: rows(name, offsets, source) for name in COMMIT_ORDER})
 
 
 def test_a_record_behind_is_skipped_the_wanted_one_taken_and_one_ahead_left_out() -> None:
-    assert admit(5, [3, 4, 5, 6, 8, 9]).taken == (2, 3)
-    assert admit(5, [3, 4, 5, 6, 8, 9]).behind == 2
-    assert admit(5, [3, 4, 5, 6, 8, 9]).ahead == 2
-    assert admit(5, [3, 4, 5, 6, 8, 9]).gap
+    assert select_records(5, [3, 4, 5, 6, 8, 9]).selected == (2, 3)
+    assert select_records(5, [3, 4, 5, 6, 8, 9]).skipped == 2
+    assert select_records(5, [3, 4, 5, 6, 8, 9]).deferred == 2
+    assert select_records(5, [3, 4, 5, 6, 8, 9]).has_gap
 
 
 def test_a_gap_that_the_same_delivery_fills_needs_no_seek() -> None:
-    admission = admit(5, [7, 8, 5, 6, 7])
-    assert admission.taken == (2, 3, 4)
-    assert admission.ahead == 2
-    assert not admission.gap
+    selection = select_records(5, [7, 8, 5, 6, 7])
+    assert selection.selected == (2, 3, 4)
+    assert selection.deferred == 2
+    assert not selection.has_gap
 
 
 @given(st.integers(0, 20), st.lists(st.integers(0, 30)))
-def test_what_is_taken_continues_the_table_and_every_record_is_accounted_for(wanted: int, offsets: list[int]) -> None:
-    admission = admit(wanted, offsets)
-    taken = [offsets[i] for i in admission.taken]
-    assert taken == list(range(wanted, wanted + len(taken)))
-    assert len(taken) + admission.behind + admission.ahead == len(offsets)
+def test_what_is_taken_continues_the_table_and_every_record_is_accounted_for(
+    next_offset: int, offsets: list[int]
+) -> None:
+    selection = select_records(next_offset, offsets)
+    selected = [offsets[i] for i in selection.selected]
+    assert selected == list(range(next_offset, next_offset + len(selected)))
+    assert len(selected) + selection.skipped + selection.deferred == len(offsets)
 
 
 def test_a_log_that_starts_after_the_wanted_offset_has_lost_the_records_between() -> None:
-    assert lost_range(SOURCE, 5, 9, 20) == range(5, 9)
-    assert not lost_range(SOURCE, 5, 0, 20)
-    assert not lost_range(SOURCE, 20, 0, 20)
+    assert find_lost_offsets(SOURCE, 5, 9, 20) == range(5, 9)
+    assert not find_lost_offsets(SOURCE, 5, 0, 20)
+    assert not find_lost_offsets(SOURCE, 20, 0, 20)
 
 
 def test_a_log_that_ends_before_the_wanted_offset_is_refused() -> None:
     with pytest.raises(ForeignLogError, match=r"kafka\.traces_topic"):
-        lost_range(SOURCE, 5, 0, 4)
+        find_lost_offsets(SOURCE, 5, 0, 4)
 
 
 def test_a_crash_between_two_tables_converges_without_doubling() -> None:
     tables = MemoryTables()
     tables.before_append = dies_after(2)
     with pytest.raises(Crash):
-        Intake(tables).commit([batch(range(4))])
+        OffsetCommitter(tables).commit([batch(range(4))])
     tables.before_append = nothing
     assert [tables.offsets(name) for name in COMMIT_ORDER] == [[0, 1, 2, 3], [0, 1, 2, 3], [], []]
 
-    restarted = Intake(tables)
-    assert restarted.wanted(SOURCE) == 0
+    restarted = OffsetCommitter(tables)
+    assert restarted.next_offset(SOURCE) == 0
     restarted.commit([batch(range(6))])
     assert all(tables.offsets(name) == [0, 1, 2, 3, 4, 5] for name in COMMIT_ORDER)
-    assert restarted.wanted(SOURCE) == 6
+    assert restarted.next_offset(SOURCE) == 6
 
 
 def test_the_last_table_is_not_written_before_all_others_are() -> None:
     tables = MemoryTables()
     tables.before_append = dies_in({1})
     with pytest.raises(Crash):
-        Intake(tables, AtTheSameTime()).commit([batch(range(4))])
+        OffsetCommitter(tables, AtTheSameTime()).commit([batch(range(4))])
     tables.before_append = nothing
     assert [tables.offsets(name) for name in COMMIT_ORDER] == [[0, 1, 2, 3], [], [0, 1, 2, 3], []]
 
-    restarted = Intake(tables, AtTheSameTime())
-    restarted.commit([batch(range(restarted.wanted(SOURCE), 6))])
+    restarted = OffsetCommitter(tables, AtTheSameTime())
+    restarted.commit([batch(range(restarted.next_offset(SOURCE), 6))])
     assert all(tables.offsets(name) == [0, 1, 2, 3, 4, 5] for name in COMMIT_ORDER)
 
 
 def test_tables_are_written_by_several_threads(tmp_path: Path) -> None:
     log = DeltaLog(Tables(uri=str(tmp_path)))
     with ThreadPoolExecutor(3) as pool:
-        intake = Intake(log, pool)
+        committer = OffsetCommitter(log, pool)
         for start in range(0, 12, 3):
-            intake.commit([dead_letters(range(start, start + 3))])
+            committer.commit([dead_letters(range(start, start + 3))])
     assert sorted(log.read("dead_letters", ["offset"])["offset"].to_pylist()) == list(range(12))
-    assert {Intake(log).wanted(SOURCE), *(log.version(name) for name in COMMIT_ORDER)} == {12, 4}
+    assert {OffsetCommitter(log).next_offset(SOURCE), *(log.version(name) for name in COMMIT_ORDER)} == {12, 4}
 
 
 def test_a_stale_owner_is_fenced_and_reads_the_wanted_offset_again() -> None:
     tables = MemoryTables()
-    stale, owner = Intake(tables), Intake(tables)
-    assert stale.wanted(SOURCE) == 0
+    stale, owner = OffsetCommitter(tables), OffsetCommitter(tables)
+    assert stale.next_offset(SOURCE) == 0
     owner.commit([batch(range(3))])
     with pytest.raises(FencedError, match="another worker"):
         stale.commit([batch(range(2))])
-    assert stale.wanted(SOURCE) == 3
+    assert stale.next_offset(SOURCE) == 3
     assert tables.offsets("traces") == [0, 1, 2]
 
 
 def test_a_writer_of_another_partition_delays_a_commit_but_does_not_fence_it() -> None:
     tables = MemoryTables()
-    other = Source("traces", 1)
+    other = SourcePartition("traces", 1)
 
     def interfere() -> None:
         tables.before_append = nothing
-        Intake(tables).commit([batch(range(2), other)])
+        OffsetCommitter(tables).commit([batch(range(2), other)])
 
     tables.before_append = interfere
-    Intake(tables).commit([batch(range(3))])
+    OffsetCommitter(tables).commit([batch(range(3))])
     assert sorted(tables.tables["traces"].rows) == [(0, 0, ""), (0, 1, ""), (0, 2, ""), (1, 0, ""), (1, 1, "")]
 
 
@@ -149,11 +151,11 @@ def test_an_owner_that_writes_between_check_and_write_wins() -> None:
 
     def interfere() -> None:
         tables.before_append = nothing
-        Intake(tables).commit([batch(range(3))])
+        OffsetCommitter(tables).commit([batch(range(3))])
 
     tables.before_append = interfere
     with pytest.raises(FencedError):
-        Intake(tables).commit([batch(range(3))])
+        OffsetCommitter(tables).commit([batch(range(3))])
     assert all(tables.offsets(name) == [0, 1, 2] for name in COMMIT_ORDER)
 
 
@@ -161,23 +163,23 @@ def test_a_loss_is_written_down_once_even_if_the_worker_dies_in_between() -> Non
     tables = MemoryTables()
     tables.before_append = dies_after(1)
     with pytest.raises(Crash):
-        Intake(tables).record_loss(SOURCE, range(10), 0)
+        OffsetCommitter(tables).record_loss(SOURCE, range(10), 0)
     tables.before_append = nothing
-    restarted = Intake(tables)
-    restarted.record_loss(SOURCE, range(restarted.wanted(SOURCE), 10), 0)
-    assert tables.tables["dead_letters"].rows == [(0, 0, LOST)]
-    assert restarted.wanted(SOURCE) == 10
+    restarted = OffsetCommitter(tables)
+    restarted.record_loss(SOURCE, range(restarted.next_offset(SOURCE), 10), 0)
+    assert tables.tables["dead_letters"].rows == [(0, 0, LOST_TO_RETENTION)]
+    assert restarted.next_offset(SOURCE) == 10
 
 
 def test_delta_fences_a_stale_owner(tmp_path: Path) -> None:
     settings = Tables(uri=str(tmp_path))
-    stale, owner = Intake(DeltaLog(settings)), Intake(DeltaLog(settings))
+    stale, owner = OffsetCommitter(DeltaLog(settings)), OffsetCommitter(DeltaLog(settings))
     stale.commit([dead_letters(range(2))])
-    assert owner.wanted(SOURCE) == 2
+    assert owner.next_offset(SOURCE) == 2
     owner.commit([dead_letters(range(2, 4))])
     with pytest.raises(FencedError):
         stale.commit([dead_letters(range(2, 5))])
-    assert stale.wanted(SOURCE) == 4
+    assert stale.next_offset(SOURCE) == 4
     assert sorted(DeltaLog(settings).read("dead_letters", ["offset"])["offset"].to_pylist()) == [0, 1, 2, 3]
 
 
@@ -185,7 +187,7 @@ def test_delta_refuses_an_append_to_a_state_that_it_has_left(tmp_path: Path) -> 
     first, second = DeltaLog(Tables(uri=str(tmp_path))), DeltaLog(Tables(uri=str(tmp_path)))
     stale = first.snapshot("dead_letters")
     rows_ = dead_letters(range(1)).rows["dead_letters"]
-    second.snapshot("dead_letters").append(rows_, {transaction_id("dead_letters", Source("traces", 1)): 0})
+    second.snapshot("dead_letters").append(rows_, {transaction_id("dead_letters", SourcePartition("traces", 1)): 0})
     with pytest.raises(ConflictError):
         stale.append(rows_, {transaction_id("dead_letters", SOURCE): 0})
     assert first.snapshot("dead_letters").transaction(transaction_id("dead_letters", SOURCE)) is None
@@ -194,9 +196,9 @@ def test_delta_refuses_an_append_to_a_state_that_it_has_left(tmp_path: Path) -> 
 
 def test_rows_are_read_in_the_order_of_their_commits(tmp_path: Path) -> None:
     log = DeltaLog(Tables(uri=str(tmp_path)))
-    intake = Intake(log)
+    committer = OffsetCommitter(log)
     for start in range(0, 60, 3):
-        intake.commit([dead_letters(range(start, start + 3))])
+        committer.commit([dead_letters(range(start, start + 3))])
     newest = log.version("dead_letters")
     assert log.read_added("dead_letters", 0, newest)["offset"].to_pylist() == list(range(60))
     assert log.read_added("dead_letters", newest - 2, newest)["offset"].to_pylist() == list(range(54, 60))
@@ -241,24 +243,24 @@ class Worker:
     """A worker as ``pipeline.worker`` wires it, with a consumer that may stand anywhere in the log."""
 
     def __init__(self, tables: MemoryTables) -> None:
-        self.intake = Intake(tables, AtTheSameTime())
+        self.committer = OffsetCommitter(tables, AtTheSameTime())
         self.position = 0
 
     def deliver(self, log_start: int, log_end: int, count: int) -> None:
         """Take what the consumer gives; after a gap it stands where the tables want it."""
         offsets = list(range(max(self.position, log_start), min(self.position + count, log_end)))
         self.position += len(offsets)
-        wanted = self.intake.wanted(SOURCE)
-        lost = lost_range(SOURCE, wanted, log_start, log_end)
+        next_offset = self.committer.next_offset(SOURCE)
+        lost = find_lost_offsets(SOURCE, next_offset, log_start, log_end)
         if lost:
-            self.intake.record_loss(SOURCE, lost, 0)
-            wanted = self.intake.wanted(SOURCE)
-        admission = admit(wanted, offsets)
-        if admission.taken:
-            taken = [offsets[i] for i in admission.taken]
-            self.intake.commit([batch(range(taken[0], taken[-1] + 1))])
-        if admission.gap:
-            self.position = self.intake.wanted(SOURCE)
+            self.committer.record_loss(SOURCE, lost, 0)
+            next_offset = self.committer.next_offset(SOURCE)
+        selection = select_records(next_offset, offsets)
+        if selection.selected:
+            selected = [offsets[i] for i in selection.selected]
+            self.committer.commit([batch(range(selected[0], selected[-1] + 1))])
+        if selection.has_gap:
+            self.position = self.committer.next_offset(SOURCE)
 
 
 class ExactlyOnce(RuleBasedStateMachine):
@@ -282,7 +284,7 @@ class ExactlyOnce(RuleBasedStateMachine):
         try:
             self.pair[who].deliver(self.start, self.end, count)
         except FencedError:
-            self.pair[who].position = self.pair[who].intake.wanted(SOURCE)
+            self.pair[who].position = self.pair[who].committer.next_offset(SOURCE)
 
     @rule(who=workers, to=st.integers(0, 40))
     def consumer_jumps(self, who: int, to: int) -> None:
@@ -290,7 +292,7 @@ class ExactlyOnce(RuleBasedStateMachine):
 
     @rule(who=workers)
     def partition_assigned(self, who: int) -> None:
-        self.pair[who].intake.forget([SOURCE])
+        self.pair[who].committer.invalidate([SOURCE])
 
     @rule(who=workers, unwritten=st.sets(st.integers(0, 3), min_size=1), count=st.integers(1, 6))
     def dies_between_commits(self, who: int, unwritten: set[int], count: int) -> None:

@@ -32,9 +32,9 @@ def given(tree: ast.AST) -> Iterator[str]:
 def test_every_reason_that_is_given_is_explained_and_every_explained_one_is_given() -> None:
     files = [file for folder in ("schemas", "pipeline") for file in (CHECKOUT / folder).rglob("*.py")]
     codes = {code for file in files for code in given(ast.parse(file.read_text()))}
-    assert codes | {offsets.LOST} == set(REASONS)
+    assert codes | {offsets.LOST_TO_RETENTION} == set(REASONS)
 
 
 def test_explanations_are_sentences() -> None:
     for reason in REASONS.values():
-        assert all(text[0].isupper() and text.endswith(".") for text in (reason.means, reason.do))
+        assert all(text[0].isupper() and text.endswith(".") for text in (reason.meaning, reason.action))

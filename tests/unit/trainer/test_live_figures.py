@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 from live_traffic import Answered, rows_of
 
-from pipeline.delta import DeltaLog, GoneError
+from pipeline.delta import DeltaLog, HistoryExpiredError
 from schemas.settings import Tables
 from trainer.release.live_figures import MAX_COMMITS_BEHIND, LiveFigures, ServingPeriod
 from trainer.release.sequential_test import ServedTraffic
@@ -114,7 +114,7 @@ def test_rows_whose_commits_are_gone_are_queried(tables: DeltaLog, monkeypatch: 
     tables.append("traces", rows_of([Answered("1", T)]))
 
     def gone(name: str, after: int, up_to: int, columns: Sequence[str]) -> pa.Table:
-        raise GoneError(f"{name} {after} {up_to} {columns}")
+        raise HistoryExpiredError(f"{name} {after} {up_to} {columns}")
 
     monkeypatch.setattr(tables, "read_added", gone)
     _, old = read_both(live)

@@ -129,7 +129,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             "Records on the broker that the tables do not contain, and how long a partition has made no progress.",
             (
                 Query("sum by (partition) (aurora_stream_lag_records)", "records of partition {{partition}}"),
-                Query("max (aurora_stream_waiting_seconds)", "stalled, s"),
+                Query("max (aurora_stream_partition_stalled_seconds)", "stalled, s"),
             ),
         ),
         Panel(
@@ -137,8 +137,8 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             "Dead letters by reason, records lost to retention, and commits that were fenced or failed.",
             (
                 Query(_rate("aurora_stream_dead_letters", "reason"), "dead letters, {{reason}}"),
-                Query(_rate("aurora_stream_lost"), "lost to retention"),
-                Query(_rate("aurora_stream_fenced"), "fenced"),
+                Query(_rate("aurora_stream_records_lost"), "lost to retention"),
+                Query(_rate("aurora_stream_commits_fenced"), "fenced"),
                 Query(_rate("aurora_stream_table_errors"), "table errors"),
             ),
         ),

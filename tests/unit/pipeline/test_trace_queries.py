@@ -21,8 +21,7 @@ from typer.testing import CliRunner, Result
 from ops.cli.main import app
 from pipeline.batches import Record
 from pipeline.delta import DeltaLog
-from pipeline.trace_stats import depth_of, stats
-from pipeline.trace_tail import following, newest
+from pipeline.trace_queries import compute_stats, draft_depth, follow_steps, read_newest_steps
 from schemas.batches import DEAD_LETTERS
 from schemas.settings import Tables
 from schemas.trace.record import ROOT
@@ -58,26 +57,26 @@ def a_tree() -> list[Any]:
     return [prompt, replace(drafted, draft_parents=(ROOT, 0, ROOT))]
 
 
-def test_accepted_per_step_counts_drafted_tokens_and_no_bonus(tables: DeltaLog) -> None:
+def test_acceptance_length_counts_accepted_tokens_and_the_bonus_token(tables: DeltaLog) -> None:
     write(tables, record_of("a", conversation(tokens(12), prompt=4), offset=0))
-    total = stats(tables).total
+    total = compute_stats(tables).total
     verify_steps = len(conversation(tokens(12), prompt=4)) - 1
-    assert (total.requests, total.verify_steps, total.drafted, total.accepted) == (
+    assert (total.requests, total.verify_steps, total.draft_tokens, total.accepted_tokens) == (
         1,
         verify_steps,
         2 * verify_steps,
         verify_steps,
     )
-    assert total.accepted_per_step == 1.0
+    assert total.acceptance_length == 2.0
     assert total.tokens == 1 + 2 * verify_steps, "the prompt's bonus, and in each verify step one draft and one bonus"
-    assert total.acceptance == [1.0, 0.0]
+    assert total.acceptance_by_depth == [1.0, 0.0]
 
 
 def test_a_verify_step_without_a_draft_counts_as_a_verify_step_in_which_nothing_was_kept(tables: DeltaLog) -> None:
     write(tables, record_of("a", [*a_tree(), verify_step_of(2, 5, [9], 10)], offset=0))
-    total = stats(tables).total
-    assert (total.verify_steps, total.accepted_per_step) == (2, 0.5)
-    assert (dict(total.tried), dict(total.kept)) == ({1: 1, 2: 1}, {1: 1, 2: 0})
+    total = compute_stats(tables).total
+    assert (total.verify_steps, total.acceptance_length) == (2, 1.5)
+    assert (dict(total.drafted_to), dict(total.accepted_to)) == ({1: 1, 2: 1}, {1: 1, 2: 0})
 
 
 def test_verify_steps_are_grouped_and_the_groups_add_up(tables: DeltaLog) -> None:
@@ -85,9 +84,9 @@ def test_verify_steps_are_grouped_and_the_groups_add_up(tables: DeltaLog) -> Non
         tables,
         *(record_of(f"r{n}", conversation(tokens(8 + 2 * n), prompt=4), n, line=f"line-{n % 2}") for n in range(4)),
     )
-    counted = stats(tables, "line")
+    counted = compute_stats(tables, "line")
     assert set(counted.groups) == {"line-0", "line-1"}
-    for figure in ("requests", "tokens", "verify_steps", "drafted", "accepted"):
+    for figure in ("requests", "tokens", "verify_steps", "draft_tokens", "accepted_tokens"):
         assert sum(getattr(one, figure) for one in counted.groups.values()) == getattr(counted.total, figure)
 
 
@@ -95,15 +94,15 @@ def test_missing_chunks_and_requests_without_an_end_are_seen(tables: DeltaLog) -
     verify_steps = conversation(tokens(8), prompt=4)
     write(tables, record_of("holes", verify_steps, 0, chunk=1), record_of("holes", verify_steps, 1, chunk=4))
     write(tables, record_of("whole", verify_steps, 2))
-    assert (stats(tables).chunks.missing, stats(tables).chunks.unfinished) == (3, 0)
-    earlier = stats(tables, since=datetime.fromtimestamp(NOW_US / 1e6 - 1, UTC)).chunks
+    assert (compute_stats(tables).chunks.missing, compute_stats(tables).chunks.unfinished) == (3, 0)
+    earlier = compute_stats(tables, since=datetime.fromtimestamp(NOW_US / 1e6 - 1, UTC)).chunks
     assert earlier.missing == 2, "what a request sent before the time that is asked for is not missing"
 
 
 def test_since_leaves_out_what_is_older(tables: DeltaLog) -> None:
     write(tables, record_of("a", conversation(tokens(8), prompt=4), 0))
-    later = stats(tables, "node", since=datetime.fromtimestamp(NOW_US / 1e6 + 1, UTC))
-    assert (later.total.verify_steps, later.total.accepted_per_step, later.groups) == (0, None, {})
+    later = compute_stats(tables, "node", since=datetime.fromtimestamp(NOW_US / 1e6 + 1, UTC))
+    assert (later.total.verify_steps, later.total.acceptance_length, later.groups) == (0, None, {})
     assert later.table_tokens > 0, "bytes and tokens of the tables are those of all rows"
 
 
@@ -111,12 +110,12 @@ def test_dead_letters_are_counted_by_reason(tables: DeltaLog) -> None:
     row = {"topic": "t", "partition": 0, "time": NOW_US, "day": 0, "detail": ""}
     letters = [{**row, "offset": n, "reason": "corrupt" if n else "empty"} for n in range(3)]
     tables.append("dead_letters", pa.Table.from_pylist(letters, schema=DEAD_LETTERS))
-    assert stats(tables).dead_letters == {"corrupt": 2, "empty": 1}
+    assert compute_stats(tables).dead_letters == {"corrupt": 2, "empty": 1}
 
 
 def test_empty_tables_have_no_rates(tables: DeltaLog) -> None:
-    counted = stats(tables, "label")
-    assert (counted.total.accepted_per_step, counted.bytes_per_token, counted.groups) == (None, None, {})
+    counted = compute_stats(tables, "label")
+    assert (counted.total.acceptance_length, counted.bytes_per_token, counted.groups) == (None, None, {})
 
 
 @given(st.lists(st.integers(0, 5), max_size=12))
@@ -125,14 +124,14 @@ def test_the_depth_of_a_draft_is_that_of_its_longest_path(back: list[int]) -> No
     depths = {ROOT: 0}
     for node, parent in enumerate(parents):
         depths[node] = depths[parent] + 1
-    assert depth_of(parents) == max(depths.values())
+    assert draft_depth(parents) == max(depths.values())
 
 
 def test_the_newest_verify_steps_are_those_of_the_last_commits_in_order(tables: DeltaLog) -> None:
     for n in range(9):
         write(tables, record_of(f"r{n}", conversation(tokens(8), prompt=4), n))
     for count in (0, 1, 5, 11, 1000):
-        rows, version = newest(tables, count)
+        rows, version = read_newest_steps(tables, count)
         everything = tables.read_added("traces", 0, version)
         assert rows["request"].to_pylist() == everything["request"].to_pylist()[len(everything) - rows.num_rows :]
         assert rows.num_rows == min(count, len(everything))
@@ -140,8 +139,8 @@ def test_the_newest_verify_steps_are_those_of_the_last_commits_in_order(tables: 
 
 def test_verify_steps_are_followed_commit_by_commit_and_each_comes_once(tables: DeltaLog) -> None:
     write(tables, record_of("a", conversation(tokens(8), prompt=4), 0))
-    _, version = newest(tables, 1)
-    follower = following(tables, version, poll_s=0)
+    _, version = read_newest_steps(tables, 1)
+    follower = follow_steps(tables, version, poll_s=0)
     for name in ("b", "c"):
         write(tables, record_of(name, conversation(tokens(8), prompt=4), 1))
         assert set(next(follower)["request"].to_pylist()) == {name}
@@ -153,7 +152,7 @@ def test_stats_are_told_to_people_and_to_scripts(tables: DeltaLog) -> None:
     assert told.exit_code == 0, told.output
     assert "missing chunks: 0" in told.stdout
     plain = json.loads(aurora("stats", "--by", "speculator", "--json").stdout)
-    assert plain["accepted_per_step"] == plain["by_speculator"]["1"]["accepted_per_step"] == 1.0
+    assert plain["acceptance_length"] == plain["by_speculator"]["1"]["acceptance_length"] == 2.0
     assert plain["table_bytes_per_token"] > 0
 
 

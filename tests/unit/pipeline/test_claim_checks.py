@@ -255,4 +255,4 @@ def test_what_a_publisher_claims_a_reader_finds(tmp_path: Path) -> None:
     assert dict(headers)["claim-bytes"] == str(claim.size).encode()
     record = Record("t", 0, 0, 0, b"k", value, tuple(headers))
     built = build([record], 32, store(tmp_path).get)
-    assert (built.dead, built.rows["accepted"]["tokens"].to_pylist()[0][:3]) == ({}, [0, 1, 2])
+    assert (built.dead_letters, built.rows["accepted"]["tokens"].to_pylist()[0][:3]) == ({}, [0, 1, 2])

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.commit_lookup import commit_of
 from pipeline.delta import TableError
-from pipeline.offsets import Source
+from pipeline.offsets import SourcePartition
+from pipeline.trace_queries import find_commit
 
-SOURCE = Source("traces", 0)
+SOURCE = SourcePartition("traces", 0)
 ENDS = [-1, 3, 3, 7, 8, 8, 20]
 """Last offset by version; merging files and other partitions' commits leave it as it is."""
 
@@ -20,7 +20,7 @@ class Tables:
     def version(self, name: str) -> int:
         return len(ENDS) - 1
 
-    def reached(self, name: str, source: Source, version: int | None = None) -> int:
+    def last_offset(self, name: str, source: SourcePartition, version: int | None = None) -> int:
         if version is not None and version < self.oldest:
             raise TableError("gone")
         return ENDS[-1 if version is None else version]
@@ -30,4 +30,4 @@ class Tables:
 @pytest.mark.parametrize("oldest", range(len(ENDS)))
 def test_it_is_the_first_version_that_holds_the_record_and_can_be_opened(offset: int, oldest: int) -> None:
     holding = [version for version, end in enumerate(ENDS) if end >= offset and version >= oldest]
-    assert commit_of(Tables(oldest), "accepted", SOURCE, offset) == (holding[0] if holding else None)
+    assert find_commit(Tables(oldest), "accepted", SOURCE, offset) == (holding[0] if holding else None)

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from pipeline import watermarks
-from pipeline.offsets import Source
-from pipeline.watermarks import BrokerAwayError, Watermarks
+from pipeline import broker
+from pipeline.broker import BrokerUnreachableError, Watermarks
+from pipeline.offsets import SourcePartition
 from schemas.settings import Kafka
 
 NO_OFFSET = -1001
@@ -32,8 +32,8 @@ def test_a_partition_without_a_leader_has_no_end_and_another_client_is_asked(mon
         def poll(self, *_: Any) -> None:
             pass
 
-    monkeypatch.setattr(watermarks, "AdminClient", Client)
-    asked, source = Watermarks(Kafka()), Source("traces", 0)
-    with pytest.raises(BrokerAwayError, match=r"kafka\.bootstrap_servers"):
-        asked.bounds([source])
-    assert asked.bounds([source]) == {source: (7, 7)}
+    monkeypatch.setattr(broker, "AdminClient", Client)
+    watermarks, source = Watermarks(Kafka()), SourcePartition("traces", 0)
+    with pytest.raises(BrokerUnreachableError, match=r"kafka\.bootstrap_servers"):
+        watermarks.read([source])
+    assert watermarks.read([source]) == {source: (7, 7)}

@@ -15,16 +15,16 @@ from hypothesis import strategies as st
 from recorded import conversation, record_of, tables_of, verify_step_of
 
 from pipeline.drift.detector import (
-    COLUMNS,
-    KEYS,
-    Key,
+    MAX_KEYS,
+    TRACE_COLUMNS,
     Observation,
-    PartitionWatch,
-    observations,
-    rebuilt_from,
-    split_of,
+    PartitionDetector,
+    TrafficKey,
+    find_replay_start,
+    find_split,
+    observe_requests,
 )
-from pipeline.offsets import Source
+from pipeline.offsets import SourcePartition
 from schemas.batches import TRACES
 from schemas.events import DriftEvent
 from schemas.settings import Drift
@@ -33,8 +33,8 @@ Floats = npt.NDArray[np.float64]
 
 Traffic = Callable[[np.random.Generator, float, int], Floats]
 
-SOURCE = Source("traces", 0)
-KEY = Key("line", "7", "sql")
+SOURCE = SourcePartition("traces", 0)
+KEY = TrafficKey("line", "7", "sql")
 DEFAULTS = Drift()
 SPREAD = 0.15
 """Deviation of the acceptance between requests; that between a request's verify steps comes on top."""
@@ -65,15 +65,15 @@ def in_sessions(rng: np.random.Generator, acceptance: float, requests: int) -> F
     return rng.binomial(verify_steps, worth) / verify_steps
 
 
-def seen(acceptances: Iterable[float], keys: Sequence[Key] = (KEY,)) -> Iterator[Observation]:
+def seen(acceptances: Iterable[float], keys: Sequence[TrafficKey] = (KEY,)) -> Iterator[Observation]:
     """Requests of the keys in turn, one a record, a second each."""
     for offset, acceptance in enumerate(acceptances):
         key = keys[offset % len(keys)]
-        yield Observation(offset, key, offset * 10**6, float(acceptance), 3 * float(acceptance), 4.0)
+        yield Observation(offset, key, offset * 10**6, float(acceptance), 1 + 3 * float(acceptance), 4.0)
 
 
 def events(observed: Iterable[Observation], tuning: Drift = DEFAULTS) -> list[DriftEvent]:
-    watch = PartitionWatch(SOURCE, tuning)
+    watch = PartitionDetector(SOURCE, tuning)
     return [event for one in observed if (event := watch.observe(one))]
 
 
@@ -110,7 +110,7 @@ def test_a_shift_is_told_once_where_a_generation_ends_before_the_next_one_is_sur
     observed = list(seen(np.concatenate([of_requests(rng, 0.6, shift), of_requests(rng, 0.5, 3_000)])))
     [event] = events(observed, tuning)
     # Whoever begins to read between the two knows that it was told.
-    again = events(observed[rebuilt_from(3_000, tuning.window_records) :], tuning)
+    again = events(observed[find_replay_start(3_000, tuning.window_records) :], tuning)
     assert [one for one in again if one.offset >= 3_000] == [one for one in [event] if one.offset >= 3_000]
 
 
@@ -129,7 +129,7 @@ def test_a_label_and_a_version_are_each_told_for_themselves() -> None:
     # The next version is better from its first request on: neither of the two has changed.
     before = list(seen(of_requests(rng, 0.4, 2_000)))
     after = [
-        Observation(2_000 + one.offset, KEY._replace(speculator="8"), one.time_us, one.acceptance, 1, 1)
+        Observation(2_000 + one.offset, KEY._replace(speculator="8"), one.time_us, one.first_token_acceptance, 1, 1)
         for one in seen(of_requests(rng, 0.7, 2_000))
     ]
     assert not events([*before, *after])
@@ -156,20 +156,20 @@ class Drafting:
             "draft_tokens": [[1] * self.depth] * n,
             "accepted": [list(range(k)) for k in kept],
         }
-        fields = [TRACES.field(name) for name in COLUMNS]
+        fields = [TRACES.field(name) for name in TRACE_COLUMNS]
         return pa.table([pa.array(columns[f.name], f.type) for f in fields], pa.schema(fields))
 
 
 def test_a_node_that_drafts_less_deep_raises_no_alarm_although_the_accepted_per_step_falls() -> None:
     rng = np.random.default_rng(0)
     deep, shallow = Drafting(0.6, 6).rows(rng, range(1_500)), Drafting(0.6, 1).rows(rng, range(1_500, 3_000))
-    observed = [*observations(deep), *observations(shallow)]
-    assert np.mean([one.accepted_per_step for one in observed[:1_500]]) > 1.3
-    assert np.mean([one.accepted_per_step for one in observed[1_500:]]) < 0.65
+    observed = [*observe_requests(deep), *observe_requests(shallow)]
+    assert np.mean([one.acceptance_length for one in observed[:1_500]]) > 2.3
+    assert np.mean([one.acceptance_length for one in observed[1_500:]]) < 1.65
     assert not events(observed)
 
     worse = Drafting(0.4, 6).rows(rng, range(3_000, 3_300))
-    [event] = events([*observed, *observations(worse)])
+    [event] = events([*observed, *observe_requests(worse)])
     assert event.direction == "fall"
 
 
@@ -184,11 +184,11 @@ def test_a_request_is_observed_once_by_its_verify_steps_with_a_draft() -> None:
         record_of("b", whole[:1], 5),
         record_of("a", [verify_step_of(8, 16, [17, 18], 19, [18])], 6, chunk=1),
     ]
-    [one] = observations(tables_of(*records)["traces"])
-    assert (one.offset, one.key, one.time_us) == (4, Key("target-draft", "1", None), 1_700_000_000_000_000)
-    assert one.acceptance == pytest.approx(5 / 6)
-    assert one.accepted_per_step == pytest.approx((4 * 1 + 2 + 0) / 6)
-    assert one.drafted == 2
+    [one] = observe_requests(tables_of(*records)["traces"])
+    assert (one.offset, one.key, one.time_us) == (4, TrafficKey("target-draft", "1", None), 1_700_000_000_000_000)
+    assert one.first_token_acceptance == pytest.approx(5 / 6)
+    assert one.acceptance_length == pytest.approx(1 + (4 * 1 + 2 + 0) / 6)
+    assert one.draft_tokens == 2
 
 
 def traces(**columns: Sequence[object]) -> pa.Table:
@@ -204,39 +204,39 @@ def traces(**columns: Sequence[object]) -> pa.Table:
         "draft_tokens": [[5]] * n,
         "accepted": [[0]] * n,
     }
-    fields = [TRACES.field(name) for name in COLUMNS]
+    fields = [TRACES.field(name) for name in TRACE_COLUMNS]
     return pa.table([pa.array({**usual, **columns}[f.name], f.type) for f in fields], pa.schema(fields))
 
 
 def test_in_a_tree_only_the_first_choice_counts_so_that_the_width_changes_nothing() -> None:
-    [one] = observations(traces(draft_tokens=[[5, 6, 7]] * 3, accepted=[[0, 2], [1], []]))
-    assert (one.acceptance, one.accepted_per_step, one.drafted) == (pytest.approx(1 / 3), 1, 3)
+    [one] = observe_requests(traces(draft_tokens=[[5, 6, 7]] * 3, accepted=[[0, 2], [1], []]))
+    assert (one.first_token_acceptance, one.acceptance_length, one.draft_tokens) == (pytest.approx(1 / 3), 2, 3)
 
 
 def test_versions_that_swap_within_a_chunk_are_observed_each_by_its_own_verify_steps() -> None:
-    first, second = observations(traces(speculator=["7", "7", "8", ""], accepted=[[0], [], [], [0]]))
-    assert (first.key.speculator, first.acceptance) == ("7", 0.5)
-    assert (second.key.speculator, second.acceptance) == ("8", 0)
+    first, second = observe_requests(traces(speculator=["7", "7", "8", ""], accepted=[[0], [], [], [0]]))
+    assert (first.key.speculator, first.first_token_acceptance) == ("7", 0.5)
+    assert (second.key.speculator, second.first_token_acceptance) == ("8", 0)
 
 
 def test_observations_come_in_the_order_of_their_offsets_however_rows_lie_and_commits_are_cut() -> None:
     rng = np.random.default_rng(0)
     rows = Drafting(0.6, 3).rows(rng, range(700))
-    whole = list(observations(rows))
+    whole = list(observe_requests(rows))
     assert [one.offset for one in whole] == list(range(700))
-    assert list(observations(rows.take(rng.permutation(rows.num_rows)))) == whole
+    assert list(observe_requests(rows.take(rng.permutation(rows.num_rows)))) == whole
     parts = [Drafting(0.6, 3).rows(np.random.default_rng(n), range(40 * n, 40 * n + 40)) for n in range(5)]
-    assert [one for part in parts for one in observations(part)] == list(observations(pa.concat_tables(parts)))
+    assert [one for part in parts for one in observe_requests(part)] == list(observe_requests(pa.concat_tables(parts)))
 
 
 def test_verify_steps_that_show_nothing_are_no_observation() -> None:
-    assert not list(observations(TRACES.empty_table()))
-    assert not list(observations(traces(draft_tokens=[[], []], accepted=[[], []])))
+    assert not list(observe_requests(TRACES.empty_table()))
+    assert not list(observe_requests(traces(draft_tokens=[[], []], accepted=[[], []])))
 
 
 def test_any_time_that_a_record_claims_can_be_told() -> None:
     absurd = [
-        Observation(one.offset, KEY, time_us, one.acceptance, 1, 1)
+        Observation(one.offset, KEY, time_us, one.first_token_acceptance, 1, 1)
         for one, time_us in zip(seen([1.0] * 200 + [0.0] * 200), [2**63 - 1] * 200 + [-(2**63)] * 200, strict=True)
     ]
     [event] = events(absurd)
@@ -244,24 +244,24 @@ def test_any_time_that_a_record_claims_can_be_told() -> None:
 
 
 def test_a_label_that_was_not_seen_for_long_gives_way_and_a_busy_one_stays() -> None:
-    watch = PartitionWatch(SOURCE, Drift())
-    labels = [KEY._replace(label=str(i)) for i in range(KEYS + 10)]
+    watch = PartitionDetector(SOURCE, Drift())
+    labels = [KEY._replace(label=str(i)) for i in range(MAX_KEYS + 10)]
     for offset, label in enumerate(labels):
         watch.observe(Observation(2 * offset, label, 0, 0.5, 1, 1))
         watch.observe(Observation(2 * offset + 1, KEY, 0, 0.5, 1, 1))
-    figures = watch.figures()
-    assert len(figures) == KEYS
-    assert figures[KEY].requests == KEYS + 10
-    assert labels[0] not in figures
-    assert labels[-1] in figures
+    means = watch.means()
+    assert len(means) == MAX_KEYS
+    assert means[KEY].requests == MAX_KEYS + 10
+    assert labels[0] not in means
+    assert labels[-1] in means
 
 
 @pytest.mark.parametrize(("silent", "kept"), [(0, 600), (400, 600), (500, 100), (9_000, 100)])
 def test_figures_look_back_no_further_than_two_windows(silent: int, kept: int) -> None:
-    watch = PartitionWatch(SOURCE, Drift(window_records=500))
+    watch = PartitionDetector(SOURCE, Drift(window_records=500))
     for one in seen([0.5] * 1_100):
         watch.observe(replace(one, offset=one.offset if one.offset < 1_000 else one.offset + silent))
-    assert watch.figures()[KEY].requests == kept
+    assert watch.means()[KEY].requests == kept
 
 
 @settings(max_examples=15, deadline=None)
@@ -275,13 +275,13 @@ def test_what_is_said_after_a_restart_is_what_would_have_been_said_without_it(se
     observed = [one for one in seen(values, keys) if rng.random() < 0.9]
     tuning = Drift(window_records=window, min_requests=10)
 
-    uninterrupted, rebuilt = PartitionWatch(SOURCE, tuning), PartitionWatch(SOURCE, tuning)
-    start = rebuilt_from(at, window)
+    uninterrupted, rebuilt = PartitionDetector(SOURCE, tuning), PartitionDetector(SOURCE, tuning)
+    start = find_replay_start(at, window)
     assert at - start <= 3 * window
     said = [event for one in observed if (event := uninterrupted.observe(one)) and one.offset >= at]
     again = [event for one in observed if one.offset >= start and (event := rebuilt.observe(one)) and one.offset >= at]
     assert [event.model_dump_json() for event in again] == [event.model_dump_json() for event in said]
-    assert rebuilt.figures() == uninterrupted.figures() or at > observed[-1].offset
+    assert rebuilt.means() == uninterrupted.means() or at > observed[-1].offset
 
 
 def test_the_restarts_above_fall_between_events() -> None:
@@ -299,7 +299,7 @@ def test_a_window_is_split_where_its_sides_differ_most(counts: list[int], least:
         right = len(figures) - left
         return abs(figures[:left].mean() - figures[left:].mean()) * (left * right) ** 0.5
 
-    split = split_of(figures, least)
+    split = find_split(figures, least)
     assert least <= split <= len(figures) - least
     best = max(difference(left) for left in range(least, len(figures) - least + 1))
     assert difference(split) == pytest.approx(best)
@@ -308,12 +308,12 @@ def test_a_window_is_split_where_its_sides_differ_most(counts: list[int], least:
 def test_the_detector_says_what_the_librarys_own_does() -> None:
     from river.drift import ADWIN
 
-    from pipeline.drift.detector import CLOCK, _detector
+    from pipeline.drift.detector import CHECK_INTERVAL, _create_adwin
 
     tuning = Drift()
     least = tuning.min_requests
-    theirs = ADWIN(delta=tuning.delta, clock=CLOCK, min_window_length=least, grace_period=2 * least)
-    ours = _detector(tuning)
+    theirs = ADWIN(delta=tuning.delta, clock=CHECK_INTERVAL, min_window_length=least, grace_period=2 * least)
+    ours = _create_adwin(tuning)
     rng = np.random.default_rng(0)
     for value in np.concatenate([of_requests(rng, 0.6, 1_000), of_requests(rng, 0.4, 1_000)]):
         theirs.update(value)

@@ -11,17 +11,16 @@ import pyarrow.compute as pc
 import pytest
 
 from pipeline.delta import TableError
-from pipeline.drift import topic as drift_topic
-from pipeline.drift.detector import COLUMNS
-from pipeline.drift.monitor import SENT_AGAIN, SHOWN, DriftWatch
-from pipeline.drift.topic import DriftTopic
+from pipeline.drift import monitor as drift_monitor
+from pipeline.drift.detector import TRACE_COLUMNS
+from pipeline.drift.monitor import RESEND_RECORDS, SHOWN_TRAFFIC, DriftEventProducer, DriftMonitor
 from pipeline.metrics import drift_metrics
-from pipeline.offsets import Source
+from pipeline.offsets import SourcePartition
 from schemas.batches import TRACES
 from schemas.events import DriftEvent
 from schemas.settings import Drift, Kafka
 
-SOURCE, OTHER = Source("traces", 0), Source("traces", 1)
+SOURCE, OTHER = SourcePartition("traces", 0), SourcePartition("traces", 1)
 RECORDS = 6_000
 SHIFT = 4_000
 
@@ -34,8 +33,8 @@ class Table:
         self.fails: Exception | None = None
         self.read: list[range] = []
 
-    def read_offsets(self, name: str, source: Source, offsets: range, columns: tuple[str, ...]) -> pa.Table:
-        assert (name, columns) == ("traces", COLUMNS)
+    def read_offsets(self, name: str, source: SourcePartition, offsets: range, columns: tuple[str, ...]) -> pa.Table:
+        assert (name, columns) == ("traces", TRACE_COLUMNS)
         if self.fails:
             raise self.fails
         self.read.append(offsets)
@@ -49,7 +48,7 @@ class Table:
 class Sent:
     """Keeps what is sent."""
 
-    unsent = 0
+    dropped = 0
 
     def __init__(self) -> None:
         self.events: list[DriftEvent] = []
@@ -77,7 +76,7 @@ def rows() -> pa.Table:
         "draft_tokens": [[5]] * n,
         "accepted": [[0] if one else [] for one in accepted],
     }
-    fields = [TRACES.field(name) for name in COLUMNS]
+    fields = [TRACES.field(name) for name in TRACE_COLUMNS]
     return pa.table([pa.array(columns[f.name], f.type) for f in fields], pa.schema(fields))
 
 
@@ -86,40 +85,40 @@ def commits(offsets: range, rng: np.random.Generator) -> Iterator[range]:
     return (range(start, stop) for start, stop in pairwise(cuts))
 
 
-def run(watch: DriftWatch, table: Table, offsets: range, source: Source = SOURCE) -> None:
+def run(watch: DriftMonitor, table: Table, offsets: range, source: SourcePartition = SOURCE) -> None:
     for commit in commits(offsets, np.random.default_rng(offsets.start)):
         watch.observe(source, commit, table.of(commit))
 
 
 @pytest.fixture
-def uninterrupted(rows: pa.Table) -> tuple[list[DriftEvent], DriftWatch]:
+def uninterrupted(rows: pa.Table) -> tuple[list[DriftEvent], DriftMonitor]:
     sent = Sent()
-    watch = DriftWatch(Drift(), Table(rows), sent)
+    watch = DriftMonitor(Drift(), Table(rows), sent)
     run(watch, Table(rows), range(RECORDS))
     return sent.events, watch
 
 
-Uninterrupted = tuple[list[DriftEvent], DriftWatch]
+Uninterrupted = tuple[list[DriftEvent], DriftMonitor]
 
 
 def test_a_worker_that_takes_over_goes_on_as_the_one_before(rows: pa.Table, uninterrupted: Uninterrupted) -> None:
     [event], before = uninterrupted
     assert SHIFT < event.offset < SHIFT + 200
     sent, table = Sent(), Table(rows)
-    watch = DriftWatch(Drift(), table, sent)
+    watch = DriftMonitor(Drift(), table, sent)
     run(watch, table, range(SHIFT + 10, RECORDS))
     assert sent.events == [event]
     assert watch.status() == before.status()
     assert len(table.read) == 1
 
 
-@pytest.mark.parametrize(("late", "again"), [(1, True), (SENT_AGAIN, True), (SENT_AGAIN + 1, False)])
+@pytest.mark.parametrize(("late", "again"), [(1, True), (RESEND_RECORDS, True), (RESEND_RECORDS + 1, False)])
 def test_events_of_the_newest_records_are_sent_again_and_are_equal(
     rows: pa.Table, uninterrupted: Uninterrupted, *, late: int, again: bool
 ) -> None:
     [event], _ = uninterrupted
     sent, table = Sent(), Table(rows)
-    watch = DriftWatch(Drift(), table, sent)
+    watch = DriftMonitor(Drift(), table, sent)
     run(watch, table, range(event.offset + late, RECORDS))
     assert [one.model_dump_json() for one in sent.events] == ([event.model_dump_json()] if again else [])
 
@@ -129,7 +128,7 @@ def test_after_records_that_another_worker_committed_the_state_is_read_again(
 ) -> None:
     events, before = uninterrupted
     sent, table = Sent(), Table(rows)
-    watch = DriftWatch(Drift(), table, sent)
+    watch = DriftMonitor(Drift(), table, sent)
     run(watch, table, range(3_000))
     run(watch, table, range(5_000, RECORDS))
     assert sent.events == events
@@ -138,14 +137,14 @@ def test_after_records_that_another_worker_committed_the_state_is_read_again(
 
 def test_what_the_other_partitions_of_a_worker_say_is_told_apart_and_shown_together(rows: pa.Table) -> None:
     sent, table = Sent(), Table(rows)
-    watch = DriftWatch(Drift(), table, sent)
+    watch = DriftMonitor(Drift(), table, sent)
     run(watch, table, range(3_000))
     [alone] = watch.status().traffic
     run(watch, table, range(1_000), OTHER)
     [both] = watch.status().traffic
     assert (alone.acceptance.requests, both.acceptance.requests) == (3_000, 4_000)
     assert both.acceptance.first_token_acceptance == pytest.approx(0.7, abs=0.02)
-    watch.keep([OTHER])
+    watch.retain([OTHER])
     [other] = watch.status().traffic
     assert other.acceptance.requests == 1_000
 
@@ -154,10 +153,10 @@ def test_of_many_labels_the_status_shows_those_with_the_most_requests(rows: pa.T
     head = rows.slice(0, 4 * 300)
     labels = [f"label-{offset % 60 if offset < 120 else 7}" for offset in head["offset"].to_pylist()]
     many = head.set_column(head.schema.get_field_index("label"), "label", pa.array(labels))
-    watch = DriftWatch(Drift(), Table(many), Sent())
+    watch = DriftMonitor(Drift(), Table(many), Sent())
     run(watch, Table(many), range(300))
     traffic = watch.status().traffic
-    assert len(traffic) == SHOWN
+    assert len(traffic) == SHOWN_TRAFFIC
     assert (traffic[0].label, traffic[0].acceptance.requests) == ("label-7", 182)
 
 
@@ -167,7 +166,7 @@ def test_a_failure_stops_no_record_and_what_was_missed_is_looked_at_later(
 ) -> None:
     events, before = uninterrupted
     sent, table = Sent(), Table(rows)
-    watch = DriftWatch(Drift(), table, sent)
+    watch = DriftMonitor(Drift(), table, sent)
     table.fails = failure
     run(watch, table, range(1, 4_500))
     assert (sent.events, watch.status().traffic) == ([], [])
@@ -182,12 +181,12 @@ def test_what_a_broker_that_is_away_cannot_take_is_counted(
     uninterrupted: Uninterrupted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     [event], _ = uninterrupted
-    monkeypatch.setattr(drift_topic, "WAITING", 2)
-    topic = DriftTopic(Kafka(bootstrap_servers="127.0.0.1:1"))
+    monkeypatch.setattr(drift_monitor, "MAX_QUEUED_EVENTS", 2)
+    topic = DriftEventProducer(Kafka(bootstrap_servers="127.0.0.1:1"))
     for _ in range(3):
         topic.send(event)
     topic.poll()
-    assert topic.unsent == 1
+    assert topic.dropped == 1
 
 
 def test_an_event_reads_back_from_its_json(uninterrupted: Uninterrupted) -> None:
@@ -207,7 +206,7 @@ def test_prometheus_sees_the_figures_and_the_events(uninterrupted: Uninterrupted
     key = ("line", "7", "sql")
     assert samples == {
         ("aurora_stream_drift_events_total", ()): 1,
-        ("aurora_stream_drift_events_unsent_total", ()): 0,
+        ("aurora_stream_drift_events_dropped_total", ()): 0,
         ("aurora_stream_first_token_acceptance_ratio", key): shown.acceptance.first_token_acceptance,
         ("aurora_stream_acceptance_length", key): shown.acceptance.acceptance_length,
     }

@@ -15,7 +15,7 @@ from recorded import conversation, record_of, tables_of
 
 from pipeline.batches import Record, build
 from pipeline.delta import DeltaLog, TableError
-from pipeline.offsets import Source
+from pipeline.offsets import SourcePartition
 from schemas.batches import TABLES
 from schemas.settings import Tables
 
@@ -52,12 +52,12 @@ def test_rows_are_read_as_they_were_written_whatever_the_partitions(log: DeltaLo
 
 def test_a_range_of_a_partition_is_read_in_the_order_of_its_offsets(log: DeltaLog) -> None:
     columns = ("offset", "verify_step", "draft_tokens")
-    rows = log.read_offsets("traces", Source("traces", 0), range(1, 3), columns)
+    rows = log.read_offsets("traces", SourcePartition("traces", 0), range(1, 3), columns)
     assert rows.schema == pa.schema([TABLES["traces"].field(name) for name in columns])
     assert rows["offset"].to_pylist() == sorted(rows["offset"].to_pylist())
     assert offsets(rows) == [1, 2]
-    assert log.read_offsets("traces", Source("traces", 1), range(9), columns).num_rows == 0
-    assert log.read_offsets("traces", Source("it's", 0), range(9), columns).num_rows == 0
+    assert log.read_offsets("traces", SourcePartition("traces", 1), range(9), columns).num_rows == 0
+    assert log.read_offsets("traces", SourcePartition("it's", 0), range(9), columns).num_rows == 0
 
 
 def test_an_earlier_state_is_read_by_version_and_by_time(log: DeltaLog, tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_an_earlier_state_is_read_by_version_and_by_time(log: DeltaLog, tmp_path
     assert offsets(log.read("accepted", ["offset"], at=(begun + timedelta(hours=3)).replace(tzinfo=None))) == [0, 1, 2]
     assert offsets(log.read("accepted", ["offset"], at=datetime.now(UTC))) == [0, 1, 2, 3]
     assert log.read("accepted", at=datetime.now(UTC) - timedelta(days=9)).num_rows == 0
-    with pytest.raises(TableError, match="accepted, state 99,"):
+    with pytest.raises(TableError, match="accepted, version 99,"):
         log.read("accepted", at=99)
 
 

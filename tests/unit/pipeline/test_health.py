@@ -1,0 +1,154 @@
+"""When a stream worker is live and ready, and how long its partitions are said to wait."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from pipeline.consumer import BUFFER_BYTES, create_app
+from pipeline.health import (
+    JOIN_TIMEOUT_S,
+    PROGRESS_TIMEOUT_S,
+    WRITE_TIMEOUT_S,
+    HealthSnapshot,
+    ProgressTracker,
+    liveness_problems,
+    readiness_problems,
+)
+from pipeline.offsets import SourcePartition
+from schemas.settings import Kafka, Settings, Stream
+
+WELL = HealthSnapshot(unwatched_s=1, joining_s=0, writing_s=0, stalled_s={}, without_offset=(), error=None)
+ZERO, ONE = SourcePartition("traces", 0), SourcePartition("traces", 1)
+
+
+@pytest.mark.parametrize(
+    ("seen", "live", "ready"),
+    [
+        (WELL, True, True),
+        (replace(WELL, stalled_s={0: PROGRESS_TIMEOUT_S - 1}), True, True),
+        (replace(WELL, stalled_s={0: PROGRESS_TIMEOUT_S + 1}), False, False),
+        (replace(WELL, joining_s=JOIN_TIMEOUT_S - 1), True, False),
+        (replace(WELL, joining_s=JOIN_TIMEOUT_S + 1), False, False),
+        (replace(WELL, writing_s=WRITE_TIMEOUT_S - 1), True, True),
+        (replace(WELL, writing_s=WRITE_TIMEOUT_S + 1), False, False),
+        (replace(WELL, unwatched_s=2 * PROGRESS_TIMEOUT_S), False, False),
+        (replace(WELL, without_offset=(1,)), True, False),
+        (replace(WELL, error="the table does not answer (tables.uri)"), True, False),
+    ],
+)
+def test_what_lasts_too_long_is_not_live_and_what_is_in_the_way_not_ready(
+    seen: HealthSnapshot, live: bool, ready: bool
+) -> None:
+    assert (not liveness_problems(seen), not readiness_problems(seen)) == (live, ready)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def progress() -> tuple[ProgressTracker, Clock]:
+    """Two partitions with ten records each, of which the tables hold none."""
+    clock = Clock()
+    made = ProgressTracker(clock)
+    made.assign([ZERO, ONE])
+    for source in (ZERO, ONE):
+        made.set_next_offset(source, 0)
+        made.set_log_range(source, 0, 10)
+    return made, clock
+
+
+def test_a_partition_waits_while_records_are_there_and_none_has_arrived() -> None:
+    made, clock = progress()
+    made.add_buffered(ONE)
+    clock.now += 7
+    assert (made.stalled_s(ZERO), made.stalled_s(ONE)) == (7, 0)
+    assert made.stalled(5) == [ZERO]
+    made.remove_buffered(ONE)
+    clock.now += 3
+    assert (made.stalled_s(ZERO), made.stalled_s(ONE)) == (10, 3)
+
+
+def test_a_partition_that_is_read_to_its_end_does_not_wait() -> None:
+    made, clock = progress()
+    made.set_next_offset(ZERO, 10)
+    clock.now += 100
+    assert made.stalled_s(ZERO) == 0
+    made.set_log_range(ZERO, 0, 11)
+    clock.now += 2
+    assert made.stalled_s(ZERO) == 2
+
+
+def test_nobody_waits_for_what_could_not_come() -> None:
+    made, clock = progress()
+    clock.now += 100
+    made.reset_stalls()
+    clock.now += 1
+    assert made.stalled_s(ZERO) == 1
+
+
+def test_a_record_that_was_asked_for_is_given_time_to_come() -> None:
+    made, clock = progress()
+    clock.now += 6
+    assert made.stalled(5) == [ZERO, ONE]
+    made.record_seek(ZERO)
+    clock.now += 4
+    assert made.stalled(5) == [ONE]
+    clock.now += 2
+    assert made.stalled(5) == [ZERO, ONE]
+
+
+def test_a_partition_is_looked_at_until_its_log_and_the_tables_agree() -> None:
+    made, _ = progress()
+    assert not made.unverified()
+    made.set_log_range(ZERO, 3, 10)
+    assert made.unverified() == [ZERO]
+    made.set_next_offset(ZERO, 3)
+    made.set_log_range(ZERO, 3, 10)
+    assert not made.unverified()
+    made.set_log_range(ONE, 0, 10)
+    made.assign([ONE])
+    assert made.without_offset() == made.unverified() == [ONE]
+
+
+def test_what_is_not_assigned_is_not_spoken_of() -> None:
+    made, _ = progress()
+    made.assign([ONE])
+    made.add_buffered(ZERO)
+    made.remove_buffered(ZERO)
+    made.set_next_offset(ZERO, 5)
+    made.set_log_range(ZERO, 0, 9)
+    assert made.sources() == [ONE]
+    assert not made.statuses()
+
+
+@pytest.mark.parametrize("largest", [10_000, 1_000_000, 64 << 20])
+def test_faust_holds_no_more_bytes_than_the_inbox_or_a_single_message(largest: int) -> None:
+    conf = create_app(Settings(kafka=Kafka(max_message_bytes=largest), stream=Stream(flush_records=1_000))).conf
+    assert conf.stream_buffer_maxsize * largest <= max(BUFFER_BYTES, largest)
+    assert conf.broker_max_poll_records * largest <= max(BUFFER_BYTES, largest)
+
+
+def test_a_worker_that_reads_nothing_for_days_stays_in_its_group() -> None:
+    assert create_app(Settings()).conf.broker_max_poll_interval > 30 * 86400
+
+
+def test_a_worker_that_is_done_ends_although_a_call_hangs_and_says_which() -> None:
+    program = (
+        "import threading, time\n"
+        "from pipeline.health import ShutdownTimer\n"
+        "def hanging(): time.sleep(600)\n"
+        "threading.Thread(target=hanging).start()\n"
+        "ShutdownTimer(timeout_s=0.1).start()\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 0
+    assert "in hanging" in ended.stderr
+    assert "shutdown_forced" in ended.stdout + ended.stderr

@@ -58,7 +58,7 @@ def test_batches_are_committed_fenced_merged_and_read(object_store: ObjectStore)
     added = log.read_added("accepted", 2, 4)
     done = {of_one.table: of_one for of_one in Maintenance(settings).run()}
     assert not any(of_one.error for of_one in done.values())
-    assert (done["accepted"].merged, done["accepted"].into) == (4, 1)
+    assert (done["accepted"].compacted, done["accepted"].written) == (4, 1)
     assert offsets(log.read("accepted")) == [0, 1, 2, 3]
     assert log.read("accepted").schema == TABLES["accepted"]
     assert log.read_added("accepted", 2, 4).equals(added)

@@ -207,7 +207,7 @@ def test_files_are_merged_while_the_stream_commits_and_nobody_is_fenced(stage: S
         for start in range(0, 100, 10):
             stage.publisher.send_many(range(start, start + 10))
             assert stage.stored(start + 10), stage.log.read_text()[-5_000:]
-        assert wait_until(lambda: stage.status().maintenance_files.get("merged", 0) > 10, 40), stage.log.read_text()[
+        assert wait_until(lambda: stage.status().maintenance_files.get("compacted", 0) > 10, 40), stage.log.read_text()[
             -5_000:
         ]
         status = stage.status()

@@ -23,34 +23,34 @@ from schemas.status import StreamStatus
 from schemas.trace.record import encode
 
 READER_FAILS_ONCE = """
-from pipeline import inbox
-put, calls = inbox.Inbox.put, []
+from pipeline import consumer
+put, calls = consumer.RecordBuffer.put, []
 async def failing(self, item, size):
     calls.append(item)
     if len(calls) == 5:
         raise RuntimeError("a reader that fails")
     await put(self, item, size)
-inbox.Inbox.put = failing
+consumer.RecordBuffer.put = failing
 """
 READER_HANGS = """
 import asyncio
-from pipeline import inbox, liveness
-liveness.LATE_S, liveness.STALLED_S = 2.0, 5.0
-put, calls = inbox.Inbox.put, []
+from pipeline import consumer, health
+health.PROGRESS_TIMEOUT_S, health.STALL_TIMEOUT_S = 2.0, 5.0
+put, calls = consumer.RecordBuffer.put, []
 async def hanging(self, item, size):
     calls.append(item)
     await (put(self, item, size) if len(calls) < 5 else asyncio.Event().wait())
-inbox.Inbox.put = hanging
+consumer.RecordBuffer.put = hanging
 """
 STORE_IS_SLOW = """
 import time
-from pipeline import app, table
-app.PART_BYTES, app.HELD_BYTES = 20_000, 40_000
-append = table.TableSnapshot.append
+from pipeline import delta, worker
+worker.COMMIT_BYTES, worker.BUFFER_BYTES = 20_000, 40_000
+append = delta.TableSnapshot.append
 def slowly(self, rows, transactions):
     time.sleep(0.15)
     append(self, rows, transactions)
-table.TableSnapshot.append = slowly
+delta.TableSnapshot.append = slowly
 """
 HELD_BYTES = 40_000
 

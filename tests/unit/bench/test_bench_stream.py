@@ -92,6 +92,6 @@ def test_every_measured_figure_is_in_the_list_of_names() -> None:
 
 @pytest.mark.parametrize("size", [QUICK, FULL])
 def test_a_trial_has_enough_messages_for_several_commits(size: StreamSize) -> None:
-    from pipeline.worker import COMMIT_BYTES
+    from pipeline.consumer import COMMIT_BYTES
 
     assert size.mib << 20 >= 4 * COMMIT_BYTES

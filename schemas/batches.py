@@ -1,22 +1,21 @@
-"""Rows of the Delta tables: what the stream processor writes, and the trainer, the promoter and people read.
+"""Schemas of the Delta tables, which the stream worker writes and trainer, promoter and people read.
 
-bf16 numbers are stored as binary (Delta has no 16-bit float). Shapes: F = feature width (3H), k = teacher width.
+bf16 numbers are stored as binary, because Delta has no 16-bit float. Shapes: F = feature width (3H), k = teacher width.
 
-How one chunk becomes training rows, for the request of ``schemas.trace.record`` (prompt ``a b c``, answer ``D E F
-G``)::
+Training rows of one chunk, for the request of ``schemas.trace.record`` (prompt ``a b c``, output ``D E F G``)::
 
     accepted   tokens     a  b  c  D  E  F      the committed tokens of the chunk, with one feature row each
-               loss_mask  .  .  x  x  x  x      the teacher after consuming the token is known (never inside the prompt)
-               next_token G                     the bonus of the last verify step: chosen, not yet consumed
-    rejected   root D, branch E X               accepted_prefix 1: E was right, X was not
+               loss_mask  .  .  x  x  x  x      x: the teacher after this token is known (never inside the prompt)
+               next_token G                     the bonus token of the last step: chosen, not yet consumed
+    rejected   root D, branch E X               accepted_prefix 1: E was accepted, X was not
                root F, branch Y Z               accepted_prefix 0
 
-A window never reaches beyond its chunk, so that a row depends on one Kafka record alone and re-delivery rebuilds it
-byte for byte. The price is the one training row that spans two chunks of a long request.
+A row never extends beyond its chunk. It therefore depends on one Kafka record only, and redelivery rebuilds it byte for
+byte. The cost is the one training position that spans two chunks of a long request.
 
-A window without ``features`` is to be recomputed: the trainer runs the target over its tokens. It begins with the
-request, at position 0 and with a mask that is false up to its chunk; one that begins later lost the tokens before, and
-its features can be known no more.
+The trainer recomputes the features of an ``accepted`` row without ``features`` by running the target over its tokens.
+Such a row starts at position 0, with a mask that is false up to its chunk. If it starts later, the preceding tokens are
+lost and its features cannot be recomputed.
 """
 
 from __future__ import annotations
@@ -43,9 +42,10 @@ LINEAGE = [
     pa.field("time", _TIME, nullable=False),
     pa.field("day", pa.date32(), nullable=False),
 ]
-"""Columns that every row carries: where it came from, and which version was drafting (the last one of the chunk).
+"""Columns of every row: its Kafka record, its request, and the version that drafted (the last one of the chunk).
 
-``time`` is the node's, ``day`` the UTC day of the Kafka record's time: the clock of a node moves no row.
+``time`` is the node's time. ``day`` is the UTC day of the Kafka record's timestamp, so a node's clock cannot move a row
+to another partition.
 """
 
 ACCEPTED = pa.schema(
@@ -62,8 +62,8 @@ ACCEPTED = pa.schema(
         pa.field("teacher_logprobs", _FLOATS, nullable=False),
     ]
 )
-"""One window of committed tokens a row. ``features`` is bf16 [n, F], or empty; ``teacher_*`` are [masked tokens, k], in
-order."""
+"""One chunk of committed tokens per row. ``features`` is bf16 [n, F], or empty; ``teacher_*`` are [masked tokens, k],
+in order."""
 
 REJECTED = pa.schema(
     [
@@ -79,12 +79,11 @@ REJECTED = pa.schema(
         pa.field("teacher_logprobs", _FLOATS, nullable=False),
     ]
 )
-"""One rejected branch a row, from the root's child to the leaf.
+"""One rejected branch per row, from the root's child to the leaf.
 
-``context`` ends with the root. ``teacher_*`` are [len(branch), k]: the target after consuming each branch token. What
-the draft saw before the root are the features of the window in ``accepted`` that came in the same record; kept here as
-well, those of the last token alone would double the size of the tables. ``draft_logprobs`` are NaN where the node did
-not know them.
+``context`` ends with the root. ``teacher_*`` are [len(branch), k]: the target's distribution after each branch token.
+The features before the root are in the ``accepted`` row of the same Kafka record; storing even the last token's
+features here would double the size of the tables. ``draft_logprobs`` are NaN if the node does not know them.
 """
 
 TRACES = pa.schema(
@@ -111,7 +110,7 @@ TRACES = pa.schema(
         pa.field("verify_us", pa.int32(), nullable=False),
     ]
 )
-"""One verify step a row, without features. Here ``speculator`` and ``time`` are those of the verify step."""
+"""One verify step per row, without features. ``speculator`` and ``time`` are the step's own."""
 
 DEAD_LETTERS = pa.schema(
     [
@@ -129,8 +128,8 @@ DEAD_LETTERS = pa.schema(
         pa.field("headers", pa.list_(pa.struct([pa.field("name", pa.string()), pa.field("value", pa.binary())]))),
     ]
 )
-"""One record that could not be used, byte for byte. ``rows`` is what its header claims; null where unreadable. ``size``
-is the bytes of its value, so that a list need not read them."""
+"""One dead letter per row: a record that could not be used, byte for byte. ``rows`` is the number that its header
+announces; null if unreadable. ``size`` is the size of its value in bytes, so that a list need not read the values."""
 
 PROMOTIONS = pa.schema(
     [
@@ -144,7 +143,7 @@ PROMOTIONS = pa.schema(
         pa.field("figures", pa.string(), nullable=False),
     ]
 )
-"""One alias move a row; ``figures`` is JSON."""
+"""One alias move per row; ``figures`` is JSON."""
 
 INTENTS = pa.schema(
     [
@@ -157,8 +156,8 @@ INTENTS = pa.schema(
         pa.field("note", pa.string()),
     ]
 )
-"""Moves of aliases as they are wanted: a row ``intended`` before the first alias is moved, and one ``done`` or
-``abandoned`` behind it. ``intent`` is JSON of ``schemas.events.Intent``, ``note`` says why it was abandoned."""
+"""Intended alias moves: a row ``intended`` before the first alias is moved, and a row ``done`` or ``abandoned`` after
+the last. ``intent`` is JSON of ``schemas.events.AliasIntent``, ``note`` says why the move was abandoned."""
 
 REPLAYS = pa.schema(
     [
@@ -171,7 +170,7 @@ REPLAYS = pa.schema(
         pa.field("new_offset", pa.int64(), nullable=False),
     ]
 )
-"""One dead letter that was published again a row: which one, and the record that it became."""
+"""One replayed dead letter per row: its source record, and the record that it was published as."""
 
 CURSORS = pa.schema(
     [
@@ -182,7 +181,7 @@ CURSORS = pa.schema(
         pa.field("version", pa.int64(), nullable=False),
     ]
 )
-"""How far a reader has read one table: it needs the rows that later versions added. Its newest row counts."""
+"""Progress of a reader in one table: it still needs the rows added after ``version``. The newest row counts."""
 
 HOLDS = pa.schema(
     [
@@ -194,8 +193,8 @@ HOLDS = pa.schema(
         pa.field("released", pa.bool_(), nullable=False),
     ]
 )
-"""Versions of a table that an experiment was named on: what they added, and the states from the first one on, stay
-until it is released, however long that is. The newest row of an experiment and a table counts."""
+"""Retention holds: versions of a table that an experiment needs. The rows that they added, and the table states from
+the first of them on, are kept until the hold is released. The newest row of an experiment and a table counts."""
 
 TABLES = {
     "accepted": ACCEPTED,
@@ -220,13 +219,13 @@ PARTITIONED_BY = {
     "cursors": ("day",),
     "holds": (),
 }
-"""Columns by whose values the files of a table lie apart: a reader of one line opens no other's, and retention deletes
-whole days without rewriting any."""
+"""Partition columns. A reader of one line opens no files of another, and retention deletes whole days without rewriting
+files."""
 
 
 def day_of(time_us: int) -> int:
-    """UTC day of a Unix time in microseconds, as days since 1970-01-01: a value for a ``day`` column.
+    """Return the UTC day of a Unix time in microseconds, as days since 1970-01-01: the value of a ``day`` column.
 
-    A time outside the years 1970 to 9999, which a folder for its day could not name, counts as the nearest one inside.
+    The day is clamped to the years 1970 to 9999, the range of partition folders.
     """
     return min(max(time_us // _DAY_US, 0), _LAST_DAY)

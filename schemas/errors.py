@@ -1,7 +1,7 @@
-"""The errors that the ``aurora`` command tells in one line, wherever they are raised."""
+"""Errors that the ``aurora`` command prints as one line, without a traceback."""
 
 from __future__ import annotations
 
 
 class UserError(RuntimeError):
-    """What a person in front of the terminal can put right; the message says how."""
+    """An error that the user can fix; the message says how."""

@@ -1,6 +1,7 @@
-"""How every process reaches the MLflow registry: one client, one name for each line's model.
+"""Client of the MLflow registry, shared by all processes.
 
-Whatever is needed of MLflow comes from here: it reads its variables when it is imported, and they are set first.
+Import MLflow names from this module only: MLflow reads its environment variables on import, and this module sets them
+first.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ import math
 import os
 from pathlib import Path
 
-# Aurora reports to nobody but its operator, and MLflow decides on its telemetry while it is imported.
+# MLflow decides on import whether it sends telemetry. Aurora reports to its operator only.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-# So is who writes its log: this process, in its own form.
+# MLflow decides on import whether it configures logging. The process does that itself.
 os.environ.setdefault("MLFLOW_CONFIGURE_LOGGING", "false")
 
 import mlflow
@@ -31,33 +32,33 @@ __all__ = [
     "Param",
     "connect",
     "download",
-    "is_absent",
+    "is_not_found",
     "model_name",
 ]
 
 PREFIX = "aurora."
-"""Before the line, in the name of its registered model."""
+"""Prefix of the names of registered models; the line follows."""
 FAILURES = (MlflowException, RequestException, OSError)
-"""What a call raises when the registry is away or refuses."""
+"""Exceptions of a call that the registry rejects or does not answer."""
 
-_ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+_NOT_FOUND = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 
 
-def is_absent(error: Exception) -> bool:
-    """Whether a call failed because there is no such model, version or alias."""
-    return isinstance(error, MlflowException) and error.error_code in _ABSENT
+def is_not_found(error: Exception) -> bool:
+    """Return whether a call failed because the model, version or alias does not exist."""
+    return isinstance(error, MlflowException) and error.error_code in _NOT_FOUND
 
 
 def model_name(line: str) -> str:
-    """Name of the registered model of a speculator line."""
+    """Return the name of the registered model of a speculator line."""
     return PREFIX + line
 
 
 def connect(settings: Registry) -> MlflowClient:
-    """A client that gives up after ``registry.timeout``.
+    """Return a client that gives up after ``registry.timeout``.
 
-    MLflow takes its limits and credentials from its own variables only. By default it tries seven times, two minutes
-    each; everything here asks again anyway, and must not stand still for a quarter of an hour.
+    MLflow reads limits and credentials from environment variables only. Its default is seven attempts of two minutes
+    each. Every caller here retries by itself and must not block for a quarter of an hour.
     """
     mlflow_settings.MLFLOW_HTTP_REQUEST_MAX_RETRIES.set(0)
     mlflow_settings.MLFLOW_HTTP_REQUEST_TIMEOUT.set(math.ceil(settings.timeout))
@@ -70,7 +71,7 @@ def connect(settings: Registry) -> MlflowClient:
 
 
 def download(client: MlflowClient, uri: str, line: str, version: str, folder: Path) -> Path:
-    """A version's files, in a folder below the given one."""
-    # Not by `models:/name/version`: MLflow would add a file of its own, which the checkpoint contract refuses.
+    """Download the files of a version into a folder below the given one and return its path."""
+    # With `models:/name/version` MLflow would add a file, which the checkpoint contract rejects.
     source = client.get_model_version_download_uri(model_name(line), version)
     return Path(mlflow.artifacts.download_artifacts(source, dst_path=str(folder), tracking_uri=uri))

@@ -1,12 +1,12 @@
-"""Settings of every process: ``aurora.toml``, then ``AURORA_*`` variables, then flags; nothing else reads them.
+"""Settings of all processes, from ``aurora.toml``, then ``AURORA_*`` variables, then flags. Nothing else reads these.
 
-One file serves all processes, each reads its sections, and every section is checked whichever process starts, so that
-a typing error is found at once::
+One file configures all processes. Each process reads its own sections but validates every section, so that an error is
+found at once::
 
     [kafka]                                      AURORA_KAFKA__BOOTSTRAP_SERVERS=kafka:9092
-    bootstrap = "kafka:9092"
+    bootstrap_servers = "kafka:9092"
 
-An unknown key is an error that names the nearest known one.
+An unknown key is an error that names the nearest known key.
 """
 
 from schemas.settings.loading import SettingsError, load, to_environ
@@ -15,7 +15,6 @@ from schemas.settings.sections import (
     Canary,
     Device,
     Drift,
-    Duration,
     Kafka,
     Objective,
     Promoter,
@@ -33,6 +32,7 @@ from schemas.settings.sections import (
     Train,
     Update,
 )
+from schemas.settings.types import Duration
 
 __all__ = [
     "DAY_0",

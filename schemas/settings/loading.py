@@ -1,4 +1,4 @@
-"""Reads the settings from file, environment and flags, and writes them down for a process that is started."""
+"""Load the settings from file, environment and flags, and convert them to the environment of a child process."""
 
 from __future__ import annotations
 
@@ -10,62 +10,63 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, SecretStr, ValidationError
+from pydantic import SecretStr, ValidationError
 
 from schemas.settings.sections import Settings
 
 PREFIX = "AURORA_"
 FILE = Path("aurora.toml")
-_SECRETS = (
-    "serve.admin_token",
-    "serve.webhook_secret",
-    "registry.password",
-    "sglang.api_key",
-    "kafka.client_options",
-    "tables.storage_options",
-    "traces.claim_check_options",
-    "telemetry.headers",
+_KEYS = {section: field.annotation.model_fields for section, field in Settings.model_fields.items()}  # type: ignore[union-attr]
+_SECRETS = tuple(
+    f"{section}.{key}"
+    for section, fields in _KEYS.items()
+    for key, field in fields.items()
+    if field.annotation in (SecretStr, dict[str, str])
 )
 """Settings whose values no message shows."""
 
 
 class SettingsError(ValueError):
-    """A setting that cannot be used; the message says which, where it was read, and what to write instead."""
+    """An invalid setting; the message names the setting, its source and the fix."""
 
 
 def load(
     file: Path | None = None, environ: Mapping[str, str] | None = None, flags: Mapping[str, Any] | None = None
 ) -> Settings:
-    """Settings from the file, the environment and the flags, the later ones first in rank.
+    """Return the settings from the file, the environment and the flags; a later source overrides an earlier one.
 
     Args:
-        file: ``aurora.toml`` of the working folder where None; a named file must exist.
-        environ: The process's environment where None.
-        flags: Dotted names to values; None values are flags that were not given.
+        file: Settings file, which must exist; None reads ``aurora.toml`` of the working folder if there is one.
+        environ: Environment variables; None reads those of the process.
+        flags: Values by dotted name, such as ``serve.port``; None values are ignored.
 
     Raises:
-        SettingsError: unreadable file, unknown key, or a value of the wrong kind.
+        SettingsError: the file is unreadable, a key is unknown, or a value is invalid.
     """
-    merged = _read_file(file)
+    values = _read_file(file)
     for name, value in (os.environ if environ is None else environ).items():
         if name.startswith(PREFIX):
-            _put(merged, name.removeprefix(PREFIX).lower().split("__"), value, name)
+            _insert(values, name.removeprefix(PREFIX).lower().split("__"), value, name)
     for name, value in (flags or {}).items():
         if value is not None:
-            _put(merged, name.split("."), value, f"flag {name}")
+            _insert(values, name.split("."), value, f"flag {name}")
     try:
-        return Settings.model_validate(merged)
+        return Settings.model_validate(values)
     except ValidationError as error:
         raise SettingsError("; ".join(_explain(e) for e in error.errors())) from error
 
 
 def to_environ(settings: Settings) -> dict[str, str]:
-    """The settings as ``AURORA_*`` variables, so that a started process reads exactly what its parent read."""
+    """Return the settings as ``AURORA_*`` variables, from which a child process loads equal settings."""
     return {
-        f"{PREFIX}{section}__{key}".upper(): _to_text(value)
+        _variable(section, key): _to_text(value)
         for section, values in settings.model_dump().items()
         for key, value in values.items()
     }
+
+
+def _variable(section: str, key: str) -> str:
+    return f"{PREFIX}{section}__{key}".upper()
 
 
 def _to_text(value: Any) -> str:
@@ -86,14 +87,18 @@ def _read_file(file: Path | None) -> dict[str, Any]:
         raise SettingsError(f"{path}: not valid TOML: {error}") from error
 
 
-def _put(tree: dict[str, Any], path: list[str], value: Any, source: str) -> None:
+def _insert(values: dict[str, Any], path: list[str], value: Any, source: str) -> None:
+    """Insert a value under its section and key."""
     if len(path) < 2 or not all(path):
-        raise SettingsError(f"{source}: a setting is named SECTION__KEY, as in {PREFIX}KAFKA__BOOTSTRAP")
+        known = [_variable(section, key) for section, fields in _KEYS.items() for key in fields]
+        nearest = difflib.get_close_matches(source, known, n=1, cutoff=0.85)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else "an example is AURORA_KAFKA__BOOTSTRAP_SERVERS"
+        raise SettingsError(f"{source}: a setting is named SECTION__KEY; {hint}")
     for part in path[:-1]:
-        tree = tree.setdefault(part, {})
-        if not isinstance(tree, dict):
+        values = values.setdefault(part, {})
+        if not isinstance(values, dict):
             raise SettingsError(f"{source}: {part!r} is a value, not a section")
-    tree[path[-1]] = value
+    values[path[-1]] = value
 
 
 def _explain(error: Any) -> str:
@@ -102,17 +107,7 @@ def _explain(error: Any) -> str:
     if error["type"] != "extra_forbidden":
         found = "" if name.startswith(_SECRETS) else f" (found {error['input']!r})"
         return f"{name}: {error['msg']}{found}" if path else str(error["msg"])
-    known = _known_keys(path[:-1])
+    known = list(_KEYS[path[0]] if len(path) > 1 else _KEYS)
     nearest = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.4)
     hint = f"did you mean {'.'.join([*path[:-1], nearest[0]])!r}?" if nearest else f"known keys: {', '.join(known)}"
     return f"{name}: unknown setting; {hint}"
-
-
-def _known_keys(path: list[str]) -> list[str]:
-    model: type[BaseModel] = Settings
-    for part in path:
-        annotation = model.model_fields[part].annotation
-        assert isinstance(annotation, type)
-        assert issubclass(annotation, BaseModel)
-        model = annotation
-    return list(model.model_fields)

@@ -1,141 +1,115 @@
-"""The sections of the settings, and what each setting means."""
+"""The sections of the settings. The docstring of a setting is its entry in the reference."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
+from pydantic import BeforeValidator, Field, SecretStr, model_validator
 
-from schemas.settings.masking import Options, Secret, masked
+from schemas.settings.types import Duration, Options, Secret, Section, parse_duration
 
 Device = Literal["auto", "cpu", "cuda"]
-"""Where a process computes; ``auto`` is a GPU where there is one."""
-
-
-_UNITS = {"": 1, "ms": 1e-3, "s": 1, "m": 60, "h": 3600, "d": 86400}
-
-
-def _seconds(value: Any) -> Any:
-    """Seconds of a text such as ``30s``; anything but text is left to pydantic."""
-    if not isinstance(value, str):
-        return value
-    number, unit = re.fullmatch(r"\s*(.*?)\s*(ms|s|m|h|d|)\s*", value, re.DOTALL).groups()  # type: ignore[union-attr]
-    try:
-        return float(number) * _UNITS[unit]
-    except ValueError:
-        raise ValueError(
-            "not a duration: write seconds, or a number with a unit as in 500ms, 30s, 5m, 2h, 14d"
-        ) from None
-
-
-Duration = Annotated[float, BeforeValidator(_seconds)]
-"""A time span: seconds in code; a file or flag may also give a unit, as in ``500ms``, ``30s`` or ``14d``."""
+Objective = Literal["kl", "reverse-kl", "tv", "lk"]
 
 DAY_0 = "day-0"
-"""Version strings of drafts of day 0 begin with it: they are in no registry."""
-
-
-class Section(BaseModel):
-    """A part of the file; frozen, and strict about its keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """Copy the section; unlike pydantic's own, refuse keys that it does not have."""
-        if unknown := (update or {}).keys() - type(self).model_fields.keys():
-            raise KeyError(f"{type(self).__name__} has no {', '.join(sorted(unknown))}")
-        return super().model_copy(update=update, deep=deep)
-
-    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
-        for name, value in super().__repr_args__():
-            yield name, masked(value) if isinstance(value, dict) else value
+"""Prefix of the version strings of initial drafts, which are not in the registry."""
 
 
 class Kafka(Section):
-    """The broker and its topics."""
+    """The Kafka broker and its topics."""
 
     bootstrap_servers: str = "127.0.0.1:19092"
+    """Addresses of brokers, ``host:port``, separated by commas."""
     traces_topic: str = "aurora.traces.v1"
+    """Topic of the trace records."""
     speculators_topic: str = "aurora.speculators.v1"
+    """Compacted topic of the alias moves."""
     drift_topic: str = "aurora.drift.v1"
+    """Topic of the drift events."""
     partitions: int = Field(2, ge=1)
-    """Partitions of the traces topic: so many stream workers can share it."""
+    """Partitions of the traces topic, the maximum number of stream workers that share it."""
     replication_factor: int = Field(1, ge=1)
-    """Copies of every topic. From 3 on a record is acknowledged when more than half of them have it."""
+    """Replicas of every topic. With 3 or more, more than half of them must acknowledge a record."""
     retention: Duration = Field(72 * 3600, gt=0)
-    """How long the traces and drift topics keep a record."""
+    """Time for which the traces topic and the drift topic keep a record."""
     max_message_bytes: int = Field(1_000_000, ge=10_000)
-    """Largest trace message; longer requests are cut into chunks below it."""
+    """Maximum size of a trace message. A longer request is split into several chunks."""
     client_options: Options = Field(default_factory=dict)
-    """Passed to every Kafka client as it is (librdkafka names), for SASL and TLS."""
+    """Options passed unchanged to every Kafka client, by their librdkafka names. Use them for SASL and TLS."""
 
 
 class Tables(Section):
-    """Where the Delta tables are."""
+    """The Delta tables."""
 
     uri: str = ".aurora/tables"
-    """Folder or object-store prefix that holds the Delta tables."""
+    """Folder or object-store prefix of the Delta tables."""
     storage_options: Options = Field(default_factory=dict)
-    """Options of the Delta library for an object store: its address, keys and timeouts."""
+    """Object-store options of the Delta library, such as endpoint, keys and timeouts."""
     maintenance_interval: Duration = Field(600, gt=0)
-    """How often the stream merges small files, lets old days go, and deletes the files that nobody needs any more."""
+    """Interval between two maintenance runs of the stream worker: compaction, retention and vacuum."""
     target_file_size_mb: int = Field(128, ge=1)
-    """Files are merged up to about this size."""
+    """Approximate size of the files that compaction writes, in MiB."""
     batches_retention: Duration = Field(14 * 86_400, ge=86_400)
-    """Days for which ``accepted`` and ``rejected`` are kept, by the time of their Kafka records."""
+    """Retention of ``accepted`` and ``rejected``, by the time of their Kafka records. Whole days are deleted."""
     traces_retention: Duration = Field(90 * 86_400, ge=86_400)
+    """Retention of ``traces``, by the time of their Kafka records. Whole days are deleted."""
     dead_letters_retention: Duration = Field(90 * 86_400, ge=86_400)
+    """Retention of ``dead_letters``, by the time of their Kafka records. Whole days are deleted."""
     vacuum_retention: Duration = Field(24 * 3600, ge=2 * 3600, le=336 * 3600)
-    """Files that were merged or let go stay for so long: for earlier states, and for queries that run."""
+    """Time for which vacuum keeps files that compaction or retention removed, for time travel and running queries."""
     reader_lease: Duration = Field(72 * 3600, ge=3600, le=336 * 3600)
-    """Files that a reader has not come to stay for so long after it was last heard of, and after they were added."""
+    """Time for which vacuum keeps files that a reader has not read yet, counted from the reader's last announcement and
+    from the addition of the files."""
 
 
 class Registry(Section):
-    """Where speculator versions are registered."""
+    """The MLflow registry of speculator versions."""
 
     tracking_uri: str = "http://127.0.0.1:15000"
     """Address of the MLflow server."""
     username: str = ""
-    """Of this process, where the server wants basic auth."""
+    """Username of this process, for a server with basic authentication."""
     password: Secret = SecretStr("")
+    """Password of this process, for a server with basic authentication."""
     timeout: Duration = Field(10, gt=0)
+    """Timeout of one request to the server, rounded up to whole seconds."""
 
 
 class Target(Section):
-    """The model that is served."""
+    """The target model."""
 
     path: str = ".aurora/models/smollm2-135m-instruct"
-    """Folder with the target in Hugging Face format (config.json, safetensors, tokenizer)."""
+    """Folder of the target in Hugging Face format: ``config.json``, safetensors and tokenizer."""
     served_model_name: str = "smollm2-135m-instruct"
-    """Name under which the API serves it."""
+    """Name of the model in the HTTP API."""
 
 
 class Speculator(Section):
-    """The draft of day 0, which with the target fixes the speculator line."""
+    """The initial draft. Together with the target it determines the speculator line."""
 
     draft_vocab_size: int = Field(8192, ge=16)
-    """D: tokens the draft can propose; day 0 takes the lowest ids, which a byte-pair tokenizer orders by frequency."""
+    """Size of the draft vocabulary. The initial draft uses the lowest token ids, which byte-pair tokenizers order by
+    frequency."""
     draft_vocab_file: str = ""
-    """File with the ids that the draft can propose, as ``aurora vocabulary`` writes it: then D is their number."""
+    """File with the token ids of the draft vocabulary, as ``aurora vocabulary`` writes it. It overrides
+    ``draft_vocab_size``."""
     intermediate_size: int = Field(0, ge=0)
-    """Width of the draft's MLP; 0 takes the target's."""
+    """Width of the draft's MLP; 0 uses the target's."""
     num_key_value_heads: int = Field(0, ge=0)
-    """Heads of the draft's keys and values; 0 takes the target's."""
+    """Key and value heads of the draft; 0 uses the target's number."""
     variant: Literal["eagle3", "eagle3.1"] = "eagle3.1"
-    """``eagle3.1`` norms the target's states, and the hidden state that goes from one drafting step to the next."""
+    """Architecture. ``eagle3.1`` also normalizes the target's hidden states and the hidden state that is passed from
+    one drafting step to the next."""
     init: Literal["head", "random"] = "head"
-    """Where the draft of day 0 begins: near the target's output (its own head, with the highest captured layer going
-    through to it), or with random weights alone."""
+    """Weights of the initial draft. ``head`` starts near the target's output: with the target's output layer, and with
+    the highest captured layer passed through to it. ``random`` uses random weights only."""
     seed: int = 0
-    """Seed of the random weights of day 0: nodes and trainer start from the same ones."""
+    """Seed of the random weights. Nodes and trainer must use the same seed."""
 
     @property
     def day_0(self) -> str:
-        """Version string of the draft of day 0, such as ``day-0-head-0``: within its line it names the weights."""
+        """Version string of the initial draft, such as ``day-0-head-0``; within a line it identifies the weights."""
         return f"{DAY_0}-{self.init}-{self.seed}"
 
 
@@ -143,301 +117,353 @@ class Serve(Section):
     """The serving node."""
 
     host: str = "127.0.0.1"
+    """Address on which the HTTP API listens."""
     port: int = Field(8000, ge=0, le=65535)
+    """Port of the HTTP API; 0 selects a free port."""
     node: str = "node-0"
+    """Name of the node, unique within the fleet."""
     engine: Literal["builtin", "sglang"] = "builtin"
-    """What decodes: the built-in engine, or SGLang's own server, which ``aurora serve`` then starts."""
+    """Inference engine: the built-in engine, or SGLang's own server, which ``aurora serve`` starts."""
     speculate: bool = True
+    """Whether the node decodes speculatively. False serves the target alone."""
     num_speculative_tokens: int = Field(6, ge=1, le=16)
-    """Tokens that are drafted at most, one after the other."""
+    """Maximum depth of a draft: draft tokens in sequence per verify step."""
     draft_tree_width: int = Field(1, ge=1, le=8)
-    """1 drafts chains; more drafts trees that go on from so many tokens at each depth."""
+    """Nodes expanded at each depth of a draft tree; 1 drafts chains."""
     draft_tree_nodes: int = Field(16, ge=1, le=128)
-    """Drafted tokens of one request that the target verifies at most in a verify step."""
+    """Maximum draft tokens of one request that the target verifies in one step."""
     device: Device = "auto"
+    """Device of the built-in engine. ``auto`` uses a GPU if there is one."""
     adaptive_drafting: bool = True
-    """Draft what is expected to give the most tokens per second, none included; false always drafts all it may."""
+    """Whether the node drafts the number of tokens with the highest expected output rate, which may be zero. False
+    always drafts the maximum."""
     weight_dtype: Literal["auto", "float32", "float16", "int8"] = "auto"
-    """Kernel of the target's matrices; auto times at start those that compute the target exactly as it is."""
+    """Data type of the target's weights in the matrix kernels. ``auto`` times the kernels that reproduce the target
+    exactly, at start, and uses the fastest."""
     max_num_seqs: int = Field(8, ge=1)
-    """Requests decoded together; further ones wait."""
+    """Maximum sequences decoded together. Further sequences wait."""
     max_prefill_stall: Duration = Field(0.06, gt=0)
-    """How much longer a verify step may take for the prompts that it reads while other requests decode: the pieces
-    are cut by
-    what a row has proved to cost."""
+    """Maximum time that prompt tokens may add to a step while other requests decode. The node splits prompts
+    accordingly, from the measured cost of a token."""
     max_model_len: int = Field(1024, ge=16)
-    """Longest request, prompt and answer together."""
+    """Maximum tokens of a request, prompt and output together."""
     max_waiting_requests: int = Field(256, ge=1)
-    """Requests that wait for a place in the batch; further ones are refused with 429."""
+    """Maximum requests that wait for decoding. Further requests are rejected with status 429."""
     max_choices: int = Field(32, ge=1)
-    """Answers that one request may ask for: its prompts times ``n``."""
+    """Maximum choices of one request: its prompts times ``n``."""
     max_body_bytes: int = Field(4 << 20, ge=1024)
-    """Longest body of a request; a longer one is refused before it is read."""
+    """Maximum size of a request body. A larger body is rejected before it is read."""
     drain_timeout: Duration = Field(8, ge=0)
-    """After SIGTERM, time for the requests that run; what still runs then is ended with an error."""
+    """Time for running requests to finish after SIGTERM. Requests that still run then end with an error."""
     admin_token: Secret = SecretStr("")
-    """Bearer token of the admin endpoints; without one they are closed."""
+    """Bearer token of the admin API. Without a token the admin API is closed."""
     admin_tokens_file: str = ""
-    """File with more of them, one a line, read at every call: tokens change while the node runs."""
+    """File with further tokens of the admin API, one per line. The node reads it at each call, so tokens can be rotated
+    without a restart."""
     webhook_secret: Secret = SecretStr("")
-    """What the registry signs its webhooks with; without one ``/webhooks/registry`` is closed."""
+    """Secret with which the registry signs its webhooks. Without it ``/webhooks/registry`` is closed."""
     num_threads: int = Field(1, ge=1)
+    """CPU threads of torch."""
     poll_interval: Duration = Field(2, gt=0)
-    """How often the registry is asked which version the alias names."""
+    """Interval between two requests to the registry for the version of the alias."""
     alias: str = "champion"
+    """Alias whose version the node serves."""
 
 
 class Traces(Section):
-    """What a node publishes of its verify steps."""
+    """The trace records that a node publishes."""
 
     enabled: bool = True
+    """Whether the node publishes traces."""
     sample_ratio: float = Field(1.0, ge=0, le=1)
-    """Share of the requests that are traced, drawn by their ids: a request is traced whole or not at all."""
+    """Ratio of requests that are traced. The request id decides, and a request is traced completely or not at all."""
     max_bytes_per_second: int = Field(0, ge=0)
-    """Bytes of traces that a node publishes in a second at most; 0 sets no bound. Beyond it the easiest are shed."""
+    """Maximum trace bytes that a node publishes per second; 0 sets no limit. Beyond it the node drops the chunks with
+    the highest ratio of accepted draft tokens."""
     features: Literal["inline", "claim-check", "recompute"] = "inline"
-    """How the target's states travel: in the records, in files of an object store, or not at all: the trainer then runs
-    the target itself."""
+    """How the target's hidden states reach the trainer: in the records, in files of an object store, or not at all.
+    With ``recompute`` the trainer runs the target itself."""
     claim_check_uri: str = ".aurora/claims"
-    """Folder or object-store prefix for claim-check files; the same for nodes and stream workers."""
+    """Folder or object-store prefix of claim-check files. Nodes and stream workers must use the same."""
     claim_check_options: Options = Field(default_factory=dict)
-    """For an s3:// address: options of Arrow's S3 file system, as region, endpoint_override, access_key, secret_key."""
+    """Options of Arrow's S3 file system for an ``s3://`` URI, such as region, endpoint_override, access_key and
+    secret_key."""
     claim_check_max_bytes: int = Field(8 << 20, ge=1 << 16)
-    """Largest claim-check file; longer requests are cut into chunks below it."""
+    """Maximum size of a claim-check file. A longer request is split into several chunks."""
     top_k: int = Field(8, ge=1)
+    """Target tokens recorded per position, with their log-probabilities."""
     max_queue_bytes: int = Field(64 << 20, ge=1 << 20)
-    """Bound on traces waiting for the broker; beyond it the newest are shed and counted."""
+    """Maximum size of the traces that wait for the broker. Beyond it the node drops and counts new traces."""
     circuit_breaker_failures: int = Field(5, ge=1)
-    """Failed deliveries in a row that open the breaker."""
+    """Consecutive failed deliveries that open the circuit breaker."""
     circuit_breaker_probe_interval: Duration = Field(5, gt=0)
-    """While the breaker is open, one chunk is tried this often."""
+    """Interval between two probes, of one chunk each, while the circuit breaker is open."""
 
 
 class Sglang(Section):
-    """SGLang's own server: the plugin in it, and the node beside it."""
+    """SGLang's server with Aurora's plugin, and the node beside it."""
 
     python: str = ""
-    """Python of the environment that SGLang is installed in; empty is that of the node."""
+    """Python interpreter of the environment with SGLang; empty uses the node's."""
     url: str = ""
-    """Address of a server that runs already, whose versions the node is to look after; empty starts one."""
+    """Address of a running server whose versions the node manages; empty starts a server."""
     api_key: Secret = SecretStr("")
-    """SGLang's ``--admin-api-key``, or its ``--api-key`` where it has no other; sent as ``Authorization: Bearer``."""
+    """SGLang's ``--admin-api-key``, or its ``--api-key`` if it has no other. The node sends it as
+    ``Authorization: Bearer``."""
     draft_dir: str = ".aurora/sglang"
-    """Where the draft is written that SGLang starts with; of a path that several machines see, one for each node."""
+    """Folder for the draft with which SGLang starts. On a shared file system each node needs its own."""
     timeout: Duration = Field(120, gt=0)
-    """For one step of an update of the weights. After it the node puts back what served before."""
+    """Timeout of one step of a weight update. After it the node restores the previous version."""
     max_capture_ratio: float = Field(0.05, gt=0, le=1)
-    """Share of the time of the server's steps that recording them may take; beyond it fewer new requests are traced."""
+    """Maximum ratio of step time that capturing traces may take. Beyond it the plugin traces fewer new requests."""
 
 
 class Stream(Section):
-    """The stream processor."""
+    """The stream worker."""
 
     host: str = "127.0.0.1"
+    """Address on which ``/status`` and ``/metrics`` listen."""
     port: int = Field(16066, ge=0, le=65535)
+    """Port of ``/status`` and ``/metrics``."""
     group_id: str = "aurora-stream"
+    """Kafka consumer group."""
     flush_records: int = Field(256, ge=1)
+    """Buffered records that trigger a commit."""
     flush_interval: Duration = Field(1.0, gt=0)
-    """A batch is committed when it holds ``flush_records`` records or is this old."""
+    """Age of the oldest buffered record that triggers a commit."""
     data_dir: str = ".aurora/stream"
+    """Folder for Faust's local state."""
     context_tokens: int = Field(32, ge=1)
-    """Tokens kept before the root of a rejected branch."""
+    """Tokens stored before the root of a rejected branch."""
     duplicate_window: int = Field(10_000, ge=0)
-    """Records of a partition for which a chunk is remembered: one that repeats it is a dead letter; 0 turns it off."""
+    """Records of a partition for which a chunk is remembered. A repeated chunk becomes a dead letter; 0 disables the
+    check."""
     session_timeout: Duration = Field(10, ge=6)
-    """A killed worker's partitions are given to another one after this long; brokers refuse less than 6 s."""
+    """Time after which the partitions of a killed worker are assigned to another one. Brokers reject less than 6 s."""
 
 
 class Drift(Section):
-    """When a stream worker says that a speculator is accepted more or less often than before."""
+    """Detection of changes in a speculator's acceptance."""
 
     delta: float = Field(1e-4, gt=0, lt=1)
-    """Confidence of the detector (ADWIN): lower gives fewer false alarms and later true ones."""
+    """Confidence parameter of the detector (ADWIN). A lower value gives fewer false alarms and later detection."""
     window_records: int = Field(5_000, ge=100)
-    """Records of a partition that figures look back on at least, and at most twice as many."""
+    """Minimum number of recent records of a partition behind the figures; the maximum is twice as many."""
     min_requests: int = Field(30, ge=5)
-    """Requests before and after a change that it takes to be told."""
-
-
-Objective = Literal["kl", "reverse-kl", "tv", "lk"]
+    """Minimum number of requests before and after a change for a drift event."""
 
 
 class Train(Section):
     """The trainer."""
 
     host: str = "127.0.0.1"
+    """Address on which ``/status`` and ``/metrics`` listen."""
     port: int = Field(16067, ge=0, le=65535)
+    """Port of ``/status`` and ``/metrics``; 0 selects a free port."""
     checkpoint_dir: str = ".aurora/train"
+    """Folder of the trainer's checkpoints."""
     warm_start: str = "alias"
-    """What a trainer without a checkpoint of its own begins with: ``alias`` is the champion (the draft of day 0 while
-    there is none), ``day-0`` that draft in any case, a number a version of the line, anything else a folder."""
+    """Initial weights of a trainer without a checkpoint: ``alias`` uses the champion, or the initial draft if there is
+    no champion; ``day-0`` uses the initial draft; a number is a version of the line; any other text is a folder."""
     optimizer: Literal["adamw", "muon"] = "muon"
-    """What moves the matrices of the hidden layer; vocabulary and norms are AdamW's in any case."""
+    """Optimizer of the hidden layer's matrices. AdamW always updates vocabulary matrices and norms."""
     learning_rate: float = Field(1.5e-3, gt=0)
+    """Learning rate of AdamW."""
     muon_learning_rate: float = Field(0.0, ge=0)
-    """Muon's; 0 takes ``learning_rate``, for which its updates are scaled to the size of AdamW's."""
+    """Learning rate of Muon; 0 uses ``learning_rate``, for which updates are scaled to the size of AdamW's."""
     newton_schulz_steps: int = Field(5, ge=1, le=20)
-    """By which Muon orthogonalises an update: fewer are cheaper, and leave directions of small gradients small."""
+    """Newton-Schulz iterations with which Muon orthogonalizes an update. Fewer are cheaper, and keep directions with
+    small gradients small."""
     weight_decay: float = Field(0.01, ge=0)
-    """Of matrices; norms have none."""
+    """Weight decay of matrices; norms have none."""
     warmup_steps: int = Field(20, ge=0)
+    """Training steps over which the learning rate rises from zero."""
     max_grad_norm: float = Field(1.0, gt=0)
-    """Largest norm of the gradient."""
+    """Maximum norm of the gradient; larger gradients are clipped."""
     ema_decay: float = Field(0.98, ge=0, lt=1)
-    """Decay of a moving average of the weights, which is then what is compared and registered; 0 keeps none."""
+    """Decay of the exponential moving average (EMA) of the weights. The average is evaluated and registered; 0 uses the
+    weights themselves."""
     device: Device = "auto"
-    """Where the draft is trained and scored. Of processes that ``torchrun`` starts each takes a GPU of its own."""
+    """Device for training and evaluation. Processes started by ``torchrun`` use one GPU each."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of products in a pass; weights, their average and the optimizer's state are float32 in any case. ``auto`` is
-    bfloat16 on a processor that multiplies it natively (AMX, AVX-512 BF16), where it is nearly twice as fast, and
-    float32 elsewhere."""
+    """Data type of matrix products; weights, EMA and optimizer state are always float32. ``auto`` uses bfloat16 on a
+    CPU with native support (AMX, AVX-512 BF16), where it is nearly twice as fast, and float32 otherwise."""
     parallel: Literal["ddp", "fsdp2"] = "ddp"
-    """What each of the processes that ``torchrun`` starts holds: the whole draft, or a share of it."""
+    """How ``torchrun`` processes hold the draft: a full replica each (``ddp``), or a shard each (``fsdp2``)."""
     ttt_steps: int = Field(3, ge=1)
-    """K: steps of the training-time test; one for each token of the drafted chain."""
+    """Steps of the training-time test (TTT), one for each token of a drafted chain."""
     ttt_decay: float = Field(0.8, gt=0, le=1)
+    """Factor on the loss weight from one TTT step to the next."""
     objective: Objective = "kl"
-    """What accepted positions teach: see ``trainer.objective.divergences``."""
+    """Divergence that is minimized at accepted positions; see ``trainer.objective.divergences``."""
     rejected_weight: float = Field(0.1, ge=0)
-    """Lambda: weight of the loss over rejected branches."""
+    """Weight of the loss over rejected branches."""
     rejected_objective: Objective = "kl"
+    """Divergence that is minimized on rejected branches."""
     rejected_min_prob: float = Field(0.1, ge=0, le=1)
-    """Only branches whose first rejected token the draft gave at least this probability are learned from."""
+    """Minimum probability that the draft gave the first rejected token of a branch; other branches are not trained
+    on."""
     rejection_weight: float = Field(0.0, ge=0)
-    """How many times more a position counts where the draft that served was rejected, and still would be."""
+    """Additional weight of positions where the serving draft was rejected and the trained draft still would be."""
     policy_weight: float = Field(0.0, ge=0)
     """Weight of a policy gradient on the accepted tokens per step."""
     batch_size: int = Field(4, ge=1)
+    """Samples per training step."""
     gradient_accumulation_steps: int = Field(1, ge=1)
-    """Parts that a step's windows are passed over in, one after the other: memory falls, the gradient stays."""
+    """Parts into which a batch is split. More parts need less memory; the gradient stays the same."""
     replay_batch_size: int = Field(3, ge=0)
-    """Windows of a step that are drawn from history while new ones are there."""
+    """Samples of a batch that come from the replay buffer while new samples are available. Must be below
+    ``batch_size``."""
     catch_up_steps: int = Field(8, ge=0)
-    """Fewer windows are replayed where more new ones wait than so many steps would take; 0 replays as many and lags."""
+    """Backlog, in training steps of new samples, beyond which fewer samples are replayed; 0 always replays the same
+    number and lags."""
     replay_buffer_size: int = Field(2048, ge=1)
-    """Windows kept in memory for replay."""
+    """Maximum samples in the replay buffer."""
     replay_half_life: float = Field(0.0, ge=0)
-    """Windows after which one is half as likely to be replayed as a new one; 0 replays all alike."""
+    """Age, in samples, at which the replay probability of a sample halves; 0 replays all samples with equal
+    probability."""
     label_balance: float = Field(0.0, ge=0, le=1)
-    """0 takes labels of traffic as often as they come, 1 all alike."""
+    """Balance between traffic labels: 0 uses labels as often as they arrive, 1 uses all labels equally."""
     staleness_half_life: float = Field(16.0, ge=0)
-    """Versions after which a rejected branch counts half: the draft that proposed it is gone. 0 counts all alike."""
+    """Age, in versions of the draft, at which the weight of a rejected branch halves; 0 weights all branches
+    equally."""
     max_epochs: int = Field(8, ge=1)
-    """Passes over a window at most; after them a trainer without new windows waits."""
+    """Maximum epochs over a sample. A trainer without new samples then waits."""
     max_sample_tokens: int = Field(512, ge=2)
-    """Longer windows are cut into pieces of this many tokens."""
+    """Maximum tokens of a sample. Longer samples are split."""
     held_out_ratio: float = Field(0.15, gt=0, lt=1)
-    """Share of requests never trained on: the offline gate scores versions on the newest of them."""
+    """Ratio of requests that are never trained on. The offline gate evaluates versions on the newest of them."""
     held_out_samples: int = Field(32, ge=1)
+    """Maximum samples in the held-out set."""
     divergence_threshold: float = Field(0.5, ge=0, lt=1)
-    """Training goes back to its last good state when on the same held-out windows its accepted tokens per step is
-    below this
-    share of that state's, or its loss above that state's divided by it; 0 turns this off."""
+    """The divergence guard restores the last good checkpoint when, on the same held-out set, the accepted tokens per
+    step fall below this ratio of the checkpoint's, or the loss exceeds the checkpoint's divided by it; 0 disables the
+    guard."""
     registration_interval: Duration = Field(30, gt=0)
+    """Interval between two evaluations on the held-out set, after which a better version is registered."""
     parent_line: str = ""
-    """Line whose champion a line without one begins with, as far as shapes allow; empty begins at day 0."""
+    """Line whose champion initializes a line without a champion, as far as the shapes match; empty uses the initial
+    draft."""
     checkpoint_interval: Duration = Field(60, gt=0)
+    """Interval between two checkpoints."""
     metrics_interval: Duration = Field(10, gt=0)
-    """A point of each curve in MLflow stands for so long a time."""
+    """Time span that one point of a training curve in MLflow represents."""
     poll_interval: Duration = Field(1.0, gt=0)
+    """Interval between two reads of the tables while there are no new samples."""
     num_threads: int = Field(1, ge=1)
+    """CPU threads of torch."""
     seed: int = 0
+    """Seed of the sampler."""
 
 
 class Promoter(Section):
-    """The process that moves aliases."""
+    """The promoter, which moves aliases."""
 
     host: str = "127.0.0.1"
+    """Address on which ``/status`` and ``/metrics`` listen."""
     port: int = Field(16068, ge=0, le=65535)
+    """Port of ``/status`` and ``/metrics``; 0 selects a free port."""
     poll_interval: Duration = Field(2.0, gt=0)
+    """Interval between two checks of the registry and the tables."""
     gate_margin: float = 0.0
-    """A candidate must beat the champion's accepted tokens per step on the held-out set by more than this."""
+    """Offline gate: minimum improvement of a candidate over the champion, in accepted tokens per step on the held-out
+    set."""
     gate_min_samples: int = Field(4, ge=1)
-    """Held-back windows that a comparison needs."""
+    """Offline gate: minimum held-out samples for a comparison."""
     gate_label_margin: float = Field(0.05, ge=0)
-    """On no label may a candidate's accepted tokens per step be lower than the champion's by more than this."""
+    """Offline gate: maximum regression of a candidate on any label, in accepted tokens per step."""
     gate_label_min_samples: int = Field(4, ge=1)
-    """Held-back windows that a label needs to be compared for itself; those with fewer are taken together."""
+    """Offline gate: minimum held-out samples of a label for a separate comparison. Labels with fewer are pooled."""
     canary_margin: float = Field(0.05, gt=0, lt=1)
-    """Share by which a canary may be slower than the champion and still become champion."""
+    """Canary analysis: ratio by which a canary may be slower than the champion and still be promoted."""
     canary_error: float = Field(0.05, gt=0, lt=1)
-    """Chance that a trial promotes a canary that is slower by the margin, and that it takes back one that is not slower
-    at all."""
+    """Canary analysis: probability of promoting a canary that is slower by the margin, and of rolling back a canary
+    that is not slower."""
     canary_min_requests: int = Field(200, ge=1)
-    """Requests of canary and of champion that a trial waits for at least."""
+    """Canary analysis: minimum requests of the canary and of the champion before a decision."""
     canary_timeout: Duration = Field(86_400, gt=0)
-    """A trial that has not decided after this long ends."""
+    """Canary analysis: maximum duration without a decision."""
     canary_on_timeout: Literal["rollback", "estimate"] = "rollback"
-    """Then the canary is taken back, without quarantine; or it is promoted where neither over all nor on a label its
-    estimates are below the margin, which keeps ``canary_error`` no more."""
+    """Canary analysis: decision after ``canary_timeout``. ``rollback`` removes the canary without quarantine.
+    ``estimate`` promotes it if no estimate, overall or on a label, is below the margin; ``canary_error`` does not hold
+    then."""
     watch_duration: Duration = Field(3600, ge=0)
-    """A new champion is watched for so long; 0 never goes back by itself."""
+    """Post-promotion watch: time for which a new champion is compared with the previous one; 0 disables automatic
+    rollback."""
     watch_min_ratio: float = Field(0.8, ge=0, lt=1)
-    """It is taken back where its tokens per second or per verify step fall below this share of the champion's before
-    it, on
-    the labels that both have served."""
+    """Post-promotion watch: a champion is rolled back when its tokens per second or its tokens per verify step fall
+    below this ratio of the previous champion's, on labels that both have served."""
     watch_min_requests: int = Field(50, ge=1)
-    """Requests of both, on such labels, that this takes."""
+    """Post-promotion watch: minimum requests of both versions, on such labels, before a rollback."""
     cooldown: Duration = Field(3600, ge=0)
-    """After an automatic rollback nothing is promoted automatically for so long; each further one within
-    ``cooldown_window`` doubles it."""
+    """Time without automatic promotion after an automatic rollback. Each further rollback within ``cooldown_window``
+    doubles it."""
     cooldown_window: Duration = Field(86_400, ge=0)
+    """Time for which a rollback counts towards the cooldown of later ones."""
 
 
 class Canary(Section):
-    """The trial of a candidate on live traffic before it becomes champion; read by nodes and promoter alike."""
+    """Canary serving, read by nodes and promoter."""
 
     share: float = Field(0.0, ge=0, le=1)
-    """Share of a node's time in which it serves the version that ``canary`` names: 1 makes it a canary node, 0 keeps it
-    on the champion. A promoter with 0 holds no trials."""
+    """Ratio of time for which a node serves the version of the alias ``canary``: 1 makes it a canary node, 0 keeps it
+    on the champion. A promoter with 0 runs no canary analysis."""
     slice_duration: Duration = Field(30, gt=0)
-    """A node serves one of the two for so long before chance, seeded by its name, decides anew."""
+    """Time for which a node serves one of the two versions before it draws again. The draw is seeded by the node's
+    name."""
 
 
-def _seconds_or_auto(value: Any) -> Any:
-    """Told here, because of a union each part would tell its own error."""
+def _parse_interval(value: Any) -> Any:
+    """Validate before the union does, whose members would report one error each."""
     with suppress(TypeError, ValueError):
-        if value == "auto" or float(_seconds(value)) >= 0:
+        if value == "auto" or float(parse_duration(value)) >= 0:
             return value
     raise ValueError("neither a duration nor 'auto'")
 
 
 class Update(Section):
-    """When a node takes over a newer version. Steps back, canaries and their ends are never delayed."""
+    """When a node updates to a newer version. Rollbacks, canaries and the end of a canary are never delayed."""
 
-    min_interval: Annotated[Duration | Literal["auto"], BeforeValidator(_seconds_or_auto)] = 0.0
-    """Least time between two takeovers; 0 follows at once, ``auto`` weighs what they cost against what they bring."""
+    min_interval: Annotated[Duration | Literal["auto"], BeforeValidator(_parse_interval)] = 0.0
+    """Minimum time between two updates; 0 updates immediately, ``auto`` weighs the cost of an update against its
+    benefit."""
     jitter: float = Field(0.1, ge=0, le=1)
-    """Up to this share of the interval is added, another one for each node and version: not all fetch at once."""
+    """Maximum ratio of the interval that is added at random for each node and version, so that nodes do not download at
+    the same time."""
     max_staleness: Duration = Field(900, gt=0)
-    """A node that has been behind for so long takes the newest version over in any case."""
+    """Time after which a node updates to the newest version in any case."""
 
 
 class Telemetry(Section):
-    """What every process tells of its work (``schemas.telemetry.spans``)."""
+    """Logs and traces of the processes (OpenTelemetry)."""
 
     log_spans: bool = True
-    """A line in the log for each request, chunk, commit, version, move and swap, with its trace id."""
+    """Whether every span is also logged: requests, published chunks, commits, registrations, alias moves and swaps."""
     endpoint: str = ""
-    """OpenTelemetry collector that spans are sent to by OTLP over HTTP, as http://collector:4318; empty sends none."""
+    """OpenTelemetry collector for OTLP over HTTP, such as ``http://collector:4318``; empty exports no spans."""
     headers: Options = Field(default_factory=dict)
-    """Sent with every batch of spans, as a collector behind a login wants them."""
+    """HTTP headers of every export, for a collector with authentication."""
     export_interval: Duration = Field(5, gt=0)
-    """Spans wait so long for others to be sent with."""
+    """Interval between two exports."""
     timeout: Duration = Field(10, gt=0)
+    """Timeout of one export."""
 
 
 class Stack(Section):
     """The embedded stack of ``aurora up`` and ``aurora demo``."""
 
     data_dir: str = ".aurora"
+    """Folder for data and logs of all processes."""
     kafka_port: int = Field(19092, ge=1, le=65535)
+    """Port of the embedded Kafka broker."""
     kafka_controller_port: int = Field(19093, ge=1, le=65535)
+    """Port of the embedded Kafka controller."""
     mlflow_port: int = Field(15000, ge=1, le=65535)
+    """Port of the embedded MLflow server."""
 
 
 class Settings(Section):
-    """Everything that can be set, by section."""
+    """All settings, by section."""
 
     kafka: Kafka = Kafka()
     tables: Tables = Tables()
@@ -457,7 +483,7 @@ class Settings(Section):
     stack: Stack = Stack()
 
     @model_validator(mode="after")
-    def _held_together(self) -> Settings:
+    def _check_batch_sizes(self) -> Settings:
         if self.train.replay_batch_size >= self.train.batch_size:
-            raise ValueError("train.replay_batch_size must be below train.batch_size, or nothing new is learned")
+            raise ValueError("train.replay_batch_size must be below train.batch_size; otherwise no new sample is used")
         return self

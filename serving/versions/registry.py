@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from schemas.events import AUDITED_TAG, AuditState
-from schemas.registry_client import FAILURES, connect, download, is_absent, model_name
+from schemas.registry_client import FAILURES, connect, download, is_not_found, model_name
 from schemas.settings import Registry as RegistrySettings
 from serving.versions.alias_policy import Named
 from serving.versions.cache import RegistryError
@@ -30,7 +30,7 @@ class MlflowRegistry:
         try:
             model = self._client.get_registered_model(model_name(self._line))
         except FAILURES as error:
-            if is_absent(error):
+            if is_not_found(error):
                 return Named({})
             raise self._away(error) from error
         return named_of({alias: str(version) for alias, version in model.aliases.items()}, model.tags.get(AUDITED_TAG))
@@ -44,7 +44,7 @@ class MlflowRegistry:
         try:
             self._client.get_model_version(model_name(self._line), version)
         except FAILURES as error:
-            if is_absent(error):
+            if is_not_found(error):
                 return False
             raise self._away(error) from error
         return True

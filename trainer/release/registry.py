@@ -20,7 +20,7 @@ from schemas.registry_client import (
     Param,
     connect,
     download,
-    is_absent,
+    is_not_found,
     model_name,
 )
 from schemas.settings import Registry as RegistrySettings
@@ -115,7 +115,7 @@ class SpeculatorRegistry:
             try:
                 return _version(self._client.get_model_version(model_name(line), number))
             except MlflowException as error:
-                if is_absent(error):
+                if is_not_found(error):
                     return None
                 raise
 

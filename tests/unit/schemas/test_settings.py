@@ -1,22 +1,24 @@
-"""Settings: where they come from, which source wins, and what a typing error is told."""
+"""Settings: sources, precedence, durations, secrets and error messages."""
 
 from __future__ import annotations
 
+import ast
+import itertools
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from schemas.settings import Settings, SettingsError, load, to_environ
+from schemas.settings import Settings, SettingsError, load, sections, to_environ
 
 
-def test_without_any_source_the_defaults_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_defaults_apply_without_any_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert load(environ={}) == Settings()
 
 
-def test_flags_win_over_the_environment_which_wins_over_the_file(tmp_path: Path) -> None:
+def test_flags_override_the_environment_which_overrides_the_file(tmp_path: Path) -> None:
     file = tmp_path / "aurora.toml"
     file.write_text('[serve]\nport = 1\nnode = "file"\nnum_speculative_tokens = 5\n')
     settings = load(file, {"AURORA_SERVE__PORT": "2", "AURORA_SERVE__NODE": "variable"}, {"serve.port": 3})
@@ -29,7 +31,7 @@ def test_the_file_of_the_working_folder_is_read(tmp_path: Path, monkeypatch: pyt
     assert load(environ={}).kafka.bootstrap_servers == "kafka:9092"
 
 
-def test_a_flag_that_was_not_given_changes_nothing() -> None:
+def test_a_flag_without_a_value_is_ignored() -> None:
     assert load(environ={}, flags={"serve.port": None}).serve.port == Settings().serve.port
 
 
@@ -41,12 +43,17 @@ def test_a_flag_that_was_not_given_changes_nothing() -> None:
         ("AURORA_TRAINN__SEED", "train"),
     ],
 )
-def test_an_unknown_key_is_told_the_nearest_known_one(name: str, nearest: str) -> None:
+def test_the_error_for_an_unknown_key_names_the_nearest_known_key(name: str, nearest: str) -> None:
     with pytest.raises(SettingsError, match=f"did you mean '{nearest}'"):
         load(environ={name: "1"})
 
 
-def test_a_key_like_no_other_is_told_all_known_ones() -> None:
+def test_the_error_for_a_misspelled_variable_names_the_nearest_variable() -> None:
+    with pytest.raises(SettingsError, match="did you mean 'AURORA_KAFKA__BOOTSTRAP_SERVERS'"):
+        load(environ={"AURORA_KAFKA_BOOTSTRAP_SERVERS": "kafka:9092"})
+
+
+def test_the_error_for_a_key_without_a_near_match_lists_the_known_keys() -> None:
     with pytest.raises(SettingsError, match=r"known keys: .*bootstrap"):
         load(environ={"AURORA_KAFKA__XQZW": "1"})
 
@@ -61,21 +68,21 @@ def test_an_unknown_key_in_the_file_is_an_error_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "told"),
+    ("name", "value", "expected"),
     [
         ("AURORA_SERVE__PORT", "many", "serve.port"),
         ("AURORA_SERVE__PORT", "70000", "serve.port"),
         ("AURORA_TRAIN__HELD_OUT_RATIO", "1.5", "train.held_out_ratio"),
         ("AURORA_PORT", "1", "SECTION__KEY"),
-        ("AURORA_KAFKA__CLIENT__DEEP__ER", "1", "kafka.client_options"),
+        ("AURORA_KAFKA__CLIENT_OPTIONS__DEEP__ER", "1", "kafka.client_options"),
     ],
 )
-def test_a_value_that_cannot_be_used_is_named(name: str, value: str, told: str) -> None:
-    with pytest.raises(SettingsError, match=told):
+def test_the_error_for_an_invalid_value_names_the_setting(name: str, value: str, expected: str) -> None:
+    with pytest.raises(SettingsError, match=expected):
         load(environ={name: value})
 
 
-def test_all_faults_are_told_at_once() -> None:
+def test_all_errors_are_reported_at_once() -> None:
     with pytest.raises(SettingsError, match=r"serve.port.*; .*train.seed|train.seed.*; .*serve.port"):
         load(environ={"AURORA_SERVE__PORT": "x", "AURORA_TRAIN__SEED": "x"})
 
@@ -92,7 +99,7 @@ def test_a_file_that_is_not_toml_is_named(tmp_path: Path) -> None:
         load(file, {})
 
 
-def test_settings_that_contradict_each_other_are_refused() -> None:
+def test_contradicting_settings_are_rejected() -> None:
     with pytest.raises(SettingsError, match=r"train.replay_batch_size must be below"):
         load(environ={"AURORA_TRAIN__REPLAY_BATCH_SIZE": "4", "AURORA_TRAIN__BATCH_SIZE": "4"})
 
@@ -102,7 +109,7 @@ def test_client_options_keep_their_dots() -> None:
     assert load(environ={"AURORA_KAFKA__CLIENT_OPTIONS": value}).kafka.client_options["ssl.ca.location"] == "/ca"
 
 
-def test_a_secret_is_shown_by_nothing_but_the_way_to_a_child() -> None:
+def test_a_secret_appears_only_in_the_environment_of_a_child() -> None:
     settings = load(environ={"AURORA_SERVE__ADMIN_TOKEN": "geheim"})
     assert settings.serve.admin_token.get_secret_value() == "geheim"
     assert "geheim" not in f"{settings} {settings!r} {settings.model_dump_json()}"
@@ -116,7 +123,7 @@ SECRETS = {
 }
 
 
-def test_secrets_among_options_are_shown_by_nothing_but_the_way_to_a_child() -> None:
+def test_secrets_among_options_appear_only_in_the_environment_of_a_child() -> None:
     settings = load(environ={}, flags=SECRETS)
     assert settings.kafka.client_options == SECRETS["kafka.client_options"]
     for shown in (f"{settings}", f"{settings!r}", f"{settings.kafka!r}", settings.model_dump_json()):
@@ -126,7 +133,7 @@ def test_secrets_among_options_are_shown_by_nothing_but_the_way_to_a_child() -> 
 
 
 @pytest.mark.parametrize("name", SECRETS)
-def test_options_that_cannot_be_read_are_refused_without_being_shown(name: str) -> None:
+def test_invalid_options_are_rejected_without_being_shown(name: str) -> None:
     variable = f"AURORA_{name.replace('.', '__')}".upper()
     for value in ('{"password": "geheim"', '{"password": ["geheim"]}'):
         with pytest.raises(SettingsError, match=name) as raised:
@@ -134,12 +141,12 @@ def test_options_that_cannot_be_read_are_refused_without_being_shown(name: str) 
         assert "geheim" not in str(raised.value)
 
 
-def test_the_mask_of_an_option_never_becomes_its_secret() -> None:
-    with pytest.raises(SettingsError, match=r"kafka\.client_options: .*sasl\.password.*aurora settings"):
+def test_the_mask_of_an_option_is_rejected_as_a_value() -> None:
+    with pytest.raises(SettingsError, match=r"kafka\.client_options: .*sasl\.password.*aurora config show"):
         load(environ={}, flags={"kafka.client_options": {"sasl.password": "**********"}})
 
 
-def test_a_secret_of_the_wrong_kind_is_refused_without_being_shown(tmp_path: Path) -> None:
+def test_a_secret_of_the_wrong_type_is_rejected_without_being_shown(tmp_path: Path) -> None:
     file = tmp_path / "aurora.toml"
     file.write_text("[serve]\nadmin_token = 123456\n")
     with pytest.raises(SettingsError, match=r"serve\.admin_token: ") as raised:
@@ -147,8 +154,8 @@ def test_a_secret_of_the_wrong_kind_is_refused_without_being_shown(tmp_path: Pat
     assert "123456" not in str(raised.value)
 
 
-def test_the_mask_of_a_secret_never_becomes_the_secret() -> None:
-    with pytest.raises(SettingsError, match=r"serve\.admin_token: .*aurora settings"):
+def test_the_mask_of_a_secret_is_rejected_as_a_value() -> None:
+    with pytest.raises(SettingsError, match=r"serve\.admin_token: .*aurora config show"):
         load(environ={"AURORA_SERVE__ADMIN_TOKEN": "**********"})
 
 
@@ -160,7 +167,7 @@ def test_the_mask_of_a_secret_never_becomes_the_secret() -> None:
     speculate=st.booleans(),
     token=st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0*")),
 )
-def test_a_child_reads_exactly_what_its_parent_read(
+def test_a_child_loads_the_settings_of_its_parent(
     *, port: int, rate: float, node: str, client: dict[str, str], speculate: bool, token: str
 ) -> None:
     flags = {
@@ -176,8 +183,48 @@ def test_a_child_reads_exactly_what_its_parent_read(
 
 
 @pytest.mark.parametrize("value", ["often", "-1", "", "nan"])
-def test_an_interval_that_is_neither_seconds_nor_auto_is_told_once(value: str) -> None:
+def test_an_interval_that_is_neither_a_duration_nor_auto_is_reported_once(value: str) -> None:
     with pytest.raises(SettingsError, match=r"^update\.min_interval: [^;]*neither a duration nor 'auto'"):
         load(environ={"AURORA_UPDATE__MIN_INTERVAL": value})
     kept = [load(environ={"AURORA_UPDATE__MIN_INTERVAL": text}).update.min_interval for text in ("auto", "2.5")]
     assert kept == ["auto", 2.5]
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("500ms", 0.5), ("30s", 30), ("1.5 m", 90), ("2h", 7200), ("14d", 14 * 86_400), ("7", 7), ("1e-05", 1e-5)],
+)
+def test_a_duration_is_a_number_of_seconds_or_has_a_unit(text: str, seconds: float) -> None:
+    assert load(environ={"AURORA_SERVE__POLL_INTERVAL": text}).serve.poll_interval == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize("value", ["3x", "s", "-1s", "1.2.3s", "inf", "nan", ""])
+def test_the_error_for_an_invalid_duration_names_the_forms(value: str) -> None:
+    with pytest.raises(SettingsError, match=r"serve\.poll_interval: .*500ms, 30s, 5m, 2h or 14d"):
+        load(environ={"AURORA_SERVE__POLL_INTERVAL": value})
+
+
+def test_a_duration_in_the_file_may_be_a_number(tmp_path: Path) -> None:
+    file = tmp_path / "aurora.toml"
+    file.write_text('[serve]\npoll_interval = 3\ndrain_timeout = "1m"\n')
+    settings = load(file, {})
+    assert (settings.serve.poll_interval, settings.serve.drain_timeout) == (3.0, 60.0)
+
+
+@given(seconds=st.floats(1e-9, 1e9))
+def test_a_child_loads_any_duration_of_its_parent(seconds: float) -> None:
+    settings = load(environ={}, flags={"serve.poll_interval": seconds})
+    assert load(environ=to_environ(settings)) == settings
+
+
+def test_every_setting_has_a_docstring() -> None:
+    source = ast.parse(Path(sections.__file__).read_text())
+    missing = [
+        f"{section.name}.{ast.unparse(field.target)}"
+        for section in source.body
+        if isinstance(section, ast.ClassDef) and section.name != "Settings"
+        for field, following in itertools.pairwise([*section.body, None])
+        if isinstance(field, ast.AnnAssign)
+        if not (isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant))
+    ]
+    assert not missing

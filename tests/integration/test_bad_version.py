@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from live_traffic import Answered, rows_of
+from live_traffic import ServedRequest, rows_of
 from typer.testing import CliRunner
 
 from ops.cli.main import app
@@ -51,18 +51,18 @@ class Fleet:
         assert promoter.status().error is None
         return next(line for line in self.registry.lines() if line.name == self.name)
 
-    def serve(self, kept: Mapping[str, int], since: float, slices: int = 60) -> None:
+    def serve(self, accepted: Mapping[str, int], since: float, slices: int = 60) -> None:
         length = self.settings.canary.slice_duration
         first = (since // length + 1) * length
         self.tables.append(
             "traces",
             rows_of(
-                Answered(
-                    version, first + at * length, kept[version], verify_steps=10 + at % 3, node=node, line=self.name
+                ServedRequest(
+                    version, first + at * length, accepted[version], verify_steps=10 + at % 3, node=node, line=self.name
                 )
                 for at in range(slices)
                 for place, node in enumerate("ab")
-                for version in [list(kept)[(at + place) % len(kept)]]
+                for version in [list(accepted)[(at + place) % len(accepted)]]
                 for _ in range(3)
             ),
         )

@@ -1,6 +1,6 @@
-"""What ``docker-compose.yml`` starts, started here: commands, environments and health checks are those of the file.
+"""The processes of ``docker-compose.yml`` become healthy with its commands, environments and health checks.
 
-Real services take the place of the containers that are not ours.
+Services of the test session replace the containers of other projects.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ CHOSEN = {
 }
 
 
-def filled(text: str, variables: dict[str, str]) -> str:
-    """The file with its variables, as compose fills them in."""
+def substitute(text: str, variables: dict[str, str]) -> str:
+    """Return the file with its variables substituted as compose does."""
 
     def value(match: re.Match[str]) -> str:
         name, kind, rest = match["name"], match["kind"], match["rest"] or ""
@@ -53,7 +53,7 @@ def filled(text: str, variables: dict[str, str]) -> str:
 
 @pytest.fixture(scope="module")
 def services() -> dict[str, Any]:
-    compose = yaml.safe_load(filled((ROOT / "docker-compose.yml").read_text(), CHOSEN))
+    compose = yaml.safe_load(substitute((ROOT / "docker-compose.yml").read_text(), CHOSEN))
     found: dict[str, Any] = compose["services"]
     return found
 
@@ -67,7 +67,7 @@ def test_every_secret_must_be_set_and_the_example_names_it() -> None:
     assert set(re.findall(r"\$\{(\w+)", text)) <= example.keys()
 
 
-def test_every_service_that_lasts_is_pinned_checked_and_bounded(services: dict[str, Any]) -> None:
+def test_every_service_is_pinned_health_checked_and_memory_limited(services: dict[str, Any]) -> None:
     for name, service in services.items():
         image = service["image"]
         assert "build" in service or re.search(r":v?\d", image), name
@@ -81,16 +81,16 @@ def test_every_service_that_lasts_is_pinned_checked_and_bounded(services: dict[s
         assert service["user"] != "0:0"
 
 
-def test_the_engines_take_each_others_place(services: dict[str, Any]) -> None:
+def test_the_engines_replace_each_other(services: dict[str, Any]) -> None:
     built_in, sglang = services["serve"], services["serving-sglang"]
     assert (built_in["profiles"], sglang["profiles"]) == (["builtin"], ["sglang"])
-    assert "serve" in sglang["networks"]["default"]["aliases"], "Prometheus looks for the node by that name"
+    assert "serve" in sglang["networks"]["default"]["aliases"], "Prometheus scrapes the node under that name"
     assert set(built_in["ports"]) < set(sglang["ports"])
     (device,) = sglang["deploy"]["resources"]["reservations"]["devices"]
     assert device["capabilities"] == ["gpu"]
 
 
-def test_the_sglang_image_is_of_a_version_that_is_known_and_its_command_is_taken(services: dict[str, Any]) -> None:
+def test_the_sglang_image_has_a_supported_version_and_a_valid_command(services: dict[str, Any]) -> None:
     service = services["serving-sglang"]
     base = re.search(r"^FROM (\S+):v(\S+)$", (ROOT / service["build"]["dockerfile"]).read_text(), re.MULTILINE)
     assert base is not None
@@ -118,7 +118,7 @@ def test_start_is_ordered_by_health(services: dict[str, Any]) -> None:
     ("profiles", "engine"),
     [("builtin", "serve"), ("builtin,alerts", "serve"), ("sglang", "serving-sglang")],
 )
-def test_docker_compose_takes_the_file(tmp_path: Path, profiles: str, engine: str) -> None:
+def test_docker_compose_accepts_the_file(tmp_path: Path, profiles: str, engine: str) -> None:
     (tmp_path / "env").write_text("".join(f"{name}={value}\n" for name, value in CHOSEN.items()))
     command = ["docker", "compose", "--project-directory", str(ROOT), "--env-file", str(tmp_path / "env")]
     environ = {**os.environ, "COMPOSE_PROFILES": profiles}
@@ -131,7 +131,7 @@ def test_docker_compose_takes_the_file(tmp_path: Path, profiles: str, engine: st
 
 
 @pytest.mark.timeout(300)
-def test_every_process_of_ours_becomes_healthy_as_the_file_starts_it(
+def test_every_process_becomes_healthy_as_the_file_starts_it(
     services: dict[str, Any],
     broker: str,
     registry: str,
@@ -150,9 +150,9 @@ def test_every_process_of_ours_becomes_healthy_as_the_file_starts_it(
         "AURORA_TARGET__PATH": str(smollm2),
     }
     wanted = json.loads(services["stream"]["environment"]["AURORA_TABLES__STORAGE_OPTIONS"])
-    assert wanted.keys() == object_store.options().keys(), "what the store of the tests is reached with"
+    assert wanted.keys() == object_store.options().keys(), "the test's store needs the same options"
     running: dict[str, subprocess.Popen[bytes]] = {}
-    with ended(running):
+    with terminating(running):
         for name, port in ports.items():
             environ = {
                 key: str(value).replace("/var/lib/aurora", str(tmp_path / name)).replace("0.0.0.0", "127.0.0.1")
@@ -172,15 +172,15 @@ def test_every_process_of_ours_becomes_healthy_as_the_file_starts_it(
             for name, port in ports.items()
         }
         deadline = time.monotonic() + 200
-        while unhealthy := {name: why for name, check in checks.items() if (why := said(check))}:
+        while unhealthy := {name: why for name, check in checks.items() if (why := run_check(check))}:
             for name, process in running.items():
                 assert process.poll() is None, (tmp_path / f"{name}.log").read_text()
             assert time.monotonic() < deadline, unhealthy
             time.sleep(1)
 
 
-def said(check: list[str]) -> str:
-    """What a health check says; empty where all is well."""
+def run_check(check: list[str]) -> str:
+    """Run a health check; return its error, or an empty string."""
     kind, program, *arguments = check
     assert (kind, program) == ("CMD", "python")
     run = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -188,7 +188,7 @@ def said(check: list[str]) -> str:
 
 
 @contextmanager
-def ended(running: dict[str, subprocess.Popen[bytes]]) -> Iterator[None]:
+def terminating(running: dict[str, subprocess.Popen[bytes]]) -> Iterator[None]:
     try:
         yield
     finally:

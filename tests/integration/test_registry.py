@@ -1,4 +1,4 @@
-"""Versions, tags, aliases and the record of their moves, on a real MLflow server and a real broker."""
+"""Versions, tags, aliases and recorded moves, on a real MLflow server and a real broker."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def register(
     return line, versions.register(line, folder, tags, {"accepted_per_step": 0.25})
 
 
-def held_out(accepted_per_step: float, champion: str, champion_accepted_per_step: float) -> dict[str, str]:
+def held_out_tags(accepted_per_step: float, champion: str, champion_accepted_per_step: float) -> dict[str, str]:
     figures = HeldOutComparison(
         accepted_per_step=accepted_per_step,
         champion=champion,
@@ -54,7 +54,7 @@ def held_out(accepted_per_step: float, champion: str, champion_accepted_per_step
     return {HELD_OUT_TAG: figures.model_dump_json()}
 
 
-def test_a_version_comes_back_byte_for_byte_with_its_tags(
+def test_a_downloaded_version_equals_the_registered_one(
     versions: SpeculatorRegistry, tmp_path: Path, target: str
 ) -> None:
     tags = {"line": "l", "parent": "day-0-head-0", "tables": json.dumps({"accepted": 7}), "label": "übung ✓"}
@@ -68,7 +68,7 @@ def test_a_version_comes_back_byte_for_byte_with_its_tags(
     checkpoint.read(files, line)
 
 
-def test_aliases_name_versions_and_can_be_moved(versions: SpeculatorRegistry, tmp_path: Path, target: str) -> None:
+def test_aliases_can_be_moved(versions: SpeculatorRegistry, tmp_path: Path, target: str) -> None:
     line, first = register(versions, tmp_path / "first", target, 0, {})
     _, second = register(versions, tmp_path / "second", target, 1, {})
     assert versions.aliases(line) == {}
@@ -79,13 +79,11 @@ def test_aliases_name_versions_and_can_be_moved(versions: SpeculatorRegistry, tm
     assert {found.name: found.aliases for found in versions.lines()}[line] == versions.aliases(line)
 
 
-def test_a_line_that_was_never_registered_has_no_aliases(versions: SpeculatorRegistry) -> None:
+def test_an_unregistered_line_has_no_aliases(versions: SpeculatorRegistry) -> None:
     assert versions.aliases("never-registered") == {}
 
 
-def test_what_the_registry_does_not_have_is_a_registry_error(
-    versions: SpeculatorRegistry, tmp_path: Path, target: str
-) -> None:
+def test_a_missing_version_is_a_registry_error(versions: SpeculatorRegistry, tmp_path: Path, target: str) -> None:
     line, _ = register(versions, tmp_path / "first", target, 0, {})
     with pytest.raises(RegistryError):
         versions.set_alias(line, "champion", "99")
@@ -93,7 +91,7 @@ def test_what_the_registry_does_not_have_is_a_registry_error(
         versions.download(line, "99", tmp_path / "back")
 
 
-def test_a_registry_that_is_away_is_said_to_be_within_seconds(free_port: Callable[[], int], tmp_path: Path) -> None:
+def test_an_unreachable_registry_is_an_error_within_seconds(free_port: Callable[[], int], tmp_path: Path) -> None:
     away = SpeculatorRegistry(RegistrySettings(tracking_uri=f"http://127.0.0.1:{free_port()}", timeout=2))
     with pytest.raises(RegistryError, match=r"registry\.tracking_uri http://127"):
         away.lines()
@@ -134,14 +132,14 @@ def events(kafka: Kafka, line: str) -> list[AliasMoved]:
     return found
 
 
-def test_a_promotion_is_seen_in_the_registry_the_table_and_on_the_topic(
+def test_a_promotion_appears_in_registry_table_and_topic(
     settings: Settings, versions: SpeculatorRegistry, tmp_path: Path, target: str
 ) -> None:
     promoter = promoter_of(settings)
-    line, first = register(versions, tmp_path / "first", target, 0, held_out(0.3, "day-0-head-0", 0.0))
+    line, first = register(versions, tmp_path / "first", target, 0, held_out_tags(0.3, "day-0-head-0", 0.0))
     versions.set_alias(line, "candidate", first)
     promoter.poll()
-    _, second = register(versions, tmp_path / "second", target, 1, held_out(0.5, first, 0.3))
+    _, second = register(versions, tmp_path / "second", target, 1, held_out_tags(0.5, first, 0.3))
     versions.set_alias(line, "candidate", second)
     promoter.poll()
     assert promoter.status().error is None
@@ -166,7 +164,7 @@ def test_a_promotion_is_seen_in_the_registry_the_table_and_on_the_topic(
     resource = ConfigResource("topic", settings.kafka.speculators_topic)
     assert admin.describe_configs([resource])[resource].result(20)["cleanup.policy"].value == "compact"
 
-    # A second process finds nothing to do but to say the last moves again.
+    # A second process only sends the last moves again.
     again = promoter_of(settings)
     again.poll()
     assert again.status().alias_moves == 0
@@ -174,7 +172,7 @@ def test_a_promotion_is_seen_in_the_registry_the_table_and_on_the_topic(
     assert {e.key: e for e in events(settings.kafka, line)[len(sent) :]} == last
 
 
-def test_a_broker_that_is_away_is_a_broker_error(free_port: Callable[[], int]) -> None:
+def test_an_unreachable_broker_is_a_broker_error(free_port: Callable[[], int]) -> None:
     away = KafkaEvents(Kafka(bootstrap_servers=f"127.0.0.1:{free_port()}"))
     with pytest.raises(BrokerError, match=r"kafka\.bootstrap_servers"):
         away.send("line/champion", b"{}")

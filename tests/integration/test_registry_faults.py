@@ -114,7 +114,7 @@ def test_a_node_serves_on_and_catches_up_whatever_the_registry_does(proxy: Regis
 
         served = [mover.promote()]
         await_version(served[-1])
-        faults: tuple[Fault, ...] = ("away", "slow", "500", "old")
+        faults: tuple[Fault, ...] = ("unreachable", "slow", "500", "stale")
         for fault in faults:
             proxy.remember()
             with proxy.failing(fault):
@@ -129,7 +129,7 @@ def test_a_node_serves_on_and_catches_up_whatever_the_registry_does(proxy: Regis
         mover.point(served[0])
         await_version(served[0])
         assert status().registry_stale_responses == 0
-        with proxy.failing("old"):
+        with proxy.failing("stale"):
             eventually(lambda: status().registry_stale_responses > 1)
             client.answers_go_on()
         assert [swap.version for swap in status().swaps] == [*served, served[0]]

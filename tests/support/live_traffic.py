@@ -1,4 +1,4 @@
-"""Rows of the table ``traces`` for requests that versions served, written as nodes and the stream would have them."""
+"""Rows of the table ``traces`` for requests that versions served, as nodes and stream would write them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _IDS = count()
 
 
 @dataclass(frozen=True)
-class Answered:
-    """A request of equal verify steps."""
+class ServedRequest:
+    """A request whose verify steps are all alike."""
 
     version: str
     at: float
     """Unix time of its first verify step."""
-    kept: int = 1
-    """Drafted tokens that each verify step keeps."""
+    accepted: int = 1
+    """Accepted tokens per step."""
     verify_steps: int = 10
     verify_step_s: float = 0.01
     label: str | None = None
@@ -33,18 +33,18 @@ class Answered:
     """The version that drafts the second half of its verify steps."""
 
 
-def rows_of(requests: Iterable[Answered]) -> pa.Table:
-    """A prompt and the verify steps of each request."""
+def rows_of(requests: Iterable[ServedRequest]) -> pa.Table:
+    """Return the prompt row and the verify steps of each request."""
     return pa.Table.from_pylist([row for request in requests for row in _rows(request)], schema=TRACES)
 
 
-def _rows(request: Answered) -> list[dict[str, Any]]:
+def _rows(request: ServedRequest) -> list[dict[str, Any]]:
     number = next(_IDS)
     rows = []
     for at in range(request.verify_steps + 1):
         swapped = request.swapped_to if at > request.verify_steps / 2 else None
         version = (swapped or request.version) if at and request.drafted else ""
-        kept = request.kept if version else 0
+        accepted = request.accepted if version else 0
         time_us = round((request.at + max(at - 1, 0) * request.verify_step_s) * 1e6)
         rows.append(
             {
@@ -67,12 +67,12 @@ def _rows(request: Answered) -> list[dict[str, Any]]:
                 "sampling_top_k": 0,
                 "seed": None,
                 "verify_step": at,
-                "position": at * (kept + 1),
-                "tokens": [1] * (kept + 1),
+                "position": at * (accepted + 1),
+                "tokens": [1] * (accepted + 1),
                 "draft_tokens": [1] * (3 if version else 0),
                 "draft_parents": [-1, 0, 1] if version else [],
                 "draft_logprobs": [-0.5] * (3 if version else 0),
-                "accepted": list(range(kept)),
+                "accepted": list(range(accepted)),
                 "bonus": 1,
                 "top_k": 0,
                 "top_ids": [],

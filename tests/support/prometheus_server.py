@@ -1,4 +1,4 @@
-"""A real Prometheus beside what a test runs; Debian's, where it is installed."""
+"""A Prometheus server for tests: Debian's package, if it is installed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ needs_prometheus = pytest.mark.skipif(
 
 
 class Prometheus:
-    """Scrapes some processes every second, under our rules."""
+    """Scrapes targets every second and evaluates our rules."""
 
     def __init__(self, folder: Path, port: int, targets: Mapping[str, int]) -> None:
         self.folder, self.url = folder, f"http://127.0.0.1:{port}"
@@ -60,13 +60,13 @@ class Prometheus:
             process.wait(30)
 
     def values(self, query: str, over: str = "30s") -> list[float]:
-        """What a query has given since the beginning, every curve of it."""
+        """Return the values of a query since the start, of every series."""
         end = time.time()
         answer = self._get("/api/v1/query_range", query=query, start=end - 1800, end=end, step=over)
         return [float(value) for curve in answer["data"]["result"] for _, value in curve["values"]]
 
     def alerts(self) -> list[str]:
-        """The names of the rules that it has loaded."""
+        """Return the names of the loaded rules."""
         groups = self._get("/api/v1/rules")["data"]["groups"]
         return [rule["name"] for group in groups for rule in group["rules"] if rule["health"] != "err"]
 

@@ -1,4 +1,4 @@
-"""A proxy before an MLflow server that is away, slow, at fault, or answers with what was true a while ago."""
+"""A proxy that makes an MLflow server unreachable, slow, failing or stale."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from typing import Literal
 
 import httpx
 
-Fault = Literal["away", "slow", "500", "old"]
+Fault = Literal["unreachable", "slow", "500", "stale"]
 SLOW_S = 1.3
 _ALIASES = "/api/2.0/mlflow/registered-models/get?"
 _HOP_BY_HOP = {"connection", "content-length", "content-encoding", "transfer-encoding", "host", "accept-encoding"}
 
 
 class RegistryProxy:
-    """Requests go through but for the ``fault`` of the moment; ``hits`` counts those that met one.
+    """Forwards requests unless a ``fault`` is set; ``hits`` counts the requests that met each fault.
 
-    Away, a connection is closed without an answer. Old answers are those that ``remember`` has kept.
+    ``unreachable`` closes the connection without a response. ``stale`` repeats the response kept by ``remember``.
     """
 
     def __init__(self, port: int, upstream: str) -> None:
@@ -30,7 +30,7 @@ class RegistryProxy:
         self.fault: Fault | None = None
         self.hits: Counter[str] = Counter()
         self.newest: httpx.Response | None = None
-        self.old: httpx.Response | None = None
+        self.stale: httpx.Response | None = None
         proxy = self
 
         class Handler(_Handler):
@@ -41,12 +41,12 @@ class RegistryProxy:
         self._thread.start()
 
     def remember(self) -> None:
-        """Keep what was answered last about aliases: the old answer of later on."""
-        self.old = self.newest
+        """Keep the newest response about aliases as the stale one."""
+        self.stale = self.newest
 
     @contextmanager
     def failing(self, fault: Fault) -> Iterator[None]:
-        """A registry with a fault, until the block ends."""
+        """Set a fault until the block ends."""
         self.fault = fault
         try:
             yield
@@ -54,7 +54,7 @@ class RegistryProxy:
             self.fault = None
 
     def await_hits(self, fault: Fault, number: int) -> None:
-        """Wait until so many more requests have met a fault."""
+        """Wait until ``number`` more requests have met a fault."""
         wanted, deadline = self.hits[fault] + number, time.monotonic() + 60
         while self.hits[fault] < wanted:
             assert time.monotonic() < deadline
@@ -75,12 +75,12 @@ class _Handler(BaseHTTPRequestHandler):
         if fault is not None:
             proxy.hits[fault] += 1
         asks_for_aliases = self.path.startswith(_ALIASES)
-        if fault == "away":
+        if fault == "unreachable":
             self.close_connection = True
         elif fault == "500":
             self._answer(500, b"it broke", "text/plain")
-        elif fault == "old" and asks_for_aliases and proxy.old is not None:
-            self._pass_on(proxy.old)
+        elif fault == "stale" and asks_for_aliases and proxy.stale is not None:
+            self._pass_on(proxy.stale)
         else:
             if fault == "slow":
                 time.sleep(SLOW_S)
@@ -101,7 +101,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(body)
         except ConnectionError:
-            self.close_connection = True  # the node has given up on a slow answer
+            self.close_connection = True  # the node timed out
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class's name
-        """Nothing is logged."""
+        """Requests are not logged."""

@@ -37,7 +37,7 @@ _CLOSE_ATTEMPTS = 8
 
 
 class MoveError(UserError):
-    """The move was not made; the message says what prevented it."""
+    """The move was not made; the message gives the reason."""
 
 
 def new_intent(
@@ -149,7 +149,7 @@ class AliasMover:
         """Write the intent, make its changes, and close it.
 
         Raises:
-            MoveError: another move came first, or an alias was moved by hand; the message says what to do.
+            MoveError: another move came first, or an alias was moved by hand; the message names the remedy.
         """
         if not intent.changes:
             return

@@ -1,9 +1,9 @@
 """Record alias moves: one row in the table ``promotions`` and one event on the compacted topic for each.
 
 The registry's aliases are the truth, and the record follows them. Each poll compares every alias with its last row and
-writes the missing rows, whoever moved the alias: the promoter, the trainer, a person, or a process that crashed before
-it wrote its row. An event is kept until the broker acknowledges it. After a restart the last event of each alias is
-sent again: the topic is compacted, so a duplicate changes nothing.
+writes the missing rows, also for moves by the trainer, by a person, and by a process that crashed before it wrote its
+row. An event is kept until the broker acknowledges it. After a restart the last event of each alias is sent again: the
+topic is compacted, so a duplicate changes nothing.
 """
 
 from __future__ import annotations

@@ -130,7 +130,7 @@ class Promoter:
             self._take_action(line, action, state)
             self._last_rollback = promotion_policy.find_last_rollback(self._mover.intents(line.name))
         finally:
-            # Also after half a move: the registry's aliases are what is recorded.
+            # Also after an incomplete move: the record follows the registry's aliases.
             self._record_moves(replace(line, aliases=self._registry.aliases(line.name)))
 
     def status(self) -> PromoterStatus:

@@ -5,8 +5,8 @@
                           └────────── worse ───────────┴──▶ rolled back, and into quarantine
 
 If ``canary.share`` is 0, there is no canary analysis, and the gate alone makes a candidate champion. Every poll decides
-anew, without a memory: the start of a canary analysis or watch, the versions that had one, and the number of rollbacks
-are in the recorded moves and intents; the figures of versions are in the traces.
+from scratch. Recorded moves and intents hold the start of a canary analysis or watch, the versions that had one, and
+the number of rollbacks; the traces hold the figures of versions.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ _NOT_SHAPING = (
     "metrics_interval",
     "registration_interval",
 )
-"""Settings of the trainer that decide where and how often, not what is learned."""
+"""Settings of the trainer that do not affect the weights."""
 
 
 class Registrar:

@@ -224,7 +224,7 @@ def _ratio(served: ServedTraffic, figure: Figure) -> _Ratio:
     tokens = float(served.tokens.sum())
     ratio = tokens / float(denominator.sum())
     count = len(served.group)
-    # With few groups the variance is as often too small as too large; this factor adds what that costs a t-test.
+    # With few groups the variance estimate is noisy; this factor widens the interval as a t-test would.
     residuals = (served.tokens - ratio * denominator) / tokens * math.sqrt(count / (count - 3))
     return _Ratio(math.log(ratio), served.group, residuals, tokens)
 

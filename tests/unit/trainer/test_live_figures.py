@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from live_traffic import Answered, rows_of
+from live_traffic import ServedRequest, rows_of
 
 from pipeline.delta import DeltaLog, HistoryExpiredError
 from schemas.settings import Tables
@@ -41,12 +41,12 @@ def read_both(
 
 def test_verify_steps_are_added_up_by_version_label_and_slice(tables: DeltaLog) -> None:
     requests = [
-        Answered("1", T, label="sql"),
-        Answered("1", T + 10, label="sql"),
-        Answered("2", T + 20, kept=2, label="sql"),
-        Answered("2", T + 20, kept=2),
-        Answered("9", T + 30),
-        Answered("2", T + 20, line="another"),
+        ServedRequest("1", T, label="sql"),
+        ServedRequest("1", T + 10, label="sql"),
+        ServedRequest("2", T + 20, accepted=2, label="sql"),
+        ServedRequest("2", T + 20, accepted=2),
+        ServedRequest("9", T + 30),
+        ServedRequest("2", T + 20, line="another"),
     ]
     tables.append("traces", rows_of(requests))
     new, old = read_both(LiveFigures(tables, SLICE))
@@ -59,33 +59,36 @@ def test_verify_steps_are_added_up_by_version_label_and_slice(tables: DeltaLog) 
 
 
 def test_a_request_that_a_swap_cut_in_two_counts_on_both_sides(tables: DeltaLog) -> None:
-    tables.append("traces", rows_of([Answered("1", T, swapped_to="2")]))
+    tables.append("traces", rows_of([ServedRequest("1", T, swapped_to="2")]))
     new, old = read_both(LiveFigures(tables, SLICE))
     assert totals(old[""]) == (1, 10, 5, 0.05)
     assert totals(new[""]) == (0, 10, 5, 0.05)
 
 
 def test_verify_steps_without_a_draft_count_for_what_their_node_served(tables: DeltaLog) -> None:
-    idle = [Answered("2", T + at, drafted=False) for at in (1, 11, 21)]
-    tables.append("traces", rows_of([*idle, Answered("2", T), Answered("1", T + 10), Answered("1", T + 20, node="b")]))
+    idle = [ServedRequest("2", T + at, drafted=False) for at in (1, 11, 21)]
+    tables.append(
+        "traces",
+        rows_of([*idle, ServedRequest("2", T), ServedRequest("1", T + 10), ServedRequest("1", T + 20, node="b")]),
+    )
     new, old = read_both(LiveFigures(tables, SLICE))
     assert totals(new[""])[2] == 20
     assert totals(old[""])[2] == 20, "the third slice of node-0 drafted nothing, and b is another machine"
 
 
 def test_only_whole_slices_of_a_period_count(tables: DeltaLog) -> None:
-    tables.append("traces", rows_of(Answered(v, T + at) for v in "12" for at in (0, 10, 20)))
+    tables.append("traces", rows_of(ServedRequest(v, T + at) for v in "12" for at in (0, 10, 20)))
     new, old = read_both(LiveFigures(tables, SLICE), since=T + 5, until=T + 25)
     assert len(new[""].group) == len(old[""].group) == 1
 
 
 def test_nodes_that_served_one_version_are_ignored_if_others_served_both(tables: DeltaLog) -> None:
-    apart = [Answered("1", T, node="a"), Answered("2", T, node="b", kept=2)]
+    apart = [ServedRequest("1", T, node="a"), ServedRequest("2", T, node="b", accepted=2)]
     tables.append("traces", rows_of(apart))
     live = LiveFigures(tables, SLICE)
     new, old = read_both(live)
     assert (totals(new[""])[0], totals(old[""])[0]) == (1, 1)
-    tables.append("traces", rows_of([Answered("1", T + 10, node="c"), Answered("2", T + 20, node="c")]))
+    tables.append("traces", rows_of([ServedRequest("1", T + 10, node="c"), ServedRequest("2", T + 20, node="c")]))
     new, old = read_both(live)
     assert (totals(new[""])[1], totals(old[""])[1]) == (20, 20)
 
@@ -98,7 +101,7 @@ def test_later_rows_are_added_and_a_restart_gives_the_same_sums(
     query = tables.query
     monkeypatch.setattr(tables, "query", lambda sql, at: asked.append(sql) or query(sql, at))
     for at in range(0, 40, 10):
-        tables.append("traces", rows_of([Answered("1", T + at), Answered("2", T + at, kept=2)]))
+        tables.append("traces", rows_of([ServedRequest("1", T + at), ServedRequest("2", T + at, accepted=2)]))
         new, old = read_both(live)
     assert len(asked) == 1
     for mine, again in zip((new, old), read_both(LiveFigures(tables, SLICE)), strict=True):
@@ -109,9 +112,9 @@ def test_later_rows_are_added_and_a_restart_gives_the_same_sums(
 
 def test_rows_whose_commits_are_gone_are_queried(tables: DeltaLog, monkeypatch: pytest.MonkeyPatch) -> None:
     live = LiveFigures(tables, SLICE)
-    tables.append("traces", rows_of([Answered("1", T)]))
+    tables.append("traces", rows_of([ServedRequest("1", T)]))
     read_both(live)
-    tables.append("traces", rows_of([Answered("1", T)]))
+    tables.append("traces", rows_of([ServedRequest("1", T)]))
 
     def gone(name: str, after: int, up_to: int, columns: Sequence[str]) -> pa.Table:
         raise HistoryExpiredError(f"{name} {after} {up_to} {columns}")
@@ -123,7 +126,7 @@ def test_rows_whose_commits_are_gone_are_queried(tables: DeltaLog, monkeypatch: 
 
 
 def test_an_earlier_period_is_queried_again_and_a_later_one_excludes_it(tables: DeltaLog) -> None:
-    tables.append("traces", rows_of([Answered("1", T), Answered("1", T + 100)]))
+    tables.append("traces", rows_of([ServedRequest("1", T), ServedRequest("1", T + 100)]))
     live = LiveFigures(tables, SLICE)
     assert totals(read_both(live, since=T + 50)[1][""])[0] == 1
     assert totals(read_both(live)[1][""])[0] == 2

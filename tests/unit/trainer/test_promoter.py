@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from live_traffic import Answered, rows_of
+from live_traffic import ServedRequest, rows_of
 from promoter_world import LINE, World, figures
 from structlog.testing import capture_logs
 
@@ -34,16 +34,16 @@ def world(tmp_path: Path) -> World:
     return world
 
 
-def serve(world: World, kept: Mapping[str, int], slices: int = 48, since: float | None = None, **more: str) -> None:
+def serve(world: World, accepted: Mapping[str, int], slices: int = 48, since: float | None = None, **more: str) -> None:
     """Two nodes that serve the versions in turn, a slice each, from the next slice on."""
     first = ((since or time.time()) // SLICE + 1) * SLICE
     world.tables.append(
         "traces",
         rows_of(
-            Answered(
+            ServedRequest(
                 version,
                 first + number * SLICE,
-                kept=kept[version],
+                accepted=accepted[version],
                 verify_steps=10 + number % 3 + place,
                 verify_step_s=0.01 + 0.001 * (number % 2),
                 node=node,
@@ -51,7 +51,7 @@ def serve(world: World, kept: Mapping[str, int], slices: int = 48, since: float 
             )
             for number in range(slices)
             for place, node in enumerate("ab")
-            for version in [list(kept)[(number + place) % len(kept)]]
+            for version in [list(accepted)[(number + place) % len(accepted)]]
             for _ in range(3)
         ),
     )

@@ -142,9 +142,6 @@ class EnginePool:
             domain: The domain that it was trained for.
             max_tokens: Longest output.
             say: Called with one line per event.
-
-        Raises:
-            UserError: no target, or no such domain.
         """
         provide_target(settings.target, say)
         # The figure of a random draft needs a random draft, whatever the setting for day 0 is.

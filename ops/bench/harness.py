@@ -186,11 +186,7 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 def select_figures(only: Sequence[str], names: Sequence[str]) -> Selection:
-    """Select the figures whose names begin with one of ``only``, or all.
-
-    Raises:
-        UserError: no name begins with one of them.
-    """
+    """Select the figures whose names begin with one of ``only``, or all."""
     for prefix in only:
         if not any(name.startswith(prefix) for name in names):
             raise UserError(f"--only {prefix}: no such figure; there are {', '.join(names)}")

@@ -46,11 +46,7 @@ class Options:
 
     @property
     def size(self) -> Size:
-        """How long and how much.
-
-        Raises:
-            UserError: ``minutes`` are none.
-        """
+        """How long and how much."""
         usual = "2" if self.quick else "10"
         minutes = both(usual if self.minutes is None else self.minutes)
         if self.quick:
@@ -59,11 +55,7 @@ class Options:
 
 
 def run(settings: Settings, options: Options, say: Say) -> Report:
-    """Drive the loop, and stop all of it.
-
-    Raises:
-        UserError: no such domains, no minutes, no target, or a part died.
-    """
+    """Drive the loop, and stop all of it."""
     domains, size = pair(options.domains), options.size
     if options.html:
         write_page("--html", options.html, "")
@@ -84,11 +76,7 @@ def run(settings: Settings, options: Options, say: Say) -> Report:
 
 
 def pair(domains: str) -> tuple[str, str]:
-    """The two domains that a flag names.
-
-    Raises:
-        UserError: it names others, or not two.
-    """
+    """The two domains that a flag names."""
     match [name.strip() for name in domains.split(",")]:
         case [first, second] if first != second and {first, second} <= set(prompts.DOMAINS):
             return first, second
@@ -96,11 +84,7 @@ def pair(domains: str) -> tuple[str, str]:
 
 
 def both(minutes: str) -> tuple[float, float]:
-    """Minutes of learning in each of the two domains, as a flag says them: once for both, or one after the other.
-
-    Raises:
-        UserError: they are no numbers, too short, or more than two.
-    """
+    """Minutes of learning in each of the two domains, as a flag says them: once for both, or one after the other."""
     try:
         given = [float(part) for part in minutes.split(",")]
     except ValueError:

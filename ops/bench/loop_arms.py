@@ -69,19 +69,11 @@ class Node:
         return float(used.user + used.system)
 
     def pin(self, version: str) -> None:
-        """Serve this version until ``unpin``.
-
-        Raises:
-            UserError: it does not.
-        """
+        """Serve this version until ``unpin``."""
         self._order("pin", {"version": version})
 
     def unpin(self) -> None:
-        """Follow the alias again.
-
-        Raises:
-            UserError: it does not.
-        """
+        """Follow the alias again."""
         self._order("unpin", {})
 
     def load(self, prompts: Iterable[Prompt], at_once: int, *, speculate: bool = True, trace: bool = True) -> Load:
@@ -90,11 +82,7 @@ class Node:
         return Load(self._url, name, iter(prompts), at_once, self._max_tokens, speculate=speculate, trace=trace)
 
     def answer(self, prompts: Sequence[Prompt], plan: Plan, *, speculate: bool) -> list[Answered]:
-        """Answers in the order in which they ended.
-
-        Raises:
-            UserError: a request failed.
-        """
+        """Answers in the order in which they ended."""
         load = self.load(prompts, plan.at_once, speculate=speculate, trace=plan.trace)
         load.start()
         try:
@@ -129,9 +117,6 @@ def compare(node: Node, arms: Mapping[str, Arm], prompts: Sequence[Prompt], plan
         prompts: Those of a trial follow those of the trial before, from the beginning when they are used up. The last
             ones are what warms up.
         plan: How much.
-
-    Raises:
-        UserError: a request failed, or a version cannot be pinned.
     """
     answers: dict[str, list[Answered]] = {name: [] for name in arms}
     pinned: str | None = None

@@ -77,11 +77,7 @@ class Course:
         self._measuring: list[Span] = []
 
     def run(self) -> Record:
-        """Run it.
-
-        Raises:
-            UserError: a part died, a request that was measured with failed, or no prompts.
-        """
+        """Run it."""
         texts = {
             name: (bench_prompts.training_prompts(name), bench_prompts.held_out_prompts(name)) for name in self._domains
         }

@@ -84,9 +84,6 @@ def record_requests(
         requests: The requests to record.
         folder: Where the files are written.
         on_recorded: Called after each request with the number of recorded requests.
-
-    Raises:
-        UserError: the engine did not finish a request.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for request in requests:
@@ -103,11 +100,7 @@ def record_requests(
 
 
 def record_domain(settings: Settings, domain: str, number: int, max_tokens: int, say: Say) -> list[str]:
-    """Record the first ``number`` training requests of a domain where they are missing; return their ids.
-
-    Raises:
-        UserError: no target, or no such domain.
-    """
+    """Record the first ``number`` training requests of a domain where they are missing; return their ids."""
     provide_target(settings.target, say)
     folder = recordings_folder(settings, domain)
     tokenizer = prompts.load_tokenizer(Path(settings.target.path))
@@ -127,11 +120,7 @@ def record_domain(settings: Settings, domain: str, number: int, max_tokens: int,
 
 
 def read_window(folder: Path, request_id: str, target: str) -> Window:
-    """Return the window of a recorded request, built by the code of the stream and of the trainer.
-
-    Raises:
-        UserError: the request was recorded from another target, or the file was altered.
-    """
+    """Return the window of a recorded request, built by the code of the stream and of the trainer."""
     record = read_record(folder, request_id, 0)
     assert record.value is not None, "a recorded request has a value"
     if decode(record.value).envelope.target != target:

@@ -127,11 +127,7 @@ class Soak:
         self._memory: list[Memory] = []
 
     def run(self) -> Outcome:
-        """Load the node, disturb it, let it settle, end it, and count.
-
-        Raises:
-            UserError: the node ended by itself.
-        """
+        """Load the node, disturb it, let it settle, end it, and count."""
         self._clients.start()
         self._disturb()
         self._say("no further requests; waiting for the last answers and traces")

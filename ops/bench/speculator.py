@@ -93,11 +93,7 @@ def load_speculator(settings: Settings, name: str, line: str) -> EagleDraft:
 
 
 def run(settings: Settings, options: SpeculatorOptions, say: Say) -> TrainedSpeculator:
-    """Record what is missing, train, and cache the result.
-
-    Raises:
-        UserError: no target, too few requests, or recordings of another target.
-    """
+    """Record what is missing, train, and cache the result."""
     if options.requests <= HELD_OUT_REQUESTS:
         raise UserError(f"--requests {options.requests}: {HELD_OUT_REQUESTS} of them are held out, so more are needed")
     folder = recording.recordings_folder(settings, options.domain)

@@ -46,11 +46,7 @@ _APART_S = 1.5
 
 
 def run(settings: Settings, say: Say, *, quick: bool, tokens: int | None, html: Path | None) -> Report:
-    """Learn, measure, and compute.
-
-    Raises:
-        UserError: no recorded traffic, no target, or a page that cannot be written.
-    """
+    """Learn, measure, and compute."""
     if html:
         write_page("--html", html, "")
     traffic = read_traffic(settings, tokens or (8_000 if quick else 50_000))
@@ -154,11 +150,7 @@ class MeasuredUpdate(NamedTuple):
 
 
 def measure_costs(pool: EnginePool, draft: EagleDraft, updates: int) -> UpdateCosts:
-    """Measure updates to a draft under load: the median pause, and the mean cost of reading and checking.
-
-    Raises:
-        UserError: requests failed.
-    """
+    """Measure updates to a draft under load: the median pause, and the mean cost of reading and checking."""
     engine = pool.start_engine("random", length=4)
     try:
         with tempfile.TemporaryDirectory(prefix="aurora-bench-") as folder:

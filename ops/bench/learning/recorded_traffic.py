@@ -78,11 +78,7 @@ def traffic_folder(settings: Settings) -> Path:
 
 
 def plan_segments(settings: Settings, per_domain: int) -> list[list[Request]]:
-    """Return the requests by segment, in the order in which they are sent.
-
-    Raises:
-        UserError: no target, or more requests than a domain has training prompts.
-    """
+    """Return the requests by segment, in the order in which they are sent."""
     tokenizer = prompts.load_tokenizer(Path(settings.target.path))
     by_domain = []
     for domain in prompts.DOMAINS:
@@ -105,11 +101,7 @@ def split_segments(by_domain: Sequence[Sequence[Request]]) -> list[list[Request]
 
 
 def record_traffic(settings: Settings, per_domain: int, say: Say) -> None:
-    """Record the traffic; requests that are recorded already are trained on, but not served again.
-
-    Raises:
-        UserError: no target, too few prompts, or recordings of another target.
-    """
+    """Record the traffic; requests that are recorded already are trained on, but not served again."""
     provide_target(settings.target, say)
     folder, segments = traffic_folder(settings), plan_segments(settings, per_domain)
     number = sum(map(len, segments))
@@ -189,11 +181,7 @@ class SegmentRecording:
 
 
 def read_traffic(settings: Settings, tokens: int | None = None) -> RecordedTraffic:
-    """Read the recorded traffic in the order in which it was sent, up to so many tokens or all.
-
-    Raises:
-        UserError: nothing is recorded, or from another target.
-    """
+    """Read the recorded traffic in the order in which it was sent, up to so many tokens or all."""
     folder, fingerprint = traffic_folder(settings), target_fingerprint(Path(settings.target.path))
     if not (folder / INDEX).exists():
         raise UserError(f"no traffic is recorded in {folder}; `aurora bench learning --record 200` records some")

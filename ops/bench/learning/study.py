@@ -136,11 +136,7 @@ def run(
     tokens: int | None = None,
     processes: int = 1,
 ) -> Study:
-    """Run the trials without a result, and collect all.
-
-    Raises:
-        UserError: no traffic is recorded, or from another target; or no such variant.
-    """
+    """Run the trials without a result, and collect all."""
     session = Session(settings.train.num_threads)
     if quick:
         tokens, seeds, only = tokens or QUICK_TOKENS, min(seeds, QUICK_SEEDS), only or QUICK_VARIANTS

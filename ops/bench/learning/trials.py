@@ -116,9 +116,6 @@ def run_trials(
         tokens: Tokens of the recorded traffic to use; all if None.
         processes: Number of parallel trials.
         say: Called before the first trial and after each one.
-
-    Raises:
-        UserError: no traffic is recorded, or from another target.
     """
     traffic = read_traffic(settings, tokens)
     files = {trial: result_file(settings, trial, traffic.digest) for trial in trials}

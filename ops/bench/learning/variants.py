@@ -148,11 +148,7 @@ QUICK_VARIANTS = ("base", "replay-0", "accepted-only")
 
 
 def select_variants(prefixes: Sequence[str]) -> list[Variant]:
-    """Return the variants whose names begin with a prefix, or all, and those that they are compared with.
-
-    Raises:
-        UserError: no name begins with one of the prefixes.
-    """
+    """Return the variants whose names begin with a prefix, or all, and those that they are compared with."""
     names = [variant.name for variant in PLAN]
     for prefix in prefixes:
         if not any(name.startswith(prefix) for name in names):

@@ -23,11 +23,7 @@ SAMPLED = 0.8
 
 
 def read_prompts(domain: str) -> list[str]:
-    """Return all prompts of a domain.
-
-    Raises:
-        UserError: no such domain.
-    """
+    """Return all prompts of a domain."""
     if domain not in DOMAINS:
         raise UserError(f"--domain {domain}: there are prompts of {', '.join(DOMAINS)}")
     return demo_prompts.read_prompts(domain, Path(__file__).parent if domain not in demo_prompts.DOMAINS else None)

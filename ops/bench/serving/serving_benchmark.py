@@ -15,11 +15,7 @@ from schemas.settings import Settings
 def run(
     settings: Settings, say: Say, *, quick: bool, only: tuple[str, ...], trained_speculator: str, domain: str
 ) -> Report:
-    """Measure the figures whose names begin with one of ``only``, or all.
-
-    Raises:
-        UserError: no such figure, no such speculator, or no target.
-    """
+    """Measure the figures whose names begin with one of ``only``, or all."""
     size = QUICK if quick else FULL
     selected = select_figures(only, figure_names(size))
     session = Session(settings.serve.num_threads)

@@ -50,11 +50,7 @@ class TraceMessage:
 
 
 def read_recorded(settings: Settings, say: Say) -> list[Chunk]:
-    """Read the requests that `aurora bench speculator` recorded; record a few where there are too few.
-
-    Raises:
-        UserError: no target to record from, or recordings that cannot be read.
-    """
+    """Read the requests that `aurora bench speculator` recorded; record a few where there are too few."""
     folder = recording.recordings_folder(settings, _DOMAIN)
     if len(list(folder.glob("*.trace"))) < MIN_RECORDED:
         recording.record_domain(settings, _DOMAIN, MIN_RECORDED, _RECORDED_TOKENS, say)

@@ -85,11 +85,7 @@ class TopicFactory:
 
 
 def publish(kafka: Kafka, messages: Sequence[TraceMessage]) -> None:
-    """Publish all messages, spread evenly over the partitions.
-
-    Raises:
-        UserError: the broker rejected one.
-    """
+    """Publish all messages, spread evenly over the partitions."""
     errors: list[str] = []
 
     def on_delivery(error: KafkaError | None, _message: Message) -> None:

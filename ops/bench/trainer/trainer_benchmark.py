@@ -103,11 +103,7 @@ def figure_names(size: TrainerSize) -> list[str]:
 
 
 def run(settings: Settings, say: Say, *, quick: bool, only: tuple[str, ...], peers: Path) -> Report:
-    """Measure the figures whose names begin with one of ``only``, or all.
-
-    Raises:
-        UserError: no such figure, or a trainer failed.
-    """
+    """Measure the figures whose names begin with one of ``only``, or all."""
     size, threads = QUICK if quick else FULL, settings.train.num_threads
     selected, session = select_figures(only, figure_names(size)), Session(threads)
     figures: list[Figure] = []

@@ -20,7 +20,7 @@ from ops.demo.record import Swap
 from pipeline.delta import DeltaLog, TableSnapshot
 from pipeline.offsets import SourcePartition, transaction_id
 from schemas.settings import Settings
-from trainer.data.feed import held_out
+from trainer.data.data_loader import is_held_out
 from trainer.release.registry import Version
 
 Span = tuple[float, float]
@@ -103,7 +103,7 @@ def read_rows(settings: Settings, line: str, since: float) -> list[Row]:
     return [
         Row(row["time"].timestamp(), row["partition"], row["offset"])
         for row in found
-        if row["line"] == line and row["time"] >= begin and not held_out(row["request"], share)
+        if row["line"] == line and row["time"] >= begin and not is_held_out(row["request"], share)
     ]
 
 

@@ -22,8 +22,7 @@ from schemas.trace.record import VerifyStep, encode
 from serving.engines.base import Engine, Finish, Request
 from serving.engines.builtin.engine import BuiltinEngine
 from serving.traces.chunks import Assembly, Origin, Space, Way
-from trainer.data.rows import window_of
-from trainer.data.samples import Window
+from trainer.data.samples import Sample, read_sample
 
 _UNLIMITED = Way("inline", Space(sys.maxsize))
 """A file, unlike a Kafka message, may be as long as its request."""
@@ -119,8 +118,8 @@ def record_domain(settings: Settings, domain: str, number: int, max_tokens: int,
     return [request.id for request in requests]
 
 
-def read_window(folder: Path, request_id: str, target: str) -> Window:
-    """Return the window of a recorded request, built by the code of the stream and of the trainer."""
+def read_window(folder: Path, request_id: str, target: str) -> Sample:
+    """Return the sample of a recorded request, built by the code of the stream and of the trainer."""
     record = read_record(folder, request_id, 0)
     assert record.value is not None, "a recorded request has a value"
     if decode(record.value).envelope.target != target:
@@ -130,7 +129,7 @@ def read_window(folder: Path, request_id: str, target: str) -> Window:
         reasons = ", ".join(built.dead_letters)
         raise UserError(f"{_trace_file(folder, request_id)}: the stream would reject it ({reasons}); remove it")
     (accepted,) = built.rows["accepted"].to_pylist()
-    return window_of(accepted, built.rows["rejected"].to_pylist())
+    return read_sample(accepted, built.rows["rejected"].to_pylist())
 
 
 def _encode_request(

@@ -25,10 +25,11 @@ from schemas.errors import UserError
 from schemas.settings import Settings
 from schemas.speculator import checkpoint
 from schemas.speculator.network import EagleDraft
-from trainer.data.samples import Window, collate, cut
+from trainer.data.batch import collate
+from trainer.data.samples import Sample, split_sample
 from trainer.data.target import Target, read_target
 from trainer.loop.learner import Learner
-from trainer.objective.simulated_acceptance import accepted_per_step
+from trainer.objective.simulated_acceptance import simulate_acceptance
 
 SCHEDULE = ((0.55, 1.0), (0.25, 0.3), (0.2, 0.1))
 """Shares of the training time, and the factor of the learning rate in each."""
@@ -115,15 +116,15 @@ class OfflineTraining:
         settings: Settings,
         options: SpeculatorOptions,
         target: Target,
-        training: Sequence[Window],
-        held_out: Sequence[Window],
+        training: Sequence[Sample],
+        held_out: Sequence[Sample],
         say: Say,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._train = settings.train.model_copy(update={"ttt_steps": options.steps})
         self._folder = cache_folder(settings, options.name)
         self._options, self._target, self._say, self._clock = options, target, say, clock
-        self._pieces = [piece for window in training for piece in cut(window, self._train.max_sample_tokens)]
+        self._pieces = [piece for window in training for piece in split_sample(window, self._train.max_sample_tokens)]
         self._held_out = held_out
         self._tokens = sum(map(len, training))
         self._trained_tokens = 0
@@ -154,10 +155,10 @@ class OfflineTraining:
         """Return a learner in the same state with another learning rate."""
         train = self._train.model_copy(update={"learning_rate": self._train.learning_rate * factor})
         changed = Learner(learner.draft, self._target.embeddings_VH, train)
-        changed.restore(learner.tensors(), learner.steps)
+        changed.restore(learner.state_tensors(), learner.steps)
         return changed
 
-    def _batches(self) -> Iterator[list[Window]]:
+    def _batches(self) -> Iterator[list[Sample]]:
         """Yield the batches of shuffled epochs."""
         order, size = random.Random(self._train.seed), self._train.batch_size  # noqa: S311
         while True:
@@ -170,7 +171,7 @@ class OfflineTraining:
         shutil.rmtree(scratch, ignore_errors=True)
         manifest = checkpoint.write(learner.draft, scratch, self._target.fingerprint)
         draft, options = checkpoint.read(scratch, self._target.line), self._options
-        acceptance = accepted_per_step(draft, self._target.embeddings_VH, self._held_out, options.steps)
+        acceptance = simulate_acceptance(draft, self._target.embeddings_VH, self._held_out, options.steps)
         trained = TrainedSpeculator(
             name=options.name,
             folder=str(self._folder),
@@ -182,7 +183,7 @@ class OfflineTraining:
             epochs=round(self._trained_tokens / self._tokens, 2),
             minutes=round(seconds / 60, 2),
             lookahead=options.steps,
-            accepted_per_step=acceptance.length,
+            accepted_per_step=acceptance.accepted_per_step,
             code=code_revision(),
         )
         shutil.rmtree(self._folder, ignore_errors=True)

@@ -32,8 +32,8 @@ from schemas.speculator.network import EagleDraft
 from serving.engines.builtin.engine import BuiltinEngine
 from serving.versions.update_policy import Reading, SyncPolicy
 from trainer.data.target import read_target
-from trainer.objective.simulated_acceptance import accepted_per_step
-from trainer.replay.prequential import Course
+from trainer.objective.simulated_acceptance import simulate_acceptance
+from trainer.replay.prequential import PrequentialRun
 
 Acceptance = Callable[[int, int], float]
 """Accepted tokens per step of a version on a block of the traffic; version ``b`` was trained on the blocks before."""
@@ -90,12 +90,12 @@ class BlockVersions:
         self._blocks = [stream[start : start + size] for start in range(0, len(stream), size)]
         self._embeddings = (target := read_target(settings)).embeddings_VH
         self._accepted: dict[tuple[int, int], float] = {}
-        course = Course(target.new_draft(), self._embeddings, settings.train, seed=trial.seed, lookahead=LOOKAHEAD)
-        self._versions: list[EagleDraft] = [copy.deepcopy(course.weights())]
+        run = PrequentialRun(target.new_draft(), self._embeddings, settings.train, seed=trial.seed, lookahead=LOOKAHEAD)
+        self._versions: list[EagleDraft] = [copy.deepcopy(run.export_draft())]
         for number, block in enumerate(self._blocks[:-1], start=1):
-            for start in range(0, len(block), course.batch):
-                course.take(block[start : start + course.batch])
-            self._versions.append(copy.deepcopy(course.weights()))
+            for start in range(0, len(block), run.new_per_step):
+                run.train(block[start : start + run.new_per_step])
+            self._versions.append(copy.deepcopy(run.export_draft()))
             say(f"{order} traffic: trained on block {number} of {len(self._blocks) - 1}")
 
     @property
@@ -111,9 +111,9 @@ class BlockVersions:
     def accepted_per_step(self, version: int, block: int) -> float:
         """Simulate a version on a block with greedy chains; each pair is simulated once."""
         if (version, block) not in self._accepted:
-            windows = [request.window for request in self._blocks[block]]
-            simulated = accepted_per_step(self._versions[version], self._embeddings, windows, LOOKAHEAD)
-            self._accepted[version, block] = simulated.length
+            samples = self._blocks[block]
+            simulated = simulate_acceptance(self._versions[version], self._embeddings, samples, LOOKAHEAD)
+            self._accepted[version, block] = simulated.accepted_per_step
         return self._accepted[version, block]
 
 

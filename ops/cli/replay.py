@@ -21,7 +21,7 @@ from schemas.errors import UserError
 if TYPE_CHECKING:
     from schemas.settings import Settings
     from trainer.data.target import Target
-    from trainer.replay.scoring import Score
+    from trainer.replay.request_evaluation import RequestEvaluation
 
 PROGRESS_EVERY = 50
 
@@ -65,26 +65,26 @@ def score(  # noqa: PLR0913, PLR0917 - one for each flag
 
         from schemas.telemetry import logs
         from trainer.data.target import FrozenTarget
-        from trainer.replay.drafts import drafts
-        from trainer.replay.past_requests import Wanted, listed, pinned, read
-        from trainer.replay.scoring import score as scored
+        from trainer.replay.named_drafts import load_drafts
+        from trainer.replay.past_requests import RequestFilter, list_requests, pin_versions, read_requests
+        from trainer.replay.request_evaluation import evaluate
 
         logs.configure("replay", "warning")
         torch.set_num_threads(settings.train.num_threads)
         target = _target(settings)
-        named = drafts(settings, target, names)
-        span = Wanted(target.fingerprint, _time(begin), _time(end), label)
-        at, counts = pinned(tables, at_version), Counter[str]()
-        chosen = listed(tables, span, at)
-        states = FrozenTarget(Path(settings.target.path), target.day_0.shape.capture_layers).states
-        past = read(tables, chosen, at, states, counts)
+        named = load_drafts(settings, target, names)
+        span = RequestFilter(target.fingerprint, _time(begin), _time(end), label)
+        at, counts = pin_versions(tables, at_version), Counter[str]()
+        chosen = list_requests(tables, span, at)
+        states = FrozenTarget(Path(settings.target.path), target.day_0.shape.capture_layers).compute_states
+        past = read_requests(tables, chosen, at, states, counts)
 
         def done(number: int) -> None:
             if number % PROGRESS_EVERY == 0:
                 hint(f"{number} of {len(chosen)} requests")
 
         longest = lookahead or settings.serve.num_speculative_tokens
-        found = scored(named, target.embeddings_VH, past, longest, at, counts, done)
+        found = evaluate(named, target.embeddings_VH, past, longest, at, counts, done)
         if html is not None:
             from ops.replay.score_page import page
 
@@ -265,7 +265,7 @@ def _time(text: str | None) -> datetime | None:
     return moment(text) if text else None
 
 
-def _print(found: Score) -> None:
+def _print(found: RequestEvaluation) -> None:
     from ops.replay.score_table import notes, tables
 
     for table in tables(found):

@@ -113,11 +113,11 @@ def trails(tables: DeltaLog, registry: SpeculatorRegistry, named: str) -> list[T
 
 def taught(tags: Mapping[str, str], request: str, commits: Sequence[int | None]) -> Taught:
     """Whether a version has learned from a request whose windows came with these commits of ``accepted``."""
-    from trainer.data.feed import held_out
+    from trainer.data.data_loader import is_held_out
     from trainer.release.registration import PASSED_TAG, SETTINGS_TAG
 
     shaped_by = json.loads(tags.get(SETTINGS_TAG, "{}"))
-    if held_out(request, shaped_by.get("train", {}).get("held_out_ratio", 0.0)):
+    if is_held_out(request, shaped_by.get("train", {}).get("held_out_ratio", 0.0)):
         return "held out"
     read = json.loads(tags.get("tables", "{}")).get("accepted", 0)
     passed = int(tags.get(PASSED_TAG, "0"))

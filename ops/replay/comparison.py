@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from trainer.replay.acceptance_figures import Interval, paired
-from trainer.replay.experiment import Plan, Result
-from trainer.replay.learning_curve import final, length
-from trainer.replay.prequential import Point
+from trainer.replay.acceptance_figures import Interval, paired_difference
+from trainer.replay.experiment import ExperimentPlan, VariantResult
+from trainer.replay.learning_curve import final_accepted_per_step, mean_accepted_per_step
+from trainer.replay.prequential import BatchScore
 
 LAST_STEPS = 50
 """Steps at the end that the loss is taken over."""
@@ -23,17 +23,17 @@ LAST_STEPS = 50
 class Comparison:
     """An experiment that is done."""
 
-    plan: Plan
-    results: tuple[Result, ...]
+    plan: ExperimentPlan
+    results: tuple[VariantResult, ...]
 
-    def difference(self, result: Result) -> Interval | None:
+    def difference(self, result: VariantResult) -> Interval | None:
         """By how much the accepted tokens per step over the whole past is above the first variant's, batch by batch;
         None for the
         first, and where the two did not see the same batches."""
         first = self.results[0]
-        if result is first or _batches(result.points) != _batches(first.points):
+        if result is first or _batches(result.scores) != _batches(first.scores):
             return None
-        return paired(_counts(result.points), _counts(first.points))
+        return paired_difference(_counts(result.scores), _counts(first.scores))
 
     def summary(self) -> dict[str, Any]:
         """As JSON."""
@@ -44,26 +44,26 @@ class Comparison:
             "variants": [self._one(result) for result in self.results],
         }
 
-    def _one(self, result: Result) -> dict[str, Any]:
+    def _one(self, result: VariantResult) -> dict[str, Any]:
         difference = self.difference(result)
-        points = result.points
+        points = result.scores
         return {
             "name": result.variant,
             "windows": result.counts.get("pieces", 0),
             "tokens": sum(point.tokens for point in points),
             "steps": len(result.losses),
-            "accepted_per_step": round(length(points), 4),
-            "accepted_per_step_at_end": round(final(points), 4),
-            "by_label": {label: round(length(part), 4) for label, part in by_label(points).items()},
+            "accepted_per_step": round(mean_accepted_per_step(points), 4),
+            "accepted_per_step_at_end": round(final_accepted_per_step(points), 4),
+            "by_label": {label: round(mean_accepted_per_step(part), 4) for label, part in by_label(points).items()},
             "loss_at_end": round(fmean(result.losses[-LAST_STEPS:]), 4),
             "difference": None if difference is None else {**difference.summary(), "clear": difference.is_clear},
             "seconds": round(result.training_s + result.scoring_s, 1),
         }
 
 
-def by_label(points: Sequence[Point]) -> dict[str, list[Point]]:
+def by_label(points: Sequence[BatchScore]) -> dict[str, list[BatchScore]]:
     """Points by the label of their traffic."""
-    return {label: [p for p in points if p.domain == label] for label in sorted({p.domain for p in points})}
+    return {label: [p for p in points if p.label == label] for label in sorted({p.label for p in points})}
 
 
 def table(comparison: Comparison) -> Table:
@@ -83,9 +83,9 @@ def table(comparison: Comparison) -> Table:
     return shown
 
 
-def _batches(points: Sequence[Point]) -> list[tuple[str, int]]:
-    return [(point.domain, point.tokens) for point in points]
+def _batches(points: Sequence[BatchScore]) -> list[tuple[str, int]]:
+    return [(point.label, point.tokens) for point in points]
 
 
-def _counts(points: Sequence[Point]) -> np.ndarray[Any, np.dtype[np.float64]]:
+def _counts(points: Sequence[BatchScore]) -> np.ndarray[Any, np.dtype[np.float64]]:
     return np.array([(point.accepted, point.positions) for point in points], dtype=np.float64)

@@ -11,8 +11,8 @@ from ops.replay.comparison import Comparison
 from schemas.build_info import code_revision
 from schemas.settings import Settings
 from trainer.release.registry import MetricPoint, SpeculatorRegistry
-from trainer.replay.experiment import Result
-from trainer.replay.learning_curve import curve, length
+from trainer.replay.experiment import VariantResult
+from trainer.replay.learning_curve import learning_curve, mean_accepted_per_step
 
 FILE = "runs.json"
 _PER_CALL = 900
@@ -60,10 +60,10 @@ def log(settings: Settings, comparison: Comparison, folder: Path, variants: dict
     return noted[""]
 
 
-def _points(result: Result) -> Iterator[MetricPoint]:
+def _points(result: VariantResult) -> Iterator[MetricPoint]:
     now = time.time_ns() // 1_000_000
-    for value in curve(result.points):
-        yield MetricPoint("accepted_per_step", value.length, value.tokens, now)
+    for value in learning_curve(result.scores):
+        yield MetricPoint("accepted_per_step", value.accepted_per_step, value.tokens, now)
     for step, loss in enumerate(result.losses):
         yield MetricPoint("loss", loss, step, now)
-    yield MetricPoint("accepted_per_step_whole", length(result.points), 0, now)
+    yield MetricPoint("accepted_per_step_whole", mean_accepted_per_step(result.scores), 0, now)

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from schemas.errors import UserError
 from trainer.replay import experiment
-from trainer.replay.experiment import Result, Task
+from trainer.replay.experiment import VariantResult, VariantTask
 
 _RETRIES = 3
 """Of a task whose machine is lost; one that raises is not tried again."""
@@ -22,7 +22,7 @@ _RETRIES = 3
 _ASK_S = 5.0
 
 
-def learn(tasks: Sequence[Task], address: str) -> Iterator[Result]:
+def learn(tasks: Sequence[VariantTask], address: str) -> Iterator[VariantResult]:
     """The results as they come.
 
     Args:
@@ -30,12 +30,12 @@ def learn(tasks: Sequence[Task], address: str) -> Iterator[Result]:
         address: Of the cluster: ``auto``, ``HOST:6379`` or ``ray://HOST:10001``.
 
     Raises:
-        UserError: Ray is not installed, there is no cluster, or as ``trainer.replay.experiment.learn``.
+        UserError: Ray is not installed, there is no cluster, or as ``trainer.replay.experiment.run_variant``.
     """
     ray = _connected(address)
     try:
         # Results are in the folder too, so a task is done once whoever asks for it.
-        run = ray.remote(max_retries=_RETRIES)(experiment.learn)
+        run = ray.remote(max_retries=_RETRIES)(experiment.run_variant)
         left = [run.options(num_cpus=task.settings.train.num_threads).remote(task) for task in tasks]
         while left:
             (done,), left = ray.wait(left, num_returns=1)

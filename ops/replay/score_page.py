@@ -9,13 +9,13 @@ import matplotlib as mpl
 from ops.replay.score_table import bounds, notes
 from ops.report.canvas import INK, MUTED, OTHERS, SERIES, figure_of, style, svg
 from ops.report.demo_page import STYLE
-from trainer.replay.scoring import ALL, Score
+from trainer.replay.request_evaluation import ALL, RequestEvaluation
 
 COLOURS = (SERIES, *OTHERS)
 _ROW_IN = 0.32
 
 
-def page(found: Score) -> str:
+def page(found: RequestEvaluation) -> str:
     """The whole page."""
     rows = "".join(_rows(found, group) for group in found.groups)
     told = "".join(f"<p>{escape(note)}</p>" for note in notes(found))
@@ -30,7 +30,7 @@ def page(found: Score) -> str:
 </head>
 <body>
 <h1>What versions would have accepted</h1>
-<p>{len(found.scored):,} requests of the past. Accepted tokens per step is drafted tokens kept per verify step, the
+<p>{len(found.requests):,} requests of the past. Accepted tokens per step is drafted tokens kept per verify step, the
 bonus token excluded,
 along the verify steps that serving would have run; intervals are over requests, 95 %.</p>
 <h2>Accepted tokens per step</h2>
@@ -52,7 +52,7 @@ along the verify steps that serving would have run; intervals are over requests,
 """
 
 
-def lengths_chart(found: Score) -> str:
+def lengths_chart(found: RequestEvaluation) -> str:
     """A dot with its interval for each version in each group."""
     groups, versions = list(found.groups), found.versions
     with mpl.rc_context(style("lengths")):
@@ -73,11 +73,11 @@ def lengths_chart(found: Score) -> str:
         return svg(figure)
 
 
-def depths_chart(found: Score) -> str:
+def depths_chart(found: RequestEvaluation) -> str:
     """The share of drafts that were kept so deep, for each version over all requests."""
     with mpl.rc_context(style("depths")):
         figure, axes = figure_of(3.2)
-        depths = range(1, found.longest + 1)
+        depths = range(1, found.lookahead + 1)
         for i, named in enumerate(found.versions):
             shares = found.figures(i, ALL).by_depth
             axes.plot(depths, shares, "o-", color=COLOURS[i % len(COLOURS)], linewidth=2.2, label=named.short)
@@ -89,13 +89,13 @@ def depths_chart(found: Score) -> str:
         return svg(figure)
 
 
-def _rows(found: Score, group: str) -> str:
+def _rows(found: RequestEvaluation, group: str) -> str:
     rows = []
     for i, named in enumerate(found.versions):
         one = found.figures(i, group)
         numbers = (
             *(f"{one.requests:,}", f"{one.verify_steps:,.0f}", f"{one.accepted_per_step.value:.3f}"),
-            *(bounds(one.accepted_per_step), f"{one.everywhere:.3f}"),
+            *(bounds(one.accepted_per_step), f"{one.all_positions:.3f}"),
         )
         cells = "".join(f'<td class="number">{number}</td>' for number in numbers)
         rows.append(f"<tr><td>{escape(group)}</td><td>{escape(named.short)}</td>{cells}</tr>")

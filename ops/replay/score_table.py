@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from rich.table import Table
 
 from trainer.replay.acceptance_figures import Interval
-from trainer.replay.scoring import Score
+from trainer.replay.request_evaluation import RequestEvaluation
 
 
-def tables(found: Score) -> list[Table]:
+def tables(found: RequestEvaluation) -> list[Table]:
     """Every version in every group, and where there are several versions, the differences between them."""
     shown = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("requests of", "version"):
@@ -22,17 +22,17 @@ def tables(found: Score) -> list[Table]:
             one = found.figures(i, group)
             shown.add_row(
                 *(group if i == 0 else "", named.short, f"{one.requests:,}", f"{one.accepted_per_step.value:.3f}"),
-                *(bounds(one.accepted_per_step), f"{one.everywhere:.3f}"),
+                *(bounds(one.accepted_per_step), f"{one.all_positions:.3f}"),
                 " ".join(f"{share:.2f}" for share in one.by_depth),
             )
     return [shown, _differences(found)] if len(found.versions) > 1 else [shown]
 
 
-def notes(found: Score) -> Iterator[str]:
+def notes(found: RequestEvaluation) -> Iterator[str]:
     """What the figures leave out."""
     counts = found.counts
     state = ", ".join(f"{name} {version}" for name, version in found.tables.items())
-    yield f"drafts of {found.longest} tokens; state of the tables: {state}"
+    yield f"drafts of {found.lookahead} tokens; state of the tables: {state}"
     yield f"versions: {', '.join(map(str, found.versions))}"
     if left := counts.get("incomplete", 0):
         yield f"{left:,} requests left out: not whole in this state of the tables"
@@ -49,7 +49,7 @@ def bounds(interval: Interval) -> str:
     return f"{interval.low:.3f} - {interval.high:.3f}"
 
 
-def _differences(found: Score) -> Table:
+def _differences(found: RequestEvaluation) -> Table:
     shown = Table(
         box=None, pad_edge=False, header_style="bold", title="accepted tokens per step, paired", title_justify="left"
     )

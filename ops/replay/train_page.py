@@ -11,7 +11,7 @@ from ops.replay.comparison import Comparison
 from ops.report.acceptance_curves import HEIGHT_IN, lines, name_axes
 from ops.report.canvas import MUTED, OTHERS, SERIES, figure_of, style, svg
 from ops.report.demo_page import STYLE
-from trainer.replay.learning_curve import FINAL, OVER, curve
+from trainer.replay.learning_curve import CURVE_WINDOW, FINAL_TOKENS, learning_curve
 
 
 def page(comparison: Comparison) -> str:
@@ -29,8 +29,8 @@ def page(comparison: Comparison) -> str:
 <body>
 <h1>{escape(comparison.plan.name)}</h1>
 <p>Variants that learned from one past, versions {span.accepted[0]} to {span.accepted[1]} of the table accepted,
-in its time order. Every batch is scored before it is learned from; a value is taken over the last {OVER:,} tokens of
-traffic.</p>
+in its time order. Every batch is scored before it is learned from; a value is taken over the last
+{CURVE_WINDOW:,} tokens of traffic.</p>
 <h2>Accepted tokens per step</h2>
 {lengths_chart(comparison)}
 <h2>Loss</h2>
@@ -38,7 +38,8 @@ traffic.</p>
 <h2>Figures</h2>
 <div class="scroll"><table>
 <thead><tr><th>variant</th><th class="number">accepted tokens per step, whole past</th>
-<th class="number">last {FINAL:,} tokens</th><th class="number">against the first</th><th class="number">95 %</th>
+<th class="number">last {FINAL_TOKENS:,} tokens</th>
+<th class="number">against the first</th><th class="number">95 %</th>
 <th class="number">loss at the end</th></tr></thead>
 <tbody>{_rows(comparison)}</tbody>
 </table></div>
@@ -63,7 +64,7 @@ def lengths_chart(comparison: Comparison) -> str:
     """Accepted tokens per step over the tokens of traffic."""
     with mpl.rc_context(style("variants")):
         figure, axes = figure_of(HEIGHT_IN)
-        lines(axes, {result.variant: curve(result.points) for result in comparison.results})
+        lines(axes, {result.variant: learning_curve(result.scores) for result in comparison.results})
         name_axes(axes)
         return svg(figure)
 

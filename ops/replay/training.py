@@ -14,10 +14,9 @@ from pipeline.holds import add_hold
 from schemas.errors import UserError
 from schemas.settings import Settings
 from schemas.speculator.checkpoint import target_fingerprint
-from trainer.loop.learner import settled
+from trainer.loop.learner import resolve_dtype
 from trainer.replay import experiment
-from trainer.replay.experiment import Plan, Result, Task
-from trainer.replay.stream import Span
+from trainer.replay.experiment import ExperimentPlan, TableSpan, VariantResult, VariantTask
 
 Say = Callable[[str], None]
 
@@ -42,7 +41,7 @@ def variants(files: Sequence[Path], load: Callable[[Path], Settings]) -> dict[st
     for file in files:
         if file.stem in found:
             raise UserError(f"--config {file}: another variant is named {file.stem} too; rename the file")
-        found[file.stem] = settled(load(file))
+        found[file.stem] = resolve_dtype(load(file))
     first = next(iter(found.values()))
     for name, settings in found.items():
         for section in ("tables", "target", "registry"):
@@ -53,7 +52,7 @@ def variants(files: Sequence[Path], load: Callable[[Path], Settings]) -> dict[st
 
 def prepared(
     configs: Mapping[str, Settings], log: DeltaLog, name: str, line: str, begin: str | None, end: str | None
-) -> tuple[Plan, list[Task]]:
+) -> tuple[ExperimentPlan, list[VariantTask]]:
     """Pin and hold the past, and write down the experiment; one that was begun before is gone on with.
 
     Raises:
@@ -62,16 +61,16 @@ def prepared(
     """
     first = next(iter(configs.values()))
     folder = folder_of(first, name)
-    before = experiment.known(folder)
+    before = experiment.read_plan(folder)
     span = _span(log, target_fingerprint(Path(first.target.path)), line, begin, end, before.span if before else None)
-    digests = {variant: experiment.digest(settings) for variant, settings in configs.items()}
-    plan = Plan(name=name, span=span, lookahead=first.serve.num_speculative_tokens, variants=digests)
-    experiment.begin(folder, plan)
+    digests = {variant: experiment.digest_settings(settings) for variant, settings in configs.items()}
+    plan = ExperimentPlan(name=name, span=span, lookahead=first.serve.num_speculative_tokens, variants=digests)
+    experiment.write_plan(folder, plan)
     add_hold(log, name, span.versions)
-    return plan, [Task(folder, plan, variant, settings) for variant, settings in configs.items()]
+    return plan, [VariantTask(folder, plan, variant, settings) for variant, settings in configs.items()]
 
 
-def run(tasks: Sequence[Task], processes: int, say: Say, cluster: str | None = None) -> list[Result]:
+def run(tasks: Sequence[VariantTask], processes: int, say: Say, cluster: str | None = None) -> list[VariantResult]:
     """The results in the order of the tasks; what was done before is only read.
 
     Args:
@@ -81,26 +80,28 @@ def run(tasks: Sequence[Task], processes: int, say: Say, cluster: str | None = N
         cluster: Address of a Ray cluster that runs them in place of this machine.
 
     Raises:
-        UserError: as ``trainer.replay.experiment.learn``; or there is no such cluster.
+        UserError: as ``trainer.replay.experiment.run_variant``; or there is no such cluster.
     """
-    left = [task for task in tasks if experiment.result(task) is None]
+    left = [task for task in tasks if experiment.read_result(task) is None]
     if len(left) < len(tasks):
         say(f"{len(tasks) - len(left)} of {len(tasks)} variants are done already")
     for found in on_ray.learn(left, cluster) if cluster and left else _each(left, processes):
         seconds = found.training_s + found.scoring_s
         say(f"{found.variant}: {len(found.losses)} steps, {found.trained_tokens:,} tokens, {seconds:.0f} s")
-    results = [experiment.result(task) for task in tasks]
+    results = [experiment.read_result(task) for task in tasks]
     return [found for found in results if found is not None]
 
 
-def _each(tasks: Sequence[Task], processes: int) -> Iterator[Result]:
+def _each(tasks: Sequence[VariantTask], processes: int) -> Iterator[VariantResult]:
     if processes == 1 or len(tasks) < 2:
-        yield from map(experiment.learn, tasks)
+        yield from map(experiment.run_variant, tasks)
         return
-    yield from (found for _, found in side_by_side(experiment.learn, tasks, processes))
+    yield from (found for _, found in side_by_side(experiment.run_variant, tasks, processes))
 
 
-def _span(log: DeltaLog, target: str, line: str, begin: str | None, end: str | None, before: Span | None) -> Span:
+def _span(
+    log: DeltaLog, target: str, line: str, begin: str | None, end: str | None, before: TableSpan | None
+) -> TableSpan:
     """The versions that the flags name; those of an experiment that was begun where they name none, or the same."""
     newest = log.version("accepted")
     low = _version(log, begin, before.accepted[0] if before else 0)
@@ -109,7 +110,9 @@ def _span(log: DeltaLog, target: str, line: str, begin: str | None, end: str | N
         return before
     if not 0 <= low < high <= newest:
         raise UserError(f"--from {low} --to {high}: no span of table accepted, which ends at version {newest}")
-    return Span(accepted=(low, high), rejected=(_rejected(log, low), log.version("rejected")), target=target, line=line)
+    return TableSpan(
+        accepted=(low, high), rejected=(_rejected(log, low), log.version("rejected")), target=target, line=line
+    )
 
 
 def _version(log: DeltaLog, text: str | None, default: int) -> int:

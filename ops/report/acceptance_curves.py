@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from matplotlib.axes import Axes
 
 from ops.report.canvas import MUTED, OTHERS, SERIES
-from trainer.replay.learning_curve import Value
+from trainer.replay.learning_curve import CurveValue
 
 HEIGHT_IN = 3.5
 _COLOURS = (SERIES, *OTHERS)
@@ -24,17 +24,17 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
     return [placed[i] for i in range(len(heights))]
 
 
-def lines(axes: Axes, curves: Mapping[str, Sequence[Value]]) -> None:
+def lines(axes: Axes, curves: Mapping[str, Sequence[CurveValue]]) -> None:
     """Curves in colours of their own, each named at its right end."""
-    top = 1.1 * max([0.1, *(value.length for values in curves.values() for value in values)])
+    top = 1.1 * max([0.1, *(value.accepted_per_step for values in curves.values() for value in values)])
     axes.set_ylim(0, top)
     axes.set_xlim(0, max(values[-1].tokens for values in curves.values()))
-    heights = spread([values[-1].length for values in curves.values()], _LABEL_IN / HEIGHT_IN * top)
+    heights = spread([values[-1].accepted_per_step for values in curves.values()], _LABEL_IN / HEIGHT_IN * top)
     for i, ((name, values), height) in enumerate(zip(curves.items(), heights, strict=True)):
         colour = _COLOURS[i % len(_COLOURS)]
         axes.plot(*axes_of(values), color=colour, linewidth=2.4, solid_capstyle="round")
         axes.annotate(
-            f"{name} {values[-1].length:.2f}",
+            f"{name} {values[-1].accepted_per_step:.2f}",
             (axes.get_xlim()[1], height),
             (6, 0),
             textcoords="offset points",
@@ -45,9 +45,9 @@ def lines(axes: Axes, curves: Mapping[str, Sequence[Value]]) -> None:
         )
 
 
-def axes_of(values: Sequence[Value]) -> tuple[list[int], list[float]]:
+def axes_of(values: Sequence[CurveValue]) -> tuple[list[int], list[float]]:
     """Tokens and lengths."""
-    return [value.tokens for value in values], [value.length for value in values]
+    return [value.tokens for value in values], [value.accepted_per_step for value in values]
 
 
 def name_axes(axes: Axes) -> None:

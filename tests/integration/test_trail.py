@@ -22,7 +22,7 @@ from span_collector import Collector, collecting
 from schemas.settings import Settings, load, to_environ
 from schemas.telemetry import trace_context
 from schemas.telemetry.trace_context import TraceContext
-from trainer.data.feed import held_out
+from trainer.data.data_loader import is_held_out
 
 PROCESSES = ("serve", "stream", "train", "promoter")
 REQUESTS = 10
@@ -132,11 +132,11 @@ def test_one_id_leads_from_a_request_to_the_version_that_learned_from_it(loop: L
     context = trace_context.new_trace()
     share = loop.settings.train.held_out_ratio
     asked: dict[str, TraceContext] = {}
-    while len(asked) < REQUESTS or len({held_out(name, share) for name in asked}) < 2:
+    while len(asked) < REQUESTS or len({is_held_out(name, share) for name in asked}) < 2:
         asked[loop.ask(context)] = context
         context = trace_context.new_trace()
-    request, context = next((name, of) for name, of in asked.items() if not held_out(name, share))
-    kept_back = next(name for name in asked if held_out(name, share))
+    request, context = next((name, of) for name, of in asked.items() if not is_held_out(name, share))
+    kept_back = next(name for name in asked if is_held_out(name, share))
     seen = loop.collector
     loop.until(lambda: seen.spans("train version", context.trace_id), "a version that learned from it")
     (learned, *_) = seen.spans("train version", context.trace_id)

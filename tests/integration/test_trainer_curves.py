@@ -34,7 +34,7 @@ def test_a_life_leaves_a_run_with_its_curves(world: World, registry: str) -> Non
     world.serve(40)
     stopping = threading.Event()
     trainer = Trainer(world.settings, world.target, stopping)
-    compare = trainer._compare
+    compare = trainer._evaluate
 
     def compared() -> None:
         # A version that is registered before the registry has begun the run names none.
@@ -43,7 +43,7 @@ def test_a_life_leaves_a_run_with_its_curves(world: World, registry: str) -> Non
         if trainer.status().registered:
             stopping.set()
 
-    trainer._compare = compared  # type: ignore[method-assign]
+    trainer._evaluate = compared  # type: ignore[method-assign]
     trainer.run()
     status = trainer.status()
     client = MlflowClient(registry)
@@ -53,9 +53,9 @@ def test_a_life_leaves_a_run_with_its_curves(world: World, registry: str) -> Non
     assert run.info.experiment_id == client.get_experiment_by_name(model_name(world.target.line)).experiment_id
     assert run.data.params["learning_rate"] == "0.005"
     assert run.data.tags["line"] == world.target.line
-    steps = {f"loss_step_{k}" for k in range(world.settings.train.ttt_steps)}
-    feed = {"lag_commits", "newest_window_age_s", "tokens_per_s"}
-    assert run.data.metrics.keys() >= {"loss", "loss_accepted", "loss_rejected", "accepted_per_step", "held_out_loss"}
+    steps = {f"ttt_step_loss_{k}" for k in range(world.settings.train.ttt_steps)}
+    feed = {"lag_commits", "newest_sample_age_seconds", "tokens_per_second"}
+    assert run.data.metrics.keys() >= {"loss", "loss_accepted", "loss_rejected", "acceptance_length", "held_out_loss"}
     assert run.data.metrics.keys() >= {"gradient_norm", "learning_rate"} | steps | feed
     losses = client.get_metric_history(status.mlflow_run, "loss")
     assert [point.step for point in losses] == sorted(point.step for point in losses)
@@ -76,9 +76,11 @@ def test_a_training_begins_with_what_it_is_told_to(world: World, tmp_path: Path,
     begins = count()
 
     def begun(start: str) -> tuple[str, float]:
-        settings = settings_of(tmp_path, registry, warm_start=start, dir=str(tmp_path / f"train-{next(begins)}"))
+        settings = settings_of(
+            tmp_path, registry, warm_start=start, checkpoint_dir=str(tmp_path / f"train-{next(begins)}")
+        )
         trainer = Trainer(settings, world.target, threading.Event())
-        trainer._begin()
+        trainer._start()
         return trainer._parent, float(trainer._learner.draft.norm.weight.detach()[0])
 
     assert begun("alias") == (drafts["2"], 2.5)

@@ -22,15 +22,15 @@ def settings(tmp_path: Path) -> Settings:
 
 def trainer_of(world: World, settings: Settings) -> Trainer:
     trainer = Trainer(settings, world.target, threading.Event())
-    trainer._begin()
+    trainer._start()
     return trainer
 
 
 def learn(trainer: Trainer, steps: int) -> None:
     for _ in range(steps):
-        work = trainer._feed.next()
+        work = trainer._loader.next_batch()
         assert work
-        trainer._learn(work)
+        trainer._train_step(work)
 
 
 def weights(trainer: Trainer) -> list[torch.Tensor]:
@@ -46,7 +46,7 @@ def test_a_poisoned_learning_rate_is_undone_and_what_it_made_is_not_offered(sett
     world.serve(40)
     sound = trainer_of(world, settings)
     learn(sound, 60)
-    sound._compare()
+    sound._evaluate()
     assert sound.status().rollbacks == 0
     good, step = weights(sound), sound.status().step
 
@@ -56,13 +56,13 @@ def test_a_poisoned_learning_rate_is_undone_and_what_it_made_is_not_offered(sett
     learn(trainer, 12)
     trainer._checkpoint()
     asked_before = trainer.status().error
-    trainer._compare()
+    trainer._evaluate()
     status = trainer.status()
     assert (status.step, status.rollbacks, status.steps_skipped) == (step, 1, 0)
-    assert "last good state" in (status.last_rollback or "")
+    assert "last good checkpoint" in (status.last_rollback or "")
     assert status.error == asked_before, "the registry was not asked"
     assert same(weights(trainer), good)
-    assert b"aurora_train_rollbacks_total 1.0" in _metrics(trainer)
+    assert b"aurora_train_divergence_rollbacks_total 1.0" in _metrics(trainer)
 
     restarted = trainer_of(world, settings)
     assert restarted.status().step == step, "checkpoints of what went wrong are gone"
@@ -91,15 +91,17 @@ def test_a_broken_batch_is_passed_over(settings: Settings) -> None:
     trainer = trainer_of(world, settings)
     learn(trainer, 4)
     before = weights(trainer)
-    work = trainer._feed.next()
+    work = trainer._loader.next_batch()
     assert work
-    ((batch,),) = work.shares
-    trainer._learn(replace(work, shares=((replace(batch, features_BTF=torch.full_like(batch.features_BTF, 3e38)),),)))
+    ((batch,),) = work.batches
+    trainer._train_step(
+        replace(work, batches=((replace(batch, features_BTF=torch.full_like(batch.features_BTF, 3e38)),),))
+    )
     assert trainer.status().steps_skipped == 0, "norms bear whatever is finite"
-    trainer._learn(replace(work, shares=((replace(batch, features_BTF=batch.features_BTF * torch.inf),),)))
+    trainer._train_step(replace(work, batches=((replace(batch, features_BTF=batch.features_BTF * torch.inf),),)))
     status = trainer.status()
     assert (status.step, status.steps_skipped, status.rollbacks) == (5, 1, 0)
-    assert b"aurora_train_unfit_steps_total 1.0" in _metrics(trainer)
+    assert b"aurora_train_steps_skipped_total 1.0" in _metrics(trainer)
     assert not same(weights(trainer), before)
     assert all(parameter.isfinite().all() for parameter in weights(trainer))
 
@@ -109,12 +111,12 @@ def test_traffic_that_changes_is_no_reason_to_go_back(settings: Settings, monkey
     world.serve(60)
     trainer = trainer_of(world, settings)
     learn(trainer, 150)
-    trainer._compare()
+    trainer._evaluate()
     before = trainer.status().acceptance_length
     monkeypatch.setattr("trainer_world.after", lambda token: (token * 11 + 5) % 30)
     world.serve(240)
     learn(trainer, 3)
-    trainer._compare()
+    trainer._evaluate()
     after = trainer.status().acceptance_length
     assert before is not None
     assert after is not None
@@ -130,11 +132,11 @@ def test_without_a_guard_nothing_goes_back(settings: Settings) -> None:
     world.serve(40)
     trainer = trainer_of(world, off)
     learn(trainer, 12)
-    trainer._compare()
+    trainer._evaluate()
     assert trainer.status().rollbacks == 0
 
 
 def _metrics(trainer: Trainer) -> bytes:
     from prometheus_client import generate_latest
 
-    return generate_latest(trainer.metrics)
+    return generate_latest(trainer.metrics_registry)

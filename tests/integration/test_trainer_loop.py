@@ -214,7 +214,7 @@ def test_a_first_start_begins_with_the_champion_of_its_line(world: World, tmp_pa
     world.registry.set_alias(line, "champion", version)
     stopping = threading.Event()
     trainer = Trainer(world.settings, world.target, stopping)
-    trainer._begin()
+    trainer._start()
     assert trainer._parent == version
     assert torch.equal(trainer._learner.draft.norm.weight, draft.norm.weight)
     assert torch.equal(world.target.day_0.norm.weight, torch.ones(HIDDEN))

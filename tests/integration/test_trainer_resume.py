@@ -14,10 +14,10 @@ from schemas.settings import load
 from trainer import train
 
 class Telling(train.Trainer):
-    def _learn(self, work):
-        super()._learn(work)
+    def _train_step(self, batch):
+        super()._train_step(batch)
         with open(sys.argv[1], "a") as file:
-            file.write(f"{self._learner.steps} {float(self._progress.loss.total).hex()}\\n")
+            file.write(f"{self._learner.steps} {float(self._figures.loss.total).hex()}\\n")
 
 train.Trainer = Telling
 train.run(load())
@@ -37,7 +37,7 @@ def test_a_killed_trainer_has_the_losses_of_one_that_was_not(tmp_path: Path, fre
     world = World(settings)
     for _ in range(12):  # more commits than are read at once: the cursor moves while it trains
         world.serve(4)
-    other = offline(tmp_path, port=free_port(), dir=str(tmp_path / "other"), **changed)
+    other = offline(tmp_path, port=free_port(), checkpoint_dir=str(tmp_path / "other"), **changed)
 
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     with process(other, ("-c", TELLING, str(whole)), tmp_path / "whole.log"):

@@ -15,7 +15,8 @@ from schemas.speculator import checkpoint
 from schemas.trace.record import VerifyStep, from_bf16
 from serving.engines.base import Finish, Output, Request
 from serving.engines.builtin.engine import BuiltinEngine
-from trainer.data.samples import Teacher, Window, collate
+from trainer.data.batch import collate
+from trainer.data.samples import Sample, Teacher
 from trainer.loop.learner import Learner
 
 TOP_K = 8
@@ -68,7 +69,7 @@ def learn(target: Path, draft: Path, into: Path, answers: Mapping[str, Sequence[
     checkpoint.write(learner.draft, into, manifest.target)
 
 
-def window_of(request: str, verify_steps: Sequence[VerifyStep]) -> Window:
+def window_of(request: str, verify_steps: Sequence[VerifyStep]) -> Sample:
     """The committed tokens of a request as the trainer reads them."""
     prompt = sum(len(r.tokens) for r in verify_steps if r.verify_step == 0)
     tokens = [token for r in verify_steps for token in r.tokens]
@@ -78,7 +79,7 @@ def window_of(request: str, verify_steps: Sequence[VerifyStep]) -> Window:
     logprobs = torch.cat([torch.tensor(r.top_logprobs[at]) for r, at in zip(judged, rows, strict=True)])
     features = torch.cat([torch.tensor(from_bf16(r.features)) for r in verify_steps])
     known = torch.arange(len(tokens)) >= prompt - 1
-    return Window(
+    return Sample(
         request, torch.tensor(tokens), verify_steps[-1].bonus, features.bfloat16(), known, Teacher(ids.long(), logprobs)
     )
 

@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 
 from schemas.settings import Train
 from schemas.speculator.network import DraftShape, random_draft
-from trainer.data.samples import Branch, Teacher, Window, collate
-from trainer.loop.distributed import Alone, Together, joined
+from trainer.data.batch import collate
+from trainer.data.samples import Branch, Sample, Teacher
+from trainer.loop.distributed import Ranks, TorchrunRanks, join_ranks
 from trainer.loop.learner import Learner
 
 SHAPE = DraftShape(16, 24, 2, 1, 8, 32, 20, 1e-6, 100.0, 64, (1, 2, 3))
@@ -20,7 +21,7 @@ WINDOWS = 5
 """In a step: one more for the first of two ranks."""
 
 
-def window(seed: int) -> Window:
+def window(seed: int) -> Sample:
     """Of some length, with or without a rejected branch; every seventh teaches nothing."""
     g = torch.Generator().manual_seed(seed)
     length = 6 + seed % 5
@@ -29,7 +30,7 @@ def window(seed: int) -> Window:
         return Teacher(torch.randint(0, 20, (n, 2), generator=g), torch.log(torch.rand(n, 2, generator=g) * 0.5))
 
     known = torch.arange(length) >= (2 if seed % 7 else length)
-    return Window(
+    return Sample(
         request=f"r{seed}",
         tokens=torch.randint(0, 32, (length,), generator=g),
         next_token=3,
@@ -40,14 +41,14 @@ def window(seed: int) -> Window:
     )
 
 
-def train(out: Path, steps: int, settings: Train, ranks: Alone | Together) -> None:
+def train(out: Path, steps: int, settings: Train, ranks: Ranks | TorchrunRanks) -> None:
     """Train for so many steps; half-way the state is taken and put back, as over a restart."""
     embeddings = torch.randn(32, 16, generator=torch.Generator().manual_seed(0))
     learner = Learner(random_draft(SHAPE, 0), embeddings, settings, ranks)
     losses = []
     for step in range(steps):
         if step == steps // 2:
-            kept = {name: value.clone() for name, value in learner.tensors().items()}
+            kept = {name: value.clone() for name, value in learner.state_tensors().items()}
             learner = Learner(random_draft(SHAPE, 1), embeddings, settings, ranks)
             learner.restore(kept, step)
         windows = [window(step % 2 * WINDOWS + i) for i in range(WINDOWS)][ranks.rank :: ranks.size]
@@ -56,7 +57,7 @@ def train(out: Path, steps: int, settings: Train, ranks: Alone | Together) -> No
             for i in range(settings.gradient_accumulation_steps)
         ]
         losses.append(float(learner.step(*parts).total))
-    tensors, draft = learner.tensors(), learner.weights()
+    tensors, draft = learner.state_tensors(), learner.export_draft()
     if ranks.rank == 0:
         out.mkdir(parents=True)
         (out / "curve.json").write_text(json.dumps({"losses": losses, "ranks": ranks.size}))
@@ -67,7 +68,7 @@ def train(out: Path, steps: int, settings: Train, ranks: Alone | Together) -> No
 def main(out: Path, steps: int, trainings: list[Train]) -> None:
     """One training after the other, each into a folder of its number."""
     torch.set_num_threads(1)
-    with joined(torch.device("cpu")) as ranks:
+    with join_ranks(torch.device("cpu")) as ranks:
         for number, settings in enumerate(trainings):
             train(out / str(number), steps, settings, ranks)
 

@@ -14,9 +14,10 @@ from schemas.device import device_of
 from schemas.errors import UserError
 from schemas.settings import Train
 from schemas.speculator.network import DraftShape, random_draft
-from trainer.data.samples import Branch, Teacher, Window, collate
-from trainer.loop.learner import Learner, weights_of
-from trainer.objective.simulated_acceptance import accepted_per_step
+from trainer.data.batch import collate
+from trainer.data.samples import Branch, Sample, Teacher
+from trainer.loop.learner import Learner, draft_from_state
+from trainer.objective.simulated_acceptance import simulate_acceptance
 
 SHAPE = DraftShape(8, 8, 2, 1, 4, 32, 16, 1e-6, 100.0, 64, (1, 2, 3), "eagle3.1")
 EMBEDDINGS = torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
@@ -33,14 +34,14 @@ TRAIN = Train(
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU on this machine")
 
 
-def window(seed: int) -> Window:
+def window(seed: int) -> Sample:
     g = torch.Generator().manual_seed(seed)
     length = 7 + seed
 
     def teacher(n: int) -> Teacher:
         return Teacher(torch.randint(0, 16, (n, 2), generator=g), torch.log(torch.rand(n, 2, generator=g) * 0.5))
 
-    return Window(
+    return Sample(
         request=f"r{seed}",
         tokens=torch.randint(0, 32, (length,), generator=g),
         next_token=3,
@@ -77,7 +78,6 @@ def test_a_batch_is_moved_with_all_that_it_holds() -> None:
     assert moved.teacher_BT.ids.is_meta
     assert moved.drafted.teacher_D.logprobs.is_meta
     assert moved.choices.gain_P.is_meta
-    assert moved.consumed == batch.consumed
 
 
 @on_gpu
@@ -94,7 +94,7 @@ def test_steps_on_a_gpu_come_to_the_same_losses_and_weights(optimizer: str) -> N
 def test_a_state_that_was_saved_on_a_gpu_goes_on_as_if_it_had_never_stopped(optimizer: str) -> None:
     one, other = learner("cuda", optimizer=optimizer), learner("cuda", optimizer=optimizer)
     losses(one, 3)
-    other.restore({name: tensor.cpu() for name, tensor in one.tensors().items()}, one.steps)
+    other.restore({name: tensor.cpu() for name, tensor in one.state_tensors().items()}, one.steps)
     assert losses(other, 3) == pytest.approx(losses(one, 3), rel=1e-5)
 
 
@@ -102,7 +102,7 @@ def test_a_state_that_was_saved_on_a_gpu_goes_on_as_if_it_had_never_stopped(opti
 def test_chains_are_scored_alike() -> None:
     draft = random_draft(SHAPE, 1)
     longer = [replace(w, request=f"again-{w.request}") for w in WINDOWS * 5]
-    here = accepted_per_step(draft, EMBEDDINGS, longer, 3)
-    assert accepted_per_step(draft, EMBEDDINGS.cuda(), longer, 3) == here
+    here = simulate_acceptance(draft, EMBEDDINGS, longer, 3)
+    assert simulate_acceptance(draft, EMBEDDINGS.cuda(), longer, 3) == here
     state = {f"draft/{name}": value for name, value in draft.state_dict().items()}
-    assert accepted_per_step(weights_of(state, SHAPE), EMBEDDINGS.cuda(), longer, 3) == here
+    assert simulate_acceptance(draft_from_state(state, SHAPE), EMBEDDINGS.cuda(), longer, 3) == here

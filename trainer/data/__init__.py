@@ -1,1 +1,1 @@
-"""Training data: table reader, samples, replay, prefetch and recomputed features."""
+"""Training data: table reader, samples, data loader, replay buffer, batches and the frozen target."""

@@ -1,4 +1,4 @@
-"""What the trainer needs of the target: configuration, fingerprint and token embeddings, and at times its states."""
+"""The frozen target, as far as the trainer needs it: identity, token embeddings, and hidden states to recompute."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Target:
-    """The frozen model that drafts are made for."""
+    """The frozen model that drafts are trained for. V target vocabulary, H hidden size."""
 
     fingerprint: str
     line: str
     embeddings_VH: Tensor
-    """In the type that the target is stored in."""
+    """In the dtype of the target's checkpoint."""
     day_0: EagleDraft
-    """What nodes begin with."""
+    """The draft that nodes start with."""
 
-    def on(self, device: torch.device) -> Target:
-        """The same with its embeddings on that device: drafts are trained and scored where they are."""
+    def to(self, device: torch.device) -> Target:
+        """Return the target with its embeddings on a device: drafts are trained and scored on that device."""
         return replace(self, embeddings_VH=self.embeddings_VH.to(device))
 
     def new_draft(self) -> EagleDraft:
-        """A copy of the draft of day 0, to train."""
+        """Return a copy of the draft of day 0, to train."""
         return copy.deepcopy(self.day_0)
 
 
 def read_target(settings: Settings) -> Target:
-    """The target that the settings name, and the speculator line that they fix with it.
+    """Read the target that the settings name, and the speculator line that follows from both.
 
     Raises:
-        CheckpointError: no model in that folder, or one that the draft network does not fit.
+        CheckpointError: the folder holds no model, or one that the draft network does not fit.
     """
     folder = Path(settings.target.path)
     line = read_line(folder, settings.speculator)
@@ -50,9 +50,9 @@ def read_target(settings: Settings) -> Target:
 
 
 class FrozenTarget:
-    """The target up to the highest captured layer, for windows whose features did not travel; loaded when first used.
+    """The target up to the highest captured layer, for samples without features; loaded at the first use.
 
-    It computes in float32 as nodes do, so that its states differ from theirs by the order of additions alone.
+    It computes in float32 as nodes do, so its states differ from theirs only by the order of additions.
     """
 
     def __init__(self, folder: Path, capture_layers: tuple[int, ...]) -> None:
@@ -62,11 +62,11 @@ class FrozenTarget:
         self._captured: dict[int, Tensor] = {}
 
     @torch.no_grad()
-    def states(self, tokens_n: Tensor) -> Tensor:
-        """[n, F] bf16: outputs of the captured layers after each token, low to high side by side.
+    def compute_states(self, tokens_n: Tensor) -> Tensor:
+        """Return [n, F] bf16: the concatenated outputs of the captured layers after each token, lowest layer first.
 
         Args:
-            tokens_n: Of one request, from its first one on.
+            tokens_n: Tokens of one request, from its first token on.
         """
         if self._body is None:
             self._body = self._load()
@@ -74,7 +74,7 @@ class FrozenTarget:
         return torch.cat([self._captured[layer][0] for layer in self._layers], dim=-1).to(torch.bfloat16)
 
     def _load(self) -> Any:
-        # Most trainers get their features with the traces, and never need what this brings in.
+        # Most trainers receive features with the traces and never need transformers.
         from transformers import AutoModelForCausalLM
 
         model: Any = AutoModelForCausalLM.from_pretrained(self._folder, dtype=torch.float32, local_files_only=True)
@@ -82,7 +82,7 @@ class FrozenTarget:
         body.layers = body.layers[: max(self._layers) + 1]
         for layer in self._layers:
             body.layers[layer].register_forward_hook(self._capture(layer))
-        log.info("target_loaded", folder=str(self._folder), layers=len(body.layers), why="windows without features")
+        log.info("target_loaded", folder=str(self._folder), layers=len(body.layers), reason="samples without features")
         return body
 
     def _capture(self, layer: int) -> Any:

@@ -1,1 +1,1 @@
-"""The training loop: learner, optimizers, distribution, checkpoints and divergence guard."""
+"""The training loop: learner, optimizers, distribution, checkpoints, divergence guard and metrics."""

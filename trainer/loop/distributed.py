@@ -1,8 +1,8 @@
-"""The processes that train one draft together, started by ``torchrun``; alone, one that needs none of this.
+"""Several processes that train one draft together, started by ``torchrun``.
 
-Rank 0 reads the tables, writes checkpoints, registers and answers; the others take their share of every step's
-windows. What a step's means are divided by is summed over all of them, so the loss and the gradient are those of one
-process. Processors talk over gloo, GPUs over NCCL.
+Rank 0 reads the tables, writes checkpoints, registers versions and serves the status page; it broadcasts each call on
+its learner, and the other ranks make the same call with their share of the samples. The denominators of the loss are
+summed over all ranks, so loss and gradient equal those of one process. CPUs communicate over gloo, GPUs over NCCL.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Any, Literal, Protocol, cast
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from operator import methodcaller
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -22,120 +23,170 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from schemas.speculator.network import EagleDraft
+from trainer.data.batch import Batch, StepBatch
+from trainer.objective.losses import Loss
+
+if TYPE_CHECKING:
+    from trainer.loop.learner import Learner
+
 Parallel = Literal["ddp", "fsdp2"]
 
 
-class Ranks(Protocol):
-    """This process among those that train together."""
-
-    rank: int
-    size: int
-
-    def wrap(self, module: nn.Module, parallel: Parallel) -> nn.Module:
-        """The module whose gradients are means over all ranks."""
-
-    def gradients(self, module: nn.Module, *, last: bool) -> Any:
-        """A context for a pass over a part of a step; gradients are exchanged with the last one."""
-
-    def total(self, own: Tensor) -> Tensor:
-        """The sum over all ranks."""
-
-
-class Alone:
-    """The only process."""
+class Ranks:
+    """The process group of a training without ``torchrun``: this process alone."""
 
     rank, size = 0, 1
 
-    def wrap(self, module: nn.Module, parallel: Parallel) -> nn.Module:  # noqa: ARG002 - it stays in one piece
-        """The module itself."""
+    def wrap(self, module: nn.Module, parallel: Parallel) -> nn.Module:  # noqa: ARG002 - not sharded
+        """Return the module whose gradients are averaged over all ranks."""
         return module
 
-    def gradients(self, module: nn.Module, *, last: bool) -> Any:  # noqa: ARG002 - nothing to exchange
-        """No context."""
+    def synchronize(self, module: nn.Module, *, last: bool) -> AbstractContextManager[object]:  # noqa: ARG002
+        """Return a context for the backward of a part of a step; only the last part exchanges gradients."""
         return nullcontext()
 
-    def total(self, own: Tensor) -> Tensor:
-        """What there is."""
-        return own
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Return the sum over all ranks."""
+        return tensor
 
 
-class Together:
-    """One of several processes."""
+class TorchrunRanks(Ranks):
+    """This process among those that ``torchrun`` started."""
 
     def __init__(self, device: torch.device) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self._device = device
 
     def wrap(self, module: nn.Module, parallel: Parallel) -> nn.Module:
-        """The module as ``train.parallel`` says: whole in every process, or in shares."""
+        """Wrap the module with DDP (whole in every process) or FSDP2 (sharded)."""
         if parallel == "ddp":
             return DistributedDataParallel(module, broadcast_buffers=False)
         fully_shard(module, mesh=init_device_mesh(self._device.type, (self.size,)))
         return module
 
-    def gradients(self, module: nn.Module, *, last: bool) -> Any:
-        """A context in which the backward pass exchanges gradients only if it is the step's last one."""
+    def synchronize(self, module: nn.Module, *, last: bool) -> AbstractContextManager[object]:
+        """Return a context for the backward of a part of a step; only the last part exchanges gradients."""
         if isinstance(module, FSDPModule):
             module.set_requires_gradient_sync(last)
             return nullcontext()
         return nullcontext() if last else cast(DistributedDataParallel, module).no_sync()
 
-    def total(self, own: Tensor) -> Tensor:
-        """The sum over all ranks."""
-        summed = own.detach().clone()
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Return the sum over all ranks."""
+        summed = tensor.detach().clone()
         dist.all_reduce(summed)
         return summed
 
-    def tell(self, order: object) -> None:
-        """Rank 0: give every other rank an order."""
-        dist.broadcast_object_list([order])
-
-    def told(self) -> Any:
-        """The others: wait for the next order of rank 0."""
-        order: list[Any] = [None]
-        dist.broadcast_object_list(order)
-        return order[0]
-
 
 @contextmanager
-def joined(device: torch.device) -> Iterator[Alone | Together]:
-    """This process among those that ``torchrun`` started with it, or alone where it did not.
-
-    One of several ends with the context.
+def join_ranks(device: torch.device) -> Iterator[Ranks]:
+    """Join the process group if ``torchrun`` started this process; such a process exits with the context.
 
     Args:
         device: Where this process computes.
     """
     if not dist.is_torchelastic_launched():
-        yield Alone()
+        yield Ranks()
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # Orders are told over gloo in any case, gradients where they are.
+    # Calls are broadcast over gloo in any case, gradients on their device.
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     code = 1
     try:
-        yield Together(device)
+        yield TorchrunRanks(device)
         dist.barrier()
         code = 0
-    except Exception:  # noqa: BLE001 - whatever it is, it ends this process, and torchrun ends the others
+    except Exception:  # noqa: BLE001 - any error ends this process, and torchrun ends the others
         traceback.print_exc()
     finally:
-        # Taking gloo's group apart waits for threads that may wait for the interpreter's lock, which is held meanwhile.
+        # Destroying gloo's group waits for threads that may wait for the interpreter's lock, which it holds.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor that may lie in shares, put together; every rank must ask."""
+class DistributedLearner:
+    """The learners of all ranks as one, driven by rank 0; with one process it calls its learner directly."""
+
+    def __init__(self, learner: Learner, ranks: Ranks) -> None:
+        self.learner = learner
+        self._distributed = isinstance(ranks, TorchrunRanks)
+
+    def step(self, batch: StepBatch) -> Loss:
+        """Call ``Learner.step`` on all ranks, each with its share of the batch."""
+        self._broadcast(_step_on_share)
+        return self.learner.step(*(_scatter(batch.batches) if self._distributed else batch.batches[0]))
+
+    def export_draft(self) -> EagleDraft:
+        """Call ``Learner.export_draft`` on all ranks."""
+        self._broadcast(methodcaller("export_draft"))
+        return self.learner.export_draft()
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Call ``Learner.state_tensors`` on all ranks."""
+        self._broadcast(methodcaller("state_tensors"))
+        return self.learner.state_tensors()
+
+    def restore(self, tensors: Mapping[str, Tensor], steps: int) -> None:
+        """Call ``Learner.restore`` on all ranks."""
+        self._broadcast(methodcaller("restore", tensors, steps))
+        self.learner.restore(tensors, steps)
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Call ``Learner.load_weights`` on all ranks."""
+        self._broadcast(methodcaller("load_weights", weights))
+        self.learner.load_weights(weights)
+
+    def keep_alive(self) -> None:
+        """Prevent gloo's timeout of half an hour while there is nothing to do."""
+        self._broadcast(_do_nothing)
+
+    def close(self) -> None:
+        """End the other ranks."""
+        self._broadcast(None)
+
+    def _broadcast(self, call: Callable[[Learner], object] | None) -> None:
+        if self._distributed:
+            dist.broadcast_object_list([call])
+
+
+def follow_rank_0(learner: Learner) -> None:
+    """Make the calls that rank 0 broadcasts, until it closes."""
+    while True:
+        received: list[Any] = [None]
+        dist.broadcast_object_list(received)
+        (call,) = received
+        if call is None:
+            return
+        call(learner)
+
+
+def gather_tensor(tensor: Tensor) -> Tensor:
+    """Return the whole of a tensor that may be sharded; on all ranks."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def like(shared: Tensor, tensor: Tensor) -> Tensor:
-    """A copy of a whole tensor that lies where and as another one does."""
-    if isinstance(shared, DTensor):
+def match_layout(sharded: Tensor, tensor: Tensor) -> Tensor:
+    """Return a copy of a whole tensor with the device and the sharding of another one."""
+    if isinstance(sharded, DTensor):
         return distribute_tensor(
-            tensor.to(shared.device, copy=True), shared.device_mesh, shared.placements, src_data_rank=None
+            tensor.to(sharded.device, copy=True), sharded.device_mesh, sharded.placements, src_data_rank=None
         )
-    return tensor.to(shared.device, copy=True)
+    return tensor.to(sharded.device, copy=True)
+
+
+def _step_on_share(learner: Learner) -> Loss:
+    return learner.step(*_scatter(None))
+
+
+def _scatter(batches: Sequence[Sequence[Batch]] | None) -> Sequence[Batch]:
+    """Return this rank's share of the batches that rank 0 passes."""
+    share: list[Sequence[Batch]] = [()]
+    dist.scatter_object_list(share, list(batches) if batches else None)
+    return share[0]
+
+
+def _do_nothing(_: Learner) -> None:
+    pass

@@ -1,4 +1,4 @@
-"""The draft in training: its weights, their average, its optimizers and its learning rate."""
+"""The training step of a draft: forward, backward, clipping, optimizers and moving average."""
 
 from __future__ import annotations
 
@@ -12,23 +12,22 @@ from torch import Tensor, nn
 from schemas.device import device_of
 from schemas.settings import Settings, Train
 from schemas.speculator.network import DraftShape, EagleDraft
-from trainer.data.samples import Batch
-from trainer.loop.distributed import Alone, Ranks, like, whole
-from trainer.loop.optimizers import Optimizers
-from trainer.objective.losses import Loss, Totals, ttt_loss
+from trainer.data.batch import Batch
+from trainer.loop.distributed import Ranks, TorchrunRanks, gather_tensor, match_layout
+from trainer.loop.optimizers import ExponentialMovingAverage, Optimizers
+from trainer.objective.losses import Loss, SumCounts, ttt_loss
 
-# Norms of narrow states by float32 weights are what is wanted; that a GPU has no fused kernel for them is no news.
+# Norms multiply bf16 states by float32 weights on purpose; the missing fused GPU kernel for that costs little.
 warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
 
-_DRAFT, _AVERAGE = "draft/", "ema/"
+_DRAFT, _EMA = "draft/", "ema/"
 
 
 class Learner:
-    """A draft in float32 at a constant rate after a linear warmup, gradients clipped by their norm.
+    """A draft in float32, its optimizers and its moving average, on the device of the embeddings.
 
-    It is trained where the embeddings are.
-
-    With several ranks every method that says so must be called on all of them, in the same order.
+    The learning rate is constant after a linear warmup. With several ranks, call the methods marked "on all ranks" on
+    all of them in the same order.
     """
 
     def __init__(self, draft: EagleDraft, embeddings_VH: Tensor, settings: Train, ranks: Ranks | None = None) -> None:
@@ -36,212 +35,196 @@ class Learner:
         self.steps = 0
         self.gradient_norm = 0.0
         """Of the last step, before clipping."""
-        self.unfit = 0
-        """Steps in a row that were not taken, because loss or gradient was not finite."""
+        self.skipped = 0
+        """Consecutive steps that were skipped because the loss or the gradient was not finite."""
         self._settings = settings
-        self._ranks = ranks or Alone()
+        self._ranks = ranks or Ranks()
         self.shape = draft.shape
         self._device = embeddings_VH.device
-        self._module = self._ranks.wrap(_Objective(draft, embeddings_VH, settings), settings.parallel)
+        self._module = self._ranks.wrap(_LossModule(draft, embeddings_VH, settings), settings.parallel)
         self._optimizers = Optimizers(draft, settings)
-        self._average = Average(draft, settings.ema_decay) if settings.ema_decay else None
+        self._ema = ExponentialMovingAverage(draft, settings.ema_decay) if settings.ema_decay else None
 
     @property
     def learning_rate(self) -> float:
-        """Of the next step."""
-        return self._settings.learning_rate * self._warmth
+        """Learning rate of the next step."""
+        return self._settings.learning_rate * self._warmup
 
     @property
-    def _warmth(self) -> float:
+    def _warmup(self) -> float:
         return min(1.0, (self.steps + 1) / max(self._settings.warmup_steps, 1))
 
-    def step(self, *parts: Batch) -> Loss:
-        """Learn from one step's windows, on all ranks, each from its share of them.
+    def step(self, *batches: Batch) -> Loss:
+        """Train on the batches of one step, on all ranks, each with its own.
 
-        The parts are passed over one after the other; the gradient is that of all of them as one batch, on all ranks
-        (but for the objective ``lk``, which weighs by the mean over a part).
-        A step with nothing to learn from leaves the weights as they are, and so does one whose loss or gradient is not
-        finite.
+        Gradients are accumulated over the batches and ranks: they equal those of one large batch (except for the
+        objective ``lk``, which weights by the mean over a batch). The weights do not change if the step has no teacher,
+        or if its loss or gradient is not finite.
 
         Returns:
             The loss of the whole step, detached.
         """
-        parts = tuple(part.to(self._device) for part in parts)
+        batches = tuple(batch.to(self._device) for batch in batches)
         self._optimizers.zero_grad()
-        totals = self._totals(parts)
+        sum_counts = self._count(batches)
         losses = []
-        for number, part in enumerate(parts, start=1):
-            with self._ranks.gradients(self._module, last=number == len(parts)):
-                loss: Loss = self._module(part, totals)
+        for number, batch in enumerate(batches, start=1):
+            with self._ranks.synchronize(self._module, last=number == len(batches)):
+                loss: Loss = self._module(batch, sum_counts)
                 if loss.total.requires_grad:
-                    # Gradients of ranks are averaged, where those of a whole step's parts are to be added up.
+                    # Ranks average their gradients, but the gradients of a step's batches have to be summed.
                     (loss.total * self._ranks.size).backward()  # type: ignore[no-untyped-call]
             losses.append(loss)
-        loss = _added_up(losses, self._ranks)
+        loss = _sum_losses(losses, self._ranks)
         if not loss.positions + loss.nodes:
             return loss
         norm = torch.nn.utils.clip_grad_norm_(self.draft.parameters(), self._settings.max_grad_norm)
-        self.gradient_norm = float(whole(norm))
+        self.gradient_norm = float(gather_tensor(norm))
         if not torch.isfinite(loss.total + self.gradient_norm):
-            self.unfit += 1
+            self.skipped += 1
             return loss
-        self._optimizers.step(self._warmth)
+        self._optimizers.step(self._warmup)
         self.steps += 1
-        self.unfit = 0
-        if self._average:
-            self._average.add(self.draft, self.steps)
+        self.skipped = 0
+        if self._ema:
+            self._ema.update(self.draft, self.steps)
         return loss
 
-    def weights(self) -> EagleDraft:
-        """What is compared and registered: the average of the weights where one is kept; on all ranks.
+    def export_draft(self) -> EagleDraft:
+        """Return the draft to evaluate and register: with averaged weights if an average is kept; on all ranks.
 
-        Alone and without an average it is the draft in training itself, else a copy.
+        With one rank and without an average it is the draft in training itself, otherwise a copy.
         """
-        if isinstance(self._ranks, Alone) and self._average is None:
+        if not isinstance(self._ranks, TorchrunRanks) and self._ema is None:
             return self.draft
-        state = {name: whole(value) for name, value in self.draft.state_dict().items()}
-        if self._average:
-            state |= {name: whole(value) for name, value in self._average.values.items()}
+        state = {name: gather_tensor(value) for name, value in self.draft.state_dict().items()}
+        if self._ema:
+            state |= {name: gather_tensor(value) for name, value in self._ema.values.items()}
         draft = EagleDraft(self.shape).to(self._device)
         draft.load_state_dict(state)
         return draft
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Weights, average and optimizer state by name, whole; on all ranks.
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Return weights, average and optimizer state by name, unsharded; on all ranks.
 
-        With ``steps`` this is all that the next step depends on.
+        Together with ``steps`` they determine the next step.
         """
-        tensors = {f"{_DRAFT}{name}": whole(value) for name, value in self.draft.state_dict().items()}
-        if self._average:
-            tensors |= {f"{_AVERAGE}{name}": whole(value) for name, value in self._average.values.items()}
-        return tensors | dict(self._optimizers.tensors(whole))
+        tensors = {f"{_DRAFT}{name}": gather_tensor(value) for name, value in self.draft.state_dict().items()}
+        if self._ema:
+            tensors |= {f"{_EMA}{name}": gather_tensor(value) for name, value in self._ema.values.items()}
+        return tensors | dict(self._optimizers.state_tensors(gather_tensor))
 
     def restore(self, tensors: Mapping[str, Tensor], steps: int) -> None:
-        """Take the state that ``tensors`` gave; on all ranks.
+        """Load the state that ``state_tensors`` returned; on all ranks.
 
-        An average or a moment that is not in it begins anew.
+        An average or a moment that is missing starts anew.
 
         Raises:
             KeyError: a weight is missing.
-            RuntimeError: one is of another shape.
+            RuntimeError: a weight has another shape.
         """
-        self.adopt({name: tensors[f"{_DRAFT}{name}"] for name in self.draft.state_dict()})
-        if self._average:
-            for name, value in self._average.values.items():
-                if (kept := tensors.get(f"{_AVERAGE}{name}")) is not None:
-                    value.copy_(like(value, kept))
-        self._optimizers.restore(tensors, like)
+        self.load_weights({name: tensors[f"{_DRAFT}{name}"] for name in self.draft.state_dict()})
+        if self._ema:
+            for name, value in self._ema.values.items():
+                if (average := tensors.get(f"{_EMA}{name}")) is not None:
+                    value.copy_(match_layout(value, average))
+        self._optimizers.restore(tensors, match_layout)
         self.steps = steps
-        self.unfit = 0
+        self.skipped = 0
 
-    def adopt(self, weights: Mapping[str, Tensor]) -> None:
-        """Take these weights and buffers, and begin the average with them; on all ranks.
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Load weights and buffers, and restart the average from them; on all ranks.
 
         Raises:
-            RuntimeError: one is missing, or of another shape.
+            RuntimeError: a weight is missing or has another shape.
         """
         own = self.draft.state_dict()
-        self.draft.load_state_dict({name: like(own.get(name, value), value) for name, value in weights.items()})
-        if self._average:
-            self._average = Average(self.draft, self._settings.ema_decay)
+        self.draft.load_state_dict({name: match_layout(own.get(name, value), value) for name, value in weights.items()})
+        if self._ema:
+            self._ema = ExponentialMovingAverage(self.draft, self._settings.ema_decay)
 
-    def _totals(self, parts: tuple[Batch, ...]) -> Totals:
-        """What the means of each part are divided by: known after its pass, so several parts take one more each."""
-        if len(parts) == 1:
-            return self._ranks.total
+    def _count(self, batches: tuple[Batch, ...]) -> SumCounts:
+        """Return the denominators of the step's means; several batches need one more forward each to count them."""
+        if len(batches) == 1:
+            return self._ranks.sum
         found: list[Tensor] = []
 
-        def noted(own: Tensor) -> Tensor:
-            found.append(own.detach())
-            return own
+        def collect(counts: Tensor) -> Tensor:
+            found.append(counts.detach())
+            return counts
 
         with torch.no_grad():
-            for part in parts:
-                self._module(part, noted)
-        total = self._ranks.total(torch.stack(found).sum(0))
+            for batch in batches:
+                self._module(batch, collect)
+        total = self._ranks.sum(torch.stack(found).sum(0))
         return lambda _: total
 
 
-def settled(settings: Settings) -> Settings:
-    """The settings with what ``auto`` stands for on this machine in place of it, as versions and replays note them.
-
-    Raises:
-        UserError: ``train.device`` asks for a GPU, and torch finds none.
-    """
-    dtype = products_in(settings.train.dtype, device_of(settings.train.device, "train.device"))
-    train = settings.train.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
-    return settings.model_copy(update={"train": train})
-
-
-def products_in(asked: Literal["auto", "float32", "bfloat16"], device: torch.device) -> torch.dtype:
-    """The type of products that the setting ``train.dtype`` asks for on this device."""
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    if asked == "bfloat16" or (asked == "auto" and device.type == "cpu" and native):
-        return torch.bfloat16
-    return torch.float32
-
-
-def products(settings: Train, device: torch.device) -> torch.autocast:
-    """Passes on this device inside of it multiply in the type that ``train.dtype`` asks for."""
-    narrow = products_in(settings.dtype, device) is torch.bfloat16
-    return torch.autocast(device.type, torch.bfloat16, enabled=narrow)
-
-
-def weights_of(tensors: Mapping[str, Tensor], shape: DraftShape) -> EagleDraft:
-    """What ``Learner.weights`` gave when ``Learner.tensors`` gave these."""
-    draft = EagleDraft(shape)
-    state = {name: tensors[f"{_DRAFT}{name}"] for name in draft.state_dict()}
-    averages = {name: tensors[path] for name in state if (path := f"{_AVERAGE}{name}") in tensors}
-    draft.load_state_dict(state | averages)
-    return draft
-
-
-class Average:
-    """Moving average of a draft's weights, as long as there is little to average over with a shorter memory."""
-
-    def __init__(self, draft: EagleDraft, decay: float) -> None:
-        self._decay = decay
-        self.values = {name: parameter.detach().clone() for name, parameter in draft.named_parameters()}
-
-    @torch.no_grad()
-    def add(self, draft: EagleDraft, steps: int) -> None:
-        """Add the weights after so many steps."""
-        decay = min(self._decay, (1 + steps) / (10 + steps))
-        for name, parameter in draft.named_parameters():
-            self.values[name].lerp_(parameter.detach(), 1 - decay)
-
-
-class _Objective(nn.Module):
-    """The loss as a module, whose forward pass is what ranks are wrapped around."""
+class _LossModule(nn.Module):
+    """The loss as a module that DDP or FSDP2 can wrap."""
 
     def __init__(self, draft: EagleDraft, embeddings_VH: Tensor, settings: Train) -> None:
         super().__init__()
         self.draft = draft
-        self._embeddings = embeddings_VH
+        self._embeddings_VH = embeddings_VH
         self._settings = settings
 
-    def forward(self, batch: Batch, totals: Totals) -> Loss:
-        """The loss of a part; its gradient reaches every weight also where the part teaches nothing."""
-        with products(self._settings, self._embeddings.device):
-            loss = ttt_loss(self.draft, self._embeddings, batch, self._settings, totals)
+    def forward(self, batch: Batch, sum_counts: SumCounts) -> Loss:
+        """Return the loss of a batch; its gradient reaches every weight even if the batch has no teacher."""
+        with autocast(self._settings, self._embeddings_VH.device):
+            loss = ttt_loss(self.draft, self._embeddings_VH, batch, self._settings, sum_counts)
         if torch.is_grad_enabled() and not loss.total.requires_grad:
-            nothing = torch.stack([parameter.sum() for parameter in self.draft.parameters()]).sum() * 0
-            loss = loss._replace(total=loss.total + nothing)
+            zero = torch.stack([parameter.sum() for parameter in self.draft.parameters()]).sum() * 0
+            loss = loss._replace(total=loss.total + zero)
         return loss
 
 
-def _added_up(parts: list[Loss], ranks: Ranks) -> Loss:
-    """The loss of a step from those of its parts, over all ranks."""
+def draft_from_state(tensors: Mapping[str, Tensor], shape: DraftShape) -> EagleDraft:
+    """Return the draft that ``Learner.export_draft`` returned when ``Learner.state_tensors`` returned ``tensors``."""
+    draft = EagleDraft(shape)
+    state = {name: tensors[f"{_DRAFT}{name}"] for name in draft.state_dict()}
+    averages = {name: tensors[path] for name in state if (path := f"{_EMA}{name}") in tensors}
+    draft.load_state_dict(state | averages)
+    return draft
+
+
+def resolve_dtype(settings: Settings) -> Settings:
+    """Return the settings with this machine's dtype in place of ``auto``, as versions and experiments record them.
+
+    Raises:
+        UserError: ``train.device`` names a GPU, and torch finds none.
+    """
+    dtype = select_dtype(settings.train.dtype, device_of(settings.train.device, "train.device"))
+    train = settings.train.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
+    return settings.model_copy(update={"train": train})
+
+
+def select_dtype(requested: Literal["auto", "float32", "bfloat16"], device: torch.device) -> torch.dtype:
+    """Return the dtype of matrix products that ``train.dtype`` means on a device."""
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if requested == "bfloat16" or (requested == "auto" and device.type == "cpu" and native):
+        return torch.bfloat16
+    return torch.float32
+
+
+def autocast(settings: Train, device: torch.device) -> torch.autocast:
+    """Return a context in which matrix products have the dtype that ``train.dtype`` means on a device."""
+    narrow = select_dtype(settings.dtype, device) is torch.bfloat16
+    return torch.autocast(device.type, torch.bfloat16, enabled=narrow)
+
+
+def _sum_losses(losses: list[Loss], ranks: Ranks) -> Loss:
+    """Return the loss of a step from those of its batches, over all ranks."""
     own = torch.tensor(
         [
-            [float(p.total.detach()), p.accepted, p.rejected, p.policy, p.positions, p.nodes, *p.accepted_K]
-            for p in parts
+            [float(x.total.detach()), x.accepted, x.rejected, x.policy, x.positions, x.nodes, *x.accepted_K]
+            for x in losses
         ],
         dtype=torch.float64,
     )
-    total, accepted, rejected, policy, positions, nodes, *accepted_K = ranks.total(own.sum(0)).tolist()
+    total, accepted, rejected, policy, positions, nodes, *accepted_K = ranks.sum(own.sum(0)).tolist()
     return Loss(
-        total=parts[0].total.new_tensor(total) if len(parts) * ranks.size > 1 else parts[0].total.detach(),
+        total=losses[0].total.new_tensor(total) if len(losses) * ranks.size > 1 else losses[0].total.detach(),
         accepted=accepted,
         accepted_K=tuple(accepted_K),
         rejected=rejected,

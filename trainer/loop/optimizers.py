@@ -1,7 +1,7 @@
-"""The optimizers of a draft: AdamW, or Muon for the matrices of the hidden layer beside it.
+"""The optimizers of a draft, AdamW or Muon for the hidden matrices, and the moving average of its weights.
 
-Muon (Jordan et al., 2024) orthogonalises the momentum of a matrix, which is of no use for norms and not meant for
-vocabularies: ``lm_head`` and norms stay with AdamW. Its updates are scaled to the root mean square of AdamW's, so that
+Muon (Jordan et al., 2024) orthogonalises the momentum of a matrix, which is useless for norms and not meant for
+vocabularies: ``lm_head`` and norms stay with AdamW. Muon's updates are scaled to the root mean square of AdamW's, so
 one learning rate serves both (Liu et al., arXiv 2502.16982, section 2.2).
 """
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from schemas.settings import Train
+from schemas.speculator.network import EagleDraft
 
 log = structlog.get_logger()
 
@@ -51,48 +52,67 @@ class Optimizers:
         self._rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self._all]
 
     def zero_grad(self) -> None:
-        """Forget the gradients."""
+        """Reset the gradients."""
         for optimizer in self._all:
             optimizer.zero_grad()
 
     def step(self, factor: float) -> None:
-        """Move the weights, at this share of the learning rates."""
+        """Update the weights with this fraction of the learning rates."""
         for optimizer, rates in zip(self._all, self._rates, strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
             optimizer.step()
 
-    def tensors(self, whole: Callable[[Tensor], Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """The state of every parameter, as ``exp_avg/fc.weight``."""
+    def state_tensors(self, gather: Callable[[Tensor], Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the state of every parameter by name, as ``exp_avg/fc.weight``.
+
+        Args:
+            gather: Returns the whole of a sharded tensor.
+        """
         for optimizer in self._all:
             for parameter, state in optimizer.state.items():
                 for key, value in state.items():
-                    yield f"{key}/{self._names[parameter]}", whole(value)
+                    yield f"{key}/{self._names[parameter]}", gather(value)
 
-    def restore(self, tensors: Mapping[str, Tensor], like: Callable[[Tensor, Tensor], Tensor]) -> None:
-        """Take the state that ``tensors`` gave; what another optimizer left is not taken, and begins anew.
+    def restore(self, tensors: Mapping[str, Tensor], match_layout: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Load the state that ``state_tensors`` returned; state of another optimizer is ignored and starts at zero.
 
         Args:
             tensors: All tensors of a checkpoint.
-            like: Gives the second tensor the layout of the first, a parameter.
+            match_layout: Returns the second tensor in the layout of the first, a parameter.
         """
         found: dict[str, dict[str, Tensor]] = {}
         for path, value in tensors.items():
             key, _, name = path.partition("/")
             found.setdefault(name, {})[key] = value
         for optimizer in self._all:
-            keys = _keys(optimizer)
+            keys = _state_keys(optimizer)
             optimizer.state.clear()
             for parameter in (p for group in optimizer.param_groups for p in group["params"]):
                 state = found.get(self._names[parameter], {})
                 if keys <= state.keys():
                     optimizer.state[parameter] = {
-                        key: like(parameter, state[key]) if state[key].ndim else state[key].to(parameter.device)
+                        key: match_layout(parameter, state[key]) if state[key].ndim else state[key].to(parameter.device)
                         for key in keys
                     }
                 elif any(other.keys() - {"draft", "ema"} for other in found.values()):
-                    log.warning("moments_begin_anew", parameter=self._names[parameter])
+                    log.warning("optimizer_state_reset", parameter=self._names[parameter])
 
 
-def _keys(optimizer: torch.optim.Optimizer) -> set[str]:
+class ExponentialMovingAverage:
+    """Moving average of a draft's weights; its memory is shorter while there are few steps to average over."""
+
+    def __init__(self, draft: EagleDraft, decay: float) -> None:
+        self._decay = decay
+        self.values = {name: parameter.detach().clone() for name, parameter in draft.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, draft: EagleDraft, steps: int) -> None:
+        """Add the weights after the given number of steps."""
+        decay = min(self._decay, (1 + steps) / (10 + steps))
+        for name, parameter in draft.named_parameters():
+            self.values[name].lerp_(parameter.detach(), 1 - decay)
+
+
+def _state_keys(optimizer: torch.optim.Optimizer) -> set[str]:
     return {"momentum_buffer"} if isinstance(optimizer, torch.optim.Muon) else {"exp_avg", "exp_avg_sq", "step"}

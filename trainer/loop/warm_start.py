@@ -1,4 +1,7 @@
-"""Initial weights of a training: a registered version, a folder, day 0, or another line's draft where shapes allow."""
+"""Initial weights of a training: a registered version, a folder, day 0, or another line's draft where shapes allow.
+
+Shapes: V target vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -20,66 +23,6 @@ from trainer.release.registry import SpeculatorRegistry
 log = structlog.get_logger()
 
 _HEAD, _FUSION = "lm_head.weight", "fc.weight"
-
-
-@dataclass(frozen=True, slots=True)
-class Carried:
-    """What a draft was given of another line's."""
-
-    tensors: tuple[str, ...]
-    """Parameters that were taken, ``lm_head.weight`` among them if any of its rows was."""
-    left: tuple[str, ...]
-    """Parameters that stay as they were, because they do not fit."""
-    tokens: int
-    """Rows of the head that were taken: draft tokens that both lines have."""
-
-    def __str__(self) -> str:
-        if not self.tensors:
-            return "nothing fits"
-        left = f"; left as they were: {', '.join(self.left)}" if self.left else ""
-        return f"{len(self.tensors)} of {len(self.tensors) + len(self.left)} tensors, {self.tokens} draft tokens{left}"
-
-
-def carry_over(old: EagleDraft, new: EagleDraft) -> Carried:
-    """Copy into ``new`` every parameter of ``old`` that has the same shape there, and the head row by row.
-
-    Rows of the head go by the target token that they stand for, through both d2t tables; tokens that only the new
-    draft has keep their rows. Where the targets' vocabularies differ in size an id need not mean the same token, so no
-    row is taken. ``fc`` stays where only one of the two reads normed states. ``d2t`` and ``t2d`` are the new line's in
-    any case.
-
-    Args:
-        old: Stays as it is.
-        new: At day 0; changed in place.
-    """
-    theirs, ours = dict(old.named_parameters()), dict(new.named_parameters())
-    tokens = _carry_head(old, new)
-    taken = [_HEAD] if tokens else []
-    unlike = {_HEAD} if old.shape.normed == new.shape.normed else {_HEAD, _FUSION}
-    with torch.no_grad():
-        for name in (ours.keys() & theirs.keys()) - unlike:
-            if ours[name].shape == theirs[name].shape:
-                ours[name].copy_(theirs[name])
-                taken.append(name)
-    return Carried(
-        tensors=tuple(name for name in ours if name in taken),
-        left=tuple(name for name in ours if name not in taken),
-        tokens=tokens,
-    )
-
-
-@torch.no_grad()
-def _carry_head(old: EagleDraft, new: EagleDraft) -> int:
-    if (old.shape.vocab_size, old.shape.hidden_size) != (new.shape.vocab_size, new.shape.hidden_size):
-        return 0
-    both_V = old.t2d & new.t2d
-    new.lm_head.weight[_rows(new)[both_V]] = old.lm_head.weight[_rows(old)[both_V]].to(new.lm_head.weight.dtype)
-    return int(both_V.sum())
-
-
-def _rows(draft: EagleDraft) -> Tensor:
-    """[V] row of the head for each target token that the draft has; kept ids are ascending."""
-    return draft.t2d.cumsum(0) - 1
 
 
 def load_initial_draft(settings: Settings, target: Target, registry: SpeculatorRegistry) -> tuple[str, EagleDraft]:
@@ -117,9 +60,71 @@ def _load_by_alias(settings: Settings, target: Target, registry: SpeculatorRegis
         return day_0
     parent = registry.aliases(parent_line).get("champion")
     if parent is None:
-        log.warning("warm_start_skipped", parent_line=parent_line, why="no such line, or it has no champion")
+        log.warning("warm_start_skipped", parent_line=parent_line, reason="no such line, or it has no champion")
         return day_0
     draft = target.new_draft()
-    carried = carry_over(read_draft(registry, parent_line, parent), draft)
-    log.info("warm_start", parent_line=parent_line, version=parent, carried=str(carried))
-    return (f"{parent_line}/{parent}", draft) if carried.tensors else day_0
+    copied = copy_weights(read_draft(registry, parent_line, parent), draft)
+    log.info("weights_copied", parent_line=parent_line, version=parent, copied=str(copied))
+    return (f"{parent_line}/{parent}", draft) if copied.parameters else day_0
+
+
+@dataclass(frozen=True, slots=True)
+class CopiedWeights:
+    """Which weights a draft received from another line's draft."""
+
+    parameters: tuple[str, ...]
+    """Copied parameters; ``lm_head.weight`` is among them if any of its rows was copied."""
+    unchanged: tuple[str, ...]
+    """Parameters that do not fit and keep their values."""
+    tokens: int
+    """Copied rows of the head: draft tokens that both lines have."""
+
+    def __str__(self) -> str:
+        if not self.parameters:
+            return "nothing fits"
+        unchanged = f"; unchanged: {', '.join(self.unchanged)}" if self.unchanged else ""
+        total = len(self.parameters) + len(self.unchanged)
+        return f"{len(self.parameters)} of {total} tensors, {self.tokens} draft tokens{unchanged}"
+
+
+def copy_weights(old: EagleDraft, new: EagleDraft) -> CopiedWeights:
+    """Copy into ``new`` every parameter of ``old`` that has the same shape there, and the head row by row.
+
+    Rows of the head are matched by their target token, through both d2t tables; tokens that only the new draft has keep
+    their rows. Where the targets' vocabularies differ in size, an id need not mean the same token, so no row is copied.
+    ``fc`` is unchanged where only one of the two reads normed states. ``d2t`` and ``t2d`` are always the new line's.
+
+    Args:
+        old: Is not modified.
+        new: At day 0; modified in place.
+    """
+    old_parameters, new_parameters = dict(old.named_parameters()), dict(new.named_parameters())
+    tokens = _copy_head(old, new)
+    copied = [_HEAD] if tokens else []
+    excluded = {_HEAD} if old.shape.normed == new.shape.normed else {_HEAD, _FUSION}
+    with torch.no_grad():
+        for name in (new_parameters.keys() & old_parameters.keys()) - excluded:
+            if new_parameters[name].shape == old_parameters[name].shape:
+                new_parameters[name].copy_(old_parameters[name])
+                copied.append(name)
+    return CopiedWeights(
+        parameters=tuple(name for name in new_parameters if name in copied),
+        unchanged=tuple(name for name in new_parameters if name not in copied),
+        tokens=tokens,
+    )
+
+
+@torch.no_grad()
+def _copy_head(old: EagleDraft, new: EagleDraft) -> int:
+    if (old.shape.vocab_size, old.shape.hidden_size) != (new.shape.vocab_size, new.shape.hidden_size):
+        return 0
+    both_V = old.t2d & new.t2d
+    new.lm_head.weight[_head_rows(new)[both_V]] = old.lm_head.weight[_head_rows(old)[both_V]].to(
+        new.lm_head.weight.dtype
+    )
+    return int(both_V.sum())
+
+
+def _head_rows(draft: EagleDraft) -> Tensor:
+    """Return [V]: the row of the head for each target token that the draft has; kept ids are ascending."""
+    return draft.t2d.cumsum(0) - 1

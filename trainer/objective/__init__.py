@@ -1,1 +1,1 @@
-"""The training objective: draft trees, training-time test, losses and divergences."""
+"""The training objective: training-time test, losses, divergences and simulated acceptance."""

@@ -1,14 +1,14 @@
-"""What a draft is taught at one position: the divergence of its distribution q from the target's p.
+"""Divergences of the draft's distribution q from the target's distribution p at one position.
 
-All of them are zero where q equals p; they differ in what a draft that is too small to get there gives up.
+All are zero where q equals p. They differ in the errors that a draft of limited capacity keeps.
 
-- ``kl``: KL(p || q). Covers what the target may say; the usual choice (EAGLE-3, Aurora).
-- ``reverse-kl``: KL(q || p). Keeps to what the target surely says. The recorded p has no tail, so it is smoothed:
-  ``TAIL`` of the mass is spread evenly over the draft vocabulary.
+- ``kl``: KL(p || q). Covers everything the target may generate; the usual choice (EAGLE-3, Aurora).
+- ``reverse-kl``: KL(q || p). Concentrates on the target's likely tokens. The recorded p has no tail, so it is
+  smoothed: ``TAIL_MASS`` is spread evenly over the draft vocabulary.
 - ``tv``: 1 - sum min(p, q), the probability that speculative sampling rejects a token drawn from q (Leviathan et al.,
-  arXiv 2211.17192, section 3.3). Its gradient vanishes where q is far from p, as that of a random draft is.
+  arXiv 2211.17192, section 3.3). Its gradient vanishes where q is far from p, as for a random draft.
 - ``lk``: w KL(p || q) + (1 - w) (1 - sum min(p, q)), where w = exp(-``LK_RATE`` x mean acceptance) falls as the draft
-  gets better: a hybrid as in LK losses (Samarin et al., arXiv 2602.23881).
+  improves: a hybrid as in LK losses (Samarin et al., arXiv 2602.23881).
 
 Shapes: A positions, k teacher width, D draft vocabulary.
 """
@@ -26,21 +26,21 @@ from torch.autograd.function import once_differentiable
 
 from schemas.settings import Objective
 
-TAIL = 0.01
+TAIL_MASS = 0.01
 LK_RATE = 3.0
 
 Divergence = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Of draft scores [A, D], teacher ids [A, k] and their probabilities [A, k], which sum to one: [A]."""
+"""From logits [A, D], teacher ids [A, k] and teacher probabilities [A, k], which sum to one, to [A]."""
 
 
 def forward_kl(logits_AD: Tensor, ids_Ak: Tensor, probs_Ak: Tensor) -> Tensor:
-    """KL(p || q)."""
-    found: Tensor = _ForwardKl.apply(logits_AD, ids_Ak, probs_Ak)  # type: ignore[no-untyped-call]
-    return found
+    """Return KL(p || q)."""
+    kl_A: Tensor = _ForwardKl.apply(logits_AD, ids_Ak, probs_Ak)  # type: ignore[no-untyped-call]
+    return kl_A
 
 
 class _ForwardKl(Function):
-    """``forward_kl`` with its gradient q - p written out: torch's own passes twice as often over [A, D]."""
+    """``forward_kl`` with its gradient q - p written out; torch's own needs twice as many passes over [A, D]."""
 
     @staticmethod
     def forward(ctx: Any, logits_AD: Tensor, ids_Ak: Tensor, probs_Ak: Tensor) -> Tensor:
@@ -61,22 +61,22 @@ class _ForwardKl(Function):
 
 
 def reverse_kl(logits_AD: Tensor, ids_Ak: Tensor, probs_Ak: Tensor) -> Tensor:
-    """KL(q || p), with p smoothed by ``TAIL``."""
+    """Return KL(q || p), with p smoothed by ``TAIL_MASS``."""
     logq_AD = logits_AD.log_softmax(dim=-1)
     q_AD = logq_AD.exp()
-    floor = TAIL / logits_AD.shape[-1]
-    log_ratio_Ak = ((1 - TAIL) * probs_Ak + floor).log() - math.log(floor)
+    floor = TAIL_MASS / logits_AD.shape[-1]
+    log_ratio_Ak = ((1 - TAIL_MASS) * probs_Ak + floor).log() - math.log(floor)
     inside_A = (q_AD.gather(-1, ids_Ak) * log_ratio_Ak).sum(dim=-1)
     return (q_AD * logq_AD).sum(dim=-1) - inside_A - math.log(floor)
 
 
 def total_variation(logits_AD: Tensor, ids_Ak: Tensor, probs_Ak: Tensor) -> Tensor:
-    """1 - sum min(p, q)."""
+    """Return 1 - sum min(p, q)."""
     return 1 - _acceptance(logits_AD, ids_Ak, probs_Ak)
 
 
-def likely_kept(logits_AD: Tensor, ids_Ak: Tensor, probs_Ak: Tensor) -> Tensor:
-    """The hybrid of ``forward_kl`` and ``total_variation``, weighed by the mean acceptance of these positions."""
+def lk_hybrid(logits_AD: Tensor, ids_Ak: Tensor, probs_Ak: Tensor) -> Tensor:
+    """Return the mix of ``forward_kl`` and ``total_variation``, weighted by the mean acceptance of the positions."""
     acceptance_A = _acceptance(logits_AD, ids_Ak, probs_Ak)
     w = (-LK_RATE * acceptance_A.detach().mean()).exp()
     return w * forward_kl(logits_AD, ids_Ak, probs_Ak) + (1 - w) * (1 - acceptance_A)
@@ -86,11 +86,11 @@ DIVERGENCES: dict[Objective, Divergence] = {
     "kl": forward_kl,
     "reverse-kl": reverse_kl,
     "tv": total_variation,
-    "lk": likely_kept,
+    "lk": lk_hybrid,
 }
 
-OF_EACH_ALONE: frozenset[Objective] = frozenset({"kl", "reverse-kl", "tv"})
-"""Those of which a position's value is the same whatever positions are beside it."""
+POSITIONWISE: frozenset[Objective] = frozenset({"kl", "reverse-kl", "tv"})
+"""Divergences whose value at a position does not depend on the other positions."""
 
 
 def _acceptance(logits_AD: Tensor, ids_Ak: Tensor, probs_Ak: Tensor) -> Tensor:

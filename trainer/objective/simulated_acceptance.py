@@ -1,4 +1,7 @@
-"""What serving would accept: the draft's greedy chains replayed against the tokens that were committed."""
+"""Simulated acceptance: replay the draft's greedy chains against the committed tokens.
+
+Shapes: B samples, T tokens of the longest sample.
+"""
 
 from __future__ import annotations
 
@@ -9,73 +12,78 @@ import torch
 from torch import Tensor
 
 from schemas.speculator.network import EagleDraft
-from trainer.data.samples import Batch, Window, collate, of_like_length
-from trainer.objective.unroll import Unroll
+from trainer.data.batch import Batch, collate, group_by_length
+from trainer.data.samples import Sample
+from trainer.objective.training_time_test import DraftUnroll
 
 
-class Accepted(NamedTuple):
-    """Drafted tokens that were right, over the positions from which a chain was drafted."""
+class SimulatedAcceptance(NamedTuple):
+    """Accepted draft tokens, and the positions from which a chain was drafted."""
 
     tokens: int
     positions: int
 
     @property
-    def length(self) -> float:
-        """Accepted tokens per step: the bonus token is not in it."""
+    def accepted_per_step(self) -> float:
+        """Accepted tokens per verify step, bonus token excluded."""
         return self.tokens / max(self.positions, 1)
 
 
-def added_up(parts: Iterable[Accepted]) -> Accepted:
-    """Of several windows together."""
+def sum_acceptance(parts: Iterable[SimulatedAcceptance]) -> SimulatedAcceptance:
+    """Return the acceptance over several samples or batches together."""
     tokens, positions = zip(*[(0, 0), *parts], strict=True)
-    return Accepted(sum(tokens), sum(positions))
+    return SimulatedAcceptance(sum(tokens), sum(positions))
 
 
-def accepted_per_step(draft: EagleDraft, embeddings_VH: Tensor, windows: Sequence[Window], lookahead: int) -> Accepted:
-    """``simulated_accepted_per_step`` over any number of windows, computed where the embeddings are."""
-    return added_up(by_window(draft, embeddings_VH, windows, lookahead))
+def simulate_acceptance(
+    draft: EagleDraft, embeddings_VH: Tensor, samples: Sequence[Sample], lookahead: int
+) -> SimulatedAcceptance:
+    """Return the acceptance over any number of samples; see ``simulate_batch``."""
+    return sum_acceptance(simulate_each(draft, embeddings_VH, samples, lookahead))
 
 
-def by_window(draft: EagleDraft, embeddings_VH: Tensor, windows: Sequence[Window], lookahead: int) -> list[Accepted]:
-    """The same of each window, in their order."""
+def simulate_each(
+    draft: EagleDraft, embeddings_VH: Tensor, samples: Sequence[Sample], lookahead: int
+) -> list[SimulatedAcceptance]:
+    """Return the acceptance of each sample, computed on the device of the embeddings."""
     device = embeddings_VH.device
-    draft, found = draft.to(device), dict[Window, Accepted]()
-    for alike in of_like_length(windows):
-        batch = collate(alike).to(device)
-        found |= zip(alike, _accepted(draft, embeddings_VH, batch, lookahead), strict=True)
-    return [found[window] for window in windows]
+    draft, found = draft.to(device), dict[Sample, SimulatedAcceptance]()
+    for group in group_by_length(samples):
+        batch = collate(group).to(device)
+        found |= zip(group, _simulate(draft, embeddings_VH, batch, lookahead), strict=True)
+    return [found[sample] for sample in samples]
 
 
-def simulated_accepted_per_step(draft: EagleDraft, embeddings_VH: Tensor, batch: Batch, lookahead: int) -> Accepted:
-    """How far greedy chains of ``lookahead`` tokens are right, from every position that serving drafts from.
+def simulate_batch(draft: EagleDraft, embeddings_VH: Tensor, batch: Batch, lookahead: int) -> SimulatedAcceptance:
+    """Draft greedy chains of ``lookahead`` tokens from every position that serving drafts from; count right tokens.
 
-    A chain starts behind every token after which the target's distribution is known, if the window holds ``lookahead``
-    tokens more. A committed token outside the draft vocabulary is a miss, and a chain ends at its first miss: the draft
-    is given the committed tokens, which up to there are its own.
+    A chain starts after every token with a known target distribution, if the sample has ``lookahead`` more tokens. A
+    committed token outside the draft vocabulary is a miss, and a chain ends at its first miss: the draft reads the
+    committed tokens, which up to that point are its own.
     """
-    return added_up(_accepted(draft, embeddings_VH, batch, lookahead))
+    return sum_acceptance(_simulate(draft, embeddings_VH, batch, lookahead))
 
 
 @torch.inference_mode()
-def _accepted(draft: EagleDraft, embeddings_VH: Tensor, batch: Batch, lookahead: int) -> list[Accepted]:
-    """Of each window."""
-    windows = len(batch.lengths_B)
+def _simulate(draft: EagleDraft, embeddings_VH: Tensor, batch: Batch, lookahead: int) -> list[SimulatedAcceptance]:
+    """Return the acceptance of each sample of a batch."""
+    samples = len(batch.lengths_B)
     length = batch.tokens_BT.shape[1]
     roots_BT = batch.known_BT & (
         torch.arange(length, device=batch.lengths_B.device) + lookahead < batch.lengths_B[:, None]
     )
     roots_BT[:, 0] = False
-    window, root = roots_BT.nonzero(as_tuple=True)
-    positions_B = window.bincount(minlength=windows)
+    sample, root = roots_BT.nonzero(as_tuple=True)
+    positions_B = sample.bincount(minlength=samples)
     accepted_B = torch.zeros_like(positions_B)
-    unroll = Unroll(draft, embeddings_VH, batch.tokens_BT, batch.features_BTF)
-    hidden = unroll.first(window, root - 1)
+    unroll = DraftUnroll(draft, embeddings_VH, batch.tokens_BT, batch.features_BTF)
+    hidden = unroll.first(sample, root - 1)
     for k in range(lookahead):
         drafted = draft.to_target_ids(draft.logits(hidden).argmax(dim=-1))
-        committed = batch.tokens_BT[window, root + k + 1]
+        committed = batch.tokens_BT[sample, root + k + 1]
         (right,) = (drafted == committed).nonzero(as_tuple=True)
-        window, root = window[right], root[right]
-        accepted_B += window.bincount(minlength=windows)
+        sample, root = sample[right], root[right]
+        accepted_B += sample.bincount(minlength=samples)
         if k + 1 < lookahead:
             hidden = unroll.advance(right, committed[right])
-    return [Accepted(*both) for both in zip(accepted_B.tolist(), positions_B.tolist(), strict=True)]
+    return [SimulatedAcceptance(*both) for both in zip(accepted_B.tolist(), positions_B.tolist(), strict=True)]

@@ -13,12 +13,13 @@ import torch
 from schemas.settings import Settings
 from schemas.speculator import checkpoint
 from schemas.speculator.network import EagleDraft
-from trainer.data.samples import Window, collate, of_like_length
+from trainer.data.batch import collate, group_by_length
+from trainer.data.samples import Sample
 from trainer.data.target import Target
-from trainer.loop.divergence_guard import Health
-from trainer.loop.learner import products
+from trainer.loop.divergence_guard import HeldOutScore
+from trainer.loop.learner import autocast
 from trainer.objective.losses import ttt_loss
-from trainer.objective.simulated_acceptance import Accepted, added_up, by_window
+from trainer.objective.simulated_acceptance import SimulatedAcceptance, simulate_each, sum_acceptance
 from trainer.release.gate import LabelComparison
 from trainer.release.registry import SpeculatorRegistry
 
@@ -27,8 +28,8 @@ from trainer.release.registry import SpeculatorRegistry
 class Evaluation:
     """Figures of a draft on the held-out set."""
 
-    health: Health
-    accepted: Mapping[Window, Accepted]
+    score: HeldOutScore
+    accepted: Mapping[Sample, SimulatedAcceptance]
     """Simulated acceptance on each sample."""
 
 
@@ -37,7 +38,7 @@ class _KnownVersion:
     """A version that drafts are compared with."""
 
     draft: EagleDraft
-    accepted: dict[Window, Accepted] = field(default_factory=dict)
+    accepted: dict[Sample, SimulatedAcceptance] = field(default_factory=dict)
     """On samples of the last held-out set, which has most of its samples in common with the next."""
 
 
@@ -50,13 +51,13 @@ class HeldOutEvaluator:
         self._registry = registry
         self._versions: dict[str | None, _KnownVersion] = {}
 
-    def evaluate(self, draft: EagleDraft, samples: Sequence[Window]) -> Evaluation:
+    def evaluate(self, draft: EagleDraft, samples: Sequence[Sample]) -> Evaluation:
         """Return the accepted term of the loss, and the acceptance of chains as long as a node drafts."""
         accepted = dict(zip(samples, self._simulate(draft, samples), strict=True))
-        health = Health(loss=self._loss(draft, samples), accepted_per_step=accepted_per_step(accepted, samples))
-        return Evaluation(health, accepted)
+        score = HeldOutScore(loss=self._loss(draft, samples), accepted_per_step=accepted_per_step(accepted, samples))
+        return Evaluation(score, accepted)
 
-    def evaluate_version(self, version: str | None, samples: Sequence[Window]) -> Mapping[Window, Accepted]:
+    def evaluate_version(self, version: str | None, samples: Sequence[Sample]) -> Mapping[Sample, SimulatedAcceptance]:
         """Return the simulated acceptance of a version on each sample; None is the draft of day 0.
 
         Raises:
@@ -76,33 +77,33 @@ class HeldOutEvaluator:
         """Drop the weights and figures of all other versions."""
         self._versions = {version: known for version, known in self._versions.items() if version in versions}
 
-    def _simulate(self, draft: EagleDraft, samples: Sequence[Window]) -> list[Accepted]:
+    def _simulate(self, draft: EagleDraft, samples: Sequence[Sample]) -> list[SimulatedAcceptance]:
         embeddings_VH, lookahead = self._target.embeddings_VH, self._settings.serve.num_speculative_tokens
-        with products(self._settings.train, embeddings_VH.device):
-            return by_window(draft, embeddings_VH, samples, lookahead)
+        with autocast(self._settings.train, embeddings_VH.device):
+            return simulate_each(draft, embeddings_VH, samples, lookahead)
 
     @torch.no_grad()
-    def _loss(self, draft: EagleDraft, samples: Sequence[Window]) -> float | None:
+    def _loss(self, draft: EagleDraft, samples: Sequence[Sample]) -> float | None:
         """Return the accepted term of the loss; None if it is not finite."""
         train = self._settings.train.model_copy(
             update={"rejected_weight": 0.0, "rejection_weight": 0.0, "policy_weight": 0.0}
         )
         embeddings_VH = self._target.embeddings_VH
         draft = draft.to(embeddings_VH.device)
-        batches = map(collate, of_like_length(samples))
-        with products(train, embeddings_VH.device):
+        batches = map(collate, group_by_length(samples))
+        with autocast(train, embeddings_VH.device):
             losses = [ttt_loss(draft, embeddings_VH, batch.to(embeddings_VH.device), train) for batch in batches]
         loss = sum(part.accepted * part.positions for part in losses) / max(sum(part.positions for part in losses), 1)
         return loss if math.isfinite(loss) else None
 
 
-def accepted_per_step(accepted: Mapping[Window, Accepted], samples: Sequence[Window]) -> float:
+def accepted_per_step(accepted: Mapping[Sample, SimulatedAcceptance], samples: Sequence[Sample]) -> float:
     """Return the accepted tokens per step over samples."""
-    return added_up(accepted[sample] for sample in samples).length
+    return sum_acceptance(accepted[sample] for sample in samples).accepted_per_step
 
 
 def compare_labels(
-    accepted: Mapping[Window, Accepted], champion: Mapping[Window, Accepted], min_samples: int
+    accepted: Mapping[Sample, SimulatedAcceptance], champion: Mapping[Sample, SimulatedAcceptance], min_samples: int
 ) -> tuple[LabelComparison, ...]:
     """Compare a draft with the champion on each label; take labels with too few samples together."""
     return tuple(
@@ -116,12 +117,12 @@ def compare_labels(
     )
 
 
-def group_by_label(samples: Sequence[Window], min_samples: int) -> dict[str | None, list[Window]]:
+def group_by_label(samples: Sequence[Sample], min_samples: int) -> dict[str | None, list[Sample]]:
     """Group samples by label, the empty label for those without; None holds labels with fewer than ``min_samples``."""
-    by_label: dict[str, list[Window]] = {}
+    by_label: dict[str, list[Sample]] = {}
     for sample in samples:
         by_label.setdefault(sample.label or "", []).append(sample)
-    large: dict[str | None, list[Window]] = {
+    large: dict[str | None, list[Sample]] = {
         label: group for label, group in by_label.items() if len(group) >= min_samples
     }
     rest = [sample for group in by_label.values() if len(group) < min_samples for sample in group]

@@ -90,7 +90,7 @@ class Registrar:
         to_beat, last = accepted_per_step(of_champion, samples), None
         if candidate is not None and self._can_be_promoted(candidate, champion):
             last = accepted_per_step(self._evaluator.evaluate_version(candidate, samples), samples)
-        current = evaluation.health.accepted_per_step
+        current = evaluation.score.accepted_per_step
         if not is_worth_registering(current, to_beat, last):
             return None
         held_out = HeldOutComparison(

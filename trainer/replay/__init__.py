@@ -1,1 +1,1 @@
-"""Answers from history: what versions would have accepted, and what other settings would have learned, offline."""
+"""Offline replay of logged requests: what versions would have accepted, and what other settings would have learned."""

@@ -1,9 +1,8 @@
-"""Variants of the settings that learn from one past, each in its time order, and what came of them.
+"""Experiments: variants of the settings learn from the same logged traffic, each in its time order.
 
-An experiment is a folder: ``experiment.json`` says which past and which variants, and is never written again; below it
-each variant keeps its newest checkpoint and, at its end, what it has learned as the checkpoint ``draft`` of a version,
-and ``result.json``. So an experiment that was cut short goes on
-where its variants stood, with the numbers that it would have had, and one that is done is only read.
+An experiment is a folder. ``experiment.json`` holds the plan and is never rewritten. Below it, each variant keeps its
+newest checkpoint and, when it is complete, the trained draft as a version's checkpoint in ``draft`` and
+``result.json``. An interrupted experiment therefore resumes with the same numbers, and a completed one is only read.
 """
 
 from __future__ import annotations
@@ -27,167 +26,209 @@ from schemas.device import device_of
 from schemas.errors import UserError
 from schemas.settings import DAY_0, Settings
 from schemas.speculator import checkpoint
+from trainer.data.samples import ComputeStates, Sample, recompute_features
+from trainer.data.table_reader import VERSIONS_PER_READ, TableReader
 from trainer.data.target import FrozenTarget, Target, read_target
-from trainer.replay.drafts import drafts
-from trainer.replay.prequential import Asked, Course, Point, Standing
-from trainer.replay.stream import Span, windows
+from trainer.replay.named_drafts import load_drafts
+from trainer.replay.prequential import BatchScore, PrequentialRun, RunState
 
 _PLAN, _RESULT, _STATE, _TENSORS, _CHECKPOINT = (
     *("experiment.json", "result.json", "state.json", "state.safetensors"),
     "checkpoint",
 )
 DRAFT = "draft"
-"""Folder of the draft that a variant came to: `aurora replay score` takes it as a version."""
-_BESIDE_LEARNING = (
+"""Folder of a variant's trained draft; `aurora replay evaluate` accepts it as a version."""
+_IRRELEVANT_SETTINGS = (
     *("host", "port", "checkpoint_dir", "poll_interval", "num_threads", "catch_up_steps"),
     *("registration_interval", "checkpoint_interval", "metrics_interval"),
 )
-"""Settings of the trainer that change no number here."""
+"""Settings of the trainer that change no number of an experiment."""
 
 
-class Plan(BaseModel):
-    """What an experiment is."""
+class TableSpan(BaseModel):
+    """Which versions of the tables are read, and the rows of which target and line."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    accepted: tuple[int, int]
+    """Rows that were committed after the first version, up to the second one."""
+    rejected: tuple[int, int]
+    """The same; wide enough to hold the branches of all samples."""
+    target: str
+    line: str
+    """Line of the nodes that wrote the rows. A draft of another line can learn from them if it reads the same
+    features."""
+
+    @property
+    def versions(self) -> dict[str, tuple[int, int]]:
+        """The versions by table."""
+        return {"accepted": self.accepted, "rejected": self.rejected}
+
+
+class ExperimentPlan(BaseModel):
+    """The definition of an experiment."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
-    span: Span
+    span: TableSpan
     lookahead: int
     variants: dict[str, str]
-    """Digest of the settings of each, by its name."""
+    """Digest of the settings of each variant, by its name."""
 
 
-class Result(BaseModel):
-    """What a variant came to."""
+class VariantResult(BaseModel):
+    """The result of a variant."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     variant: str
-    points: tuple[Point, ...]
+    scores: tuple[BatchScore, ...]
     losses: tuple[float, ...]
     trained_tokens: int
     training_s: float
     scoring_s: float
     counts: dict[str, int]
-    """Rows and branches of the span by what became of them."""
+    """Rows, samples and branches of the span by kind."""
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
-    """One variant, with all that a process needs to run it."""
+class VariantTask:
+    """One variant, with everything that a process needs to run it."""
 
     folder: Path
-    plan: Plan
+    plan: ExperimentPlan
     variant: str
     settings: Settings
 
 
-def digest(settings: Settings) -> str:
-    """Names what a variant's numbers depend on."""
-    train = {name: value for name, value in settings.train.model_dump().items() if name not in _BESIDE_LEARNING}
-    depends_on = {"train": train, "speculator": settings.speculator.model_dump()}
-    return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:16]
+def digest_settings(settings: Settings) -> str:
+    """Return a digest of the settings that change a variant's numbers."""
+    train = {name: value for name, value in settings.train.model_dump().items() if name not in _IRRELEVANT_SETTINGS}
+    relevant = {"train": train, "speculator": settings.speculator.model_dump()}
+    return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def begin(folder: Path, plan: Plan) -> None:
-    """Write down what the experiment is, or find that it is the same.
+def write_plan(folder: Path, plan: ExperimentPlan) -> None:
+    """Write the plan of an experiment, or check that the folder holds the same one.
 
     Raises:
-        UserError: the folder holds another one of that name.
+        UserError: the folder holds another experiment with that name.
     """
+    existing = read_plan(folder)
+    if existing is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(folder / _PLAN, plan.model_dump_json(indent=1))
+    elif existing != plan:
+        raise UserError(f"{folder}: experiment {plan.name} has other table versions or settings; choose another --name")
+
+
+def read_plan(folder: Path) -> ExperimentPlan | None:
+    """Return the plan of the experiment in a folder; None if there is none."""
     file = folder / _PLAN
-    if file.exists():
-        if Plan.model_validate_json(file.read_text()) != plan:
-            raise UserError(
-                f"{folder}: an experiment {plan.name} of another past or other settings; take another --name"
-            )
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(file, plan.model_dump_json(indent=1))
+    return ExperimentPlan.model_validate_json(file.read_text()) if file.exists() else None
 
 
-def known(folder: Path) -> Plan | None:
-    """The experiment in a folder, if one was begun there."""
-    file = folder / _PLAN
-    return Plan.model_validate_json(file.read_text()) if file.exists() else None
-
-
-def result(task: Task) -> Result | None:
-    """What a variant came to; None while it is not done."""
+def read_result(task: VariantTask) -> VariantResult | None:
+    """Return the result of a variant; None while it is not complete."""
     file = task.folder / task.variant / _RESULT
-    return Result.model_validate_json(file.read_text()) if file.exists() else None
+    return VariantResult.model_validate_json(file.read_text()) if file.exists() else None
 
 
-def learn(task: Task) -> Result:
-    """Run a variant to the end of the past, from its checkpoint where there is one.
+def run_variant(task: VariantTask) -> VariantResult:
+    """Run a variant to the end of its span, from its checkpoint if there is one.
 
     Raises:
         TableError: the tables cannot be read.
-        UserError: the past holds no window of that target and line.
+        UserError: the span holds no sample of that target and line.
     """
-    if (done := result(task)) is not None:
-        return done
+    if (complete := read_result(task)) is not None:
+        return complete
     folder, settings = task.folder / task.variant, task.settings
     torch.set_num_threads(settings.train.num_threads)
     torch.manual_seed(settings.train.seed)
     device = device_of(settings.train.device, "train.device")
-    target, counts = read_target(settings).on(device), Counter[str]()
-    course, stream = _course(task, target), _stream(task, target, counts)
-    _restore(folder, course, stream)
+    target, counts = read_target(settings).to(device), Counter[str]()
+    run, stream = _start_run(task, target), _open_stream(task, target, counts)
+    _restore(folder, run, stream)
     saved = time.monotonic()
-    while batch := list(islice(stream, course.batch)):
-        course.take(batch)
+    while batch := list(islice(stream, run.new_per_step)):
+        run.train(batch)
         if time.monotonic() - saved >= settings.train.checkpoint_interval:
-            _save(folder, course)
+            _save(folder, run)
             saved = time.monotonic()
-    standing = course.standing()
-    if not standing.seen:
-        told = dict(counts) or "nothing is there"
+    state = run.state()
+    if not state.seen:
         raise UserError(
-            f"no window to learn from between those versions for line {task.plan.span.line}: {told}; --line?"
+            f"no sample of line {task.plan.span.line} between those versions: {dict(counts) or 'no rows'}; see --line"
         )
-    told = standing.model_dump(include=set(Result.model_fields))
-    found = Result(variant=task.variant, counts=dict(counts), **told)
+    figures = state.model_dump(include=set(VariantResult.model_fields))
+    result = VariantResult(variant=task.variant, counts=dict(counts), **figures)
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.write(course.weights(), folder / DRAFT, target.fingerprint)
-    _write(folder / _RESULT, found.model_dump_json())
+    checkpoint.write(run.export_draft(), folder / DRAFT, target.fingerprint)
+    _write(folder / _RESULT, result.model_dump_json())
     shutil.rmtree(folder / _CHECKPOINT, ignore_errors=True)
-    return found
+    return result
 
 
-def _course(task: Task, target: Target) -> Course:
-    """Begins at day 0, as a champion may have learned from that very past; or at the version that is named."""
+def read_samples(
+    tables: DeltaLog, span: TableSpan, max_tokens: int, compute_states: ComputeStates, counts: Counter[str]
+) -> Iterator[Sample]:
+    """Yield the samples of a span in the order of their commits, a few commits in memory at a time.
+
+    Args:
+        tables: The tables to read.
+        span: Versions and rows to read.
+        max_tokens: Length to which samples are split.
+        compute_states: Computes missing features.
+        counts: Counts rows, samples and branches by kind.
+
+    Raises:
+        TableError: the tables cannot be read.
+    """
+    reader = TableReader(tables, span.target, span.line, max_tokens, counts)
+    reader.seek(span.accepted[0], span.rejected[0], ())
+    while reader.cursor < span.accepted[1]:
+        up_to = min(span.accepted[1], reader.cursor + VERSIONS_PER_READ)
+        for entry in reader.read(up_to, span.rejected[1]):
+            has_features = entry.sample.has_features
+            yield entry.sample if has_features else recompute_features(entry.sample, compute_states)
+
+
+def _start_run(task: VariantTask, target: Target) -> PrequentialRun:
+    """Start at day 0, because a champion may have learned from that very traffic, or at a version that is named."""
     train = task.settings.train
     start = DAY_0 if train.warm_start in ("alias", DAY_0) else train.warm_start
-    (begun,) = drafts(task.settings, target, [start])
-    return Course(begun.draft, target.embeddings_VH, train, seed=train.seed, lookahead=task.plan.lookahead)
+    (named,) = load_drafts(task.settings, target, [start])
+    return PrequentialRun(named.draft, target.embeddings_VH, train, seed=train.seed, lookahead=task.plan.lookahead)
 
 
-def _stream(task: Task, target: Target, counts: Counter[str]) -> Iterator[Asked]:
+def _open_stream(task: VariantTask, target: Target, counts: Counter[str]) -> Iterator[Sample]:
     settings = task.settings
-    states = FrozenTarget(Path(settings.target.path), target.day_0.shape.capture_layers).states
-    return windows(DeltaLog(settings.tables), task.plan.span, settings.train.max_sample_tokens, states, counts)
+    frozen = FrozenTarget(Path(settings.target.path), target.day_0.shape.capture_layers)
+    tables, max_tokens = DeltaLog(settings.tables), settings.train.max_sample_tokens
+    return read_samples(tables, task.plan.span, max_tokens, frozen.compute_states, counts)
 
 
-def _restore(folder: Path, course: Course, stream: Iterator[Asked]) -> None:
+def _restore(folder: Path, run: PrequentialRun, stream: Iterator[Sample]) -> None:
     newest = folder / _CHECKPOINT
-    # Of a checkpoint that took the place of another, the one before is there until the new one has the name.
+    # While a checkpoint replaces another one, the old one keeps its suffix until the new one has its name.
     if not newest.exists() and (old := folder / f"{_CHECKPOINT}.old").exists():
         old.rename(newest)
     if newest.exists():
-        standing = Standing.model_validate_json((newest / _STATE).read_text())
-        course.restore(standing, load_file(newest / _TENSORS), stream)
+        state = RunState.model_validate_json((newest / _STATE).read_text())
+        run.restore(state, load_file(newest / _TENSORS), stream)
 
 
-def _save(folder: Path, course: Course) -> None:
-    """Write a checkpoint beside its place, and put it there: one that has its name is whole."""
-    final, old, unfinished = (folder / f"{_CHECKPOINT}{ending}" for ending in ("", ".old", ".part"))
-    for left in (unfinished, old):
-        shutil.rmtree(left, ignore_errors=True)
+def _save(folder: Path, run: PrequentialRun) -> None:
+    """Write a checkpoint under another name and rename it: a checkpoint with the final name is complete."""
+    final, old, unfinished = (folder / f"{_CHECKPOINT}{suffix}" for suffix in ("", ".old", ".part"))
+    for leftover in (unfinished, old):
+        shutil.rmtree(leftover, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    tensors = {name: value.detach().contiguous() for name, value in course.tensors().items()}
+    tensors = {name: value.detach().contiguous() for name, value in run.state_tensors().items()}
     save_file(tensors, unfinished / _TENSORS)
-    (unfinished / _STATE).write_text(course.standing().model_dump_json())
+    (unfinished / _STATE).write_text(run.state().model_dump_json())
     if final.exists():
         final.rename(old)
     unfinished.rename(final)

@@ -1,4 +1,4 @@
-"""The curve of a course over the tokens of traffic, and what it comes to. Pure."""
+"""The learning curve of a prequential run over the tokens of traffic, and its summary figures. Pure."""
 
 from __future__ import annotations
 
@@ -6,65 +6,66 @@ from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
-from trainer.replay.prequential import Point
+from trainer.replay.prequential import BatchScore
 
-OVER = 6_000
-"""Tokens of traffic that a value of a curve is taken over: those up to there."""
+CURVE_WINDOW = 6_000
+"""Tokens of traffic over which a value of a curve is taken."""
 
-FINAL = 10_000
-"""Tokens at the end of a stream that the final accepted tokens per step is taken over."""
+FINAL_TOKENS = 10_000
+"""Tokens at the end of a stream over which the final acceptance is taken."""
 
 
-class Value(NamedTuple):
-    """A value of a curve."""
+class CurveValue(NamedTuple):
+    """A value of a learning curve."""
 
     tokens: int
-    """Of traffic so far, prompts included."""
-    length: float
+    """Tokens of traffic so far, prompts included."""
+    accepted_per_step: float
+    """Accepted tokens per verify step, bonus token excluded."""
 
 
-def curve(points: Sequence[Point], over: int = OVER, domain: str | None = None) -> list[Value]:
-    """Behind every point, the accepted tokens per step over the last ``over`` tokens of traffic, or of one domain
-    among them.
-    """
-    ends = list(accumulate(point.tokens for point in points))
+def learning_curve(
+    scores: Sequence[BatchScore], window: int = CURVE_WINDOW, label: str | None = None
+) -> list[CurveValue]:
+    """Return the accepted tokens per step over the last ``window`` tokens, at every score; of one label if given."""
+    ends = list(accumulate(score.tokens for score in scores))
     values, first = [], 0
     accepted = positions = 0
-    for end, point in zip(ends, points, strict=True):
-        counted = domain is None or point.domain == domain
+    for end, score in zip(ends, scores, strict=True):
+        counted = label is None or score.label == label
         if counted:
-            accepted, positions = accepted + point.accepted, positions + point.positions
-        while ends[first] <= end - over:
-            if domain is None or points[first].domain == domain:
-                accepted, positions = accepted - points[first].accepted, positions - points[first].positions
+            accepted, positions = accepted + score.accepted, positions + score.positions
+        while ends[first] <= end - window:
+            if label is None or scores[first].label == label:
+                accepted, positions = accepted - scores[first].accepted, positions - scores[first].positions
             first += 1
         if counted:
-            values.append(Value(end, accepted / max(positions, 1)))
+            values.append(CurveValue(end, accepted / max(positions, 1)))
     return values
 
 
-def tokens_to(values: Iterable[Value], level: float) -> int | None:
-    """Tokens of traffic until the curve is at a level; None where it never is."""
-    return next((value.tokens for value in values if value.length >= level), None)
+def tokens_to_level(curve: Iterable[CurveValue], level: float) -> int | None:
+    """Return the tokens of traffic until the curve reaches a level; None if it never does."""
+    return next((value.tokens for value in curve if value.accepted_per_step >= level), None)
 
 
-def length(points: Iterable[Point]) -> float:
-    """Accepted tokens per step over all the points."""
-    points = list(points)
-    return sum(point.accepted for point in points) / max(sum(point.positions for point in points), 1)
+def mean_accepted_per_step(scores: Iterable[BatchScore]) -> float:
+    """Return the accepted tokens per step over all scores."""
+    scores = list(scores)
+    return sum(score.accepted for score in scores) / max(sum(score.positions for score in scores), 1)
 
 
-def final(points: Sequence[Point]) -> float:
-    """Accepted tokens per step over the last ``FINAL`` tokens."""
-    return length(last(points, FINAL))
+def final_accepted_per_step(scores: Sequence[BatchScore]) -> float:
+    """Return the accepted tokens per step over the last ``FINAL_TOKENS`` tokens."""
+    return mean_accepted_per_step(last_scores(scores, FINAL_TOKENS))
 
 
-def first(points: Sequence[Point], tokens: int) -> list[Point]:
-    """The points of the first so many tokens."""
-    ends = accumulate(point.tokens for point in points)
-    return [point for end, point in zip(ends, points, strict=True) if end - point.tokens < tokens]
+def first_scores(scores: Sequence[BatchScore], tokens: int) -> list[BatchScore]:
+    """Return the scores of the first so many tokens."""
+    ends = accumulate(score.tokens for score in scores)
+    return [score for end, score in zip(ends, scores, strict=True) if end - score.tokens < tokens]
 
 
-def last(points: Sequence[Point], tokens: int) -> list[Point]:
-    """Those of the last ones, the newest first."""
-    return first(points[::-1], tokens)
+def last_scores(scores: Sequence[BatchScore], tokens: int) -> list[BatchScore]:
+    """Return the scores of the last so many tokens, newest first."""
+    return first_scores(scores[::-1], tokens)

@@ -1,52 +1,46 @@
-"""Requests of the past, put together again from the tables: every token, with its features and what the target said.
+"""Past requests, reassembled from the tables: every token, with its features and the target's distribution.
 
-A window of ``accepted`` ends with its chunk, but the next chunk of its request begins at the very next token. So where
-all chunks of a request are there, joined they are the whole request, and nothing is lost at their borders. Where one is
-missing (shed, a dead letter, a day that was let go), the draft's state behind the gap is not known: such a request is
-left out, and counted.
+A sample of ``accepted`` ends with its chunk, and the next chunk of its request starts at the next token. Where all
+chunks of a request exist, joined they are the whole request, without loss at their borders. Where a chunk is missing
+(dropped, dead-lettered, or expired), the draft's state after the gap is unknown: such a request is skipped and counted.
 
-Requests that began in a span of time are listed from ``traces`` alone; windows are then read for a few of them at a
-time, which bounds memory, by the offsets of their records, which lets the query skip most files.
+The requests of a time span are listed from ``traces`` alone. Samples are then read for a few requests at a time, which
+bounds memory, and by the offsets of their records, which lets the query skip most files.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from pipeline.delta import DeltaLog, Moment, escape_sql
-from trainer.data.rows import ACCEPTED_COLUMNS, window_of
-from trainer.data.samples import Teacher
+from trainer.data.samples import ACCEPTED_COLUMNS, ComputeStates, Row, Teacher, read_sample
 
-PER_READ = 64
-"""Requests whose windows are in memory at a time: with the default features about 0.5 MB each."""
-
-States = Callable[[Tensor], Tensor]
-"""Gives the target's captured states [n, F] in bf16 after each of the first n tokens of a request."""
+REQUESTS_PER_READ = 64
+"""Requests whose samples are in memory at a time; about 0.5 MB each with the default features."""
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
-    """Which requests of the past."""
+class RequestFilter:
+    """Which past requests to read."""
 
     target: str
-    """Fingerprint that answered them."""
+    """Fingerprint of the target that answered them."""
     begin: datetime | None = None
-    """Not before."""
+    """Earliest start, inclusive."""
     end: datetime | None = None
-    """Before."""
+    """Latest start, exclusive."""
     label: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Sampling:
-    """How a request's tokens were drawn."""
+class RequestSampling:
+    """How the tokens of a request were sampled."""
 
     temperature: float
     top_p: float
@@ -54,53 +48,51 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        """Whether the likeliest token was taken."""
+        """Whether the most likely token was always chosen."""
         return self.temperature <= 0
 
 
 @dataclass(frozen=True, slots=True)
-class Listed:
-    """A request as ``traces`` tells of it."""
+class RequestEntry:
+    """A request as listed from ``traces``."""
 
     request: str
-    began: datetime
     label: str | None
-    sampling: Sampling
-    chunks: int
-    whole: bool
-    """Whether its end is there, and no chunk is missing before it."""
+    sampling: RequestSampling
+    complete: bool
+    """Whether the last chunk exists, and all chunks before it."""
     offsets: tuple[int, int]
-    """First and last of its records."""
+    """First and last offset of its records."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Past:
+class PastRequest:
     """A whole request. N tokens, F feature width, k teacher width."""
 
     request: str
     label: str | None
-    sampling: Sampling
+    sampling: RequestSampling
     tokens_N: Tensor
-    """int64: the prompt and the answer."""
+    """int64: prompt and answer."""
     features_NF: Tensor
     """[N - 1, F] bf16: after each token but the last, which the target never consumed."""
     prompt: int
-    """Tokens of the prompt: the first root of a verify step stands there."""
+    """Number of prompt tokens; the root of the first verify step is the token at this index."""
     teacher: Teacher
-    """[N - prompt, k]: what the target said after the last token of the prompt, and after each of the answer's but the
-    last: row i belongs to the token that stands at ``prompt + i``."""
+    """[N - prompt, k]: the target's distributions after the last prompt token and after each answer token but the last.
+    Row i belongs to the token at ``prompt + i``."""
 
 
-def pinned(log: DeltaLog, accepted: int | None = None) -> dict[str, int]:
-    """The states of the tables that are read from now on, whatever is appended meanwhile."""
+def pin_versions(log: DeltaLog, accepted: int | None = None) -> dict[str, int]:
+    """Return the versions of the tables to read, regardless of later commits."""
     return {
         "accepted": log.version("accepted") if accepted is None else accepted,
         "traces": log.version("traces"),
     }
 
 
-def listed(log: DeltaLog, wanted: Wanted, at: Mapping[str, Moment]) -> list[Listed]:
-    """The requests that began in the span, by the time of their first verify step; those of one time by their ids.
+def list_requests(log: DeltaLog, wanted: RequestFilter, at: Mapping[str, Moment]) -> list[RequestEntry]:
+    """List the requests that match the filter, ordered by the time of their first verify step, then by id.
 
     Raises:
         TableError: the tables cannot be read.
@@ -112,104 +104,105 @@ def listed(log: DeltaLog, wanted: Wanted, at: Mapping[str, Moment]) -> list[List
         f"FROM traces WHERE target = '{wanted.target}' GROUP BY request ORDER BY began, request",
         at,
     )
-    return [_listed(row) for batch in rows for row in batch.to_pylist() if _is_wanted(row, wanted)]
+    return [_read_entry(row) for batch in rows for row in batch.to_pylist() if _matches(row, wanted)]
 
 
-def read(
-    log: DeltaLog, chosen: Sequence[Listed], at: Mapping[str, Moment], states: States, counts: Counter[str]
-) -> Iterator[Past]:
-    """The requests in the given order.
+def read_requests(
+    log: DeltaLog,
+    entries: Sequence[RequestEntry],
+    at: Mapping[str, Moment],
+    compute_states: ComputeStates,
+    counts: Counter[str],
+) -> Iterator[PastRequest]:
+    """Yield the requests in the given order.
 
     Args:
-        log: Where the tables are.
-        chosen: The requests, as ``listed`` gives them.
-        at: The states of the tables.
-        states: Gives the features that did not travel.
-        counts: Takes what became of the requests: ``requests``, ``incomplete``, ``recomputed``.
+        log: The tables to read.
+        entries: The requests, as ``list_requests`` returns them.
+        at: Versions of the tables.
+        compute_states: Computes missing features.
+        counts: Counts requests by outcome: ``requests``, ``incomplete``, ``recomputed``.
 
     Raises:
         TableError: the tables cannot be read.
     """
-    whole = [one for one in chosen if one.whole]
-    counts["incomplete"] += len(chosen) - len(whole)
-    for start in range(0, len(whole), PER_READ):
-        some = whole[start : start + PER_READ]
-        windows = _windows(log, some, at)
-        for one in some:
-            past = join(one, windows.get(one.request, []), states, counts)
+    complete = [entry for entry in entries if entry.complete]
+    counts["incomplete"] += len(entries) - len(complete)
+    for start in range(0, len(complete), REQUESTS_PER_READ):
+        group = complete[start : start + REQUESTS_PER_READ]
+        rows = _read_rows(log, group, at)
+        for entry in group:
+            past = join_chunks(entry, rows.get(entry.request, []), compute_states, counts)
             counts["incomplete" if past is None else "requests"] += 1
             if past is not None:
                 yield past
 
 
-def join(
-    one: Listed, rows: Sequence[Mapping[str, Any]], states: States, counts: Counter[str] | None = None
-) -> Past | None:
-    """A request from the rows of its windows, in the order of their chunks; None where they leave a gap.
+def join_chunks(
+    entry: RequestEntry, rows: Sequence[Row], compute_states: ComputeStates, counts: Counter[str]
+) -> PastRequest | None:
+    """Join the rows of a request, in the order of its chunks; None if they leave a gap.
 
-    A window that was sent without features begins with the request each time: what it repeats is passed over.
+    A sample that was sent without features starts with the request each time; its repeated tokens are skipped.
     """
     tokens: list[Tensor] = []
     features: list[Tensor] = []
     teachers: list[Teacher] = []
     length, prompt, last = 0, None, None
     for row in rows:
-        window = window_of(row, [])
+        sample = read_sample(row, [])
         new = length - row["position"]
-        if not 0 <= new <= len(window) or (row["position"] and not len(window.features)):
+        if not 0 <= new <= len(sample) or (row["position"] and not len(sample.features)):
             return None
-        fresh = window.known[new:]
-        if prompt is None and bool(fresh.any()):
-            prompt = length + int(fresh.nonzero()[0]) + 1
-        tokens.append(window.tokens[new:])
-        features.append(window.features[new:])
-        teachers.append(window.teacher[len(window.teacher.ids) - int(fresh.sum()) :])
-        length, last = length + len(window) - new, window.next_token
+        known = sample.known[new:]
+        if prompt is None and bool(known.any()):
+            prompt = length + int(known.nonzero()[0]) + 1
+        tokens.append(sample.tokens[new:])
+        features.append(sample.features[new:])
+        teachers.append(sample.teacher[len(sample.teacher.ids) - int(known.sum()) :])
+        length, last = length + len(sample) - new, sample.next_token
     if prompt is None or last is None:
         return None
     tokens_N = torch.cat([*tokens, torch.tensor([last])])
     features_NF = torch.cat(features)
     if len(features_NF) < length:
-        features_NF = states(tokens_N[:-1])
-        if counts is not None:
-            counts["recomputed"] += 1
+        features_NF = compute_states(tokens_N[:-1])
+        counts["recomputed"] += 1
     width = min(teacher.ids.shape[1] for teacher in teachers)
     teacher = Teacher(*(torch.cat([getattr(t, name)[:, :width] for t in teachers]) for name in ("ids", "logprobs")))
     if len(teacher.ids) != len(tokens_N) - prompt:
         return None
-    return Past(one.request, one.label, one.sampling, tokens_N, features_NF, prompt, teacher)
+    return PastRequest(entry.request, entry.label, entry.sampling, tokens_N, features_NF, prompt, teacher)
 
 
-def _windows(log: DeltaLog, some: Sequence[Listed], at: Mapping[str, Moment]) -> dict[str, list[dict[str, Any]]]:
-    """Rows of ``accepted`` by request, in the order of their chunks."""
-    names = ", ".join(f"'{escape_sql(one.request)}'" for one in some)
-    first, last = min(one.offsets[0] for one in some), max(one.offsets[1] for one in some)
+def _read_rows(log: DeltaLog, entries: Sequence[RequestEntry], at: Mapping[str, Moment]) -> dict[str, list[Row]]:
+    """Return rows of ``accepted`` by request, in the order of their chunks."""
+    names = ", ".join(f"'{escape_sql(entry.request)}'" for entry in entries)
+    first, last = min(entry.offsets[0] for entry in entries), max(entry.offsets[1] for entry in entries)
     columns = ", ".join(f'"{column}"' for column in ("chunk", *ACCEPTED_COLUMNS))
-    rows = log.query(
+    batches = log.query(
         f'SELECT {columns} FROM accepted WHERE "offset" >= {first} AND "offset" <= {last} '  # noqa: S608
         f"AND request IN ({names}) ORDER BY request, chunk",
         {"accepted": at["accepted"]},
     )
-    found: dict[str, list[dict[str, Any]]] = {}
-    for batch in rows:
+    rows: dict[str, list[Row]] = {}
+    for batch in batches:
         for row in batch.to_pylist():
-            found.setdefault(row["request"], []).append(row)
-    return found
+            rows.setdefault(row["request"], []).append(row)
+    return rows
 
 
-def _listed(row: Mapping[str, Any]) -> Listed:
-    return Listed(
+def _read_entry(row: Row) -> RequestEntry:
+    return RequestEntry(
         request=row["request"],
-        began=row["began"],
         label=row["label"],
-        sampling=Sampling(row["temperature"], row["top_p"], row["top_k"]),
-        chunks=row["chunks"],
-        whole=row["ended"] and row["chunks"] == row["last"] + 1,
+        sampling=RequestSampling(row["temperature"], row["top_p"], row["top_k"]),
+        complete=row["ended"] and row["chunks"] == row["last"] + 1,
         offsets=(row["first_offset"], row["last_offset"]),
     )
 
 
-def _is_wanted(row: Mapping[str, Any], wanted: Wanted) -> bool:
+def _matches(row: Row, wanted: RequestFilter) -> bool:
     began = row["began"] if row["began"].tzinfo else row["began"].replace(tzinfo=UTC)
     return (
         (wanted.begin is None or began >= wanted.begin)

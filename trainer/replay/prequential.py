@@ -1,10 +1,8 @@
-"""Learning from a stream of the past: every batch of windows is scored before it is learned from (prequential).
+"""Prequential learning: score every batch of a stream of samples before training on it.
 
-The score is the accepted tokens per step that greedy chains would have had
-(``trainer.objective.simulated_acceptance``): joint,
-over all positions, the
-bonus token excluded. Replayed windows come from the batches before, as the trainer's feed draws them. Of a stream all
-is learned from: what comes next is what the draft is held to, so nothing need be held out.
+The score is the acceptance of simulated greedy chains (``trainer.objective.simulated_acceptance``) over all positions,
+bonus token excluded. Replayed samples come from earlier batches, from the replay buffer that the trainer uses. Nothing
+is held out: the draft is scored on what comes next.
 """
 
 from __future__ import annotations
@@ -12,7 +10,6 @@ from __future__ import annotations
 import copy
 import random
 import time
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -22,110 +19,56 @@ from torch import Tensor
 
 from schemas.settings import Train
 from schemas.speculator.network import EagleDraft
-from trainer.data import replay_sampler
-from trainer.data.samples import Branch, Window, collate, cut
+from trainer.data.batch import collate
+from trainer.data.replay_buffer import ReplayBuffer, ReplayEntry
+from trainer.data.samples import UNLABELLED, Branch, Sample, split_sample
 from trainer.loop.learner import Learner
-from trainer.objective.simulated_acceptance import simulated_accepted_per_step
+from trainer.objective.simulated_acceptance import simulate_batch
 
-Key = tuple[int, int]
-"""Number of a request in the stream, and of the piece of its window."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Asked:
-    """A window of the stream, and the traffic that it belongs to."""
-
-    domain: str
-    window: Window
-
-    @property
-    def tokens(self) -> int:
-        """Committed tokens, prompt and answer."""
-        return len(self.window) + (self.window.next_token is not None)
-
-    @property
-    def answered(self) -> int:
-        """Tokens of the answer: each one was chosen from a distribution that is known."""
-        return int(self.window.known.sum())
+StreamKey = tuple[int, int]
+"""Number of a sample in the stream, and of its piece."""
 
 
-class Point(NamedTuple):
-    """The score of one domain's requests of one batch, before they were learned from."""
+class BatchScore(NamedTuple):
+    """The score of one label's samples of one batch, before they were trained on."""
 
-    domain: str
+    label: str
     tokens: int
-    """Committed tokens of the requests, prompts included."""
+    """Committed tokens of the samples, prompts included."""
     answered: int
-    """Those of them that the target answered."""
+    """Answer tokens among them."""
     accepted: int
     positions: int
     static_accepted: int | None
-    """The same by the draft that was frozen on the way; None before that, and where none is."""
+    """Accepted tokens of the frozen draft; None where there is none."""
 
 
-class Standing(BaseModel):
-    """Where a course stands, apart from tensors; with them and the stream it goes on as if it had never stopped."""
+class RunState(BaseModel):
+    """The state of a run, without tensors; with them and the stream the run resumes exactly."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     seen: int
-    """Windows of the stream that were learned from."""
+    """Number of samples of the stream that were trained on."""
     steps: int
-    points: tuple[Point, ...]
+    scores: tuple[BatchScore, ...]
     losses: tuple[float, ...]
-    """Of the accepted term, by step."""
+    """Loss of the accepted term, by step."""
     trained_tokens: int
-    """Tokens of all windows that were learned from, replayed ones each time."""
+    """Tokens of all samples that were trained on, counted at each replay too."""
     training_s: float
     scoring_s: float
-    history: tuple[tuple[Key, int], ...]
-    """With the passes made over each."""
+    replay_buffer: tuple[tuple[StreamKey, int], ...]
+    """With the epochs of each."""
     random: tuple[int, tuple[int, ...], float | None]
 
 
-@dataclass(slots=True)
-class _Passed:
-    key: Key
-    domain: str
-    window: Window
-    passes: int = 1
+@dataclass(slots=True, kw_only=True)
+class _StreamEntry(ReplayEntry):
+    key: StreamKey
 
 
-class History:
-    """Windows that were learned from, to learn from again; drawn as the trainer's feed draws them."""
-
-    def __init__(self, train: Train, seed: int) -> None:
-        self._passed: deque[_Passed] = deque(maxlen=train.replay_buffer_size)
-        self._train = train
-        self._random = random.Random(seed)  # noqa: S311
-
-    def draw(self, number: int) -> list[Window]:
-        """So many windows, or as many as there are that may be passed over again."""
-        newest, most = len(self._passed) - 1, self._train.max_epochs
-        rested = [(newest - i, passed) for i, passed in enumerate(self._passed) if passed.passes < most]
-        ages, domains = [age for age, _ in rested], [passed.domain for _, passed in rested]
-        odds = replay_sampler.log_odds(ages, domains, self._train.replay_half_life, self._train.label_balance)
-        drawn = [rested[i][1] for i in replay_sampler.draw(self._random, odds, number)]
-        for passed in drawn:
-            passed.passes += 1
-        return [passed.window for passed in drawn]
-
-    def add(self, key: Key, domain: str, window: Window, passes: int = 1) -> None:
-        """Take a window in that is learned from for the first time, or that was passed over so often."""
-        self._passed.append(_Passed(key, domain, window, passes))
-
-    @property
-    def passes(self) -> tuple[tuple[Key, int], ...]:
-        """Every window by its key, with the passes made over it; the oldest one first."""
-        return tuple((passed.key, passed.passes) for passed in self._passed)
-
-    @property
-    def random(self) -> random.Random:
-        """What windows are drawn with."""
-        return self._random
-
-
-class Course:
+class PrequentialRun:
     """A draft that learns from a stream, batch by batch."""
 
     def __init__(
@@ -138,120 +81,115 @@ class Course:
         lookahead: int,
         branch_nodes: int | None = None,
     ) -> None:
-        """Begin with a draft.
+        """Start with a draft.
 
         Args:
-            draft: Its weights change.
-            embeddings_VH: The target's.
-            train: How to learn.
-            seed: Of what is replayed.
-            lookahead: Length of the chains that are scored.
-            branch_nodes: Rejected branches are cut to so many tokens; None leaves them whole.
+            draft: Its weights are trained.
+            embeddings_VH: The target's token embeddings. V target vocabulary, H hidden size.
+            train: Settings of the training.
+            seed: Seed of the replay buffer.
+            lookahead: Length of the scored chains.
+            branch_nodes: Maximum length of rejected branches; None keeps them whole.
         """
-        self.batch = train.batch_size - train.replay_batch_size
-        """Windows of the stream in a batch."""
+        self.new_per_step = train.batch_size - train.replay_batch_size
+        """Samples of the stream in a batch."""
         self.static: EagleDraft | None = None
-        """A frozen draft that is scored beside."""
+        """A frozen draft that is scored too."""
         self._train, self._lookahead, self._branch_nodes = train, lookahead, branch_nodes
-        self._embeddings = embeddings_VH
+        self._embeddings_VH = embeddings_VH
         self._learner = Learner(draft, embeddings_VH, train)
-        self._history = History(train, seed)
-        self._points: list[Point] = []
+        self._random = random.Random(seed)  # noqa: S311
+        self._replay_buffer: ReplayBuffer[_StreamEntry] = ReplayBuffer(train, self._random)
+        self._scores: list[BatchScore] = []
         self._losses: list[float] = []
         self._seen = self._trained_tokens = 0
         self._training_s = self._scoring_s = 0.0
 
     def freeze(self) -> None:
-        """Score the draft of now beside the one that learns on."""
-        self.static = copy.deepcopy(self._learner.weights())
+        """Score a copy of the current draft beside the one in training."""
+        self.static = copy.deepcopy(self._learner.export_draft())
 
-    def take(self, batch: Sequence[Asked]) -> None:
-        """Score the next windows of the stream, then learn from them."""
+    def train(self, batch: Sequence[Sample]) -> None:
+        """Score the next samples of the stream, then train on them."""
         started = time.perf_counter()
-        self._points += self._scores(batch)
+        self._scores += self._score(batch)
         scored = time.perf_counter()
-        self._losses.append(self._learn(batch))
+        self._losses.append(self._train_step(batch))
         self._seen += len(batch)
-        self._training_s += time.perf_counter() - scored
         self._scoring_s += scored - started
+        self._training_s += time.perf_counter() - scored
 
-    def standing(self) -> Standing:
-        """Where the course stands now."""
-        return Standing(
+    def state(self) -> RunState:
+        """Return the current state."""
+        return RunState(
             seen=self._seen,
             steps=self._learner.steps,
-            points=tuple(self._points),
+            scores=tuple(self._scores),
             losses=tuple(self._losses),
             trained_tokens=self._trained_tokens,
             training_s=round(self._training_s, 2),
             scoring_s=round(self._scoring_s, 2),
-            history=self._history.passes,
-            random=self._history.random.getstate(),
+            replay_buffer=tuple((entry.key, entry.epochs) for entry in self._replay_buffer),
+            random=self._random.getstate(),
         )
 
-    def weights(self) -> EagleDraft:
-        """What would be served now."""
-        return self._learner.weights()
+    def export_draft(self) -> EagleDraft:
+        """Return the draft that would be served now."""
+        return self._learner.export_draft()
 
-    def tensors(self) -> dict[str, Tensor]:
-        """What ``restore`` needs beside the standing."""
-        return self._learner.tensors()
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Return the tensors that ``restore`` needs beside the state."""
+        return self._learner.state_tensors()
 
-    def restore(self, standing: Standing, tensors: Mapping[str, Tensor], stream: Iterator[Asked]) -> None:
-        """Stand where a course of the same settings stood; takes what it had seen from the stream."""
-        passes: dict[int, list[tuple[int, int]]] = {}
-        for (number, piece), made in standing.history:
-            passes.setdefault(number, []).append((piece, made))
-        for number, asked in zip(range(standing.seen), stream, strict=False):
-            pieces = self._pieces(asked) if number in passes else []
-            for piece, made in passes.get(number, []):
-                self._history.add((number, piece), asked.domain, pieces[piece], made)
-        self._history.random.setstate(standing.random)
-        self._learner.restore(tensors, standing.steps)
-        self._points, self._losses = list(standing.points), list(standing.losses)
-        self._seen, self._trained_tokens = standing.seen, standing.trained_tokens
-        self._training_s, self._scoring_s = standing.training_s, standing.scoring_s
+    def restore(self, state: RunState, tensors: Mapping[str, Tensor], stream: Iterator[Sample]) -> None:
+        """Restore a run with the same settings; consume the samples that it had seen from the stream."""
+        epochs: dict[int, list[tuple[int, int]]] = {}
+        for (number, piece), count in state.replay_buffer:
+            epochs.setdefault(number, []).append((piece, count))
+        for number, sample in zip(range(state.seen), stream, strict=False):
+            pieces = self._split(sample) if number in epochs else []
+            for piece, count in epochs.get(number, []):
+                self._replay_buffer.add(_StreamEntry(sample=pieces[piece], epochs=count, key=(number, piece)))
+        self._random.setstate(state.random)
+        self._learner.restore(tensors, state.steps)
+        self._scores, self._losses = list(state.scores), list(state.losses)
+        self._seen, self._trained_tokens = state.seen, state.trained_tokens
+        self._training_s, self._scoring_s = state.training_s, state.scoring_s
 
-    def _scores(self, batch: Sequence[Asked]) -> Iterator[Point]:
-        draft = self._learner.weights()
-        by_domain: dict[str, list[Asked]] = {}
-        for one in batch:
-            by_domain.setdefault(one.domain, []).append(one)
-        for domain, asked in by_domain.items():
-            together = collate([replace(one.window, branches=()) for one in asked]).to(self._embeddings.device)
-            found = simulated_accepted_per_step(draft, self._embeddings, together, self._lookahead)
+    def _score(self, batch: Sequence[Sample]) -> Iterator[BatchScore]:
+        draft = self._learner.export_draft()
+        by_label: dict[str, list[Sample]] = {}
+        for sample in batch:
+            by_label.setdefault(sample.label or UNLABELLED, []).append(sample)
+        for label, samples in by_label.items():
+            collated = collate([replace(s, branches=()) for s in samples]).to(self._embeddings_VH.device)
+            found = simulate_batch(draft, self._embeddings_VH, collated, self._lookahead)
             static = None
             if self.static is not None:
-                static = simulated_accepted_per_step(self.static, self._embeddings, together, self._lookahead).tokens
-            yield Point(
-                domain,
-                sum(one.tokens for one in asked),
-                sum(one.answered for one in asked),
-                found.tokens,
-                found.positions,
-                static,
-            )
+                static = simulate_batch(self.static, self._embeddings_VH, collated, self._lookahead).tokens
+            tokens, answered = sum(s.committed for s in samples), sum(s.answered for s in samples)
+            yield BatchScore(label, tokens, answered, found.tokens, found.positions, static)
 
-    def _learn(self, batch: Sequence[Asked]) -> float:
+    def _train_step(self, batch: Sequence[Sample]) -> float:
         new = [
-            ((self._seen + i, j), asked.domain, piece)
-            for i, asked in enumerate(batch)
-            for j, piece in enumerate(self._pieces(asked))
+            _StreamEntry(sample=piece, epochs=1, key=(self._seen + i, j))
+            for i, sample in enumerate(batch)
+            for j, piece in enumerate(self._split(sample))
         ]
-        windows = [*(piece for _, _, piece in new), *self._history.draw(self._train.replay_batch_size)]
-        for key, domain, piece in new:
-            self._history.add(key, domain, piece)
-        self._trained_tokens += sum(map(len, windows))
-        return round(self._learner.step(collate(windows)).accepted, 4)
+        samples = [entry.sample for entry in [*new, *self._replay_buffer.draw(self._train.replay_batch_size)]]
+        for entry in new:
+            self._replay_buffer.add(entry)
+        self._trained_tokens += sum(map(len, samples))
+        return round(self._learner.step(collate(samples)).accepted, 4)
 
-    def _pieces(self, asked: Asked) -> list[Window]:
-        pieces, nodes = cut(asked.window, self._train.max_sample_tokens), self._branch_nodes
+    def _split(self, sample: Sample) -> list[Sample]:
+        pieces, nodes = split_sample(sample, self._train.max_sample_tokens), self._branch_nodes
         return pieces if nodes is None else [cut_branches(piece, nodes) for piece in pieces]
 
 
-def cut_branches(window: Window, nodes: int) -> Window:
-    """The window as if no more than ``nodes`` tokens had been drafted: what was rejected later was not drafted."""
-    return replace(window, branches=tuple(_cut(b, nodes) for b in window.branches if b.accepted_prefix < nodes))
+def cut_branches(sample: Sample, nodes: int) -> Sample:
+    """Return the sample as if at most ``nodes`` tokens had been drafted; branches rejected later are dropped."""
+    return replace(sample, branches=tuple(_cut(b, nodes) for b in sample.branches if b.accepted_prefix < nodes))
 
 
 def _cut(branch: Branch, nodes: int) -> Branch:

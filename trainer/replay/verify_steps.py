@@ -1,16 +1,12 @@
-"""The verify steps that serving would run along tokens that are known: how many, and what of their drafts is kept.
+"""The verify steps that serving would run along known tokens: their number, and how many draft tokens they accept.
 
-Where a verify step begins depends on what the verify steps before it kept, so the accepted tokens per step of
-serving is no mean over all
-positions. For a greedy request the verify steps follow from the tokens. For a sampled one each drafted token was
-kept with a
-chance: then the verify steps are all that may have been, each with its probability, and the figures are what is
-expected
-*given the tokens*: the chance that a verify step begins at a position is the sum, over the positions before, of the
-chance
-that a verify step began there and ended here.
+Where a verify step starts depends on what the steps before it accepted, so serving's accepted tokens per step is not a
+mean over all positions. For a greedy request the steps follow from the tokens. For a sampled one each draft token is
+accepted with a probability: then all possible steps count with their probability, and the figures are expectations
+*given the tokens*. The probability that a step starts at a position is the sum, over earlier positions, of the
+probability that a step started there and ended here.
 
-Shapes: R positions from which a verify step may begin, K longest draft.
+Shapes: R positions at which a verify step may start, K longest draft.
 """
 
 from __future__ import annotations
@@ -24,53 +20,52 @@ F64 = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
-class VerifySteps:
-    """What the verify steps of a request come to; whole numbers where nothing was left to chance."""
+class ExpectedSteps:
+    """The expected verify steps of a request; whole numbers for a greedy one."""
 
     verify_steps: float
     accepted: float
-    tried_K: tuple[float, ...]
-    """By depth from 1, verify steps whose draft could be kept so deep."""
-    kept_K: tuple[float, ...]
-    """Of those, the ones in which it was."""
-    everywhere_accepted: float
-    """The same chains from all positions that have K tokens behind them, as
-    ``trainer.objective.simulated_acceptance`` looks at them.
+    possible_K: tuple[float, ...]
+    """By depth from 1, verify steps that could accept a token of that depth."""
+    accepted_K: tuple[float, ...]
+    """By depth from 1, verify steps that did."""
+    all_positions_accepted: float
+    """Accepted tokens of the same chains from all positions with K later tokens, as
+    ``trainer.objective.simulated_acceptance`` counts them.
     """
-    everywhere: int
+    all_positions: int
 
 
-def run(chance_RK: F64) -> VerifySteps:
+def expect_steps(probs_RK: F64) -> ExpectedSteps:
     """Walk from the first position to the end of the request.
 
-    The request's last token ends its last verify step as the bonus, so a verify step keeps one token less than are
-    left at most.
+    The request's last token is the bonus of its last verify step, so a step accepts at most one token less than remain.
 
     Args:
-        chance_RK: From the root at each position but the last, the first one that of the first token of the answer:
-            the chance that a draft's token of depth 1, 2, .. is kept, given that those before it are; 0 past the end.
+        probs_RK: Probability that the draft token of depth 1, 2, .. is accepted, given that the ones before it are,
+            from the root at each position but the last; 0 past the end. The first root is the first answer token.
     """
-    positions, longest = chance_RK.shape
-    reach_RK = chance_RK.cumprod(axis=1)
-    begins = np.zeros(positions + 1)
-    begins[0] = 1.0
-    kept, tried = np.zeros(longest), np.zeros(longest)
+    positions, longest = probs_RK.shape
+    reach_RK = probs_RK.cumprod(axis=1)
+    starts = np.zeros(positions + 1)
+    starts[0] = 1.0
+    accepted_K, possible_K = np.zeros(longest), np.zeros(longest)
     for root in range(positions):
-        if not begins[root]:
+        if not starts[root]:
             continue
         most = min(longest, positions - 1 - root)
         reach = reach_RK[root, :most]
-        tried[:most] += begins[root]
-        kept[:most] += begins[root] * reach
-        # The chance of 0, 1, .. most tokens and no more.
+        possible_K[:most] += starts[root]
+        accepted_K[:most] += starts[root] * reach
+        # Probabilities of accepting exactly 0, 1, .. most tokens.
         exactly = np.append(1.0, reach) - np.append(reach, 0.0)
-        begins[root + 1 : root + 2 + most] += begins[root] * exactly
-    everywhere = max(positions - longest + 1, 0)
-    return VerifySteps(
-        verify_steps=float(begins[:positions].sum()),
-        accepted=float(kept.sum()),
-        tried_K=tuple(tried.tolist()),
-        kept_K=tuple(kept.tolist()),
-        everywhere_accepted=float(reach_RK[:everywhere].sum()),
-        everywhere=everywhere,
+        starts[root + 1 : root + 2 + most] += starts[root] * exactly
+    all_positions = max(positions - longest + 1, 0)
+    return ExpectedSteps(
+        verify_steps=float(starts[:positions].sum()),
+        accepted=float(accepted_K.sum()),
+        possible_K=tuple(possible_K.tolist()),
+        accepted_K=tuple(accepted_K.tolist()),
+        all_positions_accepted=float(reach_RK[:all_positions].sum()),
+        all_positions=all_positions,
     )

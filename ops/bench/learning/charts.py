@@ -15,7 +15,7 @@ from ops.bench.learning.study import VariantRuns as Runs
 from ops.bench.learning.trials import TrialResult as Learned
 from ops.report.acceptance_curves import HEIGHT_IN, axes_of, lines, name_axes
 from ops.report.canvas import FAINT, LEVEL, Span, figure_of, nothing, shade, style, svg
-from trainer.replay.learning_curve import Value, curve
+from trainer.replay.learning_curve import CurveValue, learning_curve
 
 _GRID_POINTS = 160
 
@@ -24,7 +24,7 @@ def base_chart(mixed: Runs) -> str:
     """The base on the mixed stream: each seed faint, their mean strong, and the goal."""
     with mpl.rc_context(style("base")):
         figure, axes = figure_of(HEIGHT_IN)
-        curves = [curve(learned.points) for learned in mixed.seeds]
+        curves = [learning_curve(learned.scores) for learned in mixed.seeds]
         for values in curves:
             axes.plot(*axes_of(values), color=FAINT, linewidth=1.4)
         lines(axes, {"mean": mean_of(curves)})
@@ -42,9 +42,9 @@ def domains_chart(mixed: Runs) -> str:
         lines(
             axes,
             {
-                domain: mean_of([curve(learned.points, OVER_BY_DOMAIN, domain) for learned in mixed.seeds])
+                domain: mean_of([learning_curve(learned.scores, OVER_BY_DOMAIN, domain) for learned in mixed.seeds])
                 for domain in prompts.DOMAINS
-                if all(any(point.domain == domain for point in learned.points) for learned in mixed.seeds)
+                if all(any(point.label == domain for point in learned.scores) for learned in mixed.seeds)
             },
         )
         name_axes(axes)
@@ -57,8 +57,8 @@ def shifts_chart(learned: Learned | None) -> str:
         figure, axes = figure_of(HEIGHT_IN)
         if learned is None:
             return nothing(figure, axes, "no ordered stream was run")
-        drawn = {"learns": curve(learned.points)}
-        if static := static_curve(learned.points):
+        drawn = {"learns": learning_curve(learned.scores)}
+        if static := static_curve(learned.scores):
             drawn["frozen"] = static
         lines(axes, drawn)
         shade(axes, stretches(learned))
@@ -70,22 +70,22 @@ def question_chart(name: str, runs: Sequence[Runs]) -> str:
     """The variants of one question; means over the seeds."""
     with mpl.rc_context(style(name)):
         figure, axes = figure_of(HEIGHT_IN)
-        lines(axes, {r.variant.name: mean_of([curve(learned.points) for learned in r.seeds]) for r in runs})
+        lines(axes, {r.variant.name: mean_of([learning_curve(learned.scores) for learned in r.seeds]) for r in runs})
         name_axes(axes)
         return svg(figure)
 
 
-def mean_of(curves: Sequence[Sequence[Value]]) -> list[Value]:
+def mean_of(curves: Sequence[Sequence[CurveValue]]) -> list[CurveValue]:
     """The mean of curves whose values stand at different tokens, over what all of them cover."""
     start = max(values[0].tokens for values in curves)
     end = min(values[-1].tokens for values in curves)
     grid = np.linspace(start, max(start, end), _GRID_POINTS)
     lengths = np.mean([np.interp(grid, *axes_of(values)) for values in curves], axis=0)
-    return [Value(int(tokens), float(length)) for tokens, length in zip(grid, lengths, strict=True)]
+    return [CurveValue(int(tokens), float(length)) for tokens, length in zip(grid, lengths, strict=True)]
 
 
 def stretches(learned: Learned) -> list[Span]:
     """Where each domain of an ordered stream lies."""
-    sizes = [(d, sum(p.tokens for p in group)) for d, group in groupby(learned.points, key=lambda point: point.domain)]
+    sizes = [(d, sum(p.tokens for p in group)) for d, group in groupby(learned.scores, key=lambda point: point.label)]
     ends = accumulate(size for _, size in sizes)
     return [Span(end - size, end, domain) for (domain, size), end in zip(sizes, ends, strict=True)]

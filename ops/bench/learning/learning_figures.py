@@ -8,8 +8,16 @@ from itertools import accumulate, groupby, pairwise
 from statistics import fmean, median, stdev
 from typing import Any, NamedTuple
 
-from trainer.replay.learning_curve import OVER, Value, curve, first, last, length, tokens_to
-from trainer.replay.prequential import Point
+from trainer.replay.learning_curve import (
+    CURVE_WINDOW,
+    CurveValue,
+    first_scores,
+    last_scores,
+    learning_curve,
+    mean_accepted_per_step,
+    tokens_to_level,
+)
+from trainer.replay.prequential import BatchScore
 
 OVER_BY_DOMAIN = 16_000
 """Tokens that a value of the curve of one domain of a mixed stream covers, of which the domain is a fourth."""
@@ -31,13 +39,13 @@ class Shift:
     domain: str
     """The new domain."""
     before: float
-    """Over the last ``OVER`` tokens of the domain before."""
+    """Over the last ``CURVE_WINDOW`` tokens of the domain before."""
     after: float
     """Over the first ``AFTER_SHIFT`` tokens of the new domain."""
     recovered_after: int | None
     """Tokens of the new domain until its last ``AFTER_SHIFT`` tokens are at ``RECOVERED`` of the level before."""
     settled_after: int | None
-    """The same, for the level of the last ``OVER`` tokens of the new domain."""
+    """The same, for the level of the last ``CURVE_WINDOW`` tokens of the new domain."""
     over_static: float
     """Tokens per verify step, bonus token included, over those of the frozen draft, over the new domain."""
 
@@ -53,28 +61,31 @@ class Shift:
         return {"domain": self.domain, **levels, **reached}
 
 
-def find_shifts(points: Sequence[Point]) -> list[Shift]:
+def find_shifts(points: Sequence[BatchScore]) -> list[Shift]:
     """Return every change of domain of an ordered stream."""
-    by_domain = [(domain, list(group)) for domain, group in groupby(points, key=lambda point: point.domain)]
+    by_domain = [(domain, list(group)) for domain, group in groupby(points, key=lambda point: point.label)]
     shifts = []
     for (_, ended), (domain, started) in pairwise(by_domain):
-        before, own = length(last(ended, OVER)), length(last(started, OVER))
+        before, own = (
+            mean_accepted_per_step(last_scores(ended, CURVE_WINDOW)),
+            mean_accepted_per_step(last_scores(started, CURVE_WINDOW)),
+        )
         # The first values cover too few tokens: the curve counts from where it covers as many as all later ones.
-        rolling = [value for value in curve(started, AFTER_SHIFT) if value.tokens >= AFTER_SHIFT]
+        rolling = [value for value in learning_curve(started, AFTER_SHIFT) if value.tokens >= AFTER_SHIFT]
         shifts.append(
             Shift(
                 domain,
                 before,
-                after=length(first(started, AFTER_SHIFT)),
-                recovered_after=tokens_to(rolling, RECOVERED * before),
-                settled_after=tokens_to(rolling, RECOVERED * own),
+                after=mean_accepted_per_step(first_scores(started, AFTER_SHIFT)),
+                recovered_after=tokens_to_level(rolling, RECOVERED * before),
+                settled_after=tokens_to_level(rolling, RECOVERED * own),
                 over_static=ratio_to_static(started),
             )
         )
     return shifts
 
 
-def ratio_to_static(points: Iterable[Point]) -> float:
+def ratio_to_static(points: Iterable[BatchScore]) -> float:
     """Return the tokens per verify step over those of the frozen draft, where both are simulated."""
     both = [point for point in points if point.static_accepted is not None]
     positions = sum(point.positions for point in both)
@@ -82,20 +93,20 @@ def ratio_to_static(points: Iterable[Point]) -> float:
     return (positions + sum(point.accepted for point in both)) / max(positions + static, 1)
 
 
-def static_curve(points: Sequence[Point], over: int = OVER) -> list[Value]:
+def static_curve(points: Sequence[BatchScore], window: int = CURVE_WINDOW) -> list[CurveValue]:
     """Return the curve of the frozen draft, from its first simulation."""
     start = next((i for i, point in enumerate(points) if point.static_accepted is not None), len(points))
     offset = sum(point.tokens for point in points[:start])
     frozen = [point._replace(accepted=point.static_accepted or 0) for point in points[start:]]
-    return [Value(offset + value.tokens, value.length) for value in curve(frozen, over)]
+    return [CurveValue(offset + value.tokens, value.accepted_per_step) for value in learning_curve(frozen, window)]
 
 
-def level_at(values: Iterable[Value], tokens: int) -> float | None:
+def level_at(values: Iterable[CurveValue], tokens: int) -> float | None:
     """Return the value of a curve at so many tokens; None if the stream ends before."""
-    return next((value.length for value in values if value.tokens >= tokens), None)
+    return next((value.accepted_per_step for value in values if value.tokens >= tokens), None)
 
 
-def count_output_tokens(points: Iterable[Point], tokens: int) -> int:
+def count_output_tokens(points: Iterable[BatchScore], tokens: int) -> int:
     """Count the output tokens among the first so many tokens of traffic; the others are prompts."""
     points = list(points)
     ends = accumulate(point.tokens for point in points)

@@ -13,7 +13,7 @@ from ops.bench.learning.learning_figures import LEVELS, SeedInterval, median_rea
 from ops.bench.learning.study import Study, VariantComparison, VariantRuns
 from ops.report.demo_page import STYLE
 from schemas.build_info import code_revision
-from trainer.replay.learning_curve import OVER
+from trainer.replay.learning_curve import CURVE_WINDOW
 
 _TEMPLATE = Path(__file__).with_name("page.html")
 
@@ -28,7 +28,7 @@ def render_page(study: Study) -> str:
         style=STYLE,
         subtitle=escape(_subtitle(study, mixed)),
         headline="".join(_figure(value, name) for value, name in _headline(mixed, ordered)),
-        over=f"{OVER:,}",
+        over=f"{CURVE_WINDOW:,}",
         base=base_chart(mixed),
         domains=domains_chart(mixed),
         shifts=shifts_chart(ordered.seeds[0] if ordered else None),

@@ -14,7 +14,7 @@ import json
 import random
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ops.bench import prompts, recording
@@ -27,10 +27,11 @@ from schemas.settings import Settings
 from schemas.speculator.checkpoint import target_fingerprint
 from serving.engines.base import Request
 from serving.engines.builtin.engine import BuiltinEngine
-from trainer.data.samples import Window, collate, cut
+from trainer.data.batch import collate
+from trainer.data.replay_buffer import ReplayBuffer, ReplayEntry
+from trainer.data.samples import Sample, split_sample
 from trainer.data.target import read_target
 from trainer.loop.learner import Learner
-from trainer.replay.prequential import Asked
 
 MAX_TOKENS = 96
 """Longest recorded output."""
@@ -62,14 +63,14 @@ class ServedSegment:
 class RecordedTraffic:
     """The recording, or the first part of it."""
 
-    requests: tuple[Asked, ...]
+    requests: tuple[Sample, ...]
     digest: str
     """Of the target, the requests and their traces."""
 
     @property
     def tokens(self) -> int:
         """Tokens of all requests, prompts included."""
-        return sum(request.tokens for request in self.requests)
+        return sum(sample.committed for sample in self.requests)
 
 
 def traffic_folder(settings: Settings) -> Path:
@@ -124,12 +125,12 @@ class SegmentRecording:
     """An engine, and the learner whose weights it gets after each segment."""
 
     def __init__(self, settings: Settings, engine: BuiltinEngine, recorder: recording.Recorder, folder: Path) -> None:
-        self._target = read_target(settings).on(device_of(settings.train.device, "train.device"))
+        self._target = read_target(settings).to(device_of(settings.train.device, "train.device"))
         self._engine, self._recorder, self._folder = engine, recorder, folder
         self._train = settings.train
         self._learner = Learner(self._target.new_draft(), self._target.embeddings_VH, settings.train)
-        self._trained: list[Window] = []
-        self._order = random.Random(settings.train.seed)  # noqa: S311
+        generator = random.Random(settings.train.seed)  # noqa: S311
+        self._replay_buffer: ReplayBuffer[ReplayEntry] = ReplayBuffer(settings.train, generator)
         self._version = "segment-0"
 
     def run(self, segments: Sequence[Sequence[Request]]) -> Iterator[ServedSegment]:
@@ -143,7 +144,7 @@ class SegmentRecording:
                 self._version = f"segment-{number + 1}"
 
     def _serve(self, number: int, requests: Sequence[Request]) -> ServedSegment:
-        self._engine.swap(self._learner.weights(), self._version)
+        self._engine.swap(self._learner.export_draft(), self._version)
         before, started = self._engine.health(), time.monotonic()
         recording.record_requests(self._engine, self._recorder, requests, self._folder)
         after, seconds = self._engine.health(), time.monotonic() - started
@@ -158,13 +159,14 @@ class SegmentRecording:
 
     def _train_on(self, segment: Sequence[Request]) -> None:
         fingerprint, limit = self._target.fingerprint, self._train.max_sample_tokens
-        windows = [recording.read_window(self._folder, request.id, fingerprint) for request in segment]
-        pieces = [piece for window in windows for piece in cut(window, limit)]
+        samples = [recording.read_window(self._folder, request.id, fingerprint) for request in segment]
+        pieces = [piece for sample in samples for piece in split_sample(sample, limit)]
         for start in range(0, len(pieces), _NEW_PER_STEP):
-            new = pieces[start : start + _NEW_PER_STEP]
-            replayed = self._order.sample(self._trained, min(len(new), len(self._trained)))
-            self._learner.step(collate([*new, *replayed]))
-            self._trained += new
+            new = [ReplayEntry(sample=piece, epochs=1) for piece in pieces[start : start + _NEW_PER_STEP]]
+            replayed = self._replay_buffer.draw(len(new))
+            self._learner.step(collate([entry.sample for entry in new + replayed]))
+            for entry in new:
+                self._replay_buffer.add(entry)
 
     def _write_index(self, segments: Sequence[Sequence[Request]]) -> None:
         """Write the order of the recorded requests, for readers of the folder."""
@@ -189,8 +191,8 @@ def read_traffic(settings: Settings, tokens: int | None = None) -> RecordedTraff
     for name in (name for segment in json.loads((folder / INDEX).read_text())["segments"] for name in segment):
         if tokens is not None and so_far >= tokens:
             break
-        request = Asked(name.rpartition("-")[0], recording.read_window(folder, name, fingerprint))
-        digest.update(f"{name} {request.tokens} {len(request.window.branches)}\n".encode())
-        requests.append(request)
-        so_far += request.tokens
+        sample = replace(recording.read_window(folder, name, fingerprint), label=name.rpartition("-")[0])
+        digest.update(f"{name} {sample.committed} {len(sample.branches)}\n".encode())
+        requests.append(sample)
+        so_far += sample.committed
     return RecordedTraffic(tuple(requests), digest.hexdigest()[:16])

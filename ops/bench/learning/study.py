@@ -27,7 +27,12 @@ from ops.bench.learning.recorded_traffic import RecordedTraffic
 from ops.bench.learning.trials import TrialResult, run_trials
 from ops.bench.learning.variants import QUICK_VARIANTS, LearningTrial, Order, Variant, select_variants
 from schemas.settings import Settings
-from trainer.replay.learning_curve import curve, final, length, tokens_to
+from trainer.replay.learning_curve import (
+    final_accepted_per_step,
+    learning_curve,
+    mean_accepted_per_step,
+    tokens_to_level,
+)
 
 GOAL_TOKENS = 80_000
 """Tokens of the mixed stream within which the base should have 1 accepted token per step."""
@@ -46,26 +51,26 @@ class VariantRuns:
     @property
     def overall(self) -> list[float]:
         """Accepted tokens per step of every seed over the whole stream: how much was gained while learning."""
-        return [length(result.points) for result in self.seeds]
+        return [mean_accepted_per_step(result.scores) for result in self.seeds]
 
     @property
     def final(self) -> list[float]:
         """Accepted tokens per step of every seed at the end of the stream."""
-        return [final(result.points) for result in self.seeds]
+        return [final_accepted_per_step(result.scores) for result in self.seeds]
 
     @property
     def over_static(self) -> list[float]:
         """Tokens per verify step of every seed over those of the frozen draft, after the first domain."""
-        return [ratio_to_static(result.points) for result in self.seeds]
+        return [ratio_to_static(result.scores) for result in self.seeds]
 
     def tokens_to(self, level: float) -> list[int | None]:
         """Return the tokens of traffic until the curve of every seed reaches the level."""
-        return [tokens_to(curve(result.points), level) for result in self.seeds]
+        return [tokens_to_level(learning_curve(result.scores), level) for result in self.seeds]
 
     @property
     def shifts(self) -> list[list[Shift]]:
         """The changes of domain of every seed."""
-        return [find_shifts(result.points) for result in self.seeds]
+        return [find_shifts(result.scores) for result in self.seeds]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -154,14 +159,14 @@ def _mixed_figures(mixed: VariantRuns) -> Iterator[Figure]:
     for level in LEVELS:
         tokens = mixed.tokens_to(level)
         answered = [
-            None if reached is None else count_output_tokens(result.points, reached)
+            None if reached is None else count_output_tokens(result.scores, reached)
             for reached, result in zip(tokens, mixed.seeds, strict=True)
         ]
         name = f"tokens_to_accepted_per_step_{level:.1f}".replace(".", "_")
         goal = Goal(GOAL_TOKENS, at_least=False) if level == 1 else None
         detail = {"seeds": tokens, "answered": median_reached(answered)}
         yield Figure(name, median_reached(tokens), "tokens", goal, detail=detail)
-    levels = [level_at(curve(result.points), GOAL_TOKENS) for result in mixed.seeds]
+    levels = [level_at(learning_curve(result.scores), GOAL_TOKENS) for result in mixed.seeds]
     known = [level for level in levels if level is not None]
     yield Figure(
         f"accepted_per_step_at_{GOAL_TOKENS // 1000}k_tokens",
@@ -195,7 +200,7 @@ def _summarize(runs: VariantRuns, comparison: VariantComparison | None) -> dict[
         "branch_nodes": variant.branch_nodes,
         "seeds": len(runs.seeds),
         "overall": _spread(runs.overall),
-        "final": _spread(runs.final),
+        "final_accepted_per_step": _spread(runs.final),
         "tokens_to": {f"{level:g}": median_reached(runs.tokens_to(level)) for level in LEVELS},
         "training_tokens_per_s": round(median(result.training_tokens_per_s for result in runs.seeds), 1),
         "seconds": round(fmean(result.training_s + result.scoring_s for result in runs.seeds), 1),
@@ -203,7 +208,7 @@ def _summarize(runs: VariantRuns, comparison: VariantComparison | None) -> dict[
     if runs.order == "ordered":
         summary["over_static"] = _spread(runs.over_static)
     if comparison is not None:
-        for name, difference in (("overall", comparison.overall), ("final", comparison.final)):
+        for name, difference in (("overall", comparison.overall), ("final_accepted_per_step", comparison.final)):
             summary[f"{name}_difference"] = {**difference.summary(), "clear": difference.is_clear}
         summary["against"] = variant.against
     return summary

@@ -19,9 +19,10 @@ from ops.bench.learning.variants import LearningTrial, Order, trial_settings, va
 from ops.replay.worker_processes import side_by_side
 from schemas.device import device_of
 from schemas.settings import Settings
+from trainer.data.samples import Sample
 from trainer.data.target import read_target
-from trainer.replay.learning_curve import final, length
-from trainer.replay.prequential import Asked, Course, Point
+from trainer.replay.learning_curve import final_accepted_per_step, mean_accepted_per_step
+from trainer.replay.prequential import BatchScore, PrequentialRun
 
 
 class TrialResult(BaseModel):
@@ -32,7 +33,7 @@ class TrialResult(BaseModel):
     name: str
     order: Order
     seed: int
-    points: tuple[Point, ...]
+    scores: tuple[BatchScore, ...]
     losses: tuple[float, ...]
     """Of the accepted term, by training step."""
     trained_tokens: int
@@ -46,7 +47,7 @@ class TrialResult(BaseModel):
         return self.trained_tokens / max(self.training_s, 1e-9)
 
 
-def order_stream(traffic: RecordedTraffic, order: Order, seed: int) -> list[Asked]:
+def order_stream(traffic: RecordedTraffic, order: Order, seed: int) -> list[Sample]:
     """Return the requests in the order of the stream.
 
     A mixed stream is shuffled by the seed. An ordered one has one domain after the other, each shuffled in itself, and
@@ -57,7 +58,7 @@ def order_stream(traffic: RecordedTraffic, order: Order, seed: int) -> list[Aske
         return shuffled
     first = seed % len(prompts.DOMAINS)
     rank = {domain: i for i, domain in enumerate(prompts.DOMAINS[first:] + prompts.DOMAINS[:first])}
-    return sorted(shuffled, key=lambda request: rank[request.domain])
+    return sorted(shuffled, key=lambda request: rank[request.label or ""])
 
 
 def run_trial(settings: Settings, traffic: RecordedTraffic, trial: LearningTrial) -> TrialResult:
@@ -66,8 +67,8 @@ def run_trial(settings: Settings, traffic: RecordedTraffic, trial: LearningTrial
     torch.set_num_threads(settings.train.num_threads)
     torch.manual_seed(trial.seed)
     device = device_of(settings.train.device, "train.device")
-    target, variant = read_target(settings).on(device), trial.variant
-    course = Course(
+    target, variant = read_target(settings).to(device), trial.variant
+    run = PrequentialRun(
         target.new_draft(),
         target.embeddings_VH,
         settings.train,
@@ -76,12 +77,12 @@ def run_trial(settings: Settings, traffic: RecordedTraffic, trial: LearningTrial
         branch_nodes=variant.branch_nodes,
     )
     stream = order_stream(traffic, trial.order, trial.seed)
-    for start in range(0, len(stream), course.batch):
-        batch = stream[start : start + course.batch]
-        if trial.order == "ordered" and course.static is None and batch[-1].domain != stream[0].domain:
-            course.freeze()
-        course.take(batch)
-    measured = course.standing().model_dump(include=set(TrialResult.model_fields))
+    for start in range(0, len(stream), run.new_per_step):
+        batch = stream[start : start + run.new_per_step]
+        if trial.order == "ordered" and run.static is None and batch[-1].label != stream[0].label:
+            run.freeze()
+        run.train(batch)
+    measured = run.state().model_dump(include=set(TrialResult.model_fields))
     return TrialResult(name=variant.name, order=trial.order, seed=trial.seed, **measured)
 
 
@@ -133,8 +134,8 @@ def run_trials(
         unfinished.replace(files[trial])
         say(
             f"{number} of {len(missing)}, {time.monotonic() - started:.0f} s: {result.name}, {result.order}, "
-            f"seed {result.seed}: {length(result.points):.3f} tokens accepted per step over all, "
-            f"{final(result.points):.3f} at the end"
+            f"seed {result.seed}: {mean_accepted_per_step(result.scores):.3f} tokens accepted per step over all, "
+            f"{final_accepted_per_step(result.scores):.3f} at the end"
         )
     return traffic, {trial: TrialResult.model_validate_json(file.read_text()) for trial, file in files.items()}
 

@@ -14,7 +14,8 @@ from ops.bench.trainer.peer_worker import DECAY, LEARNING_RATE, MAX_GRAD_NORM, T
 from ops.bench.trainer.synthetic_data import build_window, read_shape
 from schemas.settings import Train
 from schemas.speculator.network import EagleDraft
-from trainer.data.samples import Window, collate
+from trainer.data.batch import collate
+from trainer.data.samples import Sample
 from trainer.loop.learner import Learner
 
 
@@ -29,7 +30,7 @@ class AuroraTrainer:
         self._draft = EagleDraft(read_shape(config))
         self._draft.load_state_dict({name: value for name, value in weights.items() if name != "embed_tokens.weight"})
         self._learners: dict[tuple[int, str], Learner] = {}
-        self._windows: tuple[Tensors, list[Window]] = {}, []
+        self._windows: tuple[Tensors, list[Sample]] = {}, []
 
     def step(self, sequences: Tensors, ttt_steps: int, way: str) -> float:
         """Collate the windows and train on them."""

@@ -22,7 +22,7 @@ from ops.bench.trainer.peer_worker import CONFIG, LAST_RMS, WEIGHTS, Tensors
 from schemas.draft_tree import rejected_branches
 from schemas.speculator.network import DraftShape, random_draft
 from schemas.trace.record import ROOT
-from trainer.data.samples import Branch, Teacher, Window
+from trainer.data.samples import Branch, Sample, Teacher
 
 SMOLLM2 = DraftShape(
     hidden_size=576,
@@ -106,20 +106,20 @@ def random_sequences(shape: DraftShape, number: int, length: int, seed: int) -> 
     }
 
 
-def build_window(tokens: Tensor, features: Tensor, last_nH: Tensor, head_DH: Tensor) -> Window:
+def build_window(tokens: Tensor, features: Tensor, last_nH: Tensor, head_DH: Tensor) -> Sample:
     """Return the window of a sequence; its teacher is the likeliest tokens, as in traces."""
     top = (last_nH @ head_DH.T).log_softmax(dim=-1).topk(TOP_K)
     known = torch.ones(len(tokens), dtype=torch.bool)
-    return Window("request", tokens, None, features, known, Teacher(top.indices, top.values))
+    return Sample("request", tokens, None, features, known, Teacher(top.indices, top.values))
 
 
-def build_tree_window(shape: DraftShape, layout: TreeRequest, seed: int) -> Window:
+def build_tree_window(shape: DraftShape, layout: TreeRequest, seed: int) -> Sample:
     """Return a request with a draft tree at every root, of which some nodes were accepted."""
     generator = torch.Generator().manual_seed(seed)
     length = layout.prompt + layout.output
     tokens = torch.randint(shape.draft_vocab_size, (length,), generator=generator)
     known = torch.arange(length) >= layout.prompt - 1
-    return Window(
+    return Sample(
         request=f"request-{seed}",
         tokens=tokens,
         next_token=None,
@@ -134,7 +134,7 @@ def build_tree_window(shape: DraftShape, layout: TreeRequest, seed: int) -> Wind
     )
 
 
-def split_branches(whole: Window) -> list[Window]:
+def split_branches(whole: Sample) -> list[Sample]:
     """Return the same work without sharing: the request alone, and each branch behind a copy of its prefix."""
     nothing = torch.zeros(0, whole.teacher.ids.shape[-1])
     return [
@@ -153,7 +153,7 @@ def split_branches(whole: Window) -> list[Window]:
     ]
 
 
-def separate_chains(whole: Window, shape: DraftShape) -> Window:
+def separate_chains(whole: Sample, shape: DraftShape) -> Sample:
     """Return the same branches, sharing only the window: no two of them begin with the same token."""
     following = {branch.root: int(whole.tokens[branch.root + 1]) for branch in whole.branches}
     chains = []

@@ -37,8 +37,9 @@ from ops.bench.trainer.synthetic_data import SMOLLM2, TREE, TreeRequest, case_fi
 from schemas.errors import UserError
 from schemas.settings import Settings, Train
 from schemas.speculator.network import random_draft
-from trainer.data.samples import Window, collate
-from trainer.loop.learner import Learner, products_in
+from trainer.data.batch import collate
+from trainer.data.samples import Sample
+from trainer.loop.learner import Learner, select_dtype
 
 OURS = "ours"
 PEERS = ("speculators", "specforge")
@@ -195,7 +196,7 @@ def _compare_trainers(
     Each trainer computes in the type of products that is fastest here, of those that ``train.dtype`` allows.
     """
     with ExitStack() as stack:
-        native = products_in(train.dtype, torch.device("cpu")) is torch.bfloat16
+        native = select_dtype(train.dtype, torch.device("cpu")) is torch.bfloat16
         types = [train.dtype] if train.dtype != "auto" else TYPES if native else TYPES[:1]
         trainers, absent = _start_trainers(stack, peers, data, train.num_threads, types)
         for name, why in absent.items():
@@ -285,7 +286,7 @@ def _measure_trees(size: TrainerSize, selected: Selection, threads: int) -> Iter
     learner = Learner(random_draft(SMOLLM2, _SEED), synthetic_data.random_embeddings(SMOLLM2, _SEED), train)
     nodes = len(size.request.roots) * len(TREE)
 
-    def train_on(windows: Sequence[Window]) -> int:
+    def train_on(windows: Sequence[Sample]) -> int:
         learner.step(collate(windows))
         return nodes
 

@@ -18,7 +18,7 @@ from schemas.speculator import checkpoint
 from serving.engines.base import Request
 from serving.engines.builtin.engine import BuiltinEngine
 from trainer.data.target import read_target
-from trainer.objective.simulated_acceptance import accepted_per_step
+from trainer.objective.simulated_acceptance import simulate_acceptance
 
 PROMPTS = [(3, 7, 11, 13), (5, 2, 9), (8, 8, 21, 4, 6)]
 
@@ -99,8 +99,8 @@ def test_training_caches_a_speculator_that_drafts_better_than_the_random_one(
 
     folder = speculator.cache_folder(settings, "tiny")
     draft = checkpoint.read(folder, running.line)
-    before = accepted_per_step(target.new_draft(), target.embeddings_VH, windows, 3).length
-    after = accepted_per_step(draft, target.embeddings_VH, windows, 3).length
+    before = simulate_acceptance(target.new_draft(), target.embeddings_VH, windows, 3).accepted_per_step
+    after = simulate_acceptance(draft, target.embeddings_VH, windows, 3).accepted_per_step
     assert after > before + 0.2
     assert trained.accepted_per_step == pytest.approx(after)
     assert json.loads(folder.with_name("tiny.json").read_text())["accepted_per_step"] == trained.accepted_per_step

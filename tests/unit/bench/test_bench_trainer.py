@@ -27,7 +27,8 @@ from ops.bench.trainer.trainer_benchmark import (
 from schemas.draft_tree import depths
 from schemas.settings import Train
 from schemas.speculator.network import random_draft
-from trainer.data.samples import Window, collate
+from trainer.data.batch import collate
+from trainer.data.samples import Sample
 from trainer.objective.losses import ttt_loss
 
 LAYOUT = synthetic_data.TreeRequest(prompt=8, output=16, every=4)
@@ -74,7 +75,7 @@ def test_a_tree_has_sixteen_nodes_that_the_training_time_test_reaches() -> None:
     assert max(depths(synthetic_data.TREE)) < TREE_TTT_STEPS
 
 
-def rejected(windows: list[Window], **changed: float) -> tuple[float, int]:
+def rejected(windows: list[Sample], **changed: float) -> tuple[float, int]:
     train = Train(ttt_steps=TREE_TTT_STEPS, rejected_weight=1.0, **changed)  # type: ignore[arg-type]
     draft = random_draft(WIDE, 0)
     loss = ttt_loss(draft, synthetic_data.random_embeddings(WIDE, 0), collate(windows), train)

@@ -25,14 +25,14 @@ from ops.bench.learning.variants import BASE, PLAN, LearningTrial, Variant
 from ops.cli.main import app
 from ops.report.acceptance_curves import spread
 from schemas.errors import UserError
-from schemas.settings import Settings, Train, load
+from schemas.settings import Settings, load
 from serving.engines.base import Request
 from serving.engines.builtin.engine import BuiltinEngine
-from trainer.data.samples import Branch, Teacher, Window
+from trainer.data.samples import Branch, Sample, Teacher
 from trainer.data.target import read_target
-from trainer.objective.simulated_acceptance import accepted_per_step
-from trainer.replay.learning_curve import curve, tokens_to
-from trainer.replay.prequential import Asked, History, Point, cut_branches
+from trainer.objective.simulated_acceptance import simulate_acceptance
+from trainer.replay.learning_curve import learning_curve, tokens_to_level
+from trainer.replay.prequential import BatchScore, cut_branches
 
 TINY = Variant(
     "base",
@@ -114,14 +114,12 @@ def test_a_longer_recording_begins_with_the_whole_of_a_shorter_one() -> None:
 def test_recorded_traffic_is_read_in_the_order_in_which_it_was_sent(
     settings: Settings, recorded: RecordedTraffic
 ) -> None:
-    assert [asked.window.request for asked in recorded.requests] == [r.id for segment in requests() for r in segment]
-    assert all(asked.domain == asked.window.request.partition("-")[0] for asked in recorded.requests)
-    assert all((asked.tokens, asked.answered) == (20, 14) for asked in recorded.requests)
-    assert any(asked.window.branches for asked in recorded.requests)
+    assert [asked.request for asked in recorded.requests] == [r.id for segment in requests() for r in segment]
+    assert all(asked.label == asked.request.partition("-")[0] for asked in recorded.requests)
+    assert all((asked.committed, asked.answered) == (20, 14) for asked in recorded.requests)
+    assert any(asked.branches for asked in recorded.requests)
     first = recorded_traffic.read_traffic(settings, tokens=50)
-    assert [asked.window.request for asked in first.requests] == [
-        asked.window.request for asked in recorded.requests[:3]
-    ]
+    assert [asked.request for asked in first.requests] == [asked.request for asked in recorded.requests[:3]]
     assert first.digest != recorded.digest
 
 
@@ -146,16 +144,14 @@ def test_an_ordered_stream_has_one_domain_after_the_other_and_the_seed_says_whic
     recorded: RecordedTraffic, seed: int
 ) -> None:
     stream = order_stream(recorded, "ordered", seed)
-    begun = list(dict.fromkeys(asked.domain for asked in stream))
+    begun = list(dict.fromkeys(asked.label for asked in stream))
     assert begun == [*prompts.DOMAINS[seed:], *prompts.DOMAINS[:seed]]
-    assert [asked.domain for asked in stream] == [domain for domain in begun for _ in range(PER_DOMAIN)]
+    assert [asked.label for asked in stream] == [domain for domain in begun for _ in range(PER_DOMAIN)]
 
 
 def test_both_orders_hold_the_same_requests_and_the_seed_shuffles_them(recorded: RecordedTraffic) -> None:
     streams = [
-        [a.window.request for a in order_stream(recorded, order, seed)]
-        for order in ("mixed", "ordered")
-        for seed in (0, 1)
+        [a.request for a in order_stream(recorded, order, seed)] for order in ("mixed", "ordered") for seed in (0, 1)
     ]
     assert len({tuple(stream) for stream in streams}) == 4
     assert len({tuple(sorted(stream)) for stream in streams}) == 1
@@ -168,8 +164,8 @@ def test_every_batch_is_scored_before_it_is_learned_from(settings: Settings, rec
     learned = run(settings, recorded)
     target = read_target(variants.trial_settings(settings, LearningTrial(TINY, "mixed", 0)))
     first = order_stream(recorded, "mixed", 0)[:4]
-    untrained = accepted_per_step(target.new_draft(), target.embeddings_VH, [asked.window for asked in first], 4)
-    scored = learned.points[: len({asked.domain for asked in first})]
+    untrained = simulate_acceptance(target.new_draft(), target.embeddings_VH, first, 4)
+    scored = learned.scores[: len({asked.label for asked in first})]
     assert (sum(p.accepted for p in scored), sum(p.positions for p in scored)) == untrained
 
 
@@ -177,8 +173,8 @@ def test_a_run_covers_all_traffic_once_and_learns_from_as_much_again(
     settings: Settings, recorded: RecordedTraffic
 ) -> None:
     learned = run(settings, recorded)
-    assert sum(point.tokens for point in learned.points) == recorded.tokens
-    assert sum(point.answered for point in learned.points) == 4 * PER_DOMAIN * 14
+    assert sum(point.tokens for point in learned.scores) == recorded.tokens
+    assert sum(point.answered for point in learned.scores) == 4 * PER_DOMAIN * 14
     assert len(learned.losses) == PER_DOMAIN
     assert learned.losses[-1] < learned.losses[0]
     assert learned.trained_tokens == (2 * 4 * PER_DOMAIN - 4) * 19, "in the first step there is nothing to replay"
@@ -188,7 +184,7 @@ def test_the_same_seed_gives_the_same_curve_and_another_one_another(
     settings: Settings, recorded: RecordedTraffic
 ) -> None:
     one, again, other = (run(settings, recorded, seed=seed) for seed in (0, 0, 1))
-    assert (one.points, one.losses) == (again.points, again.losses)
+    assert (one.scores, one.losses) == (again.scores, again.losses)
     assert one.losses[0] != other.losses[0]
 
 
@@ -196,26 +192,17 @@ def test_an_ordered_run_scores_a_draft_that_was_frozen_when_the_first_domain_end
     settings: Settings, recorded: RecordedTraffic
 ) -> None:
     learned = run(settings, recorded, order="ordered")
-    is_scored = [point.static_accepted is not None for point in learned.points]
-    shifted = next(i for i, point in enumerate(learned.points) if point.domain != learned.points[0].domain)
+    is_scored = [point.static_accepted is not None for point in learned.scores]
+    shifted = next(i for i, point in enumerate(learned.scores) if point.label != learned.scores[0].label)
     assert is_scored == [i >= shifted - 1 for i in range(len(is_scored))], "the batch that holds both domains, and on"
-    both = [point for point in learned.points[: shifted + 1] if point.static_accepted is not None]
+    both = [point for point in learned.scores[: shifted + 1] if point.static_accepted is not None]
     assert all(point.accepted == point.static_accepted for point in both), "it is the draft of that moment"
 
 
-def test_replay_passes_over_a_window_no_more_often_than_is_allowed() -> None:
-    history = History(Train(replay_buffer_size=3, max_epochs=2), seed=0)
-    windows = [window(tokens=5) for _ in range(4)]
-    for one in windows:
-        history.add((0, 0), "math", one)
-    assert {id(w) for w in history.draw(8)} == {id(w) for w in windows[1:]}, "the oldest had to go"
-    assert history.draw(1) == []
-
-
-def window(tokens: int, branches: tuple[Branch, ...] = ()) -> Window:
+def window(tokens: int, branches: tuple[Branch, ...] = ()) -> Sample:
     known = torch.arange(tokens) >= 2
     teacher = Teacher(torch.zeros(int(known.sum()), 1, dtype=torch.int64), torch.zeros(int(known.sum()), 1))
-    return Window("r", torch.arange(tokens), None, torch.zeros(tokens, 4), known, teacher, branches)
+    return Sample("r", torch.arange(tokens), None, torch.zeros(tokens, 4), known, teacher, branches)
 
 
 def branch(tokens: tuple[int, ...], accepted_prefix: int) -> Branch:
@@ -234,34 +221,34 @@ def test_branches_are_cut_as_if_fewer_tokens_had_been_drafted() -> None:
 # Figures
 
 
-def point(domain: str, accepted: int, static: int | None = None, tokens: int = 1000) -> Point:
-    return Point(domain, tokens, 80, accepted, 100, static)
+def point(domain: str, accepted: int, static: int | None = None, tokens: int = 1000) -> BatchScore:
+    return BatchScore(domain, tokens, 80, accepted, 100, static)
 
 
 def test_a_curve_looks_back_over_so_many_tokens() -> None:
     points = [point("math", 0), point("code", 100), point("math", 50), point("code", 150)]
-    assert curve(points, over=2000) == [(1000, 0.0), (2000, 0.5), (3000, 0.75), (4000, 1.0)]
-    assert curve(points, over=3000, domain="code") == [(2000, 1.0), (4000, 1.25)]
-    assert tokens_to(curve(points, over=2000), 0.7) == 3000
-    assert tokens_to(curve(points, over=2000), 1.1) is None
-    assert learning_figures.level_at(curve(points, over=2000), 3500) == 1.0
-    assert learning_figures.level_at(curve(points, over=2000), 4001) is None
+    assert learning_curve(points, window=2000) == [(1000, 0.0), (2000, 0.5), (3000, 0.75), (4000, 1.0)]
+    assert learning_curve(points, window=3000, label="code") == [(2000, 1.0), (4000, 1.25)]
+    assert tokens_to_level(learning_curve(points, window=2000), 0.7) == 3000
+    assert tokens_to_level(learning_curve(points, window=2000), 1.1) is None
+    assert learning_figures.level_at(learning_curve(points, window=2000), 3500) == 1.0
+    assert learning_figures.level_at(learning_curve(points, window=2000), 4001) is None
     assert learning_figures.count_output_tokens(points, 3500) == 3 * 80
 
 
 def test_a_curve_is_what_adding_up_gives_at_every_point() -> None:
     generator = torch.Generator().manual_seed(0)
     draws = torch.randint(1, 900, (60, 3), generator=generator).tolist()
-    points = [Point("math" if a % 2 else "sql", t, 1, a, p, None) for t, a, p in draws]
+    points = [BatchScore("math" if a % 2 else "sql", t, 1, a, p, None) for t, a, p in draws]
     ends = list(accumulate(p.tokens for p in points))
     for domain in (None, "sql"):
-        for value in curve(points, 2500, domain):
+        for value in learning_curve(points, 2500, domain):
             within = [
                 p
                 for end, p in zip(ends, points, strict=True)
-                if value.tokens - 2500 < end <= value.tokens and domain in (None, p.domain)
+                if value.tokens - 2500 < end <= value.tokens and domain in (None, p.label)
             ]
-            assert value.length == sum(p.accepted for p in within) / sum(p.positions for p in within)
+            assert value.accepted_per_step == sum(p.accepted for p in within) / sum(p.positions for p in within)
 
 
 def test_a_shift_is_told_by_its_drop_its_recovery_and_the_frozen_draft() -> None:
@@ -279,7 +266,7 @@ def test_a_shift_is_told_by_its_drop_its_recovery_and_the_frozen_draft() -> None
 
 def test_the_curve_of_the_frozen_draft_begins_where_it_was_frozen() -> None:
     points = [point("code", 100), point("math", 50, static=20), point("math", 60, static=40)]
-    assert learning_figures.static_curve(points, over=2000) == [(2000, 0.2), (3000, pytest.approx(0.3))]
+    assert learning_figures.static_curve(points, window=2000) == [(2000, 0.2), (3000, pytest.approx(0.3))]
     assert learning_figures.static_curve(points[:1]) == []
 
 
@@ -358,7 +345,7 @@ def test_what_was_run_is_not_run_again(settings: Settings, recorded: RecordedTra
     said: list[str] = []
     _, second = trials.run_trials(own, planned, None, 1, said.append)
     assert [second[trial].training_s for trial in planned] == [77.0, 77.0]
-    assert second[planned[0]].points == first[planned[0]].points
+    assert second[planned[0]].scores == first[planned[0]].scores
     assert said == [f"24 requests, {recorded.tokens} tokens of traffic; 0 of 2 trials are new"]
 
 
@@ -419,7 +406,7 @@ def test_the_verdict_says_which_differences_are_beyond_chance() -> None:
                 name=name,
                 order="mixed",
                 seed=i,
-                points=(point("math", round(100 * length)),),
+                scores=(point("math", round(100 * length)),),
                 losses=(),
                 trained_tokens=0,
                 training_s=0,
@@ -470,5 +457,5 @@ def test_the_command_writes_json_and_a_page(
 
 
 def test_asked_counts_the_token_that_has_no_feature_yet() -> None:
-    asked = Asked("math", replace(window(tokens=5), next_token=3))
-    assert (asked.tokens, asked.answered) == (6, 3)
+    asked = replace(window(tokens=5), next_token=3)
+    assert (asked.committed, asked.answered) == (6, 3)

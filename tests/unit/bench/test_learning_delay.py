@@ -14,7 +14,7 @@ from ops.demo.record import Swap
 from pipeline.delta import DeltaLog
 from pipeline.offsets import SourcePartition, transaction_id
 from schemas.settings import Settings, load
-from trainer.data.feed import held_out
+from trainer.data.data_loader import is_held_out
 from trainer.release.registry import Version
 
 RECORDED = 1_700_000_000
@@ -89,7 +89,7 @@ def test_what_was_read_for_a_version_is_told_by_the_table_at_that_version(settin
 
 
 def test_rows_are_those_that_may_be_learned_from(settings: Settings) -> None:
-    kept = [n for n in range(3) if not held_out(f"request-{n}", settings.train.held_out_ratio)]
+    kept = [n for n in range(3) if not is_held_out(f"request-{n}", settings.train.held_out_ratio)]
     rows = read_rows(settings, LINE, RECORDED)
     assert sorted({row.offset for row in rows}) == kept
     assert {row.time for row in rows} == {RECORDED}

@@ -24,8 +24,8 @@ from schemas.trace.record import CONTENT_TYPE, Chunk, VerifyStep, encode, finger
 from serving.engines.base import Finish, Output, Request
 from serving.engines.builtin.engine import BuiltinEngine
 from serving.traces.chunks import Assembly, Origin, Space, Way
-from trainer.data.rows import window_of
-from trainer.data.samples import collate
+from trainer.data.batch import collate
+from trainer.data.samples import read_sample
 from trainer.data.target import read_target
 from trainer.loop.learner import Learner
 
@@ -64,11 +64,11 @@ def settings_for(folder: Path, **flags: object) -> Settings:
 def learned(settings: Settings) -> EagleDraft:
     """A draft that knows the stored answers by heart, in numbers that its checkpoint keeps."""
     target, log = read_target(settings), DeltaLog(settings.tables)
-    windows = [window_of(row, []) for row in log.read("accepted").sort_by("offset").to_pylist()]
+    windows = [read_sample(row, []) for row in log.read("accepted").sort_by("offset").to_pylist()]
     learner = Learner(target.new_draft(), target.embeddings_VH, settings.train)
     for _ in range(60):
         learner.step(collate(windows))
-    draft = learner.weights()
+    draft = learner.export_draft()
     with torch.no_grad():
         for parameter in draft.parameters():
             parameter.copy_(parameter.to(torch.bfloat16))

@@ -16,10 +16,10 @@ from ops.cli.main import app
 from pipeline.batches import Record
 from pipeline.delta import DeltaLog
 from schemas.settings import Settings, Tables, to_environ
-from trainer.replay.past_requests import Past, Wanted, listed, pinned, read
+from trainer.replay.past_requests import PastRequest, RequestFilter, list_requests, pin_versions, read_requests
 
 TOKENS = range(13)
-OF_TARGET = Wanted(TARGET)
+OF_TARGET = RequestFilter(TARGET)
 TIME = datetime.fromtimestamp(1_700_000_000, UTC)
 
 
@@ -40,9 +40,11 @@ def commit(log: DeltaLog, *records: Record) -> None:
         log.append(name, rows[name])
 
 
-def asked(log: DeltaLog, counts: Counter[str], wanted: Wanted = OF_TARGET, accepted: int | None = None) -> list[Past]:
-    at = pinned(log, accepted)
-    return list(read(log, listed(log, wanted, at), at, states, counts))
+def asked(
+    log: DeltaLog, counts: Counter[str], wanted: RequestFilter = OF_TARGET, accepted: int | None = None
+) -> list[PastRequest]:
+    at = pin_versions(log, accepted)
+    return list(read_requests(log, list_requests(log, wanted, at), at, states, counts))
 
 
 def test_chunks_are_joined_as_if_the_request_had_come_in_one(log: DeltaLog) -> None:
@@ -87,14 +89,14 @@ def test_requests_are_chosen_by_time_target_and_state_of_the_table(log: DeltaLog
     version = log.version("accepted")
     commit(log, record_of("second", verify_steps, 1), record_of("foreign", verify_steps, 2, target="u" * 32, line=LINE))
 
-    def names(wanted: Wanted, accepted: int | None = None) -> list[str]:
+    def names(wanted: RequestFilter, accepted: int | None = None) -> list[str]:
         return [past.request for past in asked(log, Counter(), wanted, accepted)]
 
-    assert names(Wanted(TARGET)) == ["first", "second"]
-    assert names(Wanted(TARGET), version) == ["first"]
-    assert names(Wanted(TARGET, begin=TIME, end=TIME + second)) == ["first", "second"]
-    assert names(Wanted(TARGET, end=TIME)) == names(Wanted(TARGET, begin=TIME + second)) == []
-    assert names(Wanted(TARGET, label="sql")) == []
+    assert names(RequestFilter(TARGET)) == ["first", "second"]
+    assert names(RequestFilter(TARGET), version) == ["first"]
+    assert names(RequestFilter(TARGET, begin=TIME, end=TIME + second)) == ["first", "second"]
+    assert names(RequestFilter(TARGET, end=TIME)) == names(RequestFilter(TARGET, begin=TIME + second)) == []
+    assert names(RequestFilter(TARGET, label="sql")) == []
 
 
 def test_recorded_traces_are_brought_into_the_tables_once(log: DeltaLog, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from pipeline import holds
 from schemas.settings import Settings, to_environ
 from schemas.speculator import checkpoint
 from trainer.replay import experiment
-from trainer.replay.stream import Span, windows
+from trainer.replay.experiment import TableSpan, read_samples
 
 REQUESTS, COMMITS = 8, 4
 AURORA = "from ops.cli.main import app; app()"
@@ -109,7 +109,7 @@ def test_an_experiment_holds_its_past_and_its_name_stands_for_it(world: World) -
     train(world, "part", "--from", "version:1", "--to", "version:3")
     held = {one.table: (one.after_version, one.up_to_version) for one in holds.list_holds(world.tables)}
     assert held["accepted"] == (1, 3)
-    assert numbers(world, "part")["fast"]["counts"]["windows"] == 2 * REQUESTS
+    assert numbers(world, "part")["fast"]["counts"]["samples"] == 2 * REQUESTS
     world.serve(REQUESTS)
     assert train(world, "part").stdout
     told = CliRunner().invoke(app, arguments(world, "part", "--to", "version:4"), env=environ(world.settings))
@@ -119,11 +119,11 @@ def test_an_experiment_holds_its_past_and_its_name_stands_for_it(world: World) -
 
 def test_a_span_gives_the_windows_of_its_commits_with_their_branches(world: World) -> None:
     target, counts = world.target, Counter[str]()
-    span = Span(accepted=(1, 3), rejected=(0, COMMITS), target=target.fingerprint, line=target.line)
-    asked = list(windows(world.tables, span, 512, lambda tokens: torch.zeros(len(tokens), 48), counts))
-    assert [one.window.request for one in asked] == [f"request-{i}" for i in range(REQUESTS, 3 * REQUESTS)]
-    assert all(one.window.branches for one in asked)
-    assert {one.domain for one in asked} == {"(none)"}
+    span = TableSpan(accepted=(1, 3), rejected=(0, COMMITS), target=target.fingerprint, line=target.line)
+    asked = list(read_samples(world.tables, span, 512, lambda tokens: torch.zeros(len(tokens), 48), counts))
+    assert [one.request for one in asked] == [f"request-{i}" for i in range(REQUESTS, 3 * REQUESTS)]
+    assert all(one.branches for one in asked)
+    assert {one.label for one in asked} == {None}
 
 
 def test_files_of_one_experiment_share_their_tables_and_differ_in_name(world: World, tmp_path: Path) -> None:
@@ -146,4 +146,8 @@ def test_how_a_variant_learns_names_it_and_how_often_it_is_saved_does_not(world:
         world.settings.model_copy(update={"train": train_settings.model_copy(update=update)})
         for update in ({"checkpoint_interval": 7.0}, {"ema_decay": 0.5})
     )
-    assert experiment.digest(saved) == experiment.digest(world.settings) != experiment.digest(other)
+    assert (
+        experiment.digest_settings(saved)
+        == experiment.digest_settings(world.settings)
+        != experiment.digest_settings(other)
+    )

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from ops.observe.lineage import Taught, taught
-from trainer.data.feed import held_out
+from trainer.data.data_loader import is_held_out
 from trainer.release.registration import PASSED_TAG, SETTINGS_TAG
 
 SHARE = 0.5
@@ -17,8 +17,8 @@ TAGS = {
     SETTINGS_TAG: json.dumps({"train": {"held_out_ratio": SHARE}}),
 }
 NAMES = [f"request-{number}" for number in range(50)]
-LEARNED = next(name for name in NAMES if not held_out(name, SHARE))
-KEPT_BACK = next(name for name in NAMES if held_out(name, SHARE))
+LEARNED = next(name for name in NAMES if not is_held_out(name, SHARE))
+KEPT_BACK = next(name for name in NAMES if is_held_out(name, SHARE))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from schemas.trace.record import Chunk, Envelope, VerifyStep
 from serving.engines.base import Request
 from serving.traces.producer import message_bytes
 from serving.traces.sampling import PATIENCE_S, TokenBucket, WaitingRoom, foreseen, is_sampled
-from trainer.data.feed import held_out
+from trainer.data.data_loader import is_held_out
 
 ENVELOPE = Envelope(
     request="r",
@@ -64,7 +64,7 @@ def test_the_share_is_taken_by_request_and_independently_of_what_the_trainer_hol
     assert set(sampled) <= {i for i in ids if is_sampled(i, 0.5)}
     assert (any(is_sampled(i, 0.0) for i in ids), all(is_sampled(i, 1.0) for i in ids)) == (False, True)
     # By one hash for both, a trainer that holds back a quarter would get nothing to learn from this node.
-    assert sum(held_out(i, 0.25) for i in sampled) == pytest.approx(250, abs=60)
+    assert sum(is_held_out(i, 0.25) for i in sampled) == pytest.approx(250, abs=60)
 
 
 @pytest.mark.parametrize(

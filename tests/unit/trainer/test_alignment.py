@@ -16,12 +16,11 @@ from schemas.speculator.network import DraftShape, EagleDraft, random_draft
 from schemas.trace.record import VerifyStep
 from serving.engines.base import Finish, Output, Request
 from serving.engines.builtin.engine import BuiltinEngine
-from trainer.data.feed import Feed
-from trainer.data.rows import has_root, window_of
-from trainer.data.samples import Batch, Teacher, Window, collate
+from trainer.data.batch import Batch, collate
+from trainer.data.data_loader import DataLoader
+from trainer.data.samples import Sample, Teacher, has_root, read_sample
 from trainer.data.target import FrozenTarget, read_target, token_embeddings
-from trainer.objective.draft_trees import Step, grow
-from trainer.objective.unroll import Unroll
+from trainer.objective.training_time_test import DraftUnroll, TreeLevel, build_draft_trees
 
 SHAPE = DraftShape(8, 8, 2, 1, 4, 32, 32, 1e-6, 100.0, 64, (1, 2, 3))
 
@@ -50,8 +49,8 @@ NUMBERED = torch.arange(32.0)[:, None].expand(32, 8)
 def taught(batch: Batch, draft: EagleDraft, steps: int) -> set[tuple[int, int, int]]:
     """Row, step and the teacher's likeliest token, wherever there is a loss on committed tokens."""
     found = set()
-    for k, step in enumerate(grow(draft, batch, steps, None).steps):
-        for row, node in enumerate(step.place_BT[0].tolist()):
+    for k, step in enumerate(build_draft_trees(draft, batch, steps, None).levels):
+        for row, node in enumerate(step.index_BT[0].tolist()):
             if node >= 0 and step.learned_A[node]:
                 found.add((row, k, int(step.ids_Ak[node, 0])))
     return found
@@ -61,9 +60,9 @@ def test_the_worked_example_of_the_design() -> None:
     features = torch.arange(5.0)[:, None].expand(5, SHAPE.feature_width).bfloat16()
     after = Teacher(torch.tensor([[20 + t] for t in range(5)]), torch.zeros(5, 1))
     tokens = torch.tensor([10, 11, 12, 13, 14])
-    batch = collate([Window("r", tokens, None, features, torch.ones(5, dtype=torch.bool), after)])
+    batch = collate([Sample("r", tokens, None, features, torch.ones(5, dtype=torch.bool), after)])
     draft = Probe()
-    unroll = Unroll(draft, NUMBERED, batch.tokens_BT, batch.features_BTF)
+    unroll = DraftUnroll(draft, NUMBERED, batch.tokens_BT, batch.features_BTF)
     row = 1
     embeddings, positions = draft.read[0]
     assert (draft.features[row], embeddings[row], positions[row]) == (1.0, 12.0, 1)
@@ -79,7 +78,7 @@ def test_the_worked_example_of_the_design() -> None:
 def test_the_first_position_drafted_after_the_prompt_is_learned() -> None:
     mask = torch.tensor([False, False, True, True, True])
     after = Teacher(torch.tensor([[22], [23], [24]]), torch.zeros(3, 1))
-    batch = collate([Window("r", torch.arange(5), 5, torch.zeros(5, SHAPE.feature_width).bfloat16(), mask, after)])
+    batch = collate([Sample("r", torch.arange(5), 5, torch.zeros(5, SHAPE.feature_width).bfloat16(), mask, after)])
     # The prompt is x0 x1 x2. With the mask of x_t instead of x_{t+1}, row 1 would be missing.
     assert taught(batch, random_draft(SHAPE, 0), 1) == {(1, 0, 22), (2, 0, 23), (3, 0, 24)}
 
@@ -94,7 +93,7 @@ def test_the_request_of_the_trace_schema_becomes_the_rows_that_serving_drafted_f
     rows = tables_of(record_of("r", verify_steps, 0, top_k=1))
     (accepted,), rejected = rows["accepted"].to_pylist(), rows["rejected"].to_pylist()
     assert all(has_root(r, accepted) for r in rejected)
-    window = window_of(accepted, rejected)
+    window = read_sample(accepted, rejected)
     assert window.tokens.tolist() == [a, b, c, d, e, f]
     assert window.next_token == g
     assert window.known.tolist() == [False, False, True, True, True, True]
@@ -106,13 +105,13 @@ def test_the_request_of_the_trace_schema_becomes_the_rows_that_serving_drafted_f
 
     # Below D the accepted E, which is the row's own next token, and X, which is learned from by what the target said
     # after it; below F both tokens that were drafted.
-    one, two = grow(draft, batch, 3, 0.0).steps[1:]
+    one, two = build_draft_trees(draft, batch, 3, 0.0).levels[1:]
     assert drafted(one) == [(y, 18, True)]
     assert drafted(two) == [(x, 16, True), (z, 19, True)]
     assert [one.tokens_A[parent].item() for parent in two.parent_A[two.committed :]] == [e, y]
 
 
-def drafted(step: Step) -> list[tuple[int, int, bool]]:
+def drafted(step: TreeLevel) -> list[tuple[int, int, bool]]:
     """Token, likeliest token of the teacher, and whether it is learned from, of the nodes beside the committed ones."""
     own = slice(step.committed, None)
     columns = step.tokens_A[own], step.ids_Ak[own, 0], step.learned_A[own]
@@ -175,12 +174,12 @@ def test_the_trainers_recursion_gives_the_drafts_that_a_real_engine_published(
     width = verify_steps[0].features.shape[1]
     record = record_of("r", verify_steps, 0, feature_width=width, top_k=verify_steps[0].top_ids.shape[1])
     rows = tables_of(record)
-    window = window_of(rows["accepted"].to_pylist()[0], [])
+    window = read_sample(rows["accepted"].to_pylist()[0], [])
     batch = collate([window])
     drafting = [r for r in verify_steps if len(r.draft_tokens) == 4]
     assert len(drafting) > 5
     roots = torch.tensor([r.position for r in drafting])
-    unroll = Unroll(draft, token_embeddings(folder), batch.tokens_BT, batch.features_BTF)
+    unroll = DraftUnroll(draft, token_embeddings(folder), batch.tokens_BT, batch.features_BTF)
     with torch.no_grad():
         hidden = unroll.first(roots * 0, roots - 1)
         for k in range(4):
@@ -202,8 +201,10 @@ def test_rows_of_a_record_reach_the_feed_as_written(tmp_path: Path) -> None:
     rows = tables_of(record_of("r", [verify_step_of(0, 0, [1, 2, 3], 4), verify_step_of(1, 3, [4], 5, [9, 8])], 0))
     for name in ("rejected", "accepted"):
         tables.append(name, rows[name])
-    feed = Feed(tables, Train(batch_size=1, held_out_ratio=1e-9), TARGET, LINE, FrozenTarget(tmp_path, ()).states)
-    feed.poll()
-    (window,) = feed.next()
+    loader = DataLoader(
+        tables, Train(batch_size=1, held_out_ratio=1e-9), TARGET, LINE, FrozenTarget(tmp_path, ()).compute_states
+    )
+    loader.poll()
+    (window,) = loader.next_samples()
     assert window.features.shape == (4, WIDTH)
     assert [(branch.root, branch.tokens) for branch in window.branches] == [(3, (9, 8))]

@@ -14,7 +14,7 @@ from schemas.speculator.network import DraftShape, EagleDraft, Variant, random_d
 from serving.engines.base import Request
 from serving.engines.builtin.drafter import Committed, Drafter
 from serving.planner import Acceptance, Plan
-from trainer.objective.unroll import Unroll
+from trainer.objective.training_time_test import DraftUnroll
 
 HIDDEN, HEADS, KV_HEADS, SIZE, EPS, THETA = 16, 4, 2, 4, 1e-5, 100.0
 TOKENS = [3, 1, 4, 1, 5, 9, 2]
@@ -141,7 +141,7 @@ def test_a_trained_chain_is_the_one_of_the_definition(variant: Variant) -> None:
     draft = lively(variant)
     features_BTF = torch.cat([features_TF(), torch.zeros(1, draft.shape.feature_width)])[None]
     row = torch.tensor([len(TOKENS) - 2])
-    unroll = Unroll(draft, embeddings_VH(), torch.tensor([TOKENS]), features_BTF)
+    unroll = DraftUnroll(draft, embeddings_VH(), torch.tensor([TOKENS]), features_BTF)
     hidden_AH = unroll.first(row * 0, row)
     for token, logprob, wanted_H in plain_chain(draft):
         torch.testing.assert_close(hidden_AH[0], wanted_H, rtol=1e-4, atol=1e-4)

@@ -6,19 +6,18 @@ from dataclasses import replace
 
 from recorded import conversation, record_of, tables_of
 
-from trainer.data.rows import window_of
-from trainer.data.samples import Window, cut
+from trainer.data.samples import Sample, read_sample, split_sample
 from trainer.release.evaluation import group_by_label
 
 
-def sample(label: str | None) -> Window:
+def sample(label: str | None) -> Sample:
     (row,) = tables_of(record_of("r", conversation(range(1, 14), 3), 0))["accepted"].to_pylist()
-    return window_of({**row, "label": label}, [])
+    return read_sample({**row, "label": label}, [])
 
 
 def test_a_sample_and_its_parts_keep_their_label() -> None:
     assert sample("sql").label == "sql"
-    assert {piece.label for piece in cut(sample("sql"), 4)} == {"sql"}
+    assert {piece.label for piece in split_sample(sample("sql"), 4)} == {"sql"}
 
 
 def test_labels_with_too_few_samples_are_taken_together() -> None:

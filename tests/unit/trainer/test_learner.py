@@ -9,7 +9,8 @@ import torch
 
 from schemas.settings import Train
 from schemas.speculator.network import DraftShape, EagleDraft, random_draft
-from trainer.data.samples import Batch, Branch, Teacher, Window, collate
+from trainer.data.batch import Batch, collate
+from trainer.data.samples import Branch, Sample, Teacher
 from trainer.loop.learner import Learner
 
 SHAPE = DraftShape(8, 8, 2, 1, 4, 32, 16, 1e-6, 100.0, 64, (1, 2, 3))
@@ -17,14 +18,14 @@ EMBEDDINGS = torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
 WARM = Train(dtype="float32", ttt_steps=3, warmup_steps=0, learning_rate=1e-2)
 
 
-def window(seed: int, length: int = 9, known_from: int = 2) -> Window:
+def window(seed: int, length: int = 9, known_from: int = 2) -> Sample:
     g = torch.Generator().manual_seed(seed)
 
     def teacher(n: int) -> Teacher:
         return Teacher(torch.randint(0, 16, (n, 2), generator=g), torch.log(torch.rand(n, 2, generator=g) * 0.5))
 
     branches = (Branch(4, (1, 2), 0, (-0.5, -0.5), teacher(2)),) if seed % 2 else ()
-    return Window(
+    return Sample(
         request=f"r{seed}",
         tokens=torch.randint(0, 32, (length,), generator=g),
         next_token=3,
@@ -82,14 +83,14 @@ def test_the_average_is_that_of_a_plain_loop() -> None:
         one.step(batch(step))
         decay = min(0.4, (1 + step) / (10 + step))
         expected = {name: decay * expected[name] + (1 - decay) * value for name, value in weights(one.draft).items()}
-    assert_close(weights(one.weights()), expected)
-    assert not torch.equal(one.weights().fc.weight, one.draft.fc.weight)
-    assert torch.equal(one.weights().t2d, one.draft.t2d)
+    assert_close(weights(one.export_draft()), expected)
+    assert not torch.equal(one.export_draft().fc.weight, one.draft.fc.weight)
+    assert torch.equal(one.export_draft().t2d, one.draft.t2d)
 
 
 def test_without_an_average_the_weights_in_training_are_what_is_registered() -> None:
     one = learner(ema_decay=0.0)
-    assert one.weights() is one.draft
+    assert one.export_draft() is one.draft
 
 
 def newton_schulz(momentum: torch.Tensor, steps: int) -> torch.Tensor:
@@ -151,16 +152,16 @@ def test_a_restored_learner_takes_the_same_steps(optimizer: str, ema: float) -> 
     for i in range(3):
         through.step(batch(i))
     resumed.step(batch(9))
-    resumed.restore({name: value.clone() for name, value in through.tensors().items()}, through.steps)
+    resumed.restore({name: value.clone() for name, value in through.state_tensors().items()}, through.steps)
     for i in range(3, 6):
         assert torch.equal(through.step(batch(i)).total, resumed.step(batch(i)).total)
-    for a, b in ((through.draft, resumed.draft), (through.weights(), resumed.weights())):
+    for a, b in ((through.draft, resumed.draft), (through.export_draft(), resumed.export_draft())):
         assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
 
 
 def test_going_back_to_the_beginning_forgets_the_moments() -> None:
     fresh, returned = learner(), learner()
-    beginning = {name: value.clone() for name, value in returned.tensors().items()}
+    beginning = {name: value.clone() for name, value in returned.state_tensors().items()}
     returned.step(batch(0))
     returned.restore(beginning, 0)
     for one in (fresh, returned):
@@ -171,7 +172,7 @@ def test_going_back_to_the_beginning_forgets_the_moments() -> None:
 def test_the_state_of_another_optimizer_is_left_and_the_weights_are_taken() -> None:
     adamw, muon = learner(), learner(optimizer="muon")
     adamw.step(batch(0))
-    muon.restore(adamw.tensors(), adamw.steps)
+    muon.restore(adamw.state_tensors(), adamw.steps)
     assert torch.equal(muon.draft.fc.weight, adamw.draft.fc.weight)
     assert muon.step(batch(1)).total.isfinite()
 
@@ -179,15 +180,15 @@ def test_the_state_of_another_optimizer_is_left_and_the_weights_are_taken() -> N
 def test_a_step_that_is_not_finite_is_not_taken() -> None:
     one = learner(ema_decay=0.9)
     one.step(batch(0))
-    before, average = weights(one.draft), weights(one.weights())
+    before, average = weights(one.draft), weights(one.export_draft())
     poisoned = replace(batch(1), features_BTF=torch.full_like(batch(1).features_BTF, torch.inf))
     assert not one.step(poisoned).total.isfinite()
     assert not one.step(poisoned).total.isfinite()
-    assert (one.steps, one.unfit) == (1, 2)
+    assert (one.steps, one.skipped) == (1, 2)
     assert_close(weights(one.draft), before)
-    assert_close(weights(one.weights()), average)
+    assert_close(weights(one.export_draft()), average)
     one.step(batch(2))
-    assert (one.steps, one.unfit) == (2, 0)
+    assert (one.steps, one.skipped) == (2, 0)
 
 
 def test_a_pass_in_bfloat16_keeps_weights_and_state_in_float32_and_learns_the_same() -> None:
@@ -195,4 +196,4 @@ def test_a_pass_in_bfloat16_keeps_weights_and_state_in_float32_and_learns_the_sa
     for i in range(6):
         a, b = half.step(batch(i % 3)), full.step(batch(i % 3))
     assert float(a.total) == pytest.approx(float(b.total), rel=0.05)
-    assert all(value.dtype == torch.float32 for value in half.tensors().values() if value.is_floating_point())
+    assert all(value.dtype == torch.float32 for value in half.state_tensors().values() if value.is_floating_point())

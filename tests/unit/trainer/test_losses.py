@@ -12,12 +12,12 @@ from torch import Tensor
 
 from schemas.settings import Objective, Train
 from schemas.speculator.network import DraftShape, EagleDraft, random_draft
-from trainer.data.samples import Branch, Teacher, Window, collate, cut
-from trainer.objective.divergences import DIVERGENCES, LK_RATE, TAIL, forward_kl, total_variation
-from trainer.objective.draft_trees import MIN_KEPT_MASS, grow
+from trainer.data.batch import collate
+from trainer.data.samples import Branch, Sample, Teacher, split_sample
+from trainer.objective.divergences import DIVERGENCES, LK_RATE, TAIL_MASS, forward_kl, total_variation
 from trainer.objective.losses import CLIP, ttt_loss
-from trainer.objective.simulated_acceptance import Accepted, by_window, simulated_accepted_per_step
-from trainer.objective.unroll import Unroll
+from trainer.objective.simulated_acceptance import SimulatedAcceptance, simulate_batch, simulate_each
+from trainer.objective.training_time_test import MIN_KEPT_MASS, DraftUnroll, build_draft_trees
 
 VOCABULARY = 24
 KEPT = [0, 1, 2, 4, 5, 7, 9, 10, 13, 14, 17, 20]
@@ -54,7 +54,7 @@ def teacher(rows: int, g: torch.Generator, k: int = 5) -> Teacher:
     return Teacher(ids, logits.log_softmax(-1).gather(-1, ids))
 
 
-def window(n: int, first_known: int, seed: int, *, branches: Sequence[tuple[int, int, int]] = (), k: int = 5) -> Window:
+def window(n: int, first_known: int, seed: int, *, branches: Sequence[tuple[int, int, int]] = (), k: int = 5) -> Sample:
     """Random window; ``branches`` are (root, nodes, accepted prefix)."""
     g = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, VOCABULARY, (n,), generator=g)
@@ -63,7 +63,7 @@ def window(n: int, first_known: int, seed: int, *, branches: Sequence[tuple[int,
         inside = tokens[root + 1 : root + 1 + prefix].tolist()
         drafted = [KEPT[i] for i in torch.randint(0, len(KEPT), (nodes - len(inside),), generator=g).tolist()]
         grown.append(Branch(root, (*inside, *drafted), prefix, (-0.5,) * nodes, teacher(nodes, g, k)))
-    return Window(
+    return Sample(
         request=f"r{seed}",
         tokens=tokens,
         next_token=3,
@@ -74,20 +74,20 @@ def window(n: int, first_known: int, seed: int, *, branches: Sequence[tuple[int,
     )
 
 
-def certain_window(seed: int) -> Window:
+def certain_window(seed: int) -> Sample:
     """Six tokens, teachers that each name one token of the draft vocabulary, and a branch of two nodes."""
     g = torch.Generator().manual_seed(seed)
     said = torch.tensor(KEPT)[torch.randint(0, len(KEPT), (6, 1), generator=g)]
     w = window(6, 2, seed)
     branch = Branch(3, (1, 2), 0, (-0.5, -0.5), Teacher(said[4:], torch.zeros(2, 1)))
-    return Window(w.request, w.tokens, 3, w.features, w.known, Teacher(said[:4], torch.zeros(4, 1)), (branch,))
+    return Sample(w.request, w.tokens, 3, w.features, w.known, Teacher(said[:4], torch.zeros(4, 1)), (branch,))
 
 
 def embeddings(dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(VOCABULARY, SHAPE.hidden_size, generator=torch.Generator().manual_seed(9)).to(dtype)
 
 
-def within_vocabulary(w: Window) -> Window:
+def within_vocabulary(w: Sample) -> Sample:
     """The window with tokens and teachers that the draft could all have drafted."""
     g = torch.Generator().manual_seed(17)
 
@@ -112,7 +112,7 @@ def certain(said: Teacher) -> Teacher:
     return Teacher(torch.full((len(said.ids), 1), KEPT[3]), torch.zeros(len(said.ids), 1))
 
 
-def forked(w: Window, root: int, *drafts: tuple[int, Sequence[int]], seed: int = 11) -> Window:
+def forked(w: Sample, root: int, *drafts: tuple[int, Sequence[int]], seed: int = 11) -> Sample:
     """The window with branches below one root that share their beginnings; each is (accepted prefix, tokens)."""
     g = torch.Generator().manual_seed(seed)
     known: dict[tuple[int, ...], Teacher] = {}
@@ -126,7 +126,7 @@ def forked(w: Window, root: int, *drafts: tuple[int, Sequence[int]], seed: int =
     return replace(w, branches=(*w.branches, *branches))
 
 
-def tree_window() -> Window:
+def tree_window() -> Sample:
     """Eight tokens and a tree of eight nodes below token 3, two of them kept: five branches that were not."""
     w = window(8, 2, 21, branches=[(5, 2, 1)])
     a, b = w.tokens[4:6].tolist()
@@ -151,7 +151,7 @@ def settings(steps: int, decay: float, weight: float, **others: object) -> Train
 
 
 def served_chain(
-    draft: EagleDraft, table_VH: Tensor, w: Window, row: int, drafted: Sequence[int]
+    draft: EagleDraft, table_VH: Tensor, w: Sample, row: int, drafted: Sequence[int]
 ) -> list[tuple[Tensor, Tensor]]:
     """Hidden state and scores after each step, as a node drafts: a cache that grows by one token at a time."""
     dtype = draft.fc.weight.dtype
@@ -187,14 +187,14 @@ def plain_divergence(logits_D: Tensor, ids: Tensor, logprobs: Tensor, objective:
     if objective == "kl":
         terms = [p / mass * (math.log(p / mass) - q[i]) for i, p in kept.items()]
     elif objective == "reverse-kl":
-        smooth = {i: (1 - TAIL) * kept.get(i, 0) / mass + TAIL / len(KEPT) for i in range(len(KEPT))}
+        smooth = {i: (1 - TAIL_MASS) * kept.get(i, 0) / mass + TAIL_MASS / len(KEPT) for i in range(len(KEPT))}
         terms = [q[i].exp() * (q[i] - math.log(p)) for i, p in smooth.items()]
     else:
         terms = [torch.ones(()).to(q), *(-torch.minimum(q[i].exp(), torch.tensor(p / mass)) for i, p in kept.items())]
     return sum(terms, torch.zeros((), dtype=q.dtype))
 
 
-def plain_loss(draft: EagleDraft, table_VH: Tensor, windows: Sequence[Window], train: Train) -> tuple[Tensor, int, int]:
+def plain_loss(draft: EagleDraft, table_VH: Tensor, windows: Sequence[Sample], train: Train) -> tuple[Tensor, int, int]:
     """The definition, branch by branch and one term after the other; a node that branches share counts at the first."""
     steps, decay = train.ttt_steps, train.ttt_decay
     accepted: list[list[Tensor]] = [[] for _ in range(steps)]
@@ -267,8 +267,8 @@ def test_only_what_followed_a_likely_choice_is_learned_from() -> None:
 def test_what_branches_share_is_computed_once() -> None:
     w = tree_window()
     w = replace(w, branches=tuple(replace(b, teacher=certain(b.teacher)) for b in w.branches))
-    forest = grow(tiny_draft(), collate([w]), 4, 0.0)
-    drafted = [len(step.parent_A) - step.committed for step in forest.steps]
+    trees = build_draft_trees(tiny_draft(), collate([w]), 4, 0.0)
+    drafted = [len(step.parent_A) - step.committed for step in trees.levels]
     # Below token 3: d; c, e; d e under a c, c under a b, c d under d e. Below token 5: one after a kept one.
     assert drafted == [0, 1, 3, 5]
 
@@ -301,7 +301,7 @@ def test_gradients_are_those_of_finite_differences() -> None:
 def test_the_recursion_is_what_serving_drafts_token_by_token() -> None:
     draft, table, batch = tiny_draft(), embeddings(), collate(WINDOWS)
     chains = [(0, 2, [5, 9, 1]), (0, 2, [5, 0, 0]), (0, 7, [2, 2, 2]), (2, 0, [1, 2, 4]), (3, 1, [7, 9, 20])]
-    unroll = Unroll(draft, table, batch.tokens_BT, batch.features_BTF)
+    unroll = DraftUnroll(draft, table, batch.tokens_BT, batch.features_BTF)
     hidden = unroll.first(torch.tensor([b for b, _, _ in chains]), torch.tensor([row for _, row, _ in chains]))
     served = [served_chain(draft, table, WINDOWS[b], row, tokens) for b, row, tokens in chains]
     torch.testing.assert_close(hidden, torch.stack([s[0][0] for s in served]))
@@ -312,7 +312,7 @@ def test_the_recursion_is_what_serving_drafts_token_by_token() -> None:
 
 def test_a_tree_is_computed_as_each_of_its_branches_alone() -> None:
     draft, table, batch = tiny_draft(), embeddings(), collate(WINDOWS)
-    unroll = Unroll(draft, table, batch.tokens_BT, batch.features_BTF)
+    unroll = DraftUnroll(draft, table, batch.tokens_BT, batch.features_BTF)
     unroll.first(torch.tensor([0, 0, 1]), torch.tensor([2, 3, 1]))
     unroll.advance(torch.tensor([1, 1, 2]), torch.tensor([4, 7, 5]))
     hidden = unroll.advance(torch.tensor([2, 1, 0, 1]), torch.tensor([1, 2, 9, 5]))
@@ -337,7 +337,7 @@ def test_a_position_whose_teacher_is_almost_outside_the_draft_vocabulary_is_mask
     draft, table = tiny_draft(), embeddings()
     outside = next(i for i in range(VOCABULARY) if i not in KEPT)
     probs = torch.tensor([[0.93, 0.05, 0.02], [0.5, 0.4, 0.1]])
-    w = Window("r", torch.tensor([1, 2, 4]), None, torch.ones(3, 24).bfloat16(), torch.tensor([False, True, True]),
+    w = Sample("r", torch.tensor([1, 2, 4]), None, torch.ones(3, 24).bfloat16(), torch.tensor([False, True, True]),
                Teacher(torch.tensor([[outside, 1, 2]] * 2), probs.log()))  # fmt: skip
     loss = ttt_loss(draft, table, collate([w]), settings(1, 1.0, 0.0))
     scores = served_chain(draft, table, w, 1, [])[0][1].log_softmax(0)
@@ -349,7 +349,7 @@ def test_a_position_whose_teacher_is_almost_outside_the_draft_vocabulary_is_mask
 @pytest.mark.parametrize("objective", DIVERGENCES)
 def test_every_divergence_is_least_where_the_draft_agrees(objective: Objective) -> None:
     probs, ids = torch.tensor([[0.7, 0.3]]), torch.tensor([[2, 0]])
-    agreeing, divergence = torch.full((1, 4), math.log(TAIL / 4)), DIVERGENCES[objective]
+    agreeing, divergence = torch.full((1, 4), math.log(TAIL_MASS / 4)), DIVERGENCES[objective]
     agreeing[0, 2], agreeing[0, 0] = math.log(0.7), math.log(0.3)
     assert float(divergence(agreeing, ids, probs)) == pytest.approx(0, abs=0.02)
     assert float(divergence(torch.zeros(1, 4), ids, probs)) > 0.3
@@ -461,15 +461,15 @@ def test_one_tiny_batch_can_be_learned_by_heart_past_its_rejections() -> None:
 
 def test_a_window_is_cut_into_pieces_that_keep_every_teacher_and_reachable_branch() -> None:
     w = window(11, 5, 6, branches=[(5, 2, 0), (8, 2, 0), (9, 2, 0)])
-    pieces = cut(w, 4)
+    pieces = split_sample(w, 4)
     assert [p.tokens.tolist() for p in pieces] == [w.tokens[4:8].tolist(), w.tokens[8:11].tolist()]
     assert [p.next_token for p in pieces] == [int(w.tokens[8]), 3]
     assert torch.equal(torch.cat([p.teacher.ids for p in pieces]), w.teacher.ids)
     assert [[b.root for b in p.branches] for p in pieces] == [[1], [1]]
-    assert [len(p) for p in cut(w, 11)] == [11]
+    assert [len(p) for p in split_sample(w, 11)] == [11]
 
 
-def plain_accepted_per_step(draft: EagleDraft, table: Tensor, w: Window, lookahead: int) -> Accepted:
+def plain_accepted_per_step(draft: EagleDraft, table: Tensor, w: Sample, lookahead: int) -> SimulatedAcceptance:
     tokens = [*w.tokens.tolist(), *([] if w.next_token is None else [w.next_token])]
     kept = positions = 0
     for root in range(1, len(w)):
@@ -482,7 +482,7 @@ def plain_accepted_per_step(draft: EagleDraft, table: Tensor, w: Window, lookahe
         while chain and tokens[root + 1 : root + 1 + len(chain)] != chain:
             chain.pop()
         kept += len(chain)
-    return Accepted(kept, positions)
+    return SimulatedAcceptance(kept, positions)
 
 
 def test_simulated_accepted_per_step_is_that_of_drafting_token_by_token() -> None:
@@ -491,19 +491,19 @@ def test_simulated_accepted_per_step_is_that_of_drafting_token_by_token() -> Non
     tokens = torch.tensor(KEPT)[w.tokens % len(KEPT)]
     # A teacher that is certain of the next committed token: chains become right in part, then as a whole.
     certain = Teacher(torch.cat([tokens[5:], torch.tensor([4])])[:, None], torch.zeros(6, 1))
-    w = Window(w.request, tokens, 4, w.features, w.known, certain)
+    w = Sample(w.request, tokens, 4, w.features, w.known, certain)
     draft = tiny_draft(torch.float32)
     optimizer = torch.optim.AdamW(draft.parameters(), lr=3e-3)
     seen = set()
     for step in range(60):
         if step % 6 == 0:
-            found = simulated_accepted_per_step(draft, table, collate([WINDOWS[2], w]), 3)
+            found = simulate_batch(draft, table, collate([WINDOWS[2], w]), 3)
             alone, other = (
                 plain_accepted_per_step(draft, table, w, 3),
                 plain_accepted_per_step(draft, table, WINDOWS[2], 3),
             )
             assert found == (alone.tokens + other.tokens, alone.positions + other.positions)
-            assert by_window(draft, table, [w, WINDOWS[2]], 3) == [alone, other]
+            assert simulate_each(draft, table, [w, WINDOWS[2]], 3) == [alone, other]
             seen.add(found.tokens)
         loss = ttt_loss(draft, table, collate([w]), settings(3, 0.8, 0.0))
         optimizer.zero_grad()
@@ -517,13 +517,11 @@ def test_a_committed_token_outside_the_draft_vocabulary_is_a_miss_and_not_left_o
     draft, table = tiny_draft(torch.float32), embeddings(torch.float32)
     w = window(6, 2, 5)
     outside = next(i for i in range(VOCABULARY) if i not in KEPT)
-    w = Window(w.request, torch.full_like(w.tokens, outside), outside, w.features, w.known, w.teacher)
-    assert simulated_accepted_per_step(draft, table, collate([w]), 2) == Accepted(0, 3)
+    w = Sample(w.request, torch.full_like(w.tokens, outside), outside, w.features, w.known, w.teacher)
+    assert simulate_batch(draft, table, collate([w]), 2) == SimulatedAcceptance(0, 3)
 
 
 def test_windows_too_short_for_the_lookahead_count_no_position() -> None:
-    found = simulated_accepted_per_step(
-        tiny_draft(torch.float32), embeddings(torch.float32), collate([window(3, 2, 3)]), 5
-    )
-    assert found == Accepted(0, 0)
-    assert found.length == 0.0
+    found = simulate_batch(tiny_draft(torch.float32), embeddings(torch.float32), collate([window(3, 2, 3)]), 5)
+    assert found == SimulatedAcceptance(0, 0)
+    assert found.accepted_per_step == 0.0

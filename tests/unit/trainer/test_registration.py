@@ -14,9 +14,9 @@ from torch import Tensor
 from schemas.settings import Settings, load
 from schemas.speculator.checkpoint import line_of
 from schemas.speculator.network import EagleDraft, random_draft
-from trainer.data.samples import Teacher, Window
+from trainer.data.samples import Sample, Teacher
 from trainer.data.target import Target
-from trainer.objective.simulated_acceptance import Accepted, accepted_per_step, by_window
+from trainer.objective.simulated_acceptance import SimulatedAcceptance, simulate_acceptance, simulate_each
 from trainer.release import evaluation
 from trainer.release.evaluation import HeldOutEvaluator
 from trainer.release.gate import HeldOutComparison
@@ -26,7 +26,7 @@ from trainer.release.registry import SpeculatorRegistry
 TARGET = "a" * 32
 V = SHAPE.vocab_size
 LOOKAHEAD = 2
-Register = Callable[[EagleDraft, list[Window]], str | None]
+Register = Callable[[EagleDraft, list[Sample]], str | None]
 EMBEDDINGS_VH = torch.randn(V, SHAPE.hidden_size, generator=torch.Generator().manual_seed(0))
 
 
@@ -60,10 +60,10 @@ class MemoryVersions:
         return self.folder / version
 
 
-def sample(seed: int, label: str) -> Window:
+def sample(seed: int, label: str) -> Sample:
     g = torch.Generator().manual_seed(seed)
     said = torch.randint(0, SHAPE.draft_vocab_size, (12, 1), generator=g)
-    return Window(
+    return Sample(
         request=str(seed),
         tokens=torch.randint(0, SHAPE.draft_vocab_size, (12,), generator=g),
         next_token=3,
@@ -90,7 +90,7 @@ def draft_of(seed: int) -> EagleDraft:
 def best_first() -> list[EagleDraft]:
     """The best and the worst of some drafts: far enough apart that any part of the samples separates them."""
     drafts = [draft_of(seed) for seed in range(12)]
-    drafts.sort(key=lambda draft: -accepted_per_step(draft, EMBEDDINGS_VH, SAMPLES, LOOKAHEAD).tokens)
+    drafts.sort(key=lambda draft: -simulate_acceptance(draft, EMBEDDINGS_VH, SAMPLES, LOOKAHEAD).tokens)
     return [drafts[0], drafts[-1]]
 
 
@@ -119,7 +119,7 @@ def register(evaluator: HeldOutEvaluator, registry: MemoryVersions) -> Register:
     """Evaluate a draft on samples and register it if it is better."""
     registrar = Registrar(settings(), target(), cast(SpeculatorRegistry, registry), evaluator)
 
-    def evaluate_and_register(draft: EagleDraft, samples: list[Window]) -> str | None:
+    def evaluate_and_register(draft: EagleDraft, samples: list[Sample]) -> str | None:
         return registrar.register_if_better(draft, evaluator.evaluate(draft, samples), {}, {})
 
     return evaluate_and_register
@@ -130,12 +130,14 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Numbers of samples that were scored, by call with any."""
     calls: list[int] = []
 
-    def counting(draft: EagleDraft, table: Tensor, samples: Sequence[Window], lookahead: int) -> list[Accepted]:
+    def counting(
+        draft: EagleDraft, table: Tensor, samples: Sequence[Sample], lookahead: int
+    ) -> list[SimulatedAcceptance]:
         if samples:
             calls.append(len(samples))
-        return by_window(draft, table, samples, lookahead)
+        return simulate_each(draft, table, samples, lookahead)
 
-    monkeypatch.setattr(evaluation, "by_window", counting)
+    monkeypatch.setattr(evaluation, "simulate_each", counting)
     return calls
 
 
@@ -149,8 +151,9 @@ def test_a_version_is_registered_with_figures_of_both_drafts_overall_and_on_each
     for label, figures in [("code", held_out.labels[1]), ("math", held_out.labels[0]), (None, held_out)]:
         chosen = [sample for sample in SAMPLES if label in {None, sample.label}]
         assert figures.samples == len(chosen)
-        assert figures.accepted_per_step == accepted_per_step(better, EMBEDDINGS_VH, chosen, LOOKAHEAD).length
-        assert figures.champion_accepted_per_step == accepted_per_step(day_0, EMBEDDINGS_VH, chosen, LOOKAHEAD).length
+        own, of_champion = (simulate_acceptance(d, EMBEDDINGS_VH, chosen, LOOKAHEAD) for d in (better, day_0))
+        assert figures.accepted_per_step == own.accepted_per_step
+        assert figures.champion_accepted_per_step == of_champion.accepted_per_step
     assert [label.label for label in held_out.labels] == ["math", "code"]
     assert held_out.accepted_per_step > held_out.champion_accepted_per_step
 

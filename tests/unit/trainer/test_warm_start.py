@@ -15,7 +15,7 @@ from schemas.speculator import checkpoint
 from schemas.speculator.checkpoint import line_of
 from schemas.speculator.network import DraftShape, EagleDraft, random_draft
 from trainer.data.target import Target
-from trainer.loop.warm_start import carry_over, load_initial_draft
+from trainer.loop.warm_start import copy_weights, load_initial_draft
 from trainer.release.registry import SpeculatorRegistry
 
 V = SHAPE.vocab_size
@@ -39,9 +39,9 @@ def parameters(draft: EagleDraft) -> dict[str, torch.Tensor]:
 
 def test_a_draft_of_the_same_shape_and_vocabulary_is_taken_whole() -> None:
     old, new = draft_of(list(range(16)), 1), draft_of(list(range(16)), 2)
-    carried = carry_over(old, new)
-    assert set(carried.tensors) == set(dict(new.named_parameters()))
-    assert (carried.left, carried.tokens) == ((), 16)
+    carried = copy_weights(old, new)
+    assert set(carried.parameters) == set(dict(new.named_parameters()))
+    assert (carried.unchanged, carried.tokens) == ((), 16)
     for name, value in old.state_dict().items():
         assert torch.equal(new.state_dict()[name], value), name
 
@@ -52,13 +52,13 @@ def test_with_another_draft_vocabulary_rows_of_the_head_follow_their_target_toke
     old, new = draft_of(first, 1), draft_of(kept, 2)
     before, head = parameters(new), new.lm_head.weight
     d2t, t2d = new.d2t.clone(), new.t2d.clone()
-    carried = carry_over(old, new)
+    carried = copy_weights(old, new)
     for row, token in enumerate(kept):
         wanted = old.lm_head.weight[first.index(token)] if token in first else before["lm_head.weight"][row]
         assert torch.equal(head[row], wanted), token
         assert int(new.to_target_ids(torch.tensor(row))) == token
     assert carried.tokens == len(set(first) & set(kept))
-    assert carried.left == ()
+    assert carried.unchanged == ()
     assert torch.equal(new.fc.weight, old.fc.weight)
     assert torch.equal(new.d2t, d2t)
     assert torch.equal(new.t2d, t2d)
@@ -67,8 +67,8 @@ def test_with_another_draft_vocabulary_rows_of_the_head_follow_their_target_toke
 def test_vocabularies_without_a_common_token_leave_the_head() -> None:
     old, new = draft_of([0, 1, 2], 1), draft_of([5, 6, 7, 8], 2)
     before = parameters(new)
-    carried = carry_over(old, new)
-    assert (carried.left, carried.tokens) == (("lm_head.weight",), 0)
+    carried = copy_weights(old, new)
+    assert (carried.unchanged, carried.tokens) == (("lm_head.weight",), 0)
     assert torch.equal(new.lm_head.weight, before["lm_head.weight"])
     assert torch.equal(new.norm.weight, old.norm.weight)
 
@@ -76,8 +76,8 @@ def test_vocabularies_without_a_common_token_leave_the_head() -> None:
 def test_ids_of_a_target_with_another_vocabulary_are_not_taken_for_the_same_tokens() -> None:
     old, new = draft_of(list(range(16)), 1), draft_of(list(range(16)), 2, vocab_size=V + 8)
     before = parameters(new)
-    carried = carry_over(old, new)
-    assert (carried.left, carried.tokens) == (("lm_head.weight",), 0)
+    carried = copy_weights(old, new)
+    assert (carried.unchanged, carried.tokens) == (("lm_head.weight",), 0)
     assert torch.equal(new.lm_head.weight, before["lm_head.weight"])
     assert torch.equal(new.midlayer.self_attn.q_proj.weight, old.midlayer.self_attn.q_proj.weight)
 
@@ -85,20 +85,20 @@ def test_ids_of_a_target_with_another_vocabulary_are_not_taken_for_the_same_toke
 def test_only_what_has_another_shape_stays_at_day_0() -> None:
     old, new = draft_of(list(range(16)), 1), draft_of(list(range(16)), 2, intermediate_size=24)
     before = parameters(new)
-    carried = carry_over(old, new)
-    assert set(carried.left) == {f"midlayer.mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
-    for name in carried.left:
+    carried = copy_weights(old, new)
+    assert set(carried.unchanged) == {f"midlayer.mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
+    for name in carried.unchanged:
         assert torch.equal(dict(new.named_parameters())[name], before[name])
-    assert str(carried).startswith("10 of 13 tensors, 16 draft tokens; left as they were: midlayer.mlp.gate_proj")
+    assert str(carried).startswith("10 of 13 tensors, 16 draft tokens; unchanged: midlayer.mlp.gate_proj")
 
 
 def test_weights_that_read_raw_states_are_not_taken_where_states_are_normed() -> None:
     old = draft_of(list(range(16)), 1)
     new = random_draft(replace(SHAPE, variant="eagle3.1"), 2)
     before = parameters(new)
-    carried = carry_over(old, new)
-    assert set(carried.left) == {"fc.weight", *(f"fc_norm.{i}.weight" for i in range(3))}
-    assert all(torch.equal(dict(new.named_parameters())[name], before[name]) for name in carried.left)
+    carried = copy_weights(old, new)
+    assert set(carried.unchanged) == {"fc.weight", *(f"fc_norm.{i}.weight" for i in range(3))}
+    assert all(torch.equal(dict(new.named_parameters())[name], before[name]) for name in carried.unchanged)
     assert torch.equal(new.midlayer.self_attn.q_proj.weight, old.midlayer.self_attn.q_proj.weight)
 
 
@@ -106,15 +106,15 @@ def test_of_a_target_of_another_width_nothing_fits_and_it_says_so() -> None:
     other = DraftShape(12, 20, 3, 3, 4, V + 1, 16, 1e-5, 100.0, 64, (1, 3, 5))
     old, new = draft_of(list(range(16)), 1), random_draft(other, 2)
     before = parameters(new)
-    carried = carry_over(old, new)
-    assert (carried.tensors, carried.tokens, str(carried)) == ((), 0, "nothing fits")
+    carried = copy_weights(old, new)
+    assert (carried.parameters, carried.tokens, str(carried)) == ((), 0, "nothing fits")
     assert all(torch.equal(value, before[name]) for name, value in new.named_parameters())
 
 
 def test_the_old_draft_stays_as_it_is_and_shares_nothing() -> None:
     old, new = draft_of(list(range(16)), 1), draft_of(list(range(8)), 2)
     before = parameters(old)
-    carry_over(old, new)
+    copy_weights(old, new)
     with torch.no_grad():
         for parameter in new.parameters():
             parameter.zero_()

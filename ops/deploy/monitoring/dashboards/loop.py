@@ -168,12 +168,12 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         Panel(
             "Loss by TTT step",
             "Mean divergence from the target's distribution at each step of the training-time test.",
-            (Query("aurora_train_step_loss", "TTT step {{step}}"),),
+            (Query("aurora_train_ttt_step_loss", "TTT step {{step}}"),),
         ),
         Panel(
             "Acceptance length on the held-out set",
             "Simulated on requests that are never trained on; bonus token included.",
-            (Query("aurora_train_accepted_per_step", "in training"),),
+            (Query("aurora_train_acceptance_length", "in training"),),
         ),
         Panel(
             "Tokens per second",
@@ -182,20 +182,20 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         ),
         Panel(
             "Lag of training",
-            "Commits that are not read, samples that wait for training, and the age of the newest sample when a step "
-            "used it.",
+            "Commits that are not read, samples that wait for training, and the age of the newest sample that a "
+            "step used.",
             (
                 Query("aurora_train_lag_commits", "commits"),
-                Query("aurora_train_windows_waiting", "samples"),
-                Query("aurora_train_newest_window_age_seconds", "age of the newest, s"),
+                Query("aurora_train_samples_waiting", "samples"),
+                Query("time() - aurora_train_newest_sample_timestamp_seconds", "age of the newest, s"),
             ),
         ),
         Panel(
             "Skipped steps and rollbacks",
             "Training steps without a finite loss or gradient, and restores of the last good checkpoint.",
             (
-                Query(f"sum (increase(aurora_train_unfit_steps_total[{_INTERVAL}]))", "skipped steps"),
-                Query(f"sum (increase(aurora_train_rollbacks_total[{_INTERVAL}]))", "rollbacks"),
+                Query(f"sum (increase(aurora_train_steps_skipped_total[{_INTERVAL}]))", "skipped steps"),
+                Query(f"sum (increase(aurora_train_divergence_rollbacks_total[{_INTERVAL}]))", "rollbacks"),
             ),
         ),
     ),
@@ -204,7 +204,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             "Versions",
             "Registered by the trainer, swapped in and rejected by nodes, since each process started.",
             (
-                Query("sum (aurora_train_registered_total)", "registered"),
+                Query("sum (aurora_train_versions_registered_total)", "registered"),
                 Query("sum by (instance) (aurora_serve_swaps_total)", "swapped in by {{instance}}"),
                 Query("sum by (instance) (aurora_serve_refused_total)", "rejected by {{instance}}"),
             ),
@@ -239,7 +239,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
 ANNOTATIONS = {
     "swap": ("changes(aurora_serve_swaps_total[1m]) > 0", "green"),
     "drift": ("increase(aurora_stream_drift_events_total[1m]) > 0", "orange"),
-    "training rollback": ("increase(aurora_train_rollbacks_total[1m]) > 0", "red"),
+    "training rollback": ("increase(aurora_train_divergence_rollbacks_total[1m]) > 0", "red"),
     "version rollback": ("increase(aurora_promoter_rollbacks_total[1m]) > 0", "purple"),
 }
 """Moments that every panel marks: the query that is true at the moment, and the colour."""

@@ -1,4 +1,4 @@
-"""What the feed gives, in which order, how often, and that a restarted feed goes on as if nothing had been."""
+"""What the loader gives, in which order, how often, and that a restarted loader goes on as if nothing had been."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from feed_world import SHARE, MemoryLog, World, as_json, drain, names, requests
+from data_loader_world import SHARE, MemoryLog, World, as_json, drain, names, requests
 
-from trainer.data.feed import held_out
+from trainer.data.data_loader import is_held_out
 from trainer.data.table_reader import VERSIONS_PER_READ
 
 
@@ -29,33 +29,42 @@ def flood() -> World:
 def test_held_out_requests_are_never_trained_on(world: World) -> None:
     trained, kept = requests(12), requests(5, kept_back=True)
     world.commit([*trained[:6], *kept[:3], *trained[6:], *kept[3:]])
-    feed = world.feed(max_epochs=2)
-    seen = Counter(name for step in drain(feed) for name in step)
+    loader = world.data_loader(max_epochs=2)
+    seen = Counter(name for step in drain(loader) for name in step)
     assert set(seen) == set(trained)
-    assert names(feed.held_out) == kept
+    assert names(loader.held_out) == kept
 
 
 def test_the_split_takes_its_share_and_does_not_depend_on_the_process(world: World) -> None:
     ids = [f"request-{i}" for i in range(4000)]
-    assert sum(held_out(i, SHARE) for i in ids) == pytest.approx(1000, abs=110)
+    assert sum(is_held_out(i, SHARE) for i in ids) == pytest.approx(1000, abs=110)
     # Fixed for good: another hash would train on what versions were compared on.
-    assert [held_out(f"request-{i}", 0.5) for i in range(8)] == [True, False, False, False, False, False, True, False]
+    assert [is_held_out(f"request-{i}", 0.5) for i in range(8)] == [
+        True,
+        False,
+        False,
+        False,
+        False,
+        False,
+        True,
+        False,
+    ]
 
 
 def test_only_the_newest_held_out_windows_are_kept(world: World) -> None:
     kept = requests(6, kept_back=True)
     world.commit(kept)
-    feed = world.feed(held_out_samples=2)
-    feed.poll()
-    assert names(feed.held_out) == kept[-2:]
+    loader = world.data_loader(held_out_samples=2)
+    loader.poll()
+    assert names(loader.held_out) == kept[-2:]
 
 
 def test_new_windows_come_in_the_order_of_the_table_mixed_with_earlier_ones(world: World) -> None:
     ids = requests(12)
     world.commit(ids[:6])
     world.commit(ids[6:])
-    feed = world.feed(max_epochs=3)
-    steps = drain(feed)
+    loader = world.data_loader(max_epochs=3)
+    steps = drain(loader)
     first_seen = list(dict.fromkeys(name for step in steps for name in step))
     assert first_seen == ids
     assert steps[0] == ids[:4], "without a history a step is all new"
@@ -66,85 +75,85 @@ def test_new_windows_come_in_the_order_of_the_table_mixed_with_earlier_ones(worl
 def test_the_more_new_windows_wait_the_fewer_are_replayed(world: World) -> None:
     ids = requests(20)
     world.commit(ids)
-    feed = world.feed(replay_batch_size=3, catch_up_steps=6)
-    feed.poll()
+    loader = world.data_loader(replay_batch_size=3, catch_up_steps=6)
+    loader.poll()
     seen, new = set[str](), list[int]()
     while len(seen) < len(ids):
-        step = names(feed.next())
+        step = names(loader.next_samples())
         new.append(len(set(step) - seen))
         seen.update(step)
     # Of 20, 16, 13, 10, 8, .. that wait a sixth is taken, and the first step has none to replay.
     assert new == [4, 3, 3, 2, 2, 1, 1, 1, 1, 1, 1]
-    assert (feed.counts["pieces_new"], feed.counts["pieces_replayed"]) == (20, 24)
+    assert (loader.counts["pieces_new"], loader.counts["pieces_replayed"]) == (20, 24)
 
 
 def test_a_flooded_feed_replays_nothing_and_leaves_nothing_out(flood: World) -> None:
-    feed, given = flood.feed(replay_batch_size=3, catch_up_steps=1000), list[str]()
+    loader, given = flood.data_loader(replay_batch_size=3, catch_up_steps=1000), list[str]()
     while True:
-        feed.poll()
-        if feed.table_version - feed.cursor <= VERSIONS_PER_READ:
+        loader.poll()
+        if loader.table_version - loader.cursor <= VERSIONS_PER_READ:
             break
-        given += names(feed.next())
+        given += names(loader.next_samples())
     assert given == requests(60)[: len(given)]
     assert len(given) > 60 - 3 * VERSIONS_PER_READ
-    assert len(set(names(feed.next())) - set(given)) == 1, "then it replays again"
+    assert len(set(names(loader.next_samples())) - set(given)) == 1, "then it replays again"
 
 
 def test_a_feed_that_need_not_catch_up_replays_as_many_however_much_waits(flood: World) -> None:
-    feed, given = flood.feed(replay_batch_size=3, catch_up_steps=0), list[str]()
+    loader, given = flood.data_loader(replay_batch_size=3, catch_up_steps=0), list[str]()
     for _ in range(9):
-        feed.poll()
-        given += [name for name in names(feed.next()) if name not in given]
+        loader.poll()
+        given += [name for name in names(loader.next_samples()) if name not in given]
     assert given == requests(12), "four without a history, then one by one"
 
 
 def test_a_feed_that_catches_up_is_restored_in_the_midst_of_it(flood: World) -> None:
     settings: dict[str, object] = {"replay_batch_size": 3, "catch_up_steps": 2, "max_epochs": 2}
-    feed = flood.feed(**settings)
+    loader = flood.data_loader(**settings)
     for _ in range(5):
-        feed.poll()
-        feed.next()
-    restored = flood.feed(**settings)
-    restored.restore(as_json(feed))
-    assert drain(restored) == drain(feed)
+        loader.poll()
+        loader.next_samples()
+    restored = flood.data_loader(**settings)
+    restored.restore(as_json(loader))
+    assert drain(restored) == drain(loader)
 
 
 def test_no_window_is_passed_over_more_often_than_allowed_and_a_starved_feed_stops(world: World) -> None:
     ids = requests(9)
     world.commit(ids)
-    feed = world.feed(max_epochs=3)
-    passes = Counter(name for step in drain(feed) for name in step)
+    loader = world.data_loader(max_epochs=3)
+    passes = Counter(name for step in drain(loader) for name in step)
     assert set(passes) == set(ids)
     assert max(passes.values()) == 3
-    assert feed.next() == []
+    assert loader.next_samples() == []
     assert sum(passes.values()) > 9 * 3 - 4, "only what does not fill a step is left"
 
 
 def test_a_step_is_full_or_is_not_taken(world: World) -> None:
     world.commit(requests(3))
-    feed = world.feed()
-    assert drain(feed) == []
+    loader = world.data_loader()
+    assert drain(loader) == []
     world.commit(requests(4)[3:])
-    assert len(drain(feed)[0]) == 4
+    assert len(drain(loader)[0]) == 4
 
 
 def test_history_is_bounded(world: World) -> None:
     ids = requests(12)
     for request in ids:
         world.commit([request])
-    feed = world.feed(batch_size=1, replay_batch_size=0, replay_buffer_size=2, max_epochs=1000)
+    loader = world.data_loader(batch_size=1, replay_batch_size=0, replay_buffer_size=2, max_epochs=1000)
     for _ in ids:
-        feed.poll()
-        feed.next()
-    assert {name for _ in range(30) for name in names(feed.next())} == set(ids[-2:])
+        loader.poll()
+        loader.next_samples()
+    assert {name for _ in range(30) for name in names(loader.next_samples())} == set(ids[-2:])
 
 
 def test_long_windows_are_cut(world: World) -> None:
     world.commit(requests(1))
-    feed = world.feed(batch_size=1, replay_batch_size=0, max_epochs=1, max_sample_tokens=4)
-    feed.poll()
+    loader = world.data_loader(batch_size=1, replay_batch_size=0, max_epochs=1, max_sample_tokens=4)
+    loader.poll()
     lengths = []
-    while windows := feed.next():
+    while windows := loader.next_samples():
         lengths += [len(w) for w in windows]
     # Ten tokens with features: the first piece has a teacher at its last one only.
     assert lengths == [4, 4, 2]
@@ -153,46 +162,46 @@ def test_long_windows_are_cut(world: World) -> None:
 def test_features_that_did_not_travel_are_those_of_the_whole_request_computed_once(world: World) -> None:
     (request,) = requests(1)
     world.commit_bare(request, 2)
-    feed = world.feed(batch_size=1, replay_batch_size=0, max_epochs=2)
-    feed.poll()
+    loader = world.data_loader(batch_size=1, replay_batch_size=0, max_epochs=2)
+    loader.poll()
     assert world.recomputed == [], "nothing is computed before it is used"
-    (window,) = feed.next()
+    (window,) = loader.next_samples()
     assert window.tokens.tolist() == [5, 6, 7, 8, 9, 10, 11, 12, 13, 14]
     assert window.known.tolist() == [False] * 6 + [True] * 4
-    assert window.features[:, 0].tolist() == world.states(window.tokens)[:, 0].tolist()
+    assert window.features[:, 0].tolist() == world.compute_states(window.tokens)[:, 0].tolist()
     assert [(b.root, b.accepted_prefix) for b in window.branches] == [(6, 1), (8, 1)]
     world.recomputed.clear()
-    assert feed.next() == [window]
+    assert loader.next_samples() == [window]
     assert world.recomputed == []
 
 
 def test_a_piece_of_a_cut_window_is_recomputed_behind_all_tokens_before_it(world: World) -> None:
     (request,) = requests(1)
     world.commit_bare(request, 0)
-    feed = world.feed(batch_size=1, replay_batch_size=0, max_epochs=1, max_sample_tokens=4)
-    feed.poll()
-    pieces = [window for _ in range(3) for window in feed.next()]
+    loader = world.data_loader(batch_size=1, replay_batch_size=0, max_epochs=1, max_sample_tokens=4)
+    loader.poll()
+    pieces = [window for _ in range(3) for window in loader.next_samples()]
     assert [p.features[:, 0].tolist() for p in pieces] == [
-        world.states(torch.arange(5, 15))[at : at + 4, 0].tolist() for at in (0, 4, 8)
+        world.compute_states(torch.arange(5, 15))[at : at + 4, 0].tolist() for at in (0, 4, 8)
     ]
-    assert feed.counts["pieces_recomputed"] == 3
+    assert loader.counts["pieces_recomputed"] == 3
 
 
 def test_held_out_windows_are_recomputed_too(world: World) -> None:
     (request,) = requests(1, kept_back=True)
     world.commit_bare(request, 0)
-    feed = world.feed()
-    feed.poll()
-    assert [len(w.features) for w in feed.held_out] == [10]
+    loader = world.data_loader()
+    loader.poll()
+    assert [len(w.features) for w in loader.held_out] == [10]
 
 
 def test_a_window_that_lost_the_tokens_before_it_is_left_out_and_counted(world: World) -> None:
     first, second = requests(2)
     world.commit_bare(first, 2, before=False)
     world.commit_bare(second, 2)
-    feed = world.feed(batch_size=1, replay_batch_size=0, max_epochs=1)
-    assert drain(feed) == [[second]]
-    assert feed.counts["windows_without_beginning"] == 1
+    loader = world.data_loader(batch_size=1, replay_batch_size=0, max_epochs=1)
+    assert drain(loader) == [[second]]
+    assert loader.counts["samples_without_features"] == 1
 
 
 @pytest.mark.parametrize("steps_before", [0, 1, 3, 7])
@@ -204,25 +213,25 @@ def test_a_restored_feed_gives_the_same_windows_in_the_same_order(steps_before: 
         world.commit([*ids[i : i + 3], *kept[i // 5 : i // 5 + 1]])
     settings: dict[str, object] = {"replay_buffer_size": 10, "held_out_samples": 3, "max_epochs": 3}
     settings |= {"replay_half_life": 4, "label_balance": 0.5}
-    feed = world.feed(**settings)
+    loader = world.data_loader(**settings)
     for _ in range(steps_before):
-        feed.poll()
-        feed.next()
-    restored = world.feed(**settings)
-    restored.restore(as_json(feed))
-    assert restored.state().model_dump(exclude={"reread_after", "reread_rejected_after"}) == feed.state().model_dump(
+        loader.poll()
+        loader.next_samples()
+    restored = world.data_loader(**settings)
+    restored.restore(as_json(loader))
+    assert restored.snapshot().state().model_dump(
         exclude={"reread_after", "reread_rejected_after"}
-    )
-    again = world.feed(**settings)
+    ) == loader.snapshot().state().model_dump(exclude={"reread_after", "reread_rejected_after"})
+    again = world.data_loader(**settings)
     again.restore(as_json(restored))
     world.commit(requests(33)[30:])
-    wanted = drain(feed)
+    wanted = drain(loader)
     assert drain(restored) == wanted
     assert drain(again) == wanted
     assert len(wanted) >= 7
-    assert names(restored.held_out) == names(feed.held_out)
-    assert restored.tables_read == feed.tables_read
-    branches = [len(w.branches) for w in feed.held_out]
+    assert names(restored.held_out) == names(loader.held_out)
+    assert restored.tables_read == loader.tables_read
+    branches = [len(w.branches) for w in loader.held_out]
     assert [len(w.branches) for w in restored.held_out] == branches
     assert sum(branches) > 0
 
@@ -232,14 +241,14 @@ def test_branches_that_wait_at_a_checkpoint_are_there_after_it(world: World) -> 
     settings: dict[str, object] = {"batch_size": 1, "replay_batch_size": 0}
     world.commit(ids[:1])
     world.commit(ids[1:], names=["rejected"])
-    feed = world.feed(**settings)
-    feed.poll()
-    restored = world.feed(**settings)
-    restored.restore(as_json(feed))
+    loader = world.data_loader(**settings)
+    loader.poll()
+    restored = world.data_loader(**settings)
+    restored.restore(as_json(loader))
     world.offset = 1
     world.commit(ids[1:], names=["accepted"])
     found = []
     for _ in range(2):
         restored.poll()
-        found += restored.next()
+        found += restored.next_samples()
     assert [(w.request, len(w.branches)) for w in found] == [(ids[0], 3), (ids[1], 3)]

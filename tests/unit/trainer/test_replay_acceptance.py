@@ -13,15 +13,16 @@ from hypothesis.extra import numpy as of_numpy
 
 from schemas.speculator.acceptance import sampling_probs
 from schemas.speculator.network import DraftShape, random_draft
-from trainer.data.samples import Teacher, Window, collate
-from trainer.objective.simulated_acceptance import simulated_accepted_per_step
-from trainer.replay import acceptance_figures
-from trainer.replay.chains import chances, likelihood, sampled
-from trainer.replay.past_requests import Past, Sampling
-from trainer.replay.verify_steps import VerifySteps, run
+from trainer.data.batch import collate
+from trainer.data.samples import Sample, Teacher
+from trainer.objective.simulated_acceptance import simulate_batch
+from trainer.replay.acceptance_figures import compare_steps, compute_figures
+from trainer.replay.chains import acceptance_probabilities, apply_sampling, target_likelihood
+from trainer.replay.past_requests import PastRequest, RequestSampling
+from trainer.replay.verify_steps import ExpectedSteps, expect_steps
 
 VOCABULARY, LONGEST = 30, 3
-GREEDY = Sampling(0.0, 1.0, 0)
+GREEDY = RequestSampling(0.0, 1.0, 0)
 SHAPE = DraftShape(8, 8, 2, 1, 4, VOCABULARY, 20, 1e-5, 10_000.0, 64, (0, 1, 2), "eagle3.1")
 
 
@@ -42,29 +43,31 @@ rights = st.tuples(st.integers(1, 12), st.integers(1, 4)).flatmap(lambda shape: 
 
 @given(rights)
 def test_without_chance_the_verify_steps_are_walked_one_after_the_other(right: np.ndarray) -> None:
-    found = run(right.astype(np.float64))
+    found = expect_steps(right.astype(np.float64))
     assert (found.verify_steps, found.accepted) == walked(right)
     assert found.verify_steps + found.accepted == len(right), "each verify step gives the kept tokens and one more"
-    assert sum(found.kept_K) == found.accepted
+    assert sum(found.accepted_K) == found.accepted
 
 
 def test_with_chance_the_verify_steps_are_the_mean_over_what_may_have_been() -> None:
     generator = np.random.default_rng(0)
     chance = generator.random((7, 3))
     seen = np.mean([walked(generator.random((7, 3)) < chance) for _ in range(20_000)], axis=0)
-    found = run(chance)
+    found = expect_steps(chance)
     assert np.allclose((found.verify_steps, found.accepted), seen, atol=0.05)
     assert found.verify_steps + found.accepted == pytest.approx(7)
 
 
-def past(sampling: Sampling = GREEDY, *, width: int = VOCABULARY, tokens: int = 14) -> tuple[Past, torch.Tensor]:
+def past(
+    sampling: RequestSampling = GREEDY, *, width: int = VOCABULARY, tokens: int = 14
+) -> tuple[PastRequest, torch.Tensor]:
     """A made-up request, and the target's full distributions over its answer."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, VOCABULARY, (tokens,), generator=generator)
     logprobs = torch.log_softmax(2 * torch.randn(tokens - 4, VOCABULARY, generator=generator), dim=-1)
     best = logprobs.topk(width, dim=-1)
     features = torch.randn(tokens - 1, SHAPE.feature_width, generator=generator).bfloat16()
-    return Past("r", None, sampling, ids, features, 4, Teacher(best.indices, best.values)), logprobs
+    return PastRequest("r", None, sampling, ids, features, 4, Teacher(best.indices, best.values)), logprobs
 
 
 EMBEDDINGS = torch.randn(VOCABULARY, 8, generator=torch.Generator().manual_seed(3))
@@ -77,76 +80,81 @@ def test_over_all_positions_greedy_replay_is_the_lookahead_of_the_trainer() -> N
     with torch.no_grad():
         draft.lm_head.weight[4:] = 0
     known = torch.arange(39) >= 4
-    window = Window("r", one.tokens_N[:-1], int(one.tokens_N[-1]), one.features_NF, known, one.teacher[1:])
-    expected = simulated_accepted_per_step(draft, EMBEDDINGS, collate([window]), LONGEST)
-    found = run(chances(draft, EMBEDDINGS, one, LONGEST))
-    assert (found.everywhere_accepted, found.everywhere) == (expected.tokens, expected.positions)
+    window = Sample("r", one.tokens_N[:-1], int(one.tokens_N[-1]), one.features_NF, known, one.teacher[1:])
+    expected = simulate_batch(draft, EMBEDDINGS, collate([window]), LONGEST)
+    found = expect_steps(acceptance_probabilities(draft, EMBEDDINGS, one, LONGEST))
+    assert (found.all_positions_accepted, found.all_positions) == (expected.tokens, expected.positions)
     assert 0 < expected.tokens < LONGEST * expected.positions
 
 
-@pytest.mark.parametrize("sampling", [Sampling(1.0, 1.0, 0), Sampling(0.7, 0.8, 0), Sampling(1.3, 0.9, 5)])
-def test_the_recorded_distribution_is_what_the_engine_draws_from(sampling: Sampling) -> None:
+@pytest.mark.parametrize(
+    "sampling", [RequestSampling(1.0, 1.0, 0), RequestSampling(0.7, 0.8, 0), RequestSampling(1.3, 0.9, 5)]
+)
+def test_the_recorded_distribution_is_what_the_engine_draws_from(sampling: RequestSampling) -> None:
     one, logprobs = past(sampling)
     exact = sampling_probs(logprobs, sampling.temperature, sampling.top_p, sampling.top_k)
-    probs, _ = sampled(one.teacher, sampling)
+    probs, _ = apply_sampling(one.teacher, sampling)
     assert torch.allclose(probs, exact.gather(-1, one.teacher.ids).double(), atol=1e-5)
 
 
 def test_with_top_k_recorded_a_narrow_record_is_exact_and_tokens_outside_it_are_counted() -> None:
-    narrow, logprobs = past(Sampling(0.7, 1.0, 6), width=6)
+    narrow, logprobs = past(RequestSampling(0.7, 1.0, 6), width=6)
     exact = sampling_probs(logprobs, 0.7, 1.0, 6).gather(-1, narrow.teacher.ids).double()
-    assert torch.allclose(sampled(narrow.teacher, narrow.sampling)[0], exact, atol=1e-5)
-    said = likelihood(narrow)
+    assert torch.allclose(apply_sampling(narrow.teacher, narrow.sampling)[0], exact, atol=1e-5)
+    said = target_likelihood(narrow)
     hit = (narrow.teacher.ids == narrow.tokens_N[4:, None]).any(-1)
     assert said.outside == int((~hit).sum()) > 0
     assert torch.allclose(said.probs_R[~hit], exact[~hit].amin(-1))
 
 
 def test_at_temperature_1_the_tail_that_is_not_recorded_has_its_mass() -> None:
-    narrow, logprobs = past(Sampling(1.0, 1.0, 0), width=5)
-    probs, _ = sampled(narrow.teacher, narrow.sampling)
+    narrow, logprobs = past(RequestSampling(1.0, 1.0, 0), width=5)
+    probs, _ = apply_sampling(narrow.teacher, narrow.sampling)
     assert torch.allclose(probs, logprobs.exp().gather(-1, narrow.teacher.ids).double(), atol=1e-5)
 
 
 def test_a_sampled_token_is_kept_with_the_chance_that_it_came_from_the_draft() -> None:
-    sampling = Sampling(0.9, 0.95, 0)
+    sampling = RequestSampling(0.9, 0.95, 0)
     one, logprobs = past(sampling)
     draft = random_draft(SHAPE, 4)
     p = sampling_probs(logprobs, 0.9, 0.95)
     answers = torch.multinomial(p, 1, generator=torch.Generator().manual_seed(2))[:, 0]
     one.tokens_N[4:] = answers
-    found = chances(draft, EMBEDDINGS, one, 1)[:, 0]
-    greedy = chances(draft, EMBEDDINGS, Past(**{**_fields(one), "sampling": GREEDY}), 1)[:, 0]
+    found = acceptance_probabilities(draft, EMBEDDINGS, one, 1)[:, 0]
+    greedy = acceptance_probabilities(draft, EMBEDDINGS, PastRequest(**{**_fields(one), "sampling": GREEDY}), 1)[:, 0]
     assert set(greedy) <= {0.0, 1.0}
     assert ((found >= 0) & (found <= 1)).all()
     assert (found[answers[1:].numpy() >= 20] == 0).all(), "the draft cannot say it"
     assert found.max() > 0.02
 
 
-def _fields(one: Past) -> dict[str, object]:
-    return {name: getattr(one, name) for name in Past.__dataclass_fields__}
+def _fields(one: PastRequest) -> dict[str, object]:
+    return {name: getattr(one, name) for name in PastRequest.__dataclass_fields__}
 
 
-def verify_steps_of(accepted: float, verify_steps: float) -> VerifySteps:
-    return VerifySteps(verify_steps, accepted, (verify_steps,), (accepted,), accepted, int(verify_steps))
+def verify_steps_of(accepted: float, verify_steps: float) -> ExpectedSteps:
+    return ExpectedSteps(verify_steps, accepted, (verify_steps,), (accepted,), accepted, int(verify_steps))
 
 
 def test_intervals_hold_the_figure_and_a_paired_difference_is_narrower_than_either() -> None:
     generator = np.random.default_rng(0)
     base = [verify_steps_of(float(generator.integers(0, 60)), 20) for _ in range(50)]
     better = [verify_steps_of(one.accepted + 2, 20) for one in base]
-    one, paired = acceptance_figures.of(base).accepted_per_step, acceptance_figures.difference(better, base)
+    one, paired = (
+        compute_figures(base).accepted_per_step,
+        compare_steps(better, base),
+    )
     assert one.low < one.value < one.high
     assert paired.value == pytest.approx(0.1)
     assert paired.high - paired.low < 1e-9 < one.high - one.low
     assert paired.is_clear
-    assert not acceptance_figures.difference(base, base).is_clear
-    assert acceptance_figures.of(base) == acceptance_figures.of(base), "the same resamples every time"
+    assert not compare_steps(base, base).is_clear
+    assert compute_figures(base) == compute_figures(base), "the same resamples every time"
 
 
 def test_counting_depths_counts_only_drafts_that_could_be_kept_so_deep() -> None:
-    found = acceptance_figures.of([run(np.ones((5, 4)))])
+    found = compute_figures([expect_steps(np.ones((5, 4)))])
     assert found.by_depth == (1.0, 1.0, 1.0, 1.0)
     assert (found.verify_steps, found.accepted) == (1, 4)
-    short = run(np.ones((2, 4)))
-    assert Counter(short.tried_K) == {1.0: 1, 0.0: 3}
+    short = expect_steps(np.ones((2, 4)))
+    assert Counter(short.possible_K) == {1.0: 1, 0.0: 3}

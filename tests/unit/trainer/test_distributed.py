@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from operator import methodcaller
 
 import pytest
 import torch
@@ -10,9 +11,9 @@ from training_rank import SHAPE, window
 
 from schemas.settings import Train
 from schemas.speculator.network import random_draft
-from trainer.loop.distributed import Alone
+from trainer.data.batch import build_step_batch
+from trainer.loop.distributed import DistributedLearner, Ranks
 from trainer.loop.learner import Learner
-from trainer.loop.replicas import Adopt, Restore, Team, work_of
 
 WINDOWS = [replace(window(seed), time=1000.0 + seed) for seed in range(1, 6)]
 EMBEDDINGS = torch.randn(32, 16, generator=torch.Generator().manual_seed(0))
@@ -26,22 +27,22 @@ def learner() -> Learner:
 
 @pytest.mark.parametrize(("ranks", "parts"), [(1, 1), (1, 2), (2, 1), (2, 2), (3, 2), (4, 9), (8, 3)])
 def test_every_window_is_learned_from_once_and_all_ranks_take_as_many_passes(ranks: int, parts: int) -> None:
-    work = work_of(WINDOWS, ranks, parts)
-    assert len(work.shares) == ranks
-    assert len({len(share) for share in work.shares}) == 1
-    assert work.consumed == sum(map(len, WINDOWS))
-    assert work.newest == 1005.0
-    taught = sum(int(batch.known_BT.sum()) for share in work.shares for batch in share)
+    batch = build_step_batch(WINDOWS, ranks, parts)
+    assert len(batch.batches) == ranks
+    assert len({len(share) for share in batch.batches}) == 1
+    assert batch.tokens == sum(map(len, WINDOWS))
+    assert batch.newest == 1005.0
+    taught = sum(int(batch.known_BT.sum()) for share in batch.batches for batch in share)
     assert taught == sum(int(w.known.sum()) for w in WINDOWS)
 
 
 def test_a_team_of_one_is_its_learner() -> None:
-    alone, team = learner(), Team(learner(), Alone())
-    work = work_of(WINDOWS, 1, 1)
-    assert torch.equal(team.step(work).total, alone.step(*work.shares[0]).total)
-    assert team.weights() is team.learner.draft
-    kept = {name: value.clone() for name, value in team.tensors().items()}
-    team.step(work)
+    alone, team = learner(), DistributedLearner(learner(), Ranks())
+    batch = build_step_batch(WINDOWS, 1, 1)
+    assert torch.equal(team.step(batch).total, alone.step(*batch.batches[0]).total)
+    assert team.export_draft() is team.learner.draft
+    kept = {name: value.clone() for name, value in team.state_tensors().items()}
+    team.step(batch)
     team.restore(kept, 1)
     assert team.learner.steps == 1
     assert torch.equal(team.learner.draft.fc.weight, alone.draft.fc.weight)
@@ -49,8 +50,8 @@ def test_a_team_of_one_is_its_learner() -> None:
 
 def test_orders_do_what_the_learner_does() -> None:
     one, other = learner(), learner()
-    one.step(*work_of(WINDOWS, 1, 1).shares[0])
-    Restore(one.tensors(), one.steps)(other)
+    one.step(*build_step_batch(WINDOWS, 1, 1).batches[0])
+    methodcaller("restore", one.state_tensors(), one.steps)(other)
     assert torch.equal(other.draft.fc.weight, one.draft.fc.weight)
-    Adopt(random_draft(SHAPE, 0).state_dict())(other)
+    methodcaller("load_weights", random_draft(SHAPE, 0).state_dict())(other)
     assert torch.equal(other.draft.fc.weight, random_draft(SHAPE, 0).fc.weight)

@@ -1,13 +1,13 @@
-"""Which windows a feed replays and takes first, by age and label, and what it makes of stale branches."""
+"""Which windows a loader replays and takes first, by age and label, and what it makes of stale branches."""
 
 from __future__ import annotations
 
 from collections import Counter
 
 import pytest
-from feed_world import MemoryLog, World, as_json, drain, names, requests
+from data_loader_world import MemoryLog, World, as_json, drain, names, requests
 
-from trainer.data.feed import Feed
+from trainer.data.data_loader import DataLoader
 
 
 @pytest.fixture
@@ -15,18 +15,18 @@ def world() -> World:
     return World(MemoryLog())
 
 
-def in_history(world: World, **settings: object) -> Feed:
-    """A feed that has been through all that was committed."""
-    feed = world.feed(batch_size=1, replay_batch_size=0, max_epochs=10_000, **settings)
+def in_history(world: World, **settings: object) -> DataLoader:
+    """A loader that has been through all that was committed."""
+    loader = world.data_loader(batch_size=1, replay_batch_size=0, max_epochs=10_000, **settings)
     while True:
-        feed.poll()
-        if not feed.waiting:
-            return feed
-        feed.next()
+        loader.poll()
+        if not loader.waiting:
+            return loader
+        loader.next_samples()
 
 
-def replayed(feed: Feed, draws: int) -> Counter[str]:
-    return Counter(name for _ in range(draws) for name in names(feed.next()))
+def replayed(loader: DataLoader, draws: int) -> Counter[str]:
+    return Counter(name for _ in range(draws) for name in names(loader.next_samples()))
 
 
 def test_old_windows_are_replayed_less_often_by_their_half_life(world: World) -> None:
@@ -53,7 +53,7 @@ def test_windows_of_a_rare_label_have_no_more_passes_than_others(world: World) -
     world.commit_as(ids[:8], label="sql")
     world.commit_as(ids[8:], label="math")
     passes = Counter(
-        name for step in drain(world.feed(max_epochs=3, label_balance=1, replay_half_life=1)) for name in step
+        name for step in drain(world.data_loader(max_epochs=3, label_balance=1, replay_half_life=1)) for name in step
     )
     assert max(passes.values()) == 3
     assert set(passes) == set(ids)
@@ -68,8 +68,8 @@ def test_a_rare_label_that_waits_behind_a_common_one_comes_a_little_early_and_no
     world.commit_as(rare, label="math")
     firsts = {}
     for balance in (0.0, 1.0):
-        feed = world.feed(batch_size=2, replay_batch_size=0, max_epochs=1, label_balance=balance)
-        steps = drain(feed)
+        loader = world.data_loader(batch_size=2, replay_batch_size=0, max_epochs=1, label_balance=balance)
+        steps = drain(loader)
         assert Counter(name for step in steps for name in step) == Counter([*common[:6], *rare])
         assert all(step == sorted(step, key=ids.index) for step in steps)
         assert steps[0][0] == ids[0], "the oldest always comes"
@@ -81,26 +81,26 @@ def test_branches_of_drafts_long_gone_count_less_and_accepted_windows_as_much(wo
     ids = requests(3)
     for request, version in zip(ids, ("day-0-head-0", "4", "12"), strict=True):
         world.commit_as([request], speculator=version)
-    feed = world.feed(batch_size=3, replay_batch_size=0, staleness_half_life=4, max_epochs=1)
-    feed.poll()
-    windows = feed.next()
+    loader = world.data_loader(batch_size=3, replay_batch_size=0, staleness_half_life=4, max_epochs=1)
+    loader.poll()
+    windows = loader.next_samples()
     assert [{b.weight for b in w.branches} for w in windows] == [{1 / 8}, {1 / 4}, {1.0}]
     assert {w.weight for w in windows} == {1.0}
-    assert feed.counts["branches_stale"] == 6
+    assert loader.counts["branches_stale"] == 6
 
 
 def test_a_replayed_branch_grows_stale_with_the_versions_that_come(world: World) -> None:
     ids = requests(2)
     world.commit_as(ids[:1], speculator="1")
-    feed = world.feed(batch_size=1, replay_batch_size=0, staleness_half_life=1)
+    loader = world.data_loader(batch_size=1, replay_batch_size=0, staleness_half_life=1)
     weights = []
     for _ in range(2):
-        feed.poll()
-        weights += [window.branches[0].weight for window in feed.next()]
+        loader.poll()
+        weights += [window.branches[0].weight for window in loader.next_samples()]
     world.commit_as(ids[1:], speculator="3")
-    feed.poll()
-    assert names(feed.next()) == ids[1:]
-    (old,) = [w for _ in range(8) for w in feed.next() if w.request == ids[0]][:1]
+    loader.poll()
+    assert names(loader.next_samples()) == ids[1:]
+    (old,) = [w for _ in range(8) for w in loader.next_samples() if w.request == ids[0]][:1]
     assert (weights, old.branches[0].weight) == ([1.0, 1.0], 1 / 4)
 
 
@@ -110,10 +110,10 @@ def test_a_restored_feed_still_knows_the_newest_version(world: World) -> None:
     world.commit_as(ids[1:], speculator="1")
     settings: dict[str, object] = {"batch_size": 1, "replay_batch_size": 0, "staleness_half_life": 8, "max_epochs": 1}
     # The window of the newest version falls out of the history: what is read again does not tell of it.
-    feed = world.feed(replay_buffer_size=1, **settings)
+    loader = world.data_loader(replay_buffer_size=1, **settings)
     for _ in range(2):
-        feed.poll()
-        feed.next()
-    restored = world.feed(replay_buffer_size=1, **settings)
-    restored.restore(as_json(feed))
-    assert [b.weight for b in restored.next()[0].branches] == [1 / 2] * 3
+        loader.poll()
+        loader.next_samples()
+    restored = world.data_loader(replay_buffer_size=1, **settings)
+    restored.restore(as_json(loader))
+    assert [b.weight for b in restored.next_samples()[0].branches] == [1 / 2] * 3

@@ -1,4 +1,4 @@
-"""Drafts by the names that people give them: a number or an alias of the registry, ``day-0``, or a folder."""
+"""Load drafts by name: a number or an alias of the registry, ``day-0``, or a folder."""
 
 from __future__ import annotations
 
@@ -17,54 +17,54 @@ from trainer.release.registry import RegistryError, SpeculatorRegistry
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Named:
-    """A draft, as it was asked for and as it is."""
+class NamedDraft:
+    """A draft, the name that was given for it, and the version that the name resolves to."""
 
     name: str
     version: str
-    """Number in the registry, that of day 0, or the folder."""
+    """Number in the registry, version of day 0, or folder."""
     draft: EagleDraft
 
     @property
     def short(self) -> str:
-        """The name for a narrow place: of a folder the end of its path."""
+        """The name for a narrow column: of a folder, the end of its path."""
         return str(Path(*Path(self.name).parts[-2:])) if self.name == self.version else self.name
 
     def __str__(self) -> str:
         return self.name if self.name == self.version else f"{self.name} ({self.version})"
 
 
-def drafts(settings: Settings, target: Target, names: Sequence[str]) -> list[Named]:
-    """The drafts of these names, each one of the target's line.
+def load_drafts(settings: Settings, target: Target, names: Sequence[str]) -> list[NamedDraft]:
+    """Load the drafts of the given names; all of the target's line.
 
     Raises:
-        UserError: no such version, alias or folder, one that is not of the line, or no registry to ask.
+        UserError: an unknown version, alias or folder, a draft of another line, or an unreachable registry.
     """
-    return [_named(settings, target, name) for name in names]
+    return [_load(settings, target, name) for name in names]
 
 
-def _named(settings: Settings, target: Target, name: str) -> Named:
+def _load(settings: Settings, target: Target, name: str) -> NamedDraft:
     day_0 = settings.speculator.day_0
     if name in (DAY_0, day_0):
-        return Named(name, day_0, target.new_draft())
+        return NamedDraft(name, day_0, target.new_draft())
     try:
         if Path(name).is_dir():
-            return Named(name, name, checkpoint.read(Path(name), target.line))
-        return _registered(SpeculatorRegistry(settings.registry), target, name)
+            return NamedDraft(name, name, checkpoint.read(Path(name), target.line))
+        return _download(SpeculatorRegistry(settings.registry), target, name)
     except CheckpointError as error:
         raise UserError(f"version {name}: {error}") from error
     except RegistryError as error:
         raise UserError(f"version {name}: {error}; {DAY_0} and folders need no registry") from error
 
 
-def _registered(registry: SpeculatorRegistry, target: Target, name: str) -> Named:
+def _download(registry: SpeculatorRegistry, target: Target, name: str) -> NamedDraft:
     version = name
     if not name.isdecimal():
         aliases = registry.aliases(target.line)
         if name not in aliases:
             known = ", ".join([*sorted(aliases), DAY_0])
-            raise UserError(f"version {name}: no folder, and no alias of line {target.line}; there are {known}")
+            raise UserError(f"version {name}: no such folder or alias of line {target.line}; aliases are {known}")
         version = aliases[name]
     with tempfile.TemporaryDirectory() as folder:
         draft = checkpoint.read(registry.download(target.line, version, Path(folder)), target.line)
-    return Named(name, version, draft)
+    return NamedDraft(name, version, draft)

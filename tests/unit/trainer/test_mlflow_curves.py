@@ -1,4 +1,4 @@
-"""Curves reach the registry as means over an interval, and outlive its absence."""
+"""MlflowCurves reach the registry as means over an interval, and outlive its absence."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 from prometheus_client import CollectorRegistry
 
-from trainer.loop.mlflow_curves import WAITING, Curves
-from trainer.loop.progress import Pace
+from trainer.loop.metrics import Throughput
+from trainer.loop.mlflow_curves import MAX_BUFFERED, MlflowCurves
 from trainer.release.registry import MetricPoint, RegistryError
 from trainer.status import ErrorTracker
 
@@ -41,9 +41,9 @@ class Kept:
             raise RegistryError("away")
 
 
-def curves_of(runs: Kept) -> tuple[Curves, ErrorTracker]:
+def curves_of(runs: Kept) -> tuple[MlflowCurves, ErrorTracker]:
     failures = ErrorTracker("train", CollectorRegistry())
-    return Curves(runs, failures, "line", 3600, {}, {}), failures
+    return MlflowCurves(runs, failures, "line", 3600, {}, {}), failures
 
 
 def test_a_point_is_the_mean_since_the_last_one_at_the_newest_step() -> None:
@@ -89,12 +89,12 @@ def test_the_newest_points_are_kept_when_the_registry_stays_away() -> None:
     runs = Kept()
     runs.away = True
     curves, _ = curves_of(runs)
-    for step in range(WAITING + 10):
+    for step in range(MAX_BUFFERED + 10):
         curves.add(step, {"loss": 1.0})
         curves._send()
     runs.away = False
     curves._send()
-    assert (len(runs.points), runs.points[0].step, runs.points[-1].step) == (WAITING, 10, WAITING + 9)
+    assert (len(runs.points), runs.points[0].step, runs.points[-1].step) == (MAX_BUFFERED, 10, MAX_BUFFERED + 9)
     assert runs.calls > 1, "no call may hold more than the registry takes"
 
 
@@ -110,7 +110,7 @@ def test_the_end_sends_what_there_is_and_ends_the_run() -> None:
 
 def test_the_pace_is_that_of_the_last_minute() -> None:
     now = [100.0]
-    pace = Pace(lambda: now[0])
+    pace = Throughput(lambda: now[0])
     for _ in range(10):
         now[0] += 1
         last = pace.add(50)

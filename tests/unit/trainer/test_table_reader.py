@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from data_loader_world import MemoryLog, World, as_json, drain, names, requests
 from deltalake import CommitProperties, Transaction, write_deltalake
-from feed_world import MemoryLog, World, as_json, drain, names, requests
 from recorded import record_of, tables_of, verify_step_of
 
 from pipeline.delta import OLDEST, TableError
 from schemas.batches import TABLES
-from trainer.data.feed import FeedError
-from trainer.data.samples import Window
+from trainer.data.data_loader import DataLoaderError
+from trainer.data.samples import Sample
 
 
 @pytest.fixture
@@ -30,38 +30,38 @@ def test_rows_of_another_line_or_target_are_left_out_and_counted(world: World) -
     world.commit(ids[:2], line="other")
     world.commit(ids[2:4], target="f" * 32)
     world.commit(ids[4:])
-    feed = world.feed(max_epochs=1)
-    assert drain(feed) == [ids[4:]]
-    assert (feed.counts["foreign_windows"], feed.counts["windows"]) == (4, 4)
+    loader = world.data_loader(max_epochs=1)
+    assert drain(loader) == [ids[4:]]
+    assert (loader.counts["foreign_samples"], loader.counts["samples"]) == (4, 4)
 
 
 def test_the_table_is_not_read_while_enough_windows_wait(in_memory: World) -> None:
     for request in requests(20):
         in_memory.commit([request])
-    feed = in_memory.feed()
+    loader = in_memory.data_loader()
     for _ in range(5):
-        feed.poll()
-    assert feed.table_version == 20
-    assert feed.cursor == 8, "one read of commits, then a wait until they are used"
-    drain(feed)
-    assert feed.cursor == 20
-    assert feed.tables_read == {"accepted": 20, "rejected": 20}
+        loader.poll()
+    assert loader.table_version == 20
+    assert loader.cursor == 8, "one read of commits, then a wait until they are used"
+    drain(loader)
+    assert loader.cursor == 20
+    assert loader.tables_read == {"accepted": 20, "rejected": 20}
 
 
 def test_a_flooded_feed_reads_no_further_than_its_windows_need_and_shows_its_lag(in_memory: World) -> None:
     ids = requests(120)
     in_memory.commit_as(ids)
-    feed = in_memory.feed()
-    feed.poll()
-    assert feed.tables_read == {"accepted": 8, "rejected": 8}
-    assert (feed.table_version - feed.cursor, feed.waiting) == (112, 8)
-    most, windows = 0, list[Window]()
-    while feed.cursor < 120 or feed.waiting >= 4:
-        feed.poll()
-        most = max(most, feed.waiting + feed._reader.waiting)
-        windows += feed.next()
+    loader = in_memory.data_loader()
+    loader.poll()
+    assert loader.tables_read == {"accepted": 8, "rejected": 8}
+    assert (loader.table_version - loader.cursor, loader.waiting) == (112, 8)
+    most, windows = 0, list[Sample]()
+    while loader.cursor < 120 or loader.waiting >= 4:
+        loader.poll()
+        most = max(most, loader.waiting + loader._reader.pending)
+        windows += loader.next_samples()
     assert most < 4 + 8, "what was left for a step, and one read more"
-    assert feed.tables_read["rejected"] == 120
+    assert loader.tables_read["rejected"] == 120
     assert {(w.request, len(w.branches)) for w in windows} >= {(i, 3) for i in ids[:116]}
 
 
@@ -70,15 +70,15 @@ def test_branches_are_found_however_far_they_were_committed_ahead(in_memory: Wor
     for i in range(0, 40, 20):
         in_memory.commit(ids[i : i + 20], names=["rejected"])
     in_memory.offset = 0
-    feed = in_memory.feed(batch_size=1, replay_batch_size=0, max_epochs=1, replay_buffer_size=1)
+    loader = in_memory.data_loader(batch_size=1, replay_batch_size=0, max_epochs=1, replay_buffer_size=1)
     kept, needed = [], []
     for request in ids:
         in_memory.commit([request], names=["accepted"])
-        feed.poll()
-        (window,) = feed.next()
+        loader.poll()
+        (window,) = loader.next_samples()
         assert (window.request, len(window.branches)) == (request, 3)
-        kept.append(feed._reader.waiting)
-        needed.append(feed.state().needs["rejected"])
+        kept.append(loader._reader.pending)
+        needed.append(loader.snapshot().state().versions_needed["rejected"])
     assert kept == [*range(117, -1, -3)]
     assert (needed[0], needed[-1]) == (0, 0), "one read brought both commits"
 
@@ -88,13 +88,13 @@ def test_rows_that_wait_do_not_hold_what_was_read_before_them(in_memory: World) 
     for i in range(0, 60, 3):
         in_memory.commit(ids[i : i + 3], names=["rejected"])
     in_memory.offset = 0
-    feed = in_memory.feed(batch_size=1, replay_batch_size=0, max_epochs=1, replay_buffer_size=1)
+    loader = in_memory.data_loader(batch_size=1, replay_batch_size=0, max_epochs=1, replay_buffer_size=1)
     needed = []
     for request in ids:
         in_memory.commit([request], names=["accepted"])
-        feed.poll()
-        assert len(feed.next()[0].branches) == 3
-        needed.append(feed.state().needs["rejected"])
+        loader.poll()
+        assert len(loader.next_samples()[0].branches) == 3
+        needed.append(loader.snapshot().state().versions_needed["rejected"])
     assert sorted(set(needed)) == [0, 8, 16], "the beginnings of the reads that found them"
     assert needed == sorted(needed)
 
@@ -103,23 +103,23 @@ def test_branches_come_with_their_window_however_the_commits_interleave(world: W
     ids = requests(4)
     world.commit(ids[:2], names=["rejected"])
     world.offset = 0
-    feed = world.feed(batch_size=1, replay_batch_size=0, max_epochs=1)
-    feed.poll()
-    assert feed.next() == []
+    loader = world.data_loader(batch_size=1, replay_batch_size=0, max_epochs=1)
+    loader.poll()
+    assert loader.next_samples() == []
     # The second chunk's branches are on the table, its window is not: they wait for it.
     world.commit(ids[:1], names=["accepted"])
-    feed.poll()
-    (first,) = feed.next()
+    loader.poll()
+    (first,) = loader.next_samples()
     world.commit(ids[1:2], names=["accepted"])
-    feed.poll()
-    (second,) = feed.next()
+    loader.poll()
+    (second,) = loader.next_samples()
     for window in (first, second):
         assert [(b.root, b.accepted_prefix, b.tokens[1]) for b in window.branches] == [
             (4, 1, 19),
             (6, 1, 19),
             (8, 1, 19),
         ]
-    assert feed.counts["branches"] == 6
+    assert loader.counts["branches"] == 6
 
 
 def test_branches_whose_root_is_in_another_chunk_are_counted(world: World) -> None:
@@ -131,17 +131,17 @@ def test_branches_whose_root_is_in_another_chunk_are_counted(world: World) -> No
     rows = tables_of(record_of(request, verify_steps, 0, chunk=1))
     for name in ("rejected", "accepted"):
         world.tables.append(name, rows[name])
-    feed = world.feed(batch_size=1, replay_batch_size=0)
-    feed.poll()
-    (window,) = feed.next()
+    loader = world.data_loader(batch_size=1, replay_batch_size=0)
+    loader.poll()
+    (window,) = loader.next_samples()
     assert [(b.tokens, b.draft_logprobs) for b in window.branches] == [((7, 7), (-5.0, -5.0))]
-    assert feed.counts["branches_without_root"] == 1
+    assert loader.counts["branches_without_root"] == 1
 
 
 def test_an_outage_of_the_tables_loses_nothing(world: World) -> None:
     ids = requests(4)
     world.commit(ids)
-    feed = world.feed(max_epochs=1)
+    loader = world.data_loader(max_epochs=1)
     read_added, calls = world.tables.read_added, list[str]()
 
     def fails(name: str, *rest: object) -> object:
@@ -153,20 +153,20 @@ def test_an_outage_of_the_tables_loses_nothing(world: World) -> None:
     world.tables.read_added = fails  # type: ignore[method-assign, assignment]
     for _ in range(2):
         with pytest.raises(TableError):
-            feed.poll()
-    feed.poll()
-    windows = feed.next()
+            loader.poll()
+    loader.poll()
+    windows = loader.next_samples()
     assert names(windows) == ids
     assert all(len(w.branches) == 3 for w in windows)
 
 
 def test_other_tables_than_before_are_refused_with_the_setting_to_change(world: World, tmp_path: Path) -> None:
     world.commit(requests(4))
-    state = world.feed().state().model_copy(update={"cursor": 9})
-    feed = world.feed()
-    feed._reader.cursor = state.cursor
-    with pytest.raises(FeedError, match=r"tables\.uri .* train\.checkpoint_dir"):
-        feed.poll()
+    state = world.data_loader().snapshot().state().model_copy(update={"cursor": 9})
+    loader = world.data_loader()
+    loader._reader.cursor = state.cursor
+    with pytest.raises(DataLoaderError, match=r"tables\.uri .* train\.checkpoint_dir"):
+        loader.poll()
 
 
 def forget(world: World, version: int) -> None:
@@ -182,23 +182,23 @@ def test_a_feed_that_comes_too_late_passes_over_what_is_gone_and_counts_it(world
     for request in ids:
         world.commit([request])
     forget(world, 4)
-    feed = world.feed(batch_size=1, replay_batch_size=0, max_epochs=1)
-    assert drain(feed) == [[ids[4]], [ids[5]]]
-    assert feed.counts["versions_gone"] == 4
-    assert feed.counts["branches"] == 6
+    loader = world.data_loader(batch_size=1, replay_batch_size=0, max_epochs=1)
+    assert drain(loader) == [[ids[4]], [ids[5]]]
+    assert loader.counts["versions_gone"] == 4
+    assert loader.counts["branches"] == 6
 
 
 def test_a_restart_goes_on_without_the_windows_that_are_gone(world: World) -> None:
     ids = requests(6)
     for request in ids:
         world.commit([request])
-    feed = world.feed(batch_size=2, replay_batch_size=0, max_epochs=1)
-    feed.poll()
-    feed.next()
-    state = as_json(feed)
-    assert state.needs == {"accepted": 0, "rejected": 0}
+    loader = world.data_loader(batch_size=2, replay_batch_size=0, max_epochs=1)
+    loader.poll()
+    loader.next_samples()
+    state = as_json(loader)
+    assert state.versions_needed == {"accepted": 0, "rejected": 0}
     forget(world, 3)
-    restored = world.feed(batch_size=2, replay_batch_size=0, max_epochs=1)
+    restored = world.data_loader(batch_size=2, replay_batch_size=0, max_epochs=1)
     restored.restore(state)
     assert restored.counts["gone"] == 3
     assert restored.counts["versions_gone"] == 3

@@ -20,8 +20,8 @@ from serving.engines.base import Finish, Request
 from serving.engines.builtin.engine import BuiltinEngine
 from serving.traces.chunks import FRAME_BYTES, Origin, row_bytes, without_features
 from serving.traces.publisher import TracePublisher
-from trainer.data.feed import Feed
-from trainer.data.samples import Window
+from trainer.data.data_loader import DataLoader
+from trainer.data.samples import Sample
 from trainer.data.target import FrozenTarget
 
 REQUEST = Request("r", tuple(range(3, 40)), 60)
@@ -85,7 +85,7 @@ class Served:
             Record("t", 0, offset, 0, b"r", value, tuple(headers)) for offset, (value, headers) in enumerate(sent)
         ]
 
-    def windows(self, folder: Path, way: str) -> list[Window]:
+    def windows(self, folder: Path, way: str) -> list[Sample]:
         """What a trainer gets of it."""
         settings, records = self.records(folder, way)
         built = build(records, 32, ClaimStore(settings.traces).get)
@@ -93,10 +93,10 @@ class Served:
         tables = DeltaLog(settings.tables.model_copy(update={"uri": str(folder / "tables")}))
         for name in ("rejected", "accepted"):
             tables.append(name, built.rows[name])
-        states = FrozenTarget(Path(settings.target.path), self.layers).states
-        feed = Feed(tables, settings.train, self.origin.target, self.origin.line, states)
-        feed.poll()
-        return [window for _ in records for window in feed.next()]
+        states = FrozenTarget(Path(settings.target.path), self.layers).compute_states
+        loader = DataLoader(tables, settings.train, self.origin.target, self.origin.line, states)
+        loader.poll()
+        return [window for _ in records for window in loader.next_samples()]
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""A feed that runs ahead gives what it would give alone, and stands where training stands."""
+"""A loader that runs prefetcher gives what it would give alone, and stands where training stands."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from feed_world import MemoryLog, World, drain, names, requests
+from data_loader_world import MemoryLog, World, drain, names, requests
 
 from pipeline.delta import TableError
-from trainer.data.feed import FeedError, FeedState
-from trainer.data.prefetch import Ahead
-from trainer.data.samples import Window
+from trainer.data.data_loader import DataLoaderError, DataLoaderState, Prefetcher
+from trainer.data.samples import Sample
 
 SETTINGS: dict[str, object] = {"max_epochs": 3, "replay_half_life": 4, "label_balance": 0.5, "replay_buffer_size": 12}
 
@@ -33,7 +32,7 @@ class Kitchen:
             self._leave = (self._leave or 0) + steps
             self._changed.notify_all()
 
-    def prepare(self, windows: list[Window]) -> list[str]:
+    def prepare(self, windows: list[Sample]) -> list[str]:
         with self._changed:
             assert self._changed.wait_for(lambda: self._leave is None or self._leave > 0, timeout=30)
             if self._leave is not None:
@@ -63,10 +62,10 @@ class Aheads:
 
     def __init__(self, world: World, kitchen: Kitchen) -> None:
         self._world, self._kitchen = world, kitchen
-        self.made: list[Ahead[list[str]]] = []
+        self.made: list[Prefetcher[list[str]]] = []
 
-    def __call__(self, **settings: object) -> Ahead[list[str]]:
-        self.made.append(Ahead(self._world.feed(**SETTINGS | settings), self._kitchen.prepare))
+    def __call__(self, **settings: object) -> Prefetcher[list[str]]:
+        self.made.append(Prefetcher(self._world.data_loader(**SETTINGS | settings), self._kitchen.prepare))
         return self.made[-1]
 
 
@@ -74,37 +73,37 @@ class Aheads:
 def ahead_of(world: World, kitchen: Kitchen) -> Iterator[Aheads]:
     aheads = Aheads(world, kitchen)
     yield aheads
-    for ahead in aheads.made:
-        ahead.close()
+    for prefetcher in aheads.made:
+        prefetcher.close()
 
 
-def rest(ahead: Ahead[list[str]]) -> list[list[str]]:
-    return list(iter(ahead.next, None))
+def rest(prefetcher: Prefetcher[list[str]]) -> list[list[str]]:
+    return list(iter(prefetcher.next_batch, None))
 
 
 def test_steps_are_those_of_the_feed_alone_in_the_same_order(world: World, ahead_of: Aheads) -> None:
     world.commit_as(requests(30), label="sql")
-    ahead = ahead_of()
-    assert rest(ahead) == drain(world.feed(**SETTINGS))
-    assert (ahead.cursor, ahead.table_version, ahead.counts["windows"]) == (30, 30, 30)
-    assert ahead.tables_read == {"accepted": 30, "rejected": 30}
+    prefetcher = ahead_of()
+    assert rest(prefetcher) == drain(world.data_loader(**SETTINGS))
+    assert (prefetcher.cursor, prefetcher.table_version, prefetcher.counts["samples"]) == (30, 30, 30)
+    assert prefetcher.tables_read == {"accepted": 30, "rejected": 30}
 
 
 def test_the_next_step_and_no_further_one_is_made_ready_while_one_runs(
     world: World, kitchen: Kitchen, ahead_of: Aheads
 ) -> None:
     world.commit_as(requests(30))
-    ahead = ahead_of()
+    prefetcher = ahead_of()
     kitchen.close()
     kitchen.allow(1)
-    first = ahead.next()
+    first = prefetcher.next_batch()
     assert kitchen.made == [first], "it is given although the next one is not ready"
     kitchen.allow(5)
     kitchen.wait_for(2)
-    assert ahead.state().fresh, "asking waits for what is being made ready"
+    assert prefetcher.state().waiting, "asking waits for what is being made ready"
     assert len(kitchen.made) == 2
-    assert ahead.next() == kitchen.made[1]
-    assert kitchen.threads == {"feed_0"}
+    assert prefetcher.next_batch() == kitchen.made[1]
+    assert kitchen.threads == {"data-loader_0"}
 
 
 @pytest.mark.parametrize("steps", [0, 1, 4, 9])
@@ -112,59 +111,59 @@ def test_what_was_ready_but_not_given_is_neither_lost_nor_given_twice_by_a_resta
     world: World, ahead_of: Aheads, steps: int
 ) -> None:
     world.commit_as(requests(40))
-    ahead, alone = ahead_of(), world.feed(**SETTINGS)
-    before = [ahead.next() for _ in range(steps)]
-    state = FeedState.model_validate_json(ahead.state().model_dump_json())
-    whole = drain(world.feed(**SETTINGS))
+    prefetcher, alone = ahead_of(), world.data_loader(**SETTINGS)
+    before = [prefetcher.next_batch() for _ in range(steps)]
+    state = DataLoaderState.model_validate_json(prefetcher.state().model_dump_json())
+    whole = drain(world.data_loader(**SETTINGS))
     assert before == whole[:steps]
     for _ in range(steps):
         alone.poll()
-        alone.next()
+        alone.next_samples()
     if steps:
         alone.poll()
-    assert state == alone.state()
+    assert state == alone.snapshot().state()
     restarted = ahead_of()
     restarted.restore(state)
-    assert rest(restarted) == whole[steps:] == rest(ahead)
+    assert rest(restarted) == whole[steps:] == rest(prefetcher)
 
 
 def test_asking_where_it_stands_changes_nothing(world: World, ahead_of: Aheads) -> None:
     world.commit_as(requests(20))
-    ahead, steps = ahead_of(), list[list[str]]()
-    while (step := ahead.next()) is not None:
+    prefetcher, steps = ahead_of(), list[list[str]]()
+    while (step := prefetcher.next_batch()) is not None:
         steps.append(step)
-        assert ahead.state() == ahead.state()
-        assert ahead.held_out == []
-    assert steps == drain(world.feed(**SETTINGS))
+        assert prefetcher.state() == prefetcher.state()
+        assert prefetcher.held_out == []
+    assert steps == drain(world.data_loader(**SETTINGS))
 
 
 def test_a_starved_feed_gives_nothing_until_something_comes(world: World, kitchen: Kitchen, ahead_of: Aheads) -> None:
     ids = requests(8)
     world.commit_as(ids[:4])
-    ahead = ahead_of(max_epochs=1)
-    assert ahead.next() == ids[:4]
-    assert [ahead.next() for _ in range(3)] == [None] * 3
+    prefetcher = ahead_of(max_epochs=1)
+    assert prefetcher.next_batch() == ids[:4]
+    assert [prefetcher.next_batch() for _ in range(3)] == [None] * 3
     world.commit_as(ids[4:])
-    assert ahead.next() == ids[4:]
+    assert prefetcher.next_batch() == ids[4:]
     assert kitchen.made == [ids[:4], ids[4:]]
 
 
 def test_what_comes_while_a_step_runs_is_in_the_next_one(world: World, ahead_of: Aheads) -> None:
     ids = requests(8)
     world.commit_as(ids[:4])
-    ahead = ahead_of(max_epochs=1)
-    assert ahead.next() == ids[:4]
-    ahead.state()  # The thread has looked, and found nothing.
+    prefetcher = ahead_of(max_epochs=1)
+    assert prefetcher.next_batch() == ids[:4]
+    prefetcher.state()  # The thread has looked, and found nothing.
     world.commit_as(ids[4:])
-    assert ahead.next() == ids[4:]
+    assert prefetcher.next_batch() == ids[4:]
 
 
 def test_an_outage_is_told_to_whoever_asks_for_the_next_step_and_loses_nothing(world: World, ahead_of: Aheads) -> None:
     world.commit_as(requests(20))
-    whole = drain(world.feed(**SETTINGS))
-    ahead = ahead_of()
-    steps = [ahead.next()]
-    ahead.state()
+    whole = drain(world.data_loader(**SETTINGS))
+    prefetcher = ahead_of()
+    steps = [prefetcher.next_batch()]
+    prefetcher.state()
     version, down = world.tables.version, True
 
     def fails(name: str) -> int:
@@ -173,13 +172,13 @@ def test_an_outage_is_told_to_whoever_asks_for_the_next_step_and_loses_nothing(w
         return version(name)
 
     world.tables.version = fails  # type: ignore[method-assign]
-    steps.append(ahead.next())
+    steps.append(prefetcher.next_batch())
     for _ in range(2):
         with pytest.raises(TableError):
-            ahead.next()
-    at = ahead.state()
+            prefetcher.next_batch()
+    at = prefetcher.state()
     down = False
-    assert steps + rest(ahead) == whole
+    assert steps + rest(prefetcher) == whole
     restarted = ahead_of()
     restarted.restore(at)
     assert steps + rest(restarted) == whole
@@ -187,41 +186,41 @@ def test_an_outage_is_told_to_whoever_asks_for_the_next_step_and_loses_nothing(w
 
 def test_other_tables_are_told_too(world: World, ahead_of: Aheads) -> None:
     world.commit_as(requests(4))
-    ahead = ahead_of()
-    ahead._feed._reader.cursor = 9
-    with pytest.raises(FeedError):
-        ahead.next()
+    prefetcher = ahead_of()
+    prefetcher._loader._reader.cursor = 9
+    with pytest.raises(DataLoaderError):
+        prefetcher.next_batch()
 
 
 def test_an_error_of_any_other_kind_reaches_the_training_thread(world: World) -> None:
     world.commit_as(requests(4))
 
-    def broken(_: list[Window]) -> list[Window]:
+    def broken(_: list[Sample]) -> list[Sample]:
         raise ArithmeticError("no")
 
-    ahead = Ahead(world.feed(), broken)
+    prefetcher = Prefetcher(world.data_loader(), broken)
     with pytest.raises(ArithmeticError):
-        ahead.next()
-    ahead.close()
+        prefetcher.next_batch()
+    prefetcher.close()
 
 
 def test_closing_leaves_no_thread(world: World, kitchen: Kitchen) -> None:
     world.commit_as(requests(12))
-    ahead = Ahead(world.feed(), kitchen.prepare)
+    prefetcher = Prefetcher(world.data_loader(), kitchen.prepare)
     kitchen.close()
     kitchen.allow(1)
-    ahead.next()
-    (thread,) = ahead._thread._threads
+    prefetcher.next_batch()
+    (thread,) = prefetcher._thread._threads
     kitchen.allow(1)
-    ahead.close()
+    prefetcher.close()
     assert not thread.is_alive()
 
 
 def test_a_feed_is_restored_by_its_own_thread_again_after_a_failure(world: World, ahead_of: Aheads) -> None:
     world.commit_as(requests(12))
-    ahead = ahead_of()
-    ahead.next()
-    state = ahead.state()
+    prefetcher = ahead_of()
+    prefetcher.next_batch()
+    state = prefetcher.state()
     restored = ahead_of()
     read_added, calls = world.tables.read_added, list[str]()
 
@@ -235,4 +234,4 @@ def test_a_feed_is_restored_by_its_own_thread_again_after_a_failure(world: World
     with pytest.raises(TableError):
         restored.restore(state)
     restored.restore(state)
-    assert rest(restored) == rest(ahead)
+    assert rest(restored) == rest(prefetcher)

@@ -9,10 +9,11 @@ import torch
 
 from schemas.settings import Train
 from schemas.speculator.network import DraftShape, random_draft
-from trainer.data.feed import FeedState
-from trainer.data.samples import Batch, Branch, Teacher, Window, collate
+from trainer.data.batch import Batch, collate
+from trainer.data.data_loader import DataLoaderState
+from trainer.data.samples import Branch, Sample, Teacher
 from trainer.loop.checkpoints import Checkpoints, TrainState
-from trainer.loop.divergence_guard import Health
+from trainer.loop.divergence_guard import HeldOutScore
 from trainer.loop.learner import Learner
 
 SHAPE = DraftShape(8, 8, 2, 1, 4, 32, 16, 1e-6, 100.0, 64, (1, 2, 3))
@@ -34,23 +35,23 @@ def batch(seed: int) -> Batch:
     features = torch.randn(7, SHAPE.feature_width, generator=g).bfloat16()
     known = torch.arange(7) > 2
     return collate(
-        [Window("r", tokens, 3, features, known, teacher(4), (Branch(4, (1, 2), 0, (-0.5, -0.5), teacher(2)),))]
+        [Sample("r", tokens, 3, features, known, teacher(4), (Branch(4, (1, 2), 0, (-0.5, -0.5), teacher(2)),))]
     )
 
 
 def state(step: int, line: str = "line", cursor: int = 5) -> TrainState:
-    feed = FeedState(
+    loader = DataLoaderState(
         cursor=cursor,
         rejected_cursor=6,
         reread_after=1,
         reread_rejected_after=2,
         reached=[("traces", 0, 7)],
-        fresh=[("traces", 0, 7, 0)],
-        history=[(("traces", 0, 6, 0), 2)],
+        waiting=[("traces", 0, 7, 0)],
+        replay_buffer=[(("traces", 0, 6, 0), 2)],
         held_out=[],
         random=(3, (1, 2, 3), None),
     )
-    return TrainState(line=line, step=step, tokens_seen=70, parent="day-0-head-0", feed=feed)
+    return TrainState(line=line, step=step, tokens_seen=70, parent="day-0-head-0", data_loader=loader)
 
 
 def weights(a: Learner) -> list[torch.Tensor]:
@@ -72,8 +73,8 @@ def test_training_resumed_from_a_checkpoint_is_bitwise_what_it_would_have_been(t
     through, checkpoints = learner(), Checkpoints(tmp_path, "line")
     for i in range(before):
         through.step(batch(i))
-    checkpoints.write(state(through.steps), through.tensors())
-    resumed, found = learner(), checkpoints.newest()
+    checkpoints.write(state(through.steps), through.state_tensors())
+    resumed, found = learner(), checkpoints.read_newest()
     assert found is not None
     resumed.restore(found[1], found[0].step)
     for i in range(before, before + 4):
@@ -83,8 +84,8 @@ def test_training_resumed_from_a_checkpoint_is_bitwise_what_it_would_have_been(t
 
 
 def test_the_state_comes_back_as_it_was_written(tmp_path: Path) -> None:
-    Checkpoints(tmp_path, "line").write(state(3), learner().tensors())
-    found = Checkpoints(tmp_path, "line").newest()
+    Checkpoints(tmp_path, "line").write(state(3), learner().state_tensors())
+    found = Checkpoints(tmp_path, "line").read_newest()
     assert found is not None
     assert found[0] == state(3)
 
@@ -92,40 +93,40 @@ def test_the_state_comes_back_as_it_was_written(tmp_path: Path) -> None:
 def test_only_the_newest_two_are_kept(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, "line")
     for step in (9, 10, 100, 101):
-        checkpoints.write(state(step), learner().tensors())
+        checkpoints.write(state(step), learner().state_tensors())
     assert sorted(p.name for p in (tmp_path / "line").iterdir()) == ["step-0000000100", "step-0000000101"]
-    found = checkpoints.newest()
+    found = checkpoints.read_newest()
     assert found is not None
     assert found[0].step == 101
 
 
 def test_a_checkpoint_of_the_same_step_takes_the_place_of_the_first(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, "line")
-    checkpoints.write(state(3, cursor=5), learner().tensors())
-    checkpoints.write(state(3, cursor=8), learner().tensors())
-    found = checkpoints.newest()
+    checkpoints.write(state(3, cursor=5), learner().state_tensors())
+    checkpoints.write(state(3, cursor=8), learner().state_tensors())
+    found = checkpoints.read_newest()
     assert found is not None
-    assert found[0].feed.cursor == 8
+    assert found[0].data_loader.cursor == 8
 
 
 @pytest.mark.parametrize("damage", ["state.json", "state.safetensors"])
 @pytest.mark.parametrize("how", ["cut", "gone"])
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path, damage: str, how: str) -> None:
     checkpoints = Checkpoints(tmp_path, "line")
-    checkpoints.write(state(3), learner().tensors())
-    newest = checkpoints.write(state(4), learner().tensors()) / damage
+    checkpoints.write(state(3), learner().state_tensors())
+    newest = checkpoints.write(state(4), learner().state_tensors()) / damage
     if how == "cut":
         newest.write_bytes(newest.read_bytes()[:40])
     else:
         newest.unlink()
-    found = checkpoints.newest()
+    found = checkpoints.read_newest()
     assert found is not None
     assert found[0].step == 3
 
 
 def test_a_checkpoint_that_was_never_finished_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoints = Checkpoints(tmp_path, "line")
-    checkpoints.write(state(3), learner().tensors())
+    checkpoints.write(state(3), learner().state_tensors())
 
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
@@ -133,17 +134,17 @@ def test_a_checkpoint_that_was_never_finished_does_not_count(tmp_path: Path, mon
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", killed)
         with pytest.raises(KeyboardInterrupt):
-            checkpoints.write(state(4), learner().tensors())
-    found = checkpoints.newest()
+            checkpoints.write(state(4), learner().state_tensors())
+    found = checkpoints.read_newest()
     assert found is not None
     assert found[0].step == 3
-    checkpoints.write(state(5), learner().tensors())
+    checkpoints.write(state(5), learner().state_tensors())
     assert len(list((tmp_path / "line").iterdir())) == 2
 
 
 def test_lines_do_not_see_each_others_checkpoints(tmp_path: Path) -> None:
-    Checkpoints(tmp_path, "line").write(state(3), learner().tensors())
-    assert Checkpoints(tmp_path, "other").newest() is None
+    Checkpoints(tmp_path, "line").write(state(3), learner().state_tensors())
+    assert Checkpoints(tmp_path, "other").read_newest() is None
 
 
 def test_the_learning_rate_rises_over_the_warmup_and_then_stays() -> None:
@@ -158,7 +159,7 @@ def test_a_batch_that_teaches_nothing_changes_nothing() -> None:
     one = learner()
     one.step(batch(0))
     before = weights(one)
-    silent = Window(
+    silent = Sample(
         "r",
         torch.arange(4),
         None,
@@ -172,30 +173,30 @@ def test_a_batch_that_teaches_nothing_changes_nothing() -> None:
 
 
 def good(step: int) -> TrainState:
-    return state(step).model_copy(update={"good": True, "health": Health(loss=2.0, accepted_per_step=0.5)})
+    return state(step).model_copy(update={"good": True, "health": HeldOutScore(loss=2.0, accepted_per_step=0.5)})
 
 
 def test_the_last_good_one_is_kept_beside_the_newest(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, "line")
     for one in (good(1), good(2), state(3), state(4), state(5)):
-        checkpoints.write(one, learner().tensors())
+        checkpoints.write(one, learner().state_tensors())
     assert [p.name[-1] for p in sorted((tmp_path / "line").iterdir())] == ["2", "4", "5"]
-    found = checkpoints.good()
+    found = checkpoints.read_good()
     assert found is not None
     assert found[0] == good(2)
 
 
 def test_where_none_was_good_there_is_nothing_to_go_back_to(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, "line")
-    checkpoints.write(state(3), learner().tensors())
-    assert checkpoints.good() is None
+    checkpoints.write(state(3), learner().state_tensors())
+    assert checkpoints.read_good() is None
 
 
 def test_what_came_after_a_step_can_be_taken_away(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, "line")
     for one in (good(3), state(4), state(15)):
-        checkpoints.write(one, learner().tensors())
+        checkpoints.write(one, learner().state_tensors())
     checkpoints.remove_after(3)
-    found = checkpoints.newest()
+    found = checkpoints.read_newest()
     assert found is not None
     assert found[0].step == 3

@@ -7,9 +7,9 @@ import random
 
 import pytest
 
-from trainer.loop.divergence_guard import EARLIER, KEPT, RECENT, Health, fallen, rising
+from trainer.loop.divergence_guard import EARLIER, LOSSES_KEPT, RECENT, HeldOutScore, find_divergence, is_loss_rising
 
-GOOD = Health(loss=2.0, accepted_per_step=1.2)
+GOOD = HeldOutScore(loss=2.0, accepted_per_step=1.2)
 
 
 def noisy(level: float, number: int, seed: int = 0) -> list[float]:
@@ -19,7 +19,7 @@ def noisy(level: float, number: int, seed: int = 0) -> list[float]:
 
 @pytest.mark.parametrize(("loss", "accepted_per_step"), [(2.0, 1.2), (3.9, 1.2), (2.0, 0.61), (2.9, 0.8), (0.1, 2.0)])
 def test_figures_near_those_of_the_last_good_state_pass(loss: float, accepted_per_step: float) -> None:
-    assert fallen(Health(loss=loss, accepted_per_step=accepted_per_step), GOOD, 0.5) is None
+    assert find_divergence(HeldOutScore(loss=loss, accepted_per_step=accepted_per_step), GOOD, 0.5) is None
 
 
 @pytest.mark.parametrize(
@@ -29,39 +29,41 @@ def test_figures_near_those_of_the_last_good_state_pass(loss: float, accepted_pe
 def test_half_the_accepted_per_step_or_twice_the_loss_is_a_fall(
     loss: float | None, accepted_per_step: float, word: str
 ) -> None:
-    assert word in (fallen(Health(loss=loss, accepted_per_step=accepted_per_step), GOOD, 0.5) or "")
+    assert word in (find_divergence(HeldOutScore(loss=loss, accepted_per_step=accepted_per_step), GOOD, 0.5) or "")
 
 
 def test_small_figures_may_fall_to_nothing() -> None:
-    beginning = Health(loss=0.02, accepted_per_step=0.04)
-    assert fallen(Health(loss=0.9, accepted_per_step=0.0), beginning, 0.5) is None
+    beginning = HeldOutScore(loss=0.02, accepted_per_step=0.04)
+    assert find_divergence(HeldOutScore(loss=0.9, accepted_per_step=0.0), beginning, 0.5) is None
 
 
 def test_a_draft_that_knew_nothing_can_still_get_worse() -> None:
-    assert fallen(Health(loss=60.0, accepted_per_step=0.0), Health(loss=9.0, accepted_per_step=0.0), 0.5)
+    assert find_divergence(
+        HeldOutScore(loss=60.0, accepted_per_step=0.0), HeldOutScore(loss=9.0, accepted_per_step=0.0), 0.5
+    )
 
 
 def test_a_lower_share_asks_for_a_deeper_fall() -> None:
-    now = Health(loss=5.0, accepted_per_step=0.5)
-    assert fallen(now, GOOD, 0.5)
-    assert fallen(now, GOOD, 0.3) is None
+    now = HeldOutScore(loss=5.0, accepted_per_step=0.5)
+    assert find_divergence(now, GOOD, 0.5)
+    assert find_divergence(now, GOOD, 0.3) is None
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_noise_and_single_bad_batches_are_no_rise(seed: int) -> None:
-    losses = noisy(2.0, KEPT, seed)
+    losses = noisy(2.0, LOSSES_KEPT, seed)
     losses[-3] = 50.0
-    assert not rising(losses)
+    assert not is_loss_rising(losses)
 
 
 def test_a_new_level_is_a_rise() -> None:
-    assert rising([*noisy(2.0, 40), *noisy(6.0, RECENT)])
+    assert is_loss_rising([*noisy(2.0, 40), *noisy(6.0, RECENT)])
 
 
 def test_a_falling_loss_is_none() -> None:
-    assert not rising([9.0 - 0.1 * step for step in range(KEPT)])
+    assert not is_loss_rising([9.0 - 0.1 * step for step in range(LOSSES_KEPT)])
 
 
 def test_a_few_losses_say_nothing() -> None:
-    assert not rising([*noisy(2.0, EARLIER - 1), *noisy(60.0, RECENT)])
-    assert not rising([])
+    assert not is_loss_rising([*noisy(2.0, EARLIER - 1), *noisy(60.0, RECENT)])
+    assert not is_loss_rising([])

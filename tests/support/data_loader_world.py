@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import pyarrow as pa
 import torch
@@ -14,9 +13,8 @@ from recorded import LINE, TARGET, WIDTH, conversation, record_of, tables_of
 from pipeline.delta import DeltaLog
 from schemas.batches import TABLES
 from schemas.settings import Tables, Train
-from trainer.data.feed import Feed, FeedState, held_out
-from trainer.data.samples import Window
-from trainer.data.table_reader import Tables as Readable
+from trainer.data.data_loader import DataLoader, DataLoaderState, is_held_out
+from trainer.data.samples import Sample
 
 SHARE = 0.25
 
@@ -24,15 +22,11 @@ SHARE = 0.25
 def requests(n: int, *, kept_back: bool = False) -> list[str]:
     """Ids on one side of the split."""
     ids = (f"request-{i}" for i in range(10_000))
-    return [i for i in ids if held_out(i, SHARE) is kept_back][:n]
-
-
-class Log(Readable, Protocol):
-    def append(self, name: str, rows: pa.Table) -> object: ...
+    return [i for i in ids if is_held_out(i, SHARE) is kept_back][:n]
 
 
 class MemoryLog:
-    """What a feed reads of Delta, for tests of many commits."""
+    """What a loader reads of Delta, for tests of many commits."""
 
     def __init__(self) -> None:
         self._commits: dict[str, list[pa.Table]] = defaultdict(list)
@@ -58,7 +52,7 @@ class MemoryLog:
 class World:
     """``rejected`` is committed before ``accepted``."""
 
-    def __init__(self, tables: Log) -> None:
+    def __init__(self, tables: DeltaLog | MemoryLog) -> None:
         self.tables = tables
         self.offset = 0
         self.recomputed: list[int] = []
@@ -96,11 +90,11 @@ class World:
         self.offset += 1
         self._append(rows)
 
-    def feed(self, **settings: object) -> Feed:
+    def data_loader(self, **settings: object) -> DataLoader:
         defaults = {"batch_size": 4, "replay_batch_size": 2, "held_out_ratio": SHARE}
-        return Feed(self.tables, Train.model_validate(defaults | settings), TARGET, LINE, self.states)
+        return DataLoader(self.tables, Train.model_validate(defaults | settings), TARGET, LINE, self.compute_states)
 
-    def states(self, tokens: torch.Tensor) -> torch.Tensor:
+    def compute_states(self, tokens: torch.Tensor) -> torch.Tensor:
         """A target whose state after each token names the token and how many came before."""
         self.recomputed.append(len(tokens))
         return (tokens + 100 * torch.arange(len(tokens)))[:, None].expand(-1, WIDTH).bfloat16()
@@ -110,23 +104,23 @@ class World:
             self.tables.append(name, rows[name])
 
 
-def names(windows: Sequence[Window]) -> list[str]:
+def names(windows: Sequence[Sample]) -> list[str]:
     return [window.request for window in windows]
 
 
-def drain(feed: Feed) -> list[list[str]]:
+def drain(loader: DataLoader) -> list[list[str]]:
     """Steps until there is nothing left."""
     steps = []
     while True:
-        feed.poll()
-        if not (windows := feed.next()):
+        loader.poll()
+        if not (windows := loader.next_samples()):
             return steps
         steps.append(names(windows))
 
 
-def as_json(feed: Feed) -> FeedState:
-    """Where a feed stands, from what would be written."""
-    return FeedState.model_validate_json(feed.state().model_dump_json())
+def as_json(loader: DataLoader) -> DataLoaderState:
+    """Where a loader stands, from what would be written."""
+    return DataLoaderState.model_validate_json(loader.snapshot().state().model_dump_json())
 
 
 def _as(rows: pa.Table, **values: str | None) -> pa.Table:

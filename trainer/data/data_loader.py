@@ -1,0 +1,375 @@
+"""The data loader: read samples, hold requests out, choose the samples of each step, and prefetch its batch.
+
+A hash of the request id splits requests: the held-out set is never trained on, and versions are compared on its newest
+samples. Samples are trained on in the order of their time, mixed with earlier ones from the replay buffer, for
+``train.max_epochs`` at most: a trainer without new traffic stops instead of overfitting to a few requests. While
+enough samples wait, the tables are not read: a slow trainer drops nothing, and holds no more than one read of
+``VERSIONS_PER_READ`` commits beside its replay buffer. The more samples wait, the fewer are replayed, and none while
+more than one read is unread: a new sample teaches more than another epoch.
+
+A sample without features gets them from the frozen target when it is first used, and keeps them.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
+
+import structlog
+from pydantic import BaseModel, ConfigDict
+
+from pipeline.delta import DeltaLog
+from schemas.hash_sampling import fixed_chance
+from schemas.settings import Train
+from trainer.data.replay_buffer import ReplayBuffer, compute_log_weights, draw_indices, staleness_weight
+from trainer.data.samples import ComputeStates, Sample, recompute_features
+from trainer.data.table_reader import VERSIONS_PER_READ, PartitionKey, RecordKey, SampleKey, TableEntry, TableReader
+
+log = structlog.get_logger()
+
+BALANCED_STEPS = 4
+"""Steps' worth of waiting samples among which labels are balanced; no sample is advanced by more than that."""
+
+RandomState = tuple[int, tuple[int, ...], float | None]
+
+BatchT = TypeVar("BatchT")
+T = TypeVar("T")
+
+
+class DataLoaderError(RuntimeError):
+    """The tables are not the ones that the cursor belongs to."""
+
+
+class DataLoaderState(BaseModel):
+    """A data loader's position; with the tables it yields the same samples in the same order."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    cursor: int
+    rejected_cursor: int
+    reread_after: int
+    reread_rejected_after: int
+    reached: list[RecordKey]
+    waiting: list[SampleKey]
+    replay_buffer: list[tuple[SampleKey, int]]
+    """With the epochs of each."""
+    held_out: list[SampleKey]
+    newest_drafted_by: int = 0
+    """Newest speculator version among the samples read."""
+    random: RandomState
+
+    @property
+    def versions_needed(self) -> dict[str, int]:
+        """By table, the version after which all rows are needed to restore this state."""
+        return {"accepted": self.reread_after, "rejected": self.reread_rejected_after}
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A data loader's position, cheap to take; ``state`` converts it to be written."""
+
+    cursor: int
+    rejected_cursor: int
+    pending_after: int
+    reached: Mapping[PartitionKey, int]
+    waiting: tuple[TableEntry, ...]
+    replay_buffer: tuple[tuple[TableEntry, int], ...]
+    held_out: tuple[TableEntry, ...]
+    newest_drafted_by: int
+    random: RandomState
+
+    @property
+    def completed_version(self) -> int:
+        """Version of ``accepted`` up to which every sample was handed out or held out."""
+        return min([self.cursor, *(entry.after[0] for entry in self.waiting)])
+
+    def state(self) -> DataLoaderState:
+        """Return the position, ready to be written."""
+        entries = [*self.waiting, *(entry for entry, _ in self.replay_buffer), *self.held_out]
+        return DataLoaderState(
+            cursor=self.cursor,
+            rejected_cursor=self.rejected_cursor,
+            reread_after=min([self.cursor, *(e.after[0] for e in entries)]),
+            reread_rejected_after=min([self.pending_after, *(e.after[1] for e in entries)]),
+            reached=[(*source, offset) for source, offset in self.reached.items()],
+            waiting=[e.key for e in self.waiting],
+            replay_buffer=[(e.key, epochs) for e, epochs in self.replay_buffer],
+            held_out=[e.key for e in self.held_out],
+            newest_drafted_by=self.newest_drafted_by,
+            random=self.random,
+        )
+
+
+class DataLoader:
+    """Samples of one line and target, for training and for evaluation."""
+
+    def __init__(
+        self, tables: DeltaLog, settings: Train, target: str, line: str, compute_states: ComputeStates
+    ) -> None:
+        self.counts: Counter[str] = Counter()
+        """Rows, samples and branches by kind."""
+        self._tables = tables
+        self._reader = TableReader(tables, target, line, settings.max_sample_tokens, self.counts)
+        self._compute_states = compute_states
+        self._settings = settings
+        self._random = random.Random(settings.seed)  # noqa: S311
+        self._waiting: deque[TableEntry] = deque()
+        self._replay_buffer: ReplayBuffer[TableEntry] = ReplayBuffer(settings, self._random)
+        self._held_out: deque[TableEntry] = deque(maxlen=settings.held_out_samples)
+        self.table_version = 0
+        """Newest version of ``accepted`` at the last poll."""
+
+    @property
+    def cursor(self) -> int:
+        """Version of ``accepted`` up to which rows were read."""
+        return self._reader.cursor
+
+    @property
+    def waiting(self) -> int:
+        """Number of new samples that were read and not trained on yet."""
+        return len(self._waiting)
+
+    @property
+    def held_out(self) -> list[Sample]:
+        """The newest samples of the held-out set, oldest first."""
+        return [self._with_features(entry) for entry in self._held_out]
+
+    @property
+    def tables_read(self) -> dict[str, int]:
+        """Version of each table up to which rows were read."""
+        return {"accepted": self._reader.cursor, "rejected": self._reader.rejected_cursor}
+
+    def poll(self) -> None:
+        """Read the next commits, unless enough samples wait to be trained on.
+
+        Raises:
+            TableError: the tables cannot be read; nothing was consumed, and the next poll tries again.
+            DataLoaderError: the table is older than the cursor.
+        """
+        self.table_version = self._tables.version("accepted")
+        if self.table_version < self.cursor:
+            raise DataLoaderError(
+                f"table accepted ends at version {self.table_version}, but was read up to {self.cursor}: "
+                "tables.uri points to different tables; set another train.checkpoint_dir to start from the beginning"
+            )
+        if len(self._waiting) >= self._settings.batch_size:
+            return
+        up_to = min(self.table_version, self.cursor + VERSIONS_PER_READ)
+        if up_to > self.cursor:
+            for entry in self._reader.read(up_to, self._tables.version("rejected")):
+                held_out = is_held_out(entry.sample.request, self._settings.held_out_ratio)
+                (self._held_out if held_out else self._waiting).append(entry)
+
+    def next_samples(self) -> list[Sample]:
+        """Return the samples of the next step; none while new and replayable samples do not fill a batch."""
+        size, drawable = self._settings.batch_size, self._replay_buffer.drawable
+        if len(self._waiting) + drawable < size:
+            return []
+        number = self._number_of_new(drawable)
+        replayed = self._replay_buffer.draw(size - number)
+        new = self._take_new(number)
+        for entry in new:
+            entry.epochs += 1
+            self._replay_buffer.add(entry)
+        self.counts["pieces_new"] += len(new)
+        self.counts["pieces_replayed"] += len(replayed)
+        return [self._weighted(entry) for entry in new + replayed]
+
+    def snapshot(self) -> Snapshot:
+        """Return the current position."""
+        return Snapshot(
+            cursor=self._reader.cursor,
+            rejected_cursor=self._reader.rejected_cursor,
+            pending_after=self._reader.pending_after,
+            reached=dict(self._reader.reached),
+            waiting=tuple(self._waiting),
+            replay_buffer=tuple((entry, entry.epochs) for entry in self._replay_buffer),
+            held_out=tuple(self._held_out),
+            newest_drafted_by=self._reader.newest_drafted_by,
+            random=self._random.getstate(),
+        )
+
+    def restore(self, state: DataLoaderState) -> None:
+        """Move to a position in the same tables by reading its samples again.
+
+        Raises:
+            TableError: the tables cannot be read.
+        """
+        self._reader.seek(state.reread_after, state.reread_rejected_after, state.reached)
+        read = self._reader.read(state.cursor, state.rejected_cursor, all_rejected=True)
+        entries = {entry.key: entry for entry in read}
+        epochs = dict(state.replay_buffer)
+
+        def find(part: str, keys: Iterable[SampleKey]) -> list[TableEntry]:
+            found = [entries.get(key) for key in keys]
+            if missing := found.count(None):
+                self.counts["gone"] += missing
+                log.warning("samples_deleted", part=part, missing=missing, total=len(found))
+            return [entry for entry in found if entry is not None]
+
+        self._waiting = deque(find("waiting", state.waiting))
+        self._replay_buffer.clear()
+        for entry in find("replay_buffer", epochs):
+            entry.epochs = epochs[entry.key]
+            self._replay_buffer.add(entry)
+        self._held_out = deque(find("held_out", state.held_out), maxlen=self._held_out.maxlen)
+        self._reader.newest_drafted_by = state.newest_drafted_by
+        self._random.setstate(state.random)
+
+    def _number_of_new(self, drawable: int) -> int:
+        """Return how many new samples the next step takes: the rest after replay, or as many as catching up needs."""
+        size, catch_up = self._settings.batch_size, self._settings.catch_up_steps
+        number = size - min(self._settings.replay_batch_size, drawable)
+        if catch_up:
+            flooded = self.table_version - self.cursor > VERSIONS_PER_READ
+            number = size if flooded else max(number, math.ceil(len(self._waiting) / catch_up))
+        return min(number, size, len(self._waiting))
+
+    def _take_new(self, number: int) -> list[TableEntry]:
+        """Remove new samples in the order of their time: the oldest, and a label-balanced draw from the next ones."""
+        if not self._settings.label_balance:
+            return [self._waiting.popleft() for _ in range(number)]
+        reach = BALANCED_STEPS * self._settings.batch_size
+        near = [self._waiting.popleft() for _ in range(min(len(self._waiting), reach))]
+        labels = [entry.sample.label for entry in near]
+        log_weights = compute_log_weights([0] * len(near), labels, balance=self._settings.label_balance)
+        taken = {0, *(1 + i for i in draw_indices(self._random, log_weights[1:], number - 1))} if number else set()
+        self._waiting.extendleft(reversed([entry for i, entry in enumerate(near) if i not in taken]))
+        return [near[i] for i in sorted(taken)]
+
+    def _weighted(self, entry: TableEntry) -> Sample:
+        """Return a sample with features, its branches weighted by their staleness."""
+        sample = self._with_features(entry)
+        behind = self._reader.newest_drafted_by - entry.drafted_by
+        weight = staleness_weight(behind, self._settings.staleness_half_life)
+        if weight == 1:
+            return sample
+        self.counts["branches_stale"] += len(sample.branches)
+        return replace(sample, branches=tuple(replace(branch, weight=weight) for branch in sample.branches))
+
+    def _with_features(self, entry: TableEntry) -> Sample:
+        if not entry.sample.has_features:
+            entry.sample = recompute_features(entry.sample, self._compute_states)
+            self.counts["pieces_recomputed"] += 1
+        return entry.sample
+
+
+class Prefetcher(Generic[BatchT]):
+    """Run a data loader one step ahead on one thread: read tables, recompute features, collate.
+
+    Only that thread uses the data loader, one call after the other, so samples keep the data loader's order. It
+    prefetches one step and no more, which bounds memory. ``state`` is the position before the prefetched step: a
+    restart chooses that step again, and each sample is trained on as often as without a restart. The methods are
+    called from one thread.
+    """
+
+    def __init__(self, loader: DataLoader, collate: Callable[[list[Sample]], BatchT]) -> None:
+        """Take ownership of the data loader.
+
+        Args:
+            loader: Must not be used by others from now on.
+            collate: Converts the samples of a step to its batch.
+        """
+        self._loader = loader
+        self._collate = collate
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="data-loader")
+        self._prefetched: Future[BatchT | None] | None = None
+        self._chosen_at: Snapshot | None = None
+
+    @property
+    def held_out(self) -> list[Sample]:
+        """The newest samples of the held-out set, oldest first."""
+        return self._call(lambda: self._loader.held_out)
+
+    @property
+    def tables_read(self) -> dict[str, int]:
+        """Version of each table up to which rows were read, for the prefetched step too."""
+        return self._call(lambda: self._loader.tables_read)
+
+    @property
+    def cursor(self) -> int:
+        """Version of ``accepted`` up to which rows were read."""
+        return self._loader.cursor
+
+    @property
+    def table_version(self) -> int:
+        """Newest version of ``accepted`` at the last poll."""
+        return self._loader.table_version
+
+    @property
+    def waiting(self) -> int:
+        """Number of new samples that were read and not chosen yet."""
+        return self._loader.waiting
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Rows, samples and branches by kind."""
+        return dict(self._loader.counts)
+
+    @property
+    def completed_version(self) -> int:
+        """Version of ``accepted`` up to which every sample was returned by ``next_batch`` or held out."""
+        return self._snapshot().completed_version
+
+    def next_batch(self) -> BatchT | None:
+        """Return the batch of the next step; None while there is nothing to train on.
+
+        Raises:
+            TableError: the tables cannot be read; nothing was consumed, and the next call tries again.
+            DataLoaderError: the tables are not the ones that the data loader started with.
+        """
+        was_prefetched = self._prefetched is not None
+        batch = self._take()
+        if batch is None and was_prefetched:
+            # Samples may have arrived since the last step started.
+            batch = self._take()
+        if batch is not None:
+            self._prefetched = self._thread.submit(self._prepare)
+        return batch
+
+    def state(self) -> DataLoaderState:
+        """Return the position before everything that ``next_batch`` has not returned yet."""
+        return self._snapshot().state()
+
+    def restore(self, state: DataLoaderState) -> None:
+        """Move to a position in the same tables.
+
+        Raises:
+            TableError: the tables cannot be read.
+        """
+        self._prefetched = None
+        self._call(lambda: self._loader.restore(state))
+
+    def close(self) -> None:
+        """Stop the thread after its current work."""
+        self._thread.shutdown(cancel_futures=True)
+
+    def _take(self) -> BatchT | None:
+        prefetched, self._prefetched = self._prefetched or self._thread.submit(self._prepare), None
+        return prefetched.result()
+
+    def _prepare(self) -> BatchT | None:
+        self._chosen_at = None
+        self._loader.poll()
+        self._chosen_at = self._loader.snapshot()
+        samples = self._loader.next_samples()
+        return self._collate(samples) if samples else None
+
+    def _snapshot(self) -> Snapshot:
+        if self._prefetched is None:
+            return self._call(self._loader.snapshot)
+        self._prefetched.exception()
+        return self._chosen_at or self._call(self._loader.snapshot)
+
+    def _call(self, function: Callable[[], T]) -> T:
+        return self._thread.submit(function).result()
+
+
+def is_held_out(request: str, ratio: float) -> bool:
+    """Return whether a request belongs to the held-out set; the same for every trainer at all times."""
+    return fixed_chance(request) < ratio

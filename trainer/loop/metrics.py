@@ -1,0 +1,134 @@
+"""Figures of training steps, for the status page, Prometheus and the curves in MLflow."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, Counter, Gauge
+
+from trainer.loop.divergence_guard import HeldOutScore
+from trainer.objective.losses import Loss
+
+THROUGHPUT_WINDOW_S = 60.0
+"""Seconds over which tokens per second are averaged."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepFigures:
+    """Figures of one training step."""
+
+    loss: Loss
+    learning_rate: float
+    gradient_norm: float
+    """Before clipping."""
+    tokens_per_s: float
+    """Trained on, replayed samples and idle time included."""
+    lag: int
+    """Commits of ``accepted`` that are not read yet."""
+    newest: float
+    """Unix time of the newest sample of the step; 0 where it is unknown."""
+    time: float
+    """Unix time of the step."""
+
+    @property
+    def newest_age_s(self) -> float | None:
+        """Age of the newest sample at the time of the step; None where it is unknown."""
+        return self.time - self.newest if self.newest else None
+
+    @property
+    def curves(self) -> dict[str, float]:
+        """The figures by the name of their MLflow curve."""
+        loss = self.loss
+        return {
+            "loss": float(loss.total),
+            "loss_accepted": loss.accepted,
+            "loss_rejected": loss.rejected,
+            "loss_policy": loss.policy,
+            **{f"ttt_step_loss_{k}": value for k, value in enumerate(loss.accepted_K)},
+            "learning_rate": self.learning_rate,
+            "gradient_norm": self.gradient_norm,
+            "tokens_per_second": self.tokens_per_s,
+            "lag_commits": float(self.lag),
+            **({} if self.newest_age_s is None else {"newest_sample_age_seconds": self.newest_age_s}),
+        }
+
+
+class Throughput:
+    """Tokens per second over the last minute."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._steps: deque[tuple[float, int]] = deque([(clock(), 0)])
+
+    def add(self, tokens: int) -> float:
+        """Count the tokens of a step, and return the rate."""
+        now = self._clock()
+        self._steps.append((now, tokens))
+        while len(self._steps) > 2 and self._steps[1][0] < now - THROUGHPUT_WINDOW_S:
+            self._steps.popleft()
+        return sum(tokens for _, tokens in list(self._steps)[1:]) / max(now - self._steps[0][0], 1e-9)
+
+
+class TrainMetrics:
+    """The trainer's Prometheus metrics."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(f"aurora_train_{name}", text, labels, registry=registry)
+
+        def counter(name: str, text: str) -> Counter:
+            return Counter(f"aurora_train_{name}", text, registry=registry)
+
+        self.versions_registered = counter("versions_registered", "Registered versions.")
+        self.divergence_rollbacks = counter("divergence_rollbacks", "Rollbacks to the last good checkpoint.")
+        self.steps_skipped = counter("steps_skipped", "Steps skipped because loss or gradient was not finite.")
+        self._steps = counter("steps", "Training steps.")
+        self._tokens = counter("tokens", "Tokens trained on, replayed samples included.")
+        self._loss = gauge("loss", "Loss of the last step, by term.", "term")
+        self._ttt_step_loss = gauge("ttt_step_loss", "Mean divergence of each step of the training-time test.", "step")
+        self._acceptance_length = gauge(
+            "acceptance_length", "Tokens per verify step, bonus token included, simulated on the held-out set."
+        )
+        self._held_out_loss = gauge("held_out_loss", "Loss of the accepted term on the held-out set.")
+        self._learning_rate = gauge("learning_rate", "Learning rate of the last step.")
+        self._gradient_norm = gauge("gradient_norm", "Gradient norm of the last step, before clipping.")
+        self._tokens_per_second = gauge("tokens_per_second", "Tokens trained on, mean over a minute, idle included.")
+        self._lag_commits = gauge("lag_commits", "Commits of table accepted that are not read yet.")
+        self._newest_sample = gauge("newest_sample_timestamp_seconds", "Unix time of the last step's newest sample.")
+        self._version_read = gauge("table_version_read", "Version of table accepted up to which rows were read.")
+        self._version_latest = gauge("table_version_latest", "Newest version of table accepted.")
+        self._samples_waiting = gauge("samples_waiting", "New samples that were read and not trained on yet.")
+        self._rows = gauge("rows", "Rows, samples and branches read, by kind.", "kind")
+
+    def update_step(self, figures: StepFigures, tokens: int) -> None:
+        """Record a training step."""
+        self._steps.inc()
+        self._tokens.inc(tokens)
+        loss = figures.loss
+        for term, value in (("accepted", loss.accepted), ("rejected", loss.rejected), ("policy", loss.policy)):
+            self._loss.labels(term).set(value)
+        for k, value in enumerate(loss.accepted_K):
+            self._ttt_step_loss.labels(str(k)).set(value)
+        self._learning_rate.set(figures.learning_rate)
+        self._gradient_norm.set(figures.gradient_norm)
+        self._tokens_per_second.set(figures.tokens_per_s)
+        if figures.newest:
+            self._newest_sample.set(figures.newest)
+
+    def update_data_loader(self, cursor: int, table_version: int, waiting: int, rows: Mapping[str, int]) -> None:
+        """Record the position of the data loader."""
+        self._version_read.set(cursor)
+        self._version_latest.set(table_version)
+        self._lag_commits.set(max(0, table_version - cursor))
+        self._samples_waiting.set(waiting)
+        for kind, count in rows.items():
+            self._rows.labels(kind).set(count)
+
+    def update_score(self, score: HeldOutScore) -> None:
+        """Record a score on the held-out set."""
+        self._acceptance_length.set(1 + score.accepted_per_step)
+        if score.loss is not None:
+            self._held_out_loss.set(score.loss)

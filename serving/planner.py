@@ -1,27 +1,26 @@
-"""How much to draft: what is expected to give the most tokens per second, by what this node has measured.
+"""How much to draft: the budget with the highest expected throughput, by latency and acceptance on this node.
 
-A verify step drafts a token for every running request, or several, and the target verifies them all in one pass.
-Whether
-that pays depends on what a pass costs with more rows, on what a drafting step costs, and on how often the target
-accepts: all three are measured while the node serves, and the verify step that follows is planned by them.
+In a verify step every sequence drafts zero or more tokens, and the target verifies all of them in one forward. Whether
+drafting pays depends on the latency of a forward with more rows, on the latency of a draft step, and on how often the
+target accepts. The planner measures all three while the node serves, and plans the next verify step with them. A *row*
+is one token of a forward.
 
-**Rate.** With B requests, and a_i the share of tokens accepted at depth i of those whose parent was accepted, a draft
-of n tokens is expected to give ``B * (1 + a_1 + a_1 a_2 + .. + a_1 .. a_n)`` tokens, and takes
-``verify(B (1 + n)) + draft(B, n)`` seconds. The plan's depth is the n with the best rate, none among them. Where drafts
-end early or branch, the rows are as many fewer or more as they were in the verify steps before.
+**Throughput.** With B sequences, and a_i the acceptance rate at depth i of tokens whose parent was accepted, drafts of
+n tokens yield an expected ``B * (1 + a_1 + a_1 a_2 + .. + a_1 .. a_n)`` tokens in ``verify(B (1 + n)) + draft(B, n)``
+seconds. The planned depth is the n, possibly 0, with the highest throughput. Drafts that end early or branch have fewer
+or more rows, so the number of rows is scaled by the ratio that recent verify steps had.
 
-**Worth.** Within a verify step a request goes on only as long as it pays. At the best rate, a second is worth so
-many tokens;
-so a token is drafted while the chance that it will be accepted is worth a drafting step and a row of the target's pass,
-and verified while it is worth the row (the threshold policy of SpecDec++, Huang et al., arXiv 2405.19715, with the
-threshold taken from the measured costs). The chance is that of its ancestors times what tokens of that draft
-probability have proved to be worth.
+**Thresholds.** Within a verify step a draft grows only while that pays. The highest throughput gives the price of a
+second in tokens. A sequence drafts another token while its acceptance probability exceeds the price of a draft step and
+a row, and verifies a draft token while that probability exceeds the price of a row (the threshold policy of SpecDec++,
+Huang et al., arXiv 2405.19715, with thresholds from measured latency). The acceptance probability is that of the
+token's parent times the acceptance rate measured for tokens with a similar draft probability.
 
-**Probes.** What is not drafted is not learned of. While nothing is drafted, one request drafts all the same now and
-then: rarely while that leads to nothing, at once again after a version was swapped in or a probe was accepted. While
-drafts are shorter than they may be, some verify steps draft one token more than planned.
+**Probes.** Acceptance is measured only on tokens that are drafted. While drafting does not pay, one sequence drafts
+every now and then as a probe: rarely while probes are rejected, soon after a swap or an accepted probe. While drafts
+are shorter than the limit, every twelfth verify step drafts one token more than planned.
 
-Nothing here does I/O or knows of tensors.
+This module does no I/O and needs no torch.
 """
 
 from __future__ import annotations
@@ -29,286 +28,316 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 _KNOT_RATE = 0.02
 _PACE_RATE = 0.2
 _ROWS_RATE = 0.05
-_OUTLIER = 3.0
+_MAX_RATIO = 3.0
+"""A measured latency counts at most as this multiple of the expected one: outliers say little."""
 
 _WINDOW = 48.0
-"""Trials that an estimate of acceptance remembers."""
+"""Outcomes that an acceptance rate remembers."""
 _PROBE_WEIGHT = 8.0
-"""Trials that one of a probe counts for: it stands for all the verify steps since the probe before."""
-_PRIOR_TRIALS = 2.0
-_EDGES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+"""Outcomes that one outcome of a probe counts as: it stands for all verify steps since the probe before."""
+_PRIOR_WEIGHT = 2.0
+"""Outcomes that the prior of an acceptance rate counts as."""
+_PROBABILITY_EDGES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 
-_DEEPER_EVERY = 12
+_DEEPER_INTERVAL = 12
 _PROBE_DEPTH = 2
-_PROBE_FIRST = 4
-_PROBE_LAST = 32
+_MIN_PROBE_INTERVAL = 4
+_MAX_PROBE_INTERVAL = 32
+"""Verify steps between probes; the interval doubles from the minimum to the maximum."""
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """What a verify step drafts."""
+class DraftBudget:
+    """How much the sequences may draft in one verify step."""
 
     depth: int
-    """Tokens that a request drafts at most, one after the other; 0 is none."""
-    requests: int | None = None
-    """How many requests draft, in a probe; None is all of them."""
-    step_worth: float = 0.0
-    """Expected accepted tokens that pay for drafting one more token and verifying it."""
-    row_worth: float = 0.0
-    """Expected accepted tokens that pay for verifying a token that is drafted."""
+    """Maximum depth of a draft tree; 0 drafts nothing."""
+    max_sequences: int | None = None
+    """Maximum number of sequences that draft: set in a probe, else None."""
+    draft_threshold: float = 0.0
+    """Minimum acceptance probability of a token for which drafting and verifying it pays."""
+    verify_threshold: float = 0.0
+    """Minimum acceptance probability of a draft token for which verifying it pays."""
+    acceptance: Mapping[bool, AcceptanceModel] = field(default_factory=dict, compare=False, repr=False)
+    """Measured acceptance of greedy sequences (True) and of sampled ones (False)."""
 
 
 @dataclass(frozen=True, slots=True)
-class Forecast:
-    """What the last plan rested on."""
+class ThroughputForecast:
+    """The reason for the last budget."""
 
     depth: int
-    """Tokens that it drafts a request, one after the other; 0 while drafting does not pay."""
-    rates: tuple[float, ...]
-    """Output tokens per second that were expected with 0, 1, .. drafted tokens a request."""
+    """Planned depth of the draft trees; 0 while drafting does not pay."""
+    tokens_per_second: tuple[float, ...]
+    """Expected output tokens per second with 0, 1, .. draft tokens per sequence."""
 
 
 @dataclass(frozen=True, slots=True)
-class Trial:
-    """What the target said of the tokens that were drafted after one that it accepted: siblings, if several."""
+class DraftOutcome:
+    """Whether the target accepted one of the sibling tokens that were drafted after an accepted token."""
 
     depth: int
     probabilities: tuple[float, ...]
-    """That the draft gave each of them."""
+    """Draft probability of each sibling."""
     accepted: int | None
-    """Which of them the target took, if any."""
+    """Index of the accepted sibling; None if the target rejected all."""
     greedy: bool
 
 
 @dataclass(frozen=True, slots=True)
-class Timing:
-    """Seconds that a pass took, without any prompt in it."""
+class ForwardTiming:
+    """Duration of one forward that read no prompt."""
 
     rows: int
     seconds: float
 
 
-class Curve:
-    """Seconds by number of rows: straight between knots, pulled towards what is seen."""
+class LatencyCurve:
+    """Seconds by number of rows: linear between knots, which move towards the measurements."""
 
     def __init__(self, knots: Mapping[int, float]) -> None:
         self._rows = sorted(knots)
         self._seconds = [knots[rows] for rows in self._rows]
 
-    def at(self, rows: int) -> float:
-        """Expected seconds."""
-        low, share = self._place(rows)
+    def predict(self, rows: int) -> float:
+        """Return the expected seconds."""
+        low, share = self._locate(rows)
         if len(self._rows) == 1:
             return self._seconds[0]
         return self._seconds[low] * (1 - share) + self._seconds[low + 1] * share
 
-    def learn(self, rows: int, seconds: float, rate: float) -> None:
-        """Move the knots beside ``rows`` towards ``seconds``."""
-        low, share = self._place(rows)
-        error = seconds - self.at(rows)
+    def update(self, rows: int, seconds: float, rate: float) -> None:
+        """Move the knots next to ``rows`` towards ``seconds``."""
+        low, share = self._locate(rows)
+        error = seconds - self.predict(rows)
         share = min(max(share, 0.0), 1.0)
         for knot, weight in ((low, 1 - share), (low + 1, share)):
             if knot < len(self._seconds):
                 self._seconds[knot] = max(self._seconds[knot] + rate * weight * error, 1e-9)
 
-    def _place(self, rows: int) -> tuple[int, float]:
-        """The knot at or below, and the share of the way to the next one; beyond the ends the line goes on."""
+    def _locate(self, rows: int) -> tuple[int, float]:
+        """Return the knot at or below ``rows`` and the share of the way to the next; extrapolate beyond the ends."""
         low = min(max(bisect.bisect_right(self._rows, rows) - 1, 0), max(len(self._rows) - 2, 0))
         if len(self._rows) == 1:
             return 0, 0.0
         return low, (rows - self._rows[low]) / (self._rows[low + 1] - self._rows[low])
 
 
-class Costs:
-    """What the target's pass and the draft's steps take on this machine.
+class LatencyModel:
+    """Latency of the target's forward and of the draft's steps on this machine.
 
-    A machine that turns slower as a whole, because others share it, changes the pace and leaves the curves' form.
+    If other processes slow the machine down as a whole, the pace follows quickly and the curves keep their form.
     """
 
-    def __init__(self, verify: Curve, first: Curve, further: Curve) -> None:
-        self._verify, self._first, self._further = verify, first, further
+    def __init__(self, verify: LatencyCurve, first_step: LatencyCurve, further_step: LatencyCurve) -> None:
+        self._verify, self._first_step, self._further_step = verify, first_step, further_step
         self._pace = 1.0
 
-    def verify(self, rows: int) -> float:
-        """Seconds of the target's pass over so many rows."""
-        return self._pace * self._verify.at(rows)
+    def predict_verify(self, rows: int) -> float:
+        """Return the seconds of the target's forward over ``rows`` rows."""
+        return self._pace * self._verify.predict(rows)
 
-    def draft(self, requests: int, depth: int) -> float:
-        """Seconds to draft ``depth`` tokens for each of so many requests, one after the other."""
+    def predict_draft(self, sequences: int, depth: int) -> float:
+        """Return the seconds to draft ``depth`` tokens, one after the other, for each sequence."""
         if not depth:
             return 0.0
-        return self._pace * (self._first.at(requests) + (depth - 1) * self._further.at(requests))
+        further = (depth - 1) * self._further_step.predict(sequences)
+        return self._pace * (self._first_step.predict(sequences) + further)
 
-    def learn(self, verify: Timing, drafts: Sequence[Timing]) -> None:
-        """Take in one verify step: the target's pass, and each drafting step in order."""
-        self._take(self._verify, verify, sets_pace=True)
-        for step, timing in enumerate(drafts):
-            self._take(self._further if step else self._first, timing, sets_pace=False)
+    def update(self, verify: ForwardTiming, draft_steps: Sequence[ForwardTiming]) -> None:
+        """Learn from one verify step: the target's forward, and each draft step in order."""
+        self._update_curve(self._verify, verify, sets_pace=True)
+        for step, timing in enumerate(draft_steps):
+            self._update_curve(self._further_step if step else self._first_step, timing, sets_pace=False)
 
-    def _take(self, curve: Curve, timing: Timing, *, sets_pace: bool) -> None:
-        expected = curve.at(timing.rows)
-        ratio = min(timing.seconds / (self._pace * expected), _OUTLIER)
-        curve.learn(timing.rows, expected * ratio, _KNOT_RATE)
+    def _update_curve(self, curve: LatencyCurve, timing: ForwardTiming, *, sets_pace: bool) -> None:
+        expected = curve.predict(timing.rows)
+        ratio = min(timing.seconds / (self._pace * expected), _MAX_RATIO)
+        curve.update(timing.rows, expected * ratio, _KNOT_RATE)
         if sets_pace:
             self._pace *= 1 + _PACE_RATE * (ratio - 1)
 
 
-class _Share:
-    """A share of trials that went well, the recent ones counting most."""
+class _AcceptanceRate:
+    """The share of accepted tokens, exponentially weighted towards recent ones."""
 
-    __slots__ = ("_hits", "_trials")
+    __slots__ = ("_accepted", "_total")
 
     def __init__(self) -> None:
-        self._hits = self._trials = 0.0
+        self._accepted = self._total = 0.0
 
-    def learn(self, weight: float, *, hit: bool) -> None:
+    def update(self, weight: float, *, accepted: bool) -> None:
         keep = (1 - 1 / _WINDOW) ** weight
         gained = (1 - keep) * _WINDOW
-        self._trials = self._trials * keep + gained
-        self._hits = self._hits * keep + gained * hit
+        self._total = self._total * keep + gained
+        self._accepted = self._accepted * keep + gained * accepted
 
-    def given(self, prior: float) -> float:
-        """The share, starting from ``prior`` while there were few trials."""
-        return (self._hits + prior * _PRIOR_TRIALS) / (self._trials + _PRIOR_TRIALS)
+    def estimate(self, prior: float) -> float:
+        """Return the rate; with few outcomes it stays near ``prior``."""
+        return (self._accepted + prior * _PRIOR_WEIGHT) / (self._total + _PRIOR_WEIGHT)
 
 
-class Acceptance:
-    """How often drafted tokens are accepted: by depth, and by the probability that the draft gave them."""
+class AcceptanceModel:
+    """Acceptance rate of draft tokens whose parent was accepted, by depth and by draft probability."""
 
-    def __init__(self, longest: int) -> None:
-        self._by_depth = [_Share() for _ in range(longest)]
-        self._by_probability = [_Share() for _ in range(len(_EDGES) + 1)]
+    def __init__(self, max_depth: int) -> None:
+        self._by_depth = [_AcceptanceRate() for _ in range(max_depth)]
+        self._by_probability = [_AcceptanceRate() for _ in range(len(_PROBABILITY_EDGES) + 1)]
 
-    def learn(self, trial: Trial, weight: float) -> None:
-        """Take in what was drafted after an accepted token."""
-        depth = min(trial.depth, len(self._by_depth))
-        self._by_depth[depth - 1].learn(weight, hit=trial.accepted is not None)
-        for i, probability in enumerate(trial.probabilities):
-            self._by_probability[bisect.bisect(_EDGES, probability)].learn(weight, hit=i == trial.accepted)
+    def update(self, outcome: DraftOutcome, weight: float) -> None:
+        """Learn from the outcome of sibling tokens."""
+        depth = min(outcome.depth, len(self._by_depth))
+        self._by_depth[depth - 1].update(weight, accepted=outcome.accepted is not None)
+        for i, probability in enumerate(outcome.probabilities):
+            bucket = self._by_probability[bisect.bisect(_PROBABILITY_EDGES, probability)]
+            bucket.update(weight, accepted=i == outcome.accepted)
 
-    def by_depth(self) -> list[float]:
-        """Chance of acceptance at depth 1, 2, .., given that the parent was accepted.
+    def estimate_by_depth(self) -> list[float]:
+        """Return the acceptance rate at depth 1, 2, ..
 
-        A depth that was hardly reached is taken for as good as the one above it, the first one for useless.
+        The prior of a depth is the rate of the depth above; that of depth 1 is 0.
         """
-        prior, shares = 0.0, []
-        for share in self._by_depth:
-            prior = share.given(prior)
-            shares.append(prior)
-        return shares
+        prior, rates = 0.0, []
+        for rate in self._by_depth:
+            prior = rate.estimate(prior)
+            rates.append(prior)
+        return rates
 
-    def at(self, depth: int) -> float:
-        """Chance at this depth of a token of which no more is known, given that its parent was accepted."""
-        return self.by_depth()[min(depth, len(self._by_depth)) - 1]
+    def estimate_at_depth(self, depth: int) -> float:
+        """Return the acceptance rate at one depth."""
+        return self.estimate_by_depth()[min(depth, len(self._by_depth)) - 1]
 
-    def of(self, probability: float) -> float:
-        """Chance of acceptance of a token with this draft probability, given that its parent was accepted."""
-        return self._by_probability[bisect.bisect(_EDGES, probability)].given(probability)
+    def estimate_for(self, probability: float) -> float:
+        """Return the acceptance rate of tokens with this draft probability, which is also the prior."""
+        return self._by_probability[bisect.bisect(_PROBABILITY_EDGES, probability)].estimate(probability)
 
 
-class Utility:
-    """Plans verify steps by what was measured.
+class Planner:
+    """Plans verify steps from measurements.
 
     Args:
-        costs: Curves of this machine, calibrated at start.
-        longest: Tokens that are drafted at most.
-        adaptive: False drafts ``longest`` tokens in every verify step.
+        latency: Latency model of this machine, calibrated at start.
+        max_depth: Maximum depth of a draft tree.
+        adaptive: Whether to adapt the depth; False drafts to ``max_depth`` in every verify step.
     """
 
-    def __init__(self, costs: Costs, longest: int, *, adaptive: bool = True) -> None:
-        self._costs, self._longest, self._adaptive = costs, longest, adaptive
-        self.acceptance: Mapping[bool, Acceptance] = {greedy: Acceptance(longest) for greedy in (True, False)}
-        """Of greedy requests (True) and of sampled ones (False)."""
-        self._until_probe = self._pause = _PROBE_FIRST
-        self._until_deeper = _DEEPER_EVERY
-        self._known_depth = longest
-        """Tokens of the present verify step's drafts that are more than a probe."""
+    def __init__(self, latency: LatencyModel, max_depth: int, *, adaptive: bool = True) -> None:
+        self._latency, self._max_depth, self._adaptive = latency, max_depth, adaptive
+        self.acceptance: Mapping[bool, AcceptanceModel] = {
+            greedy: AcceptanceModel(max_depth) for greedy in (True, False)
+        }
+        """Of greedy sequences (True) and of sampled ones (False)."""
+        self._until_probe = self._probe_interval = _MIN_PROBE_INTERVAL
+        self._until_deeper = _DEEPER_INTERVAL
+        self._planned_depth = max_depth
+        """Depth of the current verify step's drafts; deeper tokens are a probe."""
         self._rows_per_depth = 1.0
-        """Verified tokens of a request for each step of its draft; above one in trees."""
-        self.forecast = Forecast(0 if adaptive else longest, ())
+        """Verified tokens per sequence and draft step; above 1 for trees."""
+        self.forecast = ThroughputForecast(0 if adaptive else max_depth, ())
 
-    def plan(self, greedy: Sequence[bool]) -> Plan:
-        """The coming verify step, for one request for each entry: whether it decodes greedily."""
-        if not self._adaptive:
-            return Plan(self._longest)
-        if not greedy:
-            return Plan(0)
-        rates = self.rates(greedy)
-        depth = max(range(len(rates)), key=rates.__getitem__)
-        self._known_depth = depth
-        self.forecast = Forecast(depth, tuple(rates))
-        if depth:
-            self._until_probe = self._pause = _PROBE_FIRST
-            return self._speculating(len(greedy), depth, rates[depth])
-        self._until_probe -= 1
-        if self._until_probe > 0:
-            return Plan(0)
-        self._pause = min(2 * self._pause, _PROBE_LAST)
-        self._until_probe = self._pause
-        return Plan(min(_PROBE_DEPTH, self._longest), requests=1)
-
-    def rates(self, greedy: Sequence[bool]) -> list[float]:
-        """Expected tokens per second with 0, 1, .. drafted tokens a request."""
-        requests = len(greedy)
-        share = sum(greedy) / requests
-        chances = zip(self.acceptance[True].by_depth(), self.acceptance[False].by_depth(), strict=True)
-        reached = itertools.accumulate((share * a + (1 - share) * b for a, b in chances), lambda x, y: x * y)
-        tokens = itertools.accumulate(reached, initial=1.0)
-        return [requests * expected / self._seconds(requests, depth) for depth, expected in enumerate(tokens)]
-
-    def rows_within(self, seconds: float, *, beside: int, most: int) -> int:
-        """Rows by which a pass over ``beside`` of them becomes longer by no more than ``seconds``; one at least."""
-        without = self._costs.verify(beside)
-        longer = bisect.bisect_right(
-            range(1, most + 1), seconds, key=lambda rows: self._costs.verify(beside + rows) - without
-        )
-        return max(longer, 1)
-
-    def observe(self, trials: Iterable[Trial], verify: Timing | None, drafts: Sequence[Timing], drafted: int) -> None:
-        """Take in what a verify step showed.
+    def plan(self, greedy: Sequence[bool]) -> DraftBudget:
+        """Return the budget of the next verify step.
 
         Args:
-            trials: What the target said of the drafts.
-            verify: The target's pass; None where it also read prompts.
-            drafts: The drafting steps in order.
-            drafted: Tokens that were verified.
+            greedy: For each sequence that may draft, whether it decodes greedily.
         """
-        steps = sum(timing.rows for timing in drafts)
-        if steps:
-            self._rows_per_depth += _ROWS_RATE * (drafted / steps - self._rows_per_depth)
-        for trial in trials:
-            probed = trial.depth > self._known_depth
-            self.acceptance[trial.greedy].learn(trial, _PROBE_WEIGHT if probed else 1.0)
-            if probed and trial.accepted is not None:
-                self._until_probe = self._pause = _PROBE_FIRST
+        if not self._adaptive:
+            return DraftBudget(self._max_depth, acceptance=self.acceptance)
+        if not greedy:
+            return DraftBudget(0)
+        throughput = self.estimate_throughput(greedy)
+        depth = max(range(len(throughput)), key=throughput.__getitem__)
+        self._planned_depth = depth
+        self.forecast = ThroughputForecast(depth, tuple(throughput))
+        if depth:
+            self._until_probe = self._probe_interval = _MIN_PROBE_INTERVAL
+            return self._plan_depth(len(greedy), depth, throughput[depth])
+        self._until_probe -= 1
+        if self._until_probe > 0:
+            return DraftBudget(0)
+        self._probe_interval = min(2 * self._probe_interval, _MAX_PROBE_INTERVAL)
+        self._until_probe = self._probe_interval
+        return DraftBudget(min(_PROBE_DEPTH, self._max_depth), max_sequences=1, acceptance=self.acceptance)
+
+    def estimate_throughput(self, greedy: Sequence[bool]) -> list[float]:
+        """Return the expected tokens per second with 0, 1, .. draft tokens per sequence."""
+        sequences = len(greedy)
+        share = sum(greedy) / sequences
+        by_depth = (self.acceptance[kind].estimate_by_depth() for kind in (True, False))
+        rates = (share * g + (1 - share) * s for g, s in zip(*by_depth, strict=True))
+        reached = itertools.accumulate(rates, lambda x, y: x * y)
+        tokens = itertools.accumulate(reached, initial=1.0)
+        return [sequences * expected / self._predict_step(sequences, depth) for depth, expected in enumerate(tokens)]
+
+    def limit_prompt_rows(self, seconds: float, *, decode_rows: int, max_rows: int) -> int:
+        """Return how many prompt rows extend a forward over ``decode_rows`` by ``seconds`` at most; at least 1."""
+        decode_seconds = self._latency.predict_verify(decode_rows)
+        rows = bisect.bisect_right(
+            range(1, max_rows + 1),
+            seconds,
+            key=lambda rows: self._latency.predict_verify(decode_rows + rows) - decode_seconds,
+        )
+        return max(rows, 1)
+
+    def observe(
+        self,
+        outcomes: Iterable[DraftOutcome],
+        verify: ForwardTiming | None,
+        draft_steps: Sequence[ForwardTiming],
+        verified_tokens: int,
+    ) -> None:
+        """Learn from one verify step.
+
+        Args:
+            outcomes: Outcomes of the drafts.
+            verify: The target's forward; None if it also read prompts.
+            draft_steps: The draft steps in order.
+            verified_tokens: Number of draft tokens that the target verified.
+        """
+        step_rows = sum(timing.rows for timing in draft_steps)
+        if step_rows:
+            self._rows_per_depth += _ROWS_RATE * (verified_tokens / step_rows - self._rows_per_depth)
+        for outcome in outcomes:
+            is_probe = outcome.depth > self._planned_depth
+            self.acceptance[outcome.greedy].update(outcome, _PROBE_WEIGHT if is_probe else 1.0)
+            if is_probe and outcome.accepted is not None:
+                self._until_probe = self._probe_interval = _MIN_PROBE_INTERVAL
         if verify is not None:
-            # A probe's first step also follows all that was committed since the last one; that is no verify step's
-            # price.
-            self._costs.learn(verify, drafts if self._known_depth else ())
+            # A probe's first draft step also consumes all tokens committed since the last one, which is not its price.
+            self._latency.update(verify, draft_steps if self._planned_depth else ())
 
-    def renew(self) -> None:
-        """A version was swapped in: look at it soon."""
-        self._until_probe = self._pause = 1
+    def request_probe(self) -> None:
+        """Probe in the next verify step, because a version was swapped in."""
+        self._until_probe = self._probe_interval = 1
 
-    def _speculating(self, requests: int, depth: int, rate: float) -> Plan:
+    def _plan_depth(self, sequences: int, depth: int, throughput: float) -> DraftBudget:
         self._until_deeper -= 1
-        if self._until_deeper <= 0 and depth < self._longest:
-            self._until_deeper = _DEEPER_EVERY
-            return Plan(depth + 1)
-        costs = self._costs
-        rows = self._rows(requests, depth)
-        row = (costs.verify(rows) - costs.verify(requests)) / max(rows - requests, 1)
-        step = (costs.draft(requests, depth + 1) - costs.draft(requests, depth)) / requests
-        return Plan(depth, step_worth=rate * max(step + row, 0.0), row_worth=rate * max(row, 0.0))
+        if self._until_deeper <= 0 and depth < self._max_depth:
+            self._until_deeper = _DEEPER_INTERVAL
+            return DraftBudget(depth + 1, acceptance=self.acceptance)
+        latency = self._latency
+        rows = self._count_rows(sequences, depth)
+        row_seconds = (latency.predict_verify(rows) - latency.predict_verify(sequences)) / max(rows - sequences, 1)
+        step_seconds = (
+            latency.predict_draft(sequences, depth + 1) - latency.predict_draft(sequences, depth)
+        ) / sequences
+        return DraftBudget(
+            depth,
+            draft_threshold=throughput * max(step_seconds + row_seconds, 0.0),
+            verify_threshold=throughput * max(row_seconds, 0.0),
+            acceptance=self.acceptance,
+        )
 
-    def _seconds(self, requests: int, depth: int) -> float:
-        return self._costs.verify(self._rows(requests, depth)) + self._costs.draft(requests, depth)
+    def _predict_step(self, sequences: int, depth: int) -> float:
+        """Return the seconds of a verify step."""
+        rows = self._count_rows(sequences, depth)
+        return self._latency.predict_verify(rows) + self._latency.predict_draft(sequences, depth)
 
-    def _rows(self, requests: int, depth: int) -> int:
-        """Rows of the target's pass: the roots, and what is expected to be verified."""
-        return requests + round(requests * depth * self._rows_per_depth)
+    def _count_rows(self, sequences: int, depth: int) -> int:
+        """Return the expected rows of the target's forward: one root per sequence, and the draft tokens."""
+        return sequences + round(sequences * depth * self._rows_per_depth)

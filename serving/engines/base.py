@@ -18,7 +18,7 @@ Finish = Literal["stop", "length", "cancelled", "error"]
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A prompt and how to continue it."""
+    """A prompt and how to continue it: one sequence. The HTTP API submits one for each choice."""
 
     id: str
     prompt: tuple[int, ...]

@@ -1,11 +1,13 @@
-"""The target's decoder layers, written for a few rows at a time.
+"""The target's decoder layers, optimized for forwards over few tokens.
 
-Hugging Face's models are the reference and know every architecture; a step of theirs on a CPU spends about as long in
-Python and small kernels as in the weights. ``FusedDecoder`` runs the layers of the Llama family (attention with rotary
-embedding, grouped heads, RMS norms, a gated SiLU perceptron) with one product for queries, keys and values, one for
-gate and up, and nothing in between that the arithmetic does not need. ``HubDecoder`` runs every other architecture.
+Hugging Face's models are the reference and cover every architecture, but on a CPU one of their decode steps spends
+about as long in Python and small kernels as in the weights. ``FusedDecoder`` runs the layers of the Llama family
+(attention with rotary embedding, grouped heads, RMS norms, a gated SiLU MLP) with one product for queries, keys and
+values, one for gate and up, and only the operations between that the arithmetic needs. ``TransformersDecoder`` runs
+every other architecture.
 
-Shape suffixes: T tokens of the batch, H hidden size, N query heads, M key/value heads, E head size, P positions.
+Shape suffixes: T tokens of the batch, H hidden size, F features, N query heads, M key/value heads, E head size, G query
+and key heads together, P positions, V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,61 +22,61 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from schemas.speculator.checkpoint import CheckpointError
-from serving.engines.builtin.cuda_graphs import CapturedPasses
-from serving.engines.builtin.kernels import Kind, RmsNorm, pack, replace_linears
-from serving.engines.builtin.kv_cache import RaggedBatch, SlotCache, Tokens
+from serving.engines.builtin.cuda_graphs import CudaGraphRunner
+from serving.engines.builtin.kernels import RmsNorm, WeightDtype, pack_linear, replace_linears
+from serving.engines.builtin.kv_cache import BatchLayout, KVCache, RaggedBatch
 
 ATTENTION = "aurora_slots"
 
 _FUSED = frozenset({"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"})
 
 
-class Consumed(NamedTuple):
-    """What the target gives for the tokens of a batch."""
+class HiddenStates(NamedTuple):
+    """The target's hidden states for the tokens of a batch."""
 
     features_TF: Tensor
-    """Outputs of the captured layers after each token: low, middle, high, side by side."""
+    """Outputs of the captured layers after each token: low, middle and high layer concatenated."""
     last_TH: Tensor
-    """Final hidden states, after the last norm."""
+    """Hidden states after the final norm."""
 
 
 class Decoder(Protocol):
-    """Runs tokens through the target's layers, into their slots of a cache."""
+    """Runs tokens through the target's layers and writes their keys and values to the KV cache."""
 
-    def __call__(self, tokens_T: Tensor, batch: RaggedBatch, cache: SlotCache) -> Consumed:
-        """Hidden states after each token."""
+    def __call__(self, tokens_T: Tensor, batch: RaggedBatch, cache: KVCache) -> HiddenStates:
+        """Return the hidden states after each token."""
 
 
-def decoder_for(model: Any, kind: Kind, capture: Sequence[int], positions: int) -> Decoder:
-    """The fastest decoder that knows the model's architecture.
+def build_decoder(model: Any, dtype: WeightDtype, capture_layers: Sequence[int], positions: int) -> Decoder:
+    """Return the fastest decoder that supports the model's architecture.
 
     Args:
-        model: A causal language model of Hugging Face, fp32, on its device. Its linear layers may be taken apart.
-        kind: Kernel of the linear layers.
-        capture: Layers whose output is captured.
-        positions: Longest request.
+        model: A Hugging Face causal language model, fp32, on its device. The decoder may modify its linear layers.
+        dtype: Weight dtype of the linear layers.
+        capture_layers: Layers whose output is captured.
+        positions: Maximum length of a sequence with its draft.
     """
-    if type(model).__name__ in _FUSED and model.config.hidden_act == "silu" and _attends_to_all(model.config):
-        fused = FusedDecoder(model, kind, capture, positions)
-        return GraphedDecoder(fused) if model.device.type == "cuda" else fused
-    replace_linears(model.get_decoder(), kind)
-    return HubDecoder(model.get_decoder(), capture)
+    if type(model).__name__ in _FUSED and model.config.hidden_act == "silu" and _has_full_attention(model.config):
+        fused = FusedDecoder(model, dtype, capture_layers, positions)
+        return CudaGraphDecoder(fused) if model.device.type == "cuda" else fused
+    replace_linears(model.get_decoder(), dtype)
+    return TransformersDecoder(model.get_decoder(), capture_layers)
 
 
-def head_size(config: Any) -> int:
-    """E: values of an attention head of a model of this configuration."""
+def read_head_size(config: Any) -> int:
+    """Return E, the size of an attention head, of a model configuration."""
     size: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return size
 
 
-def matrices(model: Any) -> list[Tensor]:
-    """Every matrix [O, I] that a decoding step multiplies with, the output layer last."""
+def list_weight_matrices(model: Any) -> list[Tensor]:
+    """Return every matrix [O, I] that a forward multiplies with, the output layer last."""
     linears = [module.weight for module in model.get_decoder().modules() if isinstance(module, nn.Linear)]
     return [*linears, model.get_output_embeddings().weight]
 
 
 class _Layer(NamedTuple):
-    """One decoder layer, its linear layers packed."""
+    """One decoder layer with packed linear layers."""
 
     before_attention: RmsNorm
     qkv: nn.Module
@@ -89,15 +91,15 @@ class _Layer(NamedTuple):
 class FusedDecoder:
     """The layers of a Llama-like model."""
 
-    def __init__(self, model: Any, kind: Kind, capture: Sequence[int], positions: int) -> None:
+    def __init__(self, model: Any, dtype: WeightDtype, capture_layers: Sequence[int], positions: int) -> None:
         config, body = model.config, model.get_decoder()
         self._heads: int = config.num_attention_heads
         self._kv_heads: int = config.num_key_value_heads
-        self._size = head_size(config)
+        self._size = read_head_size(config)
         self._embeddings_VH: Tensor = body.embed_tokens.weight
         self._norm = RmsNorm(body.norm.weight, config.rms_norm_eps)
-        self._layers = [_packed(layer, kind, config.rms_norm_eps) for layer in body.layers]
-        self._capture = tuple(capture)
+        self._layers = [_pack_layer(layer, dtype, config.rms_norm_eps) for layer in body.layers]
+        self._capture_layers = tuple(capture_layers)
         cos_PE, sin_PE = body.rotary_emb(
             self._embeddings_VH[:1], torch.arange(positions, device=self._embeddings_VH.device)[None]
         )
@@ -107,8 +109,8 @@ class FusedDecoder:
             :, None
         ]
 
-    def __call__(self, tokens_T: Tensor, batch: Tokens, cache: SlotCache) -> Consumed:
-        """Hidden states after each token."""
+    def __call__(self, tokens_T: Tensor, batch: BatchLayout, cache: KVCache) -> HiddenStates:
+        """Return the hidden states after each token."""
         x_TH = F.embedding(tokens_T, self._embeddings_VH)
         cos_T1E, sin_T1E = self._cos_P1E[batch.positions_T], self._sin_P1E[batch.positions_T]
         captured: list[Tensor] = []
@@ -117,9 +119,9 @@ class FusedDecoder:
             gate_up = layer.gate_up(layer.before_mlp(x_TH))
             gate, up = gate_up.chunk(2, dim=-1)
             x_TH = layer.down(F.silu(gate).mul_(up)).add_(x_TH)
-            if number in self._capture:
+            if number in self._capture_layers:
                 captured.append(x_TH)
-        return Consumed(torch.cat(captured, dim=-1), self._norm(x_TH))
+        return HiddenStates(torch.cat(captured, dim=-1), self._norm(x_TH))
 
     def _attend(
         self,
@@ -127,8 +129,8 @@ class FusedDecoder:
         layer: _Layer,
         x_TH: Tensor,
         rotary: tuple[Tensor, Tensor],
-        batch: Tokens,
-        cache: SlotCache,
+        batch: BatchLayout,
+        cache: KVCache,
     ) -> Tensor:
         heads, kv_heads = self._heads, self._kv_heads
         qkv = layer.qkv(layer.before_attention(x_TH)).view(len(x_TH), heads + 2 * kv_heads, self._size)
@@ -142,37 +144,37 @@ class FusedDecoder:
         return out
 
 
-class GraphedDecoder:
-    """A fused decoder on a GPU whose passes are captured as CUDA graphs, one for each size of batch."""
+class CudaGraphDecoder:
+    """A fused decoder on a GPU that runs as CUDA graphs, one per batch size."""
 
     def __init__(self, fused: FusedDecoder) -> None:
         self._fused = fused
-        self._passes: CapturedPasses | None = None
+        self._graphs: CudaGraphRunner | None = None
 
-    def __call__(self, tokens_T: Tensor, batch: RaggedBatch, cache: SlotCache) -> Consumed:
-        """Hidden states after each token."""
-        if self._passes is None:
-            self._passes = CapturedPasses(lambda inputs, padded: self._fused(inputs[0], padded, cache), cache)
-        found = self._passes.run(batch, (tokens_T,))
-        return Consumed(*found) if found else self._fused(tokens_T, batch, cache)
+    def __call__(self, tokens_T: Tensor, batch: RaggedBatch, cache: KVCache) -> HiddenStates:
+        """Return the hidden states after each token."""
+        if self._graphs is None:
+            self._graphs = CudaGraphRunner(lambda inputs, padded: self._fused(inputs[0], padded, cache), cache)
+        outputs = self._graphs.run(batch, (tokens_T,))
+        return HiddenStates(*outputs) if outputs else self._fused(tokens_T, batch, cache)
 
 
-class HubDecoder:
-    """The layers of any architecture, as Hugging Face runs them, with attention over the slots."""
+class TransformersDecoder:
+    """The layers of any architecture in Hugging Face's implementation, with attention over the KV cache."""
 
-    def __init__(self, body: nn.Module, capture: Sequence[int]) -> None:
-        self._body, self._capture = body, tuple(capture)
+    def __init__(self, body: nn.Module, capture_layers: Sequence[int]) -> None:
+        self._body, self._capture_layers = body, tuple(capture_layers)
         self._captured: dict[int, Tensor] = {}
-        for layer in self._capture:
+        for layer in self._capture_layers:
             body.get_submodule(f"layers.{layer}").register_forward_hook(self._hook(layer))
 
-    def __call__(self, tokens_T: Tensor, batch: RaggedBatch, cache: SlotCache) -> Consumed:
-        """Hidden states after each token."""
+    def __call__(self, tokens_T: Tensor, batch: RaggedBatch, cache: KVCache) -> HiddenStates:
+        """Return the hidden states after each token."""
         out = self._body(
             input_ids=tokens_T[None], position_ids=batch.positions_T[None], use_cache=False, ragged=batch, cache=cache
         )
-        features = torch.cat([self._captured[layer] for layer in self._capture], dim=-1)
-        return Consumed(features[0], out.last_hidden_state[0])
+        features = torch.cat([self._captured[layer] for layer in self._capture_layers], dim=-1)
+        return HiddenStates(features[0], out.last_hidden_state[0])
 
     def _hook(self, layer: int) -> Any:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
@@ -181,28 +183,28 @@ class HubDecoder:
         return hook
 
 
-def _packed(layer: Any, kind: Kind, eps: float) -> _Layer:
+def _pack_layer(layer: Any, dtype: WeightDtype, eps: float) -> _Layer:
     attention, mlp = layer.self_attn, layer.mlp
     return _Layer(
         before_attention=RmsNorm(layer.input_layernorm.weight, eps),
-        qkv=_joined(kind, [attention.q_proj, attention.k_proj, attention.v_proj]),
+        qkv=_pack_joined(dtype, [attention.q_proj, attention.k_proj, attention.v_proj]),
         query_norm=RmsNorm(attention.q_norm.weight, eps) if hasattr(attention, "q_norm") else None,
         key_norm=RmsNorm(attention.k_norm.weight, eps) if hasattr(attention, "k_norm") else None,
-        out=_joined(kind, [attention.o_proj]),
+        out=_pack_joined(dtype, [attention.o_proj]),
         before_mlp=RmsNorm(layer.post_attention_layernorm.weight, eps),
-        gate_up=_joined(kind, [mlp.gate_proj, mlp.up_proj]),
-        down=_joined(kind, [mlp.down_proj]),
+        gate_up=_pack_joined(dtype, [mlp.gate_proj, mlp.up_proj]),
+        down=_pack_joined(dtype, [mlp.down_proj]),
     )
 
 
-def _joined(kind: Kind, linears: Sequence[nn.Linear]) -> nn.Module:
-    """Linear layers of the same input as one."""
+def _pack_joined(dtype: WeightDtype, linears: Sequence[nn.Linear]) -> nn.Module:
+    """Pack linear layers with the same input as one layer."""
     bias = torch.cat([layer.bias for layer in linears]) if linears[0].bias is not None else None
-    return pack(kind, torch.cat([layer.weight for layer in linears]), bias)
+    return pack_linear(dtype, torch.cat([layer.weight for layer in linears]), bias)
 
 
-def _attends_to_all(config: Any) -> bool:
-    """Whether every layer sees all tokens before."""
+def _has_full_attention(config: Any) -> bool:
+    """Return whether every layer attends to all earlier tokens."""
     kinds = getattr(config, "layer_types", None)
     return set(kinds) == {"full_attention"} if kinds else getattr(config, "sliding_window", None) is None
 
@@ -215,22 +217,22 @@ def _attend(  # noqa: PLR0913 - the signature is transformers'
     _attention_mask: Tensor | None,
     *,
     ragged: RaggedBatch,
-    cache: SlotCache,
+    cache: KVCache,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **_unused: Any,
 ) -> tuple[Tensor, None]:
-    """Attention in the form that transformers' models call: queries [1, N, T, E] over the slots of the cache.
+    """Attend over the KV cache; the signature and the shapes ([1, N, T, E]) are those that transformers calls.
 
     Raises:
-        CheckpointError: the model attends in a way that the cache does not compute.
+        CheckpointError: the KV cache does not support the model's attention.
     """
     plain_scaling = scaling is None or math.isclose(scaling, query.shape[-1] ** -0.5)
     if not plain_scaling or softcap is not None or (sliding_window or cache.positions) < cache.positions:
         raise CheckpointError(
-            f"{type(module).__name__}: attention with a scale, a soft cap or a sliding window of its own is not served "
-            "by this engine; choose another target.path"
+            f"{type(module).__name__}: the built-in engine does not support attention with a custom scale, a soft cap "
+            "or a sliding window; choose another target.path"
         )
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     return cache.attend(module.layer_idx, ragged, q, k, v)[None], None

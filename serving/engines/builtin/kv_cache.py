@@ -1,14 +1,14 @@
-"""Keys and values of running requests, one slot a request, and attention over a ragged batch of them.
+"""Keys and values of running sequences, one slot per sequence, and attention over a ragged batch.
 
-A forward pass runs over the tokens of all requests laid end to end, without padding. A ``Segment`` says which of them
-belong to which slot and where they begin in it. Tokens that verification rejected leave stale entries behind; the next
-segment of the slot begins at the last committed token and overwrites them.
+A forward runs over the tokens of all sequences laid end to end, without padding. A ``Segment`` says which tokens belong
+to which slot and at which entry they start. Rejected tokens leave stale entries; the next segment of the slot starts
+after the last committed token and overwrites them.
 
-The tokens of a tree lie in their slot one after the other, whatever their depth: the mask follows the parent links, and
-the entries of the path that was accepted are moved together afterwards.
+The nodes of a draft tree occupy consecutive entries of their slot, whatever their depth: the mask follows the parent
+links, and ``keep_path`` moves the entries of the accepted path together afterwards.
 
-Shape suffixes: L layers, S slots, M key/value heads, P positions, E head size, N query heads, T tokens of the batch, Q
-queries that share a key/value head.
+Shape suffixes: L layers, S slots, M key/value heads, P entries of a slot, E head size, N query heads, T tokens of the
+batch, Q queries that share a key/value head.
 """
 
 from __future__ import annotations
@@ -28,30 +28,30 @@ CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Branching:
-    """How the tokens of a segment hang together that are no chain."""
+class TreeLayout:
+    """Positions and visibility of a segment's tokens that form a tree."""
 
-    first: int
-    """Entry where the tree begins; those before it are visible to every token."""
+    first_entry: int
+    """Entry where the tree starts; every token sees the entries before it."""
     sees: npt.NDArray[np.bool_]
-    """[length, start + length - first] which entries from ``first`` on each token of the segment sees."""
+    """[length, start + length - first_entry] which entries from ``first_entry`` on each token of the segment sees."""
     positions: tuple[int, ...]
-    """[length] of the tokens in the request."""
+    """[length] position of each token in its sequence."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Segment:
-    """Consecutive entries of one request in a ragged batch: a chain, unless they branch."""
+    """Consecutive entries of one slot in a ragged batch: a chain unless ``tree`` is set."""
 
     slot: int
     start: int
-    """Entries of the slot that come before."""
+    """Number of entries before the segment."""
     length: int
-    branching: Branching | None = None
+    tree: TreeLayout | None = None
 
 
-class SlotCache:
-    """Preallocated keys and values, [L, S, M, P, E] each. Memory is touched as positions are written."""
+class KVCache:
+    """Preallocated keys and values, [L, S, M, P, E] each. The system commits memory as entries are written."""
 
     def __init__(
         self, layers: int, slots: int, kv_heads: int, positions: int, head_dim: int, device: torch.device = CPU
@@ -60,13 +60,13 @@ class SlotCache:
         self.slots, self.positions = slots, positions
         self._keys, self._values = torch.empty(shape, device=device), torch.empty(shape, device=device)
         if device != CPU:
-            # Padding attends to entries that no request has written, and 0 x NaN would be NaN.
+            # Padding attends to entries that no sequence has written, and 0 x NaN would be NaN.
             self._keys.zero_()
             self._values.zero_()
         self._by_layer = list(zip(self._keys.unbind(), self._values.unbind(), strict=True))
 
-    def attend(self, layer: int, batch: Tokens, q_TNE: Tensor, k_TME: Tensor, v_TME: Tensor) -> Tensor:
-        """Write the batch's keys and values into their slots and attend over what each token may see.
+    def attend(self, layer: int, batch: BatchLayout, q_TNE: Tensor, k_TME: Tensor, v_TME: Tensor) -> Tensor:
+        """Write the batch's keys and values, then attend.
 
         Returns:
             [T, N, E] attended values.
@@ -74,23 +74,23 @@ class SlotCache:
         self.write(layer, batch, k_TME, v_TME)
         return self.read(layer, batch, q_TNE)
 
-    def write(self, layer: int, batch: Tokens, k_TME: Tensor, v_TME: Tensor) -> None:
-        """Put keys and values where the batch's segments say."""
+    def write(self, layer: int, batch: BatchLayout, k_TME: Tensor, v_TME: Tensor) -> None:
+        """Write keys and values to the entries of the batch."""
         keys_SMPE, values_SMPE = self._by_layer[layer]
         keys_SMPE[batch.slots_T, :, batch.entries_T] = k_TME
         values_SMPE[batch.slots_T, :, batch.entries_T] = v_TME
 
-    def read(self, layer: int, batch: Tokens, q_TNE: Tensor) -> Tensor:
-        """Attend over entries that are written already: [T, N, E] attended values."""
+    def read(self, layer: int, batch: BatchLayout, q_TNE: Tensor) -> Tensor:
+        """Attend over entries that are already written; return the attended values [T, N, E]."""
         return batch.attend(layer, self._keys, self._values, q_TNE)
 
-    def keep(self, slot: int, start: int, path: Sequence[int]) -> None:
+    def keep_path(self, slot: int, start: int, path: Sequence[int]) -> None:
         """Move the entries of an accepted path together.
 
         Args:
-            slot: The request's slot.
+            slot: The sequence's slot.
             start: Entry of the tree's first node.
-            path: Nodes that were accepted, in order.
+            path: Accepted nodes in order.
         """
         if list(path) == list(range(len(path))):
             return
@@ -99,63 +99,63 @@ class SlotCache:
             cached[:, slot, :, start : start + len(path)] = cached[:, slot, :, entries]
 
 
-class Tokens(Protocol):
-    """The tokens of one forward pass, and what each of them sees in a cache."""
+class BatchLayout(Protocol):
+    """Where the tokens of one forward lie in a KV cache, and which entries each of them sees."""
 
     @property
     def positions_T(self) -> Tensor:
-        """[T] position of every token in its request."""
+        """[T] position of each token in its sequence."""
 
     @property
     def slots_T(self) -> Tensor:
-        """[T] slot of every token."""
+        """[T] slot of each token."""
 
     @property
     def entries_T(self) -> Tensor:
-        """[T] where in its slot every token lies."""
+        """[T] entry of each token in its slot."""
 
     def attend(self, layer: int, keys_LSMPE: Tensor, values_LSMPE: Tensor, q_TNE: Tensor) -> Tensor:
-        """[T, N, E] values attended over, of a layer's entries."""
+        """Attend over a layer's entries; return the attended values [T, N, E]."""
 
 
-class _Part(NamedTuple):
+class _SegmentView(NamedTuple):
     """One segment as attention needs it."""
 
     queries: int
-    """Q: groups * length."""
+    """Q: query heads per key/value head * length."""
     keys_1MPE: tuple[Tensor, ...]
-    """Of each layer, up to the segment's end."""
+    """By layer, up to the segment's end."""
     values_1MPE: tuple[Tensor, ...]
     mask: Tensor | None
     """[Q, end]"""
 
 
 class RaggedBatch:
-    """The segments of one forward pass over one cache, in the order of their tokens."""
+    """The segments of one forward over one KV cache, in the order of their tokens."""
 
     def __init__(self, segments: Sequence[Segment], device: torch.device = CPU) -> None:
         self.segments = tuple(segments)
         self._device = device
-        self._parts: list[_Part] = []
+        self._views: list[_SegmentView] = []
 
     @cached_property
     def positions_T(self) -> Tensor:
-        """[T] position of every token in its request; the nodes of a tree stand at their depth."""
-        return self._integers(position for s in self.segments for position in positions_of(s))
+        """[T] position of each token in its sequence; the position of a tree's node follows from its depth."""
+        return self._to_tensor(position for s in self.segments for position in token_positions(s))
 
     @cached_property
     def slots_T(self) -> Tensor:
-        """[T] slot of every token."""
-        return self._integers(s.slot for s in self.segments for _ in range(s.length))
+        """[T] slot of each token."""
+        return self._to_tensor(s.slot for s in self.segments for _ in range(s.length))
 
     @cached_property
     def entries_T(self) -> Tensor:
-        """[T] where in its slot every token lies."""
-        return self._integers(entry for s in self.segments for entry in range(s.start, s.start + s.length))
+        """[T] entry of each token in its slot."""
+        return self._to_tensor(entry for s in self.segments for entry in range(s.start, s.start + s.length))
 
     @cached_property
     def last_rows(self) -> list[int]:
-        """Row of the last token of each segment."""
+        """Row of each segment's last token."""
         rows, end = [], 0
         for segment in self.segments:
             end += segment.length
@@ -170,53 +170,52 @@ class RaggedBatch:
         tokens, heads, size = q_TNE.shape
         kv_heads = keys_LSMPE.shape[2]
         groups = heads // kv_heads
-        parts = self._laid_out(keys_LSMPE, values_LSMPE, groups)
+        views = self._segment_views(keys_LSMPE, values_LSMPE, groups)
         # Laid out by key/value head once, so that each segment's queries are a view.
         q_1MQE = q_TNE.view(tokens, kv_heads, groups, size).transpose(0, 1).reshape(1, kv_heads, tokens * groups, size)
         attended = [
-            F.scaled_dot_product_attention(folded, part.keys_1MPE[layer], part.values_1MPE[layer], attn_mask=part.mask)
-            for part, folded in zip(
-                parts, q_1MQE.split_with_sizes([part.queries for part in parts], dim=2), strict=True
+            F.scaled_dot_product_attention(folded, view.keys_1MPE[layer], view.values_1MPE[layer], attn_mask=view.mask)
+            for view, folded in zip(
+                views, q_1MQE.split_with_sizes([view.queries for view in views], dim=2), strict=True
             )
         ]
         out_1MQE = torch.cat(attended, dim=2) if len(attended) > 1 else attended[0]
         return out_1MQE.view(kv_heads, tokens, groups, size).transpose(0, 1).reshape(tokens, heads, size)
 
-    def _integers(self, values: Iterable[int]) -> Tensor:
+    def _to_tensor(self, values: Iterable[int]) -> Tensor:
         return torch.tensor(list(values), device=self._device)
 
-    def _laid_out(self, keys_LSMPE: Tensor, values_LSMPE: Tensor, groups: int) -> list[_Part]:
-        """Each segment's mask and entries of the cache; built once for all layers."""
-        if not self._parts:
+    def _segment_views(self, keys_LSMPE: Tensor, values_LSMPE: Tensor, groups: int) -> list[_SegmentView]:
+        """Return each segment's mask and entries of the cache; built once for all layers."""
+        if not self._views:
             for segment in self.segments:
                 end, slot = segment.start + segment.length, slice(segment.slot, segment.slot + 1)
                 keys, values = keys_LSMPE[:, slot, :, :end].unbind(), values_LSMPE[:, slot, :, :end].unbind()
-                self._parts.append(
-                    _Part(groups * segment.length, keys, values, _mask(segment, groups, keys_LSMPE.device))
-                )
-        return self._parts
+                mask = _attention_mask(segment, groups, keys_LSMPE.device)
+                self._views.append(_SegmentView(groups * segment.length, keys, values, mask))
+        return self._views
 
 
-def positions_of(segment: Segment) -> Sequence[int]:
-    """[length] position of each token of a segment in its request."""
-    if segment.branching is not None:
-        return segment.branching.positions
+def token_positions(segment: Segment) -> Sequence[int]:
+    """Return the position [length] of each token of a segment in its sequence."""
+    if segment.tree is not None:
+        return segment.tree.positions
     return range(segment.start, segment.start + segment.length)
 
 
-def seen_by(segment: Segment) -> npt.NDArray[np.bool_]:
-    """[length, start + length] which entries of its slot each token of a segment sees."""
-    end, branching = segment.start + segment.length, segment.branching
-    seen = np.ones((segment.length, end), np.bool_)
-    if branching is None:
-        return np.tril(seen, segment.start)
-    seen[:, branching.first :] = branching.sees
-    return seen
+def visible_entries(segment: Segment) -> npt.NDArray[np.bool_]:
+    """Return which entries of its slot each token of a segment sees, [length, start + length]."""
+    end, tree = segment.start + segment.length, segment.tree
+    sees = np.ones((segment.length, end), np.bool_)
+    if tree is None:
+        return np.tril(sees, segment.start)
+    sees[:, tree.first_entry :] = tree.sees
+    return sees
 
 
-def _mask(segment: Segment, groups: int, device: torch.device) -> Tensor | None:
-    """0 where a token may look, -inf elsewhere; None where all of them see everything."""
-    if segment.branching is None and segment.length == 1:
+def _attention_mask(segment: Segment, groups: int, device: torch.device) -> Tensor | None:
+    """Return 0 for visible entries and -inf for others; None if every token sees every entry."""
+    if segment.tree is None and segment.length == 1:
         return None
-    seen = torch.from_numpy(seen_by(segment))
-    return torch.zeros(seen.shape).masked_fill_(~seen, float("-inf")).repeat_interleave(groups, 0).to(device)
+    sees = torch.from_numpy(visible_entries(segment))
+    return torch.zeros(sees.shape).masked_fill_(~sees, float("-inf")).repeat_interleave(groups, 0).to(device)

@@ -1,4 +1,4 @@
-"""The target: a Hugging Face causal language model run over ragged batches, with three of its layers captured."""
+"""The target: a Hugging Face causal language model over ragged batches, with the outputs of three layers captured."""
 
 from __future__ import annotations
 
@@ -13,15 +13,21 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from schemas.speculator.checkpoint import CheckpointError
 from schemas.speculator.network import DraftShape
-from serving.engines.builtin.decoder import ATTENTION, Consumed, decoder_for, head_size, matrices
-from serving.engines.builtin.kernels import KernelError, Kind, choose, pack
-from serving.engines.builtin.kv_cache import CPU, RaggedBatch, SlotCache
+from serving.engines.builtin.decoder import (
+    ATTENTION,
+    HiddenStates,
+    build_decoder,
+    list_weight_matrices,
+    read_head_size,
+)
+from serving.engines.builtin.kernels import KernelError, WeightDtype, choose_weight_dtype, pack_linear
+from serving.engines.builtin.kv_cache import CPU, KVCache, RaggedBatch
 
 log = structlog.get_logger()
 
 
 class Target:
-    """The model that decides every token. Runs on one thread of its own; not thread-safe."""
+    """The model that chooses every output token. Not thread-safe."""
 
     def __init__(
         self,
@@ -30,70 +36,66 @@ class Target:
         slots: int,
         positions: int,
         *,
-        drafted: int = 0,
-        weights: Kind | Literal["auto"] = "auto",
+        draft_nodes: int = 0,
+        weight_dtype: WeightDtype | Literal["auto"] = "auto",
         device: torch.device = CPU,
     ) -> None:
         """Load the model and choose its kernels.
 
         Args:
             folder: The model in Hugging Face format.
-            shape: Of the draft that is to be served: it says which layers are captured.
-            slots: Requests at a time.
-            positions: Longest request, prompt and answer together.
-            drafted: Tokens of a request that are verified at most in one pass.
-            weights: Kernel of the matrices.
-            device: Where it computes.
+            shape: Shape of the draft to serve; it names the layers to capture.
+            slots: Maximum number of running sequences.
+            positions: Maximum length of a sequence, prompt and output together.
+            draft_nodes: Maximum number of draft tokens per sequence in one forward.
+            weight_dtype: Weight dtype of the matrices; ``auto`` selects the fastest exact one.
+            device: Device to compute on.
 
         Raises:
-            CheckpointError: no usable model in the folder.
+            CheckpointError: the folder holds no usable model.
         """
         config = AutoConfig.from_pretrained(folder)
         self.shape = shape
         if positions > config.max_position_embeddings:
             raise CheckpointError(
-                f"serve.max_model_len is {positions}, the target's context only {config.max_position_embeddings}"
+                f"serve.max_model_len is {positions}, but the target's context is {config.max_position_embeddings}"
             )
-        self.eos_ids = _eos_ids(folder, config)
+        self.eos_ids = _read_eos_ids(folder, config)
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=ATTENTION)
         model.requires_grad_(requires_grad=False).eval().to(device)
         self.device = device
         self.embeddings_VH: Tensor = model.get_input_embeddings().weight
-        parameters = matrices(model)
+        # Beside its output, a sequence holds the root and the draft.
+        positions += draft_nodes + 1
         try:
-            self.kind: Kind = choose(weights, parameters)
+            self.weight_dtype = choose_weight_dtype(weight_dtype, list_weight_matrices(model))
             output = model.get_output_embeddings()
-            self._lm_head = pack(self.kind, output.weight, output.bias)
-            self._decoder = decoder_for(model, self.kind, self.shape.capture_layers, positions + drafted + 1)
+            self._lm_head = pack_linear(self.weight_dtype, output.weight, output.bias)
+            self._decoder = build_decoder(model, self.weight_dtype, shape.capture_layers, positions)
         except KernelError as error:
             raise CheckpointError(str(error)) from error
-        self.cache = _cache(config, slots, positions + drafted + 1, device)
+        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        self.cache = KVCache(config.num_hidden_layers, slots, kv_heads, positions, read_head_size(config), device)
         log.info(
             "target_loaded",
             folder=str(folder),
-            weights=self.kind,
+            weight_dtype=self.weight_dtype,
             device=str(device),
             decoder=type(self._decoder).__name__,
         )
 
-    def consume(self, tokens_T: Tensor, batch: RaggedBatch) -> Consumed:
-        """Run the tokens of a ragged batch through the model, into their slots of the cache."""
+    def forward(self, tokens_T: Tensor, batch: RaggedBatch) -> HiddenStates:
+        """Run the tokens of a ragged batch and write their keys and values to the KV cache."""
         return self._decoder(tokens_T, batch, self.cache)
 
     def logits(self, last_TH: Tensor) -> Tensor:
-        """Scores [T, V] of the next token."""
-        scores: Tensor = self._lm_head(last_TH)
-        return scores
+        """Return the logits [T, V] of the next token."""
+        logits_TV: Tensor = self._lm_head(last_TH)
+        return logits_TV
 
 
-def _cache(config: Any, slots: int, positions: int, device: torch.device) -> SlotCache:
-    """Room for the keys and values of a model of this configuration."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return SlotCache(config.num_hidden_layers, slots, heads, positions, head_size(config), device)
-
-
-def _eos_ids(folder: Path, config: Any) -> frozenset[int]:
-    """Tokens that end an answer, from the generation settings where there are any, else from the configuration."""
+def _read_eos_ids(folder: Path, config: Any) -> frozenset[int]:
+    """Return the EOS tokens, from the generation config if the folder has one, else from the model config."""
     ids = config.eos_token_id
     if (folder / "generation_config.json").exists():
         ids = GenerationConfig.from_pretrained(folder).eos_token_id or ids

@@ -1,15 +1,18 @@
-"""One verify step over all running requests: draft, verify, commit.
+"""One verify step over all running sequences: draft, forward, accept, commit.
 
-Requests that still read their prompt take part with a piece of it, so that a long prompt does not hold up the others.
-The batch has no padding: each request brings its own number of tokens and commits its own number.
+The forward has no padding: each sequence feeds and commits its own number of tokens, and sequences in prefill feed a
+piece of their prompt.
+
+Shape suffixes: T tokens of the forward, R rows of the forward with logits, m rows of one sequence with logits (the root
+and its draft nodes), F features, V vocabulary, k likeliest tokens.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -19,336 +22,211 @@ from torch import Tensor
 from schemas.draft_tree import depths, is_chain, visible
 from schemas.speculator.acceptance import SampledRows, Verdict, accept_greedy, accept_sampled
 from schemas.trace.record import ROOT, U16, VerifyStep
-from serving.engines.base import Finish, Output, Request, RequestStats, TokenLogprobs
-from serving.engines.builtin.drafter import Committed, Drafter, Proposal
-from serving.engines.builtin.kernels import likeliest
-from serving.engines.builtin.kv_cache import Branching, RaggedBatch, Segment
+from serving.engines.base import TokenLogprobs
+from serving.engines.builtin.drafter import Drafter, DraftTree
+from serving.engines.builtin.kernels import topk
+from serving.engines.builtin.kv_cache import RaggedBatch, Segment, TreeLayout
+from serving.engines.builtin.scheduler import ScheduledSequence, Scheduler
+from serving.engines.builtin.sequence import Sequence
 from serving.engines.builtin.target import Target
-from serving.planner import Timing, Trial, Utility
-
-PREFILL_TOKENS = 128
-"""Prompt tokens that one verify step reads at most, over all requests."""
-
-_NOTHING = Proposal()
+from serving.planner import DraftOutcome, ForwardTiming, Planner
 
 
-@dataclass(frozen=True, slots=True)
-class Models:
-    """What decodes: the same for every verify step but for the version."""
+class StepResult(NamedTuple):
+    """The outcome of a verify step for one sequence."""
 
-    target: Target
-    drafter: Drafter
-    utility: Utility
-    top_k: int
-    """Target tokens to record per position."""
-    limit: int
-    """Longest request, prompt and answer together."""
-    prefill_stall_s: float
-    """How much longer a verify step may take for prompts that it reads, over all requests, while some decode."""
-
-
-@dataclass(slots=True)
-class Running:
-    """A request in a slot. ``tokens`` is the prompt and the answer; the last one is not yet consumed by the target."""
-
-    request: Request
-    on_output: Callable[[Output], None]
-    slot: int
-    generator: torch.Generator
-    tokens: list[int] = field(default_factory=list)
-    consumed: int = 0
-    """Tokens that are committed in the target's cache."""
-    drafted_rows: int = 0
-    """Rows that are committed in the draft's cache."""
-    unseen: list[Tensor] = field(default_factory=list)
-    """Features [.., F] of committed tokens that the draft has not seen."""
-    verify_steps: int = 0
-    drafted: int = 0
-    accepted: int = 0
-    speculators: list[str] = field(default_factory=list)
-    finish: Finish | None = None
-
-    @property
-    def prefilling(self) -> bool:
-        """Whether part of the prompt is still unread."""
-        return self.consumed < len(self.request.prompt)
-
-    @property
-    def greedy(self) -> bool:
-        """Whether the likeliest token is taken."""
-        return self.request.temperature <= 0
-
-    @property
-    def stats(self) -> RequestStats:
-        """How the request was decoded so far."""
-        return RequestStats(self.verify_steps, self.drafted, self.accepted, tuple(self.speculators))
-
-    def room(self, limit: int) -> int:
-        """Tokens that the answer can still take."""
-        answered = len(self.tokens) - len(self.request.prompt)
-        return min(self.request.max_tokens - answered, limit - len(self.tokens))
-
-
-class Step(NamedTuple):
-    """What one request feeds to the target in this verify step."""
-
-    running: Running
-    tokens: list[int]
-    proposal: Proposal
-
-    @property
-    def decides(self) -> bool:
-        """Whether the target's choice is wanted: not while the prompt goes on."""
-        r = self.running
-        return not r.prefilling or r.consumed + len(self.tokens) == len(r.request.prompt)
-
-
-class Drafting(NamedTuple):
-    """What became of the draft in one verify step."""
-
-    drafted: int
-    accepted: int
-
-
-class Decided(NamedTuple):
-    """What one request got from a verify step."""
-
-    running: Running
+    sequence: Sequence
     output: tuple[int, ...]
-    scores: tuple[TokenLogprobs, ...]
-    verify_step: Drafting | None
-    """None for a prefill."""
+    logprobs: tuple[TokenLogprobs, ...]
+    is_prefill: bool
+    draft_tokens: int
+    accepted_tokens: int
     trace: VerifyStep | None
-    """None where the request may not be traced."""
+    """None if the request may not be traced."""
 
 
-class _Judged(NamedTuple):
-    """The target's decision for one step. Rows: the root, then each drafted node; none while the prompt goes on."""
+class _TargetRows(NamedTuple):
+    """The target's output for one sequence. It has no logits before the prompt's end."""
 
-    step: Step
     features_TF: Tensor
-    verdict: Verdict | None
     logits_mV: Tensor
     top_ids_mk: Tensor
     top_logprobs_mk: Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class _Clock:
-    """When the parts of a verify step ended; microseconds."""
+class _StepTimes(NamedTuple):
+    """Durations of a verify step, and when it ended (Unix time); microseconds."""
 
     draft_us: int
     verify_us: int
-    now_us: int
+    end_us: int
 
 
-def run_verify_step(active: Sequence[Running], models: Models, version: str, *, speculate: bool) -> list[Decided]:
-    """Draft, verify and commit once for every active request.
+@dataclass(frozen=True, slots=True)
+class Verifier:
+    """Runs verify steps. Not thread-safe."""
 
-    Args:
-        active: Requests with a slot; those that end here get their ``finish``.
-        models: What decodes.
-        version: Speculator version that drafts.
-        speculate: Whether to draft at all.
-    """
-    started = time.perf_counter()
-    proposals, drafts = _propose(active, models) if speculate else ({}, [])
-    steps = _plan(active, proposals, models)
-    drafted = time.perf_counter()
-    batch = RaggedBatch([_segment(step) for step in steps], models.target.device)
-    judged = _judge(steps, batch, models)
-    verified = time.perf_counter()
-    clock = _Clock(int((drafted - started) * 1e6), int((verified - drafted) * 1e6), time.time_ns() // 1000)
-    reading = any(step.running.prefilling for step in steps)
-    decided = [_commit(j, models, version, clock) for j in judged]
-    if speculate:
-        trials = [trial for j in judged for trial in _trials(j)]
-        # A row's price is all that it adds to a verify step: on a GPU its tokens cost the processor more than its
-        # pass does.
-        verify = None if reading else Timing(len(batch.slots_T), time.perf_counter() - drafted)
-        models.utility.observe(trials, verify, drafts, sum(len(step.proposal.nodes) for step in steps))
-    return decided
+    target: Target
+    drafter: Drafter
+    scheduler: Scheduler
+    planner: Planner
+    trace_top_k: int
+    """Number of the target's likeliest tokens to trace per row."""
+
+    def run_step(self, *, speculate: bool) -> list[StepResult]:
+        """Run one verify step; set ``finish`` on the sequences that end."""
+        started = time.perf_counter()
+        trees, draft_timings = self._draft() if speculate else ({}, [])
+        scheduled = self.scheduler.schedule(trees)
+        drafted = time.perf_counter()
+        batch = RaggedBatch([_segment(s) for s in scheduled], self.target.device)
+        rows = self._forward(scheduled, batch)
+        verdicts = [_accept(s, r) if s.needs_logits else None for s, r in zip(scheduled, rows, strict=True)]
+        verified = time.perf_counter()
+        times = _StepTimes(int((drafted - started) * 1e6), int((verified - drafted) * 1e6), time.time_ns() // 1000)
+        reads_prompt = any(s.sequence.is_prefilling for s in scheduled)
+        results = [self._commit(s, r, v, times) for s, r, v in zip(scheduled, rows, verdicts, strict=True)]
+        if speculate:
+            outcomes = [o for s, v in zip(scheduled, verdicts, strict=True) if v for o in _list_outcomes(s, v)]
+            # A row costs more than its share of the forward: on a GPU its tokens cost the host more than the forward.
+            timing = None if reads_prompt else ForwardTiming(len(batch.slots_T), time.perf_counter() - drafted)
+            self.planner.observe(outcomes, timing, draft_timings, sum(len(s.tree.nodes) for s in scheduled))
+        return results
+
+    def _draft(self) -> tuple[dict[int, DraftTree], list[ForwardTiming]]:
+        """Return draft trees by slot, and the durations of the draft steps."""
+        sequences, budget = self.scheduler.schedule_drafts()
+        if not sequences:
+            return {}, []
+        trees, timings = self.drafter.draft(sequences, budget)
+        return {seq.slot: tree for seq, tree in zip(sequences, trees, strict=True)}, timings
+
+    def _forward(self, scheduled: list[ScheduledSequence], batch: RaggedBatch) -> list[_TargetRows]:
+        """Run the target over all scheduled tokens; compute logits only for the rows that choose a token."""
+        tokens_T = torch.tensor([token for s in scheduled for token in s.tokens], device=self.target.device)
+        hidden = self.target.forward(tokens_T, batch)
+        ends = [last + 1 for last in batch.last_rows]
+        spans = [_rows_with_logits(s, end) for s, end in zip(scheduled, ends, strict=True)]
+        logits_RV = self.target.logits(hidden.last_TH[[row for span in spans for row in span]])
+        requests = [s.sequence.request for s in scheduled]
+        needs_logprobs = any(r.trace or r.logprobs is not None for r in requests)
+        top = topk(logits_RV, max([self.trace_top_k, *(r.logprobs or 0 for r in requests)]) if needs_logprobs else 1)
+        # The normalizer takes as long as everything else here, so it is computed only if log-probabilities are needed.
+        top_logprobs_Rk = top.scores_Rk - logits_RV.logsumexp(dim=-1, keepdim=True) if needs_logprobs else top.scores_Rk
+        top_ids_Rk, top_logprobs_Rk = top.ids_Rk.cpu(), top_logprobs_Rk.cpu()
+        found, first = [], 0
+        for s, end, span in zip(scheduled, ends, spans, strict=True):
+            of_sequence = slice(first, first + len(span))
+            first += len(span)
+            features_TF = hidden.features_TF[end - len(s.tokens) : end]
+            found.append(
+                _TargetRows(features_TF, logits_RV[of_sequence], top_ids_Rk[of_sequence], top_logprobs_Rk[of_sequence])
+            )
+        return found
+
+    def _commit(
+        self, scheduled: ScheduledSequence, rows: _TargetRows, verdict: Verdict | None, times: _StepTimes
+    ) -> StepResult:
+        """Advance the sequence by the accepted tokens and the bonus token, and write the trace record."""
+        seq, tokens, tree = scheduled
+        is_prefill, position = seq.is_prefilling, seq.num_cached_tokens
+        output: list[int] = []
+        if verdict is not None:
+            decided = [*(tree.nodes[node].token for node in verdict.path), verdict.bonus]
+            output, seq.finish = seq.truncate(decided, self.target.eos_ids)
+        accepted = verdict.path[: max(len(output) - 1, 0)] if verdict else ()
+        deciding = [0, *(1 + node for node in accepted)]
+        kept = list(range(len(tokens))) if is_prefill else deciding
+        features_TF = rows.features_TF[kept]
+        self.target.cache.keep_path(seq.slot, position + 1, accepted)
+        seq.commit(features_TF, output)
+        if not is_prefill:
+            seq.count_step(len(tree.nodes), len(accepted))
+        if tree.nodes and tree.source not in seq.speculators:
+            seq.speculators.append(tree.source)
+        trace = None
+        if seq.request.trace:
+            trace = VerifyStep(
+                verify_step=0 if is_prefill else seq.verify_steps,
+                position=position,
+                tokens=tuple(tokens[row] for row in kept),
+                features=_to_bf16(features_TF),
+                draft_tokens=tuple(tree.tokens),
+                draft_parents=tuple(tree.parents),
+                draft_logprobs=tuple(node.logprob for node in tree.nodes),
+                accepted=accepted,
+                bonus=output[-1] if output else None,
+                top_ids=rows.top_ids_mk[:, : self.trace_top_k].to(torch.int32).numpy(),
+                top_logprobs=rows.top_logprobs_mk[:, : self.trace_top_k].numpy(),
+                speculator=tree.source if tree.nodes else "",
+                draft_us=times.draft_us if tree.nodes else 0,
+                verify_us=times.verify_us,
+                time_us=times.end_us,
+            )
+        logprobs = _output_logprobs(seq.request.logprobs, rows, deciding, output)
+        return StepResult(seq, tuple(output), logprobs, is_prefill, len(tree.nodes), len(accepted), trace)
 
 
-def _propose(active: Sequence[Running], models: Models) -> tuple[dict[int, Proposal], list[Timing]]:
-    """Drafts by slot for the requests that speculate and have room for one, and what the steps took."""
-    eager = [r for r in active if r.request.speculate and not r.prefilling and r.room(models.limit) > 1]
-    plan = models.utility.plan([r.greedy for r in eager])
-    if plan.requests is not None:
-        eager = sorted(eager, key=lambda r: len(r.tokens) - r.drafted_rows)[: plan.requests]
-    if not eager or not plan.depth:
-        return {}, []
-    committed = [
-        Committed(
-            slot=r.slot,
-            start=r.drafted_rows,
-            features_TF=torch.cat(r.unseen),
-            next_tokens=r.tokens[r.drafted_rows + 1 :],
-            request=r.request,
-            generator=r.generator,
-            room=r.room(models.limit) - 1,
-        )
-        for r in eager
-    ]
-    proposals, timings = models.drafter.propose(committed, plan, models.utility.acceptance)
-    for r in eager:
-        r.unseen, r.drafted_rows = [], r.consumed
-    return {r.slot: proposal for r, proposal in zip(eager, proposals, strict=True)}, timings
-
-
-def _plan(active: Sequence[Running], proposals: dict[int, Proposal], models: Models) -> list[Step]:
-    """Root and draft for those that decode; a piece of the prompt, within the verify step's budget, for those that
-    read.
-    """
-    decoding = sum(1 + len(proposals.get(r.slot, _NOTHING).nodes) for r in active if not r.prefilling)
-    steps, budget = [], PREFILL_TOKENS
-    if decoding:
-        budget = models.utility.rows_within(models.prefill_stall_s, beside=decoding, most=PREFILL_TOKENS)
-    for r in active:
-        if not r.prefilling:
-            proposal = proposals.get(r.slot, _NOTHING)
-            steps.append(Step(r, [r.tokens[-1], *proposal.tokens], proposal))
-        elif budget:
-            piece = list(r.request.prompt[r.consumed : r.consumed + budget])
-            budget -= len(piece)
-            steps.append(Step(r, piece, _NOTHING))
-    return steps
-
-
-def _segment(step: Step) -> Segment:
-    """Where a step's tokens go in the target's cache; of a tree, each sees the root and its own ancestors."""
-    start, length, parents = step.running.consumed, len(step.tokens), step.proposal.parents
+def _segment(scheduled: ScheduledSequence) -> Segment:
+    """Place a sequence's tokens in the target's KV cache; a tree's node sees the root and its own ancestors."""
+    start, length, parents = scheduled.sequence.num_cached_tokens, len(scheduled.tokens), scheduled.tree.parents
     if is_chain(parents):
-        return Segment(step.running.slot, start, length)
+        return Segment(scheduled.sequence.slot, start, length)
     sees = np.zeros((length, length), np.bool_)
     sees[:, 0] = True
     sees[1:, 1:] = visible(parents)
     positions = (start, *(start + depth for depth in depths(parents)))
-    return Segment(step.running.slot, start, length, Branching(start, sees, positions))
+    return Segment(scheduled.sequence.slot, start, length, TreeLayout(start, sees, positions))
 
 
-def _judge(steps: Sequence[Step], batch: RaggedBatch, models: Models) -> list[_Judged]:
-    """Run the target and apply the acceptance rule to every step. Only rows that decide something are scored."""
-    tokens_T = torch.tensor([token for s in steps for token in s.tokens], device=models.target.device)
-    consumed = models.target.consume(tokens_T, batch)
-    ends = [end + 1 for end in batch.last_rows]
-    firsts = [end - (1 if s.running.prefilling else len(s.tokens)) for s, end in zip(steps, ends, strict=True)]
-    spans = [range(first, end) if s.decides else range(0) for s, first, end in zip(steps, firsts, ends, strict=True)]
-    logits_RV = models.target.logits(consumed.last_TH[[row for span in spans for row in span]])
-    recorded = any(s.running.request.trace or s.running.request.logprobs is not None for s in steps)
-    k = max([models.top_k, *(s.running.request.logprobs or 0 for s in steps)]) if recorded else 1
-    top = likeliest(logits_RV, k)
-    # The normaliser takes as long as all else here; where nobody asks for probabilities it is left out.
-    top_logprobs_Rk = top.scores_Rk - logits_RV.logsumexp(dim=-1, keepdim=True) if recorded else top.scores_Rk
-    ids_Rk, top_logprobs_Rk = top.ids_Rk.cpu(), top_logprobs_Rk.cpu()
-    judged, row = [], 0
-    for step, end, span in zip(steps, ends, spans, strict=True):
-        rows = slice(row, row + len(span))
-        row += len(span)
-        logits_mV, top_ids_mk = logits_RV[rows], ids_Rk[rows]
-        features_TF = consumed.features_TF[end - len(step.tokens) : end]
-        verdict = _verdict(step, logits_mV, top_ids_mk) if len(span) else None
-        judged.append(_Judged(step, features_TF, verdict, logits_mV, top_ids_mk, top_logprobs_Rk[rows]))
-    return judged
+def _rows_with_logits(scheduled: ScheduledSequence, end: int) -> range:
+    """Return the rows of the forward at which the target chooses a token; ``end`` is the row after the sequence's."""
+    if not scheduled.needs_logits:
+        return range(0)
+    return range(end - (1 if scheduled.sequence.is_prefilling else len(scheduled.tokens)), end)
 
 
-def _verdict(step: Step, logits_mV: Tensor, top_ids_mk: Tensor) -> Verdict:
-    request, proposal = step.running.request, step.proposal
-    if step.running.greedy:
-        return accept_greedy(proposal.tokens, proposal.parents, top_ids_mk[:, 0].tolist())
-    target_probs_mV = SampledRows(logits_mV, request.temperature, request.top_p, request.top_k)
-    return accept_sampled(proposal.tokens, proposal.parents, target_probs_mV, step.running.generator, proposal.probs_mV)
+def _accept(scheduled: ScheduledSequence, rows: _TargetRows) -> Verdict:
+    """Apply the acceptance rule to a sequence's draft tree."""
+    seq, _, tree = scheduled
+    if seq.is_greedy:
+        return accept_greedy(tree.tokens, tree.parents, rows.top_ids_mk[:, 0].tolist())
+    request = seq.request
+    target_probs_mV = SampledRows(rows.logits_mV, request.temperature, request.top_p, request.top_k)
+    return accept_sampled(tree.tokens, tree.parents, target_probs_mV, seq.generator, tree.probs_mV)
 
 
-def _trials(judged: _Judged) -> Iterator[Trial]:
-    """What the target said of the tokens drafted after the root and after each accepted token.
+def _list_outcomes(scheduled: ScheduledSequence, verdict: Verdict) -> Iterator[DraftOutcome]:
+    """Yield the outcome of the tokens drafted after the root and after each accepted token.
 
-    A greedy target has also judged the tokens that were left out: it is known which one it would have taken.
+    With greedy decoding the pruned tokens count too: the target's choice is known at their parent.
     """
-    if judged.verdict is None:
-        return
-    proposal, greedy = judged.step.proposal, judged.step.running.greedy
-    candidates = [*proposal.nodes, *(proposal.left_out if greedy else ())]
-    said = [*(proposal.nodes[node].token for node in judged.verdict.path), judged.verdict.bonus]
-    for depth, (parent, token) in enumerate(zip((ROOT, *judged.verdict.path), said, strict=True), start=1):
+    seq, _, tree = scheduled
+    candidates = [*tree.nodes, *(tree.pruned if seq.is_greedy else ())]
+    chosen = [*(tree.nodes[node].token for node in verdict.path), verdict.bonus]
+    for depth, (parent, token) in enumerate(zip((ROOT, *verdict.path), chosen, strict=True), start=1):
         siblings = [node for node in candidates if node.parent == parent]
         if siblings:
-            taken = next((i for i, node in enumerate(siblings) if node.token == token), None)
-            yield Trial(depth, tuple(math.exp(node.logprob) for node in siblings), taken, greedy)
+            accepted = next((i for i, node in enumerate(siblings) if node.token == token), None)
+            probabilities = tuple(math.exp(node.logprob) for node in siblings)
+            yield DraftOutcome(depth, probabilities, accepted, seq.is_greedy)
 
 
-def _commit(judged: _Judged, models: Models, version: str, clock: _Clock) -> Decided:
-    """Move the request forward by what was decided, and write the verify step down."""
-    step, verdict = judged.step, judged.verdict
-    r, proposal, position, prefilling = step.running, step.proposal, step.running.consumed, step.running.prefilling
-    output: list[int] = []
-    if verdict is not None:
-        said = [*(proposal.nodes[node].token for node in verdict.path), verdict.bonus]
-        output, r.finish = _end(said, r, models)
-    path = verdict.path[: max(len(output) - 1, 0)] if verdict else ()
-    rows = list(range(len(step.tokens))) if prefilling else [0, *(1 + node for node in path)]
-    features_TF = judged.features_TF[rows]
-    models.target.cache.keep(r.slot, position + 1, path)
-    if not prefilling:
-        r.verify_steps += 1
-        r.drafted += len(proposal.nodes)
-        r.accepted += len(path)
-    if proposal.nodes and version not in r.speculators:
-        r.speculators.append(version)
-    r.consumed += len(rows)
-    r.tokens += output
-    if r.request.speculate:
-        r.unseen.append(features_TF)
-    trace = None
-    if r.request.trace:
-        trace = VerifyStep(
-            verify_step=0 if prefilling else r.verify_steps,
-            position=position,
-            tokens=tuple(step.tokens[row] for row in rows),
-            features=_bf16(features_TF),
-            draft_tokens=tuple(proposal.tokens),
-            draft_parents=tuple(proposal.parents),
-            draft_logprobs=tuple(node.logprob for node in proposal.nodes),
-            accepted=path,
-            bonus=output[-1] if output else None,
-            top_ids=judged.top_ids_mk[:, : models.top_k].to(torch.int32).numpy(),
-            top_logprobs=judged.top_logprobs_mk[:, : models.top_k].numpy(),
-            speculator=version if proposal.nodes else "",
-            draft_us=clock.draft_us if proposal.nodes else 0,
-            verify_us=clock.verify_us,
-            time_us=clock.now_us,
-        )
-    drafting = None if prefilling else Drafting(len(proposal.nodes), len(path))
-    return Decided(r, tuple(output), _scores(judged, path, output), drafting, trace)
-
-
-def _end(said: list[int], r: Running, models: Models) -> tuple[list[int], Finish | None]:
-    """Cut what was decided at the end of the answer, so that a request's last token is the bonus of its last verify
-    step.
-    """
-    room, request = r.room(models.limit), r.request
-    for i, token in enumerate(said[:room]):
-        if token in request.stop_ids or (token in models.target.eos_ids and not request.ignore_eos):
-            return said[: i + 1], "stop"
-    if len(said) >= room:
-        return said[:room], "length"
-    return said, None
-
-
-def _scores(judged: _Judged, path: Sequence[int], output: Sequence[int]) -> tuple[TokenLogprobs, ...]:
-    """Log-probabilities of the answered tokens, each at the row that decided it: the root's, then those of the path."""
-    wanted = judged.step.running.request.logprobs
-    if wanted is None:
+def _output_logprobs(
+    alternatives: int | None, rows: _TargetRows, deciding: list[int], output: list[int]
+) -> tuple[TokenLogprobs, ...]:
+    """Return the log-probabilities of the output tokens, each at the row that decided it."""
+    if alternatives is None:
         return ()
-    scores = []
-    for row, token in zip((0, *(1 + node for node in path)), output, strict=True):
-        logits_V = judged.logits_mV[row]
-        own = float(logits_V[token] - logits_V.logsumexp(dim=-1))
-        ids, logprobs = judged.top_ids_mk[row, :wanted].tolist(), judged.top_logprobs_mk[row, :wanted].tolist()
-        scores.append(TokenLogprobs(own, tuple(zip(ids, logprobs, strict=True))))
-    return tuple(scores)
+    found = []
+    for row, token in zip(deciding, output, strict=True):
+        logits_V = rows.logits_mV[row]
+        logprob = float(logits_V[token] - logits_V.logsumexp(dim=-1))
+        ids, logprobs = rows.top_ids_mk[row, :alternatives].tolist(), rows.top_logprobs_mk[row, :alternatives].tolist()
+        found.append(TokenLogprobs(logprob, tuple(zip(ids, logprobs, strict=True))))
+    return tuple(found)
 
 
-def _bf16(features_TF: Tensor) -> U16:
+def _to_bf16(features_TF: Tensor) -> U16:
     bits: U16 = features_TF.to(torch.bfloat16).cpu().view(torch.uint16).numpy()
     return bits

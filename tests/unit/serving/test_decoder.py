@@ -18,8 +18,8 @@ from transformers import (
 from transformers.models.auto import AutoModelForCausalLM
 
 from schemas.speculator.checkpoint import CheckpointError
-from serving.engines.builtin.decoder import ATTENTION, Decoder, FusedDecoder, HubDecoder, decoder_for
-from serving.engines.builtin.kv_cache import Branching, RaggedBatch, Segment, SlotCache
+from serving.engines.builtin.decoder import ATTENTION, Decoder, FusedDecoder, TransformersDecoder, build_decoder
+from serving.engines.builtin.kv_cache import KVCache, RaggedBatch, Segment, TreeLayout
 
 LAYERS, VOCABULARY, POSITIONS, CAPTURE = 4, 97, 48, (0, 1, 2)
 
@@ -48,10 +48,10 @@ def build(config: Build, **more: Any) -> Any:
     return model.requires_grad_(requires_grad=False)
 
 
-def served(model: Any) -> tuple[Decoder, SlotCache]:
+def served(model: Any) -> tuple[Decoder, KVCache]:
     model.set_attn_implementation(ATTENTION)
-    decoder = decoder_for(model, "float32", CAPTURE, POSITIONS)
-    return decoder, SlotCache(LAYERS, 3, 2, POSITIONS, 8)
+    decoder = build_decoder(model, "float32", CAPTURE, POSITIONS)
+    return decoder, KVCache(LAYERS, 3, 2, POSITIONS, 8)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def served(model: Any) -> tuple[Decoder, SlotCache]:
         (MistralConfig, {"sliding_window": None}, FusedDecoder),
         (Qwen2Config, {}, FusedDecoder),
         (Qwen3Config, {}, FusedDecoder),
-        (Olmo2Config, {}, HubDecoder),
+        (Olmo2Config, {}, TransformersDecoder),
     ],
 )
 def test_a_decoder_gives_the_hidden_states_of_the_model_itself(
@@ -95,7 +95,7 @@ def test_every_branch_of_a_tree_is_decoded_as_if_it_were_alone(config: Build) ->
         for depth, node in enumerate(branch):
             sees[1 + node, [1 + ancestor for ancestor in branch[: depth + 1]]] = True
     positions = (9, 10, 11, 10, 12, 12, 11)
-    tree = Segment(0, 9, 7, Branching(9, sees.numpy(), positions))
+    tree = Segment(0, 9, 7, TreeLayout(9, sees.numpy(), positions))
     other = Segment(2, 0, 9)
     found = decoder(torch.cat([root, nodes, prefix]), RaggedBatch([tree, other]), cache).last_TH
     for branch in branches:
@@ -113,9 +113,9 @@ def test_the_entries_of_an_accepted_path_continue_as_a_chain() -> None:
     decoder(prefix, RaggedBatch([Segment(0, 0, 5)]), cache)
     # Nodes 1 and 3 hang on nodes 0 and 2; the path 2, 3 is accepted.
     sees = torch.tensor([[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 0, 0, 1, 0], [1, 0, 0, 1, 1]]).bool()
-    tree = Segment(0, 5, 5, Branching(5, sees.numpy(), (5, 6, 7, 6, 7)))
+    tree = Segment(0, 5, 5, TreeLayout(5, sees.numpy(), (5, 6, 7, 6, 7)))
     decoder(torch.cat([root, nodes]), RaggedBatch([tree]), cache)
-    cache.keep(0, 6, (2, 3))
+    cache.keep_path(0, 6, (2, 3))
     found = decoder(after, RaggedBatch([Segment(0, 8, 3)]), cache).last_TH
     whole = torch.cat([prefix, root, nodes[[2, 3]], after])
     expected = decoder(whole, RaggedBatch([Segment(1, 0, len(whole))]), cache).last_TH[-3:]

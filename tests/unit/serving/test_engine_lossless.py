@@ -19,8 +19,8 @@ from schemas.trace.record import VerifyStep
 from serving.engines.base import EngineFullError, Finish, Output, Request
 from serving.engines.builtin.engine import BuiltinEngine
 from serving.engines.builtin.kv_cache import RaggedBatch, Segment
+from serving.engines.builtin.scheduler import MAX_PREFILL_TOKENS
 from serving.engines.builtin.target import Target
-from serving.engines.builtin.verify import PREFILL_TOKENS
 
 LIMIT = 240
 NEAR_TIE = 1e-3
@@ -229,12 +229,12 @@ def test_a_good_draft_is_accepted_and_the_answer_stays_the_same(bench: Bench) ->
 
 
 def test_a_prompt_longer_than_one_verify_steps_budget_is_read_in_pieces(bench: Bench) -> None:
-    prompt = tuple(1 + i % (VOCABULARY - 1) for i in range(PREFILL_TOKENS + 30))
+    prompt = tuple(1 + i % (VOCABULARY - 1) for i in range(MAX_PREFILL_TOKENS + 30))
     request = Request(bench.new_id(), prompt, 12)
     answer, last = bench.generate(request)
     bench.assert_greedy(request, answer, last.finish)
     pieces = [r for r in bench.recorder.verify_steps[request.id] if r.verify_step == 0]
-    assert [len(p.tokens) for p in pieces] == [PREFILL_TOKENS, 30]
+    assert [len(p.tokens) for p in pieces] == [MAX_PREFILL_TOKENS, 30]
     assert [p.bonus is None for p in pieces] == [True, False]
 
 
@@ -243,12 +243,12 @@ def test_a_prompt_that_comes_while_others_decode_is_read_in_pieces_that_cost_wha
 ) -> None:
     asked: list[tuple[float, int]] = []
 
-    def rows_within(seconds: float, *, beside: int, most: int) -> int:
-        assert beside >= 1
-        asked.append((seconds, most))
+    def limit_prompt_rows(seconds: float, *, decode_rows: int, max_rows: int) -> int:
+        assert decode_rows >= 1
+        asked.append((seconds, max_rows))
         return 32
 
-    monkeypatch.setattr(bench.engine._utility, "rows_within", rows_within)
+    monkeypatch.setattr(bench.engine._planner, "limit_prompt_rows", limit_prompt_rows)
     running = bench.submit(Request(bench.new_id(), (3, 7), 90, ignore_eos=True))
     first = running.get(timeout=60)
     prompt = tuple(1 + i % (VOCABULARY - 1) for i in range(100))
@@ -257,7 +257,7 @@ def test_a_prompt_that_comes_while_others_decode_is_read_in_pieces_that_cost_wha
     bench.assert_greedy(request, answer, last.finish)
     pieces = [len(r.tokens) for r in bench.recorder.verify_steps[request.id] if r.verify_step == 0]
     assert pieces == [32, 32, 32, 4]
-    assert set(asked) == {(0.06, PREFILL_TOKENS)}
+    assert set(asked) == {(0.06, MAX_PREFILL_TOKENS)}
     collect(running, [first])
 
 
@@ -334,6 +334,6 @@ def test_segments_in_one_batch_do_not_see_each_other(tmp_path: Path, heads_of_th
     target = Target(folder, shape, slots=3, positions=64)
     first, second = torch.tensor([3, 1, 4, 1, 5]), torch.tensor([9, 2, 6])
     with torch.inference_mode():
-        mixed = target.consume(torch.cat([first, second]), RaggedBatch([Segment(2, 0, 5), Segment(0, 0, 3)]))
-        alone = target.consume(second, RaggedBatch([Segment(1, 0, 3)]))
+        mixed = target.forward(torch.cat([first, second]), RaggedBatch([Segment(2, 0, 5), Segment(0, 0, 3)]))
+        alone = target.forward(second, RaggedBatch([Segment(1, 0, 3)]))
     torch.testing.assert_close(mixed.last_TH[5:], alone.last_TH, rtol=1e-4, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Packed matrices compute what plain ones do; the search for the likeliest tokens is exact."""
+"""Packed matrices compute what plain ones do; the search for the topk tokens is exact."""
 
 import pytest
 import torch
@@ -6,24 +6,32 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from serving.engines.builtin.kernels import Kind, choose, is_fp16, likeliest, pack, replace_linears, replace_norms
+from serving.engines.builtin.kernels import (
+    WeightDtype,
+    choose_weight_dtype,
+    fits_fp16,
+    pack_linear,
+    replace_linears,
+    replace_norms,
+    topk,
+)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 17])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(("kind", "tolerance"), [("float32", 1e-5), ("float16", 1e-5), ("int8", 3e-2)])
-def test_a_packed_layer_gives_the_plain_product(kind: Kind, tolerance: float, bias: bool, rows: int) -> None:
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float16", 1e-5), ("int8", 3e-2)])
+def test_a_packed_layer_gives_the_plain_product(dtype: WeightDtype, tolerance: float, bias: bool, rows: int) -> None:
     torch.manual_seed(rows)
     weight_OI, x_RI = torch.randn(48, 64).half().float(), torch.randn(rows, 64)
     bias_O = torch.randn(48) if bias else None
     expected = nn.functional.linear(x_RI, weight_OI, bias_O)
-    found = pack(kind, weight_OI, bias_O)(x_RI)
+    found = pack_linear(dtype, weight_OI, bias_O)(x_RI)
     assert (found - expected).abs().max() < tolerance * expected.abs().max()
 
 
 def test_an_int8_row_is_the_same_to_the_bit_whatever_else_is_in_the_batch() -> None:
     torch.manual_seed(0)
-    layer, row = pack("int8", torch.randn(33, 96)), torch.randn(1, 96)
+    layer, row = pack_linear("int8", torch.randn(33, 96)), torch.randn(1, 96)
     alone = layer(row)
     for others in (1, 6, 40):
         batch = torch.cat([torch.randn(others, 96) * 100, row])
@@ -31,16 +39,16 @@ def test_an_int8_row_is_the_same_to_the_bit_whatever_else_is_in_the_batch() -> N
 
 
 def test_a_row_of_zeros_stays_zero_in_int8() -> None:
-    assert torch.equal(pack("int8", torch.randn(8, 16))(torch.zeros(2, 16)), torch.zeros(2, 8))
+    assert torch.equal(pack_linear("int8", torch.randn(8, 16))(torch.zeros(2, 16)), torch.zeros(2, 8))
 
 
 def test_only_kernels_that_are_exact_are_chosen_unasked() -> None:
     exact, inexact = torch.randn(64, 64).half().float(), torch.full((4, 4), 1 + 2**-20)
-    assert is_fp16(exact)
-    assert not is_fp16(inexact)
-    assert choose("auto", [exact]) in {"float16", "float32"}
-    assert choose("auto", [exact, inexact]) == "float32"
-    assert choose("int8", [exact]) == "int8"
+    assert fits_fp16(exact)
+    assert not fits_fp16(inexact)
+    assert choose_weight_dtype("auto", [exact]) in {"float16", "float32"}
+    assert choose_weight_dtype("auto", [exact, inexact]) == "float32"
+    assert choose_weight_dtype("int8", [exact]) == "int8"
 
 
 def test_every_linear_layer_of_a_model_is_replaced() -> None:
@@ -88,7 +96,7 @@ def test_the_likeliest_entries_are_those_of_a_full_search(
     scores_RV = torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(seed))
     if ties:
         scores_RV = scores_RV.round()
-    found = likeliest(scores_RV, k)
+    found = topk(scores_RV, k)
     expected = scores_RV.topk(k, dim=-1)
     assert torch.equal(found.scores_Rk, expected.values)
     assert torch.equal(scores_RV.gather(1, found.ids_Rk), expected.values)

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from schemas.speculator.network import DraftShape, EagleDraft, Variant, random_draft
-from serving.engines.base import Request
-from serving.engines.builtin.drafter import Committed, Drafter
-from serving.planner import Acceptance, Plan
+from serving.engines.builtin.eagle_drafter import EagleDrafter, synthetic_sequence
+from serving.planner import AcceptanceModel, DraftBudget
 from trainer.objective.training_time_test import DraftUnroll
 
 HIDDEN, HEADS, KV_HEADS, SIZE, EPS, THETA = 16, 4, 2, 4, 1e-5, 100.0
@@ -126,13 +125,13 @@ def plain_chain(draft: EagleDraft) -> list[tuple[int, float, Tensor]]:
 @torch.no_grad()
 def test_a_served_chain_is_the_one_of_the_definition(variant: Variant) -> None:
     draft = lively(variant)
-    drafter = Drafter(draft, embeddings_VH(), slots=1, positions=32)
-    committed = Committed(0, 0, features_TF(), TOKENS[1:], Request("r", (0,), 20), torch.Generator(), 20)
-    drafted = drafter.propose([committed], Plan(STEPS), {True: Acceptance(STEPS), False: Acceptance(STEPS)})
+    drafter = EagleDrafter(draft, "1", embeddings_VH(), slots=1, positions=32)
+    budget = DraftBudget(STEPS, acceptance={True: AcceptanceModel(STEPS)})
+    drafted = drafter.draft([synthetic_sequence(list(TOKENS), features_TF(), room=21)], budget)
     wanted = plain_chain(draft)
-    assert drafted.proposals[0].tokens == [token for token, _, _ in wanted]
+    assert drafted.trees[0].tokens == [token for token, _, _ in wanted]
     # Packed weights are narrower than the draft's own.
-    assert [node.logprob for node in drafted.proposals[0].nodes] == pytest.approx([p for _, p, _ in wanted], abs=0.03)
+    assert [node.logprob for node in drafted.trees[0].nodes] == pytest.approx([p for _, p, _ in wanted], abs=0.03)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from tiny_target import VOCABULARY, write_tiny_target
 from transformers import LlamaForCausalLM
 
-from serving.engines.builtin.cuda_graphs import PaddedBatch, Sizes, sizes_of
+from serving.engines.builtin.cuda_graphs import GraphSize, PaddedBatch, fit_graph_size
 from serving.engines.builtin.decoder import FusedDecoder
-from serving.engines.builtin.kv_cache import Branching, RaggedBatch, Segment, SlotCache
+from serving.engines.builtin.kv_cache import KVCache, RaggedBatch, Segment, TreeLayout
 
 SLOTS, POSITIONS, LAYERS = 3, 300, 8
 TREE = np.array([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 1]], np.bool_)
@@ -23,9 +23,9 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> FusedDecoder:
     return FusedDecoder(model.requires_grad_(requires_grad=False), "float32", (1, 3, 6), POSITIONS)
 
 
-def filled() -> SlotCache:
+def filled() -> KVCache:
     """A cache whose every entry has been written, as padding sees entries of which it knows nothing."""
-    cache = SlotCache(LAYERS, SLOTS, 2, POSITIONS, 8)
+    cache = KVCache(LAYERS, SLOTS, 2, POSITIONS, 8)
     generator = torch.Generator().manual_seed(1)
     for stored in (cache._keys, cache._values):
         stored.copy_(torch.randn(stored.shape, generator=generator))
@@ -46,18 +46,18 @@ def test_a_padded_pass_gives_what_the_ragged_one_gives(
     if tree:
         start = segments[0].start
         segments[0] = Segment(
-            segments[0].slot, start, 4, Branching(start, TREE, (start, start + 1, start + 1, start + 2))
+            segments[0].slot, start, 4, TreeLayout(start, TREE, (start, start + 1, start + 1, start + 2))
         )
     ragged = RaggedBatch(segments)
     tokens_T = torch.arange(len(ragged.slots_T)) % VOCABULARY
     cache, other = filled(), filled()
     expected = decoder(tokens_T, ragged, cache)
 
-    padded = PaddedBatch(sizes_of(ragged, other), torch.device("cpu"))
-    places = padded.lay_out(ragged, POSITIONS - 1)
-    laid_out_T = torch.zeros(padded.sizes.slots * padded.sizes.width, dtype=torch.int64)
-    laid_out_T[places] = tokens_T
-    found = decoder(laid_out_T, padded, other)
+    padded = PaddedBatch(fit_graph_size(ragged, other), torch.device("cpu"))
+    places = padded.load(ragged, POSITIONS - 1)
+    padded_T = torch.zeros(padded.size.slots * padded.size.width, dtype=torch.int64)
+    padded_T[places] = tokens_T
+    found = decoder(padded_T, padded, other)
     torch.testing.assert_close(found.last_TH[places], expected.last_TH, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(found.features_TF[places], expected.features_TF, rtol=1e-3, atol=1e-3)
     assert torch.isfinite(found.last_TH).all()
@@ -65,7 +65,7 @@ def test_a_padded_pass_gives_what_the_ragged_one_gives(
 
 
 def test_sizes_are_rounded_up_to_few_graphs_and_stay_within_the_cache() -> None:
-    cache = SlotCache(1, 6, 2, POSITIONS, 8)
-    assert sizes_of(RaggedBatch([Segment(0, 0, 1)]), cache) == Sizes(1, 1, 256)
-    assert sizes_of(RaggedBatch([Segment(2, 9, 3), Segment(0, 4, 5)]), cache) == Sizes(4, 8, 256)
-    assert sizes_of(RaggedBatch([Segment(5, 255, 2)]), cache) == Sizes(6, 2, POSITIONS)
+    cache = KVCache(1, 6, 2, POSITIONS, 8)
+    assert fit_graph_size(RaggedBatch([Segment(0, 0, 1)]), cache) == GraphSize(1, 1, 256)
+    assert fit_graph_size(RaggedBatch([Segment(2, 9, 3), Segment(0, 4, 5)]), cache) == GraphSize(4, 8, 256)
+    assert fit_graph_size(RaggedBatch([Segment(5, 255, 2)]), cache) == GraphSize(6, 2, POSITIONS)

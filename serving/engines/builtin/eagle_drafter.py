@@ -1,0 +1,288 @@
+"""The EAGLE-3 drafter: a draft network with its own KV cache.
+
+Row t of the draft pairs the target's features after token t with the embedding of token t + 1, at rotary position t.
+Committed rows are computed once, from the target's features, and stay in the cache. The rows of draft tokens follow
+them in the same slot, computed from the draft's own hidden states; the next verify step overwrites them.
+
+With width 1 a draft is a chain: the draft's likeliest tokens for a greedy request, tokens sampled from the draft's
+distribution for a sampled one. With a larger width it is a tree that grows where the draft is confident (EAGLE-2, Li et
+al., arXiv 2406.16858, section 4): each draft step extends the most promising nodes of the step before, and only the
+tokens that are worth a row of the target's forward are verified.
+
+Shape suffixes: B sequences, F frontier nodes of all trees (features after ``features_``), w width, T rows, H hidden
+size, D draft vocabulary, V target vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from schemas.draft_tree import visible
+from schemas.speculator.acceptance import draw, sampling_probs
+from schemas.speculator.checkpoint import CheckpointError
+from schemas.speculator.network import EagleDraft
+from schemas.trace.record import ROOT
+from serving.engines.base import Request
+from serving.engines.builtin.cuda_graphs import CudaGraphRunner
+from serving.engines.builtin.drafter import DraftNode, DraftResult, DraftTree
+from serving.engines.builtin.kernels import narrowest_dtype, replace_linears, replace_norms, topk
+from serving.engines.builtin.kv_cache import BatchLayout, KVCache, RaggedBatch, Segment, TreeLayout
+from serving.engines.builtin.sequence import Sequence
+from serving.planner import DraftBudget, ForwardTiming
+
+
+class EagleDrafter:
+    """Implements ``Drafter`` with an EAGLE-3 draft. The draft shares the target's embeddings.
+
+    Args:
+        draft: The network; the drafter uses a packed copy.
+        version: Speculator version of the network.
+        embeddings_VH: The target's embeddings.
+        slots: Maximum number of sequences.
+        positions: Maximum length of a sequence with its draft.
+        width: Nodes that a draft step extends; 1 drafts chains.
+        nodes: Maximum number of nodes to verify per sequence.
+        use_graphs: Whether to run forwards on a GPU as CUDA graphs.
+    """
+
+    def __init__(
+        self,
+        draft: EagleDraft,
+        version: str,
+        embeddings_VH: Tensor,
+        slots: int,
+        positions: int,
+        *,
+        width: int = 1,
+        nodes: int = 64,
+        use_graphs: bool = True,
+    ) -> None:
+        shape = draft.shape
+        self.version = version
+        self._device = embeddings_VH.device
+        self._network = pack_draft(draft, self._device)
+        self._embeddings_VH = embeddings_VH
+        self._width, self._nodes = width, nodes
+        entries = positions + (width * nodes if width > 1 else 0)
+        self._cache = KVCache(1, slots, shape.num_key_value_heads, entries, shape.head_dim, self._device)
+        on_gpu = self._device.type == "cuda"
+        self._graphs = CudaGraphRunner(self._forward, self._cache) if use_graphs and on_gpu else None
+
+    def draft(self, sequences: list[Sequence], budget: DraftBudget) -> DraftResult:
+        """Draft one tree per sequence; mark the sequences' features as seen."""
+        trees = [_GrowingTree(seq, budget) for seq in sequences]
+        started = time.perf_counter()
+        hidden_FH = self._consume_committed(sequences)
+        timings, growing = [], trees
+        for depth in range(1, budget.depth + 1):
+            rows = len(growing)
+            self._extend(growing, hidden_FH)
+            growing = [tree for tree in growing if tree.pays_at(depth + 1)]
+            if growing:
+                hidden_FH = self._consume_frontiers(growing, hidden_FH)
+            now = time.perf_counter()
+            timings.append(ForwardTiming(rows, now - started))
+            started = now
+            if not growing:
+                break
+        return DraftResult([tree.finish(self._nodes, self.version) for tree in trees], timings)
+
+    def check(self, draft: EagleDraft) -> None:
+        """Run a smoke draft with the given weights over made-up features.
+
+        Raises:
+            CheckpointError: the weights have another shape or vocabulary, or produce values that are not finite.
+        """
+        if draft.shape != self._network.shape or not torch.equal(draft.d2t.cpu(), self._network.d2t.cpu()):
+            raise CheckpointError("the draft's shape or vocabulary is not that of this node's line")
+        rows = 8
+        drafter = EagleDrafter(draft, "", self._embeddings_VH, slots=1, positions=2 * rows, use_graphs=False)
+        generator = torch.Generator().manual_seed(0)
+        features_TF = torch.randn(rows, draft.shape.feature_width, generator=generator).to(self._device)
+        seq = synthetic_sequence([0, *range(rows)], features_TF)
+        with torch.inference_mode():
+            finite = torch.isfinite(drafter._network.logits(drafter._consume_committed([seq]))).all()
+        if not finite:
+            raise CheckpointError("smoke draft: scores are not finite")
+
+    def swap(self, packed: EagleDraft, version: str) -> None:
+        """Draft with other weights (``pack_draft``). Running sequences keep the keys of the weights before."""
+        if self._graphs:
+            self._network.load_state_dict(packed.state_dict())
+        else:
+            self._network = packed
+        self.version = version
+
+    def _consume_committed(self, sequences: list[Sequence]) -> Tensor:
+        """Run the rows the draft has not seen; return the hidden states [B, H] after each sequence's last one."""
+        network = self._network
+        unseen = [seq.tokens[seq.num_draft_cached_tokens + 1 :] for seq in sequences]
+        starts = [seq.num_draft_cached_tokens for seq in sequences]
+        batch = RaggedBatch(
+            [Segment(seq.slot, start, len(new)) for seq, start, new in zip(sequences, starts, unseen, strict=True)],
+            self._device,
+        )
+        hidden_TH = network.fuse(torch.cat([features for seq in sequences for features in seq.unseen_features]))
+        tokens_T = torch.tensor([token for new in unseen for token in new], device=self._device)
+        for seq, start, new in zip(sequences, starts, unseen, strict=True):
+            seq.num_draft_cached_tokens = start + len(new)
+            seq.unseen_features = []
+        if self._graphs:
+            return self._run_forward(tokens_T, hidden_TH, batch)[batch.last_rows]
+        # Only the last row of each sequence needs a hidden state; the rows before leave just their keys and values.
+        q, k, v = network.project(self._embeddings_VH[tokens_T][None], hidden_TH[None], batch.positions_T[None])
+        self._cache.write(0, batch, k[0].transpose(0, 1), v[0].transpose(0, 1))
+        last = batch.last_rows
+        ends = RaggedBatch([Segment(seq.slot, seq.num_draft_cached_tokens - 1, 1) for seq in sequences], self._device)
+        attended_BNE = self._cache.read(0, ends, q[0].transpose(0, 1)[last])
+        return network.finish(hidden_TH[last][None], attended_BNE.transpose(0, 1)[None])[0]
+
+    def _consume_frontiers(self, trees: list[_GrowingTree], hidden_FH: Tensor) -> Tensor:
+        """Run the frontier nodes of all trees; return the hidden states [F, H] after them."""
+        batch = RaggedBatch([tree.segment() for tree in trees], self._device)
+        tokens_F = torch.tensor(
+            [tree.nodes[node].token for tree in trees for node in tree.frontier], device=self._device
+        )
+        hidden_FH = hidden_FH[[row for tree in trees for row in tree.source_rows]]
+        for tree in trees:
+            tree.cached += tree.frontier
+        return self._run_forward(tokens_F, hidden_FH, batch)
+
+    def _extend(self, trees: list[_GrowingTree], hidden_FH: Tensor) -> None:
+        """Draft the children of every frontier node; the most promising children become the frontier."""
+        logits_FD = self._network.logits(hidden_FH)
+        best = topk(logits_FD, self._width)
+        logprobs_Fw = (best.scores_Rk - logits_FD.logsumexp(dim=-1, keepdim=True)).tolist()
+        tokens_Fw = self._network.to_target_ids(best.ids_Rk).tolist()
+        row = 0
+        for tree in trees:
+            added: list[tuple[float, int, int]] = []
+            for parent in tree.frontier:
+                children: Iterable[tuple[int, float]]
+                if tree.seq.is_greedy or self._width > 1:
+                    children = zip(tokens_Fw[row], logprobs_Fw[row], strict=True)
+                else:
+                    children = [self._sample(tree, logits_FD[row])]
+                for token, logprob in children:
+                    node = tree.add(token, parent, logprob)
+                    added.append((-tree.chances[node], node, row))
+                row += 1
+            tree.advance(sorted(added)[: self._width])
+
+    def _sample(self, tree: _GrowingTree, logits_D: Tensor) -> tuple[int, float]:
+        """Sample a token from the draft's distribution; return it with its log-probability."""
+        request = tree.seq.request
+        probs_D = sampling_probs(logits_D[None].cpu(), request.temperature, request.top_p, request.top_k)[0]
+        drawn = draw(probs_D, tree.seq.generator)
+        probs_V = probs_D.new_zeros(self._network.shape.vocab_size)
+        probs_V[self._network.t2d.cpu()] = probs_D
+        tree.probs.append(probs_V)
+        return int(self._network.to_target_ids(torch.tensor(drawn, device=self._device))), math.log(probs_D[drawn])
+
+    def _run_forward(self, tokens_T: Tensor, hidden_TH: Tensor, batch: RaggedBatch) -> Tensor:
+        """Return the hidden states [T, H] after the given tokens and hidden states; use a CUDA graph where possible."""
+        outputs = self._graphs.run(batch, (tokens_T, hidden_TH)) if self._graphs else None
+        return (outputs or self._forward((tokens_T, hidden_TH), batch))[0]
+
+    def _forward(self, inputs: Any, batch: BatchLayout) -> tuple[Tensor, ...]:
+        tokens_T, hidden_TH = inputs
+        network = self._network
+        q, k, v = network.project(self._embeddings_VH[tokens_T][None], hidden_TH[None], batch.positions_T[None])
+        attended_TNE = self._cache.attend(0, batch, *(x[0].transpose(0, 1) for x in (q, k, v)))
+        return (network.finish(hidden_TH[None], attended_TNE.transpose(0, 1)[None])[0],)
+
+
+@dataclass(slots=True)
+class _GrowingTree:
+    """The draft tree of one sequence while it grows."""
+
+    seq: Sequence
+    budget: DraftBudget
+    nodes: list[DraftNode] = field(default_factory=list)
+    chances: list[float] = field(default_factory=list)
+    """[m] probability that the target accepts each node, its ancestors included."""
+    probs: list[Tensor] = field(default_factory=list)
+    """[m] distributions [V] of sampled nodes; empty if nodes are chosen without sampling."""
+    cached: list[int] = field(default_factory=list)
+    """Nodes whose rows are in the cache, in the order of their entries."""
+    frontier: list[int] = field(default_factory=lambda: [ROOT])
+    """Nodes that the next draft step extends."""
+    source_rows: list[int] = field(default_factory=list)
+    """Row of the draft step before from which each frontier node was drafted."""
+
+    def add(self, token: int, parent: int, logprob: float) -> int:
+        """Add a node and return its index."""
+        depth = 1 if parent == ROOT else self.nodes[parent].depth + 1
+        chance = self.budget.acceptance[self.seq.is_greedy].estimate_for(math.exp(logprob))
+        self.nodes.append(DraftNode(token, parent, depth, logprob))
+        self.chances.append((1.0 if parent == ROOT else self.chances[parent]) * chance)
+        return len(self.nodes) - 1
+
+    def advance(self, added: list[tuple[float, int, int]]) -> None:
+        """Make the new nodes (negated chance, index, source row) the frontier, as far as they are worth a row.
+
+        A sampled node is verified whatever it is: pruning unlikely ones would change the output distribution.
+        """
+        worthy = [entry for entry in added if self.probs or -entry[0] >= self.budget.verify_threshold]
+        self.frontier, self.source_rows = [node for _, node, _ in worthy], [row for _, _, row in worthy]
+
+    def pays_at(self, depth: int) -> bool:
+        """Return whether another draft token at ``depth`` is worth a draft step and a row."""
+        # The bonus token takes the last place of the output.
+        if not self.frontier or depth > min(self.budget.depth, self.seq.room - 1):
+            return False
+        best = max(self.chances[node] for node in self.frontier)
+        return best * self.budget.acceptance[self.seq.is_greedy].estimate_at_depth(depth) >= self.budget.draft_threshold
+
+    def segment(self) -> Segment:
+        """Place the frontier's rows in the draft's cache."""
+        first = self.seq.num_draft_cached_tokens
+        start, length = first + len(self.cached), len(self.frontier)
+        if length == 1 and len(self.cached) + 1 == self.nodes[self.frontier[0]].depth:
+            return Segment(self.seq.slot, start, length)
+        sees = visible([node.parent for node in self.nodes])[np.ix_(self.frontier, [*self.cached, *self.frontier])]
+        positions = tuple(first + self.nodes[node].depth - 1 for node in self.frontier)
+        return Segment(self.seq.slot, start, length, TreeLayout(first, sees, positions))
+
+    def finish(self, max_nodes: int, version: str) -> DraftTree:
+        """Return the nodes that are worth verifying, renumbered; an ancestor is worth no less than its descendants."""
+        if self.probs:
+            return DraftTree(tuple(self.nodes), torch.stack(self.probs), source=version)
+        ranked = sorted(range(len(self.nodes)), key=lambda node: (-self.chances[node], node))[:max_nodes]
+        kept = sorted(node for node in ranked if self.chances[node] >= self.budget.verify_threshold)
+        index = {ROOT: ROOT} | {node: i for i, node in enumerate(kept)}
+        nodes = [self.nodes[node]._replace(parent=index[self.nodes[node].parent]) for node in kept]
+        pruned = [
+            node._replace(parent=index[node.parent])
+            for i, node in enumerate(self.nodes)
+            if i not in index and node.parent in index
+        ]
+        return DraftTree(tuple(nodes), pruned=tuple(pruned), source=version)
+
+
+def pack_draft(draft: EagleDraft, device: torch.device) -> EagleDraft:
+    """Return a copy with the device's fastest kernels.
+
+    Rounding the draft's weights changes the proposals but never the output.
+    """
+    packed = copy.deepcopy(draft).requires_grad_(requires_grad=False).eval().to(device)
+    replace_linears(packed, narrowest_dtype(device))
+    replace_norms(packed)
+    return packed
+
+
+def synthetic_sequence(tokens: list[int], features_TF: Tensor, *, slot: int = 0, room: int = 2) -> Sequence:
+    """Return a greedy sequence for calibration and checks, whose tokens but the last one have the given features."""
+    request = Request("synthetic", (0,), room)
+    seq = Sequence(request, lambda _: None, len(tokens) + room, torch.Generator(), tokens, slot)
+    seq.unseen_features.append(features_TF)
+    return seq

@@ -1,0 +1,119 @@
+"""Which sequences run, which of them draft, and what each feeds to the target's forward.
+
+The scheduler decides and computes nothing: it holds the waiting queue, the slots and the prefill budget.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
+
+from serving.engines.base import EngineFullError
+from serving.engines.builtin.drafter import EMPTY_TREE, DraftTree
+from serving.engines.builtin.sequence import Sequence
+from serving.planner import DraftBudget, Planner
+
+MAX_PREFILL_TOKENS = 128
+"""Maximum number of prompt tokens that one verify step reads, over all sequences."""
+
+
+class ScheduledSequence(NamedTuple):
+    """The tokens that one sequence feeds to the target's forward: a piece of its prompt, or the root and a draft."""
+
+    sequence: Sequence
+    tokens: list[int]
+    tree: DraftTree
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether the target chooses a token after this forward; it does not before the prompt's end."""
+        seq = self.sequence
+        return not seq.is_prefilling or seq.num_cached_tokens + len(self.tokens) == len(seq.request.prompt)
+
+
+class Scheduler:
+    """Owns the waiting queue and the slots. Not thread-safe.
+
+    Args:
+        max_num_seqs: Number of slots.
+        max_waiting: Maximum length of the waiting queue.
+        max_prefill_stall: Seconds by which prompts may extend a verify step while other sequences decode.
+        planner: Chooses how much to draft.
+    """
+
+    def __init__(self, max_num_seqs: int, max_waiting: int, max_prefill_stall: float, planner: Planner) -> None:
+        self._max_waiting, self._max_prefill_stall, self._planner = max_waiting, max_prefill_stall, planner
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self._free_slots = list(range(max_num_seqs))
+        """A heap: the lowest slot goes first, because a CUDA graph spans all slots up to the last one in use."""
+
+    def add(self, seq: Sequence) -> None:
+        """Append a sequence to the waiting queue.
+
+        Raises:
+            EngineFullError: the queue is full.
+        """
+        if len(self.waiting) >= self._max_waiting:
+            raise EngineFullError(f"{len(self.waiting)} requests wait already (serve.max_waiting_requests)")
+        self.waiting.append(seq)
+
+    def admit(self) -> None:
+        """Move waiting sequences into free slots."""
+        while self.waiting and self._free_slots:
+            seq = self.waiting.popleft()
+            seq.slot = heapq.heappop(self._free_slots)
+            self.running.append(seq)
+
+    def cancel_waiting(self, request_ids: Collection[str]) -> list[Sequence]:
+        """Remove the sequences of the given requests from the waiting queue and return them."""
+        cancelled = [seq for seq in self.waiting if seq.request.id in request_ids]
+        if cancelled:
+            self.waiting = deque(seq for seq in self.waiting if seq.request.id not in request_ids)
+        return cancelled
+
+    def release(self, seq: Sequence) -> None:
+        """Free the slot of a running sequence."""
+        self.running.remove(seq)
+        heapq.heappush(self._free_slots, seq.slot)
+
+    def schedule_drafts(self) -> tuple[list[Sequence], DraftBudget]:
+        """Return the sequences that draft in the next verify step, and their budget."""
+        sequences = [seq for seq in self.running if seq.request.speculate and not seq.is_prefilling and seq.room > 1]
+        budget = self._planner.plan([seq.is_greedy for seq in sequences])
+        if not budget.depth:
+            return [], budget
+        if budget.max_sequences is not None:
+            # A probe drafts for the sequences whose drafts have the fewest tokens to catch up on.
+            sequences = sorted(sequences, key=lambda seq: len(seq.tokens) - seq.num_draft_cached_tokens)
+        return sequences[: budget.max_sequences], budget
+
+    def schedule(self, trees: Mapping[int, DraftTree]) -> list[ScheduledSequence]:
+        """Return what each running sequence feeds to the target's forward.
+
+        A decoding sequence feeds its root, the last token, and its draft tree. A prefilling sequence feeds a piece of
+        its prompt as far as the step's prefill budget reaches, so that a long prompt does not hold up the others.
+
+        Args:
+            trees: Draft trees by slot.
+        """
+        decode_rows = sum(
+            1 + len(trees.get(seq.slot, EMPTY_TREE).nodes) for seq in self.running if not seq.is_prefilling
+        )
+        budget = MAX_PREFILL_TOKENS
+        if decode_rows:
+            budget = self._planner.limit_prompt_rows(
+                self._max_prefill_stall, decode_rows=decode_rows, max_rows=MAX_PREFILL_TOKENS
+            )
+        scheduled = []
+        for seq in self.running:
+            if not seq.is_prefilling:
+                tree = trees.get(seq.slot, EMPTY_TREE)
+                scheduled.append(ScheduledSequence(seq, [seq.tokens[-1], *tree.tokens], tree))
+            elif budget:
+                piece = list(seq.request.prompt[seq.num_cached_tokens : seq.num_cached_tokens + budget])
+                budget -= len(piece)
+                scheduled.append(ScheduledSequence(seq, piece, EMPTY_TREE))
+        return scheduled

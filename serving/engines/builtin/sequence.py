@@ -1,0 +1,85 @@
+"""The state of one request, from the waiting queue to its finish."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from serving.engines.base import Finish, Output, Request, RequestStats
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One request that waits or runs. ``tokens`` holds prompt and output; the target has not consumed the last one."""
+
+    request: Request
+    on_output: Callable[[Output], None]
+    max_len: int
+    """Maximum number of tokens, prompt and output together."""
+    generator: torch.Generator
+    """Source of the sequence's randomness."""
+    tokens: list[int]
+    slot: int = -1
+    """The sequence's place in the KV caches of target and draft; -1 while it waits."""
+    num_cached_tokens: int = 0
+    """Tokens committed to the target's KV cache."""
+    num_draft_cached_tokens: int = 0
+    """Tokens committed to the draft's KV cache."""
+    unseen_features: list[Tensor] = field(default_factory=list)
+    """Target features [.., F] of committed tokens that the draft has not seen."""
+    finish: Finish | None = None
+    verify_steps: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    speculators: list[str] = field(default_factory=list)
+
+    @property
+    def is_prefilling(self) -> bool:
+        """Whether the target has not consumed the whole prompt."""
+        return self.num_cached_tokens < len(self.request.prompt)
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether each output token is the target's argmax."""
+        return self.request.temperature <= 0
+
+    @property
+    def room(self) -> int:
+        """Number of output tokens that still fit."""
+        return self.max_len - len(self.tokens)
+
+    @property
+    def stats(self) -> RequestStats:
+        """How the request was decoded so far."""
+        return RequestStats(self.verify_steps, self.draft_tokens, self.accepted_tokens, tuple(self.speculators))
+
+    def truncate(self, tokens: list[int], eos_ids: Collection[int]) -> tuple[list[int], Finish | None]:
+        """Cut decided tokens at the end of the output, so that the last output token is a bonus token."""
+        room, request = self.room, self.request
+        for i, token in enumerate(tokens[:room]):
+            if token in request.stop_ids or (token in eos_ids and not request.ignore_eos):
+                return tokens[: i + 1], "stop"
+        if len(tokens) >= room:
+            return tokens[:room], "length"
+        return tokens, None
+
+    def commit(self, features_TF: Tensor, output: list[int]) -> None:
+        """Advance by one verify step.
+
+        Args:
+            features_TF: Target features of the tokens that were committed to the target's KV cache.
+            output: Tokens that the step added to the output.
+        """
+        self.num_cached_tokens += len(features_TF)
+        self.tokens += output
+        if self.request.speculate:
+            self.unseen_features.append(features_TF)
+
+    def count_step(self, draft_tokens: int, accepted_tokens: int) -> None:
+        """Count one verify step; prefill is not counted."""
+        self.verify_steps += 1
+        self.draft_tokens += draft_tokens
+        self.accepted_tokens += accepted_tokens

@@ -216,7 +216,7 @@ def _output_logprobs(
     alternatives: int | None, rows: _TargetRows, deciding: list[int], output: list[int]
 ) -> tuple[TokenLogprobs, ...]:
     """Return the log-probabilities of the output tokens, each at the row that decided it."""
-    if alternatives is None:
+    if alternatives is None or not output:
         return ()
     found = []
     for row, token in zip(deciding, output, strict=True):

@@ -12,6 +12,7 @@ from transformers import LlamaForCausalLM
 from schemas.settings import load
 from serving.engines.base import Output, Request, TokenLogprobs
 from serving.engines.builtin.engine import BuiltinEngine
+from serving.engines.builtin.scheduler import MAX_PREFILL_TOKENS
 
 PROMPT = (3, 14, 15, 9)
 
@@ -81,6 +82,17 @@ def test_log_probabilities_are_the_targets_at_each_answered_token(
         assert [logprob for _, logprob in scored.top] == pytest.approx(best.values.tolist(), abs=1e-4)
         if temperature == 0:
             assert scored.logprob == pytest.approx(scored.top[0][1], abs=1e-3)
+
+
+def test_log_probabilities_of_a_prompt_longer_than_one_verify_step_reads(tmp_path: Path) -> None:
+    flags = {"target.path": str(write_tiny_target(tmp_path)), "speculator.draft_vocab_size": VOCABULARY}
+    engine = BuiltinEngine(load(environ={}, flags={**flags, "serve.max_model_len": 240}))
+    engine.start()
+    prompt = tuple(1 + i % (VOCABULARY - 1) for i in range(MAX_PREFILL_TOKENS + 30))
+    tokens, logprobs, last = answer(engine, Request("long", prompt, 5, ignore_eos=True, logprobs=2))
+    engine.stop()
+    assert (last.finish, last.error) == ("length", None)
+    assert len(logprobs) == len(tokens) == 5
 
 
 def test_no_log_probabilities_are_told_unasked(engine: BuiltinEngine) -> None:

@@ -22,7 +22,7 @@ from schemas.settings import Settings
 from schemas.speculator.network import EagleDraft
 from serving.engines.base import Engine, Finish, Output, Request, RequestStats, TraceSink
 from serving.engines.builtin.engine import BuiltinEngine
-from serving.engines.builtin.kernels import Kind
+from serving.engines.builtin.kernels import WeightDtype
 from trainer.data.target import Target, read_target
 
 DraftName = Literal["trained", "random"]
@@ -150,7 +150,7 @@ class EnginePool:
         self.name, self.domain, self.max_tokens = name, domain, max_tokens
         self.folder = Path(settings.target.path)
         self.prompts = prompts.tokenize(prompts.load_tokenizer(self.folder), prompts.held_out_prompts(domain))
-        self.kernel: Kind | None = None
+        self.kernel: WeightDtype | None = None
         """Kernel of the target's matrices, once an engine runs."""
         self._engines: dict[tuple[DraftName, int | None], BuiltinEngine] = {}
         self._numbers = count()
@@ -173,7 +173,7 @@ class EnginePool:
             changed |= {"num_speculative_tokens": length, "adaptive_drafting": False}
         serve = self.settings.serve.model_copy(update=changed)
         engine = BuiltinEngine(self.settings.model_copy(update={"serve": serve}), sink)
-        self.kernel = self.kernel or engine.weights
+        self.kernel = self.kernel or engine.weight_dtype
         engine.start()
         if draft == "trained":
             engine.swap(self.trained, self.name)

@@ -142,7 +142,7 @@ class SingleStream:
         return sum(_common_prefix(a, b) for a, b in pairs) / max(sum(min(len(a), len(b)) for a, b in pairs), 1)
 
     def _bandwidth(self, tokens_per_s: float) -> Figure:
-        kernel = self._pool.engine().weights
+        kernel = self._pool.engine().weight_dtype
         weight_bytes = count_matrix_elements(self._pool.folder) * _BYTES[kernel]
         bandwidth = _read_bandwidth(self._pool.settings.serve.num_threads)
         detail = {

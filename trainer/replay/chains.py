@@ -1,8 +1,8 @@
 """The probability that serving accepts each token of the chains that a draft proposes along a past request.
 
 A chain starts at a root, a token of the answer, from the draft's state after it: the target's features of the tokens
-before the root, and the root itself, as in ``serving.engines.builtin.eagle_drafter``. Along the chain the draft reads the
-committed tokens, which as far as the chain is accepted are its own.
+before the root, and the root itself, as in ``serving.engines.builtin.eagle_drafter``. Along the chain the draft reads
+the committed tokens, which as far as the chain is accepted are its own.
 
 **Greedy.** The chain consists of the draft's most likely tokens. A token is accepted if it is the committed one.
 

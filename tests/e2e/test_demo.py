@@ -22,7 +22,7 @@ MINUTES = 6
 @pytest.mark.timeout(MINUTES * 60 + 600)
 def test_a_speculator_learns_from_live_traffic(tmp_path: Path, smollm2: Path, free_port: Callable[[], int]) -> None:
     flags: dict[str, object] = {f"{part}.port": free_port() for part in ("serve", "stream", "train", "promoter")}
-    flags |= {f"stack.{name}_port": free_port() for name in ("broker", "controller", "registry")}
+    flags |= {f"stack.{name}_port": free_port() for name in ("kafka", "kafka_controller", "mlflow")}
     flags |= {"target.path": str(smollm2), "train.registration_interval": 20, "promoter.gate_min_samples": 2}
     command = [sys.executable, "-m", "ops.cli.main", "demo", "--fresh", "--minutes", str(MINUTES), "--no-ui"]
     # Only these: a demo drafts in every verify step unless it is told how to draft, if only by a setting's default.

@@ -82,7 +82,7 @@ def eventually(what: Callable[[], bool], seconds: float = 60) -> bool:
 @pytest.fixture
 def here(tmp_path: Path, smollm2: Path, free_port: Callable[[], int]) -> Iterator[Here]:
     flags: dict[str, object] = {f"{part}.port": free_port() for part in ("serve", "stream", "train", "promoter")}
-    flags |= {f"stack.{name}_port": free_port() for name in ("broker", "controller", "registry")}
+    flags |= {f"stack.{name}_port": free_port() for name in ("kafka", "kafka_controller", "mlflow")}
     place = Here(tmp_path.resolve(), load(environ={}, flags=flags | {"target.path": str(smollm2)}))
     yield place
     left = place.processes()

@@ -118,7 +118,7 @@ def record_domain(settings: Settings, domain: str, number: int, max_tokens: int,
     return [request.id for request in requests]
 
 
-def read_window(folder: Path, request_id: str, target: str) -> Sample:
+def read_recorded_sample(folder: Path, request_id: str, target: str) -> Sample:
     """Return the sample of a recorded request, built by the code of the stream and of the trainer."""
     record = read_record(folder, request_id, 0)
     assert record.value is not None, "a recorded request has a value"

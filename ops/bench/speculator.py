@@ -1,7 +1,7 @@
 """``aurora bench speculator``: train a speculator on recorded traces of one domain, and cache it for the benchmarks.
 
-The traces go through the code of the stream and of the trainer. Only the order of the windows and the end of training
-differ from the trainer, which learns from endless traffic: here the windows are repeated in random order until the time
+The traces go through the code of the stream and of the trainer. Only the order of the samples and the end of training
+differ from the trainer, which learns from endless traffic: here the samples are repeated in random order until the time
 is over, and the learning rate falls in the last part of it.
 """
 
@@ -64,7 +64,7 @@ class TrainedSpeculator:
     domain: str
     requests: int
     tokens: int
-    """Of the windows trained on, prompts included."""
+    """Of the samples trained on, prompts included."""
     steps: int
     epochs: float
     minutes: float
@@ -101,8 +101,8 @@ def run(settings: Settings, options: SpeculatorOptions, say: Say) -> TrainedSpec
     ids = recording.record_domain(settings, options.domain, options.requests, options.max_tokens, say)
     torch.set_num_threads(settings.train.num_threads)
     target = read_target(settings)
-    windows = [recording.read_window(folder, request_id, target.fingerprint) for request_id in ids]
-    held_out, training = windows[:HELD_OUT_REQUESTS], windows[HELD_OUT_REQUESTS:]
+    samples = [recording.read_recorded_sample(folder, request_id, target.fingerprint) for request_id in ids]
+    held_out, training = samples[:HELD_OUT_REQUESTS], samples[HELD_OUT_REQUESTS:]
     tokens = sum(map(len, training))
     say(f"training on {len(training)} requests, {tokens} tokens, for {options.minutes:g} minutes")
     return OfflineTraining(settings, options, target, training, held_out, say).run()
@@ -124,7 +124,7 @@ class OfflineTraining:
         self._train = settings.train.model_copy(update={"ttt_steps": options.steps})
         self._folder = cache_folder(settings, options.name)
         self._options, self._target, self._say, self._clock = options, target, say, clock
-        self._pieces = [piece for window in training for piece in split_sample(window, self._train.max_sample_tokens)]
+        self._pieces = [piece for sample in training for piece in split_sample(sample, self._train.max_sample_tokens)]
         self._held_out = held_out
         self._tokens = sum(map(len, training))
         self._trained_tokens = 0

@@ -108,12 +108,12 @@ def learned(settings: Settings, folder: Path) -> EagleDraft:
         replace(request, ignore_eos=True) for request in training_requests("math", PROMPTS, len(PROMPTS), ANSWER)
     ]
     recording.record_requests(engine, recorder, planned, folder)
-    windows = [recording.read_window(folder, request.id, engine.target) for request in planned]
+    samples = [recording.read_recorded_sample(folder, request.id, engine.target) for request in planned]
     engine.stop()
     options = speculator.SpeculatorOptions("tiny", "math", len(planned), ANSWER, minutes=3, steps=3)
     target, seconds = read_target(settings), count()
     trained = speculator.OfflineTraining(
-        settings, options, target, windows, windows, lambda _line: None, clock=lambda: float(next(seconds))
+        settings, options, target, samples, samples, lambda _line: None, clock=lambda: float(next(seconds))
     ).run()
     assert trained.accepted_per_step > 0.6
     return checkpoint.read(speculator.cache_folder(settings, "tiny"), target.line)

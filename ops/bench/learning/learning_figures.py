@@ -61,15 +61,12 @@ class Shift:
         return {"domain": self.domain, **levels, **reached}
 
 
-def find_shifts(points: Sequence[BatchScore]) -> list[Shift]:
+def find_shifts(scores: Sequence[BatchScore]) -> list[Shift]:
     """Return every change of domain of an ordered stream."""
-    by_domain = [(domain, list(group)) for domain, group in groupby(points, key=lambda point: point.label)]
+    by_domain = [(domain, list(group)) for domain, group in groupby(scores, key=lambda score: score.label)]
     shifts = []
     for (_, ended), (domain, started) in pairwise(by_domain):
-        before, own = (
-            mean_accepted_per_step(last_scores(ended, CURVE_WINDOW)),
-            mean_accepted_per_step(last_scores(started, CURVE_WINDOW)),
-        )
+        before, own = (mean_accepted_per_step(last_scores(each, CURVE_WINDOW)) for each in (ended, started))
         # The first values cover too few tokens: the curve counts from where it covers as many as all later ones.
         rolling = [value for value in learning_curve(started, AFTER_SHIFT) if value.tokens >= AFTER_SHIFT]
         shifts.append(
@@ -85,19 +82,19 @@ def find_shifts(points: Sequence[BatchScore]) -> list[Shift]:
     return shifts
 
 
-def ratio_to_static(points: Iterable[BatchScore]) -> float:
+def ratio_to_static(scores: Iterable[BatchScore]) -> float:
     """Return the tokens per verify step over those of the frozen draft, where both are simulated."""
-    both = [point for point in points if point.static_accepted is not None]
-    positions = sum(point.positions for point in both)
-    static = sum(point.static_accepted or 0 for point in both)
-    return (positions + sum(point.accepted for point in both)) / max(positions + static, 1)
+    both = [score for score in scores if score.static_accepted is not None]
+    positions = sum(score.positions for score in both)
+    static = sum(score.static_accepted or 0 for score in both)
+    return (positions + sum(score.accepted for score in both)) / max(positions + static, 1)
 
 
-def static_curve(points: Sequence[BatchScore], window: int = CURVE_WINDOW) -> list[CurveValue]:
+def static_curve(scores: Sequence[BatchScore], window: int = CURVE_WINDOW) -> list[CurveValue]:
     """Return the curve of the frozen draft, from its first simulation."""
-    start = next((i for i, point in enumerate(points) if point.static_accepted is not None), len(points))
-    offset = sum(point.tokens for point in points[:start])
-    frozen = [point._replace(accepted=point.static_accepted or 0) for point in points[start:]]
+    start = next((i for i, score in enumerate(scores) if score.static_accepted is not None), len(scores))
+    offset = sum(score.tokens for score in scores[:start])
+    frozen = [score._replace(accepted=score.static_accepted or 0) for score in scores[start:]]
     return [CurveValue(offset + value.tokens, value.accepted_per_step) for value in learning_curve(frozen, window)]
 
 
@@ -106,11 +103,11 @@ def level_at(values: Iterable[CurveValue], tokens: int) -> float | None:
     return next((value.accepted_per_step for value in values if value.tokens >= tokens), None)
 
 
-def count_output_tokens(points: Iterable[BatchScore], tokens: int) -> int:
+def count_output_tokens(scores: Iterable[BatchScore], tokens: int) -> int:
     """Count the output tokens among the first so many tokens of traffic; the others are prompts."""
-    points = list(points)
-    ends = accumulate(point.tokens for point in points)
-    return sum(point.answered for end, point in zip(ends, points, strict=True) if end <= tokens)
+    scores = list(scores)
+    ends = accumulate(score.tokens for score in scores)
+    return sum(score.answered for end, score in zip(ends, scores, strict=True) if end <= tokens)
 
 
 def median_reached(values: Sequence[float | None]) -> float | None:

@@ -2,7 +2,7 @@
 
 Requests are greedy, so the outputs do not depend on the draft: one recording serves every order of the stream. Only the
 rejected branches depend on the draft, and they come from drafts of growing quality: the traffic is served in segments,
-the first one with the random draft of day 0. After each segment a learner trains on its windows once, with as many
+the first one with the random draft of day 0. After each segment a learner trains on its samples once, with as many
 replayed ones, and its weights serve the next segment. Every segment holds equally many requests of each domain, so a
 longer recording begins with the whole of a shorter one.
 """
@@ -159,7 +159,7 @@ class SegmentRecording:
 
     def _train_on(self, segment: Sequence[Request]) -> None:
         fingerprint, limit = self._target.fingerprint, self._train.max_sample_tokens
-        samples = [recording.read_window(self._folder, request.id, fingerprint) for request in segment]
+        samples = [recording.read_recorded_sample(self._folder, request.id, fingerprint) for request in segment]
         pieces = [piece for sample in samples for piece in split_sample(sample, limit)]
         for start in range(0, len(pieces), _NEW_PER_STEP):
             new = [ReplayEntry(sample=piece, epochs=1) for piece in pieces[start : start + _NEW_PER_STEP]]
@@ -191,7 +191,7 @@ def read_traffic(settings: Settings, tokens: int | None = None) -> RecordedTraff
     for name in (name for segment in json.loads((folder / INDEX).read_text())["segments"] for name in segment):
         if tokens is not None and so_far >= tokens:
             break
-        sample = replace(recording.read_window(folder, name, fingerprint), label=name.rpartition("-")[0])
+        sample = replace(recording.read_recorded_sample(folder, name, fingerprint), label=name.rpartition("-")[0])
         digest.update(f"{name} {sample.committed} {len(sample.branches)}\n".encode())
         requests.append(sample)
         so_far += sample.committed

@@ -200,7 +200,7 @@ def _summarize(runs: VariantRuns, comparison: VariantComparison | None) -> dict[
         "branch_nodes": variant.branch_nodes,
         "seeds": len(runs.seeds),
         "overall": _spread(runs.overall),
-        "final_accepted_per_step": _spread(runs.final),
+        "final": _spread(runs.final),
         "tokens_to": {f"{level:g}": median_reached(runs.tokens_to(level)) for level in LEVELS},
         "training_tokens_per_s": round(median(result.training_tokens_per_s for result in runs.seeds), 1),
         "seconds": round(fmean(result.training_s + result.scoring_s for result in runs.seeds), 1),
@@ -208,7 +208,7 @@ def _summarize(runs: VariantRuns, comparison: VariantComparison | None) -> dict[
     if runs.order == "ordered":
         summary["over_static"] = _spread(runs.over_static)
     if comparison is not None:
-        for name, difference in (("overall", comparison.overall), ("final_accepted_per_step", comparison.final)):
+        for name, difference in (("overall", comparison.overall), ("final", comparison.final)):
             summary[f"{name}_difference"] = {**difference.summary(), "clear": difference.is_clear}
         summary["against"] = variant.against
     return summary

@@ -37,7 +37,7 @@ class TrialResult(BaseModel):
     losses: tuple[float, ...]
     """Of the accepted term, by training step."""
     trained_tokens: int
-    """Tokens of all windows that were trained on, replayed ones each time."""
+    """Tokens of all samples that were trained on, replayed ones each time."""
     training_s: float
     scoring_s: float
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ops.bench.trainer.peer_worker import DECAY, LEARNING_RATE, MAX_GRAD_NORM, TYPES, Tensors, main
-from ops.bench.trainer.synthetic_data import build_window, read_shape
+from ops.bench.trainer.synthetic_data import build_sample, read_shape
 from schemas.settings import Train
 from schemas.speculator.network import EagleDraft
 from trainer.data.batch import collate
@@ -20,7 +20,7 @@ from trainer.loop.learner import Learner
 
 
 class AuroraTrainer:
-    """The learner over windows with the recorded teacher, as they are read from the table."""
+    """The learner over samples with the recorded teacher, as they are read from the table."""
 
     modules: tuple[str, ...] = ()
     ways: tuple[str, ...] = TYPES
@@ -30,16 +30,16 @@ class AuroraTrainer:
         self._draft = EagleDraft(read_shape(config))
         self._draft.load_state_dict({name: value for name, value in weights.items() if name != "embed_tokens.weight"})
         self._learners: dict[tuple[int, str], Learner] = {}
-        self._windows: tuple[Tensors, list[Sample]] = {}, []
+        self._samples: tuple[Tensors, list[Sample]] = {}, []
 
     def step(self, sequences: Tensors, ttt_steps: int, way: str) -> float:
-        """Collate the windows and train on them."""
-        if self._windows[0] is not sequences:
+        """Collate the samples and train on them."""
+        if self._samples[0] is not sequences:
             head_DH = self._embeddings[: self._draft.shape.draft_vocab_size]
             rows = zip(*(sequences[name] for name in ("tokens", "features", "last")), strict=True)
-            windows = [build_window(tokens, features, last, head_DH) for tokens, features, last in rows]
-            self._windows = sequences, windows
-        return float(self._learner(ttt_steps, way).step(collate(self._windows[1])).total.detach())
+            samples = [build_sample(tokens, features, last, head_DH) for tokens, features, last in rows]
+            self._samples = sequences, samples
+        return float(self._learner(ttt_steps, way).step(collate(self._samples[1])).total.detach())
 
     def _learner(self, ttt_steps: int, dtype: str) -> Learner:
         """Return the learner of a case; only one exists at a time, as the moments of its optimizer take memory."""

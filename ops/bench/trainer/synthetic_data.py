@@ -106,14 +106,14 @@ def random_sequences(shape: DraftShape, number: int, length: int, seed: int) -> 
     }
 
 
-def build_window(tokens: Tensor, features: Tensor, last_nH: Tensor, head_DH: Tensor) -> Sample:
-    """Return the window of a sequence; its teacher is the likeliest tokens, as in traces."""
+def build_sample(tokens: Tensor, features: Tensor, last_nH: Tensor, head_DH: Tensor) -> Sample:
+    """Return the sample of a sequence; its teacher is the likeliest tokens, as in traces."""
     top = (last_nH @ head_DH.T).log_softmax(dim=-1).topk(TOP_K)
     known = torch.ones(len(tokens), dtype=torch.bool)
     return Sample("request", tokens, None, features, known, Teacher(top.indices, top.values))
 
 
-def build_tree_window(shape: DraftShape, layout: TreeRequest, seed: int) -> Sample:
+def build_tree_sample(shape: DraftShape, layout: TreeRequest, seed: int) -> Sample:
     """Return a request with a draft tree at every root, of which some nodes were accepted."""
     generator = torch.Generator().manual_seed(seed)
     length = layout.prompt + layout.output
@@ -154,7 +154,7 @@ def split_branches(whole: Sample) -> list[Sample]:
 
 
 def separate_chains(whole: Sample, shape: DraftShape) -> Sample:
-    """Return the same branches, sharing only the window: no two of them begin with the same token."""
+    """Return the same branches, sharing only the sample: no two of them begin with the same token."""
     following = {branch.root: int(whole.tokens[branch.root + 1]) for branch in whole.branches}
     chains = []
     for number, branch in enumerate(whole.branches):

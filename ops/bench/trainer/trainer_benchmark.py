@@ -276,7 +276,7 @@ def _measure_trees(size: TrainerSize, selected: Selection, threads: int) -> Iter
     if not any(map(selected, _TREE_FIGURES)):
         return
     torch.set_num_threads(threads)
-    whole = synthetic_data.build_tree_window(SMOLLM2, size.request, _SEED)
+    whole = synthetic_data.build_tree_sample(SMOLLM2, size.request, _SEED)
     forms = {
         "tree": [whole],
         "chains": [synthetic_data.separate_chains(whole, SMOLLM2)],
@@ -286,12 +286,12 @@ def _measure_trees(size: TrainerSize, selected: Selection, threads: int) -> Iter
     learner = Learner(random_draft(SMOLLM2, _SEED), synthetic_data.random_embeddings(SMOLLM2, _SEED), train)
     nodes = len(size.request.roots) * len(TREE)
 
-    def train_on(windows: Sequence[Sample]) -> int:
-        learner.step(collate(windows))
+    def train_on(samples: Sequence[Sample]) -> int:
+        learner.step(collate(samples))
         return nodes
 
-    for windows in forms.values():
-        train_on(windows)
+    for samples in forms.values():
+        train_on(samples)
     rates = run_alternating({name: lambda _, w=w: train_on(w) for name, w in forms.items()}, size.tree_trials)  # type: ignore[misc]
     detail = {
         "unit": "draft nodes per second",

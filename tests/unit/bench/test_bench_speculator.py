@@ -51,7 +51,7 @@ def requests(count: int) -> list[Request]:
     return training_requests("math", PROMPTS, count, max_tokens=12)
 
 
-def test_a_recorded_request_is_read_back_as_a_training_window(
+def test_a_recorded_request_is_read_back_as_a_training_sample(
     engine: tuple[BuiltinEngine, recording.Recorder], tmp_path: Path
 ) -> None:
     running, recorder = engine
@@ -60,13 +60,13 @@ def test_a_recorded_request_is_read_back_as_a_training_window(
     recording.record_requests(running, recorder, planned, tmp_path / "recorded", done.append)
     assert done == [1, 2, 3, 4]
     for request in planned:
-        window = recording.read_window(tmp_path / "recorded", request.id, running.target)
-        assert tuple(window.tokens[: len(request.prompt)].tolist()) == request.prompt
-        assert window.next_token is not None
-        answered = len(window) + 1 - len(request.prompt)
+        sample = recording.read_recorded_sample(tmp_path / "recorded", request.id, running.target)
+        assert tuple(sample.tokens[: len(request.prompt)].tolist()) == request.prompt
+        assert sample.next_token is not None
+        answered = len(sample) + 1 - len(request.prompt)
         assert 1 <= answered <= 12
-        assert window.features.shape == (len(window), 96)
-        assert int(window.known.sum()) == answered, "the teacher is known from the end of the prompt on"
+        assert sample.features.shape == (len(sample), 96)
+        assert int(sample.known.sum()) == answered, "the teacher is known from the end of the prompt on"
 
 
 def test_recorded_requests_are_not_missing(engine: tuple[BuiltinEngine, recording.Recorder], tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_recordings_of_another_target_are_rejected(
     planned = requests(1)
     recording.record_requests(*engine, planned, tmp_path)
     with pytest.raises(UserError, match="another model"):
-        recording.read_window(tmp_path, planned[0].id, "0" * 32)
+        recording.read_recorded_sample(tmp_path, planned[0].id, "0" * 32)
 
 
 def test_training_caches_a_speculator_that_drafts_better_than_the_random_one(
@@ -90,17 +90,17 @@ def test_training_caches_a_speculator_that_drafts_better_than_the_random_one(
     running, recorder = engine
     planned = requests(12)
     recording.record_requests(running, recorder, planned, tmp_path / "recorded")
-    windows = [recording.read_window(tmp_path / "recorded", request.id, running.target) for request in planned]
+    samples = [recording.read_recorded_sample(tmp_path / "recorded", request.id, running.target) for request in planned]
     options = speculator.SpeculatorOptions("tiny", "math", len(planned), max_tokens=12, minutes=2, steps=3)
     target, seconds = read_target(settings), count()
     trained = speculator.OfflineTraining(
-        settings, options, target, windows, windows, lambda _line: None, clock=lambda: float(next(seconds))
+        settings, options, target, samples, samples, lambda _line: None, clock=lambda: float(next(seconds))
     ).run()
 
     folder = speculator.cache_folder(settings, "tiny")
     draft = checkpoint.read(folder, running.line)
-    before = simulate_acceptance(target.new_draft(), target.embeddings_VH, windows, 3).accepted_per_step
-    after = simulate_acceptance(draft, target.embeddings_VH, windows, 3).accepted_per_step
+    before = simulate_acceptance(target.new_draft(), target.embeddings_VH, samples, 3).accepted_per_step
+    after = simulate_acceptance(draft, target.embeddings_VH, samples, 3).accepted_per_step
     assert after > before + 0.2
     assert trained.accepted_per_step == pytest.approx(after)
     assert json.loads(folder.with_name("tiny.json").read_text())["accepted_per_step"] == trained.accepted_per_step

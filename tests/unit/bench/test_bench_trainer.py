@@ -75,15 +75,15 @@ def test_a_tree_has_sixteen_nodes_that_the_training_time_test_reaches() -> None:
     assert max(depths(synthetic_data.TREE)) < TREE_TTT_STEPS
 
 
-def rejected(windows: list[Sample], **changed: float) -> tuple[float, int]:
+def rejected(samples: list[Sample], **changed: float) -> tuple[float, int]:
     train = Train(ttt_steps=TREE_TTT_STEPS, rejected_weight=1.0, **changed)  # type: ignore[arg-type]
     draft = random_draft(WIDE, 0)
-    loss = ttt_loss(draft, synthetic_data.random_embeddings(WIDE, 0), collate(windows), train)
+    loss = ttt_loss(draft, synthetic_data.random_embeddings(WIDE, 0), collate(samples), train)
     return loss.rejected, loss.nodes
 
 
 def test_chains_and_single_branches_learn_the_same_nodes_as_often_as_each_other() -> None:
-    whole = synthetic_data.build_tree_window(WIDE, LAYOUT, 0)
+    whole = synthetic_data.build_tree_sample(WIDE, LAYOUT, 0)
     shared = collate([whole]).drafted
     chains = collate([synthetic_data.separate_chains(whole, WIDE)]).drafted
     single = collate(synthetic_data.split_branches(whole)).drafted
@@ -92,8 +92,8 @@ def test_chains_and_single_branches_learn_the_same_nodes_as_often_as_each_other(
     assert len(shared) <= len(synthetic_data.TREE) * len(LAYOUT.roots)
 
 
-def test_a_branch_behind_a_copy_of_its_prefix_has_the_loss_that_it_has_in_the_window() -> None:
-    whole = synthetic_data.build_tree_window(WIDE, LAYOUT, 0)
+def test_a_branch_behind_a_copy_of_its_prefix_has_the_loss_that_it_has_in_the_sample() -> None:
+    whole = synthetic_data.build_tree_sample(WIDE, LAYOUT, 0)
     alone = replace(whole, branches=whole.branches[-1:])
     request, copy = synthetic_data.split_branches(alone)
     assert not request.branches

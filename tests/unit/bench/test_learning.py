@@ -199,7 +199,7 @@ def test_an_ordered_run_scores_a_draft_that_was_frozen_when_the_first_domain_end
     assert all(point.accepted == point.static_accepted for point in both), "it is the draft of that moment"
 
 
-def window(tokens: int, branches: tuple[Branch, ...] = ()) -> Sample:
+def sample_of(tokens: int, branches: tuple[Branch, ...] = ()) -> Sample:
     known = torch.arange(tokens) >= 2
     teacher = Teacher(torch.zeros(int(known.sum()), 1, dtype=torch.int64), torch.zeros(int(known.sum()), 1))
     return Sample("r", torch.arange(tokens), None, torch.zeros(tokens, 4), known, teacher, branches)
@@ -212,7 +212,7 @@ def branch(tokens: tuple[int, ...], accepted_prefix: int) -> Branch:
 
 def test_branches_are_cut_as_if_fewer_tokens_had_been_drafted() -> None:
     early, late = branch((7, 8, 9, 10), accepted_prefix=1), branch((4, 5, 6, 1), accepted_prefix=2)
-    (kept,) = cut_branches(window(9, (early, late)), nodes=2).branches
+    (kept,) = cut_branches(sample_of(9, (early, late)), nodes=2).branches
     assert (kept.root, kept.tokens, kept.accepted_prefix) == (3, (7, 8), 1)
     assert kept.draft_logprobs == (0.0, -0.1)
     assert kept.teacher.ids.tolist() == [[0], [1]], "the branch that was wrong later is one that was kept whole"
@@ -457,5 +457,5 @@ def test_the_command_writes_json_and_a_page(
 
 
 def test_asked_counts_the_token_that_has_no_feature_yet() -> None:
-    asked = replace(window(tokens=5), next_token=3)
+    asked = replace(sample_of(tokens=5), next_token=3)
     assert (asked.committed, asked.answered) == (6, 3)

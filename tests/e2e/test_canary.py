@@ -1,4 +1,4 @@
-"""Two real nodes, one version with scrambled weights that a forged tag brought past the gate."""
+"""The canary analysis on two real nodes: a version with scrambled weights, which passes the gate by a forged tag."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ ANSWER = 32
 
 @dataclass
 class Clients:
-    """Send the same prompts to all nodes for as long as they are told to."""
+    """Clients that send the same prompts to all nodes until ``stopping`` is set."""
 
     nodes: list[Node]
     stopping: threading.Event = field(default_factory=threading.Event)
-    answered: list[tuple[float, int]] = field(default_factory=list)
-    """When, and how many tokens."""
+    responses: list[tuple[float, int]] = field(default_factory=list)
+    """Time and number of tokens of each."""
     failed: list[str] = field(default_factory=list)
 
     def run(self, node: Node, prompt: tuple[int, ...]) -> None:
@@ -58,13 +58,13 @@ class Clients:
             while not self.stopping.is_set():
                 answer = client.post("/v1/completions", json={**body, "temperature": 0})
                 if answer.status_code == 200:
-                    self.answered.append((time.time(), answer.json()["usage"]["completion_tokens"]))
+                    self.responses.append((time.time(), answer.json()["usage"]["completion_tokens"]))
                 else:
                     self.failed.append(answer.text)
 
 
 class Fleet:
-    """Nodes, a stream worker, and a promoter that is polled here."""
+    """Nodes, a stream worker, and a promoter that the test polls."""
 
     def __init__(self, settings: Settings, folder: Path) -> None:
         self.settings, self._folder = settings, folder
@@ -83,7 +83,7 @@ class Fleet:
         return self.registry.aliases(self.target.line)
 
     def register(self, draft: EagleDraft, champion: str) -> str:
-        """A new candidate whose tag says that it beats the champion by far."""
+        """Register a candidate whose tag says that it is far better than the champion."""
         forged = HeldOutComparison(accepted_per_step=9.0, champion=champion, champion_accepted_per_step=0.0, samples=20)
         folder = self._folder / f"against-{champion}"
         checkpoint.write(draft, folder, self.target.fingerprint)
@@ -99,8 +99,8 @@ class Fleet:
         eventually(polled, seconds)
 
 
-def learned(settings: Settings, folder: Path) -> EagleDraft:
-    """A draft that knows the answers to the prompts by heart."""
+def train_draft(settings: Settings, folder: Path) -> EagleDraft:
+    """Return a draft overfitted to the responses to the prompts."""
     recorder = recording.Recorder()
     engine = BuiltinEngine(settings, recorder)
     engine.start()
@@ -119,8 +119,8 @@ def learned(settings: Settings, folder: Path) -> EagleDraft:
     return checkpoint.read(speculator.cache_folder(settings, "tiny"), target.line)
 
 
-def scrambled(draft: EagleDraft) -> EagleDraft:
-    """Every matrix with its numbers in another order."""
+def scramble(draft: EagleDraft) -> EagleDraft:
+    """Shuffle the values of every matrix."""
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in draft.parameters():
@@ -152,7 +152,7 @@ def settings(tmp_path: Path, broker: str, registry: str, free_port: Callable[[],
         "serve.max_model_len": 64,
         "serve.weight_dtype": "float32",
         "serve.poll_interval": 0.2,
-        # Every verify step drafts, so that a bad version does all the harm that it can.
+        # Every verify step drafts, so that a bad version does the most harm.
         "serve.adaptive_drafting": False,
         "serve.num_speculative_tokens": 3,
         "train.learning_rate": 5e-3,
@@ -175,11 +175,11 @@ def nodes(settings: Settings, tmp_path: Path, free_port: Callable[[], int]) -> I
         node.close()
 
 
-def test_a_scrambled_version_is_caught_as_canary_while_every_request_is_answered(
+def test_the_canary_analysis_rolls_a_scrambled_version_back_and_no_request_fails(
     settings: Settings, nodes: list[Node], tmp_path: Path
 ) -> None:
     fleet = Fleet(settings, tmp_path)
-    draft = learned(settings, tmp_path / "recorded")
+    draft = train_draft(settings, tmp_path / "recorded")
     good = fleet.register(draft, "day-0-head-0")
     fleet.poll_until(lambda aliases: aliases.get("champion") == good)
     clients = Clients(nodes)
@@ -189,7 +189,7 @@ def test_a_scrambled_version_is_caught_as_canary_while_every_request_is_answered
             eventually(lambda node=node: node.status().speculator == good)  # type: ignore[misc]
         try:
             running = [pool.submit(clients.run, node, prompt) for node in nodes for prompt in PROMPTS[:2]]
-            bad = fleet.register(scrambled(draft), good)
+            bad = fleet.register(scramble(draft), good)
             fleet.poll_until(lambda aliases: aliases.get("canary") == bad)
             fleet.poll_until(lambda aliases: "canary" not in aliases)
             eventually(lambda: all(node.status().speculator == good for node in nodes))
@@ -203,8 +203,8 @@ def test_a_scrambled_version_is_caught_as_canary_while_every_request_is_answered
     status = fleet.promoter.status()
     assert (status.last_rollback, status.error) == (why, None)
     for node in nodes:
-        told = node.status()
-        assert (told.requests_failed, told.role) == (0, "champion")
-        assert bad in {swap.version for swap in told.swaps}
+        node_status = node.status()
+        assert (node_status.requests_failed, node_status.role) == (0, "champion")
+        assert bad in {swap.version for swap in node_status.swaps}
     assert not clients.failed
-    assert len(clients.answered) > 100
+    assert len(clients.responses) > 100

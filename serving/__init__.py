@@ -1,1 +1,1 @@
-"""The serving node: engine, trace publisher, registry puller, HTTP API."""
+"""The serving node: engine, trace publisher, version poller and HTTP API."""

@@ -21,10 +21,10 @@ from schemas.trace.decoder import decode
 from schemas.trace.record import VerifyStep, encode
 from serving.engines.base import Engine, Finish, Request
 from serving.engines.builtin.engine import BuiltinEngine
-from serving.traces.chunks import Assembly, Origin, Space, Way
+from serving.traces.chunks import ChunkBuilder, ChunkSize, FeatureTransport, Origin
 from trainer.data.samples import Sample, read_sample
 
-_UNLIMITED = Way("inline", Space(sys.maxsize))
+_UNLIMITED = FeatureTransport("inline", ChunkSize(sys.maxsize))
 """A file, unlike a Kafka message, may be as long as its request."""
 _BATCH = 16
 _PROGRESS_EVERY = 25
@@ -136,9 +136,9 @@ def _encode_request(
     request: Request, verify_steps: Sequence[VerifyStep], finish: Finish, target: str, line: str
 ) -> bytes:
     """Encode all verify steps of a request as one chunk."""
-    assembly = Assembly(request, Origin("bench", target, line), _UNLIMITED)
-    full = [assembly.add(step) for step in verify_steps]
-    chunk = assembly.end(finish)
+    builder = ChunkBuilder(request, Origin("bench", target, line), _UNLIMITED)
+    full = [builder.add(step) for step in verify_steps]
+    chunk = builder.end(finish)
     assert chunk is not None, "a request that has ended has verify steps"
     assert not any(full), "the engine hands over every verify step"
     return encode(chunk)

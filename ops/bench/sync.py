@@ -30,7 +30,7 @@ from schemas.settings import Settings, Update
 from schemas.speculator import checkpoint
 from schemas.speculator.network import EagleDraft
 from serving.engines.builtin.engine import BuiltinEngine
-from serving.versions.update_policy import Reading, SyncPolicy
+from serving.versions.update_policy import CounterReading, UpdatePolicy
 from trainer.data.target import read_target
 from trainer.objective.simulated_acceptance import simulate_acceptance
 from trainer.replay.prequential import PrequentialRun
@@ -226,24 +226,24 @@ def simulate_policy(
     name: str, update: Update, output_tokens: Sequence[int], acceptance: Acceptance, costs: UpdateCosts
 ) -> PolicyOutcome:
     """Serve blocks of so many output tokens, each by the version that is active at its start."""
-    policy, now, active, behind_since = SyncPolicy(update, name), 0.0, 0, None
+    policy, now, active, behind_since = UpdatePolicy(update, name), 0.0, 0, None
     steps = accepted = updating_s = 0.0
     updates = 0
 
-    def reading() -> Reading:
-        return Reading(now, round(steps), round(accepted), round(steps + accepted))
+    def reading() -> CounterReading:
+        return CounterReading(now, round(steps), round(accepted), round(steps + accepted))
 
     for newest, tokens in enumerate(output_tokens):
-        policy.read(reading())
+        policy.record_reading(reading())
         if newest > active:
             behind_since = now if behind_since is None else behind_since
             if now >= policy.due_at(str(newest), behind_since):
                 now += costs.update_s
                 updating_s += costs.update_s
-                policy.swapped()
-                policy.taken(reading(), reading(), costs.update_s)
+                policy.record_swap()
+                policy.record_update(reading(), reading(), costs.update_s)
                 active, behind_since, updates = newest, None, updates + 1
-                policy.read(reading())
+                policy.record_reading(reading())
         block_steps = tokens / (1 + acceptance(active, newest))
         steps, accepted = steps + block_steps, accepted + tokens - block_steps
         now += block_steps * costs.verify_step_s

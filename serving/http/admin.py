@@ -1,36 +1,75 @@
-"""The operator's hand on the speculator: pin a version, follow the alias again, switch speculation off and on.
+"""Admin API of the speculator: show it, pin a version, follow the alias again, switch speculation off and on.
 
-Every endpoint wants ``Authorization: Bearer`` with the token of ``serve.admin_token`` or one of those in
-``serve.admin_tokens_file``; without any there is no way in.
+Every endpoint requires ``Authorization: Bearer`` with the token of ``serve.admin_token``, or with one of
+``serve.admin_tokens_file``. Without any token the endpoints are closed.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hmac
 from collections.abc import Callable
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Annotated
 
 import fastapi
+import structlog
 from fastapi import APIRouter, Depends, FastAPI
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from schemas.settings import Serve
+from schemas.settings import Serve, SettingsError
 from schemas.status import SpeculatorStatus
 from serving.engines.base import HotSwapEngine, SpeculationFixedError
-from serving.http.auth import AdminTokens, opens
-from serving.http.requests import ApiError
-from serving.http.status import refused_of, swaps_of
-from serving.versions.cache import RefusedError, RegistryError, UnknownVersionError
-from serving.versions.poller import Puller
+from serving.http.errors import ApiError
+from serving.versions.cache import RegistryError, RejectedVersionError, UnknownVersionError
+from serving.versions.poller import VersionPoller
 
-_WAIT_S = 30.0
-"""How long an order may take before the answer is that it is under way."""
+log = structlog.get_logger()
+
+_TIMEOUT_S = 30.0
+"""A pin that takes longer is answered with 202: it is still in progress."""
 _SWAPS_SHOWN = 10
 
 
-class Pin(BaseModel):
+class AdminTokens:
+    """Tokens of the admin API.
+
+    The file is read at every call: a token can be added or removed while the node runs. To rotate a token, add the new
+    one as a line, hand it to its users, and remove the old line.
+    """
+
+    def __init__(self, serve: Serve) -> None:
+        """Read the file once.
+
+        Raises:
+            SettingsError: the file cannot be read.
+        """
+        self._token = serve.admin_token.get_secret_value().encode()
+        self._file = Path(serve.admin_tokens_file) if serve.admin_tokens_file else None
+        try:
+            self._read_file()
+        except OSError as error:
+            raise SettingsError(f"serve.admin_tokens_file {self._file}: {error.strerror}") from error
+
+    def read(self) -> list[bytes]:
+        """Return the current tokens; none of the file if it is unreadable."""
+        tokens = [self._token] if self._token else []
+        try:
+            return tokens + self._read_file()
+        except OSError as error:
+            log.warning("admin_tokens_unreadable", file=str(self._file), why=error.strerror)
+            return tokens
+
+    def _read_file(self) -> list[bytes]:
+        if self._file is None:
+            return []
+        lines = (line.strip() for line in self._file.read_bytes().splitlines())
+        return [line for line in lines if line and not line.startswith(b"#")]
+
+
+class PinBody(BaseModel):
     """The body of ``POST /admin/speculator/pin``."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -38,102 +77,105 @@ class Pin(BaseModel):
     version: str = Field(min_length=1, max_length=64)
 
 
-def add(app: FastAPI, serve: Serve, engine: HotSwapEngine, puller: Puller | None) -> None:
+def add_routes(app: FastAPI, serve: Serve, engine: HotSwapEngine, poller: VersionPoller | None) -> None:
     """Add the endpoints to the application."""
-    router = APIRouter(prefix="/admin/speculator", dependencies=[Depends(_only_with(AdminTokens(serve)))])
+    router = APIRouter(prefix="/admin/speculator", dependencies=[Depends(_authenticate(AdminTokens(serve)))])
 
     @router.get("")
     async def show() -> SpeculatorStatus:
-        return describe(serve, engine, puller)
+        return speculator_status(serve, engine, poller)
 
     @router.post("/pin")
-    async def pin(body: Pin) -> JSONResponse:
-        return await carried_out(_speculating(puller).pin(body.version))
+    async def pin(body: PinBody) -> JSONResponse:
+        return await respond(_require(poller).pin(body.version))
 
     @router.post("/unpin")
     async def unpin() -> JSONResponse:
-        return await carried_out(_speculating(puller).unpin())
+        return await respond(_require(poller).unpin())
 
     @router.post("/off")
     async def off() -> SpeculatorStatus:
-        _switch(engine, on=False)
-        return describe(serve, engine, puller)
+        _switch_speculation(engine, on=False)
+        return speculator_status(serve, engine, poller)
 
     @router.post("/on")
     async def on() -> SpeculatorStatus:
-        _speculating(puller)
-        _switch(engine, on=True)
-        return describe(serve, engine, puller)
+        _require(poller)
+        _switch_speculation(engine, on=True)
+        return speculator_status(serve, engine, poller)
 
-    async def carried_out(order: Future[None]) -> JSONResponse:
-        done, _ = await asyncio.wait({asyncio.wrap_future(order)}, timeout=_WAIT_S)
+    async def respond(result: Future[None]) -> JSONResponse:
+        done, _ = await asyncio.wait({asyncio.wrap_future(result)}, timeout=_TIMEOUT_S)
         for outcome in done:
             if error := outcome.exception():
-                raise _explain(error) from error
-        return JSONResponse(describe(serve, engine, puller).model_dump(), status_code=200 if done else 202)
+                raise _api_error(error) from error
+        body = speculator_status(serve, engine, poller).model_dump()
+        return JSONResponse(body, status_code=200 if done else 202)
 
     app.include_router(router)
 
 
-def describe(serve: Serve, engine: HotSwapEngine, puller: Puller | None) -> SpeculatorStatus:
-    """What is served, and what decides it."""
+def speculator_status(serve: Serve, engine: HotSwapEngine, poller: VersionPoller | None) -> SpeculatorStatus:
+    """Return the active version, and the state that selects it."""
     health = engine.health()
     return SpeculatorStatus(
         line=engine.line,
         version=health.speculator,
         alias=serve.alias,
-        alias_version=puller.named if puller else None,
-        canary_version=puller.canary if puller else None,
-        role=puller.role if puller else None,
-        update_blocked=puller.held if puller else None,
-        pending_version=puller.waiting if puller else None,
-        update_interval_s=puller.interval_s if puller else 0.0,
-        pinned=puller.pinned if puller else None,
+        alias_version=poller.alias_version if poller else None,
+        canary_version=poller.canary if poller else None,
+        role=poller.role if poller else None,
+        update_blocked=poller.update_blocked if poller else None,
+        pending_version=poller.pending_version if poller else None,
+        update_interval_s=poller.update_interval_s if poller else 0.0,
+        pinned=poller.pinned if poller else None,
         speculating=health.speculating,
-        registry_error=puller.error if puller else None,
-        swaps=swaps_of(puller)[-_SWAPS_SHOWN:],
-        versions_rejected=refused_of(puller),
+        registry_error=poller.error if poller else None,
+        swaps=list(poller.swaps[-_SWAPS_SHOWN:]) if poller else [],
+        versions_rejected=list(poller.rejected) if poller else [],
     )
 
 
-def _only_with(tokens: AdminTokens) -> Callable[[str], None]:
-    def check(authorization: Annotated[str, fastapi.Header()] = "") -> None:
-        known = tokens.now()
+def _authenticate(tokens: AdminTokens) -> Callable[[str], None]:
+    def authenticate(authorization: Annotated[str, fastapi.Header()] = "") -> None:
+        known = tokens.read()
         if not known:
             message = (
                 "The admin endpoints are closed: this node has no token (set serve.admin_token, or "
                 "serve.admin_tokens_file with a file that has one)"
             )
             raise ApiError(403, message, kind="permission_error", code="admin_closed")
-        scheme, _, given = authorization.partition(" ")
-        # Header values arrive as latin-1, the token may be anything.
-        if scheme.lower() != "bearer" or not opens(given.strip().encode("latin-1"), known):
+        scheme, _, token = authorization.partition(" ")
+        # Header values arrive as latin-1; the token may be any bytes.
+        sent = token.strip().encode("latin-1")
+        # The sum compares every token, so that the time does not depend on the match.
+        if scheme.lower() != "bearer" or sum(hmac.compare_digest(sent, one) for one in known) == 0:
             message = "Send a token of serve.admin_token or serve.admin_tokens_file as 'Authorization: Bearer TOKEN'"
             raise ApiError(401, message, kind="authentication_error", code="invalid_token")
 
-    return check
+    return authenticate
 
 
-def _switch(engine: HotSwapEngine, *, on: bool) -> None:
+def _switch_speculation(engine: HotSwapEngine, *, on: bool) -> None:
     try:
         engine.speculate(on=on)
     except SpeculationFixedError as error:
         raise ApiError(409, str(error), kind="invalid_request_error", code="speculation_fixed") from error
 
 
-def _speculating(puller: Puller | None) -> Puller:
-    if puller is None:
+def _require(poller: VersionPoller | None) -> VersionPoller:
+    if poller is None:
         message = "This node was started without speculation (serve.speculate)"
         raise ApiError(409, message, kind="invalid_request_error", code="speculation_disabled")
-    return puller
+    return poller
 
 
-def _explain(error: BaseException) -> ApiError:
+def _api_error(error: BaseException) -> ApiError:
     match error:
         case UnknownVersionError():
             return ApiError(404, str(error), kind="invalid_request_error", code="version_not_found", param="version")
-        case RefusedError():
-            return ApiError(409, str(error), kind="invalid_request_error", code="version_refused", param="version")
+        case RejectedVersionError():
+            return ApiError(409, str(error), kind="invalid_request_error", code="version_rejected", param="version")
         case RegistryError():
             return ApiError(503, str(error), kind="server_error", code="registry_unavailable")
         case _:

@@ -1,11 +1,14 @@
-"""An answer in the making: the engine's outputs, brought to the event loop and turned into text."""
+"""Generation: brings the engine's outputs of one request to the event loop, and turns them into text.
+
+A request ends with one span, which sums up its verify steps.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,39 +16,43 @@ from functools import partial
 from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client import Counter as PrometheusCounter
 
+from schemas.telemetry import spans
+from schemas.telemetry.spans import Span
+from schemas.telemetry.trace_context import TraceContext
 from serving.engines.base import Engine, EngineFullError, Output, Request, RequestStats
-from serving.http.requests import ApiError, unavailable
-from serving.http.responses import Cost, FinishReason
-from serving.http.transcript import Piece, Transcript, joined
+from serving.http.detokenizer import AnswerText, TextDelta, join_deltas
+from serving.http.errors import ApiError, unavailable
+from serving.http.responses import AnswerBuilder, ChoiceUsage, FinishReason
 
 _ALIVE_CHECK_S = 5.0
 _BUCKETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0, 10.0, 30.0)
-_NO_FIGURES = RequestStats(0, 0, 0, ())
+_NO_STATS = RequestStats(0, 0, 0, ())
 
 
-class RequestFigures:
-    """How requests went, each choice as one of its own. Only the event loop's thread counts."""
+class RequestMetrics:
+    """Outcomes and latencies of requests, by choice. Used by the event loop's thread only."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
+        def histogram(name: str, text: str, *more: float) -> Histogram:
+            return Histogram(name, text, buckets=(*_BUCKETS, *more), registry=registry)
+
         self._outcomes: Counter[str] = Counter()
         self._requests = PrometheusCounter(
             "aurora_serve_requests", "Choices of requests by outcome.", ["outcome"], registry=registry
         )
-        self.first_token = Histogram(
-            "aurora_serve_first_token_seconds",
-            "From the request to its first token.",
-            buckets=_BUCKETS,
-            registry=registry,
+        self.first_token = histogram(
+            "aurora_serve_time_to_first_token_seconds", "Time from the request to its first token."
         )
-        self.between_tokens = Histogram(
-            "aurora_serve_between_tokens_seconds",
-            "Time per output token after the first; a verify step's time is shared by its tokens.",
-            buckets=_BUCKETS,
-            registry=registry,
+        self.inter_token = histogram(
+            "aurora_serve_inter_token_latency_seconds",
+            "Time per output token after the first; the tokens of a verify step share its time.",
+        )
+        self.e2e = histogram(
+            "aurora_serve_e2e_request_latency_seconds", "Time from the request to its last token.", 60.0, 120.0, 300.0
         )
 
-    def ended(self, outcome: str) -> None:
-        """Count a choice: stop, length, cancelled, failed; or a request that was refused before it began."""
+    def count(self, outcome: str) -> None:
+        """Count a choice (stop, length, cancelled, failed), or a request that was rejected before it started."""
         self._outcomes[outcome] += 1
         self._requests.labels(outcome).inc()
 
@@ -56,7 +63,7 @@ class RequestFigures:
 
     @property
     def failed(self) -> int:
-        """Choices that ended by a fault of the node."""
+        """Choices that ended with an error of the node."""
         return self._outcomes["failed"]
 
 
@@ -66,49 +73,92 @@ class Choice:
 
     index: int
     request: Request
-    transcript: Transcript
+    answer: AnswerText
     finish: FinishReason | None = None
-    """None until it has ended."""
+    """None until the choice has ended."""
     error_type: str | None = None
-    """Class of the failure of the node that ended it; None without one."""
-    figures: RequestStats = _NO_FIGURES
-    """How it was decoded, known when it has ended."""
-    last: float = field(default_factory=time.perf_counter)
-    """When it began, then when its newest tokens came."""
+    """Class of the node's failure that ended the choice."""
+    stats: RequestStats = _NO_STATS
+    """How the choice was decoded; set when it has ended."""
+    start: float = field(default_factory=time.perf_counter)
+    newest: float = 0.0
+    """Time of the newest tokens."""
 
     @property
-    def cost(self) -> Cost:
-        """What it cost."""
-        return Cost(self.transcript.count, self.figures)
+    def usage(self) -> ChoiceUsage:
+        """The choice's tokens."""
+        return ChoiceUsage(self.answer.count, self.stats)
 
-    def read(self, output: Output) -> Piece:
-        """What an output adds to the text."""
-        piece = self.transcript.feed(output.tokens, output.logprobs)
-        return piece if output.finish is None else joined([piece, self.transcript.finish()])
+    def read(self, output: Output) -> TextDelta:
+        """Return the text that an output adds."""
+        delta = self.answer.feed(output.tokens, output.logprobs)
+        return delta if output.finish is None else join_deltas([delta, self.answer.finish()])
+
+
+@dataclass(frozen=True, slots=True)
+class RequestTrace:
+    """Trace context of a request."""
+
+    context: TraceContext
+    """Of the request itself; the id of its answer contains it."""
+    parent: TraceContext | None
+    """The client's span, if the client sent one."""
+    start: float = field(default_factory=time.time)
+
+    def span(self, answer: AnswerBuilder, choices: Sequence[Choice]) -> Span:
+        """Return the span of a request that ends now, named after OpenTelemetry's conventions for generative AI."""
+        stats = [choice.stats for choice in choices]
+        return Span(
+            name=f"{answer.operation} {answer.model}",
+            event="request_finished",
+            context=self.context,
+            start=self.start,
+            end=time.time(),
+            parent=self.parent.span_id if self.parent else None,
+            kind="server",
+            error_type=next((choice.error_type for choice in choices if choice.error_type), None),
+            attributes={
+                "gen_ai.operation.name": answer.operation,
+                "gen_ai.provider.name": "aurora",
+                "gen_ai.request.model": answer.model,
+                "gen_ai.request.choice.count": len(choices),
+                "gen_ai.response.id": answer.id,
+                "gen_ai.response.finish_reasons": [choice.finish or "cancelled" for choice in choices],
+                "gen_ai.usage.input_tokens": max(len(choice.request.prompt) for choice in choices),
+                "gen_ai.usage.output_tokens": sum(choice.answer.count for choice in choices),
+                "traced": any(choice.request.trace for choice in choices),
+                "verify_steps": sum(one.verify_steps for one in stats),
+                "draft_tokens": sum(one.draft_tokens for one in stats),
+                "accepted_tokens": sum(one.accepted_tokens for one in stats),
+                "speculators": list(dict.fromkeys(version for one in stats for version in one.speculators)),
+            },
+        )
 
 
 class Generation:
-    """The choices of one request in the engine. ``pieces`` can be read once."""
+    """The choices of one request in the engine. ``deltas`` can be read once.
+
+    Args:
+        engine: Decodes the choices.
+        answer: Names the answer in the span.
+        choices: Sequences to generate.
+        metrics: Counts the choices.
+        trace: Trace context; its span is recorded once, when the request ends.
+    """
 
     def __init__(
         self,
         engine: Engine,
+        answer: AnswerBuilder,
         choices: Sequence[Choice],
-        figures: RequestFigures,
-        tell: Callable[[Sequence[Choice]], None] | None = None,
+        metrics: RequestMetrics,
+        trace: RequestTrace,
     ) -> None:
-        """Begin nothing yet.
-
-        Args:
-            engine: What answers.
-            choices: The sequences.
-            figures: Where they are counted.
-            tell: Called once, when nobody waits for the answer any more.
-        """
         self.choices = tuple(choices)
-        self._tell = tell
         self._engine = engine
-        self._figures = figures
+        self._answer = answer
+        self._metrics = metrics
+        self._trace: RequestTrace | None = trace
         self._loop = asyncio.get_running_loop()
         self._outputs: asyncio.Queue[tuple[int, Output]] = asyncio.Queue()
         self._running: set[int] = set()
@@ -120,47 +170,47 @@ class Generation:
             ApiError: the engine is full (429) or does not run (503).
         """
         if not self._engine.health().alive:
-            self._figures.ended("failed")
+            self._metrics.count("failed")
             raise unavailable("The engine is not running")
         try:
             for choice in self.choices:
-                self._engine.submit(choice.request, partial(self._hand_over, choice.index))
+                self._engine.submit(choice.request, partial(self._on_output, choice.index))
                 self._running.add(choice.index)
         except EngineFullError as error:
-            self.abandon()
+            self.close()
             message = f"The engine is full, try again later: {error}"
             raise ApiError(429, message, kind="rate_limit_error", code="engine_full") from error
 
-    async def pieces(self) -> AsyncGenerator[tuple[Choice, Piece], None]:
-        """Pieces of all choices as they come, each with its choice; a choice that ends has its ``finish`` by then.
+    async def deltas(self) -> AsyncGenerator[tuple[Choice, TextDelta], None]:
+        """Yield the deltas of all choices as they arrive; with the last one of a choice, its ``finish`` is set.
 
         Raises:
-            ApiError: the engine failed or stopped in mid-answer.
+            ApiError: the engine failed, or stopped before the end of the answer.
         """
         while self._running:
             index, output = await self._next()
-            choice, stopped = self.choices[index], self.choices[index].transcript.stopped
-            piece = Piece() if stopped else self._read(choice, output)
+            choice, was_stopped = self.choices[index], self.choices[index].answer.stopped
+            delta = TextDelta() if was_stopped else self._read(choice, output)
             if output.finish is not None:
                 self._end(choice, output)
-            elif choice.transcript.stopped and not stopped:
+            elif choice.answer.stopped and not was_stopped:
                 self._engine.cancel(choice.request.id)
-            if piece or choice.finish is not None:
-                yield choice, piece
+            if delta or choice.finish is not None:
+                yield choice, delta
 
-    def abandon(self) -> None:
-        """Nobody waits for the answer any more; what still runs of it is ended."""
+    def close(self) -> None:
+        """Cancel the choices that still run, and record the request's span."""
         running, self._running = self._running, set()
         for index in running:
-            self._figures.ended("cancelled")
+            self._metrics.count("cancelled")
             self._engine.cancel(self.choices[index].request.id)
-        tell, self._tell = self._tell, None
-        if tell is not None:
-            tell(self.choices)
+        trace, self._trace = self._trace, None
+        if trace is not None:
+            spans.record(trace.span(self._answer, self.choices))
 
-    def _hand_over(self, index: int, output: Output) -> None:
-        """Called on the engine's thread."""
-        with suppress(RuntimeError):  # the loop is closed: the server has gone, and nobody waits
+    def _on_output(self, index: int, output: Output) -> None:
+        """Queue an output; called on the engine's thread."""
+        with suppress(RuntimeError):  # the loop is closed: the server has stopped, and no client waits
             self._loop.call_soon_threadsafe(self._outputs.put_nowait, (index, output))
 
     async def _next(self) -> tuple[int, Output]:
@@ -171,34 +221,36 @@ class Generation:
             if not health.alive and self._outputs.empty():
                 return min(self._running), Output((), finish="error", error=health.error or "the engine stopped")
 
-    def _read(self, choice: Choice, output: Output) -> Piece:
-        before = choice.transcript.count
-        piece = choice.read(output)
-        self._time(choice, before, choice.transcript.count - before)
-        return piece
+    def _read(self, choice: Choice, output: Output) -> TextDelta:
+        before = choice.answer.count
+        delta = choice.read(output)
+        self._observe(choice, before, choice.answer.count - before)
+        return delta
 
     def _end(self, choice: Choice, output: Output) -> None:
         self._running.remove(choice.index)
-        choice.figures = output.stats or choice.figures
-        stopped = choice.transcript.stopped
+        choice.stats = output.stats or choice.stats
+        stopped = choice.answer.stopped
         if output.finish == "error":
-            self._figures.ended("failed")
+            self._metrics.count("failed")
             choice.error_type = "engine_failed"
             raise ApiError(500, f"The engine failed: {output.error}", kind="server_error", code="engine_failed")
         if output.finish == "cancelled" and not stopped:
-            self._figures.ended("cancelled")
+            self._metrics.count("cancelled")
             choice.error_type = "node_stopped"
             raise unavailable("The node stopped before the answer was complete")
         choice.finish = "length" if output.finish == "length" and not stopped else "stop"
-        self._figures.ended(choice.finish)
+        self._metrics.count(choice.finish)
+        self._metrics.e2e.observe(time.perf_counter() - choice.start)
 
-    def _time(self, choice: Choice, before: int, tokens: int) -> None:
+    def _observe(self, choice: Choice, before: int, tokens: int) -> None:
+        """Observe the latency of ``tokens`` new tokens after the ``before`` first ones."""
         if not tokens:
             return
         now = time.perf_counter()
-        elapsed, choice.last = now - choice.last, now
+        previous, choice.newest = choice.newest, now
         if before == 0:
-            self._figures.first_token.observe(elapsed)
+            self._metrics.first_token.observe(now - choice.start)
             return
         for _ in range(tokens):
-            self._figures.between_tokens.observe(elapsed / tokens)
+            self._metrics.inter_token.observe((now - previous) / tokens)

@@ -1,7 +1,7 @@
-"""OpenAI's API on the wire: what a request may say, and the shape of errors.
+"""Requests of OpenAI's API: the fields of their bodies, and the limit of their size.
 
-``top_k``, ``stop_token_ids``, ``ignore_eos`` and ``stream_options.continuous_usage_stats`` are extensions, named as
-vLLM names them.
+``top_k``, ``stop_token_ids``, ``ignore_eos`` and ``stream_options.continuous_usage_stats`` are extensions, named as in
+vLLM.
 """
 
 from __future__ import annotations
@@ -10,41 +10,27 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Message as AsgiMessage
+
+from serving.http.errors import Reject, invalid_request
 
 IGNORED = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"})
-"""Parameters without a bearing on the answer."""
+"""Parameters without effect on the answer."""
 
-_ALWAYS: dict[str, tuple[Any, ...]] = {
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
     "logit_bias": ({},),
 }
 
-MOST_ALTERNATIVES = 20
+MAX_TOP_LOGPROBS = 20
 """Alternatives with log-probabilities for each token, at most."""
 
 
-class ApiError(Exception):
-    """An answer in OpenAI's error shape."""
-
-    def __init__(self, status: int, message: str, *, kind: str, code: str, param: str | None = None) -> None:
-        super().__init__(message)
-        self.status = status
-        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
-def invalid(message: str, param: str | None, code: str = "invalid_value", status: int = 400) -> ApiError:
-    """A request that is wrong in itself."""
-    return ApiError(status, message, kind="invalid_request_error", code=code, param=param)
-
-
-def unavailable(message: str, code: str = "engine_unavailable") -> ApiError:
-    """The node cannot answer now."""
-    return ApiError(503, message, kind="server_error", code=code)
-
-
 def _as_text(content: Any) -> Any:
-    """OpenAI allows a list of parts where text is meant; only text parts are supported."""
+    """Join a list of parts, which OpenAI allows in place of a text; only text parts are supported."""
     if not isinstance(content, list):
         return content
     texts = []
@@ -56,7 +42,7 @@ def _as_text(content: Any) -> Any:
 
 
 def _as_prompts(prompt: Any) -> list[str | list[int]]:
-    """One text, several, the token ids of one, or those of several: always as a list of prompts."""
+    """Return a list of prompts for one text, several texts, the token ids of one prompt, or those of several."""
     if isinstance(prompt, str) or _are_ids(prompt):
         return [prompt]
     if isinstance(prompt, list) and prompt and all(isinstance(p, str) or _are_ids(p) for p in prompt):
@@ -70,7 +56,7 @@ def _are_ids(value: Any) -> bool:
 
 
 class Message(BaseModel):
-    """One turn of the conversation."""
+    """One message of the conversation."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -79,7 +65,7 @@ class Message(BaseModel):
     name: str | None = None
 
     def for_template(self) -> dict[str, str]:
-        """As chat templates take it; they know no developer."""
+        """Return the message for a chat template; templates have no developer role."""
         return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
 
 
@@ -94,20 +80,20 @@ class StreamOptions(BaseModel):
     include_obfuscation: bool = False
 
 
-class Sampling(BaseModel):
-    """What both kinds of request may say; null stands for the default, as OpenAI has it."""
+class CompletionBody(BaseModel):
+    """Fields of both kinds of request; null stands for the default, as in OpenAI's API."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    neutral: ClassVar[dict[str, tuple[Any, ...]]]
-    """Parameters that are known but not supported, with the values that ask for nothing."""
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]]
+    """Known but unsupported parameters, with the values that have no effect."""
 
     model: str
     n: int = Field(1, ge=1)
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=-1, lt=2**31)
-    """0 and -1 draw from all tokens."""
+    """0 and -1 sample from all tokens."""
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
@@ -117,19 +103,19 @@ class Sampling(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _known(cls, body: Any) -> Any:
+    def _drop_unused(cls, body: Any) -> Any:
         if not isinstance(body, dict):
             return body
-        for name, neutral in cls.neutral.items():
+        for name, neutral in cls.unsupported.items():
             if body.get(name) is not None and body[name] not in neutral:
                 raise PydanticCustomError("unsupported", "{param} is not supported", {"param": name})
         stop = body.get("stop")
-        given = {k: v for k, v in body.items() if v is not None and k not in IGNORED and k not in cls.neutral}
-        return given | ({"stop": [stop]} if isinstance(stop, str) else {})
+        used = {k: v for k, v in body.items() if v is not None and k not in IGNORED and k not in cls.unsupported}
+        return used | ({"stop": [stop]} if isinstance(stop, str) else {})
 
     @property
     def answer_limit(self) -> int | None:
-        """Longest answer that the client wants, in tokens; None for all the room there is."""
+        """Maximum length of the answer in tokens; None for the node's maximum."""
         raise NotImplementedError
 
     @property
@@ -138,14 +124,14 @@ class Sampling(BaseModel):
         raise NotImplementedError
 
     def choice_seed(self, number: int) -> int | None:
-        """Seed of a prompt's choice: one more for each, so that every choice can be had again alone."""
+        """Return the seed of a choice: ``seed`` plus its number, so that each choice can be reproduced alone."""
         return None if self.seed is None else (self.seed + number + 2**63) % 2**64 - 2**63
 
 
-class ChatRequest(Sampling):
+class ChatRequest(CompletionBody):
     """The body of ``POST /v1/chat/completions``."""
 
-    neutral = _ALWAYS | {
+    unsupported = _UNSUPPORTED | {
         "tools": ([],),
         "tool_choice": ("none", "auto"),
         "parallel_tool_calls": (True, False),
@@ -157,17 +143,17 @@ class ChatRequest(Sampling):
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
-    top_logprobs: int = Field(0, ge=0, le=MOST_ALTERNATIVES)
+    top_logprobs: int = Field(0, ge=0, le=MAX_TOP_LOGPROBS)
 
     @model_validator(mode="after")
-    def _asked_for(self) -> ChatRequest:
+    def _check_logprobs(self) -> ChatRequest:
         if self.top_logprobs and not self.logprobs:
             raise PydanticCustomError("needs", "needs logprobs to be true", {"param": "top_logprobs"})
         return self
 
     @property
     def answer_limit(self) -> int | None:
-        """``max_completion_tokens``, or by its older name ``max_tokens``."""
+        """``max_completion_tokens``, or OpenAI's older ``max_tokens``."""
         return self.max_completion_tokens or self.max_tokens
 
     @property
@@ -176,18 +162,18 @@ class ChatRequest(Sampling):
         return self.top_logprobs if self.logprobs else None
 
 
-class CompletionRequest(Sampling):
+class CompletionRequest(CompletionBody):
     """The body of ``POST /v1/completions``."""
 
-    neutral = _ALWAYS | {"echo": (False,), "suffix": ("",)}
+    unsupported = _UNSUPPORTED | {"echo": (False,), "suffix": ("",)}
 
     prompt: Annotated[list[str | list[int]], BeforeValidator(_as_prompts)]
     max_tokens: int = Field(16, ge=1)
-    logprobs: int | None = Field(None, ge=0, le=MOST_ALTERNATIVES)
+    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     best_of: int | None = None
 
     @model_validator(mode="after")
-    def _all_are_shown(self) -> CompletionRequest:
+    def _check_best_of(self) -> CompletionRequest:
         if self.best_of not in (None, self.n):
             raise PydanticCustomError("unsupported", "another best_of than n", {"param": "best_of"})
         return self
@@ -203,17 +189,49 @@ class CompletionRequest(Sampling):
         return self.logprobs
 
 
-def explain(error: Any) -> ApiError:
-    """The first of pydantic's complaints about a body, in OpenAI's shape."""
-    param = error.get("ctx", {}).get("param") or ".".join(str(part) for part in error["loc"] if part != "body")
-    match error["type"]:
-        case "extra_forbidden":
-            return invalid(f"Unrecognized request argument: {param}", param, "unknown_parameter")
-        case "unsupported":
-            return invalid(f"{param}: this value is not supported by this server", param, "unsupported_parameter")
-        case "missing":
-            return invalid(f"Missing required parameter: {param}", param, "missing_required_parameter")
-        case "json_invalid":
-            return invalid("The body is not valid JSON", None, "invalid_json")
-        case _:
-            return invalid(f"{param}: {error['msg']}", param or None)
+class BodyLimit:
+    """Middleware that rejects bodies above a limit, whatever length their headers declare."""
+
+    def __init__(self, app: ASGIApp, *, limit: int, reject: Reject) -> None:
+        self._app = app
+        self._limit = limit
+        self._reject = reject
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Forward a request, or reject it with 413."""
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        declared = Headers(scope=scope).get("content-length", "")
+        is_too_large = declared.isdecimal() and int(declared) > self._limit
+        body = None if is_too_large else await self._read(receive)
+        if body is None:
+            message = f"The body is larger than {self._limit} bytes (serve.max_body_bytes)"
+            response = self._reject(invalid_request(message, None, "request_too_large", status=413))
+            # The rest of the body may still arrive; it is not read.
+            response.headers["connection"] = "close"
+            await response(scope, receive, send)
+            return
+        await self._app(scope, _replay(body, receive), send)
+
+    async def _read(self, receive: Receive) -> list[AsgiMessage] | None:
+        """Return the messages of the body; None as soon as it is too large. A client's disconnect ends it early."""
+        messages: list[AsgiMessage] = []
+        size = 0
+        while not messages or messages[-1].get("more_body", False):
+            messages.append(await receive())
+            size += len(messages[-1].get("body", b""))
+            if size > self._limit:
+                return None
+        return messages
+
+
+def _replay(messages: list[AsgiMessage], receive: Receive) -> Receive:
+    """Return a receiver of the messages that were read, and then of the next ones."""
+    remaining = iter(messages)
+
+    async def replay() -> AsgiMessage:
+        message = next(remaining, None)
+        return await receive() if message is None else message
+
+    return replay

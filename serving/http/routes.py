@@ -1,9 +1,9 @@
-"""The node's HTTP API: OpenAI's chat and text completions, with what Aurora adds to them.
+"""HTTP API of a node: OpenAI's chat and text completions, with Aurora's extensions.
 
-Request headers: ``x-aurora-label`` (traffic label in the traces), ``x-aurora-trace: off`` (nothing of this request is
-published), ``x-aurora-speculate: off``, ``traceparent`` (the client's span: the request is one of the same trace, and
-the answer's id says so). Response header: ``x-aurora-speculator``, the version that drafts when the
-request begins; empty where none does. The answer's ``aurora`` key says how it was decoded.
+Request headers: ``x-aurora-label`` (traffic label in the traces), ``x-aurora-trace: off`` (no trace of this request is
+published), ``x-aurora-speculate: off``, ``traceparent`` (the client's span: the request joins its trace, and the id of
+the answer contains it). Response header: ``x-aurora-speculator``, the version that drafts when the request starts;
+empty without one. The answer's ``aurora`` field says how it was decoded.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from typing import Any, TypeVar
 
 import fastapi
 from fastapi import FastAPI
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from jinja2 import TemplateError
-from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from schemas.settings import Serve
 from schemas.telemetry import trace_context
 from serving.engines.base import Engine, Request
-from serving.http.body_limit import BodyLimit
-from serving.http.detokenizer import Detokenizer, Speller, Tokenizer
-from serving.http.drain import Drain, Draining
-from serving.http.generation import Choice, Generation, RequestFigures
-from serving.http.request_spans import Trail, teller
-from serving.http.requests import ApiError, ChatRequest, CompletionRequest, Sampling, StreamOptions, explain, invalid
-from serving.http.responses import Answer, ChatAnswer, CompletionAnswer, FinishReason, Tally
-from serving.http.transcript import Piece, Transcript, joined
+from serving.http import errors
+from serving.http.detokenizer import AnswerText, Detokenizer, TextDelta, Tokenizer, TokenSpeller, join_deltas
+from serving.http.errors import ApiError, invalid_request
+from serving.http.generation import Choice, Generation, RequestMetrics, RequestTrace
+from serving.http.requests import BodyLimit, ChatRequest, CompletionBody, CompletionRequest, StreamOptions
+from serving.http.responses import (
+    AnswerBuilder,
+    ChatAnswerBuilder,
+    CompletionAnswerBuilder,
+    FinishReason,
+    RequestUsage,
+)
+from serving.http.server import Drain, DrainMiddleware
 
-_LABEL_LIMIT = 256
-_CLIENT_GONE = 499
-_SERVER_ERRORS = 500
-_PATH_ERRORS = {404: "unknown_url", 405: "method_not_allowed"}
-_ERROR_HEADERS = {401: {"www-authenticate": "Bearer"}, 429: {"retry-after": "1"}}
+_MAX_LABEL = 256
+_CLIENT_CLOSED_REQUEST = 499
 _CONTEXT = 6
 """Tokens of a text completion's prompt that its first word is decoded with: the space before it may depend on them."""
 
@@ -54,17 +54,17 @@ class Completions:
         engine: Engine,
         tokenizer: Tokenizer,
         model: str,
-        figures: RequestFigures,
-        most_choices: int,
-        traced: Callable[[str], bool],
+        metrics: RequestMetrics,
+        max_choices: int,
+        is_traced: Callable[[str], bool],
     ) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
-        self._speller = Speller(tokenizer)
+        self._speller = TokenSpeller(tokenizer)
         self._model = model
-        self._figures = figures
-        self._most_choices = most_choices
-        self._traced = traced
+        self._metrics = metrics
+        self._max_choices = max_choices
+        self._is_traced = is_traced
 
     async def chat(self, body: ChatRequest, http: fastapi.Request) -> Response:
         """``POST /v1/chat/completions``.
@@ -73,14 +73,15 @@ class Completions:
             ApiError: the request cannot be answered.
         """
         self.check_model(body.model)
-        # A long prompt takes a while; the event loop has other answers to send.
-        prompt = await asyncio.to_thread(self._of_messages, body)
+        # A long prompt takes a while to tokenize; the event loop serves other requests meanwhile.
+        prompt = await asyncio.to_thread(self._tokenize_messages, body)
         self._check_size(body, [prompt], "messages")
-        trail = _trail(http)
-        answer = ChatAnswer(trail.context.to_request_id("chatcmpl"), self._model, self._speller, body.logprobs)
-        requests = self._requests(body, [prompt], answer.id, http)
+        trace = _request_trace(http)
+        answer_id = trace.context.to_request_id("chatcmpl")
+        builder = ChatAnswerBuilder(answer_id, self._model, self._speller, body.logprobs)
+        requests = self._requests(body, [prompt], answer_id, http)
         detokenizers = [Detokenizer(self._tokenizer) for _ in requests]
-        return await self._respond(body, requests, detokenizers, answer, trail, http)
+        return await self._respond(body, requests, detokenizers, builder, trace, http)
 
     async def complete(self, body: CompletionRequest, http: fastapi.Request) -> Response:
         """``POST /v1/completions``.
@@ -89,24 +90,24 @@ class Completions:
             ApiError: the request cannot be answered.
         """
         self.check_model(body.model)
-        prompts = await asyncio.to_thread(lambda: [self._of_prompt(prompt) for prompt in body.prompt])
+        prompts = await asyncio.to_thread(lambda: [self._tokenize_prompt(prompt) for prompt in body.prompt])
         self._check_size(body, prompts, "prompt")
-        trail = _trail(http)
-        answer_id = trail.context.to_request_id("cmpl")
-        answer = CompletionAnswer(answer_id, self._model, self._speller, body.logprobs is not None)
-        requests = self._requests(body, prompts, answer.id, http)
+        trace = _request_trace(http)
+        answer_id = trace.context.to_request_id("cmpl")
+        builder = CompletionAnswerBuilder(answer_id, self._model, self._speller, body.logprobs is not None)
+        requests = self._requests(body, prompts, answer_id, http)
         detokenizers = [Detokenizer(self._tokenizer, request.prompt[-_CONTEXT:]) for request in requests]
-        return await self._respond(body, requests, detokenizers, answer, trail, http)
+        return await self._respond(body, requests, detokenizers, builder, trace, http)
 
     def check_model(self, name: str) -> None:
-        """Refuse a model that is not served here.
+        """Reject a model that this node does not serve.
 
         Raises:
-            ApiError: another name than that of the target.
+            ApiError: the name is not the target's.
         """
         if name != self._model:
             message = f"The model {name!r} does not exist; this node serves {self._model!r}"
-            raise invalid(message, "model", "model_not_found", status=404)
+            raise invalid_request(message, "model", "model_not_found", status=404)
 
     def models(self) -> list[dict[str, Any]]:
         """``GET /v1/models``."""
@@ -114,39 +115,39 @@ class Completions:
 
     async def _respond(
         self,
-        body: Sampling,
+        body: CompletionBody,
         requests: Sequence[Request],
         detokenizers: Sequence[Detokenizer],
-        answer: Answer,
-        trail: Trail,
+        builder: AnswerBuilder,
+        trace: RequestTrace,
         http: fastapi.Request,
     ) -> Response:
         choices = [
-            Choice(i, request, Transcript(detokenizer, body.stop))
+            Choice(i, request, AnswerText(detokenizer, body.stop))
             for i, (request, detokenizer) in enumerate(zip(requests, detokenizers, strict=True))
         ]
-        generation = Generation(self._engine, choices, self._figures, teller(trail, answer.id, self._model))
-        # Prompts come once for each of their choices.
+        generation = Generation(self._engine, builder, choices, self._metrics, trace)
+        # Each prompt is repeated for its choices.
         prompt_tokens = sum(len(request.prompt) for request in requests[:: body.n])
-        headers = {"x-aurora-speculator": self._drafting(requests[0])}
+        headers = {"x-aurora-speculator": self._speculator(requests[0])}
         generation.submit()
         if body.stream:
-            events = _events(generation, answer, prompt_tokens, body.stream_options)
+            events = _events(generation, builder, prompt_tokens, body.stream_options)
             return _EventStream(generation, events, headers)
         try:
-            pieces = await _unless_gone(http, _collect(generation))
+            answers = await _unless_disconnected(http, _collect(generation))
         finally:
-            generation.abandon()
-        if pieces is None:
-            return Response(status_code=_CLIENT_GONE)
-        return JSONResponse(answer.whole(pieces, _tally(generation, prompt_tokens)), headers=headers)
+            generation.close()
+        if answers is None:
+            return Response(status_code=_CLIENT_CLOSED_REQUEST)
+        return JSONResponse(builder.response(answers, _usage(generation, prompt_tokens)), headers=headers)
 
     def _requests(
-        self, body: Sampling, prompts: Sequence[tuple[int, ...]], answer_id: str, http: fastapi.Request
+        self, body: CompletionBody, prompts: Sequence[tuple[int, ...]], answer_id: str, http: fastapi.Request
     ) -> list[Request]:
-        """One for each choice, those of a prompt one after the other; a single one has the answer's own id."""
+        """Return one request per choice, prompt by prompt; a single choice has the answer's own id."""
         label, longest = _label(http), self._engine.max_tokens
-        may_trace, speculate = _switch(http, "x-aurora-trace"), _switch(http, "x-aurora-speculate")
+        may_trace, speculate = _is_on(http, "x-aurora-trace"), _is_on(http, "x-aurora-speculate")
         several = len(prompts) * body.n > 1
         return [
             Request(
@@ -161,57 +162,57 @@ class Completions:
                 ignore_eos=body.ignore_eos,
                 logprobs=body.alternatives,
                 label=label,
-                trace=may_trace and self._traced(request_id),
+                trace=may_trace and self._is_traced(request_id),
                 speculate=speculate,
             )
             for i, prompt in enumerate(prompts)
             for j in range(body.n)
         ]
 
-    def _drafting(self, request: Request) -> str:
+    def _speculator(self, request: Request) -> str:
         health = self._engine.health()
         return health.speculator if request.speculate and health.speculating else ""
 
-    def _check_size(self, body: Sampling, prompts: Sequence[Sequence[int]], param: str) -> None:
-        if len(prompts) * body.n > self._most_choices:
-            message = f"This node gives at most {self._most_choices} choices to a request (serve.max_choices)"
-            raise invalid(f"{message}; {len(prompts)} prompts times n={body.n} are more", "n")
+    def _check_size(self, body: CompletionBody, prompts: Sequence[Sequence[int]], param: str) -> None:
+        if len(prompts) * body.n > self._max_choices:
+            message = f"This node gives at most {self._max_choices} choices to a request (serve.max_choices)"
+            raise invalid_request(f"{message}; {len(prompts)} prompts times n={body.n} are more", "n")
         longest = max(len(prompt) for prompt in prompts)
         if longest >= self._engine.max_tokens:
             message = (
                 f"This node's longest request is {self._engine.max_tokens} tokens, prompt and answer together "
                 f"(serve.max_model_len); {param} has {longest}"
             )
-            raise invalid(message, param, "context_length_exceeded")
+            raise invalid_request(message, param, "context_length_exceeded")
 
-    def _of_messages(self, body: ChatRequest) -> tuple[int, ...]:
-        turns = [message.for_template() for message in body.messages]
+    def _tokenize_messages(self, body: ChatRequest) -> tuple[int, ...]:
+        messages = [message.for_template() for message in body.messages]
         try:
-            ids = self._tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+            ids = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         except TemplateError as error:
-            raise invalid(f"The chat template refuses these messages: {error}", "messages") from error
+            raise invalid_request(f"The chat template rejects these messages: {error}", "messages") from error
         return tuple(ids)
 
-    def _of_prompt(self, prompt: str | list[int]) -> tuple[int, ...]:
+    def _tokenize_prompt(self, prompt: str | list[int]) -> tuple[int, ...]:
         ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         if not ids:
-            raise invalid("prompt: a prompt without a token has nothing to go on from", "prompt")
+            raise invalid_request("prompt: a prompt needs at least one token", "prompt")
         if max(ids) >= len(self._tokenizer):
-            raise invalid(f"prompt: {max(ids)} is no token id; there are {len(self._tokenizer)}", "prompt")
+            raise invalid_request(f"prompt: {max(ids)} is no token id; there are {len(self._tokenizer)}", "prompt")
         return tuple(ids)
 
 
-def create(
+def create_app(
     engine: Engine,
     tokenizer: Tokenizer,
     model: str,
-    figures: RequestFigures,
+    metrics: RequestMetrics,
     drain: Drain,
-    limits: Serve,
-    traced: Callable[[str], bool],
+    serve: Serve,
+    is_traced: Callable[[str], bool],
 ) -> FastAPI:
-    """The application, without the operator's endpoints; ``traced`` says by its id whether a request is traced."""
-    completions = Completions(engine, tokenizer, model, figures, limits.max_choices, traced)
+    """Return the application without the operator's endpoints; ``is_traced`` decides by the request's id."""
+    completions = Completions(engine, tokenizer, model, metrics, serve.max_choices, is_traced)
     app = FastAPI(title="Aurora Stream", docs_url=None, redoc_url=None)
 
     @app.post("/v1/chat/completions")
@@ -223,56 +224,26 @@ def create(
         return await completions.complete(body, request)
 
     @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
+    async def list_models() -> dict[str, Any]:
         return {"object": "list", "data": completions.models()}
 
     @app.get("/v1/models/{name:path}")
-    async def model_named(name: str) -> dict[str, Any]:
+    async def show_model(name: str) -> dict[str, Any]:
         completions.check_model(name)
         return completions.models()[0]
 
-    def refuse(error: ApiError) -> Response:
-        figures.ended("refused")
-        return told(error)
+    def reject(error: ApiError) -> Response:
+        metrics.count("rejected")
+        return error.response()
 
-    app.add_middleware(BodyLimit, limit=limits.max_body_bytes, refuse=refuse)
-    app.add_middleware(Draining, drain=drain, refuse=refuse)
-    explain_errors(app, lambda: figures.ended("refused"))
+    app.add_middleware(BodyLimit, limit=serve.max_body_bytes, reject=reject)
+    app.add_middleware(DrainMiddleware, drain=drain, reject=reject)
+    errors.install_handlers(app, lambda: metrics.count("rejected"))
     return app
 
 
-def explain_errors(app: FastAPI, refused: Callable[[], None]) -> None:
-    """Give every error OpenAI's shape; ``refused`` is called for each request to the API that is refused."""
-
-    def count(request: fastapi.Request, status: int) -> None:
-        if request.method == "POST" and request.url.path.startswith("/v1/") and status < _SERVER_ERRORS:
-            refused()
-
-    @app.exception_handler(ApiError)
-    async def refuse(request: fastapi.Request, error: ApiError) -> JSONResponse:
-        count(request, error.status)
-        return told(error)
-
-    @app.exception_handler(RequestValidationError)
-    async def explain_body(request: fastapi.Request, error: RequestValidationError) -> JSONResponse:
-        explained = explain(error.errors()[0])
-        count(request, explained.status)
-        return told(explained)
-
-    @app.exception_handler(HTTPException)
-    async def explain_path(_request: fastapi.Request, error: HTTPException) -> JSONResponse:
-        return told(
-            invalid(error.detail, None, _PATH_ERRORS.get(error.status_code, "invalid_request"), error.status_code)
-        )
-
-    @app.exception_handler(Exception)
-    async def admit(_request: fastapi.Request, _error: Exception) -> JSONResponse:
-        # Starlette raises it again behind the answer, so that the server logs it.
-        return told(ApiError(500, "The node failed; its log says why", kind="server_error", code="internal_error"))
-
-
 class _EventStream(StreamingResponse):
-    """Server-sent events of one answer; whatever ends the response, the engine is told."""
+    """Server-sent events of one answer; closes the generation however the response ends."""
 
     def __init__(self, generation: Generation, events: AsyncIterator[str], headers: dict[str, str]) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"cache-control": "no-cache", **headers})
@@ -282,69 +253,69 @@ class _EventStream(StreamingResponse):
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._generation.abandon()
+            self._generation.close()
 
 
 async def _events(
-    generation: Generation, answer: Answer, prompt_tokens: int, options: StreamOptions
+    generation: Generation, builder: AnswerBuilder, prompt_tokens: int, options: StreamOptions
 ) -> AsyncIterator[str]:
     def chunk(body: dict[str, Any]) -> str:
-        running = options.include_usage and options.continuous_usage_stats
-        return _event(body | ({"usage": _tally(generation, prompt_tokens).so_far()} if running else {}))
+        with_usage = options.include_usage and options.continuous_usage_stats
+        return _event(body | ({"usage": _usage(generation, prompt_tokens).usage()} if with_usage else {}))
 
     for choice in generation.choices:
-        if opening := answer.opening(choice.index):
-            yield chunk(opening)
+        if first := builder.first_chunk(choice.index):
+            yield chunk(first)
     try:
-        async with aclosing(generation.pieces()) as pieces:
-            async for choice, piece in pieces:
-                if piece:
-                    yield chunk(answer.chunk(choice.index, piece))
+        async with aclosing(generation.deltas()) as deltas:
+            async for choice, delta in deltas:
+                if delta:
+                    yield chunk(builder.delta_chunk(choice.index, delta))
                 if choice.finish is not None:
-                    yield chunk(answer.ending(choice.index, choice.finish))
+                    yield chunk(builder.finish_chunk(choice.index, choice.finish))
     except ApiError as error:
         yield _event(error.body)
         return
     if options.include_usage:
-        yield _event(answer.usage(_tally(generation, prompt_tokens)))
+        yield _event(builder.usage_chunk(_usage(generation, prompt_tokens)))
     yield "data: [DONE]\n\n"
 
 
-async def _collect(generation: Generation) -> list[tuple[Piece, FinishReason]]:
-    """The choices in their order, whole."""
-    pieces: dict[int, list[Piece]] = defaultdict(list)
-    ended: dict[int, FinishReason] = {}
-    async for choice, piece in generation.pieces():
-        pieces[choice.index].append(piece)
+async def _collect(generation: Generation) -> list[tuple[TextDelta, FinishReason]]:
+    """Return the complete choices in their order."""
+    deltas: dict[int, list[TextDelta]] = defaultdict(list)
+    finished: dict[int, FinishReason] = {}
+    async for choice, delta in generation.deltas():
+        deltas[choice.index].append(delta)
         if choice.finish is not None:
-            ended[choice.index] = choice.finish
-    return [(joined(pieces[index]), finish) for index, finish in sorted(ended.items())]
+            finished[choice.index] = choice.finish
+    return [(join_deltas(deltas[index]), finish) for index, finish in sorted(finished.items())]
 
 
-def _tally(generation: Generation, prompt_tokens: int) -> Tally:
-    return Tally(prompt_tokens, tuple(choice.cost for choice in generation.choices))
+def _usage(generation: Generation, prompt_tokens: int) -> RequestUsage:
+    return RequestUsage(prompt_tokens, tuple(choice.usage for choice in generation.choices))
 
 
-async def _unless_gone(http: fastapi.Request, work: Coroutine[None, None, _T]) -> _T | None:
-    """What ``work`` gives; None if the client goes away first."""
-    task, gone = asyncio.create_task(work), asyncio.create_task(_disconnected(http))
+async def _unless_disconnected(http: fastapi.Request, work: Coroutine[None, None, _T]) -> _T | None:
+    """Return the result of ``work``; None if the client disconnects first."""
+    task, disconnected = asyncio.create_task(work), asyncio.create_task(_wait_disconnected(http))
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({task, disconnected}, return_when=asyncio.FIRST_COMPLETED)
         return task.result() if task.done() else None
     finally:
         task.cancel()
-        gone.cancel()
+        disconnected.cancel()
 
 
-async def _disconnected(http: fastapi.Request) -> None:
+async def _wait_disconnected(http: fastapi.Request) -> None:
     while (await http.receive())["type"] != "http.disconnect":
         pass
 
 
-def _trail(http: fastapi.Request) -> Trail:
-    """The span of a request, in the trace of its client where that sent one."""
+def _request_trace(http: fastapi.Request) -> RequestTrace:
+    """Return the trace context of a request, in the trace of its client if the client sent one."""
     parent = trace_context.parse_traceparent(http.headers.get(trace_context.TRACEPARENT))
-    return Trail(parent.child() if parent else trace_context.new_trace(), parent)
+    return RequestTrace(parent.child() if parent else trace_context.new_trace(), parent)
 
 
 def _label(http: fastapi.Request) -> str | None:
@@ -352,22 +323,17 @@ def _label(http: fastapi.Request) -> str | None:
     if raw is None:
         return None
     label = raw.encode("latin-1").decode("utf-8", errors="replace")
-    if len(label) > _LABEL_LIMIT:
-        raise invalid(f"x-aurora-label: longer than {_LABEL_LIMIT} characters", "x-aurora-label")
+    if len(label) > _MAX_LABEL:
+        raise invalid_request(f"x-aurora-label: longer than {_MAX_LABEL} characters", "x-aurora-label")
     return label
 
 
-def _switch(http: fastapi.Request, header: str) -> bool:
+def _is_on(http: fastapi.Request, header: str) -> bool:
     value = http.headers.get(header, "on").lower()
     if value not in ("on", "off"):
-        raise invalid(f"{header}: expected 'on' or 'off', found {value!r}", header)
+        raise invalid_request(f"{header}: expected 'on' or 'off', found {value!r}", header)
     return value == "on"
 
 
 def _event(body: dict[str, Any]) -> str:
     return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"
-
-
-def told(error: ApiError) -> JSONResponse:
-    """An error as a response."""
-    return JSONResponse(error.body, status_code=error.status, headers=_ERROR_HEADERS.get(error.status))

@@ -1,4 +1,4 @@
-"""The operator's endpoints: is it alive, is it ready, what does it serve, and its metrics."""
+"""Operator's endpoints of a node: liveness, readiness, status and metrics."""
 
 from __future__ import annotations
 
@@ -10,39 +10,39 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Metric, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-from schemas.status import RejectedVersionStatus, ServeStatus, SwapStatus
+from schemas.status import ServeStatus
 from serving.engines.base import HotSwapEngine
-from serving.http.drain import Drain
+from serving.http.server import Drain
 from serving.traces.accounting import TraceCounts
-from serving.versions.poller import Puller
+from serving.versions.poller import VersionPoller
 
 _NO_TRACES = TraceCounts(0, 0, {}, 0, 0)
 
 
-class Ended(Protocol):
-    """How many requests have ended, and how."""
+class RequestOutcomes(Protocol):
+    """Counts of ended requests."""
 
     @property
     def finished(self) -> int:
-        """Those that were answered."""
+        """Requests that were answered."""
 
     @property
     def failed(self) -> int:
-        """Those that ended by a fault of the node."""
+        """Requests that ended with an error of the node."""
 
 
-class Traced(Protocol):
-    """Who publishes traces."""
+class TraceSource(Protocol):
+    """A publisher of traces."""
 
     @property
-    def breaker(self) -> str:
-        """State of the breaker before the broker."""
+    def circuit_breaker(self) -> str:
+        """State of the circuit breaker of the broker."""
 
     def counts(self) -> TraceCounts:
-        """Where the rows are."""
+        """Return the counts of rows."""
 
     def collect(self) -> Iterator[Metric]:
-        """Metrics of one moment."""
+        """Yield the metrics at scrape time."""
 
 
 class EngineMetrics:
@@ -52,53 +52,61 @@ class EngineMetrics:
         self._engine = engine
 
     def collect(self) -> Iterator[Metric]:
-        """Metrics of one moment."""
+        """Yield the metrics at scrape time."""
         health = self._engine.health()
-        yield CounterMetricFamily("aurora_serve_verify_steps", "Verify steps.", value=health.verify_steps)
-        yield CounterMetricFamily("aurora_serve_drafted_tokens", "Tokens drafted.", value=health.draft_tokens)
-        yield CounterMetricFamily(
-            "aurora_serve_accepted_tokens", "Drafted tokens accepted.", value=health.accepted_tokens
-        )
-        yield CounterMetricFamily("aurora_serve_output_tokens", "Tokens answered.", value=health.output_tokens)
-        yield GaugeMetricFamily("aurora_serve_draft_depth", "Tokens drafted a request.", value=health.draft_depth)
+        for name, text, value in (
+            ("aurora_serve_verify_steps", "Verify steps.", health.verify_steps),
+            ("aurora_serve_draft_tokens", "Draft tokens.", health.draft_tokens),
+            ("aurora_serve_accepted_tokens", "Accepted draft tokens.", health.accepted_tokens),
+            ("aurora_serve_output_tokens", "Output tokens.", health.output_tokens),
+        ):
+            yield CounterMetricFamily(name, text, value=value)
         rates = GaugeMetricFamily(
-            "aurora_serve_expected_tokens_per_second", "By drafted tokens a request.", labels=["drafted"]
+            "aurora_serve_expected_tokens_per_second", "Expected output rate by draft depth.", labels=["draft_depth"]
         )
-        for drafted, rate in enumerate(health.expected_tokens_per_second):
-            rates.add_metric([str(drafted)], rate)
+        for depth, rate in enumerate(health.expected_tokens_per_second):
+            rates.add_metric([str(depth)], rate)
         yield rates
-        yield GaugeMetricFamily("aurora_serve_running", "Requests being decoded.", value=health.requests_running)
-        yield GaugeMetricFamily("aurora_serve_waiting", "Requests that wait.", value=health.requests_waiting)
-        yield GaugeMetricFamily("aurora_serve_alive", "1 while the engine runs.", value=int(health.alive))
+        for name, text, value in (
+            (
+                "aurora_serve_draft_depth",
+                "Draft tokens per request and verify step, one after the other.",
+                health.draft_depth,
+            ),
+            ("aurora_serve_requests_running", "Requests that are decoded.", health.requests_running),
+            ("aurora_serve_requests_waiting", "Requests that wait for a slot.", health.requests_waiting),
+            ("aurora_serve_engine_up", "1 while the engine runs.", int(health.alive)),
+        ):
+            yield GaugeMetricFamily(name, text, value=value)
 
 
-def add(
+def add_routes(
     app: FastAPI,
     node: str,
     engine: HotSwapEngine,
-    figures: Ended,
+    outcomes: RequestOutcomes,
     metrics: CollectorRegistry,
-    publisher: Traced | None,
-    puller: Puller | None,
+    traces: TraceSource | None,
+    poller: VersionPoller | None,
     drain: Drain,
 ) -> None:
-    """Add the endpoints to the application, and everything that counts to ``metrics``."""
-    for source in (EngineMetrics(engine), publisher, puller):
+    """Add the endpoints to the application, and all collectors to ``metrics``."""
+    for source in (EngineMetrics(engine), traces, poller):
         if source is not None:
             metrics.register(source)
 
-    def state(*, good: bool) -> JSONResponse:
+    def respond(*, is_ok: bool) -> JSONResponse:
         health = engine.health()
-        body = {"alive": health.alive, "draining": drain.begun, "error": health.error}
-        return JSONResponse(body, status_code=200 if good else 503)
+        body = {"alive": health.alive, "draining": drain.is_draining, "error": health.error}
+        return JSONResponse(body, status_code=200 if is_ok else 503)
 
     @app.get("/health")
     async def health() -> JSONResponse:
-        return state(good=engine.health().alive)
+        return respond(is_ok=engine.health().alive)
 
     @app.get("/ready")
     async def ready() -> JSONResponse:
-        return state(good=engine.health().alive and not drain.begun)
+        return respond(is_ok=engine.health().alive and not drain.is_draining)
 
     @app.get("/metrics")
     async def scrape() -> Response:
@@ -106,36 +114,36 @@ def add(
 
     @app.get("/status")
     async def status() -> ServeStatus:
-        return describe(node, engine, figures, publisher, puller, drain)
+        return serve_status(node, engine, outcomes, traces, poller, drain)
 
 
-def describe(
+def serve_status(
     node: str,
     engine: HotSwapEngine,
-    figures: Ended,
-    publisher: Traced | None,
-    puller: Puller | None,
+    outcomes: RequestOutcomes,
+    traces: TraceSource | None,
+    poller: VersionPoller | None,
     drain: Drain,
 ) -> ServeStatus:
-    """What the node is doing."""
+    """Return the status of the node."""
     health = engine.health()
-    rows = publisher.counts() if publisher else _NO_TRACES
+    rows = traces.counts() if traces else _NO_TRACES
     return ServeStatus(
         node=node,
         target=engine.target,
         line=engine.line,
         engine_up=health.alive,
-        draining=drain.begun,
+        draining=drain.is_draining,
         speculator=health.speculator,
         speculating=health.speculating,
         draft_depth=health.draft_depth,
         expected_tokens_per_second=list(health.expected_tokens_per_second),
-        role=puller.role if puller else None,
-        pinned=puller.pinned if puller else None,
+        role=poller.role if poller else None,
+        pinned=poller.pinned if poller else None,
         requests_running=health.requests_running,
         requests_waiting=health.requests_waiting,
-        requests_finished=figures.finished,
-        requests_failed=figures.failed,
+        requests_finished=outcomes.finished,
+        requests_failed=outcomes.failed,
         verify_steps=health.verify_steps,
         draft_tokens=health.draft_tokens,
         accepted_tokens=health.accepted_tokens,
@@ -143,23 +151,11 @@ def describe(
         acceptance_length=1 + health.accepted_tokens / health.verify_steps if health.verify_steps else None,
         rows_captured=rows.captured,
         rows_published=rows.published,
-        rows_dropped=rows.rows_shed,
+        rows_dropped=rows.rows_dropped,
         rows_pending=rows.pending,
-        circuit_breaker=publisher.breaker if publisher else "closed",
-        registry_error=puller.error if puller else None,
-        registry_stale_responses=puller.stale if puller else 0,
-        swaps=swaps_of(puller),
-        versions_rejected=refused_of(puller),
+        circuit_breaker=traces.circuit_breaker if traces else "closed",
+        registry_error=poller.error if poller else None,
+        registry_stale_responses=poller.stale_count if poller else 0,
+        swaps=list(poller.swaps) if poller else [],
+        versions_rejected=list(poller.rejected) if poller else [],
     )
-
-
-def swaps_of(puller: Puller | None) -> list[SwapStatus]:
-    """The newest swaps, oldest first."""
-    swaps = puller.swaps if puller else ()
-    return [SwapStatus(version=s.version, time=s.time, in_flight=s.in_flight, pause_ms=s.pause_ms) for s in swaps]
-
-
-def refused_of(puller: Puller | None) -> list[RejectedVersionStatus]:
-    """Versions that the node will not serve."""
-    refused = puller.refused if puller else ()
-    return [RejectedVersionStatus(version=r.version, time=r.time, why=r.why) for r in refused]

@@ -1,20 +1,24 @@
-"""Where every captured trace row is: published, shed for a reason, or pending."""
+"""Accounting of trace rows: every captured row is published, dropped for a reason, or pending."""
 
 from __future__ import annotations
 
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-Reason = Literal[
+from prometheus_client import Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+DropReason = Literal[
     "queue_full",
     "budget",
-    "breaker_open",
-    "claim_failed",
+    "circuit_breaker_open",
+    "offload_failed",
     "too_large",
     "unencodable",
-    "refused",
+    "rejected",
     "closed",
     "unconfirmed",
 ]
@@ -22,74 +26,92 @@ Reason = Literal[
 
 @dataclass(frozen=True, slots=True)
 class TraceCounts:
-    """Rows since the start. ``captured`` = ``published`` + the sum of ``shed`` + ``pending``, at any time."""
+    """Rows since the start. ``captured`` = ``published`` + the sum of ``dropped`` + ``pending``, at any time."""
 
     captured: int
     published: int
-    shed: dict[str, int]
+    dropped: dict[str, int]
     pending: int
     pending_bytes: int
-    sampled_out: int = 0
-    """Requests outside the traced share; nothing of them is captured."""
+    unsampled: int = 0
+    """Requests outside the sample; none of their rows is captured."""
 
     @property
-    def rows_shed(self) -> int:
-        """Rows shed for any reason."""
-        return sum(self.shed.values())
+    def rows_dropped(self) -> int:
+        """Rows dropped for any reason."""
+        return sum(self.dropped.values())
+
+    def metrics(self) -> Iterator[Metric]:
+        """Yield the counts as metrics."""
+        yield CounterMetricFamily("aurora_serve_trace_rows_captured", "Trace rows captured.", value=self.captured)
+        yield CounterMetricFamily("aurora_serve_trace_rows_published", "Trace rows acknowledged.", value=self.published)
+        dropped = CounterMetricFamily(
+            "aurora_serve_trace_rows_dropped", "Trace rows dropped, by reason.", labels=["reason"]
+        )
+        for reason, rows in self.dropped.items():
+            dropped.add_metric([reason], rows)
+        yield dropped
+        yield GaugeMetricFamily("aurora_serve_trace_rows_pending", "Trace rows not yet published.", value=self.pending)
+        yield GaugeMetricFamily(
+            "aurora_serve_trace_queue_bytes", "Bytes of the pending rows.", value=self.pending_bytes
+        )
+        yield CounterMetricFamily(
+            "aurora_serve_trace_requests_unsampled", "Requests outside the sample.", value=self.unsampled
+        )
 
 
-class Ledger:
-    """Where every captured row is, for any thread."""
+class TraceAccounting:
+    """Counts of rows, for any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._captured = 0
         self._published = 0
-        self._shed: Counter[str] = Counter()
+        self._dropped: Counter[str] = Counter()
         self._pending = 0
         self._bytes = 0
-        self._sampled_out = 0
+        self._unsampled = 0
 
-    def sample_out(self) -> None:
-        """Count a request of which nothing will be captured."""
+    def skip_request(self) -> None:
+        """Count a request outside the sample."""
         with self._lock:
-            self._sampled_out += 1
+            self._unsampled += 1
 
     def capture(self, rows: int, size: int, limit: int) -> bool:
-        """Count rows as pending, or as shed where ``size`` more bytes would go beyond ``limit``."""
+        """Count rows as pending, or as dropped if ``size`` more bytes exceed ``limit``."""
         with self._lock:
             self._captured += rows
             if self._bytes + size > limit:
-                self._shed["queue_full"] += rows
+                self._dropped["queue_full"] += rows
                 return False
             self._pending += rows
             self._bytes += size
             return True
 
-    def turn_away(self, rows: int, reason: Reason) -> None:
-        """Count rows that never became pending."""
+    def reject(self, rows: int, reason: DropReason) -> None:
+        """Count rows as dropped that never became pending."""
         with self._lock:
             self._captured += rows
-            self._shed[reason] += rows
+            self._dropped[reason] += rows
 
     def publish(self, rows: int, size: int) -> None:
-        """Pending rows reached the broker."""
+        """Count pending rows as published."""
         with self._lock:
             self._pending -= rows
             self._bytes -= size
             self._published += rows
 
-    def shed(self, rows: int, size: int, reason: Reason) -> None:
-        """Pending rows were given up."""
+    def drop(self, rows: int, size: int, reason: DropReason) -> None:
+        """Count pending rows as dropped."""
         with self._lock:
             self._pending -= rows
             self._bytes -= size
-            self._shed[reason] += rows
+            self._dropped[reason] += rows
 
     def counts(self) -> TraceCounts:
-        """All figures of one moment."""
+        """Return all counts of one moment."""
         with self._lock:
-            shed = dict(self._shed)
+            dropped = dict(self._dropped)
             return TraceCounts(
-                self._captured, self._published, shed, self._pending, self._bytes, sampled_out=self._sampled_out
+                self._captured, self._published, dropped, self._pending, self._bytes, unsampled=self._unsampled
             )

@@ -1,4 +1,4 @@
-"""From a request's verify steps to chunks that fit into one Kafka message; nothing here does I/O."""
+"""Chunks: builds the Kafka messages of a request from its verify steps, within the size limits. No I/O."""
 
 from __future__ import annotations
 
@@ -6,20 +6,24 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from schemas.trace.record import Chunk, Envelope, Features, VerifyStep
+from schemas.telemetry import trace_context
+from schemas.telemetry.trace_context import TraceContext
+from schemas.trace.record import CONTENT_TYPE, Chunk, Envelope, Features, VerifyStep, fingerprint
 from serving.engines.base import Finish, Request
 
 FRAME_BYTES = 8192
-"""Upper bound of what a chunk weighs beside its rows: Arrow metadata, buffer padding, envelope, key and headers."""
+"""Upper bound of a chunk's size without its rows: Arrow metadata, buffer padding, envelope, key and headers."""
 
 _ROW_BYTES = 160
 _TOKEN_BEFORE_BYTES = 11
-"""Upper bound of what a token in ``Envelope.before`` weighs."""
+"""Upper bound of the size of a token in ``Envelope.before``."""
+
+Headers = list[tuple[str, str | bytes | None]]
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where verify steps come from; the same for every chunk of a node."""
+    """Origin of the verify steps; the same for every chunk of a node."""
 
     node: str
     target: str
@@ -29,71 +33,93 @@ class Origin:
 
 
 @dataclass(frozen=True, slots=True)
-class Space:
-    """Bytes in a message, and in the file of features beside it."""
+class ChunkSize:
+    """Bytes of a message, and of the file with its offloaded features."""
 
     message: int
     file: int = 0
 
-    def __add__(self, other: Space) -> Space:
-        return Space(self.message + other.message, self.file + other.file)
+    def __add__(self, other: ChunkSize) -> ChunkSize:
+        return ChunkSize(self.message + other.message, self.file + other.file)
 
-    def holds(self, other: Space) -> bool:
-        """Whether the other fits into this."""
-        return other.message <= self.message and other.file <= self.file
+    def fits(self, limit: ChunkSize) -> bool:
+        """Return whether both parts are within the limit."""
+        return self.message <= limit.message and self.file <= limit.file
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
-    """How features travel, and the space that the rows of a chunk have."""
+class FeatureTransport:
+    """How features travel (``traces.features``), and the size limit of a chunk's rows."""
 
     features: Features
-    limit: Space
+    limit: ChunkSize
 
-    def space(self, r: VerifyStep) -> Space:
-        """What a row takes."""
+    def row_size(self, r: VerifyStep) -> ChunkSize:
+        """Return the size of a row."""
         if self.features != "claim-check":
-            return Space(row_bytes(r))
-        return Space(row_bytes(r) - r.features.nbytes, r.features.nbytes)
+            return ChunkSize(row_bytes(r))
+        return ChunkSize(row_bytes(r) - r.features.nbytes, r.features.nbytes)
 
 
 def row_bytes(r: VerifyStep) -> int:
-    """Upper bound of what a row adds to an encoded chunk, as if nothing in it could be compressed."""
+    """Return an upper bound of a row's size in an encoded chunk, as if nothing in it could be compressed."""
     ids = 4 * len(r.tokens) + 10 * len(r.draft_tokens) + 2 * len(r.accepted)
     numbers = r.features.nbytes + r.top_ids.nbytes + r.top_logprobs.nbytes
     return numbers + ids + len(r.speculator.encode()) + _ROW_BYTES
 
 
 def chunk_bytes(chunk: Chunk) -> int:
-    """Upper bound of what a chunk weighs, file of features included."""
+    """Return an upper bound of a chunk's size, the file of its features included."""
     return FRAME_BYTES + sum(map(row_bytes, chunk.verify_steps)) + _TOKEN_BEFORE_BYTES * len(chunk.envelope.before)
 
 
-def without_features(r: VerifyStep) -> VerifyStep:
-    """The verify step with none of its features; what held them can be freed."""
+def message_headers(chunk: Chunk, context: TraceContext) -> Headers:
+    """Return the headers of a chunk, readable before it is decoded; ``context`` is the span that publishes it."""
+    drafted = [r.speculator for r in chunk.verify_steps if r.speculator]
+    fields = {
+        "content-type": CONTENT_TYPE,
+        "schema": fingerprint(),
+        "node": chunk.envelope.node,
+        "target": chunk.envelope.target,
+        "speculator": drafted[-1] if drafted else "",
+        "rows": str(len(chunk.verify_steps)),
+        trace_context.TRACEPARENT: context.to_traceparent(),
+    }
+    if chunk.envelope.claim:
+        fields["claim-bytes"] = str(chunk.envelope.claim.size)
+    return [(name, text.encode()) for name, text in fields.items()]
+
+
+def message_bytes(value: bytes, key: bytes, headers: Headers) -> int:
+    """Return the size of a message."""
+    return len(value) + len(key) + sum(len(name) + len(text or "") for name, text in headers)
+
+
+def drop_features(r: VerifyStep) -> VerifyStep:
+    """Return the verify step without its features, so that their memory can be freed."""
     return replace(r, features=np.empty((0, r.features.shape[1]), np.uint16)) if len(r.features) else r
 
 
-def cut(r: VerifyStep, way: Way) -> tuple[VerifyStep, ...]:
-    """The rows of a prefill, none larger than a chunk where tokens can be parted; only the last has a bonus.
+def split_prefill(r: VerifyStep, transport: FeatureTransport) -> tuple[VerifyStep, ...]:
+    """Split a prefill into rows that fit into a chunk, as far as tokens can be separated; only the last has a bonus.
 
-    A row with a draft is one decision of the verifier and stays whole. The times stand on the last row, so that they
-    add up.
+    A row with a draft is one decision of the verifier and stays whole. Only the last row carries the times, so that
+    their sum is right.
     """
-    if way.limit.holds(way.space(r)) or r.draft_tokens:
+    if transport.row_size(r).fits(transport.limit) or r.draft_tokens:
         return (r,)
     n = len(r.tokens)
-    fixed, whole = way.space(_part(r, 0, 0, is_end=True)), way.space(r)
-    steps = [
+    fixed, whole = transport.row_size(_part(r, 0, 0, is_end=True)), transport.row_size(r)
+    lengths = [
         (limit - least) * n // (most - least)
         for limit, least, most in (
-            (way.limit.message, fixed.message, whole.message),
-            (way.limit.file, fixed.file, whole.file),
+            (transport.limit.message, fixed.message, whole.message),
+            (transport.limit.file, fixed.file, whole.file),
         )
         if most > least
     ]
-    step = max(1, min(steps))
-    return tuple(_part(r, at, min(at + step, n), is_end=at + step >= n) for at in range(0, n, step))
+    length = max(1, min(lengths))
+    return tuple(_part(r, at, min(at + length, n), is_end=at + length >= n) for at in range(0, n, length))
 
 
 def _part(r: VerifyStep, start: int, end: int, *, is_end: bool) -> VerifyStep:
@@ -103,66 +129,60 @@ def _part(r: VerifyStep, start: int, end: int, *, is_end: bool) -> VerifyStep:
     return replace(part, bonus=None, top_ids=r.top_ids[:0], top_logprobs=r.top_logprobs[:0], draft_us=0, verify_us=0)
 
 
-class Assembly:
-    """One request's verify steps on their way into chunks.
+class ChunkBuilder:
+    """Builds the chunks of one request.
 
-    A chunk holds consecutive verify steps. Where verify steps are missing (they were shed) the chunk ends and a
-    number is left out,
-    so that a reader sees the gap. The newest verify steps are kept back until the next ones or the end come: the
-    last chunk
-    of a request is never empty.
+    A chunk holds consecutive verify steps. Where steps are missing (they were dropped), the chunk ends and one chunk
+    number is skipped, so that a reader sees the gap. The newest steps stay here until the next ones, or the end of the
+    request, arrive: the last chunk of a request is never empty.
     """
 
-    def __init__(self, request: Request, origin: Origin, way: Way) -> None:
+    def __init__(self, request: Request, origin: Origin, transport: FeatureTransport) -> None:
         self._request = request
         self._origin = origin
-        self._way = way
+        self._transport = transport
         self._verify_steps: list[VerifyStep] = []
-        self._taken = Space(0)
+        self._size = ChunkSize(0)
         self._number = 0
         self._position = 0
-        self._known: list[int] | None = [] if way.features == "recompute" else None
-        """Tokens up to ``_position``, as long as none was missed."""
+        self._known: list[int] | None = [] if transport.features == "recompute" else None
+        """Tokens up to ``_position``; None once an answer token was missed."""
         self._before: tuple[int, ...] = ()
 
     def add(self, r: VerifyStep) -> Chunk | None:
-        """Take the next verify step, and give the chunk that ends before it, if one does."""
-        gap, space = r.position != self._position, self._way.space(r)
-        full = self._take() if gap or not self._way.limit.holds(self._taken + space) else None
-        self._number += gap
-        if gap and self._known is not None:
-            # The answer's tokens were in the verify steps that are missing, the prompt's are known.
+        """Add the next verify step; return the chunk that ends before it, if one does."""
+        is_gap, size = r.position != self._position, self._transport.row_size(r)
+        full = self.end(None) if is_gap or not (self._size + size).fits(self._transport.limit) else None
+        self._number += is_gap
+        if is_gap and self._known is not None:
+            # The prompt's tokens are known. Those of the answer were in the missing verify steps.
             prompt = self._request.prompt
             self._known = list(prompt[: r.position]) if r.position <= len(prompt) else None
         if not self._verify_steps:
-            self._begin()
+            self._start_chunk()
         self._verify_steps.append(r)
-        self._taken += space
+        self._size += size
         self._position = r.position + len(r.tokens)
         if self._known is not None:
             self._known += r.tokens
         return full
 
     def end(self, finish: Finish | None) -> Chunk | None:
-        """The verify steps that are left, as the request's last chunk where ``finish`` is given; None if none was
-        taken.
-        """
-        return self._take(finish)
-
-    def _begin(self) -> None:
-        """Reserve the space for the tokens before; where they would take most of a chunk, they are left out."""
-        before = tuple(self._known or ())
-        space = Space(_TOKEN_BEFORE_BYTES * len(before))
-        self._before, self._taken = ((), Space(0)) if 2 * space.message > self._way.limit.message else (before, space)
-
-    def _take(self, finish: Finish | None = None) -> Chunk | None:
+        """Return the remaining verify steps as a chunk, the last one of the request if ``finish`` is given."""
         if not self._verify_steps:
             return None
         chunk = Chunk(self._envelope(finish), tuple(self._verify_steps))
         self._verify_steps.clear()
-        self._taken = Space(0)
+        self._size = ChunkSize(0)
         self._number += 1
         return chunk
+
+    def _start_chunk(self) -> None:
+        """Reserve space for the tokens before the chunk; leave them out where they would take most of it."""
+        before = tuple(self._known or ())
+        size = ChunkSize(_TOKEN_BEFORE_BYTES * len(before))
+        is_small = 2 * size.message <= self._transport.limit.message
+        self._before, self._size = (before, size) if is_small else ((), ChunkSize(0))
 
     def _envelope(self, finish: Finish | None) -> Envelope:
         first, request = self._verify_steps[0], self._request
@@ -173,7 +193,7 @@ class Assembly:
             node=self._origin.node,
             target=self._origin.target,
             line=self._origin.line,
-            features=self._way.features,
+            features=self._transport.features,
             feature_width=first.features.shape[1],
             top_k=first.top_ids.shape[1],
             temperature=request.temperature,

@@ -1,22 +1,21 @@
-"""The trace publisher: takes verify steps from the engine's thread, and brings them to Kafka from a thread of its own.
+"""The trace publisher: takes verify steps from the engine's thread, and publishes them to Kafka from its own thread.
 
-Every row ends in exactly one of three ways: *published* (the broker acknowledged it), *shed* (given up, with a reason),
-or, while the node runs, *pending*. Bytes that are pending are bounded; beyond the bound the newest rows are shed.
+Every row ends in exactly one of three states: *published* (the broker acknowledged it), *dropped* (for a reason) or,
+while the node runs, *pending*. The pending bytes are bounded; beyond the bound the newest rows are dropped.
 
-**What is exact.** The producer is idempotent and never gives up on a chunk while the node runs: a message that timed
-out in flight may have reached the broker all the same, and could be counted neither as published nor as shed. So a
-broker that is away makes chunks wait, not fail. A chunk without an acknowledgement for ``OVERDUE_S`` counts as a failed
-delivery for the breaker, and only for the breaker: it stays pending, and when the broker is back it arrives, once.
-While the breaker is open new chunks are shed before they are sent, which is exact; one is sent as a probe every
-``circuit_breaker_probe_interval``. Only where the producer ends with chunks in hand (the node closes, or the
-client
-library reports a
-fatal error) can the truth not be known: those rows are shed as ``unconfirmed``, and at most those may be in the topic
-although they are counted as shed.
+**The counts are exact.** The producer is idempotent and never gives up on a chunk while the node runs: a message that
+timed out in flight may have reached the broker, and could be counted neither as published nor as dropped. So an
+unreachable broker makes chunks wait, not fail. A chunk without an acknowledgement for ``OVERDUE_S`` counts as a failed
+delivery for the circuit breaker only: it stays pending, and arrives once when the broker is back. While the circuit
+breaker is open, new chunks are dropped before they are sent, which is exact; one is sent as a probe every
+``circuit_breaker_probe_interval``. Only where the producer ends with chunks in flight (the node closes, or the client
+library reports a fatal error) their fate is unknown: those rows are dropped as ``unconfirmed``, and at most those may
+be in the topic although they count as dropped.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -27,51 +26,77 @@ from queue import SimpleQueue
 
 import pyarrow as pa
 import structlog
-from confluent_kafka import KafkaError, KafkaException, Message
+from confluent_kafka import KafkaError, KafkaException, Message, Producer
 from prometheus_client import Metric
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import GaugeMetricFamily
 
-from schemas.claim_store import ClaimStore
-from schemas.settings import Kafka, Traces
+from schemas.settings import Kafka, SettingsError, Traces
 from schemas.telemetry import spans
 from schemas.telemetry.spans import Span
 from schemas.telemetry.trace_context import TraceContext, request_context
 from schemas.trace.record import Chunk, VerifyStep, encode
 from serving.engines.base import Finish, Request
-from serving.traces.accounting import Ledger, Reason, TraceCounts
+from serving.traces.accounting import DropReason, TraceAccounting, TraceCounts
 from serving.traces.chunks import (
     FRAME_BYTES,
-    Assembly,
+    ChunkBuilder,
+    ChunkSize,
+    FeatureTransport,
     Origin,
-    Space,
-    Way,
     chunk_bytes,
-    cut,
+    drop_features,
+    message_bytes,
+    message_headers,
     row_bytes,
-    without_features,
+    split_prefill,
 )
-from serving.traces.circuit_breaker import Breaker
-from serving.traces.offload import Cloakroom
-from serving.traces.producer import NOT_LET_IN, Producer, connect, headers_of, message_bytes
-from serving.traces.sampling import BURST_S, TokenBucket, WaitingRoom, is_sampled
+from serving.traces.circuit_breaker import CircuitBreaker, CircuitState
+from serving.traces.offload import FeatureOffload
+from serving.traces.sampling import BudgetQueue, is_sampled
 
 log = structlog.get_logger()
 
 OVERDUE_S = 10.0
-"""A chunk that was not acknowledged for this long counts as a failed delivery."""
+"""A chunk without an acknowledgement for this long counts as a failed delivery."""
 
 _PAUSE_S = 0.05
-"""The publisher looks for verify steps this often. Woken for each, it would take the interpreter from the engine's
-thread
-just when that one has work for the processor."""
-_BREAKER_LEVEL = {"closed": 0, "half_open": 1, "open": 2}
+"""Interval at which the publisher reads its queue. Woken for each verify step, it would take the interpreter from the
+engine's thread just when that one has work for the processor."""
+_CIRCUIT_LEVEL = {"closed": 0, "half_open": 1, "open": 2}
+_ACCESS_DENIED = (KafkaError._AUTHENTICATION, KafkaError.SASL_AUTHENTICATION_FAILED, KafkaError._SSL)
+"""Errors of wrong ``kafka.client_options``; the client keeps trying."""
 _TOO_LARGE = (KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.RECORD_LIST_TOO_LARGE)
 _UNKNOWN_FATE = (KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT, KafkaError._FATAL, KafkaError._MSG_TIMED_OUT)
 
 
+def connect(kafka: Kafka, traces: Traces, on_error: Callable[[KafkaError], None]) -> Producer:
+    """Return an idempotent producer that retries for as long as it lives.
+
+    Raises:
+        SettingsError: ``kafka.client_options`` has an option that the client does not know.
+    """
+    options = {
+        "bootstrap.servers": kafka.bootstrap_servers,
+        "enable.idempotence": True,
+        "acks": "all",
+        "message.timeout.ms": 0,
+        "message.max.bytes": kafka.max_message_bytes,
+        "queue.buffering.max.kbytes": max(1, traces.max_queue_bytes // 1024),
+        "linger.ms": 20,
+        "compression.type": "none",
+        "reconnect.backoff.max.ms": 2000,
+        "error_cb": on_error,
+        "logger": logging.getLogger("librdkafka"),
+    }
+    try:
+        return Producer({**kafka.client_options, **options})
+    except (KafkaException, ValueError) as error:
+        raise SettingsError(f"kafka.bootstrap_servers or kafka.client_options: {error}") from error
+
+
 @dataclass(frozen=True, slots=True)
-class _Item:
-    """What the engine handed over; no verify steps where only the end of a request is told."""
+class _Capture:
+    """Rows of a request from the engine's thread; no rows if only the end of the request is reported."""
 
     request: Request
     verify_steps: tuple[VerifyStep, ...]
@@ -79,8 +104,8 @@ class _Item:
 
 
 @dataclass(frozen=True, slots=True)
-class _Parcel:
-    """A chunk in the producer's hands."""
+class _Delivery:
+    """A chunk on its way to the broker."""
 
     rows: int
     size: int
@@ -88,17 +113,24 @@ class _Parcel:
     """The span of its publication."""
     request: str
     number: int
-    since: float
-    """Unix time at which it was made ready."""
+    start: float
+    """Unix time."""
+
+    @classmethod
+    def create(cls, chunk: Chunk) -> _Delivery:
+        request = chunk.envelope.request
+        size = sum(map(row_bytes, chunk.verify_steps))
+        context = request_context(request).child()
+        return cls(len(chunk.verify_steps), size, context, request, chunk.envelope.chunk, time.time())
 
 
 class TracePublisher:
     """A ``TraceSink`` that publishes to Kafka.
 
     Args:
-        kafka: Broker, topic, and the size that no message exceeds.
-        traces: Bounds and the breaker's figures.
-        producer: Makes the producer; replaced by tests.
+        kafka: Broker, topic, and maximum message size.
+        traces: Limits.
+        connect_producer: Creates the producer; replaced by tests.
         clock: Monotonic seconds.
     """
 
@@ -106,44 +138,44 @@ class TracePublisher:
         self,
         kafka: Kafka,
         traces: Traces,
-        producer: Callable[[Kafka, Traces, Callable[[KafkaError], None]], Producer] | None = None,
+        connect_producer: Callable[[Kafka, Traces, Callable[[KafkaError], None]], Producer] = connect,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._kafka = kafka
-        self._limit = traces.max_queue_bytes
-        self._way = Way(traces.features, Space(kafka.max_message_bytes - FRAME_BYTES, traces.claim_check_max_bytes))
+        self._traces = traces
+        limit = ChunkSize(kafka.max_message_bytes - FRAME_BYTES, traces.claim_check_max_bytes)
+        self._transport = FeatureTransport(traces.features, limit)
         self._clock = clock
-        self._connect = partial(producer or connect, kafka, traces, self._on_error)
+        self._connect = partial(connect_producer, kafka, traces, self._on_error)
         self._producer = self._connect()
-        self._breaker = Breaker(traces.circuit_breaker_failures, traces.circuit_breaker_probe_interval)
-        self._ledger = Ledger()
-        self._cloakroom = _cloakroom(traces, clock)
-        self._room = _waiting_room(kafka, traces)
-        self._share = traces.sample_ratio
-        self._intake: SimpleQueue[_Item] = SimpleQueue()
-        self._intake_lock = threading.Lock()
+        self._breaker = CircuitBreaker(traces.circuit_breaker_failures, traces.circuit_breaker_probe_interval)
+        self._accounting = TraceAccounting()
+        self._offload = FeatureOffload(traces, clock) if traces.features == "claim-check" else None
+        self._budget = BudgetQueue.create(kafka, traces) if traces.max_bytes_per_second else None
+        self._captures: SimpleQueue[_Capture] = SimpleQueue()
+        self._capture_lock = threading.Lock()
         self._closed = False
         self._ending = threading.Event()
         self._origin = Origin("", "", "")
-        self._open: dict[str, Assembly] = {}
-        self._in_hand: dict[int, _Parcel] = {}
+        self._builders: dict[str, ChunkBuilder] = {}
+        self._in_flight: dict[int, _Delivery] = {}
         self._due: deque[tuple[float, int]] = deque()
-        self._tickets = 0
-        self._fatal = False
-        self._refused = False
+        self._sequence = 0
+        self._is_fatal = False
+        self._is_denied = False
         self._close_by = 0.0
         self._thread = threading.Thread(target=self._run, name="traces", daemon=True)
 
     def start(self, origin: Origin) -> None:
-        """Begin to publish; ``origin`` stands in every chunk."""
+        """Start to publish; every chunk carries ``origin``."""
         self._origin = origin
         self._thread.start()
 
-    def wants(self, request: str) -> bool:
-        """Whether a request belongs to the share that is traced; to be asked once, those that do not are counted."""
-        if is_sampled(request, self._share):
+    def sample(self, request: str) -> bool:
+        """Return whether a request is traced. Call it once per request: it counts the ones that are not."""
+        if is_sampled(request, self._traces.sample_ratio):
             return True
-        self._ledger.sample_out()
+        self._accounting.skip_request()
         return False
 
     def record(self, request: Request, verify_steps: tuple[VerifyStep, ...], finish: Finish | None) -> None:
@@ -151,35 +183,35 @@ class TracePublisher:
         if not request.trace:
             return
         try:
-            kept = map(without_features, verify_steps) if self._way.features == "recompute" else verify_steps
-            rows = tuple(part for r in kept for part in cut(r, self._way))
+            kept = map(drop_features, verify_steps) if self._transport.features == "recompute" else verify_steps
+            rows = tuple(part for r in kept for part in split_prefill(r, self._transport))
             size = sum(map(row_bytes, rows))
         except Exception:
-            # The engine's thread must survive whatever a malformed verify step can raise.
-            log.exception("trace_verify_step_malformed", request=request.id)
-            self._ledger.turn_away(len(verify_steps), "unencodable")
+            # The engine's thread must survive any error that a malformed verify step can raise.
+            log.exception("verify_step_malformed", request=request.id)
+            self._accounting.reject(len(verify_steps), "unencodable")
             rows, size = (), 0
-        with self._intake_lock:
+        with self._capture_lock:
             if self._closed:
-                self._ledger.turn_away(len(rows), "closed")
+                self._accounting.reject(len(rows), "closed")
                 return
-            if not self._ledger.capture(len(rows), size, self._limit):
+            if not self._accounting.capture(len(rows), size, self._traces.max_queue_bytes):
                 rows = ()
             if rows or finish:
-                self._intake.put(_Item(request, rows, finish))
+                self._captures.put(_Capture(request, rows, finish))
 
     def counts(self) -> TraceCounts:
-        """Where the rows are."""
-        return self._ledger.counts()
+        """Return the counts of rows."""
+        return self._accounting.counts()
 
     @property
-    def breaker(self) -> str:
-        """State of the breaker: closed, open or half_open."""
+    def circuit_breaker(self) -> CircuitState:
+        """State of the circuit breaker of the broker."""
         return self._breaker.state
 
     def close(self, timeout: float) -> TraceCounts:
-        """Publish what waits, for at most ``timeout`` seconds; what is left is shed and counted."""
-        with self._intake_lock:
+        """Publish the pending rows for at most ``timeout`` seconds; drop and count the rest."""
+        with self._capture_lock:
             self._closed = True
             self._close_by = self._clock() + timeout
             self._ending.set()
@@ -187,212 +219,189 @@ class TracePublisher:
         return self.counts()
 
     def collect(self) -> Iterator[Metric]:
-        """Metrics, read from the same counters at scrape time."""
-        counts = self.counts()
-        yield CounterMetricFamily(
-            "aurora_serve_trace_rows_captured", "Verify steps handed over.", value=counts.captured
-        )
-        yield CounterMetricFamily(
-            "aurora_serve_trace_rows_published", "Verify steps acknowledged.", value=counts.published
-        )
-        shed = CounterMetricFamily(
-            "aurora_serve_trace_rows_shed", "Verify steps given up, by reason.", labels=["reason"]
-        )
-        for reason, rows in counts.shed.items():
-            shed.add_metric([reason], rows)
-        yield shed
-        yield GaugeMetricFamily("aurora_serve_trace_rows_pending", "Verify steps on their way.", value=counts.pending)
-        yield GaugeMetricFamily("aurora_serve_trace_queue_bytes", "Bytes on their way.", value=counts.pending_bytes)
-        yield CounterMetricFamily(
-            "aurora_serve_trace_requests_sampled_out", "Requests outside the traced share.", value=counts.sampled_out
-        )
-        level = _BREAKER_LEVEL[self._breaker.state]
-        yield GaugeMetricFamily("aurora_serve_trace_breaker", "0 closed, 1 half open, 2 open.", value=level)
-        level = _BREAKER_LEVEL[self._cloakroom.state if self._cloakroom else "closed"]
-        yield GaugeMetricFamily("aurora_serve_trace_claim_breaker", "0 closed, 1 half open, 2 open.", value=level)
+        """Yield the metrics at scrape time."""
+        yield from self.counts().metrics()
+        for name, state in (
+            ("aurora_serve_trace_circuit_breaker_open", self._breaker.state),
+            ("aurora_serve_trace_offload_circuit_breaker_open", self._offload.state if self._offload else "closed"),
+        ):
+            text = "0 closed, 1 half open, 2 open."
+            yield GaugeMetricFamily(name, text, value=_CIRCUIT_LEVEL[state])
 
     def _run(self) -> None:
-        ending = False
-        while not ending:
-            ending = self._ending.wait(_PAUSE_S)
-            for _ in range(self._intake.qsize()):
-                self._guarded(partial(self._assemble, self._intake.get()))
-            self._guarded(self._tend)
+        is_ending = False
+        while not is_ending:
+            is_ending = self._ending.wait(_PAUSE_S)
+            for _ in range(self._captures.qsize()):
+                self._guard(partial(self._assemble, self._captures.get()))
+            self._guard(self._tick)
         self._drain()
 
-    def _guarded(self, work: Callable[[], None]) -> None:
+    def _guard(self, work: Callable[[], None]) -> None:
         try:
             work()
         except Exception:
-            # This thread may not die of a fault nobody foresaw: all later traces of the node would be lost.
-            log.exception("trace_publisher_fault")
+            # An unforeseen error must not end this thread: all later traces of the node would be lost.
+            log.exception("trace_publisher_failed")
 
-    def _tend(self) -> None:
-        """What has to happen time and again: budget, delivery reports, overdue chunks, a producer that broke."""
+    def _tick(self) -> None:
+        """Spend the budget, take delivery reports, count overdue chunks, and replace a producer that failed."""
         now = self._clock()
-        self._spend(now)
+        self._spend_budget(now)
         self._producer.poll(0)
         while self._due and self._due[0][0] <= now:
-            _, ticket = self._due.popleft()
-            if ticket in self._in_hand:
-                self._failed(now, why="overdue")
-        if self._fatal:
-            self._give_up()
+            _, number = self._due.popleft()
+            if number in self._in_flight:
+                self._record_failure(now, why="overdue")
+        if self._is_fatal:
+            self._abandon()
             self._producer = self._connect()
-            self._fatal = False
+            self._is_fatal = False
 
-    def _assemble(self, item: _Item) -> None:
-        request = item.request
-        assembly = self._open.setdefault(request.id, Assembly(request, self._origin, self._way))
-        for r in item.verify_steps:
-            if full := assembly.add(r):
-                self._offer(full)
-        if item.finish:
-            del self._open[request.id]
-            if rest := assembly.end(item.finish):
-                self._offer(rest)
+    def _assemble(self, capture: _Capture) -> None:
+        request = capture.request
+        builder = self._builders.setdefault(request.id, ChunkBuilder(request, self._origin, self._transport))
+        for r in capture.verify_steps:
+            if full := builder.add(r):
+                self._submit(full)
+        if capture.finish:
+            del self._builders[request.id]
+            if rest := builder.end(capture.finish):
+                self._submit(rest)
 
-    def _offer(self, chunk: Chunk) -> None:
-        if self._room is None:
+    def _submit(self, chunk: Chunk) -> None:
+        if self._budget is None:
             self._send(chunk)
         else:
-            self._room.enter(chunk, chunk_bytes(chunk), self._clock())
+            self._budget.push(chunk, chunk_bytes(chunk), self._clock())
 
-    def _spend(self, now: float) -> None:
-        """Send what the budget can pay, and give up what it will not."""
-        if self._room is None:
+    def _spend_budget(self, now: float) -> None:
+        """Send the chunks that the budget affords, and drop the ones that it will not."""
+        if self._budget is None:
             return
-        while chunk := self._room.next(now):
+        while chunk := self._budget.pop(now):
             self._send(chunk)
-        for chunk in self._room.expel(now):
-            self._shed(_parcel(chunk), "budget")
+        for chunk in self._budget.evict(now):
+            self._drop(_Delivery.create(chunk), "budget")
 
     def _send(self, chunk: Chunk) -> None:
-        parcel, now = _parcel(chunk), self._clock()
+        delivery, now = _Delivery.create(chunk), self._clock()
         if self._ending.is_set() and now >= self._close_by:
-            self._shed(parcel, "closed")
-        elif not self._breaker.admits(now):
-            self._shed(parcel, "breaker_open")
-        elif isinstance(packed := self._pack(chunk), str):
-            self._shed(parcel, packed)
+            self._drop(delivery, "closed")
+        elif not self._breaker.allows(now):
+            self._drop(delivery, "circuit_breaker_open")
+        elif isinstance(encoded := self._encode(chunk), str):
+            self._drop(delivery, encoded)
         else:
-            self._tickets += 1
-            self._in_hand[self._tickets] = parcel
-            self._produce(*packed, parcel.context, self._tickets, now)
+            self._produce(*encoded, delivery, now)
 
-    def _pack(self, chunk: Chunk) -> tuple[Chunk, bytes] | Reason:
-        """The chunk as it travels and its bytes, or why there are none."""
+    def _encode(self, chunk: Chunk) -> tuple[Chunk, bytes] | DropReason:
+        """Return the chunk as published and its bytes, or the reason to drop it."""
         try:
-            checked_in = self._cloakroom.check_in(chunk) if self._cloakroom else chunk
-            return (checked_in, encode(checked_in)) if checked_in else "claim_failed"
+            published = self._offload.offload(chunk) if self._offload else chunk
+            return (published, encode(published)) if published else "offload_failed"
         except (ValueError, TypeError, OverflowError, pa.ArrowException) as error:
             log.warning("trace_chunk_unencodable", request=chunk.envelope.request, error=str(error))
             return "unencodable"
 
-    def _produce(self, chunk: Chunk, value: bytes, context: TraceContext, ticket: int, now: float) -> None:
-        key, headers = chunk.envelope.request.encode(), headers_of(chunk, context)
-        report = partial(self._reported, ticket)
+    def _produce(self, chunk: Chunk, value: bytes, delivery: _Delivery, now: float) -> None:
+        self._sequence += 1
+        number = self._sequence
+        self._in_flight[number] = delivery
+        key, headers = delivery.request.encode(), message_headers(chunk, delivery.context)
+        on_delivery = partial(self._on_delivery, number)
         try:
-            self._producer.produce(self._kafka.traces_topic, value=value, key=key, headers=headers, on_delivery=report)
+            self._producer.produce(
+                self._kafka.traces_topic, value=value, key=key, headers=headers, on_delivery=on_delivery
+            )
         except BufferError:
-            self._settle(ticket, "queue_full")
+            self._settle(number, "queue_full")
         except KafkaException as error:
-            self._reported(ticket, error.args[0], None)
+            self._on_delivery(number, error.args[0], None)
         else:
-            self._due.append((now + OVERDUE_S, ticket))
-            if self._room is not None:
+            self._due.append((now + OVERDUE_S, number))
+            if self._budget is not None:
                 claim = chunk.envelope.claim
-                self._room.pay(message_bytes(value, key, headers) + (claim.size if claim else 0))
+                self._budget.pay(message_bytes(value, key, headers) + (claim.size if claim else 0))
 
-    def _reported(self, ticket: int, error: KafkaError | None, _message: Message | None) -> None:
-        """The delivery report of one chunk."""
+    def _on_delivery(self, number: int, error: KafkaError | None, _message: Message | None) -> None:
+        """Take the delivery report of one chunk."""
         if error is None:
             if self._breaker.state != "closed":
-                log.info("trace_breaker_closed")
-            self._breaker.succeeded()
-            self._refused = False
-            self._settle(ticket, None)
+                log.info("trace_circuit_breaker_closed")
+            self._breaker.record_success()
+            self._is_denied = False
+            self._settle(number, None)
         elif error.code() in _TOO_LARGE:
             log.warning("trace_chunk_too_large", setting="kafka.max_message_bytes", error=error.str())
-            self._settle(ticket, "too_large")
+            self._settle(number, "too_large")
         elif error.code() in _UNKNOWN_FATE or error.fatal():
-            self._settle(ticket, "unconfirmed")
+            self._settle(number, "unconfirmed")
         else:
-            self._settle(ticket, "refused")
-            self._failed(self._clock(), why=error.str())
+            self._settle(number, "rejected")
+            self._record_failure(self._clock(), why=error.str())
 
-    def _settle(self, ticket: int, reason: Reason | None) -> None:
-        parcel = self._in_hand.pop(ticket, None)
-        if parcel is None:
+    def _settle(self, number: int, reason: DropReason | None) -> None:
+        """Count a chunk in flight as published, or as dropped for a reason."""
+        delivery = self._in_flight.pop(number, None)
+        if delivery is None:
             return
         if reason is None:
-            self._ledger.publish(parcel.rows, parcel.size)
+            self._accounting.publish(delivery.rows, delivery.size)
         else:
-            self._shed(parcel, reason)
+            self._drop(delivery, reason)
         if reason != "queue_full":  # such a chunk was never sent, and there may be many of them
-            spans.record(_send_span(self._kafka.traces_topic, parcel, reason))
+            spans.record(_send_span(self._kafka.traces_topic, delivery, reason))
 
-    def _shed(self, parcel: _Parcel, reason: Reason) -> None:
-        self._ledger.shed(parcel.rows, parcel.size, reason)
+    def _drop(self, delivery: _Delivery, reason: DropReason) -> None:
+        self._accounting.drop(delivery.rows, delivery.size, reason)
 
-    def _failed(self, now: float, why: str) -> None:
+    def _record_failure(self, now: float, why: str) -> None:
         before = self._breaker.state
-        self._breaker.failed(now)
+        self._breaker.record_failure(now)
         if before == "closed" and self._breaker.state == "open":
-            log.warning("trace_breaker_opened", bootstrap=self._kafka.bootstrap_servers, why=why)
+            log.warning("trace_circuit_breaker_opened", bootstrap_servers=self._kafka.bootstrap_servers, why=why)
 
     def _on_error(self, error: KafkaError) -> None:
-        """Errors of the client as a whole: it recovers by itself from all but the fatal ones."""
+        """Handle an error of the whole client; it recovers by itself from all but fatal ones."""
         if error.fatal():
-            log.error("trace_producer_fatal", error=error.str())
-            self._fatal = True
-        elif error.code() in NOT_LET_IN and not self._refused:
-            log.error("trace_producer_not_let_in", why=error.str(), setting="kafka.client_options")
-            self._refused = True
+            log.error("trace_producer_failed", error=error.str())
+            self._is_fatal = True
+        elif error.code() in _ACCESS_DENIED and not self._is_denied:
+            log.error("trace_producer_denied", why=error.str(), setting="kafka.client_options")
+            self._is_denied = True
 
     def _drain(self) -> None:
-        """Send what is assembled and queued, and settle every chunk, within the time that ``close`` gave."""
-        for assembly in self._open.values():
-            if rest := assembly.end(None):
-                self._offer(rest)
-        self._open.clear()
-        self._spend(self._clock())
-        for chunk in self._room.clear() if self._room else ():
-            self._shed(_parcel(chunk), "budget")
-        # A broker that is away will not come back for the sake of this node's end.
-        patience = max(0.0, self._close_by - self._clock())
-        self._producer.flush(patience if self._breaker.state == "closed" else min(patience, 1.0))
-        self._give_up()
+        """Send the remaining rows, and settle every chunk, within the timeout of ``close``."""
+        for builder in self._builders.values():
+            if rest := builder.end(None):
+                self._submit(rest)
+        self._builders.clear()
+        self._spend_budget(self._clock())
+        for chunk in self._budget.clear() if self._budget else ():
+            self._drop(_Delivery.create(chunk), "budget")
+        # An unreachable broker is unlikely to return within this time.
+        timeout = max(0.0, self._close_by - self._clock())
+        self._producer.flush(timeout if self._breaker.state == "closed" else min(timeout, 1.0))
+        self._abandon()
 
-    def _give_up(self) -> None:
-        """Nobody will ever say what became of the chunks in hand."""
+    def _abandon(self) -> None:
+        """Drop the chunks in flight; their delivery can no longer be confirmed."""
         self._producer.purge()
         self._producer.flush(1.0)
-        for ticket in list(self._in_hand):
-            self._settle(ticket, "unconfirmed")
+        for number in list(self._in_flight):
+            self._settle(number, "unconfirmed")
 
 
-def _parcel(chunk: Chunk) -> _Parcel:
-    request = chunk.envelope.request
-    return _Parcel(
-        rows=len(chunk.verify_steps),
-        size=sum(map(row_bytes, chunk.verify_steps)),
-        context=request_context(request).child(),
-        request=request,
-        number=chunk.envelope.chunk,
-        since=time.time(),
-    )
-
-
-def _send_span(topic: str, parcel: _Parcel, error_type: Reason | None) -> Span:
+def _send_span(topic: str, delivery: _Delivery, error_type: DropReason | None) -> Span:
     """Return the span of a chunk that the broker has just acknowledged, or that failed."""
     return Span(
         name=f"send {topic}",
         event="chunk_published" if error_type is None else "chunk_dropped",
-        context=parcel.context,
-        start=parcel.since,
+        context=delivery.context,
+        start=delivery.start,
         end=time.time(),
-        parent=request_context(parcel.request).span_id,
+        parent=request_context(delivery.request).span_id,
         kind="producer",
         error_type=error_type,
         attributes={
@@ -400,30 +409,10 @@ def _send_span(topic: str, parcel: _Parcel, error_type: Reason | None) -> Span:
             "messaging.operation.name": "send",
             "messaging.operation.type": "send",
             "messaging.destination.name": topic,
-            "messaging.kafka.message.key": parcel.request,
-            "messaging.message.body.size": parcel.size,
-            "request": parcel.request,
-            "chunk": parcel.number,
-            "rows": parcel.rows,
+            "messaging.kafka.message.key": delivery.request,
+            "messaging.message.body.size": delivery.size,
+            "request": delivery.request,
+            "chunk": delivery.number,
+            "rows": delivery.rows,
         },
-    )
-
-
-def _waiting_room(kafka: Kafka, traces: Traces) -> WaitingRoom | None:
-    """Where chunks wait for the budget, if there is one.
-
-    Half of the queue: the other half is for what comes in, or all rows that come would be shed whatever they teach.
-    """
-    if not traces.max_bytes_per_second:
-        return None
-    largest = kafka.max_message_bytes + (traces.claim_check_max_bytes if traces.features == "claim-check" else 0)
-    burst = max(traces.max_bytes_per_second * BURST_S, largest)
-    return WaitingRoom(TokenBucket(traces.max_bytes_per_second, burst), traces.max_queue_bytes // 2)
-
-
-def _cloakroom(traces: Traces, clock: Callable[[], float]) -> Cloakroom | None:
-    if traces.features != "claim-check":
-        return None
-    return Cloakroom(
-        ClaimStore(traces), Breaker(traces.circuit_breaker_failures, traces.circuit_breaker_probe_interval), clock
     )

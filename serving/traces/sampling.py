@@ -1,10 +1,10 @@
-"""How much of the traffic is traced: a share of the requests, and of their traces what a budget of bytes can pay.
+"""Sampling of the traffic: a share of the requests is traced, and of their chunks as many as a byte budget allows.
 
-The budget is a token bucket: over any t seconds at most ``rate * t + burst`` bytes are published. While it can pay, a
-chunk is sent at once. While it cannot, chunks wait in a room, and what the bucket earns goes to the one that teaches
-most: that of whose answer the draft foresaw the smallest share. A chunk that was not paid for in time is given up, and
-where the room is full, the one that teaches least. Chunks are decided on, not requests: each becomes rows of the tables
-by itself, so a request may keep its hard part and lose its easy one.
+The budget is a token bucket: over any t seconds at most ``rate * t + burst`` bytes are published. While the bucket
+suffices, a chunk is sent at once. Otherwise chunks wait in a queue, and the budget goes to the most informative one:
+the chunk of whose answer the draft predicted the smallest share. A chunk that waits too long is dropped, and a full
+queue drops its least informative chunk. The unit is the chunk, not the request: each chunk becomes table rows by
+itself, so a request may keep its hard part and lose its easy one.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from schemas.hash_sampling import fixed_chance
+from schemas.settings import Kafka, Traces
 from schemas.trace.record import Chunk
 
 BURST_S = 2.0
-"""The budget of this many seconds may be saved up, and at least one whole chunk."""
-PATIENCE_S = 10.0
-"""How long a chunk may wait for its share of the budget."""
+"""The bucket holds the budget of this many seconds, and at least one whole chunk."""
+MAX_WAIT_S = 10.0
+"""How long a chunk may wait for the budget."""
 
 
-def is_sampled(request: str, share: float) -> bool:
-    """Whether a request is among the share that is traced: drawn by its id, so that it is traced whole or not at all.
+def is_sampled(request: str, ratio: float) -> bool:
+    """Return whether a request is traced: drawn by its id, so that it is traced whole or not at all.
 
-    The trainer holds requests back by another hash: by the same one, both would take the same requests.
+    The hash differs from the one that selects the trainer's held-out set: otherwise both would take the same requests.
     """
-    return fixed_chance(request, "aurora-sample") < share
+    return fixed_chance(request, "aurora-sample") < ratio
 
 
-def foreseen(chunk: Chunk) -> float:
-    """Share of a chunk's answer that the draft foresaw: accepted tokens of all that its verify steps committed.
+def predicted_share(chunk: Chunk) -> float:
+    """Return the share of a chunk's answer that the draft predicted: accepted of committed tokens, over verify steps.
 
-    A verify step without a draft foresaw nothing, since drafting stops where it does not pay. A chunk without verify
-    steps
-    is part of a prompt and gives one training row at most: it counts as foreseen whole.
+    A verify step without a draft predicts nothing, since drafting stops where it does not pay. A chunk without verify
+    steps is part of a prompt and gives one training sample at most: it counts as fully predicted.
     """
     verified = [r for r in chunk.verify_steps if r.verify_step > 0]
     if not verified:
@@ -45,101 +45,112 @@ def foreseen(chunk: Chunk) -> float:
 
 
 class TokenBucket:
-    """Bytes that may be published, over a clock that the caller reads. It begins full."""
+    """Bytes that may be published, on the caller's clock. It starts full."""
 
     def __init__(self, rate: float, burst: float) -> None:
         self._rate = rate
         self._burst = burst
         self._level = burst
-        self._at: float | None = None
+        self._updated_at: float | None = None
 
     def affords(self, size: int, now: float) -> bool:
-        """Whether ``size`` bytes can be paid; for what is larger than the burst a full bucket must do."""
-        if self._at is not None:
-            self._level = min(self._burst, self._level + self._rate * max(0.0, now - self._at))
-        self._at = now
+        """Return whether the bucket holds ``size`` bytes; a full bucket affords any size."""
+        if self._updated_at is not None:
+            self._level = min(self._burst, self._level + self._rate * max(0.0, now - self._updated_at))
+        self._updated_at = now
         return 0 < min(size, self._burst) <= self._level
 
     def pay(self, size: int) -> None:
-        """Take bytes that ``affords`` has granted, or fewer."""
+        """Take at most the bytes that ``affords`` has granted."""
         self._level -= size
 
 
 @dataclass(frozen=True, slots=True)
-class Waiting:
-    """A chunk that waits to be paid."""
+class _QueuedChunk:
+    """A chunk that waits for the budget."""
 
     chunk: Chunk
     size: int
-    """Upper bound of what it weighs when it is published."""
+    """Upper bound of its published size."""
     since: float
 
 
-class _Place(NamedTuple):
-    """Before those of which more was foreseen, and before those that came later."""
+class _Priority(NamedTuple):
+    """Order of the queue: the smallest predicted share first, then the oldest."""
 
-    foreseen: float
+    predicted: float
     number: int
 
 
-class WaitingRoom:
-    """Chunks that a budget has not paid for yet, the one that teaches most in front.
+class BudgetQueue:
+    """Chunks that wait for the budget, the most informative one first.
 
     Args:
         bucket: The budget.
         limit: Bytes that may wait.
-        patience_s: For how long they may.
+        max_wait_s: How long a chunk may wait.
     """
 
-    def __init__(self, bucket: TokenBucket, limit: int, patience_s: float = PATIENCE_S) -> None:
+    def __init__(self, bucket: TokenBucket, limit: int, max_wait_s: float = MAX_WAIT_S) -> None:
         self._bucket = bucket
         self._limit = limit
-        self._patience_s = patience_s
-        self._inside: dict[_Place, Waiting] = {}
-        self._order: list[_Place] = []
-        self._arrivals: deque[_Place] = deque()
+        self._max_wait_s = max_wait_s
+        self._chunks: dict[_Priority, _QueuedChunk] = {}
+        self._order: list[_Priority] = []
+        self._arrivals: deque[_Priority] = deque()
         self._number = 0
         self._bytes = 0
 
-    def enter(self, chunk: Chunk, size: int, now: float) -> None:
-        """Take in a chunk of at most ``size`` bytes."""
-        self._number += 1
-        place = _Place(foreseen(chunk), self._number)
-        self._inside[place] = Waiting(chunk, size, now)
-        self._bytes += size
-        self._arrivals.append(place)
-        insort(self._order, place)
+    @classmethod
+    def create(cls, kafka: Kafka, traces: Traces) -> BudgetQueue:
+        """Return the queue for the budget of ``traces.max_bytes_per_second``.
 
-    def next(self, now: float) -> Chunk | None:
-        """Let the first one out, if the budget can pay for it; ``pay`` follows when it is published."""
-        if not self._order or not self._bucket.affords(self._inside[self._order[0]].size, now):
+        It takes half of the publisher's queue. The other half is for new rows: otherwise all of them would be dropped,
+        however informative.
+        """
+        largest = kafka.max_message_bytes + (traces.claim_check_max_bytes if traces.features == "claim-check" else 0)
+        burst = max(traces.max_bytes_per_second * BURST_S, largest)
+        return cls(TokenBucket(traces.max_bytes_per_second, burst), traces.max_queue_bytes // 2)
+
+    def push(self, chunk: Chunk, size: int, now: float) -> None:
+        """Queue a chunk of at most ``size`` bytes."""
+        self._number += 1
+        priority = _Priority(predicted_share(chunk), self._number)
+        self._chunks[priority] = _QueuedChunk(chunk, size, now)
+        self._bytes += size
+        self._arrivals.append(priority)
+        insort(self._order, priority)
+
+    def pop(self, now: float) -> Chunk | None:
+        """Remove and return the first chunk, if the budget affords it. Call ``pay`` when it is published."""
+        if not self._order or not self._bucket.affords(self._chunks[self._order[0]].size, now):
             return None
         return self._remove(self._order[0]).chunk
 
     def pay(self, size: int) -> None:
-        """Take from the budget what a chunk from ``next`` weighed."""
+        """Take the published size of a chunk from the budget."""
         self._bucket.pay(size)
 
-    def expel(self, now: float) -> list[Chunk]:
-        """Let out those that waited too long, then, while too much waits, those that teach least."""
-        gone = []
+    def evict(self, now: float) -> list[Chunk]:
+        """Remove the chunks that waited too long; then the least informative ones, down to the queue's limit."""
+        evicted = []
         while self._arrivals:
-            oldest = self._inside.get(self._arrivals[0])
-            if oldest is not None and now < oldest.since + self._patience_s:
+            oldest = self._chunks.get(self._arrivals[0])
+            if oldest is not None and now < oldest.since + self._max_wait_s:
                 break
-            place = self._arrivals.popleft()
+            priority = self._arrivals.popleft()
             if oldest is not None:
-                gone.append(self._remove(place).chunk)
+                evicted.append(self._remove(priority).chunk)
         while self._bytes > self._limit:
-            gone.append(self._remove(self._order[-1]).chunk)
-        return gone
+            evicted.append(self._remove(self._order[-1]).chunk)
+        return evicted
 
     def clear(self) -> list[Chunk]:
-        """Let everything out, the one that teaches most first."""
-        return [self._remove(place).chunk for place in list(self._order)]
+        """Remove all chunks, the most informative one first."""
+        return [self._remove(priority).chunk for priority in list(self._order)]
 
-    def _remove(self, place: _Place) -> Waiting:
-        waiting = self._inside.pop(place)
-        del self._order[bisect_left(self._order, place)]
-        self._bytes -= waiting.size
-        return waiting
+    def _remove(self, priority: _Priority) -> _QueuedChunk:
+        queued = self._chunks.pop(priority)
+        del self._order[bisect_left(self._order, priority)]
+        self._bytes -= queued.size
+        return queued

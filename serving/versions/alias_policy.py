@@ -1,21 +1,23 @@
-"""What a node makes of the registry's answers: which versions it follows, and whose turn it is. All of it pure.
+"""Alias policy: which versions a node follows after an answer of the registry. Pure functions.
 
-A registry may answer with what was true a while ago: from a replica that lags, a cache, or a proxy. So an alias alone
-cannot tell a rollback from an old answer. What tells them apart is the ``AuditState`` of the line: the promoter
-writes it after it has recorded a move, and its ``moves`` only grow.
+The registry may give stale answers: from a replica that lags, a cache, or a proxy. An alias alone therefore cannot
+distinguish a rollback from a stale answer. The audit state of the line (``AuditState``) can: the promoter writes it
+after it has recorded an alias move, and its ``moves`` only grow.
 
-- An answer with fewer ``moves`` than one heard before, or with none any more, is old: nothing is made of it.
-- A higher version than those followed so far is followed as soon as an alias names it.
-- A lower one is followed when an audit with more ``moves`` than the one acted on last names it for that alias.
-- Where alias and audit differ in the first answer with more ``moves``, the audit's word is taken, unless it would be a
-  step back: the registry reads the two one after the other, so that they can be of two moments. The alias has its say
-  again with the next answer.
-- A higher version that was followed and taken back before anybody recorded it leaves no audit. It is given up after
-  ``CONVINCED`` answers in a row in which alias and audit agree on another one.
+- An answer with fewer ``moves`` than an earlier one, or with no audit state after one was seen, is stale. It changes
+  nothing.
+- A version higher than all versions followed so far is followed as soon as an alias names it.
+- A lower version is followed when an audit state with more ``moves`` than the last one applied names it for that
+  alias.
+- Where alias and audit state differ in the first answer with more ``moves``, the audit state decides, unless it would
+  be a step back: the registry reads the two one after the other, so they can belong to different moments. The alias
+  decides again with the next answer.
+- A higher version that was followed, and rolled back before the promoter recorded it, leaves no audit state. The node
+  stops following it after ``MAX_DISAGREEMENTS`` answers in a row in which alias and audit state agree on another one.
 
-On a line without an audit, which no promoter looks after, an alias is followed wherever it points; so is an alias that
-the promoter does not record. A node that starts has followed nothing: it begins with what the audit names, where there
-is one, and goes on from there.
+On a line without an audit state (no promoter runs for it) a node follows an alias wherever it points, and so it does
+with an alias that the promoter does not record. A node that starts has followed nothing: it begins with the version
+that the audit state names, if there is one.
 """
 
 from __future__ import annotations
@@ -24,106 +26,124 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from schemas.events import ALIASES, AuditState
+from pydantic import ValidationError
+
+from schemas.events import ALIASES, AUDITED_TAG, AuditState
 from schemas.hash_sampling import fixed_chance
 
 CHAMPION, CANARY = "champion", "canary"
-CONVINCED = 30
+MAX_DISAGREEMENTS = 30
 
 
 @dataclass(frozen=True, slots=True)
-class Named:
-    """What the registry says of a line in one answer."""
+class RegistryAnswer:
+    """The aliases of a line in one answer of the registry."""
 
     aliases: Mapping[str, str]
     """The version that each alias names."""
-    audited: AuditState | None = None
+    audit: AuditState | None = None
     unreadable: str | None = None
-    """Why the line's tag is no audit, where it has one that cannot be read."""
+    """Why the audit state cannot be read, if the line has such a one."""
 
 
 @dataclass(frozen=True, slots=True)
-class Trail:
-    """How an alias has been followed."""
+class FollowedAlias:
+    """The version that a node follows for one alias."""
 
     version: str | None = None
-    """What it stands for; None where it names nothing that may be followed."""
-    bar: int = 0
-    """Another version up to this one needs an audit."""
+    """None where the alias names no version that may be followed."""
+    highest: int = 0
+    """Any other version up to this one needs an audit state."""
     moves: int = 0
-    """Of the audit that was acted on last."""
-    against: int = 0
-    """Answers in a row in which alias and audit agreed on another version."""
+    """Of the last audit state applied."""
+    disagreements: int = 0
+    """Answers in a row in which alias and audit state agreed on another version."""
 
 
 @dataclass(frozen=True, slots=True)
-class Following:
+class FollowedAliases:
     """All that a node remembers of the registry's answers."""
 
-    main: Trail = Trail()
+    main: FollowedAlias = FollowedAlias()
     """Of ``serve.alias``."""
-    canary: Trail = Trail()
+    canary: FollowedAlias = FollowedAlias()
     moves: int = 0
-    """The most that were heard of."""
+    """The highest number seen."""
 
 
-def hear(following: Following, named: Named, alias: str, *, canary: bool) -> Following | None:
-    """What is to be followed after an answer; None where the answer is old.
+def parse_answer(aliases: Mapping[str, str], tag: str | None) -> RegistryAnswer:
+    """Return an answer with its audit state parsed; a tag that is no audit state is reported in ``unreadable``."""
+    if tag is None:
+        return RegistryAnswer(aliases)
+    try:
+        audit = AuditState.model_validate_json(tag)
+    except ValidationError as error:
+        return RegistryAnswer(aliases, unreadable=f"tag {AUDITED_TAG}: {error.errors()[0]['msg']}")
+    if not all(version.isdecimal() for version in audit.aliases.values()):
+        return RegistryAnswer(aliases, unreadable=f"tag {AUDITED_TAG}: versions are numbers")
+    return RegistryAnswer(aliases, audit)
+
+
+def apply_answer(
+    followed: FollowedAliases, answer: RegistryAnswer, alias: str, *, canary: bool
+) -> FollowedAliases | None:
+    """Return what a node follows after an answer; None if the answer is stale.
 
     Args:
-        following: What was heard before.
-        named: The answer.
-        alias: The one that the node follows.
-        canary: Whether it also follows ``canary``.
+        followed: State before the answer.
+        answer: Aliases and audit state.
+        alias: Alias that the node follows.
+        canary: Whether the node also follows ``canary``.
     """
-    moves = named.audited.moves if named.audited else 0
-    if moves < following.moves:
+    moves = answer.audit.moves if answer.audit else 0
+    if moves < followed.moves:
         return None
-    return Following(
-        follow(following.main, named, alias),
-        follow(following.canary, named, CANARY) if canary else Trail(),
+    return FollowedAliases(
+        follow_alias(followed.main, answer, alias),
+        follow_alias(followed.canary, answer, CANARY) if canary else FollowedAlias(),
         moves,
     )
 
 
-def follow(trail: Trail, named: Named, alias: str) -> Trail:
-    """The trail of an alias after an answer that is not old."""
-    version, audit = named.aliases.get(alias), named.audited
+def follow_alias(followed: FollowedAlias, answer: RegistryAnswer, alias: str) -> FollowedAlias:
+    """Return the state of one alias after an answer that is not stale."""
+    version, audit = answer.aliases.get(alias), answer.audit
     if audit is None or alias not in ALIASES:
-        return replace(trail, version=version, bar=trail.bar if version is None else int(version))
+        return replace(followed, version=version, highest=followed.highest if version is None else int(version))
     if version is None:
-        return replace(trail, version=None, moves=audit.moves, against=0)
+        return replace(followed, version=None, moves=audit.moves, disagreements=0)
     audited = next((recorded for name, recorded in audit.aliases.items() if name == alias), None)
-    if audit.moves > trail.moves:
-        return _obeyed(trail, version, audited, audit.moves)
-    against = trail.against + 1 if trail.version != version == audited else 0
-    if int(version) > trail.bar or against == CONVINCED:
-        return Trail(version, int(version), trail.moves)
-    return replace(trail, against=against)
+    if audit.moves > followed.moves:
+        return _apply_audit(followed, version, audited, audit.moves)
+    disagreements = followed.disagreements + 1 if followed.version != version == audited else 0
+    if int(version) > followed.highest or disagreements == MAX_DISAGREEMENTS:
+        return FollowedAlias(version, int(version), followed.moves)
+    return replace(followed, disagreements=disagreements)
 
 
-def held(trail: Trail, named: Named, alias: str) -> str | None:
-    """Why the version that an alias names is not followed, if it is not."""
-    version = named.aliases.get(alias)
-    if version is None or version == trail.version:
+def explain_unfollowed(followed: FollowedAlias, answer: RegistryAnswer, alias: str) -> str | None:
+    """Return why the node does not follow the version that an alias names; None if it follows it."""
+    version = answer.aliases.get(alias)
+    if version is None or version == followed.version:
         return None
-    return f"{alias} names version {version}: no step up from {trail.version or 'none'}, and no audit of it was seen"
+    return f"{alias} names version {version}: not newer than {followed.version or 'none'}, and no audit state names it"
 
 
-def serves_canary(node: str, slice_number: int, share: float) -> bool:
-    """Whether it is the canary's turn on a node: chance with the probability ``share``, the same at every asking."""
-    return fixed_chance(f"{node}/{slice_number}") < share
+def is_canary_slice(node: str, number: int, share: float) -> bool:
+    """Return whether a node serves the canary in a time slice: true with probability ``share``, deterministic."""
+    return fixed_chance(f"{node}/{number}") < share
 
 
-def slice_at(time_s: float, slice_s: float) -> int:
-    """The number of the slice that a time is in; slices are the same on all nodes whose clocks agree."""
+def slice_number(time_s: float, slice_s: float) -> int:
+    """Return the number of the time slice that contains ``time_s``; equal on all nodes whose clocks agree."""
     return math.floor(time_s / slice_s)
 
 
-def _obeyed(trail: Trail, version: str, audited: str | None, moves: int) -> Trail:
-    """After the first answer with so many moves."""
-    up = version == trail.version or int(version) > trail.bar
-    if up and version != audited and int(audited or 0) < trail.bar:
-        # A step up that is not recorded yet, or half an answer of before: it stands until alias and audit agree.
-        return Trail(version, int(version), trail.moves)
-    return Trail(audited, trail.bar if audited is None else int(audited), moves)
+def _apply_audit(followed: FollowedAlias, version: str, audited: str | None, moves: int) -> FollowedAlias:
+    """Return the state after the first answer with this number of moves."""
+    is_up = version == followed.version or int(version) > followed.highest
+    if is_up and version != audited and int(audited or 0) < followed.highest:
+        # A step up that is not recorded yet, or an answer torn between two moments. The version stays until alias and
+        # audit state agree.
+        return FollowedAlias(version, int(version), followed.moves)
+    return FollowedAlias(audited, followed.highest if audited is None else int(audited), moves)

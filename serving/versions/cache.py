@@ -1,7 +1,7 @@
-"""Versions that a node has at hand: each is downloaded and checked once, and one that is at fault is refused for good.
+"""Version cache: downloads each version from the registry once, checks it, and rejects a defective one for good.
 
-What is kept is a draft in float32, 40 MB for SmolLM2-135M with 8,192 draft tokens. It is kept while a canary is
-served by turns, and dropped otherwise: the engine holds its own copy of what it drafts with.
+A cached draft is float32, 40 MB for SmolLM2-135M with 8,192 draft tokens. Drafts stay in the cache while a canary is
+served in time slices, and are dropped otherwise: the engine holds its own copy of the active one.
 """
 
 from __future__ import annotations
@@ -9,117 +9,136 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Container
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import structlog
 
+from schemas.events import AUDITED_TAG
+from schemas.registry_client import FAILURES, connect, download, is_not_found, model_name
+from schemas.settings import Registry
 from schemas.speculator import checkpoint
 from schemas.speculator.checkpoint import CheckpointError
 from schemas.speculator.network import EagleDraft
+from schemas.status import RejectedVersionStatus
 from serving.engines.base import HotSwapEngine
-from serving.versions.alias_policy import Named
+from serving.versions.alias_policy import RegistryAnswer, parse_answer
 
 log = structlog.get_logger()
 
 
 class RegistryError(RuntimeError):
-    """The registry cannot be reached, or does not give what it should; another try may go well."""
+    """The registry is unreachable or fails; another try may succeed."""
 
 
 class UnknownVersionError(RegistryError):
     """The line has no such version."""
 
 
-class RefusedError(RuntimeError):
-    """The version is at fault, and this node will not serve it."""
+class RejectedVersionError(RuntimeError):
+    """The version is defective; this node does not serve it."""
 
 
-class Registry(Protocol):
-    """Where versions come from."""
+class MlflowRegistry:
+    """Versions of one speculator line, registered as model ``aurora.<line>``."""
 
-    def named(self) -> Named:
-        """What the aliases of the line name, and what the record says of them; nothing where there is no such model.
+    def __init__(self, settings: Registry, line: str) -> None:
+        self._uri, self._line = settings.tracking_uri, line
+        self._client = connect(settings)
 
-        Raises:
-            RegistryError: no answer.
-        """
-
-    def has(self, version: str) -> bool:
-        """Whether the line has this version.
+    def read_aliases(self) -> RegistryAnswer:
+        """Return the aliases of the line and its audit state; no aliases if the model does not exist.
 
         Raises:
-            RegistryError: no answer.
+            RegistryError: the registry is unreachable.
         """
+        try:
+            model = self._client.get_registered_model(model_name(self._line))
+        except FAILURES as error:
+            if is_not_found(error):
+                return RegistryAnswer({})
+            raise self._failure(error) from error
+        aliases = {alias: str(version) for alias, version in model.aliases.items()}
+        return parse_answer(aliases, model.tags.get(AUDITED_TAG))
+
+    def has_version(self, version: str) -> bool:
+        """Return whether the line has this version.
+
+        Raises:
+            RegistryError: the registry is unreachable.
+        """
+        try:
+            self._client.get_model_version(model_name(self._line), version)
+        except FAILURES as error:
+            if is_not_found(error):
+                return False
+            raise self._failure(error) from error
+        return True
 
     def download(self, version: str, folder: Path) -> Path:
-        """The version's files, in a folder below the given one.
+        """Download the files of a version; return their folder, below the given one.
 
         Raises:
-            RegistryError: not everything could be fetched.
+            RegistryError: a file cannot be downloaded.
         """
+        try:
+            return download(self._client, self._uri, self._line, version, folder)
+        except FAILURES as error:
+            raise self._failure(error) from error
+
+    def _failure(self, error: Exception) -> RegistryError:
+        return RegistryError(f"registry.tracking_uri {self._uri}, model {model_name(self._line)}: {error}")
 
 
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """A version that is not served, and why."""
+class VersionCache:
+    """Checked drafts by version, and the versions that were rejected."""
 
-    version: str
-    time: float
-    why: str
-
-
-class Shelf:
-    """Brings versions, and keeps those that are asked for again and again."""
-
-    def __init__(self, registry: Registry, engine: HotSwapEngine) -> None:
+    def __init__(self, registry: MlflowRegistry, engine: HotSwapEngine) -> None:
         self._registry = registry
         self._engine = engine
         self._drafts: dict[str, EagleDraft] = {}
-        self._refused: dict[str, Refusal] = {}
+        self._rejected: dict[str, RejectedVersionStatus] = {}
 
     @property
-    def refused(self) -> tuple[Refusal, ...]:
-        """Versions that this node will not serve."""
-        return tuple(self._refused.copy().values())
+    def rejected(self) -> tuple[RejectedVersionStatus, ...]:
+        """Versions that this node does not serve."""
+        return tuple(self._rejected.copy().values())
 
-    def refuses(self, version: str) -> bool:
-        """Whether the version is at fault."""
-        return version in self._refused
+    def is_rejected(self, version: str) -> bool:
+        """Return whether the version was rejected."""
+        return version in self._rejected
 
-    def has(self, version: str | None) -> bool:
-        """Whether the version is at hand."""
+    def is_cached(self, version: str | None) -> bool:
+        """Return whether the version is in the cache."""
         return version in self._drafts
 
     def draft(self, version: str) -> EagleDraft:
-        """A version that is at hand."""
+        """Return the draft of a cached version."""
         return self._drafts[version]
 
-    def bring(self, version: str) -> None:
-        """See that a version is at hand.
+    def fetch(self, version: str) -> None:
+        """Download and check a version unless it is cached.
 
         Raises:
-            RefusedError: it is at fault.
-            RegistryError: it cannot be fetched.
+            RejectedVersionError: the version is defective.
+            RegistryError: the version cannot be downloaded.
         """
-        if version not in self._drafts and version not in self._refused:
-            self._fetch(version)
-        if version in self._refused:
-            raise RefusedError(f"version {version} is refused: {self._refused[version].why}")
+        if version not in self._drafts and version not in self._rejected:
+            self._download(version)
+        if version in self._rejected:
+            raise RejectedVersionError(f"version {version} is rejected: {self._rejected[version].why}")
 
-    def keep(self, versions: Container[str | None]) -> None:
-        """Drop all others."""
+    def retain(self, versions: Container[str | None]) -> None:
+        """Drop all other drafts."""
         for version in [version for version in self._drafts if version not in versions]:
             del self._drafts[version]
 
-    def _fetch(self, version: str) -> None:
+    def _download(self, version: str) -> None:
         try:
             with tempfile.TemporaryDirectory(prefix="aurora-version-") as folder:
                 draft = checkpoint.read(self._registry.download(version, Path(folder)), self._engine.line)
             self._engine.check(draft)
         except CheckpointError as error:
-            log.warning("version_refused", version=version, why=str(error))
-            self._refused[version] = Refusal(version, time.time(), str(error))
+            log.warning("version_rejected", version=version, why=str(error))
+            self._rejected[version] = RejectedVersionStatus(version=version, time=time.time(), why=str(error))
         else:
             self._drafts[version] = draft

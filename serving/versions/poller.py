@@ -1,17 +1,14 @@
-"""Keeps the engine on the version that a node is to serve, on threads of its own.
+"""Version poller: keeps the engine on the version that this node must serve, on threads of its own.
 
-What is to be served follows from what the registry says (``serving.versions.alias_policy``): the version of the
-alias, or by turns
-that of ``canary``. A version is downloaded, checked against the checkpoint contract, smoke-drafted and swapped in
-between two verify steps (``serving.versions.cache``); whatever goes wrong, the draft that is there goes on. A
-version that
-is itself
-at fault is refused for good. A registry that cannot be reached is asked again, less and less often.
+``serving.versions.alias_policy`` selects the version from the registry's answers: the one of the followed alias or, in
+canary slices, the one of ``canary``. The cache downloads, checks and smoke-drafts it (``serving.versions.cache``); the
+active version is then swapped between two verify steps. Whatever fails, the engine keeps its draft. A defective version
+is rejected for good. A registry that is unreachable is polled less and less often.
 
-While a canary is served by turns, both versions are at hand, and a thread that never waits for the registry swaps them
-where one slice of time ends and the next begins.
+While a canary is active, both versions are cached, and a thread that never waits for the registry swaps them where one
+time slice ends and the next begins.
 
-An operator can pin a version: it goes the same way, and then stays whatever the aliases name, until it is unpinned.
+An operator can pin a version: it takes the same path, and stays active whatever the aliases name, until it is unpinned.
 """
 
 from __future__ import annotations
@@ -29,361 +26,370 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from schemas.errors import UserError
 from schemas.settings import Settings
+from schemas.status import RejectedVersionStatus, SwapStatus
 from serving.engines.base import HotSwapEngine
-from serving.versions.active import PINNED, Seat, Swap
-from serving.versions.alias_policy import CANARY, CHAMPION, Following, Named, hear, held, serves_canary, slice_at
-from serving.versions.cache import Refusal, RefusedError, Registry, RegistryError, Shelf, UnknownVersionError
-from serving.versions.update_policy import Reading, SyncPolicy
+from serving.versions.active_version import PINNED, ActiveVersion
+from serving.versions.alias_policy import (
+    CANARY,
+    CHAMPION,
+    FollowedAliases,
+    RegistryAnswer,
+    apply_answer,
+    explain_unfollowed,
+    is_canary_slice,
+    slice_number,
+)
+from serving.versions.cache import (
+    MlflowRegistry,
+    RegistryError,
+    RejectedVersionError,
+    UnknownVersionError,
+    VersionCache,
+)
+from serving.versions.update_policy import CounterReading, UpdatePolicy
 
 log = structlog.get_logger()
 
-LONGEST_WAIT_S = 60.0
+MAX_POLL_DELAY_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
-class _Order:
-    """What an operator wants: a version to pin, or None to follow the alias again."""
+class _PinRequest:
+    """An operator's request: a version to pin, or None to unpin."""
 
     version: str | None
     done: Future[None]
 
 
-def wait_after(failures: int, poll_s: float) -> float:
-    """Seconds until the registry is asked again, after so many failures in a row."""
-    return max(poll_s, min(poll_s * 2.0 ** min(failures, 16), LONGEST_WAIT_S))
+def poll_delay(failures: int, interval_s: float) -> float:
+    """Return the seconds until the next poll, after this number of failures in a row."""
+    return max(interval_s, min(interval_s * 2.0 ** min(failures, 16), MAX_POLL_DELAY_S))
 
 
-class Puller:
-    """Polls the registry and keeps the engine on the version whose turn it is."""
+class VersionPoller:
+    """Polls the registry and activates the selected version."""
 
     def __init__(
         self,
-        registry: Registry,
+        registry: MlflowRegistry,
         engine: HotSwapEngine,
         settings: Settings,
         clock: Callable[[], float] = time.time,
-        ticks: Callable[[], float] = time.monotonic,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._registry = registry
         self._engine = engine
-        self._serve, self._canary = settings.serve, settings.canary
-        self._trials = self._canary.share > 0 and self.alias == CHAMPION
-        self._clock, self._ticks = clock, ticks
-        self._policy = SyncPolicy(settings.update, self._serve.node)
-        self._shelf, self._seat = Shelf(registry, engine), Seat(engine)
+        self._serve, self._canary_settings = settings.serve, settings.canary
+        self.alias = self._serve.alias
+        """The followed alias."""
+        self._serves_canaries = settings.canary.share > 0 and self.alias == CHAMPION
+        self._clock, self._monotonic = clock, monotonic
+        self._policy = UpdatePolicy(settings.update, self._serve.node)
+        self._cache, self._active = VersionCache(registry, engine), ActiveVersion(engine)
 
-        self._following = Following()
+        self._followed = FollowedAliases()
         self._main: str | None = None
+        """The version of the followed alias that this node has updated to."""
         self._behind_since: float | None = None
-        self._pinned: str | None = None
+        self.pinned: str | None = None
+        """The version that an operator has pinned; None while the alias is followed."""
 
-        self._named: str | None = None
-        self._held: str | None = None
+        self.alias_version: str | None = None
+        """The version that the alias named in the last answer that was not stale."""
+        self._unfollowed: str | None = None
         self._unreadable: str | None = None
-        self._old = False
-        self._error: str | None = None
+        self._is_stale = False
+        self.error: str | None = None
+        """Why the last poll failed; None if it did not."""
         self._failures = 0
-        self._failed = self._stale = self._malformed = 0
+        self._error_count = self._malformed_count = 0
+        self.stale_count = 0
+        """Stale answers of the registry."""
 
-        self._orders: SimpleQueue[_Order | None] = SimpleQueue()
+        self._requests: SimpleQueue[_PinRequest | None] = SimpleQueue()
         self._stopping, self._woken = threading.Event(), threading.Event()
-        self._threads = [threading.Thread(target=self._run, name="puller", daemon=True)]
-        if self._trials:
-            self._threads.append(threading.Thread(target=self._take_turns, name="slices", daemon=True))
+        self._threads = [threading.Thread(target=self._run_polls, name="version-poller", daemon=True)]
+        if self._serves_canaries:
+            self._threads.append(threading.Thread(target=self._run_slices, name="canary-slices", daemon=True))
 
     def start(self) -> None:
-        """Begin to poll."""
+        """Start to poll."""
         for thread in self._threads:
             thread.start()
 
     def stop(self) -> None:
-        """End the polling; a download that hangs is left to die with the process."""
+        """Stop polling; a download that hangs ends with the process."""
         self._stopping.set()
-        self._orders.put(None)
+        self._requests.put(None)
         for thread in self._threads:
             thread.join(timeout=1.0)
 
     def pin(self, version: str) -> Future[None]:
-        """Serve this version until ``unpin``, whatever the alias names. Done when it serves, on the puller's thread.
+        """Pin a version until ``unpin``. The poller's thread completes the future when the version is active.
 
-        The future's errors: ``UnknownVersionError``, ``RefusedError``, ``RegistryError``, or that of an engine which
-        has stopped. After an error all is as it was.
+        The future's errors: ``UnknownVersionError``, ``RejectedVersionError``, ``RegistryError``, or the error of a
+        stopped engine. An error changes nothing.
         """
-        return self._order(version)
+        return self._enqueue(version)
 
     def unpin(self) -> Future[None]:
-        """Follow the alias again. Done after a first look at it."""
-        return self._order(None)
+        """Follow the alias again. The future is done after the first poll."""
+        return self._enqueue(None)
 
     def wake(self) -> None:
-        """Ask the registry now; called from any thread. Of several calls before that, one counts."""
+        """Poll now, from any thread. Several calls before the poll count as one."""
         if not self._woken.is_set():
             self._woken.set()
-            self._orders.put(None)
-
-    @property
-    def alias(self) -> str:
-        """The alias that is followed."""
-        return self._serve.alias
-
-    @property
-    def named(self) -> str | None:
-        """The version that the alias named in the registry's last answer that was not old."""
-        return self._named
+            self._requests.put(None)
 
     @property
     def canary(self) -> str | None:
-        """The version that is served by turns with the alias's, if any."""
-        return self._following.canary.version if self._on_trial() else None
+        """The version that is served in canary slices, if any."""
+        return self._followed.canary.version if self._has_canary() else None
 
     @property
     def role(self) -> str | None:
-        """By what the version that serves came to it: the alias, ``canary`` or ``pinned``; None with day 0's draft."""
-        return self._seat.role
+        """What selected the active version: the alias, ``canary`` or ``pinned``; None with the day-0 draft."""
+        return self._active.role
 
     @property
-    def pinned(self) -> str | None:
-        """The version that stays whatever the alias names, if any."""
-        return self._pinned
+    def pending_version(self) -> str | None:
+        """A newer version whose update is delayed (section ``update``)."""
+        version = self._followed.main.version
+        is_pending = self._behind_since is not None and version is not None and not self._cache.is_rejected(version)
+        return version if is_pending and self.pinned is None else None
 
     @property
-    def waiting(self) -> str | None:
-        """A newer version that is taken over later (``sync``)."""
-        version = self._following.main.version
-        waits = self._behind_since is not None and version is not None and not self._shelf.refuses(version)
-        return version if waits and self._pinned is None else None
-
-    @property
-    def interval_s(self) -> float:
-        """The least time between two takeovers of the moment."""
+    def update_interval_s(self) -> float:
+        """Current minimum time between two updates."""
         return self._policy.interval_s
 
     @property
-    def swaps(self) -> tuple[Swap, ...]:
-        """The newest swaps, oldest first; the last one says what is served since when."""
-        return self._seat.swaps
+    def swaps(self) -> tuple[SwapStatus, ...]:
+        """The newest swaps, oldest first; the last one is the swap to the active version."""
+        return self._active.swaps
 
     @property
-    def refused(self) -> tuple[Refusal, ...]:
-        """Versions that this node will not serve."""
-        return self._shelf.refused
+    def rejected(self) -> tuple[RejectedVersionStatus, ...]:
+        """Versions that this node does not serve."""
+        return self._cache.rejected
 
     @property
-    def held(self) -> str | None:
-        """Why a version that the registry names is not followed, or the record of moves is not used; None mostly."""
-        return self._held or self._unreadable
-
-    @property
-    def stale(self) -> int:
-        """Old answers of the registry, which were passed over."""
-        return self._stale
-
-    @property
-    def error(self) -> str | None:
-        """Why the last poll failed, if it did."""
-        return self._error
+    def update_blocked(self) -> str | None:
+        """Why the version that the alias names is not followed, or why the audit state is not used; usually None."""
+        return self._unfollowed or self._unreadable
 
     def poll(self) -> None:
-        """Ask once, and follow what the registry says if nothing is pinned."""
+        """Read the aliases once, and serve what they select unless a version is pinned."""
         try:
-            self._hear(self._registry.named())
-            if self._pinned is None:
+            self._read_aliases()
+            if self.pinned is None:
                 self._follow()
         except Exception as error:
-            # A full disk, a stopped engine, a client library at fault: none may end the polling, all are tried again.
-            if self._error is None:
-                known = isinstance(error, RegistryError | UserError)
-                log.warning("pull_failed", error=str(error), exc_info=not known)
+            # A full disk, a stopped engine, a bug in a client library: none may end the polling, the next poll retries.
+            if self.error is None:
+                is_known = isinstance(error, RegistryError | UserError)
+                log.warning("poll_failed", error=str(error), exc_info=not is_known)
             self._failures += 1
-            self._failed += 1
-            self._error = str(error) or type(error).__name__
+            self._error_count += 1
+            self.error = str(error) or type(error).__name__
         else:
-            if self._error is not None:
-                log.info("pull_recovered")
-            self._failures, self._error = 0, None
+            if self.error is not None:
+                log.info("poll_recovered")
+            self._failures, self.error = 0, None
 
     def collect(self) -> Iterator[Metric]:
-        """Metrics, read at scrape time."""
-        yield CounterMetricFamily("aurora_serve_swaps", "Speculator versions swapped in.", value=self._seat.swapped)
-        yield CounterMetricFamily("aurora_serve_refused", "Speculator versions refused.", value=len(self.refused))
-        yield CounterMetricFamily("aurora_serve_registry_failures", "Polls that failed.", value=self._failed)
-        yield CounterMetricFamily("aurora_serve_registry_stale", "Old answers passed over.", value=self._stale)
-        yield CounterMetricFamily(
-            "aurora_serve_registry_malformed", "Answers whose audit could not be read.", value=self._malformed
-        )
+        """Yield the metrics at scrape time."""
+        for name, text, value in (
+            ("aurora_serve_version_swaps", "Swaps of the active version.", self._active.swap_count),
+            ("aurora_serve_versions_rejected", "Versions rejected as defective.", len(self.rejected)),
+            ("aurora_serve_registry_errors", "Registry polls that failed.", self._error_count),
+            (
+                "aurora_serve_registry_stale_responses",
+                "Stale registry responses, which changed nothing.",
+                self.stale_count,
+            ),
+            (
+                "aurora_serve_registry_malformed_responses",
+                "Responses with an unreadable audit state.",
+                self._malformed_count,
+            ),
+        ):
+            yield CounterMetricFamily(name, text, value=value)
         yield GaugeMetricFamily(
-            "aurora_serve_sync_interval_seconds", "Least time between two takeovers.", value=self.interval_s
+            "aurora_serve_update_interval_seconds", "Minimum time between two updates.", value=self.update_interval_s
         )
-        serving = int(self.role == CANARY)
-        yield GaugeMetricFamily("aurora_serve_canary", "1 while the canary's version serves.", value=serving)
+        is_canary = int(self.role == CANARY)
+        yield GaugeMetricFamily("aurora_serve_canary_active", "1 while the canary is active.", value=is_canary)
 
-    def _hear(self, named: Named) -> None:
-        if named.unreadable is not None:
-            self._malformed += 1
-            if named.unreadable != self._unreadable:
-                log.warning("audit_unreadable", why=named.unreadable)
-        self._unreadable = named.unreadable
-        heard = hear(self._following, named, self.alias, canary=self._trials)
-        if heard is None:
-            self._stale += 1
-            if not self._old:
-                moves = named.audited.moves if named.audited else 0
-                log.warning("registry_answered_old", moves=moves, moves_seen=self._following.moves)
-            self._old = True
+    def _read_aliases(self) -> None:
+        answer = self._registry.read_aliases()
+        self._check_audit(answer)
+        followed = apply_answer(self._followed, answer, self.alias, canary=self._serves_canaries)
+        if followed is None:
+            self.stale_count += 1
+            if not self._is_stale:
+                moves = answer.audit.moves if answer.audit else 0
+                log.warning("stale_answer_ignored", moves=moves, moves_seen=self._followed.moves)
+            self._is_stale = True
             return
-        self._old = False
-        self._named = named.aliases.get(self.alias)
-        self._held = held(heard.main, named, self.alias)
-        with self._seat.turning:
-            self._following = heard
+        self._is_stale = False
+        self.alias_version = answer.aliases.get(self.alias)
+        self._unfollowed = explain_unfollowed(followed.main, answer, self.alias)
+        with self._active.lock:
+            self._followed = followed
+
+    def _check_audit(self, answer: RegistryAnswer) -> None:
+        if answer.unreadable is not None:
+            self._malformed_count += 1
+            if answer.unreadable != self._unreadable:
+                log.warning("audit_state_unreadable", why=answer.unreadable)
+        self._unreadable = answer.unreadable
 
     def _follow(self) -> None:
-        with self._seat.turning:
-            self._policy.read(self._reading())
-        main = self._following.main.version
+        with self._active.lock:
+            self._policy.record_reading(self._read_counters())
+        main = self._followed.main.version
         try:
             if main is not None and main != self._main:
-                self._consider(main)
+                self._update_to(main)
             else:
                 self._behind_since = None
-            if self._main is not None and self._main != self._seat.version and not self._on_trial():
-                self._brought(self._main)
+            if self._main is not None and self._main != self._active.version and not self._has_canary():
+                self._fetch(self._main)
         finally:
-            # Whatever the registry does not give now, a canary that is over ends.
-            self._settle()
-        if self._on_trial():
-            self._prepare()
-            self._settle()
-        with self._seat.turning:
-            self._shelf.keep((self._main, self._following.canary.version) if self._on_trial() else ())
+            # A canary that has ended stops serving, also while the registry is unreachable.
+            self._activate_selected()
+        if self._has_canary():
+            for version in (self._main, self._followed.canary.version):
+                if version is not None:
+                    self._fetch(version)
+            self._activate_selected()
+        with self._active.lock:
+            self._cache.retain((self._main, self._followed.canary.version) if self._has_canary() else ())
 
-    def _consider(self, version: str) -> None:
-        """Take another version over; a newer one when it is due."""
-        newer = self._main is not None and int(version) > int(self._main)
-        if newer and not self._due(version):
+    def _update_to(self, version: str) -> None:
+        """Fetch and activate another version of the alias; a newer one when its update is due."""
+        is_newer = self._main is not None and int(version) > int(self._main)
+        if is_newer and not self._is_due(version):
             return
-        begun = self._reading()
-        if self._brought(version):
-            brought = self._reading()
-            with self._seat.turning:
+        started = self._read_counters()
+        if self._fetch(version):
+            fetched = self._read_counters()
+            with self._active.lock:
                 self._main = version
-                self._settle()
-                if newer:
-                    self._policy.taken(begun, brought, self._seat.swaps[-1].pause_ms / 1e3)
+                self._activate_selected()
+                if is_newer:
+                    self._policy.record_update(started, fetched, self._active.swaps[-1].pause_ms / 1e3)
         self._behind_since = None
 
-    def _due(self, version: str) -> bool:
-        """A version at hand was the canary here: it costs nothing more, and waiting would be a step back from it."""
-        if self._shelf.has(version):
+    def _is_due(self, version: str) -> bool:
+        """A cached version was the canary here: its update costs nothing, and a delay would be a step back from it."""
+        if self._cache.is_cached(version):
             return True
         if self._behind_since is None:
-            self._behind_since = self._ticks()
-        return self._ticks() >= self._policy.due_at(version, self._behind_since)
+            self._behind_since = self._monotonic()
+        return self._monotonic() >= self._policy.due_at(version, self._behind_since)
 
-    def _reading(self) -> Reading:
+    def _read_counters(self) -> CounterReading:
         health = self._engine.health()
-        return Reading(self._ticks(), health.verify_steps, health.accepted_tokens, health.output_tokens)
+        return CounterReading(self._monotonic(), health.verify_steps, health.accepted_tokens, health.output_tokens)
 
-    def _prepare(self) -> None:
-        """See that both versions of a trial are at hand."""
-        for version in (self._main, self._following.canary.version):
-            if version is not None:
-                self._brought(version)
-
-    def _brought(self, version: str) -> bool:
+    def _fetch(self, version: str) -> bool:
         try:
-            self._shelf.bring(version)
-        except RefusedError:
+            self._cache.fetch(version)
+        except RejectedVersionError:
             return False
         return True
 
-    def _on_trial(self) -> bool:
-        canary = self._following.canary.version
-        return self._main is not None and canary not in (None, self._main) and not self._shelf.refuses(canary)
+    def _has_canary(self) -> bool:
+        canary = self._followed.canary.version
+        return self._main is not None and canary not in (None, self._main) and not self._cache.is_rejected(canary)
 
-    def _turn(self) -> tuple[str | None, str]:
-        """The version whose turn it is, and by what."""
-        if self._pinned is not None:
-            return self._pinned, PINNED
-        canary = self._following.canary.version
-        at_hand = self._shelf.has(self._main) and self._shelf.has(canary)
-        number = slice_at(self._clock(), self._canary.slice_duration)
-        if self._on_trial() and at_hand and serves_canary(self._serve.node, number, self._canary.share):
+    def _select(self) -> tuple[str | None, str]:
+        """Return the version to serve now, and its role."""
+        if self.pinned is not None:
+            return self.pinned, PINNED
+        canary = self._followed.canary.version
+        both_cached = self._cache.is_cached(self._main) and self._cache.is_cached(canary)
+        number = slice_number(self._clock(), self._canary_settings.slice_duration)
+        is_canary = is_canary_slice(self._serve.node, number, self._canary_settings.share)
+        if self._has_canary() and both_cached and is_canary:
             return canary, CANARY
         return self._main, self.alias
 
-    def _settle(self) -> None:
-        """Swap to the version whose turn it is, if it is at hand."""
-        with self._seat.turning:
-            version, role = self._turn()
-            if version is not None and (version == self._seat.version or self._shelf.has(version)):
-                self._take(version, role)
+    def _activate_selected(self) -> None:
+        """Activate the selected version, if it is cached."""
+        with self._active.lock:
+            version, role = self._select()
+            if version is not None and (version == self._active.version or self._cache.is_cached(version)):
+                self._activate(version, role)
 
-    def _take(self, version: str, role: str) -> None:
-        if version == self._seat.version:
-            self._seat.role = role
+    def _activate(self, version: str, role: str) -> None:
+        if version == self._active.version:
+            self._active.role = role
         else:
-            self._seat.take(version, self._shelf.draft(version), role)
-            self._policy.swapped()
+            self._active.swap(version, self._cache.draft(version), role)
+            self._policy.record_swap()
 
-    def _order(self, version: str | None) -> Future[None]:
-        order = _Order(version, Future())
-        self._orders.put(order)
-        return order.done
+    def _enqueue(self, version: str | None) -> Future[None]:
+        request = _PinRequest(version, Future())
+        self._requests.put(request)
+        return request.done
 
-    def _obey(self, order: _Order) -> None:
+    def _handle(self, request: _PinRequest) -> None:
         try:
-            if order.version is not None:
-                self._pin(order.version)
+            if request.version is not None:
+                self._pin(request.version)
             else:
-                self._pinned = None
-                log.info("unpinned")
+                self.pinned = None
+                log.info("version_unpinned")
                 self.poll()
         except Exception as error:
-            # Whatever went wrong, as in `poll`: it is the operator's to know, and the polling goes on.
-            known = isinstance(error, RegistryError | RefusedError | UserError)
-            log.warning("pin_failed", version=order.version, error=str(error), exc_info=not known)
-            order.done.set_exception(error)
+            # The future reports any error to the operator, and the polling continues, as in `poll`.
+            is_known = isinstance(error, RegistryError | RejectedVersionError | UserError)
+            log.warning("pin_failed", version=request.version, error=str(error), exc_info=not is_known)
+            request.done.set_exception(error)
         else:
-            order.done.set_result(None)
+            request.done.set_result(None)
 
     def _pin(self, version: str) -> None:
-        if version != self._seat.version:
-            if not self._shelf.refuses(version) and not self._registry.has(version):
+        if version != self._active.version:
+            if not self._cache.is_rejected(version) and not self._registry.has_version(version):
                 raise UnknownVersionError(f"line {self._engine.line} has no version {version!r}")
-            self._shelf.bring(version)
-        with self._seat.turning:
-            self._take(version, PINNED)
-            self._pinned, self._behind_since = version, None
-            self._shelf.keep(())
-        log.info("pinned", version=version)
+            self._cache.fetch(version)
+        with self._active.lock:
+            self._activate(version, PINNED)
+            self.pinned, self._behind_since = version, None
+            self._cache.retain(())
+        log.info("version_pinned", version=version)
 
-    def _run(self) -> None:
+    def _run_polls(self) -> None:
         while not self._stopping.is_set():
             self._woken.clear()
             self.poll()
             try:
-                order = self._orders.get(timeout=self._wait_s())
+                request = self._requests.get(timeout=self._next_poll_s())
             except Empty:
                 continue
-            if order is not None:
-                self._obey(order)
+            if request is not None:
+                self._handle(request)
 
-    def _wait_s(self) -> float:
-        """Until the next poll."""
-        wait_s, waiting = wait_after(self._failures, self._serve.poll_interval), self.waiting
-        if waiting is None or self._behind_since is None or self._failures:
-            return wait_s
-        return min(max(self._policy.due_at(waiting, self._behind_since) - self._ticks(), 0.0), wait_s)
+    def _next_poll_s(self) -> float:
+        """Return the seconds until the next poll."""
+        delay_s, pending = poll_delay(self._failures, self._serve.poll_interval), self.pending_version
+        if pending is None or self._behind_since is None or self._failures:
+            return delay_s
+        return min(max(self._policy.due_at(pending, self._behind_since) - self._monotonic(), 0.0), delay_s)
 
-    def _take_turns(self) -> None:
-        slice_s = self._canary.slice_duration
+    def _run_slices(self) -> None:
+        slice_s = self._canary_settings.slice_duration
         while True:
             now = self._clock()
-            if self._stopping.wait((slice_at(now, slice_s) + 1) * slice_s - now):
+            if self._stopping.wait((slice_number(now, slice_s) + 1) * slice_s - now):
                 return
             try:
-                self._settle()
+                self._activate_selected()
             except Exception as error:
-                # An engine that has stopped says so by its own means; what came to nothing is done at the next border.
-                log.warning("turn_failed", error=str(error), exc_info=True)
+                # A stopped engine reports itself; the next slice border retries.
+                log.warning("slice_swap_failed", error=str(error), exc_info=True)

@@ -59,10 +59,10 @@ def check_pictures(prometheus: Prometheus) -> None:
     """
     queries = [query.replace("$__rate_interval", "10s") for query in loop.queries()]
     silent = [query for query in queries if not prometheus.values(query)]
-    assert silent == ['aurora_serve_expected_tokens_per_second{drafted="0"}']
+    assert silent == ['aurora_serve_expected_tokens_per_second{draft_depth="0"}']
     assert prometheus.alerts()
     assert max(prometheus.values("sum(rate(aurora_serve_output_tokens_total[10s]))")) > 0
-    assert max(prometheus.values("aurora_serve_swaps_total")) >= 1
+    assert max(prometheus.values("aurora_serve_version_swaps_total")) >= 1
 
 
 def working_in(folder: Path) -> list[psutil.Process]:

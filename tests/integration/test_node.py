@@ -22,7 +22,7 @@ from schemas.speculator import checkpoint
 from schemas.speculator.initial_draft import draft_of_day_0
 from schemas.trace.decoder import decode
 from schemas.trace.record import Chunk
-from serving.http.address import bind
+from serving.http.server import bind
 from trainer.release.registry import SpeculatorRegistry
 
 _LONG = "Write a long story about a dragon and a lighthouse."
@@ -91,7 +91,7 @@ def test_a_node_without_broker_and_registry_serves_and_ends_cleanly(start: Calla
     assert status.rows_captured == status.rows_pending == answer.aurora["verify_steps"] + 1
     closed = node.end()
     assert (closed["captured"], closed["published"]) == (status.rows_captured, 0)
-    assert sum(closed["shed"].values()) == status.rows_captured
+    assert sum(closed["dropped"].values()) == status.rows_captured
 
 
 def test_every_verify_step_is_traced_and_a_swap_under_load_changes_no_answer(

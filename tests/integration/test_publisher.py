@@ -121,7 +121,7 @@ def assert_the_topic_holds_what_was_published(publisher: TracePublisher, setting
     chunks = [decode(record.value()) for record in read(settings)]
     rows = Counter((c.envelope.request, r.position) for c in chunks for r in c.verify_steps)
     assert counts.captured == counts.published + counts.rows_shed
-    assert "unconfirmed" not in counts.shed
+    assert "unconfirmed" not in counts.dropped
     assert sum(rows.values()) == counts.published
     assert max(rows.values()) == 1
     numbers: dict[str, int] = {}
@@ -146,7 +146,7 @@ def test_everything_is_published_once_and_below_the_limit(broker: str) -> None:
     eventually(lambda: traffic.sent >= 200)
     traffic.end()
     counts = publisher.close(10)
-    assert (counts.published, counts.shed) == (counts.captured, {})
+    assert (counts.published, counts.dropped) == (counts.captured, {})
     assert_the_topic_holds_what_was_published(publisher, settings)
     records = read(settings)
     assert max(len(r.value() or b"") for r in records) <= settings.max_message_bytes
@@ -162,10 +162,10 @@ def test_a_publisher_that_starts_before_the_broker_recovers_when_it_comes(
     publisher = TracePublisher(settings, Traces(circuit_breaker_probe_interval=0.2))
     publisher.start(ORIGIN)
     traffic = Traffic(publisher)
-    eventually(lambda: publisher.counts().shed.get("breaker_open", 0) > 100)
+    eventually(lambda: publisher.counts().dropped.get("circuit_breaker_open", 0) > 100)
     own_broker.start()
     make_topic(own_broker.bootstrap, settings.traces_topic)
-    eventually(lambda: publisher.breaker == "closed")
+    eventually(lambda: publisher.circuit_breaker == "closed")
     published = publisher.counts().published
     eventually(lambda: publisher.counts().published > published + 100)
     traffic.end()
@@ -188,13 +188,13 @@ def test_a_broker_killed_under_traffic_costs_no_row_its_place_in_the_books(
         eventually(lambda published=published: publisher.counts().published > published + 300)  # type: ignore[misc]
         assert own_broker.process.pid
         os.killpg(own_broker.process.pid, signal.SIGKILL)
-        eventually(lambda: publisher.breaker == "open")
+        eventually(lambda: publisher.circuit_breaker == "open")
         own_broker.start()
-        eventually(lambda: publisher.breaker == "closed")
+        eventually(lambda: publisher.circuit_breaker == "closed")
     eventually(lambda: publisher.counts().pending < 100)
     traffic.end()
     counts = publisher.close(10)
-    assert counts.shed["breaker_open"] > 0
+    assert counts.dropped["circuit_breaker_open"] > 0
     assert_the_topic_holds_what_was_published(publisher, settings)
 
 

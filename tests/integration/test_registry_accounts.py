@@ -21,8 +21,8 @@ from ops.observe.doctor.services import look_at_registry
 from schemas.settings import Registry, Settings
 from schemas.speculator import checkpoint
 from schemas.speculator.network import random_draft
+from serving.versions.cache import MlflowRegistry
 from serving.versions.cache import RegistryError as NodeRegistryError
-from serving.versions.registry import MlflowRegistry
 from trainer.release.registry import RegistryError, SpeculatorRegistry
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -97,7 +97,7 @@ def test_trainer_registers_promoter_moves_and_a_node_only_reads(accounts: Accoun
     promoter.set_alias(line, "champion", version)
 
     node = MlflowRegistry(accounts.settings("node"), line)
-    assert node.named().aliases == {"candidate": version, "champion": version}
+    assert node.read_aliases().aliases == {"candidate": version, "champion": version}
     (tmp_path / "served").mkdir()
     assert checkpoint.read(node.download(version, tmp_path / "served"), line)
     as_node = SpeculatorRegistry(accounts.settings("node"))
@@ -111,7 +111,7 @@ def test_trainer_registers_promoter_moves_and_a_node_only_reads(accounts: Accoun
 def test_nobody_comes_in_without_an_account_and_its_password(accounts: Accounts, user: str) -> None:
     node = MlflowRegistry(accounts.settings(user, "wrong"), "line")
     with pytest.raises(NodeRegistryError, match="401"):
-        node.named()
+        node.read_aliases()
 
 
 def test_the_doctor_says_which_setting_lets_it_in(accounts: Accounts) -> None:

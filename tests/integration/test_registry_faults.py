@@ -26,8 +26,8 @@ from schemas.settings import Serve, Settings
 from schemas.speculator import checkpoint
 from schemas.speculator.network import random_draft
 from schemas.status import ServeStatus
-from serving.versions.poller import Puller
-from serving.versions.registry import MlflowRegistry
+from serving.versions.cache import MlflowRegistry
+from serving.versions.poller import VersionPoller
 from trainer.release.registry import SpeculatorRegistry
 
 
@@ -100,11 +100,11 @@ def test_a_node_serves_on_and_catches_up_whatever_the_registry_does(proxy: Regis
     mover = Mover(proxy.upstream, tmp_path)
     engine, serve = EchoEngine(), Serve(poll_interval=0.05)
     engine.line = mover.line
-    puller = Puller(
+    poller = VersionPoller(
         MlflowRegistry(RegistrySettings(tracking_uri=proxy.uri, timeout=1), mover.line), engine, Settings(serve=serve)
     )
-    puller.start()
-    with running_node(serve, engine, puller) as node, Client(node) as client:
+    poller.start()
+    with running_node(serve, engine, poller) as node, Client(node) as client:
 
         def status() -> ServeStatus:
             return ServeStatus.model_validate(httpx.get(f"{node.url}/status").json())
@@ -133,23 +133,25 @@ def test_a_node_serves_on_and_catches_up_whatever_the_registry_does(proxy: Regis
             eventually(lambda: status().registry_stale_responses > 1)
             client.answers_go_on()
         assert [swap.version for swap in status().swaps] == [*served, served[0]]
-        assert (client.failed, status().versions_rejected) == ([], [])
-    puller.stop()
+        assert (client.failed, status().refused) == ([], [])
+    poller.stop()
 
 
 def test_the_registrys_own_webhook_wakes_a_node(registry: str, tmp_path: Path) -> None:
     mover, secret = Mover(registry, tmp_path), uuid.uuid4().hex
     engine, serve = EchoEngine(), Serve(poll_interval=3600, webhook_secret=SecretStr(secret))
     engine.line = mover.line
-    puller = Puller(MlflowRegistry(RegistrySettings(tracking_uri=registry), mover.line), engine, Settings(serve=serve))
+    poller = VersionPoller(
+        MlflowRegistry(RegistrySettings(tracking_uri=registry), mover.line), engine, Settings(serve=serve)
+    )
     client = connect(RegistrySettings(tracking_uri=registry))
-    puller.start()
-    with running_node(serve, engine, puller) as node:
+    poller.start()
+    with running_node(serve, engine, poller) as node:
         events: list[WebhookEventStr] = ["model_version_alias.created", "model_version_alias.deleted"]
         webhook = client.create_webhook(f"node-{mover.line}", f"{node.url}/webhooks/registry", events, secret=secret)
         time.sleep(1.1)  # MLflow's list of webhooks is that old at most
         version = mover.promote()
-        eventually(lambda: puller.role == "champion")
-        assert [swap.version for swap in puller.swaps] == [version]
+        eventually(lambda: poller.role == "champion")
+        assert [swap.version for swap in poller.swaps] == [version]
         client.delete_webhook(webhook.webhook_id)
-    puller.stop()
+    poller.stop()

@@ -21,7 +21,8 @@ from pipeline.offsets import SourcePartition
 from schemas.settings import Kafka, Settings, Traces, to_environ
 from schemas.telemetry.trace_context import request_context
 from schemas.trace.record import encode
-from serving.traces.producer import connect, headers_of
+from serving.traces.chunks import message_headers
+from serving.traces.publisher import connect
 
 SCRAM = "SCRAM-SHA-256"
 
@@ -64,7 +65,7 @@ def test_with_one_setting_node_and_worker_bring_records_into_the_tables(
             settings.kafka.traces_topic,
             value=encode(made),
             key=made.envelope.request.encode(),
-            headers=headers_of(made, request_context(made.envelope.request)),
+            headers=message_headers(made, request_context(made.envelope.request)),
             on_delivery=lambda error, _: pytest.fail(error.str()) if error else None,
         )
     assert producer.flush(20) == 0

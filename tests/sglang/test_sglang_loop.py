@@ -20,7 +20,7 @@ from trainer_world import RUN_PROMOTER, RUN_TRAINER, process
 
 from schemas.settings import Settings, load
 from schemas.status import ServeStatus
-from serving.engines.sglang.node.initial_version import line_of
+from serving.engines.sglang.node.sidecar import read_target_line
 from trainer.release.registry import SpeculatorRegistry
 
 TOKENS = 32
@@ -115,13 +115,13 @@ def test_a_target_without_a_speculator_is_served_with_the_draft_of_day_0(
     while not (status := node.status).engine_up:
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    assert (status.speculator, status.line) == ("day-0-head-0", line_of(node.settings).name)
+    assert (status.speculator, status.line) == ("day-0-head-0", read_target_line(node.settings).name)
 
 
 def test_what_it_serves_is_learned_from_and_serves_it(
     node: Node, prompts: list[list[int]], said_by_target: list[list[int]], tmp_path: Path
 ) -> None:
-    settings, line = node.settings, line_of(node.settings).name
+    settings, line = node.settings, read_target_line(node.settings).name
     before = accepted_per_step(node.ask(prompts))
     with (
         worker(settings, tmp_path / "stream.log"),

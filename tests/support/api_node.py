@@ -17,11 +17,10 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from schemas.settings import Serve
-from serving.http import admin as control
-from serving.http import routes, status, webhook
-from serving.http.drain import Drain, DrainingServer
-from serving.http.generation import RequestFigures
-from serving.versions.poller import Puller
+from serving.http import admin, routes, status, webhook
+from serving.http.generation import RequestMetrics
+from serving.http.server import Drain, DrainingServer
+from serving.versions.poller import VersionPoller
 
 MODEL = "echo-1"
 _DEFAULTS = Serve()
@@ -55,15 +54,15 @@ class Node:
 def running_node(
     serve: Serve = _DEFAULTS,
     engine: EchoEngine | None = None,
-    puller: Puller | None = None,
+    poller: VersionPoller | None = None,
     traced: Callable[[str], bool] = lambda _: True,
 ) -> Iterator[Node]:
     engine, metrics, drain = engine or EchoEngine(), CollectorRegistry(), Drain()
-    figures = RequestFigures(metrics)
-    app = routes.create(engine, byte_tokenizer(), MODEL, figures, drain, serve, traced)
-    status.add(app, "node-a", engine, figures, metrics, None, puller, drain)
-    control.add(app, serve, engine, puller)
-    webhook.add(app, serve.webhook_secret, engine.line, puller)
+    figures = RequestMetrics(metrics)
+    app = routes.create_app(engine, byte_tokenizer(), MODEL, figures, drain, serve, traced)
+    status.add_routes(app, "node-a", engine, figures, metrics, None, poller, drain)
+    admin.add_routes(app, serve, engine, poller)
+    webhook.add_route(app, serve.webhook_secret, engine.line, poller)
     config = uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=1)
     server = DrainingServer(config, drain, serve.drain_timeout, engine.stop)
     thread = threading.Thread(target=server.run)

@@ -1,4 +1,4 @@
-"""A server with the part of SGLang's interface that changes weights, in this process, with faults to order."""
+"""A fake of SGLang's server in this process: the part of its interface that updates weights, with injected faults."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from schemas.speculator.network import EagleDraft
-from serving.engines.sglang.node import checksums, weights
+from serving.engines.sglang.node import weights
 
 KEY = "sesame"
 METRICS = """\
@@ -24,35 +24,35 @@ sglang:spec_verify_calls_total 40.0
 sglang:generation_tokens_total{is_streaming="false"} 103.0
 aurora_serve_trace_rows_captured_total 50.0
 aurora_serve_trace_rows_published_total 40.0
-aurora_serve_trace_rows_shed_total{reason="budget"} 3.0
-aurora_serve_trace_rows_shed_total{reason="queue_full"} 4.0
-aurora_sglang_breaker_open 1.0
+aurora_serve_trace_rows_dropped_total{reason="budget"} 3.0
+aurora_serve_trace_rows_dropped_total{reason="queue_full"} 4.0
+aurora_sglang_trace_circuit_breaker_open 1.0
 """
 
 Answer = tuple[int, Any]
 
 
 class FakeSglang:
-    """What the server holds, and what was asked of it."""
+    """State of the server, and the calls that it received."""
 
     def __init__(self, draft: EagleDraft, version: str, *, ranks: int = 1) -> None:
-        self.tensors: dict[str, Tensor] = weights.sent(draft)
+        self.tensors: dict[str, Tensor] = weights.draft_tensors(draft)
         self.version, self.ranks, self.replicas = version, ranks, 1
-        self.form: Callable[[Tensor], str] = checksums.on_cpu
+        self.checksum: Callable[[Tensor], str] = weights.checksum_cpu
         self.paused = self.open = False
-        self.asked: list[str] = []
+        self.calls: list[str] = []
         self.faults: dict[str, list[Answer | None]] = {}
-        """By path: what is answered instead, once each; None does what is asked and then hangs up."""
+        """Responses by path in place of the real ones, once each; None handles the call, then closes the connection."""
         self.spoiled: set[str] = set()
-        """Tensors that an update does not reach."""
+        """Tensors that an update does not change."""
         self.received = 0
         """Bytes of the last update, for one rank."""
         self.url = ""
         self.draft, self.release = "", "0.5.21"
 
     def holds(self, draft: EagleDraft) -> bool:
-        wanted = weights.sent(draft)
-        return all(self.tensors[name].equal(value) for name, value in wanted.items())
+        expected = weights.draft_tensors(draft)
+        return all(self.tensors[name].equal(value) for name, value in expected.items())
 
     def answer(self, path: str, body: dict[str, Any]) -> Answer:
         about: dict[str, Any] = {
@@ -68,7 +68,7 @@ class FakeSglang:
             "/model_info": {"weight_version": self.version},
             "/v1/loads": {"loads": [{"num_running_reqs": 2, "num_waiting_reqs": 1}]},
             "/metrics": METRICS,
-            "/weights_checker": {"success": True, "ranks": [{"checksums": self.sums()}] * self.ranks},
+            "/weights_checker": {"success": True, "ranks": [{"checksums": self.checksums()}] * self.ranks},
         }
         if path in about:
             return 200, about[path]
@@ -86,7 +86,7 @@ class FakeSglang:
         return 200, {"status": "ok"}
 
     def change(self, path: str, body: dict[str, Any]) -> Answer:
-        assert self.paused, f"{path} waits for every request that runs"
+        assert self.paused, f"{path} waits for every running request"
         match path, self.open:
             case "/begin_weight_update", False:
                 assert body == {"selector": "draft"}
@@ -110,21 +110,23 @@ class FakeSglang:
         self.tensors |= {name: value for name, value in named.items() if name not in self.spoiled}
         self.version = body["weight_version"]
 
-    def sums(self) -> dict[str, str]:
-        """Beside the draft's own, the target's embeddings and buffers are there too."""
-        held = weights.held(self.tensors)
-        return {f"draft.{name}": self.form(value.float()) for name, value in held.items()} | {"draft.model.other": "0"}
+    def checksums(self) -> dict[str, str]:
+        """Return the checksums; besides the draft's own also those of the target's embeddings and buffers."""
+        tensors = weights.server_tensors(self.tensors)
+        return {f"draft.{name}": self.checksum(value.float()) for name, value in tensors.items()} | {
+            "draft.model.other": "0"
+        }
 
 
 @contextmanager
 def served(fake: FakeSglang, port: int = 0) -> Iterator[FakeSglang]:
-    """The server on a port of loopback."""
+    """Serve it on a port of loopback."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             length = int(self.headers.get("content-length") or 0)
             body = json.loads(self.rfile.read(length)) if length else {}
-            fake.asked.append(self.path)
+            fake.calls.append(self.path)
             if self.headers.get("authorization") != f"Bearer {KEY}" and self.path != "/health":
                 self.reply(401, {"error": "Unauthorized"})
                 return

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from pipeline.batches import Record, build
 from schemas.trace.record import CONTENT_TYPE, Chunk, Envelope, Features, VerifyStep, encode, fingerprint, to_bf16
-from serving.traces.chunks import without_features
+from serving.traces.chunks import drop_features
 
 WIDTH, TOP_K = 24, 3
 TARGET, LINE = "t" * 32, "target-draft"
@@ -80,7 +80,7 @@ def record_of(  # noqa: PLR0913 - one for each thing that a test may vary
 ) -> Record:
     """The record that carries the verify steps; where features are to be recomputed, without them."""
     if features == "recompute":
-        verify_steps = [without_features(r) for r in verify_steps]
+        verify_steps = [drop_features(r) for r in verify_steps]
     envelope = Envelope(
         request=request,
         chunk=chunk,

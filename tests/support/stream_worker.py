@@ -22,7 +22,7 @@ from schemas.claim_store import ClaimStore
 from schemas.settings import Kafka, Settings, Stream, Tables, to_environ
 from schemas.trace import record as trace
 from schemas.trace.record import ROOT, Chunk, Envelope, VerifyStep, encode, to_bf16
-from serving.traces.chunks import without_features
+from serving.traces.chunks import drop_features
 
 Headers = list[tuple[str, bytes | None]]
 
@@ -35,7 +35,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 @dataclass
-class Ledger:
+class TraceAccounting:
     """Every record that the broker acknowledged, with the coordinates that it was given."""
 
     records: list[Record] = field(default_factory=list)
@@ -115,7 +115,7 @@ def claimed_chunks(requests: range, store: ClaimStore) -> list[Chunk]:
         whole = chunk(request, rng)
         claim = store.put(np.concatenate([r.features for r in whole.verify_steps]), request)
         envelope = replace(whole.envelope, features="claim-check", claim=claim)
-        made.append(Chunk(envelope, tuple(map(without_features, whole.verify_steps))))
+        made.append(Chunk(envelope, tuple(map(drop_features, whole.verify_steps))))
     return made
 
 
@@ -145,7 +145,7 @@ class Publisher:
     """Sends records as a node does."""
 
     def __init__(self, settings: Settings) -> None:
-        self.ledger = Ledger()
+        self.ledger = TraceAccounting()
         self._topic = settings.kafka.traces_topic
         self._producer = Producer(
             {

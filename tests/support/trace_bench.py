@@ -123,7 +123,7 @@ class Bench:
 
     def settle(self) -> None:
         """Wait until the publisher's thread has nothing to do but wait for reports."""
-        eventually(self.publisher._intake.empty)
+        eventually(self.publisher._captures.empty)
         seen = self.producer.polls
         eventually(lambda: self.producer.polls >= seen + 2)
 

@@ -12,7 +12,7 @@ from schemas.events import Alias, AuditState
 from schemas.speculator import checkpoint
 from schemas.speculator.checkpoint import line_of
 from schemas.speculator.network import random_draft
-from serving.versions.alias_policy import Named
+from serving.versions.alias_policy import RegistryAnswer
 from serving.versions.cache import RegistryError
 
 TARGET = "f" * 32
@@ -32,41 +32,41 @@ class FakeRegistry:
     canary: str | None = None
     audited: AuditState | None = None
     unreadable: str | None = None
-    away: bool = False
+    unreachable: bool = False
     foreign: set[str] = field(default_factory=set)
-    asked: int = 0
+    polls: int = 0
     downloads: list[str] = field(default_factory=list)
     broken: bool = False
     """Downloads fail while it is set."""
     answering: threading.Event = field(default_factory=_set)
-    """Questions about aliases wait while it is clear."""
+    """Reads of the aliases wait while it is clear."""
     open: threading.Event = field(default_factory=_set)
     """Downloads wait while it is clear."""
 
-    def audit(self) -> None:
-        """Record the aliases as they are, as a promoter does."""
+    def record_audit(self) -> None:
+        """Write the audit state of the current aliases, as a promoter does."""
         self.audited = AuditState(moves=self.audited.moves + 1 if self.audited else 1, aliases=self._aliases())
 
-    def named(self) -> Named:
-        self.asked += 1
+    def read_aliases(self) -> RegistryAnswer:
+        self.polls += 1
         self.answering.wait(10)
-        if self.away:
+        if self.unreachable:
             raise RegistryError("connection refused")
-        return Named(dict(self._aliases()), self.audited, self.unreadable)
+        return RegistryAnswer(dict(self._aliases()), self.audited, self.unreadable)
 
     def _aliases(self) -> dict[Alias, str]:
         named: dict[Alias, str | None] = {"champion": self.alias, "canary": self.canary}
         return {alias: version for alias, version in named.items() if version is not None}
 
-    def has(self, version: str) -> bool:
-        if self.away:
+    def has_version(self, version: str) -> bool:
+        if self.unreachable:
             raise RegistryError("connection refused")
         return version in DRAFTS
 
     def download(self, version: str, folder: Path) -> Path:
         self.downloads.append(version)
         self.open.wait(10)
-        if self.away or self.broken:
+        if self.unreachable or self.broken:
             raise RegistryError("connection reset")
         checkpoint.write(DRAFTS[version], folder / "draft", TARGET if version not in self.foreign else "0" * 32)
         return folder / "draft"

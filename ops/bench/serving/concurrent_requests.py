@@ -139,7 +139,7 @@ def measure_trace_overhead(pool: EnginePool, size: ServingSize, selected: Select
         finally:
             engine.stop()
             counts = publisher.close(_FLUSH_S)
-    rows = {"captured": counts.captured, "published": counts.published, "dropped": counts.shed}
+    rows = {"captured": counts.captured, "published": counts.published, "dropped": counts.dropped}
     yield compare_arms(TRACES, rates, "off", "on", goal=Goal(1.02, at_least=False), detail={"rows": rows})
 
 

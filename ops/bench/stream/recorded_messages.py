@@ -22,8 +22,15 @@ from schemas.telemetry.trace_context import request_context
 from schemas.trace.decoder import decode
 from schemas.trace.record import ROOT, Chunk, TraceError, VerifyStep, encode
 from serving.engines.base import Request
-from serving.traces.chunks import Assembly, Origin, Space, Way, cut
-from serving.traces.producer import Headers, headers_of
+from serving.traces.chunks import (
+    ChunkBuilder,
+    ChunkSize,
+    FeatureTransport,
+    Headers,
+    Origin,
+    message_headers,
+    split_prefill,
+)
 
 DRAFT_TOKENS = 3
 """Length of a drafted chain."""
@@ -88,18 +95,18 @@ def _request_messages(
 ) -> Iterator[TraceMessage]:
     envelope = joined[0].envelope
     request = Request(id=f"bench-{number}", prompt=(), max_tokens=1, temperature=0.0, label=envelope.label)
-    way = Way("inline", Space(space))
-    assembly = Assembly(request, Origin("bench", envelope.target, envelope.line), way)
+    way = FeatureTransport("inline", ChunkSize(space))
+    builder = ChunkBuilder(request, Origin("bench", envelope.target, envelope.line), way)
     prompt = [step for step in joined[0].verify_steps if step.verify_step == 0]
     output = [step for chunk in joined for step in chunk.verify_steps if step.verify_step > 0]
     steps = simulate_drafts(prompt, output, rng)
-    chunks = [assembly.add(part) for step in steps for part in cut(step, way)]
-    for chunk in [*chunks, assembly.end("length")]:
+    chunks = [builder.add(part) for step in steps for part in split_prefill(step, way)]
+    for chunk in [*chunks, builder.end("length")]:
         if chunk is not None:
             yield TraceMessage(
                 request.id.encode(),
                 encode(chunk),
-                headers_of(chunk, request_context(chunk.envelope.request)),
+                message_headers(chunk, request_context(chunk.envelope.request)),
                 len(chunk.verify_steps),
                 sum(len(step.tokens) for step in chunk.verify_steps),
             )

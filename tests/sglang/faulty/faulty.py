@@ -1,4 +1,4 @@
-"""A second plugin, which breaks ours: its hooks raise for requests of a certain name."""
+"""A second plugin that breaks ours: our hooks raise for requests with a certain name."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ NAME = "faulty"
 
 
 def register() -> None:
-    """Put the fault where our plugin has not looked yet."""
-    whole = trace_request.asked_of
+    """Replace a function that our plugin has not imported yet."""
+    original = trace_request.read_options
 
     def faulty(req: Any) -> Any:
         if req.rid.startswith(NAME):
             raise RuntimeError("raised on purpose")
-        return whole(req)
+        return original(req)
 
-    trace_request.asked_of = faulty
+    trace_request.read_options = faulty

@@ -23,7 +23,7 @@ from schemas.speculator.network import EagleDraft
 from schemas.trace.record import CONTENT_TYPE, Chunk, VerifyStep, encode, fingerprint
 from serving.engines.base import Finish, Output, Request
 from serving.engines.builtin.engine import BuiltinEngine
-from serving.traces.chunks import Assembly, Origin, Space, Way
+from serving.traces.chunks import ChunkBuilder, ChunkSize, FeatureTransport, Origin
 from trainer.data.batch import collate
 from trainer.data.samples import read_sample
 from trainer.data.target import read_target
@@ -106,9 +106,11 @@ def store(settings: Settings, engine: BuiltinEngine, recorder: Recorder) -> int:
     """Rows of all requests, chunk by chunk as a node cuts them and a stream worker builds them; how many chunks."""
     made: list[Chunk | None] = []
     for name, (request, finish) in recorder.ended.items():
-        assembly = Assembly(request, Origin("node", engine.target, engine.line), Way("inline", Space(CHUNK_BYTES)))
-        made += [assembly.add(done) for done in recorder.verify_steps[name]]
-        made.append(assembly.end(finish))
+        builder = ChunkBuilder(
+            request, Origin("node", engine.target, engine.line), FeatureTransport("inline", ChunkSize(CHUNK_BYTES))
+        )
+        made += [builder.add(done) for done in recorder.verify_steps[name]]
+        made.append(builder.end(finish))
     chunks = [chunk for chunk in made if chunk is not None]
     headers = {"content-type": CONTENT_TYPE, "schema": fingerprint()}
     records = []

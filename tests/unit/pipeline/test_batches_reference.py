@@ -18,7 +18,7 @@ from schemas.draft_tree import chain
 from schemas.trace import record as trace
 from schemas.trace.decoder import decode
 from schemas.trace.record import ROOT, SCHEMA, U16, Chunk, Claim, Envelope, Features, TraceError, VerifyStep, encode
-from serving.traces.chunks import without_features
+from serving.traces.chunks import drop_features
 
 CONTEXT = 4
 Rng = np.random.Generator
@@ -144,7 +144,7 @@ def send(chunk: Chunk, offset: int, partition: int = 0, value: bytes | None = No
     """The record as a node sends it, or with another value."""
     way, verify_steps = chunk.envelope.features, chunk.verify_steps
     claim = np.concatenate([r.features for r in verify_steps]) if way == "claim-check" and verify_steps else None
-    bare = chunk if way == "inline" else replace(chunk, verify_steps=tuple(map(without_features, verify_steps)))
+    bare = chunk if way == "inline" else replace(chunk, verify_steps=tuple(map(drop_features, verify_steps)))
     headers = {
         "content-type": trace.CONTENT_TYPE,
         "schema": trace.fingerprint(),

@@ -190,13 +190,13 @@ def test_a_store_that_refuses_costs_a_few_tries_and_recovers_by_itself(tmp_path:
         bench.send(verify_steps=2)
     bench.settle()
     counts = bench.publisher.counts()
-    assert (counts.shed, counts.pending, bench.producer.delivered) == ({"claim_failed": 12}, 0, [])
+    assert (counts.dropped, counts.pending, bench.producer.delivered) == ({"offload_failed": 12}, 0, [])
     assert len(tried) == 2, "after circuit_breaker_failures failures the store is left alone"
-    assert bench.publisher.breaker == "closed", "it says nothing about the broker"
+    assert bench.publisher.circuit_breaker == "closed", "it says nothing about the broker"
     (tmp_path / "claims").unlink()
     bench.send(verify_steps=2)
     bench.settle()
-    assert bench.publisher.counts().shed == {"claim_failed": 14}
+    assert bench.publisher.counts().dropped == {"offload_failed": 14}
     bench.now += 5
     bench.send(verify_steps=2)
     bench.send(verify_steps=2)
@@ -206,8 +206,8 @@ def test_a_store_that_refuses_costs_a_few_tries_and_recovers_by_itself(tmp_path:
 
 
 def _count_tries(bench: Bench) -> list[int]:
-    assert bench.publisher._cloakroom is not None
-    claims, tried = bench.publisher._cloakroom._store, list[int]()
+    assert bench.publisher._offload is not None
+    claims, tried = bench.publisher._offload._store, list[int]()
     put = claims.put
 
     def counted(kept: U16, time_us: int) -> Claim:
@@ -224,10 +224,10 @@ def test_while_the_broker_is_away_nothing_is_written_to_the_store(tmp_path: Path
     bench.producer.mode = "refuse"
     for _ in range(2):
         bench.send()
-    eventually(lambda: bench.publisher.breaker == "open")
+    eventually(lambda: bench.publisher.circuit_breaker == "open")
     for _ in range(5):
         bench.send()
-    assert bench.publisher.close(1).shed == {"refused": 2, "breaker_open": 5}
+    assert bench.publisher.close(1).dropped == {"rejected": 2, "circuit_breaker_open": 5}
     assert len(tried) == 2
 
 
@@ -242,7 +242,7 @@ def test_the_budget_pays_for_the_file_too(tmp_path: Path) -> None:
     files = sum(path.stat().st_size for path in tmp_path.rglob("*.arrow"))
     messages = sum(map(len, bench.producer.values))
     assert 0 < messages + files <= max(1_000 * BURST_S, 20_000 + (1 << 16))
-    assert bench.publisher.close(1).shed["budget"] > 0
+    assert bench.publisher.close(1).dropped["budget"] > 0
 
 
 def test_what_a_publisher_claims_a_reader_finds(tmp_path: Path) -> None:

@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 from schemas.trace.decoder import decode
 from schemas.trace.record import Chunk, VerifyStep, encode
 from serving.engines.base import Request
-from serving.traces.chunks import Assembly, Origin, Space, Way, chunk_bytes, cut, row_bytes, without_features
+from serving.traces.chunks import (
+    ChunkBuilder,
+    ChunkSize,
+    FeatureTransport,
+    Origin,
+    chunk_bytes,
+    drop_features,
+    row_bytes,
+    split_prefill,
+)
 
 ORIGIN = Origin("node-a", "t" * 32, "line")
 REQUEST = Request("chatcmpl-1", (1, 2), 5, temperature=0.5, top_k=7, seed=3, label="größe ✓")
@@ -50,14 +59,14 @@ def a_request(prompt: int, answer: list[tuple[int, int]], seed: int = 0) -> list
     return verify_steps
 
 
-def inline(budget: int) -> Way:
-    return Way("inline", Space(budget))
+def inline(budget: int) -> FeatureTransport:
+    return FeatureTransport("inline", ChunkSize(budget))
 
 
-def assemble(verify_steps: list[VerifyStep], way: Way, request: Request = REQUEST) -> list[Chunk]:
-    assembly = Assembly(request, ORIGIN, way)
-    full = [assembly.add(row) for r in verify_steps for row in cut(r, way)]
-    return [chunk for chunk in [*full, assembly.end("stop")] if chunk]
+def assemble(verify_steps: list[VerifyStep], way: FeatureTransport, request: Request = REQUEST) -> list[Chunk]:
+    builder = ChunkBuilder(request, ORIGIN, way)
+    full = [builder.add(row) for r in verify_steps for row in split_prefill(r, way)]
+    return [chunk for chunk in [*full, builder.end("stop")] if chunk]
 
 
 requests = st.builds(
@@ -98,7 +107,7 @@ def test_a_chunk_survives_the_wire_and_weighs_no_more_than_was_foreseen(
 
 
 def test_only_the_last_row_of_a_cut_prompt_has_the_bonus_and_the_times() -> None:
-    rows = cut(a_request(100, [])[0], inline(600))
+    rows = split_prefill(a_request(100, [])[0], inline(600))
     assert len(rows) > 2
     assert all(row_bytes(row) <= 600 for row in rows)
     assert [row.bonus for row in rows] == [None] * (len(rows) - 1) + [7]
@@ -107,7 +116,7 @@ def test_only_the_last_row_of_a_cut_prompt_has_the_bonus_and_the_times() -> None
 
 def test_a_verified_draft_is_never_cut() -> None:
     verified = a_request(3, [(4, 4)])[1]
-    assert cut(verified, inline(1)) == (verified,)
+    assert split_prefill(verified, inline(1)) == (verified,)
 
 
 def test_missing_verify_steps_end_the_chunk_and_leave_out_a_number() -> None:
@@ -131,7 +140,7 @@ def test_what_is_true_of_the_request_stands_in_the_envelope() -> None:
 
 
 def test_a_request_without_verify_steps_gives_no_chunk() -> None:
-    assert Assembly(REQUEST, ORIGIN, inline(100)).end("cancelled") is None
+    assert ChunkBuilder(REQUEST, ORIGIN, inline(100)).end("cancelled") is None
 
 
 def test_a_chunk_before_the_end_has_no_finish() -> None:
@@ -144,7 +153,7 @@ def test_a_chunk_before_the_end_has_no_finish() -> None:
 def test_with_features_beside_it_neither_message_nor_file_is_too_large(
     verify_steps: list[VerifyStep], message: int, file: int
 ) -> None:
-    way = Way("claim-check", Space(message, file))
+    way = FeatureTransport("claim-check", ChunkSize(message, file))
     chunks = assemble(verify_steps, way)
     assert [t for c in chunks for row in c.verify_steps for t in row.tokens] == [
         t for r in verify_steps for t in r.tokens
@@ -164,9 +173,9 @@ def tokens_before(verify_steps: list[VerifyStep], position: int) -> list[int]:
 def test_chunks_to_be_recomputed_know_every_token_before_them_or_say_so(
     verify_steps: list[VerifyStep], budget: int, missing: set[int]
 ) -> None:
-    way = Way("recompute", Space(budget))
+    way = FeatureTransport("recompute", ChunkSize(budget))
     request = replace(REQUEST, prompt=verify_steps[0].tokens)
-    bare = [without_features(r) for r in verify_steps]
+    bare = [drop_features(r) for r in verify_steps]
     lost_at = min((r.position for r in verify_steps if r.verify_step in missing - {0}), default=10**9)
     for chunk in assemble([r for r in bare if r.verify_step not in missing], way, request):
         begin, before = chunk.verify_steps[0].position, list(chunk.envelope.before)
@@ -180,7 +189,7 @@ def test_chunks_to_be_recomputed_know_every_token_before_them_or_say_so(
 
 
 def test_a_request_that_lost_its_prompt_still_knows_it() -> None:
-    verify_steps = [without_features(r) for r in a_request(5, [(1, 2)])]
+    verify_steps = [drop_features(r) for r in a_request(5, [(1, 2)])]
     request = replace(REQUEST, prompt=verify_steps[0].tokens)
-    (chunk,) = assemble(verify_steps[1:], Way("recompute", Space(10**6)), request)
+    (chunk,) = assemble(verify_steps[1:], FeatureTransport("recompute", ChunkSize(10**6)), request)
     assert chunk.envelope.before == verify_steps[0].tokens

@@ -11,21 +11,21 @@ from pydantic import SecretStr
 
 from schemas.settings import Settings, SettingsError, load
 from serving.engines.sglang.node import flags
-from serving.engines.sglang.node.flags import Start
+from serving.engines.sglang.node.flags import DraftFolder, Flags
 
-START = Start(Path("/drafts/node-0"), "7")
+DRAFT = DraftFolder(Path("/drafts/node-0"), "7")
 
 
 def settings_of(**values: object) -> Settings:
     return load(environ={}, flags={name.replace("__", "."): value for name, value in values.items()})
 
 
-def added(given: list[str], settings: Settings, start: Start | None = START) -> flags.Flags:
-    asked = flags.of(given)
+def added(given: list[str], settings: Settings, draft: DraftFolder | None = DRAFT) -> Flags:
+    asked = Flags(tuple(given))
     flags.check(asked, settings)
-    whole = flags.arguments(asked, settings, start)
+    whole = flags.build_arguments(asked, settings, draft)
     assert whole[len(whole) - len(given) :] == given
-    return flags.of(whole[: len(whole) - len(given)])
+    return Flags(tuple(whole[: len(whole) - len(given)]))
 
 
 def test_a_plain_start_serves_the_target_with_the_draft_and_its_version() -> None:
@@ -71,20 +71,20 @@ def test_a_node_without_speculation_gives_no_draft() -> None:
         (["--weight-version", "3"], "the node names the version"),
         (["--speculative-algorithm", "NGRAM"], r"NGRAM: this node serves drafts of EAGLE3"),
         (["--model", "/models/other"], r"target\.path is "),
-        (["--dp-size", "2"], "start one node for each"),
+        (["--dp-size", "2"], "start one node per replica"),
         (["--node-rank", "x"], "must be a number"),
     ],
 )
 def test_a_flag_that_contradicts_the_node_is_an_error_that_names_it(given: list[str], told: str) -> None:
     with pytest.raises(SettingsError, match=told) as error:
-        flags.check(flags.of(given), Settings())
+        flags.check(Flags(tuple(given)), Settings())
     assert given[0].partition("=")[0].removesuffix("-path") in str(error.value)
 
 
 def test_an_algorithm_contradicts_a_node_without_speculation() -> None:
-    flags.check(flags.of(["--speculative-algorithm", "eagle3"]), Settings())
+    flags.check(Flags(("--speculative-algorithm", "eagle3")), Settings())
     with pytest.raises(SettingsError, match=r"none \(serve\.speculate\)"):
-        flags.check(flags.of(["--speculative-algorithm", "EAGLE3"]), settings_of(serve__speculate=False))
+        flags.check(Flags(("--speculative-algorithm", "EAGLE3")), settings_of(serve__speculate=False))
 
 
 @pytest.mark.parametrize(
@@ -98,22 +98,22 @@ def test_an_algorithm_contradicts_a_node_without_speculation() -> None:
     ],
 )
 def test_the_server_is_reached_where_its_flags_say(given: list[str], url: str) -> None:
-    assert flags.url(flags.of(given)) == url
+    assert Flags(tuple(given)).url == url
 
 
 def test_the_key_is_that_of_the_flags_or_the_settings_and_a_server_without_one_gets_it() -> None:
     secret = settings_of(sglang__api_key="s")
     assert added([], secret).value("--admin-api-key") == "s"
-    assert flags.key(flags.of([]), secret) == SecretStr("s")
+    assert Flags(()).key(secret) == SecretStr("s")
     given = ["--api-key", "users"]
     assert not added(given, secret).has("--admin-api-key")
-    assert flags.key(flags.of(given), secret) == SecretStr("users")
-    assert flags.key(flags.of([*given, "--admin-api-key", "admins"]), secret) == SecretStr("admins")
+    assert Flags(tuple(given)).key(secret) == SecretStr("users")
+    assert Flags((*given, "--admin-api-key", "admins")).key(secret) == SecretStr("admins")
 
 
 @given(st.lists(st.sampled_from(["--a", "--b=1", "--b", "2", "--c", ""])))
 def test_the_last_value_of_a_flag_counts(given: list[str]) -> None:
-    asked = flags.of([*given, "--b", "last"])
+    asked = Flags((*given, "--b", "last"))
     assert asked.value("--b") == "last"
     assert asked.has("--b")
     assert asked.value("--nowhere") is None

@@ -15,12 +15,11 @@ from schemas.settings import Settings, load
 from schemas.speculator.checkpoint import CheckpointError
 from schemas.trace.record import VerifyStep, from_bf16
 from serving.engines.base import Finish, Request
-from serving.engines.sglang.plugin.cost import CostGate
+from serving.engines.sglang.plugin.capture import HostTransfer
 from serving.engines.sglang.plugin.hooks import Hooks
-from serving.engines.sglang.plugin.metrics import Figures
+from serving.engines.sglang.plugin.metrics import CaptureLimit, PluginMetrics
 from serving.engines.sglang.plugin.plugin import Plugin
-from serving.engines.sglang.plugin.recorder import MOST_STEPS, Recorder
-from serving.engines.sglang.plugin.transfer import Carrier
+from serving.engines.sglang.plugin.recorder import MAX_QUEUED_STEPS, Recorder
 from serving.traces.accounting import TraceCounts
 from serving.traces.chunks import Origin
 
@@ -31,7 +30,7 @@ PROMPT = [3, 4, 5]
 class Publisher:
     """Keeps what it is given."""
 
-    breaker = "closed"
+    circuit_breaker = "closed"
 
     def __init__(self) -> None:
         self.verify_steps: dict[str, list[VerifyStep]] = {}
@@ -41,7 +40,7 @@ class Publisher:
     def start(self, origin: Origin) -> None:
         self.origin = origin
 
-    def wants(self, request: str) -> bool:
+    def sample(self, request: str) -> bool:
         return True
 
     def record(self, request: Request, verify_steps: tuple[VerifyStep, ...], finish: Finish | None) -> None:
@@ -63,20 +62,20 @@ class Server:
     def __init__(self, settings: Settings, origin: Callable[[], Origin]) -> None:
         self.publisher = Publisher()
         self.registry = CollectorRegistry()
-        figures, gate = Figures(self.registry), CostGate(0.5)
-        self.recorder = Recorder(self.publisher, origin, gate, figures)  # type: ignore[arg-type]
-        carrier = Carrier(torch.device("cpu"))
-        self.hooks = Hooks(settings, self.recorder, carrier, gate, figures, lambda: "7")
+        metrics, limit = PluginMetrics(self.registry), CaptureLimit(0.5)
+        self.recorder = Recorder(self.publisher, origin, limit, metrics)  # type: ignore[arg-type]
+        transfer = HostTransfer(torch.device("cpu"))
+        self.hooks = Hooks(settings, self.recorder, transfer, limit, metrics, lambda: "7")
 
     def read(self, reqs: Sequence[Any], starts: Sequence[int], lengths: Sequence[int], chosen: Sequence[int]) -> None:
         """A step over pieces of prompts. A token's states are its position."""
         positions = [p for start, n in zip(starts, lengths, strict=True) for p in range(start, start + n)]
         output = SimpleNamespace(next_token_logits=scores(chosen), hidden_states=states(positions))
-        self.hooks.step()
-        self.hooks.sampling(output)
+        self.hooks.on_step()
+        self.hooks.on_prefill_logits(output)
         output.next_token_logits.zero_()  # as the sampler does
         batch = SimpleNamespace(forward_mode=MODE, reqs=reqs, prefix_lens=list(starts), extend_lens=list(lengths))
-        self.hooks.prefilled(SimpleNamespace(logits_output=output, next_token_ids=torch.tensor(chosen)), batch)
+        self.hooks.on_prefill(SimpleNamespace(logits_output=output, next_token_ids=torch.tensor(chosen)), batch)
 
     def verify(self, reqs: Sequence[Any], positions: Sequence[int], drafts: Sequence[list[int]], said: Any) -> None:
         """A step over chains of two drafted tokens; ``said`` is [B, 3], what the target chooses at each node."""
@@ -97,15 +96,15 @@ class Server:
             retrieve_next_sibling=torch.full((len(reqs), 3), -1),
         )
         batch = SimpleNamespace(forward_mode=MODE, reqs=reqs, seq_lens=torch.tensor(positions))
-        self.hooks.step()
-        self.hooks.drafted()
-        if judging := self.hooks.judging(verify_input, batch, output):
-            self.hooks.judged(judging, verify_input, batch, output, result)
+        self.hooks.on_step()
+        self.hooks.on_drafted()
+        if logits := self.hooks.on_verify_logits(verify_input, batch, output):
+            self.hooks.on_accepted(logits, verify_input, batch, output, result)
 
     def end(self, req: Any, kind: str | None = "length") -> None:
         """A request gives its memory back; ``kind`` None is one that is to be read again."""
         req.finished_reason = kind and SimpleNamespace(to_json=lambda: {"type": kind})
-        self.hooks.released(req)
+        self.hooks.on_release(req)
 
     def count(self, name: str, **labels: str) -> float:
         return self.registry.get_sample_value(name, labels) or 0.0
@@ -185,7 +184,7 @@ def test_only_the_requests_that_are_traced_are_taken_out_of_a_batch(server: Serv
     assert (verified.tokens, verified.bonus, from_bf16(verified.features)[:, 0].tolist()) == ((10, 11), 9, [3, 4])
     assert list(publisher.verify_steps) == ["on"]
     assert publisher.requests["on"].label == "sql"
-    assert server.count("aurora_sglang_requests_untraced_total", reason="asked") == 1
+    assert server.count("aurora_sglang_requests_untraced_total", reason="opt_out") == 1
     assert server.count("aurora_sglang_prompt_tokens_cached_total") == 1
 
 
@@ -222,8 +221,8 @@ def test_requests_that_teach_nothing_of_the_target_are_counted(
 
 def test_what_a_hook_raises_stays_in_it_and_is_counted(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     for _ in range(2):
-        assert server.hooks.judging(None, None, None) is None
-    assert server.count("aurora_sglang_hook_errors_total", hook="judging") == 2
+        assert server.hooks.on_verify_logits(None, None, None) is None
+    assert server.count("aurora_sglang_hook_errors_total", hook="on_verify_logits") == 2
     assert capsys.readouterr().out.count("aurora_hook_failed") == 1
 
 
@@ -242,10 +241,10 @@ def test_steps_beyond_what_may_wait_are_lost_and_counted() -> None:
         time.sleep(0.5)
         return Origin("n", "t", "line", V)
 
-    server, reqs = Server(load(environ={}), slow), [request(f"r{number}") for number in range(MOST_STEPS + 3)]
+    server, reqs = Server(load(environ={}), slow), [request(f"r{number}") for number in range(MAX_QUEUED_STEPS + 3)]
     for req in reqs:
         server.read([req], [0], [3], [10])
-    assert server.count("aurora_sglang_verify_steps_lost_total", reason="behind") == 3
+    assert server.count("aurora_sglang_verify_steps_dropped_total", reason="queue_full") == 3
 
 
 def test_a_server_of_other_models_is_not_recorded(capsys: pytest.CaptureFixture[str]) -> None:
@@ -258,7 +257,7 @@ def test_a_server_of_other_models_is_not_recorded(capsys: pytest.CaptureFixture[
     server.end(early)
     server.read([request("late")], [0], [3], [10])
     assert not server.publisher.verify_steps
-    assert not server.recorder.full()
+    assert not server.recorder.is_full()
     assert "another target" in capsys.readouterr().out
 
 
@@ -273,5 +272,5 @@ def test_the_server_decides_once_and_as_ever_whatever_a_hook_is_given() -> None:
     plugin.sample(object(), None)
     plugin.prefill(None, None, None)
     plugin.release(None)
-    assert plugin.judge(original, 1, mask=2) == "decided"
+    assert plugin.accept(original, 1, mask=2) == "decided"
     assert decided == [((1,), {"mask": 2})]

@@ -10,9 +10,16 @@ import pytest
 
 from schemas.trace.decoder import decode
 from schemas.trace.record import ROOT, Chunk, Envelope, VerifyStep, encode
-from serving.engines.sglang.plugin.verify_steps import Read, Times, Verified, prompt_verify_step, verify_step, within
+from serving.engines.sglang.plugin.verify_steps import (
+    PrefillOutput,
+    StepTimes,
+    VerifyOutput,
+    build_prefill,
+    build_verify_step,
+    cut_at_end,
+)
 
-TIMES = Times(draft_us=3, verify_us=5, time_us=7)
+TIMES = StepTimes(draft_us=3, verify_us=5, time_us=7)
 F, K = 6, 2
 
 
@@ -20,15 +27,15 @@ def ints(*values: int) -> np.ndarray:
     return np.array(values, np.int32)
 
 
-def verified(**changed: object) -> Verified:
+def verified(**changed: object) -> VerifyOutput:
     """Root 10 with children 11 and 12; 12 with child 13; 12 and 13 are accepted."""
-    found = Verified(
+    found = VerifyOutput(
         position=4,
-        drafted=ints(10, 11, 12, 13),
+        draft_tokens=ints(10, 11, 12, 13),
         first_child=ints(1, -1, 3, -1),
         next_sibling=ints(-1, 2, -1, -1),
         accepted=[0, 2, 3],
-        said=ints(12, 0, 13, 99),
+        chosen=ints(12, 0, 13, 99),
         features=np.arange(3 * F, dtype=np.uint16).reshape(3, F),
         top_ids=np.arange(4 * K, dtype=np.int32).reshape(4, K),
         top_logprobs=-np.arange(4 * K, dtype=np.float32).reshape(4, K),
@@ -37,7 +44,7 @@ def verified(**changed: object) -> Verified:
 
 
 def verify_step_of(**changed: object) -> VerifyStep:
-    return verify_step(verified(**changed), 1, "7", TIMES)
+    return build_verify_step(verified(**changed), 1, "7", TIMES)
 
 
 def test_links_become_parents_and_the_path_becomes_tokens() -> None:
@@ -51,15 +58,17 @@ def test_links_become_parents_and_the_path_becomes_tokens() -> None:
 
 def test_nodes_that_nothing_leads_to_are_left_out_with_what_hangs_on_them() -> None:
     r = verify_step_of(
-        drafted=ints(10, 11, 12, 13), first_child=ints(3, 2, -1, -1), next_sibling=ints(-1, -1, -1, -1),
-        accepted=[0, 3], said=ints(13, 0, 0, 99),
+        draft_tokens=ints(10, 11, 12, 13), first_child=ints(3, 2, -1, -1), next_sibling=ints(-1, -1, -1, -1),
+        accepted=[0, 3], chosen=ints(13, 0, 0, 99),
     )  # fmt: skip
     assert (r.draft_tokens, r.draft_parents, r.accepted) == ((13,), (ROOT,), (0,))
     assert r.top_ids[:, 0].tolist() == [0, 6]
 
 
 def test_a_verify_step_without_a_draft_names_no_version() -> None:
-    r = verify_step_of(drafted=ints(10), first_child=ints(-1), next_sibling=ints(-1), accepted=[0], said=ints(99))
+    r = verify_step_of(
+        draft_tokens=ints(10), first_child=ints(-1), next_sibling=ints(-1), accepted=[0], chosen=ints(99)
+    )
     assert (r.tokens, r.bonus, r.speculator, r.draft_us) == ((10,), 99, "", 0)
 
 
@@ -79,7 +88,7 @@ def test_links_that_are_no_tree_are_refused(changed: dict[str, object]) -> None:
 
 def prompt(position: int, n: int, chosen: int | None) -> VerifyStep:
     top = np.zeros(K, np.int32), np.zeros(K, np.float32)
-    return prompt_verify_step(Read(position, range(n), np.zeros((n, F), np.uint16), chosen, *top), TIMES)
+    return build_prefill(PrefillOutput(position, range(n), np.zeros((n, F), np.uint16), chosen, *top), TIMES)
 
 
 def test_only_the_end_of_a_prompt_has_a_choice() -> None:
@@ -99,14 +108,14 @@ def test_only_the_end_of_a_prompt_has_a_choice() -> None:
 def test_the_last_token_of_a_request_is_the_bonus_of_its_last_verify_step(
     total: int, tokens: tuple[int, ...], accepted: tuple[int, ...], bonus: int
 ) -> None:
-    first, last = within([prompt(0, 4, 10), verify_step_of()], total)
+    first, last = cut_at_end([prompt(0, 4, 10), verify_step_of()], total)
     assert (last.tokens, last.accepted, last.bonus, len(last.features)) == (tokens, accepted, bonus, len(tokens))
     assert first.bonus == 10
 
 
 def test_verify_steps_beyond_the_end_are_none_of_the_request() -> None:
-    assert [r.verify_step for r in within([prompt(0, 4, 10), verify_step_of()], total=5)] == [0]
-    (read,) = within([prompt(0, 4, 10)], total=4)
+    assert [r.verify_step for r in cut_at_end([prompt(0, 4, 10), verify_step_of()], total=5)] == [0]
+    (read,) = cut_at_end([prompt(0, 4, 10)], total=4)
     assert (read.bonus, len(read.top_ids)) == (None, 0)
 
 

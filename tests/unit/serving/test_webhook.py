@@ -1,4 +1,4 @@
-"""The registry's webhook wakes the puller, and only what the registry has signed, lately and about this line, does."""
+"""The registry's webhook wakes the poller, and only what the registry has signed, lately and about this line, does."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from version_registry import LINE, FakeRegistry
 from schemas.registry_client import model_name
 from schemas.settings import Serve, Settings
 from schemas.status import ServeStatus
-from serving.http.webhook import MAX_AGE_S, PATH, refusal, signature
-from serving.versions.poller import Puller
+from serving.http.webhook import MAX_AGE_S, PATH, check_delivery, signature
+from serving.versions.poller import VersionPoller
 
 SECRET = "geheim-größe"
 SERVE = Serve(webhook_secret=SecretStr(SECRET), poll_interval=3600)
@@ -50,13 +50,13 @@ def woken() -> Iterator[Woken]:
     """A node whose next poll is an hour away."""
     registry, engine = FakeRegistry(alias="1"), EchoEngine()
     engine.line = LINE
-    puller = Puller(registry, engine, Settings(serve=SERVE))
-    puller.start()
-    with running_node(SERVE, engine, puller) as node:
-        eventually(lambda: puller.role == "champion")
+    poller = VersionPoller(registry, engine, Settings(serve=SERVE))
+    poller.start()
+    with running_node(SERVE, engine, poller) as node:
+        eventually(lambda: poller.role == "champion")
         registry.alias = "2"
         yield Woken(node, registry)
-    puller.stop()
+    poller.stop()
 
 
 def test_a_signed_delivery_makes_the_node_look_at_once(woken: Woken) -> None:
@@ -83,7 +83,7 @@ def test_a_move_of_another_line_wakes_nobody(woken: Woken) -> None:
     assert woken.deliver(model="aurora.another").status_code == 202
     assert woken.deliver(model=model_name(LINE)).status_code == 202
     eventually(lambda: woken.version() == "2")
-    assert woken.registry.asked == 2
+    assert woken.registry.polls == 2
 
 
 def test_without_a_secret_in_the_settings_the_endpoint_is_closed() -> None:
@@ -99,4 +99,4 @@ def test_the_signature_is_the_one_that_mlflow_computes() -> None:
     signed = _generate_hmac_signature(SECRET, "delivery", "1800000000", '{"a": 1}')
     assert signature(SECRET.encode(), "delivery", "1800000000", b'{"a": 1}') == signed
     headers = {"x-mlflow-delivery-id": "delivery", "x-mlflow-timestamp": "1800000000", "x-mlflow-signature": signed}
-    assert refusal(headers, b'{"a": 1}', SECRET.encode(), 1_800_000_100) is None
+    assert check_delivery(headers, b'{"a": 1}', SECRET.encode(), 1_800_000_100) is None

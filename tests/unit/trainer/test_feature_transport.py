@@ -18,7 +18,7 @@ from schemas.settings import Settings, load
 from schemas.trace.record import VerifyStep
 from serving.engines.base import Finish, Request
 from serving.engines.builtin.engine import BuiltinEngine
-from serving.traces.chunks import FRAME_BYTES, Origin, row_bytes, without_features
+from serving.traces.chunks import FRAME_BYTES, Origin, drop_features, row_bytes
 from serving.traces.publisher import TracePublisher
 from trainer.data.data_loader import DataLoader
 from trainer.data.samples import Sample
@@ -61,7 +61,7 @@ class Served:
         self.layers = engine._target.shape.capture_layers
         self.calls = recorder.calls
         verify_steps = [r for of_call, _ in self.calls for r in of_call]
-        self.whole, self.bare = (sum(map(row_bytes, of)) for of in (verify_steps, map(without_features, verify_steps)))
+        self.whole, self.bare = (sum(map(row_bytes, of)) for of in (verify_steps, map(drop_features, verify_steps)))
         self.limit_messages((self.whole + self.bare) // 2)
 
     def limit_messages(self, rows: int) -> None:
@@ -79,7 +79,7 @@ class Served:
         for verify_steps, finish in self.calls:
             publisher.record(REQUEST, verify_steps, finish)
         counts = publisher.close(10)
-        assert (counts.captured, counts.shed) == (counts.published, {})
+        assert (counts.captured, counts.dropped) == (counts.published, {})
         sent = zip(producer.values, producer.headers, strict=True)
         return settings, [
             Record("t", 0, offset, 0, b"r", value, tuple(headers)) for offset, (value, headers) in enumerate(sent)

@@ -66,7 +66,8 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             (
                 Query(f"sum by (instance) (rate(aurora_serve_output_tokens_total[{_INTERVAL}]))", "{{instance}}"),
                 Query(
-                    'aurora_serve_expected_tokens_per_second{drafted="0"}', "{{instance}}, expected without drafting"
+                    'aurora_serve_expected_tokens_per_second{draft_depth="0"}',
+                    "{{instance}}, expected without drafting",
                 ),
             ),
         ),
@@ -90,16 +91,16 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             "Choices that finished, by outcome, and the requests that run and wait.",
             (
                 Query(_rate("aurora_serve_requests", "outcome"), "{{outcome}} per second"),
-                Query("sum (aurora_serve_running)", "running"),
-                Query("sum (aurora_serve_waiting)", "waiting"),
+                Query("sum (aurora_serve_requests_running)", "running"),
+                Query("sum (aurora_serve_requests_waiting)", "waiting"),
             ),
         ),
         Panel(
             "Time to first token",
             "From the arrival of a request to its first token.",
             (
-                Query(_quantile(0.5, "aurora_serve_first_token_seconds"), "p50"),
-                Query(_quantile(0.99, "aurora_serve_first_token_seconds"), "p99"),
+                Query(_quantile(0.5, "aurora_serve_time_to_first_token_seconds"), "p50"),
+                Query(_quantile(0.99, "aurora_serve_time_to_first_token_seconds"), "p99"),
             ),
             "s",
         ),
@@ -107,8 +108,8 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             "Inter-token latency",
             "Of each output token after the first. The tokens of a verify step share its time equally.",
             (
-                Query(_quantile(0.5, "aurora_serve_between_tokens_seconds"), "p50"),
-                Query(_quantile(0.99, "aurora_serve_between_tokens_seconds"), "p99"),
+                Query(_quantile(0.5, "aurora_serve_inter_token_latency_seconds"), "p50"),
+                Query(_quantile(0.99, "aurora_serve_inter_token_latency_seconds"), "p99"),
             ),
             "s",
         ),
@@ -120,7 +121,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             (
                 Query(_rate("aurora_serve_trace_rows_captured"), "captured"),
                 Query(_rate("aurora_serve_trace_rows_published"), "published"),
-                Query(_rate("aurora_serve_trace_rows_shed", "reason"), "dropped, {{reason}}"),
+                Query(_rate("aurora_serve_trace_rows_dropped", "reason"), "dropped, {{reason}}"),
                 Query(_rate("aurora_stream_rows_written"), "written"),
             ),
         ),
@@ -157,9 +158,9 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             "Health",
             "1 for engines that run and workers that make progress. Circuit breakers: 0 closed, 1 half open, 2 open.",
             (
-                Query("aurora_serve_alive", "engine of {{instance}}"),
+                Query("aurora_serve_engine_up", "engine of {{instance}}"),
                 Query("aurora_stream_live", "worker {{instance}}"),
-                Query("aurora_serve_trace_breaker", "circuit breaker of {{instance}}"),
+                Query("aurora_serve_trace_circuit_breaker_open", "circuit breaker of {{instance}}"),
             ),
         ),
     ),
@@ -205,8 +206,8 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             "Registered by the trainer, swapped in and rejected by nodes, since each process started.",
             (
                 Query("sum (aurora_train_versions_registered_total)", "registered"),
-                Query("sum by (instance) (aurora_serve_swaps_total)", "swapped in by {{instance}}"),
-                Query("sum by (instance) (aurora_serve_refused_total)", "rejected by {{instance}}"),
+                Query("sum by (instance) (aurora_serve_version_swaps_total)", "swapped in by {{instance}}"),
+                Query("sum by (instance) (aurora_serve_versions_rejected_total)", "rejected by {{instance}}"),
             ),
         ),
         Panel(
@@ -230,14 +231,14 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             (
                 Query(_rate("aurora_train_errors", "part"), "trainer, {{part}}"),
                 Query(_rate("aurora_promoter_errors", "part"), "promoter, {{part}}"),
-                Query(_rate("aurora_serve_registry_failures", "instance"), "registry, {{instance}}"),
+                Query(_rate("aurora_serve_registry_errors", "instance"), "registry, {{instance}}"),
             ),
         ),
     ),
 }
 
 ANNOTATIONS = {
-    "swap": ("changes(aurora_serve_swaps_total[1m]) > 0", "green"),
+    "swap": ("changes(aurora_serve_version_swaps_total[1m]) > 0", "green"),
     "drift": ("increase(aurora_stream_drift_events_total[1m]) > 0", "orange"),
     "training rollback": ("increase(aurora_train_divergence_rollbacks_total[1m]) > 0", "red"),
     "version rollback": ("increase(aurora_promoter_rollbacks_total[1m]) > 0", "purple"),

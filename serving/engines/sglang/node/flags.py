@@ -1,8 +1,7 @@
-"""The command line of SGLang's server: what the user gave, and what the node adds to it."""
+"""Command line of SGLang's server: the user's flags, and the flags that the node adds."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -13,30 +12,30 @@ from schemas.settings import Settings, SettingsError
 
 PORT = 30000
 """SGLang's own default."""
-_EVERYWHERE = ("0.0.0.0", "::", "[::]")  # noqa: S104 - compared with, never bound
+_WILDCARDS = ("0.0.0.0", "::", "[::]")  # noqa: S104 - compared with, never bound
 
-_OURS = {
+_NODE_FLAGS = {
     "--speculative-draft-model-path": "the node writes the draft that SGLang starts with",
     "--speculative-draft-model": "the node writes the draft that SGLang starts with",
     "--weight-version": "the node names the version that SGLang starts with",
-    "--speculative-token-map": "the tokens that a draft can propose are in the draft",
-    "--speculative-draft-model-quantization": "versions are served in the type that they are trained in",
+    "--speculative-token-map": "the draft holds the tokens that it can propose",
+    "--speculative-draft-model-quantization": "versions are served in the dtype of their training",
 }
 _ALGORITHM = "EAGLE3"
 
 
 @dataclass(frozen=True, slots=True)
 class Flags:
-    """Flags as they were given, as ``--name value`` or ``--name=value``."""
+    """The user's flags, as ``--name value`` or ``--name=value``."""
 
     given: tuple[str, ...]
 
     def has(self, *names: str) -> bool:
-        """Whether one of the names is among them."""
+        """Return whether one of the names is among the flags."""
         return any(flag.partition("=")[0] in names for flag in self.given)
 
     def value(self, *names: str) -> str | None:
-        """The value of the last one with one of the names; None where there is none."""
+        """Return the value of the last flag with one of the names; None without one."""
         found = None
         for flag, after in pairwise([*self.given, ""]):
             name, equals, value = flag.partition("=")
@@ -45,65 +44,79 @@ class Flags:
         return found
 
     @property
-    def is_alone(self) -> bool:
-        """Whether one machine runs all of the server."""
+    def is_single_machine(self) -> bool:
+        """Whether one machine runs the whole server."""
         return int(self.value("--nnodes") or 1) == 1
 
     @property
-    def rank(self) -> int:
-        """Of this machine among those that share one server; requests come to the first."""
+    def node_rank(self) -> int:
+        """Rank of this machine among the machines of one server; requests go to the first."""
         return int(self.value("--node-rank") or 0)
+
+    @property
+    def url(self) -> str:
+        """Address of the server, from this machine."""
+        host = self.value("--host") or "127.0.0.1"
+        if host in _WILDCARDS:
+            host = "127.0.0.1"
+        scheme = "https" if self.has("--ssl-certfile") else "http"
+        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{self.value('--port') or PORT}"
+
+    def key(self, settings: Settings) -> SecretStr:
+        """Return the key that the server requires for weight updates."""
+        given = self.value("--admin-api-key") or self.value("--api-key")
+        return settings.sglang.api_key if given is None else SecretStr(given)
 
 
 @dataclass(frozen=True, slots=True)
-class Start:
-    """The draft that SGLang starts with; its folder is there."""
+class DraftFolder:
+    """The draft that SGLang starts with."""
 
     folder: Path
     version: str
 
 
 def check(flags: Flags, settings: Settings) -> None:
-    """See that flags and settings say the same.
+    """Check that the flags agree with the settings.
 
     Raises:
-        SettingsError: a flag says what is the node's to say, or otherwise than a setting.
+        SettingsError: a flag belongs to the node, or contradicts a setting.
     """
-    for name, why in _OURS.items():
+    for name, why in _NODE_FLAGS.items():
         if flags.has(name):
-            raise SettingsError(f"{name}: {why}; leave it out")
+            raise SettingsError(f"{name}: {why}; omit the flag")
     model = flags.value("--model-path", "--model")
     if model is not None and Path(model).absolute() != Path(settings.target.path).absolute():
-        raise SettingsError(f"--model-path {model}: target.path is {settings.target.path}; leave the flag out")
+        raise SettingsError(f"--model-path {model}: target.path is {settings.target.path}; omit the flag")
     algorithm = flags.value("--speculative-algorithm")
     if algorithm is not None and (algorithm.upper() != _ALGORITHM or not settings.serve.speculate):
-        wanted = _ALGORITHM if settings.serve.speculate else "none (serve.speculate)"
-        raise SettingsError(f"--speculative-algorithm {algorithm}: this node serves drafts of {wanted}")
+        served = _ALGORITHM if settings.serve.speculate else "none (serve.speculate)"
+        raise SettingsError(f"--speculative-algorithm {algorithm}: this node serves drafts of {served}")
     if (flags.value("--dp-size", "--dp", "--data-parallel-size") or "1") != "1":
-        raise SettingsError("--dp-size: updates reach one replica alone; start one node for each")
+        raise SettingsError("--dp-size: updates reach one replica only; start one node per replica")
     for name in ("--node-rank", "--nnodes"):
         if not (flags.value(name) or "0").isdecimal():
             raise SettingsError(f"{name}: must be a number")
 
 
-def arguments(flags: Flags, settings: Settings, start: Start | None) -> list[str]:
-    """What SGLang's server is started with, the user's flags last.
+def build_arguments(flags: Flags, settings: Settings, draft: DraftFolder | None) -> list[str]:
+    """Return the arguments of SGLang's server, the user's flags last.
 
     Args:
-        flags: Checked.
-        settings: Of the node.
-        start: The draft; None on a node without speculation.
+        flags: Checked flags of the user.
+        settings: Settings of the node.
+        draft: The draft to start with; None on a node without speculation.
     """
     added = {
         "--model-path": settings.target.path,
         "--served-model-name": settings.target.served_model_name,
         "--enable-metrics": None,
     }
-    if start is not None:
-        added |= _speculative(flags, settings) | {
+    if draft is not None:
+        added |= _draft_size(flags, settings) | {
             "--speculative-algorithm": _ALGORITHM,
-            "--speculative-draft-model-path": str(start.folder),
-            "--weight-version": start.version,
+            "--speculative-draft-model-path": str(draft.folder),
+            "--weight-version": draft.version,
         }
     key = settings.sglang.api_key.get_secret_value()
     if key and not flags.has("--api-key", "--admin-api-key"):
@@ -114,23 +127,8 @@ def arguments(flags: Flags, settings: Settings, start: Start | None) -> list[str
     return [part for name, value in kept.items() for part in (name, value) if part is not None] + list(flags.given)
 
 
-def url(flags: Flags) -> str:
-    """Where the server will be reached from this machine."""
-    host = flags.value("--host") or "127.0.0.1"
-    if host in _EVERYWHERE:
-        host = "127.0.0.1"
-    scheme = "https" if flags.has("--ssl-certfile") else "http"
-    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{flags.value('--port') or PORT}"
-
-
-def key(flags: Flags, settings: Settings) -> SecretStr:
-    """What the server wants to see before it changes weights."""
-    given = flags.value("--admin-api-key") or flags.value("--api-key")
-    return settings.sglang.api_key if given is None else SecretStr(given)
-
-
-def _speculative(flags: Flags, settings: Settings) -> dict[str, str | None]:
-    """How much is drafted: SGLang counts the root among the tokens that are verified, the settings do not."""
+def _draft_size(flags: Flags, settings: Settings) -> dict[str, str | None]:
+    """Return the flags for the number of draft tokens; SGLang's number includes the root, that of the settings not."""
     serve = settings.serve
     steps = flags.value("--speculative-num-steps") or str(serve.num_speculative_tokens)
     width = flags.value("--speculative-eagle-topk") or str(serve.draft_tree_width)
@@ -140,8 +138,3 @@ def _speculative(flags: Flags, settings: Settings) -> dict[str, str | None]:
         "--speculative-eagle-topk": width,
         "--speculative-num-draft-tokens": str(int(nodes) + 1),
     }
-
-
-def of(given: Sequence[str]) -> Flags:
-    """Flags as they stand on a command line."""
-    return Flags(tuple(given))

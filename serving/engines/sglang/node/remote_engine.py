@@ -1,101 +1,175 @@
-"""SGLang's own server as ``serving.engines.base.HotSwapEngine``: the puller's versions go into it over HTTP.
+"""Remote engine: SGLang's own server as a ``HotSwapEngine``, with versions swapped in by HTTP.
 
-An update is: pause in place, begin, update, end, compare sums, continue. Requests stand still meanwhile and lose
-nothing. What the server says it holds afterwards is compared with what was sent, tensor by tensor. Where anything goes
-wrong, what served before is put back, and the error says so.
+A swap is: pause in place, begin, update, end, compare checksums, resume. Requests are paused meanwhile; none is lost.
+Afterwards the server's checksums are compared with those of the tensors that were sent. If anything fails, the draft
+before is restored, and the error says so.
 
-Whoever dies in the middle leaves a server that stands still, with an update open: ``repair`` closes it and lets the
-requests go on, and comes first whenever a node begins.
+A node that dies during a swap leaves a paused server with an open update. ``_repair`` closes the update and resumes the
+requests; it runs first whenever a node starts.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import structlog
 import torch
+from prometheus_client import Metric
 from torch import Tensor
 
 from schemas.speculator.checkpoint import CheckpointError
 from schemas.speculator.network import EagleDraft
 from serving.engines.base import EngineHealth, SpeculationFixedError, SwapResult
-from serving.engines.sglang.node.checksums import WAYS, Expected, Way, compare
-from serving.engines.sglang.node.client import SglangError, SglangServer
-from serving.engines.sglang.node.monitor import Published, Watch
-from serving.engines.sglang.node.weights import packed, sent, shared
+from serving.engines.sglang.node.client import ServerCounters, ServerLoad, SglangError, SglangServer
+from serving.engines.sglang.node.weights import (
+    SCHEMES,
+    ChecksumScheme,
+    ExpectedChecksums,
+    compare_checksums,
+    draft_tensors,
+    serialize,
+    serialize_shared,
+)
+from serving.traces.accounting import TraceCounts
+from serving.traces.circuit_breaker import CircuitState
 
 log = structlog.get_logger()
 
+WATCH_INTERVAL_S = 1.0
 _RESUME_TRIES = 3
-_BETWEEN_TRIES_S = 1.0
+_RETRY_S = 1.0
+_NO_LOAD, _NO_COUNTERS = ServerLoad(0, 0), ServerCounters(0, 0, 0, 0, 0, 0, 0, 0)
 
 
-class Known:
+class ServedDraft:
     """A draft by its version.
 
     Args:
         version: Its name.
-        tensors: From ``weights.sent``.
+        tensors: From ``weights.draft_tensors``.
     """
 
     def __init__(self, version: str, tensors: Mapping[str, Tensor]) -> None:
         self.version, self.tensors = version, tensors
-        self.expected = Expected(tensors)
+        self.checksums = ExpectedChecksums(tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class ServerState:
+    """The server at the last look."""
+
+    is_up: bool = False
+    load: ServerLoad = _NO_LOAD
+    counters: ServerCounters = _NO_COUNTERS
+    """Of the last look with an answer."""
+    error: str | None = None
+
+
+class ServerWatch:
+    """Reads the state of a server every second, so that no caller waits for it. Also the ``TraceSource`` of the plugin.
+
+    The plugin's metrics are on the server's own ``/metrics``; they are not exported a second time.
+    """
+
+    def __init__(self, server: SglangServer) -> None:
+        self._server = server
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="sglang-watch", daemon=True)
+        self.state = ServerState()
+
+    def start(self) -> None:
+        """Start to watch."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop; a call that hangs ends with the process."""
+        self._stopping.set()
+
+    def read(self) -> None:
+        """Read the state once."""
+        try:
+            self.state = ServerState(is_up=True, load=self._server.load(), counters=self._server.counters())
+        except SglangError as error:
+            self.state = ServerState(load=self.state.load, counters=self.state.counters, error=str(error))
+
+    @property
+    def circuit_breaker(self) -> CircuitState:
+        """State of the circuit breaker of the broker."""
+        return "open" if self.state.counters.circuit_breaker_open else "closed"
+
+    def counts(self) -> TraceCounts:
+        """Return the counts of rows."""
+        rows = self.state.counters
+        pending = max(0, rows.captured - rows.published - rows.dropped)
+        return TraceCounts(rows.captured, rows.published, {"server": rows.dropped}, pending, 0, rows.unsampled)
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield no metrics."""
+        return iter(())
+
+    def _run(self) -> None:
+        while not self._stopping.wait(WATCH_INTERVAL_S):
+            self.read()
 
 
 class RemoteEngine:
-    """Implements ``serving.engines.base.HotSwapEngine``.
+    """A ``HotSwapEngine`` in another process.
 
     Args:
         server: Need not run yet.
         target: Fingerprint of the target.
-        line: Of the drafts.
-        known: The draft that the server starts with; None where that is not known.
-        shares: Whether all its processes are on this machine, and can take weights from its shared memory.
+        line: Speculator line of the drafts.
+        served: The draft that the server starts with; None if it is not known.
+        shares_memory: Whether all its processes are on this machine, and can take weights from shared memory.
     """
 
     def __init__(
-        self, server: SglangServer, target: str, line: str, known: Known | None, *, shares: bool = False
+        self,
+        server: SglangServer,
+        target: str,
+        line: str,
+        served: ServedDraft | None,
+        *,
+        shares_memory: bool = False,
     ) -> None:
         self.target, self.line = target, line
-        self._server, self._known, self._shares = server, known, shares
-        self._watch = Watch(server)
-        self.published = Published(self._watch)
-        """The traces of the plugin in it."""
-        self._version = known.version if known else ""
+        self._server, self._served, self._shares_memory = server, served, shares_memory
+        self.watch = ServerWatch(server)
+        self._version = served.version if served else ""
         self._ranks, self._depth = 1, 0
-        self._ways: tuple[Way, ...] = WAYS
-        """How the server may form its sums; one, once that is known."""
-        self._updating = threading.Lock()
-        self._unclear = True
-        """Requests may stand still, or an update may be open."""
+        self._schemes: tuple[ChecksumScheme, ...] = SCHEMES
+        """Checksum schemes of the server; one, once it is known."""
+        self._lock = threading.Lock()
+        self._needs_repair = True
+        """Requests may be paused, or an update may be open."""
         self._error: str | None = None
 
     def start(self) -> None:
-        """Begin with a server that answers.
+        """Start with a server that answers.
 
         Raises:
-            SglangError: it does not, or cannot be looked after.
+            SglangError: the server is unreachable or not supported.
         """
-        about = self._server.about()
-        if about.replicas > 1:
-            raise SglangError("a server with data parallelism is not known: start one for each replica (--dp-size 1)")
-        self._ranks, self._depth, self._version = about.ranks, about.depth, about.weight_version
-        with self._updating:
+        info = self._server.info()
+        if info.replicas > 1:
+            raise SglangError("a server with data parallelism is not supported: start one per replica (--dp-size 1)")
+        self._ranks, self._depth, self._version = info.ranks, info.depth, info.weight_version
+        with self._lock:
             self._repair()
-            if self._known:
-                self._other_than(self._known)  # tells how it forms its sums, and at leisure
-        self._watch.look()
-        self._watch.start()
+            if self._served:
+                self._differing(self._served)  # learns the server's checksum scheme before the first swap
+        self.watch.read()
+        self.watch.start()
 
     def stop(self) -> None:
-        """End the looks at the server, which itself goes on."""
-        self._watch.stop()
+        """Stop watching the server; the server itself keeps running."""
+        self.watch.stop()
 
     def check(self, draft: EagleDraft) -> None:
-        """Draft once with the given weights, here.
+        """Draft once with the given weights, in this process.
 
         Raises:
             CheckpointError: the draft gives values that are not finite.
@@ -105,22 +179,22 @@ class RemoteEngine:
             hidden = draft.fuse(torch.ones(1, 1, shape.feature_width))
             row = torch.ones(1, 1, shape.hidden_size)
             value_BMTE = draft.project(row, hidden, torch.zeros(1, 1, dtype=torch.long)).v_BMTE
-            # With nothing but itself to attend to, a token's attention is its own value.
+            # A token that attends only to itself gets its own value.
             attended = value_BMTE.repeat_interleave(shape.num_attention_heads // shape.num_key_value_heads, dim=1)
-            scores = draft.logits(draft.finish(hidden, attended))
-        if not torch.isfinite(scores).all():
+            logits = draft.logits(draft.finish(hidden, attended))
+        if not torch.isfinite(logits).all():
             raise CheckpointError("the draft gives values that are not finite")
 
     def swap(self, draft: EagleDraft, version: str) -> SwapResult:
-        """Put weights in place while requests stand still; nothing is paused where they are in place already.
+        """Replace the weights while requests are paused; no pause if the server holds them already.
 
         Raises:
-            SglangError: it did not work; what served before goes on, or the error says that it does not.
+            SglangError: the swap failed; the message says whether the draft before still serves.
         """
-        tensors = sent(draft)
-        with self._updating:
+        tensors = draft_tensors(draft)
+        with self._lock:
             try:
-                swapped = self._swapped(Known(version, tensors))
+                swapped = self._swap(ServedDraft(version, tensors))
             except SglangError as error:
                 self._error = str(error)
                 raise
@@ -128,146 +202,145 @@ class RemoteEngine:
             return swapped
 
     def speculate(self, *, on: bool) -> None:
-        """Change nothing: SGLang drafts from its start on, or never.
+        """Do nothing: SGLang speculates from its start on, or never.
 
         Raises:
-            SpeculationFixedError: drafting is to stop.
+            SpeculationFixedError: ``on`` is False.
         """
         if not on:
             raise SpeculationFixedError(
-                "SGLang cannot stop drafting while it runs: start the node with serve.speculate=false"
+                "SGLang cannot stop speculation while it runs: start the node with serve.speculate=false"
             )
 
     def health(self) -> EngineHealth:
-        """What was seen last; requests count when they have ended."""
-        seen = self._watch.seen
-        counted = seen.counted
+        """Return the server's state at the last look; requests count when they have ended."""
+        state = self.watch.state
+        counters = state.counters
         return EngineHealth(
-            alive=seen.answers,
+            alive=state.is_up,
             speculator=self._version,
             speculating=True,
             draft_depth=self._depth,
             expected_tokens_per_second=(),
-            requests_running=seen.load.running,
-            requests_waiting=seen.load.waiting,
-            verify_steps=counted.verify_steps,
-            draft_tokens=counted.verify_steps * self._depth,
-            # Of a request's tokens the first comes from its prompt, and each verify step gives one that was not
-            # drafted.
-            accepted_tokens=max(0, counted.tokens - counted.requests - counted.verify_steps),
-            output_tokens=counted.tokens,
-            error=self._error or seen.error,
+            requests_running=state.load.running,
+            requests_waiting=state.load.waiting,
+            verify_steps=counters.verify_steps,
+            draft_tokens=counters.verify_steps * self._depth,
+            # Of a request's tokens the first comes from its prompt, and each verify step gives one bonus token.
+            accepted_tokens=max(0, counters.tokens - counters.requests - counters.verify_steps),
+            output_tokens=counters.tokens,
+            error=self._error or state.error,
         )
 
     @property
     def finished(self) -> int:
         """Requests that have ended."""
-        return self._watch.seen.counted.requests
+        return self.watch.state.counters.requests
 
     @property
     def failed(self) -> int:
-        """SGLang counts no requests that ended by a fault of its own."""
+        """Zero: SGLang does not count requests that ended with an error of its own."""
         return 0
 
-    def _swapped(self, wanted: Known) -> SwapResult:
-        if self._unclear:
+    def _swap(self, draft: ServedDraft) -> SwapResult:
+        if self._needs_repair:
             self._repair()
-        if not self._other_than(wanted):
-            self._server.rename(wanted.version)
-            self._settle(wanted)
-            return SwapResult(wanted.version, 0, 0.0)
-        contents, in_flight = self._contents(wanted), self._server.load().running
-        began = time.perf_counter()
-        self._unclear = True
+        if not self._differing(draft):
+            self._server.set_version(draft.version)
+            self._set_served(draft)
+            return SwapResult(draft.version, 0, 0.0)
+        contents, in_flight = self._contents(draft), self._server.load().running
+        start = time.perf_counter()
+        self._needs_repair = True
         try:
-            self._stand_still(wanted)
-            self._put_or_go_back(wanted, contents)
+            self._pause(draft)
+            self._update_or_restore(draft, contents)
         finally:
             self._resume()
-        self._settle(wanted)
-        return SwapResult(wanted.version, in_flight, (time.perf_counter() - began) * 1e3)
+        self._set_served(draft)
+        return SwapResult(draft.version, in_flight, (time.perf_counter() - start) * 1e3)
 
-    def _contents(self, known: Known) -> list[str]:
-        """A draft for each rank."""
-        if self._shares:
+    def _contents(self, draft: ServedDraft) -> list[str]:
+        """Return the serialized draft for each rank."""
+        if self._shares_memory:
             try:
-                return [shared(known.tensors) for _ in range(self._ranks)]
+                return [serialize_shared(draft.tensors) for _ in range(self._ranks)]
             except RuntimeError as error:
-                log.warning("sglang_shares_no_memory", why=str(error))
-                self._shares = False
-        return [packed(known.tensors)] * self._ranks
+                log.warning("sglang_shared_memory_failed", why=str(error))
+                self._shares_memory = False
+        return [serialize(draft.tensors)] * self._ranks
 
-    def _stand_still(self, wanted: Known) -> None:
+    def _pause(self, draft: ServedDraft) -> None:
         try:
             self._server.pause()
         except SglangError as error:
-            # Nothing was changed, and to ask about an update now would wait for every request that runs.
-            raise SglangError(f"{_not_served(wanted, error)}; version {self._version} goes on") from error
+            # Nothing has changed, and a call about an update would now wait for every running request.
+            raise SglangError(f"{_failure(draft, error)}; version {self._version} still serves") from error
 
-    def _put_or_go_back(self, wanted: Known, contents: Sequence[str]) -> None:
+    def _update_or_restore(self, draft: ServedDraft, contents: Sequence[str]) -> None:
         try:
-            self._put(wanted, contents)
+            self._update(draft, contents)
         except SglangError as error:
-            raise self._gone_back(wanted, error) from error
+            raise self._restore(draft, error) from error
 
-    def _put(self, wanted: Known, contents: Sequence[str]) -> None:
-        """Update the draft of a server that stands still, and see that it is there."""
-        self._server.begin()
-        self._server.update(contents, wanted.version)
-        if not self._server.end():
-            raise SglangError("the update was closed by somebody else")
-        if wrong := self._other_than(wanted):
-            raise SglangError(f"the server holds other weights than it was sent: {', '.join(wrong)}")
+    def _update(self, draft: ServedDraft, contents: Sequence[str]) -> None:
+        """Update the draft of a paused server, and verify its checksums."""
+        self._server.begin_update()
+        self._server.update(contents, draft.version)
+        if not self._server.end_update():
+            raise SglangError("another client has closed the update")
+        if wrong := self._differing(draft):
+            raise SglangError(f"the server holds other weights than were sent: {', '.join(wrong)}")
 
-    def _gone_back(self, wanted: Known, error: SglangError) -> SglangError:
-        """Put back what served before; the error that says how that went."""
-        known, failed = self._known, _not_served(wanted, error)
-        log.warning("sglang_update_failed", version=wanted.version, why=str(error))
-        self._shares = False  # what was not taken from shared memory stays there: not once for every try
+    def _restore(self, draft: ServedDraft, error: SglangError) -> SglangError:
+        """Restore the draft before; return the error with the outcome."""
+        served, failure = self._served, _failure(draft, error)
+        log.warning("sglang_update_failed", version=draft.version, why=str(error))
+        self._shares_memory = False  # shared memory that is not taken leaks: not once per try
         try:
-            self._server.end()
-            if known is None:
-                return SglangError(f"{failed}; with what the server drafts now is not known")
-            if self._other_than(known):
-                self._put(known, self._contents(known))
-            self._server.rename(known.version)
+            self._server.end_update()
+            if served is None:
+                return SglangError(f"{failure}; it is not known which draft serves now")
+            if self._differing(served):
+                self._update(served, self._contents(served))
+            self._server.set_version(served.version)
         except SglangError as second:
-            return SglangError(f"{failed}; what served before could not be put back: {second}")
-        return SglangError(f"{failed}; version {known.version} goes on")
+            return SglangError(f"{failure}; the version before could not be restored: {second}")
+        return SglangError(f"{failure}; version {served.version} still serves")
 
     def _resume(self) -> None:
-        """Let requests go on; tried again, for as long as it fails they stand still."""
+        """Resume the requests; retry, since they are paused as long as it fails."""
         for left in reversed(range(_RESUME_TRIES)):
             try:
                 self._server.resume()
             except SglangError as error:
-                log.warning("sglang_stands_still", why=str(error))
+                log.warning("sglang_resume_failed", why=str(error))
                 if not left:
                     raise
-                time.sleep(_BETWEEN_TRIES_S)
+                time.sleep(_RETRY_S)
             else:
-                self._unclear = False
+                self._needs_repair = False
                 return
 
     def _repair(self) -> None:
-        """Close what a node that died has left open. Paused first: else the end of an update waits for all requests."""
+        """Close an update that a dead node left open. Pause first: else closing it waits for all running requests."""
         self._server.pause()
         try:
-            if self._server.end():
-                log.warning("sglang_repaired", why="an update was open: whoever had begun it has died")
+            if self._server.end_update():
+                log.warning("sglang_repaired", why="an update was open: the node that began it has died")
         finally:
             self._resume()
 
-    def _other_than(self, known: Known) -> tuple[str, ...]:
-        """Tensors that the server holds otherwise than the draft has them."""
-        difference = compare(self._server.sums(), known.expected, self._ways)
-        if difference.way:
-            self._ways = (difference.way,)
+    def _differing(self, draft: ServedDraft) -> tuple[str, ...]:
+        """Return the tensors that the server holds otherwise than the draft."""
+        difference = compare_checksums(self._server.checksums(), draft.checksums, self._schemes)
+        if difference.scheme:
+            self._schemes = (difference.scheme,)
         return difference.names
 
-    def _settle(self, known: Known) -> None:
-        self._known, self._version = known, known.version
+    def _set_served(self, draft: ServedDraft) -> None:
+        self._served, self._version = draft, draft.version
 
 
-def _not_served(wanted: Known, error: SglangError) -> str:
-    return f"version {wanted.version} is not served: {error}"
+def _failure(draft: ServedDraft, error: SglangError) -> str:
+    return f"version {draft.version} is not served: {error}"

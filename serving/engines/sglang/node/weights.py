@@ -1,28 +1,54 @@
-"""A draft of ours as SGLang's server takes it, and as it holds it."""
+"""Draft weights as SGLang's server takes and holds them, and the checksums of its ``/weights_checker``.
+
+A checksum is over the bytes of a tensor in the dtype in which the server holds it. Its algorithm depends on the device:
+on a CPU the start of a SHA-256, on a GPU a sum over tiles of mixed words that many threads can form at once. Neither
+dtype nor device need to be known: a server holds a draft if its checksums equal those of the draft in one dtype, by one
+algorithm.
+"""
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, multiprocessing
 
 from schemas.speculator.network import EagleDraft
 
+Words = npt.NDArray[np.uint32]
+Checksums = Mapping[str, str]
+ChecksumScheme = tuple[Callable[[Tensor], str], torch.dtype]
+"""Algorithm, and the dtype in which the server holds a draft."""
+
+DRAFT = "draft."
+"""Prefix of a draft's tensors in the server's checksums."""
+REPLICATED = ("fc", "norm")
+"""Last parts of the names of modules that tensor parallelism does not shard."""
+
 _OF_THE_LINE = ("d2t", "t2d")
-"""A server reads them once, at its start, and they are the same for every version of a line."""
+"""Tensors that a server reads once, at its start; they are the same for every version of a line."""
 _LAYER = "layers.0"
-WHOLE_ON_EVERY_RANK = ("fc", "norm")
-"""What tensor parallelism does not cut: last parts of the names of such modules."""
+
+_TILE = 8192
+"""Words that a GPU sums up together."""
+_BLOCK = 256 * _TILE
+"""Words that are mixed at once here, to bound memory."""
+_SEEDS = (0x243F6A88, (0x243F6A88 * 0x9E3779B1 ^ 0xDEADBEEF) & 0xFFFFFFFF)
+_POSITIONS = ((0x27D4EB2D, 15), (0x165667B1, 13))
 
 
-def sent(draft: EagleDraft) -> dict[str, Tensor]:
-    """What an update consists of: weights by their names in a version's file, in the type of that file."""
+def draft_tensors(draft: EagleDraft) -> dict[str, Tensor]:
+    """Return the tensors of an update: by their names in a version's file, in the dtype of that file."""
     return {
         name: value.detach().to(torch.bfloat16).cpu().contiguous()
         for name, value in draft.state_dict().items()
@@ -30,23 +56,23 @@ def sent(draft: EagleDraft) -> dict[str, Tensor]:
     }
 
 
-def packed(tensors: Mapping[str, Tensor]) -> str:
-    """``sent`` as text for SGLang's ``/update_weights_from_tensor``, which knows no other form than a pickle."""
+def serialize(tensors: Mapping[str, Tensor]) -> str:
+    """Return tensors as text for SGLang's ``/update_weights_from_tensor``, whose only format is a pickle."""
     return base64.b64encode(pickle.dumps(list(tensors.items()), protocol=4)).decode("ascii")
 
 
-def shared(tensors: Mapping[str, Tensor]) -> str:
-    """``packed`` without the values: these move into shared memory, from where one process of this machine takes them.
+def serialize_shared(tensors: Mapping[str, Tensor]) -> str:
+    """Return ``serialize`` without the values: they move to shared memory, for one process of this machine.
 
-    They are freed when both have let go of them. What is never taken stays until this process ends.
+    The memory is freed when both processes have released it. Memory that is never taken stays until this process ends.
 
     Raises:
-        RuntimeError: there is no room, or no shared memory.
+        RuntimeError: shared memory is full or not available.
     """
     buffer = io.BytesIO()
     strategy: Any = multiprocessing  # it has no types
     before = strategy.get_sharing_strategy()
-    strategy.set_sharing_strategy("file_system")  # by name: a descriptor would have to be handed over
+    strategy.set_sharing_strategy("file_system")  # by name: a descriptor would have to be passed on
     try:
         ForkingPickler(buffer, 4).dump(list(tensors.items()))
     finally:
@@ -54,18 +80,125 @@ def shared(tensors: Mapping[str, Tensor]) -> str:
     return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def held(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a server of one rank makes of ``sent``: by its own names, in the type sent, and some joined into one."""
+def server_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return ``draft_tensors`` as a server of one rank holds them: by its own names, in the same dtype, some fused."""
     found = {name.replace("midlayer", _LAYER): value for name, value in tensors.items()}
-    for joined, parts in (
+    for fused, parts in (
         ("self_attn.qkv_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
         ("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj")),
     ):
-        found[f"{_LAYER}.{joined}.weight"] = torch.cat([found.pop(f"{_LAYER}.{part}.weight") for part in parts])
+        found[f"{_LAYER}.{fused}.weight"] = torch.cat([found.pop(f"{_LAYER}.{part}.weight") for part in parts])
     return {name if name.startswith("lm_head") else f"model.{name}": value for name, value in found.items()}
 
 
-def is_whole(name: str) -> bool:
-    """Whether every rank of a tensor-parallel group holds all of a tensor that ``held`` names."""
+def is_replicated(name: str) -> bool:
+    """Return whether every tensor-parallel rank holds the whole tensor; ``name`` is one of ``server_tensors``."""
     module = name.removesuffix(".weight").rstrip("0123456789.").rsplit(".", 1)[-1]
-    return module.endswith(WHOLE_ON_EVERY_RANK)
+    return module.endswith(REPLICATED)
+
+
+def checksum_cpu(tensor: Tensor) -> str:
+    """Return the checksum of a tensor on a CPU."""
+    return hashlib.sha256(_bytes(tensor).data).hexdigest()[:16]
+
+
+def checksum_gpu(tensor: Tensor) -> str:
+    """Return the checksum of a tensor on a GPU; the server's own kernel for it is ``gpu_tensor_hash``."""
+    data = _bytes(tensor)
+    data = np.concatenate([data, np.zeros(-len(data) % 4, np.uint8)])
+    words = data.view(np.uint32)
+    total = sum(int(_tile_sums(words, at).sum(dtype=np.uint64)) for at in range(0, len(words), _BLOCK))
+    return f"{_mix_total(total):016x}" if len(words) else f"{0:016x}"
+
+
+SCHEMES: tuple[ChecksumScheme, ...] = tuple(
+    product((checksum_cpu, checksum_gpu), (torch.bfloat16, torch.float32, torch.float16))
+)
+
+
+class ExpectedChecksums:
+    """The checksums of a server of one rank that holds a draft; each scheme is computed on first use.
+
+    Args:
+        tensors: From ``draft_tensors``.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+        self._cache: dict[ChecksumScheme, Checksums] = {}
+
+    def compute(self, scheme: ChecksumScheme) -> Checksums:
+        """Return the checksums of one scheme, by the server's names without ``DRAFT``."""
+        if scheme not in self._cache:
+            checksum, dtype = scheme
+            tensors = server_tensors(self._tensors)
+            self._cache[scheme] = {name: checksum(value.to(dtype)) for name, value in tensors.items()}
+        return self._cache[scheme]
+
+
+@dataclass(frozen=True, slots=True)
+class ChecksumDifference:
+    """Difference between a server's draft and an expected one."""
+
+    names: tuple[str, ...]
+    """Tensors that differ, by the nearest scheme."""
+    scheme: ChecksumScheme | None
+    """The server's scheme; None if it holds another draft."""
+
+
+def compare_checksums(
+    ranks: Sequence[Checksums], expected: ExpectedChecksums, schemes: Sequence[ChecksumScheme] = SCHEMES
+) -> ChecksumDifference:
+    """Compare a server's checksums with those of a draft.
+
+    With several ranks only replicated tensors are compared: the others are sharded.
+
+    Args:
+        ranks: Checksums of each rank, by the server's names.
+        expected: Checksums of the draft.
+        schemes: Schemes to try, in this order.
+    """
+    nearest: tuple[str, ...] | None = None
+    for scheme in schemes:
+        checksums = expected.compute(scheme)
+        compared = [name for name in checksums if len(ranks) == 1 or is_replicated(name)]
+        differing = tuple(name for name in compared if any(rank.get(DRAFT + name) != checksums[name] for rank in ranks))
+        if not differing and ranks:
+            return ChecksumDifference((), scheme)
+        if nearest is None or len(differing) < len(nearest):
+            nearest = differing
+    return ChecksumDifference(nearest or ("all",), None)
+
+
+def _bytes(tensor: Tensor) -> npt.NDArray[np.uint8]:
+    flat: npt.NDArray[np.uint8] = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return flat
+
+
+def _tile_sums(words: Words, at: int) -> npt.NDArray[np.uint64]:
+    """Return the sums of the tiles of the block that begins at word ``at``."""
+    block = words[at : at + _BLOCK]
+    positions = np.arange(at, at + len(block), dtype=np.uint64).astype(np.uint32)
+    padding = -len(block) % _TILE
+    halves = []
+    for seed, (factor, turn) in zip(_SEEDS, _POSITIONS, strict=True):
+        turned = (positions << np.uint32(turn)) | (positions >> np.uint32(32 - turn))
+        mixed = _mix(block ^ ((positions * np.uint32(factor) + np.uint32(seed)) ^ turned))
+        tiles = np.pad(mixed, (0, padding)).reshape(-1, _TILE).sum(axis=1, dtype=np.uint32)
+        halves.append(_mix(tiles ^ np.uint32(len(words) * 4 & 0xFFFFFFFF)).astype(np.uint64))
+    return (halves[0] << np.uint64(32)) | halves[1]
+
+
+def _mix(words: Words) -> Words:
+    words = (words ^ (words >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+    words = (words ^ (words >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+    mixed: Words = words ^ (words >> np.uint32(16))
+    return mixed
+
+
+def _mix_total(total: int) -> int:
+    mask = (1 << 64) - 1
+    total &= mask
+    total = (total ^ total >> 30) * 0xBF58476D1CE4E5B9 & mask
+    total = (total ^ total >> 27) * 0x94D049BB133111EB & mask
+    return total ^ total >> 31

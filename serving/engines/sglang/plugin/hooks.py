@@ -1,12 +1,12 @@
-"""What runs inside the server's own steps. Nothing raised here reaches the server.
+"""Hooks that run inside the server's steps. No error raised here reaches the server.
 
-A step is ``forward_batch_generation`` of the worker; it either reads prompts or drafts and verifies. The calls::
+A step is ``forward_batch_generation`` of the worker; it either prefills prompts, or drafts and verifies. The calls::
 
-    STEP ──▶ (SAMPLE ─▶ PREFILL)            prompts: scores, then states and the first token
-    STEP ──▶ VERIFY ──▶ JUDGE               drafted ─▶ verified ─▶ accepted
-    RELEASE                                 a request gives its memory back: it is over, or will be read again
+    STEP ──▶ (SAMPLE ─▶ PREFILL)            prompts: logits, then hidden states and the first token
+    STEP ──▶ VERIFY ──▶ ACCEPT              drafted ─▶ verified ─▶ accepted
+    RELEASE                                 a request frees its memory: it has ended, or is retracted and read again
 
-Both may lie a step apart for one request: with the overlap scheduler RELEASE comes after the next JUDGE.
+RELEASE may come a step late: with the overlap scheduler it follows the next ACCEPT.
 """
 
 from __future__ import annotations
@@ -22,11 +22,17 @@ from torch import Tensor
 from schemas.settings import Settings
 from serving.engines.base import Finish
 from serving.engines.sglang.plugin import capture
-from serving.engines.sglang.plugin.cost import CostGate
-from serving.engines.sglang.plugin.metrics import Figures
-from serving.engines.sglang.plugin.recorder import End, Piece, Recorder, Step, Traced, Turn
-from serving.engines.sglang.plugin.trace_request import asked_of, request_of
-from serving.engines.sglang.plugin.transfer import Carrier
+from serving.engines.sglang.plugin.capture import HostTransfer, TopTokens
+from serving.engines.sglang.plugin.metrics import CaptureLimit, PluginMetrics
+from serving.engines.sglang.plugin.recorder import (
+    CapturedStep,
+    PromptPart,
+    RecordedRequest,
+    Recorder,
+    RequestEnd,
+    VerifiedRequest,
+)
+from serving.engines.sglang.plugin.trace_request import read_options, to_request
 from serving.traces.sampling import is_sampled
 
 log = structlog.get_logger()
@@ -35,213 +41,219 @@ _FINISH: dict[str, Finish] = {"stop": "stop", "length": "length", "abort": "canc
 Hook = TypeVar("Hook", bound=Callable[..., Any])
 
 
-def guarded(hook: Hook) -> Hook:
-    """Keeps what a hook raises from the server, which would die of it; counts it, and pays for the hook's time."""
+def guard(hook: Hook) -> Hook:
+    """Count a hook's error instead of raising it, which would end the server; count the hook's time."""
 
     @wraps(hook)
     def run(self: Hooks, *args: Any, **kwargs: Any) -> Any:
-        began = time.perf_counter()
+        start = time.perf_counter()
         try:
             return hook(self, *args, **kwargs)
         except Exception as error:  # noqa: BLE001 - a fault of ours, of any kind, would end the scheduler and every request with it
-            self.failed(hook.__name__, error)
+            self.count_error(hook.__name__, error)
             return None
         finally:
-            self.paid(time.perf_counter() - began)
+            self.add_cost(time.perf_counter() - start)
 
     return run  # type: ignore[return-value]
 
 
-class _Sampled(NamedTuple):
-    """Scores as they were before the sampler changed them where they lie."""
+class _PrefillLogits(NamedTuple):
+    """Top tokens of prompts, taken before the sampler changes the logits in place."""
 
     output: Any
-    top: capture.Top
+    top: TopTokens
 
 
-class _Judging(NamedTuple):
-    """Between a verify step's scores and its decision."""
+class _VerifyLogits(NamedTuple):
+    """Top tokens of a verify step, taken before its tokens are accepted."""
 
     rows: Sequence[int]
     rows_R: Tensor | None
-    top: capture.Top
+    top: TopTokens
 
 
 class Hooks:
-    """The state of one scheduler process.
+    """State of one scheduler process.
 
     Args:
-        settings: Of traces and of this plugin.
-        recorder: Takes what steps gave.
-        carrier: Brings it to the host.
-        gate: Says how much may be recorded.
-        figures: Counters.
-        version: Names the draft that the server has now.
+        settings: Settings of traces and of this plugin.
+        recorder: Takes the captured steps.
+        transfer: Copies tensors to the host.
+        limit: Limits the recorded requests.
+        metrics: Counters.
+        version: Returns the version of the server's draft.
     """
 
     def __init__(
         self,
         settings: Settings,
         recorder: Recorder,
-        carrier: Carrier,
-        gate: CostGate,
-        figures: Figures,
+        transfer: HostTransfer,
+        limit: CaptureLimit,
+        metrics: PluginMetrics,
         version: Callable[[], str],
     ) -> None:
         self._traces = settings.traces
-        self._recorder, self._carrier, self._gate, self._figures = recorder, carrier, gate, figures
+        self._recorder, self._transfer, self._limit, self._metrics = recorder, transfer, limit, metrics
         self._version = version
-        self._open: dict[str, Traced] = {}
-        self._known_faults: set[str] = set()
-        self._spent = 0.0
-        self._began: Any = None
+        self._requests: dict[str, RecordedRequest] = {}
+        self._failed_hooks: set[str] = set()
+        self._cost_s = 0.0
+        self._start: Any = None
         self._drafted: Any = None
         self._verified: Any = None
-        self._sampled: _Sampled | None = None
+        self._prefill_logits: _PrefillLogits | None = None
 
-    def failed(self, hook: str, error: Exception) -> None:
-        """Count what a hook raised, and show the first of its kind."""
-        self._figures.errors.labels(hook).inc()
-        if hook not in self._known_faults:
-            self._known_faults.add(hook)
+    def count_error(self, hook: str, error: Exception) -> None:
+        """Count a hook's error, and log the hook's first one."""
+        self._metrics.hook_errors.labels(hook).inc()
+        if hook not in self._failed_hooks:
+            self._failed_hooks.add(hook)
             log.error("aurora_hook_failed", hook=hook, exc_info=error)
 
-    def paid(self, seconds: float) -> None:
-        """Time that a hook took from the step."""
-        self._spent += seconds
-        self._gate.pay(seconds)
+    def add_cost(self, seconds: float) -> None:
+        """Count time that a hook took from the step."""
+        self._cost_s += seconds
+        self._limit.add_cost(seconds)
 
-    @guarded
-    def step(self) -> None:
-        """A step begins."""
-        self._figures.hooks.observe(self._spent)
-        self._spent = 0.0
-        self._gate.step(time.monotonic())
-        self._sampled = None
-        self._began = self._drafted = self._verified = self._carrier.stamp()
+    @guard
+    def on_step(self) -> None:
+        """Start a step."""
+        self._metrics.hook_duration.observe(self._cost_s)
+        self._cost_s = 0.0
+        self._limit.start_step(time.monotonic())
+        self._prefill_logits = None
+        self._start = self._drafted = self._verified = self._transfer.stamp()
 
-    @guarded
-    def drafted(self) -> None:
-        """Drafting is over, the target verifies."""
-        self._drafted = self._carrier.stamp()
+    @guard
+    def on_drafted(self) -> None:
+        """Note the end of drafting; the target verifies now."""
+        self._drafted = self._transfer.stamp()
 
-    @guarded
-    def sampling(self, logits_output: Any) -> None:
-        """Scores of prompts' last tokens are there."""
-        self._verified = self._carrier.stamp()
-        self._sampled = _Sampled(logits_output, capture.likeliest(logits_output.next_token_logits, self._traces.top_k))
+    @guard
+    def on_prefill_logits(self, logits_output: Any) -> None:
+        """Take the top tokens after the prompts' last tokens."""
+        self._verified = self._transfer.stamp()
+        top = capture.top_tokens(logits_output.next_token_logits, self._traces.top_k)
+        self._prefill_logits = _PrefillLogits(logits_output, top)
 
-    @guarded
-    def prefilled(self, result: Any, batch: Any) -> None:
-        """Pieces of prompts were read."""
-        sampled, self._sampled = self._sampled, None
+    @guard
+    def on_prefill(self, result: Any, batch: Any) -> None:
+        """Record the parts of prompts that were read."""
+        logits, self._prefill_logits = self._prefill_logits, None
         if batch.forward_mode.is_idle():
             return
-        rows, members, spans = self._pieces(batch)
-        if not members:
+        rows, parts, spans = self._prompt_parts(batch)
+        if not parts:
             return
-        if sampled is None or sampled.output is not result.logits_output:
-            raise RuntimeError("the scores of these prompts were never seen")
+        if logits is None or logits.output is not result.logits_output:
+            raise RuntimeError("the logits of these prompts were not captured")
         hidden = result.logits_output.hidden_states
-        found = capture.prefilled(
-            self._states(hidden), result.next_token_ids, sampled.top, self._carrier.rows(rows), spans
+        found = capture.capture_prefill(
+            self._published(hidden), result.next_token_ids, logits.top, self._transfer.index(rows), spans
         )
-        self._put(members, found, hidden.shape[-1])
+        self._put(parts, found, hidden.shape[-1])
 
-    @guarded
-    def judging(self, verify_input: Any, batch: Any, logits_output: Any) -> _Judging | None:
-        """The target has scored every node; the sampler has not changed the scores yet."""
+    @guard
+    def on_verify_logits(self, verify_input: Any, batch: Any, logits_output: Any) -> _VerifyLogits | None:
+        """Take the top tokens of every node, before the sampler changes the logits in place."""
         if batch.forward_mode.is_idle():
             return None
-        self._verified = self._carrier.stamp()
-        rows = [i for i, req in enumerate(batch.reqs) if self._goes_on(req)]
+        self._verified = self._transfer.stamp()
+        rows = [i for i, req in enumerate(batch.reqs) if self._is_recorded(req)]
         if not rows:
             return None
-        rows_R = None if len(rows) == len(batch.reqs) else self._carrier.rows(rows)
-        top = capture.nodes_of(verify_input, logits_output.next_token_logits, rows_R, self._traces.top_k)
-        return _Judging(rows, rows_R, top)
+        rows_R = None if len(rows) == len(batch.reqs) else self._transfer.index(rows)
+        top = capture.top_tokens_of_nodes(verify_input, logits_output.next_token_logits, rows_R, self._traces.top_k)
+        return _VerifyLogits(rows, rows_R, top)
 
-    @guarded
-    def judged(self, judging: _Judging, verify_input: Any, batch: Any, logits_output: Any, result: Any) -> None:
-        """It is decided which nodes were accepted."""
+    @guard
+    def on_accepted(
+        self, logits: _VerifyLogits, verify_input: Any, batch: Any, logits_output: Any, result: Any
+    ) -> None:
+        """Record the accepted nodes."""
         members = []
-        for row in judging.rows:
+        for row in logits.rows:
             req = batch.reqs[row]
-            traced = self._open[req.rid]
-            traced.verify_steps += 1
-            members.append(Turn(traced, traced.verify_steps, len(req.origin_input_ids) + len(req.output_ids)))
+            recorded = self._requests[req.rid]
+            recorded.verify_steps += 1
+            committed = len(req.origin_input_ids) + len(req.output_ids)
+            members.append(VerifiedRequest(recorded, recorded.verify_steps, committed))
         hidden = logits_output.hidden_states
-        found = capture.verified(verify_input, batch, self._states(hidden), result, judging.rows_R, judging.top)
+        found = capture.capture_verify_step(
+            verify_input, batch, self._published(hidden), result, logits.rows_R, logits.top
+        )
         self._put(tuple(members), found, hidden.shape[-1])
 
-    @guarded
-    def released(self, req: Any) -> None:
-        """A request gives its memory back."""
-        traced = self._open.get(req.rid)
-        if traced is None:
+    @guard
+    def on_release(self, req: Any) -> None:
+        """Record the end of a request, or stop recording one that is retracted."""
+        recorded = self._requests.get(req.rid)
+        if recorded is None:
             return
         if not req.finished():
-            # It is taken out to be read again from its start: what is known of it stays, nothing is added.
-            self._stop(traced, "retracted")
+            # The server will read it again from its start. Its trace so far stays, without further steps.
+            self._stop(recorded, "retracted")
             return
-        del self._open[req.rid]
+        del self._requests[req.rid]
         total = len(req.origin_input_ids) + len(req.output_ids_through_stop)
         finish = _FINISH.get(req.finished_reason.to_json()["type"], "error")
-        self._recorder.put(End(traced, total, finish))
+        self._recorder.put(RequestEnd(recorded, total, finish))
 
-    def _put(self, members: tuple[Piece | Turn, ...], found: dict[str, Tensor], width: int) -> None:
-        if self._recorder.full():
-            self._figures.verify_steps_lost.labels("behind").inc(len(members))
+    def _put(self, members: tuple[PromptPart | VerifiedRequest, ...], found: dict[str, Tensor], width: int) -> None:
+        if self._recorder.is_full():
+            self._metrics.steps_dropped.labels("queue_full").inc(len(members))
             return
-        stamps = (self._began, self._drafted, self._verified)
-        pending = self._carrier.carry(found)
-        self._recorder.put(Step(members, pending, self._version(), stamps, time.time_ns() // 1000, width))
+        stamps = (self._start, self._drafted, self._verified)
+        pending = self._transfer.copy(found)
+        self._recorder.put(CapturedStep(members, pending, self._version(), stamps, time.time_ns() // 1000, width))
 
-    def _states(self, hidden: Tensor) -> Tensor | None:
+    def _published(self, hidden: Tensor) -> Tensor | None:
         return None if self._traces.features == "recompute" else hidden
 
-    def _goes_on(self, req: Any) -> bool:
-        traced = self._open.get(req.rid)
-        return traced is not None and not traced.stopped
+    def _is_recorded(self, req: Any) -> bool:
+        recorded = self._requests.get(req.rid)
+        return recorded is not None and not recorded.is_stopped
 
-    def _pieces(self, batch: Any) -> tuple[list[int], tuple[Piece, ...], list[slice]]:
-        """Which rows of a batch of prompts are recorded, and where their tokens lie in it."""
-        rows, members, spans, at = [], [], [], 0
+    def _prompt_parts(self, batch: Any) -> tuple[list[int], tuple[PromptPart, ...], list[slice]]:
+        """Return the recorded rows of a batch of prompts, and the position of their tokens in it."""
+        rows, parts, spans, at = [], [], [], 0
         for row, (req, start, length) in enumerate(zip(batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True)):
-            piece = self._piece(req, start, length)
-            if piece is not None:
+            part = self._prompt_part(req, start, length)
+            if part is not None:
                 rows.append(row)
-                members.append(piece)
+                parts.append(part)
                 spans.append(slice(at, at + length))
             at += length
-        return rows, tuple(members), spans
+        return rows, tuple(parts), spans
 
-    def _piece(self, req: Any, start: int, length: int) -> Piece | None:
-        traced = self._open.get(req.rid) or self._admit(req, start)
-        if traced is None or traced.stopped:
+    def _prompt_part(self, req: Any, start: int, length: int) -> PromptPart | None:
+        recorded = self._requests.get(req.rid) or self._admit(req, start)
+        if recorded is None or recorded.is_stopped:
             return None
-        end, prompt = start + length, traced.request.prompt
+        end, prompt = start + length, recorded.request.prompt
         if end > len(prompt):
-            self._stop(traced, "mixed")  # a request that answers already, in one batch with prompts
+            self._stop(recorded, "mixed")  # a running request in one batch with prompts
             return None
-        return Piece(traced, start, prompt[start:end], end == len(prompt))
+        return PromptPart(recorded, start, prompt[start:end], end == len(prompt))
 
-    def _admit(self, req: Any, start: int) -> Traced | None:
-        """Decide once, at its first piece, whether a request is recorded."""
-        asked = asked_of(req)
-        if asked.untraced or len(req.output_ids):
-            self._figures.untraced.labels(asked.untraced or "retracted").inc()
+    def _admit(self, req: Any, start: int) -> RecordedRequest | None:
+        """Decide once, at the first part of its prompt, whether a request is recorded."""
+        options = read_options(req)
+        if options.untraced or len(req.output_ids):
+            self._metrics.untraced.labels(options.untraced or "retracted").inc()
             return None
-        if not self._recorder.wants(req.rid):
+        if not self._recorder.sample(req.rid):
             return None
-        if not is_sampled(req.rid, self._traces.sample_ratio * self._gate.share):
-            self._figures.untraced.labels("cost").inc()
+        if not is_sampled(req.rid, self._traces.sample_ratio * self._limit.request_ratio):
+            self._metrics.untraced.labels("capture_limit").inc()
             return None
-        self._figures.cached.inc(start)
-        self._open[req.rid] = traced = Traced(request_of(req, asked))
-        return traced
+        self._metrics.cached.inc(start)
+        self._requests[req.rid] = recorded = RecordedRequest(to_request(req, options))
+        return recorded
 
-    def _stop(self, traced: Traced, reason: str) -> None:
-        if not traced.stopped:
-            traced.stopped = True
-            self._figures.untraced.labels(reason).inc()
+    def _stop(self, recorded: RecordedRequest, reason: str) -> None:
+        if not recorded.is_stopped:
+            recorded.is_stopped = True
+            self._metrics.untraced.labels(reason).inc()

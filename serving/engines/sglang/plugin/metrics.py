@@ -1,70 +1,131 @@
-"""Figures of the plugin on SGLang's own ``/metrics`` (with its flag ``--enable-metrics``).
+"""Metrics of the plugin, and the limit of the time that its capture may take from SGLang.
 
-SGLang collects them from files that each of its processes writes, so they are plain counters, no collector of ours.
-They are made on first use, in the scheduler: SGLang says where those files are only after plugins were loaded.
+SGLang exports metrics on its own ``/metrics`` (with ``--enable-metrics``) and collects them from files that each of its
+processes writes. So they are plain counters, not a collector, and they are created on first use, in the scheduler:
+SGLang sets the folder of these files only after the plugins were loaded.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import Counter as Counts
-from collections.abc import Mapping
+from typing import Literal
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
 from serving.traces.accounting import TraceCounts
 
-_STEP_S = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
+WINDOW_S = 2.0
+"""Busy time of the steps after which the ratio is adjusted."""
+IDLE_S = 1.0
+"""A longer time between two steps counts as idle."""
+MIN_REQUEST_RATIO = 1 / 256
+"""Smallest ratio: without any recorded request the cost could not be measured again."""
+
+_DURATIONS_S = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
 
 
-class Figures:
+class PluginMetrics:
     """Counters since the start of the scheduler."""
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
-        def counter(name: str, says: str, *labels: str) -> Counter:
-            return Counter(name, says, labels, registry=registry)
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(name, text, labels, registry=registry)
 
-        self.errors = counter("aurora_sglang_hook_errors", "Hooks that failed; the server went on.", "hook")
-        self.untraced = counter("aurora_sglang_requests_untraced", "Requests not traced, or no further.", "reason")
-        self.verify_steps_lost = counter(
-            "aurora_sglang_verify_steps_lost", "Verify steps that were not recorded.", "reason"
-        )
-        self.cached = counter("aurora_sglang_prompt_tokens_cached", "Prompt tokens whose states were not computed.")
-        self.hooks = Histogram(
-            "aurora_sglang_hook_seconds", "Time of the hooks in a step.", buckets=_STEP_S, registry=registry
-        )
-        self.spent = Gauge(
-            "aurora_sglang_capture_spent",
-            "Share of the steps' time that recording took.",
-            multiprocess_mode="livemax",
-            registry=registry,
-        )
-        self.share = Gauge(
-            "aurora_sglang_capture_share",
-            "Share of the requests that the cost lets be traced.",
-            multiprocess_mode="livemin",
-            registry=registry,
-        )
-        self.breaker_open = Gauge(
-            "aurora_sglang_breaker_open",
-            "1 while the broker is tried only now and then.",
-            multiprocess_mode="livemax",
-            registry=registry,
-        )
-        self._captured = counter("aurora_serve_trace_rows_captured", "Verify steps handed over.")
-        self._published = counter("aurora_serve_trace_rows_published", "Verify steps acknowledged.")
-        self._shed = counter("aurora_serve_trace_rows_shed", "Verify steps given up, by reason.", "reason")
-        self._sampled_out = counter("aurora_serve_trace_requests_sampled_out", "Requests outside the traced share.")
-        self._told: Counts[str] = Counts()
+        def gauge(name: str, text: str, mode: Literal["livemax", "livemin"]) -> Gauge:
+            return Gauge(name, text, multiprocess_mode=mode, registry=registry)
 
-    def tell(self, counts: TraceCounts) -> None:
-        """Bring the publisher's counts up to date."""
+        self.hook_errors = counter("aurora_sglang_hook_errors", "Hooks that failed; the server continued.", "hook")
+        self.untraced = counter(
+            "aurora_sglang_requests_untraced", "Requests that are not traced, or only in part.", "reason"
+        )
+        self.steps_dropped = counter(
+            "aurora_sglang_verify_steps_dropped", "Verify steps that were not recorded.", "reason"
+        )
+        self.cached = counter(
+            "aurora_sglang_prompt_tokens_cached", "Prompt tokens from the prefix cache, which have no hidden states."
+        )
+        self.hook_duration = Histogram(
+            "aurora_sglang_hook_duration_seconds",
+            "Time of the hooks in a step.",
+            buckets=_DURATIONS_S,
+            registry=registry,
+        )
+        self.time_ratio = gauge(
+            "aurora_sglang_capture_time_ratio", "Share of the steps' time that the capture takes.", "livemax"
+        )
+        self.request_ratio = gauge(
+            "aurora_sglang_capture_request_ratio", "Share of the requests that the limit lets be traced.", "livemin"
+        )
+        self.circuit_breaker_open = gauge(
+            "aurora_sglang_trace_circuit_breaker_open",
+            "1 while the circuit breaker of the broker is not closed.",
+            "livemax",
+        )
+        self._captured = counter("aurora_serve_trace_rows_captured", "Trace rows captured.")
+        self._published = counter("aurora_serve_trace_rows_published", "Trace rows acknowledged.")
+        self._dropped = counter("aurora_serve_trace_rows_dropped", "Trace rows dropped, by reason.", "reason")
+        self._unsampled = counter("aurora_serve_trace_requests_unsampled", "Requests outside the sample.")
+        self._exported: Counts[str] = Counts()
+
+    def update(self, counts: TraceCounts) -> None:
+        """Raise the counters of rows to the publisher's counts."""
         self._raise(self._captured, "captured", counts.captured)
         self._raise(self._published, "published", counts.published)
-        self._raise(self._sampled_out, "sampled_out", counts.sampled_out)
-        shed: Mapping[str, int] = counts.shed
-        for reason, rows in shed.items():
-            self._raise(self._shed.labels(reason), f"shed {reason}", rows)
+        self._raise(self._unsampled, "unsampled", counts.unsampled)
+        for reason, rows in counts.dropped.items():
+            self._raise(self._dropped.labels(reason), f"dropped {reason}", rows)
 
     def _raise(self, counter: Counter, name: str, value: int) -> None:
-        counter.inc(value - self._told[name])
-        self._told[name] = value
+        counter.inc(value - self._exported[name])
+        self._exported[name] = value
+
+
+def adjust_ratio(ratio: float, cost_s: float, busy_s: float, limit: float) -> float:
+    """Return the share of the requests to record from now on.
+
+    Args:
+        ratio: Share until now.
+        cost_s: Time that the capture took.
+        busy_s: Time of the steps meanwhile.
+        limit: Maximum share of the steps' time.
+    """
+    spent = cost_s / busy_s
+    if spent > limit:
+        return max(MIN_REQUEST_RATIO, ratio * limit / spent)
+    # The ratio grows only below half of the limit, so that it does not oscillate.
+    return min(1.0, ratio * 1.25) if spent < limit / 2 else ratio
+
+
+class CaptureLimit:
+    """Measures the time of the capture, and limits the requests that are recorded; for any thread.
+
+    Args:
+        limit: Maximum share of the steps' time (``sglang.max_capture_ratio``).
+    """
+
+    def __init__(self, limit: float) -> None:
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._cost_s = self._busy_s = 0.0
+        self._last_step: float | None = None
+        self.request_ratio = 1.0
+        """Share of the requests to record now."""
+        self.time_ratio = 0.0
+        """Share of the steps' time that the capture took in the last window."""
+
+    def add_cost(self, seconds: float) -> None:
+        """Add time that the capture took from the server: from its thread, or from the interpreter."""
+        with self._lock:
+            self._cost_s += seconds
+
+    def start_step(self, now: float) -> None:
+        """Count a step that starts now, in monotonic seconds."""
+        with self._lock:
+            if self._last_step is not None and now - self._last_step < IDLE_S:
+                self._busy_s += now - self._last_step
+            self._last_step = now
+            if self._busy_s >= WINDOW_S:
+                self.request_ratio = adjust_ratio(self.request_ratio, self._cost_s, self._busy_s, self._limit)
+                self.time_ratio = self._cost_s / self._busy_s
+                self._cost_s = self._busy_s = 0.0

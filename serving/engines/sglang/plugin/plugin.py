@@ -1,8 +1,8 @@
-"""Entry point ``sglang.srt.plugins``: puts our hooks into SGLang's own server.
+"""Entry point ``sglang.srt.plugins``: installs our hooks in SGLang's own server.
 
-SGLang calls ``register`` in every process that it starts. Only the one that schedules ever has a step; there, and on
-the first rank of a tensor-parallel group, the recorder begins with the first step. Whatever speaks against recording is
-said once in the server's log, and the server goes on without it.
+SGLang calls ``register`` in every process that it starts. Only the scheduler has steps; there, on the first rank of a
+tensor-parallel group, the recorder starts with the first step. A reason against recording is logged once, and the
+server runs without it.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 Hook = TypeVar("Hook", bound=Callable[..., Any])
 
-NOT_RECORDING = "aurora_not_recording"
+DISABLED = "aurora_recording_disabled"
 
 
 def register() -> None:
-    """Check the settings and the server, and hook what ``compat`` names."""
+    """Check the settings and the installed SGLang, and register the hooks."""
     structlog.configure(
         processors=[
             structlog.processors.format_exc_info,
@@ -37,23 +37,23 @@ def register() -> None:
         logger_factory=structlog.stdlib.LoggerFactory(),
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
     )
-    settings, why = _settings()
-    why = why or compatibility.refusal()
+    settings, why = _load_settings()
+    why = why or compatibility.check_installation()
     if why:
-        log.error(NOT_RECORDING, why=why)
+        log.error(DISABLED, why=why)
     elif settings.traces.enabled:
-        _hook(Plugin(settings))
+        _register_hooks(Plugin(settings))
 
 
-def _settings() -> tuple[Settings, str | None]:
-    """The settings, or the default ones and what is wrong."""
+def _load_settings() -> tuple[Settings, str | None]:
+    """Return the settings, or the defaults with the error of the settings."""
     try:
         return load(), None
     except SettingsError as error:
         return Settings(), str(error)
 
 
-def _hook(plugin: Plugin) -> None:
+def _register_hooks(plugin: Plugin) -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     for target, hook, kind in (
@@ -61,21 +61,21 @@ def _hook(plugin: Plugin) -> None:
         (compatibility.VERIFY, plugin.verify, HookType.BEFORE),
         (compatibility.SAMPLE, plugin.sample, HookType.BEFORE),
         (compatibility.PREFILL, plugin.prefill, HookType.AFTER),
-        (compatibility.JUDGE, plugin.judge, HookType.AROUND),
+        (compatibility.ACCEPT, plugin.accept, HookType.AROUND),
         (compatibility.RELEASE, plugin.release, HookType.BEFORE),
     ):
         HookRegistry.register(target, hook, kind)
 
 
-def safe(hook: Hook) -> Hook:
-    """The last guard between our code and the server's, for what stands before and behind the counting one."""
+def suppress_errors(hook: Hook) -> Hook:
+    """Log a hook's error instead of raising it: the last guard, for code outside the guard that counts errors."""
 
     @wraps(hook)
     def run(*args: Any, **kwargs: Any) -> Any:
         try:
             return hook(*args, **kwargs)
         except Exception:
-            # What this could be is not known; that it would end the scheduler, and every request with it, is.
+            # Any error would end the scheduler, and every request with it.
             log.exception("aurora_hook_failed", hook=hook.__name__)
             return None
 
@@ -83,112 +83,110 @@ def safe(hook: Hook) -> Hook:
 
 
 class Plugin:
-    """The hooks as SGLang calls them: they pick what is needed from its arguments.
+    """The hooks with SGLang's signatures: they select the arguments that are used.
 
-    Nothing of ours that imports the metrics library is imported before the first step: SGLang tells that library where
-    its files are only after the plugins were loaded.
+    No module that imports the metrics library is imported before the first step: SGLang sets the folder of the metrics
+    files only after the plugins were loaded.
     """
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._hooks: Hooks | None = None
-        self._begun = False
+        self._has_started = False
 
-    @safe
+    @suppress_errors
     def step(self, worker: Any, *_args: Any, **_kwargs: Any) -> None:
-        """BEFORE a step."""
-        if not self._begun:
-            self._begun = True
-            self._hooks = _begin(self._settings, worker)
+        """Run BEFORE a step."""
+        if not self._has_started:
+            self._has_started = True
+            self._hooks = _start(self._settings, worker)
         if self._hooks:
-            self._hooks.step()
+            self._hooks.on_step()
 
-    @safe
+    @suppress_errors
     def verify(self, *_args: Any, **_kwargs: Any) -> None:
-        """BEFORE the target verifies."""
+        """Run BEFORE the target verifies."""
         if self._hooks:
-            self._hooks.drafted()
+            self._hooks.on_drafted()
 
-    @safe
+    @suppress_errors
     def sample(self, runner: Any, logits_output: Any, *_args: Any, **_kwargs: Any) -> None:
-        """BEFORE the target's next token is chosen."""
+        """Run BEFORE the target's next token is sampled."""
         if self._hooks and not runner.is_draft_worker:
-            self._hooks.sampling(logits_output)
+            self._hooks.on_prefill_logits(logits_output)
 
-    @safe
+    @suppress_errors
     def prefill(self, result: Any, _worker: Any, batch: Any, *_args: Any, **_kwargs: Any) -> None:
-        """AFTER prompts were read."""
+        """Run AFTER a prefill."""
         if self._hooks:
-            self._hooks.prefilled(result, batch)
+            self._hooks.on_prefill(result, batch)
 
-    def judge(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """AROUND the decision: the scores before it, what was accepted after it."""
-        judging = self._judging(*args, **kwargs)
+    def accept(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run AROUND the acceptance: the logits are taken before it, the accepted nodes after it."""
+        logits = self._before_accept(*args, **kwargs)
         result = original(*args, **kwargs)
-        self._judged(judging, result, *args, **kwargs)
+        self._after_accept(logits, result, *args, **kwargs)
         return result
 
-    @safe
+    @suppress_errors
     def release(self, req: Any, *_args: Any, **_kwargs: Any) -> None:
-        """BEFORE a request's memory is given back."""
+        """Run BEFORE a request's memory is freed."""
         if self._hooks:
-            self._hooks.released(req)
+            self._hooks.on_release(req)
 
-    @safe
-    def _judging(self, verify_input: Any, batch: Any, logits_output: Any, *_args: Any, **_kwargs: Any) -> Any:
-        if not self._begun:
-            self._begun = True
-            log.error(NOT_RECORDING, why=compatibility.OTHER_WORKER)
-        return self._hooks.judging(verify_input, batch, logits_output) if self._hooks else None
+    @suppress_errors
+    def _before_accept(self, verify_input: Any, batch: Any, logits_output: Any, *_args: Any, **_kwargs: Any) -> Any:
+        if not self._has_started:
+            self._has_started = True
+            log.error(DISABLED, why=compatibility.OTHER_WORKER)
+        return self._hooks.on_verify_logits(verify_input, batch, logits_output) if self._hooks else None
 
-    @safe
-    def _judged(
-        self, judging: Any, result: Any, verify_input: Any, batch: Any, logits_output: Any, *_args: Any, **_kwargs: Any
+    @suppress_errors
+    def _after_accept(
+        self, logits: Any, result: Any, verify_input: Any, batch: Any, logits_output: Any, *_args: Any, **_kwargs: Any
     ) -> None:
-        if self._hooks and judging:
-            self._hooks.judged(judging, verify_input, batch, logits_output, result)
+        if self._hooks and logits:
+            self._hooks.on_accepted(logits, verify_input, batch, logits_output, result)
 
 
-def _begin(settings: Settings, worker: Any) -> Hooks | None:
-    """Start to record, unless this process is not the one to do it, or something speaks against it."""
+def _start(settings: Settings, worker: Any) -> Hooks | None:
+    """Start to record, unless another process records, or there is a reason against it."""
     try:
-        return _started(settings, worker)
+        return _create_hooks(settings, worker)
     except SettingsError as error:
         why = str(error)
     except Exception:
-        # The server must live, whatever of ours is broken; it is said once, since it is tried once.
-        log.exception(NOT_RECORDING)
+        # No error of ours may end the server. It is logged once, since the start is tried once.
+        log.exception(DISABLED)
         return None
-    log.error(NOT_RECORDING, why=why)
+    log.error(DISABLED, why=why)
     return None
 
 
-def _started(settings: Settings, worker: Any) -> Hooks | None:
+def _create_hooks(settings: Settings, worker: Any) -> Hooks | None:
     import torch
     from sglang.srt.runtime_context import get_parallel, get_serving
 
-    from serving.engines.sglang.plugin.cost import CostGate
+    from serving.engines.sglang.plugin.capture import HostTransfer
     from serving.engines.sglang.plugin.hooks import Hooks
-    from serving.engines.sglang.plugin.metrics import Figures
-    from serving.engines.sglang.plugin.origin import origin_of
-    from serving.engines.sglang.plugin.recorder import Recorder
-    from serving.engines.sglang.plugin.transfer import Carrier
+    from serving.engines.sglang.plugin.metrics import CaptureLimit, PluginMetrics
+    from serving.engines.sglang.plugin.recorder import Recorder, read_origin
     from serving.traces.publisher import TracePublisher
 
     parallel, arguments, device = get_parallel(), worker.server_args, torch.device(worker.device)
     if parallel.attn_tp_rank != 0:
         return None
-    if why := compatibility.unsuitable(
-        device.type, parallel.pp_size, is_eagle3=worker.speculative_algorithm.is_eagle3()
-    ):
-        log.error(NOT_RECORDING, why=why)
+    is_eagle3 = worker.speculative_algorithm.is_eagle3()
+    if why := compatibility.check_server(device.type, parallel.pp_size, is_eagle3=is_eagle3):
+        log.error(DISABLED, why=why)
         return None
-    carrier, gate, figures = Carrier(device), CostGate(settings.sglang.max_capture_ratio), Figures()
+    transfer, metrics = HostTransfer(device), PluginMetrics()
+    limit = CaptureLimit(settings.sglang.max_capture_ratio)
     width = 3 * worker.target_worker.model_runner.model_config.hidden_size
 
     def origin() -> Any:
-        return origin_of(settings.serve.node, arguments.model_path, arguments.speculative_draft_model_path, width)
+        return read_origin(settings.serve.node, arguments.model_path, arguments.speculative_draft_model_path, width)
 
-    recorder = Recorder(TracePublisher(settings.kafka, settings.traces), origin, gate, figures)
+    recorder = Recorder(TracePublisher(settings.kafka, settings.traces), origin, limit, metrics)
     atexit.register(recorder.close)
-    return Hooks(settings, recorder, carrier, gate, figures, lambda: get_serving().weight_version)
+    return Hooks(settings, recorder, transfer, limit, metrics, lambda: get_serving().weight_version)

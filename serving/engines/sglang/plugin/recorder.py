@@ -1,9 +1,8 @@
-"""The plugin's own thread: turns what steps gave into verify steps, and hands them to the publisher.
+"""Recorder: turns captured steps into verify steps on its own thread, and hands them to the trace publisher.
 
-With the overlap scheduler SGLang starts a step before it has looked at what the one before gave, so a request may be
-decoded a little beyond its end. A verify step is handed over only when the server has committed its tokens; what
-lies beyond
-the end is cut.
+With the overlap scheduler SGLang starts a step before it has read the result of the one before, so a request may be
+decoded a little beyond its end. A verify step is published only when the server has committed its tokens; tokens beyond
+the end are cut.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
@@ -21,77 +21,83 @@ import structlog
 from torch import Tensor
 
 from schemas.errors import UserError
-from schemas.speculator.checkpoint import CheckpointError
+from schemas.speculator.checkpoint import CheckpointError, read_manifest, read_shape, target_fingerprint
 from schemas.trace.record import VerifyStep
 from serving.engines.base import Finish, Request
-from serving.engines.sglang.plugin.cost import CostGate
-from serving.engines.sglang.plugin.metrics import Figures
-from serving.engines.sglang.plugin.transfer import Pending, microseconds
-from serving.engines.sglang.plugin.verify_steps import Read, Times, Verified, prompt_verify_step, verify_step, within
+from serving.engines.sglang.plugin.capture import PendingTensors, elapsed_us
+from serving.engines.sglang.plugin.metrics import CaptureLimit, PluginMetrics
+from serving.engines.sglang.plugin.verify_steps import (
+    PrefillOutput,
+    StepTimes,
+    VerifyOutput,
+    build_prefill,
+    build_verify_step,
+    cut_at_end,
+)
 from serving.traces.chunks import Origin
 from serving.traces.publisher import TracePublisher
 
 log = structlog.get_logger()
 
-MOST_STEPS = 64
-"""Steps that wait here at most; what comes on top is lost and counted."""
-_TELL_S = 1.0
-_LOG_S = 60.0
+MAX_QUEUED_STEPS = 64
+"""Steps that may wait here; further ones are dropped and counted."""
+_METRICS_INTERVAL_S = 1.0
+_LOG_INTERVAL_S = 60.0
 _CLOSE_S = 2.0
 
 
 @dataclass(slots=True, eq=False)
-class Traced:
+class RecordedRequest:
     """A request that is recorded."""
 
     request: Request
     verify_steps: int = 0
     """Verify steps so far; counted by the hooks."""
-    stopped: bool = False
-    """Nothing more of it is recorded; set by the hooks."""
-    waiting: deque[VerifyStep] = field(default_factory=deque)
-    """Not known to be committed; touched by this thread alone."""
+    is_stopped: bool = False
+    """No further step is recorded; set by the hooks."""
+    uncommitted: deque[VerifyStep] = field(default_factory=deque)
+    """Verify steps that the server may not have committed; used by the recorder's thread only."""
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """A part of a prompt that a step has read."""
+class PromptPart:
+    """A part of a prompt in a prefill."""
 
-    traced: Traced
+    recorded: RecordedRequest
     position: int
     tokens: tuple[int, ...]
     is_end: bool
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
-    """A verify step of one request."""
+class VerifiedRequest:
+    """A request in a verify step."""
 
-    traced: Traced
+    recorded: RecordedRequest
     number: int
     committed: int
     """Tokens of the request that the server had committed before the step."""
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """What one step gave to the recorded requests, in the order of its rows."""
+class CapturedStep:
+    """Captured tensors of one step, and its recorded requests in the order of its rows."""
 
-    members: tuple[Piece | Turn, ...]
-    pending: Pending
+    members: tuple[PromptPart | VerifiedRequest, ...]
+    pending: PendingTensors
     speculator: str
     stamps: tuple[Any, Any, Any]
-    """Begin, drafted, verified."""
+    """Start, end of drafting, end of verification."""
     time_us: int
     width: int
-    """F; for where features do not travel."""
+    """F; also where features are not published."""
 
 
 @dataclass(frozen=True, slots=True)
-class End:
-    """A request is over."""
+class RequestEnd:
+    """The end of a request."""
 
-    traced: Traced
+    recorded: RecordedRequest
     total: int
     """Tokens of prompt and answer."""
     finish: Finish
@@ -102,117 +108,120 @@ class Recorder:
 
     Args:
         publisher: Not started yet.
-        origin: Says where the verify steps come from; may take long.
-        gate: Pays for this thread's time.
-        figures: Counters.
+        read_origin: Returns the origin of the traces; may take long.
+        limit: Counts the time of this thread.
+        metrics: Counters.
     """
 
     def __init__(
-        self, publisher: TracePublisher, origin: Callable[[], Origin], gate: CostGate, figures: Figures
+        self,
+        publisher: TracePublisher,
+        read_origin: Callable[[], Origin],
+        limit: CaptureLimit,
+        metrics: PluginMetrics,
     ) -> None:
-        self._publisher, self._origin, self._gate, self._figures = publisher, origin, gate, figures
-        self._inbox: SimpleQueue[Step | End | None] = SimpleQueue()
-        self.refused = False
-        """Nothing is recorded: the server's models are not those of a version."""
+        self._publisher, self._read_origin, self._limit, self._metrics = publisher, read_origin, limit, metrics
+        self._queue: SimpleQueue[CapturedStep | RequestEnd | None] = SimpleQueue()
+        self.is_disabled = False
+        """Nothing is recorded: the server's models do not belong to a version."""
         self._thread = threading.Thread(target=self._run, name="aurora-recorder", daemon=True)
         self._thread.start()
 
-    def wants(self, request: str) -> bool:
-        """Whether a request belongs to the traced share; to be asked once."""
-        return not self.refused and self._publisher.wants(request)
+    def sample(self, request: str) -> bool:
+        """Return whether a request is in the sample. Call it once per request."""
+        return not self.is_disabled and self._publisher.sample(request)
 
-    def full(self) -> bool:
-        """Whether as many steps wait as may."""
-        return self._inbox.qsize() >= MOST_STEPS
+    def is_full(self) -> bool:
+        """Return whether the queue is full."""
+        return self._queue.qsize() >= MAX_QUEUED_STEPS
 
-    def put(self, item: Step | End) -> None:
-        """Leave something to do."""
-        if not self.refused:
-            self._inbox.put(item)
+    def put(self, item: CapturedStep | RequestEnd) -> None:
+        """Queue a step or an end."""
+        if not self.is_disabled:
+            self._queue.put(item)
 
     def close(self) -> None:
-        """Publish what is there, within two seconds."""
-        self._inbox.put(None)
+        """Publish the queued steps, within two seconds."""
+        self._queue.put(None)
         self._thread.join(_CLOSE_S)
 
     def _run(self) -> None:
-        if not self._begin():
+        if not self._start_publisher():
             return
-        logged = told = time.monotonic()
+        logged = exported = time.monotonic()
         while True:
-            item = self._inbox.get()
+            item = self._queue.get()
             if item is None:
                 break
-            began = time.thread_time()
+            start = time.thread_time()
             try:
-                self._take(item)
+                self._process(item)
             except Exception:
-                # Whatever one step was like, the next ones are to be recorded.
+                # A malformed step must not end the recording of the next ones.
                 log.exception("aurora_step_malformed")
-                self._figures.verify_steps_lost.labels("malformed").inc(
-                    len(item.members) if isinstance(item, Step) else 1
-                )
-            self._gate.pay(time.thread_time() - began)
-            if (now := time.monotonic()) - told >= _TELL_S:
-                told = now
-                self._tell()
-            if now - logged >= _LOG_S:
+                count = len(item.members) if isinstance(item, CapturedStep) else 1
+                self._metrics.steps_dropped.labels("malformed").inc(count)
+            self._limit.add_cost(time.thread_time() - start)
+            if (now := time.monotonic()) - exported >= _METRICS_INTERVAL_S:
+                exported = now
+                self._export()
+            if now - logged >= _LOG_INTERVAL_S:
                 logged = now
-                self._log("aurora_traces")
+                self._log("aurora_traces_counted")
         self._publisher.close(_CLOSE_S / 2)
-        self._tell()
+        self._export()
         self._log("aurora_traces_closed")
 
-    def _begin(self) -> bool:
-        """Name the origin, while steps wait in their queue; without one, give up for good."""
-        why = ""
+    def _start_publisher(self) -> bool:
+        """Read the origin, while steps wait in the queue; without one, disable the recording."""
         try:
-            origin = self._origin()
+            origin = self._read_origin()
         except (CheckpointError, UserError, OSError) as error:
             why = str(error)
-        if why:
-            self.refused = True
-            log.error("aurora_not_recording", why=why)
-            while not self._inbox.empty():  # what waits holds pinned memory
-                self._inbox.get()
-            return False
-        self._publisher.start(origin)
-        log.info("aurora_recording", target=origin.target, line=origin.line)
-        return True
+        else:
+            self._publisher.start(origin)
+            log.info("aurora_recording_started", target=origin.target, line=origin.line)
+            return True
+        self.is_disabled = True
+        log.error("aurora_recording_disabled", why=why)
+        while not self._queue.empty():  # queued steps hold pinned memory
+            self._queue.get()
+        return False
 
-    def _take(self, item: Step | End) -> None:
-        if isinstance(item, End):
-            traced = item.traced
-            self._publisher.record(traced.request, within(traced.waiting, item.total), item.finish)
-            traced.waiting.clear()
+    def _process(self, item: CapturedStep | RequestEnd) -> None:
+        if isinstance(item, RequestEnd):
+            recorded = item.recorded
+            self._publisher.record(recorded.request, cut_at_end(recorded.uncommitted, item.total), item.finish)
+            recorded.uncommitted.clear()
             return
-        found = {name: _array(tensor) for name, tensor in item.pending.wait().items()}
-        begin, drafted, verified = item.stamps
-        times = Times(microseconds(begin, drafted), microseconds(drafted, verified), item.time_us)
+        arrays = {name: _to_array(tensor) for name, tensor in item.pending.wait().items()}
+        start, drafted, verified = item.stamps
+        times = StepTimes(elapsed_us(start, drafted), elapsed_us(drafted, verified), item.time_us)
         at = 0
         for row, member in enumerate(item.members):
-            if isinstance(member, Turn):
-                self._confirm(member)
-                r = verify_step(_verified(found, row, item.width), member.number, item.speculator, times)
+            if isinstance(member, VerifiedRequest):
+                self._publish_committed(member)
+                output = _verify_output(arrays, row, item.width)
+                r = build_verify_step(output, member.number, item.speculator, times)
             else:
                 length = len(member.tokens)
-                r = prompt_verify_step(_read(found, row, slice(at, at + length), member, item.width), times)
+                r = build_prefill(_prefill_output(arrays, row, slice(at, at + length), member, item.width), times)
                 at += length
-            member.traced.waiting.append(r)
+            member.recorded.uncommitted.append(r)
 
-    def _confirm(self, turn: Turn) -> None:
-        """Hand over the verify steps of which the server has committed every token, the bonus too."""
-        waiting, ready = turn.traced.waiting, []
-        while waiting and waiting[0].position + len(waiting[0].tokens) < turn.committed:
-            ready.append(waiting.popleft())
+    def _publish_committed(self, member: VerifiedRequest) -> None:
+        """Publish the verify steps whose tokens, the bonus token included, the server has committed."""
+        uncommitted, ready = member.recorded.uncommitted, []
+        while uncommitted and uncommitted[0].position + len(uncommitted[0].tokens) < member.committed:
+            ready.append(uncommitted.popleft())
         if ready:
-            self._publisher.record(turn.traced.request, tuple(ready), None)
+            self._publisher.record(member.recorded.request, tuple(ready), None)
 
-    def _tell(self) -> None:
-        self._figures.tell(self._publisher.counts())
-        self._figures.breaker_open.set(int(self._publisher.breaker != "closed"))
-        self._figures.spent.set(self._gate.spent)
-        self._figures.share.set(self._gate.share)
+    def _export(self) -> None:
+        self._metrics.update(self._publisher.counts())
+        self._metrics.circuit_breaker_open.set(int(self._publisher.circuit_breaker != "closed"))
+        self._metrics.time_ratio.set(self._limit.time_ratio)
+        self._metrics.request_ratio.set(self._limit.request_ratio)
 
     def _log(self, event: str) -> None:
         counts = self._publisher.counts()
@@ -220,40 +229,76 @@ class Recorder:
             event,
             captured=counts.captured,
             published=counts.published,
-            shed=counts.shed,
-            sampled_out=counts.sampled_out,
-            breaker=self._publisher.breaker,
-            cost=round(self._gate.spent, 4),
-            share=round(self._gate.share, 3),
+            dropped=counts.dropped,
+            unsampled=counts.unsampled,
+            circuit_breaker=self._publisher.circuit_breaker,
+            time_ratio=round(self._limit.time_ratio, 4),
+            request_ratio=round(self._limit.request_ratio, 3),
         )
 
 
-def _array(tensor: Tensor) -> Any:
+def read_origin(node: str, model: str, draft: str, width: int) -> Origin:
+    """Return the origin of this server's traces, with target and line named as in the built-in engine.
+
+    It reads the whole target once: the fingerprint is over every byte.
+
+    Args:
+        node: Name of the node.
+        model: SGLang's ``--model-path``.
+        draft: Its ``--speculative-draft-model-path``.
+        width: F: values of a token's captured hidden states.
+
+    Raises:
+        CheckpointError: the draft is no version of Aurora, or belongs to another target.
+    """
+    folder = _model_folder(draft)
+    manifest, shape = read_manifest(folder), read_shape(folder)
+    if width != 3 * shape.hidden_size:
+        raise CheckpointError(f"{folder}: needs {3 * shape.hidden_size} values per token, the server has {width}")
+    target = target_fingerprint(_model_folder(model))
+    if manifest.target != target:
+        raise CheckpointError(f"{folder}: is a draft for target {manifest.target}, the server runs {target}")
+    return Origin(node, target, manifest.line, shape.vocab_size)
+
+
+def _model_folder(path: str) -> Path:
+    """Return a folder, or the cached folder of a name on the Hugging Face hub: the server has loaded it from there."""
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(path, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError) as error:
+        raise CheckpointError(f"{path}: neither a folder nor in the hub's cache") from error
+
+
+def _to_array(tensor: Tensor) -> Any:
     found = tensor.numpy()
     return found.view(np.uint16) if found.dtype == np.int16 else found
 
 
-def _verified(found: Mapping[str, Any], row: int, width: int) -> Verified:
-    features = found["features"][row] if "features" in found else np.empty((0, width), np.uint16)
-    return Verified(
-        position=int(found["position"][row]),
-        drafted=found["drafted"][row],
-        first_child=found["first_child"][row],
-        next_sibling=found["next_sibling"][row],
-        accepted=found["accepted"][row][: int(found["count"][row])].tolist(),
-        said=found["said"][row],
-        features=features,
-        top_ids=found["top_ids"][row],
-        top_logprobs=found["top_logprobs"][row],
+def _verify_output(arrays: Mapping[str, Any], row: int, width: int) -> VerifyOutput:
+    return VerifyOutput(
+        position=int(arrays["position"][row]),
+        draft_tokens=arrays["draft_tokens"][row],
+        first_child=arrays["first_child"][row],
+        next_sibling=arrays["next_sibling"][row],
+        accepted=arrays["accepted"][row][: int(arrays["count"][row])].tolist(),
+        chosen=arrays["chosen"][row],
+        features=arrays["features"][row] if "features" in arrays else np.empty((0, width), np.uint16),
+        top_ids=arrays["top_ids"][row],
+        top_logprobs=arrays["top_logprobs"][row],
     )
 
 
-def _read(found: Mapping[str, Any], row: int, span: slice, piece: Piece, width: int) -> Read:
-    return Read(
-        position=piece.position,
-        tokens=piece.tokens,
-        features=found["features"][span] if "features" in found else np.empty((0, width), np.uint16),
-        chosen=int(found["said"][row]) if piece.is_end else None,
-        top_ids=found["top_ids"][row],
-        top_logprobs=found["top_logprobs"][row],
+def _prefill_output(arrays: Mapping[str, Any], row: int, span: slice, part: PromptPart, width: int) -> PrefillOutput:
+    return PrefillOutput(
+        position=part.position,
+        tokens=part.tokens,
+        features=arrays["features"][span] if "features" in arrays else np.empty((0, width), np.uint16),
+        chosen=int(arrays["chosen"][row]) if part.is_end else None,
+        top_ids=arrays["top_ids"][row],
+        top_logprobs=arrays["top_logprobs"][row],
     )

@@ -1,9 +1,11 @@
-"""What a client asks of its request's trace, and the request as our records name it.
+"""Trace options of a request, and SGLang's request as a ``Request``.
 
-SGLang hands ``custom_params`` of a request on to its scheduler, from both of its APIs::
+Both of SGLang's APIs pass ``custom_params`` of a request to the scheduler::
 
     {"custom_params": {"aurora_trace": "off"}}
     {"custom_params": {"aurora_label": "sql"}}
+
+This module imports no metrics library: another plugin may import it while the plugins are loaded.
 """
 
 from __future__ import annotations
@@ -15,35 +17,36 @@ from serving.engines.base import Request
 
 TRACE, LABEL = "aurora_trace", "aurora_label"
 _HEALTH = "HEALTH_CHECK"
-_EVERY_TOKEN = 1 << 30
-"""SGLang's top-k where there is none."""
+_ALL_TOKENS = 1 << 30
+"""SGLang's top-k without a limit."""
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """Why a request is not traced, if it is not, and the label of its traffic."""
+class TraceOptions:
+    """Whether a request is traced, and the label of its traffic."""
 
     untraced: str | None = None
+    """Why the request is not traced; None if it is."""
     label: str | None = None
 
 
-def asked_of(req: Any) -> Asked:
-    """Of SGLang's request."""
+def read_options(req: Any) -> TraceOptions:
+    """Return the options of SGLang's request."""
     custom = req.sampling_params.custom_params or {}
     if custom.get(TRACE) == "off":
-        return Asked("asked")
+        return TraceOptions("opt_out")
     if req.rid.startswith(_HEALTH):
-        return Asked("health")
+        return TraceOptions("health")
     if req.lora_id is not None:
-        return Asked("lora")  # its target is another than the line's
+        return TraceOptions("lora")  # its target differs from the line's
     if req.multimodal_inputs is not None:
-        return Asked("multimodal")  # its prompt is more than tokens
+        return TraceOptions("multimodal")  # its prompt has more than tokens
     label = custom.get(LABEL)
-    return Asked(label=None if label is None else str(label))
+    return TraceOptions(label=None if label is None else str(label))
 
 
-def request_of(req: Any, asked: Asked) -> Request:
-    """SGLang's request as ours. It turns temperature 0 into a top-k of 1."""
+def to_request(req: Any, options: TraceOptions) -> Request:
+    """Return SGLang's request as a ``Request``. SGLang turns temperature 0 into a top-k of 1."""
     sampling = req.sampling_params
     greedy = sampling.top_k == 1
     return Request(
@@ -52,7 +55,7 @@ def request_of(req: Any, asked: Asked) -> Request:
         max_tokens=sampling.max_new_tokens or 0,
         temperature=0.0 if greedy else sampling.temperature,
         top_p=sampling.top_p,
-        top_k=0 if greedy or sampling.top_k >= _EVERY_TOKEN else sampling.top_k,
+        top_k=0 if greedy or sampling.top_k >= _ALL_TOKENS else sampling.top_k,
         seed=sampling.sampling_seed,
-        label=asked.label,
+        label=options.label,
     )

@@ -45,7 +45,7 @@ def test_a_body_over_the_limit_is_refused_in_openais_shape(node: Node, path: str
     assert (answer.status_code, error["code"], error["type"]) == (413, "request_too_large", "invalid_request_error")
     assert "serve.max_body_bytes" in error["message"]
     assert node.engine.requests == []
-    assert node.metric("aurora_serve_requests_total", outcome="refused") == 1
+    assert node.metric("aurora_serve_requests_total", outcome="rejected") == 1
 
 
 @pytest.mark.parametrize("chunked", [False, True])

@@ -20,7 +20,7 @@ from tiny_target import write_tiny_target
 from schemas.settings import Settings, load, to_environ
 from schemas.speculator import checkpoint
 from schemas.status import ServeStatus, SpeculatorStatus
-from serving.engines.sglang.node.initial_version import line_of
+from serving.engines.sglang.node.sidecar import read_target_line
 
 TOKEN = "turnip"
 RUN = "import sys; from schemas.settings import load; from serving.engines.sglang.node import launch; "
@@ -162,7 +162,7 @@ def test_a_launcher_that_is_killed_takes_the_server_with_it(launched: Callable[.
 def test_versions_of_a_server_that_runs_already_are_looked_after_and_it_outlives_that(
     settings: Settings, tmp_path: Path, target: Path
 ) -> None:
-    line = line_of(settings)
+    line = read_target_line(settings)
     folder = tmp_path / "served"
     checkpoint.write(line.day_0, folder, line.target)
     fake = FakeSglang(line.day_0, "day-0-head-0")

@@ -10,7 +10,7 @@ from api_node import Node, running_node
 from echo_engine import BYTES, byte_tokenizer, encode
 
 from serving.engines.base import TokenLogprobs
-from serving.http.detokenizer import Speller
+from serving.http.detokenizer import TokenSpeller
 
 TOKENIZER = byte_tokenizer()
 
@@ -29,7 +29,7 @@ def test_every_token_of_a_chat_answer_has_its_own_and_the_likeliest(node: Node) 
     assert bytes(byte for token in tokens for byte in token.bytes) == "grüße 🙂".encode()
     assert [token.token for token in tokens[:4]] == ["g", "r", "\\xc3", "\\xbc"]
     assert all(token.logprob == -0.5 for token in tokens)
-    speller = Speller(TOKENIZER)
+    speller = TokenSpeller(TOKENIZER)
     for token, id_ in zip(tokens, ids, strict=True):
         others = [(bytes(other.bytes), other.logprob) for other in token.top_logprobs]
         assert others == [(speller.spell((id_ + i) % BYTES).bytes, -0.5 - i) for i in range(3)]

@@ -5,31 +5,31 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.traces.circuit_breaker import Breaker
+from serving.traces.circuit_breaker import CircuitBreaker
 
 
-def opened(after: int = 3, probe_s: float = 5.0) -> Breaker:
-    breaker = Breaker(after, probe_s)
+def opened(after: int = 3, probe_s: float = 5.0) -> CircuitBreaker:
+    breaker = CircuitBreaker(after, probe_s)
     for _ in range(after):
-        breaker.failed(100.0)
+        breaker.record_failure(100.0)
     return breaker
 
 
 def test_it_opens_after_as_many_failures_in_a_row_as_are_set() -> None:
-    breaker = Breaker(3, 5.0)
+    breaker = CircuitBreaker(3, 5.0)
     for _ in range(2):
-        breaker.failed(0.0)
-    breaker.succeeded()
+        breaker.record_failure(0.0)
+    breaker.record_success()
     for _ in range(2):
-        breaker.failed(0.0)
+        breaker.record_failure(0.0)
     assert breaker.state == "closed"
-    breaker.failed(0.0)
+    breaker.record_failure(0.0)
     assert breaker.state == "open"
 
 
 def test_open_it_lets_one_try_through_per_interval() -> None:
     breaker = opened()
-    assert [breaker.admits(t) for t in (100.0, 104.9, 105.0, 105.1, 109.9, 110.0)] == [
+    assert [breaker.allows(t) for t in (100.0, 104.9, 105.0, 105.1, 109.9, 110.0)] == [
         False,
         False,
         True,
@@ -42,22 +42,22 @@ def test_open_it_lets_one_try_through_per_interval() -> None:
 
 def test_a_failed_probe_opens_it_again_and_a_good_one_closes_it() -> None:
     breaker = opened()
-    assert breaker.admits(105.0)
-    breaker.failed(106.0)
-    assert (breaker.state, breaker.admits(110.9), breaker.admits(111.0)) == ("open", False, True)
-    breaker.succeeded()
-    assert (breaker.state, breaker.admits(111.0)) == ("closed", True)
+    assert breaker.allows(105.0)
+    breaker.record_failure(106.0)
+    assert (breaker.state, breaker.allows(110.9), breaker.allows(111.0)) == ("open", False, True)
+    breaker.record_success()
+    assert (breaker.state, breaker.allows(111.0)) == ("closed", True)
 
 
 @given(st.lists(st.sampled_from(["fail", "admit"]), max_size=50))
 def test_whatever_happened_a_success_closes_it_and_time_lets_a_probe_through(events: list[str]) -> None:
-    breaker, now = Breaker(2, 5.0), 0.0
+    breaker, now = CircuitBreaker(2, 5.0), 0.0
     for event in events:
         now += 1
         if event == "fail":
-            breaker.failed(now)
+            breaker.record_failure(now)
         else:
-            breaker.admits(now)
-    assert breaker.admits(now + 5.0)
-    breaker.succeeded()
+            breaker.allows(now)
+    assert breaker.allows(now + 5.0)
+    breaker.record_success()
     assert breaker.state == "closed"

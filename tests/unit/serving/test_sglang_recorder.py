@@ -10,7 +10,7 @@ from tiny_target import write_tiny_target
 from schemas.settings import Speculator
 from schemas.speculator import checkpoint
 from schemas.speculator.initial_draft import draft_of_day_0
-from serving.engines.sglang.plugin.origin import origin_of
+from serving.engines.sglang.plugin.recorder import read_origin
 from serving.traces.chunks import Origin
 
 WIDTH = 3 * 32
@@ -33,25 +33,25 @@ def test_target_and_line_are_those_of_the_built_in_engine(target: Path, draft: P
     fingerprint = checkpoint.target_fingerprint(target)
     made = draft_of_day_0(target, Speculator(draft_vocab_size=16))
     line = checkpoint.line_of(fingerprint, made.shape, made.d2t)
-    assert origin_of("n", str(target), str(draft), WIDTH) == Origin("n", fingerprint, line, made.shape.vocab_size)
+    assert read_origin("n", str(target), str(draft), WIDTH) == Origin("n", fingerprint, line, made.shape.vocab_size)
 
 
 def test_a_draft_for_another_target_is_refused(draft: Path, tmp_path: Path) -> None:
     other = write_tiny_target(tmp_path, seed=1)
     with pytest.raises(checkpoint.CheckpointError, match="is a draft for target"):
-        origin_of("n", str(other), str(draft), WIDTH)
+        read_origin("n", str(other), str(draft), WIDTH)
 
 
 def test_a_draft_that_reads_other_states_is_refused(target: Path, draft: Path) -> None:
     with pytest.raises(checkpoint.CheckpointError, match="the server has 5"):
-        origin_of("n", str(target), str(draft), 5)
+        read_origin("n", str(target), str(draft), 5)
 
 
 def test_a_draft_that_is_no_version_is_refused(target: Path) -> None:
     with pytest.raises(checkpoint.CheckpointError, match=r"manifest.json: missing"):
-        origin_of("n", str(target), str(target), WIDTH)
+        read_origin("n", str(target), str(target), WIDTH)
 
 
 def test_a_name_that_was_never_loaded_is_refused(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(checkpoint.CheckpointError, match="neither a folder nor in the hub's cache"):
-        origin_of("n", str(target), "nobody/never-made", WIDTH)
+        read_origin("n", str(target), "nobody/never-made", WIDTH)

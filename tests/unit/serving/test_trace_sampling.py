@@ -16,8 +16,8 @@ from trace_bench import Bench, eventually
 
 from schemas.trace.record import Chunk, Envelope, VerifyStep
 from serving.engines.base import Request
-from serving.traces.producer import message_bytes
-from serving.traces.sampling import PATIENCE_S, TokenBucket, WaitingRoom, foreseen, is_sampled
+from serving.traces.chunks import message_bytes
+from serving.traces.sampling import MAX_WAIT_S, BudgetQueue, TokenBucket, is_sampled, predicted_share
 from trainer.data.data_loader import is_held_out
 
 ENVELOPE = Envelope(
@@ -72,12 +72,12 @@ def test_the_share_is_taken_by_request_and_independently_of_what_the_trainer_hol
     [([0, 0], 0.0), ([3, 3], 0.75), ([1, 0], 1 / 3), ([], 1.0)],
 )
 def test_what_was_foreseen_is_the_accepted_share_of_the_answer(accepted: list[int], share: float) -> None:
-    assert foreseen(chunk_of(accepted)) == pytest.approx(share)
+    assert predicted_share(chunk_of(accepted)) == pytest.approx(share)
 
 
 def test_verify_steps_that_were_not_drafted_for_count_as_unforeseen() -> None:
     undrafted = (verify_step_of(0, 0, (1, 2, 3), 4), verify_step_of(1, 3, (4,), 5))
-    assert foreseen(Chunk(ENVELOPE, undrafted)) == 0.0
+    assert predicted_share(Chunk(ENVELOPE, undrafted)) == 0.0
 
 
 @settings(deadline=None)
@@ -120,19 +120,19 @@ def test_what_is_larger_than_the_burst_waits_for_a_full_bucket_only() -> None:
 def test_the_room_lets_in_whom_it_can_and_out_whom_the_budget_pays_hardest_first(
     chunks: list[list[int]], sizes: list[int], limit: int, level: int
 ) -> None:
-    room = WaitingRoom(TokenBucket(0, level), limit)
+    room = BudgetQueue(TokenBucket(0, level), limit)
     inside: dict[str, tuple[float, int]] = {}
     for i, accepted in enumerate(chunks):
         chunk = chunk_of(accepted, str(i))
-        room.enter(chunk, sizes[i], 0.0)
-        inside[str(i)] = (foreseen(chunk), sizes[i])
-    for gone in room.expel(1.0):
+        room.push(chunk, sizes[i], 0.0)
+        inside[str(i)] = (predicted_share(chunk), sizes[i])
+    for gone in room.evict(1.0):
         assert sum(size for _, size in inside.values()) > limit
-        assert foreseen(gone) == max(share for share, _ in inside.values())
+        assert predicted_share(gone) == max(share for share, _ in inside.values())
         del inside[gone.envelope.request]
     assert sum(size for _, size in inside.values()) <= limit
     spent = 0
-    while chunk_out := room.next(2.0):
+    while chunk_out := room.pop(2.0):
         share, size = inside.pop(chunk_out.envelope.request)
         assert all(share <= other for other, _ in inside.values())
         room.pay(size)
@@ -143,13 +143,13 @@ def test_the_room_lets_in_whom_it_can_and_out_whom_the_budget_pays_hardest_first
 
 
 def test_who_waited_too_long_is_let_out_whatever_it_teaches() -> None:
-    room = WaitingRoom(TokenBucket(0, 0), 10**6)
-    room.enter(chunk_of([0], "hard"), 10, 0.0)
-    room.enter(chunk_of([3], "easy"), 10, 1.0)
-    assert room.expel(PATIENCE_S - 0.1) == []
-    assert [c.envelope.request for c in room.expel(PATIENCE_S)] == ["hard"]
-    assert [c.envelope.request for c in room.expel(PATIENCE_S + 1)] == ["easy"]
-    assert room.next(PATIENCE_S + 2) is None
+    room = BudgetQueue(TokenBucket(0, 0), 10**6)
+    room.push(chunk_of([0], "hard"), 10, 0.0)
+    room.push(chunk_of([3], "easy"), 10, 1.0)
+    assert room.evict(MAX_WAIT_S - 0.1) == []
+    assert [c.envelope.request for c in room.evict(MAX_WAIT_S)] == ["hard"]
+    assert [c.envelope.request for c in room.evict(MAX_WAIT_S + 1)] == ["easy"]
+    assert room.pop(MAX_WAIT_S + 2) is None
 
 
 def send(bench: Bench, accepted: list[int]) -> str:
@@ -167,7 +167,7 @@ def weight(bench: Bench, number: int) -> int:
 
 def balanced(bench: Bench) -> bool:
     counts = bench.publisher.counts()
-    return counts.captured == counts.published + counts.rows_shed + counts.pending
+    return counts.captured == counts.published + counts.rows_dropped + counts.pending
 
 
 @pytest.mark.parametrize("rate", [4_000, 8_000])
@@ -194,7 +194,7 @@ def test_a_binding_budget_is_kept_and_prefers_what_was_not_foreseen(rate: int) -
     for chunk in bench.producer.delivered:
         published[chunk.envelope.request in hard] += len(chunk.verify_steps)
     counts = bench.publisher.close(1)
-    assert counts.shed["budget"] > 0
+    assert counts.dropped["budget"] > 0
     assert (counts.pending, balanced(bench)) == (0, True)
     shares = {kind: published[kind] / captured[kind] for kind in (True, False)}
     assert shares[True] > 2 * shares[False], shares
@@ -205,43 +205,43 @@ def test_a_budget_that_does_not_bind_sheds_nothing() -> None:
     for accepted in ([0], [3], [1]):
         send(bench, accepted)
     counts = bench.publisher.close(1)
-    assert (counts.published, counts.shed) == (6, {})
+    assert (counts.published, counts.dropped) == (6, {})
 
 
 def test_without_any_budget_nothing_is_published_and_everything_is_counted() -> None:
     bench = Bench(max_bytes_per_second=1)
-    bench.publisher._room = WaitingRoom(TokenBucket(0, 0), 1 << 20)
+    bench.publisher._budget = BudgetQueue(TokenBucket(0, 0), 1 << 20)
     for _ in range(5):
         send(bench, [1, 1])
     bench.settle()
     assert (bench.publisher.counts().pending, bench.producer.delivered) == (15, [])
-    bench.now += PATIENCE_S
-    eventually(lambda: bench.publisher.counts().shed == {"budget": 15})
+    bench.now += MAX_WAIT_S
+    eventually(lambda: bench.publisher.counts().dropped == {"budget": 15})
     send(bench, [1, 1])
     counts = bench.publisher.close(1)
-    assert (counts.captured, counts.published, counts.shed, counts.pending) == (18, 0, {"budget": 18}, 0)
+    assert (counts.captured, counts.published, counts.dropped, counts.pending) == (18, 0, {"budget": 18}, 0)
 
 
 def test_while_too_much_waits_the_easiest_go_although_new_ones_come() -> None:
     bench = Bench(max_bytes_per_second=1, max_queue_bytes=1 << 20)
-    bench.publisher._room = WaitingRoom(TokenBucket(0, 0), 30_000)
+    bench.publisher._budget = BudgetQueue(TokenBucket(0, 0), 30_000)
     hard = send(bench, [0] * 8)
     bench.settle()
     for _ in range(5):
         send(bench, [3] * 8)
     bench.settle()
-    assert bench.publisher.counts().shed["budget"] > 0
-    assert bench.publisher._room.clear()[0].envelope.request == hard
+    assert bench.publisher.counts().dropped["budget"] > 0
+    assert bench.publisher._budget.clear()[0].envelope.request == hard
 
 
 def test_requests_outside_the_share_are_counted_and_the_others_are_not() -> None:
     bench = Bench(sample_ratio=0.5)
-    wanted = [bench.publisher.wants(f"chatcmpl-{i}") for i in range(200)]
+    wanted = [bench.publisher.sample(f"chatcmpl-{i}") for i in range(200)]
     counts = bench.publisher.close(1)
     assert wanted == [is_sampled(f"chatcmpl-{i}", 0.5) for i in range(200)]
-    assert (counts.sampled_out, counts.captured) == (wanted.count(False), 0)
+    assert (counts.unsampled, counts.captured) == (wanted.count(False), 0)
     metrics = {s.name: s.value for metric in bench.publisher.collect() for s in metric.samples}
-    assert metrics["aurora_serve_trace_requests_sampled_out_total"] == wanted.count(False)
+    assert metrics["aurora_serve_trace_requests_unsampled_total"] == wanted.count(False)
 
 
 def test_a_node_traces_the_sampled_requests_and_none_whose_client_said_off() -> None:

@@ -78,7 +78,7 @@ def test_an_engine_without_room_for_all_choices_gives_none_and_forgets_the_other
     with pytest.raises(openai.RateLimitError):
         node.ask("a long answer", n=3)
     eventually(lambda: list(node.engine.ended.values()) == ["cancelled"] * 2)
-    assert node.metric("aurora_serve_requests_total", outcome="refused") == 1
+    assert node.metric("aurora_serve_requests_total", outcome="rejected") == 1
     assert node.metric("aurora_serve_requests_total", outcome="cancelled") == 2
 
 

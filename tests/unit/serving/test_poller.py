@@ -17,9 +17,9 @@ from schemas.settings import Canary, Serve, Settings, Update
 from schemas.speculator.checkpoint import CheckpointError
 from schemas.speculator.network import EagleDraft
 from serving.engines.base import EngineHealth, SwapResult
-from serving.versions.alias_policy import serves_canary, slice_at
-from serving.versions.cache import RefusedError, RegistryError, UnknownVersionError
-from serving.versions.poller import LONGEST_WAIT_S, Puller, wait_after
+from serving.versions.alias_policy import is_canary_slice, slice_number
+from serving.versions.cache import RegistryError, RejectedVersionError, UnknownVersionError
+from serving.versions.poller import MAX_POLL_DELAY_S, VersionPoller, poll_delay
 
 
 @dataclass
@@ -58,144 +58,146 @@ def engine() -> FakeEngine:
 
 
 @pytest.fixture
-def puller(registry: FakeRegistry, engine: FakeEngine) -> Puller:
-    return Puller(registry, engine, Settings())  # type: ignore[arg-type]
+def poller(registry: FakeRegistry, engine: FakeEngine) -> VersionPoller:
+    return VersionPoller(registry, engine, Settings())  # type: ignore[arg-type]
 
 
-def test_without_an_alias_the_draft_stays(puller: Puller, engine: FakeEngine) -> None:
-    puller.poll()
-    assert (engine.served, puller.error, puller.swaps) == ([], None, ())
+def test_without_an_alias_the_draft_stays(poller: VersionPoller, engine: FakeEngine) -> None:
+    poller.poll()
+    assert (engine.served, poller.error, poller.swaps) == ([], None, ())
 
 
 def test_a_version_is_swapped_in_once_with_its_weights(
-    puller: Puller, registry: FakeRegistry, engine: FakeEngine
+    poller: VersionPoller, registry: FakeRegistry, engine: FakeEngine
 ) -> None:
     registry.alias = "1"
     for _ in range(3):
-        puller.poll()
+        poller.poll()
     ((version, draft),) = engine.served
     assert (version, registry.downloads) == ("1", ["1"])
     assert torch.equal(draft.fc.weight, DRAFTS["1"].fc.weight.bfloat16().float())
-    assert [(s.version, s.in_flight, s.pause_ms) for s in puller.swaps] == [("1", 3, 1.5)]
+    assert [(s.version, s.in_flight, s.pause_ms) for s in poller.swaps] == [("1", 3, 1.5)]
 
 
 def test_an_alias_that_nobody_records_is_followed_back_to_an_older_version(
-    puller: Puller, registry: FakeRegistry, engine: FakeEngine
+    poller: VersionPoller, registry: FakeRegistry, engine: FakeEngine
 ) -> None:
     for registry.alias in ("1", "3", "2"):
-        puller.poll()
+        poller.poll()
     assert engine.versions == ["1", "3", "2"]
 
 
 def test_a_recorded_alias_is_followed_back_when_the_record_says_so(
-    puller: Puller, registry: FakeRegistry, engine: FakeEngine
+    poller: VersionPoller, registry: FakeRegistry, engine: FakeEngine
 ) -> None:
     registry.alias = "3"
-    registry.audit()
-    puller.poll()
+    registry.record_audit()
+    poller.poll()
     registry.alias = "2"
-    puller.poll()
-    assert (engine.versions, puller.named) == (["3"], "2")
-    assert puller.held is not None
-    assert "no step up from 3" in puller.held
-    registry.audit()
-    puller.poll()
-    assert (engine.versions, puller.held) == (["3", "2"], None)
+    poller.poll()
+    assert (engine.versions, poller.alias_version) == (["3"], "2")
+    assert poller.update_blocked is not None
+    assert "not newer than 3" in poller.update_blocked
+    registry.record_audit()
+    poller.poll()
+    assert (engine.versions, poller.update_blocked) == (["3", "2"], None)
 
 
-def test_old_answers_are_passed_over_and_counted(puller: Puller, registry: FakeRegistry, engine: FakeEngine) -> None:
+def test_old_answers_are_passed_over_and_counted(
+    poller: VersionPoller, registry: FakeRegistry, engine: FakeEngine
+) -> None:
     registry.alias = "1"
-    registry.audit()
+    registry.record_audit()
     before = registry.audited
-    puller.poll()
+    poller.poll()
     registry.alias = "2"
-    registry.audit()
-    puller.poll()
+    registry.record_audit()
+    poller.poll()
     for registry.audited in (before, None):
         for registry.alias in ("1", "4", None):
-            puller.poll()
-    assert (engine.versions, puller.named, puller.stale, puller.error) == (["1", "2"], "2", 6, None)
+            poller.poll()
+    assert (engine.versions, poller.alias_version, poller.stale_count, poller.error) == (["1", "2"], "2", 6, None)
 
 
 def test_a_record_that_cannot_be_read_counts_as_none_and_is_told(
-    puller: Puller, registry: FakeRegistry, engine: FakeEngine
+    poller: VersionPoller, registry: FakeRegistry, engine: FakeEngine
 ) -> None:
     registry.unreadable = "tag aurora.audited: not JSON"
     for registry.alias in ("1", "3", "2"):
-        puller.poll()
-    assert (engine.versions, puller.held) == (["1", "3", "2"], registry.unreadable)
-    malformed = {sample.name: sample.value for metric in puller.collect() for sample in metric.samples}
-    assert malformed["aurora_serve_registry_malformed_total"] == 3
+        poller.poll()
+    assert (engine.versions, poller.update_blocked) == (["1", "3", "2"], registry.unreadable)
+    malformed = {sample.name: sample.value for metric in poller.collect() for sample in metric.samples}
+    assert malformed["aurora_serve_registry_malformed_responses_total"] == 3
     registry.unreadable = None
-    puller.poll()
-    assert puller.held is None
+    poller.poll()
+    assert poller.update_blocked is None
 
 
 def test_an_alias_that_is_taken_away_leaves_the_draft(
-    puller: Puller, registry: FakeRegistry, engine: FakeEngine
+    poller: VersionPoller, registry: FakeRegistry, engine: FakeEngine
 ) -> None:
     for registry.alias in ("1", None, "1"):
-        puller.poll()
+        poller.poll()
     assert engine.versions == ["1"]
 
 
 def test_a_version_of_another_line_is_refused_for_good_and_the_next_one_served(
-    puller: Puller, registry: FakeRegistry, engine: FakeEngine
+    poller: VersionPoller, registry: FakeRegistry, engine: FakeEngine
 ) -> None:
     registry.foreign = {"2"}
     for registry.alias in ("1", "2", "2", "2", "3"):
-        puller.poll()
+        poller.poll()
     assert (engine.versions, registry.downloads) == (["1", "3"], ["1", "2", "3"])
-    (refusal,) = puller.refused
+    (refusal,) = poller.rejected
     assert refusal.version == "2"
     assert "speculator line" in refusal.why
-    assert puller.error is None
+    assert poller.error is None
 
 
 def test_a_draft_that_fails_the_smoke_test_is_refused(
-    puller: Puller, registry: FakeRegistry, engine: FakeEngine
+    poller: VersionPoller, registry: FakeRegistry, engine: FakeEngine
 ) -> None:
     registry.alias, engine.not_finite = "1", True
-    puller.poll()
+    poller.poll()
     assert engine.served == []
-    assert "not finite" in puller.refused[0].why
+    assert "not finite" in poller.rejected[0].why
 
 
 def test_a_registry_that_is_away_is_told_and_forgotten_when_it_is_back(
-    puller: Puller, registry: FakeRegistry, engine: FakeEngine
+    poller: VersionPoller, registry: FakeRegistry, engine: FakeEngine
 ) -> None:
-    registry.alias, registry.away = "1", True
-    puller.poll()
-    assert puller.error == "connection refused"
-    registry.away = False
-    puller.poll()
-    assert puller.error is None
-    assert (engine.versions, puller.refused) == (["1"], ())
+    registry.alias, registry.unreachable = "1", True
+    poller.poll()
+    assert poller.error == "connection refused"
+    registry.unreachable = False
+    poller.poll()
+    assert poller.error is None
+    assert (engine.versions, poller.rejected) == (["1"], ())
 
 
 def test_an_outage_of_any_length_is_made_good_by_the_first_answer_after_it(
-    puller: Puller, registry: FakeRegistry, engine: FakeEngine
+    poller: VersionPoller, registry: FakeRegistry, engine: FakeEngine
 ) -> None:
     registry.alias = "1"
-    registry.audit()
-    puller.poll()
-    registry.away = True
+    registry.record_audit()
+    poller.poll()
+    registry.unreachable = True
     for _ in range(5000):
-        puller.poll()
-    assert (engine.versions, puller.error) == (["1"], "connection refused")
-    registry.away, registry.alias = False, "2"
-    registry.audit()
-    puller.poll()
-    assert (engine.versions, puller.error) == (["1", "2"], None)
+        poller.poll()
+    assert (engine.versions, poller.error) == (["1"], "connection refused")
+    registry.unreachable, registry.alias = False, "2"
+    registry.record_audit()
+    poller.poll()
+    assert (engine.versions, poller.error) == (["1", "2"], None)
 
 
-def test_a_swap_that_fails_is_tried_again(puller: Puller, registry: FakeRegistry, engine: FakeEngine) -> None:
+def test_a_swap_that_fails_is_tried_again(poller: VersionPoller, registry: FakeRegistry, engine: FakeEngine) -> None:
     registry.alias, engine.broken = "1", True
-    puller.poll()
-    assert puller.error == "the engine is stopping"
+    poller.poll()
+    assert poller.error == "the engine is stopping"
     engine.broken = False
-    puller.poll()
-    assert (engine.versions, puller.refused) == (["1"], ())
+    poller.poll()
+    assert (engine.versions, poller.rejected) == (["1"], ())
 
 
 @dataclass
@@ -208,7 +210,7 @@ class Clock:
     def go_to_slice_of(self, role: str) -> None:
         """Move on to the next slice in which that role's turn is on ``node-0``."""
         self.now += SLICE_S
-        while serves_canary("node-0", slice_at(self.now, SLICE_S), SHARE) != (role == "canary"):
+        while is_canary_slice("node-0", slice_number(self.now, SLICE_S), SHARE) != (role == "canary"):
             self.now += SLICE_S
 
 
@@ -221,13 +223,13 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def trying(registry: FakeRegistry, engine: FakeEngine, clock: Clock) -> Puller:
+def trying(registry: FakeRegistry, engine: FakeEngine, clock: Clock) -> VersionPoller:
     registry.alias, registry.canary = "1", "2"
-    return Puller(registry, engine, Settings(canary=Canary(share=SHARE, slice_duration=SLICE_S)), clock)  # type: ignore[arg-type]
+    return VersionPoller(registry, engine, Settings(canary=Canary(share=SHARE, slice_duration=SLICE_S)), clock)  # type: ignore[arg-type]
 
 
 def test_a_canary_is_served_in_its_slices_and_the_champion_in_the_others(
-    trying: Puller, registry: FakeRegistry, engine: FakeEngine, clock: Clock
+    trying: VersionPoller, registry: FakeRegistry, engine: FakeEngine, clock: Clock
 ) -> None:
     served = []
     for role in ("champion", "canary", "canary", "champion", "canary"):
@@ -236,12 +238,12 @@ def test_a_canary_is_served_in_its_slices_and_the_champion_in_the_others(
         assert trying.role == role
         served.append(engine.versions[-1])
     assert served == ["1", "2", "2", "1", "2"]
-    assert (trying.named, trying.canary) == ("1", "2")
+    assert (trying.alias_version, trying.canary) == ("1", "2")
     assert registry.downloads == ["1", "2"]
 
 
 def test_a_canary_that_is_over_ends_at_once(
-    trying: Puller, registry: FakeRegistry, engine: FakeEngine, clock: Clock
+    trying: VersionPoller, registry: FakeRegistry, engine: FakeEngine, clock: Clock
 ) -> None:
     clock.go_to_slice_of("canary")
     trying.poll()
@@ -252,7 +254,7 @@ def test_a_canary_that_is_over_ends_at_once(
 
 
 def test_a_canary_that_is_over_ends_though_the_next_champion_cannot_be_fetched(
-    trying: Puller, registry: FakeRegistry, engine: FakeEngine, clock: Clock
+    trying: VersionPoller, registry: FakeRegistry, engine: FakeEngine, clock: Clock
 ) -> None:
     clock.go_to_slice_of("canary")
     trying.poll()
@@ -265,7 +267,7 @@ def test_a_canary_that_is_over_ends_though_the_next_champion_cannot_be_fetched(
 
 
 def test_a_canary_that_became_champion_stays(
-    trying: Puller, registry: FakeRegistry, engine: FakeEngine, clock: Clock
+    trying: VersionPoller, registry: FakeRegistry, engine: FakeEngine, clock: Clock
 ) -> None:
     clock.go_to_slice_of("canary")
     trying.poll()
@@ -277,17 +279,17 @@ def test_a_canary_that_became_champion_stays(
 
 
 def test_a_canary_at_fault_is_refused_and_the_champion_serves_its_slices(
-    trying: Puller, registry: FakeRegistry, engine: FakeEngine, clock: Clock
+    trying: VersionPoller, registry: FakeRegistry, engine: FakeEngine, clock: Clock
 ) -> None:
     registry.foreign = {"2"}
     clock.go_to_slice_of("canary")
     trying.poll()
     assert (engine.versions, trying.role, trying.canary) == (["1"], "champion", None)
-    assert [refusal.version for refusal in trying.refused] == ["2"]
+    assert [refusal.version for refusal in trying.rejected] == ["2"]
 
 
 def test_without_a_champion_there_is_nothing_to_try_a_canary_against(
-    trying: Puller, registry: FakeRegistry, engine: FakeEngine, clock: Clock
+    trying: VersionPoller, registry: FakeRegistry, engine: FakeEngine, clock: Clock
 ) -> None:
     registry.alias = None
     clock.go_to_slice_of("canary")
@@ -304,39 +306,39 @@ def test_only_a_node_that_follows_the_champion_takes_part_in_trials(
 ) -> None:
     registry.alias, registry.canary = "1", "2"
     settings = Settings(serve=serve, canary=Canary(share=share, slice_duration=SLICE_S))
-    puller = Puller(registry, engine, settings, clock)  # type: ignore[arg-type]
+    poller = VersionPoller(registry, engine, settings, clock)  # type: ignore[arg-type]
     for _ in range(10):
         clock.now += SLICE_S
-        puller.poll()
+        poller.poll()
     assert engine.versions[-1:] == ([] if version is None else [version])
 
 
 @pytest.fixture
-def lazy(registry: FakeRegistry, engine: FakeEngine, clock: Clock) -> Puller:
+def lazy(registry: FakeRegistry, engine: FakeEngine, clock: Clock) -> VersionPoller:
     """Takes a newer version over once a minute at most."""
     settings = Settings(update=Update(min_interval=60.0, jitter=0.0), canary=Canary(share=1.0))
-    return Puller(registry, engine, settings, clock, clock)  # type: ignore[arg-type]
+    return VersionPoller(registry, engine, settings, clock, clock)  # type: ignore[arg-type]
 
 
 def test_newer_versions_are_taken_over_once_an_interval_and_only_then_fetched(
-    lazy: Puller, registry: FakeRegistry, engine: FakeEngine, clock: Clock
+    lazy: VersionPoller, registry: FakeRegistry, engine: FakeEngine, clock: Clock
 ) -> None:
     for clock.now, registry.alias in ((0, "1"), (1, "2"), (2, "3"), (60, "4"), (61, "4")):
         lazy.poll()
-    assert (engine.versions, registry.downloads, lazy.waiting) == (["1", "2", "4"], ["1", "2", "4"], None)
+    assert (engine.versions, registry.downloads, lazy.pending_version) == (["1", "2", "4"], ["1", "2", "4"], None)
     registry.alias = "3"
     lazy.poll()
     assert engine.versions[-1] == "3"
     registry.alias = "4"
     lazy.poll()
-    assert (engine.versions[-1], lazy.waiting) == ("3", "4")
+    assert (engine.versions[-1], lazy.pending_version) == ("3", "4")
     registry.alias = "3"
     lazy.poll()
-    assert lazy.waiting is None
+    assert lazy.pending_version is None
 
 
 def test_a_canary_and_its_end_wait_for_no_interval(
-    lazy: Puller, registry: FakeRegistry, engine: FakeEngine, clock: Clock
+    lazy: VersionPoller, registry: FakeRegistry, engine: FakeEngine, clock: Clock
 ) -> None:
     for registry.alias in ("1", "2"):
         lazy.poll()
@@ -347,7 +349,7 @@ def test_a_canary_and_its_end_wait_for_no_interval(
 
 
 def test_a_canary_that_became_champion_is_not_left_for_an_interval(
-    lazy: Puller, registry: FakeRegistry, engine: FakeEngine, clock: Clock
+    lazy: VersionPoller, registry: FakeRegistry, engine: FakeEngine, clock: Clock
 ) -> None:
     for registry.alias in ("1", "2"):
         lazy.poll()
@@ -361,38 +363,38 @@ def test_a_canary_that_became_champion_is_not_left_for_an_interval(
 def test_turns_are_taken_on_time_while_the_registry_does_not_answer(registry: FakeRegistry, engine: FakeEngine) -> None:
     registry.alias, registry.canary = "1", "2"
     settings = Settings(serve=Serve(poll_interval=0.01), canary=Canary(share=0.5, slice_duration=0.05))
-    puller = Puller(registry, engine, settings)  # type: ignore[arg-type]
-    puller.start()
-    eventually(lambda: puller.canary == "2" and registry.downloads == ["1", "2"])
+    poller = VersionPoller(registry, engine, settings)  # type: ignore[arg-type]
+    poller.start()
+    eventually(lambda: poller.canary == "2" and registry.downloads == ["1", "2"])
     registry.answering.clear()
-    swaps = len(puller.swaps)
-    eventually(lambda: len(puller.swaps) >= swaps + 4)
+    swaps = len(poller.swaps)
+    eventually(lambda: len(poller.swaps) >= swaps + 4)
     registry.answering.set()
-    puller.stop()
-    assert {swap.version for swap in puller.swaps[swaps:]} == {"1", "2"}
+    poller.stop()
+    assert {swap.version for swap in poller.swaps[swaps:]} == {"1", "2"}
 
 
 @pytest.fixture
-def running(puller: Puller) -> Iterator[Puller]:
-    puller.start()
-    yield puller
-    puller.stop()
+def running(poller: VersionPoller) -> Iterator[VersionPoller]:
+    poller.start()
+    yield poller
+    poller.stop()
 
 
 def test_a_pinned_version_stays_while_the_alias_moves_and_goes_when_unpinned(
-    running: Puller, registry: FakeRegistry, engine: FakeEngine
+    running: VersionPoller, registry: FakeRegistry, engine: FakeEngine
 ) -> None:
     running.pin("2").result(10)
     assert (running.pinned, engine.versions) == ("2", ["2"])
     registry.alias = "3"
     running.poll()
-    assert (running.named, engine.versions) == ("3", ["2"])
+    assert (running.alias_version, engine.versions) == ("3", ["2"])
     running.unpin().result(10)
     assert (running.pinned, engine.versions) == (None, ["2", "3"])
 
 
 def test_a_pinned_version_is_above_a_canary(
-    trying: Puller, registry: FakeRegistry, engine: FakeEngine, clock: Clock
+    trying: VersionPoller, registry: FakeRegistry, engine: FakeEngine, clock: Clock
 ) -> None:
     clock.go_to_slice_of("canary")
     trying.start()
@@ -405,7 +407,7 @@ def test_a_pinned_version_is_above_a_canary(
 
 
 def test_what_is_served_already_is_pinned_without_a_swap(
-    running: Puller, registry: FakeRegistry, engine: FakeEngine
+    running: VersionPoller, registry: FakeRegistry, engine: FakeEngine
 ) -> None:
     registry.alias = "1"
     running.poll()
@@ -414,24 +416,24 @@ def test_what_is_served_already_is_pinned_without_a_swap(
 
 
 def test_a_pin_that_fails_says_why_and_leaves_the_pin_before(
-    running: Puller, registry: FakeRegistry, engine: FakeEngine
+    running: VersionPoller, registry: FakeRegistry, engine: FakeEngine
 ) -> None:
     running.pin("1").result(10)
     registry.foreign = {"2"}
-    with pytest.raises(RefusedError, match=r"version 2 is refused: .*speculator line"):
+    with pytest.raises(RejectedVersionError, match=r"version 2 is rejected: .*speculator line"):
         running.pin("2").result(10)
     with pytest.raises(UnknownVersionError, match="no version '9'"):
         running.pin("9").result(10)
-    registry.away = True
+    registry.unreachable = True
     with pytest.raises(RegistryError, match="connection refused"):
         running.pin("3").result(10)
-    registry.away, engine.broken = False, True
+    registry.unreachable, engine.broken = False, True
     with pytest.raises(RuntimeError, match="stopping"):
         running.pin("3").result(10)
     assert (running.pinned, engine.versions) == ("1", ["1"])
 
 
-def test_orders_are_carried_out_in_their_order(running: Puller, engine: FakeEngine) -> None:
+def test_orders_are_carried_out_in_their_order(running: VersionPoller, engine: FakeEngine) -> None:
     orders = [running.pin("1"), running.unpin(), running.pin("2"), running.pin("3")]
     for order in orders:
         order.result(10)
@@ -440,6 +442,6 @@ def test_orders_are_carried_out_in_their_order(running: Puller, engine: FakeEngi
 
 @given(failures=st.integers(0, 10_000), poll_s=st.floats(0.01, 600))
 def test_waits_grow_with_failures_and_stay_bounded(failures: int, poll_s: float) -> None:
-    assert poll_s <= wait_after(failures, poll_s) <= max(poll_s, LONGEST_WAIT_S)
-    assert wait_after(failures, poll_s) <= wait_after(failures + 1, poll_s)
-    assert wait_after(0, poll_s) == poll_s
+    assert poll_s <= poll_delay(failures, poll_s) <= max(poll_s, MAX_POLL_DELAY_S)
+    assert poll_delay(failures, poll_s) <= poll_delay(failures + 1, poll_s)
+    assert poll_delay(0, poll_s) == poll_s

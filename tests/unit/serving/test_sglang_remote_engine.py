@@ -14,10 +14,10 @@ from schemas.settings import Settings
 from schemas.speculator.checkpoint import CheckpointError
 from schemas.speculator.network import EagleDraft, random_draft
 from serving.engines.base import SpeculationFixedError
-from serving.engines.sglang.node import checksums, remote_engine, weights
+from serving.engines.sglang.node import remote_engine, weights
 from serving.engines.sglang.node.client import SglangError, SglangServer
-from serving.engines.sglang.node.remote_engine import Known, RemoteEngine
-from serving.versions.poller import Puller
+from serving.engines.sglang.node.remote_engine import RemoteEngine, ServedDraft
+from serving.versions.poller import VersionPoller
 
 UPDATE = ["/begin_weight_update", "/update_weights_from_tensor", "/end_weight_update"]
 REFUSED = (400, {"success": False, "message": "not now"})
@@ -34,17 +34,17 @@ def server_of(fake: FakeSglang, key: str = KEY) -> SglangServer:
     return SglangServer(fake.url, SecretStr(key), timeout_s=5)
 
 
-def engine_of(fake: FakeSglang, known: EagleDraft | None = DRAFTS["1"], *, shares: bool = False) -> RemoteEngine:
-    began = Known("1", weights.sent(known)) if known else None
-    engine = RemoteEngine(server_of(fake), TARGET, LINE, began, shares=shares)
+def engine_of(fake: FakeSglang, known: EagleDraft | None = DRAFTS["1"], *, shares_memory: bool = False) -> RemoteEngine:
+    began = ServedDraft("1", weights.draft_tensors(known)) if known else None
+    engine = RemoteEngine(server_of(fake), TARGET, LINE, began, shares_memory=shares_memory)
     engine.start()
-    fake.asked.clear()
+    fake.calls.clear()
     return engine
 
 
 def changes(fake: FakeSglang) -> list[str]:
     told = {*UPDATE, "/pause_generation", "/continue_generation"}
-    return [path for path in fake.asked if path in told]
+    return [path for path in fake.calls if path in told]
 
 
 def serves(fake: FakeSglang, version: str) -> bool:
@@ -68,10 +68,10 @@ def test_a_version_that_is_there_already_makes_nobody_wait(fake: FakeSglang) -> 
     assert fake.holds(DRAFTS["1"])
 
 
-@pytest.mark.parametrize("form", [checksums.on_cpu, checksums.on_gpu])
+@pytest.mark.parametrize("form", [weights.checksum_cpu, weights.checksum_gpu])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_sums_of_any_device_and_of_several_ranks_are_understood(fake: FakeSglang, form: object, ranks: int) -> None:
-    fake.form, fake.ranks = form, ranks  # type: ignore[assignment]
+    fake.checksum, fake.ranks = form, ranks  # type: ignore[assignment]
     engine_of(fake).swap(DRAFTS["2"], "2")
     assert serves(fake, "2")
 
@@ -79,7 +79,7 @@ def test_the_sums_of_any_device_and_of_several_ranks_are_understood(fake: FakeSg
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_server_on_this_machine_takes_weights_from_its_memory(fake: FakeSglang, ranks: int) -> None:
     fake.ranks = ranks
-    engine = engine_of(fake, shares=True)
+    engine = engine_of(fake, shares_memory=True)
     engine.swap(DRAFTS["2"], "2")
     assert serves(fake, "2")
     shared = fake.received
@@ -93,15 +93,15 @@ def test_without_room_in_shared_memory_weights_go_over_the_wire(
     def full(_tensors: object) -> str:
         raise RuntimeError("unable to allocate shared memory")
 
-    monkeypatch.setattr(remote_engine, "shared", full)
-    engine_of(fake, shares=True).swap(DRAFTS["2"], "2")
+    monkeypatch.setattr(remote_engine, "serialize_shared", full)
+    engine_of(fake, shares_memory=True).swap(DRAFTS["2"], "2")
     assert serves(fake, "2")
 
 
 def test_after_an_update_that_failed_weights_go_over_the_wire(fake: FakeSglang) -> None:
-    engine = engine_of(fake, shares=True)
+    engine = engine_of(fake, shares_memory=True)
     fake.faults = {"/begin_weight_update": [BROKEN]}
-    with pytest.raises(SglangError, match="version 1 goes on"):
+    with pytest.raises(SglangError, match="version 1 still serves"):
         engine.swap(DRAFTS["2"], "2")
     engine.swap(DRAFTS["2"], "2")
     assert serves(fake, "2")
@@ -112,9 +112,9 @@ def test_after_an_update_that_failed_weights_go_over_the_wire(fake: FakeSglang) 
 @pytest.mark.parametrize("fault", [REFUSED, BROKEN, None])
 def test_a_step_that_fails_leaves_what_served_before(fake: FakeSglang, path: str, fault: object) -> None:
     engine = engine_of(fake)
-    before = [] if path != "/weights_checker" else [(200, {"ranks": [{"checksums": fake.sums()}]})]
+    before = [] if path != "/weights_checker" else [(200, {"ranks": [{"checksums": fake.checksums()}]})]
     fake.faults = {path: [*before, fault]}  # type: ignore[list-item]
-    with pytest.raises(SglangError, match=r"version 2 is not served: .*; version 1 goes on") as failed:
+    with pytest.raises(SglangError, match=r"version 2 is not served: .*; version 1 still serves") as failed:
         engine.swap(DRAFTS["2"], "2")
     assert serves(fake, "1")
     health = engine.health()
@@ -127,7 +127,7 @@ def test_a_step_that_fails_leaves_what_served_before(fake: FakeSglang, path: str
 def test_weights_that_did_not_arrive_are_noticed_and_taken_back(fake: FakeSglang) -> None:
     engine = engine_of(fake)
     fake.spoiled = {"midlayer.mlp.up_proj.weight"}
-    with pytest.raises(SglangError, match=r"other weights than it was sent: .*gate_up_proj.weight; version 1 goes on"):
+    with pytest.raises(SglangError, match=r"than were sent: .*gate_up_proj.weight; version 1 still serves"):
         engine.swap(DRAFTS["2"], "2")
     assert serves(fake, "1")
 
@@ -135,7 +135,7 @@ def test_weights_that_did_not_arrive_are_noticed_and_taken_back(fake: FakeSglang
 def test_where_nothing_can_be_put_back_that_is_said_and_requests_go_on(fake: FakeSglang) -> None:
     engine = engine_of(fake)
     fake.faults = {"/update_weights_from_tensor": [None, BROKEN]}
-    with pytest.raises(SglangError, match=r"what served before could not be put back: .*it broke"):
+    with pytest.raises(SglangError, match=r"the version before could not be restored: .*it broke"):
         engine.swap(DRAFTS["2"], "2")
     assert not fake.paused
     unknown = engine_of(fake, known=None)
@@ -143,7 +143,7 @@ def test_where_nothing_can_be_put_back_that_is_said_and_requests_go_on(fake: Fak
     with pytest.raises(SglangError, match="it broke"):
         unknown.swap(DRAFTS["3"], "3")
     fake.faults = {"/begin_weight_update": [BROKEN]}
-    with pytest.raises(SglangError, match="with what the server drafts now is not known"):
+    with pytest.raises(SglangError, match="it is not known which draft serves now"):
         unknown.swap(DRAFTS["3"], "3")
     assert not fake.paused
 
@@ -151,7 +151,7 @@ def test_where_nothing_can_be_put_back_that_is_said_and_requests_go_on(fake: Fak
 def test_requests_that_stand_still_are_let_go_with_the_next_try(
     fake: FakeSglang, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote_engine, "_BETWEEN_TRIES_S", 0.0)
+    monkeypatch.setattr(remote_engine, "_RETRY_S", 0.0)
     engine = engine_of(fake)
     fake.faults = {"/continue_generation": [BROKEN] * 3}
     with pytest.raises(SglangError, match="continue_generation"):
@@ -172,14 +172,14 @@ def test_what_a_node_left_that_died_is_put_right_when_another_begins(fake: FakeS
 
 def test_another_key_is_told_by_the_name_of_its_setting(fake: FakeSglang) -> None:
     with pytest.raises(SglangError, match=r"sglang\.api_key"):
-        server_of(fake, key="open").about()
+        server_of(fake, key="open").info()
 
 
 def test_a_server_that_is_away_is_told_by_its_address() -> None:
     server = SglangServer("http://127.0.0.1:1", SecretStr(""), timeout_s=5)
-    assert not server.healthy()
+    assert not server.is_healthy()
     with pytest.raises(SglangError, match=r"http://127\.0\.0\.1:1/server_info"):
-        server.about()
+        server.info()
 
 
 def test_a_server_of_several_replicas_is_not_looked_after(fake: FakeSglang) -> None:
@@ -192,7 +192,7 @@ def test_answers_that_are_not_sglangs_are_told(fake: FakeSglang) -> None:
     fake.faults = {"/model_info": [(200, "<html>"), (200, [1])]}
     for what in ("no JSON", "no object"):
         with pytest.raises(SglangError, match=what):
-            server_of(fake).about()
+            server_of(fake).info()
 
 
 def test_health_is_what_the_server_counts_of_requests_that_have_ended(fake: FakeSglang) -> None:
@@ -206,9 +206,9 @@ def test_health_is_what_the_server_counts_of_requests_that_have_ended(fake: Fake
         103,
     )
     assert (engine.finished, engine.failed) == (3, 0)
-    rows = engine.published.counts()
-    assert (rows.captured, rows.published, rows.rows_shed, rows.pending) == (50, 40, 7, 3)
-    assert engine.published.breaker == "open"
+    rows = engine.watch.counts()
+    assert (rows.captured, rows.published, rows.rows_dropped, rows.pending) == (50, 40, 7, 3)
+    assert engine.watch.circuit_breaker == "open"
 
 
 def test_drafting_cannot_be_stopped_by_an_operator(fake: FakeSglang) -> None:
@@ -229,20 +229,20 @@ def test_a_draft_that_gives_no_numbers_is_refused(fake: FakeSglang) -> None:
 
 def test_the_puller_of_any_node_follows_the_alias_here_too(fake: FakeSglang) -> None:
     engine, registry = engine_of(fake), FakeRegistry()
-    puller = Puller(registry, engine, Settings())
+    poller = VersionPoller(registry, engine, Settings())
     registry.alias = "2"
-    puller.poll()
+    poller.poll()
     assert serves(fake, "2")
-    fake.faults = {"/begin_weight_update": [BROKEN] * 2}  # the puller tries once more at once
+    fake.faults = {"/begin_weight_update": [BROKEN] * 2}  # the poller tries once more at once
     registry.alias = "3"
-    puller.poll()
-    assert "version 2 goes on" in str(puller.error)
+    poller.poll()
+    assert "version 2 still serves" in str(poller.error)
     assert serves(fake, "2")
-    puller.poll()
+    poller.poll()
     assert serves(fake, "3")
-    assert (puller.error, [swap.version for swap in puller.swaps]) == (None, ["2", "3"])
+    assert (poller.error, [swap.version for swap in poller.swaps]) == (None, ["2", "3"])
     registry.foreign = {"4"}
     registry.alias = "4"
-    puller.poll()
+    poller.poll()
     assert serves(fake, "3")
-    assert [refused.version for refused in puller.refused] == ["4"]
+    assert [refused.version for refused in poller.rejected] == ["4"]

@@ -14,9 +14,9 @@ from version_registry import LINE, FakeRegistry
 
 from schemas.settings import Serve, Settings, SettingsError
 from schemas.status import ServeStatus, SpeculatorStatus
-from serving.http import admin as control
-from serving.http.auth import AdminTokens
-from serving.versions.poller import Puller
+from serving.http import admin as admin_api
+from serving.http.admin import AdminTokens
+from serving.versions.poller import VersionPoller
 
 TOKEN = "geheim-größe"
 SERVE = Serve(admin_token=SecretStr(TOKEN), poll_interval=0.01)
@@ -28,10 +28,10 @@ def bearer(token: str) -> dict[bytes, bytes]:
 
 
 class Admin:
-    """A node with its admin endpoints, a puller that runs, and a registry to command."""
+    """A node with its admin endpoints, a poller that runs, and a registry to command."""
 
-    def __init__(self, node: Node, registry: FakeRegistry, puller: Puller) -> None:
-        self.node, self.registry, self.puller = node, registry, puller
+    def __init__(self, node: Node, registry: FakeRegistry, poller: VersionPoller) -> None:
+        self.node, self.registry, self.poller = node, registry, poller
 
     def call(self, method: str, path: str, **body: object) -> httpx.Response:
         url = f"{self.node.url}/admin/speculator{path}"
@@ -42,7 +42,7 @@ class Admin:
         assert answer.status_code == 200, answer.text
         return SpeculatorStatus.model_validate(answer.json())
 
-    def refused(self, path: str, **body: object) -> tuple[int, str, str]:
+    def rejected(self, path: str, **body: object) -> tuple[int, str, str]:
         answer = self.call("POST", path, **body)
         error = answer.json()["error"]
         return answer.status_code, error["code"], error["message"]
@@ -58,11 +58,11 @@ class DraftingEngine(EchoEngine):
 @pytest.fixture
 def admin() -> Iterator[Admin]:
     engine, registry = DraftingEngine(), FakeRegistry()
-    puller = Puller(registry, engine, Settings(serve=SERVE))
-    puller.start()
-    with running_node(SERVE, engine, puller) as node:
-        yield Admin(node, registry, puller)
-    puller.stop()
+    poller = VersionPoller(registry, engine, Settings(serve=SERVE))
+    poller.start()
+    with running_node(SERVE, engine, poller) as node:
+        yield Admin(node, registry, poller)
+    poller.stop()
 
 
 @pytest.mark.parametrize(("method", "path"), ENDPOINTS)
@@ -137,7 +137,7 @@ def test_a_pinned_version_serves_whatever_the_alias_names_until_it_is_unpinned(a
 
 
 def test_a_version_that_is_not_there_is_a_404_and_changes_nothing(admin: Admin) -> None:
-    status, code, message = admin.refused("/pin", version="9")
+    status, code, message = admin.rejected("/pin", version="9")
     assert (status, code) == (404, "version_not_found")
     assert "'9'" in message
     assert (admin.state().pinned, admin.state().version) == (None, "day-0-head-0")
@@ -146,8 +146,8 @@ def test_a_version_that_is_not_there_is_a_404_and_changes_nothing(admin: Admin) 
 def test_a_version_at_fault_is_a_409_with_the_reason_at_every_try(admin: Admin) -> None:
     admin.registry.foreign = {"2"}
     for _ in range(2):
-        status, code, message = admin.refused("/pin", version="2")
-        assert (status, code) == (409, "version_refused")
+        status, code, message = admin.rejected("/pin", version="2")
+        assert (status, code) == (409, "version_rejected")
         assert "speculator line" in message
     assert admin.registry.downloads == ["2"]
     assert (admin.state().pinned, [r.version for r in admin.state().versions_rejected]) == (None, ["2"])
@@ -155,13 +155,13 @@ def test_a_version_at_fault_is_a_409_with_the_reason_at_every_try(admin: Admin) 
 
 def test_a_registry_that_is_away_is_a_503_and_changes_nothing(admin: Admin) -> None:
     admin.post("/pin", version="1")
-    admin.registry.away = True
-    assert admin.refused("/pin", version="2")[:2] == (503, "registry_unavailable")
+    admin.registry.unreachable = True
+    assert admin.rejected("/pin", version="2")[:2] == (503, "registry_unavailable")
     assert (admin.state().pinned, admin.state().version) == ("1", "1")
 
 
 def test_an_order_that_takes_long_is_a_202_and_is_carried_out(admin: Admin, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(control, "_WAIT_S", 0.05)
+    monkeypatch.setattr(admin_api, "_TIMEOUT_S", 0.05)
     admin.registry.open.clear()
     answer = admin.call("POST", "/pin", version="1")
     assert (answer.status_code, answer.json()["pinned"]) == (202, None)
@@ -171,8 +171,8 @@ def test_an_order_that_takes_long_is_a_202_and_is_carried_out(admin: Admin, monk
 
 @pytest.mark.parametrize("body", [{}, {"version": ""}, {"version": 7}, {"version": "7", "force": True}])
 def test_a_pin_without_a_version_is_refused(admin: Admin, body: dict[str, object]) -> None:
-    assert admin.refused("/pin", **body)[0] == 400
-    assert admin.node.metric("aurora_serve_requests_total", outcome="refused") == 0
+    assert admin.rejected("/pin", **body)[0] == 400
+    assert admin.node.metric("aurora_serve_requests_total", outcome="rejected") == 0
 
 
 def test_speculation_is_switched_off_and_on_again(admin: Admin) -> None:

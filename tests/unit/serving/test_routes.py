@@ -149,7 +149,7 @@ def test_what_cannot_be_served_is_refused_by_name_in_openais_shape(
     assert (error["param"], error["code"], error["type"]) == (param, code, "invalid_request_error")
     assert error["message"]
     assert node.engine.requests == []
-    assert node.metric("aurora_serve_requests_total", outcome="refused") == 1
+    assert node.metric("aurora_serve_requests_total", outcome="rejected") == 1
 
 
 def test_a_body_that_is_no_json_and_a_path_that_is_not_there_answer_in_openais_shape(node: Node) -> None:
@@ -174,7 +174,7 @@ def test_a_full_engine_is_a_429_with_a_time_to_come_again(node: Node) -> None:
         node.ask()
     assert raised.value.code == "engine_full"
     assert raised.value.response.headers["retry-after"] == "1"
-    assert node.metric("aurora_serve_requests_total", outcome="refused") == 1
+    assert node.metric("aurora_serve_requests_total", outcome="rejected") == 1
 
 
 def test_a_dead_engine_is_a_503_and_the_node_unhealthy(node: Node) -> None:
@@ -243,12 +243,12 @@ def test_status_and_metrics_count_the_requests(node: Node) -> None:
     )
     assert node.metric("aurora_serve_requests_total", outcome="stop") == 1
     assert node.metric("aurora_serve_requests_total", outcome="length") == 1
-    assert node.metric("aurora_serve_first_token_seconds_count") == 2
-    assert node.metric("aurora_serve_between_tokens_seconds_count") == 3
-    assert node.metric("aurora_serve_drafted_tokens_total") == 12
+    assert node.metric("aurora_serve_time_to_first_token_seconds_count") == 2
+    assert node.metric("aurora_serve_inter_token_latency_seconds_count") == 3
+    assert node.metric("aurora_serve_draft_tokens_total") == 12
     assert (status.draft_depth, status.expected_tokens_per_second) == (3, [50.0, 60.0, 66.0, 64.0])
     assert node.metric("aurora_serve_draft_depth") == 3
-    assert node.metric("aurora_serve_expected_tokens_per_second", drafted="2") == 66
+    assert node.metric("aurora_serve_expected_tokens_per_second", draft_depth="2") == 66
 
 
 def test_events_are_valid_server_sent_events(node: Node) -> None:

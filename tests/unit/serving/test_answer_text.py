@@ -10,11 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serving.engines.base import TokenLogprobs
-from serving.http.detokenizer import Detokenizer, Speller
-from serving.http.transcript import Piece, Token, Transcript, joined
+from serving.http.detokenizer import AnswerText, Detokenizer, ScoredToken, TextDelta, TokenSpeller, join_deltas
 
 TOKENIZER = byte_tokenizer()
-SPELLER = Speller(TOKENIZER)
+SPELLER = TokenSpeller(TOKENIZER)
 TEXTS = st.text(st.sampled_from("ab ß✓🙂"), max_size=24)
 STOPS = st.lists(st.text(st.sampled_from("ab ß✓🙂"), min_size=1, max_size=3), max_size=2)
 
@@ -23,13 +22,13 @@ def scored(tokens: Sequence[int]) -> list[TokenLogprobs]:
     return [TokenLogprobs(-float(token), ()) for token in tokens]
 
 
-def told(ids: Sequence[int], stops: Sequence[str], per_verify_step: int) -> tuple[list[Piece], Transcript]:
-    transcript = Transcript(Detokenizer(TOKENIZER), stops)
+def told(ids: Sequence[int], stops: Sequence[str], per_verify_step: int) -> tuple[list[TextDelta], AnswerText]:
+    transcript = AnswerText(Detokenizer(TOKENIZER), stops)
     verify_steps = [ids[i : i + per_verify_step] for i in range(0, len(ids), per_verify_step)]
     return [*(transcript.feed(ids, scored(ids)) for ids in verify_steps), transcript.finish()], transcript
 
 
-def spelled(tokens: Sequence[Token]) -> bytes:
+def spelled(tokens: Sequence[ScoredToken]) -> bytes:
     return b"".join(SPELLER.spell(token.id).bytes or b"" for token in tokens)
 
 
@@ -40,7 +39,7 @@ def test_at_every_moment_the_tokens_told_are_those_of_the_text_shown(
 ) -> None:
     pieces, _ = told(encode(TOKENIZER, text), stops, per_verify_step)
     for end in range(len(pieces) + 1):
-        so_far = joined(pieces[:end])
+        so_far = join_deltas(pieces[:end])
         assert spelled(so_far.tokens) == so_far.text.encode()
 
 
@@ -51,7 +50,7 @@ def test_tokens_keep_their_order_their_scores_and_their_place(
 ) -> None:
     ids = encode(TOKENIZER, text)
     pieces, transcript = told(ids, stops, per_verify_step)
-    tokens = joined(pieces).tokens
+    tokens = join_deltas(pieces).tokens
     assert [token.id for token in tokens] == list(ids[: len(tokens)])
     assert all(token.score.logprob == -token.id for token in tokens)
     assert [token.offset for token in tokens] == [len(_whole(ids[:i])) for i in range(len(tokens))]
@@ -68,10 +67,10 @@ def _whole(ids: Sequence[int]) -> str:
 @given(text=TEXTS, stops=STOPS, per_verify_step=st.integers(1, 5))
 def test_scores_change_nothing_in_the_text(text: str, stops: list[str], per_verify_step: int) -> None:
     ids = encode(TOKENIZER, text)
-    bare = Transcript(Detokenizer(TOKENIZER), stops)
+    bare = AnswerText(Detokenizer(TOKENIZER), stops)
     shown = [bare.feed(ids[i : i + per_verify_step]) for i in range(0, len(ids), per_verify_step)]
     pieces, with_scores = told(ids, stops, per_verify_step)
-    assert joined([*shown, bare.finish()]).text == joined(pieces).text
+    assert join_deltas([*shown, bare.finish()]).text == join_deltas(pieces).text
     assert (bare.stopped, bare.count) == (with_scores.stopped, with_scores.count)
 
 
@@ -83,7 +82,7 @@ def test_the_count_ends_with_the_token_that_completes_the_stop_string(per_verify
 
 def test_a_special_token_is_told_with_the_text_after_it_or_with_the_end() -> None:
     eos = TOKENIZER.eos_token_id
-    transcript = Transcript(Detokenizer(TOKENIZER), [])
+    transcript = AnswerText(Detokenizer(TOKENIZER), [])
     ids = [*encode(TOKENIZER, "a"), eos, *encode(TOKENIZER, "b"), eos]
     pieces = [transcript.feed([token], scored([token])) for token in ids]
     assert [(p.text, [t.id for t in p.tokens]) for p in [*pieces, transcript.finish()]] == [
@@ -99,12 +98,12 @@ def test_a_token_that_a_stop_string_cuts_in_two_is_told_and_those_after_it_are_n
     wide = byte_tokenizer(extra=["\u0120two"])
     space_two = len(wide) - 1
     ids = [*encode(wide, "one"), space_two, *encode(wide, " three")]
-    transcript = Transcript(Detokenizer(wide), ["two t"])
-    piece = joined([transcript.feed(ids, scored(ids)), transcript.finish()])
+    transcript = AnswerText(Detokenizer(wide), ["two t"])
+    piece = join_deltas([transcript.feed(ids, scored(ids)), transcript.finish()])
     assert (piece.text, [t.id for t in piece.tokens]) == ("one ", ids[:4])
     assert transcript.count == len("one") + 1 + len(" t")
 
 
 def test_scores_that_do_not_fit_the_tokens_are_an_error() -> None:
     with pytest.raises(ValueError, match="zip"):
-        Transcript(Detokenizer(TOKENIZER), []).feed([1, 2], scored([1]))
+        AnswerText(Detokenizer(TOKENIZER), []).feed([1, 2], scored([1]))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from serving.http.detokenizer import Detokenizer, Speller, StopScanner
+from serving.http.detokenizer import Detokenizer, StopScanner, TokenSpeller
 
 TOKENIZER = byte_tokenizer()
 WORDS = ["\u2581the", "\u2581cat", "s", "<0xF0>", "<0x41>", "\ufffd"]
@@ -104,12 +104,12 @@ def test_a_text_that_goes_on_from_another_does_not_repeat_it() -> None:
 
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=20))
 def test_the_tokens_bytes_are_the_texts(text: str) -> None:
-    speller = Speller(TOKENIZER)
+    speller = TokenSpeller(TOKENIZER)
     assert b"".join(speller.spell(token).bytes or b"" for token in encode(TOKENIZER, text)) == text.encode()
 
 
 def test_a_token_is_spelled_by_text_and_bytes() -> None:
-    speller = Speller(TOKENIZER)
+    speller = TokenSpeller(TOKENIZER)
     letter, first_of_four = encode(TOKENIZER, "a")[0], encode(TOKENIZER, "🙂")[0]
     assert (speller.spell(letter).text, speller.spell(letter).bytes) == ("a", b"a")
     assert (speller.spell(first_of_four).text, speller.spell(first_of_four).bytes) == (None, b"\xf0")
@@ -118,7 +118,7 @@ def test_a_token_is_spelled_by_text_and_bytes() -> None:
 
 
 def test_words_are_spelled_with_their_space_and_bytes_as_bytes() -> None:
-    speller = Speller(word_tokenizer())
+    speller = TokenSpeller(word_tokenizer())
     spelled = [(s.text, s.bytes) for s in (speller.spell(token) for token in range(len(WORDS)))]
     assert spelled == [
         (" the", b" the"),

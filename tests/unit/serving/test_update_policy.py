@@ -12,18 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from schemas.settings import Update
-from serving.versions.update_policy import WINDOW_S, Reading, SyncPolicy, best_interval, lost_s
+from serving.versions.update_policy import WINDOW_S, CounterReading, UpdatePolicy, best_interval, fetch_cost_s
 
 
-def policy(interval_s: float | Literal["auto"], jitter: float = 0.0, max_staleness: float = 900.0) -> SyncPolicy:
-    return SyncPolicy(Update(min_interval=interval_s, jitter=jitter, max_staleness=max_staleness), "node-0")
+def policy(interval_s: float | Literal["auto"], jitter: float = 0.0, max_staleness: float = 900.0) -> UpdatePolicy:
+    return UpdatePolicy(Update(min_interval=interval_s, jitter=jitter, max_staleness=max_staleness), "node-0")
 
 
-def take(policy: SyncPolicy, time_s: float) -> None:
+def take(policy: UpdatePolicy, time_s: float) -> None:
     """A takeover at a time, of which nothing is known."""
-    now = Reading(time_s, 0, 0, 0)
-    policy.swapped()
-    policy.taken(now, now, 0.002)
+    now = CounterReading(time_s, 0, 0, 0)
+    policy.record_swap()
+    policy.record_update(now, now, 0.002)
 
 
 def test_without_an_interval_a_newer_version_is_due_at_once() -> None:
@@ -69,7 +69,7 @@ def test_a_version_is_due_within_its_bounds(
 def test_nodes_are_spread_over_the_jitter() -> None:
     due = []
     for n in range(200):
-        sync = SyncPolicy(Update(min_interval=100.0, jitter=0.5), f"node-{n}")
+        sync = UpdatePolicy(Update(min_interval=100.0, jitter=0.5), f"node-{n}")
         take(sync, 0.0)
         due.append(sync.due_at("8", 1000.0) - 1000.0)
     assert 0 <= min(due) < 5
@@ -92,17 +92,17 @@ def test_where_nothing_is_gained_no_interval_is_long_enough() -> None:
 
 
 def test_fetching_costs_what_the_verify_steps_gave_less_meanwhile() -> None:
-    begun = Reading(10.0, 0, 0, 0)
-    assert lost_s(100.0, begun, Reading(14.0, 0, 0, 300)) == pytest.approx(1.0)
-    assert lost_s(100.0, begun, Reading(14.0, 0, 0, 500)) == 0.0
-    assert lost_s(0.0, begun, Reading(14.0, 0, 0, 0)) == 0.0
+    begun = CounterReading(10.0, 0, 0, 0)
+    assert fetch_cost_s(100.0, begun, CounterReading(14.0, 0, 0, 300)) == pytest.approx(1.0)
+    assert fetch_cost_s(100.0, begun, CounterReading(14.0, 0, 0, 500)) == 0.0
+    assert fetch_cost_s(0.0, begun, CounterReading(14.0, 0, 0, 0)) == 0.0
 
 
 @dataclass
 class Serving:
     """A node whose versions are taken over every so often, each better than the one before by a share of the output."""
 
-    sync: SyncPolicy
+    sync: UpdatePolicy
     every_s: float
     pause_s: float
     gain: float
@@ -118,14 +118,14 @@ class Serving:
                 self.now += 2.0
                 self.verify_steps += 100
                 self.accepted += round(100 * self.accepted_per_step)
-                self.sync.read(self.reading)
-            self.sync.swapped()
-            self.sync.taken(self.reading, self.reading, self.pause_s)
+                self.sync.record_reading(self.reading)
+            self.sync.record_swap()
+            self.sync.record_update(self.reading, self.reading, self.pause_s)
             self.accepted_per_step = (1 + self.accepted_per_step) * (1 + self.gain) - 1
 
     @property
-    def reading(self) -> Reading:
-        return Reading(self.now, self.verify_steps, self.accepted, self.verify_steps + self.accepted)
+    def reading(self) -> CounterReading:
+        return CounterReading(self.now, self.verify_steps, self.accepted, self.verify_steps + self.accepted)
 
 
 @pytest.mark.parametrize("every_s", [WINDOW_S / 2, 2 * WINDOW_S])
@@ -160,6 +160,6 @@ def test_a_takeover_of_too_few_verify_steps_teaches_nothing() -> None:
     sync = policy("auto")
     for number in range(10):
         for second in range(0, 120, 2):
-            sync.read(Reading(number * 120.0 + second, number, number, 2 * number))
+            sync.record_reading(CounterReading(number * 120.0 + second, number, number, 2 * number))
         take(sync, number * 120.0 + 120)
     assert sync.interval_s == 0.0

@@ -18,8 +18,7 @@ from schemas.settings import Kafka, SettingsError, Traces
 from schemas.telemetry import trace_context
 from schemas.trace.record import CONTENT_TYPE, fingerprint
 from serving.engines.base import Request
-from serving.traces.producer import connect
-from serving.traces.publisher import OVERDUE_S
+from serving.traces.publisher import OVERDUE_S, connect
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +33,7 @@ def open_breaker(bench: Bench) -> None:
     bench.send()
     bench.settle()
     bench.now += OVERDUE_S
-    eventually(lambda: bench.publisher.breaker == "open")
+    eventually(lambda: bench.publisher.circuit_breaker == "open")
 
 
 def test_a_finished_request_is_one_message_with_its_headers() -> None:
@@ -56,7 +55,7 @@ def test_a_finished_request_is_one_message_with_its_headers() -> None:
         "speculator": b"7",
         "rows": b"4",
     }
-    assert (counts.captured, counts.published, counts.shed, counts.pending) == (4, 4, {}, 0)
+    assert (counts.captured, counts.published, counts.dropped, counts.pending) == (4, 4, {}, 0)
 
 
 def test_rows_of_a_cut_prompt_are_counted_as_the_wire_has_them() -> None:
@@ -91,9 +90,9 @@ def test_beyond_the_bound_the_newest_rows_are_shed_and_the_request_still_ends() 
     bench.settle()
     counts = bench.publisher.counts()
     assert counts.pending_bytes <= 1 << 20
-    assert counts.shed["queue_full"] > 0
-    assert counts.captured == counts.published + counts.rows_shed + counts.pending
-    assert bench.publisher._open == {}
+    assert counts.dropped["queue_full"] > 0
+    assert counts.captured == counts.published + counts.rows_dropped + counts.pending
+    assert bench.publisher._builders == {}
     bench.producer.come_back()
     assert bench.publisher.close(1).pending == 0
     assert {c.envelope.request for c in bench.producer.delivered} >= {"chatcmpl-1", "chatcmpl-2"}
@@ -102,12 +101,12 @@ def test_beyond_the_bound_the_newest_rows_are_shed_and_the_request_still_ends() 
 def test_a_broker_that_is_away_makes_chunks_wait_and_they_arrive_once_when_it_is_back() -> None:
     bench = Bench()
     open_breaker(bench)
-    assert (bench.publisher.counts().pending, bench.publisher.counts().shed) == (2, {})
+    assert (bench.publisher.counts().pending, bench.publisher.counts().dropped) == (2, {})
     bench.producer.come_back()
-    eventually(lambda: bench.publisher.breaker == "closed")
+    eventually(lambda: bench.publisher.circuit_breaker == "closed")
     bench.send()
     counts = bench.publisher.close(1)
-    assert (counts.published, counts.shed) == (3, {})
+    assert (counts.published, counts.dropped) == (3, {})
     assert [c.envelope.request for c in bench.producer.delivered] == ["chatcmpl-1", "chatcmpl-2", "chatcmpl-3"]
 
 
@@ -115,13 +114,13 @@ def test_while_the_breaker_is_open_chunks_are_shed_unsent_but_for_one_probe_per_
     bench = Bench()
     open_breaker(bench)
     bench.send()
-    eventually(lambda: bench.publisher.counts().shed == {"breaker_open": 1})
+    eventually(lambda: bench.publisher.counts().dropped == {"circuit_breaker_open": 1})
     bench.now += 5
     bench.send()
     bench.settle()
-    assert (len(bench.producer.held), bench.publisher.breaker) == (3, "half_open")
+    assert (len(bench.producer.held), bench.publisher.circuit_breaker) == (3, "half_open")
     bench.send()
-    eventually(lambda: bench.publisher.counts().shed == {"breaker_open": 2})
+    eventually(lambda: bench.publisher.counts().dropped == {"circuit_breaker_open": 2})
     bench.producer.come_back()
     counts = bench.publisher.close(1)
     assert (counts.published, counts.pending) == (3, 0)
@@ -132,8 +131,8 @@ def test_what_the_broker_refuses_is_shed_and_opens_the_breaker() -> None:
     bench.producer.mode = "refuse"
     bench.send()
     bench.send()
-    eventually(lambda: bench.publisher.breaker == "open")
-    assert bench.publisher.close(1).shed == {"refused": 2}
+    eventually(lambda: bench.publisher.circuit_breaker == "open")
+    assert bench.publisher.close(1).dropped == {"rejected": 2}
 
 
 def test_a_chunk_that_is_too_large_says_nothing_about_the_broker() -> None:
@@ -141,8 +140,8 @@ def test_a_chunk_that_is_too_large_says_nothing_about_the_broker() -> None:
     bench.producer.mode = "large"
     for _ in range(5):
         bench.send()
-    assert bench.publisher.close(1).shed == {"too_large": 5}
-    assert bench.publisher.breaker == "closed"
+    assert bench.publisher.close(1).dropped == {"too_large": 5}
+    assert bench.publisher.circuit_breaker == "closed"
 
 
 def test_what_is_in_hand_when_the_node_closes_is_unconfirmed() -> None:
@@ -150,7 +149,7 @@ def test_what_is_in_hand_when_the_node_closes_is_unconfirmed() -> None:
     bench.producer.mode = "hold"
     bench.send(verify_steps=3)
     counts = bench.publisher.close(0.1)
-    assert (counts.captured, counts.shed, counts.pending, counts.pending_bytes) == (3, {"unconfirmed": 3}, 0, 0)
+    assert (counts.captured, counts.dropped, counts.pending, counts.pending_bytes) == (3, {"unconfirmed": 3}, 0, 0)
 
 
 def test_after_closing_rows_are_turned_away_and_counted() -> None:
@@ -158,7 +157,7 @@ def test_after_closing_rows_are_turned_away_and_counted() -> None:
     bench.publisher.close(1)
     bench.send(verify_steps=2)
     counts = bench.publisher.counts()
-    assert (counts.captured, counts.shed, counts.pending) == (2, {"closed": 2}, 0)
+    assert (counts.captured, counts.dropped, counts.pending) == (2, {"closed": 2}, 0)
 
 
 def test_a_fatal_error_of_the_client_gets_a_new_producer() -> None:
@@ -169,7 +168,7 @@ def test_a_fatal_error_of_the_client_gets_a_new_producer() -> None:
     bench.settle()
     bench.producers.append(FakeProducer())
     bench.on_error(KafkaError(KafkaError._FATAL, "fatal", fatal=True))
-    eventually(lambda: bench.publisher.counts().shed == {"unconfirmed": 1})
+    eventually(lambda: bench.publisher.counts().dropped == {"unconfirmed": 1})
     bench.send()
     counts = bench.publisher.close(1)
     assert (counts.published, bench.producer.rows, broken.delivered) == (1, 1, [])
@@ -190,7 +189,7 @@ def test_a_broker_that_does_not_let_the_node_in_is_told_once_with_the_setting(
     bench.settle()
     bench.on_error(refusal)
     bench.publisher.close(1)
-    refused = [line for line in told.entries if line["event"] == "trace_producer_not_let_in"]
+    refused = [line for line in told.entries if line["event"] == "trace_producer_denied"]
     assert [(line["why"], line["setting"]) for line in refused] == [("wrong password", "kafka.client_options")] * 2
 
 
@@ -202,7 +201,7 @@ def test_malformed_verify_steps_neither_raise_nor_end_the_publisher() -> None:
     bench.publisher.record(Request("worse", (1,), 5), (unencodable,), "stop")
     bench.send()
     counts = bench.publisher.close(1)
-    assert (counts.captured, counts.published, counts.shed, counts.pending) == (3, 1, {"unencodable": 2}, 0)
+    assert (counts.captured, counts.published, counts.dropped, counts.pending) == (3, 1, {"unencodable": 2}, 0)
 
 
 @settings(max_examples=60, deadline=None)
@@ -251,9 +250,9 @@ def test_every_row_ends_in_exactly_one_way(
         if verify_steps % 2:
             bench.settle()
         counts = bench.publisher.counts()
-        assert counts.captured == counts.published + counts.rows_shed + counts.pending
+        assert counts.captured == counts.published + counts.rows_dropped + counts.pending
     counts = bench.publisher.close(0.1)
-    assert counts.captured == counts.published + counts.rows_shed
+    assert counts.captured == counts.published + counts.rows_dropped
     assert counts.published == bench.producer.rows
     assert (counts.pending, counts.pending_bytes) == (0, 0)
 

@@ -54,7 +54,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def test_a_server_as_released_is_recorded(server: dict[str, Any]) -> None:
-    assert compatibility.refusal() is None
+    assert compatibility.check_installation() is None
 
 
 def test_another_version_is_refused_with_the_known_ones(
@@ -62,26 +62,26 @@ def test_another_version_is_refused_with_the_known_ones(
 ) -> None:
     monkeypatch.setattr(compatibility, "version", lambda _: "9.9.9")
     assert (
-        compatibility.refusal()
-        == f"SGLang 9.9.9 is not known: this plugin knows SGLang {', '.join(compatibility.VERSIONS)}"
+        compatibility.check_installation()
+        == f"SGLang 9.9.9 is not supported: this plugin supports SGLang {', '.join(compatibility.VERSIONS)}"
     )
 
 
 def test_a_changed_signature_or_record_is_named(server: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    module, _, name = compatibility.JUDGE.rpartition(".")
+    module, _, name = compatibility.ACCEPT.rpartition(".")
     monkeypatch.setattr(sys.modules[module], name, function(("verify_input", "batch")))
     record, _, name = next(iter(compatibility.FIELDS)).rpartition(".")
     monkeypatch.setattr(sys.modules[record], name, dataclasses.make_dataclass("Record", ["draft_token"]))
-    why = compatibility.refusal()
+    why = compatibility.check_installation()
     assert why is not None
-    assert f"{compatibility.JUDGE} takes verify_input, batch" in why
+    assert f"{compatibility.ACCEPT} takes verify_input, batch" in why
     assert "has no retrieve_next_token" in why
 
 
 def test_a_missing_function_is_named(server: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     module, _, name = compatibility.RELEASE.rpartition(".")
     monkeypatch.delattr(sys.modules[module], name)
-    assert compatibility.RELEASE in (compatibility.refusal() or "")
+    assert compatibility.RELEASE in (compatibility.check_installation() or "")
 
 
 @pytest.mark.parametrize(
@@ -94,5 +94,5 @@ def test_a_missing_function_is_named(server: dict[str, Any], monkeypatch: pytest
 )
 def test_a_server_that_was_started_otherwise_is_told_what_is_known(given: tuple[str, int, bool], setting: str) -> None:
     device, stages, is_eagle3 = given
-    assert setting in (compatibility.unsuitable(device, stages, is_eagle3=is_eagle3) or "")
-    assert compatibility.unsuitable("cuda", 1, is_eagle3=True) is None
+    assert setting in (compatibility.check_server(device, stages, is_eagle3=is_eagle3) or "")
+    assert compatibility.check_server("cuda", 1, is_eagle3=True) is None

@@ -1,4 +1,4 @@
-"""The puller against a real MLflow server, with versions as the trainer registers them."""
+"""The poller against a real MLflow server, with versions as the trainer registers them."""
 
 from __future__ import annotations
 
@@ -24,9 +24,8 @@ from schemas.settings import Registry as RegistrySettings
 from schemas.speculator import checkpoint
 from schemas.speculator.network import EagleDraft, random_draft
 from serving.engines.base import EngineHealth, SwapResult
-from serving.versions.cache import RegistryError
-from serving.versions.poller import Puller
-from serving.versions.registry import MlflowRegistry
+from serving.versions.cache import MlflowRegistry, RegistryError
+from serving.versions.poller import VersionPoller
 from trainer.release.registry import SpeculatorRegistry
 
 
@@ -59,11 +58,11 @@ class Line:
         self.engine = Engine(self.name)
         self.uri, self.client = uri, self.trainer._client
         self.moves = 0
-        self.puller = self.node(Canary())
+        self.poller = self.node(Canary())
 
-    def node(self, canary: Canary) -> Puller:
+    def node(self, canary: Canary) -> VersionPoller:
         registry = MlflowRegistry(RegistrySettings(tracking_uri=self.uri, timeout=5), self.name)
-        return Puller(registry, self.engine, Settings(canary=canary))  # type: ignore[arg-type]
+        return VersionPoller(registry, self.engine, Settings(canary=canary))  # type: ignore[arg-type]
 
     def record(self, **aliases: str) -> None:
         """Move aliases, and write down that they were moved, as a promoter does."""
@@ -86,27 +85,27 @@ def line(registry: str, tmp_path: Path) -> Line:
 
 
 def test_what_the_trainer_registers_and_the_alias_names_is_served(line: Line) -> None:
-    line.puller.poll()
-    assert (line.engine.served, line.puller.error) == ([], None)
+    line.poller.poll()
+    assert (line.engine.served, line.poller.error) == ([], None)
 
     line.write("first", seed=1)
     first = line.register("first")
-    line.puller.poll()
-    assert (line.engine.served, line.puller.error) == ([], None)
+    line.poller.poll()
+    assert (line.engine.served, line.poller.error) == ([], None)
 
-    line.trainer.set_alias(line.name, "champion", first)
-    line.puller.poll()
+    line.trainer.point(line.name, "champion", first)
+    line.poller.poll()
     ((version, draft),) = line.engine.served
     assert version == first
     assert torch.equal(draft.lm_head.weight, random_draft(SHAPE, 1).lm_head.weight.bfloat16().float())
 
     line.write("second", seed=2)
-    line.trainer.set_alias(line.name, "champion", line.register("second"))
-    line.puller.poll()
-    line.trainer.set_alias(line.name, "champion", first)
-    line.puller.poll()
+    line.trainer.point(line.name, "champion", line.register("second"))
+    line.poller.poll()
+    line.trainer.point(line.name, "champion", first)
+    line.poller.poll()
     assert [version for version, _ in line.engine.served] == ["1", "2", "1"]
-    assert (line.puller.error, line.puller.refused) == (None, ())
+    assert (line.poller.error, line.poller.rejected) == (None, ())
 
 
 def test_a_recorded_line_goes_back_by_the_record_and_tries_a_canary_while_it_is_named(line: Line) -> None:
@@ -114,12 +113,12 @@ def test_a_recorded_line_goes_back_by_the_record_and_tries_a_canary_while_it_is_
         line.write(str(number), seed=number)
         line.register(str(number))
     line.record(champion="2")
-    line.puller.poll()
-    line.trainer.set_alias(line.name, "champion", "1")
-    line.puller.poll()
+    line.poller.poll()
+    line.trainer.point(line.name, "champion", "1")
+    line.poller.poll()
     assert [version for version, _ in line.engine.served] == ["2"]
     line.record(champion="1")
-    line.puller.poll()
+    line.poller.poll()
     assert [version for version, _ in line.engine.served] == ["2", "1"]
 
     trying = line.node(Canary(share=1.0))
@@ -181,7 +180,7 @@ def test_a_version_at_fault_is_refused_with_its_reason(line: Line, harm: Callabl
     for alias in ("canary", "champion"):
         line.trainer.set_alias(line.name, alias, bad)
         node.poll()
-    (refusal,) = node.refused
+    (refusal,) = node.rejected
     assert (refusal.version, node.error) == (bad, None)
     assert re.search(why, refusal.why)
     assert [version for version, _ in line.engine.served] == [good]
@@ -192,7 +191,7 @@ def test_a_registry_that_is_not_there_costs_a_moment_and_is_reported(free_port: 
     registry = MlflowRegistry(RegistrySettings(tracking_uri=f"http://127.0.0.1:{free_port()}", timeout=5), "line")
     started = time.monotonic()
     with pytest.raises(RegistryError, match=r"registry\.tracking_uri"):
-        registry.named()
+        registry.read_aliases()
     assert time.monotonic() - started < 60
 
 
@@ -203,10 +202,10 @@ def test_files_that_are_gone_from_the_registry_are_not_the_versions_fault(line: 
     client = line.client
     run = client.get_model_version(model, version).run_id
     client.create_model_version(model, f"runs:/{run}/nothing", run)
-    line.trainer.set_alias(line.name, "champion", "2")
-    line.puller.poll()
-    assert line.puller.error
-    assert (line.puller.refused, line.engine.served) == ((), [])
-    line.trainer.set_alias(line.name, "champion", version)
-    line.puller.poll()
-    assert (line.puller.error, [v for v, _ in line.engine.served]) == (None, ["1"])
+    line.trainer.point(line.name, "champion", "2")
+    line.poller.poll()
+    assert line.poller.error
+    assert (line.poller.rejected, line.engine.served) == ((), [])
+    line.trainer.point(line.name, "champion", version)
+    line.poller.poll()
+    assert (line.poller.error, [v for v, _ in line.engine.served]) == (None, ["1"])

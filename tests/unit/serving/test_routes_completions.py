@@ -111,7 +111,7 @@ def test_what_cannot_be_served_is_refused_by_name(node: Node, body: dict[str, An
     assert answer.status_code == (404 if code == "model_not_found" else 400)
     assert (error["param"], error["code"]) == (param, code)
     assert node.engine.requests == []
-    assert node.metric("aurora_serve_requests_total", outcome="refused") == 1
+    assert node.metric("aurora_serve_requests_total", outcome="rejected") == 1
 
 
 def test_what_asks_for_nothing_is_taken(node: Node) -> None:

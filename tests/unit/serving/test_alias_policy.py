@@ -13,35 +13,37 @@ from schemas.events import AUDITED_TAG, Alias, AuditState
 from serving.versions.alias_policy import (
     CANARY,
     CHAMPION,
-    CONVINCED,
-    Following,
-    Named,
-    Trail,
-    follow,
-    hear,
-    held,
-    serves_canary,
-    slice_at,
+    MAX_DISAGREEMENTS,
+    FollowedAlias,
+    FollowedAliases,
+    RegistryAnswer,
+    apply_answer,
+    explain_unfollowed,
+    follow_alias,
+    is_canary_slice,
+    parse_answer,
+    slice_number,
 )
-from serving.versions.registry import named_of
 
 
-def answer(champion: str | None, moves: int = 0, audited: str | None = None, canary: str | None = None) -> Named:
+def answer(
+    champion: str | None, moves: int = 0, audited: str | None = None, canary: str | None = None
+) -> RegistryAnswer:
     """With the audit of the champion alone; none where there are no moves."""
     aliases = {alias: version for alias, version in ((CHAMPION, champion), (CANARY, canary)) if version is not None}
     recorded: dict[Alias, str] = {} if audited is None else {"champion": audited}
-    return Named(aliases, AuditState(moves=moves, aliases=recorded) if moves else None)
+    return RegistryAnswer(aliases, AuditState(moves=moves, aliases=recorded) if moves else None)
 
 
-def after(*answers: Named, alias: str = CHAMPION, canary: bool = True) -> Following:
+def after(*answers: RegistryAnswer, alias: str = CHAMPION, canary: bool = True) -> FollowedAliases:
     """What is followed after these answers; old ones change nothing."""
-    following = Following()
+    following = FollowedAliases()
     for named in answers:
-        following = hear(following, named, alias, canary=canary) or following
+        following = apply_answer(following, named, alias, canary=canary) or following
     return following
 
 
-def main_after(*answers: Named) -> str | None:
+def main_after(*answers: RegistryAnswer) -> str | None:
     return after(*answers).main.version
 
 
@@ -50,7 +52,7 @@ def test_without_an_audit_the_alias_is_followed_wherever_it_points() -> None:
 
 
 def test_an_alias_that_nobody_records_is_followed_wherever_it_points_beside_an_audit() -> None:
-    answers = [Named({"mine": version}, AuditState(moves=4, aliases={"champion": "9"})) for version in "132"]
+    answers = [RegistryAnswer({"mine": version}, AuditState(moves=4, aliases={"champion": "9"})) for version in "132"]
     assert after(*answers, alias="mine").main.version == "2"
 
 
@@ -64,8 +66,8 @@ def test_a_step_up_is_followed_before_it_is_recorded_and_a_step_back_after() -> 
 
 def test_an_old_answer_is_recognised_by_its_moves_and_by_their_absence() -> None:
     now = after(answer("7", 11, "7"))
-    for old in (answer("9", 10, "9"), answer("5", 10, "5"), answer("9"), Named({})):
-        assert hear(now, old, CHAMPION, canary=True) is None
+    for old in (answer("9", 10, "9"), answer("5", 10, "5"), answer("9"), RegistryAnswer({})):
+        assert apply_answer(now, old, CHAMPION, canary=True) is None
 
 
 def test_an_old_answer_from_before_the_record_of_a_step_up_does_not_undo_it() -> None:
@@ -89,7 +91,7 @@ def test_the_first_record_of_a_line_does_not_undo_a_step_up_either() -> None:
 
 def test_a_step_up_that_was_taken_back_before_anybody_recorded_it_is_given_up_in_the_end() -> None:
     begun = [answer("5", 10, "5"), answer("7", 10, "5")]
-    back = [answer("5", 10, "5")] * CONVINCED
+    back = [answer("5", 10, "5")] * MAX_DISAGREEMENTS
     assert main_after(*begun, *back[1:]) == "7"
     assert main_after(*begun, *back) == "5"
     assert main_after(*begun, *back[1:], answer("7", 10, "5"), *back[1:]) == "7"
@@ -102,34 +104,37 @@ def test_a_node_that_starts_begins_with_what_is_recorded_and_goes_up_from_there(
 
 def test_a_canary_that_is_gone_comes_back_with_a_record_only() -> None:
     with_canary = AuditState(moves=10, aliases={"champion": "5", "canary": "7"})
-    begun = [Named({"champion": "5", "canary": "7"}, with_canary), Named({"champion": "5"}, with_canary)]
+    begun = [
+        RegistryAnswer({"champion": "5", "canary": "7"}, with_canary),
+        RegistryAnswer({"champion": "5"}, with_canary),
+    ]
     assert after(begun[0]).canary.version == "7"
     assert after(*begun).canary.version is None
     assert after(*begun, begun[0]).canary.version is None
     again = AuditState(moves=12, aliases=with_canary.aliases)
-    assert after(*begun, Named(begun[0].aliases, again)).canary.version == "7"
-    assert after(*begun, Named({"champion": "5", "canary": "8"}, with_canary)).canary.version == "8"
+    assert after(*begun, RegistryAnswer(begun[0].aliases, again)).canary.version == "7"
+    assert after(*begun, RegistryAnswer({"champion": "5", "canary": "8"}, with_canary)).canary.version == "8"
 
 
 def test_a_node_without_trials_follows_no_canary() -> None:
-    assert after(answer("5", canary="7"), canary=False).canary == Trail()
+    assert after(answer("5", canary="7"), canary=False).canary == FollowedAlias()
 
 
 def test_a_version_that_is_not_followed_is_told() -> None:
     following = after(answer("7", 11, "7"), answer("5", 11, "7"))
-    assert held(following.main, answer("5", 11, "7"), CHAMPION) == (
-        "champion names version 5: no step up from 7, and no audit of it was seen"
+    assert explain_unfollowed(following.main, answer("5", 11, "7"), CHAMPION) == (
+        "champion names version 5: not newer than 7, and no audit state names it"
     )
-    assert held(following.main, answer("7", 11, "7"), CHAMPION) is None
+    assert explain_unfollowed(following.main, answer("7", 11, "7"), CHAMPION) is None
 
 
 def test_a_tag_that_is_no_audit_is_left_out_and_told() -> None:
     good = AuditState(moves=3, aliases={"champion": "2"})
-    assert named_of({"champion": "2"}, good.model_dump_json()) == Named({"champion": "2"}, good)
-    assert named_of({}, None) == Named({})
+    assert parse_answer({"champion": "2"}, good.model_dump_json()) == RegistryAnswer({"champion": "2"}, good)
+    assert parse_answer({}, None) == RegistryAnswer({})
     for tag in ("", "{}", "null", '{"moves": 0, "aliases": {}}', '{"moves": 1, "aliases": {"champion": "two"}}'):
-        named = named_of({"champion": "2"}, tag)
-        assert (named.aliases, named.audited) == ({"champion": "2"}, None)
+        named = parse_answer({"champion": "2"}, tag)
+        assert (named.aliases, named.audit) == ({"champion": "2"}, None)
         assert named.unreadable is not None
         assert AUDITED_TAG in named.unreadable
 
@@ -151,7 +156,7 @@ class World:
     """Champions are ever newer versions."""
     past: list[Moment] = field(default_factory=lambda: [Moment("1", None, 1, {"champion": "1"})])
     heard_until: int = 0
-    following: Following = field(default_factory=Following)
+    following: FollowedAliases = field(default_factory=FollowedAliases)
 
     def take(self, kind: str, number: int) -> None:
         now = self.past[-1]
@@ -168,31 +173,31 @@ class World:
             case "other row":
                 self.past.append(now._replace(moves=now.moves + 1))
             case "hear now":
-                self.hear(len(self.past) - 1, len(self.past) - 1)
+                self.apply_answer(len(self.past) - 1, len(self.past) - 1)
             case "hear torn":
                 first = min(self.heard_until + number, len(self.past) - 1)
-                self.hear(first, min(first + number, len(self.past) - 1))
+                self.apply_answer(first, min(first + number, len(self.past) - 1))
             case "hear old":
                 old = number % len(self.past)
-                self.hear(old, old)
+                self.apply_answer(old, old)
 
-    def hear(self, aliases: int, audit: int) -> None:
+    def apply_answer(self, aliases: int, audit: int) -> None:
         """An answer whose aliases and audit are of these moments; what must hold of every answer."""
         moves, recorded = self.past[audit].moves, self.past[audit].recorded
-        named = Named({**_named(self.past[aliases])}, AuditState(moves=moves, aliases=recorded))
-        before, after_ = self.following, hear(self.following, named, CHAMPION, canary=True)
+        named = RegistryAnswer({**_named(self.past[aliases])}, AuditState(moves=moves, aliases=recorded))
+        before, after_ = self.following, apply_answer(self.following, named, CHAMPION, canary=True)
         assert (after_ is None) == (moves < before.moves)
         if after_ is None:
             return
         self.heard_until = max(self.heard_until, aliases)
         self.following = after_
-        if after_.main.version is not None and int(after_.main.version) < before.main.bar:
+        if after_.main.version is not None and int(after_.main.version) < before.main.highest:
             assert recorded.get("champion") == after_.main.version
             assert moves > before.main.moves
         if CANARY not in named.aliases:
             assert after_.canary.version is None
         if self.rising:
-            assert after_.main.bar >= before.main.bar
+            assert after_.main.highest >= before.main.highest
 
 
 def _named(moment: Moment) -> dict[Alias, str]:
@@ -207,7 +212,7 @@ STEPS = st.lists(
         ),
         st.integers(1, 6),
     ),
-    max_size=CONVINCED - 1,
+    max_size=MAX_DISAGREEMENTS - 1,
 )
 
 
@@ -227,7 +232,7 @@ def test_when_all_is_recorded_and_answers_are_of_now_a_node_follows_the_aliases(
     steps: Sequence[tuple[str, int]],
 ) -> None:
     world = World(rising=False)
-    for kind, number in [*steps, ("record", 1), *[("hear now", 1)] * (CONVINCED + 1)]:
+    for kind, number in [*steps, ("record", 1), *[("hear now", 1)] * (MAX_DISAGREEMENTS + 1)]:
         world.take(kind, number)
     now = world.past[-1]
     assert (world.following.main.version, world.following.canary.version) == (now.champion, now.canary)
@@ -242,22 +247,22 @@ def test_when_all_is_recorded_and_answers_are_of_now_a_node_follows_the_aliases(
 )
 def test_a_larger_share_keeps_the_slices_of_a_smaller_one(share: float, more: float, node: str, number: int) -> None:
     small, large = sorted((share, more))
-    assert serves_canary(node, number, small) <= serves_canary(node, number, large)
-    assert not serves_canary(node, number, 0.0)
-    assert serves_canary(node, number, 1.0)
+    assert is_canary_slice(node, number, small) <= is_canary_slice(node, number, large)
+    assert not is_canary_slice(node, number, 0.0)
+    assert is_canary_slice(node, number, 1.0)
 
 
 def test_a_canary_has_its_share_of_the_slices_and_nodes_draw_apart() -> None:
-    drawn = [[serves_canary(f"node-{n}", number, 0.2) for number in range(2000)] for n in range(3)]
+    drawn = [[is_canary_slice(f"node-{n}", number, 0.2) for number in range(2000)] for n in range(3)]
     assert all(0.17 < sum(slices) / 2000 < 0.23 for slices in drawn)
     both = sum(one and other for one, other in zip(drawn[0], drawn[1], strict=True)) / 2000
     assert 0.02 < both < 0.06
 
 
 def test_slices_are_counted_from_the_epoch() -> None:
-    assert [slice_at(time_s, 30.0) for time_s in (0, 29.9, 30, 1_800_000_000)] == [0, 0, 1, 60_000_000]
+    assert [slice_number(time_s, 30.0) for time_s in (0, 29.9, 30, 1_800_000_000)] == [0, 0, 1, 60_000_000]
 
 
 def test_a_trail_keeps_what_it_followed_while_an_alias_is_gone() -> None:
-    trail = follow(after(answer("7", 11, "7")).main, answer(None, 11, "7"), CHAMPION)
-    assert (trail.version, trail.bar) == (None, 7)
+    trail = follow_alias(after(answer("7", 11, "7")).main, answer(None, 11, "7"), CHAMPION)
+    assert (trail.version, trail.highest) == (None, 7)

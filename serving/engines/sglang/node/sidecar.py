@@ -1,0 +1,169 @@
+"""Sidecar of SGLang's server: its first draft, the version poller, and the operator's endpoints of a node."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import threading
+from pathlib import Path
+
+import structlog
+import uvicorn
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry
+
+from schemas.settings import Settings, SettingsError
+from schemas.speculator import checkpoint
+from schemas.speculator.checkpoint import CheckpointError
+from schemas.speculator.initial_draft import Line, read_line
+from schemas.speculator.network import EagleDraft
+from schemas.telemetry.metrics import register_process_metrics
+from serving.engines.sglang.node.client import SglangError, SglangServer
+from serving.engines.sglang.node.flags import DraftFolder
+from serving.engines.sglang.node.remote_engine import RemoteEngine, ServedDraft
+from serving.engines.sglang.node.weights import compare_checksums, draft_tensors
+from serving.engines.sglang.plugin import compatibility
+from serving.http import admin, errors, status, webhook
+from serving.http.server import Drain, bind
+from serving.versions.alias_policy import FollowedAliases, apply_answer
+from serving.versions.cache import MlflowRegistry, RegistryError
+from serving.versions.poller import VersionPoller
+
+log = structlog.get_logger()
+
+_READY_POLL_S = 0.2
+
+
+def read_target_line(settings: Settings) -> Line:
+    """Return the speculator line of the node's target.
+
+    Raises:
+        SettingsError: no draft can be made for the target.
+    """
+    folder = Path(settings.target.path)
+    try:
+        return read_line(folder, settings.speculator)
+    except CheckpointError as error:
+        raise SettingsError(f"target.path {folder}: {error}") from error
+
+
+def write_first_draft(settings: Settings, line: Line, registry: MlflowRegistry) -> tuple[DraftFolder, ServedDraft]:
+    """Write the draft that SGLang starts with: the version that the alias names, or the day-0 draft.
+
+    Raises:
+        SettingsError: it cannot be written.
+    """
+    version, draft = _read_alias(settings, line, registry) or (settings.speculator.day_0, line.day_0)
+    # One folder per node: a server that starts again must not find older versions.
+    folder = Path(settings.sglang.draft_dir).absolute() / settings.serve.node
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        checkpoint.write(draft, folder, line.target)
+    except OSError as error:
+        raise SettingsError(f"sglang.draft_dir: the draft cannot be written: {error}") from error
+    log.info("first_draft_written", version=version, line=line.name, folder=str(folder))
+    return DraftFolder(folder, version), ServedDraft(version, draft_tensors(draft))
+
+
+def read_served_draft(server: SglangServer, line: Line) -> ServedDraft | None:
+    """Return the draft of a running server, if it is still the one that the server started with.
+
+    Raises:
+        SglangError: the server is unreachable, or its draft is of another line: it must never get weights of this one.
+    """
+    info = server.info()
+    if info.version not in compatibility.VERSIONS:
+        supported = ", ".join(compatibility.VERSIONS)
+        raise SglangError(f"{server.url}: SGLang {info.version} is not supported; supported: {supported}")
+    folder = Path(info.draft or "")
+    try:
+        served_line = checkpoint.read_manifest(folder).line
+        if served_line != line.name:
+            message = f"drafts for line {served_line}; target.path and [speculator] give {line.name}"
+            raise SglangError(f"{server.url}: {message}")
+        served = ServedDraft(info.weight_version, draft_tensors(checkpoint.read(folder, line.name)))
+    except CheckpointError as error:
+        message = f"--speculative-draft-model-path is no version of Aurora: {error}"
+        raise SglangError(f"{server.url}: {message}") from error
+    return None if compare_checksums(server.checksums(), served.checksums).names else served
+
+
+class Sidecar:
+    """Polls versions for the server, and answers the operator's endpoints, on threads.
+
+    Raises:
+        SettingsError: the address is taken.
+    """
+
+    def __init__(
+        self, settings: Settings, server: SglangServer, engine: RemoteEngine, registry: MlflowRegistry
+    ) -> None:
+        serve = settings.serve
+        self._socket, self._server, self._engine = bind(serve.host, serve.port), server, engine
+        self._poller = VersionPoller(registry, engine, settings) if serve.speculate else None
+        self._stopping, self._is_polling = threading.Event(), False
+        self.drain = Drain()
+        app, metrics = FastAPI(title="Aurora Stream", docs_url=None, redoc_url=None), CollectorRegistry()
+        register_process_metrics(metrics)
+        status.add_routes(app, serve.node, engine, engine, metrics, engine.watch, self._poller, self.drain)
+        admin.add_routes(app, serve, engine, self._poller)
+        webhook.add_route(app, serve.webhook_secret, engine.line, self._poller)
+        errors.install_handlers(app, lambda: None)
+        config = uvicorn.Config(
+            app, log_config=None, log_level="warning", access_log=False, timeout_graceful_shutdown=1
+        )
+        self._http = uvicorn.Server(config)
+        sockets = {"sockets": [self._socket]}
+        self._threads = [
+            threading.Thread(target=self._http.run, kwargs=sockets, name="sidecar-http", daemon=True),
+            threading.Thread(target=self._start_polling, name="sidecar-start", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def close(self) -> None:
+        """Stop all of it; a thread that hangs ends with the process."""
+        self._stopping.set()
+        self._http.should_exit = True
+        for thread in self._threads:
+            thread.join(2.0)
+        if self._poller and self._is_polling:
+            self._poller.stop()
+        self._engine.stop()
+        self._socket.close()
+        self._server.close()
+
+    def _start_polling(self) -> None:
+        """Wait until the server answers, then poll versions; on a thread, so that a hanging server delays no signal."""
+        why = ""
+        while not self._stopping.wait(_READY_POLL_S):
+            if not self._server.is_healthy():
+                continue
+            try:
+                self._engine.start()
+            except SglangError as error:
+                # The server serves in any case. The start is retried, and each reason logged once.
+                if str(error) != why:
+                    log.warning("sglang_engine_start_failed", why=str(error))
+                why = str(error)
+                continue
+            if self._poller:
+                self._poller.start()
+                self._is_polling = True
+            log.info("sglang_ready")
+            return
+
+
+def _read_alias(settings: Settings, line: Line, registry: MlflowRegistry) -> tuple[str, EagleDraft] | None:
+    """Return the version that the alias names; None if there is none yet, so that the poller brings it later."""
+    alias = settings.serve.alias
+    try:
+        followed = apply_answer(FollowedAliases(), registry.read_aliases(), alias, canary=False)
+        version = followed.main.version if followed else None
+        if version is None:
+            return None
+        with tempfile.TemporaryDirectory(prefix="aurora-version-") as folder:
+            return version, checkpoint.read(registry.download(version, Path(folder)), line.name)
+    except (RegistryError, CheckpointError) as error:
+        log.warning("first_draft_is_day_0", alias=alias, why=str(error))
+        return None

@@ -1,0 +1,119 @@
+"""The sidecar of SGLang's server: the draft that the server starts with, and the servers that it does not support."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from fake_sglang import KEY, FakeSglang, served
+from sglang_stand_in import write_python
+from tiny_target import write_tiny_target
+
+from schemas.settings import Settings, SettingsError, load
+from schemas.speculator import checkpoint
+from serving.engines.sglang.node import launch
+from serving.engines.sglang.node.client import SglangError, SglangServer
+from serving.engines.sglang.node.sidecar import read_served_draft, read_target_line, write_first_draft
+from serving.versions.alias_policy import RegistryAnswer
+from serving.versions.cache import RegistryError
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_target(tmp_path_factory.mktemp("target"))
+
+
+@pytest.fixture
+def settings(target: Path, tmp_path: Path) -> Settings:
+    flags = {
+        "target.path": str(target),
+        "speculator.draft_vocab_size": 16,
+        "sglang.draft_dir": str(tmp_path / "drafts"),
+        "sglang.api_key": KEY,
+    }
+    return load(environ={}, flags=flags)
+
+
+def test_a_server_with_a_draft_of_another_line_is_not_supported(settings: Settings, tmp_path: Path) -> None:
+    line = read_target_line(settings)
+    other = read_target_line(
+        load(environ={}, flags={"target.path": settings.target.path, "speculator.draft_vocab_size": 20})
+    )
+    fake = FakeSglang(other.day_0, "day-0-head-0")
+    checkpoint.write(other.day_0, tmp_path / "served", other.target)
+    with served(fake):
+        server = SglangServer(fake.url, settings.sglang.api_key, 5)
+        fake.draft = str(tmp_path / "served")
+        with pytest.raises(SglangError, match=f"line {other.name}.*give {line.name}"):
+            read_served_draft(server, line)
+        fake.draft = str(tmp_path)
+        with pytest.raises(SglangError, match="no version of Aurora"):
+            read_served_draft(server, line)
+        fake.release = "0.6.0"
+        with pytest.raises(SglangError, match=r"SGLang 0\.6\.0 is not supported; supported: 0\.5\.21"):
+            read_served_draft(server, line)
+
+
+class _Registry:
+    """A registry whose champion is the checkpoint in a folder."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+
+    def read_aliases(self) -> RegistryAnswer:
+        if self._folder is None:
+            raise RegistryError("connection refused")
+        return RegistryAnswer({"champion": "5"})
+
+    def has_version(self, version: str) -> bool:
+        return version == "5"
+
+    def download(self, version: str, folder: Path) -> Path:
+        assert self._folder
+        return self._folder
+
+
+def test_a_server_starts_with_the_version_that_the_alias_names(settings: Settings, tmp_path: Path) -> None:
+    line = read_target_line(settings)
+    seeded = settings.speculator.model_copy(update={"seed": 3})
+    learned = read_target_line(settings.model_copy(update={"speculator": seeded})).day_0
+    checkpoint.write(learned, tmp_path / "learned", line.target)
+    folder, served = write_first_draft(settings, line, _Registry(tmp_path / "learned"))
+    assert (folder.version, served.version) == ("5", "5")
+    assert checkpoint.read(folder.folder, line.name).fc.weight.equal(learned.fc.weight.bfloat16().float())
+    again, _ = write_first_draft(settings, line, _Registry(None))
+    assert (again.folder, again.version) == (folder.folder, "day-0-head-0")
+    assert checkpoint.read(again.folder, line.name).fc.weight.equal(line.day_0.fc.weight.bfloat16().float())
+    (tmp_path / "learned" / "extra").touch()
+    defective, _ = write_first_draft(settings, line, _Registry(tmp_path / "learned"))
+    assert defective.version == "day-0-head-0"
+
+
+@pytest.mark.parametrize(
+    ("version", "plugin", "message"),
+    [
+        ("0.5.22", "true", r"SGLang 0\.5\.22 is not supported; supported: 0\.5\.21"),
+        ("0.5.21", "false", "our plugin is not"),
+    ],
+)
+def test_a_python_without_a_supported_sglang_or_our_plugin_is_rejected(
+    settings: Settings, tmp_path: Path, version: str, plugin: str, message: str
+) -> None:
+    python = write_python(tmp_path / "other", version, plugin)
+    update = {"sglang": settings.sglang.model_copy(update={"python": str(python)})}
+    with pytest.raises(SettingsError, match=rf"sglang\.python {python}: {message}"):
+        launch.run(settings.model_copy(update=update), [])
+
+
+def test_the_error_for_a_python_without_sglang_names_the_documentation(settings: Settings, tmp_path: Path) -> None:
+    for python in (sys.executable, str(tmp_path / "nowhere")):
+        update = {"sglang": settings.sglang.model_copy(update={"python": python})}
+        with pytest.raises(SettingsError, match=r"sglang\.python .*docs/guides/sglang\.md"):
+            launch.run(settings.model_copy(update=update), [])
+
+
+def test_flags_for_a_running_server_are_an_error(settings: Settings) -> None:
+    update = {"sglang": settings.sglang.model_copy(update={"url": "http://127.0.0.1:1"})}
+    with pytest.raises(SettingsError, match=r"sglang\.url"):
+        launch.run(settings.model_copy(update=update), ["--tp-size", "2"])

@@ -1,4 +1,4 @@
-"""Tables that records are committed to as the stream does, and feeds that read them."""
+"""Tables with records committed as by the stream, and data loaders that read them."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from schemas.settings import Tables, Train
 from trainer.data.data_loader import DataLoader, DataLoaderState, is_held_out
 from trainer.data.samples import Sample
 
-SHARE = 0.25
+RATIO = 0.25
 
 
-def requests(n: int, *, kept_back: bool = False) -> list[str]:
-    """Ids on one side of the split."""
+def requests(n: int, *, held_out: bool = False) -> list[str]:
+    """Return request ids, held out or not."""
     ids = (f"request-{i}" for i in range(10_000))
-    return [i for i in ids if is_held_out(i, SHARE) is kept_back][:n]
+    return [i for i in ids if is_held_out(i, RATIO) is held_out][:n]
 
 
 class MemoryLog:
-    """What a loader reads of Delta, for tests of many commits."""
+    """The part of the Delta log that a data loader reads, in memory, for tests of many commits."""
 
     def __init__(self) -> None:
         self._commits: dict[str, list[pa.Table]] = defaultdict(list)
@@ -64,7 +64,7 @@ class World:
         return cls(tables)
 
     def commit(self, ids: Sequence[str], *, names: Sequence[str] = ("rejected", "accepted"), **lineage: str) -> None:
-        """Commit requests at once, of our line if ``lineage`` does not say otherwise."""
+        """Commit requests in one commit, of our line unless ``lineage`` overrides it."""
         records = []
         for request in ids:
             tokens = [(self.offset * 3 + i) % 19 for i in range(11)]
@@ -73,7 +73,7 @@ class World:
         self._append(tables_of(*records), names)
 
     def commit_as(self, ids: Iterable[str], *, label: str | None = None, speculator: str = "1") -> None:
-        """Commit requests one by one, of a label and drafted by a version."""
+        """Commit requests one by one, with a label and a speculator version."""
         for request in ids:
             record = record_of(request, conversation([(self.offset + i) % 19 for i in range(11)], 4), self.offset)
             self.offset += 1
@@ -91,11 +91,11 @@ class World:
         self._append(rows)
 
     def data_loader(self, **settings: object) -> DataLoader:
-        defaults = {"batch_size": 4, "replay_batch_size": 2, "held_out_ratio": SHARE}
+        defaults = {"batch_size": 4, "replay_batch_size": 2, "held_out_ratio": RATIO}
         return DataLoader(self.tables, Train.model_validate(defaults | settings), TARGET, LINE, self.compute_states)
 
     def compute_states(self, tokens: torch.Tensor) -> torch.Tensor:
-        """A target whose state after each token names the token and how many came before."""
+        """Return states that encode each token and its position."""
         self.recomputed.append(len(tokens))
         return (tokens + 100 * torch.arange(len(tokens)))[:, None].expand(-1, WIDTH).bfloat16()
 
@@ -104,18 +104,18 @@ class World:
             self.tables.append(name, rows[name])
 
 
-def names(windows: Sequence[Sample]) -> list[str]:
-    return [window.request for window in windows]
+def names(samples: Sequence[Sample]) -> list[str]:
+    return [window.request for window in samples]
 
 
 def drain(loader: DataLoader) -> list[list[str]]:
-    """Steps until there is nothing left."""
+    """Return the request ids of all steps until no batch is left."""
     steps = []
     while True:
         loader.poll()
-        if not (windows := loader.next_samples()):
+        if not (samples := loader.next_samples()):
             return steps
-        steps.append(names(windows))
+        steps.append(names(samples))
 
 
 def as_json(loader: DataLoader) -> DataLoaderState:

@@ -1,4 +1,4 @@
-"""Kafka records and table rows of made-up requests, written the way a node and the stream write them."""
+"""Kafka records and table rows of synthetic requests, in the format of nodes and the stream."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def record_of(  # noqa: PLR0913 - one for each thing that a test may vary
 
 
 def tables_of(*records: Record) -> dict[str, pa.Table]:
-    """Rows of every table; a record that could not be used is an error here."""
+    """Return the rows of every table; a dead letter is an error."""
     built = build(records, 32)
     assert not built.dead_letters, built.rows["dead_letters"].to_pylist()
     return dict(built.rows)

@@ -1,4 +1,4 @@
-"""The shape of a draft so small that registering and reading one takes no time."""
+"""The shape of a draft small enough to register and read quickly."""
 
 from schemas.speculator.checkpoint import shape_for_target
 

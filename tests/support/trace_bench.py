@@ -1,4 +1,4 @@
-"""A trace publisher on a fake producer and a clock that stands still."""
+"""A trace publisher with a fake producer and a manual clock."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ORIGIN = Origin("node-a", "t" * 32, "line")
 
 @dataclass
 class FakeProducer:
-    """Acknowledges, refuses or holds messages, and reports from ``poll`` as the real one does."""
+    """Acknowledges, rejects or delays messages, and reports from ``poll`` as the real producer does."""
 
     mode: str = "ack"
     delivered: list[Chunk] = field(default_factory=list)
@@ -89,7 +89,7 @@ class FakeProducer:
 
 
 class Bench:
-    """A publisher on a fake producer and a clock that stands still until it is told to go."""
+    """A publisher with a fake producer and a manual clock."""
 
     def __init__(self, **traces: Any) -> None:
         self.now = 0.0
@@ -122,7 +122,7 @@ class Bench:
             self.publisher.record(request, (a_verify_step(number, tokens),), "stop" if last else None)
 
     def settle(self) -> None:
-        """Wait until the publisher's thread has nothing to do but wait for reports."""
+        """Wait until the publisher's thread only waits for delivery reports."""
         eventually(self.publisher._captures.empty)
         seen = self.producer.polls
         eventually(lambda: self.producer.polls >= seen + 2)

@@ -1,4 +1,4 @@
-"""A trainer's surroundings in tests: a target, tables with rows of made-up requests, and the processes."""
+"""The environment of a trainer in tests: a target, tables with synthetic requests, and processes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ RUN_PROMOTER = ("-c", "from schemas.settings import load; from trainer.release.p
 
 
 def write_target(folder: Path) -> None:
-    """A target as far as the trainer reads it; random, so that every test has a line of its own."""
+    """Write the parts of a target that the trainer reads; random, so that every test has its own line."""
     folder.mkdir()
     config = {
         "hidden_size": HIDDEN,
@@ -58,7 +58,7 @@ def after(token: int) -> int:
 
 
 def feature_table() -> np.ndarray:
-    """What the target captures after each token."""
+    """Return the states that the target captures after each token."""
     return np.random.default_rng(0).standard_normal((VOCABULARY, 3 * HIDDEN)).astype(np.float32)
 
 

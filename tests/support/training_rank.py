@@ -1,4 +1,4 @@
-"""One of several processes that train made-up drafts together; rank 0 writes what came of it."""
+"""One of several processes that train random drafts together; rank 0 writes the results."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from trainer.loop.distributed import Ranks, TorchrunRanks, join_ranks
 from trainer.loop.learner import Learner
 
 SHAPE = DraftShape(16, 24, 2, 1, 8, 32, 20, 1e-6, 100.0, 64, (1, 2, 3))
-WINDOWS = 5
-"""In a step: one more for the first of two ranks."""
+SAMPLES = 5
+"""Samples of a step: the first of two ranks gets one more."""
 
 
-def window(seed: int) -> Sample:
-    """Of some length, with or without a rejected branch; every seventh teaches nothing."""
+def sample(seed: int) -> Sample:
+    """Return a sample of varying length, some with a rejected branch; every seventh has no teacher."""
     g = torch.Generator().manual_seed(seed)
     length = 6 + seed % 5
 
@@ -42,7 +42,7 @@ def window(seed: int) -> Sample:
 
 
 def train(out: Path, steps: int, settings: Train, ranks: Ranks | TorchrunRanks) -> None:
-    """Train for so many steps; half-way the state is taken and put back, as over a restart."""
+    """Train, and restore the state half-way, as after a restart."""
     embeddings = torch.randn(32, 16, generator=torch.Generator().manual_seed(0))
     learner = Learner(random_draft(SHAPE, 0), embeddings, settings, ranks)
     losses = []
@@ -51,9 +51,9 @@ def train(out: Path, steps: int, settings: Train, ranks: Ranks | TorchrunRanks) 
             kept = {name: value.clone() for name, value in learner.state_tensors().items()}
             learner = Learner(random_draft(SHAPE, 1), embeddings, settings, ranks)
             learner.restore(kept, step)
-        windows = [window(step % 2 * WINDOWS + i) for i in range(WINDOWS)][ranks.rank :: ranks.size]
+        samples = [sample(step % 2 * SAMPLES + i) for i in range(SAMPLES)][ranks.rank :: ranks.size]
         parts = [
-            collate(windows[i :: settings.gradient_accumulation_steps])
+            collate(samples[i :: settings.gradient_accumulation_steps])
             for i in range(settings.gradient_accumulation_steps)
         ]
         losses.append(float(learner.step(*parts).total))
@@ -66,7 +66,7 @@ def train(out: Path, steps: int, settings: Train, ranks: Ranks | TorchrunRanks) 
 
 
 def main(out: Path, steps: int, trainings: list[Train]) -> None:
-    """One training after the other, each into a folder of its number."""
+    """Run the trainings one after the other, each into a folder named by its number."""
     torch.set_num_threads(1)
     with join_ranks(torch.device("cpu")) as ranks:
         for number, settings in enumerate(trainings):

@@ -1,4 +1,4 @@
-"""Row t reads feature g_t and token x_{t+1} and is taught by the target after it, from the node to the loss."""
+"""Alignment of features, tokens and teachers: row t reads g_t and x_{t+1}; its teacher is the target after x_{t+1}."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SHAPE = DraftShape(8, 8, 2, 1, 4, 32, 32, 1e-6, 100.0, 64, (1, 2, 3))
 
 
 class Probe(EagleDraft):
-    """A draft that writes down which feature, token and position each row reads."""
+    """A draft that records which feature, token and position each row reads."""
 
     def __init__(self) -> None:
         super().__init__(SHAPE)
@@ -43,11 +43,11 @@ class Probe(EagleDraft):
 
 
 NUMBERED = torch.arange(32.0)[:, None].expand(32, 8)
-"""Embeddings that are the number of the token."""
+"""Embeddings whose value is the token id."""
 
 
 def taught(batch: Batch, draft: EagleDraft, steps: int) -> set[tuple[int, int, int]]:
-    """Row, step and the teacher's likeliest token, wherever there is a loss on committed tokens."""
+    """Return row, step and the teacher's likeliest token of every loss on committed tokens."""
     found = set()
     for k, step in enumerate(build_draft_trees(draft, batch, steps, None).levels):
         for row, node in enumerate(step.index_BT[0].tolist()):
@@ -56,7 +56,7 @@ def taught(batch: Batch, draft: EagleDraft, steps: int) -> set[tuple[int, int, i
     return found
 
 
-def test_the_worked_example_of_the_design() -> None:
+def test_a_row_reads_its_feature_and_next_token_as_in_the_worked_example() -> None:
     features = torch.arange(5.0)[:, None].expand(5, SHAPE.feature_width).bfloat16()
     after = Teacher(torch.tensor([[20 + t] for t in range(5)]), torch.zeros(5, 1))
     tokens = torch.tensor([10, 11, 12, 13, 14])
@@ -66,16 +66,16 @@ def test_the_worked_example_of_the_design() -> None:
     row = 1
     embeddings, positions = draft.read[0]
     assert (draft.features[row], embeddings[row], positions[row]) == (1.0, 12.0, 1)
-    # The teacher of row 1 is the target after x2; the last row, which has no next token, is taught by nothing.
+    # The teacher of row 1 is the target after x2; the last row has no next token and no teacher.
     assert taught(batch, draft, 1) == {(0, 0, 21), (1, 0, 22), (2, 0, 23), (3, 0, 24)}
-    # One step later tokens, teacher and mask stand one further left, and the same row has the next position.
+    # One step later, tokens, teacher and mask are shifted left by one, and the same row has the next position.
     assert taught(batch, draft, 2) - taught(batch, draft, 1) == {(0, 1, 22), (1, 1, 23), (2, 1, 24)}
     unroll.first(torch.tensor([0]), torch.tensor([row]))
     unroll.advance(torch.tensor([0]), batch.tokens_BT[0, [row + 2]])
     assert draft.read[1] == ([13.0], [row + 1])
 
 
-def test_the_first_position_drafted_after_the_prompt_is_learned() -> None:
+def test_the_first_position_after_the_prompt_has_a_loss() -> None:
     mask = torch.tensor([False, False, True, True, True])
     after = Teacher(torch.tensor([[22], [23], [24]]), torch.zeros(3, 1))
     batch = collate([Sample("r", torch.arange(5), 5, torch.zeros(5, SHAPE.feature_width).bfloat16(), mask, after)])
@@ -83,7 +83,7 @@ def test_the_first_position_drafted_after_the_prompt_is_learned() -> None:
     assert taught(batch, random_draft(SHAPE, 0), 1) == {(1, 0, 22), (2, 0, 23), (3, 0, 24)}
 
 
-def test_the_request_of_the_trace_schema_becomes_the_rows_that_serving_drafted_from() -> None:
+def test_a_trace_becomes_the_rows_that_serving_drafted_from() -> None:
     a, b, c, d, e, f, g, x, y, z = range(1, 11)
     verify_steps = [
         verify_step_of(0, 0, [a, b, c], d, said=np.array([[13]])),
@@ -93,18 +93,18 @@ def test_the_request_of_the_trace_schema_becomes_the_rows_that_serving_drafted_f
     rows = tables_of(record_of("r", verify_steps, 0, top_k=1))
     (accepted,), rejected = rows["accepted"].to_pylist(), rows["rejected"].to_pylist()
     assert all(has_root(r, accepted) for r in rejected)
-    window = read_sample(accepted, rejected)
-    assert window.tokens.tolist() == [a, b, c, d, e, f]
-    assert window.next_token == g
-    assert window.known.tolist() == [False, False, True, True, True, True]
-    assert window.features[:, 0].tolist() == [t / 8 for t in range(6)]
+    sample = read_sample(accepted, rejected)
+    assert sample.tokens.tolist() == [a, b, c, d, e, f]
+    assert sample.next_token == g
+    assert sample.known.tolist() == [False, False, True, True, True, True]
+    assert sample.features[:, 0].tolist() == [t / 8 for t in range(6)]
     draft = random_draft(SHAPE, 0)
-    batch = collate([window])
+    batch = collate([sample])
     # After c 13, after D 14, after E (node 0) 15, after F 17.
     assert taught(batch, draft, 1) == {(1, 0, 13), (2, 0, 14), (3, 0, 15), (4, 0, 17)}
 
-    # Below D the accepted E, which is the row's own next token, and X, which is learned from by what the target said
-    # after it; below F both tokens that were drafted.
+    # Below D: the accepted E, which is the row's own next token, and X, whose teacher is the target after X.
+    # Below F: both drafted tokens.
     one, two = build_draft_trees(draft, batch, 3, 0.0).levels[1:]
     assert drafted(one) == [(y, 18, True)]
     assert drafted(two) == [(x, 16, True), (z, 19, True)]
@@ -112,7 +112,7 @@ def test_the_request_of_the_trace_schema_becomes_the_rows_that_serving_drafted_f
 
 
 def drafted(step: TreeLevel) -> list[tuple[int, int, bool]]:
-    """Token, likeliest token of the teacher, and whether it is learned from, of the nodes beside the committed ones."""
+    """Return token, likeliest teacher token, and whether there is a loss, of the nodes that are not committed."""
     own = slice(step.committed, None)
     columns = step.tokens_A[own], step.ids_Ak[own, 0], step.learned_A[own]
     return list(zip(*(column.tolist() for column in columns), strict=True))
@@ -130,7 +130,7 @@ class Recorder:
 def served(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, list[VerifyStep], EagleDraft]:
-    """Verify steps of a real engine, greedy, with the draft that made them."""
+    """Return target folder, verify steps of a real greedy engine, and the draft that proposed their tokens."""
     folder = write_tiny_target(tmp_path_factory.mktemp("target"))
     flags = {
         "target.path": str(folder),
@@ -163,19 +163,19 @@ def served(
         assert done.wait(60)
     finally:
         engine.stop()
-    # The engine took a copy and holds no gradients; this one is the trainer's.
+    # The engine copied the draft without gradients; this one is the trainer's.
     return folder, recorder.verify_steps, draft
 
 
-def test_the_trainers_recursion_gives_the_drafts_that_a_real_engine_published(
+def test_the_unroll_reproduces_the_drafts_of_a_real_engine(
     served: tuple[Path, list[VerifyStep], EagleDraft],
 ) -> None:
     folder, verify_steps, draft = served
     width = verify_steps[0].features.shape[1]
     record = record_of("r", verify_steps, 0, feature_width=width, top_k=verify_steps[0].top_ids.shape[1])
     rows = tables_of(record)
-    window = read_sample(rows["accepted"].to_pylist()[0], [])
-    batch = collate([window])
+    sample = read_sample(rows["accepted"].to_pylist()[0], [])
+    batch = collate([sample])
     drafting = [r for r in verify_steps if len(r.draft_tokens) == 4]
     assert len(drafting) > 5
     roots = torch.tensor([r.position for r in drafting])
@@ -186,14 +186,14 @@ def test_the_trainers_recursion_gives_the_drafts_that_a_real_engine_published(
             scores = draft.logits(hidden).log_softmax(-1)
             drafted = torch.tensor([r.draft_tokens[k] for r in drafting])
             logprobs = torch.tensor([r.draft_logprobs[k] for r in drafting])
-            # Published features are bf16, the node drafted from float32: near-ties may fall the other way.
+            # Published features are bf16, the node drafted from float32: near-ties may differ.
             same = draft.to_target_ids(scores.argmax(-1)) == drafted
             assert same.float().mean() > 0.9
             torch.testing.assert_close(scores.max(-1).values, logprobs, rtol=0.02, atol=0.02)
             hidden = unroll.advance(torch.arange(len(roots)), drafted) if k < 3 else hidden
 
 
-def test_rows_of_a_record_reach_the_feed_as_written(tmp_path: Path) -> None:
+def test_the_data_loader_returns_the_rows_of_a_record_unchanged(tmp_path: Path) -> None:
     from pipeline.delta import DeltaLog
     from schemas.settings import Tables
 
@@ -205,6 +205,6 @@ def test_rows_of_a_record_reach_the_feed_as_written(tmp_path: Path) -> None:
         tables, Train(batch_size=1, held_out_ratio=1e-9), TARGET, LINE, FrozenTarget(tmp_path, ()).compute_states
     )
     loader.poll()
-    (window,) = loader.next_samples()
-    assert window.features.shape == (4, WIDTH)
-    assert [(branch.root, branch.tokens) for branch in window.branches] == [(3, (9, 8))]
+    (sample,) = loader.next_samples()
+    assert sample.features.shape == (4, WIDTH)
+    assert [(branch.root, branch.tokens) for branch in sample.branches] == [(3, (9, 8))]

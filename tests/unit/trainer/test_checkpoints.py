@@ -1,4 +1,4 @@
-"""A restarted trainer goes on exactly where it stood."""
+"""Checkpoints resume training exactly."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def weights(a: Learner) -> list[torch.Tensor]:
     return [p.detach().clone() for p in a.draft.parameters()]
 
 
-def test_without_its_moments_training_would_go_on_differently() -> None:
+def test_training_without_its_optimizer_state_differs() -> None:
     through, bare = learner(), learner()
     through.step(batch(0))
     bare.draft.load_state_dict(through.draft.state_dict())
@@ -69,7 +69,7 @@ def test_without_its_moments_training_would_go_on_differently() -> None:
 
 
 @pytest.mark.parametrize("before", [0, 1, 5])
-def test_training_resumed_from_a_checkpoint_is_bitwise_what_it_would_have_been(tmp_path: Path, before: int) -> None:
+def test_training_resumed_from_a_checkpoint_is_bitwise_identical(tmp_path: Path, before: int) -> None:
     through, checkpoints = learner(), Checkpoints(tmp_path, "line")
     for i in range(before):
         through.step(batch(i))
@@ -83,7 +83,7 @@ def test_training_resumed_from_a_checkpoint_is_bitwise_what_it_would_have_been(t
     assert resumed.steps == before + 4
 
 
-def test_the_state_comes_back_as_it_was_written(tmp_path: Path) -> None:
+def test_the_state_is_read_as_it_was_written(tmp_path: Path) -> None:
     Checkpoints(tmp_path, "line").write(state(3), learner().state_tensors())
     found = Checkpoints(tmp_path, "line").read_newest()
     assert found is not None
@@ -100,7 +100,7 @@ def test_only_the_newest_two_are_kept(tmp_path: Path) -> None:
     assert found[0].step == 101
 
 
-def test_a_checkpoint_of_the_same_step_takes_the_place_of_the_first(tmp_path: Path) -> None:
+def test_a_checkpoint_of_the_same_step_replaces_the_first(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, "line")
     checkpoints.write(state(3, cursor=5), learner().state_tensors())
     checkpoints.write(state(3, cursor=8), learner().state_tensors())
@@ -111,7 +111,7 @@ def test_a_checkpoint_of_the_same_step_takes_the_place_of_the_first(tmp_path: Pa
 
 @pytest.mark.parametrize("damage", ["state.json", "state.safetensors"])
 @pytest.mark.parametrize("how", ["cut", "gone"])
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path, damage: str, how: str) -> None:
+def test_a_damaged_checkpoint_is_skipped_for_the_one_before(tmp_path: Path, damage: str, how: str) -> None:
     checkpoints = Checkpoints(tmp_path, "line")
     checkpoints.write(state(3), learner().state_tensors())
     newest = checkpoints.write(state(4), learner().state_tensors()) / damage
@@ -124,7 +124,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path, 
     assert found[0].step == 3
 
 
-def test_a_checkpoint_that_was_never_finished_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unfinished_checkpoint_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoints = Checkpoints(tmp_path, "line")
     checkpoints.write(state(3), learner().state_tensors())
 
@@ -142,12 +142,12 @@ def test_a_checkpoint_that_was_never_finished_does_not_count(tmp_path: Path, mon
     assert len(list((tmp_path / "line").iterdir())) == 2
 
 
-def test_lines_do_not_see_each_others_checkpoints(tmp_path: Path) -> None:
+def test_lines_have_separate_checkpoints(tmp_path: Path) -> None:
     Checkpoints(tmp_path, "line").write(state(3), learner().state_tensors())
     assert Checkpoints(tmp_path, "other").read_newest() is None
 
 
-def test_the_learning_rate_rises_over_the_warmup_and_then_stays() -> None:
+def test_the_learning_rate_is_constant_after_a_linear_warmup() -> None:
     one, rates = learner(), []
     for i in range(6):
         rates.append(one.learning_rate)
@@ -155,7 +155,7 @@ def test_the_learning_rate_rises_over_the_warmup_and_then_stays() -> None:
     assert rates == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01, 0.01])
 
 
-def test_a_batch_that_teaches_nothing_changes_nothing() -> None:
+def test_a_batch_without_a_teacher_changes_nothing() -> None:
     one = learner()
     one.step(batch(0))
     before = weights(one)
@@ -176,7 +176,7 @@ def good(step: int) -> TrainState:
     return state(step).model_copy(update={"good": True, "health": HeldOutScore(loss=2.0, accepted_per_step=0.5)})
 
 
-def test_the_last_good_one_is_kept_beside_the_newest(tmp_path: Path) -> None:
+def test_the_last_good_checkpoint_is_kept_beside_the_newest(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, "line")
     for one in (good(1), good(2), state(3), state(4), state(5)):
         checkpoints.write(one, learner().state_tensors())
@@ -186,13 +186,13 @@ def test_the_last_good_one_is_kept_beside_the_newest(tmp_path: Path) -> None:
     assert found[0] == good(2)
 
 
-def test_where_none_was_good_there_is_nothing_to_go_back_to(tmp_path: Path) -> None:
+def test_without_a_good_checkpoint_none_is_returned(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, "line")
     checkpoints.write(state(3), learner().state_tensors())
     assert checkpoints.read_good() is None
 
 
-def test_what_came_after_a_step_can_be_taken_away(tmp_path: Path) -> None:
+def test_checkpoints_after_a_step_can_be_removed(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, "line")
     for one in (good(3), state(4), state(15)):
         checkpoints.write(one, learner().state_tensors())

@@ -1,4 +1,4 @@
-"""What the loader gives, in which order, how often, and that a restarted loader goes on as if nothing had been."""
+"""Which samples the data loader returns, in which order and how often, also after a restart."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_loader_world import SHARE, MemoryLog, World, as_json, drain, names, requests
+from data_loader_world import RATIO, MemoryLog, World, as_json, drain, names, requests
 
 from trainer.data.data_loader import is_held_out
 from trainer.data.table_reader import VERSIONS_PER_READ
@@ -20,14 +20,14 @@ def world(tmp_path: Path) -> World:
 
 @pytest.fixture
 def flood() -> World:
-    """Sixty commits of a request each, none of them held out."""
+    """Sixty commits of one request each, none held out."""
     world = World(MemoryLog())
     world.commit_as(requests(60))
     return world
 
 
 def test_held_out_requests_are_never_trained_on(world: World) -> None:
-    trained, kept = requests(12), requests(5, kept_back=True)
+    trained, kept = requests(12), requests(5, held_out=True)
     world.commit([*trained[:6], *kept[:3], *trained[6:], *kept[3:]])
     loader = world.data_loader(max_epochs=2)
     seen = Counter(name for step in drain(loader) for name in step)
@@ -35,10 +35,10 @@ def test_held_out_requests_are_never_trained_on(world: World) -> None:
     assert names(loader.held_out) == kept
 
 
-def test_the_split_takes_its_share_and_does_not_depend_on_the_process(world: World) -> None:
+def test_the_held_out_set_has_its_ratio_and_is_the_same_in_every_process(world: World) -> None:
     ids = [f"request-{i}" for i in range(4000)]
-    assert sum(is_held_out(i, SHARE) for i in ids) == pytest.approx(1000, abs=110)
-    # Fixed for good: another hash would train on what versions were compared on.
+    assert sum(is_held_out(i, RATIO) for i in ids) == pytest.approx(1000, abs=110)
+    # Fixed forever: another hash would train on samples on which versions were compared.
     assert [is_held_out(f"request-{i}", 0.5) for i in range(8)] == [
         True,
         False,
@@ -51,15 +51,15 @@ def test_the_split_takes_its_share_and_does_not_depend_on_the_process(world: Wor
     ]
 
 
-def test_only_the_newest_held_out_windows_are_kept(world: World) -> None:
-    kept = requests(6, kept_back=True)
+def test_only_the_newest_held_out_samples_are_kept(world: World) -> None:
+    kept = requests(6, held_out=True)
     world.commit(kept)
     loader = world.data_loader(held_out_samples=2)
     loader.poll()
     assert names(loader.held_out) == kept[-2:]
 
 
-def test_new_windows_come_in_the_order_of_the_table_mixed_with_earlier_ones(world: World) -> None:
+def test_new_samples_keep_the_order_of_the_table_mixed_with_replayed_ones(world: World) -> None:
     ids = requests(12)
     world.commit(ids[:6])
     world.commit(ids[6:])
@@ -67,12 +67,12 @@ def test_new_windows_come_in_the_order_of_the_table_mixed_with_earlier_ones(worl
     steps = drain(loader)
     first_seen = list(dict.fromkeys(name for step in steps for name in step))
     assert first_seen == ids
-    assert steps[0] == ids[:4], "without a history a step is all new"
+    assert steps[0] == ids[:4], "without replayable samples a step is all new"
     assert steps[1][:2] == ids[4:6], "then two new and two replayed"
     assert set(steps[1][2:]) <= set(ids[:4])
 
 
-def test_the_more_new_windows_wait_the_fewer_are_replayed(world: World) -> None:
+def test_the_more_new_samples_wait_the_fewer_are_replayed(world: World) -> None:
     ids = requests(20)
     world.commit(ids)
     loader = world.data_loader(replay_batch_size=3, catch_up_steps=6)
@@ -82,12 +82,12 @@ def test_the_more_new_windows_wait_the_fewer_are_replayed(world: World) -> None:
         step = names(loader.next_samples())
         new.append(len(set(step) - seen))
         seen.update(step)
-    # Of 20, 16, 13, 10, 8, .. that wait a sixth is taken, and the first step has none to replay.
+    # A sixth of the 20, 16, 13, 10, 8, .. waiting samples is new; the first step has none to replay.
     assert new == [4, 3, 3, 2, 2, 1, 1, 1, 1, 1, 1]
     assert (loader.counts["pieces_new"], loader.counts["pieces_replayed"]) == (20, 24)
 
 
-def test_a_flooded_feed_replays_nothing_and_leaves_nothing_out(flood: World) -> None:
+def test_a_flooded_data_loader_replays_nothing_and_skips_nothing(flood: World) -> None:
     loader, given = flood.data_loader(replay_batch_size=3, catch_up_steps=1000), list[str]()
     while True:
         loader.poll()
@@ -99,15 +99,15 @@ def test_a_flooded_feed_replays_nothing_and_leaves_nothing_out(flood: World) -> 
     assert len(set(names(loader.next_samples())) - set(given)) == 1, "then it replays again"
 
 
-def test_a_feed_that_need_not_catch_up_replays_as_many_however_much_waits(flood: World) -> None:
+def test_without_catch_up_steps_the_number_of_replayed_samples_is_constant(flood: World) -> None:
     loader, given = flood.data_loader(replay_batch_size=3, catch_up_steps=0), list[str]()
     for _ in range(9):
         loader.poll()
         given += [name for name in names(loader.next_samples()) if name not in given]
-    assert given == requests(12), "four without a history, then one by one"
+    assert given == requests(12), "four without replayable samples, then one by one"
 
 
-def test_a_feed_that_catches_up_is_restored_in_the_midst_of_it(flood: World) -> None:
+def test_a_data_loader_is_restored_while_it_catches_up(flood: World) -> None:
     settings: dict[str, object] = {"replay_batch_size": 3, "catch_up_steps": 2, "max_epochs": 2}
     loader = flood.data_loader(**settings)
     for _ in range(5):
@@ -118,7 +118,7 @@ def test_a_feed_that_catches_up_is_restored_in_the_midst_of_it(flood: World) -> 
     assert drain(restored) == drain(loader)
 
 
-def test_no_window_is_passed_over_more_often_than_allowed_and_a_starved_feed_stops(world: World) -> None:
+def test_no_sample_exceeds_its_epochs_and_without_new_samples_the_data_loader_stops(world: World) -> None:
     ids = requests(9)
     world.commit(ids)
     loader = world.data_loader(max_epochs=3)
@@ -126,10 +126,10 @@ def test_no_window_is_passed_over_more_often_than_allowed_and_a_starved_feed_sto
     assert set(passes) == set(ids)
     assert max(passes.values()) == 3
     assert loader.next_samples() == []
-    assert sum(passes.values()) > 9 * 3 - 4, "only what does not fill a step is left"
+    assert sum(passes.values()) > 9 * 3 - 4, "only samples that do not fill a step are left"
 
 
-def test_a_step_is_full_or_is_not_taken(world: World) -> None:
+def test_a_step_is_a_full_batch_or_none(world: World) -> None:
     world.commit(requests(3))
     loader = world.data_loader()
     assert drain(loader) == []
@@ -137,7 +137,7 @@ def test_a_step_is_full_or_is_not_taken(world: World) -> None:
     assert len(drain(loader)[0]) == 4
 
 
-def test_history_is_bounded(world: World) -> None:
+def test_the_replay_buffer_is_bounded(world: World) -> None:
     ids = requests(12)
     for request in ids:
         world.commit([request])
@@ -148,54 +148,54 @@ def test_history_is_bounded(world: World) -> None:
     assert {name for _ in range(30) for name in names(loader.next_samples())} == set(ids[-2:])
 
 
-def test_long_windows_are_cut(world: World) -> None:
+def test_long_samples_are_split(world: World) -> None:
     world.commit(requests(1))
     loader = world.data_loader(batch_size=1, replay_batch_size=0, max_epochs=1, max_sample_tokens=4)
     loader.poll()
     lengths = []
-    while windows := loader.next_samples():
-        lengths += [len(w) for w in windows]
-    # Ten tokens with features: the first piece has a teacher at its last one only.
+    while samples := loader.next_samples():
+        lengths += [len(w) for w in samples]
+    # Ten tokens with features: the first piece has a teacher only at its last token.
     assert lengths == [4, 4, 2]
 
 
-def test_features_that_did_not_travel_are_those_of_the_whole_request_computed_once(world: World) -> None:
+def test_missing_features_are_computed_once_from_the_whole_request(world: World) -> None:
     (request,) = requests(1)
     world.commit_bare(request, 2)
     loader = world.data_loader(batch_size=1, replay_batch_size=0, max_epochs=2)
     loader.poll()
-    assert world.recomputed == [], "nothing is computed before it is used"
-    (window,) = loader.next_samples()
-    assert window.tokens.tolist() == [5, 6, 7, 8, 9, 10, 11, 12, 13, 14]
-    assert window.known.tolist() == [False] * 6 + [True] * 4
-    assert window.features[:, 0].tolist() == world.compute_states(window.tokens)[:, 0].tolist()
-    assert [(b.root, b.accepted_prefix) for b in window.branches] == [(6, 1), (8, 1)]
+    assert world.recomputed == [], "nothing is computed before its first use"
+    (sample,) = loader.next_samples()
+    assert sample.tokens.tolist() == [5, 6, 7, 8, 9, 10, 11, 12, 13, 14]
+    assert sample.known.tolist() == [False] * 6 + [True] * 4
+    assert sample.features[:, 0].tolist() == world.compute_states(sample.tokens)[:, 0].tolist()
+    assert [(b.root, b.accepted_prefix) for b in sample.branches] == [(6, 1), (8, 1)]
     world.recomputed.clear()
-    assert loader.next_samples() == [window]
+    assert loader.next_samples() == [sample]
     assert world.recomputed == []
 
 
-def test_a_piece_of_a_cut_window_is_recomputed_behind_all_tokens_before_it(world: World) -> None:
+def test_a_piece_of_a_split_sample_is_recomputed_after_all_tokens_before_it(world: World) -> None:
     (request,) = requests(1)
     world.commit_bare(request, 0)
     loader = world.data_loader(batch_size=1, replay_batch_size=0, max_epochs=1, max_sample_tokens=4)
     loader.poll()
-    pieces = [window for _ in range(3) for window in loader.next_samples()]
+    pieces = [sample for _ in range(3) for sample in loader.next_samples()]
     assert [p.features[:, 0].tolist() for p in pieces] == [
         world.compute_states(torch.arange(5, 15))[at : at + 4, 0].tolist() for at in (0, 4, 8)
     ]
     assert loader.counts["pieces_recomputed"] == 3
 
 
-def test_held_out_windows_are_recomputed_too(world: World) -> None:
-    (request,) = requests(1, kept_back=True)
+def test_held_out_samples_are_recomputed_too(world: World) -> None:
+    (request,) = requests(1, held_out=True)
     world.commit_bare(request, 0)
     loader = world.data_loader()
     loader.poll()
     assert [len(w.features) for w in loader.held_out] == [10]
 
 
-def test_a_window_that_lost_the_tokens_before_it_is_left_out_and_counted(world: World) -> None:
+def test_a_sample_without_its_preceding_tokens_is_skipped_and_counted(world: World) -> None:
     first, second = requests(2)
     world.commit_bare(first, 2, before=False)
     world.commit_bare(second, 2)
@@ -205,10 +205,10 @@ def test_a_window_that_lost_the_tokens_before_it_is_left_out_and_counted(world: 
 
 
 @pytest.mark.parametrize("steps_before", [0, 1, 3, 7])
-def test_a_restored_feed_gives_the_same_windows_in_the_same_order(steps_before: int) -> None:
+def test_a_restored_data_loader_returns_the_same_samples_in_the_same_order(steps_before: int) -> None:
     world = World(MemoryLog())
     ids = requests(30)
-    kept = requests(6, kept_back=True)
+    kept = requests(6, held_out=True)
     for i in range(0, 30, 3):
         world.commit([*ids[i : i + 3], *kept[i // 5 : i // 5 + 1]])
     settings: dict[str, object] = {"replay_buffer_size": 10, "held_out_samples": 3, "max_epochs": 3}
@@ -236,7 +236,7 @@ def test_a_restored_feed_gives_the_same_windows_in_the_same_order(steps_before: 
     assert sum(branches) > 0
 
 
-def test_branches_that_wait_at_a_checkpoint_are_there_after_it(world: World) -> None:
+def test_branches_that_are_pending_at_a_checkpoint_are_restored(world: World) -> None:
     ids = requests(2)
     settings: dict[str, object] = {"batch_size": 1, "replay_batch_size": 0}
     world.commit(ids[:1])

@@ -1,4 +1,4 @@
-"""Which windows a loader replays and takes first, by age and label, and what it makes of stale branches."""
+"""Which samples the data loader replays and takes first, by age and label, and how it weights stale branches."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def world() -> World:
     return World(MemoryLog())
 
 
-def in_history(world: World, **settings: object) -> DataLoader:
-    """A loader that has been through all that was committed."""
+def trained_loader(world: World, **settings: object) -> DataLoader:
+    """Return a data loader that has trained on everything committed."""
     loader = world.data_loader(batch_size=1, replay_batch_size=0, max_epochs=10_000, **settings)
     while True:
         loader.poll()
@@ -29,10 +29,10 @@ def replayed(loader: DataLoader, draws: int) -> Counter[str]:
     return Counter(name for _ in range(draws) for name in names(loader.next_samples()))
 
 
-def test_old_windows_are_replayed_less_often_by_their_half_life(world: World) -> None:
+def test_old_samples_are_replayed_less_often_by_the_half_life(world: World) -> None:
     ids = requests(8)
     world.commit_as(ids)
-    seen = replayed(in_history(world, replay_half_life=2), 1500)
+    seen = replayed(trained_loader(world, replay_half_life=2), 1500)
     odds = [2.0 ** (-age / 2) for age in range(7, -1, -1)]
     assert [seen[i] / 1500 for i in ids] == pytest.approx([o / sum(odds) for o in odds], abs=0.04)
 
@@ -42,13 +42,13 @@ def test_a_rare_label_is_replayed_as_often_as_the_balance_says(world: World) -> 
     world.commit_as(ids[:8], label="sql")
     world.commit_as(ids[8:9], label="math")
     world.commit_as(ids[9:])
-    # Eight windows of one label and one each of two others, the one without a label among them.
+    # Eight samples of one label, one of another, and one without a label.
     for balance, rare in ((0.0, 1 / 10), (1.0, 1 / 3)):
-        seen = replayed(in_history(world, label_balance=balance), 1500)
+        seen = replayed(trained_loader(world, label_balance=balance), 1500)
         assert [seen[i] / 1500 for i in ids[8:]] == pytest.approx([rare, rare], abs=0.04)
 
 
-def test_windows_of_a_rare_label_have_no_more_passes_than_others(world: World) -> None:
+def test_samples_of_a_rare_label_have_no_more_epochs_than_others(world: World) -> None:
     ids = requests(9)
     world.commit_as(ids[:8], label="sql")
     world.commit_as(ids[8:], label="math")
@@ -59,7 +59,7 @@ def test_windows_of_a_rare_label_have_no_more_passes_than_others(world: World) -
     assert set(passes) == set(ids)
 
 
-def test_a_rare_label_that_waits_behind_a_common_one_comes_a_little_early_and_nothing_is_passed_over(
+def test_a_waiting_rare_label_is_advanced_a_little_and_nothing_is_skipped(
     world: World,
 ) -> None:
     ids = requests(16)
@@ -72,31 +72,31 @@ def test_a_rare_label_that_waits_behind_a_common_one_comes_a_little_early_and_no
         steps = drain(loader)
         assert Counter(name for step in steps for name in step) == Counter([*common[:6], *rare])
         assert all(step == sorted(step, key=ids.index) for step in steps)
-        assert steps[0][0] == ids[0], "the oldest always comes"
+        assert steps[0][0] == ids[0], "the oldest is always taken"
         firsts[balance] = next(i for i, step in enumerate(steps) if set(step) & set(rare))
     assert firsts == {0.0: 3, 1.0: 0}
 
 
-def test_branches_of_drafts_long_gone_count_less_and_accepted_windows_as_much(world: World) -> None:
+def test_branches_of_old_drafts_count_less_and_accepted_samples_do_not(world: World) -> None:
     ids = requests(3)
     for request, version in zip(ids, ("day-0-head-0", "4", "12"), strict=True):
         world.commit_as([request], speculator=version)
     loader = world.data_loader(batch_size=3, replay_batch_size=0, staleness_half_life=4, max_epochs=1)
     loader.poll()
-    windows = loader.next_samples()
-    assert [{b.weight for b in w.branches} for w in windows] == [{1 / 8}, {1 / 4}, {1.0}]
-    assert {w.weight for w in windows} == {1.0}
+    samples = loader.next_samples()
+    assert [{b.weight for b in w.branches} for w in samples] == [{1 / 8}, {1 / 4}, {1.0}]
+    assert {w.weight for w in samples} == {1.0}
     assert loader.counts["branches_stale"] == 6
 
 
-def test_a_replayed_branch_grows_stale_with_the_versions_that_come(world: World) -> None:
+def test_a_replayed_branch_grows_stale_with_newer_versions(world: World) -> None:
     ids = requests(2)
     world.commit_as(ids[:1], speculator="1")
     loader = world.data_loader(batch_size=1, replay_batch_size=0, staleness_half_life=1)
     weights = []
     for _ in range(2):
         loader.poll()
-        weights += [window.branches[0].weight for window in loader.next_samples()]
+        weights += [sample.branches[0].weight for sample in loader.next_samples()]
     world.commit_as(ids[1:], speculator="3")
     loader.poll()
     assert names(loader.next_samples()) == ids[1:]
@@ -104,12 +104,12 @@ def test_a_replayed_branch_grows_stale_with_the_versions_that_come(world: World)
     assert (weights, old.branches[0].weight) == ([1.0, 1.0], 1 / 4)
 
 
-def test_a_restored_feed_still_knows_the_newest_version(world: World) -> None:
+def test_a_restored_data_loader_knows_the_newest_version(world: World) -> None:
     ids = requests(3)
     world.commit_as(ids[:1], speculator="9")
     world.commit_as(ids[1:], speculator="1")
     settings: dict[str, object] = {"batch_size": 1, "replay_batch_size": 0, "staleness_half_life": 8, "max_epochs": 1}
-    # The window of the newest version falls out of the history: what is read again does not tell of it.
+    # The sample of the newest version has left the replay buffer, so rereading does not show that version.
     loader = world.data_loader(replay_buffer_size=1, **settings)
     for _ in range(2):
         loader.poll()

@@ -1,4 +1,4 @@
-"""How a step's windows come to ranks and parts."""
+"""How the samples of a step are spread over ranks and gradient accumulation."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from operator import methodcaller
 
 import pytest
 import torch
-from training_rank import SHAPE, window
+from training_rank import SHAPE, sample
 
 from schemas.settings import Train
 from schemas.speculator.network import random_draft
@@ -15,7 +15,7 @@ from trainer.data.batch import build_step_batch
 from trainer.loop.distributed import DistributedLearner, Ranks
 from trainer.loop.learner import Learner
 
-WINDOWS = [replace(window(seed), time=1000.0 + seed) for seed in range(1, 6)]
+SAMPLES = [replace(sample(seed), time=1000.0 + seed) for seed in range(1, 6)]
 EMBEDDINGS = torch.randn(32, 16, generator=torch.Generator().manual_seed(0))
 
 
@@ -26,19 +26,19 @@ def learner() -> Learner:
 
 
 @pytest.mark.parametrize(("ranks", "parts"), [(1, 1), (1, 2), (2, 1), (2, 2), (3, 2), (4, 9), (8, 3)])
-def test_every_window_is_learned_from_once_and_all_ranks_take_as_many_passes(ranks: int, parts: int) -> None:
-    batch = build_step_batch(WINDOWS, ranks, parts)
+def test_every_sample_is_trained_on_once_and_all_ranks_have_equally_many_batches(ranks: int, parts: int) -> None:
+    batch = build_step_batch(SAMPLES, ranks, parts)
     assert len(batch.batches) == ranks
     assert len({len(share) for share in batch.batches}) == 1
-    assert batch.tokens == sum(map(len, WINDOWS))
+    assert batch.tokens == sum(map(len, SAMPLES))
     assert batch.newest == 1005.0
     taught = sum(int(batch.known_BT.sum()) for share in batch.batches for batch in share)
-    assert taught == sum(int(w.known.sum()) for w in WINDOWS)
+    assert taught == sum(int(w.known.sum()) for w in SAMPLES)
 
 
-def test_a_team_of_one_is_its_learner() -> None:
+def test_with_one_process_the_distributed_learner_equals_its_learner() -> None:
     alone, team = learner(), DistributedLearner(learner(), Ranks())
-    batch = build_step_batch(WINDOWS, 1, 1)
+    batch = build_step_batch(SAMPLES, 1, 1)
     assert torch.equal(team.step(batch).total, alone.step(*batch.batches[0]).total)
     assert team.export_draft() is team.learner.draft
     kept = {name: value.clone() for name, value in team.state_tensors().items()}
@@ -48,9 +48,9 @@ def test_a_team_of_one_is_its_learner() -> None:
     assert torch.equal(team.learner.draft.fc.weight, alone.draft.fc.weight)
 
 
-def test_orders_do_what_the_learner_does() -> None:
+def test_broadcast_calls_change_a_learner_as_direct_calls_do() -> None:
     one, other = learner(), learner()
-    one.step(*build_step_batch(WINDOWS, 1, 1).batches[0])
+    one.step(*build_step_batch(SAMPLES, 1, 1).batches[0])
     methodcaller("restore", one.state_tensors(), one.steps)(other)
     assert torch.equal(other.draft.fc.weight, one.draft.fc.weight)
     methodcaller("load_weights", random_draft(SHAPE, 0).state_dict())(other)

@@ -1,4 +1,4 @@
-"""When training goes back to its last good state."""
+"""When the divergence guard triggers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def noisy(level: float, number: int, seed: int = 0) -> list[float]:
 
 
 @pytest.mark.parametrize(("loss", "accepted_per_step"), [(2.0, 1.2), (3.9, 1.2), (2.0, 0.61), (2.9, 0.8), (0.1, 2.0)])
-def test_figures_near_those_of_the_last_good_state_pass(loss: float, accepted_per_step: float) -> None:
+def test_a_score_near_the_last_good_one_passes(loss: float, accepted_per_step: float) -> None:
     assert find_divergence(HeldOutScore(loss=loss, accepted_per_step=accepted_per_step), GOOD, 0.5) is None
 
 
@@ -26,24 +26,24 @@ def test_figures_near_those_of_the_last_good_state_pass(loss: float, accepted_pe
     ("loss", "accepted_per_step", "word"),
     [(2.0, 0.59, "accepted tokens per step"), (4.1, 1.2, "loss"), (None, 1.2, "finite"), (math.nan, 1.2, "finite")],
 )
-def test_half_the_accepted_per_step_or_twice_the_loss_is_a_fall(
+def test_half_the_accepted_tokens_per_step_or_twice_the_loss_is_a_divergence(
     loss: float | None, accepted_per_step: float, word: str
 ) -> None:
     assert word in (find_divergence(HeldOutScore(loss=loss, accepted_per_step=accepted_per_step), GOOD, 0.5) or "")
 
 
-def test_small_figures_may_fall_to_nothing() -> None:
+def test_small_scores_may_fall_to_zero() -> None:
     beginning = HeldOutScore(loss=0.02, accepted_per_step=0.04)
     assert find_divergence(HeldOutScore(loss=0.9, accepted_per_step=0.0), beginning, 0.5) is None
 
 
-def test_a_draft_that_knew_nothing_can_still_get_worse() -> None:
+def test_a_draft_without_acceptance_can_still_diverge() -> None:
     assert find_divergence(
         HeldOutScore(loss=60.0, accepted_per_step=0.0), HeldOutScore(loss=9.0, accepted_per_step=0.0), 0.5
     )
 
 
-def test_a_lower_share_asks_for_a_deeper_fall() -> None:
+def test_a_lower_threshold_needs_a_deeper_fall() -> None:
     now = HeldOutScore(loss=5.0, accepted_per_step=0.5)
     assert find_divergence(now, GOOD, 0.5)
     assert find_divergence(now, GOOD, 0.3) is None
@@ -60,10 +60,10 @@ def test_a_new_level_is_a_rise() -> None:
     assert is_loss_rising([*noisy(2.0, 40), *noisy(6.0, RECENT)])
 
 
-def test_a_falling_loss_is_none() -> None:
+def test_a_falling_loss_is_no_rise() -> None:
     assert not is_loss_rising([9.0 - 0.1 * step for step in range(LOSSES_KEPT)])
 
 
-def test_a_few_losses_say_nothing() -> None:
+def test_few_losses_are_no_rise() -> None:
     assert not is_loss_rising([*noisy(2.0, EARLIER - 1), *noisy(60.0, RECENT)])
     assert not is_loss_rising([])

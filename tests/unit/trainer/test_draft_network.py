@@ -1,4 +1,4 @@
-"""The draft network, in both variants, against its definition written out row by row; served, trained and scored."""
+"""The draft network in both variants, as served and as trained, against its definition written row by row."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trainer.objective.training_time_test import DraftUnroll
 
 HIDDEN, HEADS, KV_HEADS, SIZE, EPS, THETA = 16, 4, 2, 4, 1e-5, 100.0
 TOKENS = [3, 1, 4, 1, 5, 9, 2]
-"""The last one is the root of the verify step."""
+"""The last token is the root of the verify step."""
 STEPS = 4
 VARIANTS: Sequence[Variant] = ("eagle3", "eagle3.1")
 
@@ -27,7 +27,7 @@ def shaped(variant: Variant) -> DraftShape:
 
 
 def lively(variant: Variant) -> EagleDraft:
-    """A draft whose every weight counts; norms included, or one could be left out unseen."""
+    """A draft whose every weight matters, norms included: a missing one would show."""
     draft = random_draft(shaped(variant), seed=2)
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
@@ -48,13 +48,13 @@ def embeddings_VH() -> Tensor:
 
 
 def features_TF() -> Tensor:
-    """Layers of very different size, as those of targets are."""
+    """Layers of very different magnitude, as in real targets."""
     values = torch.randn(len(TOKENS) - 1, 3, HIDDEN, generator=torch.Generator().manual_seed(8))
     return (values * torch.tensor([0.3, 1.0, 6.0])[:, None]).flatten(1)
 
 
 class Plain:
-    """EAGLE-3 and 3.1 as they are defined, over plain tensors: one row at a time, one head at a time."""
+    """The definition of EAGLE-3 and 3.1 over plain tensors: one row and one head at a time."""
 
     def __init__(self, draft: EagleDraft) -> None:
         self._w = dict(draft.state_dict())
@@ -69,7 +69,7 @@ class Plain:
         return self._w["fc.weight"] @ torch.cat(parts)
 
     def step(self, token: int, hidden_H: Tensor, position: int) -> tuple[Tensor, Tensor]:
-        """Hidden state that recurs, and log-probabilities over the draft vocabulary."""
+        """Return the recurrent hidden state, and log-probabilities over the draft vocabulary."""
         layer = "midlayer"
         x = torch.cat(
             [
@@ -108,7 +108,7 @@ class Plain:
 
 
 def plain_chain(draft: EagleDraft) -> list[tuple[int, float, Tensor]]:
-    """Token, its log-probability and the hidden state that it was drafted from, for each step of a greedy chain."""
+    """Return token, log-probability and hidden state for each step of a greedy chain."""
     plain = Plain(draft)
     for row, features_F in enumerate(features_TF()):
         hidden, logprobs = plain.step(TOKENS[row + 1], plain.fuse(features_F), row)
@@ -123,20 +123,20 @@ def plain_chain(draft: EagleDraft) -> list[tuple[int, float, Tensor]]:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
-def test_a_served_chain_is_the_one_of_the_definition(variant: Variant) -> None:
+def test_a_served_chain_equals_the_definition(variant: Variant) -> None:
     draft = lively(variant)
     drafter = EagleDrafter(draft, "1", embeddings_VH(), slots=1, positions=32)
     budget = DraftBudget(STEPS, acceptance={True: AcceptanceModel(STEPS)})
     drafted = drafter.draft([synthetic_sequence(list(TOKENS), features_TF(), room=21)], budget)
     wanted = plain_chain(draft)
     assert drafted.trees[0].tokens == [token for token, _, _ in wanted]
-    # Packed weights are narrower than the draft's own.
+    # Packed weights have fewer bits than the draft's own.
     assert [node.logprob for node in drafted.trees[0].nodes] == pytest.approx([p for _, p, _ in wanted], abs=0.03)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
-def test_a_trained_chain_is_the_one_of_the_definition(variant: Variant) -> None:
+def test_a_trained_chain_equals_the_definition(variant: Variant) -> None:
     draft = lively(variant)
     features_BTF = torch.cat([features_TF(), torch.zeros(1, draft.shape.feature_width)])[None]
     row = torch.tensor([len(TOKENS) - 2])
@@ -153,7 +153,7 @@ def test_a_trained_chain_is_the_one_of_the_definition(variant: Variant) -> None:
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("size", [3, 4, 8])
 @torch.no_grad()
-def test_attention_of_a_random_draft_gives_the_embedding_back_as_far_as_its_values_are_wide(
+def test_attention_of_a_random_draft_returns_the_embedding_up_to_the_width_of_its_values(
     kv_heads: int, size: int
 ) -> None:
     draft = random_draft(replace(shaped("eagle3.1"), num_key_value_heads=kv_heads, head_dim=size), seed=2)

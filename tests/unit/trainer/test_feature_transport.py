@@ -1,4 +1,4 @@
-"""However features travel, the trainer learns from the same ones: from a real engine's verify steps to its windows."""
+"""Inline, claim-check and recomputed features of a real engine give the trainer the same samples."""
 
 from __future__ import annotations
 
@@ -65,12 +65,12 @@ class Served:
         self.limit_messages((self.whole + self.bare) // 2)
 
     def limit_messages(self, rows: int) -> None:
-        """Let a message hold rows of so many bytes."""
+        """Limit the bytes of rows in a message."""
         kafka = self.settings.kafka.model_copy(update={"max_message_bytes": rows + FRAME_BYTES})
         self.settings = self.settings.model_copy(update={"kafka": kafka})
 
     def records(self, folder: Path, way: str) -> tuple[Settings, list[Record]]:
-        """What a node that is set to ``way`` sends."""
+        """Return the records that a node with ``traces.features = way`` sends."""
         flags = {"features": way, "claim_check_uri": str(folder / "claims")}
         settings = self.settings.model_copy(update={"traces": self.settings.traces.model_copy(update=flags)})
         producer = FakeProducer()
@@ -85,18 +85,18 @@ class Served:
             Record("t", 0, offset, 0, b"r", value, tuple(headers)) for offset, (value, headers) in enumerate(sent)
         ]
 
-    def windows(self, folder: Path, way: str) -> list[Sample]:
-        """What a trainer gets of it."""
+    def samples(self, folder: Path, way: str) -> list[Sample]:
+        """Return the samples that a trainer reads."""
         settings, records = self.records(folder, way)
         built = build(records, 32, ClaimStore(settings.traces).get)
-        assert not built.dead, built.rows["dead_letters"].to_pylist()
+        assert not built.dead_letters, built.rows["dead_letters"].to_pylist()
         tables = DeltaLog(settings.tables.model_copy(update={"uri": str(folder / "tables")}))
         for name in ("rejected", "accepted"):
             tables.append(name, built.rows[name])
         states = FrozenTarget(Path(settings.target.path), self.layers).compute_states
         loader = DataLoader(tables, settings.train, self.origin.target, self.origin.line, states)
         loader.poll()
-        return [window for _ in records for window in loader.next_samples()]
+        return [sample for _ in records for sample in loader.next_samples()]
 
 
 @pytest.fixture(scope="module")
@@ -104,8 +104,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
     return Served(tmp_path_factory.mktemp("target"))
 
 
-def test_a_claim_check_gives_the_windows_of_inline_features_in_fewer_chunks(served: Served, tmp_path: Path) -> None:
-    inline, claimed = served.windows(tmp_path / "a", "inline"), served.windows(tmp_path / "b", "claim-check")
+def test_claim_check_and_inline_features_give_the_same_samples(served: Served, tmp_path: Path) -> None:
+    inline, claimed = served.samples(tmp_path / "a", "inline"), served.samples(tmp_path / "b", "claim-check")
     assert (len(inline) > 1, len(claimed)) == (True, 1)
     assert torch.equal(torch.cat([w.features for w in inline]), claimed[0].features)
     assert torch.cat([w.tokens for w in inline]).tolist() == claimed[0].tokens.tolist()
@@ -113,32 +113,32 @@ def test_a_claim_check_gives_the_windows_of_inline_features_in_fewer_chunks(serv
     assert torch.equal(torch.cat([w.teacher.ids for w in inline]), claimed[0].teacher.ids)
 
 
-def test_recomputed_features_are_those_that_the_engine_captured(served: Served, tmp_path: Path) -> None:
-    inline = served.windows(tmp_path / "a", "inline")
-    (recomputed,) = served.windows(tmp_path / "b", "recompute")
+def test_recomputed_features_equal_those_of_the_engine(served: Served, tmp_path: Path) -> None:
+    inline = served.samples(tmp_path / "a", "inline")
+    (recomputed,) = served.samples(tmp_path / "b", "recompute")
     captured = torch.cat([w.features for w in inline])
     assert recomputed.tokens.tolist() == torch.cat([w.tokens for w in inline]).tolist()
     assert recomputed.features.dtype == captured.dtype
     torch.testing.assert_close(recomputed.features, captured, rtol=2**-7, atol=1e-3)
-    # One token further would be something else altogether.
+    # Features one token later differ a lot.
     assert (recomputed.features[1:] - captured[:-1]).abs().mean() > 0.1
 
 
-def test_recomputed_features_of_later_chunks_are_those_that_the_engine_captured(
+def test_recomputed_features_of_later_chunks_equal_those_of_the_engine(
     served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    captured = torch.cat([w.features for w in served.windows(tmp_path / "a", "inline")])
+    captured = torch.cat([w.features for w in served.samples(tmp_path / "a", "inline")])
     monkeypatch.setattr(served, "settings", served.settings)
     served.limit_messages(served.bare * 2 // 3)
-    windows = served.windows(tmp_path / "b", "recompute")
-    assert len(windows) > 1
-    for window in windows:
-        torch.testing.assert_close(window.features, captured[: len(window)], rtol=2**-7, atol=1e-3)
-    taught = [int(window.known.sum()) for window in windows]
+    samples = served.samples(tmp_path / "b", "recompute")
+    assert len(samples) > 1
+    for sample in samples:
+        torch.testing.assert_close(sample.features, captured[: len(sample)], rtol=2**-7, atol=1e-3)
+    taught = [int(sample.known.sum()) for sample in samples]
     assert sum(taught) == len(captured) - len(REQUEST.prompt) + 1
 
 
-def test_without_features_a_message_is_a_small_part_of_what_it_was(served: Served, tmp_path: Path) -> None:
+def test_a_message_without_features_is_much_smaller(served: Served, tmp_path: Path) -> None:
     size = {
         way: sum(len(r.value or b"") for r in served.records(tmp_path / way, way)[1])
         for way in ("inline", "claim-check", "recompute")
@@ -146,7 +146,7 @@ def test_without_features_a_message_is_a_small_part_of_what_it_was(served: Serve
     assert max(size["claim-check"], size["recompute"]) < size["inline"] / 2
 
 
-def test_a_worker_counts_the_claimed_file_among_the_bytes_of_a_record(served: Served, tmp_path: Path) -> None:
+def test_the_size_of_a_record_includes_its_claim_check_file(served: Served, tmp_path: Path) -> None:
     _, (record,) = served.records(tmp_path, "claim-check")
     (file,) = (tmp_path / "claims").rglob("*.arrow")
     assert record.size == len(record.value or b"") + file.stat().st_size
@@ -163,7 +163,7 @@ Breakage = Callable[[Path], object]
         (lambda file: file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:]), "claim_corrupt"),
     ],
 )
-def test_a_missing_or_altered_claim_is_a_dead_letter_byte_for_byte(
+def test_a_missing_or_altered_claim_check_is_a_dead_letter_byte_for_byte(
     served: Served, tmp_path: Path, broken: Breakage, reason: str
 ) -> None:
     settings, (record,) = served.records(tmp_path, "claim-check")
@@ -176,8 +176,8 @@ def test_a_missing_or_altered_claim_is_a_dead_letter_byte_for_byte(
     assert built.rows["accepted"].num_rows == built.rows["traces"].num_rows == 0
 
 
-def test_a_reader_without_a_store_refuses_claims_and_reads_the_rest(served: Served, tmp_path: Path) -> None:
+def test_a_reader_without_a_store_rejects_claim_checks_and_reads_the_rest(served: Served, tmp_path: Path) -> None:
     _, (claimed,) = served.records(tmp_path / "a", "claim-check")
-    assert build([claimed], 32).dead == {"claim_foreign": 1}
+    assert build([claimed], 32).dead_letters == {"claim_foreign": 1}
     _, inline = served.records(tmp_path / "b", "inline")
-    assert not build(inline, 32).dead
+    assert not build(inline, 32).dead_letters

@@ -1,4 +1,4 @@
-"""How the draft is moved: optimizers, average, parts of a step, and steps that must not be taken."""
+"""The training step: optimizers, moving average, gradient accumulation and skipped steps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EMBEDDINGS = torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
 WARM = Train(dtype="float32", ttt_steps=3, warmup_steps=0, learning_rate=1e-2)
 
 
-def window(seed: int, length: int = 9, known_from: int = 2) -> Sample:
+def sample(seed: int, length: int = 9, known_from: int = 2) -> Sample:
     g = torch.Generator().manual_seed(seed)
 
     def teacher(n: int) -> Teacher:
@@ -37,7 +37,7 @@ def window(seed: int, length: int = 9, known_from: int = 2) -> Sample:
 
 
 def batch(*seeds: int) -> Batch:
-    return collate([window(seed, length=7 + seed % 5) for seed in seeds])
+    return collate([sample(seed, length=7 + seed % 5) for seed in seeds])
 
 
 def learner(**changed: object) -> Learner:
@@ -59,7 +59,7 @@ def assert_close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], toleran
 
 
 @pytest.mark.parametrize("terms", [{}, {"rejected_weight": 0.7, "rejected_min_prob": 0.0}, {"rejection_weight": 2.0}])
-def test_a_step_in_parts_has_the_loss_and_the_gradient_of_one_batch(terms: dict[str, float]) -> None:
+def test_gradient_accumulation_has_the_loss_and_the_gradient_of_one_batch(terms: dict[str, float]) -> None:
     whole, parts = learner(max_grad_norm=1e9, **terms), learner(max_grad_norm=1e9, **terms)
     one = whole.step(batch(0, 1, 2, 3, 4, 5))
     other = parts.step(batch(0), batch(1, 2, 3), batch(4, 5))
@@ -70,14 +70,14 @@ def test_a_step_in_parts_has_the_loss_and_the_gradient_of_one_batch(terms: dict[
     assert parts.steps == whole.steps == 1
 
 
-def test_a_part_that_teaches_nothing_takes_nothing_from_the_others() -> None:
-    silent = collate([window(2, length=6, known_from=6)])
+def test_a_batch_without_a_teacher_does_not_change_the_others() -> None:
+    silent = collate([sample(2, length=6, known_from=6)])
     alone, beside = learner(), learner()
     assert float(beside.step(batch(0, 1), silent).total) == pytest.approx(float(alone.step(batch(0, 1)).total))
     assert_close(gradients(beside), gradients(alone))
 
 
-def test_the_average_is_that_of_a_plain_loop() -> None:
+def test_the_moving_average_equals_that_of_a_plain_loop() -> None:
     one, expected = learner(ema_decay=0.4), weights(random_draft(SHAPE, 0))
     for step in range(1, 12):
         one.step(batch(step))
@@ -88,13 +88,13 @@ def test_the_average_is_that_of_a_plain_loop() -> None:
     assert torch.equal(one.export_draft().t2d, one.draft.t2d)
 
 
-def test_without_an_average_the_weights_in_training_are_what_is_registered() -> None:
+def test_without_an_average_the_draft_in_training_is_exported() -> None:
     one = learner(ema_decay=0.0)
     assert one.export_draft() is one.draft
 
 
 def newton_schulz(momentum: torch.Tensor, steps: int) -> torch.Tensor:
-    """So many steps of the quintic iteration towards the nearest orthogonal matrix, in bfloat16 as torch has it."""
+    """Run the quintic iteration towards the nearest orthogonal matrix, in bfloat16 as torch does."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = momentum.bfloat16()
     tall = x.shape[0] > x.shape[1]
@@ -107,7 +107,7 @@ def newton_schulz(momentum: torch.Tensor, steps: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("steps", [3, 5])
-def test_muon_moves_the_hidden_matrices_as_a_plain_loop_does(steps: int) -> None:
+def test_muon_updates_the_hidden_matrices_as_a_plain_loop_does(steps: int) -> None:
     one = learner(
         optimizer="muon", max_grad_norm=1e9, weight_decay=0.1, muon_learning_rate=2e-2, newton_schulz_steps=steps
     )
@@ -128,7 +128,7 @@ def test_muon_moves_the_hidden_matrices_as_a_plain_loop_does(steps: int) -> None
     assert_close({name: found[name] for name in moved}, {name: expected[name] for name in moved}, tolerance=1e-4)
 
 
-def test_norms_and_the_vocabulary_are_adamws_whatever_moves_the_matrices() -> None:
+def test_adamw_updates_norms_and_vocabulary_with_either_optimizer() -> None:
     muon, adamw = learner(optimizer="muon"), learner(optimizer="adamw")
     for one in (muon, adamw):
         one.step(batch(0))
@@ -159,7 +159,7 @@ def test_a_restored_learner_takes_the_same_steps(optimizer: str, ema: float) -> 
         assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
 
 
-def test_going_back_to_the_beginning_forgets_the_moments() -> None:
+def test_restoring_the_first_state_resets_the_moments() -> None:
     fresh, returned = learner(), learner()
     beginning = {name: value.clone() for name, value in returned.state_tensors().items()}
     returned.step(batch(0))
@@ -169,7 +169,7 @@ def test_going_back_to_the_beginning_forgets_the_moments() -> None:
     assert all(torch.equal(a, b) for a, b in zip(fresh.draft.parameters(), returned.draft.parameters(), strict=True))
 
 
-def test_the_state_of_another_optimizer_is_left_and_the_weights_are_taken() -> None:
+def test_weights_are_restored_without_the_state_of_another_optimizer() -> None:
     adamw, muon = learner(), learner(optimizer="muon")
     adamw.step(batch(0))
     muon.restore(adamw.state_tensors(), adamw.steps)
@@ -177,7 +177,7 @@ def test_the_state_of_another_optimizer_is_left_and_the_weights_are_taken() -> N
     assert muon.step(batch(1)).total.isfinite()
 
 
-def test_a_step_that_is_not_finite_is_not_taken() -> None:
+def test_a_step_that_is_not_finite_is_skipped() -> None:
     one = learner(ema_decay=0.9)
     one.step(batch(0))
     before, average = weights(one.draft), weights(one.export_draft())
@@ -191,7 +191,7 @@ def test_a_step_that_is_not_finite_is_not_taken() -> None:
     assert (one.steps, one.skipped) == (2, 0)
 
 
-def test_a_pass_in_bfloat16_keeps_weights_and_state_in_float32_and_learns_the_same() -> None:
+def test_bfloat16_keeps_weights_and_state_in_float32_and_trains_alike() -> None:
     half, full = learner(dtype="bfloat16"), learner()
     for i in range(6):
         a, b = half.step(batch(i % 3)), full.step(batch(i % 3))

@@ -1,4 +1,4 @@
-"""The padded, gathered training-time test against plain references that know one window, one position, one chain."""
+"""The padded, gathered training-time test against plain references for one sample, one position and one chain."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def teacher(rows: int, g: torch.Generator, k: int = 5) -> Teacher:
     return Teacher(ids, logits.log_softmax(-1).gather(-1, ids))
 
 
-def window(n: int, first_known: int, seed: int, *, branches: Sequence[tuple[int, int, int]] = (), k: int = 5) -> Sample:
-    """Random window; ``branches`` are (root, nodes, accepted prefix)."""
+def sample(n: int, first_known: int, seed: int, *, branches: Sequence[tuple[int, int, int]] = (), k: int = 5) -> Sample:
+    """Return a random sample; ``branches`` are (root, nodes, accepted prefix)."""
     g = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, VOCABULARY, (n,), generator=g)
     grown = []
@@ -74,11 +74,11 @@ def window(n: int, first_known: int, seed: int, *, branches: Sequence[tuple[int,
     )
 
 
-def certain_window(seed: int) -> Sample:
-    """Six tokens, teachers that each name one token of the draft vocabulary, and a branch of two nodes."""
+def certain_sample(seed: int) -> Sample:
+    """Return six tokens with one-hot teachers of the draft vocabulary, and a branch of two nodes."""
     g = torch.Generator().manual_seed(seed)
     said = torch.tensor(KEPT)[torch.randint(0, len(KEPT), (6, 1), generator=g)]
-    w = window(6, 2, seed)
+    w = sample(6, 2, seed)
     branch = Branch(3, (1, 2), 0, (-0.5, -0.5), Teacher(said[4:], torch.zeros(2, 1)))
     return Sample(w.request, w.tokens, 3, w.features, w.known, Teacher(said[:4], torch.zeros(4, 1)), (branch,))
 
@@ -88,7 +88,7 @@ def embeddings(dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def within_vocabulary(w: Sample) -> Sample:
-    """The window with tokens and teachers that the draft could all have drafted."""
+    """Return the sample with tokens and teachers inside the draft vocabulary."""
     g = torch.Generator().manual_seed(17)
 
     def inside(said: Teacher) -> Teacher:
@@ -108,12 +108,12 @@ def within_vocabulary(w: Sample) -> Sample:
 
 
 def certain(said: Teacher) -> Teacher:
-    """A teacher of one token of the draft vocabulary at each place."""
+    """Return a one-hot teacher of the draft vocabulary at each position."""
     return Teacher(torch.full((len(said.ids), 1), KEPT[3]), torch.zeros(len(said.ids), 1))
 
 
 def forked(w: Sample, root: int, *drafts: tuple[int, Sequence[int]], seed: int = 11) -> Sample:
-    """The window with branches below one root that share their beginnings; each is (accepted prefix, tokens)."""
+    """Return the sample with branches below one root that share prefixes; each is (accepted prefix, tokens)."""
     g = torch.Generator().manual_seed(seed)
     known: dict[tuple[int, ...], Teacher] = {}
     branches = []
@@ -126,9 +126,9 @@ def forked(w: Sample, root: int, *drafts: tuple[int, Sequence[int]], seed: int =
     return replace(w, branches=(*w.branches, *branches))
 
 
-def tree_window() -> Sample:
-    """Eight tokens and a tree of eight nodes below token 3, two of them kept: five branches that were not."""
-    w = window(8, 2, 21, branches=[(5, 2, 1)])
+def tree_sample() -> Sample:
+    """Return eight tokens and a tree of eight nodes below token 3, two of them accepted: five rejected branches."""
+    w = sample(8, 2, 21, branches=[(5, 2, 1)])
     a, b = w.tokens[4:6].tolist()
     c, d, e = [token for token in KEPT if token not in w.tokens[4:7].tolist()][:3]
     return replace(
@@ -136,12 +136,12 @@ def tree_window() -> Sample:
     )
 
 
-WINDOWS = [
-    window(9, 3, 0, branches=[(3, 3, 0), (4, 3, 1), (6, 2, 0), (7, 1, 0)]),
-    window(5, 0, 1, branches=[(1, 4, 2)]),
-    window(12, 7, 2, k=3),
-    window(3, 2, 3, branches=[(2, 3, 0)]),
-    tree_window(),
+SAMPLES = [
+    sample(9, 3, 0, branches=[(3, 3, 0), (4, 3, 1), (6, 2, 0), (7, 1, 0)]),
+    sample(5, 0, 1, branches=[(1, 4, 2)]),
+    sample(12, 7, 2, k=3),
+    sample(3, 2, 3, branches=[(2, 3, 0)]),
+    tree_sample(),
 ]
 
 
@@ -153,7 +153,7 @@ def settings(steps: int, decay: float, weight: float, **others: object) -> Train
 def served_chain(
     draft: EagleDraft, table_VH: Tensor, w: Sample, row: int, drafted: Sequence[int]
 ) -> list[tuple[Tensor, Tensor]]:
-    """Hidden state and scores after each step, as a node drafts: a cache that grows by one token at a time."""
+    """Return hidden state and logits after each step of serving: its cache grows by one token at a time."""
     dtype = draft.fc.weight.dtype
     keys: list[Tensor] = []
     values: list[Tensor] = []
@@ -194,12 +194,12 @@ def plain_divergence(logits_D: Tensor, ids: Tensor, logprobs: Tensor, objective:
     return sum(terms, torch.zeros((), dtype=q.dtype))
 
 
-def plain_loss(draft: EagleDraft, table_VH: Tensor, windows: Sequence[Sample], train: Train) -> tuple[Tensor, int, int]:
-    """The definition, branch by branch and one term after the other; a node that branches share counts at the first."""
+def plain_loss(draft: EagleDraft, table_VH: Tensor, samples: Sequence[Sample], train: Train) -> tuple[Tensor, int, int]:
+    """Compute the definition branch by branch and term by term; a shared node counts at its first branch."""
     steps, decay = train.ttt_steps, train.ttt_decay
     accepted: list[list[Tensor]] = [[] for _ in range(steps)]
     rejected: list[Tensor] = []
-    for w in windows:
+    for w in samples:
         place = {int(i): j for j, i in enumerate(w.known.nonzero())}
         for row in range(len(w) - 1):
             outputs = served_chain(draft, table_VH, w, row, w.tokens[row + 2 : row + 1 + steps].tolist())
@@ -232,10 +232,10 @@ def assert_same_gradients(draft: EagleDraft, found: Tensor, wanted: Tensor) -> N
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
 @pytest.mark.parametrize("weight", [0.0, 0.5])
-def test_one_pass_over_the_trees_has_loss_and_gradients_of_training_branch_by_branch(steps: int, weight: float) -> None:
+def test_loss_and_gradients_over_trees_equal_those_branch_by_branch(steps: int, weight: float) -> None:
     draft, table, train = tiny_draft(), embeddings(), settings(steps, 0.8, weight)
-    loss = ttt_loss(draft, table, collate(WINDOWS), train)
-    expected, positions, nodes = plain_loss(draft, table, WINDOWS, train)
+    loss = ttt_loss(draft, table, collate(SAMPLES), train)
+    expected, positions, nodes = plain_loss(draft, table, SAMPLES, train)
     torch.testing.assert_close(loss.total, expected, rtol=1e-6, atol=1e-8)
     assert loss.positions == positions
     assert loss.nodes == (nodes if weight else 0)
@@ -245,45 +245,45 @@ def test_one_pass_over_the_trees_has_loss_and_gradients_of_training_branch_by_br
 
 
 @pytest.mark.parametrize("objective", ["reverse-kl", "tv"])
-def test_every_objective_has_loss_and_gradients_of_its_definition(objective: str) -> None:
+def test_loss_and_gradients_of_every_objective_equal_its_definition(objective: str) -> None:
     draft, table = tiny_draft(), embeddings()
     train = settings(3, 0.8, 0.5, objective=objective, rejected_objective=objective)
-    loss = ttt_loss(draft, table, collate(WINDOWS), train)
-    expected, _, _ = plain_loss(draft, table, WINDOWS, train)
+    loss = ttt_loss(draft, table, collate(SAMPLES), train)
+    expected, _, _ = plain_loss(draft, table, SAMPLES, train)
     torch.testing.assert_close(loss.total, expected, rtol=1e-6, atol=1e-8)
     assert_same_gradients(draft, loss.total, expected)
 
 
-def test_only_what_followed_a_likely_choice_is_learned_from() -> None:
+def test_only_nodes_after_a_likely_choice_have_a_loss() -> None:
     draft, table, train = tiny_draft(), embeddings(), settings(4, 0.8, 1.0, rejected_min_prob=0.75)
-    loss = ttt_loss(draft, table, collate(WINDOWS), train)
-    expected, _, nodes = plain_loss(draft, table, WINDOWS, train)
-    _, _, all_nodes = plain_loss(draft, table, WINDOWS, settings(4, 0.8, 1.0))
+    loss = ttt_loss(draft, table, collate(SAMPLES), train)
+    expected, _, nodes = plain_loss(draft, table, SAMPLES, train)
+    _, _, all_nodes = plain_loss(draft, table, SAMPLES, settings(4, 0.8, 1.0))
     assert loss.nodes == nodes
     assert 0 < nodes < all_nodes
     torch.testing.assert_close(loss.total, expected, rtol=1e-6, atol=1e-8)
 
 
-def test_what_branches_share_is_computed_once() -> None:
-    w = tree_window()
+def test_nodes_that_branches_share_are_computed_once() -> None:
+    w = tree_sample()
     w = replace(w, branches=tuple(replace(b, teacher=certain(b.teacher)) for b in w.branches))
     trees = build_draft_trees(tiny_draft(), collate([w]), 4, 0.0)
     drafted = [len(step.parent_A) - step.committed for step in trees.levels]
-    # Below token 3: d; c, e; d e under a c, c under a b, c d under d e. Below token 5: one after a kept one.
+    # Below token 3: d; c, e; d e under a c, c under a b, c d under d e. Below token 5: one after an accepted node.
     assert drafted == [0, 1, 3, 5]
 
 
 def test_losses_of_parts_add_up_to_the_loss_of_the_whole() -> None:
     draft, table, train = tiny_draft(), embeddings(), settings(3, 0.8, 0.5)
     counts: list[Tensor] = []
-    whole = ttt_loss(draft, table, collate(WINDOWS), train, lambda own: counts.append(own) or own)
-    parts = [ttt_loss(draft, table, collate(part), train, lambda _: counts[0]) for part in (WINDOWS[:2], WINDOWS[2:])]
+    whole = ttt_loss(draft, table, collate(SAMPLES), train, lambda own: counts.append(own) or own)
+    parts = [ttt_loss(draft, table, collate(part), train, lambda _: counts[0]) for part in (SAMPLES[:2], SAMPLES[2:])]
     torch.testing.assert_close(parts[0].total + parts[1].total, whole.total)
     assert parts[0].positions + parts[1].positions == whole.positions
 
 
-def test_gradients_are_those_of_finite_differences() -> None:
-    draft, table, batch = tiny_draft(), embeddings(), collate(WINDOWS)
+def test_gradients_equal_finite_differences() -> None:
+    draft, table, batch = tiny_draft(), embeddings(), collate(SAMPLES)
     loss = ttt_loss(draft, table, batch, settings(4, 0.8, 0.5)).total
     g = torch.Generator().manual_seed(4)
     for parameter, slope in zip(draft.parameters(), torch.autograd.grad(loss, list(draft.parameters())), strict=True):
@@ -298,38 +298,38 @@ def test_gradients_are_those_of_finite_differences() -> None:
         assert float((ends[0] - ends[1]) / 2e-5) == pytest.approx(float((slope * direction).sum()), rel=1e-4, abs=1e-6)
 
 
-def test_the_recursion_is_what_serving_drafts_token_by_token() -> None:
-    draft, table, batch = tiny_draft(), embeddings(), collate(WINDOWS)
+def test_the_unroll_equals_drafting_token_by_token() -> None:
+    draft, table, batch = tiny_draft(), embeddings(), collate(SAMPLES)
     chains = [(0, 2, [5, 9, 1]), (0, 2, [5, 0, 0]), (0, 7, [2, 2, 2]), (2, 0, [1, 2, 4]), (3, 1, [7, 9, 20])]
     unroll = DraftUnroll(draft, table, batch.tokens_BT, batch.features_BTF)
     hidden = unroll.first(torch.tensor([b for b, _, _ in chains]), torch.tensor([row for _, row, _ in chains]))
-    served = [served_chain(draft, table, WINDOWS[b], row, tokens) for b, row, tokens in chains]
+    served = [served_chain(draft, table, SAMPLES[b], row, tokens) for b, row, tokens in chains]
     torch.testing.assert_close(hidden, torch.stack([s[0][0] for s in served]))
     for k in range(3):
         hidden = unroll.advance(torch.arange(len(chains)), torch.tensor([tokens[k] for _, _, tokens in chains]))
         torch.testing.assert_close(hidden, torch.stack([s[k + 1][0] for s in served]))
 
 
-def test_a_tree_is_computed_as_each_of_its_branches_alone() -> None:
-    draft, table, batch = tiny_draft(), embeddings(), collate(WINDOWS)
+def test_a_tree_equals_each_of_its_branches_alone() -> None:
+    draft, table, batch = tiny_draft(), embeddings(), collate(SAMPLES)
     unroll = DraftUnroll(draft, table, batch.tokens_BT, batch.features_BTF)
     unroll.first(torch.tensor([0, 0, 1]), torch.tensor([2, 3, 1]))
     unroll.advance(torch.tensor([1, 1, 2]), torch.tensor([4, 7, 5]))
     hidden = unroll.advance(torch.tensor([2, 1, 0, 1]), torch.tensor([1, 2, 9, 5]))
     for node, (b, row, tokens) in enumerate([(1, 1, [5, 1]), (0, 3, [7, 2]), (0, 3, [4, 9]), (0, 3, [7, 5])]):
-        torch.testing.assert_close(hidden[node], served_chain(draft, table, WINDOWS[b], row, tokens)[2][0])
+        torch.testing.assert_close(hidden[node], served_chain(draft, table, SAMPLES[b], row, tokens)[2][0])
 
 
-def test_padding_and_company_do_not_change_a_windows_loss() -> None:
+def test_padding_and_other_samples_do_not_change_the_loss_of_a_sample() -> None:
     draft, table = tiny_draft(), embeddings()
-    alone = ttt_loss(draft, table, collate(WINDOWS[:1]), settings(3, 1.0, 0.0))
-    silent = window(14, 14, 7)
-    together = ttt_loss(draft, table, collate([silent, WINDOWS[0]]), settings(3, 1.0, 0.0))
+    alone = ttt_loss(draft, table, collate(SAMPLES[:1]), settings(3, 1.0, 0.0))
+    silent = sample(14, 14, 7)
+    together = ttt_loss(draft, table, collate([silent, SAMPLES[0]]), settings(3, 1.0, 0.0))
     torch.testing.assert_close(alone.total, together.total)
 
 
 def test_a_batch_without_a_teacher_has_no_loss() -> None:
-    loss = ttt_loss(tiny_draft(), embeddings(), collate([window(6, 6, 0)]), settings(3, 0.8, 0.1))
+    loss = ttt_loss(tiny_draft(), embeddings(), collate([sample(6, 6, 0)]), settings(3, 0.8, 0.1))
     assert (float(loss.total), loss.positions, loss.nodes) == (0.0, 0, 0)
 
 
@@ -347,7 +347,7 @@ def test_a_position_whose_teacher_is_almost_outside_the_draft_vocabulary_is_mask
 
 
 @pytest.mark.parametrize("objective", DIVERGENCES)
-def test_every_divergence_is_least_where_the_draft_agrees(objective: Objective) -> None:
+def test_every_divergence_is_zero_where_the_draft_agrees(objective: Objective) -> None:
     probs, ids = torch.tensor([[0.7, 0.3]]), torch.tensor([[2, 0]])
     agreeing, divergence = torch.full((1, 4), math.log(TAIL_MASS / 4)), DIVERGENCES[objective]
     agreeing[0, 2], agreeing[0, 0] = math.log(0.7), math.log(0.3)
@@ -356,7 +356,7 @@ def test_every_divergence_is_least_where_the_draft_agrees(objective: Objective) 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_gradient_of_the_divergence_is_the_one_that_torch_finds(dtype: torch.dtype) -> None:
+def test_the_gradient_of_forward_kl_equals_autograd(dtype: torch.dtype) -> None:
     g = torch.Generator().manual_seed(3)
     logits = (30 * torch.randn(6, 40, generator=g, dtype=torch.float64)).to(dtype).requires_grad_()
     ids = torch.randint(0, 40, (6, 5), generator=g)
@@ -376,9 +376,9 @@ def test_the_gradient_of_the_divergence_is_the_one_that_torch_finds(dtype: torch
 
 @pytest.mark.parametrize("objective", DIVERGENCES)
 @pytest.mark.parametrize("rejected_objective", DIVERGENCES)
-def test_both_terms_are_those_of_either_alone(objective: Objective, rejected_objective: Objective) -> None:
+def test_both_terms_equal_those_of_either_alone(objective: Objective, rejected_objective: Objective) -> None:
     draft, table = tiny_draft(), embeddings()
-    w = within_vocabulary(window(9, 1, 32, branches=[(2, 3, 2), (6, 2, 0)]))
+    w = within_vocabulary(sample(9, 1, 32, branches=[(2, 3, 2), (6, 2, 0)]))
     train = settings(3, 0.8, 0.5, objective=objective, rejected_objective=rejected_objective)
     both = ttt_loss(draft, table, collate([w]), train)
     assert both.nodes
@@ -389,7 +389,7 @@ def test_both_terms_are_those_of_either_alone(objective: Objective, rejected_obj
     assert both.rejected == pytest.approx(apart.rejected)
 
 
-def test_the_hybrid_goes_from_divergence_to_acceptance_as_the_draft_gets_better() -> None:
+def test_the_hybrid_moves_from_kl_to_acceptance_as_the_draft_improves() -> None:
     probs, ids = torch.tensor([[0.7, 0.3]]), torch.tensor([[2, 0]])
     far, near = torch.tensor([[0.0, 9.0, 0.0, 9.0]]), torch.tensor([[1.0, 0.0, 1.0, 0.0]])
     for logits in (far, near):
@@ -399,9 +399,9 @@ def test_the_hybrid_goes_from_divergence_to_acceptance_as_the_draft_gets_better(
         assert float(DIVERGENCES["lk"](logits, ids, probs)) == pytest.approx(mixed)
 
 
-def test_a_position_where_the_served_draft_was_rejected_counts_more_while_the_draft_would_still_be_wrong() -> None:
+def test_a_rejected_position_counts_more_while_the_draft_would_still_be_wrong() -> None:
     draft, table, r = tiny_draft(), embeddings(), 2.0
-    w = within_vocabulary(window(7, 2, 31, branches=[(3, 2, 1)]))
+    w = within_vocabulary(sample(7, 2, 31, branches=[(3, 2, 1)]))
     (branch,) = w.branches
     train = settings(3, 1.0, 0.0)
     plain = [float(x) for x in ttt_loss(draft, table, collate([w]), train).accepted_K]
@@ -417,8 +417,8 @@ def test_a_position_where_the_served_draft_was_rejected_counts_more_while_the_dr
     assert weighted[1] == pytest.approx((n * plain[1] + extra * float(there.detach())) / (n + extra), rel=1e-5)
 
 
-def test_a_branch_of_unknown_probability_is_learned_from_and_is_no_choice() -> None:
-    known = within_vocabulary(window(9, 1, 32, branches=[(2, 3, 2), (6, 2, 0)]))
+def test_a_branch_of_unknown_probability_has_a_loss_and_is_no_choice() -> None:
+    known = within_vocabulary(sample(9, 1, 32, branches=[(2, 3, 2), (6, 2, 0)]))
     unknown = replace(known, branches=tuple(replace(b, draft_logprobs=(math.nan,) * 3) for b in known.branches))
     draft, table = tiny_draft(), embeddings()
     assert len(collate([known]).choices) > len(collate([unknown]).choices) == 0
@@ -428,13 +428,13 @@ def test_a_branch_of_unknown_probability_is_learned_from_and_is_no_choice() -> N
     )
 
 
-def test_the_policy_term_raises_what_was_kept_and_lowers_what_was_rejected() -> None:
+def test_the_policy_term_raises_accepted_choices_and_lowers_rejected_ones() -> None:
     draft, table = tiny_draft(), embeddings()
-    w = within_vocabulary(window(9, 1, 32, branches=[(2, 3, 2), (6, 2, 0)]))
+    w = within_vocabulary(sample(9, 1, 32, branches=[(2, 3, 2), (6, 2, 0)]))
     train = settings(3, 1.0, 0.0, policy_weight=1.0)
     loss = ttt_loss(draft, table, collate([w]), train)
     terms = []
-    # Step 0 of both verify steps: two tokens were kept from the first choice on, none from the other.
+    # Step 0 of both verify steps: two tokens were accepted from the first choice on, none from the other.
     for branch, advantage in zip(w.branches, (1.0, -1.0), strict=True):
         scores = served_chain(draft, table, w, branch.root - 1, [])[0][1].log_softmax(0)
         ratio = (scores[KEPT.index(branch.tokens[0])] - branch.draft_logprobs[0]).exp()
@@ -443,8 +443,8 @@ def test_the_policy_term_raises_what_was_kept_and_lowers_what_was_rejected() -> 
     assert loss.policy == pytest.approx(float(sum(terms).detach()) / 4)
 
 
-def test_one_tiny_batch_can_be_learned_by_heart_past_its_rejections() -> None:
-    draft, table, w = tiny_draft(torch.float32), embeddings(torch.float32), certain_window(5)
+def test_training_overfits_one_small_batch_past_its_rejections() -> None:
+    draft, table, w = tiny_draft(torch.float32), embeddings(torch.float32), certain_sample(5)
     optimizer = torch.optim.AdamW(draft.parameters(), lr=1e-2, weight_decay=0.0)
     for _ in range(200):
         loss = ttt_loss(draft, table, collate([w]), settings(3, 0.8, 1.0))
@@ -459,8 +459,8 @@ def test_one_tiny_batch_can_be_learned_by_heart_past_its_rejections() -> None:
         assert KEPT[int(said[node + 1][1].argmax())] == int(branch.teacher.ids[node, 0])
 
 
-def test_a_window_is_cut_into_pieces_that_keep_every_teacher_and_reachable_branch() -> None:
-    w = window(11, 5, 6, branches=[(5, 2, 0), (8, 2, 0), (9, 2, 0)])
+def test_a_split_sample_keeps_every_teacher_and_reachable_branch() -> None:
+    w = sample(11, 5, 6, branches=[(5, 2, 0), (8, 2, 0), (9, 2, 0)])
     pieces = split_sample(w, 4)
     assert [p.tokens.tolist() for p in pieces] == [w.tokens[4:8].tolist(), w.tokens[8:11].tolist()]
     assert [p.next_token for p in pieces] == [int(w.tokens[8]), 3]
@@ -485,11 +485,11 @@ def plain_accepted_per_step(draft: EagleDraft, table: Tensor, w: Sample, lookahe
     return SimulatedAcceptance(kept, positions)
 
 
-def test_simulated_accepted_per_step_is_that_of_drafting_token_by_token() -> None:
+def test_simulated_acceptance_equals_drafting_token_by_token() -> None:
     table = embeddings(torch.float32)
-    w = window(10, 4, 5)
+    w = sample(10, 4, 5)
     tokens = torch.tensor(KEPT)[w.tokens % len(KEPT)]
-    # A teacher that is certain of the next committed token: chains become right in part, then as a whole.
+    # The teacher is certain of the next committed token: chains become right partly, then completely.
     certain = Teacher(torch.cat([tokens[5:], torch.tensor([4])])[:, None], torch.zeros(6, 1))
     w = Sample(w.request, tokens, 4, w.features, w.known, certain)
     draft = tiny_draft(torch.float32)
@@ -497,13 +497,13 @@ def test_simulated_accepted_per_step_is_that_of_drafting_token_by_token() -> Non
     seen = set()
     for step in range(60):
         if step % 6 == 0:
-            found = simulate_batch(draft, table, collate([WINDOWS[2], w]), 3)
+            found = simulate_batch(draft, table, collate([SAMPLES[2], w]), 3)
             alone, other = (
                 plain_accepted_per_step(draft, table, w, 3),
-                plain_accepted_per_step(draft, table, WINDOWS[2], 3),
+                plain_accepted_per_step(draft, table, SAMPLES[2], 3),
             )
             assert found == (alone.tokens + other.tokens, alone.positions + other.positions)
-            assert simulate_each(draft, table, [w, WINDOWS[2]], 3) == [alone, other]
+            assert simulate_each(draft, table, [w, SAMPLES[2]], 3) == [alone, other]
             seen.add(found.tokens)
         loss = ttt_loss(draft, table, collate([w]), settings(3, 0.8, 0.0))
         optimizer.zero_grad()
@@ -513,15 +513,15 @@ def test_simulated_accepted_per_step_is_that_of_drafting_token_by_token() -> Non
     assert max(seen) > 6
 
 
-def test_a_committed_token_outside_the_draft_vocabulary_is_a_miss_and_not_left_out() -> None:
+def test_a_committed_token_outside_the_draft_vocabulary_is_a_miss() -> None:
     draft, table = tiny_draft(torch.float32), embeddings(torch.float32)
-    w = window(6, 2, 5)
+    w = sample(6, 2, 5)
     outside = next(i for i in range(VOCABULARY) if i not in KEPT)
     w = Sample(w.request, torch.full_like(w.tokens, outside), outside, w.features, w.known, w.teacher)
     assert simulate_batch(draft, table, collate([w]), 2) == SimulatedAcceptance(0, 3)
 
 
-def test_windows_too_short_for_the_lookahead_count_no_position() -> None:
-    found = simulate_batch(tiny_draft(torch.float32), embeddings(torch.float32), collate([window(3, 2, 3)]), 5)
+def test_samples_shorter_than_the_lookahead_have_no_position() -> None:
+    found = simulate_batch(tiny_draft(torch.float32), embeddings(torch.float32), collate([sample(3, 2, 3)]), 5)
     assert found == SimulatedAcceptance(0, 0)
     assert found.accepted_per_step == 0.0

@@ -1,4 +1,4 @@
-"""MlflowCurves reach the registry as means over an interval, and outlive its absence."""
+"""MLflow curves are sent as means over an interval, and buffered while the registry is unreachable."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from trainer.release.registry import MetricPoint, RegistryError
 from trainer.status import ErrorTracker
 
 
-class Kept:
-    """Runs that are kept in memory, while there is a registry."""
+class FakeRegistry:
+    """A registry that keeps runs in memory, and can be unreachable."""
 
     def __init__(self) -> None:
         self.away = False
@@ -41,13 +41,13 @@ class Kept:
             raise RegistryError("away")
 
 
-def curves_of(runs: Kept) -> tuple[MlflowCurves, ErrorTracker]:
+def curves_of(runs: FakeRegistry) -> tuple[MlflowCurves, ErrorTracker]:
     failures = ErrorTracker("train", CollectorRegistry())
     return MlflowCurves(runs, failures, "line", 3600, {}, {}), failures
 
 
-def test_a_point_is_the_mean_since_the_last_one_at_the_newest_step() -> None:
-    runs = Kept()
+def test_a_point_is_the_mean_since_the_last_point() -> None:
+    runs = FakeRegistry()
     curves, _ = curves_of(runs)
     for step, loss in ((1, 4.0), (2, 2.0), (3, 3.0)):
         curves.add(step, {"loss": loss, "rate": 0.1})
@@ -62,16 +62,16 @@ def test_a_point_is_the_mean_since_the_last_one_at_the_newest_step() -> None:
     assert curves.run == "run of line"
 
 
-def test_what_is_not_finite_is_no_point() -> None:
-    runs = Kept()
+def test_values_that_are_not_finite_are_dropped() -> None:
+    runs = FakeRegistry()
     curves, _ = curves_of(runs)
     curves.add(1, {"loss": math.nan, "norm": math.inf})
     curves._send()
     assert (runs.points, runs.begun) == ([], 0)
 
 
-def test_points_wait_for_a_registry_that_is_away() -> None:
-    runs = Kept()
+def test_points_are_buffered_while_the_registry_is_unreachable() -> None:
+    runs = FakeRegistry()
     runs.away = True
     curves, failures = curves_of(runs)
     for step in range(1, 4):
@@ -85,8 +85,8 @@ def test_points_wait_for_a_registry_that_is_away() -> None:
     assert failures.summary is None
 
 
-def test_the_newest_points_are_kept_when_the_registry_stays_away() -> None:
-    runs = Kept()
+def test_the_newest_points_are_kept_when_the_buffer_is_full() -> None:
+    runs = FakeRegistry()
     runs.away = True
     curves, _ = curves_of(runs)
     for step in range(MAX_BUFFERED + 10):
@@ -95,11 +95,11 @@ def test_the_newest_points_are_kept_when_the_registry_stays_away() -> None:
     runs.away = False
     curves._send()
     assert (len(runs.points), runs.points[0].step, runs.points[-1].step) == (MAX_BUFFERED, 10, MAX_BUFFERED + 9)
-    assert runs.calls > 1, "no call may hold more than the registry takes"
+    assert runs.calls > 1, "no call exceeds what the registry accepts"
 
 
-def test_the_end_sends_what_there_is_and_ends_the_run() -> None:
-    runs = Kept()
+def test_closing_sends_the_remaining_points_and_ends_the_run() -> None:
+    runs = FakeRegistry()
     curves, _ = curves_of(runs)
     curves.start()
     curves.add(7, {"loss": 1.0})
@@ -108,7 +108,7 @@ def test_the_end_sends_what_there_is_and_ends_the_run() -> None:
     assert runs.ended == ["run of line"]
 
 
-def test_the_pace_is_that_of_the_last_minute() -> None:
+def test_throughput_is_that_of_the_last_minute() -> None:
     now = [100.0]
     pace = Throughput(lambda: now[0])
     for _ in range(10):

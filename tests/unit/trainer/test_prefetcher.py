@@ -1,4 +1,4 @@
-"""A loader that runs prefetcher gives what it would give alone, and stands where training stands."""
+"""The prefetcher returns the steps of its data loader, and its state is that of training."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from trainer.data.samples import Sample
 SETTINGS: dict[str, object] = {"max_epochs": 3, "replay_half_life": 4, "label_balance": 0.5, "replay_buffer_size": 12}
 
 
-class Kitchen:
-    """Where steps are made ready: notes what was, and waits at each for leave where it is closed."""
+class BlockingCollate:
+    """A collate function that records its steps, and blocks at each one while it is closed."""
 
     def __init__(self) -> None:
         self.made: list[list[str]] = []
@@ -32,15 +32,15 @@ class Kitchen:
             self._leave = (self._leave or 0) + steps
             self._changed.notify_all()
 
-    def prepare(self, windows: list[Sample]) -> list[str]:
+    def collate(self, samples: list[Sample]) -> list[str]:
         with self._changed:
             assert self._changed.wait_for(lambda: self._leave is None or self._leave > 0, timeout=30)
             if self._leave is not None:
                 self._leave -= 1
-            self.made.append(names(windows))
+            self.made.append(names(samples))
             self.threads.add(threading.current_thread().name)
             self._changed.notify_all()
-        return names(windows)
+        return names(samples)
 
     def wait_for(self, steps: int) -> None:
         with self._changed:
@@ -53,27 +53,27 @@ def world() -> World:
 
 
 @pytest.fixture
-def kitchen() -> Kitchen:
-    return Kitchen()
+def collate() -> BlockingCollate:
+    return BlockingCollate()
 
 
-class Aheads:
-    """Closes what it makes."""
+class PrefetcherFactory:
+    """Creates prefetchers, and closes them."""
 
-    def __init__(self, world: World, kitchen: Kitchen) -> None:
-        self._world, self._kitchen = world, kitchen
+    def __init__(self, world: World, collate: BlockingCollate) -> None:
+        self._world, self._collate = world, collate
         self.made: list[Prefetcher[list[str]]] = []
 
     def __call__(self, **settings: object) -> Prefetcher[list[str]]:
-        self.made.append(Prefetcher(self._world.data_loader(**SETTINGS | settings), self._kitchen.prepare))
+        self.made.append(Prefetcher(self._world.data_loader(**SETTINGS | settings), self._collate.collate))
         return self.made[-1]
 
 
 @pytest.fixture
-def ahead_of(world: World, kitchen: Kitchen) -> Iterator[Aheads]:
-    aheads = Aheads(world, kitchen)
-    yield aheads
-    for prefetcher in aheads.made:
+def prefetcher_of(world: World, collate: BlockingCollate) -> Iterator[PrefetcherFactory]:
+    factory = PrefetcherFactory(world, collate)
+    yield factory
+    for prefetcher in factory.made:
         prefetcher.close()
 
 
@@ -81,37 +81,37 @@ def rest(prefetcher: Prefetcher[list[str]]) -> list[list[str]]:
     return list(iter(prefetcher.next_batch, None))
 
 
-def test_steps_are_those_of_the_feed_alone_in_the_same_order(world: World, ahead_of: Aheads) -> None:
+def test_steps_equal_those_of_the_data_loader_alone(world: World, prefetcher_of: PrefetcherFactory) -> None:
     world.commit_as(requests(30), label="sql")
-    prefetcher = ahead_of()
+    prefetcher = prefetcher_of()
     assert rest(prefetcher) == drain(world.data_loader(**SETTINGS))
     assert (prefetcher.cursor, prefetcher.table_version, prefetcher.counts["samples"]) == (30, 30, 30)
     assert prefetcher.tables_read == {"accepted": 30, "rejected": 30}
 
 
-def test_the_next_step_and_no_further_one_is_made_ready_while_one_runs(
-    world: World, kitchen: Kitchen, ahead_of: Aheads
+def test_exactly_one_step_is_prefetched(
+    world: World, collate: BlockingCollate, prefetcher_of: PrefetcherFactory
 ) -> None:
     world.commit_as(requests(30))
-    prefetcher = ahead_of()
-    kitchen.close()
-    kitchen.allow(1)
+    prefetcher = prefetcher_of()
+    collate.close()
+    collate.allow(1)
     first = prefetcher.next_batch()
-    assert kitchen.made == [first], "it is given although the next one is not ready"
-    kitchen.allow(5)
-    kitchen.wait_for(2)
-    assert prefetcher.state().waiting, "asking waits for what is being made ready"
-    assert len(kitchen.made) == 2
-    assert prefetcher.next_batch() == kitchen.made[1]
-    assert kitchen.threads == {"data-loader_0"}
+    assert collate.made == [first], "it is returned although the next one is not prefetched"
+    collate.allow(5)
+    collate.wait_for(2)
+    assert prefetcher.state().waiting, "the state waits for the step that is being prefetched"
+    assert len(collate.made) == 2
+    assert prefetcher.next_batch() == collate.made[1]
+    assert collate.threads == {"data-loader_0"}
 
 
 @pytest.mark.parametrize("steps", [0, 1, 4, 9])
-def test_what_was_ready_but_not_given_is_neither_lost_nor_given_twice_by_a_restart(
-    world: World, ahead_of: Aheads, steps: int
+def test_a_restart_neither_loses_nor_repeats_a_prefetched_step(
+    world: World, prefetcher_of: PrefetcherFactory, steps: int
 ) -> None:
     world.commit_as(requests(40))
-    prefetcher, alone = ahead_of(), world.data_loader(**SETTINGS)
+    prefetcher, alone = prefetcher_of(), world.data_loader(**SETTINGS)
     before = [prefetcher.next_batch() for _ in range(steps)]
     state = DataLoaderState.model_validate_json(prefetcher.state().model_dump_json())
     whole = drain(world.data_loader(**SETTINGS))
@@ -122,14 +122,14 @@ def test_what_was_ready_but_not_given_is_neither_lost_nor_given_twice_by_a_resta
     if steps:
         alone.poll()
     assert state == alone.snapshot().state()
-    restarted = ahead_of()
+    restarted = prefetcher_of()
     restarted.restore(state)
     assert rest(restarted) == whole[steps:] == rest(prefetcher)
 
 
-def test_asking_where_it_stands_changes_nothing(world: World, ahead_of: Aheads) -> None:
+def test_reading_the_state_changes_nothing(world: World, prefetcher_of: PrefetcherFactory) -> None:
     world.commit_as(requests(20))
-    prefetcher, steps = ahead_of(), list[list[str]]()
+    prefetcher, steps = prefetcher_of(), list[list[str]]()
     while (step := prefetcher.next_batch()) is not None:
         steps.append(step)
         assert prefetcher.state() == prefetcher.state()
@@ -137,31 +137,33 @@ def test_asking_where_it_stands_changes_nothing(world: World, ahead_of: Aheads) 
     assert steps == drain(world.data_loader(**SETTINGS))
 
 
-def test_a_starved_feed_gives_nothing_until_something_comes(world: World, kitchen: Kitchen, ahead_of: Aheads) -> None:
+def test_without_samples_no_batch_is_returned_until_some_arrive(
+    world: World, collate: BlockingCollate, prefetcher_of: PrefetcherFactory
+) -> None:
     ids = requests(8)
     world.commit_as(ids[:4])
-    prefetcher = ahead_of(max_epochs=1)
+    prefetcher = prefetcher_of(max_epochs=1)
     assert prefetcher.next_batch() == ids[:4]
     assert [prefetcher.next_batch() for _ in range(3)] == [None] * 3
     world.commit_as(ids[4:])
     assert prefetcher.next_batch() == ids[4:]
-    assert kitchen.made == [ids[:4], ids[4:]]
+    assert collate.made == [ids[:4], ids[4:]]
 
 
-def test_what_comes_while_a_step_runs_is_in_the_next_one(world: World, ahead_of: Aheads) -> None:
+def test_samples_that_arrive_during_a_step_are_in_the_next_one(world: World, prefetcher_of: PrefetcherFactory) -> None:
     ids = requests(8)
     world.commit_as(ids[:4])
-    prefetcher = ahead_of(max_epochs=1)
+    prefetcher = prefetcher_of(max_epochs=1)
     assert prefetcher.next_batch() == ids[:4]
-    prefetcher.state()  # The thread has looked, and found nothing.
+    prefetcher.state()  # The thread has polled and found nothing.
     world.commit_as(ids[4:])
     assert prefetcher.next_batch() == ids[4:]
 
 
-def test_an_outage_is_told_to_whoever_asks_for_the_next_step_and_loses_nothing(world: World, ahead_of: Aheads) -> None:
+def test_an_outage_is_raised_by_next_batch_and_loses_nothing(world: World, prefetcher_of: PrefetcherFactory) -> None:
     world.commit_as(requests(20))
     whole = drain(world.data_loader(**SETTINGS))
-    prefetcher = ahead_of()
+    prefetcher = prefetcher_of()
     steps = [prefetcher.next_batch()]
     prefetcher.state()
     version, down = world.tables.version, True
@@ -179,20 +181,20 @@ def test_an_outage_is_told_to_whoever_asks_for_the_next_step_and_loses_nothing(w
     at = prefetcher.state()
     down = False
     assert steps + rest(prefetcher) == whole
-    restarted = ahead_of()
+    restarted = prefetcher_of()
     restarted.restore(at)
     assert steps + rest(restarted) == whole
 
 
-def test_other_tables_are_told_too(world: World, ahead_of: Aheads) -> None:
+def test_different_tables_are_an_error_of_next_batch(world: World, prefetcher_of: PrefetcherFactory) -> None:
     world.commit_as(requests(4))
-    prefetcher = ahead_of()
+    prefetcher = prefetcher_of()
     prefetcher._loader._reader.cursor = 9
     with pytest.raises(DataLoaderError):
         prefetcher.next_batch()
 
 
-def test_an_error_of_any_other_kind_reaches_the_training_thread(world: World) -> None:
+def test_any_other_error_reaches_the_training_thread(world: World) -> None:
     world.commit_as(requests(4))
 
     def broken(_: list[Sample]) -> list[Sample]:
@@ -204,24 +206,24 @@ def test_an_error_of_any_other_kind_reaches_the_training_thread(world: World) ->
     prefetcher.close()
 
 
-def test_closing_leaves_no_thread(world: World, kitchen: Kitchen) -> None:
+def test_closing_ends_the_thread(world: World, collate: BlockingCollate) -> None:
     world.commit_as(requests(12))
-    prefetcher = Prefetcher(world.data_loader(), kitchen.prepare)
-    kitchen.close()
-    kitchen.allow(1)
+    prefetcher = Prefetcher(world.data_loader(), collate.collate)
+    collate.close()
+    collate.allow(1)
     prefetcher.next_batch()
     (thread,) = prefetcher._thread._threads
-    kitchen.allow(1)
+    collate.allow(1)
     prefetcher.close()
     assert not thread.is_alive()
 
 
-def test_a_feed_is_restored_by_its_own_thread_again_after_a_failure(world: World, ahead_of: Aheads) -> None:
+def test_a_failed_restore_can_be_repeated(world: World, prefetcher_of: PrefetcherFactory) -> None:
     world.commit_as(requests(12))
-    prefetcher = ahead_of()
+    prefetcher = prefetcher_of()
     prefetcher.next_batch()
     state = prefetcher.state()
-    restored = ahead_of()
+    restored = prefetcher_of()
     read_added, calls = world.tables.read_added, list[str]()
 
     def fails_once(name: str, *rest: object) -> object:

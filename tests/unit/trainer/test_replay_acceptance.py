@@ -1,4 +1,4 @@
-"""Verify steps, chances and figures of replay, against what slow and plain code says."""
+"""Verify steps, acceptance probabilities and figures of replay, against slow and plain code."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SHAPE = DraftShape(8, 8, 2, 1, 4, VOCABULARY, 20, 1e-5, 10_000.0, 64, (0, 1, 2),
 
 
 def walked(right: np.ndarray) -> tuple[int, int]:
-    """Verify steps and kept tokens where each token is right or wrong for good, one verify step after the other."""
+    """Count verify steps and accepted tokens for fixed right and wrong tokens, one step after the other."""
     positions, longest = right.shape
     root = verify_steps = kept = 0
     while root < positions:
@@ -42,14 +42,16 @@ rights = st.tuples(st.integers(1, 12), st.integers(1, 4)).flatmap(lambda shape: 
 
 
 @given(rights)
-def test_without_chance_the_verify_steps_are_walked_one_after_the_other(right: np.ndarray) -> None:
+def test_verify_steps_of_a_greedy_request_equal_a_walk(right: np.ndarray) -> None:
     found = expect_steps(right.astype(np.float64))
     assert (found.verify_steps, found.accepted) == walked(right)
-    assert found.verify_steps + found.accepted == len(right), "each verify step gives the kept tokens and one more"
+    assert found.verify_steps + found.accepted == len(right), (
+        "each verify step gives its accepted tokens and the bonus token"
+    )
     assert sum(found.accepted_K) == found.accepted
 
 
-def test_with_chance_the_verify_steps_are_the_mean_over_what_may_have_been() -> None:
+def test_verify_steps_of_a_sampled_request_are_the_mean_over_all_outcomes() -> None:
     generator = np.random.default_rng(0)
     chance = generator.random((7, 3))
     seen = np.mean([walked(generator.random((7, 3)) < chance) for _ in range(20_000)], axis=0)
@@ -61,7 +63,7 @@ def test_with_chance_the_verify_steps_are_the_mean_over_what_may_have_been() -> 
 def past(
     sampling: RequestSampling = GREEDY, *, width: int = VOCABULARY, tokens: int = 14
 ) -> tuple[PastRequest, torch.Tensor]:
-    """A made-up request, and the target's full distributions over its answer."""
+    """Return a synthetic request, and the target's full distributions over its answer."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, VOCABULARY, (tokens,), generator=generator)
     logprobs = torch.log_softmax(2 * torch.randn(tokens - 4, VOCABULARY, generator=generator), dim=-1)
@@ -73,15 +75,15 @@ def past(
 EMBEDDINGS = torch.randn(VOCABULARY, 8, generator=torch.Generator().manual_seed(3))
 
 
-def test_over_all_positions_greedy_replay_is_the_lookahead_of_the_trainer() -> None:
+def test_greedy_replay_over_all_positions_equals_simulated_acceptance() -> None:
     one, _ = past(tokens=40)
     one.tokens_N.copy_(one.tokens_N % 4)
     draft = random_draft(SHAPE, 4)
     with torch.no_grad():
         draft.lm_head.weight[4:] = 0
     known = torch.arange(39) >= 4
-    window = Sample("r", one.tokens_N[:-1], int(one.tokens_N[-1]), one.features_NF, known, one.teacher[1:])
-    expected = simulate_batch(draft, EMBEDDINGS, collate([window]), LONGEST)
+    sample = Sample("r", one.tokens_N[:-1], int(one.tokens_N[-1]), one.features_NF, known, one.teacher[1:])
+    expected = simulate_batch(draft, EMBEDDINGS, collate([sample]), LONGEST)
     found = expect_steps(acceptance_probabilities(draft, EMBEDDINGS, one, LONGEST))
     assert (found.all_positions_accepted, found.all_positions) == (expected.tokens, expected.positions)
     assert 0 < expected.tokens < LONGEST * expected.positions
@@ -90,14 +92,14 @@ def test_over_all_positions_greedy_replay_is_the_lookahead_of_the_trainer() -> N
 @pytest.mark.parametrize(
     "sampling", [RequestSampling(1.0, 1.0, 0), RequestSampling(0.7, 0.8, 0), RequestSampling(1.3, 0.9, 5)]
 )
-def test_the_recorded_distribution_is_what_the_engine_draws_from(sampling: RequestSampling) -> None:
+def test_the_recorded_distribution_equals_the_one_that_the_engine_samples_from(sampling: RequestSampling) -> None:
     one, logprobs = past(sampling)
     exact = sampling_probs(logprobs, sampling.temperature, sampling.top_p, sampling.top_k)
     probs, _ = apply_sampling(one.teacher, sampling)
     assert torch.allclose(probs, exact.gather(-1, one.teacher.ids).double(), atol=1e-5)
 
 
-def test_with_top_k_recorded_a_narrow_record_is_exact_and_tokens_outside_it_are_counted() -> None:
+def test_with_top_k_a_narrow_record_is_exact_and_tokens_outside_it_are_counted() -> None:
     narrow, logprobs = past(RequestSampling(0.7, 1.0, 6), width=6)
     exact = sampling_probs(logprobs, 0.7, 1.0, 6).gather(-1, narrow.teacher.ids).double()
     assert torch.allclose(apply_sampling(narrow.teacher, narrow.sampling)[0], exact, atol=1e-5)
@@ -107,13 +109,13 @@ def test_with_top_k_recorded_a_narrow_record_is_exact_and_tokens_outside_it_are_
     assert torch.allclose(said.probs_R[~hit], exact[~hit].amin(-1))
 
 
-def test_at_temperature_1_the_tail_that_is_not_recorded_has_its_mass() -> None:
+def test_at_temperature_1_the_unrecorded_tail_has_its_mass() -> None:
     narrow, logprobs = past(RequestSampling(1.0, 1.0, 0), width=5)
     probs, _ = apply_sampling(narrow.teacher, narrow.sampling)
     assert torch.allclose(probs, logprobs.exp().gather(-1, narrow.teacher.ids).double(), atol=1e-5)
 
 
-def test_a_sampled_token_is_kept_with_the_chance_that_it_came_from_the_draft() -> None:
+def test_a_sampled_token_is_accepted_with_the_probability_that_the_draft_proposed_it() -> None:
     sampling = RequestSampling(0.9, 0.95, 0)
     one, logprobs = past(sampling)
     draft = random_draft(SHAPE, 4)
@@ -124,7 +126,7 @@ def test_a_sampled_token_is_kept_with_the_chance_that_it_came_from_the_draft() -
     greedy = acceptance_probabilities(draft, EMBEDDINGS, PastRequest(**{**_fields(one), "sampling": GREEDY}), 1)[:, 0]
     assert set(greedy) <= {0.0, 1.0}
     assert ((found >= 0) & (found <= 1)).all()
-    assert (found[answers[1:].numpy() >= 20] == 0).all(), "the draft cannot say it"
+    assert (found[answers[1:].numpy() >= 20] == 0).all(), "outside the draft vocabulary"
     assert found.max() > 0.02
 
 
@@ -136,7 +138,7 @@ def verify_steps_of(accepted: float, verify_steps: float) -> ExpectedSteps:
     return ExpectedSteps(verify_steps, accepted, (verify_steps,), (accepted,), accepted, int(verify_steps))
 
 
-def test_intervals_hold_the_figure_and_a_paired_difference_is_narrower_than_either() -> None:
+def test_intervals_contain_the_figure_and_a_paired_difference_is_narrower() -> None:
     generator = np.random.default_rng(0)
     base = [verify_steps_of(float(generator.integers(0, 60)), 20) for _ in range(50)]
     better = [verify_steps_of(one.accepted + 2, 20) for one in base]
@@ -152,7 +154,7 @@ def test_intervals_hold_the_figure_and_a_paired_difference_is_narrower_than_eith
     assert compute_figures(base) == compute_figures(base), "the same resamples every time"
 
 
-def test_counting_depths_counts_only_drafts_that_could_be_kept_so_deep() -> None:
+def test_acceptance_by_depth_counts_only_possible_drafts() -> None:
     found = compute_figures([expect_steps(np.ones((5, 4)))])
     assert found.by_depth == (1.0, 1.0, 1.0, 1.0)
     assert (found.verify_steps, found.accepted) == (1, 4)

@@ -1,4 +1,4 @@
-"""What is read of the tables and when, that branches find their windows, and what becomes of what cannot be read."""
+"""Which versions of the tables are read, how branches are joined, and how deleted versions are handled."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def in_memory() -> World:
     return World(MemoryLog())
 
 
-def test_rows_of_another_line_or_target_are_left_out_and_counted(world: World) -> None:
+def test_rows_of_another_line_or_target_are_skipped_and_counted(world: World) -> None:
     ids = requests(8)
     world.commit(ids[:2], line="other")
     world.commit(ids[2:4], target="f" * 32)
@@ -35,37 +35,37 @@ def test_rows_of_another_line_or_target_are_left_out_and_counted(world: World) -
     assert (loader.counts["foreign_samples"], loader.counts["samples"]) == (4, 4)
 
 
-def test_the_table_is_not_read_while_enough_windows_wait(in_memory: World) -> None:
+def test_the_tables_are_not_read_while_enough_samples_wait(in_memory: World) -> None:
     for request in requests(20):
         in_memory.commit([request])
     loader = in_memory.data_loader()
     for _ in range(5):
         loader.poll()
     assert loader.table_version == 20
-    assert loader.cursor == 8, "one read of commits, then a wait until they are used"
+    assert loader.cursor == 8, "one read of commits, then none until they are used"
     drain(loader)
     assert loader.cursor == 20
     assert loader.tables_read == {"accepted": 20, "rejected": 20}
 
 
-def test_a_flooded_feed_reads_no_further_than_its_windows_need_and_shows_its_lag(in_memory: World) -> None:
+def test_a_flooded_data_loader_reads_only_the_branches_that_it_needs(in_memory: World) -> None:
     ids = requests(120)
     in_memory.commit_as(ids)
     loader = in_memory.data_loader()
     loader.poll()
     assert loader.tables_read == {"accepted": 8, "rejected": 8}
     assert (loader.table_version - loader.cursor, loader.waiting) == (112, 8)
-    most, windows = 0, list[Sample]()
+    most, samples = 0, list[Sample]()
     while loader.cursor < 120 or loader.waiting >= 4:
         loader.poll()
         most = max(most, loader.waiting + loader._reader.pending)
-        windows += loader.next_samples()
-    assert most < 4 + 8, "what was left for a step, and one read more"
+        samples += loader.next_samples()
+    assert most < 4 + 8, "the rest of a step, and one more read"
     assert loader.tables_read["rejected"] == 120
-    assert {(w.request, len(w.branches)) for w in windows} >= {(i, 3) for i in ids[:116]}
+    assert {(w.request, len(w.branches)) for w in samples} >= {(i, 3) for i in ids[:116]}
 
 
-def test_branches_are_found_however_far_they_were_committed_ahead(in_memory: World) -> None:
+def test_branches_are_joined_however_early_they_were_committed(in_memory: World) -> None:
     ids = requests(40)
     for i in range(0, 40, 20):
         in_memory.commit(ids[i : i + 20], names=["rejected"])
@@ -75,15 +75,15 @@ def test_branches_are_found_however_far_they_were_committed_ahead(in_memory: Wor
     for request in ids:
         in_memory.commit([request], names=["accepted"])
         loader.poll()
-        (window,) = loader.next_samples()
-        assert (window.request, len(window.branches)) == (request, 3)
+        (sample,) = loader.next_samples()
+        assert (sample.request, len(sample.branches)) == (request, 3)
         kept.append(loader._reader.pending)
         needed.append(loader.snapshot().state().versions_needed["rejected"])
     assert kept == [*range(117, -1, -3)]
     assert (needed[0], needed[-1]) == (0, 0), "one read brought both commits"
 
 
-def test_rows_that_wait_do_not_hold_what_was_read_before_them(in_memory: World) -> None:
+def test_pending_rows_do_not_hold_earlier_versions(in_memory: World) -> None:
     ids = requests(60)
     for i in range(0, 60, 3):
         in_memory.commit(ids[i : i + 3], names=["rejected"])
@@ -95,26 +95,26 @@ def test_rows_that_wait_do_not_hold_what_was_read_before_them(in_memory: World) 
         loader.poll()
         assert len(loader.next_samples()[0].branches) == 3
         needed.append(loader.snapshot().state().versions_needed["rejected"])
-    assert sorted(set(needed)) == [0, 8, 16], "the beginnings of the reads that found them"
+    assert sorted(set(needed)) == [0, 8, 16], "the starts of the reads that found them"
     assert needed == sorted(needed)
 
 
-def test_branches_come_with_their_window_however_the_commits_interleave(world: World) -> None:
+def test_branches_are_joined_however_the_commits_interleave(world: World) -> None:
     ids = requests(4)
     world.commit(ids[:2], names=["rejected"])
     world.offset = 0
     loader = world.data_loader(batch_size=1, replay_batch_size=0, max_epochs=1)
     loader.poll()
     assert loader.next_samples() == []
-    # The second chunk's branches are on the table, its window is not: they wait for it.
+    # The second chunk's branches are committed, its sample is not: they are pending.
     world.commit(ids[:1], names=["accepted"])
     loader.poll()
     (first,) = loader.next_samples()
     world.commit(ids[1:2], names=["accepted"])
     loader.poll()
     (second,) = loader.next_samples()
-    for window in (first, second):
-        assert [(b.root, b.accepted_prefix, b.tokens[1]) for b in window.branches] == [
+    for sample in (first, second):
+        assert [(b.root, b.accepted_prefix, b.tokens[1]) for b in sample.branches] == [
             (4, 1, 19),
             (6, 1, 19),
             (8, 1, 19),
@@ -133,8 +133,8 @@ def test_branches_whose_root_is_in_another_chunk_are_counted(world: World) -> No
         world.tables.append(name, rows[name])
     loader = world.data_loader(batch_size=1, replay_batch_size=0)
     loader.poll()
-    (window,) = loader.next_samples()
-    assert [(b.tokens, b.draft_logprobs) for b in window.branches] == [((7, 7), (-5.0, -5.0))]
+    (sample,) = loader.next_samples()
+    assert [(b.tokens, b.draft_logprobs) for b in sample.branches] == [((7, 7), (-5.0, -5.0))]
     assert loader.counts["branches_without_root"] == 1
 
 
@@ -155,12 +155,12 @@ def test_an_outage_of_the_tables_loses_nothing(world: World) -> None:
         with pytest.raises(TableError):
             loader.poll()
     loader.poll()
-    windows = loader.next_samples()
-    assert names(windows) == ids
-    assert all(len(w.branches) == 3 for w in windows)
+    samples = loader.next_samples()
+    assert names(samples) == ids
+    assert all(len(w.branches) == 3 for w in samples)
 
 
-def test_other_tables_than_before_are_refused_with_the_setting_to_change(world: World, tmp_path: Path) -> None:
+def test_different_tables_are_rejected_with_the_setting_to_change(world: World, tmp_path: Path) -> None:
     world.commit(requests(4))
     state = world.data_loader().snapshot().state().model_copy(update={"cursor": 9})
     loader = world.data_loader()
@@ -170,14 +170,14 @@ def test_other_tables_than_before_are_refused_with_the_setting_to_change(world: 
 
 
 def forget(world: World, version: int) -> None:
-    """Say in both tables what maintenance says before it deletes what earlier versions added."""
+    """Mark both tables as maintenance does before it deletes rows of earlier versions."""
     mark = CommitProperties(app_transactions=[Transaction(OLDEST, version)])
     for name in ("accepted", "rejected"):
         nothing = TABLES[name].empty_table()
         write_deltalake(world.tables.open(name), nothing, mode="append", commit_properties=mark)
 
 
-def test_a_feed_that_comes_too_late_passes_over_what_is_gone_and_counts_it(world: World) -> None:
+def test_a_late_data_loader_skips_deleted_versions_and_counts_them(world: World) -> None:
     ids = requests(6)
     for request in ids:
         world.commit([request])
@@ -188,7 +188,7 @@ def test_a_feed_that_comes_too_late_passes_over_what_is_gone_and_counts_it(world
     assert loader.counts["branches"] == 6
 
 
-def test_a_restart_goes_on_without_the_windows_that_are_gone(world: World) -> None:
+def test_a_restart_continues_without_deleted_samples(world: World) -> None:
     ids = requests(6)
     for request in ids:
         world.commit([request])

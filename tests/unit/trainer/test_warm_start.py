@@ -1,4 +1,4 @@
-"""What a draft of a new line takes over from another line's, and what it leaves."""
+"""Which weights a draft of a new line receives from another line's draft."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ V = SHAPE.vocab_size
 
 
 def draft_of(kept: list[int], seed: int, **changes: int) -> EagleDraft:
-    """A random draft that proposes the given target tokens."""
+    """Return a random draft with the given target tokens as its vocabulary."""
     draft = random_draft(replace(SHAPE, draft_vocab_size=len(kept), **changes), seed)
     ids = torch.tensor(kept)
     draft.d2t.copy_(ids - torch.arange(len(kept)))
@@ -37,11 +37,11 @@ def parameters(draft: EagleDraft) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in draft.named_parameters()}
 
 
-def test_a_draft_of_the_same_shape_and_vocabulary_is_taken_whole() -> None:
+def test_a_draft_of_the_same_shape_and_vocabulary_is_copied_whole() -> None:
     old, new = draft_of(list(range(16)), 1), draft_of(list(range(16)), 2)
-    carried = copy_weights(old, new)
-    assert set(carried.parameters) == set(dict(new.named_parameters()))
-    assert (carried.unchanged, carried.tokens) == ((), 16)
+    copied = copy_weights(old, new)
+    assert set(copied.parameters) == set(dict(new.named_parameters()))
+    assert (copied.unchanged, copied.tokens) == ((), 16)
     for name, value in old.state_dict().items():
         assert torch.equal(new.state_dict()[name], value), name
 
@@ -52,66 +52,66 @@ def test_with_another_draft_vocabulary_rows_of_the_head_follow_their_target_toke
     old, new = draft_of(first, 1), draft_of(kept, 2)
     before, head = parameters(new), new.lm_head.weight
     d2t, t2d = new.d2t.clone(), new.t2d.clone()
-    carried = copy_weights(old, new)
+    copied = copy_weights(old, new)
     for row, token in enumerate(kept):
         wanted = old.lm_head.weight[first.index(token)] if token in first else before["lm_head.weight"][row]
         assert torch.equal(head[row], wanted), token
         assert int(new.to_target_ids(torch.tensor(row))) == token
-    assert carried.tokens == len(set(first) & set(kept))
-    assert carried.unchanged == ()
+    assert copied.tokens == len(set(first) & set(kept))
+    assert copied.unchanged == ()
     assert torch.equal(new.fc.weight, old.fc.weight)
     assert torch.equal(new.d2t, d2t)
     assert torch.equal(new.t2d, t2d)
 
 
-def test_vocabularies_without_a_common_token_leave_the_head() -> None:
+def test_vocabularies_without_a_common_token_leave_the_head_unchanged() -> None:
     old, new = draft_of([0, 1, 2], 1), draft_of([5, 6, 7, 8], 2)
     before = parameters(new)
-    carried = copy_weights(old, new)
-    assert (carried.unchanged, carried.tokens) == (("lm_head.weight",), 0)
+    copied = copy_weights(old, new)
+    assert (copied.unchanged, copied.tokens) == (("lm_head.weight",), 0)
     assert torch.equal(new.lm_head.weight, before["lm_head.weight"])
     assert torch.equal(new.norm.weight, old.norm.weight)
 
 
-def test_ids_of_a_target_with_another_vocabulary_are_not_taken_for_the_same_tokens() -> None:
+def test_ids_of_another_vocabulary_are_not_matched() -> None:
     old, new = draft_of(list(range(16)), 1), draft_of(list(range(16)), 2, vocab_size=V + 8)
     before = parameters(new)
-    carried = copy_weights(old, new)
-    assert (carried.unchanged, carried.tokens) == (("lm_head.weight",), 0)
+    copied = copy_weights(old, new)
+    assert (copied.unchanged, copied.tokens) == (("lm_head.weight",), 0)
     assert torch.equal(new.lm_head.weight, before["lm_head.weight"])
     assert torch.equal(new.midlayer.self_attn.q_proj.weight, old.midlayer.self_attn.q_proj.weight)
 
 
-def test_only_what_has_another_shape_stays_at_day_0() -> None:
+def test_only_parameters_of_another_shape_stay_at_day_0() -> None:
     old, new = draft_of(list(range(16)), 1), draft_of(list(range(16)), 2, intermediate_size=24)
     before = parameters(new)
-    carried = copy_weights(old, new)
-    assert set(carried.unchanged) == {f"midlayer.mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
-    for name in carried.unchanged:
+    copied = copy_weights(old, new)
+    assert set(copied.unchanged) == {f"midlayer.mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
+    for name in copied.unchanged:
         assert torch.equal(dict(new.named_parameters())[name], before[name])
-    assert str(carried).startswith("10 of 13 tensors, 16 draft tokens; unchanged: midlayer.mlp.gate_proj")
+    assert str(copied).startswith("10 of 13 tensors, 16 draft tokens; unchanged: midlayer.mlp.gate_proj")
 
 
-def test_weights_that_read_raw_states_are_not_taken_where_states_are_normed() -> None:
+def test_fusion_weights_are_not_copied_between_raw_and_normed_states() -> None:
     old = draft_of(list(range(16)), 1)
     new = random_draft(replace(SHAPE, variant="eagle3.1"), 2)
     before = parameters(new)
-    carried = copy_weights(old, new)
-    assert set(carried.unchanged) == {"fc.weight", *(f"fc_norm.{i}.weight" for i in range(3))}
-    assert all(torch.equal(dict(new.named_parameters())[name], before[name]) for name in carried.unchanged)
+    copied = copy_weights(old, new)
+    assert set(copied.unchanged) == {"fc.weight", *(f"fc_norm.{i}.weight" for i in range(3))}
+    assert all(torch.equal(dict(new.named_parameters())[name], before[name]) for name in copied.unchanged)
     assert torch.equal(new.midlayer.self_attn.q_proj.weight, old.midlayer.self_attn.q_proj.weight)
 
 
-def test_of_a_target_of_another_width_nothing_fits_and_it_says_so() -> None:
+def test_between_targets_of_different_width_nothing_fits() -> None:
     other = DraftShape(12, 20, 3, 3, 4, V + 1, 16, 1e-5, 100.0, 64, (1, 3, 5))
     old, new = draft_of(list(range(16)), 1), random_draft(other, 2)
     before = parameters(new)
-    carried = copy_weights(old, new)
-    assert (carried.parameters, carried.tokens, str(carried)) == ((), 0, "nothing fits")
+    copied = copy_weights(old, new)
+    assert (copied.parameters, copied.tokens, str(copied)) == ((), 0, "nothing fits")
     assert all(torch.equal(value, before[name]) for name, value in new.named_parameters())
 
 
-def test_the_old_draft_stays_as_it_is_and_shares_nothing() -> None:
+def test_the_old_draft_is_not_modified_and_shares_nothing() -> None:
     old, new = draft_of(list(range(16)), 1), draft_of(list(range(8)), 2)
     before = parameters(old)
     copy_weights(old, new)
@@ -124,8 +124,8 @@ def test_the_old_draft_stays_as_it_is_and_shares_nothing() -> None:
 OLD_TARGET, NEW_TARGET = "a" * 32, "b" * 32
 
 
-class Registry:
-    """Champions by line, in memory."""
+class ChampionRegistry:
+    """A registry that keeps champions by line in memory."""
 
     def __init__(self) -> None:
         self.champions: dict[str, tuple[str, str, EagleDraft]] = {}
@@ -145,41 +145,43 @@ class Registry:
         return folder / "version"
 
 
-def beginning(registry: Registry, day_0: EagleDraft, parent_line: str) -> tuple[str, EagleDraft]:
+def initial_draft(registry: ChampionRegistry, day_0: EagleDraft, parent_line: str) -> tuple[str, EagleDraft]:
     line = line_of(NEW_TARGET, day_0.shape, day_0.d2t)
     target = Target(NEW_TARGET, line, torch.zeros(V, SHAPE.hidden_size), day_0)
     settings: Settings = load(environ={}, flags={"train.parent_line": parent_line})
     return load_initial_draft(settings, target, cast(SpeculatorRegistry, registry))
 
 
-def test_a_new_line_begins_with_the_champion_of_its_parent_line() -> None:
-    registry, old, day_0 = Registry(), draft_of(list(range(16)), 1), draft_of(list(range(8, 32)), 2)
+def test_a_new_line_starts_with_the_champion_of_its_parent_line() -> None:
+    registry, old, day_0 = ChampionRegistry(), draft_of(list(range(16)), 1), draft_of(list(range(8, 32)), 2)
     before = parameters(day_0)
     parent_line = registry.promote(OLD_TARGET, "7", old)
-    version, draft = beginning(registry, day_0, parent_line)
+    version, draft = initial_draft(registry, day_0, parent_line)
     assert version == f"{parent_line}/7"
     assert torch.equal(draft.lm_head.weight[:8], old.lm_head.weight[8:])
     assert torch.equal(draft.lm_head.weight[8:], day_0.lm_head.weight[8:])
     assert torch.equal(draft.fc.weight, old.fc.weight)
     assert torch.equal(draft.d2t, day_0.d2t)
-    assert all(torch.equal(value, before[name]) for name, value in day_0.named_parameters()), "what nodes begin with"
+    assert all(torch.equal(value, before[name]) for name, value in day_0.named_parameters()), (
+        "the draft of day 0 is not modified"
+    )
 
 
-def test_a_line_with_a_champion_goes_on_from_it_whatever_its_parent_line() -> None:
-    registry, own = Registry(), draft_of(list(range(16)), 3)
+def test_a_line_with_a_champion_starts_with_it() -> None:
+    registry, own = ChampionRegistry(), draft_of(list(range(16)), 3)
     parent_line = registry.promote(OLD_TARGET, "7", draft_of(list(range(16)), 1))
     registry.promote(NEW_TARGET, "2", own)
-    version, draft = beginning(registry, draft_of(list(range(16)), 2), parent_line)
+    version, draft = initial_draft(registry, draft_of(list(range(16)), 2), parent_line)
     assert version == "2"
     assert torch.equal(draft.fc.weight, own.fc.weight)
 
 
 @pytest.mark.parametrize("case", ["none set", "unknown", "nothing fits"])
-def test_without_a_parent_that_fits_a_new_line_begins_at_day_0(case: str) -> None:
-    registry, day_0 = Registry(), draft_of(list(range(16)), 2)
+def test_without_a_fitting_parent_a_new_line_starts_at_day_0(case: str) -> None:
+    registry, day_0 = ChampionRegistry(), draft_of(list(range(16)), 2)
     other = random_draft(DraftShape(12, 20, 3, 3, 4, V + 1, 16, 1e-5, 100.0, 64, (1, 3, 5)), 1)
     parent_line = registry.promote(OLD_TARGET, "7", other)
     named = {"none set": "", "unknown": "no-such-line", "nothing fits": parent_line}[case]
-    version, draft = beginning(registry, day_0, named)
+    version, draft = initial_draft(registry, day_0, named)
     assert version == "day-0-head-0"
     assert all(torch.equal(value, dict(day_0.named_parameters())[name]) for name, value in draft.named_parameters())

@@ -210,7 +210,7 @@ def promotion(
 
 
 @app.command()
-def sync(
+def update(
     config: Config = None,
     set_: Set = None,
     quick: Annotated[bool, typer.Option("--quick", help="Less traffic, fewer versions: below three minutes.")] = False,
@@ -223,6 +223,6 @@ def sync(
 ) -> None:
     """Sweep how often a node updates to newer versions: the acceptance that it loses, and the cost of the swaps."""
     with _benchmark(config, set_) as settings:
-        from ops.bench.sync import run
+        from ops.bench.update import run
 
         run(settings, hint, quick=quick, tokens=tokens, html=html).print(as_json=as_json)

@@ -20,7 +20,9 @@ def bench(*arguments: str) -> Result:
     return CliRunner().invoke(app, ["bench", *arguments])
 
 
-@pytest.mark.parametrize("command", ["speculator", "serving", "soak", "stream", "loop", "learning", "trainer", "sync"])
+@pytest.mark.parametrize(
+    "command", ["speculator", "serving", "soak", "stream", "loop", "learning", "trainer", "update"]
+)
 def test_an_unknown_setting_is_one_line_and_exit_code_2(command: str) -> None:
     told = bench(command, "--set", "serve.prot=1")
     assert (told.exit_code, told.stderr) == (2, "aurora: serve.prot: unknown setting; did you mean 'serve.port'?\n")

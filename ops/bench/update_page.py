@@ -1,4 +1,4 @@
-"""The frontier of ``aurora bench sync`` as one HTML file. Pure."""
+"""The frontier of ``aurora bench update`` as one HTML file. Pure."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import matplotlib as mpl
 
 from ops.bench.harness import Report
 from ops.bench.learning.variants import Order
-from ops.bench.sync import PolicyOutcome
+from ops.bench.update import PolicyOutcome
 from ops.report.canvas import MUTED, OTHERS, SERIES, figure_of, style, svg
 from ops.report.demo_page import STYLE, figure_card, number
 
-_TEMPLATE = Path(__file__).with_name("sync.html")
+_TEMPLATE = Path(__file__).with_name("update.html")
 
 
 def render_page(found: Mapping[Order, Sequence[PolicyOutcome]], report: Report) -> str:

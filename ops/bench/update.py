@@ -1,4 +1,4 @@
-"""``aurora bench sync``: how often a node should update to newer versions.
+"""``aurora bench update``: how often a node should update to newer versions.
 
 A draft learns from recorded traffic, once with the domains mixed and once one after the other, and becomes a version
 after each block of requests. The cost of an update is measured on a running engine. From both, the serving of the whole
@@ -70,7 +70,7 @@ def run(settings: Settings, say: Say, *, quick: bool, tokens: int | None, html: 
     figures = chain(judge_costs(costs), *(judge_policies(order, found) for order, found in outcomes.items()))
     report = session.report("How often to update to newer versions", about, figures)
     if html:
-        from ops.bench.sync_page import render_page
+        from ops.bench.update_page import render_page
 
         write_page("--html", html, render_page(outcomes, report))
     return report

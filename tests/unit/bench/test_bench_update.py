@@ -10,7 +10,7 @@ from tiny_target import write_tiny_target
 from typer.testing import CliRunner
 
 from ops.bench.harness import Figure, Report
-from ops.bench.sync import (
+from ops.bench.update import (
     MeasuredUpdate,
     OutputSpan,
     UpdateCosts,
@@ -21,7 +21,7 @@ from ops.bench.sync import (
     simulate_policy,
     sweep_policies,
 )
-from ops.bench.sync_page import frontier, render_page
+from ops.bench.update_page import frontier, render_page
 from ops.cli.main import app
 from schemas.settings import Update
 
@@ -89,7 +89,7 @@ def test_the_report_has_a_point_for_every_policy_and_the_page_draws_them() -> No
         *judge_policies("ordered", outcomes),
     ]
     about = {"traffic": {"requests": 24, "tokens": 24_000}}
-    report = Report("sync", {"processor": "one", "cores": 2}, "code", about, tuple(figures))
+    report = Report("update", {"processor": "one", "cores": 2}, "code", about, tuple(figures))
     html = render_page({"ordered": outcomes, "mixed": outcomes}, report)
     assert html.count("<svg") == 2
     assert all(point["policy"] in html for point in points)
@@ -99,6 +99,6 @@ def test_the_report_has_a_point_for_every_policy_and_the_page_draws_them() -> No
 def test_missing_traffic_names_the_command_that_records_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     target = write_tiny_target(tmp_path / "target")
-    told = CliRunner().invoke(app, ["bench", "sync", "--set", f"target.path={target}"])
+    told = CliRunner().invoke(app, ["bench", "update", "--set", f"target.path={target}"])
     assert told.exit_code == 2
     assert "aurora bench learning --record" in told.stderr

@@ -1,4 +1,4 @@
-"""The launcher, around a stand-in for SGLang that takes its command line: what it starts, ends, and answers."""
+"""The launcher with a fake of SGLang's server: start, supervision, exit codes, and the operator's endpoints."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def settings(target: Path, tmp_path: Path, free_port: Callable[[], int]) -> Sett
 
 
 class Launched:
-    """The launcher in a process of its own."""
+    """The launcher in its own process."""
 
     def __init__(self, settings: Settings, log: Path, *flags: str) -> None:
         self.log = log
@@ -82,7 +82,7 @@ class Launched:
 def launched(
     settings: Settings, tmp_path: Path, free_port: Callable[[], int]
 ) -> Iterator[Callable[..., tuple[Launched, str]]]:
-    """``launched(*flags)``: the launcher, and the address of the server that it starts."""
+    """``launched(*flags)`` returns the launcher and the address of its server."""
     started: list[Launched] = []
 
     def start(*flags: str) -> tuple[Launched, str]:
@@ -102,7 +102,7 @@ def answers(url: str) -> bool:
     return False
 
 
-def test_a_server_is_started_with_the_draft_of_day_0_looked_after_and_ended_by_a_signal(
+def test_the_launcher_starts_a_server_with_the_day_0_draft_and_a_signal_ends_both(
     launched: Callable[..., tuple[Launched, str]], settings: Settings, target: Path, tmp_path: Path
 ) -> None:
     node, url = launched("--tp-size", "1")
@@ -131,7 +131,7 @@ def test_a_server_is_started_with_the_draft_of_day_0_looked_after_and_ended_by_a
     assert not answers(url)
 
 
-def test_what_the_server_ends_with_is_what_the_launcher_ends_with(
+def test_the_launcher_returns_the_servers_exit_code(
     launched: Callable[..., tuple[Launched, str]],
 ) -> None:
     node, _ = launched("--crash")
@@ -148,7 +148,7 @@ def test_a_server_that_does_not_end_is_killed(
     assert not answers(url)
 
 
-def test_a_launcher_that_is_killed_takes_the_server_with_it(launched: Callable[..., tuple[Launched, str]]) -> None:
+def test_killing_the_launcher_ends_the_server(launched: Callable[..., tuple[Launched, str]]) -> None:
     node, url = launched()
     node.until(lambda: answers(url))
     node.process.kill()
@@ -159,9 +159,7 @@ def test_a_launcher_that_is_killed_takes_the_server_with_it(launched: Callable[.
         time.sleep(0.05)
 
 
-def test_versions_of_a_server_that_runs_already_are_looked_after_and_it_outlives_that(
-    settings: Settings, tmp_path: Path, target: Path
-) -> None:
+def test_a_running_server_gets_a_sidecar_and_outlives_it(settings: Settings, tmp_path: Path, target: Path) -> None:
     line = read_target_line(settings)
     folder = tmp_path / "served"
     checkpoint.write(line.day_0, folder, line.target)

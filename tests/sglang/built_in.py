@@ -1,4 +1,4 @@
-"""The built-in engine as the reference: the same draft, the same requests."""
+"""The built-in engine as the reference: same draft, same requests."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from trainer.loop.learner import Learner
 TOP_K = 8
 
 
-class _Kept:
-    """A trace sink that keeps everything."""
+class _RecordingSink:
+    """A trace sink that keeps all verify steps."""
 
     def __init__(self) -> None:
         self.verify_steps: dict[str, list[VerifyStep]] = {}
@@ -35,14 +35,14 @@ class _Kept:
 def verify_steps_of(
     target: Path, draft: Path, prompts: Mapping[str, Sequence[int]], tokens: int, steps: int
 ) -> dict[str, list[VerifyStep]]:
-    """Every verify step of the built-in engine, in float32 as SGLang runs them."""
+    """Return the verify steps of the built-in engine, in float32 as in SGLang."""
     flags = {
         "target.path": str(target),
         "serve.adaptive_drafting": False, "serve.num_speculative_tokens": steps, "serve.weight_dtype": "float32",
         "traces.top_k": TOP_K,
     }  # fmt: skip
-    kept = _Kept()
-    engine = BuiltinEngine(load(environ={}, flags=flags), kept)
+    sink = _RecordingSink()
+    engine = BuiltinEngine(load(environ={}, flags=flags), sink)
     engine.start()
     engine.swap(checkpoint.read(draft, engine.line), "1")
     outputs: SimpleQueue[Output] = SimpleQueue()
@@ -52,31 +52,31 @@ def verify_steps_of(
     while finished < len(prompts):
         finished += outputs.get(timeout=120).finish is not None
     engine.stop()
-    return kept.verify_steps
+    return sink.verify_steps
 
 
-def learn(target: Path, draft: Path, into: Path, answers: Mapping[str, Sequence[VerifyStep]], steps: int) -> None:
-    """Write a version that has learned these answers by heart: of such a draft tokens are accepted."""
+def train(target: Path, draft: Path, into: Path, answers: Mapping[str, Sequence[VerifyStep]], steps: int) -> None:
+    """Write a version that is overfitted to these answers, so that its draft tokens are accepted."""
     manifest = checkpoint.read_manifest(draft)
     learner = Learner(
         checkpoint.read(draft, manifest.line),
         embeddings_of(target),
         Train(ttt_steps=3, learning_rate=3e-3, warmup_steps=1),
     )
-    batch = collate([window_of(name, verify_steps) for name, verify_steps in answers.items()])
+    batch = collate([sample_of(name, verify_steps) for name, verify_steps in answers.items()])
     for _ in range(steps):
         learner.step(batch)
     checkpoint.write(learner.draft, into, manifest.target)
 
 
-def window_of(request: str, verify_steps: Sequence[VerifyStep]) -> Sample:
-    """The committed tokens of a request as the trainer reads them."""
+def sample_of(request: str, verify_steps: Sequence[VerifyStep]) -> Sample:
+    """Return the committed tokens of a request as a training sample."""
     prompt = sum(len(r.tokens) for r in verify_steps if r.verify_step == 0)
     tokens = [token for r in verify_steps for token in r.tokens]
-    judged = [r for r in verify_steps if r.bonus is not None]
-    rows = [[0, *(1 + node for node in r.accepted)] for r in judged]
-    ids = torch.cat([torch.tensor(r.top_ids[at]) for r, at in zip(judged, rows, strict=True)])
-    logprobs = torch.cat([torch.tensor(r.top_logprobs[at]) for r, at in zip(judged, rows, strict=True)])
+    decided = [r for r in verify_steps if r.bonus is not None]
+    rows = [[0, *(1 + node for node in r.accepted)] for r in decided]
+    ids = torch.cat([torch.tensor(r.top_ids[at]) for r, at in zip(decided, rows, strict=True)])
+    logprobs = torch.cat([torch.tensor(r.top_logprobs[at]) for r, at in zip(decided, rows, strict=True)])
     features = torch.cat([torch.tensor(from_bf16(r.features)) for r in verify_steps])
     known = torch.arange(len(tokens)) >= prompt - 1
     return Sample(
@@ -91,6 +91,6 @@ def embeddings_of(target: Path) -> torch.Tensor:
 
 
 def eos_of(target: Path) -> int:
-    """The token that ends an answer."""
+    """Return the EOS token."""
     found: int = json.loads((target / "generation_config.json").read_text())["eos_token_id"]
     return found

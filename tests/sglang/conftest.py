@@ -1,4 +1,4 @@
-"""Servers of the tests; all of them are left out where ``make test-sglang`` has not built their environment."""
+"""Servers of the tests, which are skipped unless ``make test-sglang`` has built their environment."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from built_in import learn, verify_steps_of
+from built_in import train, verify_steps_of
 from sglang_server import ENVIRONMENT, Server
 
 from pipeline import topics
@@ -23,17 +23,17 @@ Serving = Callable[..., Any]
 @pytest.fixture(scope="session", autouse=True)
 def _environment() -> None:
     if not (ENVIRONMENT / "stamp").exists():
-        pytest.skip("SGLang's environment is not there: make test-sglang builds it and runs these tests")
+        pytest.skip("SGLang's environment is missing: make test-sglang builds it and runs these tests")
 
 
 @pytest.fixture(scope="session")
 def prompts(smollm2: Path) -> list[list[int]]:
-    """Questions as the target reads them."""
+    """Token ids of some prompts."""
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(smollm2, local_files_only=True)
-    asked = ("Write a short story about a cat.", "What is the capital of France?", "Count from one to twenty.")
-    chats = [[{"role": "user", "content": text}] for text in asked]
+    texts = ("Write a short story about a cat.", "What is the capital of France?", "Count from one to twenty.")
+    chats = [[{"role": "user", "content": text}] for text in texts]
     return [
         tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=False)
         for chat in chats
@@ -42,7 +42,7 @@ def prompts(smollm2: Path) -> list[list[int]]:
 
 @pytest.fixture(scope="session")
 def random_draft(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The draft of day 0 as a version folder."""
+    """The day-0 draft as a version folder."""
     folder = tmp_path_factory.mktemp("draft") / "version"
     checkpoint.write(draft_of_day_0(smollm2, Speculator()), folder, checkpoint.target_fingerprint(smollm2))
     return folder
@@ -52,10 +52,10 @@ def random_draft(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def trained_draft(
     smollm2: Path, random_draft: Path, prompts: list[list[int]], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A draft that knows the target's answers to ``prompts``, by heart but not to the end."""
+    """A draft that is overfitted to the target's answers to ``prompts``, except for their ends."""
     folder = tmp_path_factory.mktemp("trained") / "version"
-    asked = {f"learn-{number}": prompt for number, prompt in enumerate(prompts)}
-    learn(smollm2, random_draft, folder, verify_steps_of(smollm2, random_draft, asked, 40, steps=1), steps=15)
+    requests = {f"learn-{number}": prompt for number, prompt in enumerate(prompts)}
+    train(smollm2, random_draft, folder, verify_steps_of(smollm2, random_draft, requests, 40, steps=1), steps=15)
     return folder
 
 
@@ -88,8 +88,8 @@ def serving(smollm2: Path, tmp_path_factory: pytest.TempPathFactory, free_port: 
 
 
 @pytest.fixture(scope="session")
-def said_by_target(serving: Serving, prompts: list[list[int]]) -> list[list[int]]:
-    """What the server answers to ``prompts`` without speculation and without plugins."""
+def target_outputs(serving: Serving, prompts: list[list[int]]) -> list[list[int]]:
+    """The server's outputs for ``prompts`` without speculation and without plugins."""
     with serving() as server:
         answers = [server.generate(prompt, 40, sampling={"ignore_eos": True}) for prompt in prompts]
     return [answer["output_ids"] for answer in answers]

@@ -1,4 +1,4 @@
-"""Trees, a prefix cache, and what may go wrong around the plugin: the server never notices."""
+"""Draft trees, a prefix cache, and faults around the plugin, none of which affects the server."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from sglang_server import HERE, Server, eagle
-from traced_chunks import chunks_of, rows_of, spoken, verify_steps_in
+from traced_chunks import all_tokens, chunks_of, rows_of, verify_steps_in
 from transformers import AutoModelForCausalLM
 
 from ops.local.kafka import Broker
@@ -34,7 +34,7 @@ class World:
     kafka: Kafka
 
     def metric(self, name: str) -> float:
-        """The sum over every process and label."""
+        """Return the sum over all processes and labels."""
         text = self.server.client.get("/metrics").text
         return sum(float(value) for value in re.findall(rf"^{name}(?:{{[^}}]*}})? (\S+)$", text, re.MULTILINE))
 
@@ -43,7 +43,7 @@ class World:
 def world(
     serving: Any, trained_draft: Path, tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], int]
 ) -> Iterator[World]:
-    """A server that drafts trees, with a prefix cache, a broker of its own, and a plugin beside ours that breaks it."""
+    """A server with draft trees, a prefix cache, a broker of its own, and a second plugin that breaks ours."""
     broker = Broker(tmp_path_factory.mktemp("broker"), free_port(), free_port())
     broker.start()
     flags = {
@@ -59,32 +59,32 @@ def world(
     broker.stop()
 
 
-def test_trees_are_traced_as_they_were_drafted_and_judged(
-    world: World, smollm2: Path, prompts: list[list[int]], said_by_target: list[list[int]]
+def test_traces_of_draft_trees_have_the_drafted_nodes_and_the_accepted_path(
+    world: World, smollm2: Path, prompts: list[list[int]], target_outputs: list[list[int]]
 ) -> None:
     target: Any = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
     branched = accepted = 0
     for number, prompt in enumerate(prompts):
         name = f"tree-{number}"
         answer = world.server.generate(prompt, TOKENS, rid=name, sampling=WHOLE)
-        assert answer["output_ids"] == said_by_target[number][:TOKENS]
+        assert answer["output_ids"] == target_outputs[number][:TOKENS]
         verify_steps = verify_steps_in(chunks_of(world.kafka, name))
         whole = [*prompt, *answer["output_ids"]]
-        assert spoken(verify_steps) == whole[verify_steps[0].position :]
+        assert all_tokens(verify_steps) == whole[verify_steps[0].position :]
         for r in verify_steps[1:-1]:
             verdict = accept_greedy(r.draft_tokens, r.draft_parents, r.top_ids[:, 0].tolist())
             assert (verdict.path, verdict.bonus) == (r.accepted, r.bonus)
             branched += not is_chain(r.draft_parents)
             accepted += len(r.accepted)
-        judged_by_the_target(target, whole, verify_steps[1])
-        judged_by_the_target(target, whole, verify_steps[-2])
+        check_top_tokens(target, whole, verify_steps[1])
+        check_top_tokens(target, whole, verify_steps[-2])
     assert branched > 10
     assert accepted > 20
     assert rows_of(world.kafka)["dead_letters"] == 0
 
 
-def judged_by_the_target(target: Any, whole: list[int], r: VerifyStep) -> None:
-    """What is recorded at each node is what the target says after the tokens on the way to it."""
+def check_top_tokens(target: Any, whole: list[int], r: VerifyStep) -> None:
+    """Check that the top tokens at each node are the target's after the path to it."""
     paths: dict[int, list[int]] = {ROOT: whole[: r.position + 1]}
     for node, (token, parent) in enumerate(zip(r.draft_tokens, r.draft_parents, strict=True)):
         paths[node] = [*paths[parent], token]
@@ -96,7 +96,7 @@ def judged_by_the_target(target: Any, whole: list[int], r: VerifyStep) -> None:
         assert ids[0] == int(logprobs.argmax())
 
 
-def test_prompt_tokens_from_the_cache_are_a_gap_and_not_invented(world: World, prompts: list[list[int]]) -> None:
+def test_prompt_tokens_from_the_prefix_cache_are_a_gap_in_the_trace(world: World, prompts: list[list[int]]) -> None:
     world.server.generate(prompts[0], 8, rid="first", sampling=WHOLE)
     before = world.metric("aurora_sglang_prompt_tokens_cached_total")
     answer = world.server.generate(prompts[0], 8, rid="second", sampling=WHOLE)
@@ -110,39 +110,39 @@ def test_prompt_tokens_from_the_cache_are_a_gap_and_not_invented(world: World, p
     assert world.metric("aurora_sglang_prompt_tokens_cached_total") == before + cached
 
 
-def test_a_hook_that_raises_is_counted_and_the_server_goes_on(
-    world: World, prompts: list[list[int]], said_by_target: list[list[int]]
+def test_a_hook_that_raises_is_counted_and_the_server_continues(
+    world: World, prompts: list[list[int]], target_outputs: list[list[int]]
 ) -> None:
     before = world.metric("aurora_sglang_hook_errors_total")
     answer = world.server.generate(prompts[0], TOKENS, rid="faulty-1", sampling=WHOLE)
-    assert answer["output_ids"] == said_by_target[0][:TOKENS]
+    assert answer["output_ids"] == target_outputs[0][:TOKENS]
     assert world.metric("aurora_sglang_hook_errors_total") == before + 1
     assert world.server.process.log.read_text().count("aurora_hook_failed") == 1
     world.server.generate(prompts[0], 8, rid="after", sampling=WHOLE)
     assert chunks_of(world.kafka, "after")
 
 
-def test_metrics_of_the_server_itself_stay(world: World, prompts: list[list[int]]) -> None:
+def test_the_servers_own_metrics_remain(world: World, prompts: list[list[int]]) -> None:
     world.server.generate(prompts[0], 8, sampling=WHOLE)
     text = world.server.client.get("/metrics").text
     assert "sglang:e2e_request_latency_seconds_count" in text
     assert world.metric("aurora_sglang_hook_duration_seconds_count") > 0
 
 
-def test_without_a_broker_answers_come_as_before(
-    world: World, prompts: list[list[int]], said_by_target: list[list[int]]
+def test_an_unreachable_broker_changes_no_answer(
+    world: World, prompts: list[list[int]], target_outputs: list[list[int]]
 ) -> None:
     def ask() -> tuple[list[list[int]], float]:
         began = time.monotonic()
-        said = [world.server.generate(prompt, TOKENS, sampling=WHOLE)["output_ids"] for prompt in prompts]
-        return said, time.monotonic() - began
+        outputs = [world.server.generate(prompt, TOKENS, sampling=WHOLE)["output_ids"] for prompt in prompts]
+        return outputs, time.monotonic() - began
 
     ask()
     with_broker, usual_s = ask()
     world.broker.stop()
     without, took_s = ask()
     print(f"{usual_s:.2f} s with a broker, {took_s:.2f} s without")
-    assert with_broker == without == [tokens[:TOKENS] for tokens in said_by_target]
+    assert with_broker == without == [tokens[:TOKENS] for tokens in target_outputs]
     deadline = time.monotonic() + 30
     while not world.metric("aurora_serve_trace_rows_dropped_total"):
         assert time.monotonic() < deadline

@@ -1,4 +1,4 @@
-"""The whole loop around SGLang's own server, as its users start it: what it serves is learned from, and serves it."""
+"""The whole loop around SGLang's own server, started as a user does: its traces train the versions that it serves."""
 
 from __future__ import annotations
 
@@ -25,15 +25,13 @@ from trainer.release.registry import SpeculatorRegistry
 
 TOKENS = 32
 LEARNED = 1.4
-"""SGLang's own ``spec_accepted_per_step``, which counts the token that every verify step gives; 1 where no draft is
-accepted.
-"""
-LEARN_S = 300
+"""SGLang's own ``spec_accept_length``: bonus token included; 1 without any accepted draft token."""
+TRAIN_TIMEOUT_S = 300
 
 
 @dataclass
 class Node:
-    """The launcher, and the server that it has started."""
+    """The launcher and its server."""
 
     server: Server
     settings: Settings
@@ -44,20 +42,20 @@ class Node:
         return ServeStatus.model_validate(answer.json())
 
     def ask(self, prompts: list[list[int]]) -> list[Any]:
-        """Answers to all prompts, decoded together."""
+        """Return the answers to all prompts, decoded concurrently."""
         with ThreadPoolExecutor() as pool:
             return list(pool.map(lambda prompt: self.server.generate(prompt, TOKENS), prompts))
 
 
-def accepted_per_step(answers: list[Any]) -> float:
-    return statistics.mean(answer["meta_info"]["spec_accepted_per_step"] for answer in answers)
+def acceptance_length(answers: list[Any]) -> float:
+    return statistics.mean(answer["meta_info"]["spec_accept_length"] for answer in answers)
 
 
 @pytest.fixture(scope="module")
 def settings(
     smollm2: Path, broker: str, registry: str, tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], int]
 ) -> Settings:
-    """A line of the test's own: that of a smaller draft vocabulary."""
+    """A line of the test's own, by a smaller draft vocabulary."""
     folder = tmp_path_factory.mktemp("loop")
     flags = {
         "target.path": str(smollm2),
@@ -102,14 +100,14 @@ def node(serving: Any, settings: Settings) -> Iterator[Node]:
         yield Node(server, settings)
 
 
-def test_a_target_without_a_speculator_is_served_with_the_draft_of_day_0(
-    node: Node, prompts: list[list[int]], said_by_target: list[list[int]]
+def test_a_target_without_a_speculator_is_served_with_the_day_0_draft(
+    node: Node, prompts: list[list[int]], target_outputs: list[list[int]]
 ) -> None:
     answers = node.ask(prompts)
-    for answer, whole in zip(answers, said_by_target, strict=True):
-        said = answer["output_ids"]
-        assert said == whole[: len(said)]
-    assert accepted_per_step(answers) < 1.15
+    for answer, whole in zip(answers, target_outputs, strict=True):
+        output = answer["output_ids"]
+        assert output == whole[: len(output)]
+    assert acceptance_length(answers) < 1.15
     assert {answer["meta_info"]["weight_version"] for answer in answers} == {"day-0-head-0"}
     deadline = time.monotonic() + 30
     while not (status := node.status).engine_up:
@@ -118,33 +116,33 @@ def test_a_target_without_a_speculator_is_served_with_the_draft_of_day_0(
     assert (status.speculator, status.line) == ("day-0-head-0", read_target_line(node.settings).name)
 
 
-def test_what_it_serves_is_learned_from_and_serves_it(
-    node: Node, prompts: list[list[int]], said_by_target: list[list[int]], tmp_path: Path
+def test_its_traces_train_a_version_that_it_serves(
+    node: Node, prompts: list[list[int]], target_outputs: list[list[int]], tmp_path: Path
 ) -> None:
     settings, line = node.settings, read_target_line(node.settings).name
-    before = accepted_per_step(node.ask(prompts))
+    before = acceptance_length(node.ask(prompts))
     with (
         worker(settings, tmp_path / "stream.log"),
         process(settings, RUN_TRAINER, tmp_path / "train.log"),
         process(settings, RUN_PROMOTER, tmp_path / "promoter.log"),
     ):
-        deadline = time.monotonic() + LEARN_S
-        while accepted_per_step(answers := node.ask(prompts)) < LEARNED:
-            assert time.monotonic() < deadline, f"{accepted_per_step(answers):.2f} after {LEARN_S} s"
+        deadline = time.monotonic() + TRAIN_TIMEOUT_S
+        while acceptance_length(answers := node.ask(prompts)) < LEARNED:
+            assert time.monotonic() < deadline, f"{acceptance_length(answers):.2f} after {TRAIN_TIMEOUT_S} s"
     assert before < 1.15
-    for answer, whole in zip(answers, said_by_target, strict=True):
-        said = answer["output_ids"]
-        assert said == whole[: len(said)]
+    for answer, whole in zip(answers, target_outputs, strict=True):
+        output = answer["output_ids"]
+        assert output == whole[: len(output)]
     status = node.status
-    print(f"from {before:.2f} to {accepted_per_step(answers):.2f} with {[swap.version for swap in status.swaps]}")
+    print(f"from {before:.2f} to {acceptance_length(answers):.2f} with {[swap.version for swap in status.swaps]}")
     assert status.swaps
     assert status.registry_error is None
     assert status.rows_published > 0
     assert int(SpeculatorRegistry(settings.registry).aliases(line)["champion"]) >= int(status.swaps[-1].version)
-    assert "sglang:spec_accepted_per_step" in node.server.client.get("/metrics").text
+    assert "sglang:spec_accept_length" in node.server.client.get("/metrics").text
 
 
-def test_it_ends_when_it_is_told_to_with_the_server(node: Node) -> None:
+def test_sigterm_ends_the_launcher_and_the_server(node: Node) -> None:
     launcher = node.server.process
     assert launcher.pid is not None
     os.kill(launcher.pid, signal.SIGTERM)

@@ -1,6 +1,4 @@
-"""Versions go into SGLang's own server while it answers: nothing is lost, and every verify step names who drafted
-it.
-"""
+"""Hot swaps in SGLang's own server under load: no request is lost, and every verify step names its draft."""
 
 from __future__ import annotations
 
@@ -24,13 +22,13 @@ from schemas.speculator import checkpoint
 from schemas.trace.record import VerifyStep
 from serving.engines.sglang.node import weights
 from serving.engines.sglang.node.client import SglangError, SglangServer
-from serving.engines.sglang.node.remote_engine import Known, RemoteEngine
+from serving.engines.sglang.node.remote_engine import RemoteEngine, ServedDraft
 
 TOKENS = 40
 WHOLE = {"ignore_eos": True}
 KEY = "sesame"
 
-DIES_IN_MID_UPDATE = """
+DIE_DURING_UPDATE = """
 import sys, time
 from pathlib import Path
 from pydantic import SecretStr
@@ -42,11 +40,11 @@ server = SglangServer(url, SecretStr(key), 60)
 print("ready", flush=True)
 sys.stdin.readline()
 server.pause()
-server.begin()
+server.begin_update()
 if version:
     draft = checkpoint.read(Path(folder), checkpoint.read_manifest(Path(folder)).line)
-    server.update([weights.packed(weights.sent(draft))], version)
-print("in the middle", flush=True)
+    server.update([weights.serialize(weights.draft_tensors(draft))], version)
+print("updating", flush=True)
 time.sleep(600)
 """
 
@@ -62,26 +60,28 @@ def server(serving: Any, random_draft: Path, traced: Settings) -> Iterator[Serve
 def drafts(random_draft: Path, trained_draft: Path) -> dict[str, dict[str, Tensor]]:
     line = checkpoint.read_manifest(random_draft).line
     return {
-        "day-0-head-0": weights.sent(checkpoint.read(random_draft, line)),
-        "2": weights.sent(checkpoint.read(trained_draft, line)),
+        "day-0-head-0": weights.draft_tensors(checkpoint.read(random_draft, line)),
+        "2": weights.draft_tensors(checkpoint.read(trained_draft, line)),
     }
 
 
 class Remote:
-    """The engine of a node beside the server."""
+    """The engine of a node, connected to the server."""
 
     def __init__(
         self,
         server: Server,
         draft: Path,
-        known: Known,
+        served: ServedDraft,
         link: type[SglangServer] = SglangServer,
         *,
-        shares: bool = False,
+        shares_memory: bool = False,
     ) -> None:
         self.manifest = checkpoint.read_manifest(draft)
         self.link = link(server.url, SecretStr(KEY), 60)
-        self.engine = RemoteEngine(self.link, self.manifest.target, self.manifest.line, known, shares=shares)
+        self.engine = RemoteEngine(
+            self.link, self.manifest.target, self.manifest.line, served, shares_memory=shares_memory
+        )
         self.engine.start()
 
     def swap(self, folder: Path, version: str) -> float:
@@ -93,7 +93,7 @@ class Remote:
 
 
 def ask(server: Server, prompts: list[list[int]], name: str) -> list[Any]:
-    """Answers to all prompts, decoded together."""
+    """Return the answers to all prompts, decoded concurrently."""
 
     def one(number: int) -> Any:
         return server.generate(prompts[number], TOKENS, rid=f"{name}-{number}", sampling=WHOLE)
@@ -102,12 +102,12 @@ def ask(server: Server, prompts: list[list[int]], name: str) -> list[Any]:
         return list(pool.map(one, range(len(prompts))))
 
 
-def said(answers: list[Any]) -> list[list[int]]:
+def output_ids(answers: list[Any]) -> list[list[int]]:
     return [answer["output_ids"] for answer in answers]
 
 
 def versions_of(verify_steps: list[VerifyStep], prompt: int) -> dict[str, range]:
-    """By version, the answer's tokens that its verify steps gave."""
+    """Return the range of the answer's tokens that each version's verify steps added."""
     found: dict[str, range] = {}
     for r in verify_steps:
         if r.verify_step:
@@ -117,31 +117,33 @@ def versions_of(verify_steps: list[VerifyStep], prompt: int) -> dict[str, range]
     return found
 
 
-def test_a_swap_loses_no_request_and_each_verify_step_names_the_draft_that_it_had(
+def test_a_swap_loses_no_request_and_each_verify_step_names_its_draft(
     server: Server,
     traced: Settings,
     random_draft: Path,
     trained_draft: Path,
     prompts: list[list[int]],
-    said_by_target: list[list[int]],
+    target_outputs: list[list[int]],
     drafts: dict[str, dict[str, Tensor]],
 ) -> None:
-    remote = Remote(server, random_draft, Known("day-0-head-0", drafts["day-0-head-0"]))
+    remote = Remote(server, random_draft, ServedDraft("day-0-head-0", drafts["day-0-head-0"]))
     with ThreadPoolExecutor() as pool:
-        asked = pool.submit(ask, server, prompts, "swapped")
+        answering = pool.submit(ask, server, prompts, "swapped")
         time.sleep(2.0)
         pause_ms = remote.swap(trained_draft, "2")
-        answers = asked.result()
-    print(f"stood still for {pause_ms:.0f} ms")
-    assert said(answers) == said_by_target
+        answers = answering.result()
+    print(f"paused for {pause_ms:.0f} ms")
+    assert output_ids(answers) == target_outputs
     accepted = {"day-0-head-0": 0, "2": 0}
     for number, answer in enumerate(answers):
-        told = {span["version"]: range(span["start"], span["end"]) for span in answer["meta_info"]["weight_versions"]}
+        reported = {
+            span["version"]: range(span["start"], span["end"]) for span in answer["meta_info"]["weight_versions"]
+        }
         verify_steps = verify_steps_in(chunks_of(traced.kafka, f"swapped-{number}"))
         ours = versions_of(verify_steps, len(prompts[number]))
-        assert list(ours) == list(told) == ["day-0-head-0", "2"]
-        # SGLang notes what it had committed when the weights changed; one verify step more may have been on its way.
-        assert abs(ours["2"].start - told["2"].start) <= 4
+        assert list(ours) == list(reported) == ["day-0-head-0", "2"]
+        # SGLang reports the tokens committed at the weight change; one more verify step may have been in flight.
+        assert abs(ours["2"].start - reported["2"].start) <= 4
         for r in verify_steps:
             if r.verify_step:
                 accepted[r.speculator] += len(r.accepted)
@@ -151,17 +153,17 @@ def test_a_swap_loses_no_request_and_each_verify_step_names_the_draft_that_it_ha
 
 
 @pytest.mark.parametrize("updates", [False, True])
-def test_a_client_that_died_in_mid_update_leaves_a_server_that_the_next_one_lets_go_on(
+def test_the_next_node_resumes_a_server_whose_node_died_during_an_update(
     server: Server,
     random_draft: Path,
     trained_draft: Path,
     prompts: list[list[int]],
-    said_by_target: list[list[int]],
+    target_outputs: list[list[int]],
     drafts: dict[str, dict[str, Tensor]],
     updates: bool,
 ) -> None:
     arguments = [server.url, KEY, str(random_draft), "day-0-head-0" if updates else ""]
-    command = [sys.executable, "-c", DIES_IN_MID_UPDATE, *arguments]
+    command = [sys.executable, "-c", DIE_DURING_UPDATE, *arguments]
     with (
         ThreadPoolExecutor() as pool,
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT) as client,
@@ -169,17 +171,17 @@ def test_a_client_that_died_in_mid_update_leaves_a_server_that_the_next_one_lets
         assert client.stdin is not None
         assert client.stdout is not None
         assert client.stdout.readline() == b"ready\n"
-        asked = pool.submit(ask, server, prompts[:2], f"orphaned-{updates}")
+        answering = pool.submit(ask, server, prompts[:2], f"orphaned-{updates}")
         time.sleep(0.5)
         client.stdin.write(b"\n")
         client.stdin.flush()
-        assert client.stdout.readline() == b"in the middle\n"
+        assert client.stdout.readline() == b"updating\n"
         client.kill()
         time.sleep(1.0)
-        assert not asked.done(), "requests stand still"
-        remote = Remote(server, random_draft, Known("2", drafts["2"]))
-        answers = asked.result()
-    assert said(answers) == said_by_target[:2]
+        assert not answering.done(), "requests are paused"
+        remote = Remote(server, random_draft, ServedDraft("2", drafts["2"]))
+        answers = answering.result()
+    assert output_ids(answers) == target_outputs[:2]
     assert remote.engine.health().speculator == ("day-0-head-0" if updates else "2")
     remote.swap(random_draft, "day-0-head-0")
     remote.swap(trained_draft, "2")
@@ -188,51 +190,51 @@ def test_a_client_that_died_in_mid_update_leaves_a_server_that_the_next_one_lets
 
 
 class Faulty(SglangServer):
-    """Fails once it is armed, and once."""
+    """A client that fails once when it is armed."""
 
     armed = False
 
-    def fails(self) -> bool:
+    def should_fail(self) -> bool:
         was, self.armed = self.armed, False
         return was
 
 
 class Spoils(Faulty):
-    """Loses a tensor's values on the way."""
+    """Loses the values of a tensor."""
 
     def update(self, contents: Sequence[str], version: str) -> None:
-        if self.fails():
+        if self.should_fail():
             lost = {"midlayer.mlp.down_proj.weight": torch.zeros(576, 1536, dtype=torch.bfloat16)}
-            contents = [weights.packed(lost)]
+            contents = [weights.serialize(lost)]
         super().update(contents, version)
 
 
 class Breaks(Faulty):
-    """Cannot tell the end of an update; the weights are there."""
+    """Fails to close an update; the weights have arrived."""
 
-    def end(self) -> bool:
-        if self.fails():
+    def end_update(self) -> bool:
+        if self.should_fail():
             raise SglangError("connection reset")
-        return super().end()
+        return super().end_update()
 
 
 @pytest.mark.parametrize("link", [Spoils, Breaks])
-def test_an_update_that_went_wrong_leaves_the_draft_that_was_there(
+def test_a_failed_update_restores_the_draft_before(
     server: Server,
     random_draft: Path,
     trained_draft: Path,
     prompts: list[list[int]],
-    said_by_target: list[list[int]],
+    target_outputs: list[list[int]],
     drafts: dict[str, dict[str, Tensor]],
     link: type[Faulty],
 ) -> None:
-    remote = Remote(server, random_draft, Known("2", drafts["2"]), link, shares=True)
+    remote = Remote(server, random_draft, ServedDraft("2", drafts["2"]), link, shares_memory=True)
     remote.swap(trained_draft, "2")
     remote.link.armed = True  # type: ignore[attr-defined]
-    with pytest.raises(SglangError, match=r"version 9 is not served: .*; version 2 goes on"):
+    with pytest.raises(SglangError, match=r"version 9 is not served: .*; version 2 still serves"):
         remote.swap(random_draft, "9")
     answers = ask(server, prompts, f"after-{link.__name__}")
-    assert said(answers) == said_by_target
+    assert output_ids(answers) == target_outputs
     assert {answer["meta_info"]["weight_version"] for answer in answers} == {"2"}
-    assert min(answer["meta_info"]["spec_accepted_per_step"] for answer in answers) > 1.4
+    assert min(answer["meta_info"]["spec_accept_length"] for answer in answers) > 1.4
     remote.close()

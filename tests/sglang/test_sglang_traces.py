@@ -1,4 +1,4 @@
-"""What the plugin records of SGLang's own server, beside what the built-in engine records of the same requests."""
+"""Traces of SGLang's own server, compared with those of the built-in engine for the same requests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from built_in import eos_of, verify_steps_of
 from sglang_server import Server, eagle
-from traced_chunks import chunks_of, every_chunk, rows_of, spoken, verify_steps_in
+from traced_chunks import all_tokens, chunks_of, every_chunk, rows_of, verify_steps_in
 
 from schemas.settings import Settings
 from schemas.speculator import checkpoint
@@ -23,14 +23,14 @@ WHOLE = {"ignore_eos": True}
 
 @pytest.fixture(scope="module")
 def server(serving: Any, trained_draft: Path, traced: Settings) -> Iterator[Server]:
-    """Without a prefix cache, as the built-in engine: every prompt is read from its first token."""
+    """A server without a prefix cache, as the built-in engine: it prefills every prompt from its first token."""
     flags = [*eagle(trained_draft), "--disable-radix-cache", "--weight-version", "7"]
     with serving(flags, settings=traced) as running:
         yield running
 
 
-def compare(a: VerifyStep, b: VerifyStep, *, drafts_too: bool = True) -> None:
-    """SGLang's verify step beside the built-in engine's, which near its limit drafts only what still fits."""
+def compare(a: VerifyStep, b: VerifyStep, *, same_drafts: bool = True) -> None:
+    """Compare verify steps of SGLang and of the built-in engine, which drafts less near the length limit."""
     assert (a.verify_step, a.position, a.tokens, a.accepted, a.bonus) == (
         b.verify_step,
         b.position,
@@ -41,7 +41,7 @@ def compare(a: VerifyStep, b: VerifyStep, *, drafts_too: bool = True) -> None:
     kept = len(b.draft_tokens)
     assert a.draft_tokens[:kept] == b.draft_tokens
     assert a.draft_parents[:kept] == b.draft_parents
-    assert kept == len(a.draft_tokens) or not drafts_too
+    assert kept == len(a.draft_tokens) or not same_drafts
     np.testing.assert_array_equal(a.top_ids[: 1 + kept, :3], b.top_ids[:, :3])
     np.testing.assert_allclose(a.top_logprobs[: 1 + kept], b.top_logprobs, atol=2e-3)
     np.testing.assert_allclose(from_bf16(a.features), from_bf16(b.features), rtol=2e-2, atol=2e-2)
@@ -54,19 +54,21 @@ def test_traces_are_those_of_the_built_in_engine(
     smollm2: Path,
     trained_draft: Path,
     prompts: list[list[int]],
-    said_by_target: list[list[int]],
+    target_outputs: list[list[int]],
 ) -> None:
-    asked = {f"same-{number}": prompt for number, prompt in enumerate(prompts)}
-    said = [server.generate(prompt, TOKENS, rid=name, sampling=WHOLE)["output_ids"] for name, prompt in asked.items()]
-    assert said == [tokens[:TOKENS] for tokens in said_by_target]
-    expected = verify_steps_of(smollm2, trained_draft, asked, TOKENS, steps=3)
+    requests = {f"same-{number}": prompt for number, prompt in enumerate(prompts)}
+    outputs = [
+        server.generate(prompt, TOKENS, rid=name, sampling=WHOLE)["output_ids"] for name, prompt in requests.items()
+    ]
+    assert outputs == [tokens[:TOKENS] for tokens in target_outputs]
+    expected = verify_steps_of(smollm2, trained_draft, requests, TOKENS, steps=3)
     accepted = 0
-    for name, prompt in asked.items():
+    for name, prompt in requests.items():
         ours, theirs = verify_steps_in(chunks_of(traced.kafka, name)), expected[name]
         assert ours[0].tokens == tuple(prompt)
-        assert spoken(ours) == spoken(theirs)
+        assert all_tokens(ours) == all_tokens(theirs)
         for a, b in zip(ours, theirs, strict=True):
-            compare(a, b, drafts_too=b.position + 5 < len(prompt) + TOKENS)
+            compare(a, b, same_drafts=b.position + 5 < len(prompt) + TOKENS)
         accepted += sum(len(r.accepted) for r in ours)
     assert accepted > 20
     rows = rows_of(traced.kafka)
@@ -74,7 +76,7 @@ def test_traces_are_those_of_the_built_in_engine(
     assert min(rows["accepted"], rows["rejected"], rows["traces"]) > 0
 
 
-def test_requests_decoded_together_have_the_verify_steps_they_have_alone(
+def test_concurrent_requests_have_the_same_verify_steps_as_sequential_ones(
     server: Server, traced: Settings, prompts: list[list[int]]
 ) -> None:
     def ask(number: int) -> Any:
@@ -96,7 +98,7 @@ def test_requests_decoded_together_have_the_verify_steps_they_have_alone(
     assert not [chunk for chunk in every_chunk(traced.kafka) if chunk.envelope.request == "beside-1"]
 
 
-def test_a_chunk_says_which_target_line_and_version_it_comes_from(
+def test_a_chunk_names_its_target_line_and_version(
     server: Server, traced: Settings, smollm2: Path, trained_draft: Path, prompts: list[list[int]]
 ) -> None:
     server.generate(prompts[0], 8, rid="named", sampling=WHOLE | {"temperature": 0.5, "top_k": 20})
@@ -110,11 +112,11 @@ def test_a_chunk_says_which_target_line_and_version_it_comes_from(
     assert all(r.draft_us > 0 for r in chunk.verify_steps if r.verify_step)
 
 
-def test_a_trace_ends_where_the_answer_does_though_more_was_accepted(
+def test_a_trace_ends_with_the_answer_although_more_tokens_were_accepted(
     server: Server, traced: Settings, smollm2: Path, prompts: list[list[int]]
 ) -> None:
     answer = server.generate(prompts[1], TOKENS, rid="stopped")
     (chunk,) = chunks_of(traced.kafka, "stopped")
     assert answer["meta_info"]["finish_reason"]["type"] == chunk.envelope.finish == "stop"
-    assert spoken(chunk.verify_steps) == [*prompts[1], *answer["output_ids"]]
+    assert all_tokens(chunk.verify_steps) == [*prompts[1], *answer["output_ids"]]
     assert chunk.verify_steps[-1].bonus == eos_of(smollm2)

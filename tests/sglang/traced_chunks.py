@@ -1,4 +1,4 @@
-"""What the topic holds of a request."""
+"""Reads the chunks of a request from the topic."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from schemas.trace.record import Chunk, VerifyStep
 
 
 def chunks_of(kafka: Kafka, request: str, timeout_s: float = 20) -> list[Chunk]:
-    """All chunks of a request, as soon as its last one is there."""
+    """Return all chunks of a request once its last one is in the topic."""
     deadline = time.monotonic() + timeout_s
     while True:
         found = [chunk for chunk in every_chunk(kafka) if chunk.envelope.request == request]
@@ -49,7 +49,7 @@ def every_record(kafka: Kafka) -> list[Record]:
 
 
 def rows_of(kafka: Kafka) -> dict[str, int]:
-    """Rows of each table that the stream makes of all that the topic holds."""
+    """Return the number of rows that the stream writes to each table for the whole topic."""
     return {name: rows.num_rows for name, rows in build(every_record(kafka), 32).rows.items()}
 
 
@@ -57,8 +57,8 @@ def verify_steps_in(chunks: Sequence[Chunk]) -> list[VerifyStep]:
     return [r for chunk in chunks for r in chunk.verify_steps]
 
 
-def spoken(verify_steps: Sequence[VerifyStep]) -> list[int]:
-    """Every token that the verify steps tell of."""
+def all_tokens(verify_steps: Sequence[VerifyStep]) -> list[int]:
+    """Return every token of the verify steps, the last bonus token included."""
     return [
         *(token for r in verify_steps for token in r.tokens),
         *([] if verify_steps[-1].bonus is None else [verify_steps[-1].bonus]),

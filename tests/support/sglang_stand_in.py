@@ -1,4 +1,4 @@
-"""A Python that seems to have SGLang in its environment, and starts ``fake_sglang`` where SGLang is started."""
+"""A Python executable with a fake SGLang in its environment, which starts ``fake_sglang``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Answers as SGLang's Python does when it is asked what it has, and serves as its server does when it is started.
+# It answers the query of the launcher as SGLang's Python does, and serves as SGLang's server does.
 STAND_IN = f"""#!{sys.executable}
 import signal, sys, time
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests" / "support")!r}]

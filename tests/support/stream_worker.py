@@ -35,7 +35,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 @dataclass
-class TraceAccounting:
+class Ledger:
     """Every record that the broker acknowledged, with the coordinates that it was given."""
 
     records: list[Record] = field(default_factory=list)
@@ -145,7 +145,7 @@ class Publisher:
     """Sends records as a node does."""
 
     def __init__(self, settings: Settings) -> None:
-        self.ledger = TraceAccounting()
+        self.ledger = Ledger()
         self._topic = settings.kafka.traces_topic
         self._producer = Producer(
             {

@@ -30,7 +30,7 @@ from pipeline.offsets import SourcePartition
 from pipeline.validation import check_envelope, check_headers, find_invalid
 from schemas.batches import ACCEPTED, DEAD_LETTERS, TABLES, TRACES, day_of
 from schemas.claim_store import ClaimStoreError
-from schemas.trace.decoder import Lists, Opened, VerifySteps, malformed, open_chunk
+from schemas.trace.decoder import ListColumn, OpenedChunk, VerifyStepColumns, find_malformed, open_chunk
 from schemas.trace.record import U16, Claim, TraceError
 
 RUN_BYTES = 32 << 20
@@ -135,7 +135,7 @@ class _OpenRecord:
     index: int
     """Index among the delivered records."""
     record: Record
-    chunk: Opened
+    chunk: OpenedChunk
 
 
 class _Builder:
@@ -195,13 +195,13 @@ class _Run:
         self.written: list[WrittenRecord] = []
         self.chunk_gaps = 0
         self._records = list(records)
-        self._steps = VerifySteps([record.chunk for record in records])
+        self._steps = VerifyStepColumns([record.chunk for record in records])
         self._claimed: dict[int, U16] = {}
         """Features of claim checks, by index among the delivered records."""
 
     def read_features(self, read_claim: ClaimReader) -> None:
         """Reject invalid chunks. The features of claim checks are read once the lengths of their chunks are valid."""
-        self._reject(malformed(self._steps))
+        self._reject(find_malformed(self._steps))
         faults = {}
         tokens = np.diff(self._steps.tokens.offsets[self._steps.bounds]).tolist()
         for number, record in enumerate(self._records):
@@ -245,9 +245,9 @@ class _Run:
             return
         self.rejected |= {self._records[number].index: error for number, error in faults.items()}
         self._records = [record for number, record in enumerate(self._records) if number not in faults]
-        self._steps = VerifySteps([record.chunk for record in self._records])
+        self._steps = VerifyStepColumns([record.chunk for record in self._records])
 
-    def _features(self) -> Lists:
+    def _features(self) -> ListColumn:
         """Return the features of every verify step, inline or from claim checks."""
         claimed = {
             number: self._claimed[record.index]
@@ -257,7 +257,7 @@ class _Run:
         return gather_features(self._steps, claimed)
 
 
-def _open(record: Record) -> Opened:
+def _open(record: Record) -> OpenedChunk:
     """Open the chunk of a record. Its rows are not checked yet.
 
     Raises:

@@ -19,20 +19,20 @@ import pyarrow.compute as pc
 
 from schemas.batches import ACCEPTED, REJECTED, TRACES
 from schemas.draft_tree import rejected_branches
-from schemas.trace.decoder import Array, Ints, Lists, VerifySteps, spans
+from schemas.trace.decoder import Array, Ints, ListColumn, VerifyStepColumns, concat_ranges
 from schemas.trace.record import I32, INT32_MAX, U16
 
 Columns = Mapping[str, pa.Array]
 
 
-def gather_features(steps: VerifySteps, claimed: Mapping[int, U16]) -> Lists:
+def gather_features(steps: VerifyStepColumns, claimed: Mapping[int, U16]) -> ListColumn:
     """Return [R] the bf16 bit patterns of the tokens of each verify step, end to end; empty for recompute.
 
     Args:
         steps: Verify steps with valid lengths.
         claimed: [tokens, width] by chunk, for chunks whose features are in a claim check.
     """
-    inline = Lists(steps.features.entries.view("<u2"), (steps.features.offsets - steps.features.offsets[0]) // 2)
+    inline = ListColumn(steps.features.entries.view("<u2"), (steps.features.offsets - steps.features.offsets[0]) // 2)
     if not claimed:
         return inline
     edges = inline.offsets[steps.bounds]
@@ -42,11 +42,11 @@ def gather_features(steps: VerifySteps, claimed: Mapping[int, U16]) -> Lists:
     ]
     is_claimed = np.isin(steps.chunk, list(claimed))
     lengths = np.where(is_claimed, steps.tokens.lengths * steps.feature_width, inline.lengths)
-    return Lists(np.concatenate(parts), _offsets(lengths))
+    return ListColumn(np.concatenate(parts), _offsets(lengths))
 
 
 def build_tables(
-    steps: VerifySteps, features: Lists, chunk_columns: Columns, context_tokens: int
+    steps: VerifyStepColumns, features: ListColumn, chunk_columns: Columns, context_tokens: int
 ) -> dict[str, pa.Table]:
     """Build the rows of ``accepted``, ``rejected`` and ``traces``.
 
@@ -67,25 +67,25 @@ def build_tables(
 
 
 class _Samples(NamedTuple):
-    tokens: Lists
+    tokens: ListColumn
     """[C] tokens of each chunk, after the tokens that its envelope carries."""
     roots: Ints
     """[R] index of the first token of each verify step in ``tokens.values``."""
 
 
-def _build_samples(steps: VerifySteps) -> _Samples:
+def _build_samples(steps: VerifyStepColumns) -> _Samples:
     tokens, bounds = steps.tokens, steps.bounds
     edges = tokens.offsets[bounds]
-    before = np.array([len(envelope.before) for envelope in steps.envelopes], np.int64)
+    before = np.array([len(envelope.preceding_tokens) for envelope in steps.envelopes], np.int64)
     roots = tokens.starts - edges[0] + np.cumsum(before)[steps.chunk]
     values = tokens.entries
     if before.any():
         parts = zip(steps.envelopes, np.split(values, (edges - edges[0])[1:-1]), strict=True)
-        values = np.concatenate([part for envelope, own in parts for part in (envelope.before, own)])
-    return _Samples(Lists(values.astype(np.int32, copy=False), _offsets(np.diff(edges) + before)), roots)
+        values = np.concatenate([part for envelope, own in parts for part in (envelope.preceding_tokens, own)])
+    return _Samples(ListColumn(values.astype(np.int32, copy=False), _offsets(np.diff(edges) + before)), roots)
 
 
-def _build_accepted(steps: VerifySteps, features: Lists, lineage: Columns, samples: _Samples) -> pa.Table:
+def _build_accepted(steps: VerifyStepColumns, features: ListColumn, lineage: Columns, samples: _Samples) -> pa.Table:
     first, last = steps.bounds[:-1], steps.bounds[1:] - 1
     before = samples.roots[first] - samples.tokens.starts
     step, node, edges = _teacher_rows(steps)
@@ -97,102 +97,105 @@ def _build_accepted(steps: VerifySteps, features: Lists, lineage: Columns, sampl
             "tokens": _lists(samples.tokens),
             "next_token": steps.batch.column("bonus").take(pa.array(last)),
             "features": _binary(features.entries, features.offsets[steps.bounds] - features.offsets[0]),
-            "loss_mask": _lists(Lists(_loss_mask(steps, samples), samples.tokens.offsets)),
+            "loss_mask": _lists(ListColumn(_loss_mask(steps, samples), samples.tokens.offsets)),
             "teacher_ids": _lists(_select_teacher(steps, steps.top_ids, step, node, edges)),
             "teacher_logprobs": _lists(_select_teacher(steps, steps.top_logprobs, step, node, edges)),
         },
     )
 
 
-def _loss_mask(steps: VerifySteps, samples: _Samples) -> Array:
+def _loss_mask(steps: VerifyStepColumns, samples: _Samples) -> Array:
     """Return for every token of the samples whether the target's choice after it is known."""
     mask = np.zeros(len(samples.tokens.values), np.bool_)
     n, decoded = steps.tokens.lengths, steps.number > 0
-    mask[spans(samples.roots[decoded], n[decoded])] = True
+    mask[concat_ranges(samples.roots[decoded], n[decoded])] = True
     prompt_ends = ~decoded & steps.has_bonus
     mask[samples.roots[prompt_ends] + n[prompt_ends] - 1] = True
     return mask
 
 
-def _teacher_rows(steps: VerifySteps) -> tuple[Ints, Ints, Ints]:
+def _teacher_rows(steps: VerifyStepColumns) -> tuple[Ints, Ints, Ints]:
     """Return the teacher rows after the committed tokens: the verify step and the row in it of each, and the number of
     rows before each chunk [C + 1]. Row 0 is the root's. Inside a prompt nothing is verified."""
     counts = np.where(steps.has_bonus, 1 + steps.accepted.lengths, 0)
     edges = _offsets(counts)
     nodes = np.zeros(edges[-1], np.int64)
-    nodes[edges[steps.accepted.rows] + 1 + steps.accepted.numbers] = 1 + steps.accepted.entries.astype(np.int64)
+    nodes[edges[steps.accepted.entry_rows] + 1 + steps.accepted.entry_indices] = 1 + steps.accepted.entries.astype(
+        np.int64
+    )
     return np.repeat(np.arange(len(steps)), counts), nodes, edges[steps.bounds]
 
 
-def _select_teacher(steps: VerifySteps, top: Lists, step: Ints, node: Ints, edges: Ints) -> Lists:
+def _select_teacher(steps: VerifyStepColumns, top: ListColumn, step: Ints, node: Ints, edges: Ints) -> ListColumn:
     """Return row ``node[i]`` of verify step ``step[i]`` from ``top_ids`` or ``top_logprobs``, split at ``edges``."""
     k = steps.top_k[step]
-    return Lists(top.values[spans(top.starts[step] + node * k, k)], _offsets(k)[edges])
+    return ListColumn(top.values[concat_ranges(top.starts[step] + node * k, k)], _offsets(k)[edges])
 
 
 class _Branches(NamedTuple):
     steps: Ints
     """[B] verify step of each branch."""
-    nodes: Lists
+    nodes: ListColumn
     """[B] drafted nodes of each branch, from the root's child to the leaf."""
 
 
-def _find_branches(steps: VerifySteps) -> _Branches:
+def _find_branches(steps: VerifyStepColumns) -> _Branches:
     """Return the rejected branches in the order of the verify steps. A chain has at most one: the whole chain."""
     parents, drafted = steps.draft_parents, steps.draft_tokens.lengths
-    is_tree = parents.any(parents.entries != parents.numbers - 1)
+    is_tree = parents.rows_with(parents.entries != parents.entry_indices - 1)
     chains = np.flatnonzero(~is_tree & (steps.accepted.lengths < drafted))
     lengths = drafted[chains]
-    nodes = spans(np.zeros(len(chains), np.int64), lengths)
+    nodes = concat_ranges(np.zeros(len(chains), np.int64), lengths)
     trees = np.flatnonzero(is_tree)
     if not len(trees):
-        return _Branches(chains, Lists(nodes, _offsets(lengths)))
+        return _Branches(chains, ListColumn(nodes, _offsets(lengths)))
     paths = [
-        (row, path) for row in trees.tolist() for path in rejected_branches(parents.of(row), steps.accepted.of(row))
+        (row, path) for row in trees.tolist() for path in rejected_branches(parents.row(row), steps.accepted.row(row))
     ]
     step = np.concatenate([chains, np.array([row for row, _ in paths], np.int64)])
     lengths = np.concatenate([lengths, np.array([len(path) for _, path in paths], np.int64)])
     nodes = np.concatenate([nodes, np.array([node for _, path in paths for node in path], np.int64)])
     order = np.argsort(step, kind="stable")
     starts = np.cumsum(lengths) - lengths
-    return _Branches(step[order], Lists(nodes[spans(starts[order], lengths[order])], _offsets(lengths[order])))
+    return _Branches(
+        step[order], ListColumn(nodes[concat_ranges(starts[order], lengths[order])], _offsets(lengths[order]))
+    )
 
 
-def _build_rejected(steps: VerifySteps, lineage: Columns, samples: _Samples, context_tokens: int) -> pa.Table:
+def _build_rejected(steps: VerifyStepColumns, lineage: Columns, samples: _Samples, context_tokens: int) -> pa.Table:
     branch_step, nodes = _find_branches(steps)
-    branch_chunk, node_step = steps.chunk[branch_step], branch_step[nodes.rows]
+    branch_chunk, node_step = steps.chunk[branch_step], branch_step[nodes.entry_rows]
     drafted = steps.draft_tokens.starts[node_step] + nodes.values
     is_accepted = np.zeros(len(steps.draft_tokens.values) + 1, np.bool_)
-    is_accepted[steps.draft_tokens.starts[steps.accepted.rows] + steps.accepted.entries] = True
+    is_accepted[steps.draft_tokens.starts[steps.accepted.entry_rows] + steps.accepted.entries] = True
     logprobs = steps.draft_logprobs.starts[node_step] + nodes.values
     teacher = node_step, 1 + nodes.values, nodes.offsets
     roots = samples.roots[branch_step]
     begins = np.maximum(samples.tokens.starts[branch_chunk], roots - context_tokens)
+    lengths = roots + 1 - begins
     return _table(
         REJECTED,
         {
             **{name: column.take(pa.array(branch_chunk)) for name, column in lineage.items() if name in REJECTED.names},
             "verify_step": _numbers(steps.number[branch_step]),
             "root_position": _numbers(steps.position[branch_step]),
-            "context": _lists(
-                Lists(samples.tokens.values[spans(begins, roots + 1 - begins)], _offsets(roots + 1 - begins))
-            ),
-            "branch": _lists(Lists(steps.draft_tokens.values[drafted], nodes.offsets)),
+            "context": _lists(ListColumn(samples.tokens.values[concat_ranges(begins, lengths)], _offsets(lengths))),
+            "branch": _lists(ListColumn(steps.draft_tokens.values[drafted], nodes.offsets)),
             "accepted_prefix": _numbers(np.add.reduceat(is_accepted[drafted], nodes.starts, dtype=np.int64)),
-            "draft_logprobs": _lists(Lists(steps.draft_logprobs.values[logprobs], nodes.offsets)),
+            "draft_logprobs": _lists(ListColumn(steps.draft_logprobs.values[logprobs], nodes.offsets)),
             "teacher_ids": _lists(_select_teacher(steps, steps.top_ids, *teacher)),
             "teacher_logprobs": _lists(_select_teacher(steps, steps.top_logprobs, *teacher)),
         },
     )
 
 
-def _build_traces(steps: VerifySteps, chunk_columns: Columns) -> pa.Table:
+def _build_traces(steps: VerifyStepColumns, chunk_columns: Columns) -> pa.Table:
     step_columns = dict(zip(steps.batch.schema.names, steps.batch.columns, strict=True))
     chunk = pa.array(steps.chunk)
     return _table(TRACES, {**{name: column.take(chunk) for name, column in chunk_columns.items()}, **step_columns})
 
 
-def _last_speculator(steps: VerifySteps) -> pa.Array:
+def _last_speculator(steps: VerifyStepColumns) -> pa.Array:
     """Return [C] the last version that drafted in each chunk; empty if none did."""
     versions = steps.batch.column("speculator")
     drafted = pc.binary_length(versions).to_numpy() > 0
@@ -212,7 +215,7 @@ def _numbers(values: Ints) -> pa.Array:
     return pa.array(values.astype(np.int32))
 
 
-def _lists(lists: Lists) -> pa.Array:
+def _lists(lists: ListColumn) -> pa.Array:
     values = pa.array(lists.values)
     return pa.ListArray.from_arrays(pa.array(_int32_offsets(lists.offsets)), values, type=pa.list_(values.type))
 

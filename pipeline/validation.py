@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from schemas.trace import record
-from schemas.trace.decoder import Array, Bools, Check, Ints, Lists, Opened, VerifySteps
+from schemas.trace.decoder import Array, Bools, Ints, ListColumn, OpenedChunk, RowCheck, VerifyStepColumns
 from schemas.trace.record import INT32_MAX, TraceError
 
 LINE = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -37,15 +37,15 @@ def check_headers(header: HeaderReader) -> None:
         TraceError: it cannot.
     """
     schema, content = header("schema"), header("content-type")
-    if schema not in record.readable():
+    if schema not in record.readable_fingerprints():
         raise TraceError(
-            "foreign_schema", f"header schema is {schema!r}, this worker reads {sorted(record.readable())}"
+            "foreign_schema", f"header schema is {schema!r}, this worker reads {sorted(record.readable_fingerprints())}"
         )
     if content != record.CONTENT_TYPE:
         raise TraceError("foreign_content", f"header content-type is {content!r}, expected {record.CONTENT_TYPE!r}")
 
 
-def check_envelope(chunk: Opened, header: HeaderReader) -> None:
+def check_envelope(chunk: OpenedChunk, header: HeaderReader) -> None:
     """Check the envelope against its headers and against the types of its columns.
 
     All headers but the number of rows may be missing; the envelope is authoritative.
@@ -61,7 +61,7 @@ def check_envelope(chunk: Opened, header: HeaderReader) -> None:
             raise TraceError("header_mismatch", f"header {name} is {header(name)!r}, the envelope says {found!r}")
     if not LINE.fullmatch(envelope.line):
         raise TraceError("bad_line", f"line is {envelope.line[:200]!r}, expected {LINE.pattern}")
-    numbers = ("chunk", "feature_width", "top_k", "sampling_top_k", "vocabulary")
+    numbers = ("chunk", "feature_width", "top_k", "sampling_top_k", "vocab_size")
     too_large = [name for name in numbers if (getattr(envelope, name) or 0) > INT32_MAX]
     if envelope.seed is not None and not -(2**63) <= envelope.seed < 2**63:
         too_large.append("seed")
@@ -71,13 +71,13 @@ def check_envelope(chunk: Opened, header: HeaderReader) -> None:
         raise TraceError("too_large", f"does not fit into its column: {', '.join(too_large)}")
     if not (math.isfinite(envelope.temperature) and math.isfinite(envelope.top_p)):
         raise TraceError("bad_number", f"temperature {envelope.temperature}, top_p {envelope.top_p}")
-    if envelope.before and max(envelope.before) >= (envelope.vocabulary or 2**31):
-        raise TraceError(
-            "bad_token", f"token id {max(envelope.before)} in before, the vocabulary ends at {envelope.vocabulary}"
-        )
+    highest = max(envelope.preceding_tokens, default=0)
+    if highest >= (envelope.vocab_size or 2**31):
+        detail = f"token id {highest} in preceding_tokens, the vocabulary ends at {envelope.vocab_size}"
+        raise TraceError("bad_token", detail)
 
 
-def find_invalid(steps: VerifySteps, features: Lists) -> dict[int, TraceError]:
+def find_invalid(steps: VerifyStepColumns, features: ListColumn) -> dict[int, TraceError]:
     """Return the errors of invalid chunks, by chunk; empty if all are valid.
 
     Args:
@@ -85,57 +85,57 @@ def find_invalid(steps: VerifySteps, features: Lists) -> dict[int, TraceError]:
         features: [rows] the bf16 bit patterns of each row's tokens.
     """
     of_rows = [*_check_fields(steps), *_check_tokens(steps), *_check_numbers(steps, features)]
-    return steps.first_faults([_check_order(steps)]) | steps.first_faults(of_rows)
+    return steps.first_errors([_check_order(steps)]) | steps.first_errors(of_rows)
 
 
-def _check_fields(steps: VerifySteps) -> Iterator[Check]:
-    where, drafted = steps.where, steps.draft_tokens.lengths
-    yield Check(
+def _check_fields(steps: VerifyStepColumns) -> Iterator[RowCheck]:
+    where, drafted = steps.describe, steps.draft_tokens.lengths
+    yield RowCheck(
         (steps.number < 0) | (steps.position < 0),
         "contradiction",
         lambda row: f"{where(row)} at position {steps.position[row]}",
     )
-    yield Check(
+    yield RowCheck(
         (steps.number == 0) & (drafted > 0),
         "contradiction",
         lambda row: f"{where(row)}: the prompt has no draft, found {drafted[row]} tokens",
     )
-    yield Check(
+    yield RowCheck(
         (steps.time < 0) | (steps.time >= TIME_END_US),
         "bad_number",
         lambda row: f"{where(row)}: time {steps.time[row]} us, expected one before the year 10000",
     )
-    yield Check(
+    yield RowCheck(
         (steps.number > 0) & ~steps.has_bonus,
         "contradiction",
         lambda row: f"{where(row)}: no bonus token; only a part of the prompt has none",
     )
 
 
-def _check_tokens(steps: VerifySteps) -> Iterator[Check]:
+def _check_tokens(steps: VerifyStepColumns) -> Iterator[RowCheck]:
     """Check token ids against the vocabulary."""
-    ends = steps.of_row([envelope.vocabulary or 2**31 for envelope in steps.envelopes])
+    ends = steps.per_row([envelope.vocab_size or 2**31 for envelope in steps.envelopes])
     smallest_end = int(ends.min(initial=2**31))
 
     def outside(ids: Array, end: Ints) -> Bools:
         return (ids < 0) | (ids >= end)
 
-    def check(name: str, bad: Bools, ids: Callable[[int], list[int]]) -> Check:
+    def check(name: str, bad: Bools, ids: Callable[[int], list[int]]) -> RowCheck:
         def detail(row: int) -> str:
             wrong = next(token for token in ids(row) if not 0 <= token < ends[row])
-            return f"{steps.where(row)}: token id {wrong} in {name}, expected 0 to {ends[row] - 1}"
+            return f"{steps.describe(row)}: token id {wrong} in {name}, expected 0 to {ends[row] - 1}"
 
-        return Check(bad, "bad_token", detail)
+        return RowCheck(bad, "bad_token", detail)
 
     for name in ("tokens", "draft_tokens", "top_ids"):
-        lists: Lists = getattr(steps, name)
+        lists: ListColumn = getattr(steps, name)
         ids = lists.entries
         if len(ids) and (ids.min() < 0 or ids.max() >= smallest_end):
-            yield check(name, lists.any(outside(ids, ends[lists.rows])), lists.of)
+            yield check(name, lists.rows_with(outside(ids, ends[lists.entry_rows])), lists.row)
     yield check("bonus", outside(steps.bonus, ends), lambda row: [int(steps.bonus[row])])
 
 
-def _check_numbers(steps: VerifySteps, features: Lists) -> Iterator[Check]:
+def _check_numbers(steps: VerifyStepColumns, features: ListColumn) -> Iterator[RowCheck]:
     """Check for infinite numbers and NaN. Features are most of a chunk, so they are checked piece by piece."""
     bits = features.entries
     infinite = [
@@ -146,20 +146,20 @@ def _check_numbers(steps: VerifySteps, features: Lists) -> Iterator[Check]:
     if infinite:
         bad = np.zeros(len(bits), np.bool_)
         bad[np.concatenate(infinite)] = True
-        yield Check(
-            features.any(bad),
+        yield RowCheck(
+            features.rows_with(bad),
             "bad_number",
-            lambda row: f"{steps.where(row)}: a feature is infinite or NaN",
+            lambda row: f"{steps.describe(row)}: a feature is infinite or NaN",
         )
-    yield Check(
-        steps.draft_logprobs.any(np.isinf(steps.draft_logprobs.entries))  # NaN: the node does not know it
-        | steps.top_logprobs.any(~np.isfinite(steps.top_logprobs.entries)),
+    yield RowCheck(
+        steps.draft_logprobs.rows_with(np.isinf(steps.draft_logprobs.entries))  # NaN: the node does not know it
+        | steps.top_logprobs.rows_with(~np.isfinite(steps.top_logprobs.entries)),
         "bad_number",
-        lambda row: f"{steps.where(row)}: a log-probability is infinite, or the target's is NaN",
+        lambda row: f"{steps.describe(row)}: a log-probability is infinite, or the target's is NaN",
     )
 
 
-def _check_order(steps: VerifySteps) -> Check:
+def _check_order(steps: VerifyStepColumns) -> RowCheck:
     """Check that the verify steps of a chunk follow each other: the bonus token of one is the root of the next."""
     number, n = steps.number, steps.tokens.lengths
     root = steps.tokens.values[steps.tokens.starts]
@@ -178,4 +178,4 @@ def _check_order(steps: VerifySteps) -> Check:
             f"step {number[before]} at position {steps.position[before]} with {n[before]} tokens and bonus {bonus}"
         )
 
-    return Check(bad, "contradiction", detail)
+    return RowCheck(bad, "contradiction", detail)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from schemas.trace.decoder import foreign_columns
+from schemas.trace.decoder import mismatched_columns
 from schemas.trace.record import CHECKSUM_BYTES, FORMAT, checksum
 
 _BYTES_PER_LINE = 16
@@ -41,7 +41,7 @@ def hexdump(value: bytes, limit: int) -> Iterator[str]:
 
 
 def _describe_columns(schema: pa.Schema) -> str:
-    wrong = foreign_columns(schema)
+    wrong = mismatched_columns(schema)
     return "as expected" if not wrong else f"missing or of another type: {', '.join(wrong)}"
 
 
@@ -50,8 +50,8 @@ def _describe_envelope(text: bytes) -> str:
         fields: dict[str, Any] = dict(json.loads(text))
     except (ValueError, TypeError):
         return "none" if not text else f"unreadable: {text[:200].decode(errors='replace')}"
-    if isinstance(before := fields.get("before"), list):
-        fields["before"] = f"{len(before)} tokens"
+    if isinstance(preceding := fields.get("preceding_tokens"), list):
+        fields["preceding_tokens"] = f"{len(preceding)} tokens"
     return ", ".join(f"{name} {value}" for name, value in fields.items())
 
 

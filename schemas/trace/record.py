@@ -1,32 +1,28 @@
-"""The trace record: what the verifier decided, one row per verify step.
+"""The trace record and its encoder: the result of verification, one row per verify step.
 
 A *chunk* is one Kafka message: consecutive verify steps of one request, as an Arrow IPC stream with zstd-compressed
-buffers. What is true of the whole chunk (request, target, line, sampling) stands once, in the schema's metadata; what
-changes from verify step to verify step stands in the rows. Eight bytes follow the stream, its length and its CRC-32:
-an Arrow
-reader stops at the end-of-stream marker and never sees them, ours refuses a chunk whose bytes were cut or altered.
+buffers. The schema's metadata holds the envelope, the fields common to all rows (request, target, line, sampling). The
+stream is followed by eight bytes, its length and its CRC-32. An Arrow reader stops at the end-of-stream marker and
+ignores them; Aurora's decoder rejects a chunk whose bytes were truncated or altered.
 
-How the tokens of a request lie in its verify steps, for the prompt ``a b c`` and the answer ``D E F G``::
+Tokens of a request by verify step, for the prompt ``a b c`` and the output ``D E F G``::
 
-    verify step 0  tokens a b c   no draft                              bonus D     (prefill)
-    verify step 1  tokens D E     drafted E X, accepted node 0 (E)      bonus F
-    verify step 2  tokens F       drafted Y Z, accepted nothing         bonus G
+    step 0  tokens a b c   no draft                              bonus D     (prefill)
+    step 1  tokens D E     drafted E X, accepted node 0 (E)      bonus F
+    step 2  tokens F       drafted Y Z, accepted nothing         bonus G
 
-``tokens`` are those the target consumed and kept: the root (the bonus of the verify step before) and the accepted
-drafts.
-Concatenated over the verify steps, and followed by the last bonus, they are the whole request. ``features`` has one
-row per
-token of ``tokens``; ``top_ids`` has one row for the root (the last prompt token in verify step 0) and one per
-drafted node,
-also past the first rejection. A long prompt is cut into several rows of verify step 0; only the last of them has a
-bonus.
+``tokens`` are the tokens that the target consumed and that were kept: the root (the bonus token of the previous step)
+and the accepted draft tokens. The tokens of all steps, followed by the last bonus token, are the complete request.
+``features`` has one row per token of ``tokens``. ``top_ids`` has one row for the root (in step 0 the last prompt token)
+and one per draft token, also past the first rejection. A long prompt is split into several rows of step 0, and only the
+last of them has a bonus token.
 
-Features travel in one of three ways, which the envelope names:
+Features reach the trainer in one of three ways, named in the envelope:
 
 ``inline``       in the rows.
-``claim-check``  in a file of the object store, ``schemas.claim_store``; the envelope has its address and checksum.
-``recompute``    not at all: the trainer runs the frozen target over the tokens. For that the envelope has the tokens
-                 before the chunk too, so that a chunk still depends on nothing but itself.
+``claim-check``  in a file of the object store (``schemas.claim_store``); the envelope has its URI and checksum.
+``recompute``    not at all: the trainer runs the frozen target over the tokens. The envelope also has the tokens that
+                 precede the chunk, so that a chunk depends on no other chunk.
 """
 
 from __future__ import annotations
@@ -45,9 +41,9 @@ import pyarrow as pa
 from pydantic import Field, NonNegativeInt, PositiveInt, TypeAdapter
 
 CONTENT_TYPE = "application/vnd.apache.arrow.stream"
-FORMAT = "aurora.trace/2"
+FORMAT = "aurora.trace/3"
 ROOT = -1
-"""Parent of a drafted node that follows the root directly."""
+"""Parent of a draft token that follows the root."""
 
 Features = Literal["inline", "claim-check", "recompute"]
 Token = Annotated[int, Field(ge=0, lt=2**31)]
@@ -80,7 +76,7 @@ SCHEMA = pa.schema(
 
 
 class TraceError(ValueError):
-    """A chunk that cannot be used. ``reason`` is a stable code for counters and dead letters."""
+    """A chunk that cannot be used. ``reason`` is a stable code for metrics and dead letters."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
@@ -92,63 +88,66 @@ class TraceError(ValueError):
 class VerifyStep:
     """One verify step of one request.
 
-    Shapes: F = feature width (3H), k = teacher width, n = ``len(tokens)``, m = drafted nodes.
+    Shapes: F = feature width (3H), k = teacher width, n = ``len(tokens)``, m = draft tokens.
     """
 
     verify_step: int
+    """Number of the step in the request; 0 is the prefill."""
     position: int
     """Position of ``tokens[0]`` in the request, counted from the first prompt token."""
     tokens: tuple[int, ...]
     features: U16
-    """[n, F] bf16 bit patterns: the captured target states after consuming each of ``tokens``; [0, F] where the chunk
+    """[n, F] bf16 bit patterns: the captured hidden states of the target after each of ``tokens``; [0, F] if the chunk
     does not carry them."""
     draft_tokens: tuple[int, ...]
     draft_parents: tuple[int, ...]
-    """For each drafted node the index of its parent node, or ``ROOT``. A chain is ``-1, 0, 1, ...``."""
+    """Index of the parent of each draft token, or ``ROOT``. A chain is ``-1, 0, 1, ...``."""
     draft_logprobs: tuple[float, ...]
-    """Log-probability that the draft gave each node, under the distribution it was drawn from; NaN where that is not
-    known: SGLang keeps none."""
+    """Log-probability of each draft token under the distribution it was drawn from; NaN if unknown: SGLang keeps
+    none."""
     accepted: tuple[int, ...]
-    """Indices of the accepted nodes, from the root's child on."""
+    """Indices of the accepted draft tokens, from the root's child on."""
     bonus: int | None
-    """Token the target chose after the last accepted node; None for a part of a prompt that is not its end."""
+    """The target's token after the last accepted draft token; None inside a prompt."""
     top_ids: I32
-    """[1 + m, k] the target's likeliest tokens at the root and after each node, best first; [0, k] without a bonus."""
+    """[1 + m, k] the target's most likely tokens at the root and after each draft token, best first; [0, k] without a
+    bonus token."""
     top_logprobs: F32
     """[1 + m, k] their log-probabilities, before temperature."""
     speculator: str
-    """Version that drafted this verify step; empty where nothing was drafted."""
+    """Version that drafted; empty if nothing was drafted."""
     draft_us: int
     verify_us: int
     time_us: int
-    """Unix time in microseconds at which the verify step was committed."""
+    """Unix time in microseconds at which the tokens were committed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """Where the features of a chunk lie."""
+    """Reference to the file with the features of a chunk."""
 
     uri: str
     checksum: str
-    """BLAKE2b of the whole file, 16 bytes in hexadecimal."""
+    """BLAKE2b of the file, 16 bytes in hexadecimal."""
     size: PositiveInt
-    """Bytes of the file."""
+    """Size of the file in bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Envelope:
-    """What is true of every verify step in a chunk."""
+    """The fields common to all verify steps of a chunk."""
 
     request: str
     chunk: NonNegativeInt
-    """Counts the chunks of a request from 0, so that a gap is seen."""
+    """Number of the chunk in the request, from 0, so that a gap is detected."""
     last: bool
+    """Whether this is the last chunk of the request."""
     node: str
     target: str
     """Fingerprint of the target's weights and configuration."""
     line: str
     features: Features
-    """How the target states travel."""
+    """How the features reach the trainer."""
     feature_width: PositiveInt
     """F: values per token in ``features``."""
     top_k: PositiveInt
@@ -156,55 +155,55 @@ class Envelope:
     temperature: float
     top_p: float
     sampling_top_k: NonNegativeInt = 0
-    """Likeliest tokens that answers were drawn from; 0 for all of them."""
+    """Most likely tokens that the output was sampled from; 0 for all."""
     seed: int | None = None
     label: str | None = None
-    """Traffic label given by the client; any text."""
+    """Traffic label of the request; any text."""
     finish: str | None = None
     """Why the request ended, on its last chunk."""
     claim: Claim | None = None
-    """Where the features are, with ``claim-check``."""
-    before: tuple[Token, ...] = ()
-    """With ``recompute`` every token of the request before this chunk; empty also where they are not known any more."""
-    vocabulary: PositiveInt | None = None
-    """Size of the target's vocabulary: every token id is below it. None where the node does not say."""
+    """The file with the features, with ``claim-check``."""
+    preceding_tokens: tuple[Token, ...] = ()
+    """With ``recompute``, all tokens of the request before this chunk; empty also if they are unknown."""
+    vocab_size: PositiveInt | None = None
+    """Size of the target's vocabulary, the exclusive bound of token ids; None if the node does not send it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Consecutive verify steps of one request: one Kafka message, keyed by the request."""
+    """Consecutive verify steps of one request: one Kafka message, keyed by the request id."""
 
     envelope: Envelope
     verify_steps: tuple[VerifyStep, ...]
 
 
 ENVELOPE_JSON = TypeAdapter(Envelope)
-"""Writes and reads the envelope as it stands in the schema's metadata."""
+"""Serializer of the envelope in the schema's metadata."""
 
 
 @cache
 def fingerprint() -> str:
-    """Identity of the wire schema, sent as a header so that a consumer sees a foreign record before it parses one."""
+    """Return the id of the wire schema, which a header carries so that consumers reject a foreign record unparsed."""
     shape = FORMAT + SCHEMA.to_string() + ",".join(f.name for f in fields(Envelope))
     return hashlib.sha256(shape.encode()).hexdigest()[:16]
 
 
 @cache
-def readable() -> frozenset[str]:
-    """Fingerprints of the wire schemas that can be read: a topic outlives the nodes that wrote into it.
+def readable_fingerprints() -> frozenset[str]:
+    """Return the ids of all readable wire schemas: a topic outlives the nodes that wrote to it.
 
-    Where a field with a default is added, the fingerprint without it stays among them.
+    When a field with a default is added, the fingerprint without it stays in this set.
     """
     return frozenset({fingerprint()})
 
 
 def encode(chunk: Chunk) -> bytes:
-    """Arrow IPC stream of one chunk, followed by its checksum.
+    """Return the Arrow IPC stream of a chunk, followed by its checksum.
 
     Raises:
         OverflowError: a number does not fit into its column.
-        ValueError: the arrays of a verify step do not fit together.
-        pyarrow.ArrowException: a value of another kind.
+        ValueError: the arrays of a verify step have inconsistent shapes.
+        pyarrow.ArrowException: a value has the wrong type.
     """
     schema = SCHEMA.with_metadata({"format": FORMAT, "envelope": ENVELOPE_JSON.dump_json(chunk.envelope)})
     sink = pa.BufferOutputStream()
@@ -214,35 +213,35 @@ def encode(chunk: Chunk) -> bytes:
     return b"".join((stream, checksum(stream)))
 
 
+def checksum(stream: bytes | pa.Buffer) -> bytes:
+    """Return the bytes that follow the Arrow stream: a CRC, which detects accidents at memory speed."""
+    return struct.pack("<II", len(stream) & 0xFFFFFFFF, zlib.crc32(stream))
+
+
 def to_bf16(x: npt.NDArray[np.float32]) -> U16:
-    """Bit patterns of ``x`` rounded to bfloat16 (to nearest, ties to even); NaN stays NaN."""
+    """Return the bit patterns of ``x`` in bfloat16, rounded to nearest, ties to even; NaN stays NaN."""
     bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16
     return np.where(np.isnan(x), np.uint32(0x7FC0), rounded).astype(np.uint16)
 
 
 def from_bf16(bits: U16) -> F32:
-    """float32 values of bfloat16 bit patterns."""
+    """Return the float32 values of bfloat16 bit patterns."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
-def checksum(stream: bytes | pa.Buffer) -> bytes:
-    """What follows the Arrow stream of a chunk. A CRC, because it guards against accidents and runs at memory speed."""
-    return struct.pack("<II", len(stream) & 0xFFFFFFFF, zlib.crc32(stream))
-
-
 def _column(field: pa.Field, verify_steps: Sequence[VerifyStep]) -> pa.Array:
-    """One field of all verify steps."""
+    """Return one column of a chunk."""
     match field.name:
         case "features":
-            # Nine tenths of a chunk: laid end to end once, and not copied again.
-            parts = [np.ascontiguousarray(r.features, dtype="<u2") for r in verify_steps]
+            # Features are nine tenths of a chunk: they are concatenated once and not copied again.
+            parts = [np.ascontiguousarray(step.features, dtype="<u2") for step in verify_steps]
             offsets = np.cumsum([0, *(part.nbytes for part in parts)], dtype=np.int64)
             buffers = [None, pa.py_buffer(offsets), pa.py_buffer(b"".join(part.data for part in parts))]
             return pa.LargeBinaryArray.from_buffers(field.type, len(verify_steps), buffers)
         case "top_ids" | "top_logprobs":
-            return pa.array([getattr(r, field.name).ravel() for r in verify_steps], type=field.type)
+            return pa.array([getattr(step, field.name).ravel() for step in verify_steps], type=field.type)
         case "time":
-            return pa.array([r.time_us for r in verify_steps], type=field.type)
+            return pa.array([step.time_us for step in verify_steps], type=field.type)
         case _:
-            return pa.array([getattr(r, field.name) for r in verify_steps], type=field.type)
+            return pa.array([getattr(step, field.name) for step in verify_steps], type=field.type)

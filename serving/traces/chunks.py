@@ -70,7 +70,11 @@ def row_bytes(r: VerifyStep) -> int:
 
 def chunk_bytes(chunk: Chunk) -> int:
     """Return an upper bound of a chunk's size, the file of its features included."""
-    return FRAME_BYTES + sum(map(row_bytes, chunk.verify_steps)) + _TOKEN_BEFORE_BYTES * len(chunk.envelope.before)
+    return (
+        FRAME_BYTES
+        + sum(map(row_bytes, chunk.verify_steps))
+        + _TOKEN_BEFORE_BYTES * len(chunk.envelope.preceding_tokens)
+    )
 
 
 def message_headers(chunk: Chunk, context: TraceContext) -> Headers:
@@ -202,6 +206,6 @@ class ChunkBuilder:
             seed=request.seed,
             label=request.label,
             finish=finish,
-            before=self._before,
-            vocabulary=self._origin.vocabulary,
+            preceding_tokens=self._before,
+            vocab_size=self._origin.vocabulary,
         )

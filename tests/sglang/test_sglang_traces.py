@@ -106,7 +106,7 @@ def test_a_chunk_names_its_target_line_and_version(
     envelope, line = chunk.envelope, checkpoint.read_manifest(trained_draft).line
     assert (envelope.target, envelope.line) == (checkpoint.target_fingerprint(smollm2), line)
     assert (envelope.node, envelope.finish, envelope.temperature) == ("sglang-0", "length", 0.5)
-    assert (envelope.sampling_top_k, envelope.vocabulary) == (20, 49152)
+    assert (envelope.sampling_top_k, envelope.vocab_size) == (20, 49152)
     assert {r.speculator for r in chunk.verify_steps if r.verify_step} == {"7"}
     assert all(r.verify_us > 0 for r in chunk.verify_steps)
     assert all(r.draft_us > 0 for r in chunk.verify_steps if r.verify_step)

@@ -89,7 +89,7 @@ def record_of(  # noqa: PLR0913 - one for each thing that a test may vary
         target=target,
         line=line,
         features=features,
-        before=tuple(before),
+        preceding_tokens=tuple(before),
         feature_width=feature_width,
         top_k=top_k,
         temperature=0.0,

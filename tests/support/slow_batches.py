@@ -61,7 +61,7 @@ def _sound_chunk(record: Record, claimed: ClaimReader) -> Chunk:
     _check_envelope(record, opened.envelope, opened.rows.num_rows)
     chunk = _with_features(Chunk(opened.envelope, tuple(_verify_steps(opened.rows, opened.envelope))), claimed)
     for r in chunk.verify_steps:
-        _check_verify_step(r, chunk.envelope.vocabulary)
+        _check_verify_step(r, chunk.envelope.vocab_size)
     for one, after in pairwise(chunk.verify_steps):
         _check_order(one, after)
     return chunk
@@ -109,12 +109,12 @@ def accepted_rows(record: Record, chunk: Chunk) -> Iterator[Row]:
     ]
     yield {
         **_lineage(record, chunk),
-        "position": verify_steps[0].position - len(envelope.before),
-        "tokens": [*envelope.before, *(token for r in verify_steps for token in r.tokens)],
+        "position": verify_steps[0].position - len(envelope.preceding_tokens),
+        "tokens": [*envelope.preceding_tokens, *(token for r in verify_steps for token in r.tokens)],
         "next_token": verify_steps[-1].bonus,
         "features": b"".join(_bytes(r.features) for r in verify_steps),
         "feature_width": envelope.feature_width,
-        "loss_mask": [False] * len(envelope.before)
+        "loss_mask": [False] * len(envelope.preceding_tokens)
         + [node is not None for of_verify_step in nodes for node in of_verify_step],
         "top_k": envelope.top_k,
         "teacher_ids": np.concatenate([r.top_ids[rows].ravel() for r, rows in known]),
@@ -125,7 +125,7 @@ def accepted_rows(record: Record, chunk: Chunk) -> Iterator[Row]:
 def rejected_rows(record: Record, chunk: Chunk, context_tokens: int) -> Iterator[Row]:
     """The rejected branches of a chunk, in the order of its verify steps."""
     lineage = _lineage(record, chunk) if chunk.verify_steps else {}
-    before = list(chunk.envelope.before)
+    before = list(chunk.envelope.preceding_tokens)
     for r in chunk.verify_steps:
         root = r.tokens[0]
         for path in rejected_branches(r.draft_parents, r.accepted):
@@ -206,8 +206,10 @@ def _letter(record: Record, reason: str, detail: str) -> Row:
 
 def _check_headers(record: Record) -> None:
     schema, content = record.header("schema"), record.header("content-type")
-    if schema not in trace.readable():
-        raise TraceError("foreign_schema", f"header schema is {schema!r}, this worker reads {sorted(trace.readable())}")
+    if schema not in trace.readable_fingerprints():
+        raise TraceError(
+            "foreign_schema", f"header schema is {schema!r}, this worker reads {sorted(trace.readable_fingerprints())}"
+        )
     if content != trace.CONTENT_TYPE:
         raise TraceError("foreign_content", f"header content-type is {content!r}, expected {trace.CONTENT_TYPE!r}")
 
@@ -223,7 +225,7 @@ def _check_envelope(record: Record, envelope: Envelope, rows: int) -> None:
             )
     if not LINE.fullmatch(envelope.line):
         raise TraceError("bad_line", f"line is {envelope.line[:200]!r}, expected {LINE.pattern}")
-    numbers = ("chunk", "feature_width", "top_k", "sampling_top_k", "vocabulary")
+    numbers = ("chunk", "feature_width", "top_k", "sampling_top_k", "vocab_size")
     too_large = [name for name in numbers if (getattr(envelope, name) or 0) > INT32_MAX]
     if envelope.seed is not None and not -(2**63) <= envelope.seed < 2**63:
         too_large.append("seed")
@@ -231,9 +233,11 @@ def _check_envelope(record: Record, envelope: Envelope, rows: int) -> None:
         raise TraceError("too_large", f"does not fit into its column: {', '.join(too_large)}")
     if not (math.isfinite(envelope.temperature) and math.isfinite(envelope.top_p)):
         raise TraceError("bad_number", f"temperature {envelope.temperature}, top_p {envelope.top_p}")
-    highest = max(envelope.before, default=0)
-    if envelope.vocabulary is not None and highest >= envelope.vocabulary:
-        raise TraceError("bad_token", f"token id {highest} in before, the vocabulary ends at {envelope.vocabulary}")
+    highest = max(envelope.preceding_tokens, default=0)
+    if envelope.vocab_size is not None and highest >= envelope.vocab_size:
+        raise TraceError(
+            "bad_token", f"token id {highest} in preceding_tokens, the vocabulary ends at {envelope.vocab_size}"
+        )
 
 
 def _check_verify_step(r: VerifyStep, vocabulary: int | None) -> None:
@@ -342,15 +346,15 @@ def _verify_step(row: dict[str, Any], time_us: int, envelope: Envelope) -> Verif
         raise TraceError("contradiction", f"verify step {row['verify_step']}: no committed token")
     if any(not ROOT <= parent < node for node, parent in enumerate(parents)):
         raise TraceError(
-            "contradiction", f"verify step {row['verify_step']}: a drafted node must follow its parent: {parents}"
+            "contradiction", f"verify step {row['verify_step']}: a draft token must follow its parent: {parents}"
         )
     if [parents[node] if 0 <= node < m else None for node in accepted] != [ROOT, *accepted][: len(accepted)]:
         raise TraceError(
-            "contradiction", f"verify step {row['verify_step']}: accepted nodes {accepted} are no path from the root"
+            "contradiction", f"verify step {row['verify_step']}: accepted nodes {accepted} are not a path from the root"
         )
     if row["verify_step"] > 0 and row["tokens"][1:] != [row["draft_tokens"][node] for node in accepted]:
         raise TraceError(
-            "contradiction", f"verify step {row['verify_step']}: the committed tokens are not the accepted drafts"
+            "contradiction", f"verify step {row['verify_step']}: the committed tokens are not the accepted draft tokens"
         )
     return VerifyStep(
         verify_step=row["verify_step"],

@@ -17,7 +17,7 @@ from pipeline.deduplication import DeduplicationWindow
 from pipeline.validation import find_invalid
 from schemas.batches import TABLES
 from schemas.trace import record as trace
-from schemas.trace.decoder import Lists, VerifySteps
+from schemas.trace.decoder import ListColumn, VerifyStepColumns
 from schemas.trace.record import ROOT, Chunk, Envelope, TraceError, VerifyStep, encode, from_bf16, to_bf16
 
 A, B, C, D, E, F, G, X, Y, Z = range(10, 20)
@@ -177,7 +177,7 @@ def test_a_chunk_that_begins_inside_a_request_knows_no_token_before_its_first_ro
 
 def test_a_chunk_to_be_recomputed_gives_the_window_of_its_request_without_features() -> None:
     bare = [replace(r, features=r.features[:0]) for r in (FIRST, SECOND)]
-    envelope = replace(ENVELOPE, chunk=1, features="recompute", before=(A, B, C))
+    envelope = replace(ENVELOPE, chunk=1, features="recompute", preceding_tokens=(A, B, C))
     built = build([record(Chunk(envelope, tuple(bare)))], 32)
     whole = only_row(build([record()], 32).rows["accepted"])
     row = only_row(built.rows["accepted"])
@@ -322,22 +322,22 @@ def test_a_header_that_names_another_target_or_node_than_the_envelope_is_a_dead_
 )
 def test_a_token_outside_the_vocabulary_is_a_dead_letter_where_the_vocabulary_is_known(bad: VerifyStep) -> None:
     verify_steps = tuple(bad if bad.verify_step == r.verify_step else r for r in EXAMPLE.verify_steps)
-    known = replace(ENVELOPE, vocabulary=124)
+    known = replace(ENVELOPE, vocab_size=124)
     assert not build(
         [record(Chunk(known, EXAMPLE.verify_steps)), record(Chunk(ENVELOPE, verify_steps))], 32
     ).dead_letters
-    assert reason(record(Chunk(replace(ENVELOPE, vocabulary=123), verify_steps))) == "bad_token"
+    assert reason(record(Chunk(replace(ENVELOPE, vocab_size=123), verify_steps))) == "bad_token"
 
 
 def test_a_token_outside_the_vocabulary_is_named() -> None:
-    built = build([record(Chunk(replace(ENVELOPE, vocabulary=123), (replace(PREFILL, tokens=(A, 123, C)),)))], 32)
+    built = build([record(Chunk(replace(ENVELOPE, vocab_size=123), (replace(PREFILL, tokens=(A, 123, C)),)))], 32)
     (detail,) = built.rows["dead_letters"]["detail"].to_pylist()
     assert detail == "verify step 0: token id 123 in tokens, expected 0 to 122"
 
 
 def test_a_token_outside_the_vocabulary_among_those_before_the_chunk_is_a_dead_letter() -> None:
     bare = tuple(replace(r, features=r.features[:0]) for r in (FIRST, SECOND))
-    envelope = replace(ENVELOPE, chunk=1, features="recompute", before=(A, 999, C), vocabulary=200)
+    envelope = replace(ENVELOPE, chunk=1, features="recompute", preceding_tokens=(A, 999, C), vocab_size=200)
     assert reason(record(Chunk(envelope, bare))) == "bad_token"
 
 
@@ -364,7 +364,7 @@ def test_altered_bytes_are_one_dead_letter_and_never_an_error(cut: int, flip: in
 
 
 def test_a_record_that_nobody_foresaw_is_a_dead_letter_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fragile(verify_steps: VerifySteps, features: Lists) -> dict[int, TraceError]:
+    def fragile(verify_steps: VerifyStepColumns, features: ListColumn) -> dict[int, TraceError]:
         if any(envelope.request == "odd" for envelope in verify_steps.envelopes):
             raise IndexError("what is this")
         return find_invalid(verify_steps, features)

@@ -134,8 +134,8 @@ def sound(shape: Shape) -> Chunk:
         label="ünï" if rng.integers(2) else None,
         finish="stop" if rng.integers(2) else None,
         claim=Claim("file:///a", "0" * 32, 9) if shape.way == "claim-check" else None,
-        before=before,
-        vocabulary=shape.vocabulary,
+        preceding_tokens=before,
+        vocab_size=shape.vocabulary,
     )
     return Chunk(envelope, tuple(verify_steps))
 

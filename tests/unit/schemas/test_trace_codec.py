@@ -95,8 +95,8 @@ def chunks(draw: st.DrawFn) -> Chunk:
         label=draw(st.none() | TEXT),
         finish=draw(st.none() | TEXT),
         claim=Claim(draw(TEXT), draw(TEXT), draw(st.integers(1, 2**40))) if way == "claim-check" else None,
-        before=tuple(before),
-        vocabulary=draw(st.none() | st.integers(1, 2**31)),
+        preceding_tokens=tuple(before),
+        vocab_size=draw(st.none() | st.integers(1, 2**31)),
     )
     return Chunk(envelope, tuple(made))
 
@@ -185,7 +185,7 @@ def arrow(schema: pa.Schema, arrays: list[pa.Array]) -> bytes:
 
 def test_another_format_is_named() -> None:
     schema = SCHEMA.with_metadata({"format": "aurora.trace/1"})
-    with pytest.raises(TraceError, match=r"aurora\.trace/2.*aurora\.trace/1") as refused:
+    with pytest.raises(TraceError, match=r"aurora\.trace/3.*aurora\.trace/1") as refused:
         decode(arrow(schema, [pa.array([], type=f.type) for f in SCHEMA]))
     assert refused.value.reason == "foreign_format"
 
@@ -248,8 +248,12 @@ BARE = replace(ONE, features=np.zeros((0, 2), np.uint16))
         pytest.param(replace(ENVELOPE, features="claim-check", claim=CLAIM), ONE, id="features inline and claimed"),
         pytest.param(replace(ENVELOPE, features="recompute"), ONE, id="features inline and to be recomputed"),
         pytest.param(ENVELOPE, BARE, id="inline without features"),
-        pytest.param(replace(ENVELOPE, features="recompute", before=(1, 2)), BARE, id="some tokens before are missing"),
-        pytest.param(replace(ENVELOPE, before=(1, 2, 3, 4)), ONE, id="tokens before although nothing is recomputed"),
+        pytest.param(
+            replace(ENVELOPE, features="recompute", preceding_tokens=(1, 2)), BARE, id="some tokens before are missing"
+        ),
+        pytest.param(
+            replace(ENVELOPE, preceding_tokens=(1, 2, 3, 4)), ONE, id="tokens before although nothing is recomputed"
+        ),
     ],
 )
 def test_features_that_travel_in_another_way_than_the_envelope_says_are_refused(
@@ -261,7 +265,7 @@ def test_features_that_travel_in_another_way_than_the_envelope_says_are_refused(
 
 
 def test_an_envelope_without_the_fields_that_have_defaults_is_read_with_them() -> None:
-    added = ("claim", "before", "vocabulary")
+    added = ("claim", "preceding_tokens", "vocab_size")
     old = {name: getattr(ENVELOPE, name) for name in Envelope.__slots__ if name not in added}
     schema = SCHEMA.with_metadata({"format": record.FORMAT, "envelope": json.dumps(old).encode()})
     assert decode(arrow(schema, [pa.array([], type=f.type) for f in SCHEMA])).envelope == ENVELOPE
@@ -283,4 +287,4 @@ def test_bf16_keeps_nan_and_infinity() -> None:
 
 
 def test_the_wire_schema_does_not_change_unnoticed() -> None:
-    assert record.fingerprint() == "e89e127b0ee1cd50"
+    assert record.fingerprint() == "b536faa160ee1a9e"

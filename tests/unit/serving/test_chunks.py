@@ -178,7 +178,7 @@ def test_chunks_to_be_recomputed_know_every_token_before_them_or_say_so(
     bare = [drop_features(r) for r in verify_steps]
     lost_at = min((r.position for r in verify_steps if r.verify_step in missing - {0}), default=10**9)
     for chunk in assemble([r for r in bare if r.verify_step not in missing], way, request):
-        begin, before = chunk.verify_steps[0].position, list(chunk.envelope.before)
+        begin, before = chunk.verify_steps[0].position, list(chunk.envelope.preceding_tokens)
         assert len(encode(chunk)) <= chunk_bytes(chunk)
         assert before in ([], tokens_before(verify_steps, begin))
         if begin < lost_at and 22 * begin <= budget:
@@ -192,4 +192,4 @@ def test_a_request_that_lost_its_prompt_still_knows_it() -> None:
     verify_steps = [drop_features(r) for r in a_request(5, [(1, 2)])]
     request = replace(REQUEST, prompt=verify_steps[0].tokens)
     (chunk,) = assemble(verify_steps[1:], FeatureTransport("recompute", ChunkSize(10**6)), request)
-    assert chunk.envelope.before == verify_steps[0].tokens
+    assert chunk.envelope.preceding_tokens == verify_steps[0].tokens

@@ -1,4 +1,4 @@
-"""Dashboard, alerts and runbook agree with each other and with the exported metrics."""
+"""The dashboard file is up to date, and alerts agree with the runbook and their tests."""
 
 from __future__ import annotations
 
@@ -12,42 +12,15 @@ from prometheus_server import ROOT, RULES, needs_prometheus
 
 from ops.deploy.monitoring.dashboards import loop
 
-CODE = [file for folder in ("serving", "pipeline", "trainer") for file in (ROOT / folder).rglob("*.py")]
 ALERTS = yaml.safe_load(RULES.read_text())["groups"][0]["rules"]
-
-
-def exported() -> set[str]:
-    """Return the metric names in the code, without the client's suffixes; some are composed of two parts."""
-    text = "\n".join(file.read_text() for file in CODE)
-    parts = set(re.findall(r'"([a-z_]+)"', text)) | set(re.findall(r"aurora_\{\w+\}_([a-z_]+)", text))
-    return (
-        {f"aurora_{name}" for name in parts}
-        | {f"aurora_{process}_{name}" for process in ("serve", "stream", "train", "promoter") for name in parts}
-        | set(re.findall(r'"(aurora_[a-z_]+)"', text))
-    )
-
-
-def named_in(query: str) -> set[str]:
-    return {re.sub(r"_(total|bucket)$", "", name) for name in re.findall(r"aurora_[a-z_]+", query)}
 
 
 def test_the_dashboard_file_is_up_to_date() -> None:
     assert loop.FILE.read_text() == loop.build(), "python -m ops.deploy.monitoring.dashboards.loop"
 
 
-def test_panels_query_exported_metrics() -> None:
-    queried = {name for query in loop.queries() for name in named_in(query)}
-    assert len(queried) > 30
-    assert queried - exported() == set()
-
-
-def test_annotations_query_exported_metrics() -> None:
-    assert {name for query, _ in loop.ANNOTATIONS.values() for name in named_in(query)} - exported() == set()
-
-
 @pytest.mark.parametrize("rule", ALERTS, ids=[rule["alert"] for rule in ALERTS])
-def test_an_alert_queries_exported_metrics_and_has_an_entry_in_the_runbook(rule: dict[str, dict[str, str]]) -> None:
-    assert named_in(str(rule["expr"])) - exported() == set()
+def test_an_alert_has_an_entry_in_the_runbook(rule: dict[str, dict[str, str]]) -> None:
     file, _, anchor = rule["annotations"]["runbook"].partition("#")
     headings = re.findall(r"^### (\S+)$", (ROOT / file).read_text(), re.MULTILINE)
     assert anchor in [heading.lower() for heading in headings]

@@ -113,6 +113,15 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             ),
             "s",
         ),
+        Panel(
+            "End-to-end request latency",
+            "From the arrival of a request to its last token.",
+            (
+                Query(_quantile(0.5, "aurora_serve_e2e_request_latency_seconds"), "p50"),
+                Query(_quantile(0.99, "aurora_serve_e2e_request_latency_seconds"), "p99"),
+            ),
+            "s",
+        ),
     ),
     "From traces to tables": (
         Panel(

@@ -68,16 +68,6 @@ class DraftBudget:
 
 
 @dataclass(frozen=True, slots=True)
-class ThroughputForecast:
-    """The reason for the last budget."""
-
-    depth: int
-    """Planned depth of the draft trees; 0 while drafting does not pay."""
-    tokens_per_second: tuple[float, ...]
-    """Expected output tokens per second with 0, 1, .. draft tokens per sequence."""
-
-
-@dataclass(frozen=True, slots=True)
 class DraftOutcome:
     """Whether the target accepted one of the sibling tokens that were drafted after an accepted token."""
 
@@ -234,11 +224,12 @@ class Planner:
         """Of greedy sequences (True) and of sampled ones (False)."""
         self._until_probe = self._probe_interval = _MIN_PROBE_INTERVAL
         self._until_deeper = _DEEPER_INTERVAL
-        self._planned_depth = max_depth
-        """Depth of the current verify step's drafts; deeper tokens are a probe."""
         self._rows_per_depth = 1.0
         """Verified tokens per sequence and draft step; above 1 for trees."""
-        self.forecast = ThroughputForecast(0 if adaptive else max_depth, ())
+        self.depth = 0 if adaptive else max_depth
+        """Depth of the last plan, 0 while drafting does not pay; deeper draft tokens are a probe."""
+        self.throughput: tuple[float, ...] = ()
+        """The reason for it: expected tokens per second with 0, 1, .. draft tokens per sequence."""
 
     def plan(self, greedy: Sequence[bool]) -> DraftBudget:
         """Return the budget of the next verify step.
@@ -250,13 +241,11 @@ class Planner:
             return DraftBudget(self._max_depth, acceptance=self.acceptance)
         if not greedy:
             return DraftBudget(0)
-        throughput = self.estimate_throughput(greedy)
-        depth = max(range(len(throughput)), key=throughput.__getitem__)
-        self._planned_depth = depth
-        self.forecast = ThroughputForecast(depth, tuple(throughput))
-        if depth:
+        self.throughput = self.estimate_throughput(greedy)
+        self.depth = max(range(len(self.throughput)), key=self.throughput.__getitem__)
+        if self.depth:
             self._until_probe = self._probe_interval = _MIN_PROBE_INTERVAL
-            return self._plan_depth(len(greedy), depth, throughput[depth])
+            return self._plan_depth(len(greedy), self.depth, self.throughput[self.depth])
         self._until_probe -= 1
         if self._until_probe > 0:
             return DraftBudget(0)
@@ -264,7 +253,7 @@ class Planner:
         self._until_probe = self._probe_interval
         return DraftBudget(min(_PROBE_DEPTH, self._max_depth), max_sequences=1, acceptance=self.acceptance)
 
-    def estimate_throughput(self, greedy: Sequence[bool]) -> list[float]:
+    def estimate_throughput(self, greedy: Sequence[bool]) -> tuple[float, ...]:
         """Return the expected tokens per second with 0, 1, .. draft tokens per sequence."""
         sequences = len(greedy)
         share = sum(greedy) / sequences
@@ -272,7 +261,7 @@ class Planner:
         rates = (share * g + (1 - share) * s for g, s in zip(*by_depth, strict=True))
         reached = itertools.accumulate(rates, lambda x, y: x * y)
         tokens = itertools.accumulate(reached, initial=1.0)
-        return [sequences * expected / self._predict_step(sequences, depth) for depth, expected in enumerate(tokens)]
+        return tuple(sequences * total / self._predict_step(sequences, depth) for depth, total in enumerate(tokens))
 
     def limit_prompt_rows(self, seconds: float, *, decode_rows: int, max_rows: int) -> int:
         """Return how many prompt rows extend a forward over ``decode_rows`` by ``seconds`` at most; at least 1."""
@@ -303,13 +292,13 @@ class Planner:
         if step_rows:
             self._rows_per_depth += _ROWS_RATE * (verified_tokens / step_rows - self._rows_per_depth)
         for outcome in outcomes:
-            is_probe = outcome.depth > self._planned_depth
+            is_probe = outcome.depth > self.depth
             self.acceptance[outcome.greedy].update(outcome, _PROBE_WEIGHT if is_probe else 1.0)
             if is_probe and outcome.accepted is not None:
                 self._until_probe = self._probe_interval = _MIN_PROBE_INTERVAL
         if verify is not None:
             # A probe's first draft step also consumes all tokens committed since the last one, which is not its price.
-            self._latency.update(verify, draft_steps if self._planned_depth else ())
+            self._latency.update(verify, draft_steps if self.depth else ())
 
     def request_probe(self) -> None:
         """Probe in the next verify step, because a version was swapped in."""

@@ -51,18 +51,11 @@ class DraftTree:
 EMPTY_TREE = DraftTree()
 
 
-class DraftResult(NamedTuple):
-    """One draft tree per sequence, and the duration of each draft step."""
-
-    trees: list[DraftTree]
-    timings: list[ForwardTiming]
-
-
 class Drafter(Protocol):
     """Proposes tokens that the target verifies. Any proposal is lossless; a good one is accepted often."""
 
-    def draft(self, sequences: list[Sequence], budget: DraftBudget) -> DraftResult:
-        """Draft one tree per sequence.
+    def draft(self, sequences: list[Sequence], budget: DraftBudget) -> tuple[list[DraftTree], list[ForwardTiming]]:
+        """Draft one tree per sequence; return the trees, and the duration of each draft step.
 
         Args:
             sequences: Sequences past their prefill with room for two output tokens or more.

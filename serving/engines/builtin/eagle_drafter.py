@@ -20,7 +20,6 @@ import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +32,7 @@ from schemas.speculator.network import EagleDraft
 from schemas.trace.record import ROOT
 from serving.engines.base import Request
 from serving.engines.builtin.cuda_graphs import CudaGraphRunner
-from serving.engines.builtin.drafter import DraftNode, DraftResult, DraftTree
+from serving.engines.builtin.drafter import DraftNode, DraftTree
 from serving.engines.builtin.kernels import narrowest_dtype, replace_linears, replace_norms, topk
 from serving.engines.builtin.kv_cache import BatchLayout, KVCache, RaggedBatch, Segment, TreeLayout
 from serving.engines.builtin.sequence import Sequence
@@ -77,8 +76,8 @@ class EagleDrafter:
         on_gpu = self._device.type == "cuda"
         self._graphs = CudaGraphRunner(self._forward, self._cache) if use_graphs and on_gpu else None
 
-    def draft(self, sequences: list[Sequence], budget: DraftBudget) -> DraftResult:
-        """Draft one tree per sequence; mark the sequences' features as seen."""
+    def draft(self, sequences: list[Sequence], budget: DraftBudget) -> tuple[list[DraftTree], list[ForwardTiming]]:
+        """Draft one tree per sequence, and mark the sequences' features as seen."""
         trees = [_GrowingTree(seq, budget) for seq in sequences]
         started = time.perf_counter()
         hidden_FH = self._consume_committed(sequences)
@@ -94,7 +93,7 @@ class EagleDrafter:
             started = now
             if not growing:
                 break
-        return DraftResult([tree.finish(self._nodes, self.version) for tree in trees], timings)
+        return [tree.finish(self._nodes, self.version) for tree in trees], timings
 
     def check(self, draft: EagleDraft) -> None:
         """Run a smoke draft with the given weights over made-up features.
@@ -126,16 +125,15 @@ class EagleDrafter:
         """Run the rows the draft has not seen; return the hidden states [B, H] after each sequence's last one."""
         network = self._network
         unseen = [seq.tokens[seq.num_draft_cached_tokens + 1 :] for seq in sequences]
-        starts = [seq.num_draft_cached_tokens for seq in sequences]
-        batch = RaggedBatch(
-            [Segment(seq.slot, start, len(new)) for seq, start, new in zip(sequences, starts, unseen, strict=True)],
-            self._device,
-        )
+        segments = [
+            Segment(seq.slot, seq.num_draft_cached_tokens, len(tokens))
+            for seq, tokens in zip(sequences, unseen, strict=True)
+        ]
+        batch = RaggedBatch(segments, self._device)
         hidden_TH = network.fuse(torch.cat([features for seq in sequences for features in seq.unseen_features]))
-        tokens_T = torch.tensor([token for new in unseen for token in new], device=self._device)
-        for seq, start, new in zip(sequences, starts, unseen, strict=True):
-            seq.num_draft_cached_tokens = start + len(new)
-            seq.unseen_features = []
+        tokens_T = torch.tensor([token for tokens in unseen for token in tokens], device=self._device)
+        for seq in sequences:
+            seq.num_draft_cached_tokens, seq.unseen_features = len(seq.tokens) - 1, []
         if self._graphs:
             return self._run_forward(tokens_T, hidden_TH, batch)[batch.last_rows]
         # Only the last row of each sequence needs a hidden state; the rows before leave just their keys and values.
@@ -193,7 +191,7 @@ class EagleDrafter:
         outputs = self._graphs.run(batch, (tokens_T, hidden_TH)) if self._graphs else None
         return (outputs or self._forward((tokens_T, hidden_TH), batch))[0]
 
-    def _forward(self, inputs: Any, batch: BatchLayout) -> tuple[Tensor, ...]:
+    def _forward(self, inputs: Iterable[Tensor], batch: BatchLayout) -> tuple[Tensor, ...]:
         tokens_T, hidden_TH = inputs
         network = self._network
         q, k, v = network.project(self._embeddings_VH[tokens_T][None], hidden_TH[None], batch.positions_T[None])

@@ -136,13 +136,12 @@ class BuiltinEngine:
 
     def health(self) -> EngineHealth:
         """Return counters and state."""
-        forecast = self._planner.forecast
         return EngineHealth(
             alive=self._thread.is_alive() and self._error is None,
             speculator=self._drafter.version if self._may_speculate else "",
             speculating=self._speculating,
-            draft_depth=forecast.depth if self._speculating else 0,
-            expected_tokens_per_second=forecast.tokens_per_second,
+            draft_depth=self._planner.depth if self._speculating else 0,
+            expected_tokens_per_second=self._planner.throughput,
             requests_running=len(self._scheduler.running),
             requests_waiting=len(self._scheduler.waiting),
             verify_steps=self._verify_steps,

@@ -27,10 +27,12 @@ class ScheduledSequence(NamedTuple):
     tree: DraftTree
 
     @property
-    def needs_logits(self) -> bool:
-        """Whether the target chooses a token after this forward; it does not before the prompt's end."""
+    def logit_rows(self) -> int:
+        """Number of trailing tokens after which the target chooses a token: in prefill only the prompt's last one."""
         seq = self.sequence
-        return not seq.is_prefilling or seq.num_cached_tokens + len(self.tokens) == len(seq.request.prompt)
+        if seq.is_prefilling:
+            return int(seq.num_cached_tokens + len(self.tokens) == len(seq.request.prompt))
+        return len(self.tokens)
 
 
 class Scheduler:
@@ -99,11 +101,10 @@ class Scheduler:
         Args:
             trees: Draft trees by slot.
         """
-        decode_rows = sum(
-            1 + len(trees.get(seq.slot, EMPTY_TREE).nodes) for seq in self.running if not seq.is_prefilling
-        )
+        decoding = [seq for seq in self.running if not seq.is_prefilling]
+        decode_rows = len(decoding) + sum(len(tree.nodes) for tree in trees.values())
         budget = MAX_PREFILL_TOKENS
-        if decode_rows:
+        if decoding:
             budget = self._planner.limit_prompt_rows(
                 self._max_prefill_stall, decode_rows=decode_rows, max_rows=MAX_PREFILL_TOKENS
             )

@@ -66,20 +66,19 @@ class Sequence:
             return tokens[:room], "length"
         return tokens, None
 
-    def commit(self, features_TF: Tensor, output: list[int]) -> None:
-        """Advance by one verify step.
+    def commit(self, features_TF: Tensor, output: list[int], draft_tokens: int, accepted_tokens: int) -> None:
+        """Advance by one verify step and count it; prefill is not counted.
 
         Args:
             features_TF: Target features of the tokens that were committed to the target's KV cache.
             output: Tokens that the step added to the output.
+            draft_tokens: Number of draft tokens that the target verified.
+            accepted_tokens: Number of draft tokens that were accepted.
         """
+        self.verify_steps += not self.is_prefilling
+        self.draft_tokens += draft_tokens
+        self.accepted_tokens += accepted_tokens
         self.num_cached_tokens += len(features_TF)
         self.tokens += output
         if self.request.speculate:
             self.unseen_features.append(features_TF)
-
-    def count_step(self, draft_tokens: int, accepted_tokens: int) -> None:
-        """Count one verify step; prefill is not counted."""
-        self.verify_steps += 1
-        self.draft_tokens += draft_tokens
-        self.accepted_tokens += accepted_tokens

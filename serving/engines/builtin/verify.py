@@ -81,7 +81,7 @@ class Verifier:
         drafted = time.perf_counter()
         batch = RaggedBatch([_segment(s) for s in scheduled], self.target.device)
         rows = self._forward(scheduled, batch)
-        verdicts = [_accept(s, r) if s.needs_logits else None for s, r in zip(scheduled, rows, strict=True)]
+        verdicts = [_accept(s, r) if s.logit_rows else None for s, r in zip(scheduled, rows, strict=True)]
         verified = time.perf_counter()
         times = _StepTimes(int((drafted - started) * 1e6), int((verified - drafted) * 1e6), time.time_ns() // 1000)
         reads_prompt = any(s.sequence.is_prefilling for s in scheduled)
@@ -105,24 +105,19 @@ class Verifier:
         """Run the target over all scheduled tokens; compute logits only for the rows that choose a token."""
         tokens_T = torch.tensor([token for s in scheduled for token in s.tokens], device=self.target.device)
         hidden = self.target.forward(tokens_T, batch)
-        ends = [last + 1 for last in batch.last_rows]
-        spans = [_rows_with_logits(s, end) for s, end in zip(scheduled, ends, strict=True)]
+        spans = [range(last + 1 - s.logit_rows, last + 1) for s, last in zip(scheduled, batch.last_rows, strict=True)]
         logits_RV = self.target.logits(hidden.last_TH[[row for span in spans for row in span]])
         requests = [s.sequence.request for s in scheduled]
         needs_logprobs = any(r.trace or r.logprobs is not None for r in requests)
         top = topk(logits_RV, max([self.trace_top_k, *(r.logprobs or 0 for r in requests)]) if needs_logprobs else 1)
         # The normalizer takes as long as everything else here, so it is computed only if log-probabilities are needed.
         top_logprobs_Rk = top.scores_Rk - logits_RV.logsumexp(dim=-1, keepdim=True) if needs_logprobs else top.scores_Rk
-        top_ids_Rk, top_logprobs_Rk = top.ids_Rk.cpu(), top_logprobs_Rk.cpu()
-        found, first = [], 0
-        for s, end, span in zip(scheduled, ends, spans, strict=True):
-            of_sequence = slice(first, first + len(span))
-            first += len(span)
-            features_TF = hidden.features_TF[end - len(s.tokens) : end]
-            found.append(
-                _TargetRows(features_TF, logits_RV[of_sequence], top_ids_Rk[of_sequence], top_logprobs_Rk[of_sequence])
-            )
-        return found
+        features = hidden.features_TF.split_with_sizes([len(s.tokens) for s in scheduled])
+        with_logits = (
+            rows_R.split_with_sizes([s.logit_rows for s in scheduled])
+            for rows_R in (logits_RV, top.ids_Rk.cpu(), top_logprobs_Rk.cpu())
+        )
+        return [_TargetRows(*rows) for rows in zip(features, *with_logits, strict=True)]
 
     def _commit(
         self, scheduled: ScheduledSequence, rows: _TargetRows, verdict: Verdict | None, times: _StepTimes
@@ -139,9 +134,7 @@ class Verifier:
         kept = list(range(len(tokens))) if is_prefill else deciding
         features_TF = rows.features_TF[kept]
         self.target.cache.keep_path(seq.slot, position + 1, accepted)
-        seq.commit(features_TF, output)
-        if not is_prefill:
-            seq.count_step(len(tree.nodes), len(accepted))
+        seq.commit(features_TF, output, len(tree.nodes), len(accepted))
         if tree.nodes and tree.source not in seq.speculators:
             seq.speculators.append(tree.source)
         trace = None
@@ -177,13 +170,6 @@ def _segment(scheduled: ScheduledSequence) -> Segment:
     sees[1:, 1:] = visible(parents)
     positions = (start, *(start + depth for depth in depths(parents)))
     return Segment(scheduled.sequence.slot, start, length, TreeLayout(start, sees, positions))
-
-
-def _rows_with_logits(scheduled: ScheduledSequence, end: int) -> range:
-    """Return the rows of the forward at which the target chooses a token; ``end`` is the row after the sequence's."""
-    if not scheduled.needs_logits:
-        return range(0)
-    return range(end - (1 if scheduled.sequence.is_prefilling else len(scheduled.tokens)), end)
 
 
 def _accept(scheduled: ScheduledSequence, rows: _TargetRows) -> Verdict:

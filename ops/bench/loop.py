@@ -21,9 +21,9 @@ from ops.bench.harness import Report, Session
 from ops.bench.loop_course import Course, Size
 from ops.bench.loop_figures import figures, told
 from ops.bench.loop_page import page
-from ops.demo.run import wipe
+from ops.demo.run import wipe_data
 from ops.local.stack import Say, running_stack
-from ops.report.writing import write_page
+from ops.report.page import write_page
 from schemas.errors import UserError
 from schemas.settings import Kafka, Registry, Settings
 
@@ -63,7 +63,7 @@ def run(settings: Settings, options: Options, say: Say) -> Report:
     here = own(settings)
     with running_stack(here, say, restart=False) as stack:
         if options.fresh:
-            wipe(here)
+            wipe_data(here)
         record = Course(stack, domains, size, say).run()
     report = session.report(
         title=f"the loop through {' and '.join(domains)} prompts",

@@ -14,8 +14,8 @@ import httpx
 import psutil
 
 from ops.bench.harness import Rates, run_alternating
-from ops.demo.record import Answered, accepted_per_step
-from ops.loadgen.traffic import Load, Prompt
+from ops.demo.record import accepted_per_step
+from ops.loadgen.load import Load, Prompt, Response, chat_request
 from schemas.errors import UserError
 from schemas.settings import Settings
 
@@ -79,9 +79,10 @@ class Node:
     def load(self, prompts: Iterable[Prompt], at_once: int, *, speculate: bool = True, trace: bool = True) -> Load:
         """These prompts, to be sent."""
         name = self._settings.target.served_model_name
-        return Load(self._url, name, iter(prompts), at_once, self._max_tokens, speculate=speculate, trace=trace)
+        requests = (chat_request(name, one, self._max_tokens, speculate=speculate, trace=trace) for one in prompts)
+        return Load(self._url, requests, at_once)
 
-    def answer(self, prompts: Sequence[Prompt], plan: Plan, *, speculate: bool) -> list[Answered]:
+    def answer(self, prompts: Sequence[Prompt], plan: Plan, *, speculate: bool) -> list[Response]:
         """Answers in the order in which they ended."""
         load = self.load(prompts, plan.at_once, speculate=speculate, trace=plan.trace)
         load.start()
@@ -89,9 +90,9 @@ class Node:
             load.wait()
         finally:
             load.abandon()
-        if failed := [answered.error for answered in load.done if answered.error is not None]:
-            raise UserError(f"{len(failed)} of {len(prompts)} requests failed: {failed[0]}")
-        return load.done
+        if errors := load.errors:
+            raise UserError(f"{len(errors)} of {len(prompts)} requests failed: {errors[0]}")
+        return load.responses
 
     def _order(self, what: str, body: Mapping[str, str]) -> None:
         token = self._settings.serve.admin_token.get_secret_value()
@@ -118,7 +119,7 @@ def compare(node: Node, arms: Mapping[str, Arm], prompts: Sequence[Prompt], plan
             ones are what warms up.
         plan: How much.
     """
-    answers: dict[str, list[Answered]] = {name: [] for name in arms}
+    answers: dict[str, list[Response]] = {name: [] for name in arms}
     pinned: str | None = None
     warm: set[str] = set()
 
@@ -158,12 +159,12 @@ def of_trial(prompts: Sequence[Prompt], trial: int, size: int) -> list[Prompt]:
     return [prompts[(trial * size + i) % len(prompts)] for i in range(size)]
 
 
-def drafted_by(answers: Sequence[Answered]) -> tuple[str, ...]:
+def drafted_by(answers: Sequence[Response]) -> tuple[str, ...]:
     """The versions that drafted, in the order in which they began to."""
     return tuple(dict.fromkeys(version for answered in answers for version in answered.speculators))
 
 
-def same_answers(arms: Sequence[Sequence[Answered]]) -> float:
+def same_answers(arms: Sequence[Sequence[Response]]) -> float:
     """Share of the prompts to which all arms gave the same text; a prompt that came twice counts once."""
     texts = [{answered.prompt: answered.text for answered in arm} for arm in arms]
     return sum(len({arm[prompt] for arm in texts}) == 1 for prompt in texts[0]) / max(len(texts[0]), 1)

@@ -10,11 +10,10 @@ from itertools import cycle, islice
 from ops.bench import prompts as bench_prompts
 from ops.bench.loop_arms import Arm, Measured, Node, Plan, compare
 from ops.bench.loop_served import Span, Waits, read_rows, read_served, waits
-from ops.demo.record import EDGE, Answered, Run, Swap, accepted_per_step
-from ops.demo.watch import Watch, newest_rate
-from ops.loadgen.traffic import Load, Prompt
+from ops.demo.record import EDGE, DemoRun, Swap, acceptance_length
+from ops.demo.stack_monitor import StackMonitor, build_version_records, newest_rate, read_versions
+from ops.loadgen.load import Load, Prompt, Response
 from ops.local.stack import Say, Stack
-from ops.observe import version_history
 from schemas.errors import UserError
 from schemas.settings import DAY_0
 
@@ -50,7 +49,7 @@ class Record:
     """Everything that the figures are made from."""
 
     domains: tuple[str, str]
-    run: Run
+    run: DemoRun
     training: Measured
     """The first domain, at the traffic's concurrency, beside a trainer that runs."""
     first: tuple[Measured, ...]
@@ -67,12 +66,12 @@ class Course:
 
     def __init__(self, stack: Stack, domains: tuple[str, str], size: Size, say: Say) -> None:
         self._stack, self._domains, self._size, self._say = stack, domains, size, say
-        self._watch = Watch(stack, self._tell)
+        self._watch = StackMonitor(stack, self._tell)
         self._began = time.time()
         self._phase = "starting"
         self._told = 0.0
         self._load: Load | None = None
-        self._done: list[Answered] = []
+        self._done: list[Response] = []
         self._learning: list[Span] = []
         self._measuring: list[Span] = []
 
@@ -102,7 +101,7 @@ class Course:
             self._watch.close()
 
     def _reach_node(self) -> Node:
-        pid = self._stack.supervisor.watched["serve"].part.process.pid
+        pid = self._stack.supervisor.parts["serve"].part.process.pid
         assert pid is not None, "a stack that started has a node"
         return Node(self._stack.settings, pid, self._size.max_tokens)
 
@@ -112,10 +111,10 @@ class Course:
         self._phase = f"learning {domain}"
         self._load = load = self._node.load(prompts, self._size.concurrency)
         load.start()
-        self._watch.until(lambda: False, minutes * 60)
+        self._watch.run_until(lambda: False, minutes * 60)
         load.stop()
-        self._watch.until(lambda: not load.running, _LAST_ANSWERS_S)
-        self._done += load.done
+        self._watch.run_until(lambda: not load.running, _LAST_ANSWERS_S)
+        self._done += load.responses
         self._load = None
 
     def _beside_the_trainer(self, prompts: Sequence[Prompt]) -> Measured:
@@ -134,7 +133,7 @@ class Course:
         deadline = time.monotonic() + _SETTLE_S
         while time.monotonic() < settled or (not self._serves_champion and time.monotonic() < deadline):
             time.sleep(_LOOK_S)
-            self._watch.look()
+            self._watch.sample()
         self._learning[-1] = (self._learning[-1][0], time.time())
         serving = self._watch.overview.serve
         if serving is None:
@@ -173,19 +172,19 @@ class Course:
     def _record(
         self, training: Measured, first: tuple[Measured, ...], second: tuple[Measured, ...], at_shift: str | None
     ) -> Record:
-        self._watch.look()
+        self._watch.sample()
         serve, settings = self._watch.overview.serve, self._stack.settings
         assert serve is not None, "it has just answered"
         swaps = followed([Swap(s.version, s.time, s.in_flight, s.pause_ms) for s in serve.swaps], self._measuring)
-        registered, promoted = version_history.read(settings, serve.line)
+        registered, promoted = read_versions(settings, serve.line)
         rows = read_rows(settings, serve.line, self._began)
-        run = Run(
+        run = DemoRun(
             started=self._began,
             ended=time.time(),
             requests=tuple(self._done),
             samples=tuple(self._watch.samples),
             swaps=swaps,
-            versions=version_history.since(self._began, registered, promoted, swaps),
+            versions=build_version_records(self._began, registered, promoted, swaps),
         )
         waited = waits(rows, read_served(settings, registered, swaps), self._learning, YOUNG_S)
         return Record(self._domains, run, training, first, second, at_shift, waited)
@@ -195,12 +194,12 @@ class Course:
         if time.monotonic() - self._told < _TOLD_S:
             return
         self._told = time.monotonic()
-        done = [*self._done, *(self._load.done if self._load else [])]
+        done = [*self._done, *(self._load.responses if self._load else [])]
         serve, train = self._watch.overview.serve, self._watch.overview.train
-        rate, length = newest_rate(self._watch.samples), accepted_per_step(done[-EDGE:])
+        rate, length = newest_rate(self._watch.samples), acceptance_length(done[-EDGE:])
         self._say(
             f"{(time.time() - self._began) / 60:.1f} min, {self._phase}: {len(done)} requests, "
-            f"{rate or 0:.0f} tokens/s, accepted tokens per step {length or 0:.2f}, "
+            f"{rate or 0:.0f} tokens/s, acceptance length {length or 1:.2f}, "
             f"drafting {serve.draft_depth if serve else 0}, step {train.step if train else 0}, "
             f"held-out {(train.acceptance_length if train else 0) or 0:.2f}, "
             f"serving {serve.speculator if serve else '-'}"

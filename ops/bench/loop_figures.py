@@ -10,7 +10,8 @@ from ops.bench.harness import Figure, Goal, compare_arms, percentile
 from ops.bench.loop_arms import Measured
 from ops.bench.loop_course import ADAPTIVE, NONE, STATIC, YOUNG_S, Record
 from ops.bench.loop_served import Waits
-from ops.demo.record import Answered, Run, accepted_per_step, edge_rates, edges, summary
+from ops.demo.record import DemoRun, accepted_per_step, edge_rates, split_edges, summarize_run
+from ops.loadgen.load import Response
 
 DAY_0_GOAL, SHIFT_GOAL = Goal(1.5, at_least=True), Goal(1.25, at_least=True)
 WAIT_GOAL = Goal(60, at_least=False)
@@ -32,7 +33,7 @@ def figures(record: Record) -> tuple[Figure, ...]:
 
 def told(record: Record) -> dict[str, Any]:
     """What else there is to know, as JSON: the traffic of each domain, and the versions with their times."""
-    start, of_run = record.run.started, summary(record.run)
+    start, of_run = record.run.started, summarize_run(record.run)
     return {
         "traffic": of_run["domains"],
         "with_trainer_running_tokens_per_s": {
@@ -96,10 +97,10 @@ def _waited(waits: Waits) -> Iterator[Figure]:
         yield Figure(f"trace_to_served_{name}_s", seconds, "s", goal, detail=detail)
 
 
-def _learned(run: Run, domain: str) -> Figure:
+def _learned(run: DemoRun, domain: str) -> Figure:
     """Accepted tokens per step of the live traffic at the end of a domain, with that of its beginning beside it."""
     answered = _of_domain(run, domain).succeeded
-    first, last = edges(answered)
+    first, last = split_edges(answered)
     detail = {
         "first": _rounded(accepted_per_step(first)),
         "requests": len(last),
@@ -108,19 +109,19 @@ def _learned(run: Run, domain: str) -> Figure:
     return Figure(f"accepted_per_step_{domain}", accepted_per_step(last), detail=detail)
 
 
-def asked_before(requests: Sequence[Answered]) -> list[bool]:
+def asked_before(requests: Sequence[Response]) -> list[bool]:
     """Of each request, whether an earlier one had the same prompt: what it is answered was learned from already."""
     first = {request.prompt: number for number, request in reversed(list(enumerate(requests)))}
     return [first[request.prompt] < number for number, request in enumerate(requests)]
 
 
-def _failures(run: Run) -> Figure:
+def _failures(run: DemoRun) -> Figure:
     errors = [request.error for request in run.failed]
     return Figure("failed_requests", len(errors), goal=Goal(0, at_least=False), detail={"told": errors[:5]})
 
 
-def _of_domain(run: Run, domain: str) -> Run:
-    mine: tuple[Answered, ...] = tuple(request for request in run.requests if request.domain == domain)
+def _of_domain(run: DemoRun, domain: str) -> DemoRun:
+    mine: tuple[Response, ...] = tuple(request for request in run.requests if request.domain == domain)
     return replace(run, requests=mine)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from ops.bench import prompts
 from ops.bench.harness import Say
 from ops.local.stack import provide_target
-from ops.replay.importing import read_record
+from ops.replay.trace_import import read_record
 from pipeline.batches import build
 from schemas.errors import UserError
 from schemas.settings import Settings

@@ -22,11 +22,12 @@ from statistics import linear_regression, median
 import psutil
 
 from ops.bench import embedded_kafka, speculator
-from ops.bench.clients import Clients
+from ops.bench.clients import TIMEOUT_S, soak_requests
 from ops.bench.harness import Figure, Goal, Report, Session
+from ops.loadgen.load import Load
 from ops.local.kafka import Broker
 from ops.local.mlflow_server import RegistryServer
-from ops.local.parts import answers
+from ops.local.parts import is_answering
 from ops.local.process import Process
 from ops.local.stack import Say, provide_target
 from schemas.errors import UserError
@@ -72,7 +73,7 @@ class Memory:
 class Outcome:
     """What a soak left."""
 
-    clients: Clients
+    load: Load
     status: ServeStatus
     rows_in_topic: int
     memory: tuple[Memory, ...]
@@ -121,22 +122,22 @@ class Soak:
         self._versions, self._line = cycle(versions), line
         self._seconds = options.minutes * 60
         self._outage = min(_LONGEST_OUTAGE_S, _OUTAGE_SHARE * self._seconds)
-        self._clients = Clients(
-            node_url(settings), settings.target.served_model_name, options.concurrency, leaving=options.leaving
-        )
+        requests = soak_requests(settings.target.served_model_name, options.leaving)
+        self._load = Load(node_url(settings), requests, options.concurrency, timeout_s=TIMEOUT_S)
         self._memory: list[Memory] = []
 
     def run(self) -> Outcome:
         """Load the node, disturb it, let it settle, end it, and count."""
-        self._clients.start()
+        self._load.start()
         self._disturb()
         self._say("no further requests; waiting for the last answers and traces")
-        self._clients.stop()
+        self._load.stop()
+        self._load.wait()
         status = self._settled()
         self._node.stop()
         rows, code = rows_in_topic(self._settings.kafka), self._node.exit_code
         assert code is not None, "a stopped process has an exit code"
-        return Outcome(self._clients, status, rows, tuple(self._memory), code)
+        return Outcome(self._load, status, rows, tuple(self._memory), code)
 
     def _disturb(self) -> None:
         """Another version, a broker that goes and comes back, and a look at the memory, each at its time."""
@@ -171,9 +172,9 @@ class Soak:
             self._broker.start()
 
     def _tell(self, now: float) -> None:
-        clients = self._clients
+        load = self._load
         self._say(
-            f"{now / 60:.0f} min: {clients.answered} answered, {clients.left} left, {len(clients.errors)} errors, "
+            f"{now / 60:.0f} min: {answered(load)} answered, {load.disconnected} left, {len(load.errors)} errors, "
             f"{self._memory[-1].resident / 2**20:.0f} MiB"
         )
 
@@ -192,16 +193,16 @@ class Soak:
 
 def judge(outcome: Outcome, options: Options) -> list[Figure]:
     """The figures of a soak, with their goals."""
-    clients, status = outcome.clients, outcome.status
+    load, status = outcome.load, outcome.status
     slope, growth = growth_of(outcome.memory)
     nothing = Goal(0, at_least=False)
     lost = status.rows_captured - status.rows_published - status.rows_dropped - status.rows_pending
     return [
         Figure(
             "errors",
-            len(clients.errors),
+            len(load.errors),
             goal=nothing,
-            detail={"answered": clients.answered, "left": clients.left, "told": clients.errors[:10]},
+            detail={"answered": answered(load), "left": load.disconnected, "told": load.errors[:10]},
         ),
         Figure("node_exit_code", abs(outcome.exit_code), goal=nothing),
         Figure("rows_unaccounted", abs(lost), goal=nothing, detail={"captured": status.rows_captured}),
@@ -232,8 +233,13 @@ def judge(outcome: Outcome, options: Options) -> list[Figure]:
                 "pause_max_ms": max((s.pause_ms for s in status.swaps), default=0),
             },
         ),
-        Figure("tokens_per_s", clients.tokens / (options.minutes * 60)),
+        Figure("tokens_per_s", sum(response.output_tokens for response in load.responses) / (options.minutes * 60)),
     ]
+
+
+def answered(load: Load) -> int:
+    """Requests with a whole answer."""
+    return len(load.responses) - len(load.errors)
 
 
 def growth_of(memory: Sequence[Memory]) -> tuple[float, float]:
@@ -301,7 +307,7 @@ def _parts(settings: Settings, folder: Path, say: Say) -> Iterator[tuple[Process
         node = _node(here, folder)
         node.start()
         undo.callback(node.stop)
-        node.wait_ready(lambda: answers(f"{node_url(here)}/ready"), _READY_S)
+        node.wait_ready(lambda: is_answering(f"{node_url(here)}/ready"), _READY_S)
         yield node, broker, here
 
 

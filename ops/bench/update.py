@@ -24,7 +24,7 @@ from ops.bench.harness import Figure, Goal, Report, Say, Session
 from ops.bench.learning.recorded_traffic import RecordedTraffic, read_traffic
 from ops.bench.learning.trials import order_stream
 from ops.bench.learning.variants import LOOKAHEAD, PLAN, LearningTrial, Order, trial_settings
-from ops.report.writing import write_page
+from ops.report.page import write_page
 from schemas.errors import UserError
 from schemas.settings import Settings, Update
 from schemas.speculator import checkpoint

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from ops.cli.terminal import AsJson, Config, Set, hint, say, settings_of, told
+from ops.cli.terminal import AsJson, Config, Set, echo, echo_note, load_settings, user_errors
 from schemas.settings import Settings
 from schemas.telemetry import logs
 
@@ -28,9 +28,9 @@ _DOMAINS = "math|code|sql|chat"
 @contextmanager
 def _benchmark(config: Path | None, set_: list[str] | None) -> Iterator[Settings]:
     """Load the settings and limit the logs to warnings; report user errors in one line."""
-    with told():
+    with user_errors():
         logs.configure("bench", "warning")
-        yield settings_of(config, set_)
+        yield load_settings(config, set_)
 
 
 @app.command()
@@ -50,12 +50,12 @@ def speculator(  # noqa: PLR0913, PLR0917 - one for each flag
         from ops.bench import speculator as training
 
         options = training.SpeculatorOptions(name or domain, domain, requests, max_tokens, minutes, steps)
-        trained = training.run(settings, options, hint if as_json else say)
+        trained = training.run(settings, options, echo_note if as_json else echo)
         if as_json:
             sys.stdout.write(json.dumps(asdict(trained), indent=2) + "\n")
         else:
             accepted = f"{trained.accepted_per_step:.2f} of {trained.lookahead} draft tokens accepted per step"
-            say(f"{trained.folder}: {accepted}")
+            echo(f"{trained.folder}: {accepted}")
 
 
 @app.command()
@@ -72,7 +72,9 @@ def serving(
     with _benchmark(config, set_) as settings:
         from ops.bench.serving.serving_benchmark import run
 
-        report = run(settings, hint, quick=quick, only=tuple(only or ()), trained_speculator=speculator, domain=domain)
+        report = run(
+            settings, echo_note, quick=quick, only=tuple(only or ()), trained_speculator=speculator, domain=domain
+        )
         report.print(as_json=as_json)
 
 
@@ -91,7 +93,7 @@ def soak(
     with _benchmark(config, set_) as settings:
         from ops.bench.soak import Options, run
 
-        report = run(settings, Options(minutes, concurrency, swap_every, leaving, speculator), hint)
+        report = run(settings, Options(minutes, concurrency, swap_every, leaving, speculator), echo_note)
         report.print(as_json=as_json)
         raise typer.Exit(0 if report.passed else 1)
 
@@ -108,7 +110,7 @@ def stream(
     with _benchmark(config, set_) as settings:
         from ops.bench.stream.stream_benchmark import run
 
-        run(settings, hint, quick=quick, only=tuple(only or ())).print(as_json=as_json)
+        run(settings, echo_note, quick=quick, only=tuple(only or ())).print(as_json=as_json)
 
 
 @app.command()
@@ -136,7 +138,7 @@ def loop(  # noqa: PLR0913, PLR0917 - one for each flag
         from ops.bench.loop import Options, run
 
         options = Options(domains, minutes, quick, concurrency, max_tokens, fresh, html)
-        run(settings, options, hint).print(as_json=as_json)
+        run(settings, options, echo_note).print(as_json=as_json)
 
 
 @app.command()
@@ -161,17 +163,17 @@ def learning(  # noqa: PLR0913, PLR0917 - one for each flag
         from ops.bench.learning import recorded_traffic, study
 
         if record is not None:
-            recorded_traffic.record_traffic(settings, record, hint)
+            recorded_traffic.record_traffic(settings, record, echo_note)
             return
         result = study.run(
-            settings, hint, quick=quick, only=tuple(only or ()), seeds=seeds, tokens=tokens, processes=processes
+            settings, echo_note, quick=quick, only=tuple(only or ()), seeds=seeds, tokens=tokens, processes=processes
         )
         if html is not None:
             from ops.bench.learning.page import render_page
-            from ops.report.writing import write_page
+            from ops.report.page import write_page
 
             write_page("--html", html, render_page(result))
-            hint(f"{html}: written")
+            echo_note(f"{html}: written")
         result.report().print(as_json=as_json)
 
 
@@ -191,7 +193,7 @@ def trainer(
     with _benchmark(config, set_) as settings:
         from ops.bench.trainer.trainer_benchmark import run
 
-        run(settings, hint, quick=quick, only=tuple(only or ()), peers=peers).print(as_json=as_json)
+        run(settings, echo_note, quick=quick, only=tuple(only or ()), peers=peers).print(as_json=as_json)
 
 
 @app.command()
@@ -206,7 +208,7 @@ def promotion(
     with _benchmark(config, set_) as settings:
         from ops.bench.promotion import QUICK_RUNS, run
 
-        run(settings, QUICK_RUNS if quick else runs, hint).print(as_json=as_json)
+        run(settings, QUICK_RUNS if quick else runs, echo_note).print(as_json=as_json)
 
 
 @app.command()
@@ -225,4 +227,4 @@ def update(
     with _benchmark(config, set_) as settings:
         from ops.bench.update import run
 
-        run(settings, hint, quick=quick, tokens=tokens, html=html).print(as_json=as_json)
+        run(settings, echo_note, quick=quick, tokens=tokens, html=html).print(as_json=as_json)

@@ -1,9 +1,7 @@
-"""``aurora replay``: history turned into answers, from the tables alone."""
+"""``aurora replay``: evaluate, train and load-test with recorded requests."""
 
 from __future__ import annotations
 
-import json
-import sys
 from collections import Counter
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -12,246 +10,282 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
-from ops.cli.terminal import AsJson, Config, Set, hint, moment, opened, say, settings_of, told
-from ops.report.writing import write_page
+from ops.cli.terminal import (
+    AsJson,
+    Config,
+    DryRun,
+    Set,
+    echo,
+    echo_json,
+    echo_note,
+    load_settings,
+    new_table,
+    open_tables,
+    parse_time,
+    user_errors,
+)
 from schemas.errors import UserError
 
 if TYPE_CHECKING:
+    from ops.loadgen.load import Load
     from schemas.settings import Settings
     from trainer.data.target import Target
-    from trainer.replay.request_evaluation import RequestEvaluation
 
-PROGRESS_EVERY = 50
+_PROGRESS_REQUESTS = 50
+_PROGRESS_S = 5.0
+_LOAD_TIMEOUT_S = 600.0
 
-app = typer.Typer(no_args_is_help=True, help="History turned into answers: what would have been, from the tables.")
+app = typer.Typer(no_args_is_help=True, help="Evaluate, train and load-test with recorded requests.")
 
-From = Annotated[str | None, typer.Option("--from", help="Requests that began then or later: 2h, 7d ago, or a time.")]
-To = Annotated[str | None, typer.Option("--to", help="Requests that began before then.")]
-Label = Annotated[str | None, typer.Option("--label", help="Requests of this label of traffic alone.")]
-Html = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a page with the plot.")]
+From = Annotated[str | None, typer.Option("--from", help="Requests since 2h, 7d ago, or a time.")]
+To = Annotated[str | None, typer.Option("--to", help="Requests before this time.")]
+Label = Annotated[str | None, typer.Option("--label", help="Requests with this traffic label.")]
+Html = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a page with charts.")]
 
 
 @app.command()
-def score(  # noqa: PLR0913, PLR0917 - one for each flag
+def evaluate(  # noqa: PLR0913, PLR0917 - one for each flag
     versions: Annotated[
-        str, typer.Option(metavar="V,V", help="Numbers, aliases, `day-0`, or checkpoint folders, with commas.")
+        str,
+        typer.Option(metavar="V,V", help="Numbers, aliases, `day-0` or checkpoint folders, separated by commas."),
     ],
     config: Config = None,
     set_: Set = None,
     begin: From = None,
     end: To = None,
     at_version: Annotated[
-        int | None, typer.Option(min=0, metavar="N", help="Table `accepted` as it was at this version.")
+        int | None, typer.Option(min=0, metavar="N", help="Use table `accepted` at this version.")
     ] = None,
     label: Label = None,
     lookahead: Annotated[
         int | None,
-        typer.Option(min=1, max=16, metavar="K", help="Drafted tokens; serve.num_speculative_tokens if not given."),
+        typer.Option(min=1, max=16, metavar="K", help="Draft tokens. Default: serve.num_speculative_tokens."),
     ] = None,
-    requests: Annotated[bool, typer.Option("--requests", help="With --json: every request too.")] = False,
+    requests: Annotated[bool, typer.Option("--requests", help="Include every request in the JSON.")] = False,
     html: Html = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what versions would have accepted on logged requests; exact for greedy ones, expected for sampled ones."""
-    with told():
-        settings = settings_of(config, set_)
+    """Compute the acceptance of versions on recorded requests: exact for greedy ones, expected for sampled ones."""
+    with user_errors():
+        settings = load_settings(config, set_)
         names = [name for name in versions.split(",") if name]
         if not names or len(set(names)) < len(names):
-            raise UserError("--versions: give at least one, and none twice")
-        tables = opened(settings)
+            raise UserError("--versions: give at least one version, and each only once")
+        tables = open_tables(settings)
         import torch
 
+        from ops.replay.evaluation_report import build_tables, list_notes, render_evaluation_page
         from schemas.telemetry import logs
         from trainer.data.target import FrozenTarget
         from trainer.replay.named_drafts import load_drafts
         from trainer.replay.past_requests import RequestFilter, list_requests, pin_versions, read_requests
-        from trainer.replay.request_evaluation import evaluate
+        from trainer.replay.request_evaluation import evaluate as evaluate_requests
 
         logs.configure("replay", "warning")
         torch.set_num_threads(settings.train.num_threads)
-        target = _target(settings)
+        target = _read_target(settings)
         named = load_drafts(settings, target, names)
-        span = RequestFilter(target.fingerprint, _time(begin), _time(end), label)
+        span = RequestFilter(target.fingerprint, _parse_optional_time(begin), _parse_optional_time(end), label)
         at, counts = pin_versions(tables, at_version), Counter[str]()
         chosen = list_requests(tables, span, at)
         states = FrozenTarget(Path(settings.target.path), target.day_0.shape.capture_layers).compute_states
         past = read_requests(tables, chosen, at, states, counts)
 
-        def done(number: int) -> None:
-            if number % PROGRESS_EVERY == 0:
-                hint(f"{number} of {len(chosen)} requests")
+        def report_progress(done: int) -> None:
+            if done % _PROGRESS_REQUESTS == 0:
+                echo_note(f"{done} of {len(chosen)} requests")
 
         longest = lookahead or settings.serve.num_speculative_tokens
-        found = evaluate(named, target.embeddings_VH, past, longest, at, counts, done)
+        found = evaluate_requests(named, target.embeddings_VH, past, longest, at, counts, report_progress)
         if html is not None:
-            from ops.replay.score_page import page
-
-            write_page("--html", html, page(found))
-            hint(f"{html}: written")
+            _write_page("--html", html, render_evaluation_page(found))
         if as_json:
-            sys.stdout.write(json.dumps(found.summary(requests=requests), indent=2) + "\n")
-        else:
-            _print(found)
+            echo_json(found.summary(requests=requests))
+            return
+        for table in build_tables(found):
+            Console().print(table)
+        for note in list_notes(found):
+            echo(note)
 
 
 @app.command()
 def train(  # noqa: PLR0913, PLR0917 - one for each flag
     config: Annotated[
-        list[Path], typer.Option("--config", help="Settings of a variant, named by its file; repeatable.")
+        list[Path], typer.Option("--config", help="Settings of a variant; the file name is its name. Repeatable.")
     ],
     set_: Set = None,
     begin: Annotated[
-        str | None, typer.Option("--from", metavar="version:N", help="Read behind this version of accepted, or a time.")
+        str | None, typer.Option("--from", metavar="version:N", help="Start after this version of accepted, or a time.")
     ] = None,
     end: Annotated[
-        str | None, typer.Option("--to", metavar="version:N", help="Up to this version, or a time; the newest if none.")
+        str | None, typer.Option("--to", metavar="version:N", help="End at this version, or a time. Default: newest.")
     ] = None,
-    name: Annotated[
-        str | None, typer.Option(help="Of the experiment; the variants' names where none is given.")
-    ] = None,
-    line: Annotated[str | None, typer.Option(help="Line that the rows came from; the first variant's if none.")] = None,
-    processes: Annotated[int, typer.Option(min=1, help="Variants at a time.")] = 1,
-    ray: Annotated[
-        str | None, typer.Option("--ray", metavar="ADDRESS", help="Run them on this Ray cluster instead.")
-    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the experiment. Default: the variant names.")] = None,
+    line: Annotated[str | None, typer.Option(help="Line of the rows. Default: line of the first variant.")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Parallel variants.")] = 1,
+    ray: Annotated[str | None, typer.Option("--ray", metavar="ADDRESS", help="Run on this Ray cluster.")] = None,
     html: Html = None,
-    svg: Annotated[Path | None, typer.Option("--svg", metavar="FILE", help="Write the plot alone.")] = None,
+    svg: Annotated[Path | None, typer.Option("--svg", metavar="FILE", help="Write the acceptance chart.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Let variants learn from the same past in its time order, scored on each batch first; goes on where it was."""
-    with told():
-        from ops.replay import training
+    """Train variants on the same span in commit order and score each batch before its step; resume where it ended."""
+    with user_errors():
+        from ops.replay import experiment_runner
         from schemas.telemetry import logs
         from trainer.release.registry import RegistryError
 
         logs.configure("replay", "warning")
-        variants = training.variants(config, lambda file: settings_of(file, set_))
+        variants = experiment_runner.load_variants(config, lambda file: load_settings(file, set_))
         first = next(iter(variants.values()))
-        tables = opened(first)
-        from ops.replay import mlflow_runs
-        from ops.replay.comparison import Comparison, table
-        from ops.replay.train_page import page, picture
+        tables = open_tables(first)
+        from ops.replay.experiment_report import Comparison, build_table, render_chart, render_experiment_page
+        from ops.replay.mlflow_log import log_experiment
 
-        named = name or "-".join(variants)
-        plan, tasks = training.prepared(variants, tables, named, line or _target(first).line, begin, end)
-        hint(f"experiment {named} holds versions {plan.span.accepted[0]} to {plan.span.accepted[1]} of accepted")
-        found = Comparison(plan, tuple(training.run(tasks, processes, hint, ray)))
+        name = name or "-".join(variants)
+        line = line or _read_target(first).line
+        plan, tasks = experiment_runner.prepare_experiment(variants, tables, name, line, begin, end)
+        echo_note(f"experiment {name} holds versions {plan.span.accepted[0]} to {plan.span.accepted[1]} of accepted")
+        comparison = Comparison(plan, tuple(experiment_runner.run_tasks(tasks, processes, echo_note, ray)))
         try:
-            hint(f"MLflow run {mlflow_runs.log(first, found, training.folder_of(first, named), variants)}")
+            folder = experiment_runner.experiment_folder(first, name)
+            echo_note(f"MLflow run {log_experiment(first, comparison, folder, variants)}")
         except RegistryError as error:
-            hint(f"no runs in MLflow: {error}")
-        for option, file, text in (("--html", html, page), ("--svg", svg, picture)):
-            if file is not None:
-                write_page(option, file, text(found))
-                hint(f"{file}: written")
+            echo_note(f"no runs in MLflow: {error}")
+        if html is not None:
+            _write_page("--html", html, render_experiment_page(comparison))
+        if svg is not None:
+            _write_page("--svg", svg, render_chart(comparison))
         if as_json:
-            sys.stdout.write(json.dumps(found.summary(), indent=2) + "\n")
+            echo_json(comparison.summary())
         else:
-            Console().print(table(found))
+            Console().print(build_table(comparison))
 
 
 @app.command()
-def serve(  # noqa: PLR0913, PLR0917 - one for each flag
-    url: Annotated[str, typer.Option(metavar="URL", help="Of the node, as http://127.0.0.1:8000.")],
+def load(  # noqa: PLR0913, PLR0917 - one for each flag
+    url: Annotated[str, typer.Option(metavar="URL", help="Node, such as http://127.0.0.1:8000.")],
     config: Config = None,
     set_: Set = None,
-    speed: Annotated[float, typer.Option(min=0.001, help="Times the recorded pace: 2 sends twice as fast.")] = 1.0,
-    fastest: Annotated[
-        bool, typer.Option("--max", help="Keep no pace: a request as soon as there is a place.")
-    ] = False,
-    at_once: Annotated[int, typer.Option(min=1, metavar="N", help="With --max, places.")] = 32,
+    speed: Annotated[float, typer.Option(min=0.001, help="Factor over the recorded pace.")] = 1.0,
+    fastest: Annotated[bool, typer.Option("--max", help="Ignore arrival times and keep all clients busy.")] = False,
+    at_once: Annotated[int, typer.Option(min=1, metavar="N", help="Clients with --max.")] = 32,
     begin: From = None,
     end: To = None,
     label: Label = None,
-    first: Annotated[int | None, typer.Option(min=1, metavar="N", help="Only the first N of them.")] = None,
-    trace: Annotated[
-        bool, typer.Option("--trace", help="Let the node trace it: the load becomes history too.")
-    ] = False,
+    first: Annotated[int | None, typer.Option(min=1, metavar="N", help="Only the first N requests.")] = None,
+    trace: Annotated[bool, typer.Option("--trace", help="Let the node trace the requests.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Send recorded prompts to a node again, at the times at which they came: a load test with real arrivals."""
-    with told():
-        tables = opened(settings_of(config, set_))
-        from ops.loadgen.arrivals import arrivals
-        from ops.loadgen.load_table import table
-        from ops.loadgen.replay_load import Plan, send
+    """Send recorded requests to a node at their recorded arrival times and measure latency."""
+    with user_errors():
+        tables = open_tables(load_settings(config, set_))
+        from ops.loadgen.load import Load, read_model_name
+        from ops.loadgen.recorded import read_recorded, schedule_requests
+        from ops.loadgen.summary import build_table, summarize_load
 
-        wanted = arrivals(tables, _time(begin), _time(end), label)[:first]
-        if not wanted:
-            raise UserError("no request to send: none in that span; see `aurora traces stats`")
+        recorded = read_recorded(tables, _parse_optional_time(begin), _parse_optional_time(end), label)[:first]
+        if not recorded:
+            raise UserError("no recorded requests in this span; see `aurora traces stats`")
         if not fastest:
-            hint(f"{len(wanted)} requests over {(wanted[-1].at - wanted[0].at) / speed:.0f} seconds")
-        outcome = send(Plan(url, None if fastest else speed, at_once, trace), wanted, hint)
+            echo_note(
+                f"{len(recorded)} requests over {(recorded[-1].arrival - recorded[0].arrival) / speed:.0f} seconds"
+            )
+        requests = schedule_requests(recorded, read_model_name(url), speed=speed, trace=trace)
+        running = Load(url, requests, at_once if fastest else None, timeout_s=_LOAD_TIMEOUT_S, error_pause_s=0.0)
+        cut_short = _run_load(running, len(requests))
+        summary = summarize_load(running, len(requests), cut_short=cut_short)
         if as_json:
-            sys.stdout.write(json.dumps(outcome.summary(), indent=2) + "\n")
+            echo_json(summary)
         else:
-            Console().print(table(outcome))
-    if outcome.failures:
+            Console().print(build_table(summary))
+    if running.errors:
         raise typer.Exit(1)
 
 
 @app.command(name="import")
 def import_(
-    folder: Annotated[Path, typer.Argument(help="Traces in files, as `aurora bench learning --record` keeps them.")],
+    folder: Annotated[Path, typer.Argument(help="Trace files from `aurora bench learning --record`.")],
     config: Config = None,
     set_: Set = None,
 ) -> None:
-    """Bring recorded traces into the tables, as the stream would have; what is there already stays as it is."""
-    with told():
-        settings = settings_of(config, set_)
-        from ops.replay.importing import bring
+    """Import trace files into the tables; skip traces that are already there."""
+    with user_errors():
+        settings = load_settings(config, set_)
+        from ops.replay.trace_import import import_traces
         from pipeline.delta import DeltaLog
 
-        for done, of in bring(DeltaLog(settings.tables), folder, settings.stream.context_tokens):
-            hint(f"{done} of {of} requests")
-        say(f"{folder}: all requests are in {settings.tables.uri}")
+        for done, total in import_traces(DeltaLog(settings.tables), folder, settings.stream.context_tokens):
+            echo_note(f"{done} of {total} requests")
+        echo(f"{folder}: all requests are in {settings.tables.uri}")
 
 
 @app.command(name="list")
 def list_(config: Config = None, set_: Set = None, as_json: AsJson = False) -> None:
-    """List the experiments that hold past versions, and how many bytes they keep."""
-    with told():
-        tables = opened(settings_of(config, set_))
+    """List the retention holds of experiments and their size in bytes."""
+    with user_errors():
+        tables = open_tables(load_settings(config, set_))
         from pipeline.holds import list_holds, measure_hold
 
-        listed = [{**asdict(one), "bytes": asdict(measure_hold(tables, one))} for one in list_holds(tables)]
+        holds = [(hold, measure_hold(tables, hold)) for hold in list_holds(tables)]
         if as_json:
-            sys.stdout.write(json.dumps(listed, indent=2) + "\n")
+            echo_json([{**asdict(hold), "bytes": asdict(size)} for hold, size in holds])
             return
-        shown = Table(box=None, pad_edge=False, header_style="bold")
-        for column in ("experiment", "table", "since"):
-            shown.add_column(column, overflow="fold")
-        for column in ("versions", "bytes", "of them only held"):
-            shown.add_column(column, justify="right")
-        for one in list_holds(tables):
-            sizes, since = measure_hold(tables, one), datetime.fromtimestamp(one.time_us / 1e6, UTC)
-            span = f"{one.after_version} - {one.up_to_version}"
-            shown.add_row(one.experiment, one.table, f"{since:%F %H:%M}", span, f"{sizes.total:,}", f"{sizes.held:,}")
-        Console().print(shown)
+        table = new_table("experiment", "table", "since", right=("versions", "bytes", "held only"))
+        for hold, size in holds:
+            since = datetime.fromtimestamp(hold.time_us / 1e6, UTC)
+            span = f"{hold.after_version} - {hold.up_to_version}"
+            table.add_row(hold.experiment, hold.table, f"{since:%F %H:%M}", span, f"{size.total:,}", f"{size.held:,}")
+        Console().print(table)
 
 
 @app.command()
 def release(
-    experiment: Annotated[str, typer.Argument(metavar="NAME", help="Of the experiment; `aurora replay list` has it.")],
+    experiment: Annotated[str, typer.Argument(metavar="NAME", help="Experiment, as in `aurora replay list`.")],
     config: Config = None,
     set_: Set = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be let go, and change nothing.")] = False,
+    dry_run: DryRun = False,
 ) -> None:
-    """Let go of what an experiment holds: maintenance may delete it then."""
-    with told():
-        tables = opened(settings_of(config, set_))
+    """Release the retention holds of an experiment, so that maintenance can delete its data."""
+    with user_errors():
+        tables = open_tables(load_settings(config, set_))
         from pipeline import holds
 
-        mine = [one for one in holds.list_holds(tables) if one.experiment == experiment]
-        for one in mine if dry_run else holds.release_holds(tables, experiment):
-            say(f"{one.table}: versions {one.after_version} to {one.up_to_version}")
+        matching = [hold for hold in holds.list_holds(tables) if hold.experiment == experiment]
+        for hold in matching if dry_run else holds.release_holds(tables, experiment):
+            echo(f"{hold.table}: versions {hold.after_version} to {hold.up_to_version}")
         if dry_run:
-            hint("nothing was changed")
+            echo_note("nothing was changed")
 
 
-def _target(settings: Settings) -> Target:
+def _run_load(load: Load, requests: int) -> bool:
+    """Run a load and print its progress; return whether Ctrl-C ended it early."""
+    load.start()
+    started = datetime.now(UTC)
+    try:
+        while not load.wait(_PROGRESS_S):
+            failed = len(load.errors)
+            succeeded = [response for response in load.responses if response.error is None]
+            rate = sum(one.output_tokens for one in succeeded) / (datetime.now(UTC) - started).total_seconds()
+            running = load.sent - len(load.responses)
+            echo_note(
+                f"{load.sent} of {requests} sent, {len(succeeded)} succeeded, {failed} failed, {running} running; "
+                f"{rate:.1f} tokens/s"
+            )
+    except KeyboardInterrupt:
+        load.abandon()
+        return True
+    return False
+
+
+def _write_page(option: str, file: Path, text: str) -> None:
+    from ops.report.page import write_page
+
+    write_page(option, file, text)
+    echo_note(f"{file}: written")
+
+
+def _read_target(settings: Settings) -> Target:
     from schemas.speculator.checkpoint import CheckpointError
     from trainer.data.target import read_target
 
@@ -261,14 +295,5 @@ def _target(settings: Settings) -> Target:
         raise UserError(str(error)) from error
 
 
-def _time(text: str | None) -> datetime | None:
-    return moment(text) if text else None
-
-
-def _print(found: RequestEvaluation) -> None:
-    from ops.replay.score_table import notes, tables
-
-    for table in tables(found):
-        Console().print(table)
-    for line in notes(found):
-        say(line)
+def _parse_optional_time(text: str | None) -> datetime | None:
+    return parse_time(text) if text else None

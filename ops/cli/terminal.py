@@ -1,15 +1,18 @@
-"""What all commands of ``aurora`` share: their common flags, and how they speak to the person at the terminal."""
+"""Common options of all ``aurora`` commands, and their terminal output."""
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+from rich.table import Table
 
 from schemas.errors import UserError
 from schemas.settings import Settings, SettingsError, load
@@ -20,19 +23,20 @@ if TYPE_CHECKING:
 USER_ERROR = 2
 _UNITS = {"s": timedelta(seconds=1), "m": timedelta(minutes=1), "h": timedelta(hours=1), "d": timedelta(days=1)}
 
-Config = Annotated[Path | None, typer.Option("--config", help="Settings file; aurora.toml is read when it is there.")]
+Config = Annotated[Path | None, typer.Option("--config", help="Settings file. Default: aurora.toml if it exists.")]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="One setting, over file and environment; repeatable."),
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one setting. Repeatable."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would happen and change nothing.")]
 
 
-def settings_of(config: Path | None, assignments: list[str] | None) -> Settings:
-    """The settings with the flags over them.
+def load_settings(config: Path | None, assignments: list[str] | None) -> Settings:
+    """Load the settings and apply ``--set`` options.
 
     Raises:
-        SettingsError: as ``schemas.settings.load``, or a flag without ``=``.
+        SettingsError: as ``schemas.settings.load``, or an option without ``=``.
     """
     flags: dict[str, str] = {}
     for assignment in assignments or []:
@@ -43,38 +47,38 @@ def settings_of(config: Path | None, assignments: list[str] | None) -> Settings:
     return load(config, flags=flags)
 
 
-def moment(text: str) -> datetime:
-    """The time that ``90s``, ``30m``, ``2h`` or ``7d`` (ago) or an ISO time (UTC without a zone) names.
+def parse_time(text: str) -> datetime:
+    """Parse ``90s``, ``30m``, ``2h`` or ``7d`` (ago), or an ISO time (UTC without a zone).
 
     Raises:
-        UserError: it is written otherwise.
+        UserError: the text has another format.
     """
     if ago := re.fullmatch(r"([0-9]{1,6})([smhd])", text):
         return datetime.now(UTC) - int(ago[1]) * _UNITS[ago[2]]
     try:
-        named = datetime.fromisoformat(text)
+        time = datetime.fromisoformat(text)
     except ValueError as error:
-        raise UserError(f"{text!r} is no time: write 90s, 30m, 2h, 7d, or as 2026-11-23T14:00") from error
-    return named if named.tzinfo else named.replace(tzinfo=UTC)
+        raise UserError(f"{text!r} is not a time: write 90s, 30m, 2h, 7d, or 2026-11-23T14:00") from error
+    return time if time.tzinfo else time.replace(tzinfo=UTC)
 
 
-def opened(settings: Settings) -> DeltaLog:
-    """The tables, for a look at them.
+def open_tables(settings: Settings) -> DeltaLog:
+    """Return the Delta tables.
 
     Raises:
-        UserError: there are none.
+        UserError: the tables do not exist.
     """
     from pipeline.delta import DeltaLog
 
     uri = settings.tables.uri
     if "://" not in uri and not Path(uri).exists():
-        raise UserError(f"no tables in {Path(uri).resolve()} (tables.uri); a stream worker makes them")
+        raise UserError(f"no tables in {Path(uri).resolve()} (tables.uri); a stream worker creates them")
     return DeltaLog(settings.tables)
 
 
 @contextmanager
-def told() -> Iterator[None]:
-    """Turn what a user can put right into one line and exit code 2; Ctrl-C ends without a word."""
+def user_errors() -> Iterator[None]:
+    """Print errors that a user can fix as one line and exit with code 2; exit silently on Ctrl-C."""
     try:
         yield
     except (UserError, SettingsError) as error:
@@ -83,17 +87,32 @@ def told() -> Iterator[None]:
         raise typer.Exit(0) from None
 
 
-def say(text: str) -> None:
-    """One line for the person in front of the terminal."""
+def echo(text: str) -> None:
+    """Print a line."""
     typer.echo(text)
 
 
-def hint(text: str) -> None:
-    """One line for the person, beside an output that a program reads."""
+def echo_note(text: str) -> None:
+    """Print a line to stderr, beside output for programs."""
     typer.echo(text, err=True)
+
+
+def echo_json(value: object, default: Callable[[Any], Any] | None = None) -> None:
+    """Print a value as indented JSON."""
+    sys.stdout.write(json.dumps(value, indent=2, default=default) + "\n")
 
 
 def fail(text: str, code: int) -> NoReturn:
     """Print an error line and exit."""
     typer.echo(f"aurora: {text}", err=True)
     raise typer.Exit(code)
+
+
+def new_table(*columns: str, right: Sequence[str] = (), title: str | None = None) -> Table:
+    """Return a table without borders: text columns, then right-aligned columns."""
+    table = Table(box=None, pad_edge=False, header_style="bold", title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, overflow="fold", min_width=min(len(column), 12))
+    for column in right:
+        table.add_column(column, justify="right")
+    return table

@@ -1,4 +1,4 @@
-"""``aurora traces``: a look into the tables, as figures, as the newest verify steps, or by SQL."""
+"""``aurora traces``: query the tables as statistics, as newest verify steps, or with SQL."""
 
 from __future__ import annotations
 
@@ -17,83 +17,94 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ops.cli.terminal import AsJson, Config, Set, hint, moment, opened, say, settings_of, told
-from ops.observe.panels import grid
+from ops.cli.terminal import (
+    AsJson,
+    Config,
+    Set,
+    echo,
+    echo_json,
+    echo_note,
+    load_settings,
+    new_table,
+    open_tables,
+    parse_time,
+    user_errors,
+)
 from schemas.errors import UserError
 
 if TYPE_CHECKING:
     from pipeline.delta import Moment
     from pipeline.trace_queries import GroupStats, TraceStats
 
-SHOWN_ROWS = 100
+MAX_TABLE_ROWS = 100
 POLL_S = 0.5
 
-app = typer.Typer(no_args_is_help=True, help="A look into the tables: figures, newest verify steps, SQL.")
+app = typer.Typer(no_args_is_help=True, help="Query the tables: statistics, newest verify steps, SQL.")
 
 
 @app.command()
 def stats(
     config: Config = None,
     set_: Set = None,
-    since: Annotated[str | None, typer.Option("--since", help="90s, 30m, 2h, 7d ago, or a time.")] = None,
+    since: Annotated[str | None, typer.Option("--since", help="Start: 90s, 30m, 2h, 7d ago, or a time.")] = None,
     by: Annotated[
-        Literal["line", "speculator", "label", "node"] | None, typer.Option("--by", help="Also group by group.")
+        Literal["line", "speculator", "label", "node"] | None, typer.Option("--by", help="Group by this column.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Count verify steps and tokens, what of the drafts was accepted, what is missing, and the bytes that a token
-    takes.
-    """
-    with told():
-        settings = settings_of(config, set_)
+    """Count requests, tokens, verify steps and accepted draft tokens, missing chunks, and bytes per token."""
+    with user_errors():
+        settings = load_settings(config, set_)
         from pipeline import trace_queries
 
-        counted = trace_queries.compute_stats(opened(settings), by, moment(since) if since else None)
+        counted = trace_queries.compute_stats(open_tables(settings), by, parse_time(since) if since else None)
         if as_json:
-            sys.stdout.write(json.dumps(_plain_stats(counted, by), indent=2) + "\n")
+            echo_json(_stats_json(counted, by))
             return
-        Console().print(_figures_table(counted, by))
-        for line in _rest(counted):
-            say(line)
+        Console().print(_build_stats_table(counted, by))
+        for line in _describe_rest(counted):
+            echo(line)
 
 
 @app.command()
 def tail(
     config: Config = None,
     set_: Set = None,
-    count: Annotated[int, typer.Option("-n", min=0, help="So many of the newest verify steps.")] = 10,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Then those that come, until Ctrl-C.")] = False,
+    count: Annotated[int, typer.Option("-n", min=0, help="Number of newest verify steps.")] = 10,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Wait for new verify steps until Ctrl-C.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show the newest verify steps: what was drafted, and how much of it the target kept."""
-    with told():
-        settings = settings_of(config, set_)
+    """Show the newest verify steps with their draft tokens and the accepted ones."""
+    with user_errors():
+        settings = load_settings(config, set_)
         from pipeline.trace_queries import follow_steps, read_newest_steps
 
-        tables = opened(settings)
+        tables = open_tables(settings)
         rows, version = read_newest_steps(tables, count)
         for part in chain([rows], follow_steps(tables, version, POLL_S) if follow else []):
             for row in part.to_pylist():
-                say(json.dumps(row, default=_plain) if as_json else _verify_step(row))
+                echo(json.dumps(row, default=_json_value) if as_json else _format_verify_step(row))
             sys.stdout.flush()
 
 
 @app.command()
 def sql(
-    query: Annotated[str, typer.Argument(help="One statement; `aurora traces tables` names tables and columns.")],
+    query: Annotated[str, typer.Argument(help="One statement. `aurora traces tables` lists tables and columns.")],
     config: Config = None,
     set_: Set = None,
-    version: Annotated[int | None, typer.Option("--version", min=0, help="An earlier version of the table.")] = None,
-    at: Annotated[str | None, typer.Option("--at", help="As the tables were then: 2h, 7d ago, or a time.")] = None,
+    version: Annotated[int | None, typer.Option("--version", min=0, help="Version of the table.")] = None,
+    at: Annotated[
+        str | None, typer.Option("--at", help="State of the tables at a time: 2h, 7d ago, or a time.")
+    ] = None,
     as_json: AsJson = False,
-    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV; lists as JSON.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV with lists as JSON.")] = False,
 ) -> None:
-    """Answer SQL over the tables (DataFusion's)."""
-    with told():
-        settings = settings_of(config, set_)
+    """Run a SQL query on the tables (DataFusion dialect)."""
+    with user_errors():
+        settings = load_settings(config, set_)
         if as_json and as_csv:
-            raise UserError("--json or --csv, not both")
-        answer = opened(settings).query(query, _moments(query, version, at))
+            raise UserError("--json and --csv exclude each other")
+        answer = open_tables(settings).query(query, _table_states(query, version, at))
         names = answer.schema.names
         rows = (row for batch in answer for row in batch.to_pylist())
         if as_json:
@@ -101,17 +112,17 @@ def sql(
         elif as_csv:
             _write_csv(names, rows)
         else:
-            _print(names, rows)
+            _print_table(names, rows)
 
 
 @app.command()
 def tables(config: Config = None, set_: Set = None, as_json: AsJson = False) -> None:
     """List the tables with their versions, rows and columns."""
-    with told():
-        settings = settings_of(config, set_)
+    with user_errors():
+        settings = load_settings(config, set_)
         from schemas.batches import TABLES
 
-        log = opened(settings)
+        log = open_tables(settings)
         listed = [
             {
                 "table": name,
@@ -123,42 +134,42 @@ def tables(config: Config = None, set_: Set = None, as_json: AsJson = False) -> 
             for name, schema in TABLES.items()
         ]
         if as_json:
-            sys.stdout.write(json.dumps(listed, indent=2) + "\n")
+            echo_json(listed)
             return
-        shown = grid("table", "columns", right=("version", "rows", "bytes"))
+        shown = new_table("table", "columns", right=("version", "rows", "bytes"))
         for one in listed:
             figures = (f"{one[name]:,}" for name in ("version", "rows", "bytes"))
             shown.add_row(str(one["table"]), ", ".join(TABLES[str(one["table"])].names), *figures)
         Console().print(shown)
 
 
-def _moments(query: str, version: int | None, at: str | None) -> dict[str, Moment]:
-    """Which state of which table is asked.
+def _table_states(query: str, version: int | None, at: str | None) -> dict[str, Moment]:
+    """Return the version or time of each table in the query.
 
     Raises:
-        UserError: a version that could be that of several tables.
+        UserError: a version with several tables.
     """
     from schemas.batches import TABLES
 
     named = [name for name in TABLES if re.search(rf"\b{name}\b", query)]
     if at is not None:
         if version is not None:
-            raise UserError("--version or --at, not both")
-        return dict.fromkeys(named, moment(at))
+            raise UserError("--version and --at exclude each other")
+        return dict.fromkeys(named, parse_time(at))
     if version is None:
         return {}
     if len(named) != 1:
         raise UserError(
-            f"--version is that of one table, and the query names {', '.join(named) or 'none'}: --at takes them all "
-            f"as they were at a time"
+            f"--version needs a query on one table; this one names {', '.join(named) or 'none'}. "
+            f"Use --at for the state of all tables at a time"
         )
     return {named[0]: version}
 
 
-def _figures_table(counted: TraceStats, by: str | None) -> Table:
+def _build_stats_table(counted: TraceStats, by: str | None) -> Table:
     depths = sorted(counted.total.drafted_to)
-    figures = ("requests", "tokens", "verify_steps", "drafted", "accepted", "acceptance length")
-    shown = grid(by or "verify steps of", right=(*figures, *(f"depth {depth}" for depth in depths)))
+    figures = ("requests", "tokens", "verify steps", "drafted", "accepted", "acceptance length")
+    shown = new_table(by or "group", right=(*figures, *(f"depth {depth}" for depth in depths)))
     for name, one in [*((name or "(none)", one) for name, one in counted.groups.items()), ("all", counted.total)]:
         length = "" if one.acceptance_length is None else f"{one.acceptance_length:.2f}"
         counts = (
@@ -169,20 +180,20 @@ def _figures_table(counted: TraceStats, by: str | None) -> Table:
     return shown
 
 
-def _rest(counted: TraceStats) -> Iterator[str]:
-    """What has no group."""
+def _describe_rest(counted: TraceStats) -> Iterator[str]:
+    """Yield the statistics that have no groups."""
     letters = ", ".join(f"{reason} {number:,}" for reason, number in counted.dead_letters.items())
     sizes = ", ".join(f"{name} {size:,}" for name, size in counted.table_bytes.items())
-    yield f"requests without their end: {counted.chunks.unfinished:,}; missing chunks: {counted.chunks.missing:,}"
+    yield f"requests without an end: {counted.chunks.unfinished:,}; missing chunks: {counted.chunks.missing:,}"
     yield f"dead letters: {letters or 'none'}"
-    per_token = "" if counted.bytes_per_token is None else f"; {counted.bytes_per_token:,.0f} a token"
-    yield f"bytes of all rows: {sizes}{per_token}"
+    per_token = "" if counted.bytes_per_token is None else f"; {counted.bytes_per_token:,.0f} per token"
+    yield f"table bytes: {sizes}{per_token}"
 
 
-def _plain_stats(counted: TraceStats, by: str | None) -> dict[str, Any]:
+def _stats_json(counted: TraceStats, by: str | None) -> dict[str, Any]:
     return {
-        **_plain_figures(counted.total),
-        **({f"by_{by}": {name: _plain_figures(one) for name, one in counted.groups.items()}} if by else {}),
+        **_figures_json(counted.total),
+        **({f"by_{by}": {name: _figures_json(one) for name, one in counted.groups.items()}} if by else {}),
         "unfinished_requests": counted.chunks.unfinished,
         "missing_chunks": counted.chunks.missing,
         "dead_letters": dict(counted.dead_letters),
@@ -191,7 +202,7 @@ def _plain_stats(counted: TraceStats, by: str | None) -> dict[str, Any]:
     }
 
 
-def _plain_figures(one: GroupStats) -> dict[str, Any]:
+def _figures_json(one: GroupStats) -> dict[str, Any]:
     return {
         "requests": one.requests,
         "tokens": one.tokens,
@@ -203,12 +214,12 @@ def _plain_figures(one: GroupStats) -> dict[str, Any]:
     }
 
 
-def _verify_step(row: Mapping[str, Any]) -> str:
-    """One verify step on one line: the kept tokens of its draft, those that were not, and the target's own."""
+def _format_verify_step(row: Mapping[str, Any]) -> str:
+    """Return one line: accepted draft tokens, rejected draft tokens, and the bonus token."""
     drafted, accepted = row["draft_tokens"], set(row["accepted"])
     kept = " ".join(str(drafted[node]) for node in row["accepted"])
     lost = " ".join(str(token) for node, token in enumerate(drafted) if node not in accepted)
-    draft = f"{len(accepted)} of {len(drafted)} kept: {kept} | {lost}" if drafted else "no draft"
+    draft = f"{len(accepted)} of {len(drafted)} accepted: {kept} | {lost}" if drafted else "no draft"
     by = f" by {row['speculator']}" if row["speculator"] else ""
     label = f" [{row['label']}]" if row["label"] else ""
     then = "" if row["bonus"] is None else f" -> {row['bonus']}"
@@ -216,10 +227,10 @@ def _verify_step(row: Mapping[str, Any]) -> str:
 
 
 def _write_json(rows: Iterator[dict[str, Any]]) -> None:
-    """One array, row by row: an answer may be larger than the memory."""
+    """Write an array row by row: a result may exceed the memory."""
     ending = "[]\n"
     for number, row in enumerate(rows):
-        sys.stdout.write(("[\n" if number == 0 else ",\n") + json.dumps(row, default=_plain))
+        sys.stdout.write(("[\n" if number == 0 else ",\n") + json.dumps(row, default=_json_value))
         ending = "\n]\n"
     sys.stdout.write(ending)
 
@@ -231,11 +242,11 @@ def _write_csv(names: Sequence[str], rows: Iterator[dict[str, Any]]) -> None:
         out.writerow([_cell(value) for value in row.values()])
 
 
-def _print(names: Sequence[str], rows: Iterator[dict[str, Any]]) -> None:
-    shown = grid(*names)
+def _print_table(names: Sequence[str], rows: Iterator[dict[str, Any]]) -> None:
+    shown = new_table(*names)
     for number, row in enumerate(rows):
-        if number == SHOWN_ROWS:
-            hint(f"the first {SHOWN_ROWS} rows; --json or --csv give all")
+        if number == MAX_TABLE_ROWS:
+            echo_note(f"the first {MAX_TABLE_ROWS} rows; --json and --csv print all")
             break
         shown.add_row(*(str(_cell(value)) for value in row.values()))
     Console().print(shown)
@@ -243,12 +254,12 @@ def _print(names: Sequence[str], rows: Iterator[dict[str, Any]]) -> None:
 
 def _cell(value: object) -> object:
     if isinstance(value, list | dict):
-        return json.dumps(value, default=_plain)
-    return "" if value is None else _plain(value)
+        return json.dumps(value, default=_json_value)
+    return "" if value is None else _json_value(value)
 
 
-def _plain(value: object) -> object:
-    """What JSON has no form for: times in ISO form, bytes in base64, decimals as numbers."""
+def _json_value(value: object) -> object:
+    """Convert a value for JSON: times to ISO format, bytes to base64, decimals to numbers."""
     match value:
         case bytes():
             return base64.b64encode(value).decode()

@@ -1,9 +1,8 @@
-"""``aurora vocabulary``: the tokens that a draft can propose, chosen by how often answers hold them."""
+"""``aurora vocabulary``: choose the draft vocabulary, the most frequent tokens of recorded outputs."""
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,51 +10,47 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ops.cli.terminal import AsJson, Config, Set, hint, opened, say, settings_of, told
+from ops.cli.terminal import AsJson, Config, Set, echo, echo_json, echo_note, load_settings, open_tables, user_errors
 from schemas.errors import UserError
 
 if TYPE_CHECKING:
     from pipeline.delta import DeltaLog
 
 Counts = Mapping[int, int]
-"""How often each token id was answered."""
+"""Token id -> count in the outputs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Coverage:
-    """Share of the answered tokens that are among the ids: all others are misses, whatever the draft learns."""
+    """Shares of output tokens within a draft vocabulary. A token outside of it is always rejected."""
 
     tokens: int
-    """Answered tokens that were counted."""
+    """Output tokens counted."""
     chosen: float
     unseen: float
-    """Of one half of the requests by the ids that the other half would choose: what new traffic like it can expect."""
+    """Share in one half of the requests with a vocabulary chosen on the other half: the estimate for new traffic."""
     lowest: float
-    """By as many of the lowest ids, the choice of day 0."""
+    """Share with as many of the lowest ids, the vocabulary of day 0."""
 
 
 def vocabulary(
     config: Config = None,
     set_: Set = None,
     size: Annotated[
-        int | None, typer.Option("--size", min=16, help="So many; else speculator.draft_vocab_size.")
+        int | None, typer.Option("--size", min=16, help="Number of tokens. Default: speculator.draft_vocab_size.")
     ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the file: a new line begins with it.")
-    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file, which starts a new line.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Choose the draft's vocabulary from answered tokens, and write it to speculator.draft_vocab_file."""
-    with told():
-        settings = settings_of(config, set_)
+    """Choose the draft vocabulary from recorded outputs and write it to speculator.draft_vocab_file."""
+    with user_errors():
+        settings = load_settings(config, set_)
         path = Path(settings.speculator.draft_vocab_file)
         if not settings.speculator.draft_vocab_file:
-            raise UserError(
-                "set speculator.draft_vocab_file to the file that is to be written, here and where it is used"
-            )
+            raise UserError("set speculator.draft_vocab_file to the output file, here and in the processes that use it")
         if path.exists() and not overwrite:
-            raise UserError(f"{path} is there and fixes a speculator line; --overwrite begins a new one")
-        tables = opened(settings)
+            raise UserError(f"{path} exists and defines a speculator line; --overwrite starts a new one")
+        tables = open_tables(settings)
         from schemas.speculator.checkpoint import CheckpointError, target_fingerprint
 
         folder = Path(settings.target.path)
@@ -63,31 +58,31 @@ def vocabulary(
             target = target_fingerprint(folder)
         except CheckpointError as error:
             raise UserError(str(error)) from error
-        halves = count(tables, target)
+        halves = count_tokens(tables, target)
         total = _read(folder / "config.json")["vocab_size"]
         kept = special_ids(folder, total)
-        ids = choose(_sum(halves), kept, size or settings.speculator.draft_vocab_size, total)
-        write(path, ids)
+        ids = choose_ids(_sum(halves), kept, size or settings.speculator.draft_vocab_size, total)
+        write_ids(path, ids)
         covered = coverage(halves, kept, ids, total)
         if as_json:
-            sys.stdout.write(json.dumps({"file": str(path), "ids": len(ids), **asdict(covered)}, indent=2) + "\n")
+            echo_json({"file": str(path), "ids": len(ids), **asdict(covered)})
             return
-        say(f"{path}: {len(ids)} of {total} ids, {len(kept)} of them special")
-        say(f"covers {covered.chosen:.2%} of {covered.tokens} answered tokens; the lowest ids {covered.lowest:.2%}")
-        say(f"chosen on one half of the requests it would cover {covered.unseen:.2%} of the other")
-        hint("nodes and trainer begin the new line when they are started with this setting")
+        echo(f"{path}: {len(ids)} of {total} ids, {len(kept)} of them special")
+        echo(f"covers {covered.chosen:.2%} of {covered.tokens} output tokens; the lowest ids {covered.lowest:.2%}")
+        echo(f"a choice on one half of the requests covers {covered.unseen:.2%} of the other half")
+        echo_note("nodes and trainer start the new line when they restart with this setting")
 
 
-def count(tables: DeltaLog, target: str) -> tuple[Counts, Counts]:
-    """Answered tokens of a target in the table ``accepted``, whatever line drafted them; by two halves of the requests.
+def count_tokens(tables: DeltaLog, target: str) -> tuple[Counts, Counts]:
+    """Return token counts of the outputs of a target in table ``accepted``, for two halves of the requests.
 
-    Prompts are left out: a token counts if the target was asked what comes before it.
+    All lines count; prompts do not: a token counts if the target computed it.
 
     Raises:
-        UserError: there are none.
+        UserError: the table has no outputs of the target.
     """
     halves: tuple[dict[int, int], dict[int, int]] = ({}, {})
-    # The mask says where the teacher is known, so the token that it teaches stands one further on.
+    # The mask marks positions with a teacher distribution; the output token is at the next position.
     answers = (
         "select unnest(array_append(tokens, next_token)) as token, "  # noqa: S608 - a hash
         "unnest(array_prepend(false, loss_mask)) as answered, ascii(md5(request)) % 2 as half "
@@ -97,39 +92,41 @@ def count(tables: DeltaLog, target: str) -> tuple[Counts, Counts]:
     for row in tables.query(sums).read_all().to_pylist():
         halves[row["half"]][row["token"]] = row["seen"]
     if not any(halves):
-        raise UserError(f"the table accepted holds no answers of target {target}; let it serve for a while first")
+        raise UserError(f"the table accepted has no outputs of target {target}; serve some traffic first")
     return halves
 
 
-def choose(counts: Counts, kept: Collection[int], size: int, total: int) -> list[int]:
-    """The ids to keep, ascending: those of ``kept``, then the most frequent ones; among equals the lowest.
+def choose_ids(counts: Counts, kept: Collection[int], size: int, total: int) -> list[int]:
+    """Return the ids in ascending order: those of ``kept``, then the most frequent ones, the lowest first among equals.
 
     Args:
-        counts: How often each id was answered.
-        kept: Ids that stay in any case.
-        size: How many to choose.
-        total: Ids of the target.
+        counts: Token counts.
+        kept: Ids that are always included.
+        size: Number of ids.
+        total: Vocabulary size of the target.
 
     Raises:
-        UserError: more ids are to be kept than there is room for.
+        UserError: ``kept`` has more than ``size`` ids.
     """
     size = min(size, total)
     if len(kept) > size:
-        raise UserError(f"the target has {len(kept)} special tokens, so --size must be at least that; it is {size}")
+        raise UserError(
+            f"the target has {len(kept)} special tokens, so --size must be at least {len(kept)}, not {size}"
+        )
     ranked = sorted(set(range(total)) - set(kept), key=lambda token: (-counts.get(token, 0), token))
     return sorted([*kept, *ranked[: size - len(kept)]])
 
 
 def coverage(halves: tuple[Counts, Counts], kept: Collection[int], ids: Collection[int], total: int) -> Coverage:
-    """What the ids cover of the counted tokens, beside the lowest ids and beside a choice made on other requests."""
+    """Return the coverage of the ids, of the lowest ids, and of a choice on other requests."""
     counts, size = _sum(halves), len(ids)
     tokens = sum(counts.values())
-    crossed = sum(_covered(seen, choose(other, kept, size, total)) for seen, other in (halves, halves[::-1]))
+    crossed = sum(_covered(seen, choose_ids(other, kept, size, total)) for seen, other in (halves, halves[::-1]))
     return Coverage(tokens, _covered(counts, ids) / tokens, crossed / tokens, _covered(counts, range(size)) / tokens)
 
 
 def special_ids(folder: Path, total: int) -> list[int]:
-    """Tokens that the tokenizer marks as special, and those that end an answer, as the target's own files say."""
+    """Return the special tokens of the tokenizer and the end-of-sequence tokens of the target."""
     found: set[int] = set()
     tokenizer = _read(folder / "tokenizer.json").get("added_tokens") or []
     found.update(token["id"] for token in tokenizer if token.get("special"))
@@ -141,8 +138,8 @@ def special_ids(folder: Path, total: int) -> list[int]:
     return sorted(token for token in found if token < total)
 
 
-def write(path: Path, ids: list[int]) -> None:
-    """Write the ids, whole or not at all."""
+def write_ids(path: Path, ids: list[int]) -> None:
+    """Write the ids atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.unfinished")
     unfinished.write_text(json.dumps(ids) + "\n")

@@ -1,4 +1,4 @@
-"""What happened in one demo, as frozen records, and the figures that follow from them. Pure."""
+"""Record of one demo run, and the figures of ``summary.json``."""
 
 from __future__ import annotations
 
@@ -6,34 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ops.loadgen.load import Response
+
 EDGE = 50
-"""Requests at the beginning and at the end that are compared."""
+"""Number of first and last requests that are compared."""
 ROLLING = 20
-"""Requests behind each point of a curve: enough to be calm, few enough that a shift of domain is seen."""
+"""Requests per point of a rolling curve: enough to smooth it, few enough to show a domain shift."""
 
 
 @dataclass(frozen=True, slots=True)
-class Answered:
-    """One request of the demo's traffic and how it was decoded. Times are Unix seconds."""
-
-    id: str
-    domain: str
-    started: float
-    ended: float
-    prompt: str = ""
-    text: str = ""
-    prompt_tokens: int = 0
-    output_tokens: int = 0
-    verify_steps: int = 0
-    drafted: int = 0
-    accepted: int = 0
-    speculators: tuple[str, ...] = ()
-    error: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """The stack at one moment."""
+class StackSample:
+    """State of the stack at one moment."""
 
     time: float
     output_tokens: int
@@ -44,7 +27,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Swap:
-    """A version that the node began to serve."""
+    """Hot swap of a version on the node."""
 
     version: str
     time: float
@@ -53,8 +36,8 @@ class Swap:
 
 
 @dataclass(frozen=True, slots=True)
-class Version:
-    """A registered speculator version; times are None for what has not happened."""
+class VersionRecord:
+    """Registered speculator version; a time is None if the event did not happen."""
 
     version: str
     registered: float
@@ -63,94 +46,99 @@ class Version:
     held_out: float | None = None
     """Simulated accepted tokens per step on the held-out set."""
     champion_held_out: float | None = None
-    """The same of the version that it had to beat."""
+    """The same figure of the champion that the version was compared with."""
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
-    """Where the verify steps of this run are."""
+class RowCounts:
+    """Locations of the trace rows of a run. A row is one verify step."""
 
     published: int = 0
-    """Handed to the publisher."""
+    """Rows that the engine passed to the publisher."""
     in_table: int = 0
-    shed: int = 0
+    dropped: int = 0
     dead: int = 0
 
     @property
     def balance(self) -> bool:
-        """True when every row is accounted for, exactly."""
-        return self.published == self.in_table + self.shed + self.dead
+        """True if every row is accounted for."""
+        return self.published == self.in_table + self.dropped + self.dead
 
 
 @dataclass(frozen=True, slots=True)
-class Lossless:
-    """Requests decoded again by the target alone."""
+class LosslessResult:
+    """Comparison of served tokens with the target's own greedy decoding."""
 
     checked: int = 0
     tokens: int = 0
     mismatches: int = 0
     near_ties: int = 0
     examples: tuple[str, ...] = ()
-    """What differed, for the person who has to find out why."""
+    """Descriptions of mismatches, for debugging."""
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
-    """Everything the report and the summary are made from."""
+class DemoRun:
+    """Input of the report and of the summary."""
 
     started: float
     ended: float
-    requests: tuple[Answered, ...] = ()
+    requests: tuple[Response, ...] = ()
     """In the order in which they ended."""
-    plain: tuple[Answered, ...] = ()
-    """The same traffic without speculation."""
-    samples: tuple[Sample, ...] = ()
+    plain: tuple[Response, ...] = ()
+    """The comparison without speculation."""
+    samples: tuple[StackSample, ...] = ()
     swaps: tuple[Swap, ...] = ()
-    versions: tuple[Version, ...] = ()
-    rows: Rows = field(default_factory=Rows)
-    lossless: Lossless = field(default_factory=Lossless)
+    versions: tuple[VersionRecord, ...] = ()
+    rows: RowCounts = field(default_factory=RowCounts)
+    lossless: LosslessResult = field(default_factory=LosslessResult)
     crashed: str | None = None
-    """Which part died, and the log to read."""
+    """Part that died, and its log."""
     interrupted: bool = False
 
     @property
-    def succeeded(self) -> tuple[Answered, ...]:
-        """Requests that were answered."""
+    def succeeded(self) -> tuple[Response, ...]:
+        """Successful requests with speculation."""
         return tuple(request for request in self.requests if request.error is None)
 
     @property
-    def failed(self) -> tuple[Answered, ...]:
-        """Requests that were not, with and without speculation."""
+    def failed(self) -> tuple[Response, ...]:
+        """Failed requests, with and without speculation."""
         return tuple(request for request in (*self.requests, *self.plain) if request.error is not None)
 
     @property
     def domains(self) -> tuple[str, ...]:
-        """In the order in which they began."""
+        """Domains in the order of their first request."""
         return tuple(dict.fromkeys(request.domain for request in sorted(self.requests, key=lambda r: r.started)))
 
 
-def accepted_per_step(requests: Sequence[Answered]) -> float | None:
-    """Drafted tokens accepted per verify step, the bonus token excluded; None without verify steps."""
-    verify_steps = sum(request.verify_steps for request in requests)
-    return sum(request.accepted for request in requests) / verify_steps if verify_steps else None
+def accepted_per_step(requests: Sequence[Response]) -> float | None:
+    """Return the mean accepted tokens per verify step, bonus token excluded; None without verify steps."""
+    steps = sum(request.verify_steps for request in requests)
+    return sum(request.accepted_tokens for request in requests) / steps if steps else None
 
 
-def edges(requests: Sequence[Answered]) -> tuple[Sequence[Answered], Sequence[Answered]]:
-    """The first and the last ``EDGE`` requests; the halves of a run too short for both, so that they never overlap."""
+def acceptance_length(requests: Sequence[Response]) -> float | None:
+    """Return the mean tokens per verify step, bonus token included; None without verify steps."""
+    accepted = accepted_per_step(requests)
+    return None if accepted is None else 1 + accepted
+
+
+def split_edges(requests: Sequence[Response]) -> tuple[Sequence[Response], Sequence[Response]]:
+    """Return the first and the last ``EDGE`` requests, or the two halves of a shorter run."""
     width = min(EDGE, len(requests) // 2)
     return requests[:width], requests[len(requests) - width :]
 
 
-def rolling_accepted_per_step(requests: Sequence[Answered], width: int = ROLLING) -> list[float]:
-    """``accepted_per_step`` of the last ``width`` requests, at each request."""
-    return [accepted_per_step(requests[max(0, i + 1 - width) : i + 1]) or 0.0 for i in range(len(requests))]
+def rolling_acceptance_length(requests: Sequence[Response], width: int = ROLLING) -> list[float]:
+    """Return at each request the acceptance length of the last ``width`` requests; 1 without verify steps."""
+    return [acceptance_length(requests[max(0, i + 1 - width) : i + 1]) or 1.0 for i in range(len(requests))]
 
 
-def tokens_per_s(requests: Sequence[Answered], start: float, end: float) -> float | None:
-    """Output tokens per second between two moments; None for an empty span.
+def tokens_per_s(requests: Sequence[Response], start: float, end: float) -> float | None:
+    """Return output tokens per second between two moments; None for an empty span.
 
-    The tokens of a request count as spread evenly over its time, so that one which reaches beyond the span is counted
-    by its share in it.
+    The tokens of a request are spread evenly over its duration, so a request that exceeds the span counts by its share.
     """
     if end <= start:
         return None
@@ -162,34 +150,34 @@ def tokens_per_s(requests: Sequence[Answered], start: float, end: float) -> floa
     return tokens / (end - start)
 
 
-def busy_span(requests: Sequence[Answered]) -> tuple[float, float]:
-    """From the first start to the last start: after it fewer requests run than the concurrency says."""
+def busy_span(requests: Sequence[Response]) -> tuple[float, float]:
+    """Return first and last start. After the last start, fewer requests run than the concurrency allows."""
     starts = [request.started for request in requests]
     return (min(starts), max(starts)) if starts else (0.0, 0.0)
 
 
-def edge_rates(run: Run) -> tuple[float | None, float | None]:
-    """Output tokens per second while the first and while the last requests (``edges``) ended."""
-    answered = run.succeeded
-    first, last = edges(answered)
+def edge_rates(run: DemoRun) -> tuple[float | None, float | None]:
+    """Return output tokens per second while the first and while the last ``EDGE`` requests ended."""
+    succeeded = run.succeeded
+    first, last = split_edges(succeeded)
     if not first:
         return None, None
-    start, end = busy_span(answered)
-    before_last = answered[-len(last) - 1].ended
-    return tokens_per_s(answered, start, min(first[-1].ended, end)), tokens_per_s(answered, before_last, end)
+    start, end = busy_span(succeeded)
+    before_last = succeeded[-len(last) - 1].ended
+    return tokens_per_s(succeeded, start, min(first[-1].ended, end)), tokens_per_s(succeeded, before_last, end)
 
 
-def summary(run: Run) -> dict[str, Any]:
-    """The figures of ``summary.json``."""
-    answered = run.succeeded
-    first, last = edges(answered)
+def summarize_run(run: DemoRun) -> dict[str, Any]:
+    """Return the figures of ``summary.json``."""
+    succeeded = run.succeeded
+    first, last = split_edges(succeeded)
     first_rate, last_rate = edge_rates(run)
     return {
         "requests": len(run.requests),
         "failed_requests": len(run.failed),
         "edge_requests": len(first),
-        "accepted_per_step_first_50": _rounded(accepted_per_step(first)),
-        "accepted_per_step_last_50": _rounded(accepted_per_step(last)),
+        "acceptance_length_first_50": _rounded(acceptance_length(first)),
+        "acceptance_length_last_50": _rounded(acceptance_length(last)),
         "tokens_per_s_first_50": _rounded(first_rate),
         "tokens_per_s_last_50": _rounded(last_rate),
         "tokens_per_s_no_speculation": _rounded(tokens_per_s(run.plain, *busy_span(run.plain))),
@@ -211,10 +199,10 @@ def summary(run: Run) -> dict[str, Any]:
         "lossless_examples": list(run.lossless.examples),
         "rows_published": run.rows.published,
         "rows_in_table": run.rows.in_table,
-        "rows_shed": run.rows.shed,
+        "rows_dropped": run.rows.dropped,
         "rows_dead": run.rows.dead,
         "rows_balance": run.rows.balance,
-        "domains": {name: _domain(answered, name) for name in run.domains},
+        "domains": {name: _summarize_domain(succeeded, name) for name in run.domains},
         "duration_s": round(run.ended - run.started, 1),
         "errors": [request.error for request in run.failed][:5],
         "crashed": run.crashed,
@@ -222,34 +210,29 @@ def summary(run: Run) -> dict[str, Any]:
     }
 
 
-def faults(run: Run) -> list[str]:
-    """What was wrong with the run, for people; empty when it was sound."""
+def find_faults(run: DemoRun) -> list[str]:
+    """Return every reason why the run is not sound; empty for a sound run."""
     if run.interrupted:
         return ["interrupted before its end"]
-    told = {
+    faults = {
         f"{len(run.failed)} requests failed": bool(run.failed),
         f"{run.lossless.mismatches} mismatches against the target": run.lossless.mismatches > 0,
         "the rows do not add up": not run.rows.balance and run.crashed is None,
         run.crashed or "": run.crashed is not None,
     }
-    return [fault for fault, holds in told.items() if holds]
+    return [fault for fault, holds in faults.items() if holds]
 
 
-def sound(run: Run) -> bool:
-    """True when nothing failed, nothing differed, and every row is accounted for."""
-    return not faults(run)
-
-
-def _domain(answered: Sequence[Answered], name: str) -> dict[str, Any]:
-    mine = [request for request in answered if request.domain == name]
-    first, last = edges(mine)
+def _summarize_domain(succeeded: Sequence[Response], domain: str) -> dict[str, Any]:
+    requests = [request for request in succeeded if request.domain == domain]
+    first, last = split_edges(requests)
     return {
-        "requests": len(mine),
-        "output_tokens": sum(request.output_tokens for request in mine),
-        "accepted_per_step": _rounded(accepted_per_step(mine)),
-        "accepted_per_step_first_50": _rounded(accepted_per_step(first)),
-        "accepted_per_step_last_50": _rounded(accepted_per_step(last)),
-        "tokens_per_s": _rounded(tokens_per_s(answered, *busy_span(mine))),
+        "requests": len(requests),
+        "output_tokens": sum(request.output_tokens for request in requests),
+        "acceptance_length": _rounded(acceptance_length(requests)),
+        "acceptance_length_first_50": _rounded(acceptance_length(first)),
+        "acceptance_length_last_50": _rounded(acceptance_length(last)),
+        "tokens_per_s": _rounded(tokens_per_s(succeeded, *busy_span(requests))),
     }
 
 

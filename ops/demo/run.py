@@ -1,4 +1,4 @@
-"""``aurora demo``: a speculator that starts untrained learns from live traffic while one watches."""
+"""Run ``aurora demo``: a speculator that starts untrained learns from live traffic."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ops.demo import lossless_check
-from ops.demo.record import Lossless, Run, faults, sound, summary
-from ops.demo.scenario import Player
+from ops.demo.record import DemoRun, LosslessResult, find_faults, summarize_run
+from ops.demo.scenario import Scenario
 from ops.demo.screen import DemoScreen
 from ops.local.process import StartError
 from ops.local.stack import running_stack
 from ops.local.supervisor import PartFailedError
-from ops.report.demo_page import page
+from ops.report.demo_page import render_demo_page
 from schemas.errors import UserError
 from schemas.settings import Settings
 
-_INTERRUPTED = 130
+_EXIT_INTERRUPTED = 130
 _DRAFT_TOKENS = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
-    """The demo's flags."""
+class DemoOptions:
+    """Command-line options of the demo."""
 
     fresh: bool = False
     minutes: float = 9.5
@@ -37,52 +37,54 @@ class Options:
     live: bool = True
 
 
-def run(settings: Settings, options: Options) -> int:
-    """Run the whole demo, write report and summary, and return the exit code: 0, or 1 when something was wrong.
+def run(settings: Settings, options: DemoOptions) -> int:
+    """Run the demo, write report and summary, and return the exit code: 0 if the run is sound, else 1.
 
     Raises:
-        UserError: it could not begin.
+        UserError: the demo cannot start.
     """
     folder = Path(settings.stack.data_dir) / "demo"
     with DemoScreen(live=options.live and not options.as_json, to_stderr=options.as_json) as screen:
-        finished = play(settings, options, screen)
-        write(finished, folder)
-    sys.stdout.write(as_json(finished) if options.as_json else closing(finished, folder))
+        finished = run_demo(settings, options, screen)
+        write_results(finished, folder)
+    sys.stdout.write(format_summary(finished) if options.as_json else format_closing(finished, folder))
     if finished.interrupted:
-        return _INTERRUPTED
-    return 0 if sound(finished) else 1
+        return _EXIT_INTERRUPTED
+    return 1 if find_faults(finished) else 0
 
 
-def play(settings: Settings, options: Options, screen: DemoScreen) -> Run:
-    """Start the stack, send the traffic, stop the stack, check; ended early by Ctrl-C or the death of a part.
+def run_demo(settings: Settings, options: DemoOptions, screen: DemoScreen) -> DemoRun:
+    """Start the stack, run the scenario, stop the stack and check the outputs; Ctrl-C or a dead part end it early.
 
     Raises:
-        UserError: it could not begin.
+        UserError: the demo cannot start.
     """
     started = time.time()
-    player: Player | None = None
-    crashed, interrupted, checked = None, False, Lossless()
+    scenario: Scenario | None = None
+    crashed, interrupted, lossless = None, False, LosslessResult()
     try:
-        with running_stack(drafting_always(settings), screen.say, restart=False) as stack:
+        with running_stack(draft_always(settings), screen.say, restart=False) as stack:
             if options.fresh:
-                wipe(settings)
-            player = Player(stack, screen, options.concurrency, options.max_tokens)
-            player.play(options.minutes)
-        checked = check(player.record(), stack.settings, screen)
+                wipe_data(settings)
+            scenario = Scenario(stack, screen, options.concurrency, options.max_tokens)
+            scenario.run(options.minutes)
+        lossless = check_lossless(scenario.record(), stack.settings, screen)
     except (PartFailedError, StartError) as error:
         screen.say(str(error))
         crashed = str(error)
     except KeyboardInterrupt:
         interrupted = True
-    seen = player.record() if player else Run(started, started)
-    return replace(seen, started=started, ended=time.time(), lossless=checked, crashed=crashed, interrupted=interrupted)
+    record = scenario.record() if scenario else DemoRun(started, started)
+    return replace(
+        record, started=started, ended=time.time(), lossless=lossless, crashed=crashed, interrupted=interrupted
+    )
 
 
-def drafting_always(settings: Settings) -> Settings:
-    """Settings with which the node drafts in every verify step, unless they say how much to draft.
+def draft_always(settings: Settings) -> Settings:
+    """Return settings with which the node drafts in every verify step, unless they already set the draft length.
 
-    Left to itself a node drafts what pays, which on a small machine is nothing until the draft is good: one would see
-    nothing of what is learned until then.
+    An adaptive node drafts only as much as pays off. On a small machine that is nothing until the draft is good, so the
+    demo would show no progress until then.
     """
     if {"adaptive_drafting", "num_speculative_tokens"} & settings.serve.model_fields_set:
         return settings
@@ -90,11 +92,11 @@ def drafting_always(settings: Settings) -> Settings:
     return settings.model_copy(update={"serve": serve})
 
 
-def wipe(settings: Settings) -> None:
-    """Forget what earlier runs left; the model and the jars stay.
+def wipe_data(settings: Settings) -> None:
+    """Delete the data of earlier runs; keep the model and the jars.
 
     Raises:
-        UserError: a folder to be wiped is not inside ``stack.data_dir``, or is in an object store.
+        UserError: a folder is outside of ``stack.data_dir``, or in an object store.
     """
     root = Path(settings.stack.data_dir).resolve()
     named = {
@@ -112,43 +114,43 @@ def wipe(settings: Settings) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def check(seen: Run, settings: Settings, screen: DemoScreen) -> Lossless:
-    """Decode a share of the requests again by the target alone; the stack has ended, so every core is free."""
+def check_lossless(record: DemoRun, settings: Settings, screen: DemoScreen) -> LosslessResult:
+    """Decode some requests again with the target alone; the stack has stopped, so every core is free."""
     from pipeline.delta import DeltaLog
 
-    chosen = lossless_check.choose(seen.requests, seen.swaps)
-    screen.say(f"decoding {len(chosen)} requests again by the target alone, in fp32")
+    chosen = lossless_check.choose_requests(record.requests, record.swaps)
+    screen.say(f"decoding {len(chosen)} requests again with the target alone, in fp32")
     traces = DeltaLog(settings.tables).read("traces", lossless_check.COLUMNS)
-    result = lossless_check.check(chosen, traces, Path(settings.target.path), os.cpu_count() or 1)
+    result = lossless_check.check_requests(chosen, traces, Path(settings.target.path), os.cpu_count() or 1)
     screen.say(f"{result.checked} requests, {result.tokens} tokens: {result.mismatches} mismatches")
     return result
 
 
-def write(finished: Run, folder: Path) -> None:
-    """Leave ``summary.json`` and ``report.html``."""
+def write_results(finished: DemoRun, folder: Path) -> None:
+    """Write ``summary.json`` and ``report.html``."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "summary.json").write_text(as_json(finished))
-    (folder / "report.html").write_text(page(finished))
+    (folder / "summary.json").write_text(format_summary(finished))
+    (folder / "report.html").write_text(render_demo_page(finished))
 
 
-def as_json(finished: Run) -> str:
-    """The summary as text."""
-    return json.dumps(summary(finished), indent=2) + "\n"
+def format_summary(finished: DemoRun) -> str:
+    """Return the summary as JSON text."""
+    return json.dumps(summarize_run(finished), indent=2) + "\n"
 
 
-def closing(finished: Run, folder: Path) -> str:
-    """The last words: what was seen, and where the picture is."""
-    figures = summary(finished)
+def format_closing(finished: DemoRun, folder: Path) -> str:
+    """Return the closing lines: main figures, and the paths of report and summary."""
+    figures = summarize_run(finished)
     return (
         f"\n{figures['requests']} requests, {figures['failed_requests']} failed; "
-        f"accepted tokens per step {figures['accepted_per_step_first_50']} at first, "
-        f"{figures['accepted_per_step_last_50']} at last; "
+        f"acceptance length {figures['acceptance_length_first_50']} at first, "
+        f"{figures['acceptance_length_last_50']} at last; "
         f"tokens/s {figures['tokens_per_s_first_50']} at first, {figures['tokens_per_s_last_50']} at last, "
         f"{figures['tokens_per_s_no_speculation']} without speculation\n"
         f"{figures['versions_registered']} versions registered, {figures['versions_promoted']} promoted; "
-        f"{figures['lossless_checked']} requests decoded again by the target alone, "
+        f"{figures['lossless_checked']} requests decoded again with the target alone, "
         f"{figures['lossless_mismatches']} mismatches; {figures['rows_published']} rows published, "
         f"{figures['rows_in_table']} in the table\n"
         f"report: {folder / 'report.html'}   summary: {folder / 'summary.json'}\n"
-        + "".join(f"WRONG: {fault}\n" for fault in faults(finished))
+        + "".join(f"WRONG: {fault}\n" for fault in find_faults(finished))
     )

@@ -1,4 +1,4 @@
-"""What a person sees while the demo runs: one screen in a terminal, plain lines elsewhere."""
+"""Screen of the demo: a live view in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -15,17 +15,16 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from ops.observe.panels import course, number, panel
-from ops.observe.panels import events as boxed_events
+from ops.observe.top import events_panel, figures_panel, format_value, sparkline_panel
 
-_LINE_EVERY_S = 5.0
+_LINE_INTERVAL_S = 5.0
 _EVENTS = 7
 _HEIGHT = 7
 
 
 @dataclass(frozen=True, slots=True)
-class View:
-    """The figures of one moment."""
+class DemoView:
+    """Figures at one moment."""
 
     phase: str
     elapsed_s: float
@@ -34,10 +33,10 @@ class View:
     requests: int = 0
     failed: int = 0
     tokens_per_s: float | None = None
-    accepted_per_step: float | None = None
-    """Over the last 50 requests."""
-    accepted_per_steps: tuple[float, ...] = ()
-    """The same at each request so far."""
+    acceptance_length: float | None = None
+    """Mean of the last 50 requests."""
+    acceptance_lengths: tuple[float, ...] = ()
+    """Rolling mean at each request so far."""
     trace_lag: int | None = None
     step: int = 0
     loss: float | None = None
@@ -47,15 +46,15 @@ class View:
 
 
 class DemoScreen:
-    """Shows views and says events."""
+    """Show views and print events."""
 
     def __init__(self, *, live: bool, to_stderr: bool = False) -> None:
-        """``live=False`` writes plain lines; to stderr where stdout shall hold the result alone."""
+        """Write plain lines if ``live`` is false, to stderr if stdout holds the result."""
         self._console = Console(stderr=to_stderr)
         self._live = Live(console=self._console, auto_refresh=False) if live and self._console.is_terminal else None
         self._events: deque[str] = deque(maxlen=_EVENTS)
         self._last_line = 0.0
-        self._view: View | None = None
+        self._view: DemoView | None = None
 
     def __enter__(self) -> Self:
         if self._live:
@@ -69,41 +68,41 @@ class DemoScreen:
             self._live.stop()
 
     def say(self, text: str) -> None:
-        """Tell an event."""
+        """Print an event."""
         self._events.append(f"{time.strftime('%H:%M:%S')}  {text}")
         if self._live is None:
             self._print(text)
         elif self._view:
             self.show(self._view)
         else:
-            self._live.update(boxed_events(tuple(self._events), _EVENTS + 2), refresh=True)
+            self._live.update(events_panel(tuple(self._events), _EVENTS + 2), refresh=True)
 
-    def show(self, view: View) -> None:
-        """Bring the screen up to date; plain lines come every five seconds."""
+    def show(self, view: DemoView) -> None:
+        """Update the screen; print a plain line every five seconds."""
         self._view = view
         if self._live:
             self._live.update(render(view, tuple(self._events)), refresh=True)
-        elif time.monotonic() - self._last_line >= _LINE_EVERY_S:
+        elif time.monotonic() - self._last_line >= _LINE_INTERVAL_S:
             self._last_line = time.monotonic()
-            self._print(as_line(view))
+            self._print(format_line(view))
 
     def _print(self, text: str) -> None:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def as_line(view: View) -> str:
-    """The view on one line."""
+def format_line(view: DemoView) -> str:
+    """Return the view as one line."""
     return (
         f"[{_clock(view.elapsed_s)}] {view.phase}: {view.requests} requests, {view.failed} failed, "
-        f"{number(view.tokens_per_s, '.0f')} tokens/s, "
-        f"accepted tokens per step {number(view.accepted_per_step, '.2f')}, "
-        f"lag {number(view.trace_lag, 'd')}, step {view.step}, loss {number(view.loss, '.3f')}, "
+        f"{format_value(view.tokens_per_s, '.0f')} tokens/s, "
+        f"acceptance length {format_value(view.acceptance_length, '.2f')}, "
+        f"lag {format_value(view.trace_lag, 'd')}, step {view.step}, loss {format_value(view.loss, '.3f')}, "
         f"versions {view.registered} registered {view.promoted} promoted, serving {view.serving or '-'}"
     )
 
 
-def render(view: View, events: tuple[str, ...]) -> RenderableType:
-    """The whole screen."""
+def render(view: DemoView, events: tuple[str, ...]) -> RenderableType:
+    """Return the live view."""
     head = Table.grid(expand=True, padding=(0, 1))
     head.add_column(ratio=1)
     head.add_column(width=30)
@@ -113,41 +112,41 @@ def render(view: View, events: tuple[str, ...]) -> RenderableType:
     body = Table.grid(expand=True)
     for _ in range(3):
         body.add_column(ratio=1)
-    body.add_row(_serving_panel(view), _learning_panel(view), _versions_panel(view))
-    spark = course("accepted tokens per step", view.accepted_per_steps)
+    body.add_row(_serving_panel(view), _training_panel(view), _versions_panel(view))
+    spark = sparkline_panel("acceptance length", view.acceptance_lengths)
     return Panel(
-        Group(head, body, spark, boxed_events(events, _EVENTS + 2)), title="Aurora Stream", border_style="cyan"
+        Group(head, body, spark, events_panel(events, _EVENTS + 2)), title="Aurora Stream", border_style="cyan"
     )
 
 
-def _serving_panel(view: View) -> Panel:
+def _serving_panel(view: DemoView) -> Panel:
     failed = Text(str(view.failed), style="red" if view.failed else "green")
     rows: dict[str, str | Text] = {
         "traffic": view.domain or "-",
         "requests": str(view.requests),
         "failed": failed,
-        "output tokens/s": number(view.tokens_per_s, ".1f"),
-        "accepted tokens per step": Text(number(view.accepted_per_step, ".2f"), style="bold green"),
+        "output tokens/s": format_value(view.tokens_per_s, ".1f"),
+        "acceptance length": Text(format_value(view.acceptance_length, ".2f"), style="bold green"),
     }
-    return panel("serving", rows, _HEIGHT)
+    return figures_panel("serving", rows, _HEIGHT)
 
 
-def _learning_panel(view: View) -> Panel:
+def _training_panel(view: DemoView) -> Panel:
     rows: dict[str, str | Text] = {
-        "trace lag": f"{number(view.trace_lag, 'd')} records",
+        "trace lag": f"{format_value(view.trace_lag, 'd')} records",
         "training step": f"{view.step:,}",
-        "loss": number(view.loss, ".3f"),
+        "loss": format_value(view.loss, ".3f"),
     }
-    return panel("learning", rows, _HEIGHT)
+    return figures_panel("training", rows, _HEIGHT)
 
 
-def _versions_panel(view: View) -> Panel:
+def _versions_panel(view: DemoView) -> Panel:
     rows: dict[str, str | Text] = {
         "registered": str(view.registered),
         "promoted": str(view.promoted),
         "serving": Text(view.serving or "-", style="bold"),
     }
-    return panel("versions", rows, _HEIGHT)
+    return figures_panel("versions", rows, _HEIGHT)
 
 
 def _clock(seconds: float) -> str:

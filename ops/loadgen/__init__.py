@@ -1,1 +1,1 @@
-"""Load for serving nodes."""
+"""Load generator for serving nodes."""

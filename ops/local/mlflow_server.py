@@ -1,7 +1,7 @@
-"""The embedded registry: an MLflow server on SQLite that serves its artifacts, on loopback.
+"""Embedded registry: an MLflow server on loopback with SQLite and served artifacts.
 
-``python -m ops.local.mlflow_server FOLDER PORT`` runs it until SIGTERM. It is a process of ours around MLflow's because
-MLflow starts a second one and leaves it behind when the first is told to end.
+``python -m ops.local.mlflow_server FOLDER PORT`` runs it until SIGTERM. This wrapper process exists because MLflow
+starts a second process and leaves it behind when the first one is terminated.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _ENVIRON = {
 
 
 class RegistryServer:
-    """An MLflow server with its data under ``folder``."""
+    """MLflow server with its data in ``folder``."""
 
     def __init__(self, folder: Path, port: int, log: Path | None = None) -> None:
         self.folder = folder.absolute()
@@ -37,7 +37,7 @@ class RegistryServer:
         return f"http://{HOST}:{self.port}"
 
     def start(self, timeout_s: float = 180) -> None:
-        """Start and block until it answers (13-23 s on two busy cores).
+        """Start and block until the server answers (13-23 s on two busy cores).
 
         Raises:
             StartError: it ended or was not ready in time; the message names the log.
@@ -50,18 +50,18 @@ class RegistryServer:
             raise
 
     def ready(self) -> bool:
-        """True when the server answers."""
+        """Return whether the server answers."""
         with suppress(OSError), urllib.request.urlopen(f"{self.uri}/health", timeout=2) as answer:  # noqa: S310
             return bool(answer.status == 200)
         return False
 
     def stop(self) -> None:
-        """End the server; its data stays."""
+        """Stop the server; its data stays."""
         self.process.stop()
 
 
 def server_command(folder: Path, port: int) -> list[str]:
-    """MLflow's own command line for a server on SQLite with served artifacts."""
+    """Return the MLflow command for a server on SQLite with served artifacts."""
     return [
         *(sys.executable, "-m", "mlflow", "server"),
         *("--host", HOST, "--port", str(port), "--workers", "1"),
@@ -72,7 +72,7 @@ def server_command(folder: Path, port: int) -> list[str]:
 
 
 def main(folder: Path, port: int) -> int:
-    """Run the server until SIGTERM or SIGINT, or until it ends by itself; returns its exit code."""
+    """Run the server until SIGTERM, SIGINT or its own end; return its exit code."""
     folder.mkdir(parents=True, exist_ok=True)
     server = Process("mlflow", server_command(folder, port), Path("/dev/stderr"), _ENVIRON)
     wanted = {signal.SIGTERM, signal.SIGINT, signal.SIGCHLD}

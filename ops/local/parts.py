@@ -1,4 +1,4 @@
-"""What the stack on one machine consists of: pure from the settings, up to the addresses of what is embedded."""
+"""Parts of the stack on one machine, derived from the settings."""
 
 from __future__ import annotations
 
@@ -18,52 +18,52 @@ from schemas.errors import UserError
 from schemas.settings import Kafka, Registry, Settings, to_environ
 
 _LEARNING_NICE = 10
-"""Serving never waits for learning: on a full machine the scheduler prefers the node and the stream."""
+"""Serving never waits for training: on a busy machine the scheduler prefers node and stream."""
 
 
 class PortInUseError(UserError):
-    """Something listens where a part would; the message names the setting to change."""
+    """The port of a part is in use; the message names the setting to change."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One process of the stack, and how to tell that it is ready."""
+    """One process of the stack and its readiness probe."""
 
     name: str
     process: Process
     ready: Callable[[], bool]
     after: tuple[str, ...] = ()
-    """Parts that are ready before this one is started."""
+    """Parts that must be ready before this one starts."""
     prepare: Callable[[], None] | None = None
-    """Runs before every start."""
+    """Called before every start."""
     ports: Mapping[str, int] = field(default_factory=dict)
-    """Ports that it listens on, by the setting that names them."""
+    """Ports that it listens on, by setting."""
     timeout_s: float = 240
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The parts in the order of their start, and the settings that all of them get."""
+class StackPlan:
+    """Parts in start order, and the settings that they share."""
 
     settings: Settings
     parts: tuple[Part, ...]
 
 
 def embeds_broker(settings: Settings) -> bool:
-    """True when ``kafka.bootstrap_servers`` is left as it is, or names the embedded broker's port."""
+    """Return whether ``kafka.bootstrap_servers`` has its default or names the port of the embedded broker."""
     return settings.kafka.bootstrap_servers in (Kafka().bootstrap_servers, f"127.0.0.1:{settings.stack.kafka_port}")
 
 
 def embeds_registry(settings: Settings) -> bool:
-    """True when ``registry.tracking_uri`` is left as it is, or names the embedded server's port."""
+    """Return whether ``registry.tracking_uri`` has its default or names the port of the embedded server."""
     return settings.registry.tracking_uri.rstrip("/") in (
         Registry().tracking_uri,
         f"http://127.0.0.1:{settings.stack.mlflow_port}",
     )
 
 
-def effective(settings: Settings) -> Settings:
-    """The settings with the addresses of what is embedded filled in; a user's own addresses stay."""
+def resolve_addresses(settings: Settings) -> Settings:
+    """Return the settings with the addresses of embedded services; keep the user's own addresses."""
     kafka, registry = settings.kafka, settings.registry
     if embeds_broker(settings):
         kafka = kafka.model_copy(update={"bootstrap_servers": f"127.0.0.1:{settings.stack.kafka_port}"})
@@ -73,39 +73,43 @@ def effective(settings: Settings) -> Settings:
 
 
 def log_path(settings: Settings, name: str) -> Path:
-    """Where a part's output goes."""
+    """Return the log file of a part."""
     return Path(settings.stack.data_dir) / "logs" / f"{name}.log"
 
 
-def plan(settings: Settings) -> Plan:
-    """Everything that ``aurora up`` starts.
+def plan_stack(settings: Settings) -> StackPlan:
+    """Return all parts that ``aurora up`` starts.
 
     Raises:
-        JarsError: the embedded broker is wanted and its jars cannot be had.
+        JarsError: the jars of the embedded broker cannot be fetched.
     """
-    settings = effective(settings)
+    settings = resolve_addresses(settings)
     parts: list[Part] = []
     if embeds_broker(settings):
-        parts.append(_broker(settings))
+        parts.append(_broker_part(settings))
     if embeds_registry(settings):
-        parts.append(_registry(settings))
-    broker = tuple(part.name for part in parts if part.name == "broker")  # the others wait for the registry themselves
+        parts.append(_registry_part(settings))
+    broker = tuple(
+        part.name for part in parts if part.name == "broker"
+    )  # the other parts retry the registry themselves
     serve = f"http://{settings.serve.host}:{settings.serve.port}/ready"
     stream = f"http://{settings.stream.host}:{settings.stream.port}/ready"
     parts += [
-        _own("stream", settings, {"stream.port": settings.stream.port}, after=broker, probe=stream),
-        _own("train", settings, {"train.port": settings.train.port}, after=broker, nice=_LEARNING_NICE),
-        _own("promoter", settings, {"promoter.port": settings.promoter.port}, after=broker, nice=_LEARNING_NICE),
-        _own("serve", settings, {"serve.port": settings.serve.port}, after=broker, probe=serve),
+        _aurora_part("stream", settings, {"stream.port": settings.stream.port}, after=broker, probe=stream),
+        _aurora_part("train", settings, {"train.port": settings.train.port}, after=broker, nice=_LEARNING_NICE),
+        _aurora_part(
+            "promoter", settings, {"promoter.port": settings.promoter.port}, after=broker, nice=_LEARNING_NICE
+        ),
+        _aurora_part("serve", settings, {"serve.port": settings.serve.port}, after=broker, probe=serve),
     ]
-    return Plan(settings, tuple(parts))
+    return StackPlan(settings, tuple(parts))
 
 
 def check_ports(parts: tuple[Part, ...]) -> None:
-    """See that every port is free.
+    """Check that every port is free.
 
     Raises:
-        PortInUseError: one is not.
+        PortInUseError: a port is in use.
     """
     for part in parts:
         for setting, port in part.ports.items():
@@ -116,18 +120,18 @@ def check_ports(parts: tuple[Part, ...]) -> None:
                 except OSError as error:
                     raise PortInUseError(
                         f"{part.name} needs port {port}, which is in use: set {setting} to a free one, "
-                        f"or end the program that listens there"
+                        f"or stop the program that listens there"
                     ) from error
 
 
-def answers(url: str, timeout_s: float = 2) -> bool:
-    """True when ``url`` answers 200."""
+def is_answering(url: str, timeout_s: float = 2) -> bool:
+    """Return whether a GET of ``url`` answers 200."""
     with suppress(OSError), urllib.request.urlopen(url, timeout=timeout_s) as answer:  # noqa: S310
         return bool(answer.status == HTTPStatus.OK)
     return False
 
 
-def _broker(settings: Settings) -> Part:
+def _broker_part(settings: Settings) -> Part:
     stack = settings.stack
     broker = Broker(
         Path(stack.data_dir) / "broker",
@@ -139,7 +143,7 @@ def _broker(settings: Settings) -> Part:
     return Part("broker", broker.process, broker.ready, prepare=broker.prepare, ports=ports)
 
 
-def _registry(settings: Settings) -> Part:
+def _registry_part(settings: Settings) -> Part:
     stack = settings.stack
     server = RegistryServer(
         Path(stack.data_dir) / "registry", stack.mlflow_port, log_path(settings, "registry").absolute()
@@ -147,7 +151,7 @@ def _registry(settings: Settings) -> Part:
     return Part("registry", server.process, server.ready, ports={"stack.mlflow_port": stack.mlflow_port})
 
 
-def _own(
+def _aurora_part(
     name: str,
     settings: Settings,
     port: Mapping[str, int],
@@ -156,7 +160,7 @@ def _own(
     probe: str | None = None,
     nice: int = 0,
 ) -> Part:
-    """One of our own processes: the ``aurora`` command of that name, with these settings."""
+    """Return the part that runs the ``aurora`` command of that name."""
     process = Process(
         name,
         [sys.executable, "-m", "ops.cli.main", name],
@@ -165,4 +169,4 @@ def _own(
         nice,
     )
     url = probe or f"http://{getattr(settings, name).host}:{getattr(settings, name).port}/status"
-    return Part(name, process, lambda: answers(url), after, ports=port)
+    return Part(name, process, lambda: is_answering(url), after, ports=port)

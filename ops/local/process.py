@@ -1,4 +1,4 @@
-"""A child process in a group of its own, with a log file, that does not outlive its parent."""
+"""Child process in its own process group, with a log file, that ends with its parent."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-"""Several processes share the machine's cores: each keeps to one, and an idle one does not spin."""
+"""Several processes share the cores: each uses one thread, and an idle one does not spin."""
 
 
 class StartError(UserError):
-    """A process that did not come up; the message names its log."""
+    """A process failed to start; the message names its log."""
 
 
 @dataclass
 class Process:
-    """One command, started by ``start`` and ended with everything it started by ``stop``.
+    """One command; ``stop`` ends it with all of its children.
 
-    On Linux the kernel sends SIGTERM to the command when the thread that started it dies, so start it from a thread
+    On Linux the kernel sends SIGTERM to the command when the thread that started it ends, so start it from a thread
     that lives as long as the program.
     """
 
@@ -38,20 +38,20 @@ class Process:
     command: Sequence[str]
     log: Path
     environ: Mapping[str, str] = field(default_factory=dict)
-    """Added to this process's own variables."""
+    """Variables added to those of the current process."""
     nice: int = 0
     _child: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start the command; its output is appended to the log."""
+        """Start the command; append its output to the log."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
         parent = os.getpid()
 
         def before_exec() -> None:
-            signal.pthread_sigmask(signal.SIG_SETMASK, ())  # a mask survives exec: the child could not be ended
+            signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the mask survives exec and would block SIGTERM
             if _LIBC is not None:
                 _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-                if os.getppid() != parent:  # it died before the signal was asked for
+                if os.getppid() != parent:  # it ended before the signal was requested
                     os._exit(1)
             if self.nice:
                 os.nice(self.nice)
@@ -69,7 +69,7 @@ class Process:
 
     @property
     def pid(self) -> int | None:
-        """Process id, also the id of its group; None before the start."""
+        """Process id and group id; None before the start."""
         return self._child.pid if self._child else None
 
     @property
@@ -83,7 +83,7 @@ class Process:
         return self._poll() if self._child else None
 
     def stop(self, grace_s: float = 15) -> None:
-        """Ask the group to end, wait, then kill what is left of it. Does nothing when it never started."""
+        """Send SIGTERM to the group, wait, then kill the rest; do nothing before the start."""
         if self._child is None or not self.alive:
             return
         self._signal(signal.SIGTERM)
@@ -94,7 +94,7 @@ class Process:
             time.sleep(0.02)
 
     def wait_ready(self, ready: Callable[[], bool], timeout_s: float) -> None:
-        """Block until ``ready`` says so.
+        """Block until ``ready`` returns true.
 
         Raises:
             StartError: the command ended or was not ready in time.
@@ -108,9 +108,9 @@ class Process:
             time.sleep(0.1)
 
     def _poll(self) -> int | None:
-        """The exit code, and the end of what the command started when it is seen for the first time.
+        """Return the exit code; kill the rest of the group when the exit is first seen.
 
-        That happens at once: once the group is empty, its number may become another program's.
+        The kill must be immediate: the id of an empty group may be assigned to another program.
         """
         assert self._child is not None
         known = self._child.returncode

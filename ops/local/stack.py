@@ -1,8 +1,7 @@
-"""The whole stack on one machine: ``aurora up`` and ``aurora down``."""
+"""Run the whole stack on one machine: ``aurora up`` and ``aurora down``."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import signal
@@ -17,9 +16,10 @@ from types import FrameType
 from typing import NoReturn
 
 import psutil
+from filelock import FileLock, Timeout
 
 from ops.local import demo_model
-from ops.local.parts import Plan, check_ports, log_path, plan
+from ops.local.parts import StackPlan, check_ports, log_path, plan_stack
 from ops.local.supervisor import Supervisor
 from schemas.errors import UserError
 from schemas.settings import Settings, Target, load, to_environ
@@ -29,51 +29,51 @@ Say = Callable[[str], None]
 
 
 class StackError(UserError):
-    """The stack cannot be started or stopped as asked; the message says what to do."""
+    """The stack cannot start or stop; the message says what to do."""
 
 
 @dataclass(frozen=True)
-class Running:
-    """A stack that runs in some process, as its state file tells."""
+class StackState:
+    """State file of a running stack."""
 
     pid: int
     created: float
-    """When the process began: a pid alone may have gone to another one."""
+    """Start time of the process: the pid alone may have been reused."""
     ready: bool
     environ: dict[str, str]
-    """Its settings: another shell may have started it with flags of its own."""
+    """Settings of the stack, which another shell may have started with other flags."""
     parts: dict[str, str]
 
 
 class Stack:
-    """A started stack; made by ``running_stack``."""
+    """Stack of ``running_stack``."""
 
-    def __init__(self, planned: Plan, supervisor: Supervisor) -> None:
+    def __init__(self, planned: StackPlan, supervisor: Supervisor) -> None:
         self.settings = planned.settings
         self.supervisor = supervisor
         self._file = _state_file(planned.settings)
         self._written = ""
 
     def tick(self) -> None:
-        """Look after the parts, and write down how they are. Raises what ``Supervisor.tick`` raises."""
+        """Supervise the parts and write the state file. Raises what ``Supervisor.tick`` raises."""
         self.supervisor.tick()
         self.write_state()
 
     def start(self) -> None:
-        """Start every part and wait until all are ready. Raises what ``Supervisor.start`` raises."""
+        """Start all parts and wait until they are ready. Raises what ``Supervisor.start`` raises."""
         self.write_state()
         self.supervisor.start()
         self.write_state()
 
     def write_state(self) -> None:
-        """Replace the state file when something changed."""
+        """Replace the state file if the state has changed."""
         state = json.dumps(
             {
                 "pid": os.getpid(),
                 "created": psutil.Process().create_time(),
                 "ready": self.supervisor.ready,
                 "environ": to_environ(self.settings),
-                "parts": {name: str(watched.state) for name, watched in self.supervisor.watched.items()},
+                "parts": {name: str(part.state) for name, part in self.supervisor.parts.items()},
             }
         )
         if state == self._written:
@@ -87,30 +87,30 @@ class Stack:
 
 @contextmanager
 def running_stack(settings: Settings, say: Say, *, restart: bool = True) -> Iterator[Stack]:
-    """The stack of these settings, not yet started; all of it has ended when the context is left.
+    """Yield the stack of these settings before its start; stop all parts at the end of the context.
 
-    SIGTERM ends the context like Ctrl-C does.
+    SIGTERM ends the context like Ctrl-C.
 
     Raises:
-        StackError: another stack runs in this folder, or there is no target to serve.
-        PortInUseError: a port is taken.
-        JarsError, ModelError: something to be fetched cannot be had.
+        StackError: another stack runs in this folder, or the target is missing.
+        PortInUseError: a port is in use.
+        JarsError, ModelError: the jars or the demo model cannot be fetched.
     """
     folder = Path(settings.stack.data_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    with _only_one(folder):
+    with _exclusive_lock(folder):
         provide_target(settings.target, say)
-        planned = plan(settings)
+        planned = plan_stack(settings)
         check_ports(planned.parts)
         for part in planned.parts:
-            _put_aside(part.process.log)
+            _rotate_log(part.process.log)
         supervisor = Supervisor(planned.parts, say, restart=restart)
         stack = Stack(planned, supervisor)
-        with _ended_by_sigterm():
+        with _sigterm_as_interrupt():
             try:
                 yield stack
             finally:
-                # From here on nothing may cut the stop short and leave a part behind.
+                # A second signal must not interrupt the stop and leave a part running.
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
                 signal.signal(signal.SIGINT, signal.SIG_IGN)
                 supervisor.stop()
@@ -118,13 +118,13 @@ def running_stack(settings: Settings, say: Say, *, restart: bool = True) -> Iter
 
 
 def up(settings: Settings, say: Say, show: Callable[[Stack], None]) -> None:
-    """Start the stack and keep it running until SIGTERM or Ctrl-C; ``show`` is called twice a second.
+    """Start the stack and keep it running until SIGTERM or Ctrl-C; call ``show`` twice a second.
 
     Raises what ``running_stack`` and ``Stack.start`` raise.
     """
     with running_stack(settings, say) as stack:
         stack.start()
-        say("all is ready; Ctrl-C or `aurora down` stops everything")
+        say("the stack is ready; Ctrl-C or `aurora down` stops it")
         while True:
             stack.tick()
             show(stack)
@@ -132,15 +132,15 @@ def up(settings: Settings, say: Say, show: Callable[[Stack], None]) -> None:
 
 
 def up_detached(settings: Settings, say: Say, timeout_s: float = 600) -> None:
-    """Start the stack in a process of its own and return once all is ready.
+    """Start the stack in a separate process and return when all parts are ready.
 
     Raises:
-        StackError: one runs already, or this one did not come up.
+        StackError: a stack already runs, or this one did not start.
     """
-    if running(settings):
-        raise StackError(_already(Path(settings.stack.data_dir)))
+    if read_state(settings):
+        raise StackError(_already_running(Path(settings.stack.data_dir)))
     log = log_path(settings, "up").absolute()
-    _put_aside(log)
+    _rotate_log(log)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
         child = subprocess.Popen(
@@ -153,7 +153,7 @@ def up_detached(settings: Settings, say: Say, timeout_s: float = 600) -> None:
         )
     say(f"starting; progress is in {log}")
     deadline = time.monotonic() + timeout_s
-    while not ((state := running(settings)) and state.ready):
+    while not ((state := read_state(settings)) and state.ready):
         if child.poll() is not None:
             raise StackError(f"the stack did not start: {_last_line(log)}")
         if time.monotonic() > deadline:
@@ -163,44 +163,44 @@ def up_detached(settings: Settings, say: Say, timeout_s: float = 600) -> None:
 
 
 def down(settings: Settings) -> bool:
-    """Stop the stack of this folder and wait until it has ended; False when none runs.
+    """Stop the stack of this folder and wait for its end; return False if none runs.
 
     Raises:
-        StackError: it did not end in time.
+        StackError: it did not stop in time.
     """
-    state = running(settings)
+    state = read_state(settings)
     if state is None:
         return False
     os.kill(state.pid, signal.SIGTERM)
     deadline = time.monotonic() + _STOP_S
-    while _lives(state.pid, state.created):
+    while _is_alive(state.pid, state.created):
         if time.monotonic() > deadline:
-            raise StackError(f"process {state.pid} has not stopped after {_STOP_S:.0f} s; read the logs beside it")
+            raise StackError(f"process {state.pid} has not stopped after {_STOP_S:.0f} s; read its logs")
         time.sleep(0.2)
     return True
 
 
-def running(settings: Settings) -> Running | None:
-    """The stack that runs in this folder, if the process of its state file is really the one that wrote it."""
+def read_state(settings: Settings) -> StackState | None:
+    """Return the state of the stack that runs in this folder; None if the process that wrote it has ended."""
     with suppress(OSError, ValueError, TypeError):
-        state = Running(**json.loads(_state_file(settings).read_text()))
-        if _lives(state.pid, state.created):
+        state = StackState(**json.loads(_state_file(settings).read_text()))
+        if _is_alive(state.pid, state.created):
             return state
     return None
 
 
-def settings_here(settings: Settings) -> Settings:
-    """Those of the stack that runs in this folder, for it may have other flags; where none runs, the given ones."""
-    state = running(settings)
+def running_settings(settings: Settings) -> Settings:
+    """Return the settings of the stack that runs in this folder, or the given ones if none runs."""
+    state = read_state(settings)
     return load(environ=state.environ) if state else settings
 
 
 def provide_target(target: Target, say: Say) -> None:
-    """See that there is a model to serve; the default one is fetched.
+    """Check that the target exists; fetch the default one.
 
     Raises:
-        StackError: the folder of another model is missing.
-        ModelError: the default model cannot be fetched.
+        StackError: the folder of a custom target is missing.
+        ModelError: the default target cannot be fetched.
     """
     folder = Path(target.path)
     if (folder / "config.json").exists():
@@ -210,21 +210,21 @@ def provide_target(target: Target, say: Say) -> None:
     demo_model.ensure(folder, say)
 
 
-def _lives(pid: int, created: float) -> bool:
-    """Whether the process that began at ``created`` has not ended yet."""
+def _is_alive(pid: int, created: float) -> bool:
+    """Return whether the process that started at ``created`` still runs."""
     with suppress(psutil.NoSuchProcess):
         process = psutil.Process(pid)
         return process.create_time() == created and process.status() != psutil.STATUS_ZOMBIE
     return False
 
 
-def _already(folder: Path) -> str:
-    return f"a stack runs already in {folder}; `aurora status` shows it, `aurora down` stops it"
+def _already_running(folder: Path) -> str:
+    return f"a stack already runs in {folder}; `aurora status` shows it, `aurora down` stops it"
 
 
 @contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM acts like Ctrl-C inside; both are as before afterwards."""
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """Handle SIGTERM like Ctrl-C; restore the handlers of both afterwards."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -235,12 +235,14 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 
 @contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
-    with (folder / "up.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise StackError(_already(folder)) from error
+def _exclusive_lock(folder: Path) -> Iterator[None]:
+    lock = FileLock(folder / "up.lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise StackError(_already_running(folder)) from error
+    with lock:
+        lock.release()
         yield
 
 
@@ -248,8 +250,8 @@ def _state_file(settings: Settings) -> Path:
     return Path(settings.stack.data_dir) / "up.json"
 
 
-def _put_aside(log: Path) -> None:
-    """Keep the log of the run before, so that the one to read holds this run alone."""
+def _rotate_log(log: Path) -> None:
+    """Move the log of the previous run, so that the current one holds one run."""
     with suppress(FileNotFoundError):
         log.replace(log.with_suffix(".log.1"))
 

@@ -1,4 +1,4 @@
-"""Starts the parts of the stack in order, starts them again when they die, and stops them in reverse."""
+"""Start the parts of the stack in order, restart parts that die, and stop them in reverse order."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from enum import StrEnum
 from ops.local.parts import Part
 from schemas.errors import UserError
 
-QUICK_S = 30.0
-"""A part that dies within this time of its start has not recovered from its last death."""
-GIVE_UP_AFTER = 4
+QUICK_DEATH_S = 30.0
+"""A part that dies within this time after its start has not recovered from its previous death."""
+MAX_QUICK_DEATHS = 4
 _FIRST_DELAY_S = 0.5
-_LONGEST_DELAY_S = 10.0
+_MAX_DELAY_S = 10.0
 _STOP_GRACE_S = 30.0
 
 
 class State(StrEnum):
-    """Where a part is."""
+    """State of a part."""
 
     WAITING = "waiting"
     STARTING = "starting"
@@ -29,33 +29,33 @@ class State(StrEnum):
 
 
 class PartFailedError(UserError):
-    """A part that died or did not start; the message names its log."""
+    """A part died or did not start; the message names its log."""
 
 
 @dataclass
-class Watched:
-    """A part and how it has fared."""
+class SupervisedPart:
+    """Part with its state and its deaths."""
 
     part: Part
     state: State = State.WAITING
     started: float = 0.0
-    again_at: float = 0.0
+    restart_at: float = 0.0
     quick_deaths: int = 0
     restarts: int = 0
 
 
-def delay(quick_deaths: int) -> float | None:
-    """Seconds until the next start after so many quick deaths in a row; None to give up."""
-    if quick_deaths > GIVE_UP_AFTER:
+def restart_delay(quick_deaths: int) -> float | None:
+    """Return seconds until the next start after consecutive quick deaths; None to give up."""
+    if quick_deaths > MAX_QUICK_DEATHS:
         return None
-    return min(_FIRST_DELAY_S * 2.0 ** max(quick_deaths - 1, 0), _LONGEST_DELAY_S)
+    return min(_FIRST_DELAY_S * 2.0 ** max(quick_deaths - 1, 0), _MAX_DELAY_S)
 
 
 class Supervisor:
-    """Drives the parts from ``tick`` to ``tick``; the caller's loop sets the pace.
+    """Advance the parts at each ``tick`` of the caller's loop.
 
-    Not thread-safe, and to be driven from one thread that lives as long as the program: the kernel ties the parts'
-    lives to it.
+    Not thread-safe: call it from one thread that lives as long as the program, because the kernel ends the parts with
+    that thread.
     """
 
     def __init__(
@@ -66,89 +66,89 @@ class Supervisor:
         restart: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``restart=False`` makes any death an error, also that of a part which was ready."""
-        self.watched = {part.name: Watched(part) for part in parts}
+        """Treat every death as an error if ``restart`` is false, even that of a ready part."""
+        self.parts = {part.name: SupervisedPart(part) for part in parts}
         self._say = say
         self._restart = restart
         self._clock = clock
 
     @property
     def ready(self) -> bool:
-        """True when every part is."""
-        return all(w.state is State.READY for w in self.watched.values())
+        """True if every part is ready."""
+        return all(w.state is State.READY for w in self.parts.values())
 
     def tick(self) -> None:
-        """Start what may start, and look after what runs.
+        """Start parts whose dependencies are ready, and check running parts.
 
         Raises:
             PartFailedError: with ``restart=False``, a part died or was not ready in time.
-            StartError: a part could not be prepared for its start.
+            StartError: the preparation of a part failed.
         """
-        for watched in self.watched.values():
-            match watched.state:
-                case State.WAITING if self._may_start(watched.part):
-                    self._start(watched)
-                case State.DOWN if self._clock() >= watched.again_at:
-                    watched.restarts += 1
-                    self._start(watched)
+        for supervised in self.parts.values():
+            match supervised.state:
+                case State.WAITING if self._may_start(supervised.part):
+                    self._start(supervised)
+                case State.DOWN if self._clock() >= supervised.restart_at:
+                    supervised.restarts += 1
+                    self._start(supervised)
                 case State.STARTING | State.READY:
-                    self._look_after(watched)
+                    self._check(supervised)
 
     def start(self, poll_s: float = 0.2) -> None:
         """Tick until every part is ready.
 
         Raises:
-            PartFailedError: a part gave up.
-            StartError: a part could not be prepared for its start.
+            PartFailedError: a part died too often.
+            StartError: the preparation of a part failed.
         """
         while not self.ready:
             self.tick()
-            for name, watched in self.watched.items():
-                if watched.state is State.GAVE_UP:
-                    raise PartFailedError(f"{name} does not start; read {watched.part.process.log}")
+            for name, supervised in self.parts.items():
+                if supervised.state is State.GAVE_UP:
+                    raise PartFailedError(f"{name} does not start; read {supervised.part.process.log}")
             time.sleep(poll_s)
 
     def stop(self, names: Sequence[str] | None = None) -> None:
-        """Stop the named parts, or all, the last one first."""
-        for name, watched in reversed(self.watched.items()):
+        """Stop the named parts or all, in reverse order."""
+        for name, supervised in reversed(self.parts.items()):
             if names is None or name in names:
-                watched.part.process.stop(_STOP_GRACE_S)
-                watched.state = State.GAVE_UP if watched.state is State.GAVE_UP else State.WAITING
+                supervised.part.process.stop(_STOP_GRACE_S)
+                supervised.state = State.GAVE_UP if supervised.state is State.GAVE_UP else State.WAITING
 
     def _may_start(self, part: Part) -> bool:
-        return all(self.watched[name].state is State.READY for name in part.after)
+        return all(self.parts[name].state is State.READY for name in part.after)
 
-    def _start(self, watched: Watched) -> None:
-        if watched.part.prepare:
-            watched.part.prepare()
-        watched.part.process.start()
-        watched.started = self._clock()
-        watched.state = State.STARTING
+    def _start(self, supervised: SupervisedPart) -> None:
+        if supervised.part.prepare:
+            supervised.part.prepare()
+        supervised.part.process.start()
+        supervised.started = self._clock()
+        supervised.state = State.STARTING
 
-    def _look_after(self, watched: Watched) -> None:
-        process, age = watched.part.process, self._clock() - watched.started
+    def _check(self, supervised: SupervisedPart) -> None:
+        process, age = supervised.part.process, self._clock() - supervised.started
         if not process.alive:
-            self._died(watched, f"died with code {process.exit_code}", age)
-        elif watched.state is State.STARTING and watched.part.ready():
-            watched.state = State.READY
-            self._say(f"{watched.part.name} is ready after {age:.0f} s")
-        elif watched.state is State.STARTING and age > watched.part.timeout_s:
-            self._died(watched, f"was not ready after {age:.0f} s", age)
+            self._handle_death(supervised, f"died with code {process.exit_code}", age)
+        elif supervised.state is State.STARTING and supervised.part.ready():
+            supervised.state = State.READY
+            self._say(f"{supervised.part.name} is ready after {age:.0f} s")
+        elif supervised.state is State.STARTING and age > supervised.part.timeout_s:
+            self._handle_death(supervised, f"was not ready after {age:.0f} s", age)
 
-    def _died(self, watched: Watched, how: str, age: float) -> None:
-        process = watched.part.process
-        process.stop()  # it may be alive, and merely not ready in time
-        told = f"{watched.part.name} {how}; read {process.log}"
+    def _handle_death(self, supervised: SupervisedPart, event: str, age: float) -> None:
+        process = supervised.part.process
+        process.stop()  # it may still run after a readiness timeout
+        message = f"{supervised.part.name} {event}; read {process.log}"
         if not self._restart:
-            watched.state = State.GAVE_UP
-            raise PartFailedError(told)
-        recovered = watched.state is State.READY and age > QUICK_S
-        watched.quick_deaths = 1 if recovered else watched.quick_deaths + 1
-        pause = delay(watched.quick_deaths)
+            supervised.state = State.GAVE_UP
+            raise PartFailedError(message)
+        recovered = supervised.state is State.READY and age > QUICK_DEATH_S
+        supervised.quick_deaths = 1 if recovered else supervised.quick_deaths + 1
+        pause = restart_delay(supervised.quick_deaths)
         if pause is None:
-            watched.state = State.GAVE_UP
-            self._say(f"{told}; it died {watched.quick_deaths} times in a row and is left alone")
+            supervised.state = State.GAVE_UP
+            self._say(f"{message}; it died {supervised.quick_deaths} times in a row and is not restarted")
             return
-        watched.state = State.DOWN
-        watched.again_at = self._clock() + pause
-        self._say(f"{told}; starting it again in {pause:.1f} s")
+        supervised.state = State.DOWN
+        supervised.restart_at = self._clock() + pause
+        self._say(f"{message}; restarting it in {pause:.1f} s")

@@ -1,7 +1,8 @@
-"""From a request to the versions that learned from it: where its rows are, and who has read so far.
+"""Find the rows of a request and the speculator versions trained on it.
 
-A version's tags say up to which version of ``accepted`` its trainer had read, and up to which every window had its
-turn. A request whose last commit lies at or before the second has taught the version; one between the two may have.
+The tags of a version name the version of ``accepted`` up to which its trainer had read, and the one up to which it had
+trained on every sample. A version is trained on a request whose last commit is at or before the second one; between
+the two, it may be.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ if TYPE_CHECKING:
     from schemas.events import AliasMoved
     from trainer.release.registry import SpeculatorRegistry, Version
 
-Taught = Literal["yes", "partly", "no", "held out"]
-TOLD_TABLES = ("traces", "accepted", "rejected")
+TrainedOn = Literal["yes", "partly", "no", "held out"]
+REQUEST_TABLES = ("traces", "accepted", "rejected")
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class RequestRows:
     """Rows of a request in one table, from one partition."""
 
     table: str
@@ -38,81 +39,81 @@ class Rows:
     last_offset: int
     rows: int
     first_version: int | None
-    """Of the table, by the commits that brought the rows; None while a commit runs."""
+    """Table version of the commit of the first row; None while a commit runs."""
     last_version: int | None
 
 
 @dataclass(frozen=True, slots=True)
-class Reader:
-    """A version, and what the request has to do with it."""
+class VersionLineage:
+    """A version and its relation to the request."""
 
     version: str
-    taught: Taught
+    trained_on: TrainedOn
     registered: datetime
     parent: str | None
     moves: tuple[AliasMoved, ...]
-    """Of aliases that came to name it."""
+    """Moves of an alias to this version."""
     served: datetime | None
     """Time of its first verify step in ``traces``."""
 
 
 @dataclass(frozen=True, slots=True)
-class Trail:
-    """What became of a request."""
+class RequestLineage:
+    """A request, its rows, and the versions of its line."""
 
     request: str
     trace: str
     node: str
     line: str
     time: datetime
-    """Of its first verify step."""
+    """Time of its first verify step."""
     drafted_by: tuple[str, ...]
-    rows: tuple[Rows, ...]
-    versions: tuple[Reader, ...]
+    rows: tuple[RequestRows, ...]
+    versions: tuple[VersionLineage, ...]
 
     @property
-    def first(self) -> Reader | None:
-        """The oldest version that has learned from all of it."""
-        return next((reader for reader in self.versions if reader.taught == "yes"), None)
+    def first(self) -> VersionLineage | None:
+        """Oldest version that is trained on the whole request."""
+        return next((version for version in self.versions if version.trained_on == "yes"), None)
 
 
-def trails(tables: DeltaLog, registry: SpeculatorRegistry, named: str) -> list[Trail]:
-    """The trails of the requests that an id names: of one by its own, of all of a trace by the trace's.
+def read_lineage(tables: DeltaLog, registry: SpeculatorRegistry, id_: str) -> list[RequestLineage]:
+    """Return the lineage of one request by its id, or of all requests of a trace by the trace id.
 
     Raises:
-        UserError: the tables have no rows of it, or are not to be read.
-        RegistryError: no answer.
+        UserError: the tables have no rows of it, or cannot be read.
+        RegistryError: the registry does not answer.
     """
     from pipeline.delta import escape_sql
 
-    of_trace = f" OR request LIKE '%-{named}%'" if re.fullmatch(r"[0-9a-f]{32}", named) else ""
+    of_trace = f" OR request LIKE '%-{id_}%'" if re.fullmatch(r"[0-9a-f]{32}", id_) else ""
     found = tables.query(
         'SELECT request, node, line, MIN("time") AS "time", array_agg(DISTINCT speculator) AS drafted_by FROM traces '  # noqa: S608 - escaped
-        f"WHERE request = '{escape_sql(named)}'{of_trace} GROUP BY request, node, line ORDER BY 4"
+        f"WHERE request = '{escape_sql(id_)}'{of_trace} GROUP BY request, node, line ORDER BY 4"
     )
     requests = found.read_all().to_pylist()
     if not requests:
         raise UserError(
-            f"no rows of {named!r} in table traces: it was not traced, is on its way, became a dead letter "
-            f"(`aurora dead list`), or is older than tables.traces_retention"
+            f"no rows of {id_!r} in table traces: it was not traced, is in flight, became a dead letter "
+            f"(`aurora dlq list`), or is older than tables.traces_retention"
         )
     return [
-        Trail(
+        RequestLineage(
             request=one["request"],
             trace=request_context(one["request"]).trace_id,
             node=one["node"],
             line=one["line"],
             time=one["time"],
             drafted_by=tuple(sorted(filter(None, one["drafted_by"]))),
-            rows=(rows := _rows(tables, one["request"])),
-            versions=_readers(tables, registry, one["line"], one["request"], rows),
+            rows=(rows := _read_rows(tables, one["request"])),
+            versions=_read_versions(tables, registry, one["line"], one["request"], rows),
         )
         for one in requests
     ]
 
 
-def taught(tags: Mapping[str, str], request: str, commits: Sequence[int | None]) -> Taught:
-    """Whether a version has learned from a request whose windows came with these commits of ``accepted``."""
+def is_trained_on(tags: Mapping[str, str], request: str, commits: Sequence[int | None]) -> TrainedOn:
+    """Return whether a version is trained on a request with samples in these commits of ``accepted``."""
     from trainer.data.data_loader import is_held_out
     from trainer.release.registration import PASSED_TAG, SETTINGS_TAG
 
@@ -126,11 +127,11 @@ def taught(tags: Mapping[str, str], request: str, commits: Sequence[int | None])
     return "partly" if any(commit is not None and commit <= read for commit in commits) else "no"
 
 
-def _rows(tables: DeltaLog, request: str) -> tuple[Rows, ...]:
+def _read_rows(tables: DeltaLog, request: str) -> tuple[RequestRows, ...]:
     from pipeline.delta import escape_sql
 
-    rows: list[Rows] = []
-    for name in TOLD_TABLES:
+    rows: list[RequestRows] = []
+    for name in REQUEST_TABLES:
         found = tables.query(
             'SELECT topic, partition, MIN("offset") AS first, MAX("offset") AS last, COUNT(*) AS rows '  # noqa: S608 - escaped
             f"FROM {name} WHERE request = '{escape_sql(request)}' GROUP BY topic, partition ORDER BY topic, partition"
@@ -138,34 +139,34 @@ def _rows(tables: DeltaLog, request: str) -> tuple[Rows, ...]:
         for one in found.read_all().to_pylist():
             source = SourcePartition(one["topic"], one["partition"])
             first, last = (find_commit(tables, name, source, one[end]) for end in ("first", "last"))
-            rows.append(Rows(name, *source, one["first"], one["last"], one["rows"], first, last))
+            rows.append(RequestRows(name, *source, one["first"], one["last"], one["rows"], first, last))
     return tuple(rows)
 
 
-def _readers(
-    tables: DeltaLog, registry: SpeculatorRegistry, line: str, request: str, rows: Sequence[Rows]
-) -> tuple[Reader, ...]:
+def _read_versions(
+    tables: DeltaLog, registry: SpeculatorRegistry, line: str, request: str, rows: Sequence[RequestRows]
+) -> tuple[VersionLineage, ...]:
     from trainer.release.audit import read_moves
 
     commits = [end for part in rows if part.table == "accepted" for end in (part.first_version, part.last_version)]
     moves = [move for move in read_moves(tables) if move.line == line]
-    served = _served(tables, line)
+    served = _read_first_served(tables, line)
 
-    def reader(version: Version) -> Reader:
-        return Reader(
+    def relate(version: Version) -> VersionLineage:
+        return VersionLineage(
             version=version.number,
-            taught=taught(version.tags, request, commits),
+            trained_on=is_trained_on(version.tags, request, commits),
             registered=version.registered,
             parent=version.tags.get("parent"),
             moves=tuple(move for move in moves if move.to_version == version.number),
             served=served.get(version.number),
         )
 
-    return tuple(map(reader, registry.versions(line)))
+    return tuple(map(relate, registry.versions(line)))
 
 
-def _served(tables: DeltaLog, line: str) -> dict[str, datetime]:
-    """When each version of a line drafted its first verify step."""
+def _read_first_served(tables: DeltaLog, line: str) -> dict[str, datetime]:
+    """Return the time of the first verify step that each version of a line drafted."""
     from pipeline.delta import escape_sql
 
     found = tables.query(

@@ -1,10 +1,10 @@
-"""``aurora top``: the loop in a terminal, from the status pages of the processes alone."""
+"""Show the whole loop on one terminal screen, from the status endpoints alone (``aurora top``)."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 
@@ -14,190 +14,225 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from ops.cli.drift import words
-from ops.observe import panels
-from ops.observe.panels import number, panel
-from ops.observe.status import Gatherer, Overview
+from ops.observe.status import Overview, StatusClient, describe_drift
 from schemas.settings import Settings
 from schemas.status import ServeStatus
 
 _HEIGHT = 9
 _EVENTS = 6
-_KEPT = 480
-"""Looks whose figures are drawn."""
+_HISTORY = 480
+"""Polls whose figures are drawn."""
+_BARS = "▁▂▃▄▅▆▇█"
+_SPARKLINE_WIDTH = 48
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
-    """What a node did between two looks."""
+class NodeRates:
+    """Rates of a node between two polls."""
 
     tokens_per_s: float
     acceptance_length: float | None
-    """1 + accepted tokens per verify step (bonus token included); None without a verify step."""
+    """None without verify steps."""
     requests_per_s: float
 
 
-def pace(before: ServeStatus, now: ServeStatus, seconds: float) -> Pace | None:
-    """The pace of a node between two looks; None where it was restarted in between."""
+def compute_rates(before: ServeStatus, now: ServeStatus, seconds: float) -> NodeRates | None:
+    """Return the rates between two polls; None if the node restarted in between."""
     if now.verify_steps < before.verify_steps or now.requests_finished < before.requests_finished:
         return None
-    verify_steps, kept = now.verify_steps - before.verify_steps, now.accepted_tokens - before.accepted_tokens
-    return Pace(
+    steps, accepted = now.verify_steps - before.verify_steps, now.accepted_tokens - before.accepted_tokens
+    return NodeRates(
         (now.output_tokens - before.output_tokens) / seconds,
-        1 + kept / verify_steps if verify_steps else None,
+        1 + accepted / steps if steps else None,
         (now.requests_finished - before.requests_finished) / seconds,
     )
 
 
 @dataclass
-class Course:
-    """What was seen so far, as much as the screen shows of it."""
+class History:
+    """Recent polls, as many as the screen shows."""
 
     overview: Overview = field(default_factory=Overview)
     at: float = 0.0
-    """Monotonic seconds of the newest look."""
-    pace: Pace | None = None
-    acceptance_lengths: deque[float] = field(default_factory=lambda: deque(maxlen=_KEPT))
-    rates: deque[float] = field(default_factory=lambda: deque(maxlen=_KEPT))
+    """Monotonic time of the newest poll in seconds."""
+    rates: NodeRates | None = None
+    acceptance_lengths: deque[float] = field(default_factory=lambda: deque(maxlen=_HISTORY))
+    token_rates: deque[float] = field(default_factory=lambda: deque(maxlen=_HISTORY))
     rows_per_s: float | None = None
 
     def add(self, overview: Overview, at: float) -> None:
-        """Take another look."""
+        """Add a poll."""
         before, seconds = self.overview, at - self.at
         self.overview, self.at = overview, at
-        self.pace = self.rows_per_s = None
+        self.rates = self.rows_per_s = None
         if before.serve and overview.serve:
-            self.pace = pace(before.serve, overview.serve, seconds)
-        if self.pace:
-            self.rates.append(self.pace.tokens_per_s)
-            if self.pace.acceptance_length is not None:
-                self.acceptance_lengths.append(self.pace.acceptance_length)
+            self.rates = compute_rates(before.serve, overview.serve, seconds)
+        if self.rates:
+            self.token_rates.append(self.rates.tokens_per_s)
+            if self.rates.acceptance_length is not None:
+                self.acceptance_lengths.append(self.rates.acceptance_length)
         if before.stream and overview.stream and overview.stream.rows_written >= before.stream.rows_written:
             self.rows_per_s = (overview.stream.rows_written - before.stream.rows_written) / seconds
 
 
-def watch(settings: Settings, every_s: float, looks: int | None, clock: Callable[[], float] = time.monotonic) -> None:
-    """Look again and again, until Ctrl-C or after so many looks; without a terminal each look is printed."""
-    course, console = Course(), Console()
+def run_top(
+    settings: Settings, interval_s: float, polls: int | None, clock: Callable[[], float] = time.monotonic
+) -> None:
+    """Poll until Ctrl-C or for a number of polls; without a terminal, print each poll."""
+    history, console = History(), Console()
     with (
-        closing(Gatherer(settings)) as gatherer,
-        Live(console=console, auto_refresh=False, screen=looks is None) as live,
+        closing(StatusClient(settings)) as client,
+        Live(console=console, auto_refresh=False, screen=polls is None) as live,
     ):
-        number_of = 0
-        while looks is None or number_of < looks:
-            if number_of:
-                time.sleep(every_s)
-            course.add(gatherer.gather(), clock())
-            live.update(render(course, every_s), refresh=True)
-            number_of += 1
+        done = 0
+        while polls is None or done < polls:
+            if done:
+                time.sleep(interval_s)
+            history.add(client.fetch(), clock())
+            live.update(render_screen(history, interval_s), refresh=True)
+            done += 1
 
 
-def render(course: Course, every_s: float) -> RenderableType:
-    """The whole screen."""
-    overview = course.overview
+def render_screen(history: History, interval_s: float) -> RenderableType:
+    """Return the whole screen."""
+    overview = history.overview
     body = Table.grid(expand=True)
     for _ in range(2):
         body.add_column(ratio=1)
-    body.add_row(_serving(course), _learning(overview))
-    body.add_row(_stream(course), _versions(overview))
+    body.add_row(_node_panel(history), _trainer_panel(overview))
+    body.add_row(_stream_panel(history), _versions_panel(overview))
     return Panel(
         Group(
             body,
-            panels.course("acceptance length", course.acceptance_lengths),
-            panels.course("output tokens/s", course.rates),
-            panels.events(_told(overview)[-_EVENTS:], _EVENTS + 2),
+            sparkline_panel("acceptance length", history.acceptance_lengths),
+            sparkline_panel("output tokens/s", history.token_rates),
+            events_panel(_recent_events(overview)[-_EVENTS:], _EVENTS + 2),
         ),
         title="aurora top",
-        subtitle=f"every {every_s:g} s, Ctrl-C ends",
+        subtitle=f"every {interval_s:g} s, Ctrl-C ends",
         border_style="cyan",
     )
 
 
-def _serving(course: Course) -> Panel:
-    node, now = course.overview.serve, course.pace
+def _node_panel(history: History) -> Panel:
+    node, rates = history.overview.serve, history.rates
     if node is None:
-        return _silent("serve", course.overview)
-    alone = node.expected_tokens_per_second[0] if node.expected_tokens_per_second else None
-    running = f"{node.requests_running} run, {node.requests_waiting} wait"
+        return _silent_panel("serve", history.overview)
+    plain_rate = node.expected_tokens_per_second[0] if node.expected_tokens_per_second else None
+    requests_per_s = format_value(rates.requests_per_s if rates else None, ".1f")
     rows: dict[str, str | Text] = {
-        "output tokens/s": Text(number(now.tokens_per_s if now else None, ".1f"), style="bold"),
-        "expected without drafting": number(alone, ".1f"),
-        "acceptance length": Text(number(now.acceptance_length if now else None, ".2f"), style="bold green"),
-        "drafts": str(node.draft_depth) if node.speculating else "off",
-        "requests/s": f"{number(now.requests_per_s if now else None, '.1f')}, {running}",
+        "output tokens/s": Text(format_value(rates.tokens_per_s if rates else None, ".1f"), style="bold"),
+        "expected without drafting": format_value(plain_rate, ".1f"),
+        "acceptance length": Text(format_value(rates.acceptance_length if rates else None, ".2f"), style="bold green"),
+        "draft depth": str(node.draft_depth) if node.speculating else "off",
+        "requests/s": f"{requests_per_s}, {node.requests_running} running, {node.requests_waiting} waiting",
         "failed": Text(str(node.requests_failed), style="red" if node.requests_failed else "green"),
-        "rows shed": Text(f"{node.rows_dropped:,}", style="yellow" if node.rows_dropped else "green"),
+        "rows dropped": Text(f"{node.rows_dropped:,}", style="yellow" if node.rows_dropped else "green"),
     }
-    return panel(f"node {node.node}", rows, _HEIGHT)
+    return figures_panel(f"node {node.node}", rows, _HEIGHT)
 
 
-def _stream(course: Course) -> Panel:
-    stream = course.overview.stream
+def _stream_panel(history: History) -> Panel:
+    stream = history.overview.stream
     if stream is None:
-        return _silent("stream", course.overview)
+        return _silent_panel("stream", history.overview)
+    seconds = None if stream.last_commit_time is None else max(time.time() - stream.last_commit_time, 0)
+    commit_age = "never" if seconds is None else f"{seconds:.0f} s ago"
     dead = sum(stream.dead_letters.values())
     rows: dict[str, str | Text] = {
-        "records behind": f"{course.overview.trace_lag or 0:,}",
-        "rows/s": number(course.rows_per_s, ".1f"),
+        "lag, records": f"{history.overview.trace_lag or 0:,}",
+        "rows/s": format_value(history.rows_per_s, ".1f"),
         "rows written": f"{stream.rows_written:,}",
-        "last commit": _ago(stream.last_commit_time),
+        "last commit": commit_age,
         "dead letters": Text(f"{dead:,}", style="yellow" if dead else "green"),
-        "lost": Text(f"{stream.records_lost:,}", style="red" if stream.records_lost else "green"),
+        "lost to retention": Text(f"{stream.records_lost:,}", style="red" if stream.records_lost else "green"),
     }
-    return panel("stream", rows, _HEIGHT)
+    return figures_panel("stream", rows, _HEIGHT)
 
 
-def _learning(overview: Overview) -> Panel:
+def _trainer_panel(overview: Overview) -> Panel:
     train = overview.train
     if train is None:
-        return _silent("train", overview)
+        return _silent_panel("train", overview)
     rows: dict[str, str | Text] = {
         "step": f"{train.step:,}",
-        "loss": number(train.loss, ".3f"),
-        "tokens/s": number(train.tokens_per_second, ".0f"),
-        "acceptance length, held out": Text(number(train.acceptance_length, ".2f"), style="bold green"),
-        "commits behind": f"{overview.table_lag or 0:,}",
-        "newest window": f"{number(train.newest_sample_age_s, '.0f')} s old",
-        "went back": Text(str(train.rollbacks), style="yellow" if train.rollbacks else "green"),
+        "loss": format_value(train.loss, ".3f"),
+        "tokens/s": format_value(train.tokens_per_second, ".0f"),
+        "acceptance length, held-out": Text(format_value(train.acceptance_length, ".2f"), style="bold green"),
+        "lag, commits": f"{overview.table_lag or 0:,}",
+        "newest sample": f"{format_value(train.newest_sample_age_s, '.0f')} s old",
+        "rollbacks": Text(str(train.rollbacks), style="yellow" if train.rollbacks else "green"),
     }
-    return panel("trainer", rows, _HEIGHT)
+    return figures_panel("trainer", rows, _HEIGHT)
 
 
-def _versions(overview: Overview) -> Panel:
+def _versions_panel(overview: Overview) -> Panel:
     promoter, node = overview.promoter, overview.serve
     if promoter is None:
-        return _silent("promoter", overview)
+        return _silent_panel("promoter", overview)
     rows: dict[str, str | Text] = {
         "serving": Text((node and node.speculator) or "-", style="bold"),
         "champion": promoter.champion or "-",
         "candidate": promoter.candidate or "-",
         "previous": promoter.previous or "-",
-        "moves": str(promoter.alias_moves),
+        "alias moves": str(promoter.alias_moves),
         "verdict": promoter.verdict or "-",
     }
-    return panel("versions", rows, _HEIGHT)
+    return figures_panel("versions", rows, _HEIGHT)
 
 
-def _ago(unix_time: float | None) -> str:
-    return "never" if unix_time is None else f"{max(time.time() - unix_time, 0):.0f} s ago"
+def _silent_panel(name: str, overview: Overview) -> Panel:
+    reason = Text(overview.silent.get(name, "not polled yet"), style="red")
+    return figures_panel(name, {"silent": reason}, _HEIGHT)
 
 
-def _silent(name: str, overview: Overview) -> Panel:
-    return panel(name, {"silent": Text(overview.silent.get(name, "not asked yet"), style="red")}, _HEIGHT)
-
-
-def _told(overview: Overview) -> list[str]:
-    """What happened lately: swaps and refusals of the node, drift, and why training went back; oldest first."""
-    told: list[tuple[float, str]] = []
+def _recent_events(overview: Overview) -> list[str]:
+    """Return swaps, rejected versions, drift and training rollbacks, oldest first."""
+    events: list[tuple[float, str]] = []
     if node := overview.serve:
-        told += [
-            (s.time, f"version {s.version} swapped in, {s.pause_ms:.0f} ms, {s.in_flight} requests ran")
+        events += [
+            (s.time, f"version {s.version} swapped in, {s.pause_ms:.0f} ms, {s.in_flight} requests in flight")
             for s in node.swaps
         ]
-        told += [(r.time, f"version {r.version} refused: {r.why}") for r in node.versions_rejected]
+        events += [(r.time, f"version {r.version} rejected: {r.why}") for r in node.versions_rejected]
     if stream := overview.stream:
-        told += [(event.time.timestamp(), words(event)) for event in stream.drift.newest]
-    lines = [f"{time.strftime('%H:%M:%S', time.localtime(at))}  {text}" for at, text in sorted(told)]
+        events += [(event.time.timestamp(), describe_drift(event)) for event in stream.drift.newest]
+    lines = [f"{time.strftime('%H:%M:%S', time.localtime(at))}  {text}" for at, text in sorted(events)]
     if overview.train and overview.train.last_rollback:
-        lines.append(f"training went back: {overview.train.last_rollback}")
+        lines.append(f"training rolled back: {overview.train.last_rollback}")
     return lines
+
+
+def figures_panel(title: str, rows: Mapping[str, str | Text], height: int) -> Panel:
+    """Return a box with one named figure on each line."""
+    table = Table.grid(padding=(0, 2), expand=True)
+    table.add_column(style="dim")
+    table.add_column(justify="right")
+    for name, value in rows.items():
+        table.add_row(name, Text(value) if isinstance(value, str) else value)
+    return Panel(table, title=title, title_align="left", height=height)
+
+
+def sparkline_panel(title: str, values: Sequence[float]) -> Panel:
+    """Return a box with the history of one figure."""
+    return Panel(Text(_sparkline(values), style="green"), title=title, title_align="left")
+
+
+def events_panel(lines: Sequence[str], height: int) -> Panel:
+    """Return a box with events, oldest first."""
+    return Panel(Text("\n".join(lines)), title="events", title_align="left", height=height)
+
+
+def format_value(value: float | None, form: str) -> str:
+    """Format a figure, or return a dash for None."""
+    return "-" if value is None else format(value, form)
+
+
+def _sparkline(values: Sequence[float], width: int = _SPARKLINE_WIDTH) -> str:
+    """Return a row of bars from zero to the maximum, downsampled to ``width``."""
+    if not values:
+        return ""
+    kept = [values[i * len(values) // width] for i in range(width)] if len(values) > width else list(values)
+    kept[-1] = values[-1]
+    highest = max(kept) or 1.0
+    return "".join(_BARS[round(value / highest * (len(_BARS) - 1))] for value in kept) + f"  {values[-1]:.2f}"

@@ -1,1 +1,1 @@
-"""The picture of a run: one HTML file that needs nothing else."""
+"""Self-contained HTML pages: theme, charts and templates."""

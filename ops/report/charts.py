@@ -1,77 +1,122 @@
-"""The charts of the report, from a record of the run to SVG text. Pure."""
+"""Charts: acceptance curves of several variants, and the course of a demo run. All return SVG text."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 
-from ops.demo.record import Answered, Run, Sample, busy_span, rolling_accepted_per_step, tokens_per_s
-from ops.report.canvas import FAINT, INK, LEVEL, MUTED, SERIES, Span, figure_of, nothing, shade, style, svg
+from ops.demo.record import DemoRun, StackSample, busy_span, rolling_acceptance_length, tokens_per_s
+from ops.loadgen.load import Response
+from ops.report.theme import (
+    FAINT,
+    INK,
+    LEVEL,
+    MUTED,
+    OTHERS,
+    SERIES,
+    DomainSpan,
+    chart_style,
+    new_figure,
+    render_empty,
+    render_svg,
+    shade_domains,
+)
+from trainer.replay.learning_curve import CurveValue
 
-_RATE_OVER_S = 15.0
+CURVES_HEIGHT_IN = 3.5
+_COLORS = (SERIES, *OTHERS)
+_LABEL_IN = 0.19
+"""Height of a label at the right edge."""
+_RATE_WINDOW_S = 15.0
 _HEADROOM = 1.25
-"""Of the y axis, over what is drawn: the names of the domains stand there."""
+"""Y axis limit over the largest value: the domain names need the space."""
 
 
 @dataclass(frozen=True, slots=True)
-class Mark:
-    """A version boundary on the x axis."""
+class VersionMark:
+    """Position of a version swap on the x axis."""
 
     at: float
     label: str
 
 
-def accepted_per_step_chart(run: Run) -> str:
-    """Accepted tokens per step over requests: each one faint, the rolling mean strong."""
-    answered = run.succeeded
-    with mpl.rc_context(style("accept")):
-        figure, axes = figure_of(3.9)
-        if not answered:
-            return nothing(figure, axes, "no request was answered")
-        numbers = range(1, len(answered) + 1)
-        each = [request.accepted / max(request.verify_steps, 1) for request in answered]
-        axes.scatter(numbers, each, s=13, color=FAINT, linewidths=0)
-        rolling = rolling_accepted_per_step(answered)
+def draw_curves(axes: Axes, curves: Mapping[str, Sequence[CurveValue]]) -> None:
+    """Draw acceptance lengths in distinct colors, each curve labelled with its last value at the right edge."""
+    top = 1.1 * max([0.1, *(value.accepted_per_step for values in curves.values() for value in values)])
+    axes.set_ylim(1, 1 + top)
+    axes.set_xlim(0, max(values[-1].tokens for values in curves.values()))
+    heights = spread_labels(
+        [1 + values[-1].accepted_per_step for values in curves.values()], _LABEL_IN / CURVES_HEIGHT_IN * top
+    )
+    for i, ((name, values), height) in enumerate(zip(curves.items(), heights, strict=True)):
+        color = _COLORS[i % len(_COLORS)]
+        axes.plot(*split_axes(values), color=color, linewidth=2.4, solid_capstyle="round")
+        _label_end(axes, f"{name} {1 + values[-1].accepted_per_step:.2f}", axes.get_xlim()[1], height, color)
+
+
+def spread_labels(heights: Sequence[float], gap: float) -> list[float]:
+    """Return label heights in the given order, raised until all distances are at least ``gap``."""
+    placed: dict[int, float] = {}
+    lowest = -float("inf")
+    for i in sorted(range(len(heights)), key=heights.__getitem__):
+        lowest = placed[i] = max(heights[i], lowest + gap)
+    return [placed[i] for i in range(len(heights))]
+
+
+def split_axes(values: Sequence[CurveValue]) -> tuple[list[int], list[float]]:
+    """Return the tokens and the acceptance lengths of a curve, whose values are accepted tokens per step."""
+    return [value.tokens for value in values], [1 + value.accepted_per_step for value in values]
+
+
+def label_axes(axes: Axes) -> None:
+    """Label the axes of acceptance curves."""
+    axes.xaxis.set_major_formatter(lambda tokens, _place: f"{tokens / 1000:g}k" if tokens else "0")
+    axes.set_xlabel("tokens of traffic, prompts included", color=MUTED)
+    axes.set_ylabel("acceptance length, tokens")
+
+
+def acceptance_chart(run: DemoRun) -> str:
+    """Draw the acceptance length of each request (faint) and its rolling mean."""
+    succeeded = run.succeeded
+    with mpl.rc_context(chart_style("acceptance")):
+        figure, axes = new_figure(3.9)
+        if not succeeded:
+            return render_empty(figure, axes, "no request succeeded")
+        numbers = range(1, len(succeeded) + 1)
+        lengths = [1 + request.accepted_tokens / max(request.verify_steps, 1) for request in succeeded]
+        axes.scatter(numbers, lengths, s=13, color=FAINT, linewidths=0)
+        rolling = rolling_acceptance_length(succeeded)
         axes.plot(numbers, rolling, color=SERIES, linewidth=2.6, solid_capstyle="round")
-        axes.set_xlim(0, len(answered) + 1)
-        axes.set_ylim(0, _HEADROOM * max([*each, 0.1]))
-        axes.annotate(
-            f"{rolling[-1]:.2f}",
-            (numbers[-1], rolling[-1]),
-            (6, 0),
-            textcoords="offset points",
-            va="center",
-            color=SERIES,
-            fontweight="bold",
-            annotation_clip=False,
-        )
-        _context(axes, domain_spans(answered), version_marks(run, answered))
+        axes.set_xlim(0, len(succeeded) + 1)
+        axes.set_ylim(1, 1 + _HEADROOM * (max([*lengths, 1.1]) - 1))
+        _label_end(axes, f"{rolling[-1]:.2f}", numbers[-1], rolling[-1], SERIES)
+        _draw_context(axes, domain_spans(succeeded), version_marks(run, succeeded))
         axes.set_xlabel("requests, in the order in which they ended")
-        axes.set_ylabel("drafted tokens accepted per verify step")
-        return svg(figure)
+        axes.set_ylabel("acceptance length, tokens")
+        return render_svg(figure)
 
 
-def throughput_chart(run: Run) -> str:
-    """Output tokens per second over time, beside the level without speculation."""
+def throughput_chart(run: DemoRun) -> str:
+    """Draw output tokens per second over time and the rate without speculation."""
     start, end = busy_span(run.requests)
-    points = [(time - start, rate) for time, rate in rates(run.samples) if start + _RATE_OVER_S / 2 <= time <= end]
-    with mpl.rc_context(style("throughput")):
-        figure, axes = figure_of(3.2)
+    points = [(at - start, rate) for at, rate in sample_rates(run.samples) if start + _RATE_WINDOW_S / 2 <= at <= end]
+    with mpl.rc_context(chart_style("throughput")):
+        figure, axes = new_figure(3.2)
         if not points:
-            return nothing(figure, axes, "no traffic was seen")
+            return render_empty(figure, axes, "no traffic was sampled")
         minutes = [seconds / 60 for seconds, _ in points]
         values = [rate for _, rate in points]
         axes.plot(minutes, values, color=SERIES, linewidth=2.2, solid_capstyle="round")
-        level = tokens_per_s(run.plain, *busy_span(run.plain))
-        if level is not None:
-            axes.axhline(level, color=LEVEL, linewidth=1.8, linestyle=(0, (5, 3)))
+        plain = tokens_per_s(run.plain, *busy_span(run.plain))
+        if plain is not None:
+            axes.axhline(plain, color=LEVEL, linewidth=1.8, linestyle=(0, (5, 3)))
             axes.annotate(
-                f"without speculation {level:.0f}",
-                (1, level),
+                f"without speculation {plain:.0f}",
+                (1, plain),
                 (-4, 5),
                 xycoords=("axes fraction", "data"),
                 textcoords="offset points",
@@ -80,80 +125,95 @@ def throughput_chart(run: Run) -> str:
                 fontweight="bold",
             )
         axes.set_xlim(0, max((end - start) / 60, minutes[-1]))
-        axes.set_ylim(0, _HEADROOM * max([*values, level or 0]))
-        spans = [Span((s.start - start) / 60, (s.end - start) / 60, s.name) for s in domain_times(run.requests)]
-        marks = [Mark((swap.time - start) / 60, f"v{swap.version}") for swap in run.swaps if start < swap.time < end]
-        _context(axes, spans, marks)
+        axes.set_ylim(0, _HEADROOM * max([*values, plain or 0]))
+        spans = [DomainSpan((s.start - start) / 60, (s.end - start) / 60, s.name) for s in domain_times(run.requests)]
+        marks = [
+            VersionMark((swap.time - start) / 60, f"v{swap.version}") for swap in run.swaps if start < swap.time < end
+        ]
+        _draw_context(axes, spans, marks)
         axes.set_xlabel("minutes of traffic")
         axes.set_ylabel("output tokens per second")
-        return svg(figure)
+        return render_svg(figure)
 
 
-def loss_chart(run: Run) -> str:
-    """Training loss over steps."""
+def loss_chart(run: DemoRun) -> str:
+    """Draw the training loss over training steps."""
     points = sorted({sample.step: sample.loss for sample in run.samples if sample.loss is not None}.items())
-    with mpl.rc_context(style("loss")):
-        figure, axes = figure_of(2.7)
+    with mpl.rc_context(chart_style("loss")):
+        figure, axes = new_figure(2.7)
         if not points:
-            return nothing(figure, axes, "the trainer took no step")
+            return render_empty(figure, axes, "no training step")
         steps, losses = [step for step, _ in points], [loss for _, loss in points]
         axes.plot(steps, losses, color=FAINT, linewidth=1.2)
-        axes.plot(steps, smoothed(losses), color=SERIES, linewidth=2.4, solid_capstyle="round")
+        axes.plot(steps, smooth(losses), color=SERIES, linewidth=2.4, solid_capstyle="round")
         axes.set_ylim(bottom=0)
         axes.set_xlim(steps[0], max(steps[-1], steps[0] + 1))
         axes.set_xlabel("training steps")
         axes.set_ylabel("loss")
-        return svg(figure)
+        return render_svg(figure)
 
 
-def domain_spans(answered: Sequence[Answered]) -> list[Span]:
-    """Where each domain's requests lie, by their number; a domain begins with its first answer."""
+def domain_spans(requests: Sequence[Response]) -> list[DomainSpan]:
+    """Return the range of request numbers of each domain; a domain starts at its first response."""
     first: dict[str, int] = {}
-    for number, request in enumerate(answered, start=1):
+    for number, request in enumerate(requests, start=1):
         first.setdefault(request.domain, number)
-    edges = [*first.values(), len(answered) + 1]
-    return [Span(start - 0.5, end - 0.5, name) for name, start, end in zip(first, edges, edges[1:], strict=False)]
+    edges = [*first.values(), len(requests) + 1]
+    return [DomainSpan(start - 0.5, end - 0.5, name) for name, start, end in zip(first, edges, edges[1:], strict=False)]
 
 
-def domain_times(requests: Sequence[Answered]) -> list[Span]:
-    """From when to when each domain's requests were begun."""
+def domain_times(requests: Sequence[Response]) -> list[DomainSpan]:
+    """Return the time range in which the requests of each domain started."""
     starts: dict[str, float] = {}
     for request in sorted(requests, key=lambda r: r.started):
         starts.setdefault(request.domain, request.started)
     edges = [*starts.values(), busy_span(requests)[1]]
-    return [Span(start, end, name) for name, start, end in zip(starts, edges, edges[1:], strict=False)]
+    return [DomainSpan(start, end, name) for name, start, end in zip(starts, edges, edges[1:], strict=False)]
 
 
-def version_marks(run: Run, answered: Sequence[Answered]) -> list[Mark]:
-    """After how many answers each version took over; those that nobody was served by are left out."""
-    ended = [request.ended for request in answered]
-    marks = [Mark(sum(end <= swap.time for end in ended) + 0.5, f"v{swap.version}") for swap in run.swaps]
-    return [mark for mark in marks if mark.at < len(answered)]
+def version_marks(run: DemoRun, requests: Sequence[Response]) -> list[VersionMark]:
+    """Return the position of each swap among the responses; omit swaps after the last response."""
+    ended = [request.ended for request in requests]
+    marks = [VersionMark(sum(end <= swap.time for end in ended) + 0.5, f"v{swap.version}") for swap in run.swaps]
+    return [mark for mark in marks if mark.at < len(requests)]
 
 
-def rates(samples: Sequence[Sample]) -> list[tuple[float, float]]:
-    """Time and output tokens per second around it, over a sliding window."""
-    found = []
+def sample_rates(samples: Sequence[StackSample]) -> list[tuple[float, float]]:
+    """Return times and the output tokens per second in a sliding window around them."""
+    rates = []
     first = 0
     for last, sample in enumerate(samples):
-        while samples[first].time < sample.time - _RATE_OVER_S:
+        while samples[first].time < sample.time - _RATE_WINDOW_S:
             first += 1
         span = sample.time - samples[first].time
-        if last > first and span > _RATE_OVER_S / 2:
+        if last > first and span > _RATE_WINDOW_S / 2:
             tokens = sample.output_tokens - samples[first].output_tokens
-            found.append((sample.time - span / 2, tokens / span))
-    return found
+            rates.append((sample.time - span / 2, tokens / span))
+    return rates
 
 
-def smoothed(values: Sequence[float], width: int = 15) -> list[float]:
-    """Running median, which a single bad step does not bend."""
+def smooth(values: Sequence[float], width: int = 15) -> list[float]:
+    """Return the running median, which ignores a single outlier."""
     half = width // 2
     return [median(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
 
 
-def _context(axes: Axes, spans: Sequence[Span], marks: Sequence[Mark]) -> None:
-    """Domains as shaded stretches, versions as lines with their names above the top edge."""
-    shade(axes, spans)
+def _label_end(axes: Axes, text: str, x: float, y: float, color: str) -> None:
+    axes.annotate(
+        text,
+        (x, y),
+        (6, 0),
+        textcoords="offset points",
+        va="center",
+        color=color,
+        fontweight="bold",
+        annotation_clip=False,
+    )
+
+
+def _draw_context(axes: Axes, spans: Sequence[DomainSpan], marks: Sequence[VersionMark]) -> None:
+    """Shade the domains and draw version swaps as lines with their names above the top edge."""
+    shade_domains(axes, spans)
     for mark in marks:
         axes.axvline(mark.at, color=MUTED, linewidth=1, linestyle=(0, (2, 2)))
         axes.annotate(

@@ -42,12 +42,12 @@ def test_a_speculator_learns_from_live_traffic(tmp_path: Path, smollm2: Path, fr
     assert figures["lossless_checked"] >= 20
     assert figures["lossless_mismatches"] == 0
     assert figures["rows_published"] > 0
-    assert figures["rows_published"] == figures["rows_in_table"] + figures["rows_shed"] + figures["rows_dead"]
+    assert figures["rows_published"] == figures["rows_in_table"] + figures["rows_dropped"] + figures["rows_dead"]
     assert figures["versions_promoted"] >= 1, told
     assert any(swap["in_flight"] > 0 for swap in figures["swaps"]), told
     # A random draft of this vocabulary is right about once in 8,192 tokens: what is accepted was learned. A slow
     # machine may answer fewer than fifty requests, so the first fifty and the last are not compared.
-    assert figures["accepted_per_step_last_50"] > 0.02, told
+    assert figures["acceptance_length_last_50"] > 1.02, told
     assert "<svg" in (tmp_path / ".aurora/demo/report.html").read_text()
     assert not working_in(tmp_path.resolve())
 

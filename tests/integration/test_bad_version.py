@@ -84,7 +84,7 @@ def settings(broker: str, registry: str, tmp_path: Path) -> Settings:
 
 def history(fleet: Fleet) -> list[dict[str, object]]:
     runner = CliRunner()
-    told = runner.invoke(app, ["history", "--line", fleet.name, "--json"], env=to_environ(fleet.settings))
+    told = runner.invoke(app, ["versions", "history", "--line", fleet.name, "--json"], env=to_environ(fleet.settings))
     assert told.exit_code == 0, told.output
     moves: list[dict[str, object]] = json.loads(told.stdout)["moves"]
     return moves

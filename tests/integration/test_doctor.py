@@ -15,9 +15,8 @@ from trainer_world import World, write_target
 from typer.testing import CliRunner
 
 from ops.cli.main import app
-from ops.observe.doctor import machine
-from ops.observe.doctor.examination import examine
-from ops.observe.doctor.finding import Finding
+from ops.observe.doctor import host
+from ops.observe.doctor.checks import Finding, run_checks
 from pipeline import topics
 from schemas.settings import Settings, load
 from schemas.speculator import checkpoint
@@ -66,7 +65,7 @@ def stand(broker: str, registry: str, free_port: Callable[[], int], tmp_path_fac
 
 
 def problems(settings: Settings) -> list[Finding]:
-    return [finding for finding in examine(settings) if finding.level == "problem"]
+    return [finding for finding in run_checks(settings) if finding.level == "problem"]
 
 
 def only_problem(settings: Settings) -> Finding:
@@ -75,11 +74,11 @@ def only_problem(settings: Settings) -> Finding:
 
 
 def warnings(settings: Settings, about: str) -> list[Finding]:
-    return [finding for finding in examine(settings) if (finding.level, finding.about) == ("warning", about)]
+    return [finding for finding in run_checks(settings) if (finding.level, finding.about) == ("warning", about)]
 
 
 def test_where_all_is_well_nothing_is_to_be_fixed(stand: Stand) -> None:
-    found = list(examine(stand.settings()))
+    found = list(run_checks(stand.settings()))
     line = read_target(stand.settings()).line
     assert [one for one in found if one.level == "problem"] == []
     well = {one.about for one in found if one.level == "ok"}
@@ -138,7 +137,7 @@ def test_a_collector_of_spans(stand: Stand, free_port: Callable[[], int]) -> Non
         assert not warnings(stand.settings(telemetry__endpoint=collector.url), "tracing")
     with answering(404, b"") as uri:
         (finding,) = warnings(stand.settings(telemetry__endpoint=uri), "tracing")
-        assert "to no spans" in finding.found
+        assert "to an empty export" in finding.found
     (finding,) = warnings(stand.settings(telemetry__endpoint=f"http://127.0.0.1:{free_port()}"), "tracing")
     assert "telemetry.endpoint" in finding.fix
 
@@ -148,7 +147,7 @@ def test_a_draft_vocabulary_that_is_not_that_of_the_versions(stand: Stand) -> No
     (in_registry,) = warnings(settings, "registry")
     (in_tables,) = warnings(settings, "tables")
     assert f"no version of line {read_target(settings).line}" in in_registry.found
-    assert "no windows of line" in in_tables.found
+    assert "no samples of line" in in_tables.found
 
 
 def test_a_target_folder_without_a_model(stand: Stand, tmp_path: Path) -> None:
@@ -180,7 +179,7 @@ def test_a_folder_that_is_a_file(stand: Stand, tmp_path: Path) -> None:
 
 def test_a_disk_that_is_full(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(stand.folder)
-    monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: usage._replace(free=machine.LEAST_FREE - 1))
+    monkeypatch.setattr(host.shutil, "disk_usage", lambda _: usage._replace(free=host.MIN_FREE - 1))
     found = problems(stand.settings())
     assert {one.about for one in found} == {"folders"}
     assert any("tables.uri" in one.fix for one in found)

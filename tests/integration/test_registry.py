@@ -11,7 +11,7 @@ import pytest
 from confluent_kafka import Consumer, TopicPartition
 from confluent_kafka.admin import AdminClient, ConfigResource
 
-from ops.observe.version_history import read
+from ops.demo.stack_monitor import read_versions
 from pipeline.delta import DeltaLog
 from schemas.events import AliasMoved
 from schemas.settings import Kafka, Settings, load
@@ -153,7 +153,7 @@ def test_a_promotion_appears_in_registry_table_and_topic(
         ("champion", first, second),
         ("previous", None, first),
     ]
-    registered, promoted = read(settings, line)
+    registered, promoted = read_versions(settings, line)
     assert [version.number for version in registered] == [move.to_version for move in promoted] == [first, second]
     sent = events(settings.kafka, line)
     assert sorted((e.alias, e.to_version or "") for e in sent) == sorted((r["alias"], r["to_version"]) for r in rows)

@@ -16,8 +16,8 @@ from tiny_draft import SHAPE
 
 from ops.local.mlflow_server import server_command
 from ops.local.process import Process
-from ops.observe.doctor.finding import Finding, Patient
-from ops.observe.doctor.services import look_at_registry
+from ops.observe.doctor.checks import CheckContext, Finding
+from ops.observe.doctor.services import check_registry
 from schemas.settings import Registry, Settings
 from schemas.speculator import checkpoint
 from schemas.speculator.network import random_draft
@@ -116,7 +116,7 @@ def test_nobody_comes_in_without_an_account_and_its_password(accounts: Accounts,
 
 def test_the_doctor_says_which_setting_lets_it_in(accounts: Accounts) -> None:
     def looked(registry: Registry) -> list[Finding]:
-        return list(look_at_registry(Patient(Settings(registry=registry))))
+        return list(check_registry(CheckContext(Settings(registry=registry))))
 
     (finding,) = looked(Registry(tracking_uri=accounts.uri))
     assert "registry.username" in finding.fix

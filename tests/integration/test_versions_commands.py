@@ -73,7 +73,7 @@ class Desk:
         values = [self.settings.registry.tracking_uri, self.settings.tables.uri]
         values += [self.settings.kafka.bootstrap_servers, self.settings.kafka.speculators_topic]
         given = [f"--set={flag}={value}" for flag, value in zip(flags, values, strict=True)]
-        result = CliRunner().invoke(app, [*arguments, f"--line={self.line}", *given])
+        result = CliRunner().invoke(app, ["versions", *arguments, f"--line={self.line}", *given])
         assert result.exit_code == code, result.output
         return result
 
@@ -113,14 +113,14 @@ def test_a_person_promotes_rolls_back_and_finds_it_all_in_the_history(desk: Desk
     assert desk.aliases == {"champion": "1"}
     moves = desk.asked("history")["moves"]
     assert [(m["alias"], m["from_version"], m["to_version"], m["why"]) for m in moves] == [
-        ("champion", None, "1", "promote: by hand"),
+        ("champion", None, "1", "promote: manual"),
         ("champion", "1", "2", "promote: better on code"),
         ("previous", None, "1", "promote: better on code"),
         ("champion", "2", "1", "rollback: slow on sql"),
         ("previous", "1", None, "rollback: slow on sql"),
     ]
     assert (desk.stamp.moves, desk.stamp.aliases) == (5, {"champion": "1"})
-    listed = {one["version"]: one for one in desk.asked("versions", "list")["versions"]}
+    listed = {one["version"]: one for one in desk.asked("list")["versions"]}
     assert listed["2"]["quarantined"] == "rolled back: slow on sql"
     assert listed["1"]["aliases"] == ["champion"]
     refused = desk.run("promote", "2", code=2)
@@ -137,7 +137,7 @@ def test_what_the_gate_refuses_needs_force_and_a_dry_run_changes_nothing(desk: D
     assert "champion: none -> 2" in told.stdout
     assert desk.aliases == {}
     assert desk.asked("history") == {"moves": [], "abandoned": []}
-    assert "nothing to go back to" in desk.run("rollback", code=2).stderr
+    assert "nothing to roll back to" in desk.run("rollback", code=2).stderr
     assert "no version '9'" in desk.run("promote", "9", code=2).stderr
     assert "no version is canary" in desk.run("promote", "canary", code=2).stderr
 
@@ -152,17 +152,17 @@ def test_a_canary_is_tried_and_promoted_by_its_name(desk: Desk) -> None:
 
 def test_a_version_is_shown_whole_and_two_are_compared(desk: Desk) -> None:
     desk.run("promote", "1")
-    shown = desk.asked("versions", "show", "champion")
+    shown = desk.asked("show", "champion")
     assert shown["files"].keys() == {"config.json", "model.safetensors"}
     assert shown["tags"]["tables"] == {"accepted": 10}
     assert shown["moves"][0]["to_version"] == "1"
     assert f"`{desk.line}`" in shown["card"]
-    assert "trained on" in desk.run("versions", "show", "1").stdout
-    compared = desk.asked("versions", "diff", "1", "2")
+    assert "trained on" in desk.run("show", "1").stdout
+    compared = desk.asked("diff", "1", "2")
     assert compared["changed"]["settings.train.learning_rate"] == [0.001, 0.002]
     assert compared["changed"]["tables.accepted"] == [10, 20]
     assert compared["moved"]["fc.weight"] > 1
-    assert set(desk.asked("versions", "diff", "1", "1")["moved"].values()) == {0.0}
+    assert set(desk.asked("diff", "1", "1")["moved"].values()) == {0.0}
 
 
 def test_a_move_in_the_registrys_own_pages_is_noticed_recorded_and_honoured(desk: Desk) -> None:

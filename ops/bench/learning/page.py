@@ -11,7 +11,7 @@ from string import Template
 from ops.bench.learning.charts import base_chart, domains_chart, question_chart, shifts_chart
 from ops.bench.learning.learning_figures import LEVELS, SeedInterval, median_reached
 from ops.bench.learning.study import Study, VariantComparison, VariantRuns
-from ops.report.demo_page import STYLE
+from ops.report.page import STYLE
 from schemas.build_info import code_revision
 from trainer.replay.learning_curve import CURVE_WINDOW
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from ops.bench import prompts, recording
 from ops.bench.harness import Say
 from ops.local.stack import provide_target
-from ops.replay.importing import INDEX
+from ops.replay.trace_import import INDEX
 from schemas.device import device_of
 from schemas.errors import UserError
 from schemas.settings import Settings

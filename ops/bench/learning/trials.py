@@ -16,7 +16,7 @@ from ops.bench import prompts
 from ops.bench.harness import Say
 from ops.bench.learning.recorded_traffic import RecordedTraffic, read_traffic
 from ops.bench.learning.variants import LearningTrial, Order, trial_settings, variant_values
-from ops.replay.worker_processes import side_by_side
+from ops.replay.process_pool import run_in_processes
 from schemas.device import device_of
 from schemas.settings import Settings
 from trainer.data.samples import Sample
@@ -150,7 +150,7 @@ def _run_each(
     if processes == 1 or len(trials) < 2:
         yield from ((trial, run_trial(settings, traffic, trial)) for trial in trials)
         return
-    yield from side_by_side(_TrialProcess.run, trials, processes, _TrialProcess.start, (settings, tokens))
+    yield from run_in_processes(_TrialProcess.run, trials, processes, _TrialProcess.start, (settings, tokens))
 
 
 class _TrialProcess:

@@ -21,7 +21,7 @@ from deltalake import write_deltalake
 
 from ops.bench.embedded_kafka import free_port
 from ops.bench.stream.recorded_messages import TraceMessage
-from ops.local.parts import answers
+from ops.local.parts import is_answering
 from ops.local.process import Process
 from pipeline import topics
 from pipeline.broker import client_config
@@ -239,7 +239,7 @@ def _has_partitions(url: str, partitions: int) -> bool:
     import httpx
 
     with suppress(httpx.HTTPError):
-        return answers(f"{url}/ready") and len(httpx.get(f"{url}/status").json()["partitions"]) == partitions
+        return is_answering(f"{url}/ready") and len(httpx.get(f"{url}/status").json()["partitions"]) == partitions
     return False
 
 

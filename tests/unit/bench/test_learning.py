@@ -23,7 +23,7 @@ from ops.bench.learning.recorded_traffic import RecordedTraffic
 from ops.bench.learning.trials import TrialResult, order_stream
 from ops.bench.learning.variants import BASE, PLAN, LearningTrial, Variant
 from ops.cli.main import app
-from ops.report.acceptance_curves import spread
+from ops.report.charts import spread_labels
 from schemas.errors import UserError
 from schemas.settings import Settings, load
 from serving.engines.base import Request
@@ -285,7 +285,7 @@ def test_seeds_that_never_got_there_count_as_late() -> None:
 
 
 def test_labels_that_would_lie_on_each_other_are_moved_apart() -> None:
-    assert spread([0.5, 0.1, 0.52], 0.1) == [0.5, 0.1, pytest.approx(0.6)]
+    assert spread_labels([0.5, 0.1, 0.52], 0.1) == [0.5, 0.1, pytest.approx(0.6)]
 
 
 # Variants

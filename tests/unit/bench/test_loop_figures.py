@@ -15,8 +15,9 @@ from ops.bench.loop_course import ADAPTIVE, NONE, STATIC, Record, arms, followed
 from ops.bench.loop_figures import asked_before, figures, told
 from ops.bench.loop_page import page
 from ops.bench.loop_served import Waits
-from ops.demo.record import Answered, Run, Swap, Version
-from ops.report.canvas import PALETTE
+from ops.demo.record import DemoRun, Swap, VersionRecord
+from ops.loadgen.load import Response
+from ops.report.theme import PALETTE
 from schemas.errors import UserError
 from schemas.settings import Settings, load, to_environ
 
@@ -31,20 +32,20 @@ def measured(at_once: int = 1, **rates: float) -> Measured:
     )
 
 
-def answered(number: int) -> Answered:
+def answered(number: int) -> Response:
     domain, accepted = ("code", 2) if number < 40 else ("math", 0)
     speed = 10 if number < 40 else 20
-    return Answered(str(number), domain, number, number + 1.0, "p", "t", 9, speed, 4, 8, accepted, ("1",))
+    return Response(str(number), domain, number, number + 1.0, "p", "t", 9, speed, 4, 8, accepted, ("1",))
 
 
 RECORD = Record(
     domains=("code", "math"),
-    run=Run(
+    run=DemoRun(
         started=0,
         ended=100,
         requests=tuple(map(answered, range(80))),
         swaps=(Swap("1", 20, 2, 0.5), Swap("2", 60, 2, 0.5)),
-        versions=(Version("1", 15, 17, 20, 0.4, 0.1), Version("2", 55, 57, 60, 0.5, 0.4)),
+        versions=(VersionRecord("1", 15, 17, 20, 0.4, 0.1), VersionRecord("2", 55, 57, 60, 0.5, 0.4)),
     ),
     training=measured(4, adaptive=22, none=20),
     first=(measured(adaptive=45, none=30), measured(4, adaptive=90, none=100)),

@@ -11,8 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from ops.bench.loop_arms import Arm, Node, Plan, compare, of_trial, same_answers
-from ops.demo.record import Answered
-from ops.loadgen.traffic import Prompt
+from ops.loadgen.load import Prompt, Response
 from schemas.errors import UserError
 from schemas.settings import load
 
@@ -118,8 +117,8 @@ def test_prompts_come_verify_step_again_when_they_are_used_up() -> None:
 
 
 def test_answers_are_the_same_where_all_arms_say_the_same() -> None:
-    def said(prompt: str, text: str) -> Answered:
-        return Answered("r", "math", 0, 1, prompt, text)
+    def said(prompt: str, text: str) -> Response:
+        return Response("r", "math", 0, 1, prompt, text)
 
     one = [said("a", "x"), said("b", "y"), said("b", "y")]
     assert same_answers([one, [said("b", "z"), said("a", "x")]]) == 0.5

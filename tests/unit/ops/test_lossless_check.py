@@ -12,8 +12,8 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ops.demo.lossless_check import NEAR, check, choose, judge, rebuild
-from ops.demo.record import Answered, Swap
+from ops.demo.lossless_check import NEAR_TIE, check_requests, choose_requests, compare_tokens, rebuild_request
+from ops.demo.record import Response, Swap
 
 VOCABULARY = 40
 
@@ -37,44 +37,44 @@ WORKED = [row(0, 0, [1, 2, 3], 4), row(1, 3, [4, 5], 6), row(2, 5, [6], 7)]
 
 
 def test_a_request_is_rebuilt_from_its_verify_steps_in_any_order() -> None:
-    rebuilt = rebuild(WORKED[::-1])
+    rebuilt = rebuild_request(WORKED[::-1])
     assert rebuilt is not None
     assert (rebuilt.prompt, rebuilt.output) == ((1, 2, 3), (4, 5, 6, 7))
 
 
 def test_a_long_prompt_may_lie_in_several_rows_of_verify_step_0() -> None:
-    rebuilt = rebuild([row(0, 0, [1, 2], None), row(0, 2, [3], 4)])
+    rebuilt = rebuild_request([row(0, 0, [1, 2], None), row(0, 2, [3], 4)])
     assert rebuilt is not None
     assert (rebuilt.prompt, rebuilt.output) == ((1, 2, 3), (4,))
 
 
 def test_a_request_with_a_gap_or_without_its_end_is_not_rebuilt() -> None:
-    assert rebuild([WORKED[0], WORKED[2]]) is None
-    assert rebuild([row(0, 0, [1], 2, finish=None)]) is None
-    assert rebuild([row(0, 0, [1], None)]) is None
+    assert rebuild_request([WORKED[0], WORKED[2]]) is None
+    assert rebuild_request([row(0, 0, [1], 2, finish=None)]) is None
+    assert rebuild_request([row(0, 0, [1], None)]) is None
 
 
 def test_the_targets_choice_is_no_mismatch_and_another_token_is() -> None:
     logits = np.eye(4, dtype=np.float32)
-    assert judge(logits, [0, 1, 2, 3]).mismatches == 0
-    verdict = judge(logits, [0, 1, 3, 3])
+    assert compare_tokens(logits, [0, 1, 2, 3]).mismatches == 0
+    verdict = compare_tokens(logits, [0, 1, 3, 3])
     assert (verdict.mismatches, verdict.near_ties, verdict.first) == (1, 0, 2)
 
 
 def test_a_token_within_the_last_bits_of_the_best_is_a_near_tie() -> None:
-    logits = np.array([[1.0, 1.0 - NEAR / 2, 1.0 - NEAR * 2]], dtype=np.float32)
-    assert (judge(logits, [1]).mismatches, judge(logits, [1]).near_ties) == (0, 1)
-    assert (judge(logits, [2]).mismatches, judge(logits, [2]).near_ties) == (1, 0)
+    logits = np.array([[1.0, 1.0 - NEAR_TIE / 2, 1.0 - NEAR_TIE * 2]], dtype=np.float32)
+    assert (compare_tokens(logits, [1]).mismatches, compare_tokens(logits, [1]).near_ties) == (0, 1)
+    assert (compare_tokens(logits, [2]).mismatches, compare_tokens(logits, [2]).near_ties) == (1, 0)
 
 
-def answered(number: int, **changes: Any) -> Answered:
+def answered(number: int, **changes: Any) -> Response:
     values: dict[str, Any] = {"verify_steps": 3, "speculators": ("1",), "started": float(number), "ended": number + 2.0}
-    return Answered(id=f"r{number}", domain="math", **(values | changes))
+    return Response(id=f"r{number}", domain="math", **(values | changes))
 
 
 def test_requests_that_ran_through_a_swap_are_chosen_first_and_the_others_over_the_whole_run() -> None:
     requests = [answered(n) for n in range(100)]
-    chosen = choose(requests, [Swap("1", 50.5, 4, 1.0)], count=10)
+    chosen = choose_requests(requests, [Swap("1", 50.5, 4, 1.0)], count=10)
     numbers = [int(request.id[1:]) for request in chosen]
     assert len(set(numbers)) == 10
     assert {49, 50} <= set(numbers)
@@ -83,11 +83,11 @@ def test_requests_that_ran_through_a_swap_are_chosen_first_and_the_others_over_t
 
 
 def test_failed_requests_and_those_without_speculation_are_not_chosen() -> None:
-    assert not choose([answered(0, error="x"), answered(1, speculators=()), answered(2, verify_steps=0)], [])
+    assert not choose_requests([answered(0, error="x"), answered(1, speculators=()), answered(2, verify_steps=0)], [])
 
 
 def test_no_more_are_chosen_than_there_are() -> None:
-    assert len(choose([answered(n) for n in range(3)], [Swap("1", 1.5, 1, 1.0)], count=24)) == 3
+    assert len(choose_requests([answered(n) for n in range(3)], [Swap("1", 1.5, 1, 1.0)], count=24)) == 3
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ def traces(output: list[int]) -> pa.Table:
 
 def test_what_the_target_alone_would_say_passes(target: Path, greedy: tuple[list[int], str]) -> None:
     output, text = greedy
-    result = check([Answered("r", "math", 0, 1, text=text)], traces(output), target, threads=1)
+    result = check_requests([Response("r", "math", 0, 1, text=text)], traces(output), target, threads=1)
     assert (result.checked, result.tokens, result.mismatches) == (1, 6, 0)
 
 
@@ -133,16 +133,16 @@ def test_what_the_target_alone_would_say_passes(target: Path, greedy: tuple[list
 def test_one_altered_token_anywhere_is_found(target: Path, greedy: tuple[list[int], str], position: int) -> None:
     output = list(greedy[0])
     output[position] = (output[position] + 1) % VOCABULARY
-    result = check([Answered("r", "math", 0, 1, text="")], traces(output), target, threads=1)
+    result = check_requests([Response("r", "math", 0, 1, text="")], traces(output), target, threads=1)
     assert result.mismatches >= 1
-    assert any(f"answer token {position} " in example for example in result.examples)
+    assert any(f"output token {position} " in example for example in result.examples)
 
 
 def test_a_text_that_is_not_that_of_the_traced_tokens_is_found(target: Path, greedy: tuple[list[int], str]) -> None:
-    result = check([Answered("r", "math", 0, 1, text=greedy[1] + "x")], traces(greedy[0]), target, threads=1)
+    result = check_requests([Response("r", "math", 0, 1, text=greedy[1] + "x")], traces(greedy[0]), target, threads=1)
     assert result.mismatches == 1
 
 
 def test_a_request_that_the_table_does_not_hold_is_not_counted_as_checked(target: Path) -> None:
-    result = check([Answered("other", "math", 0, 1)], traces([4, 5, 6, 7, 8, 9]), target, threads=1)
+    result = check_requests([Response("other", "math", 0, 1)], traces([4, 5, 6, 7, 8, 9]), target, threads=1)
     assert result.checked == 0

@@ -1,4 +1,4 @@
-"""Starting, restarting, giving up and stopping, with processes that do as they are told and a clock of our own."""
+"""Start, restart, give up and stop of parts, with fake processes and a fake clock."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import pytest
 
 from ops.local.parts import Part
 from ops.local.process import Process
-from ops.local.supervisor import GIVE_UP_AFTER, QUICK_S, PartFailedError, State, Supervisor, delay
+from ops.local.supervisor import MAX_QUICK_DEATHS, QUICK_DEATH_S, PartFailedError, State, Supervisor, restart_delay
 
 
 @dataclass
-class Told:
-    """Stands for a process."""
+class FakeProcess:
+    """Stand-in for a process."""
 
     name: str
     events: list[str]
@@ -47,10 +47,10 @@ class World:
     events: list[str] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
     ready: set[str] = field(default_factory=set)
-    told: dict[str, Told] = field(default_factory=dict)
+    told: dict[str, FakeProcess] = field(default_factory=dict)
 
     def part(self, name: str, *after: str) -> Part:
-        self.told[name] = Told(name, self.events)
+        self.told[name] = FakeProcess(name, self.events)
         return Part(name, cast(Process, self.told[name]), self.answers(name), after, timeout_s=60)
 
     def answers(self, name: str) -> Callable[[], bool]:
@@ -104,41 +104,41 @@ def test_a_part_that_dies_is_started_again_after_a_pause_and_its_log_is_named(wo
     world.pass_time(supervisor, 1)
     assert world.told["stream"].starts == 2
     assert supervisor.ready
-    assert supervisor.watched["stream"].restarts == 1
+    assert supervisor.parts["stream"].restarts == 1
 
 
 def test_a_part_that_keeps_dying_is_given_up_and_the_others_go_on(world: World) -> None:
     world.ready.add("serve")
     supervisor = world.supervisor(world.part("serve"), world.part("train"))
     supervisor.tick()
-    for _ in range(GIVE_UP_AFTER + 3):
+    for _ in range(MAX_QUICK_DEATHS + 3):
         world.told["train"].die(1)
         supervisor.tick()
         world.pass_time(supervisor, 60)
-    assert supervisor.watched["train"].state is State.GAVE_UP
-    assert world.told["train"].starts == GIVE_UP_AFTER + 1
-    assert "left alone" in world.said[-1]
-    assert supervisor.watched["serve"].state is State.READY
+    assert supervisor.parts["train"].state is State.GAVE_UP
+    assert world.told["train"].starts == MAX_QUICK_DEATHS + 1
+    assert "is not restarted" in world.said[-1]
+    assert supervisor.parts["serve"].state is State.READY
 
 
 def test_a_part_that_ran_long_enough_begins_a_new_count(world: World) -> None:
     world.ready.add("train")
     supervisor = world.supervisor(world.part("train"))
-    for _ in range(GIVE_UP_AFTER * 3):
+    for _ in range(MAX_QUICK_DEATHS * 3):
         supervisor.tick()
         supervisor.tick()
-        world.pass_time(supervisor, QUICK_S + 1)
+        world.pass_time(supervisor, QUICK_DEATH_S + 1)
         world.told["train"].die()
         supervisor.tick()
         world.pass_time(supervisor, 1)
-    assert supervisor.watched["train"].state is not State.GAVE_UP
+    assert supervisor.parts["train"].state is not State.GAVE_UP
 
 
 def test_a_part_that_never_becomes_ready_counts_as_dead(world: World) -> None:
     supervisor = world.supervisor(world.part("registry"))
     supervisor.tick()
     world.pass_time(supervisor, 61)
-    assert supervisor.watched["registry"].state is State.DOWN
+    assert supervisor.parts["registry"].state is State.DOWN
     assert world.events == ["start registry", "stop registry"]
 
 
@@ -155,13 +155,13 @@ def test_without_restart_a_death_is_an_error_that_names_the_log(world: World) ->
 def test_starting_ends_with_an_error_when_a_part_is_given_up(world: World) -> None:
     part = world.part("stream")
     supervisor = world.supervisor(part)
-    supervisor.watched["stream"].state = State.GAVE_UP
+    supervisor.parts["stream"].state = State.GAVE_UP
     with pytest.raises(PartFailedError, match="stream does not start"):
         supervisor.start(poll_s=0)
 
 
 def test_pauses_grow_to_a_bound_and_then_end() -> None:
-    pauses = [delay(deaths) for deaths in range(1, GIVE_UP_AFTER + 2)]
+    pauses = [restart_delay(deaths) for deaths in range(1, MAX_QUICK_DEATHS + 2)]
     assert pauses[-1] is None
     known = [pause for pause in pauses if pause is not None]
     assert known == sorted(known)

@@ -1,4 +1,4 @@
-"""The screen of ``aurora top``."""
+"""Screen of ``aurora top``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from rich.console import Console
 
 from ops.observe.status import Overview
-from ops.observe.top import Course, pace, render
+from ops.observe.top import History, compute_rates, render_screen
 from schemas.status import PromoterStatus, RejectedVersionStatus, ServeStatus, SwapStatus
 
 
@@ -28,36 +28,39 @@ def node(**known: Any) -> ServeStatus:
     return status
 
 
-def shown(course: Course) -> str:
+def shown(history: History) -> str:
     console = Console(width=120, record=True, file=StringIO())
-    console.print(render(course, 2.0))
+    console.print(render_screen(history, 2.0))
     return console.export_text()
 
 
-def test_the_pace_is_that_between_two_looks() -> None:
+def test_rates_are_those_between_two_polls() -> None:
     before = node(verify_steps=100, accepted_tokens=50, output_tokens=200, requests_finished=3)
     now = node(verify_steps=140, accepted_tokens=110, output_tokens=300, requests_finished=5)
-    found = pace(before, now, 4.0)
+    found = compute_rates(before, now, 4.0)
     assert found is not None
     assert (found.tokens_per_s, found.acceptance_length, found.requests_per_s) == (25.0, 2.5, 0.5)
 
 
 def test_a_node_that_ran_no_verify_step_has_no_acceptance_length() -> None:
-    found = pace(node(verify_steps=5, accepted_tokens=5), node(verify_steps=5, accepted_tokens=5), 1.0)
+    found = compute_rates(node(verify_steps=5, accepted_tokens=5), node(verify_steps=5, accepted_tokens=5), 1.0)
     assert found is not None
     assert found.acceptance_length is None
 
 
-def test_a_restarted_node_has_no_pace_until_the_next_look() -> None:
-    assert pace(node(verify_steps=100, requests_finished=9), node(verify_steps=2, requests_finished=0), 1.0) is None
+def test_a_restarted_node_has_no_rates_until_the_next_poll() -> None:
+    assert (
+        compute_rates(node(verify_steps=100, requests_finished=9), node(verify_steps=2, requests_finished=0), 1.0)
+        is None
+    )
 
 
-def test_the_screen_shows_the_pace_the_versions_and_what_happened() -> None:
+def test_the_screen_shows_rates_versions_and_events() -> None:
     promoter: PromoterStatus = empty(PromoterStatus, champion="7", verdict="version 7 is champion", error=None)
     swap = SwapStatus(version="7", time=1_700_000_000, in_flight=3, pause_ms=12.4)
     refused = RejectedVersionStatus(version="8", time=1_700_000_010, why="tensor fc.weight is missing [x]")
-    course = Course()
-    course.add(Overview(serve=node(), promoter=promoter), 10.0)
+    history = History()
+    history.add(Overview(serve=node(), promoter=promoter), 10.0)
     now = node(
         verify_steps=40,
         accepted_tokens=60,
@@ -66,19 +69,19 @@ def test_the_screen_shows_the_pace_the_versions_and_what_happened() -> None:
         swaps=[swap],
         versions_rejected=[refused],
     )
-    course.add(Overview(serve=now, promoter=promoter, silent={"train": "no status [Errno 111]"}), 14.0)
-    screen = shown(course)
+    history.add(Overview(serve=now, promoter=promoter, silent={"train": "no status [Errno 111]"}), 14.0)
+    screen = shown(history)
     assert "25.0" in screen
     assert "2.50" in screen
     assert "version 7 is champion" in screen
-    assert "version 7 swapped in, 12 ms, 3 requests ran" in screen
-    assert "version 8 refused: tensor fc.weight is missing [x]" in screen
+    assert "version 7 swapped in, 12 ms, 3 requests in flight" in screen
+    assert "version 8 rejected: tensor fc.weight is missing [x]" in screen
     assert "no status [Errno 111]" in screen
 
 
-def test_courses_hold_only_looks_in_which_something_ran() -> None:
-    course = Course()
+def test_the_history_holds_acceptance_lengths_of_polls_with_verify_steps() -> None:
+    history = History()
     for at, verify_steps in enumerate([0, 10, 10, 20]):
-        course.add(Overview(serve=node(verify_steps=verify_steps, accepted_tokens=2 * verify_steps)), float(at))
-    assert list(course.acceptance_lengths) == [3.0, 3.0]
-    assert len(course.rates) == 3
+        history.add(Overview(serve=node(verify_steps=verify_steps, accepted_tokens=2 * verify_steps)), float(at))
+    assert list(history.acceptance_lengths) == [3.0, 3.0]
+    assert len(history.token_rates) == 3

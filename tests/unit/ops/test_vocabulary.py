@@ -34,18 +34,18 @@ def test_what_was_answered_is_counted_and_prompts_and_other_targets_are_not(tmp_
     answered(tables, "one", [3, 3, 3], [7, 8, 7], TARGET)
     answered(tables, "two", [4], [7, 9], TARGET)
     answered(tables, "three", [5], [11, 11], "o" * 32)
-    one, other = vocabulary.count(tables, TARGET)
+    one, other = vocabulary.count_tokens(tables, TARGET)
     counted = {token: one.get(token, 0) + other.get(token, 0) for token in one.keys() | other.keys()}
     assert counted == {7: 3, 8: 1, 9: 1}
-    with pytest.raises(UserError, match="no answers of target"):
-        vocabulary.count(tables, "x" * 32)
+    with pytest.raises(UserError, match="no outputs of target"):
+        vocabulary.count_tokens(tables, "x" * 32)
 
 
 def test_a_request_is_in_one_half_alone(tmp_path: Path) -> None:
     tables = DeltaLog(Tables(uri=str(tmp_path)))
     for i in range(8):
         answered(tables, f"request-{i}", [1], [10 + i, 10 + i], TARGET)
-    one, other = vocabulary.count(tables, TARGET)
+    one, other = vocabulary.count_tokens(tables, TARGET)
     assert one
     assert other
     assert one.keys().isdisjoint(other)
@@ -54,17 +54,17 @@ def test_a_request_is_in_one_half_alone(tmp_path: Path) -> None:
 
 def test_the_most_frequent_ids_are_kept_beside_the_special_ones_and_the_lowest_fill_up() -> None:
     counts = {30: 5, 12: 9, 41: 5, 2: 1}
-    assert vocabulary.choose(counts, [0, 50], 4, 60) == [0, 12, 30, 50]
-    assert vocabulary.choose(counts, [0, 50], 8, 60) == [0, 1, 2, 3, 12, 30, 41, 50]
-    assert vocabulary.choose(counts, [0, 12], 4, 60) == [0, 12, 30, 41]
-    assert vocabulary.choose(counts, [], 99, 60) == list(range(60))
+    assert vocabulary.choose_ids(counts, [0, 50], 4, 60) == [0, 12, 30, 50]
+    assert vocabulary.choose_ids(counts, [0, 50], 8, 60) == [0, 1, 2, 3, 12, 30, 41, 50]
+    assert vocabulary.choose_ids(counts, [0, 12], 4, 60) == [0, 12, 30, 41]
+    assert vocabulary.choose_ids(counts, [], 99, 60) == list(range(60))
     with pytest.raises(UserError, match="3 special tokens, so --size"):
-        vocabulary.choose(counts, [1, 2, 3], 2, 60)
+        vocabulary.choose_ids(counts, [1, 2, 3], 2, 60)
 
 
 def test_coverage_is_the_share_of_answered_tokens_among_the_ids() -> None:
     halves = {40: 6, 1: 2}, {40: 3, 50: 5, 1: 4}
-    ids = vocabulary.choose({40: 9, 50: 5, 1: 6}, [0], 3, 60)
+    ids = vocabulary.choose_ids({40: 9, 50: 5, 1: 6}, [0], 3, 60)
     assert ids == [0, 1, 40]
     told = vocabulary.coverage(halves, [0], ids, 60)
     # The first half chooses 0 1 40 and the second 0 1 50: of the other halves that is 7 of 12, and 2 of 8.

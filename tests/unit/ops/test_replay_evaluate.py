@@ -1,0 +1,190 @@
+"""What replay says of a version is what a live engine did with it: the same verify steps, request by request."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from queue import SimpleQueue
+
+import pytest
+import torch
+from tiny_target import VOCABULARY, write_tiny_target
+from typer.testing import CliRunner
+
+from ops.cli.main import app
+from pipeline.batches import Record, build
+from pipeline.delta import DeltaLog
+from schemas.settings import Settings, load, to_environ
+from schemas.speculator import checkpoint
+from schemas.speculator.network import EagleDraft
+from schemas.trace.record import CONTENT_TYPE, Chunk, VerifyStep, encode, fingerprint
+from serving.engines.base import Finish, Output, Request
+from serving.engines.builtin.engine import BuiltinEngine
+from serving.traces.chunks import ChunkBuilder, ChunkSize, FeatureTransport, Origin
+from trainer.data.batch import collate
+from trainer.data.samples import read_sample
+from trainer.data.target import read_target
+from trainer.loop.learner import Learner
+
+DRAFTED = 4
+CHUNK_BYTES = 12_000
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.verify_steps: dict[str, list[VerifyStep]] = {}
+        self.ended: dict[str, tuple[Request, Finish]] = {}
+
+    def record(self, request: Request, verify_steps: tuple[VerifyStep, ...], finish: Finish | None) -> None:
+        self.verify_steps.setdefault(request.id, []).extend(verify_steps)
+        if finish is not None:
+            self.ended[request.id] = request, finish
+
+
+def settings_for(folder: Path, **flags: object) -> Settings:
+    return load(
+        environ={},
+        flags={
+            "target.path": str(folder / "target"),
+            "speculator.draft_vocab_size": VOCABULARY,
+            "serve.max_model_len": 200,
+            "serve.max_num_seqs": 4,
+            "serve.num_speculative_tokens": DRAFTED,
+            "serve.adaptive_drafting": False,
+            "registry.tracking_uri": "http://127.0.0.1:9",
+            "train.learning_rate": 1e-2,
+            **flags,
+        },
+    )
+
+
+def learned(settings: Settings) -> EagleDraft:
+    """A draft that knows the stored answers by heart, in numbers that its checkpoint keeps."""
+    target, log = read_target(settings), DeltaLog(settings.tables)
+    windows = [read_sample(row, []) for row in log.read("accepted").sort_by("offset").to_pylist()]
+    learner = Learner(target.new_draft(), target.embeddings_VH, settings.train)
+    for _ in range(60):
+        learner.step(collate(windows))
+    draft = learner.export_draft()
+    with torch.no_grad():
+        for parameter in draft.parameters():
+            parameter.copy_(parameter.to(torch.bfloat16))
+    return draft
+
+
+def some_requests() -> list[Request]:
+    generator = random.Random(0)
+    return [
+        Request(
+            f"request-{i}",
+            tuple(generator.randrange(1, VOCABULARY) for _ in range(generator.randint(1, 30))),
+            max_tokens=generator.choice([1, 2, 7, 40, 60]),
+            stop_ids=frozenset([generator.randrange(1, VOCABULARY)]) if i % 3 == 0 else frozenset(),
+            label=("a", "b")[i % 2],
+        )
+        for i in range(24)
+    ]
+
+
+def served(engine: BuiltinEngine, requests: Sequence[Request]) -> dict[str, Output]:
+    """The last output of each request."""
+    queues: dict[str, SimpleQueue[Output]] = {request.id: SimpleQueue() for request in requests}
+    for request in requests:
+        engine.submit(request, queues[request.id].put)
+    last = {}
+    for name, queue in queues.items():
+        while (output := queue.get(timeout=60)).finish is None:
+            pass
+        last[name] = output
+    return last
+
+
+def store(settings: Settings, engine: BuiltinEngine, recorder: Recorder) -> int:
+    """Rows of all requests, chunk by chunk as a node cuts them and a stream worker builds them; how many chunks."""
+    made: list[Chunk | None] = []
+    for name, (request, finish) in recorder.ended.items():
+        builder = ChunkBuilder(
+            request, Origin("node", engine.target, engine.line), FeatureTransport("inline", ChunkSize(CHUNK_BYTES))
+        )
+        made += [builder.add(done) for done in recorder.verify_steps[name]]
+        made.append(builder.end(finish))
+    chunks = [chunk for chunk in made if chunk is not None]
+    headers = {"content-type": CONTENT_TYPE, "schema": fingerprint()}
+    records = []
+    for offset, chunk in enumerate(chunks):
+        told = {**headers, "rows": str(len(chunk.verify_steps))}
+        named = tuple((key, text.encode()) for key, text in told.items())
+        records.append(Record("t", 0, offset, 1, chunk.envelope.request.encode(), encode(chunk), named))
+    built = build(records, 32)
+    assert not built.dead_letters
+    tables = DeltaLog(settings.tables)
+    tables.create()
+    for name in ("rejected", "traces", "accepted"):
+        tables.append(name, built.rows[name])
+    return len(chunks)
+
+
+def assert_replay_is_as_live(settings: Settings, version: str, live: Mapping[str, Output]) -> int:
+    """Tokens that were accepted; the command says the same twice, byte for byte."""
+    arguments = ["replay", "evaluate", "--versions", version, "--json", "--requests"]
+    told, again = (CliRunner().invoke(app, arguments, env=to_environ(settings)) for _ in range(2))
+    assert told.exit_code == 0, told.output
+    assert again.stdout == told.stdout
+    found = json.loads(told.stdout)
+    figures = {name: output.stats for name, output in live.items() if output.stats}
+    replayed = {one["request"]: (one["verify_steps"][0], one["accepted"][0]) for one in found["requests"]}
+    assert replayed == {name: (one.verify_steps, one.accepted_tokens) for name, one in figures.items()}
+    accepted = sum(one.accepted_tokens for one in figures.values())
+    groups = found["groups"]
+    assert groups["all"]["versions"][0]["accepted"] == accepted
+    assert sum(groups[f"label {label}"]["versions"][0]["accepted"] for label in "ab") == accepted
+    return accepted
+
+
+def test_replay_gives_the_verify_steps_and_accepted_tokens_of_the_live_engine_for_every_greedy_request(
+    tmp_path: Path,
+) -> None:
+    write_tiny_target(tmp_path / "target")
+    first, second = (settings_for(tmp_path, **{"tables.uri": str(tmp_path / name)}) for name in ("first", "second"))
+    recorder, requests = Recorder(), some_requests()
+    engine = BuiltinEngine(first, recorder)
+    engine.start()
+    try:
+        live = served(engine, requests)
+        assert store(first, engine, recorder) > len(requests), "some requests travel in several chunks"
+        assert assert_replay_is_as_live(first, "day-0", live) < 40
+        checkpoint.write(learned(first), tmp_path / "version", engine.target)
+        engine.swap(checkpoint.read(tmp_path / "version", engine.line), "1")
+        recorder.verify_steps.clear()
+        live = served(engine, requests)
+        store(second, engine, recorder)
+        assert assert_replay_is_as_live(second, str(tmp_path / "version"), live) > 60
+    finally:
+        engine.stop()
+
+
+def test_the_expected_acceptance_of_sampled_requests_is_what_a_live_engine_comes_to(tmp_path: Path) -> None:
+    write_tiny_target(tmp_path / "target", scale=0.12)
+    settings = settings_for(tmp_path, **{"tables.uri": str(tmp_path / "tables"), "traces.top_k": VOCABULARY})
+    recorder = Recorder()
+    requests = [
+        replace(one, max_tokens=40, temperature=0.8, top_p=0.95, seed=i, stop_ids=frozenset(), ignore_eos=True)
+        for i, one in enumerate(some_requests())
+    ]
+    engine = BuiltinEngine(settings, recorder)
+    engine.start()
+    try:
+        live = served(engine, requests)
+    finally:
+        engine.stop()
+    store(settings, engine, recorder)
+    told = CliRunner().invoke(app, ["replay", "evaluate", "--versions", "day-0", "--json"], env=to_environ(settings))
+    (expected,) = json.loads(told.stdout)["groups"]["all"]["versions"]
+    figures = [output.stats for output in live.values() if output.stats]
+    accepted, verify_steps = sum(one.accepted_tokens for one in figures), sum(one.verify_steps for one in figures)
+    assert accepted > 100
+    assert expected["accepted"] == pytest.approx(accepted, abs=3 * accepted**0.5)
+    assert expected["accepted"] + expected["verify_steps"] == pytest.approx(accepted + verify_steps, abs=0.01)

@@ -8,7 +8,6 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -187,26 +186,23 @@ def _build_ssl_context(options: Mapping[str, str]) -> ssl.SSLContext:
     return context
 
 
-@dataclass(frozen=True, slots=True)
-class BufferLimits:
-    """Limits of a ``RecordBuffer``."""
-
-    batch_records: int
-    batch_bytes: int
-    linger_s: float
-    """A batch that is not full is returned when its first item is this old."""
-    max_bytes: int
-    """Bytes that the buffer may hold. A single item may be larger."""
-
-
 class RecordBuffer(Generic[T]):
     """A queue between the task that reads records and the task that writes them, bounded in bytes.
 
     While the tables are slow, reading waits and memory use stays constant. Use it on one event loop.
+
+    Args:
+        batch_records: Maximum number of items of a batch.
+        batch_bytes: Size at which a batch is full.
+        linger_s: A batch that is not full is returned when its first item is this old.
+        max_bytes: Bytes that the buffer may hold. A single item may be larger.
     """
 
-    def __init__(self, limits: BufferLimits) -> None:
-        self._limits = limits
+    def __init__(self, batch_records: int, batch_bytes: int, linger_s: float, max_bytes: int) -> None:
+        self._batch_records = batch_records
+        self._batch_bytes = batch_bytes
+        self._linger_s = linger_s
+        self._max_bytes = max_bytes
         self._items: deque[tuple[T, int, float]] = deque()
         self._bytes = 0
         self._not_empty = asyncio.Event()
@@ -221,18 +217,18 @@ class RecordBuffer(Generic[T]):
     @property
     def full(self) -> bool:
         """True if the next item may have to wait: reading is blocked by writing."""
-        return self._bytes >= self._limits.max_bytes
+        return self._bytes >= self._max_bytes
 
     async def put(self, item: T, size: int) -> None:
         """Add an item of ``size`` bytes as soon as there is room for it."""
-        while self._items and self._bytes + size > self._limits.max_bytes:
+        while self._items and self._bytes + size > self._max_bytes:
             self._batch_ready.set()
             self._has_room.clear()
             await self._has_room.wait()
         self._items.append((item, size, time.monotonic()))
         self._bytes += size
         self._not_empty.set()
-        if len(self._items) >= self._limits.batch_records or self._bytes >= self._limits.batch_bytes:
+        if len(self._items) >= self._batch_records or self._bytes >= self._batch_bytes:
             self._batch_ready.set()
 
     async def take_batch(self) -> list[T]:
@@ -240,18 +236,18 @@ class RecordBuffer(Generic[T]):
         await self._not_empty.wait()
         _, _, added_at = self._items[0]
         with suppress(TimeoutError):
-            async with asyncio.timeout(max(0.0, added_at + self._limits.linger_s - time.monotonic())):
+            async with asyncio.timeout(max(0.0, added_at + self._linger_s - time.monotonic())):
                 await self._batch_ready.wait()
         batch: list[T] = []
         batch_bytes = 0
-        while self._items and len(batch) < self._limits.batch_records and batch_bytes < self._limits.batch_bytes:
+        while self._items and len(batch) < self._batch_records and batch_bytes < self._batch_bytes:
             item, size, _ = self._items.popleft()
             batch.append(item)
             batch_bytes += size
         self._bytes -= batch_bytes
         if not self._items:
             self._not_empty.clear()
-        if len(self._items) < self._limits.batch_records and self._bytes < self._limits.batch_bytes:
+        if len(self._items) < self._batch_records and self._bytes < self._batch_bytes:
             self._batch_ready.clear()
         self._has_room.set()
         return batch

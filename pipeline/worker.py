@@ -26,7 +26,7 @@ from faust.types import TP, AppT, EventT, StreamT
 from pipeline import topics
 from pipeline.batches import Record
 from pipeline.broker import BrokerUnreachableError, Watermarks
-from pipeline.consumer import BUFFER_BYTES, COMMIT_BYTES, BufferLimits, RecordBuffer, check_connection, create_app
+from pipeline.consumer import BUFFER_BYTES, COMMIT_BYTES, RecordBuffer, check_connection, create_app
 from pipeline.delta import DeltaLog
 from pipeline.health import (
     TICK_S,
@@ -66,7 +66,7 @@ class StreamWorker:
         self._watermarks = Watermarks(settings.kafka)
         stream = settings.stream
         self._buffer: RecordBuffer[EventT[bytes]] = RecordBuffer(
-            BufferLimits(stream.flush_records, COMMIT_BYTES, stream.flush_interval, BUFFER_BYTES)
+            stream.flush_records, COMMIT_BYTES, stream.flush_interval, BUFFER_BYTES
         )
         self._seek_offsets: dict[SourcePartition, int] = {}
         """Offset of the last seek after a gap."""

@@ -232,14 +232,8 @@ def _detect(detector: PartitionDetector, verify_steps: pa.Table) -> Iterator[Dri
 def _combine(parts: list[AcceptanceStats]) -> AcceptanceStats:
     """Return the mean over all requests of several partitions."""
     requests = sum(part.requests for part in parts)
-
-    def mean(name: str) -> float:
-        total: float = sum(part.requests * getattr(part, name) for part in parts)
-        return total / requests
-
-    return AcceptanceStats(
-        requests=requests,
-        first_token_acceptance=mean("first_token_acceptance"),
-        acceptance_length=mean("acceptance_length"),
-        draft_tokens=mean("draft_tokens"),
-    )
+    means = {
+        name: sum(part.requests * getattr(part, name) for part in parts) / requests
+        for name in ("first_token_acceptance", "acceptance_length", "draft_tokens")
+    }
+    return AcceptanceStats(requests=requests, **means)

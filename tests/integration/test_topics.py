@@ -30,7 +30,7 @@ def aurora(kafka: Kafka, *arguments: str) -> Result:
 
 
 def changed(result: Result) -> dict[tuple[str, str], tuple[str | None, str]]:
-    return {(c["topic"], c["what"]): (c["found"], c["wanted"]) for c in json.loads(result.stdout)["changes"]}
+    return {(c["topic"], c["property"]): (c["found"], c["declared"]) for c in json.loads(result.stdout)["changes"]}
 
 
 def test_apply_makes_what_is_missing_and_then_has_nothing_to_change(kafka: Kafka) -> None:

@@ -86,7 +86,7 @@ class MemoryTables:
         return rows.filter(pc.and_(of_source, inside)).select(columns)
 
 
-def dies_after(steps: int) -> Callable[[], None]:
+def crash_after(steps: int) -> Callable[[], None]:
     """Lets so many steps pass, and kills the process at the next."""
     left = steps
 

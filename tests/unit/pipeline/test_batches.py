@@ -1,6 +1,4 @@
-"""Rows from records: the worked example of ``schemas.trace.record`` and ``schemas.batches``, and the fate of bad
-records.
-"""
+"""Tests of batches: rows of the worked example in ``schemas.trace.record``, and the dead letters of invalid records."""
 
 from __future__ import annotations
 
@@ -26,7 +24,7 @@ TOP_K = 2
 
 
 def features(*tokens: int) -> trace.U16:
-    """A feature that names its token, so that a shifted row shows."""
+    """Features that identify their token, so that a shifted row is detected."""
     return to_bf16(np.array([[token, token + 0.5, -token] for token in tokens], dtype=np.float32))
 
 
@@ -114,7 +112,7 @@ def reason(made: Record) -> str:
     return str(row["reason"])
 
 
-def test_accepted_is_the_window_of_the_worked_example() -> None:
+def test_accepted_row_is_the_sample_of_the_worked_example() -> None:
     row = only_row(build([record()], 32).rows["accepted"])
     assert row["tokens"] == [A, B, C, D, E, F]
     assert row["loss_mask"] == [False, False, True, True, True, True]
@@ -127,7 +125,7 @@ def test_accepted_is_the_window_of_the_worked_example() -> None:
     assert np.reshape(row["teacher_logprobs"], (4, TOP_K))[:, 0].tolist() == [-12.5, -13.75, -13.875, -15.0]  # type: ignore[arg-type]
 
 
-def test_rejected_holds_the_branches_of_the_worked_example() -> None:
+def test_rejected_rows_are_the_branches_of_the_worked_example() -> None:
     first, second = build([record()], 32).rows["rejected"].to_pylist()
     assert (first["branch"], first["accepted_prefix"], first["context"]) == ([E, X], 1, [A, B, C, D])
     assert (second["branch"], second["accepted_prefix"], second["context"]) == ([Y, Z], 0, [A, B, C, D, E, F])
@@ -137,7 +135,7 @@ def test_rejected_holds_the_branches_of_the_worked_example() -> None:
     assert second["teacher_ids"][::TOP_K] == [121, 122]
 
 
-def test_traces_hold_every_verify_step_with_its_own_version_and_time() -> None:
+def test_traces_row_has_version_and_time_of_its_verify_step() -> None:
     rows = build([record()], 32).rows["traces"].to_pylist()
     assert [row["verify_step"] for row in rows] == [0, 1, 2]
     assert [row["speculator"] for row in rows] == ["", "1", "2"]
@@ -146,7 +144,7 @@ def test_traces_hold_every_verify_step_with_its_own_version_and_time() -> None:
     assert all(row["label"] == "ünï" and row["offset"] == 7 and row["last_chunk"] for row in rows)
 
 
-def test_rows_carry_the_version_that_drafted_last() -> None:
+def test_rows_name_the_last_version_that_drafted() -> None:
     plain = replace(SECOND, draft_tokens=(), draft_parents=(), draft_logprobs=(), speculator="",
                     top_ids=SECOND.top_ids[:1], top_logprobs=SECOND.top_logprobs[:1])  # fmt: skip
     built = build([record(Chunk(ENVELOPE, (PREFILL, FIRST, plain)))], 32)
@@ -154,7 +152,7 @@ def test_rows_carry_the_version_that_drafted_last() -> None:
     assert built.rows["rejected"].num_rows == 1
 
 
-def test_a_prompt_cut_into_rows_has_a_teacher_only_at_its_end() -> None:
+def test_split_prompt_has_a_teacher_only_at_its_end() -> None:
     head = verify_step_(0, 0, (A, B), None, ())
     tail = verify_step_(0, 2, (C,), D, (100,))
     whole = only_row(build([record()], 32).rows["accepted"])
@@ -167,7 +165,7 @@ def test_a_prompt_cut_into_rows_has_a_teacher_only_at_its_end() -> None:
     assert inside["next_token"] is None
 
 
-def test_a_chunk_that_begins_inside_a_request_knows_no_token_before_its_first_root() -> None:
+def test_later_chunk_has_no_tokens_before_its_first_root() -> None:
     built = build([record(Chunk(replace(ENVELOPE, chunk=1), (FIRST, SECOND)))], 32)
     first, second = built.rows["rejected"].to_pylist()
     assert (first["context"], second["context"]) == ([D], [D, E, F])
@@ -175,7 +173,7 @@ def test_a_chunk_that_begins_inside_a_request_knows_no_token_before_its_first_ro
     assert (accepted["position"], accepted["loss_mask"]) == (3, [True, True, True])
 
 
-def test_a_chunk_to_be_recomputed_gives_the_window_of_its_request_without_features() -> None:
+def test_recompute_chunk_gives_the_sample_from_the_start_of_the_request_without_features() -> None:
     bare = [replace(r, features=r.features[:0]) for r in (FIRST, SECOND)]
     envelope = replace(ENVELOPE, chunk=1, features="recompute", preceding_tokens=(A, B, C))
     built = build([record(Chunk(envelope, tuple(bare)))], 32)
@@ -189,12 +187,12 @@ def test_a_chunk_to_be_recomputed_gives_the_window_of_its_request_without_featur
     assert first["root_position"] == 3
 
 
-def test_context_is_cut_to_the_tokens_before_the_root() -> None:
+def test_context_is_limited_to_context_tokens_before_the_root() -> None:
     rows = build([record()], 2).rows["rejected"].to_pylist()
     assert [row["context"] for row in rows] == [[B, C, D], [D, E, F]]
 
 
-def test_branches_of_a_tree_are_rows_of_their_own() -> None:
+def test_each_rejected_branch_of_a_tree_is_a_row() -> None:
     tree = verify_step_(
         1, 3, (D, E), F, (110, 111, 112, 113), draft_tokens=(E, X, Y), draft_parents=(ROOT, ROOT, 0),
         draft_logprobs=(-1.0, -2.0, -3.0), accepted=(0,), speculator="1",
@@ -204,7 +202,7 @@ def test_branches_of_a_tree_are_rows_of_their_own() -> None:
     assert [row["teacher_ids"][::TOP_K] for row in rows] == [[112], [111, 113]]
 
 
-def test_rows_are_the_same_in_every_delivery_and_in_any_company() -> None:
+def test_rows_do_not_depend_on_delivery_or_on_other_records() -> None:
     again = build([record()], 32).rows
     together = build([record(offset=6), record(offset=7)], 32).rows
     for name, rows in again.items():
@@ -212,12 +210,12 @@ def test_rows_are_the_same_in_every_delivery_and_in_any_company() -> None:
         assert together[name].slice(rows.num_rows).equals(rows)
 
 
-def test_a_chunk_without_verify_steps_adds_nothing_and_is_no_dead_letter() -> None:
+def test_chunk_without_verify_steps_adds_no_row_and_no_dead_letter() -> None:
     built = build([record(Chunk(ENVELOPE, ()))], 32)
     assert sum(rows.num_rows for rows in built.rows.values()) == 0
 
 
-def test_a_draft_whose_probabilities_are_not_known_is_a_row_that_says_so() -> None:
+def test_unknown_draft_logprobs_are_nan_in_the_row() -> None:
     unknown = replace(FIRST, draft_logprobs=(float("nan"),) * 2)
     built = build([record(Chunk(ENVELOPE, (PREFILL, unknown, SECOND)))], 32)
     assert not built.dead_letters
@@ -247,11 +245,11 @@ def nan_features() -> VerifyStep:
         ),
     ],
 )
-def test_a_chunk_that_contradicts_itself_is_a_dead_letter(bad: VerifyStep, code: str) -> None:
+def test_contradictory_chunk_is_a_dead_letter(bad: VerifyStep, code: str) -> None:
     assert reason(record(Chunk(ENVELOPE, (PREFILL, FIRST, bad)))) == code
 
 
-def test_a_draft_inside_the_prompt_is_a_dead_letter() -> None:
+def test_draft_inside_the_prompt_is_a_dead_letter() -> None:
     assert reason(record(Chunk(ENVELOPE, (replace(FIRST, verify_step=0),)))) == "contradiction"
 
 
@@ -266,12 +264,12 @@ def test_a_draft_inside_the_prompt_is_a_dead_letter() -> None:
         ("rows", b"\xff", "wrong_count"),
     ],
 )
-def test_a_header_that_does_not_fit_is_a_dead_letter(header: str, value: bytes | None, code: str) -> None:
+def test_wrong_header_is_a_dead_letter(header: str, value: bytes | None, code: str) -> None:
     headers = tuple((name, value if name == header else old) for name, old in record().headers)
     assert reason(record(headers=headers)) == code
 
 
-def test_a_number_that_no_column_holds_is_a_dead_letter() -> None:
+def test_number_too_large_for_its_column_is_a_dead_letter() -> None:
     assert reason(record(Chunk(replace(ENVELOPE, seed=2**63), EXAMPLE.verify_steps))) == "too_large"
     assert reason(record(Chunk(replace(ENVELOPE, sampling_top_k=2**31), EXAMPLE.verify_steps))) == "too_large"
     assert reason(record(Chunk(replace(ENVELOPE, temperature=float("nan")), EXAMPLE.verify_steps))) in (
@@ -280,11 +278,11 @@ def test_a_number_that_no_column_holds_is_a_dead_letter() -> None:
 
 
 @pytest.mark.parametrize("line", ["", "l" * 129, "a/b", "a line", "zeile-ä"])
-def test_a_line_that_cannot_name_a_folder_is_a_dead_letter(line: str) -> None:
+def test_line_that_is_no_folder_name_is_a_dead_letter(line: str) -> None:
     assert reason(record(Chunk(replace(ENVELOPE, line=line), EXAMPLE.verify_steps))) == "bad_line"
 
 
-def test_the_day_of_a_row_is_that_of_its_record_and_not_of_the_clock_of_the_node() -> None:
+def test_day_comes_from_the_record_and_not_from_the_clock_of_the_node() -> None:
     late = replace(record(), time_us=1_700_006_400_000_000)  # 2023-11-15T00:00:00Z
     built = build([replace(late, time_us=late.time_us - 1), late, replace(late, value=None)], 32)
     days = {name: {day.day for day in rows["day"].to_pylist()} for name, rows in built.rows.items()}
@@ -292,20 +290,20 @@ def test_the_day_of_a_row_is_that_of_its_record_and_not_of_the_clock_of_the_node
 
 
 @pytest.mark.parametrize("time_us", [-(2**63), -1, 2**62, 2**63 - 1])
-def test_a_record_with_the_time_of_a_broken_clock_lies_in_a_day_that_has_a_name(time_us: int) -> None:
+def test_record_time_out_of_range_is_clamped_to_the_nearest_day(time_us: int) -> None:
     built = build([replace(record(), time_us=time_us), replace(record(), time_us=time_us, value=None)], 32)
     for name in ("accepted", "dead_letters"):
         (day,) = built.rows[name]["day"].to_pylist()
         assert day.year in (1970, 9999)
 
 
-def test_a_verify_step_outside_the_times_that_readers_know_is_a_dead_letter() -> None:
+def test_verify_step_time_out_of_range_is_a_dead_letter() -> None:
     for time_us in (-1, 2**62):
         assert reason(record(Chunk(ENVELOPE, (replace(PREFILL, time_us=time_us), FIRST, SECOND)))) == "bad_number"
 
 
 @pytest.mark.parametrize("header", ["target", "node"])
-def test_a_header_that_names_another_target_or_node_than_the_envelope_is_a_dead_letter(header: str) -> None:
+def test_header_that_contradicts_the_envelope_is_a_dead_letter(header: str) -> None:
     announced = getattr(ENVELOPE, header).encode()
     assert not build([record(headers=(*record().headers, (header, announced)))], 32).dead_letters
     assert reason(record(headers=(*record().headers, (header, b"another")))) == "header_mismatch"
@@ -320,7 +318,7 @@ def test_a_header_that_names_another_target_or_node_than_the_envelope_is_a_dead_
         replace(PREFILL, tokens=(A, 123, C)),
     ],
 )
-def test_a_token_outside_the_vocabulary_is_a_dead_letter_where_the_vocabulary_is_known(bad: VerifyStep) -> None:
+def test_token_outside_a_known_vocabulary_is_a_dead_letter(bad: VerifyStep) -> None:
     verify_steps = tuple(bad if bad.verify_step == r.verify_step else r for r in EXAMPLE.verify_steps)
     known = replace(ENVELOPE, vocab_size=124)
     assert not build(
@@ -329,23 +327,23 @@ def test_a_token_outside_the_vocabulary_is_a_dead_letter_where_the_vocabulary_is
     assert reason(record(Chunk(replace(ENVELOPE, vocab_size=123), verify_steps))) == "bad_token"
 
 
-def test_a_token_outside_the_vocabulary_is_named() -> None:
+def test_detail_names_the_token_outside_the_vocabulary() -> None:
     built = build([record(Chunk(replace(ENVELOPE, vocab_size=123), (replace(PREFILL, tokens=(A, 123, C)),)))], 32)
     (detail,) = built.rows["dead_letters"]["detail"].to_pylist()
     assert detail == "verify step 0: token id 123 in tokens, expected 0 to 122"
 
 
-def test_a_token_outside_the_vocabulary_among_those_before_the_chunk_is_a_dead_letter() -> None:
+def test_token_outside_the_vocabulary_before_the_chunk_is_a_dead_letter() -> None:
     bare = tuple(replace(r, features=r.features[:0]) for r in (FIRST, SECOND))
     envelope = replace(ENVELOPE, chunk=1, features="recompute", preceding_tokens=(A, 999, C), vocab_size=200)
     assert reason(record(Chunk(envelope, bare))) == "bad_token"
 
 
-def test_a_record_without_a_value_is_a_dead_letter() -> None:
+def test_record_without_a_value_is_a_dead_letter() -> None:
     assert reason(record(value=None)) == "empty"
 
 
-def test_a_dead_letter_keeps_what_the_header_claims() -> None:
+def test_dead_letter_keeps_headers_and_row_count() -> None:
     row = only_row(build([record(value=b"junk")], 32).rows["dead_letters"])
     assert row["rows"] == 3
     assert row["headers"][1] == {"name": "schema", "value": trace.fingerprint().encode()}  # type: ignore[index]
@@ -363,10 +361,10 @@ def test_altered_bytes_are_one_dead_letter_and_never_an_error(cut: int, flip: in
         assert reason(record(value=altered)) in ("corrupt", "truncated")
 
 
-def test_a_record_that_nobody_foresaw_is_a_dead_letter_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unexpected_error_makes_only_its_own_record_a_dead_letter(monkeypatch: pytest.MonkeyPatch) -> None:
     def fragile(verify_steps: VerifyStepColumns, features: ListColumn) -> dict[int, TraceError]:
         if any(envelope.request == "odd" for envelope in verify_steps.envelopes):
-            raise IndexError("what is this")
+            raise IndexError("unexpected")
         return find_invalid(verify_steps, features)
 
     monkeypatch.setattr("pipeline.batches.find_invalid", fragile)
@@ -375,12 +373,12 @@ def test_a_record_that_nobody_foresaw_is_a_dead_letter_alone(monkeypatch: pytest
     built = build(sent, 32, window=DeduplicationWindow(1))
     assert built.rows["accepted"]["offset"].to_pylist() == [1, 3]
     letters = built.rows["dead_letters"].select(["offset", "reason", "detail"]).to_pylist()
-    assert letters[0] == {"offset": 2, "reason": "unreadable", "detail": "IndexError: what is this"}
+    assert letters[0] == {"offset": 2, "reason": "unreadable", "detail": "IndexError: unexpected"}
     assert [letter["offset"] for letter in letters] == [2, 4]
     assert [one.offset for one in built.written] == [1, 3]
 
 
-def test_records_are_the_same_in_runs_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_result_does_not_depend_on_the_size_of_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     sent = [record(offset=1), record(offset=2, value=b"junk" * 9), record(offset=3), record(offset=4)]
     together = build(sent, 32, window=DeduplicationWindow(2))
     monkeypatch.setattr("pipeline.batches.RUN_BYTES", 1)
@@ -394,7 +392,7 @@ def test_records_are_the_same_in_runs_of_any_size(monkeypatch: pytest.MonkeyPatc
     assert together.dead_letters == {"corrupt": 1, "duplicate": 1}
 
 
-def test_a_bad_record_does_not_harm_its_neighbours() -> None:
+def test_invalid_record_does_not_affect_its_neighbours() -> None:
     built = build([record(offset=1), record(offset=2, value=b"junk" * 9), record(offset=3)], 32)
     assert built.rows["accepted"]["offset"].to_pylist() == [1, 3]
     assert built.rows["dead_letters"]["offset"].to_pylist() == [2]

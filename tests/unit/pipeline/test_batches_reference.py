@@ -1,4 +1,4 @@
-"""Rows built in columns are those that the slow reference builds one by one, and so are the refusals, word for word."""
+"""Compares ``batches.build`` with a slow reference that builds row by row: rows and dead letters, word for word."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ Rng = np.random.Generator
 
 @dataclass(frozen=True)
 class Shape:
-    """What a made-up chunk is like."""
+    """Shape of a generated chunk."""
 
     seed: int
     verify_steps: int
     prompt_parts: int
-    """Rows of verify step 0; without any the chunk begins inside a request."""
+    """Rows of verify step 0. Without any, the chunk begins inside a request."""
     drafted: int
-    """Most nodes of a draft."""
+    """Maximum number of draft tokens."""
     trees: bool
     way: Features
     width: int
@@ -57,7 +57,7 @@ shapes = st.builds(
 
 @dataclass(frozen=True)
 class Sent:
-    """A record, and what its claim check holds."""
+    """A record, and the features of its claim check."""
 
     record: Record
     claim: U16 | None
@@ -68,7 +68,7 @@ def ids(rng: Rng, n: int) -> tuple[int, ...]:
 
 
 def draft(rng: Rng, shape: Shape) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Tokens, parents and the accepted nodes."""
+    """Return tokens, parents and accepted nodes."""
     m = int(rng.integers(0, shape.drafted + 1))
     parents = tuple(int(rng.integers(ROOT, node)) for node in range(m)) if shape.trees else chain(m)
     accepted: list[int] = []
@@ -104,7 +104,7 @@ def a_verify_step(rng: Rng, shape: Shape, number: int, position: int, root: int 
 
 
 def sound(shape: Shape) -> Chunk:
-    """A chunk that nothing speaks against."""
+    """Return a valid chunk."""
     rng = np.random.default_rng(shape.seed)
     number = 0 if shape.prompt_parts else int(rng.integers(1, 5))
     position = 0 if shape.prompt_parts else int(rng.integers(1, 9))
@@ -141,7 +141,7 @@ def sound(shape: Shape) -> Chunk:
 
 
 def send(chunk: Chunk, offset: int, partition: int = 0, value: bytes | None = None) -> Sent:
-    """The record as a node sends it, or with another value."""
+    """Return the record that a node sends, or the same with another value."""
     way, verify_steps = chunk.envelope.features, chunk.verify_steps
     claim = np.concatenate([r.features for r in verify_steps]) if way == "claim-check" and verify_steps else None
     bare = chunk if way == "inline" else replace(chunk, verify_steps=tuple(map(drop_features, verify_steps)))
@@ -160,10 +160,10 @@ def send(chunk: Chunk, offset: int, partition: int = 0, value: bytes | None = No
 
 
 def assert_as_the_reference(sent: Sequence[Sent], window: int = 0) -> dict[str, int]:
-    """Reasons of the dead letters, after everything was compared."""
+    """Compare everything and return the reasons of the dead letters."""
 
     def reader() -> Callable[[Claim, int, int], U16]:
-        # Both read the claims of the records that get so far, in their order.
+        # Both read the claim checks of valid records, in their order.
         claims = {(len(s.claim), s.claim.shape[1]): s.claim for s in sent if s.claim is not None}
 
         def get(_claim: Claim, tokens: int, width: int) -> U16:
@@ -190,7 +190,7 @@ def assert_as_the_reference(sent: Sequence[Sent], window: int = 0) -> dict[str, 
 
 
 def comparable(rows: pa.Table) -> pa.Table:
-    """With a number that is no log-probability for those that are not known: NaN equals nothing."""
+    """Replace unknown log-probabilities by a number, because NaN is not equal to itself."""
     if "draft_logprobs" not in rows.column_names:
         return rows
     at = rows.column_names.index("draft_logprobs")
@@ -200,13 +200,13 @@ def comparable(rows: pa.Table) -> pa.Table:
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(shapes, max_size=6))
-def test_sound_records_give_the_rows_of_the_reference(made: list[Shape]) -> None:
+def test_valid_records_give_the_rows_of_the_reference(made: list[Shape]) -> None:
     assert assert_as_the_reference([send(sound(shape), offset) for offset, shape in enumerate(made)]) == {}
 
 
 @settings(deadline=None, max_examples=30)
 @given(st.lists(shapes, min_size=1, max_size=8), st.integers(0, 6))
-def test_repeated_records_are_the_dead_letters_of_the_reference(made: list[Shape], window: int) -> None:
+def test_duplicates_are_the_dead_letters_of_the_reference(made: list[Shape], window: int) -> None:
     several = [made[i % len(made)] for i in range(3 * len(made))]
     sent = [send(sound(shape), offset, partition=offset % 2) for offset, shape in enumerate(several)]
     assert set(assert_as_the_reference(sent, window)) <= {"duplicate"}
@@ -217,7 +217,7 @@ def other_int(rng: Rng, value: int) -> int:
 
 
 def other_list(rng: Rng, values: tuple[Any, ...], entry: Callable[[], Any]) -> tuple[Any, ...]:
-    """One entry more, one less, or one changed."""
+    """Add, remove or change one entry."""
     at = int(rng.integers(len(values))) if values else 0
     match int(rng.integers(3)):
         case 0:
@@ -237,7 +237,7 @@ def other_features(rng: Rng, bits: U16) -> U16:
 
 
 def spoil(rng: Rng, chunk: Chunk) -> Chunk:
-    """A chunk with one thing in one of its verify steps changed, which may or may not matter."""
+    """Change one field of one verify step, which may or may not make the chunk invalid."""
     at = int(rng.integers(len(chunk.verify_steps)))
     r = chunk.verify_steps[at]
     name = str(rng.choice([f for f in VerifyStep.__slots__ if f not in ("speculator", "draft_us", "verify_us")]))
@@ -267,7 +267,7 @@ def spoil(rng: Rng, chunk: Chunk) -> Chunk:
 
 
 def rewritten(sent: Sent, change: Callable[[pa.Table], Sequence[pa.Table]]) -> Sent:
-    """The record as another writer might have sent it."""
+    """Return the record with headers or values of another producer."""
     value = sent.record.value or b""
     with pa.ipc.open_stream(value[: -trace.CHECKSUM_BYTES]) as reader:
         parts = change(reader.read_all())
@@ -281,7 +281,7 @@ def rewritten(sent: Sent, change: Callable[[pa.Table], Sequence[pa.Table]]) -> S
 
 
 def with_null(rng: Rng) -> Callable[[pa.Table], Sequence[pa.Table]]:
-    """Put a null into some column, or into one of its lists."""
+    """Put a null into a column, or into one of its lists."""
 
     def change(table: pa.Table) -> Sequence[pa.Table]:
         name, row = str(rng.choice(SCHEMA.names)), int(rng.integers(table.num_rows))
@@ -299,7 +299,7 @@ def with_null(rng: Rng) -> Callable[[pa.Table], Sequence[pa.Table]]:
 
 @settings(deadline=None, max_examples=150)
 @given(st.lists(shapes.filter(lambda s: s.verify_steps > 0), min_size=1, max_size=4), st.integers(0, 2**32), st.data())
-def test_spoiled_records_are_refused_as_by_the_reference_and_harm_no_other(
+def test_invalid_records_are_rejected_like_the_reference_and_affect_no_other(
     made: list[Shape], seed: int, data: st.DataObject
 ) -> None:
     rng = np.random.default_rng(seed)
@@ -320,7 +320,7 @@ def test_spoiled_records_are_refused_as_by_the_reference_and_harm_no_other(
 
 @settings(deadline=None, max_examples=50)
 @given(shapes, st.integers(0, 2**32))
-def test_altered_bytes_are_refused_as_by_the_reference(shape: Shape, seed: int) -> None:
+def test_altered_bytes_are_rejected_like_the_reference(shape: Shape, seed: int) -> None:
     rng = np.random.default_rng(seed)
     value = bytearray(send(sound(shape), 0).record.value or b"")
     flipped = bytearray(value)
@@ -334,7 +334,7 @@ def test_altered_bytes_are_refused_as_by_the_reference(shape: Shape, seed: int) 
 
 @settings(deadline=None)
 @given(shapes.filter(lambda s: s.verify_steps > 0), st.integers(0, 2**32))
-def test_decoding_refuses_what_the_reference_refuses(shape: Shape, seed: int) -> None:
+def test_decode_rejects_the_chunks_that_the_reference_rejects(shape: Shape, seed: int) -> None:
     value = send(spoil(np.random.default_rng(seed), sound(shape)), 0).record.value or b""
 
     def outcome(read: Callable[[bytes], Chunk]) -> object:

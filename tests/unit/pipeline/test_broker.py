@@ -1,4 +1,4 @@
-"""Where partitions begin and end, as far as a client knows."""
+"""Tests of the watermarks that a client reads."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from pipeline.offsets import SourcePartition
 from schemas.settings import Kafka
 
 NO_OFFSET = -1001
-"""What librdkafka says of a partition whose leader died."""
+"""Offset that librdkafka returns for a partition whose leader died."""
 
 
-def test_a_partition_without_a_leader_has_no_end_and_another_client_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_partition_without_a_leader_is_unreachable_and_the_client_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     offsets = iter([NO_OFFSET, 7])
 
     class Client:
         def __init__(self, *_: Any) -> None:
             self.offset = next(offsets)
 
-        def list_offsets(self, asked: Any, **_: Any) -> Any:
-            told: Future[Any] = Future()
-            told.set_result(SimpleNamespace(offset=self.offset))
-            return dict.fromkeys(asked, told)
+        def list_offsets(self, partitions: Any, **_: Any) -> Any:
+            result: Future[Any] = Future()
+            result.set_result(SimpleNamespace(offset=self.offset))
+            return dict.fromkeys(partitions, result)
 
         def poll(self, *_: Any) -> None:
             pass

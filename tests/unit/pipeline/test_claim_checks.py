@@ -1,4 +1,4 @@
-"""Claim checks: what was kept is given back bit for bit, the rest is a clear error, and a dead store costs little."""
+"""Tests of claim checks: features are read back bit for bit, and failures of the store are errors with a setting."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TIME_US = 1_700_000_000_000_000
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The publisher looks for verify steps more often, so that no test waits for it."""
+    """Make the publisher check for verify steps more often, so that no test waits for it."""
     monkeypatch.setattr("serving.traces.publisher._PAUSE_S", 0.002)
 
 
@@ -44,7 +44,7 @@ def store(uri: object, **options: str) -> ClaimStore:
 
 @settings(deadline=None, max_examples=30)
 @given(tokens=st.integers(1, 50), width=st.integers(1, 40), seed=st.integers(0, 9))
-def test_features_come_back_bit_for_bit(
+def test_features_are_read_back_bit_for_bit(
     tmp_path_factory: pytest.TempPathFactory, tokens: int, width: int, seed: int
 ) -> None:
     claims = store(tmp_path_factory.getbasetemp() / "claims")
@@ -57,7 +57,7 @@ def test_features_come_back_bit_for_bit(
         assert refused.value.reason == "claim_corrupt"
 
 
-def test_a_file_is_named_after_its_content_in_a_folder_for_its_day(tmp_path: Path) -> None:
+def test_file_is_named_by_its_checksum_in_a_folder_for_its_day(tmp_path: Path) -> None:
     claims = store(tmp_path)
     claim = claims.put(features(3, 4), TIME_US)
     assert claim.uri == f"{tmp_path.as_uri()}/2023-11-14/{claim.checksum}.arrow"
@@ -66,7 +66,7 @@ def test_a_file_is_named_after_its_content_in_a_folder_for_its_day(tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", ["../secret.arrow", "2023-11-14/../../secret.arrow"])
-def test_only_files_below_the_own_address_are_opened(tmp_path: Path, name: str) -> None:
+def test_files_outside_the_store_are_rejected(tmp_path: Path, name: str) -> None:
     (tmp_path / "secret.arrow").write_bytes(b"x")
     for uri in (f"{(tmp_path / 'claims').as_uri()}/{name}", (tmp_path / "secret.arrow").as_uri(), "s3://other/x.arrow"):
         with pytest.raises(TraceError, match=r"traces\.claim_check_uri") as refused:
@@ -74,7 +74,7 @@ def test_only_files_below_the_own_address_are_opened(tmp_path: Path, name: str) 
         assert refused.value.reason == "claim_foreign"
 
 
-def test_a_folder_that_is_gone_is_a_store_that_is_away_and_not_a_missing_file(tmp_path: Path) -> None:
+def test_missing_folder_is_an_unreachable_store_and_not_a_missing_file(tmp_path: Path) -> None:
     claims = store(tmp_path / "claims")
     claim = claims.put(features(1, 1), TIME_US)
     (tmp_path / "claims").rename(tmp_path / "elsewhere")
@@ -94,7 +94,7 @@ def test_a_folder_that_is_gone_is_a_store_that_is_away_and_not_a_missing_file(tm
         ("nowhere://bucket/claims", {}),
     ],
 )
-def test_an_address_or_option_that_cannot_be_used_is_named(uri: str, options: dict[str, str]) -> None:
+def test_invalid_address_or_option_names_its_setting(uri: str, options: dict[str, str]) -> None:
     with pytest.raises(SettingsError, match=r"traces\.claim_check_(uri|options)"):
         store(uri, **options)
 
@@ -110,13 +110,13 @@ def unchunked(stream: IO[bytes]) -> bytes:
 
 
 class Bucket(BaseHTTPRequestHandler):
-    """As much of S3 as keeping and reading objects takes."""
+    """The part of S3 that writes and reads objects."""
 
     protocol_version = "HTTP/1.1"
     objects: dict[str, bytes]
 
     def do_PUT(self) -> None:
-        # The client sends chunks of its own, with a checksum behind them, in chunks of HTTP.
+        # The client sends its own chunks and a checksum inside HTTP chunks.
         body = unchunked(io.BytesIO(unchunked(self.rfile)))
         assert len(body) == int(self.headers["x-amz-decoded-content-length"])
         self.objects[self._key] = body
@@ -150,7 +150,7 @@ class Bucket(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def bucket() -> Iterator[dict[str, Any]]:
-    """Options of an S3 server of the test's own, and its objects."""
+    """Start an S3 server and return its options and objects."""
     Bucket.objects = {}
     server = ThreadingHTTPServer(("127.0.0.1", 0), Bucket)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -160,7 +160,7 @@ def bucket() -> Iterator[dict[str, Any]]:
     server.server_close()
 
 
-def test_an_s3_prefix_is_a_store(bucket: dict[str, Any]) -> None:
+def test_s3_prefix_is_a_claim_store(bucket: dict[str, Any]) -> None:
     claims = store("s3://traces/aurora/claims/", **bucket["options"])
     kept = features(5, 7)
     claim = claims.put(kept, TIME_US)
@@ -173,7 +173,7 @@ def test_an_s3_prefix_is_a_store(bucket: dict[str, Any]) -> None:
     assert refused.value.reason == "claim_missing"
 
 
-def test_an_s3_store_that_is_away_is_no_missing_file(bucket: dict[str, Any], free_port: Any) -> None:
+def test_unreachable_s3_store_is_not_a_missing_file(bucket: dict[str, Any], free_port: Any) -> None:
     away = bucket["options"] | {"endpoint_override": f"127.0.0.1:{free_port()}"}
     claims = store("s3://traces/claims", **away)
     with pytest.raises(ClaimStoreError, match=r"traces\.claim_check_uri"):
@@ -182,7 +182,7 @@ def test_an_s3_store_that_is_away_is_no_missing_file(bucket: dict[str, Any], fre
         claims.get(Claim("s3://traces/claims/x.arrow", "0" * 32, 1), 1, 1)
 
 
-def test_a_store_that_refuses_costs_a_few_tries_and_recovers_by_itself(tmp_path: Path) -> None:
+def test_failing_store_opens_the_circuit_breaker_and_recovers(tmp_path: Path) -> None:
     (tmp_path / "claims").write_text("a file where the folder should be")
     bench = Bench(features="claim-check", claim_check_uri=str(tmp_path / "claims"))
     tried = _count_tries(bench)
@@ -218,7 +218,7 @@ def _count_tries(bench: Bench) -> list[int]:
     return tried
 
 
-def test_while_the_broker_is_away_nothing_is_written_to_the_store(tmp_path: Path) -> None:
+def test_nothing_is_written_to_the_store_while_the_broker_is_unreachable(tmp_path: Path) -> None:
     bench = Bench(features="claim-check", claim_check_uri=str(tmp_path))
     tried = _count_tries(bench)
     bench.producer.mode = "refuse"
@@ -231,7 +231,7 @@ def test_while_the_broker_is_away_nothing_is_written_to_the_store(tmp_path: Path
     assert len(tried) == 2
 
 
-def test_the_budget_pays_for_the_file_too(tmp_path: Path) -> None:
+def test_byte_budget_includes_the_files(tmp_path: Path) -> None:
     bench = Bench(
         features="claim-check", claim_check_uri=str(tmp_path), claim_check_max_bytes=1 << 16, max_bytes_per_second=1_000
     )
@@ -245,7 +245,7 @@ def test_the_budget_pays_for_the_file_too(tmp_path: Path) -> None:
     assert bench.publisher.close(1).dropped["budget"] > 0
 
 
-def test_what_a_publisher_claims_a_reader_finds(tmp_path: Path) -> None:
+def test_reader_finds_the_features_that_a_publisher_offloads(tmp_path: Path) -> None:
     bench = Bench(features="claim-check", claim_check_uri=str(tmp_path))
     bench.send(verify_steps=3)
     bench.publisher.close(1)

@@ -1,4 +1,4 @@
-"""Dead letters in real tables: found, chosen for a replay, and read as far as their bytes go."""
+"""Tests of the dead-letter queue in real tables, and of the diagnosis of records."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ HOUR_US = 3_600_000_000
 def letter(
     offset: int, reason: str, *, hour: int = 0, value: bytes | None = b"bytes", **changed: object
 ) -> dict[str, object]:
-    """A row of ``dead_letters``."""
+    """Return a row of ``dead_letters``."""
     return {
         "topic": "traces",
         "partition": 0,
@@ -40,7 +40,7 @@ def letter(
         "time": hour * HOUR_US,
         "day": day_of(hour * HOUR_US),
         "reason": reason,
-        "detail": f"it is {reason}",
+        "detail": f"detail of {reason}",
         "rows": 2,
         "size": None if value is None else len(value),
         "key": b"request",
@@ -74,7 +74,7 @@ def offsets(dead: DeadLetterQueue, wanted: DeadLetterFilter) -> list[int]:
     return [one.address.offset for one in dead.find(wanted)]
 
 
-def test_letters_are_found_newest_first_by_reason_time_and_address(settings: Settings) -> None:
+def test_find_filters_by_reason_time_and_address_and_returns_the_newest_first(settings: Settings) -> None:
     dead = written(settings, [letter(n, "corrupt" if n % 2 else "empty", hour=n) for n in range(6)])
     assert offsets(dead, DeadLetterFilter()) == [5, 4, 3, 2, 1, 0]
     assert offsets(dead, DeadLetterFilter(limit=2)) == [5, 4]
@@ -84,13 +84,13 @@ def test_letters_are_found_newest_first_by_reason_time_and_address(settings: Set
     assert offsets(dead, DeadLetterFilter(reason="it's none")) == []
 
 
-def test_a_letter_that_is_not_there_is_named(settings: Settings) -> None:
+def test_missing_dead_letter_is_named(settings: Settings) -> None:
     dead = written(settings, [letter(1, "corrupt")])
     with pytest.raises(DeadLetterError, match="traces/0/2"):
         dead.find(DeadLetterFilter((RecordAddress("traces", 0, 1), RecordAddress("traces", 0, 2))))
 
 
-def test_contents_are_what_the_record_carried(settings: Settings) -> None:
+def test_content_has_key_value_and_headers_of_the_record(settings: Settings) -> None:
     address = RecordAddress("traces", 0, 1)
     content = written(settings, [letter(1, "corrupt", value=b"\x00\xff", key=None)]).read_contents([address])[address]
     assert (content.key, content.value) == (None, b"\x00\xff")
@@ -98,7 +98,7 @@ def test_contents_are_what_the_record_carried(settings: Settings) -> None:
     assert content.replay_of is None
 
 
-def test_a_letter_knows_what_became_of_it_and_where_it_came_from(settings: Settings) -> None:
+def test_dead_letter_lists_its_replays_and_its_origin(settings: Settings) -> None:
     again = letter(9, "claim_missing", partition=1, headers=[{"name": "replay-of", "value": b"traces/0/1"}])
     letters = [letter(1, "claim_missing"), letter(2, "claim_missing"), letter(3, "claim_missing"), again]
     dead = written(settings, letters, [replay(1, became=9), replay(2, became=10)])
@@ -110,7 +110,7 @@ def test_a_letter_knows_what_became_of_it_and_where_it_came_from(settings: Setti
     assert dead.read_contents([address])[address].replay_of == "traces/0/1"
 
 
-def test_a_replay_takes_each_letter_once_and_nothing_that_no_fix_can_mend(settings: Settings) -> None:
+def test_replay_plan_excludes_replayed_and_permanent_dead_letters(settings: Settings) -> None:
     letters = [
         letter(1, "claim_missing"),
         letter(2, "claim_missing"),
@@ -131,7 +131,7 @@ def test_a_replay_takes_each_letter_once_and_nothing_that_no_fix_can_mend(settin
     assert "lost to retention before they were read, so there is nothing to publish" in left_out
 
 
-def test_a_loss_never_stands_in_for_a_letter_at_its_offset(settings: Settings) -> None:
+def test_loss_does_not_hide_a_dead_letter_at_its_offset(settings: Settings) -> None:
     dead = written(
         settings, [letter(1, "claim_missing"), letter(1, LOST_TO_RETENTION, value=None, key=None, headers=None)]
     )
@@ -150,13 +150,13 @@ def test_a_loss_never_stands_in_for_a_letter_at_its_offset(settings: Settings) -
         ("a/b/3/17", RecordAddress("a/b", 3, 17)),
     ],
 )
-def test_an_address_may_leave_out_the_topic(text: str, address: RecordAddress) -> None:
+def test_topic_of_an_address_is_optional(text: str, address: RecordAddress) -> None:
     assert parse_address(text, "traces") == address
     assert parse_address(str(address), "traces") == address
 
 
 @pytest.mark.parametrize("text", ["", "17", "a/17", "1/-1", "/1/2x"])
-def test_what_is_no_address_is_told(text: str) -> None:
+def test_invalid_address_is_an_error(text: str) -> None:
     with pytest.raises(DeadLetterError, match="TOPIC/PARTITION/OFFSET"):
         parse_address(text, "traces")
 
@@ -166,7 +166,7 @@ def sound_value() -> bytes:
     return SOUND.value
 
 
-def test_a_whole_record_is_read_to_its_end() -> None:
+def test_diagnosis_of_a_valid_record_reads_every_layer() -> None:
     layers = diagnose(sound_value())
     assert layers["checksum"] == "matches"
     assert "request request" in layers["envelope"]
@@ -174,13 +174,13 @@ def test_a_whole_record_is_read_to_its_end() -> None:
     assert layers["verify_steps"].endswith("verify steps 0 to 3, 10 tokens")
 
 
-def test_of_a_cut_record_the_envelope_is_still_read() -> None:
+def test_diagnosis_of_a_truncated_record_reads_the_envelope() -> None:
     layers = diagnose(sound_value()[:-500])
     assert layers["checksum"].startswith("does not match")
     assert "request request" in layers["envelope"]
 
 
-def test_a_column_whose_name_is_no_text_is_a_wrong_column() -> None:
+def test_diagnosis_reports_a_column_whose_name_is_not_text() -> None:
     value = sound_value()
     at = value.index(b"accepted")
     layers = diagnose(value[:at] + b"\x80" + value[at + 1 :])
@@ -188,7 +188,7 @@ def test_a_column_whose_name_is_no_text_is_a_wrong_column() -> None:
 
 
 @given(st.data())
-def test_no_bytes_stop_the_reading(data: st.DataObject) -> None:
+def test_diagnosis_never_fails_on_altered_bytes(data: st.DataObject) -> None:
     value = bytearray(sound_value())
     for place in data.draw(st.lists(st.integers(0, len(value) - 1), max_size=8)):
         value[place] = data.draw(st.integers(0, 255))
@@ -196,11 +196,11 @@ def test_no_bytes_stop_the_reading(data: st.DataObject) -> None:
 
 
 @given(st.binary(max_size=64))
-def test_foreign_bytes_are_read_as_far_as_they_go(value: bytes) -> None:
+def test_diagnosis_of_foreign_bytes_reports_the_checksum(value: bytes) -> None:
     assert diagnose(value)["checksum"].startswith("does not match")
 
 
-def test_a_hexdump_ends_at_its_limit() -> None:
+def test_hexdump_ends_at_its_limit() -> None:
     assert list(hexdump(b"Aurora\x00\xff" * 3, 18)) == [
         "00000000  4175 726f 7261 00ff 4175 726f 7261 00ff   Aurora..Aurora..",
         "00000010  4175                                      Au",

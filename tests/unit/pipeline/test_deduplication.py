@@ -1,4 +1,4 @@
-"""A record that repeats another is refused once and for all: however it is delivered, and whoever dies meanwhile."""
+"""Tests of deduplication, with any delivery, rebalance and crash."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
-from memory_tables import Crash, MemoryTables, dies_after, nothing
+from memory_tables import Crash, MemoryTables, crash_after, nothing
 from recorded import conversation, record_of
 
 from pipeline.batches import BuiltBatch, Record, build
@@ -25,7 +25,7 @@ PIECES = [
     for request in range(2)
     for chunk, at in ((0, 1), (1, 2), (1, 3))
 ]
-"""Two requests of two chunks each; of the second ones there are two, which are not the same."""
+"""Two requests of two chunks each. The second chunk exists in two versions with different times."""
 
 
 def at(offset: int, piece: int) -> Record:
@@ -41,21 +41,21 @@ def reasons(built: BuiltBatch) -> list[tuple[int, str]]:
     return list(zip(letters["offset"].to_pylist(), letters["reason"].to_pylist(), strict=True))
 
 
-def test_a_record_repeats_what_was_taken_within_the_window_before_it() -> None:
+def test_duplicate_is_found_within_the_window_before_it() -> None:
     known = DeduplicationWindow(3, [written(5)])
     assert known.find_duplicate(written(8)) == 5
     assert known.find_duplicate(written(9)) is None
-    assert known.find_duplicate(written(5)) is None, "nothing repeats itself"
+    assert known.find_duplicate(written(5)) is None, "a record does not repeat itself"
     for other in (written(6, chunk=1), written(6, time_us=2), written(6, source=SourcePartition("traces", 1))):
         assert known.find_duplicate(other) is None
 
 
-def test_a_window_of_nothing_knows_nothing() -> None:
+def test_window_of_size_zero_finds_no_duplicate() -> None:
     assert build([at(0, 0), at(1, 0)], CONTEXT).dead_letters == {}
     assert len(NO_DEDUPLICATION) == 0
 
 
-def test_a_repetition_is_a_dead_letter_that_names_the_first_and_brings_no_row() -> None:
+def test_duplicate_is_a_dead_letter_that_names_the_first_record() -> None:
     built = build([at(0, 0), at(1, 1), at(2, 0)], CONTEXT, window=DeduplicationWindow(10))
     assert reasons(built) == [(2, "duplicate")]
     assert built.rows["dead_letters"]["detail"].to_pylist() == ["repeats the record at offset 0"]
@@ -64,18 +64,18 @@ def test_a_repetition_is_a_dead_letter_that_names_the_first_and_brings_no_row() 
     assert [one.offset for one in built.written] == [0, 1]
 
 
-def test_what_was_refused_is_not_remembered() -> None:
+def test_rejected_record_is_not_in_the_window() -> None:
     broken = replace(at(0, 0), headers=(*PIECES[0].headers, ("rows", b"9")))
     built = build([broken, at(1, 0), at(2, 0)], CONTEXT, window=DeduplicationWindow(10))
     assert reasons(built) == [(0, "wrong_count"), (2, "duplicate")]
 
 
-def test_a_repetition_does_not_prolong_the_memory_of_the_first() -> None:
+def test_duplicate_does_not_extend_the_window_of_the_first_record() -> None:
     built = build([at(0, 0), at(2, 0), at(4, 0)], CONTEXT, window=DeduplicationWindow(3))
     assert reasons(built) == [(2, "duplicate")]
 
 
-def test_a_chunk_whose_one_before_is_not_known_is_counted() -> None:
+def test_chunk_without_its_previous_chunk_is_counted() -> None:
     known = DeduplicationWindow(10)
     assert build([at(0, 0), at(1, 1)], CONTEXT, window=known).chunk_gaps == 0
     assert build([at(0, 1), at(1, 0), at(2, 2)], CONTEXT, window=known).chunk_gaps == 1
@@ -87,7 +87,7 @@ def test_a_chunk_whose_one_before_is_not_known_is_counted() -> None:
 
 @settings(deadline=None, max_examples=40)
 @given(st.lists(st.integers(0, 5), max_size=12), st.integers(0, 12), st.integers(0, 5))
-def test_memory_read_from_the_table_is_the_memory_that_grew(pieces: list[int], cut: int, window: int) -> None:
+def test_window_read_from_the_table_equals_the_window_that_grew(pieces: list[int], cut: int, window: int) -> None:
     log = [at(offset, piece) for offset, piece in enumerate(pieces)]
     cut = min(cut, len(log))
     whole = build(log, CONTEXT, window=DeduplicationWindow(window))
@@ -101,7 +101,7 @@ def test_memory_read_from_the_table_is_the_memory_that_grew(pieces: list[int], c
     assert reasons(build(log[cut:], CONTEXT, window=read)) == [r for r in reasons(whole) if r[0] >= cut]
 
 
-def test_a_restarted_worker_reads_from_the_table_what_it_remembered(tmp_path: Path) -> None:
+def test_restarted_worker_reads_its_window_from_the_table(tmp_path: Path) -> None:
     log = [at(offset, piece) for offset, piece in enumerate((0, 1, 3, 0, 4))]
     whole = build(log, CONTEXT, window=DeduplicationWindow(10))
     tables = DeltaLog(Tables(uri=str(tmp_path)))
@@ -113,7 +113,7 @@ def test_a_restarted_worker_reads_from_the_table_what_it_remembered(tmp_path: Pa
     assert len(read) == 2
 
 
-def test_what_is_known_of_a_partition_goes_with_it() -> None:
+def test_window_of_a_revoked_partition_is_dropped() -> None:
     tables = MemoryTables()
     tables.snapshot("accepted").append(build([at(0, 0)], CONTEXT).rows["accepted"], {})
     deduplicator = Deduplicator(tables, 3)
@@ -127,7 +127,7 @@ def test_what_is_known_of_a_partition_goes_with_it() -> None:
 
 
 class Worker:
-    """A worker as ``pipeline.writer`` wires it."""
+    """A worker that selects, builds and commits like ``pipeline.writer``."""
 
     def __init__(self, tables: MemoryTables, window: int) -> None:
         self.committer = OffsetCommitter(tables)
@@ -148,8 +148,8 @@ class Worker:
 
 
 class Redelivery(RuleBasedStateMachine):
-    """Two workers believe that they own a partition with repetitions in it. They die between two commits, are fenced,
-    and do not hear that a commit succeeded: the tables are those of one who read the log once from the beginning."""
+    """Two workers believe that they own a partition with duplicates. They crash between two commits, are fenced, and
+    miss the result of a commit. The tables equal those of one worker that reads the log once from the beginning."""
 
     workers = st.integers(0, 1)
 
@@ -184,7 +184,7 @@ class Redelivery(RuleBasedStateMachine):
 
     @rule(who=workers, commits=st.integers(0, 3), count=st.integers(1, 6))
     def dies_between_commits(self, who: int, commits: int, count: int) -> None:
-        self.tables.before_append = dies_after(commits)
+        self.tables.before_append = crash_after(commits)
         try:
             self.deliver(who, count)
         except Crash:
@@ -194,7 +194,7 @@ class Redelivery(RuleBasedStateMachine):
 
     @rule(who=workers, commits=st.integers(0, 3), count=st.integers(1, 6))
     def does_not_hear_that_a_commit_succeeded(self, who: int, commits: int, count: int) -> None:
-        step = dies_after(commits)
+        step = crash_after(commits)
 
         def silent() -> None:
             try:

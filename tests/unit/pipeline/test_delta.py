@@ -1,4 +1,4 @@
-"""Reading the tables: their newest state, earlier ones, and answers to SQL."""
+"""Tests of reading the tables: newest and earlier versions, and SQL."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FILLED = ("rejected", "traces", "accepted")
 
 @pytest.fixture
 def log(tmp_path: Path) -> DeltaLog:
-    """Tables to which four records were added, one in each commit."""
+    """Create tables with four records, one in each commit."""
     tables = DeltaLog(Tables(uri=str(tmp_path)))
     tables.create()
     for offset in range(4):
@@ -41,7 +41,7 @@ def offsets(rows: pa.Table) -> list[int]:
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_rows_are_read_as_they_were_written_whatever_the_partitions(log: DeltaLog, name: str) -> None:
+def test_rows_are_read_as_they_were_written(log: DeltaLog, name: str) -> None:
     rows = log.read(name)
     assert rows.schema == TABLES[name]
     added = log.read_added(name, 0, log.version(name))
@@ -50,7 +50,7 @@ def test_rows_are_read_as_they_were_written_whatever_the_partitions(log: DeltaLo
     assert rows.num_rows == log.row_count(name)
 
 
-def test_a_range_of_a_partition_is_read_in_the_order_of_its_offsets(log: DeltaLog) -> None:
+def test_read_offsets_returns_a_range_ordered_by_offset(log: DeltaLog) -> None:
     columns = ("offset", "verify_step", "draft_tokens")
     rows = log.read_offsets("traces", SourcePartition("traces", 0), range(1, 3), columns)
     assert rows.schema == pa.schema([TABLES["traces"].field(name) for name in columns])
@@ -60,21 +60,21 @@ def test_a_range_of_a_partition_is_read_in_the_order_of_its_offsets(log: DeltaLo
     assert log.read_offsets("traces", SourcePartition("it's", 0), range(9), columns).num_rows == 0
 
 
-def test_an_earlier_state_is_read_by_version_and_by_time(log: DeltaLog, tmp_path: Path) -> None:
+def test_earlier_version_is_read_by_number_and_by_time(log: DeltaLog, tmp_path: Path) -> None:
     assert offsets(log.read("accepted", ["offset"], at=2)) == [0, 1]
-    begun = datetime.now(UTC) - timedelta(hours=9)
+    start = datetime.now(UTC) - timedelta(hours=9)
     for version in range(5):
-        at = (begun + timedelta(hours=version)).timestamp()
+        at = (start + timedelta(hours=version)).timestamp()
         os.utime(tmp_path / f"accepted/_delta_log/{version:020}.json", (at, at))
-    assert offsets(log.read("accepted", ["offset"], at=begun + timedelta(hours=2, minutes=30))) == [0, 1]
-    assert offsets(log.read("accepted", ["offset"], at=(begun + timedelta(hours=3)).replace(tzinfo=None))) == [0, 1, 2]
+    assert offsets(log.read("accepted", ["offset"], at=start + timedelta(hours=2, minutes=30))) == [0, 1]
+    assert offsets(log.read("accepted", ["offset"], at=(start + timedelta(hours=3)).replace(tzinfo=None))) == [0, 1, 2]
     assert offsets(log.read("accepted", ["offset"], at=datetime.now(UTC))) == [0, 1, 2, 3]
     assert log.read("accepted", at=datetime.now(UTC) - timedelta(days=9)).num_rows == 0
     with pytest.raises(TableError, match="accepted, version 99,"):
         log.read("accepted", at=99)
 
 
-def test_sql_is_answered_over_all_tables_in_types_that_other_tools_know(log: DeltaLog) -> None:
+def test_query_covers_all_tables_and_returns_standard_types(log: DeltaLog) -> None:
     answer = log.query(
         "select a.offset, a.line, a.features, count(*) as verify_steps from accepted a join traces t using (offset) "
         "group by a.offset, a.line, a.features order by a.offset"
@@ -99,13 +99,13 @@ def test_sql_is_answered_over_all_tables_in_types_that_other_tools_know(log: Del
         "delete from accepted",
     ],
 )
-def test_sql_that_is_wrong_or_would_write_is_refused(log: DeltaLog, sql: str) -> None:
+def test_invalid_or_writing_query_is_rejected(log: DeltaLog, sql: str) -> None:
     with pytest.raises(TableError, match="query: "):
         log.query(sql).read_all()
     assert log.row_count("accepted") == 4
 
 
-def test_a_store_that_never_answers_is_an_error_that_names_the_settings() -> None:
+def test_unreachable_store_is_an_error_that_names_the_settings() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         options = {
             "AWS_ENDPOINT_URL": f"http://127.0.0.1:{silent.getsockname()[1]}",
@@ -119,7 +119,7 @@ def test_a_store_that_never_answers_is_an_error_that_names_the_settings() -> Non
             DeltaLog(Tables(uri="s3://bucket/tables", storage_options=options)).version("traces")
 
 
-def test_a_file_that_is_gone_is_an_error_of_the_table_and_not_fewer_rows(log: DeltaLog, tmp_path: Path) -> None:
+def test_missing_file_is_an_error_and_not_fewer_rows(log: DeltaLog, tmp_path: Path) -> None:
     shutil.rmtree(next((tmp_path / "accepted").glob("line=*")))
     with pytest.raises(TableError, match="accepted"):
         log.read("accepted")
@@ -129,7 +129,7 @@ def test_a_file_that_is_gone_is_an_error_of_the_table_and_not_fewer_rows(log: De
         log.query("select request from accepted").read_all()
 
 
-def test_a_log_that_cannot_be_read_where_a_transaction_is_asked_for_names_its_setting(tmp_path: Path) -> None:
+def test_unreadable_log_names_its_setting_when_a_transaction_is_read(tmp_path: Path) -> None:
     tables = DeltaLog(Tables(uri=str(tmp_path)))
     tables.snapshot("traces").append(TABLES["traces"].empty_table(), {"writer": 7})
     DeltaTable(str(tmp_path / "traces")).create_checkpoint()

@@ -1,4 +1,4 @@
-"""Drift: no alarm by chance, one event for a change, soon, and the same one whoever reads the log."""
+"""Tests of drift detection: false alarms, detection delay, and determinism."""
 
 from __future__ import annotations
 
@@ -37,23 +37,23 @@ SOURCE = SourcePartition("traces", 0)
 KEY = TrafficKey("line", "7", "sql")
 DEFAULTS = Drift()
 SPREAD = 0.15
-"""Deviation of the acceptance between requests; that between a request's verify steps comes on top."""
+"""Standard deviation of the acceptance between requests, without the deviation between verify steps."""
 
 
 def difficulty(rng: np.random.Generator, acceptance: float, requests: int) -> Floats:
-    """What the draft is worth for each request: some are easier than others."""
+    """Return the acceptance probability of each request."""
     k = acceptance * (1 - acceptance) / SPREAD**2 - 1
     return rng.beta(acceptance * k, (1 - acceptance) * k, requests)
 
 
 def of_requests(rng: np.random.Generator, acceptance: float, requests: int) -> Floats:
-    """Each request's share of accepted first tokens, over 4 to 40 verify steps."""
+    """Return the first-token acceptance of each request, over 4 to 40 verify steps."""
     verify_steps = rng.integers(4, 41, requests)
     return rng.binomial(verify_steps, difficulty(rng, acceptance, requests)) / verify_steps
 
 
 def in_sessions(rng: np.random.Generator, acceptance: float, requests: int) -> Floats:
-    """Requests of sixteen users at a time, who send about eight each, half of them as easy as their others."""
+    """Return the acceptance of requests of sixteen concurrent users, about eight each, half of them correlated."""
     user, begins = rng.integers(16, size=requests), rng.random(requests) < 1 / 8
     session = np.empty(requests, np.int64)
     for one in range(16):
@@ -66,7 +66,7 @@ def in_sessions(rng: np.random.Generator, acceptance: float, requests: int) -> F
 
 
 def seen(acceptances: Iterable[float], keys: Sequence[TrafficKey] = (KEY,)) -> Iterator[Observation]:
-    """Requests of the keys in turn, one a record, a second each."""
+    """Yield observations of the keys in turn, one per record and second."""
     for offset, acceptance in enumerate(acceptances):
         key = keys[offset % len(keys)]
         yield Observation(offset, key, offset * 10**6, float(acceptance), 1 + 3 * float(acceptance), 4.0)
@@ -78,15 +78,15 @@ def events(observed: Iterable[Observation], tuning: Drift = DEFAULTS) -> list[Dr
 
 
 @pytest.mark.parametrize("traffic", [of_requests, in_sessions])
-def test_of_fifty_stationary_streams_of_five_thousand_requests_at_most_one_raises_an_alarm(traffic: Traffic) -> None:
-    # Several generations pass in each stream.
+def test_at_most_one_of_fifty_stationary_streams_raises_a_false_alarm(traffic: Traffic) -> None:
+    # Each stream covers several generations.
     tuning = Drift(window_records=1_500)
     alarms = [len(events(seen(traffic(np.random.default_rng(seed), 0.6, 5_000)), tuning)) for seed in range(50)]
     assert sum(map(bool, alarms)) <= 1
 
 
 @pytest.mark.parametrize(("to", "within"), [(0.3, 120), (0.4, 180), (0.5, 500), (0.7, 500), (0.8, 180)])
-def test_a_shift_is_told_once_soon_and_with_what_was_before_and_after(to: float, within: int) -> None:
+def test_shift_is_reported_once_and_soon_with_both_means(to: float, within: int) -> None:
     for seed in range(8):
         rng = np.random.default_rng(seed)
         shift = int(rng.integers(1_000, 3_000))
@@ -103,18 +103,18 @@ def test_a_shift_is_told_once_soon_and_with_what_was_before_and_after(to: float,
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_a_shift_is_told_once_where_a_generation_ends_before_the_next_one_is_sure(seed: int) -> None:
-    # The younger generation saw little of what was before: it becomes sure later than the elder one, and speaks then.
+def test_shift_near_the_end_of_a_generation_is_reported_once(seed: int) -> None:
+    # The younger generation has few observations before the shift. It detects the shift later than the older one.
     rng, tuning = np.random.default_rng(seed), Drift(window_records=1_000)
     shift = 2_000 + int(rng.integers(50, 500))
     observed = list(seen(np.concatenate([of_requests(rng, 0.6, shift), of_requests(rng, 0.5, 3_000)])))
     [event] = events(observed, tuning)
-    # Whoever begins to read between the two knows that it was told.
+    # A worker that starts between the two detections knows that the shift was reported.
     again = events(observed[find_replay_start(3_000, tuning.window_records) :], tuning)
     assert [one for one in again if one.offset >= 3_000] == [one for one in [event] if one.offset >= 3_000]
 
 
-def test_a_label_and_a_version_are_each_told_for_themselves() -> None:
+def test_labels_and_versions_are_observed_separately() -> None:
     rng = np.random.default_rng(0)
     sql, chat = KEY, KEY._replace(label=None)
     values = np.stack([of_requests(rng, 0.7, 3_000), of_requests(rng, 0.4, 3_000)], axis=1)
@@ -126,7 +126,7 @@ def test_a_label_and_a_version_are_each_told_for_themselves() -> None:
         pytest.approx(0.4, abs=0.03),
     )
 
-    # The next version is better from its first request on: neither of the two has changed.
+    # The next version is better from its first request on. Neither version has changed.
     before = list(seen(of_requests(rng, 0.4, 2_000)))
     after = [
         Observation(2_000 + one.offset, KEY._replace(speculator="8"), one.time_us, one.first_token_acceptance, 1, 1)
@@ -137,7 +137,7 @@ def test_a_label_and_a_version_are_each_told_for_themselves() -> None:
 
 @dataclass(frozen=True)
 class Drafting:
-    """Requests whose tokens are accepted by chance, one after the other, as far as they were drafted."""
+    """Requests whose draft tokens are accepted at random, in order."""
 
     acceptance: float
     depth: int
@@ -160,7 +160,7 @@ class Drafting:
         return pa.table([pa.array(columns[f.name], f.type) for f in fields], pa.schema(fields))
 
 
-def test_a_node_that_drafts_less_deep_raises_no_alarm_although_the_accepted_per_step_falls() -> None:
+def test_shallower_drafts_raise_no_alarm_although_the_acceptance_length_falls() -> None:
     rng = np.random.default_rng(0)
     deep, shallow = Drafting(0.6, 6).rows(rng, range(1_500)), Drafting(0.6, 1).rows(rng, range(1_500, 3_000))
     observed = [*observe_requests(deep), *observe_requests(shallow)]
@@ -173,7 +173,7 @@ def test_a_node_that_drafts_less_deep_raises_no_alarm_although_the_accepted_per_
     assert event.direction == "fall"
 
 
-def test_a_request_is_observed_once_by_its_verify_steps_with_a_draft() -> None:
+def test_request_is_observed_once_by_its_verify_steps_with_a_draft() -> None:
     whole = conversation([1, 2, 3, *range(4, 14)], 3)
     assert [len(r.draft_tokens) for r in whole] == [0, 2, 2, 2, 2]
     right = verify_step_of(5, 11, [12, 13, 14], 15, [13, 14])
@@ -192,7 +192,7 @@ def test_a_request_is_observed_once_by_its_verify_steps_with_a_draft() -> None:
 
 
 def traces(**columns: Sequence[object]) -> pa.Table:
-    """Rows of one column each; the others are those of a verify step that accepted its only token."""
+    """Return rows with the given columns; the others are those of a verify step that accepted its only draft token."""
     n = len(next(iter(columns.values())))
     usual = {
         "offset": [0] * n,
@@ -208,18 +208,18 @@ def traces(**columns: Sequence[object]) -> pa.Table:
     return pa.table([pa.array({**usual, **columns}[f.name], f.type) for f in fields], pa.schema(fields))
 
 
-def test_in_a_tree_only_the_first_choice_counts_so_that_the_width_changes_nothing() -> None:
+def test_first_token_acceptance_of_a_tree_does_not_depend_on_its_width() -> None:
     [one] = observe_requests(traces(draft_tokens=[[5, 6, 7]] * 3, accepted=[[0, 2], [1], []]))
     assert (one.first_token_acceptance, one.acceptance_length, one.draft_tokens) == (pytest.approx(1 / 3), 2, 3)
 
 
-def test_versions_that_swap_within_a_chunk_are_observed_each_by_its_own_verify_steps() -> None:
+def test_each_version_in_a_chunk_is_observed_by_its_own_verify_steps() -> None:
     first, second = observe_requests(traces(speculator=["7", "7", "8", ""], accepted=[[0], [], [], [0]]))
     assert (first.key.speculator, first.first_token_acceptance) == ("7", 0.5)
     assert (second.key.speculator, second.first_token_acceptance) == ("8", 0)
 
 
-def test_observations_come_in_the_order_of_their_offsets_however_rows_lie_and_commits_are_cut() -> None:
+def test_observations_are_ordered_by_offset_for_any_order_of_rows_and_commits() -> None:
     rng = np.random.default_rng(0)
     rows = Drafting(0.6, 3).rows(rng, range(700))
     whole = list(observe_requests(rows))
@@ -229,12 +229,12 @@ def test_observations_come_in_the_order_of_their_offsets_however_rows_lie_and_co
     assert [one for part in parts for one in observe_requests(part)] == list(observe_requests(pa.concat_tables(parts)))
 
 
-def test_verify_steps_that_show_nothing_are_no_observation() -> None:
+def test_verify_steps_without_a_draft_give_no_observation() -> None:
     assert not list(observe_requests(TRACES.empty_table()))
     assert not list(observe_requests(traces(draft_tokens=[[], []], accepted=[[], []])))
 
 
-def test_any_time_that_a_record_claims_can_be_told() -> None:
+def test_event_has_a_valid_time_for_any_record_time() -> None:
     absurd = [
         Observation(one.offset, KEY, time_us, one.first_token_acceptance, 1, 1)
         for one, time_us in zip(seen([1.0] * 200 + [0.0] * 200), [2**63 - 1] * 200 + [-(2**63)] * 200, strict=True)
@@ -243,7 +243,7 @@ def test_any_time_that_a_record_claims_can_be_told() -> None:
     assert event.since.year == 1970
 
 
-def test_a_label_that_was_not_seen_for_long_gives_way_and_a_busy_one_stays() -> None:
+def test_key_observed_longest_ago_is_evicted() -> None:
     watch = PartitionDetector(SOURCE, Drift())
     labels = [KEY._replace(label=str(i)) for i in range(MAX_KEYS + 10)]
     for offset, label in enumerate(labels):
@@ -257,7 +257,7 @@ def test_a_label_that_was_not_seen_for_long_gives_way_and_a_busy_one_stays() -> 
 
 
 @pytest.mark.parametrize(("silent", "kept"), [(0, 600), (400, 600), (500, 100), (9_000, 100)])
-def test_figures_look_back_no_further_than_two_windows(silent: int, kept: int) -> None:
+def test_means_cover_at_most_two_windows(silent: int, kept: int) -> None:
     watch = PartitionDetector(SOURCE, Drift(window_records=500))
     for one in seen([0.5] * 1_100):
         watch.observe(replace(one, offset=one.offset if one.offset < 1_000 else one.offset + silent))
@@ -266,11 +266,11 @@ def test_figures_look_back_no_further_than_two_windows(silent: int, kept: int) -
 
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), at=st.integers(0, 6_000), window=st.integers(100, 1_500))
-def test_what_is_said_after_a_restart_is_what_would_have_been_said_without_it(seed: int, at: int, window: int) -> None:
+def test_restart_does_not_change_the_events(seed: int, at: int, window: int) -> None:
     rng = np.random.default_rng(seed)
     levels = rng.uniform(0.2, 0.8, 8)
     values = np.concatenate([of_requests(rng, level, 750) for level in levels])
-    # Of some records nothing is known.
+    # Some records have no observation.
     keys = [KEY, KEY._replace(label="chat")]
     observed = [one for one in seen(values, keys) if rng.random() < 0.9]
     tuning = Drift(window_records=window, min_requests=10)
@@ -284,15 +284,15 @@ def test_what_is_said_after_a_restart_is_what_would_have_been_said_without_it(se
     assert rebuilt.means() == uninterrupted.means() or at > observed[-1].offset
 
 
-def test_the_restarts_above_fall_between_events() -> None:
-    """Else the rule would hold of a watch that says nothing."""
+def test_restarts_of_the_property_test_fall_between_events() -> None:
+    """Otherwise the property would hold for a detector that reports nothing."""
     rng = np.random.default_rng(0)
     values = np.concatenate([of_requests(rng, level, 750) for level in (0.2, 0.7, 0.3, 0.8)])
     assert len({event.id for event in events(seen(values), Drift(window_records=700, min_requests=10))}) == 3
 
 
 @given(st.lists(st.integers(0, 40), min_size=10, max_size=60), st.integers(1, 5))
-def test_a_window_is_split_where_its_sides_differ_most(counts: list[int], least: int) -> None:
+def test_split_is_where_the_means_differ_most(counts: list[int], least: int) -> None:
     figures = np.array(counts) / 40
 
     def difference(left: int) -> float:
@@ -305,7 +305,7 @@ def test_a_window_is_split_where_its_sides_differ_most(counts: list[int], least:
     assert difference(split) == pytest.approx(best)
 
 
-def test_the_detector_says_what_the_librarys_own_does() -> None:
+def test_detector_equals_the_public_class_of_the_library() -> None:
     from river.drift import ADWIN
 
     from pipeline.drift.detector import CHECK_INTERVAL, _create_adwin

@@ -1,4 +1,4 @@
-"""Drift beside the worker: rebuilt from the table, sent at least once, and never in the way of a record."""
+"""Tests of the drift monitor: state rebuilt from the table, events sent at least once, failures without effect."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SHIFT = 4_000
 
 
 class Table:
-    """The rows of ``traces`` as a table has them."""
+    """The table ``traces``."""
 
     def __init__(self, rows: pa.Table) -> None:
         self.rows = rows
@@ -46,7 +46,7 @@ class Table:
 
 
 class Sent:
-    """Keeps what is sent."""
+    """Keeps the events that are sent."""
 
     dropped = 0
 
@@ -62,7 +62,7 @@ class Sent:
 
 @pytest.fixture(scope="module")
 def rows() -> pa.Table:
-    """A request of four verify steps a record; the draft's only token is accepted less often from ``SHIFT`` on."""
+    """Return one request of four verify steps per record. Its draft token is accepted less often from ``SHIFT`` on."""
     rng = np.random.default_rng(0)
     n = 4 * RECORDS
     accepted = rng.random(n) < np.where(np.arange(n) < 4 * SHIFT, 0.7, 0.4)
@@ -85,99 +85,97 @@ def commits(offsets: range, rng: np.random.Generator) -> Iterator[range]:
     return (range(start, stop) for start, stop in pairwise(cuts))
 
 
-def run(watch: DriftMonitor, table: Table, offsets: range, source: SourcePartition = SOURCE) -> None:
+def run(monitor: DriftMonitor, table: Table, offsets: range, source: SourcePartition = SOURCE) -> None:
     for commit in commits(offsets, np.random.default_rng(offsets.start)):
-        watch.observe(source, commit, table.of(commit))
+        monitor.observe(source, commit, table.of(commit))
 
 
 @pytest.fixture
 def uninterrupted(rows: pa.Table) -> tuple[list[DriftEvent], DriftMonitor]:
     sent = Sent()
-    watch = DriftMonitor(Drift(), Table(rows), sent)
-    run(watch, Table(rows), range(RECORDS))
-    return sent.events, watch
+    monitor = DriftMonitor(Drift(), Table(rows), sent)
+    run(monitor, Table(rows), range(RECORDS))
+    return sent.events, monitor
 
 
 Uninterrupted = tuple[list[DriftEvent], DriftMonitor]
 
 
-def test_a_worker_that_takes_over_goes_on_as_the_one_before(rows: pa.Table, uninterrupted: Uninterrupted) -> None:
+def test_next_worker_continues_with_the_same_state(rows: pa.Table, uninterrupted: Uninterrupted) -> None:
     [event], before = uninterrupted
     assert SHIFT < event.offset < SHIFT + 200
     sent, table = Sent(), Table(rows)
-    watch = DriftMonitor(Drift(), table, sent)
-    run(watch, table, range(SHIFT + 10, RECORDS))
+    monitor = DriftMonitor(Drift(), table, sent)
+    run(monitor, table, range(SHIFT + 10, RECORDS))
     assert sent.events == [event]
-    assert watch.status() == before.status()
+    assert monitor.status() == before.status()
     assert len(table.read) == 1
 
 
 @pytest.mark.parametrize(("late", "again"), [(1, True), (RESEND_RECORDS, True), (RESEND_RECORDS + 1, False)])
-def test_events_of_the_newest_records_are_sent_again_and_are_equal(
+def test_events_of_the_newest_records_are_resent_unchanged(
     rows: pa.Table, uninterrupted: Uninterrupted, *, late: int, again: bool
 ) -> None:
     [event], _ = uninterrupted
     sent, table = Sent(), Table(rows)
-    watch = DriftMonitor(Drift(), table, sent)
-    run(watch, table, range(event.offset + late, RECORDS))
+    monitor = DriftMonitor(Drift(), table, sent)
+    run(monitor, table, range(event.offset + late, RECORDS))
     assert [one.model_dump_json() for one in sent.events] == ([event.model_dump_json()] if again else [])
 
 
-def test_after_records_that_another_worker_committed_the_state_is_read_again(
-    rows: pa.Table, uninterrupted: Uninterrupted
-) -> None:
+def test_state_is_rebuilt_after_another_worker_committed_records(rows: pa.Table, uninterrupted: Uninterrupted) -> None:
     events, before = uninterrupted
     sent, table = Sent(), Table(rows)
-    watch = DriftMonitor(Drift(), table, sent)
-    run(watch, table, range(3_000))
-    run(watch, table, range(5_000, RECORDS))
+    monitor = DriftMonitor(Drift(), table, sent)
+    run(monitor, table, range(3_000))
+    run(monitor, table, range(5_000, RECORDS))
     assert sent.events == events
-    assert watch.status() == before.status()
+    assert monitor.status() == before.status()
 
 
-def test_what_the_other_partitions_of_a_worker_say_is_told_apart_and_shown_together(rows: pa.Table) -> None:
+def test_status_combines_partitions_that_are_observed_separately(rows: pa.Table) -> None:
     sent, table = Sent(), Table(rows)
-    watch = DriftMonitor(Drift(), table, sent)
-    run(watch, table, range(3_000))
-    [alone] = watch.status().traffic
-    run(watch, table, range(1_000), OTHER)
-    [both] = watch.status().traffic
+    monitor = DriftMonitor(Drift(), table, sent)
+    run(monitor, table, range(3_000))
+    [alone] = monitor.status().traffic
+    run(monitor, table, range(1_000), OTHER)
+    [both] = monitor.status().traffic
     assert (alone.acceptance.requests, both.acceptance.requests) == (3_000, 4_000)
     assert both.acceptance.first_token_acceptance == pytest.approx(0.7, abs=0.02)
-    watch.retain([OTHER])
-    [other] = watch.status().traffic
+    monitor.retain([OTHER])
+    [other] = monitor.status().traffic
     assert other.acceptance.requests == 1_000
 
 
-def test_of_many_labels_the_status_shows_those_with_the_most_requests(rows: pa.Table) -> None:
+def test_status_shows_the_labels_with_the_most_requests(rows: pa.Table) -> None:
     head = rows.slice(0, 4 * 300)
     labels = [f"label-{offset % 60 if offset < 120 else 7}" for offset in head["offset"].to_pylist()]
     many = head.set_column(head.schema.get_field_index("label"), "label", pa.array(labels))
-    watch = DriftMonitor(Drift(), Table(many), Sent())
-    run(watch, Table(many), range(300))
-    traffic = watch.status().traffic
+    monitor = DriftMonitor(Drift(), Table(many), Sent())
+    run(monitor, Table(many), range(300))
+    traffic = monitor.status().traffic
     assert len(traffic) == SHOWN_TRAFFIC
     assert (traffic[0].label, traffic[0].acceptance.requests) == ("label-7", 182)
 
 
-@pytest.mark.parametrize("failure", [TableError("the store is away"), ValueError("a fault of ours")])
-def test_a_failure_stops_no_record_and_what_was_missed_is_looked_at_later(
+@pytest.mark.parametrize("failure", [TableError("the store is unreachable"), ValueError("an unexpected error")])
+def test_failure_is_counted_and_the_next_commit_rebuilds_the_state(
     rows: pa.Table, uninterrupted: Uninterrupted, failure: Exception
 ) -> None:
     events, before = uninterrupted
     sent, table = Sent(), Table(rows)
-    watch = DriftMonitor(Drift(), table, sent)
+    monitor = DriftMonitor(Drift(), table, sent)
     table.fails = failure
-    run(watch, table, range(1, 4_500))
-    assert (sent.events, watch.status().traffic) == ([], [])
-    assert watch.status().failed > 0
+    run(monitor, table, range(1, 4_500))
+    assert (sent.events, monitor.status().traffic) == ([], [])
+    assert monitor.status().failed > 0
     table.fails = None
-    run(watch, table, range(4_500, RECORDS))
+    run(monitor, table, range(4_500, RECORDS))
     assert sent.events == events
-    assert watch.status().traffic == before.status().traffic
+    assert monitor.status().traffic == before.status().traffic
 
 
-def test_what_a_broker_that_is_away_cannot_take_is_counted(
+def test_undeliverable_events_are_counted_as_dropped(
     uninterrupted: Uninterrupted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     [event], _ = uninterrupted
@@ -189,20 +187,20 @@ def test_what_a_broker_that_is_away_cannot_take_is_counted(
     assert topic.dropped == 1
 
 
-def test_an_event_reads_back_from_its_json(uninterrupted: Uninterrupted) -> None:
+def test_event_is_parsed_from_its_json(uninterrupted: Uninterrupted) -> None:
     [event], _ = uninterrupted
     assert DriftEvent.model_validate_json(event.model_dump_json()) == event
     assert event.key == "line/7"
 
 
-def test_prometheus_sees_the_figures_and_the_events(uninterrupted: Uninterrupted) -> None:
-    _, watch = uninterrupted
+def test_metrics_export_acceptance_and_events(uninterrupted: Uninterrupted) -> None:
+    _, monitor = uninterrupted
     samples = {
         (sample.name, tuple(sample.labels.values())): sample.value
-        for metric in drift_metrics(watch.status())
+        for metric in drift_metrics(monitor.status())
         for sample in metric.samples
     }
-    [shown] = watch.status().traffic
+    [shown] = monitor.status().traffic
     key = ("line", "7", "sql")
     assert samples == {
         ("aurora_stream_drift_events_total", ()): 1,

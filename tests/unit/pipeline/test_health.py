@@ -1,4 +1,4 @@
-"""When a stream worker is live and ready, and how long its partitions are said to wait."""
+"""Tests of liveness, readiness and the progress of partitions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import pytest
 
-from pipeline.consumer import BUFFER_BYTES, create_app
 from pipeline.health import (
     JOIN_TIMEOUT_S,
     PROGRESS_TIMEOUT_S,
@@ -19,7 +18,6 @@ from pipeline.health import (
     readiness_problems,
 )
 from pipeline.offsets import SourcePartition
-from schemas.settings import Kafka, Settings, Stream
 
 WELL = HealthSnapshot(unwatched_s=1, joining_s=0, writing_s=0, stalled_s={}, without_offset=(), error=None)
 ZERO, ONE = SourcePartition("traces", 0), SourcePartition("traces", 1)
@@ -40,9 +38,7 @@ ZERO, ONE = SourcePartition("traces", 0), SourcePartition("traces", 1)
         (replace(WELL, error="the table does not answer (tables.uri)"), True, False),
     ],
 )
-def test_what_lasts_too_long_is_not_live_and_what_is_in_the_way_not_ready(
-    seen: HealthSnapshot, live: bool, ready: bool
-) -> None:
+def test_liveness_and_readiness_follow_from_durations(seen: HealthSnapshot, live: bool, ready: bool) -> None:
     assert (not liveness_problems(seen), not readiness_problems(seen)) == (live, ready)
 
 
@@ -55,7 +51,7 @@ class Clock:
 
 
 def progress() -> tuple[ProgressTracker, Clock]:
-    """Two partitions with ten records each, of which the tables hold none."""
+    """Return a tracker of two partitions with ten records each that are not in the tables."""
     clock = Clock()
     made = ProgressTracker(clock)
     made.assign([ZERO, ONE])
@@ -65,7 +61,7 @@ def progress() -> tuple[ProgressTracker, Clock]:
     return made, clock
 
 
-def test_a_partition_waits_while_records_are_there_and_none_has_arrived() -> None:
+def test_partition_is_stalled_while_records_wait_and_none_arrives() -> None:
     made, clock = progress()
     made.add_buffered(ONE)
     clock.now += 7
@@ -76,7 +72,7 @@ def test_a_partition_waits_while_records_are_there_and_none_has_arrived() -> Non
     assert (made.stalled_s(ZERO), made.stalled_s(ONE)) == (10, 3)
 
 
-def test_a_partition_that_is_read_to_its_end_does_not_wait() -> None:
+def test_partition_that_is_read_to_its_end_is_not_stalled() -> None:
     made, clock = progress()
     made.set_next_offset(ZERO, 10)
     clock.now += 100
@@ -86,7 +82,7 @@ def test_a_partition_that_is_read_to_its_end_does_not_wait() -> None:
     assert made.stalled_s(ZERO) == 2
 
 
-def test_nobody_waits_for_what_could_not_come() -> None:
+def test_reset_restarts_the_stall_timers() -> None:
     made, clock = progress()
     clock.now += 100
     made.reset_stalls()
@@ -94,7 +90,7 @@ def test_nobody_waits_for_what_could_not_come() -> None:
     assert made.stalled_s(ZERO) == 1
 
 
-def test_a_record_that_was_asked_for_is_given_time_to_come() -> None:
+def test_partition_is_not_stalled_right_after_a_seek() -> None:
     made, clock = progress()
     clock.now += 6
     assert made.stalled(5) == [ZERO, ONE]
@@ -105,7 +101,7 @@ def test_a_record_that_was_asked_for_is_given_time_to_come() -> None:
     assert made.stalled(5) == [ZERO, ONE]
 
 
-def test_a_partition_is_looked_at_until_its_log_and_the_tables_agree() -> None:
+def test_partition_is_unverified_until_its_offset_lies_in_the_log() -> None:
     made, _ = progress()
     assert not made.unverified()
     made.set_log_range(ZERO, 3, 10)
@@ -118,7 +114,7 @@ def test_a_partition_is_looked_at_until_its_log_and_the_tables_agree() -> None:
     assert made.without_offset() == made.unverified() == [ONE]
 
 
-def test_what_is_not_assigned_is_not_spoken_of() -> None:
+def test_unassigned_partitions_are_ignored() -> None:
     made, _ = progress()
     made.assign([ONE])
     made.add_buffered(ZERO)
@@ -129,18 +125,7 @@ def test_what_is_not_assigned_is_not_spoken_of() -> None:
     assert not made.statuses()
 
 
-@pytest.mark.parametrize("largest", [10_000, 1_000_000, 64 << 20])
-def test_faust_holds_no_more_bytes_than_the_inbox_or_a_single_message(largest: int) -> None:
-    conf = create_app(Settings(kafka=Kafka(max_message_bytes=largest), stream=Stream(flush_records=1_000))).conf
-    assert conf.stream_buffer_maxsize * largest <= max(BUFFER_BYTES, largest)
-    assert conf.broker_max_poll_records * largest <= max(BUFFER_BYTES, largest)
-
-
-def test_a_worker_that_reads_nothing_for_days_stays_in_its_group() -> None:
-    assert create_app(Settings()).conf.broker_max_poll_interval > 30 * 86400
-
-
-def test_a_worker_that_is_done_ends_although_a_call_hangs_and_says_which() -> None:
+def test_shutdown_timer_ends_a_process_with_a_hanging_call_and_logs_its_stack() -> None:
     program = (
         "import threading, time\n"
         "from pipeline.health import ShutdownTimer\n"

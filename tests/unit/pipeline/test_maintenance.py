@@ -1,6 +1,6 @@
-"""What maintenance merges, lets go and deletes, hours and days later, and that readers who count lose nothing.
+"""Tests of maintenance: compaction, retention and vacuum, hours and days later.
 
-Later is a process of its own whose clock runs ahead, and that believes it; times of files are the real ones.
+A later run is a process whose clock is ahead and that skips the clock check. The times of files are real.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from schemas.settings import Settings, Tables, to_environ
 CLOCK = Path(libfaketime.__file__).parent / "vendor" / "libfaketime" / "src" / "libfaketime.so.1"
 SOURCE = SourcePartition("traces", 0)
 AURORA = "from ops.cli.main import app; app()"
-BELIEVES_ITS_CLOCK = "import pipeline.maintenance as m; m.check_clock = lambda _: None; "
+SKIP_CLOCK_CHECK = "import pipeline.maintenance as m; m.check_clock = lambda _: None; "
 
 
 @dataclass
 class World:
-    """Tables that are written by the stream's protocol, and looked after."""
+    """Tables that are written by the stream's protocol, and maintained."""
 
     settings: Tables
     log: DeltaLog = field(init=False)
@@ -50,7 +50,7 @@ class World:
         self.committer = OffsetCommitter(self.log)
 
     def commit(self, commits: int, *, age: timedelta = timedelta(0)) -> None:
-        """Commits of one record each."""
+        """Make commits of one record each."""
         at = round((datetime.now(UTC) - age).timestamp() * 1e6)
         for _ in range(commits):
             record = record_of(f"request-{self.offset}", conversation(range(9), 4), self.offset)
@@ -63,16 +63,16 @@ class World:
             self.offset += 1
 
     def maintain(self, *, dry_run: bool = False) -> dict[str, MaintenanceResult]:
-        """What a pass did to each table."""
+        """Run maintenance and return the result of each table."""
         done = {of_one.table: of_one for of_one in Maintenance(self.settings).run(dry_run=dry_run)}
         assert not any(of_one.error for of_one in done.values())
         return done
 
     def maintain_later(self, hours: int) -> dict[str, MaintenanceResult]:
-        """A pass by the command, ``hours`` from now."""
+        """Run maintenance by the CLI, ``hours`` from now."""
         environ = {**os.environ, **to_environ(Settings(tables=self.settings)), "OMP_NUM_THREADS": "1"}
         environ |= {"LD_PRELOAD": str(CLOCK), "FAKETIME": f"+{hours}h", "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
-        command = [sys.executable, "-c", BELIEVES_ITS_CLOCK + AURORA, "tables", "maintain", "--json"]
+        command = [sys.executable, "-c", SKIP_CLOCK_CHECK + AURORA, "tables", "maintain", "--json"]
         done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         return {of_one["table"]: MaintenanceResult(**of_one) for of_one in json.loads(done.stdout)["tables"]}
@@ -93,7 +93,7 @@ def world(tmp_path: Path) -> World:
     return World(Tables(uri=str(tmp_path), vacuum_retention="24h", reader_lease="72h"))
 
 
-def test_small_files_are_merged_and_every_row_stays_for_every_way_of_reading(world: World) -> None:
+def test_compaction_keeps_every_row_for_every_reader(world: World) -> None:
     world.commit(6)
     before = world.log.read("traces").sort_by([("offset", "ascending"), ("verify_step", "ascending")])
     done = Maintenance(world.settings).run()
@@ -109,10 +109,10 @@ def test_small_files_are_merged_and_every_row_stays_for_every_way_of_reading(wor
     bounds = (file.min_values["offset"], file.max_values["offset"])
     assert (file.rows, bounds) == (6, (0, 5)), "queries know which files they can skip"
     again = Maintenance(world.settings).run()
-    assert again == [MaintenanceResult(of_one.table) for of_one in done], "a second pass finds nothing to do"
+    assert again == [MaintenanceResult(of_one.table) for of_one in done], "a second run has nothing to do"
 
 
-def test_a_live_reader_gets_the_rows_it_has_not_read_after_merging_and_deleting(world: World) -> None:
+def test_live_reader_reads_added_rows_after_compaction_and_vacuum(world: World) -> None:
     world.commit(6)
     world.log.save_cursor("far", {"accepted": 4})
     world.log.save_cursor("near", {"accepted": world.log.version("accepted")})
@@ -125,7 +125,7 @@ def test_a_live_reader_gets_the_rows_it_has_not_read_after_merging_and_deleting(
     assert world.kept() == [0, 1, 2, 3, 4, 5]
 
 
-def test_a_reader_that_comes_back_after_its_lease_is_told_and_can_go_on(world: World) -> None:
+def test_reader_after_its_lease_gets_an_error_and_can_continue(world: World) -> None:
     world.commit(6)
     world.log.save_cursor("gone", {"accepted": 2})
     world.maintain()
@@ -140,7 +140,7 @@ def test_a_reader_that_comes_back_after_its_lease_is_told_and_can_go_on(world: W
     assert world.added(world.log.oldest_readable("accepted")) == [6, 7]
 
 
-def test_a_reader_that_is_heard_of_but_does_not_come_nearer_holds_files_no_longer_than_its_lease(world: World) -> None:
+def test_stuck_reader_keeps_files_no_longer_than_its_lease(world: World) -> None:
     world.commit(3)
     world.maintain()
     late = (datetime.now(UTC) + timedelta(hours=79)).timestamp()
@@ -156,7 +156,7 @@ def test_a_reader_that_is_heard_of_but_does_not_come_nearer_holds_files_no_longe
     assert (done.vacuumed, done.held_by) == (3, None)
 
 
-def test_states_are_kept_for_the_hours_that_are_set_and_no_longer(world: World) -> None:
+def test_versions_are_readable_for_the_vacuum_retention_and_no_longer(world: World) -> None:
     world.commit(4)
     world.maintain()
     assert world.maintain_later(23)["accepted"].vacuumed == 0
@@ -165,7 +165,7 @@ def test_states_are_kept_for_the_hours_that_are_set_and_no_longer(world: World) 
     assert world.kept() == [0, 1, 2, 3]
 
 
-def test_days_are_let_go_whole_when_their_time_is_over(world: World) -> None:
+def test_days_past_their_retention_expire_as_a_whole(world: World) -> None:
     world.commit(2, age=timedelta(days=20))
     world.commit(2, age=timedelta(days=12))
     world.commit(2)
@@ -176,24 +176,24 @@ def test_days_are_let_go_whole_when_their_time_is_over(world: World) -> None:
     assert (done["accepted"].expired, done["rejected"].expired, done["traces"].expired) == (2, 2, 0)
     assert world.kept() == [2, 3, 4, 5]
     assert world.kept("traces") == [0, 1, 2, 3, 4, 5]
-    assert world.added(0) == [0, 1, 2, 3, 4, 5], "who tails the table sees what was added, until it is deleted"
+    assert world.added(0) == [0, 1, 2, 3, 4, 5], "a tailing reader reads added rows until they are deleted"
     world.maintain_later(25)
     assert world.kept() == [2, 3, 4, 5]
     assert not list(Path(world.settings.uri).glob(f"accepted/line=*/day={datetime.now(UTC) - timedelta(days=20):%F}/*"))
 
 
 def aged(table: Path, days: int) -> None:
-    """Let the commits of a table be as old, by the clock of its store."""
+    """Set the age of the commits of a table, by the clock of its store."""
     then = (datetime.now(UTC) - timedelta(days=days)).timestamp()
     for commit in (table / "_delta_log").iterdir():
         os.utime(commit, (then, then))
 
 
-def test_old_commits_are_dropped_from_the_log_and_who_asks_for_them_is_told(world: World, tmp_path: Path) -> None:
+def test_old_commits_are_removed_from_the_log_and_reading_them_is_an_error(world: World, tmp_path: Path) -> None:
     world.commit(5)
     world.log.open("accepted").create_checkpoint()
     aged(tmp_path / "accepted", 20)
-    world.log.save_cursor("behind its lease", {"accepted": 3})
+    world.log.save_cursor("expired", {"accepted": 3})
     world.commit(2)
     world.maintain()
     assert not (tmp_path / "accepted/_delta_log/00000000000000000004.json").exists()
@@ -203,10 +203,10 @@ def test_old_commits_are_dropped_from_the_log_and_who_asks_for_them_is_told(worl
     assert world.added(5) == [5, 6]
     assert world.kept() == list(range(7))
     world.commit(1)
-    assert world.kept() == list(range(8)), "the stream goes on over it"
+    assert world.kept() == list(range(8)), "the stream can still commit"
 
 
-def test_the_log_that_a_live_reader_needs_stays(world: World, tmp_path: Path) -> None:
+def test_log_that_a_live_reader_needs_is_kept(world: World, tmp_path: Path) -> None:
     world.commit(5)
     world.log.open("accepted").create_checkpoint()
     aged(tmp_path / "accepted", 2)
@@ -217,7 +217,7 @@ def test_the_log_that_a_live_reader_needs_stays(world: World, tmp_path: Path) ->
     assert world.added(3) == [3, 4, 5, 6]
 
 
-def test_a_machine_whose_clock_is_not_that_of_the_store_leaves_the_tables_alone(
+def test_maintenance_does_nothing_if_its_clock_differs_from_the_store(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world.commit(3)
@@ -233,7 +233,7 @@ def test_a_machine_whose_clock_is_not_that_of_the_store_leaves_the_tables_alone(
     assert world.maintain()["accepted"].compacted == 3
 
 
-def test_a_dry_run_says_what_a_pass_would_do_and_changes_nothing(world: World) -> None:
+def test_dry_run_returns_the_result_and_changes_nothing(world: World) -> None:
     world.commit(3)
     versions = {name: world.log.version(name) for name in TABLES}
     would = world.maintain(dry_run=True)
@@ -242,17 +242,17 @@ def test_a_dry_run_says_what_a_pass_would_do_and_changes_nothing(world: World) -
     assert world.files() == 3
 
 
-def test_maintenance_and_the_stream_never_stop_each_other(world: World) -> None:
-    """Two that maintain without a pause, beside a stream that commits: nothing is lost, doubled or fenced."""
+def test_maintenance_and_stream_commits_do_not_block_each_other(world: World) -> None:
+    """Two maintenance threads run beside a stream that commits: no row is lost or duplicated, no commit is fenced."""
     stopping = threading.Event()
     results: list[MaintenanceResult] = []
 
-    def look_after() -> None:
+    def maintain_forever() -> None:
         maintenance = Maintenance(world.settings)
         while not stopping.is_set():
             results.extend(maintenance.run())
 
-    threads = [threading.Thread(target=look_after) for _ in range(2)]
+    threads = [threading.Thread(target=maintain_forever) for _ in range(2)]
     for thread in threads:
         thread.start()
     world.commit(25)
@@ -266,7 +266,7 @@ def test_maintenance_and_the_stream_never_stop_each_other(world: World) -> None:
     assert Maintenance(world.settings).run()[0].error is None
 
 
-def test_a_table_that_cannot_be_looked_after_does_not_keep_the_others_from_it(world: World, tmp_path: Path) -> None:
+def test_failure_of_one_table_does_not_affect_the_others(world: World, tmp_path: Path) -> None:
     world.commit(3)
     (tmp_path / "rejected").rename(tmp_path / "away")
     (tmp_path / "rejected").write_text("a file where the table was")
@@ -275,7 +275,7 @@ def test_a_table_that_cannot_be_looked_after_does_not_keep_the_others_from_it(wo
     assert done["accepted"].compacted == 3
 
 
-def test_what_an_experiment_holds_outlives_every_lease_and_retention_until_it_is_released(world: World) -> None:
+def test_retention_hold_outlives_leases_and_retention_until_it_is_released(world: World) -> None:
     world.commit(3, age=timedelta(days=13, hours=20))
     world.commit(3)
     holds.add_hold(world.log, "ablation", {"accepted": (1, 5)})
@@ -284,7 +284,7 @@ def test_what_an_experiment_holds_outlives_every_lease_and_retention_until_it_is
     assert world.maintain_later(24 * 20)["accepted"].held_by == "hold/ablation"
     assert world.log.read_added("accepted", 1, 5).equals(expected)
     assert world.log.read("accepted", ["offset"], at=2).equals(state)
-    assert world.kept() == [], "the newest state has let all days go"
+    assert world.kept() == [], "all days have expired in the newest version"
     (one,) = holds.list_holds(world.log)
     sizes = holds.measure_hold(world.log, one)
     assert 0 < sizes.total == sizes.held
@@ -296,10 +296,10 @@ def test_what_an_experiment_holds_outlives_every_lease_and_retention_until_it_is
         world.log.read_added("accepted", 1, 5)
     with pytest.raises(HistoryExpiredError):
         holds.add_hold(world.log, "late", {"accepted": (1, 5)})
-    assert holds.list_holds(world.log) == [], "what is gone already is not held"
+    assert holds.list_holds(world.log) == [], "deleted rows are not held"
 
 
-def test_an_experiment_holds_one_past_and_is_asked_for_by_its_name(world: World) -> None:
+def test_experiment_has_one_hold_which_the_cli_lists_and_releases(world: World) -> None:
     world.commit(3)
     for _ in range(2):
         holds.add_hold(world.log, "one", {"accepted": (0, 3), "rejected": (0, 3)})

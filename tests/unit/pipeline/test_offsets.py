@@ -1,4 +1,4 @@
-"""The exactly-once protocol: its decisions, and a model that crashes, rebalances and fences at every step."""
+"""Tests of the exactly-once protocol: its decisions, and a model with crashes, rebalances and fencing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from memory_tables import Crash, MemoryTables, dies_after, nothing
+from memory_tables import Crash, MemoryTables, crash_after, nothing
 
 from pipeline.delta import DeltaLog
 from pipeline.offsets import (
@@ -36,7 +36,7 @@ SOURCE = SourcePartition("traces", 0)
 
 
 def rows(name: str, offsets: range, source: SourcePartition = SOURCE) -> pa.Table:
-    """One row for each offset; columns that the protocol does not read are filled with nothing."""
+    """Return one row per offset. Columns that the protocol does not read are null."""
     schema = TABLES[name]
     columns = {"topic": source.topic, "partition": source.partition}
     arrays = [
@@ -49,14 +49,14 @@ def batch(offsets: range, source: SourcePartition = SOURCE) -> Batch:
     return Batch(source, offsets[-1], {name: rows(name, offsets, source) for name in COMMIT_ORDER})
 
 
-def test_a_record_behind_is_skipped_the_wanted_one_taken_and_one_ahead_left_out() -> None:
+def test_records_are_skipped_selected_or_deferred_by_the_next_offset() -> None:
     assert select_records(5, [3, 4, 5, 6, 8, 9]).selected == (2, 3)
     assert select_records(5, [3, 4, 5, 6, 8, 9]).skipped == 2
     assert select_records(5, [3, 4, 5, 6, 8, 9]).deferred == 2
     assert select_records(5, [3, 4, 5, 6, 8, 9]).has_gap
 
 
-def test_a_gap_that_the_same_delivery_fills_needs_no_seek() -> None:
+def test_gap_filled_by_the_same_delivery_needs_no_seek() -> None:
     selection = select_records(5, [7, 8, 5, 6, 7])
     assert selection.selected == (2, 3, 4)
     assert selection.deferred == 2
@@ -64,29 +64,27 @@ def test_a_gap_that_the_same_delivery_fills_needs_no_seek() -> None:
 
 
 @given(st.integers(0, 20), st.lists(st.integers(0, 30)))
-def test_what_is_taken_continues_the_table_and_every_record_is_accounted_for(
-    next_offset: int, offsets: list[int]
-) -> None:
+def test_selected_records_are_contiguous_and_every_record_is_counted(next_offset: int, offsets: list[int]) -> None:
     selection = select_records(next_offset, offsets)
     selected = [offsets[i] for i in selection.selected]
     assert selected == list(range(next_offset, next_offset + len(selected)))
     assert len(selected) + selection.skipped + selection.deferred == len(offsets)
 
 
-def test_a_log_that_starts_after_the_wanted_offset_has_lost_the_records_between() -> None:
+def test_records_between_next_offset_and_log_start_are_lost() -> None:
     assert find_lost_offsets(SOURCE, 5, 9, 20) == range(5, 9)
     assert not find_lost_offsets(SOURCE, 5, 0, 20)
     assert not find_lost_offsets(SOURCE, 20, 0, 20)
 
 
-def test_a_log_that_ends_before_the_wanted_offset_is_refused() -> None:
+def test_log_that_ends_before_the_next_offset_is_rejected() -> None:
     with pytest.raises(ForeignLogError, match=r"kafka\.traces_topic"):
         find_lost_offsets(SOURCE, 5, 0, 4)
 
 
-def test_a_crash_between_two_tables_converges_without_doubling() -> None:
+def test_crash_between_two_tables_is_repaired_without_duplicates() -> None:
     tables = MemoryTables()
-    tables.before_append = dies_after(2)
+    tables.before_append = crash_after(2)
     with pytest.raises(Crash):
         OffsetCommitter(tables).commit([batch(range(4))])
     tables.before_append = nothing
@@ -99,15 +97,15 @@ def test_a_crash_between_two_tables_converges_without_doubling() -> None:
     assert restarted.next_offset(SOURCE) == 6
 
 
-def test_the_last_table_is_not_written_before_all_others_are() -> None:
+def test_last_table_is_written_after_all_others() -> None:
     tables = MemoryTables()
-    tables.before_append = dies_in({1})
+    tables.before_append = crash_in({1})
     with pytest.raises(Crash):
-        OffsetCommitter(tables, AtTheSameTime()).commit([batch(range(4))])
+        OffsetCommitter(tables, SynchronousPool()).commit([batch(range(4))])
     tables.before_append = nothing
     assert [tables.offsets(name) for name in COMMIT_ORDER] == [[0, 1, 2, 3], [], [0, 1, 2, 3], []]
 
-    restarted = OffsetCommitter(tables, AtTheSameTime())
+    restarted = OffsetCommitter(tables, SynchronousPool())
     restarted.commit([batch(range(restarted.next_offset(SOURCE), 6))])
     assert all(tables.offsets(name) == [0, 1, 2, 3, 4, 5] for name in COMMIT_ORDER)
 
@@ -122,7 +120,7 @@ def test_tables_are_written_by_several_threads(tmp_path: Path) -> None:
     assert {OffsetCommitter(log).next_offset(SOURCE), *(log.version(name) for name in COMMIT_ORDER)} == {12, 4}
 
 
-def test_a_stale_owner_is_fenced_and_reads_the_wanted_offset_again() -> None:
+def test_stale_owner_is_fenced_and_reads_the_next_offset_again() -> None:
     tables = MemoryTables()
     stale, owner = OffsetCommitter(tables), OffsetCommitter(tables)
     assert stale.next_offset(SOURCE) == 0
@@ -133,7 +131,7 @@ def test_a_stale_owner_is_fenced_and_reads_the_wanted_offset_again() -> None:
     assert tables.offsets("traces") == [0, 1, 2]
 
 
-def test_a_writer_of_another_partition_delays_a_commit_but_does_not_fence_it() -> None:
+def test_writer_of_another_partition_delays_a_commit_but_does_not_fence_it() -> None:
     tables = MemoryTables()
     other = SourcePartition("traces", 1)
 
@@ -146,7 +144,7 @@ def test_a_writer_of_another_partition_delays_a_commit_but_does_not_fence_it() -
     assert sorted(tables.tables["traces"].rows) == [(0, 0, ""), (0, 1, ""), (0, 2, ""), (1, 0, ""), (1, 1, "")]
 
 
-def test_an_owner_that_writes_between_check_and_write_wins() -> None:
+def test_owner_that_writes_between_check_and_append_wins() -> None:
     tables = MemoryTables()
 
     def interfere() -> None:
@@ -159,9 +157,9 @@ def test_an_owner_that_writes_between_check_and_write_wins() -> None:
     assert all(tables.offsets(name) == [0, 1, 2] for name in COMMIT_ORDER)
 
 
-def test_a_loss_is_written_down_once_even_if_the_worker_dies_in_between() -> None:
+def test_loss_is_recorded_once_despite_a_crash() -> None:
     tables = MemoryTables()
-    tables.before_append = dies_after(1)
+    tables.before_append = crash_after(1)
     with pytest.raises(Crash):
         OffsetCommitter(tables).record_loss(SOURCE, range(10), 0)
     tables.before_append = nothing
@@ -183,7 +181,7 @@ def test_delta_fences_a_stale_owner(tmp_path: Path) -> None:
     assert sorted(DeltaLog(settings).read("dead_letters", ["offset"])["offset"].to_pylist()) == [0, 1, 2, 3]
 
 
-def test_delta_refuses_an_append_to_a_state_that_it_has_left(tmp_path: Path) -> None:
+def test_delta_rejects_an_append_to_an_old_snapshot(tmp_path: Path) -> None:
     first, second = DeltaLog(Tables(uri=str(tmp_path))), DeltaLog(Tables(uri=str(tmp_path)))
     stale = first.snapshot("dead_letters")
     rows_ = dead_letters(range(1)).rows["dead_letters"]
@@ -194,7 +192,7 @@ def test_delta_refuses_an_append_to_a_state_that_it_has_left(tmp_path: Path) -> 
     assert first.row_count("dead_letters") == 1
 
 
-def test_rows_are_read_in_the_order_of_their_commits(tmp_path: Path) -> None:
+def test_added_rows_are_read_in_the_order_of_their_commits(tmp_path: Path) -> None:
     log = DeltaLog(Tables(uri=str(tmp_path)))
     committer = OffsetCommitter(log)
     for start in range(0, 60, 3):
@@ -207,8 +205,8 @@ def test_rows_are_read_in_the_order_of_their_commits(tmp_path: Path) -> None:
     assert log.row_count("dead_letters") == 60
 
 
-def dies_in(steps: set[int]) -> Callable[[], None]:
-    """Kills the process in these steps, counted from 0: what runs beside them may still be done."""
+def crash_in(steps: set[int]) -> Callable[[], None]:
+    """Return a step that crashes at these calls, counted from 0. Concurrent calls may still succeed."""
     numbers = count()
 
     def step() -> None:
@@ -219,7 +217,7 @@ def dies_in(steps: set[int]) -> Callable[[], None]:
 
 
 def dead_letters(offsets: range) -> Batch:
-    """A batch of dead letters alone, valid for a real table."""
+    """Return a batch of dead letters that is valid for a real table."""
     row = {"topic": "traces", "partition": 0, "time": 0, "day": 0, "reason": "r", "detail": "d"}
     empty = dict.fromkeys(TABLES["dead_letters"].names)
     letters = pa.Table.from_pylist([{**empty, **row, "offset": o} for o in offsets], schema=TABLES["dead_letters"])
@@ -227,27 +225,27 @@ def dead_letters(offsets: range) -> Batch:
     return Batch(SOURCE, offsets[-1], {**none, "dead_letters": letters})
 
 
-class AtTheSameTime(Executor):
-    """What a pool can do to the tables, on one thread: one that fails does not keep the others from being written."""
+class SynchronousPool(Executor):
+    """A pool on one thread. A failed write does not stop the others, as in a real pool."""
 
     def submit(self, work: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         future: Future[Any] = Future()
         try:
             future.set_result(work(*args, **kwargs))
-        except BaseException as error:  # noqa: BLE001 - a crash too is for the one who waits
+        except BaseException as error:  # noqa: BLE001 - a crash is raised to the waiting caller, too
             future.set_exception(error)
         return future
 
 
 class Worker:
-    """A worker as ``pipeline.worker`` wires it, with a consumer that may stand anywhere in the log."""
+    """A worker that behaves like ``pipeline.worker``, with a consumer at any position of the log."""
 
     def __init__(self, tables: MemoryTables) -> None:
-        self.committer = OffsetCommitter(tables, AtTheSameTime())
+        self.committer = OffsetCommitter(tables, SynchronousPool())
         self.position = 0
 
     def deliver(self, log_start: int, log_end: int, count: int) -> None:
-        """Take what the consumer gives; after a gap it stands where the tables want it."""
+        """Write delivered records. After a gap seek the consumer to the next offset."""
         offsets = list(range(max(self.position, log_start), min(self.position + count, log_end)))
         self.position += len(offsets)
         next_offset = self.committer.next_offset(SOURCE)
@@ -264,8 +262,8 @@ class Worker:
 
 
 class ExactlyOnce(RuleBasedStateMachine):
-    """Two workers believe that they own one partition. Consumers jump, workers die between two commits or are
-    overtaken in the middle of one, and the broker deletes old records: the tables hold every other record once."""
+    """Two workers believe that they own one partition. Consumers jump, workers crash between two commits or are
+    overtaken during one, and the broker deletes old records. The tables contain every other record once."""
 
     workers = st.integers(0, 1)
 
@@ -296,7 +294,7 @@ class ExactlyOnce(RuleBasedStateMachine):
 
     @rule(who=workers, unwritten=st.sets(st.integers(0, 3), min_size=1), count=st.integers(1, 6))
     def dies_between_commits(self, who: int, unwritten: set[int], count: int) -> None:
-        self.tables.before_append = dies_in(unwritten)
+        self.tables.before_append = crash_in(unwritten)
         try:
             self.deliver(who, count)
         except Crash:
@@ -334,12 +332,12 @@ class ExactlyOnce(RuleBasedStateMachine):
             assert offsets == sorted(set(offsets))
 
     def teardown(self) -> None:
-        """In the end one worker comes through: then every record is there, or written down as lost."""
+        """Let one worker finish: every record is in the tables, or recorded as lost."""
         worker = Worker(self.tables)
         for _ in range(3):
             worker.deliver(self.start, self.end, self.end + 1)
-        lost = [offset for told in self.tables.tables["dead_letters"].lost for offset in told]
-        assert len(lost) == len(set(lost)), "a loss is told once"
+        lost = [offset for losses in self.tables.tables["dead_letters"].lost for offset in losses]
+        assert len(lost) == len(set(lost)), "a loss is recorded once"
         for name in COMMIT_ORDER:
             kept = set(self.tables.offsets(name))
             assert kept.union(lost) == set(range(self.end))

@@ -23,11 +23,11 @@ from serving.traces.chunks import Origin
 from serving.traces.publisher import TracePublisher
 
 VERIFY_STEPS = 10
-"""Verify steps between two changes."""
+"""Verify steps between two changes of the version."""
 
 
 class SlowSink:
-    """Keeps the verify steps, hands them on, and gives the test time between two of them."""
+    """Keeps verify steps, passes them on, and waits between two of them."""
 
     def __init__(self, to: TracePublisher) -> None:
         self.verify_steps: list[VerifyStep] = []
@@ -47,7 +47,7 @@ def now_us() -> int:
     return time.time_ns() // 1000
 
 
-def test_a_swap_in_mid_request_changes_the_version_of_exactly_the_verify_steps_after_it(tmp_path: Path) -> None:
+def test_swap_during_a_request_changes_the_version_of_later_verify_steps_only(tmp_path: Path) -> None:
     flags = {
         "target.path": str(write_tiny_target(tmp_path)),
         "speculator.draft_vocab_size": VOCABULARY,

@@ -1,4 +1,4 @@
-"""Figures over real tables: what was accepted, what is missing, and what of it a person or a script is shown."""
+"""Tests of queries over real tables, and of the commands that print them."""
 
 from __future__ import annotations
 
@@ -20,18 +20,22 @@ from typer.testing import CliRunner, Result
 
 from ops.cli.main import app
 from pipeline.batches import Record
-from pipeline.delta import DeltaLog
-from pipeline.trace_queries import compute_stats, draft_depth, follow_steps, read_newest_steps
+from pipeline.delta import DeltaLog, TableError
+from pipeline.offsets import SourcePartition
+from pipeline.trace_queries import compute_stats, draft_depth, find_commit, follow_steps, read_newest_steps
 from schemas.batches import DEAD_LETTERS
 from schemas.settings import Tables
 from schemas.trace.record import ROOT
 
+SOURCE = SourcePartition("traces", 0)
+ENDS = [-1, 3, 3, 7, 8, 8, 20]
+"""Last offset by version. Compaction and commits of other partitions do not change it."""
 NOW_US = 1_700_000_000_000_000
 
 
 @pytest.fixture
 def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DeltaLog:
-    """Tables that the command finds too."""
+    """Create tables that the CLI finds too."""
     monkeypatch.setenv("AURORA_TABLES__URI", str(tmp_path))
     return DeltaLog(Tables(uri=str(tmp_path)))
 
@@ -51,7 +55,7 @@ def tokens(count: int, first: int = 1) -> list[int]:
 
 
 def a_tree() -> list[Any]:
-    """A prompt, and a verify step with two branches: 5 6 of which 5 is kept, and 7."""
+    """Return a prompt, and a verify step with two branches: 5 6, of which 5 is accepted, and 7."""
     prompt = verify_step_of(0, 0, [1, 2, 3], 4)
     drafted = verify_step_of(1, 3, [4, 5], 9, [5, 6, 7])
     return [prompt, replace(drafted, draft_parents=(ROOT, 0, ROOT))]
@@ -68,18 +72,20 @@ def test_acceptance_length_counts_accepted_tokens_and_the_bonus_token(tables: De
         verify_steps,
     )
     assert total.acceptance_length == 2.0
-    assert total.tokens == 1 + 2 * verify_steps, "the prompt's bonus, and in each verify step one draft and one bonus"
+    assert total.tokens == 1 + 2 * verify_steps, (
+        "the bonus token of the prompt, and one draft token and one bonus token per verify step"
+    )
     assert total.acceptance_by_depth == [1.0, 0.0]
 
 
-def test_a_verify_step_without_a_draft_counts_as_a_verify_step_in_which_nothing_was_kept(tables: DeltaLog) -> None:
+def test_verify_step_without_a_draft_counts_with_no_accepted_tokens(tables: DeltaLog) -> None:
     write(tables, record_of("a", [*a_tree(), verify_step_of(2, 5, [9], 10)], offset=0))
     total = compute_stats(tables).total
     assert (total.verify_steps, total.acceptance_length) == (2, 1.5)
     assert (dict(total.drafted_to), dict(total.accepted_to)) == ({1: 1, 2: 1}, {1: 1, 2: 0})
 
 
-def test_verify_steps_are_grouped_and_the_groups_add_up(tables: DeltaLog) -> None:
+def test_groups_add_up_to_the_total(tables: DeltaLog) -> None:
     write(
         tables,
         *(record_of(f"r{n}", conversation(tokens(8 + 2 * n), prompt=4), n, line=f"line-{n % 2}") for n in range(4)),
@@ -90,20 +96,20 @@ def test_verify_steps_are_grouped_and_the_groups_add_up(tables: DeltaLog) -> Non
         assert sum(getattr(one, figure) for one in counted.groups.values()) == getattr(counted.total, figure)
 
 
-def test_missing_chunks_and_requests_without_an_end_are_seen(tables: DeltaLog) -> None:
+def test_missing_chunks_and_unfinished_requests_are_counted(tables: DeltaLog) -> None:
     verify_steps = conversation(tokens(8), prompt=4)
     write(tables, record_of("holes", verify_steps, 0, chunk=1), record_of("holes", verify_steps, 1, chunk=4))
     write(tables, record_of("whole", verify_steps, 2))
     assert (compute_stats(tables).chunks.missing, compute_stats(tables).chunks.unfinished) == (3, 0)
     earlier = compute_stats(tables, since=datetime.fromtimestamp(NOW_US / 1e6 - 1, UTC)).chunks
-    assert earlier.missing == 2, "what a request sent before the time that is asked for is not missing"
+    assert earlier.missing == 2, "chunks of a request before that time are not missing"
 
 
-def test_since_leaves_out_what_is_older(tables: DeltaLog) -> None:
+def test_since_excludes_older_verify_steps(tables: DeltaLog) -> None:
     write(tables, record_of("a", conversation(tokens(8), prompt=4), 0))
     later = compute_stats(tables, "node", since=datetime.fromtimestamp(NOW_US / 1e6 + 1, UTC))
     assert (later.total.verify_steps, later.total.acceptance_length, later.groups) == (0, None, {})
-    assert later.table_tokens > 0, "bytes and tokens of the tables are those of all rows"
+    assert later.table_tokens > 0, "bytes and tokens cover all rows"
 
 
 def test_dead_letters_are_counted_by_reason(tables: DeltaLog) -> None:
@@ -113,13 +119,13 @@ def test_dead_letters_are_counted_by_reason(tables: DeltaLog) -> None:
     assert compute_stats(tables).dead_letters == {"corrupt": 2, "empty": 1}
 
 
-def test_empty_tables_have_no_rates(tables: DeltaLog) -> None:
+def test_empty_tables_have_no_means(tables: DeltaLog) -> None:
     counted = compute_stats(tables, "label")
     assert (counted.total.acceptance_length, counted.bytes_per_token, counted.groups) == (None, None, {})
 
 
 @given(st.lists(st.integers(0, 5), max_size=12))
-def test_the_depth_of_a_draft_is_that_of_its_longest_path(back: list[int]) -> None:
+def test_draft_depth_is_the_length_of_the_longest_path(back: list[int]) -> None:
     parents = [max(ROOT, node - 1 - step) for node, step in enumerate(back)]
     depths = {ROOT: 0}
     for node, parent in enumerate(parents):
@@ -127,7 +133,7 @@ def test_the_depth_of_a_draft_is_that_of_its_longest_path(back: list[int]) -> No
     assert draft_depth(parents) == max(depths.values())
 
 
-def test_the_newest_verify_steps_are_those_of_the_last_commits_in_order(tables: DeltaLog) -> None:
+def test_newest_verify_steps_are_in_the_order_of_their_commits(tables: DeltaLog) -> None:
     for n in range(9):
         write(tables, record_of(f"r{n}", conversation(tokens(8), prompt=4), n))
     for count in (0, 1, 5, 11, 1000):
@@ -137,7 +143,7 @@ def test_the_newest_verify_steps_are_those_of_the_last_commits_in_order(tables: 
         assert rows.num_rows == min(count, len(everything))
 
 
-def test_verify_steps_are_followed_commit_by_commit_and_each_comes_once(tables: DeltaLog) -> None:
+def test_follow_yields_each_commit_once(tables: DeltaLog) -> None:
     write(tables, record_of("a", conversation(tokens(8), prompt=4), 0))
     _, version = read_newest_steps(tables, 1)
     follower = follow_steps(tables, version, poll_s=0)
@@ -146,24 +152,24 @@ def test_verify_steps_are_followed_commit_by_commit_and_each_comes_once(tables: 
         assert set(next(follower)["request"].to_pylist()) == {name}
 
 
-def test_stats_are_told_to_people_and_to_scripts(tables: DeltaLog) -> None:
+def test_stats_command_prints_text_and_json(tables: DeltaLog) -> None:
     write(tables, record_of("a", conversation(tokens(12), prompt=4), offset=0))
-    told = aurora("stats", "--by", "speculator")
-    assert told.exit_code == 0, told.output
-    assert "missing chunks: 0" in told.stdout
+    result = aurora("stats", "--by", "speculator")
+    assert result.exit_code == 0, result.output
+    assert "missing chunks: 0" in result.stdout
     plain = json.loads(aurora("stats", "--by", "speculator", "--json").stdout)
     assert plain["acceptance_length"] == plain["by_speculator"]["1"]["acceptance_length"] == 2.0
     assert plain["table_bytes_per_token"] > 0
 
 
-def test_a_verify_step_is_one_line_with_what_was_kept_and_what_was_not(tables: DeltaLog) -> None:
+def test_tail_command_prints_accepted_and_rejected_tokens_on_one_line(tables: DeltaLog) -> None:
     write(tables, record_of("a", a_tree(), offset=0))
-    told = aurora("tail", "-n", "1")
-    assert told.stdout.endswith("node-0 a #1 by 1  1 of 3 kept: 5 | 6 7 -> 9\n")
+    result = aurora("tail", "-n", "1")
+    assert result.stdout.endswith("node-0 a #1 by 1  1 of 3 kept: 5 | 6 7 -> 9\n")
     assert json.loads(aurora("tail", "-n", "1", "--json").stdout)["draft_tokens"] == [5, 6, 7]
 
 
-def test_sql_is_answered_in_every_form(tables: DeltaLog) -> None:
+def test_sql_command_prints_every_format(tables: DeltaLog) -> None:
     write(tables, record_of("a", a_tree(), offset=0))
     query = "select verify_step, tokens, time, cardinality(tokens) as n from traces order by verify_step"
     plain = json.loads(aurora("sql", query, "--json").stdout)
@@ -175,7 +181,7 @@ def test_sql_is_answered_in_every_form(tables: DeltaLog) -> None:
     assert json.loads(aurora("sql", "select 1 as one from traces where false", "--json").stdout) == []
 
 
-def test_sql_reads_earlier_states(tables: DeltaLog) -> None:
+def test_sql_command_reads_earlier_versions(tables: DeltaLog) -> None:
     for n in range(3):
         write(tables, record_of(f"r{n}", a_tree(), n))
     count = "select count(*) as n from traces"
@@ -190,7 +196,7 @@ def test_sql_reads_earlier_states(tables: DeltaLog) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "result"),
     [
         (["select nope from traces"], "No field named nope"),
         (["select * fom traces"], "found: fom"),
@@ -200,15 +206,15 @@ def test_sql_reads_earlier_states(tables: DeltaLog) -> None:
         (["select 1 from traces", "--version", "99"], "99"),
     ],
 )
-def test_a_query_that_cannot_be_answered_is_one_line(tables: DeltaLog, arguments: list[str], told: str) -> None:
+def test_failed_query_prints_one_line(tables: DeltaLog, arguments: list[str], result: str) -> None:
     tables.create()
     answer = aurora("sql", *arguments)
     assert answer.exit_code == 2
-    assert told in answer.stderr
+    assert result in answer.stderr
     assert answer.stderr.count("\n") == 1
 
 
-def test_tables_are_listed_with_their_columns(tables: DeltaLog) -> None:
+def test_tables_command_lists_columns(tables: DeltaLog) -> None:
     write(tables, record_of("a", a_tree(), offset=0))
     listed = {one["table"]: one for one in json.loads(aurora("tables", "--json").stdout)}
     assert (listed["traces"]["rows"], listed["traces"]["version"]) == (2, 1)
@@ -216,8 +222,28 @@ def test_tables_are_listed_with_their_columns(tables: DeltaLog) -> None:
     assert "draft_parents" in aurora("tables").stdout
 
 
-def test_without_tables_nothing_is_made_and_the_setting_is_named(tmp_path: Path) -> None:
-    told = CliRunner().invoke(app, ["traces", "stats", f"--set=tables.uri={tmp_path / 'none'}"])
-    assert told.exit_code == 2
-    assert "tables.uri" in told.stderr
+def test_missing_tables_are_not_created_and_the_setting_is_named(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["traces", "stats", f"--set=tables.uri={tmp_path / 'none'}"])
+    assert result.exit_code == 2
+    assert "tables.uri" in result.stderr
     assert not (tmp_path / "none").exists()
+
+
+class VersionedLog:
+    def __init__(self, oldest: int = 0) -> None:
+        self.oldest = oldest
+
+    def version(self, name: str) -> int:
+        return len(ENDS) - 1
+
+    def last_offset(self, name: str, source: SourcePartition, version: int | None = None) -> int:
+        if version is not None and version < self.oldest:
+            raise TableError("too old")
+        return ENDS[-1 if version is None else version]
+
+
+@pytest.mark.parametrize("offset", range(25))
+@pytest.mark.parametrize("oldest", range(len(ENDS)))
+def test_find_commit_returns_the_first_readable_version_with_the_record(offset: int, oldest: int) -> None:
+    holding = [version for version, end in enumerate(ENDS) if end >= offset and version >= oldest]
+    assert find_commit(VersionedLog(oldest), "accepted", SOURCE, offset) == (holding[0] if holding else None)

@@ -1,4 +1,4 @@
-"""Every code that a dead letter can carry is explained, and no other."""
+"""Tests that the reasons of dead letters are complete."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ CHECKOUT = Path(__file__).resolve().parents[3]
 CODES = {"DUPLICATE": reasons.DUPLICATE, "UNREADABLE": reasons.UNREADABLE}
 
 
-def given(tree: ast.AST) -> Iterator[str]:
-    """The first arguments of ``TraceError`` and of ``Check``'s reason in a module."""
+def find_reasons(tree: ast.AST) -> Iterator[str]:
+    """Yield the reasons of every ``TraceError`` and ``Check`` in a module."""
     for node in ast.walk(tree):
         if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
             continue
@@ -29,9 +29,9 @@ def given(tree: ast.AST) -> Iterator[str]:
             yield CODES[code.id]
 
 
-def test_every_reason_that_is_given_is_explained_and_every_explained_one_is_given() -> None:
+def test_every_reason_in_the_code_is_explained_and_every_explained_one_is_used() -> None:
     files = [file for folder in ("schemas", "pipeline") for file in (CHECKOUT / folder).rglob("*.py")]
-    codes = {code for file in files for code in given(ast.parse(file.read_text()))}
+    codes = {code for file in files for code in find_reasons(ast.parse(file.read_text()))}
     assert codes | {offsets.LOST_TO_RETENTION} == set(REASONS)
 
 

@@ -1,4 +1,4 @@
-"""MLflow with accounts: who may make a node load weights, and who may not."""
+"""MLflow with accounts: only permitted users change the version that nodes load."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PASSWORD = "a password of twelve and more"
 
 @dataclass
 class Accounts:
-    """A server whose accounts are those of the documentation."""
+    """An MLflow server with the accounts of the documentation."""
 
     uri: str
 
@@ -70,7 +70,7 @@ def accounts(tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], i
 
 @pytest.fixture(autouse=True)
 def own_credentials() -> Iterator[None]:
-    """MLflow keeps them for the process: no other test may have these."""
+    """Remove the credentials, which MLflow keeps for the whole process."""
     yield
     mlflow_settings.MLFLOW_TRACKING_USERNAME.unset()
     mlflow_settings.MLFLOW_TRACKING_PASSWORD.unset()
@@ -83,7 +83,9 @@ def answers(url: str) -> bool:
         return False
 
 
-def test_trainer_registers_promoter_moves_and_a_node_only_reads(accounts: Accounts, tmp_path: Path) -> None:
+def test_the_trainer_registers_the_promoter_moves_aliases_and_a_node_only_reads(
+    accounts: Accounts, tmp_path: Path
+) -> None:
     line = checkpoint.write(random_draft(SHAPE, 1), tmp_path / "draft", uuid.uuid4().hex).line
     trainer = SpeculatorRegistry(accounts.settings("trainer"))
     version = trainer.register(line, tmp_path / "draft", {"line": line}, {})
@@ -108,13 +110,13 @@ def test_trainer_registers_promoter_moves_and_a_node_only_reads(accounts: Accoun
 
 
 @pytest.mark.parametrize("user", ["", "node"])
-def test_nobody_comes_in_without_an_account_and_its_password(accounts: Accounts, user: str) -> None:
+def test_access_needs_an_account_and_its_password(accounts: Accounts, user: str) -> None:
     node = MlflowRegistry(accounts.settings(user, "wrong"), "line")
     with pytest.raises(NodeRegistryError, match="401"):
         node.read_aliases()
 
 
-def test_the_doctor_says_which_setting_lets_it_in(accounts: Accounts) -> None:
+def test_the_doctor_names_the_setting_for_access(accounts: Accounts) -> None:
     def looked(registry: Registry) -> list[Finding]:
         return list(check_registry(CheckContext(Settings(registry=registry))))
 

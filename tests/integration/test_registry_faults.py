@@ -1,4 +1,4 @@
-"""Whatever the registry does, away, slow, at fault or old, a node serves on, catches up, and never goes back."""
+"""A node keeps serving, catches up, and never returns to an old version while its registry is faulty."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from serving.versions.poller import VersionPoller
 from trainer.release.registry import SpeculatorRegistry
 
 
-class Mover:
-    """Registers versions of a line, moves its champion, and records the moves; always at the registry itself."""
+class Releaser:
+    """Registers versions, moves the champion, and records the moves; it bypasses the proxy."""
 
     def __init__(self, uri: str, folder: Path) -> None:
         self._folder, self._target = folder, uuid.uuid4().hex
@@ -42,15 +42,15 @@ class Mover:
         self._moves = 0
 
     def promote(self) -> str:
-        """A new version, made champion."""
+        """Register a version and make it champion."""
         folder = self._folder / f"after-{self._moves}"
         checkpoint.write(random_draft(SHAPE, self._moves + 1), folder, self._target)
         version = self._trainer.register(self.line, folder, {}, {})
-        self.point(version)
+        self.move_champion(version)
         return version
 
-    def point(self, version: str) -> None:
-        """Move the alias, and then write down that it was moved."""
+    def move_champion(self, version: str) -> None:
+        """Move the alias, then record the move."""
         self._moves += 1
         aliases: dict[Alias, str] = {"champion": version}
         self._trainer.set_alias(self.line, "champion", version)
@@ -59,17 +59,17 @@ class Mover:
 
 
 class Client:
-    """Asks a node all the time."""
+    """Sends requests to a node without a pause."""
 
     def __init__(self, node: Node) -> None:
         self._node = node
         self.answered, self.failed = 0, list[str]()
         self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._ask_on, daemon=True)
+        self._thread = threading.Thread(target=self._send_requests, daemon=True)
         self._thread.start()
 
-    def answers_go_on(self) -> None:
-        """Wait for answers that were begun now."""
+    def wait_for_responses(self) -> None:
+        """Wait for responses to new requests."""
         before = self.answered
         eventually(lambda: self.answered >= before + 5 or bool(self.failed))
 
@@ -80,7 +80,7 @@ class Client:
         self._stopping.set()
         self._thread.join(30)
 
-    def _ask_on(self) -> None:
+    def _send_requests(self) -> None:
         while not self._stopping.wait(0.01):
             answer = self._node.post("/v1/completions", prompt="hello")
             if answer.status_code == 200:
@@ -96,12 +96,14 @@ def proxy(registry: str, free_port: Callable[[], int]) -> Iterator[RegistryProxy
     proxy.close()
 
 
-def test_a_node_serves_on_and_catches_up_whatever_the_registry_does(proxy: RegistryProxy, tmp_path: Path) -> None:
-    mover = Mover(proxy.upstream, tmp_path)
+def test_a_node_serves_through_registry_faults_and_catches_up(proxy: RegistryProxy, tmp_path: Path) -> None:
+    releaser = Releaser(proxy.upstream, tmp_path)
     engine, serve = EchoEngine(), Serve(poll_interval=0.05)
-    engine.line = mover.line
+    engine.line = releaser.line
     poller = VersionPoller(
-        MlflowRegistry(RegistrySettings(tracking_uri=proxy.uri, timeout=1), mover.line), engine, Settings(serve=serve)
+        MlflowRegistry(RegistrySettings(tracking_uri=proxy.uri, timeout=1), releaser.line),
+        engine,
+        Settings(serve=serve),
     )
     poller.start()
     with running_node(serve, engine, poller) as node, Client(node) as client:
@@ -112,45 +114,45 @@ def test_a_node_serves_on_and_catches_up_whatever_the_registry_does(proxy: Regis
         def await_version(version: str) -> None:
             eventually(lambda: status().speculator == version)
 
-        served = [mover.promote()]
+        served = [releaser.promote()]
         await_version(served[-1])
         faults: tuple[Fault, ...] = ("unreachable", "slow", "500", "stale")
         for fault in faults:
             proxy.remember()
             with proxy.failing(fault):
-                served.append(mover.promote())
+                served.append(releaser.promote())
                 proxy.await_hits(fault, 2)
-                client.answers_go_on()
+                client.wait_for_responses()
                 assert status().speculator == served[-2]
             await_version(served[-1])
             assert status().registry_error is None
 
         proxy.remember()
-        mover.point(served[0])
+        releaser.move_champion(served[0])
         await_version(served[0])
         assert status().registry_stale_responses == 0
         with proxy.failing("stale"):
             eventually(lambda: status().registry_stale_responses > 1)
-            client.answers_go_on()
+            client.wait_for_responses()
         assert [swap.version for swap in status().swaps] == [*served, served[0]]
         assert (client.failed, status().refused) == ([], [])
     poller.stop()
 
 
-def test_the_registrys_own_webhook_wakes_a_node(registry: str, tmp_path: Path) -> None:
-    mover, secret = Mover(registry, tmp_path), uuid.uuid4().hex
+def test_a_webhook_of_the_registry_wakes_a_node(registry: str, tmp_path: Path) -> None:
+    releaser, secret = Releaser(registry, tmp_path), uuid.uuid4().hex
     engine, serve = EchoEngine(), Serve(poll_interval=3600, webhook_secret=SecretStr(secret))
-    engine.line = mover.line
+    engine.line = releaser.line
     poller = VersionPoller(
-        MlflowRegistry(RegistrySettings(tracking_uri=registry), mover.line), engine, Settings(serve=serve)
+        MlflowRegistry(RegistrySettings(tracking_uri=registry), releaser.line), engine, Settings(serve=serve)
     )
     client = connect(RegistrySettings(tracking_uri=registry))
     poller.start()
     with running_node(serve, engine, poller) as node:
         events: list[WebhookEventStr] = ["model_version_alias.created", "model_version_alias.deleted"]
-        webhook = client.create_webhook(f"node-{mover.line}", f"{node.url}/webhooks/registry", events, secret=secret)
-        time.sleep(1.1)  # MLflow's list of webhooks is that old at most
-        version = mover.promote()
+        webhook = client.create_webhook(f"node-{releaser.line}", f"{node.url}/webhooks/registry", events, secret=secret)
+        time.sleep(1.1)  # MLflow caches its list of webhooks for a second
+        version = releaser.promote()
         eventually(lambda: poller.role == "champion")
         assert [swap.version for swap in poller.swaps] == [version]
         client.delete_webhook(webhook.webhook_id)

@@ -224,12 +224,12 @@ def test_one_of_two_movers_with_the_same_state_wins() -> None:
 def test_a_mover_whose_row_comes_second_writes_nothing() -> None:
     rows, registry = MemoryIntents(), MemoryAliases({"champion": "1"})
     slow = mover_of(rows, registry)
-    asked = registry.aliases
+    read_aliases = registry.aliases
 
     def meanwhile(line: str) -> Mapping[str, str]:
-        registry.aliases = asked  # type: ignore[method-assign]
+        registry.aliases = read_aliases  # type: ignore[method-assign]
         mover_of(rows, registry).move(wanted(plan_canary(registry.named, "5")))
-        return asked(line)
+        return read_aliases(line)
 
     registry.aliases = meanwhile  # type: ignore[method-assign]
     with pytest.raises(MoveError, match="another move came first"):

@@ -97,13 +97,13 @@ def test_later_rows_are_added_and_a_restart_gives_the_same_sums(
     tables: DeltaLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     live = LiveFigures(tables, SLICE)
-    asked: list[str] = []
+    queries: list[str] = []
     query = tables.query
-    monkeypatch.setattr(tables, "query", lambda sql, at: asked.append(sql) or query(sql, at))
+    monkeypatch.setattr(tables, "query", lambda sql, at: queries.append(sql) or query(sql, at))
     for at in range(0, 40, 10):
         tables.append("traces", rows_of([ServedRequest("1", T + at), ServedRequest("2", T + at, accepted=2)]))
         new, old = read_both(live)
-    assert len(asked) == 1
+    assert len(queries) == 1
     for mine, again in zip((new, old), read_both(LiveFigures(tables, SLICE)), strict=True):
         assert totals(mine[""]) == totals(again[""])
         assert mine[""].group.tolist() == again[""].group.tolist()

@@ -93,7 +93,7 @@ CANDIDATE = {"candidate": "3", "champion": "2"}
 
 
 @pytest.mark.parametrize(
-    ("at", "share", "what"),
+    ("at", "share", "expected"),
     [
         (state_of(PASSED, **CANDIDATE), 0.1, "start_canary"),
         (state_of(PASSED, **CANDIDATE), 0.0, "promote"),
@@ -108,16 +108,16 @@ CANDIDATE = {"candidate": "3", "champion": "2"}
     ],
 )
 def test_a_candidate_that_passed_the_gate_becomes_canary_or_champion_once(
-    at: LineState, share: float, what: str
+    at: LineState, share: float, expected: str
 ) -> None:
     found = action(at, share=share)
-    assert found.action == what
-    assert found.version == (None if what == "wait" else "3")
+    assert found.action == expected
+    assert found.version == (None if expected == "wait" else "3")
     assert not found.quarantine
 
 
 @pytest.mark.parametrize(
-    ("compared", "what", "quarantine"),
+    ("compared", "expected", "quarantine"),
     [
         (comparison(0.0), "promote", False),
         (comparison(0.0, width=0.1), "wait", False),
@@ -126,10 +126,10 @@ def test_a_candidate_that_passed_the_gate_becomes_canary_or_champion_once(
         (comparison(0.0, per_second=-0.2), "end_canary", True),
     ],
 )
-def test_a_canary_is_promoted_rolled_back_or_continues(compared: Comparison, what: str, quarantine: bool) -> None:
+def test_a_canary_is_promoted_rolled_back_or_continues(compared: Comparison, expected: str, quarantine: bool) -> None:
     found = action(state_of(canary="3", **CANDIDATE), LiveComparisons(canary=(ANALYSIS, compared)))
-    assert (found.action, found.quarantine) == (what, quarantine)
-    if what != "wait":
+    assert (found.action, found.quarantine) == (expected, quarantine)
+    if expected != "wait":
         assert found.figures["acceptance_length_difference"] == compared.overall[1].difference
 
 

@@ -62,14 +62,14 @@ class MemoryVersions:
 
 def sample(seed: int, label: str) -> Sample:
     g = torch.Generator().manual_seed(seed)
-    said = torch.randint(0, SHAPE.draft_vocab_size, (12, 1), generator=g)
+    teacher_ids = torch.randint(0, SHAPE.draft_vocab_size, (12, 1), generator=g)
     return Sample(
         request=str(seed),
         tokens=torch.randint(0, SHAPE.draft_vocab_size, (12,), generator=g),
         next_token=3,
         features=torch.randn(12, SHAPE.feature_width, generator=g).to(torch.bfloat16),
         known=torch.arange(12) >= 0,
-        teacher=Teacher(said, torch.zeros(12, 1)),
+        teacher=Teacher(teacher_ids, torch.zeros(12, 1)),
         label=label,
     )
 
@@ -78,7 +78,7 @@ SAMPLES = [sample(seed, "code" if seed % 2 else "math") for seed in range(10)]
 
 
 def draft_of(seed: int) -> EagleDraft:
-    """A draft that is wrong in a way of its own: weights as large as these make it sure of what it says."""
+    """Return a random draft whose large weights make it confident, so that drafts differ in their errors."""
     draft = random_draft(SHAPE, seed)
     with torch.no_grad():
         for parameter in draft.parameters():
@@ -88,7 +88,7 @@ def draft_of(seed: int) -> EagleDraft:
 
 
 def best_first() -> list[EagleDraft]:
-    """The best and the worst of some drafts: far enough apart that any part of the samples separates them."""
+    """Return the best and the worst of some drafts: far enough apart that any part of the samples separates them."""
     drafts = [draft_of(seed) for seed in range(12)]
     drafts.sort(key=lambda draft: -simulate_acceptance(draft, EMBEDDINGS_VH, SAMPLES, LOOKAHEAD).tokens)
     return [drafts[0], drafts[-1]]

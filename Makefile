@@ -9,9 +9,13 @@ IMAGES := learning serving registry
 UV := $(BIN)/uv
 COMPILE := $(UV) pip compile --quiet --generate-hashes --no-header --no-annotate --universal --python-version 3.11
 OURS := --extra serve --extra stream --extra train --extra ops --extra telemetry
-CODE := schemas serving pipeline trainer ops tests
+CODE := schemas serving pipeline trainer ops tests docs
 
-.PHONY: demo test faults lint format install model peers trainer-peers test-sglang requirements sbom audit clean
+# The pages of docs/reference/, from the code.
+reference: .venv/dev.stamp
+	$(BIN)/python docs/generate_reference.py
+
+.PHONY: demo test faults lint format install reference model peers trainer-peers test-sglang requirements sbom audit clean
 
 demo: .venv/aurora.stamp
 	$(BIN)/aurora demo $(ARGS)

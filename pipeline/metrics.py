@@ -82,11 +82,14 @@ def add_endpoints(app: faust.App, status: Callable[[], StreamStatus]) -> None:
         app.page(path)(view)
 
 
-class _StreamCollector:
+class StreamCollector:
+    """The stream worker's metrics, collected from its status."""
+
     def __init__(self, status: StreamStatus) -> None:
         self._status = status
 
     def collect(self) -> Iterator[Metric]:
+        """Yield the metrics."""
         status = self._status
         for name, text in _COUNTERS.items():
             yield CounterMetricFamily(f"aurora_stream_{name}", text, value=getattr(status, name))
@@ -136,7 +139,7 @@ def exposition(status: StreamStatus) -> bytes:
     """Return the status in the Prometheus text format."""
     registry = CollectorRegistry()
     register_process_metrics(registry)
-    registry.register(_StreamCollector(status))
+    registry.register(StreamCollector(status))
     return generate_latest(registry)
 
 

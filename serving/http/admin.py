@@ -83,23 +83,28 @@ def add_routes(app: FastAPI, serve: Serve, engine: HotSwapEngine, poller: Versio
 
     @router.get("")
     async def show() -> SpeculatorStatus:
+        """Show the active version and what decides it."""
         return speculator_status(serve, engine, poller)
 
     @router.post("/pin")
     async def pin(body: PinBody) -> JSONResponse:
+        """Fetch, check and swap in a version, and keep it whatever the alias names."""
         return await respond(_require(poller).pin(body.version))
 
     @router.post("/unpin")
     async def unpin() -> JSONResponse:
+        """Follow the alias again."""
         return await respond(_require(poller).unpin())
 
     @router.post("/off")
     async def off() -> SpeculatorStatus:
+        """Stop drafting from the next verify step on."""
         _switch_speculation(engine, on=False)
         return speculator_status(serve, engine, poller)
 
     @router.post("/on")
     async def on() -> SpeculatorStatus:
+        """Resume drafting with the active version."""
         _require(poller)
         _switch_speculation(engine, on=True)
         return speculator_status(serve, engine, poller)

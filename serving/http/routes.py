@@ -217,18 +217,22 @@ def create_app(
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: fastapi.Request) -> Response:
+        """Answer a chat."""
         return await completions.chat(body, request)
 
     @app.post("/v1/completions")
     async def complete(body: CompletionRequest, request: fastapi.Request) -> Response:
+        """Complete one or several prompts."""
         return await completions.complete(body, request)
 
     @app.get("/v1/models")
     async def list_models() -> dict[str, Any]:
+        """List the served model."""
         return {"object": "list", "data": completions.models()}
 
     @app.get("/v1/models/{name:path}")
     async def show_model(name: str) -> dict[str, Any]:
+        """Describe the served model."""
         completions.check_model(name)
         return completions.models()[0]
 

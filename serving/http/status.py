@@ -102,18 +102,22 @@ def add_routes(
 
     @app.get("/health")
     async def health() -> JSONResponse:
+        """Answer 200 while the engine runs, else 503."""
         return respond(is_ok=engine.health().alive)
 
     @app.get("/ready")
     async def ready() -> JSONResponse:
+        """Answer 200 while the node accepts requests, else 503."""
         return respond(is_ok=engine.health().alive and not drain.is_draining)
 
     @app.get("/metrics")
     async def scrape() -> Response:
+        """Export Prometheus metrics."""
         return Response(generate_latest(metrics), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/status")
     async def status() -> ServeStatus:
+        """Report what the node is doing."""
         return serve_status(node, engine, outcomes, traces, poller, drain)
 
 

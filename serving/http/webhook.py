@@ -34,6 +34,7 @@ def add_route(app: FastAPI, secret: SecretStr, line: str, poller: VersionPoller 
 
     @app.post(PATH, status_code=202)
     async def receive(request: fastapi.Request) -> Response:
+        """Poll the registry now: an alias of the line has moved."""
         key = secret.get_secret_value().encode()
         if not key:
             message = "The endpoint is closed: this node has no secret (set serve.webhook_secret)"

@@ -88,7 +88,7 @@ class Promoter:
         self._live_figures = LiveFigures(tables, settings.canary.slice_duration)
         self._clock = clock
         self._errors = ErrorTracker("promoter", self.metrics)
-        self._metrics = _PromoterMetrics(self.metrics)
+        self._metrics = PromoterMetrics(self.metrics)
         self._alias_moves = 0
         self._line: Line | None = None
         self._actions: dict[str, NextAction] = {}
@@ -232,7 +232,7 @@ class Promoter:
         return {}
 
 
-class _PromoterMetrics:
+class PromoterMetrics:
     """Prometheus metrics of the promoter."""
 
     def __init__(self, metrics: CollectorRegistry) -> None:

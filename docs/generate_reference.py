@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "docs" / "reference"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
-from exported import exported, node_application, registries  # noqa: E402
+from exported import exported_metrics, node_application, registries  # noqa: E402
 from prometheus_client import CollectorRegistry  # noqa: E402
 
 from ops.cli.main import app  # noqa: E402
@@ -203,7 +203,7 @@ def metrics_page() -> str:
     for process, registry in registries().items():
         rows = [
             (f"`{m.name}`", m.kind, ", ".join(f"`{label}`" for label in m.labels), one_line(m.help))
-            for m in exported(registry)
+            for m in exported_metrics(registry)
         ]
         text += [f"## {process[0].upper()}{process[1:]}", table(("Metric", "Type", "Labels", "Meaning"), rows)]
     return "\n\n".join(text) + "\n"

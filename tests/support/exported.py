@@ -72,7 +72,7 @@ def registries() -> dict[str, CollectorRegistry]:
     return found
 
 
-def exported(registry: CollectorRegistry) -> list[ExportedMetric]:
+def exported_metrics(registry: CollectorRegistry) -> list[ExportedMetric]:
     """The metrics of a registry, by name."""
     metrics = []
     for collector in list(registry._collector_to_names):

@@ -3,87 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
-from echo_engine import EchoEngine
-from prometheus_client import CollectorRegistry, Metric
-from prometheus_client.parser import text_string_to_metric_families
+from exported import exported_metrics, registries
 from prometheus_server import ROOT, RULES
-from promoter_world import World
-from trace_bench import Bench
-from version_registry import FakeRegistry
 
 from ops.deploy.monitoring.dashboards import loop
-from pipeline.metrics import exposition
-from schemas.settings import Settings
-from schemas.status import DriftStatus, StreamStatus
-from schemas.telemetry.metrics import register_process_metrics
-from serving.engines.sglang.plugin.metrics import PluginMetrics
-from serving.http.generation import RequestMetrics
-from serving.http.status import EngineMetrics
-from serving.versions.poller import VersionPoller
-from trainer.loop.metrics import TrainMetrics
-from trainer.status import ErrorTracker
 
 DOCS = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
-SUFFIXES = {"counter": ("_total",), "histogram": ("_bucket", "_count", "_sum"), "gauge": ("",)}
+SUFFIXES = {"counter": ("",), "histogram": ("_bucket", "_count", "_sum", ""), "gauge": ("",)}
 NAME = re.compile(r"\baurora_(?:serve|sglang|stream|train|promoter|build)_[a-z0-9_]*[a-z0-9]\b")
-STREAM_STATUS = StreamStatus(
-    partitions=[],
-    rows_written=0,
-    consumed_bytes=0,
-    dead_letters={},
-    chunk_gaps=0,
-    records_skipped=0,
-    records_deferred=0,
-    seeks=0,
-    commits=0,
-    last_commit_time=1.0,
-    commits_fenced=0,
-    table_errors=0,
-    records_lost=0,
-    buffer_bytes=0,
-    not_live=[],
-    not_ready=[],
-    drift=DriftStatus(detected=0, dropped=0, failed=0, newest=[], traffic=[]),
-    maintenance_files={},
-    error=None,
-)
-
-
-def families(folder: Path) -> Iterator[Metric]:
-    """Yield every metric family of every process."""
-    common, serve, sglang, train = (CollectorRegistry() for _ in range(4))
-    register_process_metrics(common)
-    RequestMetrics(serve)
-    PluginMetrics(sglang)
-    TrainMetrics(train)
-    ErrorTracker("train", train)
-    bench, engine = Bench(), EchoEngine()
-    bench.publisher.close(0)
-    poller = VersionPoller(FakeRegistry(), engine, Settings())
-    for source in (
-        common,
-        serve,
-        EngineMetrics(engine),
-        bench.publisher,
-        poller,
-        sglang,
-        train,
-        World(folder).promoter.metrics,
-    ):
-        yield from source.collect()
-    yield from text_string_to_metric_families(exposition(STREAM_STATUS).decode())
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+def exported() -> set[str]:
     """Names of all samples."""
-    found = families(tmp_path_factory.mktemp("tables"))
-    return {family.name + suffix for family in found for suffix in SUFFIXES[family.type]}
+    metrics = [metric for registry in registries().values() for metric in exported_metrics(registry)]
+    return {metric.name + suffix for metric in metrics for suffix in SUFFIXES[metric.kind]}
 
 
 def unknown(text: str, exported: set[str]) -> set[str]:

@@ -149,7 +149,7 @@ def _registry_failures() -> Iterator[None]:
 def _new_manual_move(settings: Settings) -> ManualMove:
     from pipeline.delta import DeltaLog
     from trainer.release.alias_moves import AliasMover
-    from trainer.release.audit import KafkaEvents
+    from trainer.release.audit import AuditLog, KafkaEvents
 
     registry, tables = connect_registry(settings), DeltaLog(settings.tables)
     audit = AuditLog(tables, registry, KafkaEvents(settings.kafka))

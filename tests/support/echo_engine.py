@@ -1,4 +1,4 @@
-"""An engine that answers with the prompt, a few tokens a verify step, and keeps to the engine's protocol."""
+"""An engine that outputs the prompt, a few tokens per verify step."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class EchoEngine:
         if self.full or len(self.requests) >= self.room:
             raise EngineFullError("256 requests wait already")
         self.requests.append(request)
-        self._threads.append(threading.Thread(target=self._answer, args=(request, on_output), daemon=True))
+        self._threads.append(threading.Thread(target=self._generate, args=(request, on_output), daemon=True))
         self._threads[-1].start()
 
     def cancel(self, request_id: str) -> None:
@@ -86,11 +86,11 @@ class EchoEngine:
             not self.dead, self.version, self.speculating, 3, (50.0, 60.0, 66.0, 64.0), 0, 0, 4, 12, 6, 10, error=error
         )
 
-    def _answer(self, request: Request, on_output: Callable[[Output], None]) -> None:
-        answer, whole = self._echo(request)
+    def _generate(self, request: Request, on_output: Callable[[Output], None]) -> None:
+        output, whole = self._echo(request)
         verify_steps = 0
-        for start in range(0, len(answer), self.per_verify_step):
-            tokens = answer[start : start + self.per_verify_step]
+        for start in range(0, len(output), self.per_verify_step):
+            tokens = output[start : start + self.per_verify_step]
             on_output(Output(tokens, logprobs=() if request.logprobs is None else scores(tokens, request.logprobs)))
             verify_steps += 1
             self.gate.wait(10)
@@ -103,11 +103,11 @@ class EchoEngine:
         self._end(request, on_output, "stop" if whole else "length", verify_steps)
 
     def _echo(self, request: Request) -> tuple[tuple[int, ...], bool]:
-        """The answer, and whether it ends of itself."""
+        """Return the output, and whether it is complete."""
         whole = request.prompt if self.eos is None or request.ignore_eos else (*request.prompt, self.eos)
         stop = next((i for i, token in enumerate(whole) if token in request.stop_ids), len(whole) - 1)
-        answer = whole[: stop + 1][: request.max_tokens]
-        return answer, len(answer) == stop + 1
+        output = whole[: stop + 1][: request.max_tokens]
+        return output, len(output) == stop + 1
 
     def _end(self, request: Request, on_output: Callable[[Output], None], finish: Finish, verify_steps: int) -> None:
         self.ended[request.id] = finish

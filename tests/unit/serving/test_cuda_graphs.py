@@ -1,4 +1,4 @@
-"""A batch that is padded for a captured pass gives every token what the ragged batch gives it."""
+"""A padded batch for CUDA graphs gives the same results as the ragged batch."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> FusedDecoder:
 
 
 def filled() -> KVCache:
-    """A cache whose every entry has been written, as padding sees entries of which it knows nothing."""
+    """A cache with every entry written, because padding attends to arbitrary entries."""
     cache = KVCache(LAYERS, SLOTS, 2, POSITIONS, 8)
     generator = torch.Generator().manual_seed(1)
     for stored in (cache._keys, cache._values):
@@ -39,7 +39,7 @@ def filled() -> KVCache:
     order=st.permutations(range(SLOTS)),
 )
 @settings(max_examples=40, deadline=None)
-def test_a_padded_pass_gives_what_the_ragged_one_gives(
+def test_a_forward_over_the_padded_batch_equals_the_ragged_one(
     decoder: FusedDecoder, lengths: list[int], starts: list[int], tree: bool, order: list[int]
 ) -> None:
     segments = [Segment(slot, starts[slot], lengths[slot]) for slot in order if lengths[slot]]
@@ -54,17 +54,17 @@ def test_a_padded_pass_gives_what_the_ragged_one_gives(
     expected = decoder(tokens_T, ragged, cache)
 
     padded = PaddedBatch(fit_graph_size(ragged, other), torch.device("cpu"))
-    places = padded.load(ragged, POSITIONS - 1)
+    rows = padded.load(ragged, POSITIONS - 1)
     padded_T = torch.zeros(padded.size.slots * padded.size.width, dtype=torch.int64)
-    padded_T[places] = tokens_T
+    padded_T[rows] = tokens_T
     found = decoder(padded_T, padded, other)
-    torch.testing.assert_close(found.last_TH[places], expected.last_TH, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(found.features_TF[places], expected.features_TF, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found.last_TH[rows], expected.last_TH, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found.features_TF[rows], expected.features_TF, rtol=1e-3, atol=1e-3)
     assert torch.isfinite(found.last_TH).all()
     torch.testing.assert_close(other._keys[..., :-1, :], cache._keys[..., :-1, :], rtol=1e-3, atol=1e-3)
 
 
-def test_sizes_are_rounded_up_to_few_graphs_and_stay_within_the_cache() -> None:
+def test_graph_sizes_are_powers_of_two_within_the_cache() -> None:
     cache = KVCache(1, 6, 2, POSITIONS, 8)
     assert fit_graph_size(RaggedBatch([Segment(0, 0, 1)]), cache) == GraphSize(1, 1, 256)
     assert fit_graph_size(RaggedBatch([Segment(2, 9, 3), Segment(0, 4, 5)]), cache) == GraphSize(4, 8, 256)

@@ -1,4 +1,4 @@
-"""The decoders compute what Hugging Face's own models do, for every architecture that they know."""
+"""The decoders equal Hugging Face's own models for every supported architecture."""
 
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +27,7 @@ Build = Callable[..., PreTrainedConfig]
 
 
 def build(config: Build, **more: Any) -> Any:
-    """A tiny model with weights far from zero, so that a mistake shows."""
+    """A tiny model with weights far from zero, so that an error changes its output."""
     sizes: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "hidden_size": 32,
@@ -65,7 +65,7 @@ def served(model: Any) -> tuple[Decoder, KVCache]:
         (Olmo2Config, {}, TransformersDecoder),
     ],
 )
-def test_a_decoder_gives_the_hidden_states_of_the_model_itself(
+def test_hidden_states_equal_those_of_the_model_itself(
     config: Build, more: dict[str, Any], kind: type[Decoder]
 ) -> None:
     model = build(config, **more)
@@ -82,7 +82,7 @@ def test_a_decoder_gives_the_hidden_states_of_the_model_itself(
 
 
 @pytest.mark.parametrize("config", [LlamaConfig, Olmo2Config])
-def test_every_branch_of_a_tree_is_decoded_as_if_it_were_alone(config: Build) -> None:
+def test_hidden_states_of_a_tree_equal_those_of_its_branches_alone(config: Build) -> None:
     parents = (-1, 0, -1, 1, 1, 2)
     branches = [(0, 1, 3), (0, 1, 4), (2, 5)]
     generator = torch.Generator().manual_seed(2)
@@ -106,12 +106,12 @@ def test_every_branch_of_a_tree_is_decoded_as_if_it_were_alone(config: Build) ->
         torch.testing.assert_close(found[rows], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_the_entries_of_an_accepted_path_continue_as_a_chain() -> None:
+def test_decoding_continues_after_an_accepted_path() -> None:
     generator = torch.Generator().manual_seed(4)
     prefix, root, nodes, after = (torch.randint(1, VOCABULARY, (n,), generator=generator) for n in (5, 1, 4, 3))
     decoder, cache = served(build(LlamaConfig))
     decoder(prefix, RaggedBatch([Segment(0, 0, 5)]), cache)
-    # Nodes 1 and 3 hang on nodes 0 and 2; the path 2, 3 is accepted.
+    # Nodes 1 and 3 are children of nodes 0 and 2; the target accepts the path 2, 3.
     sees = torch.tensor([[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 0, 0, 1, 0], [1, 0, 0, 1, 1]]).bool()
     tree = Segment(0, 5, 5, TreeLayout(5, sees.numpy(), (5, 6, 7, 6, 7)))
     decoder(torch.cat([root, nodes]), RaggedBatch([tree]), cache)
@@ -122,7 +122,7 @@ def test_the_entries_of_an_accepted_path_continue_as_a_chain() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_attention_that_the_cache_does_not_compute_is_refused() -> None:
+def test_unsupported_attention_is_rejected() -> None:
     assert ATTENTION in AttentionInterface().valid_keys()
     decoder, cache = served(build(Gemma2Config))
     with pytest.raises(CheckpointError, match=r"target\.path"):

@@ -1,4 +1,4 @@
-"""The built-in engine says exactly what the target alone would say, whatever is drafted, swapped or mixed."""
+"""Output of the built-in engine equals the target's own, for every draft, swap and batch mix."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ NEAR_TIE = 1e-3
 
 
 class Recorder:
-    """A trace sink that keeps everything."""
+    """A trace sink that keeps all verify steps."""
 
     def __init__(self) -> None:
         self.verify_steps: dict[str, list[VerifyStep]] = {}
@@ -60,29 +60,29 @@ class Bench:
         return collect(self.submit(request))
 
     def target_alone(self, prompt: tuple[int, ...], length: int) -> torch.Tensor:
-        """[length, V] scores along the target's own greedy answer, one token at a time without a cache."""
+        """[length] the target's greedy output, one token at a time without a KV cache."""
         tokens = list(prompt)
         for _ in range(length):
             with torch.inference_mode():
                 tokens.append(int(self.reference(torch.tensor([tokens])).logits[0, -1].argmax()))
         return torch.tensor(tokens[len(prompt) :])
 
-    def assert_greedy(self, request: Request, answer: list[int], finish: Finish | None) -> None:
-        """Every token is the target's argmax; a near-tie, where fp32 rounding decides, may fall either way."""
+    def assert_greedy(self, request: Request, output: list[int], finish: Finish | None) -> None:
+        """Assert that every token is the target's argmax; in a near-tie fp32 rounding may decide."""
         with torch.inference_mode():
-            scores = self.reference(torch.tensor([[*request.prompt, *answer]])).logits[0, len(request.prompt) - 1 : -1]
-        for position, token in enumerate(answer):
+            scores = self.reference(torch.tensor([[*request.prompt, *output]])).logits[0, len(request.prompt) - 1 : -1]
+        for position, token in enumerate(output):
             assert scores[position].max() - scores[position, token] < NEAR_TIE, (position, token)
         ends = request.stop_ids | (frozenset() if request.ignore_eos else {EOS})
-        assert not ends & set(answer[:-1])
+        assert not ends & set(output[:-1])
         if finish == "stop":
-            assert answer[-1] in ends
+            assert output[-1] in ends
         else:
-            assert answer[-1] not in ends
-            assert len(answer) == min(request.max_tokens, LIMIT - len(request.prompt))
+            assert output[-1] not in ends
+            assert len(output) == min(request.max_tokens, LIMIT - len(request.prompt))
 
     def change(self, number: int) -> None:
-        """Swap another draft in, or switch speculation."""
+        """Swap in another draft, or turn speculation on or off."""
         if number < 0:
             self.engine.speculate(on=number == -1)
         else:
@@ -91,7 +91,7 @@ class Bench:
 
 
 def collect(outputs: SimpleQueue[Output], seen: Sequence[Output] = ()) -> tuple[list[int], Output]:
-    """The whole answer and its last output; ``seen`` was taken from the queue before."""
+    """Return all output tokens and the last output; ``seen`` was taken from the queue before."""
     taken = list(seen)
     while not taken or taken[-1].finish is None:
         taken.append(outputs.get(timeout=60))
@@ -137,7 +137,7 @@ def settings_for(folder: Path, **flags: object) -> Settings:
 
 
 def oracle_draft(bench: Bench) -> EagleDraft:
-    """A draft that is sometimes right: its scores follow the target's own output layer."""
+    """A draft that is sometimes accepted: it uses the target's own output layer."""
     draft = random_draft(bench.engine._target.shape, seed=5)
     with torch.no_grad():
         hidden = draft.shape.hidden_size
@@ -153,20 +153,20 @@ prompts = st.lists(st.integers(1, VOCABULARY - 1), min_size=1, max_size=40)
 
 
 @dataclass(frozen=True)
-class Asked:
+class MixedRequest:
     """One request of a mix."""
 
     prompt: tuple[int, ...]
     length: int
     speculate: bool
     late: bool
-    """It comes only when the request before it has been answered in part."""
+    """Submit it only after the request before it has output."""
     stop: int | None
     ignore_eos: bool
 
 
-asked = st.builds(
-    Asked,
+mixed_requests = st.builds(
+    MixedRequest,
     prompt=prompts.map(tuple),
     length=st.integers(1, 25),
     speculate=st.booleans(),
@@ -175,13 +175,13 @@ asked = st.builds(
     ignore_eos=st.booleans(),
 )
 changes = st.lists(st.integers(-2, 3), max_size=4)
-"""-2 switches speculation off, -1 on, 0 swaps in a draft that is often right, others a random one."""
+"""-2 turns speculation off, -1 on; 0 swaps in a draft that is often accepted, 1 to 3 a random one."""
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(mix=st.lists(st.tuples(asked, changes), min_size=1, max_size=7))
-def test_greedy_answers_are_the_targets_own_in_every_batch_mix(
-    bench: Bench, mix: list[tuple[Asked, list[int]]]
+@given(mix=st.lists(st.tuples(mixed_requests, changes), min_size=1, max_size=7))
+def test_greedy_output_equals_the_targets_own_in_every_batch_mix(
+    bench: Bench, mix: list[tuple[MixedRequest, list[int]]]
 ) -> None:
     sent: list[tuple[Request, SimpleQueue[Output], list[Output]]] = []
     for wanted, changed in mix:
@@ -199,23 +199,23 @@ def test_greedy_answers_are_the_targets_own_in_every_batch_mix(
         for change in changed:
             bench.change(change)
     for request, outputs, seen in sent:
-        answer, last = collect(outputs, seen)
-        bench.assert_greedy(request, answer, last.finish)
+        output, last = collect(outputs, seen)
+        bench.assert_greedy(request, output, last.finish)
     bench.engine.speculate(on=True)
 
 
-def test_a_single_answer_equals_greedy_decoding_without_a_cache(bench: Bench) -> None:
+def test_greedy_output_of_one_request_equals_decoding_without_a_cache(bench: Bench) -> None:
     prompt = (3, 14, 15, 9, 26, 5)
-    answer, last = bench.generate(Request(bench.new_id(), prompt, 30))
-    assert answer == bench.target_alone(prompt, len(answer)).tolist()
+    output, last = bench.generate(Request(bench.new_id(), prompt, 30))
+    assert output == bench.target_alone(prompt, len(output)).tolist()
     assert last.stats is not None
     assert last.stats.verify_steps > 0
     if bench.mode == "chain":
-        # Towards its end an answer has room for fewer than three.
+        # The last drafts may be shorter, because the output has less room.
         assert 3 * (last.stats.verify_steps - 2) <= last.stats.draft_tokens <= 3 * last.stats.verify_steps
 
 
-def test_a_good_draft_is_accepted_and_the_answer_stays_the_same(bench: Bench) -> None:
+def test_a_good_draft_is_accepted_and_does_not_change_the_output(bench: Bench) -> None:
     prompt = (7, 8, 9, 10)
     bench.engine.swap(random_draft(bench.engine._target.shape, 1), "bad")
     before, _ = bench.generate(Request(bench.new_id(), prompt, 60))
@@ -224,28 +224,28 @@ def test_a_good_draft_is_accepted_and_the_answer_stays_the_same(bench: Bench) ->
     assert after == before
     assert last.stats is not None
     assert last.stats.speculators in {(), ("good",)}
-    if "adaptive" not in bench.mode:  # on a target this small drafting rarely pays
+    if "adaptive" not in bench.mode:  # drafting rarely pays on a target this small
         assert last.stats.accepted_tokens > 0
 
 
-def test_a_prompt_longer_than_one_verify_steps_budget_is_read_in_pieces(bench: Bench) -> None:
+def test_a_prompt_longer_than_the_prefill_budget_is_read_in_pieces(bench: Bench) -> None:
     prompt = tuple(1 + i % (VOCABULARY - 1) for i in range(MAX_PREFILL_TOKENS + 30))
     request = Request(bench.new_id(), prompt, 12)
-    answer, last = bench.generate(request)
-    bench.assert_greedy(request, answer, last.finish)
+    output, last = bench.generate(request)
+    bench.assert_greedy(request, output, last.finish)
     pieces = [r for r in bench.recorder.verify_steps[request.id] if r.verify_step == 0]
     assert [len(p.tokens) for p in pieces] == [MAX_PREFILL_TOKENS, 30]
     assert [p.bonus is None for p in pieces] == [True, False]
 
 
-def test_a_prompt_that_comes_while_others_decode_is_read_in_pieces_that_cost_what_is_allowed(
+def test_prompt_pieces_respect_the_maximum_prefill_stall_while_others_decode(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[tuple[float, int]] = []
+    limits: list[tuple[float, int]] = []
 
     def limit_prompt_rows(seconds: float, *, decode_rows: int, max_rows: int) -> int:
         assert decode_rows >= 1
-        asked.append((seconds, max_rows))
+        limits.append((seconds, max_rows))
         return 32
 
     monkeypatch.setattr(bench.engine._planner, "limit_prompt_rows", limit_prompt_rows)
@@ -253,22 +253,22 @@ def test_a_prompt_that_comes_while_others_decode_is_read_in_pieces_that_cost_wha
     first = running.get(timeout=60)
     prompt = tuple(1 + i % (VOCABULARY - 1) for i in range(100))
     request = Request(bench.new_id(), prompt, 2)
-    answer, last = bench.generate(request)
-    bench.assert_greedy(request, answer, last.finish)
+    output, last = bench.generate(request)
+    bench.assert_greedy(request, output, last.finish)
     pieces = [len(r.tokens) for r in bench.recorder.verify_steps[request.id] if r.verify_step == 0]
     assert pieces == [32, 32, 32, 4]
-    assert set(asked) == {(0.06, MAX_PREFILL_TOKENS)}
+    assert set(limits) == {(0.06, MAX_PREFILL_TOKENS)}
     collect(running, [first])
 
 
-def test_the_trace_of_a_request_is_its_prompt_and_answer_with_the_targets_states(bench: Bench) -> None:
+def test_a_trace_holds_prompt_and_output_with_the_targets_features(bench: Bench) -> None:
     bench.engine.swap(oracle_draft(bench), "oracle")
     request = Request(bench.new_id(), (11, 12, 13, 14, 15), 40)
-    answer, last = bench.generate(request)
+    output, last = bench.generate(request)
     verify_steps = bench.recorder.verify_steps[request.id]
     assert bench.recorder.finished[request.id] == last.finish
     tokens = [token for r in verify_steps for token in r.tokens]
-    assert [*tokens, verify_steps[-1].bonus] == [*request.prompt, *answer]
+    assert [*tokens, verify_steps[-1].bonus] == [*request.prompt, *output]
     position = 0
     with torch.inference_mode():
         truth = bench.reference(torch.tensor([tokens]), output_hidden_states=True)
@@ -298,7 +298,7 @@ def test_a_cancelled_request_ends_and_frees_its_slot(bench: Bench) -> None:
     assert (health.requests_running, health.requests_waiting) == (0, 0)
 
 
-def test_requests_beyond_the_waiting_room_are_refused(tmp_path: Path) -> None:
+def test_requests_beyond_the_waiting_limit_are_rejected(tmp_path: Path) -> None:
     settings_ = load(
         environ={},
         flags={
@@ -313,7 +313,7 @@ def test_requests_beyond_the_waiting_room_are_refused(tmp_path: Path) -> None:
         engine.submit(Request("second", (1, 2), 4), lambda _: None)
 
 
-def test_a_stopped_engine_answers_everyone(tmp_path: Path) -> None:
+def test_stop_finishes_every_request(tmp_path: Path) -> None:
     engine = BuiltinEngine(settings_for(write_tiny_target(tmp_path)))
     answers: SimpleQueue[Output] = SimpleQueue()
     for i in range(9):
@@ -326,10 +326,10 @@ def test_a_stopped_engine_answers_everyone(tmp_path: Path) -> None:
     assert sum(f is not None for f in finishes) == 9
 
 
-@pytest.mark.parametrize("heads_of_the_draft", [0, 4])
-def test_segments_in_one_batch_do_not_see_each_other(tmp_path: Path, heads_of_the_draft: int) -> None:
+@pytest.mark.parametrize("draft_kv_heads", [0, 4])
+def test_segments_in_one_batch_do_not_see_each_other(tmp_path: Path, draft_kv_heads: int) -> None:
     folder = write_tiny_target(tmp_path)
-    speculator = Speculator(draft_vocab_size=VOCABULARY, num_key_value_heads=heads_of_the_draft)
+    speculator = Speculator(draft_vocab_size=VOCABULARY, num_key_value_heads=draft_kv_heads)
     shape = draft_of_day_0(folder, speculator).shape
     target = Target(folder, shape, slots=3, positions=64)
     first, second = torch.tensor([3, 1, 4, 1, 5]), torch.tensor([9, 2, 6])

@@ -1,4 +1,4 @@
-"""What a request asks for beside its tokens: where to end, and the target's log-probabilities."""
+"""Stop tokens, maximum length, and log-probabilities of a request."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,79 +32,79 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     engine.stop()
 
 
-def answer(engine: BuiltinEngine, request: Request) -> tuple[list[int], list[TokenLogprobs], Output]:
+def generate(engine: BuiltinEngine, request: Request) -> tuple[list[int], list[TokenLogprobs], Output]:
     outputs: SimpleQueue[Output] = SimpleQueue()
     engine.submit(request, outputs.put)
     tokens: list[int] = []
-    scores: list[TokenLogprobs] = []
+    logprobs: list[TokenLogprobs] = []
     while True:
         output = outputs.get(timeout=60)
         tokens += output.tokens
-        scores += output.logprobs
+        logprobs += output.logprobs
         if output.finish is not None:
-            return tokens, scores, output
+            return tokens, logprobs, output
 
 
-def test_an_answer_ends_with_the_first_of_its_stop_tokens(engine: BuiltinEngine) -> None:
-    whole, _, _ = answer(engine, Request("whole", PROMPT, 30, ignore_eos=True))
+def test_output_ends_with_the_first_stop_token(engine: BuiltinEngine) -> None:
+    whole, _, _ = generate(engine, Request("whole", PROMPT, 30, ignore_eos=True))
     stop = whole[10]
-    tokens, _, last = answer(engine, Request("stopped", PROMPT, 30, ignore_eos=True, stop_ids=frozenset({stop})))
+    tokens, _, last = generate(engine, Request("stopped", PROMPT, 30, ignore_eos=True, stop_ids=frozenset({stop})))
     assert tokens == whole[: whole.index(stop) + 1]
     assert last.finish == "stop"
 
 
-def test_the_targets_own_end_token_can_be_ignored(engine: BuiltinEngine) -> None:
+def test_ignore_eos_continues_after_the_targets_eos_token(engine: BuiltinEngine) -> None:
     for seed in range(20):
         request = Request(f"until-{seed}", PROMPT, 80, temperature=2.0, seed=seed)
-        tokens, _, last = answer(engine, request)
+        tokens, _, last = generate(engine, request)
         if last.finish == "stop":
             break
     assert tokens[-1] == EOS
     beyond = Request("beyond", PROMPT, 80, temperature=2.0, seed=seed, ignore_eos=True)
-    tokens, _, last = answer(engine, beyond)
+    tokens, _, last = generate(engine, beyond)
     assert (len(tokens), last.finish) == (80, "length")
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.2])
-def test_log_probabilities_are_the_targets_at_each_answered_token(
+def test_log_probabilities_are_the_targets_at_each_output_token(
     engine: BuiltinEngine, temperature: float, tmp_path: Path
 ) -> None:
-    request = Request(f"scored-{temperature}", PROMPT, 25, temperature=temperature, seed=5, logprobs=11, trace=False)
-    tokens, scores, _ = answer(engine, request)
+    request = Request(f"found-{temperature}", PROMPT, 25, temperature=temperature, seed=5, logprobs=11, trace=False)
+    tokens, logprobs, _ = generate(engine, request)
     model = LlamaForCausalLM.from_pretrained(write_tiny_target(tmp_path), dtype=torch.float32)
     with torch.inference_mode():
         logits = model(torch.tensor([[*PROMPT, *tokens]])).logits[0, len(PROMPT) - 1 : -1]
     truth = torch.log_softmax(logits, dim=-1)
-    assert len(scores) == len(tokens)
-    for row, (token, scored) in enumerate(zip(tokens, scores, strict=True)):
-        assert scored.logprob == pytest.approx(float(truth[row, token]), abs=1e-4)
+    assert len(logprobs) == len(tokens)
+    for row, (token, found) in enumerate(zip(tokens, logprobs, strict=True)):
+        assert found.logprob == pytest.approx(float(truth[row, token]), abs=1e-4)
         best = truth[row].topk(11)
-        assert [logprob for _, logprob in scored.top] == pytest.approx(best.values.tolist(), abs=1e-4)
+        assert [logprob for _, logprob in found.top] == pytest.approx(best.values.tolist(), abs=1e-4)
         if temperature == 0:
-            assert scored.logprob == pytest.approx(scored.top[0][1], abs=1e-3)
+            assert found.logprob == pytest.approx(found.top[0][1], abs=1e-3)
 
 
-def test_log_probabilities_of_a_prompt_longer_than_one_verify_step_reads(tmp_path: Path) -> None:
+def test_log_probabilities_work_with_a_prompt_longer_than_the_prefill_budget(tmp_path: Path) -> None:
     flags = {"target.path": str(write_tiny_target(tmp_path)), "speculator.draft_vocab_size": VOCABULARY}
     engine = BuiltinEngine(load(environ={}, flags={**flags, "serve.max_model_len": 240}))
     engine.start()
     prompt = tuple(1 + i % (VOCABULARY - 1) for i in range(MAX_PREFILL_TOKENS + 30))
-    tokens, logprobs, last = answer(engine, Request("long", prompt, 5, ignore_eos=True, logprobs=2))
+    tokens, logprobs, last = generate(engine, Request("long", prompt, 5, ignore_eos=True, logprobs=2))
     engine.stop()
     assert (last.finish, last.error) == ("length", None)
     assert len(logprobs) == len(tokens) == 5
 
 
-def test_no_log_probabilities_are_told_unasked(engine: BuiltinEngine) -> None:
-    _, scores, _ = answer(engine, Request("plain", PROMPT, 5))
-    assert scores == []
+def test_output_has_no_log_probabilities_by_default(engine: BuiltinEngine) -> None:
+    _, logprobs, _ = generate(engine, Request("plain", PROMPT, 5))
+    assert logprobs == []
 
 
-def test_an_answer_is_never_longer_than_it_may_be(engine: BuiltinEngine) -> None:
+def test_output_is_never_longer_than_its_limit(engine: BuiltinEngine) -> None:
     for length in range(1, 9):
-        tokens, _, last = answer(engine, Request(f"short-{length}", PROMPT, length, ignore_eos=True))
+        tokens, _, last = generate(engine, Request(f"short-{length}", PROMPT, length, ignore_eos=True))
         assert len(tokens) == length
         assert last.finish == "length"
     prompt = tuple(1 + i % (VOCABULARY - 1) for i in range(90))
-    tokens, _, _ = answer(engine, Request("to the limit", prompt, 50, ignore_eos=True))
+    tokens, _, _ = generate(engine, Request("to the limit", prompt, 50, ignore_eos=True))
     assert len(prompt) + len(tokens) == engine.max_tokens

@@ -1,4 +1,4 @@
-"""Packed matrices compute what plain ones do; the search for the topk tokens is exact."""
+"""Packed layers equal plain ones; ``topk`` is exact."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from serving.engines.builtin.kernels import (
 @pytest.mark.parametrize("rows", [1, 3, 17])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float16", 1e-5), ("int8", 3e-2)])
-def test_a_packed_layer_gives_the_plain_product(dtype: WeightDtype, tolerance: float, bias: bool, rows: int) -> None:
+def test_a_packed_layer_equals_the_plain_product(dtype: WeightDtype, tolerance: float, bias: bool, rows: int) -> None:
     torch.manual_seed(rows)
     weight_OI, x_RI = torch.randn(48, 64).half().float(), torch.randn(rows, 64)
     bias_O = torch.randn(48) if bias else None
@@ -29,7 +29,7 @@ def test_a_packed_layer_gives_the_plain_product(dtype: WeightDtype, tolerance: f
     assert (found - expected).abs().max() < tolerance * expected.abs().max()
 
 
-def test_an_int8_row_is_the_same_to_the_bit_whatever_else_is_in_the_batch() -> None:
+def test_an_int8_row_is_bitwise_independent_of_the_rest_of_the_batch() -> None:
     torch.manual_seed(0)
     layer, row = pack_linear("int8", torch.randn(33, 96)), torch.randn(1, 96)
     alone = layer(row)
@@ -42,7 +42,7 @@ def test_a_row_of_zeros_stays_zero_in_int8() -> None:
     assert torch.equal(pack_linear("int8", torch.randn(8, 16))(torch.zeros(2, 16)), torch.zeros(2, 8))
 
 
-def test_only_kernels_that_are_exact_are_chosen_unasked() -> None:
+def test_auto_chooses_only_exact_dtypes() -> None:
     exact, inexact = torch.randn(64, 64).half().float(), torch.full((4, 4), 1 + 2**-20)
     assert fits_fp16(exact)
     assert not fits_fp16(inexact)
@@ -68,9 +68,7 @@ def test_every_linear_layer_of_a_model_is_replaced() -> None:
     size=st.sampled_from([0.0, 1e-12, 1e-3, 1.0, 1e4, 1e15]),
     eps=st.sampled_from([None, 0.0, 1e-6, 1e-5]),
 )
-def test_a_replaced_norm_gives_what_torch_s_own_gives(
-    seed: int, rows: int, width: int, size: float, eps: float | None
-) -> None:
+def test_a_replaced_norm_equals_torchs_own(seed: int, rows: int, width: int, size: float, eps: float | None) -> None:
     generator = torch.Generator().manual_seed(seed)
     model = nn.Sequential(nn.RMSNorm(width, eps=eps))
     nn.init.normal_(model[0].weight, generator=generator)
@@ -90,9 +88,7 @@ def test_a_replaced_norm_gives_what_torch_s_own_gives(
     k=st.integers(1, 20),
     ties=st.booleans(),
 )
-def test_the_likeliest_entries_are_those_of_a_full_search(
-    seed: int, rows: int, vocabulary: int, k: int, ties: bool
-) -> None:
+def test_topk_equals_torch_topk(seed: int, rows: int, vocabulary: int, k: int, ties: bool) -> None:
     scores_RV = torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(seed))
     if ties:
         scores_RV = scores_RV.round()

@@ -1,0 +1,100 @@
+"""The scheduler decides which sequences run, which draft, and how many prompt tokens a verify step reads."""
+
+import pytest
+import torch
+
+from serving.engines.base import EngineFullError, Request
+from serving.engines.builtin.drafter import DraftNode, DraftTree
+from serving.engines.builtin.scheduler import MAX_PREFILL_TOKENS, Scheduler
+from serving.engines.builtin.sequence import Sequence
+from serving.planner import LatencyCurve, LatencyModel, Planner
+
+TREE = DraftTree((DraftNode(7, -1, 1, -0.1), DraftNode(8, 0, 2, -0.1)))
+
+
+def scheduler_for(slots: int, *, adaptive: bool = True) -> Scheduler:
+    """A scheduler on a machine where every row takes 1 ms, with a stall of 4 ms for prompts."""
+    rows = LatencyCurve({1: 1e-3, 101: 101e-3})
+    planner = Planner(LatencyModel(rows, rows, rows), 3, adaptive=adaptive)
+    return Scheduler(slots, max_waiting=5, max_prefill_stall=4.5e-3, planner=planner)
+
+
+def sequence(name: str, prompt: int = 2, *, speculate: bool = True) -> Sequence:
+    request = Request(name, tuple(range(1, prompt + 1)), 50, speculate=speculate)
+    return Sequence(request, lambda _: None, prompt + 50, torch.Generator(), list(request.prompt))
+
+
+def decode(seq: Sequence) -> None:
+    """Advance a sequence past its prompt."""
+    seq.commit(torch.zeros(len(seq.request.prompt), 3), [5], 0, 0)
+
+
+def test_sequences_wait_for_a_slot_in_order() -> None:
+    scheduler = scheduler_for(2)
+    first, second, third = (sequence(name) for name in "abc")
+    for seq in (first, second, third):
+        scheduler.add(seq)
+    scheduler.admit()
+    assert ([seq.slot for seq in scheduler.running], list(scheduler.waiting)) == ([0, 1], [third])
+    scheduler.release(first)
+    scheduler.admit()
+    assert (scheduler.running, third.slot) == ([second, third], 0)
+
+
+def test_a_full_queue_rejects_and_cancelled_sequences_leave_it() -> None:
+    scheduler = scheduler_for(1)
+    for name in "abcde":
+        scheduler.add(sequence(name))
+    with pytest.raises(EngineFullError, match=r"serve\.max_waiting_requests"):
+        scheduler.add(sequence("f"))
+    assert [seq.request.id for seq in scheduler.cancel_waiting({"b", "x"})] == ["b"]
+    assert [seq.request.id for seq in scheduler.waiting] == ["a", "c", "d", "e"]
+
+
+def test_only_speculating_sequences_past_their_prefill_with_room_draft() -> None:
+    scheduler = scheduler_for(4, adaptive=False)
+    drafting, plain, full, prefilling = sequence("a"), sequence("b", speculate=False), sequence("c"), sequence("d")
+    for seq in (drafting, plain, full, prefilling):
+        scheduler.add(seq)
+    scheduler.admit()
+    for seq in (drafting, plain, full):
+        decode(seq)
+    full.max_len = len(full.tokens) + 1
+    sequences, budget = scheduler.schedule_drafts()
+    assert (sequences, budget.depth) == ([drafting], 3)
+
+
+def test_a_probe_drafts_for_the_sequence_with_the_fewest_unseen_tokens() -> None:
+    scheduler = scheduler_for(2)
+    behind, caught_up = sequence("a", prompt=9), sequence("b", prompt=9)
+    for seq in (behind, caught_up):
+        scheduler.add(seq)
+    scheduler.admit()
+    for seq in (behind, caught_up):
+        decode(seq)
+    caught_up.num_draft_cached_tokens = 9
+    drafts = [scheduler.schedule_drafts() for _ in range(4)]
+    assert [sequences for sequences, _ in drafts] == [[], [], [], [caught_up]]
+
+
+def test_prompts_share_the_prefill_budget_in_order() -> None:
+    scheduler = scheduler_for(3)
+    for name, prompt in (("a", 100), ("b", 60), ("c", 10)):
+        scheduler.add(sequence(name, prompt))
+    scheduler.admit()
+    scheduled = scheduler.schedule({})
+    assert [(s.sequence.request.id, len(s.tokens), s.logit_rows) for s in scheduled] == [
+        ("a", 100, 1),
+        ("b", MAX_PREFILL_TOKENS - 100, 0),
+    ]
+
+
+def test_decoding_sequences_feed_root_and_draft_and_limit_the_prompt() -> None:
+    scheduler = scheduler_for(2)
+    decoding, prefilling = sequence("a"), sequence("b", prompt=30)
+    for seq in (decoding, prefilling):
+        scheduler.add(seq)
+    scheduler.admit()
+    decode(decoding)
+    scheduled = scheduler.schedule({decoding.slot: TREE})
+    assert [(s.tokens, s.logit_rows) for s in scheduled] == [([5, 7, 8], 3), ([1, 2, 3, 4], 0)]

@@ -138,7 +138,7 @@ class AliasMover:
         return next((intent for intent, state in reversed(self.intents(line)) if state == "intended"), None)
 
     def finish_open(self, line: str) -> AliasIntent | None:
-        """Finish the open intent of a line, whoever wrote it; return it, or None if there is none."""
+        """Finish the open intent of a line, written by any process; return it, or None if there is none."""
         intent = self.find_open(line)
         if intent is not None:
             log.warning("open_move_resumed", line=line, action=intent.action, actor=intent.actor, id=intent.id)

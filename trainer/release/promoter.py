@@ -124,7 +124,7 @@ class Promoter:
         self._metrics.show_line(line.name, self._live, self._cooldown_until)
         action = promotion_policy.choose_action(state, self._live, now, self._canary_share, self._settings)
         self._log_action(line.name, action)
-        if action.action == "wait":
+        if action.kind == "wait":
             return
         try:
             self._take_action(line, action, state)
@@ -183,16 +183,16 @@ class Promoter:
     def _log_action(self, line: str, action: NextAction) -> None:
         """Log a decision that differs from the last; changed figures of a canary analysis are only in the status."""
         before, self._actions[line] = self._actions.get(line), action
-        changed = before is None or (before.action, before.version) != (action.action, action.version)
+        changed = before is None or (before.kind, before.version) != (action.kind, action.version)
         if changed or (self._live.canary is None and before is not None and before.why != action.why):
-            log.info("action_chosen", line=line, action=action.action, version=action.version, why=action.why)
+            log.info("action_chosen", line=line, action=action.kind, version=action.version, why=action.why)
 
     def _take_action(self, line: Line, action: NextAction, state: LineState) -> None:
         """Quarantine and move aliases; the quarantine comes first, so that no restart promotes the version again."""
         assert action.version is not None, "every action but waiting has a version"
         if action.quarantine:
             self._registry.quarantine(line.name, action.version, action.why)
-            alias = "champion" if action.action == "rollback" else "canary"
+            alias = "champion" if action.kind == "rollback" else "canary"
             log.warning(
                 "version_rolled_back",
                 line=line.name,
@@ -205,11 +205,11 @@ class Promoter:
         changes = self._plan_changes(line, action, state)
         figures = dict(action.figures) or self._held_out_figures(line.name, action.version)
         self._mover.move(
-            new_intent(line.name, action.action, changes, actor=promotion_policy.ACTOR, why=action.why, figures=figures)
+            new_intent(line.name, action.kind, changes, actor=promotion_policy.ACTOR, why=action.why, figures=figures)
         )
 
     def _plan_changes(self, line: Line, action: NextAction, state: LineState) -> list[AliasChange]:
-        match action.action:
+        match action.kind:
             case "promote":
                 return plan_promotion(line.aliases, action.version or "")
             case "start_canary":

@@ -87,7 +87,7 @@ class LiveComparisons:
 class NextAction:
     """Next action on a line."""
 
-    action: Literal["promote", "start_canary", "end_canary", "rollback", "wait"]
+    kind: Literal["promote", "start_canary", "end_canary", "rollback", "wait"]
     why: str
     version: str | None = None
     """The version that is promoted, analysed or rolled back."""

@@ -111,7 +111,7 @@ def test_a_candidate_that_passed_the_gate_becomes_canary_or_champion_once(
     at: LineState, share: float, expected: str
 ) -> None:
     found = action(at, share=share)
-    assert found.action == expected
+    assert found.kind == expected
     assert found.version == (None if expected == "wait" else "3")
     assert not found.quarantine
 
@@ -128,7 +128,7 @@ def test_a_candidate_that_passed_the_gate_becomes_canary_or_champion_once(
 )
 def test_a_canary_is_promoted_rolled_back_or_continues(compared: Comparison, expected: str, quarantine: bool) -> None:
     found = action(state_of(canary="3", **CANDIDATE), LiveComparisons(canary=(ANALYSIS, compared)))
-    assert (found.action, found.quarantine) == (expected, quarantine)
+    assert (found.kind, found.quarantine) == (expected, quarantine)
     if expected != "wait":
         assert found.figures["acceptance_length_difference"] == compared.overall[1].difference
 
@@ -138,26 +138,26 @@ def test_an_undecided_canary_analysis_ends_as_canary_on_timeout_says() -> None:
     over = replace(ANALYSIS, until=NOW)
     undecided, below = comparison(-0.04, width=0.1), comparison(-0.06, width=0.1)
     ended = action(at, LiveComparisons(canary=(over, undecided)))
-    assert (ended.action, ended.version, ended.quarantine) == ("end_canary", "3", False)
+    assert (ended.kind, ended.version, ended.quarantine) == ("end_canary", "3", False)
     by_estimate = SETTINGS.model_copy(update={"canary_on_timeout": "estimate"})
-    assert action(at, LiveComparisons(canary=(over, undecided)), settings=by_estimate).action == "promote"
-    assert action(at, LiveComparisons(canary=(over, below)), settings=by_estimate).action == "end_canary"
+    assert action(at, LiveComparisons(canary=(over, undecided)), settings=by_estimate).kind == "promote"
+    assert action(at, LiveComparisons(canary=(over, below)), settings=by_estimate).kind == "end_canary"
     too_few = comparison(0.1, width=0.5, enough=False)
-    assert action(at, LiveComparisons(canary=(over, too_few)), settings=by_estimate).action == "end_canary"
+    assert action(at, LiveComparisons(canary=(over, too_few)), settings=by_estimate).kind == "end_canary"
 
 
 def test_a_better_canary_waits_during_the_cooldown() -> None:
     at = state_of(canary="3", rollbacks=[50], **CANDIDATE)
     found = action(at, LiveComparisons(canary=(ANALYSIS, comparison(0.0))))
-    assert found.action == "wait"
+    assert found.kind == "wait"
     assert "cooldown" in found.why
 
 
 def test_a_canary_in_quarantine_or_without_another_champion_is_ended() -> None:
     assert action(
         state_of(canary="3", quarantined=["3"], **CANDIDATE), LiveComparisons(canary=(ANALYSIS, comparison(0.0)))
-    ).action == ("end_canary")
-    assert action(state_of(canary="3", champion="3")).action == "end_canary"
+    ).kind == ("end_canary")
+    assert action(state_of(canary="3", champion="3")).kind == "end_canary"
 
 
 def test_a_canary_analysis_begins_with_the_last_move_of_canary_or_champion() -> None:
@@ -167,7 +167,7 @@ def test_a_canary_analysis_begins_with_the_last_move_of_canary_or_champion() -> 
     )
     unrecorded = state_of(moves=moves, canary="4", champion="2")
     assert find_canary_analysis(unrecorded, SETTINGS) is None
-    assert action(unrecorded).action == "wait"
+    assert action(unrecorded).kind == "wait"
     assert find_canary_analysis(state_of(moves=moves, canary="3"), SETTINGS) is None
     assert find_canary_analysis(state_of(moves=moves, champion="2"), SETTINGS) is None
 
@@ -187,7 +187,7 @@ def test_a_promotion_is_watched_and_a_rollback_is_not() -> None:
 def test_a_dropped_champion_is_rolled_back_and_quarantined_before_any_other_action() -> None:
     at = state_of(PASSED, candidate="4", canary="4", champion="3", previous="2")
     found = action(at, LiveComparisons(watch=(WATCH, comparison(-0.5)), canary=(ANALYSIS, comparison(0.1))))
-    assert (found.action, found.version, found.quarantine) == ("rollback", "3", True)
+    assert (found.kind, found.version, found.quarantine) == ("rollback", "3", True)
     assert "watch_min_ratio" in found.why
 
 

@@ -1,4 +1,4 @@
-"""A whole node, as a process, with the real model: it serves, traces, swaps under load, and ends cleanly."""
+"""A whole node in its own process with the real model: serving, traces, swaps under load, and shutdown."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_every_verify_step_is_traced_and_a_swap_under_load_changes_no_answer(
         assert list(dict.fromkeys(r.speculator for r in verified if r.draft_tokens)) == answer.aurora["speculators"]
 
 
-def test_a_node_told_to_end_finishes_the_answer_that_it_gives_and_refuses_others(start: Callable[..., Node]) -> None:
+def test_a_draining_node_finishes_its_answer_and_rejects_new_requests(start: Callable[..., Node]) -> None:
     node = start(serve__drain_timeout=60)
     stream = iter(node.ask(_LONG, max_tokens=48, stream=True))
     next(stream)
@@ -162,6 +162,6 @@ def test_a_port_in_use_names_the_setting(free_port: Callable[[], int]) -> None:
         bind("127.0.0.1", taken.getsockname()[1])
 
 
-def test_a_host_that_is_not_ours_names_the_setting(free_port: Callable[[], int]) -> None:
+def test_a_foreign_host_names_the_setting(free_port: Callable[[], int]) -> None:
     with pytest.raises(SettingsError, match=r"serve\.host"):
         bind("192.0.2.1", free_port())

@@ -1,4 +1,4 @@
-"""What the API promises, from the real engine with the real model, and an operator's hand with a real registry."""
+"""The HTTP API with the real engine and model, and the admin API with a real registry."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_streamed_log_probabilities_are_those_of_the_whole_answer(node: Node) ->
     assert told([t for logprobs in chunks if logprobs for t in logprobs.content]) == told(whole)
 
 
-def test_choices_differ_and_come_again_with_their_seed(node: Node) -> None:
+def test_choices_differ_and_are_reproducible_by_their_seed(node: Node) -> None:
     def texts(n: int, seed: int) -> list[str]:
         options: dict[str, Any] = {"temperature": 1, "max_tokens": 10, "extra_headers": _UNDRAFTED}
         return [choice.message.content for choice in node.ask(_TALE, n=n, seed=seed, **options).choices]
@@ -89,7 +89,7 @@ def test_choices_differ_and_come_again_with_their_seed(node: Node) -> None:
     assert texts(1, seed=8) == [second]
 
 
-def test_a_text_goes_on_and_so_do_its_token_ids(node: Node, smollm2: Path) -> None:
+def test_a_text_and_its_token_ids_get_the_same_completion(node: Node, smollm2: Path) -> None:
     prompt = "The capital of France is"
     ids = AutoTokenizer.from_pretrained(smollm2, local_files_only=True).encode(prompt)
     answer = complete(node, [prompt, ids], logprobs=1)

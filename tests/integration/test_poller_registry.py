@@ -30,7 +30,7 @@ from trainer.release.registry import SpeculatorRegistry
 
 
 class Engine:
-    """Takes drafts of one line."""
+    """An engine that accepts drafts of one line."""
 
     def __init__(self, line: str) -> None:
         self.line = line
@@ -48,7 +48,7 @@ class Engine:
 
 
 class Line:
-    """A speculator line of the test's own, with a node that follows it."""
+    """A speculator line of the test's own, with a poller that follows it."""
 
     def __init__(self, uri: str, folder: Path) -> None:
         self.folder = folder
@@ -65,7 +65,7 @@ class Line:
         return VersionPoller(registry, self.engine, Settings(canary=canary))  # type: ignore[arg-type]
 
     def record(self, **aliases: str) -> None:
-        """Move aliases, and write down that they were moved, as a promoter does."""
+        """Move aliases and record the moves, as a promoter does."""
         self.moves += 1
         for alias, version in aliases.items():
             self.trainer.set_alias(self.name, alias, version)  # type: ignore[arg-type]
@@ -84,7 +84,7 @@ def line(registry: str, tmp_path: Path) -> Line:
     return Line(registry, tmp_path)
 
 
-def test_what_the_trainer_registers_and_the_alias_names_is_served(line: Line) -> None:
+def test_a_registered_version_with_the_alias_is_served(line: Line) -> None:
     line.poller.poll()
     assert (line.engine.served, line.poller.error) == ([], None)
 
@@ -108,7 +108,7 @@ def test_what_the_trainer_registers_and_the_alias_names_is_served(line: Line) ->
     assert (line.poller.error, line.poller.rejected) == (None, ())
 
 
-def test_a_recorded_line_goes_back_by_the_record_and_tries_a_canary_while_it_is_named(line: Line) -> None:
+def test_a_recorded_line_rolls_back_by_the_record_and_serves_its_canary(line: Line) -> None:
     for number in (1, 2):
         line.write(str(number), seed=number)
         line.register(str(number))
@@ -121,17 +121,17 @@ def test_a_recorded_line_goes_back_by_the_record_and_tries_a_canary_while_it_is_
     line.poller.poll()
     assert [version for version, _ in line.engine.served] == ["2", "1"]
 
-    trying = line.node(Canary(share=1.0))
+    canary_poller = line.node(Canary(share=1.0))
     line.record(champion="1", canary="2")
-    trying.poll()
-    assert (line.engine.served[-1][0], trying.role, trying.error) == ("2", "canary", None)
+    canary_poller.poll()
+    assert (line.engine.served[-1][0], canary_poller.role, canary_poller.error) == ("2", "canary", None)
     line.client.delete_registered_model_alias(f"aurora.{line.name}", "canary")
-    trying.poll()
-    assert (line.engine.served[-1][0], trying.role, trying.error) == ("1", "champion", None)
+    canary_poller.poll()
+    assert (line.engine.served[-1][0], canary_poller.role, canary_poller.error) == ("1", "champion", None)
 
 
 def resealed(edit: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
-    """Other tensors, with a manifest that is right about them."""
+    """Return an edit of the tensors that also updates the manifest."""
 
     def apply(folder: Path) -> None:
         tensors = load_file(folder / "model.safetensors")
@@ -169,7 +169,7 @@ def make_foreign(folder: Path) -> None:
         (make_foreign, "this node serves line"),
     ],
 )
-def test_a_version_at_fault_is_refused_with_its_reason(line: Line, harm: Callable[[Path], None], why: str) -> None:
+def test_a_defective_version_is_rejected_with_the_reason(line: Line, harm: Callable[[Path], None], why: str) -> None:
     node = line.node(Canary(share=1.0))
     line.write("good", seed=1)
     line.write("bad", seed=2)
@@ -180,14 +180,14 @@ def test_a_version_at_fault_is_refused_with_its_reason(line: Line, harm: Callabl
     for alias in ("canary", "champion"):
         line.trainer.set_alias(line.name, alias, bad)
         node.poll()
-    (refusal,) = node.rejected
-    assert (refusal.version, node.error) == (bad, None)
-    assert re.search(why, refusal.why)
+    (rejected,) = node.rejected
+    assert (rejected.version, node.error) == (bad, None)
+    assert re.search(why, rejected.why)
     assert [version for version, _ in line.engine.served] == [good]
     assert (node.role, node.canary) == ("champion", None)
 
 
-def test_a_registry_that_is_not_there_costs_a_moment_and_is_reported(free_port: Callable[[], int]) -> None:
+def test_an_unreachable_registry_is_reported_within_the_timeout(free_port: Callable[[], int]) -> None:
     registry = MlflowRegistry(RegistrySettings(tracking_uri=f"http://127.0.0.1:{free_port()}", timeout=5), "line")
     started = time.monotonic()
     with pytest.raises(RegistryError, match=r"registry\.tracking_uri"):
@@ -195,7 +195,7 @@ def test_a_registry_that_is_not_there_costs_a_moment_and_is_reported(free_port: 
     assert time.monotonic() - started < 60
 
 
-def test_files_that_are_gone_from_the_registry_are_not_the_versions_fault(line: Line) -> None:
+def test_missing_files_in_the_registry_do_not_reject_the_version(line: Line) -> None:
     line.write("first", seed=1)
     version = line.register("first")
     model = f"aurora.{line.name}"

@@ -1,4 +1,4 @@
-"""The publisher against a real broker: what it says it published is what the topic holds, through kills and outages."""
+"""The publisher with a real broker: its counts equal the topic's contents, through kills and outages."""
 
 from __future__ import annotations
 
@@ -154,9 +154,7 @@ def test_everything_is_published_once_and_below_the_limit(broker: str) -> None:
     assert all(r.key() == decode(r.value()).envelope.request.encode() for r in records)
 
 
-def test_a_publisher_that_starts_before_the_broker_recovers_when_it_comes(
-    own_broker: Broker, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_publisher_started_before_the_broker_recovers(own_broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serving.traces.publisher.OVERDUE_S", 0.5)
     settings = kafka(own_broker.bootstrap)
     publisher = TracePublisher(settings, Traces(circuit_breaker_probe_interval=0.2))
@@ -173,7 +171,7 @@ def test_a_publisher_that_starts_before_the_broker_recovers_when_it_comes(
     assert_the_topic_holds_what_was_published(publisher, settings)
 
 
-def test_a_broker_killed_under_traffic_costs_no_row_its_place_in_the_books(
+def test_every_row_is_counted_when_the_broker_is_killed_under_traffic(
     own_broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("serving.traces.publisher.OVERDUE_S", 1.0)
@@ -198,7 +196,7 @@ def test_a_broker_killed_under_traffic_costs_no_row_its_place_in_the_books(
     assert_the_topic_holds_what_was_published(publisher, settings)
 
 
-def test_closing_without_a_broker_ends_in_time_and_settles_every_row(own_broker: Broker) -> None:
+def test_closing_without_a_broker_is_on_time_and_counts_every_row(own_broker: Broker) -> None:
     publisher = TracePublisher(kafka(own_broker.bootstrap), Traces())
     publisher.start(ORIGIN)
     traffic = Traffic(publisher)

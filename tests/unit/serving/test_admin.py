@@ -1,4 +1,4 @@
-"""The admin endpoints: closed without the token, and what pin, unpin, off and on do to a node."""
+"""The admin API: authentication, and the effect of pin, unpin, off and on."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def bearer(token: str) -> dict[bytes, bytes]:
 
 
 class Admin:
-    """A node with its admin endpoints, a poller that runs, and a registry to command."""
+    """A node with its admin API, a running poller, and a fake registry."""
 
     def __init__(self, node: Node, registry: FakeRegistry, poller: VersionPoller) -> None:
         self.node, self.registry, self.poller = node, registry, poller
@@ -87,7 +87,7 @@ def test_without_the_right_token_nothing_happens(
     assert admin.node.engine.speculating
 
 
-def test_tokens_of_a_file_are_taken_up_and_dropped_while_the_node_runs(tmp_path: Path) -> None:
+def test_tokens_of_a_file_can_be_added_and_removed_while_the_node_runs(tmp_path: Path) -> None:
     file = tmp_path / "tokens"
     file.write_text("# of the old deployment\nold\n")
 
@@ -107,12 +107,12 @@ def test_tokens_of_a_file_are_taken_up_and_dropped_while_the_node_runs(tmp_path:
         assert [status(node, token) for token in (TOKEN, "b", "new")] == [200, 200, 401]
 
 
-def test_a_file_of_tokens_that_is_not_there_is_an_error_of_the_settings(tmp_path: Path) -> None:
+def test_a_missing_token_file_is_a_settings_error(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"serve\.admin_tokens_file .*No such file"):
         AdminTokens(Serve(admin_tokens_file=str(tmp_path / "none")))
 
 
-def test_the_state_says_what_is_served_and_why(admin: Admin) -> None:
+def test_the_status_shows_the_active_version_and_its_role(admin: Admin) -> None:
     admin.registry.alias = "1"
     eventually(lambda: admin.state().version == "1")
     state = admin.state()
@@ -122,7 +122,7 @@ def test_the_state_says_what_is_served_and_why(admin: Admin) -> None:
     assert [swap.version for swap in state.swaps] == ["1"]
 
 
-def test_a_pinned_version_serves_whatever_the_alias_names_until_it_is_unpinned(admin: Admin) -> None:
+def test_a_pinned_version_stays_active_until_it_is_unpinned(admin: Admin) -> None:
     admin.registry.alias = "1"
     eventually(lambda: admin.state().version == "1")
     pinned = admin.post("/pin", version="3")
@@ -136,14 +136,14 @@ def test_a_pinned_version_serves_whatever_the_alias_names_until_it_is_unpinned(a
     assert [swap.version for swap in unpinned.swaps] == ["1", "3", "2"]
 
 
-def test_a_version_that_is_not_there_is_a_404_and_changes_nothing(admin: Admin) -> None:
+def test_an_unknown_version_is_a_404_and_changes_nothing(admin: Admin) -> None:
     status, code, message = admin.rejected("/pin", version="9")
     assert (status, code) == (404, "version_not_found")
     assert "'9'" in message
     assert (admin.state().pinned, admin.state().version) == (None, "day-0-head-0")
 
 
-def test_a_version_at_fault_is_a_409_with_the_reason_at_every_try(admin: Admin) -> None:
+def test_a_defective_version_is_a_409_with_the_reason_at_every_try(admin: Admin) -> None:
     admin.registry.foreign = {"2"}
     for _ in range(2):
         status, code, message = admin.rejected("/pin", version="2")
@@ -153,14 +153,14 @@ def test_a_version_at_fault_is_a_409_with_the_reason_at_every_try(admin: Admin) 
     assert (admin.state().pinned, [r.version for r in admin.state().versions_rejected]) == (None, ["2"])
 
 
-def test_a_registry_that_is_away_is_a_503_and_changes_nothing(admin: Admin) -> None:
+def test_an_unreachable_registry_is_a_503_and_changes_nothing(admin: Admin) -> None:
     admin.post("/pin", version="1")
     admin.registry.unreachable = True
     assert admin.rejected("/pin", version="2")[:2] == (503, "registry_unavailable")
     assert (admin.state().pinned, admin.state().version) == ("1", "1")
 
 
-def test_an_order_that_takes_long_is_a_202_and_is_carried_out(admin: Admin, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_pin_is_a_202_and_completes_later(admin: Admin, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(admin_api, "_TIMEOUT_S", 0.05)
     admin.registry.open.clear()
     answer = admin.call("POST", "/pin", version="1")
@@ -170,12 +170,12 @@ def test_an_order_that_takes_long_is_a_202_and_is_carried_out(admin: Admin, monk
 
 
 @pytest.mark.parametrize("body", [{}, {"version": ""}, {"version": 7}, {"version": "7", "force": True}])
-def test_a_pin_without_a_version_is_refused(admin: Admin, body: dict[str, object]) -> None:
+def test_a_pin_without_a_version_is_rejected(admin: Admin, body: dict[str, object]) -> None:
     assert admin.rejected("/pin", **body)[0] == 400
     assert admin.node.metric("aurora_serve_requests_total", outcome="rejected") == 0
 
 
-def test_speculation_is_switched_off_and_on_again(admin: Admin) -> None:
+def test_speculation_can_be_switched_off_and_on(admin: Admin) -> None:
     off = admin.post("/off")
     assert (off.speculating, off.version) == (False, "day-0-head-0")
     raw = admin.node.client.completions.with_raw_response.create(model="echo-1", prompt="hello")
@@ -186,7 +186,7 @@ def test_speculation_is_switched_off_and_on_again(admin: Admin) -> None:
 
 
 @pytest.mark.parametrize("path", ["/pin", "/unpin", "/on"])
-def test_a_node_without_speculation_says_so(path: str) -> None:
+def test_a_node_without_speculation_rejects_pin_unpin_and_on(path: str) -> None:
     with running_node(SERVE, EchoEngine()) as node:
         answer = httpx.post(
             f"{node.url}/admin/speculator{path}",

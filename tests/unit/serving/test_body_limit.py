@@ -1,4 +1,4 @@
-"""Bodies that are too large are refused before they are read, however they arrive."""
+"""Bodies above the limit are rejected before they are read."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def node() -> Iterator[Node]:
 
 
 def body(size: int) -> bytes:
-    """A request of exactly so many bytes, most of them blanks."""
+    """Return a request of ``size`` bytes, padded with spaces."""
     text = json.dumps({"model": MODEL, "prompt": "hello"}).encode()
     return text + b" " * (size - len(text))
 
@@ -34,7 +34,7 @@ def in_chunks(data: bytes) -> Iterator[bytes]:
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/admin/speculator/pin"])
 @pytest.mark.parametrize("chunked", [False, True])
-def test_a_body_over_the_limit_is_refused_in_openais_shape(node: Node, path: str, chunked: bool) -> None:
+def test_a_body_above_the_limit_is_rejected_in_openais_shape(node: Node, path: str, chunked: bool) -> None:
     data = body(LIMIT + 1)
     answer = httpx.post(
         node.url + path,
@@ -59,7 +59,7 @@ def test_a_body_up_to_the_limit_is_read(node: Node, chunked: bool) -> None:
     assert answer.json()["choices"][0]["text"] == "hello"
 
 
-def test_a_length_that_is_only_announced_is_refused_without_waiting_for_it(node: Node) -> None:
+def test_a_declared_length_above_the_limit_is_rejected_before_the_body_arrives(node: Node) -> None:
     host, port = node.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=10) as connection:
         connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 999999999\r\n\r\n")
@@ -70,7 +70,7 @@ def test_a_length_that_is_only_announced_is_refused_without_waiting_for_it(node:
     assert b"connection: close" in answer.lower()
 
 
-def test_a_client_that_leaves_in_the_middle_of_its_body_begins_nothing(node: Node) -> None:
+def test_a_client_that_disconnects_during_its_body_starts_no_request(node: Node) -> None:
     host, port = node.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=10) as connection:
         connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")

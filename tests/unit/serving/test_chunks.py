@@ -1,4 +1,4 @@
-"""Verify steps become chunks without losing, doubling or reordering a token."""
+"""Chunks hold every token of the verify steps once, in order, and stay within the size limits."""
 
 from __future__ import annotations
 
@@ -63,9 +63,9 @@ def inline(budget: int) -> FeatureTransport:
     return FeatureTransport("inline", ChunkSize(budget))
 
 
-def assemble(verify_steps: list[VerifyStep], way: FeatureTransport, request: Request = REQUEST) -> list[Chunk]:
-    builder = ChunkBuilder(request, ORIGIN, way)
-    full = [builder.add(row) for r in verify_steps for row in split_prefill(r, way)]
+def assemble(verify_steps: list[VerifyStep], transport: FeatureTransport, request: Request = REQUEST) -> list[Chunk]:
+    builder = ChunkBuilder(request, ORIGIN, transport)
+    full = [builder.add(row) for r in verify_steps for row in split_prefill(r, transport)]
     return [chunk for chunk in [*full, builder.end("stop")] if chunk]
 
 
@@ -97,7 +97,7 @@ def test_chunks_hold_every_token_once_in_order_and_below_the_budget(
 
 @settings(deadline=None)
 @given(verify_steps=requests, budget=st.integers(400, 6000))
-def test_a_chunk_survives_the_wire_and_weighs_no_more_than_was_foreseen(
+def test_a_chunk_survives_encoding_and_its_size_stays_below_the_bound(
     verify_steps: list[VerifyStep], budget: int
 ) -> None:
     for chunk in assemble(verify_steps, inline(budget)):
@@ -106,7 +106,7 @@ def test_a_chunk_survives_the_wire_and_weighs_no_more_than_was_foreseen(
         assert [r.tokens for r in decode(value).verify_steps] == [r.tokens for r in chunk.verify_steps]
 
 
-def test_only_the_last_row_of_a_cut_prompt_has_the_bonus_and_the_times() -> None:
+def test_only_the_last_row_of_a_split_prompt_has_the_bonus_and_the_times() -> None:
     rows = split_prefill(a_request(100, [])[0], inline(600))
     assert len(rows) > 2
     assert all(row_bytes(row) <= 600 for row in rows)
@@ -114,23 +114,23 @@ def test_only_the_last_row_of_a_cut_prompt_has_the_bonus_and_the_times() -> None
     assert [row.verify_us for row in rows] == [0] * (len(rows) - 1) + [20]
 
 
-def test_a_verified_draft_is_never_cut() -> None:
+def test_a_verify_step_with_a_draft_is_never_split() -> None:
     verified = a_request(3, [(4, 4)])[1]
     assert split_prefill(verified, inline(1)) == (verified,)
 
 
-def test_missing_verify_steps_end_the_chunk_and_leave_out_a_number() -> None:
+def test_missing_verify_steps_end_the_chunk_and_skip_a_number() -> None:
     verify_steps = a_request(5, [(1, 2), (0, 2), (2, 2)])
     del verify_steps[2]
     chunks = assemble(verify_steps, inline(10**6))
     assert [(c.envelope.chunk, [r.verify_step for r in c.verify_steps]) for c in chunks] == [(0, [0, 1]), (2, [3])]
 
 
-def test_a_request_whose_beginning_is_missing_does_not_begin_at_number_zero() -> None:
+def test_a_request_without_its_first_verify_step_starts_at_chunk_one() -> None:
     assert [c.envelope.chunk for c in assemble(a_request(5, [(1, 2)])[1:], inline(10**6))] == [1]
 
 
-def test_what_is_true_of_the_request_stands_in_the_envelope() -> None:
+def test_the_envelope_has_the_fields_of_the_request() -> None:
     (chunk,) = assemble(a_request(2, [(0, 1)]), inline(10**6))
     envelope = chunk.envelope
     assert (envelope.request, envelope.node, envelope.target, envelope.line) == (REQUEST.id, "node-a", "t" * 32, "line")
@@ -139,7 +139,7 @@ def test_what_is_true_of_the_request_stands_in_the_envelope() -> None:
     assert (envelope.feature_width, envelope.top_k, envelope.finish) == (F, K, "stop")
 
 
-def test_a_request_without_verify_steps_gives_no_chunk() -> None:
+def test_a_request_without_verify_steps_has_no_chunk() -> None:
     assert ChunkBuilder(REQUEST, ORIGIN, inline(100)).end("cancelled") is None
 
 
@@ -150,11 +150,11 @@ def test_a_chunk_before_the_end_has_no_finish() -> None:
 
 @settings(deadline=None)
 @given(verify_steps=requests, message=st.integers(400, 3000), file=st.integers(100, 3000))
-def test_with_features_beside_it_neither_message_nor_file_is_too_large(
+def test_with_claim_checks_neither_message_nor_file_exceeds_its_limit(
     verify_steps: list[VerifyStep], message: int, file: int
 ) -> None:
-    way = FeatureTransport("claim-check", ChunkSize(message, file))
-    chunks = assemble(verify_steps, way)
+    transport = FeatureTransport("claim-check", ChunkSize(message, file))
+    chunks = assemble(verify_steps, transport)
     assert [t for c in chunks for row in c.verify_steps for t in row.tokens] == [
         t for r in verify_steps for t in r.tokens
     ]
@@ -170,14 +170,14 @@ def tokens_before(verify_steps: list[VerifyStep], position: int) -> list[int]:
 
 @settings(deadline=None)
 @given(verify_steps=requests, budget=st.integers(400, 12_000), missing=st.sets(st.integers(0, 20)))
-def test_chunks_to_be_recomputed_know_every_token_before_them_or_say_so(
+def test_chunks_for_recompute_have_all_tokens_before_them_or_none(
     verify_steps: list[VerifyStep], budget: int, missing: set[int]
 ) -> None:
-    way = FeatureTransport("recompute", ChunkSize(budget))
+    transport = FeatureTransport("recompute", ChunkSize(budget))
     request = replace(REQUEST, prompt=verify_steps[0].tokens)
     bare = [drop_features(r) for r in verify_steps]
     lost_at = min((r.position for r in verify_steps if r.verify_step in missing - {0}), default=10**9)
-    for chunk in assemble([r for r in bare if r.verify_step not in missing], way, request):
+    for chunk in assemble([r for r in bare if r.verify_step not in missing], transport, request):
         begin, before = chunk.verify_steps[0].position, list(chunk.envelope.preceding_tokens)
         assert len(encode(chunk)) <= chunk_bytes(chunk)
         assert before in ([], tokens_before(verify_steps, begin))
@@ -188,7 +188,7 @@ def test_chunks_to_be_recomputed_know_every_token_before_them_or_say_so(
         assert decode(encode(chunk)).envelope == chunk.envelope
 
 
-def test_a_request_that_lost_its_prompt_still_knows_it() -> None:
+def test_a_request_without_its_first_verify_step_has_the_prompt_before_it() -> None:
     verify_steps = [drop_features(r) for r in a_request(5, [(1, 2)])]
     request = replace(REQUEST, prompt=verify_steps[0].tokens)
     (chunk,) = assemble(verify_steps[1:], FeatureTransport("recompute", ChunkSize(10**6)), request)

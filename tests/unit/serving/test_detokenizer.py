@@ -1,4 +1,4 @@
-"""Answers become text piece by piece: no half characters, no stop strings, nothing lost; and tokens are spelled."""
+"""Detokenization: whole characters, no stop strings, no lost text; and the spelling of single tokens."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ WORDS = ["\u2581the", "\u2581cat", "s", "<0xF0>", "<0x41>", "\ufffd"]
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
-    """As SentencePiece writes its vocabularies: words with the space before them, and bytes."""
+    """Return a tokenizer with a vocabulary in SentencePiece's notation: words with the space before them, and bytes."""
     tokenizer = Tokenizer(models.WordLevel(vocab={word: i for i, word in enumerate(WORDS)}, unk_token="s"))
     metaspace = decoders.Metaspace(prepend_scheme="always")
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), metaspace])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
-def pieces(text: str, per_verify_step: int) -> list[str]:
+def deltas(text: str, per_verify_step: int) -> list[str]:
     ids = encode(TOKENIZER, text)
     detokenizer = Detokenizer(TOKENIZER)
     fed = [detokenizer.feed(ids[i : i + per_verify_step]) for i in range(0, len(ids), per_verify_step)]
@@ -34,23 +34,23 @@ def pieces(text: str, per_verify_step: int) -> list[str]:
 
 @settings(deadline=None)
 @given(text=st.text(st.characters(exclude_categories=["Cs"])), per_verify_step=st.integers(1, 5))
-def test_the_pieces_are_the_text(text: str, per_verify_step: int) -> None:
-    assert "".join(pieces(text, per_verify_step)) == text
+def test_the_deltas_add_up_to_the_text(text: str, per_verify_step: int) -> None:
+    assert "".join(deltas(text, per_verify_step)) == text
 
 
 @settings(deadline=None)
 @given(text=st.text(st.sampled_from("aß✓🙂"), max_size=20), per_verify_step=st.integers(1, 3))
-def test_no_piece_holds_half_a_character(text: str, per_verify_step: int) -> None:
-    assert not any("\ufffd" in piece for piece in pieces(text, per_verify_step))
+def test_no_delta_has_half_a_character(text: str, per_verify_step: int) -> None:
+    assert not any("\ufffd" in delta for delta in deltas(text, per_verify_step))
 
 
-def test_a_character_that_is_never_finished_shows_as_one_replacement() -> None:
+def test_an_incomplete_character_becomes_one_replacement_character() -> None:
     detokenizer = Detokenizer(TOKENIZER)
     assert detokenizer.feed([*encode(TOKENIZER, "a"), *encode(TOKENIZER, "🙂")[:2]]) == ""
     assert detokenizer.finish() == "a\ufffd"
 
 
-def test_special_tokens_give_no_text() -> None:
+def test_special_tokens_have_no_text() -> None:
     detokenizer = Detokenizer(TOKENIZER)
     ids = [*encode(TOKENIZER, "ab"), TOKENIZER.eos_token_id]
     assert (detokenizer.feed(ids), detokenizer.finish()) == ("ab", "")
@@ -81,34 +81,34 @@ def test_the_shown_text_ends_before_the_first_stop_string_however_it_arrives(
 
 
 @pytest.mark.parametrize(("text", "shown"), [("one\nUser: two", "one"), ("one\nUse", "one\nUse"), ("\nUser:", "")])
-def test_a_stop_string_is_cut_and_its_beginning_held_out_only_while_it_may_be_one(text: str, shown: str) -> None:
+def test_the_beginning_of_a_stop_string_is_kept_back_only_while_it_may_be_one(text: str, shown: str) -> None:
     scanner = StopScanner(["\nUser:"])
     assert "".join(scanner.feed(c) for c in text) + scanner.finish() == shown
 
 
-def test_without_stop_strings_nothing_is_held_out() -> None:
+def test_without_stop_strings_no_text_is_kept_back() -> None:
     assert StopScanner([]).feed("abc") == "abc"
 
 
-def test_the_space_before_the_first_word_depends_on_what_the_text_goes_on_from() -> None:
+def test_the_space_before_the_first_word_depends_on_the_text_before() -> None:
     tokenizer = word_tokenizer()
     assert Detokenizer(tokenizer).feed([1, 2]) == "cats"
     assert Detokenizer(tokenizer, before=[0]).feed([1, 2]) == " cats"
 
 
-def test_a_text_that_goes_on_from_another_does_not_repeat_it() -> None:
+def test_the_text_before_the_answer_is_not_repeated() -> None:
     detokenizer = Detokenizer(TOKENIZER, before=encode(TOKENIZER, "grüße"))
     assert [detokenizer.feed([token]) for token in encode(TOKENIZER, " ✓!")] == [" ", "", "", "✓", "!"]
     assert detokenizer.finish() == ""
 
 
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=20))
-def test_the_tokens_bytes_are_the_texts(text: str) -> None:
+def test_the_bytes_of_the_tokens_are_those_of_the_text(text: str) -> None:
     speller = TokenSpeller(TOKENIZER)
     assert b"".join(speller.spell(token).bytes or b"" for token in encode(TOKENIZER, text)) == text.encode()
 
 
-def test_a_token_is_spelled_by_text_and_bytes() -> None:
+def test_a_token_is_spelled_as_text_and_bytes() -> None:
     speller = TokenSpeller(TOKENIZER)
     letter, first_of_four = encode(TOKENIZER, "a")[0], encode(TOKENIZER, "🙂")[0]
     assert (speller.spell(letter).text, speller.spell(letter).bytes) == ("a", b"a")

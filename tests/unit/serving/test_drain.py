@@ -1,4 +1,4 @@
-"""A node that is told to end answers what runs, refuses what comes, and stops when nothing is left or time is up."""
+"""A draining node answers running requests, rejects new ones, and stops when none is left or the drain times out."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def node() -> Iterator[Node]:
         yield node
 
 
-def begun(node: Node, **options: Any) -> Iterator[Any]:
-    """A streamed answer that waits after its first tokens."""
+def start_stream(node: Node, **options: Any) -> Iterator[Any]:
+    """Return a stream that waits after its first tokens."""
     node.engine.gate.clear()
     stream: Iterator[Any] = iter(node.ask("a long answer", stream=True, **options))
     for chunk in stream:
@@ -31,13 +31,13 @@ def begun(node: Node, **options: Any) -> Iterator[Any]:
     raise AssertionError
 
 
-def end(node: Node) -> None:
+def drain(node: Node) -> None:
     node.server.handle_exit(signal.SIGTERM, None)
 
 
-def test_what_runs_is_answered_and_then_the_server_ends(node: Node) -> None:
-    stream = begun(node)
-    end(node)
+def test_running_requests_are_answered_before_the_server_stops(node: Node) -> None:
+    stream = start_stream(node)
+    drain(node)
     assert httpx.get(f"{node.url}/ready").status_code == 503
     node.engine.gate.set()
     chunks = list(stream)
@@ -45,16 +45,16 @@ def test_what_runs_is_answered_and_then_the_server_ends(node: Node) -> None:
     eventually(lambda: not _listens(node))
 
 
-def test_while_it_drains_the_node_is_healthy_but_not_ready_and_refuses_requests(node: Node) -> None:
-    stream = begun(node)
-    end(node)
+def test_a_draining_node_is_healthy_but_not_ready_and_rejects_requests(node: Node) -> None:
+    stream = start_stream(node)
+    drain(node)
     assert httpx.get(f"{node.url}/health").status_code == 200
     ready = httpx.get(f"{node.url}/ready")
     assert (ready.status_code, ready.json()["draining"]) == (503, True)
     assert ServeStatus.model_validate(httpx.get(f"{node.url}/status").json()).draining
-    for refused in (lambda: node.ask("hello"), lambda: node.complete("hello"), node.client.models.list):
+    for request in (lambda: node.ask("hello"), lambda: node.complete("hello"), node.client.models.list):
         with pytest.raises(openai.InternalServerError) as raised:
-            refused()
+            request()
         assert (raised.value.status_code, raised.value.code) == (503, "node_draining")
         assert raised.value.response.headers["connection"] == "close"
     assert len(node.engine.requests) == 1
@@ -62,24 +62,24 @@ def test_while_it_drains_the_node_is_healthy_but_not_ready_and_refuses_requests(
     assert list(stream)[-1].choices[0].finish_reason == "stop"
 
 
-def test_a_node_without_requests_ends_at_once(node: Node) -> None:
-    end(node)
+def test_a_node_without_requests_stops_at_once(node: Node) -> None:
+    drain(node)
     eventually(lambda: not _listens(node))
 
 
-def test_what_outlasts_the_drain_is_ended_with_an_error_that_says_so() -> None:
+def test_a_request_that_outlasts_the_drain_gets_an_error() -> None:
     with running_node(Serve(drain_timeout=0.3)) as node:
-        stream = begun(node)
-        end(node)
+        stream = start_stream(node)
+        drain(node)
         with pytest.raises(openai.APIError, match="stopped before the answer was complete"):
             list(stream)
         eventually(lambda: not _listens(node))
 
 
-def test_a_second_signal_does_not_wait(node: Node) -> None:
-    stream = begun(node)
-    end(node)
-    end(node)
+def test_a_second_signal_stops_the_server_at_once(node: Node) -> None:
+    stream = start_stream(node)
+    drain(node)
+    drain(node)
     eventually(lambda: not _listens(node))
     node.engine.gate.set()
     list(stream)

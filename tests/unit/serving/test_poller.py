@@ -1,4 +1,4 @@
-"""The node follows the alias, refuses what is at fault for good, and asks again when the registry is away."""
+"""The version poller: aliases, canary slices, updates, pins, defective versions, and an unreachable registry."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_a_version_is_swapped_in_once_with_its_weights(
     assert [(s.version, s.in_flight, s.pause_ms) for s in poller.swaps] == [("1", 3, 1.5)]
 
 
-def test_an_alias_that_nobody_records_is_followed_back_to_an_older_version(
+def test_an_unrecorded_alias_is_followed_back_to_an_older_version(
     poller: VersionPoller, registry: FakeRegistry, engine: FakeEngine
 ) -> None:
     for registry.alias in ("1", "3", "2"):
@@ -87,7 +87,7 @@ def test_an_alias_that_nobody_records_is_followed_back_to_an_older_version(
     assert engine.versions == ["1", "3", "2"]
 
 
-def test_a_recorded_alias_is_followed_back_when_the_record_says_so(
+def test_a_recorded_alias_is_followed_back_only_with_a_newer_audit_state(
     poller: VersionPoller, registry: FakeRegistry, engine: FakeEngine
 ) -> None:
     registry.alias = "3"
@@ -103,7 +103,7 @@ def test_a_recorded_alias_is_followed_back_when_the_record_says_so(
     assert (engine.versions, poller.update_blocked) == (["3", "2"], None)
 
 
-def test_old_answers_are_passed_over_and_counted(
+def test_stale_answers_are_ignored_and_counted(
     poller: VersionPoller, registry: FakeRegistry, engine: FakeEngine
 ) -> None:
     registry.alias = "1"
@@ -119,7 +119,7 @@ def test_old_answers_are_passed_over_and_counted(
     assert (engine.versions, poller.alias_version, poller.stale_count, poller.error) == (["1", "2"], "2", 6, None)
 
 
-def test_a_record_that_cannot_be_read_counts_as_none_and_is_told(
+def test_an_unreadable_audit_state_counts_as_none_and_is_reported(
     poller: VersionPoller, registry: FakeRegistry, engine: FakeEngine
 ) -> None:
     registry.unreadable = "tag aurora.audited: not JSON"
@@ -133,28 +133,26 @@ def test_a_record_that_cannot_be_read_counts_as_none_and_is_told(
     assert poller.update_blocked is None
 
 
-def test_an_alias_that_is_taken_away_leaves_the_draft(
-    poller: VersionPoller, registry: FakeRegistry, engine: FakeEngine
-) -> None:
+def test_a_deleted_alias_keeps_the_draft(poller: VersionPoller, registry: FakeRegistry, engine: FakeEngine) -> None:
     for registry.alias in ("1", None, "1"):
         poller.poll()
     assert engine.versions == ["1"]
 
 
-def test_a_version_of_another_line_is_refused_for_good_and_the_next_one_served(
+def test_a_version_of_another_line_is_rejected_for_good_and_the_next_one_served(
     poller: VersionPoller, registry: FakeRegistry, engine: FakeEngine
 ) -> None:
     registry.foreign = {"2"}
     for registry.alias in ("1", "2", "2", "2", "3"):
         poller.poll()
     assert (engine.versions, registry.downloads) == (["1", "3"], ["1", "2", "3"])
-    (refusal,) = poller.rejected
-    assert refusal.version == "2"
-    assert "speculator line" in refusal.why
+    (rejected,) = poller.rejected
+    assert rejected.version == "2"
+    assert "speculator line" in rejected.why
     assert poller.error is None
 
 
-def test_a_draft_that_fails_the_smoke_test_is_refused(
+def test_a_draft_that_fails_the_smoke_test_is_rejected(
     poller: VersionPoller, registry: FakeRegistry, engine: FakeEngine
 ) -> None:
     registry.alias, engine.not_finite = "1", True
@@ -163,7 +161,7 @@ def test_a_draft_that_fails_the_smoke_test_is_refused(
     assert "not finite" in poller.rejected[0].why
 
 
-def test_a_registry_that_is_away_is_told_and_forgotten_when_it_is_back(
+def test_an_unreachable_registry_is_reported_until_it_answers(
     poller: VersionPoller, registry: FakeRegistry, engine: FakeEngine
 ) -> None:
     registry.alias, registry.unreachable = "1", True
@@ -175,7 +173,7 @@ def test_a_registry_that_is_away_is_told_and_forgotten_when_it_is_back(
     assert (engine.versions, poller.rejected) == (["1"], ())
 
 
-def test_an_outage_of_any_length_is_made_good_by_the_first_answer_after_it(
+def test_the_first_answer_after_an_outage_is_followed(
     poller: VersionPoller, registry: FakeRegistry, engine: FakeEngine
 ) -> None:
     registry.alias = "1"
@@ -191,7 +189,7 @@ def test_an_outage_of_any_length_is_made_good_by_the_first_answer_after_it(
     assert (engine.versions, poller.error) == (["1", "2"], None)
 
 
-def test_a_swap_that_fails_is_tried_again(poller: VersionPoller, registry: FakeRegistry, engine: FakeEngine) -> None:
+def test_a_failed_swap_is_retried(poller: VersionPoller, registry: FakeRegistry, engine: FakeEngine) -> None:
     registry.alias, engine.broken = "1", True
     poller.poll()
     assert poller.error == "the engine is stopping"
@@ -207,8 +205,8 @@ class Clock:
     def __call__(self) -> float:
         return self.now
 
-    def go_to_slice_of(self, role: str) -> None:
-        """Move on to the next slice in which that role's turn is on ``node-0``."""
+    def advance_to_slice_of(self, role: str) -> None:
+        """Advance to the next slice in which ``node-0`` serves the role."""
         self.now += SLICE_S
         while is_canary_slice("node-0", slice_number(self.now, SLICE_S), SHARE) != (role == "canary"):
             self.now += SLICE_S
@@ -223,85 +221,85 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def trying(registry: FakeRegistry, engine: FakeEngine, clock: Clock) -> VersionPoller:
+def canary_poller(registry: FakeRegistry, engine: FakeEngine, clock: Clock) -> VersionPoller:
     registry.alias, registry.canary = "1", "2"
     return VersionPoller(registry, engine, Settings(canary=Canary(share=SHARE, slice_duration=SLICE_S)), clock)  # type: ignore[arg-type]
 
 
 def test_a_canary_is_served_in_its_slices_and_the_champion_in_the_others(
-    trying: VersionPoller, registry: FakeRegistry, engine: FakeEngine, clock: Clock
+    canary_poller: VersionPoller, registry: FakeRegistry, engine: FakeEngine, clock: Clock
 ) -> None:
     served = []
     for role in ("champion", "canary", "canary", "champion", "canary"):
-        clock.go_to_slice_of(role)
-        trying.poll()
-        assert trying.role == role
+        clock.advance_to_slice_of(role)
+        canary_poller.poll()
+        assert canary_poller.role == role
         served.append(engine.versions[-1])
     assert served == ["1", "2", "2", "1", "2"]
-    assert (trying.alias_version, trying.canary) == ("1", "2")
+    assert (canary_poller.alias_version, canary_poller.canary) == ("1", "2")
     assert registry.downloads == ["1", "2"]
 
 
-def test_a_canary_that_is_over_ends_at_once(
-    trying: VersionPoller, registry: FakeRegistry, engine: FakeEngine, clock: Clock
+def test_a_canary_ends_at_once(
+    canary_poller: VersionPoller, registry: FakeRegistry, engine: FakeEngine, clock: Clock
 ) -> None:
-    clock.go_to_slice_of("canary")
-    trying.poll()
+    clock.advance_to_slice_of("canary")
+    canary_poller.poll()
     registry.canary = None
-    trying.poll()
-    assert (engine.versions[-1], trying.role, trying.canary) == ("1", "champion", None)
+    canary_poller.poll()
+    assert (engine.versions[-1], canary_poller.role, canary_poller.canary) == ("1", "champion", None)
     assert registry.downloads == ["1", "2"]
 
 
-def test_a_canary_that_is_over_ends_though_the_next_champion_cannot_be_fetched(
-    trying: VersionPoller, registry: FakeRegistry, engine: FakeEngine, clock: Clock
+def test_a_canary_ends_although_the_next_champion_cannot_be_downloaded(
+    canary_poller: VersionPoller, registry: FakeRegistry, engine: FakeEngine, clock: Clock
 ) -> None:
-    clock.go_to_slice_of("canary")
-    trying.poll()
+    clock.advance_to_slice_of("canary")
+    canary_poller.poll()
     registry.alias, registry.canary, registry.broken = "3", None, True
-    trying.poll()
-    assert (engine.versions[-1], trying.role, trying.error) == ("1", "champion", "connection reset")
+    canary_poller.poll()
+    assert (engine.versions[-1], canary_poller.role, canary_poller.error) == ("1", "champion", "connection reset")
     registry.broken = False
-    trying.poll()
+    canary_poller.poll()
     assert engine.versions[-1] == "3"
 
 
-def test_a_canary_that_became_champion_stays(
-    trying: VersionPoller, registry: FakeRegistry, engine: FakeEngine, clock: Clock
+def test_a_promoted_canary_stays_active(
+    canary_poller: VersionPoller, registry: FakeRegistry, engine: FakeEngine, clock: Clock
 ) -> None:
-    clock.go_to_slice_of("canary")
-    trying.poll()
+    clock.advance_to_slice_of("canary")
+    canary_poller.poll()
     for registry.canary in ("2", None):
         registry.alias = "2"
-        trying.poll()
-        assert (engine.versions[-1], trying.role, trying.canary) == ("2", "champion", None)
+        canary_poller.poll()
+        assert (engine.versions[-1], canary_poller.role, canary_poller.canary) == ("2", "champion", None)
     assert registry.downloads == ["1", "2"]
 
 
-def test_a_canary_at_fault_is_refused_and_the_champion_serves_its_slices(
-    trying: VersionPoller, registry: FakeRegistry, engine: FakeEngine, clock: Clock
+def test_a_defective_canary_is_rejected_and_the_champion_serves_its_slices(
+    canary_poller: VersionPoller, registry: FakeRegistry, engine: FakeEngine, clock: Clock
 ) -> None:
     registry.foreign = {"2"}
-    clock.go_to_slice_of("canary")
-    trying.poll()
-    assert (engine.versions, trying.role, trying.canary) == (["1"], "champion", None)
-    assert [refusal.version for refusal in trying.rejected] == ["2"]
+    clock.advance_to_slice_of("canary")
+    canary_poller.poll()
+    assert (engine.versions, canary_poller.role, canary_poller.canary) == (["1"], "champion", None)
+    assert [rejected.version for rejected in canary_poller.rejected] == ["2"]
 
 
-def test_without_a_champion_there_is_nothing_to_try_a_canary_against(
-    trying: VersionPoller, registry: FakeRegistry, engine: FakeEngine, clock: Clock
+def test_without_a_champion_a_canary_is_not_served(
+    canary_poller: VersionPoller, registry: FakeRegistry, engine: FakeEngine, clock: Clock
 ) -> None:
     registry.alias = None
-    clock.go_to_slice_of("canary")
-    trying.poll()
-    assert (engine.versions, trying.role) == ([], None)
+    clock.advance_to_slice_of("canary")
+    canary_poller.poll()
+    assert (engine.versions, canary_poller.role) == ([], None)
 
 
 @pytest.mark.parametrize(
     ("serve", "share", "version"),
     [(Serve(), 0.0, "1"), (Serve(alias="canary"), 1.0, "2"), (Serve(alias="mine"), 1.0, None), (Serve(), 1.0, "2")],
 )
-def test_only_a_node_that_follows_the_champion_takes_part_in_trials(
+def test_only_a_node_that_follows_the_champion_serves_canaries(
     registry: FakeRegistry, engine: FakeEngine, clock: Clock, serve: Serve, share: float, version: str | None
 ) -> None:
     registry.alias, registry.canary = "1", "2"
@@ -314,53 +312,59 @@ def test_only_a_node_that_follows_the_champion_takes_part_in_trials(
 
 
 @pytest.fixture
-def lazy(registry: FakeRegistry, engine: FakeEngine, clock: Clock) -> VersionPoller:
-    """Takes a newer version over once a minute at most."""
+def lazy_poller(registry: FakeRegistry, engine: FakeEngine, clock: Clock) -> VersionPoller:
+    """A poller that updates once a minute at most."""
     settings = Settings(update=Update(min_interval=60.0, jitter=0.0), canary=Canary(share=1.0))
     return VersionPoller(registry, engine, settings, clock, clock)  # type: ignore[arg-type]
 
 
-def test_newer_versions_are_taken_over_once_an_interval_and_only_then_fetched(
-    lazy: VersionPoller, registry: FakeRegistry, engine: FakeEngine, clock: Clock
+def test_newer_versions_are_downloaded_once_per_interval(
+    lazy_poller: VersionPoller, registry: FakeRegistry, engine: FakeEngine, clock: Clock
 ) -> None:
     for clock.now, registry.alias in ((0, "1"), (1, "2"), (2, "3"), (60, "4"), (61, "4")):
-        lazy.poll()
-    assert (engine.versions, registry.downloads, lazy.pending_version) == (["1", "2", "4"], ["1", "2", "4"], None)
+        lazy_poller.poll()
+    assert (engine.versions, registry.downloads, lazy_poller.pending_version) == (
+        ["1", "2", "4"],
+        ["1", "2", "4"],
+        None,
+    )
     registry.alias = "3"
-    lazy.poll()
+    lazy_poller.poll()
     assert engine.versions[-1] == "3"
     registry.alias = "4"
-    lazy.poll()
-    assert (engine.versions[-1], lazy.pending_version) == ("3", "4")
+    lazy_poller.poll()
+    assert (engine.versions[-1], lazy_poller.pending_version) == ("3", "4")
     registry.alias = "3"
-    lazy.poll()
-    assert lazy.pending_version is None
+    lazy_poller.poll()
+    assert lazy_poller.pending_version is None
 
 
-def test_a_canary_and_its_end_wait_for_no_interval(
-    lazy: VersionPoller, registry: FakeRegistry, engine: FakeEngine, clock: Clock
+def test_a_canary_and_its_end_are_not_delayed(
+    lazy_poller: VersionPoller, registry: FakeRegistry, engine: FakeEngine, clock: Clock
 ) -> None:
     for registry.alias in ("1", "2"):
-        lazy.poll()
+        lazy_poller.poll()
     for registry.canary in ("4", None):
         clock.now += 1
-        lazy.poll()
+        lazy_poller.poll()
     assert engine.versions == ["1", "2", "4", "2"]
 
 
-def test_a_canary_that_became_champion_is_not_left_for_an_interval(
-    lazy: VersionPoller, registry: FakeRegistry, engine: FakeEngine, clock: Clock
+def test_the_update_to_a_promoted_canary_is_not_delayed(
+    lazy_poller: VersionPoller, registry: FakeRegistry, engine: FakeEngine, clock: Clock
 ) -> None:
     for registry.alias in ("1", "2"):
-        lazy.poll()
+        lazy_poller.poll()
     registry.canary = "4"
-    lazy.poll()
+    lazy_poller.poll()
     registry.alias, registry.canary = "4", None
-    lazy.poll()
-    assert (engine.versions, lazy.role) == (["1", "2", "4"], "champion")
+    lazy_poller.poll()
+    assert (engine.versions, lazy_poller.role) == (["1", "2", "4"], "champion")
 
 
-def test_turns_are_taken_on_time_while_the_registry_does_not_answer(registry: FakeRegistry, engine: FakeEngine) -> None:
+def test_slices_are_served_on_time_while_the_registry_does_not_answer(
+    registry: FakeRegistry, engine: FakeEngine
+) -> None:
     registry.alias, registry.canary = "1", "2"
     settings = Settings(serve=Serve(poll_interval=0.01), canary=Canary(share=0.5, slice_duration=0.05))
     poller = VersionPoller(registry, engine, settings)  # type: ignore[arg-type]
@@ -375,73 +379,73 @@ def test_turns_are_taken_on_time_while_the_registry_does_not_answer(registry: Fa
 
 
 @pytest.fixture
-def running(poller: VersionPoller) -> Iterator[VersionPoller]:
+def running_poller(poller: VersionPoller) -> Iterator[VersionPoller]:
     poller.start()
     yield poller
     poller.stop()
 
 
-def test_a_pinned_version_stays_while_the_alias_moves_and_goes_when_unpinned(
-    running: VersionPoller, registry: FakeRegistry, engine: FakeEngine
+def test_a_pinned_version_stays_active_until_it_is_unpinned(
+    running_poller: VersionPoller, registry: FakeRegistry, engine: FakeEngine
 ) -> None:
-    running.pin("2").result(10)
-    assert (running.pinned, engine.versions) == ("2", ["2"])
+    running_poller.pin("2").result(10)
+    assert (running_poller.pinned, engine.versions) == ("2", ["2"])
     registry.alias = "3"
-    running.poll()
-    assert (running.alias_version, engine.versions) == ("3", ["2"])
-    running.unpin().result(10)
-    assert (running.pinned, engine.versions) == (None, ["2", "3"])
+    running_poller.poll()
+    assert (running_poller.alias_version, engine.versions) == ("3", ["2"])
+    running_poller.unpin().result(10)
+    assert (running_poller.pinned, engine.versions) == (None, ["2", "3"])
 
 
-def test_a_pinned_version_is_above_a_canary(
-    trying: VersionPoller, registry: FakeRegistry, engine: FakeEngine, clock: Clock
+def test_a_pin_overrides_a_canary(
+    canary_poller: VersionPoller, registry: FakeRegistry, engine: FakeEngine, clock: Clock
 ) -> None:
-    clock.go_to_slice_of("canary")
-    trying.start()
-    trying.pin("3").result(10)
-    trying.poll()
-    assert (engine.versions[-1], trying.role) == ("3", "pinned")
-    trying.unpin().result(10)
-    assert (engine.versions[-1], trying.role) == ("2", "canary")
-    trying.stop()
+    clock.advance_to_slice_of("canary")
+    canary_poller.start()
+    canary_poller.pin("3").result(10)
+    canary_poller.poll()
+    assert (engine.versions[-1], canary_poller.role) == ("3", "pinned")
+    canary_poller.unpin().result(10)
+    assert (engine.versions[-1], canary_poller.role) == ("2", "canary")
+    canary_poller.stop()
 
 
-def test_what_is_served_already_is_pinned_without_a_swap(
-    running: VersionPoller, registry: FakeRegistry, engine: FakeEngine
+def test_the_active_version_is_pinned_without_a_swap(
+    running_poller: VersionPoller, registry: FakeRegistry, engine: FakeEngine
 ) -> None:
     registry.alias = "1"
-    running.poll()
-    running.pin("1").result(10)
-    assert (running.pinned, registry.downloads, engine.versions) == ("1", ["1"], ["1"])
+    running_poller.poll()
+    running_poller.pin("1").result(10)
+    assert (running_poller.pinned, registry.downloads, engine.versions) == ("1", ["1"], ["1"])
 
 
-def test_a_pin_that_fails_says_why_and_leaves_the_pin_before(
-    running: VersionPoller, registry: FakeRegistry, engine: FakeEngine
+def test_a_failed_pin_reports_the_reason_and_keeps_the_pin_before(
+    running_poller: VersionPoller, registry: FakeRegistry, engine: FakeEngine
 ) -> None:
-    running.pin("1").result(10)
+    running_poller.pin("1").result(10)
     registry.foreign = {"2"}
     with pytest.raises(RejectedVersionError, match=r"version 2 is rejected: .*speculator line"):
-        running.pin("2").result(10)
+        running_poller.pin("2").result(10)
     with pytest.raises(UnknownVersionError, match="no version '9'"):
-        running.pin("9").result(10)
+        running_poller.pin("9").result(10)
     registry.unreachable = True
     with pytest.raises(RegistryError, match="connection refused"):
-        running.pin("3").result(10)
+        running_poller.pin("3").result(10)
     registry.unreachable, engine.broken = False, True
     with pytest.raises(RuntimeError, match="stopping"):
-        running.pin("3").result(10)
-    assert (running.pinned, engine.versions) == ("1", ["1"])
+        running_poller.pin("3").result(10)
+    assert (running_poller.pinned, engine.versions) == ("1", ["1"])
 
 
-def test_orders_are_carried_out_in_their_order(running: VersionPoller, engine: FakeEngine) -> None:
-    orders = [running.pin("1"), running.unpin(), running.pin("2"), running.pin("3")]
-    for order in orders:
-        order.result(10)
-    assert (running.pinned, engine.versions) == ("3", ["1", "2", "3"])
+def test_pins_are_executed_in_order(running_poller: VersionPoller, engine: FakeEngine) -> None:
+    requests = [running_poller.pin("1"), running_poller.unpin(), running_poller.pin("2"), running_poller.pin("3")]
+    for request in requests:
+        request.result(10)
+    assert (running_poller.pinned, engine.versions) == ("3", ["1", "2", "3"])
 
 
 @given(failures=st.integers(0, 10_000), poll_s=st.floats(0.01, 600))
-def test_waits_grow_with_failures_and_stay_bounded(failures: int, poll_s: float) -> None:
+def test_delays_grow_with_failures_and_stay_bounded(failures: int, poll_s: float) -> None:
     assert poll_s <= poll_delay(failures, poll_s) <= max(poll_s, MAX_POLL_DELAY_S)
     assert poll_delay(failures, poll_s) <= poll_delay(failures + 1, poll_s)
     assert poll_delay(0, poll_s) == poll_s

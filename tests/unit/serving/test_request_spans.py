@@ -1,4 +1,4 @@
-"""What a node makes of a client's trace: ids of answers, and one span for each request however it ends."""
+"""Trace context of requests: ids of answers, and one span per request."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ CLIENT = TraceContext("4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7")
 
 
 @pytest.fixture
-def told() -> Iterator[list[Any]]:
-    """The lines that are told meanwhile."""
+def log_lines() -> Iterator[list[Any]]:
+    """The log lines of the test."""
     with capture_logs() as lines:
         spans.configure("serve", Telemetry())
         yield lines
@@ -37,30 +37,30 @@ def requests(lines: list[Any]) -> list[Any]:
     return [line for line in lines if line["event"] == "request_finished"]
 
 
-def test_requests_of_one_trace_are_spans_of_their_own(told: list[Any]) -> None:
+def test_each_request_of_a_trace_has_its_own_span(log_lines: list[Any]) -> None:
     with running_node() as node:
         ids = [post(node, CLIENT.to_traceparent()).json()["id"] for _ in range(2)]
     contexts = [trace_context.request_context(name) for name in ids]
     assert {context.trace_id for context in contexts} == {CLIENT.trace_id}
     assert len({CLIENT.span_id, *(context.span_id for context in contexts)}) == 3
-    assert [(line["trace_id"], line["span_id"]) for line in requests(told)] == [
+    assert [(line["trace_id"], line["span_id"]) for line in requests(log_lines)] == [
         (c.trace_id, c.span_id) for c in contexts
     ]
 
 
 @pytest.mark.parametrize("header", [None, "nonsense", CLIENT.to_traceparent().replace("00-", "ff-", 1)])
-def test_without_a_trace_of_the_client_one_begins(header: str | None) -> None:
+def test_a_request_without_a_valid_traceparent_starts_a_trace(header: str | None) -> None:
     with running_node() as node:
         ids = [post(node, header).json()["id"] for _ in range(2)]
     traces = {trace_context.request_context(name).trace_id for name in ids}
     assert len(traces | {CLIENT.trace_id}) == 3
 
 
-def test_several_choices_are_one_span(told: list[Any]) -> None:
+def test_several_choices_share_one_span(log_lines: list[Any]) -> None:
     with running_node() as node:
         answer = post(node, CLIENT.to_traceparent(), n=3).json()
         sequences = [request.id for request in node.engine.requests]
-    (line,) = requests(told)
+    (line,) = requests(log_lines)
     assert (line["gen_ai.response.id"], line["gen_ai.request.choice.count"], line["trace_id"]) == (
         answer["id"],
         3,
@@ -70,10 +70,10 @@ def test_several_choices_are_one_span(told: list[Any]) -> None:
     assert {trace_context.request_context(name).span_id for name in sequences} == {line["span_id"]}
 
 
-def test_a_stream_is_told_when_it_has_ended(told: list[Any]) -> None:
+def test_a_stream_records_its_span_when_it_ends(log_lines: list[Any]) -> None:
     with running_node() as node:
         streamed = post(node, CLIENT.to_traceparent(), stream=True).text
-    (line,) = requests(told)
+    (line,) = requests(log_lines)
     assert line["gen_ai.response.id"] in streamed
     assert line["gen_ai.response.finish_reasons"] == ["stop"]
     assert line["traced"]

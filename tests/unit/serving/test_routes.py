@@ -1,4 +1,4 @@
-"""Chat completions against the official client, over a real socket and an engine that echoes."""
+"""Chat completions with OpenAI's client, over a real socket and an echo engine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def node() -> Iterator[Node]:
         yield node
 
 
-def test_an_answer_has_text_usage_and_how_it_was_decoded(node: Node) -> None:
+def test_an_answer_has_text_usage_and_decoding_statistics(node: Node) -> None:
     answer = node.ask("grüße 🙂")
     tokens = len("grüße 🙂".encode())
     verify_steps = -(-tokens // 2)
@@ -38,7 +38,7 @@ def test_an_answer_has_text_usage_and_how_it_was_decoded(node: Node) -> None:
     }
 
 
-def test_a_stream_gives_the_same_text_in_whole_characters_and_usage_last(node: Node) -> None:
+def test_a_stream_has_whole_characters_and_the_usage_last(node: Node) -> None:
     chunks = list(node.ask("grüße 🙂 ✓", stream=True, stream_options={"include_usage": True}))
     texts = [c.choices[0].delta.content for c in chunks if c.choices and c.choices[0].delta.content]
     assert "".join(texts) == "grüße 🙂 ✓"
@@ -52,11 +52,11 @@ def test_a_stream_gives_the_same_text_in_whole_characters_and_usage_last(node: N
     assert {c.id for c in chunks} == {node.engine.requests[0].id}
 
 
-def test_usage_is_streamed_only_when_asked_for(node: Node) -> None:
+def test_usage_is_streamed_only_on_request(node: Node) -> None:
     assert all(c.usage is None and c.choices for c in node.ask(stream=True))
 
 
-def test_usage_can_run_along_with_the_chunks(node: Node) -> None:
+def test_every_chunk_can_carry_the_usage(node: Node) -> None:
     options = {"include_usage": True, "continuous_usage_stats": True}
     chunks = list(node.ask("hello", stream=True, stream_options=options))
     counts = [c.usage.completion_tokens for c in chunks]
@@ -91,7 +91,7 @@ def test_the_parameters_reach_the_engine(node: Node) -> None:
     assert answer.json()["choices"][0]["finish_reason"] == "length"
 
 
-def test_the_defaults_are_those_of_openai_and_all_the_room_there_is(node: Node) -> None:
+def test_the_defaults_are_openais_and_the_maximum_length(node: Node) -> None:
     answer = node.post()
     (request,) = node.engine.requests
     assert (request.max_tokens, request.temperature, request.top_p, request.seed) == (195, 1.0, 1.0, None)
@@ -140,7 +140,7 @@ def test_a_stop_string_is_cut_out_and_ends_the_request(node: Node, stream: bool)
         ({"messages": [{"role": "user", "content": "x" * 200}]}, "messages", "context_length_exceeded"),
     ],
 )
-def test_what_cannot_be_served_is_refused_by_name_in_openais_shape(
+def test_an_unsupported_parameter_is_rejected_by_name_in_openais_shape(
     node: Node, body: dict[str, Any], param: str, code: str
 ) -> None:
     answer = node.post(**body)
@@ -152,7 +152,7 @@ def test_what_cannot_be_served_is_refused_by_name_in_openais_shape(
     assert node.metric("aurora_serve_requests_total", outcome="rejected") == 1
 
 
-def test_a_body_that_is_no_json_and_a_path_that_is_not_there_answer_in_openais_shape(node: Node) -> None:
+def test_invalid_json_and_unknown_paths_get_errors_in_openais_shape(node: Node) -> None:
     answer = httpx.post(f"{node.url}/v1/chat/completions", content=b"{", headers={"content-type": "application/json"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_json")
     answer = httpx.get(f"{node.url}/v1/nothing")
@@ -162,13 +162,13 @@ def test_a_body_that_is_no_json_and_a_path_that_is_not_there_answer_in_openais_s
 @pytest.mark.parametrize(
     ("header", "value"), [("x-aurora-trace", "of"), ("x-aurora-speculate", "no"), ("x-aurora-label", "x" * 257)]
 )
-def test_a_header_that_says_nothing_known_is_refused(node: Node, header: str, value: str) -> None:
+def test_an_invalid_header_is_rejected(node: Node, header: str, value: str) -> None:
     with pytest.raises(openai.BadRequestError) as raised:
         node.ask(extra_headers={header: value})
     assert raised.value.param == header
 
 
-def test_a_full_engine_is_a_429_with_a_time_to_come_again(node: Node) -> None:
+def test_a_full_engine_is_a_429_with_retry_after(node: Node) -> None:
     node.engine.full = True
     with pytest.raises(openai.RateLimitError) as raised:
         node.ask()
@@ -177,7 +177,7 @@ def test_a_full_engine_is_a_429_with_a_time_to_come_again(node: Node) -> None:
     assert node.metric("aurora_serve_requests_total", outcome="rejected") == 1
 
 
-def test_a_dead_engine_is_a_503_and_the_node_unhealthy(node: Node) -> None:
+def test_a_stopped_engine_is_a_503_and_makes_the_node_unhealthy(node: Node) -> None:
     assert httpx.get(f"{node.url}/health").status_code == httpx.get(f"{node.url}/ready").status_code == 200
     node.engine.dead = True
     with pytest.raises(openai.InternalServerError) as raised:
@@ -186,7 +186,7 @@ def test_a_dead_engine_is_a_503_and_the_node_unhealthy(node: Node) -> None:
     assert httpx.get(f"{node.url}/health").status_code == httpx.get(f"{node.url}/ready").status_code == 503
 
 
-def test_an_engine_that_fails_in_mid_answer_is_told_to_the_client(node: Node) -> None:
+def test_an_engine_failure_during_an_answer_is_reported_to_the_client(node: Node) -> None:
     node.engine.dies_with = "cache torn"
     with pytest.raises(openai.InternalServerError, match="cache torn"):
         node.ask()
@@ -195,7 +195,7 @@ def test_an_engine_that_fails_in_mid_answer_is_told_to_the_client(node: Node) ->
     assert node.metric("aurora_serve_requests_total", outcome="failed") == 2
 
 
-def test_a_client_that_leaves_a_stream_frees_the_engine(node: Node) -> None:
+def test_a_disconnect_during_a_stream_cancels_the_request(node: Node) -> None:
     node.engine.gate.clear()
     stream = node.ask("a long answer", stream=True)
     for chunk in stream:
@@ -206,7 +206,7 @@ def test_a_client_that_leaves_a_stream_frees_the_engine(node: Node) -> None:
     eventually(lambda: node.metric("aurora_serve_requests_total", outcome="cancelled") == 1)
 
 
-def test_a_client_that_leaves_before_the_answer_frees_the_engine(node: Node) -> None:
+def test_a_disconnect_before_the_answer_cancels_the_request(node: Node) -> None:
     node.engine.gate.clear()
     with pytest.raises(openai.APITimeoutError):
         node.ask("a long answer", timeout=0.5)
@@ -214,7 +214,7 @@ def test_a_client_that_leaves_before_the_answer_frees_the_engine(node: Node) -> 
     eventually(lambda: node.metric("aurora_serve_requests_total", outcome="cancelled") == 1)
 
 
-def test_answers_run_side_by_side(node: Node) -> None:
+def test_requests_are_answered_concurrently(node: Node) -> None:
     node.engine.gate.clear()
     first, second = node.ask("first answer", stream=True), node.ask("second answer", stream=True)
     eventually(lambda: len(node.engine.requests) == 2)

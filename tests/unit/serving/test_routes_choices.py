@@ -1,4 +1,4 @@
-"""Several choices of one request: each its own sequence in the engine, all of them or none."""
+"""Requests with several choices: each choice is a sequence in the engine; all are queued, or none."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def node() -> Iterator[Node]:
 
 
 def texts(chunks: list[Any]) -> dict[int, str]:
-    """Streamed texts by choice."""
+    """Return the streamed texts by choice."""
     found: dict[int, str] = {}
     for choice in (choice for chunk in chunks for choice in chunk.choices):
         found[choice.index] = found.get(choice.index, "") + (choice.delta.content or "")
@@ -35,24 +35,24 @@ def test_every_choice_is_a_sequence_of_its_own_with_the_next_seed(node: Node) ->
     ]
 
 
-def test_the_last_seed_is_followed_by_the_first(node: Node) -> None:
+def test_seeds_wrap_around(node: Node) -> None:
     node.ask(n=2, seed=2**63 - 1)
     assert [r.seed for r in node.engine.requests] == [2**63 - 1, -(2**63)]
 
 
-def test_without_a_seed_no_choice_has_one(node: Node) -> None:
+def test_choices_have_no_seed_without_one_in_the_request(node: Node) -> None:
     node.ask(n=2)
     assert [r.seed for r in node.engine.requests] == [None, None]
 
 
-def test_the_prompt_is_paid_once_and_every_answer(node: Node) -> None:
+def test_usage_counts_the_prompt_once_and_every_answer(node: Node) -> None:
     answer = node.ask("hello", n=3)
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (5, 15)
     assert answer.aurora == {"verify_steps": 9, "drafted": 27, "accepted": 9, "speculators": ["day-0-head-0"]}
     assert node.metric("aurora_serve_requests_total", outcome="stop") == 3
 
 
-def test_streamed_choices_come_side_by_side_under_their_index(node: Node) -> None:
+def test_streamed_choices_are_interleaved_and_carry_their_index(node: Node) -> None:
     node.engine.gate.clear()
     stream = iter(node.ask("hello", n=2, stream=True, stream_options={"include_usage": True}))
     chunks = [next(stream) for _ in range(4)]
@@ -66,13 +66,13 @@ def test_streamed_choices_come_side_by_side_under_their_index(node: Node) -> Non
     assert (chunks[-1].usage.prompt_tokens, chunks[-1].usage.completion_tokens) == (5, 10)
 
 
-def test_more_choices_than_the_node_gives_are_refused_by_the_settings_name(node: Node) -> None:
+def test_too_many_choices_are_rejected_with_the_name_of_the_setting(node: Node) -> None:
     with pytest.raises(openai.BadRequestError, match=r"at most 4 .*serve\.max_choices"):
         node.ask(n=5)
     assert node.engine.requests == []
 
 
-def test_an_engine_without_room_for_all_choices_gives_none_and_forgets_the_others(node: Node) -> None:
+def test_an_engine_without_room_for_all_choices_cancels_the_others(node: Node) -> None:
     node.engine.room = 2
     node.engine.gate.clear()
     with pytest.raises(openai.RateLimitError):
@@ -82,7 +82,7 @@ def test_an_engine_without_room_for_all_choices_gives_none_and_forgets_the_other
     assert node.metric("aurora_serve_requests_total", outcome="cancelled") == 2
 
 
-def test_a_client_that_leaves_a_stream_frees_all_choices(node: Node) -> None:
+def test_a_disconnect_during_a_stream_cancels_all_choices(node: Node) -> None:
     node.engine.gate.clear()
     stream = node.ask("a long answer", n=3, stream=True)
     for chunk in stream:
@@ -93,14 +93,14 @@ def test_a_client_that_leaves_a_stream_frees_all_choices(node: Node) -> None:
     eventually(lambda: node.metric("aurora_serve_requests_total", outcome="cancelled") == 3)
 
 
-def test_a_client_that_leaves_before_the_answer_frees_all_choices(node: Node) -> None:
+def test_a_disconnect_before_the_answer_cancels_all_choices(node: Node) -> None:
     node.engine.gate.clear()
     with pytest.raises(openai.APITimeoutError):
         node.ask("a long answer", n=2, timeout=0.5)
     eventually(lambda: list(node.engine.ended.values()) == ["cancelled"] * 2)
 
 
-def test_a_choice_that_fails_fails_the_request_and_frees_the_others(node: Node) -> None:
+def test_a_failed_choice_fails_the_request_and_cancels_the_others(node: Node) -> None:
     node.engine.dies_with = "cache torn"
     with pytest.raises(openai.InternalServerError, match="cache torn"):
         node.ask(n=2)
@@ -109,7 +109,7 @@ def test_a_choice_that_fails_fails_the_request_and_frees_the_others(node: Node) 
     assert failed >= 1
 
 
-def test_a_stop_string_ends_every_choice_for_itself(node: Node) -> None:
+def test_a_stop_string_ends_each_choice_separately(node: Node) -> None:
     answer = node.ask("one two three", n=2, stop="tw")
     assert [c.message.content for c in answer.choices] == ["one ", "one "]
     assert answer.usage.completion_tokens == 2 * len("one tw")

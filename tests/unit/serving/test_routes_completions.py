@@ -1,4 +1,4 @@
-"""Text completions against the official client, over a real socket and an engine that echoes."""
+"""Text completions with OpenAI's client, over a real socket and an echo engine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def node() -> Iterator[Node]:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "told"),
+    ("prompt", "texts"),
     [
         ("hello", ["hello"]),
         (["hello", "world"], ["hello", "world"]),
@@ -30,26 +30,26 @@ def node() -> Iterator[Node]:
         ([HELLO, "world"], ["hello", "world"]),
     ],
 )
-def test_a_prompt_is_a_text_or_token_ids_alone_or_several(node: Node, prompt: Any, told: list[str]) -> None:
+def test_a_prompt_is_one_or_several_texts_or_lists_of_token_ids(node: Node, prompt: Any, texts: list[str]) -> None:
     answer = node.complete(prompt)
     assert [(c.index, c.text, c.finish_reason) for c in answer.choices] == [
-        (i, text, "stop") for i, text in enumerate(told)
+        (i, text, "stop") for i, text in enumerate(texts)
     ]
-    tokens = sum(len(text) for text in told)
+    tokens = sum(len(text) for text in texts)
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (tokens, tokens)
     assert answer.object == "text_completion"
     assert answer.id.startswith("cmpl-")
     assert answer.aurora["speculators"] == ["day-0-head-0"]
 
 
-def test_the_choices_of_a_prompt_stand_together_and_seeds_begin_again(node: Node) -> None:
+def test_choices_are_grouped_by_prompt_and_each_prompt_starts_at_the_seed(node: Node) -> None:
     answer = node.complete(["hello", "world"], n=2, seed=5)
     assert [c.text for c in answer.choices] == ["hello", "hello", "world", "world"]
     assert [r.seed for r in node.engine.requests] == [5, 6, 5, 6]
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (10, 20)
 
 
-def test_an_answer_is_sixteen_tokens_long_unless_more_is_asked_for(node: Node) -> None:
+def test_max_tokens_is_sixteen_by_default(node: Node) -> None:
     long = "x" * 40
     assert node.complete(long).choices[0].finish_reason == "length"
     assert len(node.complete(long).choices[0].text) == 16
@@ -58,12 +58,12 @@ def test_an_answer_is_sixteen_tokens_long_unless_more_is_asked_for(node: Node) -
 
 def test_streamed_completions_carry_their_index_and_end_with_usage(node: Node) -> None:
     stream = node.complete(["hello", "grüße 🙂"], stream=True, stream_options={"include_usage": True})
-    told, ends = ["", ""], {}
+    texts, ends = ["", ""], {}
     *chunks, last = list(stream)
     for (choice,) in (chunk.choices for chunk in chunks):
-        told[choice.index] += choice.text
+        texts[choice.index] += choice.text
         ends[choice.index] = choice.finish_reason
-    assert told == ["hello", "grüße 🙂"]
+    assert texts == ["hello", "grüße 🙂"]
     assert ends == {0: "stop", 1: "stop"}
     assert last.choices == []
     assert last.usage.completion_tokens == last.usage.prompt_tokens == len("hellogrüße 🙂".encode())
@@ -75,7 +75,7 @@ def test_a_stop_string_is_cut_out(node: Node) -> None:
     assert (choice.text, choice.finish_reason) == ("one ", "stop")
 
 
-def test_a_client_that_leaves_frees_every_prompt(node: Node) -> None:
+def test_a_disconnect_cancels_every_prompt(node: Node) -> None:
     node.engine.gate.clear()
     with pytest.raises(openai.APITimeoutError):
         node.complete(["a long answer", "another"], timeout=0.5)
@@ -105,7 +105,7 @@ def test_a_client_that_leaves_frees_every_prompt(node: Node) -> None:
         ({"model": "gpt-4"}, "model", "model_not_found"),
     ],
 )
-def test_what_cannot_be_served_is_refused_by_name(node: Node, body: dict[str, Any], param: str, code: str) -> None:
+def test_an_unsupported_parameter_is_rejected_by_name(node: Node, body: dict[str, Any], param: str, code: str) -> None:
     answer = node.post("/v1/completions", **body)
     error = answer.json()["error"]
     assert answer.status_code == (404 if code == "model_not_found" else 400)
@@ -114,6 +114,6 @@ def test_what_cannot_be_served_is_refused_by_name(node: Node, body: dict[str, An
     assert node.metric("aurora_serve_requests_total", outcome="rejected") == 1
 
 
-def test_what_asks_for_nothing_is_taken(node: Node) -> None:
+def test_parameters_with_neutral_values_are_accepted(node: Node) -> None:
     answer = node.post("/v1/completions", echo=False, suffix="", best_of=1, logit_bias={}, user="someone")
     assert answer.json()["choices"][0]["text"] == "hello"

@@ -1,4 +1,4 @@
-"""A server that the plugin does not know is left alone, with the reason."""
+"""The plugin does not record an unsupported server, and reports the reason."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from serving.engines.sglang.plugin import compatibility
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def test_the_plugin_leaves_the_metrics_library_alone_until_a_step() -> None:
-    """SGLang says where that library's files are only after it has called the plugins."""
+def test_importing_the_plugin_does_not_import_the_metrics_library() -> None:
+    """SGLang sets the folder of that library's files only after it has loaded the plugins."""
     code = "import sys, serving.engines.sglang.plugin.plugin; sys.exit('prometheus_client' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT).returncode == 0
 
@@ -30,7 +30,7 @@ def function(parameters: tuple[str, ...]) -> Any:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What stands for SGLang as released: every hooked function and every record, by its full name."""
+    """A fake of SGLang as released: every hooked function and every record, by its full name."""
     monkeypatch.setattr(compatibility, "version", lambda _: compatibility.VERSIONS[0])
     parts: dict[str, Any] = {target: function(parameters) for target, parameters in compatibility.SIGNATURES.items()}
     parts |= {target: dataclasses.make_dataclass("Record", fields) for target, fields in compatibility.FIELDS.items()}
@@ -53,11 +53,11 @@ def server(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return parts
 
 
-def test_a_server_as_released_is_recorded(server: dict[str, Any]) -> None:
+def test_a_released_server_is_supported(server: dict[str, Any]) -> None:
     assert compatibility.check_installation() is None
 
 
-def test_another_version_is_refused_with_the_known_ones(
+def test_another_version_is_rejected_with_the_supported_ones(
     server: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compatibility, "version", lambda _: "9.9.9")
@@ -92,7 +92,9 @@ def test_a_missing_function_is_named(server: dict[str, Any], monkeypatch: pytest
         (("npu", 1, True), "cpu and cuda"),
     ],
 )
-def test_a_server_that_was_started_otherwise_is_told_what_is_known(given: tuple[str, int, bool], setting: str) -> None:
+def test_an_unsupported_configuration_is_rejected_with_the_supported_one(
+    given: tuple[str, int, bool], setting: str
+) -> None:
     device, stages, is_eagle3 = given
     assert setting in (compatibility.check_server(device, stages, is_eagle3=is_eagle3) or "")
     assert compatibility.check_server("cuda", 1, is_eagle3=True) is None

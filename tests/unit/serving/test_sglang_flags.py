@@ -1,4 +1,4 @@
-"""What the node adds to SGLang's command line, and what it will not have there."""
+"""Flags that the node adds to SGLang's command line, and flags that it rejects."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def settings_of(**values: object) -> Settings:
 
 
 def added(given: list[str], settings: Settings, draft: DraftFolder | None = DRAFT) -> Flags:
-    asked = Flags(tuple(given))
-    flags.check(asked, settings)
-    whole = flags.build_arguments(asked, settings, draft)
+    given_flags = Flags(tuple(given))
+    flags.check(given_flags, settings)
+    whole = flags.build_arguments(given_flags, settings, draft)
     assert whole[len(whole) - len(given) :] == given
     return Flags(tuple(whole[: len(whole) - len(given)]))
 
 
-def test_a_plain_start_serves_the_target_with_the_draft_and_its_version() -> None:
+def test_the_default_flags_name_the_target_the_draft_and_its_version() -> None:
     found = added(
         [], settings_of(target__path="/models/m", target__served_model_name="m", serve__num_speculative_tokens=3)
     )
@@ -43,7 +43,7 @@ def test_a_plain_start_serves_the_target_with_the_draft_and_its_version() -> Non
     assert not found.has("--admin-api-key")
 
 
-def test_trees_are_as_large_as_the_settings_say_and_the_root_comes_on_top() -> None:
+def test_the_number_of_draft_tokens_includes_the_root() -> None:
     found = added(
         [], settings_of(serve__draft_tree_width=4, serve__draft_tree_nodes=20, serve__num_speculative_tokens=5)
     )
@@ -51,20 +51,20 @@ def test_trees_are_as_large_as_the_settings_say_and_the_root_comes_on_top() -> N
     assert [found.value(name) for name in steps] == ["5", "4", "21"]
 
 
-def test_what_the_user_says_stands_and_what_follows_from_it_is_added() -> None:
+def test_the_users_flags_are_kept_and_determine_the_added_ones() -> None:
     given = ["--speculative-num-steps=2", "--model-path", "/models/m", "--enable-metrics", "--tp", "2"]
     found = added(given, settings_of(target__path="/models/m"))
     assert not found.has("--speculative-num-steps", "--model-path", "--enable-metrics")
     assert found.value("--speculative-num-draft-tokens") == "3"
 
 
-def test_a_node_without_speculation_gives_no_draft() -> None:
+def test_a_node_without_speculation_adds_no_draft() -> None:
     found = added([], settings_of(serve__speculate=False), None)
     assert not [flag for flag in found.given if "speculative" in flag or "weight-version" in flag]
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "message"),
     [
         (["--speculative-draft-model-path", "/d"], "the node writes the draft"),
         (["--speculative-draft-model-path=/d"], "the node writes the draft"),
@@ -75,8 +75,8 @@ def test_a_node_without_speculation_gives_no_draft() -> None:
         (["--node-rank", "x"], "must be a number"),
     ],
 )
-def test_a_flag_that_contradicts_the_node_is_an_error_that_names_it(given: list[str], told: str) -> None:
-    with pytest.raises(SettingsError, match=told) as error:
+def test_a_flag_that_contradicts_the_node_is_an_error_that_names_it(given: list[str], message: str) -> None:
+    with pytest.raises(SettingsError, match=message) as error:
         flags.check(Flags(tuple(given)), Settings())
     assert given[0].partition("=")[0].removesuffix("-path") in str(error.value)
 
@@ -97,11 +97,11 @@ def test_an_algorithm_contradicts_a_node_without_speculation() -> None:
         (["--host", "::"], "http://127.0.0.1:30000"),
     ],
 )
-def test_the_server_is_reached_where_its_flags_say(given: list[str], url: str) -> None:
+def test_the_url_follows_from_the_flags(given: list[str], url: str) -> None:
     assert Flags(tuple(given)).url == url
 
 
-def test_the_key_is_that_of_the_flags_or_the_settings_and_a_server_without_one_gets_it() -> None:
+def test_the_key_of_the_settings_is_added_unless_the_flags_have_one() -> None:
     secret = settings_of(sglang__api_key="s")
     assert added([], secret).value("--admin-api-key") == "s"
     assert Flags(()).key(secret) == SecretStr("s")
@@ -113,7 +113,7 @@ def test_the_key_is_that_of_the_flags_or_the_settings_and_a_server_without_one_g
 
 @given(st.lists(st.sampled_from(["--a", "--b=1", "--b", "2", "--c", ""])))
 def test_the_last_value_of_a_flag_counts(given: list[str]) -> None:
-    asked = Flags((*given, "--b", "last"))
-    assert asked.value("--b") == "last"
-    assert asked.has("--b")
-    assert asked.value("--nowhere") is None
+    given_flags = Flags((*given, "--b", "last"))
+    assert given_flags.value("--b") == "last"
+    assert given_flags.has("--b")
+    assert given_flags.value("--nowhere") is None

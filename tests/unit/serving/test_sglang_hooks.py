@@ -1,4 +1,4 @@
-"""What the plugin's hooks make of SGLang's calls: the order of them, the end of requests, and faults of our own."""
+"""The plugin's hooks: the order of SGLang's calls, the end of requests, and errors in a hook."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PROMPT = [3, 4, 5]
 
 
 class Publisher:
-    """Keeps what it is given."""
+    """Keeps the recorded verify steps."""
 
     circuit_breaker = "closed"
 
@@ -57,7 +57,7 @@ class Publisher:
 
 
 class Server:
-    """Calls the hooks as SGLang does."""
+    """Calls the hooks in SGLang's order."""
 
     def __init__(self, settings: Settings, origin: Callable[[], Origin]) -> None:
         self.publisher = Publisher()
@@ -67,8 +67,10 @@ class Server:
         transfer = HostTransfer(torch.device("cpu"))
         self.hooks = Hooks(settings, self.recorder, transfer, limit, metrics, lambda: "7")
 
-    def read(self, reqs: Sequence[Any], starts: Sequence[int], lengths: Sequence[int], chosen: Sequence[int]) -> None:
-        """A step over pieces of prompts. A token's states are its position."""
+    def prefill(
+        self, reqs: Sequence[Any], starts: Sequence[int], lengths: Sequence[int], chosen: Sequence[int]
+    ) -> None:
+        """Run a prefill step. The hidden states of a token are its position."""
         positions = [p for start, n in zip(starts, lengths, strict=True) for p in range(start, start + n)]
         output = SimpleNamespace(next_token_logits=scores(chosen), hidden_states=states(positions))
         self.hooks.on_step()
@@ -77,18 +79,18 @@ class Server:
         batch = SimpleNamespace(forward_mode=MODE, reqs=reqs, prefix_lens=list(starts), extend_lens=list(lengths))
         self.hooks.on_prefill(SimpleNamespace(logits_output=output, next_token_ids=torch.tensor(chosen)), batch)
 
-    def verify(self, reqs: Sequence[Any], positions: Sequence[int], drafts: Sequence[list[int]], said: Any) -> None:
-        """A step over chains of two drafted tokens; ``said`` is [B, 3], what the target chooses at each node."""
-        said = torch.tensor(said)
+    def verify(self, reqs: Sequence[Any], positions: Sequence[int], drafts: Sequence[list[int]], chosen: Any) -> None:
+        """Run a verify step with chains of two draft tokens; ``chosen`` is [B, 3], the target's choice at each node."""
+        chosen = torch.tensor(chosen)
         counts = [
             1 + next((i for i, token in enumerate(draft[1:]) if token != row[i]), len(draft) - 1)
-            for draft, row in zip(drafts, said.tolist(), strict=True)
+            for draft, row in zip(drafts, chosen.tolist(), strict=True)
         ]
         first = torch.arange(len(reqs))[:, None] * 3
         kept = torch.arange(3) < torch.tensor(counts)[:, None]
-        result = (said.flatten().int(), torch.tensor(counts), torch.where(kept, first + torch.arange(3), -1))
+        result = (chosen.flatten().int(), torch.tensor(counts), torch.where(kept, first + torch.arange(3), -1))
         nodes = [p + i for p in positions for i in range(3)]
-        output = SimpleNamespace(next_token_logits=scores(said.flatten().tolist()), hidden_states=states(nodes))
+        output = SimpleNamespace(next_token_logits=scores(chosen.flatten().tolist()), hidden_states=states(nodes))
         verify_input = SimpleNamespace(
             draft_token=torch.tensor(drafts).flatten(),
             draft_token_num=3,
@@ -102,14 +104,14 @@ class Server:
             self.hooks.on_accepted(logits, verify_input, batch, output, result)
 
     def end(self, req: Any, kind: str | None = "length") -> None:
-        """A request gives its memory back; ``kind`` None is one that is to be read again."""
+        """Release a request; ``kind`` None stands for one that is retracted."""
         req.finished_reason = kind and SimpleNamespace(to_json=lambda: {"type": kind})
         self.hooks.on_release(req)
 
     def count(self, name: str, **labels: str) -> float:
         return self.registry.get_sample_value(name, labels) or 0.0
 
-    def settled(self) -> Publisher:
+    def close(self) -> Publisher:
         self.recorder.close()
         return self.publisher
 
@@ -125,13 +127,13 @@ def states(positions: Sequence[int]) -> torch.Tensor:
     return torch.tensor(positions)[:, None].expand(-1, F).float()
 
 
-def request(name: str, *said: int, custom: dict[str, Any] | None = None, **changed: Any) -> Any:
-    """SGLang's request with what is committed of its answer."""
+def request(name: str, *chosen: int, custom: dict[str, Any] | None = None, **changed: Any) -> Any:
+    """Return SGLang's request with the committed part of its answer."""
     sampling = SimpleNamespace(
         custom_params=custom, top_k=1, top_p=1.0, temperature=1.0, sampling_seed=None, max_new_tokens=9
     )
     req = SimpleNamespace(
-        rid=name, origin_input_ids=list(PROMPT), output_ids=list(said), sampling_params=sampling, lora_id=None,
+        rid=name, origin_input_ids=list(PROMPT), output_ids=list(chosen), sampling_params=sampling, lora_id=None,
         multimodal_inputs=None, finished_reason=None, **changed,
     )  # fmt: skip
     req.finished = lambda: req.finished_reason is not None
@@ -144,18 +146,18 @@ def server() -> Server:
     return Server(load(environ={}, flags={"traces.top_k": 2}), lambda: Origin("n", "t", "line", V))
 
 
-def test_a_request_becomes_its_verify_steps_though_it_is_decoded_beyond_its_end(server: Server) -> None:
+def test_verify_steps_are_cut_at_the_end_of_the_request(server: Server) -> None:
     req = request("a")
-    server.read([req], [0], [2], [0])
-    server.read([req], [2], [1], [10])
+    server.prefill([req], [0], [2], [0])
+    server.prefill([req], [2], [1], [10])
     server.verify([req], [3], [[10, 11, 12]], [[11, 12, 13]])  # the overlap scheduler has not looked at token 10 yet
     req.output_ids += [10]
     server.verify([req], [6], [[13, 14, 15]], [[14, 0, 0]])
     req.output_ids += [11, 12, 13]
-    server.verify([req], [8], [[0, 1, 2]], [[9, 9, 9]])  # a step more than the request has
+    server.verify([req], [8], [[0, 1, 2]], [[9, 9, 9]])  # one step beyond the end of the request
     req.output_ids += [14]
     server.end(req)
-    verify_steps = server.settled().verify_steps["a"]
+    verify_steps = server.close().verify_steps["a"]
     assert [(r.verify_step, r.position, r.tokens, r.bonus) for r in verify_steps] == [
         (0, 0, (3, 4), None),
         (0, 2, (5,), 10),
@@ -170,14 +172,14 @@ def test_a_request_becomes_its_verify_steps_though_it_is_decoded_beyond_its_end(
     assert server.publisher.requests["a"].temperature == 0.0
 
 
-def test_only_the_requests_that_are_traced_are_taken_out_of_a_batch(server: Server) -> None:
+def test_only_traced_requests_of_a_batch_are_recorded(server: Server) -> None:
     off, on = request("off", custom={"aurora_trace": "off"}), request("on", custom={"aurora_label": "sql"})
-    server.read([off, on], [0, 1], [3, 2], [20, 10])
+    server.prefill([off, on], [0, 1], [3, 2], [20, 10])
     server.verify([off, on], [3, 3], [[20, 21, 22], [10, 11, 12]], [[21, 22, 23], [11, 9, 9]])
     on.output_ids += [10, 11, 9]
     for req in (off, on):
         server.end(req, "stop")
-    publisher = server.settled()
+    publisher = server.close()
     read, verified = publisher.verify_steps["on"]
     assert (read.position, read.tokens, read.bonus) == (1, (4, 5), 10)
     assert from_bf16(read.features)[:, 0].tolist() == [1, 2]
@@ -188,16 +190,16 @@ def test_only_the_requests_that_are_traced_are_taken_out_of_a_batch(server: Serv
     assert server.count("aurora_sglang_prompt_tokens_cached_total") == 1
 
 
-def test_a_request_that_is_read_again_adds_nothing_to_its_trace(server: Server) -> None:
+def test_a_retracted_request_adds_nothing_to_its_trace(server: Server) -> None:
     req = request("a")
-    server.read([req], [0], [3], [10])
+    server.prefill([req], [0], [3], [10])
     req.output_ids += [10]
     server.end(req, None)
-    server.read([req], [0], [4], [11])
+    server.prefill([req], [0], [4], [11])
     server.verify([req], [4], [[11, 1, 2]], [[9, 9, 9]])
     req.output_ids += [11, 9]
     server.end(req)
-    assert [r.verify_step for r in server.settled().verify_steps["a"]] == [0]
+    assert [r.verify_step for r in server.close().verify_steps["a"]] == [0]
     assert server.count("aurora_sglang_requests_untraced_total", reason="retracted") == 1
 
 
@@ -209,59 +211,59 @@ def test_a_request_that_is_read_again_adds_nothing_to_its_trace(server: Server) 
         ({"rid": "HEALTH_CHECK_1"}, "health"),
     ],
 )
-def test_requests_that_teach_nothing_of_the_target_are_counted(
+def test_requests_that_cannot_be_traced_are_counted_by_reason(
     server: Server, changed: dict[str, Any], reason: str
 ) -> None:
     req = request("a")
     vars(req).update(changed)
-    server.read([req], [0], [3], [10])
-    assert not server.settled().verify_steps
+    server.prefill([req], [0], [3], [10])
+    assert not server.close().verify_steps
     assert server.count("aurora_sglang_requests_untraced_total", reason=reason) == 1
 
 
-def test_what_a_hook_raises_stays_in_it_and_is_counted(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_error_in_a_hook_is_suppressed_and_counted(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     for _ in range(2):
         assert server.hooks.on_verify_logits(None, None, None) is None
     assert server.count("aurora_sglang_hook_errors_total", hook="on_verify_logits") == 2
     assert capsys.readouterr().out.count("aurora_hook_failed") == 1
 
 
-def test_without_features_the_verify_steps_are_told_how_wide_they_are() -> None:
+def test_without_features_verify_steps_have_the_feature_width() -> None:
     server = Server(load(environ={}, flags={"traces.features": "recompute"}), lambda: Origin("n", "t", "line", V))
     req = request("a")
-    server.read([req], [0], [3], [10])
+    server.prefill([req], [0], [3], [10])
     server.verify([req], [3], [[10, 11, 12]], [[11, 12, 13]])
     req.output_ids += [10, 11, 12, 13]
     server.end(req)
-    assert [r.features.shape for r in server.settled().verify_steps["a"]] == [(0, F), (0, F)]
+    assert [r.features.shape for r in server.close().verify_steps["a"]] == [(0, F), (0, F)]
 
 
-def test_steps_beyond_what_may_wait_are_lost_and_counted() -> None:
+def test_steps_above_the_queue_limit_are_dropped_and_counted() -> None:
     def slow() -> Origin:
         time.sleep(0.5)
         return Origin("n", "t", "line", V)
 
     server, reqs = Server(load(environ={}), slow), [request(f"r{number}") for number in range(MAX_QUEUED_STEPS + 3)]
     for req in reqs:
-        server.read([req], [0], [3], [10])
+        server.prefill([req], [0], [3], [10])
     assert server.count("aurora_sglang_verify_steps_dropped_total", reason="queue_full") == 3
 
 
-def test_a_server_of_other_models_is_not_recorded(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_server_with_other_models_is_not_recorded(capsys: pytest.CaptureFixture[str]) -> None:
     def foreign() -> Origin:
         raise CheckpointError("is a draft for another target")
 
     server = Server(load(environ={}), foreign)
-    server.read([early := request("early")], [0], [3], [10])
+    server.prefill([early := request("early")], [0], [3], [10])
     server.recorder.close()
     server.end(early)
-    server.read([request("late")], [0], [3], [10])
+    server.prefill([request("late")], [0], [3], [10])
     assert not server.publisher.verify_steps
     assert not server.recorder.is_full()
     assert "another target" in capsys.readouterr().out
 
 
-def test_the_server_decides_once_and_as_ever_whatever_a_hook_is_given() -> None:
+def test_the_server_accepts_once_whatever_arguments_a_hook_gets() -> None:
     plugin, decided = Plugin(load(environ={})), []
 
     def original(*args: Any, **kwargs: Any) -> str:

@@ -1,4 +1,4 @@
-"""What a server of SGLang serves has the names that the built-in engine gives it."""
+"""The origin of SGLang's traces names target and line as the built-in engine does."""
 
 from __future__ import annotations
 
@@ -29,29 +29,29 @@ def draft(target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_target_and_line_are_those_of_the_built_in_engine(target: Path, draft: Path) -> None:
+def test_target_and_line_equal_those_of_the_built_in_engine(target: Path, draft: Path) -> None:
     fingerprint = checkpoint.target_fingerprint(target)
     made = draft_of_day_0(target, Speculator(draft_vocab_size=16))
     line = checkpoint.line_of(fingerprint, made.shape, made.d2t)
     assert read_origin("n", str(target), str(draft), WIDTH) == Origin("n", fingerprint, line, made.shape.vocab_size)
 
 
-def test_a_draft_for_another_target_is_refused(draft: Path, tmp_path: Path) -> None:
+def test_a_draft_for_another_target_is_rejected(draft: Path, tmp_path: Path) -> None:
     other = write_tiny_target(tmp_path, seed=1)
     with pytest.raises(checkpoint.CheckpointError, match="is a draft for target"):
         read_origin("n", str(other), str(draft), WIDTH)
 
 
-def test_a_draft_that_reads_other_states_is_refused(target: Path, draft: Path) -> None:
+def test_a_draft_with_another_feature_width_is_rejected(target: Path, draft: Path) -> None:
     with pytest.raises(checkpoint.CheckpointError, match="the server has 5"):
         read_origin("n", str(target), str(draft), 5)
 
 
-def test_a_draft_that_is_no_version_is_refused(target: Path) -> None:
+def test_a_draft_without_a_manifest_is_rejected(target: Path) -> None:
     with pytest.raises(checkpoint.CheckpointError, match=r"manifest.json: missing"):
         read_origin("n", str(target), str(target), WIDTH)
 
 
-def test_a_name_that_was_never_loaded_is_refused(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_outside_the_hub_cache_is_rejected(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(checkpoint.CheckpointError, match="neither a folder nor in the hub's cache"):
         read_origin("n", str(target), "nobody/never-made", WIDTH)

@@ -1,4 +1,4 @@
-"""From what a step of SGLang gave to trace verify steps: links, paths, and the end of a request."""
+"""Trace records of SGLang's steps: links, accepted paths, and the end of a request."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_links_become_parents_and_the_path_becomes_tokens() -> None:
     assert all(math.isnan(logprob) for logprob in r.draft_logprobs)
 
 
-def test_nodes_that_nothing_leads_to_are_left_out_with_what_hangs_on_them() -> None:
+def test_unlinked_nodes_and_their_children_are_left_out() -> None:
     r = verify_step_of(
         draft_tokens=ints(10, 11, 12, 13), first_child=ints(3, 2, -1, -1), next_sibling=ints(-1, -1, -1, -1),
         accepted=[0, 3], chosen=ints(13, 0, 0, 99),
@@ -81,7 +81,7 @@ def test_a_verify_step_without_a_draft_names_no_version() -> None:
         pytest.param({"first_child": ints(1, -1, 0, -1)}, id="a node before its parent"),
     ],
 )
-def test_links_that_are_no_tree_are_refused(changed: dict[str, object]) -> None:
+def test_links_that_form_no_tree_are_rejected(changed: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"no path|cannot follow"):
         verify_step_of(**changed)
 
@@ -91,7 +91,7 @@ def prompt(position: int, n: int, chosen: int | None) -> VerifyStep:
     return build_prefill(PrefillOutput(position, range(n), np.zeros((n, F), np.uint16), chosen, *top), TIMES)
 
 
-def test_only_the_end_of_a_prompt_has_a_choice() -> None:
+def test_only_the_end_of_a_prompt_has_a_bonus_token() -> None:
     inside, end = prompt(0, 3, None), prompt(3, 1, 10)
     assert (inside.bonus, inside.top_ids.shape) == (None, (0, K))
     assert (end.bonus, end.top_ids.shape) == (10, (1, K))
@@ -113,13 +113,13 @@ def test_the_last_token_of_a_request_is_the_bonus_of_its_last_verify_step(
     assert first.bonus == 10
 
 
-def test_verify_steps_beyond_the_end_are_none_of_the_request() -> None:
+def test_verify_steps_beyond_the_end_are_dropped() -> None:
     assert [r.verify_step for r in cut_at_end([prompt(0, 4, 10), verify_step_of()], total=5)] == [0]
     (read,) = cut_at_end([prompt(0, 4, 10)], total=4)
     assert (read.bonus, len(read.top_ids)) == (None, 0)
 
 
-def test_what_is_made_here_is_what_the_codec_takes() -> None:
+def test_the_records_can_be_encoded() -> None:
     envelope = Envelope(
         "r",
         0,

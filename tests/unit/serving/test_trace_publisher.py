@@ -1,4 +1,4 @@
-"""Every captured row ends in exactly one of published, shed and pending, and the engine never waits."""
+"""Every captured row ends as published, dropped or pending, and the engine never waits."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from serving.traces.publisher import OVERDUE_S, connect
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The publisher looks for verify steps more often, so that no test waits for it."""
+def fast_publisher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the publisher read its queue more often, so that no test waits for it."""
     monkeypatch.setattr("serving.traces.publisher._PAUSE_S", 0.002)
 
 
-def open_breaker(bench: Bench) -> None:
+def open_circuit_breaker(bench: Bench) -> None:
     bench.producer.mode = "hold"
     bench.send()
     bench.send()
@@ -58,7 +58,7 @@ def test_a_finished_request_is_one_message_with_its_headers() -> None:
     assert (counts.captured, counts.published, counts.dropped, counts.pending) == (4, 4, {}, 0)
 
 
-def test_rows_of_a_cut_prompt_are_counted_as_the_wire_has_them() -> None:
+def test_rows_of_a_split_prompt_are_counted_as_published() -> None:
     bench = Bench()
     bench.send(tokens=5000)
     counts = bench.publisher.close(1)
@@ -66,7 +66,7 @@ def test_rows_of_a_cut_prompt_are_counted_as_the_wire_has_them() -> None:
     assert counts.captured == counts.published == bench.producer.rows > 1
 
 
-def test_a_cancelled_request_publishes_what_was_captured() -> None:
+def test_a_cancelled_request_publishes_its_captured_rows() -> None:
     bench = Bench()
     request = Request("chatcmpl-1", (1,), 5)
     bench.publisher.record(request, (a_verify_step(0), a_verify_step(1)), None)
@@ -76,13 +76,13 @@ def test_a_cancelled_request_publishes_what_was_captured() -> None:
     assert (len(chunk.verify_steps), chunk.envelope.finish) == (2, "cancelled")
 
 
-def test_a_request_that_may_not_be_traced_leaves_nothing() -> None:
+def test_a_request_that_opted_out_is_not_captured() -> None:
     bench = Bench()
     bench.publisher.record(Request("chatcmpl-1", (1,), 5, trace=False), (a_verify_step(0),), "stop")
     assert (bench.publisher.close(1).captured, bench.producer.delivered) == (0, [])
 
 
-def test_beyond_the_bound_the_newest_rows_are_shed_and_the_request_still_ends() -> None:
+def test_rows_above_the_queue_limit_are_dropped_and_the_request_still_ends() -> None:
     bench = Bench(max_queue_bytes=1 << 20)
     bench.producer.mode = "hold"
     for _ in range(40):
@@ -98,9 +98,9 @@ def test_beyond_the_bound_the_newest_rows_are_shed_and_the_request_still_ends() 
     assert {c.envelope.request for c in bench.producer.delivered} >= {"chatcmpl-1", "chatcmpl-2"}
 
 
-def test_a_broker_that_is_away_makes_chunks_wait_and_they_arrive_once_when_it_is_back() -> None:
+def test_chunks_wait_for_an_unreachable_broker_and_arrive_once() -> None:
     bench = Bench()
-    open_breaker(bench)
+    open_circuit_breaker(bench)
     assert (bench.publisher.counts().pending, bench.publisher.counts().dropped) == (2, {})
     bench.producer.come_back()
     eventually(lambda: bench.publisher.circuit_breaker == "closed")
@@ -110,9 +110,9 @@ def test_a_broker_that_is_away_makes_chunks_wait_and_they_arrive_once_when_it_is
     assert [c.envelope.request for c in bench.producer.delivered] == ["chatcmpl-1", "chatcmpl-2", "chatcmpl-3"]
 
 
-def test_while_the_breaker_is_open_chunks_are_shed_unsent_but_for_one_probe_per_interval() -> None:
+def test_an_open_circuit_breaker_drops_chunks_except_one_probe_per_interval() -> None:
     bench = Bench()
-    open_breaker(bench)
+    open_circuit_breaker(bench)
     bench.send()
     eventually(lambda: bench.publisher.counts().dropped == {"circuit_breaker_open": 1})
     bench.now += 5
@@ -126,7 +126,7 @@ def test_while_the_breaker_is_open_chunks_are_shed_unsent_but_for_one_probe_per_
     assert (counts.published, counts.pending) == (3, 0)
 
 
-def test_what_the_broker_refuses_is_shed_and_opens_the_breaker() -> None:
+def test_rejected_chunks_are_dropped_and_open_the_circuit_breaker() -> None:
     bench = Bench()
     bench.producer.mode = "refuse"
     bench.send()
@@ -135,7 +135,7 @@ def test_what_the_broker_refuses_is_shed_and_opens_the_breaker() -> None:
     assert bench.publisher.close(1).dropped == {"rejected": 2}
 
 
-def test_a_chunk_that_is_too_large_says_nothing_about_the_broker() -> None:
+def test_too_large_chunks_do_not_open_the_circuit_breaker() -> None:
     bench = Bench()
     bench.producer.mode = "large"
     for _ in range(5):
@@ -144,7 +144,7 @@ def test_a_chunk_that_is_too_large_says_nothing_about_the_broker() -> None:
     assert bench.publisher.circuit_breaker == "closed"
 
 
-def test_what_is_in_hand_when_the_node_closes_is_unconfirmed() -> None:
+def test_chunks_in_flight_when_the_node_closes_are_unconfirmed() -> None:
     bench = Bench()
     bench.producer.mode = "hold"
     bench.send(verify_steps=3)
@@ -152,7 +152,7 @@ def test_what_is_in_hand_when_the_node_closes_is_unconfirmed() -> None:
     assert (counts.captured, counts.dropped, counts.pending, counts.pending_bytes) == (3, {"unconfirmed": 3}, 0, 0)
 
 
-def test_after_closing_rows_are_turned_away_and_counted() -> None:
+def test_rows_after_closing_are_dropped_and_counted() -> None:
     bench = Bench()
     bench.publisher.close(1)
     bench.send(verify_steps=2)
@@ -160,7 +160,7 @@ def test_after_closing_rows_are_turned_away_and_counted() -> None:
     assert (counts.captured, counts.dropped, counts.pending) == (2, {"closed": 2}, 0)
 
 
-def test_a_fatal_error_of_the_client_gets_a_new_producer() -> None:
+def test_a_fatal_client_error_replaces_the_producer() -> None:
     bench = Bench()
     broken = bench.producer
     broken.mode = "hold"
@@ -174,23 +174,23 @@ def test_a_fatal_error_of_the_client_gets_a_new_producer() -> None:
     assert (counts.published, bench.producer.rows, broken.delivered) == (1, 1, [])
 
 
-def test_a_broker_that_does_not_let_the_node_in_is_told_once_with_the_setting(
+def test_denied_access_is_logged_once_with_the_setting(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    told = LogCapture()
+    captured = LogCapture()
     # The module's own logger may be bound already to what another test has configured.
-    monkeypatch.setattr("serving.traces.publisher.log", structlog.wrap_logger(None, processors=[told]))
+    monkeypatch.setattr("serving.traces.publisher.log", structlog.wrap_logger(None, processors=[captured]))
     bench = Bench()
-    refusal = KafkaError(KafkaError._AUTHENTICATION, "wrong password")
+    denial = KafkaError(KafkaError._AUTHENTICATION, "wrong password")
     for _ in range(3):
-        bench.on_error(refusal)
+        bench.on_error(denial)
     bench.on_error(KafkaError(KafkaError._TRANSPORT, "away"))
     bench.send()
     bench.settle()
-    bench.on_error(refusal)
+    bench.on_error(denial)
     bench.publisher.close(1)
-    refused = [line for line in told.entries if line["event"] == "trace_producer_denied"]
-    assert [(line["why"], line["setting"]) for line in refused] == [("wrong password", "kafka.client_options")] * 2
+    denied = [line for line in captured.entries if line["event"] == "trace_producer_denied"]
+    assert [(line["why"], line["setting"]) for line in denied] == [("wrong password", "kafka.client_options")] * 2
 
 
 def test_malformed_verify_steps_neither_raise_nor_end_the_publisher() -> None:
@@ -225,7 +225,7 @@ def test_malformed_verify_steps_neither_raise_nor_end_the_publisher() -> None:
         max_size=12,
     ),
 )
-def test_every_row_ends_in_exactly_one_way(
+def test_every_row_is_counted_exactly_once(
     tmp_path_factory: pytest.TempPathFactory, way: dict[str, Any], steps: list[tuple[str, int, int, float]]
 ) -> None:
     folder = tmp_path_factory.mktemp("claims")

@@ -1,4 +1,4 @@
-"""A newer version is taken over when interval, spread and staleness say so, and ``auto`` finds an interval."""
+"""Interval, jitter and staleness decide when an update is due, and ``auto`` finds the best interval."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def policy(interval_s: float | Literal["auto"], jitter: float = 0.0, max_stalene
     return UpdatePolicy(Update(min_interval=interval_s, jitter=jitter, max_staleness=max_staleness), "node-0")
 
 
-def take(policy: UpdatePolicy, time_s: float) -> None:
-    """A takeover at a time, of which nothing is known."""
+def update(policy: UpdatePolicy, time_s: float) -> None:
+    """Record an update without any readings."""
     now = CounterReading(time_s, 0, 0, 0)
     policy.record_swap()
     policy.record_update(now, now, 0.002)
@@ -28,20 +28,20 @@ def take(policy: UpdatePolicy, time_s: float) -> None:
 
 def test_without_an_interval_a_newer_version_is_due_at_once() -> None:
     sync = policy(0.0, jitter=1.0)
-    take(sync, 100.0)
+    update(sync, 100.0)
     assert sync.due_at("7", 100.5) == 100.5
 
 
-def test_the_interval_runs_from_the_last_takeover() -> None:
+def test_the_interval_starts_at_the_last_update() -> None:
     sync = policy(60.0)
     assert sync.due_at("7", 100.0) == 100.0
-    take(sync, 100.0)
+    update(sync, 100.0)
     assert [sync.due_at("8", since) for since in (110.0, 160.0, 200.0)] == [160.0, 160.0, 200.0]
 
 
-def test_who_is_behind_for_too_long_takes_over_in_any_case() -> None:
+def test_staleness_bounds_the_delay() -> None:
     sync = policy(600.0, jitter=1.0, max_staleness=120.0)
-    take(sync, 100.0)
+    update(sync, 100.0)
     assert sync.due_at("8", 110.0) == 230.0
 
 
@@ -58,7 +58,7 @@ def test_a_version_is_due_within_its_bounds(
     interval_s: float, jitter: float, staleness_s: float, last: float, wait_s: float, version: int
 ) -> None:
     sync = policy(interval_s, jitter, staleness_s)
-    take(sync, last)
+    update(sync, last)
     behind_since = last + wait_s
     due = sync.due_at(str(version), behind_since)
     assert behind_since <= due <= behind_since + staleness_s
@@ -70,7 +70,7 @@ def test_nodes_are_spread_over_the_jitter() -> None:
     due = []
     for n in range(200):
         sync = UpdatePolicy(Update(min_interval=100.0, jitter=0.5), f"node-{n}")
-        take(sync, 0.0)
+        update(sync, 0.0)
         due.append(sync.due_at("8", 1000.0) - 1000.0)
     assert 0 <= min(due) < 5
     assert 45 < max(due) < 50
@@ -79,7 +79,7 @@ def test_nodes_are_spread_over_the_jitter() -> None:
 
 @settings(deadline=None)
 @given(cost=st.floats(1e-4, 10), gain=st.floats(1e-6, 1), other=st.floats(0.1, 10))
-def test_no_other_interval_loses_less(cost: float, gain: float, other: float) -> None:
+def test_no_other_interval_loses_less_output(cost: float, gain: float, other: float) -> None:
     def lost(interval: float) -> float:
         return cost / interval + gain * interval / 2
 
@@ -87,20 +87,20 @@ def test_no_other_interval_loses_less(cost: float, gain: float, other: float) ->
     assert lost(best) <= lost(best * other) * (1 + 1e-9)
 
 
-def test_where_nothing_is_gained_no_interval_is_long_enough() -> None:
+def test_without_a_gain_the_best_interval_is_infinite() -> None:
     assert best_interval(1.0, 0.0) == best_interval(1.0, -0.1) == math.inf
 
 
-def test_fetching_costs_what_the_verify_steps_gave_less_meanwhile() -> None:
-    begun = CounterReading(10.0, 0, 0, 0)
-    assert fetch_cost_s(100.0, begun, CounterReading(14.0, 0, 0, 300)) == pytest.approx(1.0)
-    assert fetch_cost_s(100.0, begun, CounterReading(14.0, 0, 0, 500)) == 0.0
-    assert fetch_cost_s(0.0, begun, CounterReading(14.0, 0, 0, 0)) == 0.0
+def test_the_fetch_cost_is_the_output_lost_meanwhile() -> None:
+    started = CounterReading(10.0, 0, 0, 0)
+    assert fetch_cost_s(100.0, started, CounterReading(14.0, 0, 0, 300)) == pytest.approx(1.0)
+    assert fetch_cost_s(100.0, started, CounterReading(14.0, 0, 0, 500)) == 0.0
+    assert fetch_cost_s(0.0, started, CounterReading(14.0, 0, 0, 0)) == 0.0
 
 
 @dataclass
 class Serving:
-    """A node whose versions are taken over every so often, each better than the one before by a share of the output."""
+    """A node that updates at intervals; each version gains a share of the output over the one before."""
 
     sync: UpdatePolicy
     every_s: float
@@ -111,7 +111,7 @@ class Serving:
     accepted: int = 0
     accepted_per_step: float = 1.0
 
-    def take_over(self, times: int) -> None:
+    def serve(self, times: int) -> None:
         for _ in range(times):
             until = self.now + self.every_s
             while self.now < until:
@@ -131,35 +131,35 @@ class Serving:
 @pytest.mark.parametrize("every_s", [WINDOW_S / 2, 2 * WINDOW_S])
 def test_auto_finds_the_interval_that_loses_least(every_s: float) -> None:
     sync = policy("auto")
-    Serving(sync, every_s=every_s, pause_s=0.4, gain=0.02).take_over(16)
+    Serving(sync, every_s=every_s, pause_s=0.4, gain=0.02).serve(16)
     assert sync.interval_s == pytest.approx(best_interval(0.4, 0.02 / every_s), rel=0.05)
 
 
-def test_auto_widens_step_by_step_up_to_the_staleness_where_nothing_is_gained() -> None:
+def test_auto_widens_up_to_the_staleness_without_a_gain() -> None:
     sync = policy("auto", max_staleness=300.0)
     serving = Serving(sync, every_s=120.0, pause_s=0.002, gain=-0.001)
     widths = []
     for _ in range(14):
-        serving.take_over(1)
+        serving.serve(1)
         widths.append(sync.interval_s)
     assert widths[0] == 0.0
     assert all(wide <= 2 * max(narrow, 1.0) for narrow, wide in pairwise(widths))
     assert widths[-1] == 300.0
 
 
-def test_auto_narrows_again_when_versions_bring_something() -> None:
+def test_auto_narrows_again_when_versions_gain() -> None:
     sync = policy("auto")
     serving = Serving(sync, every_s=120.0, pause_s=0.002, gain=-0.001)
-    serving.take_over(14)
+    serving.serve(14)
     wide, serving.gain = sync.interval_s, 0.05
-    serving.take_over(12)
+    serving.serve(12)
     assert sync.interval_s < wide / 50
 
 
-def test_a_takeover_of_too_few_verify_steps_teaches_nothing() -> None:
+def test_auto_ignores_updates_with_too_few_verify_steps() -> None:
     sync = policy("auto")
     for number in range(10):
         for second in range(0, 120, 2):
             sync.record_reading(CounterReading(number * 120.0 + second, number, number, 2 * number))
-        take(sync, number * 120.0 + 120)
+        update(sync, number * 120.0 + 120)
     assert sync.interval_s == 0.0

@@ -1,4 +1,4 @@
-"""The registry's webhook wakes the poller, and only what the registry has signed, lately and about this line, does."""
+"""Only a recent delivery about this line, signed by the registry, wakes the poller."""
 
 from __future__ import annotations
 
@@ -59,27 +59,27 @@ def woken() -> Iterator[Woken]:
     poller.stop()
 
 
-def test_a_signed_delivery_makes_the_node_look_at_once(woken: Woken) -> None:
+def test_a_signed_delivery_makes_the_node_poll_at_once(woken: Woken) -> None:
     assert woken.version() == "1"
     assert woken.deliver().status_code == 202
     eventually(lambda: woken.version() == "2")
 
 
-def test_what_is_not_signed_with_the_secret_is_refused_and_wakes_nobody(woken: Woken) -> None:
-    refused = [
+def test_a_delivery_without_a_valid_signature_is_rejected_and_causes_no_poll(woken: Woken) -> None:
+    rejected = [
         woken.deliver(secret="other"),
         woken.deliver(altered=b" "),
         woken.deliver(age_s=MAX_AGE_S + 10),
         woken.deliver(age_s=-MAX_AGE_S - 10),
         httpx.post(woken.node.url + PATH, content=b"{}"),
     ]
-    assert [answer.status_code for answer in refused] == [401] * 5
-    assert {answer.json()["error"]["code"] for answer in refused} == {"invalid_signature"}
-    assert SECRET not in "".join(answer.text for answer in refused)
+    assert [answer.status_code for answer in rejected] == [401] * 5
+    assert {answer.json()["error"]["code"] for answer in rejected} == {"invalid_signature"}
+    assert SECRET not in "".join(answer.text for answer in rejected)
     assert (woken.version(), woken.registry.downloads) == ("1", ["1"])
 
 
-def test_a_move_of_another_line_wakes_nobody(woken: Woken) -> None:
+def test_a_move_of_another_line_causes_no_poll(woken: Woken) -> None:
     assert woken.deliver(model="aurora.another").status_code == 202
     assert woken.deliver(model=model_name(LINE)).status_code == 202
     eventually(lambda: woken.version() == "2")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -117,16 +115,14 @@ def publish(kafka: Kafka, messages: Sequence[TraceMessage]) -> None:
 class _Stopwatch:
     """Clock and processor time since it was made, of this process or of the given ones."""
 
-    def __init__(self, processes: Sequence[Process] = ()) -> None:
-        self._processes = [psutil.Process(process.pid) for process in processes]
+    def __init__(self, processes: Sequence[psutil.Process] = ()) -> None:
+        self._processes = processes or (psutil.Process(),)
         self._clock, self._processor_s = time.perf_counter(), self._used_s()
 
     def read(self) -> DrainCost:
         return DrainCost(time.perf_counter() - self._clock, self._used_s() - self._processor_s)
 
     def _used_s(self) -> float:
-        if not self._processes:
-            return time.process_time()
         return sum(sum(process.cpu_times()[:2]) for process in self._processes)
 
 
@@ -198,9 +194,15 @@ def drain_with_workers(settings: Settings, workers: int, messages: Sequence[Trac
         UserError: a worker ended, or the tables do not hold all rows in time.
     """
     with running_workers(settings, workers) as processes:
-        with _suspended(processes):
+        running = [psutil.Process(process.pid) for process in processes]
+        for worker in running:
+            worker.suspend()
+        try:
             publish(settings.kafka, messages)
-            stopwatch = _Stopwatch(processes)
+            stopwatch = _Stopwatch(running)
+        finally:
+            for worker in running:
+                worker.resume()
         log, topic = DeltaLog(settings.tables), settings.kafka.traces_topic
         ends = {SourcePartition(topic, p): len(range(p, len(messages), PARTITIONS)) for p in range(PARTITIONS)}
         while any(count_committed(log, source) < end for source, end in ends.items()):
@@ -247,18 +249,6 @@ def count_committed(log: DeltaLog, source: SourcePartition) -> int:
     """Count the records of a partition whose rows are all in the tables: ``accepted`` is written last."""
     last = log.snapshot("accepted").transaction(transaction_id("accepted", source))
     return 0 if last is None else last + 1
-
-
-@contextmanager
-def _suspended(processes: Sequence[Process]) -> Iterator[None]:
-    pids = [process.pid for process in processes if process.pid is not None]
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        for pid in pids:
-            os.kill(pid, signal.SIGCONT)
 
 
 def _check_workers(processes: Sequence[Process], seconds: float) -> None:

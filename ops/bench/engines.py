@@ -213,7 +213,7 @@ class EnginePool:
     def arm(self, engine: BuiltinEngine, mode: RequestMode) -> Callable[[int], int]:
         """Return an arm for ``run_alternating`` that fills the batch once and counts output tokens.
 
-        The engine is warmed up first, so that no trial contains what it learns about drafts and costs.
+        The engine is warmed up first, so that no trial contains its learning of drafts and costs.
         """
         self.warm_up(engine, mode)
         return lambda trial: self._run_trial(engine, mode, trial, self.max_tokens).tokens

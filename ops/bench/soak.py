@@ -1,12 +1,13 @@
-"""``aurora bench soak``: the real parts under load for a long time, with what goes wrong in production.
+"""``aurora bench soak``: the real processes under load for a long time, with the faults of production.
 
-A node as a process of its own, a registry and a broker; clients of whom some hang up; another version under the alias
-every few seconds; the broker stopped and started twice. Afterwards no request may have failed, memory must be where it
-was, and every captured trace row must be accounted for: in the topic, or counted as shed.
+A node as a process of its own, a registry and a broker; clients of which some disconnect early; the alias moved to
+another version every few seconds; the broker stopped and started twice. Afterwards no request may have failed, memory
+may not have grown, and every captured trace row must be accounted for: in the topic, or counted as dropped.
 """
 
 from __future__ import annotations
 
+import random
 import shutil
 import sys
 import tempfile
@@ -15,21 +16,21 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
-from itertools import cycle
+from itertools import count, cycle
 from pathlib import Path
 from statistics import linear_regression, median
 
 import psutil
 
-from ops.bench import embedded_kafka, speculator
-from ops.bench.clients import TIMEOUT_S, soak_requests
-from ops.bench.harness import Figure, Goal, Report, Session
-from ops.loadgen.load import Load
+from ops.bench import prompts, speculator
+from ops.bench.embedded_kafka import free_port, running_broker, use_broker
+from ops.bench.harness import Figure, Goal, Report, Say, Session
+from ops.loadgen.load import Load, Prompt, Request, chat_request
 from ops.local.kafka import Broker
 from ops.local.mlflow_server import RegistryServer
 from ops.local.parts import is_answering
 from ops.local.process import Process
-from ops.local.stack import Say, provide_target
+from ops.local.stack import provide_target
 from schemas.errors import UserError
 from schemas.settings import Kafka, Registry, Settings, to_environ
 from schemas.speculator import checkpoint
@@ -39,53 +40,59 @@ from trainer.data.target import Target, read_target
 from trainer.release.registry import SpeculatorRegistry
 
 _OUTAGES = (0.3, 0.6)
-_LONGEST_OUTAGE_S = 30.0
+"""When the broker is stopped, as shares of the time."""
+_MAX_OUTAGE_S = 30.0
 _OUTAGE_SHARE = 0.1
-_SAMPLE_S = 2.0
-_SETTLED = 1 / 3
-"""Of the time: memory is looked at after it, when every cache has been filled once."""
+_MEMORY_INTERVAL_S = 2.0
+_WARM_UP_SHARE = 1 / 3
+"""Of the time: memory counts after it, when every cache has been filled once."""
 _READY_S = 120.0
 _SETTLE_S = 120.0
 _TICK_S = 0.2
-_TOLD_S = 60.0
+_PROGRESS_INTERVAL_S = 60.0
+_RESPONSE_TIMEOUT_S = 300.0
+_MIN_TOKENS, _MAX_TOKENS = 8, 96
+_MAX_EVENTS = 24
+"""Events after which a client disconnects early, at most."""
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
-    """What the command line says."""
+class SoakOptions:
+    """How long, and how hard."""
 
     minutes: float
     concurrency: int
     swap_every_s: float
     leaving: float
+    """Share of the clients that disconnect early."""
     speculator: str
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
-    """Resident bytes of the node at a time, in seconds since the load began."""
+class MemorySample:
+    """Resident bytes of the node, and the seconds since the load started."""
 
     seconds: float
     resident: int
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """What a soak left."""
+class SoakResult:
+    """Everything that the figures are made from."""
 
     load: Load
     status: ServeStatus
     rows_in_topic: int
-    memory: tuple[Memory, ...]
+    memory: tuple[MemorySample, ...]
     exit_code: int
 
 
-def run(settings: Settings, options: Options, say: Say) -> Report:
-    """Soak.
+def run(settings: Settings, options: SoakOptions, say: Say) -> Report:
+    """Run the soak.
 
     Raises:
         UserError: no target, no such speculator, or the node ended.
-        StartError: a part did not come up.
+        StartError: a process did not start.
     """
     session = Session(settings.serve.num_threads)
     provide_target(settings.target, say)
@@ -94,22 +101,21 @@ def run(settings: Settings, options: Options, say: Say) -> Report:
     folder = Path(settings.stack.data_dir) / "bench" / "soak"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    with _parts(settings, folder, say) as (node, broker, here):
+    with _running_processes(settings, folder, say) as (node, broker, here):
         registry = SpeculatorRegistry(here.registry)
         versions = _register(registry, target, trained)
-        outcome = Soak(here, options, node, broker, registry, versions, target.line, say).run()
+        result = Soak(here, options, node, broker, registry, versions, target.line, say).run()
     about = {"options": asdict(options), "logs": str(folder)}
-    title = f"soak of {options.minutes:g} minutes"
-    return session.report(title, about, judge(outcome, options))
+    return session.report(f"soak of {options.minutes:g} minutes", about, judge(result, options))
 
 
 class Soak:
-    """One soak over parts that run."""
+    """One soak over running processes."""
 
     def __init__(
         self,
         settings: Settings,
-        options: Options,
+        options: SoakOptions,
         node: Process,
         broker: Broker,
         registry: SpeculatorRegistry,
@@ -121,137 +127,138 @@ class Soak:
         self._node, self._broker, self._registry = node, broker, registry
         self._versions, self._line = cycle(versions), line
         self._seconds = options.minutes * 60
-        self._outage = min(_LONGEST_OUTAGE_S, _OUTAGE_SHARE * self._seconds)
-        requests = soak_requests(settings.target.served_model_name, options.leaving)
-        self._load = Load(node_url(settings), requests, options.concurrency, timeout_s=TIMEOUT_S)
-        self._memory: list[Memory] = []
+        requests = random_requests(settings.target.served_model_name, options.leaving)
+        self._load = Load(_node_url(settings), requests, options.concurrency, timeout_s=_RESPONSE_TIMEOUT_S)
+        self._memory: list[MemorySample] = []
 
-    def run(self) -> Outcome:
-        """Load the node, disturb it, let it settle, end it, and count."""
+    def run(self) -> SoakResult:
+        """Load the node, inject the faults, let it settle, stop it, and count."""
         self._load.start()
-        self._disturb()
-        self._say("no further requests; waiting for the last answers and traces")
+        self._inject_faults()
+        self._say("no further requests; waiting for the last outputs and traces")
         self._load.stop()
         self._load.wait()
-        status = self._settled()
+        status = self._wait_settled()
         self._node.stop()
-        rows, code = rows_in_topic(self._settings.kafka), self._node.exit_code
+        rows, code = count_topic_rows(self._settings.kafka), self._node.exit_code
         assert code is not None, "a stopped process has an exit code"
-        return Outcome(self._load, status, rows, tuple(self._memory), code)
+        return SoakResult(self._load, status, rows, tuple(self._memory), code)
 
-    def _disturb(self) -> None:
-        """Another version, a broker that goes and comes back, and a look at the memory, each at its time."""
-        began, away_since = time.monotonic(), None
-        outages = [share * self._seconds for share in _OUTAGES]
+    def _inject_faults(self) -> None:
+        """Move the alias, stop and start the broker, and sample the memory, each when it is due."""
+        started, stopped_at = time.monotonic(), None
+        outages, outage_s = [share * self._seconds for share in _OUTAGES], self._outage_s
         swap_at = sample_at = 0.0
-        told_at = _TOLD_S
+        progress_at = _PROGRESS_INTERVAL_S
         process = psutil.Process(self._node.pid)
-        while (now := time.monotonic() - began) < self._seconds:
+        while (now := time.monotonic() - started) < self._seconds:
             if not self._node.alive:
                 raise UserError(f"the node ended with code {self._node.exit_code}; read {self._node.log}")
             if now >= swap_at:
                 self._registry.set_alias(self._line, "champion", next(self._versions))
                 swap_at = now + self._options.swap_every_s
             if now >= sample_at:
-                self._memory.append(Memory(now, process.memory_info().rss))
-                sample_at = now + _SAMPLE_S
-            if away_since is None and outages and now >= outages[0]:
-                self._say(f"stopping the broker for {self._outage:.0f} s")
+                self._memory.append(MemorySample(now, process.memory_info().rss))
+                sample_at = now + _MEMORY_INTERVAL_S
+            if stopped_at is None and outages and now >= outages[0]:
+                self._say(f"stopping the broker for {outage_s:.0f} s")
                 self._broker.stop()
                 outages.pop(0)
-                away_since = now
-            if away_since is not None and now >= away_since + self._outage:
+                stopped_at = now
+            if stopped_at is not None and now >= stopped_at + outage_s:
                 self._broker.start()
-                away_since = None
+                stopped_at = None
                 self._say("the broker is back")
-            if now >= told_at:
-                self._tell(now)
-                told_at = now + _TOLD_S
+            if now >= progress_at:
+                self._report_progress(now)
+                progress_at = now + _PROGRESS_INTERVAL_S
             time.sleep(_TICK_S)
-        if away_since is not None:
+        if stopped_at is not None:
             self._broker.start()
 
-    def _tell(self, now: float) -> None:
-        load = self._load
+    @property
+    def _outage_s(self) -> float:
+        return min(_MAX_OUTAGE_S, _OUTAGE_SHARE * self._seconds)
+
+    def _report_progress(self, now: float) -> None:
+        errors = len(self._load.errors)
         self._say(
-            f"{now / 60:.0f} min: {answered(load)} answered, {load.disconnected} left, {len(load.errors)} errors, "
-            f"{self._memory[-1].resident / 2**20:.0f} MiB"
+            f"{now / 60:.0f} min: {len(self._load.responses) - errors} answered, {self._load.disconnected} "
+            f"disconnected, {errors} errors, {self._memory[-1].resident / 2**20:.0f} MiB"
         )
 
-    def _settled(self) -> ServeStatus:
-        """The node's counts when nothing runs and no trace is on its way any more."""
+    def _wait_settled(self) -> ServeStatus:
+        """Return the node's status when no request runs and no trace row is pending."""
         deadline = time.monotonic() + _SETTLE_S
         while True:
-            status = read_status(self._settings)
-            if (
-                not (status.requests_running or status.requests_waiting or status.rows_pending)
-                or time.monotonic() > deadline
-            ):
+            with urllib.request.urlopen(f"{_node_url(self._settings)}/status", timeout=30) as response:  # noqa: S310
+                status = ServeStatus.model_validate_json(response.read())
+            busy = status.requests_running or status.requests_waiting or status.rows_pending
+            if not busy or time.monotonic() > deadline:
                 return status
             time.sleep(_TICK_S)
 
 
-def judge(outcome: Outcome, options: Options) -> list[Figure]:
-    """The figures of a soak, with their goals."""
-    load, status = outcome.load, outcome.status
-    slope, growth = growth_of(outcome.memory)
-    nothing = Goal(0, at_least=False)
+def random_requests(model: str, leaving: float, seed: int = 0) -> Iterator[Request]:
+    """Yield requests with prompts of all domains; a share of the clients disconnects early."""
+    texts = [Prompt(domain, text) for domain in prompts.DOMAINS for text in prompts.read_prompts(domain)]
+    random.Random(seed).shuffle(texts)  # noqa: S311
+    for number, prompt in zip(count(), cycle(texts), strict=False):
+        rng = random.Random(f"{seed}/{number}")  # noqa: S311
+        max_tokens, temperature = rng.randint(_MIN_TOKENS, _MAX_TOKENS), rng.choice((0.0, prompts.SAMPLED))
+        events = rng.randint(1, _MAX_EVENTS) if rng.random() < leaving else None
+        yield chat_request(model, prompt, max_tokens, temperature=temperature, disconnect_after=events)
+
+
+def judge(result: SoakResult, options: SoakOptions) -> list[Figure]:
+    """Return the figures of a soak, with their goals."""
+    load, status = result.load, result.status
+    slope, growth = fit_growth(result.memory)
+    zero = Goal(0, at_least=False)
     lost = status.rows_captured - status.rows_published - status.rows_dropped - status.rows_pending
+    published, in_topic = status.rows_published, result.rows_in_topic
+    resident_mib = [round(m.resident / 2**20) for m in result.memory[:: max(len(result.memory) // 30, 1)]]
+    errors, tokens = load.errors, sum(response.output_tokens for response in load.responses)
+    answered = {"answered": len(load.responses) - len(errors), "left": load.disconnected, "errors": errors[:10]}
+    pauses_ms = [swap.pause_ms for swap in status.swaps]
+    swaps_goal = Goal(round(options.minutes * 60 / options.swap_every_s / 2), at_least=True)
     return [
-        Figure(
-            "errors",
-            len(load.errors),
-            goal=nothing,
-            detail={"answered": answered(load), "left": load.disconnected, "told": load.errors[:10]},
-        ),
-        Figure("node_exit_code", abs(outcome.exit_code), goal=nothing),
-        Figure("rows_unaccounted", abs(lost), goal=nothing, detail={"captured": status.rows_captured}),
-        Figure("rows_pending", status.rows_pending, goal=nothing),
+        Figure("errors", len(errors), goal=zero, detail=answered),
+        Figure("node_exit_code", abs(result.exit_code), goal=zero),
+        Figure("rows_unaccounted", abs(lost), goal=zero, detail={"captured": status.rows_captured}),
+        Figure("rows_pending", status.rows_pending, goal=zero),
         Figure(
             "rows_not_as_in_topic",
-            abs(status.rows_published - outcome.rows_in_topic),
-            goal=nothing,
-            detail={"published": status.rows_published, "in_topic": outcome.rows_in_topic, "shed": status.rows_dropped},
+            abs(published - in_topic),
+            goal=zero,
+            detail={"published": published, "in_topic": in_topic, "dropped": status.rows_dropped},
         ),
         Figure(
             "memory_growth",
             growth,
             goal=Goal(0.05, at_least=False),
-            detail={
-                "mib_per_minute": round(slope * 60 / 2**20, 3),
-                "resident_mib": [
-                    round(m.resident / 2**20) for m in outcome.memory[:: max(len(outcome.memory) // 30, 1)]
-                ],
-            },
+            detail={"mib_per_minute": round(slope * 60 / 2**20, 3), "resident_mib": resident_mib},
         ),
         Figure(
             "swaps",
             len(status.swaps),
-            goal=Goal(round(options.minutes * 60 / options.swap_every_s / 2), at_least=True),
-            detail={
-                "refused": len(status.versions_rejected),
-                "pause_max_ms": max((s.pause_ms for s in status.swaps), default=0),
-            },
+            goal=swaps_goal,
+            detail={"rejected": len(status.versions_rejected), "pause_max_ms": max(pauses_ms, default=0)},
         ),
-        Figure("tokens_per_s", sum(response.output_tokens for response in load.responses) / (options.minutes * 60)),
+        Figure("tokens_per_s", tokens / (options.minutes * 60)),
     ]
 
 
-def answered(load: Load) -> int:
-    """Requests with a whole answer."""
-    return len(load.responses) - len(load.errors)
-
-
-def growth_of(memory: Sequence[Memory]) -> tuple[float, float]:
-    """Bytes a second by which memory grew once it had settled, and the share of it that it grew by in all."""
-    settled = memory[int(len(memory) * _SETTLED) :]
+def fit_growth(memory: Sequence[MemorySample]) -> tuple[float, float]:
+    """Return the growth of memory after the warm-up: bytes per second, and the share over the whole time."""
+    settled = memory[int(len(memory) * _WARM_UP_SHARE) :]
     times, resident = [m.seconds for m in settled], [m.resident for m in settled]
     slope: float = linear_regression(times, resident).slope
     return slope, slope * (times[-1] - times[0]) / median(resident)
 
 
-def rows_in_topic(kafka: Kafka) -> int:
-    """Rows of all messages of the traces topic, by their headers."""
+def count_topic_rows(kafka: Kafka) -> int:
+    """Add up the row counts in the headers of all messages of the traces topic."""
     from confluent_kafka import Consumer, TopicPartition
 
     consumer = Consumer(
@@ -264,8 +271,7 @@ def rows_in_topic(kafka: Kafka) -> int:
     )
     try:
         partitions = [TopicPartition(kafka.traces_topic, n, 0) for n in range(kafka.partitions)]
-        ends = [consumer.get_watermark_offsets(partition)[1] for partition in partitions]
-        left = sum(ends)
+        left = sum(consumer.get_watermark_offsets(partition)[1] for partition in partitions)
         consumer.assign(partitions)
         rows = 0
         while left:
@@ -279,48 +285,35 @@ def rows_in_topic(kafka: Kafka) -> int:
         consumer.close()
 
 
-def read_status(settings: Settings) -> ServeStatus:
-    """What the node says of itself."""
-    with urllib.request.urlopen(f"{node_url(settings)}/status", timeout=30) as answer:  # noqa: S310
-        return ServeStatus.model_validate_json(answer.read())
-
-
-def node_url(settings: Settings) -> str:
-    """Where the node answers."""
+def _node_url(settings: Settings) -> str:
     return f"http://{settings.serve.host}:{settings.serve.port}"
 
 
 @contextmanager
-def _parts(settings: Settings, folder: Path, say: Say) -> Iterator[tuple[Process, Broker, Settings]]:
-    """A node, a broker and a registry, each a process of its own; the settings say where they are."""
+def _running_processes(settings: Settings, folder: Path, say: Say) -> Iterator[tuple[Process, Broker, Settings]]:
+    """Run a node, a broker and a registry, each as a process; the settings hold their addresses."""
     with ExitStack() as undo:
         say("starting broker, registry and node")
-        broker = undo.enter_context(embedded_kafka.running_broker(folder / "broker"))
-        registry = RegistryServer(folder / "registry", embedded_kafka.free_port(), (folder / "registry.log").absolute())
+        broker = undo.enter_context(running_broker(folder / "broker"))
+        registry = RegistryServer(folder / "registry", free_port(), (folder / "registry.log").absolute())
         registry.start()
         undo.callback(registry.stop)
-        here = embedded_kafka.use_broker(settings, broker.bootstrap)
-        serve = here.serve.model_copy(
-            update={"host": "127.0.0.1", "port": embedded_kafka.free_port(), "poll_interval": 1.0}
-        )
+        here = use_broker(settings, broker.bootstrap)
+        serve = here.serve.model_copy(update={"host": "127.0.0.1", "port": free_port(), "poll_interval": 1.0})
         here = here.model_copy(update={"serve": serve, "registry": Registry(tracking_uri=registry.uri)})
-        node = _node(here, folder)
+        log = (folder / "serve.log").absolute()
+        node = Process("serve", [sys.executable, "-m", "ops.cli.main", "serve"], log, to_environ(here))
         node.start()
         undo.callback(node.stop)
-        node.wait_ready(lambda: is_answering(f"{node_url(here)}/ready"), _READY_S)
+        node.wait_ready(lambda: is_answering(f"{_node_url(here)}/ready"), _READY_S)
         yield node, broker, here
 
 
-def _node(settings: Settings, folder: Path) -> Process:
-    log = (folder / "serve.log").absolute()
-    return Process("serve", [sys.executable, "-m", "ops.cli.main", "serve"], log, to_environ(settings))
-
-
 def _register(registry: SpeculatorRegistry, target: Target, trained: EagleDraft) -> list[str]:
-    """Register the trained draft and the one of day 0; their versions."""
+    """Register the trained draft and the draft of day 0; return their versions."""
     versions = []
     for draft in (trained, target.day_0):
-        # MLflow's client prints to stdout, which is the report's.
+        # MLflow's client prints to stdout, which belongs to the report.
         with tempfile.TemporaryDirectory() as scratch, redirect_stdout(sys.stderr):
             checkpoint.write(draft, Path(scratch), target.fingerprint)
             versions.append(registry.register(target.line, Path(scratch), {"line": target.line}, {}))

@@ -70,9 +70,9 @@ def run(settings: Settings, say: Say, *, quick: bool, tokens: int | None, html: 
     figures = chain(judge_costs(costs), *(judge_policies(order, found) for order, found in outcomes.items()))
     report = session.report("How often to update to newer versions", about, figures)
     if html:
-        from ops.bench.update_page import render_page
+        from ops.bench.update_page import render_update_page
 
-        write_page("--html", html, render_page(outcomes, report))
+        write_page("--html", html, render_update_page(outcomes, report))
     return report
 
 

@@ -112,7 +112,7 @@ app.add_typer(replay.app, name="replay", rich_help_panel=_VERSIONS)
 app.command(rich_help_panel=_VERSIONS)(vocabulary.vocabulary)
 app.add_typer(config.app, name="config", rich_help_panel=_SETUP)
 if find_spec("ops.bench"):  # a checkout has the benchmarks; wheels and images do not
-    app.add_typer(import_module("ops.cli.bench").app, name="bench", rich_help_panel=_SETUP)
+    app.add_typer(import_module("ops.bench.cli").app, name="bench", rich_help_panel=_SETUP)
 
 
 def main() -> None:

@@ -69,6 +69,19 @@ def test_a_folder_imports_only_what_the_table_allows(folder: str) -> None:
     assert not wrong
 
 
+def test_production_code_does_not_import_the_benchmarks() -> None:
+    """``aurora`` loads the command group by name where a checkout has it; wheels and images do not contain it."""
+    wrong = [
+        f"{path.relative_to(ROOT)}: {name}"
+        for folder in FOLDERS
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        if not path.is_relative_to(ROOT / "ops" / "bench")
+        for name in imported(path.read_text(), ".".join(path.relative_to(ROOT).parent.parts))
+        if permitted(name, {"ops.bench"})
+    ]
+    assert not wrong
+
+
 def test_every_kind_of_import_statement_is_seen() -> None:
     source = "import a.b\nfrom c import d\ndef f():\n    from . import e\n    from ..g import h\n"
     assert list(imported(source, "p.q")) == ["a.b", "c.d", "p.q.e", "p.g.h"]

@@ -72,7 +72,7 @@ class Variant:
 
     name: str
     question: str
-    """What the variant helps to decide; variants of one question share a chart."""
+    """The decision that the variant helps; variants of one question share a chart."""
     changes: tuple[tuple[str, SettingValue], ...] = ()
     """Settings by their dotted names, over those of the base."""
     lookahead: int = LOOKAHEAD
@@ -136,8 +136,8 @@ PLAN = (
         _one(f"rejected-{x}", "objective of rejected branches", "train.rejected_objective", x)
         for x in ("reverse-kl", "tv", "lk")
     ),
-    _one("rejection-weight-1", "what the served draft chose", "train.rejection_weight", 1.0),
-    _one("policy-weight-0.1", "what the served draft chose", "train.policy_weight", 0.1),
+    _one("rejection-weight-1", "choices of the served draft", "train.rejection_weight", 1.0),
+    _one("policy-weight-0.1", "choices of the served draft", "train.policy_weight", 0.1),
     *(_one(f"vocabulary-{x}", "draft vocabulary", "speculator.draft_vocab_size", x) for x in (4096, 16384)),
     *(_one(f"width-{x}", "width of the draft", "speculator.intermediate_size", x) for x in (768, 3072)),
     replace(_one("init-head", "initial weights of the draft", "speculator.init", "head"), orders=("mixed", "ordered")),
@@ -148,7 +148,7 @@ QUICK_VARIANTS = ("base", "replay-0", "accepted-only")
 
 
 def select_variants(prefixes: Sequence[str]) -> list[Variant]:
-    """Return the variants whose names begin with a prefix, or all, and those that they are compared with."""
+    """Return the variants whose names begin with a prefix, or all, and the variants of their comparisons."""
     names = [variant.name for variant in PLAN]
     for prefix in prefixes:
         if not any(name.startswith(prefix) for name in names):

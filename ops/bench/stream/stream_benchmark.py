@@ -53,7 +53,7 @@ FULL = StreamSize(trials=5, mib=192, latency_s=60, latency_messages_per_s=20)
 
 @dataclass
 class DrainTrials:
-    """What each way to drain a topic of one message size cost, by trial."""
+    """The costs of each way to drain a topic of one message size, by trial."""
 
     messages: int
     verify_steps: int

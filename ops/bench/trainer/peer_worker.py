@@ -254,7 +254,7 @@ def serve_requests(start: Callable[[], StepWorker], package: str, requests: Iter
 
 
 def main(trainer: type[BenchTrainer], package: str, data: Path, threads: int, types: Sequence[str]) -> None:
-    """Respond on standard output; redirect what libraries print to standard error."""
+    """Respond on standard output; redirect the output of libraries to standard error."""
     torch.set_num_threads(threads)
     responses = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())

@@ -193,7 +193,7 @@ def _compare_trainers(
 ) -> tuple[list[Figure], dict[str, Any]]:
     """Run all trainers in turn on the same sequences; return the figures and the versions of the trainers.
 
-    Each trainer computes in the type of products that is fastest here, of those that ``train.dtype`` allows.
+    Each trainer computes in the type of products that is fastest here, among the types that ``train.dtype`` allows.
     """
     with ExitStack() as stack:
         native = select_dtype(train.dtype, torch.device("cpu")) is torch.bfloat16

@@ -84,7 +84,7 @@ def test_recordings_of_another_target_are_rejected(
         recording.read_recorded_sample(tmp_path, planned[0].id, "0" * 32)
 
 
-def test_training_caches_a_speculator_that_drafts_better_than_the_random_one(
+def test_training_caches_a_speculator_that_is_better_than_a_random_one(
     engine: tuple[BuiltinEngine, recording.Recorder], settings: Settings, tmp_path: Path
 ) -> None:
     running, recorder = engine

@@ -54,8 +54,8 @@ def test_a_ratio_is_over_the_peer_that_was_fastest_in_that_case() -> None:
 
 def test_without_a_peer_the_ratio_has_a_reason() -> None:
     figures = {figure.name: figure for figure in judge(PLAN, {CASE: {"ours": took(1)}}, {"speculators": "not built"})}
-    told = figures["ratio_to_best_peer"].summary()
-    assert (told["value"], told["met"], told["why"]) == (None, None, "speculators: not built")
+    summary = figures["ratio_to_best_peer"].summary()
+    assert (summary["value"], summary["met"], summary["why"]) == (None, None, "speculators: not built")
     assert figures["tokens_per_s_t8_k3"].value == 16
 
 
@@ -66,11 +66,11 @@ def test_every_measured_figure_is_in_the_list_of_names() -> None:
 
 
 @pytest.mark.parametrize("size", [QUICK, FULL])
-def test_every_case_has_as_many_tokens_a_step(size: TrainerSize) -> None:
+def test_every_case_has_the_same_number_of_tokens_per_step(size: TrainerSize) -> None:
     assert all(size.tokens % length == 0 for length in size.lengths)
 
 
-def test_a_tree_has_sixteen_nodes_that_the_training_time_test_reaches() -> None:
+def test_the_training_time_test_reaches_all_sixteen_nodes_of_the_tree() -> None:
     assert len(synthetic_data.TREE) == 16
     assert max(depths(synthetic_data.TREE)) < TREE_TTT_STEPS
 
@@ -82,7 +82,7 @@ def rejected(samples: list[Sample], **changed: float) -> tuple[float, int]:
     return loss.rejected, loss.nodes
 
 
-def test_chains_and_single_branches_learn_the_same_nodes_as_often_as_each_other() -> None:
+def test_chains_and_single_branches_train_on_the_same_number_of_nodes() -> None:
     whole = synthetic_data.build_tree_sample(WIDE, LAYOUT, 0)
     shared = collate([whole]).drafted
     chains = collate([synthetic_data.separate_chains(whole, WIDE)]).drafted
@@ -92,7 +92,7 @@ def test_chains_and_single_branches_learn_the_same_nodes_as_often_as_each_other(
     assert len(shared) <= len(synthetic_data.TREE) * len(LAYOUT.roots)
 
 
-def test_a_branch_behind_a_copy_of_its_prefix_has_the_loss_that_it_has_in_the_sample() -> None:
+def test_a_split_branch_has_the_same_loss_as_in_its_sample() -> None:
     whole = synthetic_data.build_tree_sample(WIDE, LAYOUT, 0)
     alone = replace(whole, branches=whole.branches[-1:])
     request, copy = synthetic_data.split_branches(alone)

@@ -21,7 +21,7 @@ from ops.bench.update import (
     simulate_policy,
     sweep_policies,
 )
-from ops.bench.update_page import frontier, render_page
+from ops.bench.update_page import frontier_chart, render_update_page
 from ops.cli.main import app
 from schemas.settings import Update
 
@@ -78,7 +78,7 @@ def test_the_cost_of_fetching_is_averaged_over_all_updates() -> None:
     assert fetch_cost([faster]) == 0.0
 
 
-def test_the_report_has_a_point_for_every_policy_and_the_page_draws_them() -> None:
+def test_report_and_page_contain_every_policy() -> None:
     outcomes = sweep_policies(ANSWERED, learning, COSTS, Update())
     points = [describe_outcome(outcome, outcomes[0]) for outcome in outcomes]
     assert [points[0]["policy"], points[-2]["policy"], points[-1]["policy"]] == ["every version", "never", "auto"]
@@ -90,15 +90,15 @@ def test_the_report_has_a_point_for_every_policy_and_the_page_draws_them() -> No
     ]
     about = {"traffic": {"requests": 24, "tokens": 24_000}}
     report = Report("update", {"processor": "one", "cores": 2}, "code", about, tuple(figures))
-    html = render_page({"ordered": outcomes, "mixed": outcomes}, report)
+    html = render_update_page({"ordered": outcomes, "mixed": outcomes}, report)
     assert html.count("<svg") == 2
     assert all(point["policy"] in html for point in points)
-    ET.fromstring(frontier("mixed", outcomes))
+    ET.fromstring(frontier_chart("mixed", outcomes))
 
 
 def test_missing_traffic_names_the_command_that_records_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     target = write_tiny_target(tmp_path / "target")
-    told = CliRunner().invoke(app, ["bench", "update", "--set", f"target.path={target}"])
-    assert told.exit_code == 2
-    assert "aurora bench learning --record" in told.stderr
+    invoked = CliRunner().invoke(app, ["bench", "update", "--set", f"target.path={target}"])
+    assert invoked.exit_code == 2
+    assert "aurora bench learning --record" in invoked.stderr

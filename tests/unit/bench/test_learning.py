@@ -16,9 +16,14 @@ from typer.testing import CliRunner
 
 from ops.bench import prompts, recording
 from ops.bench.learning import learning_figures, recorded_traffic, study, trials, variants
-from ops.bench.learning.charts import base_chart, question_chart, shifts_chart
 from ops.bench.learning.learning_figures import mean_interval, paired_interval
-from ops.bench.learning.page import render_page, verdict
+from ops.bench.learning.learning_page import (
+    base_chart,
+    render_learning_page,
+    shifts_chart,
+    state_verdict,
+    variants_chart,
+)
 from ops.bench.learning.recorded_traffic import RecordedTraffic
 from ops.bench.learning.trials import TrialResult, order_stream
 from ops.bench.learning.variants import BASE, PLAN, LearningTrial, Variant
@@ -102,7 +107,7 @@ def run(
 # Recording
 
 
-def test_a_longer_recording_begins_with_the_whole_of_a_shorter_one() -> None:
+def test_a_shorter_recording_is_the_prefix_of_a_longer_one() -> None:
     made = [[Request(f"{d}-{i}", (1,), 1) for i in range(45)] for d in prompts.DOMAINS]
     longer = recorded_traffic.split_segments(made)
     assert recorded_traffic.split_segments([domain[:30] for domain in made]) == longer[:2]
@@ -123,14 +128,14 @@ def test_recorded_traffic_is_read_in_the_order_in_which_it_was_sent(
     assert first.digest != recorded.digest
 
 
-def test_traffic_that_is_recorded_is_not_served_again(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recorded_traffic_is_not_served_again(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recorded_traffic, "plan_segments", lambda *_: requests())
     said: list[str] = []
     recorded_traffic.record_traffic(settings, PER_DOMAIN, said.append)
     assert said == [f"{4 * PER_DOMAIN} requests are recorded in {recorded_traffic.traffic_folder(settings)} already"]
 
 
-def test_traffic_that_is_not_there_is_told_with_the_flag_that_records_it(settings: Settings, tmp_path: Path) -> None:
+def test_missing_traffic_names_the_flag_that_records_it(settings: Settings, tmp_path: Path) -> None:
     elsewhere = settings.model_copy(update={"stack": settings.stack.model_copy(update={"data_dir": str(tmp_path)})})
     with pytest.raises(UserError, match=r"aurora bench learning --record"):
         recorded_traffic.read_traffic(elsewhere)
@@ -140,9 +145,7 @@ def test_traffic_that_is_not_there_is_told_with_the_flag_that_records_it(setting
 
 
 @pytest.mark.parametrize("seed", [0, 3])
-def test_an_ordered_stream_has_one_domain_after_the_other_and_the_seed_says_which_is_first(
-    recorded: RecordedTraffic, seed: int
-) -> None:
+def test_the_seed_selects_the_first_domain_of_an_ordered_stream(recorded: RecordedTraffic, seed: int) -> None:
     stream = order_stream(recorded, "ordered", seed)
     begun = list(dict.fromkeys(asked.label for asked in stream))
     assert begun == [*prompts.DOMAINS[seed:], *prompts.DOMAINS[:seed]]
@@ -160,29 +163,25 @@ def test_both_orders_hold_the_same_requests_and_the_seed_shuffles_them(recorded:
 # Runs
 
 
-def test_every_batch_is_scored_before_it_is_learned_from(settings: Settings, recorded: RecordedTraffic) -> None:
-    learned = run(settings, recorded)
+def test_every_batch_is_scored_before_it_is_trained_on(settings: Settings, recorded: RecordedTraffic) -> None:
+    result = run(settings, recorded)
     target = read_target(variants.trial_settings(settings, LearningTrial(TINY, "mixed", 0)))
     first = order_stream(recorded, "mixed", 0)[:4]
     untrained = simulate_acceptance(target.new_draft(), target.embeddings_VH, first, 4)
-    scored = learned.scores[: len({asked.label for asked in first})]
+    scored = result.scores[: len({asked.label for asked in first})]
     assert (sum(p.accepted for p in scored), sum(p.positions for p in scored)) == untrained
 
 
-def test_a_run_covers_all_traffic_once_and_learns_from_as_much_again(
-    settings: Settings, recorded: RecordedTraffic
-) -> None:
-    learned = run(settings, recorded)
-    assert sum(point.tokens for point in learned.scores) == recorded.tokens
-    assert sum(point.answered for point in learned.scores) == 4 * PER_DOMAIN * 14
-    assert len(learned.losses) == PER_DOMAIN
-    assert learned.losses[-1] < learned.losses[0]
-    assert learned.trained_tokens == (2 * 4 * PER_DOMAIN - 4) * 19, "in the first step there is nothing to replay"
+def test_a_trial_trains_on_all_traffic_once_and_replays_as_much(settings: Settings, recorded: RecordedTraffic) -> None:
+    result = run(settings, recorded)
+    assert sum(point.tokens for point in result.scores) == recorded.tokens
+    assert sum(point.answered for point in result.scores) == 4 * PER_DOMAIN * 14
+    assert len(result.losses) == PER_DOMAIN
+    assert result.losses[-1] < result.losses[0]
+    assert result.trained_tokens == (2 * 4 * PER_DOMAIN - 4) * 19, "in the first step there is nothing to replay"
 
 
-def test_the_same_seed_gives_the_same_curve_and_another_one_another(
-    settings: Settings, recorded: RecordedTraffic
-) -> None:
+def test_a_trial_depends_on_its_seed(settings: Settings, recorded: RecordedTraffic) -> None:
     one, again, other = (run(settings, recorded, seed=seed) for seed in (0, 0, 1))
     assert (one.scores, one.losses) == (again.scores, again.losses)
     assert one.losses[0] != other.losses[0]
@@ -191,11 +190,11 @@ def test_the_same_seed_gives_the_same_curve_and_another_one_another(
 def test_an_ordered_run_scores_a_draft_that_was_frozen_when_the_first_domain_ended(
     settings: Settings, recorded: RecordedTraffic
 ) -> None:
-    learned = run(settings, recorded, order="ordered")
-    is_scored = [point.static_accepted is not None for point in learned.scores]
-    shifted = next(i for i, point in enumerate(learned.scores) if point.label != learned.scores[0].label)
+    result = run(settings, recorded, order="ordered")
+    is_scored = [point.static_accepted is not None for point in result.scores]
+    shifted = next(i for i, point in enumerate(result.scores) if point.label != result.scores[0].label)
     assert is_scored == [i >= shifted - 1 for i in range(len(is_scored))], "the batch that holds both domains, and on"
-    both = [point for point in learned.scores[: shifted + 1] if point.static_accepted is not None]
+    both = [point for point in result.scores[: shifted + 1] if point.static_accepted is not None]
     assert all(point.accepted == point.static_accepted for point in both), "it is the draft of that moment"
 
 
@@ -225,7 +224,7 @@ def point(domain: str, accepted: int, static: int | None = None, tokens: int = 1
     return BatchScore(domain, tokens, 80, accepted, 100, static)
 
 
-def test_a_curve_looks_back_over_so_many_tokens() -> None:
+def test_a_curve_value_covers_the_last_tokens() -> None:
     points = [point("math", 0), point("code", 100), point("math", 50), point("code", 150)]
     assert learning_curve(points, window=2000) == [(1000, 0.0), (2000, 0.5), (3000, 0.75), (4000, 1.0)]
     assert learning_curve(points, window=3000, label="code") == [(2000, 1.0), (4000, 1.25)]
@@ -236,7 +235,7 @@ def test_a_curve_looks_back_over_so_many_tokens() -> None:
     assert learning_figures.count_output_tokens(points, 3500) == 3 * 80
 
 
-def test_a_curve_is_what_adding_up_gives_at_every_point() -> None:
+def test_a_curve_equals_the_sums_over_its_window() -> None:
     generator = torch.Generator().manual_seed(0)
     draws = torch.randint(1, 900, (60, 3), generator=generator).tolist()
     points = [BatchScore("math" if a % 2 else "sql", t, 1, a, p, None) for t, a, p in draws]
@@ -251,7 +250,7 @@ def test_a_curve_is_what_adding_up_gives_at_every_point() -> None:
             assert value.accepted_per_step == sum(p.accepted for p in within) / sum(p.positions for p in within)
 
 
-def test_a_shift_is_told_by_its_drop_its_recovery_and_the_frozen_draft() -> None:
+def test_a_shift_has_its_drop_its_recovery_and_the_ratio_to_the_frozen_draft() -> None:
     ended = [point("code", 40), *[point("code", 100)] * 6]
     begun = [point("math", accepted, static=20) for accepted in (10, 30, 60, 90, 110, 120, 120, 120, 120, 120)]
     (shift,) = learning_figures.find_shifts([*ended, *begun])
@@ -270,7 +269,7 @@ def test_the_curve_of_the_frozen_draft_begins_where_it_was_frozen() -> None:
     assert learning_figures.static_curve(points[:1]) == []
 
 
-def test_an_interval_is_students_and_a_pair_takes_the_seeds_out() -> None:
+def test_intervals_are_students_and_pairs_remove_the_variation_of_seeds() -> None:
     found = mean_interval([1.0, 2.0, 3.0])
     assert (found.mean, found.low, found.high) == pytest.approx((2.0, 2 - 2.484, 2 + 2.484), abs=1e-3)
     assert mean_interval([1.0])[1:] == (None, None)
@@ -279,19 +278,19 @@ def test_an_interval_is_students_and_a_pair_takes_the_seeds_out() -> None:
     assert paired_interval([1.0, 5.0, 9.0], [0.9, 4.8, 8.85]).is_clear
 
 
-def test_seeds_that_never_got_there_count_as_late() -> None:
+def test_seeds_that_never_reach_a_level_count_as_infinite() -> None:
     assert learning_figures.median_reached([30, None, 10]) == 30
     assert learning_figures.median_reached([30, None, None]) is None
 
 
-def test_labels_that_would_lie_on_each_other_are_moved_apart() -> None:
+def test_overlapping_labels_are_spread() -> None:
     assert spread_labels([0.5, 0.1, 0.52], 0.1) == [0.5, 0.1, pytest.approx(0.6)]
 
 
 # Variants
 
 
-def test_every_variant_of_the_plan_runs_with_settings_that_there_are(settings: Settings) -> None:
+def test_every_variant_changes_existing_settings(settings: Settings) -> None:
     names = [variant.name for variant in PLAN]
     assert len(set(names)) == len(names)
     assert set(variants.QUICK_VARIANTS) <= set(names)
@@ -300,13 +299,13 @@ def test_every_variant_of_the_plan_runs_with_settings_that_there_are(settings: S
         assert variants.trial_settings(load(environ={}), LearningTrial(variant, "mixed", 2)).train.seed == 2
 
 
-def test_a_variant_goes_over_what_the_user_set_and_that_over_the_base() -> None:
+def test_a_variant_overrides_the_users_settings_which_override_the_base() -> None:
     own = load(environ={}, flags={"train.max_grad_norm": 0.5, "train.learning_rate": 3e-4, "train.poll_interval": 9})
     values = variants.variant_values(own, Variant("fast", "rate", (("train.learning_rate", 2e-3),)))
     assert values == {**BASE, "train.max_grad_norm": 0.5, "train.learning_rate": 2e-3}
 
 
-def test_a_choice_of_variants_brings_those_that_they_are_compared_with() -> None:
+def test_a_selection_includes_the_compared_variants() -> None:
     assert [v.name for v in variants.select_variants(["lookahead-3-both"])] == [
         "base",
         "lookahead-3-accepted",
@@ -332,7 +331,7 @@ def small(settings: Settings) -> study.Study:
         variants.PLAN = original  # type: ignore[misc]
 
 
-def test_what_was_run_is_not_run_again(settings: Settings, recorded: RecordedTraffic, tmp_path: Path) -> None:
+def test_a_trial_with_a_result_is_not_run_again(settings: Settings, recorded: RecordedTraffic, tmp_path: Path) -> None:
     elsewhere = tmp_path / "bench" / "recorded"
     elsewhere.parent.mkdir()
     elsewhere.symlink_to(recorded_traffic.traffic_folder(settings).parent)
@@ -349,7 +348,7 @@ def test_what_was_run_is_not_run_again(settings: Settings, recorded: RecordedTra
     assert said == [f"24 requests, {recorded.tokens} tokens of traffic; 0 of 2 trials are new"]
 
 
-def test_a_run_has_another_file_when_anything_that_it_depends_on_differs(settings: Settings) -> None:
+def test_the_file_of_a_result_depends_on_everything_but_the_code(settings: Settings) -> None:
     trial = LearningTrial(TINY, "mixed", 0)
     others = [
         trial,
@@ -366,7 +365,7 @@ def test_a_run_has_another_file_when_anything_that_it_depends_on_differs(setting
     assert len(files) == len(others) + 1
 
 
-def test_the_report_holds_the_bases_figures_and_every_variant_with_its_interval(small: study.Study) -> None:
+def test_the_report_contains_the_figures_of_the_base_and_every_variant(small: study.Study) -> None:
     summary = json.loads(json.dumps(small.report().summary()))
     assert {
         "tokens_to_accepted_per_step_0_5",
@@ -383,23 +382,23 @@ def test_the_report_holds_the_bases_figures_and_every_variant_with_its_interval(
     assert other["seeds"] == 2
 
 
-def test_the_page_needs_nothing_else_and_holds_every_variant(small: study.Study) -> None:
-    html = render_page(small)
+def test_the_page_is_self_contained_and_contains_every_variant(small: study.Study) -> None:
+    html = render_learning_page(small)
     assert not re.findall(r"(?:src|href)=[\"']?(?:https?:)?//", html)
     assert "<script" not in html
     assert html.count("<svg") == 4
     assert html.count("<td>lambda-0</td>") == 2
-    assert not re.findall(r"\$[a-z_]+", html)
+    assert not re.findall(r"\{[{%]", html)
 
 
-def test_a_chart_is_well_formed_and_its_colours_follow_the_page(small: study.Study) -> None:
+def test_a_chart_is_well_formed_and_uses_the_colors_of_the_page(small: study.Study) -> None:
     mixed, ordered = small.runs[0], small.runs[1]
-    for svg in (base_chart(mixed), shifts_chart(ordered.seeds[0]), shifts_chart(None), question_chart("q", [mixed])):
+    for svg in (base_chart(mixed), shifts_chart(ordered.seeds[0]), shifts_chart(None), variants_chart("q", [mixed])):
         assert ET.fromstring(svg).tag.endswith("svg")
         assert not re.findall(r"#[0-9a-fA-F]{6}\b", svg.replace("#000000", ""))
 
 
-def test_the_verdict_says_which_differences_are_beyond_chance() -> None:
+def test_the_verdict_names_the_clear_differences() -> None:
     def of(name: str, *lengths: float) -> study.VariantRuns:
         seeds = [
             TrialResult(
@@ -418,25 +417,25 @@ def test_the_verdict_says_which_differences_are_beyond_chance() -> None:
 
     base = of("base", 0.5, 0.6, 0.7)
     better, worse, same = of("better", 0.6, 0.7, 0.81), of("worse", 0.3, 0.41, 0.5), of("same", 0.6, 0.5, 0.7)
-    assert verdict([study.VariantComparison(r, base) for r in (better, worse, same)]) == (
-        "Over the whole stream the accepted tokens per step is clearly higher with better (+0.10, mixed). "
-        "Over the whole stream the accepted tokens per step is clearly lower with worse (-0.20, mixed). "
-        "One comparison could be chance: its interval holds zero."
+    assert state_verdict([study.VariantComparison(r, base) for r in (better, worse, same)]) == (
+        "Over the whole stream the acceptance length is clearly higher with better (+0.10, mixed). "
+        "Over the whole stream the acceptance length is clearly lower with worse (-0.20, mixed). "
+        "One comparison could be chance: its interval contains zero."
     )
-    assert "One seed cannot tell" in verdict([study.VariantComparison(of("better", 0.6), of("base", 0.5))])
+    assert "One seed cannot separate" in state_verdict([study.VariantComparison(of("better", 0.6), of("base", 0.5))])
 
 
 # The command
 
 
-def test_the_command_tells_what_is_not_there_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_traffic_and_unknown_variants_are_user_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     target = write_tiny_target(tmp_path / "target")
-    told = CliRunner().invoke(app, ["bench", "learning", "--set", f"target.path={target}"])
-    assert told.exit_code == 2
-    assert "no traffic is recorded" in told.stderr
-    told = CliRunner().invoke(app, ["bench", "learning", "--only", "speed"])
-    assert (told.exit_code, "no such variant" in told.stderr) == (2, True)
+    invoked = CliRunner().invoke(app, ["bench", "learning", "--set", f"target.path={target}"])
+    assert invoked.exit_code == 2
+    assert "no traffic is recorded" in invoked.stderr
+    invoked = CliRunner().invoke(app, ["bench", "learning", "--only", "speed"])
+    assert (invoked.exit_code, "no such variant" in invoked.stderr) == (2, True)
 
 
 def test_the_command_writes_json_and_a_page(
@@ -450,12 +449,12 @@ def test_the_command_writes_json_and_a_page(
         "speculator.draft_vocab_size": VOCABULARY,
     }
     sets = [part for name, value in flags.items() for part in ("--set", f"{name}={value}")]
-    told = CliRunner().invoke(app, ["bench", "learning", "--seeds", "1", "--json", "--html", "page.html", *sets])
-    assert told.exit_code == 0, told.output
-    assert json.loads(told.stdout)["variants"][0]["name"] == "base"
+    invoked = CliRunner().invoke(app, ["bench", "learning", "--seeds", "1", "--json", "--html", "page.html", *sets])
+    assert invoked.exit_code == 0, invoked.output
+    assert json.loads(invoked.stdout)["variants"][0]["name"] == "base"
     assert "<svg" in (tmp_path / "page.html").read_text()
 
 
-def test_asked_counts_the_token_that_has_no_feature_yet() -> None:
+def test_committed_tokens_include_the_one_without_features() -> None:
     asked = replace(sample_of(tokens=5), next_token=3)
     assert (asked.committed, asked.answered) == (6, 3)

@@ -1,4 +1,4 @@
-"""How long traffic waits for what it teaches: which version first holds a row, and by which clock."""
+"""The delay from a verify step to the first served version that was trained on it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 from recorded import LINE, conversation, record_of, tables_of
 
-from ops.bench.loop_served import Row, Served, Waits, elapsed, first_served, read_rows, read_served, waits
+from ops.bench.loop.learning_delay import (
+    CommittedStep,
+    Delays,
+    ServedVersion,
+    elapsed,
+    first_served,
+    measure_delays,
+    read_served_versions,
+    read_steps,
+)
 from ops.demo.record import Swap
 from pipeline.delta import DeltaLog
 from pipeline.offsets import SourcePartition, transaction_id
@@ -21,44 +30,48 @@ RECORDED = 1_700_000_000
 """When every made-up verify step was committed."""
 
 
-def test_a_row_is_served_by_the_first_version_whose_tables_hold_its_record() -> None:
-    in_order = [Served("1", 10, {0: 4}), Served("2", 20, {0: 9, 1: 3}), Served("3", 30, {0: 20, 1: 8})]
-    assert first_served(Row(0, 0, 4), in_order) == 10
-    assert first_served(Row(0, 0, 5), in_order) == 20
-    assert first_served(Row(0, 1, 0), in_order) == 20
-    assert first_served(Row(0, 1, 9), in_order) is None
-    assert first_served(Row(0, 2, 0), in_order) is None
+def test_a_verify_step_is_served_by_the_first_version_whose_tables_hold_its_record() -> None:
+    in_order = [
+        ServedVersion("1", 10, {0: 4}),
+        ServedVersion("2", 20, {0: 9, 1: 3}),
+        ServedVersion("3", 30, {0: 20, 1: 8}),
+    ]
+    assert first_served(CommittedStep(0, 0, 4), in_order) == 10
+    assert first_served(CommittedStep(0, 0, 5), in_order) == 20
+    assert first_served(CommittedStep(0, 1, 0), in_order) == 20
+    assert first_served(CommittedStep(0, 1, 9), in_order) is None
+    assert first_served(CommittedStep(0, 2, 0), in_order) is None
 
 
-def test_a_version_that_was_read_for_earlier_and_swapped_in_later_does_not_come_first() -> None:
-    served = [Served("2", 20, {0: 9}), Served("1", 40, {0: 9})]
-    found = waits([Row(5, 0, 9)], served, [(0, 100)], young_s=0)
-    assert found == Waits((15,), unserved=0, young=0)
+def test_versions_count_in_the_order_of_their_swaps() -> None:
+    served = [ServedVersion("2", 20, {0: 9}), ServedVersion("1", 40, {0: 9})]
+    found = measure_delays([CommittedStep(5, 0, 9)], served, [(0, 100)], young_s=0)
+    assert found == Delays((15,), unserved=0, young=0)
 
 
 @pytest.mark.parametrize(("moment", "learned"), [(0, 0), (10, 0), (15, 5), (20, 10), (35, 10), (42, 12), (99, 20)])
-def test_the_clock_stands_still_while_nothing_is_learned(moment: float, learned: float) -> None:
+def test_the_clock_stops_while_the_trainer_is_stopped(moment: float, learned: float) -> None:
     assert elapsed([(10, 20), (40, 50)], moment) == learned
 
 
-def test_a_wait_over_a_pause_leaves_the_pause_out() -> None:
-    found = waits([Row(15, 0, 0)], [Served("1", 43, {0: 0})], [(10, 20), (40, 50)], young_s=0)
+def test_a_delay_excludes_a_pause_of_the_trainer() -> None:
+    found = measure_delays([CommittedStep(15, 0, 0)], [ServedVersion("1", 43, {0: 0})], [(10, 20), (40, 50)], young_s=0)
     assert found.seconds == (8,)
 
 
-def test_a_row_that_is_never_served_waits_as_long_as_it_can_have() -> None:
-    found = waits([Row(15, 0, 7)], [Served("1", 43, {0: 0})], [(10, 20), (40, 50)], young_s=0)
-    assert found == Waits((15,), unserved=1, young=0)
+def test_a_verify_step_without_a_served_version_has_the_delay_so_far() -> None:
+    found = measure_delays([CommittedStep(15, 0, 7)], [ServedVersion("1", 43, {0: 0})], [(10, 20), (40, 50)], young_s=0)
+    assert found == Delays((15,), unserved=1, young=0)
 
 
-def test_rows_of_the_end_do_not_count_however_quick_they_were() -> None:
-    rows = [Row(10, 0, 0), Row(95, 0, 1)]
-    found = waits(rows, [Served("1", 96, {0: 1})], [(0, 100)], young_s=20)
-    assert found == Waits((86,), unserved=0, young=1)
+def test_verify_steps_at_the_end_do_not_count() -> None:
+    rows = [CommittedStep(10, 0, 0), CommittedStep(95, 0, 1)]
+    found = measure_delays(rows, [ServedVersion("1", 96, {0: 1})], [(0, 100)], young_s=20)
+    assert found == Delays((86,), unserved=0, young=1)
 
 
-def test_without_any_learning_nothing_waited() -> None:
-    assert waits([], [], [], young_s=60) == Waits((), 0, 0)
+def test_without_learning_there_is_no_delay() -> None:
+    assert measure_delays([], [], [], young_s=60) == Delays((), 0, 0)
 
 
 @pytest.fixture
@@ -73,7 +86,7 @@ def settings(tmp_path: Path) -> Settings:
     return made
 
 
-def test_what_was_read_for_a_version_is_told_by_the_table_at_that_version(settings: Settings) -> None:
+def test_the_offsets_of_a_version_are_those_of_the_table_version_in_its_tag(settings: Settings) -> None:
     registered = [
         Version(
             str(n),
@@ -85,13 +98,16 @@ def test_what_was_read_for_a_version_is_told_by_the_table_at_that_version(settin
         for n, accepted in enumerate([1, 3, 2])
     ]
     swaps = [Swap("1", 7.0, 0, 0.1), Swap("0", 3.0, 0, 0.1), Swap("1", 5.0, 0, 0.1)]
-    assert read_served(settings, registered, swaps) == [Served("0", 3.0, {0: 0}), Served("1", 5.0, {0: 2})]
+    assert read_served_versions(settings, registered, swaps) == [
+        ServedVersion("0", 3.0, {0: 0}),
+        ServedVersion("1", 5.0, {0: 2}),
+    ]
 
 
-def test_rows_are_those_that_may_be_learned_from(settings: Settings) -> None:
+def test_held_out_requests_have_no_delay(settings: Settings) -> None:
     kept = [n for n in range(3) if not is_held_out(f"request-{n}", settings.train.held_out_ratio)]
-    rows = read_rows(settings, LINE, RECORDED)
+    rows = read_steps(settings, LINE, RECORDED)
     assert sorted({row.offset for row in rows}) == kept
     assert {row.time for row in rows} == {RECORDED}
-    assert not read_rows(settings, LINE, RECORDED + 1)
-    assert not read_rows(settings, "another line", RECORDED)
+    assert not read_steps(settings, LINE, RECORDED + 1)
+    assert not read_steps(settings, "another line", RECORDED)

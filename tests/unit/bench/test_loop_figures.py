@@ -1,4 +1,4 @@
-"""The figures of a run of the loop, from small records whose answers are known, and its settings."""
+"""The figures, the page, the options and the settings of ``aurora bench loop``."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from ops.bench.harness import Figure, Rates, Report, TrialValues
-from ops.bench.loop import Options, both, own, pair
-from ops.bench.loop_arms import Arm, Measured
-from ops.bench.loop_course import ADAPTIVE, NONE, STATIC, Record, arms, followed, static
-from ops.bench.loop_figures import asked_before, figures, told
-from ops.bench.loop_page import page
-from ops.bench.loop_served import Waits
+from ops.bench.loop.learning_delay import Delays
+from ops.bench.loop.loop_benchmark import loop_size, own_settings, parse_domains, parse_minutes
+from ops.bench.loop.loop_figures import find_repeated, judge, summarize
+from ops.bench.loop.loop_page import render_loop_page
+from ops.bench.loop.node_comparison import ComparisonResult, NodeArm
+from ops.bench.loop.two_domain_run import ADAPTIVE, NONE, STATIC, LoopRecord, champion_arms, exclude_pinned, static_arm
 from ops.demo.record import DemoRun, Swap, VersionRecord
 from ops.loadgen.load import Response
 from ops.report.theme import PALETTE
@@ -22,8 +22,8 @@ from schemas.errors import UserError
 from schemas.settings import Settings, load, to_environ
 
 
-def measured(at_once: int = 1, **rates: float) -> Measured:
-    return Measured(
+def measured(at_once: int = 1, **rates: float) -> ComparisonResult:
+    return ComparisonResult(
         at_once,
         {name: Rates(TrialValues((rate, rate)), TrialValues((rate, rate))) for name, rate in rates.items()},
         dict.fromkeys(rates, 1.0),
@@ -38,7 +38,7 @@ def answered(number: int) -> Response:
     return Response(str(number), domain, number, number + 1.0, "p", "t", 9, speed, 4, 8, accepted, ("1",))
 
 
-RECORD = Record(
+RECORD = LoopRecord(
     domains=("code", "math"),
     run=DemoRun(
         started=0,
@@ -54,16 +54,16 @@ RECORD = Record(
         measured(4, adaptive=90, static=90, none=100),
     ),
     at_shift="1",
-    waits=Waits((10.0, 50.0, 30.0, 200.0), unserved=1, young=2),
+    delays=Delays((10.0, 50.0, 30.0, 200.0), unserved=1, young=2),
 )
-REPORT = Report("the loop", {"processor": "a <fast> one", "cores": 2}, "abc", {}, figures(RECORD))
+REPORT = Report("the loop", {"processor": "a <fast> one", "cores": 2}, "abc", {}, judge(RECORD))
 
 
-def by_name(record: Record) -> dict[str, Figure]:
-    return {figure.name: figure for figure in figures(record)}
+def by_name(record: LoopRecord) -> dict[str, Figure]:
+    return {figure.name: figure for figure in judge(record)}
 
 
-def test_speeds_are_over_no_speculation_on_the_first_domain_and_over_the_static_draft_after_the_shift() -> None:
+def test_speedups_are_over_no_speculation_and_after_the_shift_over_the_static_draft() -> None:
     found = by_name(RECORD)
     assert (found["day0_speedup"].value, found["day0_speedup"].met) == (1.5, True)
     assert found["day0_speedup_while_training"].value == pytest.approx(1.1)
@@ -79,95 +79,99 @@ def test_goals_are_for_one_request_at_a_time() -> None:
     assert "day0_speedup_loaded" not in by_name(replace(RECORD, first=RECORD.first[:1]))
 
 
-def test_waits_are_told_with_what_they_leave_out() -> None:
+def test_delays_report_the_steps_that_they_leave_out() -> None:
     found = by_name(RECORD)
     assert (found["trace_to_served_p50_s"].value, found["trace_to_served_p50_s"].met) == (50, True)
     assert found["trace_to_served_p99_s"].value == 200
     assert found["trace_to_served_p50_s"].summary()["unserved"] == 1
-    nothing = by_name(replace(RECORD, waits=Waits((), 0, 7)))["trace_to_served_p50_s"]
+    nothing = by_name(replace(RECORD, delays=Delays((), 0, 7)))["trace_to_served_p50_s"]
     assert (nothing.value, nothing.met) == (None, None)
 
 
-def test_each_domain_has_its_accepted_per_step_and_its_speed_beside_the_trainer() -> None:
+def test_each_domain_has_its_acceptance_and_its_speed_beside_the_trainer() -> None:
     found = by_name(RECORD)
     assert (found["accepted_per_step_code"].value, found["accepted_per_step_math"].value) == (0.5, 0)
     assert found["accepted_per_step_code"].summary()["requests"] == 20
-    speeds = told(RECORD)["with_trainer_running_tokens_per_s"]
+    speeds = summarize(RECORD)["with_trainer_running_tokens_per_s"]
     assert speeds == {"code": pytest.approx(10), "math": pytest.approx(20)}
 
 
-def test_requests_whose_prompt_came_before_are_told_beside_the_accepted_per_step_they_had() -> None:
+def test_repeated_prompts_are_counted_beside_the_acceptance() -> None:
     asked = [replace(answered(number), prompt=f"p{number % 30}") for number in range(40)]
     found = by_name(replace(RECORD, run=replace(RECORD.run, requests=tuple(asked))))
     assert found["accepted_per_step_code"].summary()["asked_before"] == 10
-    assert asked_before(asked) == [False] * 30 + [True] * 10
+    assert find_repeated(asked) == [False] * 30 + [True] * 10
 
 
-def test_a_failed_request_is_a_miss() -> None:
+def test_a_failed_request_misses_the_goal() -> None:
     broken = replace(RECORD.run, requests=(*RECORD.run.requests, replace(answered(3), error="503")))
     assert by_name(RECORD)["failed_requests"].met
     assert not by_name(replace(RECORD, run=broken))["failed_requests"].met
 
 
-def test_the_static_draft_is_the_version_of_the_shift_or_no_speculation_where_there_was_none() -> None:
-    assert arms("3") == {ADAPTIVE: Arm(speculate=True, version="3"), NONE: Arm(speculate=False)}
-    assert static("3", "1") == {STATIC: Arm(speculate=True, version="1")}
-    assert static("3", None) == {STATIC: Arm(speculate=False)}
+def test_the_static_arm_is_the_version_of_the_shift_or_no_speculation() -> None:
+    assert champion_arms("3") == {ADAPTIVE: NodeArm(speculate=True, version="3"), NONE: NodeArm(speculate=False)}
+    assert static_arm("3", "1") == {STATIC: NodeArm(speculate=True, version="1")}
+    assert static_arm("3", None) == {STATIC: NodeArm(speculate=False)}
 
 
-def test_a_draft_that_nothing_took_the_place_of_has_gained_nothing() -> None:
-    assert static("1", "1") == {}
+def test_without_a_newer_champion_the_shift_speedup_is_1() -> None:
+    assert static_arm("1", "1") == {}
     same = replace(RECORD, second=(measured(adaptive=40, none=20),))
     assert (by_name(same)["shift_speedup"].value, by_name(same)["shift_speedup"].met) == (1, False)
     assert by_name(same)["shift_over_none"].value == 2
 
 
-def test_pinned_versions_are_no_boundaries_of_the_traffic() -> None:
+def test_swaps_to_pinned_versions_are_excluded() -> None:
     swaps = [Swap(str(time), time, 0, 0) for time in (5, 15, 25)]
-    assert [swap.version for swap in followed(swaps, [(10, 20)])] == ["5", "25"]
+    assert [swap.version for swap in exclude_pinned(swaps, [(10, 20)])] == ["5", "25"]
 
 
-def test_the_page_shows_the_curve_the_boundaries_and_every_figure() -> None:
-    html = page(RECORD, REPORT)
+def test_the_page_shows_the_curve_the_swaps_and_every_figure() -> None:
+    html = render_loop_page(RECORD, REPORT)
     assert "code prompts" in html
     assert "math prompts" in html
     assert ">v2<" in html
     assert all(name in html for name in by_name(RECORD))
     assert "a &lt;fast&gt; one" in html
-    assert not re.findall(r"\$[a-z]+", html)
+    assert not re.findall(r"\{[{%]", html)
     assert all(f"{variable.removeprefix('var(').removesuffix(')')}:" in html for variable in PALETTE.values())
 
 
+def minutes_of(minutes: str | None = None, *, quick: bool = False) -> tuple[float, float]:
+    return loop_size(quick=quick, minutes=minutes, concurrency=4, max_tokens=128).minutes
+
+
 def test_two_domains_are_named_in_the_order_of_the_traffic() -> None:
-    assert pair("sql, chat") == ("sql", "chat")
+    assert parse_domains("sql, chat") == ("sql", "chat")
 
 
 @pytest.mark.parametrize("domains", ["code", "code,code", "code,math,sql", "code,poems", ""])
-def test_anything_but_two_domains_is_refused(domains: str) -> None:
+def test_anything_but_two_domains_is_rejected(domains: str) -> None:
     with pytest.raises(UserError, match="name two of code, math, sql, chat"):
-        pair(domains)
+        parse_domains(domains)
 
 
-def test_a_quick_run_learns_for_two_minutes_unless_it_is_told_for_how_long() -> None:
-    assert [Options(quick=quick).size.minutes for quick in (False, True)] == [(10, 10), (2, 2)]
-    assert Options(quick=True, minutes="5").size.minutes == (5, 5)
-    assert Options(minutes="30, 7.5").size.minutes == (30, 7.5)
+def test_a_quick_run_learns_for_two_minutes_by_default() -> None:
+    assert [minutes_of(quick=quick) for quick in (False, True)] == [(10, 10), (2, 2)]
+    assert minutes_of("5", quick=True) == (5, 5)
+    assert minutes_of("30, 7.5") == (30, 7.5)
 
 
-def test_minutes_left_empty_are_refused_and_not_taken_for_the_usual_ones() -> None:
+def test_empty_minutes_are_rejected() -> None:
     with pytest.raises(UserError, match="--minutes"):
-        assert Options(minutes="").size
+        minutes_of("")
 
 
 @pytest.mark.parametrize("minutes", ["", "ten", "0.4", "-1", "nan", "inf", "10,", "10,0", "10,nan", "10,10,10"])
-def test_minutes_that_are_none_are_refused_with_the_flag(minutes: str) -> None:
-    with pytest.raises(UserError, match=r"--minutes .*: say 0\.5 or more, .* as in 30,10"):
-        both(minutes)
+def test_wrong_minutes_are_rejected(minutes: str) -> None:
+    with pytest.raises(UserError, match=r"--minutes .*: give 0\.5 or more, .* as in 30,10"):
+        parse_minutes(minutes)
 
 
-def test_a_run_keeps_to_folders_ports_and_services_of_its_own_and_learns_as_it_is_told() -> None:
+def test_a_run_has_its_own_folders_ports_and_services_and_keeps_the_training_settings() -> None:
     flags = {"train.learning_rate": 0.5, "kafka.bootstrap_servers": "kafka:9092", "tables.uri": "s3://bucket/tables"}
-    here = own(load(environ={}, flags=flags))
+    here = own_settings(load(environ={}, flags=flags))
     assert here.train.learning_rate == 0.5
     assert here.kafka.bootstrap_servers == Settings().kafka.bootstrap_servers
     assert here.registry == Settings().registry

@@ -14,14 +14,14 @@ from tiny_target import write_tiny_target
 from ops.bench.serving.peers import PeerAbsentError, provide_gguf, reorder_rotary_rows
 
 
-def test_values_that_rotate_together_become_neighbours() -> None:
+def test_values_that_rotate_together_are_adjacent() -> None:
     heads, size = 2, 6
     rows = np.arange(heads * size)[:, None].repeat(3, axis=1)
     ordered = reorder_rotary_rows(rows, heads)[:, 0].tolist()
     assert ordered == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
 
 
-def test_the_file_holds_every_weight_of_the_target(tmp_path: Path) -> None:
+def test_the_file_contains_every_weight_of_the_target(tmp_path: Path) -> None:
     target = write_tiny_target(tmp_path / "target")
     config = json.loads((target / "config.json").read_text())
     reader = gguf.GGUFReader(provide_gguf(target, tmp_path / "cache"))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -12,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from ops.cli.terminal import AsJson, Config, Set, echo, echo_note, load_settings, user_errors
+from ops.cli.terminal import AsJson, Config, Set, echo, echo_json, echo_note, load_settings, user_errors
 from schemas.settings import Settings
 from schemas.telemetry import logs
 
@@ -52,7 +50,7 @@ def speculator(  # noqa: PLR0913, PLR0917 - one for each flag
         options = training.SpeculatorOptions(name or domain, domain, requests, max_tokens, minutes, steps)
         trained = training.run(settings, options, echo_note if as_json else echo)
         if as_json:
-            sys.stdout.write(json.dumps(asdict(trained), indent=2) + "\n")
+            echo_json(asdict(trained))
         else:
             accepted = f"{trained.accepted_per_step:.2f} of {trained.lookahead} draft tokens accepted per step"
             echo(f"{trained.folder}: {accepted}")
@@ -91,9 +89,9 @@ def soak(
 ) -> None:
     """Load a node for a long time, with swaps, disconnecting clients and broker outages; exit 1 if a goal is missed."""
     with _benchmark(config, set_) as settings:
-        from ops.bench.soak import Options, run
+        from ops.bench.soak import SoakOptions, run
 
-        report = run(settings, Options(minutes, concurrency, swap_every, leaving, speculator), echo_note)
+        report = run(settings, SoakOptions(minutes, concurrency, swap_every, leaving, speculator), echo_note)
         report.print(as_json=as_json)
         raise typer.Exit(0 if report.passed else 1)
 
@@ -135,10 +133,10 @@ def loop(  # noqa: PLR0913, PLR0917 - one for each flag
 ) -> None:
     """Run the whole loop through two domains of traffic: what it gains, and how soon."""
     with _benchmark(config, set_) as settings:
-        from ops.bench.loop import Options, run
+        from ops.bench.loop.loop_benchmark import loop_size, run
 
-        options = Options(domains, minutes, quick, concurrency, max_tokens, fresh, html)
-        run(settings, options, echo_note).print(as_json=as_json)
+        size = loop_size(quick=quick, minutes=minutes, concurrency=concurrency, max_tokens=max_tokens)
+        run(settings, echo_note, domains=domains, size=size, fresh=fresh, html=html).print(as_json=as_json)
 
 
 @app.command()
@@ -169,10 +167,10 @@ def learning(  # noqa: PLR0913, PLR0917 - one for each flag
             settings, echo_note, quick=quick, only=tuple(only or ()), seeds=seeds, tokens=tokens, processes=processes
         )
         if html is not None:
-            from ops.bench.learning.page import render_page
+            from ops.bench.learning.learning_page import render_learning_page
             from ops.report.page import write_page
 
-            write_page("--html", html, render_page(result))
+            write_page("--html", html, render_learning_page(result))
             echo_note(f"{html}: written")
         result.report().print(as_json=as_json)
 

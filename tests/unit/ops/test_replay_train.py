@@ -114,7 +114,7 @@ def test_an_experiment_holds_its_past_and_its_name_stands_for_it(world: World) -
     assert train(world, "part").stdout
     told = CliRunner().invoke(app, arguments(world, "part", "--to", "version:4"), env=environ(world.settings))
     assert told.exit_code == 2
-    assert "take another --name" in told.output
+    assert "choose another --name" in told.output
 
 
 def test_a_span_gives_the_windows_of_its_commits_with_their_branches(world: World) -> None:
@@ -131,8 +131,8 @@ def test_files_of_one_experiment_share_their_tables_and_differ_in_name(world: Wo
     twin = tmp_path / "other" / "fast.toml"
     twin.write_text("")
     for more, why in (
-        (["--config", str(twin)], "another variant is named fast too"),
-        (["--from", "version:x"], "is no version: write version:120"),
+        (["--config", str(twin)], "another variant is also named fast"),
+        (["--from", "version:x"], "is not a version: write version:120"),
         (["--from", "version:4", "--to", "version:4"], "no span of table accepted"),
     ):
         told = CliRunner().invoke(app, arguments(world, "wrong", *more), env=environ(world.settings))

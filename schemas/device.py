@@ -1,4 +1,4 @@
-"""Where tensors are computed: on the processor, or on one GPU."""
+"""Selection of the torch device."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from schemas.errors import UserError
 from schemas.settings import Device
 
 
-def device_of(asked: Device, setting: str) -> torch.device:
-    """The device that a setting asks for; ``auto`` is a GPU where there is one.
+def select_device(value: Device, setting: str) -> torch.device:
+    """Return the device of a setting; ``auto`` selects a GPU if there is one.
 
-    Of several processes on a machine that ``torchrun`` started each takes a GPU of its own.
+    Processes that ``torchrun`` started on one machine use one GPU each.
 
     Args:
-        asked: The setting's value.
-        setting: Its name, for the error.
+        value: Value of the setting.
+        setting: Name of the setting, for the error message.
 
     Raises:
-        UserError: a GPU is asked for, and torch finds none.
+        UserError: the setting is ``cuda`` and torch finds no GPU.
     """
-    found = torch.cuda.is_available()
-    if asked == "cpu" or (asked == "auto" and not found):
+    gpu_available = torch.cuda.is_available()
+    if value == "cpu" or (value == "auto" and not gpu_available):
         return torch.device("cpu")
-    if not found:
+    if not gpu_available:
         raise UserError(f"{setting} = 'cuda': torch {torch.__version__} finds no GPU on this machine; use 'cpu'")
     return torch.device("cuda", distributed.get_node_local_rank(fallback_rank=0))

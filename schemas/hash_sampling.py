@@ -1,17 +1,17 @@
-"""Chance that comes out the same wherever and whenever it is asked for: drawn from a name, not from a generator."""
+"""Sampling by hash: a number derived from a name, equal in every process and at every time."""
 
 from __future__ import annotations
 
 import hashlib
 
 
-def fixed_chance(name: str, purpose: str = "") -> float:
-    """A number from [0, 1) that the name decides; over many names they are spread evenly.
+def hash_ratio(name: str, purpose: str = "") -> float:
+    """Return a number in [0, 1) derived from a name; the numbers of many names are uniformly distributed.
 
     Args:
-        name: What it is drawn for, as a request's id.
-        purpose: What it is drawn to decide, up to 16 bytes: different purposes draw independently.
+        name: Subject of the decision, such as a request id.
+        purpose: Decision to be made, up to 16 bytes; the numbers of different purposes are independent.
     """
     digest = hashlib.blake2b(name.encode(), digest_size=8, person=purpose.encode()).digest()
-    # As many bits as a float holds: of all 64, the highest would be rounded up to 1.
+    # 53 bits, the precision of a float: the largest 64-bit number would round up to 1.
     return (int.from_bytes(digest) >> 11) / 2**53

@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry
 
 from pipeline.delta import DeltaLog, TableError
 from schemas.build_info import code_revision
-from schemas.device import device_of
+from schemas.device import select_device
 from schemas.settings import Settings
 from schemas.speculator.checkpoint import CheckpointError
 from schemas.speculator.network import EagleDraft
@@ -61,7 +61,7 @@ def run(settings: Settings) -> None:
     settings = resolve_dtype(settings)
     train = settings.train
     torch.set_num_threads(train.num_threads)
-    device = device_of(train.device, "train.device")
+    device = select_device(train.device, "train.device")
     with join_ranks(device) as ranks:
         target = read_target(settings).to(device)
         if ranks.rank:

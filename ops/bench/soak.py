@@ -315,6 +315,6 @@ def _register(registry: SpeculatorRegistry, target: Target, trained: EagleDraft)
     for draft in (trained, target.day_0):
         # MLflow's client prints to stdout, which belongs to the report.
         with tempfile.TemporaryDirectory() as scratch, redirect_stdout(sys.stderr):
-            checkpoint.write(draft, Path(scratch), target.fingerprint)
+            checkpoint.write_checkpoint(draft, Path(scratch), target.fingerprint)
             versions.append(registry.register(target.line, Path(scratch), {"line": target.line}, {}))
     return versions

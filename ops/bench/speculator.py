@@ -89,7 +89,7 @@ def load_speculator(settings: Settings, name: str, line: str) -> EagleDraft:
     folder = cache_folder(settings, name)
     for candidate in (folder, Path(name)):
         if (candidate / checkpoint.MANIFEST).exists():
-            return checkpoint.read(candidate, line)
+            return checkpoint.read_checkpoint(candidate, line)
     raise UserError(f"no speculator {name!r} in {folder.parent}; `aurora bench speculator` trains one")
 
 
@@ -169,8 +169,8 @@ class OfflineTraining:
         """Write the weights into the cache, check them by reading them back, and measure their acceptance."""
         scratch = self._folder.with_name(f".{self._folder.name}.part")
         shutil.rmtree(scratch, ignore_errors=True)
-        manifest = checkpoint.write(learner.draft, scratch, self._target.fingerprint)
-        draft, options = checkpoint.read(scratch, self._target.line), self._options
+        manifest = checkpoint.write_checkpoint(learner.draft, scratch, self._target.fingerprint)
+        draft, options = checkpoint.read_checkpoint(scratch, self._target.line), self._options
         acceptance = simulate_acceptance(draft, self._target.embeddings_VH, self._held_out, options.steps)
         trained = TrainedSpeculator(
             name=options.name,

@@ -155,7 +155,7 @@ def measure_costs(pool: EnginePool, draft: EagleDraft, updates: int) -> UpdateCo
     try:
         with tempfile.TemporaryDirectory(prefix="aurora-bench-") as folder:
             version = Path(folder) / "version"
-            checkpoint.write(draft, version, engine.target)
+            checkpoint.write_checkpoint(draft, version, engine.target)
             with pool.under_load(engine, CONCURRENCY) as results:
                 measured = [_update(engine, version) for _ in range(updates)]
     finally:
@@ -188,7 +188,7 @@ def _update(engine: BuiltinEngine, version: Path) -> MeasuredUpdate:
     time.sleep(_APART_S)
     before = output_since(*idle)
     fetching = engine.health().output_tokens, time.perf_counter()
-    draft = checkpoint.read(version, engine.line)
+    draft = checkpoint.read_checkpoint(version, engine.line)
     engine.check(draft)
     during = output_since(*fetching)
     return MeasuredUpdate(engine.swap(draft, "bench").pause_ms / 1e3, before, during)

@@ -255,7 +255,7 @@ def _relative_changes(folders: Sequence[Path], line: str) -> dict[str, float]:
     """Return the norm of each tensor's change, divided by the norm of the tensor."""
     from schemas.speculator import checkpoint
 
-    before, after = (checkpoint.read(folder, line).state_dict() for folder in folders)
+    before, after = (checkpoint.read_checkpoint(folder, line).state_dict() for folder in folders)
     return {
         name: float((after[name] - value).norm() / value.norm().clamp_min(1e-12))
         for name, value in before.items()

@@ -1,15 +1,14 @@
-"""The acceptance rule: which drafted tokens the target keeps, without changing what it would have said.
+"""The acceptance rule: which draft tokens are kept, so that the output has the target's distribution.
 
-A draft is a tree of tokens with parent links (``schemas.draft_tree``); a chain is the tree without branches. The
-rule walks
-from the root: at each node that was kept it asks the node's children in order, goes on at the first that is kept, and
-where none is the target says its own token, the bonus.
+A draft is a tree of tokens with parent links (``schemas.draft_tree``); a chain is a tree without branches. The rule
+walks down from the root. At each accepted node it tests the node's children in order and continues at the first
+accepted one. If it accepts none, the target chooses a token itself, the bonus token.
 
-Greedy: a drafted token is kept while it equals the target's argmax. Sampled: speculative sampling (Leviathan et al.,
-arXiv 2211.17192, algorithm 1; Chen et al., arXiv 2302.01318), over several children as in SpecInfer (Miao et al., arXiv
+Greedy: a draft token is accepted if it equals the target's argmax. Sampled: speculative sampling (Leviathan et al.,
+arXiv 2211.17192, algorithm 1; Chen et al., arXiv 2302.01318), with several children as in SpecInfer (Miao et al., arXiv
 2305.09781, section 4.3).
 
-Shapes: m drafted tokens, T rows, V target vocabulary.
+Shapes: m draft tokens, T rows, V target vocabulary.
 """
 
 from __future__ import annotations
@@ -26,23 +25,24 @@ from schemas.trace.record import ROOT
 
 
 class Verdict(NamedTuple):
-    """The nodes that were kept, the root's child first, and the target's own token after the last of them."""
+    """The accepted nodes, from the root's child on, and the bonus token after the last of them."""
 
     path: tuple[int, ...]
     bonus: int
 
 
-class Rows(Protocol):
-    """Distributions [V] by row: a tensor [T, V], or rows that are computed when they are asked for."""
+class ProbabilityRows(Protocol):
+    """Probability distributions [V] by row: a tensor [T, V], or rows computed on access."""
 
     def __getitem__(self, row: int, /) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
 class SampledRows:
-    """``sampling_probs`` row by row: the rule comes to one row more than it keeps tokens, out of all in a tree.
+    """``sampling_probs`` computed per row on access: the rule reads one row more than it accepts tokens, of a whole
+    tree.
 
-    On the processor, where chance is drawn whatever computes the scores: a seed means the same everywhere.
+    Rows are computed on the CPU, where random numbers are drawn, so that a seed gives the same output on every device.
     """
 
     logits_TV: Tensor
@@ -55,76 +55,76 @@ class SampledRows:
 
 
 def accept_greedy(tokens: Sequence[int], parents: Sequence[int], argmax: Sequence[int]) -> Verdict:
-    """Keep the path that the target would have chosen, as far as the draft has it.
+    """Accept the longest path of draft tokens that equal the target's greedy choices.
 
-    Of siblings with the same token the first is followed, which costs length at most and never changes the output.
+    Of siblings with the same token the rule follows the first. This can shorten the path but never changes the output.
 
     Args:
-        tokens: [m] the drafted tokens.
-        parents: [m] the parent of each.
-        argmax: [1 + m] the target's choice after the root and after each node.
+        tokens: [m] draft tokens.
+        parents: [m] parent of each node.
+        argmax: [1 + m] the target's greedy choice after the root and after each node.
     """
-    at, path = ROOT, []
+    current, path = ROOT, []
     for node, (token, parent) in enumerate(zip(tokens, parents, strict=True)):
-        if parent == at and token == argmax[1 + at]:
-            at = node
+        if parent == current and token == argmax[1 + current]:
+            current = node
             path.append(node)
-    return Verdict(tuple(path), argmax[1 + at])
+    return Verdict(tuple(path), argmax[1 + current])
 
 
 def accept_sampled(
     tokens: Sequence[int],
     parents: Sequence[int],
-    target_probs_mV: Rows,
+    target_probs_mV: ProbabilityRows,
     generator: torch.Generator | None,
     draft_probs_mV: Tensor | None = None,
 ) -> Verdict:
-    """Keep drafted tokens so that what is said has the target's distribution.
+    """Accept draft tokens so that the output has the target's distribution.
 
-    A child x that was drawn from q is kept with probability min(1, p(x) / q(x)); if it is not, its later siblings and
-    the bonus are judged by the normalised (p - q)+ in place of p. A child that the draft chose without chance, such as
-    one of its k likeliest tokens (EAGLE-2, arXiv 2406.16858), is the case of a q that has all its mass on x: kept with
-    probability p(x), and if not, p goes on without x.
+    A child x drawn from q is accepted with probability min(1, p(x) / q(x)). If it is rejected, the normalized (p - q)+
+    replaces p for its later siblings and the bonus token. A child that the draft chose deterministically, such as one
+    of its k most likely tokens (EAGLE-2, arXiv 2406.16858), is the case of a q with all mass on x: it is accepted with
+    probability p(x), and a rejection removes x from p.
 
-    Why candidates chosen without chance are exact in any tree: with probability p(x) the node says x and otherwise it
-    goes on with p given "not x", so by induction over the children it says a token distributed as p. The tree was fixed
-    before any of this chance was drawn, so the same holds below the child that was kept, given the tokens up to it.
+    Deterministic candidates are exact in any tree: with probability p(x) the output is x, otherwise the rule continues
+    with p given "not x", so by induction over the children the output is distributed as p. The tree was fixed before
+    any of these random numbers was drawn, so the same holds below the accepted child, given the tokens up to it.
 
-    Siblings with the same token are harmless: chosen without chance, the second has no mass left; drawn, each is judged
-    by its own q.
+    Siblings with the same token cause no error: if deterministic, the second has no mass left; if drawn, each is tested
+    against its own q.
 
     Args:
-        tokens: [m] the drafted tokens.
-        parents: [m] the parent of each.
+        tokens: [m] draft tokens.
+        parents: [m] parent of each node.
         target_probs_mV: [1 + m, V] the target's distributions after the root and each node: ``SampledRows``.
-        generator: Source of the request's randomness, after the draft has drawn what it draws.
-        draft_probs_mV: [m, V] the distribution that each token was drawn from, given the siblings before it; None for
-            a draft without chance. A tree of drawn tokens may not be pruned by what was drawn.
+        generator: Random generator of the request, in its state after drafting.
+        draft_probs_mV: [m, V] distribution that each token was drawn from, given its earlier siblings; None for a
+            deterministic draft. A tree of drawn tokens must not be pruned depending on the tokens.
     """
-    at, path, p = ROOT, [], target_probs_mV[0]
+    current, path, p = ROOT, [], target_probs_mV[0]
     for node, (token, parent) in enumerate(zip(tokens, parents, strict=True)):
-        if parent != at:
+        if parent != current:
             continue
         q = None if draft_probs_mV is None else draft_probs_mV[node]
         u = torch.rand((), generator=generator, device=p.device)
         if u * (1 if q is None else q[token]) < p[token]:
-            at, p = node, target_probs_mV[1 + node]
+            current, p = node, target_probs_mV[1 + node]
             path.append(node)
         else:
             p = _after_rejection(p, token, q)
-    return Verdict(tuple(path), draw(p, generator))
+    return Verdict(tuple(path), draw_token(p, generator))
 
 
 def sampling_probs(logits_TV: Tensor, temperature: float, top_p: float, top_k: int = 0) -> Tensor:
-    """Distributions [T, V] to draw from: temperature, then top-k, then nucleus, as vLLM and transformers do.
+    """Return the sampling distributions [T, V]: temperature, then top-k, then top-p, as in vLLM and transformers.
 
-    The nucleus is the smallest set of the likeliest tokens whose share of what top-k left reaches ``top_p``. Tokens as
-    likely as the last one kept stay too, in both: which of them would go is an accident of the sort.
+    Top-p keeps the smallest set of the most likely tokens whose share of the mass after top-k reaches ``top_p``. Top-k
+    and top-p also keep all tokens that are as likely as the last one kept: the order among them depends on the sort.
 
     Args:
-        logits_TV: [T, V] scores.
-        temperature: Positive; a greedy request does not come here.
-        top_p: Share of the mass to keep, above 0; 1 keeps all.
+        logits_TV: [T, V] logits.
+        temperature: Positive; greedy requests use ``accept_greedy``.
+        top_p: Probability mass to keep, above 0; 1 keeps all.
         top_k: Tokens to keep; 0 keeps all.
     """
     probs_TV = torch.softmax(logits_TV.float() / temperature, dim=-1)
@@ -142,18 +142,18 @@ def sampling_probs(logits_TV: Tensor, temperature: float, top_p: float, top_k: i
     return kept_TV / kept_TV.sum(dim=-1, keepdim=True)
 
 
-def draw(probs_V: Tensor, generator: torch.Generator | None) -> int:
-    """One token by inversion of the cumulated distribution, which takes a thirtieth of ``torch.multinomial``'s time.
+def draw_token(probs_V: Tensor, generator: torch.Generator | None) -> int:
+    """Draw one token by inverting the cumulative distribution, which takes a thirtieth of ``torch.multinomial``'s time.
 
     Raises:
         FloatingPointError: the probabilities are not finite.
     """
     mass_V = probs_V.cumsum(dim=-1, dtype=torch.float64)
     u = torch.rand((), generator=generator, device=probs_V.device, dtype=torch.float64)
-    # The first entry above u * total has mass of its own, so a token that is excluded is never drawn.
+    # The first entry above u * total has mass, so an excluded token is never drawn.
     token = int(torch.searchsorted(mass_V, u * mass_V[-1], right=True))
     if token == len(probs_V):
-        raise FloatingPointError("the probabilities to draw from are not finite: the model's scores are broken")
+        raise FloatingPointError("the sampling probabilities are not finite: the model's logits are invalid")
     return token
 
 
@@ -164,13 +164,13 @@ def _after_rejection(p_V: Tensor, token: int, q_V: Tensor | None) -> Tensor:
     else:
         residual_V = (p_V - q_V).clamp_min_(0)
     total = residual_V.sum()
-    # p equals q up to rounding: any rejection was itself a rounding error, and p is the limit of the residual.
+    # p equals q up to rounding: the rejection itself was a rounding error, and p is the limit of the residual.
     return residual_V / total if total > 0 else p_V
 
 
 def _descending(probs_TV: Tensor) -> Tensor:
-    """The values of each row, largest first."""
+    """Return the values of each row in descending order."""
     if probs_TV.is_cpu:
-        # NumPy sorts bare values with vector instructions; torch, which moves indices too, takes twenty times as long.
+        # NumPy sorts values with vector instructions; torch also sorts indices and takes twenty times as long.
         return torch.from_numpy(np.sort(probs_TV.numpy(), axis=-1)).flip(-1)
     return probs_TV.sort(dim=-1, descending=True).values

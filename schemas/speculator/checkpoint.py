@@ -1,13 +1,14 @@
 """The checkpoint contract of a speculator version: names, shapes, types, line and manifest.
 
-A wrong export loads without a word in some serving engines and accepts nothing, so both ends are strict here: every
-tensor is checked by name, shape and type when it is written and when it is read, files are checked against the
-manifest's SHA-256, nothing but safetensors and JSON is opened, and a network is filled with NaN before loading so that
-a missed tensor cannot stay unseen.
+Some serving engines load a wrong export without an error and then accept no draft token. Both ends are therefore
+strict: every tensor is checked by name, shape and type when it is written and when it is read; files are checked
+against the SHA-256 in the manifest; only safetensors and JSON are opened; and parameters are filled with NaN before
+loading, so that a missing tensor is detected.
 
-EAGLE-3.1 is ``fc_norm`` and ``norm_output`` set in ``config.json``, and a tensor ``fc_norm.i.weight`` for each captured
-layer. SGLang from 0.5.21 and vLLM from 0.22.0 on read both keys and these names (their ``llama_eagle3.py``), as does
-the EAGLE-3 model of speculators 0.9.0; the converter of speculators 0.9.0 keeps the keys and loses the tensors.
+An EAGLE-3.1 checkpoint sets ``fc_norm`` and ``norm_output`` in ``config.json`` and has a tensor ``fc_norm.i.weight``
+for each captured layer. SGLang from 0.5.21 and vLLM from 0.22.0 on read both keys and these names (their
+``llama_eagle3.py``), as does the EAGLE-3 model of speculators 0.9.0. The converter of speculators 0.9.0 keeps the keys
+but loses the tensors.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ _NUMBERS = [
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that must not be served; the message says which file or tensor and why."""
+    """A checkpoint that must not be served; the message names the file or tensor and the reason."""
 
 
 class Manifest(BaseModel):
-    """What a version is and the hash of each of its files."""
+    """Line and target of a version, and the hash of each of its files."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -52,10 +53,10 @@ class Manifest(BaseModel):
 
 
 def target_fingerprint(folder: Path) -> str:
-    """Identity of a target: its configuration and weights, byte for byte.
+    """Return the fingerprint of a target, a hash over all bytes of its configuration and weights.
 
     Raises:
-        CheckpointError: the folder holds no configuration or no safetensors weights.
+        CheckpointError: the folder has no configuration or no safetensors weights.
     """
     weights = sorted(folder.glob("*.safetensors"))
     config = folder / "config.json"
@@ -68,10 +69,10 @@ def target_fingerprint(folder: Path) -> str:
 
 
 def read_tensor(folder: Path, name: str) -> Tensor:
-    """One tensor of a model in Hugging Face format, from whichever shard holds it.
+    """Return one tensor of a model in Hugging Face format, from the shard that contains it.
 
     Raises:
-        CheckpointError: no shard holds it.
+        CheckpointError: no shard contains it.
     """
     for shard in sorted(folder.glob("*.safetensors")):
         with safe_open(shard, framework="pt") as file:
@@ -82,52 +83,52 @@ def read_tensor(folder: Path, name: str) -> Tensor:
 
 
 def default_capture_layers(layers: int) -> tuple[int, ...]:
-    """Low, middle and high layer, numbered by the output they give, as SGLang reads its config."""
+    """Return a low, a middle and a high layer, numbered by their outputs as in SGLang's configuration."""
     return (1, layers // 2 - 1, layers - 4)
 
 
 def shape_for_target(
     config: Mapping[str, Any],
-    draft_vocabulary: int,
+    draft_vocab_size: int,
     *,
     variant: Variant = "eagle3",
     intermediate_size: int = 0,
-    key_value_heads: int = 0,
+    num_key_value_heads: int = 0,
 ) -> DraftShape:
-    """The draft's shape for a target's ``config.json``: heads, sizes and positions are the target's.
+    """Return the draft's shape for a target: heads, sizes and positions are the target's.
 
     Args:
-        config: Of the target.
-        draft_vocabulary: D; never more than the target's vocabulary is taken.
+        config: The target's ``config.json``.
+        draft_vocab_size: D; at most the size of the target's vocabulary.
         variant: EAGLE-3 or 3.1.
-        intermediate_size: Width of the draft's MLP; 0 takes the target's.
-        key_value_heads: Of the draft; 0 takes the target's.
+        intermediate_size: Width of the draft's MLP; 0 uses the target's.
+        num_key_value_heads: Key and value heads of the draft; 0 uses the target's number.
 
     Raises:
-        CheckpointError: a size that is not there, heads that do not share out, or a rotary scaling that the draft
-            network does not compute.
+        CheckpointError: the configuration lacks a size, the heads do not divide evenly, or the draft network does not
+            support the rotary scaling.
     """
     needed = ("num_attention_heads", "hidden_size", "vocab_size", "num_hidden_layers", "max_position_embeddings")
     if missing := [key for key in (*needed, "intermediate_size", "rms_norm_eps") if config.get(key) is None]:
-        raise CheckpointError(f"the target's {CONFIG} has no {', '.join(missing)}: no draft can be shaped for it")
+        raise CheckpointError(f"the target's {CONFIG} lacks {', '.join(missing)}, which the draft's shape needs")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     try:
-        scaling = rotary.scaling_of(config)
+        scaling = rotary.parse_scaling(config)
     except ValueError as error:
         raise CheckpointError(str(error)) from error
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
-    if key_value_heads and heads % key_value_heads:
+    if num_key_value_heads and heads % num_key_value_heads:
         raise CheckpointError(
-            f"speculator.num_key_value_heads {key_value_heads} does not divide the target's {heads} attention heads"
+            f"speculator.num_key_value_heads {num_key_value_heads} does not divide the target's {heads} attention heads"
         )
     return DraftShape(
         hidden_size=hidden,
         intermediate_size=intermediate_size or config["intermediate_size"],
         num_attention_heads=heads,
-        num_key_value_heads=key_value_heads or config.get("num_key_value_heads") or heads,
+        num_key_value_heads=num_key_value_heads or config.get("num_key_value_heads") or heads,
         head_dim=config.get("head_dim") or hidden // heads,
         vocab_size=config["vocab_size"],
-        draft_vocab_size=min(draft_vocabulary, config["vocab_size"]),
+        draft_vocab_size=min(draft_vocab_size, config["vocab_size"]),
         rms_norm_eps=config["rms_norm_eps"],
         rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0),
         max_position_embeddings=config["max_position_embeddings"],
@@ -137,18 +138,18 @@ def shape_for_target(
     )
 
 
-def line_of(target: str, shape: DraftShape, d2t: Tensor) -> str:
-    """Name of the speculator line: target, capture layers, draft shape and the d2t table."""
+def line_name(target: str, shape: DraftShape, d2t: Tensor) -> str:
+    """Return the name of the speculator line, derived from target, capture layers, draft shape and d2t table."""
     digest = hashlib.sha256(json.dumps(_to_config(shape), sort_keys=True).encode())
     digest.update(d2t.cpu().contiguous().numpy().tobytes())
     return f"{target[:12]}-{digest.hexdigest()[:12]}"
 
 
-def write(draft: EagleDraft, folder: Path, target: str, dtype: torch.dtype = torch.bfloat16) -> Manifest:
-    """Write a version into an empty or new folder, and read it back to prove that it loads.
+def write_checkpoint(draft: EagleDraft, folder: Path, target: str, dtype: torch.dtype = torch.bfloat16) -> Manifest:
+    """Write a version to an empty or new folder, and read it back to verify that it loads.
 
     Raises:
-        CheckpointError: the draft holds a value that is not finite.
+        CheckpointError: the draft contains a value that is not finite.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
@@ -158,27 +159,28 @@ def write(draft: EagleDraft, folder: Path, target: str, dtype: torch.dtype = tor
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(_to_config(draft.shape), indent=1) + "\n")
     manifest = Manifest(
-        line=line_of(target, draft.shape, draft.d2t),
+        line=line_name(target, draft.shape, draft.d2t),
         target=target,
         sha256={name: _sha256(folder / name) for name in (CONFIG, WEIGHTS)},
     )
     (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n")
-    read(folder, manifest.line)
+    read_checkpoint(folder, manifest.line)
     return manifest
 
 
-def read(folder: Path, line: str) -> EagleDraft:
-    """The draft in float32, after every check that can be made without running it.
+def read_checkpoint(folder: Path, line: str) -> EagleDraft:
+    """Return the draft in float32, after all checks that do not run it.
 
     Raises:
-        CheckpointError: altered or foreign files, another line, or a tensor of the wrong name, shape, type or value.
+        CheckpointError: a file is altered or unknown, the line differs, or a tensor has a wrong name, shape, type or
+        value.
     """
     manifest = read_manifest(folder)
     if manifest.line != line:
-        raise CheckpointError(f"{folder}: speculator line {manifest.line}, this node serves line {line}")
+        raise CheckpointError(f"{folder}: speculator line {manifest.line}, expected line {line}")
     foreign = sorted(p.name for p in folder.iterdir() if p.name not in (CONFIG, WEIGHTS, MANIFEST))
     if foreign:
-        raise CheckpointError(f"{folder}: files that no version has: {', '.join(foreign)}")
+        raise CheckpointError(f"{folder}: unknown files: {', '.join(foreign)}")
     for name in (CONFIG, WEIGHTS):
         _check_hash(folder / name, manifest.sha256.get(name))
     shape = read_shape(folder)
@@ -193,25 +195,25 @@ def read(folder: Path, line: str) -> EagleDraft:
             parameter.fill_(torch.nan)
     draft.load_state_dict({n: t.float() if t.is_floating_point() else t for n, t in tensors.items()})
     _check_values(draft)
-    if line_of(manifest.target, shape, draft.d2t) != manifest.line:
-        raise CheckpointError(f"{folder}: the line in the manifest is not that of its own shape and d2t table")
+    if line_name(manifest.target, shape, draft.d2t) != manifest.line:
+        raise CheckpointError(f"{folder}: the line in the manifest does not match the shape and the d2t table")
     return draft
 
 
 def read_shape(folder: Path) -> DraftShape:
-    """The shape of a version's draft.
+    """Return the shape of a version's draft.
 
     Raises:
-        CheckpointError: no configuration, or one that no version has.
+        CheckpointError: the configuration is missing or invalid.
     """
     return _from_config(_read_json(folder / CONFIG))
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """What a version says of itself; whether its files are those it names is for ``read``.
+    """Return the manifest of a version; ``read_checkpoint`` checks its hashes.
 
     Raises:
-        CheckpointError: no manifest, or another one.
+        CheckpointError: the manifest is missing or invalid.
     """
     try:
         return Manifest.model_validate(_read_json(folder / MANIFEST))
@@ -242,36 +244,36 @@ def _sha256(path: Path) -> str:
 
 
 def _check_tensors(tensors: Mapping[str, Tensor], shape: DraftShape) -> None:
-    with torch.device("meta"):  # sizes come from a file: nothing is allocated before the tensors confirm them
+    with torch.device("meta"):  # the sizes come from a file: allocate nothing before the tensors confirm them
         expected = EagleDraft(shape).state_dict()
     if missing := sorted(expected.keys() - tensors.keys()):
         raise CheckpointError(f"missing tensors: {', '.join(missing)}")
     if unknown := sorted(tensors.keys() - expected.keys()):
         raise CheckpointError(f"unknown tensors: {', '.join(unknown)}")
     for name, value in tensors.items():
-        wanted = expected[name]
-        if value.shape != wanted.shape:
-            raise CheckpointError(f"{name}: shape {list(value.shape)}, expected {list(wanted.shape)}")
-        if value.is_floating_point() != wanted.is_floating_point():
-            raise CheckpointError(f"{name}: type {value.dtype}, expected one like {wanted.dtype}")
-        if not value.is_floating_point() and value.dtype != wanted.dtype:
-            raise CheckpointError(f"{name}: type {value.dtype}, expected {wanted.dtype}")
+        reference = expected[name]
+        if value.shape != reference.shape:
+            raise CheckpointError(f"{name}: shape {list(value.shape)}, expected {list(reference.shape)}")
+        if value.is_floating_point() != reference.is_floating_point():
+            raise CheckpointError(f"{name}: type {value.dtype}, expected a type like {reference.dtype}")
+        if not value.is_floating_point() and value.dtype != reference.dtype:
+            raise CheckpointError(f"{name}: type {value.dtype}, expected {reference.dtype}")
 
 
 def _check_values(draft: EagleDraft) -> None:
     for name, parameter in draft.named_parameters():
         if not torch.isfinite(parameter).all():
-            raise CheckpointError(f"{name}: holds values that are not finite")
+            raise CheckpointError(f"{name}: values are not finite")
     kept = torch.arange(draft.shape.draft_vocab_size) + draft.d2t
     ascending = bool((kept[1:] > kept[:-1]).all())
     if not ascending or int(kept[0]) < 0 or int(kept[-1]) >= draft.shape.vocab_size:
-        raise CheckpointError("d2t: the kept target ids must be ascending and inside the vocabulary")
+        raise CheckpointError("d2t: the target token ids must be ascending and inside the vocabulary")
     if not torch.equal(draft.t2d.nonzero().flatten(), kept):
-        raise CheckpointError("t2d: the mask and d2t keep different tokens")
+        raise CheckpointError("t2d: the mask and d2t contain different tokens")
 
 
 def _to_config(shape: DraftShape) -> dict[str, Any]:
-    # The line hashes this: a key that not every draft needs is there for those that need it alone.
+    # The line is a hash of this dictionary: an optional key is present only in drafts that need it.
     scaled = rotary.to_config(shape.rope_scaling) if shape.rope_scaling else {}
     return {
         "architectures": [ARCHITECTURE],
@@ -299,7 +301,7 @@ def _to_config(shape: DraftShape) -> dict[str, Any]:
             "eagle_aux_hidden_state_layer_ids": list(shape.capture_layers),
         },
         **({"rope_scaling": scaled} if scaled else {}),
-        **({"fc_norm": True, "norm_output": True} if shape.normed else {}),
+        **({"fc_norm": True, "norm_output": True} if shape.is_normed else {}),
     }
 
 
@@ -309,7 +311,7 @@ def _from_config(config: Mapping[str, Any]) -> DraftShape:
         layers = config["eagle_config"]["eagle_aux_hidden_state_layer_ids"]
         variant: Variant = "eagle3.1" if config.get("fc_norm") else "eagle3"
         given = {**values, "capture_layers": layers, "variant": variant}
-        shape = replace(_SHAPE.validate_json(json.dumps(given), strict=True), rope_scaling=rotary.scaling_of(config))
+        shape = replace(_SHAPE.validate_json(json.dumps(given), strict=True), rope_scaling=rotary.parse_scaling(config))
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{CONFIG}: key missing or malformed: {error}") from error
     except ValidationError as error:

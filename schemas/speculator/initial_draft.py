@@ -1,4 +1,4 @@
-"""The draft of day 0: what nodes and trainer begin with, made by each of them from the same target and settings."""
+"""The initial draft of a line, which nodes and trainer each derive from the same target and settings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from schemas.settings import SettingsError, Speculator
 from schemas.speculator.checkpoint import (
     CheckpointError,
-    line_of,
+    line_name,
     read_tensor,
     shape_for_target,
     target_fingerprint,
@@ -21,39 +21,39 @@ from schemas.speculator.checkpoint import (
 from schemas.speculator.network import EagleDraft, random_draft
 
 _EMBEDDINGS, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
-_MIXED_IN = 0.3
-"""Factor on the random weights that take in the captured layers, beside the one that goes through."""
+_RANDOM_FACTOR = 0.3
+"""Factor on the random weights of ``fc``, beside the identity that passes the highest captured layer through."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Line:
-    """A speculator line as target and settings fix it, before anything was learned."""
+class SpeculatorLine:
+    """A speculator line, as determined by target and settings."""
 
     target: str
     """Fingerprint of the target."""
     name: str
-    day_0: EagleDraft
-    """What all processes begin with."""
+    initial_draft: EagleDraft
 
 
-def read_line(folder: Path, speculator: Speculator) -> Line:
-    """The line of the target in ``folder``. Reads all of the target once: its fingerprint is over every byte.
+def read_line(folder: Path, speculator: Speculator) -> SpeculatorLine:
+    """Return the line of the target in ``folder``. The fingerprint reads all bytes of the target.
 
     Raises:
-        CheckpointError: no model in the folder, or one that the draft network does not fit.
-        SettingsError: the file that ``speculator.draft_vocab_file`` names cannot be used.
+        CheckpointError: the folder has no model, or the draft network does not support the model.
+        SettingsError: the file of ``speculator.draft_vocab_file`` is invalid.
     """
-    draft = draft_of_day_0(folder, speculator)
+    draft = create_initial_draft(folder, speculator)
     fingerprint = target_fingerprint(folder)
-    return Line(fingerprint, line_of(fingerprint, draft.shape, draft.d2t), draft)
+    return SpeculatorLine(fingerprint, line_name(fingerprint, draft.shape, draft.d2t), draft)
 
 
-def draft_of_day_0(folder: Path, speculator: Speculator) -> EagleDraft:
-    """What a draft for the target in ``folder`` begins with. Its shape and vocabulary fix, with the target, the line.
+def create_initial_draft(folder: Path, speculator: Speculator) -> EagleDraft:
+    """Return the initial draft for the target in ``folder``. Target, draft shape and draft vocabulary determine the
+    line.
 
     Raises:
-        CheckpointError: no model in the folder, or one that the draft network does not fit.
-        SettingsError: the file that ``speculator.draft_vocab_file`` names cannot be used.
+        CheckpointError: the folder has no model, or the draft network does not support the model.
+        SettingsError: the file of ``speculator.draft_vocab_file`` is invalid.
     """
     path = folder / "config.json"
     try:
@@ -65,69 +65,69 @@ def draft_of_day_0(folder: Path, speculator: Speculator) -> EagleDraft:
         speculator.draft_vocab_size,
         variant=speculator.variant,
         intermediate_size=speculator.intermediate_size,
-        key_value_heads=speculator.num_key_value_heads,
+        num_key_value_heads=speculator.num_key_value_heads,
     )
     kept_D = None
     if speculator.draft_vocab_file:
-        kept_D = read_vocabulary(Path(speculator.draft_vocab_file), shape.vocab_size)
+        kept_D = read_draft_vocabulary(Path(speculator.draft_vocab_file), shape.vocab_size)
         shape = replace(shape, draft_vocab_size=len(kept_D))
     draft = random_draft(shape, speculator.seed, kept_D)
     if speculator.init == "head":
-        move_to_output(draft, output_of(folder, tied=bool(config.get("tie_word_embeddings"))))
+        initialize_near_output(draft, read_output_layer(folder, tied=bool(config.get("tie_word_embeddings"))))
     return draft
 
 
-def output_of(folder: Path, *, tied: bool) -> Tensor:
-    """The target's output layer [V, H], which is its embeddings where they are ``tied``.
+def read_output_layer(folder: Path, *, tied: bool) -> Tensor:
+    """Return the target's output layer [V, H], which equals its embeddings if they are ``tied``.
 
     Raises:
-        CheckpointError: no shard holds it.
+        CheckpointError: no shard contains it.
     """
     try:
         return read_tensor(folder, _EMBEDDINGS if tied else _OUTPUT)
     except CheckpointError as error:
-        raise CheckpointError(f"{error}; set speculator.init = 'random' if it has none of that name") from error
+        raise CheckpointError(f"{error}; set speculator.init = 'random' if it has no such tensor") from error
 
 
-def token_embeddings(folder: Path) -> Tensor:
-    """The target's token embeddings [V, H].
+def read_embeddings(folder: Path) -> Tensor:
+    """Return the target's token embeddings [V, H].
 
     Raises:
-        CheckpointError: no shard holds them.
+        CheckpointError: no shard contains them.
     """
     return read_tensor(folder, _EMBEDDINGS)
 
 
-def move_to_output(draft: EagleDraft, output_VH: Tensor) -> None:
-    """Let a random draft begin near the target's own output.
+def initialize_near_output(draft: EagleDraft, output_VH: Tensor) -> None:
+    """Initialize a random draft near the target's output.
 
-    It scores with the target's rows, and the highest captured layer goes through ``fc``, beside the random weights at a
-    fraction of their size. What it then says is what the target said a token earlier: seldom right, but learning gets
-    from there to a given accepted tokens per step with less traffic than from random weights.
+    The output layer is the target's, and ``fc`` passes the highest captured layer through, in addition to random
+    weights at a fraction of their size. The draft then predicts the target's previous token. It is seldom right, but
+    training from there reaches a given acceptance length with less traffic than from random weights.
 
     Raises:
-        CheckpointError: that output is of another shape.
+        CheckpointError: the output layer has another shape.
     """
     hidden = draft.shape.hidden_size
     if output_VH.shape != (draft.shape.vocab_size, hidden) or not output_VH.is_floating_point():
         raise CheckpointError(
-            f"the target's output layer is {output_VH.dtype} {list(output_VH.shape)}, not numbers of "
+            f"the target's output layer is {output_VH.dtype} {list(output_VH.shape)}, expected floating-point "
             f"[{draft.shape.vocab_size}, {hidden}]; set speculator.init = 'random'"
         )
     with torch.no_grad():
-        draft.fc.weight.mul_(_MIXED_IN)[:, -hidden:] += torch.eye(hidden)
+        draft.fc.weight.mul_(_RANDOM_FACTOR)[:, -hidden:] += torch.eye(hidden)
         draft.lm_head.weight.copy_(output_VH[draft.t2d])
 
 
-def read_vocabulary(path: Path, vocabulary: int) -> Tensor:
-    """Token ids [D] that the draft can propose, from a JSON list of them.
+def read_draft_vocabulary(path: Path, vocab_size: int) -> Tensor:
+    """Return the token ids [D] of the draft vocabulary, from a file with a JSON list.
 
     Args:
         path: The file.
-        vocabulary: V: tokens of the target.
+        vocab_size: V: size of the target's vocabulary.
 
     Raises:
-        SettingsError: no such file, or something else than at least two ascending ids below ``vocabulary``.
+        SettingsError: the file is missing, or is not a list of at least two ascending ids below ``vocab_size``.
     """
     named = f"speculator.draft_vocab_file {path}"
     try:
@@ -139,7 +139,7 @@ def read_vocabulary(path: Path, vocabulary: int) -> Tensor:
     if not isinstance(ids, list) or len(ids) < 2 or not all(type(i) is int for i in ids):
         raise SettingsError(f"{named}: must be a list of token ids")
     if wrong := [b for a, b in pairwise(ids) if a >= b]:
-        raise SettingsError(f"{named}: ids must be ascending, and {wrong[0]} follows one that is not below it")
-    if not 0 <= ids[0] <= ids[-1] < vocabulary:
-        raise SettingsError(f"{named}: ids must be 0 to {vocabulary - 1}, the target's; found {ids[0]} to {ids[-1]}")
+        raise SettingsError(f"{named}: ids must be ascending, and {wrong[0]} follows an id that is not below it")
+    if not 0 <= ids[0] <= ids[-1] < vocab_size:
+        raise SettingsError(f"{named}: ids must be 0 to {vocab_size - 1}, the target's; found {ids[0]} to {ids[-1]}")
     return torch.tensor(ids)

@@ -1,12 +1,13 @@
 """The EAGLE-3 draft: one decoder layer over (target features, next token), as in arXiv 2503.01840, section 3.
 
 Parameter names are those of the checkpoint that serving engines load. Row t of a sequence takes the target's captured
-states after x_t and the embedding of x_{t+1}, and predicts x_{t+2}. The layer's output is the hidden state that the
-next drafting step takes in place of target features.
+hidden states after x_t and the embedding of x_{t+1}, and predicts x_{t+2}. The layer's output is a hidden state, which
+replaces the target's features in the next drafting step.
 
-Two variants. In EAGLE-3 that hidden state is the layer's output before ``norm``, which stands before ``lm_head`` alone.
-In EAGLE-3.1 (arXiv 2605.09992) it is the output after ``norm``, so that its size cannot drift from step to step, and
-each captured layer's states pass a norm of their own before ``fc``, so that layers of large values do not drown others.
+There are two variants. In EAGLE-3 that hidden state is the layer's output before ``norm``, and ``norm`` precedes only
+``lm_head``. In EAGLE-3.1 (arXiv 2605.09992) it is the output after ``norm``, so that its magnitude cannot drift from
+step to step. EAGLE-3.1 also normalizes each captured layer before ``fc``, so that layers with large values do not
+dominate.
 
 Shape suffixes: B sequences, T rows, F feature width, H hidden size, N heads, M key/value heads, E head size, D draft
 vocabulary.
@@ -25,14 +26,14 @@ from schemas.speculator.rotary import Scaling, rotary_angles, rotate
 
 Variant = Literal["eagle3", "eagle3.1"]
 
-_LOUDNESS, _BESIDE = 2.0, 0.3
-"""Of a random draft: size of the embeddings that come out of attention, which averages over rows, and factor on the
-random weights that let the hidden state into it."""
+_EMBEDDING_SCALE, _HIDDEN_FACTOR = 2.0, 0.3
+"""Initial weights of attention in a random draft: scale of the embeddings in its output, which averages over rows, and
+factor on the random weights of its hidden-state input."""
 
 
 @dataclass(frozen=True, slots=True)
 class DraftShape:
-    """Everything that fixes the parameters' shapes and the arithmetic; part of the speculator line."""
+    """All that determines the parameters' shapes and the arithmetic; part of the speculator line."""
 
     hidden_size: int
     intermediate_size: int
@@ -45,23 +46,24 @@ class DraftShape:
     rope_theta: float
     max_position_embeddings: int
     capture_layers: tuple[int, ...]
-    """Layers whose output is captured, numbered from 0 as SGLang's ``eagle_aux_hidden_state_layer_ids``."""
+    """Layers whose output is captured, numbered from 0 like SGLang's ``eagle_aux_hidden_state_layer_ids``."""
     variant: Variant = "eagle3"
     rope_scaling: Scaling | None = None
 
     @property
     def feature_width(self) -> int:
-        """F: values that the target gives per token."""
+        """F: feature values per token."""
         return self.hidden_size * len(self.capture_layers)
 
     @property
-    def normed(self) -> bool:
-        """Whether target states are normed before ``fc``, and the hidden state before it recurs (EAGLE-3.1)."""
+    def is_normed(self) -> bool:
+        """Whether the target's hidden states are normalized before ``fc``, and the draft's before the next step
+        (EAGLE-3.1)."""
         return self.variant == "eagle3.1"
 
 
 class Projected(NamedTuple):
-    """Queries [B, N, T, E], keys and values [B, M, T, E] of a layer's input, rotary position applied."""
+    """Queries [B, N, T, E], keys and values [B, M, T, E] of a layer's input, with rotary positions applied."""
 
     q_BNTE: Tensor
     k_BMTE: Tensor
@@ -69,10 +71,10 @@ class Projected(NamedTuple):
 
 
 class EagleDraft(nn.Module):
-    """The draft network. Embeddings are the target's and are passed in; attention is the caller's.
+    """The draft network without attention, which the caller computes, and without embeddings, which are the target's.
 
-    A caller runs one step as ``project`` → its own attention over its own cache → ``finish`` → ``logits``: serving
-    attends over a cache of slots, training over the rows of a window and the steps before.
+    A caller runs one step as ``project`` → attention over its own cache → ``finish`` → ``logits``: serving attends over
+    a cache of slots, training over the rows of a sample and the preceding TTT steps.
     """
 
     d2t: Tensor
@@ -82,7 +84,7 @@ class EagleDraft(nn.Module):
         super().__init__()
         self.shape = shape
         hidden = shape.hidden_size
-        if shape.normed:
+        if shape.is_normed:
             self.fc_norm = nn.ModuleList(nn.RMSNorm(hidden, eps=shape.rms_norm_eps) for _ in shape.capture_layers)
         self.fc = nn.Linear(shape.feature_width, hidden, bias=False)
         self.midlayer = _MidLayer(shape)
@@ -92,15 +94,15 @@ class EagleDraft(nn.Module):
         self.register_buffer("t2d", torch.zeros(shape.vocab_size, dtype=torch.bool))
 
     def fuse(self, features_BTF: Tensor) -> Tensor:
-        """Hidden states [B, T, H] from captured target states [B, T, F] (low, middle, high)."""
-        if self.shape.normed:
+        """Return hidden states [B, T, H] from the target's features [B, T, F] (low, middle and high layer)."""
+        if self.shape.is_normed:
             layers = features_BTF.chunk(len(self.fc_norm), dim=-1)
             features_BTF = torch.cat([norm(x) for norm, x in zip(self.fc_norm, layers, strict=True)], dim=-1)
         fused: Tensor = self.fc(features_BTF)
         return fused
 
     def project(self, embeddings_BTH: Tensor, hidden_BTH: Tensor, positions_BT: Tensor) -> Projected:
-        """Queries, keys and values of the rows at their rotary positions."""
+        """Return queries, keys and values of the rows at their rotary positions."""
         layer, shape = self.midlayer, self.shape
         x_BT2H = torch.cat([layer.input_layernorm(embeddings_BTH), layer.hidden_norm(hidden_BTH)], dim=-1)
         q, k, v = (
@@ -111,19 +113,19 @@ class EagleDraft(nn.Module):
         return Projected(rotate(q, cos, sin), rotate(k, cos, sin), v)
 
     def finish(self, hidden_BTH: Tensor, attended_BNTE: Tensor) -> Tensor:
-        """The hidden state that the next step takes, and ``logits`` [B, T, H]: residual, attention, MLP."""
+        """Return the hidden states [B, T, H] for ``logits`` and for the next step: residual, attention, MLP."""
         layer = self.midlayer
         residual = hidden_BTH + layer.self_attn.o_proj(attended_BNTE.transpose(1, 2).flatten(2))
         out: Tensor = residual + layer.mlp(layer.post_attention_layernorm(residual))
-        return self.norm(out) if self.shape.normed else out
+        return self.norm(out) if self.shape.is_normed else out
 
     def logits(self, hidden_BTH: Tensor) -> Tensor:
-        """Scores [B, T, D] over the draft vocabulary, of what ``finish`` gave."""
-        scores: Tensor = self.lm_head(hidden_BTH if self.shape.normed else self.norm(hidden_BTH))
+        """Return logits [B, T, D] over the draft vocabulary from the output of ``finish``."""
+        scores: Tensor = self.lm_head(hidden_BTH if self.shape.is_normed else self.norm(hidden_BTH))
         return scores
 
     def to_target_ids(self, draft_ids: Tensor) -> Tensor:
-        """Target token ids of draft-vocabulary ids, any shape."""
+        """Return the target token ids of draft-vocabulary ids of any shape."""
         return draft_ids + self.d2t[draft_ids]
 
 
@@ -161,12 +163,13 @@ class _Mlp(nn.Module):
 
 
 def random_draft(shape: DraftShape, seed: int, kept_D: Tensor | None = None) -> EagleDraft:
-    """A draft that has learned nothing: normal weights of deviation 0.02, norms one, the next token let through.
+    """Return an untrained draft: normal weights with deviation 0.02, norms 1, the next token's embedding passed
+    through.
 
     Args:
-        shape: Of the draft.
-        seed: Of the weights.
-        kept_D: Target ids that it can propose, ascending; the lowest ones where none are given.
+        shape: Shape of the draft.
+        seed: Seed of the weights.
+        kept_D: Target token ids of the draft vocabulary, ascending; None uses the lowest ids.
     """
     draft = EagleDraft(shape)
     generator = torch.Generator().manual_seed(seed)
@@ -176,7 +179,7 @@ def random_draft(shape: DraftShape, seed: int, kept_D: Tensor | None = None) -> 
                 parameter.fill_(1.0)
             else:
                 parameter.normal_(0.0, 0.02, generator=generator)
-        _let_next_token_through(draft)
+        _pass_embeddings_through(draft)
         lowest_D = torch.arange(shape.draft_vocab_size)
         kept_D = lowest_D if kept_D is None else kept_D
         draft.d2t.copy_(kept_D - lowest_D)
@@ -184,20 +187,21 @@ def random_draft(shape: DraftShape, seed: int, kept_D: Tensor | None = None) -> 
     return draft
 
 
-def _let_next_token_through(draft: EagleDraft) -> None:
-    """Let embeddings come out of attention as they went in, as far as its values are wide enough.
+def _pass_embeddings_through(draft: EagleDraft) -> None:
+    """Initialize attention so that it passes the embeddings through, as far as its values are wide enough.
 
-    A row's residual is the hidden state: of its next token, the newest that it knows, it is told by attention alone,
-    and random values and outputs would first have to learn to tell it. Where values are narrower than an embedding,
-    M * E < H, they carry evenly spaced parts of it. No kernel of a machine decides a digit: all processes begin alike.
+    A row's residual is the hidden state, so the row receives its next token, the newest that it knows, through
+    attention only; random value and output weights would have to learn that first. If the values are narrower than an
+    embedding, M * E < H, they carry evenly spaced parts of it. The result depends on no machine's kernels, so that all
+    processes start from equal weights.
     """
     shape, attention = draft.shape, draft.midlayer.self_attn
     hidden, width = shape.hidden_size, shape.num_key_value_heads * shape.head_dim
     sharing = shape.num_attention_heads // shape.num_key_value_heads
     value = torch.arange(width)
-    through_VH = torch.eye(hidden)[value * hidden // width if width < hidden else value % hidden]
-    attention.v_proj.weight[:, :hidden].copy_(through_VH)
-    attention.v_proj.weight[:, hidden:].mul_(_BESIDE)
-    back_HV = through_VH.T / (sharing * through_VH.sum(0).clamp(min=1)[:, None])
-    back_HME = back_HV.view(hidden, -1, shape.head_dim).repeat_interleave(sharing, dim=1)
-    attention.o_proj.weight.copy_(_LOUDNESS * back_HME.flatten(1))
+    value_VH = torch.eye(hidden)[value * hidden // width if width < hidden else value % hidden]
+    attention.v_proj.weight[:, :hidden].copy_(value_VH)
+    attention.v_proj.weight[:, hidden:].mul_(_HIDDEN_FACTOR)
+    output_HV = value_VH.T / (sharing * value_VH.sum(0).clamp(min=1)[:, None])
+    output_HME = output_HV.view(hidden, -1, shape.head_dim).repeat_interleave(sharing, dim=1)
+    attention.o_proj.weight.copy_(_EMBEDDING_SCALE * output_HME.flatten(1))

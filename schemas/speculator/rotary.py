@@ -1,6 +1,7 @@
-"""Rotary positions of the draft: plain, or scaled as those of Llama-like targets, under the names of their config.
+"""Rotary position embedding of the draft: unscaled, or scaled as in Llama-like targets.
 
-The draft takes its target's scaling, so that it stands at positions that the target was stretched to as well.
+The draft uses its target's scaling, so that it supports the same context length. Names are those of the target's
+``config.json``.
 
 Shape suffixes: B sequences, T rows, N heads, E head size, e = E / 2 frequencies.
 """
@@ -29,9 +30,9 @@ class Linear:
 
     factor: _Number
 
-    def frequencies(self, plain_e: Tensor, _theta: float) -> Tensor:
-        """Scaled frequencies."""
-        return plain_e / self.factor
+    def frequencies(self, unscaled_e: Tensor, _theta: float) -> Tensor:
+        """Return the scaled frequencies."""
+        return unscaled_e / self.factor
 
     @property
     def magnitude(self) -> float:
@@ -42,7 +43,7 @@ class Linear:
 @_STRICT
 @dataclass(frozen=True, slots=True)
 class Llama3:
-    """Long waves divided by ``factor``, short ones kept, and a smooth passage between them: Llama 3.1."""
+    """Low frequencies divided by ``factor``, high ones kept, with a smooth transition between them: Llama 3.1."""
 
     factor: _Number
     low_freq_factor: _Number
@@ -53,11 +54,11 @@ class Llama3:
         if self.high_freq_factor <= self.low_freq_factor:
             raise ValueError("high_freq_factor must be above low_freq_factor")
 
-    def frequencies(self, plain_e: Tensor, _theta: float) -> Tensor:
-        """Scaled frequencies."""
-        turns_e = self.original_max_position_embeddings * plain_e / (2 * math.pi)
+    def frequencies(self, unscaled_e: Tensor, _theta: float) -> Tensor:
+        """Return the scaled frequencies."""
+        turns_e = self.original_max_position_embeddings * unscaled_e / (2 * math.pi)
         kept_e = ((turns_e - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0, 1)
-        return plain_e * (kept_e + (1 - kept_e) / self.factor)
+        return unscaled_e * (kept_e + (1 - kept_e) / self.factor)
 
     @property
     def magnitude(self) -> float:
@@ -68,21 +69,21 @@ class Llama3:
 @_STRICT
 @dataclass(frozen=True, slots=True)
 class Yarn:
-    """From kept to divided frequencies in a line over the dimensions, and larger scores: arXiv 2309.00071."""
+    """A linear transition over the dimensions from kept to divided frequencies, and larger scores: arXiv 2309.00071."""
 
     factor: _Number
     original_max_position_embeddings: _Positions
     beta_fast: _Number = 32.0
     beta_slow: _Number = 1.0
 
-    def frequencies(self, plain_e: Tensor, theta: float) -> Tensor:
-        """Scaled frequencies."""
-        size = 2 * len(plain_e)
+    def frequencies(self, unscaled_e: Tensor, theta: float) -> Tensor:
+        """Return the scaled frequencies."""
+        size = 2 * len(unscaled_e)
         low = max(math.floor(self._dimension(self.beta_fast, size, theta)), 0)
         high = min(math.ceil(self._dimension(self.beta_slow, size, theta)), size - 1)
-        place_e = torch.arange(len(plain_e), dtype=torch.float32, device=plain_e.device)
+        place_e = torch.arange(len(unscaled_e), dtype=torch.float32, device=unscaled_e.device)
         divided_e = ((place_e - low) / max(high - low, 0.001)).clamp(0, 1)
-        return plain_e * (1 - divided_e + divided_e / self.factor)
+        return unscaled_e * (1 - divided_e + divided_e / self.factor)
 
     @property
     def magnitude(self) -> float:
@@ -90,7 +91,7 @@ class Yarn:
         return 0.1 * math.log(self.factor) + 1 if self.factor > 1 else 1.0
 
     def _dimension(self, turns: float, size: int, theta: float) -> float:
-        """The dimension that turns so often over the positions that the target was first trained on."""
+        """Return the dimension with this number of turns over the positions of the target's original training."""
         return size * math.log(self.original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
 
@@ -98,11 +99,11 @@ Scaling = Linear | Llama3 | Yarn
 _KINDS: dict[str, type[Scaling]] = {"linear": Linear, "llama3": Llama3, "yarn": Yarn}
 
 
-def scaling_of(config: Mapping[str, Any]) -> Scaling | None:
-    """The scaling that a ``config.json`` asks for; None where positions are plain.
+def parse_scaling(config: Mapping[str, Any]) -> Scaling | None:
+    """Return the scaling in a ``config.json``; None if frequencies are unscaled.
 
     Raises:
-        ValueError: a scaling that is not computed here, or one with values that are missing, unknown or impossible.
+        ValueError: the scaling is not supported, or a value is missing, unknown or invalid.
     """
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     kinds = {rope.pop(key) for key in ("rope_type", "type") if key in rope} or {"default"}
@@ -112,7 +113,7 @@ def scaling_of(config: Mapping[str, Any]) -> Scaling | None:
     kind = kinds.pop()
     if kinds or kind not in _KINDS:
         known = ", ".join(["'default'", *map(repr, _KINDS)])
-        raise ValueError(f"rope_type {kind!r} is not supported by the draft network, only {known} are")
+        raise ValueError(f"rope_type {kind!r} is not supported by the draft network; supported: {known}")
     if kind != "linear" and "original_max_position_embeddings" not in rope:
         first = config.get("original_max_position_embeddings") or config["max_position_embeddings"]
         rope["original_max_position_embeddings"] = first
@@ -126,13 +127,13 @@ def scaling_of(config: Mapping[str, Any]) -> Scaling | None:
 
 
 def to_config(scaling: Scaling) -> dict[str, Any]:
-    """What ``scaling_of`` reads, without the base."""
-    kinds = {made: kind for kind, made in _KINDS.items()}
+    """Return the scaling as ``parse_scaling`` reads it, without the base."""
+    kinds = {scaling_type: kind for kind, scaling_type in _KINDS.items()}
     return {"rope_type": kinds[type(scaling)], **asdict(scaling)}
 
 
 def rotary_angles(positions_BT: Tensor, size: int, theta: float, scaling: Scaling | None) -> tuple[Tensor, Tensor]:
-    """Cosine and sine [B, 1, T, E] of the rotary embedding at the given positions, E being ``size``."""
+    """Return cosine and sine [B, 1, T, E] of the rotary embedding at the given positions; E is ``size``."""
     half_e = torch.arange(0, size, 2, dtype=torch.float32, device=positions_BT.device)
     frequencies_e = theta ** (-half_e / size)
     if scaling is not None:

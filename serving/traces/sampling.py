@@ -14,7 +14,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from schemas.hash_sampling import fixed_chance
+from schemas.hash_sampling import hash_ratio
 from schemas.settings import Kafka, Traces
 from schemas.trace.record import Chunk
 
@@ -29,7 +29,7 @@ def is_sampled(request: str, ratio: float) -> bool:
 
     The hash differs from the one that selects the trainer's held-out set: otherwise both would take the same requests.
     """
-    return fixed_chance(request, "aurora-sample") < ratio
+    return hash_ratio(request, "aurora-sample") < ratio
 
 
 def predicted_share(chunk: Chunk) -> float:

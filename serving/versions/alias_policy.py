@@ -29,7 +29,7 @@ from dataclasses import dataclass, replace
 from pydantic import ValidationError
 
 from schemas.events import ALIASES, AUDITED_TAG, AuditState
-from schemas.hash_sampling import fixed_chance
+from schemas.hash_sampling import hash_ratio
 
 CHAMPION, CANARY = "champion", "canary"
 MAX_DISAGREEMENTS = 30
@@ -131,7 +131,7 @@ def explain_unfollowed(followed: FollowedAlias, answer: RegistryAnswer, alias: s
 
 def is_canary_slice(node: str, number: int, share: float) -> bool:
     """Return whether a node serves the canary in a time slice: true with probability ``share``, deterministic."""
-    return fixed_chance(f"{node}/{number}") < share
+    return hash_ratio(f"{node}/{number}") < share
 
 
 def slice_number(time_s: float, slice_s: float) -> int:

@@ -135,7 +135,7 @@ class VersionCache:
     def _download(self, version: str) -> None:
         try:
             with tempfile.TemporaryDirectory(prefix="aurora-version-") as folder:
-                draft = checkpoint.read(self._registry.download(version, Path(folder)), self._engine.line)
+                draft = checkpoint.read_checkpoint(self._registry.download(version, Path(folder)), self._engine.line)
             self._engine.check(draft)
         except CheckpointError as error:
             log.warning("version_rejected", version=version, why=str(error))

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from schemas.hash_sampling import fixed_chance
+from schemas.hash_sampling import hash_ratio
 from schemas.settings import Update
 
 WINDOW_S = 60.0
@@ -85,7 +85,7 @@ class UpdatePolicy:
         """Return when to update to a newer version, for a node that has been behind since ``behind_since``."""
         last = self._last_update_s
         earliest = behind_since if last is None else max(behind_since, last + self.interval_s)
-        spread = self._settings.jitter * self.interval_s * fixed_chance(f"{self._node}/{version}")
+        spread = self._settings.jitter * self.interval_s * hash_ratio(f"{self._node}/{version}")
         return min(earliest + spread, behind_since + self._settings.max_staleness)
 
     def record_reading(self, reading: CounterReading) -> None:

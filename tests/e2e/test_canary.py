@@ -86,7 +86,7 @@ class Fleet:
         """Register a candidate whose tag says that it is far better than the champion."""
         forged = HeldOutComparison(accepted_per_step=9.0, champion=champion, champion_accepted_per_step=0.0, samples=20)
         folder = self._folder / f"against-{champion}"
-        checkpoint.write(draft, folder, self.target.fingerprint)
+        checkpoint.write_checkpoint(draft, folder, self.target.fingerprint)
         version = self.registry.register(self.target.line, folder, {HELD_OUT_TAG: forged.model_dump_json()}, {})
         self.registry.set_alias(self.target.line, "candidate", version)
         return version
@@ -116,7 +116,7 @@ def train_draft(settings: Settings, folder: Path) -> EagleDraft:
         settings, options, target, samples, samples, lambda _line: None, clock=lambda: float(next(seconds))
     ).run()
     assert trained.accepted_per_step > 0.6
-    return checkpoint.read(speculator.cache_folder(settings, "tiny"), target.line)
+    return checkpoint.read_checkpoint(speculator.cache_folder(settings, "tiny"), target.line)
 
 
 def scramble(draft: EagleDraft) -> EagleDraft:

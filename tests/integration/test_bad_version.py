@@ -36,7 +36,7 @@ class Fleet:
 
     def register(self, accepted_per_step: float, champion: str, seed: int) -> str:
         folder = self._folder / f"version-{seed}"
-        self.name = checkpoint.write(random_draft(SHAPE, seed), folder, self._target).line
+        self.name = checkpoint.write_checkpoint(random_draft(SHAPE, seed), folder, self._target).line
         held_out = HeldOutComparison(
             accepted_per_step=accepted_per_step, champion=champion, champion_accepted_per_step=0.1, samples=20
         )

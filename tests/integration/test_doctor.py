@@ -59,7 +59,7 @@ def stand(broker: str, registry: str, free_port: Callable[[], int], tmp_path_fac
     topics.create(settings.kafka)
     World(settings).serve(3)
     target = read_target(settings)
-    checkpoint.write(target.day_0, folder / "version", target.fingerprint)
+    checkpoint.write_checkpoint(target.day_0, folder / "version", target.fingerprint)
     SpeculatorRegistry(settings.registry).register(target.line, folder / "version", {}, {})
     return stand
 

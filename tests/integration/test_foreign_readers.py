@@ -47,7 +47,7 @@ def draft() -> EagleDraft:
 
 
 def read(python: Path, reader: str, draft: EagleDraft, folder: Path) -> dict[str, Tensor]:
-    checkpoint.write(draft, folder / "version", "0" * 32)
+    checkpoint.write_checkpoint(draft, folder / "version", "0" * 32)
     found = folder / "found.safetensors"
     done = subprocess.run(
         [python, "-P", READER, reader, folder / "version", found], check=False, capture_output=True, text=True

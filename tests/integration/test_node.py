@@ -19,7 +19,7 @@ from serving_node import MODEL, Node, eventually
 
 from schemas.settings import SettingsError, load
 from schemas.speculator import checkpoint
-from schemas.speculator.initial_draft import draft_of_day_0
+from schemas.speculator.initial_draft import create_initial_draft
 from schemas.trace.decoder import decode
 from schemas.trace.record import Chunk
 from serving.http.server import bind
@@ -103,9 +103,9 @@ def test_every_verify_step_is_traced_and_a_swap_under_load_changes_no_answer(
     node = start(kafka__bootstrap_servers=broker, kafka__traces_topic=topic, registry__tracking_uri=registry, **shape)
     before = node.ask(_LONG, max_tokens=16)
 
-    draft = draft_of_day_0(smollm2, node.settings.speculator.model_copy(update={"seed": 9}))
+    draft = create_initial_draft(smollm2, node.settings.speculator.model_copy(update={"seed": 9}))
     status = node.status()
-    checkpoint.write(draft, tmp_path / "version", status.target)
+    checkpoint.write_checkpoint(draft, tmp_path / "version", status.target)
     trainer = SpeculatorRegistry(node.settings.registry)
     version = trainer.register(status.line, tmp_path / "version", {}, {})
 

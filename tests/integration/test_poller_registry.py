@@ -73,7 +73,7 @@ class Line:
         self.client.set_registered_model_tag(f"aurora.{self.name}", AUDITED_TAG, audited.model_dump_json())
 
     def write(self, name: str, seed: int) -> checkpoint.Manifest:
-        return checkpoint.write(random_draft(SHAPE, seed), self.folder / name, self.target)
+        return checkpoint.write_checkpoint(random_draft(SHAPE, seed), self.folder / name, self.target)
 
     def register(self, name: str) -> str:
         return self.trainer.register(self.name, self.folder / name, {}, {})
@@ -154,7 +154,7 @@ def add_pickle(folder: Path) -> None:
 
 def make_foreign(folder: Path) -> None:
     shutil.rmtree(folder)
-    checkpoint.write(random_draft(SHAPE, 1), folder, "0" * 32)
+    checkpoint.write_checkpoint(random_draft(SHAPE, 1), folder, "0" * 32)
 
 
 @pytest.mark.parametrize(
@@ -162,11 +162,11 @@ def make_foreign(folder: Path) -> None:
     [
         (resealed(lambda t: t.update({"norm.weight": torch.zeros(7)})), r"norm.weight: shape \[7\], expected \[8\]"),
         (resealed(lambda t: t.pop("fc.weight")), "missing tensors: fc.weight"),
-        (resealed(lambda t: t["fc.weight"].fill_(torch.nan)), "fc.weight: holds values that are not finite"),
+        (resealed(lambda t: t["fc.weight"].fill_(torch.nan)), "fc.weight: values are not finite"),
         (lengthen("model.safetensors"), "model.safetensors: SHA-256"),
         (lengthen("config.json"), "config.json: SHA-256"),
-        (add_pickle, "files that no version has: pytorch_model.bin"),
-        (make_foreign, "this node serves line"),
+        (add_pickle, "unknown files: pytorch_model.bin"),
+        (make_foreign, "expected line"),
     ],
 )
 def test_a_defective_version_is_rejected_with_the_reason(line: Line, harm: Callable[[Path], None], why: str) -> None:

@@ -40,7 +40,7 @@ def register(
     versions: SpeculatorRegistry, folder: Path, target: str, seed: int, tags: dict[str, str]
 ) -> tuple[str, str]:
     """Line and number of a new version."""
-    line = checkpoint.write(random_draft(SHAPE, seed), folder, target).line
+    line = checkpoint.write_checkpoint(random_draft(SHAPE, seed), folder, target).line
     return line, versions.register(line, folder, tags, {"accepted_per_step": 0.25})
 
 
@@ -65,7 +65,7 @@ def test_a_downloaded_version_equals_the_registered_one(
     files = versions.download(line, first, tmp_path / "back")
     written = {p.name: p.read_bytes() for p in (tmp_path / "first").iterdir()}
     assert {p.name: p.read_bytes() for p in files.iterdir()} == written
-    checkpoint.read(files, line)
+    checkpoint.read_checkpoint(files, line)
 
 
 def test_aliases_can_be_moved(versions: SpeculatorRegistry, tmp_path: Path, target: str) -> None:

@@ -86,7 +86,7 @@ def answers(url: str) -> bool:
 def test_the_trainer_registers_the_promoter_moves_aliases_and_a_node_only_reads(
     accounts: Accounts, tmp_path: Path
 ) -> None:
-    line = checkpoint.write(random_draft(SHAPE, 1), tmp_path / "draft", uuid.uuid4().hex).line
+    line = checkpoint.write_checkpoint(random_draft(SHAPE, 1), tmp_path / "draft", uuid.uuid4().hex).line
     trainer = SpeculatorRegistry(accounts.settings("trainer"))
     version = trainer.register(line, tmp_path / "draft", {"line": line}, {})
     trainer.set_alias(line, "candidate", version)
@@ -101,7 +101,7 @@ def test_the_trainer_registers_the_promoter_moves_aliases_and_a_node_only_reads(
     node = MlflowRegistry(accounts.settings("node"), line)
     assert node.read_aliases().aliases == {"candidate": version, "champion": version}
     (tmp_path / "served").mkdir()
-    assert checkpoint.read(node.download(version, tmp_path / "served"), line)
+    assert checkpoint.read_checkpoint(node.download(version, tmp_path / "served"), line)
     as_node = SpeculatorRegistry(accounts.settings("node"))
     with pytest.raises(RegistryError, match=r"(?i)permission denied"):
         as_node.set_alias(line, "champion", version)

@@ -36,7 +36,7 @@ class Releaser:
 
     def __init__(self, uri: str, folder: Path) -> None:
         self._folder, self._target = folder, uuid.uuid4().hex
-        self.line = checkpoint.write(random_draft(SHAPE, 0), folder / "probe", self._target).line
+        self.line = checkpoint.write_checkpoint(random_draft(SHAPE, 0), folder / "probe", self._target).line
         self._trainer = SpeculatorRegistry(RegistrySettings(tracking_uri=uri))
         self._client = connect(RegistrySettings(tracking_uri=uri))
         self._moves = 0
@@ -44,7 +44,7 @@ class Releaser:
     def promote(self) -> str:
         """Register a version and make it champion."""
         folder = self._folder / f"after-{self._moves}"
-        checkpoint.write(random_draft(SHAPE, self._moves + 1), folder, self._target)
+        checkpoint.write_checkpoint(random_draft(SHAPE, self._moves + 1), folder, self._target)
         version = self._trainer.register(self.line, folder, {}, {})
         self.move_champion(version)
         return version

@@ -52,7 +52,7 @@ def test_an_experiment_is_a_run_with_one_below_it_for_each_variant(registry: str
         assert max(point.step for point in lengths) == found[name]["tokens"]
 
     # Versions are scored by number and alias as they are registered.
-    checkpoint.write(world.target.day_0, tmp_path / "version", world.target.fingerprint)
+    checkpoint.write_checkpoint(world.target.day_0, tmp_path / "version", world.target.fingerprint)
     mlflow = SpeculatorRegistry(settings.registry)
     version = mlflow.register(world.target.line, tmp_path / "version", {}, {})
     mlflow.set_alias(world.target.line, "champion", version)

@@ -69,7 +69,7 @@ def test_a_training_begins_with_what_it_is_told_to(world: World, tmp_path: Path,
         draft = world.target.new_draft()
         with torch.no_grad():
             draft.norm.weight.fill_(scale)
-        checkpoint.write(draft, tmp_path / number, world.target.fingerprint)
+        checkpoint.write_checkpoint(draft, tmp_path / number, world.target.fingerprint)
         drafts[number] = world.registry.register(line, tmp_path / number, {}, {})
     world.registry.set_alias(line, "champion", drafts["2"])
 

@@ -94,7 +94,7 @@ def test_the_loop_from_rows_to_a_champion_that_drafts_better(world: World, tmp_p
     assert world.registry.tags(line, "1")["parent"] == "day-0-head-0"
     assert world.registry.tags(line, "2")["parent"] == "1"
     assert json.loads(tags["tables"])["accepted"] > 0
-    draft = checkpoint.read(world.registry.download(line, champion, tmp_path / "champion"), line)
+    draft = checkpoint.read_checkpoint(world.registry.download(line, champion, tmp_path / "champion"), line)
     assert not torch.equal(draft.fc.weight, world.target.day_0.fc.weight)
     rows = DeltaLog(settings.tables).read_in_order("promotions").to_pylist()
     moves = [row for row in rows if row["line"] == line and row["alias"] == "champion"]
@@ -209,7 +209,7 @@ def test_a_first_start_begins_with_the_champion_of_its_line(world: World, tmp_pa
     line, draft = world.target.line, world.target.new_draft()
     with torch.no_grad():
         draft.norm.weight.fill_(1.5)
-    checkpoint.write(draft, tmp_path / "version", world.target.fingerprint)
+    checkpoint.write_checkpoint(draft, tmp_path / "version", world.target.fingerprint)
     version = world.registry.register(line, tmp_path / "version", {}, {})
     world.registry.set_alias(line, "champion", version)
     stopping = threading.Event()

@@ -50,7 +50,7 @@ class Desk:
         )
         rate = self.settings.train.model_copy(update={"learning_rate": 1e-3 * number})
         draft = random_draft(SHAPE, number)
-        line = checkpoint.write(draft, folder, target).line
+        line = checkpoint.write_checkpoint(draft, folder, target).line
         tags = {
             "line": line,
             "target": target,

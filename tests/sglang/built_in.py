@@ -44,7 +44,7 @@ def verify_steps_of(
     sink = _RecordingSink()
     engine = BuiltinEngine(load(environ={}, flags=flags), sink)
     engine.start()
-    engine.swap(checkpoint.read(draft, engine.line), "1")
+    engine.swap(checkpoint.read_checkpoint(draft, engine.line), "1")
     outputs: SimpleQueue[Output] = SimpleQueue()
     for name, prompt in prompts.items():
         engine.submit(Request(name, tuple(prompt), tokens, ignore_eos=True), outputs.put)
@@ -59,14 +59,14 @@ def train(target: Path, draft: Path, into: Path, answers: Mapping[str, Sequence[
     """Write a version that is overfitted to these answers, so that its draft tokens are accepted."""
     manifest = checkpoint.read_manifest(draft)
     learner = Learner(
-        checkpoint.read(draft, manifest.line),
+        checkpoint.read_checkpoint(draft, manifest.line),
         embeddings_of(target),
         Train(ttt_steps=3, learning_rate=3e-3, warmup_steps=1),
     )
     batch = collate([sample_of(name, verify_steps) for name, verify_steps in answers.items()])
     for _ in range(steps):
         learner.step(batch)
-    checkpoint.write(learner.draft, into, manifest.target)
+    checkpoint.write_checkpoint(learner.draft, into, manifest.target)
 
 
 def sample_of(request: str, verify_steps: Sequence[VerifyStep]) -> Sample:

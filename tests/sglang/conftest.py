@@ -15,7 +15,7 @@ from sglang_server import ENVIRONMENT, Server
 from pipeline import topics
 from schemas.settings import Settings, Speculator, load
 from schemas.speculator import checkpoint
-from schemas.speculator.initial_draft import draft_of_day_0
+from schemas.speculator.initial_draft import create_initial_draft
 
 Serving = Callable[..., Any]
 
@@ -44,7 +44,9 @@ def prompts(smollm2: Path) -> list[list[int]]:
 def random_draft(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The day-0 draft as a version folder."""
     folder = tmp_path_factory.mktemp("draft") / "version"
-    checkpoint.write(draft_of_day_0(smollm2, Speculator()), folder, checkpoint.target_fingerprint(smollm2))
+    checkpoint.write_checkpoint(
+        create_initial_draft(smollm2, Speculator()), folder, checkpoint.target_fingerprint(smollm2)
+    )
     return folder
 
 

@@ -42,7 +42,7 @@ sys.stdin.readline()
 server.pause()
 server.begin_update()
 if version:
-    draft = checkpoint.read(Path(folder), checkpoint.read_manifest(Path(folder)).line)
+    draft = checkpoint.read_checkpoint(Path(folder), checkpoint.read_manifest(Path(folder)).line)
     server.update([weights.serialize(weights.draft_tensors(draft))], version)
 print("updating", flush=True)
 time.sleep(600)
@@ -60,8 +60,8 @@ def server(serving: Any, random_draft: Path, traced: Settings) -> Iterator[Serve
 def drafts(random_draft: Path, trained_draft: Path) -> dict[str, dict[str, Tensor]]:
     line = checkpoint.read_manifest(random_draft).line
     return {
-        "day-0-head-0": weights.draft_tensors(checkpoint.read(random_draft, line)),
-        "2": weights.draft_tensors(checkpoint.read(trained_draft, line)),
+        "day-0-head-0": weights.draft_tensors(checkpoint.read_checkpoint(random_draft, line)),
+        "2": weights.draft_tensors(checkpoint.read_checkpoint(trained_draft, line)),
     }
 
 
@@ -85,7 +85,7 @@ class Remote:
         self.engine.start()
 
     def swap(self, folder: Path, version: str) -> float:
-        return self.engine.swap(checkpoint.read(folder, self.manifest.line), version).pause_ms
+        return self.engine.swap(checkpoint.read_checkpoint(folder, self.manifest.line), version).pause_ms
 
     def close(self) -> None:
         self.engine.stop()

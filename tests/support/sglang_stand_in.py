@@ -26,7 +26,7 @@ if "--crash" in sys.argv:
 if "--stubborn" in sys.argv:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 folder = Path(value("--speculative-draft-model-path"))
-fake = FakeSglang(checkpoint.read(folder, checkpoint.read_manifest(folder).line), value("--weight-version"))
+fake = FakeSglang(checkpoint.read_checkpoint(folder, checkpoint.read_manifest(folder).line), value("--weight-version"))
 with served(fake, int(value("--port"))):
     while True:
         time.sleep(1)

@@ -13,5 +13,5 @@ SHAPE = shape_for_target(
         "max_position_embeddings": 64,
         "num_hidden_layers": 8,
     },
-    draft_vocabulary=16,
+    draft_vocab_size=16,
 )

@@ -10,14 +10,14 @@ from tiny_draft import SHAPE
 
 from schemas.events import Alias, AuditState
 from schemas.speculator import checkpoint
-from schemas.speculator.checkpoint import line_of
+from schemas.speculator.checkpoint import line_name
 from schemas.speculator.network import random_draft
 from serving.versions.alias_policy import RegistryAnswer
 from serving.versions.cache import RegistryError
 
 TARGET = "f" * 32
 DRAFTS = {str(n): random_draft(SHAPE, seed=n) for n in range(1, 5)}
-LINE = line_of(TARGET, SHAPE, DRAFTS["1"].d2t)
+LINE = line_name(TARGET, SHAPE, DRAFTS["1"].d2t)
 
 
 def _set() -> threading.Event:
@@ -68,5 +68,7 @@ class FakeRegistry:
         self.open.wait(10)
         if self.unreachable or self.broken:
             raise RegistryError("connection reset")
-        checkpoint.write(DRAFTS[version], folder / "draft", TARGET if version not in self.foreign else "0" * 32)
+        checkpoint.write_checkpoint(
+            DRAFTS[version], folder / "draft", TARGET if version not in self.foreign else "0" * 32
+        )
         return folder / "draft"

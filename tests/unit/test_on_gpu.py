@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from schemas.device import device_of
+from schemas.device import select_device
 from schemas.errors import UserError
 from schemas.settings import Train
 from schemas.speculator.network import DraftShape, random_draft
@@ -65,9 +65,9 @@ def losses(one: Learner, steps: int) -> list[float]:
 
 def test_without_a_gpu_a_setting_that_asks_for_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert device_of("auto", "train.device") == torch.device("cpu")
+    assert select_device("auto", "train.device") == torch.device("cpu")
     with pytest.raises(UserError, match=r"train\.device = 'cuda'.*use 'cpu'"):
-        device_of("cuda", "train.device")
+        select_device("cuda", "train.device")
 
 
 def test_a_batch_is_moved_with_all_that_it_holds() -> None:

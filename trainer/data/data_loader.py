@@ -24,7 +24,7 @@ import structlog
 from pydantic import BaseModel, ConfigDict
 
 from pipeline.delta import DeltaLog
-from schemas.hash_sampling import fixed_chance
+from schemas.hash_sampling import hash_ratio
 from schemas.settings import Train
 from trainer.data.replay_buffer import ReplayBuffer, compute_log_weights, draw_indices, staleness_weight
 from trainer.data.samples import ComputeStates, Sample, recompute_features
@@ -372,4 +372,4 @@ class Prefetcher(Generic[BatchT]):
 
 def is_held_out(request: str, ratio: float) -> bool:
     """Return whether a request belongs to the held-out set; the same for every trainer at all times."""
-    return fixed_chance(request) < ratio
+    return hash_ratio(request) < ratio

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from schemas.device import device_of
+from schemas.device import select_device
 from schemas.settings import Settings, Train
 from schemas.speculator.network import DraftShape, EagleDraft
 from trainer.data.batch import Batch
@@ -194,7 +194,7 @@ def resolve_dtype(settings: Settings) -> Settings:
     Raises:
         UserError: ``train.device`` names a GPU, and torch finds none.
     """
-    dtype = select_dtype(settings.train.dtype, device_of(settings.train.device, "train.device"))
+    dtype = select_dtype(settings.train.dtype, select_device(settings.train.device, "train.device"))
     train = settings.train.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
     return settings.model_copy(update={"train": train})
 

@@ -41,7 +41,7 @@ def load_initial_draft(settings: Settings, target: Target, registry: SpeculatorR
     if start.isdecimal():
         return start, read_draft(registry, target.line, start)
     try:
-        return start, checkpoint.read(Path(start), target.line)
+        return start, checkpoint.read_checkpoint(Path(start), target.line)
     except CheckpointError as error:
         raise SettingsError(f"train.warm_start: {error}") from error
 
@@ -101,7 +101,7 @@ def copy_weights(old: EagleDraft, new: EagleDraft) -> CopiedWeights:
     old_parameters, new_parameters = dict(old.named_parameters()), dict(new.named_parameters())
     tokens = _copy_head(old, new)
     copied = [_HEAD] if tokens else []
-    excluded = {_HEAD} if old.shape.normed == new.shape.normed else {_HEAD, _FUSION}
+    excluded = {_HEAD} if old.shape.is_normed == new.shape.is_normed else {_HEAD, _FUSION}
     with torch.no_grad():
         for name in (new_parameters.keys() & old_parameters.keys()) - excluded:
             if new_parameters[name].shape == old_parameters[name].shape:

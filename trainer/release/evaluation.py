@@ -137,4 +137,4 @@ def read_draft(registry: SpeculatorRegistry, line: str, version: str) -> EagleDr
         CheckpointError: the registry's files differ from the registered ones.
     """
     with tempfile.TemporaryDirectory() as folder:
-        return checkpoint.read(registry.download(line, version, Path(folder)), line)
+        return checkpoint.read_checkpoint(registry.download(line, version, Path(folder)), line)

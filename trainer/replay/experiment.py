@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict
 from safetensors.torch import load_file, save_file
 
 from pipeline.delta import DeltaLog
-from schemas.device import device_of
+from schemas.device import select_device
 from schemas.errors import UserError
 from schemas.settings import DAY_0, Settings
 from schemas.speculator import checkpoint
@@ -147,7 +147,7 @@ def run_variant(task: VariantTask) -> VariantResult:
     folder, settings = task.folder / task.variant, task.settings
     torch.set_num_threads(settings.train.num_threads)
     torch.manual_seed(settings.train.seed)
-    device = device_of(settings.train.device, "train.device")
+    device = select_device(settings.train.device, "train.device")
     target, counts = read_target(settings).to(device), Counter[str]()
     run, stream = _start_run(task, target), _open_stream(task, target, counts)
     _restore(folder, run, stream)
@@ -165,7 +165,7 @@ def run_variant(task: VariantTask) -> VariantResult:
     figures = state.model_dump(include=set(VariantResult.model_fields))
     result = VariantResult(variant=task.variant, counts=dict(counts), **figures)
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.write(run.export_draft(), folder / DRAFT, target.fingerprint)
+    checkpoint.write_checkpoint(run.export_draft(), folder / DRAFT, target.fingerprint)
     _write(folder / _RESULT, result.model_dump_json())
     shutil.rmtree(folder / _CHECKPOINT, ignore_errors=True)
     return result

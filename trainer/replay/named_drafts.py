@@ -49,7 +49,7 @@ def _load(settings: Settings, target: Target, name: str) -> NamedDraft:
         return NamedDraft(name, day_0, target.new_draft())
     try:
         if Path(name).is_dir():
-            return NamedDraft(name, name, checkpoint.read(Path(name), target.line))
+            return NamedDraft(name, name, checkpoint.read_checkpoint(Path(name), target.line))
         return _download(SpeculatorRegistry(settings.registry), target, name)
     except CheckpointError as error:
         raise UserError(f"version {name}: {error}") from error
@@ -66,5 +66,5 @@ def _download(registry: SpeculatorRegistry, target: Target, name: str) -> NamedD
             raise UserError(f"version {name}: no such folder or alias of line {target.line}; aliases are {known}")
         version = aliases[name]
     with tempfile.TemporaryDirectory() as folder:
-        draft = checkpoint.read(registry.download(target.line, version, Path(folder)), target.line)
+        draft = checkpoint.read_checkpoint(registry.download(target.line, version, Path(folder)), target.line)
     return NamedDraft(name, version, draft)

@@ -21,7 +21,7 @@ from ops.bench import prompts, recording
 from ops.bench.harness import Say
 from ops.local.stack import provide_target
 from ops.replay.trace_import import INDEX
-from schemas.device import device_of
+from schemas.device import select_device
 from schemas.errors import UserError
 from schemas.settings import Settings
 from schemas.speculator.checkpoint import target_fingerprint
@@ -125,7 +125,7 @@ class SegmentRecording:
     """An engine, and the learner whose weights it gets after each segment."""
 
     def __init__(self, settings: Settings, engine: BuiltinEngine, recorder: recording.Recorder, folder: Path) -> None:
-        self._target = read_target(settings).to(device_of(settings.train.device, "train.device"))
+        self._target = read_target(settings).to(select_device(settings.train.device, "train.device"))
         self._engine, self._recorder, self._folder = engine, recorder, folder
         self._train = settings.train
         self._learner = Learner(self._target.new_draft(), self._target.embeddings_VH, settings.train)

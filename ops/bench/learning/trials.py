@@ -17,7 +17,7 @@ from ops.bench.harness import Say
 from ops.bench.learning.recorded_traffic import RecordedTraffic, read_traffic
 from ops.bench.learning.variants import LearningTrial, Order, trial_settings, variant_values
 from ops.replay.process_pool import run_in_processes
-from schemas.device import device_of
+from schemas.device import select_device
 from schemas.settings import Settings
 from trainer.data.samples import Sample
 from trainer.data.target import read_target
@@ -66,7 +66,7 @@ def run_trial(settings: Settings, traffic: RecordedTraffic, trial: LearningTrial
     settings = trial_settings(settings, trial)
     torch.set_num_threads(settings.train.num_threads)
     torch.manual_seed(trial.seed)
-    device = device_of(settings.train.device, "train.device")
+    device = select_device(settings.train.device, "train.device")
     target, variant = read_target(settings).to(device), trial.variant
     run = PrequentialRun(
         target.new_draft(),

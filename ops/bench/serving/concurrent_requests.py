@@ -154,8 +154,8 @@ def measure_swap_gap(pool: EnginePool, size: ServingSize, selected: Selection) -
     engine = pool.engine()
     with tempfile.TemporaryDirectory() as scratch:
         folders = {name: Path(scratch) / name for name in ("trained", "random")}
-        checkpoint.write(pool.trained, folders["trained"], engine.target)
-        checkpoint.write(pool.random, folders["random"], engine.target)
+        checkpoint.write_checkpoint(pool.trained, folders["trained"], engine.target)
+        checkpoint.write_checkpoint(pool.random, folders["random"], engine.target)
         with pool.under_load(engine, _SWAPPED_CONCURRENCY) as results:
             moments = [_swap(engine, *list(folders.items())[i % 2]) for i in range(size.swaps)]
     engine.swap(pool.trained, pool.name)
@@ -177,7 +177,7 @@ def measure_swap_gap(pool: EnginePool, size: ServingSize, selected: Selection) -
 
 def _swap(engine: BuiltinEngine, version: str, folder: Path) -> tuple[SwapMoment, SwapMoment]:
     """Swap a version in, then wait as long without a swap, to compare with."""
-    draft = checkpoint.read(folder, engine.line)
+    draft = checkpoint.read_checkpoint(folder, engine.line)
     engine.check(draft)
     started = time.perf_counter()
     engine.swap(draft, version)

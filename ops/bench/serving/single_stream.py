@@ -16,7 +16,7 @@ from ops.bench import prompts
 from ops.bench.engines import DraftName, EnginePool, RequestMode, drive
 from ops.bench.harness import Figure, Goal, Rates, Selection, compare_arms, run_alternating
 from ops.bench.serving.peers import Generate, LlamaCpp, PeerAbsentError
-from schemas.device import device_of
+from schemas.device import select_device
 from serving.engines.builtin.engine import BuiltinEngine
 
 Generator = Callable[[tuple[int, ...], int], tuple[int, ...]]
@@ -91,7 +91,7 @@ class SingleStream:
     def _load_generate(self) -> None:
         if not self._needed & {"generate", "lookup"}:
             return
-        device = device_of(self._pool.settings.serve.device, "serve.device")
+        device = select_device(self._pool.settings.serve.device, "serve.device")
         generate, rates = Generate.fastest(self._pool.folder, self._pool.prompts[0], device)
         self._detail["generate_dtype"] = generate.dtype
         self._detail["generate_tried"] = {dtype: round(rate, 2) for dtype, rate in rates.items()}

@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from schemas.draft_tree import visible
-from schemas.speculator.acceptance import draw, sampling_probs
+from schemas.draft_tree import attention_mask
+from schemas.speculator.acceptance import draw_token, sampling_probs
 from schemas.speculator.checkpoint import CheckpointError
 from schemas.speculator.network import EagleDraft
 from schemas.trace.record import ROOT
@@ -180,7 +180,7 @@ class EagleDrafter:
         """Sample a token from the draft's distribution; return it with its log-probability."""
         request = tree.seq.request
         probs_D = sampling_probs(logits_D[None].cpu(), request.temperature, request.top_p, request.top_k)[0]
-        drawn = draw(probs_D, tree.seq.generator)
+        drawn = draw_token(probs_D, tree.seq.generator)
         probs_V = probs_D.new_zeros(self._network.shape.vocab_size)
         probs_V[self._network.t2d.cpu()] = probs_D
         tree.probs.append(probs_V)
@@ -247,7 +247,9 @@ class _GrowingTree:
         start, length = first + len(self.cached), len(self.frontier)
         if length == 1 and len(self.cached) + 1 == self.nodes[self.frontier[0]].depth:
             return Segment(self.seq.slot, start, length)
-        sees = visible([node.parent for node in self.nodes])[np.ix_(self.frontier, [*self.cached, *self.frontier])]
+        sees = attention_mask([node.parent for node in self.nodes])[
+            np.ix_(self.frontier, [*self.cached, *self.frontier])
+        ]
         positions = tuple(first + self.nodes[node].depth - 1 for node in self.frontier)
         return Segment(self.seq.slot, start, length, TreeLayout(first, sees, positions))
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import structlog
 import torch
 
-from schemas.device import device_of
+from schemas.device import select_device
 from schemas.settings import Settings, SettingsError
 from schemas.speculator.checkpoint import CheckpointError
-from schemas.speculator.initial_draft import Line, read_line
+from schemas.speculator.initial_draft import SpeculatorLine, read_line
 from schemas.speculator.network import EagleDraft
 from serving.engines.base import EngineFullError, EngineHealth, Finish, Output, Request, SwapResult, TraceSink
 from serving.engines.builtin.calibration import calibrate
@@ -46,7 +46,7 @@ class BuiltinEngine:
         self.vocabulary = self._target.shape.vocab_size
         self.max_tokens = serve.max_model_len
         self._drafter = EagleDrafter(
-            line.day_0,
+            line.initial_draft,
             settings.speculator.day_0,
             self._target.embeddings_VH,
             serve.max_num_seqs,
@@ -232,18 +232,18 @@ class BuiltinEngine:
             done.set_exception(EngineFullError(f"version {version} was not swapped in: the engine has stopped"))
 
 
-def _load_target(settings: Settings) -> tuple[Line, Target]:
+def _load_target(settings: Settings) -> tuple[SpeculatorLine, Target]:
     serve, folder = settings.serve, Path(settings.target.path)
     try:
         line = read_line(folder, settings.speculator)
         target = Target(
             folder,
-            line.day_0.shape,
+            line.initial_draft.shape,
             serve.max_num_seqs,
             serve.max_model_len,
             draft_nodes=serve.draft_tree_nodes,
             weight_dtype=serve.weight_dtype,
-            device=device_of(serve.device, "serve.device"),
+            device=select_device(serve.device, "serve.device"),
         )
     except CheckpointError as error:
         raise SettingsError(f"target.path {settings.target.path}: {error}") from error

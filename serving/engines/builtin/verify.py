@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from schemas.draft_tree import depths, is_chain, visible
+from schemas.draft_tree import attention_mask, depths, is_chain
 from schemas.speculator.acceptance import SampledRows, Verdict, accept_greedy, accept_sampled
 from schemas.trace.record import ROOT, U16, VerifyStep
 from serving.engines.base import TokenLogprobs
@@ -167,7 +167,7 @@ def _segment(scheduled: ScheduledSequence) -> Segment:
         return Segment(scheduled.sequence.slot, start, length)
     sees = np.zeros((length, length), np.bool_)
     sees[:, 0] = True
-    sees[1:, 1:] = visible(parents)
+    sees[1:, 1:] = attention_mask(parents)
     positions = (start, *(start + depth for depth in depths(parents)))
     return Segment(scheduled.sequence.slot, start, length, TreeLayout(start, sees, positions))
 

@@ -98,7 +98,7 @@ def test_training_caches_a_speculator_that_is_better_than_a_random_one(
     ).run()
 
     folder = speculator.cache_folder(settings, "tiny")
-    draft = checkpoint.read(folder, running.line)
+    draft = checkpoint.read_checkpoint(folder, running.line)
     before = simulate_acceptance(target.new_draft(), target.embeddings_VH, samples, 3).accepted_per_step
     after = simulate_acceptance(draft, target.embeddings_VH, samples, 3).accepted_per_step
     assert after > before + 0.2

@@ -156,8 +156,8 @@ def test_replay_gives_the_verify_steps_and_accepted_tokens_of_the_live_engine_fo
         live = served(engine, requests)
         assert store(first, engine, recorder) > len(requests), "some requests travel in several chunks"
         assert assert_replay_is_as_live(first, "day-0", live) < 40
-        checkpoint.write(learned(first), tmp_path / "version", engine.target)
-        engine.swap(checkpoint.read(tmp_path / "version", engine.line), "1")
+        checkpoint.write_checkpoint(learned(first), tmp_path / "version", engine.target)
+        engine.swap(checkpoint.read_checkpoint(tmp_path / "version", engine.line), "1")
         recorder.verify_steps.clear()
         live = served(engine, requests)
         store(second, engine, recorder)

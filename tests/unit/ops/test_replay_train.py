@@ -83,7 +83,9 @@ def test_an_experiment_that_was_killed_goes_on_with_the_numbers_that_it_would_ha
     for one, other in zip(whole["variants"], again["variants"], strict=True):
         assert {**one, "seconds": 0} == {**other, "seconds": 0}
     assert list(folder.glob("*/checkpoint*")) == []
-    drafts = [checkpoint.read(at / "fast" / "draft", world.target.line) for at in (folder, folder.parent / "whole")]
+    drafts = [
+        checkpoint.read_checkpoint(at / "fast" / "draft", world.target.line) for at in (folder, folder.parent / "whole")
+    ]
     assert torch.equal(drafts[0].fc.weight, drafts[1].fc.weight)
 
 

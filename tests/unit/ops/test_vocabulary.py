@@ -16,7 +16,7 @@ from pipeline.delta import DeltaLog
 from schemas.errors import UserError
 from schemas.settings import Settings, SettingsError, Speculator, Tables, load
 from schemas.speculator.checkpoint import target_fingerprint
-from schemas.speculator.initial_draft import draft_of_day_0, read_vocabulary
+from schemas.speculator.initial_draft import create_initial_draft, read_draft_vocabulary
 from serving.engines.builtin.engine import BuiltinEngine
 from trainer.data.target import read_target
 
@@ -138,7 +138,7 @@ def test_a_file_that_cannot_be_used_is_an_error_that_names_the_setting(
     if content is not None:
         file.write_text(content)
     with pytest.raises(SettingsError, match=rf"speculator\.draft_vocab_file .*vocabulary\.json: .*{says}"):
-        read_vocabulary(file, VOCABULARY)
+        read_draft_vocabulary(file, VOCABULARY)
 
 
 def test_a_node_and_a_trainer_refuse_to_start_without_the_file(tmp_path: Path) -> None:
@@ -149,6 +149,6 @@ def test_a_node_and_a_trainer_refuse_to_start_without_the_file(tmp_path: Path) -
 
 
 def test_without_a_file_day_0_takes_the_lowest_ids(tmp_path: Path) -> None:
-    draft = draft_of_day_0(write_tiny_target(tmp_path), Speculator(draft_vocab_size=16))
+    draft = create_initial_draft(write_tiny_target(tmp_path), Speculator(draft_vocab_size=16))
     assert draft.t2d.nonzero().flatten().tolist() == list(range(16))
     assert draft.d2t.tolist() == [0] * 16

@@ -1,7 +1,7 @@
-"""The acceptance rule against brute force: greedy by definition, sampled by the distribution of what comes out.
+"""The acceptance rule against brute force: greedy by its definition, sampled by its output distribution.
 
-The sampled rule is run over every outcome of chance (``every_chance``), so the output distribution is compared with the
-target's without statistics. Trees with branches are in ``test_tree_acceptance``.
+The sampled rule runs over every random outcome (``enumerated_chance``), so its output distribution is exact and needs
+no statistics. Trees with branches are in ``test_acceptance_trees``.
 """
 
 from __future__ import annotations
@@ -13,20 +13,27 @@ from unittest import mock
 
 import pytest
 import torch
-from every_chance import Chance, distribution, judged
+from enumerated_chance import Chance, accept_with, distribution
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from schemas.draft_tree import chain
-from schemas.speculator.acceptance import SampledRows, Verdict, accept_greedy, accept_sampled, draw, sampling_probs
+from schemas.speculator.acceptance import (
+    SampledRows,
+    Verdict,
+    accept_greedy,
+    accept_sampled,
+    draw_token,
+    sampling_probs,
+)
 
 V = 4
 
 
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 2), max_size=5).flatmap(lambda d: st.tuples(st.just(d), _choices(len(d) + 1))))
-def test_greedy_keeps_what_the_target_would_have_said(case: tuple[list[int], list[int]]) -> None:
+def test_greedy_accepts_the_longest_prefix_that_the_target_would_choose(case: tuple[list[int], list[int]]) -> None:
     draft, argmax = case
     verdict = accept_greedy(draft, chain(len(draft)), argmax)
     right = [draft[:n] == argmax[:n] for n in range(len(draft) + 1)]
@@ -61,7 +68,7 @@ def exact_output(
             drafted = (*drafted, chance.draw(q_of[drafted]))
         q = torch.stack([q_of[drafted[:i]] for i in range(m)])
         p = torch.stack([p_of[drafted[:i]] for i in range(m + 1)])
-        verdict = judged(chance, drafted, chain(m), p, q)
+        verdict = accept_with(chance, drafted, chain(m), p, q)
         out = (*(drafted[node] for node in verdict.path), verdict.bonus)
         while len(out) < m + 1:
             out = (*out, chance.draw(p_of[out]))
@@ -87,8 +94,8 @@ def test_sampled_output_has_exactly_the_targets_distribution(seed: int, sparse: 
         assert found.get(tokens, 0.0) == pytest.approx(wanted, abs=1e-12), tokens
 
 
-def test_the_enumeration_can_tell_a_wrong_rule() -> None:
-    """Drawing the replacement from p instead of (p - q)+ is a common mistake; the comparison must see it."""
+def test_the_enumeration_detects_a_wrong_rule() -> None:
+    """Drawing the replacement from p instead of (p - q)+ is a common mistake."""
     contexts = [c for n in range(2) for c in itertools.product(range(V), repeat=n)]
     p_of = dict(zip(contexts, distributions(len(contexts), 0, sparse=False), strict=True))
     q_of = dict(zip(contexts, distributions(len(contexts), 1, sparse=False), strict=True))
@@ -121,7 +128,7 @@ def test_real_randomness_gives_the_targets_distribution() -> None:
     assert sum((seen[pair] - n) ** 2 / n for pair, n in wanted.items()) < 56.5
 
 
-def test_a_draft_equal_to_the_target_is_always_kept() -> None:
+def test_a_draft_with_the_targets_distribution_is_always_accepted() -> None:
     p = distributions(4, 3, sparse=False)
     g = torch.Generator().manual_seed(0)
     for _ in range(200):
@@ -129,7 +136,7 @@ def test_a_draft_equal_to_the_target_is_always_kept() -> None:
         assert accept_sampled(drafted, chain(3), p, g, p[:3]).path == (0, 1, 2)
 
 
-def test_what_the_target_excludes_is_never_said() -> None:
+def test_a_token_that_the_target_excludes_is_never_output() -> None:
     p = torch.tensor([[0.0, 1.0, 0.0, 0.0]] * 2)
     q = torch.tensor([[1.0, 0.0, 0.0, 0.0]])
     g = torch.Generator().manual_seed(0)
@@ -148,7 +155,7 @@ def test_the_same_seed_gives_the_same_verdicts() -> None:
 
 
 def by_definition(full: list[float], top_p: float, top_k: int) -> list[float]:
-    """Top-k, then the nucleus of what is left, written out token by token; ties with the last one kept stay."""
+    """Top-k, then top-p over the remaining tokens, token by token; ties with the last kept token stay."""
     left = [p for p in full if top_k == 0 or sum(other > p for other in full) < top_k]
     total = sum(sorted(left, reverse=True))
     mass, least = 0.0, 0.0
@@ -170,7 +177,7 @@ TIED = st.lists(st.sampled_from([-3.0, 0.0, 0.5, 1.0]), min_size=1, max_size=12)
     st.one_of(st.floats(0.01, 1.0), st.sampled_from([0.25, 0.5, 0.75])),
     st.integers(0, 13),
 )
-def test_what_is_drawn_from_is_temperature_then_top_k_then_nucleus(
+def test_sampling_applies_temperature_then_top_k_then_top_p(
     logits: list[float], temperature: float, top_p: float, top_k: int
 ) -> None:
     found = sampling_probs(torch.tensor([logits]), temperature, top_p, top_k)[0]
@@ -195,14 +202,14 @@ def test_what_is_drawn_from_is_temperature_then_top_k_then_nucleus(
         (1.0, 9, [0, 1, 2, 3, 4]),
     ],
 )
-def test_the_edges_of_top_k_and_nucleus(top_p: float, top_k: int, kept: list[int]) -> None:
+def test_the_limits_of_top_k_and_top_p(top_p: float, top_k: int, kept: list[int]) -> None:
     full = torch.tensor([[0.4, 0.2, 0.2, 0.125, 0.075]])
     found = sampling_probs(full.log(), 1.0, top_p, top_k)
     assert found[0].nonzero().flatten().tolist() == kept
     torch.testing.assert_close(found[0, kept], full[0, kept] / full[0, kept].sum())
 
 
-def test_rows_on_demand_are_those_of_the_whole() -> None:
+def test_rows_computed_on_access_equal_those_of_the_whole() -> None:
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(2)) * 2
     rows = SampledRows(logits, 0.8, 0.9, 20)
     whole = sampling_probs(logits, 0.8, 0.9, 20)
@@ -217,19 +224,19 @@ def test_rows_on_demand_are_those_of_the_whole() -> None:
         ([0, 0.5, 0, 1.5, 0], [1, 1, 3, 3, 3, 3, 3, 3]),
     ],
 )
-def test_a_token_is_drawn_as_often_as_its_share_says(probs: list[float], tokens: list[int]) -> None:
+def test_a_token_is_drawn_as_often_as_its_probability_says(probs: list[float], tokens: list[int]) -> None:
     with mock.patch.object(torch, "rand", side_effect=torch.arange(0, 1, 1 / 8, dtype=torch.float64).unbind()):
-        assert [draw(torch.tensor(probs), None) for _ in range(8)] == tokens
+        assert [draw_token(torch.tensor(probs), None) for _ in range(8)] == tokens
 
 
 @settings(deadline=None)
 @given(st.lists(st.sampled_from([0.0, 0.0, 1e-30, 1e-7, 0.3, 1.0, 2 / 3]), min_size=1, max_size=20).filter(any))
-def test_what_has_no_mass_is_not_drawn_even_by_the_outermost_numbers(probs: list[float]) -> None:
+def test_a_token_without_mass_is_not_drawn_even_by_the_extreme_random_numbers(probs: list[float]) -> None:
     for u in (0.0, 1 - 2**-53):
         with mock.patch.object(torch, "rand", return_value=torch.tensor(u, dtype=torch.float64)):
-            assert probs[draw(torch.tensor(probs), None)] > 0
+            assert probs[draw_token(torch.tensor(probs), None)] > 0
 
 
-def test_broken_scores_are_an_error_and_no_token() -> None:
+def test_logits_that_are_not_finite_raise_an_error() -> None:
     with pytest.raises(FloatingPointError, match="not finite"):
-        draw(torch.tensor([0.5, math.nan, 0.5]), None)
+        draw_token(torch.tensor([0.5, math.nan, 0.5]), None)

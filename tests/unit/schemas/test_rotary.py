@@ -1,4 +1,4 @@
-"""The draft's rotary positions against transformers' own, scaled as targets are."""
+"""The draft's rotary positions against those of transformers, for every supported scaling."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from schemas.speculator.checkpoint import CONFIG, CheckpointError, line_of, read, shape_for_target, write
+from schemas.speculator.checkpoint import (
+    CONFIG,
+    CheckpointError,
+    line_name,
+    read_checkpoint,
+    shape_for_target,
+    write_checkpoint,
+)
 from schemas.speculator.network import random_draft
 from schemas.speculator.rotary import Linear, Llama3, Yarn, rotary_angles
 
@@ -39,12 +46,12 @@ SCALED: list[tuple[dict[str, Any], type]] = [
 
 
 @pytest.mark.parametrize(("scaling", "kind"), SCALED)
-def test_angles_are_those_that_transformers_computes_from_the_written_config(
+def test_angles_equal_those_of_transformers_for_the_written_config(
     scaling: dict[str, Any], kind: type, tmp_path: Path
 ) -> None:
     shape = shape_for_target(TARGET | {"rope_scaling": scaling}, 16)
     assert isinstance(shape.rope_scaling, kind)
-    write(random_draft(shape, 0), tmp_path, "ab" * 16)
+    write_checkpoint(random_draft(shape, 0), tmp_path, "ab" * 16)
     config = LlamaConfig.from_dict(json.loads((tmp_path / CONFIG).read_text()))
     assert config.rope_parameters["rope_theta"] == TARGET["rope_theta"]
     frequencies, magnitude = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](config, None)
@@ -58,15 +65,15 @@ def test_angles_are_those_that_transformers_computes_from_the_written_config(
 
 
 @pytest.mark.parametrize("scaling", [scaling for scaling, _ in SCALED])
-def test_a_scaling_is_read_as_it_was_written_and_is_a_line_of_its_own(scaling: dict[str, Any], tmp_path: Path) -> None:
+def test_a_scaling_is_read_as_written_and_makes_a_line_of_its_own(scaling: dict[str, Any], tmp_path: Path) -> None:
     shape = shape_for_target(TARGET | {"rope_scaling": scaling}, 16)
     draft = random_draft(shape, 0)
-    line = write(draft, tmp_path, "ab" * 16).line
-    assert read(tmp_path, line).shape == shape
-    assert line != line_of("ab" * 16, shape_for_target(TARGET, 16), draft.d2t)
+    line = write_checkpoint(draft, tmp_path, "ab" * 16).line
+    assert read_checkpoint(tmp_path, line).shape == shape
+    assert line != line_name("ab" * 16, shape_for_target(TARGET, 16), draft.d2t)
 
 
-def test_both_places_of_a_config_give_the_same_scaling() -> None:
+def test_rope_scaling_and_rope_parameters_give_the_same_scaling() -> None:
     scaling = SCALED[2][0]
     apart = shape_for_target(TARGET | {"rope_scaling": scaling}, 16)
     joined = {key: value for key, value in TARGET.items() if key != "rope_theta"}
@@ -77,7 +84,7 @@ def test_both_places_of_a_config_give_the_same_scaling() -> None:
 @pytest.mark.parametrize(
     ("scaling", "says"),
     [
-        ({"rope_type": "longrope"}, "rope_type 'longrope' is not supported .* 'default', 'linear', 'llama3', 'yarn'"),
+        ({"rope_type": "longrope"}, "rope_type 'longrope' is not supported .*: 'default', 'linear', 'llama3', 'yarn'"),
         ({"rope_type": "linear"}, "'linear': factor: Field required"),
         ({"rope_type": "linear", "factor": 0}, "factor: Input should be greater than 0"),
         ({"rope_type": "linear", "factor": "4"}, "factor: Input should be a valid number"),
@@ -85,6 +92,6 @@ def test_both_places_of_a_config_give_the_same_scaling() -> None:
         ({**LLAMA3, "high_freq_factor": 1.0}, "high_freq_factor must be above low_freq_factor"),
     ],
 )
-def test_a_scaling_that_is_not_computed_is_refused(scaling: dict[str, Any], says: str) -> None:
+def test_an_unsupported_scaling_is_rejected(scaling: dict[str, Any], says: str) -> None:
     with pytest.raises(CheckpointError, match=says):
         shape_for_target(TARGET | {"rope_scaling": scaling}, 16)

@@ -12,6 +12,7 @@ from recorded import LINE, TARGET, WIDTH, record_of, tables_of, verify_step_of
 from tiny_target import VOCABULARY, write_tiny_target
 
 from schemas.settings import Train, load
+from schemas.speculator.initial_draft import read_embeddings
 from schemas.speculator.network import DraftShape, EagleDraft, random_draft
 from schemas.trace.record import VerifyStep
 from serving.engines.base import Finish, Output, Request
@@ -19,7 +20,7 @@ from serving.engines.builtin.engine import BuiltinEngine
 from trainer.data.batch import Batch, collate
 from trainer.data.data_loader import DataLoader
 from trainer.data.samples import Sample, Teacher, has_root, read_sample
-from trainer.data.target import FrozenTarget, read_target, token_embeddings
+from trainer.data.target import FrozenTarget, read_target
 from trainer.objective.training_time_test import DraftUnroll, TreeLevel, build_draft_trees
 
 SHAPE = DraftShape(8, 8, 2, 1, 4, 32, 32, 1e-6, 100.0, 64, (1, 2, 3))
@@ -179,7 +180,7 @@ def test_the_unroll_reproduces_the_drafts_of_a_real_engine(
     drafting = [r for r in verify_steps if len(r.draft_tokens) == 4]
     assert len(drafting) > 5
     roots = torch.tensor([r.position for r in drafting])
-    unroll = DraftUnroll(draft, token_embeddings(folder), batch.tokens_BT, batch.features_BTF)
+    unroll = DraftUnroll(draft, read_embeddings(folder), batch.tokens_BT, batch.features_BTF)
     with torch.no_grad():
         hidden = unroll.first(roots * 0, roots - 1)
         for k in range(4):

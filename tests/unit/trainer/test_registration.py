@@ -12,7 +12,7 @@ from tiny_draft import SHAPE
 from torch import Tensor
 
 from schemas.settings import Settings, load
-from schemas.speculator.checkpoint import line_of
+from schemas.speculator.checkpoint import line_name
 from schemas.speculator.network import EagleDraft, random_draft
 from trainer.data.samples import Sample, Teacher
 from trainer.data.target import Target
@@ -101,7 +101,7 @@ def settings() -> Settings:
 
 def target() -> Target:
     day_0 = best_first()[1]
-    return Target(TARGET, line_of(TARGET, day_0.shape, day_0.d2t), EMBEDDINGS_VH, day_0)
+    return Target(TARGET, line_name(TARGET, day_0.shape, day_0.d2t), EMBEDDINGS_VH, day_0)
 
 
 @pytest.fixture

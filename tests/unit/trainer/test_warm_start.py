@@ -12,7 +12,7 @@ from tiny_draft import SHAPE
 
 from schemas.settings import Settings, load
 from schemas.speculator import checkpoint
-from schemas.speculator.checkpoint import line_of
+from schemas.speculator.checkpoint import line_name
 from schemas.speculator.network import DraftShape, EagleDraft, random_draft
 from trainer.data.target import Target
 from trainer.loop.warm_start import copy_weights, load_initial_draft
@@ -131,7 +131,7 @@ class ChampionRegistry:
         self.champions: dict[str, tuple[str, str, EagleDraft]] = {}
 
     def promote(self, target: str, version: str, draft: EagleDraft) -> str:
-        line = line_of(target, draft.shape, draft.d2t)
+        line = line_name(target, draft.shape, draft.d2t)
         self.champions[line] = version, target, draft
         return line
 
@@ -141,12 +141,12 @@ class ChampionRegistry:
     def download(self, line: str, version: str, folder: Path) -> Path:
         champion, target, draft = self.champions[line]
         assert version == champion
-        checkpoint.write(draft, folder / "version", target, torch.float32)
+        checkpoint.write_checkpoint(draft, folder / "version", target, torch.float32)
         return folder / "version"
 
 
 def initial_draft(registry: ChampionRegistry, day_0: EagleDraft, parent_line: str) -> tuple[str, EagleDraft]:
-    line = line_of(NEW_TARGET, day_0.shape, day_0.d2t)
+    line = line_name(NEW_TARGET, day_0.shape, day_0.d2t)
     target = Target(NEW_TARGET, line, torch.zeros(V, SHAPE.hidden_size), day_0)
     settings: Settings = load(environ={}, flags={"train.parent_line": parent_line})
     return load_initial_draft(settings, target, cast(SpeculatorRegistry, registry))

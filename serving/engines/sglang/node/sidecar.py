@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry
 from schemas.settings import Settings, SettingsError
 from schemas.speculator import checkpoint
 from schemas.speculator.checkpoint import CheckpointError
-from schemas.speculator.initial_draft import Line, read_line
+from schemas.speculator.initial_draft import SpeculatorLine, read_line
 from schemas.speculator.network import EagleDraft
 from schemas.telemetry.metrics import register_process_metrics
 from serving.engines.sglang.node.client import SglangError, SglangServer
@@ -34,7 +34,7 @@ log = structlog.get_logger()
 _READY_POLL_S = 0.2
 
 
-def read_target_line(settings: Settings) -> Line:
+def read_target_line(settings: Settings) -> SpeculatorLine:
     """Return the speculator line of the node's target.
 
     Raises:
@@ -47,25 +47,27 @@ def read_target_line(settings: Settings) -> Line:
         raise SettingsError(f"target.path {folder}: {error}") from error
 
 
-def write_first_draft(settings: Settings, line: Line, registry: MlflowRegistry) -> tuple[DraftFolder, ServedDraft]:
+def write_first_draft(
+    settings: Settings, line: SpeculatorLine, registry: MlflowRegistry
+) -> tuple[DraftFolder, ServedDraft]:
     """Write the draft that SGLang starts with: the version that the alias names, or the day-0 draft.
 
     Raises:
         SettingsError: it cannot be written.
     """
-    version, draft = _read_alias(settings, line, registry) or (settings.speculator.day_0, line.day_0)
+    version, draft = _read_alias(settings, line, registry) or (settings.speculator.day_0, line.initial_draft)
     # One folder per node: a server that starts again must not find older versions.
     folder = Path(settings.sglang.draft_dir).absolute() / settings.serve.node
     try:
         shutil.rmtree(folder, ignore_errors=True)
-        checkpoint.write(draft, folder, line.target)
+        checkpoint.write_checkpoint(draft, folder, line.target)
     except OSError as error:
         raise SettingsError(f"sglang.draft_dir: the draft cannot be written: {error}") from error
     log.info("first_draft_written", version=version, line=line.name, folder=str(folder))
     return DraftFolder(folder, version), ServedDraft(version, draft_tensors(draft))
 
 
-def read_served_draft(server: SglangServer, line: Line) -> ServedDraft | None:
+def read_served_draft(server: SglangServer, line: SpeculatorLine) -> ServedDraft | None:
     """Return the draft of a running server, if it is still the one that the server started with.
 
     Raises:
@@ -81,7 +83,7 @@ def read_served_draft(server: SglangServer, line: Line) -> ServedDraft | None:
         if served_line != line.name:
             message = f"drafts for line {served_line}; target.path and [speculator] give {line.name}"
             raise SglangError(f"{server.url}: {message}")
-        served = ServedDraft(info.weight_version, draft_tensors(checkpoint.read(folder, line.name)))
+        served = ServedDraft(info.weight_version, draft_tensors(checkpoint.read_checkpoint(folder, line.name)))
     except CheckpointError as error:
         message = f"--speculative-draft-model-path is no version of Aurora: {error}"
         raise SglangError(f"{server.url}: {message}") from error
@@ -154,7 +156,7 @@ class Sidecar:
             return
 
 
-def _read_alias(settings: Settings, line: Line, registry: MlflowRegistry) -> tuple[str, EagleDraft] | None:
+def _read_alias(settings: Settings, line: SpeculatorLine, registry: MlflowRegistry) -> tuple[str, EagleDraft] | None:
     """Return the version that the alias names; None if there is none yet, so that the poller brings it later."""
     alias = settings.serve.alias
     try:
@@ -163,7 +165,7 @@ def _read_alias(settings: Settings, line: Line, registry: MlflowRegistry) -> tup
         if version is None:
             return None
         with tempfile.TemporaryDirectory(prefix="aurora-version-") as folder:
-            return version, checkpoint.read(registry.download(version, Path(folder)), line.name)
+            return version, checkpoint.read_checkpoint(registry.download(version, Path(folder)), line.name)
     except (RegistryError, CheckpointError) as error:
         log.warning("first_draft_is_day_0", alias=alias, why=str(error))
         return None

@@ -1,7 +1,7 @@
-"""Runs the sampled acceptance rule over every outcome of chance instead of drawing one.
+"""Runs the sampled acceptance rule over every random outcome instead of drawing one.
 
-The rule's own thresholds decide how likely each outcome is: the uniform number it asks for answers the comparison both
-ways and takes the probability from the comparison. What comes out is the exact distribution of the real function.
+The rule's thresholds determine the probability of each outcome: a uniform number follows both results of a comparison
+and takes the probability from its bound. The result is the exact distribution of the real function.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Outcome = TypeVar("Outcome", bound=Hashable)
 
 
 class Chance:
-    """Follows one path of decisions and multiplies up its probability; what cannot happen is no option."""
+    """Follows one path of decisions and multiplies their probabilities; impossible outcomes are no options."""
 
     def __init__(self, decisions: Sequence[int]) -> None:
         self._ahead = list(decisions)
@@ -55,12 +55,12 @@ class _Uniform:
         return self._chance.decide([below, 1 - below]) == 0
 
 
-def judged(
+def accept_with(
     chance: Chance, tokens: Sequence[int], parents: Sequence[int], p_mV: Tensor, q_mV: Tensor | None = None
 ) -> Verdict:
     """``accept_sampled`` with its randomness taken from ``chance``."""
     with (
-        mock.patch.object(acceptance, "draw", chance.draw),
+        mock.patch.object(acceptance, "draw_token", chance.draw),
         mock.patch.object(torch, "rand", return_value=_Uniform(chance)),
     ):
         return accept_sampled(tokens, parents, p_mV, None, q_mV)

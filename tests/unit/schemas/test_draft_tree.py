@@ -1,4 +1,4 @@
-"""The shape of a draft: depths, what a node sees, and the branches that verification rejects."""
+"""Draft trees: depths, attention mask and rejected branches."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from schemas.draft_tree import chain, depths, is_chain, rejected_branches, visible
+from schemas.draft_tree import attention_mask, chain, depths, is_chain, rejected_branches
 
 TREES = st.integers(0, 8).flatmap(lambda m: st.tuples(*(st.integers(-1, i - 1) for i in range(m))))
 
@@ -18,8 +18,8 @@ def path(parents: tuple[int, ...], node: int) -> tuple[int, ...]:
 
 @settings(deadline=None)
 @given(TREES)
-def test_a_node_sees_its_path_and_nothing_else(parents: tuple[int, ...]) -> None:
-    seen = visible(parents)
+def test_a_node_attends_to_its_path_only(parents: tuple[int, ...]) -> None:
+    seen = attention_mask(parents)
     assert seen.shape == (len(parents), len(parents))
     assert [tuple(np.flatnonzero(row)) for row in seen] == [path(parents, node) for node in range(len(parents))]
 
@@ -32,16 +32,16 @@ def test_the_depth_of_a_node_is_the_length_of_its_path(parents: tuple[int, ...])
 
 @settings(deadline=None)
 @given(TREES)
-def test_a_chain_is_the_tree_whose_last_node_sees_all(parents: tuple[int, ...]) -> None:
+def test_a_chain_is_the_tree_whose_last_node_attends_to_all_nodes(parents: tuple[int, ...]) -> None:
     assert is_chain(parents) == (depths(parents) == list(range(1, len(parents) + 1)))
-    assert is_chain(parents) == (not parents or bool(visible(parents)[-1].all()))
+    assert is_chain(parents) == (not parents or bool(attention_mask(parents)[-1].all()))
 
 
 def test_the_parents_of_a_chain() -> None:
     assert [chain(m) for m in range(4)] == [(), (-1,), (-1, 0), (-1, 0, 1)]
     assert is_chain([-1, 0, 1])
     assert not is_chain([-1, -1])
-    assert np.array_equal(visible(chain(4)), np.tri(4, dtype=bool))
+    assert np.array_equal(attention_mask(chain(4)), np.tri(4, dtype=bool))
 
 
 @settings(deadline=None)

@@ -1,4 +1,4 @@
-"""A version that is damaged, foreign or wrong does not load; one that is right loads as it was written."""
+"""A damaged, foreign or wrong version is rejected; a valid version loads as it was written."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from schemas.speculator.checkpoint import (
     WEIGHTS,
     CheckpointError,
     default_capture_layers,
-    line_of,
-    read,
+    line_name,
+    read_checkpoint,
     shape_for_target,
     target_fingerprint,
-    write,
+    write_checkpoint,
 )
 from schemas.speculator.network import DraftShape, EagleDraft, random_draft
 
@@ -62,16 +62,16 @@ def made_of(shape: DraftShape) -> EagleDraft:
 
 @pytest.fixture
 def version(draft: EagleDraft, tmp_path: Path) -> Path:
-    write(draft, tmp_path / "version", TARGET)
+    write_checkpoint(draft, tmp_path / "version", TARGET)
     return tmp_path / "version"
 
 
 def line(draft: EagleDraft) -> str:
-    return line_of(TARGET, draft.shape, draft.d2t)
+    return line_name(TARGET, draft.shape, draft.d2t)
 
 
 def reseal(version: Path) -> None:
-    """Make the manifest agree with the files again, as someone would who writes a wrong export."""
+    """Update the hashes in the manifest, as the author of a wrong export would."""
     manifest = json.loads((version / MANIFEST).read_text())
     for name in manifest["sha256"]:
         manifest["sha256"][name] = hashlib.sha256((version / name).read_bytes()).hexdigest()
@@ -79,10 +79,10 @@ def reseal(version: Path) -> None:
 
 
 @pytest.mark.parametrize("shape", [SHAPE, NORMED], ids=lambda shape: shape.variant)
-def test_what_was_written_is_read_rounded_to_bf16(shape: DraftShape, tmp_path: Path) -> None:
+def test_a_checkpoint_is_read_as_written_rounded_to_bf16(shape: DraftShape, tmp_path: Path) -> None:
     draft = made_of(shape)
-    write(draft, tmp_path, TARGET)
-    found = read(tmp_path, line(draft))
+    write_checkpoint(draft, tmp_path, TARGET)
+    found = read_checkpoint(tmp_path, line(draft))
     for name, value in draft.state_dict().items():
         wanted = value.bfloat16().float() if value.is_floating_point() else value
         assert torch.equal(found.state_dict()[name], wanted), name
@@ -90,13 +90,13 @@ def test_what_was_written_is_read_rounded_to_bf16(shape: DraftShape, tmp_path: P
     assert found.shape == draft.shape
 
 
-def test_float32_can_be_kept(draft: EagleDraft, tmp_path: Path) -> None:
-    write(draft, tmp_path, TARGET, torch.float32)
-    found = read(tmp_path, line(draft))
+def test_float32_is_preserved_on_request(draft: EagleDraft, tmp_path: Path) -> None:
+    write_checkpoint(draft, tmp_path, TARGET, torch.float32)
+    found = read_checkpoint(tmp_path, line(draft))
     assert all(torch.equal(value, found.state_dict()[name]) for name, value in draft.state_dict().items())
 
 
-def test_names_and_shapes_are_those_that_serving_engines_load(version: Path) -> None:
+def test_names_and_shapes_match_the_serving_engines(version: Path) -> None:
     tensors = load_file(version / WEIGHTS)
     layer = "midlayer."
     assert {name: tuple(t.shape) for name, t in tensors.items()} == {
@@ -128,8 +128,8 @@ def test_names_and_shapes_are_those_that_serving_engines_load(version: Path) -> 
     assert not {"fc_norm", "norm_output"} & config.keys()
 
 
-def test_eagle_3_1_is_a_norm_for_each_captured_layer_and_two_keys(draft: EagleDraft, tmp_path: Path) -> None:
-    write(made_of(NORMED), tmp_path, TARGET)
+def test_eagle_3_1_adds_a_norm_for_each_captured_layer_and_two_keys(draft: EagleDraft, tmp_path: Path) -> None:
+    write_checkpoint(made_of(NORMED), tmp_path, TARGET)
     tensors, config = load_file(tmp_path / WEIGHTS), json.loads((tmp_path / CONFIG).read_text())
     added = {name: tuple(t.shape) for name, t in tensors.items() if name not in draft.state_dict()}
     assert added == {"fc_norm.0.weight": (8,), "fc_norm.1.weight": (8,), "fc_norm.2.weight": (8,)}
@@ -166,17 +166,19 @@ def garble(name: str) -> Callable[[Path], None]:
     [
         (cut_weights, "SHA-256"),
         (flip_a_bit, "SHA-256"),
-        (add_pickle, "no version has: pytorch_model.bin"),
+        (add_pickle, "unknown files: pytorch_model.bin"),
         (remove(WEIGHTS), f"{WEIGHTS}: missing"),
         (remove(CONFIG), f"{CONFIG}: missing"),
         (remove(MANIFEST), f"{MANIFEST}: missing"),
         (garble(MANIFEST), f"{MANIFEST}: not valid JSON"),
     ],
 )
-def test_altered_files_are_refused(draft: EagleDraft, version: Path, damage: Callable[[Path], None], says: str) -> None:
+def test_altered_files_are_rejected(
+    draft: EagleDraft, version: Path, damage: Callable[[Path], None], says: str
+) -> None:
     damage(version)
     with pytest.raises(CheckpointError, match=says):
-        read(version, line(draft))
+        read_checkpoint(version, line(draft))
 
 
 def edited(edit: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
@@ -220,7 +222,7 @@ def not_safetensors(version: Path) -> None:
         (edited(lambda t: t.update({"norm.weight": torch.zeros(7)})), r"norm.weight: shape \[7\], expected \[8\]"),
         (edited(lambda t: t.update({"d2t": t["d2t"].int()})), "d2t: type torch.int32"),
         (edited(lambda t: t.update({"norm.weight": torch.ones(8).int()})), "norm.weight: type torch.int32"),
-        (edited(to_nan), "norm.weight: holds values that are not finite"),
+        (edited(to_nan), "norm.weight: values are not finite"),
         (edited(swap_d2t), "ascending"),
         (edited(widen_t2d), "t2d"),
         (config_edit(draft_vocab_size=None), "draft_vocab_size: .* integer"),
@@ -244,13 +246,13 @@ def not_safetensors(version: Path) -> None:
         (not_safetensors, "not safetensors"),
     ],
 )
-def test_wrong_exports_are_refused_though_their_hashes_are_right(
+def test_wrong_exports_are_rejected_although_their_hashes_match(
     draft: EagleDraft, version: Path, wrong: Callable[[Path], None], says: str
 ) -> None:
     wrong(version)
     reseal(version)
     with pytest.raises(CheckpointError, match=says):
-        read(version, line(draft))
+        read_checkpoint(version, line(draft))
 
 
 @pytest.mark.parametrize(
@@ -262,52 +264,52 @@ def test_wrong_exports_are_refused_though_their_hashes_are_right(
         (config_edit(fc_norm=False), "unexpected values for fc_norm, norm_output"),
     ],
 )
-def test_wrong_exports_of_eagle_3_1_are_refused(wrong: Callable[[Path], None], says: str, tmp_path: Path) -> None:
+def test_wrong_exports_of_eagle_3_1_are_rejected(wrong: Callable[[Path], None], says: str, tmp_path: Path) -> None:
     draft = made_of(NORMED)
-    write(draft, tmp_path, TARGET)
+    write_checkpoint(draft, tmp_path, TARGET)
     wrong(tmp_path)
     reseal(tmp_path)
     with pytest.raises(CheckpointError, match=says):
-        read(tmp_path, line(draft))
+        read_checkpoint(tmp_path, line(draft))
 
 
-def test_another_line_is_refused_and_named(draft: EagleDraft, version: Path) -> None:
-    with pytest.raises(CheckpointError, match=f"line {line(draft)}, this node serves line other"):
-        read(version, "other")
+def test_another_line_is_rejected_by_name(draft: EagleDraft, version: Path) -> None:
+    with pytest.raises(CheckpointError, match=f"line {line(draft)}, expected line other"):
+        read_checkpoint(version, "other")
 
 
-def test_a_manifest_that_claims_another_line_is_refused(draft: EagleDraft, version: Path) -> None:
+def test_a_manifest_with_a_forged_line_is_rejected(draft: EagleDraft, version: Path) -> None:
     manifest = json.loads((version / MANIFEST).read_text())
     (version / MANIFEST).write_text(json.dumps(manifest | {"line": "forged"}))
-    with pytest.raises(CheckpointError, match="not that of its own shape"):
-        read(version, "forged")
+    with pytest.raises(CheckpointError, match="does not match the shape"):
+        read_checkpoint(version, "forged")
 
 
 def test_values_that_are_not_finite_are_not_written(draft: EagleDraft, tmp_path: Path) -> None:
     with torch.no_grad():
         draft.fc.weight[0, 0] = torch.inf
     with pytest.raises(CheckpointError, match=r"fc\.weight"):
-        write(draft, tmp_path, TARGET)
+        write_checkpoint(draft, tmp_path, TARGET)
 
 
-def test_the_line_changes_with_everything_that_makes_versions_incompatible(draft: EagleDraft) -> None:
+def test_the_line_depends_on_everything_that_makes_versions_incompatible(draft: EagleDraft) -> None:
     lines = {
         line(draft),
-        line_of("cd" * 16, draft.shape, draft.d2t),
-        line_of(TARGET, draft.shape, draft.d2t.flip(0)),
-        line_of(TARGET, dataclasses.replace(draft.shape, capture_layers=(1, 2, 4)), draft.d2t),
-        line_of(TARGET, dataclasses.replace(draft.shape, intermediate_size=16), draft.d2t),
-        line_of(TARGET, NORMED, draft.d2t),
+        line_name("cd" * 16, draft.shape, draft.d2t),
+        line_name(TARGET, draft.shape, draft.d2t.flip(0)),
+        line_name(TARGET, dataclasses.replace(draft.shape, capture_layers=(1, 2, 4)), draft.d2t),
+        line_name(TARGET, dataclasses.replace(draft.shape, intermediate_size=16), draft.d2t),
+        line_name(TARGET, NORMED, draft.d2t),
     }
     assert len(lines) == 6
 
 
-def test_the_line_of_a_plain_draft_is_the_one_it_has_been_registered_under() -> None:
+def test_the_line_of_a_plain_draft_is_stable() -> None:
     d2t = torch.zeros(8192, dtype=torch.int64)
-    assert line_of(TARGET, shape_for_target(CONFIG_OF_TARGET, 8192), d2t) == "abababababab-6e564b6e7074"
+    assert line_name(TARGET, shape_for_target(CONFIG_OF_TARGET, 8192), d2t) == "abababababab-6e564b6e7074"
 
 
-def test_a_targets_fingerprint_is_that_of_its_bytes(tmp_path: Path) -> None:
+def test_a_targets_fingerprint_depends_on_its_bytes(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"target\.path"):
         target_fingerprint(tmp_path)
     (tmp_path / CONFIG).write_text("{}")
@@ -331,25 +333,25 @@ def test_the_shape_follows_the_target() -> None:
     assert shape_for_target(older, 8192) == dataclasses.replace(shape, num_key_value_heads=9)
 
 
-def test_the_width_of_the_mlp_is_the_targets_or_the_one_that_was_asked_for() -> None:
+def test_the_width_of_the_mlp_is_the_targets_by_default() -> None:
     assert shape_for_target(CONFIG_OF_TARGET, 8192).intermediate_size == 1536
     assert shape_for_target(CONFIG_OF_TARGET, 8192, intermediate_size=512).intermediate_size == 512
 
 
-def test_key_and_value_heads_are_the_targets_or_as_many_as_were_asked_for() -> None:
+def test_the_number_of_key_and_value_heads_is_the_targets_by_default() -> None:
     assert shape_for_target(CONFIG_OF_TARGET, 8192).num_key_value_heads == 3
-    assert shape_for_target(CONFIG_OF_TARGET, 8192, key_value_heads=9).num_key_value_heads == 9
+    assert shape_for_target(CONFIG_OF_TARGET, 8192, num_key_value_heads=9).num_key_value_heads == 9
     with pytest.raises(CheckpointError, match=r"speculator\.num_key_value_heads 4 .* 9 attention heads"):
-        shape_for_target(CONFIG_OF_TARGET, 8192, key_value_heads=4)
+        shape_for_target(CONFIG_OF_TARGET, 8192, num_key_value_heads=4)
 
 
-def test_a_config_that_lacks_a_size_is_refused_by_its_name() -> None:
+def test_the_error_for_an_incomplete_config_names_the_missing_size() -> None:
     config = {k: v for k, v in CONFIG_OF_TARGET.items() if k != "rms_norm_eps"}
-    with pytest.raises(CheckpointError, match="no rms_norm_eps"):
+    with pytest.raises(CheckpointError, match="lacks rms_norm_eps"):
         shape_for_target(config, 8192)
 
 
-def test_day_0_is_the_same_for_every_process() -> None:
+def test_a_random_draft_is_the_same_in_every_process() -> None:
     one, other = random_draft(SHAPE, 0), random_draft(SHAPE, 0)
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
     assert not torch.equal(one.fc.weight, random_draft(SHAPE, 1).fc.weight)

@@ -1,4 +1,4 @@
-"""The trace codec: what was encoded is read back bit for bit, and everything else is a clear error."""
+"""The trace codec: an encoded chunk is decoded bit for bit, and every other input raises a clear error."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def chunks(draw: st.DrawFn) -> Chunk:
 
 
 def plain(r: VerifyStep) -> dict[str, object]:
-    """A verify step as values that compare."""
+    """A verify step as comparable values."""
     return {
         name: value.tolist() if isinstance(value := getattr(r, name), np.ndarray) else value
         for name in VerifyStep.__slots__
@@ -144,7 +144,7 @@ CHUNK = Chunk(ENVELOPE, (ONE,))
 
 @settings(deadline=None)
 @given(chunks())
-def test_a_chunk_is_read_back_as_it_was_written(chunk: Chunk) -> None:
+def test_a_chunk_is_decoded_as_it_was_encoded(chunk: Chunk) -> None:
     value = encode(chunk)
     back = decode(value)
     assert back.envelope == chunk.envelope
@@ -154,7 +154,7 @@ def test_a_chunk_is_read_back_as_it_was_written(chunk: Chunk) -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(chunks(), st.data())
-def test_cut_or_altered_bytes_are_refused(chunk: Chunk, data: st.DataObject) -> None:
+def test_truncated_or_altered_bytes_are_rejected(chunk: Chunk, data: st.DataObject) -> None:
     value = encode(chunk)
     at = data.draw(st.integers(0, len(value) - 1))
     flipped = value[:at] + bytes([value[at] ^ (1 << data.draw(st.integers(0, 7)))]) + value[at + 1 :]
@@ -166,7 +166,7 @@ def test_cut_or_altered_bytes_are_refused(chunk: Chunk, data: st.DataObject) -> 
 
 @settings(deadline=None)
 @given(st.binary(max_size=64))
-def test_foreign_bytes_under_a_right_checksum_are_refused(junk: bytes) -> None:
+def test_foreign_bytes_with_a_valid_checksum_are_rejected(junk: bytes) -> None:
     with pytest.raises(TraceError) as refused:
         decode(signed(junk))
     assert refused.value.reason in ("not_arrow", "truncated")
@@ -183,14 +183,14 @@ def arrow(schema: pa.Schema, arrays: list[pa.Array]) -> bytes:
     return signed(sink.getvalue().to_pybytes())
 
 
-def test_another_format_is_named() -> None:
+def test_the_error_for_another_format_names_it() -> None:
     schema = SCHEMA.with_metadata({"format": "aurora.trace/1"})
     with pytest.raises(TraceError, match=r"aurora\.trace/3.*aurora\.trace/1") as refused:
         decode(arrow(schema, [pa.array([], type=f.type) for f in SCHEMA]))
     assert refused.value.reason == "foreign_format"
 
 
-def test_a_missing_column_is_named() -> None:
+def test_the_error_for_a_missing_column_names_it() -> None:
     schema = pa.schema([f for f in SCHEMA if f.name != "bonus"], metadata={"format": record.FORMAT})
     with pytest.raises(TraceError, match="bonus") as refused:
         decode(arrow(schema, [pa.array([], type=f.type) for f in schema]))
@@ -198,14 +198,14 @@ def test_a_missing_column_is_named() -> None:
 
 
 @pytest.mark.parametrize("envelope", [b"", b"{}", b'{"request": 1}'])
-def test_an_envelope_that_says_too_little_is_refused(envelope: bytes) -> None:
+def test_an_incomplete_envelope_is_rejected(envelope: bytes) -> None:
     schema = SCHEMA.with_metadata({"format": record.FORMAT, "envelope": envelope})
     with pytest.raises(TraceError) as refused:
         decode(arrow(schema, [pa.array([], type=f.type) for f in SCHEMA]))
     assert refused.value.reason == "bad_envelope"
 
 
-def test_an_envelope_field_of_the_wrong_kind_is_named() -> None:
+def test_the_error_for_an_envelope_field_of_the_wrong_type_names_it() -> None:
     fields = {name: getattr(ENVELOPE, name) for name in Envelope.__slots__} | {"top_k": 0}
     schema = SCHEMA.with_metadata({"format": record.FORMAT, "envelope": json.dumps(fields).encode()})
     with pytest.raises(TraceError, match="top_k") as refused:
@@ -229,7 +229,7 @@ def test_an_envelope_field_of_the_wrong_kind_is_named() -> None:
         pytest.param(replace(ONE, top_logprobs=np.zeros((3, 2), np.float32)), id="more log-probabilities than tokens"),
     ],
 )
-def test_a_verify_step_that_contradicts_itself_is_refused(bad: VerifyStep) -> None:
+def test_an_inconsistent_verify_step_is_rejected(bad: VerifyStep) -> None:
     with pytest.raises(TraceError) as refused:
         decode(encode(Chunk(ENVELOPE, (bad,))))
     assert refused.value.reason == "contradiction"
@@ -256,15 +256,13 @@ BARE = replace(ONE, features=np.zeros((0, 2), np.uint16))
         ),
     ],
 )
-def test_features_that_travel_in_another_way_than_the_envelope_says_are_refused(
-    envelope: Envelope, one: VerifyStep
-) -> None:
+def test_features_that_do_not_match_the_envelope_are_rejected(envelope: Envelope, one: VerifyStep) -> None:
     with pytest.raises(TraceError) as refused:
         decode(encode(Chunk(envelope, (one,))))
     assert refused.value.reason == "contradiction"
 
 
-def test_an_envelope_without_the_fields_that_have_defaults_is_read_with_them() -> None:
+def test_missing_envelope_fields_get_their_defaults() -> None:
     added = ("claim", "preceding_tokens", "vocab_size")
     old = {name: getattr(ENVELOPE, name) for name in Envelope.__slots__ if name not in added}
     schema = SCHEMA.with_metadata({"format": record.FORMAT, "envelope": json.dumps(old).encode()})
@@ -272,7 +270,7 @@ def test_an_envelope_without_the_fields_that_have_defaults_is_read_with_them() -
 
 
 @given(st.floats(width=32, allow_nan=False, allow_infinity=False, min_value=-(2.0**127), max_value=2.0**127))
-def test_bf16_is_the_nearest_of_its_neighbours(x: float) -> None:
+def test_bf16_rounds_to_the_nearest_value(x: float) -> None:
     value = float(from_bf16(to_bf16(np.array([x], np.float32)))[0])
     bits = int(to_bf16(np.array([x], np.float32))[0])
     neighbours = [
@@ -286,5 +284,5 @@ def test_bf16_keeps_nan_and_infinity() -> None:
     np.testing.assert_array_equal(from_bf16(to_bf16(x)), x)
 
 
-def test_the_wire_schema_does_not_change_unnoticed() -> None:
+def test_the_wire_schema_is_stable() -> None:
     assert record.fingerprint() == "b536faa160ee1a9e"

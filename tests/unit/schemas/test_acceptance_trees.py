@@ -1,7 +1,7 @@
-"""Trees of drafted tokens: greedy against all branches one by one, sampled against the target's own distribution.
+"""Draft trees: greedy against every branch by itself, sampled against the target's distribution.
 
 The target over a small vocabulary is a table for every context. The exact tests run the real function over every
-outcome of chance; the chi-square test runs it with real random numbers.
+random outcome; the chi-square test runs it with real random numbers.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
-from every_chance import Chance, distribution, judged
+from enumerated_chance import Chance, accept_with, distribution
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.stats import chi2, ncx2
@@ -77,7 +77,7 @@ def contexts_of(tokens: Sequence[int], parents: Sequence[int]) -> list[Path]:
     return found
 
 
-def likeliest(draft: Model, nodes: int) -> tuple[list[int], list[int]]:
+def most_likely_tree(draft: Model, nodes: int) -> tuple[list[int], list[int]]:
     """Tokens and parents of the nodes to which the draft gives the largest cumulated probability."""
     mass: dict[Path, float] = {(): 1.0}
     for c in draft.contexts[1:]:
@@ -86,12 +86,12 @@ def likeliest(draft: Model, nodes: int) -> tuple[list[int], list[int]]:
     return [c[-1] for c in kept], [kept.index(c[:-1]) if len(c) > 1 else -1 for c in kept]
 
 
-def said(tokens: Sequence[int], verdict: Verdict) -> Path:
+def output_of(tokens: Sequence[int], verdict: Verdict) -> Path:
     return (*(tokens[node] for node in verdict.path), verdict.bonus)
 
 
-def continued(found: dict[Path, float], joint: Tensor) -> Tensor:
-    """Distribution of whole sequences when the target alone goes on after what a verify step said."""
+def continue_with_target(found: dict[Path, float], joint: Tensor) -> Tensor:
+    """Distribution of complete sequences if the target alone continues after the output of a verify step."""
     whole = torch.zeros_like(joint)
     for prefix, probability in found.items():
         whole[prefix] += probability * joint[prefix] / joint[prefix].sum()
@@ -108,7 +108,7 @@ def trees(draw: st.DrawFn, nodes: int, vocabulary: int, deepest: int = 99) -> tu
 
 @settings(deadline=None)
 @given(trees(nodes=10, vocabulary=3), st.data())
-def test_greedy_keeps_the_longest_of_what_its_branches_would_keep(
+def test_greedy_accepts_the_longest_path_that_any_branch_alone_would_accept(
     tree: tuple[list[int], list[int]], data: st.DataObject
 ) -> None:
     tokens, parents = tree
@@ -122,52 +122,52 @@ def test_greedy_keeps_the_longest_of_what_its_branches_would_keep(
             branch.insert(0, parents[branch[0]])
         drafted = [tokens[node] for node in branch]
         choices = [argmax[0], *(argmax[1 + node] for node in branch)]
-        outputs.append(said(drafted, accept_greedy(drafted, chain(len(branch)), choices)))
-    assert said(tokens, verdict) == max(outputs, key=len)
+        outputs.append(output_of(drafted, accept_greedy(drafted, chain(len(branch)), choices)))
+    assert output_of(tokens, verdict) == max(outputs, key=len)
     assert [parents[node] for node in verdict.path] == [-1, *verdict.path][: len(verdict.path)]
 
 
 @settings(deadline=None)
 @given(trees(nodes=10, vocabulary=2), st.data())
-def test_greedy_output_is_the_targets_also_where_siblings_have_the_same_token(
+def test_greedy_output_is_the_targets_if_siblings_have_the_same_token(
     tree: tuple[list[int], list[int]], data: st.DataObject
 ) -> None:
     tokens, parents = tree
     contexts = contexts_of(tokens, parents)
     choice = {context: data.draw(st.integers(0, 1)) for context in [(), *contexts]}
-    out = said(tokens, accept_greedy(tokens, parents, [choice[context] for context in [(), *contexts]]))
+    out = output_of(tokens, accept_greedy(tokens, parents, [choice[context] for context in [(), *contexts]]))
     assert all(choice[out[:i]] == token for i, token in enumerate(out))
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("nodes", [5, 10])
-def test_a_tree_of_likeliest_tokens_leaves_the_targets_distribution_as_it_is(nodes: int, sampling: Sampling) -> None:
+def test_a_tree_of_the_most_likely_tokens_preserves_the_targets_distribution(nodes: int, sampling: Sampling) -> None:
     """Every sequence of four tokens over a vocabulary of seven, to 12 decimals."""
     target, draft = pair(7, 3, seed=nodes, sampling=sampling)
-    tokens, parents = likeliest(draft, nodes)
+    tokens, parents = most_likely_tree(draft, nodes)
     p = target.after(contexts_of(tokens, parents))
-    found = distribution(lambda chance: said(tokens, judged(chance, tokens, parents, p)))
+    found = distribution(lambda chance: output_of(tokens, accept_with(chance, tokens, parents, p)))
     joint = target.joint()
     assert max(len(prefix) for prefix in found) > 2, "no path of two nodes can be kept: the test holds too little"
-    torch.testing.assert_close(continued(found, joint), joint, rtol=0, atol=1e-12, equal_nan=False)
+    torch.testing.assert_close(continue_with_target(found, joint), joint, rtol=0, atol=1e-12, equal_nan=False)
 
 
 @settings(max_examples=60, deadline=None)
 @given(trees(nodes=6, vocabulary=3, deepest=3), st.integers(0, 9999), st.sampled_from(SAMPLINGS))
-def test_any_tree_leaves_the_targets_distribution_as_it_is(
+def test_any_tree_preserves_the_targets_distribution(
     tree: tuple[list[int], list[int]], seed: int, sampling: Sampling
 ) -> None:
-    """Also where siblings have the same token, exhaust the vocabulary, or are excluded by the target."""
+    """Also if siblings have the same token, exhaust the vocabulary, or are excluded by the target."""
     tokens, parents = tree
     target, _ = pair(3, 3, seed, sampling)
     p = target.after(contexts_of(tokens, parents))
-    found = distribution(lambda chance: said(tokens, judged(chance, tokens, parents, p)))
-    torch.testing.assert_close(continued(found, target.joint()), target.joint(), rtol=0, atol=1e-12)
+    found = distribution(lambda chance: output_of(tokens, accept_with(chance, tokens, parents, p)))
+    torch.testing.assert_close(continue_with_target(found, target.joint()), target.joint(), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("again", [True, False])
 @pytest.mark.parametrize("sampling", SAMPLINGS[:2])
-def test_siblings_drawn_by_chance_leave_the_targets_distribution_as_it_is(sampling: Sampling, again: bool) -> None:
+def test_randomly_drawn_siblings_preserve_the_targets_distribution(sampling: Sampling, again: bool) -> None:
     """Two siblings with a child each, drawn independently or the second from what the first left over."""
     target, draft = pair(3, 2, seed=5, sampling=sampling)
     parents = [-1, -1, 0, 1]
@@ -183,35 +183,37 @@ def test_siblings_drawn_by_chance_leave_the_targets_distribution_as_it_is(sampli
         below = [draft[token,] for token in tokens]
         tokens += [chance.draw(q) for q in below]
         p = target.after(contexts_of(tokens, parents))
-        return said(tokens, judged(chance, tokens, parents, p, torch.stack([first, second, *below])))
+        return output_of(tokens, accept_with(chance, tokens, parents, p, torch.stack([first, second, *below])))
 
-    torch.testing.assert_close(continued(distribution(run), target.joint()), target.joint(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        continue_with_target(distribution(run), target.joint()), target.joint(), rtol=0, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("wrong", ["the rejected token stays", "p is not renormalised"])
-def test_the_comparison_can_tell_a_wrong_rule(wrong: str) -> None:
-    def kept_as_it_is(p: Tensor, token: int, _: object) -> Tensor:
+def test_the_comparison_detects_a_wrong_rule(wrong: str) -> None:
+    def keep_mass(p: Tensor, token: int, _: object) -> Tensor:
         return p if wrong == "the rejected token stays" else p.masked_fill(torch.arange(len(p)) == token, 0)
 
     target, draft = pair(7, 3, seed=8, sampling=Sampling())
-    tokens, parents = likeliest(draft, 8)
+    tokens, parents = most_likely_tree(draft, 8)
     p = target.after(contexts_of(tokens, parents))
-    with mock.patch.object(acceptance, "_after_rejection", kept_as_it_is):
-        found = distribution(lambda chance: said(tokens, judged(chance, tokens, parents, p)))
-    assert float((continued(found, target.joint()) - target.joint()).abs().sum()) > 0.01
+    with mock.patch.object(acceptance, "_after_rejection", keep_mass):
+        found = distribution(lambda chance: output_of(tokens, accept_with(chance, tokens, parents, p)))
+    assert float((continue_with_target(found, target.joint()) - target.joint()).abs().sum()) > 0.01
 
 
-def test_the_bonus_after_a_whole_path_is_drawn_from_what_follows_its_last_node() -> None:
+def test_the_bonus_token_after_a_complete_path_is_drawn_from_its_last_nodes_distribution() -> None:
     certain, last = torch.eye(4)[[2, 1]], torch.tensor([[0.1, 0.2, 0.3, 0.4]])
     other = torch.tensor([[1.0, 0, 0, 0]])
     p = torch.cat([certain[:1], other, certain[1:], other, last])  # the root, then nodes 0 to 3
-    with mock.patch.object(acceptance, "draw", return_value=3) as drawn:
+    with mock.patch.object(acceptance, "draw_token", return_value=3) as drawn:
         assert accept_sampled([0, 2, 0, 1], [-1, -1, 1, 1], p, torch.Generator()) == Verdict((1, 3), 3)
     assert torch.equal(drawn.call_args.args[0], last[0])
 
 
-def test_a_rejection_that_leaves_no_mass_keeps_the_targets_own_token() -> None:
-    """Rounding can make certainty a little less than one; the target still says it, and nothing that it excludes."""
+def test_a_rejection_that_leaves_no_mass_outputs_the_targets_token() -> None:
+    """Rounding can make a certain token's probability slightly less than one; the output is still that token."""
     almost = torch.tensor(1 - 2**-24)
     p = torch.stack([torch.tensor([0, almost, 0]), *torch.eye(3)[[1, 2]]])
     with mock.patch.object(torch, "rand", return_value=almost):
@@ -222,10 +224,10 @@ DRAWS, ALPHA, VARIATION = 10_000, 1e-6, 0.05
 
 
 def first_pairs(target: Model, draft: Model, *, drawn: bool) -> Tensor:
-    """[V, V] how often each pair of first tokens was said in ``DRAWS`` verify steps with real random numbers."""
+    """[V, V] how often each pair of first tokens was output in ``DRAWS`` verify steps with real random numbers."""
     g = torch.Generator().manual_seed(3)
     seen = torch.zeros(target.vocabulary, target.vocabulary, dtype=torch.float64)
-    tokens, parents = likeliest(draft, 8)
+    tokens, parents = most_likely_tree(draft, 8)
     q = None
     for _ in range(DRAWS):
         if drawn:
@@ -233,7 +235,7 @@ def first_pairs(target: Model, draft: Model, *, drawn: bool) -> Tensor:
             for _ in range(3):
                 tokens.append(int(torch.multinomial(draft[tuple(tokens)], 1, generator=g)))
             q = draft.after(contexts_of(tokens, parents))[:3]
-        out = said(tokens, accept_sampled(tokens, parents, target.after(contexts_of(tokens, parents)), g, q))
+        out = output_of(tokens, accept_sampled(tokens, parents, target.after(contexts_of(tokens, parents)), g, q))
         if len(out) < 2:
             out = (*out, int(torch.multinomial(target[out], 1, generator=g)))
         seen[out[:2]] += 1
@@ -241,7 +243,7 @@ def first_pairs(target: Model, draft: Model, *, drawn: bool) -> Tensor:
 
 
 def chi_square(seen: Tensor, probs: Tensor) -> tuple[float, int]:
-    """The statistic and its degrees of freedom. What is expected less than five times counts as one cell."""
+    """The statistic and its degrees of freedom. Cells expected less than five times are merged."""
     wanted = probs * seen.sum()
     rare = wanted < 5
     cells = torch.cat([wanted[~rare], wanted[rare].sum()[None]])
@@ -268,8 +270,8 @@ def test_real_randomness_gives_the_targets_distribution(sampling: Sampling, draw
     assert found < bound
 
 
-def test_the_chi_square_can_tell_a_wrong_rule() -> None:
-    """A rejected candidate that stays possible is said too often."""
+def test_the_chi_square_test_detects_a_wrong_rule() -> None:
+    """A rejected candidate that keeps its mass is output too often."""
     target, draft = pair(8, 3, seed=21, sampling=Sampling())
     with mock.patch.object(acceptance, "_after_rejection", lambda p, *_: p):
         found, freedom = chi_square(first_pairs(target, draft, drawn=False), target.joint().sum((-1, -2)))

@@ -25,9 +25,9 @@ BYTES = 256
 
 
 class EchoEngine:
-    """Every request runs on a thread of its own; ``gate`` holds all of them after their first verify step.
+    """Every request runs on its own thread; ``gate`` holds all of them after their first verify step.
 
-    With ``eos`` that token follows every whole answer.
+    With ``eos`` set, that token ends every complete output.
     """
 
     target = "echo"
@@ -117,7 +117,7 @@ class EchoEngine:
 
 
 def scores(tokens: Sequence[int], alternatives: int) -> tuple[TokenLogprobs, ...]:
-    """Every token at -0.5 as the likeliest, then the next ones in the vocabulary, each less likely by one."""
+    """Return log-probability -0.5 for every token; its alternatives are the next token ids, each 1 lower."""
     return tuple(
         TokenLogprobs(-0.5, tuple(((token + i) % BYTES, -0.5 - i) for i in range(alternatives))) for token in tokens
     )

@@ -1,6 +1,6 @@
-"""Training and scoring on a GPU come to what they do on a processor.
+"""Training and evaluation on a GPU equal those on a CPU.
 
-The engine's own tests run on a GPU where there is one.
+The engine's own tests run on a GPU if torch finds one.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TRAIN = Train(
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU on this machine")
 
 
-def window(seed: int) -> Sample:
+def sample(seed: int) -> Sample:
     g = torch.Generator().manual_seed(seed)
     length = 7 + seed
 
@@ -52,7 +52,7 @@ def window(seed: int) -> Sample:
     )
 
 
-WINDOWS = [window(seed) for seed in range(4)]
+SAMPLES = [sample(seed) for seed in range(4)]
 
 
 def learner(device: str, **changed: object) -> Learner:
@@ -60,18 +60,18 @@ def learner(device: str, **changed: object) -> Learner:
 
 
 def losses(one: Learner, steps: int) -> list[float]:
-    return [float(one.step(collate(WINDOWS[:2]), collate(WINDOWS[2:])).total) for _ in range(steps)]
+    return [float(one.step(collate(SAMPLES[:2]), collate(SAMPLES[2:])).total) for _ in range(steps)]
 
 
-def test_without_a_gpu_a_setting_that_asks_for_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cuda_setting_without_a_gpu_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert select_device("auto", "train.device") == torch.device("cpu")
     with pytest.raises(UserError, match=r"train\.device = 'cuda'.*use 'cpu'"):
         select_device("cuda", "train.device")
 
 
-def test_a_batch_is_moved_with_all_that_it_holds() -> None:
-    batch = collate(WINDOWS)
+def test_a_batch_moves_with_all_its_tensors() -> None:
+    batch = collate(SAMPLES)
     assert batch.to(torch.device("cpu")) is batch
     moved = batch.to(torch.device("meta"))
     assert moved.features_BTF.is_meta
@@ -82,7 +82,7 @@ def test_a_batch_is_moved_with_all_that_it_holds() -> None:
 
 @on_gpu
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_steps_on_a_gpu_come_to_the_same_losses_and_weights(optimizer: str) -> None:
+def test_training_steps_on_a_gpu_give_the_same_losses_and_weights(optimizer: str) -> None:
     here, there = learner("cpu", optimizer=optimizer), learner("cuda", optimizer=optimizer)
     assert losses(there, 5) == pytest.approx(losses(here, 5), rel=1e-3)
     for (name, own), other in zip(here.draft.named_parameters(), there.draft.parameters(), strict=True):
@@ -91,7 +91,7 @@ def test_steps_on_a_gpu_come_to_the_same_losses_and_weights(optimizer: str) -> N
 
 @on_gpu
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_a_state_that_was_saved_on_a_gpu_goes_on_as_if_it_had_never_stopped(optimizer: str) -> None:
+def test_training_resumes_exactly_from_a_state_saved_on_a_gpu(optimizer: str) -> None:
     one, other = learner("cuda", optimizer=optimizer), learner("cuda", optimizer=optimizer)
     losses(one, 3)
     other.restore({name: tensor.cpu() for name, tensor in one.state_tensors().items()}, one.steps)
@@ -99,9 +99,9 @@ def test_a_state_that_was_saved_on_a_gpu_goes_on_as_if_it_had_never_stopped(opti
 
 
 @on_gpu
-def test_chains_are_scored_alike() -> None:
+def test_simulated_acceptance_on_a_gpu_equals_that_on_a_cpu() -> None:
     draft = random_draft(SHAPE, 1)
-    longer = [replace(w, request=f"again-{w.request}") for w in WINDOWS * 5]
+    longer = [replace(w, request=f"again-{w.request}") for w in SAMPLES * 5]
     here = simulate_acceptance(draft, EMBEDDINGS, longer, 3)
     assert simulate_acceptance(draft, EMBEDDINGS.cuda(), longer, 3) == here
     state = {f"draft/{name}": value for name, value in draft.state_dict().items()}

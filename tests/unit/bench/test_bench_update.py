@@ -16,12 +16,13 @@ from ops.bench.update import (
     UpdateCosts,
     describe_outcome,
     fetch_cost,
+    frontier_chart,
     judge_costs,
     judge_policies,
+    render_update_page,
     simulate_policy,
     sweep_policies,
 )
-from ops.bench.update_page import frontier_chart, render_update_page
 from ops.cli.main import app
 from schemas.settings import Update
 

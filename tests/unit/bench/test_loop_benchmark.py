@@ -10,9 +10,16 @@ import pytest
 
 from ops.bench.harness import Figure, Rates, Report, TrialValues
 from ops.bench.loop.learning_delay import Delays
-from ops.bench.loop.loop_benchmark import loop_size, own_settings, parse_domains, parse_minutes
-from ops.bench.loop.loop_figures import find_repeated, judge, summarize
-from ops.bench.loop.loop_page import render_loop_page
+from ops.bench.loop.loop_benchmark import (
+    find_repeated,
+    judge,
+    loop_size,
+    own_settings,
+    parse_domains,
+    parse_minutes,
+    render_loop_page,
+    summarize,
+)
 from ops.bench.loop.node_comparison import ComparisonResult, NodeArm
 from ops.bench.loop.two_domain_run import ADAPTIVE, NONE, STATIC, LoopRecord, champion_arms, exclude_pinned, static_arm
 from ops.demo.record import DemoRun, Swap, VersionRecord

@@ -1,4 +1,4 @@
-"""One campaign against the stream: traffic, workers, faults, and one comparison with the ledger at its end."""
+"""A fault campaign against the stream: traffic, workers, faults, and a comparison of the tables with the ledger."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from pathlib import Path
 from signal import SIGKILL
 from threading import Event
 
-from comparison import Verdict, compare
+from comparison import ComparisonResult, compare
 from deltalake import DeltaTable
-from lives import NOTHING, PATIENCE_S, Worker
+from restarted_worker import NO_VARIABLES, TIMEOUT_S, RestartedWorker
 from stream_worker import Publisher, rows_of_records, wait_until
-from traffic import HARMS, Traffic
+from traffic import MESSAGE_FAULTS, Traffic
 
 from pipeline import topics
 from pipeline.delta import DeltaLog
 from pipeline.offsets import COMMIT_ORDER, SourcePartition, transaction_id
 from schemas.settings import Settings
 
-HARMED_SHARE = 0.02
+FAULT_RATIO = 0.02
 FAULTS = (
     "worker killed",
-    "of these between the commits of two tables",
+    "worker killed between the commits of two tables",
     "second worker joined",
     "second worker left",
     "first worker frozen",
@@ -39,7 +39,7 @@ FAULTS = (
     "store cut off",
     "answer to a commit lost",
     "disk full",
-    *HARMS,
+    *MESSAGE_FAULTS,
     "clock jumped",
     "node with a wrong clock",
 )
@@ -47,31 +47,31 @@ FAULTS = (
 
 @dataclass
 class Tally:
-    """What the campaigns of a run injected, and what came of it."""
+    """Injected faults and results of all campaigns of a run."""
 
     faults: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(FAULTS, 0)))
     workers: Counter[str] = field(default_factory=Counter)
-    """What the workers counted."""
+    """Sums of the counters of the workers."""
     rows: Counter[str] = field(default_factory=Counter)
-    """Sums of the verdicts."""
+    """Sums of the comparison results."""
 
     def line(self) -> str:
-        """All of it in one line."""
+        """Return all totals in one line."""
         workers, rows = self.workers, self.rows
         return (
             f"faults: {', '.join(f'{name} {number:,}' for name, number in self.faults.items())}; "
-            f"workers: {workers['lives']:,} lives, {workers['ended by themselves']:,} ended by themselves, "
+            f"workers: {workers['starts']:,} starts, {workers['unexpected exits']:,} unexpected exits, "
             f"{workers['fenced']:,} commits fenced; "
-            f"{workers['records_deferred']:,} records came ahead of their turn and were fetched again by "
-            f"{workers['seeks']:,} seeks back; "
+            f"{workers['records_deferred']:,} records deferred, "
+            f"{workers['seeks']:,} seeks; "
             f"rows published {rows['rows_published']:,}, rows in the table {rows['rows_in_table']:,}, "
             f"dead letters {rows['dead_letters']:,} with {rows['rows_in_dead_letters']:,} rows, "
-            f"lost {rows['lost']:,}, doubled {rows['doubled']:,}"
+            f"lost {rows['lost']:,}, duplicated {rows['duplicated']:,}"
         )
 
 
 class Campaign:
-    """A topic and tables of its own, with the traffic into them."""
+    """A topic and tables, with the traffic into them."""
 
     def __init__(
         self,
@@ -79,53 +79,55 @@ class Campaign:
         folder: Path,
         tally: Tally,
         say: Callable[[str], None],
-        harmed_share: float = HARMED_SHARE,
+        fault_ratio: float = FAULT_RATIO,
         clocks: Sequence[int] = (0,),
     ) -> None:
-        """Make the topic.
+        """Create the topic.
 
         Args:
-            settings: What the test sees; a worker may be given other ones, as the address of a proxy.
+            settings: Settings of the test. A worker may have others, such as the address of a proxy.
             folder: For logs.
-            tally: Gets the counts of this campaign in the end.
-            say: Shows progress.
-            harmed_share: Share of the messages that are broken, doubled or exchanged.
-            clocks: For each node how far its clock is off, in milliseconds.
+            tally: Receives the counts of this campaign at its end.
+            say: Prints progress.
+            fault_ratio: Ratio of the messages that are corrupted, duplicated or reordered.
+            clocks: Offset of the clock of each node, in milliseconds.
         """
         self.settings = settings
         self.faults: Counter[str] = Counter()
         self.random = random.Random(0)
         self._folder, self._tally, self._say = folder, tally, say
-        self._workers: list[Worker] = []
+        self._workers: list[RestartedWorker] = []
         topics.create(settings.kafka)
         self._tables = DeltaLog(settings.tables)
         self._publisher = Publisher(settings)
-        self._traffic = Traffic(self._publisher, harmed_share, clocks)
+        self._traffic = Traffic(self._publisher, fault_ratio, clocks)
 
     @property
-    def harmed(self) -> Counter[str]:
-        """Messages that did not arrive as they were meant."""
-        return self._traffic.harmed
+    def message_faults(self) -> Counter[str]:
+        """Number of faulty messages by fault."""
+        return self._traffic.message_faults
 
     def inject(self, fault: str) -> None:
-        """Count a fault that was injected, and say so."""
+        """Count and print an injected fault."""
         self.faults[fault] += 1
         self._say(f"{fault} {self.faults[fault]}")
 
     @contextmanager
-    def worker(self, settings: Settings | None = None, variables: Mapping[str, str] = NOTHING) -> Iterator[Worker]:
-        """A worker that is started again whenever it ends, until the block does."""
+    def worker(
+        self, settings: Settings | None = None, variables: Mapping[str, str] = NO_VARIABLES
+    ) -> Iterator[RestartedWorker]:
+        """Run a worker, and restart it whenever it ends, until the block ends."""
         number = len(self._workers)
-        alive = Worker(settings or self.settings, self._folder / f"worker-{number}.log", variables)
-        self._workers.append(alive)
+        worker = RestartedWorker(settings or self.settings, self._folder / f"worker-{number}.log", variables)
+        self._workers.append(worker)
         try:
-            yield alive
+            yield worker
         finally:
-            alive.end(SIGKILL)
+            worker.end(SIGKILL)
 
     @contextmanager
     def publishing(self, requests: int, pause_s: float = 0.02) -> Iterator[None]:
-        """Traffic beside the faults: until the block ends, and until so many requests were sent."""
+        """Publish requests until the block ends, and at least ``requests`` of them."""
         over = Event()
 
         def publish() -> None:
@@ -144,8 +146,8 @@ class Campaign:
                 over.set()
                 done.result()
 
-    def torn(self) -> bool:
-        """Whether the tables contain the records of a partition up to different offsets."""
+    def has_torn_commit(self) -> bool:
+        """Return whether the tables contain a partition up to different offsets."""
         topic = self.settings.kafka.traces_topic
         address = self.settings.tables.uri.rstrip("/")
         tables = {name: DeltaTable(f"{address}/{name}") for name in COMMIT_ORDER}
@@ -156,35 +158,35 @@ class Campaign:
         )
 
     def settle(self) -> None:
-        """Block until the tables hold as many records as were published."""
+        """Block until the tables contain all published records."""
         wanted = len(self._publisher.ledger.records)
         self._say(f"published {wanted:,} records")
 
         def stored() -> bool:
             return rows_of_records(self._tables) >= wanted
 
-        assert wait_until(stored, PATIENCE_S + wanted / 20), self._why(wanted)
+        assert wait_until(stored, TIMEOUT_S + wanted / 20), self._why(wanted)
         self._say("all are in the tables")
-        time.sleep(1)  # for what would come twice
+        time.sleep(1)  # to detect duplicates
 
-    def conclude(self) -> Verdict:
-        """Compare tables and ledger row by row, when the workers were ended.
+    def conclude(self) -> ComparisonResult:
+        """Compare tables and ledger row by row, after the workers have ended.
 
         Raises:
-            AssertionError: a row is missing, too many, or another one than was published.
+            AssertionError: a row is missing, duplicated or different.
         """
         workers: Counter[str] = Counter()
         for ended in self._workers:
             workers.update(ended.counts)
-        verdict = compare(self._publisher.ledger, self.settings)
-        faults = self.faults + self.harmed
+        result = compare(self._publisher.ledger, self.settings)
+        faults = self.faults + self.message_faults
         self._tally.faults.update(faults)
         self._tally.workers.update(workers)
-        self._tally.rows.update(asdict(verdict))
-        self._say(f"{verdict}, workers: {dict(workers)}")
-        assert (verdict.lost, verdict.doubled) == (0, 0), f"{verdict}, after {dict(faults)}"
-        assert verdict.rows_published == verdict.rows_in_table + verdict.rows_in_dead_letters
-        return verdict
+        self._tally.rows.update(asdict(result))
+        self._say(f"{result}, workers: {dict(workers)}")
+        assert (result.lost, result.duplicated) == (0, 0), f"{result}, after {dict(faults)}"
+        assert result.rows_published == result.rows_in_table + result.rows_in_dead_letters
+        return result
 
     def _why(self, wanted: int) -> str:
         logs = "".join(ended.log.read_text()[-5_000:] for ended in self._workers)

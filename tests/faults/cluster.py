@@ -1,4 +1,4 @@
-"""Apache Kafka that dies and comes back: one broker, or three that replicate."""
+"""An Apache Kafka cluster whose brokers can be killed and restarted."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ START_S = 120
 
 
 class Cluster:
-    """Brokers that are also the controllers of each other; every topic lives as long as most of them do."""
+    """Brokers that are also controllers. A topic is available while a majority of them runs."""
 
     def __init__(self, folder: Path, nodes: int, free_port: Callable[[], int]) -> None:
         cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
@@ -35,11 +35,11 @@ class Cluster:
 
     @property
     def bootstrap(self) -> str:
-        """Addresses for clients."""
+        """Bootstrap addresses for clients."""
         return ",".join(node.bootstrap for node in self.nodes)
 
     def start(self) -> None:
-        """Start those that do not run, and block until all answer."""
+        """Start the stopped brokers, and block until all answer."""
         for node in self.nodes:
             if not node.process.alive:
                 node.prepare()
@@ -48,12 +48,12 @@ class Cluster:
             node.process.wait_ready(node.ready, START_S)
 
     def stop(self) -> None:
-        """End all of them; their data stays."""
+        """Stop all brokers. Their data is kept."""
         for node in self.nodes:
             node.stop()
 
     def kill(self, number: int) -> None:
-        """End one of them as if its machine lost power, but for the writes that the kernel holds."""
+        """Kill a broker, as at a power loss, except that the kernel completes its writes."""
         process = self.nodes[number].process
         if process.alive and process.pid is not None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -63,12 +63,12 @@ class Cluster:
 
 @contextmanager
 def running(folder: Path, nodes: int, free_port: Callable[[], int]) -> Iterator[Cluster]:
-    """A cluster that runs until the block ends."""
+    """Run a cluster until the block ends."""
     cluster = Cluster(folder, nodes, free_port)
     try:
         cluster.start()
         yield cluster
     finally:
-        # Without a grace: the last ones would wait for the others before they leave.
+        # Killed, because the last brokers would wait for the others during a graceful shutdown.
         for number in range(nodes):
             cluster.kill(number)

@@ -1,11 +1,11 @@
-"""Row by row: what a publisher's ledger says must be in the tables, and what is there.
+"""Compares the tables with the publisher's ledger, row by row.
 
-The expectation owes nothing to ``pipeline``. The rows of ``traces`` are the Arrow rows that were published, with the
-coordinates that the broker gave to their record; ``rejected`` has those whose draft was not accepted whole, and
-``accepted`` one row for each record, with all of its tokens and features. A record that the publisher broke, or sent
-a second time, is a dead letter with every byte of it. Tables are read by the Delta library alone. Columns that are
-worked out rather than carried (contexts, masks, teachers) are compared on a sample, with the rows that
-``pipeline.batches.build`` makes of the single record.
+The expected rows are built without ``pipeline``. The rows of ``traces`` are the published Arrow rows, with the
+coordinates that the broker gave to their record. ``rejected`` has the rows whose draft was not fully accepted.
+``accepted`` has one row per record, with all of its tokens and features. A record that the publisher corrupted, or sent
+a second time, is a dead letter with all of its bytes. The tables are read by the Delta library alone. Derived columns
+(contexts, masks, teachers) are compared on a sample, with the rows that ``pipeline.batches.build`` builds of the single
+record.
 """
 
 from __future__ import annotations
@@ -32,59 +32,59 @@ VERIFY_STEP = (*RECORD, "verify_step", "position")
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
-    """What a comparison counted."""
+class ComparisonResult:
+    """Counts of a comparison."""
 
     rows_published: int
     rows_in_table: int
     dead_letters: int
     rows_in_dead_letters: int
     lost: int
-    """Rows of any table that should be there and are not."""
-    doubled: int
-    """Rows of any table that are there and should not be."""
+    """Expected rows that are missing from a table."""
+    duplicated: int
+    """Rows of a table that are not expected."""
 
 
-def compare(ledger: Ledger, settings: Settings) -> Verdict:
-    """Hold the tables against the ledger.
+def compare(ledger: Ledger, settings: Settings) -> ComparisonResult:
+    """Compare the tables with the ledger.
 
     Raises:
-        AssertionError: no row is missing or too many, but one has other contents.
+        AssertionError: no row is missing or duplicated, but one differs.
     """
     assert not ledger.errors, ledger.errors[:3]
     records = sorted(ledger.records, key=lambda r: (r.partition, r.offset))
-    sound = [r for r in records if (r.partition, r.offset) not in ledger.reasons]
+    valid = [r for r in records if (r.partition, r.offset) not in ledger.reasons]
     dead = [r for r in records if (r.partition, r.offset) in ledger.reasons]
-    wire = [rows_on_the_wire(record) for record in sound]
+    wire = [rows_on_the_wire(record) for record in valid]
     expected = {
-        "traces": traces(sound, wire),
-        "rejected": rejected(sound, wire),
-        "accepted": accepted(sound, wire),
+        "traces": traces(valid, wire),
+        "rejected": rejected(valid, wire),
+        "accepted": accepted(valid, wire),
         "dead_letters": dead_letters(dead, ledger),
     }
     keys = {"traces": VERIFY_STEP, "rejected": VERIFY_STEP[:3], "accepted": RECORD, "dead_letters": RECORD}
     stored = {name: read(settings, name, keys[name]) for name in expected}
-    lost = doubled = 0
+    lost = duplicated = 0
     for name, rows in expected.items():
         missing, excess = difference(rows, stored[name], keys[name])
-        lost, doubled = lost + missing, doubled + excess
+        lost, duplicated = lost + missing, duplicated + excess
         if not missing and not excess:
             assert_same(name, rows, stored[name])
-    if not lost and not doubled:
+    if not lost and not duplicated:
         assert_sample_is_built(records, ledger, stored, settings.stream.context_tokens)
     rows_dead = sum(r.number("rows") or 0 for r in dead)
-    return Verdict(
+    return ComparisonResult(
         rows_published=sum(r.number("rows") or 0 for r in records),
         rows_in_table=stored["traces"].num_rows,
         dead_letters=stored["dead_letters"].num_rows,
         rows_in_dead_letters=rows_dead,
         lost=lost,
-        doubled=doubled,
+        duplicated=duplicated,
     )
 
 
 def read(settings: Settings, name: str, key: Sequence[str]) -> pa.Table:
-    """A table as any program sees it, in the order of its key."""
+    """Return the rows of a table, ordered by its key."""
     address = f"{settings.tables.uri.rstrip('/')}/{name}"
     rows = DeltaTable(address, storage_options=dict(settings.tables.storage_options)).to_pyarrow_table()
     return in_order(rows.select(TABLES[name].names).cast(TABLES[name]), key)
@@ -95,7 +95,7 @@ def in_order(rows: pa.Table, key: Sequence[str]) -> pa.Table:
 
 
 def difference(expected: pa.Table, found: pa.Table, key: Sequence[str]) -> tuple[int, int]:
-    """Rows that are missing and rows in excess, as multisets of their keys."""
+    """Return the number of missing and of excess rows, as multisets of their keys."""
     counted = [
         rows.select(key).append_column("n", pa.repeat(pa.scalar(n, pa.int64()), rows.num_rows))
         for rows, n in ((expected, 1), (found, -1))
@@ -105,7 +105,7 @@ def difference(expected: pa.Table, found: pa.Table, key: Sequence[str]) -> tuple
 
 
 def assert_same(name: str, expected: pa.Table, found: pa.Table) -> None:
-    """Every column of the expectation holds the same in the table."""
+    """Assert that every expected column equals that of the table."""
     for column in expected.column_names:
         left, right = (rows[column].combine_chunks() for rows in (expected, found))
         assert left.equals(right), f"{name}.{column}: {first_difference(left, right)}"
@@ -119,7 +119,7 @@ def first_difference(left: pa.Array, right: pa.Array) -> str:
 def assert_sample_is_built(
     records: Sequence[Record], ledger: Ledger, stored: dict[str, pa.Table], context_tokens: int
 ) -> None:
-    """All columns of all tables equal what the stream's own builder makes of single records."""
+    """Assert that all columns equal the rows that the stream's builder builds of single records."""
     single = [r for r in records if ledger.reasons.get((r.partition, r.offset)) != "duplicate"]
     sample = random.Random(0).sample(single, min(SAMPLE, len(single)))
     built = build(sorted(sample, key=lambda r: (r.partition, r.offset)), context_tokens).rows
@@ -132,19 +132,19 @@ def assert_sample_is_built(
 
 
 def place(partition: int, offset: int) -> int:
-    """One number for partition and offset; for arrays of them too."""
+    """Return one number for partition and offset, or for arrays of them."""
     return (partition << 48) | offset
 
 
 def rows_on_the_wire(record: Record) -> pa.Table:
-    """The Arrow rows of a sound message, read without any of our own code."""
+    """Return the Arrow rows of a valid message, read with Arrow alone."""
     assert record.value is not None
     with pa.ipc.open_stream(record.value[:-CHECKSUM_BYTES]) as reader:
         return reader.read_all()
 
 
 def lineage(records: Sequence[Record], wire: Sequence[pa.Table]) -> pa.Table:
-    """One row for each record: where it is from, and what its envelope says."""
+    """Return one row per record: its coordinates and the fields of its envelope."""
     rows = []
     for record, table in zip(records, wire, strict=True):
         envelope = json.loads(table.schema.metadata[b"envelope"])
@@ -167,7 +167,7 @@ def lineage(records: Sequence[Record], wire: Sequence[pa.Table]) -> pa.Table:
 
 
 def spread(of_records: pa.Table, wire: Sequence[pa.Table]) -> pa.Table:
-    """The rows of the records, each with the lineage of its record; what both have is the row's own."""
+    """Return the rows of the records with the lineage of their record. A column of the row takes precedence."""
     lengths = [table.num_rows for table in wire]
     rows = pa.concat_tables([table.replace_schema_metadata(None) for table in wire])
     repeated = of_records.take(pa.array(np.repeat(np.arange(len(wire)), lengths)))
@@ -180,14 +180,17 @@ def spread(of_records: pa.Table, wire: Sequence[pa.Table]) -> pa.Table:
 
 
 def traces(records: Sequence[Record], wire: Sequence[pa.Table]) -> pa.Table:
-    """All columns of the table."""
+    """Return the expected rows of ``traces``, with all columns."""
     if not records:
         return TABLES["traces"].empty_table()
     return spread(lineage(records, wire), wire).select(TABLES["traces"].names).cast(TABLES["traces"])
 
 
 def rejected(records: Sequence[Record], wire: Sequence[pa.Table]) -> pa.Table:
-    """The carried columns; every draft of a campaign's traffic is a chain, so a verify step has one branch or none."""
+    """Return the expected rows of ``rejected``, with the carried columns.
+
+    Every draft of the traffic is a chain, so a verify step has at most one branch.
+    """
     names = ["topic", *RECORD, "request", "chunk", "target", "line", "label", "speculator", "time", "day"]
     own = {
         "verify_step": "verify_step",
@@ -207,7 +210,7 @@ def rejected(records: Sequence[Record], wire: Sequence[pa.Table]) -> pa.Table:
 
 
 def accepted(records: Sequence[Record], wire: Sequence[pa.Table]) -> pa.Table:
-    """The carried columns: the tokens and features of all verify steps of a record, end to end."""
+    """Return the expected rows of ``accepted``: tokens and features of all verify steps of a record, end to end."""
     names = ["topic", *RECORD, "request", "chunk", "target", "line", "label", "speculator", "time", "day"]
     own = ["position", "tokens", "next_token", "features", "feature_width", "top_k"]
     schema = pa.schema([TABLES["accepted"].field(name) for name in [*names, *own]])
@@ -225,7 +228,7 @@ def accepted(records: Sequence[Record], wire: Sequence[pa.Table]) -> pa.Table:
 
 
 def joined(parts: Iterable[pa.ChunkedArray], kind: pa.DataType) -> pa.Array:
-    """A list for each part."""
+    """Return an array with one list per part."""
     arrays = list(parts)
     offsets = np.cumsum([0, *map(len, arrays)])
     values = pa.chunked_array([chunk for array in arrays for chunk in array.chunks], kind).combine_chunks()
@@ -233,7 +236,7 @@ def joined(parts: Iterable[pa.ChunkedArray], kind: pa.DataType) -> pa.Array:
 
 
 def dead_letters(records: Sequence[Record], ledger: Ledger) -> pa.Table:
-    """All columns but the explanation."""
+    """Return the expected dead letters, with all columns except the detail."""
     rows = [
         {
             "topic": r.topic,

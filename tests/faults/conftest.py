@@ -1,4 +1,4 @@
-"""Two sizes of every campaign, and one line that says what all of them came to."""
+"""Fixtures of the fault campaigns: their size, and a summary line."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ TALLY = pytest.StashKey[Tally]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--full", action="store_true", help="campaigns of full size: a million verify steps, twenty minutes"
+        "--full", action="store_true", help="run campaigns in full size: a million verify steps, twenty minutes"
     )
-    parser.addoption("--json", type=Path, metavar="FILE", help="write what the campaigns came to as JSON")
+    parser.addoption("--json", type=Path, metavar="FILE", help="write the totals as JSON")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -42,25 +42,25 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def is_full(config: pytest.Config) -> bool:
-    """False also in runs that did not begin in this folder, which do not know the option."""
+    """Return whether campaigns run in full size. Runs that start in another folder do not have the option."""
     return bool(config.getoption("full", default=False))
 
 
 @pytest.fixture(scope="session")
 def full(pytestconfig: pytest.Config) -> bool:
-    """Whether campaigns have their full size."""
+    """Return whether campaigns run in full size."""
     return is_full(pytestconfig)
 
 
 @pytest.fixture
 def settings(broker: str, tmp_path: Path, free_port: Callable[[], int]) -> Settings:
-    """A topic, a group and tables of the test's own."""
+    """Return settings with a topic, a group and tables of the test."""
     return stream_settings(broker, tmp_path, free_port())
 
 
 @pytest.fixture
 def new_campaign(tmp_path: Path, pytestconfig: pytest.Config) -> Callable[..., Campaign]:
-    """Gives the campaign with the given settings; its progress is shown in full size, and otherwise if it fails."""
+    """Return a function that creates a campaign. It prints progress in full size, otherwise only on failure."""
     plugins = pytestconfig.pluginmanager
     reporter, capture = plugins.get_plugin("terminalreporter"), plugins.get_plugin("capturemanager")
     assert reporter is not None

@@ -1,4 +1,4 @@
-"""A proxy before an object store that refuses, says nothing, takes its time, or cuts its answers off."""
+"""A proxy in front of an object store. It refuses, delays, ignores or truncates on demand."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _DONE = re.compile(rb"HTTP/1\.1 200 ")
 
 
 class Proxy:
-    """Bytes go through as they are, but for the ``fault`` of the moment. ``hits`` counts the requests that met one.
+    """Forwards bytes unchanged, except during a fault. ``hits`` counts the requests that a fault affected.
 
-    "answer to a commit lost" meets one commit to a table: it is made, and whoever made it never hears of it.
+    "answer to a commit lost" affects one commit to a table: the store makes it, and the client gets no answer.
     """
 
     def __init__(self, port: int, upstream: int) -> None:
@@ -31,7 +31,7 @@ class Proxy:
         self._fault: Fault | None = None
         self._open: set[asyncio.StreamWriter] = set()
         self._serving: set[asyncio.Task[None]] = set()
-        """Held here, because the loop holds a task that waits for a stream by a weak reference only."""
+        """Kept here, because the event loop keeps only a weak reference to a task that waits for a stream."""
         self._server: asyncio.Server | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
@@ -40,9 +40,9 @@ class Proxy:
 
     @contextmanager
     def failing(self, fault: Fault) -> Iterator[Callable[[], bool]]:
-        """A store with a fault, until the block ends.
+        """Inject a fault until the block ends.
 
-        Gives whether a request has met it; of refused connections nothing can be seen here.
+        Yields a function that returns whether a request was affected. Refused connections cannot be counted here.
         """
         before = self.hits[fault]
         self._run(self._begin(fault))
@@ -52,7 +52,7 @@ class Proxy:
             self._run(self._end())
 
     def close(self) -> None:
-        """Stop listening, and drop every connection."""
+        """Stop listening, and close every connection."""
         self._run(self._refuse())
         self._run(self._finish())
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -88,28 +88,31 @@ class Proxy:
         await asyncio.gather(*self._serving, return_exceptions=True)
 
     async def _serve(self, reader: asyncio.StreamReader, client: asyncio.StreamWriter) -> None:
-        serving = asyncio.ensure_future(self._pass_on(reader, client))
+        serving = asyncio.ensure_future(self._forward(reader, client))
         self._serving.add(serving)
         serving.add_done_callback(self._serving.discard)
 
-    async def _pass_on(self, reader: asyncio.StreamReader, client: asyncio.StreamWriter) -> None:
+    async def _forward(self, reader: asyncio.StreamReader, client: asyncio.StreamWriter) -> None:
         from_store, store = await asyncio.open_connection(_HOST, self._upstream)
         self._open.add(client)
         connection = _Connection(self, client, store)
-        ways = [asyncio.ensure_future(connection.ask(reader)), asyncio.ensure_future(connection.answer(from_store))]
+        directions = [
+            asyncio.ensure_future(connection.forward_requests(reader)),
+            asyncio.ensure_future(connection.forward_answers(from_store)),
+        ]
         try:
             with suppress(asyncio.CancelledError):
-                await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(directions, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for way in ways:
-                way.cancel()
-            await asyncio.gather(*ways, return_exceptions=True)
+            for direction in directions:
+                direction.cancel()
+            await asyncio.gather(*directions, return_exceptions=True)
             self._open.discard(client)
             for writer in (client, store):
                 writer.transport.abort()
 
-    def meets(self, fault: Fault) -> bool:
-        """Whether this is the fault of the moment; counted when it is."""
+    def applies(self, fault: Fault) -> bool:
+        """Return whether ``fault`` is active, and count the request if it is."""
         met = self._fault == fault
         self.hits[fault] += met
         if met and fault == "answer to a commit lost":
@@ -118,34 +121,34 @@ class Proxy:
 
 
 class _Connection:
-    """One connection of a client; its requests follow each other."""
+    """One connection of a client, with one request after the other."""
 
     def __init__(self, proxy: Proxy, client: asyncio.StreamWriter, store: asyncio.StreamWriter) -> None:
         self._proxy, self._client, self._store = proxy, client, store
         self._commits = False
 
-    async def ask(self, reader: asyncio.StreamReader) -> None:
-        """Bring requests to the store, until the client closes."""
+    async def forward_requests(self, reader: asyncio.StreamReader) -> None:
+        """Forward requests to the store until the client closes."""
         with suppress(ConnectionError):
             while data := await reader.read(1 << 16):
                 if _REQUEST.match(data):
                     self._commits = bool(_COMMIT.match(data))
-                    if self._proxy.meets("store silent"):
+                    if self._proxy.applies("store silent"):
                         while await reader.read(1 << 16):
                             pass
                         return
-                    if self._proxy.meets("store slow"):
+                    if self._proxy.applies("store slow"):
                         await asyncio.sleep(DELAY_S)
                 self._store.write(data)
                 await self._store.drain()
 
-    async def answer(self, reader: asyncio.StreamReader) -> None:
-        """Bring answers to the client, until one side closes."""
+    async def forward_answers(self, reader: asyncio.StreamReader) -> None:
+        """Forward answers to the client until one side closes."""
         with suppress(ConnectionError):
             while data := await reader.read(1 << 16):
-                if self._commits and _DONE.match(data) and self._proxy.meets("answer to a commit lost"):
+                if self._commits and _DONE.match(data) and self._proxy.applies("answer to a commit lost"):
                     return
-                if self._proxy.meets("store cut off"):
+                if self._proxy.applies("store cut off"):
                     self._client.write(data[: len(data) // 2])
                     await self._client.drain()
                     return

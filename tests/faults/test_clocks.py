@@ -1,4 +1,4 @@
-"""Clocks are wrong: that of the worker jumps by hours and days while it works, and those of nodes stand elsewhere."""
+"""Fault campaign: the clock of the worker jumps by hours and days, and the clocks of nodes are wrong."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NODES_MS = (0, -700 * DAY_MS, 700 * DAY_MS, -90 * 60_000, 90 * 60_000)
 
 
 @pytest.mark.timeout(1800)
-def test_the_clock_of_the_worker_may_jump_and_those_of_nodes_may_be_wrong(
+def test_no_row_is_lost_when_clocks_jump_or_are_wrong(
     new_campaign: Callable[..., Campaign], settings: Settings, tmp_path: Path, full: bool
 ) -> None:
     jumps, requests = (3 * JUMPS_S, 800) if full else (JUMPS_S[:3], 20)
@@ -38,7 +38,7 @@ def test_the_clock_of_the_worker_may_jump_and_those_of_nodes_may_be_wrong(
 
 
 class Clock:
-    """The wall clock of a process, by libfaketime; its monotonic clock goes on, as when a real one is set."""
+    """The wall clock of a process, faked by libfaketime. Its monotonic clock is not affected."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -46,12 +46,12 @@ class Clock:
 
     @property
     def variables(self) -> Mapping[str, str]:
-        """Environment for the process."""
+        """Environment variables of the process."""
         _, preload = get_reload_information()
         return {**preload, "FAKETIME_TIMESTAMP_FILE": str(self._file), "FAKETIME_DONT_RESET": "1"}
 
     def jump(self, offset_s: int) -> None:
-        """Let the clock be off by so much from now on."""
+        """Set the offset of the clock."""
         written = self._file.with_suffix(".new")
         written.write_text(f"{offset_s:+d}")
-        written.replace(self._file)  # it is read at every call: never half of it
+        written.replace(self._file)  # replaced atomically, because the process reads it at every call

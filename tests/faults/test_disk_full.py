@@ -1,4 +1,4 @@
-"""The disk under the tables is full while traffic runs, and has room again."""
+"""Fault campaign: the disk of the tables is full for a while."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from schemas.settings import Settings
 
 @pytest.fixture
 def disk(tmp_path: Path, full: bool) -> Iterator[Path]:
-    """A small file system of its own."""
+    """Mount a small file system."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(
@@ -33,7 +33,7 @@ def disk(tmp_path: Path, full: bool) -> Iterator[Path]:
 
 
 @pytest.mark.timeout(1200)
-def test_the_disk_of_the_tables_may_be_full(
+def test_no_row_is_lost_when_the_disk_is_full(
     new_campaign: Callable[..., Campaign], settings: Settings, disk: Path, full: bool
 ) -> None:
     times, requests = (5, 400) if full else (1, 20)
@@ -46,7 +46,7 @@ def test_the_disk_of_the_tables_may_be_full(
                 ballast = fill(disk / "ballast")
                 campaign.inject("disk full")
                 worker.await_status(lambda status: "tables.uri" in (status.error or ""))
-                # Also what was half written when the room ran out must not keep anyone from reading.
+                # Partly written files must not keep a reader from reading.
                 assert all(DeltaTable(f"{there.tables.uri}/{name}").version() for name in COMMIT_ORDER)
                 time.sleep(campaign.random.uniform(0, 2))
                 ballast.unlink()
@@ -54,11 +54,11 @@ def test_the_disk_of_the_tables_may_be_full(
                 worker.await_progress()
         campaign.settle()
     campaign.conclude()
-    assert not worker.counts["ended by themselves"], worker.log.read_text()[-5_000:]
+    assert not worker.counts["unexpected exits"], worker.log.read_text()[-5_000:]
 
 
 def fill(file: Path) -> Path:
-    """Take all the room there is: in ever smaller pieces, down to the last byte."""
+    """Fill the file system, in ever smaller pieces, to the last byte."""
     with file.open("wb", buffering=0) as ballast:
         for piece in (1 << 20, 1 << 12, 1):
             with suppress(OSError):

@@ -1,4 +1,4 @@
-"""Workers come and go while others work: partitions change hands, and now and then two believe to own one."""
+"""Fault campaign: workers join and leave the group, and two workers may believe that they own a partition."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from schemas.settings import Settings
 
 
 @pytest.mark.timeout(1800)
-def test_a_second_worker_may_come_and_go_and_the_first_may_freeze(
+def test_no_row_is_lost_when_workers_join_leave_and_freeze(
     new_campaign: Callable[..., Campaign],
     settings: Settings,
     tmp_path: Path,
@@ -28,7 +28,7 @@ def test_a_second_worker_may_come_and_go_and_the_first_may_freeze(
         with campaign.publishing(requests, pause_s=0.1):
             for visit in range(visits):
                 first.await_status(lambda status: len(status.partitions) == partitions and status.commits > 0)
-                with campaign.worker(beside(settings, tmp_path, free_port())) as second:
+                with campaign.worker(settings_for_second_worker(settings, tmp_path, free_port())) as second:
                     second.await_commit()
                     campaign.inject("second worker joined")
                     time.sleep(campaign.random.uniform(0, 2))
@@ -45,7 +45,7 @@ def test_a_second_worker_may_come_and_go_and_the_first_may_freeze(
     campaign.conclude()
 
 
-def beside(settings: Settings, folder: Path, port: int) -> Settings:
-    """Settings for one more worker of the same group."""
+def settings_for_second_worker(settings: Settings, folder: Path, port: int) -> Settings:
+    """Return settings for another worker of the same group."""
     stream = settings.stream.model_copy(update={"port": port, "data_dir": str(folder / f"worker-{port}")})
     return settings.model_copy(update={"stream": stream})

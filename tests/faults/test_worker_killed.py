@@ -1,4 +1,4 @@
-"""The stream worker is killed again and again while traffic runs."""
+"""Fault campaign: the stream worker is killed repeatedly."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from schemas.settings import Settings
 
 
 @pytest.mark.timeout(3600)
-def test_a_worker_may_be_killed_at_any_moment(
+def test_no_row_is_lost_when_a_worker_is_killed(
     new_campaign: Callable[..., Campaign], settings: Settings, full: bool
 ) -> None:
     kills, requests, pause_s = (30, 4_200, 0.04) if full else (2, 20, 0.1)
@@ -21,12 +21,12 @@ def test_a_worker_may_be_killed_at_any_moment(
     with campaign.worker() as worker:
         with campaign.publishing(requests, pause_s):
             while campaign.faults["worker killed"] < kills:
-                # Not before it wrote something, so that every kill meets a worker at work; then at any moment.
+                # Wait for a commit, so that every kill affects a working process; then kill it at a random moment.
                 worker.await_commit()
                 time.sleep(campaign.random.uniform(0, 3))
                 if worker.signal(signal.SIGKILL):
                     campaign.inject("worker killed")
-                    if campaign.torn():
-                        campaign.inject("of these between the commits of two tables")
+                    if campaign.has_torn_commit():
+                        campaign.inject("worker killed between the commits of two tables")
         campaign.settle()
     campaign.conclude()

@@ -1,4 +1,4 @@
-"""Traffic of a campaign: chunks of many verify steps, of which a share is harmed on the way to the broker."""
+"""Traffic of a campaign: chunks of many verify steps, some of them faulty on the way to the broker."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ CHUNKS = 3
 """Chunks of a request."""
 WIDTH, TOP_K = 8, 2
 TEMPLATES = 16
-"""Requests with tokens of their own; further ones repeat them under another name."""
-HARMS = ("truncated", "flipped", "duplicated", "reordered")
+"""Requests with different tokens. Further requests repeat them under another id."""
+MESSAGE_FAULTS = ("truncated", "flipped", "duplicated", "reordered")
 DAY_MS = 86_400_000
 
 Clock = Sequence[int]
-"""How far the clocks of the nodes are off, in milliseconds."""
+"""Offsets of the clocks of the nodes, in milliseconds."""
 
 
 class Traffic:
-    """Sends request after request; ``harmed`` counts the messages that did not arrive as they were meant.
+    """Sends one request after the other. ``message_faults`` counts the faulty messages.
 
     A message is cut (``truncated``), gets a bit flipped (``flipped``), is sent again some requests later
-    (``duplicated``), or changes places with the next chunk of its request (``reordered``). The ledger learns what must
-    become of it: the first three end as dead letters, and a reordered one as rows like any other.
+    (``duplicated``), or is swapped with the next chunk of its request (``reordered``). The ledger holds the expected
+    result: the first three become dead letters, and a reordered message becomes rows.
     """
 
-    def __init__(self, publisher: Publisher, harmed_share: float, clocks: Clock = (0,), seed: int = 0) -> None:
+    def __init__(self, publisher: Publisher, fault_ratio: float, clocks: Clock = (0,), seed: int = 0) -> None:
         self.publisher = publisher
-        self.harmed: Counter[str] = Counter(dict.fromkeys(HARMS, 0))
-        self._share = harmed_share
+        self.message_faults: Counter[str] = Counter(dict.fromkeys(MESSAGE_FAULTS, 0))
+        self._share = fault_ratio
         self._clocks = clocks
         self._rng = np.random.default_rng(seed)
         self._templates = [request(self._rng) for _ in range(TEMPLATES)]
@@ -45,33 +45,33 @@ class Traffic:
         self._again: list[tuple[Chunk, bytes, int]] = []
 
     def send_request(self) -> None:
-        """Send the chunks of one more request."""
+        """Send the chunks of another request."""
         number, rng = self._sent, self._rng
         self._sent += 1
         node = number % len(self._clocks)
         time_ms = time.time_ns() // 1_000_000 + self._clocks[node]
         chunks = self._chunks(number, f"node-{node}", time_ms)
         for i in range(CHUNKS - 1):
-            if self._harms("reordered"):
+            if self._has_fault("reordered"):
                 chunks[i], chunks[i + 1] = chunks[i + 1], chunks[i]
         for chunk in chunks:
             value, reason = encode(chunk), ""
-            if self._harms("truncated"):
+            if self._has_fault("truncated"):
                 value = value[: int(rng.integers(len(value)))]
-                # A checksum of eight bytes ends every message: what is not longer cannot hold one.
+                # Every message ends with a checksum of eight bytes. A shorter one has no checksum.
                 reason = "truncated" if len(value) <= 8 else "corrupt"
-            elif self._harms("flipped"):
+            elif self._has_fault("flipped"):
                 flipped = bytearray(value)
                 flipped[int(rng.integers(len(value)))] ^= 1 << int(rng.integers(8))
                 value, reason = bytes(flipped), "corrupt"
-            elif self._harms("duplicated"):
+            elif self._has_fault("duplicated"):
                 self._again.append((chunk, value, time_ms))
             self.publisher.send(chunk, value, reason, time_ms)
         if len(self._again) > 3 * rng.random():
             self._send_again()
 
     def close(self) -> None:
-        """Send what is to be sent again, and wait until the broker has everything."""
+        """Send pending duplicates, and wait until the broker has acknowledged everything."""
         while self._again:
             self._send_again()
         self.publisher.flush()
@@ -80,10 +80,10 @@ class Traffic:
         chunk, value, time_ms = self._again.pop(0)
         self.publisher.send(chunk, value, "duplicate", time_ms)
 
-    def _harms(self, how: str) -> bool:
-        harms = bool(self._rng.random() < self._share / len(HARMS))
-        self.harmed[how] += harms
-        return harms
+    def _has_fault(self, how: str) -> bool:
+        is_faulty = bool(self._rng.random() < self._share / len(MESSAGE_FAULTS))
+        self.message_faults[how] += is_faulty
+        return is_faulty
 
     def _chunks(self, number: int, node: str, time_ms: int) -> list[Chunk]:
         envelope = Envelope(
@@ -111,7 +111,7 @@ class Traffic:
 
 
 def request(rng: np.random.Generator) -> list[list[VerifyStep]]:
-    """The verify steps of a request with drafted chains, cut into chunks."""
+    """Return the verify steps of a request with drafted chains, split into chunks."""
     verify_steps: list[VerifyStep] = []
     position, root = 0, 0
     for number in range(VERIFY_STEPS * CHUNKS):

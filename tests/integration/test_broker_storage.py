@@ -1,4 +1,4 @@
-"""The embedded broker's storage can be formatted whatever id chance gives it."""
+"""The storage of the embedded broker can be formatted with any random cluster id."""
 
 import uuid
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from ops.local.kafka import Broker
 
 
-def test_a_cluster_id_that_begins_with_a_dash_is_no_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cluster_id_that_begins_with_a_dash_is_not_an_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(uuid, "uuid4", lambda: uuid.UUID(bytes=b"\xfb" * 16))
     broker = Broker(tmp_path / "broker", 1, 2)
     broker.prepare()

@@ -1,4 +1,4 @@
-"""Drift through a real broker: traces whose acceptance falls, and the events that two workers put on their topic."""
+"""Drift events on a real broker: the acceptance of the traffic falls, and two workers send the event."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BEFORE, AFTER = 600, 400
 
 
 def request(number: int, acceptance: float, rng: np.random.Generator) -> Chunk:
-    """A request of eight verify steps that draft one token each."""
+    """Return a request of eight verify steps that draft one token each."""
     verify_steps, position, root = conversation(range(4), 3)[:1], 3, 3
     for n in range(1, 9):
         tokens = [root, 7] if rng.random() < acceptance else [root]
@@ -38,7 +38,7 @@ def request(number: int, acceptance: float, rng: np.random.Generator) -> Chunk:
     return Chunk(envelope, tuple(verify_steps))
 
 
-def told(settings: Settings) -> list[DriftEvent]:
+def read_all(settings: Settings) -> list[DriftEvent]:
     kafka = settings.kafka
     flags = [
         "--set",
@@ -52,14 +52,14 @@ def told(settings: Settings) -> list[DriftEvent]:
 
 
 def messages(settings: Settings) -> int:
-    """Messages on the topic, repetitions included."""
+    """Return the number of messages on the topic, duplicates included."""
     consumer = Consumer({"bootstrap.servers": settings.kafka.bootstrap_servers, "group.id": "drift-test"})
     with closing(consumer):
         ends = consumer.get_watermark_offsets(TopicPartition(settings.kafka.drift_topic, 0), timeout=10)
     return ends[1]
 
 
-def test_a_fall_of_acceptance_is_told_by_each_partition_and_by_the_next_worker_in_the_same_words(
+def test_fall_of_acceptance_is_reported_by_each_partition_and_by_the_next_worker_alike(
     broker: str, tmp_path: Path, free_port: Callable[[], int]
 ) -> None:
     settings = stream_settings(broker, tmp_path, free_port())
@@ -73,7 +73,7 @@ def test_a_fall_of_acceptance_is_told_by_each_partition_and_by_the_next_worker_i
             publisher.send(made, encode(made))
         publisher.flush()
 
-    def work(records: int, sent: int) -> None:
+    def run_worker(records: int, sent: int) -> None:
         with worker(settings, log) as process:
             assert wait_until(lambda: rows_of_records(tables) >= records, 60), log.read_text()[-5_000:]
             assert wait_until(lambda: messages(settings) == sent, 20), log.read_text()[-5_000:]
@@ -82,8 +82,8 @@ def test_a_fall_of_acceptance_is_told_by_each_partition_and_by_the_next_worker_i
 
     publish(range(BEFORE), 0.8)
     publish(range(BEFORE, BEFORE + AFTER), 0.4)
-    work(BEFORE + AFTER, sent=partitions)
-    events = told(settings)
+    run_worker(BEFORE + AFTER, sent=partitions)
+    events = read_all(settings)
     assert sorted(event.partition for event in events) == list(range(partitions))
     for event in events:
         assert (event.label, event.speculator, event.direction) == ("sql", "1", "fall")
@@ -94,5 +94,5 @@ def test_a_fall_of_acceptance_is_told_by_each_partition_and_by_the_next_worker_i
         assert event.before.draft_tokens == event.after.draft_tokens == 1
     # It cannot know whether the worker before sent them, and finds out from the table what they were.
     publish(range(BEFORE + AFTER, BEFORE + AFTER + 40), 0.4)
-    work(BEFORE + AFTER + 40, sent=2 * partitions)
-    assert told(settings) == events
+    run_worker(BEFORE + AFTER + 40, sent=2 * partitions)
+    assert read_all(settings) == events

@@ -1,4 +1,4 @@
-"""The tables and the claim checks on a real S3 server."""
+"""Tables and claim checks on a real S3 server."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SOURCE = SourcePartition("traces", 0)
 
 
 def tables_at(store: ObjectStore, prefix: str, **options: str) -> Tables:
-    """Tables that keep the records of ``recorded``, which are years old."""
+    """Return settings of tables that retain the records of ``recorded``, which are years old."""
     years = {"batches_retention": "36500d", "traces_retention": "36500d"}
     return Tables(uri=f"{store.bucket}/{prefix}", storage_options={**store.options(), **options}, **years)
 
@@ -44,7 +44,7 @@ def offsets(rows: pa.Table) -> list[int]:
     return sorted(rows["offset"].to_pylist())
 
 
-def test_batches_are_committed_fenced_merged_and_read(object_store: ObjectStore) -> None:
+def test_batches_are_committed_fenced_compacted_and_read(object_store: ObjectStore) -> None:
     settings = tables_at(object_store, "fenced")
     log = DeltaLog(settings)
     log.create()
@@ -69,7 +69,7 @@ def test_batches_are_committed_fenced_merged_and_read(object_store: ObjectStore)
     assert log.query("select count(*) as n from accepted").read_all()["n"].to_pylist() == [5]
 
 
-def test_of_two_that_commit_on_one_state_the_store_lets_one(object_store: ObjectStore) -> None:
+def test_store_accepts_one_of_two_commits_on_the_same_version(object_store: ObjectStore) -> None:
     settings = tables_at(object_store, "conditional")
     first, second = (DeltaLog(settings).snapshot("accepted") for _ in range(2))
     rows = batch(0).rows["accepted"]
@@ -79,12 +79,12 @@ def test_of_two_that_commit_on_one_state_the_store_lets_one(object_store: Object
     assert DeltaLog(settings).row_count("accepted") == 1
 
 
-def test_a_store_that_refuses_the_key_is_an_error_that_names_the_setting(object_store: ObjectStore) -> None:
+def test_rejected_key_names_the_setting(object_store: ObjectStore) -> None:
     with pytest.raises(TableError, match=r"tables\.storage_options"):
         DeltaLog(tables_at(object_store, "refused", AWS_SECRET_ACCESS_KEY="another")).version("traces")
 
 
-def test_claim_checks_are_kept_in_the_store(object_store: ObjectStore) -> None:
+def test_claim_checks_are_written_and_read(object_store: ObjectStore) -> None:
     options = {
         "endpoint_override": object_store.options()["AWS_ENDPOINT_URL"],
         "access_key": KEY,

@@ -1,4 +1,4 @@
-"""TLS and SASL on a real broker: one ``kafka.client_options`` brings every client in, and a wrong one is told."""
+"""TLS and SASL on a real broker: ``kafka.client_options`` works for every client, and wrong options are errors."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def without(kafka: Kafka, *names: str, **others: str) -> Kafka:
     )
 
 
-def test_both_clients_come_in_by_every_way_that_is_understood(secured: Secured) -> None:
+def test_both_clients_connect_with_every_supported_mechanism(secured: Secured) -> None:
     ways = [secured.by_password("PLAIN"), secured.by_password(SCRAM), secured.by_certificate()]
     inline = without(secured.by_password(SCRAM), "ssl.ca.location", ssl_ca_pem=Path(secured.ca).read_text())
     for kafka in [*ways, inline]:
@@ -53,7 +53,7 @@ def test_both_clients_come_in_by_every_way_that_is_understood(secured: Secured) 
         consumer.check_connection(kafka)
 
 
-def test_with_one_setting_node_and_worker_bring_records_into_the_tables(
+def test_node_and_worker_write_records_with_the_same_options(
     secured: Secured, tmp_path: Path, free_port: Callable[[], int]
 ) -> None:
     settings = settings_for(secured.by_password(SCRAM), tmp_path, free_port())
@@ -77,16 +77,16 @@ def test_with_one_setting_node_and_worker_bring_records_into_the_tables(
 
 
 @pytest.mark.parametrize("mechanism", ["PLAIN", SCRAM])
-def test_a_wrong_password_is_told_by_both_clients_and_names_the_setting(secured: Secured, mechanism: str) -> None:
+def test_wrong_password_names_the_setting_in_both_clients(secured: Secured, mechanism: str) -> None:
     wrong = secured.by_password(mechanism, "falsch")
-    for way_in in (topics.create, consumer.check_connection):
+    for connect_once in (topics.create, consumer.check_connection):
         with pytest.raises(TopicError, match=r"check kafka\.client_options") as raised:
-            way_in(wrong)
+            connect_once(wrong)
         assert "uthentication" in str(raised.value)
         assert "falsch" not in str(raised.value)
 
 
-def test_a_stream_worker_with_a_wrong_password_ends_with_one_line(secured: Secured, tmp_path: Path) -> None:
+def test_stream_worker_with_a_wrong_password_exits_with_one_line(secured: Secured, tmp_path: Path) -> None:
     settings = settings_for(secured.by_password(SCRAM, "falsch"), tmp_path, 0)
     ended = subprocess.run(
         [sys.executable, "-m", "ops.cli.main", "stream"],
@@ -102,26 +102,26 @@ def test_a_stream_worker_with_a_wrong_password_ends_with_one_line(secured: Secur
     assert "kafka.client_options" in ended.stderr
 
 
-def test_a_worker_that_is_let_in_no_more_says_why(secured: Secured, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_watermarks_report_an_authentication_error(secured: Secured, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.broker.WATERMARK_TIMEOUT_S", 3.0)
     watermarks = Watermarks(secured.by_password(SCRAM, "falsch"))
     with pytest.raises(BrokerUnreachableError, match=r"uthentication.*kafka\.client_options"):
         watermarks.read([SourcePartition("traces", 0)])
 
 
-def test_a_node_hears_that_its_password_is_wrong(secured: Secured) -> None:
-    heard: list[KafkaError] = []
-    producer = connect(secured.by_password("PLAIN", "falsch"), Traces(), heard.append)
+def test_node_receives_the_authentication_error(secured: Secured) -> None:
+    errors: list[KafkaError] = []
+    producer = connect(secured.by_password("PLAIN", "falsch"), Traces(), errors.append)
 
-    def refused() -> bool:
+    def is_rejected() -> bool:
         producer.poll(0.1)
-        return any(error.code() == KafkaError._AUTHENTICATION for error in heard)
+        return any(error.code() == KafkaError._AUTHENTICATION for error in errors)
 
-    assert wait_until(refused, 20)
+    assert wait_until(is_rejected, 20)
 
 
-def test_a_certificate_that_nobody_signed_is_told_with_the_setting(secured: Secured) -> None:
+def test_unknown_certificate_names_the_setting(secured: Secured) -> None:
     unknown = without(secured.by_password(SCRAM), "ssl.ca.location")
-    for way_in in (topics.create, consumer.check_connection):
+    for connect_once in (topics.create, consumer.check_connection):
         with pytest.raises(TopicError, match=r"(?s)certificate.*kafka\.client_options"):
-            way_in(unknown)
+            connect_once(unknown)

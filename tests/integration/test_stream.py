@@ -1,4 +1,4 @@
-"""The stream worker on a real broker: what is published is in the tables, also where Kafka's own offsets mislead."""
+"""The stream worker on a real broker: published records are in the tables, even if the group's offsets are wrong."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from schemas.trace.record import Chunk, encode
 
 @dataclass
 class Stage:
-    """One test's topic, tables and publisher."""
+    """Topic, tables and publisher of a test."""
 
     settings: Settings
     admin: AdminClient
@@ -71,7 +71,7 @@ def stage(broker: str, tmp_path: Path, free_port: Callable[[], int]) -> Stage:
     return Stage(settings, admin, Publisher(settings), DeltaLog(settings.tables), tmp_path / "worker.log")
 
 
-def test_records_become_rows_and_unusable_ones_dead_letters(stage: Stage) -> None:
+def test_valid_records_become_rows_and_unusable_ones_dead_letters(stage: Stage) -> None:
     stage.publisher.send_many(range(50))
     foreign = chunk(50, np.random.default_rng(0))
     stage.publisher.send(foreign, b"not a chunk, but long enough")
@@ -97,7 +97,7 @@ def test_records_become_rows_and_unusable_ones_dead_letters(stage: Stage) -> Non
 
 
 def commit_offsets(consumer: Consumer, ends: list[TopicPartition]) -> bool:
-    """Whether the broker has them: a coordinator that was just made refuses for a while."""
+    """Commit offsets. Return False if the new coordinator rejects them."""
     try:
         consumer.commit(offsets=ends, asynchronous=False)
         return [p.offset for p in consumer.committed(ends, timeout=10)] == [p.offset for p in ends]
@@ -105,7 +105,7 @@ def commit_offsets(consumer: Consumer, ends: list[TopicPartition]) -> bool:
         return False
 
 
-def test_a_group_offset_that_ran_ahead_of_the_tables_is_not_believed(stage: Stage) -> None:
+def test_group_offset_ahead_of_the_tables_is_ignored(stage: Stage) -> None:
     stage.publisher.send_many(range(40))
     ends = [TopicPartition(stage.settings.kafka.traces_topic, p, stage.end(p)) for p in stage.partitions()]
     consumer = Consumer(
@@ -121,7 +121,7 @@ def test_a_group_offset_that_ran_ahead_of_the_tables_is_not_believed(stage: Stag
     stage.assert_equal_to_the_ledger()
 
 
-def test_records_that_the_broker_deleted_unread_are_an_alarm_and_a_dead_letter(stage: Stage) -> None:
+def test_records_lost_to_retention_are_counted_and_recorded_as_dead_letters(stage: Stage) -> None:
     stage.publisher.send_many(range(60))
     deleted = {p: stage.end(p) // 2 for p in stage.partitions()}
     starts = [TopicPartition(stage.settings.kafka.traces_topic, p, offset) for p, offset in deleted.items()]
@@ -140,7 +140,7 @@ def test_records_that_the_broker_deleted_unread_are_an_alarm_and_a_dead_letter(s
     ]
 
 
-def test_while_a_table_cannot_be_written_nothing_is_acknowledged_and_then_it_goes_on(stage: Stage) -> None:
+def test_worker_waits_while_a_table_cannot_be_written(stage: Stage) -> None:
     stage.publisher.send_many(range(20))
     table, away = (Path(stage.settings.tables.uri) / name for name in ("traces", "away"))
     with worker(stage.settings, stage.log) as process:
@@ -158,7 +158,7 @@ def test_while_a_table_cannot_be_written_nothing_is_acknowledged_and_then_it_goe
     stage.assert_equal_to_the_ledger()
 
 
-def test_claim_checks_are_resolved_wait_for_their_store_and_without_a_file_are_dead_letters(
+def test_claim_checks_wait_for_their_store_and_become_dead_letters_without_their_file(
     stage: Stage, tmp_path: Path
 ) -> None:
     folder, away = tmp_path / "claims", tmp_path / "away"
@@ -188,7 +188,7 @@ def test_claim_checks_are_resolved_wait_for_their_store_and_without_a_file_are_d
     assert all(stage.tables.read("accepted")["features"].to_pylist())
 
 
-def test_tables_that_were_filled_from_another_log_are_refused(stage: Stage) -> None:
+def test_worker_rejects_tables_that_were_filled_from_another_topic(stage: Stage) -> None:
     stage.publisher.send_many(range(20))
     with worker(stage.settings, stage.log):
         assert stage.stored(20), stage.log.read_text()[-5_000:]
@@ -200,7 +200,7 @@ def test_tables_that_were_filled_from_another_log_are_refused(stage: Stage) -> N
     assert "the topic was created anew" in stage.log.read_text()
 
 
-def test_files_are_merged_while_the_stream_commits_and_nobody_is_fenced(stage: Stage) -> None:
+def test_compaction_runs_beside_commits_and_fences_none(stage: Stage) -> None:
     often = stage.settings.tables.model_copy(update={"maintenance_interval": 0.1})
     stage.settings = stage.settings.model_copy(update={"tables": often})
     with worker(stage.settings, stage.log):

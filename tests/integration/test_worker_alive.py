@@ -1,4 +1,4 @@
-"""What a stream worker says of itself, and what becomes of it, when Faust, its group, broker or store fail it."""
+"""Liveness of a stream worker when Faust, its group, its broker or its store fail."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ put, calls = consumer.RecordBuffer.put, []
 async def failing(self, item, size):
     calls.append(item)
     if len(calls) == 5:
-        raise RuntimeError("a reader that fails")
+        raise RuntimeError("reader failed")
     await put(self, item, size)
 consumer.RecordBuffer.put = failing
 """
@@ -52,18 +52,18 @@ def slowly(self, rows, transactions):
     append(self, rows, transactions)
 delta.TableSnapshot.append = slowly
 """
-HELD_BYTES = 40_000
+BUFFER_BYTES = 40_000
 
 
 @dataclass(frozen=True)
 class Worker:
-    """A worker process and its pages."""
+    """A worker process and its HTTP endpoints."""
 
     process: subprocess.Popen[bytes]
     url: str
 
     def answer(self, path: str) -> int:
-        """Status code of a page; 0 where nobody answers."""
+        """Return the status code of an endpoint; 0 without an answer."""
         try:
             with urllib.request.urlopen(self.url + path, timeout=10) as answer:
                 return int(answer.status)
@@ -87,7 +87,7 @@ class Worker:
 
 @dataclass
 class Stage:
-    """One test's topic, tables, publisher, and workers that run until the test ends."""
+    """Topic, tables and publisher of a test, and workers that run until it ends."""
 
     settings: Settings
     publisher: Publisher
@@ -105,7 +105,7 @@ class Stage:
     def stored(self, records: int) -> bool:
         return wait_until(lambda: rows_of_records(self.tables) >= records, 60)
 
-    def told(self) -> str:
+    def read_log(self) -> str:
         return self.log.read_text()[-5_000:]
 
 
@@ -122,49 +122,49 @@ def stage(broker: str, tmp_path: Path, free_port: Callable[[], int]) -> Iterator
         yield stage_on(broker, tmp_path, free_port, undo)
 
 
-def test_a_worker_more_than_there_are_partitions_is_ready_and_takes_over_when_another_dies(stage: Stage) -> None:
+def test_spare_worker_is_ready_and_continues_after_another_is_killed(stage: Stage) -> None:
     workers = [stage.start() for _ in range(stage.settings.kafka.partitions + 1)]
-    assert wait_until(lambda: all(w.well for w in workers), 60), stage.told()
-    assert wait_until(lambda: sorted(len(w.status.partitions) for w in workers) == [0, 1, 1], 60), stage.told()
+    assert wait_until(lambda: all(w.well for w in workers), 60), stage.read_log()
+    assert wait_until(lambda: sorted(len(w.status.partitions) for w in workers) == [0, 1, 1], 60), stage.read_log()
     stage.publisher.send_many(range(40))
-    assert stage.stored(40), stage.told()
+    assert stage.stored(40), stage.read_log()
     busy = next(w for w in workers if w.status.partitions)
     busy.process.kill()
     stage.publisher.send_many(range(40, 80))
-    assert stage.stored(80), stage.told()
+    assert stage.stored(80), stage.read_log()
     others = [w for w in workers if w is not busy]
-    assert wait_until(lambda: all(w.well and len(w.status.partitions) == 1 for w in others), 60), stage.told()
+    assert wait_until(lambda: all(w.well and len(w.status.partitions) == 1 for w in others), 60), stage.read_log()
     assert [w.process.poll() for w in others] == [None, None]
 
 
-def test_a_reader_that_fails_is_started_again_and_what_it_lost_comes_again(stage: Stage) -> None:
+def test_failed_reader_is_restarted_and_its_records_are_delivered_again(stage: Stage) -> None:
     stage.publisher.send_many(range(30))
     only = stage.start(READER_FAILS_ONCE)
-    assert stage.stored(30), stage.told()
+    assert stage.stored(30), stage.read_log()
     assert only.well
     assert only.status.seeks > 0
     assert only.process.poll() is None
-    assert "a reader that fails" in stage.log.read_text()
+    assert "reader failed" in stage.log.read_text()
 
 
-def test_a_worker_whose_reader_hangs_says_so_and_ends_itself(stage: Stage) -> None:
+def test_worker_with_a_hanging_reader_is_not_live_and_ends_itself(stage: Stage) -> None:
     stage.publisher.send_many(range(30))
     hanging = stage.start(READER_HANGS)
-    told: list[StreamStatus] = []
+    statuses: list[StreamStatus] = []
 
     def not_live() -> bool:
         with suppress(OSError):
-            told.append(hanging.status)
-        return hanging.answer("/live") == 503 and bool(told[-1].not_live)
+            statuses.append(hanging.status)
+        return hanging.answer("/live") == 503 and bool(statuses[-1].not_live)
 
-    assert wait_until(not_live, 60), stage.told()
-    assert "records wait and none has arrived" in told[-1].not_live[0]
+    assert wait_until(not_live, 60), stage.read_log()
+    assert "records wait and none has arrived" in statuses[-1].not_live[0]
     assert hanging.process.wait(60) == 1
     stage.start()
-    assert stage.stored(30), stage.told()
+    assert stage.stored(30), stage.read_log()
 
 
-def test_a_worker_outlives_its_broker_and_goes_on_when_it_is_back(tmp_path: Path, free_port: Callable[[], int]) -> None:
+def test_worker_continues_after_an_outage_of_its_broker(tmp_path: Path, free_port: Callable[[], int]) -> None:
     broker = Broker(tmp_path / "broker", free_port(), free_port())
     broker.start()
     with ExitStack() as undo:
@@ -172,19 +172,19 @@ def test_a_worker_outlives_its_broker_and_goes_on_when_it_is_back(tmp_path: Path
         stage = stage_on(broker.bootstrap, tmp_path, free_port, undo)
         stage.publisher.send_many(range(10))
         only = stage.start()
-        assert stage.stored(10), stage.told()
+        assert stage.stored(10), stage.read_log()
         broker.stop()
-        assert wait_until(lambda: only.answer("/ready") == 503, 60), stage.told()
+        assert wait_until(lambda: only.answer("/ready") == 503, 60), stage.read_log()
         assert only.answer("/live") == 200
         assert "kafka.bootstrap_servers" in only.status.not_ready[0]
         broker.start()
         stage.publisher.send_many(range(10, 20))
-        assert stage.stored(20), stage.told()
-        assert wait_until(lambda: only.well, 60), stage.told()
+        assert stage.stored(20), stage.read_log()
+        assert wait_until(lambda: only.well, 60), stage.read_log()
         assert only.process.poll() is None
 
 
-def test_a_slow_store_slows_reading_and_shows_as_lag_and_memory_stays_bounded(stage: Stage) -> None:
+def test_slow_store_shows_as_lag_and_memory_stays_bounded(stage: Stage) -> None:
     rng = np.random.default_rng(0)
     records = 100
     for request in range(records):
@@ -193,19 +193,19 @@ def test_a_slow_store_slows_reading_and_shows_as_lag_and_memory_stays_bounded(st
     stage.publisher.flush()
     slow = stage.start(STORE_IS_SLOW)
     seen: list[StreamStatus] = []
-    lag_told: list[float] = []
+    lags_seen: list[float] = []
 
     def all_stored() -> bool:
         if slow.answer("/live") == 200:
             seen.append(slow.status)
             lags = re.findall(r"^aurora_stream_lag_records\{.*\} (.*)$", slow.text("/metrics"), re.MULTILINE)
-            lag_told.append(sum(map(float, lags)))
+            lags_seen.append(sum(map(float, lags)))
         return rows_of_records(stage.tables) >= records
 
-    assert wait_until(all_stored, 90), stage.told()
+    assert wait_until(all_stored, 90), stage.read_log()
     held = [status.buffer_bytes for status in seen]
-    assert HELD_BYTES / 2 < max(held) <= HELD_BYTES
+    assert BUFFER_BYTES / 2 < max(held) <= BUFFER_BYTES
     assert max(sum(p.lag for p in status.partitions) for status in seen) > records / 2
-    assert max(lag_told) > records / 2
+    assert max(lags_seen) > records / 2
     assert {why for status in seen for why in status.not_live} == set()
-    assert wait_until(lambda: slow.well and all(p.lag == 0 for p in slow.status.partitions), 60), stage.told()
+    assert wait_until(lambda: slow.well and all(p.lag == 0 for p in slow.status.partitions), 60), stage.read_log()

@@ -1,4 +1,4 @@
-"""Tables in memory that keep Delta's promises: what the models of the stream crash, fence and read again."""
+"""Tables in memory with Delta's guarantees, for models of the stream that crash, are fenced and read again."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ from schemas.batches import TABLES
 
 
 class Crash(BaseException):
-    """The process dies."""
+    """A crash of the process."""
 
 
 def nothing() -> None:
-    """Nobody interferes."""
+    """Do nothing."""
 
 
 @dataclass
 class MemoryTable:
-    """A table that is its commits."""
+    """A table as a list of commits."""
 
     commits: list[pa.Table] = field(default_factory=list)
     transactions: dict[str, int] = field(default_factory=dict)
 
     @property
     def rows(self) -> list[tuple[int, int, str]]:
-        """Partition, offset and reason of every row."""
-        told = []
+        """Return partition, offset and reason of every row."""
+        rows = []
         for commit in self.commits:
             reasons = commit["reason"].to_pylist() if "reason" in commit.column_names else [""] * commit.num_rows
-            told += zip(commit["partition"].to_pylist(), commit["offset"].to_pylist(), reasons, strict=True)
-        return told
+            rows += zip(commit["partition"].to_pylist(), commit["offset"].to_pylist(), reasons, strict=True)
+        return rows
 
     @property
     def lost(self) -> list[range]:
-        """Losses as they are told."""
+        """Return the recorded losses."""
         details = [d or "" for c in self.commits if "detail" in c.column_names for d in c["detail"].to_pylist()]
-        told = [re.match(r"offsets (\d+) to (\d+):", detail) for detail in details]
-        return [range(int(match[1]), int(match[2]) + 1) for match in told if match]
+        matches = [re.match(r"offsets (\d+) to (\d+):", detail) for detail in details]
+        return [range(int(match[1]), int(match[2]) + 1) for match in matches if match]
 
 
 class MemorySnapshot:
@@ -56,14 +56,14 @@ class MemorySnapshot:
     def append(self, rows: pa.Table, transactions: Mapping[str, int]) -> None:
         self._tables.before_append()
         if len(self._table.commits) != self._version:
-            raise ConflictError("moved on")
+            raise ConflictError("the table has a newer version")
         self._table.commits.append(rows)
         self._table.transactions |= transactions
         self._tables.after_append()
 
 
 class MemoryTables:
-    """All tables. ``before_append`` runs between the check of a commit and its write, ``after_append`` behind it."""
+    """All tables. ``before_append`` runs between the check and the write of a commit, ``after_append`` after it."""
 
     def __init__(self) -> None:
         self.tables = {name: MemoryTable() for name in COMMIT_ORDER}
@@ -87,7 +87,7 @@ class MemoryTables:
 
 
 def crash_after(steps: int) -> Callable[[], None]:
-    """Lets so many steps pass, and kills the process at the next."""
+    """Return a step that crashes after ``steps`` calls."""
     left = steps
 
     def step() -> None:

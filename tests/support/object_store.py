@@ -1,4 +1,4 @@
-"""A real S3 server on loopback: SeaweedFS, which comes as a wheel."""
+"""A real S3 server on loopback: SeaweedFS from a wheel."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KEY, SECRET = "aurora-test", "aurora-test-secret"
 
 
 class ObjectStore:
-    """One server with one bucket, its data under ``folder``."""
+    """A server with one bucket and its data in ``folder``."""
 
     def __init__(self, folder: Path, free_port: Callable[[], int]) -> None:
         self.port = free_port()
@@ -46,16 +46,16 @@ class ObjectStore:
         self._process = Process("object store", command, folder / "weed.log", identity)
 
     def start(self) -> None:
-        """Start, and block until it has its bucket."""
+        """Start the server, and block until its bucket exists."""
         self._process.start()
         self._process.wait_ready(self._ready, 60)
 
     def stop(self) -> None:
-        """End it; its data stays."""
-        self._process.stop(grace_s=0.5)  # asked to end, it waits 15 s for its own connections
+        """Stop the server. Its data is kept."""
+        self._process.stop(grace_s=0.5)  # a graceful stop would wait 15 s for its own connections
 
     def options(self, port: int | None = None) -> dict[str, str]:
-        """``tables.storage_options`` for it, or for a proxy before it."""
+        """Return ``tables.storage_options`` for the server, or for a proxy in front of it."""
         return {
             "AWS_ENDPOINT_URL": f"http://{_HOST}:{port or self.port}",
             "AWS_ACCESS_KEY_ID": KEY,

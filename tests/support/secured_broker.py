@@ -1,4 +1,4 @@
-"""A real broker behind TLS: one listener that asks for a password, one that asks for a certificate."""
+"""A real broker with TLS: one listener requires a password, the other a client certificate."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _JAAS = "org.apache.kafka.common.security"
 
 @dataclass(frozen=True)
 class Secured:
-    """How clients come in; ``kafka`` of each way is complete."""
+    """Addresses and certificates of the broker, and complete ``kafka`` settings for each kind of client."""
 
     folder: Path
     password_port: int
@@ -57,7 +57,7 @@ class Secured:
 
 @contextmanager
 def secured_broker(folder: Path, free_port: Callable[[], int]) -> Iterator[Secured]:
-    """Start the broker with certificates of its own, and make its user known."""
+    """Start the broker with new certificates, and create its user."""
     open_port, controller_port = free_port(), free_port()
     made = Secured(folder, free_port(), free_port())
     ca = trustme.CA()
@@ -103,7 +103,7 @@ def _properties(made: Secured, open_port: int, controller_port: int) -> dict[str
 
 
 def _key_and_chain(cert: trustme.LeafCert) -> bytes:
-    """In one file; Kafka reads keys in PKCS 8 only."""
+    """Return key and chain for one file. Kafka reads keys in PKCS 8 only."""
     key = serialization.load_pem_private_key(cert.private_key_pem.bytes(), None)
     form = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     chain = b"".join(blob.bytes() for blob in cert.cert_chain_pems)

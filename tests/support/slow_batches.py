@@ -1,6 +1,4 @@
-"""The slow, plain reference of ``schemas.trace.decoder`` and ``pipeline.batches``: record by record, verify step by
-verify step.
-"""
+"""A slow reference of ``schemas.trace.decoder`` and ``pipeline.batches`` that builds one verify step at a time."""
 
 from __future__ import annotations
 
@@ -28,7 +26,7 @@ Row = dict[str, Any]
 
 
 def decode(value: bytes) -> Chunk:
-    """The chunk in ``value``, built row by row."""
+    """Decode a chunk row by row."""
     opened = open_chunk(value)
     return Chunk(opened.envelope, tuple(_verify_steps(opened.rows, opened.envelope)))
 
@@ -36,16 +34,16 @@ def decode(value: bytes) -> Chunk:
 def build(
     records: Iterable[Record], context_tokens: int, claimed: ClaimReader = reject_claims, window: int = 0
 ) -> dict[str, pa.Table]:
-    """Rows of every table; a record repeats any of the ``window`` offsets before it in its partition."""
+    """Build the rows of every table. A duplicate repeats a record of the ``window`` offsets before it."""
     rows: dict[str, list[Row]] = {name: [] for name in ("dead_letters", "rejected", "traces", "accepted")}
     taken: dict[object, list[int]] = {}
     for record in records:
         try:
-            chunk = _sound_chunk(record, claimed)
+            chunk = _read_valid_chunk(record, claimed)
             if chunk.verify_steps:
-                _check_news(record, chunk, taken, window)
+                _check_duplicate(record, chunk, taken, window)
         except TraceError as error:
-            rows["dead_letters"].append(_letter(record, error.reason, error.detail))
+            rows["dead_letters"].append(_build_dead_letter(record, error.reason, error.detail))
             continue
         rows["accepted"] += accepted_rows(record, chunk)
         rows["rejected"] += rejected_rows(record, chunk, context_tokens)
@@ -53,7 +51,7 @@ def build(
     return {name: _table(TABLES[name], of_table) for name, of_table in rows.items()}
 
 
-def _sound_chunk(record: Record, claimed: ClaimReader) -> Chunk:
+def _read_valid_chunk(record: Record, claimed: ClaimReader) -> Chunk:
     if record.value is None:
         raise TraceError("empty", "a record without a value")
     _check_headers(record)
@@ -67,7 +65,7 @@ def _sound_chunk(record: Record, claimed: ClaimReader) -> Chunk:
     return chunk
 
 
-def _check_news(record: Record, chunk: Chunk, taken: dict[object, list[int]], window: int) -> None:
+def _check_duplicate(record: Record, chunk: Chunk, taken: dict[object, list[int]], window: int) -> None:
     envelope = chunk.envelope
     name = (
         record.topic,
@@ -84,7 +82,7 @@ def _check_news(record: Record, chunk: Chunk, taken: dict[object, list[int]], wi
 
 
 def _with_features(chunk: Chunk, claimed: ClaimReader) -> Chunk:
-    """The chunk as if its features had travelled in it."""
+    """Return the chunk with the features of its claim check."""
     claim = chunk.envelope.claim
     if claim is None or not chunk.verify_steps:
         return chunk
@@ -95,7 +93,7 @@ def _with_features(chunk: Chunk, claimed: ClaimReader) -> Chunk:
 
 
 def accepted_rows(record: Record, chunk: Chunk) -> Iterator[Row]:
-    """The window of a chunk's committed tokens: one row, or none for a chunk without verify steps.
+    """Yield the sample of a chunk's committed tokens: one row, or none for a chunk without verify steps.
 
     Where the features are to be recomputed, the window begins with the request.
     """
@@ -123,7 +121,7 @@ def accepted_rows(record: Record, chunk: Chunk) -> Iterator[Row]:
 
 
 def rejected_rows(record: Record, chunk: Chunk, context_tokens: int) -> Iterator[Row]:
-    """The rejected branches of a chunk, in the order of its verify steps."""
+    """Yield the rejected branches of a chunk, in the order of its verify steps."""
     lineage = _lineage(record, chunk) if chunk.verify_steps else {}
     before = list(chunk.envelope.preceding_tokens)
     for r in chunk.verify_steps:
@@ -146,7 +144,7 @@ def rejected_rows(record: Record, chunk: Chunk, context_tokens: int) -> Iterator
 
 
 def trace_rows(record: Record, chunk: Chunk) -> Iterator[Row]:
-    """The verify steps of a chunk without their features."""
+    """Yield the verify steps of a chunk without their features."""
     envelope = chunk.envelope
     of_chunk = {
         **_coordinates(record, envelope),
@@ -179,15 +177,15 @@ def trace_rows(record: Record, chunk: Chunk) -> Iterator[Row]:
 
 
 def teacher_nodes(r: VerifyStep) -> list[int | None]:
-    """For each committed token the row of ``top_ids`` that holds the target after it; None inside the prompt."""
+    """Return for each committed token the row of ``top_ids`` after it; None inside the prompt."""
     if r.verify_step > 0:
         return [0, *(1 + node for node in r.accepted)]
     inside: list[int | None] = [None] * len(r.tokens)
     return inside if r.bonus is None else [*inside[:-1], 0]
 
 
-def _letter(record: Record, reason: str, detail: str) -> Row:
-    """The row that keeps an unusable record byte for byte."""
+def _build_dead_letter(record: Record, reason: str, detail: str) -> Row:
+    """Build the row that keeps an unusable record byte for byte."""
     return {
         "topic": record.topic,
         "partition": record.partition,
@@ -264,7 +262,7 @@ def _check_verify_step(r: VerifyStep, vocabulary: int | None) -> None:
 
 
 def _check_order(one: VerifyStep, after: VerifyStep) -> None:
-    """Verify steps of a chunk follow each other: the token that one chose is the first that the next one consumed."""
+    """Check that two verify steps follow each other: the bonus token of one is the root of the next."""
     same_prompt = one.verify_step == after.verify_step == 0 and one.bonus is None
     next_verify_step = after.verify_step == one.verify_step + 1 and one.bonus == after.tokens[0]
     if not (same_prompt or next_verify_step) or after.position != one.position + len(one.tokens):
@@ -326,7 +324,7 @@ def _has_null(value: object) -> bool:
 
 
 def _verify_step(row: dict[str, Any], time_us: int, envelope: Envelope) -> VerifyStep:
-    """One row, with every length checked against the others."""
+    """Decode one row, and check every length against the others."""
     n, m, k = len(row["tokens"]), len(row["draft_tokens"]), envelope.top_k
     verified = 0 if row["bonus"] is None else 1 + m
     parents, accepted = row["draft_parents"], row["accepted"]

@@ -1,4 +1,4 @@
-"""A stream worker as a process, and a publisher that keeps a ledger: what the tests of the stream stand on."""
+"""A stream worker process, and a publisher with a ledger, for the tests of the stream."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 
 @dataclass
 class Ledger:
-    """Every record that the broker acknowledged, with the coordinates that it was given."""
+    """Records that the broker acknowledged, with their coordinates."""
 
     records: list[Record] = field(default_factory=list)
     reasons: dict[tuple[int, int], str] = field(default_factory=dict)
-    """Partition and offset of the records that must become dead letters, with the reason."""
+    """Expected reasons of dead letters, by partition and offset."""
     errors: list[KafkaError] = field(default_factory=list)
 
     def delivered(self, headers: Headers, reason: str, error: KafkaError | None, message: Message) -> None:
-        """Note a record; the message of a delivery report has no headers."""
+        """Add a record. The message of a delivery report has no headers."""
         if error is not None:
             self.errors.append(error)
             return
@@ -64,7 +64,7 @@ class Ledger:
 
 
 def chunk(request: int, rng: np.random.Generator) -> Chunk:
-    """A short request with two or three verify steps."""
+    """Return a short request with two or three verify steps."""
     verify_steps: list[VerifyStep] = []
     position, root = 0, 1
     for number in range(int(rng.integers(2, 4))):
@@ -109,7 +109,7 @@ def chunk(request: int, rng: np.random.Generator) -> Chunk:
 
 
 def claimed_chunks(requests: range, store: ClaimStore) -> list[Chunk]:
-    """Chunks whose features are kept in the store."""
+    """Return chunks whose features are in the claim store."""
     rng, made = np.random.default_rng(requests.start), []
     for request in requests:
         whole = chunk(request, rng)
@@ -120,7 +120,7 @@ def claimed_chunks(requests: range, store: ClaimStore) -> list[Chunk]:
 
 
 def stream_settings(broker: str, folder: Path, port: int) -> Settings:
-    """Settings with a topic, a group and tables of the test's own."""
+    """Return settings with a topic, a group and tables of the test."""
     return Settings(
         kafka=Kafka(
             bootstrap_servers=broker,
@@ -128,7 +128,7 @@ def stream_settings(broker: str, folder: Path, port: int) -> Settings:
             speculators_topic=f"speculators-{folder.name}",
             drift_topic=f"drift-{folder.name}",
         ),
-        # So often that every test of the stream meets it.
+        # Short, so that maintenance runs in every test of the stream.
         tables=Tables(uri=str(folder / "tables"), maintenance_interval=2),
         stream=Stream(
             port=port,
@@ -142,7 +142,7 @@ def stream_settings(broker: str, folder: Path, port: int) -> Settings:
 
 
 class Publisher:
-    """Sends records as a node does."""
+    """Sends records like a node."""
 
     def __init__(self, settings: Settings) -> None:
         self.ledger = Ledger()
@@ -160,10 +160,10 @@ class Publisher:
         """Send ``value`` under the key and headers of a chunk.
 
         Args:
-            made: The chunk as it was meant.
-            value: Its bytes as they are sent.
-            reason: Why the record must become a dead letter; empty where it must not.
-            time_ms: The node's clock, Unix milliseconds; 0 for this machine's.
+            made: The chunk of the key and the headers.
+            value: The bytes that are sent.
+            reason: Expected reason of the dead letter; empty if the record is valid.
+            time_ms: Clock of the node in Unix milliseconds; 0 for the clock of this machine.
         """
         headers: Headers = [
             ("content-type", trace.CONTENT_TYPE.encode()),
@@ -181,7 +181,7 @@ class Publisher:
         self._producer.poll(0)
 
     def send_many(self, requests: range) -> None:
-        """Send one sound chunk for each request and wait until the broker has them."""
+        """Send one valid chunk per request, and wait until the broker has acknowledged them."""
         rng = np.random.default_rng(requests.start)
         for request in requests:
             made = chunk(request, rng)
@@ -189,7 +189,7 @@ class Publisher:
         self.flush()
 
     def flush(self) -> None:
-        """Wait until the broker has everything."""
+        """Wait until the broker has acknowledged everything."""
         self._producer.flush()
 
 
@@ -197,13 +197,13 @@ class Publisher:
 def worker(
     settings: Settings, log: Path, variables: Mapping[str, str] = MappingProxyType({}), *, before: str = ""
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A stream worker.
+    """Run a stream worker until the block ends.
 
     Args:
         settings: Its settings.
-        log: Where its log goes.
+        log: File that its log is appended to.
         variables: Added to its environment.
-        before: Python that runs in it first, to force a fault.
+        before: Python code that runs in the process first, to inject a fault.
     """
     environ = {**os.environ, **to_environ(settings), "OMP_NUM_THREADS": "1", **variables}
     with log.open("ab") as output:
@@ -216,7 +216,7 @@ def worker(
 
 
 def rows_of_records(tables: DeltaLog) -> int:
-    """Records in the tables: each gives one row of either."""
+    """Return the number of records in the tables: each has one row in one of two tables."""
     return tables.row_count("accepted") + tables.row_count("dead_letters")
 
 

@@ -165,7 +165,7 @@ def test_stats_command_prints_text_and_json(tables: DeltaLog) -> None:
 def test_tail_command_prints_accepted_and_rejected_tokens_on_one_line(tables: DeltaLog) -> None:
     write(tables, record_of("a", a_tree(), offset=0))
     result = aurora("tail", "-n", "1")
-    assert result.stdout.endswith("node-0 a #1 by 1  1 of 3 kept: 5 | 6 7 -> 9\n")
+    assert result.stdout.endswith("node-0 a #1 by 1  1 of 3 accepted: 5 | 6 7 -> 9\n")
     assert json.loads(aurora("tail", "-n", "1", "--json").stdout)["draft_tokens"] == [5, 6, 7]
 
 
@@ -200,9 +200,9 @@ def test_sql_command_reads_earlier_versions(tables: DeltaLog) -> None:
     [
         (["select nope from traces"], "No field named nope"),
         (["select * fom traces"], "found: fom"),
-        (["select 1 from traces, accepted", "--version", "1"], "--version is that of one table"),
-        (["select 1 from traces", "--version", "1", "--at", "1h"], "--version or --at, not both"),
-        (["select 1 from traces", "--at", "yesterday"], "'yesterday' is no time"),
+        (["select 1 from traces, accepted", "--version", "1"], "--version needs a query on one table"),
+        (["select 1 from traces", "--version", "1", "--at", "1h"], "--version and --at exclude each other"),
+        (["select 1 from traces", "--at", "yesterday"], "'yesterday' is not a time"),
         (["select 1 from traces", "--version", "99"], "99"),
     ],
 )

@@ -123,9 +123,8 @@ def replay(  # noqa: PLR0913, PLR0917 - one for each flag
             echo_note(f"{count} skipped: {why}")
         done: list[dict[str, Any]] = []
         try:
-            for letter, became in (
-                [(one, None) for one in plan.dead_letters] if dry_run else dead.replay(plan.dead_letters)
-            ):
+            planned = [(letter, None) for letter in plan.dead_letters]
+            for letter, became in planned if dry_run else dead.replay(plan.dead_letters):
                 done.append({"letter": str(letter.address), "became": str(became) if became else None})
                 if not as_json:
                     echo(f"{letter.address} ({letter.reason})" + (f" -> {became}" if became else ""))
@@ -187,8 +186,8 @@ def _describe_letter(letter: DeadLetter, content: RecordContent | None) -> Itera
         yield "value    none"
         return
     yield f"value    {len(content.value):,} bytes"
-    for layer, says in diagnose(content.value).items():
-        yield f"  {layer:<9}{says}"
+    for layer, diagnosis in diagnose(content.value).items():
+        yield f"  {layer:<9}{diagnosis}"
     for line in hexdump(content.value, DUMPED_BYTES):
         yield f"  {line}"
 

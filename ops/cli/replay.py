@@ -169,7 +169,7 @@ def load(  # noqa: PLR0913, PLR0917 - one for each flag
     set_: Set = None,
     speed: Annotated[float, typer.Option(min=0.001, help="Factor over the recorded pace.")] = 1.0,
     fastest: Annotated[bool, typer.Option("--max", help="Ignore arrival times and keep all clients busy.")] = False,
-    at_once: Annotated[int, typer.Option(min=1, metavar="N", help="Clients with --max.")] = 32,
+    concurrency: Annotated[int, typer.Option(min=1, metavar="N", help="Clients with --max.")] = 32,
     begin: From = None,
     end: To = None,
     label: Label = None,
@@ -192,7 +192,7 @@ def load(  # noqa: PLR0913, PLR0917 - one for each flag
                 f"{len(recorded)} requests over {(recorded[-1].arrival - recorded[0].arrival) / speed:.0f} seconds"
             )
         requests = schedule_requests(recorded, read_model_name(url), speed=speed, trace=trace)
-        running = Load(url, requests, at_once if fastest else None, timeout_s=_LOAD_TIMEOUT_S, error_pause_s=0.0)
+        running = Load(url, requests, concurrency if fastest else None, timeout_s=_LOAD_TIMEOUT_S, error_pause_s=0.0)
         cut_short = _run_load(running, len(requests))
         summary = summarize_load(running, len(requests), cut_short=cut_short)
         if as_json:

@@ -30,7 +30,7 @@ def summarize_load(load: Load, requests: int, *, cut_short: bool = False) -> dic
     return {
         "requests": requests,
         "sent": load.sent,
-        "answered": len(succeeded),
+        "succeeded": len(succeeded),
         "failed": failures.total(),
         "failures": dict(failures.most_common()),
         "seconds": round(load.seconds, 3),
@@ -52,7 +52,7 @@ def build_table(summary: dict[str, Any]) -> Table:
         table.add_column(column, justify="right")
     cut_short = " (cut short)" if summary["cut_short"] else ""
     table.add_row(f"requests{cut_short}", f"{summary['sent']:,} of {summary['requests']:,}")
-    table.add_row("succeeded", f"{summary['answered']:,}")
+    table.add_row("succeeded", f"{summary['succeeded']:,}")
     table.add_row("failed", f"{summary['failed']:,}")
     for reason, count in summary["failures"].items():
         table.add_row(f"  {reason}", f"{count:,}")

@@ -1,1 +1,1 @@
-"""Status, top, lineage and doctor: what runs, how far it has come, and what is set up wrong."""
+"""Observe a deployment: status, top, lineage and doctor."""

@@ -1,8 +1,8 @@
 """Run the variants of an experiment on a Ray cluster, one task for each.
 
-A task equals a local process, so every node of the cluster needs its inputs: this package, the target folder, the
-tables, and ``stack.data_dir`` on a disk that they share, where a task that lost its
-machine goes on from its checkpoint on another.
+A task does the work of a local process, so every machine of the cluster needs its inputs: this package, the target
+folder, the tables, and ``stack.data_dir`` on a shared disk. A task that loses its machine resumes on another one from
+its checkpoint there.
 """
 
 from __future__ import annotations

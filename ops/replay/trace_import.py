@@ -56,5 +56,5 @@ def read_record(folder: Path, name: str, offset: int) -> Record:
     except TraceError as error:
         raise UserError(f"{path}: {error}") from error
     headers = {"content-type": CONTENT_TYPE, "schema": fingerprint(), "rows": str(len(verify_steps))}
-    told = tuple((key, text.encode()) for key, text in headers.items())
-    return Record(TOPIC, 0, offset, verify_steps[-1].time_us, name.encode(), value, told)
+    encoded = tuple((key, text.encode()) for key, text in headers.items())
+    return Record(TOPIC, 0, offset, verify_steps[-1].time_us, name.encode(), value, encoded)

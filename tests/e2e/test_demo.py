@@ -1,4 +1,4 @@
-"""The demo as a user runs it, on real parts: the loop closes, nothing fails, nothing is lost, nothing is left."""
+"""The demo as a user runs it: promotes a version, fails no request, accounts for all rows, leaves no process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_a_speculator_learns_from_live_traffic(tmp_path: Path, smollm2: Path, fr
     flags |= {f"stack.{name}_port": free_port() for name in ("kafka", "kafka_controller", "mlflow")}
     flags |= {"target.path": str(smollm2), "train.registration_interval": 20, "promoter.gate_min_samples": 2}
     command = [sys.executable, "-m", "ops.cli.main", "demo", "--fresh", "--minutes", str(MINUTES), "--no-ui"]
-    # Only these: a demo drafts in every verify step unless it is told how to draft, if only by a setting's default.
+    # Only these: a demo drafts in every verify step unless it is result how to draft, if only by a setting's default.
     command += [f"--set={name}={value}" for name, value in flags.items()]
 
     processes = {part: int(str(flags[f"{part}.port"])) for part in ("serve", "stream", "train", "promoter")}
@@ -35,25 +35,25 @@ def test_a_speculator_learns_from_live_traffic(tmp_path: Path, smollm2: Path, fr
         if prometheus:
             check_pictures(prometheus)
 
-    told = demo.stdout + demo.stderr
+    result = demo.stdout + demo.stderr
     figures = json.loads((tmp_path / ".aurora/demo/summary.json").read_text())
-    assert demo.returncode == 0, told
+    assert demo.returncode == 0, result
     assert figures["failed_requests"] == 0
     assert figures["lossless_checked"] >= 20
     assert figures["lossless_mismatches"] == 0
     assert figures["rows_published"] > 0
     assert figures["rows_published"] == figures["rows_in_table"] + figures["rows_dropped"] + figures["rows_dead"]
-    assert figures["versions_promoted"] >= 1, told
-    assert any(swap["in_flight"] > 0 for swap in figures["swaps"]), told
+    assert figures["versions_promoted"] >= 1, result
+    assert any(swap["in_flight"] > 0 for swap in figures["swaps"]), result
     # A random draft of this vocabulary is right about once in 8,192 tokens: what is accepted was learned. A slow
     # machine may answer fewer than fifty requests, so the first fifty and the last are not compared.
-    assert figures["acceptance_length_last_50"] > 1.02, told
+    assert figures["acceptance_length_last_50"] > 1.02, result
     assert "<svg" in (tmp_path / ".aurora/demo/report.html").read_text()
     assert not working_in(tmp_path.resolve())
 
 
 def check_pictures(prometheus: Prometheus) -> None:
-    """Every query of the dashboard has given numbers while the demo ran, and every rule is one that works.
+    """Check that every dashboard query returned numbers during the demo, and that the alert rules load.
 
     But one: a demo drafts in every verify step, and a node that has no choice expects nothing.
     """

@@ -1,4 +1,4 @@
-"""Dead letters on a real broker, with a real worker: listed, shown, and published again once the fault is mended."""
+"""Dead letters with a real broker and worker: list, show, and replay after a fix."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def settings(broker: str, tmp_path: Path, free_port: Callable[[], int]) -> Setti
 
 
 def aurora(settings: Settings, *arguments: str) -> Result:
-    told = CliRunner().invoke(app, ["dlq", *arguments], env=to_environ(settings))
-    assert told.exit_code == 0, told.output
-    return told
+    result = CliRunner().invoke(app, ["dlq", *arguments], env=to_environ(settings))
+    assert result.exit_code == 0, result.output
+    return result
 
 
 def listed(settings: Settings, *arguments: str) -> list[dict[str, Any]]:
@@ -51,9 +51,7 @@ def file_of(claimed: Chunk) -> Path:
     return Path(urlsplit(claimed.envelope.claim.uri).path)
 
 
-def test_a_mended_dead_letter_is_published_again_and_lands_in_the_tables_once(
-    settings: Settings, tmp_path: Path
-) -> None:
+def test_a_repaired_dead_letter_is_replayed_into_the_tables_once(settings: Settings, tmp_path: Path) -> None:
     topics.create(settings.kafka)
     publisher, tables, log = Publisher(settings), DeltaLog(settings.tables), tmp_path / "worker.log"
     claimed = claimed_chunks(range(CLAIMED), ClaimStore(settings.traces))
@@ -102,11 +100,11 @@ def test_a_mended_dead_letter_is_published_again_and_lands_in_the_tables_once(
 
 
 def without_coordinates(rows: pa.Table) -> list[str]:
-    """What rows hold but for where their record stood, in an order of their own."""
+    """Return the sorted rows without the position of their record."""
     return sorted(map(repr, rows.drop_columns(["topic", "partition", "offset", "day"]).to_pylist()))
 
 
-def test_a_letter_that_the_broker_refuses_is_an_error_and_is_not_noted(settings: Settings) -> None:
+def test_a_dead_letter_that_the_broker_rejects_is_an_error_and_is_not_recorded(settings: Settings) -> None:
     small = settings.kafka.model_copy(update={"max_message_bytes": 10_000})
     topics.create(small)
     tables = DeltaLog(settings.tables)

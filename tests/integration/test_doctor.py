@@ -1,4 +1,4 @@
-"""``aurora doctor`` finds nothing wrong where all is well, and names each of many planted faults by what to change."""
+"""``aurora doctor`` reports no problem on a sound deployment, and a fix for each planted fault."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from trainer.release.registry import SpeculatorRegistry
 
 
 class Stand(NamedTuple):
-    """A deployment in which nothing is wrong but that its processes do not run."""
+    """A sound deployment whose processes do not run."""
 
     flags: dict[str, Any]
     folder: Path
@@ -77,7 +77,7 @@ def warnings(settings: Settings, about: str) -> list[Finding]:
     return [finding for finding in run_checks(settings) if (finding.level, finding.about) == ("warning", about)]
 
 
-def test_where_all_is_well_nothing_is_to_be_fixed(stand: Stand) -> None:
+def test_a_sound_deployment_has_no_problems(stand: Stand) -> None:
     found = list(run_checks(stand.settings()))
     line = read_target(stand.settings()).line
     assert [one for one in found if one.level == "problem"] == []
@@ -87,52 +87,52 @@ def test_where_all_is_well_nothing_is_to_be_fixed(stand: Stand) -> None:
     assert {one.about for one in found if one.level == "warning"} == {"serve", "stream", "train", "promoter"}
 
 
-def test_a_broker_that_is_not_there(stand: Stand, free_port: Callable[[], int]) -> None:
+def test_an_unreachable_broker_is_a_problem(stand: Stand, free_port: Callable[[], int]) -> None:
     finding = only_problem(stand.settings(kafka__bootstrap_servers=f"127.0.0.1:{free_port()}"))
     assert finding.about == "broker"
     assert "kafka.bootstrap_servers" in finding.fix
 
 
-def test_a_topic_that_takes_too_small_messages(stand: Stand) -> None:
+def test_a_too_small_message_limit_is_a_problem(stand: Stand) -> None:
     finding = only_problem(stand.settings(kafka__max_message_bytes=2_000_000))
     assert "max.message.bytes is 1016384" in finding.found
     assert "aurora topics apply" in finding.fix
 
 
-def test_a_topic_with_more_partitions_than_the_settings_say(stand: Stand) -> None:
+def test_more_partitions_than_configured_are_a_problem(stand: Stand) -> None:
     finding = only_problem(stand.settings(kafka__partitions=1))
     assert "set kafka.partitions = 2" in finding.fix
 
 
-def test_more_copies_than_there_are_brokers(stand: Stand) -> None:
+def test_a_replication_factor_above_the_brokers_is_a_problem(stand: Stand) -> None:
     found = problems(stand.settings(kafka__replication_factor=3))
     assert any("the cluster has 1" in one.found and "kafka.replication_factor to 1" in one.fix for one in found)
 
 
-def test_topics_that_are_missing(stand: Stand) -> None:
+def test_a_missing_topic_is_a_warning(stand: Stand) -> None:
     (finding,) = warnings(stand.settings(kafka__traces_topic="doctor.other"), "topics")
     assert finding.found == "doctor.other does not exist"
 
 
-def test_a_registry_that_is_not_there(stand: Stand, free_port: Callable[[], int]) -> None:
+def test_an_unreachable_registry_is_a_problem(stand: Stand, free_port: Callable[[], int]) -> None:
     finding = only_problem(stand.settings(registry__tracking_uri=f"http://127.0.0.1:{free_port()}"))
     assert finding.about == "registry"
     assert "registry.tracking_uri" in finding.fix
 
 
-def test_something_else_in_the_registrys_place(stand: Stand) -> None:
+def test_another_server_at_the_registry_address_is_a_problem(stand: Stand) -> None:
     with answering(404, b"not here") as uri:
         finding = only_problem(stand.settings(registry__tracking_uri=uri))
     assert "something else than MLflow" in finding.found
 
 
-def test_a_registry_that_wants_a_password(stand: Stand) -> None:
+def test_rejected_registry_credentials_are_a_problem(stand: Stand) -> None:
     with answering(401, b"") as uri:
         finding = only_problem(stand.settings(registry__tracking_uri=uri))
     assert "registry.username" in finding.fix
 
 
-def test_a_collector_of_spans(stand: Stand, free_port: Callable[[], int]) -> None:
+def test_an_unusable_span_collector_is_a_warning(stand: Stand, free_port: Callable[[], int]) -> None:
     with collecting() as collector:
         assert not warnings(stand.settings(telemetry__endpoint=collector.url), "tracing")
     with answering(404, b"") as uri:
@@ -142,7 +142,7 @@ def test_a_collector_of_spans(stand: Stand, free_port: Callable[[], int]) -> Non
     assert "telemetry.endpoint" in finding.fix
 
 
-def test_a_draft_vocabulary_that_is_not_that_of_the_versions(stand: Stand) -> None:
+def test_a_draft_vocabulary_of_another_line_is_a_warning(stand: Stand) -> None:
     settings = stand.settings(speculator__draft_vocab_size=24)
     (in_registry,) = warnings(settings, "registry")
     (in_tables,) = warnings(settings, "tables")
@@ -150,34 +150,34 @@ def test_a_draft_vocabulary_that_is_not_that_of_the_versions(stand: Stand) -> No
     assert "no samples of line" in in_tables.found
 
 
-def test_a_target_folder_without_a_model(stand: Stand, tmp_path: Path) -> None:
+def test_a_target_folder_without_a_model_is_a_problem(stand: Stand, tmp_path: Path) -> None:
     finding = only_problem(stand.settings(target__path=str(tmp_path)))
     assert "target.path" in finding.fix
 
 
-def test_a_target_without_its_tokenizer(stand: Stand, tmp_path: Path) -> None:
+def test_a_target_without_a_tokenizer_is_a_problem(stand: Stand, tmp_path: Path) -> None:
     shutil.copytree(stand.folder / "target", tmp_path / "target", ignore=shutil.ignore_patterns("tokenizer.json"))
     assert "no tokenizer" in only_problem(stand.settings(target__path=str(tmp_path / "target"))).found
 
 
-def test_requests_that_are_longer_than_the_targets_context(stand: Stand) -> None:
+def test_a_max_model_len_above_the_targets_context_is_a_problem(stand: Stand) -> None:
     finding = only_problem(stand.settings(serve__max_model_len=1000))
     assert finding.fix == "set serve.max_model_len to 256 or less"
 
 
-def test_a_vocabulary_file_that_is_missing(stand: Stand, tmp_path: Path) -> None:
+def test_a_missing_vocabulary_file_is_a_problem(stand: Stand, tmp_path: Path) -> None:
     finding = only_problem(stand.settings(speculator__draft_vocab_file=str(tmp_path / "ids.json")))
     assert "speculator.draft_vocab_file" in finding.fix
 
 
-def test_a_folder_that_is_a_file(stand: Stand, tmp_path: Path) -> None:
+def test_a_file_in_place_of_a_folder_is_a_problem(stand: Stand, tmp_path: Path) -> None:
     (tmp_path / "train").write_text("")
     finding = only_problem(stand.settings(train__checkpoint_dir=str(tmp_path / "train" / "checkpoints")))
     assert finding.about == "folders"
     assert "set train.checkpoint_dir" in finding.fix
 
 
-def test_a_disk_that_is_full(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_a_problem(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(stand.folder)
     monkeypatch.setattr(host.shutil, "disk_usage", lambda _: usage._replace(free=host.MIN_FREE - 1))
     found = problems(stand.settings())
@@ -185,45 +185,43 @@ def test_a_disk_that_is_full(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> N
     assert any("tables.uri" in one.fix for one in found)
 
 
-def test_a_clock_that_is_wrong(stand: Stand) -> None:
+def test_a_wrong_clock_is_a_problem(stand: Stand) -> None:
     with answering(200, b"3.14.0", date="Sun, 06 Nov 1994 08:49:37 GMT") as uri:
         found = problems(stand.settings(registry__tracking_uri=uri))
     assert any(one.about == "clock" and "NTP" in one.fix for one in found)
 
 
-def test_a_store_of_claim_checks_that_is_not_there(stand: Stand, tmp_path: Path) -> None:
+def test_an_unusable_claim_check_store_is_a_problem(stand: Stand, tmp_path: Path) -> None:
     (tmp_path / "claims").write_text("")
     found = problems(stand.settings(traces__claim_check_uri=str(tmp_path / "claims")))
     assert {one.about for one in found} == {"folders", "claims"}
     assert all("traces.claim_check_uri" in one.fix for one in found)
 
 
-def test_tables_on_one_machine_and_a_broker_on_another(stand: Stand) -> None:
+def test_local_tables_with_a_remote_broker_are_a_warning(stand: Stand) -> None:
     (finding,) = warnings(stand.settings(kafka__bootstrap_servers="no-such-broker.invalid:9092"), "tables")
     assert "no-such-broker.invalid" in finding.found
 
 
-def test_a_node_of_another_line(stand: Stand) -> None:
+def test_a_node_of_another_line_is_a_problem(stand: Stand) -> None:
     target = read_target(stand.settings())
     with answering(200, status_of_node(target.fingerprint, "other-line").encode()) as uri:
         finding = only_problem(stand.settings(serve__port=uri.rpartition(":")[2]))
     assert f"is of line other-line, the settings give {target.line}" in finding.found
 
 
-def test_another_program_on_a_port_of_ours(stand: Stand) -> None:
+def test_another_program_on_a_configured_port_is_a_problem(stand: Stand) -> None:
     with answering(200, b"hello") as uri:
         finding = only_problem(stand.settings(promoter__port=uri.rpartition(":")[2]))
     assert "set promoter.port" in finding.fix
 
 
-def test_pages_that_are_open_to_others(stand: Stand) -> None:
+def test_an_open_host_is_a_warning(stand: Stand) -> None:
     (finding,) = warnings(stand.settings(train__host="0.0.0.0"), "exposure")
     assert "train.host" in finding.fix
 
 
-def test_the_command_tells_a_script_and_fails_where_something_is_to_be_fixed(
-    stand: Stand, free_port: Callable[[], int]
-) -> None:
+def test_the_command_prints_json_and_exits_1_on_a_problem(stand: Stand, free_port: Callable[[], int]) -> None:
     flags = [part for name, value in stand.flags.items() for part in ("--set", f"{name}={value}")]
     well = CliRunner().invoke(app, ["doctor", "--json", *flags])
     assert well.exit_code == 0, well.output

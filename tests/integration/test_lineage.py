@@ -1,4 +1,4 @@
-"""One trace id, from a request to the version that it helped to train, over all four processes as they are."""
+"""One trace id leads from a request to the version trained on it, across all four processes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ REQUESTS = 10
 
 @dataclass
 class Loop:
-    """The four processes, their logs, and a collector."""
+    """The four processes, their logs, and a span collector."""
 
     settings: Settings
     folder: Path
@@ -127,7 +127,7 @@ def loop(broker: str, registry: str, smollm2: Path, tmp_path: Path, free_port: C
 
 
 @pytest.mark.timeout(600)
-def test_one_id_leads_from_a_request_to_the_version_that_learned_from_it(loop: Loop) -> None:
+def test_one_trace_id_leads_from_a_request_to_the_version_trained_on_it(loop: Loop) -> None:
     loop.start()
     context = trace_context.new_trace()
     share = loop.settings.train.held_out_ratio
@@ -179,30 +179,30 @@ def test_one_id_leads_from_a_request_to_the_version_that_learned_from_it(loop: L
 
 
 def check_answer(answer: dict[str, Any], request: str, context: TraceContext, version: str) -> None:
-    (told,) = answer["requests"]
-    assert (told["request"], told["trace"]) == (request, context.trace_id)
-    tables = {rows["table"]: rows for rows in told["rows"]}
+    (result,) = answer["requests"]
+    assert (result["request"], result["trace"]) == (request, context.trace_id)
+    tables = {rows["table"]: rows for rows in result["rows"]}
     assert tables.keys() >= {"traces", "accepted"}
     assert all(rows["last_version"] >= rows["first_version"] >= 1 for rows in tables.values())
-    by_version = {one["version"]: one["trained_on"] for one in told["versions"]}
+    by_version = {one["version"]: one["trained_on"] for one in result["versions"]}
     # What was read with it may still have waited: then the tags of this version are careful, and a later one is sure.
     assert by_version[version] in ("yes", "partly")
-    assert told["first"] == next((one for one, answer in by_version.items() if answer == "yes"), None)
-    assert any(move["alias"] == "champion" for one in told["versions"] for move in one["moves"])
+    assert result["first"] == next((one for one, answer in by_version.items() if answer == "yes"), None)
+    assert any(move["alias"] == "champion" for one in result["versions"] for move in one["moves"])
 
 
 def check_logs(loop: Loop, context: TraceContext, of_version: str) -> None:
-    """Every line is of one schema, and the same ids are in them."""
+    """Check that all log lines have one schema and contain the trace id."""
     for name in PROCESSES:
         text = (loop.folder / f"{name}.log").read_text()
         assert not [line for line in text.splitlines() if not line.startswith("{")]
         for line in loop.lines(name):
             assert {"event", "level", "timestamp", "process"} <= line.keys(), line
-    told: dict[str, set[str]] = {}
+    result: dict[str, set[str]] = {}
     for name in PROCESSES:
         ours = [line for line in loop.lines(name) if context.trace_id in (line.get("trace_id"), *line.get("links", []))]
-        told[name] = {line["event"] for line in ours}
-    assert told == {
+        result[name] = {line["event"] for line in ours}
+    assert result == {
         "serve": {"request_finished", "chunk_published"},
         "stream": {"batch_committed"},
         "train": {"version_trained"},

@@ -1,4 +1,4 @@
-"""An experiment in a real MLflow: a run for it, one below it for each variant, and its curves, written once."""
+"""Replay experiment in a real MLflow: a parent run, a child run for each variant, and curves, logged once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from schemas.speculator import checkpoint
 from trainer.release.registry import SpeculatorRegistry
 
 
-def test_an_experiment_is_a_run_with_one_below_it_for_each_variant(registry: str, tmp_path: Path) -> None:
+def test_an_experiment_is_a_parent_run_with_a_child_run_for_each_variant(registry: str, tmp_path: Path) -> None:
     write_target(tmp_path / "target")
     settings = offline(tmp_path, ttt_steps=2, batch_size=4, replay_batch_size=2)
     settings = settings.model_copy(
@@ -33,8 +33,8 @@ def test_an_experiment_is_a_run_with_one_below_it_for_each_variant(registry: str
         flags += ["--config", str(tmp_path / f"{name}.toml")]
     environ = {name: value for name, value in to_environ(settings).items() if "LEARNING_RATE" not in name}
     for _ in range(2):
-        told = CliRunner().invoke(app, ["replay", "train", *flags, "--name", "rates", "--json"], env=environ)
-        assert told.exit_code == 0, told.output
+        result = CliRunner().invoke(app, ["replay", "train", *flags, "--name", "rates", "--json"], env=environ)
+        assert result.exit_code == 0, result.output
 
     client = MlflowClient(registry)
     experiment = client.get_experiment_by_name(model_name(world.target.line))
@@ -44,7 +44,7 @@ def test_an_experiment_is_a_run_with_one_below_it_for_each_variant(registry: str
     assert [runs[name].data.tags["mlflow.parentRunId"] for name in ("fast", "slow")] == [parent] * 2
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
     assert runs["slow"].data.params["learning_rate"] == "1e-05"
-    found = {one["name"]: one for one in json.loads(told.stdout)["variants"]}
+    found = {one["name"]: one for one in json.loads(result.stdout)["variants"]}
     for name in ("fast", "slow"):
         run = runs[name].info.run_id
         assert len(client.get_metric_history(run, "loss")) == found[name]["steps"]
@@ -56,12 +56,12 @@ def test_an_experiment_is_a_run_with_one_below_it_for_each_variant(registry: str
     mlflow = SpeculatorRegistry(settings.registry)
     version = mlflow.register(world.target.line, tmp_path / "version", {}, {})
     mlflow.set_alias(world.target.line, "champion", version)
-    told = CliRunner().invoke(
+    result = CliRunner().invoke(
         app, ["replay", "evaluate", "--versions", f"{version},champion,day-0", "--json"], env=environ
     )
-    scored = json.loads(told.stdout)
+    scored = json.loads(result.stdout)
     assert [one["version"] for one in scored["versions"]] == [version, version, "day-0-head-0"]
     one, other, _ = (of["accepted_per_step"] for of in scored["groups"]["all"]["versions"])
     assert one == other
-    told = CliRunner().invoke(app, ["replay", "evaluate", "--versions", "canary"], env=environ)
-    assert (told.exit_code, "no alias of line" in told.output) == (2, True)
+    result = CliRunner().invoke(app, ["replay", "evaluate", "--versions", "canary"], env=environ)
+    assert (result.exit_code, "no alias of line" in result.output) == (2, True)

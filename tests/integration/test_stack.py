@@ -1,4 +1,4 @@
-"""The real stack: up, status, down; a part that is killed comes back; nothing outlives the command."""
+"""Real stack: up, status, down; a killed part restarts; no process remains."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ START_S = 420
 
 @dataclass
 class Here:
-    """A folder with a stack of its own, on free ports."""
+    """A folder with its own stack on free ports."""
 
     folder: Path
     settings: Settings
@@ -49,7 +49,7 @@ class Here:
         return {**os.environ, **to_environ(self.settings)}
 
     def processes(self) -> dict[int, psutil.Process]:
-        """Every process that works in this folder, those seen before included while they live."""
+        """Return every process with this working directory, and live ones found earlier."""
         for process in psutil.process_iter():
             try:
                 if process.cwd() == str(self.folder) or str(self.folder) in " ".join(process.cmdline()):
@@ -65,8 +65,8 @@ class Here:
         raise AssertionError(f"no process of {part}")
 
     def status(self) -> dict[str, object]:
-        told = self.aurora("status", "--json", timeout=60)
-        overview: dict[str, object] = json.loads(told.stdout)
+        result = self.aurora("status", "--json", timeout=60)
+        overview: dict[str, object] = json.loads(result.stdout)
         return overview
 
 
@@ -92,7 +92,7 @@ def here(tmp_path: Path, smollm2: Path, free_port: Callable[[], int]) -> Iterato
 
 
 @pytest.mark.timeout(900)
-def test_up_status_a_killed_stream_worker_and_down(here: Here) -> None:
+def test_up_restarts_a_killed_stream_worker_and_down_stops_all(here: Here) -> None:
     before = here.aurora("status")
     assert before.returncode == 1
     assert "nothing runs here" in before.stderr
@@ -120,7 +120,7 @@ def test_up_status_a_killed_stream_worker_and_down(here: Here) -> None:
 
 
 @pytest.mark.timeout(900)
-def test_nothing_outlives_an_up_that_is_killed(here: Here) -> None:
+def test_all_parts_end_with_a_killed_up(here: Here) -> None:
     with (here.folder / "out.txt").open("w") as out:
         up = subprocess.Popen(here.command("up"), cwd=here.folder, env=here.environ, stdout=out, stderr=out)
     here.seen[up.pid] = psutil.Process(up.pid)
@@ -133,7 +133,7 @@ def test_nothing_outlives_an_up_that_is_killed(here: Here) -> None:
     assert eventually(lambda: not here.processes(), 60), [p.cmdline() for p in here.processes().values()]
 
 
-def test_a_port_in_use_is_told_with_the_setting_that_names_it(here: Here) -> None:
+def test_a_port_in_use_is_an_error_that_names_its_setting(here: Here) -> None:
     import socket
 
     with socket.socket() as taken:

@@ -15,7 +15,7 @@ from pathlib import Path
 from answering import answering, status_of_node
 
 
-def test_it_draws_a_screen_and_ends_on_ctrl_c(tmp_path: Path, free_port: Callable[[], int]) -> None:
+def test_top_draws_a_screen_and_ends_on_ctrl_c(tmp_path: Path, free_port: Callable[[], int]) -> None:
     ports = [f"{name}.port={free_port()}" for name in ("stream", "train", "promoter")]
     with answering(200, status_of_node("a-target", "a-line").encode()) as uri:
         flags = [f"serve.port={uri.rpartition(':')[2]}", f"stack.data_dir={tmp_path}", *ports]
@@ -26,7 +26,7 @@ def test_it_draws_a_screen_and_ends_on_ctrl_c(tmp_path: Path, free_port: Callabl
 
 
 def drawn(flags: list[str], until: str, timeout_s: float = 30) -> tuple[str, int]:
-    """What the terminal was sent until a text came, and the exit code after Ctrl-C."""
+    """Return the terminal output up to a text, and the exit code after Ctrl-C."""
     ours, theirs = pty.openpty()
     environ = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "120", "LINES": "50"}
     command = [sys.executable, "-m", "ops.cli.main", "top", "--every", "0.3", *flags]

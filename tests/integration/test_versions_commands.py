@@ -1,4 +1,4 @@
-"""Versions and moves by command, on a real MLflow server, a real broker and real tables."""
+"""``aurora versions`` with a real MLflow server, broker and tables."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from trainer.release.registry import SpeculatorRegistry
 
 
 class Desk:
-    """A line with three versions, each better than the one before, and the commands of a person."""
+    """A line with three versions, each better than the previous one, and the commands on it."""
 
     def __init__(self, settings: Settings, folder: Path) -> None:
         self.settings = settings
@@ -103,7 +103,7 @@ def desk(broker: str, registry: str, tmp_path: Path) -> Desk:
     return Desk(load(environ={}, flags=flags), tmp_path)
 
 
-def test_a_person_promotes_rolls_back_and_finds_it_all_in_the_history(desk: Desk) -> None:
+def test_promotions_and_rollbacks_are_in_the_history(desk: Desk) -> None:
     desk.run("promote", "1")
     desk.run("promote", "2", "--why", "better on code")
     assert desk.aliases == {"champion": "2", "previous": "1"}
@@ -130,11 +130,11 @@ def test_a_person_promotes_rolls_back_and_finds_it_all_in_the_history(desk: Desk
     assert desk.registry.version(desk.line, "2").quarantined is None  # type: ignore[union-attr]
 
 
-def test_what_the_gate_refuses_needs_force_and_a_dry_run_changes_nothing(desk: Desk) -> None:
+def test_a_version_rejected_by_the_gate_needs_force_and_a_dry_run_changes_nothing(desk: Desk) -> None:
     refused = desk.run("promote", "2", code=2)
     assert "champion is day-0, waiting for the next candidate; --force" in refused.stderr
-    told = desk.run("promote", "2", "--force", "--dry-run")
-    assert "champion: none -> 2" in told.stdout
+    output = desk.run("promote", "2", "--force", "--dry-run")
+    assert "champion: none -> 2" in output.stdout
     assert desk.aliases == {}
     assert desk.asked("history") == {"moves": [], "abandoned": []}
     assert "nothing to roll back to" in desk.run("rollback", code=2).stderr
@@ -142,7 +142,7 @@ def test_what_the_gate_refuses_needs_force_and_a_dry_run_changes_nothing(desk: D
     assert "no version is canary" in desk.run("promote", "canary", code=2).stderr
 
 
-def test_a_canary_is_tried_and_promoted_by_its_name(desk: Desk) -> None:
+def test_a_canary_is_promoted_by_its_alias(desk: Desk) -> None:
     desk.run("promote", "1")
     desk.run("promote", "2", "--to", "canary")
     assert desk.aliases == {"champion": "1", "canary": "2"}
@@ -150,7 +150,7 @@ def test_a_canary_is_tried_and_promoted_by_its_name(desk: Desk) -> None:
     assert desk.aliases == {"champion": "2", "previous": "1"}
 
 
-def test_a_version_is_shown_whole_and_two_are_compared(desk: Desk) -> None:
+def test_show_and_diff_print_details_of_versions(desk: Desk) -> None:
     desk.run("promote", "1")
     shown = desk.asked("show", "champion")
     assert shown["files"].keys() == {"config.json", "model.safetensors"}
@@ -165,7 +165,7 @@ def test_a_version_is_shown_whole_and_two_are_compared(desk: Desk) -> None:
     assert set(desk.asked("diff", "1", "1")["moved"].values()) == {0.0}
 
 
-def test_a_move_in_the_registrys_own_pages_is_noticed_recorded_and_honoured(desk: Desk) -> None:
+def test_an_alias_moved_in_mlflow_is_recorded_and_kept(desk: Desk) -> None:
     desk.run("promote", "1")
     desk.registry.set_alias(desk.line, "champion", "3")
     desk.promoter().poll()
@@ -175,11 +175,11 @@ def test_a_move_in_the_registrys_own_pages_is_noticed_recorded_and_honoured(desk
     assert desk.stamp.aliases["champion"] == "3"
 
 
-def test_a_broker_that_is_away_does_not_keep_a_person_from_moving(desk: Desk, free_port: Any) -> None:
+def test_a_move_works_without_a_broker(desk: Desk, free_port: Any) -> None:
     away = desk.settings.kafka.model_copy(update={"bootstrap_servers": f"127.0.0.1:{free_port()}"})
     desk.settings = desk.settings.model_copy(update={"kafka": away})
-    told = desk.run("promote", "1")
-    assert "its event is sent by the promoter" in told.stderr
+    output = desk.run("promote", "1")
+    assert "its event is sent by the promoter" in output.stderr
     assert len(desk.asked("history")["moves"]) == 1
 
 
@@ -188,14 +188,14 @@ WRITES = ["row of the candidate", "stamp", "intent", "previous", "champion", "do
 
 @pytest.fixture(scope="module")
 def processes() -> ForkServerContext:
-    """Where a process with all that a promoter imports begins at once."""
+    """A forkserver with the promoter's imports, for processes that start at once."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["killed_promoter"])
     return context
 
 
 @pytest.mark.parametrize("writes", range(len(WRITES)), ids=lambda n: f"{n}-{WRITES[n]}".replace(" ", "-"))
-def test_a_promoter_killed_at_any_step_leaves_one_of_two_legal_states(
+def test_a_promoter_killed_at_any_step_leaves_a_legal_state(
     desk: Desk, processes: ForkServerContext, writes: int
 ) -> None:
     desk.run("promote", "1")
@@ -215,7 +215,7 @@ def test_a_promoter_killed_at_any_step_leaves_one_of_two_legal_states(
     ] == "done"
 
 
-def test_of_two_movers_at_once_exactly_one_wins(desk: Desk) -> None:
+def test_of_two_concurrent_moves_exactly_one_wins(desk: Desk) -> None:
     desk.run("promote", "1")
     start, outcomes = threading.Barrier(2), dict[str, str]()
 
@@ -239,7 +239,7 @@ def test_of_two_movers_at_once_exactly_one_wins(desk: Desk) -> None:
     assert desk.aliases == {"champion": winner, "previous": "1"}
 
 
-def test_a_command_that_finds_a_move_unfinished_finishes_it_and_does_nothing_more(desk: Desk) -> None:
+def test_a_command_finishes_an_unfinished_move_and_stops(desk: Desk) -> None:
     desk.run("promote", "1")
     desk.run("promote", "2")
     mover = AliasMover(DeltaLog(desk.settings.tables), desk.registry)

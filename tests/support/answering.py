@@ -1,4 +1,4 @@
-"""A server that gives one answer to everything, in the place of a process or of the registry."""
+"""HTTP server with one fixed response, as a stand-in for a process or the registry."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from schemas.status import ServeStatus
 
 @contextmanager
 def answering(status: int, body: bytes, date: str | None = None) -> Iterator[str]:
-    """Its address."""
+    """Yield the address of the server."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -36,7 +36,7 @@ def answering(status: int, body: bytes, date: str | None = None) -> Iterator[str
 
 
 def status_of_node(target: str, line: str) -> str:
-    """What a node with the draft of day 0 says of itself."""
+    """Return the status of a node with the draft of day 0 as JSON."""
     numbers = dict.fromkeys((n for n, field in ServeStatus.model_fields.items() if field.annotation is int), 0)
     flags = {"alive": True, "draining": False, "speculating": True}
     lists: dict[str, Any] = {"expected_rates": [], "swaps": [], "refused": []}

@@ -1,4 +1,4 @@
-"""What became of processes that nobody waits for."""
+"""State of processes without a waiting parent."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ import psutil
 
 
 def gone(processes: Sequence[psutil.Process]) -> bool:
-    """Whether none of them runs any more."""
+    """Return whether all processes have ended."""
     return not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes)

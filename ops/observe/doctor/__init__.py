@@ -1,1 +1,1 @@
-"""``aurora doctor``: checks everything that the processes depend on, and says what to change."""
+"""Checks of ``aurora doctor``."""

@@ -1,4 +1,4 @@
-"""The command's manners: one clear line and exit code 2 for what a user can put right."""
+"""Command line: options, and one-line errors with exit code 2."""
 
 from __future__ import annotations
 
@@ -23,66 +23,68 @@ def aurora(*arguments: str) -> Result:
     return CliRunner().invoke(app, arguments)
 
 
-def test_flags_reach_the_settings() -> None:
-    told = aurora("config", "show", "--json", "--set", "serve.port=9000", "--set", "kafka.bootstrap_servers=kafka:9092")
-    assert told.exit_code == 0
-    values = json.loads(told.stdout)
+def test_set_options_override_settings() -> None:
+    result = aurora(
+        "config", "show", "--json", "--set", "serve.port=9000", "--set", "kafka.bootstrap_servers=kafka:9092"
+    )
+    assert result.exit_code == 0
+    values = json.loads(result.stdout)
     assert (values["serve"]["port"], values["kafka"]["bootstrap_servers"]) == (9000, "kafka:9092")
 
 
-def test_the_printed_settings_are_a_settings_file_again(tmp_path: Path) -> None:
+def test_printed_settings_are_a_valid_settings_file(tmp_path: Path) -> None:
     file = tmp_path / "again.toml"
     file.write_text(aurora("config", "show", "--set", "serve.node=here").stdout)
-    told = aurora("config", "show", "--json", "--config", str(file))
-    assert json.loads(told.stdout)["serve"]["node"] == "here"
+    result = aurora("config", "show", "--json", "--config", str(file))
+    assert json.loads(result.stdout)["serve"]["node"] == "here"
 
 
-def test_printed_options_are_a_settings_file_again(tmp_path: Path) -> None:
+def test_printed_client_options_are_a_valid_settings_file(tmp_path: Path) -> None:
     options = '{"security.protocol": "SSL", "ssl.ca.location": "/ca"}'
     file = tmp_path / "again.toml"
     file.write_text(aurora("config", "show", "--set", f"kafka.client_options={options}").stdout)
-    told = aurora("config", "show", "--json", "--config", str(file))
-    assert json.loads(told.stdout)["kafka"]["client_options"] == json.loads(options)
+    result = aurora("config", "show", "--json", "--config", str(file))
+    assert json.loads(result.stdout)["kafka"]["client_options"] == json.loads(options)
 
 
 @pytest.mark.parametrize("flags", [[], ["--json"]])
-def test_the_printed_settings_hold_no_secret(flags: list[str]) -> None:
+def test_printed_settings_mask_secrets(flags: list[str]) -> None:
     secrets = ["--set", "serve.admin_token=geheim", "--set", 'kafka.client_options={"sasl.password": "geheim"}']
     secrets += ["--set", "registry.password=geheim", "--set", 'telemetry.headers={"Authorization": "Bearer geheim"}']
-    told = aurora("config", "show", *secrets, *flags)
-    assert told.exit_code == 0
-    assert "admin_token" in told.stdout
-    assert "sasl.password" in told.stdout
-    assert "geheim" not in told.output
+    result = aurora("config", "show", *secrets, *flags)
+    assert result.exit_code == 0
+    assert "admin_token" in result.stdout
+    assert "sasl.password" in result.stdout
+    assert "geheim" not in result.output
 
 
 @pytest.mark.parametrize(
     "command", ["serve", "stream", "train", "promoter", "up", "down", "status", "drift", "demo", "config show"]
 )
-def test_an_unknown_setting_is_one_line_and_exit_code_2(command: str) -> None:
-    told = aurora(*command.split(), "--set", "kafka.botstrap=x")
-    assert told.exit_code == 2
-    assert told.stderr == "aurora: kafka.botstrap: unknown setting; did you mean 'kafka.bootstrap_servers'?\n"
+def test_an_unknown_setting_is_an_error_with_exit_code_2(command: str) -> None:
+    result = aurora(*command.split(), "--set", "kafka.botstrap=x")
+    assert result.exit_code == 2
+    assert result.stderr == "aurora: kafka.botstrap: unknown setting; did you mean 'kafka.bootstrap_servers'?\n"
 
 
-def test_a_flag_without_a_value_is_explained() -> None:
-    told = aurora("config", "show", "--set", "serve.port")
-    assert (told.exit_code, told.stderr) == (2, "aurora: --set serve.port: expected SECTION.KEY=VALUE\n")
+def test_a_set_option_without_a_value_is_an_error() -> None:
+    result = aurora("config", "show", "--set", "serve.port")
+    assert (result.exit_code, result.stderr) == (2, "aurora: --set serve.port: expected SECTION.KEY=VALUE\n")
 
 
-def test_an_engine_that_there_is_not_is_told_those_that_there_are() -> None:
-    told = aurora("serve", "--engine", "vllm")
-    assert told.exit_code == 2
-    assert "serve.engine: Input should be 'builtin' or 'sglang'" in told.stderr
+def test_an_unknown_engine_lists_the_known_ones() -> None:
+    result = aurora("serve", "--engine", "vllm")
+    assert result.exit_code == 2
+    assert "serve.engine: Input should be 'builtin' or 'sglang'" in result.stderr
 
 
-def test_flags_of_sglang_are_for_sglang_and_are_read_as_they_stand() -> None:
-    told = aurora("serve", "--", "--tp-size", "2")
-    assert (told.exit_code, told.stderr) == (
+def test_sglang_flags_need_the_sglang_engine() -> None:
+    result = aurora("serve", "--", "--tp-size", "2")
+    assert (result.exit_code, result.stderr) == (
         2, "aurora: --tp-size: flags are for SGLang's server: --engine sglang\n"
     )  # fmt: skip
-    told = aurora("serve", "--engine", "sglang", "--", "--weight-version", "3")
-    assert (told.exit_code, told.stderr) == (
+    result = aurora("serve", "--engine", "sglang", "--", "--weight-version", "3")
+    assert (result.exit_code, result.stderr) == (
         2, "aurora: --weight-version: the node names the version that SGLang starts with; leave it out\n"
     )  # fmt: skip
 
@@ -99,30 +101,30 @@ def test_a_time_without_a_zone_is_utc() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "2 h", "h", "-1h", "1w", "noon"])
-def test_what_is_no_time_is_told_how_to_write_one(text: str) -> None:
+def test_an_invalid_time_shows_the_formats(text: str) -> None:
     with pytest.raises(UserError, match="write 90s, 30m, 2h, 7d"):
         parse_time(text)
 
 
 @pytest.mark.parametrize("arguments", [[], ["0/1", "--all"], ["--all", "--reason", "corrupt"]])
-def test_a_replay_wants_to_be_told_which_letters_in_one_way(arguments: list[str]) -> None:
-    told = aurora("dlq", "replay", *arguments)
-    assert told.exit_code == 2
-    assert told.stderr.startswith("aurora: choose dead letters by ids")
+def test_a_dead_letter_replay_needs_exactly_one_selection(arguments: list[str]) -> None:
+    result = aurora("dlq", "replay", *arguments)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("aurora: choose dead letters by ids")
 
 
-def test_status_with_nothing_running_exits_1(free_port: object) -> None:
+def test_status_without_processes_exits_1(free_port: object) -> None:
     ports = [f"--set={part}.port={free_port()}" for part in ("serve", "stream", "train", "promoter")]  # type: ignore[operator]
-    told = aurora("status", *ports)
-    assert told.exit_code == 1
-    assert "nothing runs here" in told.stderr
+    result = aurora("status", *ports)
+    assert result.exit_code == 1
+    assert "nothing runs here" in result.stderr
 
 
-def test_down_with_nothing_running_says_so() -> None:
+def test_down_without_a_stack_prints_a_line() -> None:
     assert aurora("down").stdout == "nothing runs here\n"
 
 
-def test_a_state_file_of_a_process_that_is_gone_is_not_believed(tmp_path: Path) -> None:
+def test_a_state_file_of_an_ended_process_is_ignored(tmp_path: Path) -> None:
     folder = tmp_path / ".aurora"
     folder.mkdir()
     state = {"pid": 1, "created": 0.0, "ready": True, "environ": {}, "parts": {}}
@@ -130,13 +132,13 @@ def test_a_state_file_of_a_process_that_is_gone_is_not_believed(tmp_path: Path) 
     assert aurora("down").stdout == "nothing runs here\n"
 
 
-def test_a_target_that_is_missing_is_named() -> None:
-    told = aurora("up", "--set", "target.path=nowhere", "--set", "target.served_model_name=mine")
-    assert told.exit_code == 2
-    assert "target.path: no model in nowhere" in told.stderr
+def test_a_missing_target_is_an_error() -> None:
+    result = aurora("up", "--set", "target.path=nowhere", "--set", "target.served_model_name=mine")
+    assert result.exit_code == 2
+    assert "target.path: no model in nowhere" in result.stderr
 
 
-def test_fresh_wipes_nothing_outside_the_stacks_folder(tmp_path: Path) -> None:
+def test_fresh_deletes_nothing_outside_the_data_folder(tmp_path: Path) -> None:
     from ops.demo.run import wipe_data
     from schemas.settings import load
 
@@ -148,7 +150,7 @@ def test_fresh_wipes_nothing_outside_the_stacks_folder(tmp_path: Path) -> None:
     assert precious.exists()
 
 
-def test_fresh_forgets_data_and_keeps_the_model(tmp_path: Path) -> None:
+def test_fresh_deletes_data_and_keeps_the_model(tmp_path: Path) -> None:
     from ops.demo.run import wipe_data
     from schemas.settings import load
 

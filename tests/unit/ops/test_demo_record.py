@@ -47,7 +47,7 @@ def test_acceptance_length_is_weighted_by_verify_steps_and_includes_the_bonus_to
     assert acceptance_length([]) is None
 
 
-def test_the_rolling_mean_looks_back_and_no_further_than_its_width() -> None:
+def test_the_rolling_mean_covers_its_width() -> None:
     requests = [response(n, verify_steps=1, accepted_tokens=n) for n in range(5)]
     assert rolling_acceptance_length(requests, width=2) == [1, 1.5, 2.5, 3.5, 4.5]
 
@@ -59,8 +59,8 @@ def test_a_request_counts_by_its_share_in_the_span() -> None:
     assert tokens_per_s(requests, 5, 5) is None
 
 
-def test_constant_throughput_is_measured_as_such_at_both_ends_and_in_the_tail() -> None:
-    """Four at a time, each 8 s long with 40 tokens: 20 tokens/s, however the span is cut."""
+def test_constant_throughput_is_constant_at_both_edges() -> None:
+    """Four concurrent requests of 8 s and 40 tokens: 20 tokens/s in every span."""
     requests = tuple(
         response(n, started=2.0 * n, ended=2.0 * n + 8, output_tokens=40, domain="math") for n in range(200)
     )
@@ -123,13 +123,13 @@ def test_any_fault_makes_a_run_unsound(fault: dict[str, object]) -> None:
     assert find_faults(replace(GOOD, **fault))  # type: ignore[arg-type]
 
 
-def test_near_ties_are_reported_and_not_held_against_the_run() -> None:
+def test_near_ties_are_reported_and_are_no_fault() -> None:
     run = replace(GOOD, lossless=LosslessResult(checked=20, near_ties=3))
     assert not find_faults(run)
     assert summarize_run(run)["lossless_near_ties"] == 3
 
 
-def test_versions_and_swaps_are_told() -> None:
+def test_the_summary_lists_versions_and_swaps() -> None:
     run = replace(
         GOOD,
         versions=(VersionRecord("1", 5.0, promoted=6.0), VersionRecord("2", 7.0)),
@@ -140,14 +140,14 @@ def test_versions_and_swaps_are_told() -> None:
     assert figures["swaps"] == [{"version": "1", "at_s": 8.0, "in_flight": 4, "pause_ms": 2.0}]
 
 
-def test_each_domain_has_figures_of_its_own() -> None:
+def test_each_domain_has_its_own_figures() -> None:
     requests = tuple(response(n, domain="math" if n < 60 else "code", accepted_tokens=n >= 60) for n in range(120))
     domains = summarize_run(replace(GOOD, requests=requests))["domains"]
     assert list(domains) == ["math", "code"]
     assert (domains["math"]["acceptance_length"], domains["code"]["acceptance_length"]) == (1, 1.2)
 
 
-def test_a_run_of_which_nothing_is_known_can_still_be_told() -> None:
+def test_an_empty_run_has_a_summary() -> None:
     figures = summarize_run(DemoRun(started=0, ended=1, crashed="broker"))
     assert figures["acceptance_length_first_50"] is None
     assert figures["tokens_per_s_no_speculation"] is None

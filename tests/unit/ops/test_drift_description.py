@@ -61,7 +61,7 @@ def test_a_rise_without_a_label_that_started_the_day_before() -> None:
     )
 
 
-def test_that_more_or_less_is_drafted_is_said_because_the_acceptance_length_moves_with_it() -> None:
+def test_a_changed_draft_length_is_mentioned() -> None:
     assert describe_drift(event(after=AFTER.model_copy(update={"draft_tokens": 2.0}))).endswith(
         "; 2.0 draft tokens per step, 4.0 before"
     )

@@ -29,7 +29,7 @@ LAST = {
 }
 
 
-def test_askedalternate_to_the_second_domain_after_the_switch() -> None:
+def test_prompts_alternate_to_the_second_domain_after_the_switch() -> None:
     switched: list[bool] = []
     one, two = Prompt("math", "a"), Prompt("code", "b")
     source = alternate([one], [two], lambda: bool(switched))

@@ -1,4 +1,4 @@
-"""The check by the target alone: which requests, how they are rebuilt, what counts as a mismatch, and that it bites."""
+"""Lossless check: choice of requests, rebuilding, mismatches, and detection of altered tokens."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def row(
 
 
 WORKED = [row(0, 0, [1, 2, 3], 4), row(1, 3, [4, 5], 6), row(2, 5, [6], 7)]
-"""The example of schemas.trace.record: prompt a b c, answer D E F G."""
+"""Example of schemas.trace.record: prompt a b c, output D E F G."""
 
 
 def test_a_request_is_rebuilt_from_its_verify_steps_in_any_order() -> None:
@@ -42,7 +42,7 @@ def test_a_request_is_rebuilt_from_its_verify_steps_in_any_order() -> None:
     assert (rebuilt.prompt, rebuilt.output) == ((1, 2, 3), (4, 5, 6, 7))
 
 
-def test_a_long_prompt_may_lie_in_several_rows_of_verify_step_0() -> None:
+def test_a_long_prompt_spans_several_rows_of_verify_step_0() -> None:
     rebuilt = rebuild_request([row(0, 0, [1, 2], None), row(0, 2, [3], 4)])
     assert rebuilt is not None
     assert (rebuilt.prompt, rebuilt.output) == ((1, 2, 3), (4,))
@@ -54,14 +54,14 @@ def test_a_request_with_a_gap_or_without_its_end_is_not_rebuilt() -> None:
     assert rebuild_request([row(0, 0, [1], None)]) is None
 
 
-def test_the_targets_choice_is_no_mismatch_and_another_token_is() -> None:
+def test_only_a_token_other_than_the_targets_choice_is_a_mismatch() -> None:
     logits = np.eye(4, dtype=np.float32)
     assert compare_tokens(logits, [0, 1, 2, 3]).mismatches == 0
     verdict = compare_tokens(logits, [0, 1, 3, 3])
     assert (verdict.mismatches, verdict.near_ties, verdict.first) == (1, 0, 2)
 
 
-def test_a_token_within_the_last_bits_of_the_best_is_a_near_tie() -> None:
+def test_a_token_with_nearly_the_best_logit_is_a_near_tie() -> None:
     logits = np.array([[1.0, 1.0 - NEAR_TIE / 2, 1.0 - NEAR_TIE * 2]], dtype=np.float32)
     assert (compare_tokens(logits, [1]).mismatches, compare_tokens(logits, [1]).near_ties) == (0, 1)
     assert (compare_tokens(logits, [2]).mismatches, compare_tokens(logits, [2]).near_ties) == (1, 0)
@@ -72,7 +72,7 @@ def answered(number: int, **changes: Any) -> Response:
     return Response(id=f"r{number}", domain="math", **(values | changes))
 
 
-def test_requests_that_ran_through_a_swap_are_chosen_first_and_the_others_over_the_whole_run() -> None:
+def test_requests_during_a_swap_are_chosen_first_and_others_evenly() -> None:
     requests = [answered(n) for n in range(100)]
     chosen = choose_requests(requests, [Swap("1", 50.5, 4, 1.0)], count=10)
     numbers = [int(request.id[1:]) for request in chosen]
@@ -86,7 +86,7 @@ def test_failed_requests_and_those_without_speculation_are_not_chosen() -> None:
     assert not choose_requests([answered(0, error="x"), answered(1, speculators=()), answered(2, verify_steps=0)], [])
 
 
-def test_no_more_are_chosen_than_there_are() -> None:
+def test_the_choice_is_at_most_all_requests() -> None:
     assert len(choose_requests([answered(n) for n in range(3)], [Swap("1", 1.5, 1, 1.0)], count=24)) == 3
 
 
@@ -111,7 +111,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def greedy(target: Path) -> tuple[list[int], str]:
-    """An answer of six tokens to the prompt 1 2 3, as transformers' own ``generate`` gives it, and its text."""
+    """Six output tokens for the prompt 1 2 3 from ``transformers.generate``, and their text."""
     model = LlamaForCausalLM.from_pretrained(target)
     ids = model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=6, do_sample=False, eos_token_id=None)[0, 3:]
     text = PreTrainedTokenizerFast.from_pretrained(target).decode(ids, skip_special_tokens=True)
@@ -123,7 +123,7 @@ def traces(output: list[int]) -> pa.Table:
     return pa.Table.from_pylist(rows)
 
 
-def test_what_the_target_alone_would_say_passes(target: Path, greedy: tuple[list[int], str]) -> None:
+def test_the_targets_own_output_passes(target: Path, greedy: tuple[list[int], str]) -> None:
     output, text = greedy
     result = check_requests([Response("r", "math", 0, 1, text=text)], traces(output), target, threads=1)
     assert (result.checked, result.tokens, result.mismatches) == (1, 6, 0)
@@ -138,11 +138,11 @@ def test_one_altered_token_anywhere_is_found(target: Path, greedy: tuple[list[in
     assert any(f"output token {position} " in example for example in result.examples)
 
 
-def test_a_text_that_is_not_that_of_the_traced_tokens_is_found(target: Path, greedy: tuple[list[int], str]) -> None:
+def test_a_text_that_differs_from_the_traced_tokens_is_found(target: Path, greedy: tuple[list[int], str]) -> None:
     result = check_requests([Response("r", "math", 0, 1, text=greedy[1] + "x")], traces(greedy[0]), target, threads=1)
     assert result.mismatches == 1
 
 
-def test_a_request_that_the_table_does_not_hold_is_not_counted_as_checked(target: Path) -> None:
+def test_a_request_missing_from_the_table_is_not_counted(target: Path) -> None:
     result = check_requests([Response("other", "math", 0, 1)], traces([4, 5, 6, 7, 8, 9]), target, threads=1)
     assert result.checked == 0

@@ -27,7 +27,7 @@ def settings(**flags: object) -> Settings:
     return load(environ={}, flags={name.replace("__", "."): value for name, value in flags.items()})
 
 
-def test_addresses_that_were_left_alone_are_embedded_on_the_ports_of_the_stack() -> None:
+def test_default_addresses_are_embedded_on_the_ports_of_the_stack() -> None:
     given = settings(stack__kafka_port=30001, stack__mlflow_port=30002)
     assert embeds_broker(given)
     assert embeds_registry(given)
@@ -41,7 +41,7 @@ def test_addresses_that_name_the_embedded_ports_are_embedded() -> None:
     assert embeds_registry(given)
 
 
-def test_a_users_own_broker_and_registry_are_used_as_they_are() -> None:
+def test_custom_addresses_of_broker_and_registry_are_kept() -> None:
     given = settings(kafka__bootstrap_servers="kafka:9092", registry__tracking_uri="https://mlflow.example")
     assert resolve_addresses(given) == given
     assert [part.name for part in plan_stack(given).parts] == ["stream", "train", "promoter", "serve"]
@@ -56,7 +56,7 @@ def test_every_part_reads_the_same_settings() -> None:
         assert load(environ=part.process.environ) == given
 
 
-def test_learning_gives_way_to_serving() -> None:
+def test_training_runs_at_lower_priority() -> None:
     given = settings(kafka__bootstrap_servers="kafka:9092")
     nice = {part.name: part.process.nice for part in plan_stack(given).parts}
     assert nice == {"registry": 10, "stream": 0, "train": 10, "promoter": 10, "serve": 0}
@@ -73,11 +73,11 @@ def test_a_port_in_use_names_its_setting(free_port: Callable[[], int], tmp_path:
             check_ports((part,))
 
 
-def test_a_silent_address_does_not_answer(free_port: Callable[[], int]) -> None:
+def test_an_unreachable_address_does_not_answer(free_port: Callable[[], int]) -> None:
     assert not parts.is_answering(f"http://127.0.0.1:{free_port()}/status")
 
 
-def test_an_altered_or_missing_jar_is_refused(tmp_path: Path) -> None:
+def test_an_altered_or_missing_jar_is_rejected(tmp_path: Path) -> None:
     jar = tmp_path / "a.jar"
     jar.write_bytes(b"x")
     digest = "2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881"

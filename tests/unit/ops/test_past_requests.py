@@ -1,4 +1,4 @@
-"""Requests are put together from the tables whole, or left out and counted."""
+"""Requests are assembled from the tables; incomplete ones are skipped and counted."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def asked(
     return list(read_requests(log, list_requests(log, wanted, at), at, states, counts))
 
 
-def test_chunks_are_joined_as_if_the_request_had_come_in_one(log: DeltaLog) -> None:
+def test_chunks_are_joined_to_the_whole_request(log: DeltaLog) -> None:
     verify_steps, counts = conversation(TOKENS, 4), Counter[str]()
     commit(log, record_of("whole", verify_steps, 0))
     # As a node numbers them; the first is not the last one of its request.
@@ -61,7 +61,7 @@ def test_chunks_are_joined_as_if_the_request_had_come_in_one(log: DeltaLog) -> N
     assert counts == {"requests": 2, "incomplete": 0}
 
 
-def test_a_request_with_a_missing_chunk_or_without_its_end_is_left_out_and_counted(log: DeltaLog) -> None:
+def test_a_request_with_a_missing_chunk_or_end_is_skipped_and_counted(log: DeltaLog) -> None:
     verify_steps, counts = conversation(TOKENS, 4), Counter[str]()
     commit(log, record_of("gap", verify_steps[:2], 0, last=False), record_of("gap", verify_steps[3:], 1, chunk=2))
     commit(log, record_of("running", verify_steps[:2], 2, last=False))
@@ -70,7 +70,7 @@ def test_a_request_with_a_missing_chunk_or_without_its_end_is_left_out_and_count
     assert counts == {"incomplete": 3}
 
 
-def test_features_that_did_not_travel_are_computed_and_what_chunks_repeat_is_passed_over(log: DeltaLog) -> None:
+def test_missing_features_are_recomputed_and_repeated_context_is_skipped(log: DeltaLog) -> None:
     verify_steps, counts = conversation(TOKENS, 4), Counter[str]()
     commit(
         log,
@@ -83,7 +83,7 @@ def test_features_that_did_not_travel_are_computed_and_what_chunks_repeat_is_pas
     assert (one.prompt, len(one.teacher.ids), counts["recomputed"]) == (4, 9, 1)
 
 
-def test_requests_are_chosen_by_time_target_and_state_of_the_table(log: DeltaLog) -> None:
+def test_requests_are_filtered_by_time_target_and_table_version(log: DeltaLog) -> None:
     verify_steps, second = conversation(TOKENS, 4), timedelta(seconds=1)
     commit(log, record_of("first", verify_steps, 0))
     version = log.version("accepted")
@@ -99,22 +99,22 @@ def test_requests_are_chosen_by_time_target_and_state_of_the_table(log: DeltaLog
     assert names(RequestFilter(TARGET, label="sql")) == []
 
 
-def test_recorded_traces_are_brought_into_the_tables_once(log: DeltaLog, tmp_path: Path) -> None:
+def test_trace_files_are_imported_once(log: DeltaLog, tmp_path: Path) -> None:
     folder = tmp_path / "recorded"
     folder.mkdir()
     names = [f"r{i}" for i in range(3)]
     for i, name in enumerate(names):
         (folder / f"{name}.trace").write_bytes(record_of(name, conversation(TOKENS, 4), i).value or b"")
     environ = to_environ(Settings(tables=Tables(uri=str(tmp_path))))
-    told = CliRunner().invoke(app, ["replay", "import", str(folder)], env=environ)
-    assert (told.exit_code, "no order.json" in told.output) == (2, True)
+    result = CliRunner().invoke(app, ["replay", "import", str(folder)], env=environ)
+    assert (result.exit_code, "no order.json" in result.output) == (2, True)
     (folder / "order.json").write_text(json.dumps({"segments": [names[:2], names[2:]]}))
     for _ in range(2):
-        told = CliRunner().invoke(app, ["replay", "import", str(folder)], env=environ)
-        assert told.exit_code == 0, told.output
+        result = CliRunner().invoke(app, ["replay", "import", str(folder)], env=environ)
+        assert result.exit_code == 0, result.output
     assert [past.request for past in asked(log, Counter())] == names
     assert log.read("accepted")["topic"].to_pylist() == ["recorded"] * 3
     (folder / "r3.trace").write_bytes(b"not a trace, but long enough")
     (folder / "order.json").write_text(json.dumps({"segments": [[*names, "r3"]]}))
-    told = CliRunner().invoke(app, ["replay", "import", str(folder)], env=environ)
-    assert (told.exit_code, "r3.trace: " in told.output) == (2, True)
+    result = CliRunner().invoke(app, ["replay", "import", str(folder)], env=environ)
+    assert (result.exit_code, "r3.trace: " in result.output) == (2, True)

@@ -1,4 +1,4 @@
-"""A child process: its group ends with it, its log is named, and it does not outlive its parent."""
+"""Child process: its group ends with it, errors name its log, and it ends with its parent."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def python(code: str, log: Path, **changes: int) -> Process:
 
 
 @pytest.mark.parametrize("code", [TREE, DEAF])
-def test_what_a_process_started_ends_with_it_even_when_it_is_deaf(code: str, tmp_path: Path) -> None:
+def test_children_end_with_the_process_even_if_sigterm_is_ignored(code: str, tmp_path: Path) -> None:
     process = python(code.format("time.sleep(99)"), tmp_path / "log")
     process.start()
     tree = tree_of(process)
@@ -46,7 +46,7 @@ def test_what_a_process_started_ends_with_it_even_when_it_is_deaf(code: str, tmp
     assert not process.alive
 
 
-def test_output_goes_to_the_log_and_is_added_to_it(tmp_path: Path) -> None:
+def test_output_is_appended_to_the_log(tmp_path: Path) -> None:
     log = tmp_path / "logs" / "child.log"
     for _ in range(2):
         process = python("import sys; print('out'); print('err', file=sys.stderr)", log)
@@ -55,14 +55,14 @@ def test_output_goes_to_the_log_and_is_added_to_it(tmp_path: Path) -> None:
     assert sorted(log.read_text().split()) == ["err", "err", "out", "out"]
 
 
-def test_a_process_that_ends_while_starting_is_told_with_its_log(tmp_path: Path) -> None:
+def test_an_early_exit_is_an_error_that_names_the_log(tmp_path: Path) -> None:
     process = python("raise SystemExit(3)", tmp_path / "child.log")
     process.start()
     with pytest.raises(StartError, match=r"child ended with code 3 while starting; read .*child\.log"):
         process.wait_ready(lambda: False, 20)
 
 
-def test_a_process_that_is_never_ready_is_told_too(tmp_path: Path) -> None:
+def test_a_readiness_timeout_is_an_error_that_names_the_log(tmp_path: Path) -> None:
     process = python("import time; time.sleep(99)", tmp_path / "child.log")
     process.start()
     with pytest.raises(StartError, match="not ready after 0 s"):
@@ -70,7 +70,7 @@ def test_a_process_that_is_never_ready_is_told_too(tmp_path: Path) -> None:
     process.stop()
 
 
-def test_a_process_runs_on_one_thread_and_as_nice_as_told(tmp_path: Path) -> None:
+def test_a_process_runs_with_one_thread_and_its_nice_value(tmp_path: Path) -> None:
     log = tmp_path / "log"
     process = python("import os; print(os.environ['OMP_NUM_THREADS'], os.nice(0))", log, nice=7)
     process.start()
@@ -80,7 +80,7 @@ def test_a_process_runs_on_one_thread_and_as_nice_as_told(tmp_path: Path) -> Non
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's signal on a parent's death is Linux's")
-def test_a_process_does_not_outlive_a_parent_that_is_killed(tmp_path: Path) -> None:
+def test_a_process_ends_with_a_killed_parent(tmp_path: Path) -> None:
     code = (
         "import sys, time; from pathlib import Path; from ops.local.process import Process; "
         "p = Process('child', [sys.executable, '-c', 'import time; time.sleep(99)'], Path(sys.argv[1])); "
@@ -94,7 +94,7 @@ def test_a_process_does_not_outlive_a_parent_that_is_killed(tmp_path: Path) -> N
     assert eventually(lambda: gone([child]))
 
 
-def test_what_a_process_started_ends_when_the_process_dies_by_itself(tmp_path: Path) -> None:
+def test_children_end_when_the_process_exits(tmp_path: Path) -> None:
     process = python(TREE.format("time.sleep(0.5)"), tmp_path / "log")
     process.start()
     tree = tree_of(process)
@@ -102,8 +102,8 @@ def test_what_a_process_started_ends_when_the_process_dies_by_itself(tmp_path: P
     assert eventually(lambda: gone(tree))
 
 
-def test_a_process_that_has_ended_is_never_signalled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its number may belong to another program by then."""
+def test_an_ended_process_gets_no_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its id may belong to another program."""
     process = python("", tmp_path / "log")
     process.start()
     assert eventually(lambda: not process.alive)
@@ -112,5 +112,5 @@ def test_a_process_that_has_ended_is_never_signalled_again(tmp_path: Path, monke
     assert process.exit_code == 0
 
 
-def test_stopping_what_never_started_does_nothing(tmp_path: Path) -> None:
+def test_stop_before_the_start_does_nothing(tmp_path: Path) -> None:
     python("", tmp_path / "log").stop()

@@ -55,16 +55,16 @@ def test_a_recorded_request_has_its_prompt_and_output_length(settings: Settings)
 
 def test_a_replay_sends_token_ids_and_disables_tracing(settings: Settings) -> None:
     with running_node() as node:
-        told = replay(settings, "--url", node.url, "--max", "--json", "--first", "2")
-        assert told.exit_code == 0, told.output
+        result = replay(settings, "--url", node.url, "--max", "--json", "--first", "2")
+        assert result.exit_code == 0, result.output
         assert [r.prompt for r in node.engine.requests] == [(65, 66, 67, 68)] * 2
         assert {(r.max_tokens, r.ignore_eos, r.trace, r.temperature) for r in node.engine.requests} == {
             (9, True, False, 0.0)
         }
         replay(settings, "--url", node.url, "--max", "--trace")
         assert node.engine.requests[-1].trace
-    found = json.loads(told.stdout)
-    assert (found["requests"], found["answered"], found["failed"]) == (2, 2, 0)
+    found = json.loads(result.stdout)
+    assert (found["requests"], found["succeeded"], found["failed"]) == (2, 2, 0)
     assert found["late_ms"] is None
     assert found["ttft_ms"]["p50"] > 0
 
@@ -88,16 +88,16 @@ def test_failures_are_counted_by_reason_and_set_exit_code_1(settings: Settings) 
     engine = EchoEngine()
     engine.full = True
     with running_node(engine=engine) as node:
-        told = replay(settings, "--url", node.url, "--max", "--json")
-    found = json.loads(told.stdout)
-    assert (told.exit_code, found["failed"], found["answered"]) == (1, 3, 0)
+        result = replay(settings, "--url", node.url, "--max", "--json")
+    found = json.loads(result.stdout)
+    assert (result.exit_code, found["failed"], found["succeeded"]) == (1, 3, 0)
     assert all(why.startswith("429: ") for why in found["failures"])
 
 
 def test_an_unreachable_node_is_an_error_that_names_the_option(settings: Settings) -> None:
-    told = replay(settings, "--url", "http://127.0.0.1:9")
-    assert told.exit_code == 2
-    assert "--url http://127.0.0.1:9: no node" in told.output
+    result = replay(settings, "--url", "http://127.0.0.1:9")
+    assert result.exit_code == 2
+    assert "--url http://127.0.0.1:9: no node" in result.output
 
 
 def test_ctrl_c_abandons_running_requests_and_prints_the_summary(settings: Settings) -> None:
@@ -105,11 +105,11 @@ def test_ctrl_c_abandons_running_requests_and_prints_the_summary(settings: Setti
         node.engine.gate.clear()
         sending = threading.Thread(target=lambda: _interrupt_when(lambda: len(node.engine.requests) == 3))
         sending.start()
-        told = replay(settings, "--url", node.url, "--max", "--json")
+        result = replay(settings, "--url", node.url, "--max", "--json")
         sending.join()
         eventually(lambda: len(node.engine.ended) == 3)
-    found: dict[str, Any] = json.loads(told.stdout)
-    assert (found["cut_short"], found["sent"], found["answered"], found["failed"]) == (True, 3, 0, 0)
+    found: dict[str, Any] = json.loads(result.stdout)
+    assert (found["cut_short"], found["sent"], found["succeeded"], found["failed"]) == (True, 3, 0, 0)
 
 
 def _interrupt_when(holds: Any) -> None:

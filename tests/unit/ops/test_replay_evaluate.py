@@ -1,4 +1,4 @@
-"""What replay says of a version is what a live engine did with it: the same verify steps, request by request."""
+"""``aurora replay evaluate`` returns the verify steps of a live engine, request by request."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def settings_for(folder: Path, **flags: object) -> Settings:
 
 
 def learned(settings: Settings) -> EagleDraft:
-    """A draft that knows the stored answers by heart, in numbers that its checkpoint keeps."""
+    """A draft overfitted to the stored outputs, with weights that survive the checkpoint's precision."""
     target, log = read_target(settings), DeltaLog(settings.tables)
     windows = [read_sample(row, []) for row in log.read("accepted").sort_by("offset").to_pylist()]
     learner = Learner(target.new_draft(), target.embeddings_VH, settings.train)
@@ -90,7 +90,7 @@ def some_requests() -> list[Request]:
 
 
 def served(engine: BuiltinEngine, requests: Sequence[Request]) -> dict[str, Output]:
-    """The last output of each request."""
+    """Return the last output of each request."""
     queues: dict[str, SimpleQueue[Output]] = {request.id: SimpleQueue() for request in requests}
     for request in requests:
         engine.submit(request, queues[request.id].put)
@@ -103,7 +103,7 @@ def served(engine: BuiltinEngine, requests: Sequence[Request]) -> dict[str, Outp
 
 
 def store(settings: Settings, engine: BuiltinEngine, recorder: Recorder) -> int:
-    """Rows of all requests, chunk by chunk as a node cuts them and a stream worker builds them; how many chunks."""
+    """Write the rows of all requests, chunked as by a node and built as by a stream worker; return the chunk count."""
     made: list[Chunk | None] = []
     for name, (request, finish) in recorder.ended.items():
         builder = ChunkBuilder(
@@ -115,8 +115,8 @@ def store(settings: Settings, engine: BuiltinEngine, recorder: Recorder) -> int:
     headers = {"content-type": CONTENT_TYPE, "schema": fingerprint()}
     records = []
     for offset, chunk in enumerate(chunks):
-        told = {**headers, "rows": str(len(chunk.verify_steps))}
-        named = tuple((key, text.encode()) for key, text in told.items())
+        result = {**headers, "rows": str(len(chunk.verify_steps))}
+        named = tuple((key, text.encode()) for key, text in result.items())
         records.append(Record("t", 0, offset, 1, chunk.envelope.request.encode(), encode(chunk), named))
     built = build(records, 32)
     assert not built.dead_letters
@@ -128,12 +128,12 @@ def store(settings: Settings, engine: BuiltinEngine, recorder: Recorder) -> int:
 
 
 def assert_replay_is_as_live(settings: Settings, version: str, live: Mapping[str, Output]) -> int:
-    """Tokens that were accepted; the command says the same twice, byte for byte."""
+    """Return the accepted tokens; the command must print the same output twice."""
     arguments = ["replay", "evaluate", "--versions", version, "--json", "--requests"]
-    told, again = (CliRunner().invoke(app, arguments, env=to_environ(settings)) for _ in range(2))
-    assert told.exit_code == 0, told.output
-    assert again.stdout == told.stdout
-    found = json.loads(told.stdout)
+    result, again = (CliRunner().invoke(app, arguments, env=to_environ(settings)) for _ in range(2))
+    assert result.exit_code == 0, result.output
+    assert again.stdout == result.stdout
+    found = json.loads(result.stdout)
     figures = {name: output.stats for name, output in live.items() if output.stats}
     replayed = {one["request"]: (one["verify_steps"][0], one["accepted"][0]) for one in found["requests"]}
     assert replayed == {name: (one.verify_steps, one.accepted_tokens) for name, one in figures.items()}
@@ -144,7 +144,7 @@ def assert_replay_is_as_live(settings: Settings, version: str, live: Mapping[str
     return accepted
 
 
-def test_replay_gives_the_verify_steps_and_accepted_tokens_of_the_live_engine_for_every_greedy_request(
+def test_greedy_requests_have_the_verify_steps_and_accepted_tokens_of_the_live_engine(
     tmp_path: Path,
 ) -> None:
     write_tiny_target(tmp_path / "target")
@@ -166,7 +166,7 @@ def test_replay_gives_the_verify_steps_and_accepted_tokens_of_the_live_engine_fo
         engine.stop()
 
 
-def test_the_expected_acceptance_of_sampled_requests_is_what_a_live_engine_comes_to(tmp_path: Path) -> None:
+def test_the_expected_acceptance_of_sampled_requests_matches_the_live_engine(tmp_path: Path) -> None:
     write_tiny_target(tmp_path / "target", scale=0.12)
     settings = settings_for(tmp_path, **{"tables.uri": str(tmp_path / "tables"), "traces.top_k": VOCABULARY})
     recorder = Recorder()
@@ -181,8 +181,8 @@ def test_the_expected_acceptance_of_sampled_requests_is_what_a_live_engine_comes
     finally:
         engine.stop()
     store(settings, engine, recorder)
-    told = CliRunner().invoke(app, ["replay", "evaluate", "--versions", "day-0", "--json"], env=to_environ(settings))
-    (expected,) = json.loads(told.stdout)["groups"]["all"]["versions"]
+    result = CliRunner().invoke(app, ["replay", "evaluate", "--versions", "day-0", "--json"], env=to_environ(settings))
+    (expected,) = json.loads(result.stdout)["groups"]["all"]["versions"]
     figures = [output.stats for output in live.values() if output.stats]
     accepted, verify_steps = sum(one.accepted_tokens for one in figures), sum(one.verify_steps for one in figures)
     assert accepted > 100

@@ -1,4 +1,4 @@
-"""Variants learn from one past: the same numbers whether in one go or killed and gone on with, or in two processes."""
+"""``aurora replay train``: the same numbers in one run, after a kill, and in two processes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def world(tmp_path: Path) -> World:
 
 
 def environ(settings: Settings) -> dict[str, str]:
-    """All settings but the one that the files set."""
+    """Return all settings except the one that the files set."""
     return {name: value for name, value in to_environ(settings).items() if "LEARNING_RATE" not in name}
 
 
@@ -56,19 +56,19 @@ def arguments(world: World, name: str, *more: str) -> list[str]:
 
 
 def train(world: World, name: str, *more: str) -> Result:
-    told = CliRunner().invoke(app, arguments(world, name, *more), env=environ(world.settings))
-    assert told.exit_code == 0, told.output
-    return told
+    output = CliRunner().invoke(app, arguments(world, name, *more), env=environ(world.settings))
+    assert output.exit_code == 0, output.output
+    return output
 
 
 def numbers(world: World, name: str) -> dict[str, Any]:
-    """Everything of the results but how long they took."""
+    """Return the results without durations."""
     folder = Path(world.settings.stack.data_dir) / "replay" / name
     results = {variant: json.loads((folder / variant / "result.json").read_text()) for variant in RATES}
-    return {variant: {k: v for k, v in told.items() if not k.endswith("_s")} for variant, told in results.items()}
+    return {variant: {k: v for k, v in output.items() if not k.endswith("_s")} for variant, output in results.items()}
 
 
-def test_an_experiment_that_was_killed_goes_on_with_the_numbers_that_it_would_have_had(world: World) -> None:
+def test_a_killed_experiment_resumes_with_the_same_numbers(world: World) -> None:
     whole = json.loads(train(world, "whole").stdout)
     folder = Path(world.settings.stack.data_dir) / "replay" / "cut"
     env = {**os.environ, **environ(world.settings), "OMP_NUM_THREADS": "1"}
@@ -89,11 +89,11 @@ def test_an_experiment_that_was_killed_goes_on_with_the_numbers_that_it_would_ha
     assert torch.equal(drafts[0].fc.weight, drafts[1].fc.weight)
 
 
-def test_what_is_done_is_only_read_and_two_processes_come_to_the_same(world: World, tmp_path: Path) -> None:
+def test_completed_variants_are_read_and_two_processes_give_the_same_numbers(world: World, tmp_path: Path) -> None:
     files = "--html", str(tmp_path / "page.html"), "--svg", str(tmp_path / "plot.svg")
-    told = train(world, "two", "--processes", "2", *files)
-    found = json.loads(told.stdout)
-    assert "no runs in MLflow: registry.tracking_uri" in told.stderr
+    output = train(world, "two", "--processes", "2", *files)
+    found = json.loads(output.stdout)
+    assert "no runs in MLflow: registry.tracking_uri" in output.stderr
     fast, slow = found["variants"]
     assert (fast["name"], fast["windows"], fast["steps"]) == ("fast", REQUESTS * COMMITS, REQUESTS * COMMITS // 2)
     assert fast["accepted_per_step_at_end"] > slow["accepted_per_step_at_end"]
@@ -103,23 +103,23 @@ def test_what_is_done_is_only_read_and_two_processes_come_to_the_same(world: Wor
     assert ET.parse(tmp_path / "plot.svg").getroot().tag.endswith("svg")
     train(world, "one")
     assert numbers(world, "two") == numbers(world, "one")
-    before = json.loads(told.stdout)
+    before = json.loads(output.stdout)
     assert json.loads(train(world, "two").stdout) == before, "not run again: even the seconds are the same"
 
 
-def test_an_experiment_holds_its_past_and_its_name_stands_for_it(world: World) -> None:
+def test_an_experiment_holds_its_span_and_its_name_identifies_it(world: World) -> None:
     train(world, "part", "--from", "version:1", "--to", "version:3")
     held = {one.table: (one.after_version, one.up_to_version) for one in holds.list_holds(world.tables)}
     assert held["accepted"] == (1, 3)
     assert numbers(world, "part")["fast"]["counts"]["samples"] == 2 * REQUESTS
     world.serve(REQUESTS)
     assert train(world, "part").stdout
-    told = CliRunner().invoke(app, arguments(world, "part", "--to", "version:4"), env=environ(world.settings))
-    assert told.exit_code == 2
-    assert "choose another --name" in told.output
+    output = CliRunner().invoke(app, arguments(world, "part", "--to", "version:4"), env=environ(world.settings))
+    assert output.exit_code == 2
+    assert "choose another --name" in output.output
 
 
-def test_a_span_gives_the_windows_of_its_commits_with_their_branches(world: World) -> None:
+def test_a_span_yields_the_samples_of_its_commits_with_their_branches(world: World) -> None:
     target, counts = world.target, Counter[str]()
     span = TableSpan(accepted=(1, 3), rejected=(0, COMMITS), target=target.fingerprint, line=target.line)
     asked = list(read_samples(world.tables, span, 512, lambda tokens: torch.zeros(len(tokens), 48), counts))
@@ -128,7 +128,7 @@ def test_a_span_gives_the_windows_of_its_commits_with_their_branches(world: Worl
     assert {one.label for one in asked} == {None}
 
 
-def test_files_of_one_experiment_share_their_tables_and_differ_in_name(world: World, tmp_path: Path) -> None:
+def test_variant_files_share_tables_and_have_distinct_names(world: World, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     twin = tmp_path / "other" / "fast.toml"
     twin.write_text("")
@@ -137,12 +137,12 @@ def test_files_of_one_experiment_share_their_tables_and_differ_in_name(world: Wo
         (["--from", "version:x"], "is not a version: write version:120"),
         (["--from", "version:4", "--to", "version:4"], "no span of table accepted"),
     ):
-        told = CliRunner().invoke(app, arguments(world, "wrong", *more), env=environ(world.settings))
-        assert told.exit_code == 2
-        assert why in told.output
+        output = CliRunner().invoke(app, arguments(world, "wrong", *more), env=environ(world.settings))
+        assert output.exit_code == 2
+        assert why in output.output
 
 
-def test_how_a_variant_learns_names_it_and_how_often_it_is_saved_does_not(world: World) -> None:
+def test_the_settings_digest_depends_on_training_and_not_on_checkpoint_intervals(world: World) -> None:
     train_settings = world.settings.train
     saved, other = (
         world.settings.model_copy(update={"train": train_settings.model_copy(update=update)})

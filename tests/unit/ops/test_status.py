@@ -30,7 +30,7 @@ def test_a_canary_analysis_shows_requests_interval_and_the_last_rollback() -> No
         baseline_requests=5678,
         figures=[overall, overall.model_copy(update={"label": "sql", "difference": -0.2})],
     )
-    told = shown(
+    text = shown(
         PromoterStatus(
             champion="7",
             candidate="9",
@@ -44,10 +44,10 @@ def test_a_canary_analysis_shows_requests_interval_and_the_last_rollback() -> No
             error=None,
         )
     )
-    assert "canary 8 against 7, 1,234 and 5,678 requests, tokens per second -5.0% (-9.0% .. -1.0%), until" in told
-    assert "-20.0%" not in told
-    assert "promotes nothing before" in told
-    assert "rolled back: worse on label [red]" in told
+    assert "canary 8 against 7, 1,234 and 5,678 requests, tokens per second -5.0% (-9.0% .. -1.0%), until" in text
+    assert "-20.0%" not in text
+    assert "promotes nothing before" in text
+    assert "rolled back: worse on label [red]" in text
 
 
 def test_a_promoter_without_a_comparison_shows_its_versions() -> None:

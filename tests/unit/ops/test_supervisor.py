@@ -41,17 +41,17 @@ class FakeProcess:
 
 @dataclass
 class World:
-    """A stack of told processes."""
+    """A stack of fake processes."""
 
     now: float = 0.0
     events: list[str] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
     ready: set[str] = field(default_factory=set)
-    told: dict[str, FakeProcess] = field(default_factory=dict)
+    result: dict[str, FakeProcess] = field(default_factory=dict)
 
     def part(self, name: str, *after: str) -> Part:
-        self.told[name] = FakeProcess(name, self.events)
-        return Part(name, cast(Process, self.told[name]), self.answers(name), after, timeout_s=60)
+        self.result[name] = FakeProcess(name, self.events)
+        return Part(name, cast(Process, self.result[name]), self.answers(name), after, timeout_s=60)
 
     def answers(self, name: str) -> Callable[[], bool]:
         return lambda: name in self.ready
@@ -69,7 +69,7 @@ def world() -> World:
     return World()
 
 
-def test_a_part_starts_when_those_before_it_are_ready(world: World) -> None:
+def test_a_part_starts_when_its_dependencies_are_ready(world: World) -> None:
     supervisor = world.supervisor(world.part("broker"), world.part("stream", "broker"))
     supervisor.tick()
     assert world.events == ["start broker"]
@@ -91,44 +91,44 @@ def test_parts_stop_in_reverse_order(world: World) -> None:
     assert world.events == ["stop serve", "stop stream", "stop broker"]
 
 
-def test_a_part_that_dies_is_started_again_after_a_pause_and_its_log_is_named(world: World) -> None:
+def test_a_dead_part_restarts_after_a_delay_and_its_log_is_named(world: World) -> None:
     world.ready.add("stream")
     supervisor = world.supervisor(world.part("stream"))
     supervisor.tick()
     supervisor.tick()
-    world.told["stream"].die()
+    world.result["stream"].die()
     supervisor.tick()
-    assert world.told["stream"].starts == 1
+    assert world.result["stream"].starts == 1
     assert "died with code -9; read logs/x.log" in world.said[-1]
     world.pass_time(supervisor, 1)
     world.pass_time(supervisor, 1)
-    assert world.told["stream"].starts == 2
+    assert world.result["stream"].starts == 2
     assert supervisor.ready
     assert supervisor.parts["stream"].restarts == 1
 
 
-def test_a_part_that_keeps_dying_is_given_up_and_the_others_go_on(world: World) -> None:
+def test_a_part_that_keeps_dying_is_given_up_and_the_others_continue(world: World) -> None:
     world.ready.add("serve")
     supervisor = world.supervisor(world.part("serve"), world.part("train"))
     supervisor.tick()
     for _ in range(MAX_QUICK_DEATHS + 3):
-        world.told["train"].die(1)
+        world.result["train"].die(1)
         supervisor.tick()
         world.pass_time(supervisor, 60)
     assert supervisor.parts["train"].state is State.GAVE_UP
-    assert world.told["train"].starts == MAX_QUICK_DEATHS + 1
+    assert world.result["train"].starts == MAX_QUICK_DEATHS + 1
     assert "is not restarted" in world.said[-1]
     assert supervisor.parts["serve"].state is State.READY
 
 
-def test_a_part_that_ran_long_enough_begins_a_new_count(world: World) -> None:
+def test_a_long_run_resets_the_death_count(world: World) -> None:
     world.ready.add("train")
     supervisor = world.supervisor(world.part("train"))
     for _ in range(MAX_QUICK_DEATHS * 3):
         supervisor.tick()
         supervisor.tick()
         world.pass_time(supervisor, QUICK_DEATH_S + 1)
-        world.told["train"].die()
+        world.result["train"].die()
         supervisor.tick()
         world.pass_time(supervisor, 1)
     assert supervisor.parts["train"].state is not State.GAVE_UP
@@ -147,12 +147,12 @@ def test_without_restart_a_death_is_an_error_that_names_the_log(world: World) ->
     supervisor = world.supervisor(world.part("serve"), restart=False)
     supervisor.tick()
     supervisor.tick()
-    world.told["serve"].die(1)
+    world.result["serve"].die(1)
     with pytest.raises(PartFailedError, match=r"serve died with code 1; read logs/x\.log"):
         supervisor.tick()
 
 
-def test_starting_ends_with_an_error_when_a_part_is_given_up(world: World) -> None:
+def test_start_fails_when_a_part_is_given_up(world: World) -> None:
     part = world.part("stream")
     supervisor = world.supervisor(part)
     supervisor.parts["stream"].state = State.GAVE_UP
@@ -160,7 +160,7 @@ def test_starting_ends_with_an_error_when_a_part_is_given_up(world: World) -> No
         supervisor.start(poll_s=0)
 
 
-def test_pauses_grow_to_a_bound_and_then_end() -> None:
+def test_restart_delays_grow_to_a_maximum_and_then_end() -> None:
     pauses = [restart_delay(deaths) for deaths in range(1, MAX_QUICK_DEATHS + 2)]
     assert pauses[-1] is None
     known = [pause for pause in pauses if pause is not None]

@@ -14,7 +14,7 @@ from schemas.status import PromoterStatus, RejectedVersionStatus, ServeStatus, S
 
 
 def empty(status: type[BaseModel], **known: Any) -> Any:
-    """A status of which nothing else is said."""
+    """Return a status with zeros for all other fields."""
     zeros: dict[Any, Any] = {int: 0, float: 0.0, bool: True, str: "-"}
     blank = {
         name: zeros.get(field.annotation, [] if "list" in str(field.annotation) else None)
@@ -42,7 +42,7 @@ def test_rates_are_those_between_two_polls() -> None:
     assert (found.tokens_per_s, found.acceptance_length, found.requests_per_s) == (25.0, 2.5, 0.5)
 
 
-def test_a_node_that_ran_no_verify_step_has_no_acceptance_length() -> None:
+def test_without_verify_steps_there_is_no_acceptance_length() -> None:
     found = compute_rates(node(verify_steps=5, accepted_tokens=5), node(verify_steps=5, accepted_tokens=5), 1.0)
     assert found is not None
     assert found.acceptance_length is None

@@ -1,4 +1,4 @@
-"""A draft's vocabulary chosen from what was answered, written to a file, and taken by nodes and trainer alike."""
+"""Draft vocabulary: chosen from recorded outputs, written to a file, and read by nodes and trainer."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from trainer.data.target import read_target
 
 
 def answered(tables: DeltaLog, request: str, prompt: list[int], answer: list[int], target: str) -> None:
-    """Commit a request that was answered token by token."""
+    """Commit a request that was decoded token by token."""
     verify_steps = [verify_step_of(0, 0, prompt, answer[0])]
     for number, token in enumerate(answer[:-1]):
         verify_steps.append(verify_step_of(number + 1, len(prompt) + number, [token], answer[number + 1]))
     tables.append("accepted", tables_of(record_of(request, verify_steps, 0, target=target))["accepted"])
 
 
-def test_what_was_answered_is_counted_and_prompts_and_other_targets_are_not(tmp_path: Path) -> None:
+def test_output_tokens_of_the_target_are_counted_without_prompts(tmp_path: Path) -> None:
     tables = DeltaLog(Tables(uri=str(tmp_path)))
     answered(tables, "one", [3, 3, 3], [7, 8, 7], TARGET)
     answered(tables, "two", [4], [7, 9], TARGET)
@@ -41,7 +41,7 @@ def test_what_was_answered_is_counted_and_prompts_and_other_targets_are_not(tmp_
         vocabulary.count_tokens(tables, "x" * 32)
 
 
-def test_a_request_is_in_one_half_alone(tmp_path: Path) -> None:
+def test_a_request_is_in_one_half_only(tmp_path: Path) -> None:
     tables = DeltaLog(Tables(uri=str(tmp_path)))
     for i in range(8):
         answered(tables, f"request-{i}", [1], [10 + i, 10 + i], TARGET)
@@ -52,7 +52,7 @@ def test_a_request_is_in_one_half_alone(tmp_path: Path) -> None:
     assert set((one | other).values()) == {2}
 
 
-def test_the_most_frequent_ids_are_kept_beside_the_special_ones_and_the_lowest_fill_up() -> None:
+def test_special_ids_come_first_then_frequent_then_lowest_ids() -> None:
     counts = {30: 5, 12: 9, 41: 5, 2: 1}
     assert vocabulary.choose_ids(counts, [0, 50], 4, 60) == [0, 12, 30, 50]
     assert vocabulary.choose_ids(counts, [0, 50], 8, 60) == [0, 1, 2, 3, 12, 30, 41, 50]
@@ -62,16 +62,16 @@ def test_the_most_frequent_ids_are_kept_beside_the_special_ones_and_the_lowest_f
         vocabulary.choose_ids(counts, [1, 2, 3], 2, 60)
 
 
-def test_coverage_is_the_share_of_answered_tokens_among_the_ids() -> None:
+def test_coverage_is_the_share_of_output_tokens_in_the_vocabulary() -> None:
     halves = {40: 6, 1: 2}, {40: 3, 50: 5, 1: 4}
     ids = vocabulary.choose_ids({40: 9, 50: 5, 1: 6}, [0], 3, 60)
     assert ids == [0, 1, 40]
-    told = vocabulary.coverage(halves, [0], ids, 60)
+    result = vocabulary.coverage(halves, [0], ids, 60)
     # The first half chooses 0 1 40 and the second 0 1 50: of the other halves that is 7 of 12, and 2 of 8.
-    assert (told.tokens, told.chosen, told.lowest, told.unseen) == (20, 15 / 20, 6 / 20, 9 / 20)
+    assert (result.tokens, result.chosen, result.lowest, result.unseen) == (20, 15 / 20, 6 / 20, 9 / 20)
 
 
-def test_special_ids_are_those_of_the_targets_own_files(tmp_path: Path) -> None:
+def test_special_ids_come_from_the_targets_files(tmp_path: Path) -> None:
     def put(name: str, content: object) -> None:
         (tmp_path / name).write_text(json.dumps(content))
 
@@ -88,17 +88,17 @@ def settings_of(folder: Path, file: Path, **flags: object) -> Settings:
     return load(environ={}, flags={**flags, "serve.max_model_len": 32, "serve.max_num_seqs": 1})
 
 
-def test_the_written_file_begins_a_line_that_nodes_and_trainer_agree_on(tmp_path: Path) -> None:
+def test_the_file_defines_the_same_line_for_nodes_and_trainer(tmp_path: Path) -> None:
     folder, file = write_tiny_target(tmp_path / "target"), tmp_path / "new" / "vocabulary.json"
     tables = DeltaLog(Tables(uri=str(tmp_path / "tables")))
     answered(tables, "one", [1, 2, 3], [*range(30, 45), 60], target_fingerprint(folder))
     flags = [f"target.path={folder}", f"speculator.draft_vocab_file={file}", f"tables.uri={tmp_path / 'tables'}"]
     command = ["vocabulary", "--size", "20", *(part for flag in flags for part in ("--set", flag))]
-    told = CliRunner().invoke(app, [*command, "--json"])
-    assert told.exit_code == 0, told.output
+    result = CliRunner().invoke(app, [*command, "--json"])
+    assert result.exit_code == 0, result.output
     kept = [EOS, 1, 2, 3, *range(30, 45), 60]
     assert json.loads(file.read_text()) == kept
-    figures = json.loads(told.stdout)
+    figures = json.loads(result.stdout)
     assert (figures["ids"], figures["tokens"], figures["chosen"], figures["lowest"]) == (20, 16, 1.0, 0.0)
 
     again = CliRunner().invoke(app, command)
@@ -112,9 +112,9 @@ def test_the_written_file_begins_a_line_that_nodes_and_trainer_agree_on(tmp_path
     assert target.day_0.t2d.nonzero().flatten().tolist() == kept
 
 
-def test_the_command_needs_a_setting_that_names_the_file() -> None:
-    told = CliRunner().invoke(app, ["vocabulary"])
-    assert (told.exit_code, "set speculator.draft_vocab_file" in told.stderr) == (2, True)
+def test_the_command_needs_the_file_setting() -> None:
+    result = CliRunner().invoke(app, ["vocabulary"])
+    assert (result.exit_code, "set speculator.draft_vocab_file" in result.stderr) == (2, True)
 
 
 @pytest.mark.parametrize(
@@ -131,9 +131,7 @@ def test_the_command_needs_a_setting_that_names_the_file() -> None:
         ("[1, 61]", "0 to 60, the target's; found 1 to 61"),
     ],
 )
-def test_a_file_that_cannot_be_used_is_an_error_that_names_the_setting(
-    content: str | None, says: str, tmp_path: Path
-) -> None:
+def test_an_unusable_file_is_an_error_that_names_the_setting(content: str | None, says: str, tmp_path: Path) -> None:
     file = tmp_path / "vocabulary.json"
     if content is not None:
         file.write_text(content)
@@ -141,14 +139,14 @@ def test_a_file_that_cannot_be_used_is_an_error_that_names_the_setting(
         read_draft_vocabulary(file, VOCABULARY)
 
 
-def test_a_node_and_a_trainer_refuse_to_start_without_the_file(tmp_path: Path) -> None:
+def test_node_and_trainer_do_not_start_without_the_file(tmp_path: Path) -> None:
     settings = settings_of(write_tiny_target(tmp_path), tmp_path / "missing.json")
     for start in (BuiltinEngine, read_target):
         with pytest.raises(SettingsError, match=r"^speculator\.draft_vocab_file"):
             start(settings)
 
 
-def test_without_a_file_day_0_takes_the_lowest_ids(tmp_path: Path) -> None:
+def test_without_a_file_day_0_uses_the_lowest_ids(tmp_path: Path) -> None:
     draft = create_initial_draft(write_tiny_target(tmp_path), Speculator(draft_vocab_size=16))
     assert draft.t2d.nonzero().flatten().tolist() == list(range(16))
     assert draft.d2t.tolist() == [0] * 16

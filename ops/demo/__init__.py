@@ -1,1 +1,1 @@
-"""``aurora demo``: the whole loop on one machine, with a draft that starts untrained."""
+"""Demo: the whole loop on one machine, with a speculator that starts untrained."""

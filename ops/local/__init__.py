@@ -1,1 +1,1 @@
-"""The stack on one machine: supervisor, embedded Kafka and MLflow, demo model."""
+"""Local stack: supervisor, embedded Kafka and MLflow, demo model."""

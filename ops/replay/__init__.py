@@ -1,1 +1,1 @@
-"""The pages of ``aurora replay``, and its load generator."""
+"""Experiments, evaluation reports and trace import of ``aurora replay``."""

@@ -85,7 +85,7 @@ def test_sglang_flags_need_the_sglang_engine() -> None:
     )  # fmt: skip
     result = aurora("serve", "--engine", "sglang", "--", "--weight-version", "3")
     assert (result.exit_code, result.stderr) == (
-        2, "aurora: --weight-version: the node names the version that SGLang starts with; leave it out\n"
+        2, "aurora: --weight-version: the node names the version that SGLang starts with; omit the flag\n"
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ops.cli.terminal import AsJson, Config, Set, echo, echo_json, echo_note, load_settings, open_tables, user_errors
+from schemas.atomic_file import atomic_write
 from schemas.errors import UserError
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def vocabulary(
         total = _read(folder / "config.json")["vocab_size"]
         kept = special_ids(folder, total)
         ids = choose_ids(_sum(halves), kept, size or settings.speculator.draft_vocab_size, total)
-        write_ids(path, ids)
+        atomic_write(path, json.dumps(ids) + "\n")
         covered = coverage(halves, kept, ids, total)
         if as_json:
             echo_json({"file": str(path), "ids": len(ids), **asdict(covered)})
@@ -136,14 +137,6 @@ def special_ids(folder: Path, total: int) -> list[int]:
         ends = _read(folder / name).get("eos_token_id")
         found.update(ends if isinstance(ends, list) else [] if ends is None else [ends])
     return sorted(token for token in found if token < total)
-
-
-def write_ids(path: Path, ids: list[int]) -> None:
-    """Write the ids atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    unfinished.write_text(json.dumps(ids) + "\n")
-    unfinished.replace(path)
 
 
 def _sum(halves: tuple[Counts, Counts]) -> dict[int, int]:

@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 from ops.local import demo_model
 from ops.local.parts import StackPlan, check_ports, log_path, plan_stack
 from ops.local.supervisor import Supervisor
+from schemas.atomic_file import atomic_write
 from schemas.errors import UserError
 from schemas.settings import Settings, Target, load, to_environ
 
@@ -78,10 +79,7 @@ class Stack:
         )
         if state == self._written:
             return
-        fresh = self._file.with_suffix(".new")
-        fresh.touch(mode=0o600)  # the settings may hold the password of a broker
-        fresh.write_text(state)
-        fresh.replace(self._file)
+        atomic_write(self._file, state, mode=0o600)  # the settings may contain the password of a broker
         self._written = state
 
 

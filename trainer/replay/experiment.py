@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict
 from safetensors.torch import load_file, save_file
 
 from pipeline.delta import DeltaLog
+from schemas.atomic_file import atomic_write
 from schemas.device import select_device
 from schemas.errors import UserError
 from schemas.settings import DAY_0, Settings
@@ -118,7 +119,7 @@ def write_plan(folder: Path, plan: ExperimentPlan) -> None:
     existing = read_plan(folder)
     if existing is None:
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / _PLAN, plan.model_dump_json(indent=1))
+        atomic_write(folder / _PLAN, plan.model_dump_json(indent=1) + "\n")
     elif existing != plan:
         raise UserError(f"{folder}: experiment {plan.name} has other table versions or settings; choose another --name")
 
@@ -166,7 +167,7 @@ def run_variant(task: VariantTask) -> VariantResult:
     result = VariantResult(variant=task.variant, counts=dict(counts), **figures)
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint.write_checkpoint(run.export_draft(), folder / DRAFT, target.fingerprint)
-    _write(folder / _RESULT, result.model_dump_json())
+    atomic_write(folder / _RESULT, result.model_dump_json() + "\n")
     shutil.rmtree(folder / _CHECKPOINT, ignore_errors=True)
     return result
 
@@ -233,9 +234,3 @@ def _save(folder: Path, run: PrequentialRun) -> None:
         final.rename(old)
     unfinished.rename(final)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _write(file: Path, text: str) -> None:
-    unfinished = file.with_suffix(".part")
-    unfinished.write_text(text + "\n")
-    unfinished.replace(file)

@@ -83,7 +83,7 @@ def add_routes(app: FastAPI, serve: Serve, engine: HotSwapEngine, poller: Versio
 
     @router.get("")
     async def show() -> SpeculatorStatus:
-        """Show the active version and what decides it."""
+        """Show the active version and the state that selects it."""
         return speculator_status(serve, engine, poller)
 
     @router.post("/pin")

@@ -117,7 +117,7 @@ def add_routes(
 
     @app.get("/status")
     async def status() -> ServeStatus:
-        """Report what the node is doing."""
+        """Report the state of the node."""
         return serve_status(node, engine, outcomes, traces, poller, drain)
 
 

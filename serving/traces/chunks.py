@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from schemas.telemetry import trace_context
-from schemas.telemetry.trace_context import TraceContext
+from schemas.telemetry.spans import Span
+from schemas.telemetry.trace_context import TraceContext, request_context
 from schemas.trace.record import CONTENT_TYPE, Chunk, Envelope, Features, VerifyStep, fingerprint
 from serving.engines.base import Finish, Request
 
@@ -54,18 +56,18 @@ class FeatureTransport:
     features: Features
     limit: ChunkSize
 
-    def row_size(self, r: VerifyStep) -> ChunkSize:
+    def row_size(self, step: VerifyStep) -> ChunkSize:
         """Return the size of a row."""
         if self.features != "claim-check":
-            return ChunkSize(row_bytes(r))
-        return ChunkSize(row_bytes(r) - r.features.nbytes, r.features.nbytes)
+            return ChunkSize(row_bytes(step))
+        return ChunkSize(row_bytes(step) - step.features.nbytes, step.features.nbytes)
 
 
-def row_bytes(r: VerifyStep) -> int:
+def row_bytes(step: VerifyStep) -> int:
     """Return an upper bound of a row's size in an encoded chunk, as if nothing in it could be compressed."""
-    ids = 4 * len(r.tokens) + 10 * len(r.draft_tokens) + 2 * len(r.accepted)
-    numbers = r.features.nbytes + r.top_ids.nbytes + r.top_logprobs.nbytes
-    return numbers + ids + len(r.speculator.encode()) + _ROW_BYTES
+    ids = 4 * len(step.tokens) + 10 * len(step.draft_tokens) + 2 * len(step.accepted)
+    numbers = step.features.nbytes + step.top_ids.nbytes + step.top_logprobs.nbytes
+    return numbers + ids + len(step.speculator.encode()) + _ROW_BYTES
 
 
 def chunk_bytes(chunk: Chunk) -> int:
@@ -79,7 +81,7 @@ def chunk_bytes(chunk: Chunk) -> int:
 
 def message_headers(chunk: Chunk, context: TraceContext) -> Headers:
     """Return the headers of a chunk, readable before it is decoded; ``context`` is the span that publishes it."""
-    drafted = [r.speculator for r in chunk.verify_steps if r.speculator]
+    drafted = [step.speculator for step in chunk.verify_steps if step.speculator]
     fields = {
         "content-type": CONTENT_TYPE,
         "schema": fingerprint(),
@@ -99,21 +101,21 @@ def message_bytes(value: bytes, key: bytes, headers: Headers) -> int:
     return len(value) + len(key) + sum(len(name) + len(text or "") for name, text in headers)
 
 
-def drop_features(r: VerifyStep) -> VerifyStep:
+def drop_features(step: VerifyStep) -> VerifyStep:
     """Return the verify step without its features, so that their memory can be freed."""
-    return replace(r, features=np.empty((0, r.features.shape[1]), np.uint16)) if len(r.features) else r
+    return replace(step, features=np.empty((0, step.features.shape[1]), np.uint16)) if len(step.features) else step
 
 
-def split_prefill(r: VerifyStep, transport: FeatureTransport) -> tuple[VerifyStep, ...]:
+def split_prefill(step: VerifyStep, transport: FeatureTransport) -> tuple[VerifyStep, ...]:
     """Split a prefill into rows that fit into a chunk, as far as tokens can be separated; only the last has a bonus.
 
     A row with a draft is one decision of the verifier and stays whole. Only the last row carries the times, so that
     their sum is right.
     """
-    if transport.row_size(r).fits(transport.limit) or r.draft_tokens:
-        return (r,)
-    n = len(r.tokens)
-    fixed, whole = transport.row_size(_part(r, 0, 0, is_end=True)), transport.row_size(r)
+    if transport.row_size(step).fits(transport.limit) or step.draft_tokens:
+        return (step,)
+    n = len(step.tokens)
+    fixed, whole = transport.row_size(_part(step, 0, 0, is_end=True)), transport.row_size(step)
     lengths = [
         (limit - least) * n // (most - least)
         for limit, least, most in (
@@ -123,14 +125,18 @@ def split_prefill(r: VerifyStep, transport: FeatureTransport) -> tuple[VerifySte
         if most > least
     ]
     length = max(1, min(lengths))
-    return tuple(_part(r, at, min(at + length, n), is_end=at + length >= n) for at in range(0, n, length))
+    return tuple(_part(step, at, min(at + length, n), is_end=at + length >= n) for at in range(0, n, length))
 
 
-def _part(r: VerifyStep, start: int, end: int, *, is_end: bool) -> VerifyStep:
-    part = replace(r, position=r.position + start, tokens=r.tokens[start:end], features=r.features[start:end])
+def _part(step: VerifyStep, start: int, end: int, *, is_end: bool) -> VerifyStep:
+    part = replace(
+        step, position=step.position + start, tokens=step.tokens[start:end], features=step.features[start:end]
+    )
     if is_end:
         return part
-    return replace(part, bonus=None, top_ids=r.top_ids[:0], top_logprobs=r.top_logprobs[:0], draft_us=0, verify_us=0)
+    return replace(
+        part, bonus=None, top_ids=step.top_ids[:0], top_logprobs=step.top_logprobs[:0], draft_us=0, verify_us=0
+    )
 
 
 class ChunkBuilder:
@@ -153,22 +159,22 @@ class ChunkBuilder:
         """Tokens up to ``_position``; None once an answer token was missed."""
         self._before: tuple[int, ...] = ()
 
-    def add(self, r: VerifyStep) -> Chunk | None:
+    def add(self, step: VerifyStep) -> Chunk | None:
         """Add the next verify step; return the chunk that ends before it, if one does."""
-        is_gap, size = r.position != self._position, self._transport.row_size(r)
+        is_gap, size = step.position != self._position, self._transport.row_size(step)
         full = self.end(None) if is_gap or not (self._size + size).fits(self._transport.limit) else None
         self._number += is_gap
         if is_gap and self._known is not None:
             # The prompt's tokens are known. Those of the answer were in the missing verify steps.
             prompt = self._request.prompt
-            self._known = list(prompt[: r.position]) if r.position <= len(prompt) else None
+            self._known = list(prompt[: step.position]) if step.position <= len(prompt) else None
         if not self._verify_steps:
             self._start_chunk()
-        self._verify_steps.append(r)
+        self._verify_steps.append(step)
         self._size += size
-        self._position = r.position + len(r.tokens)
+        self._position = step.position + len(step.tokens)
         if self._known is not None:
-            self._known += r.tokens
+            self._known += step.tokens
         return full
 
     def end(self, finish: Finish | None) -> Chunk | None:
@@ -208,4 +214,48 @@ class ChunkBuilder:
             finish=finish,
             preceding_tokens=self._before,
             vocab_size=self._origin.vocabulary,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """A chunk on its way to the broker: its share of the accounting, and its span."""
+
+    rows: int
+    size: int
+    context: TraceContext
+    request: str
+    number: int
+    start: float
+    """Unix time."""
+
+    @classmethod
+    def create(cls, chunk: Chunk) -> Delivery:
+        """Start the delivery of a chunk."""
+        request, size = chunk.envelope.request, sum(map(row_bytes, chunk.verify_steps))
+        context = request_context(request).child()
+        return cls(len(chunk.verify_steps), size, context, request, chunk.envelope.chunk, time.time())
+
+    def span(self, topic: str, error_type: str | None) -> Span:
+        """Return the span of a delivery that the broker has just acknowledged, or that failed."""
+        return Span(
+            name=f"send {topic}",
+            event="chunk_published" if error_type is None else "chunk_dropped",
+            context=self.context,
+            start=self.start,
+            end=time.time(),
+            parent=request_context(self.request).span_id,
+            kind="producer",
+            error_type=error_type,
+            attributes={
+                "messaging.system": "kafka",
+                "messaging.operation.name": "send",
+                "messaging.operation.type": "send",
+                "messaging.destination.name": topic,
+                "messaging.kafka.message.key": self.request,
+                "messaging.message.body.size": self.size,
+                "request": self.request,
+                "chunk": self.number,
+                "rows": self.rows,
+            },
         )

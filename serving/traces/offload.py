@@ -41,7 +41,7 @@ class FeatureOffload:
         if not self._breaker.allows(self._clock()):
             return None
         before = self._breaker.state
-        features = np.concatenate([r.features for r in chunk.verify_steps])
+        features = np.concatenate([step.features for step in chunk.verify_steps])
         try:
             claim = self._store.put(features, chunk.verify_steps[-1].time_us)
         except ClaimStoreError as error:

@@ -32,8 +32,6 @@ from prometheus_client.core import GaugeMetricFamily
 
 from schemas.settings import Kafka, SettingsError, Traces
 from schemas.telemetry import spans
-from schemas.telemetry.spans import Span
-from schemas.telemetry.trace_context import TraceContext, request_context
 from schemas.trace.record import Chunk, VerifyStep, encode
 from serving.engines.base import Finish, Request
 from serving.traces.accounting import DropReason, TraceAccounting, TraceCounts
@@ -41,6 +39,7 @@ from serving.traces.chunks import (
     FRAME_BYTES,
     ChunkBuilder,
     ChunkSize,
+    Delivery,
     FeatureTransport,
     Origin,
     chunk_bytes,
@@ -103,27 +102,6 @@ class _Capture:
     finish: Finish | None
 
 
-@dataclass(frozen=True, slots=True)
-class _Delivery:
-    """A chunk on its way to the broker."""
-
-    rows: int
-    size: int
-    context: TraceContext
-    """The span of its publication."""
-    request: str
-    number: int
-    start: float
-    """Unix time."""
-
-    @classmethod
-    def create(cls, chunk: Chunk) -> _Delivery:
-        request = chunk.envelope.request
-        size = sum(map(row_bytes, chunk.verify_steps))
-        context = request_context(request).child()
-        return cls(len(chunk.verify_steps), size, context, request, chunk.envelope.chunk, time.time())
-
-
 class TracePublisher:
     """A ``TraceSink`` that publishes to Kafka.
 
@@ -158,7 +136,7 @@ class TracePublisher:
         self._ending = threading.Event()
         self._origin = Origin("", "", "")
         self._builders: dict[str, ChunkBuilder] = {}
-        self._in_flight: dict[int, _Delivery] = {}
+        self._in_flight: dict[int, Delivery] = {}
         self._due: deque[tuple[float, int]] = deque()
         self._sequence = 0
         self._is_fatal = False
@@ -184,7 +162,7 @@ class TracePublisher:
             return
         try:
             kept = map(drop_features, verify_steps) if self._transport.features == "recompute" else verify_steps
-            rows = tuple(part for r in kept for part in split_prefill(r, self._transport))
+            rows = tuple(part for step in kept for part in split_prefill(step, self._transport))
             size = sum(map(row_bytes, rows))
         except Exception:
             # The engine's thread must survive any error that a malformed verify step can raise.
@@ -261,8 +239,8 @@ class TracePublisher:
     def _assemble(self, capture: _Capture) -> None:
         request = capture.request
         builder = self._builders.setdefault(request.id, ChunkBuilder(request, self._origin, self._transport))
-        for r in capture.verify_steps:
-            if full := builder.add(r):
+        for step in capture.verify_steps:
+            if full := builder.add(step):
                 self._submit(full)
         if capture.finish:
             del self._builders[request.id]
@@ -282,10 +260,10 @@ class TracePublisher:
         while chunk := self._budget.pop(now):
             self._send(chunk)
         for chunk in self._budget.evict(now):
-            self._drop(_Delivery.create(chunk), "budget")
+            self._drop(Delivery.create(chunk), "budget")
 
     def _send(self, chunk: Chunk) -> None:
-        delivery, now = _Delivery.create(chunk), self._clock()
+        delivery, now = Delivery.create(chunk), self._clock()
         if self._ending.is_set() and now >= self._close_by:
             self._drop(delivery, "closed")
         elif not self._breaker.allows(now):
@@ -304,7 +282,7 @@ class TracePublisher:
             log.warning("trace_chunk_unencodable", request=chunk.envelope.request, error=str(error))
             return "unencodable"
 
-    def _produce(self, chunk: Chunk, value: bytes, delivery: _Delivery, now: float) -> None:
+    def _produce(self, chunk: Chunk, value: bytes, delivery: Delivery, now: float) -> None:
         self._sequence += 1
         number = self._sequence
         self._in_flight[number] = delivery
@@ -351,9 +329,9 @@ class TracePublisher:
         else:
             self._drop(delivery, reason)
         if reason != "queue_full":  # such a chunk was never sent, and there may be many of them
-            spans.record(_send_span(self._kafka.traces_topic, delivery, reason))
+            spans.record(delivery.span(self._kafka.traces_topic, reason))
 
-    def _drop(self, delivery: _Delivery, reason: DropReason) -> None:
+    def _drop(self, delivery: Delivery, reason: DropReason) -> None:
         self._accounting.drop(delivery.rows, delivery.size, reason)
 
     def _record_failure(self, now: float, why: str) -> None:
@@ -379,7 +357,7 @@ class TracePublisher:
         self._builders.clear()
         self._spend_budget(self._clock())
         for chunk in self._budget.clear() if self._budget else ():
-            self._drop(_Delivery.create(chunk), "budget")
+            self._drop(Delivery.create(chunk), "budget")
         # An unreachable broker is unlikely to return within this time.
         timeout = max(0.0, self._close_by - self._clock())
         self._producer.flush(timeout if self._breaker.state == "closed" else min(timeout, 1.0))
@@ -391,28 +369,3 @@ class TracePublisher:
         self._producer.flush(1.0)
         for number in list(self._in_flight):
             self._settle(number, "unconfirmed")
-
-
-def _send_span(topic: str, delivery: _Delivery, error_type: DropReason | None) -> Span:
-    """Return the span of a chunk that the broker has just acknowledged, or that failed."""
-    return Span(
-        name=f"send {topic}",
-        event="chunk_published" if error_type is None else "chunk_dropped",
-        context=delivery.context,
-        start=delivery.start,
-        end=time.time(),
-        parent=request_context(delivery.request).span_id,
-        kind="producer",
-        error_type=error_type,
-        attributes={
-            "messaging.system": "kafka",
-            "messaging.operation.name": "send",
-            "messaging.operation.type": "send",
-            "messaging.destination.name": topic,
-            "messaging.kafka.message.key": delivery.request,
-            "messaging.message.body.size": delivery.size,
-            "request": delivery.request,
-            "chunk": delivery.number,
-            "rows": delivery.rows,
-        },
-    )

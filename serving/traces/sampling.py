@@ -38,10 +38,10 @@ def predicted_share(chunk: Chunk) -> float:
     A verify step without a draft predicts nothing, since drafting stops where it does not pay. A chunk without verify
     steps is part of a prompt and gives one training sample at most: it counts as fully predicted.
     """
-    verified = [r for r in chunk.verify_steps if r.verify_step > 0]
+    verified = [step for step in chunk.verify_steps if step.verify_step > 0]
     if not verified:
         return 1.0
-    return sum(len(r.accepted) for r in verified) / sum(len(r.tokens) for r in verified)
+    return sum(len(step.accepted) for step in verified) / sum(len(step.tokens) for step in verified)
 
 
 class TokenBucket:

@@ -1,4 +1,4 @@
-"""A node with an engine that echoes, on a real socket in this process."""
+"""A node with an echo engine, on a real socket in this process."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ def running_node(
     serve: Serve = _DEFAULTS,
     engine: EchoEngine | None = None,
     poller: VersionPoller | None = None,
-    traced: Callable[[str], bool] = lambda _: True,
+    is_traced: Callable[[str], bool] = lambda _: True,
 ) -> Iterator[Node]:
     engine, metrics, drain = engine or EchoEngine(), CollectorRegistry(), Drain()
-    figures = RequestMetrics(metrics)
-    app = routes.create_app(engine, byte_tokenizer(), MODEL, figures, drain, serve, traced)
-    status.add_routes(app, "node-a", engine, figures, metrics, None, poller, drain)
+    request_metrics = RequestMetrics(metrics)
+    app = routes.create_app(engine, byte_tokenizer(), MODEL, request_metrics, drain, serve, is_traced)
+    status.add_routes(app, "node-a", engine, request_metrics, metrics, None, poller, drain)
     admin.add_routes(app, serve, engine, poller)
     webhook.add_route(app, serve.webhook_secret, engine.line, poller)
     config = uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=1)

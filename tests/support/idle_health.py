@@ -1,4 +1,4 @@
-"""The health of an engine that nobody has asked anything yet."""
+"""The health of an idle engine."""
 
 from serving.engines.base import EngineHealth
 

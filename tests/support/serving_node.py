@@ -1,4 +1,4 @@
-"""A serving node in a process of its own, for tests that need all of it."""
+"""A serving node in its own process, for tests that need all of it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _COMMAND = "from schemas.settings import load; from serving.node import run; run
 
 
 class Node:
-    """``aurora serve`` in a process of its own."""
+    """``aurora serve`` in its own process."""
 
     def __init__(self, settings: Settings, folder: Path) -> None:
         self.settings = settings
@@ -55,13 +55,13 @@ class Node:
         return ServeStatus.model_validate(httpx.get(f"{self.url}/status").json())
 
     def close(self) -> None:
-        """Kill it, if it still runs."""
+        """Kill the process if it still runs."""
         self.client.close()
         self.process.kill()
         self.process.wait()
 
     def end(self) -> dict[str, Any]:
-        """Send SIGTERM; gives what the node logged last about its traces."""
+        """Send SIGTERM; return the node's last log entry about its traces."""
         self.process.send_signal(signal.SIGTERM)
         assert self.process.wait(30) == 0, self.log.read_text()
         lines = [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]

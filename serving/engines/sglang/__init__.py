@@ -1,1 +1,1 @@
-"""SGLang's own server as an engine: a plugin in its process, a node next to it."""
+"""SGLang as an engine: the plugin in its process, and the node next to it."""

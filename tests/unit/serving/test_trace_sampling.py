@@ -247,11 +247,11 @@ def test_only_unsampled_requests_are_counted_as_unsampled() -> None:
 def test_a_node_traces_sampled_requests_except_opt_outs() -> None:
     checked: list[str] = []
 
-    def traced(request: str) -> bool:
+    def is_traced(request: str) -> bool:
         checked.append(request)
         return len(checked) % 2 == 0
 
-    with running_node(traced=traced) as node:
+    with running_node(is_traced=is_traced) as node:
         node.ask(n=4)
         node.ask(extra_headers={"x-aurora-trace": "off"})
         assert [request.trace for request in node.engine.requests] == [False, True, False, True, False]

@@ -1,1 +1,1 @@
-"""Runs next to SGLang's server: starts it, watches it, and updates its draft."""
+"""Node next to SGLang's server: starts it, watches it, and swaps its draft."""

@@ -48,7 +48,6 @@ class ServerInfo:
     weight_version: str
     draft: str | None
     """Its ``--speculative-draft-model-path``."""
-    algorithm: str | None
     ranks: int
     """Tensor-parallel processes."""
     replicas: int
@@ -121,7 +120,6 @@ class SglangServer:
             version=str(info.get("version")),
             weight_version=version,
             draft=info.get("speculative_draft_model_path"),
-            algorithm=info.get("speculative_algorithm"),
             ranks=int(info.get("tp_size") or 1),
             replicas=int(info.get("dp_size") or 1),
             depth=int(info.get("speculative_num_steps") or 0),

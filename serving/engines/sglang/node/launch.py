@@ -210,7 +210,7 @@ def _check_environment(settings: Settings) -> None:
     """Check that SGLang is installed in a supported version, with our plugin.
 
     Raises:
-        SettingsError: it is not; the message says what to install.
+        SettingsError: something is missing; the message names the package to install.
     """
     name = f"sglang.python {_python(settings)}"
     try:

@@ -1,1 +1,1 @@
-"""Runs in SGLang's process: records what its verifier decides."""
+"""Plugin in SGLang's process: records the decisions of its verifier."""

@@ -202,12 +202,12 @@ class Recorder:
             if isinstance(member, VerifiedRequest):
                 self._publish_committed(member)
                 output = _verify_output(arrays, row, item.width)
-                r = build_verify_step(output, member.number, item.speculator, times)
+                step = build_verify_step(output, member.number, item.speculator, times)
             else:
                 length = len(member.tokens)
-                r = build_prefill(_prefill_output(arrays, row, slice(at, at + length), member, item.width), times)
+                step = build_prefill(_prefill_output(arrays, row, slice(at, at + length), member, item.width), times)
                 at += length
-            member.recorded.uncommitted.append(r)
+            member.recorded.uncommitted.append(step)
 
     def _publish_committed(self, member: VerifiedRequest) -> None:
         """Publish the verify steps whose tokens, the bonus token included, the server has committed."""

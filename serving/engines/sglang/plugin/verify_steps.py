@@ -131,26 +131,28 @@ def cut_at_end(verify_steps: Iterable[VerifyStep], total: int) -> tuple[VerifySt
         total: Tokens of prompt and answer together.
     """
     found = []
-    for r in verify_steps:
-        room = total - 1 - r.position
+    for step in verify_steps:
+        room = total - 1 - step.position
         if room <= 0:
             break
-        if r.bonus is None or len(r.tokens) <= room:
-            found.append(r)
+        if step.bonus is None or len(step.tokens) <= room:
+            found.append(step)
         else:
-            found.append(_shorten(r, room) if r.verify_step else _drop_bonus(r))
+            found.append(_shorten(step, room) if step.verify_step else _drop_bonus(step))
     return tuple(found)
 
 
-def _shorten(r: VerifyStep, room: int) -> VerifyStep:
+def _shorten(step: VerifyStep, room: int) -> VerifyStep:
     """Return the verify step with ``room`` tokens; the first removed token becomes its bonus token."""
-    features = r.features[:room] if len(r.features) else r.features
-    return replace(r, tokens=r.tokens[:room], bonus=r.tokens[room], accepted=r.accepted[: room - 1], features=features)
+    features = step.features[:room] if len(step.features) else step.features
+    return replace(
+        step, tokens=step.tokens[:room], bonus=step.tokens[room], accepted=step.accepted[: room - 1], features=features
+    )
 
 
-def _drop_bonus(r: VerifyStep) -> VerifyStep:
+def _drop_bonus(step: VerifyStep) -> VerifyStep:
     """Return the end of a prompt whose request ended with it."""
-    return replace(r, bonus=None, top_ids=r.top_ids[:0], top_logprobs=r.top_logprobs[:0])
+    return replace(step, bonus=None, top_ids=step.top_ids[:0], top_logprobs=step.top_logprobs[:0])
 
 
 def _parents(first_child: Sequence[int], next_sibling: Sequence[int]) -> dict[int, int]:

@@ -97,9 +97,7 @@ class LatencyCurve:
     def predict(self, rows: int) -> float:
         """Return the expected seconds."""
         low, share = self._locate(rows)
-        if len(self._rows) == 1:
-            return self._seconds[0]
-        return self._seconds[low] * (1 - share) + self._seconds[low + 1] * share
+        return self._seconds[low] * (1 - share) + self._seconds[min(low + 1, len(self._rows) - 1)] * share
 
     def update(self, rows: int, seconds: float, rate: float) -> None:
         """Move the knots next to ``rows`` towards ``seconds``."""
@@ -112,9 +110,9 @@ class LatencyCurve:
 
     def _locate(self, rows: int) -> tuple[int, float]:
         """Return the knot at or below ``rows`` and the share of the way to the next; extrapolate beyond the ends."""
-        low = min(max(bisect.bisect_right(self._rows, rows) - 1, 0), max(len(self._rows) - 2, 0))
         if len(self._rows) == 1:
             return 0, 0.0
+        low = min(max(bisect.bisect_right(self._rows, rows) - 1, 0), len(self._rows) - 2)
         return low, (rows - self._rows[low]) / (self._rows[low + 1] - self._rows[low])
 
 
@@ -261,7 +259,12 @@ class Planner:
         rates = (share * g + (1 - share) * s for g, s in zip(*by_depth, strict=True))
         reached = itertools.accumulate(rates, lambda x, y: x * y)
         tokens = itertools.accumulate(reached, initial=1.0)
-        return tuple(sequences * total / self._predict_step(sequences, depth) for depth, total in enumerate(tokens))
+        seconds = (
+            self._latency.predict_verify(self._count_rows(sequences, depth))
+            + self._latency.predict_draft(sequences, depth)
+            for depth in range(self._max_depth + 1)
+        )
+        return tuple(sequences * total / step for total, step in zip(tokens, seconds, strict=True))
 
     def limit_prompt_rows(self, seconds: float, *, decode_rows: int, max_rows: int) -> int:
         """Return how many prompt rows extend a forward over ``decode_rows`` by ``seconds`` at most; at least 1."""
@@ -321,11 +324,6 @@ class Planner:
             verify_threshold=throughput * max(row_seconds, 0.0),
             acceptance=self.acceptance,
         )
-
-    def _predict_step(self, sequences: int, depth: int) -> float:
-        """Return the seconds of a verify step."""
-        rows = self._count_rows(sequences, depth)
-        return self._latency.predict_verify(rows) + self._latency.predict_draft(sequences, depth)
 
     def _count_rows(self, sequences: int, depth: int) -> int:
         """Return the expected rows of the target's forward: one root per sequence, and the draft tokens."""

@@ -88,19 +88,19 @@ class Trainer:
         self._metrics = TrainMetrics(self.metrics_registry)
         self._tables = DeltaLog(settings.tables)
         frozen = FrozenTarget(Path(settings.target.path), target.day_0.shape.capture_layers)
-        loader = DataLoader(self._tables, train, target.fingerprint, target.line, frozen.compute_states)
-        self._loader = Prefetcher(
-            loader, lambda samples: build_step_batch(samples, ranks.size, train.gradient_accumulation_steps)
+        self._loader = DataLoader(self._tables, train, target.fingerprint, target.line, frozen.compute_states)
+        self._prefetcher = Prefetcher(
+            self._loader, lambda samples: build_step_batch(samples, ranks.size, train.gradient_accumulation_steps)
         )
         registry = SpeculatorRegistry(settings.registry)
         self._evaluator = HeldOutEvaluator(settings, target, registry)
         self._registrar = Registrar(settings, target, registry, self._evaluator)
         self._load_initial_draft = partial(load_initial_draft, settings, target, registry)
-        self._checkpoints = Checkpoints(Path(train.checkpoint_dir), target.line)
+        self._checkpoints = Checkpoints(Path(train.checkpoint_dir) / target.line, TrainState)
         self._line = target.line
         self._reader = f"trainer {target.line} {socket.gethostname()}:{Path(train.checkpoint_dir).resolve()}"
         self._learner = Learner(target.new_draft(), target.embeddings_VH, train, ranks)
-        self._all_ranks = DistributedLearner(self._learner, ranks)
+        self._learners = DistributedLearner(self._learner, ranks)
         self._curves = MlflowCurves(
             SpeculatorRegistry(settings.registry),
             self._errors,
@@ -134,14 +134,14 @@ class Trainer:
         while not self._stopping.is_set():
             batch = None
             with self._errors.catch("tables", TableError, DataLoaderError):
-                batch = self._loader.next_batch()
+                batch = self._prefetcher.next_batch()
             self._metrics.update_data_loader(
                 self._loader.cursor, self._loader.table_version, self._loader.waiting, self._loader.counts
             )
             if batch:
                 self._train_step(batch)
             else:
-                self._all_ranks.keep_alive()
+                self._learners.keep_alive()
                 self._stopping.wait(self._settings.poll_interval)
             if time.monotonic() >= evaluate_at or self._is_loss_rising():
                 self._evaluate()
@@ -153,8 +153,8 @@ class Trainer:
                 self._renew_retention_hold()
                 hold_at = time.monotonic() + RETENTION_HOLD_INTERVAL_S
         self._checkpoint()
-        self._all_ranks.close()
-        self._loader.close()
+        self._learners.close()
+        self._prefetcher.close()
         self._curves.close()
         log.info("training_stopped", step=self._learner.steps)
 
@@ -192,18 +192,18 @@ class Trainer:
                 found = self._checkpoints.read_newest()
                 if found:
                     state, tensors = found
-                    self._loader.restore(state.data_loader)
-                    self._all_ranks.restore(tensors, state.step)
+                    self._prefetcher.restore(state.data_loader)
+                    self._learners.call(Learner.restore, tensors, state.step)
                     self._parent, self._tokens_seen = state.parent, state.tokens_seen
                     self._checkpointed_step, self._versions_needed = state.step, state.data_loader.versions_needed
                     good = self._checkpoints.read_good()
                     self._good = good[0] if good else None
                 else:
                     self._parent, draft = self._load_initial_draft()
-                    self._all_ranks.load_weights(draft.state_dict())
+                    self._learners.call(Learner.load_weights, draft.state_dict())
                 started = True
             if not started:
-                self._all_ranks.keep_alive()
+                self._learners.keep_alive()
                 self._stopping.wait(self._settings.poll_interval)
         if started and self._good is None:
             self._checkpoint(good=True)
@@ -211,7 +211,7 @@ class Trainer:
 
     def _train_step(self, batch: StepBatch) -> None:
         learning_rate = self._learner.learning_rate
-        loss = self._all_ranks.step(batch)
+        loss = self._learners.step(batch)
         self._tokens_seen += batch.tokens
         self._figures = StepFigures(
             loss=loss,
@@ -244,10 +244,10 @@ class Trainer:
 
     def _evaluate(self) -> None:
         """Score the draft on the held-out set; then register it if it is better, or roll back if it diverged."""
-        samples = self._loader.held_out
+        samples = self._prefetcher.held_out
         if not samples or self._learner.steps == self._evaluated_step:
             return
-        draft = self._all_ranks.export_draft()
+        draft = self._learners.call(Learner.export_draft)
         evaluation = self._evaluator.evaluate(draft, samples)
         self._score = score = evaluation.score
         self._metrics.update_score(score)
@@ -285,7 +285,7 @@ class Trainer:
             return
         state, tensors = found
         log.error("training_rolled_back", reason=reason, from_step=self._learner.steps, to_step=state.step)
-        self._all_ranks.restore(tensors, state.step)
+        self._learners.call(Learner.restore, tensors, state.step)
         with self._errors.catch("checkpoint", OSError):
             self._checkpoints.remove_after(state.step)
         self._parent, self._versions_needed = state.parent, state.data_loader.versions_needed
@@ -300,8 +300,8 @@ class Trainer:
         """Register the draft if it is better than the version that was registered last."""
         tags = {
             "parent": self._parent,
-            "tables": json.dumps(self._loader.tables_read),
-            PASSED_TAG: str(self._loader.completed_version),
+            "tables": json.dumps(self._prefetcher.tables_read),
+            PASSED_TAG: str(self._prefetcher.completed_version),
         }
         if self._curves.run:
             tags["curves"] = self._curves.run
@@ -325,16 +325,15 @@ class Trainer:
         if step == self._checkpointed_step and not (good and (self._good is None or self._good.step != step)):
             return
         state = TrainState(
-            line=self._line,
             step=step,
             tokens_seen=self._tokens_seen,
             parent=self._parent,
-            data_loader=self._loader.state(),
+            data_loader=self._prefetcher.state(),
             good=good,
             score=self._score if good else None,
         )
         with self._errors.catch("checkpoint", OSError):
-            self._checkpoints.write(state, self._all_ranks.state_tensors())
+            self._checkpoints.write(state, self._learners.call(Learner.state_tensors))
             self._checkpointed_step, self._versions_needed = state.step, state.data_loader.versions_needed
             if good:
                 self._good = state
@@ -342,4 +341,4 @@ class Trainer:
     def _renew_retention_hold(self) -> None:
         """Keep the versions that a restart would read again, even while nothing new arrives."""
         with self._errors.catch("cursors", TableError):
-            self._tables.save_cursor(self._reader, self._versions_needed or self._loader.state().versions_needed)
+            self._tables.save_cursor(self._reader, self._versions_needed or self._prefetcher.state().versions_needed)

@@ -124,7 +124,7 @@ class OfflineTraining:
         self._train = settings.train.model_copy(update={"ttt_steps": options.steps})
         self._folder = cache_folder(settings, options.name)
         self._options, self._target, self._say, self._clock = options, target, say, clock
-        self._pieces = [piece for sample in training for piece in split_sample(sample, self._train.max_sample_tokens)]
+        self._samples = [part for sample in training for part in split_sample(sample, self._train.max_sample_tokens)]
         self._held_out = held_out
         self._tokens = sum(map(len, training))
         self._trained_tokens = 0
@@ -162,8 +162,8 @@ class OfflineTraining:
         """Yield the batches of shuffled epochs."""
         order, size = random.Random(self._train.seed), self._train.batch_size  # noqa: S311
         while True:
-            pieces = order.sample(self._pieces, len(self._pieces))
-            yield from (pieces[i : i + size] for i in range(0, len(pieces), size))
+            samples = order.sample(self._samples, len(self._samples))
+            yield from (samples[i : i + size] for i in range(0, len(samples), size))
 
     def _cache(self, learner: Learner, seconds: float) -> TrainedSpeculator:
         """Write the weights into the cache, check them by reading them back, and measure their acceptance."""

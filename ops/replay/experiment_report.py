@@ -63,7 +63,7 @@ class Comparison:
         by_label = {label: [p for p in points if p.label == label] for label in sorted({p.label for p in points})}
         return {
             "name": result.variant,
-            "windows": result.counts.get("pieces", 0),
+            "samples": result.counts.get("samples", 0),
             "tokens": sum(point.tokens for point in points),
             "steps": len(result.losses),
             "accepted_per_step": round(mean_accepted_per_step(points), 4),

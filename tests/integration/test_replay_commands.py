@@ -61,7 +61,7 @@ def test_an_experiment_is_a_parent_run_with_a_child_run_for_each_variant(registr
     )
     scored = json.loads(result.stdout)
     assert [one["version"] for one in scored["versions"]] == [version, version, "day-0-head-0"]
-    one, other, _ = (of["accepted_per_step"] for of in scored["groups"]["all"]["versions"])
+    one, other, _ = (of["acceptance_length"] for of in scored["groups"]["all"]["versions"])
     assert one == other
     result = CliRunner().invoke(app, ["replay", "evaluate", "--versions", "canary"], env=environ)
     assert (result.exit_code, "no alias of line" in result.output) == (2, True)

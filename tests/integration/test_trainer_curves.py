@@ -1,4 +1,4 @@
-"""The trainer's curves in a real MLflow, and what a training begins with."""
+"""The trainer's curves in a real MLflow, and the weights with which a training starts."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ def world(registry: str, tmp_path: Path) -> World:
     return World(settings_of(tmp_path, registry, metrics_interval=0.2, registration_interval=0.5))
 
 
-def test_a_life_leaves_a_run_with_its_curves(world: World, registry: str) -> None:
+def test_a_trainer_writes_its_curves_to_one_run(world: World, registry: str) -> None:
     world.serve(40)
     stopping = threading.Event()
     trainer = Trainer(world.settings, world.target, stopping)
-    compare = trainer._evaluate
+    evaluate = trainer._evaluate
 
-    def compared() -> None:
-        # A version that is registered before the registry has begun the run names none.
+    def evaluate_once_running() -> None:
+        # A version that is registered before the run exists names no run.
         if trainer.status().mlflow_run:
-            compare()
+            evaluate()
         if trainer.status().registered:
             stopping.set()
 
-    trainer._evaluate = compared  # type: ignore[method-assign]
+    trainer._evaluate = evaluate_once_running  # type: ignore[method-assign]
     trainer.run()
     status = trainer.status()
     client = MlflowClient(registry)
@@ -54,16 +54,16 @@ def test_a_life_leaves_a_run_with_its_curves(world: World, registry: str) -> Non
     assert run.data.params["learning_rate"] == "0.005"
     assert run.data.tags["line"] == world.target.line
     steps = {f"ttt_step_loss_{k}" for k in range(world.settings.train.ttt_steps)}
-    feed = {"lag_commits", "newest_sample_age_seconds", "tokens_per_second"}
+    data_loader = {"lag_commits", "newest_sample_age_seconds", "tokens_per_second"}
     assert run.data.metrics.keys() >= {"loss", "loss_accepted", "loss_rejected", "acceptance_length", "held_out_loss"}
-    assert run.data.metrics.keys() >= {"gradient_norm", "learning_rate"} | steps | feed
+    assert run.data.metrics.keys() >= {"gradient_norm", "learning_rate"} | steps | data_loader
     losses = client.get_metric_history(status.mlflow_run, "loss")
     assert [point.step for point in losses] == sorted(point.step for point in losses)
     assert losses[-1].step == status.step
     assert world.registry.tags(world.target.line, status.registered[0])["curves"] == status.mlflow_run
 
 
-def test_a_training_begins_with_what_it_is_told_to(world: World, tmp_path: Path, registry: str) -> None:
+def test_a_training_starts_with_the_weights_that_warm_start_names(world: World, tmp_path: Path, registry: str) -> None:
     line, drafts = world.target.line, {}
     for number, scale in (("1", 1.5), ("2", 2.5)):
         draft = world.target.new_draft()

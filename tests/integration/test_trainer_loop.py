@@ -1,4 +1,4 @@
-"""The trainer on real tables and a real registry: it learns, registers, stops cleanly, resumes, outlives outages."""
+"""The trainer on real tables and a real registry: training, registration, clean stop, resume and outages."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def world(registry: str, broker: str, tmp_path: Path, free_port: Callable[[], in
     return World(load(environ={}, flags=flags))
 
 
-def test_the_loop_from_rows_to_a_champion_that_drafts_better(world: World, tmp_path: Path) -> None:
+def test_rows_lead_to_a_champion_that_drafts_better(world: World, tmp_path: Path) -> None:
     settings, line = world.settings, world.target.line
     world.serve(60)
     with (
@@ -71,7 +71,7 @@ def test_the_loop_from_rows_to_a_champion_that_drafts_better(world: World, tmp_p
         until(lambda: world.registry.aliases(line).get("champion"), "a champion")
         world.serve(30)
         until(lambda: int(world.registry.aliases(line)["champion"]) >= 2, "a second champion")
-        until(lambda: (s := train_status(settings)) and len(s.registered) >= 2, "the trainer to say so")
+        until(lambda: (s := train_status(settings)) and len(s.registered) >= 2, "its status")
         status = train_status(settings)
         assert status is not None
         assert status.error is None
@@ -99,20 +99,20 @@ def test_the_loop_from_rows_to_a_champion_that_drafts_better(world: World, tmp_p
     rows = DeltaLog(settings.tables).read_in_order("promotions").to_pylist()
     moves = [row for row in rows if row["line"] == line and row["alias"] == "champion"]
     champions = [row["to_version"] for row in moves]
-    # A promoter that began to look late has passed the first ones over.
+    # A promoter that started late has skipped the first versions.
     assert champions == sorted(champions, key=int)
     assert [row["from_version"] for row in moves] == [None, *champions[:-1]]
     assert all(row["actor"] == "promoter" for row in moves)
 
 
-def test_a_stopped_or_killed_trainer_goes_on_from_its_checkpoint(world: World, tmp_path: Path) -> None:
+def test_a_stopped_or_killed_trainer_resumes_from_its_checkpoint(world: World, tmp_path: Path) -> None:
     settings, log = world.settings, tmp_path / "train.log"
     world.serve(40)
     with process(settings, RUN_TRAINER, log) as trainer:
         until(lambda: step_of(settings) >= 5, "steps")
         assert end(trainer) == 0
     announced = {row["table"]: row["version"] for row in world.tables.read("cursors").to_pylist()}
-    assert announced.keys() == {"accepted", "rejected"}, "what it needs is kept for it from its start on"
+    assert announced.keys() == {"accepted", "rejected"}, "its retention hold exists from the start"
     newest = max((Path(settings.train.checkpoint_dir) / world.target.line).iterdir())
     stopped_at = int(newest.name.removeprefix("step-"))
     assert stopped_at >= 5
@@ -139,7 +139,7 @@ def test_a_stopped_or_killed_trainer_goes_on_from_its_checkpoint(world: World, t
 
 
 class Gate:
-    """Forwards connections to the registry, while it is open."""
+    """A proxy that forwards connections to the registry while it is open."""
 
     def __init__(self, uri: str) -> None:
         self._to = (urlsplit(uri).hostname or "", urlsplit(uri).port or 0)
@@ -169,7 +169,7 @@ class Gate:
                     (server if ready is client else client).sendall(data)
 
 
-def test_a_registry_that_is_away_stops_no_training_and_is_used_when_it_is_back(world: World, registry: str) -> None:
+def test_training_continues_while_the_registry_is_unreachable(world: World, registry: str) -> None:
     gate = Gate(registry)
     flags = {f"{section}.{key}": v for section, of in world.settings.model_dump().items() for key, v in of.items()}
     settings = load(environ={}, flags={**flags, "registry.tracking_uri": gate.uri})
@@ -179,7 +179,7 @@ def test_a_registry_that_is_away_stops_no_training_and_is_used_when_it_is_back(w
     world.serve(60)
     thread.start()
     try:
-        # Without a checkpoint of its own it does not know whether there is a champion to start from: it waits.
+        # Without a checkpoint the trainer has to ask for the champion, so it waits.
         until(lambda: "registry.tracking_uri" in (trainer.status().error or ""), "the first failure")
         assert trainer.status().step == 0
         gate.open = True
@@ -205,7 +205,7 @@ def test_a_registry_that_is_away_stops_no_training_and_is_used_when_it_is_back(w
     assert world.registry.aliases(world.target.line)["candidate"]
 
 
-def test_a_first_start_begins_with_the_champion_of_its_line(world: World, tmp_path: Path) -> None:
+def test_a_first_start_uses_the_champion_of_its_line(world: World, tmp_path: Path) -> None:
     line, draft = world.target.line, world.target.new_draft()
     with torch.no_grad():
         draft.norm.weight.fill_(1.5)

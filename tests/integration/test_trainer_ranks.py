@@ -1,4 +1,4 @@
-"""Several processes train one draft as one process does."""
+"""Several processes train one draft exactly as one process does."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SETTINGS = Train(
 
 
 def run(out: Path, processes: int, *trainings: Train) -> None:
-    """One training after the other, by so many processes."""
+    """Run the trainings one after the other on the given number of processes."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     settings = json.dumps([one.model_dump(mode="json") for one in trainings])
     command = [sys.executable, *torchrun, str(SCRIPT), str(out), str(STEPS), settings]
@@ -43,12 +43,12 @@ def run(out: Path, processes: int, *trainings: Train) -> None:
 
 
 def losses(folder: Path) -> list[float]:
-    """Of every step."""
+    """Return the loss of every step."""
     found: list[float] = json.loads((folder / "curve.json").read_text())["losses"]
     return found
 
 
-def test_two_processes_have_the_loss_curve_the_state_and_the_weights_of_one(tmp_path: Path) -> None:
+def test_two_processes_have_the_losses_state_and_weights_of_one(tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     muon = SETTINGS.model_copy(update={"optimizer": "muon", "parallel": "fsdp2"})
     ddp, fsdp2 = SETTINGS, SETTINGS.model_copy(update={"parallel": "fsdp2"})
@@ -68,13 +68,11 @@ def test_two_processes_have_the_loss_curve_the_state_and_the_weights_of_one(tmp_
         assert load_file(folder / "state.safetensors").keys() == state.keys()
         for name, value in load_file(folder / "draft.safetensors").items():
             assert_close(value, draft[name], rtol=1e-3, atol=1e-4, msg=f"{name}, {which}")
-    # Muon's update is computed in bfloat16, where a last bit of the gradient can become a visible one of a weight.
+    # Muon computes its update in bfloat16, where the last bit of a gradient can change a weight visibly.
     assert losses(two / "0") == pytest.approx(losses(one / "0"), rel=1e-3)
 
 
-def test_torchrun_trains_writes_one_checkpoint_and_hands_over_to_one_process(
-    tmp_path: Path, free_port: Callable[[], int]
-) -> None:
+def test_one_process_resumes_from_the_checkpoint_of_torchrun(tmp_path: Path, free_port: Callable[[], int]) -> None:
     write_target(tmp_path / "target")
     settings = offline(tmp_path, port=free_port(), parallel="fsdp2", ema_decay=0.9, gradient_accumulation_steps=2)
     world = World(settings)

@@ -50,7 +50,7 @@ class MemoryLog:
 
 
 class World:
-    """``rejected`` is committed before ``accepted``."""
+    """Tables with synthetic requests; commits ``rejected`` before ``accepted``."""
 
     def __init__(self, tables: DeltaLog | MemoryLog) -> None:
         self.tables = tables
@@ -81,7 +81,7 @@ class World:
             self._append({name: _as(rows[name], label=label, speculator=speculator) for name in rows})
 
     def commit_bare(self, request: str, first_verify_step: int, *, before: bool = True) -> None:
-        """Commit a chunk whose features are to be recomputed, from one of the request's verify steps on."""
+        """Commit a chunk without features, from the given verify step on."""
         verify_steps = conversation([5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15], 4)
         known = [token for r in verify_steps[:first_verify_step] for token in r.tokens] if before else []
         rows = tables_of(
@@ -119,7 +119,7 @@ def drain(loader: DataLoader) -> list[list[str]]:
 
 
 def as_json(loader: DataLoader) -> DataLoaderState:
-    """Where a loader stands, from what would be written."""
+    """Return the position of a data loader after a round trip through JSON."""
     return DataLoaderState.model_validate_json(loader.snapshot().state().model_dump_json())
 
 

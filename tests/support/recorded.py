@@ -26,7 +26,7 @@ def verify_step_of(
     said: np.ndarray | None = None,
     logprob: float = -0.5,
 ) -> VerifyStep:
-    """A verify step with a drafted chain, accepted as far as ``tokens`` follow it."""
+    """Return a verify step with a drafted chain, accepted as far as ``tokens`` match it."""
     verified = 1 + len(draft)
     if features is None:
         features = np.repeat(np.arange(position, position + len(tokens))[:, None], WIDTH, axis=1) / 8
@@ -52,7 +52,7 @@ def verify_step_of(
 
 
 def conversation(tokens: Sequence[int], prompt: int, *, wrong: int = 19) -> list[VerifyStep]:
-    """Verify steps of a request whose every draft has one right and one wrong token, as far as its tokens go."""
+    """Return the verify steps of a request; every draft has one right and one wrong token."""
     verify_steps = [verify_step_of(0, 0, tokens[:prompt], tokens[prompt])]
     at = prompt
     while at + 2 < len(tokens):
@@ -78,7 +78,7 @@ def record_of(  # noqa: PLR0913 - one for each thing that a test may vary
     before: Sequence[int] = (),
     last: bool = True,
 ) -> Record:
-    """The record that carries the verify steps; where features are to be recomputed, without them."""
+    """Return the record with the verify steps; without features if they are to be recomputed."""
     if features == "recompute":
         verify_steps = [drop_features(r) for r in verify_steps]
     envelope = Envelope(

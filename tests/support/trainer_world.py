@@ -63,7 +63,7 @@ def feature_table() -> np.ndarray:
 
 
 def request_of(first: int) -> list[VerifyStep]:
-    """A request in which every token follows from the one before; every draft has a right and a wrong token."""
+    """Return a request whose tokens follow from each other; every draft has a right and a wrong token."""
     tokens = [first]
     while len(tokens) < 24:
         tokens.append(after(tokens[-1]))
@@ -90,7 +90,7 @@ def request_of(first: int) -> list[VerifyStep]:
 
 
 def offline(folder: Path, **train: object) -> Settings:
-    """Of a trainer that has its tables and nothing else."""
+    """Return settings of a trainer with tables, but without a registry."""
     flags = {
         "target.path": str(folder / "target"),
         "speculator.draft_vocab_size": 32,
@@ -119,7 +119,7 @@ class World:
         self.offset = 0
 
     def serve(self, requests: int) -> None:
-        """Commit rows of new requests as the stream does."""
+        """Commit rows of new requests, as the stream does."""
         records = []
         for _ in range(requests):
             verify_steps = request_of(self.offset % 30)

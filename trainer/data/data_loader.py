@@ -113,6 +113,8 @@ class DataLoader:
     ) -> None:
         self.counts: Counter[str] = Counter()
         """Rows, samples and branches by kind."""
+        self.table_version = 0
+        """Newest version of ``accepted`` at the last poll."""
         self._tables = tables
         self._reader = TableReader(tables, target, line, settings.max_sample_tokens, self.counts)
         self._compute_states = compute_states
@@ -121,8 +123,6 @@ class DataLoader:
         self._waiting: deque[TableEntry] = deque()
         self._replay_buffer: ReplayBuffer[TableEntry] = ReplayBuffer(settings, self._random)
         self._held_out: deque[TableEntry] = deque(maxlen=settings.held_out_samples)
-        self.table_version = 0
-        """Newest version of ``accepted`` at the last poll."""
 
     @property
     def cursor(self) -> int:
@@ -176,8 +176,8 @@ class DataLoader:
         for entry in new:
             entry.epochs += 1
             self._replay_buffer.add(entry)
-        self.counts["pieces_new"] += len(new)
-        self.counts["pieces_replayed"] += len(replayed)
+        self.counts["samples_new"] += len(new)
+        self.counts["samples_replayed"] += len(replayed)
         return [self._weighted(entry) for entry in new + replayed]
 
     def snapshot(self) -> Snapshot:
@@ -208,7 +208,7 @@ class DataLoader:
         def find(part: str, keys: Iterable[SampleKey]) -> list[TableEntry]:
             found = [entries.get(key) for key in keys]
             if missing := found.count(None):
-                self.counts["gone"] += missing
+                self.counts["samples_deleted"] += missing
                 log.warning("samples_deleted", part=part, missing=missing, total=len(found))
             return [entry for entry in found if entry is not None]
 
@@ -255,7 +255,7 @@ class DataLoader:
     def _with_features(self, entry: TableEntry) -> Sample:
         if not entry.sample.has_features:
             entry.sample = recompute_features(entry.sample, self._compute_states)
-            self.counts["pieces_recomputed"] += 1
+            self.counts["samples_recomputed"] += 1
         return entry.sample
 
 
@@ -265,14 +265,14 @@ class Prefetcher(Generic[BatchT]):
     Only that thread uses the data loader, one call after the other, so samples keep the data loader's order. It
     prefetches one step and no more, which bounds memory. ``state`` is the position before the prefetched step: a
     restart chooses that step again, and each sample is trained on as often as without a restart. The methods are
-    called from one thread.
+    called from one thread. Others may read the data loader's counters, but nothing else.
     """
 
     def __init__(self, loader: DataLoader, collate: Callable[[list[Sample]], BatchT]) -> None:
         """Take ownership of the data loader.
 
         Args:
-            loader: Must not be used by others from now on.
+            loader: From now on, others may only read its counters.
             collate: Converts the samples of a step to its batch.
         """
         self._loader = loader
@@ -290,26 +290,6 @@ class Prefetcher(Generic[BatchT]):
     def tables_read(self) -> dict[str, int]:
         """Version of each table up to which rows were read, for the prefetched step too."""
         return self._call(lambda: self._loader.tables_read)
-
-    @property
-    def cursor(self) -> int:
-        """Version of ``accepted`` up to which rows were read."""
-        return self._loader.cursor
-
-    @property
-    def table_version(self) -> int:
-        """Newest version of ``accepted`` at the last poll."""
-        return self._loader.table_version
-
-    @property
-    def waiting(self) -> int:
-        """Number of new samples that were read and not chosen yet."""
-        return self._loader.waiting
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Rows, samples and branches by kind."""
-        return dict(self._loader.counts)
 
     @property
     def completed_version(self) -> int:

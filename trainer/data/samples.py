@@ -145,18 +145,18 @@ def recompute_features(sample: Sample, compute_states: ComputeStates) -> Sample:
 
 
 def split_sample(sample: Sample, max_tokens: int) -> list[Sample]:
-    """Split a sample into consecutive pieces of at most ``max_tokens``; drop the pieces without a known teacher.
+    """Split a sample into consecutive ones of at most ``max_tokens``; drop those without a known teacher.
 
-    The token after a piece is its ``next_token``. A branch goes to the piece that holds both its root and the token
+    The token after a part is its ``next_token``. A branch goes to the part that holds both its root and the token
     before the root.
     """
-    pieces = []
+    parts = []
     for start in range(0, len(sample), max_tokens):
         stop = min(start + max_tokens, len(sample))
         known_before, known_within = int(sample.known[:start].sum()), int(sample.known[start:stop].sum())
         if not known_within:
             continue
-        pieces.append(
+        parts.append(
             replace(
                 sample,
                 tokens=sample.tokens[start:stop],
@@ -172,7 +172,7 @@ def split_sample(sample: Sample, max_tokens: int) -> list[Sample]:
                 preceding=torch.cat([sample.preceding, sample.tokens[:start]]),
             )
         )
-    return pieces
+    return parts
 
 
 def _read_features(row: Row) -> Tensor:

@@ -35,7 +35,7 @@ VERSIONS_PER_READ = 8
 """Commits per read; bounds memory while a trainer catches up."""
 
 SampleKey = tuple[str, int, int, int]
-"""Topic, partition, offset and number of the piece: identifies a sample forever."""
+"""Topic, partition, offset and number within the row: identifies a sample forever."""
 RecordKey = tuple[str, int, int]
 """Topic, partition and offset."""
 PartitionKey = tuple[str, int]
@@ -110,7 +110,7 @@ class TableReader:
         except HistoryExpiredError as error:
             log.warning("versions_deleted", error=str(error))
         oldest, oldest_rejected = self._tables.oldest_readable("accepted"), self._tables.oldest_readable("rejected")
-        self._counts["versions_gone"] += max(0, oldest - self.cursor)
+        self._counts["versions_deleted"] += max(0, oldest - self.cursor)
         self.cursor, self.rejected_cursor = max(self.cursor, oldest), max(self.rejected_cursor, oldest_rejected)
         up_to, rejected_up_to = max(up_to, self.cursor), max(rejected_up_to, self.rejected_cursor)
         return list(self._read(up_to, rejected_up_to, all_rejected=all_rejected))
@@ -152,20 +152,20 @@ class TableReader:
     ) -> Iterator[TableEntry]:
         for row in accepted:
             if not self._is_ours(row):
-                self._counts["foreign_samples"] += 1
+                self._counts["foreign_rows"] += 1
                 continue
-            self._counts["samples"] += 1
+            self._counts["rows"] += 1
             drafted_by = version_number(row["speculator"])
             self.newest_drafted_by = max(self.newest_drafted_by, drafted_by)
             if not provides_features(row):
-                self._counts["samples_without_features"] += 1
+                self._counts["rows_without_features"] += 1
                 continue
             rooted = [r for r in branches.get(_record_key(row), []) if self._has_root(r, row)]
-            pieces = split_sample(read_sample(row, rooted), self._max_tokens)
-            self._counts["pieces"] += len(pieces)
-            self._counts["branches"] += sum(len(piece.branches) for piece in pieces)
-            for i, piece in enumerate(pieces):
-                yield TableEntry(sample=piece, key=(*_record_key(row), i), drafted_by=drafted_by, after=after)
+            samples = split_sample(read_sample(row, rooted), self._max_tokens)
+            self._counts["samples"] += len(samples)
+            self._counts["branches"] += sum(len(sample.branches) for sample in samples)
+            for i, sample in enumerate(samples):
+                yield TableEntry(sample=sample, key=(*_record_key(row), i), drafted_by=drafted_by, after=after)
 
     def _is_ours(self, row: Row) -> bool:
         return all(row[column] == value for column, value in self._identity.items())

@@ -1,4 +1,4 @@
-"""The trainer's checkpoints: the exact state from which training resumes after a restart.
+"""Checkpoints: the exact state from which a training resumes after a restart.
 
 A checkpoint is a folder with ``state.safetensors`` (weights and optimizer state) and ``state.json`` (everything else).
 It is written under another name and then renamed, so a folder with a checkpoint's name is complete. The newest
@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import structlog
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -27,31 +28,38 @@ KEPT = 2
 _TENSORS, _STATE, _PREFIX, _UNFINISHED = "state.safetensors", "state.json", "step-", ".unfinished"
 
 
-class TrainState(BaseModel):
-    """The state of a training, without tensors."""
+class CheckpointState(BaseModel):
+    """What every checkpoint states."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    line: str
     step: int
+    good: bool = False
+    """Whether training may roll back to it."""
+
+
+class TrainState(CheckpointState):
+    """The state of a training, without tensors."""
+
     tokens_seen: int
     parent: str
     """Version that the weights descend from: the one registered last, or the one that training started with."""
     data_loader: DataLoaderState
-    good: bool = False
-    """Whether training may roll back to it."""
     score: HeldOutScore | None = None
     """Its score on the held-out set; None before the first evaluation."""
 
 
-class Checkpoints:
-    """Checkpoints of one line below ``folder``."""
+StateT = TypeVar("StateT", bound=CheckpointState)
 
-    def __init__(self, folder: Path, line: str) -> None:
-        self._folder = folder / line
-        self._line = line
 
-    def write(self, state: TrainState, tensors: Mapping[str, Tensor]) -> Path:
+class Checkpoints(Generic[StateT]):
+    """The checkpoints of one training, below a folder."""
+
+    def __init__(self, folder: Path, state_type: type[StateT]) -> None:
+        self._folder = folder
+        self._state_type = state_type
+
+    def write(self, state: StateT, tensors: Mapping[str, Tensor]) -> Path:
         """Write a checkpoint, then remove old ones."""
         self._folder.mkdir(parents=True, exist_ok=True)
         unfinished = self._folder / _UNFINISHED
@@ -68,11 +76,11 @@ class Checkpoints:
         self._remove_old()
         return final
 
-    def read_newest(self) -> tuple[TrainState, dict[str, Tensor]] | None:
+    def read_newest(self) -> tuple[StateT, dict[str, Tensor]] | None:
         """Return the newest readable checkpoint; None if there is none."""
         return next(self._read(only_good=False), None)
 
-    def read_good(self) -> tuple[TrainState, dict[str, Tensor]] | None:
+    def read_good(self) -> tuple[StateT, dict[str, Tensor]] | None:
         """Return the newest readable good checkpoint; None if there is none."""
         return next(self._read(only_good=True), None)
 
@@ -90,7 +98,7 @@ class Checkpoints:
             if folder != good:
                 shutil.rmtree(folder)
 
-    def _read(self, *, only_good: bool) -> Iterator[tuple[TrainState, dict[str, Tensor]]]:
+    def _read(self, *, only_good: bool) -> Iterator[tuple[StateT, dict[str, Tensor]]]:
         for folder in reversed(self._list_folders()):
             state = self._read_state(folder)
             if state is None or (only_good and not state.good):
@@ -100,14 +108,12 @@ class Checkpoints:
             except (OSError, SafetensorError) as error:
                 log.warning("checkpoint_unreadable", folder=str(folder), error=str(error))
 
-    def _read_state(self, folder: Path) -> TrainState | None:
-        """Return the state of a readable checkpoint of this line, or None."""
+    def _read_state(self, folder: Path) -> StateT | None:
         try:
-            state = TrainState.model_validate_json((folder / _STATE).read_text())
+            return self._state_type.model_validate_json((folder / _STATE).read_text())
         except (OSError, ValidationError) as error:
             log.warning("checkpoint_unreadable", folder=str(folder), error=str(error))
             return None
-        return state if state.line == self._line else None
 
     def _list_folders(self) -> list[Path]:
         return sorted(self._folder.glob(f"{_PREFIX}*"))

@@ -10,10 +10,9 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from operator import methodcaller
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, TypeVarTuple, Unpack, cast
 
 import torch
 import torch.distributed as dist
@@ -23,7 +22,6 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from schemas.speculator.network import EagleDraft
 from trainer.data.batch import Batch, StepBatch
 from trainer.objective.losses import Loss
 
@@ -31,6 +29,8 @@ if TYPE_CHECKING:
     from trainer.loop.learner import Learner
 
 Parallel = Literal["ddp", "fsdp2"]
+Args = TypeVarTuple("Args")
+T = TypeVar("T")
 
 
 class Ranks:
@@ -114,40 +114,25 @@ class DistributedLearner:
         self.learner = learner
         self._distributed = isinstance(ranks, TorchrunRanks)
 
+    def call(self, method: Callable[[Learner, Unpack[Args]], T], *args: *Args) -> T:
+        """Call a method of the learner on all ranks, with the same arguments; return the result of rank 0."""
+        self._broadcast((method, args))
+        return method(self.learner, *args)
+
     def step(self, batch: StepBatch) -> Loss:
         """Call ``Learner.step`` on all ranks, each with its share of the batch."""
-        self._broadcast(_step_on_share)
+        self._broadcast((_step_on_share, ()))
         return self.learner.step(*(_scatter(batch.batches) if self._distributed else batch.batches[0]))
-
-    def export_draft(self) -> EagleDraft:
-        """Call ``Learner.export_draft`` on all ranks."""
-        self._broadcast(methodcaller("export_draft"))
-        return self.learner.export_draft()
-
-    def state_tensors(self) -> dict[str, Tensor]:
-        """Call ``Learner.state_tensors`` on all ranks."""
-        self._broadcast(methodcaller("state_tensors"))
-        return self.learner.state_tensors()
-
-    def restore(self, tensors: Mapping[str, Tensor], steps: int) -> None:
-        """Call ``Learner.restore`` on all ranks."""
-        self._broadcast(methodcaller("restore", tensors, steps))
-        self.learner.restore(tensors, steps)
-
-    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Call ``Learner.load_weights`` on all ranks."""
-        self._broadcast(methodcaller("load_weights", weights))
-        self.learner.load_weights(weights)
 
     def keep_alive(self) -> None:
         """Prevent gloo's timeout of half an hour while there is nothing to do."""
-        self._broadcast(_do_nothing)
+        self._broadcast((_do_nothing, ()))
 
     def close(self) -> None:
         """End the other ranks."""
         self._broadcast(None)
 
-    def _broadcast(self, call: Callable[[Learner], object] | None) -> None:
+    def _broadcast(self, call: tuple[Callable[..., object], tuple[object, ...]] | None) -> None:
         if self._distributed:
             dist.broadcast_object_list([call])
 
@@ -157,10 +142,10 @@ def follow_rank_0(learner: Learner) -> None:
     while True:
         received: list[Any] = [None]
         dist.broadcast_object_list(received)
-        (call,) = received
-        if call is None:
+        if received[0] is None:
             return
-        call(learner)
+        method, args = received[0]
+        method(learner, *args)
 
 
 def gather_tensor(tensor: Tensor) -> Tensor:

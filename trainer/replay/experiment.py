@@ -1,7 +1,7 @@
 """Experiments: variants of the settings learn from the same logged traffic, each in its time order.
 
 An experiment is a folder. ``experiment.json`` holds the plan and is never rewritten. Below it, each variant keeps its
-newest checkpoint and, when it is complete, the trained draft as a version's checkpoint in ``draft`` and
+newest checkpoints and, when it is complete, the trained draft as a version's checkpoint in ``draft`` and
 ``result.json``. An interrupted experiment therefore resumes with the same numbers, and a completed one is only read.
 """
 
@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 from pydantic import BaseModel, ConfigDict
-from safetensors.torch import load_file, save_file
 
 from pipeline.delta import DeltaLog
 from schemas.atomic_file import atomic_write
@@ -30,13 +29,11 @@ from schemas.speculator import checkpoint
 from trainer.data.samples import ComputeStates, Sample, recompute_features
 from trainer.data.table_reader import VERSIONS_PER_READ, TableReader
 from trainer.data.target import FrozenTarget, Target, read_target
+from trainer.loop.checkpoints import Checkpoints
 from trainer.replay.named_drafts import load_drafts
 from trainer.replay.prequential import BatchScore, PrequentialRun, RunState
 
-_PLAN, _RESULT, _STATE, _TENSORS, _CHECKPOINT = (
-    *("experiment.json", "result.json", "state.json", "state.safetensors"),
-    "checkpoint",
-)
+_PLAN, _RESULT, _CHECKPOINTS = "experiment.json", "result.json", "checkpoints"
 DRAFT = "draft"
 """Folder of a variant's trained draft; `aurora replay evaluate` accepts it as a version."""
 _IRRELEVANT_SETTINGS = (
@@ -151,12 +148,14 @@ def run_variant(task: VariantTask) -> VariantResult:
     device = select_device(settings.train.device, "train.device")
     target, counts = read_target(settings).to(device), Counter[str]()
     run, stream = _start_run(task, target), _open_stream(task, target, counts)
-    _restore(folder, run, stream)
+    checkpoints = Checkpoints(folder / _CHECKPOINTS, RunState)
+    if newest := checkpoints.read_newest():
+        run.restore(*newest, stream)
     saved = time.monotonic()
     while batch := list(islice(stream, run.new_per_step)):
         run.train(batch)
         if time.monotonic() - saved >= settings.train.checkpoint_interval:
-            _save(folder, run)
+            checkpoints.write(run.state(), run.state_tensors())
             saved = time.monotonic()
     state = run.state()
     if not state.seen:
@@ -168,7 +167,7 @@ def run_variant(task: VariantTask) -> VariantResult:
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint.write_checkpoint(run.export_draft(), folder / DRAFT, target.fingerprint)
     atomic_write(folder / _RESULT, result.model_dump_json() + "\n")
-    shutil.rmtree(folder / _CHECKPOINT, ignore_errors=True)
+    shutil.rmtree(folder / _CHECKPOINTS, ignore_errors=True)
     return result
 
 
@@ -209,28 +208,3 @@ def _open_stream(task: VariantTask, target: Target, counts: Counter[str]) -> Ite
     frozen = FrozenTarget(Path(settings.target.path), target.day_0.shape.capture_layers)
     tables, max_tokens = DeltaLog(settings.tables), settings.train.max_sample_tokens
     return read_samples(tables, task.plan.span, max_tokens, frozen.compute_states, counts)
-
-
-def _restore(folder: Path, run: PrequentialRun, stream: Iterator[Sample]) -> None:
-    newest = folder / _CHECKPOINT
-    # While a checkpoint replaces another one, the old one keeps its suffix until the new one has its name.
-    if not newest.exists() and (old := folder / f"{_CHECKPOINT}.old").exists():
-        old.rename(newest)
-    if newest.exists():
-        state = RunState.model_validate_json((newest / _STATE).read_text())
-        run.restore(state, load_file(newest / _TENSORS), stream)
-
-
-def _save(folder: Path, run: PrequentialRun) -> None:
-    """Write a checkpoint under another name and rename it: a checkpoint with the final name is complete."""
-    final, old, unfinished = (folder / f"{_CHECKPOINT}{suffix}" for suffix in ("", ".old", ".part"))
-    for leftover in (unfinished, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    tensors = {name: value.detach().contiguous() for name, value in run.state_tensors().items()}
-    save_file(tensors, unfinished / _TENSORS)
-    (unfinished / _STATE).write_text(run.state().model_dump_json())
-    if final.exists():
-        final.rename(old)
-    unfinished.rename(final)
-    shutil.rmtree(old, ignore_errors=True)

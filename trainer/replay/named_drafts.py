@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from schemas.speculator import checkpoint
 from schemas.speculator.checkpoint import CheckpointError
 from schemas.speculator.network import EagleDraft
 from trainer.data.target import Target
+from trainer.release.evaluation import read_draft
 from trainer.release.registry import RegistryError, SpeculatorRegistry
 
 
@@ -63,8 +63,6 @@ def _download(registry: SpeculatorRegistry, target: Target, name: str) -> NamedD
         aliases = registry.aliases(target.line)
         if name not in aliases:
             known = ", ".join([*sorted(aliases), DAY_0])
-            raise UserError(f"version {name}: no such folder or alias of line {target.line}; aliases are {known}")
+            raise UserError(f"version {name}: no such folder, and no alias of line {target.line}; aliases are {known}")
         version = aliases[name]
-    with tempfile.TemporaryDirectory() as folder:
-        draft = checkpoint.read_checkpoint(registry.download(target.line, version, Path(folder)), target.line)
-    return NamedDraft(name, version, draft)
+    return NamedDraft(name, version, read_draft(registry, target.line, version))

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from schemas.settings import Train
@@ -22,11 +21,12 @@ from schemas.speculator.network import EagleDraft
 from trainer.data.batch import collate
 from trainer.data.replay_buffer import ReplayBuffer, ReplayEntry
 from trainer.data.samples import UNLABELLED, Branch, Sample, split_sample
+from trainer.loop.checkpoints import CheckpointState
 from trainer.loop.learner import Learner
 from trainer.objective.simulated_acceptance import simulate_batch
 
 StreamKey = tuple[int, int]
-"""Number of a sample in the stream, and of its piece."""
+"""Number of a sample in the stream, and of its part."""
 
 
 class BatchScore(NamedTuple):
@@ -43,14 +43,11 @@ class BatchScore(NamedTuple):
     """Accepted tokens of the frozen draft; None where there is none."""
 
 
-class RunState(BaseModel):
+class RunState(CheckpointState):
     """The state of a run, without tensors; with them and the stream the run resumes exactly."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     seen: int
     """Number of samples of the stream that were trained on."""
-    steps: int
     scores: tuple[BatchScore, ...]
     losses: tuple[float, ...]
     """Loss of the accepted term, by step."""
@@ -123,7 +120,7 @@ class PrequentialRun:
         """Return the current state."""
         return RunState(
             seen=self._seen,
-            steps=self._learner.steps,
+            step=self._learner.steps,
             scores=tuple(self._scores),
             losses=tuple(self._losses),
             trained_tokens=self._trained_tokens,
@@ -144,14 +141,14 @@ class PrequentialRun:
     def restore(self, state: RunState, tensors: Mapping[str, Tensor], stream: Iterator[Sample]) -> None:
         """Restore a run with the same settings; consume the samples that it had seen from the stream."""
         epochs: dict[int, list[tuple[int, int]]] = {}
-        for (number, piece), count in state.replay_buffer:
-            epochs.setdefault(number, []).append((piece, count))
+        for (number, part), count in state.replay_buffer:
+            epochs.setdefault(number, []).append((part, count))
         for number, sample in zip(range(state.seen), stream, strict=False):
-            pieces = self._split(sample) if number in epochs else []
-            for piece, count in epochs.get(number, []):
-                self._replay_buffer.add(_StreamEntry(sample=pieces[piece], epochs=count, key=(number, piece)))
+            parts = self._split(sample) if number in epochs else []
+            for part, count in epochs.get(number, []):
+                self._replay_buffer.add(_StreamEntry(sample=parts[part], epochs=count, key=(number, part)))
         self._random.setstate(state.random)
-        self._learner.restore(tensors, state.steps)
+        self._learner.restore(tensors, state.step)
         self._scores, self._losses = list(state.scores), list(state.losses)
         self._seen, self._trained_tokens = state.seen, state.trained_tokens
         self._training_s, self._scoring_s = state.training_s, state.scoring_s
@@ -172,9 +169,9 @@ class PrequentialRun:
 
     def _train_step(self, batch: Sequence[Sample]) -> float:
         new = [
-            _StreamEntry(sample=piece, epochs=1, key=(self._seen + i, j))
+            _StreamEntry(sample=part, epochs=1, key=(self._seen + i, j))
             for i, sample in enumerate(batch)
-            for j, piece in enumerate(self._split(sample))
+            for j, part in enumerate(self._split(sample))
         ]
         samples = [entry.sample for entry in [*new, *self._replay_buffer.draw(self._train.replay_batch_size)]]
         for entry in new:
@@ -183,8 +180,8 @@ class PrequentialRun:
         return round(self._learner.step(collate(samples)).accepted, 4)
 
     def _split(self, sample: Sample) -> list[Sample]:
-        pieces, nodes = split_sample(sample, self._train.max_sample_tokens), self._branch_nodes
-        return pieces if nodes is None else [cut_branches(piece, nodes) for piece in pieces]
+        parts, nodes = split_sample(sample, self._train.max_sample_tokens), self._branch_nodes
+        return parts if nodes is None else [cut_branches(part, nodes) for part in parts]
 
 
 def cut_branches(sample: Sample, nodes: int) -> Sample:

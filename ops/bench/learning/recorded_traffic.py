@@ -160,9 +160,9 @@ class SegmentRecording:
     def _train_on(self, segment: Sequence[Request]) -> None:
         fingerprint, limit = self._target.fingerprint, self._train.max_sample_tokens
         samples = [recording.read_recorded_sample(self._folder, request.id, fingerprint) for request in segment]
-        pieces = [piece for sample in samples for piece in split_sample(sample, limit)]
-        for start in range(0, len(pieces), _NEW_PER_STEP):
-            new = [ReplayEntry(sample=piece, epochs=1) for piece in pieces[start : start + _NEW_PER_STEP]]
+        parts = [part for sample in samples for part in split_sample(sample, limit)]
+        for start in range(0, len(parts), _NEW_PER_STEP):
+            new = [ReplayEntry(sample=part, epochs=1) for part in parts[start : start + _NEW_PER_STEP]]
             replayed = self._replay_buffer.draw(len(new))
             self._learner.step(collate([entry.sample for entry in new + replayed]))
             for entry in new:

@@ -74,8 +74,8 @@ def test_a_killed_experiment_resumes_with_the_same_numbers(world: World) -> None
     env = {**os.environ, **environ(world.settings), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", AURORA, *arguments(world, "cut")]
     with subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as running:
-        state = folder / "fast" / "checkpoint" / "state.json"
-        until(lambda: state.exists() or running.poll() is not None, "a checkpoint")
+        checkpoints = folder / "fast" / "checkpoints"
+        until(lambda: list(checkpoints.glob("step-*")) or running.poll() is not None, "a checkpoint")
         running.send_signal(signal.SIGKILL)
     assert not (folder / "fast" / "result.json").exists(), "it was done before it could be killed"
     again = json.loads(train(world, "cut").stdout)
@@ -95,7 +95,7 @@ def test_completed_variants_are_read_and_two_processes_give_the_same_numbers(wor
     found = json.loads(output.stdout)
     assert "no runs in MLflow: registry.tracking_uri" in output.stderr
     fast, slow = found["variants"]
-    assert (fast["name"], fast["windows"], fast["steps"]) == ("fast", REQUESTS * COMMITS, REQUESTS * COMMITS // 2)
+    assert (fast["name"], fast["samples"], fast["steps"]) == ("fast", REQUESTS * COMMITS, REQUESTS * COMMITS // 2)
     assert fast["accepted_per_step_at_end"] > slow["accepted_per_step_at_end"]
     assert fast["difference"] is None
     assert slow["difference"]["high"] < 0
@@ -111,7 +111,7 @@ def test_an_experiment_holds_its_span_and_its_name_identifies_it(world: World) -
     train(world, "part", "--from", "version:1", "--to", "version:3")
     held = {one.table: (one.after_version, one.up_to_version) for one in holds.list_holds(world.tables)}
     assert held["accepted"] == (1, 3)
-    assert numbers(world, "part")["fast"]["counts"]["samples"] == 2 * REQUESTS
+    assert numbers(world, "part")["fast"]["counts"]["rows"] == 2 * REQUESTS
     world.serve(REQUESTS)
     assert train(world, "part").stdout
     output = CliRunner().invoke(app, arguments(world, "part", "--to", "version:4"), env=environ(world.settings))

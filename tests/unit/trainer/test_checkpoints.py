@@ -39,7 +39,7 @@ def batch(seed: int) -> Batch:
     )
 
 
-def state(step: int, line: str = "line", cursor: int = 5) -> TrainState:
+def state(step: int, cursor: int = 5) -> TrainState:
     loader = DataLoaderState(
         cursor=cursor,
         rejected_cursor=6,
@@ -51,7 +51,7 @@ def state(step: int, line: str = "line", cursor: int = 5) -> TrainState:
         held_out=[],
         random=(3, (1, 2, 3), None),
     )
-    return TrainState(line=line, step=step, tokens_seen=70, parent="day-0-head-0", data_loader=loader)
+    return TrainState(step=step, tokens_seen=70, parent="day-0-head-0", data_loader=loader)
 
 
 def weights(a: Learner) -> list[torch.Tensor]:
@@ -70,7 +70,7 @@ def test_training_without_its_optimizer_state_differs() -> None:
 
 @pytest.mark.parametrize("before", [0, 1, 5])
 def test_training_resumed_from_a_checkpoint_is_bitwise_identical(tmp_path: Path, before: int) -> None:
-    through, checkpoints = learner(), Checkpoints(tmp_path, "line")
+    through, checkpoints = learner(), Checkpoints(tmp_path / "line", TrainState)
     for i in range(before):
         through.step(batch(i))
     checkpoints.write(state(through.steps), through.state_tensors())
@@ -84,14 +84,14 @@ def test_training_resumed_from_a_checkpoint_is_bitwise_identical(tmp_path: Path,
 
 
 def test_the_state_is_read_as_it_was_written(tmp_path: Path) -> None:
-    Checkpoints(tmp_path, "line").write(state(3), learner().state_tensors())
-    found = Checkpoints(tmp_path, "line").read_newest()
+    Checkpoints(tmp_path / "line", TrainState).write(state(3), learner().state_tensors())
+    found = Checkpoints(tmp_path / "line", TrainState).read_newest()
     assert found is not None
     assert found[0] == state(3)
 
 
 def test_only_the_newest_two_are_kept(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path, "line")
+    checkpoints = Checkpoints(tmp_path / "line", TrainState)
     for step in (9, 10, 100, 101):
         checkpoints.write(state(step), learner().state_tensors())
     assert sorted(p.name for p in (tmp_path / "line").iterdir()) == ["step-0000000100", "step-0000000101"]
@@ -101,7 +101,7 @@ def test_only_the_newest_two_are_kept(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_the_same_step_replaces_the_first(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path, "line")
+    checkpoints = Checkpoints(tmp_path / "line", TrainState)
     checkpoints.write(state(3, cursor=5), learner().state_tensors())
     checkpoints.write(state(3, cursor=8), learner().state_tensors())
     found = checkpoints.read_newest()
@@ -112,7 +112,7 @@ def test_a_checkpoint_of_the_same_step_replaces_the_first(tmp_path: Path) -> Non
 @pytest.mark.parametrize("damage", ["state.json", "state.safetensors"])
 @pytest.mark.parametrize("how", ["cut", "gone"])
 def test_a_damaged_checkpoint_is_skipped_for_the_one_before(tmp_path: Path, damage: str, how: str) -> None:
-    checkpoints = Checkpoints(tmp_path, "line")
+    checkpoints = Checkpoints(tmp_path / "line", TrainState)
     checkpoints.write(state(3), learner().state_tensors())
     newest = checkpoints.write(state(4), learner().state_tensors()) / damage
     if how == "cut":
@@ -125,7 +125,7 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before(tmp_path: Path, dama
 
 
 def test_an_unfinished_checkpoint_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoints = Checkpoints(tmp_path, "line")
+    checkpoints = Checkpoints(tmp_path / "line", TrainState)
     checkpoints.write(state(3), learner().state_tensors())
 
     def killed(*_: object) -> None:
@@ -143,8 +143,8 @@ def test_an_unfinished_checkpoint_is_ignored(tmp_path: Path, monkeypatch: pytest
 
 
 def test_lines_have_separate_checkpoints(tmp_path: Path) -> None:
-    Checkpoints(tmp_path, "line").write(state(3), learner().state_tensors())
-    assert Checkpoints(tmp_path, "other").read_newest() is None
+    Checkpoints(tmp_path / "line", TrainState).write(state(3), learner().state_tensors())
+    assert Checkpoints(tmp_path / "other", TrainState).read_newest() is None
 
 
 def test_the_learning_rate_is_constant_after_a_linear_warmup() -> None:
@@ -177,7 +177,7 @@ def good(step: int) -> TrainState:
 
 
 def test_the_last_good_checkpoint_is_kept_beside_the_newest(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path, "line")
+    checkpoints = Checkpoints(tmp_path / "line", TrainState)
     for one in (good(1), good(2), state(3), state(4), state(5)):
         checkpoints.write(one, learner().state_tensors())
     assert [p.name[-1] for p in sorted((tmp_path / "line").iterdir())] == ["2", "4", "5"]
@@ -187,13 +187,13 @@ def test_the_last_good_checkpoint_is_kept_beside_the_newest(tmp_path: Path) -> N
 
 
 def test_without_a_good_checkpoint_none_is_returned(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path, "line")
+    checkpoints = Checkpoints(tmp_path / "line", TrainState)
     checkpoints.write(state(3), learner().state_tensors())
     assert checkpoints.read_good() is None
 
 
 def test_checkpoints_after_a_step_can_be_removed(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path, "line")
+    checkpoints = Checkpoints(tmp_path / "line", TrainState)
     for one in (good(3), state(4), state(15)):
         checkpoints.write(one, learner().state_tensors())
     checkpoints.remove_after(3)

@@ -84,7 +84,7 @@ def test_the_more_new_samples_wait_the_fewer_are_replayed(world: World) -> None:
         seen.update(step)
     # A sixth of the 20, 16, 13, 10, 8, .. waiting samples is new; the first step has none to replay.
     assert new == [4, 3, 3, 2, 2, 1, 1, 1, 1, 1, 1]
-    assert (loader.counts["pieces_new"], loader.counts["pieces_replayed"]) == (20, 24)
+    assert (loader.counts["samples_new"], loader.counts["samples_replayed"]) == (20, 24)
 
 
 def test_a_flooded_data_loader_replays_nothing_and_skips_nothing(flood: World) -> None:
@@ -184,7 +184,7 @@ def test_a_piece_of_a_split_sample_is_recomputed_after_all_tokens_before_it(worl
     assert [p.features[:, 0].tolist() for p in pieces] == [
         world.compute_states(torch.arange(5, 15))[at : at + 4, 0].tolist() for at in (0, 4, 8)
     ]
-    assert loader.counts["pieces_recomputed"] == 3
+    assert loader.counts["samples_recomputed"] == 3
 
 
 def test_held_out_samples_are_recomputed_too(world: World) -> None:
@@ -201,7 +201,7 @@ def test_a_sample_without_its_preceding_tokens_is_skipped_and_counted(world: Wor
     world.commit_bare(second, 2)
     loader = world.data_loader(batch_size=1, replay_batch_size=0, max_epochs=1)
     assert drain(loader) == [[second]]
-    assert loader.counts["samples_without_features"] == 1
+    assert loader.counts["rows_without_features"] == 1
 
 
 @pytest.mark.parametrize("steps_before", [0, 1, 3, 7])

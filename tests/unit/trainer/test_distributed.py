@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import replace
-from operator import methodcaller
 
 import pytest
 import torch
@@ -37,21 +37,23 @@ def test_every_sample_is_trained_on_once_and_all_ranks_have_equally_many_batches
 
 
 def test_with_one_process_the_distributed_learner_equals_its_learner() -> None:
-    alone, team = learner(), DistributedLearner(learner(), Ranks())
+    alone, learners = learner(), DistributedLearner(learner(), Ranks())
     batch = build_step_batch(SAMPLES, 1, 1)
-    assert torch.equal(team.step(batch).total, alone.step(*batch.batches[0]).total)
-    assert team.export_draft() is team.learner.draft
-    kept = {name: value.clone() for name, value in team.state_tensors().items()}
-    team.step(batch)
-    team.restore(kept, 1)
-    assert team.learner.steps == 1
-    assert torch.equal(team.learner.draft.fc.weight, alone.draft.fc.weight)
+    assert torch.equal(learners.step(batch).total, alone.step(*batch.batches[0]).total)
+    assert learners.call(Learner.export_draft) is learners.learner.draft
+    kept = {name: value.clone() for name, value in learners.call(Learner.state_tensors).items()}
+    learners.step(batch)
+    learners.call(Learner.restore, kept, 1)
+    assert learners.learner.steps == 1
+    assert torch.equal(learners.learner.draft.fc.weight, alone.draft.fc.weight)
 
 
 def test_broadcast_calls_change_a_learner_as_direct_calls_do() -> None:
     one, other = learner(), learner()
     one.step(*build_step_batch(SAMPLES, 1, 1).batches[0])
-    methodcaller("restore", one.state_tensors(), one.steps)(other)
+    method, args = pickle.loads(pickle.dumps((Learner.restore, (one.state_tensors(), one.steps))))
+    method(other, *args)
     assert torch.equal(other.draft.fc.weight, one.draft.fc.weight)
-    methodcaller("load_weights", random_draft(SHAPE, 0).state_dict())(other)
+    method, args = pickle.loads(pickle.dumps((Learner.load_weights, (random_draft(SHAPE, 0).state_dict(),))))
+    method(other, *args)
     assert torch.equal(other.draft.fc.weight, random_draft(SHAPE, 0).fc.weight)

@@ -85,7 +85,11 @@ def test_steps_equal_those_of_the_data_loader_alone(world: World, prefetcher_of:
     world.commit_as(requests(30), label="sql")
     prefetcher = prefetcher_of()
     assert rest(prefetcher) == drain(world.data_loader(**SETTINGS))
-    assert (prefetcher.cursor, prefetcher.table_version, prefetcher.counts["samples"]) == (30, 30, 30)
+    assert (prefetcher._loader.cursor, prefetcher._loader.table_version, prefetcher._loader.counts["rows"]) == (
+        30,
+        30,
+        30,
+    )
     assert prefetcher.tables_read == {"accepted": 30, "rejected": 30}
 
 

@@ -32,7 +32,7 @@ def test_rows_of_another_line_or_target_are_skipped_and_counted(world: World) ->
     world.commit(ids[4:])
     loader = world.data_loader(max_epochs=1)
     assert drain(loader) == [ids[4:]]
-    assert (loader.counts["foreign_samples"], loader.counts["samples"]) == (4, 4)
+    assert (loader.counts["foreign_rows"], loader.counts["rows"]) == (4, 4)
 
 
 def test_the_tables_are_not_read_while_enough_samples_wait(in_memory: World) -> None:
@@ -184,7 +184,7 @@ def test_a_late_data_loader_skips_deleted_versions_and_counts_them(world: World)
     forget(world, 4)
     loader = world.data_loader(batch_size=1, replay_batch_size=0, max_epochs=1)
     assert drain(loader) == [[ids[4]], [ids[5]]]
-    assert loader.counts["versions_gone"] == 4
+    assert loader.counts["versions_deleted"] == 4
     assert loader.counts["branches"] == 6
 
 
@@ -200,6 +200,6 @@ def test_a_restart_continues_without_deleted_samples(world: World) -> None:
     forget(world, 3)
     restored = world.data_loader(batch_size=2, replay_batch_size=0, max_epochs=1)
     restored.restore(state)
-    assert restored.counts["gone"] == 3
-    assert restored.counts["versions_gone"] == 3
+    assert restored.counts["samples_deleted"] == 3
+    assert restored.counts["versions_deleted"] == 3
     assert drain(restored) == [[ids[3], ids[4]]]

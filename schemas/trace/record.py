@@ -218,18 +218,6 @@ def checksum(stream: bytes | pa.Buffer) -> bytes:
     return struct.pack("<II", len(stream) & 0xFFFFFFFF, zlib.crc32(stream))
 
 
-def to_bf16(x: npt.NDArray[np.float32]) -> U16:
-    """Return the bit patterns of ``x`` in bfloat16, rounded to nearest, ties to even; NaN stays NaN."""
-    bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
-    rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16
-    return np.where(np.isnan(x), np.uint32(0x7FC0), rounded).astype(np.uint16)
-
-
-def from_bf16(bits: U16) -> F32:
-    """Return the float32 values of bfloat16 bit patterns."""
-    return (bits.astype(np.uint32) << 16).view(np.float32)
-
-
 def _column(field: pa.Field, verify_steps: Sequence[VerifyStep]) -> pa.Array:
     """Return one column of a chunk."""
     match field.name:

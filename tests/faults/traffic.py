@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+from bfloat16 import to_bf16
 from stream_worker import Publisher
 
-from schemas.trace.record import ROOT, Chunk, Envelope, VerifyStep, encode, to_bf16
+from schemas.trace.record import ROOT, Chunk, Envelope, VerifyStep, encode
 
 VERIFY_STEPS = 80
 """Verify steps of a chunk."""

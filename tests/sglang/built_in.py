@@ -8,11 +8,12 @@ from pathlib import Path
 from queue import SimpleQueue
 
 import torch
+from bfloat16 import from_bf16
 from safetensors import safe_open
 
 from schemas.settings import Train, load
 from schemas.speculator import checkpoint
-from schemas.trace.record import VerifyStep, from_bf16
+from schemas.trace.record import VerifyStep
 from serving.engines.base import Finish, Output, Request
 from serving.engines.builtin.engine import BuiltinEngine
 from trainer.data.batch import collate

@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bfloat16 import from_bf16
 from built_in import eos_of, verify_steps_of
 from sglang_server import Server, eagle
 from traced_chunks import all_tokens, chunks_of, every_chunk, rows_of, verify_steps_in
 
 from schemas.settings import Settings
 from schemas.speculator import checkpoint
-from schemas.trace.record import VerifyStep, from_bf16
+from schemas.trace.record import VerifyStep
 
 TOKENS = 36
 WHOLE = {"ignore_eos": True}

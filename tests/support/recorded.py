@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
+from bfloat16 import to_bf16
 
 from pipeline.batches import Record, build
-from schemas.trace.record import CONTENT_TYPE, Chunk, Envelope, Features, VerifyStep, encode, fingerprint, to_bf16
+from schemas.trace.record import CONTENT_TYPE, Chunk, Envelope, Features, VerifyStep, encode, fingerprint
 from serving.traces.chunks import drop_features
 
 WIDTH, TOP_K = 24, 3

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
+from bfloat16 import to_bf16
 from confluent_kafka import KafkaError, Message, Producer
 
 from pipeline.batches import Record
@@ -21,7 +22,7 @@ from pipeline.delta import DeltaLog
 from schemas.claim_store import ClaimStore
 from schemas.settings import Kafka, Settings, Stream, Tables, to_environ
 from schemas.trace import record as trace
-from schemas.trace.record import ROOT, Chunk, Envelope, VerifyStep, encode, to_bf16
+from schemas.trace.record import ROOT, Chunk, Envelope, VerifyStep, encode
 from serving.traces.chunks import drop_features
 
 Headers = list[tuple[str, bytes | None]]

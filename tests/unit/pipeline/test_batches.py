@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pyarrow as pa
 import pytest
+from bfloat16 import from_bf16, to_bf16
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,7 +17,7 @@ from pipeline.validation import find_invalid
 from schemas.batches import TABLES
 from schemas.trace import record as trace
 from schemas.trace.decoder import ListColumn, VerifyStepColumns
-from schemas.trace.record import ROOT, Chunk, Envelope, TraceError, VerifyStep, encode, from_bf16, to_bf16
+from schemas.trace.record import ROOT, Chunk, Envelope, TraceError, VerifyStep, encode
 
 A, B, C, D, E, F, G, X, Y, Z = range(10, 20)
 WIDTH = 3

@@ -10,24 +10,13 @@ from typing import get_args
 import numpy as np
 import pyarrow as pa
 import pytest
+from bfloat16 import from_bf16, to_bf16
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from schemas.trace import record
 from schemas.trace.decoder import decode
-from schemas.trace.record import (
-    ROOT,
-    SCHEMA,
-    Chunk,
-    Claim,
-    Envelope,
-    Features,
-    TraceError,
-    VerifyStep,
-    encode,
-    from_bf16,
-    to_bf16,
-)
+from schemas.trace.record import ROOT, SCHEMA, Chunk, Claim, Envelope, Features, TraceError, VerifyStep, encode
 
 TOKEN = st.integers(0, 2**31 - 1)
 FLOAT = st.floats(width=32, allow_nan=False)

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from bfloat16 import from_bf16
 from prometheus_client import CollectorRegistry
 
 from schemas.settings import Settings, load
 from schemas.speculator.checkpoint import CheckpointError
-from schemas.trace.record import VerifyStep, from_bf16
+from schemas.trace.record import VerifyStep
 from serving.engines.base import Finish, Request
 from serving.engines.sglang.plugin.capture import HostTransfer
 from serving.engines.sglang.plugin.hooks import Hooks

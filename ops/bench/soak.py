@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
 from itertools import count, cycle
@@ -23,7 +23,7 @@ from statistics import linear_regression, median
 import psutil
 
 from ops.bench import prompts, speculator
-from ops.bench.embedded_kafka import free_port, running_broker, use_broker
+from ops.bench.embedded_kafka import consume_all, free_port, open_consumer, running_broker, use_broker
 from ops.bench.harness import Figure, Goal, Report, Say, Session
 from ops.loadgen.load import Load, Prompt, Request, chat_request
 from ops.local.kafka import Broker
@@ -88,12 +88,7 @@ class SoakResult:
 
 
 def run(settings: Settings, options: SoakOptions, say: Say) -> Report:
-    """Run the soak.
-
-    Raises:
-        UserError: no target, no such speculator, or the node ended.
-        StartError: a process did not start.
-    """
+    """Load a node, inject the faults, let it settle, stop it, and count."""
     session = Session(settings.serve.num_threads)
     provide_target(settings.target, say)
     target = read_target(settings)
@@ -103,100 +98,77 @@ def run(settings: Settings, options: SoakOptions, say: Say) -> Report:
     folder.mkdir(parents=True)
     with _running_processes(settings, folder, say) as (node, broker, here):
         registry = SpeculatorRegistry(here.registry)
-        versions = _register(registry, target, trained)
-        result = Soak(here, options, node, broker, registry, versions, target.line, say).run()
+        versions = cycle(_register(registry, target, trained))
+        requests = random_requests(here.target.served_model_name, options.leaving)
+        load = Load(_node_url(here), requests, options.concurrency, timeout_s=_RESPONSE_TIMEOUT_S)
+        load.start()
+
+        def swap() -> None:
+            registry.set_alias(target.line, "champion", next(versions))
+
+        memory = _inject_faults(node, broker, load, options, swap, say)
+        say("no further requests; waiting for the last outputs and traces")
+        load.stop()
+        load.wait()
+        status = _wait_settled(here)
+        node.stop()
+        assert node.exit_code is not None, "a stopped process has an exit code"
+        result = SoakResult(load, status, count_topic_rows(here.kafka), tuple(memory), node.exit_code)
     about = {"options": asdict(options), "logs": str(folder)}
     return session.report(f"soak of {options.minutes:g} minutes", about, judge(result, options))
 
 
-class Soak:
-    """One soak over running processes."""
+def _inject_faults(
+    node: Process, broker: Broker, load: Load, options: SoakOptions, swap: Callable[[], None], say: Say
+) -> list[MemorySample]:
+    """Move the alias and stop and start the broker when it is due; return samples of the node's memory."""
+    seconds, started, stopped_at = options.minutes * 60, time.monotonic(), None
+    outages, outage_s = [share * seconds for share in _OUTAGES], min(_MAX_OUTAGE_S, _OUTAGE_SHARE * seconds)
+    swap_at = sample_at = 0.0
+    progress_at = _PROGRESS_INTERVAL_S
+    memory: list[MemorySample] = []
+    process = psutil.Process(node.pid)
+    while (now := time.monotonic() - started) < seconds:
+        if not node.alive:
+            raise UserError(f"the node ended with code {node.exit_code}; read {node.log}")
+        if now >= swap_at:
+            swap()
+            swap_at = now + options.swap_every_s
+        if now >= sample_at:
+            memory.append(MemorySample(now, process.memory_info().rss))
+            sample_at = now + _MEMORY_INTERVAL_S
+        if stopped_at is None and outages and now >= outages[0]:
+            say(f"stopping the broker for {outage_s:.0f} s")
+            broker.stop()
+            outages.pop(0)
+            stopped_at = now
+        if stopped_at is not None and now >= stopped_at + outage_s:
+            broker.start()
+            stopped_at = None
+            say("the broker is back")
+        if now >= progress_at:
+            errors = len(load.errors)
+            say(
+                f"{now / 60:.0f} min: {len(load.responses) - errors} answered, {load.disconnected} disconnected, "
+                f"{errors} errors, {memory[-1].resident / 2**20:.0f} MiB"
+            )
+            progress_at = now + _PROGRESS_INTERVAL_S
+        time.sleep(_TICK_S)
+    if stopped_at is not None:
+        broker.start()
+    return memory
 
-    def __init__(
-        self,
-        settings: Settings,
-        options: SoakOptions,
-        node: Process,
-        broker: Broker,
-        registry: SpeculatorRegistry,
-        versions: Sequence[str],
-        line: str,
-        say: Say,
-    ) -> None:
-        self._settings, self._options, self._say = settings, options, say
-        self._node, self._broker, self._registry = node, broker, registry
-        self._versions, self._line = cycle(versions), line
-        self._seconds = options.minutes * 60
-        requests = random_requests(settings.target.served_model_name, options.leaving)
-        self._load = Load(_node_url(settings), requests, options.concurrency, timeout_s=_RESPONSE_TIMEOUT_S)
-        self._memory: list[MemorySample] = []
 
-    def run(self) -> SoakResult:
-        """Load the node, inject the faults, let it settle, stop it, and count."""
-        self._load.start()
-        self._inject_faults()
-        self._say("no further requests; waiting for the last outputs and traces")
-        self._load.stop()
-        self._load.wait()
-        status = self._wait_settled()
-        self._node.stop()
-        rows, code = count_topic_rows(self._settings.kafka), self._node.exit_code
-        assert code is not None, "a stopped process has an exit code"
-        return SoakResult(self._load, status, rows, tuple(self._memory), code)
-
-    def _inject_faults(self) -> None:
-        """Move the alias, stop and start the broker, and sample the memory, each when it is due."""
-        started, stopped_at = time.monotonic(), None
-        outages, outage_s = [share * self._seconds for share in _OUTAGES], self._outage_s
-        swap_at = sample_at = 0.0
-        progress_at = _PROGRESS_INTERVAL_S
-        process = psutil.Process(self._node.pid)
-        while (now := time.monotonic() - started) < self._seconds:
-            if not self._node.alive:
-                raise UserError(f"the node ended with code {self._node.exit_code}; read {self._node.log}")
-            if now >= swap_at:
-                self._registry.set_alias(self._line, "champion", next(self._versions))
-                swap_at = now + self._options.swap_every_s
-            if now >= sample_at:
-                self._memory.append(MemorySample(now, process.memory_info().rss))
-                sample_at = now + _MEMORY_INTERVAL_S
-            if stopped_at is None and outages and now >= outages[0]:
-                self._say(f"stopping the broker for {outage_s:.0f} s")
-                self._broker.stop()
-                outages.pop(0)
-                stopped_at = now
-            if stopped_at is not None and now >= stopped_at + outage_s:
-                self._broker.start()
-                stopped_at = None
-                self._say("the broker is back")
-            if now >= progress_at:
-                self._report_progress(now)
-                progress_at = now + _PROGRESS_INTERVAL_S
-            time.sleep(_TICK_S)
-        if stopped_at is not None:
-            self._broker.start()
-
-    @property
-    def _outage_s(self) -> float:
-        return min(_MAX_OUTAGE_S, _OUTAGE_SHARE * self._seconds)
-
-    def _report_progress(self, now: float) -> None:
-        errors = len(self._load.errors)
-        self._say(
-            f"{now / 60:.0f} min: {len(self._load.responses) - errors} answered, {self._load.disconnected} "
-            f"disconnected, {errors} errors, {self._memory[-1].resident / 2**20:.0f} MiB"
-        )
-
-    def _wait_settled(self) -> ServeStatus:
-        """Return the node's status when no request runs and no trace row is pending."""
-        deadline = time.monotonic() + _SETTLE_S
-        while True:
-            with urllib.request.urlopen(f"{_node_url(self._settings)}/status", timeout=30) as response:  # noqa: S310
-                status = ServeStatus.model_validate_json(response.read())
-            busy = status.requests_running or status.requests_waiting or status.rows_pending
-            if not busy or time.monotonic() > deadline:
-                return status
-            time.sleep(_TICK_S)
+def _wait_settled(settings: Settings) -> ServeStatus:
+    """Return the node's status when no request runs and no trace row is pending."""
+    deadline = time.monotonic() + _SETTLE_S
+    while True:
+        with urllib.request.urlopen(f"{_node_url(settings)}/status", timeout=30) as response:  # noqa: S310
+            status = ServeStatus.model_validate_json(response.read())
+        busy = status.requests_running or status.requests_waiting or status.rows_pending
+        if not busy or time.monotonic() > deadline:
+            return status
+        time.sleep(_TICK_S)
 
 
 def random_requests(model: str, leaving: float, seed: int = 0) -> Iterator[Request]:
@@ -259,30 +231,8 @@ def fit_growth(memory: Sequence[MemorySample]) -> tuple[float, float]:
 
 def count_topic_rows(kafka: Kafka) -> int:
     """Add up the row counts in the headers of all messages of the traces topic."""
-    from confluent_kafka import Consumer, TopicPartition
-
-    consumer = Consumer(
-        {
-            "bootstrap.servers": kafka.bootstrap_servers,
-            "group.id": "bench",
-            "enable.auto.commit": False,
-            **kafka.client_options,
-        }
-    )
-    try:
-        partitions = [TopicPartition(kafka.traces_topic, n, 0) for n in range(kafka.partitions)]
-        left = sum(consumer.get_watermark_offsets(partition)[1] for partition in partitions)
-        consumer.assign(partitions)
-        rows = 0
-        while left:
-            message = consumer.poll(30)
-            if message is None or message.error():
-                raise UserError(f"topic {kafka.traces_topic}: {left} messages could not be read")
-            left -= 1
-            rows += int(dict(message.headers() or [])["rows"] or 0)
-        return rows
-    finally:
-        consumer.close()
+    with open_consumer(kafka) as consumer:
+        return sum(int(dict(message.headers() or [])["rows"] or 0) for message in consume_all(consumer))
 
 
 def _node_url(settings: Settings) -> str:

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import psutil
 import pyarrow as pa
-from confluent_kafka import Consumer, KafkaError, Message, Producer, TopicPartition
+from confluent_kafka import KafkaError, Message, Producer
 from deltalake import write_deltalake
 
-from ops.bench.embedded_kafka import free_port
+from ops.bench.embedded_kafka import consume_all, free_port, open_consumer
 from ops.bench.stream.recorded_messages import TraceMessage
 from ops.local.parts import is_answering
 from ops.local.process import Process
@@ -34,7 +34,6 @@ PARTITIONS = 2
 _READY_S = 120.0
 _DRAIN_S = 600.0
 _POLL_S = 0.02
-_CONSUMED_AT_ONCE = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,9 +127,9 @@ class _Stopwatch:
 
 def drain_read_only(kafka: Kafka) -> DrainCost:
     """Read the topic with a plain consumer and discard the messages."""
-    with _consumer(kafka) as consumer:
+    with open_consumer(kafka) as consumer:
         stopwatch = _Stopwatch()
-        for _ in _consume_all(consumer):
+        for _ in consume_all(consumer):
             pass
         return stopwatch.read()
 
@@ -141,11 +140,12 @@ def drain_bare_loop(settings: Settings) -> DrainCost:
     The loop flushes as a worker does and omits everything else: checks, shapes, dead letters, exactly-once.
     """
     table = f"{settings.tables.uri}-bare"
-    with _consumer(settings.kafka) as consumer:
+    with open_consumer(settings.kafka) as consumer:
         stopwatch = _Stopwatch()
         part: list[bytes] = []
         size = 0
-        for value in _consume_all(consumer):
+        for message in consume_all(consumer):
+            value = message.value() or b""
             part.append(value)
             size += len(value)
             if len(part) >= settings.stream.flush_records or size >= COMMIT_BYTES:
@@ -159,28 +159,6 @@ def drain_bare_loop(settings: Settings) -> DrainCost:
 def _append(table: str, values: Sequence[bytes]) -> None:
     opened = [pa.ipc.open_stream(pa.py_buffer(value)[:-CHECKSUM_BYTES]).read_all() for value in values]
     write_deltalake(table, pa.concat_tables([rows.replace_schema_metadata() for rows in opened]), mode="append")
-
-
-@contextmanager
-def _consumer(kafka: Kafka) -> Iterator[Consumer]:
-    """Yield a consumer at the start of every partition."""
-    options = {"group.id": "bench", "enable.auto.commit": False, "auto.offset.reset": "earliest"}
-    consumer = Consumer(client_config(kafka, **options))
-    try:
-        consumer.assign([TopicPartition(kafka.traces_topic, number, 0) for number in range(PARTITIONS)])
-        yield consumer
-    finally:
-        consumer.close()
-
-
-def _consume_all(consumer: Consumer) -> Iterator[bytes]:
-    left = sum(consumer.get_watermark_offsets(partition)[1] for partition in consumer.assignment())
-    while left > 0:
-        for message in consumer.consume(_CONSUMED_AT_ONCE, timeout=1.0):
-            if message.error():
-                raise UserError(f"the topic could not be read: {message.error()}")
-            left -= 1
-            yield message.value() or b""
 
 
 def drain_with_workers(settings: Settings, workers: int, messages: Sequence[TraceMessage]) -> WorkerDrain:

@@ -17,7 +17,7 @@ from ops.local.process import Process
 from schemas.errors import UserError
 from schemas.settings import Kafka, Registry, Settings, to_environ
 
-_LEARNING_NICE = 10
+_TRAINING_NICE = 10
 """Serving never waits for training: on a busy machine the scheduler prefers node and stream."""
 
 
@@ -89,18 +89,13 @@ def plan_stack(settings: Settings) -> StackPlan:
         parts.append(_broker_part(settings))
     if embeds_registry(settings):
         parts.append(_registry_part(settings))
-    broker = tuple(
-        part.name for part in parts if part.name == "broker"
-    )  # the other parts retry the registry themselves
-    serve = f"http://{settings.serve.host}:{settings.serve.port}/ready"
-    stream = f"http://{settings.stream.host}:{settings.stream.port}/ready"
+    # The other parts wait for the broker; they retry the registry themselves.
+    broker = tuple(part.name for part in parts if part.name == "broker")
     parts += [
-        _aurora_part("stream", settings, {"stream.port": settings.stream.port}, after=broker, probe=stream),
-        _aurora_part("train", settings, {"train.port": settings.train.port}, after=broker, nice=_LEARNING_NICE),
-        _aurora_part(
-            "promoter", settings, {"promoter.port": settings.promoter.port}, after=broker, nice=_LEARNING_NICE
-        ),
-        _aurora_part("serve", settings, {"serve.port": settings.serve.port}, after=broker, probe=serve),
+        _aurora_part("stream", settings, broker, probe="/ready"),
+        _aurora_part("train", settings, broker, nice=_TRAINING_NICE),
+        _aurora_part("promoter", settings, broker, nice=_TRAINING_NICE),
+        _aurora_part("serve", settings, broker, probe="/ready"),
     ]
     return StackPlan(settings, tuple(parts))
 
@@ -152,21 +147,11 @@ def _registry_part(settings: Settings) -> Part:
 
 
 def _aurora_part(
-    name: str,
-    settings: Settings,
-    port: Mapping[str, int],
-    *,
-    after: tuple[str, ...],
-    probe: str | None = None,
-    nice: int = 0,
+    name: str, settings: Settings, after: tuple[str, ...], *, probe: str = "/status", nice: int = 0
 ) -> Part:
     """Return the part that runs the ``aurora`` command of that name."""
-    process = Process(
-        name,
-        [sys.executable, "-m", "ops.cli.main", name],
-        log_path(settings, name).absolute(),
-        to_environ(settings),
-        nice,
-    )
-    url = probe or f"http://{getattr(settings, name).host}:{getattr(settings, name).port}/status"
-    return Part(name, process, lambda: is_answering(url), after, ports=port)
+    address = getattr(settings, name)
+    url = f"http://{address.host}:{address.port}{probe}"
+    command = [sys.executable, "-m", "ops.cli.main", name]
+    process = Process(name, command, log_path(settings, name).absolute(), to_environ(settings), nice)
+    return Part(name, process, lambda: is_answering(url), after, ports={f"{name}.port": address.port})

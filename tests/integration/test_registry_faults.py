@@ -135,7 +135,7 @@ def test_a_node_serves_through_registry_faults_and_catches_up(proxy: RegistryPro
             eventually(lambda: status().registry_stale_responses > 1)
             client.wait_for_responses()
         assert [swap.version for swap in status().swaps] == [*served, served[0]]
-        assert (client.failed, status().refused) == ([], [])
+        assert (client.failed, status().versions_rejected) == ([], [])
     poller.stop()
 
 

@@ -42,8 +42,8 @@ from trainer.status import ErrorTracker, StatusServer, stop_on_signals
 
 log = structlog.get_logger()
 
-RETENTION_HOLD_INTERVAL_S = 300.0
-"""Each renewal writes a row; a hold expires after hours."""
+LEASE_RENEWAL_INTERVAL_S = 300.0
+"""Each renewal writes a row; a lease lasts hours."""
 
 
 def run(settings: Settings) -> None:
@@ -128,7 +128,7 @@ class Trainer:
         """Train until the stop event is set."""
         self._curves.start()
         self._start()
-        hold_at = time.monotonic()
+        renew_at = time.monotonic()
         checkpoint_at = time.monotonic() + self._settings.checkpoint_interval
         evaluate_at = time.monotonic() + self._settings.registration_interval
         while not self._stopping.is_set():
@@ -136,7 +136,7 @@ class Trainer:
             with self._errors.catch("tables", TableError, DataLoaderError):
                 batch = self._prefetcher.next_batch()
             self._metrics.update_data_loader(
-                self._loader.cursor, self._loader.table_version, self._loader.waiting, self._loader.counts
+                self._loader.cursor, self._loader.table_version, self._loader.waiting, dict(self._loader.counts)
             )
             if batch:
                 self._train_step(batch)
@@ -149,9 +149,9 @@ class Trainer:
             if time.monotonic() >= checkpoint_at:
                 self._checkpoint()
                 checkpoint_at = time.monotonic() + self._settings.checkpoint_interval
-            if time.monotonic() >= hold_at:
-                self._renew_retention_hold()
-                hold_at = time.monotonic() + RETENTION_HOLD_INTERVAL_S
+            if time.monotonic() >= renew_at:
+                self._renew_lease()
+                renew_at = time.monotonic() + LEASE_RENEWAL_INTERVAL_S
         self._checkpoint()
         self._learners.close()
         self._prefetcher.close()
@@ -338,7 +338,7 @@ class Trainer:
             if good:
                 self._good = state
 
-    def _renew_retention_hold(self) -> None:
+    def _renew_lease(self) -> None:
         """Keep the versions that a restart would read again, even while nothing new arrives."""
         with self._errors.catch("cursors", TableError):
             self._tables.save_cursor(self._reader, self._versions_needed or self._prefetcher.state().versions_needed)

@@ -112,7 +112,7 @@ def test_a_stopped_or_killed_trainer_resumes_from_its_checkpoint(world: World, t
         until(lambda: step_of(settings) >= 5, "steps")
         assert end(trainer) == 0
     announced = {row["table"]: row["version"] for row in world.tables.read("cursors").to_pylist()}
-    assert announced.keys() == {"accepted", "rejected"}, "its retention hold exists from the start"
+    assert announced.keys() == {"accepted", "rejected"}, "its lease exists from the start"
     newest = max((Path(settings.train.checkpoint_dir) / world.target.line).iterdir())
     stopped_at = int(newest.name.removeprefix("step-"))
     assert stopped_at >= 5

@@ -112,7 +112,7 @@ class DataLoader:
         self, tables: DeltaLog, settings: Train, target: str, line: str, compute_states: ComputeStates
     ) -> None:
         self.counts: Counter[str] = Counter()
-        """Rows, samples and branches by kind."""
+        """Rows, samples and branches by kind; copy it to read it from another thread."""
         self.table_version = 0
         """Newest version of ``accepted`` at the last poll."""
         self._tables = tables

@@ -78,6 +78,7 @@ def prefetcher_of(world: World, collate: BlockingCollate) -> Iterator[Prefetcher
 
 
 def rest(prefetcher: Prefetcher[list[str]]) -> list[list[str]]:
+    """Return the remaining steps."""
     return list(iter(prefetcher.next_batch, None))
 
 
@@ -85,11 +86,8 @@ def test_steps_equal_those_of_the_data_loader_alone(world: World, prefetcher_of:
     world.commit_as(requests(30), label="sql")
     prefetcher = prefetcher_of()
     assert rest(prefetcher) == drain(world.data_loader(**SETTINGS))
-    assert (prefetcher._loader.cursor, prefetcher._loader.table_version, prefetcher._loader.counts["rows"]) == (
-        30,
-        30,
-        30,
-    )
+    loader = prefetcher._loader
+    assert (loader.cursor, loader.table_version, loader.counts["rows"]) == (30, 30, 30)
     assert prefetcher.tables_read == {"accepted": 30, "rejected": 30}
 
 

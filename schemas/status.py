@@ -55,7 +55,7 @@ class ServeStatus(_Status):
     expected_tokens_per_second: list[float]
     """Expected output rate with 0, 1, .. draft tokens per request."""
     role: str | None
-    """Why the version is active: the name of the alias, ``canary`` or ``pinned``; None with the initial draft."""
+    """Why the version is active: the name of the alias, ``canary`` or ``pinned``; None with the day-0 draft."""
     pinned: str | None
     """Version pinned by an operator; None while the node follows the alias."""
     requests_running: int
@@ -96,7 +96,7 @@ class SpeculatorStatus(_Status):
     canary_version: str | None
     """Version that alternates with the alias's version."""
     role: str | None
-    """Why ``version`` is active: the name of the alias, ``canary`` or ``pinned``; None with the initial draft."""
+    """Why ``version`` is active: the name of the alias, ``canary`` or ``pinned``; None with the day-0 draft."""
     update_blocked: str | None
     """Why the node does not follow the version named by the registry."""
     pending_version: str | None

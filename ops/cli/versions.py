@@ -328,7 +328,7 @@ def _describe_aliases(line: Line) -> str:
 
 def _read_settings_line(settings: Settings) -> str | None:
     from schemas.speculator.checkpoint import CheckpointError
-    from schemas.speculator.initial_draft import read_line
+    from schemas.speculator.day_0_draft import read_line
 
     try:
         return read_line(Path(settings.target.path), settings.speculator).name

@@ -13,7 +13,7 @@ Device = Literal["auto", "cpu", "cuda"]
 Objective = Literal["kl", "reverse-kl", "tv", "lk"]
 
 DAY_0 = "day-0"
-"""Prefix of the version strings of initial drafts, which are not in the registry."""
+"""Prefix of the version strings of day-0 drafts, which are not in the registry."""
 
 
 class Kafka(Section):
@@ -86,10 +86,10 @@ class Target(Section):
 
 
 class Speculator(Section):
-    """The initial draft. Together with the target it determines the speculator line."""
+    """The day-0 draft. Together with the target it determines the speculator line."""
 
     draft_vocab_size: int = Field(8192, ge=16)
-    """Size of the draft vocabulary. The initial draft uses the lowest token ids, which byte-pair tokenizers order by
+    """Size of the draft vocabulary. The day-0 draft uses the lowest token ids, which byte-pair tokenizers order by
     frequency."""
     draft_vocab_file: str = ""
     """File with the token ids of the draft vocabulary, as ``aurora vocabulary`` writes it. It overrides
@@ -102,14 +102,14 @@ class Speculator(Section):
     """Architecture. ``eagle3.1`` also normalizes the target's hidden states and the hidden state that is passed from
     one drafting step to the next."""
     init: Literal["head", "random"] = "head"
-    """Weights of the initial draft. ``head`` starts near the target's output: with the target's output layer, and with
+    """Weights of the day-0 draft. ``head`` starts near the target's output: with the target's output layer, and with
     the highest captured layer passed through to it. ``random`` uses random weights only."""
     seed: int = 0
     """Seed of the random weights. Nodes and trainer must use the same seed."""
 
     @property
     def day_0(self) -> str:
-        """Version string of the initial draft, such as ``day-0-head-0``; within a line it identifies the weights."""
+        """Version string of the day-0 draft, such as ``day-0-head-0``; within a line it identifies the weights."""
         return f"{DAY_0}-{self.init}-{self.seed}"
 
 
@@ -263,8 +263,8 @@ class Train(Section):
     checkpoint_dir: str = ".aurora/train"
     """Folder of the trainer's checkpoints."""
     warm_start: str = "alias"
-    """Initial weights of a trainer without a checkpoint: ``alias`` uses the champion, or the initial draft if there is
-    no champion; ``day-0`` uses the initial draft; a number is a version of the line; any other text is a folder."""
+    """Initial weights of a trainer without a checkpoint: ``alias`` uses the champion, or the day-0 draft if there is
+    no champion; ``day-0`` uses the day-0 draft; a number is a version of the line; any other text is a folder."""
     optimizer: Literal["adamw", "muon"] = "muon"
     """Optimizer of the hidden layer's matrices. AdamW always updates vocabulary matrices and norms."""
     learning_rate: float = Field(1.5e-3, gt=0)

@@ -19,7 +19,7 @@ from serving_node import MODEL, Node, eventually
 
 from schemas.settings import SettingsError, load
 from schemas.speculator import checkpoint
-from schemas.speculator.initial_draft import create_initial_draft
+from schemas.speculator.day_0_draft import create_day_0_draft
 from schemas.trace.decoder import decode
 from schemas.trace.record import Chunk
 from serving.http.server import bind
@@ -103,7 +103,7 @@ def test_every_verify_step_is_traced_and_a_swap_under_load_changes_no_answer(
     node = start(kafka__bootstrap_servers=broker, kafka__traces_topic=topic, registry__tracking_uri=registry, **shape)
     before = node.ask(_LONG, max_tokens=16)
 
-    draft = create_initial_draft(smollm2, node.settings.speculator.model_copy(update={"seed": 9}))
+    draft = create_day_0_draft(smollm2, node.settings.speculator.model_copy(update={"seed": 9}))
     status = node.status()
     checkpoint.write_checkpoint(draft, tmp_path / "version", status.target)
     trainer = SpeculatorRegistry(node.settings.registry)

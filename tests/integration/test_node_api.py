@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from schemas.settings import load
 from schemas.speculator import checkpoint
-from schemas.speculator.initial_draft import create_initial_draft
+from schemas.speculator.day_0_draft import create_day_0_draft
 from schemas.speculator.network import random_draft
 from trainer.release.registry import SpeculatorRegistry
 
@@ -113,7 +113,7 @@ def test_a_stop_string_is_cut_out_and_a_stop_token_is_not(node: Node, smollm2: P
 
 def test_a_pinned_version_serves_until_it_is_unpinned(node: Node, smollm2: Path, tmp_path: Path) -> None:
     status = node.status()
-    shape = create_initial_draft(smollm2, node.settings.speculator).shape
+    shape = create_day_0_draft(smollm2, node.settings.speculator).shape
     trainer = SpeculatorRegistry(node.settings.registry)
     versions = []
     for seed in (8, 9):

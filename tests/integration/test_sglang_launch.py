@@ -162,8 +162,8 @@ def test_killing_the_launcher_ends_the_server(launched: Callable[..., tuple[Laun
 def test_a_running_server_gets_a_sidecar_and_outlives_it(settings: Settings, tmp_path: Path, target: Path) -> None:
     line = read_target_line(settings)
     folder = tmp_path / "served"
-    checkpoint.write_checkpoint(line.initial_draft, folder, line.target)
-    fake = FakeSglang(line.initial_draft, "day-0-head-0")
+    checkpoint.write_checkpoint(line.day_0_draft, folder, line.target)
+    fake = FakeSglang(line.day_0_draft, "day-0-head-0")
     fake.draft, fake.paused, fake.open = str(folder), True, True
     with served(fake):
         url = settings.sglang.model_copy(update={"url": fake.url})

@@ -15,7 +15,7 @@ from sglang_server import ENVIRONMENT, Server
 from pipeline import topics
 from schemas.settings import Settings, Speculator, load
 from schemas.speculator import checkpoint
-from schemas.speculator.initial_draft import create_initial_draft
+from schemas.speculator.day_0_draft import create_day_0_draft
 
 Serving = Callable[..., Any]
 
@@ -45,7 +45,7 @@ def random_draft(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """The day-0 draft as a version folder."""
     folder = tmp_path_factory.mktemp("draft") / "version"
     checkpoint.write_checkpoint(
-        create_initial_draft(smollm2, Speculator()), folder, checkpoint.target_fingerprint(smollm2)
+        create_day_0_draft(smollm2, Speculator()), folder, checkpoint.target_fingerprint(smollm2)
     )
     return folder
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from schemas.settings import Settings
-from schemas.speculator.initial_draft import read_embeddings, read_line
+from schemas.speculator.day_0_draft import read_embeddings, read_line
 from schemas.speculator.network import EagleDraft
 
 log = structlog.get_logger()
@@ -46,7 +46,7 @@ def read_target(settings: Settings) -> Target:
     """
     folder = Path(settings.target.path)
     line = read_line(folder, settings.speculator)
-    return Target(line.target, line.name, read_embeddings(folder), line.initial_draft)
+    return Target(line.target, line.name, read_embeddings(folder), line.day_0_draft)
 
 
 class FrozenTarget:

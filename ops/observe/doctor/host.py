@@ -21,7 +21,7 @@ MAX_CLOCK_SKEW_S = 2.0
 def check_target(context: CheckContext) -> Iterator[Finding]:
     """Check that the model can be served, and derive its speculator line."""
     from schemas.speculator.checkpoint import CheckpointError
-    from schemas.speculator.initial_draft import read_line
+    from schemas.speculator.day_0_draft import read_line
 
     settings, folder = context.settings, Path(context.settings.target.path)
     try:
@@ -35,7 +35,7 @@ def check_target(context: CheckContext) -> Iterator[Finding]:
     context.model = ModelIdentity(line.target, line.name)
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         yield problem("target", f"{folder} has no tokenizer", "copy the model's tokenizer files into target.path")
-    positions = line.initial_draft.shape.max_position_embeddings
+    positions = line.day_0_draft.shape.max_position_embeddings
     if settings.serve.max_model_len > positions:
         found = f"serve.max_model_len is {settings.serve.max_model_len}, the target's context {positions}"
         yield problem("target", found, f"set serve.max_model_len to {positions} or less")

@@ -16,7 +16,7 @@ import torch
 from schemas.device import select_device
 from schemas.settings import Settings, SettingsError
 from schemas.speculator.checkpoint import CheckpointError
-from schemas.speculator.initial_draft import SpeculatorLine, read_line
+from schemas.speculator.day_0_draft import SpeculatorLine, read_line
 from schemas.speculator.network import EagleDraft
 from serving.engines.base import EngineFullError, EngineHealth, Finish, Output, Request, SwapResult, TraceSink
 from serving.engines.builtin.calibration import calibrate
@@ -46,7 +46,7 @@ class BuiltinEngine:
         self.vocabulary = self._target.shape.vocab_size
         self.max_tokens = serve.max_model_len
         self._drafter = EagleDrafter(
-            line.initial_draft,
+            line.day_0_draft,
             settings.speculator.day_0,
             self._target.embeddings_VH,
             serve.max_num_seqs,
@@ -238,7 +238,7 @@ def _load_target(settings: Settings) -> tuple[SpeculatorLine, Target]:
         line = read_line(folder, settings.speculator)
         target = Target(
             folder,
-            line.initial_draft.shape,
+            line.day_0_draft.shape,
             serve.max_num_seqs,
             serve.max_model_len,
             draft_nodes=serve.draft_tree_nodes,

@@ -16,7 +16,7 @@ from pipeline.delta import DeltaLog
 from schemas.errors import UserError
 from schemas.settings import Settings, SettingsError, Speculator, Tables, load
 from schemas.speculator.checkpoint import target_fingerprint
-from schemas.speculator.initial_draft import create_initial_draft, read_draft_vocabulary
+from schemas.speculator.day_0_draft import create_day_0_draft, read_draft_vocabulary
 from serving.engines.builtin.engine import BuiltinEngine
 from trainer.data.target import read_target
 
@@ -147,6 +147,6 @@ def test_node_and_trainer_do_not_start_without_the_file(tmp_path: Path) -> None:
 
 
 def test_without_a_file_day_0_uses_the_lowest_ids(tmp_path: Path) -> None:
-    draft = create_initial_draft(write_tiny_target(tmp_path), Speculator(draft_vocab_size=16))
+    draft = create_day_0_draft(write_tiny_target(tmp_path), Speculator(draft_vocab_size=16))
     assert draft.t2d.nonzero().flatten().tolist() == list(range(16))
     assert draft.d2t.tolist() == [0] * 16

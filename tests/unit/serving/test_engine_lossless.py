@@ -13,7 +13,7 @@ from tiny_target import EOS, VOCABULARY, write_tiny_target
 from transformers import LlamaForCausalLM
 
 from schemas.settings import Settings, Speculator, load
-from schemas.speculator.initial_draft import create_initial_draft
+from schemas.speculator.day_0_draft import create_day_0_draft
 from schemas.speculator.network import EagleDraft, random_draft
 from schemas.trace.record import VerifyStep
 from serving.engines.base import EngineFullError, Finish, Output, Request
@@ -330,7 +330,7 @@ def test_stop_finishes_every_request(tmp_path: Path) -> None:
 def test_segments_in_one_batch_do_not_see_each_other(tmp_path: Path, draft_kv_heads: int) -> None:
     folder = write_tiny_target(tmp_path)
     speculator = Speculator(draft_vocab_size=VOCABULARY, num_key_value_heads=draft_kv_heads)
-    shape = create_initial_draft(folder, speculator).shape
+    shape = create_day_0_draft(folder, speculator).shape
     target = Target(folder, shape, slots=3, positions=64)
     first, second = torch.tensor([3, 1, 4, 1, 5]), torch.tensor([9, 2, 6])
     with torch.inference_mode():

@@ -40,8 +40,8 @@ def test_a_server_with_a_draft_of_another_line_is_not_supported(settings: Settin
     other = read_target_line(
         load(environ={}, flags={"target.path": settings.target.path, "speculator.draft_vocab_size": 20})
     )
-    fake = FakeSglang(other.initial_draft, "day-0-head-0")
-    checkpoint.write_checkpoint(other.initial_draft, tmp_path / "served", other.target)
+    fake = FakeSglang(other.day_0_draft, "day-0-head-0")
+    checkpoint.write_checkpoint(other.day_0_draft, tmp_path / "served", other.target)
     with served(fake):
         server = SglangServer(fake.url, settings.sglang.api_key, 5)
         fake.draft = str(tmp_path / "served")
@@ -77,7 +77,7 @@ class _Registry:
 def test_a_server_starts_with_the_version_that_the_alias_names(settings: Settings, tmp_path: Path) -> None:
     line = read_target_line(settings)
     seeded = settings.speculator.model_copy(update={"seed": 3})
-    learned = read_target_line(settings.model_copy(update={"speculator": seeded})).initial_draft
+    learned = read_target_line(settings.model_copy(update={"speculator": seeded})).day_0_draft
     checkpoint.write_checkpoint(learned, tmp_path / "learned", line.target)
     folder, served = write_first_draft(settings, line, _Registry(tmp_path / "learned"))
     assert (folder.version, served.version) == ("5", "5")
@@ -85,7 +85,7 @@ def test_a_server_starts_with_the_version_that_the_alias_names(settings: Setting
     again, _ = write_first_draft(settings, line, _Registry(None))
     assert (again.folder, again.version) == (folder.folder, "day-0-head-0")
     assert checkpoint.read_checkpoint(again.folder, line.name).fc.weight.equal(
-        line.initial_draft.fc.weight.bfloat16().float()
+        line.day_0_draft.fc.weight.bfloat16().float()
     )
     (tmp_path / "learned" / "extra").touch()
     defective, _ = write_first_draft(settings, line, _Registry(tmp_path / "learned"))

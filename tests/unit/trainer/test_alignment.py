@@ -12,7 +12,7 @@ from recorded import LINE, TARGET, WIDTH, record_of, tables_of, verify_step_of
 from tiny_target import VOCABULARY, write_tiny_target
 
 from schemas.settings import Train, load
-from schemas.speculator.initial_draft import read_embeddings
+from schemas.speculator.day_0_draft import read_embeddings
 from schemas.speculator.network import DraftShape, EagleDraft, random_draft
 from schemas.trace.record import VerifyStep
 from serving.engines.base import Finish, Output, Request

@@ -145,7 +145,7 @@ class ChampionRegistry:
         return folder / "version"
 
 
-def initial_draft(registry: ChampionRegistry, day_0: EagleDraft, parent_line: str) -> tuple[str, EagleDraft]:
+def day_0_draft(registry: ChampionRegistry, day_0: EagleDraft, parent_line: str) -> tuple[str, EagleDraft]:
     line = line_name(NEW_TARGET, day_0.shape, day_0.d2t)
     target = Target(NEW_TARGET, line, torch.zeros(V, SHAPE.hidden_size), day_0)
     settings: Settings = load(environ={}, flags={"train.parent_line": parent_line})
@@ -156,7 +156,7 @@ def test_a_new_line_starts_with_the_champion_of_its_parent_line() -> None:
     registry, old, day_0 = ChampionRegistry(), draft_of(list(range(16)), 1), draft_of(list(range(8, 32)), 2)
     before = parameters(day_0)
     parent_line = registry.promote(OLD_TARGET, "7", old)
-    version, draft = initial_draft(registry, day_0, parent_line)
+    version, draft = day_0_draft(registry, day_0, parent_line)
     assert version == f"{parent_line}/7"
     assert torch.equal(draft.lm_head.weight[:8], old.lm_head.weight[8:])
     assert torch.equal(draft.lm_head.weight[8:], day_0.lm_head.weight[8:])
@@ -171,7 +171,7 @@ def test_a_line_with_a_champion_starts_with_it() -> None:
     registry, own = ChampionRegistry(), draft_of(list(range(16)), 3)
     parent_line = registry.promote(OLD_TARGET, "7", draft_of(list(range(16)), 1))
     registry.promote(NEW_TARGET, "2", own)
-    version, draft = initial_draft(registry, draft_of(list(range(16)), 2), parent_line)
+    version, draft = day_0_draft(registry, draft_of(list(range(16)), 2), parent_line)
     assert version == "2"
     assert torch.equal(draft.fc.weight, own.fc.weight)
 
@@ -182,6 +182,6 @@ def test_without_a_fitting_parent_a_new_line_starts_at_day_0(case: str) -> None:
     other = random_draft(DraftShape(12, 20, 3, 3, 4, V + 1, 16, 1e-5, 100.0, 64, (1, 3, 5)), 1)
     parent_line = registry.promote(OLD_TARGET, "7", other)
     named = {"none set": "", "unknown": "no-such-line", "nothing fits": parent_line}[case]
-    version, draft = initial_draft(registry, day_0, named)
+    version, draft = day_0_draft(registry, day_0, named)
     assert version == "day-0-head-0"
     assert all(torch.equal(value, dict(day_0.named_parameters())[name]) for name, value in draft.named_parameters())

@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry
 from schemas.settings import Settings, SettingsError
 from schemas.speculator import checkpoint
 from schemas.speculator.checkpoint import CheckpointError
-from schemas.speculator.initial_draft import SpeculatorLine, read_line
+from schemas.speculator.day_0_draft import SpeculatorLine, read_line
 from schemas.speculator.network import EagleDraft
 from schemas.telemetry.metrics import register_process_metrics
 from serving.engines.sglang.node.client import SglangError, SglangServer
@@ -55,7 +55,7 @@ def write_first_draft(
     Raises:
         SettingsError: it cannot be written.
     """
-    version, draft = _read_alias(settings, line, registry) or (settings.speculator.day_0, line.initial_draft)
+    version, draft = _read_alias(settings, line, registry) or (settings.speculator.day_0, line.day_0_draft)
     # One folder per node: a server that starts again must not find older versions.
     folder = Path(settings.sglang.draft_dir).absolute() / settings.serve.node
     try:

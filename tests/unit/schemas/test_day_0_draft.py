@@ -1,4 +1,4 @@
-"""The initial draft of a line."""
+"""The day-0 draft of a line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tiny_target import write_tiny_target
 
 from schemas.settings import Speculator
 from schemas.speculator.checkpoint import CheckpointError
-from schemas.speculator.initial_draft import create_initial_draft, read_embeddings, read_line
+from schemas.speculator.day_0_draft import create_day_0_draft, read_embeddings, read_line
 from schemas.speculator.network import EagleDraft
 
 NEAR = Speculator(draft_vocab_size=16)
@@ -37,7 +37,7 @@ def similarity(draft: EagleDraft) -> float:
 
 
 def test_the_draft_has_the_targets_output_layer_and_passes_the_highest_layer_through(target: Path) -> None:
-    near, drawn = create_initial_draft(target, NEAR), create_initial_draft(target, RANDOM)
+    near, drawn = create_day_0_draft(target, NEAR), create_day_0_draft(target, RANDOM)
     assert torch.equal(near.lm_head.weight, weights(target)["lm_head.weight"].float()[near.t2d])
     assert similarity(near) > 0.9
     assert similarity(drawn) < 0.9
@@ -48,7 +48,7 @@ def test_the_draft_has_the_targets_output_layer_and_passes_the_highest_layer_thr
 def test_tied_embeddings_are_the_output_layer(target: Path) -> None:
     config = json.loads((target / "config.json").read_text())
     (target / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
-    draft = create_initial_draft(target, NEAR)
+    draft = create_day_0_draft(target, NEAR)
     assert torch.equal(draft.lm_head.weight, read_embeddings(target).float()[draft.t2d])
 
 
@@ -61,9 +61,9 @@ def test_the_error_for_an_unusable_output_layer_names_the_setting_to_change(targ
     for wrong, why in ((torch.zeros(61, 8), "61, 8"), (torch.zeros(61, 32, dtype=torch.int8), "int8")):
         save_file(kept | {"lm_head.weight": wrong}, target / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(CheckpointError, match=f"{why}.*speculator.init = 'random'"):
-            create_initial_draft(target, NEAR)
+            create_day_0_draft(target, NEAR)
     del kept["lm_head.weight"]
     save_file(kept, target / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"no tensor lm_head\.weight.*speculator\.init = 'random'"):
-        create_initial_draft(target, NEAR)
-    assert create_initial_draft(target, RANDOM).shape.draft_vocab_size == 16
+        create_day_0_draft(target, NEAR)
+    assert create_day_0_draft(target, RANDOM).shape.draft_vocab_size == 16

@@ -1,4 +1,4 @@
-"""The initial draft of a line, which nodes and trainer each derive from the same target and settings."""
+"""The day-0 draft of a line, which nodes and trainer each derive from the same target and settings."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class SpeculatorLine:
     target: str
     """Fingerprint of the target."""
     name: str
-    initial_draft: EagleDraft
+    day_0_draft: EagleDraft
 
 
 def read_line(folder: Path, speculator: Speculator) -> SpeculatorLine:
@@ -42,13 +42,13 @@ def read_line(folder: Path, speculator: Speculator) -> SpeculatorLine:
         CheckpointError: the folder has no model, or the draft network does not support the model.
         SettingsError: the file of ``speculator.draft_vocab_file`` is invalid.
     """
-    draft = create_initial_draft(folder, speculator)
+    draft = create_day_0_draft(folder, speculator)
     fingerprint = target_fingerprint(folder)
     return SpeculatorLine(fingerprint, line_name(fingerprint, draft.shape, draft.d2t), draft)
 
 
-def create_initial_draft(folder: Path, speculator: Speculator) -> EagleDraft:
-    """Return the initial draft for the target in ``folder``. Target, draft shape and draft vocabulary determine the
+def create_day_0_draft(folder: Path, speculator: Speculator) -> EagleDraft:
+    """Return the day-0 draft for the target in ``folder``. Target, draft shape and draft vocabulary determine the
     line.
 
     Raises:

@@ -39,8 +39,7 @@ class ProbabilityRows(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SampledRows:
-    """``sampling_probs`` computed per row on access: the rule reads one row more than it accepts tokens, of a whole
-    tree.
+    """Rows of ``sampling_probs``, computed on access: of a tree, the rule reads one row more than it accepts tokens.
 
     Rows are computed on the CPU, where random numbers are drawn, so that a seed gives the same output on every device.
     """

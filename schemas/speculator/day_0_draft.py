@@ -48,8 +48,7 @@ def read_line(folder: Path, speculator: Speculator) -> SpeculatorLine:
 
 
 def create_day_0_draft(folder: Path, speculator: Speculator) -> EagleDraft:
-    """Return the day-0 draft for the target in ``folder``. Target, draft shape and draft vocabulary determine the
-    line.
+    """Return the day-0 draft for the target in ``folder``.
 
     Raises:
         CheckpointError: the folder has no model, or the draft network does not support the model.

@@ -57,8 +57,7 @@ class DraftShape:
 
     @property
     def is_normed(self) -> bool:
-        """Whether the target's hidden states are normalized before ``fc``, and the draft's before the next step
-        (EAGLE-3.1)."""
+        """Whether the hidden states are normalized before ``fc`` and before the next step (EAGLE-3.1)."""
         return self.variant == "eagle3.1"
 
 
@@ -163,8 +162,9 @@ class _Mlp(nn.Module):
 
 
 def random_draft(shape: DraftShape, seed: int, kept_D: Tensor | None = None) -> EagleDraft:
-    """Return an untrained draft: normal weights with deviation 0.02, norms 1, the next token's embedding passed
-    through.
+    """Return an untrained draft that passes the next token's embedding through attention.
+
+    Other weights are normal with standard deviation 0.02, and norms are 1.
 
     Args:
         shape: Shape of the draft.

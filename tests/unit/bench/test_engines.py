@@ -9,10 +9,7 @@ from echo_engine import EchoEngine
 
 from ops.bench.engines import DriveResult, TimedOutput, drive
 from ops.bench.serving.concurrent_requests import SwapMoment, waits_around
-from ops.bench.soak import MemorySample, fit_growth
 from serving.engines.base import Output, Request
-
-MIB = 1 << 20
 
 
 def request(name: str) -> Request:
@@ -74,16 +71,3 @@ def test_the_wait_at_a_swap_is_the_excess_of_its_longest_gap_over_the_usual_one(
     )
     assert usual == pytest.approx(100)
     assert waits == pytest.approx([200, 0, 0])
-
-
-def test_growth_before_the_warm_up_does_not_count() -> None:
-    filling = [MemorySample(float(s), (100 + 30 * s) * MIB) for s in range(10)]
-    flat = [MemorySample(float(s), (400 + s % 2) * MIB) for s in range(10, 40)]
-    _, growth = fit_growth([*filling, *flat])
-    assert abs(growth) < 0.005
-
-
-def test_a_leak_is_growth() -> None:
-    slope, growth = fit_growth([MemorySample(float(s), 400 * MIB + s * MIB) for s in range(60)])
-    assert slope == pytest.approx(MIB)
-    assert growth == pytest.approx(39 / 440, rel=0.05)

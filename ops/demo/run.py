@@ -81,7 +81,7 @@ def run_demo(settings: Settings, options: DemoOptions, screen: DemoScreen) -> De
 
 
 def draft_always(settings: Settings) -> Settings:
-    """Return settings with which the node drafts in every verify step, unless they already set the draft length.
+    """Return settings with which the node drafts in every verify step, unless they set the number of draft tokens.
 
     An adaptive node drafts only as much as pays off. On a small machine that is nothing until the draft is good, so the
     demo would show no progress until then.

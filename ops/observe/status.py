@@ -20,7 +20,7 @@ from schemas.status import ComparisonStatus, PromoterStatus, ServeStatus, Stream
 
 COUNTED_TABLES = ("traces", "accepted", "rejected", "dead_letters")
 NOTABLE_DRAFT_CHANGE = 0.1
-"""Relative change of the draft length from which a drift event mentions it."""
+"""Relative change of the draft tokens per step from which a drift event mentions it."""
 _Status = TypeVar("_Status", bound=BaseModel)
 
 
@@ -210,12 +210,12 @@ def describe_drift(event: DriftEvent) -> str:
         f"{after.first_token_acceptance:.0%} instead of {before.first_token_acceptance:.0%}, "
         f"acceptance length {after.acceptance_length:.2f} instead of {before.acceptance_length:.2f} "
         f"({after.requests:,} requests since, {before.requests:,} before)"
-        f"{_describe_draft_length(before, after)}"
+        f"{_describe_draft_tokens(before, after)}"
     )
 
 
-def _describe_draft_length(before: AcceptanceStats, after: AcceptanceStats) -> str:
-    """Mention a changed draft length, which by itself changes the acceptance length."""
+def _describe_draft_tokens(before: AcceptanceStats, after: AcceptanceStats) -> str:
+    """Mention a changed number of draft tokens, which by itself changes the acceptance length."""
     if abs(after.draft_tokens - before.draft_tokens) < NOTABLE_DRAFT_CHANGE * before.draft_tokens:
         return ""
     return f"; {after.draft_tokens:.1f} draft tokens per step, {before.draft_tokens:.1f} before"

@@ -61,7 +61,7 @@ def test_a_rise_without_a_label_that_started_the_day_before() -> None:
     )
 
 
-def test_a_changed_draft_length_is_mentioned() -> None:
+def test_a_changed_number_of_draft_tokens_is_mentioned() -> None:
     assert describe_drift(event(after=AFTER.model_copy(update={"draft_tokens": 2.0}))).endswith(
         "; 2.0 draft tokens per step, 4.0 before"
     )

@@ -93,16 +93,16 @@ def test_a_registered_version_with_the_alias_is_served(line: Line) -> None:
     line.poller.poll()
     assert (line.engine.served, line.poller.error) == ([], None)
 
-    line.trainer.point(line.name, "champion", first)
+    line.trainer.set_alias(line.name, "champion", first)
     line.poller.poll()
     ((version, draft),) = line.engine.served
     assert version == first
     assert torch.equal(draft.lm_head.weight, random_draft(SHAPE, 1).lm_head.weight.bfloat16().float())
 
     line.write("second", seed=2)
-    line.trainer.point(line.name, "champion", line.register("second"))
+    line.trainer.set_alias(line.name, "champion", line.register("second"))
     line.poller.poll()
-    line.trainer.point(line.name, "champion", first)
+    line.trainer.set_alias(line.name, "champion", first)
     line.poller.poll()
     assert [version for version, _ in line.engine.served] == ["1", "2", "1"]
     assert (line.poller.error, line.poller.rejected) == (None, ())
@@ -114,7 +114,7 @@ def test_a_recorded_line_rolls_back_by_the_record_and_serves_its_canary(line: Li
         line.register(str(number))
     line.record(champion="2")
     line.poller.poll()
-    line.trainer.point(line.name, "champion", "1")
+    line.trainer.set_alias(line.name, "champion", "1")
     line.poller.poll()
     assert [version for version, _ in line.engine.served] == ["2"]
     line.record(champion="1")
@@ -202,10 +202,10 @@ def test_missing_files_in_the_registry_do_not_reject_the_version(line: Line) -> 
     client = line.client
     run = client.get_model_version(model, version).run_id
     client.create_model_version(model, f"runs:/{run}/nothing", run)
-    line.trainer.point(line.name, "champion", "2")
+    line.trainer.set_alias(line.name, "champion", "2")
     line.poller.poll()
     assert line.poller.error
     assert (line.poller.rejected, line.engine.served) == ((), [])
-    line.trainer.point(line.name, "champion", version)
+    line.trainer.set_alias(line.name, "champion", version)
     line.poller.poll()
     assert (line.poller.error, [v for v, _ in line.engine.served]) == (None, ["1"])

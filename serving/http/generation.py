@@ -123,7 +123,9 @@ class RequestTrace:
                 "gen_ai.request.model": answer.model,
                 "gen_ai.request.choice.count": len(choices),
                 "gen_ai.response.id": answer.id,
-                "gen_ai.response.finish_reasons": [choice.finish or "cancelled" for choice in choices],
+                "gen_ai.response.finish_reasons": [
+                    choice.finish or ("error" if choice.error_type else "cancelled") for choice in choices
+                ],
                 "gen_ai.usage.input_tokens": max(len(choice.request.prompt) for choice in choices),
                 "gen_ai.usage.output_tokens": sum(choice.answer.count for choice in choices),
                 "traced": any(choice.request.trace for choice in choices),

@@ -102,7 +102,7 @@ class BlockVersions:
     @property
     def output_tokens(self) -> list[int]:
         """Output tokens of each block."""
-        return [sum(request.answered for request in block) for block in self._blocks]
+        return [sum(request.output_tokens for request in block) for block in self._blocks]
 
     @property
     def newest(self) -> EagleDraft:

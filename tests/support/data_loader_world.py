@@ -105,7 +105,7 @@ class World:
 
 
 def names(samples: Sequence[Sample]) -> list[str]:
-    return [window.request for window in samples]
+    return [sample.request for sample in samples]
 
 
 def drain(loader: DataLoader) -> list[list[str]]:

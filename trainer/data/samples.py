@@ -107,8 +107,8 @@ class Sample:
         return len(self) + (self.next_token is not None)
 
     @property
-    def answered(self) -> int:
-        """Number of answer tokens: each was chosen from a known distribution."""
+    def output_tokens(self) -> int:
+        """Number of output tokens: each was chosen from a known distribution."""
         return int(self.known.sum())
 
 

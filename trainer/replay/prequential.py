@@ -35,8 +35,8 @@ class BatchScore(NamedTuple):
     label: str
     tokens: int
     """Committed tokens of the samples, prompts included."""
-    answered: int
-    """Answer tokens among them."""
+    output_tokens: int
+    """Output tokens among them."""
     accepted: int
     positions: int
     static_accepted: int | None
@@ -164,8 +164,8 @@ class PrequentialRun:
             static = None
             if self.static is not None:
                 static = simulate_batch(self.static, self._embeddings_VH, collated, self._lookahead).tokens
-            tokens, answered = sum(s.committed for s in samples), sum(s.answered for s in samples)
-            yield BatchScore(label, tokens, answered, found.tokens, found.positions, static)
+            tokens, output_tokens = sum(s.committed for s in samples), sum(s.output_tokens for s in samples)
+            yield BatchScore(label, tokens, output_tokens, found.tokens, found.positions, static)
 
     def _train_step(self, batch: Sequence[Sample]) -> float:
         new = [

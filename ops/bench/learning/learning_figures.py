@@ -107,7 +107,7 @@ def count_output_tokens(scores: Iterable[BatchScore], tokens: int) -> int:
     """Count the output tokens among the first so many tokens of traffic; the others are prompts."""
     scores = list(scores)
     ends = accumulate(score.tokens for score in scores)
-    return sum(score.answered for end, score in zip(ends, scores, strict=True) if end <= tokens)
+    return sum(score.output_tokens for end, score in zip(ends, scores, strict=True) if end <= tokens)
 
 
 def median_reached(values: Sequence[float | None]) -> float | None:

@@ -121,7 +121,7 @@ class Study:
             "traffic": {
                 "requests": len(self.traffic.requests),
                 "tokens": self.traffic.tokens,
-                "answered": sum(request.answered for request in self.traffic.requests),
+                "answered": sum(request.output_tokens for request in self.traffic.requests),
                 "digest": self.traffic.digest,
             },
             "variants": [_summarize(runs, self.compare(runs)) for runs in self.runs],

@@ -121,7 +121,7 @@ def test_recorded_traffic_is_read_in_the_order_in_which_it_was_sent(
 ) -> None:
     assert [asked.request for asked in recorded.requests] == [r.id for segment in requests() for r in segment]
     assert all(asked.label == asked.request.partition("-")[0] for asked in recorded.requests)
-    assert all((asked.committed, asked.answered) == (20, 14) for asked in recorded.requests)
+    assert all((asked.committed, asked.output_tokens) == (20, 14) for asked in recorded.requests)
     assert any(asked.branches for asked in recorded.requests)
     first = recorded_traffic.read_traffic(settings, tokens=50)
     assert [asked.request for asked in first.requests] == [asked.request for asked in recorded.requests[:3]]
@@ -175,7 +175,7 @@ def test_every_batch_is_scored_before_it_is_trained_on(settings: Settings, recor
 def test_a_trial_trains_on_all_traffic_once_and_replays_as_much(settings: Settings, recorded: RecordedTraffic) -> None:
     result = run(settings, recorded)
     assert sum(point.tokens for point in result.scores) == recorded.tokens
-    assert sum(point.answered for point in result.scores) == 4 * PER_DOMAIN * 14
+    assert sum(point.output_tokens for point in result.scores) == 4 * PER_DOMAIN * 14
     assert len(result.losses) == PER_DOMAIN
     assert result.losses[-1] < result.losses[0]
     assert result.trained_tokens == (2 * 4 * PER_DOMAIN - 4) * 19, "in the first step there is nothing to replay"
@@ -457,4 +457,4 @@ def test_the_command_writes_json_and_a_page(
 
 def test_committed_tokens_include_the_one_without_features() -> None:
     asked = replace(sample_of(tokens=5), next_token=3)
-    assert (asked.committed, asked.answered) == (6, 3)
+    assert (asked.committed, asked.output_tokens) == (6, 3)

@@ -47,7 +47,7 @@ NUMBERED = torch.arange(32.0)[:, None].expand(32, 8)
 """Embeddings whose value is the token id."""
 
 
-def taught(batch: Batch, draft: EagleDraft, steps: int) -> set[tuple[int, int, int]]:
+def find_targets(batch: Batch, draft: EagleDraft, steps: int) -> set[tuple[int, int, int]]:
     """Return row, step and the teacher's likeliest token of every loss on committed tokens."""
     found = set()
     for k, step in enumerate(build_draft_trees(draft, batch, steps, None).levels):
@@ -68,9 +68,9 @@ def test_a_row_reads_its_feature_and_next_token_as_in_the_worked_example() -> No
     embeddings, positions = draft.read[0]
     assert (draft.features[row], embeddings[row], positions[row]) == (1.0, 12.0, 1)
     # The teacher of row 1 is the target after x2; the last row has no next token and no teacher.
-    assert taught(batch, draft, 1) == {(0, 0, 21), (1, 0, 22), (2, 0, 23), (3, 0, 24)}
+    assert find_targets(batch, draft, 1) == {(0, 0, 21), (1, 0, 22), (2, 0, 23), (3, 0, 24)}
     # One step later, tokens, teacher and mask are shifted left by one, and the same row has the next position.
-    assert taught(batch, draft, 2) - taught(batch, draft, 1) == {(0, 1, 22), (1, 1, 23), (2, 1, 24)}
+    assert find_targets(batch, draft, 2) - find_targets(batch, draft, 1) == {(0, 1, 22), (1, 1, 23), (2, 1, 24)}
     unroll.first(torch.tensor([0]), torch.tensor([row]))
     unroll.advance(torch.tensor([0]), batch.tokens_BT[0, [row + 2]])
     assert draft.read[1] == ([13.0], [row + 1])
@@ -81,7 +81,7 @@ def test_the_first_position_after_the_prompt_has_a_loss() -> None:
     after = Teacher(torch.tensor([[22], [23], [24]]), torch.zeros(3, 1))
     batch = collate([Sample("r", torch.arange(5), 5, torch.zeros(5, SHAPE.feature_width).bfloat16(), mask, after)])
     # The prompt is x0 x1 x2. With the mask of x_t instead of x_{t+1}, row 1 would be missing.
-    assert taught(batch, random_draft(SHAPE, 0), 1) == {(1, 0, 22), (2, 0, 23), (3, 0, 24)}
+    assert find_targets(batch, random_draft(SHAPE, 0), 1) == {(1, 0, 22), (2, 0, 23), (3, 0, 24)}
 
 
 def test_a_trace_becomes_the_rows_that_serving_drafted_from() -> None:
@@ -102,17 +102,17 @@ def test_a_trace_becomes_the_rows_that_serving_drafted_from() -> None:
     draft = random_draft(SHAPE, 0)
     batch = collate([sample])
     # After c 13, after D 14, after E (node 0) 15, after F 17.
-    assert taught(batch, draft, 1) == {(1, 0, 13), (2, 0, 14), (3, 0, 15), (4, 0, 17)}
+    assert find_targets(batch, draft, 1) == {(1, 0, 13), (2, 0, 14), (3, 0, 15), (4, 0, 17)}
 
     # Below D: the accepted E, which is the row's own next token, and X, whose teacher is the target after X.
     # Below F: both drafted tokens.
     one, two = build_draft_trees(draft, batch, 3, 0.0).levels[1:]
-    assert drafted(one) == [(y, 18, True)]
-    assert drafted(two) == [(x, 16, True), (z, 19, True)]
+    assert find_drafted(one) == [(y, 18, True)]
+    assert find_drafted(two) == [(x, 16, True), (z, 19, True)]
     assert [one.tokens_A[parent].item() for parent in two.parent_A[two.committed :]] == [e, y]
 
 
-def drafted(step: TreeLevel) -> list[tuple[int, int, bool]]:
+def find_drafted(step: TreeLevel) -> list[tuple[int, int, bool]]:
     """Return token, likeliest teacher token, and whether there is a loss, of the nodes that are not committed."""
     own = slice(step.committed, None)
     columns = step.tokens_A[own], step.ids_Ak[own, 0], step.learned_A[own]

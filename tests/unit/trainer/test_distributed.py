@@ -32,8 +32,8 @@ def test_every_sample_is_trained_on_once_and_all_ranks_have_equally_many_batches
     assert len({len(share) for share in batch.batches}) == 1
     assert batch.tokens == sum(map(len, SAMPLES))
     assert batch.newest == 1005.0
-    taught = sum(int(batch.known_BT.sum()) for share in batch.batches for batch in share)
-    assert taught == sum(int(w.known.sum()) for w in SAMPLES)
+    known = sum(int(batch.known_BT.sum()) for share in batch.batches for batch in share)
+    assert known == sum(int(w.known.sum()) for w in SAMPLES)
 
 
 def test_with_one_process_the_distributed_learner_equals_its_learner() -> None:

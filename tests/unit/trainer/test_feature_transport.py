@@ -134,8 +134,8 @@ def test_recomputed_features_of_later_chunks_equal_those_of_the_engine(
     assert len(samples) > 1
     for sample in samples:
         torch.testing.assert_close(sample.features, captured[: len(sample)], rtol=2**-7, atol=1e-3)
-    taught = [int(sample.known.sum()) for sample in samples]
-    assert sum(taught) == len(captured) - len(REQUEST.prompt) + 1
+    known = [int(sample.known.sum()) for sample in samples]
+    assert sum(known) == len(captured) - len(REQUEST.prompt) + 1
 
 
 def test_a_message_without_features_is_much_smaller(served: Served, tmp_path: Path) -> None:

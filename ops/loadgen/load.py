@@ -299,8 +299,8 @@ def read_response(
         prompt_tokens=usage["prompt_tokens"],
         output_tokens=usage["completion_tokens"],
         verify_steps=figures.get("verify_steps", 0),
-        draft_tokens=figures.get("drafted", 0),
-        accepted_tokens=figures.get("accepted", 0),
+        draft_tokens=figures.get("draft_tokens", 0),
+        accepted_tokens=figures.get("accepted_tokens", 0),
         speculators=tuple(figures.get("speculators", ())),
         text_times=tuple(text_times),
     )

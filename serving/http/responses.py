@@ -54,8 +54,8 @@ class RequestUsage:
         }
         aurora = {
             "verify_steps": sum(choice.stats.verify_steps for choice in self.choices),
-            "drafted": drafted,
-            "accepted": accepted,
+            "draft_tokens": drafted,
+            "accepted_tokens": accepted,
             "speculators": list(dict.fromkeys(v for choice in self.choices for v in choice.stats.speculators)),
         }
         return {"usage": usage, "aurora": aurora}

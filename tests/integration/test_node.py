@@ -138,7 +138,7 @@ def test_every_verify_step_is_traced_and_a_swap_under_load_changes_no_answer(
         verify_steps = [r for c in chunks if c.envelope.request == name for r in c.verify_steps]
         verified = [r for r in verify_steps if r.verify_step > 0]
         assert len(verified) == answer.aurora["verify_steps"]
-        assert sum(len(r.draft_tokens) for r in verified) == answer.aurora["drafted"]
+        assert sum(len(r.draft_tokens) for r in verified) == answer.aurora["draft_tokens"]
         assert list(dict.fromkeys(r.speculator for r in verified if r.draft_tokens)) == answer.aurora["speculators"]
 
 

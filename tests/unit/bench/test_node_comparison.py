@@ -49,7 +49,7 @@ class Handler(BaseHTTPRequestHandler):
         plain = self.headers["x-aurora-speculate"] == "off"
         asked = body["messages"][0]["content"]
         self.server.received.append(f"{'plain' if plain else self.server.pinned}: {asked}")
-        figures = {"verify_steps": 4, "drafted": 8, "accepted": 0 if plain else int(self.server.pinned)}
+        figures = {"verify_steps": 4, "draft_tokens": 8, "accepted_tokens": 0 if plain else int(self.server.pinned)}
         last = {
             "id": "c1",
             "choices": [{"delta": {"content": f"to {asked}{'!' if plain and asked == '1' else ''}"}}],

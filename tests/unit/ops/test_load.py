@@ -25,7 +25,7 @@ LAST = {
     "id": "c1",
     "choices": [],
     "usage": {"prompt_tokens": 9, "completion_tokens": 4},
-    "aurora": {"verify_steps": 3, "drafted": 9, "accepted": 1, "speculators": ["day-0-head-0", "1"]},
+    "aurora": {"verify_steps": 3, "draft_tokens": 9, "accepted_tokens": 1, "speculators": ["day-0-head-0", "1"]},
 }
 
 

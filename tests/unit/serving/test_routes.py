@@ -32,8 +32,8 @@ def test_an_answer_has_text_usage_and_decoding_statistics(node: Node) -> None:
     assert (details.accepted_prediction_tokens, details.rejected_prediction_tokens) == (verify_steps, 2 * verify_steps)
     assert answer.aurora == {
         "verify_steps": verify_steps,
-        "drafted": 3 * verify_steps,
-        "accepted": verify_steps,
+        "draft_tokens": 3 * verify_steps,
+        "accepted_tokens": verify_steps,
         "speculators": ["day-0-head-0"],
     }
 

@@ -48,7 +48,12 @@ def test_choices_have_no_seed_without_one_in_the_request(node: Node) -> None:
 def test_usage_counts_the_prompt_once_and_every_answer(node: Node) -> None:
     answer = node.ask("hello", n=3)
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (5, 15)
-    assert answer.aurora == {"verify_steps": 9, "draft_tokens": 27, "accepted_tokens": 9, "speculators": ["day-0-head-0"]}
+    assert answer.aurora == {
+        "verify_steps": 9,
+        "draft_tokens": 27,
+        "accepted_tokens": 9,
+        "speculators": ["day-0-head-0"],
+    }
     assert node.metric("aurora_serve_requests_total", outcome="stop") == 3
 
 

@@ -81,6 +81,10 @@ def test_a_bad_canary_is_rolled_back_quarantined_and_never_becomes_canary_again(
     world.promoter.poll()
     (canary,) = world.promoter.status().comparisons
     assert (canary.kind, canary.version, canary.baseline, canary.requests) == ("canary", "2", "1", 48)
+    labels = {"line": LINE, "kind": "canary", "figure": "acceptance length"}
+    difference = world.promoter.metrics.get_sample_value("aurora_promoter_canary_difference_ratio", labels)
+    assert difference is not None
+    assert difference < -0.6
     assert world.registry.named["canary"] == "2", "sixteen slices are too few"
     serve(world, {"1": 2, "2": 0}, since=time.time() + 20 * SLICE)
     with capture_logs() as logs:
@@ -154,6 +158,10 @@ def test_a_dropped_champion_is_rolled_back_and_starts_a_cooldown(promoted: World
     assert "nothing is promoted before" in (status.verdict or "")
     assert status.cooldown_until is not None
     assert status.cooldown_until == pytest.approx(time.time() + 60, abs=20)
+    exported = world.promoter.metrics.get_sample_value(
+        "aurora_promoter_cooldown_until_timestamp_seconds", {"line": LINE}
+    )
+    assert exported == status.cooldown_until
     world.clock_offset = 61
     world.restart().poll()
     assert world.registry.named["champion"] == "3"

@@ -86,7 +86,7 @@ def test_a_repaired_dead_letter_is_replayed_into_the_tables_once(settings: Setti
             (tmp_path / file_of(made).name).rename(file_of(made))
         tried = json.loads(aurora(settings, "replay", "--all", "--dry-run", "--json").stdout)
         assert {one["letter"] for one in tried["replayed"]} == {one["id"] for one in again}
-        assert sum(tried["left_out"].values()) == CLAIMED + 1
+        assert sum(tried["excluded"].values()) == CLAIMED + 1
         aurora(settings, "replay", "--all")
         stored(3 * CLAIMED + 1)
         assert json.loads(aurora(settings, "replay", "--all", "--json").stdout)["replayed"] == []

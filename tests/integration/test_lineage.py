@@ -205,11 +205,11 @@ def check_logs(loop: Loop, context: TraceContext, of_version: str) -> None:
     assert result == {
         "serve": {"request_finished", "chunk_published"},
         "stream": {"batch_committed"},
-        "train": {"version_trained"},
+        "train": {"requests_trained_on"},
         "promoter": set(),
     }
     of_registration = {line["event"] for line in loop.lines("train") if line.get("trace_id") == of_version}
-    assert {"version_registered", "version_trained"} <= of_registration
+    assert {"version_registered", "version_trained", "requests_trained_on"} <= of_registration
 
 
 def read_lineage(loop: Loop, named: str) -> dict[str, Any]:

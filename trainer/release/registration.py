@@ -115,7 +115,7 @@ class Registrar:
             card = render_card(self._settings, draft.shape, tags, metrics)
             version = self._registry.register(line, Path(folder), tags, metrics, card)
         self._registry.set_alias(line, "candidate", version)
-        log.info("version_registered", version=version, **held_out.model_dump())
+        log.info("version_registered", line=line, version=version, **held_out.model_dump())
         return version
 
     def _can_be_promoted(self, candidate: str, champion: str | None) -> bool:
@@ -164,13 +164,21 @@ class TrainingLineage:
         context, start, end = version_context(line, version), self._since, self._clock()
         attributes: dict[str, AttributeValue] = {"line": line, "version": version, "step": step}
         totals: dict[str, AttributeValue] = {"requests": len(self._first_steps), "untracked": self.untracked}
-        yield Span("register version", "version_registered", context, start, end, attributes={**attributes, **totals})
+        yield Span("register version", "version_trained", context, start, end, attributes={**attributes, **totals})
         # Several choices of a request share its trace.
         contexts = iter(dict.fromkeys(map(request_context, self._first_steps)))
         while links := tuple(islice(contexts, MAX_LINKS)):
             child = context.child()
             yield Span(
-                "train version", "version_trained", child, start, end, context.span_id, "internal", links, attributes
+                "train version",
+                "requests_trained_on",
+                child,
+                start,
+                end,
+                context.span_id,
+                "internal",
+                links,
+                attributes,
             )
         self._first_steps, self._since, self.untracked = {}, end, 0
 

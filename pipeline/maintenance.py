@@ -2,9 +2,9 @@
 
 Maintenance runs beside the stream, on table handles of its own. It never changes the application transactions of a
 source partition. If a commit of the stream conflicts with one of maintenance, the stream retries it on the newer
-version, as it does after commits of other workers. Two maintenance passes at the same time fence each other by a
-transaction of their own, and the next pass does the rejected work. So no leader is needed; the worker that owns
-partition 0 of the traces topic runs maintenance, because a second one would do the same work in vain.
+version, as it does after commits of other workers. Two maintenance runs at the same time fence each other by a
+transaction of their own, and the next run does the rejected work. So no leader election is needed. The worker that owns
+partition 0 of the traces topic runs maintenance, only because a second run would repeat the work.
 
 A reader that tails a table (``DeltaLog.read_added``) needs the files that each commit added, even if they were
 compacted or expired since. These rules decide which files vacuum may delete:
@@ -60,7 +60,7 @@ VACUUM_INTERVAL_S = 3600.0
 
 @dataclass(frozen=True, slots=True)
 class MaintenanceResult:
-    """Result of one pass over a table, or of its dry run."""
+    """Result of one run over a table, or of its dry run."""
 
     table: str
     expired: int = 0
@@ -103,11 +103,11 @@ class Maintenance:
         }
 
     def run(self, *, vacuum: bool = True, dry_run: bool = False) -> list[MaintenanceResult]:
-        """Make one pass over all tables. The result of a table has its error, and the pass continues.
+        """Maintain all tables once. An error of one table is in its result, and the run continues.
 
         Args:
             vacuum: Also delete files, for which all files are listed.
-            dry_run: Change nothing, and return what a pass would do.
+            dry_run: Change nothing, and return the result that a run would have.
         """
         names = [name for name in TABLES if "day" in PARTITIONED_BY[name]]
         try:
@@ -207,7 +207,7 @@ class Maintenance:
 
 
 class MaintenanceThread(threading.Thread):
-    """Runs a pass at an interval while ``is_leader`` returns True. An interrupted pass does no harm."""
+    """Runs maintenance at an interval while ``is_leader`` returns True. An interrupted run does no harm."""
 
     def __init__(self, settings: Tables, is_leader: Callable[[], bool]) -> None:
         super().__init__(name="maintenance", daemon=True)
@@ -215,17 +215,17 @@ class MaintenanceThread(threading.Thread):
         self._interval_s = settings.maintenance_interval
         self._is_leader = is_leader
         self.files: Counter[str] = Counter()
-        """Files by action, and ``failed`` passes over a table."""
+        """Files by action, and ``failed`` runs over a table."""
 
     def run(self) -> None:
-        """Run passes until the process ends."""
+        """Run maintenance until the process ends."""
         next_vacuum = time.monotonic()
         while True:
             time.sleep(self._interval_s)
             if self._is_leader():
                 vacuum = time.monotonic() >= next_vacuum
                 try:
-                    self._run_pass(vacuum=vacuum)
+                    self._run_once(vacuum=vacuum)
                 except Exception:
                     # Any error: a thread that ends would do so silently, and the tables would fill up.
                     self.files["failed"] += 1
@@ -233,7 +233,7 @@ class MaintenanceThread(threading.Thread):
                 if vacuum:
                     next_vacuum = time.monotonic() + VACUUM_INTERVAL_S
 
-    def _run_pass(self, *, vacuum: bool) -> None:
+    def _run_once(self, *, vacuum: bool) -> None:
         for done in self._maintenance.run(vacuum=vacuum):
             counts = {name: getattr(done, name) for name in ("expired", "compacted", "written", "vacuumed")}
             self.files.update(counts)
@@ -265,7 +265,7 @@ def check_clock(store: datetime) -> None:
 
 
 def _commit(name: str, table: DeltaTable, actions: list[AddAction | RemoveAction]) -> None:
-    """Remove or replace files. Fails if another pass has done so since the table was read."""
+    """Remove or replace files. Fails if another run has done so since the table was read."""
     table.create_write_transaction(
         actions,
         mode="append",

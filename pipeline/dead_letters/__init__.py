@@ -1,1 +1,1 @@
-"""The dead-letter queue: reasons, diagnosis and replay of records that could not be used."""
+"""The dead-letter queue: reasons, diagnosis and replay of unusable records."""

@@ -203,8 +203,10 @@ def rejected(records: Sequence[Record], wire: Sequence[pa.Table]) -> pa.Table:
         return schema.empty_table()
     of_records = lineage(records, wire).select(names)
     rows = spread(of_records, [table.drop_columns(["time", "speculator"]) for table in wire])
-    kept = pc.list_value_length(rows["accepted"])
-    rows = rows.append_column("accepted_prefix", kept).filter(pc.less(kept, pc.list_value_length(rows["draft_tokens"])))
+    lengths = pc.list_value_length(rows["accepted"])
+    rows = rows.append_column("accepted_prefix", lengths).filter(
+        pc.less(lengths, pc.list_value_length(rows["draft_tokens"]))
+    )
     renamed = [own.get(name, name) for name in rows.column_names]
     return rows.rename_columns(renamed).select(schema.names).cast(schema)
 

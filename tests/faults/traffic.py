@@ -117,8 +117,8 @@ def request(rng: np.random.Generator) -> list[list[VerifyStep]]:
     position, root = 0, 0
     for number in range(VERIFY_STEPS * CHUNKS):
         drafted = tuple(map(int, rng.integers(0, 999, 3))) if number else ()
-        kept = int(rng.integers(0, 4)) if number else 0
-        tokens = (root, *drafted[:kept]) if number else tuple(map(int, rng.integers(0, 999, 9)))
+        accepted = int(rng.integers(0, 4)) if number else 0
+        tokens = (root, *drafted[:accepted]) if number else tuple(map(int, rng.integers(0, 999, 9)))
         root = int(rng.integers(0, 999))
         verified = 1 + len(drafted)
         verify_steps.append(
@@ -130,7 +130,7 @@ def request(rng: np.random.Generator) -> list[list[VerifyStep]]:
                 draft_tokens=drafted,
                 draft_parents=tuple(range(ROOT, len(drafted) - 1)),
                 draft_logprobs=tuple(-rng.random(len(drafted))),
-                accepted=tuple(range(kept)),
+                accepted=tuple(range(accepted)),
                 bonus=root,
                 top_ids=rng.integers(0, 999, (verified, TOP_K), dtype=np.int32),
                 top_logprobs=-rng.random((verified, TOP_K), dtype=np.float32),

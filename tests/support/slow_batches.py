@@ -36,12 +36,12 @@ def build(
 ) -> dict[str, pa.Table]:
     """Build the rows of every table. A duplicate repeats a record of the ``window`` offsets before it."""
     rows: dict[str, list[Row]] = {name: [] for name in ("dead_letters", "rejected", "traces", "accepted")}
-    taken: dict[object, list[int]] = {}
+    seen: dict[object, list[int]] = {}
     for record in records:
         try:
             chunk = _read_valid_chunk(record, claimed)
             if chunk.verify_steps:
-                _check_duplicate(record, chunk, taken, window)
+                _check_duplicate(record, chunk, seen, window)
         except TraceError as error:
             rows["dead_letters"].append(_build_dead_letter(record, error.reason, error.detail))
             continue
@@ -65,7 +65,7 @@ def _read_valid_chunk(record: Record, claimed: ClaimReader) -> Chunk:
     return chunk
 
 
-def _check_duplicate(record: Record, chunk: Chunk, taken: dict[object, list[int]], window: int) -> None:
+def _check_duplicate(record: Record, chunk: Chunk, seen: dict[object, list[int]], window: int) -> None:
     envelope = chunk.envelope
     name = (
         record.topic,
@@ -75,10 +75,10 @@ def _check_duplicate(record: Record, chunk: Chunk, taken: dict[object, list[int]
         envelope.chunk,
         chunk.verify_steps[-1].time_us,
     )
-    for offset in reversed(taken.setdefault(name, [])):
+    for offset in reversed(seen.setdefault(name, [])):
         if record.offset - window <= offset < record.offset:
             raise TraceError("duplicate", f"repeats the record at offset {offset}")
-    taken[name].append(record.offset)
+    seen[name].append(record.offset)
 
 
 def _with_features(chunk: Chunk, claimed: ClaimReader) -> Chunk:

@@ -70,8 +70,8 @@ def chunk(request: int, rng: np.random.Generator) -> Chunk:
     position, root = 0, 1
     for number in range(int(rng.integers(2, 4))):
         drafted = tuple(map(int, rng.integers(0, 999, 3))) if number else ()
-        kept = int(rng.integers(0, 4)) if number else 0
-        tokens = (root, *drafted[:kept]) if number else tuple(map(int, rng.integers(0, 999, 5)))
+        accepted = int(rng.integers(0, 4)) if number else 0
+        tokens = (root, *drafted[:accepted]) if number else tuple(map(int, rng.integers(0, 999, 5)))
         root = int(rng.integers(0, 999))
         verify_steps.append(
             VerifyStep(
@@ -82,7 +82,7 @@ def chunk(request: int, rng: np.random.Generator) -> Chunk:
                 draft_tokens=drafted,
                 draft_parents=tuple(range(ROOT, len(drafted) - 1)),
                 draft_logprobs=tuple(-rng.random(len(drafted))),
-                accepted=tuple(range(kept)),
+                accepted=tuple(range(accepted)),
                 bonus=root,
                 top_ids=rng.integers(0, 999, (1 + len(drafted), 2), dtype=np.int32),
                 top_logprobs=-rng.random((1 + len(drafted), 2), dtype=np.float32),

@@ -238,7 +238,7 @@ def nan_features() -> VerifyStep:
         pytest.param(replace(SECOND, bonus=-3), "bad_token", id="negative bonus"),
         pytest.param(replace(SECOND, position=9), "contradiction", id="hole between positions"),
         pytest.param(replace(SECOND, verify_step=4), "contradiction", id="missing verify step"),
-        pytest.param(replace(SECOND, tokens=(E,)), "contradiction", id="root that nobody chose"),
+        pytest.param(replace(SECOND, tokens=(E,)), "contradiction", id="root that the target did not choose"),
         pytest.param(
             replace(SECOND, bonus=None, top_ids=SECOND.top_ids[:0], top_logprobs=SECOND.top_logprobs[:0]),
             "contradiction",

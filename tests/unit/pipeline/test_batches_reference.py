@@ -103,7 +103,7 @@ def a_verify_step(rng: Rng, shape: Shape, number: int, position: int, root: int 
     )
 
 
-def sound(shape: Shape) -> Chunk:
+def valid(shape: Shape) -> Chunk:
     """Return a valid chunk."""
     rng = np.random.default_rng(shape.seed)
     number = 0 if shape.prompt_parts else int(rng.integers(1, 5))
@@ -159,7 +159,7 @@ def send(chunk: Chunk, offset: int, partition: int = 0, value: bytes | None = No
     )
 
 
-def assert_as_the_reference(sent: Sequence[Sent], window: int = 0) -> dict[str, int]:
+def compare_with_reference(sent: Sequence[Sent], window: int = 0) -> dict[str, int]:
     """Compare everything and return the reasons of the dead letters."""
 
     def reader() -> Callable[[Claim, int, int], U16]:
@@ -201,15 +201,15 @@ def comparable(rows: pa.Table) -> pa.Table:
 @settings(deadline=None, max_examples=60)
 @given(st.lists(shapes, max_size=6))
 def test_valid_records_give_the_rows_of_the_reference(made: list[Shape]) -> None:
-    assert assert_as_the_reference([send(sound(shape), offset) for offset, shape in enumerate(made)]) == {}
+    assert compare_with_reference([send(valid(shape), offset) for offset, shape in enumerate(made)]) == {}
 
 
 @settings(deadline=None, max_examples=30)
 @given(st.lists(shapes, min_size=1, max_size=8), st.integers(0, 6))
 def test_duplicates_are_the_dead_letters_of_the_reference(made: list[Shape], window: int) -> None:
     several = [made[i % len(made)] for i in range(3 * len(made))]
-    sent = [send(sound(shape), offset, partition=offset % 2) for offset, shape in enumerate(several)]
-    assert set(assert_as_the_reference(sent, window)) <= {"duplicate"}
+    sent = [send(valid(shape), offset, partition=offset % 2) for offset, shape in enumerate(several)]
+    assert set(compare_with_reference(sent, window)) <= {"duplicate"}
 
 
 def other_int(rng: Rng, value: int) -> int:
@@ -236,7 +236,7 @@ def other_features(rng: Rng, bits: U16) -> U16:
     return changed
 
 
-def spoil(rng: Rng, chunk: Chunk) -> Chunk:
+def invalidate(rng: Rng, chunk: Chunk) -> Chunk:
     """Change one field of one verify step, which may or may not make the chunk invalid."""
     at = int(rng.integers(len(chunk.verify_steps)))
     r = chunk.verify_steps[at]
@@ -305,29 +305,29 @@ def test_invalid_records_are_rejected_like_the_reference_and_affect_no_other(
     rng = np.random.default_rng(seed)
     sent = []
     for offset, shape in enumerate(made):
-        chunk = sound(shape)
-        match data.draw(st.sampled_from(["sound", "spoiled", "null", "split"])):
-            case "sound":
+        chunk = valid(shape)
+        match data.draw(st.sampled_from(["valid", "invalid", "null", "split"])):
+            case "valid":
                 sent.append(send(chunk, offset))
-            case "spoiled":
-                sent.append(send(spoil(rng, chunk), offset))
+            case "invalid":
+                sent.append(send(invalidate(rng, chunk), offset))
             case "null":
                 sent.append(rewritten(send(chunk, offset), with_null(rng)))
             case "split":
                 sent.append(rewritten(send(chunk, offset), lambda table: [table.slice(0, 1), table.slice(1)]))
-    assert_as_the_reference(sent)
+    compare_with_reference(sent)
 
 
 @settings(deadline=None, max_examples=50)
 @given(shapes, st.integers(0, 2**32))
 def test_altered_bytes_are_rejected_like_the_reference(shape: Shape, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    value = bytearray(send(sound(shape), 0).record.value or b"")
+    value = bytearray(send(valid(shape), 0).record.value or b"")
     flipped = bytearray(value)
     flipped[rng.integers(len(value))] ^= 1 << int(rng.integers(8))
     cut = value[: rng.integers(len(value))]
-    sent = [send(sound(shape), offset, value=bytes(v)) for offset, v in enumerate((value, flipped, cut, value))]
-    dead = assert_as_the_reference(sent)
+    sent = [send(valid(shape), offset, value=bytes(v)) for offset, v in enumerate((value, flipped, cut, value))]
+    dead = compare_with_reference(sent)
     assert sum(dead.values()) == 2
     assert set(dead) <= {"corrupt", "truncated"}
 
@@ -335,7 +335,7 @@ def test_altered_bytes_are_rejected_like_the_reference(shape: Shape, seed: int) 
 @settings(deadline=None)
 @given(shapes.filter(lambda s: s.verify_steps > 0), st.integers(0, 2**32))
 def test_decode_rejects_the_chunks_that_the_reference_rejects(shape: Shape, seed: int) -> None:
-    value = send(spoil(np.random.default_rng(seed), sound(shape)), 0).record.value or b""
+    value = send(invalidate(np.random.default_rng(seed), valid(shape)), 0).record.value or b""
 
     def outcome(read: Callable[[bytes], Chunk]) -> object:
         try:

@@ -48,13 +48,13 @@ def test_features_are_read_back_bit_for_bit(
     tmp_path_factory: pytest.TempPathFactory, tokens: int, width: int, seed: int
 ) -> None:
     claims = store(tmp_path_factory.getbasetemp() / "claims")
-    kept = features(tokens, width, seed)
-    claim = claims.put(kept, TIME_US)
-    np.testing.assert_array_equal(claims.get(claim, tokens, width), kept)
+    stored = features(tokens, width, seed)
+    claim = claims.put(stored, TIME_US)
+    np.testing.assert_array_equal(claims.get(claim, tokens, width), stored)
     for wrong in ((tokens + 1, width), (tokens, width + 1)):
-        with pytest.raises(TraceError) as refused:
+        with pytest.raises(TraceError) as error:
             claims.get(claim, *wrong)
-        assert refused.value.reason == "claim_corrupt"
+        assert error.value.reason == "claim_corrupt"
 
 
 def test_file_is_named_by_its_checksum_in_a_folder_for_its_day(tmp_path: Path) -> None:
@@ -69,9 +69,9 @@ def test_file_is_named_by_its_checksum_in_a_folder_for_its_day(tmp_path: Path) -
 def test_files_outside_the_store_are_rejected(tmp_path: Path, name: str) -> None:
     (tmp_path / "secret.arrow").write_bytes(b"x")
     for uri in (f"{(tmp_path / 'claims').as_uri()}/{name}", (tmp_path / "secret.arrow").as_uri(), "s3://other/x.arrow"):
-        with pytest.raises(TraceError, match=r"traces\.claim_check_uri") as refused:
+        with pytest.raises(TraceError, match=r"traces\.claim_check_uri") as error:
             store(tmp_path / "claims").get(Claim(uri, "0" * 32, 1), 1, 1)
-        assert refused.value.reason == "claim_foreign"
+        assert error.value.reason == "claim_foreign"
 
 
 def test_missing_folder_is_an_unreachable_store_and_not_a_missing_file(tmp_path: Path) -> None:
@@ -81,9 +81,9 @@ def test_missing_folder_is_an_unreachable_store_and_not_a_missing_file(tmp_path:
     with pytest.raises(ClaimStoreError, match=r"traces\.claim_check_uri"):
         claims.get(claim, 1, 1)
     (tmp_path / "claims").mkdir()
-    with pytest.raises(TraceError) as refused:
+    with pytest.raises(TraceError) as error:
         claims.get(claim, 1, 1)
-    assert refused.value.reason == "claim_missing"
+    assert error.value.reason == "claim_missing"
 
 
 @pytest.mark.parametrize(
@@ -162,20 +162,20 @@ def bucket() -> Iterator[dict[str, Any]]:
 
 def test_s3_prefix_is_a_claim_store(bucket: dict[str, Any]) -> None:
     claims = store("s3://traces/aurora/claims/", **bucket["options"])
-    kept = features(5, 7)
-    claim = claims.put(kept, TIME_US)
+    stored = features(5, 7)
+    claim = claims.put(stored, TIME_US)
     assert claim.uri == f"s3://traces/aurora/claims/2023-11-14/{claim.checksum}.arrow"
     assert list(bucket["objects"]) == [f"/{claim.uri.removeprefix('s3://')}"]
-    np.testing.assert_array_equal(claims.get(claim, 5, 7), kept)
+    np.testing.assert_array_equal(claims.get(claim, 5, 7), stored)
     bucket["objects"].clear()
-    with pytest.raises(TraceError) as refused:
+    with pytest.raises(TraceError) as error:
         claims.get(claim, 5, 7)
-    assert refused.value.reason == "claim_missing"
+    assert error.value.reason == "claim_missing"
 
 
 def test_unreachable_s3_store_is_not_a_missing_file(bucket: dict[str, Any], free_port: Any) -> None:
-    away = bucket["options"] | {"endpoint_override": f"127.0.0.1:{free_port()}"}
-    claims = store("s3://traces/claims", **away)
+    unreachable = bucket["options"] | {"endpoint_override": f"127.0.0.1:{free_port()}"}
+    claims = store("s3://traces/claims", **unreachable)
     with pytest.raises(ClaimStoreError, match=r"traces\.claim_check_uri"):
         claims.put(features(1, 1), TIME_US)
     with pytest.raises(ClaimStoreError):
@@ -210,9 +210,9 @@ def _count_tries(bench: Bench) -> list[int]:
     claims, tried = bench.publisher._offload._store, list[int]()
     put = claims.put
 
-    def counted(kept: U16, time_us: int) -> Claim:
-        tried.append(len(kept))
-        return put(kept, time_us)
+    def counted(stored: U16, time_us: int) -> Claim:
+        tried.append(len(stored))
+        return put(stored, time_us)
 
     claims.put = counted  # type: ignore[method-assign]
     return tried
@@ -236,8 +236,8 @@ def test_byte_budget_includes_the_files(tmp_path: Path) -> None:
         features="claim-check", claim_check_uri=str(tmp_path), claim_check_max_bytes=1 << 16, max_bytes_per_second=1_000
     )
     for number in range(100):
-        kept = replace(a_verify_step(0, tokens=300), features=features(300, 6, number))
-        bench.publisher.record(Request(f"chatcmpl-{number}", (1,), 5), (kept,), "stop")
+        stored = replace(a_verify_step(0, tokens=300), features=features(300, 6, number))
+        bench.publisher.record(Request(f"chatcmpl-{number}", (1,), 5), (stored,), "stop")
     bench.settle()
     files = sum(path.stat().st_size for path in tmp_path.rglob("*.arrow"))
     messages = sum(map(len, bench.producer.values))

@@ -25,9 +25,9 @@ def test_connection_is_plaintext_without_options() -> None:
 @pytest.mark.parametrize("mechanism", ["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"])
 @pytest.mark.parametrize("name", ["sasl.mechanism", "sasl.mechanisms"])
 def test_sasl_credentials_support_every_mechanism(name: str, mechanism: str) -> None:
-    taken = build_credentials({"security.protocol": "SASL_PLAINTEXT", name: mechanism, **PASSWORD})
-    assert (taken.username, taken.password, taken.mechanism.value) == ("aurora", "geheim", mechanism)
-    assert taken.ssl_context is None
+    credentials = build_credentials({"security.protocol": "SASL_PLAINTEXT", name: mechanism, **PASSWORD})
+    assert (credentials.username, credentials.password, credentials.mechanism.value) == ("aurora", "geheim", mechanism)
+    assert credentials.ssl_context is None
 
 
 def test_tls_verifies_the_host_name_unless_disabled() -> None:
@@ -86,14 +86,14 @@ def test_buffer_returns_each_item_once_in_order_within_its_limit(sizes: list[int
     async def scenario() -> None:
         buffer = create_buffer()
         filling = asyncio.create_task(fill(buffer, sizes))
-        taken: list[int] = []
-        while len(taken) < len(sizes):
+        returned: list[int] = []
+        while len(returned) < len(sizes):
             batch = await buffer.take_batch()
             assert 0 < len(batch) <= 4
             assert sum(sizes[i] for i in batch[:-1]) < 100, "a batch ends with the item that fills it"
             assert buffer.bytes <= max(200, *sizes)
-            taken += batch
-        assert taken == list(range(len(sizes)))
+            returned += batch
+        assert returned == list(range(len(sizes)))
         assert buffer.bytes == 0
         await filling
 

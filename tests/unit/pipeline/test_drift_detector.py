@@ -256,12 +256,12 @@ def test_key_observed_longest_ago_is_evicted() -> None:
     assert labels[-1] in means
 
 
-@pytest.mark.parametrize(("silent", "kept"), [(0, 600), (400, 600), (500, 100), (9_000, 100)])
-def test_means_cover_at_most_two_windows(silent: int, kept: int) -> None:
+@pytest.mark.parametrize(("silent", "requests"), [(0, 600), (400, 600), (500, 100), (9_000, 100)])
+def test_means_cover_at_most_two_windows(silent: int, requests: int) -> None:
     watch = PartitionDetector(SOURCE, Drift(window_records=500))
     for one in seen([0.5] * 1_100):
         watch.observe(replace(one, offset=one.offset if one.offset < 1_000 else one.offset + silent))
-    assert watch.means()[KEY].requests == kept
+    assert watch.means()[KEY].requests == requests
 
 
 @settings(max_examples=15, deadline=None)

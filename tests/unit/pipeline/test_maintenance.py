@@ -84,7 +84,7 @@ class World:
         rows = self.log.read_added(name, after, self.log.version(name), ["offset"])
         return [int(offset) for offset in rows["offset"].to_pylist()]
 
-    def kept(self, name: str = "accepted") -> list[int]:
+    def offsets(self, name: str = "accepted") -> list[int]:
         return sorted(set(self.log.read(name, ["offset"])["offset"].to_pylist()))
 
 
@@ -122,7 +122,7 @@ def test_live_reader_reads_added_rows_after_compaction_and_vacuum(world: World) 
     assert world.maintain_later(30)["accepted"].held_by == "far"
     assert world.log.read_added("accepted", 2, world.log.version("accepted")).equals(expected)
     assert world.added(2) == [2, 3, 4, 5]
-    assert world.kept() == [0, 1, 2, 3, 4, 5]
+    assert world.offsets() == [0, 1, 2, 3, 4, 5]
 
 
 def test_reader_after_its_lease_gets_an_error_and_can_continue(world: World) -> None:
@@ -135,7 +135,7 @@ def test_reader_after_its_lease_gets_an_error_and_can_continue(world: World) -> 
     with pytest.raises(HistoryExpiredError, match=r"after version 2 .* from version 7 on.* tables\.reader_lease"):
         world.log.read_added("accepted", 2, 6)
     assert world.log.oldest_readable("accepted") == 7
-    assert world.kept() == [0, 1, 2, 3, 4, 5]
+    assert world.offsets() == [0, 1, 2, 3, 4, 5]
     world.commit(2)
     assert world.added(world.log.oldest_readable("accepted")) == [6, 7]
 
@@ -162,7 +162,7 @@ def test_versions_are_readable_for_the_vacuum_retention_and_no_longer(world: Wor
     assert world.maintain_later(23)["accepted"].vacuumed == 0
     assert sorted(world.log.read("accepted", ["offset"], at=2)["offset"].to_pylist()) == [0, 1]
     assert world.maintain_later(25)["accepted"].vacuumed == 4
-    assert world.kept() == [0, 1, 2, 3]
+    assert world.offsets() == [0, 1, 2, 3]
 
 
 def test_days_past_their_retention_expire_as_a_whole(world: World) -> None:
@@ -171,14 +171,14 @@ def test_days_past_their_retention_expire_as_a_whole(world: World) -> None:
     world.commit(2)
     would = world.maintain(dry_run=True)
     assert (would["accepted"].expired, would["traces"].expired) == (2, 0)
-    assert world.kept() == [0, 1, 2, 3, 4, 5]
+    assert world.offsets() == [0, 1, 2, 3, 4, 5]
     done = world.maintain()
     assert (done["accepted"].expired, done["rejected"].expired, done["traces"].expired) == (2, 2, 0)
-    assert world.kept() == [2, 3, 4, 5]
-    assert world.kept("traces") == [0, 1, 2, 3, 4, 5]
+    assert world.offsets() == [2, 3, 4, 5]
+    assert world.offsets("traces") == [0, 1, 2, 3, 4, 5]
     assert world.added(0) == [0, 1, 2, 3, 4, 5], "a tailing reader reads added rows until they are deleted"
     world.maintain_later(25)
-    assert world.kept() == [2, 3, 4, 5]
+    assert world.offsets() == [2, 3, 4, 5]
     assert not list(Path(world.settings.uri).glob(f"accepted/line=*/day={datetime.now(UTC) - timedelta(days=20):%F}/*"))
 
 
@@ -201,9 +201,9 @@ def test_old_commits_are_removed_from_the_log_and_reading_them_is_an_error(world
     with pytest.raises(HistoryExpiredError):
         world.added(3)
     assert world.added(5) == [5, 6]
-    assert world.kept() == list(range(7))
+    assert world.offsets() == list(range(7))
     world.commit(1)
-    assert world.kept() == list(range(8)), "the stream can still commit"
+    assert world.offsets() == list(range(8)), "the stream can still commit"
 
 
 def test_log_that_a_live_reader_needs_is_kept(world: World, tmp_path: Path) -> None:
@@ -261,7 +261,7 @@ def test_maintenance_and_stream_commits_do_not_block_each_other(world: World) ->
         thread.join()
     assert sum(of_one.compacted for of_one in results) > 0
     for name in ("rejected", "traces", "accepted"):
-        assert world.kept(name) == list(range(25))
+        assert world.offsets(name) == list(range(25))
         assert world.log.read(name).num_rows == world.log.read_added(name, 0, world.log.version(name)).num_rows
     assert Maintenance(world.settings).run()[0].error is None
 
@@ -284,7 +284,7 @@ def test_retention_hold_outlives_leases_and_retention_until_it_is_released(world
     assert world.maintain_later(24 * 20)["accepted"].held_by == "hold/ablation"
     assert world.log.read_added("accepted", 1, 5).equals(expected)
     assert world.log.read("accepted", ["offset"], at=2).equals(state)
-    assert world.kept() == [], "all days have expired in the newest version"
+    assert world.offsets() == [], "all days have expired in the newest version"
     (one,) = holds.list_holds(world.log)
     sizes = holds.measure_hold(world.log, one)
     assert 0 < sizes.total == sizes.held
@@ -311,8 +311,8 @@ def test_experiment_has_one_hold_which_the_cli_lists_and_releases(world: World) 
         ("one", "accepted", 0), ("one", "rejected", 0),
     ]  # fmt: skip
     for arguments, left in ((["one", "--dry-run"], 2), (["one"], 0)):
-        told = CliRunner().invoke(app, ["replay", "release", *arguments], env=environ)
-        assert "accepted: versions 0 to 3" in told.stdout
+        result = CliRunner().invoke(app, ["replay", "release", *arguments], env=environ)
+        assert "accepted: versions 0 to 3" in result.stdout
         assert len(holds.list_holds(world.log)) == left
-    told = CliRunner().invoke(app, ["replay", "release", "one"], env=environ)
-    assert (told.exit_code, "experiment one holds nothing" in told.output) == (2, True)
+    result = CliRunner().invoke(app, ["replay", "release", "one"], env=environ)
+    assert (result.exit_code, "experiment one holds nothing" in result.output) == (2, True)

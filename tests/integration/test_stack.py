@@ -103,7 +103,7 @@ def test_up_restarts_a_killed_stream_worker_and_down_stops_all(here: Here) -> No
 
     second = here.aurora("up")
     assert second.returncode == 2
-    assert "runs already" in second.stderr
+    assert "already runs" in second.stderr
 
     worker = here.pid_of("stream")
     os.kill(worker, signal.SIGKILL)

@@ -179,7 +179,7 @@ def test_a_move_works_without_a_broker(desk: Desk, free_port: Any) -> None:
     away = desk.settings.kafka.model_copy(update={"bootstrap_servers": f"127.0.0.1:{free_port()}"})
     desk.settings = desk.settings.model_copy(update={"kafka": away})
     output = desk.run("promote", "1")
-    assert "its event is sent by the promoter" in output.stderr
+    assert "the promoter sends the event" in output.stderr
     assert len(desk.asked("history")["moves"]) == 1
 
 
@@ -247,6 +247,6 @@ def test_a_command_finishes_an_unfinished_move_and_stops(desk: Desk) -> None:
     wanted = new_intent(desk.line, "rollback", plan_rollback(desk.aliases, [], []), actor="someone", why="slow")
     assert mover._write(wanted, "intended")
     stopped = desk.run("rollback", code=2)
-    assert "that one is finished now, and nothing else was done" in stopped.stderr
+    assert "which is now finished; nothing else was done" in stopped.stderr
     assert desk.aliases == {"champion": "1"}
     assert desk.asked("history")["moves"][-1]["actor"] == "someone"

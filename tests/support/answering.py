@@ -38,7 +38,8 @@ def answering(status: int, body: bytes, date: str | None = None) -> Iterator[str
 def status_of_node(target: str, line: str) -> str:
     """Return the status of a node with the draft of day 0 as JSON."""
     numbers = dict.fromkeys((n for n, field in ServeStatus.model_fields.items() if field.annotation is int), 0)
-    flags = {"alive": True, "draining": False, "speculating": True}
-    lists: dict[str, Any] = {"expected_rates": [], "swaps": [], "refused": []}
-    names = {"node": "node-0", "target": target, "line": line, "speculator": "day-0-head-0", "breaker": "closed"}
-    return json.dumps(numbers | flags | lists | names | {"pinned": None, "role": None, "registry_error": None})
+    flags = {"engine_up": True, "draining": False, "speculating": True}
+    lists: dict[str, Any] = {"expected_tokens_per_second": [], "swaps": [], "versions_rejected": []}
+    names = {"node": "node-0", "target": target, "line": line, "speculator": "day-0-head-0"}
+    nulls = dict.fromkeys(("pinned", "role", "registry_error", "acceptance_length"))
+    return json.dumps(numbers | flags | lists | names | nulls | {"circuit_breaker": "closed"})

@@ -69,13 +69,13 @@ def test_every_token_of_a_greedy_answer_is_the_likeliest(node: Node) -> None:
 
 
 def test_streamed_log_probabilities_are_those_of_the_whole_answer(node: Node) -> None:
-    def told(content: list[Any]) -> list[Any]:
+    def fields_of(content: list[Any]) -> list[Any]:
         return [(t.token, pytest.approx(t.logprob, abs=1e-3), len(t.top_logprobs)) for t in content]
 
     options = {"max_tokens": 12, "logprobs": True, "top_logprobs": 2}
     whole = node.ask(_TALE, **options).choices[0].logprobs.content
     chunks = [c.choices[0].logprobs for c in node.ask(_TALE, stream=True, **options)]
-    assert told([t for logprobs in chunks if logprobs for t in logprobs.content]) == told(whole)
+    assert fields_of([t for logprobs in chunks if logprobs for t in logprobs.content]) == fields_of(whole)
 
 
 def test_choices_differ_and_are_reproducible_by_their_seed(node: Node) -> None:

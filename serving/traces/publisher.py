@@ -199,11 +199,15 @@ class TracePublisher:
     def collect(self) -> Iterator[Metric]:
         """Yield the metrics at scrape time."""
         yield from self.counts().metrics()
-        for name, state in (
-            ("aurora_serve_trace_circuit_breaker_open", self._breaker.state),
-            ("aurora_serve_trace_offload_circuit_breaker_open", self._offload.state if self._offload else "closed"),
+        for name, peer, state in (
+            ("aurora_serve_trace_circuit_breaker_open", "broker", self._breaker.state),
+            (
+                "aurora_serve_trace_offload_circuit_breaker_open",
+                "object store",
+                self._offload.state if self._offload else "closed",
+            ),
         ):
-            text = "0 closed, 1 half open, 2 open."
+            text = f"Circuit breaker of the {peer}: 0 closed, 1 half open, 2 open."
             yield GaugeMetricFamily(name, text, value=_CIRCUIT_LEVEL[state])
 
     def _run(self) -> None:

@@ -58,6 +58,16 @@ _PARTITION_GAUGES = {
     "lag_records": ("lag", "Records on the broker that the tables lack"),
     "partition_stalled_seconds": ("stalled_s", "Time for which records waited on the broker and none arrived"),
 }
+_TRAFFIC_GAUGES = {
+    "first_token_acceptance_ratio": (
+        "first_token_acceptance",
+        "Ratio of verify steps whose first draft token was accepted, since the last drift",
+    ),
+    "acceptance_length": (
+        "acceptance_length",
+        "Mean tokens per verify step, bonus token included, since the last drift",
+    ),
+}
 
 
 def add_endpoints(app: faust.App, status: Callable[[], StreamStatus]) -> None:
@@ -118,21 +128,12 @@ def drift_metrics(drift: DriftStatus) -> Iterator[Metric]:
     yield CounterMetricFamily(
         "aurora_stream_drift_events_dropped", "Drift events that were not sent", value=drift.dropped
     )
-    ratio = GaugeMetricFamily(
-        "aurora_stream_first_token_acceptance_ratio",
-        "Ratio of verify steps whose first draft token was accepted, since the last drift",
-        labels=["line", "speculator", "label"],
-    )
-    length = GaugeMetricFamily(
-        "aurora_stream_acceptance_length",
-        "Mean tokens per verify step, bonus token included, since the last drift",
-        labels=["line", "speculator", "label"],
-    )
-    for traffic in drift.traffic:
-        labels = [traffic.line, traffic.speculator, traffic.label or ""]
-        ratio.add_metric(labels, traffic.acceptance.first_token_acceptance)
-        length.add_metric(labels, traffic.acceptance.acceptance_length)
-    yield from (ratio, length)
+    for name, (attribute, text) in _TRAFFIC_GAUGES.items():
+        gauge = GaugeMetricFamily(f"aurora_stream_{name}", text, labels=["line", "speculator", "label"])
+        for traffic in drift.traffic:
+            labels = [traffic.line, traffic.speculator, traffic.label or ""]
+            gauge.add_metric(labels, getattr(traffic.acceptance, attribute))
+        yield gauge
 
 
 def exposition(status: StreamStatus) -> bytes:

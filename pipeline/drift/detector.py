@@ -41,6 +41,8 @@ from schemas.settings import Drift
 
 TRACE_COLUMNS = ("offset", "verify_step", "line", "label", "speculator", "time", "draft_tokens", "accepted")
 """Columns of ``traces`` that observations are computed from."""
+FIGURES = ("first_token_acceptance", "acceptance_length", "draft_tokens")
+"""Figures of an observation, in the order of its columns."""
 MAX_KEYS = 256
 """Traffic keys per partition. Beyond it the key that was observed longest ago is evicted."""
 CHECK_INTERVAL = 8
@@ -248,13 +250,8 @@ def _create_adwin(settings: Drift) -> Callable[[float], bool]:
 
 
 def _build_stats(sums: Floats, requests: int) -> AcceptanceStats:
-    first_token_acceptance, acceptance_length, draft_tokens = (sums / requests).tolist()
-    return AcceptanceStats(
-        requests=requests,
-        first_token_acceptance=first_token_acceptance,
-        acceptance_length=acceptance_length,
-        draft_tokens=draft_tokens,
-    )
+    means = dict(zip(FIGURES, (sums / requests).tolist(), strict=True))
+    return AcceptanceStats(requests=requests, **means)
 
 
 def _build_event(source: SourcePartition, observation: Observation, change: AcceptanceChange) -> DriftEvent:

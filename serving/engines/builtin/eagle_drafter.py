@@ -36,7 +36,7 @@ from serving.engines.builtin.drafter import DraftNode, DraftTree
 from serving.engines.builtin.kernels import narrowest_dtype, replace_linears, replace_norms, topk
 from serving.engines.builtin.kv_cache import BatchLayout, KVCache, RaggedBatch, Segment, TreeLayout
 from serving.engines.builtin.sequence import Sequence
-from serving.planner import DraftBudget, ForwardTiming
+from serving.planner import AcceptanceModel, DraftBudget, ForwardTiming
 
 
 class EagleDrafter:
@@ -78,7 +78,7 @@ class EagleDrafter:
 
     def draft(self, sequences: list[Sequence], budget: DraftBudget) -> tuple[list[DraftTree], list[ForwardTiming]]:
         """Draft one tree per sequence, and mark the sequences' features as seen."""
-        trees = [_GrowingTree(seq, budget) for seq in sequences]
+        trees = [_GrowingTree(seq, budget, budget.acceptance[seq.is_greedy]) for seq in sequences]
         started = time.perf_counter()
         hidden_FH = self._consume_committed(sequences)
         timings, growing = [], trees
@@ -205,6 +205,7 @@ class _GrowingTree:
 
     seq: Sequence
     budget: DraftBudget
+    acceptance: AcceptanceModel
     nodes: list[DraftNode] = field(default_factory=list)
     chances: list[float] = field(default_factory=list)
     """[m] probability that the target accepts each node, its ancestors included."""
@@ -220,7 +221,7 @@ class _GrowingTree:
     def add(self, token: int, parent: int, logprob: float) -> int:
         """Add a node and return its index."""
         depth = 1 if parent == ROOT else self.nodes[parent].depth + 1
-        chance = self.budget.acceptance[self.seq.is_greedy].estimate_for(math.exp(logprob))
+        chance = self.acceptance.estimate_for(math.exp(logprob))
         self.nodes.append(DraftNode(token, parent, depth, logprob))
         self.chances.append((1.0 if parent == ROOT else self.chances[parent]) * chance)
         return len(self.nodes) - 1
@@ -239,7 +240,7 @@ class _GrowingTree:
         if not self.frontier or depth > min(self.budget.depth, self.seq.room - 1):
             return False
         best = max(self.chances[node] for node in self.frontier)
-        return best * self.budget.acceptance[self.seq.is_greedy].estimate_at_depth(depth) >= self.budget.draft_threshold
+        return best * self.acceptance.estimate_at_depth(depth) >= self.budget.draft_threshold
 
     def segment(self) -> Segment:
         """Place the frontier's rows in the draft's cache."""

@@ -41,8 +41,6 @@ from schemas.settings import Drift
 
 TRACE_COLUMNS = ("offset", "verify_step", "line", "label", "speculator", "time", "draft_tokens", "accepted")
 """Columns of ``traces`` that observations are computed from."""
-FIGURES = ("first_token_acceptance", "acceptance_length", "draft_tokens")
-"""Figures of an observation, in the order of its columns."""
 MAX_KEYS = 256
 """Traffic keys per partition. Beyond it the key that was observed longest ago is evicted."""
 CHECK_INTERVAL = 8
@@ -70,7 +68,7 @@ class Observation:
     time_us: int
     """Time of the last of these verify steps."""
     first_token_acceptance: float
-    acceptance_length: float
+    accepted_per_step: float
     draft_tokens: float
 
 
@@ -110,18 +108,18 @@ def observe_requests(verify_steps: pa.Table) -> Iterator[Observation]:
             **{name: verify_steps[name] for name in by},
             "time": verify_steps["time"].cast(pa.int64()),
             "first": first,
-            "length": pc.add(lengths, 1),
+            "accepted": lengths,
             "drafted": pc.list_value_length(verify_steps["draft_tokens"]),
         }
     )
     grouped = figures.group_by(by, use_threads=False).aggregate(
-        [("time", "max"), ("first", "mean"), ("length", "mean"), ("drafted", "mean")]
+        [("time", "max"), ("first", "mean"), ("accepted", "mean"), ("drafted", "mean")]
     )
     # Groups have no order.
     for row in grouped.sort_by([("offset", "ascending"), ("speculator", "ascending")]).to_pylist():
         key = TrafficKey(row["line"], row["speculator"], row["label"])
         yield Observation(
-            row["offset"], key, row["time_max"], row["first_mean"], row["length_mean"], row["drafted_mean"]
+            row["offset"], key, row["time_max"], row["first_mean"], row["accepted_mean"], row["drafted_mean"]
         )
 
 
@@ -198,7 +196,7 @@ class _Series:
         self._sums = np.zeros(3)
 
     def observe(self, one: Observation) -> AcceptanceChange | None:
-        figures = (one.first_token_acceptance, one.acceptance_length, one.draft_tokens)
+        figures = (one.first_token_acceptance, one.accepted_per_step, one.draft_tokens)
         self._observations.extend((one.offset, one.time_us, *figures))
         self._sums += figures
         return self._split() if self._is_changed(one.first_token_acceptance) else None
@@ -250,8 +248,13 @@ def _create_adwin(settings: Drift) -> Callable[[float], bool]:
 
 
 def _build_stats(sums: Floats, requests: int) -> AcceptanceStats:
-    means = dict(zip(FIGURES, (sums / requests).tolist(), strict=True))
-    return AcceptanceStats(requests=requests, **means)
+    first_token_acceptance, accepted_per_step, draft_tokens = (sums / requests).tolist()
+    return AcceptanceStats(
+        requests=requests,
+        first_token_acceptance=first_token_acceptance,
+        acceptance_length=1 + accepted_per_step,
+        draft_tokens=draft_tokens,
+    )
 
 
 def _build_event(source: SourcePartition, observation: Observation, change: AcceptanceChange) -> DriftEvent:

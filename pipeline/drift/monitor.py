@@ -20,7 +20,6 @@ from pydantic import ValidationError
 from pipeline.broker import TIMEOUT_S, TopicError, client_config, connect
 from pipeline.delta import DeltaLog
 from pipeline.drift.detector import (
-    FIGURES,
     TRACE_COLUMNS,
     PartitionDetector,
     TrafficKey,
@@ -233,5 +232,8 @@ def _detect(detector: PartitionDetector, verify_steps: pa.Table) -> Iterator[Dri
 def _combine(parts: list[AcceptanceStats]) -> AcceptanceStats:
     """Return the mean over all requests of several partitions."""
     requests = sum(part.requests for part in parts)
-    means = {name: sum(part.requests * getattr(part, name) for part in parts) / requests for name in FIGURES}
+    means = {
+        name: sum(part.requests * getattr(part, name) for part in parts) / requests
+        for name in ("first_token_acceptance", "acceptance_length", "draft_tokens")
+    }
     return AcceptanceStats(requests=requests, **means)

@@ -36,7 +36,7 @@ def changed(result: Result) -> dict[tuple[str, str], tuple[str | None, str]]:
 def test_apply_creates_missing_topics_and_then_changes_nothing(kafka: Kafka) -> None:
     tried = aurora(kafka, "--dry-run")
     assert "LogAppendTime" in tried.stdout
-    assert tried.stderr == "the broker would take this; nothing was changed\n"
+    assert tried.stderr == "the broker accepts this; nothing was changed\n"
     assert {topic for topic, _ in changed(aurora(kafka, "--json"))} == {
         kafka.traces_topic,
         kafka.speculators_topic,

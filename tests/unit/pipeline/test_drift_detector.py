@@ -69,7 +69,7 @@ def seen(acceptances: Iterable[float], keys: Sequence[TrafficKey] = (KEY,)) -> I
     """Yield observations of the keys in turn, one per record and second."""
     for offset, acceptance in enumerate(acceptances):
         key = keys[offset % len(keys)]
-        yield Observation(offset, key, offset * 10**6, float(acceptance), 1 + 3 * float(acceptance), 4.0)
+        yield Observation(offset, key, offset * 10**6, float(acceptance), 3 * float(acceptance), 4.0)
 
 
 def events(observed: Iterable[Observation], tuning: Drift = DEFAULTS) -> list[DriftEvent]:
@@ -164,8 +164,8 @@ def test_shallower_drafts_raise_no_alarm_although_the_acceptance_length_falls() 
     rng = np.random.default_rng(0)
     deep, shallow = Drafting(0.6, 6).rows(rng, range(1_500)), Drafting(0.6, 1).rows(rng, range(1_500, 3_000))
     observed = [*observe_requests(deep), *observe_requests(shallow)]
-    assert np.mean([one.acceptance_length for one in observed[:1_500]]) > 2.3
-    assert np.mean([one.acceptance_length for one in observed[1_500:]]) < 1.65
+    assert np.mean([one.accepted_per_step for one in observed[:1_500]]) > 1.3
+    assert np.mean([one.accepted_per_step for one in observed[1_500:]]) < 0.65
     assert not events(observed)
 
     worse = Drafting(0.4, 6).rows(rng, range(3_000, 3_300))
@@ -187,7 +187,7 @@ def test_request_is_observed_once_by_its_verify_steps_with_a_draft() -> None:
     [one] = observe_requests(tables_of(*records)["traces"])
     assert (one.offset, one.key, one.time_us) == (4, TrafficKey("target-draft", "1", None), 1_700_000_000_000_000)
     assert one.first_token_acceptance == pytest.approx(5 / 6)
-    assert one.acceptance_length == pytest.approx(1 + (4 * 1 + 2 + 0) / 6)
+    assert one.accepted_per_step == pytest.approx((4 * 1 + 2 + 0) / 6)
     assert one.draft_tokens == 2
 
 
@@ -210,7 +210,7 @@ def traces(**columns: Sequence[object]) -> pa.Table:
 
 def test_first_token_acceptance_of_a_tree_does_not_depend_on_its_width() -> None:
     [one] = observe_requests(traces(draft_tokens=[[5, 6, 7]] * 3, accepted=[[0, 2], [1], []]))
-    assert (one.first_token_acceptance, one.acceptance_length, one.draft_tokens) == (pytest.approx(1 / 3), 2, 3)
+    assert (one.first_token_acceptance, one.accepted_per_step, one.draft_tokens) == (pytest.approx(1 / 3), 1, 3)
 
 
 def test_each_version_in_a_chunk_is_observed_by_its_own_verify_steps() -> None:

@@ -186,38 +186,32 @@ class _Generation:
 class _Series:
     """Observations of one key since its last change, and their change detector."""
 
-    _WIDTH = 5
-
     def __init__(self, settings: Drift) -> None:
         self._settings = settings
         self._is_changed = _create_adwin(settings)
         # Offset, time and figures of each observation, end to end: a tenth of the memory of objects.
         self._observations = array("d")
-        self._sums = np.zeros(3)
 
     def observe(self, one: Observation) -> AcceptanceChange | None:
         figures = (one.first_token_acceptance, one.accepted_per_step, one.draft_tokens)
         self._observations.extend((one.offset, one.time_us, *figures))
-        self._sums += figures
         return self._split() if self._is_changed(one.first_token_acceptance) else None
 
     def mean(self) -> AcceptanceStats:
-        return _build_stats(self._sums, len(self._observations) // self._WIDTH)
+        return _mean(self._as_rows())
 
     def _split(self) -> AcceptanceChange:
         """Drop the observations before the change. A new detector starts empty, so that one change is reported once."""
-        observations = np.array(self._observations).reshape(-1, self._WIDTH)
-        split = find_split(observations[:, 2], self._settings.min_requests)
-        before, after = observations[:split], observations[split:]
+        rows = self._as_rows()
+        split = find_split(rows[:, 2], self._settings.min_requests)
+        before, after = rows[:split], rows[split:]
         self._observations = array("d", after.ravel())
-        self._sums = after[:, 2:].sum(axis=0)
         self._is_changed = _create_adwin(self._settings)
-        return AcceptanceChange(
-            before=_build_stats(before[:, 2:].sum(axis=0), len(before)),
-            after=_build_stats(self._sums, len(after)),
-            since_offset=int(after[0, 0]),
-            since_us=int(after[0, 1]),
-        )
+        return AcceptanceChange(_mean(before), _mean(after), since_offset=int(after[0, 0]), since_us=int(after[0, 1]))
+
+    def _as_rows(self) -> Floats:
+        """Return [n, 5] the observations."""
+        return np.array(self._observations).reshape(-1, 5)
 
 
 def find_split(figures: Floats, least: int) -> int:
@@ -247,10 +241,10 @@ def _create_adwin(settings: Drift) -> Callable[[float], bool]:
     return update
 
 
-def _build_stats(sums: Floats, requests: int) -> AcceptanceStats:
-    first_token_acceptance, accepted_per_step, draft_tokens = (sums / requests).tolist()
+def _mean(rows: Floats) -> AcceptanceStats:
+    first_token_acceptance, accepted_per_step, draft_tokens = rows[:, 2:].mean(axis=0).tolist()
     return AcceptanceStats(
-        requests=requests,
+        requests=len(rows),
         first_token_acceptance=first_token_acceptance,
         acceptance_length=1 + accepted_per_step,
         draft_tokens=draft_tokens,

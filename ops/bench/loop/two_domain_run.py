@@ -15,6 +15,7 @@ from ops.demo.record import EDGE, DemoRun, Swap, acceptance_length
 from ops.demo.stack_monitor import StackMonitor, build_version_records, newest_rate, read_versions
 from ops.loadgen.load import Load, Prompt, Response
 from ops.local.stack import Stack
+from ops.report.page import format_number
 from schemas.errors import UserError
 from schemas.settings import DAY_0
 
@@ -205,7 +206,7 @@ class TwoDomainRun:
             f"{(time.time() - self._started) / 60:.1f} min, {self._phase}: {len(done)} requests, "
             f"{rate or 0:.0f} tokens/s, acceptance length {length or 1:.2f}, "
             f"draft depth {serve.draft_depth if serve else 0}, training step {train.step if train else 0}, "
-            f"held-out acceptance length {(train.acceptance_length if train else 0) or 0:.2f}, "
+            f"held-out acceptance length {format_number(train.acceptance_length if train else None)}, "
             f"serving {serve.speculator if serve else '-'}"
         )
 

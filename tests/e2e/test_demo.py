@@ -25,7 +25,7 @@ def test_a_speculator_learns_from_live_traffic(tmp_path: Path, smollm2: Path, fr
     flags |= {f"stack.{name}_port": free_port() for name in ("kafka", "kafka_controller", "mlflow")}
     flags |= {"target.path": str(smollm2), "train.registration_interval": 20, "promoter.gate_min_samples": 2}
     command = [sys.executable, "-m", "ops.cli.main", "demo", "--fresh", "--minutes", str(MINUTES), "--no-ui"]
-    # Only these: a demo drafts in every verify step unless it is result how to draft, if only by a setting's default.
+    # No drafting settings: the demo drafts in every verify step only if the user sets none of them.
     command += [f"--set={name}={value}" for name, value in flags.items()]
 
     processes = {part: int(str(flags[f"{part}.port"])) for part in ("serve", "stream", "train", "promoter")}
@@ -55,11 +55,14 @@ def test_a_speculator_learns_from_live_traffic(tmp_path: Path, smollm2: Path, fr
 def check_pictures(prometheus: Prometheus) -> None:
     """Check that every dashboard query returned numbers during the demo, and that the alert rules load.
 
-    But one: a demo drafts in every verify step, and a node that has no choice expects nothing.
+    Two queries are empty: a node that always drafts computes no expected rates, and the demo runs no canary.
     """
     queries = [query.replace("$__rate_interval", "10s") for query in loop.queries()]
     silent = [query for query in queries if not prometheus.values(query)]
-    assert silent == ['aurora_serve_expected_tokens_per_second{draft_depth="0"}']
+    assert sorted(silent) == [
+        "aurora_promoter_canary_difference_ratio",
+        'aurora_serve_expected_tokens_per_second{draft_depth="0"}',
+    ]
     assert prometheus.alerts()
     assert max(prometheus.values("sum(rate(aurora_serve_output_tokens_total[10s]))")) > 0
     assert max(prometheus.values("aurora_serve_version_swaps_total")) >= 1

@@ -200,9 +200,9 @@ class TracePublisher:
         """Yield the metrics at scrape time."""
         yield from self.counts().metrics()
         for name, peer, state in (
-            ("aurora_serve_trace_circuit_breaker_open", "broker", self._breaker.state),
+            ("aurora_serve_trace_circuit_breaker_state", "broker", self._breaker.state),
             (
-                "aurora_serve_trace_offload_circuit_breaker_open",
+                "aurora_serve_trace_offload_circuit_breaker_state",
                 "object store",
                 self._offload.state if self._offload else "closed",
             ),

@@ -169,7 +169,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             (
                 Query("aurora_serve_engine_up", "engine of {{instance}}"),
                 Query("aurora_stream_live", "worker {{instance}}"),
-                Query("aurora_serve_trace_circuit_breaker_open", "circuit breaker of {{instance}}"),
+                Query("aurora_serve_trace_circuit_breaker_state", "circuit breaker of {{instance}}"),
             ),
         ),
     ),

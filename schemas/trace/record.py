@@ -45,6 +45,9 @@ FORMAT = "aurora.trace/3"
 ROOT = -1
 """Parent of a draft token that follows the root."""
 
+SUFFIX_DRAFTER = "suffix"
+"""``speculator`` of the verify steps that the suffix drafter drafted. It is no version."""
+
 Features = Literal["inline", "claim-check", "recompute"]
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 U16 = npt.NDArray[np.uint16]
@@ -115,7 +118,7 @@ class VerifyStep:
     top_logprobs: F32
     """[1 + m, k] their log-probabilities, before temperature."""
     speculator: str
-    """Version that drafted; empty if nothing was drafted."""
+    """Version that drafted, or ``SUFFIX_DRAFTER``; empty if nothing was drafted."""
     draft_us: int
     verify_us: int
     time_us: int

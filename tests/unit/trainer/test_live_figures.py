@@ -12,6 +12,7 @@ from live_traffic import ServedRequest, rows_of
 
 from pipeline.delta import DeltaLog, HistoryExpiredError
 from schemas.settings import Tables
+from schemas.trace.record import SUFFIX_DRAFTER
 from trainer.release.live_figures import MAX_COMMITS_BEHIND, LiveFigures, ServingPeriod
 from trainer.release.sequential_test import ServedTraffic
 
@@ -74,6 +75,15 @@ def test_verify_steps_without_a_draft_count_for_what_their_node_served(tables: D
     new, old = read_both(LiveFigures(tables, SLICE))
     assert totals(new[""])[2] == 20
     assert totals(old[""])[2] == 20, "the third slice of node-0 drafted nothing, and b is another machine"
+
+
+def test_verify_steps_of_the_suffix_drafter_count_for_no_version(tables: DeltaLog) -> None:
+    versions = [ServedRequest("1", T), ServedRequest("2", T + 10)]
+    on_their_node = [ServedRequest(SUFFIX_DRAFTER, T + at, accepted=3) for at in (0, 10)]
+    elsewhere = [ServedRequest(SUFFIX_DRAFTER, T, node="b"), ServedRequest("", T + 1, node="b", drafted=False)]
+    tables.append("traces", rows_of([*versions, *on_their_node, *elsewhere]))
+    new, old = read_both(LiveFigures(tables, SLICE))
+    assert totals(new[""]) == totals(old[""]) == (1, 20, 10, 0.1)
 
 
 def test_only_whole_slices_of_a_period_count(tables: DeltaLog) -> None:

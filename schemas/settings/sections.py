@@ -126,10 +126,14 @@ class Serve(Section):
     """Inference engine: the built-in engine, or SGLang's own server, which ``aurora serve`` starts."""
     speculate: bool = True
     """Whether the node decodes speculatively. False serves the target alone."""
+    drafter: Literal["eagle", "suffix"] = "eagle"
+    """Drafter of the built-in engine. ``eagle`` is the speculator. ``suffix`` needs no training and uses no version: it
+    continues the longest match of a request's last tokens in the request itself and in recent traced answers of the
+    node, also those to other users."""
     num_speculative_tokens: int = Field(6, ge=1, le=16)
     """Maximum depth of a draft: draft tokens in sequence per verify step."""
     draft_tree_width: int = Field(1, ge=1, le=8)
-    """Nodes expanded at each depth of a draft tree; 1 drafts chains."""
+    """Nodes expanded at each depth of a draft tree; 1 drafts chains, and so does the suffix drafter."""
     draft_tree_nodes: int = Field(16, ge=1, le=128)
     """Maximum draft tokens of one request that the target verifies in one step."""
     device: Device = "auto"

@@ -105,7 +105,8 @@ def add_routes(app: FastAPI, serve: Serve, engine: HotSwapEngine, poller: Versio
     @router.post("/on")
     async def on() -> SpeculatorStatus:
         """Resume drafting with the active version."""
-        _require(poller)
+        if not serve.speculate:
+            raise _disabled("This node was started without speculation (serve.speculate)")
         _switch_speculation(engine, on=True)
         return speculator_status(serve, engine, poller)
 
@@ -170,9 +171,12 @@ def _switch_speculation(engine: HotSwapEngine, *, on: bool) -> None:
 
 def _require(poller: VersionPoller | None) -> VersionPoller:
     if poller is None:
-        message = "This node was started without speculation (serve.speculate)"
-        raise ApiError(409, message, kind="invalid_request_error", code="speculation_disabled")
+        raise _disabled("This node uses no versions (serve.speculate, serve.drafter)")
     return poller
+
+
+def _disabled(message: str) -> ApiError:
+    return ApiError(409, message, kind="invalid_request_error", code="speculation_disabled")
 
 
 def _api_error(error: BaseException) -> ApiError:

@@ -7,7 +7,8 @@ from functools import partial
 import structlog
 import torch
 
-from serving.engines.builtin.eagle_drafter import EagleDrafter, synthetic_sequence
+from serving.engines.builtin.drafter import Drafter
+from serving.engines.builtin.eagle_drafter import synthetic_sequence
 from serving.engines.builtin.kernels import median_seconds, topk
 from serving.engines.builtin.kv_cache import RaggedBatch, Segment
 from serving.engines.builtin.target import Target
@@ -21,7 +22,7 @@ _PREFIX = 64
 _TRIALS = 3
 
 
-def calibrate(target: Target, drafter: EagleDrafter, slots: int) -> LatencyModel:
+def calibrate(target: Target, drafter: Drafter, slots: int) -> LatencyModel:
     """Return the measured latency model.
 
     Takes a second or two for a small target. Requests overwrite the entries it leaves in the KV caches.
@@ -53,7 +54,7 @@ def _verify(target: Target, slots: int, rows: int) -> None:
     topk(target.logits(target.forward(tokens_T, batch).last_TH), 8).ids_Rk.cpu()
 
 
-def _draft(target: Target, drafter: EagleDrafter, sequences: int, depth: int) -> None:
+def _draft(target: Target, drafter: Drafter, sequences: int, depth: int) -> None:
     features_TF = torch.zeros(2, target.shape.feature_width, device=target.device)
     drafting = [synthetic_sequence([0, 0, 0], features_TF, slot=slot, room=depth + 1) for slot in range(sequences)]
     drafter.draft(drafting, DraftBudget(depth, acceptance={True: AcceptanceModel(depth)}))

@@ -22,7 +22,7 @@ class DraftNode(NamedTuple):
     """Index of the node before it, or ``ROOT``."""
     depth: int
     logprob: float
-    """Under the distribution it was sampled from; for a token chosen without sampling, under the draft's softmax."""
+    """Under the distribution it was sampled from; for a token chosen without sampling, the drafter's own estimate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class DraftTree:
     pruned: tuple[DraftNode, ...] = ()
     """Drafted children of ``nodes`` that are not worth verifying."""
     source: str = ""
-    """Speculator version that drafted the tokens."""
+    """Speculator version that drafted the tokens, or the name of a drafter without versions."""
 
     @property
     def tokens(self) -> list[int]:
@@ -61,3 +61,6 @@ class Drafter(Protocol):
             sequences: Sequences past their prefill with room for two output tokens or more.
             budget: How deep to draft, and which acceptance probability pays for a token.
         """
+
+    def finish(self, sequence: Sequence) -> None:
+        """Learn from a sequence whose output is complete."""

@@ -95,6 +95,9 @@ class EagleDrafter:
                 break
         return [tree.finish(self._nodes, self.version) for tree in trees], timings
 
+    def finish(self, sequence: Sequence) -> None:
+        """Do nothing: the trainer learns from answers."""
+
     def check(self, draft: EagleDraft) -> None:
         """Run a smoke draft with the given weights over made-up features.
 

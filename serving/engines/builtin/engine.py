@@ -20,9 +20,11 @@ from schemas.speculator.day_0_draft import SpeculatorLine, read_line
 from schemas.speculator.network import EagleDraft
 from serving.engines.base import EngineFullError, EngineHealth, Finish, Output, Request, SwapResult, TraceSink
 from serving.engines.builtin.calibration import calibrate
+from serving.engines.builtin.drafter import Drafter
 from serving.engines.builtin.eagle_drafter import EagleDrafter, pack_draft
 from serving.engines.builtin.scheduler import Scheduler
 from serving.engines.builtin.sequence import Sequence
+from serving.engines.builtin.suffix_drafter import SuffixDrafter
 from serving.engines.builtin.target import Target
 from serving.engines.builtin.verify import StepResult, Verifier
 from serving.planner import Planner
@@ -45,15 +47,8 @@ class BuiltinEngine:
         self.target, self.line, self.weight_dtype = line.target, line.name, self._target.weight_dtype
         self.vocabulary = self._target.shape.vocab_size
         self.max_tokens = serve.max_model_len
-        self._drafter = EagleDrafter(
-            line.day_0_draft,
-            settings.speculator.day_0,
-            self._target.embeddings_VH,
-            serve.max_num_seqs,
-            serve.max_model_len + serve.num_speculative_tokens + 1,
-            width=serve.draft_tree_width,
-            nodes=serve.draft_tree_nodes,
-        )
+        self._speculator = _create_speculator(settings, line, self._target) if serve.drafter == "eagle" else None
+        self._drafter: Drafter = self._speculator or SuffixDrafter()
         latency = calibrate(self._target, self._drafter, serve.max_num_seqs)
         self._planner = Planner(latency, serve.num_speculative_tokens, adaptive=serve.adaptive_drafting)
         self._scheduler = Scheduler(
@@ -100,7 +95,9 @@ class BuiltinEngine:
             generator.manual_seed(request.seed)
         request = replace(request, speculate=request.speculate and self._may_speculate)
         max_len = min(len(request.prompt) + request.max_tokens, self.max_tokens)
-        seq = Sequence(request, on_output, max_len, generator, list(request.prompt))
+        seq = Sequence(
+            request, on_output, max_len, generator, list(request.prompt), keeps_features=self._speculator is not None
+        )
         with self._mail:
             self._check_open()
             self._scheduler.add(seq)
@@ -116,12 +113,18 @@ class BuiltinEngine:
         """Run a smoke draft with the given weights on the caller's thread.
 
         Raises:
-            CheckpointError: the weights have another shape or vocabulary, or produce values that are not finite.
+            CheckpointError: the weights have another shape or vocabulary, or produce values that are not finite; or the
+                drafter has no weights.
         """
-        self._drafter.check(draft)
+        self._require_speculator().check(draft)
 
     def swap(self, draft: EagleDraft, version: str) -> SwapResult:
-        """Swap in checked weights between two verify steps; block until done."""
+        """Swap in checked weights between two verify steps; block until done.
+
+        Raises:
+            CheckpointError: the drafter has no weights.
+        """
+        self._require_speculator()
         packed = pack_draft(draft, self._target.device)
         done: Future[SwapResult] = Future()
         with self._mail:
@@ -138,7 +141,7 @@ class BuiltinEngine:
         """Return counters and state."""
         return EngineHealth(
             alive=self._thread.is_alive() and self._error is None,
-            speculator=self._drafter.version if self._may_speculate else "",
+            speculator=self._speculator.version if self._speculator and self._may_speculate else "",
             speculating=self._speculating,
             draft_depth=self._planner.depth if self._speculating else 0,
             expected_tokens_per_second=self._planner.throughput,
@@ -150,6 +153,11 @@ class BuiltinEngine:
             output_tokens=self._output_tokens,
             error=self._error,
         )
+
+    def _require_speculator(self) -> EagleDrafter:
+        if self._speculator is None:
+            raise CheckpointError("this node drafts without a speculator (serve.drafter)")
+        return self._speculator
 
     def _check_open(self) -> None:
         if self._stopping or self._error:
@@ -187,7 +195,7 @@ class BuiltinEngine:
             self._end(seq, "cancelled")
         for packed, version, done in swaps:
             started = time.perf_counter()
-            self._drafter.swap(packed, version)
+            self._require_speculator().swap(packed, version)
             self._planner.request_probe()
             done.set_result(SwapResult(version, len(scheduler.running), (time.perf_counter() - started) * 1e3))
         with self._mail:
@@ -206,6 +214,7 @@ class BuiltinEngine:
         if seq.finish is not None:
             self._scheduler.release(seq)
             seq.on_output(Output(result.output, result.logprobs, seq.finish, stats=seq.stats))
+            self._drafter.finish(seq)
         elif result.output:
             seq.on_output(Output(result.output, result.logprobs))
 
@@ -248,3 +257,16 @@ def _load_target(settings: Settings) -> tuple[SpeculatorLine, Target]:
     except CheckpointError as error:
         raise SettingsError(f"target.path {settings.target.path}: {error}") from error
     return line, target
+
+
+def _create_speculator(settings: Settings, line: SpeculatorLine, target: Target) -> EagleDrafter:
+    serve = settings.serve
+    return EagleDrafter(
+        line.day_0_draft,
+        settings.speculator.day_0,
+        target.embeddings_VH,
+        serve.max_num_seqs,
+        serve.max_model_len + serve.num_speculative_tokens + 1,
+        width=serve.draft_tree_width,
+        nodes=serve.draft_tree_nodes,
+    )

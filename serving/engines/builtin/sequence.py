@@ -27,9 +27,11 @@ class Sequence:
     num_cached_tokens: int = 0
     """Tokens committed to the target's KV cache."""
     num_draft_cached_tokens: int = 0
-    """Tokens committed to the draft's KV cache."""
+    """Tokens that the drafter has read; those of the speculator are in its KV cache."""
     unseen_features: list[Tensor] = field(default_factory=list)
     """Target features [.., F] of committed tokens that the draft has not seen."""
+    keeps_features: bool = True
+    """Whether the drafter reads features."""
     finish: Finish | None = None
     verify_steps: int = 0
     draft_tokens: int = 0
@@ -80,5 +82,5 @@ class Sequence:
         self.accepted_tokens += accepted_tokens
         self.num_cached_tokens += len(features_TF)
         self.tokens += output
-        if self.request.speculate:
+        if self.request.speculate and self.keeps_features:
             self.unseen_features.append(features_TF)

@@ -187,7 +187,7 @@ def test_speculation_can_be_switched_off_and_on(admin: Admin) -> None:
 
 @pytest.mark.parametrize("path", ["/pin", "/unpin", "/on"])
 def test_a_node_without_speculation_rejects_pin_unpin_and_on(path: str) -> None:
-    with running_node(SERVE, EchoEngine()) as node:
+    with running_node(SERVE.model_copy(update={"speculate": False}), EchoEngine()) as node:
         answer = httpx.post(
             f"{node.url}/admin/speculator{path}",
             headers=bearer(TOKEN),
@@ -195,3 +195,15 @@ def test_a_node_without_speculation_rejects_pin_unpin_and_on(path: str) -> None:
         )
     assert (answer.status_code, answer.json()["error"]["code"]) == (409, "speculation_disabled")
     assert "serve.speculate" in answer.json()["error"]["message"]
+
+
+def test_a_node_without_versions_rejects_pin_and_unpin_and_can_be_switched_off_and_on() -> None:
+    with running_node(SERVE.model_copy(update={"drafter": "suffix"}), EchoEngine()) as node:
+
+        def post(path: str) -> httpx.Response:
+            return httpx.post(f"{node.url}/admin/speculator{path}", headers=bearer(TOKEN), json={"version": "1"})
+
+        for path in ("/pin", "/unpin"):
+            assert post(path).status_code == 409
+            assert "serve.drafter" in post(path).json()["error"]["message"]
+        assert [post(path).json()["speculating"] for path in ("/off", "/on")] == [False, True]

@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 from schemas.settings import Settings, Speculator, load
 from schemas.speculator.day_0_draft import create_day_0_draft
 from schemas.speculator.network import EagleDraft, random_draft
-from schemas.trace.record import VerifyStep
+from schemas.trace.record import SUFFIX_DRAFTER, VerifyStep
 from serving.engines.base import EngineFullError, Finish, Output, Request
 from serving.engines.builtin.engine import BuiltinEngine
 from serving.engines.builtin.kv_cache import RaggedBatch, Segment
@@ -87,7 +87,12 @@ class Bench:
             self.engine.speculate(on=number == -1)
         else:
             draft = oracle_draft(self) if number == 0 else random_draft(self.engine._target.shape, number)
-            self.engine.swap(draft, str(number))
+            self.swap(draft, str(number))
+
+    def swap(self, draft: EagleDraft, version: str) -> None:
+        """Swap in a draft; the suffix drafter has none."""
+        if "suffix" not in self.mode:
+            self.engine.swap(draft, version)
 
 
 def collect(outputs: SimpleQueue[Output], seen: Sequence[Output] = ()) -> tuple[list[int], Output]:
@@ -108,6 +113,8 @@ MODES: dict[str, dict[str, object]] = {
     },
     "adaptive chain": {},
     "adaptive tree": {"serve.draft_tree_width": 2, "serve.weight_dtype": "float32"},
+    "suffix": {"serve.drafter": "suffix", "serve.adaptive_drafting": False, "serve.num_speculative_tokens": 4},
+    "adaptive suffix": {"serve.drafter": "suffix"},
 }
 
 
@@ -217,13 +224,13 @@ def test_greedy_output_of_one_request_equals_decoding_without_a_cache(bench: Ben
 
 def test_a_good_draft_is_accepted_and_does_not_change_the_output(bench: Bench) -> None:
     prompt = (7, 8, 9, 10)
-    bench.engine.swap(random_draft(bench.engine._target.shape, 1), "bad")
+    bench.swap(random_draft(bench.engine._target.shape, 1), "bad")
     before, _ = bench.generate(Request(bench.new_id(), prompt, 60))
-    bench.engine.swap(oracle_draft(bench), "good")
+    bench.swap(oracle_draft(bench), "good")
     after, last = bench.generate(Request(bench.new_id(), prompt, 60))
     assert after == before
     assert last.stats is not None
-    assert last.stats.speculators in {(), ("good",)}
+    assert last.stats.speculators in {(), (SUFFIX_DRAFTER if "suffix" in bench.mode else "good",)}
     if "adaptive" not in bench.mode:  # drafting rarely pays on a target this small
         assert last.stats.accepted_tokens > 0
 
@@ -262,7 +269,7 @@ def test_prompt_pieces_respect_the_maximum_prefill_stall_while_others_decode(
 
 
 def test_a_trace_holds_prompt_and_output_with_the_targets_features(bench: Bench) -> None:
-    bench.engine.swap(oracle_draft(bench), "oracle")
+    bench.swap(oracle_draft(bench), "oracle")
     request = Request(bench.new_id(), (11, 12, 13, 14, 15), 40)
     output, last = bench.generate(request)
     verify_steps = bench.recorder.verify_steps[request.id]

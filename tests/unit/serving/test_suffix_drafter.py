@@ -1,0 +1,179 @@
+"""The suffix drafter continues what a sequence, or an earlier answer, has said before."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from queue import SimpleQueue
+
+import pytest
+import torch
+from tiny_target import VOCABULARY, write_tiny_target
+
+from schemas.settings import load
+from schemas.speculator.checkpoint import CheckpointError
+from schemas.speculator.network import random_draft
+from schemas.trace.record import SUFFIX_DRAFTER, VerifyStep
+from serving.engines.base import Finish, Output, Request
+from serving.engines.builtin.drafter import DraftTree
+from serving.engines.builtin.engine import BuiltinEngine
+from serving.engines.builtin.sequence import Sequence
+from serving.engines.builtin.suffix_corpus import BYTES_PER_TOKEN, MAX_MATCH
+from serving.engines.builtin.suffix_drafter import SuffixDrafter
+from serving.planner import AcceptanceModel, DraftBudget, DraftOutcome
+
+DEPTH = 4
+CORPUS_BYTES = 1000 * BYTES_PER_TOKEN
+
+
+def sequence(tokens: list[int], *, prompt: int = 1, room: int = 20, slot: int = 0, trace: bool = True) -> Sequence:
+    request = Request("r", tuple(tokens[:prompt]), 100, trace=trace)
+    return Sequence(request, lambda _: None, len(tokens) + room, torch.Generator(), list(tokens), slot)
+
+
+@pytest.fixture
+def drafter() -> SuffixDrafter:
+    return SuffixDrafter(CORPUS_BYTES)
+
+
+def draft(drafter: SuffixDrafter, *sequences: Sequence, depth: int = DEPTH, threshold: float = 0.0) -> list[DraftTree]:
+    acceptance = {True: AcceptanceModel(DEPTH)}
+    trees, timings = drafter.draft(
+        list(sequences), DraftBudget(depth, verify_threshold=threshold, acceptance=acceptance)
+    )
+    assert timings == [], "a suffix draft runs no forward"
+    return trees
+
+
+def test_a_repeat_in_the_sequence_is_continued(drafter: SuffixDrafter) -> None:
+    [tree] = draft(drafter, sequence([5, 6, 7, 8, 9, 5, 6]))
+    assert (tree.tokens, tree.parents, tree.source) == ([7, 8, 9, 5], [-1, 0, 1, 2], SUFFIX_DRAFTER)
+    assert [node.depth for node in tree.nodes] == [1, 2, 3, 4]
+    assert tree.nodes[0].logprob == pytest.approx(math.log(1 / 2))
+    assert tree.probs_mV is None, "the token is not sampled: q is 1 at the token"
+
+
+def test_without_a_match_nothing_is_drafted(drafter: SuffixDrafter) -> None:
+    [tree] = draft(drafter, sequence([5, 6, 7, 8]))
+    assert (tree.nodes, tree.pruned) == ((), ())
+
+
+def test_a_finished_answer_is_continued_from_the_end_of_its_prompt_on(drafter: SuffixDrafter) -> None:
+    drafter.finish(sequence([1, 2, *range(10, 10 + MAX_MATCH), 40, 41, 42], prompt=2 + MAX_MATCH))
+    end, after, early = draft(drafter, *(sequence(tokens) for tokens in ([9, 16, 17], [9, 17, 40], [9, 1, 2])), depth=2)
+    assert (end.tokens, after.tokens, early.tokens) == ([40, 41], [41, 42], [])
+
+
+def test_an_answer_that_may_not_be_traced_is_not_used_for_others(drafter: SuffixDrafter) -> None:
+    drafter.finish(sequence([1, 40, 41, 42], trace=False))
+    [tree] = draft(drafter, sequence([9, 40, 41]))
+    assert tree.tokens == []
+
+
+def test_the_longer_match_wins_and_equal_matches_count_together(drafter: SuffixDrafter) -> None:
+    drafter.finish(sequence([5, 6, 7, 30]))
+    [longer] = draft(drafter, sequence([6, 7, 20, 5, 6, 7]), depth=1)
+    assert longer.tokens == [30]
+    drafter.finish(sequence([9, 6, 7, 20]))
+    [joined] = draft(drafter, sequence([6, 7, 20, 8, 6, 7]), depth=1)
+    assert joined.tokens == [20]
+    assert math.exp(joined.nodes[0].logprob) == pytest.approx(2 / 4), "two of three occurrences"
+
+
+@pytest.mark.parametrize(("depth", "room", "length"), [(2, 20, 2), (4, 3, 2), (4, 2, 1), (4, 20, 4)])
+def test_depth_and_room_bound_the_draft(drafter: SuffixDrafter, depth: int, room: int, length: int) -> None:
+    [tree] = draft(drafter, sequence([5, 6, 7, 8, 9, 5, 6], room=room), depth=depth)
+    assert len(tree.nodes) == length
+
+
+def test_a_draft_ends_before_the_first_token_that_is_not_worth_a_row(drafter: SuffixDrafter) -> None:
+    [tree] = draft(drafter, sequence([5, 6, 7, 8, 9, 5, 6]), threshold=0.3)
+    assert tree.tokens == [7]
+    assert [(node.token, node.parent, node.depth) for node in tree.pruned] == [(8, 0, 2)]
+    [tree] = draft(drafter, sequence([5, 6, 7, 8, 9, 5, 6]), threshold=0.6)
+    assert (tree.tokens, [node.token for node in tree.pruned]) == ([], [7])
+
+
+def test_measured_acceptance_replaces_the_estimated_probability(drafter: SuffixDrafter) -> None:
+    acceptance = AcceptanceModel(DEPTH)
+    for _ in range(100):
+        acceptance.update(DraftOutcome(1, (1 / 2,), 0, greedy=True), 1.0)
+    budget = DraftBudget(DEPTH, verify_threshold=0.8, acceptance={True: acceptance})
+    [tree], _ = drafter.draft([sequence([5, 6, 7, 8, 9, 5, 6])], budget)
+    assert len(tree.nodes) == DEPTH
+
+
+def test_a_sequence_grows_between_drafts_and_its_slot_is_reused(drafter: SuffixDrafter) -> None:
+    seq = sequence([5, 6, 7, 8])
+    draft(drafter, seq)
+    seq.tokens += [9, 5, 6]
+    assert draft(drafter, seq, sequence([1, 2, 3, 1, 2], slot=1))[0].tokens == [7, 8, 9, 5]
+    [tree] = draft(drafter, sequence([1, 2, 3, 4, 20, 21, 7, 8]))
+    assert tree.tokens == [], "the pairs of the sequence before are forgotten"
+
+
+class Recorder:
+    """A trace sink that keeps all verify steps."""
+
+    def __init__(self) -> None:
+        self.verify_steps: list[VerifyStep] = []
+
+    def record(self, request: Request, verify_steps: tuple[VerifyStep, ...], finish: Finish | None) -> None:
+        self.verify_steps += verify_steps
+
+
+@pytest.fixture
+def recorder() -> Recorder:
+    return Recorder()
+
+
+@pytest.fixture
+def engine(tmp_path: Path, recorder: Recorder) -> Iterator[BuiltinEngine]:
+    flags = {
+        "target.path": str(write_tiny_target(tmp_path)),
+        "speculator.draft_vocab_size": VOCABULARY,
+        "serve.drafter": "suffix",
+        "serve.adaptive_drafting": False,
+        "serve.max_model_len": 100,
+    }
+    engine = BuiltinEngine(load(environ={}, flags=flags), recorder)
+    engine.start()
+    yield engine
+    engine.stop()
+
+
+def generate(engine: BuiltinEngine, request: Request) -> Output:
+    outputs: SimpleQueue[Output] = SimpleQueue()
+    engine.submit(request, outputs.put)
+    while (output := outputs.get(timeout=60)).finish is None:
+        pass
+    return output
+
+
+def test_an_answer_is_drafted_from_the_same_answer_before(engine: BuiltinEngine, recorder: Recorder) -> None:
+    generate(engine, Request("a", (3, 14, 15, 9), 40, ignore_eos=True))
+    again = generate(engine, Request("b", (3, 14, 15, 9), 40, ignore_eos=True)).stats
+    assert again is not None
+    assert again.accepted_tokens >= 30, "each draft is accepted completely"
+    assert again.speculators == (SUFFIX_DRAFTER,)
+    assert {(step.speculator, bool(step.draft_tokens)) for step in recorder.verify_steps} == {
+        ("", False),
+        (SUFFIX_DRAFTER, True),
+    }
+
+
+def test_no_version_is_active_and_none_can_be_swapped_in(engine: BuiltinEngine) -> None:
+    draft = random_draft(engine._target.shape, 1)
+    assert engine.health().speculator == ""
+    for reject in (lambda: engine.check(draft), lambda: engine.swap(draft, "1")):
+        with pytest.raises(CheckpointError, match=r"serve\.drafter"):
+            reject()
+
+
+def test_features_that_no_drafter_reads_are_not_kept(engine: BuiltinEngine) -> None:
+    seqs: list[Sequence] = []
+    finish = engine._drafter.finish
+    engine._drafter.finish = lambda seq: (seqs.append(seq), finish(seq))[1]  # type: ignore[method-assign]
+    generate(engine, Request("a", (3, 14, 15, 9), 20))
+    assert [seq.unseen_features for seq in seqs] == [[]]

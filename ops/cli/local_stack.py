@@ -58,7 +58,7 @@ def demo(
     as_json: AsJson = False,
     no_ui: Annotated[bool, typer.Option("--no-ui", help="Print plain lines instead of a live screen.")] = False,
 ) -> None:
-    """Run the whole loop with an untrained speculator on generated traffic and write a report."""
+    """Run the whole loop with an untrained speculator on real prompts and write a report."""
     with user_errors():
         from ops.demo.run import DemoOptions, run
 

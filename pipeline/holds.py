@@ -42,7 +42,7 @@ class HoldSize:
 
     total: int
     held: int
-    """Bytes of those files that the newest version lacks: they exist only for the hold."""
+    """Bytes of held files that the newest version lacks; only the hold keeps them."""
 
 
 def list_holds(log: DeltaLog) -> list[RetentionHold]:

@@ -51,7 +51,7 @@ class GroupStats:
     drafted_to: Counter[int] = field(default_factory=Counter)
     """Verify steps whose draft has at least this depth, by depth from 1."""
     accepted_to: Counter[int] = field(default_factory=Counter)
-    """Verify steps of those in which the target accepted at least this depth."""
+    """Verify steps that drafted at least this deep and in which the target accepted this depth."""
 
     @property
     def acceptance_length(self) -> float | None:

@@ -52,7 +52,7 @@ class Ranks:
 
 
 class TorchrunRanks(Ranks):
-    """This process among those that ``torchrun`` started."""
+    """The ranks that ``torchrun`` started, seen from this process."""
 
     def __init__(self, device: torch.device) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()

@@ -223,7 +223,7 @@ def _attend(  # noqa: PLR0913 - the signature is transformers'
     softcap: float | None = None,
     **_unused: Any,
 ) -> tuple[Tensor, None]:
-    """Attend over the KV cache; the signature and the shapes ([1, N, T, E]) are those that transformers calls.
+    """Attend over the KV cache; transformers calls it with this signature and shapes [1, N, T, E].
 
     Raises:
         CheckpointError: the KV cache does not support the model's attention.

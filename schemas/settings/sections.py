@@ -127,9 +127,9 @@ class Serve(Section):
     speculate: bool = True
     """Whether the node decodes speculatively. False serves the target alone."""
     drafter: Literal["eagle", "suffix"] = "eagle"
-    """Drafter of the built-in engine. ``eagle`` is the speculator. ``suffix`` needs no training and uses no version: it
-    continues the longest match of a request's last tokens in the request itself and in recent traced answers of the
-    node, also those to other users."""
+    """Drafter of the built-in engine; SGLang always uses the speculator. ``eagle`` is the speculator. ``suffix`` needs
+    no training and uses no version: it continues the longest match of a request's last tokens in the request itself and
+    in recent traced answers of the node, also those to other users."""
     num_speculative_tokens: int = Field(6, ge=1, le=16)
     """Maximum depth of a draft: draft tokens in sequence per verify step."""
     draft_tree_width: int = Field(1, ge=1, le=8)
@@ -485,6 +485,17 @@ class Settings(Section):
     update: Update = Update()
     telemetry: Telemetry = Telemetry()
     stack: Stack = Stack()
+
+    @model_validator(mode="after")
+    def _check_drafter(self) -> Settings:
+        # A child process gets every setting as a variable, where a default looks like a value that was set.
+        drafter = self.serve.drafter
+        if self.serve.engine == "sglang" and drafter not in ("eagle", Serve.model_fields["drafter"].default):
+            raise ValueError(
+                f"serve.drafter = {drafter!r} needs serve.engine = 'builtin'; SGLang drafts with the speculator alone "
+                "(serve.drafter = 'eagle')"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_batch_sizes(self) -> Settings:

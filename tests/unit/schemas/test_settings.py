@@ -104,6 +104,14 @@ def test_contradicting_settings_are_rejected() -> None:
         load(environ={"AURORA_TRAIN__REPLAY_BATCH_SIZE": "4", "AURORA_TRAIN__BATCH_SIZE": "4"})
 
 
+def test_a_drafter_that_sglang_cannot_host_is_rejected_by_both_names() -> None:
+    with pytest.raises(SettingsError, match=r"serve\.drafter = 'suffix' needs serve\.engine = 'builtin'"):
+        load(environ={}, flags={"serve.engine": "sglang", "serve.drafter": "suffix"})
+    for drafter in (None, "eagle"):
+        settings = load(environ={}, flags={"serve.engine": "sglang", "serve.drafter": drafter})
+        assert load(environ=to_environ(settings)) == settings
+
+
 def test_client_options_keep_their_dots() -> None:
     value = '{"security.protocol": "SSL", "ssl.ca.location": "/ca"}'
     assert load(environ={"AURORA_KAFKA__CLIENT_OPTIONS": value}).kafka.client_options["ssl.ca.location"] == "/ca"

@@ -42,8 +42,7 @@ LINEAGE = [
     pa.field("time", _TIME, nullable=False),
     pa.field("day", pa.date32(), nullable=False),
 ]
-"""Columns of every row: its Kafka record, its request, and what drafted (the last one of the chunk): a version, or
-``schemas.trace.record.SUFFIX_DRAFTER``.
+"""Columns of every row: its Kafka record, its request, and the version that drafted (the last one of the chunk).
 
 ``time`` is the node's time. ``day`` is the UTC day of the Kafka record's timestamp, so a node's clock cannot move a row
 to another partition.

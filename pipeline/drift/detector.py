@@ -38,7 +38,6 @@ import pyarrow.compute as pc
 from pipeline.offsets import SourcePartition
 from schemas.events import AcceptanceStats, DriftEvent
 from schemas.settings import Drift
-from schemas.trace.record import SUFFIX_DRAFTER
 
 TRACE_COLUMNS = ("offset", "verify_step", "line", "label", "speculator", "time", "draft_tokens", "accepted")
 """Columns of ``traces`` that observations are computed from."""
@@ -47,7 +46,6 @@ MAX_KEYS = 256
 CHECK_INTERVAL = 8
 """Observations between two checks for a change."""
 Floats = npt.NDArray[np.float64]
-_NO_VERSION = pa.array(["", SUFFIX_DRAFTER])
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _LATEST_US = 253_370_764_800 * 10**6
 """The year 9999, the last one of ``datetime``. A record may have any time."""
@@ -93,7 +91,7 @@ def observe_requests(verify_steps: pa.Table) -> Iterator[Observation]:
     first_chunks = pc.unique(verify_steps.filter(pc.equal(verify_steps["verify_step"], 1))["offset"])
     drafted = pc.and_(
         pc.is_in(verify_steps["offset"], value_set=first_chunks),
-        pc.invert(pc.is_in(verify_steps["speculator"], value_set=_NO_VERSION)),
+        pc.not_equal(verify_steps["speculator"], ""),
     )
     verify_steps = verify_steps.filter(
         pc.and_(drafted, pc.greater(pc.list_value_length(verify_steps["draft_tokens"]), 0))

@@ -18,6 +18,7 @@ import pyarrow as pa
 from pydantic import ValidationError
 
 from schemas.trace.record import (
+    ADDED_COLUMNS,
     CHECKSUM_BYTES,
     ENVELOPE_JSON,
     FORMAT,
@@ -92,11 +93,17 @@ def decode(value: bytes) -> Chunk:
 
 
 def mismatched_columns(schema: pa.Schema) -> list[str]:
-    """Return the columns of ``SCHEMA`` that a schema lacks or has in another type.
+    """Return the columns of ``SCHEMA`` that a schema lacks or has in another type. It may lack ``ADDED_COLUMNS``.
 
     The schema's own names are never read: in a foreign record they may not be text.
     """
-    return [f.name for f in SCHEMA if schema.get_field_index(f.name) < 0 or schema.field(f.name).type != f.type]
+
+    def matches(field: pa.Field) -> bool:
+        if schema.get_field_index(field.name) < 0:
+            return field.name in ADDED_COLUMNS
+        return bool(schema.field(field.name).type == field.type)
+
+    return [field.name for field in SCHEMA if not matches(field)]
 
 
 class ListColumn(NamedTuple):
@@ -167,6 +174,7 @@ class VerifyStepColumns:
         batch: All rows, in the columns of ``SCHEMA``.
         bounds: [chunks + 1] first row of each chunk, then the number of rows.
         chunk: [rows] chunk of each row.
+        has_sources: [rows] whether ``draft_sources`` is not null.
         feature_width, top_k: [rows] values of the envelope.
     """
 
@@ -186,6 +194,8 @@ class VerifyStepColumns:
         self.draft_tokens, self.draft_parents = self._lists("draft_tokens"), self._lists("draft_parents")
         self.draft_logprobs = self._lists("draft_logprobs")
         self.top_ids, self.top_logprobs = self._lists("top_ids"), self._lists("top_logprobs")
+        self.draft_sources = self._lists("draft_sources")
+        self.has_sources: Bools = _valid(self.batch.column("draft_sources"))
         column = self.batch.column("features")
         offsets = _buffer(column, 1, np.int64, column.offset, len(column) + 1)
         self.features = ListColumn(np.frombuffer(column.buffers()[2] or b"", np.uint8), offsets)
@@ -245,7 +255,13 @@ def _select_columns(schema: pa.Schema, batches: Sequence[pa.RecordBatch]) -> pa.
         return batches[0].replace_schema_metadata(None)
     if mismatched := mismatched_columns(schema):
         raise TraceError("foreign_schema", f"columns missing or of another type: {', '.join(mismatched)}")
-    selected = [pa.RecordBatch.from_arrays([b.column(name) for name in SCHEMA.names], schema=SCHEMA) for b in batches]
+    present = set(SCHEMA.names) - {name for name in ADDED_COLUMNS if schema.get_field_index(name) < 0}
+    selected = [
+        pa.RecordBatch.from_arrays(
+            [b.column(f.name) if f.name in present else pa.nulls(b.num_rows, f.type) for f in SCHEMA], schema=SCHEMA
+        )
+        for b in batches
+    ]
     return pa.concat_batches(selected or [_NO_ROWS])
 
 
@@ -276,7 +292,7 @@ def _check_features(chunk: OpenedChunk) -> None:
 def _check_nulls(steps: VerifyStepColumns) -> RowCheck:
     def null_rows(name: str) -> Bools | None:
         column = steps.batch.column(name)
-        rows = ~_valid(column) if column.null_count and name != "bonus" else None
+        rows = ~_valid(column) if column.null_count and not SCHEMA.field(name).nullable else None
         if pa.types.is_list(column.type) and column.values.null_count:
             lists = ListColumn(_valid(column.values), column.offsets.to_numpy().astype(np.int64))
             inside = lists.rows_with(~lists.entries)
@@ -299,6 +315,7 @@ def _check_lengths(steps: VerifyStepColumns) -> Iterator[RowCheck]:
         "features": n * inline * steps.feature_width * 2,
         "draft_parents": m,
         "draft_logprobs": m,
+        "draft_sources": m * steps.has_sources,
         "top_ids": teacher,
         "top_logprobs": teacher,
     }
@@ -370,6 +387,7 @@ def _to_objects(steps: VerifyStepColumns) -> Iterator[VerifyStep]:
             draft_us=draft_us[row],
             verify_us=verify_us[row],
             time_us=int(steps.time[row]),
+            draft_sources=tuple(steps.draft_sources.row(row)) if steps.has_sources[row] else None,
         )
 
 

@@ -32,6 +32,7 @@ import struct
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from enum import IntFlag
 from functools import cache
 from typing import Annotated, Literal
 
@@ -44,9 +45,6 @@ CONTENT_TYPE = "application/vnd.apache.arrow.stream"
 FORMAT = "aurora.trace/3"
 ROOT = -1
 """Parent of a draft token that follows the root."""
-
-SUFFIX_DRAFTER = "suffix"
-"""``speculator`` of the verify steps that the suffix drafter drafted. It is no version."""
 
 Features = Literal["inline", "claim-check", "recompute"]
 Token = Annotated[int, Field(ge=0, lt=2**31)]
@@ -74,8 +72,20 @@ SCHEMA = pa.schema(
         pa.field("draft_us", pa.int32(), nullable=False),
         pa.field("verify_us", pa.int32(), nullable=False),
         pa.field("time", pa.timestamp("us", tz="UTC"), nullable=False),
+        pa.field("draft_sources", pa.list_(pa.int8()), nullable=True),
     ]
 )
+ADDED_COLUMNS = ("draft_sources",)
+"""Columns of ``SCHEMA`` that chunks of older nodes lack. They are read as null."""
+_FINGERPRINTS_OF_OLDER_NODES = ("b536faa160ee1a9e",)
+"""Wire schemas without ``draft_sources``."""
+
+
+class DraftSource(IntFlag):
+    """What proposed a draft token. A token that both drafters proposed has both bits."""
+
+    SPECULATOR = 1
+    SUFFIX = 2
 
 
 class TraceError(ValueError):
@@ -118,11 +128,13 @@ class VerifyStep:
     top_logprobs: F32
     """[1 + m, k] their log-probabilities, before temperature."""
     speculator: str
-    """Version that drafted, or ``SUFFIX_DRAFTER``; empty if nothing was drafted."""
+    """Version that proposed at least one of the draft tokens; empty if none did."""
     draft_us: int
     verify_us: int
     time_us: int
     """Unix time in microseconds at which the tokens were committed."""
+    draft_sources: tuple[int, ...] | None = None
+    """[m] ``DraftSource`` of each draft token; None if ``speculator`` proposed all of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,9 +207,10 @@ def fingerprint() -> str:
 def readable_fingerprints() -> frozenset[str]:
     """Return the ids of all readable wire schemas: a topic outlives the nodes that wrote to it.
 
-    When a field with a default is added, the fingerprint without it stays in this set.
+    When a column is added to ``ADDED_COLUMNS``, or a field with a default to the envelope, the fingerprint without it
+    stays in this set.
     """
-    return frozenset({fingerprint()})
+    return frozenset({fingerprint(), *_FINGERPRINTS_OF_OLDER_NODES})
 
 
 def encode(chunk: Chunk) -> bytes:

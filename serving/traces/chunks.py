@@ -65,7 +65,7 @@ class FeatureTransport:
 
 def row_bytes(step: VerifyStep) -> int:
     """Return an upper bound of a row's size in an encoded chunk, as if nothing in it could be compressed."""
-    ids = 4 * len(step.tokens) + 10 * len(step.draft_tokens) + 2 * len(step.accepted)
+    ids = 4 * len(step.tokens) + 11 * len(step.draft_tokens) + 2 * len(step.accepted)
     numbers = step.features.nbytes + step.top_ids.nbytes + step.top_logprobs.nbytes
     return numbers + ids + len(step.speculator.encode()) + _ROW_BYTES
 

@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from schemas.batches import TRACES, day_of
+from schemas.trace.record import DraftSource
 
 _IDS = count()
 
@@ -29,6 +30,8 @@ class ServedRequest:
     node: str = "node-0"
     line: str = "target-draft"
     drafted: bool = True
+    by_suffix: bool = False
+    """Whether the suffix drafter drafted, and no version."""
     swapped_to: str | None = None
     """The version that drafts the second half of its verify steps."""
 
@@ -43,8 +46,9 @@ def _rows(request: ServedRequest) -> list[dict[str, Any]]:
     rows = []
     for at in range(request.verify_steps + 1):
         swapped = request.swapped_to if at > request.verify_steps / 2 else None
-        version = (swapped or request.version) if at and request.drafted else ""
-        accepted = request.accepted if version else 0
+        drafted = 3 if at and request.drafted else 0
+        version = (swapped or request.version) if drafted and not request.by_suffix else ""
+        accepted = request.accepted if drafted else 0
         time_us = round((request.at + max(at - 1, 0) * request.verify_step_s) * 1e6)
         rows.append(
             {
@@ -69,9 +73,9 @@ def _rows(request: ServedRequest) -> list[dict[str, Any]]:
                 "verify_step": at,
                 "position": at * (accepted + 1),
                 "tokens": [1] * (accepted + 1),
-                "draft_tokens": [1] * (3 if version else 0),
-                "draft_parents": [-1, 0, 1] if version else [],
-                "draft_logprobs": [-0.5] * (3 if version else 0),
+                "draft_tokens": [1] * drafted,
+                "draft_parents": [-1, 0, 1][:drafted],
+                "draft_logprobs": [-0.5] * drafted,
                 "accepted": list(range(accepted)),
                 "bonus": 1,
                 "top_k": 0,
@@ -79,6 +83,7 @@ def _rows(request: ServedRequest) -> list[dict[str, Any]]:
                 "top_logprobs": [],
                 "draft_us": round(request.verify_step_s * 2e5),
                 "verify_us": round(request.verify_step_s * 8e5),
+                "draft_sources": [DraftSource.SUFFIX] * drafted if request.by_suffix else None,
             }
         )
     return rows

@@ -313,10 +313,14 @@ def _verify_steps(table: pa.RecordBatch, envelope: Envelope) -> Iterator[VerifyS
     times = table.column("time").cast(pa.int64()).to_pylist()
     for known, time_us in zip(table.drop_columns("time").to_pylist(), times, strict=True):
         row = known | {"time": time_us}
-        nulls = [name for name in trace.SCHEMA.names if name != "bonus" and _has_null(row[name])]
+        nulls = [name for name in trace.SCHEMA.names if not _may_be_null(name, row[name]) and _has_null(row[name])]
         if nulls:
             raise TraceError("contradiction", f"verify step {row['verify_step']}: null in {', '.join(nulls)}")
         yield _verify_step(row, time_us, envelope)
+
+
+def _may_be_null(name: str, value: object) -> bool:
+    return name == "bonus" or (name == "draft_sources" and value is None)
 
 
 def _has_null(value: object) -> bool:
@@ -332,6 +336,7 @@ def _verify_step(row: dict[str, Any], time_us: int, envelope: Envelope) -> Verif
         "features": (len(row["features"]), (n if envelope.features == "inline" else 0) * envelope.feature_width * 2),
         "draft_parents": (len(parents), m),
         "draft_logprobs": (len(row["draft_logprobs"]), m),
+        "draft_sources": (len(row["draft_sources"] or ()), 0 if row["draft_sources"] is None else m),
         "top_ids": (len(row["top_ids"]), verified * k),
         "top_logprobs": (len(row["top_logprobs"]), verified * k),
     }
@@ -370,4 +375,5 @@ def _verify_step(row: dict[str, Any], time_us: int, envelope: Envelope) -> Verif
         draft_us=row["draft_us"],
         verify_us=row["verify_us"],
         time_us=time_us,
+        draft_sources=None if row["draft_sources"] is None else tuple(row["draft_sources"]),
     )

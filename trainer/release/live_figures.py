@@ -4,7 +4,7 @@ A slice is the time in which a node does not change between champion and canary 
 1970 by the node's clock, which also timestamps its verify steps). Each verify step counts for the version that drafted
 it, so a request that a swap cut in two counts on both sides. A verify step without a draft names no version, and a bad
 version drafts seldom: such a step counts for the version that drafted most of the steps of its node in that slice.
-Steps of slices without any draft count for no version.
+Steps of slices without any draft count for no version, and neither do steps that only the suffix drafter drafted.
 
 Seconds are the time that a request spends in its verify steps, draft and verification together, as the engine measured
 them: a step takes the same time for each request in it. This is the time that a user waits from token to token; prompts
@@ -28,7 +28,10 @@ import pyarrow.compute as pc
 from pipeline.delta import DeltaLog, HistoryExpiredError, escape_sql
 from trainer.release.sequential_test import I64, ServedTraffic
 
-COLUMNS = ("line", "speculator", "label", "node", "time", "verify_step", "accepted", "bonus", "draft_us", "verify_us")
+COLUMNS = (
+    *("line", "speculator", "label", "node", "time", "verify_step", "draft_tokens", "accepted", "bonus"),
+    *("draft_us", "verify_us"),
+)
 MAX_COMMITS_BEHIND = 500
 """Commits that are read one by one; after a longer absence a query reads the rows instead."""
 _KEYS = ["speculator", "label", "node", "slice"]
@@ -141,7 +144,9 @@ class LiveFigures:
         return _merge(self._sum_rows(pa.Table.from_batches([batch])) for batch in batches)
 
     def _sum_rows(self, rows: pa.Table) -> pa.Table:
-        """Return the sums over rows of verify steps."""
+        """Return the sums over rows of verify steps, except those that only the suffix drafter drafted."""
+        names_version = pc.not_equal(rows["speculator"], "")
+        rows = rows.filter(pc.or_(names_version, pc.equal(pc.list_value_length(rows["draft_tokens"]), 0)))
         accepted = pc.list_value_length(rows["accepted"])
         seconds = pc.divide(pc.cast(pc.cast(rows["time"], pa.int64()), pa.float64()), 1e6 * self._slice_duration)
         columns = {

@@ -35,7 +35,7 @@ class DraftTree:
     pruned: tuple[DraftNode, ...] = ()
     """Drafted children of ``nodes`` that are not worth verifying."""
     source: str = ""
-    """Speculator version that drafted the tokens, or the name of a drafter without versions."""
+    """Speculator version that drafted the tokens; empty for the suffix drafter."""
 
     @property
     def tokens(self) -> list[int]:

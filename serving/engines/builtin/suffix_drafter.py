@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 
-from schemas.trace.record import SUFFIX_DRAFTER
 from serving.engines.builtin.drafter import DraftNode, DraftTree
 from serving.engines.builtin.sequence import Sequence
 from serving.engines.builtin.suffix_corpus import (
@@ -56,9 +55,9 @@ class SuffixDrafter:
             node = DraftNode(token, len(nodes) - 1, len(nodes) + 1, math.log(probability))
             chance *= acceptance.estimate_for(probability)
             if chance < budget.verify_threshold:
-                return DraftTree(tuple(nodes), pruned=(node,), source=SUFFIX_DRAFTER)
+                return DraftTree(tuple(nodes), pruned=(node,))
             nodes.append(node)
-        return DraftTree(tuple(nodes), source=SUFFIX_DRAFTER)
+        return DraftTree(tuple(nodes))
 
     def _find_match(self, seq: Sequence, depth: int) -> Match:
         """Return the longest match in the sequence itself and in earlier answers."""

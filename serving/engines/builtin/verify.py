@@ -21,7 +21,7 @@ from torch import Tensor
 
 from schemas.draft_tree import attention_mask, depths, is_chain
 from schemas.speculator.acceptance import SampledRows, Verdict, accept_greedy, accept_sampled
-from schemas.trace.record import ROOT, U16, VerifyStep
+from schemas.trace.record import ROOT, U16, DraftSource, VerifyStep
 from serving.engines.base import TokenLogprobs
 from serving.engines.builtin.drafter import Drafter, DraftTree
 from serving.engines.builtin.kernels import topk
@@ -135,7 +135,7 @@ class Verifier:
         features_TF = rows.features_TF[kept]
         self.target.cache.keep_path(seq.slot, position + 1, accepted)
         seq.commit(features_TF, output, len(tree.nodes), len(accepted))
-        if tree.nodes and tree.source not in seq.speculators:
+        if tree.nodes and tree.source and tree.source not in seq.speculators:
             seq.speculators.append(tree.source)
         trace = None
         if seq.request.trace:
@@ -155,6 +155,7 @@ class Verifier:
                 draft_us=times.draft_us if tree.nodes else 0,
                 verify_us=times.verify_us,
                 time_us=times.end_us,
+                draft_sources=None if tree.source else (int(DraftSource.SUFFIX),) * len(tree.nodes) or None,
             )
         logprobs = _output_logprobs(seq.request.logprobs, rows, deciding, output)
         return StepResult(seq, tuple(output), logprobs, is_prefill, len(tree.nodes), len(accepted), trace)

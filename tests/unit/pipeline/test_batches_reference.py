@@ -17,7 +17,19 @@ from pipeline.deduplication import DeduplicationWindow
 from schemas.draft_tree import chain
 from schemas.trace import record as trace
 from schemas.trace.decoder import decode
-from schemas.trace.record import ROOT, SCHEMA, U16, Chunk, Claim, Envelope, Features, TraceError, VerifyStep, encode
+from schemas.trace.record import (
+    ROOT,
+    SCHEMA,
+    U16,
+    Chunk,
+    Claim,
+    DraftSource,
+    Envelope,
+    Features,
+    TraceError,
+    VerifyStep,
+    encode,
+)
 from serving.traces.chunks import drop_features
 
 CONTEXT = 4
@@ -79,11 +91,21 @@ def draft(rng: Rng, shape: Shape) -> tuple[tuple[int, ...], tuple[int, ...], tup
     return ids(rng, m), parents, tuple(accepted)
 
 
+def drafted_by(rng: Rng, drafted: int) -> tuple[tuple[int, ...] | None, str]:
+    """Return sources and version."""
+    version = str(rng.integers(3)) if drafted else ""
+    if rng.integers(2):
+        return None, version
+    sources = tuple(rng.integers(1, 4, drafted).tolist())
+    return sources, version if any(source & DraftSource.SPECULATOR for source in sources) else ""
+
+
 def a_verify_step(rng: Rng, shape: Shape, number: int, position: int, root: int | None, *, ends: bool) -> VerifyStep:
     drafted, parents, accepted = draft(rng, shape) if number else ((), (), ())
     prompt = ids(rng, int(rng.integers(1, 4)))
     tokens = prompt if root is None else (root, *(drafted[node] for node in accepted))
     verified = 1 + len(drafted) if ends else 0
+    sources, speculator = drafted_by(rng, len(drafted))
     return VerifyStep(
         verify_step=number,
         position=position,
@@ -96,7 +118,8 @@ def a_verify_step(rng: Rng, shape: Shape, number: int, position: int, root: int 
         bonus=ids(rng, 1)[0] if ends else None,
         top_ids=rng.integers(0, 50, (verified, shape.top_k), dtype=np.int32),
         top_logprobs=-rng.random((verified, shape.top_k), dtype=np.float32),
-        speculator=str(rng.integers(3)) if drafted else "",
+        speculator=speculator,
+        draft_sources=sources,
         draft_us=int(rng.integers(99)),
         verify_us=int(rng.integers(99)),
         time_us=int(rng.integers(2**50)),
@@ -253,6 +276,8 @@ def invalidate(rng: Rng, chunk: Chunk) -> Chunk:
             new = other_list(rng, value, lambda: other_int(rng, 3))
         case "draft_parents" | "accepted":
             new = other_list(rng, value, lambda: int(rng.integers(-2, 7)))
+        case "draft_sources":
+            new = other_list(rng, value or (), lambda: int(rng.choice([-1, 0, 1, 2, 3, 4])))
         case "draft_logprobs":
             new = other_list(rng, value, lambda: float(rng.choice([-1.0, np.nan, np.inf])))
         case "features":

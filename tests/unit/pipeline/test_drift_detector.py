@@ -28,7 +28,6 @@ from pipeline.offsets import SourcePartition
 from schemas.batches import TRACES
 from schemas.events import DriftEvent
 from schemas.settings import Drift
-from schemas.trace.record import SUFFIX_DRAFTER
 
 Floats = npt.NDArray[np.float64]
 
@@ -236,9 +235,9 @@ def test_verify_steps_without_a_draft_give_no_observation() -> None:
 
 
 def test_verify_steps_of_the_suffix_drafter_are_no_observation_of_a_version() -> None:
-    [one] = observe_requests(traces(speculator=["7", SUFFIX_DRAFTER, SUFFIX_DRAFTER], accepted=[[], [0], [0]]))
+    [one] = observe_requests(traces(speculator=["7", "", ""], accepted=[[], [0], [0]]))
     assert (one.key.speculator, one.first_token_acceptance) == ("7", 0)
-    assert not list(observe_requests(traces(speculator=[SUFFIX_DRAFTER])))
+    assert not list(observe_requests(traces(speculator=[""])))
 
 
 def test_event_has_a_valid_time_for_any_record_time() -> None:

@@ -25,7 +25,7 @@ from pipeline.offsets import SourcePartition
 from pipeline.trace_queries import compute_stats, draft_depth, find_commit, follow_steps, read_newest_steps
 from schemas.batches import DEAD_LETTERS
 from schemas.settings import Tables
-from schemas.trace.record import ROOT, SUFFIX_DRAFTER
+from schemas.trace.record import ROOT, DraftSource
 
 SOURCE = SourcePartition("traces", 0)
 ENDS = [-1, 3, 3, 7, 8, 8, 20]
@@ -96,12 +96,12 @@ def test_groups_add_up_to_the_total(tables: DeltaLog) -> None:
         assert sum(getattr(one, figure) for one in counted.groups.values()) == getattr(counted.total, figure)
 
 
-def test_verify_steps_of_the_suffix_drafter_are_a_group_of_their_own(tables: DeltaLog) -> None:
+def test_verify_steps_of_the_suffix_drafter_belong_to_no_version(tables: DeltaLog) -> None:
     prompt, *steps = conversation(tokens(12), prompt=4)
-    suffix = [replace(step, speculator=SUFFIX_DRAFTER) for step in steps]
+    suffix = [replace(step, speculator="", draft_sources=(DraftSource.SUFFIX,) * 2) for step in steps]
     write(tables, record_of("a", [prompt, *steps[:1]], 0), record_of("b", [prompt, *suffix], 1))
     counted = compute_stats(tables, "speculator").groups
-    assert {name: stats.verify_steps for name, stats in counted.items()} == {"1": 1, SUFFIX_DRAFTER: len(steps)}
+    assert {name: stats.verify_steps for name, stats in counted.items()} == {"1": 1, "": len(steps)}
 
 
 def test_missing_chunks_and_unfinished_requests_are_counted(tables: DeltaLog) -> None:

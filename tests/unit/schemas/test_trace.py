@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from dataclasses import replace
@@ -39,6 +40,7 @@ def verify_steps(draw: st.DrawFn, width: int, k: int, way: Features) -> VerifySt
     tokens = (draw(TOKEN), *kept) if number else tuple(draw(st.lists(TOKEN, min_size=1, max_size=4)))
     bonus = draw(TOKEN) if number or draw(st.booleans()) else None
     verified = 0 if bonus is None else 1 + m
+    sources = st.integers(-(2**7), 2**7 - 1)
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     return VerifyStep(
         verify_step=number,
@@ -56,6 +58,7 @@ def verify_steps(draw: st.DrawFn, width: int, k: int, way: Features) -> VerifySt
         draft_us=draw(st.integers(0, 2**31 - 1)),
         verify_us=draw(st.integers(0, 2**31 - 1)),
         time_us=draw(st.integers(0, 2**52)),
+        draft_sources=draw(st.none() | st.tuples(*[sources] * m)),
     )
 
 
@@ -210,6 +213,8 @@ def test_the_error_for_an_envelope_field_of_the_wrong_type_names_it() -> None:
         pytest.param(replace(ONE, draft_parents=(ROOT,)), id="a node without a parent"),
         pytest.param(replace(ONE, draft_parents=(1, ROOT)), id="a node before its parent"),
         pytest.param(replace(ONE, draft_logprobs=(-1.0,)), id="a node without a log-probability"),
+        pytest.param(replace(ONE, draft_sources=(1,)), id="a node without a source"),
+        pytest.param(replace(ONE, draft_sources=(1, 2, 2)), id="more sources than tokens"),
         pytest.param(replace(ONE, accepted=(1,)), id="accepted without its parent"),
         pytest.param(replace(ONE, accepted=(2,)), id="accepted but not drafted"),
         pytest.param(replace(ONE, tokens=(7, 9)), id="committed but not accepted"),
@@ -274,4 +279,14 @@ def test_bf16_keeps_nan_and_infinity() -> None:
 
 
 def test_the_wire_schema_is_stable() -> None:
-    assert record.fingerprint() == "b536faa160ee1a9e"
+    assert record.fingerprint() == "47c1dfc0180535d9"
+
+
+def test_a_chunk_of_a_node_without_draft_sources_is_readable() -> None:
+    with pa.ipc.open_stream(encode(CHUNK)[: -record.CHECKSUM_BYTES]) as reader:
+        newer = reader.read_all()
+    older = newer.drop_columns("draft_sources")
+    [step] = decode(arrow(older.schema, older.combine_chunks().to_batches()[0].columns)).verify_steps
+    assert plain(step) == plain(ONE)
+    shape = record.FORMAT + older.schema.remove_metadata().to_string() + ",".join(Envelope.__slots__)
+    assert hashlib.sha256(shape.encode()).hexdigest()[:16] in record.readable_fingerprints()

@@ -12,7 +12,6 @@ from live_traffic import ServedRequest, rows_of
 
 from pipeline.delta import DeltaLog, HistoryExpiredError
 from schemas.settings import Tables
-from schemas.trace.record import SUFFIX_DRAFTER
 from trainer.release.live_figures import MAX_COMMITS_BEHIND, LiveFigures, ServingPeriod
 from trainer.release.sequential_test import ServedTraffic
 
@@ -79,8 +78,8 @@ def test_verify_steps_without_a_draft_count_for_what_their_node_served(tables: D
 
 def test_verify_steps_of_the_suffix_drafter_count_for_no_version(tables: DeltaLog) -> None:
     versions = [ServedRequest("1", T), ServedRequest("2", T + 10)]
-    on_their_node = [ServedRequest(SUFFIX_DRAFTER, T + at, accepted=3) for at in (0, 10)]
-    elsewhere = [ServedRequest(SUFFIX_DRAFTER, T, node="b"), ServedRequest("", T + 1, node="b", drafted=False)]
+    on_their_node = [ServedRequest("", T + at, accepted=3, by_suffix=True) for at in (0, 10)]
+    elsewhere = [ServedRequest("", T, node="b", by_suffix=True), ServedRequest("", T + 1, node="b", drafted=False)]
     tables.append("traces", rows_of([*versions, *on_their_node, *elsewhere]))
     new, old = read_both(LiveFigures(tables, SLICE))
     assert totals(new[""]) == totals(old[""]) == (1, 20, 10, 0.1)

@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, SecretStr, model_validator
 from schemas.settings.types import Duration, Options, Secret, Section, parse_duration
 
 Device = Literal["auto", "cpu", "cuda"]
+SuffixScope = Literal["request", "label", "node", "fleet"]
 Objective = Literal["kl", "reverse-kl", "tv", "lk"]
 
 DAY_0 = "day-0"
@@ -129,7 +130,15 @@ class Serve(Section):
     drafter: Literal["eagle", "suffix"] = "eagle"
     """Drafter of the built-in engine; SGLang always uses the speculator. ``eagle`` is the speculator. ``suffix`` needs
     no training and uses no version: it continues the longest match of a request's last tokens in the request itself and
-    in recent traced answers of the node, also those to other users."""
+    in recent traced answers, which ``suffix_scope`` selects."""
+    suffix_scope: SuffixScope = "label"
+    """Answers that the suffix drafter continues for a request, in addition to the request's own tokens: ``request``
+    none, ``label`` those to requests with the same label, ``node`` all of this node, ``fleet`` all of all nodes. With
+    ``label``, requests without a label have their own tokens alone. Clients can measure what others were answered:
+    see the security page."""
+    suffix_corpus_bytes: int = Field(32 << 20, ge=1 << 16)
+    """Maximum size of the suffix drafter's earlier answers in memory, over all labels: 64 bytes per token. The oldest
+    answers are overwritten."""
     num_speculative_tokens: int = Field(6, ge=1, le=16)
     """Maximum depth of a draft: draft tokens in sequence per verify step."""
     draft_tree_width: int = Field(1, ge=1, le=8)

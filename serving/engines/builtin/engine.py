@@ -23,6 +23,7 @@ from serving.engines.builtin.calibration import calibrate
 from serving.engines.builtin.drafter import Drafter
 from serving.engines.builtin.eagle_drafter import EagleDrafter, pack_draft
 from serving.engines.builtin.scheduler import Scheduler
+from serving.engines.builtin.scoped_corpus import ScopedCorpus
 from serving.engines.builtin.sequence import Sequence
 from serving.engines.builtin.suffix_drafter import SuffixDrafter
 from serving.engines.builtin.target import Target
@@ -48,7 +49,8 @@ class BuiltinEngine:
         self.vocabulary = self._target.shape.vocab_size
         self.max_tokens = serve.max_model_len
         self._speculator = _create_speculator(settings, line, self._target) if serve.drafter == "eagle" else None
-        self._drafter: Drafter = self._speculator or SuffixDrafter()
+        self._corpus = ScopedCorpus(serve.suffix_scope, serve.suffix_corpus_bytes)
+        self._drafter: Drafter = self._speculator or SuffixDrafter(self._corpus)
         latency = calibrate(self._target, self._drafter, serve.max_num_seqs)
         self._planner = Planner(latency, serve.num_speculative_tokens, adaptive=serve.adaptive_drafting)
         self._scheduler = Scheduler(

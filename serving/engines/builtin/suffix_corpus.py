@@ -6,6 +6,9 @@ after it are a *continuation*: a proposal for the sequence's next tokens. Suffix
 newest occurrence by hash of the n tokens, and ``previous`` links each end to the one before with the same hash. A
 lookup follows at most ``MAX_LINKS`` links, whatever the size of the corpus.
 
+Each answer has an owner, a number that ``insert`` and ``find`` name: a lookup finds answers of its owner alone. The
+owner is part of the hash, and a lookup compares it like the tokens.
+
 Nothing is removed from the arrays. Old answers are overwritten, and a lookup compares the tokens themselves, so a link
 to an overwritten place or a collision of hashes gives no wrong occurrence.
 
@@ -33,8 +36,8 @@ MAX_PAIRS = 128
 """Occurrences of a sequence's last two tokens in itself that are compared, the newest ones."""
 END = -1
 """Entry of the ring after each answer. It equals no token."""
-BYTES_PER_TOKEN = 4 * (1 + 2 * (MAX_MATCH - MIN_MATCH + 1))
-"""One token, and one entry of ``newest`` and of ``previous`` per match length."""
+BYTES_PER_TOKEN = 4 * (2 + 2 * (MAX_MATCH - MIN_MATCH + 1))
+"""One token, its owner, and one entry of ``newest`` and of ``previous`` per match length."""
 
 _NONE = -1
 _FACTOR = 0x9E3779B97F4A7C15
@@ -72,6 +75,7 @@ class SuffixCorpus:
             raise ValueError(f"a corpus needs {(MIN_MATCH + 1) * BYTES_PER_TOKEN} bytes, not {max_bytes}")
         lengths = MAX_MATCH - MIN_MATCH + 1
         self._tokens = np.full(self._capacity, END, np.int32)
+        self._owners = np.zeros(self._capacity, np.int32)
         self._newest = np.full((lengths, self._capacity), _NONE, np.int32)
         self._previous = np.full((lengths, self._capacity), _NONE, np.int32)
         self._next = 0
@@ -79,17 +83,27 @@ class SuffixCorpus:
         # Python reads a memoryview several times as fast as a small part of an array.
         self._view = self._tokens.data
         self._bytes = self._view.cast("B")
+        self._owners_view = self._owners.data
         self._links = [(n.data, p.data) for n, p in zip(self._newest, self._previous, strict=True)]
 
     @property
     def nbytes(self) -> int:
         """Bytes of the corpus, whatever it holds."""
-        return self._tokens.nbytes + self._newest.nbytes + self._previous.nbytes
+        return self._tokens.nbytes + self._owners.nbytes + self._newest.nbytes + self._previous.nbytes
 
-    def insert(self, tokens: Sequence[int]) -> None:
+    @property
+    def capacity(self) -> int:
+        """Number of tokens for which there is room, the entry after each answer included."""
+        return self._capacity
+
+    def insert(self, tokens: Sequence[int], owner: int = 0) -> None:
         """Add an answer; overwrite the oldest ones. Of an answer larger than the corpus the end is kept.
 
         An answer lies in one piece: if it does not fit before the end of the ring, it begins at the start.
+
+        Args:
+            tokens: The answer.
+            owner: A number of 31 bits.
         """
         answer = np.array(tokens[-(self._capacity - 1) :], np.int32)
         if self._next + len(answer) >= self._capacity:
@@ -99,22 +113,26 @@ class SuffixCorpus:
         self._next += len(answer) + 1
         self._tokens[first : self._next - 1] = answer
         self._tokens[self._next - 1] = END
-        for (newest, previous), (length, buckets) in zip(self._links, self._hash_matches(answer), strict=True):
+        self._owners[first : self._next] = owner
+        for (newest, previous), (length, buckets) in zip(self._links, self._hash_matches(answer, owner), strict=True):
             for end, bucket in enumerate(buckets, start=first + length - 1):
                 previous[end] = newest[bucket]
                 newest[bucket] = end
 
-    def find(self, tokens: Sequence[int], depth: int) -> Match:
-        """Return the longest match of the end of ``tokens``, with continuations of up to ``depth`` tokens."""
+    def find(self, tokens: Sequence[int], depth: int, owner: int = 0) -> Match:
+        """Return the longest match of the end of ``tokens`` in the owner's answers.
+
+        Continuations have up to ``depth`` tokens.
+        """
         wanted = array("i", tokens[-MAX_MATCH:]).tobytes()
-        for length, bucket in reversed(self._hash_ends(tokens[-MAX_MATCH:])):
-            ends = self._follow_links(length, bucket, wanted[-4 * length :])
+        for length, bucket in reversed(self._hash_ends(tokens[-MAX_MATCH:], owner)):
+            ends = self._follow_links(length, bucket, wanted[-4 * length :], owner)
             if ends:
                 return Match(length, [self._read_continuation(end, depth) for end in ends])
         return NO_MATCH
 
-    def _follow_links(self, length: int, bucket: int, wanted: bytes) -> list[int]:
-        """Return the ends of the occurrences of ``wanted``, newest first."""
+    def _follow_links(self, length: int, bucket: int, wanted: bytes, owner: int) -> list[int]:
+        """Return the ends of the occurrences of ``wanted`` in the owner's answers, newest first."""
         newest, previous = self._links[length - MIN_MATCH]
         ends, end, age = [], newest[bucket], -1
         for _ in range(MAX_LINKS):
@@ -122,7 +140,8 @@ class SuffixCorpus:
             # A link that does not lead to an older entry belongs to tokens that are overwritten.
             if end == _NONE or age <= younger:
                 break
-            if self._bytes[4 * (end + 1 - length) : 4 * (end + 1)] == wanted:
+            # All tokens between two entries ``END`` have one owner, and ``wanted`` has no ``END``.
+            if self._owners_view[end] == owner and self._bytes[4 * (end + 1 - length) : 4 * (end + 1)] == wanted:
                 ends.append(end)
             end = previous[end]
         return ends
@@ -131,19 +150,19 @@ class SuffixCorpus:
         following = self._view[end + 1 : end + 1 + depth].tolist()
         return following[: following.index(END) + 1] if END in following else following
 
-    def _hash_ends(self, tokens: Sequence[int]) -> list[tuple[int, int]]:
+    def _hash_ends(self, tokens: Sequence[int], owner: int) -> list[tuple[int, int]]:
         """Return each match length and the bucket of the last tokens of that number."""
-        hashed, found = 0, []
+        hashed, found = owner << _HIGH, []
         for length, (token, factor) in enumerate(zip(reversed(tokens), _FACTORS, strict=False), start=1):
             hashed = (hashed + token * factor) & _MASK
             if length >= MIN_MATCH:
                 found.append((length, (hashed >> _HIGH) % self._capacity))
         return found
 
-    def _hash_matches(self, answer_T: I32) -> Iterator[tuple[int, list[int]]]:
+    def _hash_matches(self, answer_T: I32, owner: int) -> Iterator[tuple[int, list[int]]]:
         """Yield each match length and the buckets of all runs of that many tokens, as ``_hash_ends`` does."""
         wide_T = answer_T.astype(np.uint64)
-        hashed = np.zeros(len(answer_T) + 1, np.uint64)
+        hashed = np.full(len(answer_T) + 1, owner << _HIGH, np.uint64)
         for length, factor in enumerate(_FACTORS, start=1):
             hashed = hashed[1:] + wide_T[: max(len(answer_T) + 1 - length, 0)] * np.uint64(factor)
             if length >= MIN_MATCH:

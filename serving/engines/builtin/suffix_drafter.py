@@ -8,30 +8,21 @@ from __future__ import annotations
 import math
 
 from serving.engines.builtin.drafter import DraftNode, DraftTree
+from serving.engines.builtin.scoped_corpus import ScopedCorpus
 from serving.engines.builtin.sequence import Sequence
-from serving.engines.builtin.suffix_corpus import (
-    MAX_MATCH,
-    Match,
-    SequenceHistory,
-    SuffixCorpus,
-    choose_longest,
-    likeliest_chain,
-)
+from serving.engines.builtin.suffix_corpus import MAX_MATCH, Match, SequenceHistory, choose_longest, likeliest_chain
 from serving.planner import DraftBudget, ForwardTiming
-
-CORPUS_BYTES = 32 << 20
-"""Bytes of the earlier answers: 559,000 tokens."""
 
 
 class SuffixDrafter:
     """Implements ``Drafter`` without a network.
 
     Args:
-        corpus_bytes: Maximum size of the corpus of earlier answers.
+        corpus: The earlier answers.
     """
 
-    def __init__(self, corpus_bytes: int = CORPUS_BYTES) -> None:
-        self._corpus = SuffixCorpus(corpus_bytes)
+    def __init__(self, corpus: ScopedCorpus) -> None:
+        self._corpus = corpus
         self._histories: dict[int, SequenceHistory] = {}
         """History of each running sequence, by slot."""
 
@@ -41,8 +32,9 @@ class SuffixDrafter:
 
     def finish(self, sequence: Sequence) -> None:
         """Add the answer of a sequence that may be traced to the corpus, after the last tokens of its prompt."""
-        if sequence.request.trace:
-            self._corpus.insert(sequence.tokens[max(len(sequence.request.prompt) - MAX_MATCH, 0) :])
+        request = sequence.request
+        if request.trace:
+            self._corpus.insert(request.label, sequence.tokens[max(len(request.prompt) - MAX_MATCH, 0) :])
 
     def _draft_chain(self, seq: Sequence, budget: DraftBudget) -> DraftTree:
         """Draft until a token is not worth a row of the target's forward; that token is in ``pruned``."""
@@ -65,4 +57,4 @@ class SuffixDrafter:
             self._histories[seq.slot] = SequenceHistory()
         seq.num_draft_cached_tokens = len(seq.tokens)
         own = self._histories[seq.slot].find(seq.tokens, depth)
-        return choose_longest(own, self._corpus.find(seq.tokens[-MAX_MATCH:], depth))
+        return choose_longest(own, self._corpus.find(seq.request.label, seq.tokens[-MAX_MATCH:], depth))

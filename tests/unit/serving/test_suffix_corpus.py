@@ -118,6 +118,37 @@ def test_of_a_frequent_match_the_newest_occurrences_are_found() -> None:
     assert corpus.find([998, 999], 2) == Match(2, [[following, END] for following in newest])
 
 
+@given(
+    answers=st.lists(st.tuples(st.integers(0, 2), phrases(3, 14)), max_size=12),
+    capacity=st.integers(MIN_MATCH + 1, 60),
+    queries=st.lists(phrases(3, 12), min_size=1, max_size=6),
+)
+def test_a_match_lies_in_answers_of_its_owner(
+    answers: list[tuple[int, list[int]]], capacity: int, queries: list[list[int]]
+) -> None:
+    corpus = SuffixCorpus(capacity * BYTES_PER_TOKEN)
+    for owner, answer in answers:
+        corpus.insert(answer, owner)
+    for owner in range(3):
+        alone = SuffixCorpus(1000 * BYTES_PER_TOKEN)
+        for of, answer in answers:
+            if of == owner:
+                alone.insert(answer)
+        for query in [*queries, *(answer for _, answer in answers)]:
+            found, wanted = corpus.find(query, 4, owner), alone.find(query, 4)
+            assert found.length <= wanted.length
+            if found.length == wanted.length:
+                assert found.continuations == wanted.continuations[: len(found.continuations)]
+
+
+def test_owners_that_share_buckets_do_not_share_answers() -> None:
+    corpus = SuffixCorpus(100 * BYTES_PER_TOKEN)
+    owners = [1, 1 + corpus.capacity]
+    corpus.insert([5, 6, 7], owners[0])
+    assert corpus.find([5, 6], 1, owners[0]) == Match(2, [[7]])
+    assert corpus.find([5, 6], 1, owners[1]) == NO_MATCH
+
+
 def test_ids_of_large_vocabularies_are_found() -> None:
     corpus = SuffixCorpus(100 * BYTES_PER_TOKEN)
     large = 2**31 - 1

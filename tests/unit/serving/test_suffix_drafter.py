@@ -18,6 +18,7 @@ from schemas.trace.record import DraftSource, VerifyStep
 from serving.engines.base import Finish, Output, Request
 from serving.engines.builtin.drafter import DraftTree
 from serving.engines.builtin.engine import BuiltinEngine
+from serving.engines.builtin.scoped_corpus import ScopedCorpus
 from serving.engines.builtin.sequence import Sequence
 from serving.engines.builtin.suffix_corpus import BYTES_PER_TOKEN, MAX_MATCH
 from serving.engines.builtin.suffix_drafter import SuffixDrafter
@@ -34,7 +35,7 @@ def sequence(tokens: list[int], *, prompt: int = 1, room: int = 20, slot: int = 
 
 @pytest.fixture
 def drafter() -> SuffixDrafter:
-    return SuffixDrafter(CORPUS_BYTES)
+    return SuffixDrafter(ScopedCorpus("fleet", CORPUS_BYTES))
 
 
 def draft(drafter: SuffixDrafter, *sequences: Sequence, depth: int = DEPTH, threshold: float = 0.0) -> list[DraftTree]:
@@ -134,6 +135,7 @@ def engine(tmp_path: Path, recorder: Recorder) -> Iterator[BuiltinEngine]:
         "target.path": str(write_tiny_target(tmp_path)),
         "speculator.draft_vocab_size": VOCABULARY,
         "serve.drafter": "suffix",
+        "serve.suffix_scope": "fleet",
         "serve.adaptive_drafting": False,
         "serve.max_model_len": 100,
     }

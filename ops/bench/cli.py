@@ -20,7 +20,7 @@ Only = Annotated[
     list[str] | None, typer.Option("--only", metavar="NAME", help="Figures whose names begin with NAME; repeatable.")
 ]
 Speculator = Annotated[str, typer.Option("--speculator", help="Trained speculator: name in the cache, or folder.")]
-_DOMAINS = "math|code|sql|chat"
+_DOMAINS = "math|code|sql|chat|edits|tools"
 
 
 @contextmanager
@@ -116,7 +116,10 @@ def loop(  # noqa: PLR0913, PLR0917 - one for each flag
     config: Config = None,
     set_: Set = None,
     domains: Annotated[
-        str, typer.Option(metavar="ONE,OTHER", help="Two of code, math, sql, chat, in the order of the traffic.")
+        str,
+        typer.Option(
+            metavar="ONE,OTHER", help="Two of code, math, sql, chat, edits, tools, in the order of the traffic."
+        ),
     ] = "code,math",
     minutes: Annotated[
         str | None,

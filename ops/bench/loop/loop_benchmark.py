@@ -74,9 +74,9 @@ def loop_size(*, quick: bool, minutes: str | None, concurrency: int, max_tokens:
 def parse_domains(text: str) -> tuple[str, str]:
     """Return the two domains that a flag names."""
     match [name.strip() for name in text.split(",")]:
-        case [first, second] if first != second and {first, second} <= set(prompts.DOMAINS):
+        case [first, second] if first != second and {first, second} <= set(prompts.ALL_DOMAINS):
             return first, second
-    raise UserError(f"--domains {text}: name two of {', '.join(prompts.DOMAINS)}, as in code,math")
+    raise UserError(f"--domains {text}: name two of {', '.join(prompts.ALL_DOMAINS)}, as in code,math")
 
 
 def parse_minutes(text: str) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""Prompts of four domains, as requests: the demo's ``code`` and ``math``, and ``sql`` and ``chat`` of this folder.
+"""Prompts of six domains, as requests: the demo's ``code`` and ``math``, and the others of this folder.
 
 The last prompts of each domain are held out: benchmarks measure with them and never train on them.
 """
@@ -16,6 +16,9 @@ from serving.engines.base import Request
 
 DOMAINS = (*demo_prompts.DOMAINS, "sql", "chat")
 """In the order in which they are sent, where the order matters."""
+REPETITIVE = ("edits", "tools")
+"""Domains whose answers repeat much of their prompts: edits of code, and calls of tools that the prompt describes."""
+ALL_DOMAINS = (*DOMAINS, *REPETITIVE)
 HELD_OUT = 60
 """Prompts of each domain that no speculator of the benchmarks is trained on."""
 SAMPLED = 0.8
@@ -24,8 +27,8 @@ SAMPLED = 0.8
 
 def read_prompts(domain: str) -> list[str]:
     """Return all prompts of a domain."""
-    if domain not in DOMAINS:
-        raise UserError(f"--domain {domain}: there are prompts of {', '.join(DOMAINS)}")
+    if domain not in ALL_DOMAINS:
+        raise UserError(f"--domain {domain}: there are prompts of {', '.join(ALL_DOMAINS)}")
     return demo_prompts.read_prompts(domain, Path(__file__).parent if domain not in demo_prompts.DOMAINS else None)
 
 

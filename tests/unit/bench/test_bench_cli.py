@@ -50,7 +50,10 @@ def test_a_soak_without_a_trained_speculator_names_the_command_that_trains_one(t
 def test_an_unknown_domain_of_the_loop_lists_the_known_ones() -> None:
     invoked = bench("loop", "--domains", "code,poems")
     assert invoked.exit_code == 2
-    assert invoked.stderr == "aurora: --domains code,poems: name two of code, math, sql, chat, as in code,math\n"
+    assert (
+        invoked.stderr
+        == "aurora: --domains code,poems: name two of code, math, sql, chat, edits, tools, as in code,math\n"
+    )
 
 
 def test_an_unwritable_page_is_reported_before_anything_runs(tmp_path: Path) -> None:

@@ -80,6 +80,9 @@ COLUMNS = {
     "branch": "Draft token ids from the root's child to the leaf.",
     "accepted_prefix": "Tokens of the branch that were accepted before the rejection.",
     "draft_logprobs": "The draft's log-probabilities of its tokens; NaN if unknown.",
+    "draft_sources": "Drafters of each token of the draft, a sum of 1 (the version in `speculator`) and 2 (the suffix "
+    "drafter); null if all are the version's.",
+    "rejected.draft_sources": "As in `traces`, for each token of the branch.",
     "last_chunk": "Whether the chunk ends the request.",
     "finish": "Why the request ended: `stop`, `length` or `error`.",
     "temperature": "Sampling temperature; 0 is greedy.",

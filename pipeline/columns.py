@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 
 from schemas.batches import ACCEPTED, REJECTED, TRACES
 from schemas.draft_tree import rejected_branches
-from schemas.trace.decoder import Array, Ints, ListColumn, VerifyStepColumns, concat_ranges
+from schemas.trace.decoder import Array, Bools, Ints, ListColumn, VerifyStepColumns, concat_ranges
 from schemas.trace.record import I32, INT32_MAX, U16
 
 Columns = Mapping[str, pa.Array]
@@ -185,8 +185,16 @@ def _build_rejected(steps: VerifyStepColumns, lineage: Columns, samples: _Sample
             "draft_logprobs": _lists(ListColumn(steps.draft_logprobs.values[logprobs], nodes.offsets)),
             "teacher_ids": _lists(_select_teacher(steps, steps.top_ids, *teacher)),
             "teacher_logprobs": _lists(_select_teacher(steps, steps.top_logprobs, *teacher)),
+            "draft_sources": _lists(_select_sources(steps, node_step, nodes), ~steps.has_sources[branch_step]),
         },
     )
+
+
+def _select_sources(steps: VerifyStepColumns, node_step: Ints, nodes: ListColumn) -> ListColumn:
+    """Return the sources of the nodes of branches; nothing for branches whose verify step has none."""
+    known = steps.has_sources[node_step]
+    values = steps.draft_sources.values[(steps.draft_sources.starts[node_step] + nodes.values)[known]]
+    return ListColumn(values, np.concatenate([[0], np.cumsum(known)])[nodes.offsets])
 
 
 def _build_traces(steps: VerifyStepColumns, chunk_columns: Columns) -> pa.Table:
@@ -215,9 +223,10 @@ def _numbers(values: Ints) -> pa.Array:
     return pa.array(values.astype(np.int32))
 
 
-def _lists(lists: ListColumn) -> pa.Array:
-    values = pa.array(lists.values)
-    return pa.ListArray.from_arrays(pa.array(_int32_offsets(lists.offsets)), values, type=pa.list_(values.type))
+def _lists(lists: ListColumn, null: Bools | None = None) -> pa.Array:
+    values, mask = pa.array(lists.values), None if null is None else pa.array(null)
+    offsets = pa.array(_int32_offsets(lists.offsets))
+    return pa.ListArray.from_arrays(offsets, values, type=pa.list_(values.type), mask=mask)
 
 
 def _binary(bits: Array, offsets: Ints) -> pa.Array:

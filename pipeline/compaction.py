@@ -81,22 +81,20 @@ def write_merged_file(group: Sequence[DataFile], store: FileSystem) -> AddAction
         store: File system with the folder of the table as its root.
     """
     path = posixpath.join(posixpath.dirname(group[0].path), f"merged-{uuid.uuid4()}.zstd.parquet")
-    with store.open_input_file(group[0].path) as first:
-        schema = pq.ParquetFile(first).schema
-    leaves = [schema.column(i).path for i in range(len(schema.names))]
+    schema, leaves = _read_schema(group, store)
     plain = [leaf for leaf in leaves if leaf not in RAW_COLUMNS]
     with (
         store.open_output_stream(path) as out,
         pq.ParquetWriter(
             out,
-            schema.to_arrow_schema(),
+            schema,
             compression="zstd",
             compression_level=ZSTD_LEVEL,
             use_dictionary=plain,
             write_statistics=plain,
         ) as writer,
     ):
-        for rows in _read_row_groups(group, store):
+        for rows in _read_row_groups(group, schema, store):
             writer.write_table(rows, row_group_size=max(1, rows.num_rows))
     return AddAction(
         path=path,
@@ -108,7 +106,17 @@ def write_merged_file(group: Sequence[DataFile], store: FileSystem) -> AddAction
     )
 
 
-def _read_row_groups(group: Iterable[DataFile], store: FileSystem) -> Iterator[pa.Table]:
+def _read_schema(group: Iterable[DataFile], store: FileSystem) -> tuple[pa.Schema, list[str]]:
+    """Return the columns of all files, and the paths of their leaves. Files of older releases have fewer columns."""
+    schemas = []
+    for file in group:
+        with store.open_input_file(file.path) as opened:
+            schemas.append(pq.ParquetFile(opened).schema)
+    leaves = dict.fromkeys(schema.column(i).path for schema in schemas for i in range(len(schema.names)))
+    return pa.unify_schemas([schema.to_arrow_schema() for schema in schemas]), list(leaves)
+
+
+def _read_row_groups(group: Iterable[DataFile], schema: pa.Schema, store: FileSystem) -> Iterator[pa.Table]:
     batches: list[pa.RecordBatch] = []
     for file in group:
         with store.open_input_file(file.path) as opened:
@@ -117,12 +125,20 @@ def _read_row_groups(group: Iterable[DataFile], store: FileSystem) -> Iterator[p
                 parquet.metadata.row_group(i).total_byte_size for i in range(parquet.num_row_groups)
             ) // max(1, parquet.metadata.num_rows)
             for batch in parquet.iter_batches(max(1, ROW_GROUP_BYTES // max(1, row_bytes))):
-                batches.append(batch)
+                batches.append(_add_nulls(batch, schema))
                 if sum(rows.nbytes for rows in batches) >= ROW_GROUP_BYTES:
                     yield pa.Table.from_batches(batches)
                     batches = []
     if batches:
         yield pa.Table.from_batches(batches)
+
+
+def _add_nulls(rows: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
+    columns = [
+        rows.column(field.name) if field.name in rows.schema.names else pa.nulls(rows.num_rows, field.type)
+        for field in schema
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
 def _merge_stats(group: Sequence[DataFile]) -> dict[str, Any]:

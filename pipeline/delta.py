@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +24,7 @@ from deltalake import (
 )
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 from deltalake.fs import DeltaStorageHandler
+from deltalake.schema import Schema
 from pyarrow.fs import FileSystem, PyFileSystem
 
 from pipeline.offsets import ConflictError, SourcePartition, transaction_id
@@ -49,6 +51,8 @@ STORE_OPTIONS = {"connect_timeout": "5s", "timeout": "20s", "max_retries": "3", 
 """Defaults for an object store; ``tables.storage_options`` overrides them. A request without an answer fails within a
 minute, and the stream retries it. The library's own default is three minutes."""
 ZSTD_LEVEL = 3
+SCHEMA_MODE: Literal["merge"] = "merge"
+"""Rows get null in columns that a newer release added to the table."""
 RAW_COLUMNS = ("features", "value")
 """Columns of long byte strings: all values differ, and no query filters by them."""
 WRITER_PROPERTIES = WriterProperties(
@@ -133,7 +137,12 @@ class TableSnapshot:
         with translate_errors(f"append to {self._table.table_uri}"):
             try:
                 write_deltalake(
-                    self._table, rows, mode="append", commit_properties=commit, writer_properties=WRITER_PROPERTIES
+                    self._table,
+                    rows,
+                    mode="append",
+                    schema_mode=SCHEMA_MODE,
+                    commit_properties=commit,
+                    writer_properties=WRITER_PROPERTIES,
                 )
             except CommitFailedError as error:
                 raise ConflictError(str(error)) from error
@@ -141,7 +150,10 @@ class TableSnapshot:
 
 
 class DeltaLog:
-    """The tables of ``schemas.batches.TABLES`` below one address. A table that does not exist is created empty.
+    """The tables of ``schemas.batches.TABLES`` below one address.
+
+    A table that does not exist is created empty. Nullable columns that a table of an older release lacks are added; its
+    rows have null there.
 
     Every method raises ``TableError`` if the store fails. Not thread-safe.
     """
@@ -162,9 +174,11 @@ class DeltaLog:
         address = self._address(name)
         with self.translate_errors(name):
             try:
-                return DeltaTable(address, storage_options=self._options)
+                table = DeltaTable(address, storage_options=self._options)
             except TableNotFoundError:
                 return self._create(name, address)
+            missing = _missing_columns(TABLES[name], table)
+            return self._add_columns(table, missing) if missing else table
 
     # Writing
 
@@ -186,7 +200,8 @@ class DeltaLog:
         """Add rows to a table without source partitions, outside the exactly-once protocol."""
         table = self.open(name)
         with self.translate_errors(name):
-            write_deltalake(table, rows.cast(TABLES[name]), mode="append", writer_properties=WRITER_PROPERTIES)
+            rows = rows.cast(TABLES[name])
+            write_deltalake(table, rows, mode="append", schema_mode=SCHEMA_MODE, writer_properties=WRITER_PROPERTIES)
 
     def append_after(self, name: str, version: int, rows: pa.Table) -> bool:
         """Add rows directly after ``version``. Return False, and add nothing, if the table has a newer version."""
@@ -227,8 +242,12 @@ class DeltaLog:
         """Return all rows of the newest or an earlier version of a table, in no order."""
         schema = _schema(name, columns)
         table = self.open(name) if at is None else self._open_at(name, at)
+        missing = _missing_columns(schema, table)
         with self.translate_errors(name):
-            rows = pa.RecordBatchReader.from_stream(table.scan(schema.names)).read_all()
+            present = [column for column in schema.names if column not in missing.names]
+            rows = pa.RecordBatchReader.from_stream(table.scan(present)).read_all()
+        for field in missing:
+            rows = rows.append_column(field, pa.nulls(rows.num_rows, field.type))
         return rows.select(schema.names).cast(schema)
 
     def read_added(
@@ -393,6 +412,14 @@ class DeltaLog:
             # Another process may have created it meanwhile. If not, opening it raises the reason.
             return DeltaTable(address, storage_options=self._options)
 
+    def _add_columns(self, table: DeltaTable, columns: pa.Schema) -> DeltaTable:
+        try:
+            table.alter.add_columns(Schema.from_arrow(columns).fields)
+        except CommitFailedError:
+            # Another process has changed the table meanwhile, most likely by adding the same columns.
+            return DeltaTable(table.table_uri, storage_options=self._options)
+        return table
+
     def _address(self, name: str) -> str:
         return f"{self._uri.rstrip('/')}/{name}" if "://" in self._uri else str(Path(self._uri).resolve() / name)
 
@@ -404,6 +431,11 @@ def escape_sql(text: str) -> str:
 
 def _schema(name: str, columns: Sequence[str] | None) -> pa.Schema:
     return TABLES[name] if columns is None else pa.schema([TABLES[name].field(column) for column in columns])
+
+
+def _missing_columns(schema: pa.Schema, table: DeltaTable) -> pa.Schema:
+    present = {field.name for field in table.schema().fields}
+    return pa.schema([field for field in schema if field.name not in present])
 
 
 def _read_oldest(table: DeltaTable) -> int:

@@ -40,7 +40,7 @@ from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
 from deltalake.transaction import AddAction, RemoveAction
 
 from pipeline.compaction import group_small_files, list_data_files, write_merged_file
-from pipeline.delta import LOG_DAYS, OLDEST, DeltaLog, TableError
+from pipeline.delta import LOG_DAYS, OLDEST, SCHEMA_MODE, DeltaLog, TableError
 from pipeline.holds import HOLD_PREFIX, list_holds
 from schemas.batches import PARTITIONED_BY, TABLES
 from schemas.settings import Tables
@@ -278,4 +278,4 @@ def _commit(name: str, table: DeltaTable, actions: list[AddAction | RemoveAction
 def _record_oldest(name: str, table: DeltaTable, oldest: int) -> None:
     """Record the version after which all added rows can be read, in a commit that adds nothing."""
     commit = CommitProperties(app_transactions=[Transaction(OLDEST, oldest)])
-    write_deltalake(table, TABLES[name].empty_table(), mode="append", commit_properties=commit)
+    write_deltalake(table, TABLES[name].empty_table(), mode="append", schema_mode=SCHEMA_MODE, commit_properties=commit)

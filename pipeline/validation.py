@@ -10,10 +10,11 @@ import re
 from collections.abc import Callable, Iterator
 
 import numpy as np
+import pyarrow.compute as pc
 
 from schemas.trace import record
 from schemas.trace.decoder import Array, Bools, Ints, ListColumn, OpenedChunk, RowCheck, VerifyStepColumns
-from schemas.trace.record import INT32_MAX, TraceError
+from schemas.trace.record import INT32_MAX, DraftSource, TraceError
 
 LINE = re.compile(r"[A-Za-z0-9._-]{1,128}")
 """A line names a folder of the tables. An empty name would be null there, and file systems reject a long one."""
@@ -23,6 +24,8 @@ TIME_END_US = 253_402_300_800_000_000
 
 _INFINITE = 0xFF00
 """A bf16 number, shifted left by one bit to drop its sign, is infinite or NaN from this value on."""
+_SOURCES = frozenset(range(1, 1 + sum(DraftSource)))
+"""Values of ``draft_sources``: every combination of drafters."""
 _PIECE = 1 << 17
 """Numbers that are checked together: few enough to stay in the processor's cache."""
 
@@ -84,7 +87,7 @@ def find_invalid(steps: VerifyStepColumns, features: ListColumn) -> dict[int, Tr
         steps: Well-formed verify steps of many chunks.
         features: [rows] the bf16 bit patterns of each row's tokens.
     """
-    of_rows = [*_check_fields(steps), *_check_tokens(steps), *_check_numbers(steps, features)]
+    of_rows = [*_check_fields(steps), *_check_sources(steps), *_check_tokens(steps), *_check_numbers(steps, features)]
     return steps.first_errors([_check_order(steps)]) | steps.first_errors(of_rows)
 
 
@@ -110,6 +113,25 @@ def _check_fields(steps: VerifyStepColumns) -> Iterator[RowCheck]:
         "contradiction",
         lambda row: f"{where(row)}: no bonus token; only a part of the prompt has none",
     )
+
+
+def _check_sources(steps: VerifyStepColumns) -> Iterator[RowCheck]:
+    """Check that each source is known, and that verify steps name a version if it proposed a draft token."""
+    sources, where = steps.draft_sources, steps.describe
+    known = np.array([source in _SOURCES for source in range(-128, 128)])
+    yield RowCheck(
+        sources.rows_with(~known[sources.entries.astype(np.int64) + 128]),
+        "contradiction",
+        lambda row: f"{where(row)}: draft sources {sources.row(row)}, expected only {sorted(_SOURCES)}",
+    )
+    proposed = sources.rows_with(sources.entries & DraftSource.SPECULATOR != 0)
+    named = pc.binary_length(steps.batch.column("speculator")).to_numpy(zero_copy_only=False) > 0
+
+    def detail(row: int) -> str:
+        version = steps.batch.column("speculator")[row].as_py()
+        return f"{where(row)}: draft sources {sources.row(row)}, but the speculator is {version!r}"
+
+    yield RowCheck(steps.has_sources & (named != proposed), "contradiction", detail)
 
 
 def _check_tokens(steps: VerifyStepColumns) -> Iterator[RowCheck]:

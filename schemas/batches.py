@@ -25,6 +25,8 @@ import pyarrow as pa
 _TIME = pa.timestamp("us", tz="UTC")
 _IDS = pa.list_(pa.int32())
 _FLOATS = pa.list_(pa.float32())
+_SOURCES = pa.list_(pa.int8())
+"""``schemas.trace.record.DraftSource`` of draft tokens."""
 _DAY_US = 86_400_000_000
 _LAST_DAY = 2_932_896
 
@@ -77,6 +79,7 @@ REJECTED = pa.schema(
         pa.field("top_k", pa.int32(), nullable=False),
         pa.field("teacher_ids", _IDS, nullable=False),
         pa.field("teacher_logprobs", _FLOATS, nullable=False),
+        pa.field("draft_sources", _SOURCES),
     ]
 )
 """One rejected branch per row, from the root's child to the leaf.
@@ -84,6 +87,7 @@ REJECTED = pa.schema(
 ``context`` ends with the root. ``teacher_*`` are [len(branch), k]: the target's distribution after each branch token.
 The features before the root are in the ``accepted`` row of the same Kafka record; storing even the last token's
 features here would double the size of the tables. ``draft_logprobs`` are NaN if the node does not know them.
+``draft_sources`` is null if the version proposed all draft tokens of the verify step.
 """
 
 TRACES = pa.schema(
@@ -108,9 +112,11 @@ TRACES = pa.schema(
         pa.field("top_logprobs", _FLOATS, nullable=False),
         pa.field("draft_us", pa.int32(), nullable=False),
         pa.field("verify_us", pa.int32(), nullable=False),
+        pa.field("draft_sources", _SOURCES),
     ]
 )
-"""One verify step per row, without features. ``speculator`` and ``time`` are the step's own."""
+"""One verify step per row, without features. ``speculator`` and ``time`` are the step's own. ``draft_sources`` is null
+if ``speculator`` proposed all draft tokens."""
 
 DEAD_LETTERS = pa.schema(
     [

@@ -139,6 +139,7 @@ def rejected_rows(record: Record, chunk: Chunk, context_tokens: int) -> Iterator
                 "top_k": chunk.envelope.top_k,
                 "teacher_ids": r.top_ids[teacher].ravel(),
                 "teacher_logprobs": r.top_logprobs[teacher].ravel(),
+                "draft_sources": None if r.draft_sources is None else [r.draft_sources[node] for node in path],
             }
         before = [*before, *r.tokens]
 
@@ -173,6 +174,7 @@ def trace_rows(record: Record, chunk: Chunk) -> Iterator[Row]:
             "top_logprobs": r.top_logprobs.ravel(),
             "draft_us": r.draft_us,
             "verify_us": r.verify_us,
+            "draft_sources": r.draft_sources,
         }
 
 
@@ -248,6 +250,7 @@ def _check_verify_step(r: VerifyStep, vocabulary: int | None) -> None:
         raise TraceError("bad_number", f"{where}: time {r.time_us} us, expected one before the year 10000")
     if r.verify_step > 0 and r.bonus is None:
         raise TraceError("contradiction", f"{where}: no bonus token; only a part of the prompt has none")
+    _check_sources(r, where)
     end = vocabulary or 2**31
     bonus = () if r.bonus is None else (r.bonus,)
     ids = {"tokens": r.tokens, "draft_tokens": r.draft_tokens, "top_ids": r.top_ids.ravel().tolist(), "bonus": bonus}
@@ -259,6 +262,16 @@ def _check_verify_step(r: VerifyStep, vocabulary: int | None) -> None:
         raise TraceError("bad_number", f"{where}: a feature is infinite or NaN")
     if np.isinf(r.draft_logprobs).any() or not np.isfinite(r.top_logprobs).all():
         raise TraceError("bad_number", f"{where}: a log-probability is infinite, or the target's is NaN")
+
+
+def _check_sources(r: VerifyStep, where: str) -> None:
+    if r.draft_sources is None:
+        return
+    sources = list(r.draft_sources)
+    if any(source not in {1, 2, 3} for source in sources):
+        raise TraceError("contradiction", f"{where}: draft sources {sources}, expected only [1, 2, 3]")
+    if (r.speculator != "") != any(source in {1, 3} for source in sources):
+        raise TraceError("contradiction", f"{where}: draft sources {sources}, but the speculator is {r.speculator!r}")
 
 
 def _check_order(one: VerifyStep, after: VerifyStep) -> None:

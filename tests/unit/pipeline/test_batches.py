@@ -17,7 +17,7 @@ from pipeline.validation import find_invalid
 from schemas.batches import TABLES
 from schemas.trace import record as trace
 from schemas.trace.decoder import ListColumn, VerifyStepColumns
-from schemas.trace.record import ROOT, Chunk, Envelope, TraceError, VerifyStep, encode
+from schemas.trace.record import ROOT, Chunk, DraftSource, Envelope, TraceError, VerifyStep, encode
 
 A, B, C, D, E, F, G, X, Y, Z = range(10, 20)
 WIDTH = 3
@@ -216,6 +216,20 @@ def test_chunk_without_verify_steps_adds_no_row_and_no_dead_letter() -> None:
     assert sum(rows.num_rows for rows in built.rows.values()) == 0
 
 
+def test_sources_are_stored_with_the_verify_step_and_with_its_rejected_branch() -> None:
+    sources = (int(DraftSource.SPECULATOR | DraftSource.SUFFIX), int(DraftSource.SUFFIX))
+    built = build([record(Chunk(ENVELOPE, (PREFILL, replace(FIRST, draft_sources=sources), SECOND)))], 32)
+    assert built.rows["traces"]["draft_sources"].to_pylist() == [None, [3, 2], None]
+    assert built.rows["rejected"]["draft_sources"].to_pylist() == [[3, 2], None]
+
+
+def test_verify_steps_of_the_suffix_drafter_alone_name_no_version() -> None:
+    suffix = replace(SECOND, draft_sources=(2, 2), speculator="")
+    built = build([record(Chunk(ENVELOPE, (PREFILL, FIRST, suffix)))], 32)
+    assert built.rows["traces"]["speculator"].to_pylist() == ["", "1", ""]
+    assert built.rows["accepted"]["speculator"].to_pylist() == ["1"], "the last version that drafted in the chunk"
+
+
 def test_unknown_draft_logprobs_are_nan_in_the_row() -> None:
     unknown = replace(FIRST, draft_logprobs=(float("nan"),) * 2)
     built = build([record(Chunk(ENVELOPE, (PREFILL, unknown, SECOND)))], 32)
@@ -235,6 +249,12 @@ def nan_features() -> VerifyStep:
         pytest.param(nan_features(), "bad_number", id="nan in the features"),
         pytest.param(replace(SECOND, draft_logprobs=(float("-inf"), 0.0)), "bad_number", id="infinite log-probability"),
         pytest.param(replace(SECOND, top_ids=-SECOND.top_ids), "bad_token", id="negative teacher token"),
+        pytest.param(replace(SECOND, draft_sources=(1, 4)), "contradiction", id="unknown source"),
+        pytest.param(replace(SECOND, draft_sources=(1, 0)), "contradiction", id="node that nothing proposed"),
+        pytest.param(replace(SECOND, draft_sources=(2, 2)), "contradiction", id="version that proposed nothing"),
+        pytest.param(
+            replace(SECOND, draft_sources=(2, 3), speculator=""), "contradiction", id="proposed by an unnamed version"
+        ),
         pytest.param(replace(SECOND, bonus=-3), "bad_token", id="negative bonus"),
         pytest.param(replace(SECOND, position=9), "contradiction", id="hole between positions"),
         pytest.param(replace(SECOND, verify_step=4), "contradiction", id="missing verify step"),
@@ -252,6 +272,22 @@ def test_contradictory_chunk_is_a_dead_letter(bad: VerifyStep, code: str) -> Non
 
 def test_draft_inside_the_prompt_is_a_dead_letter() -> None:
     assert reason(record(Chunk(ENVELOPE, (replace(FIRST, verify_step=0),)))) == "contradiction"
+
+
+def test_a_record_of_a_node_without_draft_sources_is_read() -> None:
+    newer = record()
+    with pa.ipc.open_stream(newer.value[: -trace.CHECKSUM_BYTES]) as reader:
+        older = reader.read_all().drop_columns(["draft_sources"])
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, older.schema) as writer:
+        writer.write_table(older)
+    value = sink.getvalue().to_pybytes()
+    (fingerprint,) = trace.readable_fingerprints() - {trace.fingerprint()}
+    headers = tuple((name, fingerprint.encode() if name == "schema" else text) for name, text in newer.headers)
+    built = build([replace(newer, value=value + trace.checksum(value), headers=headers)], 32)
+    assert not built.dead_letters
+    for name, rows in build([newer], 32).rows.items():
+        assert built.rows[name].equals(rows)
 
 
 @pytest.mark.parametrize(

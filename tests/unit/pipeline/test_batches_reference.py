@@ -259,19 +259,27 @@ def other_features(rng: Rng, bits: U16) -> U16:
     return changed
 
 
+def other_scalar(rng: Rng, name: str, value: Any) -> object:
+    match name:
+        case "time_us":
+            return int(rng.choice([2**62, -1]))
+        case "bonus":
+            return None if rng.integers(2) else other_int(rng, value or 0)
+        case "speculator":
+            return "" if rng.integers(2) else "9"
+        case _:
+            return other_int(rng, value)
+
+
 def invalidate(rng: Rng, chunk: Chunk) -> Chunk:
     """Change one field of one verify step, which may or may not make the chunk invalid."""
     at = int(rng.integers(len(chunk.verify_steps)))
     r = chunk.verify_steps[at]
-    name = str(rng.choice([f for f in VerifyStep.__slots__ if f not in ("speculator", "draft_us", "verify_us")]))
+    name = str(rng.choice([f for f in VerifyStep.__slots__ if f not in ("draft_us", "verify_us")]))
     value = getattr(r, name)
     match name:
-        case "verify_step" | "position":
-            new: object = other_int(rng, value)
-        case "time_us":
-            new = int(rng.choice([2**62, -1]))
-        case "bonus":
-            new = None if rng.integers(2) else other_int(rng, value or 0)
+        case "verify_step" | "position" | "time_us" | "bonus" | "speculator":
+            new: object = other_scalar(rng, name, value)
         case "tokens" | "draft_tokens":
             new = other_list(rng, value, lambda: other_int(rng, 3))
         case "draft_parents" | "accepted":

@@ -225,7 +225,8 @@ def http_page() -> str:
         for method, endpoint in methods.items():
             text += [f"## `{method.upper()} {path}`", sentence_lines(endpoint.get("description", ""))]
             if body := endpoint.get("requestBody"):
-                text.append(model_table(models, body["content"]["application/json"]["schema"], "Parameter"))
+                reference = body["content"]["application/json"]["schema"]
+                text += [model_table(models, reference, "Parameter"), neutral_parameters(reference)]
             answer = (
                 endpoint["responses"].get("200", {}).get("content", {}).get("application/json", {}).get("schema", {})
             )
@@ -244,6 +245,24 @@ def model_table(models: dict[str, Any], reference: dict[str, Any], head: str) ->
         default = "required" if name in required and head == "Parameter" else json_default(field)
         rows.append((f"`{name}`", json_type(field), default, one_line(meanings.get(name, ""))))
     return table((head, "Type", "Default", "Meaning"), rows)
+
+
+def neutral_parameters(reference: dict[str, Any]) -> str:
+    """The parameters that a request may name without effect."""
+    model = getattr(requests, reference["$ref"].rsplit("/", 1)[-1], None)
+    if model is None:
+        return ""
+    served = [
+        f"`{name}` ({' or '.join(f'`{json.dumps(value)}`' for value in neutral)})" if neutral else f"`{name}`"
+        for name, neutral in sorted(model.unsupported.items())
+    ]
+    ignored = ", ".join(f"`{name}`" for name in sorted(model.ignored))
+    return (
+        "Null stands for an absent value of every parameter.\n"
+        "These are accepted with null or with the value that changes nothing, and otherwise rejected: "
+        f"{', '.join(served)}.\n"
+        f"These have no effect on the answer: {ignored}."
+    )
 
 
 def field_docs(model: str) -> dict[str, str]:

@@ -28,10 +28,13 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text, with the special tokens that the target expects at its start."""
 
+    chat_template: Any
+    """None for a target without one."""
+
     def apply_chat_template(
-        self, conversation: list[dict[str, str]], *, add_generation_prompt: bool, return_dict: bool
+        self, conversation: list[dict[str, Any]], *, add_generation_prompt: bool, return_dict: bool, **variables: Any
     ) -> Any:
-        """Return the token ids of a conversation."""
+        """Return the token ids of a conversation; ``variables`` are the template's."""
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> Any:
         """Return the text of token ids."""

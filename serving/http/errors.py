@@ -60,9 +60,9 @@ def install_handlers(app: FastAPI, count_rejected: Callable[[], None]) -> None:
         return respond(request, _describe(error.errors()[0]))
 
     @app.exception_handler(HTTPException)
-    async def handle_path_error(_request: fastapi.Request, error: HTTPException) -> JSONResponse:
+    async def handle_path_error(request: fastapi.Request, error: HTTPException) -> JSONResponse:
         code = _PATH_ERRORS.get(error.status_code, "invalid_request")
-        return invalid_request(error.detail, None, code, error.status_code).response()
+        return respond(request, invalid_request(error.detail, None, code, error.status_code))
 
     @app.exception_handler(Exception)
     async def handle_failure(_request: fastapi.Request, _error: Exception) -> JSONResponse:
@@ -73,16 +73,20 @@ def install_handlers(app: FastAPI, count_rejected: Callable[[], None]) -> None:
 
 def _describe(error: Any) -> ApiError:
     """Return the first validation error of pydantic in OpenAI's shape."""
-    param = error.get("ctx", {}).get("param") or ".".join(str(part) for part in error["loc"] if part != "body")
+    path = [str(part) for part in error["loc"] if part != "body"]
+    param = ".".join(filter(None, [*path, error.get("ctx", {}).get("param")]))
+    if not param and isinstance(error["input"], bytes | str):
+        message = "The body was not read: it needs the header 'Content-Type: application/json'"
+        return invalid_request(message, "content-type", "unsupported_content_type")
     match error["type"]:
         case "extra_forbidden":
             return invalid_request(f"Unrecognized request argument: {param}", param, "unknown_parameter")
         case "unsupported":
             message = f"{param}: this value is not supported by this server"
             return invalid_request(message, param, "unsupported_parameter")
-        case "missing":
+        case "missing" if param:
             return invalid_request(f"Missing required parameter: {param}", param, "missing_required_parameter")
         case "json_invalid":
             return invalid_request("The body is not valid JSON", None, "invalid_json")
         case _:
-            return invalid_request(f"{param}: {error['msg']}", param or None)
+            return invalid_request(f"{param or 'The body'}: {error['msg']}", param or None)

@@ -1,44 +1,73 @@
 """Requests of OpenAI's API: the fields of their bodies, and the limit of their size.
 
-``top_k``, ``stop_token_ids``, ``ignore_eos`` and ``stream_options.continuous_usage_stats`` are extensions, named as in
-vLLM.
+``top_k``, ``stop_token_ids``, ``ignore_eos``, ``chat_template_kwargs`` and ``stream_options.continuous_usage_stats``
+are extensions, named as in vLLM.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as AsgiMessage
 
+from serving.http.api_object import ApiObject, check_texts
 from serving.http.errors import Reject, invalid_request
-
-IGNORED = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"})
-"""Parameters without effect on the answer."""
+from serving.http.messages import Message
 
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
+    "repetition_penalty": (1,),
+    "length_penalty": (1,),
+    "min_p": (0,),
+    "min_tokens": (0,),
     "logit_bias": ({},),
+    "allowed_token_ids": (),
+    "bad_words": ([],),
+    "use_beam_search": (False,),
+    "echo": (False,),
+    "prompt_logprobs": (),
+    "truncate_prompt_tokens": (),
+    "include_stop_str_in_output": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "priority": (0,),
+    "response_format": ({"type": "text"},),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
 }
+"""Of OpenAI's API and vLLM's extensions, with the values that change nothing."""
+
+_MIN_TEMPERATURE = 1e-6
+"""Decoding below it is greedy: the quotients of the logits would leave the range of float32."""
 
 MAX_TOP_LOGPROBS = 20
 """Alternatives with log-probabilities for each token, at most."""
 
+MAX_STOPS = 64
+"""Stop strings, at most. OpenAI allows 4, vLLM any number; evaluation harnesses send about ten."""
 
-def _as_text(content: Any) -> Any:
-    """Join a list of parts, which OpenAI allows in place of a text; only text parts are supported."""
-    if not isinstance(content, list):
-        return content
-    texts = []
-    for part in content:
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise PydanticCustomError("unsupported_value", "only parts of type 'text' are supported")
-        texts.append(part["text"])
-    return "".join(texts)
+
+def _as_greedy(temperature: float) -> float:
+    return temperature if temperature >= _MIN_TEMPERATURE else 0.0
+
+
+def _as_list(stop: Any) -> Any:
+    return [stop] if isinstance(stop, str) else stop
+
+
+def _as_number(logprobs: Any) -> Any:
+    """Return None for false: a text completion names the number of alternatives, a chat only whether it wants them."""
+    return None if logprobs is False else logprobs
 
 
 def _as_prompts(prompt: Any) -> list[str | list[int]]:
@@ -55,24 +84,8 @@ def _are_ids(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(type(token) is int and token >= 0 for token in value)
 
 
-class Message(BaseModel):
-    """One message of the conversation."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_as_text)]
-    name: str | None = None
-
-    def for_template(self) -> dict[str, str]:
-        """Return the message for a chat template; templates have no developer role."""
-        return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
-
-
-class StreamOptions(BaseModel):
+class StreamOptions(ApiObject):
     """Options of a streamed answer."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     include_usage: bool = False
     continuous_usage_stats: bool = False
@@ -80,38 +93,42 @@ class StreamOptions(BaseModel):
     include_obfuscation: bool = False
 
 
-class CompletionBody(BaseModel):
-    """Fields of both kinds of request; null stands for the default, as in OpenAI's API."""
+class CompletionBody(ApiObject):
+    """Fields of both kinds of request."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    unsupported: ClassVar[dict[str, tuple[Any, ...]]]
-    """Known but unsupported parameters, with the values that have no effect."""
+    ignored = frozenset(
+        {
+            "user",
+            "metadata",
+            "store",
+            "service_tier",
+            "safety_identifier",
+            "prompt_cache_key",
+            "prompt_cache_retention",
+        }
+    )
 
     model: str
     n: int = Field(1, ge=1)
-    temperature: float = Field(1.0, ge=0, le=2)
+    temperature: Annotated[float, Field(ge=0, le=2), AfterValidator(_as_greedy)] = 1.0
+    """Below 1e-6 decoding is greedy."""
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=-1, lt=2**31)
     """0 and -1 sample from all tokens."""
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
-    stop: list[Annotated[str, Field(min_length=1)]] = Field(default=[], max_length=4)
-    stop_token_ids: list[Annotated[int, Field(ge=0)]] = []
+    stop: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_as_list)] = Field(
+        default=[], max_length=MAX_STOPS
+    )
+    stop_token_ids: list[Annotated[int, Field(ge=0)]] = Field(default=[])
     ignore_eos: bool = False
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_unused(cls, body: Any) -> Any:
-        if not isinstance(body, dict):
-            return body
-        for name, neutral in cls.unsupported.items():
-            if body.get(name) is not None and body[name] not in neutral:
-                raise PydanticCustomError("unsupported", "{param} is not supported", {"param": name})
-        stop = body.get("stop")
-        used = {k: v for k, v in body.items() if v is not None and k not in IGNORED and k not in cls.unsupported}
-        return used | ({"stop": [stop]} if isinstance(stop, str) else {})
+    def _check_texts(cls, body: Any) -> Any:
+        check_texts(body)
+        return body
 
     @property
     def answer_limit(self) -> int | None:
@@ -135,8 +152,19 @@ class ChatRequest(CompletionBody):
         "tools": ([],),
         "tool_choice": ("none", "auto"),
         "parallel_tool_calls": (True, False),
-        "response_format": ({"type": "text"},),
+        "functions": ([],),
+        "function_call": ("none", "auto"),
         "modalities": (["text"],),
+        "audio": (),
+        "prediction": (),
+        "web_search_options": (),
+        "reasoning_effort": (),
+        "verbosity": ("medium",),
+        "add_generation_prompt": (True,),
+        "continue_final_message": (False,),
+        "add_special_tokens": (False,),
+        "chat_template": (),
+        "documents": ([],),
     }
 
     messages: list[Message] = Field(min_length=1)
@@ -144,6 +172,8 @@ class ChatRequest(CompletionBody):
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=MAX_TOP_LOGPROBS)
+    chat_template_kwargs: dict[str, Any] = Field(default={})
+    """Variables for the target's chat template, such as ``enable_thinking``."""
 
     @model_validator(mode="after")
     def _check_logprobs(self) -> ChatRequest:
@@ -165,11 +195,11 @@ class ChatRequest(CompletionBody):
 class CompletionRequest(CompletionBody):
     """The body of ``POST /v1/completions``."""
 
-    unsupported = _UNSUPPORTED | {"echo": (False,), "suffix": ("",)}
+    unsupported = _UNSUPPORTED | {"suffix": ("",), "add_special_tokens": (True,)}
 
     prompt: Annotated[list[str | list[int]], BeforeValidator(_as_prompts)]
     max_tokens: int = Field(16, ge=1)
-    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    logprobs: Annotated[int | None, Field(ge=0, le=MAX_TOP_LOGPROBS), BeforeValidator(_as_number)] = None
     best_of: int | None = None
 
     @model_validator(mode="after")

@@ -9,6 +9,7 @@ empty without one. The answer's ``aurora`` field says how it was decoded.
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
@@ -43,6 +44,11 @@ _CLIENT_CLOSED_REQUEST = 499
 _CONTEXT = 6
 """Tokens of a text completion's prompt that its first word is decoded with: the space before it may depend on them."""
 
+_TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError)
+"""What a chat template can raise over the content of a request."""
+_LINE_BREAKS = str.maketrans({char: f"\\u{ord(char):04x}" for char in "\u0085\u2028\u2029"})
+"""Valid in JSON, but many clients split the lines of a stream at them."""
+
 _T = TypeVar("_T")
 
 
@@ -65,6 +71,8 @@ class Completions:
         self._metrics = metrics
         self._max_choices = max_choices
         self._is_traced = is_traced
+        self._reserved = frozenset(inspect.signature(tokenizer.apply_chat_template).parameters) | {"messages"}
+        """Names of variables that a request cannot set."""
 
     async def chat(self, body: ChatRequest, http: fastapi.Request) -> Response:
         """``POST /v1/chat/completions``.
@@ -72,7 +80,7 @@ class Completions:
         Raises:
             ApiError: the request cannot be answered.
         """
-        self.check_model(body.model)
+        self._check_body(body)
         # A long prompt takes a while to tokenize; the event loop serves other requests meanwhile.
         prompt = await asyncio.to_thread(self._tokenize_messages, body)
         self._check_size(body, [prompt], "messages")
@@ -89,7 +97,7 @@ class Completions:
         Raises:
             ApiError: the request cannot be answered.
         """
-        self.check_model(body.model)
+        self._check_body(body)
         prompts = await asyncio.to_thread(lambda: [self._tokenize_prompt(prompt) for prompt in body.prompt])
         self._check_size(body, prompts, "prompt")
         trace = _request_trace(http)
@@ -110,8 +118,8 @@ class Completions:
             raise invalid_request(message, "model", "model_not_found", status=404)
 
     def models(self) -> list[dict[str, Any]]:
-        """``GET /v1/models``."""
-        return [{"id": self._model, "object": "model", "created": 0, "owned_by": "aurora"}]
+        """``GET /v1/models``; vLLM's benchmark needs ``root``."""
+        return [{"id": self._model, "object": "model", "created": 0, "owned_by": "aurora", "root": self._model}]
 
     async def _respond(
         self,
@@ -173,6 +181,11 @@ class Completions:
         health = self._engine.health()
         return health.speculator if request.speculate and health.speculating else ""
 
+    def _check_body(self, body: CompletionBody) -> None:
+        self.check_model(body.model)
+        if body.stop_token_ids:
+            self._check_ids(body.stop_token_ids, "stop_token_ids")
+
     def _check_size(self, body: CompletionBody, prompts: Sequence[Sequence[int]], param: str) -> None:
         if len(prompts) * body.n > self._max_choices:
             message = f"This node gives at most {self._max_choices} choices to a request (serve.max_choices)"
@@ -186,19 +199,31 @@ class Completions:
             raise invalid_request(message, param, "context_length_exceeded")
 
     def _tokenize_messages(self, body: ChatRequest) -> tuple[int, ...]:
+        if self._tokenizer.chat_template is None:
+            raise invalid_request("The target has no chat template; use /v1/completions", "messages")
+        variables = body.chat_template_kwargs
+        if reserved := sorted(self._reserved & variables.keys()):
+            param = f"chat_template_kwargs.{reserved[0]}"
+            raise invalid_request(f"{param}: the server sets this variable", param)
         messages = [message.for_template() for message in body.messages]
         try:
-            ids = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        except TemplateError as error:
+            ids = self._tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_dict=False, **variables
+            )
+        except _TEMPLATE_ERRORS as error:
             raise invalid_request(f"The chat template rejects these messages: {error}", "messages") from error
-        return tuple(ids)
+        return self._check_ids(ids, "messages")
 
     def _tokenize_prompt(self, prompt: str | list[int]) -> tuple[int, ...]:
-        ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        return self._check_ids(self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt, "prompt")
+
+    def _check_ids(self, ids: Sequence[int], param: str) -> tuple[int, ...]:
+        """Return token ids that the target has embeddings for; a tokenizer can have more tokens than its target."""
+        vocabulary = self._engine.vocabulary
         if not ids:
-            raise invalid_request("prompt: a prompt needs at least one token", "prompt")
-        if max(ids) >= len(self._tokenizer):
-            raise invalid_request(f"prompt: {max(ids)} is no token id; there are {len(self._tokenizer)}", "prompt")
+            raise invalid_request(f"{param}: a prompt needs at least one token", param)
+        if max(ids) >= vocabulary:
+            raise invalid_request(f"{param}: {max(ids)} is no token of the target, which has {vocabulary}", param)
         return tuple(ids)
 
 
@@ -340,4 +365,5 @@ def _is_on(http: fastapi.Request, header: str) -> bool:
 
 
 def _event(body: dict[str, Any]) -> str:
-    return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    text = json.dumps(body, ensure_ascii=False, separators=(",", ":"))
+    return f"data: {text.translate(_LINE_BREAKS)}\n\n"

@@ -18,6 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from schemas.settings import Serve
 from serving.http import admin, routes, status, webhook
+from serving.http.detokenizer import Tokenizer
 from serving.http.generation import RequestMetrics
 from serving.http.server import Drain, DrainingServer
 from serving.versions.poller import VersionPoller
@@ -56,10 +57,11 @@ def running_node(
     engine: EchoEngine | None = None,
     poller: VersionPoller | None = None,
     is_traced: Callable[[str], bool] = lambda _: True,
+    tokenizer: Tokenizer | None = None,
 ) -> Iterator[Node]:
     engine, metrics, drain = engine or EchoEngine(), CollectorRegistry(), Drain()
     request_metrics = RequestMetrics(metrics)
-    app = routes.create_app(engine, byte_tokenizer(), MODEL, request_metrics, drain, serve, is_traced)
+    app = routes.create_app(engine, tokenizer or byte_tokenizer(), MODEL, request_metrics, drain, serve, is_traced)
     status.add_routes(app, "node-a", engine, request_metrics, metrics, None, poller, drain)
     admin.add_routes(app, serve, engine, poller)
     webhook.add_route(app, serve.webhook_secret, engine.line, poller)

@@ -32,7 +32,7 @@ class EchoEngine:
 
     target = "echo"
     line = "echo-line"
-    vocabulary = 2**16
+    vocabulary = BYTES + 1
 
     def __init__(self, max_tokens: int = 200, per_verify_step: int = 2) -> None:
         self.max_tokens = max_tokens
@@ -124,7 +124,8 @@ def scores(tokens: Sequence[int], alternatives: int) -> tuple[TokenLogprobs, ...
 
 
 def byte_tokenizer(extra: Sequence[str] = ()) -> PreTrainedTokenizerFast:
-    """One token a byte, so that most characters take several; the chat template is the bare contents.
+    """One token a byte, so that most characters take several; the chat template is the bare contents,
+    the calls of functions with their argument ``zone``, and the variable ``closing``.
 
     ``extra`` entries of the vocabulary are never encoded to, but can be decoded.
     """
@@ -135,7 +136,8 @@ def byte_tokenizer(extra: Sequence[str] = ()) -> PreTrainedTokenizerFast:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS)
     fast.chat_template = (
         "{% for m in messages %}{% if m.content == 'refuse me' %}{{ raise_exception('no') }}{% endif %}"
-        "{{ m.content }}{% endfor %}"
+        "{{ m.content }}{% for call in m.tool_calls or [] %}{{ call.function.name }}{{ call.function.arguments.zone }}"
+        "{% endfor %}{% endfor %}{{ closing }}"
     )
     return fast
 

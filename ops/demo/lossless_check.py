@@ -51,10 +51,8 @@ class TokenComparison:
 
 
 def choose_requests(requests: Sequence[Response], swaps: Sequence[Swap], count: int = DEFAULT_COUNT) -> list[Response]:
-    """Return requests to check: up to half that ran during a swap, then an even selection of the others."""
-    drafted = [
-        request for request in requests if request.error is None and request.verify_steps and request.speculators
-    ]
+    """Return drafted requests to check: up to half that ran during a swap, then an even selection of the others."""
+    drafted = [request for request in requests if request.error is None and request.draft_tokens]
     during_swap = [r for r in drafted if any(r.started < swap.time < r.ended for swap in swaps)]
     chosen = _select_evenly(during_swap, count // 2)
     rest = [request for request in drafted if request not in chosen]

@@ -6,6 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ops.demo.comparison import (
+    Trial,
+    complete_trials,
+    describe_speedup,
+    explain_slowdown,
+    measure_speedup,
+    measure_steps,
+    total_rates,
+)
 from ops.loadgen.load import Response
 
 EDGE = 50
@@ -84,9 +93,13 @@ class DemoRun:
     started: float
     ended: float
     requests: tuple[Response, ...] = ()
-    """In the order in which they ended."""
-    plain: tuple[Response, ...] = ()
-    """The comparison without speculation."""
+    """The traced traffic, in the order in which the requests ended; all of it with speculation."""
+    first: tuple[Trial, ...] = ()
+    """Comparison of the first requests, beside the running trainer. Its speculative blocks are part of ``requests``."""
+    measured: tuple[Trial, ...] = ()
+    """Comparison at the end, without a trainer, on prompts that were not sent before."""
+    other_programs: float | None = None
+    """Share of the processors that programs outside of the stack used during ``measured``."""
     samples: tuple[StackSample, ...] = ()
     swaps: tuple[Swap, ...] = ()
     versions: tuple[VersionRecord, ...] = ()
@@ -104,7 +117,9 @@ class DemoRun:
     @property
     def failed(self) -> tuple[Response, ...]:
         """Failed requests, with and without speculation."""
-        return tuple(request for request in (*self.requests, *self.plain) if request.error is not None)
+        plain = [response for trial in self.first for response in trial.plain.responses]
+        measured = [response for trial in self.measured for response in trial.responses]
+        return tuple(request for request in (*self.requests, *plain, *measured) if request.error is not None)
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -124,6 +139,18 @@ def acceptance_length(requests: Sequence[Response]) -> float | None:
     return None if accepted is None else 1 + accepted
 
 
+def accepted_by_source(requests: Sequence[Response]) -> tuple[float, float] | None:
+    """Return the accepted tokens per step of the suffix drafter and of the speculator; None without verify steps.
+
+    A token that both proposed counts for the speculator.
+    """
+    steps = sum(request.verify_steps for request in requests)
+    if not steps:
+        return None
+    suffix = sum(request.suffix_accepted_tokens for request in requests)
+    return suffix / steps, (sum(request.accepted_tokens for request in requests) - suffix) / steps
+
+
 def split_edges(requests: Sequence[Response]) -> tuple[Sequence[Response], Sequence[Response]]:
     """Return the first and the last ``EDGE`` requests, or the two halves of a shorter run."""
     width = min(EDGE, len(requests) // 2)
@@ -132,7 +159,12 @@ def split_edges(requests: Sequence[Response]) -> tuple[Sequence[Response], Seque
 
 def rolling_acceptance_length(requests: Sequence[Response], width: int = ROLLING) -> list[float]:
     """Return at each request the acceptance length of the last ``width`` requests; 1 without verify steps."""
-    return [acceptance_length(requests[max(0, i + 1 - width) : i + 1]) or 1.0 for i in range(len(requests))]
+    return [acceptance_length(window) or 1.0 for window in _windows(requests, width)]
+
+
+def rolling_suffix_length(requests: Sequence[Response], width: int = ROLLING) -> list[float]:
+    """Return the same with the accepted tokens of the suffix drafter alone."""
+    return [1 + (accepted_by_source(window) or (0.0, 0.0))[0] for window in _windows(requests, width)]
 
 
 def tokens_per_s(requests: Sequence[Response], start: float, end: float) -> float | None:
@@ -156,31 +188,35 @@ def busy_span(requests: Sequence[Response]) -> tuple[float, float]:
     return (min(starts), max(starts)) if starts else (0.0, 0.0)
 
 
-def edge_rates(run: DemoRun) -> tuple[float | None, float | None]:
-    """Return output tokens per second while the first and while the last ``EDGE`` requests ended."""
-    succeeded = run.succeeded
-    first, last = split_edges(succeeded)
-    if not first:
-        return None, None
-    start, end = busy_span(succeeded)
-    before_last = succeeded[-len(last) - 1].ended
-    return tokens_per_s(succeeded, start, min(first[-1].ended, end)), tokens_per_s(succeeded, before_last, end)
+def last_rate(requests: Sequence[Response]) -> float | None:
+    """Return output tokens per second while the last ``EDGE`` of these successful requests ended."""
+    _, last = split_edges(requests)
+    if not last:
+        return None
+    return tokens_per_s(requests, requests[-len(last) - 1].ended, busy_span(requests)[1])
 
 
 def summarize_run(run: DemoRun) -> dict[str, Any]:
     """Return the figures of ``summary.json``."""
     succeeded = run.succeeded
     first, last = split_edges(succeeded)
-    first_rate, last_rate = edge_rates(run)
+    speedup, first_rates = measure_speedup(run.measured), total_rates(run.first)
+    suffix, speculator = accepted_by_source(last) or (None, None)
     return {
+        "measured_speedup": _rounded(speedup.ratio if speedup else None),
+        "measured": _summarize_measurement(run),
+        "first_50_ratio": _rounded(first_rates[0] / first_rates[1] if first_rates else None),
+        "first_50_requests": sum(len(trial.speculative.responses) for trial in run.first),
         "requests": len(run.requests),
         "failed_requests": len(run.failed),
         "edge_requests": len(first),
         "acceptance_length_first_50": _rounded(acceptance_length(first)),
         "acceptance_length_last_50": _rounded(acceptance_length(last)),
-        "tokens_per_s_first_50": _rounded(first_rate),
-        "tokens_per_s_last_50": _rounded(last_rate),
-        "tokens_per_s_no_speculation": _rounded(tokens_per_s(run.plain, *busy_span(run.plain))),
+        "suffix_accepted_per_step_last_50": _rounded(suffix),
+        "speculator_accepted_per_step_last_50": _rounded(speculator),
+        "tokens_per_s_first_50": _rounded(first_rates[0] if first_rates else None),
+        "tokens_per_s_first_50_no_speculation": _rounded(first_rates[1] if first_rates else None),
+        "tokens_per_s_last_50": _rounded(last_rate(succeeded)),
         "versions_registered": len(run.versions),
         "versions_promoted": sum(version.promoted is not None for version in run.versions),
         "swaps": [
@@ -202,12 +238,22 @@ def summarize_run(run: DemoRun) -> dict[str, Any]:
         "rows_dropped": run.rows.dropped,
         "rows_dead": run.rows.dead,
         "rows_balance": run.rows.balance,
-        "domains": {name: _summarize_domain(succeeded, name) for name in run.domains},
+        "domains": {name: _summarize_domain(run, name) for name in run.domains},
         "duration_s": round(run.ended - run.started, 1),
         "errors": [request.error for request in run.failed][:5],
         "crashed": run.crashed,
         "interrupted": run.interrupted,
     }
+
+
+def describe_measurement(run: DemoRun) -> str:
+    """Return the measured speed-up on one line, with the reason if speculation was slower than none."""
+    speedup = measure_speedup(run.measured)
+    if speedup is None:
+        return "the speed-up was not measured"
+    slower = explain_slowdown(speedup, measure_steps(run.measured), run.other_programs)
+    spread = f"{len(complete_trials(run.measured))} trials from {speedup.lowest:.2f}x to {speedup.highest:.2f}x"
+    return f"{describe_speedup(speedup)} ({spread})" + (f": {slower}" if slower else "")
 
 
 def find_faults(run: DemoRun) -> list[str]:
@@ -223,17 +269,42 @@ def find_faults(run: DemoRun) -> list[str]:
     return [fault for fault, holds in faults.items() if holds]
 
 
-def _summarize_domain(succeeded: Sequence[Response], domain: str) -> dict[str, Any]:
-    requests = [request for request in succeeded if request.domain == domain]
+def _summarize_domain(run: DemoRun, domain: str) -> dict[str, Any]:
+    requests = [request for request in run.succeeded if request.domain == domain]
     first, last = split_edges(requests)
+    start, end = busy_span(requests)
+    # Between the blocks of the first trials the node answers requests that are not part of the traffic.
+    start = max([start, *(block.ended for trial in run.first for block in trial.blocks)])
     return {
         "requests": len(requests),
         "output_tokens": sum(request.output_tokens for request in requests),
         "acceptance_length": _rounded(acceptance_length(requests)),
         "acceptance_length_first_50": _rounded(acceptance_length(first)),
         "acceptance_length_last_50": _rounded(acceptance_length(last)),
-        "tokens_per_s": _rounded(tokens_per_s(succeeded, *busy_span(requests))),
+        "tokens_per_s": _rounded(tokens_per_s(run.succeeded, start, end)),
     }
+
+
+def _summarize_measurement(run: DemoRun) -> dict[str, Any] | None:
+    speedup, steps = measure_speedup(run.measured), measure_steps(run.measured)
+    if speedup is None or steps is None:
+        return None
+    return {
+        "ratios": [round(trial.ratio, 3) for trial in complete_trials(run.measured)],
+        "tokens_per_s": _rounded(speedup.tokens_per_s),
+        "tokens_per_s_no_speculation": _rounded(speedup.plain_tokens_per_s),
+        "accepted_per_step": _rounded(steps.accepted),
+        "suffix_accepted_per_step": _rounded(steps.suffix_accepted),
+        "draft_tokens_per_step": _rounded(steps.drafted),
+        "relative_step_time": _rounded(steps.relative_time),
+        "other_programs": _rounded(run.other_programs),
+        "slowdown": explain_slowdown(speedup, steps, run.other_programs),
+    }
+
+
+def _windows(requests: Sequence[Response], width: int) -> list[Sequence[Response]]:
+    """Return for each request the ``width`` requests that end with it."""
+    return [requests[max(0, i + 1 - width) : i + 1] for i in range(len(requests))]
 
 
 def _rounded(value: float | None) -> float | None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ops.demo import lossless_check
-from ops.demo.record import DemoRun, LosslessResult, find_faults, summarize_run
+from ops.demo.record import DemoRun, LosslessResult, describe_measurement, find_faults, summarize_run
 from ops.demo.scenario import Scenario
 from ops.demo.screen import DemoScreen
 from ops.local.process import StartError
@@ -22,7 +22,6 @@ from schemas.errors import UserError
 from schemas.settings import Settings
 
 _EXIT_INTERRUPTED = 130
-_DRAFT_TOKENS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +62,7 @@ def run_demo(settings: Settings, options: DemoOptions, screen: DemoScreen) -> De
     scenario: Scenario | None = None
     crashed, interrupted, lossless = None, False, LosslessResult()
     try:
-        with running_stack(draft_always(settings), screen.say, restart=False) as stack:
+        with running_stack(settings, screen.say, restart=False) as stack:
             if options.fresh:
                 wipe_data(settings)
             scenario = Scenario(stack, screen, options.concurrency, options.max_tokens)
@@ -78,18 +77,6 @@ def run_demo(settings: Settings, options: DemoOptions, screen: DemoScreen) -> De
     return replace(
         record, started=started, ended=time.time(), lossless=lossless, crashed=crashed, interrupted=interrupted
     )
-
-
-def draft_always(settings: Settings) -> Settings:
-    """Return settings with which the node drafts in every verify step, unless they set the number of draft tokens.
-
-    An adaptive node drafts only as much as pays off. On a small machine that is nothing until the draft is good, so the
-    demo would show no progress until then.
-    """
-    if {"adaptive_drafting", "num_speculative_tokens"} & settings.serve.model_fields_set:
-        return settings
-    serve = settings.serve.model_copy(update={"adaptive_drafting": False, "num_speculative_tokens": _DRAFT_TOKENS})
-    return settings.model_copy(update={"serve": serve})
 
 
 def wipe_data(settings: Settings) -> None:
@@ -139,14 +126,16 @@ def format_summary(finished: DemoRun) -> str:
 
 
 def format_closing(finished: DemoRun, folder: Path) -> str:
-    """Return the closing lines: main figures, and the paths of report and summary."""
+    """Return the closing lines: the measured speed-up, further figures, and the paths of report and summary."""
     figures = summarize_run(finished)
+    first_rates = [figures[f"tokens_per_s_first_50{arm}"] for arm in ("_no_speculation", "")]
     return (
-        f"\n{figures['requests']} requests, {figures['failed_requests']} failed; "
+        f"\n{describe_measurement(finished)}\n"
+        f"first {figures['first_50_requests']} requests, beside the trainer: {figures['first_50_ratio']}x, "
+        f"{first_rates[0]} -> {first_rates[1]} tokens/s\n"
+        f"{figures['requests']} requests, {figures['failed_requests']} failed; "
         f"acceptance length {figures['acceptance_length_first_50']} at first, "
-        f"{figures['acceptance_length_last_50']} at last; "
-        f"tokens/s {figures['tokens_per_s_first_50']} at first, {figures['tokens_per_s_last_50']} at last, "
-        f"{figures['tokens_per_s_no_speculation']} without speculation\n"
+        f"{figures['acceptance_length_last_50']} at last\n"
         f"{figures['versions_registered']} versions registered, {figures['versions_promoted']} promoted; "
         f"{figures['lossless_checked']} requests decoded again with the target alone, "
         f"{figures['lossless_mismatches']} mismatches; {figures['rows_published']} rows published, "

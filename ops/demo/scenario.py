@@ -1,18 +1,29 @@
-"""Scenario of the demo on a running stack: traffic, the comparison without speculation, and the drain."""
+"""Scenario of the demo on a running stack: first requests, traffic, drain, and the measured speed-up."""
 
 from __future__ import annotations
 
+import math
+import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import cycle
+from itertools import cycle, islice
 from typing import TYPE_CHECKING
 
 from ops.demo import prompts
-from ops.demo.record import EDGE, DemoRun, RowCounts, Swap, acceptance_length, rolling_acceptance_length
+from ops.demo.comparison import Block, Trial, other_programs, read_processor_times
+from ops.demo.record import (
+    EDGE,
+    DemoRun,
+    RowCounts,
+    Swap,
+    acceptance_length,
+    accepted_by_source,
+    rolling_acceptance_length,
+)
 from ops.demo.screen import DemoScreen, DemoView
 from ops.demo.stack_monitor import StackMonitor, build_version_records, newest_rate, read_versions
-from ops.loadgen.load import Load, Prompt, Request, chat_request
+from ops.loadgen.load import Load, Prompt, Response, chat_request
 from ops.local.stack import Stack
 from pipeline.delta import DeltaLog
 
@@ -22,32 +33,58 @@ if TYPE_CHECKING:
 
 _CATCH_UP_S = 60.0
 _DRAIN_S = 60.0
+_SETTLE_S = 30.0
 _LAST_RESPONSES_S = 180.0
+_STOP_AND_CHECK_S = 60.0
+"""Drain, stop of the stack and lossless check."""
+_MIN_TRAFFIC_S = 30.0
+_FIRST_TRIALS = 3
+_FIRST_SHARE = 0.25
+"""Share of the demo after which no further trial of the first requests begins."""
+_MIN_BLOCK = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """Length of the phases that follow the start."""
+    """Length of the phases that follow the first requests."""
 
     traffic_s: float
-    plain_requests: int
+    trials: int
+    """Trials of the measured speed-up."""
 
 
-def plan_schedule(minutes: float, started_s: float) -> Schedule:
-    """Return the part of ``minutes`` for traffic, at least half a minute, and the size of the comparison.
+def plan_schedule(minutes: float, elapsed_s: float, block_s: float) -> Schedule:
+    """Return the part of ``minutes`` for traffic, at least half a minute, and the size of the measurement.
 
-    The rest is for the requests without speculation, the drain, the stop, and the lossless check.
+    Args:
+        minutes: Length of the demo.
+        elapsed_s: Time that start and first requests took.
+        block_s: Expected time of one block of the measurement.
     """
-    short = minutes < 6
-    after_s = 80.0 if short else 105.0
-    return Schedule(max(30.0, minutes * 60 - started_s - after_s), 16 if short else 24)
+    trials = 3 if minutes < 6 else 4
+    after_s = _STOP_AND_CHECK_S + (2 * trials + 1) * block_s
+    return Schedule(max(_MIN_TRAFFIC_S, minutes * 60 - elapsed_s - after_s), trials)
 
 
-def alternate(first: Iterable[Prompt], second: Iterable[Prompt], switched: Callable[[], bool]) -> Iterator[Prompt]:
-    """Yield prompts of the first domain until ``switched`` is true, then of the second; repeat each when exhausted."""
-    one, two = cycle(first), cycle(second)
+def size_first_blocks(concurrency: int) -> list[int]:
+    """Return the requests of each block of the first trials: together ``EDGE``, or more for full blocks.
+
+    A block has a multiple of ``concurrency`` requests: a last request that runs alone would take time and say little.
+    """
+    multiples = math.ceil(EDGE / concurrency)
+    trials = min(_FIRST_TRIALS, multiples)
+    return [(multiples * (i + 1) // trials - multiples * i // trials) * concurrency for i in range(trials)]
+
+
+def size_measured_block(concurrency: int) -> int:
+    """Return the requests of a block of the measurement."""
+    return max(2 * concurrency, _MIN_BLOCK)
+
+
+def alternate(first: Iterator[Prompt], second: Iterator[Prompt], switched: Callable[[], bool]) -> Iterator[Prompt]:
+    """Yield prompts of the first domain until ``switched`` is true, then of the second."""
     while True:
-        yield next(two if switched() else one)
+        yield next(second if switched() else first)
 
 
 @dataclass
@@ -64,8 +101,12 @@ class Scenario:
     _phase: str = "starting"
     _base: RowCounts = field(default_factory=RowCounts)
     _rows: RowCounts = field(default_factory=RowCounts)
-    _load: Load | None = None
-    _plain: Load | None = None
+    _traced: list[Load] = field(default_factory=list)
+    """Loads of the traffic, the first blocks with speculation included."""
+    _untraced: list[Load] = field(default_factory=list)
+    _first: list[Trial] = field(default_factory=list)
+    _measured: list[Trial] = field(default_factory=list)
+    _other_programs: float | None = None
     _versions: tuple[Version, ...] = ()
     _promoted: tuple[AliasMoved, ...] = ()
     _champions: list[str | None] = field(default_factory=list)
@@ -78,16 +119,23 @@ class Scenario:
     def run(self, minutes: float) -> None:
         """Run all phases. Raises what ``Stack.tick`` raises."""
         self._total_s = minutes * 60
+        one, other = ([Prompt(domain, text) for text in prompts.read_prompts(domain)] for domain in prompts.DOMAINS)
+        block = size_measured_block(self.concurrency)
+        unsent = min((plan_schedule(minutes, 0, 0).trials + 1) * block, len(other) // 2)
+        first, second, reserved = cycle(one), cycle(other[:-unsent]), cycle(other[-unsent:])
         self.stack.start()
         try:
             self._catch_up()
-            schedule = plan_schedule(minutes, time.monotonic() - self._began)
-            load = self._send_traffic(schedule.traffic_s)
-            self._send_without_speculation(load, schedule.plain_requests)
+            self._send_first_requests(first, until_s=_FIRST_SHARE * self._total_s)
+            block_s = block / max(self._plain_requests_per_s, 0.1)
+            schedule = plan_schedule(minutes, time.monotonic() - self._began, block_s)
+            self._send_traffic(first, second, schedule.traffic_s)
+            self._stop_training()
+            self._measure(reserved, block, schedule.trials)
             self._drain()
         finally:
-            for each in filter(None, (self._load, self._plain)):
-                each.abandon()
+            for load in (*self._traced, *self._untraced):
+                load.abandon()
             self._rows = self._count_rows()
             self._monitor.close()
 
@@ -98,13 +146,25 @@ class Scenario:
         return DemoRun(
             started=self._started,
             ended=time.time(),
-            requests=tuple(self._load.responses) if self._load else (),
-            plain=tuple(self._plain.responses) if self._plain else (),
+            requests=tuple(self._responses),
+            first=tuple(self._first),
+            measured=tuple(self._measured),
+            other_programs=self._other_programs,
             samples=tuple(self._monitor.samples),
             swaps=swaps,
             versions=build_version_records(self._started, self._versions, self._promoted, swaps),
             rows=self._rows,
         )
+
+    @property
+    def _responses(self) -> list[Response]:
+        """Responses of the traffic so far."""
+        return [response for load in self._traced for response in load.responses]
+
+    @property
+    def _plain_requests_per_s(self) -> float:
+        newest = self._first[-1].plain
+        return len(newest.responses) / (newest.ended - newest.started)
 
     def _catch_up(self) -> None:
         """Let the stream commit the records of an earlier run, so that only rows of this run are counted."""
@@ -113,35 +173,78 @@ class Scenario:
         self._base = self._count_rows()
         self._champions = self._champions[-1:]
 
-    def _send_traffic(self, seconds: float) -> Load:
+    def _send_first_requests(self, traffic: Iterator[Prompt], until_s: float) -> None:
+        """Send the first requests of the traffic, and the same prompts without speculation and without a trace."""
+        self._phase = "first requests, with and without speculation"
+        for number, size in enumerate(size_first_blocks(self.concurrency)):
+            if self._first and time.monotonic() - self._began > until_s:
+                break
+            self._first.append(self._run_trial(list(islice(traffic, size)), number, trace=True))
+
+    def _send_traffic(self, first: Iterator[Prompt], second: Iterator[Prompt], seconds: float) -> None:
         """Send the first domain, and the second one from half of the time."""
         started = time.monotonic()
-        first, second = ([Prompt(domain, text) for text in prompts.read_prompts(domain)] for domain in prompts.DOMAINS)
         traffic = alternate(first, second, lambda: time.monotonic() - started > seconds / 2)
-        self._load = load = self._new_load(map(self._request, traffic))
         self._phase = "traffic"
-        load.start()
+        load = self._start_load(traffic, trace=True)
         self._monitor.run_until(lambda: False, seconds)
         load.stop()
         self._phase = "last responses"
         self._monitor.run_until(lambda: not load.running, _LAST_RESPONSES_S)
+
+    def _stop_training(self) -> None:
+        """Stop the trainer, drain the stream, and let the promoter and the node follow the newest version."""
+        self._phase = "stopping the trainer"
+        self.stack.supervisor.stop(["train"])
+        self.screen.say("the trainer has stopped; the speed-up is measured next")
+        settings = self.stack.settings
+        settled = time.monotonic() + settings.promoter.poll_interval + settings.serve.poll_interval + 1
+        self._monitor.run_until(self._is_drained, _DRAIN_S)
+        self._monitor.run_until(lambda: time.monotonic() > settled and self._serves_champion, _SETTLE_S)
+
+    @property
+    def _serves_champion(self) -> bool:
+        serve, promoter = self._monitor.overview.serve, self._monitor.overview.promoter
+        return serve is not None and promoter is not None and promoter.champion in (None, serve.speculator)
+
+    def _measure(self, unsent: Iterator[Prompt], size: int, trials: int) -> None:
+        """Compare speculation with none on prompts that were not sent before, without traces."""
+        self._phase = "measuring with and without speculation"
+        # An adaptive node has no statistics of a version that was swapped in a moment ago.
+        self._run_block(list(islice(unsent, size)), speculate=True, trace=False)
+        before, processors = read_processor_times(), os.cpu_count() or 1
+        for number in range(trials):
+            self._measured.append(self._run_trial(list(islice(unsent, size)), number, trace=False))
+            self._other_programs = other_programs(before, read_processor_times(), processors)
+
+    def _run_trial(self, selected: Sequence[Prompt], number: int, *, trace: bool) -> Trial:
+        """Run a block with speculation and one without; every second trial begins with the other one."""
+        blocks = {
+            speculate: self._run_block(selected, speculate=speculate, trace=trace and speculate)
+            for speculate in ((True, False), (False, True))[number % 2]
+        }
+        trial = Trial(speculative=blocks[True], plain=blocks[False])
+        self.screen.say(
+            f"{len(selected)} requests: {trial.plain.tokens_per_s:.1f} tokens/s without speculation, "
+            f"{trial.speculative.tokens_per_s:.1f} with it"
+        )
+        return trial
+
+    def _run_block(self, selected: Sequence[Prompt], *, speculate: bool, trace: bool) -> Block:
+        """Send the prompts and wait for all responses; a node that stays silent fails them."""
+        load = self._start_load(selected, speculate=speculate, trace=trace)
+        self._monitor.run_until(lambda: not load.running, math.inf)
+        return Block(tuple(load.responses))
+
+    def _start_load(self, selected: Iterable[Prompt], *, speculate: bool = True, trace: bool) -> Load:
+        serve, model = self.stack.settings.serve, self.stack.settings.target.served_model_name
+        requests = (
+            chat_request(model, prompt, self.max_tokens, speculate=speculate, trace=trace) for prompt in selected
+        )
+        load = Load(f"http://{serve.host}:{serve.port}", requests, self.concurrency)
+        (self._traced if trace else self._untraced).append(load)
+        load.start()
         return load
-
-    def _send_without_speculation(self, traffic: Load, count: int) -> None:
-        """Send the newest prompts again without speculation while training continues."""
-        self._phase = "without speculation"
-        newest = (Prompt(response.domain, response.prompt) for response in traffic.responses[-count:])
-        self._plain = plain = self._new_load([self._request(prompt, speculate=False) for prompt in newest])
-        plain.start()
-        self._monitor.run_until(lambda: not plain.running, _LAST_RESPONSES_S)
-
-    def _request(self, prompt: Prompt, *, speculate: bool = True) -> Request:
-        model = self.stack.settings.target.served_model_name
-        return chat_request(model, prompt, self.max_tokens, speculate=speculate)
-
-    def _new_load(self, requests: Iterable[Request]) -> Load:
-        serve = self.stack.settings.serve
-        return Load(f"http://{serve.host}:{serve.port}", requests, self.concurrency)
 
     def _drain(self) -> None:
         """Wait until every row is accounted for, then read the registered versions."""
@@ -175,7 +278,8 @@ class Scenario:
         promoter, serve, train = overview.promoter, overview.serve, overview.train
         if promoter and promoter.champion not in self._champions:
             self._champions.append(promoter.champion)
-        responses = [*self._load.responses] if self._load else []
+        responses = self._responses
+        suffix, speculator = accepted_by_source(responses[-EDGE:]) or (None, None)
         self.screen.show(
             DemoView(
                 phase=self._phase,
@@ -187,6 +291,9 @@ class Scenario:
                 tokens_per_s=newest_rate(self._monitor.samples),
                 acceptance_length=acceptance_length(responses[-EDGE:]),
                 acceptance_lengths=tuple(rolling_acceptance_length(responses)),
+                suffix_accepted=suffix,
+                speculator_accepted=speculator,
+                draft_depth=serve.draft_depth if serve else None,
                 trace_lag=overview.trace_lag,
                 step=train.step if train else 0,
                 loss=train.loss if train else None,

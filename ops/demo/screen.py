@@ -19,7 +19,7 @@ from ops.observe.top import events_panel, figures_panel, format_value, sparkline
 
 _LINE_INTERVAL_S = 5.0
 _EVENTS = 7
-_HEIGHT = 7
+_HEIGHT = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,11 @@ class DemoView:
     """Mean of the last 50 requests."""
     acceptance_lengths: tuple[float, ...] = ()
     """Rolling mean at each request so far."""
+    suffix_accepted: float | None = None
+    """Accepted tokens per step from the suffix drafter alone, mean of the last 50 requests."""
+    speculator_accepted: float | None = None
+    """Accepted tokens per step from the speculator, mean of the last 50 requests."""
+    draft_depth: int | None = None
     trace_lag: int | None = None
     step: int = 0
     loss: float | None = None
@@ -95,7 +100,9 @@ def format_line(view: DemoView) -> str:
     return (
         f"[{_clock(view.elapsed_s)}] {view.phase}: {view.requests} requests, {view.failed} failed, "
         f"{format_value(view.tokens_per_s, '.0f')} tokens/s, "
-        f"acceptance length {format_value(view.acceptance_length, '.2f')}, "
+        f"acceptance length {format_value(view.acceptance_length, '.2f')} "
+        f"(suffix drafter {format_value(view.suffix_accepted, '.2f')}, "
+        f"speculator {format_value(view.speculator_accepted, '.2f')}), "
         f"lag {format_value(view.trace_lag, 'd')}, step {view.step}, loss {format_value(view.loss, '.3f')}, "
         f"versions {view.registered} registered {view.promoted} promoted, serving {view.serving or '-'}"
     )
@@ -112,7 +119,7 @@ def render(view: DemoView, events: tuple[str, ...]) -> RenderableType:
     body = Table.grid(expand=True)
     for _ in range(3):
         body.add_column(ratio=1)
-    body.add_row(_serving_panel(view), _training_panel(view), _versions_panel(view))
+    body.add_row(_serving_panel(view), _acceptance_panel(view), _learning_panel(view))
     spark = sparkline_panel("acceptance length", view.acceptance_lengths)
     return Panel(
         Group(head, body, spark, events_panel(events, _EVENTS + 2)), title="Aurora Stream", border_style="cyan"
@@ -126,27 +133,30 @@ def _serving_panel(view: DemoView) -> Panel:
         "requests": str(view.requests),
         "failed": failed,
         "output tokens/s": format_value(view.tokens_per_s, ".1f"),
-        "acceptance length": Text(format_value(view.acceptance_length, ".2f"), style="bold green"),
+        "draft depth": format_value(view.draft_depth, "d"),
     }
     return figures_panel("serving", rows, _HEIGHT)
 
 
-def _training_panel(view: DemoView) -> Panel:
+def _acceptance_panel(view: DemoView) -> Panel:
+    rows: dict[str, str | Text] = {
+        "acceptance length": Text(format_value(view.acceptance_length, ".2f"), style="bold green"),
+        "from the target": "1.00" if view.acceptance_length else "-",
+        "from the suffix drafter": format_value(view.suffix_accepted, ".2f"),
+        "from the speculator": format_value(view.speculator_accepted, ".2f"),
+    }
+    return figures_panel("tokens per verify step", rows, _HEIGHT)
+
+
+def _learning_panel(view: DemoView) -> Panel:
     rows: dict[str, str | Text] = {
         "trace lag": f"{format_value(view.trace_lag, 'd')} records",
         "training step": f"{view.step:,}",
         "loss": format_value(view.loss, ".3f"),
-    }
-    return figures_panel("training", rows, _HEIGHT)
-
-
-def _versions_panel(view: DemoView) -> Panel:
-    rows: dict[str, str | Text] = {
-        "registered": str(view.registered),
-        "promoted": str(view.promoted),
+        "versions": f"{view.registered} registered, {view.promoted} promoted",
         "serving": Text(view.serving or "-", style="bold"),
     }
-    return figures_panel("versions", rows, _HEIGHT)
+    return figures_panel("learning", rows, _HEIGHT)
 
 
 def _clock(seconds: float) -> str:

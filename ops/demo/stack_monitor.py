@@ -40,6 +40,8 @@ class StackMonitor:
     def run_until(self, done: Callable[[], bool], timeout_s: float) -> bool:
         """Supervise the stack and sample it every second until ``done`` or the timeout; return whether it was done.
 
+        ``done`` is called four times a second, and at least once.
+
         Raises what ``Stack.tick`` raises.
         """
         deadline = time.monotonic() + timeout_s
@@ -47,8 +49,8 @@ class StackMonitor:
             self.stack.tick()
             if time.monotonic() - self._sampled >= _SAMPLE_INTERVAL_S:
                 self.sample()
-                if done():
-                    return True
+            if done():
+                return True
             time.sleep(_TICK_S)
         return False
 

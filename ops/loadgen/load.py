@@ -75,6 +75,8 @@ class Response:
     verify_steps: int = 0
     draft_tokens: int = 0
     accepted_tokens: int = 0
+    suffix_accepted_tokens: int = 0
+    """Accepted tokens that the suffix drafter proposed and the speculator did not."""
     speculators: tuple[str, ...] = ()
     error: str | None = None
     text_times: tuple[float, ...] = ()
@@ -301,6 +303,7 @@ def read_response(
         verify_steps=figures.get("verify_steps", 0),
         draft_tokens=figures.get("draft_tokens", 0),
         accepted_tokens=figures.get("accepted_tokens", 0),
+        suffix_accepted_tokens=figures.get("suffix_accepted_tokens", 0),
         speculators=tuple(figures.get("speculators", ())),
         text_times=tuple(text_times),
     )

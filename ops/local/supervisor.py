@@ -26,6 +26,8 @@ class State(StrEnum):
     READY = "ready"
     DOWN = "down"
     GAVE_UP = "gave up"
+    STOPPED = "stopped"
+    """Stopped by the caller, until the next ``start``."""
 
 
 class PartFailedError(UserError):
@@ -95,12 +97,15 @@ class Supervisor:
                     self._check(supervised)
 
     def start(self, poll_s: float = 0.2) -> None:
-        """Tick until every part is ready.
+        """Tick until every part is ready, also those that ``stop`` has stopped.
 
         Raises:
             PartFailedError: a part died too often.
             StartError: the preparation of a part failed.
         """
+        for supervised in self.parts.values():
+            if supervised.state is State.STOPPED:
+                supervised.state = State.WAITING
         while not self.ready:
             self.tick()
             for name, supervised in self.parts.items():
@@ -109,11 +114,11 @@ class Supervisor:
             time.sleep(poll_s)
 
     def stop(self, names: Sequence[str] | None = None) -> None:
-        """Stop the named parts or all, in reverse order."""
+        """Stop the named parts or all, in reverse order; ``tick`` does not start them again."""
         for name, supervised in reversed(self.parts.items()):
             if names is None or name in names:
                 supervised.part.process.stop(_STOP_GRACE_S)
-                supervised.state = State.GAVE_UP if supervised.state is State.GAVE_UP else State.WAITING
+                supervised.state = State.GAVE_UP if supervised.state is State.GAVE_UP else State.STOPPED
 
     def _may_start(self, part: Part) -> bool:
         return all(self.parts[name].state is State.READY for name in part.after)

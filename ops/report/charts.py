@@ -9,7 +9,8 @@ from statistics import median
 import matplotlib as mpl
 from matplotlib.axes import Axes
 
-from ops.demo.record import DemoRun, StackSample, busy_span, rolling_acceptance_length, tokens_per_s
+from ops.demo.comparison import measure_speedup
+from ops.demo.record import DemoRun, StackSample, busy_span, rolling_acceptance_length, rolling_suffix_length
 from ops.loadgen.load import Response
 from ops.report.theme import (
     FAINT,
@@ -29,6 +30,12 @@ from trainer.replay.learning_curve import CurveValue
 
 CURVES_HEIGHT_IN = 3.5
 _COLORS = (SERIES, *OTHERS)
+_SUFFIX = OTHERS[1]
+"""Color of what the suffix drafter contributes."""
+_AREA = 0.3
+"""Opacity of a filled area."""
+_ACCEPTANCE_HEIGHT_IN = 3.9
+_THROUGHPUT_HEIGHT_IN = 3.2
 _LABEL_IN = 0.19
 """Height of a label at the right edge."""
 _RATE_WINDOW_S = 15.0
@@ -80,57 +87,71 @@ def label_axes(axes: Axes) -> None:
 
 
 def acceptance_chart(run: DemoRun) -> str:
-    """Draw the acceptance length of each request (faint) and its rolling mean."""
+    """Draw the acceptance length of each request (faint), and its rolling mean with the parts of each source."""
     succeeded = run.succeeded
     with mpl.rc_context(chart_style("acceptance")):
-        figure, axes = new_figure(3.9)
+        figure, axes = new_figure(_ACCEPTANCE_HEIGHT_IN)
         if not succeeded:
             return render_empty(figure, axes, "no request succeeded")
         numbers = range(1, len(succeeded) + 1)
         lengths = [1 + request.accepted_tokens / max(request.verify_steps, 1) for request in succeeded]
         axes.scatter(numbers, lengths, s=13, color=FAINT, linewidths=0)
-        rolling = rolling_acceptance_length(succeeded)
-        axes.plot(numbers, rolling, color=SERIES, linewidth=2.6, solid_capstyle="round")
         axes.set_xlim(0, len(succeeded) + 1)
         axes.set_ylim(1, 1 + _HEADROOM * (max([*lengths, 1.1]) - 1))
-        _label_end(axes, f"{rolling[-1]:.2f}", numbers[-1], rolling[-1], SERIES)
+        _draw_sources(axes, numbers, rolling_suffix_length(succeeded), rolling_acceptance_length(succeeded))
         _draw_context(axes, domain_spans(succeeded), version_marks(run, succeeded))
         axes.set_xlabel("requests, in the order in which they ended")
         axes.set_ylabel("acceptance length, tokens")
         return render_svg(figure)
 
 
+def _draw_sources(axes: Axes, numbers: Sequence[int], suffix: Sequence[float], total: Sequence[float]) -> None:
+    """Draw the acceptance length with the suffix drafter alone, and the total, each part in its color."""
+    labels = [(f"{total[-1]:.2f}", total[-1], SERIES)]
+    if max(suffix) > 1:
+        axes.fill_between(numbers, 1, suffix, color=_SUFFIX, alpha=_AREA, linewidth=0)
+        axes.fill_between(numbers, suffix, total, color=SERIES, alpha=_AREA, linewidth=0)
+        labels = [
+            (f"+{suffix[-1] - 1:.2f} suffix drafter", (1 + suffix[-1]) / 2, _SUFFIX),
+            (f"+{total[-1] - suffix[-1]:.2f} speculator", (suffix[-1] + total[-1]) / 2, SERIES),
+            *labels,
+        ]
+    axes.plot(numbers, total, color=SERIES, linewidth=2.6, solid_capstyle="round")
+    gap = _LABEL_IN / _ACCEPTANCE_HEIGHT_IN * (axes.get_ylim()[1] - 1)
+    for (text, _, color), height in zip(labels, spread_labels([at for _, at, _ in labels], gap), strict=True):
+        _label_end(axes, text, numbers[-1], height, color)
+
+
 def throughput_chart(run: DemoRun) -> str:
-    """Draw output tokens per second over time and the rate without speculation."""
+    """Draw output tokens per second over time: of the traffic as a line, of each block of the trials as a bar."""
+    trials = (*run.first, *run.measured)
     start, end = busy_span(run.requests)
-    points = [(at - start, rate) for at, rate in sample_rates(run.samples) if start + _RATE_WINDOW_S / 2 <= at <= end]
+    end = max([end, *(block.ended for trial in trials for block in trial.blocks)])
+    points = traffic_rates(run)
+    rates = [*(rate for _, rate in points), *(block.tokens_per_s for trial in trials for block in trial.blocks)]
     with mpl.rc_context(chart_style("throughput")):
-        figure, axes = new_figure(3.2)
-        if not points:
+        figure, axes = new_figure(_THROUGHPUT_HEIGHT_IN)
+        if not rates:
             return render_empty(figure, axes, "no traffic was sampled")
-        minutes = [seconds / 60 for seconds, _ in points]
-        values = [rate for _, rate in points]
-        axes.plot(minutes, values, color=SERIES, linewidth=2.2, solid_capstyle="round")
-        plain = tokens_per_s(run.plain, *busy_span(run.plain))
-        if plain is not None:
-            axes.axhline(plain, color=LEVEL, linewidth=1.8, linestyle=(0, (5, 3)))
-            axes.annotate(
-                f"without speculation {plain:.0f}",
-                (1, plain),
-                (-4, 5),
-                xycoords=("axes fraction", "data"),
-                textcoords="offset points",
-                ha="right",
-                color=LEVEL,
-                fontweight="bold",
-            )
-        axes.set_xlim(0, max((end - start) / 60, minutes[-1]))
-        axes.set_ylim(0, _HEADROOM * max([*values, plain or 0]))
+        minutes = [(at - start) / 60 for at, _ in points]
+        axes.plot(minutes, [rate for _, rate in points], color=SERIES, linewidth=2.2, solid_capstyle="round")
+        for trial in trials:
+            for block, color in zip(trial.blocks, (SERIES, LEVEL), strict=True):
+                span = (block.started - start) / 60, (block.ended - start) / 60
+                axes.plot(span, [block.tokens_per_s] * 2, color=color, linewidth=5, solid_capstyle="butt")
+        axes.set_xlim(0, (end - start) / 60)
+        axes.set_ylim(0, _HEADROOM * max(rates))
         spans = [DomainSpan((s.start - start) / 60, (s.end - start) / 60, s.name) for s in domain_times(run.requests)]
         marks = [
             VersionMark((swap.time - start) / 60, f"v{swap.version}") for swap in run.swaps if start < swap.time < end
         ]
         _draw_context(axes, spans, marks)
+        if speedup := measure_speedup(run.measured):
+            gap = _LABEL_IN / _THROUGHPUT_HEIGHT_IN * axes.get_ylim()[1]
+            _label_top(axes, (run.measured[0].started - start) / 60, "trainer stopped")
+            heights = spread_labels([speedup.plain_tokens_per_s, speedup.tokens_per_s], gap)
+            _label_end(axes, f"{speedup.plain_tokens_per_s:.0f} without", axes.get_xlim()[1], heights[0], LEVEL)
+            _label_end(axes, f"{speedup.tokens_per_s:.0f} with", axes.get_xlim()[1], heights[1], SERIES)
         axes.set_xlabel("minutes of traffic")
         axes.set_ylabel("output tokens per second")
         return render_svg(figure)
@@ -178,6 +199,14 @@ def version_marks(run: DemoRun, requests: Sequence[Response]) -> list[VersionMar
     return [mark for mark in marks if mark.at < len(requests)]
 
 
+def traffic_rates(run: DemoRun) -> list[tuple[float, float]]:
+    """Return times and output tokens per second of the traffic after the first trials."""
+    start, end = busy_span(run.requests)
+    start = max([start, *(block.ended for trial in run.first for block in trial.blocks)])
+    rates = sample_rates([sample for sample in run.samples if start <= sample.time <= end])
+    return [(at, rate) for at, rate in rates if at >= start + _RATE_WINDOW_S / 2]
+
+
 def sample_rates(samples: Sequence[StackSample]) -> list[tuple[float, float]]:
     """Return times and the output tokens per second in a sliding window around them."""
     rates = []
@@ -208,6 +237,20 @@ def _label_end(axes: Axes, text: str, x: float, y: float, color: str) -> None:
         color=color,
         fontweight="bold",
         annotation_clip=False,
+    )
+
+
+def _label_top(axes: Axes, x: float, text: str) -> None:
+    """Write a name below the top edge, as those of the domains."""
+    axes.annotate(
+        text,
+        (x, 1),
+        (0, -6),
+        xycoords=("data", "axes fraction"),
+        textcoords="offset points",
+        va="top",
+        color=MUTED,
+        fontsize=11,
     )
 
 

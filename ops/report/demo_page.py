@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from ops.demo.comparison import describe_speedup, measure_speedup
 from ops.demo.record import ROLLING, DemoRun, find_faults, summarize_run
 from ops.report.charts import acceptance_chart, loss_chart, throughput_chart
 from ops.report.page import TEMPLATES, format_number, render_page
@@ -27,7 +29,8 @@ def render_demo_page(run: DemoRun) -> str:
         TEMPLATES / "demo.html",
         subtitle=_subtitle(run, figures),
         faults=find_faults(run),
-        figures=_headline(figures),
+        slowdown=(figures["measured"] or {}).get("slowdown"),
+        figures=_headline(run, figures),
         rolling=ROLLING,
         acceptance_length=acceptance_chart(run),
         throughput=throughput_chart(run),
@@ -60,15 +63,22 @@ def _subtitle(run: DemoRun, figures: dict[str, Any]) -> str:
     )
 
 
-def _headline(figures: dict[str, Any]) -> list[tuple[str, str]]:
+def _headline(run: DemoRun, figures: dict[str, Any]) -> list[tuple[str, str]]:
+    speedup = measure_speedup(run.measured)
     in_flight = sum(swap["in_flight"] > 0 for swap in figures["swaps"])
-    plain = format_number(figures["tokens_per_s_no_speculation"], 0)
     return [
+        (
+            describe_speedup(speedup).replace("->", "→") if speedup else "-",
+            "without and with speculation, at the end of the run",
+        ),
+        (
+            f"{format_number(figures['first_50_ratio'])}x",
+            f"with speculation in the first {figures['first_50_requests']} requests, beside the trainer",
+        ),
         (
             _pair(figures, "acceptance_length", 2),
             f"acceptance length, first and last {figures['edge_requests']} requests",
         ),
-        (format_number(figures["tokens_per_s_last_50"], 0), f"tokens/s at the end, {plain} without speculation"),
         (str(in_flight), "versions swapped in while requests ran"),
         (f"{figures['failed_requests']} failed", f"of {figures['requests']} requests"),
         (
@@ -93,15 +103,47 @@ def _figure_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
         f"{figures['rows_in_table']:,} in the table, {figures['rows_dropped']:,} dropped, {figures['rows_dead']:,} dead"
     )
     pauses = [swap["pause_ms"] for swap in figures["swaps"]]
+    sources = [format_number(figures[f"{source}_accepted_per_step_last_50"]) for source in ("suffix", "speculator")]
     return [
+        *_measured_rows(figures),
+        (
+            f"output tokens/s of the first {figures['first_50_requests']} requests without and with speculation",
+            _rates(figures, "tokens_per_s_first_50"),
+        ),
         (f"acceptance length of the first and last {edge} requests", _pair(figures, "acceptance_length", 3)),
-        (f"output tokens/s of the first and last {edge} requests", _pair(figures, "tokens_per_s", 1)),
-        ("output tokens/s without speculation", format_number(figures["tokens_per_s_no_speculation"], 1)),
+        (f"output tokens/s of the last {edge} requests", format_number(figures["tokens_per_s_last_50"], 1)),
+        (f"accepted per step in the last {edge} requests, suffix drafter and speculator", " + ".join(sources)),
         *domains,
         ("decoded again with the target alone", f"{checked}: {verdict}"),
         ("rows published", f"{figures['rows_published']:,} = {located}"),
         ("longest pause of a swap", f"{max(pauses):.1f} ms" if pauses else "-"),
     ]
+
+
+def _measured_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
+    measured = figures["measured"]
+    if measured is None:
+        return [("measured speed-up", "-")]
+    suffix, total = measured["suffix_accepted_per_step"], measured["accepted_per_step"]
+    return [
+        ("measured speed-up; each trial", f"{figures['measured_speedup']:.2f}; {_listed(measured['ratios'])}"),
+        ("its output tokens/s without and with speculation", _rates(measured, "tokens_per_s")),
+        (
+            "its accepted tokens per step, suffix drafter and speculator",
+            f"{suffix:.2f} + {total - suffix:.2f} of {measured['draft_tokens_per_step']:.2f} drafted",
+        ),
+        ("its verify step over one without a draft", f"{measured['relative_step_time']:.2f} times as long"),
+        ("processors used by other programs during it", f"{measured['other_programs']:.0%}"),
+    ]
+
+
+def _listed(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.2f}" for value in values)
+
+
+def _rates(figures: dict[str, Any], name: str) -> str:
+    plain, speculative = (format_number(figures[f"{name}{arm}"], 1) for arm in ("_no_speculation", ""))
+    return f"{plain} → {speculative}"
 
 
 def _pair(figures: dict[str, Any], name: str, digits: int) -> str:

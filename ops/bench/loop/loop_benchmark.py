@@ -24,7 +24,7 @@ from ops.bench.harness import Figure, Goal, Report, Say, Session, compare_arms, 
 from ops.bench.loop.learning_delay import Delays
 from ops.bench.loop.node_comparison import ComparisonResult
 from ops.bench.loop.two_domain_run import ADAPTIVE, NONE, STATIC, YOUNG_S, LoopRecord, LoopSize, TwoDomainRun
-from ops.demo.record import ROLLING, DemoRun, accepted_per_step, edge_rates, split_edges, summarize_run
+from ops.demo.record import ROLLING, DemoRun, accepted_per_step, last_rate, split_edges, summarize_run
 from ops.demo.run import wipe_data
 from ops.loadgen.load import Response
 from ops.local.stack import running_stack
@@ -132,7 +132,7 @@ def summarize(record: LoopRecord) -> dict[str, Any]:
     return {
         "traffic": demo["domains"],
         "with_trainer_running_tokens_per_s": {
-            domain: _rounded(edge_rates(_of_domain(record.run, domain))[1]) for domain in record.domains
+            domain: _rounded(last_rate(_of_domain(record.run, domain).succeeded)) for domain in record.domains
         },
         "at_shift": record.at_shift,
         "swaps": demo["swaps"],

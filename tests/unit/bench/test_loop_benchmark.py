@@ -42,7 +42,7 @@ def measured(at_once: int = 1, **rates: float) -> ComparisonResult:
 def answered(number: int) -> Response:
     domain, accepted = ("code", 2) if number < 40 else ("math", 0)
     speed = 10 if number < 40 else 20
-    return Response(str(number), domain, number, number + 1.0, "p", "t", 9, speed, 4, 8, accepted, ("1",))
+    return Response(str(number), domain, number, number + 1.0, "p", "t", 9, speed, 4, 8, accepted, speculators=("1",))
 
 
 RECORD = LoopRecord(

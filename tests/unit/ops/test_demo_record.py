@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from ops.demo.comparison import Block, Trial
 from ops.demo.record import (
     DemoRun,
     LosslessResult,
@@ -13,10 +14,13 @@ from ops.demo.record import (
     Swap,
     VersionRecord,
     acceptance_length,
+    accepted_by_source,
     busy_span,
-    edge_rates,
+    describe_measurement,
     find_faults,
+    last_rate,
     rolling_acceptance_length,
+    rolling_suffix_length,
     summarize_run,
     tokens_per_s,
 )
@@ -59,14 +63,13 @@ def test_a_request_counts_by_its_share_in_the_span() -> None:
     assert tokens_per_s(requests, 5, 5) is None
 
 
-def test_constant_throughput_is_constant_at_both_edges() -> None:
+def test_constant_throughput_is_constant_at_the_end() -> None:
     """Four concurrent requests of 8 s and 40 tokens: 20 tokens/s in every span."""
     requests = tuple(
         response(n, started=2.0 * n, ended=2.0 * n + 8, output_tokens=40, domain="math") for n in range(200)
     )
-    first, last = edge_rates(DemoRun(0, 0, requests=requests))
-    assert first == pytest.approx(20, rel=0.05)
-    assert last == pytest.approx(20, rel=0.05)
+    assert last_rate(requests) == pytest.approx(20, rel=0.05)
+    assert last_rate(requests[:1]) is None
     assert tokens_per_s(requests, 8, busy_span(requests)[1]) == pytest.approx(20, rel=0.01)
 
 
@@ -93,16 +96,45 @@ def test_one_request_alone_has_no_edges() -> None:
     )
 
 
-def test_the_comparison_without_speculation_is_not_in_the_acceptance_length() -> None:
-    plain = tuple(response(200 + n, accepted_tokens=0, draft_tokens=0, speculators=()) for n in range(20))
-    assert summarize_run(replace(GOOD, plain=plain))["acceptance_length_last_50"] == 2
-    assert summarize_run(replace(GOOD, plain=plain))["requests"] == 120
+def test_each_accepted_token_has_one_source() -> None:
+    requests = [response(0, suffix_accepted_tokens=2), response(1, suffix_accepted_tokens=1)]
+    assert accepted_by_source(requests) == (pytest.approx(0.3), pytest.approx(0.7))
+    assert accepted_by_source([]) is None
+    assert rolling_suffix_length(requests, width=1) == [1.4, 1.2]
 
 
-def test_failures_without_speculation_count_as_failures() -> None:
-    broken = replace(GOOD, plain=(response(0, error="503"),))
-    assert summarize_run(broken)["failed_requests"] == 1
-    assert find_faults(broken)
+def trial(spent: float, plain_spent: float, **changes: object) -> Trial:
+    """Return a trial of one request with ten tokens in each block."""
+    return Trial(
+        speculative=Block((response(0, ended=spent, **changes),)), plain=Block((response(0, ended=plain_spent),))
+    )
+
+
+def test_the_summary_has_the_measured_speedup_and_the_ratio_of_the_first_requests() -> None:
+    run = replace(GOOD, first=(trial(5, 4), trial(4, 5)), measured=(trial(2, 3), trial(2, 4), trial(2, 5)))
+    figures = summarize_run(run)
+    assert (figures["measured_speedup"], figures["first_50_ratio"], figures["first_50_requests"]) == (2, 1, 2)
+    assert figures["measured"]["ratios"] == [1.5, 2, 2.5]
+    assert figures["measured"]["slowdown"] is None
+    assert figures["requests"] == 120
+
+
+def test_the_measurement_is_one_line_that_explains_a_slowdown() -> None:
+    assert describe_measurement(GOOD) == "the speed-up was not measured"
+    faster = describe_measurement(replace(GOOD, measured=(trial(2, 3), trial(2, 4))))
+    assert faster == "1.75x: 3 -> 5 tokens/s (2 trials from 1.50x to 2.00x)"
+    slower = describe_measurement(replace(GOOD, measured=(trial(4, 2), trial(4, 2)), other_programs=0.5))
+    assert slower.startswith("0.50x: 5 -> 2 tokens/s (2 trials from 0.50x to 0.50x): a verify step yields 2.00 tokens")
+    assert "\n" not in slower
+
+
+def test_failures_in_trials_count_as_failures_once() -> None:
+    failed = trial(1, 1, error="503")
+    assert summarize_run(replace(GOOD, measured=(failed,)))["failed_requests"] == 1
+    # The speculative blocks of the first trials are part of the traffic.
+    traffic = replace(GOOD, first=(failed,), requests=(*GOOD.requests, *failed.speculative.responses))
+    assert summarize_run(traffic)["failed_requests"] == 1
+    assert find_faults(traffic)
 
 
 def test_a_good_run_is_sound() -> None:
@@ -150,4 +182,4 @@ def test_each_domain_has_its_own_figures() -> None:
 def test_an_empty_run_has_a_summary() -> None:
     figures = summarize_run(DemoRun(started=0, ended=1, crashed="broker"))
     assert figures["acceptance_length_first_50"] is None
-    assert figures["tokens_per_s_no_speculation"] is None
+    assert (figures["measured_speedup"], figures["measured"], figures["first_50_ratio"]) == (None, None, None)

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from itertools import islice
+from itertools import islice, repeat
 
 import pytest
 
@@ -25,14 +25,20 @@ LAST = {
     "id": "c1",
     "choices": [],
     "usage": {"prompt_tokens": 9, "completion_tokens": 4},
-    "aurora": {"verify_steps": 3, "draft_tokens": 9, "accepted_tokens": 1, "speculators": ["day-0-head-0", "1"]},
+    "aurora": {
+        "verify_steps": 3,
+        "draft_tokens": 9,
+        "accepted_tokens": 2,
+        "suffix_accepted_tokens": 1,
+        "speculators": ["day-0-head-0", "1"],
+    },
 }
 
 
 def test_prompts_alternate_to_the_second_domain_after_the_switch() -> None:
     switched: list[bool] = []
     one, two = Prompt("math", "a"), Prompt("code", "b")
-    source = alternate([one], [two], lambda: bool(switched))
+    source = alternate(repeat(one), repeat(two), lambda: bool(switched))
     assert list(islice(source, 3)) == [one, one, one]
     switched.append(True)
     assert list(islice(source, 2)) == [two, two]
@@ -41,12 +47,8 @@ def test_prompts_alternate_to_the_second_domain_after_the_switch() -> None:
 def test_a_response_is_assembled_from_its_chunks() -> None:
     response = read_response(REQUEST, 1.0, 2.0, [chunk("it "), chunk("is 2"), LAST])
     assert (response.id, response.text, response.prompt, response.error) == ("c1", "it is 2", "1 + 1?", None)
-    assert (response.verify_steps, response.draft_tokens, response.accepted_tokens, response.output_tokens) == (
-        3,
-        9,
-        1,
-        4,
-    )
+    assert (response.verify_steps, response.draft_tokens, response.output_tokens) == (3, 9, 4)
+    assert (response.accepted_tokens, response.suffix_accepted_tokens) == (2, 1)
     assert response.speculators == ("day-0-head-0", "1")
 
 

@@ -68,7 +68,7 @@ def test_a_token_with_nearly_the_best_logit_is_a_near_tie() -> None:
 
 
 def answered(number: int, **changes: Any) -> Response:
-    values: dict[str, Any] = {"verify_steps": 3, "speculators": ("1",), "started": float(number), "ended": number + 2.0}
+    values: dict[str, Any] = {"draft_tokens": 3, "started": float(number), "ended": number + 2.0}
     return Response(id=f"r{number}", domain="math", **(values | changes))
 
 
@@ -82,8 +82,8 @@ def test_requests_during_a_swap_are_chosen_first_and_others_evenly() -> None:
     assert max(b - a for a, b in zip(sorted(numbers), sorted(numbers)[1:], strict=False)) < 25
 
 
-def test_failed_requests_and_those_without_speculation_are_not_chosen() -> None:
-    assert not choose_requests([answered(0, error="x"), answered(1, speculators=()), answered(2, verify_steps=0)], [])
+def test_failed_requests_and_those_without_a_draft_are_not_chosen() -> None:
+    assert not choose_requests([answered(0, error="x"), answered(1, draft_tokens=0)], [])
 
 
 def test_the_choice_is_at_most_all_requests() -> None:

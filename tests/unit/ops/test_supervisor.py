@@ -91,6 +91,19 @@ def test_parts_stop_in_reverse_order(world: World) -> None:
     assert world.events == ["stop serve", "stop stream", "stop broker"]
 
 
+def test_a_stopped_part_stays_stopped_until_the_next_start(world: World) -> None:
+    world.ready |= {"serve", "train"}
+    supervisor = world.supervisor(world.part("serve"), world.part("train"), restart=False)
+    supervisor.start(poll_s=0)
+    supervisor.stop(["train"])
+    world.pass_time(supervisor, 60)
+    assert [supervisor.parts[name].state for name in ("serve", "train")] == [State.READY, State.STOPPED]
+    assert world.result["train"].starts == 1
+    supervisor.start(poll_s=0)
+    assert world.result["train"].starts == 2
+    assert supervisor.ready
+
+
 def test_a_dead_part_restarts_after_a_delay_and_its_log_is_named(world: World) -> None:
     world.ready.add("stream")
     supervisor = world.supervisor(world.part("stream"))

@@ -1,0 +1,32 @@
+"""Phases of the demo: their length, and the requests of the trials."""
+
+from __future__ import annotations
+
+import pytest
+
+from ops.demo.record import EDGE
+from ops.demo.scenario import plan_schedule, size_first_blocks, size_measured_block
+
+
+@pytest.mark.parametrize("concurrency", [1, 2, 3, 8, 16, 50, 64])
+def test_the_first_blocks_are_full_and_together_the_first_fifty_requests(concurrency: int) -> None:
+    sizes = size_first_blocks(concurrency)
+    assert 1 <= len(sizes) <= 3
+    assert all(size > 0 and size % concurrency == 0 for size in sizes)
+    assert EDGE <= sum(sizes) < EDGE + concurrency
+
+
+def test_a_measured_block_keeps_all_clients_busy() -> None:
+    assert size_measured_block(8) == 16
+    assert size_measured_block(1) == 8
+
+
+def test_the_traffic_takes_what_the_other_phases_leave() -> None:
+    plan = plan_schedule(9.5, elapsed_s=130, block_s=20)
+    assert plan.traffic_s + 130 + (2 * plan.trials + 1) * 20 < 9.5 * 60
+    assert plan_schedule(9.5, elapsed_s=150, block_s=20).traffic_s == plan.traffic_s - 20
+
+
+def test_a_short_demo_measures_less_and_always_has_traffic() -> None:
+    assert plan_schedule(2, elapsed_s=100, block_s=60).traffic_s == 30
+    assert plan_schedule(2, 100, 60).trials < plan_schedule(9.5, 100, 60).trials

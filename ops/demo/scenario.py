@@ -175,7 +175,7 @@ class Scenario:
 
     def _send_first_requests(self, traffic: Iterator[Prompt], until_s: float) -> None:
         """Send the first requests of the traffic, and the same prompts without speculation and without a trace."""
-        self._phase = "first requests, with and without speculation"
+        self._phase = "first requests"
         for number, size in enumerate(size_first_blocks(self.concurrency)):
             if self._first and time.monotonic() - self._began > until_s:
                 break
@@ -209,7 +209,7 @@ class Scenario:
 
     def _measure(self, unsent: Iterator[Prompt], size: int, trials: int) -> None:
         """Compare speculation with none on prompts that were not sent before, without traces."""
-        self._phase = "measuring with and without speculation"
+        self._phase = "measuring the speed-up"
         # An adaptive node has no statistics of a version that was swapped in a moment ago.
         self._run_block(list(islice(unsent, size)), speculate=True, trace=False)
         before, processors = read_processor_times(), os.cpu_count() or 1

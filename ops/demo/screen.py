@@ -15,6 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from ops.demo.record import EDGE
 from ops.observe.top import events_panel, figures_panel, format_value, sparkline_panel
 
 _LINE_INTERVAL_S = 5.0
@@ -101,8 +102,8 @@ def format_line(view: DemoView) -> str:
         f"[{_clock(view.elapsed_s)}] {view.phase}: {view.requests} requests, {view.failed} failed, "
         f"{format_value(view.tokens_per_s, '.0f')} tokens/s, "
         f"acceptance length {format_value(view.acceptance_length, '.2f')} "
-        f"(suffix drafter {format_value(view.suffix_accepted, '.2f')}, "
-        f"speculator {format_value(view.speculator_accepted, '.2f')}), "
+        f"({format_value(view.suffix_accepted, '+.2f')} suffix drafter, "
+        f"{format_value(view.speculator_accepted, '+.2f')} speculator), "
         f"lag {format_value(view.trace_lag, 'd')}, step {view.step}, loss {format_value(view.loss, '.3f')}, "
         f"versions {view.registered} registered {view.promoted} promoted, serving {view.serving or '-'}"
     )
@@ -140,20 +141,20 @@ def _serving_panel(view: DemoView) -> Panel:
 
 def _acceptance_panel(view: DemoView) -> Panel:
     rows: dict[str, str | Text] = {
-        "acceptance length": Text(format_value(view.acceptance_length, ".2f"), style="bold green"),
-        "from the target": "1.00" if view.acceptance_length else "-",
-        "from the suffix drafter": format_value(view.suffix_accepted, ".2f"),
-        "from the speculator": format_value(view.speculator_accepted, ".2f"),
+        f"last {EDGE}": Text(format_value(view.acceptance_length, ".2f"), style="bold green"),
+        "suffix drafter": format_value(view.suffix_accepted, "+.2f"),
+        "speculator": format_value(view.speculator_accepted, "+.2f"),
     }
-    return figures_panel("tokens per verify step", rows, _HEIGHT)
+    return figures_panel("acceptance length", rows, _HEIGHT)
 
 
 def _learning_panel(view: DemoView) -> Panel:
     rows: dict[str, str | Text] = {
         "trace lag": f"{format_value(view.trace_lag, 'd')} records",
-        "training step": f"{view.step:,}",
+        "step": f"{view.step:,}",
         "loss": format_value(view.loss, ".3f"),
-        "versions": f"{view.registered} registered, {view.promoted} promoted",
+        "registered": str(view.registered),
+        "promoted": str(view.promoted),
         "serving": Text(view.serving or "-", style="bold"),
     }
     return figures_panel("learning", rows, _HEIGHT)

@@ -68,8 +68,8 @@ def _headline(run: DemoRun, figures: dict[str, Any]) -> list[tuple[str, str]]:
     in_flight = sum(swap["in_flight"] > 0 for swap in figures["swaps"])
     return [
         (
-            describe_speedup(speedup).replace("->", "→") if speedup else "-",
-            "without and with speculation, at the end of the run",
+            describe_speedup(speedup).removesuffix(" tokens/s").replace("->", "→") if speedup else "-",
+            "tokens/s without and with speculation, measured at the end",
         ),
         (
             f"{format_number(figures['first_50_ratio'])}x",

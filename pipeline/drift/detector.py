@@ -7,7 +7,8 @@ one per request, none of 300 did. This needs no memory of requests, because a ve
 
 **Figure.** ``first_token_acceptance`` is the ratio of a request's verify steps with a draft in which the target
 accepted the first draft token. It lies between 0 and 1, as ADWIN requires, and it does not depend on the depth or width
-of the draft. The acceptance length does, so it is reported but not tested.
+of the draft. The acceptance length does, so it is reported but not tested. Only the own draft of the version counts
+(``schemas.trace.own_draft``).
 
 **Position of the change.** ADWIN detects that a window does not have one mean, and drops old observations until it has,
 which locates the change coarsely. So the window is split where its halves differ most, by the difference of the means
@@ -38,8 +39,10 @@ import pyarrow.compute as pc
 from pipeline.offsets import SourcePartition
 from schemas.events import AcceptanceStats, DriftEvent
 from schemas.settings import Drift
+from schemas.trace import own_draft
+from schemas.trace.own_draft import find_own_drafts
 
-TRACE_COLUMNS = ("offset", "verify_step", "line", "label", "speculator", "time", "draft_tokens", "accepted")
+TRACE_COLUMNS = ("offset", "verify_step", "line", "label", "time", *own_draft.COLUMNS)
 """Columns of ``traces`` that observations are computed from."""
 MAX_KEYS = 256
 """Traffic keys per partition. Beyond it the key that was observed longest ago is evicted."""
@@ -61,7 +64,7 @@ class TrafficKey(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """Acceptance of one request by the version that drafted first: means over its verify steps with a draft."""
+    """Acceptance of one request by the version that drafted first: means over its verify steps with an own draft."""
 
     offset: int
     key: TrafficKey
@@ -89,30 +92,19 @@ def observe_requests(verify_steps: pa.Table) -> Iterator[Observation]:
         verify_steps: ``TRACE_COLUMNS`` of whole chunks.
     """
     first_chunks = pc.unique(verify_steps.filter(pc.equal(verify_steps["verify_step"], 1))["offset"])
-    drafted = pc.and_(
-        pc.is_in(verify_steps["offset"], value_set=first_chunks),
-        pc.not_equal(verify_steps["speculator"], ""),
-    )
-    verify_steps = verify_steps.filter(
-        pc.and_(drafted, pc.greater(pc.list_value_length(verify_steps["draft_tokens"]), 0))
-    )
-    if not verify_steps.num_rows:
-        return
-    accepted = verify_steps["accepted"].combine_chunks()
-    lengths = pc.list_value_length(accepted)
-    # Node 0 is the first draft token, also in a tree.
-    first = np.zeros(len(accepted))
-    first[lengths.to_numpy() > 0] = pc.equal(pc.list_element(accepted.filter(pc.greater(lengths, 0)), 0), 0)
+    verify_steps = verify_steps.filter(pc.is_in(verify_steps["offset"], value_set=first_chunks))
+    own = find_own_drafts(verify_steps)
     by = ["offset", "line", "speculator", "label"]
     figures = pa.table(
         {
             **{name: verify_steps[name] for name in by},
             "time": verify_steps["time"].cast(pa.int64()),
-            "first": first,
-            "accepted": lengths,
-            "drafted": pc.list_value_length(verify_steps["draft_tokens"]),
+            "first": own.first_accepted.astype(np.float64),
+            "accepted": own.accepted_tokens,
+            "drafted": own.draft_tokens,
         }
     )
+    figures = figures.filter(pc.greater(figures["drafted"], 0))
     grouped = figures.group_by(by, use_threads=False).aggregate(
         [("time", "max"), ("first", "mean"), ("accepted", "mean"), ("drafted", "mean")]
     )

@@ -150,6 +150,15 @@ class ListColumn(NamedTuple):
         return found
 
 
+def read_lists(column: pa.ListArray) -> ListColumn:
+    """Return an Arrow column of lists; nulls in lists become 0."""
+    values = column.values
+    return ListColumn(
+        (values.fill_null(0) if values.null_count else values).to_numpy(zero_copy_only=False),
+        column.offsets.to_numpy().astype(np.int64),
+    )
+
+
 def concat_ranges(starts: Ints, lengths: Ints) -> Ints:
     """Return the concatenated ranges ``starts[i], starts[i] + 1, ..`` of the given lengths."""
     ends = np.cumsum(lengths)
@@ -233,12 +242,7 @@ class VerifyStepColumns:
         return np.asarray(numbers.to_numpy(zero_copy_only=False), np.int64)
 
     def _lists(self, name: str) -> ListColumn:
-        column = self.batch.column(name)
-        values = column.values
-        return ListColumn(
-            (values.fill_null(0) if values.null_count else values).to_numpy(zero_copy_only=False),
-            column.offsets.to_numpy().astype(np.int64),
-        )
+        return read_lists(self.batch.column(name))
 
 
 def find_malformed(steps: VerifyStepColumns) -> dict[int, TraceError]:

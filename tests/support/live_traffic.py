@@ -30,8 +30,8 @@ class ServedRequest:
     node: str = "node-0"
     line: str = "target-draft"
     drafted: bool = True
-    by_suffix: bool = False
-    """Whether the suffix drafter drafted, and no version."""
+    sources: tuple[int, int, int] | None = None
+    """Sources of the three draft tokens of each verify step."""
     swapped_to: str | None = None
     """The version that drafts the second half of its verify steps."""
 
@@ -41,13 +41,17 @@ def rows_of(requests: Iterable[ServedRequest]) -> pa.Table:
     return pa.Table.from_pylist([row for request in requests for row in _rows(request)], schema=TRACES)
 
 
+def _names_version(sources: tuple[int, int, int] | None) -> bool:
+    return sources is None or any(source & DraftSource.SPECULATOR for source in sources)
+
+
 def _rows(request: ServedRequest) -> list[dict[str, Any]]:
     number = next(_IDS)
     rows = []
     for at in range(request.verify_steps + 1):
         swapped = request.swapped_to if at > request.verify_steps / 2 else None
         drafted = 3 if at and request.drafted else 0
-        version = (swapped or request.version) if drafted and not request.by_suffix else ""
+        version = (swapped or request.version) if drafted and _names_version(request.sources) else ""
         accepted = request.accepted if drafted else 0
         time_us = round((request.at + max(at - 1, 0) * request.verify_step_s) * 1e6)
         rows.append(
@@ -83,7 +87,7 @@ def _rows(request: ServedRequest) -> list[dict[str, Any]]:
                 "top_logprobs": [],
                 "draft_us": round(request.verify_step_s * 2e5),
                 "verify_us": round(request.verify_step_s * 8e5),
-                "draft_sources": [DraftSource.SUFFIX] * drafted if request.by_suffix else None,
+                "draft_sources": request.sources if drafted else None,
             }
         )
     return rows

@@ -6,6 +6,9 @@ it, so a request that a swap cut in two counts on both sides. A verify step with
 version drafts seldom: such a step counts for the version that drafted most of the steps of its node in that slice.
 Steps of slices without any draft count for no version, and neither do steps that only the suffix drafter drafted.
 
+Tokens are the bonus tokens and the accepted tokens of the version's own drafts (``schemas.trace.own_draft``); accepted
+tokens that only the suffix drafter proposed count for no version.
+
 Seconds are the time that a request spends in its verify steps, draft and verification together, as the engine measured
 them: a step takes the same time for each request in it. This is the time that a user waits from token to token; prompts
 and queues are not included. The sum over requests is not machine time, but for two versions under the same load its
@@ -26,11 +29,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.delta import DeltaLog, HistoryExpiredError, escape_sql
+from schemas.trace import own_draft
+from schemas.trace.own_draft import find_own_drafts
 from trainer.release.sequential_test import I64, ServedTraffic
 
 COLUMNS = (
-    *("line", "speculator", "label", "node", "time", "verify_step", "draft_tokens", "accepted", "bonus"),
-    *("draft_us", "verify_us"),
+    *("line", "label", "node", "time", "verify_step", "bonus", "draft_us", "verify_us"),
+    *own_draft.COLUMNS,
 )
 MAX_COMMITS_BEHIND = 500
 """Commits that are read one by one; after a longer absence a query reads the rows instead."""
@@ -144,10 +149,11 @@ class LiveFigures:
         return _merge(self._sum_rows(pa.Table.from_batches([batch])) for batch in batches)
 
     def _sum_rows(self, rows: pa.Table) -> pa.Table:
-        """Return the sums over rows of verify steps, except those that only the suffix drafter drafted."""
-        names_version = pc.not_equal(rows["speculator"], "")
-        rows = rows.filter(pc.or_(names_version, pc.equal(pc.list_value_length(rows["draft_tokens"]), 0)))
-        accepted = pc.list_value_length(rows["accepted"])
+        """Return the sums over rows of verify steps, except those in which only the suffix drafter drafted."""
+        own = find_own_drafts(rows)
+        rows = rows.append_column("own_accepted", pa.array(own.accepted_tokens))
+        undrafted = pc.equal(pc.list_value_length(rows["draft_parents"]), 0)
+        rows = rows.filter(pc.or_(pa.array(own.draft_tokens > 0), undrafted))
         seconds = pc.divide(pc.cast(pc.cast(rows["time"], pa.int64()), pa.float64()), 1e6 * self._slice_duration)
         columns = {
             "speculator": rows["speculator"],
@@ -155,7 +161,7 @@ class LiveFigures:
             "node": rows["node"],
             "slice": pc.cast(pc.floor(seconds), pa.int64()),
             "requests": pc.cast(pc.equal(rows["verify_step"], 1), pa.int64()),
-            "tokens": pc.if_else(pc.is_valid(rows["bonus"]), pc.add(pc.cast(accepted, pa.int64()), 1), 0),
+            "tokens": pc.if_else(pc.is_valid(rows["bonus"]), pc.add(rows["own_accepted"], 1), 0),
             "verify_steps": pc.cast(pc.is_valid(rows["bonus"]), pa.int64()),
             "us": pc.add(pc.cast(rows["draft_us"], pa.int64()), pc.cast(rows["verify_us"], pa.int64())),
         }

@@ -26,8 +26,10 @@ from pipeline.drift.detector import (
 )
 from pipeline.offsets import SourcePartition
 from schemas.batches import TRACES
+from schemas.draft_tree import chain
 from schemas.events import DriftEvent
 from schemas.settings import Drift
+from schemas.trace.record import ROOT, DraftSource
 
 Floats = npt.NDArray[np.float64]
 
@@ -153,7 +155,8 @@ class Drafting:
             "label": [None] * n,
             "speculator": ["7"] * n,
             "time": np.repeat(np.array(offsets) * 10**6, verify_steps),
-            "draft_tokens": [[1] * self.depth] * n,
+            "draft_parents": [chain(self.depth)] * n,
+            "draft_sources": [None] * n,
             "accepted": [list(range(k)) for k in kept],
         }
         fields = [TRACES.field(name) for name in TRACE_COLUMNS]
@@ -201,7 +204,8 @@ def traces(**columns: Sequence[object]) -> pa.Table:
         "label": [None] * n,
         "speculator": ["7"] * n,
         "time": [0] * n,
-        "draft_tokens": [[5]] * n,
+        "draft_parents": [[ROOT]] * n,
+        "draft_sources": [None] * n,
         "accepted": [[0]] * n,
     }
     fields = [TRACES.field(name) for name in TRACE_COLUMNS]
@@ -209,7 +213,7 @@ def traces(**columns: Sequence[object]) -> pa.Table:
 
 
 def test_first_token_acceptance_of_a_tree_does_not_depend_on_its_width() -> None:
-    [one] = observe_requests(traces(draft_tokens=[[5, 6, 7]] * 3, accepted=[[0, 2], [1], []]))
+    [one] = observe_requests(traces(draft_parents=[[ROOT, ROOT, 0]] * 3, accepted=[[0, 2], [1], []]))
     assert (one.first_token_acceptance, one.accepted_per_step, one.draft_tokens) == (pytest.approx(1 / 3), 1, 3)
 
 
@@ -231,13 +235,23 @@ def test_observations_are_ordered_by_offset_for_any_order_of_rows_and_commits() 
 
 def test_verify_steps_without_a_draft_give_no_observation() -> None:
     assert not list(observe_requests(TRACES.empty_table()))
-    assert not list(observe_requests(traces(draft_tokens=[[], []], accepted=[[], []])))
+    assert not list(observe_requests(traces(draft_parents=[[], []], accepted=[[], []])))
 
 
-def test_verify_steps_of_the_suffix_drafter_are_no_observation_of_a_version() -> None:
-    [one] = observe_requests(traces(speculator=["7", "", ""], accepted=[[], [0], [0]]))
-    assert (one.key.speculator, one.first_token_acceptance) == ("7", 0)
-    assert not list(observe_requests(traces(speculator=[""])))
+def test_tokens_of_the_suffix_drafter_are_no_observation_of_a_version() -> None:
+    suffix, both = int(DraftSource.SUFFIX), int(DraftSource.SUFFIX | DraftSource.SPECULATOR)
+    alone = traces(speculator=[""] * 2, draft_sources=[[suffix]] * 2)
+    assert not list(observe_requests(alone))
+    mixed = traces(
+        speculator=["7"] * 3,
+        verify_step=[3, 4, 5],
+        draft_parents=[[ROOT, 0, 1], [ROOT, ROOT], [ROOT, 0]],
+        draft_sources=[[both, both, suffix], [suffix, both], [suffix, both]],
+        accepted=[[0, 1, 2], [0], [0, 1]],
+    )
+    [one] = observe_requests(pa.concat_tables([alone, mixed]))
+    assert (one.key.speculator, one.first_token_acceptance) == ("7", 1 / 2), "of the two steps with an own draft"
+    assert (one.accepted_per_step, one.draft_tokens) == (1, 1.5)
 
 
 def test_event_has_a_valid_time_for_any_record_time() -> None:

@@ -73,7 +73,8 @@ def rows() -> pa.Table:
         "label": ["sql"] * n,
         "speculator": ["7"] * n,
         "time": np.repeat(np.arange(RECORDS), 4) * 10**6,
-        "draft_tokens": [[5]] * n,
+        "draft_parents": [[-1]] * n,
+        "draft_sources": [None] * n,
         "accepted": [[0] if one else [] for one in accepted],
     }
     fields = [TRACES.field(name) for name in TRACE_COLUMNS]

@@ -12,11 +12,13 @@ from live_traffic import ServedRequest, rows_of
 
 from pipeline.delta import DeltaLog, HistoryExpiredError
 from schemas.settings import Tables
+from schemas.trace.record import DraftSource
 from trainer.release.live_figures import MAX_COMMITS_BEHIND, LiveFigures, ServingPeriod
 from trainer.release.sequential_test import ServedTraffic
 
 LINE, SLICE = "target-draft", 10.0
 T = 1_700_000_000.0
+SUFFIX = (int(DraftSource.SUFFIX),) * 3
 
 
 @pytest.fixture
@@ -78,11 +80,19 @@ def test_verify_steps_without_a_draft_count_for_what_their_node_served(tables: D
 
 def test_verify_steps_of_the_suffix_drafter_count_for_no_version(tables: DeltaLog) -> None:
     versions = [ServedRequest("1", T), ServedRequest("2", T + 10)]
-    on_their_node = [ServedRequest("", T + at, accepted=3, by_suffix=True) for at in (0, 10)]
-    elsewhere = [ServedRequest("", T, node="b", by_suffix=True), ServedRequest("", T + 1, node="b", drafted=False)]
+    on_their_node = [ServedRequest("", T + at, accepted=3, sources=SUFFIX) for at in (0, 10)]
+    elsewhere = [ServedRequest("", T, node="b", sources=SUFFIX), ServedRequest("", T + 1, node="b", drafted=False)]
     tables.append("traces", rows_of([*versions, *on_their_node, *elsewhere]))
     new, old = read_both(LiveFigures(tables, SLICE))
     assert totals(new[""]) == totals(old[""]) == (1, 20, 10, 0.1)
+
+
+def test_accepted_tokens_count_as_far_as_the_version_proposed_them(tables: DeltaLog) -> None:
+    mixed = ServedRequest("1", T, accepted=3, sources=(3, 1, 2))
+    after_suffix = ServedRequest("1", T + 10, accepted=3, sources=(2, 3, 1))
+    tables.append("traces", rows_of([mixed, after_suffix, ServedRequest("2", T + 20, accepted=2)]))
+    new, old = read_both(LiveFigures(tables, SLICE))
+    assert totals(old[""]) == totals(new[""]) == (1, 30, 10, 0.1)
 
 
 def test_only_whole_slices_of_a_period_count(tables: DeltaLog) -> None:

@@ -1,23 +1,27 @@
 """Queries over the tables: acceptance statistics, the newest verify steps, and the commit of a record.
 
 The query engine counts. The depth of draft trees is computed here, once for each shape. Statistics cover every verify
-step except the prompt's; a step without a draft counts too.
+step except the prompt's; a step without a draft counts too. In the group of a version only its own drafts count
+(``schemas.trace.own_draft``), in verify steps in which it has one.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.delta import DeltaLog, TableError
 from pipeline.offsets import SourcePartition
-from schemas.trace.record import ROOT
+from schemas.draft_tree import depths
+from schemas.trace.own_draft import find_own_drafts
+from schemas.trace.record import DraftSource
 
 Group = Literal["line", "speculator", "label", "node"]
 TRACE_TABLES = ("accepted", "rejected", "traces")
@@ -33,9 +37,19 @@ SHOWN_COLUMNS = (
     "draft_tokens",
     "accepted",
     "bonus",
+    "draft_sources",
 )
 _FIRST_COMMITS = 4
 """Commits that are read first; four times as many each time they hold too few verify steps."""
+
+
+class DraftShape(NamedTuple):
+    """What is counted of the draft of a verify step."""
+
+    draft_tokens: int
+    depth: int
+    accepted_tokens: int
+    suffix_accepted_tokens: int = 0
 
 
 @dataclass
@@ -48,6 +62,8 @@ class GroupStats:
     verify_steps: int = 0
     draft_tokens: int = 0
     accepted_tokens: int = 0
+    suffix_accepted_tokens: int = 0
+    """Accepted tokens that only the suffix drafter proposed; in the group of a version 0."""
     drafted_to: Counter[int] = field(default_factory=Counter)
     """Verify steps whose draft has at least this depth, by depth from 1."""
     accepted_to: Counter[int] = field(default_factory=Counter)
@@ -63,14 +79,15 @@ class GroupStats:
         """Ratio of the drafts of at least each depth that were accepted to that depth."""
         return [self.accepted_to[depth] / self.drafted_to[depth] for depth in sorted(self.drafted_to)]
 
-    def add(self, parents: Sequence[int], accepted: int, verify_steps: int) -> None:
-        """Count verify steps whose drafts have one shape and the same number of accepted tokens."""
+    def add(self, draft: DraftShape, verify_steps: int) -> None:
+        """Count verify steps with the same draft."""
         self.verify_steps += verify_steps
-        self.draft_tokens += verify_steps * len(parents)
-        self.accepted_tokens += verify_steps * accepted
-        for depth in range(1, draft_depth(parents) + 1):
+        self.draft_tokens += verify_steps * draft.draft_tokens
+        self.accepted_tokens += verify_steps * draft.accepted_tokens
+        self.suffix_accepted_tokens += verify_steps * draft.suffix_accepted_tokens
+        for depth in range(1, draft.depth + 1):
             self.drafted_to[depth] += verify_steps
-            self.accepted_to[depth] += verify_steps if accepted >= depth else 0
+            self.accepted_to[depth] += verify_steps if draft.accepted_tokens >= depth else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,14 +135,6 @@ def compute_stats(tables: DeltaLog, by: Group | None = None, since: datetime | N
         table_bytes={name: tables.size(name) for name in TRACE_TABLES},
         table_tokens=_query_row(tables, tokens)["tokens"] or 0,
     )
-
-
-def draft_depth(parents: Sequence[int]) -> int:
-    """Return the tokens on the longest path of a draft; ``parents`` as in ``schemas.trace.record.VerifyStep``."""
-    depths: list[int] = []
-    for parent in parents:
-        depths.append(1 if parent == ROOT else depths[parent] + 1)
-    return max(depths, default=0)
 
 
 def read_newest_steps(tables: DeltaLog, count: int) -> tuple[pa.Table, int]:
@@ -193,16 +202,32 @@ def _count_steps(tables: DeltaLog, by: Group | None, since: datetime | None) -> 
         f"from traces where {_since(since)} group by 1 order by 1"
     )
     shapes = (
-        f"select {group} as name, draft_parents, cast(cardinality(accepted) as int) as accepted_tokens, "  # noqa: S608 - names of columns
-        f"count(*) as verify_steps from traces where verify_step > 0 and {_since(since)} group by 1, 2, 3"
+        f"select {group} as name, speculator <> '' as drafted, draft_parents, accepted, draft_sources, "  # noqa: S608 - names of columns
+        f"count(*) as verify_steps from traces where verify_step > 0 and {_since(since)} group by 1, 2, 3, 4, 5"
     )
     found = {
         row["name"]: GroupStats(requests=row["requests"], tokens=row["tokens"]) for row in _query_rows(tables, counts)
     }
-    for row in _query_rows(tables, shapes):
-        stats = found.setdefault(row["name"], GroupStats())
-        stats.add(row["draft_parents"], row["accepted_tokens"], row["verify_steps"])
+    for rows in tables.query(shapes):
+        for name, draft, verify_steps in _read_shapes(pa.Table.from_batches([rows]), of_version=by == "speculator"):
+            found.setdefault(name, GroupStats()).add(draft, verify_steps)
     return found
+
+
+def _read_shapes(rows: pa.Table, *, of_version: bool) -> Iterator[tuple[str, DraftShape, int]]:
+    """Yield group, draft and number of verify steps; of the groups of versions their own drafts."""
+    versions = pc.if_else(rows["drafted"], "version", "")
+    own = find_own_drafts(rows.append_column("speculator", versions))
+    for row, *own_draft in zip(rows.to_pylist(), own.draft_tokens, own.depth, own.accepted_tokens, strict=True):
+        if of_version and row["drafted"]:
+            draft = DraftShape(*map(int, own_draft))
+            if not draft.draft_tokens:
+                continue
+        else:
+            parents, accepted, sources = row["draft_parents"], row["accepted"], row["draft_sources"]
+            by_suffix = sum(sources[node] == DraftSource.SUFFIX for node in accepted) if sources else 0
+            draft = DraftShape(len(parents), max(depths(parents), default=0), len(accepted), by_suffix)
+        yield row["name"], draft, row["verify_steps"]
 
 
 def _count_chunks(tables: DeltaLog, since: datetime | None) -> ChunkCounts:

@@ -168,13 +168,16 @@ def _table_states(query: str, version: int | None, at: str | None) -> dict[str, 
 
 def _build_stats_table(counted: TraceStats, by: str | None) -> Table:
     depths = sorted(counted.total.drafted_to)
-    figures = ("requests", "tokens", "verify steps", "drafted", "accepted", "acceptance length")
+    figures = ("requests", "tokens", "verify steps", "drafted", "accepted", "by suffix", "acceptance length")
     shown = new_table(by or "group", right=(*figures, *(f"depth {depth}" for depth in depths)))
     for name, one in [*((name or "(none)", one) for name, one in counted.groups.items()), ("all", counted.total)]:
         length = "" if one.acceptance_length is None else f"{one.acceptance_length:.2f}"
         counts = (
             f"{number:,}"
-            for number in (one.requests, one.tokens, one.verify_steps, one.draft_tokens, one.accepted_tokens)
+            for number in (
+                *(one.requests, one.tokens, one.verify_steps, one.draft_tokens, one.accepted_tokens),
+                one.suffix_accepted_tokens,
+            )
         )
         shown.add_row(name, *counts, length, *(f"{share:.2f}" for share in one.acceptance_by_depth))
     return shown
@@ -209,6 +212,7 @@ def _figures_json(one: GroupStats) -> dict[str, Any]:
         "verify_steps": one.verify_steps,
         "draft_tokens": one.draft_tokens,
         "accepted_tokens": one.accepted_tokens,
+        "suffix_accepted_tokens": one.suffix_accepted_tokens,
         "acceptance_length": one.acceptance_length,
         "acceptance_by_depth": one.acceptance_by_depth,
     }
@@ -216,11 +220,15 @@ def _figures_json(one: GroupStats) -> dict[str, Any]:
 
 def _format_verify_step(row: Mapping[str, Any]) -> str:
     """Return one line: accepted draft tokens, rejected draft tokens, and the bonus token."""
+    from schemas.trace.record import DraftSource
+
     drafted, accepted = row["draft_tokens"], set(row["accepted"])
     kept = " ".join(str(drafted[node]) for node in row["accepted"])
     lost = " ".join(str(token) for node, token in enumerate(drafted) if node not in accepted)
     draft = f"{len(accepted)} of {len(drafted)} accepted: {kept} | {lost}" if drafted else "no draft"
-    by = f" by {row['speculator']}" if row["speculator"] else ""
+    sources = row["draft_sources"] or ()
+    drafters = [row["speculator"], *(["suffix"] if any(source & DraftSource.SUFFIX for source in sources) else [])]
+    by = f" by {'+'.join(filter(None, drafters))}" if any(drafters) else ""
     label = f" [{row['label']}]" if row["label"] else ""
     then = "" if row["bonus"] is None else f" -> {row['bonus']}"
     return f"{row['time']:%H:%M:%S.%f} {row['node']} {row['request']} #{row['verify_step']}{label}{by}  {draft}{then}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -13,8 +14,6 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from recorded import conversation, record_of, tables_of, verify_step_of
 from typer.testing import CliRunner, Result
 
@@ -22,7 +21,7 @@ from ops.cli.main import app
 from pipeline.batches import Record
 from pipeline.delta import DeltaLog, TableError
 from pipeline.offsets import SourcePartition
-from pipeline.trace_queries import compute_stats, draft_depth, find_commit, follow_steps, read_newest_steps
+from pipeline.trace_queries import compute_stats, find_commit, follow_steps, read_newest_steps
 from schemas.batches import DEAD_LETTERS
 from schemas.settings import Tables
 from schemas.trace.record import ROOT, DraftSource
@@ -31,6 +30,8 @@ SOURCE = SourcePartition("traces", 0)
 ENDS = [-1, 3, 3, 7, 8, 8, 20]
 """Last offset by version. Compaction and commits of other partitions do not change it."""
 NOW_US = 1_700_000_000_000_000
+SPECULATOR, SUFFIX = int(DraftSource.SPECULATOR), int(DraftSource.SUFFIX)
+BOTH = SPECULATOR | SUFFIX
 
 
 @pytest.fixture
@@ -96,12 +97,33 @@ def test_groups_add_up_to_the_total(tables: DeltaLog) -> None:
         assert sum(getattr(one, figure) for one in counted.groups.values()) == getattr(counted.total, figure)
 
 
-def test_verify_steps_of_the_suffix_drafter_belong_to_no_version(tables: DeltaLog) -> None:
-    prompt, *steps = conversation(tokens(12), prompt=4)
-    suffix = [replace(step, speculator="", draft_sources=(DraftSource.SUFFIX,) * 2) for step in steps]
-    write(tables, record_of("a", [prompt, *steps[:1]], 0), record_of("b", [prompt, *suffix], 1))
-    counted = compute_stats(tables, "speculator").groups
-    assert {name: stats.verify_steps for name, stats in counted.items()} == {"1": 1, "": len(steps)}
+def test_a_version_is_counted_by_its_own_drafts_and_the_total_by_whole_drafts(tables: DeltaLog) -> None:
+    prompt, *steps = conversation(tokens(15), prompt=4)
+    sources = [None, (SPECULATOR, SUFFIX), (BOTH, SPECULATOR), (SUFFIX, SUFFIX), (SUFFIX, SPECULATOR)]
+    drafted = [
+        replace(step, draft_sources=of_step, speculator="" if of_step == (SUFFIX, SUFFIX) else "1")
+        for step, of_step in zip(steps, sources, strict=True)
+    ]
+    write(tables, record_of("a", [prompt, *drafted], 0))
+    counted = compute_stats(tables, "speculator")
+    version, none = counted.groups["1"], counted.groups[""]
+    assert (version.verify_steps, version.draft_tokens, version.accepted_tokens) == (3, 5, 3)
+    assert (dict(version.drafted_to), version.acceptance_by_depth) == ({1: 3, 2: 2}, [1.0, 0.0])
+    assert (none.verify_steps, none.draft_tokens, none.accepted_tokens) == (1, 2, 1)
+    total = counted.total
+    assert (total.verify_steps, total.draft_tokens, total.accepted_tokens) == (5, 10, 5)
+    assert (total.suffix_accepted_tokens, none.suffix_accepted_tokens, version.suffix_accepted_tokens) == (2, 1, 0)
+
+
+def test_verify_steps_are_shown_with_their_drafters(tables: DeltaLog) -> None:
+    prompt, *steps = conversation(tokens(11), prompt=4)
+    drafters: list[tuple[str, tuple[int, ...] | None]] = [("1", None), ("1", (BOTH, SUFFIX)), ("", (SUFFIX, SUFFIX))]
+    drafted = [
+        replace(step, speculator=version, draft_sources=of_step)
+        for step, (version, of_step) in zip(steps, drafters, strict=True)
+    ]
+    write(tables, record_of("a", [prompt, *drafted], 0))
+    assert re.findall(r" by (\S+)", aurora("tail", "-n", "3").stdout) == ["1", "1+suffix", "suffix"]
 
 
 def test_missing_chunks_and_unfinished_requests_are_counted(tables: DeltaLog) -> None:
@@ -130,15 +152,6 @@ def test_dead_letters_are_counted_by_reason(tables: DeltaLog) -> None:
 def test_empty_tables_have_no_means(tables: DeltaLog) -> None:
     counted = compute_stats(tables, "label")
     assert (counted.total.acceptance_length, counted.bytes_per_token, counted.groups) == (None, None, {})
-
-
-@given(st.lists(st.integers(0, 5), max_size=12))
-def test_draft_depth_is_the_length_of_the_longest_path(back: list[int]) -> None:
-    parents = [max(ROOT, node - 1 - step) for node, step in enumerate(back)]
-    depths = {ROOT: 0}
-    for node, parent in enumerate(parents):
-        depths[node] = depths[parent] + 1
-    assert draft_depth(parents) == max(depths.values())
 
 
 def test_newest_verify_steps_are_in_the_order_of_their_commits(tables: DeltaLog) -> None:

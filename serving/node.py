@@ -21,7 +21,7 @@ from schemas.telemetry.metrics import register_process_metrics
 from serving.engines.builtin.engine import BuiltinEngine
 from serving.http import admin, routes, status, webhook
 from serving.http.generation import RequestMetrics
-from serving.http.server import Drain, DrainingServer, bind
+from serving.http.server import BackgroundServer, Drain, DrainingServer, bind
 from serving.traces.chunks import Origin
 from serving.traces.publisher import TracePublisher
 from serving.versions.cache import MlflowRegistry
@@ -36,10 +36,10 @@ _FLUSH_S = 4.0
 
 
 def run(settings: Settings) -> None:
-    """Serve until SIGTERM or SIGINT; then drain for ``serve.drain_timeout``, and publish the last traces.
+    """Serve until SIGTERM or SIGINT; then drain, and publish the last traces.
 
     Raises:
-        SettingsError: the address is taken, the target cannot be served, or a Kafka option is unknown.
+        SettingsError: an address is taken, the target cannot be served, or a Kafka option is unknown.
     """
     logs.configure("serve")
     spans.configure("serve", settings.telemetry)
@@ -49,7 +49,11 @@ def run(settings: Settings) -> None:
     torch.set_num_threads(settings.serve.num_threads)
     with ExitStack() as stack:
         stack.callback(spans.close)
-        server_socket = stack.enter_context(bind(settings.serve.host, settings.serve.port))
+        serve = settings.serve
+        server_socket = stack.enter_context(bind(serve.host, serve.port))
+        admin_socket = None
+        if serve.admin_port:
+            admin_socket = stack.enter_context(bind(serve.admin_host, serve.admin_port, "serve.admin_"))
         publisher = TracePublisher(settings.kafka, settings.traces) if settings.traces.enabled else None
         engine = BuiltinEngine(settings, publisher)
         if publisher:
@@ -62,7 +66,7 @@ def run(settings: Settings) -> None:
             poller = VersionPoller(MlflowRegistry(settings.registry, engine.line), engine, settings)
             poller.start()
             stack.callback(poller.stop)
-        _serve(settings, engine, publisher, poller, server_socket)
+        _serve(settings, engine, publisher, poller, server_socket, admin_socket)
 
 
 def _serve(
@@ -71,22 +75,27 @@ def _serve(
     publisher: TracePublisher | None,
     poller: VersionPoller | None,
     server_socket: socket.socket,
+    admin_socket: socket.socket | None,
 ) -> None:
     serve, registry = settings.serve, CollectorRegistry()
     register_process_metrics(registry)
-    metrics, drain = RequestMetrics(registry), Drain()
+    metrics, drain = RequestMetrics(registry), Drain(serve.drain_delay)
     tokenizer = AutoTokenizer.from_pretrained(settings.target.path, local_files_only=True)
     is_traced = publisher.sample if publisher else lambda _request: False
     app = routes.create_app(engine, tokenizer, settings.target.served_model_name, metrics, drain, serve, is_traced)
     status.add_routes(app, serve.node, engine, metrics, registry, publisher, poller, drain)
-    admin.add_routes(app, serve, engine, poller)
+    admin_app = app if admin_socket is None else admin.create_app(serve)
+    admin.add_routes(admin_app, serve, engine, poller)
     webhook.add_route(app, serve.webhook_secret, engine.line, poller)
     config = uvicorn.Config(
         app, log_config=None, log_level="warning", access_log=False, timeout_graceful_shutdown=_SHUTDOWN_S
     )
     host, port = server_socket.getsockname()[:2]
     log.info("node_started", host=host, port=port, target=engine.target, line=engine.line)
-    DrainingServer(config, drain, serve.drain_timeout, engine.stop).run(sockets=[server_socket])
+    with ExitStack() as stack:
+        if admin_socket is not None:
+            stack.callback(BackgroundServer(admin_app, admin_socket, "admin-http").close)
+        DrainingServer(config, drain, serve.drain_timeout, engine.stop).run(sockets=[server_socket])
 
 
 def _close(publisher: TracePublisher) -> None:

@@ -25,7 +25,7 @@ import psutil
 from ops.bench import prompts, speculator
 from ops.bench.embedded_kafka import consume_all, free_port, open_consumer, running_broker, use_broker
 from ops.bench.harness import Figure, Goal, Report, Say, Session
-from ops.loadgen.load import Load, Prompt, Request, chat_request
+from ops.loadgen.load import Load, Prompt, Request, chat_request, read_api_key
 from ops.local.kafka import Broker
 from ops.local.mlflow_server import RegistryServer
 from ops.local.parts import is_answering
@@ -100,7 +100,8 @@ def run(settings: Settings, options: SoakOptions, say: Say) -> Report:
         registry = SpeculatorRegistry(here.registry)
         versions = cycle(_register(registry, target, trained))
         requests = random_requests(here.target.served_model_name, options.leaving)
-        load = Load(_node_url(here), requests, options.concurrency, timeout_s=_RESPONSE_TIMEOUT_S)
+        key = read_api_key(here.serve)
+        load = Load(_node_url(here), requests, options.concurrency, timeout_s=_RESPONSE_TIMEOUT_S, api_key=key)
         load.start()
 
         def swap() -> None:

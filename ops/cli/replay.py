@@ -179,8 +179,9 @@ def load(  # noqa: PLR0913, PLR0917 - one for each flag
 ) -> None:
     """Send recorded requests to a node at their recorded arrival times and measure latency."""
     with user_errors():
-        tables = open_tables(load_settings(config, set_))
-        from ops.loadgen.load import Load, read_model_name
+        settings = load_settings(config, set_)
+        tables = open_tables(settings)
+        from ops.loadgen.load import Load, read_api_key, read_model_name
         from ops.loadgen.recorded import read_recorded, schedule_requests
         from ops.loadgen.summary import build_table, summarize_load
 
@@ -191,8 +192,16 @@ def load(  # noqa: PLR0913, PLR0917 - one for each flag
             echo_note(
                 f"{len(recorded)} requests over {(recorded[-1].arrival - recorded[0].arrival) / speed:.0f} seconds"
             )
-        requests = schedule_requests(recorded, read_model_name(url), speed=speed, trace=trace)
-        running = Load(url, requests, concurrency if fastest else None, timeout_s=_LOAD_TIMEOUT_S, error_pause_s=0.0)
+        key = read_api_key(settings.serve)
+        requests = schedule_requests(recorded, read_model_name(url, key), speed=speed, trace=trace)
+        running = Load(
+            url,
+            requests,
+            concurrency if fastest else None,
+            timeout_s=_LOAD_TIMEOUT_S,
+            error_pause_s=0.0,
+            api_key=key,
+        )
         cut_short = _run_load(running, len(requests))
         summary = summarize_load(running, len(requests), cut_short=cut_short)
         if as_json:

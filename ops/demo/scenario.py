@@ -23,7 +23,7 @@ from ops.demo.record import (
 )
 from ops.demo.screen import DemoScreen, DemoView
 from ops.demo.stack_monitor import StackMonitor, build_version_records, newest_rate, read_versions
-from ops.loadgen.load import Load, Prompt, Response, chat_request
+from ops.loadgen.load import Load, Prompt, Response, chat_request, read_api_key
 from ops.local.stack import Stack
 from pipeline.delta import DeltaLog
 
@@ -241,7 +241,8 @@ class Scenario:
         requests = (
             chat_request(model, prompt, self.max_tokens, speculate=speculate, trace=trace) for prompt in selected
         )
-        load = Load(f"http://{serve.host}:{serve.port}", requests, self.concurrency)
+        key = read_api_key(serve)
+        load = Load(f"http://{serve.host}:{serve.port}", requests, self.concurrency, api_key=key)
         (self._traced if trace else self._untraced).append(load)
         load.start()
         return load

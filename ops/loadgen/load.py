@@ -30,6 +30,8 @@ from typing import Any
 import httpx
 
 from schemas.errors import UserError
+from schemas.settings import Serve
+from serving.http.tokens import TokenFile
 
 _CONNECT_TIMEOUT_S = 10.0
 _MAX_KEEPALIVE = 64
@@ -124,14 +126,25 @@ def completion_request(
     return Request("/v1/completions", _streamed(model, body), headers, label or "", due_s=due_s)
 
 
-def read_model_name(url: str) -> str:
+def read_api_key(serve: Serve) -> str:
+    """Return the first of a node's API keys, empty if it needs none.
+
+    Raises:
+        SettingsError: ``serve.api_keys_file`` cannot be read.
+    """
+    keys = TokenFile("serve.api_keys_file", serve.api_keys_file).read() if serve.api_keys_file else []
+    return keys[0].decode("latin-1") if keys else ""
+
+
+def read_model_name(url: str, api_key: str = "") -> str:
     """Return the name of the first model that a node serves.
 
     Raises:
         UserError: no node answers at this address.
     """
     try:
-        answer = httpx.get(f"{url.rstrip('/')}/v1/models", timeout=_CONNECT_TIMEOUT_S)
+        models = f"{url.rstrip('/')}/v1/models"
+        answer = httpx.get(models, headers=_authorization(api_key), timeout=_CONNECT_TIMEOUT_S)
         answer.raise_for_status()
         return str(answer.json()["data"][0]["id"])
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, IndexError) as error:
@@ -150,6 +163,8 @@ class Load:
     """Longest silence of the node within a response."""
     error_pause_s: float = 0.5
     """Pause of a client after a failed request."""
+    api_key: str = field(default="", repr=False)
+    """Key of a node that needs one."""
     responses: list[Response] = field(default_factory=list)
     """In the order in which they ended; the thread only appends."""
     sent: int = 0
@@ -210,7 +225,9 @@ class Load:
         timeout = httpx.Timeout(self.timeout_s, connect=_CONNECT_TIMEOUT_S)
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=self.concurrency or _MAX_KEEPALIVE)
         async with (
-            httpx.AsyncClient(base_url=self.url, timeout=timeout, limits=limits) as client,
+            httpx.AsyncClient(
+                base_url=self.url, headers=_authorization(self.api_key), timeout=timeout, limits=limits
+            ) as client,
             asyncio.TaskGroup() as tasks,
         ):
             if self.concurrency is None:
@@ -325,3 +342,7 @@ def _error_message(body: bytes) -> str:
 
 def _streamed(model: str, body: dict[str, Any]) -> dict[str, Any]:
     return {"model": model, **body, "stream": True, "stream_options": {"include_usage": True}}
+
+
+def _authorization(api_key: str) -> dict[bytes, bytes]:
+    return {b"authorization": f"Bearer {api_key}".encode("latin-1")} if api_key else {}

@@ -166,8 +166,18 @@ class Serve(Section):
     """Maximum choices of one request: its prompts times ``n``."""
     max_body_bytes: int = Field(4 << 20, ge=1024)
     """Maximum size of a request body. A larger body is rejected before it is read."""
+    drain_delay: Duration = Field(0, ge=0)
+    """Time after SIGTERM in which ``/ready`` returns 503 and new requests are still accepted: as long as load balancers
+    need to notice. After it new requests are rejected."""
     drain_timeout: Duration = Field(8, ge=0)
-    """Time for running requests to finish after SIGTERM. Requests that still run then end with an error."""
+    """Time for running requests to finish, after ``drain_delay``. Requests that still run then end with an error."""
+    api_keys_file: str = ""
+    """File with the API keys of ``/v1``, one per line; empty accepts requests without a key. The node reads it at each
+    request, so keys can be rotated without a restart."""
+    admin_host: str = "127.0.0.1"
+    """Address on which the admin API listens if it has its own port."""
+    admin_port: int = Field(0, ge=0, le=65535)
+    """Port of the admin API; 0 serves it on ``port``."""
     admin_token: Secret = SecretStr("")
     """Bearer token of the admin API. Without a token the admin API is closed."""
     admin_tokens_file: str = ""
@@ -496,13 +506,17 @@ class Settings(Section):
     stack: Stack = Stack()
 
     @model_validator(mode="after")
-    def _check_drafter(self) -> Settings:
+    def _check_engine(self) -> Settings:
         # A child process gets every setting as a variable, where a default looks like a value that was set.
         drafter = self.serve.drafter
         if self.serve.engine == "sglang" and drafter not in ("eagle", Serve.model_fields["drafter"].default):
             raise ValueError(
                 f"serve.drafter = {drafter!r} needs serve.engine = 'builtin'; SGLang drafts with the speculator alone "
                 "(serve.drafter = 'eagle')"
+            )
+        if self.serve.engine == "sglang" and self.serve.api_keys_file:
+            raise ValueError(
+                "serve.api_keys_file needs serve.engine = 'builtin'; SGLang serves the API itself: pass its --api-key"
             )
         return self
 

@@ -7,66 +7,28 @@ Every endpoint requires ``Authorization: Bearer`` with the token of ``serve.admi
 from __future__ import annotations
 
 import asyncio
-import hmac
 from collections.abc import Callable
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Annotated
 
 import fastapi
-import structlog
 from fastapi import APIRouter, Depends, FastAPI
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from schemas.settings import Serve, SettingsError
+from schemas.settings import Serve
 from schemas.status import SpeculatorStatus
 from serving.engines.base import HotSwapEngine, SpeculationFixedError
+from serving.http import errors
 from serving.http.errors import ApiError
+from serving.http.requests import BodyLimit
+from serving.http.tokens import TokenFile, is_authorized
 from serving.versions.cache import RegistryError, RejectedVersionError, UnknownVersionError
 from serving.versions.poller import VersionPoller
-
-log = structlog.get_logger()
 
 _TIMEOUT_S = 30.0
 """A pin that takes longer is answered with 202: it is still in progress."""
 _SWAPS_SHOWN = 10
-
-
-class AdminTokens:
-    """Tokens of the admin API.
-
-    The file is read at every call: a token can be added or removed while the node runs. To rotate a token, add the new
-    one as a line, hand it to its users, and remove the old line.
-    """
-
-    def __init__(self, serve: Serve) -> None:
-        """Read the file once.
-
-        Raises:
-            SettingsError: the file cannot be read.
-        """
-        self._token = serve.admin_token.get_secret_value().encode()
-        self._file = Path(serve.admin_tokens_file) if serve.admin_tokens_file else None
-        try:
-            self._read_file()
-        except OSError as error:
-            raise SettingsError(f"serve.admin_tokens_file {self._file}: {error.strerror}") from error
-
-    def read(self) -> list[bytes]:
-        """Return the current tokens; none of the file if it is unreadable."""
-        tokens = [self._token] if self._token else []
-        try:
-            return tokens + self._read_file()
-        except OSError as error:
-            log.warning("admin_tokens_unreadable", file=str(self._file), why=error.strerror)
-            return tokens
-
-    def _read_file(self) -> list[bytes]:
-        if self._file is None:
-            return []
-        lines = (line.strip() for line in self._file.read_bytes().splitlines())
-        return [line for line in lines if line and not line.startswith(b"#")]
 
 
 class PinBody(BaseModel):
@@ -77,9 +39,21 @@ class PinBody(BaseModel):
     version: str = Field(min_length=1, max_length=64)
 
 
+def create_app(serve: Serve) -> FastAPI:
+    """Return an application for operators' endpoints only, without the API."""
+    app = FastAPI(title="Aurora Stream", docs_url=None, redoc_url=None)
+    app.add_middleware(BodyLimit, limit=serve.max_body_bytes, reject=ApiError.response)
+    errors.install_handlers(app, lambda: None)
+    return app
+
+
 def add_routes(app: FastAPI, serve: Serve, engine: HotSwapEngine, poller: VersionPoller | None) -> None:
-    """Add the endpoints to the application."""
-    router = APIRouter(prefix="/admin/speculator", dependencies=[Depends(_authenticate(AdminTokens(serve)))])
+    """Add the endpoints to the application.
+
+    Raises:
+        SettingsError: ``serve.admin_tokens_file`` cannot be read.
+    """
+    router = APIRouter(prefix="/admin/speculator", dependencies=[Depends(_authenticate(serve))])
 
     @router.get("")
     async def show() -> SpeculatorStatus:
@@ -142,20 +116,19 @@ def speculator_status(serve: Serve, engine: HotSwapEngine, poller: VersionPoller
     )
 
 
-def _authenticate(tokens: AdminTokens) -> Callable[[str], None]:
+def _authenticate(serve: Serve) -> Callable[[str], None]:
+    token = serve.admin_token.get_secret_value().encode()
+    file = TokenFile("serve.admin_tokens_file", serve.admin_tokens_file) if serve.admin_tokens_file else None
+
     def authenticate(authorization: Annotated[str, fastapi.Header()] = "") -> None:
-        known = tokens.read()
+        known = ([token] if token else []) + (file.read() if file else [])
         if not known:
             message = (
                 "The admin endpoints are closed: this node has no token (set serve.admin_token, or "
                 "serve.admin_tokens_file with a file that has one)"
             )
             raise ApiError(403, message, kind="permission_error", code="admin_closed")
-        scheme, _, token = authorization.partition(" ")
-        # Header values arrive as latin-1; the token may be any bytes.
-        sent = token.strip().encode("latin-1")
-        # The sum compares every token, so that the time does not depend on the match.
-        if scheme.lower() != "bearer" or sum(hmac.compare_digest(sent, one) for one in known) == 0:
+        if not is_authorized(authorization, known):
             message = "Send a token of serve.admin_token or serve.admin_tokens_file as 'Authorization: Bearer TOKEN'"
             raise ApiError(401, message, kind="authentication_error", code="invalid_token")
 

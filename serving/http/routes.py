@@ -37,7 +37,8 @@ from serving.http.responses import (
     FinishReason,
     RequestUsage,
 )
-from serving.http.server import Drain, DrainMiddleware
+from serving.http.server import ApiKeyMiddleware, Drain, DrainMiddleware
+from serving.http.tokens import TokenFile
 
 _MAX_LABEL = 256
 _CLIENT_CLOSED_REQUEST = 499
@@ -236,7 +237,11 @@ def create_app(
     serve: Serve,
     is_traced: Callable[[str], bool],
 ) -> FastAPI:
-    """Return the application without the operator's endpoints; ``is_traced`` decides by the request's id."""
+    """Return the application without the operator's endpoints; ``is_traced`` decides by the request's id.
+
+    Raises:
+        SettingsError: ``serve.api_keys_file`` cannot be read.
+    """
     completions = Completions(engine, tokenizer, model, metrics, serve.max_choices, is_traced)
     app = FastAPI(title="Aurora Stream", docs_url=None, redoc_url=None)
 
@@ -266,6 +271,9 @@ def create_app(
         return error.response()
 
     app.add_middleware(BodyLimit, limit=serve.max_body_bytes, reject=reject)
+    if serve.api_keys_file:
+        keys = TokenFile("serve.api_keys_file", serve.api_keys_file)
+        app.add_middleware(ApiKeyMiddleware, keys=keys, reject=reject)
     app.add_middleware(DrainMiddleware, drain=drain, reject=reject)
     errors.install_handlers(app, lambda: metrics.count("rejected"))
     return app

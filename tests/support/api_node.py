@@ -33,6 +33,7 @@ class Node:
     server: DrainingServer
     url: str
     client: openai.OpenAI
+    drain: Drain
 
     def ask(self, content: str = "hello", **options: Any) -> Any:
         messages: Any = [{"role": "user", "content": content}]
@@ -59,7 +60,7 @@ def running_node(
     is_traced: Callable[[str], bool] = lambda _: True,
     tokenizer: Tokenizer | None = None,
 ) -> Iterator[Node]:
-    engine, metrics, drain = engine or EchoEngine(), CollectorRegistry(), Drain()
+    engine, metrics, drain = engine or EchoEngine(), CollectorRegistry(), Drain(serve.drain_delay)
     request_metrics = RequestMetrics(metrics)
     app = routes.create_app(engine, tokenizer or byte_tokenizer(), MODEL, request_metrics, drain, serve, is_traced)
     status.add_routes(app, "node-a", engine, request_metrics, metrics, None, poller, drain)
@@ -73,7 +74,7 @@ def running_node(
     url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     try:
         with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=10) as client:
-            yield Node(engine, server, url, client)
+            yield Node(engine, server, url, client, drain)
     finally:
         engine.stop()
         server.should_exit = True

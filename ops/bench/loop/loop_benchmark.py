@@ -97,7 +97,13 @@ def own_settings(settings: Settings) -> Settings:
     changed: dict[str, dict[str, object]] = {
         "kafka": {"bootstrap_servers": Kafka().bootstrap_servers, "client_options": {}},
         "tables": {"uri": str(folder / "tables"), "storage_options": {}},
-        "serve": {"host": _LOOPBACK, "port": free_port(), "admin_token": SecretStr(secrets.token_urlsafe())},
+        "serve": {
+            "host": _LOOPBACK,
+            "port": free_port(),
+            "api_keys_file": "",
+            "admin_port": 0,
+            "admin_token": SecretStr(secrets.token_urlsafe()),
+        },
         "traces": {"claim_check_uri": str(folder / "claims"), "claim_check_options": {}},
         "stream": {"host": _LOOPBACK, "port": free_port(), "data_dir": str(folder / "stream")},
         "train": {"host": _LOOPBACK, "port": free_port(), "checkpoint_dir": str(folder / "train")},

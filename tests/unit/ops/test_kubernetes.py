@@ -138,7 +138,7 @@ def test_its_environment_holds_valid_settings(name: str) -> None:
     environ |= {one["name"]: one.get("value", "a-pod") for one in container(name)["env"]}
     settings = load(environ=environ)
     grace = pod(name)["terminationGracePeriodSeconds"]
-    assert name != "serve" or grace >= settings.serve.drain_timeout + 7
+    assert name != "serve" or grace >= settings.serve.drain_delay + settings.serve.drain_timeout + 7
 
 
 def test_no_secret_is_in_a_file() -> None:

@@ -9,13 +9,14 @@ import httpx
 import pytest
 from api_node import Node, eventually, running_node
 from echo_engine import EchoEngine
+from fastapi import FastAPI
 from pydantic import SecretStr
 from version_registry import LINE, FakeRegistry
 
 from schemas.settings import Serve, Settings, SettingsError
 from schemas.status import ServeStatus, SpeculatorStatus
 from serving.http import admin as admin_api
-from serving.http.admin import AdminTokens
+from serving.http.server import BackgroundServer, bind
 from serving.versions.poller import VersionPoller
 
 TOKEN = "geheim-größe"
@@ -109,7 +110,33 @@ def test_tokens_of_a_file_can_be_added_and_removed_while_the_node_runs(tmp_path:
 
 def test_a_missing_token_file_is_a_settings_error(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"serve\.admin_tokens_file .*No such file"):
-        AdminTokens(Serve(admin_tokens_file=str(tmp_path / "none")))
+        admin_api.add_routes(FastAPI(), Serve(admin_tokens_file=str(tmp_path / "none")), EchoEngine(), None)
+
+
+def test_the_admin_api_can_have_a_port_of_its_own() -> None:
+    engine = EchoEngine()
+    app = admin_api.create_app(SERVE)
+    admin_api.add_routes(app, SERVE, engine, None)
+    with bind("127.0.0.1", 0) as admin_socket:
+        server = BackgroundServer(app, admin_socket, "admin-http")
+        url = f"http://127.0.0.1:{admin_socket.getsockname()[1]}"
+        for path, expected in (("/admin/speculator", 200), ("/v1/models", 404), ("/status", 404)):
+            assert httpx.get(url + path, headers=bearer(TOKEN)).status_code == expected
+        assert httpx.get(f"{url}/admin/speculator").status_code == 401
+        assert httpx.post(f"{url}/admin/speculator/off", headers=bearer(TOKEN)).status_code == 200
+        assert not engine.speculating
+        body = b"x" * (SERVE.max_body_bytes + 1)
+        assert httpx.post(f"{url}/admin/speculator/pin", headers=bearer(TOKEN), content=body).status_code == 413
+        server.close()
+        with pytest.raises(httpx.TransportError):
+            httpx.get(f"{url}/admin/speculator")
+
+
+def test_a_taken_admin_port_is_an_error_that_names_its_setting() -> None:
+    with bind("127.0.0.1", 0) as taken:
+        taken.listen()
+        with pytest.raises(SettingsError, match=r"^serve\.admin_port: cannot listen"):
+            bind("127.0.0.1", taken.getsockname()[1], "serve.admin_")
 
 
 def test_the_status_shows_the_active_version_and_its_role(admin: Admin) -> None:

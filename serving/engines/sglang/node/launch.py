@@ -108,7 +108,15 @@ def _supervise(settings: Settings, given: Flags, signals: list[int]) -> int:
             time.sleep(_POLL_S)
         if sidecar:
             sidecar.drain.start()
+            _wait_delay(child, signals, settings.serve.drain_delay)
         return _stop(child, signals, settings.serve.drain_timeout)
+
+
+def _wait_delay(child: ChildProcess, signals: list[int], drain_delay: float) -> None:
+    """Let the server accept requests until load balancers have seen ``/ready``; a second signal ends the wait."""
+    deadline = time.monotonic() + drain_delay
+    while child.code is None and len(signals) == 1 and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
 
 
 def _stop(child: ChildProcess, signals: list[int], drain_timeout: float) -> int:

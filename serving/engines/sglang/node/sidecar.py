@@ -5,11 +5,10 @@ from __future__ import annotations
 import shutil
 import tempfile
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 import structlog
-import uvicorn
-from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
 from schemas.settings import Settings, SettingsError
@@ -23,8 +22,8 @@ from serving.engines.sglang.node.flags import DraftFolder
 from serving.engines.sglang.node.remote_engine import RemoteEngine, ServedDraft
 from serving.engines.sglang.node.weights import compare_checksums, draft_tensors
 from serving.engines.sglang.plugin import compatibility
-from serving.http import admin, errors, status, webhook
-from serving.http.server import Drain, bind
+from serving.http import admin, status, webhook
+from serving.http.server import BackgroundServer, Drain, bind
 from serving.versions.alias_policy import FollowedAliases, apply_answer
 from serving.versions.cache import MlflowRegistry, RegistryError
 from serving.versions.poller import VersionPoller
@@ -32,6 +31,7 @@ from serving.versions.poller import VersionPoller
 log = structlog.get_logger()
 
 _READY_POLL_S = 0.2
+_JOIN_S = 2.0
 
 
 def read_target_line(settings: Settings) -> SpeculatorLine:
@@ -101,38 +101,32 @@ class Sidecar:
         self, settings: Settings, server: SglangServer, engine: RemoteEngine, registry: MlflowRegistry
     ) -> None:
         serve = settings.serve
-        self._socket, self._server, self._engine = bind(serve.host, serve.port), server, engine
+        self._server, self._engine, self._stack = server, engine, ExitStack()
+        sockets = [self._stack.enter_context(bind(serve.host, serve.port))]
+        if serve.admin_port:
+            sockets.append(self._stack.enter_context(bind(serve.admin_host, serve.admin_port, "serve.admin_")))
         self._poller = VersionPoller(registry, engine, settings) if serve.speculate else None
         self._stopping, self._is_polling = threading.Event(), False
         self.drain = Drain()
-        app, metrics = FastAPI(title="Aurora Stream", docs_url=None, redoc_url=None), CollectorRegistry()
+        app, metrics = admin.create_app(serve), CollectorRegistry()
         register_process_metrics(metrics)
         status.add_routes(app, serve.node, engine, engine, metrics, engine.watch, self._poller, self.drain)
-        admin.add_routes(app, serve, engine, self._poller)
         webhook.add_route(app, serve.webhook_secret, engine.line, self._poller)
-        errors.install_handlers(app, lambda: None)
-        config = uvicorn.Config(
-            app, log_config=None, log_level="warning", access_log=False, timeout_graceful_shutdown=1
-        )
-        self._http = uvicorn.Server(config)
-        sockets = {"sockets": [self._socket]}
-        self._threads = [
-            threading.Thread(target=self._http.run, kwargs=sockets, name="sidecar-http", daemon=True),
-            threading.Thread(target=self._start_polling, name="sidecar-start", daemon=True),
-        ]
-        for thread in self._threads:
-            thread.start()
+        admin_app = admin.create_app(serve) if serve.admin_port else app
+        admin.add_routes(admin_app, serve, engine, self._poller)
+        for own, server_socket in zip((app, admin_app), sockets, strict=False):
+            self._stack.callback(BackgroundServer(own, server_socket, "sidecar-http").close)
+        self._starting = threading.Thread(target=self._start_polling, name="sidecar-start", daemon=True)
+        self._starting.start()
 
     def close(self) -> None:
         """Stop all of it; a thread that hangs ends with the process."""
         self._stopping.set()
-        self._http.should_exit = True
-        for thread in self._threads:
-            thread.join(2.0)
+        self._starting.join(_JOIN_S)
         if self._poller and self._is_polling:
             self._poller.stop()
         self._engine.stop()
-        self._socket.close()
+        self._stack.close()
         self._server.close()
 
     def _start_polling(self) -> None:

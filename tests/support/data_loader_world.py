@@ -72,13 +72,21 @@ class World:
             self.offset += 1
         self._append(tables_of(*records), names)
 
-    def commit_as(self, ids: Iterable[str], *, label: str | None = None, speculator: str = "1") -> None:
-        """Commit requests one by one, with a label and a speculator version."""
+    def commit_as(
+        self,
+        ids: Iterable[str],
+        *,
+        label: str | None = None,
+        speculator: str = "1",
+        draft_sources: list[int] | None = None,
+    ) -> None:
+        """Commit requests one by one, with a label, a speculator version, and the sources of each draft."""
         for request in ids:
             record = record_of(request, conversation([(self.offset + i) % 19 for i in range(11)], 4), self.offset)
             self.offset += 1
             rows = tables_of(record)
-            self._append({name: _as(rows[name], label=label, speculator=speculator) for name in rows})
+            values = {"label": label, "speculator": speculator, "draft_sources": draft_sources}
+            self._append({name: _as(rows[name], **values) for name in rows})
 
     def commit_bare(self, request: str, first_verify_step: int, *, before: bool = True) -> None:
         """Commit a chunk without features, from the given verify step on."""
@@ -123,7 +131,7 @@ def as_json(loader: DataLoader) -> DataLoaderState:
     return DataLoaderState.model_validate_json(loader.snapshot().state().model_dump_json())
 
 
-def _as(rows: pa.Table, **values: str | None) -> pa.Table:
+def _as(rows: pa.Table, **values: object) -> pa.Table:
     for column, value in values.items():
         if (at := rows.schema.get_field_index(column)) >= 0:
             field = rows.schema.field(at)

@@ -249,8 +249,9 @@ class DataLoader:
         weight = staleness_weight(behind, self._settings.staleness_half_life)
         if weight == 1:
             return sample
-        self.counts["branches_stale"] += len(sample.branches)
-        return replace(sample, branches=tuple(replace(branch, weight=weight) for branch in sample.branches))
+        self.counts["branches_stale"] += sum(branch.by_speculator for branch in sample.branches)
+        branches = (replace(branch, weight=weight) if branch.by_speculator else branch for branch in sample.branches)
+        return replace(sample, branches=tuple(branches))
 
     def _with_features(self, entry: TableEntry) -> Sample:
         if not entry.sample.has_features:

@@ -119,7 +119,8 @@ def staleness_weight(versions_behind: int, half_life: float) -> float:
 
     Only rejected branches go stale. The teacher is the target's distribution after any drafted tokens, so no branch is
     wrong, and accepted samples are what the target generates under any draft. But the draft of that time chose the
-    branch: it helps where today's draft would fail in the same way, which becomes rarer with every version.
+    branch: it helps where today's draft would fail in the same way, which becomes rarer with every version. Branches of
+    the suffix drafter alone do not depend on a version, so they do not go stale.
 
     Args:
         versions_behind: Versions between the drafting one and the newest; 0 or less is not stale.

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from schemas.trace.record import DraftSource
+
 ACCEPTED_COLUMNS = (
     *("topic", "partition", "offset", "time", "request", "target", "line", "label", "speculator"),
     *("position", "tokens", "next_token", "features", "feature_width", "loss_mask"),
@@ -22,7 +24,7 @@ ACCEPTED_COLUMNS = (
 )
 REJECTED_COLUMNS = (
     *("topic", "partition", "offset", "target", "line", "root_position", "branch", "accepted_prefix"),
-    *("draft_logprobs", "top_k", "teacher_ids", "teacher_logprobs"),
+    *("draft_logprobs", "top_k", "teacher_ids", "teacher_logprobs", "draft_sources"),
 )
 
 UNLABELLED = "(none)"
@@ -55,11 +57,14 @@ class Branch:
     accepted_prefix: int
     """Number of accepted nodes; ``tokens[accepted_prefix]`` is the first rejected token."""
     draft_logprobs: tuple[float, ...]
-    """[m] log-probability that the serving draft gave each node; NaN where the node did not know it."""
+    """[m] log-probability that the serving draft gave each node; NaN where the serving node did not know it, and for
+    tokens that only the suffix drafter proposed."""
     teacher: Teacher
     """[m, k] the target's distribution after consuming each node."""
     weight: float = 1.0
     """Factor on the branch's loss, multiplied with the weight of its sample."""
+    by_speculator: bool = True
+    """Whether the serving draft proposed any of the tokens."""
 
     @property
     def rejected_prob(self) -> float:
@@ -183,12 +188,15 @@ def _read_features(row: Row) -> Tensor:
 
 
 def _read_branch(row: Row, position: int) -> Branch:
+    logprobs, sources = row["draft_logprobs"], row["draft_sources"]
+    by_speculator = [True] * len(logprobs) if sources is None else [bool(s & DraftSource.SPECULATOR) for s in sources]
     return Branch(
         root=row["root_position"] - position,
         tokens=tuple(row["branch"]),
         accepted_prefix=row["accepted_prefix"],
-        draft_logprobs=tuple(row["draft_logprobs"]),
+        draft_logprobs=tuple(p if known else math.nan for p, known in zip(logprobs, by_speculator, strict=True)),
         teacher=_read_teacher(row),
+        by_speculator=any(by_speculator),
     )
 
 

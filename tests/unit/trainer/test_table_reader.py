@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from data_loader_world import MemoryLog, World, as_json, drain, names, requests
 from deltalake import CommitProperties, Transaction, write_deltalake
-from recorded import record_of, tables_of, verify_step_of
+from recorded import conversation, record_of, tables_of, verify_step_of
 
 from pipeline.delta import OLDEST, TableError
 from schemas.batches import TABLES
+from schemas.trace.record import DraftSource
 from trainer.data.data_loader import DataLoaderError
 from trainer.data.samples import Sample
 
@@ -136,6 +139,38 @@ def test_branches_whose_root_is_in_another_chunk_are_counted(world: World) -> No
     (sample,) = loader.next_samples()
     assert [(b.tokens, b.draft_logprobs) for b in sample.branches] == [((7, 7), (-5.0, -5.0))]
     assert loader.counts["branches_without_root"] == 1
+
+
+def test_tokens_of_the_suffix_drafter_train_but_have_no_probability_of_the_serving_draft(world: World) -> None:
+    both, suffix = int(DraftSource.SPECULATOR | DraftSource.SUFFIX), int(DraftSource.SUFFIX)
+    (request,) = requests(1)
+    prompt, *steps = conversation(range(11), 4)
+    sources = [None, (both, suffix), (suffix, suffix)]
+    drafted = [
+        replace(step, draft_sources=of_step, speculator="" if of_step == (suffix, suffix) else "7")
+        for step, of_step in zip(steps, sources, strict=True)
+    ]
+    rows = tables_of(record_of(request, [prompt, *drafted], 0))
+    for name in ("rejected", "accepted"):
+        world.tables.append(name, rows[name])
+    loader = world.data_loader(batch_size=1, replay_batch_size=0)
+    loader.poll()
+    (sample,) = loader.next_samples()
+    assert [branch.by_speculator for branch in sample.branches] == [True, True, False]
+    known = [[not math.isnan(logprob) for logprob in branch.draft_logprobs] for branch in sample.branches]
+    assert known == [[True, True], [True, False], [False, False]]
+    assert sample.output_tokens == 7, "accepted tokens count whatever proposed them"
+    assert loader._reader.newest_drafted_by == 7
+
+
+def test_branches_of_the_suffix_drafter_do_not_go_stale(world: World) -> None:
+    ids = requests(2)
+    world.commit_as(ids[:1], speculator="1", draft_sources=[2, 2])
+    world.commit_as(ids[1:], speculator="3")
+    loader = world.data_loader(batch_size=2, replay_batch_size=0, staleness_half_life=1)
+    loader.poll()
+    assert [{branch.weight for branch in sample.branches} for sample in loader.next_samples()] == [{1.0}, {1.0}]
+    assert loader.counts["branches_stale"] == 0
 
 
 def test_an_outage_of_the_tables_loses_nothing(world: World) -> None:

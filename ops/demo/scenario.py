@@ -38,7 +38,7 @@ _LAST_RESPONSES_S = 180.0
 _STOP_AND_CHECK_S = 60.0
 """Drain, stop of the stack and lossless check."""
 _MIN_TRAFFIC_S = 30.0
-_FIRST_TRIALS = 3
+_FIRST_TRIALS = 4
 _FIRST_SHARE = 0.25
 """Share of the demo after which no further trial of the first requests begins."""
 _MIN_BLOCK = 8
@@ -121,11 +121,12 @@ class Scenario:
         self._total_s = minutes * 60
         one, other = ([Prompt(domain, text) for text in prompts.read_prompts(domain)] for domain in prompts.DOMAINS)
         block = size_measured_block(self.concurrency)
-        unsent = min((plan_schedule(minutes, 0, 0).trials + 1) * block, len(other) // 2)
+        unsent = min((plan_schedule(minutes, 0, 0).trials + 1) * block + self.concurrency, len(other) // 2)
         first, second, reserved = cycle(one), cycle(other[:-unsent]), cycle(other[-unsent:])
         self.stack.start()
         try:
             self._catch_up()
+            self._warm_up(reserved)
             self._send_first_requests(first, until_s=_FIRST_SHARE * self._total_s)
             block_s = block / max(self._plain_requests_per_s, 0.1)
             schedule = plan_schedule(minutes, time.monotonic() - self._began, block_s)
@@ -173,9 +174,13 @@ class Scenario:
         self._base = self._count_rows()
         self._champions = self._champions[-1:]
 
+    def _warm_up(self, unsent: Iterator[Prompt]) -> None:
+        """Let the node answer for the first time, without speculation: neither arm of the first trial pays for it."""
+        self._phase = "first requests"
+        self._run_block(list(islice(unsent, self.concurrency)), speculate=False, trace=False)
+
     def _send_first_requests(self, traffic: Iterator[Prompt], until_s: float) -> None:
         """Send the first requests of the traffic, and the same prompts without speculation and without a trace."""
-        self._phase = "first requests"
         for number, size in enumerate(size_first_blocks(self.concurrency)):
             if self._first and time.monotonic() - self._began > until_s:
                 break
@@ -204,8 +209,11 @@ class Scenario:
 
     @property
     def _serves_champion(self) -> bool:
+        """Whether the node has nothing to swap: it has the champion, or drafts without versions."""
         serve, promoter = self._monitor.overview.serve, self._monitor.overview.promoter
-        return serve is not None and promoter is not None and promoter.champion in (None, serve.speculator)
+        if serve is None or promoter is None:
+            return False
+        return not serve.speculator or promoter.champion in (None, serve.speculator)
 
     def _measure(self, unsent: Iterator[Prompt], size: int, trials: int) -> None:
         """Compare speculation with none on prompts that were not sent before, without traces."""

@@ -8,6 +8,7 @@ from statistics import median
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
+from numpy import quantile
 
 from ops.demo.comparison import measure_speedup
 from ops.demo.record import DemoRun, StackSample, busy_span, rolling_acceptance_length, rolling_suffix_length
@@ -34,6 +35,8 @@ _SUFFIX = OTHERS[1]
 """Color of what the suffix drafter contributes."""
 _AREA = 0.3
 """Opacity of a filled area."""
+_SHOWN_DOTS = 0.98
+"""Share of the requests whose dots are certainly below the top edge."""
 _ACCEPTANCE_HEIGHT_IN = 3.9
 _THROUGHPUT_HEIGHT_IN = 3.2
 _LABEL_IN = 0.19
@@ -95,10 +98,12 @@ def acceptance_chart(run: DemoRun) -> str:
             return render_empty(figure, axes, "no request succeeded")
         numbers = range(1, len(succeeded) + 1)
         lengths = [1 + request.accepted_tokens / max(request.verify_steps, 1) for request in succeeded]
+        total = rolling_acceptance_length(succeeded)
         axes.scatter(numbers, lengths, s=13, color=FAINT, linewidths=0)
         axes.set_xlim(0, len(succeeded) + 1)
-        axes.set_ylim(1, 1 + _HEADROOM * (max([*lengths, 1.1]) - 1))
-        _draw_sources(axes, numbers, rolling_suffix_length(succeeded), rolling_acceptance_length(succeeded))
+        # A few single requests far above the mean would flatten it.
+        axes.set_ylim(1, 1 + _HEADROOM * (max([*total, quantile(lengths, _SHOWN_DOTS), 1.1]) - 1))
+        _draw_sources(axes, numbers, rolling_suffix_length(succeeded), total)
         _draw_context(axes, domain_spans(succeeded), version_marks(run, succeeded))
         axes.set_xlabel("requests, in the order in which they ended")
         axes.set_ylabel("acceptance length, tokens")

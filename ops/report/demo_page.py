@@ -55,8 +55,8 @@ def version_rows(run: DemoRun) -> list[list[str]]:
 def _subtitle(run: DemoRun, figures: dict[str, Any]) -> str:
     date = datetime.fromtimestamp(run.started, UTC).strftime("%d %B %Y")
     domains = " then ".join(run.domains) or "no"
-    first_version = next((version for request in run.requests for version in request.speculators), "")
-    untrained = "It started untrained. " if first_version.startswith(DAY_0) else ""
+    versions = {version for request in run.requests for version in request.speculators}
+    untrained = "It started untrained. " if any(version.startswith(DAY_0) for version in versions) else ""
     return (
         f"{untrained}{figures['requests']} requests with {domains} prompts, "
         f"{run.ended - run.started:.0f} seconds from start to end, {date}."

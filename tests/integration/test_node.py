@@ -157,6 +157,27 @@ def test_a_draining_node_finishes_its_answer_and_rejects_new_requests(start: Cal
     assert "traces_closed" in node.log.read_text()
 
 
+def test_an_idle_node_accepts_requests_with_a_key_until_its_delay_is_over(
+    start: Callable[..., Node], free_port: Callable[[], int], tmp_path: Path
+) -> None:
+    (tmp_path / "keys").write_text("key-a\n")
+    admin = free_port()
+    options = {"serve__admin_port": admin, "serve__admin_token": "geheim", "serve__drain_delay": 60}
+    node = start(serve__api_keys_file=str(tmp_path / "keys"), traces__enabled=False, **options)
+    messages: Any = [{"role": "user", "content": "Hi"}]
+    ask = node.client.with_options(api_key="key-a").chat.completions.create
+    with pytest.raises(openai.AuthenticationError):
+        node.ask("Hi")
+    headers = {"authorization": "Bearer geheim"}
+    shown = [httpx.get(f"{url}/admin/speculator", headers=headers) for url in (node.url, f"http://127.0.0.1:{admin}")]
+    assert [answer.status_code for answer in shown] == [404, 200]
+    node.process.send_signal(signal.SIGTERM)
+    eventually(lambda: httpx.get(f"{node.url}/ready").status_code == 503)
+    assert ask(model=MODEL, messages=messages, max_tokens=2).choices[0].message.content
+    node.process.send_signal(signal.SIGTERM)
+    assert node.process.wait(30) == 0
+
+
 def test_a_port_in_use_names_the_setting(free_port: Callable[[], int]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(SettingsError, match=r"serve\.port"):
         bind("127.0.0.1", taken.getsockname()[1])

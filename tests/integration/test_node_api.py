@@ -89,6 +89,50 @@ def test_choices_differ_and_are_reproducible_by_their_seed(node: Node) -> None:
     assert texts(1, seed=8) == [second]
 
 
+def test_an_answers_message_object_continues_the_conversation(node: Node) -> None:
+    def ask(messages: list[Any], **options: Any) -> Any:
+        options = {"model": MODEL, "temperature": 0, "max_tokens": 8} | options
+        return node.client.chat.completions.create(messages=messages, **options)
+
+    first = {"role": "user", "content": "Say hello."}
+    said = ask([first]).choices[0].message
+    parts = [{"type": "text", "text": "Again,"}, {"type": "text", "text": "please."}]
+    third = {"role": "user", "content": parts}
+    answers = [
+        ask([first, said, third]),
+        ask([first, said.model_dump(), third], temperature=1e-40),
+        ask([first, {"role": "assistant", "content": said.content}, {"role": "user", "content": "Again,\nplease."}]),
+    ]
+    assert len({answer.usage.prompt_tokens for answer in answers}) == 1
+    assert len({answer.choices[0].message.content for answer in answers}) == 1
+
+
+def test_a_call_and_its_result_are_part_of_the_prompt(node: Node, smollm2: Path) -> None:
+    call = {"id": "call_1", "type": "function", "function": {"name": "clock", "arguments": "{}"}}
+    messages: Any = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": "What time is it?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "12:00"},
+    ]
+    answer = node.client.chat.completions.create(model=MODEL, messages=messages, max_tokens=4, temperature=0)
+    turns = [("system", "Be brief."), ("user", "What time is it?"), ("assistant", ""), ("tool", "12:00")]
+    text = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns) + "<|im_start|>assistant\n"
+    tokenizer = AutoTokenizer.from_pretrained(smollm2, local_files_only=True)
+    assert answer.usage.prompt_tokens == len(tokenizer.encode(text))
+
+
+def test_half_a_surrogate_pair_and_an_unknown_token_are_rejected(node: Node) -> None:
+    def rejected(path: str, **body: Any) -> tuple[int, str]:
+        answer = httpx.post(f"{node.url}/v1/{path}", json={"model": MODEL, "max_tokens": 2} | body)
+        return answer.status_code, answer.json()["error"]["param"]
+
+    messages = [{"role": "user", "content": "cut \ud83d off"}]
+    assert rejected("chat/completions", messages=messages) == (400, "messages.0.content")
+    assert rejected("completions", prompt=[1, 49152]) == (400, "prompt")
+    assert rejected("completions", prompt="Hi", stop_token_ids=[49152]) == (400, "stop_token_ids")
+
+
 def test_a_text_and_its_token_ids_get_the_same_completion(node: Node, smollm2: Path) -> None:
     prompt = "The capital of France is"
     ids = AutoTokenizer.from_pretrained(smollm2, local_files_only=True).encode(prompt)

@@ -22,6 +22,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported
 )
 
 from pipeline.broker import TIMEOUT_S, TopicError, connect
+from schemas.answers import MAX_RECORD_BYTES
 from schemas.settings import Kafka
 
 log = structlog.get_logger()
@@ -78,7 +79,7 @@ def declare_topics(settings: Kafka) -> list[Topic]:
 
     The traces topic expires and is never compacted, so that its offsets have no holes. Its records have the broker's
     timestamp: a node whose clock is wrong affects neither retention nor the day in the tables. The speculators topic
-    keeps the newest move of each alias. The drift topic expires.
+    keeps the newest move of each alias. The topics of answers and drift events expire.
     """
     safe = {
         "min.insync.replicas": str((settings.replication_factor + 1) // 2),
@@ -91,10 +92,12 @@ def declare_topics(settings: Kafka) -> list[Topic]:
         "max.message.bytes": str(settings.max_message_bytes + HEADROOM_BYTES),
         "message.timestamp.type": "LogAppendTime",
     }
+    answers = {**expiring, "max.message.bytes": str(MAX_RECORD_BYTES + HEADROOM_BYTES)}
     replication = settings.replication_factor
     return [
         Topic(settings.traces_topic, settings.partitions, replication, traces),
         Topic(settings.speculators_topic, 1, replication, compacted, more_partitions_allowed=True),
+        Topic(settings.answers_topic, 1, replication, answers, more_partitions_allowed=True),
         Topic(settings.drift_topic, 1, replication, expiring, more_partitions_allowed=True),
     ]
 

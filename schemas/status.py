@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from schemas.events import AcceptanceStats, DriftEvent
+from schemas.settings.sections import SuffixScope
 
 
 class _Status(BaseModel):
@@ -35,6 +36,27 @@ class RejectedVersionStatus(_Status):
     time: float
     """Unix time in seconds."""
     why: str
+
+
+class CorpusStatus(_Status):
+    """The answers that a node drafts from. Counters start at zero with the process."""
+
+    scope: SuffixScope
+    tokens: int
+    bytes: int
+    """Bytes of the corpus, and of the answers that wait for the engine."""
+    answers_published: int
+    """Answers that the broker acknowledged."""
+    answers_not_published: dict[str, int]
+    """Answers that the broker did not get, by reason."""
+    answers_consumed: int
+    """Answers read from the topic for the engine."""
+    answers_not_consumed: dict[str, int]
+    """Answers read from the topic and not used, by reason."""
+    answers_lag: int
+    """Answers that are not yet read from the topic."""
+    answers_error: str | None
+    """Why no answers arrive."""
 
 
 class ServeStatus(_Status):
@@ -82,6 +104,8 @@ class ServeStatus(_Status):
     swaps: list[SwapStatus]
     """Newest swaps, oldest first."""
     versions_rejected: list[RejectedVersionStatus]
+    corpus: CorpusStatus | None = None
+    """None without a suffix drafter."""
 
 
 class SpeculatorStatus(_Status):

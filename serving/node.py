@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
+from collections.abc import Callable
 from contextlib import ExitStack
 from types import FrameType
 from typing import NoReturn
@@ -18,6 +19,8 @@ from transformers.utils.logging import disable_progress_bar
 from schemas.settings import Settings
 from schemas.telemetry import logs, spans
 from schemas.telemetry.metrics import register_process_metrics
+from serving.answers.consumer import AnswerConsumer
+from serving.answers.publisher import AnswerPublisher
 from serving.engines.builtin.engine import BuiltinEngine
 from serving.http import admin, routes, status, webhook
 from serving.http.generation import RequestMetrics
@@ -33,6 +36,8 @@ _SHUTDOWN_S = 2
 """Time for the error responses to requests that outlast the drain."""
 _FLUSH_S = 4.0
 """Time for the last traces. With the default drain timeout, all is below the 15 s that supervisors commonly wait."""
+_ANSWERS_FLUSH_S = 1.0
+"""Time for the last answers."""
 
 
 def run(settings: Settings) -> None:
@@ -55,10 +60,16 @@ def run(settings: Settings) -> None:
         if serve.admin_port:
             admin_socket = stack.enter_context(bind(serve.admin_host, serve.admin_port, "serve.admin_"))
         publisher = TracePublisher(settings.kafka, settings.traces) if settings.traces.enabled else None
-        engine = BuiltinEngine(settings, publisher)
+        answers = None
+        if settings.traces.enabled and serve.suffix_scope != "request":
+            answers = AnswerPublisher(settings.kafka, serve.suffix_scope)
+        engine = BuiltinEngine(settings, publisher, answers)
         if publisher:
             publisher.start(Origin(settings.serve.node, engine.target, engine.line, engine.vocabulary))
             stack.callback(_close, publisher)
+        if answers:
+            answers.start(serve.node, engine.line)
+            stack.callback(answers.close, _ANSWERS_FLUSH_S)
         engine.start()
         stack.callback(engine.stop)
         poller = None
@@ -66,14 +77,19 @@ def run(settings: Settings) -> None:
             poller = VersionPoller(MlflowRegistry(settings.registry, engine.line), engine, settings)
             poller.start()
             stack.callback(poller.stop)
-        _serve(settings, engine, publisher, poller, server_socket, admin_socket)
+        corpus = status.CorpusReport(
+            serve.suffix_scope, engine.corpus, answers, _start_consumer(settings, engine, stack)
+        )
+        is_traced = publisher.sample if publisher else lambda _request: False
+        reports = status.Reports(publisher, poller, corpus)
+        _serve(settings, engine, is_traced, reports, server_socket, admin_socket)
 
 
 def _serve(
     settings: Settings,
     engine: BuiltinEngine,
-    publisher: TracePublisher | None,
-    poller: VersionPoller | None,
+    is_traced: Callable[[str], bool],
+    reports: status.Reports,
     server_socket: socket.socket,
     admin_socket: socket.socket | None,
 ) -> None:
@@ -81,12 +97,11 @@ def _serve(
     register_process_metrics(registry)
     metrics, drain = RequestMetrics(registry), Drain(serve.drain_delay)
     tokenizer = AutoTokenizer.from_pretrained(settings.target.path, local_files_only=True)
-    is_traced = publisher.sample if publisher else lambda _request: False
     app = routes.create_app(engine, tokenizer, settings.target.served_model_name, metrics, drain, serve, is_traced)
-    status.add_routes(app, serve.node, engine, metrics, registry, publisher, poller, drain)
+    status.add_routes(app, serve.node, engine, metrics, registry, reports, drain)
     admin_app = app if admin_socket is None else admin.create_app(serve)
-    admin.add_routes(admin_app, serve, engine, poller)
-    webhook.add_route(app, serve.webhook_secret, engine.line, poller)
+    admin.add_routes(admin_app, serve, engine, reports.poller)
+    webhook.add_route(app, serve.webhook_secret, engine.line, reports.poller)
     config = uvicorn.Config(
         app, log_config=None, log_level="warning", access_log=False, timeout_graceful_shutdown=_SHUTDOWN_S
     )
@@ -96,6 +111,17 @@ def _serve(
         if admin_socket is not None:
             stack.callback(BackgroundServer(admin_app, admin_socket, "admin-http").close)
         DrainingServer(config, drain, serve.drain_timeout, engine.stop).run(sockets=[server_socket])
+
+
+def _start_consumer(settings: Settings, engine: BuiltinEngine, stack: ExitStack) -> AnswerConsumer | None:
+    """Start to read the answers of other nodes, if the engine drafts from them; ``stack`` ends it."""
+    serve = settings.serve
+    if not serve.speculate or serve.drafter == "eagle" or serve.suffix_scope == "request":
+        return None
+    consumer = AnswerConsumer(settings.kafka, serve, engine.learn)
+    consumer.start(engine.line, engine.vocabulary)
+    stack.callback(consumer.stop)
+    return consumer
 
 
 def _close(publisher: TracePublisher) -> None:

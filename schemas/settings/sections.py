@@ -26,6 +26,8 @@ class Kafka(Section):
     """Topic of the trace records."""
     speculators_topic: str = "aurora.speculators.v1"
     """Compacted topic of the alias moves."""
+    answers_topic: str = "aurora.answers.v1"
+    """Topic of the answers that nodes draft from."""
     drift_topic: str = "aurora.drift.v1"
     """Topic of the drift events."""
     partitions: int = Field(2, ge=1)
@@ -33,7 +35,8 @@ class Kafka(Section):
     replication_factor: int = Field(1, ge=1)
     """Replicas of every topic. With 3 or more, more than half of them must acknowledge a record."""
     retention: Duration = Field(72 * 3600, gt=0)
-    """Time for which the traces topic and the drift topic keep a record."""
+    """Time for which the topics of traces, answers and drift events keep a record, and a node the answers that it
+    drafts from."""
     max_message_bytes: int = Field(1_000_000, ge=10_000)
     """Maximum size of a trace message. A longer request is split into several chunks."""
     client_options: Options = Field(default_factory=dict)
@@ -137,8 +140,10 @@ class Serve(Section):
     ``label``, requests without a label have their own tokens alone. Clients can measure what others were answered:
     see the security page."""
     suffix_corpus_bytes: int = Field(32 << 20, ge=1 << 16)
-    """Maximum size of the suffix drafter's earlier answers in memory, over all labels: 64 bytes per token. The oldest
+    """Maximum size of the suffix drafter's earlier answers in memory, over all labels: 73 bytes per token. The oldest
     answers are overwritten."""
+    suffix_start_answers: int = Field(20_000, ge=0)
+    """Number of newest answers that a node reads from the answers topic at start."""
     num_speculative_tokens: int = Field(6, ge=1, le=16)
     """Maximum depth of a draft: draft tokens in sequence per verify step."""
     draft_tree_width: int = Field(1, ge=1, le=8)

@@ -6,7 +6,7 @@ once: the HTTP API hands an output to its event loop, and the trace publisher pu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -114,6 +114,13 @@ class TraceSink(Protocol):
 
     def record(self, request: Request, verify_steps: tuple[VerifyStep, ...], finish: Finish | None) -> None:
         """Record the next verify steps of a request; ``finish`` accompanies the last ones."""
+
+
+class AnswerSink(Protocol):
+    """Receives finished answers to requests that may be traced. Never blocks and never raises."""
+
+    def publish(self, request: Request, output: Sequence[int]) -> None:
+        """Take the complete output of a request."""
 
 
 class HotSwapEngine(Protocol):

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Metric, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-from schemas.status import ServeStatus
+from schemas.settings.sections import SuffixScope
+from schemas.status import CorpusStatus, ServeStatus
+from serving.answers.consumer import AnswerConsumer
+from serving.answers.counts import AnswerCounts
+from serving.answers.publisher import AnswerPublisher
 from serving.engines.base import HotSwapEngine
+from serving.engines.builtin.scoped_corpus import ScopedCorpus
 from serving.http.server import Drain
 from serving.traces.accounting import TraceCounts
 from serving.versions.poller import VersionPoller
 
+_NO_ANSWERS = AnswerCounts(0, {})
 _NO_TRACES = TraceCounts(0, 0, {}, 0, 0)
 
 
@@ -43,6 +49,47 @@ class TraceSource(Protocol):
 
     def collect(self) -> Iterator[Metric]:
         """Yield the metrics at scrape time."""
+
+
+class CorpusReport(NamedTuple):
+    """The corpus of a node, and its exchange with the answers topic."""
+
+    scope: SuffixScope
+    corpus: ScopedCorpus
+    publisher: AnswerPublisher | None
+    """None if the node publishes no answers."""
+    consumer: AnswerConsumer | None
+    """None if it reads none."""
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the metrics at scrape time."""
+        for source in (self.corpus, self.publisher, self.consumer):
+            if source is not None:
+                yield from source.collect()
+
+    def status(self) -> CorpusStatus:
+        """Return the status."""
+        published = self.publisher.counts() if self.publisher else _NO_ANSWERS
+        consumed = self.consumer.counts() if self.consumer else _NO_ANSWERS
+        return CorpusStatus(
+            scope=self.scope,
+            tokens=self.corpus.num_tokens,
+            bytes=self.corpus.nbytes,
+            answers_published=published.done,
+            answers_not_published=dict(published.dropped),
+            answers_consumed=consumed.done,
+            answers_not_consumed=dict(consumed.dropped),
+            answers_lag=self.consumer.lag if self.consumer else 0,
+            answers_error=self.consumer.error if self.consumer else None,
+        )
+
+
+class Reports(NamedTuple):
+    """The parts of a node that report, beside its engine; None for a part that it does not have."""
+
+    traces: TraceSource | None = None
+    poller: VersionPoller | None = None
+    corpus: CorpusReport | None = None
 
 
 class EngineMetrics:
@@ -86,12 +133,11 @@ def add_routes(
     engine: HotSwapEngine,
     outcomes: RequestOutcomes,
     metrics: CollectorRegistry,
-    traces: TraceSource | None,
-    poller: VersionPoller | None,
+    reports: Reports,
     drain: Drain,
 ) -> None:
     """Add the endpoints to the application, and all collectors to ``metrics``."""
-    for source in (EngineMetrics(engine), traces, poller):
+    for source in (EngineMetrics(engine), *reports):
         if source is not None:
             metrics.register(source)
 
@@ -118,19 +164,19 @@ def add_routes(
     @app.get("/status")
     async def status() -> ServeStatus:
         """Report the state of the node."""
-        return serve_status(node, engine, outcomes, traces, poller, drain)
+        return serve_status(node, engine, outcomes, reports, drain)
 
 
 def serve_status(
     node: str,
     engine: HotSwapEngine,
     outcomes: RequestOutcomes,
-    traces: TraceSource | None,
-    poller: VersionPoller | None,
+    reports: Reports,
     drain: Drain,
 ) -> ServeStatus:
     """Return the status of the node."""
     health = engine.health()
+    traces, poller, corpus = reports
     rows = traces.counts() if traces else _NO_TRACES
     return ServeStatus(
         node=node,
@@ -162,4 +208,5 @@ def serve_status(
         registry_stale_responses=poller.stale_count if poller else 0,
         swaps=list(poller.swaps) if poller else [],
         versions_rejected=list(poller.rejected) if poller else [],
+        corpus=corpus.status() if corpus else None,
     )

@@ -15,11 +15,13 @@ from pipeline import topics
 from pipeline.broker import TopicError
 from schemas.settings import Kafka
 
+TOPICS = ("traces_topic", "speculators_topic", "answers_topic", "drift_topic")
+
 
 @pytest.fixture
 def kafka(broker: str, tmp_path: Path) -> Kafka:
     """Return settings with topics of the test."""
-    names = {name: f"{name}-{tmp_path.name}" for name in ("traces_topic", "speculators_topic", "drift_topic")}
+    names = {name: f"{name}-{tmp_path.name}" for name in TOPICS}
     return Kafka(bootstrap_servers=broker, **names)
 
 
@@ -40,6 +42,7 @@ def test_apply_creates_missing_topics_and_then_changes_nothing(kafka: Kafka) -> 
     assert {topic for topic, _ in changed(aurora(kafka, "--json"))} == {
         kafka.traces_topic,
         kafka.speculators_topic,
+        kafka.answers_topic,
         kafka.drift_topic,
     }
     again = aurora(kafka, "--json")

@@ -63,7 +63,7 @@ def running_node(
     engine, metrics, drain = engine or EchoEngine(), CollectorRegistry(), Drain(serve.drain_delay)
     request_metrics = RequestMetrics(metrics)
     app = routes.create_app(engine, tokenizer or byte_tokenizer(), MODEL, request_metrics, drain, serve, is_traced)
-    status.add_routes(app, "node-a", engine, request_metrics, metrics, None, poller, drain)
+    status.add_routes(app, "node-a", engine, request_metrics, metrics, status.Reports(poller=poller), drain)
     admin.add_routes(app, serve, engine, poller)
     webhook.add_route(app, serve.webhook_secret, engine.line, poller)
     config = uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=1)

@@ -12,6 +12,9 @@ from pipeline.metrics import StreamCollector
 from schemas.settings import Settings, Traces
 from schemas.status import DriftStatus, StreamStatus
 from schemas.telemetry.metrics import register_process_metrics
+from serving.answers.consumer import AnswerConsumer
+from serving.answers.publisher import AnswerPublisher
+from serving.engines.builtin.scoped_corpus import ScopedCorpus
 from serving.engines.sglang.plugin.metrics import PluginMetrics
 from serving.http import admin, routes, status, webhook
 from serving.http.generation import RequestMetrics
@@ -39,7 +42,14 @@ def node_application(registry: CollectorRegistry) -> FastAPI:
     poller = VersionPoller(cast("Any", None), engine, settings)
     metrics = RequestMetrics(registry)
     app = routes.create_app(engine, byte_tokenizer(), "m", metrics, drain, settings.serve, lambda _: True)
-    status.add_routes(app, "node-0", engine, metrics, registry, publisher, poller, drain)
+    corpus = status.CorpusReport(
+        settings.serve.suffix_scope,
+        ScopedCorpus(settings.serve.suffix_scope, settings.serve.suffix_corpus_bytes, settings.kafka.retention),
+        AnswerPublisher(settings.kafka, settings.serve.suffix_scope),
+        AnswerConsumer(settings.kafka, settings.serve, lambda _: None),
+    )
+    reports = status.Reports(publisher, poller, corpus)
+    status.add_routes(app, "node-0", engine, metrics, registry, reports, drain)
     admin.add_routes(app, settings.serve, engine, poller)
     webhook.add_route(app, settings.serve.webhook_secret, engine.line, poller)
     return app

@@ -127,6 +127,7 @@ def stream_settings(broker: str, folder: Path, port: int) -> Settings:
             bootstrap_servers=broker,
             traces_topic=f"traces-{folder.name}",
             speculators_topic=f"speculators-{folder.name}",
+            answers_topic=f"answers-{folder.name}",
             drift_topic=f"drift-{folder.name}",
         ),
         # Short, so that maintenance runs in every test of the stream.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +13,22 @@ from pathlib import Path
 import structlog
 import torch
 
+from schemas.answers import Answer
 from schemas.device import select_device
 from schemas.settings import Settings, SettingsError
 from schemas.speculator.checkpoint import CheckpointError
 from schemas.speculator.day_0_draft import SpeculatorLine, read_line
 from schemas.speculator.network import EagleDraft
-from serving.engines.base import EngineFullError, EngineHealth, Finish, Output, Request, SwapResult, TraceSink
+from serving.engines.base import (
+    AnswerSink,
+    EngineFullError,
+    EngineHealth,
+    Finish,
+    Output,
+    Request,
+    SwapResult,
+    TraceSink,
+)
 from serving.engines.builtin.calibration import calibrate
 from serving.engines.builtin.drafter import Drafter
 from serving.engines.builtin.eagle_drafter import EagleDrafter, pack_draft
@@ -32,6 +42,11 @@ from serving.planner import Planner
 
 log = structlog.get_logger()
 
+_LEARN_TOKENS = 128
+"""Tokens of other nodes' answers that are added to the corpus between two verify steps; they take 0.2 ms."""
+_IDLE_S = 60
+"""Interval at which an engine without work looks whether answers are to be forgotten."""
+
 
 class BuiltinEngine:
     """Implements ``serving.engines.base.Engine`` on PyTorch.
@@ -41,7 +56,7 @@ class BuiltinEngine:
     also guards the scheduler's waiting queue.
     """
 
-    def __init__(self, settings: Settings, sink: TraceSink | None = None) -> None:
+    def __init__(self, settings: Settings, sink: TraceSink | None = None, answers: AnswerSink | None = None) -> None:
         serve = settings.serve
         torch.set_num_threads(serve.num_threads)
         line, self._target = _load_target(settings)
@@ -49,8 +64,8 @@ class BuiltinEngine:
         self.vocabulary = self._target.shape.vocab_size
         self.max_tokens = serve.max_model_len
         self._speculator = _create_speculator(settings, line, self._target) if serve.drafter == "eagle" else None
-        self._corpus = ScopedCorpus(serve.suffix_scope, serve.suffix_corpus_bytes)
-        self._drafter: Drafter = self._speculator or SuffixDrafter(self._corpus)
+        self.corpus = ScopedCorpus(serve.suffix_scope, serve.suffix_corpus_bytes, settings.kafka.retention)
+        self._drafter: Drafter = self._speculator or SuffixDrafter(self.corpus)
         latency = calibrate(self._target, self._drafter, serve.max_num_seqs)
         self._planner = Planner(latency, serve.num_speculative_tokens, adaptive=serve.adaptive_drafting)
         self._scheduler = Scheduler(
@@ -58,7 +73,7 @@ class BuiltinEngine:
         )
         self._verifier = Verifier(self._target, self._drafter, self._scheduler, self._planner, settings.traces.top_k)
         self._may_speculate = self._speculating = serve.speculate
-        self._sink = sink
+        self._sink, self._answers = sink, answers
 
         self._mail = threading.Condition()
         self._cancelled: set[str] = set()
@@ -139,6 +154,12 @@ class BuiltinEngine:
         """Turn speculation on or off from the next verify step on; an engine started without it stays without."""
         self._speculating = on and self._may_speculate
 
+    def learn(self, answers: Iterable[Answer]) -> None:
+        """Add answers of other nodes to the corpus, some between each two verify steps."""
+        self.corpus.offer((answer.label, answer.tokens) for answer in answers)
+        with self._mail:
+            self._mail.notify()
+
     def health(self) -> EngineHealth:
         """Return counters and state."""
         return EngineHealth(
@@ -169,6 +190,7 @@ class BuiltinEngine:
         try:
             with torch.inference_mode():
                 while self._empty_mailbox():
+                    self.corpus.update(_LEARN_TOKENS)
                     if self._scheduler.running:
                         for result in self._verifier.run_step(speculate=self._speculating):
                             self._deliver(result)
@@ -183,9 +205,9 @@ class BuiltinEngine:
         """Wait for work, then process cancellations, swaps and new requests; return False to stop."""
         scheduler = self._scheduler
         with self._mail:
-            while not (self._stopping or self._swaps or scheduler.running or scheduler.waiting):
+            while not (self._stopping or self._swaps or scheduler.running or scheduler.waiting or self.corpus.is_due):
                 self._cancelled.clear()
-                self._mail.wait()
+                self._mail.wait(_IDLE_S)
             if self._stopping:
                 return False
             cancelled, self._cancelled = self._cancelled, set()
@@ -217,6 +239,8 @@ class BuiltinEngine:
             self._scheduler.release(seq)
             seq.on_output(Output(result.output, result.logprobs, seq.finish, stats=seq.stats))
             self._drafter.finish(seq)
+            if self._answers is not None:
+                self._answers.publish(seq.request, seq.tokens[len(seq.request.prompt) :])
         elif result.output:
             seq.on_output(Output(result.output, result.logprobs))
 

@@ -80,6 +80,8 @@ class SuffixCorpus:
         self._previous = np.full((lengths, self._capacity), _NONE, np.int32)
         self._next = 0
         """Where the next answer begins."""
+        self._written = self._forgotten = 0
+        """Entries written and forgotten so far; entry n lies at n modulo the capacity."""
         # Python reads a memoryview several times as fast as a small part of an array.
         self._view = self._tokens.data
         self._bytes = self._view.cast("B")
@@ -96,6 +98,23 @@ class SuffixCorpus:
         """Number of tokens for which there is room, the entry after each answer included."""
         return self._capacity
 
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens that it holds."""
+        return int(np.count_nonzero(self._tokens != END))
+
+    @property
+    def written(self) -> int:
+        """Entries written so far, those overwritten since included: a point in time for ``forget``."""
+        return self._written
+
+    def forget(self, before: int) -> None:
+        """Remove the answers that were inserted while ``written`` was below ``before``."""
+        first = max(self._forgotten, self._written - self._capacity)
+        self._forgotten = max(before, self._forgotten)
+        if first < before:
+            self._tokens[np.arange(first, before) % self._capacity] = END
+
     def insert(self, tokens: Sequence[int], owner: int = 0) -> None:
         """Add an answer; overwrite the oldest ones. Of an answer larger than the corpus the end is kept.
 
@@ -108,9 +127,11 @@ class SuffixCorpus:
         answer = np.array(tokens[-(self._capacity - 1) :], np.int32)
         if self._next + len(answer) >= self._capacity:
             self._tokens[self._next :] = END
+            self._written += self._capacity - self._next
             self._next = 0
         first = self._next
         self._next += len(answer) + 1
+        self._written += len(answer) + 1
         self._tokens[first : self._next - 1] = answer
         self._tokens[self._next - 1] = END
         self._owners[first : self._next] = owner

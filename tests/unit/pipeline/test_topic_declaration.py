@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from pipeline.broker import TopicError
 from pipeline.topics import SETTING_OF, Topic, check_traces_topic, declare_topics, diff_topic
+from schemas.answers import MAX_RECORD_BYTES
 from schemas.settings import Kafka
 
-TRACES, SPECULATORS, DRIFT = declare_topics(Kafka(partitions=4, replication_factor=3))
+TRACES, SPECULATORS, ANSWERS, DRIFT = declare_topics(Kafka(partitions=4, replication_factor=3))
 
 
 def with_config(topic: Topic, **changed: str) -> Topic:
@@ -26,6 +27,12 @@ def test_traces_topic_expires_is_not_compacted_and_has_broker_timestamps() -> No
     assert "retention.ms" not in SPECULATORS.config
 
 
+def test_answers_topic_expires_and_accepts_the_largest_record() -> None:
+    assert ANSWERS.config["cleanup.policy"] == "delete"
+    assert ANSWERS.config["retention.ms"] == TRACES.config["retention.ms"]
+    assert int(ANSWERS.config["max.message.bytes"]) > MAX_RECORD_BYTES
+
+
 @pytest.mark.parametrize(("replication", "in_sync"), [(1, "1"), (2, "1"), (3, "2"), (5, "3")])
 def test_acknowledged_record_survives_the_loss_of_a_minority_of_replicas(replication: int, in_sync: str) -> None:
     for topic in declare_topics(Kafka(replication_factor=replication)):
@@ -33,7 +40,7 @@ def test_acknowledged_record_survives_the_loss_of_a_minority_of_replicas(replica
         assert topic.config["unclean.leader.election.enable"] == "false"
 
 
-@pytest.mark.parametrize("topic", [TRACES, SPECULATORS, DRIFT])
+@pytest.mark.parametrize("topic", [TRACES, SPECULATORS, ANSWERS, DRIFT])
 def test_topic_equal_to_its_declaration_needs_no_change(topic: Topic) -> None:
     assert diff_topic(topic, topic) == []
 

@@ -29,7 +29,9 @@ class PlainCorpus:
 
     def __init__(self, capacity: int) -> None:
         self.ring = [END] * capacity
-        self.next = 0
+        self.numbers = [0] * capacity
+        """Number of the answer that each entry belongs to."""
+        self.inserted = self.next = 0
 
     def insert(self, tokens: Sequence[int]) -> None:
         answer = [*tokens[-(len(self.ring) - 1) :], END]
@@ -37,7 +39,12 @@ class PlainCorpus:
             self.ring[self.next :] = [END] * (len(self.ring) - self.next)
             self.next = 0
         self.ring[self.next : self.next + len(answer)] = answer
+        self.numbers[self.next : self.next + len(answer)] = [self.inserted] * len(answer)
+        self.inserted += 1
         self.next += len(answer)
+
+    def forget(self, before: int) -> None:
+        self.ring = [END if n < before else token for n, token in zip(self.numbers, self.ring, strict=True)]
 
     def find(self, tokens: Sequence[int], depth: int) -> Match:
         newest_first = [*reversed(range(self.next)), *reversed(range(self.next, len(self.ring)))]
@@ -80,6 +87,22 @@ def test_every_match_equals_that_of_a_plain_search(
         plain.insert(answer)
         for query in [*queries, answer[:-1], answer]:
             assert corpus.find(query, depth) == plain.find(query, depth)
+
+
+@given(answers=answers, capacity=st.integers(MIN_MATCH + 1, MAX_LINKS), data=st.data())
+def test_forgotten_answers_are_not_found(answers: list[list[int]], capacity: int, data: st.DataObject) -> None:
+    corpus, plain, written = SuffixCorpus(capacity * BYTES_PER_TOKEN), PlainCorpus(capacity), [0]
+    for answer in answers:
+        corpus.insert(answer)
+        plain.insert(answer)
+        written.append(corpus.written)
+        if data.draw(st.booleans()):
+            before = data.draw(st.integers(0, len(written) - 1))
+            corpus.forget(written[before])
+            plain.forget(before)
+        assert corpus.num_tokens == sum(token != END for token in plain.ring)
+        for query in answers:
+            assert corpus.find(query, 3) == plain.find(query, 3)
 
 
 @pytest.mark.parametrize("seed", range(4))

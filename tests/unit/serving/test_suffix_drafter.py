@@ -35,7 +35,7 @@ def sequence(tokens: list[int], *, prompt: int = 1, room: int = 20, slot: int = 
 
 @pytest.fixture
 def drafter() -> SuffixDrafter:
-    return SuffixDrafter(ScopedCorpus("fleet", CORPUS_BYTES))
+    return SuffixDrafter(ScopedCorpus("fleet", CORPUS_BYTES, retention=3600))
 
 
 def draft(drafter: SuffixDrafter, *sequences: Sequence, depth: int = DEPTH, threshold: float = 0.0) -> list[DraftTree]:

@@ -110,7 +110,8 @@ class Sidecar:
         self.drain = Drain()
         app, metrics = admin.create_app(serve), CollectorRegistry()
         register_process_metrics(metrics)
-        status.add_routes(app, serve.node, engine, engine, metrics, engine.watch, self._poller, self.drain)
+        reports = status.Reports(engine.watch, self._poller)
+        status.add_routes(app, serve.node, engine, engine, metrics, reports, self.drain)
         webhook.add_route(app, serve.webhook_secret, engine.line, self._poller)
         admin_app = admin.create_app(serve) if serve.admin_port else app
         admin.add_routes(admin_app, serve, engine, self._poller)

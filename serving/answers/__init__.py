@@ -1,0 +1,1 @@
+"""The answers topic: nodes publish their finished answers to it, and read those of all nodes from it."""

@@ -12,7 +12,7 @@ One record is one Kafka message, all numbers little-endian::
     label           2 bytes and text; the length 65,535, and no text, for a request without a label
     tokens          the rest of the record, a multiple of the token width
 
-A record holds no text and no hidden states. Whoever knows the target's tokenizer can read the answer from it.
+A record holds neither text nor hidden states, but the target's tokenizer turns its tokens into the answer's text.
 
 This module needs no torch.
 """

@@ -19,8 +19,8 @@ from transformers.utils.logging import disable_progress_bar
 from schemas.settings import Settings
 from schemas.telemetry import logs, spans
 from schemas.telemetry.metrics import register_process_metrics
-from serving.answers.consumer import AnswerConsumer
-from serving.answers.publisher import AnswerPublisher
+from serving.answers.answer_consumer import AnswerConsumer
+from serving.answers.answer_publisher import AnswerPublisher
 from serving.engines.builtin.engine import BuiltinEngine
 from serving.http import admin, routes, status, webhook
 from serving.http.generation import RequestMetrics

@@ -12,9 +12,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from schemas.settings.sections import SuffixScope
 from schemas.status import CorpusStatus, ServeStatus
-from serving.answers.consumer import AnswerConsumer
-from serving.answers.counts import AnswerCounts
-from serving.answers.publisher import AnswerPublisher
+from serving.answers.answer_consumer import AnswerConsumer
+from serving.answers.answer_counts import AnswerCounts
+from serving.answers.answer_publisher import AnswerPublisher
 from serving.engines.base import HotSwapEngine
 from serving.engines.builtin.scoped_corpus import ScopedCorpus
 from serving.http.server import Drain

@@ -22,8 +22,8 @@ from ops.local.kafka import Broker
 from schemas.answers import Answer
 from schemas.settings import Kafka, Serve, Settings, load
 from schemas.settings.sections import SuffixScope
-from serving.answers.consumer import AnswerConsumer
-from serving.answers.publisher import AnswerPublisher
+from serving.answers.answer_consumer import AnswerConsumer
+from serving.answers.answer_publisher import AnswerPublisher
 from serving.engines.base import Output, Request
 from serving.engines.builtin.engine import BuiltinEngine
 

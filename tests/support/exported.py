@@ -12,8 +12,8 @@ from pipeline.metrics import StreamCollector
 from schemas.settings import Settings, Traces
 from schemas.status import DriftStatus, StreamStatus
 from schemas.telemetry.metrics import register_process_metrics
-from serving.answers.consumer import AnswerConsumer
-from serving.answers.publisher import AnswerPublisher
+from serving.answers.answer_consumer import AnswerConsumer
+from serving.answers.answer_publisher import AnswerPublisher
 from serving.engines.builtin.scoped_corpus import ScopedCorpus
 from serving.engines.sglang.plugin.metrics import PluginMetrics
 from serving.http import admin, routes, status, webhook

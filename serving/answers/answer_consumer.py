@@ -22,7 +22,7 @@ from prometheus_client.core import GaugeMetricFamily
 
 from schemas.answers import Answer, AnswerError, decode, is_shared
 from schemas.settings import Kafka, Serve, SettingsError
-from serving.answers.counts import AnswerAccounting, AnswerCounts
+from serving.answers.answer_counts import AnswerAccounting, AnswerCounts
 
 log = structlog.get_logger()
 

@@ -6,7 +6,6 @@ sent once, waits for the broker for ``_TIMEOUT_S`` in a queue of ``_QUEUE_KBYTES
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, get_args
@@ -18,7 +17,7 @@ from prometheus_client import Metric
 from schemas.answers import Answer, AnswerError, cut_answer, encode, is_shared
 from schemas.settings import Kafka, SettingsError
 from schemas.settings.sections import SuffixScope
-from serving.answers.counts import AnswerAccounting, AnswerCounts
+from serving.answers.answer_counts import AnswerAccounting, AnswerCounts
 from serving.engines.base import Request
 
 log = structlog.get_logger()
@@ -44,7 +43,7 @@ def connect(kafka: Kafka) -> Producer:
         "linger.ms": 20,
         "compression.type": "lz4",
         "reconnect.backoff.max.ms": 2000,
-        "logger": logging.getLogger("librdkafka"),
+        "log_level": 0,
     }
     try:
         return Producer({**kafka.client_options, **options})

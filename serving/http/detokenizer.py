@@ -30,6 +30,8 @@ class Tokenizer(Protocol):
 
     chat_template: Any
     """None for a target without one."""
+    eos_token_id: Any
+    """None for a tokenizer without one."""
 
     def apply_chat_template(
         self, conversation: list[dict[str, Any]], *, add_generation_prompt: bool, return_dict: bool, **variables: Any

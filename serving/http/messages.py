@@ -67,11 +67,15 @@ class Message(ApiObject):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[list[TextPart] | None, BeforeValidator(_as_parts)] = None
     name: str | None = None
+    reasoning: str | None = None
+    """Of an earlier answer by a server that reports it apart from the content, as vLLM does."""
     tool_calls: list[ToolCall] = Field(default=[])
     tool_call_id: str | None = None
 
     @model_validator(mode="after")
     def _check_role(self) -> Message:
+        if self.reasoning is not None and self.role != "assistant":
+            raise PydanticCustomError("misplaced", "belongs to role 'assistant'", {"param": "reasoning"})
         if self.tool_calls and self.role != "assistant":
             raise PydanticCustomError("misplaced", "belongs to role 'assistant'", {"param": "tool_calls"})
         if self.tool_call_id is not None and self.role != "tool":
@@ -87,6 +91,9 @@ class Message(ApiObject):
         Templates have no developer role: such a message is the system's.
         """
         fields = self.model_dump(include={"name", "tool_call_id"}, exclude_none=True)
+        if self.reasoning is not None:
+            # Templates know either name.
+            fields |= {"reasoning": self.reasoning, "reasoning_content": self.reasoning}
         if self.tool_calls:
             fields["tool_calls"] = [call.model_dump(exclude_none=True) for call in self.tool_calls]
         role = "system" if self.role == "developer" else self.role

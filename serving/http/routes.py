@@ -72,6 +72,8 @@ class Completions:
         self._metrics = metrics
         self._max_choices = max_choices
         self._is_traced = is_traced
+        # The tokenizer's end token of a fine-tuned target may differ from that of its config.
+        self._eos_ids = frozenset(() if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,))
         self._reserved = frozenset(inspect.signature(tokenizer.apply_chat_template).parameters) | {"messages"}
         """Names of variables that a request cannot set."""
 
@@ -167,7 +169,7 @@ class Completions:
                 top_p=body.top_p,
                 top_k=max(body.top_k, 0),
                 seed=body.choice_seed(j),
-                stop_ids=frozenset(body.stop_token_ids),
+                stop_ids=frozenset(body.stop_token_ids) | (frozenset() if body.ignore_eos else self._eos_ids),
                 ignore_eos=body.ignore_eos,
                 logprobs=body.alternatives,
                 label=label,

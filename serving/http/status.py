@@ -146,11 +146,13 @@ def add_routes(
         body = {"alive": health.alive, "draining": drain.is_draining, "error": health.error}
         return JSONResponse(body, status_code=200 if is_ok else 503)
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> JSONResponse:
         """Answer 200 while the engine runs, else 503."""
         return respond(is_ok=engine.health().alive)
 
+    @app.head("/ready", include_in_schema=False)
     @app.get("/ready")
     async def ready() -> JSONResponse:
         """Answer 200 while the node accepts requests, else 503."""

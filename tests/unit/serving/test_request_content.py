@@ -149,6 +149,12 @@ def test_a_chat_template_gets_roles_texts_and_calls() -> None:
         "name": "clock",
         "tool_call_id": "call_1",
     }
+    assert template_message(role="assistant", content="x", reasoning="y") == {
+        "role": "assistant",
+        "content": "x",
+        "reasoning": "y",
+        "reasoning_content": "y",
+    }
     calls = [CALL, CALL | {"function": {"name": "now", "arguments": ""}}, {"function": {"name": "now"}}]
     assert [call["function"] for call in template_message(role="assistant", tool_calls=calls)["tool_calls"]] == [
         {"name": "clock", "arguments": {"zone": "UTC"}},
@@ -169,6 +175,7 @@ def test_a_chat_template_gets_roles_texts_and_calls() -> None:
         ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, "content.0.type", "invalid_value"),
         ({"role": "user", "content": [{"type": "text"}]}, "content.0.text", "missing_required_parameter"),
         ({"role": "user", "content": "x", "tool_calls": [CALL]}, "tool_calls", "invalid_value"),
+        ({"role": "user", "content": "x", "reasoning": "y"}, "reasoning", "invalid_value"),
         ({"role": "user", "content": "x", "tool_call_id": "c"}, "tool_call_id", "invalid_value"),
         ({"role": "assistant", "content": "x", "refusal": "No."}, "refusal", "unsupported_parameter"),
         ({"role": "assistant", "content": "x", "mood": "glad"}, "mood", "unknown_parameter"),
@@ -277,6 +284,15 @@ def test_a_body_that_is_no_json_object_is_a_400(
 ) -> None:
     answer = httpx.post(f"{node.url}/v1/completions", content=content, headers=headers)
     assert rejected(answer)[0] == param
+
+
+def test_an_answer_ends_with_the_tokenizers_end_token_whatever_the_engine_knows(node: Node) -> None:
+    end = byte_tokenizer().eos_token_id
+    answer, longer = (node.complete([65, 66, end, 67], extra_body={"ignore_eos": on}) for on in (False, True))
+    assert [(c.text, c.finish_reason) for c in (answer.choices[0], longer.choices[0])] == [
+        ("bc", "stop"),
+        ("bcd", "stop"),
+    ]
 
 
 def test_every_event_is_one_line_whatever_separates_lines_in_its_text(node: Node) -> None:

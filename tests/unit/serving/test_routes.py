@@ -95,7 +95,8 @@ def test_the_defaults_are_openais_and_the_maximum_length(node: Node) -> None:
     answer = node.post()
     (request,) = node.engine.requests
     assert (request.max_tokens, request.temperature, request.top_p, request.seed) == (195, 1.0, 1.0, None)
-    assert (request.top_k, request.stop_ids, request.ignore_eos, request.logprobs) == (0, frozenset(), False, None)
+    assert (request.top_k, request.ignore_eos, request.logprobs) == (0, False, None)
+    assert request.stop_ids == {256}, "the tokenizer's end token"
     assert (request.label, request.trace, request.speculate) == (None, True, True)
     assert answer.headers["x-aurora-speculator"] == "day-0-head-0"
 
@@ -177,7 +178,7 @@ def test_a_full_engine_is_a_429_with_retry_after(node: Node) -> None:
 
 
 def test_a_stopped_engine_is_a_503_and_makes_the_node_unhealthy(node: Node) -> None:
-    assert httpx.get(f"{node.url}/health").status_code == httpx.get(f"{node.url}/ready").status_code == 200
+    assert httpx.get(f"{node.url}/health").status_code == httpx.head(f"{node.url}/ready").status_code == 200
     node.engine.dead = True
     with pytest.raises(openai.InternalServerError) as raised:
         node.ask()

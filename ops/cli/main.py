@@ -13,6 +13,7 @@ import typer
 
 from ops.cli import (
     config,
+    corpus,
     dlq,
     local_stack,
     observation,
@@ -104,6 +105,7 @@ app.command(rich_help_panel=_OBSERVE)(observation.drift)
 app.add_typer(traces.app, name="traces", rich_help_panel=_DATA)
 app.add_typer(tables.app, name="tables", rich_help_panel=_DATA)
 app.add_typer(topics.app, name="topics", rich_help_panel=_DATA)
+app.add_typer(corpus.app, name="corpus", rich_help_panel=_DATA)
 app.add_typer(dlq.app, name="dlq", rich_help_panel=_DATA)
 versions.app.command()(promotion.promote)
 versions.app.command()(promotion.rollback)

@@ -188,8 +188,8 @@ def test_an_unreachable_broker_delays_answers_and_nothing_else(own_broker: Broke
         assert own_broker.process.pid
         os.killpg(own_broker.process.pid, signal.SIGKILL)
         started = time.perf_counter()
-        for number in range(20_000):
-            a.say(7, number)
+        for _ in range(2000):
+            a.say(*range(2000))
         assert time.perf_counter() - started < 20, "publishing does not block"
         assert a.publisher.counts().dropped["queue_full"] > 0, "the queue is bounded"
         own_broker.start()

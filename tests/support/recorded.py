@@ -78,6 +78,7 @@ def record_of(  # noqa: PLR0913 - one for each thing that a test may vary
     features: Features = "inline",
     before: Sequence[int] = (),
     last: bool = True,
+    finish: str | None = None,
 ) -> Record:
     """Return the record with the verify steps; without features if they are to be recomputed."""
     if features == "recompute":
@@ -95,6 +96,7 @@ def record_of(  # noqa: PLR0913 - one for each thing that a test may vary
         top_k=top_k,
         temperature=0.0,
         top_p=1.0,
+        finish=finish,
     )
     headers = {"content-type": CONTENT_TYPE, "schema": fingerprint(), "rows": str(len(verify_steps))}
     value = encode(Chunk(envelope, tuple(verify_steps)))

@@ -25,7 +25,7 @@ def _parse_arguments(arguments: Any) -> Any:
         return arguments
     try:
         return json.loads(arguments or "{}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PydanticCustomError("unsupported_value", "is not the JSON text of an object") from error
 
 

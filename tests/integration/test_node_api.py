@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,9 @@ def test_a_call_and_its_result_are_part_of_the_prompt(node: Node, smollm2: Path)
 
 def test_half_a_surrogate_pair_and_an_unknown_token_are_rejected(node: Node) -> None:
     def rejected(path: str, **body: Any) -> tuple[int, str]:
-        answer = httpx.post(f"{node.url}/v1/{path}", json={"model": MODEL, "max_tokens": 2} | body)
+        content = json.dumps({"model": MODEL, "max_tokens": 2} | body)
+        headers = {"content-type": "application/json"}
+        answer = httpx.post(f"{node.url}/v1/{path}", content=content, headers=headers)
         return answer.status_code, answer.json()["error"]["param"]
 
     messages = [{"role": "user", "content": "cut \ud83d off"}]

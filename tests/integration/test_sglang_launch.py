@@ -82,12 +82,13 @@ class Launched:
 def launched(
     settings: Settings, tmp_path: Path, free_port: Callable[[], int]
 ) -> Iterator[Callable[..., tuple[Launched, str]]]:
-    """``launched(*flags)`` returns the launcher and the address of its server."""
+    """``launched(*flags, **serve)`` returns the launcher and the address of its server."""
     started: list[Launched] = []
 
-    def start(*flags: str) -> tuple[Launched, str]:
+    def start(*flags: str, **serve: object) -> tuple[Launched, str]:
         port = free_port()
-        started.append(Launched(settings, tmp_path / "launch.log", "--port", str(port), *flags))
+        changed = settings.model_copy(update={"serve": settings.serve.model_copy(update=serve)})
+        started.append(Launched(changed, tmp_path / "launch.log", "--port", str(port), *flags))
         return started[-1], f"http://127.0.0.1:{port}"
 
     yield start
@@ -126,6 +127,23 @@ def test_the_launcher_starts_a_server_with_the_day_0_draft_and_a_signal_ends_bot
     off = httpx.post(f"{node.url}/admin/speculator/off", headers=headers)
     assert (off.status_code, off.json()["error"]["code"]) == (409, "speculation_fixed")
     assert "aurora_serve_output_tokens_total 103" in httpx.get(f"{node.url}/metrics").text
+    node.process.send_signal(signal.SIGTERM)
+    assert node.ended() == 0
+    assert not answers(url)
+
+
+def test_the_server_serves_until_the_delay_is_over_and_the_admin_api_has_its_own_port(
+    launched: Callable[..., tuple[Launched, str]], free_port: Callable[[], int]
+) -> None:
+    admin = free_port()
+    node, url = launched(drain_delay=60, admin_port=admin)
+    node.until(node.ready)
+    headers = {"authorization": f"Bearer {TOKEN}"}
+    shown = [httpx.get(f"{own}/admin/speculator", headers=headers) for own in (node.url, f"http://127.0.0.1:{admin}")]
+    assert [answer.status_code for answer in shown] == [404, 200]
+    node.process.send_signal(signal.SIGTERM)
+    node.until(lambda: not node.ready())
+    assert answers(url)
     node.process.send_signal(signal.SIGTERM)
     assert node.ended() == 0
     assert not answers(url)

@@ -185,6 +185,11 @@ def test_a_chat_template_gets_roles_texts_and_calls() -> None:
             "invalid_value",
         ),
         (
+            {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[" * 100_000}}]},
+            "tool_calls.0.function.arguments",
+            "invalid_value",
+        ),
+        (
             {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]},
             "tool_calls.0.function.arguments",
             "invalid_value",

@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry
 from schemas.settings import Settings, load
 from schemas.speculator.checkpoint import CheckpointError
 from schemas.trace.record import VerifyStep
+from serving.answers.answer_counts import AnswerCounts
 from serving.engines.base import Finish, Request
 from serving.engines.sglang.plugin.capture import HostTransfer
 from serving.engines.sglang.plugin.hooks import Hooks
@@ -57,6 +58,26 @@ class Publisher:
         return self.counts()
 
 
+class Answers:
+    """Keeps the answers that it is to publish."""
+
+    def __init__(self) -> None:
+        self.started: tuple[str, str] | None = None
+        self.outputs: dict[str, tuple[int, ...]] = {}
+
+    def start(self, node: str, line: str) -> None:
+        self.started = (node, line)
+
+    def publish(self, request: Request, output: Sequence[int]) -> None:
+        self.outputs[request.id] = tuple(output)
+
+    def counts(self) -> AnswerCounts:
+        return AnswerCounts(len(self.outputs), {"queue_full": 3})
+
+    def close(self, timeout: float) -> AnswerCounts:
+        return self.counts()
+
+
 class Server:
     """Calls the hooks in SGLang's order."""
 
@@ -64,7 +85,8 @@ class Server:
         self.publisher = Publisher()
         self.registry = CollectorRegistry()
         metrics, limit = PluginMetrics(self.registry), CaptureLimit(0.5)
-        self.recorder = Recorder(self.publisher, origin, limit, metrics)  # type: ignore[arg-type]
+        self.answers = Answers()
+        self.recorder = Recorder(self.publisher, origin, limit, metrics, self.answers)  # type: ignore[arg-type]
         transfer = HostTransfer(torch.device("cpu"))
         self.hooks = Hooks(settings, self.recorder, transfer, limit, metrics, lambda: "7")
 
@@ -189,6 +211,19 @@ def test_only_traced_requests_of_a_batch_are_recorded(server: Server) -> None:
     assert publisher.requests["on"].label == "sql"
     assert server.count("aurora_sglang_requests_untraced_total", reason="opt_out") == 1
     assert server.count("aurora_sglang_prompt_tokens_cached_total") == 1
+
+
+def test_complete_answers_of_traced_requests_are_published(server: Server) -> None:
+    reqs = [request("off", custom={"aurora_trace": "off"}), request("on"), request("aborted"), request("retracted")]
+    server.prefill(reqs, [0] * 4, [3] * 4, [10] * 4)
+    for req, kind in zip(reqs, ["stop", "length", "abort", None], strict=True):
+        req.output_ids += [10, 11]
+        server.end(req, kind)
+    server.close()
+    assert server.answers.started == ("n", "line")
+    assert server.answers.outputs == {"on": (10, 11)}
+    assert server.count("aurora_serve_answers_published_total") == 1
+    assert server.count("aurora_serve_answers_not_published_total", reason="queue_full") == 3
 
 
 def test_a_retracted_request_adds_nothing_to_its_trace(server: Server) -> None:

@@ -197,9 +197,8 @@ class Hooks:
             self._stop(recorded, "retracted")
             return
         del self._requests[req.rid]
-        total = len(req.origin_input_ids) + len(req.output_ids_through_stop)
         finish = _FINISH.get(req.finished_reason.to_json()["type"], "error")
-        self._recorder.put(RequestEnd(recorded, total, finish))
+        self._recorder.put(RequestEnd(recorded, tuple(req.output_ids_through_stop), finish))
 
     def _put(self, members: tuple[PromptPart | VerifiedRequest, ...], found: dict[str, Tensor], width: int) -> None:
         if self._recorder.is_full():

@@ -13,6 +13,7 @@ from typing import Literal
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
+from serving.answers.answer_counts import AnswerCounts
 from serving.traces.accounting import TraceCounts
 
 WINDOW_S = 2.0
@@ -66,15 +67,21 @@ class PluginMetrics:
         self._published = counter("aurora_serve_trace_rows_published", "Trace rows acknowledged.")
         self._dropped = counter("aurora_serve_trace_rows_dropped", "Trace rows dropped, by reason.", "reason")
         self._unsampled = counter("aurora_serve_trace_requests_unsampled", "Requests outside the sample.")
+        self._answers = counter("aurora_serve_answers_published", "Answers published.")
+        self._unpublished = counter("aurora_serve_answers_not_published", "Answers not published, by reason.", "reason")
         self._exported: Counts[str] = Counts()
 
-    def update(self, counts: TraceCounts) -> None:
-        """Raise the counters of rows to the publisher's counts."""
+    def update(self, counts: TraceCounts, answers: AnswerCounts | None) -> None:
+        """Raise the counters of rows and answers to the publishers' counts."""
         self._raise(self._captured, "captured", counts.captured)
         self._raise(self._published, "published", counts.published)
         self._raise(self._unsampled, "unsampled", counts.unsampled)
         for reason, rows in counts.dropped.items():
             self._raise(self._dropped.labels(reason), f"dropped {reason}", rows)
+        if answers is not None:
+            self._raise(self._answers, "answers", answers.done)
+            for reason, count in answers.dropped.items():
+                self._raise(self._unpublished.labels(reason), f"answers {reason}", count)
 
     def _raise(self, counter: Counter, name: str, value: int) -> None:
         counter.inc(value - self._exported[name])

@@ -167,6 +167,7 @@ def _create_hooks(settings: Settings, worker: Any) -> Hooks | None:
     import torch
     from sglang.srt.runtime_context import get_parallel, get_serving
 
+    from serving.answers.answer_publisher import AnswerPublisher
     from serving.engines.sglang.plugin.capture import HostTransfer
     from serving.engines.sglang.plugin.hooks import Hooks
     from serving.engines.sglang.plugin.metrics import CaptureLimit, PluginMetrics
@@ -187,6 +188,8 @@ def _create_hooks(settings: Settings, worker: Any) -> Hooks | None:
     def origin() -> Any:
         return read_origin(settings.serve.node, arguments.model_path, arguments.speculative_draft_model_path, width)
 
-    recorder = Recorder(TracePublisher(settings.kafka, settings.traces), origin, limit, metrics)
+    scope = settings.serve.suffix_scope
+    answers = None if scope == "request" else AnswerPublisher(settings.kafka, scope)
+    recorder = Recorder(TracePublisher(settings.kafka, settings.traces), origin, limit, metrics, answers)
     atexit.register(recorder.close)
     return Hooks(settings, recorder, transfer, limit, metrics, lambda: get_serving().weight_version)

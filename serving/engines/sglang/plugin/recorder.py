@@ -23,6 +23,7 @@ from torch import Tensor
 from schemas.errors import UserError
 from schemas.speculator.checkpoint import CheckpointError, read_manifest, read_shape, target_fingerprint
 from schemas.trace.record import VerifyStep
+from serving.answers.answer_publisher import AnswerPublisher
 from serving.engines.base import Finish, Request
 from serving.engines.sglang.plugin.capture import PendingTensors, elapsed_us
 from serving.engines.sglang.plugin.metrics import CaptureLimit, PluginMetrics
@@ -98,9 +99,14 @@ class RequestEnd:
     """The end of a request."""
 
     recorded: RecordedRequest
-    total: int
-    """Tokens of prompt and answer."""
+    output: tuple[int, ...]
+    """The complete answer."""
     finish: Finish
+
+    @property
+    def total(self) -> int:
+        """Number of tokens of prompt and answer."""
+        return len(self.recorded.request.prompt) + len(self.output)
 
 
 class Recorder:
@@ -111,6 +117,7 @@ class Recorder:
         read_origin: Returns the origin of the traces; may take long.
         limit: Counts the time of this thread.
         metrics: Counters.
+        answers: Publishes the answers, with the same origin; None where no node drafts from them.
     """
 
     def __init__(
@@ -119,7 +126,9 @@ class Recorder:
         read_origin: Callable[[], Origin],
         limit: CaptureLimit,
         metrics: PluginMetrics,
+        answers: AnswerPublisher | None = None,
     ) -> None:
+        self._answers = answers
         self._publisher, self._read_origin, self._limit, self._metrics = publisher, read_origin, limit, metrics
         self._queue: SimpleQueue[CapturedStep | RequestEnd | None] = SimpleQueue()
         self.is_disabled = False
@@ -169,6 +178,8 @@ class Recorder:
                 logged = now
                 self._log("aurora_traces_counted")
         self._publisher.close(_CLOSE_S / 2)
+        if self._answers is not None:
+            self._answers.close(_CLOSE_S / 4)
         self._export()
         self._log("aurora_traces_closed")
 
@@ -180,6 +191,8 @@ class Recorder:
             why = str(error)
         else:
             self._publisher.start(origin)
+            if self._answers is not None:
+                self._answers.start(origin.node, origin.line)
             log.info("aurora_recording_started", target=origin.target, line=origin.line)
             return True
         self.is_disabled = True
@@ -193,6 +206,8 @@ class Recorder:
             recorded = item.recorded
             self._publisher.record(recorded.request, cut_at_end(recorded.uncommitted, item.total), item.finish)
             recorded.uncommitted.clear()
+            if self._answers is not None and item.finish in ("stop", "length"):
+                self._answers.publish(recorded.request, item.output)
             return
         arrays = {name: _to_array(tensor) for name, tensor in item.pending.wait().items()}
         start, drafted, verified = item.stamps
@@ -218,7 +233,7 @@ class Recorder:
             self._publisher.record(member.recorded.request, tuple(ready), None)
 
     def _export(self) -> None:
-        self._metrics.update(self._publisher.counts())
+        self._metrics.update(self._publisher.counts(), self._answers.counts() if self._answers else None)
         self._metrics.circuit_breaker_open.set(int(self._publisher.circuit_breaker != "closed"))
         self._metrics.time_ratio.set(self._limit.time_ratio)
         self._metrics.request_ratio.set(self._limit.request_ratio)

@@ -73,7 +73,7 @@ def run(settings: Settings) -> None:
         engine.start()
         stack.callback(engine.stop)
         poller = None
-        if settings.serve.speculate and settings.serve.drafter == "eagle":  # otherwise no version would be used
+        if settings.serve.speculate and settings.serve.drafter != "suffix":  # otherwise no version would be used
             poller = VersionPoller(MlflowRegistry(settings.registry, engine.line), engine, settings)
             poller.start()
             stack.callback(poller.stop)

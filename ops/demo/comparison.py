@@ -1,9 +1,9 @@
 """Speed of a node with speculation relative to the same node without it.
 
-A trial sends the same prompts twice, as two blocks: once with speculation and once without. The node answers all
-requests of a block before the next block begins. Consecutive trials run their blocks in opposite order, so a drift of
-the machine favors neither. A block's rate is its output tokens over the time from its first request to its last
-response, prefill included.
+A trial sends two blocks of requests: one with speculation and one without. The node answers all requests of a block
+before the next block begins. Consecutive trials run their blocks in opposite order, so a drift of the machine favors
+neither. A block's rate is its output tokens over the time from its first request to its last response, prefill
+included.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """The same prompts with and without speculation."""
+    """As many requests with speculation as without."""
 
     speculative: Block
     plain: Block
@@ -110,7 +110,7 @@ class ProcessorTimes:
 
 
 def complete_trials(trials: Sequence[Trial]) -> list[Trial]:
-    """Return the trials without a failed request: only their two blocks have the same work."""
+    """Return the trials without a failed request: only their two blocks have equal work."""
     return [trial for trial in trials if not any(response.error for response in trial.responses)]
 
 

@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import cycle, islice
 from typing import TYPE_CHECKING
 
@@ -42,6 +42,8 @@ _FIRST_TRIALS = 4
 _FIRST_SHARE = 0.25
 """Share of the demo after which no further trial of the first requests begins."""
 _MIN_BLOCK = 8
+_PLAIN = "-no-speculation"
+"""Suffix of the label of traced requests without speculation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +103,9 @@ class Scenario:
     _phase: str = "starting"
     _base: RowCounts = field(default_factory=RowCounts)
     _rows: RowCounts = field(default_factory=RowCounts)
-    _traced: list[Load] = field(default_factory=list)
-    """Loads of the traffic, the first blocks with speculation included."""
-    _untraced: list[Load] = field(default_factory=list)
+    _traffic: list[Load] = field(default_factory=list)
+    """Traced loads with speculation."""
+    _others: list[Load] = field(default_factory=list)
     _first: list[Trial] = field(default_factory=list)
     _measured: list[Trial] = field(default_factory=list)
     _other_programs: float | None = None
@@ -135,7 +137,7 @@ class Scenario:
             self._measure(reserved, block, schedule.trials)
             self._drain()
         finally:
-            for load in (*self._traced, *self._untraced):
+            for load in (*self._traffic, *self._others):
                 load.abandon()
             self._rows = self._count_rows()
             self._monitor.close()
@@ -160,7 +162,7 @@ class Scenario:
     @property
     def _responses(self) -> list[Response]:
         """Responses of the traffic so far."""
-        return [response for load in self._traced for response in load.responses]
+        return [response for load in self._traffic for response in load.responses]
 
     @property
     def _plain_requests_per_s(self) -> float:
@@ -180,11 +182,17 @@ class Scenario:
         self._run_block(list(islice(unsent, self.concurrency)), speculate=False, trace=False)
 
     def _send_first_requests(self, traffic: Iterator[Prompt], until_s: float) -> None:
-        """Send the first requests of the traffic, and the same prompts without speculation and without a trace."""
+        """Send the first requests of the traffic, and as many others without speculation.
+
+        All of them are traced, because traces cost both arms the same. The others have a label of their own: their
+        answers do not enter the corpus of the traffic.
+        """
         for number, size in enumerate(size_first_blocks(self.concurrency)):
             if self._first and time.monotonic() - self._began > until_s:
                 break
-            self._first.append(self._run_trial(list(islice(traffic, size)), number, trace=True))
+            speculative, plain = list(islice(traffic, size)), list(islice(traffic, size))
+            plain = [replace(prompt, domain=f"{prompt.domain}{_PLAIN}") for prompt in plain]
+            self._first.append(self._run_trial(speculative, plain, number, trace=True))
 
     def _send_traffic(self, first: Iterator[Prompt], second: Iterator[Prompt], seconds: float) -> None:
         """Send the first domain, and the second one from half of the time."""
@@ -222,18 +230,20 @@ class Scenario:
         self._run_block(list(islice(unsent, size)), speculate=True, trace=False)
         before, processors = read_processor_times(), os.cpu_count() or 1
         for number in range(trials):
-            self._measured.append(self._run_trial(list(islice(unsent, size)), number, trace=False))
+            selected = list(islice(unsent, size))
+            self._measured.append(self._run_trial(selected, selected, number, trace=False))
             self._other_programs = other_programs(before, read_processor_times(), processors)
 
-    def _run_trial(self, selected: Sequence[Prompt], number: int, *, trace: bool) -> Trial:
+    def _run_trial(self, speculative: Sequence[Prompt], plain: Sequence[Prompt], number: int, *, trace: bool) -> Trial:
         """Run a block with speculation and one without; every second trial begins with the other one."""
+        selected = {True: speculative, False: plain}
         blocks = {
-            speculate: self._run_block(selected, speculate=speculate, trace=trace and speculate)
+            speculate: self._run_block(selected[speculate], speculate=speculate, trace=trace)
             for speculate in ((True, False), (False, True))[number % 2]
         }
         trial = Trial(speculative=blocks[True], plain=blocks[False])
         self.screen.say(
-            f"{len(selected)} requests: {trial.plain.tokens_per_s:.1f} tokens/s without speculation, "
+            f"{len(plain)} requests: {trial.plain.tokens_per_s:.1f} tokens/s without speculation, "
             f"{trial.speculative.tokens_per_s:.1f} with it"
         )
         return trial
@@ -251,7 +261,7 @@ class Scenario:
         )
         key = read_api_key(serve)
         load = Load(f"http://{serve.host}:{serve.port}", requests, self.concurrency, api_key=key)
-        (self._traced if trace else self._untraced).append(load)
+        (self._traffic if trace and speculate else self._others).append(load)
         load.start()
         return load
 

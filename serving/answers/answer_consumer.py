@@ -35,6 +35,8 @@ _BATCH = 500
 """Maximum number of records that are handed to the engine together."""
 _REQUEST_S = 5.0
 _RETRY_S = 2.0
+_HARMLESS = (KafkaError._PARTITION_EOF, KafkaError.GROUP_AUTHORIZATION_FAILED)
+"""Errors that stop no record. The client looks for the coordinator of the group that it names and never joins."""
 _REFRESH_S = 30.0
 """Interval at which partitions and positions are compared with the broker's."""
 
@@ -136,15 +138,19 @@ class AnswerConsumer:
                 self._assign()
                 self._read(time.monotonic() + _REFRESH_S)
             except KafkaException as error:
-                self._error = self._client_error or error.args[0].str()
-                self._client_error = None
-                log.warning("answers_unreachable", topic=self._topic, error=self._error)
+                self._report(self._client_error or error.args[0].str())
                 self._ending.wait(_RETRY_S)
             except Exception:
                 # An unforeseen error must not end this thread: the corpus would learn from no other node again.
                 log.exception("answer_consumer_failed")
                 self._ending.wait(_RETRY_S)
         self._consumer.close()
+
+    def _report(self, error: str) -> None:
+        """Keep the reason why no answers arrive, and log it when it changes."""
+        if error != self._error:
+            log.warning("answers_unreachable", topic=self._topic, error=error)
+        self._error, self._client_error = error, None
 
     def _assign(self) -> None:
         """Read from every partition on: where it was read to, or else from its newest answers.
@@ -176,21 +182,20 @@ class AnswerConsumer:
         """
         while not self._ending.is_set() and time.monotonic() < until:
             messages = self._consumer.consume(_BATCH, _POLL_S)
-            answers = [answer for message in messages if (answer := self._take(message)) is not None]
+            records = [message for message in messages if message.error() is None]
+            answers = [answer for record in records if (answer := self._take(record)) is not None]
             if answers:
                 self._learn(answers)
                 self._accounting.add(len(answers))
                 self._delay = self._clock() - answers[-1].time_us / 1e6
             if messages:
                 self._lag = sum(self._remaining(partition) for partition in self._next)
+            for message in messages:
+                if (error := message.error()) is not None and error.code() not in _HARMLESS:
+                    raise KafkaException(error)
 
     def _take(self, message: Message) -> Answer | None:
         """Return the answer of a record; None, and count the reason, if the engine must not have it."""
-        error = message.error()
-        if error is not None:
-            if error.code() == KafkaError._PARTITION_EOF:
-                return None
-            raise KafkaException(error)
         self._next[message.partition() or 0] = (message.offset() or 0) + 1
         try:
             answer = decode(message.value() or b"")

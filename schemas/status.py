@@ -67,7 +67,8 @@ class ServeStatus(_Status):
     line: str
     engine_up: bool
     draining: bool
-    """Whether the node is shutting down: it finishes running requests and rejects new ones."""
+    """Whether the node is shutting down: it finishes running requests, and rejects new ones after
+    ``serve.drain_delay``."""
     speculator: str
     """The active version."""
     speculating: bool

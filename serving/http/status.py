@@ -155,7 +155,7 @@ def add_routes(
     @app.head("/ready", include_in_schema=False)
     @app.get("/ready")
     async def ready() -> JSONResponse:
-        """Answer 200 while the node accepts requests, else 503."""
+        """Answer 200 until the node drains or its engine fails, then 503."""
         return respond(is_ok=engine.health().alive and not drain.is_draining)
 
     @app.get("/metrics")

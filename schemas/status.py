@@ -106,7 +106,7 @@ class ServeStatus(_Status):
     """Newest swaps, oldest first."""
     versions_rejected: list[RejectedVersionStatus]
     corpus: CorpusStatus | None = None
-    """None without a suffix drafter."""
+    """None with SGLang, whose plugin exports its counts."""
 
 
 class SpeculatorStatus(_Status):

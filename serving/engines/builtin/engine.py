@@ -64,7 +64,8 @@ class BuiltinEngine:
         self.vocabulary = self._target.shape.vocab_size
         self.max_tokens = serve.max_model_len
         self._speculator = _create_speculator(settings, line, self._target) if serve.drafter == "eagle" else None
-        self.corpus = ScopedCorpus(serve.suffix_scope, serve.suffix_corpus_bytes, settings.kafka.retention)
+        scope = "request" if serve.drafter == "eagle" else serve.suffix_scope
+        self.corpus = ScopedCorpus(scope, serve.suffix_corpus_bytes, settings.kafka.retention)
         self._drafter: Drafter = self._speculator or SuffixDrafter(self.corpus)
         latency = calibrate(self._target, self._drafter, serve.max_num_seqs)
         self._planner = Planner(latency, serve.num_speculative_tokens, adaptive=serve.adaptive_drafting)

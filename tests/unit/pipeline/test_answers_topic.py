@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from recorded import LINE, conversation, record_of, tables_of, verify_step_of
 from typer.testing import CliRunner
 
-from ops.cli.corpus import build_tables
+from ops.cli.corpus import _report_progress, build_tables
 from ops.cli.main import app
 from pipeline.answers_topic import FinishedRequest, RebuildCounts, TopicStats, list_finished, read_answers
 from pipeline.batches import Record
@@ -128,3 +129,12 @@ def test_a_corpus_of_single_requests_cannot_be_rebuilt(tables: DeltaLog) -> None
     result = CliRunner().invoke(app, ["corpus", "rebuild", "--set", "serve.suffix_scope=request"])
     assert result.exit_code == 2
     assert "serve.suffix_scope" in result.stderr
+
+
+def test_ctrl_c_ends_a_rebuild_with_its_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    def parts() -> Iterator[RebuildCounts]:
+        yield RebuildCounts(9, published=4)
+        raise KeyboardInterrupt
+
+    assert _report_progress(parts(), RebuildCounts(9)).published == 4
+    assert "4 of 9 answers published" in capsys.readouterr().err

@@ -27,6 +27,8 @@ class Block:
     """Responses to the requests of one block, in the order in which they ended."""
 
     responses: tuple[Response, ...]
+    processor_s: float
+    """Processor time of the node during the block, in seconds."""
 
     @property
     def started(self) -> float:
@@ -41,7 +43,12 @@ class Block:
     @property
     def tokens_per_s(self) -> float:
         """Output tokens per second."""
-        return sum(response.output_tokens for response in self.responses) / (self.ended - self.started)
+        return self.output_tokens / (self.ended - self.started)
+
+    @property
+    def output_tokens(self) -> int:
+        """Output tokens of all responses."""
+        return sum(response.output_tokens for response in self.responses)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +78,12 @@ class Trial:
         """Rate with speculation over the rate without."""
         return self.speculative.tokens_per_s / self.plain.tokens_per_s
 
+    @property
+    def processor_ratio(self) -> float:
+        """The same ratio over the node's processor time: other programs change it little."""
+        spent, plain_spent = self.speculative.processor_s, self.plain.processor_s
+        return (self.speculative.output_tokens / spent) / (self.plain.output_tokens / plain_spent)
+
 
 @dataclass(frozen=True, slots=True)
 class Speedup:
@@ -79,6 +92,7 @@ class Speedup:
     ratio: float
     lowest: float
     highest: float
+    by_processor_time: float
     tokens_per_s: float
     plain_tokens_per_s: float
 
@@ -124,6 +138,7 @@ def measure_speedup(trials: Sequence[Trial]) -> Speedup | None:
         ratio=median(ratios),
         lowest=min(ratios),
         highest=max(ratios),
+        by_processor_time=median(trial.processor_ratio for trial in complete),
         tokens_per_s=median(trial.speculative.tokens_per_s for trial in complete),
         plain_tokens_per_s=median(trial.plain.tokens_per_s for trial in complete),
     )
@@ -181,7 +196,10 @@ def explain_slowdown(speedup: Speedup, steps: StepFigures | None, busy: float | 
             f"{steps.drafted:.2f} drafted, and takes {steps.relative_time:.2f} times as long as one without a draft"
         )
     if busy is not None and busy >= BUSY:
-        reasons.append(f"other programs used {busy:.0%} of the processors")
+        reasons.append(
+            f"other programs used {busy:.0%} of the processors (the ratio is {speedup.by_processor_time:.2f}x by the "
+            "node's processor time)"
+        )
     return "; ".join(reasons) or "the rates are too close to tell apart"
 
 
@@ -203,7 +221,7 @@ def other_programs(before: ProcessorTimes, now: ProcessorTimes, processors: int)
 
 
 def _tokens(blocks: Sequence[Block]) -> int:
-    return _total(blocks, "output_tokens")
+    return sum(block.output_tokens for block in blocks)
 
 
 def _seconds(blocks: Sequence[Block]) -> float:

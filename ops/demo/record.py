@@ -290,6 +290,7 @@ def _summarize_measurement(run: DemoRun) -> dict[str, Any] | None:
     if speedup is None or steps is None:
         return None
     return {
+        "by_processor_time": _rounded(speedup.by_processor_time),
         "ratios": [round(trial.ratio, 3) for trial in complete_trials(run.measured)],
         "tokens_per_s": _rounded(speedup.tokens_per_s),
         "tokens_per_s_no_speculation": _rounded(speedup.plain_tokens_per_s),

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, replace
 from itertools import cycle, islice
 from typing import TYPE_CHECKING
 
+import psutil
+
 from ops.demo import prompts
 from ops.demo.comparison import Block, Trial, other_programs, read_processor_times
 from ops.demo.record import (
@@ -250,9 +252,11 @@ class Scenario:
 
     def _run_block(self, selected: Sequence[Prompt], *, speculate: bool, trace: bool) -> Block:
         """Send the prompts and wait for all responses; a node that stays silent fails them."""
+        node = psutil.Process(self.stack.supervisor.parts["serve"].part.process.pid)
+        before = sum(node.cpu_times()[:2])
         load = self._start_load(selected, speculate=speculate, trace=trace)
         self._monitor.run_until(lambda: not load.running, math.inf)
-        return Block(tuple(load.responses))
+        return Block(tuple(load.responses), sum(node.cpu_times()[:2]) - before)
 
     def _start_load(self, selected: Iterable[Prompt], *, speculate: bool = True, trace: bool) -> Load:
         serve, model = self.stack.settings.serve, self.stack.settings.target.served_model_name

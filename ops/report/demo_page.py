@@ -127,6 +127,7 @@ def _measured_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
     suffix, total = measured["suffix_accepted_per_step"], measured["accepted_per_step"]
     return [
         ("measured speed-up; each trial", f"{figures['measured_speedup']:.2f}; {_listed(measured['ratios'])}"),
+        ("its median by the node's processor time", f"{measured['by_processor_time']:.2f}"),
         ("its output tokens/s without and with speculation", _rates(measured, "tokens_per_s")),
         (
             "its accepted tokens per step, suffix drafter and speculator",

@@ -34,7 +34,7 @@ def trial(start: float, seconds: float, plain_seconds: float) -> Trial:
     """Return a trial of four requests with 480 tokens in each block."""
     spans = (start, start + seconds), (start + seconds + 1, start + seconds + 1 + plain_seconds)
     speculative, plain = (
-        Block(tuple(replace(request(30, "code"), started=began, ended=ended, output_tokens=120) for _ in range(4)))
+        Block(tuple(replace(request(30, "code"), started=began, ended=ended, output_tokens=120) for _ in range(4)), 5.0)
         for began, ended in spans
     )
     return Trial(speculative, plain)

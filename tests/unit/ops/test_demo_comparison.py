@@ -26,7 +26,8 @@ from ops.loadgen.load import Response
 def block(started: float, seconds: float, **changes: object) -> Block:
     """Return two concurrent responses of 100 tokens each."""
     plain = Response("r", "math", started, started + seconds, output_tokens=100, verify_steps=100)
-    return Block((replace(plain, **changes), replace(plain, ended=started + seconds / 2)))  # type: ignore[arg-type]
+    responses = replace(plain, **changes), replace(plain, ended=started + seconds / 2)  # type: ignore[arg-type]
+    return Block(responses, processor_s=seconds / 4)
 
 
 def trial(seconds: float, plain_seconds: float, **changes: object) -> Trial:
@@ -43,6 +44,13 @@ def test_the_speedup_is_the_median_ratio_with_its_range() -> None:
     assert (found.ratio, found.lowest, found.highest) == (1.25, 1, 2)
     assert (found.tokens_per_s, found.plain_tokens_per_s) == (25, 20)
     assert describe_speedup(found) == "1.25x: 20 -> 25 tokens/s"
+
+
+def test_the_ratio_by_processor_time_ignores_the_wait_for_a_processor() -> None:
+    waited = Trial(speculative=replace(block(0, 20), processor_s=2), plain=replace(block(100, 10), processor_s=3))
+    found = measure_speedup([waited])
+    assert found is not None
+    assert (found.ratio, found.by_processor_time) == (0.5, 1.5)
 
 
 def test_total_rates_weigh_a_trial_by_its_time() -> None:
@@ -75,7 +83,7 @@ def test_a_slowdown_names_yield_and_cost_of_a_step_and_a_busy_machine() -> None:
     assert reason == (
         "a verify step yields 1.33 tokens (0.13 from the suffix drafter, 0.20 from the speculator, 1 from the target) "
         "out of 0.80 drafted, and takes 1.60 times as long as one without a draft; other programs used 30% of the "
-        "processors"
+        "processors (the ratio is 0.83x by the node's processor time)"
     )
     assert "other programs" not in (explain_slowdown(speedup, measure_steps([drafted]), busy=0.02) or "")
 

@@ -106,7 +106,8 @@ def test_each_accepted_token_has_one_source() -> None:
 def trial(spent: float, plain_spent: float, **changes: object) -> Trial:
     """Return a trial of one request with ten tokens in each block."""
     return Trial(
-        speculative=Block((response(0, ended=spent, **changes),)), plain=Block((response(0, ended=plain_spent),))
+        speculative=Block((response(0, ended=spent, **changes),), processor_s=spent),
+        plain=Block((response(0, ended=plain_spent),), processor_s=plain_spent),
     )
 
 

@@ -76,7 +76,7 @@ class ServeStatus(_Status):
     draft_depth: int
     """Draft tokens per request and verify step along the deepest path; 0 while drafting does not pay."""
     expected_tokens_per_second: list[float]
-    """Expected output rate with 0, 1, .. draft tokens per request."""
+    """Expected output rate: entry 0 without drafts, entry n with drafts of the speculator up to depth n."""
     role: str | None
     """Why the version is active: the name of the alias, ``canary`` or ``pinned``; None with the day-0 draft."""
     pinned: str | None
@@ -88,6 +88,8 @@ class ServeStatus(_Status):
     verify_steps: int
     draft_tokens: int
     accepted_tokens: int
+    suffix_accepted_tokens: int
+    """Accepted draft tokens that only the suffix drafter proposed."""
     output_tokens: int
     acceptance_length: float | None
     """1 + accepted tokens per verify step (bonus token included) since the start; None before the first verify step."""

@@ -1,24 +1,33 @@
-"""How much to draft: the budget with the highest expected throughput, by latency and acceptance on this node.
+"""How much to draft, and with which drafter: the drafts with the highest expected throughput on this node.
 
 In a verify step every sequence drafts zero or more tokens, and the target verifies all of them in one forward. Whether
-drafting pays depends on the latency of a forward with more rows, on the latency of a draft step, and on how often the
-target accepts. The planner measures all three while the node serves, and plans the next verify step with them. A *row*
-is one token of a forward.
+drafting pays depends on the latency of a forward with more rows, on the latency of the speculator's draft steps, and on
+how often the target accepts. The planner measures all three while the node serves, and plans the next verify step with
+them. A *row* is one token of a forward.
 
-**Throughput.** With B sequences, and a_i the acceptance rate at depth i of tokens whose parent was accepted, drafts of
-n tokens yield an expected ``B * (1 + a_1 + a_1 a_2 + .. + a_1 .. a_n)`` tokens in ``verify(B (1 + n)) + draft(B, n)``
-seconds. The planned depth is the n, possibly 0, with the highest throughput. Drafts that end early or branch have fewer
-or more rows, so the number of rows is scaled by the ratio that recent verify steps had.
+**Price.** A verify step that takes a second longer costs the tokens that the node puts out in a second. The planner
+averages this throughput over recent verify steps, for each number of decoding sequences. A draft token is worth a row,
+and a draft step is worth its time, if the expected tokens exceed the price. Measuring latency in units of this
+machine's pace keeps prices valid while other processes slow the machine down as a whole.
 
-**Thresholds.** Within a verify step a draft grows only while that pays. The highest throughput gives the price of a
-second in tokens. A sequence drafts another token while its acceptance probability exceeds the price of a draft step and
-a row, and verifies a draft token while that probability exceeds the price of a row (the threshold policy of SpecDec++,
-Huang et al., arXiv 2405.19715, with thresholds from measured latency). The acceptance probability is that of the
-token's parent times the acceptance rate measured for tokens with a similar draft probability.
+**Acceptance.** The acceptance probability of a draft token is that of its parent times the acceptance rate measured for
+similar tokens: of the speculator, by draft probability; of the suffix drafter, by estimated probability and by the
+length of the match. Greedy and sampled sequences have rates of their own. A swap discards those of the version before.
 
-**Probes.** Acceptance is measured only on tokens that are drafted. While drafting does not pay, one sequence drafts
-every now and then as a probe: rarely while probes are rejected, soon after a swap or an accepted probe. While drafts
-are shorter than the limit, every twelfth verify step drafts one token more than planned.
+**Selection.** Suffix drafts cost next to nothing, so every sequence has one in every verify step. Draft tokens of all
+sequences together are ordered by acceptance probability; the target verifies as many of them as pay, up to the row
+where the forward becomes too expensive.
+
+**Speculator.** What the speculator adds depends on what the suffix drafter has found already. The planner measures the
+tokens that only the speculator's draft had accepted, by depth and by the confidence of the suffix draft. The speculator
+drafts for those sequences, and to that depth, for which the added tokens exceed the price of the draft steps and rows.
+Its drafts grow only while a further token pays (the threshold policy of SpecDec++, Huang et al., arXiv 2405.19715, with
+thresholds from measured latency).
+
+**Probes.** The speculator's acceptance is measured only where it drafts. While its drafts do not pay, one sequence
+drafts every now and then as a probe: rarely while probes are rejected, soon after a swap or an accepted probe. While
+its drafts are shorter than the limit, every twelfth verify step drafts one token more than planned. Suffix drafts need
+no probes: they are compared with the output also where they were not verified.
 
 This module does no I/O and needs no torch.
 """
@@ -28,11 +37,15 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from schemas.trace.record import DraftSource
 
 _KNOT_RATE = 0.02
 _PACE_RATE = 0.2
 _ROWS_RATE = 0.05
+_PRICE_RATE = 0.03
 _MAX_RATIO = 3.0
 """A measured latency counts at most as this multiple of the expected one: outliers say little."""
 
@@ -43,7 +56,14 @@ _PROBE_WEIGHT = 8.0
 _PRIOR_WEIGHT = 2.0
 """Outcomes that the prior of an acceptance rate counts as."""
 _PROBABILITY_EDGES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+_MATCH_EDGES = (1, 3, 4, 6, 9, 16)
+"""First match length of each group but the first, which is that of the speculator's tokens."""
+_CONFIDENCE_EDGES = (0.05, 0.3, 0.5, 0.7, 0.85)
+"""Edges of the acceptance probability of a suffix draft's first token, between which the speculator's gain differs."""
 
+_EXPLORED_LOSS = 0.02
+"""Share of the output that the speculator's drafts may be expected to cost: so little is within the noise of the
+estimates, and only drafts correct them."""
 _DEEPER_INTERVAL = 12
 _PROBE_DEPTH = 2
 _MIN_PROBE_INTERVAL = 4
@@ -53,36 +73,69 @@ _MAX_PROBE_INTERVAL = 32
 
 @dataclass(frozen=True, slots=True)
 class DraftBudget:
-    """How much the sequences may draft in one verify step."""
+    """How much the speculator may draft for its sequences in one verify step."""
 
     depth: int
     """Maximum depth of a draft tree; 0 drafts nothing."""
-    max_sequences: int | None = None
-    """Maximum number of sequences that draft: set in a probe, else None."""
     draft_threshold: float = 0.0
     """Minimum acceptance probability of a token for which drafting and verifying it pays."""
     verify_threshold: float = 0.0
     """Minimum acceptance probability of a draft token for which verifying it pays."""
-    acceptance: Mapping[bool, AcceptanceModel] = field(default_factory=dict, compare=False, repr=False)
-    """Measured acceptance of greedy sequences (True) and of sampled ones (False)."""
+
+
+class DraftPlan(NamedTuple):
+    """Which of the sequences the speculator drafts for, and how much."""
+
+    drafting: Sequence[int]
+    """Indices of the sequences."""
+    budget: DraftBudget
+
+
+class SequenceOutlook(NamedTuple):
+    """What the planner knows of a sequence before the speculator drafts."""
+
+    greedy: bool
+    chances: Sequence[float] = ()
+    """Acceptance probability of each token of the suffix draft, in descending order."""
+    catch_up: int = 0
+    """Committed tokens that the speculator has not read."""
+
+    @property
+    def confidence(self) -> float:
+        """Acceptance probability of the likeliest token of the suffix draft."""
+        return self.chances[0] if self.chances else 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class DraftOutcome:
-    """Whether the target accepted one of the sibling tokens that were drafted after an accepted token."""
+    """Which of the sibling tokens that one drafter proposed after an accepted token is the output, if any."""
 
-    depth: int
-    probabilities: tuple[float, ...]
-    """Draft probability of each sibling."""
-    accepted: int | None
-    """Index of the accepted sibling; None if the target rejected all."""
+    source: DraftSource
     greedy: bool
+    siblings: tuple[tuple[float, int], ...]
+    """Draft probability and match length of each sibling."""
+    accepted: int | None
+    """Index of the sibling that is the output; None if it is another token."""
 
 
-@dataclass(frozen=True, slots=True)
-class ForwardTiming:
+class SpeculatorOutcome(NamedTuple):
+    """What the speculator's draft added for one sequence."""
+
+    greedy: bool
+    confidence: float
+    """Of the suffix draft (``SequenceOutlook.confidence``)."""
+    suffix_tokens: int
+    """Tokens that the suffix draft alone would have had accepted."""
+    speculator_tokens: int
+    """Tokens that the speculator's draft alone would have had accepted."""
+    drafted_depth: int
+    """Depth to which the speculator could draft."""
+
+
+class ForwardTiming(NamedTuple):
     """Duration of one forward that read no prompt."""
 
+    sequences: int
     rows: int
     seconds: float
 
@@ -99,14 +152,13 @@ class LatencyCurve:
         low, share = self._locate(rows)
         return self._seconds[low] * (1 - share) + self._seconds[min(low + 1, len(self._rows) - 1)] * share
 
-    def update(self, rows: int, seconds: float, rate: float) -> None:
-        """Move the knots next to ``rows`` towards ``seconds``."""
+    def update(self, rows: int, error: float) -> None:
+        """Move the knots next to ``rows`` by a share of ``error`` each."""
         low, share = self._locate(rows)
-        error = seconds - self.predict(rows)
         share = min(max(share, 0.0), 1.0)
         for knot, weight in ((low, 1 - share), (low + 1, share)):
             if knot < len(self._seconds):
-                self._seconds[knot] = max(self._seconds[knot] + rate * weight * error, 1e-9)
+                self._seconds[knot] = max(self._seconds[knot] + weight * error, 1e-9)
 
     def _locate(self, rows: int) -> tuple[int, float]:
         """Return the knot at or below ``rows`` and the share of the way to the next; extrapolate beyond the ends."""
@@ -117,38 +169,51 @@ class LatencyCurve:
 
 
 class LatencyModel:
-    """Latency of the target's forward and of the draft's steps on this machine.
+    """Latency of the target's forward and of the speculator's draft steps on this machine.
 
-    If other processes slow the machine down as a whole, the pace follows quickly and the curves keep their form.
+    Args:
+        rows: Seconds of a forward over rows of one sequence.
+        sequences: Seconds that a forward over as many sequences takes longer than over one with the same rows.
+        first_step: Seconds of the first draft step by number of sequences.
+        further_step: Seconds of each later draft step.
     """
 
-    def __init__(self, verify: LatencyCurve, first_step: LatencyCurve, further_step: LatencyCurve) -> None:
-        self._verify, self._first_step, self._further_step = verify, first_step, further_step
-        self._pace = 1.0
+    def __init__(
+        self, rows: LatencyCurve, sequences: LatencyCurve, first_step: LatencyCurve, further_step: LatencyCurve
+    ) -> None:
+        self._rows, self._sequences, self._first_step, self._further_step = rows, sequences, first_step, further_step
+        self.pace = 1.0
+        """Measured seconds per predicted second. If other processes slow the machine down as a whole, it follows
+        quickly, and the curves keep their form."""
 
-    def predict_verify(self, rows: int) -> float:
-        """Return the seconds of the target's forward over ``rows`` rows."""
-        return self._pace * self._verify.predict(rows)
+    def predict_verify(self, sequences: int, rows: int) -> float:
+        """Return the seconds of the target's forward, at pace 1."""
+        return self._rows.predict(rows) + self._sequences.predict(sequences)
 
     def predict_draft(self, sequences: int, depth: int) -> float:
-        """Return the seconds to draft ``depth`` tokens, one after the other, for each sequence."""
-        if not depth:
+        """Return the seconds to draft ``depth`` tokens, one after the other, for each sequence, at pace 1."""
+        if not depth or not sequences:
             return 0.0
-        further = (depth - 1) * self._further_step.predict(sequences)
-        return self._pace * (self._first_step.predict(sequences) + further)
+        return self._first_step.predict(sequences) + (depth - 1) * self._further_step.predict(sequences)
 
-    def update(self, verify: ForwardTiming, draft_steps: Sequence[ForwardTiming]) -> None:
-        """Learn from one verify step: the target's forward, and each draft step in order."""
-        self._update_curve(self._verify, verify, sets_pace=True)
-        for step, timing in enumerate(draft_steps):
-            self._update_curve(self._further_step if step else self._first_step, timing, sets_pace=False)
+    def update_verify(self, timing: ForwardTiming) -> None:
+        """Learn from the target's forward."""
+        expected = self.predict_verify(timing.sequences, timing.rows)
+        ratio = self._compare(timing.seconds, expected)
+        error = _KNOT_RATE * expected * (ratio - 1)
+        self._rows.update(timing.rows, error)
+        self._sequences.update(timing.sequences, error if timing.sequences > 1 else 0.0)
+        self.pace *= 1 + _PACE_RATE * (ratio - 1)
 
-    def _update_curve(self, curve: LatencyCurve, timing: ForwardTiming, *, sets_pace: bool) -> None:
-        expected = curve.predict(timing.rows)
-        ratio = min(timing.seconds / (self._pace * expected), _MAX_RATIO)
-        curve.update(timing.rows, expected * ratio, _KNOT_RATE)
-        if sets_pace:
-            self._pace *= 1 + _PACE_RATE * (ratio - 1)
+    def update_draft(self, steps: Sequence[ForwardTiming]) -> None:
+        """Learn from the draft steps in order."""
+        for i, timing in enumerate(steps):
+            curve = self._further_step if i else self._first_step
+            expected = curve.predict(timing.sequences)
+            curve.update(timing.sequences, _KNOT_RATE * expected * (self._compare(timing.seconds, expected) - 1))
+
+    def _compare(self, seconds: float, expected: float) -> float:
+        return min(seconds / (self.pace * expected), _MAX_RATIO)
 
 
 class _AcceptanceRate:
@@ -159,7 +224,7 @@ class _AcceptanceRate:
     def __init__(self) -> None:
         self._accepted = self._total = 0.0
 
-    def update(self, weight: float, *, accepted: bool) -> None:
+    def update(self, *, accepted: bool, weight: float = 1.0) -> None:
         keep = (1 - 1 / _WINDOW) ** weight
         gained = (1 - keep) * _WINDOW
         self._total = self._total * keep + gained
@@ -171,38 +236,63 @@ class _AcceptanceRate:
 
 
 class AcceptanceModel:
-    """Acceptance rate of draft tokens whose parent was accepted, by depth and by draft probability."""
+    """Acceptance rate of one drafter's tokens whose parent was accepted, by draft probability and match length."""
+
+    def __init__(self) -> None:
+        self._rates = [
+            [_AcceptanceRate() for _ in range(len(_PROBABILITY_EDGES) + 1)] for _ in range(len(_MATCH_EDGES) + 1)
+        ]
+        self._next = _AcceptanceRate()
+
+    def update(self, outcome: DraftOutcome, weight: float = 1.0) -> None:
+        """Learn from the outcome of sibling tokens."""
+        self._next.update(accepted=outcome.accepted is not None, weight=weight)
+        for i, (probability, match_length) in enumerate(outcome.siblings):
+            self._find_rate(probability, match_length).update(accepted=i == outcome.accepted, weight=weight)
+
+    def estimate(self, probability: float, match_length: int = 0) -> float:
+        """Return the acceptance rate of similar tokens. The draft probability is also the prior."""
+        return self._find_rate(probability, match_length).estimate(probability)
+
+    def estimate_next(self) -> float:
+        """Return the rate at which one of the tokens drafted after an accepted token is accepted."""
+        return self._next.estimate(1.0)
+
+    def _find_rate(self, probability: float, match_length: int) -> _AcceptanceRate:
+        return self._rates[bisect.bisect(_MATCH_EDGES, match_length)][bisect.bisect(_PROBABILITY_EDGES, probability)]
+
+
+class SpeculatorGain:
+    """Tokens that the speculator's drafts add, by depth and by the confidence of the suffix draft.
+
+    A draft adds a token at depth n if its first n tokens are accepted and the suffix draft alone has fewer accepted.
+    """
 
     def __init__(self, max_depth: int) -> None:
-        self._by_depth = [_AcceptanceRate() for _ in range(max_depth)]
-        self._by_probability = [_AcceptanceRate() for _ in range(len(_PROBABILITY_EDGES) + 1)]
+        self._rates = [[_AcceptanceRate() for _ in range(max_depth)] for _ in range(len(_CONFIDENCE_EDGES) + 1)]
 
-    def update(self, outcome: DraftOutcome, weight: float) -> None:
-        """Learn from the outcome of sibling tokens."""
-        depth = min(outcome.depth, len(self._by_depth))
-        self._by_depth[depth - 1].update(weight, accepted=outcome.accepted is not None)
-        for i, probability in enumerate(outcome.probabilities):
-            bucket = self._by_probability[bisect.bisect(_PROBABILITY_EDGES, probability)]
-            bucket.update(weight, accepted=i == outcome.accepted)
+    def update(self, outcome: SpeculatorOutcome, weight: float) -> None:
+        """Learn from one draft."""
+        rates = self._rates[_group(outcome.confidence)]
+        for depth, rate in enumerate(rates[: outcome.drafted_depth], start=1):
+            added = outcome.suffix_tokens < depth <= outcome.speculator_tokens
+            rate.update(accepted=added, weight=weight)
 
-    def estimate_by_depth(self) -> list[float]:
-        """Return the acceptance rate at depth 1, 2, ..
+    def estimate(self, confidence: float) -> list[float]:
+        """Return the expected number of added tokens of drafts with depth 1, 2, ..
 
-        The prior of a depth is the rate of the depth above; that of depth 1 is 0.
+        Without a suffix draft, depths are as if every depth had the rate of the first, until they are measured, and the
+        first is 0. Next to a suffix draft, the prior is the rate without one, as far as the suffix draft is wrong.
         """
-        prior, rates = 0.0, []
-        for rate in self._by_depth:
-            prior = rate.estimate(prior)
-            rates.append(prior)
-        return rates
-
-    def estimate_at_depth(self, depth: int) -> float:
-        """Return the acceptance rate at one depth."""
-        return self.estimate_by_depth()[min(depth, len(self._by_depth)) - 1]
-
-    def estimate_for(self, probability: float) -> float:
-        """Return the acceptance rate of tokens with this draft probability, which is also the prior."""
-        return self._by_probability[bisect.bisect(_PROBABILITY_EDGES, probability)].estimate(probability)
+        rates: list[float] = []
+        for rate in self._rates[0]:
+            above, first = (rates[-1], rates[0]) if rates else (1.0, 0.0)
+            rates.append(min(rate.estimate(above * first), above))
+        group = _group(confidence)
+        if group:
+            measured = zip(self._rates[group], rates, strict=True)
+            rates = [rate.estimate(prior * (1 - confidence)) for rate, prior in measured]
+        return list(itertools.accumulate(rates))
 
 
 class Planner:
@@ -210,121 +300,206 @@ class Planner:
 
     Args:
         latency: Latency model of this machine, calibrated at start.
-        max_depth: Maximum depth of a draft tree.
-        adaptive: Whether to adapt the depth; False drafts to ``max_depth`` in every verify step.
+        max_depth: Maximum depth of the speculator's draft trees.
+        adaptive: Whether to adapt the drafts; False drafts to ``max_depth`` and verifies all in every verify step.
     """
 
     def __init__(self, latency: LatencyModel, max_depth: int, *, adaptive: bool = True) -> None:
         self._latency, self._max_depth, self._adaptive = latency, max_depth, adaptive
-        self.acceptance: Mapping[bool, AcceptanceModel] = {
-            greedy: AcceptanceModel(max_depth) for greedy in (True, False)
-        }
-        """Of greedy sequences (True) and of sampled ones (False)."""
-        self._until_probe = self._probe_interval = _MIN_PROBE_INTERVAL
+        self.suffix: Mapping[bool, AcceptanceModel] = {greedy: AcceptanceModel() for greedy in (True, False)}
+        """Acceptance of the suffix drafter's tokens in greedy sequences (True) and in sampled ones (False)."""
+        self._prices: dict[int, _Throughput] = {}
         self._until_deeper = _DEEPER_INTERVAL
-        self._rows_per_depth = 1.0
-        """Verified tokens per sequence and draft step; above 1 for trees."""
+        self._rows_per_depth = self._steps_per_depth = 1.0
+        """Verified tokens, and draft steps, of a speculator's draft per token of its maximum depth."""
         self.depth = 0 if adaptive else max_depth
-        """Depth of the last plan, 0 while drafting does not pay; deeper draft tokens are a probe."""
+        """Depth of the last plan, 0 while the speculator's drafts do not pay; deeper draft tokens are a probe."""
         self.throughput: tuple[float, ...] = ()
-        """The reason for it: expected tokens per second with 0, 1, .. draft tokens per sequence."""
+        """The reason for it: expected tokens per second without drafts, and with speculator drafts of depth 1, 2, .."""
+        self.start_version()
 
-    def plan(self, greedy: Sequence[bool]) -> DraftBudget:
-        """Return the budget of the next verify step.
+    def start_version(self) -> None:
+        """Forget the acceptance of the speculator's drafts, and probe in the next verify step."""
+        self.speculator: Mapping[bool, AcceptanceModel] = {greedy: AcceptanceModel() for greedy in (True, False)}
+        self._gain = {greedy: SpeculatorGain(self._max_depth) for greedy in (True, False)}
+        self._until_probe = self._probe_interval = 1
+
+    def limit_suffix_drafts(self, decoding: int) -> float:
+        """Return the acceptance probability below which no suffix draft token can be worth a row.
 
         Args:
-            greedy: For each sequence that may draft, whether it decodes greedily.
+            decoding: Number of decoding sequences.
         """
         if not self._adaptive:
-            return DraftBudget(self._max_depth, acceptance=self.acceptance)
-        if not greedy:
-            return DraftBudget(0)
-        self.throughput = self.estimate_throughput(greedy)
-        self.depth = max(range(len(self.throughput)), key=self.throughput.__getitem__)
+            return 0.0
+        plain = self._latency.predict_verify(decoding, decoding)
+        cheapest = min((self._latency.predict_verify(decoding, decoding + rows) - plain) / rows for rows in (1, 4, 8))
+        return self._price(decoding) * max(cheapest, 0.0)
+
+    def plan(self, decoding: int, outlooks: Sequence[SequenceOutlook]) -> DraftPlan:
+        """Return which of the sequences the speculator drafts for, and its budget.
+
+        Args:
+            decoding: Number of decoding sequences, those that may not draft included.
+            outlooks: Outlook of each sequence that may draft.
+        """
+        if not self._adaptive or not outlooks:
+            return DraftPlan(range(len(outlooks)), DraftBudget(self._max_depth if outlooks else 0))
+        chances = sorted((chance for outlook in outlooks for chance in outlook.chances), reverse=True)
+        selected = self.select(decoding, decoding, chances)
+        rows, tokens = decoding + selected, decoding + sum(chances[:selected])
+        gains = [self._gain[outlook.greedy].estimate(outlook.confidence) for outlook in outlooks]
+        price, best_value, drafting = self._price(decoding), -_EXPLORED_LOSS * tokens, list[int]()
+        without = self._latency.predict_verify(decoding, rows)
+        throughput = [decoding / self._latency.predict_verify(decoding, decoding)]
+        self.depth = 0
+        for depth in range(1, self._max_depth + 1):
+            order = sorted(range(len(outlooks)), key=lambda i: -gains[i][depth - 1])
+            rate = 0.0
+            for count, added in enumerate(itertools.accumulate(gains[i][depth - 1] for i in order), start=1):
+                seconds = self._predict_speculator(decoding, rows, count, depth)
+                rate = max(rate, (tokens + added) / (without + seconds))
+                if added - price * seconds > best_value:
+                    best_value, self.depth, drafting = added - price * seconds, depth, order[:count]
+            throughput.append(rate)
+        self.throughput = tuple(rate / self._latency.pace for rate in throughput)
         if self.depth:
             self._until_probe = self._probe_interval = _MIN_PROBE_INTERVAL
-            return self._plan_depth(len(greedy), self.depth, self.throughput[self.depth])
-        self._until_probe -= 1
-        if self._until_probe > 0:
-            return DraftBudget(0)
-        self._probe_interval = min(2 * self._probe_interval, _MAX_PROBE_INTERVAL)
-        self._until_probe = self._probe_interval
-        return DraftBudget(min(_PROBE_DEPTH, self._max_depth), max_sequences=1, acceptance=self.acceptance)
+            return DraftPlan(drafting, self._limit_speculator(decoding, rows, len(drafting)))
+        return self._plan_probe(outlooks)
 
-    def estimate_throughput(self, greedy: Sequence[bool]) -> tuple[float, ...]:
-        """Return the expected tokens per second with 0, 1, .. draft tokens per sequence."""
-        sequences = len(greedy)
-        share = sum(greedy) / sequences
-        by_depth = (self.acceptance[kind].estimate_by_depth() for kind in (True, False))
-        rates = (share * g + (1 - share) * s for g, s in zip(*by_depth, strict=True))
-        reached = itertools.accumulate(rates, lambda x, y: x * y)
-        tokens = itertools.accumulate(reached, initial=1.0)
-        seconds = (
-            self._latency.predict_verify(self._count_rows(sequences, depth))
-            + self._latency.predict_draft(sequences, depth)
-            for depth in range(self._max_depth + 1)
-        )
-        return tuple(sequences * total / step for total, step in zip(tokens, seconds, strict=True))
+    def select(self, decoding: int, rows: int, chances: Sequence[float]) -> int:
+        """Return how many of the candidates the target verifies.
+
+        Args:
+            decoding: Number of decoding sequences.
+            rows: Rows of the forward without the candidates.
+            chances: Acceptance probability of each candidate, in descending order.
+        """
+        if not self._adaptive:
+            return len(chances)
+        price, without = self._price(decoding), self._latency.predict_verify(decoding, rows)
+        best, best_value = 0, 0.0
+        for count, tokens in enumerate(itertools.accumulate(chances), start=1):
+            value = tokens - price * (self._latency.predict_verify(decoding, rows + count) - without)
+            if value > best_value:
+                best, best_value = count, value
+        return best
 
     def limit_prompt_rows(self, seconds: float, *, decode_rows: int, max_rows: int) -> int:
         """Return how many prompt rows extend a forward over ``decode_rows`` by ``seconds`` at most; at least 1."""
-        decode_seconds = self._latency.predict_verify(decode_rows)
+        without = self._latency.predict_verify(1, decode_rows)
         rows = bisect.bisect_right(
             range(1, max_rows + 1),
-            seconds,
-            key=lambda rows: self._latency.predict_verify(decode_rows + rows) - decode_seconds,
+            seconds / self._latency.pace,
+            key=lambda rows: self._latency.predict_verify(1, decode_rows + rows) - without,
         )
         return max(rows, 1)
 
-    def observe(
+    def observe_drafts(self, outcomes: Iterable[DraftOutcome], speculator: Iterable[SpeculatorOutcome]) -> None:
+        """Learn from the outcomes of the drafts of one verify step."""
+        probing = not self.depth
+        for outcome in outcomes:
+            if outcome.source is DraftSource.SUFFIX:
+                self.suffix[outcome.greedy].update(outcome)
+            else:
+                self.speculator[outcome.greedy].update(outcome, _PROBE_WEIGHT if probing else 1.0)
+        gains = list(speculator)
+        for added in gains:
+            # Sequences of one verify step count less than as many verify steps: the memory is also one of time.
+            weight = _PROBE_WEIGHT if added.drafted_depth > self.depth else len(gains) ** -0.5
+            self._gain[added.greedy].update(added, weight)
+            if added.speculator_tokens > self.depth:
+                self._until_probe = self._probe_interval = _MIN_PROBE_INTERVAL
+
+    def observe_latency(
         self,
-        outcomes: Iterable[DraftOutcome],
-        verify: ForwardTiming | None,
+        plan: DraftPlan,
+        tokens: int,
+        verify: ForwardTiming,
         draft_steps: Sequence[ForwardTiming],
-        verified_tokens: int,
+        speculator_rows: int,
     ) -> None:
-        """Learn from one verify step.
+        """Learn from the durations of one verify step without prompt rows.
 
         Args:
-            outcomes: Outcomes of the drafts.
-            verify: The target's forward; None if it also read prompts.
+            plan: The speculator's plan.
+            tokens: Output tokens of the verify step.
+            verify: The target's forward.
             draft_steps: The draft steps in order.
-            verified_tokens: Number of draft tokens that the target verified.
+            speculator_rows: Number of verified tokens that only the speculator drafted.
         """
-        step_rows = sum(timing.rows for timing in draft_steps)
-        if step_rows:
-            self._rows_per_depth += _ROWS_RATE * (verified_tokens / step_rows - self._rows_per_depth)
-        for outcome in outcomes:
-            is_probe = outcome.depth > self.depth
-            self.acceptance[outcome.greedy].update(outcome, _PROBE_WEIGHT if is_probe else 1.0)
-            if is_probe and outcome.accepted is not None:
-                self._until_probe = self._probe_interval = _MIN_PROBE_INTERVAL
-        if verify is not None:
-            # A probe's first draft step also consumes all tokens committed since the last one, which is not its price.
-            self._latency.update(verify, draft_steps if self.depth else ())
-
-    def request_probe(self) -> None:
-        """Probe in the next verify step, because a version was swapped in."""
-        self._until_probe = self._probe_interval = 1
-
-    def _plan_depth(self, sequences: int, depth: int, throughput: float) -> DraftBudget:
-        self._until_deeper -= 1
-        if self._until_deeper <= 0 and depth < self._max_depth:
-            self._until_deeper = _DEEPER_INTERVAL
-            return DraftBudget(depth + 1, acceptance=self.acceptance)
         latency = self._latency
-        rows = self._count_rows(sequences, depth)
-        row_seconds = (latency.predict_verify(rows) - latency.predict_verify(sequences)) / max(rows - sequences, 1)
-        step_seconds = (
-            latency.predict_draft(sequences, depth + 1) - latency.predict_draft(sequences, depth)
-        ) / sequences
-        return DraftBudget(
-            depth,
-            draft_threshold=throughput * max(step_seconds + row_seconds, 0.0),
-            verify_threshold=throughput * max(row_seconds, 0.0),
-            acceptance=self.acceptance,
-        )
+        seconds = latency.predict_verify(verify.sequences, verify.rows)
+        limit = len(plan.drafting) * plan.budget.depth
+        if draft_steps and limit:
+            drafting = sum(
+                latency.predict_draft(timing.sequences, 2) - latency.predict_draft(timing.sequences, 1)
+                if i
+                else latency.predict_draft(timing.sequences, 1)
+                for i, timing in enumerate(draft_steps)
+            )
+            seconds += drafting
+            steps = drafting / latency.predict_draft(len(plan.drafting), plan.budget.depth)
+            self._steps_per_depth += _ROWS_RATE * (steps - self._steps_per_depth)
+            self._rows_per_depth += _ROWS_RATE * (speculator_rows / limit - self._rows_per_depth)
+        self._throughput(verify.sequences).update(tokens, seconds)
+        latency.update_verify(verify)
+        if self.depth:
+            # A probe's first draft step also consumes all tokens committed since the last one, which is not its price.
+            latency.update_draft(draft_steps)
 
-    def _count_rows(self, sequences: int, depth: int) -> int:
-        """Return the expected rows of the target's forward: one root per sequence, and the draft tokens."""
-        return sequences + round(sequences * depth * self._rows_per_depth)
+    def _price(self, decoding: int) -> float:
+        """Return the output tokens that a second is worth, at pace 1."""
+        return self._throughput(decoding).rate
+
+    def _throughput(self, decoding: int) -> _Throughput:
+        if decoding not in self._prices:
+            self._prices[decoding] = _Throughput(decoding, self._latency.predict_verify(decoding, decoding))
+        return self._prices[decoding]
+
+    def _predict_speculator(self, decoding: int, rows: int, drafting: int, depth: int) -> float:
+        """Return the seconds by which drafts of the speculator extend a verify step."""
+        added = round(drafting * depth * self._rows_per_depth)
+        verify = self._latency.predict_verify(decoding, rows + added) - self._latency.predict_verify(decoding, rows)
+        return verify + self._steps_per_depth * self._latency.predict_draft(drafting, depth)
+
+    def _limit_speculator(self, decoding: int, rows: int, drafting: int) -> DraftBudget:
+        self._until_deeper -= 1
+        if self._until_deeper <= 0 and self.depth < self._max_depth:
+            self._until_deeper = _DEEPER_INTERVAL
+            return DraftBudget(self.depth + 1)
+        latency, price = self._latency, self._price(decoding)
+        row = (latency.predict_verify(decoding, rows + drafting) - latency.predict_verify(decoding, rows)) / drafting
+        step = (latency.predict_draft(drafting, 2) - latency.predict_draft(drafting, 1)) / drafting
+        return DraftBudget(self.depth, price * max(step + row, 0.0), price * max(row, 0.0))
+
+    def _plan_probe(self, outlooks: Sequence[SequenceOutlook]) -> DraftPlan:
+        self._until_probe -= 1
+        if self._until_probe > 0:
+            return DraftPlan((), DraftBudget(0))
+        self._probe_interval = min(2 * max(self._probe_interval, _MIN_PROBE_INTERVAL // 2), _MAX_PROBE_INTERVAL)
+        self._until_probe = self._probe_interval
+        # The sequence with the least to gain from its suffix draft, and the fewest tokens to catch up on.
+        probed = min(range(len(outlooks)), key=lambda i: (_group(outlooks[i].confidence), outlooks[i].catch_up))
+        return DraftPlan((probed,), DraftBudget(min(_PROBE_DEPTH, self._max_depth)))
+
+
+class _Throughput:
+    """Output tokens per second at pace 1, exponentially weighted towards recent verify steps."""
+
+    def __init__(self, tokens: float, seconds: float) -> None:
+        self._tokens, self._seconds = tokens, seconds
+
+    def update(self, tokens: float, seconds: float) -> None:
+        self._tokens += _PRICE_RATE * (tokens - self._tokens)
+        self._seconds += _PRICE_RATE * (seconds - self._seconds)
+
+    @property
+    def rate(self) -> float:
+        return self._tokens / self._seconds
+
+
+def _group(confidence: float) -> int:
+    """Return the group of suffix drafts with a similar confidence; 0 is that without a draft."""
+    return bisect.bisect(_CONFIDENCE_EDGES, confidence)

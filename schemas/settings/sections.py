@@ -130,10 +130,11 @@ class Serve(Section):
     """Inference engine: the built-in engine, or SGLang's own server, which ``aurora serve`` starts."""
     speculate: bool = True
     """Whether the node decodes speculatively. False serves the target alone."""
-    drafter: Literal["eagle", "suffix"] = "eagle"
-    """Drafter of the built-in engine; SGLang always uses the speculator. ``eagle`` is the speculator. ``suffix`` needs
-    no training and uses no version: it continues the longest match of a request's last tokens in the request itself and
-    in recent traced answers, which ``suffix_scope`` selects."""
+    drafter: Literal["hybrid", "eagle", "suffix"] = "hybrid"
+    """Drafters of the built-in engine; SGLang always uses the speculator alone. ``eagle`` is the speculator. ``suffix``
+    needs no training and uses no version: it continues the longest match of a request's last tokens in the request
+    itself and in recent traced answers, which ``suffix_scope`` selects. ``hybrid`` uses each where its tokens are worth
+    their time, and merges both drafts of a request into one tree."""
     suffix_scope: SuffixScope = "label"
     """Answers that the suffix drafter continues for a request, in addition to the request's own tokens: ``request``
     none, ``label`` those to requests with the same label, ``node`` all of this node, ``fleet`` all of all nodes. With
@@ -145,16 +146,16 @@ class Serve(Section):
     suffix_start_answers: int = Field(20_000, ge=0)
     """Number of newest answers that a node reads from the answers topic at start."""
     num_speculative_tokens: int = Field(6, ge=1, le=16)
-    """Maximum depth of a draft: draft tokens in sequence per verify step."""
+    """Maximum depth of a speculator's draft: draft tokens in sequence per verify step."""
     draft_tree_width: int = Field(1, ge=1, le=8)
-    """Nodes expanded at each depth of a draft tree; 1 drafts chains, and so does the suffix drafter."""
+    """Nodes that the speculator expands at each depth of a draft tree; 1 drafts chains."""
     draft_tree_nodes: int = Field(16, ge=1, le=128)
     """Maximum draft tokens of one request that the target verifies in one step."""
     device: Device = "auto"
     """Device of the built-in engine. ``auto`` uses a GPU if there is one."""
     adaptive_drafting: bool = True
-    """Whether the node drafts the number of tokens with the highest expected output rate, which may be zero. False
-    always drafts the maximum."""
+    """Whether the node drafts and verifies the tokens with the highest expected output rate, which may be none. False
+    drafts to ``num_speculative_tokens`` with every drafter and verifies all."""
     weight_dtype: Literal["auto", "float32", "float16", "int8"] = "auto"
     """Data type of the target's weights in the matrix kernels. ``auto`` times the kernels that reproduce the target
     exactly, at start, and uses the fastest."""

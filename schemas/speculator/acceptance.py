@@ -76,7 +76,7 @@ def accept_sampled(
     parents: Sequence[int],
     target_probs_mV: ProbabilityRows,
     generator: torch.Generator | None,
-    draft_probs_mV: Tensor | None = None,
+    draft_probs_mV: Sequence[Tensor | None] | Tensor | None = None,
 ) -> Verdict:
     """Accept draft tokens so that the output has the target's distribution.
 
@@ -98,7 +98,8 @@ def accept_sampled(
         target_probs_mV: [1 + m, V] the target's distributions after the root and each node: ``SampledRows``.
         generator: Random generator of the request, in its state after drafting.
         draft_probs_mV: [m, V] distribution that each token was drawn from, given its earlier siblings; None for a
-            deterministic draft. A tree of drawn tokens must not be pruned depending on the tokens.
+            deterministic token or draft. Drawn tokens must not be pruned depending on the tokens. Deterministic tokens
+            may depend on drawn ones, because they are exact in any tree.
     """
     current, path, p = ROOT, [], target_probs_mV[0]
     for node, (token, parent) in enumerate(zip(tokens, parents, strict=True)):

@@ -73,6 +73,8 @@ class RequestStats:
     accepted_tokens: int
     speculators: tuple[str, ...]
     """Versions that drafted for the request, in order; empty without speculation."""
+    suffix_accepted_tokens: int = 0
+    """Accepted tokens that the suffix drafter proposed and the speculator did not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,15 +98,19 @@ class EngineHealth:
     speculating: bool
     """Whether the operator allows speculation. ``draft_depth`` shows how much the engine chooses to draft."""
     draft_depth: int
-    """Draft tokens per sequence, one after the other; 0 while drafting does not pay."""
+    """Draft tokens of the speculator per sequence, one after the other; 0 while its drafts do not pay."""
     expected_tokens_per_second: tuple[float, ...]
-    """Expected output tokens per second with 0, 1, .. draft tokens per sequence: the reason for ``draft_depth``."""
+    """Expected output tokens per second, the reason for ``draft_depth``: entry 0 without drafts, entry n with drafts of
+    the speculator up to depth n."""
     requests_running: int
     requests_waiting: int
     verify_steps: int
     draft_tokens: int
     accepted_tokens: int
     output_tokens: int
+    suffix_draft_tokens: int = 0
+    """Draft tokens that the suffix drafter proposed and the speculator did not."""
+    suffix_accepted_tokens: int = 0
     error: str | None = None
     """Why the engine failed."""
 

@@ -132,6 +132,7 @@ class RequestTrace:
                 "verify_steps": sum(one.verify_steps for one in stats),
                 "draft_tokens": sum(one.draft_tokens for one in stats),
                 "accepted_tokens": sum(one.accepted_tokens for one in stats),
+                "suffix_accepted_tokens": sum(one.suffix_accepted_tokens for one in stats),
                 "speculators": list(dict.fromkeys(version for one in stats for version in one.speculators)),
             },
         )

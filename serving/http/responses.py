@@ -56,6 +56,7 @@ class RequestUsage:
             "verify_steps": sum(choice.stats.verify_steps for choice in self.choices),
             "draft_tokens": drafted,
             "accepted_tokens": accepted,
+            "suffix_accepted_tokens": sum(choice.stats.suffix_accepted_tokens for choice in self.choices),
             "speculators": list(dict.fromkeys(v for choice in self.choices for v in choice.stats.speculators)),
         }
         return {"usage": usage, "aurora": aurora}

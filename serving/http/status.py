@@ -105,11 +105,23 @@ class EngineMetrics:
             ("aurora_serve_verify_steps", "Verify steps.", health.verify_steps),
             ("aurora_serve_draft_tokens", "Draft tokens.", health.draft_tokens),
             ("aurora_serve_accepted_tokens", "Accepted draft tokens.", health.accepted_tokens),
+            (
+                "aurora_serve_suffix_draft_tokens",
+                "Draft tokens that only the suffix drafter proposed.",
+                health.suffix_draft_tokens,
+            ),
+            (
+                "aurora_serve_suffix_accepted_tokens",
+                "Accepted draft tokens that only the suffix drafter proposed.",
+                health.suffix_accepted_tokens,
+            ),
             ("aurora_serve_output_tokens", "Output tokens.", health.output_tokens),
         ):
             yield CounterMetricFamily(name, text, value=value)
         rates = GaugeMetricFamily(
-            "aurora_serve_expected_tokens_per_second", "Expected output rate by draft depth.", labels=["draft_depth"]
+            "aurora_serve_expected_tokens_per_second",
+            "Expected output rate: 0 without drafts, n with drafts of the speculator up to depth n.",
+            labels=["draft_depth"],
         )
         for depth, rate in enumerate(health.expected_tokens_per_second):
             rates.add_metric([str(depth)], rate)
@@ -117,7 +129,7 @@ class EngineMetrics:
         for name, text, value in (
             (
                 "aurora_serve_draft_depth",
-                "Draft tokens per request and verify step, one after the other.",
+                "Draft tokens of the speculator per request and verify step, one after the other.",
                 health.draft_depth,
             ),
             ("aurora_serve_requests_running", "Requests that are decoded.", health.requests_running),
@@ -199,6 +211,7 @@ def serve_status(
         verify_steps=health.verify_steps,
         draft_tokens=health.draft_tokens,
         accepted_tokens=health.accepted_tokens,
+        suffix_accepted_tokens=health.suffix_accepted_tokens,
         output_tokens=health.output_tokens,
         acceptance_length=1 + health.accepted_tokens / health.verify_steps if health.verify_steps else None,
         rows_captured=rows.captured,

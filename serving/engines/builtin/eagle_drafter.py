@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -40,7 +40,7 @@ from serving.planner import AcceptanceModel, DraftBudget, ForwardTiming
 
 
 class EagleDrafter:
-    """Implements ``Drafter`` with an EAGLE-3 draft. The draft shares the target's embeddings.
+    """Drafts with an EAGLE-3 draft. The draft shares the target's embeddings.
 
     Args:
         draft: The network; the drafter uses a packed copy.
@@ -49,7 +49,7 @@ class EagleDrafter:
         slots: Maximum number of sequences.
         positions: Maximum length of a sequence with its draft.
         width: Nodes that a draft step extends; 1 drafts chains.
-        nodes: Maximum number of nodes to verify per sequence.
+        depth: Maximum depth of a draft.
         use_graphs: Whether to run forwards on a GPU as CUDA graphs.
     """
 
@@ -62,7 +62,7 @@ class EagleDrafter:
         positions: int,
         *,
         width: int = 1,
-        nodes: int = 64,
+        depth: int = 16,
         use_graphs: bool = True,
     ) -> None:
         shape = draft.shape
@@ -70,33 +70,41 @@ class EagleDrafter:
         self._device = embeddings_VH.device
         self._network = pack_draft(draft, self._device)
         self._embeddings_VH = embeddings_VH
-        self._width, self._nodes = width, nodes
-        entries = positions + (width * nodes if width > 1 else 0)
+        self._width = width
+        entries = positions + (width * depth if width > 1 else 0)
         self._cache = KVCache(1, slots, shape.num_key_value_heads, entries, shape.head_dim, self._device)
         on_gpu = self._device.type == "cuda"
         self._graphs = CudaGraphRunner(self._forward, self._cache) if use_graphs and on_gpu else None
 
-    def draft(self, sequences: list[Sequence], budget: DraftBudget) -> tuple[list[DraftTree], list[ForwardTiming]]:
-        """Draft one tree per sequence, and mark the sequences' features as seen."""
-        trees = [_GrowingTree(seq, budget, budget.acceptance[seq.is_greedy]) for seq in sequences]
+    def draft(
+        self, sequences: list[Sequence], budget: DraftBudget, acceptance: Mapping[bool, AcceptanceModel]
+    ) -> tuple[list[DraftTree], list[ForwardTiming]]:
+        """Draft one tree per sequence, and mark the sequences' features as seen.
+
+        Args:
+            sequences: Sequences past their prefill with room for two output tokens or more.
+            budget: How deep to draft, and which acceptance probability pays for a token.
+            acceptance: Measured acceptance of earlier drafts, of greedy sequences (True) and of sampled ones (False).
+
+        Returns:
+            The trees with all drafted nodes, and the duration of each draft step.
+        """
+        trees = [_GrowingTree(seq, budget, acceptance[seq.is_greedy]) for seq in sequences]
         started = time.perf_counter()
         hidden_FH = self._consume_committed(sequences)
         timings, growing = [], trees
         for depth in range(1, budget.depth + 1):
-            rows = len(growing)
+            drafting = len(growing)
             self._extend(growing, hidden_FH)
             growing = [tree for tree in growing if tree.pays_at(depth + 1)]
             if growing:
                 hidden_FH = self._consume_frontiers(growing, hidden_FH)
             now = time.perf_counter()
-            timings.append(ForwardTiming(rows, now - started))
+            timings.append(ForwardTiming(drafting, drafting, now - started))
             started = now
             if not growing:
                 break
-        return [tree.finish(self._nodes, self.version) for tree in trees], timings
-
-    def finish(self, sequence: Sequence) -> None:
-        """Do nothing: the trainer learns from answers."""
+        return [DraftTree(tuple(tree.nodes), tuple(tree.probs), self.version) for tree in trees], timings
 
     def check(self, draft: EagleDraft) -> None:
         """Run a smoke draft with the given weights over made-up features.
@@ -175,7 +183,7 @@ class EagleDrafter:
                     children = [self._sample(tree, logits_FD[row])]
                 for token, logprob in children:
                     node = tree.add(token, parent, logprob)
-                    added.append((-tree.chances[node], node, row))
+                    added.append((-tree.nodes[node].chance, node, row))
                 row += 1
             tree.advance(sorted(added)[: self._width])
 
@@ -210,8 +218,6 @@ class _GrowingTree:
     budget: DraftBudget
     acceptance: AcceptanceModel
     nodes: list[DraftNode] = field(default_factory=list)
-    chances: list[float] = field(default_factory=list)
-    """[m] probability that the target accepts each node, its ancestors included."""
     probs: list[Tensor] = field(default_factory=list)
     """[m] distributions [V] of sampled nodes; empty if nodes are chosen without sampling."""
     cached: list[int] = field(default_factory=list)
@@ -224,9 +230,9 @@ class _GrowingTree:
     def add(self, token: int, parent: int, logprob: float) -> int:
         """Add a node and return its index."""
         depth = 1 if parent == ROOT else self.nodes[parent].depth + 1
-        chance = self.acceptance.estimate_for(math.exp(logprob))
-        self.nodes.append(DraftNode(token, parent, depth, logprob))
-        self.chances.append((1.0 if parent == ROOT else self.chances[parent]) * chance)
+        above = 1.0 if parent == ROOT else self.nodes[parent].chance
+        chance = above * self.acceptance.estimate(math.exp(logprob))
+        self.nodes.append(DraftNode(token, parent, depth, logprob, chance))
         return len(self.nodes) - 1
 
     def advance(self, added: list[tuple[float, int, int]]) -> None:
@@ -242,8 +248,8 @@ class _GrowingTree:
         # The bonus token takes the last place of the output.
         if not self.frontier or depth > min(self.budget.depth, self.seq.room - 1):
             return False
-        best = max(self.chances[node] for node in self.frontier)
-        return best * self.acceptance.estimate_at_depth(depth) >= self.budget.draft_threshold
+        best = max(self.nodes[node].chance for node in self.frontier)
+        return best * self.acceptance.estimate_next() >= self.budget.draft_threshold
 
     def segment(self) -> Segment:
         """Place the frontier's rows in the draft's cache."""
@@ -256,21 +262,6 @@ class _GrowingTree:
         ]
         positions = tuple(first + self.nodes[node].depth - 1 for node in self.frontier)
         return Segment(self.seq.slot, start, length, TreeLayout(first, sees, positions))
-
-    def finish(self, max_nodes: int, version: str) -> DraftTree:
-        """Return the nodes that are worth verifying, renumbered; an ancestor is worth no less than its descendants."""
-        if self.probs:
-            return DraftTree(tuple(self.nodes), torch.stack(self.probs), source=version)
-        ranked = sorted(range(len(self.nodes)), key=lambda node: (-self.chances[node], node))[:max_nodes]
-        kept = sorted(node for node in ranked if self.chances[node] >= self.budget.verify_threshold)
-        index = {ROOT: ROOT} | {node: i for i, node in enumerate(kept)}
-        nodes = [self.nodes[node]._replace(parent=index[self.nodes[node].parent]) for node in kept]
-        pruned = [
-            node._replace(parent=index[node.parent])
-            for i, node in enumerate(self.nodes)
-            if i not in index and node.parent in index
-        ]
-        return DraftTree(tuple(nodes), pruned=tuple(pruned), source=version)
 
 
 def pack_draft(draft: EagleDraft, device: torch.device) -> EagleDraft:

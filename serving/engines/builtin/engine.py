@@ -19,6 +19,7 @@ from schemas.settings import Settings, SettingsError
 from schemas.speculator.checkpoint import CheckpointError
 from schemas.speculator.day_0_draft import SpeculatorLine, read_line
 from schemas.speculator.network import EagleDraft
+from schemas.trace.record import DraftSource
 from serving.engines.base import (
     AnswerSink,
     EngineFullError,
@@ -30,8 +31,8 @@ from serving.engines.base import (
     TraceSink,
 )
 from serving.engines.builtin.calibration import calibrate
-from serving.engines.builtin.drafter import Drafter
 from serving.engines.builtin.eagle_drafter import EagleDrafter, pack_draft
+from serving.engines.builtin.hybrid_drafter import HybridDrafter
 from serving.engines.builtin.scheduler import Scheduler
 from serving.engines.builtin.scoped_corpus import ScopedCorpus
 from serving.engines.builtin.sequence import Sequence
@@ -63,16 +64,22 @@ class BuiltinEngine:
         self.target, self.line, self.weight_dtype = line.target, line.name, self._target.weight_dtype
         self.vocabulary = self._target.shape.vocab_size
         self.max_tokens = serve.max_model_len
-        self._speculator = _create_speculator(settings, line, self._target) if serve.drafter == "eagle" else None
         scope = "request" if serve.drafter == "eagle" else serve.suffix_scope
         self.corpus = ScopedCorpus(scope, serve.suffix_corpus_bytes, settings.kafka.retention)
-        self._drafter: Drafter = self._speculator or SuffixDrafter(self.corpus)
-        latency = calibrate(self._target, self._drafter, serve.max_num_seqs)
+        speculator = None if serve.drafter == "suffix" else _create_speculator(settings, line, self._target)
+        latency = calibrate(self._target, speculator, serve.max_num_seqs)
         self._planner = Planner(latency, serve.num_speculative_tokens, adaptive=serve.adaptive_drafting)
+        self._drafter = HybridDrafter(
+            self._planner,
+            speculator,
+            None if serve.drafter == "eagle" else SuffixDrafter(self.corpus),
+            max_suffix_depth=serve.draft_tree_nodes if serve.adaptive_drafting else serve.num_speculative_tokens,
+            max_nodes=serve.draft_tree_nodes,
+        )
         self._scheduler = Scheduler(
             serve.max_num_seqs, serve.max_waiting_requests, serve.max_prefill_stall, self._planner
         )
-        self._verifier = Verifier(self._target, self._drafter, self._scheduler, self._planner, settings.traces.top_k)
+        self._verifier = Verifier(self._target, self._drafter, self._scheduler, settings.traces.top_k)
         self._may_speculate = self._speculating = serve.speculate
         self._sink, self._answers = sink, answers
 
@@ -81,7 +88,8 @@ class BuiltinEngine:
         self._swaps: deque[tuple[EagleDraft, str, Future[SwapResult]]] = deque()
         self._stopping = False
 
-        self._verify_steps = self._draft_tokens = self._accepted_tokens = self._output_tokens = 0
+        self._verify_steps = self._output_tokens = self._draft_tokens = self._accepted_tokens = 0
+        self._suffix_draft_tokens = self._suffix_accepted_tokens = 0
         self._error: str | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -114,7 +122,12 @@ class BuiltinEngine:
         request = replace(request, speculate=request.speculate and self._may_speculate)
         max_len = min(len(request.prompt) + request.max_tokens, self.max_tokens)
         seq = Sequence(
-            request, on_output, max_len, generator, list(request.prompt), keeps_features=self._speculator is not None
+            request,
+            on_output,
+            max_len,
+            generator,
+            list(request.prompt),
+            keeps_features=self._drafter.speculator is not None,
         )
         with self._mail:
             self._check_open()
@@ -163,9 +176,10 @@ class BuiltinEngine:
 
     def health(self) -> EngineHealth:
         """Return counters and state."""
+        speculator = self._drafter.speculator
         return EngineHealth(
             alive=self._thread.is_alive() and self._error is None,
-            speculator=self._speculator.version if self._speculator and self._may_speculate else "",
+            speculator=speculator.version if speculator and self._may_speculate else "",
             speculating=self._speculating,
             draft_depth=self._planner.depth if self._speculating else 0,
             expected_tokens_per_second=self._planner.throughput,
@@ -174,14 +188,16 @@ class BuiltinEngine:
             verify_steps=self._verify_steps,
             draft_tokens=self._draft_tokens,
             accepted_tokens=self._accepted_tokens,
+            suffix_draft_tokens=self._suffix_draft_tokens,
+            suffix_accepted_tokens=self._suffix_accepted_tokens,
             output_tokens=self._output_tokens,
             error=self._error,
         )
 
     def _require_speculator(self) -> EagleDrafter:
-        if self._speculator is None:
+        if self._drafter.speculator is None:
             raise CheckpointError("this node drafts without a speculator (serve.drafter)")
-        return self._speculator
+        return self._drafter.speculator
 
     def _check_open(self) -> None:
         if self._stopping or self._error:
@@ -221,7 +237,7 @@ class BuiltinEngine:
         for packed, version, done in swaps:
             started = time.perf_counter()
             self._require_speculator().swap(packed, version)
-            self._planner.request_probe()
+            self._planner.start_version()
             done.set_result(SwapResult(version, len(scheduler.running), (time.perf_counter() - started) * 1e3))
         with self._mail:
             scheduler.admit()
@@ -232,8 +248,11 @@ class BuiltinEngine:
         seq = result.sequence
         self._output_tokens += len(result.output)
         self._verify_steps += not result.is_prefill
-        self._draft_tokens += result.draft_tokens
-        self._accepted_tokens += result.accepted_tokens
+        sources = [node.source for node in result.tree.nodes]
+        self._draft_tokens += len(sources)
+        self._suffix_draft_tokens += sources.count(DraftSource.SUFFIX)
+        self._accepted_tokens += len(result.accepted)
+        self._suffix_accepted_tokens += sum(sources[node] == DraftSource.SUFFIX for node in result.accepted)
         if self._sink is not None and result.trace is not None:
             self._sink.record(seq.request, (result.trace,), seq.finish)
         if seq.finish is not None:
@@ -277,7 +296,7 @@ def _load_target(settings: Settings) -> tuple[SpeculatorLine, Target]:
             line.day_0_draft.shape,
             serve.max_num_seqs,
             serve.max_model_len,
-            draft_nodes=serve.draft_tree_nodes,
+            draft_nodes=max(serve.draft_tree_nodes, serve.num_speculative_tokens),
             weight_dtype=serve.weight_dtype,
             device=select_device(serve.device, "serve.device"),
         )
@@ -295,5 +314,5 @@ def _create_speculator(settings: Settings, line: SpeculatorLine, target: Target)
         serve.max_num_seqs,
         serve.max_model_len + serve.num_speculative_tokens + 1,
         width=serve.draft_tree_width,
-        nodes=serve.draft_tree_nodes,
+        depth=serve.num_speculative_tokens,
     )

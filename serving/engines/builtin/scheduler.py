@@ -1,4 +1,4 @@
-"""Which sequences run, which of them draft, and what each feeds to the target's forward.
+"""Which sequences run, which of them may draft, and what each feeds to the target's forward.
 
 The scheduler decides and computes nothing: it holds the waiting queue, the slots and the prefill budget.
 """
@@ -13,7 +13,7 @@ from typing import NamedTuple
 from serving.engines.base import EngineFullError
 from serving.engines.builtin.drafter import EMPTY_TREE, DraftTree
 from serving.engines.builtin.sequence import Sequence
-from serving.planner import DraftBudget, Planner
+from serving.planner import Planner
 
 MAX_PREFILL_TOKENS = 128
 """Maximum number of prompt tokens that one verify step reads, over all sequences."""
@@ -42,7 +42,7 @@ class Scheduler:
         max_num_seqs: Number of slots.
         max_waiting: Maximum length of the waiting queue.
         max_prefill_stall: Seconds by which prompts may extend a verify step while other sequences decode.
-        planner: Chooses how much to draft.
+        planner: Knows how long a forward takes.
     """
 
     def __init__(self, max_num_seqs: int, max_waiting: int, max_prefill_stall: float, planner: Planner) -> None:
@@ -81,16 +81,14 @@ class Scheduler:
         self.running.remove(seq)
         heapq.heappush(self._free_slots, seq.slot)
 
-    def schedule_drafts(self) -> tuple[list[Sequence], DraftBudget]:
-        """Return the sequences that draft in the next verify step, and their budget."""
-        sequences = [seq for seq in self.running if seq.request.speculate and not seq.is_prefilling and seq.room > 1]
-        budget = self._planner.plan([seq.is_greedy for seq in sequences])
-        if not budget.depth:
-            return [], budget
-        if budget.max_sequences is not None:
-            # A probe drafts for the sequences whose drafts have the fewest tokens to catch up on.
-            sequences = sorted(sequences, key=lambda seq: len(seq.tokens) - seq.num_draft_cached_tokens)
-        return sequences[: budget.max_sequences], budget
+    @property
+    def decoding(self) -> list[Sequence]:
+        """Running sequences past their prefill."""
+        return [seq for seq in self.running if not seq.is_prefilling]
+
+    def schedule_drafts(self) -> list[Sequence]:
+        """Return the sequences that may draft in the next verify step."""
+        return [seq for seq in self.decoding if seq.request.speculate and seq.room > 1]
 
     def schedule(self, trees: Mapping[int, DraftTree]) -> list[ScheduledSequence]:
         """Return what each running sequence feeds to the target's forward.
@@ -101,10 +99,9 @@ class Scheduler:
         Args:
             trees: Draft trees by slot.
         """
-        decoding = [seq for seq in self.running if not seq.is_prefilling]
-        decode_rows = len(decoding) + sum(len(tree.nodes) for tree in trees.values())
+        decode_rows = len(self.decoding) + sum(len(tree.nodes) for tree in trees.values())
         budget = MAX_PREFILL_TOKENS
-        if decoding:
+        if decode_rows:
             budget = self._planner.limit_prompt_rows(
                 self._max_prefill_stall, decode_rows=decode_rows, max_rows=MAX_PREFILL_TOKENS
             )

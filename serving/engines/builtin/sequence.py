@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from schemas.trace.record import DraftSource
 from serving.engines.base import Finish, Output, Request, RequestStats
+from serving.engines.builtin.suffix_corpus import SequenceHistory
 
 
 @dataclass(slots=True, eq=False)
@@ -27,15 +30,19 @@ class Sequence:
     num_cached_tokens: int = 0
     """Tokens committed to the target's KV cache."""
     num_draft_cached_tokens: int = 0
-    """Tokens that the drafter has read; those of the speculator are in its KV cache."""
+    """Tokens in the speculator's KV cache."""
+    history: SequenceHistory = field(default_factory=SequenceHistory)
+    """Where the sequence repeats itself."""
     unseen_features: list[Tensor] = field(default_factory=list)
     """Target features [.., F] of committed tokens that the draft has not seen."""
     keeps_features: bool = True
-    """Whether the drafter reads features."""
+    """Whether a speculator reads features."""
     finish: Finish | None = None
     verify_steps: int = 0
     draft_tokens: int = 0
     accepted_tokens: int = 0
+    suffix_accepted_tokens: int = 0
+    """Accepted tokens that only the suffix drafter proposed."""
     speculators: list[str] = field(default_factory=list)
 
     @property
@@ -56,7 +63,13 @@ class Sequence:
     @property
     def stats(self) -> RequestStats:
         """How the request was decoded so far."""
-        return RequestStats(self.verify_steps, self.draft_tokens, self.accepted_tokens, tuple(self.speculators))
+        return RequestStats(
+            self.verify_steps,
+            self.draft_tokens,
+            self.accepted_tokens,
+            tuple(self.speculators),
+            self.suffix_accepted_tokens,
+        )
 
     def truncate(self, tokens: list[int], eos_ids: Collection[int]) -> tuple[list[int], Finish | None]:
         """Cut decided tokens at the end of the output, so that the last output token is a bonus token."""
@@ -68,18 +81,19 @@ class Sequence:
             return tokens[:room], "length"
         return tokens, None
 
-    def commit(self, features_TF: Tensor, output: list[int], draft_tokens: int, accepted_tokens: int) -> None:
+    def commit(self, features_TF: Tensor, output: list[int], draft_tokens: int, accepted: Seq[DraftSource]) -> None:
         """Advance by one verify step and count it; prefill is not counted.
 
         Args:
             features_TF: Target features of the tokens that were committed to the target's KV cache.
             output: Tokens that the step added to the output.
             draft_tokens: Number of draft tokens that the target verified.
-            accepted_tokens: Number of draft tokens that were accepted.
+            accepted: The drafters that proposed each accepted draft token.
         """
         self.verify_steps += not self.is_prefilling
         self.draft_tokens += draft_tokens
-        self.accepted_tokens += accepted_tokens
+        self.accepted_tokens += len(accepted)
+        self.suffix_accepted_tokens += sum(source == DraftSource.SUFFIX for source in accepted)
         self.num_cached_tokens += len(features_TF)
         self.tokens += output
         if self.request.speculate and self.keeps_features:

@@ -1,21 +1,26 @@
 """The suffix drafter: continues the longest match of a sequence's end in the sequence itself and in earlier answers.
 
-It needs no draft network and no training, and drafts any token of the target's vocabulary. Drafts are chains.
+It needs no draft network and no training, and drafts any token of the target's vocabulary. Its drafts branch where
+earlier continuations differ.
 """
 
 from __future__ import annotations
 
+import heapq
 import math
 
-from serving.engines.builtin.drafter import DraftNode, DraftTree
+from schemas.trace.record import ROOT, DraftSource
+from serving.engines.builtin.drafter import EMPTY_TREE, DraftNode, DraftTree
 from serving.engines.builtin.scoped_corpus import ScopedCorpus
 from serving.engines.builtin.sequence import Sequence
-from serving.engines.builtin.suffix_corpus import MAX_MATCH, Match, SequenceHistory, choose_longest, likeliest_chain
-from serving.planner import DraftBudget, ForwardTiming
+from serving.engines.builtin.suffix_corpus import END, MAX_MATCH, Match, choose_longest
+from serving.planner import AcceptanceModel
+
+_MAX_SIBLINGS = 3
 
 
 class SuffixDrafter:
-    """Implements ``Drafter`` without a network.
+    """Drafts without a network.
 
     Args:
         corpus: The earlier answers.
@@ -23,38 +28,61 @@ class SuffixDrafter:
 
     def __init__(self, corpus: ScopedCorpus) -> None:
         self._corpus = corpus
-        self._histories: dict[int, SequenceHistory] = {}
-        """History of each running sequence, by slot."""
 
-    def draft(self, sequences: list[Sequence], budget: DraftBudget) -> tuple[list[DraftTree], list[ForwardTiming]]:
-        """Draft one chain per sequence. There are no timings, because no forward runs."""
-        return [self._draft_chain(seq, budget) for seq in sequences], []
+    def draft(
+        self, seq: Sequence, acceptance: AcceptanceModel, *, depth: int, max_nodes: int, min_chance: float
+    ) -> DraftTree:
+        """Return the likeliest continuations of a sequence with room for two output tokens or more.
 
-    def finish(self, sequence: Sequence) -> None:
-        """Add the answer of a sequence that may be traced to the corpus, after the last tokens of its prompt."""
-        request = sequence.request
-        if request.trace:
-            self._corpus.insert(request.label, sequence.tokens[max(len(request.prompt) - MAX_MATCH, 0) :])
-
-    def _draft_chain(self, seq: Sequence, budget: DraftBudget) -> DraftTree:
-        """Draft until a token is not worth a row of the target's forward; that token is in ``pruned``."""
+        Args:
+            seq: The sequence.
+            acceptance: Measured acceptance of earlier drafts.
+            depth: Maximum depth of the tree.
+            max_nodes: Maximum number of draft tokens.
+            min_chance: Acceptance probability below which a token is not continued.
+        """
         # The bonus token takes the last place of the output.
-        depth = min(budget.depth, seq.room - 1)
-        acceptance = budget.acceptance[seq.is_greedy]
-        nodes: list[DraftNode] = []
-        chance = 1.0
-        for token, probability in likeliest_chain(self._find_match(seq, depth).continuations):
-            node = DraftNode(token, len(nodes) - 1, len(nodes) + 1, math.log(probability))
-            chance *= acceptance.estimate_for(probability)
-            if chance < budget.verify_threshold:
-                return DraftTree(tuple(nodes), pruned=(node,))
-            nodes.append(node)
-        return DraftTree(tuple(nodes))
+        depth = min(depth, seq.room - 1)
+        own = seq.history.find(seq.tokens, depth)
+        match = choose_longest(own, self._corpus.find(seq.request.label, seq.tokens[-MAX_MATCH:], depth))
+        return grow_tree(match, acceptance, max_nodes, min_chance) if match.length else EMPTY_TREE
 
-    def _find_match(self, seq: Sequence, depth: int) -> Match:
-        """Return the longest match in the sequence itself and in earlier answers."""
-        if not seq.num_draft_cached_tokens:
-            self._histories[seq.slot] = SequenceHistory()
-        seq.num_draft_cached_tokens = len(seq.tokens)
-        own = self._histories[seq.slot].find(seq.tokens, depth)
-        return choose_longest(own, self._corpus.find(seq.request.label, seq.tokens[-MAX_MATCH:], depth))
+    def finish(self, seq: Sequence) -> None:
+        """Add the answer of a sequence that may be traced to the corpus, after the last tokens of its prompt."""
+        request = seq.request
+        if request.trace:
+            self._corpus.insert(request.label, seq.tokens[max(len(request.prompt) - MAX_MATCH, 0) :])
+
+
+def grow_tree(match: Match, acceptance: AcceptanceModel, max_nodes: int, min_chance: float) -> DraftTree:
+    """Grow the tree of the continuations, the likeliest token first.
+
+    Of n continuations that agree up to a token, k that have the same next token give it a probability of k / (n + 1):
+    the target may also choose a token that followed no occurrence. Of equally likely tokens the newest goes first.
+    """
+    nodes: list[DraftNode] = []
+    frontier: list[tuple[float, int, DraftNode, list[list[int]]]] = []
+    order = 0
+
+    def add_children(parent: int, depth: int, above: float, continuations: list[list[int]]) -> None:
+        nonlocal order
+        following: dict[int, list[list[int]]] = {}
+        for tokens in continuations:
+            if len(tokens) >= depth:
+                following.setdefault(tokens[depth - 1], []).append(tokens)
+        total = sum(map(len, following.values())) + 1
+        for token, agreeing in sorted(following.items(), key=lambda item: -len(item[1]))[:_MAX_SIBLINGS]:
+            probability, length = len(agreeing) / total, match.length + depth - 1
+            chance = above * acceptance.estimate(probability, length)
+            if token != END:
+                node = DraftNode(token, parent, depth, math.log(probability), chance, DraftSource.SUFFIX, length)
+                heapq.heappush(frontier, (-chance, order, node, agreeing))
+                order += 1
+
+    add_children(ROOT, 1, 1.0, match.continuations)
+    while frontier and len(nodes) < max_nodes:
+        _, _, node, agreeing = heapq.heappop(frontier)
+        nodes.append(node)
+        if node.chance >= min_chance:
+            add_children(len(nodes) - 1, node.depth + 1, node.chance, agreeing)
+    return DraftTree(tuple(nodes))

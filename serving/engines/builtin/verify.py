@@ -9,9 +9,7 @@ and its draft nodes), F features, V vocabulary, k likeliest tokens.
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,15 +19,16 @@ from torch import Tensor
 
 from schemas.draft_tree import attention_mask, depths, is_chain
 from schemas.speculator.acceptance import SampledRows, Verdict, accept_greedy, accept_sampled
-from schemas.trace.record import ROOT, U16, DraftSource, VerifyStep
+from schemas.trace.record import U16, VerifyStep
 from serving.engines.base import TokenLogprobs
-from serving.engines.builtin.drafter import Drafter, DraftTree
+from serving.engines.builtin.drafter import DraftTree
+from serving.engines.builtin.hybrid_drafter import NO_DRAFTS, Drafts, HybridDrafter
 from serving.engines.builtin.kernels import topk
 from serving.engines.builtin.kv_cache import RaggedBatch, Segment, TreeLayout
 from serving.engines.builtin.scheduler import ScheduledSequence, Scheduler
 from serving.engines.builtin.sequence import Sequence
 from serving.engines.builtin.target import Target
-from serving.planner import DraftOutcome, ForwardTiming, Planner
+from serving.planner import ForwardTiming
 
 
 class StepResult(NamedTuple):
@@ -39,8 +38,10 @@ class StepResult(NamedTuple):
     output: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...]
     is_prefill: bool
-    draft_tokens: int
-    accepted_tokens: int
+    tree: DraftTree
+    """Draft tokens that the target verified."""
+    accepted: tuple[int, ...]
+    """Accepted nodes."""
     trace: VerifyStep | None
     """None if the request may not be traced."""
 
@@ -67,17 +68,16 @@ class Verifier:
     """Runs verify steps. Not thread-safe."""
 
     target: Target
-    drafter: Drafter
+    drafter: HybridDrafter
     scheduler: Scheduler
-    planner: Planner
     trace_top_k: int
     """Number of the target's likeliest tokens to trace per row."""
 
     def run_step(self, *, speculate: bool) -> list[StepResult]:
         """Run one verify step; set ``finish`` on the sequences that end."""
         started = time.perf_counter()
-        trees, draft_timings = self._draft() if speculate else ({}, [])
-        scheduled = self.scheduler.schedule(trees)
+        drafts = self._draft() if speculate else NO_DRAFTS
+        scheduled = self.scheduler.schedule(drafts.trees)
         drafted = time.perf_counter()
         batch = RaggedBatch([_segment(s) for s in scheduled], self.target.device)
         rows = self._forward(scheduled, batch)
@@ -87,19 +87,19 @@ class Verifier:
         reads_prompt = any(s.sequence.is_prefilling for s in scheduled)
         results = [self._commit(s, r, v, times) for s, r, v in zip(scheduled, rows, verdicts, strict=True)]
         if speculate:
-            outcomes = [o for s, v in zip(scheduled, verdicts, strict=True) if v for o in _list_outcomes(s, v)]
+            outputs = {
+                s.sequence.slot: [*(s.tree.nodes[node].token for node in v.path), v.bonus]
+                for s, v in zip(scheduled, verdicts, strict=True)
+                if v is not None
+            }
             # A row costs more than its share of the forward: on a GPU its tokens cost the host more than the forward.
-            timing = None if reads_prompt else ForwardTiming(len(batch.slots_T), time.perf_counter() - drafted)
-            self.planner.observe(outcomes, timing, draft_timings, sum(len(s.tree.nodes) for s in scheduled))
+            timing = ForwardTiming(len(scheduled), len(batch.slots_T), time.perf_counter() - drafted)
+            self.drafter.observe(drafts, outputs, None if reads_prompt else timing)
         return results
 
-    def _draft(self) -> tuple[dict[int, DraftTree], list[ForwardTiming]]:
-        """Return draft trees by slot, and the durations of the draft steps."""
-        sequences, budget = self.scheduler.schedule_drafts()
-        if not sequences:
-            return {}, []
-        trees, timings = self.drafter.draft(sequences, budget)
-        return {seq.slot: tree for seq, tree in zip(sequences, trees, strict=True)}, timings
+    def _draft(self) -> Drafts:
+        sequences = self.scheduler.schedule_drafts()
+        return self.drafter.draft(sequences, len(self.scheduler.decoding)) if sequences else NO_DRAFTS
 
     def _forward(self, scheduled: list[ScheduledSequence], batch: RaggedBatch) -> list[_TargetRows]:
         """Run the target over all scheduled tokens; compute logits only for the rows that choose a token."""
@@ -134,9 +134,9 @@ class Verifier:
         kept = list(range(len(tokens))) if is_prefill else deciding
         features_TF = rows.features_TF[kept]
         self.target.cache.keep_path(seq.slot, position + 1, accepted)
-        seq.commit(features_TF, output, len(tree.nodes), len(accepted))
-        if tree.nodes and tree.source and tree.source not in seq.speculators:
-            seq.speculators.append(tree.source)
+        seq.commit(features_TF, output, len(tree.nodes), [tree.nodes[node].source for node in accepted])
+        if tree.version and tree.version not in seq.speculators:
+            seq.speculators.append(tree.version)
         trace = None
         if seq.request.trace:
             trace = VerifyStep(
@@ -151,14 +151,14 @@ class Verifier:
                 bonus=output[-1] if output else None,
                 top_ids=rows.top_ids_mk[:, : self.trace_top_k].to(torch.int32).numpy(),
                 top_logprobs=rows.top_logprobs_mk[:, : self.trace_top_k].numpy(),
-                speculator=tree.source if tree.nodes else "",
+                speculator=tree.version,
                 draft_us=times.draft_us if tree.nodes else 0,
                 verify_us=times.verify_us,
                 time_us=times.end_us,
-                draft_sources=None if tree.source else (int(DraftSource.SUFFIX),) * len(tree.nodes) or None,
+                draft_sources=tuple(int(node.source) for node in tree.nodes) if tree.has_suffix else None,
             )
         logprobs = _output_logprobs(seq.request.logprobs, rows, deciding, output)
-        return StepResult(seq, tuple(output), logprobs, is_prefill, len(tree.nodes), len(accepted), trace)
+        return StepResult(seq, tuple(output), logprobs, is_prefill, tree, accepted, trace)
 
 
 def _segment(scheduled: ScheduledSequence) -> Segment:
@@ -180,23 +180,7 @@ def _accept(scheduled: ScheduledSequence, rows: _TargetRows) -> Verdict:
         return accept_greedy(tree.tokens, tree.parents, rows.top_ids_mk[:, 0].tolist())
     request = seq.request
     target_probs_mV = SampledRows(rows.logits_mV, request.temperature, request.top_p, request.top_k)
-    return accept_sampled(tree.tokens, tree.parents, target_probs_mV, seq.generator, tree.probs_mV)
-
-
-def _list_outcomes(scheduled: ScheduledSequence, verdict: Verdict) -> Iterator[DraftOutcome]:
-    """Yield the outcome of the tokens drafted after the root and after each accepted token.
-
-    With greedy decoding the pruned tokens count too: the target's choice is known at their parent.
-    """
-    seq, _, tree = scheduled
-    candidates = [*tree.nodes, *(tree.pruned if seq.is_greedy else ())]
-    chosen = [*(tree.nodes[node].token for node in verdict.path), verdict.bonus]
-    for depth, (parent, token) in enumerate(zip((ROOT, *verdict.path), chosen, strict=True), start=1):
-        siblings = [node for node in candidates if node.parent == parent]
-        if siblings:
-            accepted = next((i for i, node in enumerate(siblings) if node.token == token), None)
-            probabilities = tuple(math.exp(node.logprob) for node in siblings)
-            yield DraftOutcome(depth, probabilities, accepted, seq.is_greedy)
+    return accept_sampled(tree.tokens, tree.parents, target_probs_mV, seq.generator, tree.probs or None)
 
 
 def _output_logprobs(

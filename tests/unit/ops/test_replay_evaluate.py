@@ -54,6 +54,7 @@ def settings_for(folder: Path, **flags: object) -> Settings:
             "serve.max_num_seqs": 4,
             "serve.num_speculative_tokens": DRAFTED,
             "serve.adaptive_drafting": False,
+            "serve.drafter": "eagle",
             "registry.tracking_uri": "http://127.0.0.1:9",
             "train.learning_rate": 1e-2,
             **flags,

@@ -104,17 +104,26 @@ def collect(outputs: SimpleQueue[Output], seen: Sequence[Output] = ()) -> tuple[
 
 
 MODES: dict[str, dict[str, object]] = {
-    "chain": {"serve.adaptive_drafting": False, "serve.num_speculative_tokens": 3},
+    "chain": {"serve.drafter": "eagle", "serve.adaptive_drafting": False, "serve.num_speculative_tokens": 3},
     "tree": {
+        "serve.drafter": "eagle",
         "serve.adaptive_drafting": False,
         "serve.num_speculative_tokens": 4,
         "serve.draft_tree_width": 3,
         "serve.draft_tree_nodes": 9,
     },
-    "adaptive chain": {},
-    "adaptive tree": {"serve.draft_tree_width": 2, "serve.weight_dtype": "float32"},
+    "adaptive chain": {"serve.drafter": "eagle"},
+    "adaptive tree": {"serve.drafter": "eagle", "serve.draft_tree_width": 2, "serve.weight_dtype": "float32"},
     "suffix": {"serve.drafter": "suffix", "serve.adaptive_drafting": False, "serve.num_speculative_tokens": 4},
     "adaptive suffix": {"serve.drafter": "suffix"},
+    "merged chains": {"serve.adaptive_drafting": False, "serve.num_speculative_tokens": 3},
+    "merged trees": {
+        "serve.adaptive_drafting": False,
+        "serve.num_speculative_tokens": 4,
+        "serve.draft_tree_width": 3,
+        "serve.draft_tree_nodes": 9,
+    },
+    "adaptive hybrid": {},
 }
 
 
@@ -136,6 +145,7 @@ def settings_for(folder: Path, **flags: object) -> Settings:
             **flags,
             "target.path": str(folder),
             "speculator.draft_vocab_size": VOCABULARY,
+            "serve.suffix_scope": "node",
             "serve.max_model_len": LIMIT,
             "serve.max_num_seqs": 4,
             "serve.max_waiting_requests": 64,

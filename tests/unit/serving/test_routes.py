@@ -34,6 +34,7 @@ def test_an_answer_has_text_usage_and_decoding_statistics(node: Node) -> None:
         "verify_steps": verify_steps,
         "draft_tokens": 3 * verify_steps,
         "accepted_tokens": verify_steps,
+        "suffix_accepted_tokens": 0,
         "speculators": ["day-0-head-0"],
     }
 

@@ -52,6 +52,7 @@ def test_usage_counts_the_prompt_once_and_every_answer(node: Node) -> None:
         "verify_steps": 9,
         "draft_tokens": 27,
         "accepted_tokens": 9,
+        "suffix_accepted_tokens": 0,
         "speculators": ["day-0-head-0"],
     }
     assert node.metric("aurora_serve_requests_total", outcome="stop") == 3

@@ -9,13 +9,13 @@ from serving.engines.builtin.scheduler import MAX_PREFILL_TOKENS, Scheduler
 from serving.engines.builtin.sequence import Sequence
 from serving.planner import LatencyCurve, LatencyModel, Planner
 
-TREE = DraftTree((DraftNode(7, -1, 1, -0.1), DraftNode(8, 0, 2, -0.1)))
+TREE = DraftTree((DraftNode(7, -1, 1, -0.1, 0.9), DraftNode(8, 0, 2, -0.1, 0.8)))
 
 
-def scheduler_for(slots: int, *, adaptive: bool = True) -> Scheduler:
+def scheduler_for(slots: int) -> Scheduler:
     """A scheduler on a machine where every row takes 1 ms, with a stall of 4 ms for prompts."""
     rows = LatencyCurve({1: 1e-3, 101: 101e-3})
-    planner = Planner(LatencyModel(rows, rows, rows), 3, adaptive=adaptive)
+    planner = Planner(LatencyModel(rows, LatencyCurve({1: 0.0}), rows, rows), 3)
     return Scheduler(slots, max_waiting=5, max_prefill_stall=4.5e-3, planner=planner)
 
 
@@ -26,7 +26,7 @@ def sequence(name: str, prompt: int = 2, *, speculate: bool = True) -> Sequence:
 
 def decode(seq: Sequence) -> None:
     """Advance a sequence past its prompt."""
-    seq.commit(torch.zeros(len(seq.request.prompt), 3), [5], 0, 0)
+    seq.commit(torch.zeros(len(seq.request.prompt), 3), [5], 0, [])
 
 
 def test_sequences_wait_for_a_slot_in_order() -> None:
@@ -52,7 +52,7 @@ def test_a_full_queue_rejects_and_cancelled_sequences_leave_it() -> None:
 
 
 def test_only_speculating_sequences_past_their_prefill_with_room_draft() -> None:
-    scheduler = scheduler_for(4, adaptive=False)
+    scheduler = scheduler_for(4)
     drafting, plain, full, prefilling = sequence("a"), sequence("b", speculate=False), sequence("c"), sequence("d")
     for seq in (drafting, plain, full, prefilling):
         scheduler.add(seq)
@@ -60,21 +60,8 @@ def test_only_speculating_sequences_past_their_prefill_with_room_draft() -> None
     for seq in (drafting, plain, full):
         decode(seq)
     full.max_len = len(full.tokens) + 1
-    sequences, budget = scheduler.schedule_drafts()
-    assert (sequences, budget.depth) == ([drafting], 3)
-
-
-def test_a_probe_drafts_for_the_sequence_with_the_fewest_unseen_tokens() -> None:
-    scheduler = scheduler_for(2)
-    behind, caught_up = sequence("a", prompt=9), sequence("b", prompt=9)
-    for seq in (behind, caught_up):
-        scheduler.add(seq)
-    scheduler.admit()
-    for seq in (behind, caught_up):
-        decode(seq)
-    caught_up.num_draft_cached_tokens = 9
-    drafts = [scheduler.schedule_drafts() for _ in range(4)]
-    assert [sequences for sequences, _ in drafts] == [[], [], [], [caught_up]]
+    assert scheduler.schedule_drafts() == [drafting]
+    assert scheduler.decoding == [drafting, plain, full]
 
 
 def test_prompts_share_the_prefill_budget_in_order() -> None:

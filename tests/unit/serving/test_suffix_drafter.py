@@ -9,20 +9,22 @@ from queue import SimpleQueue
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny_target import VOCABULARY, write_tiny_target
 
 from schemas.settings import load
 from schemas.speculator.checkpoint import CheckpointError
 from schemas.speculator.network import random_draft
-from schemas.trace.record import DraftSource, VerifyStep
+from schemas.trace.record import ROOT, DraftSource, VerifyStep
 from serving.engines.base import Finish, Output, Request
 from serving.engines.builtin.drafter import DraftTree
 from serving.engines.builtin.engine import BuiltinEngine
 from serving.engines.builtin.scoped_corpus import ScopedCorpus
 from serving.engines.builtin.sequence import Sequence
-from serving.engines.builtin.suffix_corpus import BYTES_PER_TOKEN, MAX_MATCH
-from serving.engines.builtin.suffix_drafter import SuffixDrafter
-from serving.planner import AcceptanceModel, DraftBudget, DraftOutcome
+from serving.engines.builtin.suffix_corpus import BYTES_PER_TOKEN, MAX_MATCH, Match
+from serving.engines.builtin.suffix_drafter import SuffixDrafter, grow_tree
+from serving.planner import AcceptanceModel, DraftOutcome
 
 DEPTH = 4
 CORPUS_BYTES = 1000 * BYTES_PER_TOKEN
@@ -38,26 +40,31 @@ def drafter() -> SuffixDrafter:
     return SuffixDrafter(ScopedCorpus("fleet", CORPUS_BYTES, retention=3600))
 
 
-def draft(drafter: SuffixDrafter, *sequences: Sequence, depth: int = DEPTH, threshold: float = 0.0) -> list[DraftTree]:
-    acceptance = {True: AcceptanceModel(DEPTH)}
-    trees, timings = drafter.draft(
-        list(sequences), DraftBudget(depth, verify_threshold=threshold, acceptance=acceptance)
-    )
-    assert timings == [], "a suffix draft runs no forward"
-    return trees
+def draft(
+    drafter: SuffixDrafter,
+    *sequences: Sequence,
+    acceptance: AcceptanceModel | None = None,
+    depth: int = DEPTH,
+    threshold: float = 0.0,
+    nodes: int = 16,
+) -> list[DraftTree]:
+    measured = acceptance or AcceptanceModel()
+    return [drafter.draft(seq, measured, depth=depth, max_nodes=nodes, min_chance=threshold) for seq in sequences]
 
 
 def test_a_repeat_in_the_sequence_is_continued(drafter: SuffixDrafter) -> None:
     [tree] = draft(drafter, sequence([5, 6, 7, 8, 9, 5, 6]))
-    assert (tree.tokens, tree.parents, tree.source) == ([7, 8, 9, 5], [-1, 0, 1, 2], "")
+    assert (tree.tokens, tree.parents, tree.version) == ([7, 8, 9, 5], [-1, 0, 1, 2], "")
     assert [node.depth for node in tree.nodes] == [1, 2, 3, 4]
+    assert [node.match_length for node in tree.nodes] == [2, 3, 4, 5], "an accepted token extends the match"
+    assert {node.source for node in tree.nodes} == {DraftSource.SUFFIX}
     assert tree.nodes[0].logprob == pytest.approx(math.log(1 / 2))
-    assert tree.probs_mV is None, "the token is not sampled: q is 1 at the token"
+    assert tree.probs == (), "the token is not sampled: q is 1 at the token"
 
 
 def test_without_a_match_nothing_is_drafted(drafter: SuffixDrafter) -> None:
     [tree] = draft(drafter, sequence([5, 6, 7, 8]))
-    assert (tree.nodes, tree.pruned) == ((), ())
+    assert tree.nodes == ()
 
 
 def test_a_finished_answer_is_continued_from_the_end_of_its_prompt_on(drafter: SuffixDrafter) -> None:
@@ -78,8 +85,48 @@ def test_the_longer_match_wins_and_equal_matches_count_together(drafter: SuffixD
     assert longer.tokens == [30]
     drafter.finish(sequence([9, 6, 7, 20]))
     [joined] = draft(drafter, sequence([6, 7, 20, 8, 6, 7]), depth=1)
-    assert joined.tokens == [20]
-    assert math.exp(joined.nodes[0].logprob) == pytest.approx(2 / 4), "two of three occurrences"
+    assert joined.tokens == [20, 30], "the more frequent token goes first"
+    shares = [math.exp(node.logprob) for node in joined.nodes]
+    assert shares == pytest.approx([2 / 4, 1 / 4]), "two of three occurrences, and one"
+
+
+def test_a_draft_branches_where_continuations_differ(drafter: SuffixDrafter) -> None:
+    for answer in ([1, 2, 3, 10, 11], [1, 2, 3, 10, 12], [1, 2, 3, 20, 21]):
+        drafter.finish(sequence(answer))
+    [tree] = draft(drafter, sequence([9, 1, 2, 3]), depth=2)
+    paths = {tuple(tree.nodes[i].token for i in path) for path in paths_of(tree)}
+    assert paths == {(10,), (10, 11), (10, 12), (20,), (20, 21)}
+    [narrow] = draft(drafter, sequence([9, 1, 2, 3]), depth=2, nodes=2)
+    assert narrow.tokens == [10, 20], "two of three continuations, then one of three before half of the two"
+
+
+def paths_of(tree: DraftTree) -> list[list[int]]:
+    """The nodes from the root to each node."""
+    paths: list[list[int]] = []
+    for i, node in enumerate(tree.nodes):
+        paths.append([*([] if node.parent == ROOT else paths[node.parent]), i])
+    return paths
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 3), max_size=6), max_size=8),
+    st.integers(1, 10),
+    st.sampled_from([0.0, 0.1, 0.3]),
+)
+def test_a_tree_holds_the_likeliest_prefixes_of_the_continuations_before_less_likely_ones(
+    continuations: list[list[int]], max_nodes: int, min_chance: float
+) -> None:
+    tree = grow_tree(Match(3, continuations), AcceptanceModel(), max_nodes, min_chance)
+    assert len(tree.nodes) <= max_nodes
+    prefixes = {tuple(tokens[:length]) for tokens in continuations for length in range(1, len(tokens) + 1)}
+    paths = [tuple(tree.nodes[i].token for i in path) for path in paths_of(tree)]
+    assert len(set(paths)) == len(paths)
+    assert set(paths) <= prefixes
+    chances = [node.chance for node in tree.nodes]
+    assert chances == sorted(chances, reverse=True), "a parent is at least as likely as its children"
+    for node in tree.nodes:
+        if node.parent != ROOT:
+            assert tree.nodes[node.parent].chance >= min_chance, "an unlikely token is not continued"
 
 
 @pytest.mark.parametrize(("depth", "room", "length"), [(2, 20, 2), (4, 3, 2), (4, 2, 1), (4, 20, 4)])
@@ -88,30 +135,28 @@ def test_depth_and_room_bound_the_draft(drafter: SuffixDrafter, depth: int, room
     assert len(tree.nodes) == length
 
 
-def test_a_draft_ends_before_the_first_token_that_is_not_worth_a_row(drafter: SuffixDrafter) -> None:
+def test_a_draft_ends_with_the_first_token_that_is_not_worth_a_row(drafter: SuffixDrafter) -> None:
+    """Its outcome is learned from, although it is not verified."""
     [tree] = draft(drafter, sequence([5, 6, 7, 8, 9, 5, 6]), threshold=0.3)
-    assert tree.tokens == [7]
-    assert [(node.token, node.parent, node.depth) for node in tree.pruned] == [(8, 0, 2)]
+    assert tree.tokens == [7, 8]
     [tree] = draft(drafter, sequence([5, 6, 7, 8, 9, 5, 6]), threshold=0.6)
-    assert (tree.tokens, [node.token for node in tree.pruned]) == ([], [7])
+    assert tree.tokens == [7]
 
 
 def test_measured_acceptance_replaces_the_estimated_probability(drafter: SuffixDrafter) -> None:
-    acceptance = AcceptanceModel(DEPTH)
+    acceptance = AcceptanceModel()
     for _ in range(100):
-        acceptance.update(DraftOutcome(1, (1 / 2,), 0, greedy=True), 1.0)
-    budget = DraftBudget(DEPTH, verify_threshold=0.8, acceptance={True: acceptance})
-    [tree], _ = drafter.draft([sequence([5, 6, 7, 8, 9, 5, 6])], budget)
-    assert len(tree.nodes) == DEPTH
+        for length in range(2, 6):
+            acceptance.update(DraftOutcome(DraftSource.SUFFIX, greedy=True, siblings=((1 / 2, length),), accepted=0))
+    [tree] = draft(drafter, sequence([5, 6, 7, 8, 9, 5, 6]), acceptance=acceptance, threshold=0.8)
+    assert [node.chance > 0.8 for node in tree.nodes] == [True] * DEPTH
 
 
-def test_a_sequence_grows_between_drafts_and_its_slot_is_reused(drafter: SuffixDrafter) -> None:
+def test_a_sequence_grows_between_drafts(drafter: SuffixDrafter) -> None:
     seq = sequence([5, 6, 7, 8])
     draft(drafter, seq)
     seq.tokens += [9, 5, 6]
-    assert draft(drafter, seq, sequence([1, 2, 3, 1, 2], slot=1))[0].tokens == [7, 8, 9, 5]
-    [tree] = draft(drafter, sequence([1, 2, 3, 4, 20, 21, 7, 8]))
-    assert tree.tokens == [], "the pairs of the sequence before are forgotten"
+    assert draft(drafter, seq)[0].tokens == [7, 8, 9, 5]
 
 
 class Recorder:

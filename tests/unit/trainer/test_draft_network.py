@@ -126,8 +126,8 @@ def plain_chain(draft: EagleDraft) -> list[tuple[int, float, Tensor]]:
 def test_a_served_chain_equals_the_definition(variant: Variant) -> None:
     draft = lively(variant)
     drafter = EagleDrafter(draft, "1", embeddings_VH(), slots=1, positions=32)
-    budget = DraftBudget(STEPS, acceptance={True: AcceptanceModel(STEPS)})
-    trees, _ = drafter.draft([synthetic_sequence(list(TOKENS), features_TF(), room=21)], budget)
+    sequence = synthetic_sequence(list(TOKENS), features_TF(), room=21)
+    trees, _ = drafter.draft([sequence], DraftBudget(STEPS), {True: AcceptanceModel()})
     wanted = plain_chain(draft)
     assert trees[0].tokens == [token for token, _, _ in wanted]
     # Packed weights have fewer bits than the draft's own.

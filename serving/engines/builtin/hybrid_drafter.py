@@ -1,0 +1,202 @@
+"""Drafts one tree per sequence from the suffix drafter and the speculator, as the planner finds them worth their time.
+
+One verify step: the suffix drafter proposes a tree for every sequence, the planner decides for which of them the
+speculator drafts as well, the two proposals of a sequence are merged, and the planner selects the draft tokens of all
+sequences that the target verifies. After the forward, both proposals are compared with the output.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+from schemas.trace.record import ROOT, DraftSource
+from serving.engines.builtin.drafter import EMPTY_TREE, DraftTree, merge_trees
+from serving.engines.builtin.eagle_drafter import EagleDrafter
+from serving.engines.builtin.sequence import Sequence
+from serving.engines.builtin.suffix_drafter import SuffixDrafter
+from serving.planner import (
+    DraftBudget,
+    DraftOutcome,
+    DraftPlan,
+    ForwardTiming,
+    Planner,
+    SequenceOutlook,
+    SpeculatorOutcome,
+)
+
+
+@dataclass(slots=True)
+class _Proposal:
+    """What the drafters propose for one sequence, verified or not."""
+
+    sequence: Sequence
+    outlook: SequenceOutlook
+    suffix: DraftTree
+    speculator: DraftTree = EMPTY_TREE
+    speculator_depth: int = 0
+    """Depth to which the speculator could draft."""
+    suffix_nodes: int = 0
+    """Nodes of the suffix draft that were worth verifying without the speculator, the likeliest ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drafts:
+    """The drafts of one verify step."""
+
+    trees: dict[int, DraftTree]
+    """Tree to verify by slot."""
+    timings: tuple[ForwardTiming, ...]
+    """Duration of each draft step of the speculator."""
+    plan: DraftPlan
+    proposals: tuple[_Proposal, ...]
+
+
+NO_DRAFTS = Drafts({}, (), DraftPlan((), DraftBudget(0)), ())
+
+
+class HybridDrafter:
+    """Drafts with a suffix drafter, a speculator, or both.
+
+    Args:
+        planner: Decides how much to draft and with which drafter.
+        speculator: The EAGLE drafter, if any.
+        suffix: The suffix drafter, if any.
+        max_suffix_depth: Maximum depth of a suffix draft.
+        max_nodes: Maximum number of draft tokens per sequence; sampled tokens of the speculator may exceed it.
+    """
+
+    def __init__(
+        self,
+        planner: Planner,
+        speculator: EagleDrafter | None,
+        suffix: SuffixDrafter | None,
+        *,
+        max_suffix_depth: int,
+        max_nodes: int,
+    ) -> None:
+        self._planner, self.speculator, self._suffix = planner, speculator, suffix
+        self._max_suffix_depth, self._max_nodes = max_suffix_depth, max_nodes
+
+    def draft(self, sequences: Seq[Sequence], decoding: int) -> Drafts:
+        """Draft one tree per sequence.
+
+        Args:
+            sequences: Sequences past their prefill with room for two output tokens or more.
+            decoding: Number of sequences past their prefill.
+        """
+        proposals = self._propose_suffixes(sequences, decoding)
+        timings: list[ForwardTiming] = []
+        plan = NO_DRAFTS.plan
+        if self.speculator is not None:
+            plan = self._planner.plan(decoding, [proposal.outlook for proposal in proposals])
+            drafting = [proposals[i] for i in plan.drafting]
+            if drafting:
+                drafted = [proposal.sequence for proposal in drafting]
+                trees, timings = self.speculator.draft(drafted, plan.budget, self._planner.speculator)
+                for proposal, tree in zip(drafting, trees, strict=True):
+                    proposal.speculator = tree
+                    proposal.speculator_depth = min(plan.budget.depth, proposal.sequence.room - 1)
+        merged = [merge_trees(proposal.speculator, proposal.suffix) for proposal in proposals]
+        selected = self._select(merged, decoding)
+        trees_by_slot = {p.sequence.slot: tree for p, tree in zip(proposals, selected, strict=True) if tree.nodes}
+        return Drafts(trees_by_slot, tuple(timings), plan, tuple(proposals))
+
+    def observe(self, drafts: Drafts, outputs: dict[int, list[int]], verify: ForwardTiming | None) -> None:
+        """Learn from a verify step.
+
+        Args:
+            drafts: The drafts of the verify step.
+            outputs: Accepted tokens and bonus token by slot.
+            verify: Duration of the target's forward; None if it read prompts.
+        """
+        outcomes: list[DraftOutcome] = []
+        gains: list[SpeculatorOutcome] = []
+        for proposal in drafts.proposals:
+            output, greedy = outputs[proposal.sequence.slot], proposal.outlook.greedy
+            outcomes += list_outcomes(proposal.suffix, output, greedy=greedy)
+            outcomes += list_outcomes(proposal.speculator, output, greedy=greedy)
+            if proposal.speculator_depth:
+                alone = DraftTree(proposal.suffix.nodes[: proposal.suffix_nodes])
+                gains.append(
+                    SpeculatorOutcome(
+                        greedy,
+                        proposal.outlook.confidence,
+                        len(alone.follow(output)),
+                        len(proposal.speculator.follow(output)),
+                        proposal.speculator_depth,
+                    )
+                )
+        self._planner.observe_drafts(outcomes, gains)
+        if verify is not None:
+            tokens = sum(map(len, outputs.values()))
+            trees = drafts.trees.values()
+            rows = sum(node.source is DraftSource.SPECULATOR for tree in trees for node in tree.nodes)
+            self._planner.observe_latency(drafts.plan, tokens, verify, drafts.timings, rows)
+
+    def finish(self, seq: Sequence) -> None:
+        """Learn from a sequence whose output is complete."""
+        if self._suffix is not None:
+            self._suffix.finish(seq)
+
+    def _propose_suffixes(self, sequences: Seq[Sequence], decoding: int) -> list[_Proposal]:
+        """Draft suffixes, and count for each the tokens that are worth verifying on their own."""
+        min_chance = self._planner.limit_suffix_drafts(decoding)
+        proposals = []
+        for seq in sequences:
+            tree = EMPTY_TREE
+            if self._suffix is not None:
+                tree = self._suffix.draft(
+                    seq,
+                    self._planner.suffix[seq.is_greedy],
+                    depth=self._max_suffix_depth,
+                    max_nodes=self._max_nodes,
+                    min_chance=min_chance,
+                )
+            unread = len(seq.tokens) - seq.num_draft_cached_tokens
+            outlook = SequenceOutlook(seq.is_greedy, [node.chance for node in tree.nodes], unread)
+            proposals.append(_Proposal(seq, outlook, tree))
+        chances = sorted((chance for proposal in proposals for chance in proposal.outlook.chances), reverse=True)
+        count = self._planner.select(decoding, decoding, chances)
+        least = chances[count - 1] if count else math.inf
+        for proposal in proposals:
+            proposal.suffix_nodes = sum(chance >= least for chance in proposal.outlook.chances)
+        return proposals
+
+    def _select(self, trees: Seq[DraftTree], decoding: int) -> list[DraftTree]:
+        """Keep the nodes of each tree that the target verifies: all sampled ones, and the likeliest of the others."""
+        ranked = sorted(
+            (-node.chance, node.depth, tree_index, i)
+            for tree_index, tree in enumerate(trees)
+            for i, node in enumerate(tree.nodes)
+            if not tree.is_sampled(i)
+        )
+        kept = [[i for i in range(len(tree.nodes)) if tree.is_sampled(i)] for tree in trees]
+        count = self._planner.select(decoding, decoding + sum(map(len, kept)), [-rank[0] for rank in ranked])
+        for _, _, tree_index, i in ranked[:count]:
+            if len(kept[tree_index]) < self._max_nodes:
+                kept[tree_index].append(i)
+        return [tree.keep(sorted(nodes)) for tree, nodes in zip(trees, kept, strict=True)]
+
+
+def list_outcomes(tree: DraftTree, output: Seq[int], *, greedy: bool) -> Iterator[DraftOutcome]:
+    """Yield the outcome of the tokens that a drafter proposed after the root and after each accepted token.
+
+    The output decides also about tokens that were not verified. The probability that a token is the output is that of
+    its acceptance: where decoding is greedy, and where the token was chosen without sampling. Sampled tokens are all
+    verified.
+
+    Args:
+        tree: Proposal of one drafter.
+        output: Accepted tokens and bonus token.
+        greedy: Whether the sequence decodes greedily.
+    """
+    path = tree.follow(output)
+    for depth, parent in enumerate((ROOT, *path)):
+        siblings = [i for i, node in enumerate(tree.nodes) if node.parent == parent]
+        if siblings and depth < len(output):
+            features = tuple((math.exp(tree.nodes[i].logprob), tree.nodes[i].match_length) for i in siblings)
+            accepted = siblings.index(path[depth]) if depth < len(path) else None
+            yield DraftOutcome(tree.nodes[siblings[0]].source, greedy, features, accepted)

@@ -37,7 +37,7 @@ def connect(kafka: Kafka) -> Producer:
     """
     options = {
         "bootstrap.servers": kafka.bootstrap_servers,
-        "acks": 1,
+        "acks": "all",
         "message.timeout.ms": _TIMEOUT_S * 1000,
         "queue.buffering.max.kbytes": _QUEUE_KBYTES,
         "linger.ms": 20,

@@ -12,10 +12,12 @@ forgotten when newer ones need its place, or ``retention`` seconds after it was 
 from __future__ import annotations
 
 import math
+import secrets
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from hashlib import blake2b
 
 import numpy as np
 import numpy.typing as npt
@@ -57,7 +59,7 @@ class ScopedCorpus:
     def __init__(
         self, scope: SuffixScope, max_bytes: int, retention: float, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._scope = scope
+        self._scope, self._key = scope, secrets.token_bytes(16)
         self._max_queue_bytes = max_bytes // _QUEUE_SHARE
         self._corpus = SuffixCorpus(max_bytes - self._max_queue_bytes) if scope != "request" else None
         self._retention, self._clock = retention, clock
@@ -157,14 +159,16 @@ class ScopedCorpus:
     def _choose_owner(self, label: str | None) -> int | None:
         """Return the owner of answers with this label in the corpus; None if they are not shared.
 
-        Python's hash of a text has a key that each process draws at random, so a client cannot choose a label with the
-        owner of another one.
+        The key of the hash is random, so a client cannot choose a label with the owner of another one.
         """
         match self._scope:
             case "request":
                 return None
             case "label":
-                return None if label is None else hash(label) & _OWNER_MASK
+                if label is None:
+                    return None
+                hashed = blake2b(label.encode(errors="surrogatepass"), digest_size=4, key=self._key)
+                return int.from_bytes(hashed.digest()) & _OWNER_MASK
             case "node" | "fleet":
                 return _EVERYONE
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -25,7 +25,10 @@ from serving.engines.builtin.engine import BuiltinEngine
 from serving.engines.builtin.kernels import WeightDtype
 from trainer.data.target import Target, read_target
 
-DraftName = Literal["trained", "random"]
+DraftName = Literal["trained", "random", "day_0"]
+"""The pool's trained speculator; random weights; the draft that a node begins with."""
+DrafterName = Literal["eagle", "suffix", "hybrid"]
+"""Values of ``serve.drafter``."""
 
 _WARM_TOKENS = 4
 
@@ -144,54 +147,95 @@ class EnginePool:
             say: Called with one line per event.
         """
         provide_target(settings.target, say)
+        self.settings = settings
         # The figure of a random draft needs a random draft, whatever the setting for day 0 is.
         untrained = settings.speculator.model_copy(update={"init": "random"})
-        self.settings = settings.model_copy(update={"speculator": untrained})
+        self._untrained = settings.model_copy(update={"speculator": untrained})
         self.name, self.domain, self.max_tokens = name, domain, max_tokens
         self.folder = Path(settings.target.path)
-        self.prompts = prompts.tokenize(prompts.load_tokenizer(self.folder), prompts.held_out_prompts(domain))
         self.kernel: WeightDtype | None = None
         """Kernel of the target's matrices, once an engine runs."""
-        self._engines: dict[tuple[DraftName, int | None], BuiltinEngine] = {}
+        self._tokenizer = prompts.load_tokenizer(self.folder)
+        self._engines: dict[tuple[DraftName, int | None, DrafterName], BuiltinEngine] = {}
         self._numbers = count()
 
-    def engine(self, draft: DraftName = "trained", length: int | None = None) -> BuiltinEngine:
-        """Return a running engine with that draft; ``length`` fixes the number of draft tokens per step."""
-        if (draft, length) not in self._engines:
-            self._engines[draft, length] = self.start_engine(draft, length=length)
-        return self._engines[draft, length]
+    def engine(
+        self, draft: DraftName = "trained", length: int | None = None, drafter: DrafterName | None = None
+    ) -> BuiltinEngine:
+        """Return a running engine with that draft.
+
+        Args:
+            draft: What the speculator begins with; a suffix drafter has none.
+            length: Fixes the number of draft tokens per step.
+            drafter: Replaces ``serve.drafter``; a random draft always drafts alone.
+        """
+        drafter = drafter or ("eagle" if draft == "random" else self.settings.serve.drafter)
+        key = draft, length, drafter
+        if key not in self._engines:
+            self._engines[key] = self.start_engine(draft, length=length, drafter=drafter)
+        return self._engines[key]
 
     def start_engine(
-        self, draft: DraftName, *, length: int | None = None, sink: TraceSink | None = None
+        self,
+        draft: DraftName,
+        *,
+        length: int | None = None,
+        drafter: DrafterName | None = None,
+        sink: TraceSink | None = None,
     ) -> BuiltinEngine:
         """Start an engine that the caller stops.
 
         All engines run the kernel that the first one selected: two with different kernels cannot be compared.
         """
-        changed: dict[str, Any] = {} if self.kernel is None else {"weight_dtype": self.kernel}
+        settings = self._untrained if draft == "random" else self.settings
+        changed: dict[str, Any] = {"drafter": drafter or settings.serve.drafter}
+        if self.kernel is not None:
+            changed["weight_dtype"] = self.kernel
         if length is not None:
             changed |= {"num_speculative_tokens": length, "adaptive_drafting": False}
-        serve = self.settings.serve.model_copy(update=changed)
-        engine = BuiltinEngine(self.settings.model_copy(update={"serve": serve}), sink)
+        serve = settings.serve.model_copy(update=changed)
+        engine = BuiltinEngine(settings.model_copy(update={"serve": serve}), sink)
         self.kernel = self.kernel or engine.weight_dtype
         engine.start()
-        if draft == "trained":
+        if draft == "trained" and serve.drafter != "suffix":
             engine.swap(self.trained, self.name)
         return engine
 
     @cached_property
     def trained(self) -> EagleDraft:
         """The trained speculator. Raises ``UserError`` if there is none of that name."""
-        return speculator.load_speculator(self.settings, self.name, self._target.line)
+        return self.load_draft(self.name)
 
     @property
     def random(self) -> EagleDraft:
         """An untrained draft."""
         return self._target.day_0
 
+    def load_draft(self, name: str) -> EagleDraft:
+        """Load a cached speculator. Raises ``UserError`` if there is none of that name."""
+        return speculator.load_speculator(self.settings, name, self._target.line)
+
+    def draft_for(self, domain: str) -> str:
+        """Return the name of the speculator that is cached for a domain, else that of the pool's own."""
+        cached = speculator.cache_folder(self.settings, domain).exists()
+        return domain if cached and domain != self.domain else self.name
+
     @cached_property
     def _target(self) -> Target:
-        return read_target(self.settings)
+        return read_target(self._untrained)
+
+    @cached_property
+    def prompts(self) -> list[tuple[int, ...]]:
+        """The held-out prompts of the pool's domain."""
+        return self.held_out_prompts(self.domain)
+
+    def held_out_prompts(self, domain: str) -> list[tuple[int, ...]]:
+        """Tokenize the prompts of a domain that benchmarks measure with."""
+        return prompts.tokenize(self._tokenizer, prompts.held_out_prompts(domain))
+
+    def training_prompts(self, domain: str) -> list[tuple[int, ...]]:
+        """Tokenize the prompts of a domain that speculators may be trained on."""
+        return prompts.tokenize(self._tokenizer, prompts.training_prompts(domain))
 
     def trial_prompts(self, trial: int, size: int) -> list[tuple[int, ...]]:
         """Return the next ``size`` held-out prompts, in a cycle."""
@@ -227,7 +271,11 @@ class EnginePool:
         requests = [
             replace(self.request(prompt, mode, i), max_tokens=max_tokens) for i, prompt in enumerate(trial_prompts)
         ]
-        result = drive(engine, requests, mode.concurrency)
+        return self.run(engine, requests, mode.concurrency)
+
+    def run(self, engine: BuiltinEngine, requests: Sequence[Request], concurrency: int) -> DriveResult:
+        """Run the requests, ``concurrency`` of them at a time. Raises ``UserError`` if one fails."""
+        result = drive(engine, requests, concurrency)
         if result.failed:
             raise UserError(f"{result.failed} of {len(requests)} requests failed: {engine.health().error}")
         return result

@@ -32,6 +32,9 @@ Say = Callable[[str], None]
 Selection = Callable[[str], bool]
 """Whether to measure the figure of this name."""
 
+BY_PROCESSOR_TIME = "by_processor_time"
+"""Key of the ratio over processor time in a figure's detail."""
+
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8")
 
 
@@ -93,11 +96,13 @@ class Figure:
         return None if self.goal is None or self.value is None else self.goal.is_met(self.value)
 
     @property
-    def cells(self) -> tuple[str, str, str, str, str]:
-        """Name, value, range of the trials, goal and verdict, for a table."""
+    def cells(self) -> tuple[str, str, str, str, str, str]:
+        """Name, value, range of the trials, ratio by processor time, goal and verdict, for a table."""
         value = "-" if self.value is None else f"{self.value:.3f} {self.unit}".strip()
         spread = f"{min(self.ratios.values):.2f} .. {max(self.ratios.values):.2f}" if self.ratios else ""
-        return self.name, value, spread, str(self.goal or ""), {True: "met", False: "missed", None: ""}[self.met]
+        processor = f"{ratio:.3f}" if (ratio := self.detail.get(BY_PROCESSOR_TIME)) is not None else ""
+        verdict = {True: "met", False: "missed", None: ""}[self.met]
+        return self.name, value, spread, processor, str(self.goal or ""), verdict
 
     def summary(self) -> dict[str, Any]:
         """Return the JSON form."""
@@ -113,8 +118,9 @@ class Figure:
     def __str__(self) -> str:
         if self.value is None:
             return f"{self.name}: not measured, {self.detail.get('why')}"
-        _, value, _, goal, verdict = self.cells
-        return f"{self.name}: {value}" + (f" (goal {goal}, {verdict})" if goal else "")
+        _, value, _, processor, goal, verdict = self.cells
+        notes = [f"by processor time {processor}"] * bool(processor) + [f"goal {goal}, {verdict}"] * bool(goal)
+        return f"{self.name}: {value}" + (f" ({'; '.join(notes)})" if notes else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +180,7 @@ def compare_arms(
     ratios = rates[over].clock.over(rates[under].clock)
     compared = {
         "tokens_per_s": {arm: rate.tokens_per_s for arm, rate in rates.items() if arm in (over, under)},
-        "by_processor_time": round(rates[over].processor.over(rates[under].processor).median, 4),
+        BY_PROCESSOR_TIME: round(rates[over].processor.over(rates[under].processor).median, 4),
     }
     return Figure(name, ratios.median, goal=goal, ratios=ratios, detail={**compared, **detail})
 
@@ -226,7 +232,7 @@ class Report:
             sys.stdout.write(json.dumps(self.summary(), indent=2) + "\n")
             return
         table = Table(title=self.title)
-        for column in ("figure", "value", "min .. max", "goal", ""):
+        for column in ("figure", "value", "min .. max", "by processor", "goal", ""):
             table.add_column(column, justify="left" if column in ("figure", "") else "right")
         for figure in self.figures:
             table.add_row(*figure.cells)

@@ -12,7 +12,7 @@ from statistics import median
 from ops.bench.embedded_kafka import running_broker, use_broker
 from ops.bench.engines import DriveResult, EnginePool, RequestMode, drive
 from ops.bench.harness import Figure, Goal, Selection, compare_arms, percentile, run_alternating
-from ops.bench.prompts import SAMPLED
+from ops.bench.serving.drafter_comparison import TEMPERATURES, ComparisonPlan
 from schemas.speculator import checkpoint
 from serving.engines.builtin.engine import BuiltinEngine
 from serving.traces.chunks import Origin
@@ -32,10 +32,20 @@ class ServingSize:
     sweep_batches: tuple[int, ...]
     swaps: int
     latency_requests: int
+    drafters: ComparisonPlan
 
 
 QUICK = ServingSize(
-    trials=3, tokens=24, batches=(1, 8), lengths=(0, 3), sweep_batches=(1,), swaps=20, latency_requests=12
+    trials=3,
+    tokens=24,
+    batches=(1, 8),
+    lengths=(0, 3),
+    sweep_batches=(1,),
+    swaps=20,
+    latency_requests=12,
+    drafters=ComparisonPlan(
+        trials=3, tokens=48, prompts=2, batches=(1, 4), kinds=("greedy",), warm_up=12, day_0_tokens=32
+    ),
 )
 FULL = ServingSize(
     trials=5,
@@ -45,13 +55,15 @@ FULL = ServingSize(
     sweep_batches=(1, 8),
     swaps=100,
     latency_requests=64,
+    drafters=ComparisonPlan(
+        trials=5, tokens=64, prompts=2, batches=(1, 4, 8), kinds=("greedy", "sampled"), warm_up=40, day_0_tokens=64
+    ),
 )
 
 TRACES = "trace_overhead"
 SWAPS = "swap_gap_p99_ms"
 LATENCY = ("ttft_p50_ms", "ttft_p99_ms", "itl_p50_ms", "itl_p99_ms")
 
-_KINDS = {"greedy": 0.0, "sampled": SAMPLED}
 _PENALTY_GOAL = Goal(1.03, at_least=False)
 _TRACED_CONCURRENCY = 8
 _SWAPPED_CONCURRENCY = 4
@@ -74,7 +86,7 @@ def figure_names(size: ServingSize) -> list[str]:
     """Return the names of these figures; greedy at batch 1 belongs to the single stream."""
     greedy_b1 = (1, "greedy")
     return [
-        *(f"speculation_speedup_b{b}_{kind}" for b in size.batches for kind in _KINDS if (b, kind) != greedy_b1),
+        *(f"speculation_speedup_b{b}_{kind}" for b in size.batches for kind in TEMPERATURES if (b, kind) != greedy_b1),
         *(f"random_draft_penalty_b{b}" for b in size.batches if b != 1),
         *(f"adaptive_vs_best_fixed_b{b}" for b in size.sweep_batches),
         *(TRACES, SWAPS, *LATENCY),
@@ -84,7 +96,7 @@ def figure_names(size: ServingSize) -> list[str]:
 def measure_speedups(pool: EnginePool, size: ServingSize, selected: Selection) -> Iterator[Figure]:
     """Compare the trained draft with no speculation, and no speculation with a random draft."""
     for batch in size.batches:
-        for kind, temperature in _KINDS.items():
+        for kind, temperature in TEMPERATURES.items():
             speedup, penalty = f"speculation_speedup_b{batch}_{kind}", f"random_draft_penalty_b{batch}"
             with_penalty = kind == "greedy" and selected(penalty)
             if (batch == 1 and kind == "greedy") or not (selected(speedup) or with_penalty):

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from ops.bench.engines import EnginePool
 from ops.bench.harness import Figure, Report, Say, Selection, Session, select_figures
-from ops.bench.serving import concurrent_requests, single_stream
+from ops.bench.serving import concurrent_requests, drafter_comparison, single_stream
 from ops.bench.serving.concurrent_requests import FULL, QUICK, ServingSize
 from schemas.settings import Settings
 
@@ -35,7 +35,11 @@ def run(
 
 def figure_names(size: ServingSize) -> list[str]:
     """Return the names of all figures of a size."""
-    return [*single_stream.FIGURE_NAMES, *concurrent_requests.figure_names(size)]
+    return [
+        *single_stream.FIGURE_NAMES,
+        *concurrent_requests.figure_names(size),
+        *drafter_comparison.figure_names(size.drafters),
+    ]
 
 
 def _measure(pool: EnginePool, size: ServingSize, selected: Selection) -> Iterator[Figure]:
@@ -46,3 +50,4 @@ def _measure(pool: EnginePool, size: ServingSize, selected: Selection) -> Iterat
     yield from concurrent_requests.measure_swap_gap(pool, size, selected)
     yield from concurrent_requests.measure_latency(pool, size, selected)
     yield from concurrent_requests.measure_adaptive_drafting(pool, size, selected)
+    yield from drafter_comparison.DrafterComparison(pool, size.drafters, selected).measure()

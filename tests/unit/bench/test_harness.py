@@ -94,3 +94,10 @@ def test_a_percentile_is_one_of_the_values(values: list[float], share: float) ->
     found = percentile(values, share)
     assert found in values
     assert sum(value > found for value in values) <= (1 - share) * len(values)
+
+
+def test_a_line_and_a_row_show_the_ratio_by_processor_time_next_to_that_by_the_clock() -> None:
+    figure = Figure("ratio", 1.5, goal=Goal(2, at_least=True), detail={"by_processor_time": 1.25})
+    assert str(figure) == "ratio: 1.500 (by processor time 1.250; goal >= 2, missed)"
+    assert figure.cells == ("ratio", "1.500", "", "1.250", ">= 2", "missed")
+    assert str(Figure("wait", 3.0, "ms")) == "wait: 3.000 ms"

@@ -169,11 +169,13 @@ class EnginePool:
             length: Fixes the number of draft tokens per step.
             drafter: Replaces ``serve.drafter``; a random draft always drafts alone.
         """
-        drafter = drafter or ("eagle" if draft == "random" else self.settings.serve.drafter)
-        key = draft, length, drafter
+        key = draft, length, self._select_drafter(draft, drafter)
         if key not in self._engines:
             self._engines[key] = self.start_engine(draft, length=length, drafter=drafter)
         return self._engines[key]
+
+    def _select_drafter(self, draft: DraftName, drafter: DrafterName | None) -> DrafterName:
+        return drafter or ("eagle" if draft == "random" else self.settings.serve.drafter)
 
     def start_engine(
         self,
@@ -188,7 +190,7 @@ class EnginePool:
         All engines run the kernel that the first one selected: two with different kernels cannot be compared.
         """
         settings = self._untrained if draft == "random" else self.settings
-        changed: dict[str, Any] = {"drafter": drafter or settings.serve.drafter}
+        changed: dict[str, Any] = {"drafter": self._select_drafter(draft, drafter)}
         if self.kernel is not None:
             changed["weight_dtype"] = self.kernel
         if length is not None:

@@ -112,6 +112,7 @@ def record_traffic(settings: Settings, per_domain: int, say: Say) -> None:
     say(f"recording {number} requests of up to {MAX_TOKENS} tokens into {folder}")
     drafting = {
         "speculate": True,
+        "drafter": "eagle",
         "num_speculative_tokens": DRAFT_TOKENS,
         "draft_tree_width": 1,
         "adaptive_drafting": False,

@@ -90,6 +90,12 @@ class DriveResult:
         accepted = sum(output.stats.accepted_tokens for output in self.outputs if output.stats)
         return accepted / max(self.verify_steps, 1)
 
+    @property
+    def suffix_accepted_per_step(self) -> float:
+        """The part of ``accepted_per_step`` that the suffix drafter proposed and the speculator did not."""
+        accepted = sum(output.stats.suffix_accepted_tokens for output in self.outputs if output.stats)
+        return accepted / max(self.verify_steps, 1)
+
 
 def drive(engine: Engine, requests: Iterable[Request], concurrency: int) -> DriveResult:
     """Run the requests, ``concurrency`` of them at any time until none is left."""

@@ -15,9 +15,10 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from statistics import mean
 
 from ops.bench import prompts
-from ops.bench.engines import DrafterName, EnginePool, RequestMode
+from ops.bench.engines import DrafterName, DriveResult, EnginePool, RequestMode
 from ops.bench.harness import Figure, Goal, Selection, compare_arms, run_alternating
 from schemas.errors import UserError
 from serving.engines.base import Request
@@ -165,13 +166,13 @@ class DrafterComparison:
 
     def _measure_case(self, case: Case, engines: Mapping[DrafterName, BuiltinEngine], draft: str) -> Iterator[Figure]:
         texts, size = self._pool.held_out_prompts(case.domain), max(case.batch, self._plan.prompts)
-        accepted: dict[str, list[float]] = {}
+        results: dict[str, list[DriveResult]] = {}
 
         def run_trial(arm: str, engine: BuiltinEngine, trial: int) -> int:
             mode = RequestMode(case.batch, TEMPERATURES[case.kind], speculate=arm != "none")
             chosen = [texts[(trial * size + i) % len(texts)] for i in range(size)]
             result = self._pool.run(engine, self._requests(chosen, case.domain, mode), case.batch)
-            accepted.setdefault(arm, []).append(result.accepted_per_step)
+            results.setdefault(arm, []).append(result)
             return result.tokens
 
         arms = {"none": engines["hybrid"], **{str(drafter): engine for drafter, engine in engines.items()}}
@@ -180,7 +181,8 @@ class DrafterComparison:
         detail = {
             "speculator": draft,
             "tokens_per_s": {arm: rate.tokens_per_s for arm, rate in rates.items()},
-            "accepted_per_step": {arm: round(sum(values) / len(values), 3) for arm, values in accepted.items()},
+            "accepted_per_step": {arm: round(mean(r.accepted_per_step for r in results[arm]), 3) for arm in arms},
+            "by_suffix_alone": round(mean(r.suffix_accepted_per_step for r in results["hybrid"]), 3),
         }
         for name, goal in case.goals.items():
             under = "none" if "over_none" in name else "eagle" if "over_eagle" in name else best

@@ -148,6 +148,6 @@ def _decode_text(record: bytes, position: int) -> tuple[str | None, int]:
     if length == _NO_TEXT:
         return None, start
     end = start + length
-    if length > MAX_TEXT_BYTES or end > len(record):
+    if length > MAX_TEXT_BYTES:
         raise AnswerError(f"a text of {length} bytes at byte {position}")
     return record[start:end].decode(), end

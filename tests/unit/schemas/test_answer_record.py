@@ -123,6 +123,21 @@ def test_a_record_of_another_format_is_rejected() -> None:
         decode(bytes(record))
 
 
+@pytest.mark.parametrize("prompt_tokens", [4, PROMPT_TOKENS + 1, 255])
+def test_a_record_with_more_prompt_tokens_than_tokens_is_rejected(prompt_tokens: int) -> None:
+    record = bytearray(encode(replace(SMALL, tokens=np.arange(3 if prompt_tokens == 4 else 300, dtype=np.int32))))
+    record[2] = prompt_tokens
+    with pytest.raises(AnswerError, match="prompt tokens"):
+        decode(bytes(record))
+
+
+@pytest.mark.parametrize("cut", range(1, 30))
+def test_a_record_cut_within_its_texts_is_rejected(cut: int) -> None:
+    record = encode(SMALL)
+    with pytest.raises(AnswerError):
+        decode(record[:cut])
+
+
 @given(
     prompt=st.lists(st.integers(0, 9), max_size=20),
     output=st.lists(st.integers(10, 19), max_size=20),

@@ -78,7 +78,7 @@ def test_an_update_inserts_whole_answers_up_to_its_bound_in_their_order() -> Non
 
 
 @given(
-    answers=st.lists(st.tuples(st.booleans(), st.integers(0, 400)), max_size=60),
+    answers=st.lists(st.tuples(st.booleans(), st.integers(0, 4000)), max_size=60),
     max_bytes=st.integers(1 << 16, 1 << 17),
 )
 def test_corpus_and_waiting_answers_stay_within_the_bound(answers: list[tuple[bool, int]], max_bytes: int) -> None:

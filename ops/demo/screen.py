@@ -43,6 +43,7 @@ class DemoView:
     speculator_accepted: float | None = None
     """Accepted tokens per step from the speculator, mean of the last 50 requests."""
     draft_depth: int | None = None
+    """Draft tokens in a row from the speculator."""
     trace_lag: int | None = None
     step: int = 0
     loss: float | None = None
@@ -134,7 +135,6 @@ def _serving_panel(view: DemoView) -> Panel:
         "requests": str(view.requests),
         "failed": failed,
         "output tokens/s": format_value(view.tokens_per_s, ".1f"),
-        "draft depth": format_value(view.draft_depth, "d"),
     }
     return figures_panel("serving", rows, _HEIGHT)
 
@@ -144,6 +144,7 @@ def _acceptance_panel(view: DemoView) -> Panel:
         f"last {EDGE}": Text(format_value(view.acceptance_length, ".2f"), style="bold green"),
         "suffix drafter": format_value(view.suffix_accepted, "+.2f"),
         "speculator": format_value(view.speculator_accepted, "+.2f"),
+        "its draft depth": format_value(view.draft_depth, "d"),
     }
     return figures_panel("acceptance length", rows, _HEIGHT)
 

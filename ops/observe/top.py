@@ -18,7 +18,7 @@ from ops.observe.status import Overview, StatusClient, describe_drift
 from schemas.settings import Settings
 from schemas.status import ServeStatus
 
-_HEIGHT = 9
+_HEIGHT = 10
 _EVENTS = 6
 _HISTORY = 480
 """Polls whose figures are drawn."""
@@ -33,6 +33,8 @@ class NodeRates:
     tokens_per_s: float
     acceptance_length: float | None
     """None without verify steps."""
+    suffix_accepted_per_step: float | None
+    """Accepted tokens per step that only the suffix drafter proposed; None without verify steps."""
     requests_per_s: float
 
 
@@ -41,9 +43,11 @@ def compute_rates(before: ServeStatus, now: ServeStatus, seconds: float) -> Node
     if now.verify_steps < before.verify_steps or now.requests_finished < before.requests_finished:
         return None
     steps, accepted = now.verify_steps - before.verify_steps, now.accepted_tokens - before.accepted_tokens
+    suffix_accepted = now.suffix_accepted_tokens - before.suffix_accepted_tokens
     return NodeRates(
         (now.output_tokens - before.output_tokens) / seconds,
         1 + accepted / steps if steps else None,
+        suffix_accepted / steps if steps else None,
         (now.requests_finished - before.requests_finished) / seconds,
     )
 
@@ -124,6 +128,7 @@ def _node_panel(history: History) -> Panel:
         "output tokens/s": Text(format_value(rates.tokens_per_s if rates else None, ".1f"), style="bold"),
         "expected without drafting": format_value(plain_rate, ".1f"),
         "acceptance length": Text(format_value(rates.acceptance_length if rates else None, ".2f"), style="bold green"),
+        "suffix drafter": format_value(rates.suffix_accepted_per_step if rates else None, "+.2f"),
         "draft depth": str(node.draft_depth) if node.speculating else "off",
         "requests/s": f"{requests_per_s}, {node.requests_running} running, {node.requests_waiting} waiting",
         "failed": Text(str(node.requests_failed), style="red" if node.requests_failed else "green"),

@@ -35,11 +35,14 @@ def shown(history: History) -> str:
 
 
 def test_rates_are_those_between_two_polls() -> None:
-    before = node(verify_steps=100, accepted_tokens=50, output_tokens=200, requests_finished=3)
-    now = node(verify_steps=140, accepted_tokens=110, output_tokens=300, requests_finished=5)
+    counted = {"verify_steps": 100, "accepted_tokens": 50, "suffix_accepted_tokens": 40}
+    before = node(**counted, output_tokens=200, requests_finished=3)
+    counted = {"verify_steps": 140, "accepted_tokens": 110, "suffix_accepted_tokens": 70}
+    now = node(**counted, output_tokens=300, requests_finished=5)
     found = compute_rates(before, now, 4.0)
     assert found is not None
     assert (found.tokens_per_s, found.acceptance_length, found.requests_per_s) == (25.0, 2.5, 0.5)
+    assert found.suffix_accepted_per_step == 0.75
 
 
 def test_without_verify_steps_there_is_no_acceptance_length() -> None:

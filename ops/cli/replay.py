@@ -49,7 +49,11 @@ def evaluate(  # noqa: PLR0913, PLR0917 - one for each flag
     versions: Annotated[
         str,
         typer.Option(metavar="V,V", help="Numbers, aliases, `day-0` or checkpoint folders, separated by commas."),
-    ],
+    ] = "",
+    drafter: Annotated[
+        str,
+        typer.Option(metavar="D,D", help="`eagle`: each version. `suffix`: no version. `hybrid`: each with `suffix`."),
+    ] = "eagle",
     config: Config = None,
     set_: Set = None,
     begin: From = None,
@@ -60,32 +64,33 @@ def evaluate(  # noqa: PLR0913, PLR0917 - one for each flag
     label: Label = None,
     lookahead: Annotated[
         int | None,
-        typer.Option(min=1, max=16, metavar="K", help="Draft tokens. Default: serve.num_speculative_tokens."),
+        typer.Option(min=1, max=16, metavar="K", help="Draft tokens in a row. Default: that of the nodes."),
     ] = None,
     requests: Annotated[bool, typer.Option("--requests", help="Include every request in the JSON.")] = False,
     html: Html = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compute the acceptance of versions on recorded requests: exact for greedy ones, expected for sampled ones."""
+    """Compute the acceptance of drafters on recorded requests: exact for greedy ones, expected for sampled ones."""
     with user_errors():
         settings = load_settings(config, set_)
-        names = [name for name in versions.split(",") if name]
-        if not names or len(set(names)) < len(names):
-            raise UserError("--versions: give at least one version, and each only once")
+        names = _split_names("--versions", versions)
+        kinds = _split_names("--drafter", drafter)
         tables = open_tables(settings)
         import torch
 
         from ops.replay.evaluation_report import build_tables, list_notes, render_evaluation_page
+        from ops.replay.suffix_replay import NodeSuffixReplay
         from schemas.telemetry import logs
         from trainer.data.target import FrozenTarget
         from trainer.replay.named_drafts import load_drafts
         from trainer.replay.past_requests import RequestFilter, list_requests, pin_versions, read_requests
         from trainer.replay.request_evaluation import evaluate as evaluate_requests
+        from trainer.replay.request_evaluation import list_drafters
 
         logs.configure("replay", "warning")
         torch.set_num_threads(settings.train.num_threads)
         target = _read_target(settings)
-        named = load_drafts(settings, target, names)
+        drafters = list_drafters(kinds, load_drafts(settings, target, names))
         span = RequestFilter(target.fingerprint, _parse_optional_time(begin), _parse_optional_time(end), label)
         at, counts = pin_versions(tables, at_version), Counter[str]()
         chosen = list_requests(tables, span, at)
@@ -97,7 +102,10 @@ def evaluate(  # noqa: PLR0913, PLR0917 - one for each flag
                 echo_note(f"{done} of {len(chosen)} requests")
 
         longest = lookahead or settings.serve.num_speculative_tokens
-        found = evaluate_requests(named, target.embeddings_VH, past, longest, at, counts, report_progress)
+        suffix = None if kinds == ["eagle"] else NodeSuffixReplay(settings, lookahead)
+        found = evaluate_requests(
+            drafters, target.embeddings_VH, past, longest, at, counts, report_progress, suffix=suffix
+        )
         if html is not None:
             _write_page("--html", html, render_evaluation_page(found))
         if as_json:
@@ -265,6 +273,13 @@ def release(
             echo(f"{hold.table}: versions {hold.after_version} to {hold.up_to_version}")
         if dry_run:
             echo_note("nothing was changed")
+
+
+def _split_names(option: str, text: str) -> list[str]:
+    names = [name for name in text.split(",") if name]
+    if len(set(names)) < len(names):
+        raise UserError(f"{option}: give each name only once")
+    return names
 
 
 def _run_load(load: Load, requests: int) -> bool:

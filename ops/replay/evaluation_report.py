@@ -1,4 +1,4 @@
-"""Show the evaluation of versions on past requests: as terminal tables and as a page."""
+"""Show the evaluation of drafters on past requests: as terminal tables and as a page."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ _ROW_IN = 0.32
 
 
 def build_tables(evaluation: RequestEvaluation) -> list[Table]:
-    """Return a table of all versions by group, and one of the differences between several versions."""
+    """Return a table of all drafters by group, and one of the differences between several drafters."""
     table = new_table(
         "requests of",
-        "version",
+        "drafter",
         right=("requests", "acceptance length", "95 %", "all positions", "acceptance by depth"),
     )
     for group in evaluation.groups:
-        for i, version in enumerate(evaluation.versions):
+        for i, drafter in enumerate(evaluation.drafters):
             figures = evaluation.figures(i, group)
             table.add_row(
-                *(group if i == 0 else "", version.short, f"{figures.requests:,}"),
+                *(group if i == 0 else "", drafter.short, f"{figures.requests:,}"),
                 *(f"{1 + figures.accepted_per_step.value:.3f}", _bounds(figures.accepted_per_step)),
                 f"{1 + figures.all_positions:.3f}",
                 " ".join(f"{share:.2f}" for share in figures.by_depth),
             )
-    return [table, _build_differences_table(evaluation)] if len(evaluation.versions) > 1 else [table]
+    return [table, _build_differences_table(evaluation)] if len(evaluation.drafters) > 1 else [table]
 
 
 def list_notes(evaluation: RequestEvaluation) -> Iterator[str]:
@@ -41,7 +41,9 @@ def list_notes(evaluation: RequestEvaluation) -> Iterator[str]:
     counts = evaluation.counts
     state = ", ".join(f"{name} {version}" for name, version in evaluation.tables.items())
     yield f"drafts of {evaluation.lookahead} tokens; table versions: {state}"
-    yield f"versions: {', '.join(map(str, evaluation.versions))}"
+    if limits := evaluation.suffix_limits:
+        yield f"suffix drafts: {', '.join(f'{name} {limit}' for name, limit in limits.items())}"
+    yield f"drafters: {', '.join(map(str, evaluation.drafters))}"
     if incomplete := counts.get("incomplete", 0):
         yield f"{incomplete:,} requests skipped: incomplete in these table versions"
     if sampled := counts.get("tokens_sampled", 0):
@@ -56,12 +58,12 @@ def render_evaluation_page(evaluation: RequestEvaluation) -> str:
     """Return the evaluation as a page."""
     rows = [
         (
-            *(group, version.short, f"{figures.requests:,}", f"{figures.verify_steps:,.0f}"),
+            *(group, drafter.short, f"{figures.requests:,}", f"{figures.verify_steps:,.0f}"),
             *(f"{1 + figures.accepted_per_step.value:.3f}", _bounds(figures.accepted_per_step)),
             f"{1 + figures.all_positions:.3f}",
         )
         for group in evaluation.groups
-        for i, version in enumerate(evaluation.versions)
+        for i, drafter in enumerate(evaluation.drafters)
         for figures in [evaluation.figures(i, group)]
     ]
     return render_page(
@@ -69,24 +71,24 @@ def render_evaluation_page(evaluation: RequestEvaluation) -> str:
         requests=len(evaluation.requests),
         lengths=_lengths_chart(evaluation),
         depths=_depths_chart(evaluation),
-        columns=("requests of", "version", "requests", "verify steps", "acceptance length", "95 %", "all positions"),
+        columns=("requests of", "drafter", "requests", "verify steps", "acceptance length", "95 %", "all positions"),
         rows=rows,
         notes=list_notes(evaluation),
     )
 
 
 def _lengths_chart(evaluation: RequestEvaluation) -> str:
-    """Draw the acceptance length and its interval of each version in each group."""
-    groups, versions = list(evaluation.groups), evaluation.versions
+    """Draw the acceptance length and its interval of each drafter in each group."""
+    groups, drafters = list(evaluation.groups), evaluation.drafters
     with mpl.rc_context(chart_style("lengths")):
-        figure, axes = new_figure(0.9 + _ROW_IN * len(groups) * max(len(versions), 1))
-        for i, version in enumerate(versions):
+        figure, axes = new_figure(0.9 + _ROW_IN * len(groups) * max(len(drafters), 1))
+        for i, drafter in enumerate(drafters):
             color = _COLORS[i % len(_COLORS)]
             intervals = [evaluation.figures(i, group).accepted_per_step for group in groups]
-            heights = [-g - (i + 0.5) / (len(versions) + 1) for g in range(len(groups))]
+            heights = [-g - (i + 0.5) / (len(drafters) + 1) for g in range(len(groups))]
             for interval, height in zip(intervals, heights, strict=True):
                 axes.plot([1 + interval.low, 1 + interval.high], [height] * 2, color=color, linewidth=2)
-            axes.plot([1 + interval.value for interval in intervals], heights, "o", color=color, label=version.short)
+            axes.plot([1 + interval.value for interval in intervals], heights, "o", color=color, label=drafter.short)
         axes.set_yticks([-g - 0.45 for g in range(len(groups))], groups, color=INK)
         axes.grid(visible=True, axis="x")
         axes.set_xlim(left=1)
@@ -96,14 +98,22 @@ def _lengths_chart(evaluation: RequestEvaluation) -> str:
 
 
 def _depths_chart(evaluation: RequestEvaluation) -> str:
-    """Draw the acceptance by depth of each version over all requests."""
+    """Draw the acceptance by depth of each drafter over all requests."""
     with mpl.rc_context(chart_style("depths")):
         figure, axes = new_figure(3.2)
-        depths = range(1, evaluation.lookahead + 1)
-        for i, version in enumerate(evaluation.versions):
+        deepest = 0
+        for i, drafter in enumerate(evaluation.drafters):
             shares = evaluation.figures(i, ALL).by_depth
-            axes.plot(depths, shares, "o-", color=_COLORS[i % len(_COLORS)], linewidth=2.2, label=version.short)
-        axes.set_xticks(list(depths))
+            deepest = max(deepest, len(shares))
+            axes.plot(
+                range(1, len(shares) + 1),
+                shares,
+                "o-",
+                color=_COLORS[i % len(_COLORS)],
+                linewidth=2.2,
+                label=drafter.short,
+            )
+        axes.set_xticks(range(1, deepest + 1))
         axes.set_ylim(bottom=0)
         axes.set_xlabel("depth", color=MUTED)
         axes.set_ylabel("share accepted")
@@ -114,14 +124,14 @@ def _depths_chart(evaluation: RequestEvaluation) -> str:
 def _build_differences_table(evaluation: RequestEvaluation) -> Table:
     table = new_table(
         "requests of",
-        "version",
+        "drafter",
         "against",
         right=("difference", "95 %", ""),
         title="acceptance length, paired",
     )
     for group in evaluation.groups:
         for (later, earlier), difference in evaluation.differences(group).items():
-            names = evaluation.versions[later].short, evaluation.versions[earlier].short
+            names = evaluation.drafters[later].short, evaluation.drafters[earlier].short
             verdict = "" if difference.is_clear else "may be chance"
             interval = f"{difference.low:+.3f} to {difference.high:+.3f}"
             table.add_row(group, *names, f"{difference.value:+.3f}", interval, verdict)

@@ -53,6 +53,17 @@ class RequestSampling:
 
 
 @dataclass(frozen=True, slots=True)
+class RequestService:
+    """Where and when a request was answered, by the clock of its node."""
+
+    node: str
+    began: datetime
+    """Time of its first verify step."""
+    ended: datetime
+    """Time of its last one."""
+
+
+@dataclass(frozen=True, slots=True)
 class RequestEntry:
     """A request as listed from ``traces``."""
 
@@ -63,6 +74,7 @@ class RequestEntry:
     """Whether the last chunk exists, and all chunks before it."""
     offsets: tuple[int, int]
     """First and last offset of its records."""
+    service: RequestService
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,6 +84,7 @@ class PastRequest:
     request: str
     label: str | None
     sampling: RequestSampling
+    service: RequestService
     tokens_N: Tensor
     """int64: prompt and answer."""
     features_NF: Tensor
@@ -98,9 +111,10 @@ def list_requests(log: DeltaLog, wanted: RequestFilter, at: Mapping[str, Moment]
         TableError: the tables cannot be read.
     """
     rows = log.query(
-        "SELECT request, min(time) AS began, min(label) AS label, min(temperature) AS temperature, "  # noqa: S608
-        "min(top_p) AS top_p, min(sampling_top_k) AS top_k, count(DISTINCT chunk) AS chunks, max(chunk) AS last, "
-        'bool_or(last_chunk) AS ended, min("offset") AS first_offset, max("offset") AS last_offset '
+        "SELECT request, min(time) AS began, max(time) AS finished, min(node) AS node, min(label) AS label, "  # noqa: S608
+        "min(temperature) AS temperature, min(top_p) AS top_p, min(sampling_top_k) AS top_k, "
+        "count(DISTINCT chunk) AS chunks, max(chunk) AS last, bool_or(last_chunk) AS ended, "
+        'min("offset") AS first_offset, max("offset") AS last_offset '
         f"FROM traces WHERE target = '{wanted.target}' GROUP BY request ORDER BY began, request",
         at,
     )
@@ -172,7 +186,16 @@ def join_chunks(
     teacher = Teacher(*(torch.cat([getattr(t, name)[:, :width] for t in teachers]) for name in ("ids", "logprobs")))
     if len(teacher.ids) != len(tokens_N) - prompt:
         return None
-    return PastRequest(entry.request, entry.label, entry.sampling, tokens_N, features_NF, prompt, teacher)
+    return PastRequest(
+        request=entry.request,
+        label=entry.label,
+        sampling=entry.sampling,
+        service=entry.service,
+        tokens_N=tokens_N,
+        features_NF=features_NF,
+        prompt=prompt,
+        teacher=teacher,
+    )
 
 
 def _read_rows(log: DeltaLog, entries: Sequence[RequestEntry], at: Mapping[str, Moment]) -> dict[str, list[Row]]:
@@ -199,13 +222,18 @@ def _read_entry(row: Row) -> RequestEntry:
         sampling=RequestSampling(row["temperature"], row["top_p"], row["top_k"]),
         complete=row["ended"] and row["chunks"] == row["last"] + 1,
         offsets=(row["first_offset"], row["last_offset"]),
+        service=RequestService(row["node"], _in_utc(row["began"]), _in_utc(row["finished"])),
     )
 
 
 def _matches(row: Row, wanted: RequestFilter) -> bool:
-    began = row["began"] if row["began"].tzinfo else row["began"].replace(tzinfo=UTC)
+    began = _in_utc(row["began"])
     return (
         (wanted.begin is None or began >= wanted.begin)
         and (wanted.end is None or began < wanted.end)
         and wanted.label in (None, row["label"])
     )
+
+
+def _in_utc(time: datetime) -> datetime:
+    return time if time.tzinfo else time.replace(tzinfo=UTC)

@@ -128,9 +128,9 @@ def store(settings: Settings, engine: BuiltinEngine, recorder: Recorder) -> int:
     return len(chunks)
 
 
-def assert_replay_is_as_live(settings: Settings, version: str, live: Mapping[str, Output]) -> int:
+def assert_replay_is_as_live(settings: Settings, live: Mapping[str, Output], *options: str) -> int:
     """Return the accepted tokens; the command must print the same output twice."""
-    arguments = ["replay", "evaluate", "--versions", version, "--json", "--requests"]
+    arguments = ["replay", "evaluate", *options, "--json", "--requests"]
     result, again = (CliRunner().invoke(app, arguments, env=to_environ(settings)) for _ in range(2))
     assert result.exit_code == 0, result.output
     assert again.stdout == result.stdout
@@ -156,15 +156,98 @@ def test_greedy_requests_have_the_verify_steps_and_accepted_tokens_of_the_live_e
     try:
         live = served(engine, requests)
         assert store(first, engine, recorder) > len(requests), "some requests travel in several chunks"
-        assert assert_replay_is_as_live(first, "day-0", live) < 40
+        assert assert_replay_is_as_live(first, live, "--versions", "day-0") < 40
         checkpoint.write_checkpoint(learned(first), tmp_path / "version", engine.target)
         engine.swap(checkpoint.read_checkpoint(tmp_path / "version", engine.line), "1")
         recorder.verify_steps.clear()
         live = served(engine, requests)
         store(second, engine, recorder)
-        assert assert_replay_is_as_live(second, str(tmp_path / "version"), live) > 60
+        assert assert_replay_is_as_live(second, live, "--versions", str(tmp_path / "version")) > 60
     finally:
         engine.stop()
+
+
+def served_in_turn(engine: BuiltinEngine, requests: Sequence[Request]) -> dict[str, Output]:
+    return {name: output for request in requests for name, output in served(engine, [request]).items()}
+
+
+def repeated_requests() -> list[Request]:
+    """Return requests of which some repeat an earlier one, under its label or another one."""
+    asked = [replace(one, max_tokens=40, stop_ids=frozenset(), ignore_eos=True) for one in some_requests()[:8]]
+    again = [replace(one, id=f"{one.id}-again", max_tokens=30) for one in asked]
+    elsewhere = [replace(one, id=f"{one.id}-elsewhere", label="b") for one in asked[:4]]
+    return [*asked, *again, *elsewhere]
+
+
+@pytest.mark.parametrize("scope", ["request", "label", "node", "fleet"])
+def test_the_suffix_drafter_is_replayed_as_it_drafted_live(tmp_path: Path, scope: str) -> None:
+    write_tiny_target(tmp_path / "target")
+    flags = {"serve.drafter": "suffix", "serve.suffix_scope": scope, "serve.draft_tree_nodes": 128}
+    settings = settings_for(tmp_path, **flags, **{"tables.uri": str(tmp_path / "tables")})
+    recorder = Recorder()
+    engine = BuiltinEngine(settings, recorder)
+    engine.start()
+    try:
+        live = served_in_turn(engine, repeated_requests())
+    finally:
+        engine.stop()
+    store(settings, engine, recorder)
+    accepted = assert_replay_is_as_live(settings, live, "--drafter", "suffix")
+    assert accepted > (0 if scope == "request" else 200)
+
+
+def test_the_hybrid_drafter_is_replayed_as_it_drafted_live(tmp_path: Path) -> None:
+    write_tiny_target(tmp_path / "target")
+    flags = {"serve.drafter": "hybrid", "serve.suffix_scope": "label", "serve.draft_tree_nodes": 128}
+    first, second = (
+        settings_for(tmp_path, **flags, **{"tables.uri": str(tmp_path / name)}) for name in ("first", "second")
+    )
+    version = str(tmp_path / "version")
+    recorder = Recorder()
+    engine = BuiltinEngine(first, recorder)
+    engine.start()
+    try:
+        served(engine, some_requests())
+        store(first, engine, recorder)
+        checkpoint.write_checkpoint(learned(first), tmp_path / "version", engine.target)
+    finally:
+        engine.stop()
+    recorder = Recorder()
+    engine = BuiltinEngine(second, recorder)
+    engine.start()
+    try:
+        engine.swap(checkpoint.read_checkpoint(tmp_path / "version", engine.line), "1")
+        live = served_in_turn(engine, repeated_requests())
+    finally:
+        engine.stop()
+    store(second, engine, recorder)
+    hybrid = assert_replay_is_as_live(second, live, "--versions", version, "--drafter", "hybrid")
+    options = ["replay", "evaluate", "--versions", version, "--drafter", "eagle,suffix,hybrid"]
+    found = json.loads(CliRunner().invoke(app, [*options, "--json"], env=to_environ(second)).stdout)
+    accepted = {one["name"]: one["accepted"] for one in found["groups"]["all"]["versions"]}
+    assert accepted.keys() == {version, "suffix", f"{version}+suffix"}
+    assert accepted[f"{version}+suffix"] == hybrid >= max(accepted.values())
+    assert "suffix drafts: scope label" in CliRunner().invoke(app, options, env=to_environ(second)).stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--drafter", "suffix", "--versions", "day-0"], "suffix alone with none"),
+        (["--drafter", "eagle,suffix"], "at least one version"),
+        ([], "at least one version"),
+        (["--drafter", "ngram"], "'ngram' is none of eagle, suffix and hybrid"),
+        (["--drafter", "suffix,suffix"], "--drafter: give each name only once"),
+        (["--versions", "day-0,day-0"], "--versions: give each name only once"),
+    ],
+)
+def test_drafters_and_versions_that_do_not_fit_are_rejected(tmp_path: Path, options: list[str], message: str) -> None:
+    write_tiny_target(tmp_path / "target")
+    settings = settings_for(tmp_path, **{"tables.uri": str(tmp_path / "tables")})
+    DeltaLog(settings.tables).create()
+    result = CliRunner().invoke(app, ["replay", "evaluate", *options], env=to_environ(settings))
+    assert result.exit_code == 2
+    assert message in result.stderr
 
 
 def test_the_expected_acceptance_of_sampled_requests_matches_the_live_engine(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from datetime import UTC, datetime
 
 import numpy as np
 import pytest
@@ -18,11 +19,13 @@ from trainer.data.samples import Sample, Teacher
 from trainer.objective.simulated_acceptance import simulate_batch
 from trainer.replay.acceptance_figures import compare_steps, compute_figures
 from trainer.replay.chains import acceptance_probabilities, apply_sampling, target_likelihood
-from trainer.replay.past_requests import PastRequest, RequestSampling
+from trainer.replay.past_requests import PastRequest, RequestSampling, RequestService
+from trainer.replay.request_evaluation import merge_acceptance
 from trainer.replay.verify_steps import ExpectedSteps, expect_steps
 
 VOCABULARY, LONGEST = 30, 3
 GREEDY = RequestSampling(0.0, 1.0, 0)
+SERVICE = RequestService("node", datetime.fromtimestamp(1, UTC), datetime.fromtimestamp(2, UTC))
 SHAPE = DraftShape(8, 8, 2, 1, 4, VOCABULARY, 20, 1e-5, 10_000.0, 64, (0, 1, 2), "eagle3.1")
 
 
@@ -51,6 +54,35 @@ def test_verify_steps_of_a_greedy_request_equal_a_walk(right: np.ndarray) -> Non
     assert sum(found.accepted_K) == found.accepted
 
 
+@given(st.integers(1, 12), st.data())
+def test_a_merged_greedy_draft_reaches_as_deep_as_the_deeper_of_both(positions: int, data: st.DataObject) -> None:
+    first, second = (
+        data.draw(of_numpy.arrays(np.bool_, st.tuples(st.just(positions), st.integers(1, 5)))) for _ in range(2)
+    )
+    longest = max(first.shape[1], second.shape[1])
+    reach = np.zeros((2, positions, longest), np.bool_)
+    for part, right in zip(reach, (first, second), strict=True):
+        part[:, : right.shape[1]] = np.logical_and.accumulate(right, axis=1)
+    found = expect_steps(merge_acceptance([first.astype(np.float64), second.astype(np.float64)]))
+    assert (found.verify_steps, found.accepted) == walked(reach.any(axis=0))
+
+
+def test_a_merged_sampled_draft_is_the_mean_over_the_outcomes_of_the_versions_draft() -> None:
+    generator = np.random.default_rng(0)
+    chance, suffix = generator.random((7, 3)), np.logical_and.accumulate(generator.random((7, 4)) < 0.6, axis=1)
+    seen = []
+    for _ in range(20_000):
+        own = np.pad(np.logical_and.accumulate(generator.random((7, 3)) < chance, axis=1), ((0, 0), (0, 1)))
+        seen.append(walked(own | suffix))
+    found = expect_steps(merge_acceptance([chance, suffix.astype(np.float64)]))
+    assert np.allclose((found.verify_steps, found.accepted), np.mean(seen, axis=0), atol=0.05)
+
+
+def test_one_draft_alone_is_merged_to_itself() -> None:
+    chance = np.random.default_rng(0).random((7, 3))
+    assert np.allclose(merge_acceptance([chance]), chance)
+
+
 def test_verify_steps_of_a_sampled_request_are_the_mean_over_all_outcomes() -> None:
     generator = np.random.default_rng(0)
     chance = generator.random((7, 3))
@@ -69,7 +101,7 @@ def past(
     logprobs = torch.log_softmax(2 * torch.randn(tokens - 4, VOCABULARY, generator=generator), dim=-1)
     best = logprobs.topk(width, dim=-1)
     features = torch.randn(tokens - 1, SHAPE.feature_width, generator=generator).bfloat16()
-    return PastRequest("r", None, sampling, ids, features, 4, Teacher(best.indices, best.values)), logprobs
+    return PastRequest("r", None, sampling, SERVICE, ids, features, 4, Teacher(best.indices, best.values)), logprobs
 
 
 EMBEDDINGS = torch.randn(VOCABULARY, 8, generator=torch.Generator().manual_seed(3))

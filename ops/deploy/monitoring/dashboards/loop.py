@@ -73,17 +73,23 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         ),
         Panel(
             "Acceptance length",
-            "Tokens per verify step: 1 + accepted tokens per step (bonus token included).",
+            "Tokens per verify step: 1 + accepted tokens per step (bonus token included); and 1 + those that only the "
+            "suffix drafter proposed.",
             (
                 Query(
                     f"1 + {_ratio('aurora_serve_accepted_tokens', 'aurora_serve_verify_steps')}",
                     "{{instance}}",
                 ),
+                Query(
+                    f"1 + {_ratio('aurora_serve_suffix_accepted_tokens', 'aurora_serve_verify_steps')}",
+                    "{{instance}}, suffix drafter",
+                ),
             ),
         ),
         Panel(
             "Draft depth",
-            "Draft tokens per request and verify step along the deepest path; 0 while drafting does not pay.",
+            "Draft tokens of the speculator per request and verify step along the deepest path; 0 while its drafts do "
+            "not pay.",
             (Query("aurora_serve_draft_depth", "{{instance}}"),),
         ),
         Panel(

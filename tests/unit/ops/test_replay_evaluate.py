@@ -179,8 +179,10 @@ def repeated_requests() -> list[Request]:
     return [*asked, *again, *elsewhere]
 
 
-@pytest.mark.parametrize("scope", ["request", "label", "node", "fleet"])
-def test_the_suffix_drafter_is_replayed_as_it_drafted_live(tmp_path: Path, scope: str) -> None:
+@pytest.mark.parametrize(
+    ("scope", "temperature"), [("request", 0.0), ("label", 0.0), ("node", 0.0), ("fleet", 0.0), ("fleet", 0.8)]
+)
+def test_the_suffix_drafter_is_replayed_as_it_drafted_live(tmp_path: Path, scope: str, temperature: float) -> None:
     write_tiny_target(tmp_path / "target")
     flags = {"serve.drafter": "suffix", "serve.suffix_scope": scope, "serve.draft_tree_nodes": 128}
     settings = settings_for(tmp_path, **flags, **{"tables.uri": str(tmp_path / "tables")})
@@ -188,12 +190,13 @@ def test_the_suffix_drafter_is_replayed_as_it_drafted_live(tmp_path: Path, scope
     engine = BuiltinEngine(settings, recorder)
     engine.start()
     try:
-        live = served_in_turn(engine, repeated_requests())
+        asked = [replace(one, temperature=temperature, seed=i) for i, one in enumerate(repeated_requests())]
+        live = served_in_turn(engine, asked)
     finally:
         engine.stop()
     store(settings, engine, recorder)
     accepted = assert_replay_is_as_live(settings, live, "--drafter", "suffix")
-    assert accepted > (0 if scope == "request" else 200)
+    assert accepted > (0 if scope == "request" or temperature else 200)
 
 
 def test_the_hybrid_drafter_is_replayed_as_it_drafted_live(tmp_path: Path) -> None:
@@ -250,25 +253,32 @@ def test_drafters_and_versions_that_do_not_fit_are_rejected(tmp_path: Path, opti
     assert message in result.stderr
 
 
-def test_the_expected_acceptance_of_sampled_requests_matches_the_live_engine(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("drafter", "top_p"), [("eagle", 0.95), ("hybrid", 0.2)])
+def test_the_expected_acceptance_of_sampled_requests_matches_the_live_engine(
+    tmp_path: Path, drafter: str, top_p: float
+) -> None:
     write_tiny_target(tmp_path / "target", scale=0.12)
-    settings = settings_for(tmp_path, **{"tables.uri": str(tmp_path / "tables"), "traces.top_k": VOCABULARY})
+    flags = {"serve.drafter": drafter, "serve.suffix_scope": "fleet", "serve.draft_tree_nodes": 128}
+    settings = settings_for(tmp_path, **flags, **{"tables.uri": str(tmp_path / "tables"), "traces.top_k": VOCABULARY})
     recorder = Recorder()
     requests = [
-        replace(one, max_tokens=40, temperature=0.8, top_p=0.95, seed=i, stop_ids=frozenset(), ignore_eos=True)
-        for i, one in enumerate(some_requests())
+        replace(one, max_tokens=40, temperature=0.8, top_p=top_p, seed=i, stop_ids=frozenset(), ignore_eos=True)
+        for i, one in enumerate(repeated_requests())
     ]
     engine = BuiltinEngine(settings, recorder)
     engine.start()
     try:
-        live = served(engine, requests)
+        live = served_in_turn(engine, requests)
     finally:
         engine.stop()
     store(settings, engine, recorder)
-    result = CliRunner().invoke(app, ["replay", "evaluate", "--versions", "day-0", "--json"], env=to_environ(settings))
+    options = ["--versions", "day-0", "--drafter", drafter, "--json"]
+    result = CliRunner().invoke(app, ["replay", "evaluate", *options], env=to_environ(settings))
     (expected,) = json.loads(result.stdout)["groups"]["all"]["versions"]
     figures = [output.stats for output in live.values() if output.stats]
     accepted, verify_steps = sum(one.accepted_tokens for one in figures), sum(one.verify_steps for one in figures)
     assert accepted > 100
-    assert expected["accepted"] == pytest.approx(accepted, abs=3 * accepted**0.5)
+    by_suffix = sum(one.suffix_accepted_tokens for one in figures)
+    assert by_suffix > 50 if drafter == "hybrid" else by_suffix == 0
+    assert expected["accepted"] == pytest.approx(accepted, abs=3 * accepted**0.5), (accepted, verify_steps)
     assert expected["accepted"] + expected["verify_steps"] == pytest.approx(accepted + verify_steps, abs=0.01)

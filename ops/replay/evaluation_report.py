@@ -31,7 +31,7 @@ def build_tables(evaluation: RequestEvaluation) -> list[Table]:
                 *(group if i == 0 else "", drafter.short, f"{figures.requests:,}"),
                 *(f"{1 + figures.accepted_per_step.value:.3f}", _bounds(figures.accepted_per_step)),
                 f"{1 + figures.all_positions:.3f}",
-                " ".join(f"{share:.2f}" for share in figures.by_depth),
+                " ".join(f"{share:.2f}" for share in figures.by_depth[: evaluation.lookahead]),
             )
     return [table, _build_differences_table(evaluation)] if len(evaluation.drafters) > 1 else [table]
 
@@ -93,7 +93,7 @@ def _lengths_chart(evaluation: RequestEvaluation) -> str:
         axes.grid(visible=True, axis="x")
         axes.set_xlim(left=1)
         axes.set_xlabel("acceptance length, tokens", color=MUTED)
-        axes.legend(frameon=False, loc="lower right")
+        axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3)
         return render_svg(figure)
 
 

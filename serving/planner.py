@@ -348,7 +348,12 @@ class Planner:
         chances = sorted((chance for outlook in outlooks for chance in outlook.chances), reverse=True)
         selected = self.select(decoding, decoding, chances)
         rows, tokens = decoding + selected, decoding + sum(chances[:selected])
-        gains = [self._gain[outlook.greedy].estimate(outlook.confidence) for outlook in outlooks]
+        kinds = [(outlook.greedy, _group(outlook.confidence)) for outlook in outlooks]
+        estimates = {
+            kind: self._gain[outlook.greedy].estimate(outlook.confidence)
+            for kind, outlook in dict(zip(kinds, outlooks, strict=True)).items()
+        }
+        gains = [estimates[kind] for kind in kinds]
         price, best_value, drafting = self._price(decoding), -_EXPLORED_LOSS * tokens, list[int]()
         without = self._latency.predict_verify(decoding, rows)
         throughput = [decoding / self._latency.predict_verify(decoding, decoding)]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import pairwise
 
@@ -10,50 +11,75 @@ import structlog
 import torch
 
 from serving.engines.builtin.eagle_drafter import EagleDrafter, synthetic_sequence
-from serving.engines.builtin.kernels import median_seconds, topk
+from serving.engines.builtin.kernels import topk
 from serving.engines.builtin.kv_cache import RaggedBatch, Segment
 from serving.engines.builtin.target import Target
 from serving.planner import AcceptanceModel, DraftBudget, LatencyCurve, LatencyModel
 
 log = structlog.get_logger()
 
-_VERIFY_ROWS = (1, 2, 3, 4, 6, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64)
-"""Fine where a matrix kernel's tile may end."""
+_ROWS = (1, 2, 3, 4, 6, 8, 10, 12, 14, 16, 20, 24, 32)
+"""Fine where the tile of a matrix kernel may end."""
 _PREFIX = 64
 """Cached tokens of every sequence in a timed forward."""
-_TRIALS = 3
+_TRIALS = 5
 
 
 def calibrate(target: Target, speculator: EagleDrafter | None, slots: int) -> LatencyModel:
     """Return the measured latency model.
 
-    Takes a second or two for a small target. Requests overwrite the entries it leaves in the KV caches.
+    Takes two or three seconds for a small target. Requests overwrite the entries it leaves in the KV caches.
     """
+    counts = sorted({1, min(2, slots), min(4, slots), slots})
+    row_counts = [rows for rows in _ROWS if rows < target.cache.positions]
     with torch.inference_mode():
-        verify = {rows: median_seconds(partial(_verify, target, 1, rows), _TRIALS) for rows in _VERIFY_ROWS}
-        for more, fewer in pairwise(reversed(_VERIFY_ROWS)):
-            verify[fewer] = min(
-                verify[fewer], verify[more]
-            )  # more rows never take less time: another process interfered
-        rows = LatencyCurve(verify)
-        spread = {1: 0.0}
-        drafts = {1: (0.0, 0.0)}
-        for sequences in sorted({min(2, slots), min(4, slots), slots}):
-            seconds = median_seconds(partial(_verify, target, sequences, sequences), _TRIALS)
-            spread.setdefault(sequences, max(seconds - rows.predict(sequences), 0.0))
-        if speculator is not None:
-            for sequences in sorted({1, min(4, slots), slots}):
-                one = median_seconds(partial(_draft, target, speculator, sequences, 1), _TRIALS)
-                three = median_seconds(partial(_draft, target, speculator, sequences, 3), _TRIALS)
-                drafts[sequences] = (one, max((three - one) / 2, one / 10))
+        fastest = _time_in_turns(
+            {("rows", rows): partial(_verify, target, 1, rows) for rows in row_counts}
+            | {("sequences", count): partial(_verify, target, count, count) for count in counts}
+            | {
+                (f"draft {depth}", count): partial(_draft, target, speculator, count, depth)
+                for depth in (1, 3)
+                for count in counts
+                if speculator is not None
+            }
+        )
+    rows = {count: fastest["rows", count] for count in row_counts}
+    for more, fewer in pairwise(reversed(row_counts)):
+        rows[fewer] = min(rows[fewer], rows[more])
+    curve = LatencyCurve(rows)
+    sequences = {count: max(fastest["sequences", count] - curve.predict(count), 0.0) for count in counts}
+    first = {count: fastest.get(("draft 1", count), 0.0) for count in counts}
+    further = {
+        count: max((fastest.get(("draft 3", count), 0.0) - step) / 2, step / 10) for count, step in first.items()
+    }
     log.info(
         "latency_calibrated",
-        verify_ms=_in_ms(verify),
-        sequences_ms=_in_ms(spread),
-        draft_ms={sequences: [round(seconds * 1e3, 2) for seconds in steps] for sequences, steps in drafts.items()},
+        **{
+            name: {count: round(seconds * 1e3, 2) for count, seconds in knots.items()}
+            for name, knots in (
+                ("rows_ms", rows),
+                ("sequences_ms", sequences),
+                ("first_draft_step_ms", first),
+                ("further_draft_step_ms", further),
+            )
+        },
     )
-    first, further = ({n: steps[i] for n, steps in drafts.items()} for i in (0, 1))
-    return LatencyModel(rows, LatencyCurve(spread), LatencyCurve(first), LatencyCurve(further))
+    return LatencyModel(curve, LatencyCurve(sequences), LatencyCurve(first), LatencyCurve(further))
+
+
+def _time_in_turns(calls: Mapping[tuple[str, int], Callable[[], object]]) -> dict[tuple[str, int], float]:
+    """Return the shortest duration of each call.
+
+    All calls have a turn before the next trial, so that another process, which slows the machine down for a while,
+    slows down one trial of each rather than all trials of one.
+    """
+    seconds: dict[tuple[str, int], list[float]] = {name: [] for name in calls}
+    for _ in range(1 + _TRIALS):
+        for name, call in calls.items():
+            started = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - started)
+    return {name: min(trials[1:]) for name, trials in seconds.items()}
 
 
 def _verify(target: Target, sequences: int, rows: int) -> None:
@@ -69,7 +95,3 @@ def _draft(target: Target, speculator: EagleDrafter, sequences: int, depth: int)
     features_TF = torch.zeros(2, target.shape.feature_width, device=target.device)
     drafting = [synthetic_sequence([0, 0, 0], features_TF, slot=slot, room=depth + 1) for slot in range(sequences)]
     speculator.draft(drafting, DraftBudget(depth), {True: AcceptanceModel()})
-
-
-def _in_ms(seconds: Mapping[int, float]) -> dict[int, float]:
-    return {count: round(value * 1e3, 2) for count, value in seconds.items()}

@@ -239,7 +239,7 @@ def topk(scores_RV: Tensor, k: int) -> TopK:
     return TopK(ids_Rk, within.values)
 
 
-def median_seconds(call: Callable[[], object], trials: int = _TRIALS) -> float:
+def _median_seconds(call: Callable[[], object], trials: int = _TRIALS) -> float:
     """Return the median duration of a call, after one call to warm up."""
     call()
     times = []
@@ -256,7 +256,7 @@ def _time_ms(dtype: WeightDtype, weights: Sequence[Tensor]) -> list[float]:
     times = []
     for rows in _TIMED_ROWS:
         inputs = {width: torch.randn(rows, width) for _, width in packed}
-        times.append(round(median_seconds(partial(_run_through, packed, inputs)) * 1e3, 2))
+        times.append(round(_median_seconds(partial(_run_through, packed, inputs)) * 1e3, 2))
     return times
 
 

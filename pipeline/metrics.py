@@ -61,11 +61,11 @@ _PARTITION_GAUGES = {
 _TRAFFIC_GAUGES = {
     "first_token_acceptance_ratio": (
         "first_token_acceptance",
-        "Ratio of verify steps whose first draft token was accepted, since the last drift",
+        "Ratio of the version's own drafts whose first token was accepted, since the last drift",
     ),
     "acceptance_length": (
         "acceptance_length",
-        "Mean tokens per verify step, bonus token included, since the last drift",
+        "Mean tokens per verify step with an own draft of the version, bonus token included, since the last drift",
     ),
 }
 

@@ -81,11 +81,11 @@ class AuditState(_Record):
 
 
 class AcceptanceStats(_Record):
-    """Acceptance of a version's draft tokens. Figures are means over requests, with equal weight for each request."""
+    """Acceptance of a version's own drafts. Figures are means over requests, with equal weight for each request."""
 
     requests: PositiveInt
     first_token_acceptance: float
-    """Ratio of verify steps with a draft whose first draft token equals the target's choice."""
+    """Ratio of verify steps with an own draft whose first token equals the target's choice."""
     acceptance_length: float
     """1 + accepted tokens per verify step (bonus token included)."""
     draft_tokens: float

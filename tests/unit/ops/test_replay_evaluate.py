@@ -224,6 +224,9 @@ def test_the_hybrid_drafter_is_replayed_as_it_drafted_live(tmp_path: Path) -> No
     finally:
         engine.stop()
     store(second, engine, recorder)
+    traces = DeltaLog(second.tables).read("traces", ["speculator", "draft_sources"]).to_pylist()
+    mixed = [set(row["draft_sources"]) for row in traces if row["speculator"] and row["draft_sources"]]
+    assert set().union(*mixed) == {1, 2, 3}, "of the version, of the suffix drafter, and of both"
     hybrid = assert_replay_is_as_live(second, live, "--versions", version, "--drafter", "hybrid")
     options = ["replay", "evaluate", "--versions", version, "--drafter", "eagle,suffix,hybrid"]
     found = json.loads(CliRunner().invoke(app, [*options, "--json"], env=to_environ(second)).stdout)

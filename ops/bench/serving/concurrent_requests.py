@@ -44,7 +44,7 @@ QUICK = ServingSize(
     swaps=20,
     latency_requests=12,
     drafters=ComparisonPlan(
-        trials=3, tokens=48, prompts=2, batches=(1, 4), kinds=("greedy",), warm_up=12, day_0_tokens=32
+        trials=3, tokens=40, prompts=2, batches=(1, 4), kinds=("greedy",), warm_up=12, day_0_tokens=24
     ),
 )
 FULL = ServingSize(

@@ -8,7 +8,7 @@ version.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http import HTTPStatus
 
 import httpx
@@ -21,6 +21,8 @@ from schemas.errors import UserError
 from schemas.settings import Settings
 
 _PIN_TIMEOUT_S = 60.0
+_PLAIN = "-no-speculation"
+"""Suffix of the label of traced requests without speculation: drafters then never continue answers of another arm."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +99,8 @@ class ServingNode:
 
     def run_requests(self, prompts: Sequence[Prompt], size: ComparisonSize, *, speculate: bool) -> list[Response]:
         """Return the requests in the order in which they finished. Raises ``UserError`` if one failed."""
+        if size.trace and not speculate:
+            prompts = [replace(prompt, domain=f"{prompt.domain}{_PLAIN}") for prompt in prompts]
         load = self.load(prompts, size.concurrency, speculate=speculate, trace=size.trace)
         load.start()
         try:

@@ -123,7 +123,8 @@ class TwoDomainRun:
         self._say("measuring while the trainer runs")
         arms = {ADAPTIVE: NodeArm(speculate=True), NONE: NodeArm(speculate=False)}
         size = replace(self._loaded, trials=self._size.training, trace=True)
-        return compare_on_node(self._node, arms, list(islice(traffic, size.prompts * size.trials)), size)
+        # One block more: the last prompts warm up, and their answers stay in the corpus.
+        return compare_on_node(self._node, arms, list(islice(traffic, size.prompts * (size.trials + 1))), size)
 
     def _pause_trainer(self) -> str | None:
         """Stop the trainer, wait until the node serves the champion, and return the active version."""

@@ -32,6 +32,8 @@ class FakeNode(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.received: list[str] = []
+        self.labels: set[tuple[str | None, bool]] = set()
+        """Label of each request, and whether it may speculate."""
         self.pinned = "0"
         self.status = 200
 
@@ -48,6 +50,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         plain = self.headers["x-aurora-speculate"] == "off"
         asked = body["messages"][0]["content"]
+        self.server.labels.add((self.headers["x-aurora-label"], not plain))
         self.server.received.append(f"{'plain' if plain else self.server.pinned}: {asked}")
         figures = {"verify_steps": 4, "draft_tokens": 8, "accepted_tokens": 0 if plain else int(self.server.pinned)}
         last = {
@@ -82,6 +85,15 @@ def fake() -> Iterator[FakeNode]:
 def node(fake: FakeNode) -> ServingNode:
     flags = {"serve.port": fake.server_address[1], "serve.admin_token": "secret"}
     return ServingNode(load(environ={}, flags=flags), os.getpid(), max_tokens=8)
+
+
+def test_traced_requests_without_speculation_have_a_label_of_their_own(node: ServingNode, fake: FakeNode) -> None:
+    arms = {"now": NodeArm(speculate=True), "none": NONE}
+    compare_on_node(node, arms, PROMPTS, ComparisonSize(concurrency=1, trials=1, prompts=1))
+    assert fake.labels == {("math", True), ("math", False)}
+    fake.labels.clear()
+    compare_on_node(node, arms, PROMPTS, ComparisonSize(concurrency=1, trials=1, prompts=1, trace=True))
+    assert fake.labels == {("math", True), ("math-no-speculation", False)}
 
 
 def test_each_changed_version_is_pinned_and_warmed_up(node: ServingNode, fake: FakeNode) -> None:

@@ -53,7 +53,7 @@ def demo(
     set_: Set = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete the data of earlier runs.")] = False,
     minutes: Annotated[float, typer.Option(min=2, help="Length of the demo in minutes.")] = 9.5,
-    concurrency: Annotated[int, typer.Option(min=1, help="Concurrent requests.")] = 8,
+    concurrency: Annotated[int, typer.Option(min=1, help="Concurrent requests.")] = 4,
     max_tokens: Annotated[int, typer.Option(min=8, help="Maximum output tokens of a request.")] = 64,
     as_json: AsJson = False,
     no_ui: Annotated[bool, typer.Option("--no-ui", help="Print plain lines instead of a live screen.")] = False,

@@ -30,7 +30,7 @@ class DemoOptions:
 
     fresh: bool = False
     minutes: float = 9.5
-    concurrency: int = 8
+    concurrency: int = 4
     max_tokens: int = 64
     as_json: bool = False
     live: bool = True

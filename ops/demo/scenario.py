@@ -43,7 +43,11 @@ _MIN_TRAFFIC_S = 30.0
 _FIRST_TRIALS = 4
 _FIRST_SHARE = 0.25
 """Share of the demo after which no further trial of the first requests begins."""
-_MIN_BLOCK = 8
+_BLOCK = 16
+"""Requests of a measured block, unless the concurrency is higher."""
+_TRIALS = 3, 8
+"""Fewest and most trials of the measurement: as many as fit into ``_MEASURED_SHARE`` of the demo."""
+_MEASURED_SHARE = 0.2
 _PLAIN = "-no-speculation"
 """Suffix of the label of traced requests without speculation."""
 
@@ -65,9 +69,11 @@ def plan_schedule(minutes: float, elapsed_s: float, block_s: float) -> Schedule:
         elapsed_s: Time that start and first requests took.
         block_s: Expected time of one block of the measurement.
     """
-    trials = 3 if minutes < 6 else 4
+    total_s = minutes * 60
+    fewest, most = _TRIALS
+    trials = min(max(int(_MEASURED_SHARE * total_s / (2 * block_s)), fewest), most)
     after_s = _STOP_AND_CHECK_S + (2 * trials + 1) * block_s
-    return Schedule(max(_MIN_TRAFFIC_S, minutes * 60 - elapsed_s - after_s), trials)
+    return Schedule(max(_MIN_TRAFFIC_S, total_s - elapsed_s - after_s), trials)
 
 
 def size_first_blocks(concurrency: int) -> list[int]:
@@ -81,8 +87,8 @@ def size_first_blocks(concurrency: int) -> list[int]:
 
 
 def size_measured_block(concurrency: int) -> int:
-    """Return the requests of a block of the measurement."""
-    return max(2 * concurrency, _MIN_BLOCK)
+    """Return the requests of a block of the measurement, a multiple of ``concurrency``."""
+    return concurrency * max(2, round(_BLOCK / concurrency))
 
 
 def alternate(first: Iterator[Prompt], second: Iterator[Prompt], switched: Callable[[], bool]) -> Iterator[Prompt]:
@@ -125,7 +131,7 @@ class Scenario:
         self._total_s = minutes * 60
         one, other = ([Prompt(domain, text) for text in prompts.read_prompts(domain)] for domain in prompts.DOMAINS)
         block = size_measured_block(self.concurrency)
-        unsent = min((plan_schedule(minutes, 0, 0).trials + 1) * block + self.concurrency, len(other) // 2)
+        unsent = min((_TRIALS[1] + 1) * block + self.concurrency, len(other) // 2)
         first, second, reserved = cycle(one), cycle(other[:-unsent]), cycle(other[-unsent:])
         self.stack.start()
         try:

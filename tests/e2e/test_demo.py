@@ -54,7 +54,7 @@ def test_a_speculator_learns_from_live_traffic(tmp_path: Path, smollm2: Path, fr
 def check_speedups(figures: dict[str, Any], printed: str) -> None:
     """Check that both ratios were measured and agree with the figures beside them; no size is expected."""
     measured, speedup = figures["measured"], figures["measured_speedup"]
-    assert len(measured["ratios"]) == 4
+    assert 3 <= len(measured["ratios"]) <= 8
     assert min(measured["ratios"]) <= speedup <= max(measured["ratios"])
     assert measured["tokens_per_s"] / measured["tokens_per_s_no_speculation"] == pytest.approx(speedup, rel=0.5)
     assert (1 + measured["accepted_per_step"]) / measured["relative_step_time"] == pytest.approx(speedup, rel=0.5)
@@ -62,10 +62,10 @@ def check_speedups(figures: dict[str, Any], printed: str) -> None:
     assert measured["accepted_per_step"] <= measured["draft_tokens_per_step"]
     assert 0 <= measured["other_programs"] <= 1
     assert (measured["slowdown"] is None) == (speedup >= 1)
-    assert re.search(r"^\d+\.\d\dx: \d+ -> \d+ tokens/s \(4 trials", printed, re.MULTILINE), printed
+    assert re.search(r"^\d+\.\d\dx: \d+ -> \d+ tokens/s \(\d trials", printed, re.MULTILINE), printed
 
     # A slow machine ends the first trials early.
-    assert 16 <= figures["first_50_requests"] <= 56
+    assert 8 <= figures["first_50_requests"] <= 52
     rates = figures["tokens_per_s_first_50"], figures["tokens_per_s_first_50_no_speculation"]
     assert figures["first_50_ratio"] == pytest.approx(rates[0] / rates[1], abs=0.01)
     accepted = figures["suffix_accepted_per_step_last_50"] + figures["speculator_accepted_per_step_last_50"]

@@ -37,7 +37,7 @@ _CATCH_UP_S = 60.0
 _DRAIN_S = 60.0
 _SETTLE_S = 30.0
 _LAST_RESPONSES_S = 180.0
-_STOP_AND_CHECK_S = 60.0
+_STOP_AND_CHECK_S = 70.0
 """Drain, stop of the stack and lossless check."""
 _MIN_TRAFFIC_S = 30.0
 _FIRST_TRIALS = 4

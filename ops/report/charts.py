@@ -35,7 +35,7 @@ _SUFFIX = OTHERS[1]
 """Color of what the suffix drafter contributes."""
 _AREA = 0.3
 """Opacity of a filled area."""
-_SHOWN_DOTS = 0.98
+_SHOWN_DOTS = 0.95
 """Share of the requests whose dots are certainly below the top edge."""
 _ACCEPTANCE_HEIGHT_IN = 3.9
 _THROUGHPUT_HEIGHT_IN = 3.2

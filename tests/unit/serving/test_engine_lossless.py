@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -304,13 +305,17 @@ def test_a_trace_holds_prompt_and_output_with_the_targets_features(bench: Bench)
 
 
 def test_a_cancelled_request_ends_and_frees_its_slot(bench: Bench) -> None:
-    requests = [Request(bench.new_id(), (5, 6, 7), LIMIT) for _ in range(6)]
-    outputs = [bench.submit(r) for r in requests]
-    for r in requests[::2]:
-        bench.engine.cancel(r.id)
-    finishes = [collect(o)[1].finish for o in outputs]
-    assert finishes[1::2].count("cancelled") == 0
-    assert set(finishes[::2]) <= {"cancelled", "stop", "length"}
+    requests = [Request(bench.new_id(), (5, 6, 7), LIMIT, ignore_eos=True) for _ in range(6)]
+    outputs: list[SimpleQueue[Output]] = [SimpleQueue() for _ in requests]
+
+    def take(number: int, output: Output) -> None:
+        if number % 2 == 0:
+            bench.engine.cancel(requests[number].id)
+        outputs[number].put(output)
+
+    for number, request in enumerate(requests):
+        bench.engine.submit(request, partial(take, number))
+    assert [collect(o)[1].finish for o in outputs] == ["cancelled", "length"] * 3
     health = bench.engine.health()
     assert (health.requests_running, health.requests_waiting) == (0, 0)
 

@@ -23,6 +23,9 @@ from torch import Tensor
 
 from schemas.trace.record import ROOT
 
+MIN_TEMPERATURE = 1e-6
+"""Decoding below it is greedy: the quotients of the logits would leave the range of float32."""
+
 
 class Verdict(NamedTuple):
     """The accepted nodes, from the root's child on, and the bonus token after the last of them."""
@@ -123,11 +126,11 @@ def sampling_probs(logits_TV: Tensor, temperature: float, top_p: float, top_k: i
 
     Args:
         logits_TV: [T, V] logits.
-        temperature: Positive; greedy requests use ``accept_greedy``.
+        temperature: At least ``MIN_TEMPERATURE``, which replaces lower values; greedy requests use ``accept_greedy``.
         top_p: Probability mass to keep, above 0; 1 keeps all.
         top_k: Tokens to keep; 0 keeps all.
     """
-    probs_TV = torch.softmax(logits_TV.float() / temperature, dim=-1)
+    probs_TV = torch.softmax(logits_TV.float() / max(temperature, MIN_TEMPERATURE), dim=-1)
     few = 0 < top_k < probs_TV.shape[-1]
     if top_p >= 1 and not few:
         return probs_TV

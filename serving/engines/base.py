@@ -111,6 +111,8 @@ class EngineHealth:
     suffix_draft_tokens: int = 0
     """Draft tokens that the suffix drafter proposed and the speculator did not."""
     suffix_accepted_tokens: int = 0
+    drafter_failures: int = 0
+    """Failures of a drafter; each turned speculation off."""
     error: str | None = None
     """Why the engine failed."""
 

@@ -237,7 +237,7 @@ class Generation:
         if output.finish == "error":
             self._metrics.count("failed")
             choice.error_type = "engine_failed"
-            raise ApiError(500, f"The engine failed: {output.error}", kind="server_error", code="engine_failed")
+            raise ApiError(500, f"The request failed: {output.error}", kind="server_error", code="engine_failed")
         if output.finish == "cancelled" and not stopped:
             self._metrics.count("cancelled")
             choice.error_type = "node_stopped"

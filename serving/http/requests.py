@@ -14,6 +14,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as AsgiMessage
 
+from schemas.speculator.acceptance import MIN_TEMPERATURE
 from serving.http.api_object import ApiObject, check_texts
 from serving.http.errors import Reject, invalid_request
 from serving.http.messages import Message
@@ -47,9 +48,6 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 """Of OpenAI's API and vLLM's extensions, with the values that change nothing."""
 
-_MIN_TEMPERATURE = 1e-6
-"""Decoding below it is greedy: the quotients of the logits would leave the range of float32."""
-
 MAX_TOP_LOGPROBS = 20
 """Alternatives with log-probabilities for each token, at most."""
 
@@ -58,7 +56,7 @@ MAX_STOPS = 64
 
 
 def _as_greedy(temperature: float) -> float:
-    return temperature if temperature >= _MIN_TEMPERATURE else 0.0
+    return temperature if temperature >= MIN_TEMPERATURE else 0.0
 
 
 def _as_list(stop: Any) -> Any:

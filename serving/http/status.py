@@ -116,6 +116,11 @@ class EngineMetrics:
                 health.suffix_accepted_tokens,
             ),
             ("aurora_serve_output_tokens", "Output tokens.", health.output_tokens),
+            (
+                "aurora_serve_drafter_failures",
+                "Failures of a drafter; each turned speculation off.",
+                health.drafter_failures,
+            ),
         ):
             yield CounterMetricFamily(name, text, value=value)
         rates = GaugeMetricFamily(

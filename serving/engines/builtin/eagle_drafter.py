@@ -132,6 +132,10 @@ class EagleDrafter:
             self._network = packed
         self.version = version
 
+    def clear_cache(self) -> None:
+        """Forget the keys and values of all sequences."""
+        self._cache.clear(slice(None))
+
     def _consume_committed(self, sequences: list[Sequence]) -> Tensor:
         """Run the rows the draft has not seen; return the hidden states [B, H] after each sequence's last one."""
         network = self._network
@@ -228,7 +232,13 @@ class _GrowingTree:
     """Row of the draft step before from which each frontier node was drafted."""
 
     def add(self, token: int, parent: int, logprob: float) -> int:
-        """Add a node and return its index."""
+        """Add a node and return its index.
+
+        Raises:
+            FloatingPointError: the draft's scores are not finite.
+        """
+        if math.isnan(logprob):
+            raise FloatingPointError("the speculator's scores are not finite")
         depth = 1 if parent == ROOT else self.nodes[parent].depth + 1
         above = 1.0 if parent == ROOT else self.nodes[parent].chance
         chance = above * self.acceptance.estimate(math.exp(logprob))

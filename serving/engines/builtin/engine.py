@@ -5,8 +5,9 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,7 +80,9 @@ class BuiltinEngine:
         self._scheduler = Scheduler(
             serve.max_num_seqs, serve.max_waiting_requests, serve.max_prefill_stall, self._planner
         )
-        self._verifier = Verifier(self._target, self._drafter, self._scheduler, settings.traces.top_k)
+        self._verifier = Verifier(
+            self._target, self._drafter, self._scheduler, settings.traces.top_k, self._contain_drafter
+        )
         self._may_speculate = self._speculating = serve.speculate
         self._sink, self._answers = sink, answers
 
@@ -89,7 +92,7 @@ class BuiltinEngine:
         self._stopping = False
 
         self._verify_steps = self._output_tokens = self._draft_tokens = self._accepted_tokens = 0
-        self._suffix_draft_tokens = self._suffix_accepted_tokens = 0
+        self._suffix_draft_tokens = self._suffix_accepted_tokens = self._drafter_failures = 0
         self._error: str | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -104,16 +107,22 @@ class BuiltinEngine:
             self._mail.notify()
         if self._thread.is_alive():
             self._thread.join()
+        else:
+            self._close()
 
     def submit(self, request: Request, on_output: Callable[[Output], None]) -> None:
         """Queue a request.
 
         Raises:
-            ValueError: the prompt is empty, or leaves no room for an output token.
+            ValueError: the prompt is empty, leaves no room for an output token, or has a token that is not in the
+                target's vocabulary.
             EngineFullError: ``serve.max_waiting_requests`` requests wait already, or the engine has stopped.
         """
         if not 0 < len(request.prompt) < self.max_tokens:
             raise ValueError(f"a prompt has 1 to {self.max_tokens - 1} tokens, this one {len(request.prompt)}")
+        for token in (min(request.prompt), max(request.prompt)):
+            if not 0 <= token < self.vocabulary:
+                raise ValueError(f"the target's vocabulary has {self.vocabulary} tokens, not the prompt's id {token}")
         generator = torch.Generator()
         if request.seed is None:
             generator.seed()
@@ -154,6 +163,7 @@ class BuiltinEngine:
 
         Raises:
             CheckpointError: the drafter has no weights.
+            EngineFullError: the engine has stopped, or stops before the swap.
         """
         self._require_speculator()
         packed = pack_draft(draft, self._target.device)
@@ -190,6 +200,7 @@ class BuiltinEngine:
             accepted_tokens=self._accepted_tokens,
             suffix_draft_tokens=self._suffix_draft_tokens,
             suffix_accepted_tokens=self._suffix_accepted_tokens,
+            drafter_failures=self._drafter_failures,
             output_tokens=self._output_tokens,
             error=self._error,
         )
@@ -207,16 +218,42 @@ class BuiltinEngine:
         try:
             with torch.inference_mode():
                 while self._empty_mailbox():
-                    self.corpus.update(_LEARN_TOKENS)
+                    with self._contain_drafter():
+                        self.corpus.update(_LEARN_TOKENS)
                     if self._scheduler.running:
-                        for result in self._verifier.run_step(speculate=self._speculating):
-                            self._deliver(result)
+                        self._run_step()
         except Exception as error:
-            # A failed verify step leaves the KV caches undefined, so no request can continue: every request gets the
-            # error, /health turns to 503, and the supervisor restarts the node.
+            # A failed forward of the target leaves the KV caches undefined, so no request can continue: every request
+            # gets the error, the node exits, and its supervisor restarts it.
             log.exception("engine_failed")
             self._error = f"{type(error).__name__}: {error}"
-        self._close()
+        finally:
+            self._close()
+
+    def _run_step(self) -> None:
+        for result in self._verifier.run_step(speculate=self._speculating):
+            self._deliver(result)
+        for seq in [seq for seq in self._scheduler.running if seq.error is not None]:
+            self._target.cache.clear(seq.slot)
+            self._end(seq, "error")
+
+    @contextmanager
+    def _contain_drafter(self) -> Iterator[None]:
+        """Turn speculation off if the block fails: the output needs no drafts.
+
+        A draft that failed half way leaves the draft's cache undefined, so running sequences draft no more, also if the
+        operator turns speculation on again.
+        """
+        try:
+            yield
+        except Exception:
+            log.exception("drafter_failed")
+            self._drafter_failures += 1
+            self._speculating = False
+            for seq in self._scheduler.running:
+                seq.stop_drafting()
+            if self._drafter.speculator is not None:
+                self._drafter.speculator.clear_cache()
 
     def _empty_mailbox(self) -> bool:
         """Wait for work, then process cancellations, swaps and new requests; return False to stop."""
@@ -231,17 +268,27 @@ class BuiltinEngine:
             cancelled_waiting = scheduler.cancel_waiting(cancelled)
             swaps, self._swaps = self._swaps, deque()
         for seq in cancelled_waiting:
-            seq.on_output(Output((), finish="cancelled", stats=seq.stats))
+            self._send_last(seq, Output((), finish="cancelled", stats=seq.stats))
         for seq in [seq for seq in scheduler.running if seq.request.id in cancelled]:
             self._end(seq, "cancelled")
         for packed, version, done in swaps:
-            started = time.perf_counter()
-            self._require_speculator().swap(packed, version)
-            self._planner.start_version()
-            done.set_result(SwapResult(version, len(scheduler.running), (time.perf_counter() - started) * 1e3))
+            with self._contain_drafter():
+                self._swap(packed, version, done)
         with self._mail:
             scheduler.admit()
         return True
+
+    def _swap(self, packed: EagleDraft, version: str, done: Future[SwapResult]) -> None:
+        """Swap the draft's weights; the waiting caller gets the result or the error."""
+        started = time.perf_counter()
+        try:
+            self._require_speculator().swap(packed, version)
+            self._planner.start_version()
+        except Exception as error:
+            done.set_exception(error)
+            raise
+        pause_ms = (time.perf_counter() - started) * 1e3
+        done.set_result(SwapResult(version, len(self._scheduler.running), pause_ms))
 
     def _deliver(self, result: StepResult) -> None:
         """Count the step, trace it, and hand the output to the request's callback."""
@@ -253,23 +300,36 @@ class BuiltinEngine:
         self._suffix_draft_tokens += sources.count(DraftSource.SUFFIX)
         self._accepted_tokens += len(result.accepted)
         self._suffix_accepted_tokens += sum(sources[node] == DraftSource.SUFFIX for node in result.accepted)
-        if self._sink is not None and result.trace is not None:
-            self._sink.record(seq.request, (result.trace,), seq.finish)
-        if seq.finish is not None:
-            self._scheduler.release(seq)
-            seq.on_output(Output(result.output, result.logprobs, seq.finish, stats=seq.stats))
+        with seq.contain():
+            if self._sink is not None and result.trace is not None:
+                self._sink.record(seq.request, (result.trace,), seq.finish)
+            if seq.finish is None and result.output:
+                seq.on_output(Output(result.output, result.logprobs))
+        if seq.finish is not None and seq.error is None:
+            self._complete(seq, result)
+
+    def _complete(self, seq: Sequence, result: StepResult) -> None:
+        """Send the last output, and learn from the answer."""
+        self._scheduler.release(seq)
+        self._send_last(seq, Output(result.output, result.logprobs, seq.finish, stats=seq.stats))
+        with self._contain_drafter():
             self._drafter.finish(seq)
-            if self._answers is not None:
+        if self._answers is not None:
+            with seq.contain():
                 self._answers.publish(seq.request, seq.tokens[len(seq.request.prompt) :])
-        elif result.output:
-            seq.on_output(Output(result.output, result.logprobs))
 
     def _end(self, seq: Sequence, finish: Finish) -> None:
         """End a running sequence between two verify steps."""
         self._scheduler.release(seq)
         if self._sink is not None and seq.request.trace:
-            self._sink.record(seq.request, (), finish)
-        seq.on_output(Output((), finish=finish, error=self._error, stats=seq.stats))
+            with seq.contain():
+                self._sink.record(seq.request, (), finish)
+        self._send_last(seq, Output((), finish=finish, error=self._error or seq.error, stats=seq.stats))
+
+    def _send_last(self, seq: Sequence, output: Output) -> None:
+        """Send the output of a sequence that has left the engine."""
+        with seq.contain():
+            seq.on_output(output)
 
     def _close(self) -> None:
         """End all requests and swaps, so that no caller waits for a stopped thread."""
@@ -282,7 +342,7 @@ class BuiltinEngine:
         for seq in list(self._scheduler.running):
             self._end(seq, finish)
         for seq in waiting:
-            seq.on_output(Output((), finish=finish, error=self._error, stats=seq.stats))
+            self._send_last(seq, Output((), finish=finish, error=self._error, stats=seq.stats))
         for _, version, done in swaps:
             done.set_exception(EngineFullError(f"version {version} was not swapped in: the engine has stopped"))
 

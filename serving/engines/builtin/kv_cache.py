@@ -84,6 +84,11 @@ class KVCache:
         """Attend over entries that are already written; return the attended values [T, N, E]."""
         return batch.attend(layer, self._keys, self._values, q_TNE)
 
+    def clear(self, slot: int | slice) -> None:
+        """Zero the entries of a slot whose values may not be finite: padding also attends to stale entries."""
+        self._keys[:, slot].zero_()
+        self._values[:, slot].zero_()
+
     def keep_path(self, slot: int, start: int, path: Sequence[int]) -> None:
         """Move the entries of an accepted path together.
 

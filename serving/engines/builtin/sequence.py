@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 
+import structlog
 import torch
 from torch import Tensor
 
+from schemas.speculator.acceptance import MIN_TEMPERATURE
 from schemas.trace.record import DraftSource
 from serving.engines.base import Finish, Output, Request, RequestStats
 from serving.engines.builtin.suffix_corpus import SequenceHistory
+
+log = structlog.get_logger()
 
 
 @dataclass(slots=True, eq=False)
@@ -38,6 +43,8 @@ class Sequence:
     keeps_features: bool = True
     """Whether a speculator reads features."""
     finish: Finish | None = None
+    error: str | None = None
+    """Why the sequence failed."""
     verify_steps: int = 0
     draft_tokens: int = 0
     accepted_tokens: int = 0
@@ -53,7 +60,7 @@ class Sequence:
     @property
     def is_greedy(self) -> bool:
         """Whether each output token is the target's argmax."""
-        return self.request.temperature <= 0
+        return self.request.temperature < MIN_TEMPERATURE
 
     @property
     def room(self) -> int:
@@ -70,6 +77,21 @@ class Sequence:
             tuple(self.speculators),
             self.suffix_accepted_tokens,
         )
+
+    @contextmanager
+    def contain(self) -> Iterator[None]:
+        """End this sequence alone with an error if the block fails."""
+        try:
+            yield
+        except Exception as error:
+            # Whatever failed, it was work for this sequence: the others continue.
+            log.exception("sequence_failed", request=self.request.id)
+            self.finish, self.error = "error", self.error or f"{type(error).__name__}: {error}"
+
+    def stop_drafting(self) -> None:
+        """Decode without drafts from the next verify step on."""
+        self.request = replace(self.request, speculate=False)
+        self.unseen_features.clear()
 
     def truncate(self, tokens: list[int], eos_ids: Collection[int]) -> tuple[list[int], Finish | None]:
         """Cut decided tokens at the end of the output, so that the last output token is a bonus token."""

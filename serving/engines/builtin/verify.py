@@ -9,7 +9,10 @@ and its draft nodes), F features, V vocabulary, k likeliest tokens.
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,7 +22,7 @@ from torch import Tensor
 
 from schemas.draft_tree import attention_mask, depths, is_chain
 from schemas.speculator.acceptance import SampledRows, Verdict, accept_greedy, accept_sampled
-from schemas.trace.record import U16, VerifyStep
+from schemas.trace.record import ROOT, U16, VerifyStep
 from serving.engines.base import TokenLogprobs
 from serving.engines.builtin.drafter import DraftTree
 from serving.engines.builtin.hybrid_drafter import NO_DRAFTS, Drafts, HybridDrafter
@@ -72,9 +75,15 @@ class Verifier:
     scheduler: Scheduler
     trace_top_k: int
     """Number of the target's likeliest tokens to trace per row."""
+    contain_drafter: Callable[[], AbstractContextManager[None]]
+    """Handles a failure of the drafter; the verify step continues without drafts."""
 
     def run_step(self, *, speculate: bool) -> list[StepResult]:
-        """Run one verify step; set ``finish`` on the sequences that end."""
+        """Run one verify step; set ``finish`` on the sequences that end, and ``error`` on those that fail.
+
+        Returns:
+            The outcome for each sequence that took part and did not fail.
+        """
         started = time.perf_counter()
         drafts = self._draft() if speculate else NO_DRAFTS
         scheduled = self.scheduler.schedule(drafts.trees)
@@ -85,8 +94,12 @@ class Verifier:
         verified = time.perf_counter()
         times = _StepTimes(int((drafted - started) * 1e6), int((verified - drafted) * 1e6), time.time_ns() // 1000)
         reads_prompt = any(s.sequence.is_prefilling for s in scheduled)
-        results = [self._commit(s, r, v, times) for s, r, v in zip(scheduled, rows, verdicts, strict=True)]
-        if speculate:
+        results = []
+        for s, r, v in zip(scheduled, rows, verdicts, strict=True):
+            with s.sequence.contain():
+                if s.sequence.error is None:
+                    results.append(self._commit(s, r, v, times))
+        if speculate and len(results) == len(scheduled):
             outputs = {
                 s.sequence.slot: [*(s.tree.nodes[node].token for node in v.path), v.bonus]
                 for s, v in zip(scheduled, verdicts, strict=True)
@@ -94,12 +107,17 @@ class Verifier:
             }
             # A row costs more than its share of the forward: on a GPU its tokens cost the host more than the forward.
             timing = ForwardTiming(len(scheduled), len(batch.slots_T), time.perf_counter() - drafted)
-            self.drafter.observe(drafts, outputs, None if reads_prompt else timing)
+            with self.contain_drafter():
+                self.drafter.observe(drafts, outputs, None if reads_prompt else timing)
         return results
 
     def _draft(self) -> Drafts:
         sequences = self.scheduler.schedule_drafts()
-        return self.drafter.draft(sequences, len(self.scheduler.decoding)) if sequences else NO_DRAFTS
+        drafts = NO_DRAFTS
+        if sequences:
+            with self.contain_drafter():
+                drafts = self.drafter.draft(sequences, len(self.scheduler.decoding))
+        return drafts
 
     def _forward(self, scheduled: list[ScheduledSequence], batch: RaggedBatch) -> list[_TargetRows]:
         """Run the target over all scheduled tokens; compute logits only for the rows that choose a token."""
@@ -109,7 +127,8 @@ class Verifier:
         logits_RV = self.target.logits(hidden.last_TH[[row for span in spans for row in span]])
         requests = [s.sequence.request for s in scheduled]
         needs_logprobs = any(r.trace or r.logprobs is not None for r in requests)
-        top = topk(logits_RV, max([self.trace_top_k, *(r.logprobs or 0 for r in requests)]) if needs_logprobs else 1)
+        best = max([self.trace_top_k, *(r.logprobs or 0 for r in requests)]) if needs_logprobs else 1
+        top = topk(logits_RV, min(best, logits_RV.shape[-1]))
         # The normalizer takes as long as everything else here, so it is computed only if log-probabilities are needed.
         top_logprobs_Rk = top.scores_Rk - logits_RV.logsumexp(dim=-1, keepdim=True) if needs_logprobs else top.scores_Rk
         features = hidden.features_TF.split_with_sizes([len(s.tokens) for s in scheduled])
@@ -173,8 +192,18 @@ def _segment(scheduled: ScheduledSequence) -> Segment:
     return Segment(scheduled.sequence.slot, start, length, TreeLayout(start, sees, positions))
 
 
-def _accept(scheduled: ScheduledSequence, rows: _TargetRows) -> Verdict:
-    """Apply the acceptance rule to a sequence's draft tree."""
+def _accept(scheduled: ScheduledSequence, rows: _TargetRows) -> Verdict | None:
+    """Apply the acceptance rule to a sequence's draft tree; return None if the sequence fails."""
+    with scheduled.sequence.contain():
+        verdict = _decide(scheduled, rows)
+        best_m = rows.top_logprobs_mk[:, 0].tolist()
+        if not all(math.isfinite(best_m[1 + node]) for node in (ROOT, *verdict.path)):
+            raise FloatingPointError("the target's logits are not finite")
+        return verdict
+    return None
+
+
+def _decide(scheduled: ScheduledSequence, rows: _TargetRows) -> Verdict:
     seq, _, tree = scheduled
     if seq.is_greedy:
         return accept_greedy(tree.tokens, tree.parents, rows.top_ids_mk[:, 0].tolist())

@@ -186,6 +186,12 @@ def test_sampling_applies_temperature_then_top_k_then_top_p(
     torch.testing.assert_close(found, torch.tensor(wanted), rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 1e-38, 1e-45, 5e-324])
+def test_tiny_temperatures_choose_the_likeliest_token(temperature: float) -> None:
+    found = sampling_probs(torch.tensor([[-1e4, 3.0, 60000.0, 59999.0]]), temperature, 0.9, 3)
+    assert found.tolist() == [[0, 0, 1, 0]]
+
+
 @pytest.mark.parametrize(
     ("top_p", "top_k", "kept"),
     [

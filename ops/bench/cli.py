@@ -60,7 +60,9 @@ def speculator(  # noqa: PLR0913, PLR0917 - one for each flag
 def serving(
     config: Config = None,
     set_: Set = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Run fewer and shorter trials: ten minutes.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Run fewer and shorter trials: ten to fifteen minutes.")
+    ] = False,
     only: Only = None,
     speculator: Speculator = "math",
     domain: Annotated[str, typer.Option(metavar=_DOMAINS, help="Domain that the speculator was trained for.")] = "math",

@@ -44,7 +44,14 @@ QUICK = ServingSize(
     swaps=20,
     latency_requests=12,
     drafters=ComparisonPlan(
-        trials=3, tokens=40, prompts=2, batches=(1, 4), kinds=("greedy",), warm_up=12, day_0_tokens=24
+        trials=3,
+        tokens=40,
+        repetitive_tokens=80,
+        prompts=1,
+        batches=(1, 4),
+        kinds=("greedy",),
+        warm_up=12,
+        day_0_tokens=32,
     ),
 )
 FULL = ServingSize(
@@ -56,7 +63,14 @@ FULL = ServingSize(
     swaps=100,
     latency_requests=64,
     drafters=ComparisonPlan(
-        trials=5, tokens=64, prompts=2, batches=(1, 4, 8), kinds=("greedy", "sampled"), warm_up=40, day_0_tokens=64
+        trials=5,
+        tokens=64,
+        repetitive_tokens=160,
+        prompts=2,
+        batches=(1, 4, 8),
+        kinds=("greedy", "sampled"),
+        warm_up=40,
+        day_0_tokens=64,
     ),
 )
 

@@ -32,6 +32,8 @@ class ComparisonPlan:
     trials: int
     tokens: int
     """Longest output."""
+    repetitive_tokens: int
+    """Longest output in domains whose answers repeat their prompts, which are several times as long."""
     prompts: int
     """Of a trial; a larger batch has as many as its size."""
     batches: tuple[int, ...]
@@ -190,8 +192,9 @@ class DrafterComparison:
                 yield compare_arms(name, rates, "hybrid", under, goal=goal, detail={**detail, "under": under})
 
     def _requests(self, texts: Sequence[tuple[int, ...]], label: str, mode: RequestMode) -> list[Request]:
+        tokens = self._plan.repetitive_tokens if label in prompts.REPETITIVE else self._plan.tokens
         return [
-            replace(self._pool.request(text, mode, seed), max_tokens=self._plan.tokens, label=label)
+            replace(self._pool.request(text, mode, seed), max_tokens=tokens, label=label)
             for seed, text in enumerate(texts)
         ]
 
@@ -223,23 +226,23 @@ class DrafterComparison:
 
     def _measure_random_prompts(self, name: str, batch: int) -> Figure:
         """Measure the cost of a drafter that finds nothing: sampled answers to random tokens."""
-        engine = self._start_arm("hybrid", self._pool.name)
+        engine, trials = self._start_arm("hybrid", self._pool.name), _RANDOM_TRIALS * self._plan.trials
         order = random.Random(0)  # noqa: S311  # prompts, not secrets
-        trials = _RANDOM_TRIALS * self._plan.trials
         texts = [
             tuple(order.randrange(engine.vocabulary) for _ in range(_RANDOM_PROMPT_TOKENS))
-            for _ in range((trials + 1) * batch)
+            for _ in range(trials * batch + self._plan.warm_up)
         ]
 
-        def run_trial(trial: int, *, speculate: bool) -> int:
-            mode = RequestMode(batch, _RANDOM_TEMPERATURE, speculate=speculate)
-            requests = self._requests(texts[trial * batch : (trial + 1) * batch], "random", mode)
+        def run_requests(texts: Sequence[tuple[int, ...]], *, speculate: bool) -> int:
+            requests = self._requests(texts, "random", RequestMode(batch, _RANDOM_TEMPERATURE, speculate=speculate))
             return self._pool.run(engine, [replace(r, ignore_eos=True) for r in requests], batch).tokens
+
+        def run_trial(trial: int, *, speculate: bool) -> int:
+            return run_requests(texts[trial * batch : (trial + 1) * batch], speculate=speculate)
 
         arms: dict[str, Callable[[int], int]] = {
             "none": partial(run_trial, speculate=False),
             "hybrid": partial(run_trial, speculate=True),
         }
-        for arm in arms.values():
-            arm(trials)
+        run_requests(texts[trials * batch :], speculate=True)
         return compare_arms(name, run_alternating(arms, trials), "none", "hybrid", goal=_NOTHING_GOAL)

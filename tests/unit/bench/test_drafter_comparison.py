@@ -25,7 +25,14 @@ from serving.engines.base import Request
 from serving.engines.builtin.engine import BuiltinEngine
 
 PLAN = ComparisonPlan(
-    trials=2, tokens=5, prompts=2, batches=(1, 4), kinds=("greedy", "sampled"), warm_up=3, day_0_tokens=4
+    trials=2,
+    tokens=5,
+    repetitive_tokens=9,
+    prompts=2,
+    batches=(1, 4),
+    kinds=("greedy", "sampled"),
+    warm_up=3,
+    day_0_tokens=4,
 )
 
 
@@ -114,6 +121,11 @@ def test_no_answer_to_a_measured_prompt_enters_the_corpus(pool: RecordingPool) -
     assert len(traced) == 2 * 3 * PLAN.warm_up
     assert not held_out & {request.prompt for request in traced}
     assert all(request.prompt in held_out for request in pool.ran if not request.trace)
+
+
+def test_answers_that_repeat_their_prompts_may_be_longer(pool: RecordingPool) -> None:
+    measure(pool, "hybrid_over_none_b1_edits", "hybrid_over_none_b1_sql")
+    assert {(request.label, request.max_tokens) for request in pool.ran} == {("edits", 9), ("sql", 5)}
 
 
 def test_no_prompt_warms_a_drafter_up_twice(pool: RecordingPool) -> None:

@@ -52,28 +52,16 @@ _PLAIN = "-no-speculation"
 """Suffix of the label of traced requests without speculation."""
 
 
-@dataclass(frozen=True, slots=True)
-class Schedule:
-    """Length of the phases that follow the first requests."""
-
-    traffic_s: float
-    trials: int
-    """Trials of the measured speed-up."""
-
-
-def plan_schedule(minutes: float, elapsed_s: float, block_s: float) -> Schedule:
-    """Return the part of ``minutes`` for traffic, at least half a minute, and the size of the measurement.
-
-    Args:
-        minutes: Length of the demo.
-        elapsed_s: Time that start and first requests took.
-        block_s: Expected time of one block of the measurement.
-    """
+def plan_traffic(minutes: float, elapsed_s: float) -> float:
+    """Return how many seconds of ``minutes`` are for traffic: what the other phases leave, at least half a minute."""
     total_s = minutes * 60
+    return max(_MIN_TRAFFIC_S, total_s - elapsed_s - _MEASURED_SHARE * total_s - _STOP_AND_CHECK_S)
+
+
+def plan_trials(minutes: float, block_s: float) -> int:
+    """Return how many trials fit into the measurement, if a block takes ``block_s``."""
     fewest, most = _TRIALS
-    trials = min(max(int(_MEASURED_SHARE * total_s / (2 * block_s)), fewest), most)
-    after_s = _STOP_AND_CHECK_S + (2 * trials + 1) * block_s
-    return Schedule(max(_MIN_TRAFFIC_S, total_s - elapsed_s - after_s), trials)
+    return min(max(int(_MEASURED_SHARE * minutes * 60 / (2 * block_s)), fewest), most)
 
 
 def size_first_blocks(concurrency: int) -> list[int]:
@@ -138,11 +126,9 @@ class Scenario:
             self._catch_up()
             self._warm_up(reserved)
             self._send_first_requests(first, until_s=_FIRST_SHARE * self._total_s)
-            block_s = block / max(self._plain_requests_per_s, 0.1)
-            schedule = plan_schedule(minutes, time.monotonic() - self._began, block_s)
-            self._send_traffic(first, second, schedule.traffic_s)
+            self._send_traffic(first, second, plan_traffic(minutes, time.monotonic() - self._began))
             self._stop_training()
-            self._measure(reserved, block, schedule.trials)
+            self._measure(reserved, block, minutes)
             self._drain()
         finally:
             for load in (*self._traffic, *self._others):
@@ -171,11 +157,6 @@ class Scenario:
     def _responses(self) -> list[Response]:
         """Responses of the traffic so far."""
         return [response for load in self._traffic for response in load.responses]
-
-    @property
-    def _plain_requests_per_s(self) -> float:
-        newest = self._first[-1].plain
-        return len(newest.responses) / (newest.ended - newest.started)
 
     def _catch_up(self) -> None:
         """Let the stream commit the records of an earlier run, so that only rows of this run are counted."""
@@ -231,11 +212,12 @@ class Scenario:
             return False
         return not serve.speculator or promoter.champion in (None, serve.speculator)
 
-    def _measure(self, unsent: Iterator[Prompt], size: int, trials: int) -> None:
+    def _measure(self, unsent: Iterator[Prompt], size: int, minutes: float) -> None:
         """Compare speculation with none on prompts that were not sent before, without traces."""
         self._phase = "measuring the speed-up"
         # An adaptive node has no statistics of a version that was swapped in a moment ago.
-        self._run_block(list(islice(unsent, size)), speculate=True, trace=False)
+        warm_up = self._run_block(list(islice(unsent, size)), speculate=True, trace=False)
+        trials = plan_trials(minutes, warm_up.ended - warm_up.started)
         before, processors = read_processor_times(), os.cpu_count() or 1
         for number in range(trials):
             selected = list(islice(unsent, size))

@@ -82,6 +82,10 @@ def read_tensor(folder: Path, name: str) -> Tensor:
     raise CheckpointError(f"{folder}: no tensor {name} in its safetensors files")
 
 
+MIN_LAYERS = 7
+"""Layers of the smallest target: the captured ones differ."""
+
+
 def default_capture_layers(layers: int) -> tuple[int, ...]:
     """Return a low, a middle and a high layer, numbered by their outputs as in SGLang's configuration."""
     return (1, layers // 2 - 1, layers - 4)
@@ -105,12 +109,16 @@ def shape_for_target(
         num_key_value_heads: Key and value heads of the draft; 0 uses the target's number.
 
     Raises:
-        CheckpointError: the configuration lacks a size, the heads do not divide evenly, or the draft network does not
-            support the rotary scaling.
+        CheckpointError: the configuration lacks a size, the target has fewer than ``MIN_LAYERS`` layers, the heads do
+            not divide evenly, or the draft network does not support the rotary scaling.
     """
     needed = ("num_attention_heads", "hidden_size", "vocab_size", "num_hidden_layers", "max_position_embeddings")
     if missing := [key for key in (*needed, "intermediate_size", "rms_norm_eps") if config.get(key) is None]:
         raise CheckpointError(f"the target's {CONFIG} lacks {', '.join(missing)}, which the draft's shape needs")
+    if config["num_hidden_layers"] < MIN_LAYERS:
+        raise CheckpointError(
+            f"the target has {config['num_hidden_layers']} layers; the draft reads three of at least {MIN_LAYERS}"
+        )
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     try:
         scaling = rotary.parse_scaling(config)

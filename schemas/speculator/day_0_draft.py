@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,11 +55,7 @@ def create_day_0_draft(folder: Path, speculator: Speculator) -> EagleDraft:
         CheckpointError: the folder has no model, or the draft network does not support the model.
         SettingsError: the file of ``speculator.draft_vocab_file`` is invalid.
     """
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable: {error}; set target.path to a model folder") from error
+    config = read_config(folder)
     shape = shape_for_target(
         config,
         speculator.draft_vocab_size,
@@ -74,6 +71,20 @@ def create_day_0_draft(folder: Path, speculator: Speculator) -> EagleDraft:
     if speculator.init == "head":
         initialize_near_output(draft, read_output_layer(folder, tied=bool(config.get("tie_word_embeddings"))))
     return draft
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the configuration of the target in ``folder``.
+
+    Raises:
+        CheckpointError: the folder has no model.
+    """
+    path = folder / "config.json"
+    try:
+        config: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not readable: {error}; set target.path to a model folder") from error
+    return config
 
 
 def read_output_layer(folder: Path, *, tied: bool) -> Tensor:

@@ -1,10 +1,10 @@
 """The target's decoder layers, optimized for forwards over few tokens.
 
-Hugging Face's models are the reference and cover every architecture, but on a CPU one of their decode steps spends
+Hugging Face's models are the reference, but on a CPU one of their decode steps spends
 about as long in Python and small kernels as in the weights. ``FusedDecoder`` runs the layers of the Llama family
 (attention with rotary embedding, grouped heads, RMS norms, a gated SiLU MLP) with one product for queries, keys and
 values, one for gate and up, and only the operations between that the arithmetic needs. ``TransformersDecoder`` runs
-every other architecture.
+the other supported architectures.
 
 Shape suffixes: T tokens of the batch, H hidden size, F features, N query heads, M key/value heads, E head size, G query
 and key heads together, P positions, V vocabulary.
@@ -13,7 +13,7 @@ and key heads together, P positions, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -29,6 +29,20 @@ from serving.engines.builtin.kv_cache import BatchLayout, KVCache, RaggedBatch
 ATTENTION = "aurora_slots"
 
 _FUSED = frozenset({"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"})
+_OTHERS = frozenset(
+    {
+        "ArceeForCausalLM",
+        "GemmaForCausalLM",
+        "Glm4ForCausalLM",
+        "Olmo2ForCausalLM",
+        "Olmo3ForCausalLM",
+        "Phi3ForCausalLM",
+        "SeedOssForCausalLM",
+        "SmolLM3ForCausalLM",
+    }
+)
+ARCHITECTURES = _FUSED | _OTHERS
+"""Supported architectures: tests compare each with Hugging Face's model. Others may scale or cap their logits."""
 
 
 class HiddenStates(NamedTuple):
@@ -47,6 +61,23 @@ class Decoder(Protocol):
         """Return the hidden states after each token."""
 
 
+def check_architecture(config: Mapping[str, Any]) -> None:
+    """Check that the engine supports a target, by its ``config.json``.
+
+    Raises:
+        CheckpointError: its architecture is not supported, or its weights are quantized.
+    """
+    architecture = next(iter(config.get("architectures") or []), "none")
+    if architecture not in ARCHITECTURES:
+        supported = ", ".join(sorted(ARCHITECTURES))
+        raise CheckpointError(f"the built-in engine does not support the architecture {architecture}, only {supported}")
+    if quantization := config.get("quantization_config"):
+        raise CheckpointError(
+            f"the weights are quantized ({quantization.get('quant_method')}); the built-in engine loads weights in "
+            "float32, float16 or bfloat16"
+        )
+
+
 def build_decoder(model: Any, dtype: WeightDtype, capture_layers: Sequence[int], positions: int) -> Decoder:
     """Return the fastest decoder that supports the model's architecture.
 
@@ -55,7 +86,15 @@ def build_decoder(model: Any, dtype: WeightDtype, capture_layers: Sequence[int],
         dtype: Weight dtype of the linear layers.
         capture_layers: Layers whose output is captured.
         positions: Maximum length of a sequence with its draft.
+
+    Raises:
+        CheckpointError: a layer attends to fewer tokens.
     """
+    if not _has_full_attention(model.config) and (window := model.config.sliding_window or positions) < positions:
+        raise CheckpointError(
+            f"{type(model).__name__} attends to a window of {window} tokens, which the built-in engine supports only "
+            f"for sequences that are no longer with their drafts, not {positions}; lower serve.max_model_len"
+        )
     if type(model).__name__ in _FUSED and model.config.hidden_act == "silu" and _has_full_attention(model.config):
         fused = FusedDecoder(model, dtype, capture_layers, positions)
         return CudaGraphDecoder(fused) if model.device.type == "cuda" else fused
@@ -160,7 +199,7 @@ class CudaGraphDecoder:
 
 
 class TransformersDecoder:
-    """The layers of any architecture in Hugging Face's implementation, with attention over the KV cache."""
+    """The layers of a supported architecture in Hugging Face's implementation, with attention over the KV cache."""
 
     def __init__(self, body: nn.Module, capture_layers: Sequence[int]) -> None:
         self._body, self._capture_layers = body, tuple(capture_layers)

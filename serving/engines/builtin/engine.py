@@ -18,7 +18,7 @@ from schemas.answers import Answer
 from schemas.device import select_device
 from schemas.settings import Settings, SettingsError
 from schemas.speculator.checkpoint import CheckpointError
-from schemas.speculator.day_0_draft import SpeculatorLine, read_line
+from schemas.speculator.day_0_draft import SpeculatorLine, read_config, read_line
 from schemas.speculator.network import EagleDraft
 from schemas.trace.record import DraftSource
 from serving.engines.base import (
@@ -32,6 +32,7 @@ from serving.engines.base import (
     TraceSink,
 )
 from serving.engines.builtin.calibration import calibrate
+from serving.engines.builtin.decoder import check_architecture
 from serving.engines.builtin.eagle_drafter import EagleDrafter, pack_draft
 from serving.engines.builtin.hybrid_drafter import HybridDrafter
 from serving.engines.builtin.scheduler import Scheduler
@@ -222,7 +223,7 @@ class BuiltinEngine:
                         self.corpus.update(_LEARN_TOKENS)
                     if self._scheduler.running:
                         self._run_step()
-        except Exception as error:
+        except BaseException as error:
             # A failed forward of the target leaves the KV caches undefined, so no request can continue: every request
             # gets the error, the node exits, and its supervisor restarts it.
             log.exception("engine_failed")
@@ -350,6 +351,7 @@ class BuiltinEngine:
 def _load_target(settings: Settings) -> tuple[SpeculatorLine, Target]:
     serve, folder = settings.serve, Path(settings.target.path)
     try:
+        check_architecture(read_config(folder))
         line = read_line(folder, settings.speculator)
         target = Target(
             folder,

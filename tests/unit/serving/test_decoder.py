@@ -6,19 +6,33 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    ArceeConfig,
     AttentionInterface,
     Gemma2Config,
+    GemmaConfig,
+    Glm4Config,
     LlamaConfig,
     MistralConfig,
     Olmo2Config,
+    Olmo3Config,
+    Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    SeedOssConfig,
+    SmolLM3Config,
 )
 from transformers.models.auto import AutoModelForCausalLM
 
 from schemas.speculator.checkpoint import CheckpointError
-from serving.engines.builtin.decoder import ATTENTION, Decoder, FusedDecoder, TransformersDecoder, build_decoder
+from serving.engines.builtin.decoder import (
+    ARCHITECTURES,
+    ATTENTION,
+    Decoder,
+    FusedDecoder,
+    TransformersDecoder,
+    build_decoder,
+)
 from serving.engines.builtin.kv_cache import KVCache, RaggedBatch, Segment, TreeLayout
 
 LAYERS, VOCABULARY, POSITIONS, CAPTURE = 4, 97, 48, (0, 1, 2)
@@ -62,7 +76,15 @@ def served(model: Any) -> tuple[Decoder, KVCache]:
         (MistralConfig, {"sliding_window": None}, FusedDecoder),
         (Qwen2Config, {}, FusedDecoder),
         (Qwen3Config, {}, FusedDecoder),
+        (ArceeConfig, {}, TransformersDecoder),
+        (GemmaConfig, {}, TransformersDecoder),
+        (Glm4Config, {}, TransformersDecoder),
+        (MistralConfig, {"sliding_window": POSITIONS}, TransformersDecoder),
         (Olmo2Config, {}, TransformersDecoder),
+        (Olmo3Config, {}, TransformersDecoder),
+        (Phi3Config, {}, TransformersDecoder),
+        (SeedOssConfig, {}, TransformersDecoder),
+        (SmolLM3Config, {}, TransformersDecoder),
     ],
 )
 def test_hidden_states_equal_those_of_the_model_itself(
@@ -70,7 +92,9 @@ def test_hidden_states_equal_those_of_the_model_itself(
 ) -> None:
     model = build(config, **more)
     tokens_T = torch.randint(1, VOCABULARY, (20,), generator=torch.Generator().manual_seed(1))
-    truth = model(tokens_T[None], output_hidden_states=True).hidden_states
+    assert type(model).__name__ in ARCHITECTURES
+    output = model(tokens_T[None], output_hidden_states=True)
+    truth = output.hidden_states
     decoder, cache = served(model)
     assert isinstance(decoder, kind)
     first = decoder(tokens_T[:13], RaggedBatch([Segment(1, 0, 13)]), cache)
@@ -78,7 +102,10 @@ def test_hidden_states_equal_those_of_the_model_itself(
     features_TF = torch.cat([first.features_TF, rest.features_TF])
     expected_TF = torch.cat([truth[layer + 1][0] for layer in CAPTURE], dim=-1)
     torch.testing.assert_close(features_TF, expected_TF, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(torch.cat([first.last_TH, rest.last_TH]), truth[-1][0], rtol=1e-4, atol=1e-4)
+    last_TH = torch.cat([first.last_TH, rest.last_TH])
+    torch.testing.assert_close(last_TH, truth[-1][0], rtol=1e-4, atol=1e-4)
+    logits_TV = model.get_output_embeddings()(last_TH)
+    torch.testing.assert_close(logits_TV, output.logits[0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("config", [LlamaConfig, Olmo2Config])

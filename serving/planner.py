@@ -18,11 +18,11 @@ length of the match. Greedy and sampled sequences have rates of their own. A swa
 sequences together are ordered by acceptance probability; the target verifies as many of them as pay, up to the row
 where the forward becomes too expensive.
 
-**Speculator.** What the speculator adds depends on what the suffix drafter has found already. The planner measures the
-tokens that only the speculator's draft had accepted, by depth and by the confidence of the suffix draft. The speculator
-drafts for those sequences, and to that depth, for which the added tokens exceed the price of the draft steps and rows.
-Its drafts grow only while a further token pays (the threshold policy of SpecDec++, Huang et al., arXiv 2405.19715, with
-thresholds from measured latency).
+**Speculator.** What the speculator adds depends on what the suffix drafter has found already. The planner measures how
+deep the speculator's drafts are accepted next to suffix drafts of similar confidence, and how often those reach deeper.
+The speculator drafts for those sequences, and to that depth, for which its tokens are worth more than the suffix tokens
+that they displace, the rows, and the draft steps. Its drafts grow only while a further token pays (the threshold policy
+of SpecDec++, Huang et al., arXiv 2405.19715, with thresholds from measured latency).
 
 **Probes.** The speculator's acceptance is measured only where it drafts. While its drafts do not pay, one sequence
 drafts every now and then as a probe: rarely while probes are rejected, soon after a swap or an accepted probe. While
@@ -35,16 +35,20 @@ This module does no I/O and needs no torch.
 from __future__ import annotations
 
 import bisect
-import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from schemas.trace.record import DraftSource
+
+F64 = npt.NDArray[np.float64]
 
 _KNOT_RATE = 0.02
 _PACE_RATE = 0.2
-_ROWS_RATE = 0.05
+_STEPS_RATE = 0.05
 _PRICE_RATE = 0.03
 _MAX_RATIO = 3.0
 """A measured latency counts at most as this multiple of the expected one: outliers say little."""
@@ -119,7 +123,7 @@ class DraftOutcome:
 
 
 class SpeculatorOutcome(NamedTuple):
-    """What the speculator's draft added for one sequence."""
+    """How far the two drafts of one sequence were accepted."""
 
     greedy: bool
     confidence: float
@@ -130,6 +134,15 @@ class SpeculatorOutcome(NamedTuple):
     """Tokens that the speculator's draft alone would have had accepted."""
     drafted_depth: int
     """Depth to which the speculator could draft."""
+
+
+class SpeculatorEstimate(NamedTuple):
+    """What is expected of the speculator's draft for one sequence."""
+
+    reached: Sequence[float]
+    """Probability that the first 1, 2, .. tokens are accepted."""
+    exceeded: float
+    """Probability that an accepted token of the suffix draft lies deeper than all accepted tokens of this draft."""
 
 
 class ForwardTiming(NamedTuple):
@@ -151,6 +164,14 @@ class LatencyCurve:
         """Return the expected seconds."""
         low, share = self._locate(rows)
         return self._seconds[low] * (1 - share) + self._seconds[min(low + 1, len(self._rows) - 1)] * share
+
+    def predict_range(self, first: int, count: int) -> F64:
+        """Return [count] the expected seconds of ``first``, ``first`` + 1, .. rows."""
+        rows = np.arange(first, first + count)
+        seconds: F64 = np.interp(rows, self._rows, self._seconds)
+        outside = (rows < self._rows[0]) | (rows > self._rows[-1])
+        seconds[outside] = [self.predict(int(row)) for row in rows[outside]]
+        return seconds
 
     def update(self, rows: int, error: float) -> None:
         """Move the knots next to ``rows`` by a share of ``error`` each."""
@@ -189,6 +210,10 @@ class LatencyModel:
     def predict_verify(self, sequences: int, rows: int) -> float:
         """Return the seconds of the target's forward, at pace 1."""
         return self._rows.predict(rows) + self._sequences.predict(sequences)
+
+    def predict_rows(self, sequences: int, count: int) -> F64:
+        """Return [count] the seconds of the target's forward over one row per sequence and 0, 1, .. more, at pace 1."""
+        return self._rows.predict_range(sequences, count) + self._sequences.predict(sequences)
 
     def predict_draft(self, sequences: int, depth: int) -> float:
         """Return the seconds to draft ``depth`` tokens, one after the other, for each sequence, at pace 1."""
@@ -262,37 +287,34 @@ class AcceptanceModel:
         return self._rates[bisect.bisect(_MATCH_EDGES, match_length)][bisect.bisect(_PROBABILITY_EDGES, probability)]
 
 
-class SpeculatorGain:
-    """Tokens that the speculator's drafts add, by depth and by the confidence of the suffix draft.
-
-    A draft adds a token at depth n if its first n tokens are accepted and the suffix draft alone has fewer accepted.
-    """
+class SpeculatorModel:
+    """Acceptance of the speculator's drafts by depth, next to suffix drafts of similar confidence."""
 
     def __init__(self, max_depth: int) -> None:
-        self._rates = [[_AcceptanceRate() for _ in range(max_depth)] for _ in range(len(_CONFIDENCE_EDGES) + 1)]
+        groups = range(len(_CONFIDENCE_EDGES) + 1)
+        self._reached = [[_AcceptanceRate() for _ in range(max_depth)] for _ in groups]
+        self._exceeded = [_AcceptanceRate() for _ in groups]
 
     def update(self, outcome: SpeculatorOutcome, weight: float) -> None:
         """Learn from one draft."""
-        rates = self._rates[_group(outcome.confidence)]
-        for depth, rate in enumerate(rates[: outcome.drafted_depth], start=1):
-            added = outcome.suffix_tokens < depth <= outcome.speculator_tokens
-            rate.update(accepted=added, weight=weight)
+        group = _group(outcome.confidence)
+        for depth, rate in enumerate(self._reached[group][: outcome.drafted_depth], start=1):
+            rate.update(accepted=depth <= outcome.speculator_tokens, weight=weight)
+        if outcome.suffix_tokens:
+            self._exceeded[group].update(accepted=outcome.suffix_tokens > outcome.speculator_tokens, weight=weight)
 
-    def estimate(self, confidence: float) -> list[float]:
-        """Return the expected number of added tokens of drafts with depth 1, 2, ..
+    def estimate(self, confidence: float) -> SpeculatorEstimate:
+        """Return what is expected of a draft next to a suffix draft of this confidence.
 
-        Without a suffix draft, depths are as if every depth had the rate of the first, until they are measured, and the
-        first is 0. Next to a suffix draft, the prior is the rate without one, as far as the suffix draft is wrong.
+        Without a suffix draft, depths that are not measured are as if every depth had the rate of the first, and the
+        first is 0. The prior next to a suffix draft is the rate without one.
         """
-        rates: list[float] = []
-        for rate in self._rates[0]:
-            above, first = (rates[-1], rates[0]) if rates else (1.0, 0.0)
-            rates.append(min(rate.estimate(above * first), above))
-        group = _group(confidence)
-        if group:
-            measured = zip(self._rates[group], rates, strict=True)
-            rates = [rate.estimate(prior * (1 - confidence)) for rate, prior in measured]
-        return list(itertools.accumulate(rates))
+        group, reached = _group(confidence), list[float]()
+        for alone, rate in zip(self._reached[0], self._reached[group], strict=True):
+            above, first = (reached[-1], reached[0]) if reached else (1.0, 0.0)
+            prior = alone.estimate(above * first)
+            reached.append(min(rate.estimate(prior) if group else prior, above))
+        return SpeculatorEstimate(reached, self._exceeded[group].estimate(1 - reached[0]))
 
 
 class Planner:
@@ -310,8 +332,8 @@ class Planner:
         """Acceptance of the suffix drafter's tokens in greedy sequences (True) and in sampled ones (False)."""
         self._prices: dict[int, _Throughput] = {}
         self._until_deeper = _DEEPER_INTERVAL
-        self._rows_per_depth = self._steps_per_depth = 1.0
-        """Verified tokens, and draft steps, of a speculator's draft per token of its maximum depth."""
+        self._steps_per_depth = 1.0
+        """Latency of the speculator's drafts, which may end early, over that of drafts to their maximum depth."""
         self.depth = 0 if adaptive else max_depth
         """Depth of the last plan, 0 while the speculator's drafts do not pay; deeper draft tokens are a probe."""
         self.throughput: tuple[float, ...] = ()
@@ -321,7 +343,7 @@ class Planner:
     def start_version(self) -> None:
         """Forget the acceptance of the speculator's drafts, and probe in the next verify step."""
         self.speculator: Mapping[bool, AcceptanceModel] = {greedy: AcceptanceModel() for greedy in (True, False)}
-        self._gain = {greedy: SpeculatorGain(self._max_depth) for greedy in (True, False)}
+        self._drafts = {greedy: SpeculatorModel(self._max_depth) for greedy in (True, False)}
         self._until_probe = self._probe_interval = 1
 
     def limit_suffix_drafts(self, decoding: int) -> float:
@@ -345,51 +367,51 @@ class Planner:
         """
         if not self._adaptive or not outlooks:
             return DraftPlan(range(len(outlooks)), DraftBudget(self._max_depth if outlooks else 0))
-        chances = sorted((chance for outlook in outlooks for chance in outlook.chances), reverse=True)
-        selected = self.select(decoding, decoding, chances)
-        rows, tokens = decoding + selected, decoding + sum(chances[:selected])
-        kinds = [(outlook.greedy, _group(outlook.confidence)) for outlook in outlooks]
-        estimates = {
-            kind: self._gain[outlook.greedy].estimate(outlook.confidence)
-            for kind, outlook in dict(zip(kinds, outlooks, strict=True)).items()
-        }
-        gains = [estimates[kind] for kind in kinds]
-        price, best_value, drafting = self._price(decoding), -_EXPLORED_LOSS * tokens, list[int]()
-        without = self._latency.predict_verify(decoding, rows)
-        throughput = [decoding / self._latency.predict_verify(decoding, decoding)]
-        self.depth = 0
+        suffixes = [np.asarray(outlook.chances, np.float64) for outlook in outlooks]
+        estimates = self._estimate_drafts(outlooks)
+        row_prices = self._price_rows(decoding, 1 + sum(map(len, suffixes)) + len(outlooks) * self._max_depth)
+        without = self._evaluate(np.concatenate(suffixes), [], row_prices)
+        price, plain = self._price(decoding), self._latency.predict_verify(decoding, decoding)
+        best = _Option(0, (), without.value - _EXPLORED_LOSS * (decoding + without.tokens), without.rows)
+        throughput = [decoding / plain]
         for depth in range(1, self._max_depth + 1):
-            order = sorted(range(len(outlooks)), key=lambda i: -gains[i][depth - 1])
             rate = 0.0
-            for count, added in enumerate(itertools.accumulate(gains[i][depth - 1] for i in order), start=1):
-                seconds = self._predict_speculator(decoding, rows, count, depth)
-                rate = max(rate, (tokens + added) / (without + seconds))
-                if added - price * seconds > best_value:
-                    best_value, self.depth, drafting = added - price * seconds, depth, order[:count]
+            for drafting in _rank(estimates, depth):
+                free, forced = list(suffixes), list[float]()
+                for i in drafting:
+                    reached = estimates[i].reached[:depth]
+                    free[i] = suffixes[i] * estimates[i].exceeded
+                    if outlooks[i].greedy:
+                        free.append(np.asarray(reached))
+                    else:
+                        forced += reached
+                verified = self._evaluate(np.concatenate(free), forced, row_prices)
+                value = verified.value - price * self._steps_per_depth * self._latency.predict_draft(
+                    len(drafting), depth
+                )
+                rate = max(rate, (decoding + verified.tokens) / (plain + (verified.tokens - value) / price))
+                if value > best.value:
+                    best = _Option(depth, drafting, value, verified.rows)
             throughput.append(rate)
+        self.depth = best.depth
         self.throughput = tuple(rate / self._latency.pace for rate in throughput)
-        if self.depth:
-            self._until_probe = self._probe_interval = _MIN_PROBE_INTERVAL
-            return DraftPlan(drafting, self._limit_speculator(decoding, rows, len(drafting)))
-        return self._plan_probe(outlooks)
+        if not best.depth:
+            return self._plan_probe(outlooks)
+        self._until_probe = self._probe_interval = _MIN_PROBE_INTERVAL
+        return DraftPlan(best.drafting, self._limit_speculator(len(best.drafting), price, row_prices, best.rows))
 
-    def select(self, decoding: int, rows: int, chances: Sequence[float]) -> int:
+    def select(self, decoding: int, sampled: int, chances: Sequence[float]) -> int:
         """Return how many of the candidates the target verifies.
 
         Args:
             decoding: Number of decoding sequences.
-            rows: Rows of the forward without the candidates.
+            sampled: Number of draft tokens that the target verifies in any case.
             chances: Acceptance probability of each candidate, in descending order.
         """
         if not self._adaptive:
             return len(chances)
-        price, without = self._price(decoding), self._latency.predict_verify(decoding, rows)
-        best, best_value = 0, 0.0
-        for count, tokens in enumerate(itertools.accumulate(chances), start=1):
-            value = tokens - price * (self._latency.predict_verify(decoding, rows + count) - without)
-            if value > best_value:
-                best, best_value = count, value
-        return best
+        row_prices = self._price_rows(decoding, 1 + sampled + len(chances))
+        return self._evaluate(np.asarray(chances, np.float64), [0.0] * sampled, row_prices).rows - sampled
 
     def limit_prompt_rows(self, seconds: float, *, decode_rows: int, max_rows: int) -> int:
         """Return how many prompt rows extend a forward over ``decode_rows`` by ``seconds`` at most; at least 1."""
@@ -413,7 +435,7 @@ class Planner:
         for added in gains:
             # Sequences of one verify step count less than as many verify steps: the memory is also one of time.
             weight = _PROBE_WEIGHT if added.drafted_depth > self.depth else len(gains) ** -0.5
-            self._gain[added.greedy].update(added, weight)
+            self._drafts[added.greedy].update(added, weight)
             if added.speculator_tokens > self.depth:
                 self._until_probe = self._probe_interval = _MIN_PROBE_INTERVAL
 
@@ -423,7 +445,6 @@ class Planner:
         tokens: int,
         verify: ForwardTiming,
         draft_steps: Sequence[ForwardTiming],
-        speculator_rows: int,
     ) -> None:
         """Learn from the durations of one verify step without prompt rows.
 
@@ -432,7 +453,6 @@ class Planner:
             tokens: Output tokens of the verify step.
             verify: The target's forward.
             draft_steps: The draft steps in order.
-            speculator_rows: Number of verified tokens that only the speculator drafted.
         """
         latency = self._latency
         seconds = latency.predict_verify(verify.sequences, verify.rows)
@@ -446,8 +466,7 @@ class Planner:
             )
             seconds += drafting
             steps = drafting / latency.predict_draft(len(plan.drafting), plan.budget.depth)
-            self._steps_per_depth += _ROWS_RATE * (steps - self._steps_per_depth)
-            self._rows_per_depth += _ROWS_RATE * (speculator_rows / limit - self._rows_per_depth)
+            self._steps_per_depth += _STEPS_RATE * (steps - self._steps_per_depth)
         self._throughput(verify.sequences).update(tokens, seconds)
         latency.update_verify(verify)
         if self.depth:
@@ -463,21 +482,46 @@ class Planner:
             self._prices[decoding] = _Throughput(decoding, self._latency.predict_verify(decoding, decoding))
         return self._prices[decoding]
 
-    def _predict_speculator(self, decoding: int, rows: int, drafting: int, depth: int) -> float:
-        """Return the seconds by which drafts of the speculator extend a verify step."""
-        added = round(drafting * depth * self._rows_per_depth)
-        verify = self._latency.predict_verify(decoding, rows + added) - self._latency.predict_verify(decoding, rows)
-        return verify + self._steps_per_depth * self._latency.predict_draft(drafting, depth)
+    def _price_rows(self, decoding: int, count: int) -> F64:
+        """Return [count] the price of 0, 1, .. draft tokens in one forward."""
+        seconds = self._latency.predict_rows(decoding, count)
+        prices: F64 = self._price(decoding) * (seconds - seconds[0])
+        return prices
 
-    def _limit_speculator(self, decoding: int, rows: int, drafting: int) -> DraftBudget:
+    def _evaluate(self, free: F64, forced: Sequence[float], row_prices: F64) -> _Selection:
+        """Return the selection of draft tokens with the highest value.
+
+        Args:
+            free: Expected output tokens of each draft token that need not be verified.
+            forced: Those of each that is verified in any case.
+            row_prices: Price of 0, 1, .. draft tokens.
+        """
+        ranked = np.concatenate(([0.0], forced, np.sort(free)[::-1]))
+        tokens = ranked.cumsum()[len(forced) :]
+        values = tokens - row_prices[len(forced) : len(ranked)]
+        best = int(values.argmax())
+        return _Selection(float(values[best]), float(tokens[best]), len(forced) + best)
+
+    def _estimate_drafts(self, outlooks: Sequence[SequenceOutlook]) -> list[SpeculatorEstimate]:
+        """Return what is expected of the speculator's draft for each sequence; one object for similar sequences."""
+        kinds = [(outlook.greedy, _group(outlook.confidence)) for outlook in outlooks]
+        estimates = {
+            kind: self._drafts[outlook.greedy].estimate(outlook.confidence)
+            for kind, outlook in dict(zip(kinds, outlooks, strict=True)).items()
+        }
+        return [estimates[kind] for kind in kinds]
+
+    def _limit_speculator(self, drafting: int, price: float, row_prices: F64, rows: int) -> DraftBudget:
+        """Return the budget of the planned depth, or now and then of one token more."""
         self._until_deeper -= 1
         if self._until_deeper <= 0 and self.depth < self._max_depth:
             self._until_deeper = _DEEPER_INTERVAL
             return DraftBudget(self.depth + 1)
-        latency, price = self._latency, self._price(decoding)
-        row = (latency.predict_verify(decoding, rows + drafting) - latency.predict_verify(decoding, rows)) / drafting
-        step = (latency.predict_draft(drafting, 2) - latency.predict_draft(drafting, 1)) / drafting
-        return DraftBudget(self.depth, price * max(step + row, 0.0), price * max(row, 0.0))
+        first = max(rows - drafting, 0)
+        row = float(row_prices[rows] - row_prices[first]) / max(rows - first, 1)
+        seconds = self._latency.predict_draft(drafting, 2) - self._latency.predict_draft(drafting, 1)
+        step = price * seconds / drafting
+        return DraftBudget(self.depth, max(step + row, 0.0), max(row, 0.0))
 
     def _plan_probe(self, outlooks: Sequence[SequenceOutlook]) -> DraftPlan:
         self._until_probe -= 1
@@ -488,6 +532,33 @@ class Planner:
         # The sequence with the least to gain from its suffix draft, and the fewest tokens to catch up on.
         probed = min(range(len(outlooks)), key=lambda i: (_group(outlooks[i].confidence), outlooks[i].catch_up))
         return DraftPlan((probed,), DraftBudget(min(_PROBE_DEPTH, self._max_depth)))
+
+
+class _Selection(NamedTuple):
+    """Draft tokens that the target verifies."""
+
+    value: float
+    """Their expected output tokens, minus the price of their rows."""
+    tokens: float
+    rows: int
+
+
+class _Option(NamedTuple):
+    """Drafts of the speculator that may be planned."""
+
+    depth: int
+    drafting: Sequence[int]
+    value: float
+    rows: int
+    """Draft tokens that the target would verify."""
+
+
+def _rank(estimates: Sequence[SpeculatorEstimate], depth: int) -> Iterator[list[int]]:
+    """Yield the sequences with the likeliest drafts of this depth, then those with the next likeliest as well, .."""
+    ranked = sorted(range(len(estimates)), key=lambda i: -sum(estimates[i].reached[:depth]) * estimates[i].exceeded)
+    for count, i in enumerate(ranked, start=1):
+        if count == len(ranked) or estimates[i] is not estimates[ranked[count]]:
+            yield ranked[:count]
 
 
 class _Throughput:

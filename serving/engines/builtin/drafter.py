@@ -5,6 +5,7 @@ Shape suffixes: m nodes of a tree, V vocabulary of the target.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -79,28 +80,63 @@ class DraftTree:
 
 EMPTY_TREE = DraftTree()
 
+_MAX_TOTAL = 0.99
+"""Rates of siblings are measured one by one and may sum to more than 1."""
+
 
 def merge_trees(first: DraftTree, second: DraftTree) -> DraftTree:
     """Return one tree with the nodes of both. A token that both propose after the same tokens is one node.
 
     Nodes of ``first`` keep their indices. The target tests siblings in order, so a sampled token is tested before a
-    token that ``second`` chose, which is not sampled. Two drafters that agree are wrong only if both are: the chance of
-    a common node is taken as if they erred independently. Where they disagree, at most one is right.
+    token that ``second`` chose, which is not sampled.
+
+    The drafters are taken to err independently of each other. Where they agree, the token is wrong only if both err.
+    Where they disagree, at most one is right: one with rate p is right with probability p (1 - q) / (1 - p q) if the
+    rate of the other is q. Measured rates follow both formulas (docs/explanation/acceptance.md).
     """
     if not first.nodes or not second.nodes:
         return first if first.nodes else second
     nodes, index = list(first.nodes), {ROOT: ROOT}
+    rates, second_rates = _acceptance_rates(first), _acceptance_rates(second)
     by_place = {(node.parent, node.token): i for i, node in enumerate(nodes)}
+    agreed = set()
     for i, node in enumerate(second.nodes):
-        parent = index[node.parent]
-        place = (parent, node.token)
+        place = (index[node.parent], node.token)
         if place in by_place:
             index[i] = by_place[place]
-            found = nodes[index[i]]
-            chance = found.chance + node.chance - found.chance * node.chance
-            nodes[index[i]] = found._replace(source=found.source | node.source, chance=chance)
+            agreed.add(index[i])
+            nodes[index[i]] = nodes[index[i]]._replace(source=nodes[index[i]].source | node.source)
         else:
             index[i] = by_place[place] = len(nodes)
-            nodes.append(node._replace(parent=parent))
-    probs = (*first.probs, *(None for _ in range(len(nodes) - len(first.nodes)))) if first.probs else ()
+            nodes.append(node._replace(parent=place[0]))
+    totals = _sum_by_parent(zip((node.parent for node in first.nodes), rates, strict=True))
+    second_totals = _sum_by_parent(zip((index[node.parent] for node in second.nodes), second_rates, strict=True))
+    for i, rate in zip(index.values(), (0.0, *second_rates), strict=True):
+        if i in agreed:
+            rates[i] += rate * (1 - rates[i])
+        elif i != ROOT:
+            rates.append(rate)
+    for i, node in enumerate(nodes):
+        above = 1.0 if node.parent == ROOT else nodes[node.parent].chance
+        if i not in agreed:
+            p, q = (min(each.get(node.parent, 0.0), _MAX_TOTAL) for each in (totals, second_totals))
+            rates[i] *= (1 - (q if i < len(first.nodes) else p)) / (1 - p * q)
+        nodes[i] = node._replace(chance=above * rates[i])
+    probs = (*first.probs, *(None for _ in nodes[len(first.nodes) :])) if first.probs else ()
     return DraftTree(tuple(nodes), probs, first.version or second.version)
+
+
+def _acceptance_rates(tree: DraftTree) -> list[float]:
+    """Return [m] the acceptance probability of each node after its accepted parent."""
+    chances = [node.chance for node in tree.nodes]
+    return [
+        chance / max(1.0 if node.parent == ROOT else chances[node.parent], 1e-9)
+        for node, chance in zip(tree.nodes, chances, strict=True)
+    ]
+
+
+def _sum_by_parent(rates: Iterable[tuple[int, float]]) -> dict[int, float]:
+    totals: dict[int, float] = {}
+    for parent, rate in rates:
+        totals[parent] = totals.get(parent, 0.0) + rate
+    return totals

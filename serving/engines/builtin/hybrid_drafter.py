@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
-from schemas.trace.record import ROOT, DraftSource
+from schemas.trace.record import ROOT
 from serving.engines.builtin.drafter import EMPTY_TREE, DraftTree, merge_trees
 from serving.engines.builtin.eagle_drafter import EagleDrafter
 from serving.engines.builtin.sequence import Sequence
@@ -132,9 +132,7 @@ class HybridDrafter:
         self._planner.observe_drafts(outcomes, gains)
         if verify is not None:
             tokens = sum(map(len, outputs.values()))
-            trees = drafts.trees.values()
-            rows = sum(node.source is DraftSource.SPECULATOR for tree in trees for node in tree.nodes)
-            self._planner.observe_latency(drafts.plan, tokens, verify, drafts.timings, rows)
+            self._planner.observe_latency(drafts.plan, tokens, verify, drafts.timings)
 
     def finish(self, seq: Sequence) -> None:
         """Learn from a sequence whose output is complete."""
@@ -159,7 +157,7 @@ class HybridDrafter:
             outlook = SequenceOutlook(seq.is_greedy, [node.chance for node in tree.nodes], unread)
             proposals.append(_Proposal(seq, outlook, tree))
         chances = sorted((chance for proposal in proposals for chance in proposal.outlook.chances), reverse=True)
-        count = self._planner.select(decoding, decoding, chances)
+        count = self._planner.select(decoding, 0, chances)
         least = chances[count - 1] if count else math.inf
         for proposal in proposals:
             proposal.suffix_nodes = sum(chance >= least for chance in proposal.outlook.chances)
@@ -174,7 +172,7 @@ class HybridDrafter:
             if not tree.is_sampled(i)
         )
         kept = [[i for i in range(len(tree.nodes)) if tree.is_sampled(i)] for tree in trees]
-        count = self._planner.select(decoding, decoding + sum(map(len, kept)), [-rank[0] for rank in ranked])
+        count = self._planner.select(decoding, sum(map(len, kept)), [-rank[0] for rank in ranked])
         for _, _, tree_index, i in ranked[:count]:
             if len(kept[tree_index]) < self._max_nodes:
                 kept[tree_index].append(i)

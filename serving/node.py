@@ -45,6 +45,7 @@ def run(settings: Settings) -> None:
 
     Raises:
         SettingsError: an address is taken, the target cannot be served, or a Kafka option is unknown.
+        SystemExit: the engine failed. The code is not 0, so that a supervisor starts the node again.
     """
     logs.configure("serve")
     spans.configure("serve", settings.telemetry)
@@ -83,6 +84,9 @@ def run(settings: Settings) -> None:
         is_traced = publisher.sample if publisher else lambda _request: False
         reports = status.Reports(publisher, poller, corpus)
         _serve(settings, engine, is_traced, reports, server_socket, admin_socket)
+        if error := engine.health().error:
+            log.error("node_failed", error=error)
+            raise SystemExit(1)
 
 
 def _serve(
@@ -110,7 +114,7 @@ def _serve(
     with ExitStack() as stack:
         if admin_socket is not None:
             stack.callback(BackgroundServer(admin_app, admin_socket, "admin-http").close)
-        DrainingServer(config, drain, serve.drain_timeout, engine.stop).run(sockets=[server_socket])
+        DrainingServer(config, drain, serve.drain_timeout, engine).run(sockets=[server_socket])
 
 
 def _start_consumer(settings: Settings, engine: BuiltinEngine, stack: ExitStack) -> AnswerConsumer | None:

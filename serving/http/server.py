@@ -1,7 +1,7 @@
 """HTTP servers of a node: addresses, API keys, and the drain.
 
 After SIGTERM the node is not ready and still accepts requests, until load balancers have noticed; then it rejects new
-requests, answers the running ones, and stops.
+requests, answers the running ones, and stops. If its engine fails, it stops at once.
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ import errno
 import socket
 import threading
 import time
-from collections.abc import Callable
 from types import FrameType
+from typing import Protocol
 
 import uvicorn
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from schemas.settings import SettingsError
+from serving.engines.base import EngineHealth
 from serving.http.errors import Reject, invalid_request, unavailable
 from serving.http.tokens import TokenFile, is_authorized
 
@@ -136,21 +137,29 @@ class ApiKeyMiddleware:
         await self._app(scope, receive, send)
 
 
+class ServedEngine(Protocol):
+    """The engine behind a server."""
+
+    def stop(self) -> None:
+        """Stop; running requests end with an error."""
+
+    def health(self) -> EngineHealth:
+        """Return counters and state."""
+
+
 class DrainingServer(uvicorn.Server):
     """Keeps listening after the first signal, until the drain's delay is over and no request runs.
 
-    So a load balancer sees ``/ready`` change before it loses a request, and a late client gets the reason.
-    ``stop_engine`` ends the requests that run ``drain_timeout`` seconds after the delay, so that their clients get an
-    error. A second signal stops the server at once.
+    So a load balancer sees ``/ready`` change before it loses a request, and a late client gets the reason. The engine
+    is stopped ``drain_timeout`` seconds after the delay, so that the clients of requests that still run get an error. A
+    second signal stops the server at once. So does a failure of the engine, which has ended all requests.
     """
 
-    def __init__(
-        self, config: uvicorn.Config, drain: Drain, drain_timeout: float, stop_engine: Callable[[], None]
-    ) -> None:
+    def __init__(self, config: uvicorn.Config, drain: Drain, drain_timeout: float, engine: ServedEngine) -> None:
         super().__init__(config)
         self._drain = drain
         self._drain_timeout = drain_timeout
-        self._stop_engine = stop_engine
+        self._engine = engine
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Start the drain; on a second signal, stop."""
@@ -160,10 +169,12 @@ class DrainingServer(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Return whether the server stops; called ten times a second."""
+        if self._engine.health().error is not None:
+            return True
         if self._drain.is_closed and self._drain.running == 0:
             return True
         if self._drain.has_lasted(self._drain.delay + self._drain_timeout):
-            await asyncio.to_thread(self._stop_engine)
+            await asyncio.to_thread(self._engine.stop)
             return True
         return await super().on_tick(counter)
 

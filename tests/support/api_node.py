@@ -67,7 +67,7 @@ def running_node(
     admin.add_routes(app, serve, engine, poller)
     webhook.add_route(app, serve.webhook_secret, engine.line, poller)
     config = uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=1)
-    server = DrainingServer(config, drain, serve.drain_timeout, engine.stop)
+    server = DrainingServer(config, drain, serve.drain_timeout, engine)
     thread = threading.Thread(target=server.run)
     thread.start()
     eventually(lambda: server.started)

@@ -40,6 +40,7 @@ class EchoEngine:
         self.gate = threading.Event()
         self.gate.set()
         self.full = self.dead = False
+        self.error: str | None = None
         self.room = 1000
         self.eos: int | None = None
         self.speculating = True
@@ -81,10 +82,8 @@ class EchoEngine:
         self.speculating = on
 
     def health(self) -> EngineHealth:
-        error = "it broke" if self.dead else None
-        return EngineHealth(
-            not self.dead, self.version, self.speculating, 3, (50.0, 60.0, 66.0, 64.0), 0, 0, 4, 12, 6, 10, error=error
-        )
+        alive, rates = not self.dead and self.error is None, (50.0, 60.0, 66.0, 64.0)
+        return EngineHealth(alive, self.version, self.speculating, 3, rates, 0, 0, 4, 12, 6, 10, error=self.error)
 
     def _generate(self, request: Request, on_output: Callable[[Output], None]) -> None:
         output, whole = self._echo(request)

@@ -67,6 +67,15 @@ def test_a_draining_node_is_healthy_but_not_ready_and_rejects_requests(node: Nod
     assert list(stream)[-1].choices[0].finish_reason == "stop"
 
 
+def test_a_failed_engine_stops_the_server_after_its_requests_got_the_error(node: Node) -> None:
+    stream = start_stream(node)
+    node.engine.error = node.engine.dies_with = "it broke"
+    node.engine.gate.set()
+    with pytest.raises(openai.APIError, match="it broke"):
+        list(stream)
+    eventually(lambda: not _listens(node))
+
+
 def test_a_node_without_requests_stops_at_once(node: Node) -> None:
     drain(node)
     eventually(lambda: not _listens(node))

@@ -38,8 +38,6 @@ class _Proposal:
     speculator: DraftTree = EMPTY_TREE
     speculator_depth: int = 0
     """Depth to which the speculator could draft."""
-    suffix_nodes: int = 0
-    """Nodes of the suffix draft that were worth verifying without the speculator, the likeliest ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,23 +111,22 @@ class HybridDrafter:
             verify: Duration of the target's forward; None if it read prompts.
         """
         outcomes: list[DraftOutcome] = []
-        gains: list[SpeculatorOutcome] = []
+        reached: list[SpeculatorOutcome] = []
         for proposal in drafts.proposals:
             output, greedy = outputs[proposal.sequence.slot], proposal.outlook.greedy
             outcomes += list_outcomes(proposal.suffix, output, greedy=greedy)
             outcomes += list_outcomes(proposal.speculator, output, greedy=greedy)
             if proposal.speculator_depth:
-                alone = DraftTree(proposal.suffix.nodes[: proposal.suffix_nodes])
-                gains.append(
+                reached.append(
                     SpeculatorOutcome(
                         greedy,
                         proposal.outlook.confidence,
-                        len(alone.follow(output)),
+                        len(proposal.suffix.follow(output)),
                         len(proposal.speculator.follow(output)),
                         proposal.speculator_depth,
                     )
                 )
-        self._planner.observe_drafts(outcomes, gains)
+        self._planner.observe_drafts(outcomes, reached)
         if verify is not None:
             tokens = sum(map(len, outputs.values()))
             self._planner.observe_latency(drafts.plan, tokens, verify, drafts.timings)
@@ -140,7 +137,6 @@ class HybridDrafter:
             self._suffix.finish(seq)
 
     def _propose_suffixes(self, sequences: Seq[Sequence], decoding: int) -> list[_Proposal]:
-        """Draft suffixes, and count for each the tokens that are worth verifying on their own."""
         min_chance = self._planner.limit_suffix_drafts(decoding)
         proposals = []
         for seq in sequences:
@@ -156,11 +152,6 @@ class HybridDrafter:
             unread = len(seq.tokens) - seq.num_draft_cached_tokens
             outlook = SequenceOutlook(seq.is_greedy, [node.chance for node in tree.nodes], unread)
             proposals.append(_Proposal(seq, outlook, tree))
-        chances = sorted((chance for proposal in proposals for chance in proposal.outlook.chances), reverse=True)
-        count = self._planner.select(decoding, 0, chances)
-        least = chances[count - 1] if count else math.inf
-        for proposal in proposals:
-            proposal.suffix_nodes = sum(chance >= least for chance in proposal.outlook.chances)
         return proposals
 
     def _select(self, trees: Seq[DraftTree], decoding: int) -> list[DraftTree]:

@@ -39,7 +39,8 @@ def verify_steps_of(
     """Return the verify steps of the built-in engine, in float32 as in SGLang."""
     flags = {
         "target.path": str(target),
-        "serve.adaptive_drafting": False, "serve.num_speculative_tokens": steps, "serve.weight_dtype": "float32",
+        "serve.drafter": "eagle", "serve.adaptive_drafting": False, "serve.num_speculative_tokens": steps,
+        "serve.weight_dtype": "float32",
         "traces.top_k": TOP_K,
     }  # fmt: skip
     sink = _RecordingSink()

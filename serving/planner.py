@@ -219,7 +219,11 @@ class LatencyModel:
         """Return the seconds to draft ``depth`` tokens, one after the other, for each sequence, at pace 1."""
         if not depth or not sequences:
             return 0.0
-        return self._first_step.predict(sequences) + (depth - 1) * self._further_step.predict(sequences)
+        return self.predict_step(sequences, 0) + (depth - 1) * self.predict_step(sequences, 1)
+
+    def predict_step(self, sequences: int, step: int) -> float:
+        """Return the seconds of one draft step, numbered from 0, at pace 1."""
+        return (self._further_step if step else self._first_step).predict(sequences)
 
     def update_verify(self, timing: ForwardTiming) -> None:
         """Learn from the target's forward."""
@@ -423,7 +427,7 @@ class Planner:
         )
         return max(rows, 1)
 
-    def observe_drafts(self, outcomes: Iterable[DraftOutcome], speculator: Iterable[SpeculatorOutcome]) -> None:
+    def observe_drafts(self, outcomes: Iterable[DraftOutcome], speculator: Sequence[SpeculatorOutcome]) -> None:
         """Learn from the outcomes of the drafts of one verify step."""
         probing = not self.depth
         for outcome in outcomes:
@@ -431,12 +435,11 @@ class Planner:
                 self.suffix[outcome.greedy].update(outcome)
             else:
                 self.speculator[outcome.greedy].update(outcome, _PROBE_WEIGHT if probing else 1.0)
-        gains = list(speculator)
-        for added in gains:
+        for draft in speculator:
             # Sequences of one verify step count less than as many verify steps: the memory is also one of time.
-            weight = _PROBE_WEIGHT if added.drafted_depth > self.depth else len(gains) ** -0.5
-            self._drafts[added.greedy].update(added, weight)
-            if added.speculator_tokens > self.depth:
+            weight = _PROBE_WEIGHT if draft.drafted_depth > self.depth else len(speculator) ** -0.5
+            self._drafts[draft.greedy].update(draft, weight)
+            if draft.speculator_tokens > self.depth:
                 self._until_probe = self._probe_interval = _MIN_PROBE_INTERVAL
 
     def observe_latency(
@@ -458,12 +461,7 @@ class Planner:
         seconds = latency.predict_verify(verify.sequences, verify.rows)
         limit = len(plan.drafting) * plan.budget.depth
         if draft_steps and limit:
-            drafting = sum(
-                latency.predict_draft(timing.sequences, 2) - latency.predict_draft(timing.sequences, 1)
-                if i
-                else latency.predict_draft(timing.sequences, 1)
-                for i, timing in enumerate(draft_steps)
-            )
+            drafting = sum(latency.predict_step(timing.sequences, step) for step, timing in enumerate(draft_steps))
             seconds += drafting
             steps = drafting / latency.predict_draft(len(plan.drafting), plan.budget.depth)
             self._steps_per_depth += _STEPS_RATE * (steps - self._steps_per_depth)
@@ -519,8 +517,7 @@ class Planner:
             return DraftBudget(self.depth + 1)
         first = max(rows - drafting, 0)
         row = float(row_prices[rows] - row_prices[first]) / max(rows - first, 1)
-        seconds = self._latency.predict_draft(drafting, 2) - self._latency.predict_draft(drafting, 1)
-        step = price * seconds / drafting
+        step = price * self._latency.predict_step(drafting, 1) / drafting
         return DraftBudget(self.depth, max(step + row, 0.0), max(row, 0.0))
 
     def _plan_probe(self, outlooks: Sequence[SequenceOutlook]) -> DraftPlan:

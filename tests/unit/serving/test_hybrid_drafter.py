@@ -56,6 +56,12 @@ def test_expensive_rows_leave_a_draft_unverified_but_not_unmeasured() -> None:
     assert drafter._planner.suffix[True].estimate(0.5, 2) > before
 
 
+def test_a_merged_draft_has_at_most_as_many_nodes_as_a_sequence_may_have() -> None:
+    nodes = tuple(DraftNode(i, i - 1, i + 1, -0.1, 0.9 ** (i + 1)) for i in range(NODES + 3))
+    [kept] = drafter_for(row_ms=0.01)._select([DraftTree(nodes)], 1)
+    assert kept.tokens == list(range(NODES))
+
+
 nodes = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 7)), max_size=8)
 
 

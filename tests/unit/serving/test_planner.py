@@ -178,7 +178,10 @@ def test_depth_follows_a_change_of_acceptance_within_two_hundred_verify_steps(se
 def test_a_new_version_has_no_acceptance_and_is_probed_in_the_next_verify_step() -> None:
     simulation = Simulation(Planner(latency(), MAX_DEPTH), latency(), sequences=4, suffix_depth=2)
     simulation.run(500, 0.9, 0.7)
+    simulation.suffix_depth = 0
+    simulation.run(100, 0.9)
     planner = simulation.planner
+    assert len(planner.plan(4, [ALONE] * 4).drafting) == 4
     suffix = planner.suffix[True].estimate(0.5, 4)
     planner.start_version()
     assert planner.suffix[True].estimate(0.5, 4) == suffix > 0.6

@@ -19,7 +19,7 @@ from serving.engines.base import Request
 from serving.engines.builtin.scoped_corpus import ScopedCorpus
 from serving.engines.builtin.sequence import Sequence
 from serving.engines.builtin.suffix_drafter import SuffixDrafter
-from serving.planner import AcceptanceModel
+from serving.planner.acceptance_model import AcceptanceModel
 from trainer.replay.past_requests import PastRequest
 from trainer.replay.verify_steps import F64
 

@@ -14,7 +14,9 @@ from serving.engines.builtin.eagle_drafter import EagleDrafter, synthetic_sequen
 from serving.engines.builtin.kernels import topk
 from serving.engines.builtin.kv_cache import RaggedBatch, Segment
 from serving.engines.builtin.target import Target
-from serving.planner import AcceptanceModel, DraftBudget, LatencyCurve, LatencyModel
+from serving.planner.acceptance_model import AcceptanceModel
+from serving.planner.latency_model import LatencyCurve, LatencyModel
+from serving.planner.planner import DraftBudget
 
 log = structlog.get_logger()
 

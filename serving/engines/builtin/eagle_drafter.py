@@ -36,7 +36,9 @@ from serving.engines.builtin.drafter import DraftNode, DraftTree
 from serving.engines.builtin.kernels import narrowest_dtype, replace_linears, replace_norms, topk
 from serving.engines.builtin.kv_cache import BatchLayout, KVCache, RaggedBatch, Segment, TreeLayout
 from serving.engines.builtin.sequence import Sequence
-from serving.planner import AcceptanceModel, DraftBudget, ForwardTiming
+from serving.planner.acceptance_model import AcceptanceModel
+from serving.planner.latency_model import ForwardTiming
+from serving.planner.planner import DraftBudget
 
 
 class EagleDrafter:

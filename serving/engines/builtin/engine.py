@@ -41,7 +41,7 @@ from serving.engines.builtin.sequence import Sequence
 from serving.engines.builtin.suffix_drafter import SuffixDrafter
 from serving.engines.builtin.target import Target
 from serving.engines.builtin.verify import StepResult, Verifier
-from serving.planner import Planner
+from serving.planner.planner import Planner
 
 log = structlog.get_logger()
 

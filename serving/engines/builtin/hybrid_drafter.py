@@ -17,15 +17,9 @@ from serving.engines.builtin.drafter import EMPTY_TREE, DraftTree, merge_trees
 from serving.engines.builtin.eagle_drafter import EagleDrafter
 from serving.engines.builtin.sequence import Sequence
 from serving.engines.builtin.suffix_drafter import SuffixDrafter
-from serving.planner import (
-    DraftBudget,
-    DraftOutcome,
-    DraftPlan,
-    ForwardTiming,
-    Planner,
-    SequenceOutlook,
-    SpeculatorOutcome,
-)
+from serving.planner.acceptance_model import DraftOutcome, SpeculatorOutcome
+from serving.planner.latency_model import ForwardTiming
+from serving.planner.planner import DraftBudget, DraftPlan, Planner, SequenceOutlook
 
 
 @dataclass(slots=True)

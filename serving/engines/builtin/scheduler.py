@@ -13,7 +13,7 @@ from typing import NamedTuple
 from serving.engines.base import EngineFullError
 from serving.engines.builtin.drafter import EMPTY_TREE, DraftTree
 from serving.engines.builtin.sequence import Sequence
-from serving.planner import Planner
+from serving.planner.planner import Planner
 
 MAX_PREFILL_TOKENS = 128
 """Maximum number of prompt tokens that one verify step reads, over all sequences."""

@@ -31,7 +31,7 @@ from serving.engines.builtin.kv_cache import RaggedBatch, Segment, TreeLayout
 from serving.engines.builtin.scheduler import ScheduledSequence, Scheduler
 from serving.engines.builtin.sequence import Sequence
 from serving.engines.builtin.target import Target
-from serving.planner import ForwardTiming
+from serving.planner.latency_model import ForwardTiming
 
 
 class StepResult(NamedTuple):

@@ -14,7 +14,8 @@ from serving.engines.builtin.hybrid_drafter import HybridDrafter, list_outcomes
 from serving.engines.builtin.scoped_corpus import ScopedCorpus
 from serving.engines.builtin.sequence import Sequence
 from serving.engines.builtin.suffix_drafter import SuffixDrafter
-from serving.planner import ForwardTiming, LatencyCurve, LatencyModel, Planner
+from serving.planner.latency_model import ForwardTiming, LatencyCurve, LatencyModel
+from serving.planner.planner import Planner
 
 NODES = 4
 

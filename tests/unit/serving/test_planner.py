@@ -8,19 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from schemas.trace.record import DraftSource
-from serving.planner import (
-    AcceptanceModel,
-    DraftBudget,
-    DraftOutcome,
-    DraftPlan,
-    ForwardTiming,
-    LatencyCurve,
-    LatencyModel,
-    Planner,
-    SequenceOutlook,
-    SpeculatorModel,
-    SpeculatorOutcome,
-)
+from serving.planner.acceptance_model import AcceptanceModel, DraftOutcome, SpeculatorModel, SpeculatorOutcome
+from serving.planner.latency_model import ForwardTiming, LatencyCurve, LatencyModel
+from serving.planner.planner import DraftBudget, DraftPlan, Planner, SequenceOutlook
 
 MAX_DEPTH = 6
 ALONE = SequenceOutlook(greedy=True)

@@ -7,7 +7,8 @@ from serving.engines.base import EngineFullError, Request
 from serving.engines.builtin.drafter import DraftNode, DraftTree
 from serving.engines.builtin.scheduler import MAX_PREFILL_TOKENS, Scheduler
 from serving.engines.builtin.sequence import Sequence
-from serving.planner import LatencyCurve, LatencyModel, Planner
+from serving.planner.latency_model import LatencyCurve, LatencyModel
+from serving.planner.planner import Planner
 
 TREE = DraftTree((DraftNode(7, -1, 1, -0.1, 0.9), DraftNode(8, 0, 2, -0.1, 0.8)))
 

@@ -24,7 +24,7 @@ from serving.engines.builtin.scoped_corpus import ScopedCorpus
 from serving.engines.builtin.sequence import Sequence
 from serving.engines.builtin.suffix_corpus import BYTES_PER_TOKEN, MAX_MATCH, Match
 from serving.engines.builtin.suffix_drafter import SuffixDrafter, grow_tree
-from serving.planner import AcceptanceModel, DraftOutcome
+from serving.planner.acceptance_model import AcceptanceModel, DraftOutcome
 
 DEPTH = 4
 CORPUS_BYTES = 1000 * BYTES_PER_TOKEN

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from schemas.speculator.network import DraftShape, EagleDraft, Variant, random_draft
 from serving.engines.builtin.eagle_drafter import EagleDrafter, synthetic_sequence
-from serving.planner import AcceptanceModel, DraftBudget
+from serving.planner.acceptance_model import AcceptanceModel
+from serving.planner.planner import DraftBudget
 from trainer.objective.training_time_test import DraftUnroll
 
 HIDDEN, HEADS, KV_HEADS, SIZE, EPS, THETA = 16, 4, 2, 4, 1e-5, 100.0

@@ -3,16 +3,14 @@
 In a verify step every sequence drafts zero or more tokens, and the target verifies all of them in one forward. Whether
 drafting pays depends on the latency of a forward with more rows, on the latency of the speculator's draft steps, and on
 how often the target accepts. The planner measures all three while the node serves, and plans the next verify step with
-them. A *row* is one token of a forward.
+them (``latency_model``, ``acceptance_model``).
 
 **Price.** A verify step that takes a second longer costs the tokens that the node puts out in a second. The planner
 averages this throughput over recent verify steps, for each number of decoding sequences. A draft token is worth a row,
-and a draft step is worth its time, if the expected tokens exceed the price. Measuring latency in units of this
-machine's pace keeps prices valid while other processes slow the machine down as a whole.
+and a draft step is worth its time, if the expected tokens exceed the price.
 
-**Acceptance.** The acceptance probability of a draft token is that of its parent times the acceptance rate measured for
-similar tokens: of the speculator, by draft probability; of the suffix drafter, by estimated probability and by the
-length of the match. Greedy and sampled sequences have rates of their own. A swap discards those of the version before.
+**Acceptance.** Greedy and sampled sequences have acceptance rates of their own. A swap discards those of the version
+before.
 
 **Selection.** Suffix drafts cost next to nothing, so every sequence has one in every verify step. Draft tokens of all
 sequences together are ordered by acceptance probability; the target verifies as many of them as pay, up to the row
@@ -40,30 +38,22 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from schemas.trace.record import DraftSource
+from serving.planner.acceptance_model import (
+    AcceptanceModel,
+    DraftOutcome,
+    SpeculatorEstimate,
+    SpeculatorModel,
+    SpeculatorOutcome,
+    confidence_group,
+)
+from serving.planner.latency_model import F64, ForwardTiming, LatencyModel
 
-F64 = npt.NDArray[np.float64]
-
-_KNOT_RATE = 0.02
-_PACE_RATE = 0.2
 _STEPS_RATE = 0.05
 _PRICE_RATE = 0.03
-_MAX_RATIO = 3.0
-"""A measured latency counts at most as this multiple of the expected one: outliers say little."""
-
-_WINDOW = 48.0
-"""Outcomes that an acceptance rate remembers."""
 _PROBE_WEIGHT = 8.0
 """Outcomes that one outcome of a probe counts as: it stands for all verify steps since the probe before."""
-_PRIOR_WEIGHT = 2.0
-"""Outcomes that the prior of an acceptance rate counts as."""
-_PROBABILITY_EDGES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
-_MATCH_EDGES = (1, 3, 4, 6, 9, 16)
-"""First match length of each group but the first, which is that of the speculator's tokens."""
-_CONFIDENCE_EDGES = (0.05, 0.3, 0.5, 0.7, 0.85)
-"""Edges of the acceptance probability of a suffix draft's first token, between which the speculator's gain differs."""
 
 _EXPLORED_LOSS = 0.02
 """Share of the output that the speculator's drafts may be expected to cost: so little is within the noise of the
@@ -109,216 +99,10 @@ class SequenceOutlook(NamedTuple):
         """Acceptance probability of the likeliest token of the suffix draft."""
         return self.chances[0] if self.chances else 0.0
 
-
-@dataclass(frozen=True, slots=True)
-class DraftOutcome:
-    """Which of the sibling tokens that one drafter proposed after an accepted token is the output, if any."""
-
-    source: DraftSource
-    greedy: bool
-    siblings: tuple[tuple[float, int], ...]
-    """Draft probability and match length of each sibling."""
-    accepted: int | None
-    """Index of the sibling that is the output; None if it is another token."""
-
-
-class SpeculatorOutcome(NamedTuple):
-    """How far the two drafts of one sequence were accepted."""
-
-    greedy: bool
-    confidence: float
-    """Of the suffix draft (``SequenceOutlook.confidence``)."""
-    suffix_tokens: int
-    """Tokens that the suffix draft alone would have had accepted."""
-    speculator_tokens: int
-    """Tokens that the speculator's draft alone would have had accepted."""
-    drafted_depth: int
-    """Depth to which the speculator could draft."""
-
-
-class SpeculatorEstimate(NamedTuple):
-    """What is expected of the speculator's draft for one sequence."""
-
-    reached: Sequence[float]
-    """Probability that the first 1, 2, .. tokens are accepted."""
-    exceeded: float
-    """Probability that an accepted token of the suffix draft lies deeper than all accepted tokens of this draft."""
-
-
-class ForwardTiming(NamedTuple):
-    """Duration of one forward that read no prompt."""
-
-    sequences: int
-    rows: int
-    seconds: float
-
-
-class LatencyCurve:
-    """Seconds by number of rows: linear between knots, which move towards the measurements."""
-
-    def __init__(self, knots: Mapping[int, float]) -> None:
-        self._rows = sorted(knots)
-        self._seconds = [knots[rows] for rows in self._rows]
-
-    def predict(self, rows: int) -> float:
-        """Return the expected seconds."""
-        low, share = self._locate(rows)
-        return self._seconds[low] * (1 - share) + self._seconds[min(low + 1, len(self._rows) - 1)] * share
-
-    def predict_range(self, first: int, count: int) -> F64:
-        """Return [count] the expected seconds of ``first``, ``first`` + 1, .. rows."""
-        rows = np.arange(first, first + count)
-        seconds: F64 = np.interp(rows, self._rows, self._seconds)
-        outside = (rows < self._rows[0]) | (rows > self._rows[-1])
-        seconds[outside] = [self.predict(int(row)) for row in rows[outside]]
-        return seconds
-
-    def update(self, rows: int, error: float) -> None:
-        """Move the knots next to ``rows`` by a share of ``error`` each."""
-        low, share = self._locate(rows)
-        share = min(max(share, 0.0), 1.0)
-        for knot, weight in ((low, 1 - share), (low + 1, share)):
-            if knot < len(self._seconds):
-                self._seconds[knot] = max(self._seconds[knot] + weight * error, 1e-9)
-
-    def _locate(self, rows: int) -> tuple[int, float]:
-        """Return the knot at or below ``rows`` and the share of the way to the next; extrapolate beyond the ends."""
-        if len(self._rows) == 1:
-            return 0, 0.0
-        low = min(max(bisect.bisect_right(self._rows, rows) - 1, 0), len(self._rows) - 2)
-        return low, (rows - self._rows[low]) / (self._rows[low + 1] - self._rows[low])
-
-
-class LatencyModel:
-    """Latency of the target's forward and of the speculator's draft steps on this machine.
-
-    Args:
-        rows: Seconds of a forward over rows of one sequence.
-        sequences: Seconds that a forward over as many sequences takes longer than over one with the same rows.
-        first_step: Seconds of the first draft step by number of sequences.
-        further_step: Seconds of each later draft step.
-    """
-
-    def __init__(
-        self, rows: LatencyCurve, sequences: LatencyCurve, first_step: LatencyCurve, further_step: LatencyCurve
-    ) -> None:
-        self._rows, self._sequences, self._first_step, self._further_step = rows, sequences, first_step, further_step
-        self.pace = 1.0
-        """Measured seconds per predicted second. If other processes slow the machine down as a whole, it follows
-        quickly, and the curves keep their form."""
-
-    def predict_verify(self, sequences: int, rows: int) -> float:
-        """Return the seconds of the target's forward, at pace 1."""
-        return self._rows.predict(rows) + self._sequences.predict(sequences)
-
-    def predict_rows(self, sequences: int, count: int) -> F64:
-        """Return [count] the seconds of the target's forward over one row per sequence and 0, 1, .. more, at pace 1."""
-        return self._rows.predict_range(sequences, count) + self._sequences.predict(sequences)
-
-    def predict_draft(self, sequences: int, depth: int) -> float:
-        """Return the seconds to draft ``depth`` tokens, one after the other, for each sequence, at pace 1."""
-        if not depth or not sequences:
-            return 0.0
-        return self.predict_step(sequences, 0) + (depth - 1) * self.predict_step(sequences, 1)
-
-    def predict_step(self, sequences: int, step: int) -> float:
-        """Return the seconds of one draft step, numbered from 0, at pace 1."""
-        return (self._further_step if step else self._first_step).predict(sequences)
-
-    def update_verify(self, timing: ForwardTiming) -> None:
-        """Learn from the target's forward."""
-        expected = self.predict_verify(timing.sequences, timing.rows)
-        ratio = self._compare(timing.seconds, expected)
-        error = _KNOT_RATE * expected * (ratio - 1)
-        self._rows.update(timing.rows, error)
-        self._sequences.update(timing.sequences, error if timing.sequences > 1 else 0.0)
-        self.pace *= 1 + _PACE_RATE * (ratio - 1)
-
-    def update_draft(self, steps: Sequence[ForwardTiming]) -> None:
-        """Learn from the draft steps in order."""
-        for i, timing in enumerate(steps):
-            curve = self._further_step if i else self._first_step
-            expected = curve.predict(timing.sequences)
-            curve.update(timing.sequences, _KNOT_RATE * expected * (self._compare(timing.seconds, expected) - 1))
-
-    def _compare(self, seconds: float, expected: float) -> float:
-        return min(seconds / (self.pace * expected), _MAX_RATIO)
-
-
-class _AcceptanceRate:
-    """The share of accepted tokens, exponentially weighted towards recent ones."""
-
-    __slots__ = ("_accepted", "_total")
-
-    def __init__(self) -> None:
-        self._accepted = self._total = 0.0
-
-    def update(self, *, accepted: bool, weight: float = 1.0) -> None:
-        keep = (1 - 1 / _WINDOW) ** weight
-        gained = (1 - keep) * _WINDOW
-        self._total = self._total * keep + gained
-        self._accepted = self._accepted * keep + gained * accepted
-
-    def estimate(self, prior: float) -> float:
-        """Return the rate; with few outcomes it stays near ``prior``."""
-        return (self._accepted + prior * _PRIOR_WEIGHT) / (self._total + _PRIOR_WEIGHT)
-
-
-class AcceptanceModel:
-    """Acceptance rate of one drafter's tokens whose parent was accepted, by draft probability and match length."""
-
-    def __init__(self) -> None:
-        self._rates = [
-            [_AcceptanceRate() for _ in range(len(_PROBABILITY_EDGES) + 1)] for _ in range(len(_MATCH_EDGES) + 1)
-        ]
-        self._next = _AcceptanceRate()
-
-    def update(self, outcome: DraftOutcome, weight: float = 1.0) -> None:
-        """Learn from the outcome of sibling tokens."""
-        self._next.update(accepted=outcome.accepted is not None, weight=weight)
-        for i, (probability, match_length) in enumerate(outcome.siblings):
-            self._find_rate(probability, match_length).update(accepted=i == outcome.accepted, weight=weight)
-
-    def estimate(self, probability: float, match_length: int = 0) -> float:
-        """Return the acceptance rate of similar tokens. The draft probability is also the prior."""
-        return self._find_rate(probability, match_length).estimate(probability)
-
-    def estimate_next(self) -> float:
-        """Return the rate at which one of the tokens drafted after an accepted token is accepted."""
-        return self._next.estimate(1.0)
-
-    def _find_rate(self, probability: float, match_length: int) -> _AcceptanceRate:
-        return self._rates[bisect.bisect(_MATCH_EDGES, match_length)][bisect.bisect(_PROBABILITY_EDGES, probability)]
-
-
-class SpeculatorModel:
-    """Acceptance of the speculator's drafts by depth, next to suffix drafts of similar confidence."""
-
-    def __init__(self, max_depth: int) -> None:
-        groups = range(len(_CONFIDENCE_EDGES) + 1)
-        self._reached = [[_AcceptanceRate() for _ in range(max_depth)] for _ in groups]
-        self._exceeded = [_AcceptanceRate() for _ in groups]
-
-    def update(self, outcome: SpeculatorOutcome, weight: float) -> None:
-        """Learn from one draft."""
-        group = _group(outcome.confidence)
-        for depth, rate in enumerate(self._reached[group][: outcome.drafted_depth], start=1):
-            rate.update(accepted=depth <= outcome.speculator_tokens, weight=weight)
-        if outcome.suffix_tokens:
-            self._exceeded[group].update(accepted=outcome.suffix_tokens > outcome.speculator_tokens, weight=weight)
-
-    def estimate(self, confidence: float) -> SpeculatorEstimate:
-        """Return what is expected of a draft next to a suffix draft of this confidence.
-
-        Without a suffix draft, depths that are not measured are as if every depth had the rate of the first, and the
-        first is 0. The prior next to a suffix draft is the rate without one.
-        """
-        group, reached = _group(confidence), list[float]()
-        for alone, rate in zip(self._reached[0], self._reached[group], strict=True):
-            above, first = (reached[-1], reached[0]) if reached else (1.0, 0.0)
-            prior = alone.estimate(above * first)
-            reached.append(min(rate.estimate(prior) if group else prior, above))
-        return SpeculatorEstimate(reached, self._exceeded[group].estimate(1 - reached[0]))
+    @property
+    def group(self) -> int:
+        """The group of suffix drafts with a similar confidence."""
+        return confidence_group(self.confidence)
 
 
 class Planner:
@@ -502,7 +286,7 @@ class Planner:
 
     def _estimate_drafts(self, outlooks: Sequence[SequenceOutlook]) -> list[SpeculatorEstimate]:
         """Return what is expected of the speculator's draft for each sequence; one object for similar sequences."""
-        kinds = [(outlook.greedy, _group(outlook.confidence)) for outlook in outlooks]
+        kinds = [(outlook.greedy, outlook.group) for outlook in outlooks]
         estimates = {
             kind: self._drafts[outlook.greedy].estimate(outlook.confidence)
             for kind, outlook in dict(zip(kinds, outlooks, strict=True)).items()
@@ -527,7 +311,7 @@ class Planner:
         self._probe_interval = min(2 * max(self._probe_interval, _MIN_PROBE_INTERVAL // 2), _MAX_PROBE_INTERVAL)
         self._until_probe = self._probe_interval
         # The sequence with the least to gain from its suffix draft, and the fewest tokens to catch up on.
-        probed = min(range(len(outlooks)), key=lambda i: (_group(outlooks[i].confidence), outlooks[i].catch_up))
+        probed = min(range(len(outlooks)), key=lambda i: (outlooks[i].group, outlooks[i].catch_up))
         return DraftPlan((probed,), DraftBudget(min(_PROBE_DEPTH, self._max_depth)))
 
 
@@ -571,8 +355,3 @@ class _Throughput:
     @property
     def rate(self) -> float:
         return self._tokens / self._seconds
-
-
-def _group(confidence: float) -> int:
-    """Return the group of suffix drafts with a similar confidence; 0 is that without a draft."""
-    return bisect.bisect(_CONFIDENCE_EDGES, confidence)

@@ -1,0 +1,1 @@
+"""Decides how much to draft from measured latency and acceptance."""

@@ -23,7 +23,8 @@ class Request:
     id: str
     prompt: tuple[int, ...]
     max_tokens: int
-    """Maximum number of output tokens; the engine's limit on prompt and output together also applies."""
+    """Maximum number of output tokens; the engine's limit on prompt and output together also applies. A request with 0
+    ends after its prefill."""
     temperature: float = 0.0
     """0 is greedy."""
     top_p: float = 1.0
@@ -36,6 +37,8 @@ class Request:
     """Whether to continue after the target's EOS tokens."""
     logprobs: int | None = None
     """Number of alternatives to report with each output token; None reports no log-probabilities."""
+    prompt_logprobs: int | None = None
+    """The same for the tokens of the prompt after the first. The target then reads the whole prompt."""
     label: str | None = None
     trace: bool = True
     speculate: bool = True
@@ -43,12 +46,12 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """The target's log-probabilities at one output token, before temperature, top-k and top-p."""
+    """The target's log-probabilities at one token, before temperature, top-k and top-p."""
 
     logprob: float
     """Log-probability of the token itself."""
     top: tuple[tuple[int, float], ...]
-    """The ``Request.logprobs`` likeliest tokens with their log-probabilities, best first."""
+    """The likeliest tokens with their log-probabilities, best first: as many as the request asks for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,8 @@ class Output:
     tokens: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] = ()
     """One for each of ``tokens`` if the request asks for log-probabilities, else empty."""
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    """Of the next tokens of the prompt, in prefill, if the request asks for them."""
     finish: Finish | None = None
     error: str | None = None
     stats: RequestStats | None = None

@@ -49,12 +49,18 @@ class Detokenizer:
     """Returns the text of a growing answer; never a part of a character.
 
     The text of a token depends on its neighbors. So every call decodes the ids since the last clean cut twice, without
-    and with the new ones, and returns the difference. Special tokens have no text.
+    and with the new ones, and returns the difference.
     """
 
-    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
-        """``before`` are the ids that precede the answer; their own text is not returned."""
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = (), *, skip_special_tokens: bool = True) -> None:
+        """Begin a text.
+
+        Args:
+            tokenizer: Decodes the ids.
+            before: Ids that precede the text; their own text is not returned.
+            skip_special_tokens: Whether special tokens have no text.
+        """
+        self._tokenizer, self._skips_special = tokenizer, skip_special_tokens
         self._ids: list[int] = list(before)
         self._cut = 0
         self._decoded = len(self._ids)
@@ -77,7 +83,9 @@ class Detokenizer:
         return after[len(before) :]
 
     def _decode(self, ids: list[int]) -> str:
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text: str = self._tokenizer.decode(
+            ids, skip_special_tokens=self._skips_special, clean_up_tokenization_spaces=False
+        )
         return text
 
 
@@ -115,7 +123,8 @@ class ScoredToken:
     id: int
     offset: int
     """Characters of the answer before the token's text."""
-    score: TokenLogprobs
+    score: TokenLogprobs | None
+    """None for the first token of an echoed prompt, which the target does not predict."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from schemas.telemetry.spans import Span
 from schemas.telemetry.trace_context import TraceContext
 from serving.engines.base import Engine, EngineFullError, Output, Request, RequestStats
 from serving.http.detokenizer import AnswerText, TextDelta, join_deltas
+from serving.http.echo import Echo
 from serving.http.errors import ApiError, unavailable
 from serving.http.responses import AnswerBuilder, ChoiceUsage, FinishReason
 
@@ -74,6 +75,8 @@ class Choice:
     index: int
     request: Request
     answer: AnswerText
+    echo: Echo | None = None
+    """The prompt, if the answer begins with it."""
     finish: FinishReason | None = None
     """None until the choice has ended."""
     error_type: str | None = None
@@ -92,7 +95,13 @@ class Choice:
     def read(self, output: Output) -> TextDelta:
         """Return the text that an output adds."""
         delta = self.answer.feed(output.tokens, output.logprobs)
-        return delta if output.finish is None else join_deltas([delta, self.answer.finish()])
+        if output.finish is not None:
+            delta = join_deltas([delta, self.answer.finish()])
+        if self.echo is None:
+            return delta
+        self.echo.scores += output.prompt_logprobs
+        # An output without tokens, and without the end, is one of the prefill.
+        return self.echo.extend(delta) if output.tokens or output.finish is not None else delta
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,6 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "allowed_token_ids": (),
     "bad_words": ([],),
     "use_beam_search": (False,),
-    "echo": (False,),
     "prompt_logprobs": (),
     "truncate_prompt_tokens": (),
     "include_stop_str_in_output": (False,),
@@ -138,6 +137,11 @@ class CompletionBody(ApiObject):
         """Alternatives to report for every token; None for no log-probabilities at all."""
         raise NotImplementedError
 
+    @property
+    def prompt_alternatives(self) -> int | None:
+        """The same for the tokens of the prompt."""
+        return None
+
     def choice_seed(self, number: int) -> int | None:
         """Return the seed of a choice: ``seed`` plus its number, so that each choice can be reproduced alone."""
         return None if self.seed is None else (self.seed + number + 2**63) % 2**64 - 2**63
@@ -159,6 +163,7 @@ class ChatRequest(CompletionBody):
         "reasoning_effort": (),
         "verbosity": ("medium",),
         "add_generation_prompt": (True,),
+        "echo": (False,),
         "continue_final_message": (False,),
         "add_special_tokens": (False,),
         "chat_template": (),
@@ -196,7 +201,10 @@ class CompletionRequest(CompletionBody):
     unsupported = _UNSUPPORTED | {"suffix": ("",), "add_special_tokens": (True,)}
 
     prompt: Annotated[list[str | list[int]], BeforeValidator(_as_prompts)]
-    max_tokens: int = Field(16, ge=1)
+    max_tokens: int = Field(16, ge=0)
+    """0 with ``echo`` is the way to get the log-probabilities of a prompt."""
+    echo: bool = False
+    """Whether the text and the log-probabilities begin with those of the prompt."""
     logprobs: Annotated[int | None, Field(ge=0, le=MAX_TOP_LOGPROBS), BeforeValidator(_as_number)] = None
     best_of: int | None = None
 
@@ -215,6 +223,11 @@ class CompletionRequest(CompletionBody):
     def alternatives(self) -> int | None:
         """``logprobs``."""
         return self.logprobs
+
+    @property
+    def prompt_alternatives(self) -> int | None:
+        """``logprobs`` with ``echo``."""
+        return self.logprobs if self.echo else None
 
 
 class BodyLimit:

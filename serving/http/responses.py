@@ -144,6 +144,7 @@ class ChatAnswerBuilder(AnswerBuilder):
             self._scored(token.id, token.score.logprob)
             | {"top_logprobs": [self._scored(other, logprob) for other, logprob in token.score.top]}
             for token in tokens
+            if token.score is not None
         ]
         return {"content": content, "refusal": None}
 
@@ -191,13 +192,18 @@ class CompletionAnswerBuilder(AnswerBuilder):
     def _logprobs(self, tokens: Sequence[ScoredToken]) -> dict[str, Any]:
         return {
             "tokens": [self._name(token.id) for token in tokens],
-            "token_logprobs": [max(token.score.logprob, _MIN_LOGPROB) for token in tokens],
+            "token_logprobs": [self._logprob(token) for token in tokens],
             "top_logprobs": [self._alternatives(token) for token in tokens],
             "text_offset": [token.offset for token in tokens],
         }
 
-    def _alternatives(self, token: ScoredToken) -> dict[str, float]:
+    def _logprob(self, token: ScoredToken) -> float | None:
+        return None if token.score is None else max(token.score.logprob, _MIN_LOGPROB)
+
+    def _alternatives(self, token: ScoredToken) -> dict[str, float] | None:
         """Return log-probabilities by name, the token's own included; the likelier of two equal names counts."""
+        if token.score is None:
+            return None
         named: dict[str, float] = {}
         for other, logprob in (*token.score.top, (token.id, token.score.logprob)):
             named.setdefault(self._name(other), max(logprob, _MIN_LOGPROB))

@@ -27,6 +27,7 @@ from schemas.telemetry import trace_context
 from serving.engines.base import Engine, Request
 from serving.http import errors
 from serving.http.detokenizer import AnswerText, Detokenizer, TextDelta, Tokenizer, TokenSpeller, join_deltas
+from serving.http.echo import Echo, EchoedPrompt
 from serving.http.errors import ApiError, invalid_request
 from serving.http.generation import Choice, Generation, RequestMetrics, RequestTrace
 from serving.http.requests import BodyLimit, ChatRequest, CompletionBody, CompletionRequest, StreamOptions
@@ -91,8 +92,11 @@ class Completions:
         answer_id = trace.context.to_request_id("chatcmpl")
         builder = ChatAnswerBuilder(answer_id, self._model, self._speller, body.logprobs)
         requests = self._requests(body, [prompt], answer_id, http)
-        detokenizers = [Detokenizer(self._tokenizer) for _ in requests]
-        return await self._respond(body, requests, detokenizers, builder, trace, http)
+        choices = [
+            Choice(i, request, AnswerText(Detokenizer(self._tokenizer), body.stop))
+            for i, request in enumerate(requests)
+        ]
+        return await self._respond(body, choices, builder, trace, http)
 
     async def complete(self, body: CompletionRequest, http: fastapi.Request) -> Response:
         """``POST /v1/completions``.
@@ -107,8 +111,13 @@ class Completions:
         answer_id = trace.context.to_request_id("cmpl")
         builder = CompletionAnswerBuilder(answer_id, self._model, self._speller, body.logprobs is not None)
         requests = self._requests(body, prompts, answer_id, http)
-        detokenizers = [Detokenizer(self._tokenizer, request.prompt[-_CONTEXT:]) for request in requests]
-        return await self._respond(body, requests, detokenizers, builder, trace, http)
+        echoed = await asyncio.to_thread(self._read_echo, body, prompts)
+        choices = []
+        for i, request in enumerate(requests):
+            detokenizer = Detokenizer(self._tokenizer, request.prompt[-_CONTEXT:])
+            echo = Echo(echoed[i // body.n], logprobs=builder.logprobs) if echoed else None
+            choices.append(Choice(i, request, AnswerText(detokenizer, body.stop), echo))
+        return await self._respond(body, choices, builder, trace, http)
 
     def check_model(self, name: str) -> None:
         """Reject a model that this node does not serve.
@@ -127,20 +136,15 @@ class Completions:
     async def _respond(
         self,
         body: CompletionBody,
-        requests: Sequence[Request],
-        detokenizers: Sequence[Detokenizer],
+        choices: Sequence[Choice],
         builder: AnswerBuilder,
         trace: RequestTrace,
         http: fastapi.Request,
     ) -> Response:
-        choices = [
-            Choice(i, request, AnswerText(detokenizer, body.stop))
-            for i, (request, detokenizer) in enumerate(zip(requests, detokenizers, strict=True))
-        ]
         generation = Generation(self._engine, builder, choices, self._metrics, trace)
         # Each prompt is repeated for its choices.
-        prompt_tokens = sum(len(request.prompt) for request in requests[:: body.n])
-        headers = {"x-aurora-speculator": self._speculator(requests[0])}
+        prompt_tokens = sum(len(choice.request.prompt) for choice in choices[:: body.n])
+        headers = {"x-aurora-speculator": self._speculator(choices[0].request)}
         generation.submit()
         if body.stream:
             events = _events(generation, builder, prompt_tokens, body.stream_options)
@@ -160,11 +164,12 @@ class Completions:
         label, longest = _label(http), self._engine.max_tokens
         may_trace, speculate = _is_on(http, "x-aurora-trace"), _is_on(http, "x-aurora-speculate")
         several = len(prompts) * body.n > 1
+        limit = longest if body.answer_limit is None else body.answer_limit
         return [
             Request(
                 id=(request_id := f"{answer_id}-{i * body.n + j}" if several else answer_id),
                 prompt=prompt,
-                max_tokens=min(body.answer_limit or longest, longest - len(prompt)),
+                max_tokens=min(limit, longest - len(prompt)),
                 temperature=body.temperature,
                 top_p=body.top_p,
                 top_k=max(body.top_k, 0),
@@ -172,8 +177,10 @@ class Completions:
                 stop_ids=frozenset(body.stop_token_ids) | (frozenset() if body.ignore_eos else self._eos_ids),
                 ignore_eos=body.ignore_eos,
                 logprobs=body.alternatives,
+                prompt_logprobs=body.prompt_alternatives,
                 label=label,
-                trace=may_trace and self._is_traced(request_id),
+                # Without output there is nothing to learn from.
+                trace=may_trace and limit > 0 and self._is_traced(request_id),
                 speculate=speculate,
             )
             for i, prompt in enumerate(prompts)
@@ -219,6 +226,10 @@ class Completions:
 
     def _tokenize_prompt(self, prompt: str | list[int]) -> tuple[int, ...]:
         return self._check_ids(self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt, "prompt")
+
+    def _read_echo(self, body: CompletionRequest, prompts: Sequence[tuple[int, ...]]) -> list[EchoedPrompt]:
+        pairs = zip(body.prompt, prompts, strict=True) if body.echo else ()
+        return [EchoedPrompt.read(self._tokenizer, prompt, ids) for prompt, ids in pairs]
 
     def _check_ids(self, ids: Sequence[int], param: str) -> tuple[int, ...]:
         """Return token ids that the target has embeddings for; a tokenizer can have more tokens than its target."""

@@ -88,6 +88,10 @@ class EchoEngine:
     def _generate(self, request: Request, on_output: Callable[[Output], None]) -> None:
         output, whole = self._echo(request)
         verify_steps = 0
+        if request.prompt_logprobs is not None:
+            # In two parts, as the prefill of a long prompt.
+            for part in (request.prompt[1:3], request.prompt[3:]):
+                on_output(Output((), prompt_logprobs=scores(part, request.prompt_logprobs)))
         for start in range(0, len(output), self.per_verify_step):
             tokens = output[start : start + self.per_verify_step]
             on_output(Output(tokens, logprobs=() if request.logprobs is None else scores(tokens, request.logprobs)))

@@ -304,15 +304,16 @@ class BuiltinEngine:
         with seq.contain():
             if self._sink is not None and result.trace is not None:
                 self._sink.record(seq.request, (result.trace,), seq.finish)
-            if seq.finish is None and result.output:
-                seq.on_output(Output(result.output, result.logprobs))
+            if seq.finish is None and (result.output or result.prompt_logprobs):
+                seq.on_output(Output(result.output, result.logprobs, result.prompt_logprobs))
         if seq.finish is not None and seq.error is None:
             self._complete(seq, result)
 
     def _complete(self, seq: Sequence, result: StepResult) -> None:
         """Send the last output, and learn from the answer."""
         self._scheduler.release(seq)
-        self._send_last(seq, Output(result.output, result.logprobs, seq.finish, stats=seq.stats))
+        last = Output(result.output, result.logprobs, result.prompt_logprobs, seq.finish, stats=seq.stats)
+        self._send_last(seq, last)
         with self._contain_drafter():
             self._drafter.finish(seq)
         if self._answers is not None:

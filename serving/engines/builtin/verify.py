@@ -28,6 +28,7 @@ from serving.engines.builtin.drafter import DraftTree
 from serving.engines.builtin.hybrid_drafter import NO_DRAFTS, Drafts, HybridDrafter
 from serving.engines.builtin.kernels import topk
 from serving.engines.builtin.kv_cache import RaggedBatch, Segment, TreeLayout
+from serving.engines.builtin.prompt_logprobs import score_tokens
 from serving.engines.builtin.scheduler import ScheduledSequence, Scheduler
 from serving.engines.builtin.sequence import Sequence
 from serving.engines.builtin.target import Target
@@ -40,6 +41,7 @@ class StepResult(NamedTuple):
     sequence: Sequence
     output: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...]
+    prompt_logprobs: tuple[TokenLogprobs, ...]
     is_prefill: bool
     tree: DraftTree
     """Draft tokens that the target verified."""
@@ -53,6 +55,7 @@ class _TargetRows(NamedTuple):
     """The target's output for one sequence. It has no logits before the prompt's end."""
 
     features_TF: Tensor
+    prompt_logprobs: tuple[TokenLogprobs, ...]
     logits_mV: Tensor
     top_ids_mk: Tensor
     top_logprobs_mk: Tensor
@@ -131,12 +134,25 @@ class Verifier:
         top = topk(logits_RV, min(best, logits_RV.shape[-1]))
         # The normalizer takes as long as everything else here, so it is computed only if log-probabilities are needed.
         top_logprobs_Rk = top.scores_Rk - logits_RV.logsumexp(dim=-1, keepdim=True) if needs_logprobs else top.scores_Rk
-        features = hidden.features_TF.split_with_sizes([len(s.tokens) for s in scheduled])
+        lengths = [len(s.tokens) for s in scheduled]
+        features = hidden.features_TF.split_with_sizes(lengths)
+        scored = map(self._score_prompt, scheduled, hidden.last_TH.split_with_sizes(lengths))
         with_logits = (
             rows_R.split_with_sizes([s.logit_rows for s in scheduled])
             for rows_R in (logits_RV, top.ids_Rk.cpu(), top_logprobs_Rk.cpu())
         )
-        return [_TargetRows(*rows) for rows in zip(features, *with_logits, strict=True)]
+        return [_TargetRows(*rows) for rows in zip(features, scored, *with_logits, strict=True)]
+
+    def _score_prompt(self, scheduled: ScheduledSequence, last_TH: Tensor) -> tuple[TokenLogprobs, ...]:
+        """Return the log-probabilities of the prompt's tokens behind the ones that were fed, if they are wanted."""
+        seq = scheduled.sequence
+        if seq.request.prompt_logprobs is None or not seq.is_prefilling:
+            return ()
+        start = seq.num_cached_tokens + 1
+        following = seq.request.prompt[start : start + len(last_TH)]
+        with seq.contain():
+            return score_tokens(self.target.logits, last_TH[: len(following)], following, seq.request.prompt_logprobs)
+        return ()
 
     def _commit(
         self, scheduled: ScheduledSequence, rows: _TargetRows, verdict: Verdict | None, times: _StepTimes
@@ -177,7 +193,7 @@ class Verifier:
                 draft_sources=tuple(int(node.source) for node in tree.nodes) if tree.has_suffix else None,
             )
         logprobs = _output_logprobs(seq.request.logprobs, rows, deciding, output)
-        return StepResult(seq, tuple(output), logprobs, is_prefill, tree, accepted, trace)
+        return StepResult(seq, tuple(output), logprobs, rows.prompt_logprobs, is_prefill, tree, accepted, trace)
 
 
 def _segment(scheduled: ScheduledSequence) -> Segment:

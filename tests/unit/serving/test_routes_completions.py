@@ -96,7 +96,6 @@ def test_a_disconnect_cancels_every_prompt(node: Node) -> None:
         ({"prompt": {"text": "hello"}}, "prompt", "invalid_value"),
         ({"prompt": ["x"] * 33}, "n", "invalid_value"),
         ({"prompt": ["hello", "x" * 200]}, "prompt", "context_length_exceeded"),
-        ({"echo": True}, "echo", "unsupported_parameter"),
         ({"suffix": "end"}, "suffix", "unsupported_parameter"),
         ({"best_of": 2}, "best_of", "unsupported_parameter"),
         ({"logprobs": 21}, "logprobs", "invalid_value"),

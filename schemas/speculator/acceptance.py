@@ -35,7 +35,7 @@ class Verdict(NamedTuple):
 
 
 class ProbabilityRows(Protocol):
-    """Probability distributions [V] by row: a tensor [T, V], or rows computed on access."""
+    """Logits or probability distributions [V] by row: a tensor [T, V], or rows computed on access."""
 
     def __getitem__(self, row: int, /) -> Tensor: ...
 
@@ -47,16 +47,22 @@ class SampledRows:
     Rows are computed on the CPU, where random numbers are drawn, so that a seed gives the same output on every device.
     """
 
-    logits_TV: Tensor
+    logits_TV: ProbabilityRows
     temperature: float
     top_p: float
     top_k: int = 0
 
     def __getitem__(self, row: int, /) -> Tensor:
-        return sampling_probs(self.logits_TV[row : row + 1].cpu(), self.temperature, self.top_p, self.top_k)[0]
+        return sampling_probs(self.logits_TV[row][None].cpu(), self.temperature, self.top_p, self.top_k)[0]
 
 
-def accept_greedy(tokens: Sequence[int], parents: Sequence[int], argmax: Sequence[int]) -> Verdict:
+class TokenRows(Protocol):
+    """The target's token by row: a list, or tokens computed on access."""
+
+    def __getitem__(self, row: int, /) -> int: ...
+
+
+def accept_greedy(tokens: Sequence[int], parents: Sequence[int], argmax: TokenRows) -> Verdict:
     """Accept the longest path of draft tokens that equal the target's greedy choices.
 
     Of siblings with the same token the rule follows the first. This can shorten the path but never changes the output.
@@ -64,14 +70,15 @@ def accept_greedy(tokens: Sequence[int], parents: Sequence[int], argmax: Sequenc
     Args:
         tokens: [m] draft tokens.
         parents: [m] parent of each node.
-        argmax: [1 + m] the target's greedy choice after the root and after each node.
+        argmax: [1 + m] the target's greedy choice after the root and after each node; only the rows of the path are
+            read, in order and once.
     """
-    current, path = ROOT, []
+    current, path, choice = ROOT, [], argmax[0]
     for node, (token, parent) in enumerate(zip(tokens, parents, strict=True)):
-        if parent == current and token == argmax[1 + current]:
-            current = node
+        if parent == current and token == choice:
+            current, choice = node, argmax[1 + node]
             path.append(node)
-    return Verdict(tuple(path), argmax[1 + current])
+    return Verdict(tuple(path), choice)
 
 
 def accept_sampled(

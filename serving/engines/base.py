@@ -46,7 +46,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """The target's log-probabilities at one token, before temperature, top-k and top-p."""
+    """The target's log-probabilities at one token, before logits processors, temperature, top-k and top-p."""
 
     logprob: float
     """Log-probability of the token itself."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from schemas.speculator.acceptance import MIN_TEMPERATURE
 from schemas.trace.record import DraftSource
 from serving.engines.base import Finish, Output, Request, RequestStats
+from serving.engines.builtin.logits_processors import LogitsProcessor
 from serving.engines.builtin.suffix_corpus import SequenceHistory
 
 log = structlog.get_logger()
@@ -32,6 +33,8 @@ class Sequence:
     tokens: list[int]
     slot: int = -1
     """The sequence's place in the KV caches of target and draft; -1 while it waits."""
+    processors: tuple[LogitsProcessor, ...] = ()
+    """Change the target's logits, in this order."""
     num_cached_tokens: int = 0
     """Tokens committed to the target's KV cache."""
     num_draft_cached_tokens: int = 0
@@ -61,6 +64,11 @@ class Sequence:
     def is_greedy(self) -> bool:
         """Whether each output token is the target's argmax."""
         return self.request.temperature < MIN_TEMPERATURE
+
+    @property
+    def output(self) -> list[int]:
+        """Output tokens so far."""
+        return self.tokens[len(self.request.prompt) :]
 
     @property
     def room(self) -> int:

@@ -28,6 +28,7 @@ from serving.engines.builtin.drafter import DraftTree
 from serving.engines.builtin.hybrid_drafter import NO_DRAFTS, Drafts, HybridDrafter
 from serving.engines.builtin.kernels import topk
 from serving.engines.builtin.kv_cache import RaggedBatch, Segment, TreeLayout
+from serving.engines.builtin.logits_processors import process
 from serving.engines.builtin.prompt_logprobs import score_tokens
 from serving.engines.builtin.scheduler import ScheduledSequence, Scheduler
 from serving.engines.builtin.sequence import Sequence
@@ -59,6 +60,36 @@ class _TargetRows(NamedTuple):
     logits_mV: Tensor
     top_ids_mk: Tensor
     top_logprobs_mk: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _ProcessedRows:
+    """Rows of logits after the sequence's processors, computed as the acceptance rule reads them."""
+
+    scheduled: ScheduledSequence
+    logits_mV: Tensor
+
+    def __getitem__(self, row: int) -> Tensor:
+        """Return the logits [V] of a row."""
+        seq, _, tree = self.scheduled
+        if not seq.processors:
+            return self.logits_mV[row].cpu()
+        path, node = [], row - 1
+        while node != ROOT:
+            path.append(tree.nodes[node].token)
+            node = tree.nodes[node].parent
+        return process(seq.processors, self.logits_mV[row], [*seq.output, *reversed(path)])
+
+
+@dataclass(frozen=True, slots=True)
+class _GreedyRows:
+    """The likeliest token of each row."""
+
+    logits: _ProcessedRows
+
+    def __getitem__(self, row: int) -> int:
+        """Return the token of a row."""
+        return int(self.logits[row].argmax())
 
 
 class _StepTimes(NamedTuple):
@@ -221,10 +252,12 @@ def _accept(scheduled: ScheduledSequence, rows: _TargetRows) -> Verdict | None:
 
 def _decide(scheduled: ScheduledSequence, rows: _TargetRows) -> Verdict:
     seq, _, tree = scheduled
+    logits = _ProcessedRows(scheduled, rows.logits_mV)
     if seq.is_greedy:
-        return accept_greedy(tree.tokens, tree.parents, rows.top_ids_mk[:, 0].tolist())
+        argmax = _GreedyRows(logits) if seq.processors else rows.top_ids_mk[:, 0].tolist()
+        return accept_greedy(tree.tokens, tree.parents, argmax)
     request = seq.request
-    target_probs_mV = SampledRows(rows.logits_mV, request.temperature, request.top_p, request.top_k)
+    target_probs_mV = SampledRows(logits, request.temperature, request.top_p, request.top_k)
     return accept_sampled(tree.tokens, tree.parents, target_probs_mV, seq.generator, tree.probs or None)
 
 

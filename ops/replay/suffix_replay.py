@@ -12,7 +12,6 @@ import heapq
 from collections.abc import Mapping
 
 import numpy as np
-import torch
 
 from schemas.settings import Settings
 from serving.engines.base import Request
@@ -99,4 +98,4 @@ def _as_sequence(past: PastRequest, prompt: list[int]) -> Sequence:
     """Return the request as the engine holds it before its first output token."""
     output_tokens = len(past.tokens_N) - past.prompt
     request = Request(past.request, tuple(prompt), output_tokens, label=past.label)
-    return Sequence(request, lambda _: None, len(past.tokens_N) + 1, torch.Generator(), list(prompt))
+    return Sequence(request, lambda _: None, len(past.tokens_N) + 1, 0, list(prompt))

@@ -6,8 +6,8 @@ once: the HTTP API hands an output to its event loop, and the trace publisher pu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from schemas.speculator.network import EagleDraft
@@ -30,7 +30,22 @@ class Request:
     top_p: float = 1.0
     top_k: int = 0
     """Sample from this many of the likeliest tokens; 0 samples from all."""
+    min_p: float = 0.0
+    """Sample from the tokens that are at least this many times as likely as the likeliest one."""
     seed: int | None = None
+    """Decides a sampled output, together with the target and the other fields; None is a random seed."""
+    frequency_penalty: float = 0.0
+    """Subtracted from a token's logit for each time that it is in the output."""
+    presence_penalty: float = 0.0
+    """Subtracted from a token's logit if it is in the output."""
+    repetition_penalty: float = 1.0
+    """Divides a positive logit, and multiplies a negative one, of a token that is in prompt or output."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Added to the logits of tokens."""
+    allowed_token_ids: frozenset[int] | None = None
+    """The only tokens that the output may contain; None allows all."""
+    min_tokens: int = 0
+    """Minimum number of output tokens before a token ends the output."""
     stop_ids: frozenset[int] = frozenset()
     """Tokens that end the output, in addition to the target's EOS tokens."""
     ignore_eos: bool = False

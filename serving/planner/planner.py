@@ -188,18 +188,17 @@ class Planner:
         self._until_probe = self._probe_interval = _MIN_PROBE_INTERVAL
         return DraftPlan(best.drafting, self._limit_speculator(len(best.drafting), price, row_prices, best.rows))
 
-    def select(self, decoding: int, sampled: int, chances: Sequence[float]) -> int:
+    def select(self, decoding: int, chances: Sequence[float]) -> int:
         """Return how many of the candidates the target verifies.
 
         Args:
             decoding: Number of decoding sequences.
-            sampled: Number of draft tokens that the target verifies in any case.
             chances: Acceptance probability of each candidate, in descending order.
         """
         if not self._adaptive:
             return len(chances)
-        row_prices = self._price_rows(decoding, 1 + sampled + len(chances))
-        return self._evaluate(np.asarray(chances, np.float64), [0.0] * sampled, row_prices).rows - sampled
+        row_prices = self._price_rows(decoding, 1 + len(chances))
+        return self._evaluate(np.asarray(chances, np.float64), [], row_prices).rows
 
     def limit_prompt_rows(self, seconds: float, *, decode_rows: int, max_rows: int) -> int:
         """Return how many prompt rows extend a forward over ``decode_rows`` by ``seconds`` at most; at least 1."""

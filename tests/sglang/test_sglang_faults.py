@@ -20,7 +20,7 @@ from ops.local.kafka import Broker
 from pipeline import topics
 from schemas.draft_tree import is_chain
 from schemas.settings import Kafka, Settings, load
-from schemas.speculator.acceptance import accept_greedy
+from schemas.speculator.acceptance import accept
 from schemas.trace.record import ROOT, VerifyStep
 
 TOKENS = 36
@@ -72,7 +72,7 @@ def test_traces_of_draft_trees_have_the_drafted_nodes_and_the_accepted_path(
         whole = [*prompt, *answer["output_ids"]]
         assert all_tokens(verify_steps) == whole[verify_steps[0].position :]
         for r in verify_steps[1:-1]:
-            verdict = accept_greedy(r.draft_tokens, r.draft_parents, r.top_ids[:, 0].tolist())
+            verdict = accept(r.draft_tokens, r.draft_parents, r.top_ids[:, 0].tolist())
             assert (verdict.path, verdict.bonus) == (r.accepted, r.bonus)
             branched += not is_chain(r.draft_parents)
             accepted += len(r.accepted)

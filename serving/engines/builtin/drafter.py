@@ -1,6 +1,6 @@
 """Draft trees, and how the drafts of two drafters become one tree.
 
-Shape suffixes: m nodes of a tree, V vocabulary of the target.
+Shape suffixes: m nodes of a tree.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import NamedTuple
-
-from torch import Tensor
 
 from schemas.trace.record import ROOT, DraftSource
 
@@ -23,7 +21,9 @@ class DraftNode(NamedTuple):
     """Index of the node before it, or ``ROOT``."""
     depth: int
     logprob: float
-    """Under the distribution it was sampled from; for a token chosen without sampling, the drafter's own estimate."""
+    """Under the drafter's distribution of the next token, before temperature."""
+    confidence: float
+    """The drafter's own estimate that the target chooses the token after its accepted parent."""
     chance: float
     """Measured probability that the target accepts the token and its ancestors."""
     source: DraftSource = DraftSource.SPECULATOR
@@ -37,8 +37,6 @@ class DraftTree:
     """Draft tokens for the target to verify. Every node follows its parent; a chain is a tree without branches."""
 
     nodes: tuple[DraftNode, ...] = ()
-    probs: tuple[Tensor | None, ...] = ()
-    """[m] distribution [V] that each token was sampled from, None for a token that was not; empty if none was."""
     version: str = ""
     """Speculator version that drafted at least one node, empty if none did."""
 
@@ -57,17 +55,20 @@ class DraftTree:
         """Whether the suffix drafter proposed a node."""
         return any(node.source & DraftSource.SUFFIX for node in self.nodes)
 
-    def is_sampled(self, node: int) -> bool:
-        """Return whether a node's token was sampled: it is verified, whatever it is."""
-        return bool(self.probs) and self.probs[node] is not None
+    def path_to(self, node: int) -> list[int]:
+        """Return the tokens from the root's child to a node; none for ``ROOT``."""
+        path: list[int] = []
+        while node != ROOT:
+            path.append(self.nodes[node].token)
+            node = self.nodes[node].parent
+        return path[::-1]
 
     def keep(self, kept: Seq[int]) -> DraftTree:
         """Return the tree of the nodes with the given ascending indices, which include their ancestors."""
         index = {ROOT: ROOT} | {node: i for i, node in enumerate(kept)}
         nodes = tuple(self.nodes[node]._replace(parent=index[self.nodes[node].parent]) for node in kept)
-        probs = tuple(self.probs[node] for node in kept) if self.probs else ()
         from_speculator = any(node.source & DraftSource.SPECULATOR for node in nodes)
-        return DraftTree(nodes, probs, self.version if from_speculator else "")
+        return DraftTree(nodes, self.version if from_speculator else "")
 
     def follow(self, tokens: Seq[int]) -> list[int]:
         """Return the path of nodes, from the root's child on, whose tokens begin ``tokens``."""
@@ -87,8 +88,7 @@ _MAX_TOTAL = 0.99
 def merge_trees(first: DraftTree, second: DraftTree) -> DraftTree:
     """Return one tree with the nodes of both. A token that both propose after the same tokens is one node.
 
-    Nodes of ``first`` keep their indices. The target tests siblings in order, so a sampled token is tested before a
-    token that ``second`` chose, which is not sampled.
+    Nodes of ``first`` keep their indices.
 
     The drafters are taken to err independently of each other. Where they agree, the token is wrong only if both err.
     Where they disagree, at most one is right: one with rate p is right with probability p (1 - q) / (1 - p q) if the
@@ -122,8 +122,7 @@ def merge_trees(first: DraftTree, second: DraftTree) -> DraftTree:
             p, q = (min(each.get(node.parent, 0.0), _MAX_TOTAL) for each in (totals, second_totals))
             rates[i] *= (1 - (q if i < len(first.nodes) else p)) / (1 - p * q)
         nodes[i] = node._replace(chance=above * rates[i])
-    probs = (*first.probs, *(None for _ in nodes[len(first.nodes) :])) if first.probs else ()
-    return DraftTree(tuple(nodes), probs, first.version or second.version)
+    return DraftTree(tuple(nodes), first.version or second.version)
 
 
 def _acceptance_rates(tree: DraftTree) -> list[float]:

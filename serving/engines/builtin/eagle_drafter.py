@@ -4,10 +4,10 @@ Row t of the draft pairs the target's features after token t with the embedding 
 Committed rows are computed once, from the target's features, and stay in the cache. The rows of draft tokens follow
 them in the same slot, computed from the draft's own hidden states; the next verify step overwrites them.
 
-With width 1 a draft is a chain: the draft's likeliest tokens for a greedy request, tokens sampled from the draft's
-distribution for a sampled one. With a larger width it is a tree that grows where the draft is confident (EAGLE-2, Li et
-al., arXiv 2406.16858, section 4): each draft step extends the most promising nodes of the step before, and only the
-tokens that are worth a row of the target's forward are verified.
+With width 1 a draft is a chain: the draft's likeliest tokens for a greedy request, the tokens that the request's noise
+chooses from the draft's distribution for a sampled one. With a larger width it is a tree that grows where the draft is
+confident (EAGLE-2, Li et al., arXiv 2406.16858, section 4): each draft step extends the most promising nodes of the
+step before, and only the tokens that are worth a row of the target's forward are verified.
 
 Shape suffixes: B sequences, F frontier nodes of all trees (features after ``features_``), w width, T rows, H hidden
 size, D draft vocabulary, V target vocabulary.
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from schemas.draft_tree import attention_mask
-from schemas.speculator.acceptance import draw_token, sampling_probs
+from schemas.speculator.acceptance import sampling_probs
 from schemas.speculator.checkpoint import CheckpointError
 from schemas.speculator.network import EagleDraft
 from schemas.trace.record import ROOT
@@ -35,10 +35,14 @@ from serving.engines.builtin.cuda_graphs import CudaGraphRunner
 from serving.engines.builtin.drafter import DraftNode, DraftTree
 from serving.engines.builtin.kernels import narrowest_dtype, replace_linears, replace_norms, topk
 from serving.engines.builtin.kv_cache import BatchLayout, KVCache, RaggedBatch, Segment, TreeLayout
+from serving.engines.builtin.noise import exponential_noise
 from serving.engines.builtin.sequence import Sequence
 from serving.planner.acceptance_model import AcceptanceModel
 from serving.planner.latency_model import ForwardTiming
 from serving.planner.planner import DraftBudget
+
+_CANDIDATES = 64
+"""Likeliest tokens of the draft among which a sampled request's noise chooses."""
 
 
 class EagleDrafter:
@@ -106,7 +110,7 @@ class EagleDrafter:
             started = now
             if not growing:
                 break
-        return [DraftTree(tuple(tree.nodes), tuple(tree.probs), self.version) for tree in trees], timings
+        return [DraftTree(tuple(tree.nodes), self.version) for tree in trees], timings
 
     def check(self, draft: EagleDraft) -> None:
         """Run a smoke draft with the given weights over made-up features.
@@ -175,33 +179,22 @@ class EagleDrafter:
     def _extend(self, trees: list[_GrowingTree], hidden_FH: Tensor) -> None:
         """Draft the children of every frontier node; the most promising children become the frontier."""
         logits_FD = self._network.logits(hidden_FH)
-        best = topk(logits_FD, self._width)
-        logprobs_Fw = (best.scores_Rk - logits_FD.logsumexp(dim=-1, keepdim=True)).tolist()
-        tokens_Fw = self._network.to_target_ids(best.ids_Rk).tolist()
+        few = all(tree.seq.is_greedy for tree in trees)
+        best = topk(logits_FD, self._width if few else min(_CANDIDATES, logits_FD.shape[-1]))
+        scores_Fk = best.scores_Rk.cpu()
+        norms_F = logits_FD.logsumexp(dim=-1).tolist()
+        tokens_Fk = self._network.to_target_ids(best.ids_Rk).cpu()
         row = 0
         for tree in trees:
             added: list[tuple[float, int, int]] = []
             for parent in tree.frontier:
-                children: Iterable[tuple[int, float]]
-                if tree.seq.is_greedy or self._width > 1:
-                    children = zip(tokens_Fw[row], logprobs_Fw[row], strict=True)
-                else:
-                    children = [self._sample(tree, logits_FD[row])]
-                for token, logprob in children:
-                    node = tree.add(token, parent, logprob)
+                ranking = tree.rank_children(parent, scores_Fk[row], norms_F[row], tokens_Fk[row])
+                for child, confidence in ranking[: self._width]:
+                    logprob = float(scores_Fk[row, child]) - norms_F[row]
+                    node = tree.add(int(tokens_Fk[row, child]), parent, logprob, confidence)
                     added.append((-tree.nodes[node].chance, node, row))
                 row += 1
             tree.advance(sorted(added)[: self._width])
-
-    def _sample(self, tree: _GrowingTree, logits_D: Tensor) -> tuple[int, float]:
-        """Sample a token from the draft's distribution; return it with its log-probability."""
-        request = tree.seq.request
-        probs_D = sampling_probs(logits_D[None].cpu(), request.temperature, request.top_p, request.top_k)[0]
-        drawn = draw_token(probs_D, tree.seq.generator)
-        probs_V = probs_D.new_zeros(self._network.shape.vocab_size)
-        probs_V[self._network.t2d.cpu()] = probs_D
-        tree.probs.append(probs_V)
-        return int(self._network.to_target_ids(torch.tensor(drawn, device=self._device))), math.log(probs_D[drawn])
 
     def _run_forward(self, tokens_T: Tensor, hidden_TH: Tensor, batch: RaggedBatch) -> Tensor:
         """Return the hidden states [T, H] after the given tokens and hidden states; use a CUDA graph where possible."""
@@ -224,8 +217,6 @@ class _GrowingTree:
     budget: DraftBudget
     acceptance: AcceptanceModel
     nodes: list[DraftNode] = field(default_factory=list)
-    probs: list[Tensor] = field(default_factory=list)
-    """[m] distributions [V] of sampled nodes; empty if nodes are chosen without sampling."""
     cached: list[int] = field(default_factory=list)
     """Nodes whose rows are in the cache, in the order of their entries."""
     frontier: list[int] = field(default_factory=lambda: [ROOT])
@@ -233,7 +224,35 @@ class _GrowingTree:
     source_rows: list[int] = field(default_factory=list)
     """Row of the draft step before from which each frontier node was drafted."""
 
-    def add(self, token: int, parent: int, logprob: float) -> int:
+    def rank_children(self, parent: int, scores_k: Tensor, norm: float, tokens_k: Tensor) -> list[tuple[int, float]]:
+        """Return the candidates after a node that the target may choose, best first, with the draft's confidence.
+
+        The draft chooses as the target does: greedily, or by the same noise from its own distribution. Its confidence
+        is that of a softmax over the scores that decide: ``score + temperature * noise``, which at temperature 0 are
+        the scores.
+
+        Args:
+            parent: The node.
+            scores_k: The draft's scores of the candidates, best first.
+            norm: Logarithm of the sum of all exponentiated scores.
+            tokens_k: The candidates' target tokens.
+        """
+        request = self.seq.request
+        if self.seq.is_greedy:
+            return list(enumerate((scores_k - norm).exp().tolist()))
+        depth = 1 if parent == ROOT else self.nodes[parent].depth + 1
+        probs_k = sampling_probs(scores_k[None], request.temperature, request.top_p, request.top_k, request.min_p)[
+            0
+        ].numpy()
+        noise_k = exponential_noise(self.seq.seed, len(self.seq.tokens) + depth - 1, tokens_k.numpy())
+        decisive_k = scores_k.numpy() - request.temperature * np.log(noise_k)
+        decisive_k[probs_k == 0] = -np.inf
+        weights_k = np.exp(decisive_k - decisive_k.max())
+        confidences_k = weights_k / weights_k.sum()
+        order = np.argsort(-confidences_k)
+        return [(int(i), float(confidences_k[i])) for i in order if probs_k[i] > 0]
+
+    def add(self, token: int, parent: int, logprob: float, confidence: float) -> int:
         """Add a node and return its index.
 
         Raises:
@@ -243,16 +262,13 @@ class _GrowingTree:
             raise FloatingPointError("the speculator's scores are not finite")
         depth = 1 if parent == ROOT else self.nodes[parent].depth + 1
         above = 1.0 if parent == ROOT else self.nodes[parent].chance
-        chance = above * self.acceptance.estimate(math.exp(logprob))
-        self.nodes.append(DraftNode(token, parent, depth, logprob, chance))
+        chance = above * self.acceptance.estimate(confidence)
+        self.nodes.append(DraftNode(token, parent, depth, logprob, confidence, chance))
         return len(self.nodes) - 1
 
     def advance(self, added: list[tuple[float, int, int]]) -> None:
-        """Make the new nodes (negated chance, index, source row) the frontier, as far as they are worth a row.
-
-        A sampled node is verified whatever it is: pruning unlikely ones would change the output distribution.
-        """
-        worthy = [entry for entry in added if self.probs or -entry[0] >= self.budget.verify_threshold]
+        """Make the new nodes (negated chance, index, source row) the frontier, as far as they are worth a row."""
+        worthy = [entry for entry in added if -entry[0] >= self.budget.verify_threshold]
         self.frontier, self.source_rows = [node for _, node, _ in worthy], [row for _, _, row in worthy]
 
     def pays_at(self, depth: int) -> bool:
@@ -290,6 +306,6 @@ def pack_draft(draft: EagleDraft, device: torch.device) -> EagleDraft:
 def synthetic_sequence(tokens: list[int], features_TF: Tensor, *, slot: int = 0, room: int = 2) -> Sequence:
     """Return a greedy sequence for calibration and checks, whose tokens but the last one have the given features."""
     request = Request("synthetic", (0,), room)
-    seq = Sequence(request, lambda _: None, len(tokens) + room, torch.Generator(), tokens, slot)
+    seq = Sequence(request, lambda _: None, len(tokens) + room, 0, tokens, slot)
     seq.unseen_features.append(features_TF)
     return seq

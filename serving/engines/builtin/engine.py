@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
 import time
 from collections import deque
@@ -35,6 +36,7 @@ from serving.engines.builtin.calibration import calibrate
 from serving.engines.builtin.decoder import check_architecture
 from serving.engines.builtin.eagle_drafter import EagleDrafter, pack_draft
 from serving.engines.builtin.hybrid_drafter import HybridDrafter
+from serving.engines.builtin.logits_processors import create_processors
 from serving.engines.builtin.scheduler import Scheduler
 from serving.engines.builtin.scoped_corpus import ScopedCorpus
 from serving.engines.builtin.sequence import Sequence
@@ -124,19 +126,15 @@ class BuiltinEngine:
         for token in (min(request.prompt), max(request.prompt)):
             if not 0 <= token < self.vocabulary:
                 raise ValueError(f"the target's vocabulary has {self.vocabulary} tokens, not the prompt's id {token}")
-        generator = torch.Generator()
-        if request.seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(request.seed)
         request = replace(request, speculate=request.speculate and self._may_speculate)
         max_len = min(len(request.prompt) + request.max_tokens, self.max_tokens)
         seq = Sequence(
             request,
             on_output,
             max_len,
-            generator,
+            secrets.randbits(64) if request.seed is None else request.seed,
             list(request.prompt),
+            processors=create_processors(request, self._target.eos_ids),
             keeps_features=self._drafter.speculator is not None,
         )
         with self._mail:

@@ -7,7 +7,6 @@ sequences that the target verifies. After the forward, both proposals are compar
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -57,7 +56,7 @@ class HybridDrafter:
         speculator: The EAGLE drafter, if any.
         suffix: The suffix drafter, if any.
         max_suffix_depth: Maximum depth of a suffix draft.
-        max_nodes: Maximum number of draft tokens per sequence; sampled tokens of the speculator may exceed it.
+        max_nodes: Maximum number of draft tokens per sequence.
     """
 
     def __init__(
@@ -149,15 +148,14 @@ class HybridDrafter:
         return proposals
 
     def _select(self, trees: Seq[DraftTree], decoding: int) -> list[DraftTree]:
-        """Keep the nodes of each tree that the target verifies: all sampled ones, and the likeliest of the others."""
+        """Keep the likeliest nodes of all trees, as far as the target verifies them."""
         ranked = sorted(
             (-node.chance, node.depth, tree_index, i)
             for tree_index, tree in enumerate(trees)
             for i, node in enumerate(tree.nodes)
-            if not tree.is_sampled(i)
         )
-        kept = [[i for i in range(len(tree.nodes)) if tree.is_sampled(i)] for tree in trees]
-        count = self._planner.select(decoding, sum(map(len, kept)), [-rank[0] for rank in ranked])
+        kept: list[list[int]] = [[] for _ in trees]
+        count = self._planner.select(decoding, [-rank[0] for rank in ranked])
         for _, _, tree_index, i in ranked[:count]:
             if len(kept[tree_index]) < self._max_nodes:
                 kept[tree_index].append(i)
@@ -167,9 +165,7 @@ class HybridDrafter:
 def list_outcomes(tree: DraftTree, output: Seq[int], *, greedy: bool) -> Iterator[DraftOutcome]:
     """Yield the outcome of the tokens that a drafter proposed after the root and after each accepted token.
 
-    The output decides also about tokens that were not verified. The probability that a token is the output is that of
-    its acceptance: where decoding is greedy, and where the token was chosen without sampling. Sampled tokens are all
-    verified.
+    The output decides also about tokens that were not verified: it is the same whatever was drafted.
 
     Args:
         tree: Proposal of one drafter.
@@ -180,6 +176,6 @@ def list_outcomes(tree: DraftTree, output: Seq[int], *, greedy: bool) -> Iterato
     for depth, parent in enumerate((ROOT, *path)):
         siblings = [i for i, node in enumerate(tree.nodes) if node.parent == parent]
         if siblings and depth < len(output):
-            features = tuple((math.exp(tree.nodes[i].logprob), tree.nodes[i].match_length) for i in siblings)
+            features = tuple((tree.nodes[i].confidence, tree.nodes[i].match_length) for i in siblings)
             accepted = siblings.index(path[depth]) if depth < len(path) else None
             yield DraftOutcome(tree.nodes[siblings[0]].source, greedy, features, accepted)

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import structlog
-import torch
 from torch import Tensor
 
 from schemas.speculator.acceptance import MIN_TEMPERATURE
@@ -28,8 +27,8 @@ class Sequence:
     on_output: Callable[[Output], None]
     max_len: int
     """Maximum number of tokens, prompt and output together."""
-    generator: torch.Generator
-    """Source of the sequence's randomness."""
+    seed: int
+    """Seed of the noise that decides sampled tokens."""
     tokens: list[int]
     slot: int = -1
     """The sequence's place in the KV caches of target and draft; -1 while it waits."""

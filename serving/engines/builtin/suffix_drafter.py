@@ -75,7 +75,8 @@ def grow_tree(match: Match, acceptance: AcceptanceModel, max_nodes: int, min_cha
             probability, length = len(agreeing) / total, match.length + depth - 1
             chance = above * acceptance.estimate(probability, length)
             if token != END:
-                node = DraftNode(token, parent, depth, math.log(probability), chance, DraftSource.SUFFIX, length)
+                logprob = math.log(probability)
+                node = DraftNode(token, parent, depth, logprob, probability, chance, DraftSource.SUFFIX, length)
                 heapq.heappush(frontier, (-chance, order, node, agreeing))
                 order += 1
 

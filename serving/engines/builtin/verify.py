@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from schemas.draft_tree import attention_mask, depths, is_chain
-from schemas.speculator.acceptance import SampledRows, Verdict, accept_greedy, accept_sampled
+from schemas.speculator.acceptance import Verdict, accept, sampling_probs
 from schemas.trace.record import ROOT, U16, VerifyStep
 from serving.engines.base import TokenLogprobs
 from serving.engines.builtin.drafter import DraftTree
@@ -29,6 +29,7 @@ from serving.engines.builtin.hybrid_drafter import NO_DRAFTS, Drafts, HybridDraf
 from serving.engines.builtin.kernels import topk
 from serving.engines.builtin.kv_cache import RaggedBatch, Segment, TreeLayout
 from serving.engines.builtin.logits_processors import process
+from serving.engines.builtin.noise import choose_token
 from serving.engines.builtin.prompt_logprobs import score_tokens
 from serving.engines.builtin.scheduler import ScheduledSequence, Scheduler
 from serving.engines.builtin.sequence import Sequence
@@ -63,33 +64,24 @@ class _TargetRows(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class _ProcessedRows:
-    """Rows of logits after the sequence's processors, computed as the acceptance rule reads them."""
+class _Choices:
+    """The target's choices for a sequence, made as the acceptance rule reads them."""
 
     scheduled: ScheduledSequence
     logits_mV: Tensor
 
-    def __getitem__(self, row: int) -> Tensor:
-        """Return the logits [V] of a row."""
-        seq, _, tree = self.scheduled
-        if not seq.processors:
-            return self.logits_mV[row].cpu()
-        path, node = [], row - 1
-        while node != ROOT:
-            path.append(tree.nodes[node].token)
-            node = tree.nodes[node].parent
-        return process(seq.processors, self.logits_mV[row], [*seq.output, *reversed(path)])
-
-
-@dataclass(frozen=True, slots=True)
-class _GreedyRows:
-    """The likeliest token of each row."""
-
-    logits: _ProcessedRows
-
     def __getitem__(self, row: int) -> int:
-        """Return the token of a row."""
-        return int(self.logits[row].argmax())
+        """Return the token that the target chooses after a row."""
+        seq, _, tree = self.scheduled
+        request, path = seq.request, tree.path_to(row - 1)
+        logits_V = self.logits_mV[row].cpu()
+        if seq.processors:
+            logits_V = process(seq.processors, logits_V, [*seq.output, *path])
+        if seq.is_greedy:
+            return int(logits_V.argmax())
+        # On the CPU, so that a seed gives the same noise on every device.
+        probs_V = sampling_probs(logits_V[None], request.temperature, request.top_p, request.top_k, request.min_p)[0]
+        return choose_token(probs_V, seq.seed, len(seq.tokens) + len(path))
 
 
 class _StepTimes(NamedTuple):
@@ -252,13 +244,9 @@ def _accept(scheduled: ScheduledSequence, rows: _TargetRows) -> Verdict | None:
 
 def _decide(scheduled: ScheduledSequence, rows: _TargetRows) -> Verdict:
     seq, _, tree = scheduled
-    logits = _ProcessedRows(scheduled, rows.logits_mV)
-    if seq.is_greedy:
-        argmax = _GreedyRows(logits) if seq.processors else rows.top_ids_mk[:, 0].tolist()
-        return accept_greedy(tree.tokens, tree.parents, argmax)
-    request = seq.request
-    target_probs_mV = SampledRows(logits, request.temperature, request.top_p, request.top_k)
-    return accept_sampled(tree.tokens, tree.parents, target_probs_mV, seq.generator, tree.probs or None)
+    if seq.is_greedy and not seq.processors:
+        return accept(tree.tokens, tree.parents, rows.top_ids_mk[:, 0].tolist())
+    return accept(tree.tokens, tree.parents, _Choices(scheduled, rows.logits_mV))
 
 
 def _output_logprobs(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from schemas.batches import TRACES
 from schemas.draft_tree import chain, depths
-from schemas.speculator.acceptance import accept_greedy
+from schemas.speculator.acceptance import accept
 from schemas.trace.own_draft import COLUMNS, find_own_drafts
 from schemas.trace.record import ROOT, DraftSource
 
@@ -97,11 +97,11 @@ def test_the_greedy_figures_are_those_of_the_versions_tree_alone(
 ) -> None:
     merged, expected = [], []
     for tokens, parents, sources, chosen in steps:
-        accepted = accept_greedy(tokens, parents, chosen).path
+        accepted = accept(tokens, parents, chosen).path
         merged.append(Drafted(tuple(parents), sources, tuple(accepted), "1" if any(s & SPEC for s in sources) else ""))
         kept = closed(parents, sources)
         place = {node: index for index, node in enumerate([ROOT, *kept], start=-1)}
         own_parents = [place[parents[node]] for node in kept]
-        alone = accept_greedy([tokens[n] for n in kept], own_parents, [chosen[0], *(chosen[1 + n] for n in kept)]).path
+        alone = accept([tokens[n] for n in kept], own_parents, [chosen[0], *(chosen[1 + n] for n in kept)]).path
         expected.append((len(kept), max(depths(own_parents), default=0), len(alone), alone[:1] == (0,)))
     assert figures(*merged) == expected

@@ -3,7 +3,6 @@
 import math
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,9 +28,7 @@ def drafter_for(row_ms: float) -> HybridDrafter:
 
 
 def sequence(tokens: list[int], slot: int, room: int = 20) -> Sequence:
-    return Sequence(
-        Request("r", tuple(tokens[:1]), 100), lambda _: None, len(tokens) + room, torch.Generator(), tokens, slot
-    )
+    return Sequence(Request("r", tuple(tokens[:1]), 100), lambda _: None, len(tokens) + room, 0, tokens, slot)
 
 
 def test_likely_tokens_of_one_sequence_displace_unlikely_ones_of_another() -> None:
@@ -58,7 +55,7 @@ def test_expensive_rows_leave_a_draft_unverified_but_not_unmeasured() -> None:
 
 
 def test_a_merged_draft_has_at_most_as_many_nodes_as_a_sequence_may_have() -> None:
-    nodes = tuple(DraftNode(i, i - 1, i + 1, -0.1, 0.9 ** (i + 1)) for i in range(NODES + 3))
+    nodes = tuple(DraftNode(i, i - 1, i + 1, -0.1, 0.9, 0.9 ** (i + 1)) for i in range(NODES + 3))
     [kept] = drafter_for(row_ms=0.01)._select([DraftTree(nodes)], 1)
     assert kept.tokens == list(range(NODES))
 
@@ -76,7 +73,7 @@ def test_outcomes_follow_the_output_through_a_tree(shape: list[tuple[int, int]],
         if (parent, token) not in taken:
             taken.add((parent, token))
             depth = 1 if parent == ROOT else drafted[parent].depth + 1
-            drafted.append(DraftNode(token, parent, depth, math.log(0.5), 0.5**depth, DraftSource.SUFFIX, depth))
+            drafted.append(DraftNode(token, parent, depth, math.log(0.5), 0.5, 0.5**depth, DraftSource.SUFFIX, depth))
     outcomes = list(list_outcomes(DraftTree(tuple(drafted)), output, greedy=True))
     expected, parent = [], ROOT
     for token in output:

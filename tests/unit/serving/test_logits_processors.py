@@ -6,6 +6,9 @@ from queue import SimpleQueue
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from plain_sampling import plain_logits
 from tiny_target import VOCABULARY, write_tiny_target
 from torch import Tensor
 from transformers import LlamaForCausalLM
@@ -14,6 +17,7 @@ from schemas.settings import load
 from schemas.trace.record import VerifyStep
 from serving.engines.base import Finish, Output, Request
 from serving.engines.builtin.engine import BuiltinEngine
+from serving.engines.builtin.logits_processors import create_processors, process
 
 PROMPT = (3, 14, 15, 9)
 
@@ -103,3 +107,41 @@ def test_a_processor_that_excludes_every_token_ends_its_sequence_alone(
             last[-1] = each.get(timeout=60)
     assert [one.finish for one in last] == ["error", "length"]
     assert "exclude every token" in (last[0].error or "")
+
+
+TOKENS = st.integers(0, 5)
+CONSTRAINED = st.builds(
+    Request,
+    st.just("r"),
+    st.lists(TOKENS, min_size=1, max_size=4).map(tuple),
+    st.just(9),
+    stop_ids=st.frozensets(TOKENS, max_size=2),
+    ignore_eos=st.booleans(),
+    frequency_penalty=st.sampled_from([0.0, -2.0, 0.3, 2.0]),
+    presence_penalty=st.sampled_from([0.0, -2.0, 0.7, 2.0]),
+    repetition_penalty=st.sampled_from([1.0, 5e-324, 1e-9, 0.5, 1.3, 1e308]),
+    logit_bias=st.dictionaries(TOKENS, st.floats(-100, 100)),
+    allowed_token_ids=st.none() | st.frozensets(TOKENS, min_size=1),
+    min_tokens=st.integers(0, 6),
+)
+
+
+@given(
+    CONSTRAINED,
+    st.lists(st.lists(st.floats(-50, 50), min_size=6, max_size=6), min_size=1, max_size=6),
+    st.lists(TOKENS, min_size=6, max_size=6),
+)
+def test_processors_equal_their_definitions_at_every_token_of_an_output(
+    request: Request, rows: list[list[float]], output: list[int]
+) -> None:
+    processors = create_processors(request, frozenset({5}))
+    for n, row in enumerate(rows):
+        logits_V = torch.tensor(row)
+        found_V = process(processors, logits_V, output[:n])
+        assert torch.isfinite(found_V).any()
+        torch.testing.assert_close(found_V, torch.tensor(plain_logits(logits_V.tolist(), request, output[:n], {5})))
+        assert torch.equal(logits_V, torch.tensor(row)), "the target's own logits stay as they are"
+
+
+def test_neutral_parameters_need_no_processor() -> None:
+    assert create_processors(Request("r", (1,), 2, temperature=0.7, min_p=0.1), frozenset({5})) == ()

@@ -3,7 +3,6 @@
 import math
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,7 +24,7 @@ def tree_of(*paths: tuple[int, ...], rates: dict[int, float], source: DraftSourc
                 parent = index[prefix[:-1]]
                 above = 1.0 if parent == ROOT else nodes[parent].chance
                 rate = rates[prefix[-1]]
-                nodes.append(DraftNode(prefix[-1], parent, length, math.log(rate), above * rate, source))
+                nodes.append(DraftNode(prefix[-1], parent, length, math.log(rate), rate, above * rate, source))
                 index[prefix] = len(nodes) - 1
     return DraftTree(tuple(nodes), version="7" if source is SPECULATOR else "")
 
@@ -55,15 +54,6 @@ def test_a_draft_without_a_rival_keeps_its_chances() -> None:
     only = tree_of((1, 2), (3,), rates={1: 0.6, 2: 0.5, 3: 0.2}, source=SUFFIX)
     assert merge_trees(EMPTY_TREE, only) is only
     assert merge_trees(only, EMPTY_TREE) is only
-
-
-def test_sampled_tokens_come_first_and_keep_their_distribution() -> None:
-    probs = torch.tensor([0.5, 0.5])
-    sampled = DraftTree((DraftNode(1, ROOT, 1, -0.7, 0.5),), (probs,), "7")
-    merged = merge_trees(sampled, tree_of((0,), rates={0: 0.3}, source=SUFFIX))
-    assert merged.tokens == [1, 0]
-    assert [merged.is_sampled(i) for i in range(2)] == [True, False]
-    assert merged.probs[0] is probs
 
 
 paths = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=4).map(tuple), max_size=5)

@@ -63,7 +63,7 @@ class Simulation:
         planner, count = self.planner, self.sequences
         chances = [planner.suffix[True].estimate(0.5, 4) ** i for i in range(1, self.suffix_depth + 1)]
         outlooks = [SequenceOutlook(greedy=True, chances=chances)] * count
-        selected = planner.select(count, 0, sorted(chances * count, reverse=True))
+        selected = planner.select(count, sorted(chances * count, reverse=True))
         plan = planner.plan(count, outlooks)
         suffix_hits = [count_accepted(self.random, suffix, self.suffix_depth) for _ in range(count)]
         drafting = len(plan.drafting) if plan.budget.depth else 0
@@ -221,7 +221,7 @@ def test_a_planner_that_is_not_adaptive_drafts_to_the_maximum_depth_and_verifies
     planner = Planner(latency(), 5, adaptive=False)
     plan = planner.plan(2, [ALONE, ALONE])
     assert (list(plan.drafting), plan.budget) == ([0, 1], DraftBudget(5))
-    assert (planner.select(2, 0, [0.1, 0.0]), planner.limit_suffix_drafts(2)) == (2, 0.0)
+    assert (planner.select(2, [0.1, 0.0]), planner.limit_suffix_drafts(2)) == (2, 0.0)
 
 
 def test_no_drafting_is_planned_without_speculating_sequences() -> None:
@@ -248,16 +248,15 @@ def test_selection_stops_at_the_row_where_a_forward_becomes_expensive() -> None:
     """Rows are cheap up to the 14th, as inside the tile of a matrix kernel, and dear from the 15th on."""
     rows = LatencyCurve({1: 0.010, 14: 0.0113, 15: 0.0161, 64: 0.251})
     planner = Planner(LatencyModel(rows, LatencyCurve({1: 0.0}), rows, rows), MAX_DEPTH)
-    assert planner.select(4, 0, [0.5] * 40) == 10
-    assert planner.select(4, 0, [0.01] * 40) == 0
-    assert planner.select(4, 8, [0.5] * 40) == 2
+    assert planner.select(4, [0.5] * 40) == 10
+    assert planner.select(4, [0.01] * 40) == 0
 
 
 def test_a_candidate_behind_an_expensive_row_is_selected_if_enough_follow() -> None:
     rows = LatencyCurve({1: 0.010, 2: 0.020, 3: 0.0201, 64: 0.0262})
     planner = Planner(LatencyModel(rows, LatencyCurve({1: 0.0}), rows, rows), MAX_DEPTH)
-    assert planner.select(1, 0, [0.9]) == 0
-    assert planner.select(1, 0, [0.9] * 20) == 20
+    assert planner.select(1, [0.9]) == 0
+    assert planner.select(1, [0.9] * 20) == 20
 
 
 @given(chances=st.lists(st.floats(0, 1), max_size=40), sequences=st.integers(1, 16), row_ms=st.floats(0.01, 50))
@@ -271,7 +270,7 @@ def test_no_selection_has_a_higher_value_than_the_chosen_one(
     def value(count: int) -> float:
         return sum(ranked[:count]) - price * model.predict_verify(sequences, sequences + count)
 
-    chosen = planner.select(sequences, 0, ranked)
+    chosen = planner.select(sequences, ranked)
     assert value(chosen) == pytest.approx(max(map(value, range(len(ranked) + 1))))
 
 

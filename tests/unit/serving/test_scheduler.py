@@ -10,7 +10,7 @@ from serving.engines.builtin.sequence import Sequence
 from serving.planner.latency_model import LatencyCurve, LatencyModel
 from serving.planner.planner import Planner
 
-TREE = DraftTree((DraftNode(7, -1, 1, -0.1, 0.9), DraftNode(8, 0, 2, -0.1, 0.8)))
+TREE = DraftTree((DraftNode(7, -1, 1, -0.1, 0.9, 0.9), DraftNode(8, 0, 2, -0.1, 0.9, 0.8)))
 
 
 def scheduler_for(slots: int) -> Scheduler:
@@ -22,7 +22,7 @@ def scheduler_for(slots: int) -> Scheduler:
 
 def sequence(name: str, prompt: int = 2, *, speculate: bool = True) -> Sequence:
     request = Request(name, tuple(range(1, prompt + 1)), 50, speculate=speculate)
-    return Sequence(request, lambda _: None, prompt + 50, torch.Generator(), list(request.prompt))
+    return Sequence(request, lambda _: None, prompt + 50, 0, list(request.prompt))
 
 
 def decode(seq: Sequence) -> None:

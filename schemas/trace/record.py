@@ -116,8 +116,8 @@ class VerifyStep:
     draft_parents: tuple[int, ...]
     """Index of the parent of each draft token, or ``ROOT``. A chain is ``-1, 0, 1, ...``."""
     draft_logprobs: tuple[float, ...]
-    """Log-probability of each draft token under the distribution that ``speculator`` drew it from, or the estimate of
-    the suffix drafter for a token that it alone proposed; NaN if unknown: SGLang keeps none."""
+    """Log-probability of each draft token under the distribution of ``speculator`` before temperature, or the estimate
+    of the suffix drafter for a token that it alone proposed; NaN if unknown: SGLang keeps none."""
     accepted: tuple[int, ...]
     """Indices of the accepted draft tokens, from the root's child on."""
     bonus: int | None

@@ -159,8 +159,10 @@ class AnswerText:
     of its own (a part of a character, a special token) is reported with the next text, or with the end.
     """
 
-    def __init__(self, detokenizer: Detokenizer, stops: Sequence[str]) -> None:
+    def __init__(self, detokenizer: Detokenizer, stops: Sequence[str], min_tokens: int = 0) -> None:
+        """Begin an answer; stop strings count in the text after its first ``min_tokens`` tokens."""
         self._detokenizer = detokenizer
+        self._min_tokens = min_tokens
         self._scanner = StopScanner(stops)
         self._has_stops = bool(stops)
         self._open: list[ScoredToken] = []
@@ -212,7 +214,7 @@ class AnswerText:
             return TextDelta()
         self._unshown.append(_TokenGroup(tuple(self._open), self._read, self._read + len(text)))
         self._open, self._read = [], self._read + len(text)
-        shown = self._scanner.feed(text)
+        shown = self._scanner.feed(text) if self.count > self._min_tokens else text
         self._shown += len(shown)
         return TextDelta(shown, self._take_shown())
 

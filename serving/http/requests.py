@@ -1,12 +1,12 @@
 """Requests of OpenAI's API: the fields of their bodies, and the limit of their size.
 
-``top_k``, ``stop_token_ids``, ``ignore_eos``, ``chat_template_kwargs`` and ``stream_options.continuous_usage_stats``
-are extensions, named as in vLLM.
+``top_k``, ``min_p``, ``repetition_penalty``, ``allowed_token_ids``, ``min_tokens``, ``stop_token_ids``, ``ignore_eos``,
+``chat_template_kwargs`` and ``stream_options.continuous_usage_stats`` are extensions, named as in vLLM.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -20,14 +20,7 @@ from serving.http.errors import Reject, invalid_request
 from serving.http.messages import Message
 
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
     "length_penalty": (1,),
-    "min_p": (0,),
-    "min_tokens": (0,),
-    "logit_bias": ({},),
-    "allowed_token_ids": (),
     "bad_words": ([],),
     "use_beam_search": (False,),
     "prompt_logprobs": (),
@@ -54,6 +47,9 @@ MAX_STOPS = 64
 """Stop strings, at most. OpenAI allows 4, vLLM any number; evaluation harnesses send about ten."""
 
 
+_TokenId = Annotated[int, Field(ge=0)]
+
+
 def _as_greedy(temperature: float) -> float:
     return temperature if temperature >= MIN_TEMPERATURE else 0.0
 
@@ -65,6 +61,10 @@ def _as_list(stop: Any) -> Any:
 def _as_number(logprobs: Any) -> Any:
     """Return None for false: a text completion names the number of alternatives, a chat only whether it wants them."""
     return None if logprobs is False else logprobs
+
+
+def _without_nulls(value: Any) -> Any:
+    return {key: one for key, one in value.items() if one is not None} if isinstance(value, dict) else value
 
 
 def _as_prompts(prompt: Any) -> list[str | list[int]]:
@@ -112,13 +112,22 @@ class CompletionBody(ApiObject):
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=-1, lt=2**31)
     """0 and -1 sample from all tokens."""
+    min_p: float = Field(0.0, ge=0, le=1)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    repetition_penalty: float = Field(1.0, gt=0, allow_inf_nan=False)
+    logit_bias: Annotated[dict[_TokenId, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_without_nulls)] = (
+        Field(default={})
+    )
+    allowed_token_ids: list[_TokenId] | None = Field(None, min_length=1)
+    min_tokens: int = Field(0, ge=0)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     stop: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_as_list)] = Field(
         default=[], max_length=MAX_STOPS
     )
-    stop_token_ids: list[Annotated[int, Field(ge=0)]] = Field(default=[])
+    stop_token_ids: list[_TokenId] = Field(default=[])
     ignore_eos: bool = False
 
     @model_validator(mode="before")
@@ -126,6 +135,13 @@ class CompletionBody(ApiObject):
     def _check_texts(cls, body: Any) -> Any:
         check_texts(body)
         return body
+
+    @model_validator(mode="after")
+    def _check_min_tokens(self) -> Self:
+        if self.answer_limit is not None and self.min_tokens > self.answer_limit:
+            message = f"more than the {self.answer_limit} tokens that the answer may have"
+            raise PydanticCustomError("unsupported_value", message, {"param": "min_tokens"})
+        return self
 
     @property
     def answer_limit(self) -> int | None:

@@ -93,7 +93,7 @@ class Completions:
         builder = ChatAnswerBuilder(answer_id, self._model, self._speller, body.logprobs)
         requests = self._requests(body, [prompt], answer_id, http)
         choices = [
-            Choice(i, request, AnswerText(Detokenizer(self._tokenizer), body.stop))
+            Choice(i, request, AnswerText(Detokenizer(self._tokenizer), body.stop, body.min_tokens))
             for i, request in enumerate(requests)
         ]
         return await self._respond(body, choices, builder, trace, http)
@@ -116,7 +116,7 @@ class Completions:
         for i, request in enumerate(requests):
             detokenizer = Detokenizer(self._tokenizer, request.prompt[-_CONTEXT:])
             echo = Echo(echoed[i // body.n], logprobs=builder.logprobs) if echoed else None
-            choices.append(Choice(i, request, AnswerText(detokenizer, body.stop), echo))
+            choices.append(Choice(i, request, AnswerText(detokenizer, body.stop, body.min_tokens), echo))
         return await self._respond(body, choices, builder, trace, http)
 
     def check_model(self, name: str) -> None:
@@ -173,7 +173,14 @@ class Completions:
                 temperature=body.temperature,
                 top_p=body.top_p,
                 top_k=max(body.top_k, 0),
+                min_p=body.min_p,
                 seed=body.choice_seed(j),
+                frequency_penalty=body.frequency_penalty,
+                presence_penalty=body.presence_penalty,
+                repetition_penalty=body.repetition_penalty,
+                logit_bias=body.logit_bias,
+                allowed_token_ids=None if body.allowed_token_ids is None else frozenset(body.allowed_token_ids),
+                min_tokens=body.min_tokens,
                 stop_ids=frozenset(body.stop_token_ids) | (frozenset() if body.ignore_eos else self._eos_ids),
                 ignore_eos=body.ignore_eos,
                 logprobs=body.alternatives,
@@ -193,8 +200,9 @@ class Completions:
 
     def _check_body(self, body: CompletionBody) -> None:
         self.check_model(body.model)
-        if body.stop_token_ids:
-            self._check_ids(body.stop_token_ids, "stop_token_ids")
+        for param in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
+            if ids := getattr(body, param):
+                self._check_ids(list(ids), param)
 
     def _check_size(self, body: CompletionBody, prompts: Sequence[Sequence[int]], param: str) -> None:
         if len(prompts) * body.n > self._max_choices:

@@ -1,7 +1,7 @@
 """How often the target accepts draft tokens, measured while the node serves.
 
 The acceptance probability of a draft token is that of its parent times the acceptance rate of similar tokens: of the
-speculator, by draft probability; of the suffix drafter, by estimated probability and by the length of the match. What
+speculator, by confidence; of the suffix drafter, by estimated probability and by the length of the match. What
 the speculator adds depends on what the suffix drafter has found already, so its drafts are also measured as a whole,
 next to suffix drafts of similar confidence. No I/O and no torch.
 """
@@ -33,7 +33,7 @@ class DraftOutcome:
     source: DraftSource
     greedy: bool
     siblings: tuple[tuple[float, int], ...]
-    """Draft probability and match length of each sibling."""
+    """Confidence and match length of each sibling."""
     accepted: int | None
     """Index of the sibling that is the output; None if it is another token."""
 
@@ -81,7 +81,7 @@ class _AcceptanceRate:
 
 
 class AcceptanceModel:
-    """Acceptance rate of one drafter's tokens whose parent was accepted, by draft probability and match length."""
+    """Acceptance rate of one drafter's tokens whose parent was accepted, by confidence and match length."""
 
     def __init__(self) -> None:
         self._rates = [
@@ -96,7 +96,7 @@ class AcceptanceModel:
             self._find_rate(probability, match_length).update(accepted=i == outcome.accepted, weight=weight)
 
     def estimate(self, probability: float, match_length: int = 0) -> float:
-        """Return the acceptance rate of similar tokens. The draft probability is also the prior."""
+        """Return the acceptance rate of similar tokens. The confidence is also the prior."""
         return self._find_rate(probability, match_length).estimate(probability)
 
     def estimate_next(self) -> float:

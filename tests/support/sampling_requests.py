@@ -27,16 +27,19 @@ VALID: dict[str, tuple[Any, ...]] = {
     "top_k": (None, -1, 0, 1, 2, VOCABULARY - 1, VOCABULARY, VOCABULARY + 1, 2**31 - 1),
     "seed": (None, 0, -1, -(2**63), 2**63 - 1),
     "n": (None, 1, 2, 3),
-    "max_tokens": (None, 1, 2, 7, MAX_LEN - 1, MAX_LEN, 2**31, 10**30),
+    "max_tokens": (None, 0, 1, 2, 7, MAX_LEN - 1, MAX_LEN, 2**31, 10**30),
     "logprobs": (None, False, 0, 1, 20),
     "stop": (None, [], "a", ["b"] * 64, ["\u2028", "🙂"]),
     "stop_token_ids": (None, [], [0], [VOCABULARY - 1], [3] * 1000),
     "ignore_eos": (None, False, True),
-    "frequency_penalty": (None, 0, -0.0),
-    "presence_penalty": (None, 0),
-    "repetition_penalty": (None, 1),
-    "min_p": (None, 0),
-    "logit_bias": (None, {}, {"5": None}),
+    "echo": (None, False, True),
+    "frequency_penalty": (None, 0, -0.0, -2, 2, 5e-324, 0.7),
+    "presence_penalty": (None, 0, -2, 2, 1e-45),
+    "repetition_penalty": (None, 1, 5e-324, 1e-45, 1e-9, 1.1, 1e9, 1e308),
+    "min_p": (None, 0, -0.0, 5e-324, 1e-9, 0.5, 1),
+    "min_tokens": (None, 0, 1),
+    "logit_bias": (None, {}, {"5": None}, {"0": -100, "5": 100}, {str(VOCABULARY - 1): 5e-324}),
+    "allowed_token_ids": (None, [0], [VOCABULARY - 1, 7], list(range(VOCABULARY))),
     "prompt": ([1], [VOCABULARY - 1], [0] * (MAX_LEN - 1), [[2], [3, 4]]),
 }
 """Values by parameter of a text completion."""
@@ -47,16 +50,19 @@ INVALID: dict[str, tuple[Any, ...]] = {
     "top_k": (-2, 2**31, 2**63, -(10**30), 1.5, _NAN, "few"),
     "seed": (2**63, -(2**63) - 1, 10**30, 0.5, [0]),
     "n": (0, -1, 33, 10**30, 1.5),
-    "max_tokens": (0, -1, 0.5, _INF, "all"),
+    "max_tokens": (-1, -(10**30), 0.5, _INF, "all"),
     "logprobs": (-1, 21, 10**30, 0.5),
     "stop": ("", [""], ["b"] * 65, 7, "\ud83d", [None]),
     "stop_token_ids": ([-1], [VOCABULARY], [10**30], ["a"], 3),
     "ignore_eos": ("perhaps", 2, []),
-    "frequency_penalty": (0.1, -2, _NAN),
-    "presence_penalty": (5e-324, "0"),
-    "repetition_penalty": (0, 1.1, _INF),
-    "min_p": (1e-9, 1),
-    "logit_bias": ({"5": 1}, {str(VOCABULARY): -100}, []),
+    "echo": ("perhaps", 2, []),
+    "frequency_penalty": (math.nextafter(2, 3), -2.1, _NAN, _INF, "much"),
+    "presence_penalty": (math.nextafter(-2, -3), 1e308, -_INF, []),
+    "repetition_penalty": (0, -0.0, -1, _INF, _NAN, "some"),
+    "min_p": (-5e-324, math.nextafter(1, 2), _NAN, {}),
+    "min_tokens": (-1, 10**31, 0.5, "all"),
+    "logit_bias": ({"5": 100.1}, {"5": _NAN}, {str(VOCABULARY): -100}, {"-1": 1}, {"a": 1}, {"5": []}, []),
+    "allowed_token_ids": ([], [-1], [VOCABULARY], [10**30], [None], "a", {}),
     "prompt": ([], "", None, [VOCABULARY], [-1], [10**30], [True], [0] * MAX_LEN, [[1], []], {}),
 }
 
@@ -67,7 +73,10 @@ def random_request(random: Random) -> tuple[dict[str, Any], set[str]]:
     # Half of the requests are valid.
     invalid = set(random.sample(sorted(names), random.choice((0, 0, 1, 2))))
     # Sorted: the order of a set of texts differs between processes.
-    return {name: random.choice((INVALID if name in invalid else VALID)[name]) for name in sorted(names)}, invalid
+    body = {name: random.choice((INVALID if name in invalid else VALID)[name]) for name in sorted(names)}
+    if "max_tokens" not in invalid and body.get("min_tokens") == 1 and body["max_tokens"] == 0:
+        invalid.add("min_tokens")
+    return body, invalid
 
 
 def check_answer(node: Node, body: dict[str, Any], invalid: set[str]) -> None:
@@ -86,7 +95,8 @@ def check_answer(node: Node, body: dict[str, Any], invalid: set[str]) -> None:
     several = body["prompt"] if isinstance(body["prompt"][0], list) else [body["prompt"]]
     assert len(choices) == len(several) * (body.get("n") or 1)
     assert {choice["finish_reason"] for choice in choices} <= {"stop", "length"}
-    assert answer.json()["usage"]["completion_tokens"] <= (body["max_tokens"] or 16) * len(choices)
+    limit = 16 if body["max_tokens"] is None else body["max_tokens"]
+    assert answer.json()["usage"]["completion_tokens"] <= limit * len(choices)
 
 
 @contextmanager

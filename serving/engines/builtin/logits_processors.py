@@ -121,7 +121,8 @@ class MinTokens:
         if len(output) >= self._minimum:
             return logits_V
         longer_V = logits_V.clone()
-        longer_V[self._ends_n] = -torch.inf
+        # A tokenizer can have more tokens than its target.
+        longer_V[self._ends_n[self._ends_n < len(logits_V)]] = -torch.inf
         return logits_V if longer_V.max() == -torch.inf else longer_V
 
 

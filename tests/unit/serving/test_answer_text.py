@@ -56,6 +56,12 @@ def test_tokens_keep_their_order_their_scores_and_their_offsets(
         assert len(tokens) == len(ids) == answer.count
 
 
+@pytest.mark.parametrize(("minimum", "shown"), [(0, "b"), (1, "b"), (2, "bab"), (3, "bab"), (4, "babab"), (9, "babab")])
+def test_a_stop_string_counts_in_the_text_after_the_minimum_of_tokens(minimum: int, shown: str) -> None:
+    answer = AnswerText(Detokenizer(TOKENIZER), ["a"], minimum)
+    assert join_deltas([answer.feed(encode(TOKENIZER, "babab")), answer.finish()]).text == shown
+
+
 def _whole(ids: Sequence[int]) -> str:
     raw = b"".join(SPELLER.spell(token).bytes or b"" for token in ids)
     return raw.decode(errors="ignore")

@@ -15,6 +15,7 @@ assert INVALID.keys() == VALID.keys()
 DRAFTERS = {
     "tree": {"serve__drafter": "eagle", "serve__draft_tree_width": 3},
     "suffix": {"serve__drafter": "suffix"},
+    "hybrid": {"serve__drafter": "hybrid", "serve__draft_tree_width": 2},
 }
 
 

@@ -16,13 +16,14 @@ from prometheus_client import CollectorRegistry
 from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from schemas.settings import Settings
+from schemas.settings import Settings, SettingsError
 from schemas.telemetry import logs, spans
 from schemas.telemetry.metrics import register_process_metrics
 from serving.answers.answer_consumer import AnswerConsumer
 from serving.answers.answer_publisher import AnswerPublisher
 from serving.engines.builtin.engine import BuiltinEngine
 from serving.http import admin, routes, status, webhook
+from serving.http.detokenizer import Tokenizer
 from serving.http.generation import RequestMetrics
 from serving.http.server import BackgroundServer, Drain, DrainingServer, bind
 from serving.traces.chunks import Origin
@@ -60,6 +61,7 @@ def run(settings: Settings) -> None:
         admin_socket = None
         if serve.admin_port:
             admin_socket = stack.enter_context(bind(serve.admin_host, serve.admin_port, "serve.admin_"))
+        tokenizer = load_tokenizer(settings.target.path)
         publisher = TracePublisher(settings.kafka, settings.traces) if settings.traces.enabled else None
         answers = None
         if settings.traces.enabled and serve.suffix_scope != "request":
@@ -83,7 +85,7 @@ def run(settings: Settings) -> None:
         )
         is_traced = publisher.sample if publisher else lambda _request: False
         reports = status.Reports(publisher, poller, corpus)
-        _serve(settings, engine, is_traced, reports, server_socket, admin_socket)
+        _serve(settings, engine, tokenizer, is_traced, reports, server_socket, admin_socket)
         if error := engine.health().error:
             log.error("node_failed", error=error)
             raise SystemExit(1)
@@ -92,6 +94,7 @@ def run(settings: Settings) -> None:
 def _serve(
     settings: Settings,
     engine: BuiltinEngine,
+    tokenizer: Tokenizer,
     is_traced: Callable[[str], bool],
     reports: status.Reports,
     server_socket: socket.socket,
@@ -100,7 +103,6 @@ def _serve(
     serve, registry = settings.serve, CollectorRegistry()
     register_process_metrics(registry)
     metrics, drain = RequestMetrics(registry), Drain(serve.drain_delay)
-    tokenizer = AutoTokenizer.from_pretrained(settings.target.path, local_files_only=True)
     app = routes.create_app(engine, tokenizer, settings.target.served_model_name, metrics, drain, serve, is_traced)
     status.add_routes(app, serve.node, engine, metrics, registry, reports, drain)
     admin_app = app if admin_socket is None else admin.create_app(serve)
@@ -115,6 +117,22 @@ def _serve(
         if admin_socket is not None:
             stack.callback(BackgroundServer(admin_app, admin_socket, "admin-http").close)
         DrainingServer(config, drain, serve.drain_timeout, engine).run(sockets=[server_socket])
+
+
+def load_tokenizer(path: str) -> Tokenizer:
+    """Return the target's tokenizer, without running code of its folder.
+
+    Raises:
+        SettingsError: the folder has none that transformers can load.
+    """
+    try:
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        # What transformers raises depends on what is missing or broken.
+        reason = str(error).strip().partition("\n")[0]
+        message = f"target.path {path}: no usable tokenizer: {type(error).__name__}: {reason}"
+        raise SettingsError(message) from error
+    return tokenizer
 
 
 def _start_consumer(settings: Settings, engine: BuiltinEngine, stack: ExitStack) -> AnswerConsumer | None:

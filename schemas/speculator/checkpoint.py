@@ -72,13 +72,16 @@ def read_tensor(folder: Path, name: str) -> Tensor:
     """Return one tensor of a model in Hugging Face format, from the shard that contains it.
 
     Raises:
-        CheckpointError: no shard contains it.
+        CheckpointError: no shard contains it, or a shard is not readable.
     """
     for shard in sorted(folder.glob("*.safetensors")):
-        with safe_open(shard, framework="pt") as file:
-            if name in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
-                found: Tensor = file.get_tensor(name)
-                return found
+        try:
+            with safe_open(shard, framework="pt") as file:
+                if name in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
+                    found: Tensor = file.get_tensor(name)
+                    return found
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{shard}: not readable as safetensors: {error}") from error
     raise CheckpointError(f"{folder}: no tensor {name} in its safetensors files")
 
 
@@ -125,6 +128,8 @@ def shape_for_target(
     except ValueError as error:
         raise CheckpointError(str(error)) from error
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
+    if heads % (kv_heads := config.get("num_key_value_heads") or heads):
+        raise CheckpointError(f"the target's {kv_heads} key and value heads do not divide its {heads} attention heads")
     if num_key_value_heads and heads % num_key_value_heads:
         raise CheckpointError(
             f"speculator.num_key_value_heads {num_key_value_heads} does not divide the target's {heads} attention heads"
@@ -133,7 +138,7 @@ def shape_for_target(
         hidden_size=hidden,
         intermediate_size=intermediate_size or config["intermediate_size"],
         num_attention_heads=heads,
-        num_key_value_heads=num_key_value_heads or config.get("num_key_value_heads") or heads,
+        num_key_value_heads=num_key_value_heads or kv_heads,
         head_dim=config.get("head_dim") or hidden // heads,
         vocab_size=config["vocab_size"],
         draft_vocab_size=min(draft_vocab_size, config["vocab_size"]),

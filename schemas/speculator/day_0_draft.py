@@ -81,9 +81,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     try:
-        config: dict[str, Any] = json.loads(path.read_text())
+        config = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not readable: {error}; set target.path to a model folder") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: a {type(config).__name__}, not an object; set target.path to a model folder")
     return config
 
 

@@ -14,9 +14,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
+import structlog
 import torch
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from torch import Tensor
+
+log = structlog.get_logger()
 
 _Number = Annotated[float, Field(gt=0, lt=2**31, allow_inf_nan=False)]
 _Positions = Annotated[int, Field(gt=0, lt=2**31)]
@@ -97,6 +100,8 @@ class Yarn:
 
 Scaling = Linear | Llama3 | Yarn
 _KINDS: dict[str, type[Scaling]] = {"linear": Linear, "llama3": Llama3, "yarn": Yarn}
+_UNUSED = "attn_factor"
+"""A factor on YaRN's magnitude that some servers read, and transformers does not."""
 
 
 def parse_scaling(config: Mapping[str, Any]) -> Scaling | None:
@@ -108,6 +113,9 @@ def parse_scaling(config: Mapping[str, Any]) -> Scaling | None:
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     kinds = {rope.pop(key) for key in ("rope_type", "type") if key in rope} or {"default"}
     rope.pop("rope_theta", None)
+    if rope.pop(_UNUSED, None) is not None:
+        # Neither does the target: transformers' rotary embedding does not know it.
+        log.warning("rope_parameter_ignored", parameter=_UNUSED)
     if kinds == {"default"}:
         return None
     kind = kinds.pop()

@@ -36,7 +36,10 @@ _OTHERS = frozenset(
         "Glm4ForCausalLM",
         "Olmo2ForCausalLM",
         "Olmo3ForCausalLM",
+        "MixtralForCausalLM",
         "Phi3ForCausalLM",
+        "Qwen2MoeForCausalLM",
+        "Qwen3MoeForCausalLM",
         "SeedOssForCausalLM",
         "SmolLM3ForCausalLM",
     }

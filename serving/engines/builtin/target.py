@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,14 +55,15 @@ class Target:
         Raises:
             CheckpointError: the folder holds no usable model.
         """
-        config = AutoConfig.from_pretrained(folder)
+        with _explain_failure():
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         self.shape = shape
         if positions > config.max_position_embeddings:
             raise CheckpointError(
                 f"serve.max_model_len is {positions}, but the target's context is {config.max_position_embeddings}"
             )
         self.eos_ids = _read_eos_ids(folder, config)
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=ATTENTION)
+        model = _load_model(folder)
         model.requires_grad_(requires_grad=False).eval().to(device)
         self.device = device
         self.embeddings_VH: Tensor = model.get_input_embeddings().weight
@@ -94,11 +96,42 @@ class Target:
         return logits_TV
 
 
+@contextmanager
+def _explain_failure() -> Iterator[None]:
+    """Turn any failure of transformers to read a folder into an error of one line."""
+    try:
+        yield
+    except Exception as error:
+        # What it raises depends on what is broken: OSError, ValueError, KeyError, RuntimeError, SafetensorError, ..
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointError(f"transformers cannot load the model: {type(error).__name__}: {reason}") from error
+
+
+def _load_model(folder: Path) -> Any:
+    """Return the model in fp32. Code in its folder is not run."""
+    with _explain_failure():
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            attn_implementation=ATTENTION,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    # In place of these transformers puts random values.
+    if missing := sorted(report["missing_keys"]):
+        raise CheckpointError(f"its weights lack {len(missing)} tensors, among them {missing[0]}")
+    for name, found, expected in report["mismatched_keys"]:
+        raise CheckpointError(f"its weight {name} is {list(found)}, but its configuration asks for {list(expected)}")
+    return model
+
+
 def _read_eos_ids(folder: Path, config: Any) -> frozenset[int]:
     """Return the EOS tokens, from the generation config if the folder has one, else from the model config."""
     ids = config.eos_token_id
     if (folder / "generation_config.json").exists():
-        ids = GenerationConfig.from_pretrained(folder).eos_token_id or ids
+        with _explain_failure():
+            ids = GenerationConfig.from_pretrained(folder).eos_token_id or ids
     if ids is None:
         return frozenset()
     return frozenset(ids if isinstance(ids, Iterable) else [ids])

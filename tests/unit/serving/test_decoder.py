@@ -13,12 +13,15 @@ from transformers import (
     Glm4Config,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Olmo2Config,
     Olmo3Config,
     Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
     SeedOssConfig,
     SmolLM3Config,
 )
@@ -38,6 +41,8 @@ from serving.engines.builtin.kv_cache import KVCache, RaggedBatch, Segment, Tree
 LAYERS, VOCABULARY, POSITIONS, CAPTURE = 4, 97, 48, (0, 1, 2)
 
 Build = Callable[..., PreTrainedConfig]
+
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
 
 
 def build(config: Build, **more: Any) -> Any:
@@ -80,9 +85,12 @@ def served(model: Any) -> tuple[Decoder, KVCache]:
         (GemmaConfig, {}, TransformersDecoder),
         (Glm4Config, {}, TransformersDecoder),
         (MistralConfig, {"sliding_window": POSITIONS}, TransformersDecoder),
+        (MixtralConfig, {"num_local_experts": 4}, TransformersDecoder),
         (Olmo2Config, {}, TransformersDecoder),
         (Olmo3Config, {}, TransformersDecoder),
         (Phi3Config, {}, TransformersDecoder),
+        (Qwen2MoeConfig, EXPERTS | {"shared_expert_intermediate_size": 24}, TransformersDecoder),
+        (Qwen3MoeConfig, EXPERTS, TransformersDecoder),
         (SeedOssConfig, {}, TransformersDecoder),
         (SmolLM3Config, {}, TransformersDecoder),
     ],

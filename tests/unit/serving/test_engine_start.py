@@ -1,15 +1,19 @@
 """Settings at the corners of the draft caches, and targets that the built-in engine cannot serve."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from structlog.testing import capture_logs
 from tiny_target import VOCABULARY, write_tiny_target
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import MistralConfig, MistralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from schemas.settings import SettingsError, load
 from serving.engines.base import Output, Request
@@ -74,10 +78,19 @@ def test_every_size_of_drafts_answers_requests_up_to_the_length_limit(
     assert (health.error, health.drafter_failures, health.speculating) == (None, 0, True)
 
 
-def write_config(tmp_path: Path, **changes: Any) -> Path:
-    folder = write_tiny_target(tmp_path)
+CUSTOM_CODE = {"model_type": "mine", "auto_map": {"AutoConfig": "configuration_mine.MineConfig"}}
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    """Change the configuration; None removes a key."""
     path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+def write_config(folder: Path, **changes: Any) -> Path:
+    write_tiny_target(folder)
+    change_config(folder, **changes)
     return folder
 
 
@@ -108,6 +121,87 @@ def test_quantized_weights_are_an_error(tmp_path: Path) -> None:
     folder = write_config(tmp_path, quantization_config={"quant_method": "awq", "bits": 4})
     with pytest.raises(SettingsError, match=r"^target\.path .*: the weights are quantized \(awq\)"):
         create_engine(folder)
+
+
+def remove_tensor(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.3.mlp.down_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def truncate_weights(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:2000])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (remove_tensor, "its weights lack 1 tensors, among them model.layers.3.mlp.down_proj.weight"),
+        (truncate_weights, "model.safetensors: not readable as safetensors"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "no tensor lm_head.weight in its safetensors files"),
+        (
+            lambda folder: change_config(folder, intermediate_size=64),
+            r"but its configuration asks for \[.*64",
+        ),
+        (lambda folder: change_config(folder, num_key_value_heads=3), "3 key and value heads do not divide its 4"),
+        (lambda folder: change_config(folder, hidden_act="unheard"), "cannot load the model: KeyError: 'unheard'"),
+        (lambda folder: change_config(folder, **CUSTOM_CODE), "cannot load the model: .*contains custom code"),
+        (lambda folder: (folder / "config.json").write_text("[1]"), "config.json: a list, not an object"),
+        (lambda folder: (folder / "generation_config.json").write_text("{"), "generation_config.json' is not a valid"),
+    ],
+)
+def test_a_broken_folder_is_an_error_of_one_line(tmp_path: Path, damage: Callable[[Path], Any], message: str) -> None:
+    folder = write_tiny_target(tmp_path)
+    damage(folder)
+    with pytest.raises(SettingsError, match=rf"^target\.path {folder}: .*{message}") as raised:
+        create_engine(folder)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+def test_a_rotary_parameter_that_transformers_does_not_know_is_ignored(tmp_path: Path, key: str) -> None:
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    without = create_engine(write_config(tmp_path / "without", rope_parameters=yarn))
+    folder = write_config(tmp_path / "with", **{"rope_parameters": None, key: yarn | {"attn_factor": 0.878}})
+    with capture_logs() as logs:
+        engine = create_engine(folder)
+    assert {"event": "rope_parameter_ignored", "parameter": "attn_factor", "log_level": "warning"} in logs
+    assert engine.line.partition("-")[2] == without.line.partition("-")[2], "the same draft"
+
+
+def test_a_mixture_of_experts_gives_the_answers_of_the_model_itself(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    config = Qwen3MoeConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        moe_intermediate_size=24,
+        num_experts=6,
+        num_experts_per_tok=2,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+        eos_token_id=None,
+    )
+    model = Qwen3MoeForCausalLM(config).half().eval()
+    model.save_pretrained(tmp_path)
+    prompt = (3, 14, 15, 9)
+    expected = model.float().generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)[0, 4:].tolist()
+    engine = create_engine(tmp_path, serve__adaptive_drafting=False)
+    engine.start()
+    outputs: SimpleQueue[Output] = SimpleQueue()
+    engine.submit(Request("experts", prompt, 20), outputs.put)
+    found: list[int] = []
+    last = Output(())
+    while last.finish is None:
+        last = outputs.get(timeout=60)
+        found += last.tokens
+    engine.stop()
+    assert (found, last.error) == (expected, None)
 
 
 def test_a_target_with_too_few_layers_is_an_error(tmp_path: Path) -> None:

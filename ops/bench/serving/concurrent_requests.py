@@ -13,6 +13,7 @@ from ops.bench.embedded_kafka import running_broker, use_broker
 from ops.bench.engines import DriveResult, EnginePool, RequestMode, drive
 from ops.bench.harness import Figure, Goal, Selection, compare_arms, percentile, run_alternating
 from ops.bench.serving.drafter_comparison import TEMPERATURES, ComparisonPlan
+from ops.bench.serving.vllm_comparison import VllmMode, VllmPlan
 from schemas.speculator import checkpoint
 from serving.engines.builtin.engine import BuiltinEngine
 from serving.traces.chunks import Origin
@@ -33,6 +34,7 @@ class ServingSize:
     swaps: int
     latency_requests: int
     drafters: ComparisonPlan
+    vllm: VllmPlan
 
 
 QUICK = ServingSize(
@@ -53,6 +55,8 @@ QUICK = ServingSize(
         warm_up=12,
         day_0_tokens=32,
     ),
+    # The exact type, and what was fastest of all on processors with bfloat16 instructions.
+    vllm=VllmPlan(trials=3, modes=(VllmMode("float32"), VllmMode("bfloat16", compiled=True)), draft_tokens=3),
 )
 FULL = ServingSize(
     trials=5,
@@ -71,6 +75,12 @@ FULL = ServingSize(
         kinds=("greedy", "sampled"),
         warm_up=40,
         day_0_tokens=64,
+    ),
+    vllm=VllmPlan(
+        trials=5,
+        # float16 takes six times as long as bfloat16 on processors without its instructions.
+        modes=tuple(VllmMode(dtype, compiled) for dtype in ("float32", "bfloat16") for compiled in (False, True)),
+        draft_tokens=3,
     ),
 )
 

@@ -22,6 +22,8 @@ from schemas.speculator.checkpoint import target_fingerprint
 DTYPES = ("float32", "bfloat16", "float16")
 LOOKUP_TOKENS = 10
 """Draft tokens of prompt lookup, as its authors recommend (transformers' documentation of ``generate``)."""
+_LLAMA_LOOKUP_TOKENS = 2
+"""Draft tokens of llama.cpp's prompt lookup, as its documentation recommends for a CPU."""
 
 _ARCHITECTURE = "LlamaForCausalLM"
 _TRIED_TOKENS = 8
@@ -69,20 +71,33 @@ class Generate:
 class LlamaCpp:
     """llama.cpp on the same weights in fp16: greedy, one prompt at a time."""
 
-    def __init__(self, folder: Path, cache: Path, threads: int, end_tokens: Iterable[int]) -> None:
+    def __init__(
+        self, folder: Path, cache: Path, threads: int, end_tokens: Iterable[int], *, lookup: bool = False
+    ) -> None:
         """Load the model; the first time it is written as GGUF into ``cache``.
+
+        Args:
+            folder: The target.
+            cache: For the GGUF file.
+            threads: Of the processor.
+            end_tokens: Tokens that end an output.
+            lookup: Whether it drafts by prompt lookup, its own speculation without a draft model.
 
         Raises:
             PeerAbsentError: llama-cpp-python is not installed, or the target is no plain Llama.
         """
         try:
             import llama_cpp
+            from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
         except ImportError as error:
             raise PeerAbsentError(f"{error}; `make peers` builds llama-cpp-python") from error
         self._end_tokens = frozenset(end_tokens)
         self.version = str(llama_cpp.__version__)
         file = str(provide_gguf(folder, cache))
-        self._llama = llama_cpp.Llama(file, n_ctx=_CONTEXT, n_threads=threads, n_threads_batch=threads, verbose=False)
+        draft = LlamaPromptLookupDecoding(num_pred_tokens=_LLAMA_LOOKUP_TOKENS) if lookup else None
+        self._llama = llama_cpp.Llama(
+            file, n_ctx=_CONTEXT, n_threads=threads, n_threads_batch=threads, draft_model=draft, verbose=False
+        )
 
     def generate(self, prompt: tuple[int, ...], max_tokens: int) -> tuple[int, ...]:
         """Return the output tokens of one prompt."""

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from ops.bench.engines import EnginePool
 from ops.bench.harness import Figure, Report, Say, Selection, Session, select_figures
-from ops.bench.serving import concurrent_requests, drafter_comparison, single_stream
+from ops.bench.serving import concurrent_requests, drafter_comparison, single_stream, vllm_comparison
 from ops.bench.serving.concurrent_requests import FULL, QUICK, ServingSize
 from schemas.settings import Settings
 
@@ -37,6 +37,7 @@ def figure_names(size: ServingSize) -> list[str]:
     """Return the names of all figures of a size."""
     return [
         *single_stream.FIGURE_NAMES,
+        *vllm_comparison.FIGURE_NAMES,
         *concurrent_requests.figure_names(size),
         *drafter_comparison.figure_names(size.drafters),
     ]
@@ -45,6 +46,7 @@ def figure_names(size: ServingSize) -> list[str]:
 def _measure(pool: EnginePool, size: ServingSize, selected: Selection) -> Iterator[Figure]:
     if any(map(selected, single_stream.FIGURE_NAMES)):
         yield from single_stream.SingleStream(pool, size.trials, selected).measure()
+    yield from vllm_comparison.VllmComparison(pool, size.vllm, selected).measure()
     yield from concurrent_requests.measure_speedups(pool, size, selected)
     yield from concurrent_requests.measure_trace_overhead(pool, size, selected)
     yield from concurrent_requests.measure_swap_gap(pool, size, selected)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,11 +32,15 @@ class SpeedRatio:
     goal: Goal | None = None
 
 
+_LLAMA, _LLAMA_LOOKUP = "llama.cpp", "llama.cpp_lookup"
+
 RATIOS = {
     "ours_vs_generate": SpeedRatio("ours", "generate", Goal(2.0, at_least=True)),
     "speculation_speedup_b1_greedy": SpeedRatio("speculating", "ours", Goal(1.5, at_least=True)),
-    "ours_vs_llamacpp": SpeedRatio("speculating", "llama.cpp", Goal(1.0, at_least=True)),
-    "plain_vs_llamacpp": SpeedRatio("ours", "llama.cpp"),
+    "ours_vs_llamacpp": SpeedRatio("speculating", _LLAMA, Goal(1.0, at_least=True)),
+    "plain_vs_llamacpp": SpeedRatio("ours", _LLAMA),
+    "llamacpp_speculation": SpeedRatio(_LLAMA_LOOKUP, _LLAMA),
+    "ours_vs_llamacpp_speculating": SpeedRatio("speculating", _LLAMA_LOOKUP, Goal(1.0, at_least=True)),
     "prompt_lookup_generate": SpeedRatio("lookup", "generate"),
     "ours_vs_prompt_lookup": SpeedRatio("speculating", "lookup"),
     "random_draft_penalty_b1": SpeedRatio("undrafted", "random", Goal(1.03, at_least=False)),
@@ -100,18 +104,24 @@ class SingleStream:
                 self._arms[name] = partial(generate.generate, lookup=lookup)
 
     def _load_llama_cpp(self) -> None:
-        if "llama.cpp" not in self._needed:
-            return
         folder, settings = self._pool.folder, self._pool.settings
         cache = Path(settings.stack.data_dir) / "bench" / "gguf"
-        try:
-            llama = LlamaCpp(folder, cache, settings.serve.num_threads, prompts.read_end_tokens(folder))
-        except PeerAbsentError as error:
-            self._absent["llama.cpp"] = str(error)
-            return
-        self._detail["llama.cpp_version"] = llama.version
-        self._arms["llama.cpp"] = llama.generate
-        llama.generate(self._pool.prompts[0], 4)
+        for name in (_LLAMA, _LLAMA_LOOKUP):
+            if name in self._needed:
+                try:
+                    llama = LlamaCpp(
+                        folder,
+                        cache,
+                        settings.serve.num_threads,
+                        prompts.read_end_tokens(folder),
+                        lookup=name == _LLAMA_LOOKUP,
+                    )
+                except PeerAbsentError as error:
+                    self._absent[name] = str(error)
+                    continue
+                self._detail["llama.cpp_version"] = llama.version
+                self._arms[name] = llama.generate
+                llama.generate(self._pool.prompts[0], 4)
 
     def _generate(
         self, engine: BuiltinEngine, mode: RequestMode, prompt: tuple[int, ...], _max_tokens: int
@@ -139,7 +149,7 @@ class SingleStream:
     def _agreement(self, one: str, other: str) -> float:
         """Return the share of the tokens before the first difference; rounding separates two arms at a near tie."""
         pairs = list(zip(self._outputs[one], self._outputs[other], strict=True))
-        return sum(_common_prefix(a, b) for a, b in pairs) / max(sum(min(len(a), len(b)) for a, b in pairs), 1)
+        return sum(common_prefix(a, b) for a, b in pairs) / max(sum(min(len(a), len(b)) for a, b in pairs), 1)
 
     def _bandwidth(self, tokens_per_s: float) -> Figure:
         kernel = self._pool.engine().weight_dtype
@@ -184,5 +194,6 @@ def _read_bandwidth(threads: int, repeats: int = 5) -> float:
     return best
 
 
-def _common_prefix(a: tuple[int, ...], b: tuple[int, ...]) -> int:
+def common_prefix(a: Sequence[object], b: Sequence[object]) -> int:
+    """Return the number of equal items at the beginning of two sequences."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -3,7 +3,8 @@
 ``serving.versions.alias_policy`` selects the version from the registry's answers: the one of the followed alias or, in
 canary slices, the one of ``canary``. The cache downloads, checks and smoke-drafts it (``serving.versions.cache``); the
 active version is then swapped between two verify steps. Whatever fails, the engine keeps its draft. A defective version
-is rejected for good. A registry that is unreachable is polled less and less often.
+is rejected for good, a version whose swap fails is tried again less and less often, and a registry that is unreachable
+is polled less and less often.
 
 While a canary is active, both versions are cached, and a thread that never waits for the registry swaps them where one
 time slice ends and the next begins.
@@ -85,7 +86,8 @@ class VersionPoller:
         self._serves_canaries = settings.canary.share > 0 and self.alias == CHAMPION
         self._clock, self._monotonic = clock, monotonic
         self._policy = UpdatePolicy(settings.update, self._serve.node)
-        self._cache, self._active = VersionCache(registry, engine), ActiveVersion(engine)
+        self._cache = VersionCache(registry, engine)
+        self._active = ActiveVersion(engine, self._serve.poll_interval, monotonic)
 
         self._followed = FollowedAliases()
         self._main: str | None = None
@@ -176,8 +178,9 @@ class VersionPoller:
 
     @property
     def update_blocked(self) -> str | None:
-        """Why the version that the alias names is not followed, or why the audit state is not used; usually None."""
-        return self._unfollowed or self._unreadable
+        """Why the version that the alias names is not active, or why the audit state is not used; usually None."""
+        failed = self._active.failed
+        return self._unfollowed or self._unreadable or (failed.why if failed else None)
 
     def poll(self) -> None:
         """Read the aliases once, and serve what they select unless a version is pinned."""
@@ -202,6 +205,7 @@ class VersionPoller:
         """Yield the metrics at scrape time."""
         for name, text, value in (
             ("aurora_serve_version_swaps", "Swaps of the active version.", self._active.swap_count),
+            ("aurora_serve_version_swap_failures", "Swaps that failed.", self._active.failure_count),
             ("aurora_serve_versions_rejected", "Versions rejected as defective.", len(self.rejected)),
             ("aurora_serve_registry_errors", "Registry polls that failed.", self._error_count),
             (
@@ -255,7 +259,8 @@ class VersionPoller:
                 self._update_to(main)
             else:
                 self._behind_since = None
-            if self._main is not None and self._main != self._active.version and not self._has_canary():
+            is_behind = self._main is not None and self._main != self._active.version
+            if self._main is not None and is_behind and not (self._has_canary() or self._active.is_delayed(self._main)):
                 self._fetch(self._main)
         finally:
             # A canary that has ended stops serving, also while the registry is unreachable.
@@ -279,7 +284,7 @@ class VersionPoller:
             with self._active.lock:
                 self._main = version
                 self._activate_selected()
-                if is_newer:
+                if is_newer and self._active.version == version:
                     self._policy.record_update(started, fetched, self._active.swaps[-1].pause_ms / 1e3)
         self._behind_since = None
 
@@ -319,18 +324,15 @@ class VersionPoller:
         return self._main, self.alias
 
     def _activate_selected(self) -> None:
-        """Activate the selected version, if it is cached."""
+        """Activate the selected version, if it is cached. A swap that fails is tried again later."""
         with self._active.lock:
             version, role = self._select()
-            if version is not None and (version == self._active.version or self._cache.is_cached(version)):
-                self._activate(version, role)
-
-    def _activate(self, version: str, role: str) -> None:
-        if version == self._active.version:
-            self._active.role = role
-        else:
-            self._active.swap(version, self._cache.draft(version), role)
-            self._policy.record_swap()
+            if version is None:
+                return
+            if version == self._active.version:
+                self._active.role = role
+            elif self._cache.is_cached(version) and self._active.try_swap(version, self._cache.draft(version), role):
+                self._policy.record_swap()
 
     def _enqueue(self, version: str | None) -> Future[None]:
         request = _PinRequest(version, Future())
@@ -359,7 +361,11 @@ class VersionPoller:
                 raise UnknownVersionError(f"line {self._engine.line} has no version {version!r}")
             self._cache.fetch(version)
         with self._active.lock:
-            self._activate(version, PINNED)
+            if version == self._active.version:
+                self._active.role = PINNED
+            else:
+                self._active.swap(version, self._cache.draft(version), PINNED)
+                self._policy.record_swap()
             self.pinned, self._behind_since = version, None
             self._cache.retain(())
         log.info("version_pinned", version=version)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,12 +12,14 @@ from api_node import eventually
 from hypothesis import given
 from hypothesis import strategies as st
 from idle_health import IDLE
+from structlog.testing import capture_logs
 from version_registry import DRAFTS, LINE, FakeRegistry
 
 from schemas.settings import Canary, Serve, Settings, Update
 from schemas.speculator.checkpoint import CheckpointError
 from schemas.speculator.network import EagleDraft
 from serving.engines.base import EngineHealth, SwapResult
+from serving.versions.active_version import MAX_RETRY_DELAY_S
 from serving.versions.alias_policy import is_canary_slice, slice_number
 from serving.versions.cache import RegistryError, RejectedVersionError, UnknownVersionError
 from serving.versions.poller import MAX_POLL_DELAY_S, VersionPoller, poll_delay
@@ -27,6 +30,7 @@ class FakeEngine:
     line: str = LINE
     served: list[tuple[str, EagleDraft]] = field(default_factory=list)
     broken: bool = False
+    swap_calls: int = 0
     not_finite: bool = False
 
     def check(self, draft: EagleDraft) -> None:
@@ -37,6 +41,7 @@ class FakeEngine:
         return IDLE
 
     def swap(self, draft: EagleDraft, version: str) -> SwapResult:
+        self.swap_calls += 1
         if self.broken:
             raise RuntimeError("the engine is stopping")
         self.served.append((version, draft))
@@ -189,15 +194,6 @@ def test_the_first_answer_after_an_outage_is_followed(
     assert (engine.versions, poller.error) == (["1", "2"], None)
 
 
-def test_a_failed_swap_is_retried(poller: VersionPoller, registry: FakeRegistry, engine: FakeEngine) -> None:
-    registry.alias, engine.broken = "1", True
-    poller.poll()
-    assert poller.error == "the engine is stopping"
-    engine.broken = False
-    poller.poll()
-    assert (engine.versions, poller.rejected) == (["1"], ())
-
-
 @dataclass
 class Clock:
     now: float = 0.0
@@ -210,6 +206,64 @@ class Clock:
         self.now += SLICE_S
         while is_canary_slice("node-0", slice_number(self.now, SLICE_S), SHARE) != (role == "canary"):
             self.now += SLICE_S
+
+
+def metrics(poller: VersionPoller) -> dict[str, float]:
+    return {sample.name: sample.value for metric in poller.collect() for sample in metric.samples}
+
+
+def test_a_failing_swap_is_retried_less_and_less_often_with_one_log_line(
+    registry: FakeRegistry, engine: FakeEngine
+) -> None:
+    clock = Clock()
+    settings = Settings(serve=Serve(poll_interval=2.0))
+    poller = VersionPoller(registry, engine, settings, monotonic=clock)  # type: ignore[arg-type]
+    registry.alias = "1"
+    poller.poll()
+    registry.alias, engine.broken = "2", True
+    tried: list[float] = []
+    with capture_logs() as logs:
+        for _ in range(2000):
+            before = engine.swap_calls
+            poller.poll()
+            if engine.swap_calls > before:
+                tried.append(clock.now)
+            clock.now += 1
+    assert tried[:5] == [0, 2, 6, 14, 30]
+    assert max(later - earlier for earlier, later in pairwise(tried)) == MAX_RETRY_DELAY_S
+    assert len(registry.downloads) == 1 + len(tried), "one download for each try"
+    assert [entry["version"] for entry in logs if entry["event"] == "swap_failed"] == ["2"]
+    assert not [entry for entry in logs if entry["event"].startswith("poll_")]
+    assert (engine.versions, poller.error, poller.rejected) == (["1"], None, ())
+    assert poller.update_blocked == "the swap to version 2 fails: the engine is stopping"
+    assert metrics(poller)["aurora_serve_version_swap_failures_total"] == len(tried)
+    engine.broken = False
+    clock.now += MAX_RETRY_DELAY_S
+    poller.poll()
+    assert (engine.versions, poller.update_blocked) == (["1", "2"], None)
+
+
+def test_another_version_is_tried_at_once_after_a_failed_swap(
+    poller: VersionPoller, registry: FakeRegistry, engine: FakeEngine
+) -> None:
+    registry.alias, engine.broken = "1", True
+    poller.poll()
+    engine.broken = False
+    poller.poll()
+    assert engine.versions == []
+    registry.alias = "2"
+    poller.poll()
+    assert (engine.versions, poller.update_blocked) == (["2"], None)
+
+
+def test_a_pin_is_tried_at_once_after_a_failed_swap(
+    running_poller: VersionPoller, registry: FakeRegistry, engine: FakeEngine
+) -> None:
+    registry.alias, engine.broken = "1", True
+    running_poller.poll()
+    engine.broken = False
+    running_poller.pin("1").result(10)
+    assert (engine.versions, running_poller.pinned) == (["1"], "1")
 
 
 SHARE, SLICE_S = 0.5, 30.0

@@ -6,16 +6,17 @@ the committed tokens, which as far as the chain is accepted are its own.
 
 **Greedy.** The chain consists of the draft's most likely tokens. A token is accepted if it is the committed one.
 
-**Sampled.** The chain is drawn from the draft's distribution q, and a token is accepted with probability min(1, p / q).
-A generated token x comes from the draft with probability min(p(x), q(x)) and has probability p(x) in total (Leviathan
-et al., arXiv 2211.17192, appendix A.1). Given that x was generated, it was an accepted draft token with probability
-min(1, q(x) / p(x)). Its mean over generated tokens is the sum of min(p, q); given the tokens it is exact at every
-depth.
+**Sampled.** Target and draft choose by the same noise from their distributions p and q, as in
+``serving.engines.builtin.noise``, and a token is accepted if both choose it. Both choose x with probability
+1 / sum_v max(p(v) / p(x), q(v) / q(x)) (Daliri et al., arXiv 2408.07978), and the target chooses x with probability
+p(x). The quotient is the probability that the draft proposed x, given that x was generated. The noise of a position is
+independent of that of others, so it is exact at every depth.
 
 **Unrecorded probabilities.** Only the target's top k are logged. The tail of p is treated as tokens as likely as the
 last recorded one, which at temperature 1 is exact for the sum; with ``top_k`` up to the recorded number there is no
-tail. A generated token that is not among the recorded ones counts as likely as the last of them: its acceptance
-probability is underestimated, never overestimated, and such tokens are counted.
+tail. A generated token that is not among the recorded ones counts as likely as the last of them, such tokens are
+counted, and the draft is taken to put its remaining mass on other tokens of the tail than the target does: an
+acceptance probability is underestimated, never overestimated.
 
 Shapes: N tokens of the request, R roots, K longest draft, A live chains, F feature width, k teacher width, V target
 vocabulary.
@@ -40,10 +41,12 @@ ROOTS_PER_UNROLL = 512
 
 
 class TargetLikelihood(NamedTuple):
-    """The target's probabilities of the generated tokens."""
+    """The target's probabilities under the request's sampling."""
 
     probs_R: Tensor
-    """Under the request's sampling."""
+    """Of the generated tokens."""
+    recorded_Rk: Tensor
+    """Of the recorded tokens."""
     outside: int
     """Number of tokens that were not among the recorded ones."""
 
@@ -56,11 +59,11 @@ def acceptance_probabilities(draft: EagleDraft, embeddings_VH: Tensor, past: Pas
     request is computed alone, so that its figures do not depend on other requests.
     """
     roots = torch.arange(past.prompt, len(past.tokens_N) - 1)
-    target_probs_R = None if past.sampling.greedy else target_likelihood(past).probs_R
+    likelihood = None if past.sampling.greedy else target_likelihood(past)
     found = torch.zeros(len(roots), longest, dtype=torch.float64)
     for start in range(0, len(roots), ROOTS_PER_UNROLL):
         group = roots[start : start + ROOTS_PER_UNROLL]
-        found[group - past.prompt] = _unroll(draft, embeddings_VH, past, group, target_probs_R, longest)
+        found[group - past.prompt] = _unroll(draft, embeddings_VH, past, group, likelihood, longest)
     probs_RK: F64 = found.numpy()
     return probs_RK
 
@@ -71,7 +74,22 @@ def target_likelihood(past: PastRequest) -> TargetLikelihood:
     generated_R1 = past.tokens_N[past.prompt :, None]
     hit_Rk = past.teacher.ids == generated_R1
     own_R = torch.where(hit_Rk, probs_Rk, 0).sum(-1)
-    return TargetLikelihood(torch.where(own_R > 0, own_R, least_R), int((~hit_Rk.any(-1)).sum()))
+    return TargetLikelihood(torch.where(own_R > 0, own_R, least_R), probs_Rk, int((~hit_Rk.any(-1)).sum()))
+
+
+def coupled_acceptance(own_p_R: Tensor, p_Rk: Tensor, own_q_R: Tensor, q_Rk: Tensor) -> Tensor:
+    """Return [R] the probability that the draft chose the token that the target chose.
+
+    Args:
+        own_p_R: The target's probability of that token.
+        p_Rk: The target's probabilities of some tokens.
+        own_q_R: The draft's probability of that token.
+        q_Rk: The draft's probabilities of the same tokens. The rest of both distributions lies on different tokens.
+    """
+    p_tail_R, q_tail_R = (1 - p_Rk.sum(-1)).clamp_min(0), (1 - q_Rk.sum(-1)).clamp_min(0)
+    scaled_R = torch.maximum(p_Rk * own_q_R[:, None], q_Rk * own_p_R[:, None]).sum(-1)
+    scaled_R = scaled_R + p_tail_R * own_q_R + q_tail_R * own_p_R
+    return own_q_R / scaled_R.clamp_min(torch.finfo(scaled_R.dtype).tiny)
 
 
 def apply_sampling(teacher: Teacher, sampling: RequestSampling) -> tuple[Tensor, Tensor]:
@@ -109,7 +127,7 @@ def _unroll(
     embeddings_VH: Tensor,
     past: PastRequest,
     roots: Tensor,
-    target_probs_R: Tensor | None,
+    likelihood: TargetLikelihood | None,
     longest: int,
 ) -> Tensor:
     tokens_N, end = past.tokens_N, len(past.tokens_N)
@@ -125,14 +143,18 @@ def _unroll(
         inside_A = at_A < end
         committed_A = tokens_N[at_A.clamp_max(end - 1)]
         logits = draft.logits(hidden)
-        if target_probs_R is None:
+        if likelihood is None:
             accepted_A = (draft.to_target_ids(logits.argmax(-1)) == committed_A).double()
         else:
             sampling = past.sampling
             probs = sampling_probs(logits, sampling.temperature, sampling.top_p, sampling.top_k)
-            own_A = probs.gather(-1, draft_id_V[committed_A].clamp_min(0)[:, None])[:, 0].double()
-            target_A = target_probs_R[(at_A - past.prompt).clamp_max(len(target_probs_R) - 1)]
-            accepted_A = torch.where(draft.t2d[committed_A], own_A / target_A, 0).clamp_max(1)
+            row_A = (at_A - past.prompt).clamp_max(len(likelihood.probs_R) - 1)
+            own_q_A, q_Ak = (
+                torch.where(draft.t2d[ids], probs.gather(-1, draft_id_V[ids].clamp_min(0)), 0).double()
+                for ids in (committed_A[:, None], past.teacher.ids[row_A])
+            )
+            p_A, p_Ak = likelihood.probs_R[row_A], likelihood.recorded_Rk[row_A]
+            accepted_A = coupled_acceptance(p_A, p_Ak, own_q_A[:, 0], q_Ak).clamp_max(1)
         found[live_A, depth] = torch.where(inside_A, accepted_A, 0)
         (on,) = (found[live_A, depth] > 0).nonzero(as_tuple=True)
         if depth + 1 == longest or not len(on):

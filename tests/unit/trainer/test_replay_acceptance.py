@@ -18,7 +18,7 @@ from trainer.data.batch import collate
 from trainer.data.samples import Sample, Teacher
 from trainer.objective.simulated_acceptance import simulate_batch
 from trainer.replay.acceptance_figures import compare_steps, compute_figures
-from trainer.replay.chains import acceptance_probabilities, apply_sampling, target_likelihood
+from trainer.replay.chains import acceptance_probabilities, apply_sampling, coupled_acceptance, target_likelihood
 from trainer.replay.past_requests import PastRequest, RequestSampling, RequestService
 from trainer.replay.request_evaluation import merge_acceptance
 from trainer.replay.verify_steps import ExpectedSteps, expect_steps
@@ -160,6 +160,21 @@ def test_a_sampled_token_is_accepted_with_the_probability_that_the_draft_propose
     assert ((found >= 0) & (found <= 1)).all()
     assert (found[answers[1:].numpy() >= 20] == 0).all(), "outside the draft vocabulary"
     assert found.max() > 0.02
+
+
+def test_coupled_acceptance_is_the_share_of_noise_by_which_both_choose_the_token() -> None:
+    generator = torch.Generator().manual_seed(5)
+    p_V, q_V = torch.softmax(torch.randn(2, 6, generator=generator, dtype=torch.float64) * 1.5, dim=-1)
+    noise_NV = torch.empty(200_000, 6, dtype=torch.float64).exponential_(generator=generator)
+    target_N, draft_N = (p_V / noise_NV).argmax(-1), (q_V / noise_NV).argmax(-1)
+    recorded = p_V.topk(4).indices
+    for token in range(6):
+        chosen = target_N == token
+        share = float((draft_N[chosen] == token).double().mean())
+        own_p_R, own_q_R = p_V[token][None], q_V[token][None]
+        assert float(coupled_acceptance(own_p_R, p_V[None], own_q_R, q_V[None])) == pytest.approx(share, abs=0.015)
+        narrow = coupled_acceptance(own_p_R, p_V[recorded][None], own_q_R, q_V[recorded][None])
+        assert float(narrow) < share + 0.015, "an unrecorded tail lowers the estimate"
 
 
 def _fields(one: PastRequest) -> dict[str, object]:

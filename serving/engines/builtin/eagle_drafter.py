@@ -15,13 +15,15 @@ size, D draft vocabulary, V target vocabulary.
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from weakref import WeakKeyDictionary
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -31,15 +33,20 @@ from schemas.speculator.checkpoint import CheckpointError
 from schemas.speculator.network import EagleDraft
 from schemas.trace.record import ROOT
 from serving.engines.base import Request
+from serving.engines.builtin.chain_rows import ChainRows
 from serving.engines.builtin.cuda_graphs import CudaGraphRunner
 from serving.engines.builtin.drafter import DraftNode, DraftTree
-from serving.engines.builtin.kernels import narrowest_dtype, replace_linears, replace_norms, topk
+from serving.engines.builtin.kernels import WeightDtype, topk
 from serving.engines.builtin.kv_cache import BatchLayout, KVCache, RaggedBatch, Segment, TreeLayout
 from serving.engines.builtin.noise import exponential_noise
+from serving.engines.builtin.packed_draft import PackedDraft, list_target_ids
 from serving.engines.builtin.sequence import Sequence
 from serving.planner.acceptance_model import AcceptanceModel
 from serving.planner.latency_model import ForwardTiming
 from serving.planner.planner import DraftBudget
+
+F32 = npt.NDArray[np.float32]
+I64 = npt.NDArray[np.int64]
 
 _CANDIDATES = 64
 """Likeliest tokens of the draft among which a sampled request's noise chooses."""
@@ -49,14 +56,14 @@ class EagleDrafter:
     """Drafts with an EAGLE-3 draft. The draft shares the target's embeddings.
 
     Args:
-        draft: The network; the drafter uses a packed copy.
+        draft: The network, on a CPU; the drafter uses a packed copy.
         version: Speculator version of the network.
         embeddings_VH: The target's embeddings.
         slots: Maximum number of sequences.
         positions: Maximum length of a sequence with its draft.
         width: Nodes that a draft step extends; 1 drafts chains.
         depth: Maximum depth of a draft.
-        use_graphs: Whether to run forwards on a GPU as CUDA graphs.
+        weight_dtype: Weight dtype of the packed copies; None chooses the fastest.
     """
 
     def __init__(
@@ -69,18 +76,19 @@ class EagleDrafter:
         *,
         width: int = 1,
         depth: int = 16,
-        use_graphs: bool = True,
+        weight_dtype: WeightDtype | None = None,
     ) -> None:
         shape = draft.shape
         self.version = version
         self._device = embeddings_VH.device
-        self._network = pack_draft(draft, self._device)
         self._embeddings_VH = embeddings_VH
         self._width = width
         entries = positions + (width * depth if width > 1 else 0)
+        self._pack = partial(PackedDraft, positions=entries, device=self._device, dtype=weight_dtype)
+        self._packed: WeakKeyDictionary[EagleDraft, PackedDraft] = WeakKeyDictionary()
+        self._network = self._pack(draft)
         self._cache = KVCache(1, slots, shape.num_key_value_heads, entries, shape.head_dim, self._device)
-        on_gpu = self._device.type == "cuda"
-        self._graphs = CudaGraphRunner(self._forward, self._cache) if use_graphs and on_gpu else None
+        self._graphs = CudaGraphRunner(self._forward, self._cache) if self._device.type == "cuda" else None
 
     def draft(
         self, sequences: list[Sequence], budget: DraftBudget, acceptance: Mapping[bool, AcceptanceModel]
@@ -95,9 +103,10 @@ class EagleDrafter:
         Returns:
             The trees with all drafted nodes, and the duration of each draft step.
         """
-        trees = [_GrowingTree(seq, budget, acceptance[seq.is_greedy]) for seq in sequences]
+        by_slot = sorted(sequences, key=lambda seq: seq.slot)
+        trees = [_GrowingTree(seq, budget, acceptance[seq.is_greedy]) for seq in by_slot]
         started = time.perf_counter()
-        hidden_FH = self._consume_committed(sequences)
+        hidden_FH = self._consume_committed(by_slot)
         timings, growing = [], trees
         for depth in range(1, budget.depth + 1):
             drafting = len(growing)
@@ -110,7 +119,21 @@ class EagleDrafter:
             started = now
             if not growing:
                 break
-        return [DraftTree(tuple(tree.nodes), self.version) for tree in trees], timings
+        drafts = {tree.seq.slot: DraftTree(tuple(tree.nodes), self.version) for tree in trees}
+        return [drafts[seq.slot] for seq in sequences], timings
+
+    def pack(self, draft: EagleDraft) -> PackedDraft:
+        """Return a packed copy of the given weights, the same one as long as the caller keeps them.
+
+        Raises:
+            CheckpointError: the weights have another shape or vocabulary.
+        """
+        own = self._network
+        if draft.shape != own.shape or not torch.equal(list_target_ids(draft), own.target_ids_D.cpu()):
+            raise CheckpointError("the draft's shape or vocabulary is not that of this node's line")
+        if draft not in self._packed:
+            self._packed[draft] = self._pack(draft)
+        return self._packed[draft]
 
     def check(self, draft: EagleDraft) -> None:
         """Run a smoke draft with the given weights over made-up features.
@@ -118,20 +141,21 @@ class EagleDrafter:
         Raises:
             CheckpointError: the weights have another shape or vocabulary, or produce values that are not finite.
         """
-        if draft.shape != self._network.shape or not torch.equal(draft.d2t.cpu(), self._network.d2t.cpu()):
-            raise CheckpointError("the draft's shape or vocabulary is not that of this node's line")
-        rows = 8
-        drafter = EagleDrafter(draft, "", self._embeddings_VH, slots=1, positions=2 * rows, use_graphs=False)
+        network, rows = self.pack(draft), 8
         generator = torch.Generator().manual_seed(0)
         features_TF = torch.randn(rows, draft.shape.feature_width, generator=generator).to(self._device)
-        seq = synthetic_sequence([0, *range(rows)], features_TF)
         with torch.inference_mode():
-            finite = torch.isfinite(drafter._network.logits(drafter._consume_committed([seq]))).all()
+            tokens_T = torch.arange(rows, device=self._device)
+            hidden_TH = network.fuse(features_TF)
+            q_TNE, k_TME, v_TME = network.project(self._embeddings_VH[tokens_T], hidden_TH, tokens_T)
+            cache = KVCache(1, 1, k_TME.shape[1], rows, k_TME.shape[2], self._device)
+            attended_TNE = cache.attend(0, RaggedBatch([Segment(0, 0, rows)], self._device), q_TNE, k_TME, v_TME)
+            finite = torch.isfinite(network.logits(network.finish(hidden_TH, attended_TNE))).all()
         if not finite:
             raise CheckpointError("smoke draft: scores are not finite")
 
-    def swap(self, packed: EagleDraft, version: str) -> None:
-        """Draft with other weights (``pack_draft``). Running sequences keep the keys of the weights before."""
+    def swap(self, packed: PackedDraft, version: str) -> None:
+        """Draft with other weights (``pack``). Running sequences keep the keys of the weights before."""
         if self._graphs:
             self._network.load_state_dict(packed.state_dict())
         else:
@@ -158,16 +182,19 @@ class EagleDrafter:
         if self._graphs:
             return self._run_forward(tokens_T, hidden_TH, batch)[batch.last_rows]
         # Only the last row of each sequence needs a hidden state; the rows before leave just their keys and values.
-        q, k, v = network.project(self._embeddings_VH[tokens_T][None], hidden_TH[None], batch.positions_T[None])
-        self._cache.write(0, batch, k[0].transpose(0, 1), v[0].transpose(0, 1))
+        q_TNE, k_TME, v_TME = network.project(self._embeddings_VH[tokens_T], hidden_TH, batch.positions_T)
+        self._cache.write(0, batch, k_TME, v_TME)
         last = batch.last_rows
-        ends = RaggedBatch([Segment(seq.slot, seq.num_draft_cached_tokens - 1, 1) for seq in sequences], self._device)
-        attended_BNE = self._cache.read(0, ends, q[0].transpose(0, 1)[last])
-        return network.finish(hidden_TH[last][None], attended_BNE.transpose(0, 1)[None])[0]
+        ends = ChainRows([(seq.slot, seq.num_draft_cached_tokens - 1) for seq in sequences])
+        return network.finish(hidden_TH[last], self._cache.read(0, ends, q_TNE[last]))
 
     def _consume_frontiers(self, trees: list[_GrowingTree], hidden_FH: Tensor) -> Tensor:
         """Run the frontier nodes of all trees; return the hidden states [F, H] after them."""
-        batch = RaggedBatch([tree.segment() for tree in trees], self._device)
+        batch: RaggedBatch | ChainRows
+        if self._graphs or self._width > 1:
+            batch = RaggedBatch([tree.segment() for tree in trees], self._device)
+        else:
+            batch = ChainRows([(tree.seq.slot, tree.seq.num_draft_cached_tokens + len(tree.cached)) for tree in trees])
         tokens_F = torch.tensor(
             [tree.nodes[node].token for tree in trees for node in tree.frontier], device=self._device
         )
@@ -178,35 +205,33 @@ class EagleDrafter:
 
     def _extend(self, trees: list[_GrowingTree], hidden_FH: Tensor) -> None:
         """Draft the children of every frontier node; the most promising children become the frontier."""
-        logits_FD = self._network.logits(hidden_FH)
-        few = all(tree.seq.is_greedy for tree in trees)
-        best = topk(logits_FD, self._width if few else min(_CANDIDATES, logits_FD.shape[-1]))
-        scores_Fk = best.scores_Rk.cpu()
-        norms_F = logits_FD.logsumexp(dim=-1).tolist()
-        tokens_Fk = self._network.to_target_ids(best.ids_Rk).cpu()
+        logprobs_FD = self._network.logits(hidden_FH).log_softmax(dim=-1)
+        greedy = all(tree.seq.is_greedy for tree in trees)
+        best = topk(logprobs_FD, self._width if greedy else min(_CANDIDATES, logprobs_FD.shape[-1]))
+        logprobs_Fk = best.scores_Rk.cpu().numpy()
+        tokens_Fk = self._network.target_ids_D[best.ids_Rk].cpu().numpy()
         row = 0
         for tree in trees:
             added: list[tuple[float, int, int]] = []
             for parent in tree.frontier:
-                ranking = tree.rank_children(parent, scores_Fk[row], norms_F[row], tokens_Fk[row])
+                ranking = tree.rank_children(parent, logprobs_Fk[row], tokens_Fk[row])
                 for child, confidence in ranking[: self._width]:
-                    logprob = float(scores_Fk[row, child]) - norms_F[row]
-                    node = tree.add(int(tokens_Fk[row, child]), parent, logprob, confidence)
+                    token, logprob = int(tokens_Fk[row, child]), float(logprobs_Fk[row, child])
+                    node = tree.add(token, parent, logprob, confidence)
                     added.append((-tree.nodes[node].chance, node, row))
                 row += 1
             tree.advance(sorted(added)[: self._width])
 
-    def _run_forward(self, tokens_T: Tensor, hidden_TH: Tensor, batch: RaggedBatch) -> Tensor:
+    def _run_forward(self, tokens_T: Tensor, hidden_TH: Tensor, batch: RaggedBatch | ChainRows) -> Tensor:
         """Return the hidden states [T, H] after the given tokens and hidden states; use a CUDA graph where possible."""
-        outputs = self._graphs.run(batch, (tokens_T, hidden_TH)) if self._graphs else None
+        graphs = self._graphs
+        outputs = graphs.run(batch, (tokens_T, hidden_TH)) if graphs and isinstance(batch, RaggedBatch) else None
         return (outputs or self._forward((tokens_T, hidden_TH), batch))[0]
 
     def _forward(self, inputs: Iterable[Tensor], batch: BatchLayout) -> tuple[Tensor, ...]:
         tokens_T, hidden_TH = inputs
-        network = self._network
-        q, k, v = network.project(self._embeddings_VH[tokens_T][None], hidden_TH[None], batch.positions_T[None])
-        attended_TNE = self._cache.attend(0, batch, *(x[0].transpose(0, 1) for x in (q, k, v)))
-        return (network.finish(hidden_TH[None], attended_TNE.transpose(0, 1)[None])[0],)
+        projected = self._network.project(self._embeddings_VH[tokens_T], hidden_TH, batch.positions_T)
+        return (self._network.finish(hidden_TH, self._cache.attend(0, batch, *projected)),)
 
 
 @dataclass(slots=True)
@@ -224,7 +249,7 @@ class _GrowingTree:
     source_rows: list[int] = field(default_factory=list)
     """Row of the draft step before from which each frontier node was drafted."""
 
-    def rank_children(self, parent: int, scores_k: Tensor, norm: float, tokens_k: Tensor) -> list[tuple[int, float]]:
+    def rank_children(self, parent: int, logprobs_k: F32, tokens_k: I64) -> list[tuple[int, float]]:
         """Return the candidates after a node that the target may choose, best first, with the draft's confidence.
 
         The draft chooses as the target does: greedily, or by the same noise from its own distribution. Its confidence
@@ -233,19 +258,17 @@ class _GrowingTree:
 
         Args:
             parent: The node.
-            scores_k: The draft's scores of the candidates, best first.
-            norm: Logarithm of the sum of all exponentiated scores.
+            logprobs_k: The draft's log-probabilities of the candidates, best first.
             tokens_k: The candidates' target tokens.
         """
         request = self.seq.request
         if self.seq.is_greedy:
-            return list(enumerate((scores_k - norm).exp().tolist()))
+            return list(enumerate(np.exp(logprobs_k).tolist()))
         depth = 1 if parent == ROOT else self.nodes[parent].depth + 1
-        probs_k = sampling_probs(scores_k[None], request.temperature, request.top_p, request.top_k, request.min_p)[
-            0
-        ].numpy()
-        noise_k = exponential_noise(self.seq.seed, len(self.seq.tokens) + depth - 1, tokens_k.numpy())
-        decisive_k = scores_k.numpy() - request.temperature * np.log(noise_k)
+        scores_1k = torch.from_numpy(logprobs_k)[None]
+        probs_k = sampling_probs(scores_1k, request.temperature, request.top_p, request.top_k, request.min_p)[0].numpy()
+        noise_k = exponential_noise(self.seq.seed, len(self.seq.tokens) + depth - 1, tokens_k)
+        decisive_k = logprobs_k - request.temperature * np.log(noise_k)
         decisive_k[probs_k == 0] = -np.inf
         weights_k = np.exp(decisive_k - decisive_k.max())
         confidences_k = weights_k / weights_k.sum()
@@ -290,17 +313,6 @@ class _GrowingTree:
         ]
         positions = tuple(first + self.nodes[node].depth - 1 for node in self.frontier)
         return Segment(self.seq.slot, start, length, TreeLayout(first, sees, positions))
-
-
-def pack_draft(draft: EagleDraft, device: torch.device) -> EagleDraft:
-    """Return a copy with the device's fastest kernels.
-
-    Rounding the draft's weights changes the proposals but never the output.
-    """
-    packed = copy.deepcopy(draft).requires_grad_(requires_grad=False).eval().to(device)
-    replace_linears(packed, narrowest_dtype(device))
-    replace_norms(packed)
-    return packed
 
 
 def synthetic_sequence(tokens: list[int], features_TF: Tensor, *, slot: int = 0, room: int = 2) -> Sequence:

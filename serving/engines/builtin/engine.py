@@ -34,9 +34,10 @@ from serving.engines.base import (
 )
 from serving.engines.builtin.calibration import calibrate
 from serving.engines.builtin.decoder import check_architecture
-from serving.engines.builtin.eagle_drafter import EagleDrafter, pack_draft
+from serving.engines.builtin.eagle_drafter import EagleDrafter
 from serving.engines.builtin.hybrid_drafter import HybridDrafter
 from serving.engines.builtin.logits_processors import create_processors
+from serving.engines.builtin.packed_draft import PackedDraft
 from serving.engines.builtin.scheduler import Scheduler
 from serving.engines.builtin.scoped_corpus import ScopedCorpus
 from serving.engines.builtin.sequence import Sequence
@@ -91,7 +92,7 @@ class BuiltinEngine:
 
         self._mail = threading.Condition()
         self._cancelled: set[str] = set()
-        self._swaps: deque[tuple[EagleDraft, str, Future[SwapResult]]] = deque()
+        self._swaps: deque[tuple[PackedDraft, str, Future[SwapResult]]] = deque()
         self._stopping = False
 
         self._verify_steps = self._output_tokens = self._draft_tokens = self._accepted_tokens = 0
@@ -161,11 +162,10 @@ class BuiltinEngine:
         """Swap in checked weights between two verify steps; block until done.
 
         Raises:
-            CheckpointError: the drafter has no weights.
+            CheckpointError: the weights have another shape or vocabulary, or the drafter has no weights.
             EngineFullError: the engine has stopped, or stops before the swap.
         """
-        self._require_speculator()
-        packed = pack_draft(draft, self._target.device)
+        packed = self._require_speculator().pack(draft)
         done: Future[SwapResult] = Future()
         with self._mail:
             self._check_open()
@@ -277,7 +277,7 @@ class BuiltinEngine:
             scheduler.admit()
         return True
 
-    def _swap(self, packed: EagleDraft, version: str, done: Future[SwapResult]) -> None:
+    def _swap(self, packed: PackedDraft, version: str, done: Future[SwapResult]) -> None:
         """Swap the draft's weights; the waiting caller gets the result or the error."""
         started = time.perf_counter()
         try:

@@ -58,11 +58,8 @@ class KVCache:
     ) -> None:
         shape = (layers, slots, kv_heads, positions, head_dim)
         self.slots, self.positions = slots, positions
-        self._keys, self._values = torch.empty(shape, device=device), torch.empty(shape, device=device)
-        if device != CPU:
-            # Padding attends to entries that no sequence has written, and 0 x NaN would be NaN.
-            self._keys.zero_()
-            self._values.zero_()
+        # Padding attends to entries that no sequence has written, and 0 x NaN would be NaN.
+        self._keys, self._values = _zeros(shape, device), _zeros(shape, device)
         self._by_layer = list(zip(self._keys.unbind(), self._values.unbind(), strict=True))
 
     def attend(self, layer: int, batch: BatchLayout, q_TNE: Tensor, k_TME: Tensor, v_TME: Tensor) -> Tensor:
@@ -102,6 +99,11 @@ class KVCache:
         entries = torch.tensor([start + node for node in path])
         for cached in (self._keys, self._values):
             cached[:, slot, :, start : start + len(path)] = cached[:, slot, :, entries]
+
+
+def _zeros(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    # NumPy leaves it to the system to zero a page when it is first written.
+    return torch.from_numpy(np.zeros(shape, np.float32)) if device == CPU else torch.zeros(shape, device=device)
 
 
 class BatchLayout(Protocol):

@@ -262,3 +262,16 @@ def test_events_are_valid_server_sent_events(node: Node) -> None:
     *events, done, end = answer.text.split("\n\n")
     assert (done, end) == ("data: [DONE]", "")
     assert all(json.loads(event.removeprefix("data: "))["object"] == "chat.completion.chunk" for event in events)
+
+
+def test_health_and_ready_have_no_body_for_head(node: Node) -> None:
+    for path in ("/health", "/ready"):
+        answer = httpx.head(node.url + path)
+        assert (answer.status_code, answer.content) == (200, b"")
+
+
+def test_a_preflight_request_gets_no_permission(node: Node) -> None:
+    headers = {"origin": "https://elsewhere.example", "access-control-request-method": "POST"}
+    answer = httpx.options(f"{node.url}/v1/chat/completions", headers=headers)
+    assert answer.status_code == 405
+    assert not [name for name in answer.headers if name.startswith("access-control")]

@@ -334,6 +334,9 @@ class Train(Section):
     on."""
     rejection_weight: float = Field(0.0, ge=0)
     """Additional weight of positions where the serving draft was rejected and the trained draft still would be."""
+    suffix_predicted_weight: float = Field(1.0, ge=0)
+    """Weight of positions that the suffix drafter predicts from the request's own tokens, relative to the others; 0
+    leaves them out."""
     policy_weight: float = Field(0.0, ge=0)
     """Weight of a policy gradient on the accepted tokens per step."""
     batch_size: int = Field(4, ge=1)

@@ -81,6 +81,8 @@ class Batch:
     lengths_B: Tensor
     """Tokens of each sample, ``next_token`` included."""
     weight_B: Tensor
+    suffix_predicted_BT: Tensor
+    """Whether the suffix drafter is known to predict the token after this one."""
     drafted: DraftedTokens
     choices: DraftChoices
 
@@ -143,6 +145,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
     features_BTF = torch.zeros(*shape, samples[0].features.shape[-1])
     known_BT = torch.zeros(shape, dtype=torch.bool)
     teacher_BT = _blank_teacher(*shape, max(widths))
+    suffix_predicted_BT = torch.zeros(shape, dtype=torch.bool)
     for b, sample in enumerate(samples):
         n = len(sample)
         tokens_BT[b, :n] = sample.tokens
@@ -150,6 +153,8 @@ def collate(samples: Sequence[Sample]) -> Batch:
             tokens_BT[b, n] = sample.next_token
         features_BTF[b, :n] = sample.features
         known_BT[b, :n] = sample.known
+        if sample.suffix_predicted is not None:
+            suffix_predicted_BT[b, :n] = sample.suffix_predicted
         _write_teacher(teacher_BT, (b, known_BT[b].nonzero().flatten()), sample.teacher)
     return Batch(
         tokens_BT=tokens_BT,
@@ -158,6 +163,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         teacher_BT=teacher_BT,
         lengths_B=torch.tensor(lengths),
         weight_B=torch.tensor([sample.weight for sample in samples]),
+        suffix_predicted_BT=suffix_predicted_BT,
         drafted=_collate_drafted(samples, max(widths)),
         choices=_collate_choices(samples),
     )
@@ -201,7 +207,7 @@ def _collate_drafted(samples: Sequence[Sample], teacher_width: int) -> DraftedTo
 
 def _merge_branches(number: int, sample: Sample) -> Iterable[_Node]:
     """Return the drafted tokens of a sample's branches that the sample does not contain, without duplicates."""
-    committed = _committed_tokens(sample)
+    committed = sample.committed_tokens()
     found: dict[tuple[int, tuple[int, ...]], _Node] = {}
     for branch in sample.branches:
         parent: _Node | None = None
@@ -253,10 +259,6 @@ def _move(record: Any, device: torch.device) -> Any:
 
 def _without_targets(sample: Sample) -> Sample:
     return replace(sample, known=torch.zeros_like(sample.known), teacher=sample.teacher[:0], branches=())
-
-
-def _committed_tokens(sample: Sample) -> list[int]:
-    return [*sample.tokens.tolist(), *([] if sample.next_token is None else [sample.next_token])]
 
 
 def _integers(values: Iterable[int]) -> Tensor:

@@ -27,7 +27,7 @@ from pipeline.delta import DeltaLog
 from schemas.hash_sampling import hash_ratio
 from schemas.settings import Train
 from trainer.data.replay_buffer import ReplayBuffer, compute_log_weights, draw_indices, staleness_weight
-from trainer.data.samples import ComputeStates, Sample, recompute_features
+from trainer.data.samples import ComputeStates, Sample, mark_suffix_predictions, recompute_features
 from trainer.data.table_reader import VERSIONS_PER_READ, PartitionKey, RecordKey, SampleKey, TableEntry, TableReader
 
 log = structlog.get_logger()
@@ -244,6 +244,8 @@ class DataLoader:
 
     def _weighted(self, entry: TableEntry) -> Sample:
         """Return a sample with features, its branches weighted by their staleness."""
+        if self._settings.suffix_predicted_weight != 1 and entry.sample.suffix_predicted is None:
+            entry.sample = mark_suffix_predictions(entry.sample)
         sample = self._with_features(entry)
         behind = self._reader.newest_drafted_by - entry.drafted_by
         weight = staleness_weight(behind, self._settings.staleness_half_life)

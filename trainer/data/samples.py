@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from schemas.suffix_corpus import SequenceHistory, likeliest_chain
 from schemas.trace.record import DraftSource
 
 ACCEPTED_COLUMNS = (
@@ -97,6 +98,8 @@ class Sample:
     """Unix time of the sample's record by the clock of its node; 0 where it is unknown."""
     label: str | None = None
     """Traffic label of the request."""
+    suffix_predicted: Tensor | None = None
+    """[n] bool: whether the suffix drafter predicts the token after this one; None where it was not asked."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -110,6 +113,10 @@ class Sample:
     def committed(self) -> int:
         """Number of committed tokens, ``next_token`` included."""
         return len(self) + (self.next_token is not None)
+
+    def committed_tokens(self) -> list[int]:
+        """Return the committed tokens, ``next_token`` included."""
+        return [*self.tokens.tolist(), *([] if self.next_token is None else [self.next_token])]
 
     @property
     def output_tokens(self) -> int:
@@ -149,6 +156,23 @@ def recompute_features(sample: Sample, compute_states: ComputeStates) -> Sample:
     return replace(sample, features=states[len(sample.preceding) :])
 
 
+def mark_suffix_predictions(sample: Sample) -> Sample:
+    """Return the sample with the output tokens that the suffix drafter predicts from the request's own tokens.
+
+    A node may predict more of them, from earlier answers. These are not replayed: the result depends on the sample
+    alone, so that it is the same after a restart.
+    """
+    before = sample.preceding.tolist()
+    committed = before + sample.committed_tokens()
+    predicted = torch.zeros(len(sample), dtype=torch.bool)
+    history = SequenceHistory()
+    for i in sample.known.nonzero().flatten().tolist():
+        end = len(before) + i + 1
+        likeliest = next(likeliest_chain(history.find(committed[:end], 1).continuations), None)
+        predicted[i] = likeliest is not None and committed[end : end + 1] == [likeliest[0]]
+    return replace(sample, suffix_predicted=predicted)
+
+
 def split_sample(sample: Sample, max_tokens: int) -> list[Sample]:
     """Split a sample into consecutive ones of at most ``max_tokens``; drop those without a known teacher.
 
@@ -175,6 +199,7 @@ def split_sample(sample: Sample, max_tokens: int) -> list[Sample]:
                     if start < branch.root < stop
                 ),
                 preceding=torch.cat([sample.preceding, sample.tokens[:start]]),
+                suffix_predicted=None if sample.suffix_predicted is None else sample.suffix_predicted[start:stop],
             )
         )
     return parts

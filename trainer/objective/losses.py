@@ -12,10 +12,13 @@ so they cover the wrong token itself. The rejected nodes add distributions after
 there. A greedy target never generates them there, but the same tokens recur in trees, where a branch that lost may win
 at the next request; a sampled target may generate them the next time.
 
-Two more terms use the tokens that the serving draft chose, and whether they were accepted. Both are off by default.
+Three more settings use what was drafted, and whether it was accepted. All are off by default.
 
 - ``rejection_weight`` r: a position where the serving draft was rejected counts 1 + r min(1, q(d) / q_served(d)) times,
   where d is the wrong token. The importance weight is bounded, and fades as the draft stops proposing d.
+- ``suffix_predicted_weight`` w: a position counts w times if the suffix draft from the same root is right up to the
+  token that the position predicts. There the suffix drafter gains what the draft would; past its first wrong token the
+  whole chain is the draft's, so all of it counts once.
 - ``policy_weight``: a clipped policy gradient on the accepted tokens per step (PPO's surrogate, arXiv 1707.06347). The
   reward of a choice is the number of tokens accepted from it on, minus the mean over the choices of its step; the ratio
   of the draft's probability to the serving draft's corrects for a draft that has changed since. Verify steps that
@@ -143,7 +146,8 @@ def _sum_level(
     ids_Ak, probs_Ak = level.ids_Ak[learned_A], level.probs_Ak[learned_A].to(logits_AD.dtype)
     weight_A = level.weight_A[learned_A].to(logits_AD.dtype)
     committed = int(learned_A[: level.committed].sum())
-    count_A = logits_AD.new_ones(committed)
+    suffix_predicted_A = level.suffix_predicted_A[learned_A[: level.committed]]
+    count_A = torch.where(suffix_predicted_A, train.suffix_predicted_weight, logits_AD.new_ones(committed))
     policy = logits_AD.new_zeros(())
     chosen = _find_choices(level, k, choices) if train.rejection_weight or train.policy_weight else None
     if chosen is not None and len(chosen.choice_P):
@@ -151,7 +155,7 @@ def _sum_level(
         gain_P = choices.gain_P[chosen.choice_P].to(logits_AD.dtype)
         if train.rejection_weight:
             wrong_P = (gain_P == 0) * ratio_P.detach().clamp_max(1)
-            count_A = count_A.index_add(0, chosen.node_P, train.rejection_weight * wrong_P)
+            count_A *= torch.ones_like(count_A).index_add(0, chosen.node_P, train.rejection_weight * wrong_P)
         policy = _clipped_surrogate(ratio_P, gain_P - gain_P.mean(), weight_A[chosen.node_P])
     accepted_A, rejected_A = _divergences(train, committed, logits_AD, ids_Ak, probs_Ak)
     return _StepSums(

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from schemas.speculator.network import EagleDraft
 from trainer.data.batch import Batch, collate, group_by_length
@@ -64,26 +65,38 @@ def simulate_batch(draft: EagleDraft, embeddings_VH: Tensor, batch: Batch, looka
     return sum_acceptance(_simulate(draft, embeddings_VH, batch, lookahead))
 
 
-@torch.inference_mode()
 def _simulate(draft: EagleDraft, embeddings_VH: Tensor, batch: Batch, lookahead: int) -> list[SimulatedAcceptance]:
     """Return the acceptance of each sample of a batch."""
-    samples = len(batch.lengths_B)
     length = batch.tokens_BT.shape[1]
     roots_BT = batch.known_BT & (
         torch.arange(length, device=batch.lengths_B.device) + lookahead < batch.lengths_B[:, None]
     )
     roots_BT[:, 0] = False
+    accepted_B = simulate_chains(draft, embeddings_VH, batch, lookahead, roots_BT).sum(dim=1)
+    return [SimulatedAcceptance(*both) for both in zip(accepted_B.tolist(), roots_BT.sum(dim=1).tolist(), strict=True)]
+
+
+@torch.inference_mode()
+def simulate_chains(draft: EagleDraft, embeddings_VH: Tensor, batch: Batch, lookahead: int, roots_BT: Tensor) -> Tensor:
+    """Return [B, T] the accepted tokens of a greedy chain from each root; 0 elsewhere.
+
+    Args:
+        draft: The draft.
+        embeddings_VH: The target's token embeddings.
+        batch: Samples.
+        lookahead: Length of the chains, which end at the last token of a sample at the latest.
+        roots_BT: Tokens after which a chain starts; never the first one of a sample.
+    """
     sample, root = roots_BT.nonzero(as_tuple=True)
-    positions_B = sample.bincount(minlength=samples)
-    accepted_B = torch.zeros_like(positions_B)
+    accepted_BT = torch.zeros_like(batch.tokens_BT)
     unroll = DraftUnroll(draft, embeddings_VH, batch.tokens_BT, batch.features_BTF)
     hidden = unroll.first(sample, root - 1)
     for k in range(lookahead):
         drafted = draft.to_target_ids(draft.logits(hidden).argmax(dim=-1))
-        committed = batch.tokens_BT[sample, root + k + 1]
-        (right,) = (drafted == committed).nonzero(as_tuple=True)
+        committed = F.pad(batch.tokens_BT, (0, lookahead))[sample, root + k + 1]
+        (right,) = ((drafted == committed) & (root + k + 1 < batch.lengths_B[sample])).nonzero(as_tuple=True)
         sample, root = sample[right], root[right]
-        accepted_B += sample.bincount(minlength=samples)
+        accepted_BT[sample, root] += 1
         if k + 1 < lookahead:
             hidden = unroll.advance(right, committed[right])
-    return [SimulatedAcceptance(*both) for both in zip(accepted_B.tolist(), positions_B.tolist(), strict=True)]
+    return accepted_BT

@@ -64,6 +64,8 @@ class TreeLevel:
     weight_A: Tensor
     committed: int
     """Number of nodes that are committed tokens."""
+    suffix_predicted_A: Tensor
+    """[committed] whether the suffix draft from the same root is right up to the token after the node."""
     index_BT: Tensor
     """Index of the node that computes this step of each row; -1 where there is none."""
 
@@ -91,8 +93,8 @@ def build_draft_trees(draft: EagleDraft, batch: Batch, steps: int, min_prob: flo
     """
     teacher_BT = restrict_teacher(draft, batch.teacher_BT)
     usable_BT = batch.known_BT & teacher_BT.usable
-    length = usable_BT.shape[1]
-    learned_KBT = [F.pad(usable_BT, (0, steps))[:, k + 1 : k + 1 + length] for k in range(steps)]
+    learned_KBT = _shift_steps(usable_BT, steps)
+    suffix_KBT = _shift_steps(batch.suffix_predicted_BT, steps)
     drafted = batch.drafted
     teacher_D = restrict_teacher(draft, drafted.teacher_D)
     learned_D = drafted.learned_D & teacher_D.usable
@@ -115,6 +117,7 @@ def build_draft_trees(draft: EagleDraft, batch: Batch, steps: int, min_prob: flo
                 learned_A=torch.cat([learned_KBT[k][sample, row], learned_D[node]]),
                 weight_A=torch.cat([batch.weight_B[sample], drafted.weight_D[node]]),
                 committed=len(row),
+                suffix_predicted_A=torch.stack([suffix_BT[sample, row] for suffix_BT in suffix_KBT[: k + 1]]).all(0),
                 index_BT=_enumerate(needed_KBT[k]),
             )
         )
@@ -236,6 +239,12 @@ def _find_needed(batch: Batch, learned_KBT: Sequence[Tensor], learned_D: Tensor)
         needed_KBT[k - 1] = needed_KBT[k - 1] | needed_KBT[k]
         needed_KBT[k - 1][drafted.sample_D[node[from_row]], drafted.row_D[node[from_row]]] = True
     return needed_KBT, needed_D
+
+
+def _shift_steps(x_BT: Tensor, steps: int) -> list[Tensor]:
+    """Return [B, T] for each TTT step: the value at the token that it reads in each row; false past the end."""
+    length = x_BT.shape[1]
+    return [F.pad(x_BT, (0, steps))[:, k + 1 : k + 1 + length] for k in range(steps)]
 
 
 def _enumerate(needed_BT: Tensor) -> Tensor:

@@ -14,19 +14,37 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 from schemas.settings import Train
 from schemas.speculator.network import EagleDraft
-from trainer.data.batch import collate
+from trainer.data.batch import Batch, collate
 from trainer.data.replay_buffer import ReplayBuffer, ReplayEntry
-from trainer.data.samples import UNLABELLED, Branch, Sample, split_sample
+from trainer.data.samples import UNLABELLED, Branch, Sample, mark_suffix_predictions, split_sample
 from trainer.loop.checkpoints import CheckpointState
 from trainer.loop.learner import Learner
-from trainer.objective.simulated_acceptance import simulate_batch
+from trainer.objective.simulated_acceptance import simulate_batch, simulate_chains
+from trainer.replay.request_evaluation import merge_acceptance
+from trainer.replay.verify_steps import F64, ExpectedSteps, expect_steps
 
 StreamKey = tuple[int, int]
 """Number of a sample in the stream, and of its part."""
+
+
+class DrafterSteps(NamedTuple):
+    """The verify steps that serving would run with one drafter, and the draft tokens that they accept."""
+
+    verify_steps: float
+    accepted: float
+
+
+class DrafterScores(NamedTuple):
+    """The draft alone, the suffix drafter alone, and both merged into one tree."""
+
+    eagle: DrafterSteps
+    suffix: DrafterSteps
+    hybrid: DrafterSteps
 
 
 class BatchScore(NamedTuple):
@@ -41,6 +59,8 @@ class BatchScore(NamedTuple):
     positions: int
     static_accepted: int | None
     """Accepted tokens of the frozen draft; None where there is none."""
+    drafters: DrafterScores | None = None
+    """None where the suffix drafter was not replayed."""
 
 
 class RunState(CheckpointState):
@@ -106,10 +126,16 @@ class PrequentialRun:
         """Score a copy of the current draft beside the one in training."""
         self.static = copy.deepcopy(self._learner.export_draft())
 
-    def train(self, batch: Sequence[Sample]) -> None:
-        """Score the next samples of the stream, then train on them."""
+    def train(self, batch: Sequence[Sample], suffix: Sequence[F64] | None = None) -> None:
+        """Score the next samples of the stream, then train on them.
+
+        Args:
+            batch: The samples.
+            suffix: For each sample [R, K]: 1 where the suffix draft from a root is accepted to a depth, 0 where it is
+                not; None scores no suffix drafter.
+        """
         started = time.perf_counter()
-        self._scores += self._score(batch)
+        self._scores += self._score(batch, suffix)
         scored = time.perf_counter()
         self._losses.append(self._train_step(batch))
         self._seen += len(batch)
@@ -153,19 +179,40 @@ class PrequentialRun:
         self._seen, self._trained_tokens = state.seen, state.trained_tokens
         self._training_s, self._scoring_s = state.training_s, state.scoring_s
 
-    def _score(self, batch: Sequence[Sample]) -> Iterator[BatchScore]:
+    def _score(self, batch: Sequence[Sample], suffix: Sequence[F64] | None) -> Iterator[BatchScore]:
         draft = self._learner.export_draft()
-        by_label: dict[str, list[Sample]] = {}
-        for sample in batch:
-            by_label.setdefault(sample.label or UNLABELLED, []).append(sample)
-        for label, samples in by_label.items():
+        by_label: dict[str, list[int]] = {}
+        for i, sample in enumerate(batch):
+            by_label.setdefault(sample.label or UNLABELLED, []).append(i)
+        for label, indices in by_label.items():
+            samples = [batch[i] for i in indices]
             collated = collate([replace(s, branches=()) for s in samples]).to(self._embeddings_VH.device)
             found = simulate_batch(draft, self._embeddings_VH, collated, self._lookahead)
             static = None
             if self.static is not None:
                 static = simulate_batch(self.static, self._embeddings_VH, collated, self._lookahead).tokens
             tokens, output_tokens = sum(s.committed for s in samples), sum(s.output_tokens for s in samples)
-            yield BatchScore(label, tokens, output_tokens, found.tokens, found.positions, static)
+            drafters = None
+            if suffix is not None:
+                drafters = self._score_drafters(draft, collated, [suffix[i] for i in indices])
+            yield BatchScore(label, tokens, output_tokens, found.tokens, found.positions, static, drafters)
+
+    def _score_drafters(self, draft: EagleDraft, batch: Batch, suffix: Sequence[F64]) -> DrafterScores:
+        """Walk the verify steps of every sample with each drafter."""
+        roots_BT = batch.known_BT.cumsum(dim=1) > 1
+        chains_BT = simulate_chains(draft, self._embeddings_VH, batch, self._lookahead, roots_BT & batch.known_BT)
+        walks: list[list[ExpectedSteps]] = []
+        for b, suffix_RK in enumerate(suffix):
+            accepted_R = chains_BT[b][roots_BT[b]][: len(suffix_RK)].cpu().numpy()
+            eagle_RK = (np.arange(self._lookahead) < accepted_R[:, None]).astype(np.float64)
+            parts = [eagle_RK], [suffix_RK], [eagle_RK, suffix_RK]
+            walks.append([expect_steps(merge_acceptance(drafts)) for drafts in parts])
+        return DrafterScores(
+            *(
+                DrafterSteps(sum(walk.verify_steps for walk in each), sum(walk.accepted for walk in each))
+                for each in zip(*walks, strict=True)
+            )
+        )
 
     def _train_step(self, batch: Sequence[Sample]) -> float:
         new = [
@@ -180,6 +227,8 @@ class PrequentialRun:
         return round(self._learner.step(collate(samples)).accepted, 4)
 
     def _split(self, sample: Sample) -> list[Sample]:
+        if self._train.suffix_predicted_weight != 1:
+            sample = mark_suffix_predictions(sample)
         parts, nodes = split_sample(sample, self._train.max_sample_tokens), self._branch_nodes
         return parts if nodes is None else [cut_branches(part, nodes) for part in parts]
 

@@ -110,6 +110,12 @@ def count_output_tokens(scores: Iterable[BatchScore], tokens: int) -> int:
     return sum(score.output_tokens for end, score in zip(ends, scores, strict=True) if end <= tokens)
 
 
+def mean_of_hybrid(scores: Iterable[BatchScore]) -> float:
+    """Return the accepted tokens per step of the verify steps with the suffix drafter in the same tree."""
+    steps = [score.drafters.hybrid for score in scores if score.drafters is not None]
+    return sum(step.accepted for step in steps) / max(sum(step.verify_steps for step in steps), 1)
+
+
 def median_reached(values: Sequence[float | None]) -> float | None:
     """Return the median if more than half of the seeds reached the level; the others count as infinite."""
     reached = [float("inf") if value is None else value for value in values]

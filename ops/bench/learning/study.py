@@ -19,6 +19,7 @@ from ops.bench.learning.learning_figures import (
     find_shifts,
     level_at,
     mean_interval,
+    mean_of_hybrid,
     median_reached,
     paired_interval,
     ratio_to_static,
@@ -59,6 +60,11 @@ class VariantRuns:
         return [final_accepted_per_step(result.scores) for result in self.seeds]
 
     @property
+    def hybrid(self) -> list[float]:
+        """Accepted tokens per step of every seed over the whole stream, with the suffix drafter's in the same tree."""
+        return [mean_of_hybrid(result.scores) for result in self.seeds]
+
+    @property
     def over_static(self) -> list[float]:
         """Tokens per verify step of every seed over those of the frozen draft, after the first domain."""
         return [ratio_to_static(result.scores) for result in self.seeds]
@@ -84,6 +90,11 @@ class VariantComparison:
     def overall(self) -> SeedInterval:
         """Difference of the accepted tokens per step over the whole stream."""
         return paired_interval(self.runs.overall, self.against.overall)
+
+    @property
+    def hybrid(self) -> SeedInterval:
+        """Difference of the accepted tokens per step with the suffix drafter's in the same tree."""
+        return paired_interval(self.runs.hybrid, self.against.hybrid)
 
     @property
     def final(self) -> SeedInterval:
@@ -201,6 +212,7 @@ def _summarize(runs: VariantRuns, comparison: VariantComparison | None) -> dict[
         "seeds": len(runs.seeds),
         "overall": _spread(runs.overall),
         "final": _spread(runs.final),
+        "hybrid": _spread(runs.hybrid),
         "tokens_to": {f"{level:g}": median_reached(runs.tokens_to(level)) for level in LEVELS},
         "training_tokens_per_s": round(median(result.training_tokens_per_s for result in runs.seeds), 1),
         "seconds": round(fmean(result.training_s + result.scoring_s for result in runs.seeds), 1),
@@ -208,7 +220,8 @@ def _summarize(runs: VariantRuns, comparison: VariantComparison | None) -> dict[
     if runs.order == "ordered":
         summary["over_static"] = _spread(runs.over_static)
     if comparison is not None:
-        for name, difference in (("overall", comparison.overall), ("final", comparison.final)):
+        differences = ("overall", comparison.overall), ("final", comparison.final), ("hybrid", comparison.hybrid)
+        for name, difference in differences:
             summary[f"{name}_difference"] = {**difference.summary(), "clear": difference.is_clear}
         summary["against"] = variant.against
     return summary

@@ -7,6 +7,7 @@ import json
 import random
 import time
 from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -17,11 +18,13 @@ from ops.bench.harness import Say
 from ops.bench.learning.recorded_traffic import RecordedTraffic, read_traffic
 from ops.bench.learning.variants import LearningTrial, Order, trial_settings, variant_values
 from ops.replay.process_pool import run_in_processes
+from ops.replay.suffix_replay import NodeSuffixReplay
 from schemas.device import select_device
 from schemas.settings import Settings
 from trainer.data.samples import Sample
 from trainer.data.target import read_target
 from trainer.replay.learning_curve import final_accepted_per_step, mean_accepted_per_step
+from trainer.replay.past_requests import PastRequest, RequestSampling, RequestService
 from trainer.replay.prequential import BatchScore, PrequentialRun
 
 
@@ -61,6 +64,22 @@ def order_stream(traffic: RecordedTraffic, order: Order, seed: int) -> list[Samp
     return sorted(shuffled, key=lambda request: rank[request.label or ""])
 
 
+def as_past_request(sample: Sample, number: int) -> PastRequest:
+    """Return a greedy request of the stream, which begins when the one before it has ended."""
+    assert sample.next_token is not None, "a recorded request holds its last token"
+    began = datetime.fromtimestamp(number, UTC)
+    return PastRequest(
+        request=sample.request,
+        label=sample.label,
+        sampling=RequestSampling(0.0, 1.0, 0),
+        service=RequestService("bench", began, began),
+        tokens_N=torch.cat([sample.tokens, torch.tensor([sample.next_token])]),
+        features_NF=sample.features,
+        prompt=int(sample.known.nonzero()[0]) + 1,
+        teacher=sample.teacher,
+    )
+
+
 def run_trial(settings: Settings, traffic: RecordedTraffic, trial: LearningTrial) -> TrialResult:
     """Run a trial to the end of the traffic; on an ordered stream the draft is frozen when the first domain ends."""
     settings = trial_settings(settings, trial)
@@ -76,12 +95,12 @@ def run_trial(settings: Settings, traffic: RecordedTraffic, trial: LearningTrial
         lookahead=variant.lookahead,
         branch_nodes=variant.branch_nodes,
     )
-    stream = order_stream(traffic, trial.order, trial.seed)
+    stream, suffix = order_stream(traffic, trial.order, trial.seed), NodeSuffixReplay(settings)
     for start in range(0, len(stream), run.new_per_step):
         batch = stream[start : start + run.new_per_step]
         if trial.order == "ordered" and run.static is None and batch[-1].label != stream[0].label:
             run.freeze()
-        run.train(batch)
+        run.train(batch, [suffix.accept(as_past_request(one, start + i)) for i, one in enumerate(batch)])
     measured = run.state().model_dump(include=set(TrialResult.model_fields))
     return TrialResult(name=variant.name, order=trial.order, seed=trial.seed, **measured)
 

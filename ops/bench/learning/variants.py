@@ -43,6 +43,7 @@ BASE: Mapping[str, SettingValue] = {
     "train.rejected_min_prob": 0.1,
     "train.rejection_weight": 0.0,
     "train.policy_weight": 0.0,
+    "train.suffix_predicted_weight": 1.0,
     "train.batch_size": 1 + _REPLAY,
     "train.replay_batch_size": _REPLAY,
     "train.replay_buffer_size": 2048,
@@ -64,6 +65,7 @@ _IRRELEVANT = (
 
 _REPLAYED = "which samples are replayed"
 _REJECTED = "weight of rejected branches"
+_SUFFIX = "weight of positions that the suffix drafter predicts"
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +140,7 @@ PLAN = (
     ),
     _one("rejection-weight-1", "choices of the served draft", "train.rejection_weight", 1.0),
     _one("policy-weight-0.1", "choices of the served draft", "train.policy_weight", 0.1),
+    *(_one(f"suffix-weight-{x:g}", _SUFFIX, "train.suffix_predicted_weight", x) for x in (0.5, 0.25, 0.0)),
     *(_one(f"vocabulary-{x}", "draft vocabulary", "speculator.draft_vocab_size", x) for x in (4096, 16384)),
     *(_one(f"width-{x}", "width of the draft", "speculator.intermediate_size", x) for x in (768, 3072)),
     replace(_one("init-head", "initial weights of the draft", "speculator.init", "head"), orders=("mixed", "ordered")),

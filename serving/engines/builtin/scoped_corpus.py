@@ -25,7 +25,7 @@ from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from schemas.settings.sections import SuffixScope
-from serving.engines.builtin.suffix_corpus import NO_MATCH, Match, SuffixCorpus
+from schemas.suffix_corpus import NO_MATCH, Match, SuffixCorpus
 
 I32 = npt.NDArray[np.int32]
 

@@ -11,10 +11,10 @@ import structlog
 from torch import Tensor
 
 from schemas.speculator.acceptance import MIN_TEMPERATURE
+from schemas.suffix_corpus import SequenceHistory
 from schemas.trace.record import DraftSource
 from serving.engines.base import Finish, Output, Request, RequestStats
 from serving.engines.builtin.logits_processors import LogitsProcessor
-from serving.engines.builtin.suffix_corpus import SequenceHistory
 
 log = structlog.get_logger()
 

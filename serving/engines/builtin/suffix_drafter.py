@@ -9,11 +9,11 @@ from __future__ import annotations
 import heapq
 import math
 
+from schemas.suffix_corpus import END, MAX_MATCH, Match, choose_longest
 from schemas.trace.record import ROOT, DraftSource
 from serving.engines.builtin.drafter import EMPTY_TREE, DraftNode, DraftTree
 from serving.engines.builtin.scoped_corpus import ScopedCorpus
 from serving.engines.builtin.sequence import Sequence
-from serving.engines.builtin.suffix_corpus import END, MAX_MATCH, Match, choose_longest
 from serving.planner.acceptance_model import AcceptanceModel
 
 _MAX_SIBLINGS = 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -28,6 +29,7 @@ from ops.bench.learning.recorded_traffic import RecordedTraffic
 from ops.bench.learning.trials import TrialResult, order_stream
 from ops.bench.learning.variants import BASE, PLAN, LearningTrial, Variant
 from ops.cli.main import app
+from ops.replay.suffix_replay import NodeSuffixReplay
 from ops.report.charts import spread_labels
 from schemas.errors import UserError
 from schemas.settings import Settings, load
@@ -37,7 +39,9 @@ from trainer.data.samples import Branch, Sample, Teacher
 from trainer.data.target import read_target
 from trainer.objective.simulated_acceptance import simulate_acceptance
 from trainer.replay.learning_curve import learning_curve, tokens_to_level
+from trainer.replay.named_drafts import NamedDraft
 from trainer.replay.prequential import BatchScore, cut_branches
+from trainer.replay.request_evaluation import evaluate, list_drafters
 
 TINY = Variant(
     "base",
@@ -170,6 +174,27 @@ def test_every_batch_is_scored_before_it_is_trained_on(settings: Settings, recor
     untrained = simulate_acceptance(target.new_draft(), target.embeddings_VH, first, 4)
     scored = result.scores[: len({asked.label for asked in first})]
     assert (sum(p.accepted for p in scored), sum(p.positions for p in scored)) == untrained
+
+
+def test_the_drafters_have_the_verify_steps_of_an_evaluation(settings: Settings, recorded: RecordedTraffic) -> None:
+    scored = run(settings, recorded).scores[0]
+    made = variants.trial_settings(settings, LearningTrial(TINY, "mixed", 0))
+    batch = order_stream(recorded, "mixed", 0)[:4]
+    target = read_target(made)
+    drafters = list_drafters(["eagle", "suffix", "hybrid"], [NamedDraft("day-0", "0", target.new_draft())])
+    evaluation = evaluate(
+        drafters,
+        target.embeddings_VH,
+        (trials.as_past_request(sample, i) for i, sample in enumerate(batch)),
+        4,
+        {},
+        Counter(),
+        suffix=NodeSuffixReplay(made),
+    )
+    own = [request.steps for request in evaluation.requests if request.label == scored.label]
+    expected = [(sum(s.verify_steps for s in each), sum(s.accepted for s in each)) for each in zip(*own, strict=True)]
+    assert scored.label == batch[0].label
+    assert scored.drafters == tuple(expected)
 
 
 def test_a_trial_trains_on_all_traffic_once_and_replays_as_much(settings: Settings, recorded: RecordedTraffic) -> None:
@@ -379,6 +404,9 @@ def test_the_report_contains_the_figures_of_the_base_and_every_variant(small: st
     other = summary["variants"][2]
     assert other["against"] == "base"
     assert other["overall_difference"]["low"] <= other["overall_difference"]["high"]
+    assert other["hybrid_difference"]["mean"] == pytest.approx(
+        other["hybrid"]["mean"] - summary["variants"][0]["hybrid"]["mean"], abs=2e-4
+    )
     assert other["seeds"] == 2
 
 

@@ -21,7 +21,7 @@ from schemas.answers import (
     decode,
     encode,
 )
-from serving.engines.builtin.suffix_corpus import MAX_MATCH
+from schemas.suffix_corpus import MAX_MATCH
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=MAX_TEXT_BYTES // 4)
 tokens = st.lists(st.integers(0, 2**31 - 1), max_size=40) | st.lists(st.integers(0, 2**16 - 1), max_size=40)

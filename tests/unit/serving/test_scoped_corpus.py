@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from schemas.settings.sections import SuffixScope
+from schemas.suffix_corpus import BYTES_PER_TOKEN, Match
 from serving.engines.builtin.scoped_corpus import ScopedCorpus
-from serving.engines.builtin.suffix_corpus import BYTES_PER_TOKEN, Match
 
 MAX_BYTES = 1000 * BYTES_PER_TOKEN
 ANSWER = [5, 6, 7]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.engines.builtin.suffix_corpus import (
+from schemas.suffix_corpus import (
     BYTES_PER_TOKEN,
     END,
     MAX_LINKS,

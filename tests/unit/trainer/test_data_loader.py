@@ -159,6 +159,15 @@ def test_long_samples_are_split(world: World) -> None:
     assert lengths == [4, 4, 2]
 
 
+@pytest.mark.parametrize("weight", [1.0, 0.5])
+def test_what_the_suffix_drafter_predicts_is_found_only_if_it_is_weighted(world: World, weight: float) -> None:
+    world.commit(requests(1))
+    loader = world.data_loader(batch_size=1, replay_batch_size=0, suffix_predicted_weight=weight)
+    loader.poll()
+    (sample,) = loader.next_samples()
+    assert (sample.suffix_predicted is None) == (weight == 1)
+
+
 def test_missing_features_are_computed_once_from_the_whole_request(world: World) -> None:
     (request,) = requests(1)
     world.commit_bare(request, 2)

@@ -8,12 +8,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from schemas.settings import Objective, Train
 from schemas.speculator.network import DraftShape, EagleDraft, random_draft
+from schemas.suffix_corpus import MAX_LINKS, MAX_MATCH, MIN_MATCH
 from trainer.data.batch import collate
-from trainer.data.samples import Branch, Sample, Teacher, split_sample
+from trainer.data.samples import Branch, Sample, Teacher, mark_suffix_predictions, split_sample
 from trainer.objective.divergences import DIVERGENCES, LK_RATE, TAIL_MASS, forward_kl, total_variation
 from trainer.objective.losses import CLIP, ttt_loss
 from trainer.objective.simulated_acceptance import SimulatedAcceptance, simulate_batch, simulate_each
@@ -198,6 +201,7 @@ def plain_loss(draft: EagleDraft, table_VH: Tensor, samples: Sequence[Sample], t
     """Compute the definition branch by branch and term by term; a shared node counts at its first branch."""
     steps, decay = train.ttt_steps, train.ttt_decay
     accepted: list[list[Tensor]] = [[] for _ in range(steps)]
+    counts: list[list[float]] = [[] for _ in range(steps)]
     rejected: list[Tensor] = []
     for w in samples:
         place = {int(i): j for j, i in enumerate(w.known.nonzero())}
@@ -206,7 +210,11 @@ def plain_loss(draft: EagleDraft, table_VH: Tensor, samples: Sequence[Sample], t
             for k, (_, scores) in enumerate(outputs):
                 if (j := place.get(row + 1 + k)) is not None:
                     kl = plain_divergence(scores, w.teacher.ids[j], w.teacher.logprobs[j], train.objective)
-                    accepted[k] += [] if kl is None else [w.weight * kl]
+                    count = 1.0
+                    if w.suffix_predicted is not None and bool(w.suffix_predicted[row + 1 : row + 2 + k].all()):
+                        count = train.suffix_predicted_weight
+                    accepted[k] += [] if kl is None else [count * w.weight * kl]
+                    counts[k] += [] if kl is None else [count]
         seen = set()
         for b in w.branches:
             outputs = served_chain(draft, table_VH, w, b.root - 1, b.tokens[: steps - 1])
@@ -217,7 +225,7 @@ def plain_loss(draft: EagleDraft, table_VH: Tensor, samples: Sequence[Sample], t
                 said = b.teacher.ids[k - 1], b.teacher.logprobs[k - 1]
                 kl = plain_divergence(outputs[k][1], *said, train.rejected_objective)
                 rejected += [] if kl is None else [w.weight * b.weight * decay**k * kl]
-    total = sum(decay**k * torch.stack(kls).mean() for k, kls in enumerate(accepted) if kls)
+    total = sum(decay**k * torch.stack(kls).sum() / sum(counts[k]) for k, kls in enumerate(accepted) if kls)
     if rejected and train.rejected_weight:
         total = total + train.rejected_weight * torch.stack(rejected).mean()
     return total, sum(map(len, accepted)), len(rejected)
@@ -242,6 +250,30 @@ def test_loss_and_gradients_over_trees_equal_those_branch_by_branch(steps: int, 
     assert len(loss.accepted_K) == steps
     assert loss.accepted == pytest.approx(sum(0.8**k * mean for k, mean in enumerate(loss.accepted_K)))
     assert_same_gradients(draft, loss.total, expected)
+
+
+def suffix_predicted(w: Sample, seed: int) -> Sample:
+    predicted = torch.rand(len(w), generator=torch.Generator().manual_seed(seed)) < 0.6
+    return replace(w, suffix_predicted=predicted & w.known)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.25, 3.0])
+def test_positions_that_the_suffix_drafter_predicts_count_by_their_weight(weight: float) -> None:
+    draft, table, train = tiny_draft(), embeddings(), settings(3, 0.8, 0.5, suffix_predicted_weight=weight)
+    samples = [*(suffix_predicted(w, i) for i, w in enumerate(SAMPLES[:3])), *SAMPLES[3:]]
+    loss = ttt_loss(draft, table, collate(samples), train)
+    expected, positions, _ = plain_loss(draft, table, samples, train)
+    torch.testing.assert_close(loss.total, expected, rtol=1e-6, atol=1e-8)
+    assert loss.positions == positions
+    assert_same_gradients(draft, loss.total, expected)
+    everywhere = plain_loss(draft, table, SAMPLES, train)[0]
+    assert not torch.isclose(loss.total, everywhere, rtol=1e-4), "the weight matters"
+
+
+def test_a_batch_that_the_suffix_drafter_predicts_as_a_whole_may_have_no_weight() -> None:
+    draft, table, train = tiny_draft(), embeddings(), settings(3, 0.8, 0.0, suffix_predicted_weight=0.0)
+    w = replace(SAMPLES[2], suffix_predicted=SAMPLES[2].known)
+    assert float(ttt_loss(draft, table, collate([w]), train).total.detach()) == 0
 
 
 @pytest.mark.parametrize("objective", ["reverse-kl", "tv"])
@@ -467,6 +499,46 @@ def test_a_split_sample_keeps_every_teacher_and_reachable_branch() -> None:
     assert torch.equal(torch.cat([p.teacher.ids for p in pieces]), w.teacher.ids)
     assert [[b.root for b in p.branches] for p in pieces] == [[1], [1]]
     assert [len(p) for p in split_sample(w, 11)] == [11]
+
+
+def plain_prediction(tokens: list[int]) -> int | None:
+    """Return the token that most often followed the longest earlier match of the end; of several the newest."""
+    for length in range(min(MAX_MATCH, len(tokens) - 1), MIN_MATCH - 1, -1):
+        ends = [end for end in range(length, len(tokens)) if tokens[end - length : end] == tokens[-length:]]
+        if ends:
+            following = [tokens[end] for end in reversed(ends[-MAX_LINKS:])]
+            return max(following, key=following.count)
+    return None
+
+
+@given(st.lists(st.integers(0, 2), min_size=2, max_size=40), st.integers(0, 6), st.booleans())
+def test_predicted_positions_are_those_whose_next_token_followed_the_longest_match(
+    tokens: list[int], first_known: int, ends_with_next: bool
+) -> None:
+    n = len(tokens) - ends_with_next
+    w = replace(
+        sample(n, min(first_known, n), 0),
+        tokens=torch.tensor(tokens[:n]),
+        next_token=tokens[n] if ends_with_next else None,
+    )
+    found = mark_suffix_predictions(w).suffix_predicted
+    assert found is not None
+    following = [*tokens[1:], None][:n]
+    expected = [
+        bool(known) and following[i] is not None and plain_prediction(tokens[: i + 1]) == following[i]
+        for i, known in enumerate(w.known)
+    ]
+    assert found.tolist() == expected
+
+
+def test_parts_of_a_sample_have_the_predicted_positions_of_the_whole() -> None:
+    w = replace(sample(16, 6, 6), tokens=torch.tensor([1, 2, 3, 4, 5, 9] * 2 + [1, 2, 3, 4]))
+    whole = mark_suffix_predictions(w).suffix_predicted
+    assert whole is not None
+    assert whole.tolist() == [False] * 7 + [True] * 8 + [False]
+    for parts in (split_sample(mark_suffix_predictions(w), 5), map(mark_suffix_predictions, split_sample(w, 5))):
+        marks = [part.suffix_predicted for part in parts]
+        assert torch.equal(torch.cat([m for m in marks if m is not None]), whole[5:])
 
 
 def plain_accepted_per_step(draft: EagleDraft, table: Tensor, w: Sample, lookahead: int) -> SimulatedAcceptance:

@@ -79,6 +79,7 @@ class Output:
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     """Of the next tokens of the prompt, in prefill, if the request asks for them."""
     finish: Finish | None = None
+    """With ``stop`` the last token is the end token or stop token."""
     error: str | None = None
     stats: RequestStats | None = None
 

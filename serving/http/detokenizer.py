@@ -187,6 +187,12 @@ class AnswerText:
             deltas.append(self._show(self._detokenizer.feed(ids)))
         return join_deltas(deltas)
 
+    def end_with(self, token: int, scores: Sequence[TokenLogprobs] = ()) -> None:
+        """Count the token that ended the answer: an end token or a stop token, which has no text."""
+        if not self.stopped:
+            self.count += 1
+            self._open += [ScoredToken(token, self._read, score) for score in scores]
+
     def finish(self) -> TextDelta:
         """Return the last delta of the answer."""
         if self.stopped:

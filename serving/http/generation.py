@@ -94,7 +94,11 @@ class Choice:
 
     def read(self, output: Output) -> TextDelta:
         """Return the text that an output adds."""
-        delta = self.answer.feed(output.tokens, output.logprobs)
+        has_end = output.finish == "stop" and bool(output.tokens)
+        shown = len(output.tokens) - has_end
+        delta = self.answer.feed(output.tokens[:shown], output.logprobs[:shown])
+        if has_end:
+            self.answer.end_with(output.tokens[-1], output.logprobs[-1:])
         if output.finish is not None:
             delta = join_deltas([delta, self.answer.finish()])
         if self.echo is None:

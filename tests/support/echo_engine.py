@@ -87,6 +87,9 @@ class EchoEngine:
 
     def _generate(self, request: Request, on_output: Callable[[Output], None]) -> None:
         output, whole = self._echo(request)
+        stop_ids = request.stop_ids if self.eos is None else {*request.stop_ids, self.eos}
+        # As in an engine, a token that ends the output comes with the end.
+        output, end = (output[:-1], output[-1:]) if whole and output[-1] in stop_ids else (output, ())
         verify_steps = 0
         if request.prompt_logprobs is not None:
             # In two parts, as the prefill of a long prompt.
@@ -94,7 +97,7 @@ class EchoEngine:
                 on_output(Output((), prompt_logprobs=scores(part, request.prompt_logprobs)))
         for start in range(0, len(output), self.per_verify_step):
             tokens = output[start : start + self.per_verify_step]
-            on_output(Output(tokens, logprobs=() if request.logprobs is None else scores(tokens, request.logprobs)))
+            on_output(Output(tokens, logprobs=_scores_for(request, tokens)))
             verify_steps += 1
             self.gate.wait(10)
             if request.id in self._cancelled:
@@ -103,7 +106,7 @@ class EchoEngine:
             if self.dies_with:
                 on_output(Output((), finish="error", error=self.dies_with))
                 return
-        self._end(request, on_output, "stop" if whole else "length", verify_steps)
+        self._end(request, on_output, "stop" if whole else "length", verify_steps, end)
 
     def _echo(self, request: Request) -> tuple[tuple[int, ...], bool]:
         """Return the output, and whether it is complete."""
@@ -112,11 +115,23 @@ class EchoEngine:
         output = whole[: stop + 1][: request.max_tokens]
         return output, len(output) == stop + 1
 
-    def _end(self, request: Request, on_output: Callable[[Output], None], finish: Finish, verify_steps: int) -> None:
+    def _end(
+        self,
+        request: Request,
+        on_output: Callable[[Output], None],
+        finish: Finish,
+        verify_steps: int,
+        tokens: tuple[int, ...] = (),
+    ) -> None:
         self.ended[request.id] = finish
         drafted = 3 * verify_steps if request.speculate else 0
         versions = ("day-0-head-0",) if request.speculate else ()
-        on_output(Output((), finish=finish, stats=RequestStats(verify_steps, drafted, drafted // 3, versions)))
+        stats = RequestStats(verify_steps, drafted, drafted // 3, versions)
+        on_output(Output(tokens, _scores_for(request, tokens), finish=finish, stats=stats))
+
+
+def _scores_for(request: Request, tokens: Sequence[int]) -> tuple[TokenLogprobs, ...]:
+    return () if request.logprobs is None else scores(tokens, request.logprobs)
 
 
 def scores(tokens: Sequence[int], alternatives: int) -> tuple[TokenLogprobs, ...]:

@@ -18,10 +18,11 @@ COMPLETIONS: dict[str, dict[str, Any]] = {
     "text": {"prompt": FRANCE},
     "token ids": {"prompt": [504, 3575, 282], "max_tokens": 9},
     "several prompts": {"prompt": [FRANCE, "def add(a, b):"], "max_tokens": 12},
-    "several choices": {"prompt": FRANCE, "max_tokens": 6, "n": 2},
     "stop string": {"prompt": FRANCE, "stop": "."},
     "stop strings": {"prompt": "One, two, three,", "stop": ["never", "ive, s"], "max_tokens": 20},
     "stop token": {"prompt": FRANCE, "stop_token_ids": [30]},
+    "stop token with log-probabilities": {"prompt": FRANCE, "stop_token_ids": [30], "logprobs": 1},
+    "stop token with echo": {"prompt": FRANCE, "stop_token_ids": [30], "logprobs": 1, "echo": True},
     "log-probabilities": {"prompt": FRANCE, "max_tokens": 8, "logprobs": 3},
     "log-probabilities without alternatives": {"prompt": FRANCE, "max_tokens": 4, "logprobs": 0},
     "echo": {"prompt": FRANCE, "max_tokens": 5, "echo": True},
@@ -42,7 +43,6 @@ CHATS: dict[str, dict[str, Any]] = {
     },
     "stop string": {"messages": HELLO, "max_tokens": 30, "stop": [","]},
     "log-probabilities": {"messages": HELLO, "max_tokens": 5, "logprobs": True, "top_logprobs": 3},
-    "several choices": {"messages": HELLO, "max_tokens": 4, "n": 2},
     "end token": {"messages": [{"role": "user", "content": "Reply with the word yes."}], "max_tokens": 60},
 }
 REQUESTS = [
@@ -60,6 +60,9 @@ REJECTED = [
     ("chat/completions", CHAT | {"top_p": 0}),
     ("chat/completions", CHAT | {"top_p": 1.5}),
     ("chat/completions", CHAT | {"n": 0}),
+    ("chat/completions", CHAT | {"presence_penalty": 3}),
+    ("chat/completions", CHAT | {"logit_bias": {"1": 101}}),
+    ("chat/completions", CHAT | {"min_p": 2}),
     ("chat/completions", CHAT | {"top_logprobs": 2}),
     ("chat/completions", CHAT | {"messages": [{"role": "user", "content": "word " * 2000}]}),
     ("completions", TEXT | {"model": "another"}),
@@ -143,7 +146,7 @@ def read_stream(response: httpx.Response) -> tuple[dict[int, str], dict[int, str
             if choice["finish_reason"] is not None:
                 ends[choice["index"]] = choice["finish_reason"]
         if chunk.get("usage"):
-            usage = {name: chunk["usage"][name] for name in ("prompt_tokens",)}
+            usage = {"prompt_tokens": chunk["usage"]["prompt_tokens"]}
     return texts, ends, usage
 
 
@@ -151,10 +154,11 @@ def read_stream(response: httpx.Response) -> tuple[dict[int, str], dict[int, str
 def test_a_rejected_request_has_vllms_status(node: Node, vllm: VllmServer, path: str, body: dict[str, Any]) -> None:
     ours, theirs = (httpx.post(f"{server.url}/v1/{path}", json=body, timeout=60) for server in (node, vllm))
     assert ours.status_code == theirs.status_code
-    error = ours.json()["error"]
-    assert {"message", "type", "param", "code"} <= set(error)
-    if named := theirs.json()["error"].get("param"):
-        assert error["param"].startswith(named.split(".")[0])
+    assert {"message", "type", "param", "code"} <= set(ours.json()["error"])
+    # Where vLLM names a parameter, the node does; vLLM's also has places of its validators.
+    named = (theirs.json()["error"].get("param") or "").partition(".")[0]
+    if named in body:
+        assert ours.json()["error"]["param"].startswith(named)
 
 
 @pytest.mark.parametrize(

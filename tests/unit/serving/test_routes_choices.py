@@ -121,8 +121,22 @@ def test_a_stop_string_ends_each_choice_separately(node: Node) -> None:
     assert answer.usage.completion_tokens == 2 * len("one tw")
 
 
-def test_a_stop_token_ends_the_answer_and_is_part_of_it(node: Node) -> None:
+def test_a_stop_token_ends_the_answer_is_counted_and_has_no_text(node: Node) -> None:
     (space,) = node.complete(" ", max_tokens=1).choices
     assert space.text == " "
-    answer = node.ask("one two", extra_body={"stop_token_ids": [node.engine.requests[0].prompt[0]]})
-    assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == ("one ", "stop")
+    stop = {"stop_token_ids": [node.engine.requests[0].prompt[0]]}
+    answer = node.ask("one two", logprobs=True, extra_body=stop)
+    (choice,) = answer.choices
+    assert (choice.message.content, choice.finish_reason) == ("one", "stop")
+    assert [token.token for token in choice.logprobs.content] == ["o", "n", "e", " "]
+    assert answer.usage.completion_tokens == 4
+    streamed = node.ask("one two", stream=True, extra_body=stop)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in streamed) == "one"
+
+
+def test_a_stop_token_behind_a_stop_string_is_not_counted(node: Node) -> None:
+    end = {"stop_token_ids": [node.engine.vocabulary - 1]}
+    node.engine.eos = end["stop_token_ids"][0]
+    answer = node.ask("one", stop="one", logprobs=True, extra_body=end)
+    assert (answer.choices[0].message.content, answer.usage.completion_tokens) == ("", 3)
+    assert answer.choices[0].logprobs.content == []

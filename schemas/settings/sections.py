@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, SecretStr, model_validator
 from schemas.settings.types import Duration, Options, Secret, Section, parse_duration
 
 Device = Literal["auto", "cpu", "cuda"]
+ToolCallParserName = Literal["auto", "hermes", "llama3_json"]
 SuffixScope = Literal["request", "label", "node", "fleet"]
 Objective = Literal["kl", "reverse-kl", "tv", "lk"]
 
@@ -170,6 +171,9 @@ class Serve(Section):
     """Maximum requests that wait for decoding. Further requests are rejected with status 429."""
     max_choices: int = Field(32, ge=1)
     """Maximum choices of one request: its prompts times ``n``."""
+    tool_call_parser: ToolCallParserName = "auto"
+    """How the target writes tool calls: as Hermes and Qwen do (``hermes``), as Llama 3 does (``llama3_json``), or as
+    its chat template shows (``auto``)."""
     max_body_bytes: int = Field(4 << 20, ge=1024)
     """Maximum size of a request body. A larger body is rejected before it is read."""
     drain_delay: Duration = Field(0, ge=0)

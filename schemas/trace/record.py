@@ -82,10 +82,11 @@ _FINGERPRINTS_OF_OLDER_NODES = ("b536faa160ee1a9e",)
 
 
 class DraftSource(IntFlag):
-    """What proposed a draft token. A token that both drafters proposed has both bits."""
+    """What proposed a draft token. A token that both drafters proposed has both bits, a forced token only its own."""
 
     SPECULATOR = 1
     SUFFIX = 2
+    GRAMMAR = 4
 
 
 class TraceError(ValueError):

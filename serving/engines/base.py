@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from schemas.speculator.network import EagleDraft
 from schemas.trace.record import VerifyStep
+
+if TYPE_CHECKING:
+    from serving.engines.builtin.grammar import Grammar
 
 Finish = Literal["stop", "length", "cancelled", "error"]
 
@@ -48,6 +51,8 @@ class Request:
     """Minimum number of output tokens before a token ends the output."""
     stop_ids: frozenset[int] = frozenset()
     """Tokens that end the output, in addition to the target's EOS tokens."""
+    grammar: Grammar | None = None
+    """What the output must match."""
     ignore_eos: bool = False
     """Whether to continue after the target's EOS tokens."""
     logprobs: int | None = None
@@ -190,6 +195,10 @@ class Engine(HotSwapEngine, Protocol):
     @property
     def vocabulary(self) -> int:
         """Size of the target's vocabulary: every token id is below it."""
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Tokens that end an output."""
 
     @property
     def max_tokens(self) -> int:

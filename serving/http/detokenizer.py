@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from serving.engines.base import TokenLogprobs
+from serving.http.tool_calls import ToolCall
 
 _INCOMPLETE = "\ufffd"
 _BYTE_OF = {char: byte for byte, char in bytes_to_unicode().items()}
@@ -133,14 +134,19 @@ class TextDelta:
 
     text: str = ""
     tokens: tuple[ScoredToken, ...] = ()
+    calls: tuple[ToolCall, ...] = ()
 
     def __bool__(self) -> bool:
-        return bool(self.text or self.tokens)
+        return bool(self.text or self.tokens or self.calls)
 
 
 def join_deltas(deltas: Sequence[TextDelta]) -> TextDelta:
     """Return all deltas as one."""
-    return TextDelta("".join(d.text for d in deltas), tuple(token for d in deltas for token in d.tokens))
+    return TextDelta(
+        "".join(d.text for d in deltas),
+        tuple(token for d in deltas for token in d.tokens),
+        tuple(call for d in deltas for call in d.calls),
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from prometheus_client import CollectorRegistry, Histogram
@@ -24,6 +24,7 @@ from serving.http.detokenizer import AnswerText, TextDelta, join_deltas
 from serving.http.echo import Echo
 from serving.http.errors import ApiError, unavailable
 from serving.http.responses import AnswerBuilder, ChoiceUsage, FinishReason
+from serving.http.tool_calls import ToolCallParser
 
 _ALIVE_CHECK_S = 5.0
 _BUCKETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0, 10.0, 30.0)
@@ -77,6 +78,10 @@ class Choice:
     answer: AnswerText
     echo: Echo | None = None
     """The prompt, if the answer begins with it."""
+    calls: ToolCallParser | None = None
+    """Finds calls in the answer, if it may have any."""
+    finishes_with_calls: bool = True
+    """Whether calls are a finish reason; a function that the request named is none, as in OpenAI's API."""
     finish: FinishReason | None = None
     """None until the choice has ended."""
     error_type: str | None = None
@@ -101,6 +106,9 @@ class Choice:
             self.answer.end_with(output.tokens[-1], output.logprobs[-1:])
         if output.finish is not None:
             delta = join_deltas([delta, self.answer.finish()])
+        if self.calls is not None:
+            parsed = self.calls.feed(delta.text, final=output.finish is not None or self.answer.stopped)
+            delta = replace(delta, text=parsed.text, calls=parsed.calls)
         if self.echo is None:
             return delta
         self.echo.scores += output.prompt_logprobs
@@ -257,6 +265,8 @@ class Generation:
             raise unavailable("The node stopped before the answer was complete")
         choice.finish = "length" if output.finish == "length" and not stopped else "stop"
         self._metrics.count(choice.finish)
+        if choice.finish == "stop" and choice.calls is not None and choice.calls.count and choice.finishes_with_calls:
+            choice.finish = "tool_calls"
         self._metrics.e2e.observe(time.perf_counter() - choice.start)
 
     def _observe(self, choice: Choice, before: int, tokens: int) -> None:

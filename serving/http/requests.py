@@ -18,6 +18,15 @@ from schemas.speculator.acceptance import MIN_TEMPERATURE
 from serving.http.api_object import ApiObject, check_texts
 from serving.http.errors import Reject, invalid_request
 from serving.http.messages import Message
+from serving.http.structured_outputs import (
+    Constraint,
+    ResponseFormat,
+    Schema,
+    StructuredOutputs,
+    Texts,
+    list_constraints,
+)
+from serving.http.tools import Tool, ToolChoice
 
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "length_penalty": (1,),
@@ -31,12 +40,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
     "priority": (0,),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
+    "guided_whitespace_pattern": (),
 }
 """Of OpenAI's API and vLLM's extensions, with the values that change nothing."""
 
@@ -102,6 +106,7 @@ class CompletionBody(ApiObject):
             "safety_identifier",
             "prompt_cache_key",
             "prompt_cache_retention",
+            "guided_decoding_backend",
         }
     )
 
@@ -129,6 +134,12 @@ class CompletionBody(ApiObject):
     )
     stop_token_ids: list[_TokenId] = Field(default=[])
     ignore_eos: bool = False
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Schema | None = None
+    guided_regex: str | None = None
+    guided_choice: Texts | None = None
+    guided_grammar: str | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -142,6 +153,27 @@ class CompletionBody(ApiObject):
             message = f"more than the {self.answer_limit} tokens that the answer may have"
             raise PydanticCustomError("unsupported_value", message, {"param": "min_tokens"})
         return self
+
+    @model_validator(mode="after")
+    def _check_constraints(self) -> Self:
+        if len(constraints := self._list_constraints()) > 1:
+            message = f"cannot be combined with {constraints[0].param}"
+            raise PydanticCustomError("unsupported_value", message, {"param": constraints[1].param})
+        return self
+
+    @property
+    def constraint(self) -> Constraint | None:
+        """What the text of the answer must match."""
+        return next(iter(self._list_constraints()), None)
+
+    def _list_constraints(self) -> list[Constraint]:
+        guided = StructuredOutputs.model_construct(
+            json_schema=self.guided_json,
+            regex=self.guided_regex,
+            choice=self.guided_choice,
+            grammar=self.guided_grammar,
+        )
+        return list_constraints(self.response_format, self.structured_outputs, guided)
 
     @property
     def answer_limit(self) -> int | None:
@@ -167,9 +199,6 @@ class ChatRequest(CompletionBody):
     """The body of ``POST /v1/chat/completions``."""
 
     unsupported = _UNSUPPORTED | {
-        "tools": ([],),
-        "tool_choice": ("none", "auto"),
-        "parallel_tool_calls": (True, False),
         "functions": ([],),
         "function_call": ("none", "auto"),
         "modalities": (["text"],),
@@ -193,12 +222,45 @@ class ChatRequest(CompletionBody):
     top_logprobs: int = Field(0, ge=0, le=MAX_TOP_LOGPROBS)
     chat_template_kwargs: dict[str, Any] = Field(default={})
     """Variables for the target's chat template, such as ``enable_thinking``."""
+    tools: list[Tool] = Field(default=[])
+    tool_choice: ToolChoice | None = None
+    """``auto`` unless given."""
+    parallel_tool_calls: bool = True
 
     @model_validator(mode="after")
     def _check_logprobs(self) -> ChatRequest:
         if self.top_logprobs and not self.logprobs:
             raise PydanticCustomError("needs", "needs logprobs to be true", {"param": "top_logprobs"})
         return self
+
+    @model_validator(mode="after")
+    def _check_tools(self) -> ChatRequest:
+        names = [tool.function.name for tool in self.tools]
+        if len(set(names)) < len(names):
+            raise PydanticCustomError("unsupported_value", "two functions have the same name", {"param": "tools"})
+        choice = self.tool_choice
+        if choice is None or choice.type in ("none", "auto"):
+            return self
+        if not names:
+            raise PydanticCustomError("needs", "needs tools", {"param": "tool_choice"})
+        if choice.function is not None and choice.function.name not in names:
+            raise PydanticCustomError("unsupported_value", "is no function of tools", {"param": "tool_choice"})
+        return self
+
+    @property
+    def callable_tools(self) -> list[Tool]:
+        """The tools that the answer may call."""
+        choice = self.tool_choice
+        if choice is not None and choice.type == "none":
+            return []
+        if choice is not None and choice.function is not None:
+            return [tool for tool in self.tools if tool.function.name == choice.function.name]
+        return self.tools
+
+    @property
+    def must_call(self) -> bool:
+        """Whether the answer must be a call."""
+        return self.tool_choice is not None and self.tool_choice.type in ("required", "function")
 
     @property
     def answer_limit(self) -> int | None:

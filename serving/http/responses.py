@@ -10,8 +10,9 @@ from typing import Any, ClassVar, Literal
 
 from serving.engines.base import RequestStats
 from serving.http.detokenizer import ScoredToken, TextDelta, TokenSpeller
+from serving.http.tool_calls import ToolCall
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 _MIN_LOGPROB = -9999.0
 """OpenAI's value for a very unlikely token; JSON has no infinity."""
@@ -119,8 +120,12 @@ class ChatAnswerBuilder(AnswerBuilder):
         return self._delta(index, {"role": "assistant", "content": ""})
 
     def delta_chunk(self, index: int, delta: TextDelta) -> dict[str, Any]:
-        """Return a chunk with the next text."""
-        return self._delta(index, {"content": delta.text}, delta.tokens)
+        """Return a chunk with the next text and calls."""
+        calls = [{"index": call.index} | _call(call) for call in delta.calls]
+        fields: dict[str, Any] = {"tool_calls": calls} if calls else {}
+        if delta.text or not calls:
+            fields["content"] = delta.text
+        return self._delta(index, fields, delta.tokens)
 
     def finish_chunk(self, index: int, finish: FinishReason) -> dict[str, Any]:
         """Return the chunk with the finish reason."""
@@ -128,12 +133,14 @@ class ChatAnswerBuilder(AnswerBuilder):
 
     def choice(self, index: int, text: TextDelta, finish: FinishReason) -> dict[str, Any]:
         """Return a choice with its message."""
-        message = {"role": "assistant", "content": text.text, "refusal": None}
+        message: dict[str, Any] = {"role": "assistant", "content": text.text, "refusal": None}
+        if text.calls:
+            message |= {"content": text.text or None, "tool_calls": [_call(call) for call in text.calls]}
         logprobs = self._logprobs(text.tokens) if self.logprobs else None
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish}
 
     def _delta(
-        self, index: int, delta: dict[str, str], tokens: Sequence[ScoredToken] = (), finish: FinishReason | None = None
+        self, index: int, delta: dict[str, Any], tokens: Sequence[ScoredToken] = (), finish: FinishReason | None = None
     ) -> dict[str, Any]:
         logprobs = self._logprobs(tokens) if tokens else None
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
@@ -212,6 +219,10 @@ class CompletionAnswerBuilder(AnswerBuilder):
     def _name(self, token: int) -> str:
         spelling = self.speller.spell(token)
         return f"bytes:{_escape(spelling.bytes or b'')}" if spelling.text is None else spelling.text
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
 def _escape(raw: bytes) -> str:

@@ -13,6 +13,7 @@ import inspect
 import json
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -25,6 +26,8 @@ from starlette.types import Receive, Scope, Send
 from schemas.settings import Serve
 from schemas.telemetry import trace_context
 from serving.engines.base import Engine, Request
+from serving.engines.builtin.grammar import Grammar, GrammarCompiler
+from serving.engines.builtin.grammar_check import GrammarError
 from serving.http import errors
 from serving.http.detokenizer import AnswerText, Detokenizer, TextDelta, Tokenizer, TokenSpeller, join_deltas
 from serving.http.echo import Echo, EchoedPrompt
@@ -39,7 +42,9 @@ from serving.http.responses import (
     RequestUsage,
 )
 from serving.http.server import ApiKeyMiddleware, Drain, DrainMiddleware
+from serving.http.structured_outputs import join_grammars
 from serving.http.tokens import TokenFile
+from serving.http.tools import calls_grammar, choose_format
 
 _MAX_LABEL = 256
 _CLIENT_CLOSED_REQUEST = 499
@@ -63,7 +68,7 @@ class Completions:
         tokenizer: Tokenizer,
         model: str,
         metrics: RequestMetrics,
-        max_choices: int,
+        serve: Serve,
         is_traced: Callable[[str], bool],
     ) -> None:
         self._engine = engine
@@ -71,10 +76,14 @@ class Completions:
         self._speller = TokenSpeller(tokenizer)
         self._model = model
         self._metrics = metrics
-        self._max_choices = max_choices
+        self._max_choices = serve.max_choices
         self._is_traced = is_traced
         # The tokenizer's end token of a fine-tuned target may differ from that of its config.
         self._eos_ids = frozenset(() if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,))
+        self._tool_calls = choose_format(tokenizer.chat_template, serve.tool_call_parser)
+        self._grammars = GrammarCompiler(tokenizer, engine.vocabulary, self._eos_ids | engine.eos_ids)
+        self._compiling = ThreadPoolExecutor(1, "grammars")
+        """One grammar is compiled at a time."""
         self._reserved = frozenset(inspect.signature(tokenizer.apply_chat_template).parameters) | {"messages"}
         """Names of variables that a request cannot set."""
 
@@ -88,14 +97,12 @@ class Completions:
         # A long prompt takes a while to tokenize; the event loop serves other requests meanwhile.
         prompt = await asyncio.to_thread(self._tokenize_messages, body)
         self._check_size(body, [prompt], "messages")
+        grammar = await self._compile(body, body)
         trace = _request_trace(http)
         answer_id = trace.context.to_request_id("chatcmpl")
         builder = ChatAnswerBuilder(answer_id, self._model, self._speller, body.logprobs)
-        requests = self._requests(body, [prompt], answer_id, http)
-        choices = [
-            Choice(i, request, AnswerText(Detokenizer(self._tokenizer), body.stop, body.min_tokens))
-            for i, request in enumerate(requests)
-        ]
+        requests = self._requests(body, [prompt], answer_id, http, grammar)
+        choices = [self._chat_choice(i, request, body) for i, request in enumerate(requests)]
         return await self._respond(body, choices, builder, trace, http)
 
     async def complete(self, body: CompletionRequest, http: fastapi.Request) -> Response:
@@ -107,10 +114,11 @@ class Completions:
         self._check_body(body)
         prompts = await asyncio.to_thread(lambda: [self._tokenize_prompt(prompt) for prompt in body.prompt])
         self._check_size(body, prompts, "prompt")
+        grammar = await self._compile(body)
         trace = _request_trace(http)
         answer_id = trace.context.to_request_id("cmpl")
         builder = CompletionAnswerBuilder(answer_id, self._model, self._speller, body.logprobs is not None)
-        requests = self._requests(body, prompts, answer_id, http)
+        requests = self._requests(body, prompts, answer_id, http, grammar)
         echoed = await asyncio.to_thread(self._read_echo, body, prompts)
         choices = []
         for i, request in enumerate(requests):
@@ -118,6 +126,35 @@ class Completions:
             echo = Echo(echoed[i // body.n], logprobs=builder.logprobs) if echoed else None
             choices.append(Choice(i, request, AnswerText(detokenizer, body.stop, body.min_tokens), echo))
         return await self._respond(body, choices, builder, trace, http)
+
+    def _chat_choice(self, index: int, request: Request, body: ChatRequest) -> Choice:
+        answer = AnswerText(Detokenizer(self._tokenizer), body.stop, body.min_tokens)
+        choice = Choice(index, request, answer)
+        if self._tool_calls is not None and body.callable_tools:
+            choice.calls = self._tool_calls.parser(body.parallel_tool_calls)
+            choice.finishes_with_calls = body.tool_choice is None or body.tool_choice.function is None
+        return choice
+
+    async def _compile(self, body: CompletionBody, chat: ChatRequest | None = None) -> Grammar | None:
+        """Return the grammar of an answer; None if any text is one.
+
+        Raises:
+            ApiError: it cannot be compiled; the error names the parameter that asks for it.
+        """
+        answer, calls = body.constraint, []
+        if chat is not None and self._tool_calls is not None and chat.callable_tools:
+            if chat.must_call:
+                answer = None
+            if chat.must_call or answer is not None:
+                calls = calls_grammar(chat.callable_tools, self._tool_calls, parallel=chat.parallel_tool_calls)
+        if answer is None and not calls:
+            return None
+        text = join_grammars(answer, calls)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._compiling, self._grammars.compile, text)
+        except GrammarError as error:
+            param = "tools" if answer is None else answer.param
+            raise invalid_request(f"{param}: the grammar was rejected: {error}", param) from error
 
     def check_model(self, name: str) -> None:
         """Reject a model that this node does not serve.
@@ -158,7 +195,12 @@ class Completions:
         return JSONResponse(builder.response(answers, _usage(generation, prompt_tokens)), headers=headers)
 
     def _requests(
-        self, body: CompletionBody, prompts: Sequence[tuple[int, ...]], answer_id: str, http: fastapi.Request
+        self,
+        body: CompletionBody,
+        prompts: Sequence[tuple[int, ...]],
+        answer_id: str,
+        http: fastapi.Request,
+        grammar: Grammar | None,
     ) -> list[Request]:
         """Return one request per choice, prompt by prompt; a single choice has the answer's own id."""
         label, longest = _label(http), self._engine.max_tokens
@@ -183,6 +225,7 @@ class Completions:
                 min_tokens=body.min_tokens,
                 stop_ids=frozenset(body.stop_token_ids) | (frozenset() if body.ignore_eos else self._eos_ids),
                 ignore_eos=body.ignore_eos,
+                grammar=grammar,
                 logprobs=body.alternatives,
                 prompt_logprobs=body.prompt_alternatives,
                 label=label,
@@ -224,6 +267,15 @@ class Completions:
             param = f"chat_template_kwargs.{reserved[0]}"
             raise invalid_request(f"{param}: the server sets this variable", param)
         messages = [message.for_template() for message in body.messages]
+        tools = body.tools if body.callable_tools else []
+        if tools and self._tool_calls is None:
+            message = (
+                "The target's chat template takes no tools, or calls them in a format that this server does not know "
+                "(serve.tool_call_parser)"
+            )
+            raise invalid_request(message, "tools", "unsupported_parameter")
+        if tools:
+            variables = {**variables, "tools": [tool.for_template() for tool in tools]}
         try:
             ids = self._tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, return_dict=False, **variables
@@ -263,7 +315,7 @@ def create_app(
     Raises:
         SettingsError: ``serve.api_keys_file`` cannot be read.
     """
-    completions = Completions(engine, tokenizer, model, metrics, serve.max_choices, is_traced)
+    completions = Completions(engine, tokenizer, model, metrics, serve, is_traced)
     app = FastAPI(title="Aurora Stream", docs_url=None, redoc_url=None)
 
     @app.post("/v1/chat/completions")

@@ -33,6 +33,7 @@ class EchoEngine:
     target = "echo"
     line = "echo-line"
     vocabulary = BYTES + 1
+    eos_ids: frozenset[int] = frozenset()
 
     def __init__(self, max_tokens: int = 200, per_verify_step: int = 2) -> None:
         self.max_tokens = max_tokens

@@ -40,6 +40,10 @@ VALID: dict[str, tuple[Any, ...]] = {
     "min_tokens": (None, 0, 1),
     "logit_bias": (None, {}, {"5": None}, {"0": -100, "5": 100}, {str(VOCABULARY - 1): 5e-324}),
     "allowed_token_ids": (None, [0], [VOCABULARY - 1, 7], list(range(VOCABULARY))),
+    "response_format": (None, {"type": "text"}, {"type": "text", "json_schema": None}),
+    "structured_outputs": (None,),
+    "guided_json": (None,),
+    "guided_regex": (None, "a*", "[ab]{1,3}", ".{0,99}"),
     "prompt": ([1], [VOCABULARY - 1], [0] * (MAX_LEN - 1), [[2], [3, 4]]),
 }
 """Values by parameter of a text completion."""
@@ -63,6 +67,10 @@ INVALID: dict[str, tuple[Any, ...]] = {
     "min_tokens": (-1, 10**31, 0.5, "all"),
     "logit_bias": ({"5": 100.1}, {"5": _NAN}, {str(VOCABULARY): -100}, {"-1": 1}, {"a": 1}, {"5": []}, []),
     "allowed_token_ids": ([], [-1], [VOCABULARY], [10**30], [None], "a", {}),
+    "response_format": ({"type": "xml"}, {"type": "json_schema"}, {}, [], "json_object"),
+    "structured_outputs": ({"regex": "("}, {"choice": []}, {"json": "{"}, {"json": {"type": "strin"}}, {"what": 1}, 3),
+    "guided_json": ({"type": "integer", "multipleOf": 999983}, {"type": "x"}, "{", "[]", [], 7),
+    "guided_regex": ("(", "[", "a{9,1}", 5, []),
     "prompt": ([], "", None, [VOCABULARY], [-1], [10**30], [True], [0] * MAX_LEN, [[1], []], {}),
 }
 

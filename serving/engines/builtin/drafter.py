@@ -51,9 +51,9 @@ class DraftTree:
         return [node.parent for node in self.nodes]
 
     @property
-    def has_suffix(self) -> bool:
-        """Whether the suffix drafter proposed a node."""
-        return any(node.source & DraftSource.SUFFIX for node in self.nodes)
+    def needs_sources(self) -> bool:
+        """Whether another source than the speculator alone proposed a node."""
+        return any(node.source != DraftSource.SPECULATOR for node in self.nodes)
 
     def path_to(self, node: int) -> list[int]:
         """Return the tokens from the root's child to a node; none for ``ROOT``."""

@@ -67,7 +67,7 @@ class BuiltinEngine:
         torch.set_num_threads(serve.num_threads)
         line, self._target = _load_target(settings)
         self.target, self.line, self.weight_dtype = line.target, line.name, self._target.weight_dtype
-        self.vocabulary = self._target.shape.vocab_size
+        self.vocabulary, self.eos_ids = self._target.shape.vocab_size, self._target.eos_ids
         self.max_tokens = serve.max_model_len
         scope = "request" if serve.drafter == "eagle" else serve.suffix_scope
         self.corpus = ScopedCorpus(scope, serve.suffix_corpus_bytes, settings.kafka.retention)
@@ -129,13 +129,15 @@ class BuiltinEngine:
                 raise ValueError(f"the target's vocabulary has {self.vocabulary} tokens, not the prompt's id {token}")
         request = replace(request, speculate=request.speculate and self._may_speculate)
         max_len = min(len(request.prompt) + request.max_tokens, self.max_tokens)
+        grammar = request.grammar.create_matcher() if request.grammar else None
         seq = Sequence(
             request,
             on_output,
             max_len,
             secrets.randbits(64) if request.seed is None else request.seed,
             list(request.prompt),
-            processors=create_processors(request, self._target.eos_ids),
+            processors=create_processors(request, self.eos_ids, grammar),
+            grammar=grammar,
             keeps_features=self._drafter.speculator is not None,
         )
         with self._mail:

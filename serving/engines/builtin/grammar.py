@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections import OrderedDict, defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from collections.abc import Sequence as Seq
 from typing import Any
 
@@ -30,8 +30,6 @@ _MAX_CACHED = 64
 _MAX_CACHED_BYTES = 1 << 20
 _BYTE_OF = {char: byte for byte, char in bytes_to_unicode().items()}
 """Bytes as byte-level vocabularies write them."""
-_PROBE = "é \n☃ a"
-"""A text that shows how a vocabulary writes bytes and spaces."""
 
 
 class GrammarMatcher:
@@ -119,12 +117,12 @@ class _Growth:
             count += 1
             # Whether a drafter proposed it or not, the token counts for none.
             old = next((i for i in self._children_of(old) if self._tree.nodes[i].token == token), None)
-            new = self._add(DraftNode(token, new, depth + count, 0.0, chance, DraftSource.GRAMMAR))
+            new = self._add(DraftNode(token, new, depth + count, 0.0, 1.0, chance, DraftSource.GRAMMAR))
         if count:
             self.grow(old, new, depth + count, chance)
             self._matcher.rollback(count)
             return
-        above = 1.0 if old in {ROOT, None} else self._tree.nodes[old].chance  # type: ignore[index]
+        above = 1.0 if old is None or old == ROOT else self._tree.nodes[old].chance
         for i in self._children_of(old):
             node = self._tree.nodes[i]
             if self._matcher.try_consume_tokens([node.token]):
@@ -208,7 +206,8 @@ class _SpelledTokenizer:
         self._encoder = copy.deepcopy(tokenizer.backend_tokenizer)
         added = tokenizer.added_tokens_decoder
         pieces: list[str | None] = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-        spell = self._choose_spelling(pieces)
+        is_sentencepiece = sum("▁" in (piece or "") for piece in pieces) > sum("Ġ" in (piece or "") for piece in pieces)
+        spell = _spell_text if is_sentencepiece else _spell_bytes
         self.tokens = [
             added[i].content.encode() if i in added else spell(piece or "") for i, piece in enumerate(pieces)
         ]
@@ -219,17 +218,10 @@ class _SpelledTokenizer:
         ids: list[int] = self._encoder.encode(text, add_special_tokens=False).ids
         return ids
 
-    def _choose_spelling(self, pieces: Seq[str | None]) -> Any:
-        probe = [pieces[i] or "" for i in self(_PROBE)]
-        for spell in (_spell_bytes, _spell_text):
-            if b"".join(map(spell, probe)).lstrip() == _PROBE.encode():
-                return spell
-        raise GrammarError("the tokenizer of the target writes bytes in an unknown way")
-
 
 def _spell_bytes(piece: str) -> bytes:
-    """Return the bytes of an entry of a byte-level vocabulary."""
-    return bytes(_BYTE_OF[char] for char in piece if char in _BYTE_OF)
+    """Return the bytes of an entry of a byte-level vocabulary; none for an entry of another kind."""
+    return bytes(_BYTE_OF[char] for char in piece) if all(char in _BYTE_OF for char in piece) else b""
 
 
 def _spell_text(piece: str) -> bytes:

@@ -12,6 +12,7 @@ import selectors
 import subprocess
 import sys
 import threading
+import weakref
 from contextlib import suppress
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
@@ -49,16 +50,17 @@ class GrammarChecker:
         Raises:
             GrammarError: it does not, or not within the limits.
         """
-        child = self._child = self._child if self._child is not None and self._child.poll() is None else _start()
+        child = self._child
+        if child is None or child.poll() is not None:
+            child = self._child = _start()
+            weakref.finalize(self, _end, child)
         assert child.stdin is not None
         with suppress(BrokenPipeError):
             child.stdin.write(json.dumps(text) + "\n")
             child.stdin.flush()
         answer = _read_line(child, _MAX_CHECK_S)
         if not answer:
-            child.kill()
-            child.wait()
-            self._child = None
+            _end(child)
             raise GrammarError("it is too complex to be compiled")
         if error := json.loads(answer):
             raise GrammarError(error)
@@ -68,10 +70,14 @@ def _start() -> subprocess.Popen[str]:
     pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
     child = subprocess.Popen([sys.executable, "-m", __name__], stdin=pipe, stdout=pipe, stderr=nowhere, text=True)
     if not _read_line(child, _MAX_START_S):
-        child.kill()
-        child.wait()
+        _end(child)
         raise GrammarError("the process that checks grammars does not start")
     return child
+
+
+def _end(child: subprocess.Popen[str]) -> None:
+    child.kill()
+    child.communicate()
 
 
 def _read_line(child: subprocess.Popen[str], seconds: float) -> str:

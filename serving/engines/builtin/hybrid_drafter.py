@@ -90,7 +90,7 @@ class HybridDrafter:
                 for proposal, tree in zip(drafting, trees, strict=True):
                     proposal.speculator = tree
                     proposal.speculator_depth = min(plan.budget.depth, proposal.sequence.room - 1)
-        merged = [merge_trees(proposal.speculator, proposal.suffix) for proposal in proposals]
+        merged = [self._constrain(p.sequence, merge_trees(p.speculator, p.suffix)) for p in proposals]
         selected = self._select(merged, decoding)
         trees_by_slot = {p.sequence.slot: tree for p, tree in zip(proposals, selected, strict=True) if tree.nodes}
         return Drafts(trees_by_slot, tuple(timings), plan, tuple(proposals))
@@ -146,6 +146,14 @@ class HybridDrafter:
             outlook = SequenceOutlook(seq.is_greedy, [node.chance for node in tree.nodes], unread)
             proposals.append(_Proposal(seq, outlook, tree))
         return proposals
+
+    def _constrain(self, seq: Sequence, tree: DraftTree) -> DraftTree:
+        """Return the tree as far as the sequence's grammar allows it, with the tokens that the grammar forces."""
+        if seq.grammar is None:
+            return tree
+        with seq.contain():
+            return seq.grammar.constrain(tree, seq.output, min(self._max_nodes, seq.room - 1))
+        return EMPTY_TREE
 
     def _select(self, trees: Seq[DraftTree], decoding: int) -> list[DraftTree]:
         """Keep the likeliest nodes of all trees, as far as the target verifies them."""

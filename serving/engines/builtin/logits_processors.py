@@ -126,9 +126,11 @@ class MinTokens:
         return logits_V if longer_V.max() == -torch.inf else longer_V
 
 
-def create_processors(request: Request, eos_ids: frozenset[int]) -> tuple[LogitsProcessor, ...]:
+def create_processors(
+    request: Request, eos_ids: frozenset[int], grammar: LogitsProcessor | None = None
+) -> tuple[LogitsProcessor, ...]:
     """Return the processors that a request asks for, in the order in which they apply; none for neutral parameters."""
-    found: list[LogitsProcessor] = []
+    found: list[LogitsProcessor] = [] if grammar is None else [grammar]
     if request.allowed_token_ids is not None:
         found.append(AllowedTokens(request.allowed_token_ids))
     if request.logit_bias:

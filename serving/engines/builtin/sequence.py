@@ -14,6 +14,7 @@ from schemas.speculator.acceptance import MIN_TEMPERATURE
 from schemas.suffix_corpus import SequenceHistory
 from schemas.trace.record import DraftSource
 from serving.engines.base import Finish, Output, Request, RequestStats
+from serving.engines.builtin.grammar import GrammarMatcher
 from serving.engines.builtin.logits_processors import LogitsProcessor
 
 log = structlog.get_logger()
@@ -34,6 +35,8 @@ class Sequence:
     """The sequence's place in the KV caches of target and draft; -1 while it waits."""
     processors: tuple[LogitsProcessor, ...] = ()
     """Change the target's logits, in this order."""
+    grammar: GrammarMatcher | None = None
+    """One of ``processors``, if the output must match a grammar."""
     num_cached_tokens: int = 0
     """Tokens committed to the target's KV cache."""
     num_draft_cached_tokens: int = 0

@@ -213,7 +213,7 @@ class Verifier:
                 draft_us=times.draft_us if tree.nodes else 0,
                 verify_us=times.verify_us,
                 time_us=times.end_us,
-                draft_sources=tuple(int(node.source) for node in tree.nodes) if tree.has_suffix else None,
+                draft_sources=tuple(int(node.source) for node in tree.nodes) if tree.needs_sources else None,
             )
         logprobs = _output_logprobs(seq.request.logprobs, rows, deciding, output)
         return StepResult(seq, tuple(output), logprobs, rows.prompt_logprobs, is_prefill, tree, accepted, trace)

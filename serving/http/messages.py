@@ -36,7 +36,7 @@ class FunctionCall(ApiObject):
     arguments: Annotated[dict[str, Any], BeforeValidator(_parse_arguments)] = Field(default={})
 
 
-class ToolCall(ApiObject):
+class ToolCallMessage(ApiObject):
     """A call that an assistant's message of the history contains."""
 
     ignored = frozenset({"index"})
@@ -69,7 +69,7 @@ class Message(ApiObject):
     name: str | None = None
     reasoning: str | None = None
     """Of an earlier answer by a server that reports it apart from the content, as vLLM does."""
-    tool_calls: list[ToolCall] = Field(default=[])
+    tool_calls: list[ToolCallMessage] = Field(default=[])
     tool_call_id: str | None = None
 
     @model_validator(mode="after")

@@ -10,7 +10,7 @@ from serving.http.tool_calls import HermesParser, LlamaParser, Parsed, ToolCallP
 
 HERMES = [
     'Let me see.\n<tool_call>\n{"name": "f", "arguments": {"a": [1, "é🙂"]}}\n</tool_call>',
-    '<tool_call>{"name": "f", "arguments": {}}</tool_call>\n<tool_call>{"name": "g", "arguments": {"x": 1}}</tool_call>',
+    '<tool_call>{"name": "f", "arguments": {}}</tool_call>\n<tool_call>{"name": "g", "arguments": {"x":1}}</tool_call>',
     '<tool_call>{"name": "f", "arguments": {}}</tool_call> and then  ',
     '<tool_call>{"name": "f", "arguments": 3}</tool_call>',
     '<tool_call>{"name": "f", "arguments": {"a": NaN}}</tool_call>',

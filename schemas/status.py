@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from schemas.events import AcceptanceStats, DriftEvent
-from schemas.settings.sections import SuffixScope
+from schemas.settings.sections import PrefixScope, SuffixScope
 
 
 class _Status(BaseModel):
@@ -57,6 +57,22 @@ class CorpusStatus(_Status):
     """Answers that are not yet read from the topic."""
     answers_error: str | None
     """Why no answers arrive."""
+
+
+class PrefixCacheStatus(_Status):
+    """The prefix cache of a node. Counters start at zero with the process."""
+
+    scope: PrefixScope
+    is_on: bool
+    """False if it was turned off by its size, or by a failure."""
+    bytes: int
+    hits: int
+    """Choices that began with cached tokens."""
+    cached_tokens: int
+    """Prompt tokens from the cache."""
+    evictions: int
+    """Blocks that newer ones replaced."""
+    failures: int
 
 
 class ServeStatus(_Status):
@@ -109,6 +125,8 @@ class ServeStatus(_Status):
     versions_rejected: list[RejectedVersionStatus]
     corpus: CorpusStatus | None = None
     """None with SGLang, whose plugin exports its counts."""
+    prefix_cache: PrefixCacheStatus | None = None
+    """None with SGLang."""
 
 
 class SpeculatorStatus(_Status):

@@ -84,7 +84,7 @@ def run(settings: Settings) -> None:
             serve.suffix_scope, engine.corpus, answers, _start_consumer(settings, engine, stack)
         )
         is_traced = publisher.sample if publisher else lambda _request: False
-        reports = status.Reports(publisher, poller, corpus)
+        reports = status.Reports(publisher, poller, corpus, status.PrefixCacheReport(engine.prefix_cache))
         _serve(settings, engine, tokenizer, is_traced, reports, server_socket, admin_socket)
         if error := engine.health().error:
             log.error("node_failed", error=error)

@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, SecretStr, model_validator
 from schemas.settings.types import Duration, Options, Secret, Section, parse_duration
 
 Device = Literal["auto", "cpu", "cuda"]
+PrefixScope = Literal["request", "label", "node"]
 ToolCallParserName = Literal["auto", "hermes", "llama3_json"]
 SuffixScope = Literal["request", "label", "node", "fleet"]
 Objective = Literal["kl", "reverse-kl", "tv", "lk"]
@@ -146,6 +147,14 @@ class Serve(Section):
     answers are overwritten."""
     suffix_start_answers: int = Field(20_000, ge=0)
     """Number of newest answers that a node reads from the answers topic at start."""
+    prefix_cache_bytes: int = Field(256 << 20, ge=0)
+    """Maximum size of the built-in engine's prefix cache, in which a request finds the beginning of its prompt if an
+    earlier request had it; 0 turns it off. A token takes the size of its keys and values, and of its features in bf16.
+    The blocks that were used least recently are evicted. Memory is used as it fills; on a GPU from the start."""
+    prefix_scope: PrefixScope = "label"
+    """Requests that share cached prefixes, beside the choices of one request: ``request`` none, ``label`` those with
+    the same label and ``cache_salt``, of which at least one is set, ``node`` all of this node with the same
+    ``cache_salt``. Clients can find out what a prompt in their scope began with: see the security page."""
     num_speculative_tokens: int = Field(6, ge=1, le=16)
     """Maximum depth of a speculator's draft: draft tokens in sequence per verify step."""
     draft_tree_width: int = Field(1, ge=1, le=8)

@@ -60,6 +60,10 @@ class Request:
     prompt_logprobs: int | None = None
     """The same for the tokens of the prompt after the first. The target then reads the whole prompt."""
     label: str | None = None
+    cache_salt: str | None = None
+    """Separates the request's cached prefixes from those of requests with another one."""
+    group: str | None = None
+    """Name that the choices of one request have in common; None for a single choice."""
     trace: bool = True
     speculate: bool = True
 
@@ -101,6 +105,8 @@ class RequestStats:
     """Versions that drafted for the request, in order; empty without speculation."""
     suffix_accepted_tokens: int = 0
     """Accepted tokens that the suffix drafter proposed and the speculator did not."""
+    cached_tokens: int = 0
+    """Prompt tokens from the prefix cache."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """Requests of OpenAI's API: the fields of their bodies, and the limit of their size.
 
 ``top_k``, ``min_p``, ``repetition_penalty``, ``allowed_token_ids``, ``min_tokens``, ``stop_token_ids``, ``ignore_eos``,
-``chat_template_kwargs`` and ``stream_options.continuous_usage_stats`` are extensions, named as in vLLM.
+``cache_salt``, ``chat_template_kwargs`` and ``stream_options.continuous_usage_stats`` are extensions, named as in vLLM.
 """
 
 from __future__ import annotations
@@ -134,6 +134,8 @@ class CompletionBody(ApiObject):
     )
     stop_token_ids: list[_TokenId] = Field(default=[])
     ignore_eos: bool = False
+    cache_salt: str | None = Field(None, min_length=1, max_length=256)
+    """Separates the request's cached prefixes from those of requests with another one."""
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: Schema | None = None

@@ -33,6 +33,8 @@ class RequestUsage:
     prompt_tokens: int
     """Each prompt once, however many choices it has."""
     choices: tuple[ChoiceUsage, ...]
+    cached_tokens: int = 0
+    """Prompt tokens from the prefix cache."""
 
     def usage(self) -> dict[str, Any]:
         """Return OpenAI's ``usage``; also while the answer is streamed."""
@@ -48,6 +50,7 @@ class RequestUsage:
         drafted = sum(choice.stats.draft_tokens for choice in self.choices)
         accepted = sum(choice.stats.accepted_tokens for choice in self.choices)
         usage = self.usage() | {
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
             "completion_tokens_details": {
                 "accepted_prediction_tokens": accepted,
                 "rejected_prediction_tokens": drafted - accepted,

@@ -229,6 +229,8 @@ class Completions:
                 logprobs=body.alternatives,
                 prompt_logprobs=body.prompt_alternatives,
                 label=label,
+                cache_salt=body.cache_salt,
+                group=answer_id if several else None,
                 # Without output there is nothing to learn from.
                 trace=may_trace and limit > 0 and self._is_traced(request_id),
                 speculate=speculate,
@@ -403,7 +405,12 @@ async def _collect(generation: Generation) -> list[tuple[TextDelta, FinishReason
 
 
 def _usage(generation: Generation, prompt_tokens: int) -> RequestUsage:
-    return RequestUsage(prompt_tokens, tuple(choice.usage for choice in generation.choices))
+    # Like a prompt, its cached tokens count once: those that none of its choices made the target read.
+    cached: dict[tuple[int, ...], int] = {}
+    for choice in generation.choices:
+        prompt, tokens = choice.request.prompt, choice.stats.cached_tokens
+        cached[prompt] = min(cached.get(prompt, tokens), tokens)
+    return RequestUsage(prompt_tokens, tuple(choice.usage for choice in generation.choices), sum(cached.values()))
 
 
 async def _unless_disconnected(http: fastapi.Request, work: Coroutine[None, None, _T]) -> _T | None:

@@ -11,11 +11,12 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Metric, ge
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from schemas.settings.sections import SuffixScope
-from schemas.status import CorpusStatus, ServeStatus
+from schemas.status import CorpusStatus, PrefixCacheStatus, ServeStatus
 from serving.answers.answer_consumer import AnswerConsumer
 from serving.answers.answer_counts import AnswerCounts
 from serving.answers.answer_publisher import AnswerPublisher
 from serving.engines.base import HotSwapEngine
+from serving.engines.builtin.prefix_cache import PrefixCache
 from serving.engines.builtin.scoped_corpus import ScopedCorpus
 from serving.http.server import Drain
 from serving.traces.accounting import TraceCounts
@@ -84,12 +85,36 @@ class CorpusReport(NamedTuple):
         )
 
 
+class PrefixCacheReport(NamedTuple):
+    """The prefix cache of a node."""
+
+    cache: PrefixCache
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the metrics at scrape time."""
+        return self.cache.collect()
+
+    def status(self) -> PrefixCacheStatus:
+        """Return the status."""
+        cache = self.cache
+        return PrefixCacheStatus(
+            scope=cache.scope,
+            is_on=cache.is_on,
+            bytes=cache.nbytes,
+            hits=cache.hits,
+            cached_tokens=cache.cached_tokens,
+            evictions=cache.evictions,
+            failures=cache.failures,
+        )
+
+
 class Reports(NamedTuple):
     """The parts of a node that report, beside its engine; None for a part that it does not have."""
 
     traces: TraceSource | None = None
     poller: VersionPoller | None = None
     corpus: CorpusReport | None = None
+    prefix_cache: PrefixCacheReport | None = None
 
 
 class EngineMetrics:
@@ -195,7 +220,7 @@ def serve_status(
 ) -> ServeStatus:
     """Return the status of the node."""
     health = engine.health()
-    traces, poller, corpus = reports
+    traces, poller, corpus, prefix_cache = reports
     rows = traces.counts() if traces else _NO_TRACES
     return ServeStatus(
         node=node,
@@ -229,4 +254,5 @@ def serve_status(
         swaps=list(poller.swaps) if poller else [],
         versions_rejected=list(poller.rejected) if poller else [],
         corpus=corpus.status() if corpus else None,
+        prefix_cache=prefix_cache.status() if prefix_cache else None,
     )

@@ -14,6 +14,8 @@ from schemas.status import DriftStatus, StreamStatus
 from schemas.telemetry.metrics import register_process_metrics
 from serving.answers.answer_consumer import AnswerConsumer
 from serving.answers.answer_publisher import AnswerPublisher
+from serving.engines.builtin.kv_cache import KVCache
+from serving.engines.builtin.prefix_cache import PrefixCache
 from serving.engines.builtin.scoped_corpus import ScopedCorpus
 from serving.engines.sglang.plugin.metrics import PluginMetrics
 from serving.http import admin, routes, status, webhook
@@ -48,7 +50,8 @@ def node_application(registry: CollectorRegistry) -> FastAPI:
         AnswerPublisher(settings.kafka, settings.serve.suffix_scope),
         AnswerConsumer(settings.kafka, settings.serve, lambda _: None),
     )
-    reports = status.Reports(publisher, poller, corpus)
+    prefix_cache = status.PrefixCacheReport(PrefixCache(KVCache(1, 1, 1, 1, 1), 1, 0, settings.serve.prefix_scope))
+    reports = status.Reports(publisher, poller, corpus, prefix_cache)
     status.add_routes(app, "node-0", engine, metrics, registry, reports, drain)
     admin.add_routes(app, settings.serve, engine, poller)
     webhook.add_route(app, settings.serve.webhook_secret, engine.line, poller)

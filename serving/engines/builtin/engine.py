@@ -38,6 +38,7 @@ from serving.engines.builtin.eagle_drafter import EagleDrafter
 from serving.engines.builtin.hybrid_drafter import HybridDrafter
 from serving.engines.builtin.logits_processors import create_processors
 from serving.engines.builtin.packed_draft import PackedDraft
+from serving.engines.builtin.prefix_cache import PrefixCache
 from serving.engines.builtin.scheduler import Scheduler
 from serving.engines.builtin.scoped_corpus import ScopedCorpus
 from serving.engines.builtin.sequence import Sequence
@@ -84,8 +85,16 @@ class BuiltinEngine:
         self._scheduler = Scheduler(
             serve.max_num_seqs, serve.max_waiting_requests, serve.max_prefill_stall, self._planner
         )
+        self.prefix_cache = PrefixCache(
+            self._target.cache, self._target.shape.feature_width, serve.prefix_cache_bytes, serve.prefix_scope
+        )
         self._verifier = Verifier(
-            self._target, self._drafter, self._scheduler, settings.traces.top_k, self._contain_drafter
+            self._target,
+            self._drafter,
+            self._scheduler,
+            self.prefix_cache,
+            settings.traces.top_k,
+            self._contain_drafter,
         )
         self._may_speculate = self._speculating = serve.speculate
         self._sink, self._answers = sink, answers
@@ -139,6 +148,7 @@ class BuiltinEngine:
             processors=create_processors(request, self.eos_ids, grammar),
             grammar=grammar,
             keeps_features=self._drafter.speculator is not None,
+            root=self.prefix_cache.choose_root(request),
         )
         with self._mail:
             self._check_open()
@@ -232,10 +242,14 @@ class BuiltinEngine:
             self._close()
 
     def _run_step(self) -> None:
+        for result in self._verifier.load_prefixes():
+            self._deliver(result)
         for result in self._verifier.run_step(speculate=self._speculating):
             self._deliver(result)
         for seq in [seq for seq in self._scheduler.running if seq.error is not None]:
             self._target.cache.clear(seq.slot)
+            with self.prefix_cache.contain():
+                self.prefix_cache.forget(seq)
             self._end(seq, "error")
 
     @contextmanager

@@ -86,6 +86,23 @@ class KVCache:
         self._keys[:, slot].zero_()
         self._values[:, slot].zero_()
 
+    def allocate_blocks(self, blocks: int, length: int) -> Tensor:
+        """Return memory for keys and values of so many runs of entries, [blocks, 2, L, M, length, E]."""
+        layers, _, kv_heads, _, head_dim = self._keys.shape
+        return self._keys.new_empty(blocks, 2, layers, kv_heads, length, head_dim)
+
+    def copy_out(self, slot: int, start: int, block: Tensor) -> None:
+        """Copy entries of a slot from ``start`` on into a block."""
+        entries = slice(start, start + block.shape[-2])
+        for cached, part in ((self._keys, block[0]), (self._values, block[1])):
+            part.copy_(cached[:, slot, :, entries])
+
+    def copy_in(self, slot: int, start: int, block: Tensor) -> None:
+        """Copy a block into the entries of a slot from ``start`` on."""
+        entries = slice(start, start + block.shape[-2])
+        for cached, part in ((self._keys, block[0]), (self._values, block[1])):
+            cached[:, slot, :, entries] = part
+
     def keep_path(self, slot: int, start: int, path: Sequence[int]) -> None:
         """Move the entries of an accepted path together.
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from serving.engines.base import EngineFullError
 from serving.engines.builtin.drafter import EMPTY_TREE, DraftTree
+from serving.engines.builtin.prefix_cache import BLOCK_TOKENS
 from serving.engines.builtin.sequence import Sequence
 from serving.planner.planner import Planner
 
@@ -94,7 +95,9 @@ class Scheduler:
         """Return what each running sequence feeds to the target's forward.
 
         A decoding sequence feeds its root, the last token, and its draft tree. A prefilling sequence feeds a piece of
-        its prompt as far as the step's prefill budget reaches, so that a long prompt does not hold up the others.
+        its prompt as far as the step's prefill budget reaches, so that a long prompt does not hold up the others. A
+        sequence whose prompt begins like that of an earlier one waits until it can take the common blocks from the
+        prefix cache.
 
         Args:
             trees: Draft trees by slot.
@@ -106,11 +109,13 @@ class Scheduler:
                 self._max_prefill_stall, decode_rows=decode_rows, max_rows=MAX_PREFILL_TOKENS
             )
         scheduled = []
+        reading: list[Sequence] = []
         for seq in self.running:
             if not seq.is_prefilling:
                 tree = trees.get(seq.slot, EMPTY_TREE)
                 scheduled.append(ScheduledSequence(seq, [seq.tokens[-1], *tree.tokens], tree))
-            elif budget:
+            elif budget and not any(seq.waits_for(other, BLOCK_TOKENS) for other in reading):
+                reading.append(seq)
                 piece = list(seq.request.prompt[seq.num_cached_tokens : seq.num_cached_tokens + budget])
                 budget -= len(piece)
                 scheduled.append(ScheduledSequence(seq, piece, EMPTY_TREE))

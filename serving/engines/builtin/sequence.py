@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import structlog
 from torch import Tensor
@@ -18,6 +19,15 @@ from serving.engines.builtin.grammar import GrammarMatcher
 from serving.engines.builtin.logits_processors import LogitsProcessor
 
 log = structlog.get_logger()
+
+
+class PrefixRoot(NamedTuple):
+    """What sequences share cached prefixes under: those with equal roots may use each other's."""
+
+    label: str | None = None
+    salt: str | None = None
+    group: str | None = None
+    """Request whose choices share its prompt, and nothing with other requests; None for any request."""
 
 
 @dataclass(slots=True, eq=False)
@@ -47,6 +57,14 @@ class Sequence:
     """Target features [.., F] of committed tokens that the draft has not seen."""
     keeps_features: bool = True
     """Whether a speculator reads features."""
+    root: PrefixRoot | None = None
+    """What the sequence shares cached prefixes under; None if it shares none."""
+    num_prefix_tokens: int = 0
+    """Prompt tokens from the prefix cache."""
+    num_shared_tokens: int = 0
+    """Tokens that came from the prefix cache or were offered to it, in whole blocks."""
+    unshared_features: list[Tensor] = field(default_factory=list)
+    """Target features [.., F] of the tokens after them."""
     finish: Finish | None = None
     error: str | None = None
     """Why the sequence failed."""
@@ -61,6 +79,30 @@ class Sequence:
     def is_prefilling(self) -> bool:
         """Whether the target has not consumed the whole prompt."""
         return self.num_cached_tokens < len(self.request.prompt)
+
+    @property
+    def may_load(self) -> bool:
+        """Whether the next prompt tokens may come from the prefix cache: whole blocks were read so far.
+
+        A request for log-probabilities of its prompt needs the target's scores of every token.
+        """
+        return (
+            self.root is not None
+            and self.request.prompt_logprobs is None
+            and self.is_prefilling
+            and self.num_cached_tokens == self.num_shared_tokens
+        )
+
+    def waits_for(self, other: Sequence, block: int) -> bool:
+        """Return whether the next ``block`` tokens are soon in the prefix cache, because ``other`` reads them."""
+        end, prompt = self.num_cached_tokens + block, other.request.prompt
+        return (
+            self.may_load
+            and self.root == other.root
+            and other.num_cached_tokens < end <= len(prompt)
+            and end < len(self.request.prompt)
+            and self.request.prompt[:end] == prompt[:end]
+        )
 
     @property
     def is_greedy(self) -> bool:
@@ -86,6 +128,7 @@ class Sequence:
             self.accepted_tokens,
             tuple(self.speculators),
             self.suffix_accepted_tokens,
+            self.num_prefix_tokens,
         )
 
     @contextmanager
@@ -122,6 +165,9 @@ class Sequence:
             draft_tokens: Number of draft tokens that the target verified.
             accepted: The drafters that proposed each accepted draft token.
         """
+        # Nothing but the other choices shares with a group, and they share the prompt alone.
+        if self.root is not None and (self.is_prefilling or self.root.group is None):
+            self.unshared_features.append(features_TF)
         self.verify_steps += not self.is_prefilling
         self.draft_tokens += draft_tokens
         self.accepted_tokens += len(accepted)
@@ -130,3 +176,11 @@ class Sequence:
         self.tokens += output
         if self.request.speculate and self.keeps_features:
             self.unseen_features.append(features_TF)
+
+    def extend_prefix(self, features_TF: Tensor) -> None:
+        """Advance by prompt tokens from the prefix cache, with their features."""
+        self.num_prefix_tokens += len(features_TF)
+        self.num_cached_tokens += len(features_TF)
+        self.num_shared_tokens = self.num_cached_tokens
+        if self.request.speculate and self.keeps_features:
+            self.unseen_features.append(features_TF.float())

@@ -24,12 +24,13 @@ from schemas.draft_tree import attention_mask, depths, is_chain
 from schemas.speculator.acceptance import Verdict, accept, sampling_probs
 from schemas.trace.record import ROOT, U16, VerifyStep
 from serving.engines.base import TokenLogprobs
-from serving.engines.builtin.drafter import DraftTree
+from serving.engines.builtin.drafter import EMPTY_TREE, DraftTree
 from serving.engines.builtin.hybrid_drafter import NO_DRAFTS, Drafts, HybridDrafter
 from serving.engines.builtin.kernels import topk
 from serving.engines.builtin.kv_cache import RaggedBatch, Segment, TreeLayout
 from serving.engines.builtin.logits_processors import process
 from serving.engines.builtin.noise import choose_token
+from serving.engines.builtin.prefix_cache import PrefixCache
 from serving.engines.builtin.prompt_logprobs import score_tokens
 from serving.engines.builtin.scheduler import ScheduledSequence, Scheduler
 from serving.engines.builtin.sequence import Sequence
@@ -99,6 +100,7 @@ class Verifier:
     target: Target
     drafter: HybridDrafter
     scheduler: Scheduler
+    prefix_cache: PrefixCache
     trace_top_k: int
     """Number of the target's likeliest tokens to trace per row."""
     contain_drafter: Callable[[], AbstractContextManager[None]]
@@ -125,6 +127,9 @@ class Verifier:
             with s.sequence.contain():
                 if s.sequence.error is None:
                     results.append(self._commit(s, r, v, times))
+        with self.prefix_cache.contain():
+            for result in results:
+                self.prefix_cache.store(result.sequence)
         if speculate and len(results) == len(scheduled):
             outputs = {
                 s.sequence.slot: [*(s.tree.nodes[node].token for node in v.path), v.bonus]
@@ -136,6 +141,41 @@ class Verifier:
             with self.contain_drafter():
                 self.drafter.observe(drafts, outputs, None if reads_prompt else timing)
         return results
+
+    def load_prefixes(self) -> list[StepResult]:
+        """Take prompt tokens from the prefix cache where it has them; return the outcome for these sequences."""
+        results = []
+        for seq in self.scheduler.running:
+            position = seq.num_cached_tokens
+            with self.prefix_cache.contain():
+                features_TF = self.prefix_cache.load(seq)
+                if features_TF is not None:
+                    trace = self._trace_prefix(seq, position, features_TF) if seq.request.trace else None
+                    results.append(
+                        StepResult(seq, (), (), (), is_prefill=True, tree=EMPTY_TREE, accepted=(), trace=trace)
+                    )
+        return results
+
+    def _trace_prefix(self, seq: Sequence, position: int, features_TF: Tensor) -> VerifyStep:
+        """Return the trace record of tokens from the prefix cache: a part of a prompt that took no time."""
+        top_k = min(self.trace_top_k, self.target.shape.vocab_size)
+        return VerifyStep(
+            verify_step=0,
+            position=position,
+            tokens=seq.request.prompt[position : position + len(features_TF)],
+            features=_to_bf16(features_TF),
+            draft_tokens=(),
+            draft_parents=(),
+            draft_logprobs=(),
+            accepted=(),
+            bonus=None,
+            top_ids=np.empty((0, top_k), np.int32),
+            top_logprobs=np.empty((0, top_k), np.float32),
+            speculator="",
+            draft_us=0,
+            verify_us=0,
+            time_us=time.time_ns() // 1000,
+        )
 
     def _draft(self) -> Drafts:
         sequences = self.scheduler.schedule_drafts()

@@ -11,7 +11,7 @@ Training rows of one chunk, for the request of ``schemas.trace.record`` (prompt 
                root F, branch Y Z               accepted_prefix 0
 
 A row never extends beyond its chunk. It therefore depends on one Kafka record only, and redelivery rebuilds it byte for
-byte. The cost is the one training position that spans two chunks of a long request.
+byte. The trainer joins the rows of a request (``trainer.data.table_reader``).
 
 The trainer recomputes the features of an ``accepted`` row without ``features`` by running the target over its tokens.
 Such a row starts at position 0, with a mask that is false up to its chunk. If it starts later, the preceding tokens are
@@ -62,10 +62,11 @@ ACCEPTED = pa.schema(
         pa.field("top_k", pa.int32(), nullable=False),
         pa.field("teacher_ids", _IDS, nullable=False),
         pa.field("teacher_logprobs", _FLOATS, nullable=False),
+        pa.field("last_chunk", pa.bool_()),
     ]
 )
 """One chunk of committed tokens per row. ``features`` is bf16 [n, F], or empty; ``teacher_*`` are [masked tokens, k],
-in order."""
+in order. ``last_chunk`` is null in rows of older stream workers."""
 
 REJECTED = pa.schema(
     [

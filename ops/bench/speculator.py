@@ -124,7 +124,8 @@ class OfflineTraining:
         self._train = settings.train.model_copy(update={"ttt_steps": options.steps})
         self._folder = cache_folder(settings, options.name)
         self._options, self._target, self._say, self._clock = options, target, say, clock
-        self._samples = [part for sample in training for part in split_sample(sample, self._train.max_sample_tokens)]
+        limits = self._train.max_sample_tokens, self._train.context_tokens
+        self._samples = [part for sample in training for part in split_sample(sample, *limits)]
         self._held_out = held_out
         self._tokens = sum(map(len, training))
         self._trained_tokens = 0

@@ -332,7 +332,7 @@ class Train(Section):
     CPU with native support (AMX, AVX-512 BF16), where it is nearly twice as fast, and float32 otherwise."""
     parallel: Literal["ddp", "fsdp2"] = "ddp"
     """How ``torchrun`` processes hold the draft: a full replica each (``ddp``), or a shard each (``fsdp2``)."""
-    ttt_steps: int = Field(3, ge=1)
+    ttt_steps: int = Field(3, ge=1, le=16)
     """Steps of the training-time test (TTT), one for each token of a drafted chain."""
     ttt_decay: float = Field(0.8, gt=0, le=1)
     """Factor on the loss weight from one TTT step to the next."""
@@ -375,7 +375,14 @@ class Train(Section):
     max_epochs: int = Field(8, ge=1)
     """Maximum epochs over a sample. A trainer without new samples then waits."""
     max_sample_tokens: int = Field(512, ge=2)
-    """Maximum tokens of a sample. Longer samples are split."""
+    """Maximum tokens of a sample that are learned from. Longer requests become several samples."""
+    context_tokens: int = Field(1024, ge=0)
+    """Tokens of the request before those of a sample that the draft attends to. Nodes attend to the whole request."""
+    join_timeout: Duration = Field(120, gt=0)
+    """Time without a new chunk after which a request is trained on without its last chunk."""
+    join_bytes: int = Field(256 << 20, ge=0)
+    """Maximum bytes of features of requests whose last chunk is not read yet. Beyond it, the oldest ones are trained
+    on without it."""
     held_out_ratio: float = Field(0.15, gt=0, lt=1)
     """Ratio of requests that are never trained on. The offline gate evaluates versions on the newest of them."""
     held_out_samples: int = Field(32, ge=1)

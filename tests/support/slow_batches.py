@@ -117,6 +117,7 @@ def accepted_rows(record: Record, chunk: Chunk) -> Iterator[Row]:
         "top_k": envelope.top_k,
         "teacher_ids": np.concatenate([r.top_ids[rows].ravel() for r, rows in known]),
         "teacher_logprobs": np.concatenate([r.top_logprobs[rows].ravel() for r, rows in known]),
+        "last_chunk": envelope.last,
     }
 
 

@@ -80,6 +80,10 @@ class Batch:
     """[B, T, k]; undefined where ``known_BT`` is false."""
     lengths_B: Tensor
     """Tokens of each sample, ``next_token`` included."""
+    own_BT: Tensor
+    """Rows that are learned from and scored; the others contribute keys and values only."""
+    position_B: Tensor
+    """Position of each sample's first token in its request."""
     weight_B: Tensor
     suffix_predicted_BT: Tensor
     """Whether the suffix drafter is known to predict the token after this one."""
@@ -143,7 +147,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
     widths = [s.teacher.ids.shape[-1] for s in samples] + [b.teacher.ids.shape[-1] for s in samples for b in s.branches]
     tokens_BT = torch.zeros(shape, dtype=torch.int64)
     features_BTF = torch.zeros(*shape, samples[0].features.shape[-1])
-    known_BT = torch.zeros(shape, dtype=torch.bool)
+    known_BT, own_BT = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
     teacher_BT = _blank_teacher(*shape, max(widths))
     suffix_predicted_BT = torch.zeros(shape, dtype=torch.bool)
     for b, sample in enumerate(samples):
@@ -155,6 +159,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         known_BT[b, :n] = sample.known
         if sample.suffix_predicted is not None:
             suffix_predicted_BT[b, :n] = sample.suffix_predicted
+        own_BT[b, sample.own_rows] = True
         _write_teacher(teacher_BT, (b, known_BT[b].nonzero().flatten()), sample.teacher)
     return Batch(
         tokens_BT=tokens_BT,
@@ -162,6 +167,8 @@ def collate(samples: Sequence[Sample]) -> Batch:
         known_BT=known_BT,
         teacher_BT=teacher_BT,
         lengths_B=torch.tensor(lengths),
+        own_BT=own_BT,
+        position_B=torch.tensor([sample.position for sample in samples]),
         weight_B=torch.tensor([sample.weight for sample in samples]),
         suffix_predicted_BT=suffix_predicted_BT,
         drafted=_collate_drafted(samples, max(widths)),

@@ -28,7 +28,15 @@ from schemas.hash_sampling import hash_ratio
 from schemas.settings import Train
 from trainer.data.replay_buffer import ReplayBuffer, compute_log_weights, draw_indices, staleness_weight
 from trainer.data.samples import ComputeStates, Sample, mark_suffix_predictions, recompute_features
-from trainer.data.table_reader import VERSIONS_PER_READ, PartitionKey, RecordKey, SampleKey, TableEntry, TableReader
+from trainer.data.table_reader import (
+    VERSIONS_PER_READ,
+    ChunksKey,
+    PartitionKey,
+    RecordKey,
+    SampleKey,
+    TableEntry,
+    TableReader,
+)
 
 log = structlog.get_logger()
 
@@ -59,6 +67,8 @@ class DataLoaderState(BaseModel):
     replay_buffer: list[tuple[SampleKey, int]]
     """With the epochs of each."""
     held_out: list[SampleKey]
+    open_requests: list[ChunksKey]
+    """Chunks of requests whose last chunk is not read yet."""
     newest_drafted_by: int = 0
     """Newest speculator version among the samples read."""
     random: RandomState
@@ -80,26 +90,30 @@ class Snapshot:
     waiting: tuple[TableEntry, ...]
     replay_buffer: tuple[tuple[TableEntry, int], ...]
     held_out: tuple[TableEntry, ...]
+    open_requests: tuple[tuple[ChunksKey, tuple[int, int]], ...]
     newest_drafted_by: int
     random: RandomState
 
     @property
     def completed_version(self) -> int:
         """Version of ``accepted`` up to which every sample was handed out or held out."""
-        return min([self.cursor, *(entry.after[0] for entry in self.waiting)])
+        unread = [after[0] for _, after in self.open_requests]
+        return min([self.cursor, *unread, *(entry.after[0] for entry in self.waiting)])
 
     def state(self) -> DataLoaderState:
         """Return the position, ready to be written."""
         entries = [*self.waiting, *(entry for entry, _ in self.replay_buffer), *self.held_out]
+        after = [*(entry.after for entry in entries), *(after for _, after in self.open_requests)]
         return DataLoaderState(
             cursor=self.cursor,
             rejected_cursor=self.rejected_cursor,
-            reread_after=min([self.cursor, *(e.after[0] for e in entries)]),
-            reread_rejected_after=min([self.pending_after, *(e.after[1] for e in entries)]),
+            reread_after=min([self.cursor, *(accepted for accepted, _ in after)]),
+            reread_rejected_after=min([self.pending_after, *(rejected for _, rejected in after)]),
             reached=[(*source, offset) for source, offset in self.reached.items()],
             waiting=[e.key for e in self.waiting],
             replay_buffer=[(e.key, epochs) for e, epochs in self.replay_buffer],
             held_out=[e.key for e in self.held_out],
+            open_requests=[key for key, _ in self.open_requests],
             newest_drafted_by=self.newest_drafted_by,
             random=self.random,
         )
@@ -116,7 +130,7 @@ class DataLoader:
         self.table_version = 0
         """Newest version of ``accepted`` at the last poll."""
         self._tables = tables
-        self._reader = TableReader(tables, target, line, settings.max_sample_tokens, self.counts)
+        self._reader = TableReader(tables, target, line, settings, self.counts)
         self._compute_states = compute_states
         self._settings = settings
         self._random = random.Random(settings.seed)  # noqa: S311
@@ -161,9 +175,8 @@ class DataLoader:
             return
         up_to = min(self.table_version, self.cursor + VERSIONS_PER_READ)
         if up_to > self.cursor:
-            for entry in self._reader.read(up_to, self._tables.version("rejected")):
-                held_out = is_held_out(entry.sample.request, self._settings.held_out_ratio)
-                (self._held_out if held_out else self._waiting).append(entry)
+            self._add(self._reader.read(up_to, self._tables.version("rejected")))
+        self._add(self._reader.take_overdue())
 
     def next_samples(self) -> list[Sample]:
         """Return the samples of the next step; none while new and replayable samples do not fill a batch."""
@@ -190,6 +203,7 @@ class DataLoader:
             waiting=tuple(self._waiting),
             replay_buffer=tuple((entry, entry.epochs) for entry in self._replay_buffer),
             held_out=tuple(self._held_out),
+            open_requests=self._reader.open_requests,
             newest_drafted_by=self._reader.newest_drafted_by,
             random=self._random.getstate(),
         )
@@ -201,9 +215,10 @@ class DataLoader:
             TableError: the tables cannot be read.
         """
         self._reader.seek(state.reread_after, state.reread_rejected_after, state.reached)
-        read = self._reader.read(state.cursor, state.rejected_cursor, all_rejected=True)
-        entries = {entry.key: entry for entry in read}
         epochs = dict(state.replay_buffer)
+        returned = [key[:4] for key in (*state.waiting, *epochs, *state.held_out)]
+        read = self._reader.reread(state.cursor, state.rejected_cursor, returned, state.open_requests)
+        entries = {entry.key: entry for entry in read}
 
         def find(part: str, keys: Iterable[SampleKey]) -> list[TableEntry]:
             found = [entries.get(key) for key in keys]
@@ -220,6 +235,11 @@ class DataLoader:
         self._held_out = deque(find("held_out", state.held_out), maxlen=self._held_out.maxlen)
         self._reader.newest_drafted_by = state.newest_drafted_by
         self._random.setstate(state.random)
+
+    def _add(self, entries: Iterable[TableEntry]) -> None:
+        for entry in entries:
+            held_out = is_held_out(entry.sample.request, self._settings.held_out_ratio)
+            (self._held_out if held_out else self._waiting).append(entry)
 
     def _number_of_new(self, drawable: int) -> int:
         """Return how many new samples the next step takes: the rest after replay, or as many as catching up needs."""

@@ -1,6 +1,8 @@
 """Training samples: consecutive committed tokens of a request, with the target's states and distributions.
 
-A row of the table ``accepted`` becomes a ``Sample``; its rows of ``rejected`` become the sample's branches.
+A row of the table ``accepted`` becomes a ``Sample``; its rows of ``rejected`` become the sample's branches. The samples
+of a request's chunks are joined, and the result is cut into samples of bounded size. A cut changes no position and no
+training signal: each part keeps tokens of the request before and after those that it is responsible for.
 
 Shapes: n tokens of a sample, F feature width, k teacher width, m nodes of a branch.
 """
@@ -21,12 +23,15 @@ from schemas.trace.record import DraftSource
 ACCEPTED_COLUMNS = (
     *("topic", "partition", "offset", "time", "request", "target", "line", "label", "speculator"),
     *("position", "tokens", "next_token", "features", "feature_width", "loss_mask"),
-    *("top_k", "teacher_ids", "teacher_logprobs"),
+    *("top_k", "teacher_ids", "teacher_logprobs", "last_chunk"),
 )
 REJECTED_COLUMNS = (
     *("topic", "partition", "offset", "target", "line", "root_position", "branch", "accepted_prefix"),
     *("draft_logprobs", "top_k", "teacher_ids", "teacher_logprobs", "draft_sources"),
 )
+
+LOOKAHEAD_TOKENS = 16
+"""Tokens that a part of a request keeps after its own rows: the longest chain that is trained or scored."""
 
 UNLABELLED = "(none)"
 """Name of the traffic without a label."""
@@ -100,9 +105,20 @@ class Sample:
     """Traffic label of the request."""
     suffix_predicted: Tensor | None = None
     """[n] bool: whether the suffix drafter predicts the token after this one; None where it was not asked."""
+    position: int = 0
+    """Position of the first token in the request."""
+    own_begin: int = 0
+    """First row that is learned from and scored. The rows before it contribute keys and values only."""
+    own_end: int | None = None
+    """End of the rows that are learned from and scored; None for the last row. The tokens behind it continue chains."""
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @property
+    def own_rows(self) -> range:
+        """Rows that are learned from and scored; row t reads feature t and token t + 1."""
+        return range(self.own_begin, len(self) if self.own_end is None else self.own_end)
 
     @property
     def has_features(self) -> bool:
@@ -136,6 +152,7 @@ def read_sample(row: Row, rejected: Sequence[Row]) -> Sample:
         branches=tuple(_read_branch(r, row["position"]) for r in rejected),
         time=row["time"].timestamp(),
         label=row["label"],
+        position=row["position"],
     )
 
 
@@ -144,10 +161,56 @@ def provides_features(row: Row) -> bool:
     return bool(row["features"]) or row["position"] == 0
 
 
-def has_root(rejected: Row, accepted: Row) -> bool:
-    """Return whether the sample holds the feature before the branch's root; otherwise an earlier chunk does."""
-    root: int = rejected["root_position"] - accepted["position"]
-    return 0 < root < len(accepted["tokens"])
+def drop_rootless_branches(sample: Sample) -> Sample:
+    """Return the sample without the branches whose root, or the token before it, is missing."""
+    return replace(sample, branches=tuple(b for b in sample.branches if 0 < b.root < len(sample)))
+
+
+def join_samples(chunks: Sequence[Sample]) -> Sample:
+    """Join the chunks of one request that follow each other.
+
+    A chunk without features starts with the request each time; its repeated tokens are skipped.
+
+    Args:
+        chunks: By position; at least one.
+
+    Raises:
+        ValueError: a token between two chunks is missing.
+    """
+    if len(chunks) == 1:
+        return chunks[0]
+    first, last, length = chunks[0], chunks[-1], 0
+    width = min(chunk.teacher.ids.shape[-1] for chunk in chunks)
+    parts: list[Sample] = []
+    for chunk in chunks:
+        repeated = first.position + length - chunk.position
+        if not 0 <= repeated <= len(chunk):
+            raise ValueError(f"{chunk.request}: a chunk starts at {chunk.position}, not {first.position + length}")
+        known, had_teacher = chunk.known[repeated:], int(chunk.known[:repeated].sum())
+        parts.append(
+            replace(
+                chunk,
+                tokens=chunk.tokens[repeated:],
+                features=chunk.features[repeated:],
+                known=known,
+                teacher=chunk.teacher[had_teacher:],
+                branches=tuple(replace(b, root=b.root + chunk.position - first.position) for b in chunk.branches),
+            )
+        )
+        length += len(chunk) - repeated
+    has_features = all(part.has_features for part in parts)
+    return replace(
+        last,
+        tokens=torch.cat([part.tokens for part in parts]),
+        features=torch.cat([part.features for part in parts]) if has_features else first.features[:0],
+        known=torch.cat([part.known for part in parts]),
+        teacher=Teacher(
+            torch.cat([part.teacher.ids[:, :width] for part in parts]),
+            torch.cat([part.teacher.logprobs[:, :width] for part in parts]),
+        ),
+        branches=tuple(branch for part in parts for branch in part.branches),
+        position=first.position,
+    )
 
 
 def recompute_features(sample: Sample, compute_states: ComputeStates) -> Sample:
@@ -173,33 +236,42 @@ def mark_suffix_predictions(sample: Sample) -> Sample:
     return replace(sample, suffix_predicted=predicted)
 
 
-def split_sample(sample: Sample, max_tokens: int) -> list[Sample]:
-    """Split a sample into consecutive ones of at most ``max_tokens``; drop those without a known teacher.
+def split_sample(sample: Sample, max_tokens: int, context_tokens: int) -> list[Sample]:
+    """Cut a sample into parts that each own at most ``max_tokens`` rows; drop rows from which nothing is learned.
 
-    The token after a part is its ``next_token``. A branch goes to the part that holds both its root and the token
-    before the root.
+    A part also holds up to ``context_tokens`` tokens before its own rows, and ``LOOKAHEAD_TOKENS`` behind them, so that
+    every chain of its rows is trained and scored as in the whole sample. A branch goes to the part that owns the row
+    before its root.
     """
+    if not bool(sample.known.any()):
+        return []
+    first_known = int(sample.known.nonzero()[0])
+    own = range(max(sample.own_rows.start, first_known - LOOKAHEAD_TOKENS), sample.own_rows.stop)
     parts = []
-    for start in range(0, len(sample), max_tokens):
-        stop = min(start + max_tokens, len(sample))
-        known_before, known_within = int(sample.known[:start].sum()), int(sample.known[start:stop].sum())
-        if not known_within:
+    for start in own[::max_tokens]:
+        stop = min(start + max_tokens, own.stop)
+        begin, end = max(0, start - context_tokens), min(stop + LOOKAHEAD_TOKENS, len(sample))
+        if not bool(sample.known[start + 1 : end].any()):
             continue
+        known_before, known_within = int(sample.known[:begin].sum()), int(sample.known[begin:end].sum())
         parts.append(
             replace(
                 sample,
-                tokens=sample.tokens[start:stop],
-                next_token=sample.next_token if stop == len(sample) else int(sample.tokens[stop]),
-                features=sample.features[start:stop],
-                known=sample.known[start:stop],
+                tokens=sample.tokens[begin:end],
+                next_token=sample.next_token if end == len(sample) else int(sample.tokens[end]),
+                features=sample.features[begin:end],
+                known=sample.known[begin:end],
                 teacher=sample.teacher[known_before : known_before + known_within],
                 branches=tuple(
-                    replace(branch, root=branch.root - start)
+                    replace(branch, root=branch.root - begin)
                     for branch in sample.branches
-                    if start < branch.root < stop
+                    if start < branch.root <= stop and branch.root < len(sample)
                 ),
-                preceding=torch.cat([sample.preceding, sample.tokens[:start]]),
-                suffix_predicted=None if sample.suffix_predicted is None else sample.suffix_predicted[start:stop],
+                preceding=torch.cat([sample.preceding, sample.tokens[:begin]]),
+                position=sample.position + begin,
+                own_begin=start - begin,
+                own_end=stop - begin,
+                suffix_predicted=None if sample.suffix_predicted is None else sample.suffix_predicted[begin:end],
             )
         )
     return parts

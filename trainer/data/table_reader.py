@@ -1,9 +1,15 @@
-"""Read the tables ``accepted`` and ``rejected`` version by version, and join branches to their samples.
+"""Read the tables ``accepted`` and ``rejected`` version by version; join branches to chunks, and chunks to requests.
 
 A branch is joined to its sample by the Kafka record that both come from. ``rejected`` is committed before
 ``accepted``, the rows of a record are in one commit, and commits keep the order of offsets in each partition.
 Therefore ``rejected`` is read until the record of every sample is passed, or to its newest version; rows of records
 whose samples are not read yet are kept for the next read.
+
+The chunks of a request are joined here and not in the stream: a row of the stream depends on one Kafka record, so that
+redelivery rebuilds it; and what a reader has joined follows from its cursor and from the records that it still holds,
+which a checkpoint names. A request is returned when its last chunk is read, and without it when a chunk between is
+missing, when no chunk arrived for ``train.join_timeout``, or when open requests exceed ``train.join_bytes``. Chunks
+that arrive later form another sample.
 
 Maintenance deletes versions that no reader has needed for a long time. A reader that is too late skips deleted
 versions and counts them.
@@ -11,19 +17,23 @@ versions and counts them.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import structlog
 
 from pipeline.delta import DeltaLog, HistoryExpiredError
+from schemas.settings import Train
 from trainer.data.replay_buffer import ReplayEntry, version_number
 from trainer.data.samples import (
     ACCEPTED_COLUMNS,
     REJECTED_COLUMNS,
     Row,
-    has_root,
+    Sample,
+    drop_rootless_branches,
+    join_samples,
     provides_features,
     read_sample,
     split_sample,
@@ -34,8 +44,10 @@ log = structlog.get_logger()
 VERSIONS_PER_READ = 8
 """Commits per read; bounds memory while a trainer catches up."""
 
-SampleKey = tuple[str, int, int, int]
-"""Topic, partition, offset and number within the row: identifies a sample forever."""
+ChunksKey = tuple[str, int, int, int]
+"""Topic, partition, and first and last offset of chunks of one request that are joined."""
+SampleKey = tuple[str, int, int, int, int]
+"""The chunks of a sample and its number among their samples: identifies a sample forever."""
 RecordKey = tuple[str, int, int]
 """Topic, partition and offset."""
 PartitionKey = tuple[str, int]
@@ -53,23 +65,78 @@ class TableEntry(ReplayEntry):
     """Versions of ``accepted`` and ``rejected`` after which all its rows were committed."""
 
 
+@dataclass(slots=True, eq=False)
+class OpenRequest:
+    """Consecutive chunks of a request, which are returned together."""
+
+    request: str
+    topic: str
+    partition: int
+    offsets: list[int] = field(default_factory=list)
+    chunks: list[Sample] = field(default_factory=list)
+    drafted_by: int = 0
+    after: list[tuple[int, int]] = field(default_factory=list)
+    """Versions of both tables after which the rows of each chunk were committed."""
+    size: int = 0
+    """Bytes of the features."""
+    read_at: float = 0.0
+    """Time at which the newest chunk was read, on the reader's clock."""
+
+    @property
+    def key(self) -> ChunksKey:
+        """Where the chunks come from."""
+        return self.topic, self.partition, self.offsets[0], self.offsets[-1]
+
+    @property
+    def first_after(self) -> tuple[int, int]:
+        """Versions of both tables after which all rows were committed."""
+        return min(a for a, _ in self.after), min(r for _, r in self.after)
+
+    def continues_with(self, chunk: Sample) -> bool:
+        """Return whether no token between the chunks and the next one is missing."""
+        last = self.chunks[-1]
+        repeats = chunk.position == self.chunks[0].position == 0 and len(chunk) > len(last)
+        return chunk.position == last.position + len(last) or repeats
+
+    def add(self, row: Row, chunk: Sample, after: tuple[int, int], now: float) -> None:
+        """Append the next chunk."""
+        self.offsets.append(row["offset"])
+        self.chunks.append(chunk)
+        self.after.append(after)
+        self.drafted_by = max(self.drafted_by, version_number(row["speculator"]))
+        self.size += len(row["features"])
+        self.read_at = now
+
+
 class TableReader:
     """A cursor over both tables that returns the samples of one line and target."""
 
-    def __init__(self, tables: DeltaLog, target: str, line: str, max_tokens: int, counts: Counter[str]) -> None:
+    def __init__(
+        self,
+        tables: DeltaLog,
+        target: str,
+        line: str,
+        settings: Train,
+        counts: Counter[str],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """Start before the first version.
 
         Args:
             tables: The tables to read.
             target: Target fingerprint of the rows to read.
             line: Speculator line of the rows to read; rows of other lines or targets are counted.
-            max_tokens: Length to which samples are split.
+            settings: Bounds of samples and of open requests.
             counts: Counts rows and branches by kind.
+            clock: Measures how long no chunk of a request arrived, in seconds.
         """
         self._tables = tables
         self._identity = {"target": target, "line": line}
-        self._max_tokens = max_tokens
+        self._settings = settings
         self._counts = counts
+        self._clock = clock
+        self._open: dict[str, OpenRequest] = {}
+        """Requests without their last chunk, the one with the oldest chunk first."""
         self._pending: list[tuple[int, Row]] = []
         """Rejected rows whose samples are not read yet, each with a version after which it was committed."""
         self.reached: dict[PartitionKey, int] = {}
@@ -89,22 +156,84 @@ class TableReader:
         """Version of ``rejected`` after which all rows without a sample were committed."""
         return min([self.rejected_cursor, *(after for after, _ in self._pending)])
 
+    @property
+    def open_requests(self) -> tuple[tuple[ChunksKey, tuple[int, int]], ...]:
+        """The chunks of requests that are not returned yet, with the versions after which they were committed."""
+        return tuple((one.key, one.first_after) for one in self._open.values())
+
     def seek(self, cursor: int, rejected_cursor: int, reached: Iterable[RecordKey]) -> None:
-        """Move both cursors and forget pending rows."""
+        """Move both cursors and forget pending rows and open requests."""
         self.cursor, self.rejected_cursor, self._pending = cursor, rejected_cursor, []
+        self._open.clear()
         self.reached = {(topic, partition): offset for topic, partition, offset in reached}
 
-    def read(self, up_to: int, rejected_up_to: int, *, all_rejected: bool = False) -> list[TableEntry]:
-        """Return the samples after the cursor that still exist, and move both cursors.
+    def read(self, up_to: int, rejected_up_to: int) -> list[TableEntry]:
+        """Return the samples of requests that are completed after the cursor, and move both cursors.
 
         Args:
             up_to: Version of ``accepted`` to read to.
             rejected_up_to: Newest version of ``rejected`` to read.
-            all_rejected: Read exactly to ``rejected_up_to``, not only as far as the samples need it.
 
         Raises:
             TableError: the tables cannot be read; the cursors do not move.
         """
+        rows = self._read_existing(up_to, rejected_up_to, all_rejected=False)
+        return [entry for request in self._join_chunks(rows) for entry in self._cut(request)]
+
+    def take_overdue(self) -> list[TableEntry]:
+        """Return the samples of open requests that are too old, or too large together."""
+        total, now = sum(one.size for one in self._open.values()), self._clock()
+        overdue: list[OpenRequest] = []
+        for one in list(self._open.values()):
+            if total > self._settings.join_bytes or now - one.read_at >= self._settings.join_timeout:
+                overdue.append(self._open.pop(one.request))
+                total -= one.size
+        self._counts["requests_joined_early"] += len(overdue)
+        return [entry for one in overdue for entry in self._cut(one)]
+
+    def take_open(self) -> list[TableEntry]:
+        """Return the samples of all open requests, at the end of a span of versions."""
+        requests, self._open = list(self._open.values()), {}
+        return [entry for one in requests for entry in self._cut(one)]
+
+    def reread(
+        self, up_to: int, rejected_up_to: int, returned: Iterable[ChunksKey], open_requests: Iterable[ChunksKey]
+    ) -> list[TableEntry]:
+        """Read exactly to both versions, and join the chunks that were joined before.
+
+        Args:
+            up_to: Version of ``accepted`` to read to.
+            rejected_up_to: Version of ``rejected`` to read to.
+            returned: Chunks to return; those that were deleted since are left out.
+            open_requests: Chunks that are joined with later ones.
+
+        Raises:
+            TableError: the tables cannot be read; the cursors do not move.
+        """
+        by_partition: dict[PartitionKey, dict[int, _ChunkRow]] = {}
+        for chunk_row in self._read_existing(up_to, rejected_up_to, all_rejected=True):
+            topic, partition, offset = _record_key(chunk_row.row)
+            by_partition.setdefault((topic, partition), {})[offset] = chunk_row
+
+        def find(key: ChunksKey) -> OpenRequest | None:
+            topic, partition, first, last = key
+            rows = by_partition.get((topic, partition), {})
+            if first not in rows or last not in rows:
+                return None
+            request = OpenRequest(rows[first].row["request"], topic, partition)
+            for offset in sorted(offset for offset in rows if first <= offset <= last):
+                if rows[offset].row["request"] == request.request:
+                    chunk = rows[offset]
+                    if request.chunks and not request.continues_with(chunk.sample):
+                        return None
+                    request.add(chunk.row, chunk.sample, chunk.after, self._clock())
+            return request
+
+        self._open = {one.request: one for key in open_requests if (one := find(key))}
+        return [entry for key in dict.fromkeys(returned) if (one := find(key)) for entry in self._cut(one)]
+
+    def _read_existing(self, up_to: int, rejected_up_to: int, *, all_rejected: bool) -> list[_ChunkRow]:
+        """Return the usable rows after the cursor that still exist, and move both cursors."""
         try:
             return list(self._read(up_to, rejected_up_to, all_rejected=all_rejected))
         except HistoryExpiredError as error:
@@ -115,7 +244,7 @@ class TableReader:
         up_to, rejected_up_to = max(up_to, self.cursor), max(rejected_up_to, self.rejected_cursor)
         return list(self._read(up_to, rejected_up_to, all_rejected=all_rejected))
 
-    def _read(self, up_to: int, rejected_up_to: int, *, all_rejected: bool) -> Iterator[TableEntry]:
+    def _read(self, up_to: int, rejected_up_to: int, *, all_rejected: bool) -> Iterator[_ChunkRow]:
         accepted = self._tables.read_added("accepted", self.cursor, up_to, ACCEPTED_COLUMNS).to_pylist()
         # Within a commit the tables keep no order.
         accepted.sort(key=lambda row: (row["time"], _record_key(row)))
@@ -130,7 +259,7 @@ class TableReader:
             rejected += [(begin, row) for row in added if self._is_ours(row)]
         after = self.cursor, self.pending_after
         self.cursor, self.rejected_cursor = up_to, read_up_to
-        return self._join(accepted, self._take_rejected(accepted, rejected), after)
+        return self._parse_rows(accepted, self._take_rejected(accepted, rejected), after)
 
     def _take_rejected(
         self, accepted: Iterable[Row], rejected: Iterable[tuple[int, Row]]
@@ -147,34 +276,63 @@ class TableReader:
                 taken.setdefault(record, []).append(row)
         return taken
 
-    def _join(
+    def _parse_rows(
         self, accepted: Iterable[Row], branches: dict[RecordKey, list[Row]], after: tuple[int, int]
-    ) -> Iterator[TableEntry]:
+    ) -> Iterator[_ChunkRow]:
         for row in accepted:
             if not self._is_ours(row):
                 self._counts["foreign_rows"] += 1
                 continue
             self._counts["rows"] += 1
-            drafted_by = version_number(row["speculator"])
-            self.newest_drafted_by = max(self.newest_drafted_by, drafted_by)
+            self.newest_drafted_by = max(self.newest_drafted_by, version_number(row["speculator"]))
             if not provides_features(row):
                 self._counts["rows_without_features"] += 1
                 continue
-            rooted = [r for r in branches.get(_record_key(row), []) if self._has_root(r, row)]
-            samples = split_sample(read_sample(row, rooted), self._max_tokens)
-            self._counts["samples"] += len(samples)
-            self._counts["branches"] += sum(len(sample.branches) for sample in samples)
-            for i, sample in enumerate(samples):
-                yield TableEntry(sample=sample, key=(*_record_key(row), i), drafted_by=drafted_by, after=after)
+            yield _ChunkRow(row, read_sample(row, branches.get(_record_key(row), [])), after)
+
+    def _join_chunks(self, rows: Iterable[_ChunkRow]) -> Iterator[OpenRequest]:
+        """Yield the requests that end with these rows, and those whose next chunk is missing."""
+        for one in rows:
+            row, chunk = one.row, one.sample
+            request = self._open.pop(row["request"], None)
+            if request and (
+                (row["topic"], row["partition"]) != (request.topic, request.partition)
+                or not request.continues_with(chunk)
+            ):
+                self._counts["requests_joined_early"] += 1
+                yield request
+                request = None
+            request = request or OpenRequest(row["request"], row["topic"], row["partition"])
+            request.add(row, chunk, one.after, self._clock())
+            if row["last_chunk"] is False:
+                self._open[row["request"]] = request
+            else:
+                yield request
+
+    def _cut(self, request: OpenRequest) -> Iterator[TableEntry]:
+        """Return the samples of joined chunks."""
+        whole = join_samples(request.chunks)
+        rooted = drop_rootless_branches(whole)
+        self._counts["branches_without_root"] += len(whole.branches) - len(rooted.branches)
+        samples = split_sample(rooted, self._settings.max_sample_tokens, self._settings.context_tokens)
+        self._counts["samples"] += len(samples)
+        self._counts["branches"] += sum(len(sample.branches) for sample in samples)
+        for i, sample in enumerate(samples):
+            key = *request.key, i
+            yield TableEntry(sample=sample, key=key, drafted_by=request.drafted_by, after=request.first_after)
 
     def _is_ours(self, row: Row) -> bool:
         return all(row[column] == value for column, value in self._identity.items())
 
-    def _has_root(self, rejected: Row, accepted: Row) -> bool:
-        if has_root(rejected, accepted):
-            return True
-        self._counts["branches_without_root"] += 1
-        return False
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _ChunkRow:
+    """A row of ``accepted`` with its branches."""
+
+    row: Row
+    sample: Sample
+    after: tuple[int, int]
+    """Versions of both tables after which its rows were committed."""
 
 
 def _record_key(row: Row) -> RecordKey:

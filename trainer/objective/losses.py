@@ -119,7 +119,7 @@ def _sum_levels(
 ) -> list[_StepSums]:
     if not len(trees.row_A):
         return [_empty_sums(draft.fc.weight)] * len(trees.levels)
-    unroll = DraftUnroll(draft, embeddings_VH, batch.tokens_BT, batch.features_BTF)
+    unroll = DraftUnroll(draft, embeddings_VH, batch.tokens_BT, batch.features_BTF, batch.position_B)
     sums: list[_StepSums] = []
     for k, level in enumerate(trees.levels):
         if not len(level.parent_A):

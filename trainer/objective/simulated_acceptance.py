@@ -72,6 +72,7 @@ def _simulate(draft: EagleDraft, embeddings_VH: Tensor, batch: Batch, lookahead:
         torch.arange(length, device=batch.lengths_B.device) + lookahead < batch.lengths_B[:, None]
     )
     roots_BT[:, 0] = False
+    roots_BT[:, 1:] &= batch.own_BT[:, :-1]
     accepted_B = simulate_chains(draft, embeddings_VH, batch, lookahead, roots_BT).sum(dim=1)
     return [SimulatedAcceptance(*both) for both in zip(accepted_B.tolist(), roots_BT.sum(dim=1).tolist(), strict=True)]
 
@@ -89,7 +90,7 @@ def simulate_chains(draft: EagleDraft, embeddings_VH: Tensor, batch: Batch, look
     """
     sample, root = roots_BT.nonzero(as_tuple=True)
     accepted_BT = torch.zeros_like(batch.tokens_BT)
-    unroll = DraftUnroll(draft, embeddings_VH, batch.tokens_BT, batch.features_BTF)
+    unroll = DraftUnroll(draft, embeddings_VH, batch.tokens_BT, batch.features_BTF, batch.position_B)
     hidden = unroll.first(sample, root - 1)
     for k in range(lookahead):
         drafted = draft.to_target_ids(draft.logits(hidden).argmax(dim=-1))

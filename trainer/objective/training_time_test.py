@@ -13,9 +13,10 @@ draft that was rejected below root x_p branches off the committed tokens of row 
 and the beginnings that branches share are computed once. A chain is a tree without branches.
 
 Each step after step 0 takes the output of the node's parent, one step earlier, in place of a feature, and rotary
-position t + k. It attends to the step-0 keys and values of the sample's rows up to t, to those of its ancestors from
-step 1 on, and to its own: the list of each node's ancestors is the tree mask. Serving computes the same token by token
-with a key/value cache.
+position p + t + k, where p is the position of the sample in its request. It attends to the step-0 keys and values of
+the sample's rows up to t, to those of its ancestors from step 1 on, and to its own: the list of each node's ancestors
+is the tree mask. Serving computes the same token by token with a key/value cache. Rows that a sample does not own
+(``Batch.own_BT``) contribute keys and values only.
 
 The teacher is the recorded top k, restricted to the draft vocabulary and renormalised; the unrecorded tail is ignored.
 Where less than ``MIN_KEPT_MASS`` of the target's probability is left, the position is not learned from: renormalising
@@ -93,7 +94,7 @@ def build_draft_trees(draft: EagleDraft, batch: Batch, steps: int, min_prob: flo
     """
     teacher_BT = restrict_teacher(draft, batch.teacher_BT)
     usable_BT = batch.known_BT & teacher_BT.usable
-    learned_KBT = _shift_steps(usable_BT, steps)
+    learned_KBT = [batch.own_BT & learned_BT for learned_BT in _shift_steps(usable_BT, steps)]
     suffix_KBT = _shift_steps(batch.suffix_predicted_BT, steps)
     drafted = batch.drafted
     teacher_D = restrict_teacher(draft, drafted.teacher_D)
@@ -138,7 +139,14 @@ def restrict_teacher(draft: EagleDraft, teacher: Teacher) -> DraftTeacher:
 class DraftUnroll:
     """The recursion over the trees of one batch: call ``first`` once, then ``advance`` for each further step."""
 
-    def __init__(self, draft: EagleDraft, embeddings_VH: Tensor, tokens_BT: Tensor, features_BTF: Tensor) -> None:
+    def __init__(
+        self,
+        draft: EagleDraft,
+        embeddings_VH: Tensor,
+        tokens_BT: Tensor,
+        features_BTF: Tensor,
+        position_B: Tensor | None = None,
+    ) -> None:
         """Compute the keys and values that all trees share.
 
         Args:
@@ -146,11 +154,13 @@ class DraftUnroll:
             embeddings_VH: The target's frozen token embeddings, of any float type.
             tokens_BT: Tokens of the samples, padded at their ends; row t reads token t + 1.
             features_BTF: The target's states after each token.
+            position_B: Rotary position of each sample's row 0; None for 0.
         """
         self._draft = draft
         self._embeddings_VH = embeddings_VH
         samples, rows = tokens_BT.shape[0], tokens_BT.shape[1] - 1
-        positions_BT = torch.arange(rows, device=tokens_BT.device).expand(samples, rows)
+        self._position_B = tokens_BT.new_zeros(samples) if position_B is None else position_B
+        positions_BT = self._position_B[:, None] + torch.arange(rows, device=tokens_BT.device)
         self._fused_BTH = draft.fuse(features_BTF[:, :-1].to(draft.fc.weight.dtype))
         shared = draft.project(self._embed(tokens_BT[:, 1:]), self._fused_BTH, positions_BT)
         self._q_BTNE, self._k_BMTE, self._v_BMTE = shared.q_BNTE.transpose(1, 2), shared.k_BMTE, shared.v_BMTE
@@ -172,7 +182,7 @@ class DraftUnroll:
         """
         self._sample_A, self._row_A = self._sample_A[parent_A], self._row_A[parent_A]
         hidden_AH = self._hidden_AH.index_select(0, parent_A)
-        position_A = self._row_A + len(self._node_kv) + 1
+        position_A = self._position_B[self._sample_A] + self._row_A + len(self._node_kv) + 1
         p = self._draft.project(self._embed(tokens_A)[None], hidden_AH[None], position_A[None])
         self._node_kv.append((p.k_BMTE[0].transpose(0, 1), p.v_BMTE[0].transpose(0, 1)))
         self._ancestors = [

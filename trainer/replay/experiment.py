@@ -24,7 +24,7 @@ from pipeline.delta import DeltaLog
 from schemas.atomic_file import atomic_write
 from schemas.device import select_device
 from schemas.errors import UserError
-from schemas.settings import DAY_0, Settings
+from schemas.settings import DAY_0, Settings, Train
 from schemas.speculator import checkpoint
 from trainer.data.samples import ComputeStates, Sample, recompute_features
 from trainer.data.table_reader import VERSIONS_PER_READ, TableReader
@@ -172,25 +172,26 @@ def run_variant(task: VariantTask) -> VariantResult:
 
 
 def read_samples(
-    tables: DeltaLog, span: TableSpan, max_tokens: int, compute_states: ComputeStates, counts: Counter[str]
+    tables: DeltaLog, span: TableSpan, settings: Train, compute_states: ComputeStates, counts: Counter[str]
 ) -> Iterator[Sample]:
     """Yield the samples of a span in the order of their commits, a few commits in memory at a time.
 
     Args:
         tables: The tables to read.
         span: Versions and rows to read.
-        max_tokens: Length to which samples are split.
+        settings: Bounds of samples and of open requests.
         compute_states: Computes missing features.
         counts: Counts rows, samples and branches by kind.
 
     Raises:
         TableError: the tables cannot be read.
     """
-    reader = TableReader(tables, span.target, span.line, max_tokens, counts)
+    reader = TableReader(tables, span.target, span.line, settings, counts)
     reader.seek(span.accepted[0], span.rejected[0], ())
     while reader.cursor < span.accepted[1]:
         up_to = min(span.accepted[1], reader.cursor + VERSIONS_PER_READ)
-        for entry in reader.read(up_to, span.rejected[1]):
+        entries = [*reader.read(up_to, span.rejected[1]), *reader.take_overdue()]
+        for entry in entries + (reader.take_open() if up_to == span.accepted[1] else []):
             has_features = entry.sample.has_features
             yield entry.sample if has_features else recompute_features(entry.sample, compute_states)
 
@@ -206,5 +207,4 @@ def _start_run(task: VariantTask, target: Target) -> PrequentialRun:
 def _open_stream(task: VariantTask, target: Target, counts: Counter[str]) -> Iterator[Sample]:
     settings = task.settings
     frozen = FrozenTarget(Path(settings.target.path), target.day_0.shape.capture_layers)
-    tables, max_tokens = DeltaLog(settings.tables), settings.train.max_sample_tokens
-    return read_samples(tables, task.plan.span, max_tokens, frozen.compute_states, counts)
+    return read_samples(DeltaLog(settings.tables), task.plan.span, settings.train, frozen.compute_states, counts)

@@ -229,7 +229,8 @@ class PrequentialRun:
     def _split(self, sample: Sample) -> list[Sample]:
         if self._train.suffix_predicted_weight != 1:
             sample = mark_suffix_predictions(sample)
-        parts, nodes = split_sample(sample, self._train.max_sample_tokens), self._branch_nodes
+        parts = split_sample(sample, self._train.max_sample_tokens, self._train.context_tokens)
+        nodes = self._branch_nodes
         return parts if nodes is None else [cut_branches(part, nodes) for part in parts]
 
 

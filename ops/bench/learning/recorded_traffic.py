@@ -159,9 +159,10 @@ class SegmentRecording:
         )
 
     def _train_on(self, segment: Sequence[Request]) -> None:
-        fingerprint, limit = self._target.fingerprint, self._train.max_sample_tokens
+        fingerprint, train = self._target.fingerprint, self._train
         samples = [recording.read_recorded_sample(self._folder, request.id, fingerprint) for request in segment]
-        parts = [part for sample in samples for part in split_sample(sample, limit)]
+        limits = train.max_sample_tokens, train.context_tokens
+        parts = [part for sample in samples for part in split_sample(sample, *limits)]
         for start in range(0, len(parts), _NEW_PER_STEP):
             new = [ReplayEntry(sample=part, epochs=1) for part in parts[start : start + _NEW_PER_STEP]]
             replayed = self._replay_buffer.draw(len(new))

@@ -51,6 +51,7 @@ BASE: Mapping[str, SettingValue] = {
     "train.label_balance": 0.0,
     "train.max_epochs": 8,
     "train.max_sample_tokens": 512,
+    "train.context_tokens": 1024,
 }
 
 LOOKAHEAD = 4
@@ -59,7 +60,7 @@ LOOKAHEAD = 4
 _IRRELEVANT = (
     *("host", "port", "checkpoint_dir", "poll_interval", "num_threads", "seed", "registration_interval"),
     *("checkpoint_interval", "held_out_ratio", "held_out_samples", "staleness_half_life"),
-    *("gradient_accumulation_steps", "parallel", "catch_up_steps"),
+    *("gradient_accumulation_steps", "parallel", "catch_up_steps", "join_timeout", "join_bytes"),
 )
 """Settings of the trainer without effect here: nothing is held out, and no version is registered."""
 

@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 
 from ops.cli.main import app
 from pipeline import holds
-from schemas.settings import Settings, to_environ
+from schemas.settings import Settings, Train, to_environ
 from schemas.speculator import checkpoint
 from trainer.replay import experiment
 from trainer.replay.experiment import TableSpan, read_samples
@@ -122,7 +122,7 @@ def test_an_experiment_holds_its_span_and_its_name_identifies_it(world: World) -
 def test_a_span_yields_the_samples_of_its_commits_with_their_branches(world: World) -> None:
     target, counts = world.target, Counter[str]()
     span = TableSpan(accepted=(1, 3), rejected=(0, COMMITS), target=target.fingerprint, line=target.line)
-    asked = list(read_samples(world.tables, span, 512, lambda tokens: torch.zeros(len(tokens), 48), counts))
+    asked = list(read_samples(world.tables, span, Train(), lambda tokens: torch.zeros(len(tokens), 48), counts))
     assert [one.request for one in asked] == [f"request-{i}" for i in range(REQUESTS, 3 * REQUESTS)]
     assert all(one.branches for one in asked)
     assert {one.label for one in asked} == {None}

@@ -150,12 +150,12 @@ def test_the_replay_buffer_is_bounded(world: World) -> None:
 
 def test_long_samples_are_split(world: World) -> None:
     world.commit(requests(1))
-    loader = world.data_loader(batch_size=1, replay_batch_size=0, max_epochs=1, max_sample_tokens=4)
+    loader = world.data_loader(batch_size=1, replay_batch_size=0, max_epochs=1, max_sample_tokens=4, context_tokens=0)
     loader.poll()
     lengths = []
     while samples := loader.next_samples():
-        lengths += [len(w) for w in samples]
-    # Ten tokens with features: the first piece has a teacher only at its last token.
+        lengths += [len(w.own_rows) for w in samples]
+    # Ten rows: each belongs to one sample.
     assert lengths == [4, 4, 2]
 
 
@@ -187,11 +187,11 @@ def test_missing_features_are_computed_once_from_the_whole_request(world: World)
 def test_a_piece_of_a_split_sample_is_recomputed_after_all_tokens_before_it(world: World) -> None:
     (request,) = requests(1)
     world.commit_bare(request, 0)
-    loader = world.data_loader(batch_size=1, replay_batch_size=0, max_epochs=1, max_sample_tokens=4)
+    loader = world.data_loader(batch_size=1, replay_batch_size=0, max_epochs=1, max_sample_tokens=4, context_tokens=0)
     loader.poll()
     pieces = [sample for _ in range(3) for sample in loader.next_samples()]
     assert [p.features[:, 0].tolist() for p in pieces] == [
-        world.compute_states(torch.arange(5, 15))[at : at + 4, 0].tolist() for at in (0, 4, 8)
+        world.compute_states(torch.arange(5, 15))[at:, 0].tolist() for at in (0, 4, 8)
     ]
     assert loader.counts["samples_recomputed"] == 3
 

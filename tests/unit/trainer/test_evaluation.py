@@ -17,7 +17,7 @@ def sample(label: str | None) -> Sample:
 
 def test_a_sample_and_its_parts_keep_their_label() -> None:
     assert sample("sql").label == "sql"
-    assert {piece.label for piece in split_sample(sample("sql"), 4)} == {"sql"}
+    assert {piece.label for piece in split_sample(sample("sql"), 4, 2)} == {"sql"}
 
 
 def test_labels_with_too_few_samples_are_taken_together() -> None:

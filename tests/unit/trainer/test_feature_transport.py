@@ -104,38 +104,35 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
     return Served(tmp_path_factory.mktemp("target"))
 
 
-def test_claim_check_and_inline_features_give_the_same_samples(served: Served, tmp_path: Path) -> None:
-    inline, claimed = served.samples(tmp_path / "a", "inline"), served.samples(tmp_path / "b", "claim-check")
-    assert (len(inline) > 1, len(claimed)) == (True, 1)
-    assert torch.equal(torch.cat([w.features for w in inline]), claimed[0].features)
-    assert torch.cat([w.tokens for w in inline]).tolist() == claimed[0].tokens.tolist()
-    assert torch.cat([w.known for w in inline]).tolist() == claimed[0].known.tolist()
-    assert torch.equal(torch.cat([w.teacher.ids for w in inline]), claimed[0].teacher.ids)
+def test_claim_check_and_inline_features_give_the_same_sample(served: Served, tmp_path: Path) -> None:
+    assert [len(served.records(tmp_path, way)[1]) > 1 for way in ("inline", "claim-check")] == [True, False]
+    (inline,), (claimed,) = served.samples(tmp_path / "a", "inline"), served.samples(tmp_path / "b", "claim-check")
+    assert torch.equal(inline.features, claimed.features)
+    assert inline.tokens.tolist() == claimed.tokens.tolist()
+    assert inline.known.tolist() == claimed.known.tolist()
+    assert torch.equal(inline.teacher.ids, claimed.teacher.ids)
 
 
 def test_recomputed_features_equal_those_of_the_engine(served: Served, tmp_path: Path) -> None:
-    inline = served.samples(tmp_path / "a", "inline")
-    (recomputed,) = served.samples(tmp_path / "b", "recompute")
-    captured = torch.cat([w.features for w in inline])
-    assert recomputed.tokens.tolist() == torch.cat([w.tokens for w in inline]).tolist()
+    (inline,), (recomputed,) = served.samples(tmp_path / "a", "inline"), served.samples(tmp_path / "b", "recompute")
+    captured = inline.features
+    assert recomputed.tokens.tolist() == inline.tokens.tolist()
     assert recomputed.features.dtype == captured.dtype
     torch.testing.assert_close(recomputed.features, captured, rtol=2**-7, atol=1e-3)
     # Features one token later differ a lot.
     assert (recomputed.features[1:] - captured[:-1]).abs().mean() > 0.1
 
 
-def test_recomputed_features_of_later_chunks_equal_those_of_the_engine(
+def test_recomputed_features_of_several_chunks_equal_those_of_the_engine(
     served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    captured = torch.cat([w.features for w in served.samples(tmp_path / "a", "inline")])
+    (inline,) = served.samples(tmp_path / "a", "inline")
     monkeypatch.setattr(served, "settings", served.settings)
     served.limit_messages(served.bare * 2 // 3)
-    samples = served.samples(tmp_path / "b", "recompute")
-    assert len(samples) > 1
-    for sample in samples:
-        torch.testing.assert_close(sample.features, captured[: len(sample)], rtol=2**-7, atol=1e-3)
-    known = [int(sample.known.sum()) for sample in samples]
-    assert sum(known) == len(captured) - len(REQUEST.prompt) + 1
+    assert len(served.records(tmp_path, "recompute")[1]) > 1
+    (recomputed,) = served.samples(tmp_path / "b", "recompute")
+    torch.testing.assert_close(recomputed.features, inline.features, rtol=2**-7, atol=1e-3)
+    assert int(recomputed.known.sum()) == len(recomputed) - len(REQUEST.prompt) + 1
 
 
 def test_a_message_without_features_is_much_smaller(served: Served, tmp_path: Path) -> None:

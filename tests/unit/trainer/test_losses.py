@@ -491,16 +491,6 @@ def test_training_overfits_one_small_batch_past_its_rejections() -> None:
         assert KEPT[int(said[node + 1][1].argmax())] == int(branch.teacher.ids[node, 0])
 
 
-def test_a_split_sample_keeps_every_teacher_and_reachable_branch() -> None:
-    w = sample(11, 5, 6, branches=[(5, 2, 0), (8, 2, 0), (9, 2, 0)])
-    pieces = split_sample(w, 4)
-    assert [p.tokens.tolist() for p in pieces] == [w.tokens[4:8].tolist(), w.tokens[8:11].tolist()]
-    assert [p.next_token for p in pieces] == [int(w.tokens[8]), 3]
-    assert torch.equal(torch.cat([p.teacher.ids for p in pieces]), w.teacher.ids)
-    assert [[b.root for b in p.branches] for p in pieces] == [[1], [1]]
-    assert [len(p) for p in split_sample(w, 11)] == [11]
-
-
 def plain_prediction(tokens: list[int]) -> int | None:
     """Return the token that most often followed the longest earlier match of the end; of several the newest."""
     for length in range(min(MAX_MATCH, len(tokens) - 1), MIN_MATCH - 1, -1):
@@ -536,9 +526,10 @@ def test_parts_of_a_sample_have_the_predicted_positions_of_the_whole() -> None:
     whole = mark_suffix_predictions(w).suffix_predicted
     assert whole is not None
     assert whole.tolist() == [False] * 7 + [True] * 8 + [False]
-    for parts in (split_sample(mark_suffix_predictions(w), 5), map(mark_suffix_predictions, split_sample(w, 5))):
-        marks = [part.suffix_predicted for part in parts]
-        assert torch.equal(torch.cat([m for m in marks if m is not None]), whole[5:])
+    for parts in (split_sample(mark_suffix_predictions(w), 5, 2), map(mark_suffix_predictions, split_sample(w, 5, 2))):
+        for part in parts:
+            assert part.suffix_predicted is not None
+            assert torch.equal(part.suffix_predicted, whole[part.position : part.position + len(part)])
 
 
 def plain_accepted_per_step(draft: EagleDraft, table: Tensor, w: Sample, lookahead: int) -> SimulatedAcceptance:

@@ -43,7 +43,7 @@ VALID: dict[str, tuple[Any, ...]] = {
     "response_format": (None, {"type": "text"}, {"type": "text", "json_schema": None}),
     "structured_outputs": (None,),
     "guided_json": (None,),
-    "guided_regex": (None, "a*", "[ab]{1,3}", ".{0,99}"),
+    "guided_regex": (None,),
     "prompt": ([1], [VOCABULARY - 1], [0] * (MAX_LEN - 1), [[2], [3, 4]]),
 }
 """Values by parameter of a text completion."""

@@ -1,7 +1,8 @@
 """``aurora bench soak``: the real processes under load for a long time, with the faults of production.
 
-A node as a process of its own, a registry and a broker; clients of which some disconnect early; the alias moved to
-another version every few seconds; the broker stopped and started twice. Afterwards no request may have failed, memory
+A node as a process of its own, a registry and a broker; requests with and without grammars, tools and penalties, of
+which some clients disconnect early; the alias moved to another version every few seconds; the broker stopped and
+started twice. Afterwards no request may have failed, memory
 may not have grown, and every captured trace row must be accounted for: in the topic, or counted as dropped.
 """
 
@@ -13,12 +14,13 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
 from itertools import count, cycle
 from pathlib import Path
 from statistics import linear_regression, median
+from typing import Any
 
 import psutil
 
@@ -52,6 +54,23 @@ _TICK_S = 0.2
 _PROGRESS_INTERVAL_S = 60.0
 _RESPONSE_TIMEOUT_S = 300.0
 _MIN_TOKENS, _MAX_TOKENS = 8, 96
+_OBJECT = {"type": "object", "properties": {"answer": {"type": "string", "maxLength": 40}}, "required": ["answer"]}
+_TOOL = {"type": "function", "function": {"name": "answer", "description": "Answers the user.", "parameters": _OBJECT}}
+OPTIONS: tuple[Mapping[str, Any], ...] = (
+    {},
+    {"seed": 7},
+    {"n": 2},
+    {"top_p": 0.9, "top_k": 40, "min_p": 0.05},
+    {"presence_penalty": 0.5, "frequency_penalty": 0.5, "repetition_penalty": 1.1},
+    {"logit_bias": {"42": -100}, "min_tokens": 4},
+    {"logprobs": True, "top_logprobs": 3},
+    {"response_format": {"type": "json_object"}},
+    {"response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": _OBJECT}}},
+    {"structured_outputs": {"regex": "(yes|no), because [a-z ]{5,30}"}},
+    {"tools": [_TOOL]},
+    {"tools": [_TOOL], "tool_choice": "required"},
+)
+"""Further fields of requests, of which each request draws one set."""
 _MAX_EVENTS = 24
 """Events after which a client disconnects early, at most."""
 
@@ -173,14 +192,17 @@ def _wait_settled(settings: Settings) -> ServeStatus:
 
 
 def random_requests(model: str, leaving: float, seed: int = 0) -> Iterator[Request]:
-    """Yield requests with prompts of all domains; a share of the clients disconnects early."""
+    """Yield requests with prompts of all domains, with and without grammars, tools and penalties.
+
+    A share of the clients disconnects early.
+    """
     texts = [Prompt(domain, text) for domain in prompts.DOMAINS for text in prompts.read_prompts(domain)]
     random.Random(seed).shuffle(texts)  # noqa: S311
     for number, prompt in zip(count(), cycle(texts), strict=False):
         rng = random.Random(f"{seed}/{number}")  # noqa: S311
         max_tokens, temperature = rng.randint(_MIN_TOKENS, _MAX_TOKENS), rng.choice((0.0, prompts.SAMPLED))
-        events = rng.randint(1, _MAX_EVENTS) if rng.random() < leaving else None
-        yield chat_request(model, prompt, max_tokens, temperature=temperature, disconnect_after=events)
+        events, options = rng.randint(1, _MAX_EVENTS) if rng.random() < leaving else None, rng.choice(OPTIONS)
+        yield chat_request(model, prompt, max_tokens, temperature=temperature, disconnect_after=events, options=options)
 
 
 def judge(result: SoakResult, options: SoakOptions) -> list[Figure]:

@@ -22,7 +22,7 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -94,12 +94,14 @@ def chat_request(
     speculate: bool = True,
     trace: bool = True,
     disconnect_after: int | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Request:
-    """Return a chat request for one prompt, labelled with its domain."""
+    """Return a chat request for one prompt, labelled with its domain; ``options`` are further fields of its body."""
     body = {
         "messages": [{"role": "user", "content": prompt.text}],
         "max_tokens": max_tokens,
         "temperature": temperature,
+        **(options or {}),
     }
     headers = {b"x-aurora-label": prompt.domain.encode()}
     if not speculate:

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+from ops.bench.soak import OPTIONS as REQUEST_OPTIONS
 from ops.bench.soak import MemorySample, SoakOptions, SoakResult, fit_growth, judge, random_requests
 from ops.loadgen.load import Load, Response
+from serving.http.requests import ChatRequest
 
 MIB = 1 << 20
 OPTIONS = SoakOptions(minutes=1, concurrency=2, swap_every_s=10, leaving=0.1, speculator="math")
@@ -35,6 +37,13 @@ def test_requests_are_reproducible_and_a_share_disconnects_early() -> None:
     assert 0.2 < len(leaving) / len(first) < 0.4
     assert {request.domain for request in first} == {"code", "math", "sql", "chat"}
     assert {request.body["temperature"] for request in first} == {0.0, 0.8}
+
+
+def test_the_requests_are_valid_and_have_each_set_of_options() -> None:
+    requests = list(islice(random_requests("model", leaving=0.3), 400))
+    for request in requests:
+        ChatRequest.model_validate(request.body)
+    assert all(any(options.items() <= request.body.items() for request in requests) for options in REQUEST_OPTIONS)
 
 
 def result(**changed: Any) -> SoakResult:

@@ -214,8 +214,7 @@ class EagleDrafter:
         for tree in trees:
             added: list[tuple[float, int, int]] = []
             for parent in tree.frontier:
-                ranking = tree.rank_children(parent, logprobs_Fk[row], tokens_Fk[row])
-                for child, confidence in ranking[: self._width]:
+                for child, confidence in tree.rank_children(parent, logprobs_Fk[row], tokens_Fk[row], self._width):
                     token, logprob = int(tokens_Fk[row, child]), float(logprobs_Fk[row, child])
                     node = tree.add(token, parent, logprob, confidence)
                     added.append((-tree.nodes[node].chance, node, row))
@@ -249,8 +248,8 @@ class _GrowingTree:
     source_rows: list[int] = field(default_factory=list)
     """Row of the draft step before from which each frontier node was drafted."""
 
-    def rank_children(self, parent: int, logprobs_k: F32, tokens_k: I64) -> list[tuple[int, float]]:
-        """Return the candidates after a node that the target may choose, best first, with the draft's confidence.
+    def rank_children(self, parent: int, logprobs_k: F32, tokens_k: I64, count: int) -> list[tuple[int, float]]:
+        """Return the best candidates after a node that the target may choose, with the draft's confidence.
 
         The draft chooses as the target does: greedily, or by the same noise from its own distribution. Its confidence
         is that of a softmax over the scores that decide: ``score + temperature * noise``, which at temperature 0 are
@@ -260,10 +259,11 @@ class _GrowingTree:
             parent: The node.
             logprobs_k: The draft's log-probabilities of the candidates, best first.
             tokens_k: The candidates' target tokens.
+            count: Maximum number of candidates to return.
         """
         request = self.seq.request
         if self.seq.is_greedy:
-            return list(enumerate(np.exp(logprobs_k).tolist()))
+            return list(enumerate(np.exp(logprobs_k[:count]).tolist()))
         depth = 1 if parent == ROOT else self.nodes[parent].depth + 1
         scores_1k = torch.from_numpy(logprobs_k)[None]
         probs_k = sampling_probs(scores_1k, request.temperature, request.top_p, request.top_k, request.min_p)[0].numpy()
@@ -272,8 +272,8 @@ class _GrowingTree:
         decisive_k[probs_k == 0] = -np.inf
         weights_k = np.exp(decisive_k - decisive_k.max())
         confidences_k = weights_k / weights_k.sum()
-        order = np.argsort(-confidences_k)
-        return [(int(i), float(confidences_k[i])) for i in order if probs_k[i] > 0]
+        best = np.argsort(-confidences_k)[:count].tolist()
+        return [(i, float(confidences_k[i])) for i in best if probs_k[i] > 0]
 
     def add(self, token: int, parent: int, logprob: float, confidence: float) -> int:
         """Add a node and return its index.

@@ -40,7 +40,7 @@ from trainer.data.target import read_target
 from trainer.objective.simulated_acceptance import simulate_acceptance
 from trainer.replay.learning_curve import learning_curve, tokens_to_level
 from trainer.replay.named_drafts import NamedDraft
-from trainer.replay.prequential import BatchScore, cut_branches
+from trainer.replay.prequential import BatchScore, PrequentialRun, cut_branches
 from trainer.replay.request_evaluation import evaluate, list_drafters
 
 TINY = Variant(
@@ -177,24 +177,22 @@ def test_every_batch_is_scored_before_it_is_trained_on(settings: Settings, recor
 
 
 def test_the_drafters_have_the_verify_steps_of_an_evaluation(settings: Settings, recorded: RecordedTraffic) -> None:
-    scored = run(settings, recorded).scores[0]
     made = variants.trial_settings(settings, LearningTrial(TINY, "mixed", 0))
-    batch = order_stream(recorded, "mixed", 0)[:4]
     target = read_target(made)
-    drafters = list_drafters(["eagle", "suffix", "hybrid"], [NamedDraft("day-0", "0", target.new_draft())])
-    evaluation = evaluate(
-        drafters,
-        target.embeddings_VH,
-        (trials.as_past_request(sample, i) for i, sample in enumerate(batch)),
-        4,
-        {},
-        Counter(),
-        suffix=NodeSuffixReplay(made),
-    )
-    own = [request.steps for request in evaluation.requests if request.label == scored.label]
-    expected = [(sum(s.verify_steps for s in each), sum(s.accepted for s in each)) for each in zip(*own, strict=True)]
-    assert scored.label == batch[0].label
-    assert scored.drafters == tuple(expected)
+    learning = PrequentialRun(target.new_draft(), target.embeddings_VH, made.train, seed=0, lookahead=4)
+    for _ in range(12):
+        learning.train(recorded.requests)
+    past = [trials.as_past_request(sample, i) for i, sample in enumerate(recorded.requests)]
+    drafters = list_drafters(["eagle", "suffix", "hybrid"], [NamedDraft("trained", "1", learning.export_draft())])
+    evaluation = evaluate(drafters, target.embeddings_VH, past, 4, {}, Counter(), suffix=NodeSuffixReplay(made))
+    steps = zip(*(request.steps for request in evaluation.requests), strict=True)
+    expected = [(sum(s.verify_steps for s in each), sum(s.accepted for s in each)) for each in steps]
+
+    replay = NodeSuffixReplay(made)
+    learning.train([replace(s, label=None) for s in recorded.requests], [replay.accept(one) for one in past])
+    assert learning.state().scores[-1].drafters == tuple(expected)
+    eagle, suffix, hybrid = expected
+    assert hybrid[0] < min(eagle[0], suffix[0]), "each drafter is right where the other is not"
 
 
 def test_a_trial_trains_on_all_traffic_once_and_replays_as_much(settings: Settings, recorded: RecordedTraffic) -> None:

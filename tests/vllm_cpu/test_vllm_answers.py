@@ -61,7 +61,6 @@ REJECTED = [
     ("chat/completions", CHAT | {"top_p": 1.5}),
     ("chat/completions", CHAT | {"n": 0}),
     ("chat/completions", CHAT | {"presence_penalty": 3}),
-    ("chat/completions", CHAT | {"logit_bias": {"1": 101}}),
     ("chat/completions", CHAT | {"min_p": 2}),
     ("chat/completions", CHAT | {"top_logprobs": 2}),
     ("chat/completions", CHAT | {"messages": [{"role": "user", "content": "word " * 2000}]}),

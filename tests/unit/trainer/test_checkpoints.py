@@ -46,9 +46,10 @@ def state(step: int, cursor: int = 5) -> TrainState:
         reread_after=1,
         reread_rejected_after=2,
         reached=[("traces", 0, 7)],
-        waiting=[("traces", 0, 7, 0)],
-        replay_buffer=[(("traces", 0, 6, 0), 2)],
+        waiting=[("traces", 0, 7, 7, 0)],
+        replay_buffer=[(("traces", 0, 6, 6, 0), 2)],
         held_out=[],
+        open_requests=[("traces", 0, 4, 5)],
         random=(3, (1, 2, 3), None),
     )
     return TrainState(step=step, tokens_seen=70, parent="day-0-head-0", data_loader=loader)

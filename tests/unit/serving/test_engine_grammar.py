@@ -153,3 +153,27 @@ def test_a_matcher_that_fails_ends_its_sequence_alone(
     assert built_in.health().speculating == built_in._may_speculate
     assert built_in.health().alive
     assert spell(generate(built_in, Request("g", PROMPT, 100, grammar=good))[0][0])
+
+
+def test_a_matcher_that_fails_while_drafting_leaves_speculation_on(
+    engine: tuple[BuiltinEngine, _Traces, LlamaForCausalLM],
+) -> None:
+    built_in, _, _ = engine
+    good = compiler().compile(GRAMMAR)
+
+    class FailingDrafts:
+        def create_matcher(self) -> Any:
+            matcher = good.create_matcher()
+            matcher.constrain = fail  # type: ignore[method-assign]
+            return matcher
+
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("no tree")
+
+    free = Request("free", PROMPT, 30)
+    (alone, _), *_ = generate(built_in, free)
+    (beside, _), (_, last) = generate(built_in, free, Request("bad", PROMPT, 100, grammar=FailingDrafts()))
+    assert beside == alone
+    assert last.finish == ("error" if built_in._may_speculate else "stop")
+    assert built_in.health().drafter_failures == 0
+    assert built_in.health().speculating == built_in._may_speculate

@@ -161,6 +161,10 @@ class CompletionBody(ApiObject):
         if len(constraints := self._list_constraints()) > 1:
             message = f"cannot be combined with {constraints[0].param}"
             raise PydanticCustomError("unsupported_value", message, {"param": constraints[1].param})
+        if constraints and self.allowed_token_ids is not None:
+            # The two could exclude every token.
+            message = f"cannot be combined with {constraints[0].param}"
+            raise PydanticCustomError("unsupported_value", message, {"param": "allowed_token_ids"})
         return self
 
     @property
@@ -247,6 +251,9 @@ class ChatRequest(CompletionBody):
             raise PydanticCustomError("needs", "needs tools", {"param": "tool_choice"})
         if choice.function is not None and choice.function.name not in names:
             raise PydanticCustomError("unsupported_value", "is no function of tools", {"param": "tool_choice"})
+        if self.allowed_token_ids is not None:
+            message = "cannot be combined with a call that tool_choice requires"
+            raise PydanticCustomError("unsupported_value", message, {"param": "allowed_token_ids"})
         return self
 
     @property

@@ -22,6 +22,7 @@ from schemas.speculator import checkpoint
 from schemas.speculator.network import EagleDraft
 from schemas.trace.record import CONTENT_TYPE, Chunk, VerifyStep, encode, fingerprint
 from serving.engines.base import Finish, Output, Request
+from serving.engines.builtin import packed_draft
 from serving.engines.builtin.engine import BuiltinEngine
 from serving.traces.chunks import ChunkBuilder, ChunkSize, FeatureTransport, Origin
 from trainer.data.batch import collate
@@ -31,6 +32,12 @@ from trainer.loop.learner import Learner
 
 DRAFTED = 4
 CHUNK_BYTES = 12_000
+
+
+@pytest.fixture(autouse=True)
+def _exact_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draft with the weights as registered: rounded to 8 bits, a tiny draft has near-ties."""
+    monkeypatch.setattr(packed_draft, "fastest_dtype", lambda _device: "float32")
 
 
 class Recorder:

@@ -249,7 +249,7 @@ def nan_features() -> VerifyStep:
         pytest.param(nan_features(), "bad_number", id="nan in the features"),
         pytest.param(replace(SECOND, draft_logprobs=(float("-inf"), 0.0)), "bad_number", id="infinite log-probability"),
         pytest.param(replace(SECOND, top_ids=-SECOND.top_ids), "bad_token", id="negative teacher token"),
-        pytest.param(replace(SECOND, draft_sources=(1, 4)), "contradiction", id="unknown source"),
+        pytest.param(replace(SECOND, draft_sources=(1, 8)), "contradiction", id="unknown source"),
         pytest.param(replace(SECOND, draft_sources=(1, 0)), "contradiction", id="node that nothing proposed"),
         pytest.param(replace(SECOND, draft_sources=(2, 2)), "contradiction", id="version that proposed nothing"),
         pytest.param(

@@ -144,6 +144,8 @@ def test_text_completions_take_structured_outputs(node: Node) -> None:
         ),
         ({"response_format": {"type": "json_object"}, "guided_regex": "a"}, "guided_regex"),
         ({"structured_outputs": {"json": "{"}}, "structured_outputs.json"),
+        ({"guided_json": {"type": "boolean"}, "allowed_token_ids": [1]}, "allowed_token_ids"),
+        ({"tools": [CLOCK], "tool_choice": NAMED, "allowed_token_ids": [1]}, "allowed_token_ids"),
         ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
         ({"structured_outputs": {"structural_tag": "{}"}}, "structured_outputs.structural_tag"),
         ({"guided_json": {"type": "integer", "multipleOf": 999983}}, "guided_json"),

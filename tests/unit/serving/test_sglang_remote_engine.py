@@ -228,19 +228,20 @@ def test_a_draft_with_values_that_are_not_finite_is_rejected(fake: FakeSglang) -
 
 
 def test_the_version_poller_follows_the_alias(fake: FakeSglang) -> None:
-    engine, registry = engine_of(fake), FakeRegistry()
-    poller = VersionPoller(registry, engine, Settings())
+    engine, registry, seconds = engine_of(fake), FakeRegistry(), [0.0]
+    poller = VersionPoller(registry, engine, Settings(), monotonic=lambda: seconds[-1])
     registry.alias = "2"
     poller.poll()
     assert serves(fake, "2")
-    fake.faults = {"/begin_weight_update": [BROKEN] * 2}  # the poller tries once more at once
+    fake.faults = {"/begin_weight_update": [BROKEN]}
     registry.alias = "3"
     poller.poll()
-    assert "version 2 still serves" in str(poller.error)
+    assert "version 2 still serves" in str(poller.update_blocked)
     assert serves(fake, "2")
+    seconds.append(600.0)
     poller.poll()
     assert serves(fake, "3")
-    assert (poller.error, [swap.version for swap in poller.swaps]) == (None, ["2", "3"])
+    assert (poller.update_blocked, [swap.version for swap in poller.swaps]) == (None, ["2", "3"])
     registry.foreign = {"4"}
     registry.alias = "4"
     poller.poll()

@@ -48,6 +48,8 @@ class EchoEngine:
         self.version = "day-0-head-0"
         self.dies_with: str | None = None
         self.requests: list[Request] = []
+        self.cached_tokens: list[int] = []
+        """Prompt tokens from the prefix cache, by request; 0 for further ones."""
         self.ended: dict[str, Finish] = {}
         self._cancelled: set[str] = set()
         self._threads: list[threading.Thread] = []
@@ -127,7 +129,8 @@ class EchoEngine:
         self.ended[request.id] = finish
         drafted = 3 * verify_steps if request.speculate else 0
         versions = ("day-0-head-0",) if request.speculate else ()
-        stats = RequestStats(verify_steps, drafted, drafted // 3, versions)
+        cached = dict(zip((one.id for one in self.requests), self.cached_tokens, strict=False)).get(request.id, 0)
+        stats = RequestStats(verify_steps, drafted, drafted // 3, versions, cached_tokens=cached)
         on_output(Output(tokens, _scores_for(request, tokens), finish=finish, stats=stats))
 
 

@@ -45,6 +45,13 @@ def test_choices_have_no_seed_without_one_in_the_request(node: Node) -> None:
     assert [r.seed for r in node.engine.requests] == [None, None]
 
 
+def test_usage_counts_prompt_tokens_that_no_choice_had_to_read(node: Node) -> None:
+    node.engine.cached_tokens = [2, 4]
+    answer = node.ask("hello", n=2, extra_body={"cache_salt": "mine"})
+    assert answer.usage.prompt_tokens_details.cached_tokens == 2
+    assert [request.cache_salt for request in node.engine.requests] == ["mine", "mine"]
+
+
 def test_usage_counts_the_prompt_once_and_every_answer(node: Node) -> None:
     answer = node.ask("hello", n=3)
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (5, 15)

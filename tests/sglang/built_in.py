@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from queue import SimpleQueue
+from unittest.mock import patch
 
 import torch
 from bfloat16 import from_bf16
@@ -15,6 +16,7 @@ from schemas.settings import Train, load
 from schemas.speculator import checkpoint
 from schemas.trace.record import VerifyStep
 from serving.engines.base import Finish, Output, Request
+from serving.engines.builtin import packed_draft
 from serving.engines.builtin.engine import BuiltinEngine
 from trainer.data.batch import collate
 from trainer.data.samples import Sample, Teacher
@@ -44,9 +46,11 @@ def verify_steps_of(
         "traces.top_k": TOP_K,
     }  # fmt: skip
     sink = _RecordingSink()
-    engine = BuiltinEngine(load(environ={}, flags=flags), sink)
-    engine.start()
-    engine.swap(checkpoint.read_checkpoint(draft, engine.line), "1")
+    # SGLang does not round the draft's weights to 8 bits.
+    with patch.object(packed_draft, "fastest_dtype", lambda _device: "float32"):
+        engine = BuiltinEngine(load(environ={}, flags=flags), sink)
+        engine.start()
+        engine.swap(checkpoint.read_checkpoint(draft, engine.line), "1")
     outputs: SimpleQueue[Output] = SimpleQueue()
     for name, prompt in prompts.items():
         engine.submit(Request(name, tuple(prompt), tokens, ignore_eos=True), outputs.put)

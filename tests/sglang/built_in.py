@@ -54,9 +54,9 @@ def verify_steps_of(
     outputs: SimpleQueue[Output] = SimpleQueue()
     for name, prompt in prompts.items():
         engine.submit(Request(name, tuple(prompt), tokens, ignore_eos=True), outputs.put)
-    finished = 0
-    while finished < len(prompts):
-        finished += outputs.get(timeout=120).finish is not None
+        # One after the other: a prompt next to a decoding request is read in pieces, as fast as the machine is.
+        while outputs.get(timeout=120).finish is None:
+            pass
     engine.stop()
     return sink.verify_steps
 

@@ -158,22 +158,18 @@ class Planner:
         suffixes = [np.asarray(outlook.chances, np.float64) for outlook in outlooks]
         estimates = self._estimate_drafts(outlooks)
         row_prices = self._price_rows(decoding, 1 + sum(map(len, suffixes)) + len(outlooks) * self._max_depth)
-        without = self._evaluate(np.concatenate(suffixes), [], row_prices)
+        without = self._evaluate(np.concatenate(suffixes), row_prices)
         price, plain = self._price(decoding), self._latency.predict_verify(decoding, decoding)
         best = _Option(0, (), without.value - _EXPLORED_LOSS * (decoding + without.tokens), without.rows)
         throughput = [decoding / plain]
         for depth in range(1, self._max_depth + 1):
             rate = 0.0
             for drafting in _rank(estimates, depth):
-                free, forced = list(suffixes), list[float]()
+                drafts = list(suffixes)
                 for i in drafting:
-                    reached = estimates[i].reached[:depth]
-                    free[i] = suffixes[i] * estimates[i].exceeded
-                    if outlooks[i].greedy:
-                        free.append(np.asarray(reached))
-                    else:
-                        forced += reached
-                verified = self._evaluate(np.concatenate(free), forced, row_prices)
+                    drafts[i] = suffixes[i] * estimates[i].exceeded
+                    drafts.append(np.asarray(estimates[i].reached[:depth]))
+                verified = self._evaluate(np.concatenate(drafts), row_prices)
                 value = verified.value - price * self._steps_per_depth * self._latency.predict_draft(
                     len(drafting), depth
                 )
@@ -198,7 +194,7 @@ class Planner:
         if not self._adaptive:
             return len(chances)
         row_prices = self._price_rows(decoding, 1 + len(chances))
-        return self._evaluate(np.asarray(chances, np.float64), [], row_prices).rows
+        return self._evaluate(np.asarray(chances, np.float64), row_prices).rows
 
     def limit_prompt_rows(self, seconds: float, *, decode_rows: int, max_rows: int) -> int:
         """Return how many prompt rows extend a forward over ``decode_rows`` by ``seconds`` at most; at least 1."""
@@ -269,19 +265,17 @@ class Planner:
         prices: F64 = self._price(decoding) * (seconds - seconds[0])
         return prices
 
-    def _evaluate(self, free: F64, forced: Sequence[float], row_prices: F64) -> _Selection:
+    def _evaluate(self, expected: F64, row_prices: F64) -> _Selection:
         """Return the selection of draft tokens with the highest value.
 
         Args:
-            free: Expected output tokens of each draft token that need not be verified.
-            forced: Those of each that is verified in any case.
+            expected: Expected output tokens of each draft token.
             row_prices: Price of 0, 1, .. draft tokens.
         """
-        ranked = np.concatenate(([0.0], forced, np.sort(free)[::-1]))
-        tokens = ranked.cumsum()[len(forced) :]
-        values = tokens - row_prices[len(forced) : len(ranked)]
+        tokens = np.concatenate(([0.0], np.sort(expected)[::-1])).cumsum()
+        values = tokens - row_prices[: len(tokens)]
         best = int(values.argmax())
-        return _Selection(float(values[best]), float(tokens[best]), len(forced) + best)
+        return _Selection(float(values[best]), float(tokens[best]), best)
 
     def _estimate_drafts(self, outlooks: Sequence[SequenceOutlook]) -> list[SpeculatorEstimate]:
         """Return what is expected of the speculator's draft for each sequence; one object for similar sequences."""

@@ -296,6 +296,16 @@ def test_acceptance_of_greedy_and_sampled_sequences_is_separate() -> None:
     assert planner.depth == 0
 
 
+def test_sampled_sequences_are_planned_like_greedy_ones_with_the_same_acceptance() -> None:
+    plans = []
+    for greedy in (True, False):
+        planner, gain = Planner(latency(row_ms=6.0), MAX_DEPTH), SpeculatorOutcome(greedy, 0.0, 0, 2, MAX_DEPTH)
+        for _ in range(100):
+            planner.observe_drafts([], [gain] * 3)
+        plans.append((planner.plan(4, [SequenceOutlook(greedy)] * 4), planner.throughput))
+    assert plans[0] == plans[1]
+
+
 def test_acceptance_depends_on_the_draft_probability_and_on_the_length_of_the_match() -> None:
     acceptance = AcceptanceModel()
     for _ in range(300):

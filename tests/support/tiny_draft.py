@@ -1,6 +1,10 @@
-"""The shape of a draft small enough to register and read quickly."""
+"""The shape of a draft small enough to register and read quickly, and a draft that is sometimes accepted."""
+
+import torch
+from torch import Tensor
 
 from schemas.speculator.checkpoint import shape_for_target
+from schemas.speculator.network import DraftShape, EagleDraft, random_draft
 
 SHAPE = shape_for_target(
     {
@@ -15,3 +19,15 @@ SHAPE = shape_for_target(
     },
     draft_vocab_size=16,
 )
+
+
+def oracle_draft(shape: DraftShape, head_VH: Tensor) -> EagleDraft:
+    """Return a draft that is sometimes accepted: it uses the target's own output layer."""
+    draft = random_draft(shape, seed=5)
+    with torch.no_grad():
+        draft.fc.weight.zero_()
+        draft.fc.weight[:, -shape.hidden_size :] = torch.eye(shape.hidden_size)
+        draft.midlayer.self_attn.o_proj.weight.zero_()
+        draft.midlayer.mlp.down_proj.weight.zero_()
+        draft.lm_head.weight.copy_(head_VH)
+    return draft

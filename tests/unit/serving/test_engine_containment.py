@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from engine_outputs import collect, submit
 from tiny_target import VOCABULARY, write_tiny_target
 from transformers import LlamaForCausalLM
 
@@ -82,21 +83,6 @@ def running(engine: BuiltinEngine) -> Iterator[BuiltinEngine]:
         yield engine
     finally:
         engine.stop()
-
-
-def submit(engine: BuiltinEngine, request: Request) -> SimpleQueue[Output]:
-    outputs: SimpleQueue[Output] = SimpleQueue()
-    engine.submit(request, outputs.put)
-    return outputs
-
-
-def collect(outputs: SimpleQueue[Output]) -> tuple[list[int], Output]:
-    tokens: list[int] = []
-    while True:
-        output = outputs.get(timeout=60)
-        tokens += output.tokens
-        if output.finish is not None:
-            return tokens, output
 
 
 def generate(engine: BuiltinEngine, name: str, **options: Any) -> tuple[list[int], Output]:

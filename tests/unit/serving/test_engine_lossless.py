@@ -1,6 +1,6 @@
 """Output of the built-in engine equals the target's own, for every draft, swap and batch mix."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -8,15 +8,16 @@ from queue import SimpleQueue
 
 import pytest
 import torch
+from engine_outputs import Recorder, collect
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny_draft import oracle_draft
 from tiny_target import EOS, VOCABULARY, write_tiny_target
 from transformers import LlamaForCausalLM
 
 from schemas.settings import Settings, Speculator, load
 from schemas.speculator.day_0_draft import create_day_0_draft
 from schemas.speculator.network import EagleDraft, random_draft
-from schemas.trace.record import VerifyStep
 from serving.engines.base import EngineFullError, Finish, Output, Request
 from serving.engines.builtin.engine import BuiltinEngine
 from serving.engines.builtin.kv_cache import RaggedBatch, Segment
@@ -25,19 +26,6 @@ from serving.engines.builtin.target import Target
 
 LIMIT = 240
 NEAR_TIE = 1e-3
-
-
-class Recorder:
-    """A trace sink that keeps all verify steps."""
-
-    def __init__(self) -> None:
-        self.verify_steps: dict[str, list[VerifyStep]] = {}
-        self.finished: dict[str, Finish] = {}
-
-    def record(self, request: Request, verify_steps: tuple[VerifyStep, ...], finish: Finish | None) -> None:
-        self.verify_steps.setdefault(request.id, []).extend(verify_steps)
-        if finish is not None:
-            self.finished[request.id] = finish
 
 
 @dataclass
@@ -87,21 +75,17 @@ class Bench:
         if number < 0:
             self.engine.speculate(on=number == -1)
         else:
-            draft = oracle_draft(self) if number == 0 else random_draft(self.engine._target.shape, number)
+            draft = (
+                oracle_draft(self.engine._target.shape, self.reference.lm_head.weight)
+                if number == 0
+                else random_draft(self.engine._target.shape, number)
+            )
             self.swap(draft, str(number))
 
     def swap(self, draft: EagleDraft, version: str) -> None:
         """Swap in a draft; the suffix drafter has none."""
         if "suffix" not in self.mode:
             self.engine.swap(draft, version)
-
-
-def collect(outputs: SimpleQueue[Output], seen: Sequence[Output] = ()) -> tuple[list[int], Output]:
-    """Return all output tokens and the last output; ``seen`` was taken from the queue before."""
-    taken = list(seen)
-    while not taken or taken[-1].finish is None:
-        taken.append(outputs.get(timeout=60))
-    return [token for output in taken for token in output.tokens], taken[-1]
 
 
 MODES: dict[str, dict[str, object]] = {
@@ -152,19 +136,6 @@ def settings_for(folder: Path, **flags: object) -> Settings:
             "serve.max_waiting_requests": 64,
         },
     )
-
-
-def oracle_draft(bench: Bench) -> EagleDraft:
-    """A draft that is sometimes accepted: it uses the target's own output layer."""
-    draft = random_draft(bench.engine._target.shape, seed=5)
-    with torch.no_grad():
-        hidden = draft.shape.hidden_size
-        draft.fc.weight.zero_()
-        draft.fc.weight[:, -hidden:] = torch.eye(hidden)
-        draft.midlayer.self_attn.o_proj.weight.zero_()
-        draft.midlayer.mlp.down_proj.weight.zero_()
-        draft.lm_head.weight.copy_(bench.reference.lm_head.weight)
-    return draft
 
 
 prompts = st.lists(st.integers(1, VOCABULARY - 1), min_size=1, max_size=40)
@@ -237,7 +208,7 @@ def test_a_good_draft_is_accepted_and_does_not_change_the_output(bench: Bench) -
     prompt = (7, 8, 9, 10)
     bench.swap(random_draft(bench.engine._target.shape, 1), "bad")
     before, _ = bench.generate(Request(bench.new_id(), prompt, 60))
-    bench.swap(oracle_draft(bench), "good")
+    bench.swap(oracle_draft(bench.engine._target.shape, bench.reference.lm_head.weight), "good")
     after, last = bench.generate(Request(bench.new_id(), prompt, 60))
     assert after == before
     assert last.stats is not None
@@ -280,7 +251,7 @@ def test_prompt_pieces_respect_the_maximum_prefill_stall_while_others_decode(
 
 
 def test_a_trace_holds_prompt_and_output_with_the_targets_features(bench: Bench) -> None:
-    bench.swap(oracle_draft(bench), "oracle")
+    bench.swap(oracle_draft(bench.engine._target.shape, bench.reference.lm_head.weight), "oracle")
     request = Request(bench.new_id(), (11, 12, 13, 14, 15), 40)
     output, last = bench.generate(request)
     verify_steps = bench.recorder.verify_steps[request.id]

@@ -11,11 +11,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from plain_sampling import choice_scores
+from tiny_draft import oracle_draft
 from tiny_target import EOS, VOCABULARY, write_tiny_target
 from transformers import LlamaForCausalLM
 
 from schemas.settings import load
-from schemas.speculator.network import EagleDraft, random_draft
+from schemas.speculator.network import random_draft
 from serving.engines.base import Output, Request
 from serving.engines.builtin.engine import BuiltinEngine
 
@@ -50,7 +51,10 @@ class Bench:
     def swap(self, number: int) -> None:
         if self.mode not in {"no speculation", "suffix"}:
             self.engine.swap(
-                likely_draft(self) if number == 0 else random_draft(self.engine._target.shape, number), "v"
+                oracle_draft(self.engine._target.shape, self.reference.lm_head.weight)
+                if number == 0
+                else random_draft(self.engine._target.shape, number),
+                "v",
             )
 
     def assert_chosen_by_the_target(self, request: Request, output: list[int]) -> None:
@@ -71,19 +75,6 @@ def collect(outputs: SimpleQueue[Output]) -> list[int]:
         taken.append(outputs.get(timeout=60))
     assert taken[-1].finish in {"stop", "length"}, taken[-1].error
     return [token for output in taken for token in output.tokens]
-
-
-def likely_draft(bench: Bench) -> EagleDraft:
-    """A draft that is sometimes accepted: it uses the target's own output layer."""
-    draft = random_draft(bench.engine._target.shape, seed=5)
-    with torch.no_grad():
-        hidden = draft.shape.hidden_size
-        draft.fc.weight.zero_()
-        draft.fc.weight[:, -hidden:] = torch.eye(hidden)
-        draft.midlayer.self_attn.o_proj.weight.zero_()
-        draft.midlayer.mlp.down_proj.weight.zero_()
-        draft.lm_head.weight.copy_(bench.reference.lm_head.weight)
-    return draft
 
 
 @pytest.fixture(scope="module", params=MODES)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from engine_outputs import collect, submit
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -193,13 +194,7 @@ def test_a_mixture_of_experts_gives_the_answers_of_the_model_itself(tmp_path: Pa
     expected = model.float().generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)[0, 4:].tolist()
     engine = create_engine(tmp_path, serve__adaptive_drafting=False)
     engine.start()
-    outputs: SimpleQueue[Output] = SimpleQueue()
-    engine.submit(Request("experts", prompt, 20), outputs.put)
-    found: list[int] = []
-    last = Output(())
-    while last.finish is None:
-        last = outputs.get(timeout=60)
-        found += last.tokens
+    found, last = collect(submit(engine, Request("experts", prompt, 20)))
     engine.stop()
     assert (found, last.error) == (expected, None)
 

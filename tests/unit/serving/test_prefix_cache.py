@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from engine_outputs import Recorder, collect, submit
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_target import VOCABULARY, write_tiny_target
@@ -17,7 +18,7 @@ from schemas.settings import SettingsError, load
 from schemas.speculator.network import random_draft
 from schemas.telemetry.trace_context import TraceContext
 from schemas.trace.record import VerifyStep, encode
-from serving.engines.base import Finish, Output, Request
+from serving.engines.base import Output, Request
 from serving.engines.builtin.engine import BuiltinEngine
 from serving.engines.builtin.kv_cache import KVCache
 from serving.engines.builtin.prefix_cache import BLOCK_TOKENS, PrefixCache
@@ -200,19 +201,6 @@ def test_a_bound_below_one_block_is_rejected_and_zero_caches_nothing() -> None:
     assert not world.cache.is_on
 
 
-class Recorder:
-    """A trace sink that keeps all verify steps."""
-
-    def __init__(self) -> None:
-        self.verify_steps: dict[str, list[VerifyStep]] = {}
-        self.finished: dict[str, Finish] = {}
-
-    def record(self, request: Request, verify_steps: tuple[VerifyStep, ...], finish: Finish | None) -> None:
-        self.verify_steps.setdefault(request.id, []).extend(verify_steps)
-        if finish is not None:
-            self.finished[request.id] = finish
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_target(tmp_path_factory.mktemp("target"))
@@ -252,21 +240,6 @@ def plain(folder: Path) -> Iterator[BuiltinEngine]:
     engine = create_engine(folder, serve__prefix_cache_bytes=0)
     yield engine
     engine.stop()
-
-
-def submit(engine: BuiltinEngine, request: Request) -> SimpleQueue[Output]:
-    outputs: SimpleQueue[Output] = SimpleQueue()
-    engine.submit(request, outputs.put)
-    return outputs
-
-
-def collect(outputs: SimpleQueue[Output]) -> tuple[list[int], Output]:
-    tokens: list[int] = []
-    while True:
-        output = outputs.get(timeout=60)
-        tokens += output.tokens
-        if output.finish is not None:
-            return tokens, output
 
 
 def generate(engine: BuiltinEngine, name: str, prompt: tuple[int, ...], length: int = 20) -> tuple[list[int], Output]:

@@ -19,7 +19,16 @@ import torch
 from torch import Tensor
 
 from pipeline.delta import DeltaLog, Moment, escape_sql
-from trainer.data.samples import ACCEPTED_COLUMNS, ComputeStates, Row, Teacher, read_sample
+from trainer.data.samples import (
+    ACCEPTED_COLUMNS,
+    ComputeStates,
+    Row,
+    Teacher,
+    join_samples,
+    provides_features,
+    read_sample,
+    recompute_features,
+)
 
 REQUESTS_PER_READ = 64
 """Requests whose samples are in memory at a time; about 0.5 MB each with the default features."""
@@ -155,46 +164,31 @@ def read_requests(
 def join_chunks(
     entry: RequestEntry, rows: Sequence[Row], compute_states: ComputeStates, counts: Counter[str]
 ) -> PastRequest | None:
-    """Join the rows of a request, in the order of its chunks; None if they leave a gap.
-
-    A sample that was sent without features starts with the request each time; its repeated tokens are skipped.
-    """
-    tokens: list[Tensor] = []
-    features: list[Tensor] = []
-    teachers: list[Teacher] = []
-    length, prompt, last = 0, None, None
-    for row in rows:
-        sample = read_sample(row, [])
-        new = length - row["position"]
-        if not 0 <= new <= len(sample) or (row["position"] and not len(sample.features)):
-            return None
-        known = sample.known[new:]
-        if prompt is None and bool(known.any()):
-            prompt = length + int(known.nonzero()[0]) + 1
-        tokens.append(sample.tokens[new:])
-        features.append(sample.features[new:])
-        teachers.append(sample.teacher[len(sample.teacher.ids) - int(known.sum()) :])
-        length, last = length + len(sample) - new, sample.next_token
-    if prompt is None or last is None:
+    """Join the rows of a request, in the order of its chunks; None if they leave a gap."""
+    if not rows or rows[0]["position"] or not all(map(provides_features, rows)):
         return None
-    tokens_N = torch.cat([*tokens, torch.tensor([last])])
-    features_NF = torch.cat(features)
-    if len(features_NF) < length:
-        features_NF = compute_states(tokens_N[:-1])
+    try:
+        whole = join_samples([read_sample(row, []) for row in rows])
+    except ValueError:
+        return None
+    if whole.next_token is None or not bool(whole.known.any()):
+        return None
+    tokens_N = torch.cat([whole.tokens, torch.tensor([whole.next_token])])
+    prompt = int(whole.known.nonzero()[0]) + 1
+    if len(whole.teacher.ids) != len(tokens_N) - prompt:
+        return None
+    if not whole.has_features:
+        whole = recompute_features(whole, compute_states)
         counts["recomputed"] += 1
-    width = min(teacher.ids.shape[1] for teacher in teachers)
-    teacher = Teacher(*(torch.cat([getattr(t, name)[:, :width] for t in teachers]) for name in ("ids", "logprobs")))
-    if len(teacher.ids) != len(tokens_N) - prompt:
-        return None
     return PastRequest(
         request=entry.request,
         label=entry.label,
         sampling=entry.sampling,
         service=entry.service,
         tokens_N=tokens_N,
-        features_NF=features_NF,
+        features_NF=whole.features,
         prompt=prompt,
-        teacher=teacher,
+        teacher=whole.teacher,
     )
 
 

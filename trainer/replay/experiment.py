@@ -186,7 +186,8 @@ def read_samples(
     Raises:
         TableError: the tables cannot be read.
     """
-    reader = TableReader(tables, span.target, span.line, settings, counts)
+    # Without a clock: how fast a variant trains does not decide how chunks are joined.
+    reader = TableReader(tables, span.target, span.line, settings, counts, clock=lambda: 0.0)
     reader.seek(span.accepted[0], span.rejected[0], ())
     while reader.cursor < span.accepted[1]:
         up_to = min(span.accepted[1], reader.cursor + VERSIONS_PER_READ)

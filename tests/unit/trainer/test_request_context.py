@@ -21,9 +21,10 @@ from schemas.speculator.network import DraftShape, EagleDraft, Projected, random
 from schemas.trace.record import VerifyStep
 from trainer.data.batch import collate
 from trainer.data.samples import LOOKAHEAD_TOKENS, Sample, join_samples, split_sample
-from trainer.data.table_reader import TableReader
+from trainer.data.table_reader import VERSIONS_PER_READ, TableReader
 from trainer.objective.losses import ttt_loss
 from trainer.objective.simulated_acceptance import SimulatedAcceptance, simulate_acceptance
+from trainer.replay.experiment import TableSpan, read_samples
 
 VOCABULARY, PROMPT, TOKENS = 24, 6, 61
 SHAPE = DraftShape(8, 12, 4, 2, 4, VOCABULARY, VOCABULARY, 1e-6, 100.0, 64, (1, 2, 3))
@@ -64,6 +65,10 @@ def samples_of(cuts: Sequence[int], **limits: object) -> list[Sample]:
     log = MemoryLog()
     commit(log, "r", chunked(cuts))
     return read(log, **limits)
+
+
+def fail(_tokens: Tensor) -> Tensor:
+    raise AssertionError("the features are there")
 
 
 def learn(samples: Sequence[Sample]) -> tuple[float, list[Tensor], SimulatedAcceptance]:
@@ -155,6 +160,17 @@ def test_a_request_without_its_last_chunk_is_returned_late_and_not_never() -> No
     assert len(entry.sample) == TOKENS - 1
     assert counts["requests_joined_early"] == 1
     assert reader.open_requests == ()
+
+
+def test_a_replay_joins_chunks_however_long_it_trains_between_them() -> None:
+    log, cuts = MemoryLog(), list(range(TOKENS))
+    commit(log, "r", chunked(cuts))
+    assert log.version("accepted") > VERSIONS_PER_READ
+    span = TableSpan(
+        accepted=(0, log.version("accepted")), rejected=(0, log.version("rejected")), target=TARGET, line=LINE
+    )
+    settings = TRAIN.model_copy(update={"join_timeout": 1e-9})
+    assert_equal(list(read_samples(log, span, settings, fail, Counter())), samples_of([]))  # type: ignore[arg-type]
 
 
 def test_the_oldest_open_requests_are_returned_where_all_exceed_their_bytes() -> None:

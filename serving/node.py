@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry
 from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
+from schemas.errors import describe_error
 from schemas.settings import Settings, SettingsError
 from schemas.telemetry import logs, spans
 from schemas.telemetry.metrics import register_process_metrics
@@ -129,9 +130,7 @@ def load_tokenizer(path: str) -> Tokenizer:
         tokenizer: Tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         # What transformers raises depends on what is missing or broken.
-        reason = str(error).strip().partition("\n")[0]
-        message = f"target.path {path}: no usable tokenizer: {type(error).__name__}: {reason}"
-        raise SettingsError(message) from error
+        raise SettingsError(f"target.path {path}: no usable tokenizer: {describe_error(error)}") from error
     return tokenizer
 
 

@@ -7,7 +7,7 @@ tree that would have been verified if nothing else had drafted, as far as the ve
 - A token that follows one of the suffix drafter alone does not, although the version may have proposed it there.
 - Its accepted tokens are the first ones of the accepted path, as many as belong to it.
 
-Its accepted tokens are exactly those that it would have had alone, because the output does not depend on the draft.
+A version without the suffix drafter would have had the same tokens accepted: no draft changes the output.
 
 Shapes: R verify steps, N draft tokens of all of them, end to end.
 """

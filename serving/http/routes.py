@@ -405,7 +405,7 @@ async def _collect(generation: Generation) -> list[tuple[TextDelta, FinishReason
 
 
 def _usage(generation: Generation, prompt_tokens: int) -> RequestUsage:
-    # Like a prompt, its cached tokens count once: those that none of its choices made the target read.
+    # A prompt's cached tokens count once, as the prompt does: those that the target read for no choice.
     cached: dict[tuple[int, ...], int] = {}
     for choice in generation.choices:
         prompt, tokens = choice.request.prompt, choice.stats.cached_tokens

@@ -67,6 +67,10 @@ class DraftTree:
         """Return the tree of the nodes with the given ascending indices, which include their ancestors."""
         index = {ROOT: ROOT} | {node: i for i, node in enumerate(kept)}
         nodes = tuple(self.nodes[node]._replace(parent=index[self.nodes[node].parent]) for node in kept)
+        return self.with_nodes(nodes)
+
+    def with_nodes(self, nodes: tuple[DraftNode, ...]) -> DraftTree:
+        """Return a tree of some of this tree's nodes and of others; it has a version if the speculator drafted one."""
         from_speculator = any(node.source & DraftSource.SPECULATOR for node in nodes)
         return DraftTree(nodes, self.version if from_speculator else "")
 

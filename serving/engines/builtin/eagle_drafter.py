@@ -264,10 +264,9 @@ class _GrowingTree:
         request = self.seq.request
         if self.seq.is_greedy:
             return list(enumerate(np.exp(logprobs_k[:count]).tolist()))
-        depth = 1 if parent == ROOT else self.nodes[parent].depth + 1
         scores_1k = torch.from_numpy(logprobs_k)[None]
         probs_k = sampling_probs(scores_1k, request.temperature, request.top_p, request.top_k, request.min_p)[0].numpy()
-        noise_k = exponential_noise(self.seq.seed, len(self.seq.tokens) + depth - 1, tokens_k)
+        noise_k = exponential_noise(self.seq.seed, len(self.seq.tokens) + self.depth_of(parent), tokens_k)
         decisive_k = logprobs_k - request.temperature * np.log(noise_k)
         decisive_k[probs_k == 0] = -np.inf
         weights_k = np.exp(decisive_k - decisive_k.max())
@@ -283,11 +282,14 @@ class _GrowingTree:
         """
         if math.isnan(logprob):
             raise FloatingPointError("the speculator's scores are not finite")
-        depth = 1 if parent == ROOT else self.nodes[parent].depth + 1
         above = 1.0 if parent == ROOT else self.nodes[parent].chance
         chance = above * self.acceptance.estimate(confidence)
-        self.nodes.append(DraftNode(token, parent, depth, logprob, confidence, chance))
+        self.nodes.append(DraftNode(token, parent, self.depth_of(parent) + 1, logprob, confidence, chance))
         return len(self.nodes) - 1
+
+    def depth_of(self, node: int) -> int:
+        """Return the depth of a node; 0 for ``ROOT``."""
+        return 0 if node == ROOT else self.nodes[node].depth
 
     def advance(self, added: list[tuple[float, int, int]]) -> None:
         """Make the new nodes (negated chance, index, source row) the frontier, as far as they are worth a row."""

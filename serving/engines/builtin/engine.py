@@ -332,7 +332,7 @@ class BuiltinEngine:
             self._drafter.finish(seq)
         if self._answers is not None:
             with seq.contain():
-                self._answers.publish(seq.request, seq.tokens[len(seq.request.prompt) :])
+                self._answers.publish(seq.request, seq.output)
 
     def _end(self, seq: Sequence, finish: Finish) -> None:
         """End a running sequence between two verify steps."""

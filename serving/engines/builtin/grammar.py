@@ -53,7 +53,7 @@ class GrammarMatcher:
         return logits_V.masked_fill_(torch.from_numpy(allowed_V == 0), -torch.inf)
 
     def constrain(self, tree: DraftTree, output: Seq[int], depth: int) -> DraftTree:
-        """Return a draft tree without the tokens that the grammar forbids, and with those that it forces.
+        """Return a draft tree with the tokens that the grammar allows and those that it forces.
 
         A forced token is the only one that the grammar allows, so the target accepts it wherever it accepts the tokens
         before it.
@@ -70,9 +70,7 @@ class GrammarMatcher:
         growth = _Growth(self._matcher, tree, depth)
         growth.grow(ROOT, ROOT, 0, 1.0)
         self._check()
-        nodes = tuple(growth.nodes)
-        from_speculator = any(node.source & DraftSource.SPECULATOR for node in nodes)
-        return DraftTree(nodes, tree.version if from_speculator else "")
+        return tree.with_nodes(tuple(growth.nodes))
 
     def _advance(self, output: Seq[int]) -> None:
         for token in output[self._read :]:

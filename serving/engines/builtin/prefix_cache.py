@@ -202,7 +202,7 @@ class PrefixCache:
         return blocks
 
     def _use(self, chain: Seq[_Block]) -> None:
-        """Mark a chain as used, so that no block is evicted before those that follow it."""
+        """Mark a chain as used. The last block becomes the oldest of it, so the cache evicts it before the others."""
         for block in reversed(chain):
             self._blocks.move_to_end(block.key)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+from schemas.errors import describe_error
 from schemas.speculator.checkpoint import CheckpointError
 from schemas.speculator.network import DraftShape
 from serving.engines.builtin.decoder import (
@@ -103,8 +104,7 @@ def _explain_failure() -> Iterator[None]:
         yield
     except Exception as error:
         # What it raises depends on what is broken: OSError, ValueError, KeyError, RuntimeError, SafetensorError, ..
-        reason = str(error).strip().partition("\n")[0]
-        raise CheckpointError(f"transformers cannot load the model: {type(error).__name__}: {reason}") from error
+        raise CheckpointError(f"transformers cannot load the model: {describe_error(error)}") from error
 
 
 def _load_model(folder: Path) -> Any:

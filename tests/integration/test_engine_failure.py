@@ -60,7 +60,7 @@ def process(tmp_path: Path, free_port: Callable[[], int]) -> Iterator[tuple[Proc
 
 
 def complete(url: str, token: int) -> httpx.Response:
-    body = {"model": "tiny", "prompt": [1, token], "max_tokens": 8, "ignore_eos": True}
+    body = {"model": "tiny", "prompt": [1, token], "max_tokens": 8, "temperature": 0, "ignore_eos": True}
     return httpx.post(f"{url}/v1/completions", json=body, timeout=60)
 
 

@@ -185,6 +185,8 @@ def _version_json(version: Version, line: Line) -> dict[str, Any]:
         "acceptance_length": _add_bonus(figures.get("accepted_per_step")),
         "champion": figures.get("champion"),
         "champion_acceptance_length": _add_bonus(figures.get("champion_accepted_per_step")),
+        "gain_low": figures.get("gain_low"),
+        "gain_high": figures.get("gain_high"),
         "quarantined": version.quarantined,
     }
 
@@ -197,7 +199,7 @@ def _build_table(listed: Sequence[Mapping[str, Any]]) -> Table:
         "parent",
         "champion",
         "quarantine",
-        right=("acceptance length", "champion's"),
+        right=("acceptance length", "champion's", "gain"),
     )
     for one in listed:
         aged = datetime.now(UTC) - datetime.fromisoformat(one["registered"])
@@ -213,6 +215,7 @@ def _build_table(listed: Sequence[Mapping[str, Any]]) -> Table:
             one["champion"] or "-",
             escape(one["quarantined"] or ""),
             *lengths,
+            "-" if one["gain_low"] is None else f"{one['gain_low']:+.3f} to {one['gain_high']:+.3f}",
         )
     return table
 

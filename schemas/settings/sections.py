@@ -418,8 +418,11 @@ class Promoter(Section):
     poll_interval: Duration = Field(2.0, gt=0)
     """Interval between two checks of the registry and the tables."""
     gate_margin: float = 0.0
-    """Offline gate: minimum improvement of a candidate over the champion, in accepted tokens per step on the held-out
-    set."""
+    """Offline gate: gain over the champion, in accepted tokens per step on the held-out set, that the lower bound of a
+    candidate's gain must exceed. The trainer registers no version below it."""
+    gate_error: float = Field(0.05, gt=0, le=0.5)
+    """Offline gate: probability that the lower bound exceeds the true gain, so that a candidate without a gain passes.
+    A lower value needs more held-out requests."""
     gate_min_samples: int = Field(4, ge=1)
     """Offline gate: minimum held-out samples for a comparison."""
     gate_label_margin: float = Field(0.05, ge=0)

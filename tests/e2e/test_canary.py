@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+from promoter_world import figures
 from serving_node import Node, eventually
 from stream_worker import worker
 from tiny_target import VOCABULARY, write_tiny_target
@@ -29,7 +30,6 @@ from schemas.speculator.network import EagleDraft
 from serving.engines.builtin.engine import BuiltinEngine
 from trainer.data.target import read_target
 from trainer.release.audit import KafkaEvents
-from trainer.release.gate import HELD_OUT_TAG, HeldOutComparison
 from trainer.release.promoter import Promoter
 from trainer.release.registry import SpeculatorRegistry
 
@@ -84,10 +84,9 @@ class Fleet:
 
     def register(self, draft: EagleDraft, champion: str) -> str:
         """Register a candidate whose tag says that it is far better than the champion."""
-        forged = HeldOutComparison(accepted_per_step=9.0, champion=champion, champion_accepted_per_step=0.0, samples=20)
         folder = self._folder / f"against-{champion}"
         checkpoint.write_checkpoint(draft, folder, self.target.fingerprint)
-        version = self.registry.register(self.target.line, folder, {HELD_OUT_TAG: forged.model_dump_json()}, {})
+        version = self.registry.register(self.target.line, folder, figures(9.0, champion, 0.0), {})
         self.registry.set_alias(self.target.line, "candidate", version)
         return version
 

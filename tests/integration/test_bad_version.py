@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from live_traffic import ServedRequest, rows_of
+from promoter_world import figures
 from typer.testing import CliRunner
 
 from ops.cli.main import app
@@ -18,7 +19,6 @@ from schemas.settings import Settings, load, to_environ
 from schemas.speculator import checkpoint
 from schemas.speculator.network import DraftShape, random_draft
 from trainer.release.audit import KafkaEvents
-from trainer.release.gate import HELD_OUT_TAG, HeldOutComparison
 from trainer.release.promoter import Promoter
 from trainer.release.registry import Line, SpeculatorRegistry
 
@@ -37,10 +37,7 @@ class Fleet:
     def register(self, accepted_per_step: float, champion: str, seed: int) -> str:
         folder = self._folder / f"version-{seed}"
         self.name = checkpoint.write_checkpoint(random_draft(SHAPE, seed), folder, self._target).line
-        held_out = HeldOutComparison(
-            accepted_per_step=accepted_per_step, champion=champion, champion_accepted_per_step=0.1, samples=20
-        )
-        version = self.registry.register(self.name, folder, {HELD_OUT_TAG: held_out.model_dump_json()}, {})
+        version = self.registry.register(self.name, folder, figures(accepted_per_step, champion, 0.1), {})
         self.registry.set_alias(self.name, "candidate", version)
         return version
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from confluent_kafka import Consumer, TopicPartition
 from confluent_kafka.admin import AdminClient, ConfigResource
+from promoter_world import figures
 
 from ops.demo.stack_monitor import read_versions
 from pipeline.delta import DeltaLog
@@ -19,7 +20,6 @@ from schemas.settings import Registry as RegistrySettings
 from schemas.speculator import checkpoint
 from schemas.speculator.network import DraftShape, random_draft
 from trainer.release.audit import BrokerError, KafkaEvents
-from trainer.release.gate import HELD_OUT_TAG, HeldOutComparison
 from trainer.release.promoter import Promoter
 from trainer.release.registry import RegistryError, SpeculatorRegistry
 
@@ -42,16 +42,6 @@ def register(
     """Line and number of a new version."""
     line = checkpoint.write_checkpoint(random_draft(SHAPE, seed), folder, target).line
     return line, versions.register(line, folder, tags, {"accepted_per_step": 0.25})
-
-
-def held_out_tags(accepted_per_step: float, champion: str, champion_accepted_per_step: float) -> dict[str, str]:
-    figures = HeldOutComparison(
-        accepted_per_step=accepted_per_step,
-        champion=champion,
-        champion_accepted_per_step=champion_accepted_per_step,
-        samples=20,
-    )
-    return {HELD_OUT_TAG: figures.model_dump_json()}
 
 
 def test_a_downloaded_version_equals_the_registered_one(
@@ -136,10 +126,10 @@ def test_a_promotion_appears_in_registry_table_and_topic(
     settings: Settings, versions: SpeculatorRegistry, tmp_path: Path, target: str
 ) -> None:
     promoter = promoter_of(settings)
-    line, first = register(versions, tmp_path / "first", target, 0, held_out_tags(0.3, "day-0-head-0", 0.0))
+    line, first = register(versions, tmp_path / "first", target, 0, figures(0.3, "day-0-head-0", 0.0))
     versions.set_alias(line, "candidate", first)
     promoter.poll()
-    _, second = register(versions, tmp_path / "second", target, 1, held_out_tags(0.5, first, 0.3))
+    _, second = register(versions, tmp_path / "second", target, 1, figures(0.5, first, 0.3))
     versions.set_alias(line, "candidate", second)
     promoter.poll()
     assert promoter.status().error is None

@@ -25,7 +25,7 @@ from schemas.telemetry.trace_context import TraceContext
 from trainer.data.data_loader import is_held_out
 
 PROCESSES = ("serve", "stream", "train", "promoter")
-REQUESTS = 10
+REQUESTS = 25
 
 
 @dataclass
@@ -116,7 +116,7 @@ def loop(broker: str, registry: str, smollm2: Path, tmp_path: Path, free_port: C
             "train.max_epochs": 60,
             "train.registration_interval": 3,
             "train.poll_interval": 0.2,
-            "promoter.gate_min_samples": 1,
+            "promoter.gate_error": 0.5,
             "promoter.poll_interval": 0.3,
         }
         loop = Loop(load(environ={}, flags=flags), tmp_path, collector)

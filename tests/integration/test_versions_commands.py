@@ -14,6 +14,7 @@ from typing import Any
 import killed_promoter
 import pytest
 from killed_promoter import OneLine
+from promoter_world import figures
 from tiny_draft import SHAPE
 from typer.testing import CliRunner, Result
 
@@ -25,7 +26,6 @@ from schemas.speculator import checkpoint
 from schemas.speculator.network import random_draft
 from trainer.release.alias_moves import AliasMover, MoveError, new_intent, plan_promotion, plan_rollback
 from trainer.release.audit import KafkaEvents
-from trainer.release.gate import HELD_OUT_TAG, HeldOutComparison
 from trainer.release.promoter import Promoter
 from trainer.release.registration import SETTINGS_TAG, dump_shaping_settings, render_card
 from trainer.release.registry import SpeculatorRegistry
@@ -45,9 +45,6 @@ class Desk:
 
     def _register(self, folder: Path, target: str, number: int, length: float) -> str:
         champion = str(number - 1) if number > 1 else "day-0-head-0"
-        held = HeldOutComparison(
-            accepted_per_step=length, champion=champion, champion_accepted_per_step=length - 0.2, samples=20
-        )
         rate = self.settings.train.model_copy(update={"learning_rate": 1e-3 * number})
         draft = random_draft(SHAPE, number)
         line = checkpoint.write_checkpoint(draft, folder, target).line
@@ -57,7 +54,7 @@ class Desk:
             "parent": champion,
             "code": "abc",
             "tables": json.dumps({"accepted": 10 * number}),
-            HELD_OUT_TAG: held.model_dump_json(),
+            **figures(length, champion, length - 0.2),
             SETTINGS_TAG: dump_shaping_settings(self.settings.model_copy(update={"train": rate})),
         }
         text = render_card(self.settings, SHAPE, tags, {"step": float(number)})

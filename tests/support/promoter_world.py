@@ -24,11 +24,16 @@ LINE = "target-draft"
 def figures(
     accepted_per_step: float, champion: str, champion_accepted_per_step: float, samples: int = 20
 ) -> dict[str, str]:
+    """Return the tag of a version whose gain is known exactly."""
+    gain = accepted_per_step - champion_accepted_per_step
     held_out = HeldOutComparison(
         accepted_per_step=accepted_per_step,
         champion=champion,
         champion_accepted_per_step=champion_accepted_per_step,
+        gain_low=gain,
+        gain_high=gain,
         samples=samples,
+        requests=samples,
     )
     return {HELD_OUT_TAG: held_out.model_dump_json()}
 

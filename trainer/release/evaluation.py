@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from schemas.settings import Settings
@@ -20,7 +21,7 @@ from trainer.loop.divergence_guard import HeldOutScore
 from trainer.loop.learner import autocast
 from trainer.objective.losses import ttt_loss
 from trainer.objective.simulated_acceptance import SimulatedAcceptance, simulate_each, sum_acceptance
-from trainer.release.gate import LabelComparison
+from trainer.release.gate import GainInterval, LabelComparison, estimate_gain
 from trainer.release.registry import SpeculatorRegistry
 
 
@@ -100,6 +101,22 @@ class HeldOutEvaluator:
 def accepted_per_step(accepted: Mapping[Sample, SimulatedAcceptance], samples: Sequence[Sample]) -> float:
     """Return the accepted tokens per step over samples."""
     return sum_acceptance(accepted[sample] for sample in samples).accepted_per_step
+
+
+def compare_requests(
+    accepted: Mapping[Sample, SimulatedAcceptance], other: Mapping[Sample, SimulatedAcceptance], error: float
+) -> GainInterval | None:
+    """Return the gain of a draft over another one on the same samples, by request: see ``estimate_gain``."""
+    by_request: dict[str, list[Sample]] = {}
+    for sample in sorted(accepted, key=lambda sample: sample.request):
+        by_request.setdefault(sample.request, []).append(sample)
+    sums = [
+        (sum_acceptance(accepted[sample] for sample in group), sum_acceptance(other[sample] for sample in group))
+        for group in by_request.values()
+    ]
+    rows = [(own.tokens - others.tokens, own.positions) for own, others in sums if own.positions]
+    gained_R, positions_R = np.array(rows, dtype=np.float64).reshape(-1, 2).T
+    return estimate_gain(gained_R, positions_R, error)
 
 
 def compare_labels(

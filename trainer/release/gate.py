@@ -1,21 +1,81 @@
 """Decide which version may become candidate and which champion: pure functions over figures of the held-out set.
 
-Both versions are scored on the same samples. Tags hold accepted tokens per step (bonus excluded); texts show acceptance
-length (bonus included).
+Both versions are scored on the same samples. A version must beat the champion with the lower bound of its gain: where
+nothing was gained, the mean over a few requests exceeds zero every second time. Tags hold accepted tokens per step
+(bonus excluded); texts show acceptance length (bonus included).
+
+Shapes: R requests, B resamples.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from schemas.events import QUARANTINED_TAG
 from schemas.settings import DAY_0, Promoter
 
+F64 = npt.NDArray[np.float64]
+
 HELD_OUT_TAG = "held_out"
 """Tag of a version with its ``HeldOutComparison``, as JSON."""
+RESAMPLES, SEED = 2000, 0
+MIN_SQUARES = 1e-9
+"""Sum of squared residuals, in tokens, below which requests have the same gain up to rounding."""
+
+
+class GainInterval(NamedTuple):
+    """Bounds of the gain of a version over another one on the same requests, in accepted tokens per step."""
+
+    low: float
+    high: float
+    requests: int
+
+
+def estimate_gain(gained_R: F64, positions_R: F64, error: float) -> GainInterval | None:
+    """Return the bounds of the gain over all positions, by a studentized bootstrap over requests.
+
+    Tokens of one request depend on each other, requests do not; so whole requests are resampled, for both versions
+    together (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, section 12.5). Percentiles of resampled
+    gains would be too narrow for few requests. The gain is a ratio of sums, and its standard error that of the
+    linearized ratio (Cochran, "Sampling Techniques", 1977, section 2.11). A resample whose requests all have the same
+    gain has no standard error, and counts as infinitely far off on both sides.
+
+    Args:
+        gained_R: Accepted tokens of the version minus those of the other one, by request.
+        positions_R: Positions from which both drafted; above 0.
+        error: Probability with which the true gain is below the lower bound, and with which it is above the upper one.
+
+    Returns:
+        None where too few requests differ for bounds.
+    """
+    requests = len(gained_R)
+    if requests < 2:
+        return None
+    drawn_BR = np.random.default_rng(SEED).integers(requests, size=(RESAMPLES, requests))
+    (gain,), (deviation,) = _compute_gains(gained_R[None], positions_R[None])
+    gain_B, deviation_B = _compute_gains(gained_R[drawn_BR], positions_R[drawn_BR])
+    has_deviation_B = deviation_B > 0
+    off_B = np.divide(gain_B - gain, deviation_B, out=np.full(RESAMPLES, np.inf), where=has_deviation_B)
+    above = np.quantile(off_B, 1 - error, method="higher")
+    below = np.quantile(np.where(has_deviation_B, off_B, -np.inf), error, method="lower")
+    if not np.isfinite([above, below]).all():
+        return None
+    return GainInterval(float(gain - above * deviation), float(gain - below * deviation), requests)
+
+
+def _compute_gains(gained_BR: F64, positions_BR: F64) -> tuple[F64, F64]:
+    """Return [B] the gains over all positions and their standard errors; 0 where all requests have the same gain."""
+    requests, positions_B = gained_BR.shape[1], positions_BR.sum(axis=1)
+    gain_B = gained_BR.sum(axis=1) / positions_B
+    squares_B = ((gained_BR - gain_B[:, None] * positions_BR) ** 2).sum(axis=1)
+    squares_B[squares_B < MIN_SQUARES] = 0
+    return gain_B, np.sqrt(squares_B * requests / (requests - 1)) / positions_B
 
 
 class LabelComparison(BaseModel):
@@ -44,7 +104,12 @@ class HeldOutComparison(BaseModel):
     champion: str
     """Champion version, or a version of day 0."""
     champion_accepted_per_step: float
+    gain_low: float | None = None
+    """Lower bound of the gain, by ``estimate_gain``; None in versions of trainers that compared means."""
+    gain_high: float | None = None
     samples: int
+    requests: int = 0
+    """Held-out requests that the samples belong to."""
     labels: tuple[LabelComparison, ...] = ()
 
     @classmethod
@@ -69,7 +134,14 @@ class HeldOutComparison(BaseModel):
             if label.label is not None
             for name, value in label.model_dump(exclude={"label", "samples"}).items()
         }
-        return self.model_dump(exclude={"champion", "labels"}) | by_label
+        return self.model_dump(exclude={"champion", "labels"}, exclude_none=True) | by_label
+
+    @property
+    def interval(self) -> str:
+        """The bounds of the gain and the number of requests, for people."""
+        if self.gain_low is None or self.gain_high is None:
+            return "without an interval"
+        return f"gain {self.gain_low:+.3f} to {self.gain_high:+.3f} on {self.requests} requests"
 
     def find_regression(self, margin: float, min_samples: int) -> LabelComparison | None:
         """Return the label with the largest loss against the champion, if the loss exceeds the margin."""
@@ -113,7 +185,8 @@ def judge_candidate(
 def _judge_figures(candidate: str, champion: str | None, held_out: HeldOutComparison, settings: Promoter) -> Verdict:
     figures = (
         f"version {candidate}: acceptance length {1 + held_out.accepted_per_step:.3f}, "
-        f"{1 + held_out.champion_accepted_per_step:.3f} of {held_out.champion}, on {held_out.samples} samples"
+        f"{1 + held_out.champion_accepted_per_step:.3f} of {held_out.champion}, on {held_out.samples} samples; "
+        f"{held_out.interval}"
     )
     if not held_out.is_against(champion):
         return Verdict(promote=False, why=f"{figures}: champion is {champion or DAY_0}, waiting for the next candidate")
@@ -122,18 +195,6 @@ def _judge_figures(candidate: str, champion: str | None, held_out: HeldOutCompar
     if regression := held_out.find_regression(settings.gate_label_margin, settings.gate_label_min_samples):
         margin = f"promoter.gate_label_margin {settings.gate_label_margin:g}"
         return Verdict(promote=False, why=f"{figures}: worse by more than {margin} on {regression}")
-    better = held_out.accepted_per_step > held_out.champion_accepted_per_step + settings.gate_margin
+    better = held_out.gain_low is not None and held_out.gain_low > settings.gate_margin
     not_ = "" if better else "not "
     return Verdict(better, f"{figures}: {not_}better by more than promoter.gate_margin {settings.gate_margin:g}")
-
-
-def is_worth_registering(current: float, champion: float, last: float | None) -> bool:
-    """Return whether the weights in training deserve a version of their own.
-
-    Args:
-        current: Their accepted tokens per step on the held-out set.
-        champion: The champion's on the same samples.
-        last: That of the version registered last; None if that version cannot be promoted any more, so that the weights
-            need only beat the champion.
-    """
-    return current > (champion if last is None else last)

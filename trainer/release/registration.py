@@ -1,4 +1,4 @@
-"""Register the weights in training as a version if they are better on the held-out set.
+"""Register the weights in training as a version if they are better on the held-out set with high probability.
 
 A version carries a card for people, tags to rebuild it, and spans that link it to the requests it was trained on.
 """
@@ -14,18 +14,16 @@ from pathlib import Path
 from string import Template
 
 import structlog
-from pydantic import ValidationError
 
 from schemas.build_info import code_revision
-from schemas.events import QUARANTINED_TAG
 from schemas.settings import Settings
 from schemas.speculator import checkpoint
 from schemas.speculator.network import DraftShape, EagleDraft
 from schemas.telemetry.spans import MAX_LINKS, AttributeValue, Span
 from schemas.telemetry.trace_context import request_context, version_context
 from trainer.data.target import Target
-from trainer.release.evaluation import Evaluation, HeldOutEvaluator, accepted_per_step, compare_labels
-from trainer.release.gate import HELD_OUT_TAG, HeldOutComparison, is_worth_registering
+from trainer.release.evaluation import Evaluation, HeldOutEvaluator, accepted_per_step, compare_labels, compare_requests
+from trainer.release.gate import HELD_OUT_TAG, GainInterval, HeldOutComparison, judge_candidate
 from trainer.release.registry import SpeculatorRegistry
 
 log = structlog.get_logger()
@@ -64,7 +62,10 @@ class Registrar:
     def register_if_better(
         self, draft: EagleDraft, evaluation: Evaluation, tags: Mapping[str, str], metrics: Mapping[str, float]
     ) -> str | None:
-        """Register the draft and make it candidate if it beats the version registered last.
+        """Register the draft and make it candidate if it is better than the champion and than a waiting candidate.
+
+        It is better if the lower bound of its gain exceeds ``promoter.gate_margin``; over a candidate that the gate may
+        still pass, if the bound exceeds 0.
 
         Args:
             draft: The weights in training.
@@ -79,28 +80,36 @@ class Registrar:
             RegistryError: no answer; the next call tries again.
             CheckpointError: the registry's files differ from the registered ones.
         """
-        samples = list(evaluation.accepted)
-        if len(samples) < self._settings.promoter.gate_min_samples:
+        samples, gate = list(evaluation.accepted), self._settings.promoter
+        if len(samples) < gate.gate_min_samples:
             return None
         line = self._target.line
         aliases = self._registry.aliases(line)
         champion, candidate = aliases.get("champion"), aliases.get("candidate")
         self._evaluator.keep_only({champion, candidate})
-        of_champion = self._evaluator.evaluate_version(champion, samples)
-        to_beat, last = accepted_per_step(of_champion, samples), None
-        if candidate is not None and self._can_be_promoted(candidate, champion):
-            last = accepted_per_step(self._evaluator.evaluate_version(candidate, samples), samples)
-        current = evaluation.score.accepted_per_step
-        if not is_worth_registering(current, to_beat, last):
+        gain = self._find_gain(evaluation, champion, gate.gate_margin)
+        tags_of_candidate = {} if candidate is None else self._registry.tags(line, candidate)
+        waits = judge_candidate(candidate, champion, tags_of_candidate, gate).promote
+        if gain is None or (waits and self._find_gain(evaluation, candidate, 0) is None):
             return None
+        of_champion = self._evaluator.evaluate_version(champion, samples)
         held_out = HeldOutComparison(
-            accepted_per_step=current,
+            accepted_per_step=evaluation.score.accepted_per_step,
             champion=champion or self._settings.speculator.day_0,
-            champion_accepted_per_step=to_beat,
+            champion_accepted_per_step=accepted_per_step(of_champion, samples),
+            gain_low=gain.low,
+            gain_high=gain.high,
             samples=len(samples),
-            labels=compare_labels(evaluation.accepted, of_champion, self._settings.promoter.gate_label_min_samples),
+            requests=gain.requests,
+            labels=compare_labels(evaluation.accepted, of_champion, gate.gate_label_min_samples),
         )
-        metrics = {"acceptance_length": 1 + current, **metrics}
+        metrics = {
+            "acceptance_length": 1 + held_out.accepted_per_step,
+            "held_out_gain_low": gain.low,
+            "held_out_gain_high": gain.high,
+            "held_out_requests": float(gain.requests),
+            **metrics,
+        }
         tags = {
             **tags,
             "line": line,
@@ -118,20 +127,20 @@ class Registrar:
         log.info("version_registered", line=line, version=version, **held_out.model_dump())
         return version
 
-    def _can_be_promoted(self, candidate: str, champion: str | None) -> bool:
-        """Return whether the candidate is champion, or the gate may still pass it.
-
-        Otherwise the promoter waits for another candidate.
-        """
-        if candidate == champion:
-            return True
-        gate, tags = self._settings.promoter, self._registry.tags(self._target.line, candidate)
-        try:
-            held_out = HeldOutComparison.from_tags(tags)
-        except ValidationError:
-            return False
-        regression = held_out.find_regression(gate.gate_label_margin, gate.gate_label_min_samples)
-        return held_out.is_against(champion) and regression is None and QUARANTINED_TAG not in tags
+    def _find_gain(self, evaluation: Evaluation, version: str | None, margin: float) -> GainInterval | None:
+        """Return the gain of a draft over a version, or day 0; None if its lower bound does not exceed the margin."""
+        other = self._evaluator.evaluate_version(version, list(evaluation.accepted))
+        gain = compare_requests(evaluation.accepted, other, self._settings.promoter.gate_error)
+        is_better = gain is not None and gain.low > margin
+        log.info(
+            "draft_compared",
+            line=self._target.line,
+            version=version or self._settings.speculator.day_0,
+            is_better=is_better,
+            requests=len({sample.request for sample in evaluation.accepted}),
+            interval=None if gain is None else (round(gain.low, 4), round(gain.high, 4)),
+        )
+        return gain if is_better else None
 
 
 class TrainingLineage:
@@ -221,6 +230,7 @@ def render_card(settings: Settings, shape: DraftShape, tags: Mapping[str, str], 
         "acceptance_length": f"{1 + held_out.accepted_per_step:.3f}",
         "champion": held_out.champion,
         "champion_acceptance_length": f"{1 + held_out.champion_accepted_per_step:.3f}",
+        "interval": held_out.interval,
         "figures": "\n".join(f"| {name} | {value:,.4g} |" for name, value in sorted(metrics.items())),
     }
     return Template(_CARD.read_text()).substitute(fields)

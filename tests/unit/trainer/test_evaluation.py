@@ -1,4 +1,4 @@
-"""Held-out samples are compared by label."""
+"""Held-out samples are compared by request and by label."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import replace
 from recorded import conversation, record_of, tables_of
 
 from trainer.data.samples import Sample, read_sample, split_sample
-from trainer.release.evaluation import group_by_label
+from trainer.objective.simulated_acceptance import SimulatedAcceptance
+from trainer.release.evaluation import compare_requests, group_by_label
 
 
 def sample(label: str | None) -> Sample:
@@ -29,3 +30,21 @@ def test_labels_with_too_few_samples_are_taken_together() -> None:
 
 def test_labels_with_enough_samples_leave_no_rest() -> None:
     assert list(group_by_label([sample("sql")] * 3, 3)) == ["sql"]
+
+
+def test_all_samples_of_a_request_count_as_one() -> None:
+    plain = sample(None)
+    of_one = [replace(plain, request="r") for _ in range(16)]
+    of_many = [replace(plain, request=f"r{number}") for number in range(16)]
+    for samples, requests in ((of_one, None), (of_many, 16)):
+        own = {one: SimulatedAcceptance(8 + number % 3, 10) for number, one in enumerate(samples)}
+        interval = compare_requests(own, dict.fromkeys(samples, SimulatedAcceptance(2, 10)), error=0.05)
+        assert (interval and interval.requests) == requests
+
+
+def test_a_request_without_positions_does_not_count() -> None:
+    samples = [replace(sample(None), request=f"r{number}") for number in range(16)]
+    own = {one: SimulatedAcceptance(number % 3, 10 * (number > 0)) for number, one in enumerate(samples)}
+    interval = compare_requests(own, {one: SimulatedAcceptance(0, own[one].positions) for one in samples}, error=0.05)
+    assert interval is not None
+    assert interval.requests == 15

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import cast
@@ -16,9 +17,15 @@ from schemas.speculator.checkpoint import line_name
 from schemas.speculator.network import EagleDraft, random_draft
 from trainer.data.samples import Sample, Teacher
 from trainer.data.target import Target
-from trainer.objective.simulated_acceptance import SimulatedAcceptance, simulate_acceptance, simulate_each
+from trainer.loop.divergence_guard import HeldOutScore
+from trainer.objective.simulated_acceptance import (
+    SimulatedAcceptance,
+    simulate_acceptance,
+    simulate_each,
+    sum_acceptance,
+)
 from trainer.release import evaluation
-from trainer.release.evaluation import HeldOutEvaluator
+from trainer.release.evaluation import Evaluation, HeldOutEvaluator
 from trainer.release.gate import HeldOutComparison
 from trainer.release.registration import Registrar
 from trainer.release.registry import SpeculatorRegistry
@@ -155,7 +162,36 @@ def test_a_version_is_registered_with_figures_of_both_drafts_overall_and_on_each
         assert figures.accepted_per_step == own.accepted_per_step
         assert figures.champion_accepted_per_step == of_champion.accepted_per_step
     assert [label.label for label in held_out.labels] == ["math", "code"]
-    assert held_out.accepted_per_step > held_out.champion_accepted_per_step
+    gain = held_out.accepted_per_step - held_out.champion_accepted_per_step
+    assert held_out.gain_low is not None
+    assert held_out.gain_high is not None
+    assert 0 < held_out.gain_low < gain < held_out.gain_high
+    assert held_out.requests == len(SAMPLES)
+    metrics = json.loads(registry.tags_of["1"]["metrics"])
+    assert (metrics["held_out_gain_low"], metrics["held_out_requests"]) == (held_out.gain_low, len(SAMPLES))
+
+
+@pytest.mark.parametrize(("gained", "version"), [((3, 2), "1"), ((9, -8), None)])
+def test_a_mean_gain_is_registered_only_if_its_requests_agree(
+    evaluator: HeldOutEvaluator, registry: MemoryVersions, gained: tuple[int, int], version: str | None
+) -> None:
+    registrar = Registrar(settings(), target(), cast(SpeculatorRegistry, registry), evaluator)
+    of_day_0 = evaluator.evaluate_version(None, SAMPLES)
+    accepted = {
+        sample: SimulatedAcceptance(tokens + gained[number % 2], positions)
+        for number, (sample, (tokens, positions)) in enumerate(of_day_0.items())
+    }
+    score = HeldOutScore(loss=1.0, accepted_per_step=sum_acceptance(accepted.values()).accepted_per_step)
+    assert score.accepted_per_step > sum_acceptance(of_day_0.values()).accepted_per_step
+    assert registrar.register_if_better(draft_of(0), Evaluation(score, accepted), {}, {}) == version
+
+
+def test_a_waiting_candidate_must_be_beaten_too(register: Register, registry: MemoryVersions) -> None:
+    better = best_first()[0]
+    assert register(better, SAMPLES) == "1"
+    assert register(better, SAMPLES) is None
+    del registry.named["candidate"]
+    assert register(better, SAMPLES) == "2"
 
 
 def test_a_champion_is_scored_once_on_each_sample(

@@ -334,6 +334,6 @@ def _read_settings_line(settings: Settings) -> str | None:
     from schemas.speculator.day_0_draft import read_line
 
     try:
-        return read_line(Path(settings.target.path), settings.speculator).name
+        return read_line(settings.target, settings.speculator).name
     except CheckpointError:
         return None  # without the target on this machine, several lines need --line

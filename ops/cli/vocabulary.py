@@ -52,11 +52,12 @@ def vocabulary(
         if path.exists() and not overwrite:
             raise UserError(f"{path} exists and defines a speculator line; --overwrite starts a new one")
         tables = open_tables(settings)
-        from schemas.speculator.checkpoint import CheckpointError, target_fingerprint
+        from schemas.speculator.checkpoint import CheckpointError
+        from schemas.speculator.target_fingerprint import target_fingerprint
 
         folder = Path(settings.target.path)
         try:
-            target = target_fingerprint(folder)
+            target = target_fingerprint(folder, settings.target.fingerprint_cache)
         except CheckpointError as error:
             raise UserError(str(error)) from error
         halves = count_tokens(tables, target)

@@ -13,7 +13,7 @@ from pipeline.delta import DeltaLog
 from pipeline.holds import add_hold
 from schemas.errors import UserError
 from schemas.settings import Settings
-from schemas.speculator.checkpoint import target_fingerprint
+from schemas.speculator.target_fingerprint import target_fingerprint
 from trainer.loop.learner import resolve_dtype
 from trainer.replay import experiment
 from trainer.replay.experiment import ExperimentPlan, TableSpan, VariantResult, VariantTask
@@ -64,9 +64,8 @@ def prepare_experiment(
     first = next(iter(configs.values()))
     folder = experiment_folder(first, name)
     before = experiment.read_plan(folder)
-    span = _choose_span(
-        log, target_fingerprint(Path(first.target.path)), line, begin, end, before.span if before else None
-    )
+    target = target_fingerprint(Path(first.target.path), first.target.fingerprint_cache)
+    span = _choose_span(log, target, line, begin, end, before.span if before else None)
     digests = {variant: experiment.digest_settings(settings) for variant, settings in configs.items()}
     plan = ExperimentPlan(name=name, span=span, lookahead=first.serve.num_speculative_tokens, variants=digests)
     experiment.write_plan(folder, plan)

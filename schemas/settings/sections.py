@@ -89,6 +89,9 @@ class Target(Section):
     """Folder of the target in Hugging Face format: ``config.json``, safetensors and tokenizer."""
     served_model_name: str = "smollm2-135m-instruct"
     """Name of the model in the HTTP API."""
+    fingerprint_cache: str = ".aurora/target-fingerprints.json"
+    """File with the hashes of the target's files, so that a process does not read the whole target at each start.
+    Processes of several machines may share it next to a shared target; empty keeps no hashes."""
 
 
 class Speculator(Section):

@@ -52,22 +52,6 @@ class Manifest(BaseModel):
     sha256: dict[str, str]
 
 
-def target_fingerprint(folder: Path) -> str:
-    """Return the fingerprint of a target, a hash over all bytes of its configuration and weights.
-
-    Raises:
-        CheckpointError: the folder has no configuration or no safetensors weights.
-    """
-    weights = sorted(folder.glob("*.safetensors"))
-    config = folder / "config.json"
-    if not weights or not config.exists():
-        raise CheckpointError(f"{folder}: no config.json with *.safetensors; set target.path to a model folder")
-    digest = hashlib.sha256()
-    for path in [config, *weights]:
-        digest.update(bytes.fromhex(_sha256(path)))
-    return digest.hexdigest()[:32]
-
-
 def read_tensor(folder: Path, name: str) -> Tensor:
     """Return one tensor of a model in Hugging Face format, from the shard that contains it.
 
@@ -174,7 +158,7 @@ def write_checkpoint(draft: EagleDraft, folder: Path, target: str, dtype: torch.
     manifest = Manifest(
         line=line_name(target, draft.shape, draft.d2t),
         target=target,
-        sha256={name: _sha256(folder / name) for name in (CONFIG, WEIGHTS)},
+        sha256={name: hash_file(folder / name) for name in (CONFIG, WEIGHTS)},
     )
     (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n")
     read_checkpoint(folder, manifest.line)
@@ -246,12 +230,13 @@ def _read_json(path: Path) -> Any:
 def _check_hash(path: Path, expected: str | None) -> None:
     if not path.exists():
         raise CheckpointError(f"{path}: missing")
-    found = _sha256(path)
+    found = hash_file(path)
     if found != expected:
         raise CheckpointError(f"{path}: SHA-256 {found[:16]}… is not the manifest's {str(expected)[:16]}…")
 
 
-def _sha256(path: Path) -> str:
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

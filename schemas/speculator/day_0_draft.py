@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from schemas.settings import SettingsError, Speculator
+from schemas.settings import SettingsError, Speculator, Target
 from schemas.speculator.checkpoint import (
     CheckpointError,
     line_name,
     read_tensor,
     shape_for_target,
-    target_fingerprint,
 )
 from schemas.speculator.network import EagleDraft, random_draft
+from schemas.speculator.target_fingerprint import target_fingerprint
 
 _EMBEDDINGS, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 _RANDOM_FACTOR = 0.3
@@ -36,15 +36,16 @@ class SpeculatorLine:
     day_0_draft: EagleDraft
 
 
-def read_line(folder: Path, speculator: Speculator) -> SpeculatorLine:
-    """Return the line of the target in ``folder``. The fingerprint reads all bytes of the target.
+def read_line(target: Target, speculator: Speculator) -> SpeculatorLine:
+    """Return the line of a target.
 
     Raises:
         CheckpointError: the folder has no model, or the draft network does not support the model.
         SettingsError: the file of ``speculator.draft_vocab_file`` is invalid.
     """
+    folder = Path(target.path)
     draft = create_day_0_draft(folder, speculator)
-    fingerprint = target_fingerprint(folder)
+    fingerprint = target_fingerprint(folder, target.fingerprint_cache)
     return SpeculatorLine(fingerprint, line_name(fingerprint, draft.shape, draft.d2t), draft)
 
 

@@ -16,6 +16,7 @@ from pipeline import topics
 from schemas.settings import Settings, Speculator, load
 from schemas.speculator import checkpoint
 from schemas.speculator.day_0_draft import create_day_0_draft
+from schemas.speculator.target_fingerprint import target_fingerprint
 
 Serving = Callable[..., Any]
 
@@ -44,9 +45,7 @@ def prompts(smollm2: Path) -> list[list[int]]:
 def random_draft(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The day-0 draft as a version folder."""
     folder = tmp_path_factory.mktemp("draft") / "version"
-    checkpoint.write_checkpoint(
-        create_day_0_draft(smollm2, Speculator()), folder, checkpoint.target_fingerprint(smollm2)
-    )
+    checkpoint.write_checkpoint(create_day_0_draft(smollm2, Speculator()), folder, target_fingerprint(smollm2))
     return folder
 
 

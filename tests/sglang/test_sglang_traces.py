@@ -16,6 +16,7 @@ from traced_chunks import all_tokens, chunks_of, every_chunk, rows_of, verify_st
 
 from schemas.settings import Settings
 from schemas.speculator import checkpoint
+from schemas.speculator.target_fingerprint import target_fingerprint
 from schemas.trace.record import VerifyStep
 
 TOKENS = 36
@@ -105,7 +106,7 @@ def test_a_chunk_names_its_target_line_and_version(
     server.generate(prompts[0], 8, rid="named", sampling=WHOLE | {"temperature": 0.5, "top_k": 20})
     (chunk,) = chunks_of(traced.kafka, "named")
     envelope, line = chunk.envelope, checkpoint.read_manifest(trained_draft).line
-    assert (envelope.target, envelope.line) == (checkpoint.target_fingerprint(smollm2), line)
+    assert (envelope.target, envelope.line) == (target_fingerprint(smollm2), line)
     assert (envelope.node, envelope.finish, envelope.temperature) == ("sglang-0", "length", 0.5)
     assert (envelope.sampling_top_k, envelope.vocab_size) == (20, 49152)
     assert {r.speculator for r in chunk.verify_steps if r.verify_step} == {"7"}

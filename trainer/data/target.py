@@ -44,9 +44,8 @@ def read_target(settings: Settings) -> Target:
     Raises:
         CheckpointError: the folder holds no model, or one that the draft network does not fit.
     """
-    folder = Path(settings.target.path)
-    line = read_line(folder, settings.speculator)
-    return Target(line.target, line.name, read_embeddings(folder), line.day_0_draft)
+    line = read_line(settings.target, settings.speculator)
+    return Target(line.target, line.name, read_embeddings(Path(settings.target.path)), line.day_0_draft)
 
 
 class FrozenTarget:

@@ -24,7 +24,7 @@ from ops.replay.trace_import import INDEX
 from schemas.device import select_device
 from schemas.errors import UserError
 from schemas.settings import Settings
-from schemas.speculator.checkpoint import target_fingerprint
+from schemas.speculator.target_fingerprint import target_fingerprint
 from serving.engines.base import Request
 from serving.engines.builtin.engine import BuiltinEngine
 from trainer.data.batch import collate
@@ -186,7 +186,8 @@ class SegmentRecording:
 
 def read_traffic(settings: Settings, tokens: int | None = None) -> RecordedTraffic:
     """Read the recorded traffic in the order in which it was sent, up to so many tokens or all."""
-    folder, fingerprint = traffic_folder(settings), target_fingerprint(Path(settings.target.path))
+    folder, target = traffic_folder(settings), settings.target
+    fingerprint = target_fingerprint(Path(target.path), target.fingerprint_cache)
     if not (folder / INDEX).exists():
         raise UserError(f"no traffic is recorded in {folder}; `aurora bench learning --record 200` records some")
     digest, requests, so_far = hashlib.sha256(fingerprint.encode()), [], 0

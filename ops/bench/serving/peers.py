@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 
 from ops.bench.harness import run_alternating
-from schemas.speculator.checkpoint import target_fingerprint
+from schemas.speculator.target_fingerprint import target_fingerprint
 
 DTYPES = ("float32", "bfloat16", "float16")
 LOOKUP_TOKENS = 10

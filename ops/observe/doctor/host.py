@@ -25,7 +25,7 @@ def check_target(context: CheckContext) -> Iterator[Finding]:
 
     settings, folder = context.settings, Path(context.settings.target.path)
     try:
-        line = read_line(folder, settings.speculator)
+        line = read_line(settings.target, settings.speculator)
     except SettingsError as error:
         yield problem("target", str(error), "set speculator.draft_vocab_file to a file that `aurora vocabulary` wrote")
         return

@@ -367,7 +367,7 @@ def _load_target(settings: Settings) -> tuple[SpeculatorLine, Target]:
     serve, folder = settings.serve, Path(settings.target.path)
     try:
         check_architecture(read_config(folder))
-        line = read_line(folder, settings.speculator)
+        line = read_line(settings.target, settings.speculator)
         target = Target(
             folder,
             line.day_0_draft.shape,

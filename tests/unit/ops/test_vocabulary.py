@@ -15,8 +15,8 @@ from ops.cli.main import app
 from pipeline.delta import DeltaLog
 from schemas.errors import UserError
 from schemas.settings import Settings, SettingsError, Speculator, Tables, load
-from schemas.speculator.checkpoint import target_fingerprint
 from schemas.speculator.day_0_draft import create_day_0_draft, read_draft_vocabulary
+from schemas.speculator.target_fingerprint import target_fingerprint
 from serving.engines.builtin.engine import BuiltinEngine
 from trainer.data.target import read_target
 

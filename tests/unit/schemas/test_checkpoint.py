@@ -23,7 +23,6 @@ from schemas.speculator.checkpoint import (
     line_name,
     read_checkpoint,
     shape_for_target,
-    target_fingerprint,
     write_checkpoint,
 )
 from schemas.speculator.network import DraftShape, EagleDraft, random_draft
@@ -307,19 +306,6 @@ def test_the_line_depends_on_everything_that_makes_versions_incompatible(draft: 
 def test_the_line_of_a_plain_draft_is_stable() -> None:
     d2t = torch.zeros(8192, dtype=torch.int64)
     assert line_name(TARGET, shape_for_target(CONFIG_OF_TARGET, 8192), d2t) == "abababababab-6e564b6e7074"
-
-
-def test_a_targets_fingerprint_depends_on_its_bytes(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"target\.path"):
-        target_fingerprint(tmp_path)
-    (tmp_path / CONFIG).write_text("{}")
-    save_file({"w": torch.zeros(3)}, tmp_path / WEIGHTS)
-    before = target_fingerprint(tmp_path)
-    assert before == target_fingerprint(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{}")
-    assert target_fingerprint(tmp_path) == before
-    save_file({"w": torch.ones(3)}, tmp_path / WEIGHTS)
-    assert target_fingerprint(tmp_path) != before
 
 
 def test_the_shape_follows_the_target() -> None:

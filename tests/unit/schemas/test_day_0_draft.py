@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_target import write_tiny_target
 
-from schemas.settings import Speculator
+from schemas.settings import Speculator, Target
 from schemas.speculator.checkpoint import CheckpointError
 from schemas.speculator.day_0_draft import create_day_0_draft, read_embeddings, read_line
 from schemas.speculator.network import EagleDraft
@@ -53,7 +53,8 @@ def test_tied_embeddings_are_the_output_layer(target: Path) -> None:
 
 
 def test_the_initial_weights_are_not_part_of_the_line(target: Path) -> None:
-    assert read_line(target, NEAR).name == read_line(target, RANDOM).name
+    settings = Target(path=str(target))
+    assert read_line(settings, NEAR).name == read_line(settings, RANDOM).name
 
 
 def test_the_error_for_an_unusable_output_layer_names_the_setting_to_change(target: Path) -> None:

@@ -10,6 +10,7 @@ from tiny_target import write_tiny_target
 from schemas.settings import Speculator
 from schemas.speculator import checkpoint
 from schemas.speculator.day_0_draft import create_day_0_draft
+from schemas.speculator.target_fingerprint import target_fingerprint
 from serving.engines.sglang.plugin.recorder import read_origin
 from serving.traces.chunks import Origin
 
@@ -25,12 +26,12 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def draft(target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("draft") / "version"
     made = create_day_0_draft(target, Speculator(draft_vocab_size=16))
-    checkpoint.write_checkpoint(made, folder, checkpoint.target_fingerprint(target))
+    checkpoint.write_checkpoint(made, folder, target_fingerprint(target))
     return folder
 
 
 def test_target_and_line_equal_those_of_the_built_in_engine(target: Path, draft: Path) -> None:
-    fingerprint = checkpoint.target_fingerprint(target)
+    fingerprint = target_fingerprint(target)
     made = create_day_0_draft(target, Speculator(draft_vocab_size=16))
     line = checkpoint.line_name(fingerprint, made.shape, made.d2t)
     assert read_origin("n", str(target), str(draft), WIDTH) == Origin("n", fingerprint, line, made.shape.vocab_size)

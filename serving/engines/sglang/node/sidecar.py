@@ -40,11 +40,10 @@ def read_target_line(settings: Settings) -> SpeculatorLine:
     Raises:
         SettingsError: no draft can be made for the target.
     """
-    folder = Path(settings.target.path)
     try:
-        return read_line(folder, settings.speculator)
+        return read_line(settings.target, settings.speculator)
     except CheckpointError as error:
-        raise SettingsError(f"target.path {folder}: {error}") from error
+        raise SettingsError(f"target.path {settings.target.path}: {error}") from error
 
 
 def write_first_draft(

@@ -186,7 +186,8 @@ def _create_hooks(settings: Settings, worker: Any) -> Hooks | None:
     width = 3 * worker.target_worker.model_runner.model_config.hidden_size
 
     def origin() -> Any:
-        return read_origin(settings.serve.node, arguments.model_path, arguments.speculative_draft_model_path, width)
+        model, draft = arguments.model_path, arguments.speculative_draft_model_path
+        return read_origin(settings.serve.node, model, draft, width, settings.target.fingerprint_cache)
 
     scope = settings.serve.suffix_scope
     answers = None if scope == "request" else AnswerPublisher(settings.kafka, scope)

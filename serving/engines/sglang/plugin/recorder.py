@@ -21,7 +21,8 @@ import structlog
 from torch import Tensor
 
 from schemas.errors import UserError
-from schemas.speculator.checkpoint import CheckpointError, read_manifest, read_shape, target_fingerprint
+from schemas.speculator.checkpoint import CheckpointError, read_manifest, read_shape
+from schemas.speculator.target_fingerprint import target_fingerprint
 from schemas.trace.record import VerifyStep
 from serving.answers.answer_publisher import AnswerPublisher
 from serving.engines.base import Finish, Request
@@ -252,16 +253,15 @@ class Recorder:
         )
 
 
-def read_origin(node: str, model: str, draft: str, width: int) -> Origin:
+def read_origin(node: str, model: str, draft: str, width: int, fingerprint_cache: str = "") -> Origin:
     """Return the origin of this server's traces, with target and line named as in the built-in engine.
-
-    It reads the whole target once: the fingerprint is over every byte.
 
     Args:
         node: Name of the node.
         model: SGLang's ``--model-path``.
         draft: Its ``--speculative-draft-model-path``.
         width: F: values of a token's captured hidden states.
+        fingerprint_cache: File with the hashes of the target's files; empty reads the whole target.
 
     Raises:
         CheckpointError: the draft is no version of Aurora, or belongs to another target.
@@ -270,7 +270,7 @@ def read_origin(node: str, model: str, draft: str, width: int) -> Origin:
     manifest, shape = read_manifest(folder), read_shape(folder)
     if width != 3 * shape.hidden_size:
         raise CheckpointError(f"{folder}: needs {3 * shape.hidden_size} values per token, the server has {width}")
-    target = target_fingerprint(_model_folder(model))
+    target = target_fingerprint(_model_folder(model), fingerprint_cache)
     if manifest.target != target:
         raise CheckpointError(f"{folder}: is a draft for target {manifest.target}, the server runs {target}")
     return Origin(node, target, manifest.line, shape.vocab_size)

@@ -210,8 +210,11 @@ class Trainer:
         log.info("training_started", step=self._learner.steps, parent=self._parent, cursor=self._loader.cursor)
 
     def _train_step(self, batch: StepBatch) -> None:
-        learning_rate = self._learner.learning_rate
+        learning_rate, counted = self._learner.learning_rate, (self._learner.steps, self._learner.skipped)
         loss = self._learners.step(batch)
+        if (self._learner.steps, self._learner.skipped) == counted:
+            self._metrics.steps_without_loss.inc()
+            return
         self._tokens_seen += batch.tokens
         self._figures = StepFigures(
             loss=loss,

@@ -31,6 +31,8 @@ from schemas.speculator.network import DraftShape, EagleDraft, Variant
 
 CONFIG, WEIGHTS, MANIFEST = "config.json", "model.safetensors", "manifest.json"
 ARCHITECTURE = "LlamaForCausalLMEagle3"
+DTYPE = torch.bfloat16
+"""Type of a version's weights."""
 _SHAPE = TypeAdapter(DraftShape)
 _NUMBERS = [
     name for name in DraftShape.__dataclass_fields__ if name not in ("capture_layers", "variant", "rope_scaling")
@@ -142,7 +144,16 @@ def line_name(target: str, shape: DraftShape, d2t: Tensor) -> str:
     return f"{target[:12]}-{digest.hexdigest()[:12]}"
 
 
-def write_checkpoint(draft: EagleDraft, folder: Path, target: str, dtype: torch.dtype = torch.bfloat16) -> Manifest:
+def round_weights(draft: EagleDraft) -> EagleDraft:
+    """Return a float32 copy of a draft, on its device, with the weights of the version that it becomes."""
+    rounded = EagleDraft(draft.shape).to(draft.fc.weight.device)
+    rounded.load_state_dict(
+        {name: value.to(DTYPE) if value.is_floating_point() else value for name, value in draft.state_dict().items()}
+    )
+    return rounded
+
+
+def write_checkpoint(draft: EagleDraft, folder: Path, target: str, dtype: torch.dtype = DTYPE) -> Manifest:
     """Write a version to an empty or new folder, and read it back to verify that it loads.
 
     Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from dataclasses import replace
 from pathlib import Path
 
@@ -104,6 +105,25 @@ def test_a_broken_batch_is_skipped(settings: Settings) -> None:
     assert b"aurora_train_steps_skipped_total 1.0" in _metrics(trainer)
     assert not same(weights(trainer), before)
     assert all(parameter.isfinite().all() for parameter in weights(trainer))
+
+
+def test_a_batch_without_a_teacher_is_no_training_step(settings: Settings) -> None:
+    settings = settings.model_copy(update={"train": settings.train.model_copy(update={"rejected_weight": 0.0})})
+    world = World(settings)
+    world.serve(20)
+    trainer = trainer_of(world, settings)
+    train(trainer, 4)
+    step_batch = trainer._prefetcher.next_batch()
+    assert step_batch
+    ((batch,),) = step_batch.batches
+    trainer._train_step(replace(step_batch, batches=((replace(batch, features_BTF=batch.features_BTF * torch.inf),),)))
+    before, losses, requests = trainer.status(), list(trainer._losses), dict(trainer._lineage._first_steps)
+    trainer._train_step(replace(step_batch, batches=((replace(batch, known_BT=batch.known_BT & False),),)))
+    assert str(trainer.status()) == str(before)
+    assert (trainer._losses, trainer._lineage._first_steps) == (deque(losses), requests)
+    assert b"aurora_train_steps_without_loss_total 1.0" in _metrics(trainer)
+    assert b"aurora_train_steps_total 5.0" in _metrics(trainer)
+    assert b"aurora_train_steps_skipped_total 1.0" in _metrics(trainer)
 
 
 def test_changing_traffic_is_not_divergence(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,7 +86,7 @@ class World:
             self.offset += 1
             rows = tables_of(record)
             values = {"label": label, "speculator": speculator, "draft_sources": draft_sources}
-            self._append({name: _as(rows[name], **values) for name in rows})
+            self._append({name: with_values(rows[name], **values) for name in rows})
 
     def commit_bare(self, request: str, first_verify_step: int, *, before: bool = True) -> None:
         """Commit a chunk without features, from the given verify step on."""
@@ -131,7 +131,8 @@ def as_json(loader: DataLoader) -> DataLoaderState:
     return DataLoaderState.model_validate_json(loader.snapshot().state().model_dump_json())
 
 
-def _as(rows: pa.Table, **values: object) -> pa.Table:
+def with_values(rows: pa.Table, **values: object) -> pa.Table:
+    """Return rows whose columns, where they exist, hold the given values."""
     for column, value in values.items():
         if (at := rows.schema.get_field_index(column)) >= 0:
             field = rows.schema.field(at)

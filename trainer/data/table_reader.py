@@ -41,6 +41,16 @@ from trainer.data.samples import (
 
 log = structlog.get_logger()
 
+DROPPED_BRANCHES = {
+    "no_features": "branches_without_features",
+    "no_sample": "branches_without_sample",
+    "no_root": "branches_without_root",
+    "no_teacher": "branches_without_teacher",
+    "improbable": "branches_improbable",
+}
+"""Why a branch is not trained on, with the name of its count. The chunk of the branch has no features, or its accepted
+row is missing; the sample lacks the root or the token before it, or nothing near it is learned from; or its first
+rejected token is less probable than ``train.rejected_min_prob``."""
 VERSIONS_PER_READ = 8
 """Commits per read; bounds memory while a trainer catches up."""
 
@@ -259,7 +269,12 @@ class TableReader:
             rejected += [(begin, row) for row in added if self._is_ours(row)]
         after = self.cursor, self.pending_after
         self.cursor, self.rejected_cursor = up_to, read_up_to
-        return self._parse_rows(accepted, self._take_rejected(accepted, rejected), after)
+        branches = self._take_rejected(accepted, rejected)
+        if not all_rejected:
+            found = {_record_key(row) for row in accepted}
+            alone = [row for record in branches.keys() - found for row in branches[record]]
+            self._counts["branches_without_sample"] += len(alone)
+        return self._parse_rows(accepted, branches, after)
 
     def _take_rejected(
         self, accepted: Iterable[Row], rejected: Iterable[tuple[int, Row]]
@@ -285,10 +300,12 @@ class TableReader:
                 continue
             self._counts["rows"] += 1
             self.newest_drafted_by = max(self.newest_drafted_by, version_number(row["speculator"]))
+            of_row = branches.get(_record_key(row), [])
             if not provides_features(row):
                 self._counts["rows_without_features"] += 1
+                self._counts["branches_without_features"] += len(of_row)
                 continue
-            yield _ChunkRow(row, read_sample(row, branches.get(_record_key(row), [])), after)
+            yield _ChunkRow(row, read_sample(row, of_row), after)
 
     def _join_chunks(self, rows: Iterable[_ChunkRow]) -> Iterator[OpenRequest]:
         """Yield the requests that end with these rows, and those whose next chunk is missing."""
@@ -316,7 +333,10 @@ class TableReader:
         self._counts["branches_without_root"] += len(whole.branches) - len(rooted.branches)
         samples = split_sample(rooted, self._settings.max_sample_tokens, self._settings.context_tokens)
         self._counts["samples"] += len(samples)
-        self._counts["branches"] += sum(len(sample.branches) for sample in samples)
+        kept = [branch for sample in samples for branch in sample.branches]
+        self._counts["branches"] += len(kept)
+        self._counts["branches_without_teacher"] += len(rooted.branches) - len(kept)
+        self._counts["branches_improbable"] += sum(b.rejected_prob < self._settings.rejected_min_prob for b in kept)
         for i, sample in enumerate(samples):
             key = *request.key, i
             yield TableEntry(sample=sample, key=key, drafted_by=request.drafted_by, after=request.first_after)

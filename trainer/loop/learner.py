@@ -58,8 +58,8 @@ class Learner:
         """Train on the batches of one step, on all ranks, each with its own.
 
         Gradients are accumulated over the batches and ranks: they equal those of one large batch (except for the
-        objective ``lk``, which weights by the mean over a batch). The weights do not change if the step has no teacher,
-        or if its loss or gradient is not finite.
+        objective ``lk``, which weights by the mean over a batch). A step without a teacher, with a gradient of zero, or
+        with a loss or gradient that is not finite, changes no weight and does not count in ``steps``.
 
         Returns:
             The loss of the whole step, detached.
@@ -83,6 +83,8 @@ class Learner:
         if not torch.isfinite(loss.total + self.gradient_norm):
             self.skipped += 1
             return loss
+        if not self.gradient_norm:
+            return loss  # weight decay and momentum would move the weights all the same
         self._optimizers.step(self._warmup)
         self.steps += 1
         self.skipped = 0

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
+from trainer.data.table_reader import DROPPED_BRANCHES
 from trainer.loop.divergence_guard import HeldOutScore
 from trainer.objective.losses import Loss
 
@@ -79,12 +80,15 @@ class TrainMetrics:
         def gauge(name: str, text: str, *labels: str) -> Gauge:
             return Gauge(f"aurora_train_{name}", text, labels, registry=registry)
 
-        def counter(name: str, text: str) -> Counter:
-            return Counter(f"aurora_train_{name}", text, registry=registry)
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"aurora_train_{name}", text, labels, registry=registry)
 
         self.versions_registered = counter("versions_registered", "Registered versions.")
         self.divergence_rollbacks = counter("divergence_rollbacks", "Rollbacks to the last good checkpoint.")
         self.steps_skipped = counter("steps_skipped", "Steps skipped because loss or gradient was not finite.")
+        self.steps_without_loss = counter(
+            "steps_without_loss", "Batches from which nothing could be learned; they are no training steps."
+        )
         self._steps = counter("steps", "Training steps.")
         self._tokens = counter("tokens", "Tokens trained on, replayed samples included.")
         self._loss = gauge("loss", "Loss of the last step, by term.", "term")
@@ -102,6 +106,10 @@ class TrainMetrics:
         self._version_latest = gauge("table_version_latest", "Newest version of table accepted.")
         self._samples_waiting = gauge("samples_waiting", "New samples that were read and not trained on yet.")
         self._rows = gauge("rows", "Rows, samples and branches read, by kind.", "kind")
+        self._branches_dropped = counter("branches_dropped", "Branches that are not trained on, by reason.", "reason")
+        self._dropped = dict.fromkeys(DROPPED_BRANCHES, 0)
+        for reason in DROPPED_BRANCHES:
+            self._branches_dropped.labels(reason)
 
     def update_step(self, figures: StepFigures, tokens: int) -> None:
         """Record a training step."""
@@ -124,8 +132,11 @@ class TrainMetrics:
         self._version_latest.set(table_version)
         self._lag_commits.set(max(0, table_version - cursor))
         self._samples_waiting.set(waiting)
-        for kind, count in rows.items():
-            self._rows.labels(kind).set(count)
+        for kind in rows.keys() - DROPPED_BRANCHES.values():
+            self._rows.labels(kind).set(rows[kind])
+        for reason, kind in DROPPED_BRANCHES.items():
+            self._branches_dropped.labels(reason).inc(rows.get(kind, 0) - self._dropped[reason])
+            self._dropped[reason] = rows.get(kind, 0)
 
     def update_score(self, score: HeldOutScore) -> None:
         """Record a score on the held-out set."""

@@ -13,6 +13,7 @@ import torch
 
 from schemas.settings import Settings
 from schemas.speculator import checkpoint
+from schemas.speculator.checkpoint import round_weights
 from schemas.speculator.network import EagleDraft
 from trainer.data.batch import collate, group_by_length
 from trainer.data.samples import Sample
@@ -53,7 +54,11 @@ class HeldOutEvaluator:
         self._versions: dict[str | None, _KnownVersion] = {}
 
     def evaluate(self, draft: EagleDraft, samples: Sequence[Sample]) -> Evaluation:
-        """Return the accepted term of the loss, and the acceptance of chains as long as a node drafts."""
+        """Return the accepted term of the loss, and the acceptance of chains as long as a node drafts.
+
+        Both are of the version that the draft would become: its weights are rounded as registered ones are.
+        """
+        draft = round_weights(draft)
         accepted = dict(zip(samples, self._simulate(draft, samples), strict=True))
         score = HeldOutScore(loss=self._loss(draft, samples), accepted_per_step=accepted_per_step(accepted, samples))
         return Evaluation(score, accepted)

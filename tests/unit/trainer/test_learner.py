@@ -191,6 +191,17 @@ def test_a_step_that_is_not_finite_is_skipped() -> None:
     assert (one.steps, one.skipped) == (2, 0)
 
 
+def test_a_step_without_loss_changes_no_weight_and_does_not_count() -> None:
+    one = learner(warmup_steps=10, suffix_predicted_weight=0.0, rejected_weight=0.0)
+    one.step(batch(0))
+    before, average, rate = weights(one.draft), weights(one.export_draft()), one.learning_rate
+    one.step(collate([sample(2, length=6, known_from=6)]))
+    assert one.step(replace(batch(2), suffix_predicted_BT=torch.ones_like(batch(2).known_BT))).positions > 0
+    assert (one.steps, one.skipped, one.learning_rate) == (1, 0, rate)
+    assert_close(weights(one.draft), before, 0)
+    assert_close(weights(one.export_draft()), average, 0)
+
+
 def test_bfloat16_keeps_weights_and_state_in_float32_and_trains_alike() -> None:
     half, full = learner(dtype="bfloat16"), learner()
     for i in range(6):

@@ -13,7 +13,7 @@ from tiny_draft import SHAPE
 from torch import Tensor
 
 from schemas.settings import Settings, load
-from schemas.speculator.checkpoint import line_name
+from schemas.speculator.checkpoint import line_name, round_weights
 from schemas.speculator.network import EagleDraft, random_draft
 from trainer.data.samples import Sample, Teacher
 from trainer.data.target import Target
@@ -192,6 +192,21 @@ def test_a_waiting_candidate_must_be_beaten_too(register: Register, registry: Me
     assert register(better, SAMPLES) is None
     del registry.named["candidate"]
     assert register(better, SAMPLES) == "2"
+
+
+def test_a_draft_is_scored_with_the_weights_that_its_version_holds(
+    register: Register, evaluator: HeldOutEvaluator
+) -> None:
+    near = draft_of(3)
+    with torch.no_grad():
+        # Two tokens tie after rounding, and differ before.
+        near.lm_head.weight[1:].copy_(
+            near.lm_head.weight[:1] * (1 + 1e-4 * torch.arange(1, len(near.lm_head.weight)))[:, None]
+        )
+    evaluation = evaluator.evaluate(near, SAMPLES)
+    rounded = simulate_acceptance(round_weights(near), EMBEDDINGS_VH, SAMPLES, LOOKAHEAD)
+    assert evaluation.score.accepted_per_step == rounded.accepted_per_step
+    assert simulate_acceptance(near, EMBEDDINGS_VH, SAMPLES, LOOKAHEAD) != rounded
 
 
 def test_a_champion_is_scored_once_on_each_sample(

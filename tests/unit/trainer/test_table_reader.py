@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from data_loader_world import MemoryLog, World, as_json, drain, names, requests
+from data_loader_world import MemoryLog, World, as_json, drain, names, requests, with_values
 from deltalake import CommitProperties, Transaction, write_deltalake
 from recorded import conversation, record_of, tables_of, verify_step_of
 
@@ -16,6 +16,7 @@ from schemas.batches import TABLES
 from schemas.trace.record import DraftSource
 from trainer.data.data_loader import DataLoaderError
 from trainer.data.samples import Sample
+from trainer.data.table_reader import DROPPED_BRANCHES
 
 
 @pytest.fixture
@@ -139,6 +140,29 @@ def test_branches_whose_root_is_in_another_chunk_are_counted(world: World) -> No
     (sample,) = loader.next_samples()
     assert [(b.tokens, b.draft_logprobs) for b in sample.branches] == [((7, 7), (-5.0, -5.0))]
     assert loader.counts["branches_without_root"] == 1
+
+
+def test_branches_that_cannot_train_are_counted_by_reason(in_memory: World) -> None:
+    without_sample, without_features, without_teacher, improbable = requests(4)
+    in_memory.commit([without_sample], names=("rejected",))
+    in_memory.commit_bare(without_features, 2, before=False)
+    rows = tables_of(record_of(without_teacher, conversation(range(11), 4), in_memory.offset))
+    unknown = {"loss_mask": [False] * 10, "teacher_ids": [], "teacher_logprobs": []}
+    steps = [verify_step_of(0, 0, [0, 1], 2), verify_step_of(1, 2, [2], 3, [7, 7], logprob=-5.0)]
+    other = tables_of(record_of(improbable, steps, in_memory.offset + 1))
+    for name in ("rejected", "accepted"):
+        in_memory.tables.append(name, with_values(rows[name], **unknown))
+        in_memory.tables.append(name, other[name])
+    loader = in_memory.data_loader()
+    loader.poll()
+    assert {reason: loader.counts[kind] for reason, kind in DROPPED_BRANCHES.items()} == {
+        "no_features": 2,
+        "no_sample": 3,
+        "no_root": 0,
+        "no_teacher": 3,
+        "improbable": 1,
+    }
+    assert loader.counts["branches"] == 1
 
 
 def test_tokens_of_the_suffix_drafter_train_but_have_no_probability_of_the_serving_draft(world: World) -> None:

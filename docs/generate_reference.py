@@ -52,8 +52,9 @@ COLUMNS = {
     "target": "Fingerprint of the target.",
     "line": "Speculator line.",
     "label": "Label of the traffic (`x-aurora-label`).",
-    "speculator": "Last version that drafted in the chunk; empty if none did.",
-    "traces.speculator": "Version that drafted in this step; empty if none did.",
+    "speculator": "Last version that a verify step of the chunk names; empty if none does.",
+    "traces.speculator": "Version that drafted in this step, or that was active in a step without draft tokens; empty "
+    "without one.",
     "time": "Time at the node.",
     "dead_letters.time": "Time of the Kafka record.",
     "promotions.time": "Time of the move.",

@@ -204,10 +204,10 @@ def _build_traces(steps: VerifyStepColumns, chunk_columns: Columns) -> pa.Table:
 
 
 def _last_speculator(steps: VerifyStepColumns) -> pa.Array:
-    """Return [C] the last version that drafted in each chunk; empty if none did."""
+    """Return [C] the last version that each chunk names; empty if it names none."""
     versions = steps.batch.column("speculator")
-    drafted = pc.binary_length(versions).to_numpy() > 0
-    last = np.maximum.reduceat(np.where(drafted, np.arange(len(steps)), -1), steps.bounds[:-1])
+    named = pc.binary_length(versions).to_numpy() > 0
+    last = np.maximum.reduceat(np.where(named, np.arange(len(steps)), -1), steps.bounds[:-1])
     return versions.take(pa.array(last, mask=last < 0)).fill_null("")
 
 

@@ -44,7 +44,7 @@ LINEAGE = [
     pa.field("time", _TIME, nullable=False),
     pa.field("day", pa.date32(), nullable=False),
 ]
-"""Columns of every row: its Kafka record, its request, and the version that drafted (the last one of the chunk).
+"""Columns of every row: its Kafka record, its request, and the version that served it (the last one of the chunk).
 
 ``time`` is the node's time. ``day`` is the UTC day of the Kafka record's timestamp, so a node's clock cannot move a row
 to another partition.
@@ -116,8 +116,9 @@ TRACES = pa.schema(
         pa.field("draft_sources", _SOURCES),
     ]
 )
-"""One verify step per row, without features. ``speculator`` and ``time`` are the step's own. ``draft_sources`` is null
-if ``speculator`` proposed all draft tokens."""
+"""One verify step per row, without features. ``speculator`` and ``time`` are the step's own. A step without draft
+tokens names the active version, and one whose draft tokens are all of other sources names none. ``draft_sources`` is
+null if ``speculator`` proposed all draft tokens."""
 
 DEAD_LETTERS = pa.schema(
     [

@@ -228,7 +228,7 @@ def _format_verify_step(row: Mapping[str, Any]) -> str:
     draft = f"{len(accepted)} of {len(drafted)} accepted: {kept} | {lost}" if drafted else "no draft"
     sources = row["draft_sources"] or ()
     drafters = [row["speculator"], *(["suffix"] if any(source & DraftSource.SUFFIX for source in sources) else [])]
-    by = f" by {'+'.join(filter(None, drafters))}" if any(drafters) else ""
+    by = f" by {'+'.join(filter(None, drafters))}" if drafted and any(drafters) else ""
     label = f" [{row['label']}]" if row["label"] else ""
     then = "" if row["bonus"] is None else f" -> {row['bonus']}"
     return f"{row['time']:%H:%M:%S.%f} {row['node']} {row['request']} #{row['verify_step']}{label}{by}  {draft}{then}"

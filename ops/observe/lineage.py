@@ -88,7 +88,8 @@ def read_lineage(tables: DeltaLog, registry: SpeculatorRegistry, id_: str) -> li
 
     of_trace = f" OR request LIKE '%-{id_}%'" if re.fullmatch(r"[0-9a-f]{32}", id_) else ""
     found = tables.query(
-        'SELECT request, node, line, MIN("time") AS "time", array_agg(DISTINCT speculator) AS drafted_by FROM traces '  # noqa: S608 - escaped
+        'SELECT request, node, line, MIN("time") AS "time", '  # noqa: S608 - escaped
+        "array_agg(DISTINCT speculator) FILTER (WHERE cardinality(draft_tokens) > 0) AS drafted_by FROM traces "
         f"WHERE request = '{escape_sql(id_)}'{of_trace} GROUP BY request, node, line ORDER BY 4"
     )
     requests = found.read_all().to_pylist()
@@ -104,7 +105,7 @@ def read_lineage(tables: DeltaLog, registry: SpeculatorRegistry, id_: str) -> li
             node=one["node"],
             line=one["line"],
             time=one["time"],
-            drafted_by=tuple(sorted(filter(None, one["drafted_by"]))),
+            drafted_by=tuple(sorted(filter(None, one["drafted_by"] or ()))),
             rows=(rows := _read_rows(tables, one["request"])),
             versions=_read_versions(tables, registry, one["line"], one["request"], rows),
         )
@@ -166,7 +167,7 @@ def _read_versions(
 
 
 def _read_first_served(tables: DeltaLog, line: str) -> dict[str, datetime]:
-    """Return the time of the first verify step that each version of a line drafted."""
+    """Return the time of the first verify step that each version of a line served."""
     from pipeline.delta import escape_sql
 
     found = tables.query(

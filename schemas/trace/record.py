@@ -129,7 +129,8 @@ class VerifyStep:
     top_logprobs: F32
     """[1 + m, k] their log-probabilities, before temperature."""
     speculator: str
-    """Version that proposed at least one of the draft tokens; empty if none did."""
+    """Version that proposed at least one of the draft tokens; without draft tokens, the active version. Empty where
+    other sources proposed all of them, in prefill, and without a version that may draft for the request."""
     draft_us: int
     verify_us: int
     time_us: int

@@ -81,13 +81,13 @@ def chunk_bytes(chunk: Chunk) -> int:
 
 def message_headers(chunk: Chunk, context: TraceContext) -> Headers:
     """Return the headers of a chunk, readable before it is decoded; ``context`` is the span that publishes it."""
-    drafted = [step.speculator for step in chunk.verify_steps if step.speculator]
+    versions = [step.speculator for step in chunk.verify_steps if step.speculator]
     fields = {
         "content-type": CONTENT_TYPE,
         "schema": fingerprint(),
         "node": chunk.envelope.node,
         "target": chunk.envelope.target,
-        "speculator": drafted[-1] if drafted else "",
+        "speculator": versions[-1] if versions else "",
         "rows": str(len(chunk.verify_steps)),
         trace_context.TRACEPARENT: context.to_traceparent(),
     }

@@ -51,7 +51,8 @@ def _rows(request: ServedRequest) -> list[dict[str, Any]]:
     for at in range(request.verify_steps + 1):
         swapped = request.swapped_to if at > request.verify_steps / 2 else None
         drafted = 3 if at and request.drafted else 0
-        version = (swapped or request.version) if drafted and _names_version(request.sources) else ""
+        named = at and (not drafted or _names_version(request.sources))
+        version = (swapped or request.version) if named else ""
         accepted = request.accepted if drafted else 0
         time_us = round((request.at + max(at - 1, 0) * request.verify_step_s) * 1e6)
         rows.append(

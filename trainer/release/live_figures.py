@@ -1,10 +1,9 @@
 """Sum the live traffic of versions by node, slice of time and label, from the verify steps in the table ``traces``.
 
 A slice is the time in which a node does not change between champion and canary (``canary.slice_duration``, counted from
-1970 by the node's clock, which also timestamps its verify steps). Each verify step counts for the version that drafted
-it, so a request that a swap cut in two counts on both sides. A verify step without a draft names no version, and a bad
-version drafts seldom: such a step counts for the version that drafted most of the steps of its node in that slice.
-Steps of slices without any draft count for no version, and neither do steps that only the suffix drafter drafted.
+1970 by the node's clock, which also timestamps its verify steps). Each verify step counts for the version that it
+names, so a request that a swap cut in two counts on both sides. A bad version drafts seldom, but a verify step without
+a draft names the active version and counts for it. Steps that only other sources drafted count for no version.
 
 Tokens are the bonus tokens and the accepted tokens of the version's own drafts (``schemas.trace.own_draft``); accepted
 tokens that only the suffix drafter proposed count for no version.
@@ -94,8 +93,8 @@ class LiveFigures:
         """
         earliest = min(new.since, old.since)
         sums = self._refresh(line, earliest if since is None else min(since, earliest))
-        steps = _AttributedSums(sums)
-        selected = [steps.is_version(period.version) & self._is_within(steps.slice, period) for period in (new, old)]
+        steps = _SummedSteps(sums)
+        selected = [(steps.version == one.version) & self._is_within(steps.slice, one) for one in (new, old)]
         labels = dict.fromkeys(map(str, steps.label[selected[0] | selected[1]].tolist()))
         nodes = [set(steps.node[side].tolist()) for side in selected]
         if both := nodes[0] & nodes[1]:
@@ -149,11 +148,12 @@ class LiveFigures:
         return _merge(self._sum_rows(pa.Table.from_batches([batch])) for batch in batches)
 
     def _sum_rows(self, rows: pa.Table) -> pa.Table:
-        """Return the sums over rows of verify steps, except those in which only the suffix drafter drafted."""
+        """Return the sums over rows of verify steps that count for a version."""
         own = find_own_drafts(rows)
         rows = rows.append_column("own_accepted", pa.array(own.accepted_tokens))
         undrafted = pc.equal(pc.list_value_length(rows["draft_parents"]), 0)
-        rows = rows.filter(pc.or_(pa.array(own.draft_tokens > 0), undrafted))
+        named = pc.not_equal(rows["speculator"], "")
+        rows = rows.filter(pc.and_(named, pc.or_(pa.array(own.draft_tokens > 0), undrafted)))
         seconds = pc.divide(pc.cast(pc.cast(rows["time"], pa.int64()), pa.float64()), 1e6 * self._slice_duration)
         columns = {
             "speculator": rows["speculator"],
@@ -168,23 +168,19 @@ class LiveFigures:
         return _merge([pa.table(columns).select(_SCHEMA.names).cast(_SCHEMA)])
 
 
-class _AttributedSums:
-    """Sums as arrays, each attributed to a version."""
+class _SummedSteps:
+    """Sums as arrays."""
 
     def __init__(self, sums: pa.Table) -> None:
         ordered = sums.sort_by([("slice", "ascending"), ("label", "ascending")])
         arrays = {name: ordered[name].to_numpy() for name in ordered.column_names}
-        self.node, self.slice, self.label = arrays["node"], arrays["slice"], arrays["label"]
+        self.version, self.node = arrays["speculator"], arrays["node"]
+        self.slice, self.label = arrays["slice"], arrays["label"]
         self._arrays = arrays
         _, nodes = np.unique(self.node.astype(str), return_inverse=True)
         first = int(self.slice.min()) if len(self.slice) else 0
         slices = self.slice - first
         _, self._group = np.unique(nodes * (int(slices.max(initial=0)) + 1) + slices, return_inverse=True)
-        self._version = self._attribute(arrays["speculator"].astype(str), arrays["verify_steps"])
-
-    def is_version(self, version: str) -> npt.NDArray[np.bool_]:
-        """Return which sums belong to a version."""
-        return np.asarray(self._version == version)
 
     def group(self, selected: npt.NDArray[np.bool_], label: str) -> ServedTraffic:
         """Return the selected sums on a label, by group."""
@@ -192,18 +188,6 @@ class _AttributedSums:
         groups, where = np.unique(self._group[at], return_inverse=True)
         sums = [np.bincount(where, self._arrays[name][at], len(groups)).astype(np.float64) for name in _SUMS]
         return ServedTraffic(groups.astype(np.int64), sums[0].astype(np.int64), sums[1], sums[2], sums[3] / 1e6)
-
-    def _attribute(self, drafted_by: npt.NDArray[np.str_], steps: I64) -> npt.NDArray[np.str_]:
-        """Return the version of each row; rows without a draft get the version that drafted most in their group."""
-        versions, index = np.unique(drafted_by, return_inverse=True)
-        by_group = np.zeros((int(self._group.max(initial=-1)) + 1, len(versions)), np.int64)
-        np.add.at(by_group, (self._group, index), np.where(drafted_by == "", 0, steps))
-        if not by_group.size:
-            return drafted_by
-        most = versions[by_group.argmax(axis=1)]
-        most = np.where(by_group.max(axis=1) > 0, most, "")
-        attributed: npt.NDArray[np.str_] = np.where(drafted_by == "", most[self._group], drafted_by)
-        return attributed
 
 
 def _merge(parts: Iterable[pa.Table]) -> pa.Table:

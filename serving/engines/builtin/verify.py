@@ -113,6 +113,7 @@ class Verifier:
             The outcome for each sequence that took part and did not fail.
         """
         started = time.perf_counter()
+        active = self.drafter.speculator.version if speculate and self.drafter.speculator else ""
         drafts = self._draft() if speculate else NO_DRAFTS
         scheduled = self.scheduler.schedule(drafts.trees)
         drafted = time.perf_counter()
@@ -126,7 +127,7 @@ class Verifier:
         for s, r, v in zip(scheduled, rows, verdicts, strict=True):
             with s.sequence.contain():
                 if s.sequence.error is None:
-                    results.append(self._commit(s, r, v, times))
+                    results.append(self._commit(s, r, v, times, active))
         with self.prefix_cache.contain():
             for result in results:
                 self.prefix_cache.store(result.sequence)
@@ -218,9 +219,12 @@ class Verifier:
         return ()
 
     def _commit(
-        self, scheduled: ScheduledSequence, rows: _TargetRows, verdict: Verdict | None, times: _StepTimes
+        self, scheduled: ScheduledSequence, rows: _TargetRows, verdict: Verdict | None, times: _StepTimes, active: str
     ) -> StepResult:
-        """Advance the sequence by the accepted tokens and the bonus token, and write the trace record."""
+        """Advance the sequence by the accepted tokens and the bonus token, and write the trace record.
+
+        A verify step without draft tokens names the active version, which might have drafted.
+        """
         seq, tokens, tree = scheduled
         is_prefill, position = seq.is_prefilling, seq.num_cached_tokens
         output: list[int] = []
@@ -237,6 +241,7 @@ class Verifier:
             seq.speculators.append(tree.version)
         trace = None
         if seq.request.trace:
+            served_without_draft = not (tree.nodes or is_prefill) and seq.request.speculate
             trace = VerifyStep(
                 verify_step=0 if is_prefill else seq.verify_steps,
                 position=position,
@@ -249,7 +254,7 @@ class Verifier:
                 bonus=output[-1] if output else None,
                 top_ids=rows.top_ids_mk[:, : self.trace_top_k].to(torch.int32).numpy(),
                 top_logprobs=rows.top_logprobs_mk[:, : self.trace_top_k].numpy(),
-                speculator=tree.version,
+                speculator=active if served_without_draft else tree.version,
                 draft_us=times.draft_us if tree.nodes else 0,
                 verify_us=times.verify_us,
                 time_us=times.end_us,

@@ -1,5 +1,5 @@
-"""Every verify step names the version that drafted it, from the engine to the table, also where the version changes
-in it.
+"""Every verify step names the version that served it, from the engine to the table, also where the version changes in
+a request, and where nothing was drafted.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from itertools import groupby
 from pathlib import Path
 from queue import SimpleQueue
 
+from engine_outputs import Recorder, collect, submit
 from tiny_target import VOCABULARY, write_tiny_target
 from trace_bench import FakeProducer, eventually
 
@@ -81,7 +82,7 @@ def test_swap_during_a_request_changes_the_version_of_later_verify_steps_only(tm
     counts = publisher.close(10)
     decoded = [r for r in sink.verify_steps if r.verify_step > 0]
     assert [version for version, _ in groupby(r.speculator for r in decoded)] == ["day-0-head-0", "1", "", "2"]
-    assert all(bool(r.speculator) == bool(r.draft_tokens) for r in sink.verify_steps)
+    assert not any(r.speculator for r in sink.verify_steps if r.verify_step == 0)
 
     (swap_begun, swapped), (off_begun, _), _, (on_begun, _) = changes
     assert all(r.speculator == "day-0-head-0" for r in decoded if r.time_us < swap_begun)
@@ -99,3 +100,31 @@ def test_swap_during_a_request_changes_the_version_of_later_verify_steps_only(tm
     versions = {r.verify_step: r.speculator for r in sink.verify_steps}
     last_of = {row["offset"]: versions[row["verify_step"]] for row in rows["traces"].to_pylist() if row["speculator"]}
     assert {r["offset"]: r["speculator"] for r in rows["accepted"].to_pylist() if r["speculator"]} == last_of
+
+
+def test_a_verify_step_without_a_draft_names_the_version_that_may_draft_for_its_request(tmp_path: Path) -> None:
+    flags = {
+        "target.path": str(write_tiny_target(tmp_path)),
+        "speculator.draft_vocab_size": VOCABULARY,
+        "serve.max_model_len": 64,
+        "serve.drafter": "eagle",
+        "serve.adaptive_drafting": False,
+    }
+    recorder = Recorder()
+    engine = BuiltinEngine(load(environ={}, flags=flags), recorder)
+    engine.start()
+
+    def serve(request: str, *, speculate: bool = True) -> list[tuple[int, str]]:
+        """Return number and version of the verify steps of a request whose second token leaves no room for a draft."""
+        collect(submit(engine, Request(request, (3, 4, 5), 2, ignore_eos=True, speculate=speculate)))
+        steps = recorder.verify_steps[request]
+        assert not any(step.draft_tokens for step in steps)
+        return [(step.verify_step, step.speculator) for step in steps]
+
+    assert serve("a") == [(0, ""), (1, "day-0-head-0")]
+    engine.swap(random_draft(engine._target.shape, 1), "1")
+    assert serve("b") == [(0, ""), (1, "1")]
+    assert serve("c", speculate=False) == [(0, ""), (1, "")]
+    engine.speculate(on=False)
+    assert serve("d") == [(0, ""), (1, "")]
+    engine.stop()

@@ -65,11 +65,11 @@ def test_unlinked_nodes_and_their_children_are_left_out() -> None:
     assert r.top_ids[:, 0].tolist() == [0, 6]
 
 
-def test_a_verify_step_without_a_draft_names_no_version() -> None:
+def test_a_verify_step_without_a_draft_names_the_active_version() -> None:
     r = verify_step_of(
         draft_tokens=ints(10), first_child=ints(-1), next_sibling=ints(-1), accepted=[0], chosen=ints(99)
     )
-    assert (r.tokens, r.bonus, r.speculator, r.draft_us) == ((10,), 99, "", 0)
+    assert (r.tokens, r.bonus, r.speculator, r.draft_us) == ((10,), 99, "7", 0)
 
 
 @pytest.mark.parametrize(

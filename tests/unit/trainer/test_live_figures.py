@@ -67,15 +67,13 @@ def test_a_request_that_a_swap_cut_in_two_counts_on_both_sides(tables: DeltaLog)
     assert totals(new[""]) == (0, 10, 5, 0.05)
 
 
-def test_verify_steps_without_a_draft_count_for_what_their_node_served(tables: DeltaLog) -> None:
-    idle = [ServedRequest("2", T + at, drafted=False) for at in (1, 11, 21)]
-    tables.append(
-        "traces",
-        rows_of([*idle, ServedRequest("2", T), ServedRequest("1", T + 10), ServedRequest("1", T + 20, node="b")]),
-    )
+def test_verify_steps_without_a_draft_count_for_the_version_that_they_name(tables: DeltaLog) -> None:
+    idle = [ServedRequest("2", T + 1, drafted=False), ServedRequest("", T + 1, drafted=False)]
+    drafted = [ServedRequest("1", T), ServedRequest("1", T + 1), ServedRequest("2", T + 10)]
+    tables.append("traces", rows_of([*idle, *drafted]))
     new, old = read_both(LiveFigures(tables, SLICE))
-    assert totals(new[""])[2] == 20
-    assert totals(old[""])[2] == 20, "the third slice of node-0 drafted nothing, and b is another machine"
+    assert totals(new[""]) == (2, 30, 20, 0.2)
+    assert totals(old[""]) == (2, 40, 20, 0.2)
 
 
 def test_verify_steps_of_the_suffix_drafter_count_for_no_version(tables: DeltaLog) -> None:

@@ -94,7 +94,7 @@ def build_verify_step(output: VerifyOutput, number: int, speculator: str, times:
         bonus=int(output.chosen[path[-1]]),
         top_ids=output.top_ids[rows],
         top_logprobs=output.top_logprobs[rows],
-        speculator=speculator if kept else "",
+        speculator=speculator,
         draft_us=times.draft_us if kept else 0,
         verify_us=times.verify_us,
         time_us=times.time_us,

@@ -267,15 +267,7 @@ class DeltaLog:
         table = self.open(name)
         self._check_readable(name, table, after_version)
         with self.translate_errors(name):
-            changes = pa.RecordBatchReader.from_stream(
-                table.load_cdf(
-                    starting_version=after_version + 1,
-                    ending_version=up_to_version,
-                    # Quoted: the library parses them as SQL, where "offset" is a keyword.
-                    columns=[f'"{column}"' for column in [*schema.names, "_commit_version"]],
-                )
-            )
-            commits = [part for batch in changes for part in _split_by_commit(batch)]
+            commits = _read_changes(table, range(after_version + 1, up_to_version + 1), schema.names)
         commits.sort(key=lambda commit: commit[0])
         if not commits:
             return schema.empty_table()
@@ -465,6 +457,26 @@ def _without_views(kind: pa.DataType) -> pa.DataType:
     if pa.types.is_struct(kind):
         return pa.struct([field.with_type(_without_views(field.type)) for field in kind])
     return kind
+
+
+def _read_changes(table: DeltaTable, versions: range, columns: Sequence[str]) -> list[tuple[int, pa.RecordBatch]]:
+    """Return the rows that the commits of these versions added, by commit."""
+    for first in versions:
+        try:
+            changes = pa.RecordBatchReader.from_stream(
+                table.load_cdf(
+                    starting_version=first,
+                    ending_version=versions[-1],
+                    # Quoted: the library parses them as SQL, where "offset" is a keyword.
+                    columns=[f'"{column}"' for column in [*columns, "_commit_version"]],
+                )
+            )
+            return [part for batch in changes for part in _split_by_commit(batch)]
+        except DeltaError as error:
+            # The library does not start at a commit that adds columns. Such a commit adds no rows.
+            if f"table version: {first} that does not have change data" not in str(error):
+                raise
+    return []
 
 
 def _split_by_commit(batch: pa.RecordBatch) -> Iterator[tuple[int, pa.RecordBatch]]:

@@ -95,6 +95,15 @@ def test_rows_of_both_releases_are_read(older: Tables, name: str) -> None:
     assert before[ADDED].null_count == before.num_rows
 
 
+@pytest.mark.parametrize("name", EXTENDED)
+def test_a_reader_that_has_read_everything_continues_behind_the_added_column(older: Tables, name: str) -> None:
+    log = DeltaLog(older)
+    added_at = log.version(name)
+    assert log.read_added(name, added_at - 1, added_at).num_rows == 0
+    OffsetCommitter(log).commit([Batch(SOURCE, 2, newer_rows(2))])
+    assert set(log.read_added(name, added_at - 1, log.version(name))["offset"].to_pylist()) == {2}
+
+
 def test_compaction_merges_files_of_both_releases(older: Tables) -> None:
     log = DeltaLog(older)
     OffsetCommitter(log).commit([Batch(SOURCE, 2, newer_rows(2))])

@@ -110,7 +110,8 @@ class Trainer:
             {**train.model_dump(), "ranks": ranks.size},
         )
         self._throughput = Throughput()
-        self._parent = settings.speculator.day_0
+        self._parent = self._day_0 = settings.speculator.day_0
+        self._warm_started = False
         self._tokens_seen = 0
         self._figures: StepFigures | None = None
         self._score: HeldOutScore | None = None
@@ -195,16 +196,20 @@ class Trainer:
                     self._prefetcher.restore(state.data_loader)
                     self._learners.call(Learner.restore, tensors, state.step)
                     self._parent, self._tokens_seen = state.parent, state.tokens_seen
+                    self._warm_started = state.warm_started
                     self._checkpointed_step, self._versions_needed = state.step, state.data_loader.versions_needed
                     good = self._checkpoints.read_good()
                     self._good = good[0] if good else None
                 else:
                     self._parent, draft = self._load_initial_draft()
                     self._learners.call(Learner.load_weights, draft.state_dict())
+                    self._warm_started = self._parent != self._day_0
                 started = True
             if not started:
                 self._learners.keep_alive()
                 self._stopping.wait(self._settings.poll_interval)
+        if self._warm_started:
+            self._learners.call(Learner.use_warm_start_rate)
         if started and self._good is None:
             self._checkpoint(good=True)
         log.info("training_started", step=self._learner.steps, parent=self._parent, cursor=self._loader.cursor)
@@ -331,6 +336,7 @@ class Trainer:
             step=step,
             tokens_seen=self._tokens_seen,
             parent=self._parent,
+            warm_started=self._warm_started,
             data_loader=self._prefetcher.state(),
             good=good,
             score=self._score if good else None,

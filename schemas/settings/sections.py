@@ -314,6 +314,15 @@ class Train(Section):
     """Optimizer of the hidden layer's matrices. AdamW always updates vocabulary matrices and norms."""
     learning_rate: float = Field(1.5e-3, gt=0)
     """Learning rate of AdamW."""
+    warm_start_learning_rate: float = Field(0.0, ge=0)
+    """Learning rate in place of ``learning_rate`` for a trainer that began with a trained draft, not with the day-0
+    draft; 0 uses ``learning_rate``. A lower rate keeps more of what the draft knows and follows the traffic later.
+    Muon's learning rate changes in proportion."""
+    adamw_beta1: float = Field(0.9, ge=0, lt=1)
+    """AdamW's decay of the mean gradient: it averages over about 1 / (1 - beta) training steps."""
+    adamw_beta2: float = Field(0.95, ge=0, lt=1)
+    """AdamW's decay of the mean squared gradient. A higher value averages over more training steps, and adapts later to
+    gradients of another size."""
     muon_learning_rate: float = Field(0.0, ge=0)
     """Learning rate of Muon; 0 uses ``learning_rate``, for which updates are scaled to the size of AdamW's."""
     newton_schulz_steps: int = Field(5, ge=1, le=20)

@@ -75,18 +75,22 @@ def test_a_training_starts_with_the_weights_that_warm_start_names(world: World, 
 
     begins = count()
 
-    def begun(start: str) -> tuple[str, float]:
+    def begun(start: str) -> tuple[str, float, float]:
+        rates = {"learning_rate": 4e-3, "warm_start_learning_rate": 1e-3, "warmup_steps": 0}
         settings = settings_of(
-            tmp_path, registry, warm_start=start, checkpoint_dir=str(tmp_path / f"train-{next(begins)}")
+            tmp_path, registry, warm_start=start, checkpoint_dir=str(tmp_path / f"train-{next(begins)}"), **rates
         )
         trainer = Trainer(settings, world.target, threading.Event())
         trainer._start()
-        return trainer._parent, float(trainer._learner.draft.norm.weight.detach()[0])
+        restarted = Trainer(settings, world.target, threading.Event())
+        restarted._start()
+        assert restarted._learner.learning_rate == trainer._learner.learning_rate
+        return trainer._parent, float(trainer._learner.draft.norm.weight.detach()[0]), trainer._learner.learning_rate
 
-    assert begun("alias") == (drafts["2"], 2.5)
-    assert begun("day-0") == ("day-0-head-0", 1.0)
-    assert begun(drafts["1"]) == (drafts["1"], 1.5)
+    assert begun("alias") == (drafts["2"], 2.5, 1e-3)
+    assert begun("day-0") == ("day-0-head-0", 1.0, 4e-3)
+    assert begun(drafts["1"]) == (drafts["1"], 1.5, 1e-3)
     folder = str(tmp_path / "1")
-    assert begun(folder) == (folder, 1.5)
+    assert begun(folder) == (folder, 1.5, 1e-3)
     with pytest.raises(SettingsError, match=r"train\.warm_start.*nowhere"):
         begun(str(tmp_path / "nowhere"))

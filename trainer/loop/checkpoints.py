@@ -44,6 +44,8 @@ class TrainState(CheckpointState):
     tokens_seen: int
     parent: str
     """Version that the weights descend from: the one registered last, or the one that training started with."""
+    warm_started: bool = False
+    """Whether training began with a trained draft."""
     data_loader: DataLoaderState
     score: HeldOutScore | None = None
     """Its score on the held-out set; None before the first evaluation."""

@@ -43,16 +43,22 @@ class Learner:
         self._device = embeddings_VH.device
         self._module = self._ranks.wrap(_LossModule(draft, embeddings_VH, settings), settings.parallel)
         self._optimizers = Optimizers(draft, settings)
+        self._rate_factor = 1.0
         self._ema = ExponentialMovingAverage(draft, settings.ema_decay) if settings.ema_decay else None
 
     @property
     def learning_rate(self) -> float:
         """Learning rate of the next step."""
-        return self._settings.learning_rate * self._warmup
+        return self._settings.learning_rate * self._schedule
 
     @property
-    def _warmup(self) -> float:
-        return min(1.0, (self.steps + 1) / max(self._settings.warmup_steps, 1))
+    def _schedule(self) -> float:
+        return self._rate_factor * min(1.0, (self.steps + 1) / max(self._settings.warmup_steps, 1))
+
+    def use_warm_start_rate(self) -> None:
+        """Train with ``train.warm_start_learning_rate`` from now on; on all ranks."""
+        rate = self._settings.learning_rate
+        self._rate_factor = (self._settings.warm_start_learning_rate or rate) / rate
 
     def step(self, *batches: Batch) -> Loss:
         """Train on the batches of one step, on all ranks, each with its own.
@@ -85,7 +91,7 @@ class Learner:
             return loss
         if not self.gradient_norm:
             return loss  # weight decay and momentum would move the weights all the same
-        self._optimizers.step(self._warmup)
+        self._optimizers.step(self._schedule)
         self.steps += 1
         self.skipped = 0
         if self._ema:

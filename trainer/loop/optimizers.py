@@ -36,6 +36,7 @@ class Optimizers:
             torch.optim.AdamW(
                 [{"params": matrices, "weight_decay": decay}, {"params": norms, "weight_decay": 0.0}],
                 lr=rate,
+                betas=(train.adamw_beta1, train.adamw_beta2),
                 fused=True,
             )
         ]

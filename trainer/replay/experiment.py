@@ -202,7 +202,10 @@ def _start_run(task: VariantTask, target: Target) -> PrequentialRun:
     train = task.settings.train
     start = DAY_0 if train.warm_start in ("alias", DAY_0) else train.warm_start
     (named,) = load_drafts(task.settings, target, [start])
-    return PrequentialRun(named.draft, target.embeddings_VH, train, seed=train.seed, lookahead=task.plan.lookahead)
+    run = PrequentialRun(named.draft, target.embeddings_VH, train, seed=train.seed, lookahead=task.plan.lookahead)
+    if named.version != task.settings.speculator.day_0:
+        run.use_warm_start_rate()
+    return run
 
 
 def _open_stream(task: VariantTask, target: Target, counts: Counter[str]) -> Iterator[Sample]:

@@ -122,6 +122,10 @@ class PrequentialRun:
         self._seen = self._trained_tokens = 0
         self._training_s = self._scoring_s = 0.0
 
+    def use_warm_start_rate(self) -> None:
+        """Train with ``train.warm_start_learning_rate`` from now on."""
+        self._learner.use_warm_start_rate()
+
     def freeze(self) -> None:
         """Score a copy of the current draft beside the one in training."""
         self.static = copy.deepcopy(self._learner.export_draft())

@@ -31,6 +31,8 @@ BASE: Mapping[str, SettingValue] = {
     "train.learning_rate": _RATE,
     "train.muon_learning_rate": 0.0,
     "train.newton_schulz_steps": 3,
+    "train.adamw_beta1": 0.9,
+    "train.adamw_beta2": 0.999,
     "train.weight_decay": 0.01,
     "train.ema_decay": 0.98,
     "train.warmup_steps": 20,
@@ -59,7 +61,7 @@ LOOKAHEAD = 4
 
 _IRRELEVANT = (
     *("host", "port", "checkpoint_dir", "poll_interval", "num_threads", "seed", "registration_interval"),
-    *("checkpoint_interval", "held_out_ratio", "held_out_samples", "staleness_half_life"),
+    *("checkpoint_interval", "held_out_ratio", "held_out_samples", "staleness_half_life", "warm_start_learning_rate"),
     *("gradient_accumulation_steps", "parallel", "catch_up_steps", "join_timeout", "join_bytes"),
 )
 """Settings of the trainer without effect here: nothing is held out, and no version is registered."""
@@ -130,6 +132,7 @@ PLAN = (
     _one("adamw", "optimizer", "train.optimizer", "adamw"),
     Variant("adamw-x0.5", "optimizer", (("train.optimizer", "adamw"), ("train.learning_rate", _RATE * 0.5))),
     _one("newton-schulz-5", "optimizer", "train.newton_schulz_steps", 5),
+    _one("beta2-0.95", "decay of AdamW's mean squared gradient", "train.adamw_beta2", 0.95),
     *(_one(f"average-{x:g}", "average of the weights", "train.ema_decay", x) for x in (0.0, 0.9, 0.95)),
     _one("accepted-only", _REJECTED, "train.rejected_weight", 0.0),
     *(_one(f"lambda-{x:g}", _REJECTED, "train.rejected_weight", x) for x in (0.3, 1.0)),

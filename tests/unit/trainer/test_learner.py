@@ -191,6 +191,34 @@ def test_a_step_that_is_not_finite_is_skipped() -> None:
     assert (one.steps, one.skipped) == (2, 0)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_warm_start_trains_as_with_its_own_learning_rate(optimizer: str) -> None:
+    rates = {"learning_rate": 2e-2, "muon_learning_rate": 4e-2, "warm_start_learning_rate": 5e-3}
+    warm = learner(optimizer=optimizer, warmup_steps=4, **rates)
+    plain = learner(optimizer=optimizer, warmup_steps=4, learning_rate=5e-3, muon_learning_rate=1e-2)
+    warm.use_warm_start_rate()
+    for seed in range(6):
+        assert warm.learning_rate == pytest.approx(plain.learning_rate)
+        warm.step(batch(seed))
+        plain.step(batch(seed))
+    assert_close(weights(warm.draft), weights(plain.draft))
+    same = learner(learning_rate=2e-2)
+    same.use_warm_start_rate()
+    assert same.learning_rate == 2e-2
+
+
+def test_adamw_decays_its_moments_as_the_settings_say() -> None:
+    one = learner(optimizer="adamw", adamw_beta1=0.5, adamw_beta2=0.75, max_grad_norm=1e9)
+    mean, square = torch.zeros(()), torch.zeros(())
+    for seed in range(3):
+        one.step(batch(seed))
+        gradient = gradients(one)["fc.weight"]
+        mean, square = 0.5 * mean + 0.5 * gradient, 0.75 * square + 0.25 * gradient**2
+    state = one.state_tensors()
+    torch.testing.assert_close(state["exp_avg/fc.weight"], mean)
+    torch.testing.assert_close(state["exp_avg_sq/fc.weight"], square)
+
+
 def test_a_step_without_loss_changes_no_weight_and_does_not_count() -> None:
     one = learner(warmup_steps=10, suffix_predicted_weight=0.0, rejected_weight=0.0)
     one.step(batch(0))

@@ -84,7 +84,7 @@ class BuiltBatch:
     dead_letters: Mapping[str, int]
     """Number of dead letters by reason."""
     written: tuple[WrittenRecord, ...]
-    """Records with rows in ``accepted``, to be added to the deduplication window once they are committed."""
+    """Records with rows in ``traces``, to be added to the deduplication window once they are committed."""
     chunk_gaps: int
     """Chunks without the chunk before them: it was dropped, became a dead letter, or left the deduplication window."""
 

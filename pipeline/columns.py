@@ -48,7 +48,7 @@ def gather_features(steps: VerifyStepColumns, claimed: Mapping[int, U16]) -> Lis
 def build_tables(
     steps: VerifyStepColumns, features: ListColumn, chunk_columns: Columns, context_tokens: int
 ) -> dict[str, pa.Table]:
-    """Build the rows of ``accepted``, ``rejected`` and ``traces``.
+    """Build the rows of ``accepted``, ``rejected`` and ``traces``; of chunks with dropped features only ``traces``.
 
     Args:
         steps: Valid verify steps, at least one for each chunk.
@@ -59,9 +59,11 @@ def build_tables(
     end_times = steps.batch.column("time").take(pa.array(steps.bounds[1:] - 1))
     lineage = {**chunk_columns, "speculator": _last_speculator(steps), "time": end_times}
     samples = _build_samples(steps)
+    is_trained = np.array([envelope.features != "dropped" for envelope in steps.envelopes], np.bool_)
+    accepted = _build_accepted(steps, features, lineage, samples)
     return {
-        "accepted": _build_accepted(steps, features, lineage, samples),
-        "rejected": _build_rejected(steps, lineage, samples, context_tokens),
+        "accepted": accepted if is_trained.all() else accepted.filter(pa.array(is_trained)),
+        "rejected": _build_rejected(steps, lineage, samples, context_tokens, is_trained),
         "traces": _build_traces(steps, chunk_columns),
     }
 
@@ -139,10 +141,11 @@ class _Branches(NamedTuple):
     """[B] drafted nodes of each branch, from the root's child to the leaf."""
 
 
-def _find_branches(steps: VerifyStepColumns) -> _Branches:
-    """Return the rejected branches in the order of the verify steps. A chain has at most one: the whole chain."""
-    parents, drafted = steps.draft_parents, steps.draft_tokens.lengths
-    is_tree = parents.rows_with(parents.entries != parents.entry_indices - 1)
+def _find_branches(steps: VerifyStepColumns, is_trained: Bools) -> _Branches:
+    """Return the rejected branches of some chunks [C] in the order of the verify steps. A chain has at most one: the
+    whole chain."""
+    parents, drafted = steps.draft_parents, steps.draft_tokens.lengths * is_trained[steps.chunk]
+    is_tree = parents.rows_with(parents.entries != parents.entry_indices - 1) & (drafted > 0)
     chains = np.flatnonzero(~is_tree & (steps.accepted.lengths < drafted))
     lengths = drafted[chains]
     nodes = concat_ranges(np.zeros(len(chains), np.int64), lengths)
@@ -162,8 +165,10 @@ def _find_branches(steps: VerifyStepColumns) -> _Branches:
     )
 
 
-def _build_rejected(steps: VerifyStepColumns, lineage: Columns, samples: _Samples, context_tokens: int) -> pa.Table:
-    branch_step, nodes = _find_branches(steps)
+def _build_rejected(
+    steps: VerifyStepColumns, lineage: Columns, samples: _Samples, context_tokens: int, is_trained: Bools
+) -> pa.Table:
+    branch_step, nodes = _find_branches(steps, is_trained)
     branch_chunk, node_step = steps.chunk[branch_step], branch_step[nodes.entry_rows]
     drafted = steps.draft_tokens.starts[node_step] + nodes.values
     is_accepted = np.zeros(len(steps.draft_tokens.values) + 1, np.bool_)

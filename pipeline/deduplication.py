@@ -4,10 +4,10 @@ A record carries one chunk of a request. Its identity is (node, request, chunk) 
 record that repeats one written at most ``window`` offsets before it in its partition becomes a dead letter.
 
 The deduplication window is a function of the log up to the next offset: the records of the last ``window`` offsets
-that have a row in ``accepted``. It needs no storage of its own. If the cached window does not end at the next offset
+that have rows in ``traces``. It needs no storage of its own. If the cached window does not end at the next offset
 (at the start, after an assignment, and after a commit whose outcome is unknown), it is read from the table. So a
-redelivery decides as the first delivery did, in any worker and with any batch boundaries. ``accepted`` is committed
-last, so no other table is behind the window.
+redelivery decides as the first delivery did, in any worker and with any batch boundaries: up to the next offset every
+table is complete.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator
 from typing import NamedTuple, TypeVar
 
+import numpy as np
 import pyarrow as pa
 
 from pipeline.delta import DeltaLog
@@ -22,8 +23,8 @@ from pipeline.offsets import SourcePartition
 
 K = TypeVar("K")
 
-COLUMNS = ("offset", "node", "request", "chunk", "time")
-"""Columns of ``accepted`` that identify a record."""
+COLUMNS = ("offset", "node", "request", "chunk", "position", "time")
+"""Columns of ``traces`` that identify a record, by its last verify step."""
 
 
 class ChunkIdentity(NamedTuple):
@@ -37,7 +38,7 @@ class ChunkIdentity(NamedTuple):
 
 
 class WrittenRecord(NamedTuple):
-    """A record with rows in ``accepted``."""
+    """A record with rows in ``traces``."""
 
     source: SourcePartition
     offset: int
@@ -88,7 +89,7 @@ class Deduplicator:
     """Keeps the deduplication window of each partition at its next offset.
 
     Args:
-        tables: Where the rows of ``accepted`` are read from.
+        tables: Where the rows of ``traces`` are read from.
         window: Offsets for which a record is remembered.
     """
 
@@ -102,7 +103,7 @@ class Deduplicator:
         at, window = self._windows.get(source, (None, NO_DEDUPLICATION))
         if at != next_offset:
             offsets = range(max(0, next_offset - self._size), next_offset)
-            rows = self._tables.read_offsets("accepted", source, offsets, COLUMNS)
+            rows = self._tables.read_offsets("traces", source, offsets, COLUMNS)
             window = DeduplicationWindow(self._size, _read_written(source, rows))
             self._windows[source] = next_offset, window
         return window
@@ -120,9 +121,14 @@ class Deduplicator:
 
 
 def _read_written(source: SourcePartition, rows: pa.Table) -> Iterator[WrittenRecord]:
-    """Yield the records of rows of ``accepted``."""
-    times = rows["time"].cast(pa.int64()).to_pylist()
-    others = (rows[name].to_pylist() for name in COLUMNS[:-1])
+    """Yield the records of rows of ``traces``, ordered by offset."""
+    rows = rows.sort_by([("offset", "ascending"), ("position", "ascending")])
+    offsets = rows["offset"].to_numpy()
+    is_last = np.ones(len(offsets), np.bool_)
+    is_last[:-1] = offsets[1:] != offsets[:-1]
+    last = rows.filter(pa.array(is_last))
+    times = last["time"].cast(pa.int64()).to_pylist()
+    others = (last[name].to_pylist() for name in ("offset", "node", "request", "chunk"))
     for offset, node, request, chunk, time_us in zip(*others, times, strict=True):
         yield WrittenRecord(source, offset, ChunkIdentity(node, request, chunk, time_us))
 

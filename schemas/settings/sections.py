@@ -223,8 +223,8 @@ class Traces(Section):
     sample_ratio: float = Field(1.0, ge=0, le=1)
     """Ratio of requests that are traced. The request id decides, and a request is traced completely or not at all."""
     max_bytes_per_second: int = Field(0, ge=0)
-    """Maximum trace bytes that a node publishes per second; 0 sets no limit. Beyond it the node drops the chunks with
-    the highest ratio of accepted draft tokens."""
+    """Maximum trace bytes that a node publishes per second; 0 sets no limit. Beyond it the node drops the features of
+    the chunks with the highest ratio of accepted draft tokens, and no verify step."""
     features: Literal["inline", "claim-check", "recompute"] = "inline"
     """How the target's hidden states reach the trainer: in the records, in files of an object store, or not at all.
     With ``recompute`` the trainer runs the target itself."""

@@ -17,12 +17,14 @@ and the accepted draft tokens. The tokens of all steps, followed by the last bon
 and one per draft token, also past the first rejection. A long prompt is split into several rows of step 0, and only the
 last of them has a bonus token.
 
-Features reach the trainer in one of three ways, named in the envelope:
+The envelope names how the features reach the trainer:
 
 ``inline``       in the rows.
 ``claim-check``  in a file of the object store (``schemas.claim_store``); the envelope has its URI and checksum.
 ``recompute``    not at all: the trainer runs the frozen target over the tokens. The envelope also has the tokens that
                  precede the chunk, so that a chunk depends on no other chunk.
+``dropped``      not at all, and nothing is trained on the chunk: the node's byte budget did not suffice for them. Its
+                 verify steps are complete otherwise, so that acceptance is counted over all traffic.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ FORMAT = "aurora.trace/3"
 ROOT = -1
 """Parent of a draft token that follows the root."""
 
-Features = Literal["inline", "claim-check", "recompute"]
+Features = Literal["inline", "claim-check", "recompute", "dropped"]
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 U16 = npt.NDArray[np.uint16]
 I32 = npt.NDArray[np.int32]

@@ -13,7 +13,6 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 DropReason = Literal[
     "queue_full",
-    "budget",
     "circuit_breaker_open",
     "offload_failed",
     "too_large",
@@ -35,6 +34,10 @@ class TraceCounts:
     pending_bytes: int
     unsampled: int = 0
     """Requests outside the sample; none of their rows is captured."""
+    without_features: int = 0
+    """Captured rows whose features were dropped for the byte budget."""
+    bytes_over_budget: int = 0
+    """Bytes that were published although the byte budget did not suffice."""
 
     @property
     def rows_dropped(self) -> int:
@@ -56,6 +59,16 @@ class TraceCounts:
             "aurora_serve_trace_queue_bytes", "Bytes of the pending rows.", value=self.pending_bytes
         )
         yield CounterMetricFamily(
+            "aurora_serve_trace_rows_without_features",
+            "Trace rows whose features were dropped for traces.max_bytes_per_second.",
+            value=self.without_features,
+        )
+        yield CounterMetricFamily(
+            "aurora_serve_trace_over_budget_bytes",
+            "Trace bytes beyond traces.max_bytes_per_second, of rows without features.",
+            value=self.bytes_over_budget,
+        )
+        yield CounterMetricFamily(
             "aurora_serve_trace_requests_unsampled", "Requests outside the sample.", value=self.unsampled
         )
 
@@ -71,6 +84,8 @@ class TraceAccounting:
         self._pending = 0
         self._bytes = 0
         self._unsampled = 0
+        self._without_features = 0
+        self._bytes_over_budget = 0
 
     def skip_request(self) -> None:
         """Count a request outside the sample."""
@@ -94,6 +109,17 @@ class TraceAccounting:
             self._captured += rows
             self._dropped[reason] += rows
 
+    def drop_features(self, rows: int, size: int) -> None:
+        """Count pending rows that have lost their features of ``size`` bytes."""
+        with self._lock:
+            self._bytes -= size
+            self._without_features += rows
+
+    def exceed_budget(self, size: int) -> None:
+        """Count bytes that were published beyond the budget."""
+        with self._lock:
+            self._bytes_over_budget += size
+
     def publish(self, rows: int, size: int) -> None:
         """Count pending rows as published."""
         with self._lock:
@@ -113,5 +139,12 @@ class TraceAccounting:
         with self._lock:
             dropped = dict(self._dropped)
             return TraceCounts(
-                self._captured, self._published, dropped, self._pending, self._bytes, unsampled=self._unsampled
+                self._captured,
+                self._published,
+                dropped,
+                self._pending,
+                self._bytes,
+                unsampled=self._unsampled,
+                without_features=self._without_features,
+                bytes_over_budget=self._bytes_over_budget,
             )

@@ -106,6 +106,12 @@ def drop_features(step: VerifyStep) -> VerifyStep:
     return replace(step, features=np.empty((0, step.features.shape[1]), np.uint16)) if len(step.features) else step
 
 
+def strip_features(chunk: Chunk) -> Chunk:
+    """Return the chunk without features, and without the tokens that the trainer would recompute them from."""
+    envelope = replace(chunk.envelope, features="dropped", preceding_tokens=())
+    return Chunk(envelope, tuple(map(drop_features, chunk.verify_steps)))
+
+
 def split_prefill(step: VerifyStep, transport: FeatureTransport) -> tuple[VerifyStep, ...]:
     """Split a prefill into rows that fit into a chunk, as far as tokens can be separated; only the last has a bonus.
 

@@ -48,6 +48,7 @@ from serving.traces.chunks import (
     message_headers,
     row_bytes,
     split_prefill,
+    strip_features,
 )
 from serving.traces.circuit_breaker import CircuitBreaker, CircuitState
 from serving.traces.offload import FeatureOffload
@@ -258,13 +259,19 @@ class TracePublisher:
             self._budget.push(chunk, chunk_bytes(chunk), self._clock())
 
     def _spend_budget(self, now: float) -> None:
-        """Send the chunks that the budget affords, and drop the ones that it will not."""
+        """Send the chunks that the budget affords, and the ones that it will not without their features."""
         if self._budget is None:
             return
         while chunk := self._budget.pop(now):
             self._send(chunk)
         for chunk in self._budget.evict(now):
-            self._drop(Delivery.create(chunk), "budget")
+            self._send_without_features(chunk)
+
+    def _send_without_features(self, chunk: Chunk) -> None:
+        stripped = strip_features(chunk)
+        freed = sum(step.features.nbytes for step in chunk.verify_steps)
+        self._accounting.drop_features(len(chunk.verify_steps), freed)
+        self._send(stripped)
 
     def _send(self, chunk: Chunk) -> None:
         delivery, now = Delivery.create(chunk), self._clock()
@@ -280,7 +287,8 @@ class TracePublisher:
     def _encode(self, chunk: Chunk) -> tuple[Chunk, bytes] | DropReason:
         """Return the chunk as published and its bytes, or the reason to drop it."""
         try:
-            published = self._offload.offload(chunk) if self._offload else chunk
+            has_features = chunk.envelope.features != "dropped"
+            published = self._offload.offload(chunk) if self._offload and has_features else chunk
             return (published, encode(published)) if published else "offload_failed"
         except (ValueError, TypeError, OverflowError, pa.ArrowException) as error:
             log.warning("trace_chunk_unencodable", request=chunk.envelope.request, error=str(error))
@@ -304,7 +312,8 @@ class TracePublisher:
             self._due.append((now + OVERDUE_S, number))
             if self._budget is not None:
                 claim = chunk.envelope.claim
-                self._budget.pay(message_bytes(value, key, headers) + (claim.size if claim else 0))
+                size = message_bytes(value, key, headers) + (claim.size if claim else 0)
+                self._accounting.exceed_budget(self._budget.pay(size))
 
     def _on_delivery(self, number: int, error: KafkaError | None, _message: Message | None) -> None:
         """Take the delivery report of one chunk."""
@@ -361,7 +370,7 @@ class TracePublisher:
         self._builders.clear()
         self._spend_budget(self._clock())
         for chunk in self._budget.clear() if self._budget else ():
-            self._drop(Delivery.create(chunk), "budget")
+            self._send_without_features(chunk)
         # An unreachable broker is unlikely to return within this time.
         timeout = max(0.0, self._close_by - self._clock())
         self._producer.flush(timeout if self._breaker.state == "closed" else min(timeout, 1.0))

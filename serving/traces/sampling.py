@@ -1,14 +1,19 @@
-"""Sampling of the traffic: a share of the requests is traced, and of their chunks as many as a byte budget allows.
+"""Sampling of the traffic: a share of the requests is traced, and of their features as many as a byte budget allows.
 
-The budget is a token bucket: over any t seconds at most ``rate * t + burst`` bytes are published. While the bucket
-suffices, a chunk is sent at once. Otherwise chunks wait in a queue, and the budget goes to the most informative one:
-the chunk of whose answer the draft predicted the smallest share. A chunk that waits too long is dropped, and a full
-queue drops its least informative chunk. The unit is the chunk, not the request: each chunk becomes table rows by
-itself, so a request may keep its hard part and lose its easy one.
+The budget is a token bucket. While it suffices, a chunk is sent at once. Otherwise chunks wait in a queue, and the
+budget goes to the most informative one: the chunk of whose answer the draft predicted the smallest share. A chunk that
+waits too long leaves the queue, and so does the least informative chunk of a full queue; they are sent without their
+features. No verify step is dropped for the budget, so acceptance is measured over all of them. The unit is the chunk,
+not the request: each chunk becomes table rows by itself, so a request may keep the features of its hard part and lose
+those of its easy one.
+
+Chunks without features are paid from the bucket too, which may owe up to one burst for them: over any t seconds at most
+``rate * t + 2 * burst`` bytes are published, and the bytes that ``BudgetQueue.pay`` returns.
 """
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, insort
 from collections import deque
 from dataclasses import dataclass
@@ -45,7 +50,7 @@ def predicted_share(chunk: Chunk) -> float:
 
 
 class TokenBucket:
-    """Bytes that may be published, on the caller's clock. It starts full."""
+    """Bytes that may be published, on the caller's clock. It starts full, and may owe as much as it holds."""
 
     def __init__(self, rate: float, burst: float) -> None:
         self._rate = rate
@@ -60,9 +65,11 @@ class TokenBucket:
         self._updated_at = now
         return 0 < min(size, self._burst) <= self._level
 
-    def pay(self, size: int) -> None:
-        """Take at most the bytes that ``affords`` has granted."""
-        self._level -= size
+    def pay(self, size: int) -> int:
+        """Take published bytes. Return how many of them the bucket neither holds nor may owe."""
+        level = self._level - size
+        self._level = max(level, -self._burst)
+        return math.ceil(self._level - level)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,9 +134,9 @@ class BudgetQueue:
             return None
         return self._remove(self._order[0]).chunk
 
-    def pay(self, size: int) -> None:
-        """Take the published size of a chunk from the budget."""
-        self._bucket.pay(size)
+    def pay(self, size: int) -> int:
+        """Take the published size of a chunk from the budget. Return how many bytes exceed it."""
+        return self._bucket.pay(size)
 
     def evict(self, now: float) -> list[Chunk]:
         """Remove the chunks that waited too long; then the least informative ones, down to the queue's limit."""

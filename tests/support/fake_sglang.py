@@ -24,7 +24,7 @@ sglang:spec_verify_calls_total 40.0
 sglang:generation_tokens_total{is_streaming="false"} 103.0
 aurora_serve_trace_rows_captured_total 50.0
 aurora_serve_trace_rows_published_total 40.0
-aurora_serve_trace_rows_dropped_total{reason="budget"} 3.0
+aurora_serve_trace_rows_dropped_total{reason="too_large"} 3.0
 aurora_serve_trace_rows_dropped_total{reason="queue_full"} 4.0
 aurora_sglang_trace_circuit_breaker_open 1.0
 """

@@ -80,8 +80,8 @@ def record_of(  # noqa: PLR0913 - one for each thing that a test may vary
     last: bool = True,
     finish: str | None = None,
 ) -> Record:
-    """Return the record with the verify steps; without features if they are to be recomputed."""
-    if features == "recompute":
+    """Return the record with the verify steps; their features only inline."""
+    if features != "inline":
         verify_steps = [drop_features(r) for r in verify_steps]
     envelope = Envelope(
         request=request,

@@ -93,11 +93,11 @@ def _with_features(chunk: Chunk, claimed: ClaimReader) -> Chunk:
 
 
 def accepted_rows(record: Record, chunk: Chunk) -> Iterator[Row]:
-    """Yield the sample of a chunk's committed tokens: one row, or none for a chunk without verify steps.
+    """Yield the sample of a chunk's committed tokens: one row, or none without verify steps or with dropped features.
 
     Where the features are to be recomputed, the window begins with the request.
     """
-    if not chunk.verify_steps:
+    if not chunk.verify_steps or chunk.envelope.features == "dropped":
         return
     envelope, verify_steps = chunk.envelope, chunk.verify_steps
     nodes = [teacher_nodes(r) for r in verify_steps]
@@ -123,7 +123,9 @@ def accepted_rows(record: Record, chunk: Chunk) -> Iterator[Row]:
 
 def rejected_rows(record: Record, chunk: Chunk, context_tokens: int) -> Iterator[Row]:
     """Yield the rejected branches of a chunk, in the order of its verify steps."""
-    lineage = _lineage(record, chunk) if chunk.verify_steps else {}
+    if not chunk.verify_steps or chunk.envelope.features == "dropped":
+        return
+    lineage = _lineage(record, chunk)
     before = list(chunk.envelope.preceding_tokens)
     for r in chunk.verify_steps:
         root = r.tokens[0]

@@ -165,7 +165,7 @@ def join_chunks(
     entry: RequestEntry, rows: Sequence[Row], compute_states: ComputeStates, counts: Counter[str]
 ) -> PastRequest | None:
     """Join the rows of a request, in the order of its chunks; None if they leave a gap."""
-    if not rows or rows[0]["position"] or not all(map(provides_features, rows)):
+    if not rows or rows[0]["position"] or rows[-1]["last_chunk"] is False or not all(map(provides_features, rows)):
         return None
     try:
         whole = join_samples([read_sample(row, []) for row in rows])

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from bfloat16 import from_bf16, to_bf16
 from hypothesis import given
@@ -186,6 +187,19 @@ def test_recompute_chunk_gives_the_sample_from_the_start_of_the_request_without_
     first, second = built.rows["rejected"].to_pylist()
     assert (first["context"], second["context"]) == ([A, B, C, D], [A, B, C, D, E, F])
     assert first["root_position"] == 3
+
+
+def test_chunk_with_dropped_features_has_verify_steps_and_nothing_to_train_on() -> None:
+    bare = Chunk(
+        replace(ENVELOPE, features="dropped"), tuple(replace(r, features=r.features[:0]) for r in EXAMPLE.verify_steps)
+    )
+    whole, built = build([record(offset=8)], 32).rows, build([record(bare, 7), record(offset=8)], 32)
+    assert built.dead_letters == {}
+    for name in ("accepted", "rejected"):
+        assert built.rows[name].equals(whole[name])
+    of_record = {offset: built.rows["traces"].filter(pc.field("offset") == offset) for offset in (7, 8)}
+    assert of_record[7].num_rows == 3
+    assert of_record[7].drop_columns("offset").equals(of_record[8].drop_columns("offset"))
 
 
 def test_context_is_limited_to_context_tokens_before_the_root() -> None:

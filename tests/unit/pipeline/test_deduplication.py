@@ -17,12 +17,20 @@ from pipeline.deduplication import NO_DEDUPLICATION, ChunkIdentity, Deduplicatio
 from pipeline.delta import DeltaLog, TableError
 from pipeline.offsets import COMMIT_ORDER, Batch, FencedError, OffsetCommitter, SourcePartition, select_records
 from schemas.settings import Tables
+from schemas.trace.record import Features
 
 SOURCE = SourcePartition("traces", 0)
 CONTEXT = 4
+WAYS: tuple[Features, Features] = ("inline", "dropped")
 PIECES = [
-    record_of(f"r{request}", [replace(r, time_us=at) for r in conversation(range(5, 12), prompt=3)], 0, chunk=chunk)
-    for request in range(2)
+    record_of(
+        f"r{request}",
+        [replace(r, time_us=at + r.verify_step) for r in conversation(range(5, 12), prompt=3)],
+        0,
+        chunk=chunk,
+        features=features,
+    )
+    for request, features in enumerate(WAYS)
     for chunk, at in ((0, 1), (1, 2), (1, 3))
 ]
 """Two requests of two chunks each. The second chunk exists in two versions with different times."""
@@ -92,7 +100,7 @@ def test_window_read_from_the_table_equals_the_window_that_grew(pieces: list[int
     cut = min(cut, len(log))
     whole = build(log, CONTEXT, window=DeduplicationWindow(window))
     tables = MemoryTables()
-    tables.snapshot("accepted").append(whole.rows["accepted"], {})
+    tables.snapshot("traces").append(whole.rows["traces"], {})
     grown = DeduplicationWindow(window, [one for one in whole.written if one.offset < cut])
     grown.evict_before(cut)
     read = Deduplicator(tables, window).window(SOURCE, cut)
@@ -115,7 +123,7 @@ def test_restarted_worker_reads_its_window_from_the_table(tmp_path: Path) -> Non
 
 def test_window_of_a_revoked_partition_is_dropped() -> None:
     tables = MemoryTables()
-    tables.snapshot("accepted").append(build([at(0, 0)], CONTEXT).rows["accepted"], {})
+    tables.snapshot("traces").append(build([at(0, 0)], CONTEXT).rows["traces"], {})
     deduplicator = Deduplicator(tables, 3)
     known = deduplicator.window(SOURCE, 1)
     deduplicator.retain([SOURCE])

@@ -1,8 +1,11 @@
-"""Requests are sampled whole, the budget is never exceeded, and it goes to the most informative chunks."""
+"""Requests are sampled whole, no verify step is dropped for the budget, and the budget for features goes to the most
+informative chunks.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import accumulate
 
@@ -84,19 +87,25 @@ def test_verify_steps_without_a_draft_count_as_not_predicted() -> None:
 @given(
     rate=st.floats(0, 1000),
     burst=st.floats(1, 5000),
-    payments=st.lists(st.tuples(st.floats(0, 10), st.integers(1, 6000)), max_size=40),
+    payments=st.lists(st.tuples(st.floats(0, 10), st.integers(1, 6000), st.booleans()), max_size=40),
 )
-def test_no_window_exceeds_the_rate_plus_one_burst(
-    rate: float, burst: float, payments: list[tuple[float, int]]
+def test_no_window_exceeds_the_rate_and_two_bursts_by_more_than_is_returned(
+    rate: float, burst: float, payments: list[tuple[float, int, bool]]
 ) -> None:
     bucket, paid = TokenBucket(rate, burst), []
-    for now, size in zip(accumulate(passes for passes, _ in payments), (size for _, size in payments), strict=True):
-        if size <= burst and bucket.affords(size, now):
-            bucket.pay(size)
-            paid.append((now, size))
+    for now, (_, size, is_owed) in zip(accumulate(passes for passes, *_ in payments), payments, strict=True):
+        if bucket.affords(size, now) or is_owed:
+            paid.append((now, size - bucket.pay(size)))
     for i, (begin, _) in enumerate(paid):
         for j in range(i, len(paid)):
-            assert sum(size for _, size in paid[i : j + 1]) <= rate * (paid[j][0] - begin) + burst + 1e-6
+            assert sum(size for _, size in paid[i : j + 1]) <= rate * (paid[j][0] - begin) + 2 * burst + 1e-6
+
+
+def test_owed_bytes_are_repaid_before_the_bucket_affords_more() -> None:
+    bucket = TokenBucket(10, 100)
+    assert bucket.affords(100, 0.0)
+    assert (bucket.pay(150), bucket.pay(70)) == (0, 20)
+    assert [bucket.affords(1, now) for now in (9.9, 10.2)] == [False, True]
 
 
 def test_an_empty_bucket_without_a_rate_affords_nothing() -> None:
@@ -170,34 +179,48 @@ def is_balanced(bench: Bench) -> bool:
     return counts.captured == counts.published + counts.rows_dropped + counts.pending
 
 
-@pytest.mark.parametrize("rate", [4_000, 8_000])
-def test_a_binding_budget_is_kept_and_prefers_unpredicted_chunks(rate: int) -> None:
+def has_features(chunk: Chunk) -> bool:
+    return chunk.envelope.features == "inline"
+
+
+def accepted_tokens(verify_steps: Iterable[VerifyStep]) -> list[int]:
+    """Return the accepted tokens of each verify step with a draft, in any order."""
+    return sorted(len(step.accepted) for step in verify_steps if step.draft_tokens)
+
+
+@pytest.mark.parametrize("rate", [8_000, 16_000])
+def test_a_binding_budget_keeps_every_verify_step_and_the_features_of_unpredicted_chunks(rate: int) -> None:
     bench, rng = Bench(max_bytes_per_second=rate), np.random.default_rng(0)
     captured, hard = Counter[bool](), set()
+    sent: list[int] = []
     sent_at: list[float] = []
     for _ in range(60):
         for _ in range(4):
             difficult = bool(rng.integers(0, 2))
-            request = send(bench, [int(k) for k in rng.integers(0, 2 if difficult else 4, 8)])
+            accepted = [int(k) for k in rng.integers(0, 2 if difficult else 4, 8)]
+            sent += accepted
+            request = send(bench, accepted)
             captured[difficult] += 9
             hard |= {request} if difficult else set()
         bench.settle()
         assert is_balanced(bench)
         sent_at += [bench.now] * (len(bench.producer.delivered) - len(sent_at))
         bench.now += 0.5
-    burst = max(2 * rate, 20_000)
+    burst, beyond = max(2 * rate, 20_000), bench.publisher.counts().bytes_over_budget
     weights = [weight(bench, i) for i in range(len(sent_at))]
     for i, begin in enumerate(sent_at):
         for j in range(i, len(sent_at)):
-            assert sum(weights[i : j + 1]) <= rate * (sent_at[j] - begin) + burst
-    published = Counter[bool]()
-    for chunk in bench.producer.delivered:
-        published[chunk.envelope.request in hard] += len(chunk.verify_steps)
+            assert sum(weights[i : j + 1]) <= rate * (sent_at[j] - begin) + 2 * burst + beyond
+    with_features = Counter[bool]()
+    for chunk in bench.producer.delivered[: len(sent_at)]:
+        with_features[chunk.envelope.request in hard] += len(chunk.verify_steps) * has_features(chunk)
     counts = bench.publisher.close(1)
-    assert counts.dropped["budget"] > 0
-    assert (counts.pending, is_balanced(bench)) == (0, True)
-    shares = {kind: published[kind] / captured[kind] for kind in (True, False)}
-    assert shares[True] > 2 * shares[False], shares
+    assert (counts.published, counts.dropped, counts.pending) == (captured.total(), {}, 0)
+    delivered = bench.producer.delivered
+    assert counts.without_features == sum(len(chunk.verify_steps) for chunk in delivered if not has_features(chunk))
+    assert accepted_tokens(step for chunk in delivered for step in chunk.verify_steps) == sorted(sent)
+    shares = {kind: with_features[kind] / captured[kind] for kind in (True, False)}
+    assert 1 > shares[True] > 2 * shares[False], shares
 
 
 def test_a_sufficient_budget_drops_nothing() -> None:
@@ -205,10 +228,10 @@ def test_a_sufficient_budget_drops_nothing() -> None:
     for accepted in ([0], [3], [1]):
         send(bench, accepted)
     counts = bench.publisher.close(1)
-    assert (counts.published, counts.dropped) == (6, {})
+    assert (counts.published, counts.dropped, counts.without_features) == (6, {}, 0)
 
 
-def test_an_empty_budget_publishes_nothing_and_counts_every_row() -> None:
+def test_verify_steps_that_exceed_the_budget_by_themselves_are_published_and_their_bytes_counted() -> None:
     bench = Bench(max_bytes_per_second=1)
     bench.publisher._budget = BudgetQueue(TokenBucket(0, 0), 1 << 20)
     for _ in range(5):
@@ -216,13 +239,19 @@ def test_an_empty_budget_publishes_nothing_and_counts_every_row() -> None:
     bench.settle()
     assert (bench.publisher.counts().pending, bench.producer.delivered) == (15, [])
     bench.now += MAX_WAIT_S
-    eventually(lambda: bench.publisher.counts().dropped == {"budget": 15})
+    eventually(lambda: bench.publisher.counts().published == 15)
     send(bench, [1, 1])
     counts = bench.publisher.close(1)
-    assert (counts.captured, counts.published, counts.dropped, counts.pending) == (18, 0, {"budget": 18}, 0)
+    assert (counts.captured, counts.published, counts.dropped, counts.pending_bytes) == (18, 18, {}, 0)
+    assert counts.without_features == 18
+    assert not any(map(has_features, bench.producer.delivered))
+    assert counts.bytes_over_budget == sum(weight(bench, i) for i in range(6))
+    metrics = {s.name: s.value for metric in bench.publisher.collect() for s in metric.samples}
+    assert metrics["aurora_serve_trace_rows_without_features_total"] == 18
+    assert metrics["aurora_serve_trace_over_budget_bytes_total"] == counts.bytes_over_budget
 
 
-def test_a_full_queue_evicts_predicted_chunks_although_they_are_newer() -> None:
+def test_a_full_queue_drops_the_features_of_predicted_chunks_although_they_are_newer() -> None:
     bench = Bench(max_bytes_per_second=1, max_queue_bytes=1 << 20)
     bench.publisher._budget = BudgetQueue(TokenBucket(0, 0), 30_000)
     hard = send(bench, [0] * 8)
@@ -230,7 +259,8 @@ def test_a_full_queue_evicts_predicted_chunks_although_they_are_newer() -> None:
     for _ in range(5):
         send(bench, [3] * 8)
     bench.settle()
-    assert bench.publisher.counts().dropped["budget"] > 0
+    assert bench.producer.delivered
+    assert hard not in {chunk.envelope.request for chunk in bench.producer.delivered}
     assert bench.publisher._budget.clear()[0].envelope.request == hard
 
 

@@ -66,6 +66,14 @@ class PluginMetrics:
         self._captured = counter("aurora_serve_trace_rows_captured", "Trace rows captured.")
         self._published = counter("aurora_serve_trace_rows_published", "Trace rows acknowledged.")
         self._dropped = counter("aurora_serve_trace_rows_dropped", "Trace rows dropped, by reason.", "reason")
+        self._without_features = counter(
+            "aurora_serve_trace_rows_without_features",
+            "Trace rows whose features were dropped for traces.max_bytes_per_second.",
+        )
+        self._over_budget = counter(
+            "aurora_serve_trace_over_budget_bytes",
+            "Trace bytes beyond traces.max_bytes_per_second, of rows without features.",
+        )
         self._unsampled = counter("aurora_serve_trace_requests_unsampled", "Requests outside the sample.")
         self._answers = counter("aurora_serve_answers_published", "Answers published.")
         self._unpublished = counter("aurora_serve_answers_not_published", "Answers not published, by reason.", "reason")
@@ -76,6 +84,8 @@ class PluginMetrics:
         self._raise(self._captured, "captured", counts.captured)
         self._raise(self._published, "published", counts.published)
         self._raise(self._unsampled, "unsampled", counts.unsampled)
+        self._raise(self._without_features, "without features", counts.without_features)
+        self._raise(self._over_budget, "over budget", counts.bytes_over_budget)
         for reason, rows in counts.dropped.items():
             self._raise(self._dropped.labels(reason), f"dropped {reason}", rows)
         if answers is not None:

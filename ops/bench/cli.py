@@ -158,6 +158,10 @@ def learning(  # noqa: PLR0913, PLR0917 - one for each flag
     record: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Record N requests of each domain where missing, and end.")
     ] = None,
+    long_requests: Annotated[
+        int | None,
+        typer.Option(min=2, metavar="N", help="Serve and score N requests of 1,000 to 4,000 tokens, and end."),
+    ] = None,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with curves and tables.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -167,6 +171,9 @@ def learning(  # noqa: PLR0913, PLR0917 - one for each flag
 
         if record is not None:
             recorded_traffic.record_traffic(settings, record, echo_note)
+            return
+        if long_requests is not None:
+            study.run_long_requests(settings, echo_note, long_requests).print(as_json=as_json)
             return
         result = study.run(
             settings, echo_note, quick=quick, only=tuple(only or ()), seeds=seeds, tokens=tokens, processes=processes

@@ -50,11 +50,19 @@ def read_record(folder: Path, name: str, offset: int) -> Record:
         UserError: the file is not a trace.
     """
     path = folder / f"{name}.trace"
-    value = path.read_bytes()
     try:
-        verify_steps = decode(value).verify_steps
+        return as_record(name, path.read_bytes(), offset)
     except TraceError as error:
         raise UserError(f"{path}: {error}") from error
+
+
+def as_record(name: str, value: bytes, offset: int) -> Record:
+    """Return an encoded chunk of a request as a record of topic ``recorded``.
+
+    Raises:
+        TraceError: it is not a chunk.
+    """
+    verify_steps = decode(value).verify_steps
     headers = {"content-type": CONTENT_TYPE, "schema": fingerprint(), "rows": str(len(verify_steps))}
     encoded = tuple((key, text.encode()) for key, text in headers.items())
     return Record(TOPIC, 0, offset, verify_steps[-1].time_us, name.encode(), value, encoded)

@@ -24,7 +24,8 @@ from ops.bench.learning.learning_figures import (
     paired_interval,
     ratio_to_static,
 )
-from ops.bench.learning.recorded_traffic import RecordedTraffic
+from ops.bench.learning.long_requests import LongRequestPlan, measure
+from ops.bench.learning.recorded_traffic import RecordedTraffic, read_traffic
 from ops.bench.learning.trials import TrialResult, run_trials
 from ops.bench.learning.variants import QUICK_VARIANTS, LearningTrial, Order, Variant, select_variants
 from schemas.settings import Settings
@@ -39,6 +40,8 @@ GOAL_TOKENS = 80_000
 """Tokens of the mixed stream within which the base should have 1 accepted token per step."""
 QUICK_TOKENS = 12_000
 QUICK_SEEDS = 2
+LONG_REQUESTS = 48
+QUICK_LONG_REQUESTS = 12
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -109,6 +112,8 @@ class Study:
     session: Session
     traffic: RecordedTraffic
     runs: tuple[VariantRuns, ...]
+    long_requests: Figure | None = None
+    """None where a selection of variants was asked for."""
 
     def find(self, name: str, order: Order) -> VariantRuns | None:
         """Return the runs of a variant on an order of the stream."""
@@ -138,7 +143,8 @@ class Study:
             "variants": [_summarize(runs, self.compare(runs)) for runs in self.runs],
         }
         ordered = self.find("base", "ordered")
-        figures = (*_mixed_figures(self.base), *(_ordered_figures(ordered) if ordered else ()))
+        long = (self.long_requests,) if self.long_requests else ()
+        figures = (*_mixed_figures(self.base), *(_ordered_figures(ordered) if ordered else ()), *long)
         return self.session.report("Learning from traffic", about, figures)
 
 
@@ -153,7 +159,7 @@ def run(
     processes: int = 1,
 ) -> Study:
     """Run the trials without a result, and collect all."""
-    session = Session(settings.train.num_threads)
+    session, is_whole = Session(settings.train.num_threads), not only
     if quick:
         tokens, seeds, only = tokens or QUICK_TOKENS, min(seeds, QUICK_SEEDS), only or QUICK_VARIANTS
     wanted = [(variant, order) for variant in select_variants(only) for order in variant.orders]
@@ -163,7 +169,16 @@ def run(
         VariantRuns(variant, order, tuple(results[LearningTrial(variant, order, seed)] for seed in range(seeds)))
         for variant, order in wanted
     )
-    return Study(session, traffic, tuple(runs))
+    plan = LongRequestPlan(QUICK_LONG_REQUESTS if quick else LONG_REQUESTS)
+    long_requests = measure(settings, traffic, plan, say) if is_whole else None
+    return Study(session, traffic, tuple(runs), long_requests)
+
+
+def run_long_requests(settings: Settings, say: Say, requests: int) -> Report:
+    """Serve and score so many long requests, without any trial."""
+    session = Session(settings.train.num_threads)
+    figure = measure(settings, read_traffic(settings), LongRequestPlan(requests), say)
+    return session.report("Long requests", {}, [figure])
 
 
 def _mixed_figures(mixed: VariantRuns) -> Iterator[Figure]:

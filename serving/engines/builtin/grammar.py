@@ -179,8 +179,12 @@ class GrammarCompiler:
             if self._tokens is None:
                 self._tokens = self._read_tokens()
             matcher = LLMatcher(self._tokens, text, limits=LIMITS, log_level=0)
+            # A grammar that no token of the vocabulary can begin fails here, and not in the middle of a request.
+            can_begin = any(matcher.compute_bitmask())
             if matcher.is_error():
                 raise GrammarError(_first_line(matcher.get_error()))
+            if not can_begin:
+                raise GrammarError("no token of the target begins it")
             self._compiled[text] = grammar = Grammar(matcher)
             while len(self._compiled) > _MAX_CACHED or sum(map(len, self._compiled)) > _MAX_CACHED_BYTES:
                 self._compiled.popitem(last=False)

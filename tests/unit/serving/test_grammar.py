@@ -8,6 +8,8 @@ import torch
 from echo_engine import BYTES, byte_tokenizer, encode
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from schemas.trace.record import ROOT, DraftSource
 from serving.engines.builtin.drafter import EMPTY_TREE, DraftNode, DraftTree
@@ -106,6 +108,18 @@ def test_a_grammar_that_cannot_be_compiled_is_rejected_and_the_next_one_is_not(t
     with pytest.raises(GrammarError):
         COMPILER.compile(text)
     assert COMPILER.compile('start: "a"') is COMPILER.compile('start: "a"')
+
+
+def test_a_grammar_that_no_token_can_begin_is_rejected_before_a_request_runs() -> None:
+    vocabulary = {"a": 0, "b": 1, "<end>": 2}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE(vocab=vocabulary, merges=[])), eos_token="<end>"
+    )
+    compiler = GrammarCompiler(tokenizer, len(vocabulary), {2})
+    with pytest.raises(GrammarError, match="no token of the target begins it"):
+        compiler.compile('start: "x"')
+    matcher = compiler.compile('start: "b" | "x"').create_matcher()
+    assert torch.nonzero(matcher.process(torch.zeros(3), []) == 0).flatten().tolist() == [1]
 
 
 def test_a_checker_starts_again_after_its_process_ended() -> None:

@@ -102,6 +102,15 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             ),
         ),
         Panel(
+            "Prefix cache",
+            "Prompt tokens that came from the prefix cache and were not read again, and the cache's size.",
+            (
+                Query(_rate("aurora_serve_prompt_tokens_cached"), "cached prompt tokens per second"),
+                Query(_rate("aurora_serve_prefix_cache_evictions"), "evicted blocks per second"),
+                Query("sum (aurora_serve_prefix_cache_bytes) / 1048576", "MiB"),
+            ),
+        ),
+        Panel(
             "Time to first token",
             "From the arrival of a request to its first token.",
             (

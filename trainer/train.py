@@ -87,7 +87,9 @@ class Trainer:
         self._errors = ErrorTracker("train", self.metrics_registry)
         self._metrics = TrainMetrics(self.metrics_registry)
         self._tables = DeltaLog(settings.tables)
-        frozen = FrozenTarget(Path(settings.target.path), target.day_0.shape.capture_layers)
+        frozen = FrozenTarget(
+            Path(settings.target.path), target.day_0.shape.capture_layers, target.embeddings_VH.device
+        )
         self._loader = DataLoader(self._tables, train, target.fingerprint, target.line, frozen.compute_states)
         self._prefetcher = Prefetcher(
             self._loader, lambda samples: build_step_batch(samples, ranks.size, train.gradient_accumulation_steps)

@@ -94,7 +94,8 @@ def evaluate(  # noqa: PLR0913, PLR0917 - one for each flag
         span = RequestFilter(target.fingerprint, _parse_optional_time(begin), _parse_optional_time(end), label)
         at, counts = pin_versions(tables, at_version), Counter[str]()
         chosen = list_requests(tables, span, at)
-        states = FrozenTarget(Path(settings.target.path), target.day_0.shape.capture_layers).compute_states
+        layers, device = target.day_0.shape.capture_layers, target.embeddings_VH.device
+        states = FrozenTarget(Path(settings.target.path), layers, device).compute_states
         past = read_requests(tables, chosen, at, states, counts)
 
         def report_progress(done: int) -> None:

@@ -51,12 +51,14 @@ def read_target(settings: Settings) -> Target:
 class FrozenTarget:
     """The target up to the highest captured layer, for samples without features; loaded at the first use.
 
-    It computes in float32 as nodes do, so its states differ from theirs only by the order of additions.
+    Neither the layers above nor the output matrix are read. It computes in float32 as nodes do, so its states differ
+    from theirs only by the order of additions.
     """
 
-    def __init__(self, folder: Path, capture_layers: tuple[int, ...]) -> None:
+    def __init__(self, folder: Path, capture_layers: tuple[int, ...], device: torch.device) -> None:
         self._folder = folder
         self._layers = capture_layers
+        self._device = device
         self._body: Any = None
         self._captured: dict[int, Tensor] = {}
 
@@ -64,21 +66,27 @@ class FrozenTarget:
     def compute_states(self, tokens_n: Tensor) -> Tensor:
         """Return [n, F] bf16: the concatenated outputs of the captured layers after each token, lowest layer first.
 
+        They are computed on the device, and returned on the CPU.
+
         Args:
             tokens_n: Tokens of one request, from its first token on.
         """
         if self._body is None:
             self._body = self._load()
-        self._body(input_ids=tokens_n[None], use_cache=False)
-        return torch.cat([self._captured[layer][0] for layer in self._layers], dim=-1).to(torch.bfloat16)
+        self._body(input_ids=tokens_n[None].to(self._device), use_cache=False)
+        return torch.cat([self._captured[layer][0] for layer in self._layers], dim=-1).to("cpu", torch.bfloat16)
 
     def _load(self) -> Any:
         # Most trainers receive features with the traces and never need transformers.
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModel
 
-        model: Any = AutoModelForCausalLM.from_pretrained(self._folder, dtype=torch.float32, local_files_only=True)
-        body = model.get_decoder().requires_grad_(requires_grad=False).eval()
-        body.layers = body.layers[: max(self._layers) + 1]
+        config: Any = AutoConfig.from_pretrained(self._folder, local_files_only=True)
+        config.num_hidden_layers = max(self._layers) + 1
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[: config.num_hidden_layers]
+        # Of a file, only the tensors that the model has are read.
+        model: Any = AutoModel.from_pretrained(self._folder, config=config, dtype=torch.float32, local_files_only=True)
+        body = model.requires_grad_(requires_grad=False).eval().to(self._device)
         for layer in self._layers:
             body.layers[layer].register_forward_hook(self._capture(layer))
         log.info("target_loaded", folder=str(self._folder), layers=len(body.layers), reason="samples without features")

@@ -210,5 +210,5 @@ def _start_run(task: VariantTask, target: Target) -> PrequentialRun:
 
 def _open_stream(task: VariantTask, target: Target, counts: Counter[str]) -> Iterator[Sample]:
     settings = task.settings
-    frozen = FrozenTarget(Path(settings.target.path), target.day_0.shape.capture_layers)
+    frozen = FrozenTarget(Path(settings.target.path), target.day_0.shape.capture_layers, target.embeddings_VH.device)
     return read_samples(DeltaLog(settings.tables), task.plan.span, settings.train, frozen.compute_states, counts)

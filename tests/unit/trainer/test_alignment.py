@@ -206,9 +206,8 @@ def test_the_data_loader_returns_the_rows_of_a_record_unchanged(tmp_path: Path) 
     rows = tables_of(record_of("r", [verify_step_of(0, 0, [1, 2, 3], 4), verify_step_of(1, 3, [4], 5, [9, 8])], 0))
     for name in ("rejected", "accepted"):
         tables.append(name, rows[name])
-    loader = DataLoader(
-        tables, Train(batch_size=1, held_out_ratio=1e-9), TARGET, LINE, FrozenTarget(tmp_path, ()).compute_states
-    )
+    states = FrozenTarget(tmp_path, (), torch.device("cpu")).compute_states
+    loader = DataLoader(tables, Train(batch_size=1, held_out_ratio=1e-9), TARGET, LINE, states)
     loader.poll()
     (sample,) = loader.next_samples()
     assert sample.features.shape == (4, WIDTH)

@@ -93,7 +93,7 @@ class Served:
         tables = DeltaLog(settings.tables.model_copy(update={"uri": str(folder / "tables")}))
         for name in ("rejected", "accepted"):
             tables.append(name, built.rows[name])
-        states = FrozenTarget(Path(settings.target.path), self.layers).compute_states
+        states = FrozenTarget(Path(settings.target.path), self.layers, torch.device("cpu")).compute_states
         loader = DataLoader(tables, settings.train, self.origin.target, self.origin.line, states)
         loader.poll()
         return [sample for _ in records for sample in loader.next_samples()]

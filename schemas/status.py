@@ -256,6 +256,8 @@ class TrainStatus(_Status):
     """Simulated on the held-out set, bonus token included."""
     registered: list[str]
     """Versions registered since the start."""
+    evaluations_since_registration: int
+    """Evaluations on the held-out set since the last registration or the start."""
     steps_skipped: int
     """Training steps skipped because the loss or the gradient was not finite."""
     rollbacks: int

@@ -30,7 +30,7 @@ from trainer.data.samples import Sample
 from trainer.data.target import FrozenTarget, Target, read_target
 from trainer.loop.checkpoints import Checkpoints, TrainState
 from trainer.loop.distributed import DistributedLearner, Ranks, follow_rank_0, join_ranks
-from trainer.loop.divergence_guard import LOSSES_KEPT, MAX_SKIPPED, HeldOutScore, find_divergence, is_loss_rising
+from trainer.loop.divergence_guard import LOSSES_KEPT, MAX_SKIPPED, HeldOutScore, Judgement, is_loss_rising, judge_state
 from trainer.loop.learner import Learner, draft_from_state, resolve_dtype
 from trainer.loop.metrics import StepFigures, Throughput, TrainMetrics
 from trainer.loop.mlflow_curves import MlflowCurves
@@ -118,6 +118,8 @@ class Trainer:
         self._figures: StepFigures | None = None
         self._score: HeldOutScore | None = None
         self._registered: tuple[str, ...] = ()
+        self._evaluations_since_registration = 0
+        self._metrics.evaluations_since_registration.set_function(lambda: self._evaluations_since_registration)
         self._lineage = TrainingLineage()
         self._checkpointed_step = 0
         self._versions_needed: dict[str, int] | None = None
@@ -180,6 +182,7 @@ class Trainer:
             table_version_read=self._loader.cursor,
             acceptance_length=1 + score.accepted_per_step if score else None,
             registered=list(self._registered),
+            evaluations_since_registration=self._evaluations_since_registration,
             steps_skipped=self._skipped,
             rollbacks=self._rollbacks,
             last_rollback=self._rollback_reason,
@@ -264,26 +267,29 @@ class Trainer:
         curves = {"acceptance_length": 1 + score.accepted_per_step, "held_out_loss": score.loss or 0.0}
         self._curves.add(self._learner.steps, curves)
         log.info("draft_evaluated", step=self._learner.steps, samples=len(samples), **score.model_dump())
-        if reason := self._find_divergence(score, samples):
-            self._roll_back(reason)
+        self._evaluations_since_registration += 1
+        judgement = self._judge(score, samples)
+        if judgement.divergence:
+            self._roll_back(judgement.divergence)
             return
         self._register(draft, evaluation)
-        if self._settings.divergence_threshold:
+        if judgement.good:
             self._checkpoint(good=True)
 
-    def _find_divergence(self, score: HeldOutScore, samples: Sequence[Sample]) -> str | None:
-        """Return why the draft is much worse than the last good checkpoint; None if it is not.
+    def _judge(self, score: HeldOutScore, samples: Sequence[Sample]) -> Judgement:
+        if not self._settings.divergence_threshold:
+            return Judgement(None, good=False)
+        champion = None
+        with self._errors.catch("registry", RegistryError, CheckpointError):
+            champion = self._evaluator.score_champion(samples)
 
-        The last good checkpoint is scored again on the same samples before the draft counts as worse.
-        """
-        threshold, good = self._settings.divergence_threshold, self._good
-        if not threshold or good is None or (good.score and not find_divergence(score, good.score, threshold)):
-            return None
-        found = self._checkpoints.read_good()
-        if found is None:
-            return None
-        evaluation = self._evaluator.evaluate(draft_from_state(found[1], self._learner.shape), samples)
-        return find_divergence(score, evaluation.score, threshold)
+        def score_last_good() -> HeldOutScore | None:
+            found = self._checkpoints.read_good()
+            if found is None:
+                return None
+            return self._evaluator.evaluate(draft_from_state(found[1], self._learner.shape), samples).score
+
+        return judge_state(score, champion, score_last_good, self._settings.divergence_threshold)
 
     def _roll_back(self, reason: str) -> None:
         """Restore the last good checkpoint; the data loader keeps its position."""
@@ -325,6 +331,7 @@ class Trainer:
             if version is not None:
                 self._parent = version
                 self._registered = (*self._registered, version)
+                self._evaluations_since_registration = 0
                 self._metrics.versions_registered.inc()
                 for span in self._lineage.close_version(self._line, version, self._learner.steps):
                     spans.record(span)
@@ -341,7 +348,6 @@ class Trainer:
             warm_started=self._warm_started,
             data_loader=self._prefetcher.state(),
             good=good,
-            score=self._score if good else None,
         )
         with self._errors.catch("checkpoint", OSError):
             self._checkpoints.write(state, self._learners.call(Learner.state_tensors))

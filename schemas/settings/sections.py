@@ -401,7 +401,7 @@ class Train(Section):
     """Maximum samples in the held-out set."""
     divergence_threshold: float = Field(0.5, ge=0, lt=1)
     """The divergence guard restores the last good checkpoint when, on the same held-out set, the accepted tokens per
-    step fall below this ratio of the checkpoint's, or the loss exceeds the checkpoint's divided by it; 0 disables the
+    step fall below this ratio of the champion's, or the loss exceeds the champion's divided by it; 0 disables the
     guard."""
     registration_interval: Duration = Field(30, gt=0)
     """Interval between two evaluations on the held-out set, after which a better version is registered."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,11 @@ import torch
 from trainer_world import World, offline, write_target
 
 from schemas.settings import Settings
+from schemas.speculator.network import EagleDraft
+from trainer.data.samples import Sample
+from trainer.objective.simulated_acceptance import SimulatedAcceptance
+from trainer.release.evaluation import HeldOutEvaluator
+from trainer.release.registry import SpeculatorRegistry
 from trainer.train import Trainer
 
 
@@ -42,11 +48,20 @@ def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def test_training_that_diverges_is_rolled_back_and_not_registered(settings: Settings) -> None:
+def set_champion(draft: EagleDraft, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the registry answer that a draft is champion."""
+    monkeypatch.setattr(SpeculatorRegistry, "aliases", lambda *_: {"champion": "1"})
+    monkeypatch.setattr("trainer.release.evaluation.read_draft", lambda *_: draft)
+
+
+def test_training_that_diverges_is_rolled_back_and_not_registered(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     world = World(settings)
     world.serve(40)
     sound = trainer_of(world, settings)
     train(sound, 60)
+    set_champion(sound._learner.export_draft(), monkeypatch)
     sound._evaluate()
     assert sound.status().rollbacks == 0
     good, step = weights(sound), sound.status().step
@@ -56,18 +71,43 @@ def test_training_that_diverges_is_rolled_back_and_not_registered(settings: Sett
     assert same(weights(trainer), good)
     train(trainer, 12)
     trainer._checkpoint()
-    error_before = trainer.status().error
     trainer._evaluate()
     status = trainer.status()
     assert (status.step, status.rollbacks, status.steps_skipped) == (step, 1, 0)
-    assert "last good checkpoint" in (status.last_rollback or "")
-    assert status.error == error_before, "the registry was not called"
+    assert "of the champion" in (status.last_rollback or "")
+    assert (status.registered, status.evaluations_since_registration) == ([], 1)
     assert same(weights(trainer), good)
     assert b"aurora_train_divergence_rollbacks_total 1.0" in _metrics(trainer)
 
     restarted = trainer_of(world, settings)
     assert restarted.status().step == step, "checkpoints after the good one are removed"
     assert same(weights(restarted), good)
+
+
+def test_a_slow_slide_below_the_champion_is_rolled_back(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A weight of each draft states its accepted tokens per step; no single fall halves them."""
+    world = World(settings)
+    world.serve(40)
+    champion = world.target.new_draft()
+    with torch.no_grad():
+        champion.norm.weight[0] = 1.25
+    set_champion(champion, monkeypatch)
+
+    def simulate(_: HeldOutEvaluator, draft: EagleDraft, samples: Sequence[Sample]) -> list[SimulatedAcceptance]:
+        return [SimulatedAcceptance(round(1000 * draft.norm.weight[0].item()), 1000) for _ in samples]
+
+    monkeypatch.setattr(HeldOutEvaluator, "_simulate", simulate)
+    trainer = trainer_of(world, settings)
+    for number, (accepted, rollbacks) in enumerate([(1.25, 0), (0.6875, 0), (0.375, 1), (0.5, 2)], start=1):
+        train(trainer, 2)
+        state = trainer._learner.draft.state_dict()
+        state["norm.weight"][0] = accepted
+        trainer._learner.load_weights(state)
+        trainer._evaluate()
+        assert (trainer.status().rollbacks, trainer.status().step) == (rollbacks, 4 if rollbacks else 2 * number)
+        assert f"aurora_train_evaluations_since_registration {number}.0".encode() in _metrics(trainer)
+    assert "1.250 of the champion" in (trainer.status().last_rollback or "")
+    assert trainer._learner.draft.norm.weight[0].item() == 0.6875
 
 
 def test_three_steps_that_are_not_finite_roll_training_back(settings: Settings) -> None:
@@ -131,6 +171,7 @@ def test_changing_traffic_is_not_divergence(settings: Settings, monkeypatch: pyt
     world.serve(60)
     trainer = trainer_of(world, settings)
     train(trainer, 150)
+    set_champion(trainer._learner.export_draft(), monkeypatch)
     trainer._evaluate()
     before = trainer.status().acceptance_length
     monkeypatch.setattr("trainer_world.after", lambda token: (token * 11 + 5) % 30)

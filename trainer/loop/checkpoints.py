@@ -2,7 +2,7 @@
 
 A checkpoint is a folder with ``state.safetensors`` (weights and optimizer state) and ``state.json`` (everything else).
 It is written under another name and then renamed, so a folder with a checkpoint's name is complete. The newest
-checkpoints are kept, and the newest good one: it passed the divergence guard, and training rolls back to it.
+checkpoints are kept, and the newest good one: the divergence guard found it good, and training rolls back to it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trainer.data.data_loader import DataLoaderState
-from trainer.loop.divergence_guard import HeldOutScore
 
 log = structlog.get_logger()
 
@@ -47,8 +46,6 @@ class TrainState(CheckpointState):
     warm_started: bool = False
     """Whether training began with a trained draft."""
     data_loader: DataLoaderState
-    score: HeldOutScore | None = None
-    """Its score on the held-out set; None before the first evaluation."""
 
 
 StateT = TypeVar("StateT", bound=CheckpointState)

@@ -89,6 +89,10 @@ class TrainMetrics:
         self.steps_without_loss = counter(
             "steps_without_loss", "Batches from which nothing could be learned; they are no training steps."
         )
+        self.evaluations_since_registration = gauge(
+            "evaluations_since_registration",
+            "Evaluations on the held-out set since the last registration or the start.",
+        )
         self._steps = counter("steps", "Training steps.")
         self._tokens = counter("tokens", "Tokens trained on, replayed samples included.")
         self._loss = gauge("loss", "Loss of the last step, by term.", "term")

@@ -79,6 +79,19 @@ class HeldOutEvaluator:
         known.accepted = {sample: accepted[sample] for sample in samples}
         return known.accepted
 
+    def score_champion(self, samples: Sequence[Sample]) -> HeldOutScore:
+        """Return the score of the champion; without one, of the version registered last, or else of the draft of day 0.
+
+        Raises:
+            RegistryError: no answer.
+            CheckpointError: the registry's files differ from the registered ones.
+        """
+        aliases = self._registry.aliases(self._target.line)
+        champion = aliases.get("champion", aliases.get("candidate"))
+        accepted = self.evaluate_version(champion, samples)
+        loss = self._loss(self._versions[champion].draft, samples)
+        return HeldOutScore(loss=loss, accepted_per_step=accepted_per_step(accepted, samples))
+
     def keep_only(self, versions: Collection[str | None]) -> None:
         """Drop the weights and figures of all other versions."""
         self._versions = {version: known for version, known in self._versions.items() if version in versions}

@@ -13,7 +13,6 @@ from trainer.data.batch import Batch, collate
 from trainer.data.data_loader import DataLoaderState
 from trainer.data.samples import Branch, Sample, Teacher
 from trainer.loop.checkpoints import Checkpoints, TrainState
-from trainer.loop.divergence_guard import HeldOutScore
 from trainer.loop.learner import Learner
 
 SHAPE = DraftShape(8, 8, 2, 1, 4, 32, 16, 1e-6, 100.0, 64, (1, 2, 3))
@@ -174,7 +173,7 @@ def test_a_batch_without_a_teacher_changes_nothing() -> None:
 
 
 def good(step: int) -> TrainState:
-    return state(step).model_copy(update={"good": True, "health": HeldOutScore(loss=2.0, accepted_per_step=0.5)})
+    return state(step).model_copy(update={"good": True})
 
 
 def test_the_last_good_checkpoint_is_kept_beside_the_newest(tmp_path: Path) -> None:

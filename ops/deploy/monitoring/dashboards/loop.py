@@ -235,6 +235,12 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             ),
         ),
         Panel(
+            "Evaluations without a version",
+            "Evaluations on the held-out set since the trainer last registered a version: a line that grows for hours "
+            "is a draft that does not improve.",
+            (Query("aurora_train_evaluations_since_registration", "{{instance}}"),),
+        ),
+        Panel(
             "Alias moves and rollbacks",
             "Recorded alias moves, and versions that the promoter rolled back, by alias.",
             (

@@ -63,10 +63,14 @@ ACCEPTED = pa.schema(
         pa.field("teacher_ids", _IDS, nullable=False),
         pa.field("teacher_logprobs", _FLOATS, nullable=False),
         pa.field("last_chunk", pa.bool_()),
+        pa.field("temperature", pa.float32()),
+        pa.field("top_p", pa.float32()),
+        pa.field("sampling_top_k", pa.int32()),
     ]
 )
 """One chunk of committed tokens per row. ``features`` is bf16 [n, F], or empty; ``teacher_*`` are [masked tokens, k],
-in order. ``last_chunk`` is null in rows of older stream workers."""
+in order, before temperature. Temperature 0 is greedy. ``last_chunk`` and the sampling parameters are null in rows of
+older stream workers."""
 
 REJECTED = pa.schema(
     [

@@ -79,6 +79,9 @@ def record_of(  # noqa: PLR0913 - one for each thing that a test may vary
     before: Sequence[int] = (),
     last: bool = True,
     finish: str | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    sampling_top_k: int = 0,
 ) -> Record:
     """Return the record with the verify steps; their features only inline."""
     if features != "inline":
@@ -94,8 +97,9 @@ def record_of(  # noqa: PLR0913 - one for each thing that a test may vary
         preceding_tokens=tuple(before),
         feature_width=feature_width,
         top_k=top_k,
-        temperature=0.0,
-        top_p=1.0,
+        temperature=temperature,
+        top_p=top_p,
+        sampling_top_k=sampling_top_k,
         finish=finish,
     )
     headers = {"content-type": CONTENT_TYPE, "schema": fingerprint(), "rows": str(len(verify_steps))}

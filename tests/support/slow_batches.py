@@ -118,6 +118,9 @@ def accepted_rows(record: Record, chunk: Chunk) -> Iterator[Row]:
         "teacher_ids": np.concatenate([r.top_ids[rows].ravel() for r, rows in known]),
         "teacher_logprobs": np.concatenate([r.top_logprobs[rows].ravel() for r, rows in known]),
         "last_chunk": envelope.last,
+        "temperature": envelope.temperature,
+        "top_p": envelope.top_p,
+        "sampling_top_k": envelope.sampling_top_k,
     }
 
 

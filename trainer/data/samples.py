@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from schemas.speculator.acceptance import MIN_TEMPERATURE
 from schemas.suffix_corpus import SequenceHistory, likeliest_chain
 from schemas.trace.record import DraftSource
 
 ACCEPTED_COLUMNS = (
     *("topic", "partition", "offset", "time", "request", "target", "line", "label", "speculator"),
     *("position", "tokens", "next_token", "features", "feature_width", "loss_mask"),
-    *("top_k", "teacher_ids", "teacher_logprobs", "last_chunk"),
+    *("top_k", "teacher_ids", "teacher_logprobs", "last_chunk", "temperature", "top_p", "sampling_top_k"),
 )
 REJECTED_COLUMNS = (
     *("topic", "partition", "offset", "target", "line", "root_position", "branch", "accepted_prefix"),
@@ -51,6 +52,21 @@ class Teacher:
 
     def __getitem__(self, rows: int | slice | Tensor) -> Teacher:
         return Teacher(self.ids[rows], self.logprobs[rows])
+
+
+@dataclass(frozen=True, slots=True)
+class RequestSampling:
+    """How the tokens of a request were sampled."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    """Most likely tokens that were sampled from; 0 for all."""
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token was always chosen."""
+        return self.temperature < MIN_TEMPERATURE
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -103,6 +119,8 @@ class Sample:
     """Unix time of the sample's record by the clock of its node; 0 where it is unknown."""
     label: str | None = None
     """Traffic label of the request."""
+    sampling: RequestSampling | None = None
+    """None where it is unknown."""
     suffix_predicted: Tensor | None = None
     """[n] bool: whether the suffix drafter predicts the token after this one; None where it was not asked."""
     position: int = 0
@@ -152,6 +170,7 @@ def read_sample(row: Row, rejected: Sequence[Row]) -> Sample:
         branches=tuple(_read_branch(r, row["position"]) for r in rejected),
         time=row["time"].timestamp(),
         label=row["label"],
+        sampling=_read_sampling(row),
         position=row["position"],
     )
 
@@ -282,6 +301,12 @@ def _read_features(row: Row) -> Tensor:
     if not row["features"]:
         return torch.empty(0, width, dtype=torch.bfloat16)
     return torch.frombuffer(bytearray(row["features"]), dtype=torch.bfloat16).view(-1, width)
+
+
+def _read_sampling(row: Row) -> RequestSampling | None:
+    """Return the sampling of a row; None where an older stream worker wrote it."""
+    temperature = row["temperature"]
+    return None if temperature is None else RequestSampling(temperature, row["top_p"], row["sampling_top_k"])
 
 
 def _read_branch(row: Row, position: int) -> Branch:

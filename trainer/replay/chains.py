@@ -31,9 +31,9 @@ from torch import Tensor
 
 from schemas.speculator.acceptance import sampling_probs
 from schemas.speculator.network import EagleDraft
-from trainer.data.samples import Teacher
+from trainer.data.samples import RequestSampling, Teacher
 from trainer.objective.training_time_test import DraftUnroll
-from trainer.replay.past_requests import PastRequest, RequestSampling
+from trainer.replay.past_requests import PastRequest
 from trainer.replay.verify_steps import F64
 
 ROOTS_PER_UNROLL = 512

@@ -22,6 +22,7 @@ from pipeline.delta import DeltaLog, Moment, escape_sql
 from trainer.data.samples import (
     ACCEPTED_COLUMNS,
     ComputeStates,
+    RequestSampling,
     Row,
     Teacher,
     join_samples,
@@ -45,20 +46,6 @@ class RequestFilter:
     end: datetime | None = None
     """Latest start, exclusive."""
     label: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class RequestSampling:
-    """How the tokens of a request were sampled."""
-
-    temperature: float
-    top_p: float
-    top_k: int
-
-    @property
-    def greedy(self) -> bool:
-        """Whether the most likely token was always chosen."""
-        return self.temperature <= 0
 
 
 @dataclass(frozen=True, slots=True)

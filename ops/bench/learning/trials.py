@@ -21,10 +21,10 @@ from ops.replay.process_pool import run_in_processes
 from ops.replay.suffix_replay import NodeSuffixReplay
 from schemas.device import select_device
 from schemas.settings import Settings
-from trainer.data.samples import Sample
+from trainer.data.samples import RequestSampling, Sample
 from trainer.data.target import read_target
 from trainer.replay.learning_curve import final_accepted_per_step, mean_accepted_per_step
-from trainer.replay.past_requests import PastRequest, RequestSampling, RequestService
+from trainer.replay.past_requests import PastRequest, RequestService
 from trainer.replay.prequential import BatchScore, PrequentialRun
 
 

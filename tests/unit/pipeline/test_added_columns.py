@@ -4,12 +4,12 @@ reverse.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from deltalake import DeltaTable, Schema, write_deltalake
 from recorded import conversation, record_of, tables_of
@@ -22,23 +22,29 @@ from schemas.batches import PARTITIONED_BY, TABLES
 from schemas.settings import Tables
 from schemas.trace.record import DraftSource, VerifyStep
 
-ADDED = "draft_sources"
-EXTENDED = ("rejected", "traces")
 SOURCE = SourcePartition("traces", 0)
-MIXED = (int(DraftSource.SPECULATOR | DraftSource.SUFFIX), int(DraftSource.SUFFIX))
+MIXED = [int(DraftSource.SPECULATOR | DraftSource.SUFFIX), int(DraftSource.SUFFIX)]
+ADDED: dict[str, dict[str, object]] = {
+    "accepted": {"last_chunk": True, "temperature": 0.75, "top_p": 0.5, "sampling_top_k": 20},
+    "rejected": {"draft_sources": MIXED},
+    "traces": {"draft_sources": MIXED},
+}
+"""Columns that the older release lacks, and their values in rows of this one."""
 
 
 def older_rows(offset: int) -> dict[str, pa.Table]:
     """Return the rows of one record as the older release builds them."""
     rows = tables_of(record_of(f"request-{offset}", conversation(range(9), 4), offset))
-    return {name: rows[name].drop_columns([ADDED]) if name in EXTENDED else rows[name] for name in COMMIT_ORDER}
+    return {name: rows[name].drop_columns(list(ADDED.get(name, ()))) for name in COMMIT_ORDER}
 
 
 def newer_rows(offset: int) -> dict[str, pa.Table]:
     def with_sources(step: VerifyStep) -> VerifyStep:
-        return replace(step, draft_sources=MIXED) if step.draft_tokens else step
+        return replace(step, draft_sources=tuple(MIXED)) if step.draft_tokens else step
 
-    return tables_of(record_of(f"request-{offset}", [with_sources(s) for s in conversation(range(9), 4)], offset))
+    verify_steps = [with_sources(s) for s in conversation(range(9), 4)]
+    sampling = {"temperature": 0.75, "top_p": 0.5, "sampling_top_k": 20}
+    return tables_of(record_of(f"request-{offset}", verify_steps, offset, **sampling))
 
 
 @pytest.fixture
@@ -50,7 +56,7 @@ def settings(tmp_path: Path) -> Tables:
 def older(settings: Tables) -> Tables:
     """Tables of the older release with two records, one in each commit."""
     for name, schema in TABLES.items():
-        fields = [field for field in schema if field.name != ADDED]
+        fields = [field for field in schema if field.name not in ADDED.get(name, ())]
         uri, columns = f"{settings.uri}/{name}", list(PARTITIONED_BY[name])
         DeltaTable.create(uri, pa.schema(fields), partition_by=columns, configuration=TABLE_PROPERTIES)
     for offset in range(2):
@@ -59,13 +65,17 @@ def older(settings: Tables) -> Tables:
     return settings
 
 
-def by_offset(rows: pa.Table) -> Iterator[tuple[int, Sequence[int] | None]]:
-    """Yield offset and sources of each verify step or branch with a draft."""
-    return zip(rows["offset"].to_pylist(), rows[ADDED].to_pylist(), strict=True)
+def values_of(rows: pa.Table, column: str, *offsets: int) -> list[object]:
+    """Return the values of a column in the rows of some records, without prompts: they have no draft, so no sources."""
+    own = rows.filter(pc.field("offset").isin(offsets))
+    if "draft_tokens" in rows.column_names:
+        own = own.filter(pc.list_value_length(pc.field("draft_tokens")) > 0)
+    found: list[object] = own[column].to_pylist()
+    return found
 
 
-@pytest.mark.parametrize("name", EXTENDED)
-def test_opening_an_older_table_adds_the_column_once(older: Tables, name: str) -> None:
+@pytest.mark.parametrize("name", ADDED)
+def test_opening_an_older_table_adds_the_columns_once(older: Tables, name: str) -> None:
     log = DeltaLog(older)
     assert log.version(name) == 3
     assert log.version(name) == 3
@@ -73,7 +83,7 @@ def test_opening_an_older_table_adds_the_column_once(older: Tables, name: str) -
     assert DeltaTable(f"{older.uri}/{name}").schema() == log.open(name).schema()
 
 
-@pytest.mark.parametrize("name", EXTENDED)
+@pytest.mark.parametrize("name", ADDED)
 def test_rows_of_both_releases_are_read(older: Tables, name: str) -> None:
     log = DeltaLog(older)
     OffsetCommitter(log).commit([Batch(SOURCE, 2, newer_rows(2))])
@@ -84,18 +94,22 @@ def test_rows_of_both_releases_are_read(older: Tables, name: str) -> None:
         log.read_offsets(name, SOURCE, range(9), TABLES[name].names),
     ):
         assert rows.schema == TABLES[name]
-        assert {offset for offset, sources in by_offset(rows) if sources is None} >= {0, 1}
-        assert {tuple(sources) for offset, sources in by_offset(rows) if sources is not None} == {MIXED}
-        assert {offset for offset, sources in by_offset(rows) if sources is not None} == {2}
-    counted = log.query(f"select count(*) as n from {name} where {ADDED} is not null").read_all()
-    assert counted["n"].to_pylist() == [sum(sources is not None for _, sources in by_offset(log.read(name)))]
+        for column, value in ADDED[name].items():
+            by_older, by_newer = (values_of(rows, column, *offsets) for offsets in ((0, 1), (2,)))
+            assert by_older
+            assert all(found is None for found in by_older)
+            assert by_newer
+            assert all(found == value for found in by_newer)
     before = log.read(name, at=2)
     assert before.schema == TABLES[name]
     assert set(before["offset"].to_pylist()) == {0, 1}
-    assert before[ADDED].null_count == before.num_rows
+    for column in ADDED[name]:
+        counted = log.query(f"select count(*) as n from {name} where {column} is not null").read_all()
+        assert counted["n"].to_pylist() == [len(values_of(log.read(name), column, 2))]
+        assert before[column].null_count == before.num_rows
 
 
-@pytest.mark.parametrize("name", EXTENDED)
+@pytest.mark.parametrize("name", ADDED)
 def test_a_reader_that_has_read_everything_continues_behind_the_added_column(older: Tables, name: str) -> None:
     log = DeltaLog(older)
     added_at = log.version(name)
@@ -107,12 +121,16 @@ def test_a_reader_that_has_read_everything_continues_behind_the_added_column(old
 def test_compaction_merges_files_of_both_releases(older: Tables) -> None:
     log = DeltaLog(older)
     OffsetCommitter(log).commit([Batch(SOURCE, 2, newer_rows(2))])
-    order = [("offset", "ascending"), ("verify_step", "ascending")]
-    before = {name: log.read(name).sort_by(order) for name in EXTENDED}
+
+    def read_ordered(name: str) -> pa.Table:
+        rows = log.read(name)
+        return rows.sort_by([(key, "ascending") for key in ("offset", "verify_step") if key in rows.column_names])
+
+    before = {name: read_ordered(name) for name in ADDED}
     assert not any(result.error for result in Maintenance(older).run())
-    for name in EXTENDED:
+    for name in ADDED:
         assert len(list_data_files(log.open(name))) == 1
-        assert log.read(name).sort_by(order).equals(before[name])
+        assert read_ordered(name).equals(before[name])
 
 
 def test_processes_that_open_an_older_table_together_add_the_column_once(older: Tables) -> None:

@@ -15,11 +15,11 @@ from hypothesis.extra import numpy as of_numpy
 from schemas.speculator.acceptance import sampling_probs
 from schemas.speculator.network import DraftShape, random_draft
 from trainer.data.batch import collate
-from trainer.data.samples import Sample, Teacher
+from trainer.data.samples import RequestSampling, Sample, Teacher
 from trainer.objective.simulated_acceptance import simulate_batch
 from trainer.replay.acceptance_figures import compare_steps, compute_figures
 from trainer.replay.chains import acceptance_probabilities, apply_sampling, coupled_acceptance, target_likelihood
-from trainer.replay.past_requests import PastRequest, RequestSampling, RequestService
+from trainer.replay.past_requests import PastRequest, RequestService
 from trainer.replay.request_evaluation import merge_acceptance
 from trainer.replay.verify_steps import ExpectedSteps, expect_steps
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.data.samples import Branch, Sample, Teacher
+from trainer.data.samples import Branch, RequestSampling, Sample, Teacher
 
 ACCEPTED_PARENT = -1
 """Parent of a drafted token whose own parent was accepted."""
@@ -84,6 +84,8 @@ class Batch:
     """Rows that are learned from and scored; the others contribute keys and values only."""
     position_B: Tensor
     """Position of each sample's first token in its request."""
+    sampling: tuple[RequestSampling | None, ...]
+    """[B] how each sample's tokens were chosen; None where it is unknown."""
     weight_B: Tensor
     suffix_predicted_BT: Tensor
     """Whether the suffix drafter is known to predict the token after this one."""
@@ -169,6 +171,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         lengths_B=torch.tensor(lengths),
         own_BT=own_BT,
         position_B=torch.tensor([sample.position for sample in samples]),
+        sampling=tuple(sample.sampling for sample in samples),
         weight_B=torch.tensor([sample.weight for sample in samples]),
         suffix_predicted_BT=suffix_predicted_BT,
         drafted=_collate_drafted(samples, max(widths)),

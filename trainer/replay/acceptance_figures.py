@@ -53,7 +53,7 @@ class AcceptanceFigures(NamedTuple):
     by_depth: tuple[float, ...]
     """Fraction of the verify steps that accepted a token of each depth, among those that could."""
     all_positions: float
-    """Accepted tokens per position over all positions: ``trainer.objective.simulated_acceptance``."""
+    """Accepted tokens per position over all positions; for greedy requests, as in the gate."""
 
     @property
     def acceptance_length(self) -> Interval:

@@ -1,7 +1,7 @@
 """Prequential learning: score every batch of a stream of samples before training on it.
 
-The score is the acceptance of simulated greedy chains (``trainer.objective.simulated_acceptance``) over all positions,
-bonus token excluded. Replayed samples come from earlier batches, from the replay buffer that the trainer uses. Nothing
+The score is the acceptance of simulated chains (``trainer.objective.simulated_acceptance``) over all positions, bonus
+token excluded. Replayed samples come from earlier batches, from the replay buffer that the trainer uses. Nothing
 is held out: the draft is scored on what comes next.
 """
 
@@ -55,9 +55,9 @@ class BatchScore(NamedTuple):
     """Committed tokens of the samples, prompts included."""
     output_tokens: int
     """Output tokens among them."""
-    accepted: int
+    accepted: float
     positions: int
-    static_accepted: int | None
+    static_accepted: float | None
     """Accepted tokens of the frozen draft; None where there is none."""
     drafters: DrafterScores | None = None
     """None where the suffix drafter was not replayed."""
@@ -134,7 +134,7 @@ class PrequentialRun:
         """Score the next samples of the stream, then train on them.
 
         Args:
-            batch: The samples.
+            batch: The samples; greedy ones if ``suffix`` is given.
             suffix: For each sample [R, K]: 1 where the suffix draft from a root is accepted to a depth, 0 where it is
                 not; None scores no suffix drafter.
         """

@@ -21,7 +21,7 @@ from torch import Tensor
 from schemas.errors import UserError
 from trainer.data.samples import UNLABELLED
 from trainer.replay.acceptance_figures import AcceptanceFigures, Interval, compare_steps, compute_figures
-from trainer.replay.chains import acceptance_probabilities, target_likelihood
+from trainer.replay.chains import acceptance_probabilities
 from trainer.replay.named_drafts import NamedDraft
 from trainer.replay.past_requests import PastRequest
 from trainer.replay.verify_steps import F64, ExpectedSteps, expect_steps
@@ -207,7 +207,8 @@ def evaluate(
         suffix_RK = None if suffix is None else suffix.accept(one)
         requests.append(_evaluate_request(drafters, embeddings_VH, one, lookahead, suffix_RK))
         if not one.sampling.greedy:
-            counts["tokens_outside_top_k"] += target_likelihood(one).outside
+            recorded_R = (one.teacher.ids == one.tokens_N[one.prompt :, None]).any(-1)
+            counts["tokens_outside_top_k"] += int((~recorded_R).sum())
             counts["tokens_sampled"] += len(one.tokens_N) - one.prompt
         report_progress(len(requests))
     if not requests:

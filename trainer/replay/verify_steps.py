@@ -30,9 +30,8 @@ class ExpectedSteps:
     accepted_K: tuple[float, ...]
     """By depth from 1, verify steps that did."""
     all_positions_accepted: float
-    """Accepted tokens of the same chains from all positions with K later tokens, as
-    ``trainer.objective.simulated_acceptance`` counts them.
-    """
+    """Accepted tokens of the same chains from all positions with K later tokens. For a greedy request
+    ``trainer.objective.simulated_acceptance`` counts the same."""
     all_positions: int
 
 

@@ -26,6 +26,7 @@ from schemas.telemetry import logs, spans
 from schemas.telemetry.metrics import register_process_metrics
 from trainer.data.batch import StepBatch, build_step_batch
 from trainer.data.data_loader import DataLoader, DataLoaderError, Prefetcher
+from trainer.data.feature_files import spill_folder
 from trainer.data.samples import Sample
 from trainer.data.target import FrozenTarget, Target, read_target
 from trainer.loop.checkpoints import Checkpoints, TrainState
@@ -87,10 +88,19 @@ class Trainer:
         self._errors = ErrorTracker("train", self.metrics_registry)
         self._metrics = TrainMetrics(self.metrics_registry)
         self._tables = DeltaLog(settings.tables)
+        self._learner = Learner(target.new_draft(), target.embeddings_VH, train, ranks)
+        self._learners = DistributedLearner(self._learner, ranks)
         frozen = FrozenTarget(
             Path(settings.target.path), target.day_0.shape.capture_layers, target.embeddings_VH.device
         )
-        self._loader = DataLoader(self._tables, train, target.fingerprint, target.line, frozen.compute_states)
+        self._loader = DataLoader(
+            self._tables,
+            train,
+            target.fingerprint,
+            target.line,
+            frozen.compute_states,
+            shares_files=self._learners.share_folder(spill_folder(train, target.line)),
+        )
         self._prefetcher = Prefetcher(
             self._loader, lambda samples: build_step_batch(samples, ranks.size, train.gradient_accumulation_steps)
         )
@@ -101,8 +111,6 @@ class Trainer:
         self._checkpoints = Checkpoints(Path(train.checkpoint_dir) / target.line, TrainState)
         self._line = target.line
         self._reader = f"trainer {target.line} {socket.gethostname()}:{Path(train.checkpoint_dir).resolve()}"
-        self._learner = Learner(target.new_draft(), target.embeddings_VH, train, ranks)
-        self._learners = DistributedLearner(self._learner, ranks)
         self._curves = MlflowCurves(
             SpeculatorRegistry(settings.registry),
             self._errors,
@@ -140,9 +148,7 @@ class Trainer:
             batch = None
             with self._errors.catch("tables", TableError, DataLoaderError):
                 batch = self._prefetcher.next_batch()
-            self._metrics.update_data_loader(
-                self._loader.cursor, self._loader.table_version, self._loader.waiting, dict(self._loader.counts)
-            )
+            self._metrics.update_data_loader(self._loader)
             if batch:
                 self._train_step(batch)
             else:

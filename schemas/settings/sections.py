@@ -376,6 +376,13 @@ class Train(Section):
     number and lags."""
     replay_buffer_size: int = Field(2048, ge=1)
     """Maximum samples in the replay buffer."""
+    replay_buffer_bytes: int = Field(8 << 30, ge=1024)
+    """Maximum size of the replay buffer, in memory and on disk together. Beyond it, the oldest samples are removed."""
+    replay_memory_bytes: int = Field(2 << 30, ge=1024)
+    """Maximum size of the replay buffer in memory. Beyond it, the features of the oldest samples are in files."""
+    spill_dir: str = ""
+    """Folder on a local disk for these files; empty uses ``checkpoint_dir``. The trainer deletes them when it starts
+    and when it ends."""
     replay_half_life: float = Field(0.0, ge=0)
     """Age, in samples, at which the replay probability of a sample halves; 0 replays all samples with equal
     probability."""

@@ -134,12 +134,12 @@ def test_a_broken_batch_is_skipped(settings: Settings) -> None:
     before = weights(trainer)
     step_batch = trainer._prefetcher.next_batch()
     assert step_batch
-    ((batch,),) = step_batch.batches
+    (batch,) = step_batch.batches
     trainer._train_step(
-        replace(step_batch, batches=((replace(batch, features_BTF=torch.full_like(batch.features_BTF, 3e38)),),))
+        replace(step_batch, batches=(replace(batch, features_BTF=torch.full_like(batch.features_BTF, 3e38)),))
     )
     assert trainer.status().steps_skipped == 0, "norms bound any finite value"
-    trainer._train_step(replace(step_batch, batches=((replace(batch, features_BTF=batch.features_BTF * torch.inf),),)))
+    trainer._train_step(replace(step_batch, batches=(replace(batch, features_BTF=batch.features_BTF * torch.inf),)))
     status = trainer.status()
     assert (status.step, status.steps_skipped, status.rollbacks) == (5, 1, 0)
     assert b"aurora_train_steps_skipped_total 1.0" in _metrics(trainer)

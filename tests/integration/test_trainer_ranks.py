@@ -30,11 +30,11 @@ SETTINGS = Train(
 )
 
 
-def run(out: Path, processes: int, *trainings: Train) -> None:
+def run(out: Path, processes: int, *trainings: Train, how: str = "alone") -> None:
     """Run the trainings one after the other on the given number of processes."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     settings = json.dumps([one.model_dump(mode="json") for one in trainings])
-    command = [sys.executable, *torchrun, str(SCRIPT), str(out), str(STEPS), settings]
+    command = [sys.executable, *torchrun, str(SCRIPT), str(out), str(STEPS), settings, how]
     path = f"{SCRIPT.parents[2]}:{os.environ.get('PYTHONPATH', '')}"
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYTHONPATH": path}
     ended = subprocess.run(command, env=environ, check=False, capture_output=True, text=True)
@@ -70,6 +70,20 @@ def test_two_processes_have_the_losses_state_and_weights_of_one(tmp_path: Path) 
             assert_close(value, draft[name], rtol=1e-3, atol=1e-4, msg=f"{name}, {which}")
     # Muon computes its update in bfloat16, where the last bit of a gradient can change a weight visibly.
     assert losses(two / "0") == pytest.approx(losses(one / "0"), rel=1e-3)
+
+
+def test_each_process_reads_its_own_share_and_is_sent_the_selection_alone(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    parts = SETTINGS.model_copy(update={"gradient_accumulation_steps": 2})
+    run(one, 1, SETTINGS, how="from-rank-0")
+    run(two, 2, SETTINGS, parts, how="from-rank-0")
+    for number in ("0", "1"):
+        found = json.loads((two / number / "curve.json").read_text())
+        assert found["losses"] == pytest.approx(losses(one / "0"), rel=1e-4)
+        draft = load_file(one / "0/draft.safetensors")
+        for name, value in load_file(two / number / "draft.safetensors").items():
+            assert_close(value, draft[name], rtol=1e-3, atol=1e-4, msg=name)
+        assert all(2 * sent < features for sent, features in zip(found["sent"], found["features"], strict=True))
 
 
 def test_one_process_resumes_from_the_checkpoint_of_torchrun(tmp_path: Path, free_port: Callable[[], int]) -> None:

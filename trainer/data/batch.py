@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer.data.feature_files import load_features
 from trainer.data.samples import Branch, RequestSampling, Sample, Teacher
 
 ACCEPTED_PARENT = -1
@@ -75,6 +76,7 @@ class Batch:
 
     tokens_BT: Tensor
     features_BTF: Tensor
+    """bf16, as they were recorded: the draft converts them on its device."""
     known_BT: Tensor
     teacher_BT: Teacher
     """[B, T, k]; undefined where ``known_BT`` is false."""
@@ -100,11 +102,18 @@ class Batch:
         return moved
 
 
+Share = tuple[tuple[Sample, ...], ...]
+"""The samples of a rank in one training step, for each gradient accumulation part."""
+
+
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """The samples of one training step, collated: for each rank, one batch per gradient accumulation part."""
+    """The samples of one training step: collated for rank 0, and as the others collate them themselves."""
 
-    batches: tuple[tuple[Batch, ...], ...]
+    batches: tuple[Batch, ...]
+    """One for each gradient accumulation part."""
+    shares: tuple[Share, ...]
+    """For each rank but the first."""
     tokens: int
     """Tokens with features, over all ranks."""
     newest: float
@@ -118,18 +127,31 @@ def build_step_batch(samples: Sequence[Sample], ranks: int, parts: int) -> StepB
 
     Every rank gets the same number of parts, because each part is a collective operation. A part without samples gets
     one from which nothing is learned.
+
+    Raises:
+        FeatureFileError: a file with features cannot be read.
     """
     parts = min(parts, len(samples[::ranks]))
     filler = [_without_targets(samples[0])]
+    own, *others = (
+        tuple(tuple(samples[rank::ranks][part::parts] or filler) for part in range(parts)) for rank in range(ranks)
+    )
     return StepBatch(
-        batches=tuple(
-            tuple(collate(samples[rank::ranks][part::parts] or filler) for part in range(parts))
-            for rank in range(ranks)
-        ),
+        batches=collate_share(own),
+        shares=tuple(tuple(tuple(map(_without_preceding, part)) for part in share) for share in others),
         tokens=sum(map(len, samples)),
         newest=max(sample.time for sample in samples),
         requests=tuple(dict.fromkeys(sample.request for sample in samples)),
     )
+
+
+def collate_share(share: Share) -> tuple[Batch, ...]:
+    """Read the features of a rank's samples from their files, and pad them to one batch for each part.
+
+    Raises:
+        FeatureFileError: a file with features cannot be read.
+    """
+    return tuple(collate([load_features(sample) for sample in part]) for part in share)
 
 
 def group_by_length(samples: Sequence[Sample]) -> Iterator[list[Sample]]:
@@ -139,7 +161,7 @@ def group_by_length(samples: Sequence[Sample]) -> Iterator[list[Sample]]:
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Pad samples to a batch; features become float32.
+    """Pad samples to a batch.
 
     Args:
         samples: At least one.
@@ -148,7 +170,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
     shape = (len(samples), max(lengths))
     widths = [s.teacher.ids.shape[-1] for s in samples] + [b.teacher.ids.shape[-1] for s in samples for b in s.branches]
     tokens_BT = torch.zeros(shape, dtype=torch.int64)
-    features_BTF = torch.zeros(*shape, samples[0].features.shape[-1])
+    features_BTF = torch.zeros(*shape, samples[0].features.shape[-1], dtype=samples[0].features.dtype)
     known_BT, own_BT = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
     teacher_BT = _blank_teacher(*shape, max(widths))
     suffix_predicted_BT = torch.zeros(shape, dtype=torch.bool)
@@ -269,6 +291,11 @@ def _move(record: Any, device: torch.device) -> Any:
 
 def _without_targets(sample: Sample) -> Sample:
     return replace(sample, known=torch.zeros_like(sample.known), teacher=sample.teacher[:0], branches=())
+
+
+def _without_preceding(sample: Sample) -> Sample:
+    """Return what ``collate`` reads of a sample: not the tokens before it, which may be many."""
+    return replace(sample, preceding=sample.preceding.new_empty(0))
 
 
 def _integers(values: Iterable[int]) -> Tensor:

@@ -7,7 +7,8 @@ enough samples wait, the tables are not read: a slow trainer drops nothing, and 
 ``VERSIONS_PER_READ`` commits beside its replay buffer. The more samples wait, the fewer are replayed, and none while
 more than one read is unread: a new sample teaches more than another epoch.
 
-A sample without features gets them from the frozen target when it is first used, and keeps them.
+A sample without features gets them from the frozen target when it is first used, and keeps them. Memory holds the
+replay buffer up to ``train.replay_memory_bytes``; further features are in files (``feature_files``).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from pydantic import BaseModel, ConfigDict
 from pipeline.delta import DeltaLog
 from schemas.hash_sampling import hash_ratio
 from schemas.settings import Train
+from trainer.data.feature_files import FeatureFileError, FeatureFiles, load_features, spill_folder
 from trainer.data.replay_buffer import ReplayBuffer, compute_log_weights, draw_indices, staleness_weight
 from trainer.data.samples import ComputeStates, Sample, mark_suffix_predictions, recompute_features
 from trainer.data.table_reader import (
@@ -40,6 +42,9 @@ from trainer.data.table_reader import (
 
 log = structlog.get_logger()
 
+LOSSES = ("samples_unstored", "samples_unreadable", "samples_deleted")
+"""Kinds of ``DataLoader.counts`` that are lost to training: because a file could not be written or read, and because
+they were deleted from the tables."""
 BALANCED_STEPS = 4
 """Steps' worth of waiting samples among which labels are balanced; no sample is advanced by more than that."""
 
@@ -123,19 +128,41 @@ class DataLoader:
     """Samples of one line and target, for training and for evaluation."""
 
     def __init__(
-        self, tables: DeltaLog, settings: Train, target: str, line: str, compute_states: ComputeStates
+        self,
+        tables: DeltaLog,
+        settings: Train,
+        target: str,
+        line: str,
+        compute_states: ComputeStates,
+        *,
+        shares_files: bool = False,
     ) -> None:
-        self.counts: Counter[str] = Counter()
+        """Start at the beginning of the tables.
+
+        Args:
+            tables: The tables to read.
+            settings: Bounds, seed and folders.
+            target: Fingerprint of the target.
+            line: Speculator line.
+            compute_states: Recomputes features.
+            shares_files: Whether the samples of a step are returned with files in place of features, for all ranks.
+        """
+        self.counts: Counter[str] = Counter(dict.fromkeys(LOSSES, 0))
         """Rows, samples and branches by kind; copy it to read it from another thread."""
         self.table_version = 0
         """Newest version of ``accepted`` at the last poll."""
+        self.replay_bytes = {"memory": 0, "disk": 0}
+        """Bytes of the replay buffer's tensors after the last step."""
         self._tables = tables
         self._reader = TableReader(tables, target, line, settings, self.counts)
         self._compute_states = compute_states
         self._settings = settings
         self._random = random.Random(settings.seed)  # noqa: S311
         self._waiting: deque[TableEntry] = deque()
-        self._replay_buffer: ReplayBuffer[TableEntry] = ReplayBuffer(settings, self._random)
+        self._shares_files = shares_files
+        # While the ranks train on one step, the next one is prefetched.
+        self._files = FeatureFiles(spill_folder(settings, line), kept_steps=2 if shares_files else 0)
+        self._replay_buffer: ReplayBuffer[TableEntry] = ReplayBuffer(settings, self._random, self._files)
         self._held_out: deque[TableEntry] = deque(maxlen=settings.held_out_samples)
 
     @property
@@ -191,7 +218,9 @@ class DataLoader:
             self._replay_buffer.add(entry)
         self.counts["samples_new"] += len(new)
         self.counts["samples_replayed"] += len(replayed)
-        return [self._weighted(entry) for entry in new + replayed]
+        samples = [sample for entry in new + replayed if (sample := self._prepare(entry))]
+        self._limit_replay_buffer()
+        return samples
 
     def snapshot(self) -> Snapshot:
         """Return the current position."""
@@ -214,11 +243,22 @@ class DataLoader:
         Raises:
             TableError: the tables cannot be read.
         """
+        self._replay_buffer.clear()
+        self._files.clear()
         self._reader.seek(state.reread_after, state.reread_rejected_after, state.reached)
         epochs = dict(state.replay_buffer)
-        returned = [key[:4] for key in (*state.waiting, *epochs, *state.held_out)]
-        read = self._reader.reread(state.cursor, state.rejected_cursor, returned, state.open_requests)
-        entries = {entry.key: entry for entry in read}
+        needed = {*state.waiting, *epochs, *state.held_out}
+        returned = dict.fromkeys(key[:4] for key in needed)
+        entries: dict[SampleKey, TableEntry] = {}
+        replay_bytes = 0
+        for entry in self._reader.reread(state.cursor, state.rejected_cursor, returned, state.open_requests):
+            if entry.key in epochs:
+                entry.epochs = epochs[entry.key]
+                replay_bytes += entry.sample.feature_bytes
+                if replay_bytes > self._settings.replay_memory_bytes:
+                    entry.sample = self._files.store(entry.sample)
+            if entry.key in needed:
+                entries[entry.key] = entry
 
         def find(part: str, keys: Iterable[SampleKey]) -> list[TableEntry]:
             found = [entries.get(key) for key in keys]
@@ -228,13 +268,16 @@ class DataLoader:
             return [entry for entry in found if entry is not None]
 
         self._waiting = deque(find("waiting", state.waiting))
-        self._replay_buffer.clear()
         for entry in find("replay_buffer", epochs):
-            entry.epochs = epochs[entry.key]
             self._replay_buffer.add(entry)
+        self._limit_replay_buffer()
         self._held_out = deque(find("held_out", state.held_out), maxlen=self._held_out.maxlen)
         self._reader.newest_drafted_by = state.newest_drafted_by
         self._random.setstate(state.random)
+
+    def close(self) -> None:
+        """Delete the files of the replay buffer."""
+        self._files.clear()
 
     def _add(self, entries: Iterable[TableEntry]) -> None:
         for entry in entries:
@@ -262,11 +305,13 @@ class DataLoader:
         self._waiting.extendleft(reversed([entry for i, entry in enumerate(near) if i not in taken]))
         return [near[i] for i in sorted(taken)]
 
-    def _weighted(self, entry: TableEntry) -> Sample:
-        """Return a sample with features, its branches weighted by their staleness."""
+    def _prepare(self, entry: TableEntry) -> Sample | None:
+        """Return a sample with features, its branches weighted by their staleness; None if its file is unreadable."""
         if self._settings.suffix_predicted_weight != 1 and entry.sample.suffix_predicted is None:
             entry.sample = mark_suffix_predictions(entry.sample)
-        sample = self._with_features(entry)
+        sample = self._read_features(entry)
+        if sample is None:
+            return None
         behind = self._reader.newest_drafted_by - entry.drafted_by
         weight = staleness_weight(behind, self._settings.staleness_half_life)
         if weight == 1:
@@ -275,11 +320,29 @@ class DataLoader:
         branches = (replace(branch, weight=weight) if branch.by_speculator else branch for branch in sample.branches)
         return replace(sample, branches=tuple(branches))
 
+    def _read_features(self, entry: TableEntry) -> Sample | None:
+        """Return a sample with features, or with the file that every rank can read; None if the file is unreadable."""
+        if self._shares_files:
+            entry.sample = self._files.store(entry.sample if entry.sample.stored else self._with_features(entry))
+            return entry.sample
+        try:
+            return load_features(entry.sample) if entry.sample.stored else self._with_features(entry)
+        except FeatureFileError as error:
+            log.warning("features_unreadable", error=str(error))
+            self.counts["samples_unreadable"] += 1
+            entry.epochs = self._settings.max_epochs
+            return None
+
     def _with_features(self, entry: TableEntry) -> Sample:
         if not entry.sample.has_features:
             entry.sample = recompute_features(entry.sample, self._compute_states)
             self.counts["samples_recomputed"] += 1
         return entry.sample
+
+    def _limit_replay_buffer(self) -> None:
+        self.counts["samples_unstored"] += self._replay_buffer.limit_bytes()
+        self._files.end_step()
+        self.replay_bytes = {"memory": self._replay_buffer.memory_bytes, "disk": self._replay_buffer.file_bytes}
 
 
 class Prefetcher(Generic[BatchT]):
@@ -349,8 +412,9 @@ class Prefetcher(Generic[BatchT]):
         self._call(lambda: self._loader.restore(state))
 
     def close(self) -> None:
-        """Stop the thread after its current work."""
+        """Stop the thread after its current work, and close the data loader."""
         self._thread.shutdown(cancel_futures=True)
+        self._loader.close()
 
     def _take(self) -> BatchT | None:
         prefetched, self._prefetched = self._prefetched or self._thread.submit(self._prepare), None

@@ -18,11 +18,12 @@ import random
 import sys
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from schemas.settings import Train
-from trainer.data.samples import Sample
+from trainer.data.feature_files import FeatureFiles
+from trainer.data.samples import Sample, own_tensors
 
 MIN_STALENESS_WEIGHT = 1 / 16
 """Weight of the stalest branches."""
@@ -34,18 +35,28 @@ class ReplayEntry:
 
     sample: Sample
     epochs: int = 0
+    feature_bytes: int = 0
+    """In a replay buffer with files: bytes of the features, wherever they are; 0 without further epochs."""
+    other_bytes: int = 0
+    """The same of all other tensors, which stay in memory."""
 
 
 EntryT = TypeVar("EntryT", bound=ReplayEntry)
 
 
 class ReplayBuffer(Generic[EntryT]):
-    """The newest ``train.replay_buffer_size`` samples that were trained on, each for ``train.max_epochs`` at most."""
+    """The newest samples that were trained on, each for ``train.max_epochs`` at most.
 
-    def __init__(self, settings: Train, generator: random.Random) -> None:
+    They are bounded by ``train.replay_buffer_size`` in number, and with files by ``train.replay_buffer_bytes`` in size.
+    Which samples are kept depends on their order, sizes and epochs alone: a restart keeps the same.
+    """
+
+    def __init__(self, settings: Train, generator: random.Random, files: FeatureFiles | None = None) -> None:
+        """Create an empty buffer; with files, call ``limit_bytes`` after changes."""
         self._settings = settings
         self._random = generator
-        self._entries: deque[EntryT] = deque(maxlen=settings.replay_buffer_size)
+        self._files = files
+        self._entries: deque[EntryT] = deque()
 
     def __iter__(self) -> Iterator[EntryT]:
         """Iterate over the entries, oldest first."""
@@ -56,9 +67,24 @@ class ReplayBuffer(Generic[EntryT]):
         """Number of samples below their maximum of epochs."""
         return len(self._drawable())
 
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of the tensors in memory."""
+        return sum(entry.other_bytes + entry.sample.features.nbytes for entry in self._entries)
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the features in files."""
+        return sum(entry.sample.stored.size for entry in self._entries if entry.sample.stored)
+
     def add(self, entry: EntryT) -> None:
         """Append a sample; the oldest one gives way if the buffer is full."""
+        if self._files:
+            entry.sample = own_tensors(entry.sample)
+            entry.feature_bytes, entry.other_bytes = entry.sample.feature_bytes, entry.sample.other_bytes
         self._entries.append(entry)
+        if len(self._entries) > self._settings.replay_buffer_size:
+            self._remove_oldest()
 
     def draw(self, number: int) -> list[EntryT]:
         """Draw samples without replacement, as many as can be drawn, and count an epoch for each."""
@@ -74,12 +100,66 @@ class ReplayBuffer(Generic[EntryT]):
             entry.epochs += 1
         return drawn
 
+    def limit_bytes(self) -> int:
+        """Remove the oldest samples beyond ``train.replay_buffer_bytes``, then move features to files.
+
+        Only the newest samples keep their features in memory, up to ``train.replay_memory_bytes`` for all tensors.
+        Samples without further epochs lose their features. What is already in a file stays there.
+
+        Returns:
+            The number of samples that were removed because their features could not be written.
+        """
+        limit, memory_limit = self._settings.replay_buffer_bytes, self._settings.replay_memory_bytes
+        for entry in self._entries:
+            if entry.feature_bytes and not self._is_drawable(entry):
+                self._release_features(entry)
+        others = sum(entry.other_bytes for entry in self._entries)
+        total = others + sum(entry.feature_bytes for entry in self._entries)
+        while total > limit or others > memory_limit:
+            oldest = self._remove_oldest()
+            total -= oldest.other_bytes + oldest.feature_bytes
+            others -= oldest.other_bytes
+        excess, failed = self.memory_bytes - memory_limit, list[EntryT]()
+        for entry in self._entries:
+            if excess <= 0:
+                break
+            if entry.sample.has_features:
+                excess -= entry.sample.features.nbytes
+                if not self._store(entry):
+                    excess -= entry.other_bytes
+                    failed.append(entry)
+        for entry in failed:
+            self._entries.remove(entry)
+        return len(failed)
+
     def clear(self) -> None:
         """Remove all samples."""
-        self._entries.clear()
+        while self._entries:
+            self._remove_oldest()
 
     def _drawable(self) -> list[tuple[int, EntryT]]:
-        return [(i, entry) for i, entry in enumerate(self._entries) if entry.epochs < self._settings.max_epochs]
+        return [(i, entry) for i, entry in enumerate(self._entries) if self._is_drawable(entry)]
+
+    def _is_drawable(self, entry: EntryT) -> bool:
+        return entry.epochs < self._settings.max_epochs
+
+    def _store(self, entry: EntryT) -> bool:
+        if self._files:
+            entry.sample = self._files.store(entry.sample)
+        return not entry.sample.has_features
+
+    def _remove_oldest(self) -> EntryT:
+        oldest = self._entries.popleft()
+        if self._files and oldest.sample.stored:
+            self._files.remove(oldest.sample.stored)
+        return oldest
+
+    def _release_features(self, entry: EntryT) -> None:
+        sample = entry.sample
+        if self._files and sample.stored:
+            self._files.remove(sample.stored)
+        nothing = sample.features.new_empty(0, sample.features.shape[-1])
+        entry.sample, entry.feature_bytes = replace(sample, features=nothing, stored=None), 0
 
 
 def compute_log_weights(

@@ -69,6 +69,20 @@ class RequestSampling:
         return self.temperature < MIN_TEMPERATURE
 
 
+@dataclass(frozen=True, slots=True)
+class StoredFeatures:
+    """The file that holds a sample's features: bf16 [rows, width] in the byte order of the machine."""
+
+    path: str
+    rows: int
+    width: int
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return self.rows * self.width * torch.bfloat16.itemsize
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Branch:
     """A drafted chain of which verification rejected at least one token."""
@@ -105,7 +119,8 @@ class Sample:
     next_token: int | None
     """Token that the target chose after the last one; it has no feature yet."""
     features: Tensor
-    """[n, F] bf16: the captured target states after consuming each token; [0, F] until they are recomputed."""
+    """[n, F] bf16: the captured target states after consuming each token; [0, F] while they are in a file, and until
+    they are recomputed."""
     known: Tensor
     """[n] bool: whether the target's distribution after consuming the token was recorded."""
     teacher: Teacher
@@ -129,6 +144,8 @@ class Sample:
     """First row that is learned from and scored. The rows before it contribute keys and values only."""
     own_end: int | None = None
     """End of the rows that are learned from and scored; None for the last row. The tokens behind it continue chains."""
+    stored: StoredFeatures | None = None
+    """The file with the features; None where they are in memory, or have to be recomputed."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -140,8 +157,20 @@ class Sample:
 
     @property
     def has_features(self) -> bool:
-        """Whether the features are here, or else have to be recomputed."""
+        """Whether the features are in memory, or else in a file or to be recomputed."""
         return len(self.features) == len(self)
+
+    @property
+    def feature_bytes(self) -> int:
+        """Bytes of the features, wherever they are."""
+        return len(self) * self.features.shape[-1] * self.features.element_size()
+
+    @property
+    def other_bytes(self) -> int:
+        """Bytes of all other tensors; ``suffix_predicted`` counts before it is known too."""
+        teachers = (self.teacher, *(branch.teacher for branch in self.branches))
+        tensors = [self.tokens, self.known, self.preceding, *(t for one in teachers for t in (one.ids, one.logprobs))]
+        return sum(tensor.nbytes for tensor in tensors) + len(self) * torch.bool.itemsize
 
     @property
     def committed(self) -> int:
@@ -172,6 +201,23 @@ def read_sample(row: Row, rejected: Sequence[Row]) -> Sample:
         label=row["label"],
         sampling=_read_sampling(row),
         position=row["position"],
+    )
+
+
+def own_tensors(sample: Sample) -> Sample:
+    """Return the sample with tensors that share no memory with those of other samples, as parts of a request do."""
+
+    def own(tensor: Tensor) -> Tensor:
+        return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+    return replace(
+        sample,
+        tokens=own(sample.tokens),
+        features=own(sample.features),
+        known=own(sample.known),
+        teacher=Teacher(own(sample.teacher.ids), own(sample.teacher.logprobs)),
+        preceding=own(sample.preceding),
+        suffix_predicted=None if sample.suffix_predicted is None else own(sample.suffix_predicted),
     )
 
 
@@ -235,7 +281,7 @@ def join_samples(chunks: Sequence[Sample]) -> Sample:
 def recompute_features(sample: Sample, compute_states: ComputeStates) -> Sample:
     """Return the sample with features from the frozen target."""
     states = compute_states(torch.cat([sample.preceding, sample.tokens]))
-    return replace(sample, features=states[len(sample.preceding) :])
+    return replace(sample, features=states[len(sample.preceding) :].clone())
 
 
 def mark_suffix_predictions(sample: Sample) -> Sample:

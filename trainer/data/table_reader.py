@@ -208,39 +208,53 @@ class TableReader:
 
     def reread(
         self, up_to: int, rejected_up_to: int, returned: Iterable[ChunksKey], open_requests: Iterable[ChunksKey]
-    ) -> list[TableEntry]:
-        """Read exactly to both versions, and join the chunks that were joined before.
+    ) -> Iterator[TableEntry]:
+        """Read exactly to both versions, a few versions at a time, and join the chunks that were joined before.
+
+        Yields:
+            The samples of the chunks to return, in no order; chunks that were deleted since are left out.
 
         Args:
             up_to: Version of ``accepted`` to read to.
             rejected_up_to: Version of ``rejected`` to read to.
-            returned: Chunks to return; those that were deleted since are left out.
+            returned: Chunks to return.
             open_requests: Chunks that are joined with later ones.
 
         Raises:
-            TableError: the tables cannot be read; the cursors do not move.
+            TableError: the tables cannot be read; ``seek`` before another attempt.
         """
-        by_partition: dict[PartitionKey, dict[int, _ChunkRow]] = {}
-        for chunk_row in self._read_existing(up_to, rejected_up_to, all_rejected=True):
-            topic, partition, offset = _record_key(chunk_row.row)
-            by_partition.setdefault((topic, partition), {})[offset] = chunk_row
-
-        def find(key: ChunksKey) -> OpenRequest | None:
-            topic, partition, first, last = key
-            rows = by_partition.get((topic, partition), {})
-            if first not in rows or last not in rows:
-                return None
-            request = OpenRequest(rows[first].row["request"], topic, partition)
-            for offset in sorted(offset for offset in rows if first <= offset <= last):
-                if rows[offset].row["request"] == request.request:
-                    chunk = rows[offset]
-                    if request.chunks and not request.continues_with(chunk.sample):
-                        return None
-                    request.add(chunk.row, chunk.sample, chunk.after, self._clock())
-            return request
-
-        self._open = {one.request: one for key in open_requests if (one := find(key))}
-        return [entry for key in dict.fromkeys(returned) if (one := find(key)) for entry in self._cut(one)]
+        still_open = list(open_requests)
+        by_first = {key[:3]: key for key in (*returned, *still_open)}
+        joining: dict[tuple[PartitionKey, str], tuple[ChunksKey, OpenRequest]] = {}
+        reopened: dict[ChunksKey, OpenRequest] = {}
+        # Branches wait until the records of their samples are read again.
+        reached, self.reached = self.reached, {}
+        while self.cursor < up_to:
+            read_to = min(self.cursor + VERSIONS_PER_READ, up_to)
+            for one in sorted(
+                self._read_existing(read_to, rejected_up_to, all_rejected=True), key=lambda one: _record_key(one.row)
+            ):
+                topic, partition, offset = record = _record_key(one.row)
+                name = (topic, partition), one.row["request"]
+                if record in by_first:
+                    joining[name] = by_first[record], OpenRequest(one.row["request"], topic, partition)
+                if name not in joining:
+                    continue
+                key, request = joining[name]
+                if request.chunks and not request.continues_with(one.sample):
+                    del joining[name]
+                    continue
+                request.add(one.row, one.sample, one.after, self._clock())
+                if offset < key[3]:
+                    continue
+                del joining[name]
+                if key in still_open:
+                    reopened[key] = request
+                else:
+                    yield from self._cut(request)
+        self._open = {reopened[key].request: reopened[key] for key in still_open if key in reopened}
+        self.reached = _merge_offsets(self.reached, reached)
+        self._pending = [(after, row) for after, row in self._pending if not self._has_reached(row)]
 
     def _read_existing(self, up_to: int, rejected_up_to: int, *, all_rejected: bool) -> list[_ChunkRow]:
         """Return the usable rows after the cursor that still exist, and move both cursors."""
@@ -284,12 +298,15 @@ class TableReader:
         taken: dict[RecordKey, list[Row]] = {}
         self._pending = []
         for after, row in rejected:
-            topic, partition, offset = record = _record_key(row)
-            if offset > self.reached.get((topic, partition), -1):
-                self._pending.append((after, row))
+            if self._has_reached(row):
+                taken.setdefault(_record_key(row), []).append(row)
             else:
-                taken.setdefault(record, []).append(row)
+                self._pending.append((after, row))
         return taken
+
+    def _has_reached(self, rejected: Row) -> bool:
+        topic, partition, offset = _record_key(rejected)
+        return offset <= self.reached.get((topic, partition), -1)
 
     def _parse_rows(
         self, accepted: Iterable[Row], branches: dict[RecordKey, list[Row]], after: tuple[int, int]

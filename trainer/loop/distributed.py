@@ -1,8 +1,10 @@
 """Several processes that train one draft together, started by ``torchrun``.
 
 Rank 0 reads the tables, writes checkpoints, registers versions and serves the status page; it broadcasts each call on
-its learner, and the other ranks make the same call with their share of the samples. The denominators of the loss are
-summed over all ranks, so loss and gradient equal those of one process. CPUs communicate over gloo, GPUs over NCCL.
+its learner, and the other ranks make the same call with their share of the samples. Rank 0 sends samples without their
+features: each rank reads those of its own share from files, which rank 0 writes. Where the ranks share no folder, the
+features are sent. The denominators of the loss are summed over all ranks, so loss and gradient equal those of one
+process. CPUs communicate over gloo, GPUs over NCCL.
 """
 
 from __future__ import annotations
@@ -10,10 +12,13 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+import uuid
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, TypeVarTuple, Unpack, cast
 
+import structlog
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -22,11 +27,13 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from trainer.data.batch import Batch, StepBatch
+from trainer.data.batch import Share, StepBatch, collate_share
 from trainer.objective.losses import Loss
 
 if TYPE_CHECKING:
     from trainer.loop.learner import Learner
+
+log = structlog.get_logger()
 
 Parallel = Literal["ddp", "fsdp2"]
 Args = TypeVarTuple("Args")
@@ -122,7 +129,26 @@ class DistributedLearner:
     def step(self, batch: StepBatch) -> Loss:
         """Call ``Learner.step`` on all ranks, each with its share of the batch."""
         self._broadcast((_step_on_share, ()))
-        return self.learner.step(*(_scatter(batch.batches) if self._distributed else batch.batches[0]))
+        if self._distributed:
+            dist.scatter_object_list([None], [(), *batch.shares])
+        return self.learner.step(*batch.batches)
+
+    def share_folder(self, folder: Path) -> bool:
+        """Return whether there are other ranks, and all of them can read the files that rank 0 writes to a folder."""
+        if not self._distributed:
+            return False
+        probe = folder / f"probe-{uuid.uuid4()}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+            is_shared = self.call(_is_visible_to_all, probe)
+            probe.unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("features_sent_to_ranks", folder=str(folder), setting="train.spill_dir", error=str(error))
+            return False
+        if not is_shared:
+            log.warning("features_sent_to_ranks", folder=str(folder), setting="train.spill_dir", error="not shared")
+        return is_shared
 
     def keep_alive(self) -> None:
         """Prevent gloo's timeout of half an hour while there is nothing to do."""
@@ -163,14 +189,13 @@ def match_layout(sharded: Tensor, tensor: Tensor) -> Tensor:
 
 
 def _step_on_share(learner: Learner) -> Loss:
-    return learner.step(*_scatter(None))
+    received: list[Share] = [()]
+    dist.scatter_object_list(received, None)
+    return learner.step(*collate_share(received[0]))
 
 
-def _scatter(batches: Sequence[Sequence[Batch]] | None) -> Sequence[Batch]:
-    """Return this rank's share of the batches that rank 0 passes."""
-    share: list[Sequence[Batch]] = [()]
-    dist.scatter_object_list(share, list(batches) if batches else None)
-    return share[0]
+def _is_visible_to_all(learner: Learner, file: Path) -> bool:
+    return bool(learner.ranks.sum(torch.tensor(float(file.exists()))) == learner.ranks.size)
 
 
 def _do_nothing(_: Learner) -> None:

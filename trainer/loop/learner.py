@@ -38,10 +38,11 @@ class Learner:
         self.skipped = 0
         """Consecutive steps that were skipped because the loss or the gradient was not finite."""
         self._settings = settings
-        self._ranks = ranks or Ranks()
+        self.ranks = ranks or Ranks()
+        """The processes that train together."""
         self.shape = draft.shape
         self._device = embeddings_VH.device
-        self._module = self._ranks.wrap(_LossModule(draft, embeddings_VH, settings), settings.parallel)
+        self._module = self.ranks.wrap(_LossModule(draft, embeddings_VH, settings), settings.parallel)
         self._optimizers = Optimizers(draft, settings)
         self._rate_factor = 1.0
         self._ema = ExponentialMovingAverage(draft, settings.ema_decay) if settings.ema_decay else None
@@ -75,13 +76,13 @@ class Learner:
         sum_counts = self._count(batches)
         losses = []
         for number, batch in enumerate(batches, start=1):
-            with self._ranks.synchronize(self._module, last=number == len(batches)):
+            with self.ranks.synchronize(self._module, last=number == len(batches)):
                 loss: Loss = self._module(batch, sum_counts)
                 if loss.total.requires_grad:
                     # Ranks average their gradients, but the gradients of a step's batches have to be summed.
-                    (loss.total * self._ranks.size).backward()  # type: ignore[no-untyped-call]
+                    (loss.total * self.ranks.size).backward()  # type: ignore[no-untyped-call]
             losses.append(loss)
-        loss = _sum_losses(losses, self._ranks)
+        loss = _sum_losses(losses, self.ranks)
         if not loss.positions + loss.nodes:
             return loss
         norm = torch.nn.utils.clip_grad_norm_(self.draft.parameters(), self._settings.max_grad_norm)
@@ -103,7 +104,7 @@ class Learner:
 
         With one rank and without an average it is the draft in training itself, otherwise a copy.
         """
-        if not isinstance(self._ranks, TorchrunRanks) and self._ema is None:
+        if not isinstance(self.ranks, TorchrunRanks) and self._ema is None:
             return self.draft
         state = {name: gather_tensor(value) for name, value in self.draft.state_dict().items()}
         if self._ema:
@@ -154,7 +155,7 @@ class Learner:
     def _count(self, batches: tuple[Batch, ...]) -> SumCounts:
         """Return the denominators of the step's means; several batches need one more forward each to count them."""
         if len(batches) == 1:
-            return self._ranks.sum
+            return self.ranks.sum
         found: list[Tensor] = []
 
         def collect(counts: Tensor) -> Tensor:
@@ -164,7 +165,7 @@ class Learner:
         with torch.no_grad():
             for batch in batches:
                 self._module(batch, collect)
-        total = self._ranks.sum(torch.stack(found).sum(0))
+        total = self.ranks.sum(torch.stack(found).sum(0))
         return lambda _: total
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
+from trainer.data.data_loader import DataLoader
 from trainer.data.table_reader import DROPPED_BRANCHES
 from trainer.loop.divergence_guard import HeldOutScore
 from trainer.objective.losses import Loss
@@ -109,6 +110,7 @@ class TrainMetrics:
         self._version_read = gauge("table_version_read", "Version of table accepted up to which rows were read.")
         self._version_latest = gauge("table_version_latest", "Newest version of table accepted.")
         self._samples_waiting = gauge("samples_waiting", "New samples that were read and not trained on yet.")
+        self._replay_bytes = gauge("replay_bytes", "Bytes of the replay buffer in memory and on disk.", "place")
         self._rows = gauge("rows", "Rows, samples and branches read, by kind.", "kind")
         self._branches_dropped = counter("branches_dropped", "Branches that are not trained on, by reason.", "reason")
         self._dropped = dict.fromkeys(DROPPED_BRANCHES, 0)
@@ -130,17 +132,20 @@ class TrainMetrics:
         if figures.newest:
             self._newest_sample.set(figures.newest)
 
-    def update_data_loader(self, cursor: int, table_version: int, waiting: int, rows: Mapping[str, int]) -> None:
-        """Record the position of the data loader."""
-        self._version_read.set(cursor)
-        self._version_latest.set(table_version)
-        self._lag_commits.set(max(0, table_version - cursor))
-        self._samples_waiting.set(waiting)
+    def update_data_loader(self, loader: DataLoader) -> None:
+        """Record the position and the size of the data loader."""
+        self._version_read.set(loader.cursor)
+        self._version_latest.set(loader.table_version)
+        self._lag_commits.set(max(0, loader.table_version - loader.cursor))
+        self._samples_waiting.set(loader.waiting)
+        rows = dict(loader.counts)
         for kind in rows.keys() - DROPPED_BRANCHES.values():
             self._rows.labels(kind).set(rows[kind])
         for reason, kind in DROPPED_BRANCHES.items():
             self._branches_dropped.labels(reason).inc(rows.get(kind, 0) - self._dropped[reason])
             self._dropped[reason] = rows.get(kind, 0)
+        for place, size in loader.replay_bytes.items():
+            self._replay_bytes.labels(place).set(size)
 
     def update_score(self, score: HeldOutScore) -> None:
         """Record a score on the held-out set."""

@@ -39,6 +39,8 @@ _NOT_SHAPING = (
     "host",
     "port",
     "checkpoint_dir",
+    "spill_dir",
+    "replay_memory_bytes",
     "poll_interval",
     "num_threads",
     "checkpoint_interval",

@@ -39,6 +39,7 @@ DRAFT = "draft"
 _IRRELEVANT_SETTINGS = (
     *("host", "port", "checkpoint_dir", "poll_interval", "num_threads", "catch_up_steps"),
     *("registration_interval", "checkpoint_interval", "metrics_interval"),
+    *("replay_buffer_bytes", "replay_memory_bytes", "spill_dir"),
 )
 """Settings of the trainer that change no number of an experiment."""
 

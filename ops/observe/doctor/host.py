@@ -70,6 +70,8 @@ def local_folders(settings: Settings) -> dict[str, Path]:
         "train.checkpoint_dir": settings.train.checkpoint_dir,
         "tables.uri": settings.tables.uri,
     }
+    if settings.train.spill_dir:
+        named["train.spill_dir"] = settings.train.spill_dir
     if settings.traces.features == "claim-check":
         named["traces.claim_check_uri"] = settings.traces.claim_check_uri
     return {setting: Path(text.removeprefix("file://")).absolute() for setting, text in named.items() if is_local(text)}

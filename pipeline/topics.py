@@ -79,7 +79,7 @@ def declare_topics(settings: Kafka) -> list[Topic]:
 
     The traces topic expires and is never compacted, so that its offsets have no holes. Its records have the broker's
     timestamp: a node whose clock is wrong affects neither retention nor the day in the tables. The speculators topic
-    keeps the newest move of each alias. The topics of answers and drift events expire.
+    keeps the newest move of each alias. The other topics expire.
     """
     safe = {
         "min.insync.replicas": str((settings.replication_factor + 1) // 2),
@@ -99,6 +99,7 @@ def declare_topics(settings: Kafka) -> list[Topic]:
         Topic(settings.speculators_topic, 1, replication, compacted, more_partitions_allowed=True),
         Topic(settings.answers_topic, 1, replication, answers, more_partitions_allowed=True),
         Topic(settings.drift_topic, 1, replication, expiring, more_partitions_allowed=True),
+        Topic(settings.lag_topic, 1, replication, expiring, more_partitions_allowed=True),
     ]
 
 

@@ -1,7 +1,8 @@
-"""Records about speculator versions: JSON on two Kafka topics, in the table ``intents`` and in registry tags.
+"""Records about speculator versions: JSON on Kafka topics, in the table ``intents`` and in registry tags.
 
 ``aurora.speculators.v1``   alias moves: compacted, key ``line/alias``.
 ``aurora.drift.v1``         drift of a version's acceptance: deleted after ``kafka.retention``, key ``line/speculator``.
+``aurora.lag.v1``           lag of a trainer: deleted after ``kafka.retention``, key ``line``.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 Alias = Literal["candidate", "canary", "champion", "previous"]
 ALIASES: tuple[Alias, ...] = get_args(Alias)
@@ -121,3 +122,29 @@ class DriftEvent(_Record):
     def key(self) -> str:
         """Key on the topic, which keeps the events of one version in order."""
         return f"{self.line}/{self.speculator}"
+
+
+MIN_SHARE = 1 / 64
+"""Smallest share that a lagging trainer reads: one that cannot keep up with it is out of order."""
+
+
+class TrainerLag(_Record):
+    """How far a trainer is behind, and the share of requests that nodes should publish until it has caught up.
+
+    The trainer repeats it while it is behind, and says once that it has caught up: share 1.
+    """
+
+    time: datetime
+    """By the trainer's clock."""
+    line: str
+    lag_s: float = Field(ge=0)
+    """Age of the oldest commit that the trainer has not read."""
+    share: float = Field(ge=MIN_SHARE, le=1)
+    """Nodes publish the requests for which ``schemas.hash_sampling.is_in_share`` holds."""
+    valid_s: float = Field(gt=0)
+    """Time after which a node that hears nothing more publishes all requests again."""
+
+    @property
+    def key(self) -> str:
+        """Key on the topic, which keeps the events of one line in order."""
+        return self.line

@@ -15,3 +15,11 @@ def hash_ratio(name: str, purpose: str = "") -> float:
     digest = hashlib.blake2b(name.encode(), digest_size=8, person=purpose.encode()).digest()
     # 53 bits, the precision of a float: the largest 64-bit number would round up to 1.
     return (int.from_bytes(digest) >> 11) / 2**53
+
+
+def is_in_share(request: str, share: float) -> bool:
+    """Return whether a request is among the share that a lagging trainer reads.
+
+    Nodes and trainer decide by the same number, so a request that the nodes keep is not skipped by the trainer.
+    """
+    return hash_ratio(request, "aurora-lag") < share

@@ -28,6 +28,7 @@ from serving.http.detokenizer import Tokenizer
 from serving.http.generation import RequestMetrics
 from serving.http.server import BackgroundServer, Drain, DrainingServer, bind
 from serving.traces.chunks import Origin
+from serving.traces.lag_consumer import LagConsumer
 from serving.traces.publisher import TracePublisher
 from serving.versions.cache import MlflowRegistry
 from serving.versions.poller import VersionPoller
@@ -63,7 +64,9 @@ def run(settings: Settings) -> None:
         if serve.admin_port:
             admin_socket = stack.enter_context(bind(serve.admin_host, serve.admin_port, "serve.admin_"))
         tokenizer = load_tokenizer(settings.target.path)
-        publisher = TracePublisher(settings.kafka, settings.traces) if settings.traces.enabled else None
+        publisher = None
+        if settings.traces.enabled:
+            publisher = TracePublisher(settings.kafka, settings.traces, lag=LagConsumer(settings.kafka))
         answers = None
         if settings.traces.enabled and serve.suffix_scope != "request":
             answers = AnswerPublisher(settings.kafka, serve.suffix_scope)

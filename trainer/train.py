@@ -32,6 +32,7 @@ from trainer.data.target import FrozenTarget, Target, read_target
 from trainer.loop.checkpoints import Checkpoints, TrainState
 from trainer.loop.distributed import DistributedLearner, Ranks, follow_rank_0, join_ranks
 from trainer.loop.divergence_guard import LOSSES_KEPT, MAX_SKIPPED, HeldOutScore, Judgement, is_loss_rising, judge_state
+from trainer.loop.lag_events import LagEvents
 from trainer.loop.learner import Learner, draft_from_state, resolve_dtype
 from trainer.loop.metrics import StepFigures, Throughput, TrainMetrics
 from trainer.loop.mlflow_curves import MlflowCurves
@@ -119,6 +120,7 @@ class Trainer:
             {"mlflow.runName": f"trainer {socket.gethostname()}", "line": target.line, "code": code_revision()},
             {**train.model_dump(), "ranks": ranks.size},
         )
+        self._lag_events = LagEvents(settings.kafka, target.line, self._metrics.lag_events_dropped)
         self._throughput = Throughput()
         self._parent = self._day_0 = settings.speculator.day_0
         self._warm_started = False
@@ -149,6 +151,7 @@ class Trainer:
             with self._errors.catch("tables", TableError, DataLoaderError):
                 batch = self._prefetcher.next_batch()
             self._metrics.update_data_loader(self._loader)
+            self._lag_events.update(self._loader.lag_s, self._loader.share)
             if batch:
                 self._train_step(batch)
             else:
@@ -166,6 +169,7 @@ class Trainer:
         self._checkpoint()
         self._learners.close()
         self._prefetcher.close()
+        self._lag_events.close()
         self._curves.close()
         log.info("training_stopped", step=self._learner.steps)
 

@@ -32,13 +32,14 @@ class Kafka(Section):
     """Topic of the answers that nodes draft from."""
     drift_topic: str = "aurora.drift.v1"
     """Topic of the drift events."""
+    lag_topic: str = "aurora.lag.v1"
+    """Topic by which a lagging trainer asks the nodes for fewer traces."""
     partitions: int = Field(2, ge=1)
     """Partitions of the traces topic, the maximum number of stream workers that share it."""
     replication_factor: int = Field(1, ge=1)
     """Replicas of every topic. With 3 or more, more than half of them must acknowledge a record."""
     retention: Duration = Field(72 * 3600, gt=0)
-    """Time for which the topics of traces, answers and drift events keep a record, and a node the answers that it
-    drafts from."""
+    """Time for which all topics but ``speculators_topic`` keep a record, and a node the answers that it drafts from."""
     max_message_bytes: int = Field(1_000_000, ge=10_000)
     """Maximum size of a trace message. A longer request is split into several chunks."""
     client_options: Options = Field(default_factory=dict)
@@ -374,6 +375,9 @@ class Train(Section):
     catch_up_steps: int = Field(8, ge=0)
     """Backlog, in training steps of new samples, beyond which fewer samples are replayed; 0 always replays the same
     number and lags."""
+    max_lag: Duration = Field(3600, ge=0)
+    """Age of the oldest unread commit beyond which the trainer skips requests, those without rejected branches first,
+    and asks the nodes to publish fewer; 0 always trains on all."""
     replay_buffer_size: int = Field(2048, ge=1)
     """Maximum samples in the replay buffer."""
     replay_buffer_bytes: int = Field(8 << 30, ge=1024)

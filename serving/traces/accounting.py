@@ -13,6 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 DropReason = Literal[
     "queue_full",
+    "trainer_lag",
     "circuit_breaker_open",
     "offload_failed",
     "too_large",

@@ -30,6 +30,7 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer
 from prometheus_client import Metric
 from prometheus_client.core import GaugeMetricFamily
 
+from schemas.hash_sampling import is_in_share
 from schemas.settings import Kafka, SettingsError, Traces
 from schemas.telemetry import spans
 from schemas.trace.record import Chunk, VerifyStep, encode
@@ -51,6 +52,7 @@ from serving.traces.chunks import (
     strip_features,
 )
 from serving.traces.circuit_breaker import CircuitBreaker, CircuitState
+from serving.traces.lag_consumer import LagConsumer
 from serving.traces.offload import FeatureOffload
 from serving.traces.sampling import BudgetQueue, is_sampled
 
@@ -111,6 +113,7 @@ class TracePublisher:
         traces: Limits.
         connect_producer: Creates the producer; replaced by tests.
         clock: Monotonic seconds.
+        lag: Asks for fewer requests while the trainer is behind; not started yet.
     """
 
     def __init__(
@@ -119,9 +122,13 @@ class TracePublisher:
         traces: Traces,
         connect_producer: Callable[[Kafka, Traces, Callable[[KafkaError], None]], Producer] = connect,
         clock: Callable[[], float] = time.monotonic,
+        lag: LagConsumer | None = None,
     ) -> None:
         self._kafka = kafka
         self._traces = traces
+        self._lag = lag
+        self._wanted: dict[str, bool] = {}
+        """Whether a running request is published; decided at its first rows."""
         limit = ChunkSize(kafka.max_message_bytes - FRAME_BYTES, traces.claim_check_max_bytes)
         self._transport = FeatureTransport(traces.features, limit)
         self._clock = clock
@@ -149,6 +156,8 @@ class TracePublisher:
         """Start to publish; every chunk carries ``origin``."""
         self._origin = origin
         self._thread.start()
+        if self._lag:
+            self._lag.start(origin.line)
 
     def sample(self, request: str) -> bool:
         """Return whether a request is traced. Call it once per request: it counts the ones that are not."""
@@ -160,6 +169,9 @@ class TracePublisher:
     def record(self, request: Request, verify_steps: tuple[VerifyStep, ...], finish: Finish | None) -> None:
         """Take the next verify steps of a request. Never blocks, never raises."""
         if not request.trace:
+            return
+        if not self._is_wanted(request.id, finish):
+            self._accounting.reject(len(verify_steps), "trainer_lag")
             return
         try:
             kept = map(drop_features, verify_steps) if self._transport.features == "recompute" else verify_steps
@@ -195,6 +207,8 @@ class TracePublisher:
             self._close_by = self._clock() + timeout
             self._ending.set()
         self._thread.join()
+        if self._lag:
+            self._lag.stop()
         return self.counts()
 
     def collect(self) -> Iterator[Metric]:
@@ -210,6 +224,15 @@ class TracePublisher:
         ):
             text = f"Circuit breaker of the {peer}: 0 closed, 1 half open, 2 open."
             yield GaugeMetricFamily(name, text, value=_CIRCUIT_LEVEL[state])
+
+    def _is_wanted(self, request: str, finish: Finish | None) -> bool:
+        """Return whether a request belongs to the share that the trainer asks for; the same for all of its rows."""
+        if self._lag is None:
+            return True
+        with self._capture_lock:
+            if request not in self._wanted:
+                self._wanted[request] = is_in_share(request, self._lag.share)
+            return self._wanted.pop(request) if finish else self._wanted[request]
 
     def _run(self) -> None:
         is_ending = False

@@ -44,6 +44,7 @@ def stand(broker: str, registry: str, free_port: Callable[[], int], tmp_path_fac
         "kafka.traces_topic": "doctor.traces",
         "kafka.speculators_topic": "doctor.speculators",
         "kafka.drift_topic": "doctor.drift",
+        "kafka.lag_topic": "doctor.lag",
         "registry.tracking_uri": registry,
         "target.path": str(folder / "target"),
         "speculator.draft_vocab_size": 32,

@@ -15,7 +15,7 @@ from pipeline import topics
 from pipeline.broker import TopicError
 from schemas.settings import Kafka
 
-TOPICS = ("traces_topic", "speculators_topic", "answers_topic", "drift_topic")
+TOPICS = ("traces_topic", "speculators_topic", "answers_topic", "drift_topic", "lag_topic")
 
 
 @pytest.fixture
@@ -44,6 +44,7 @@ def test_apply_creates_missing_topics_and_then_changes_nothing(kafka: Kafka) -> 
         kafka.speculators_topic,
         kafka.answers_topic,
         kafka.drift_topic,
+        kafka.lag_topic,
     }
     again = aurora(kafka, "--json")
     assert (again.exit_code, changed(again), again.stderr) == (0, {}, "nothing to change\n")

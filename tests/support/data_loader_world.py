@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pyarrow as pa
@@ -30,6 +31,8 @@ class MemoryLog:
 
     def __init__(self) -> None:
         self._commits: dict[str, list[pa.Table]] = defaultdict(list)
+        self.committed_at = datetime.now(UTC)
+        """Time of every commit."""
         self.read: list[tuple[str, int, int]] = []
 
     def append(self, name: str, rows: pa.Table) -> None:
@@ -37,6 +40,10 @@ class MemoryLog:
 
     def version(self, name: str) -> int:
         return len(self._commits[name])
+
+    def commit_time(self, name: str, version: int) -> datetime:
+        assert 0 < version <= self.version(name)
+        return self.committed_at
 
     def oldest_readable(self, name: str) -> int:
         return 0

@@ -16,6 +16,7 @@ from schemas.trace.decoder import decode
 from schemas.trace.record import Chunk, VerifyStep
 from serving.engines.base import Request
 from serving.traces.chunks import Origin
+from serving.traces.lag_consumer import LagConsumer
 from serving.traces.publisher import TracePublisher
 
 ORIGIN = Origin("node-a", "t" * 32, "line")
@@ -91,7 +92,7 @@ class FakeProducer:
 class Bench:
     """A publisher with a fake producer and a manual clock."""
 
-    def __init__(self, **traces: Any) -> None:
+    def __init__(self, *, lag: LagConsumer | None = None, **traces: Any) -> None:
         self.now = 0.0
         self.producers = [FakeProducer()]
         self.on_error: Callable[[Any], None] = lambda _: None
@@ -105,6 +106,7 @@ class Bench:
             Traces(circuit_breaker_failures=2, circuit_breaker_probe_interval=5, **traces),
             make,
             lambda: self.now,
+            lag,
         )
         self.publisher.start(ORIGIN)
         self.sent = 0

@@ -3,9 +3,9 @@
 A hash of the request id splits requests: the held-out set is never trained on, and versions are compared on its newest
 samples. Samples are trained on in the order of their time, mixed with earlier ones from the replay buffer, for
 ``train.max_epochs`` at most: a trainer without new traffic stops instead of overfitting to a few requests. While
-enough samples wait, the tables are not read: a slow trainer drops nothing, and holds no more than one read of
-``VERSIONS_PER_READ`` commits beside its replay buffer. The more samples wait, the fewer are replayed, and none while
-more than one read is unread: a new sample teaches more than another epoch.
+enough samples wait, the tables are not read: a slow trainer holds no more than one read of ``VERSIONS_PER_READ``
+commits beside its replay buffer, and skips nothing until it is ``train.max_lag`` behind. The more samples wait, the
+fewer are replayed, and none while more than one read is unread: a new sample teaches more than another epoch.
 
 A sample without features gets them from the frozen target when it is first used, and keeps them. Memory holds the
 replay buffer up to ``train.replay_memory_bytes``; further features are in files (``feature_files``).
@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import math
 import random
+import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
@@ -24,10 +25,11 @@ from typing import Generic, TypeVar
 import structlog
 from pydantic import BaseModel, ConfigDict
 
-from pipeline.delta import DeltaLog
+from pipeline.delta import LOG_DAYS, DeltaLog
 from schemas.hash_sampling import hash_ratio
 from schemas.settings import Train
 from trainer.data.feature_files import FeatureFileError, FeatureFiles, load_features, spill_folder
+from trainer.data.lag import next_share, select_requests
 from trainer.data.replay_buffer import ReplayBuffer, compute_log_weights, draw_indices, staleness_weight
 from trainer.data.samples import ComputeStates, Sample, mark_suffix_predictions, recompute_features
 from trainer.data.table_reader import (
@@ -42,9 +44,9 @@ from trainer.data.table_reader import (
 
 log = structlog.get_logger()
 
-LOSSES = ("samples_unstored", "samples_unreadable", "samples_deleted")
-"""Kinds of ``DataLoader.counts`` that are lost to training: because a file could not be written or read, and because
-they were deleted from the tables."""
+LOSSES = ("samples_skipped", "branches_skipped", "samples_unstored", "samples_unreadable", "samples_deleted")
+"""Kinds of ``DataLoader.counts`` that are lost to training: beyond the maximum lag, because a file could not be written
+or read, and because they were deleted from the tables."""
 BALANCED_STEPS = 4
 """Steps' worth of waiting samples among which labels are balanced; no sample is advanced by more than that."""
 
@@ -136,6 +138,7 @@ class DataLoader:
         compute_states: ComputeStates,
         *,
         shares_files: bool = False,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         """Start at the beginning of the tables.
 
@@ -146,11 +149,16 @@ class DataLoader:
             line: Speculator line.
             compute_states: Recomputes features.
             shares_files: Whether the samples of a step are returned with files in place of features, for all ranks.
+            clock: Unix time in seconds.
         """
         self.counts: Counter[str] = Counter(dict.fromkeys(LOSSES, 0))
         """Rows, samples and branches by kind; copy it to read it from another thread."""
         self.table_version = 0
         """Newest version of ``accepted`` at the last poll."""
+        self.lag_s = 0.0
+        """Age of the oldest unread commit in seconds; 0 while less than one read is unread."""
+        self.share = 1.0
+        """Share of the requests that is trained on."""
         self.replay_bytes = {"memory": 0, "disk": 0}
         """Bytes of the replay buffer's tensors after the last step."""
         self._tables = tables
@@ -159,6 +167,7 @@ class DataLoader:
         self._settings = settings
         self._random = random.Random(settings.seed)  # noqa: S311
         self._waiting: deque[TableEntry] = deque()
+        self._clock = clock
         self._shares_files = shares_files
         # While the ranks train on one step, the next one is prefetched.
         self._files = FeatureFiles(spill_folder(settings, line), kept_steps=2 if shares_files else 0)
@@ -202,6 +211,7 @@ class DataLoader:
             return
         up_to = min(self.table_version, self.cursor + VERSIONS_PER_READ)
         if up_to > self.cursor:
+            self._measure_lag()
             self._add(self._reader.read(up_to, self._tables.version("rejected")))
         self._add(self._reader.take_overdue())
 
@@ -279,10 +289,34 @@ class DataLoader:
         """Delete the files of the replay buffer."""
         self._files.clear()
 
-    def _add(self, entries: Iterable[TableEntry]) -> None:
+    def _measure_lag(self) -> None:
+        """Measure the lag before a read, and adapt the share of the requests to it."""
+        lag = 0.0
+        # With less to read, the trainer keeps up.
+        if self._settings.max_lag and self.table_version - self.cursor > VERSIONS_PER_READ:
+            committed_at = self._tables.commit_time("accepted", self.cursor + 1)
+            oldest = self._clock() - LOG_DAYS * 86_400
+            lag = max(0.0, self._clock() - (committed_at.timestamp() if committed_at else oldest))
+        share = next_share(self.share, lag, self.lag_s, self._settings.max_lag)
+        if share != self.share:
+            log.warning("lag_share_changed", lag_s=round(lag, 1), share=share, setting="train.max_lag")
+        self.lag_s, self.share = lag, share
+
+    def _add(self, entries: Sequence[TableEntry]) -> None:
+        branches: dict[str, int] = {}
         for entry in entries:
-            held_out = is_held_out(entry.sample.request, self._settings.held_out_ratio)
-            (self._held_out if held_out else self._waiting).append(entry)
+            if is_held_out(entry.sample.request, self._settings.held_out_ratio):
+                self._held_out.append(entry)
+            else:
+                request = entry.sample.request
+                branches[request] = branches.get(request, 0) + len(entry.sample.branches)
+        kept = select_requests(branches, self.share)
+        for entry in entries:
+            if entry.sample.request in kept:
+                self._waiting.append(entry)
+            elif entry.sample.request in branches:
+                self.counts["samples_skipped"] += 1
+                self.counts["branches_skipped"] += len(entry.sample.branches)
 
     def _number_of_new(self, drawable: int) -> int:
         """Return how many new samples the next step takes: the rest after replay, or as many as catching up needs."""

@@ -94,6 +94,7 @@ class TrainMetrics:
             "evaluations_since_registration",
             "Evaluations on the held-out set since the last registration or the start.",
         )
+        self.lag_events_dropped = counter("lag_events_dropped", "Lag events that the broker did not take.")
         self._steps = counter("steps", "Training steps.")
         self._tokens = counter("tokens", "Tokens trained on, replayed samples included.")
         self._loss = gauge("loss", "Loss of the last step, by term.", "term")
@@ -106,6 +107,12 @@ class TrainMetrics:
         self._gradient_norm = gauge("gradient_norm", "Gradient norm of the last step, before clipping.")
         self._tokens_per_second = gauge("tokens_per_second", "Tokens trained on, mean over a minute, idle included.")
         self._lag_commits = gauge("lag_commits", "Commits of table accepted that are not read yet.")
+        self._lag_seconds = gauge(
+            "lag_seconds", "Age of the oldest unread commit; 0 while less than one read is unread."
+        )
+        self._request_ratio = gauge(
+            "request_ratio", "Share of the requests that is trained on; below 1 beyond max_lag."
+        )
         self._newest_sample = gauge("newest_sample_timestamp_seconds", "Unix time of the last step's newest sample.")
         self._version_read = gauge("table_version_read", "Version of table accepted up to which rows were read.")
         self._version_latest = gauge("table_version_latest", "Newest version of table accepted.")
@@ -137,6 +144,8 @@ class TrainMetrics:
         self._version_read.set(loader.cursor)
         self._version_latest.set(loader.table_version)
         self._lag_commits.set(max(0, loader.table_version - loader.cursor))
+        self._lag_seconds.set(loader.lag_s)
+        self._request_ratio.set(loader.share)
         self._samples_waiting.set(loader.waiting)
         rows = dict(loader.counts)
         for kind in rows.keys() - DROPPED_BRANCHES.values():

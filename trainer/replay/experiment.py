@@ -38,7 +38,7 @@ DRAFT = "draft"
 """Folder of a variant's trained draft; `aurora replay evaluate` accepts it as a version."""
 _IRRELEVANT_SETTINGS = (
     *("host", "port", "checkpoint_dir", "poll_interval", "num_threads", "catch_up_steps"),
-    *("registration_interval", "checkpoint_interval", "metrics_interval"),
+    *("registration_interval", "checkpoint_interval", "metrics_interval", "max_lag"),
     *("replay_buffer_bytes", "replay_memory_bytes", "spill_dir"),
 )
 """Settings of the trainer that change no number of an experiment."""

@@ -62,7 +62,7 @@ LOOKAHEAD = 4
 _IRRELEVANT = (
     *("host", "port", "checkpoint_dir", "poll_interval", "num_threads", "seed", "registration_interval"),
     *("checkpoint_interval", "held_out_ratio", "held_out_samples", "staleness_half_life", "warm_start_learning_rate"),
-    *("gradient_accumulation_steps", "parallel", "catch_up_steps", "join_timeout", "join_bytes"),
+    *("gradient_accumulation_steps", "parallel", "catch_up_steps", "join_timeout", "join_bytes", "max_lag"),
     *("replay_buffer_bytes", "replay_memory_bytes", "spill_dir"),
 )
 """Settings of the trainer without effect here: nothing is held out, and no version is registered."""

@@ -13,7 +13,7 @@ from pipeline.topics import SETTING_OF, Topic, check_traces_topic, declare_topic
 from schemas.answers import MAX_RECORD_BYTES
 from schemas.settings import Kafka
 
-TRACES, SPECULATORS, ANSWERS, DRIFT = declare_topics(Kafka(partitions=4, replication_factor=3))
+TRACES, SPECULATORS, ANSWERS, DRIFT, LAG = declare_topics(Kafka(partitions=4, replication_factor=3))
 
 
 def with_config(topic: Topic, **changed: str) -> Topic:
@@ -40,7 +40,7 @@ def test_acknowledged_record_survives_the_loss_of_a_minority_of_replicas(replica
         assert topic.config["unclean.leader.election.enable"] == "false"
 
 
-@pytest.mark.parametrize("topic", [TRACES, SPECULATORS, ANSWERS, DRIFT])
+@pytest.mark.parametrize("topic", [TRACES, SPECULATORS, ANSWERS, DRIFT, LAG])
 def test_topic_equal_to_its_declaration_needs_no_change(topic: Topic) -> None:
     assert diff_topic(topic, topic) == []
 

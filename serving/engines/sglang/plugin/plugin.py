@@ -172,6 +172,7 @@ def _create_hooks(settings: Settings, worker: Any) -> Hooks | None:
     from serving.engines.sglang.plugin.hooks import Hooks
     from serving.engines.sglang.plugin.metrics import CaptureLimit, PluginMetrics
     from serving.engines.sglang.plugin.recorder import Recorder, read_origin
+    from serving.traces.lag_consumer import LagConsumer
     from serving.traces.publisher import TracePublisher
 
     parallel, arguments, device = get_parallel(), worker.server_args, torch.device(worker.device)
@@ -191,6 +192,7 @@ def _create_hooks(settings: Settings, worker: Any) -> Hooks | None:
 
     scope = settings.serve.suffix_scope
     answers = None if scope == "request" else AnswerPublisher(settings.kafka, scope)
-    recorder = Recorder(TracePublisher(settings.kafka, settings.traces), origin, limit, metrics, answers)
+    publisher = TracePublisher(settings.kafka, settings.traces, lag=LagConsumer(settings.kafka))
+    recorder = Recorder(publisher, origin, limit, metrics, answers)
     atexit.register(recorder.close)
     return Hooks(settings, recorder, transfer, limit, metrics, lambda: get_serving().weight_version)

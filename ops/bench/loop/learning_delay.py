@@ -1,16 +1,13 @@
 """How long traffic takes to have an effect: from a verify step to the first served version that was trained on it.
 
 Everything is read from what the loop itself records. A verify step has its time, and arrived in one Kafka record. The
-tag ``tables`` of a version names the version of ``accepted`` that the trainer had read, and the application
-transactions of that version name the last record that it contains. The node reports when it swapped the version in.
-Held-out requests are excluded: they are not trained on.
-
-The trainer trains on the rows that it has read within its next steps, so a version may lack the newest few of its rows.
+tag ``passed`` of a version names the version of ``accepted`` of which every sample had been trained on, and the
+application transactions of that version name the last record that it contains. The node reports when it swapped the
+version in. Held-out requests are excluded: they are not trained on.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,6 +17,7 @@ from pipeline.delta import DeltaLog, TableSnapshot
 from pipeline.offsets import SourcePartition, transaction_id
 from schemas.settings import Settings
 from trainer.data.data_loader import is_held_out
+from trainer.release.registration import PASSED_TAG
 from trainer.release.registry import Version
 
 Span = tuple[float, float]
@@ -37,7 +35,7 @@ class CommittedStep:
 
 @dataclass(frozen=True, slots=True)
 class ServedVersion:
-    """A version that a node served, and the records that had been read for it."""
+    """A version that a node served, and the records that it was trained on."""
 
     version: str
     time: float
@@ -106,21 +104,23 @@ def read_steps(settings: Settings, line: str, since: float) -> list[CommittedSte
 def read_served_versions(
     settings: Settings, registered: Sequence[Version], swaps: Sequence[Swap]
 ) -> list[ServedVersion]:
-    """Return the versions that were swapped in, with the records that had been read for them. Raises ``TableError``."""
+    """Return the versions that were swapped in, with the records they were trained on. Raises ``TableError``."""
     log = DeltaLog(settings.tables)
     first = {swap.version: swap.time for swap in sorted(swaps, key=lambda swap: swap.time, reverse=True)}
     return [
-        ServedVersion(version.number, first[version.number], _last_offsets(log, settings, version.tags["tables"]))
+        ServedVersion(
+            version.number, first[version.number], _last_offsets(log, settings, int(version.tags[PASSED_TAG]))
+        )
         for version in registered
         if version.number in first
     ]
 
 
-def _last_offsets(log: DeltaLog, settings: Settings, tables: str) -> dict[int, int]:
-    """Return the last offset of each partition in the version of ``accepted`` that the tag names."""
+def _last_offsets(log: DeltaLog, settings: Settings, accepted: int) -> dict[int, int]:
+    """Return the last offset of each partition in a version of ``accepted``."""
     table = log.open("accepted")
     with log.translate_errors("accepted"):
-        table.load_as_version(json.loads(tables)["accepted"])
+        table.load_as_version(accepted)
     state = TableSnapshot(table)
     topic, partitions = settings.kafka.traces_topic, range(settings.kafka.partitions)
     last = {p: state.transaction(transaction_id("accepted", SourcePartition(topic, p))) for p in partitions}

@@ -24,13 +24,14 @@ from pipeline.delta import DeltaLog
 from pipeline.offsets import SourcePartition, transaction_id
 from schemas.settings import Settings, load
 from trainer.data.data_loader import is_held_out
+from trainer.release.registration import PASSED_TAG
 from trainer.release.registry import Version
 
 RECORDED = 1_700_000_000
 """When every made-up verify step was committed."""
 
 
-def test_a_verify_step_is_served_by_the_first_version_whose_tables_hold_its_record() -> None:
+def test_a_verify_step_is_served_by_the_first_version_that_was_trained_on_its_record() -> None:
     in_order = [
         ServedVersion("1", 10, {0: 4}),
         ServedVersion("2", 20, {0: 9, 1: 3}),
@@ -86,21 +87,23 @@ def settings(tmp_path: Path) -> Settings:
     return made
 
 
-def test_the_offsets_of_a_version_are_those_of_the_table_version_in_its_tag(settings: Settings) -> None:
+def test_the_offsets_of_a_version_are_those_that_it_was_trained_on_and_not_those_that_were_read(
+    settings: Settings,
+) -> None:
     registered = [
         Version(
             str(n),
             datetime.fromtimestamp(0, UTC),
-            {"tables": json.dumps({"accepted": accepted, "rejected": 0})},
+            {"tables": json.dumps({"accepted": 3, "rejected": 0}), PASSED_TAG: str(trained_on)},
             card="",
             run="",
         )
-        for n, accepted in enumerate([1, 3, 2])
+        for n, trained_on in enumerate([1, 2, 2])
     ]
     swaps = [Swap("1", 7.0, 0, 0.1), Swap("0", 3.0, 0, 0.1), Swap("1", 5.0, 0, 0.1)]
     assert read_served_versions(settings, registered, swaps) == [
         ServedVersion("0", 3.0, {0: 0}),
-        ServedVersion("1", 5.0, {0: 2}),
+        ServedVersion("1", 5.0, {0: 1}),
     ]
 
 

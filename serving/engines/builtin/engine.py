@@ -285,6 +285,9 @@ class BuiltinEngine:
         for seq in cancelled_waiting:
             self._send_last(seq, Output((), finish="cancelled", stats=seq.stats))
         for seq in [seq for seq in scheduler.running if seq.request.id in cancelled]:
+            if seq.is_prefilling:
+                # Only the logits at its end show whether the values of a prompt are finite.
+                self._target.cache.clear(seq.slot, slice(seq.num_cached_tokens))
             self._end(seq, "cancelled")
         for packed, version, done in swaps:
             with self._contain_drafter():

@@ -4,16 +4,20 @@ A forward runs over the tokens of all sequences laid end to end, without padding
 to which slot and at which entry they start. Rejected tokens leave stale entries; the next segment of the slot starts
 after the last committed token and overwrites them.
 
+On a CPU a call of attention takes longer than its arithmetic. So segments of one length attend in one call if a slice
+of the slots selects them: up to the end of the longest of them. A mask hides the entries behind the end of the others,
+which must be finite, because a score of NaN plus -inf is NaN.
+
 The nodes of a draft tree occupy consecutive entries of their slot, whatever their depth: the mask follows the parent
 links, and ``keep_path`` moves the entries of the accepted path together afterwards.
 
 Shape suffixes: L layers, S slots, M key/value heads, P entries of a slot, E head size, N query heads, T tokens of the
-batch, Q queries that share a key/value head.
+batch, G segments that attend together, W tokens of each of them, Q queries that share a key/value head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, Protocol
@@ -25,6 +29,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 CPU = torch.device("cpu")
+
+MAX_PADDING = 64
+"""Entries that a segment may be padded with: attending to more takes longer than another call."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,7 +65,7 @@ class KVCache:
     ) -> None:
         shape = (layers, slots, kv_heads, positions, head_dim)
         self.slots, self.positions = slots, positions
-        # Padding attends to entries that no sequence has written, and 0 x NaN would be NaN.
+        # Padding attends to entries that no sequence has written.
         self._keys, self._values = _zeros(shape, device), _zeros(shape, device)
         self._by_layer = list(zip(self._keys.unbind(), self._values.unbind(), strict=True))
 
@@ -81,10 +88,10 @@ class KVCache:
         """Attend over entries that are already written; return the attended values [T, N, E]."""
         return batch.attend(layer, self._keys, self._values, q_TNE)
 
-    def clear(self, slot: int | slice) -> None:
-        """Zero the entries of a slot whose values may not be finite: padding also attends to stale entries."""
-        self._keys[:, slot].zero_()
-        self._values[:, slot].zero_()
+    def clear(self, slot: int | slice, entries: slice = slice(None)) -> None:
+        """Zero entries whose values may not be finite: padding also attends to stale entries."""
+        self._keys[:, slot, ..., entries, :].zero_()
+        self._values[:, slot, ..., entries, :].zero_()
 
     def allocate_blocks(self, blocks: int, length: int) -> Tensor:
         """Return memory for keys and values of so many runs of entries, [blocks, 2, L, M, length, E]."""
@@ -142,16 +149,18 @@ class BatchLayout(Protocol):
         """Attend over a layer's entries; return the attended values [T, N, E]."""
 
 
-class _SegmentView(NamedTuple):
-    """One segment as attention needs it."""
+class _JoinedSegments(NamedTuple):
+    """Segments that attend together."""
 
-    queries: int
-    """Q: query heads per key/value head * length."""
-    keys_1MPE: tuple[Tensor, ...]
-    """By layer, up to the segment's end."""
-    values_1MPE: tuple[Tensor, ...]
+    segments: int
+    """G"""
+    length: int
+    """W"""
+    keys_GMPE: tuple[Tensor, ...]
+    """By layer, up to the end of the longest segment."""
+    values_GMPE: tuple[Tensor, ...]
     mask: Tensor | None
-    """[Q, end]"""
+    """[G, 1, Q, end]"""
 
 
 class RaggedBatch:
@@ -160,7 +169,7 @@ class RaggedBatch:
     def __init__(self, segments: Sequence[Segment], device: torch.device = CPU) -> None:
         self.segments = tuple(segments)
         self._device = device
-        self._views: list[_SegmentView] = []
+        self._groups: list[_JoinedSegments] = []
 
     @cached_property
     def positions_T(self) -> Tensor:
@@ -187,37 +196,63 @@ class RaggedBatch:
         return rows
 
     def attend(self, layer: int, keys_LSMPE: Tensor, values_LSMPE: Tensor, q_TNE: Tensor) -> Tensor:
-        """Attend segment by segment, without padding.
+        """Attend group by group.
 
         Query heads that share a key/value head are folded into its query axis, so that the cache is never repeated.
         """
-        tokens, heads, size = q_TNE.shape
+        _, heads, size = q_TNE.shape
         kv_heads = keys_LSMPE.shape[2]
-        groups = heads // kv_heads
-        views = self._segment_views(keys_LSMPE, values_LSMPE, groups)
-        # Laid out by key/value head once, so that each segment's queries are a view.
-        q_1MQE = q_TNE.view(tokens, kv_heads, groups, size).transpose(0, 1).reshape(1, kv_heads, tokens * groups, size)
-        attended = [
-            F.scaled_dot_product_attention(folded, view.keys_1MPE[layer], view.values_1MPE[layer], attn_mask=view.mask)
-            for view, folded in zip(
-                views, q_1MQE.split_with_sizes([view.queries for view in views], dim=2), strict=True
+        shared = heads // kv_heads
+        groups = self._join_segments(keys_LSMPE, values_LSMPE, shared)
+        attended = []
+        for group, q_GWNE in zip(
+            groups, q_TNE.split_with_sizes([group.segments * group.length for group in groups]), strict=True
+        ):
+            by_head = (group.segments, group.length, kv_heads, shared, size)
+            q_GMQE = q_GWNE.view(by_head).transpose(1, 2).flatten(2, 3)
+            out_GMQE = F.scaled_dot_product_attention(
+                q_GMQE, group.keys_GMPE[layer], group.values_GMPE[layer], attn_mask=group.mask
             )
-        ]
-        out_1MQE = torch.cat(attended, dim=2) if len(attended) > 1 else attended[0]
-        return out_1MQE.view(kv_heads, tokens, groups, size).transpose(0, 1).reshape(tokens, heads, size)
+            out_GWMQE = out_GMQE.view(group.segments, kv_heads, group.length, shared, size).transpose(1, 2)
+            attended.append(out_GWMQE.reshape(-1, heads, size))
+        return torch.cat(attended) if len(attended) > 1 else attended[0]
 
     def _to_tensor(self, values: Iterable[int]) -> Tensor:
         return torch.tensor(list(values), device=self._device)
 
-    def _segment_views(self, keys_LSMPE: Tensor, values_LSMPE: Tensor, groups: int) -> list[_SegmentView]:
-        """Return each segment's mask and entries of the cache; built once for all layers."""
-        if not self._views:
-            for segment in self.segments:
-                end, slot = segment.start + segment.length, slice(segment.slot, segment.slot + 1)
-                keys, values = keys_LSMPE[:, slot, :, :end].unbind(), values_LSMPE[:, slot, :, :end].unbind()
-                mask = _attention_mask(segment, groups, keys_LSMPE.device)
-                self._views.append(_SegmentView(groups * segment.length, keys, values, mask))
-        return self._views
+    def _join_segments(self, keys_LSMPE: Tensor, values_LSMPE: Tensor, shared: int) -> list[_JoinedSegments]:
+        """Return the groups with their entries of the cache and masks; built once for all layers."""
+        if not self._groups:
+            for joined in join_segments(self.segments):
+                first, last = joined[0].slot, joined[-1].slot
+                slots = slice(first, last + 1, (last - first) // max(len(joined) - 1, 1) or 1)
+                longest = max(segment.start + segment.length for segment in joined)
+                keys, values = (x[:, slots, :, :longest].unbind() for x in (keys_LSMPE, values_LSMPE))
+                mask = _attention_mask(joined, longest, shared, self._device)
+                self._groups.append(_JoinedSegments(len(joined), joined[0].length, keys, values, mask))
+        return self._groups
+
+
+def join_segments(segments: Sequence[Segment]) -> Iterator[list[Segment]]:
+    """Yield the segments in groups that attend together: of one length, with similar ends, in slots at equal steps."""
+    group: list[Segment] = []
+    for segment in segments:
+        if group and not _may_join(group, segment):
+            yield group
+            group = []
+        group.append(segment)
+    yield group
+
+
+def _may_join(group: Sequence[Segment], segment: Segment) -> bool:
+    step = segment.slot - group[-1].slot
+    starts = [segment.start, *(other.start for other in group)]
+    return (
+        segment.length == group[0].length
+        and step > 0
+        and (len(group) == 1 or step == group[1].slot - group[0].slot)
+        and max(starts) - min(starts) <= MAX_PADDING
+    )
 
 
 def token_positions(segment: Segment) -> Sequence[int]:
@@ -237,9 +272,16 @@ def visible_entries(segment: Segment) -> npt.NDArray[np.bool_]:
     return sees
 
 
-def _attention_mask(segment: Segment, groups: int, device: torch.device) -> Tensor | None:
-    """Return 0 for visible entries and -inf for others; None if every token sees every entry."""
-    if segment.tree is None and segment.length == 1:
-        return None
-    sees = torch.from_numpy(visible_entries(segment))
-    return torch.zeros(sees.shape).masked_fill_(~sees, float("-inf")).repeat_interleave(groups, 0).to(device)
+def _attention_mask(joined: Sequence[Segment], longest: int, shared: int, device: torch.device) -> Tensor | None:
+    """Return [G, 1, Q, longest] 0 for visible entries and -inf for others; None if every token sees every entry."""
+    if all(segment.length == 1 and segment.tree is None for segment in joined):
+        ends = [segment.start + 1 for segment in joined]
+        if min(ends) == longest:
+            return None
+        sees_GWP = torch.arange(longest) < torch.tensor(ends)[:, None, None]
+    else:
+        sees_GWP = torch.zeros(len(joined), joined[0].length, longest, dtype=torch.bool)
+        for sees_WP, segment in zip(sees_GWP.numpy(), joined, strict=True):
+            sees_WP[:, : segment.start + segment.length] = visible_entries(segment)
+    mask_GWP = torch.zeros(sees_GWP.shape).masked_fill_(~sees_GWP, float("-inf"))
+    return mask_GWP.repeat_interleave(shared, 1)[:, None].to(device)

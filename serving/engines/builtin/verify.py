@@ -115,7 +115,8 @@ class Verifier:
         started = time.perf_counter()
         active = self.drafter.speculator.version if speculate and self.drafter.speculator else ""
         drafts = self._draft() if speculate else NO_DRAFTS
-        scheduled = self.scheduler.schedule(drafts.trees)
+        # Sequences with equally many rows attend together if they lie side by side.
+        scheduled = sorted(self.scheduler.schedule(drafts.trees), key=lambda s: (len(s.tokens), s.sequence.slot))
         drafted = time.perf_counter()
         batch = RaggedBatch([_segment(s) for s in scheduled], self.target.device)
         rows = self._forward(scheduled, batch)

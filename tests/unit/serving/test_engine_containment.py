@@ -18,7 +18,6 @@ from schemas.speculator.network import random_draft
 from schemas.trace.record import VerifyStep
 from serving.engines.base import EngineFullError, Finish, Output, Request
 from serving.engines.builtin.engine import BuiltinEngine
-from serving.engines.builtin.kv_cache import KVCache
 
 PROMPT = (3, 14, 15, 9, 3, 14, 15)
 BROKEN_TOKEN = VOCABULARY - 1
@@ -120,6 +119,28 @@ def test_a_sequence_whose_logits_are_not_finite_ends_alone(folder: Path, drafter
         assert_only_fails(engine, failing, "FloatingPointError: the")
         assert engine.health().drafter_failures == 0
     assert sink.finished["failing"] == "error"
+
+
+def test_a_request_that_is_cancelled_in_a_prompt_whose_values_are_not_finite_harms_no_later_one(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running(create_engine(folder, serve__max_model_len=200, serve__max_num_seqs=2)) as engine:
+        alone, _ = generate(engine, "alone", speculate=False)
+        with monkeypatch.context() as patch:
+            forward = engine._target.forward
+
+            def cancel_and_forward(*args: Any) -> Any:
+                engine.cancel("cancelled")
+                return forward(*args)
+
+            patch.setattr(engine._target, "forward", cancel_and_forward)
+            prompt = (*PROMPT * 2, BROKEN_TOKEN, *PROMPT * 20)
+            _, last = collect(submit(engine, Request("cancelled", prompt, 5)))
+            assert last.finish == "cancelled"
+        after = submit(engine, greedy("in its slot", speculate=False))
+        beside = submit(engine, Request("beside", PROMPT * 3, 40, ignore_eos=True, speculate=False))
+        assert collect(after)[0] == alone
+        assert collect(beside)[1].finish == "length"
 
 
 def test_a_sequence_with_invalid_sampling_parameters_ends_alone(folder: Path) -> None:
@@ -396,13 +417,3 @@ def test_a_prompt_with_a_token_outside_the_vocabulary_is_rejected(folder: Path, 
     engine = create_engine(folder)
     with pytest.raises(ValueError, match=f"vocabulary has {VOCABULARY} tokens, not the prompt's id {token}"):
         engine.submit(Request("outside", (1, token, 2), 4), lambda _: None)
-
-
-def test_a_cleared_slot_of_a_cache_is_zero() -> None:
-    cache = KVCache(2, 3, 1, 4, 2)
-    for values in (cache._keys, cache._values):
-        values.fill_(float("nan"))
-    cache.clear(1)
-    for values in (cache._keys, cache._values):
-        assert values[:, 1].eq(0).all()
-        assert values[:, [0, 2]].isnan().all()

@@ -1,4 +1,8 @@
-"""Measures the latency of the target's forward and of the speculator's draft steps on this machine, at start."""
+"""Measures the latency of the target's forward and of the speculator's draft steps on this machine, at start.
+
+On a CPU it is measured in processor time: programs that take turns on the processor do not change what is compared, and
+the planner's pace follows the clock.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +28,7 @@ _ROWS = (1, 2, 3, 4, 6, 8, 10, 12, 14, 16, 20, 24, 32)
 """Fine where the tile of a matrix kernel may end."""
 _PREFIX = 64
 """Cached tokens of every sequence in a timed forward."""
-_TRIALS = 5
+_TRIALS = 3
 
 
 def calibrate(target: Target, speculator: EagleDrafter | None, slots: int) -> LatencyModel:
@@ -43,7 +47,8 @@ def calibrate(target: Target, speculator: EagleDrafter | None, slots: int) -> La
                 for depth in (1, 3)
                 for count in counts
                 if speculator is not None
-            }
+            },
+            time.thread_time if target.device.type == "cpu" else time.perf_counter,
         )
     rows = {count: fastest["rows", count] for count in row_counts}
     for more, fewer in pairwise(reversed(row_counts)):
@@ -69,8 +74,10 @@ def calibrate(target: Target, speculator: EagleDrafter | None, slots: int) -> La
     return LatencyModel(curve, LatencyCurve(sequences), LatencyCurve(first), LatencyCurve(further))
 
 
-def _time_in_turns(calls: Mapping[tuple[str, int], Callable[[], object]]) -> dict[tuple[str, int], float]:
-    """Return the shortest duration of each call.
+def _time_in_turns(
+    calls: Mapping[tuple[str, int], Callable[[], object]], clock: Callable[[], float]
+) -> dict[tuple[str, int], float]:
+    """Return the shortest duration of each call, in seconds of ``clock``.
 
     All calls have a turn before the next trial, so that another process, which slows the machine down for a while,
     slows down one trial of each rather than all trials of one.
@@ -78,9 +85,9 @@ def _time_in_turns(calls: Mapping[tuple[str, int], Callable[[], object]]) -> dic
     seconds: dict[tuple[str, int], list[float]] = {name: [] for name in calls}
     for _ in range(1 + _TRIALS):
         for name, call in calls.items():
-            started = time.perf_counter()
+            started = clock()
             call()
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(clock() - started)
     return {name: min(trials[1:]) for name, trials in seconds.items()}
 
 

@@ -98,6 +98,9 @@ COLUMNS = {
     "top_logprobs": "Their log-probabilities.",
     "draft_us": "Drafting time in microseconds.",
     "verify_us": "Verification time in microseconds.",
+    "start_time": "Time of the request's first row at the node; null if it was dropped, and in rows of older nodes.",
+    "active_since": "Time at which the node swapped `speculator` in, or started with it; null without a version and in "
+    "rows of older nodes.",
     "reason": "Reason code of the dead letter.",
     "detail": "The reason in words, with the values found.",
     "rows": "Number of verify steps according to the header; null if unreadable.",

@@ -295,6 +295,7 @@ def _build_chunk_columns(opened: Sequence[_OpenRecord]) -> dict[str, pa.Array]:
         "offset": [record.offset for record in records],
         "day": [day_of(record.time_us) for record in records],
         "last_chunk": [envelope.last for envelope in envelopes],
+        "start_time": [envelope.start_us for envelope in envelopes],
         **{name: [getattr(envelope, name) for envelope in envelopes] for name in _ENVELOPE_COLUMNS},
     }
     return {name: pa.array(values, _TYPES[name]) for name, values in columns.items()}

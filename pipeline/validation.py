@@ -14,13 +14,10 @@ import pyarrow.compute as pc
 
 from schemas.trace import record
 from schemas.trace.decoder import Array, Bools, Ints, ListColumn, OpenedChunk, RowCheck, VerifyStepColumns
-from schemas.trace.record import INT32_MAX, DraftSource, TraceError
+from schemas.trace.record import INT32_MAX, TIME_END_US, DraftSource, TraceError
 
 LINE = re.compile(r"[A-Za-z0-9._-]{1,128}")
 """A line names a folder of the tables. An empty name would be null there, and file systems reject a long one."""
-
-TIME_END_US = 253_402_300_800_000_000
-"""The year 10000: readers of the tables support no later time."""
 
 _INFINITE = 0xFF00
 """A bf16 number, shifted left by one bit to drop its sign, is infinite or NaN from this value on."""
@@ -93,6 +90,14 @@ def find_invalid(steps: VerifyStepColumns, features: ListColumn) -> dict[int, Tr
 
 def _check_fields(steps: VerifyStepColumns) -> Iterator[RowCheck]:
     where, drafted = steps.describe, steps.draft_tokens.lengths
+
+    def check_time(name: str, times: Ints) -> RowCheck:
+        return RowCheck(
+            (times < 0) | (times >= TIME_END_US),
+            "bad_number",
+            lambda row: f"{where(row)}: {name} {times[row]} us, expected one before the year 10000",
+        )
+
     yield RowCheck(
         (steps.number < 0) | (steps.position < 0),
         "contradiction",
@@ -103,11 +108,7 @@ def _check_fields(steps: VerifyStepColumns) -> Iterator[RowCheck]:
         "contradiction",
         lambda row: f"{where(row)}: the prompt has no draft, found {drafted[row]} tokens",
     )
-    yield RowCheck(
-        (steps.time < 0) | (steps.time >= TIME_END_US),
-        "bad_number",
-        lambda row: f"{where(row)}: time {steps.time[row]} us, expected one before the year 10000",
-    )
+    yield from (check_time(name, times) for name, times in (("time", steps.time), ("active_since", steps.active_since)))
     yield RowCheck(
         (steps.number > 0) & ~steps.has_bonus,
         "contradiction",

@@ -118,11 +118,14 @@ TRACES = pa.schema(
         pa.field("draft_us", pa.int32(), nullable=False),
         pa.field("verify_us", pa.int32(), nullable=False),
         pa.field("draft_sources", _SOURCES),
+        pa.field("start_time", _TIME),
+        pa.field("active_since", _TIME),
     ]
 )
 """One verify step per row, without features. ``speculator`` and ``time`` are the step's own. A step without draft
 tokens names the active version, and one whose draft tokens are all of other sources names none. ``draft_sources`` is
-null if ``speculator`` proposed all draft tokens."""
+null if ``speculator`` proposed all draft tokens. ``start_time`` and ``active_since`` are null in rows of older nodes:
+the time of the request's first row, and the time at which the node swapped ``speculator`` in."""
 
 DEAD_LETTERS = pa.schema(
     [

@@ -489,6 +489,9 @@ class Canary(Section):
     slice_duration: Duration = Field(30, gt=0)
     """Time for which a node serves one of the two versions before it draws again. The draw is seeded by the node's
     name."""
+    burn_in: Duration = Field(5, ge=0)
+    """Time after a swap, and after the start of each time slice, in which requests that begin count for no version. It
+    must be below ``slice_duration``."""
 
 
 def _parse_interval(value: Any) -> Any:
@@ -573,6 +576,12 @@ class Settings(Section):
             raise ValueError(
                 "serve.api_keys_file needs serve.engine = 'builtin'; SGLang serves the API itself: pass its --api-key"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_burn_in(self) -> Settings:
+        if self.canary.burn_in >= self.canary.slice_duration:
+            raise ValueError("canary.burn_in must be below canary.slice_duration; otherwise no request is compared")
         return self
 
     @model_validator(mode="after")

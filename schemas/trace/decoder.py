@@ -197,6 +197,8 @@ class VerifyStepColumns:
         self.feature_width = self.per_row([min(e.feature_width, _LENGTH_BOUND) for e in self.envelopes])
         self.top_k = self.per_row([min(e.top_k, _LENGTH_BOUND) for e in self.envelopes])
         self.number, self.position, self.time = (self._ints(name) for name in ("verify_step", "position", "time"))
+        self.active_since = self._ints("active_since")
+        """[rows] 0 for null."""
         self.bonus = self._ints("bonus")
         self.has_bonus: Bools = _valid(self.batch.column("bonus"))
         self.tokens, self.accepted = self._lists("tokens"), self._lists("accepted")
@@ -236,7 +238,7 @@ class VerifyStepColumns:
 
     def _ints(self, name: str) -> Ints:
         column = self.batch.column(name)
-        if name == "time":
+        if pa.types.is_timestamp(column.type):
             column = column.cast(pa.int64())
         numbers = column.fill_null(0) if column.null_count else column
         return np.asarray(numbers.to_numpy(zero_copy_only=False), np.int64)
@@ -370,6 +372,7 @@ def _to_objects(steps: VerifyStepColumns) -> Iterator[VerifyStep]:
     (envelope,), batch = steps.envelopes, steps.batch
     k, verified = envelope.top_k, steps.has_bonus * (1 + steps.draft_tokens.lengths)
     versions, draft_us, verify_us = (batch.column(name).to_pylist() for name in ("speculator", "draft_us", "verify_us"))
+    has_active = _valid(batch.column("active_since"))
 
     def values(lists: ListColumn, row: int) -> Array:
         return lists.values[lists.offsets[row] : lists.offsets[row + 1]]
@@ -392,6 +395,7 @@ def _to_objects(steps: VerifyStepColumns) -> Iterator[VerifyStep]:
             verify_us=verify_us[row],
             time_us=int(steps.time[row]),
             draft_sources=tuple(steps.draft_sources.row(row)) if steps.has_sources[row] else None,
+            active_since_us=int(steps.active_since[row]) if has_active[row] else None,
         )
 
 

@@ -56,6 +56,8 @@ F32 = npt.NDArray[np.float32]
 
 CHECKSUM_BYTES = 8
 INT32_MAX = 2**31 - 1
+TIME_END_US = 253_402_300_800_000_000
+"""The year 10000: readers of the tables support no later time."""
 
 SCHEMA = pa.schema(
     [
@@ -75,12 +77,13 @@ SCHEMA = pa.schema(
         pa.field("verify_us", pa.int32(), nullable=False),
         pa.field("time", pa.timestamp("us", tz="UTC"), nullable=False),
         pa.field("draft_sources", pa.list_(pa.int8()), nullable=True),
+        pa.field("active_since", pa.timestamp("us", tz="UTC"), nullable=True),
     ]
 )
-ADDED_COLUMNS = ("draft_sources",)
+ADDED_COLUMNS = ("draft_sources", "active_since")
 """Columns of ``SCHEMA`` that chunks of older nodes lack. They are read as null."""
-_FINGERPRINTS_OF_OLDER_NODES = ("b536faa160ee1a9e",)
-"""Wire schemas without ``draft_sources``."""
+_FINGERPRINTS_OF_OLDER_NODES = ("b536faa160ee1a9e", "47c1dfc0180535d9")
+"""Wire schemas without ``draft_sources``, and without ``active_since`` and ``Envelope.start_us``."""
 
 
 class DraftSource(IntFlag):
@@ -139,6 +142,8 @@ class VerifyStep:
     """Unix time in microseconds at which the tokens were committed."""
     draft_sources: tuple[int, ...] | None = None
     """[m] ``DraftSource`` of each draft token; None if ``speculator`` proposed all of them."""
+    active_since_us: int | None = None
+    """Unix time in microseconds at which the node swapped ``speculator`` in, or started with it; None without one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +191,8 @@ class Envelope:
     """With ``recompute``, all tokens of the request before this chunk; empty also if they are unknown."""
     vocab_size: PositiveInt | None = None
     """Size of the target's vocabulary, the exclusive bound of token ids; None if the node does not send it."""
+    start_us: Annotated[int, Field(ge=0, lt=TIME_END_US)] | None = None
+    """Unix time of the request's first row in microseconds; None if it was dropped, or the node does not send it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,7 +256,7 @@ def _column(field: pa.Field, verify_steps: Sequence[VerifyStep]) -> pa.Array:
             return pa.LargeBinaryArray.from_buffers(field.type, len(verify_steps), buffers)
         case "top_ids" | "top_logprobs":
             return pa.array([getattr(step, field.name).ravel() for step in verify_steps], type=field.type)
-        case "time":
-            return pa.array([step.time_us for step in verify_steps], type=field.type)
+        case "time" | "active_since":
+            return pa.array([getattr(step, f"{field.name}_us") for step in verify_steps], type=field.type)
         case _:
             return pa.array([getattr(step, field.name) for step in verify_steps], type=field.type)

@@ -164,6 +164,7 @@ class ChunkBuilder:
         self._known: list[int] | None = [] if transport.features == "recompute" else None
         """Tokens up to ``_position``; None once an answer token was missed."""
         self._before: tuple[int, ...] = ()
+        self._start_us: int | None = None
 
     def add(self, step: VerifyStep) -> Chunk | None:
         """Add the next verify step; return the chunk that ends before it, if one does."""
@@ -174,6 +175,8 @@ class ChunkBuilder:
             # The prompt's tokens are known. Those of the answer were in the missing verify steps.
             prompt = self._request.prompt
             self._known = list(prompt[: step.position]) if step.position <= len(prompt) else None
+        if step.position == 0:
+            self._start_us = step.time_us
         if not self._verify_steps:
             self._start_chunk()
         self._verify_steps.append(step)
@@ -220,6 +223,7 @@ class ChunkBuilder:
             finish=finish,
             preceding_tokens=self._before,
             vocab_size=self._origin.vocabulary,
+            start_us=self._start_us,
         )
 
 

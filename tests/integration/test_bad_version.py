@@ -74,6 +74,7 @@ def settings(broker: str, registry: str, tmp_path: Path) -> Settings:
         "tables.uri": str(tmp_path / "tables"),
         "canary.share": 0.5,
         "canary.slice_duration": 5,
+        "canary.burn_in": 0,
         "promoter.canary_min_requests": 100,
     }
     return load(environ={}, flags=flags)

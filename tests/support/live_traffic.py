@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import count
@@ -33,7 +34,11 @@ class ServedRequest:
     sources: tuple[int, int, int] | None = None
     """Sources of the three draft tokens of each verify step."""
     swapped_to: str | None = None
-    """The version that drafts the second half of its verify steps."""
+    """The version that serves the second half of its verify steps."""
+    start: float | None = None
+    """Unix time of its prefill; None if it had just begun at ``at``, and NaN if unknown."""
+    active_since: float = 0.0
+    """Unix time at which its node swapped the first version in."""
 
 
 def rows_of(requests: Iterable[ServedRequest]) -> pa.Table:
@@ -45,12 +50,18 @@ def _names_version(sources: tuple[int, int, int] | None) -> bool:
     return sources is None or any(source & DraftSource.SPECULATOR for source in sources)
 
 
+def _to_us(time: float) -> int | None:
+    return None if math.isnan(time) else round(time * 1e6)
+
+
 def _rows(request: ServedRequest) -> list[dict[str, Any]]:
     number = next(_IDS)
     rows = []
     for at in range(request.verify_steps + 1):
         swapped = request.swapped_to if at > request.verify_steps / 2 else None
         drafted = 3 if at and request.drafted else 0
+        swapped_at = request.at + request.verify_steps / 2 * request.verify_step_s
+        active_since = request.active_since if swapped is None else swapped_at
         named = at and (not drafted or _names_version(request.sources))
         version = (swapped or request.version) if named else ""
         accepted = request.accepted if drafted else 0
@@ -89,6 +100,8 @@ def _rows(request: ServedRequest) -> list[dict[str, Any]]:
                 "draft_us": round(request.verify_step_s * 2e5),
                 "verify_us": round(request.verify_step_s * 8e5),
                 "draft_sources": request.sources if drafted else None,
+                "start_time": _to_us(request.at if request.start is None else request.start),
+                "active_since": _to_us(active_since) if version else None,
             }
         )
     return rows

@@ -12,12 +12,12 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.batches import ClaimReader, Record, reject_claims
-from pipeline.validation import LINE, TIME_END_US
+from pipeline.validation import LINE
 from schemas.batches import TABLES, day_of
 from schemas.draft_tree import rejected_branches
 from schemas.trace import record as trace
 from schemas.trace.decoder import open_chunk
-from schemas.trace.record import INT32_MAX, ROOT, Chunk, Envelope, TraceError, VerifyStep
+from schemas.trace.record import INT32_MAX, ROOT, TIME_END_US, Chunk, Envelope, TraceError, VerifyStep
 
 BF16_EXPONENT = 0x7F80
 """A bf16 number with all of these bits set is infinite or NaN."""
@@ -161,6 +161,7 @@ def trace_rows(record: Record, chunk: Chunk) -> Iterator[Row]:
         "top_p": envelope.top_p,
         "sampling_top_k": envelope.sampling_top_k,
         "seed": envelope.seed,
+        "start_time": envelope.start_us,
         "top_k": envelope.top_k,
     }
     for r in chunk.verify_steps:
@@ -181,6 +182,7 @@ def trace_rows(record: Record, chunk: Chunk) -> Iterator[Row]:
             "draft_us": r.draft_us,
             "verify_us": r.verify_us,
             "draft_sources": r.draft_sources,
+            "active_since": r.active_since_us,
         }
 
 
@@ -252,8 +254,7 @@ def _check_verify_step(r: VerifyStep, vocabulary: int | None) -> None:
         raise TraceError("contradiction", f"{where} at position {r.position}")
     if r.verify_step == 0 and r.draft_tokens:
         raise TraceError("contradiction", f"{where}: the prompt has no draft, found {len(r.draft_tokens)} tokens")
-    if not 0 <= r.time_us < TIME_END_US:
-        raise TraceError("bad_number", f"{where}: time {r.time_us} us, expected one before the year 10000")
+    _check_times(r, where)
     if r.verify_step > 0 and r.bonus is None:
         raise TraceError("contradiction", f"{where}: no bonus token; only a part of the prompt has none")
     _check_sources(r, where)
@@ -268,6 +269,12 @@ def _check_verify_step(r: VerifyStep, vocabulary: int | None) -> None:
         raise TraceError("bad_number", f"{where}: a feature is infinite or NaN")
     if np.isinf(r.draft_logprobs).any() or not np.isfinite(r.top_logprobs).all():
         raise TraceError("bad_number", f"{where}: a log-probability is infinite, or the target's is NaN")
+
+
+def _check_times(r: VerifyStep, where: str) -> None:
+    for name, time_us in (("time", r.time_us), ("active_since", r.active_since_us or 0)):
+        if not 0 <= time_us < TIME_END_US:
+            raise TraceError("bad_number", f"{where}: {name} {time_us} us, expected one before the year 10000")
 
 
 def _check_sources(r: VerifyStep, where: str) -> None:
@@ -329,24 +336,25 @@ def _table(schema: pa.Schema, rows: Iterable[Row]) -> pa.Table:
 
 
 def _verify_steps(table: pa.RecordBatch, envelope: Envelope) -> Iterator[VerifyStep]:
-    times = table.column("time").cast(pa.int64()).to_pylist()
-    for known, time_us in zip(table.drop_columns("time").to_pylist(), times, strict=True):
-        row = known | {"time": time_us}
+    names = ("time", "active_since")
+    times = [table.column(name).cast(pa.int64()).to_pylist() for name in names]
+    for known, *at in zip(table.drop_columns(names).to_pylist(), *times, strict=True):
+        row = known | dict(zip(names, at, strict=True))
         nulls = [name for name in trace.SCHEMA.names if not _may_be_null(name, row[name]) and _has_null(row[name])]
         if nulls:
             raise TraceError("contradiction", f"verify step {row['verify_step']}: null in {', '.join(nulls)}")
-        yield _verify_step(row, time_us, envelope)
+        yield _verify_step(row, envelope)
 
 
 def _may_be_null(name: str, value: object) -> bool:
-    return name == "bonus" or (name == "draft_sources" and value is None)
+    return name in ("bonus", "active_since") or (name == "draft_sources" and value is None)
 
 
 def _has_null(value: object) -> bool:
     return value is None or (isinstance(value, list) and None in value)
 
 
-def _verify_step(row: dict[str, Any], time_us: int, envelope: Envelope) -> VerifyStep:
+def _verify_step(row: dict[str, Any], envelope: Envelope) -> VerifyStep:
     """Decode one row, and check every length against the others."""
     n, m, k = len(row["tokens"]), len(row["draft_tokens"]), envelope.top_k
     verified = 0 if row["bonus"] is None else 1 + m
@@ -393,6 +401,7 @@ def _verify_step(row: dict[str, Any], time_us: int, envelope: Envelope) -> Verif
         speculator=row["speculator"],
         draft_us=row["draft_us"],
         verify_us=row["verify_us"],
-        time_us=time_us,
+        time_us=row["time"],
         draft_sources=None if row["draft_sources"] is None else tuple(row["draft_sources"]),
+        active_since_us=row["active_since"],
     )

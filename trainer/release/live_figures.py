@@ -2,8 +2,13 @@
 
 A slice is the time in which a node does not change between champion and canary (``canary.slice_duration``, counted from
 1970 by the node's clock, which also timestamps its verify steps). Each verify step counts for the version that it
-names, so a request that a swap cut in two counts on both sides. A bad version drafts seldom, but a verify step without
-a draft names the active version and counts for it. Steps that only other sources drafted count for no version.
+names. A bad version drafts seldom, but a verify step without a draft names the active version and counts for it. Steps
+that only other sources drafted count for no version.
+
+After a swap the draft's cache has keys of the version before, and the planner knows nothing of the new one. A request
+therefore counts only if it began at least ``canary.burn_in`` after the swap and after the start of a slice, and only in
+that slice. The second condition treats slices alike whether they begin with a swap or not: otherwise the version that
+serves several slices in a row would count with the late steps of its requests, and the other one without them.
 
 Tokens are the bonus tokens and the accepted tokens of the version's own drafts (``schemas.trace.own_draft``); accepted
 tokens that only the suffix drafter proposed count for no version.
@@ -28,12 +33,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.delta import DeltaLog, HistoryExpiredError, escape_sql
+from schemas.settings import Canary
 from schemas.trace import own_draft
 from schemas.trace.own_draft import find_own_drafts
 from trainer.release.sequential_test import I64, ServedTraffic
 
 COLUMNS = (
-    *("line", "label", "node", "time", "verify_step", "bonus", "draft_us", "verify_us"),
+    *("line", "label", "node", "time", "start_time", "active_since", "verify_step", "bonus", "draft_us", "verify_us"),
     *own_draft.COLUMNS,
 )
 MAX_COMMITS_BEHIND = 500
@@ -68,9 +74,10 @@ class _LineSums:
 class LiveFigures:
     """Sums over verify steps by line, updated with the commits since the last call."""
 
-    def __init__(self, tables: DeltaLog, slice_duration: float) -> None:
+    def __init__(self, tables: DeltaLog, settings: Canary) -> None:
         self._tables = tables
-        self._slice_duration = slice_duration
+        self._slice_duration = settings.slice_duration
+        self._burn_in = settings.burn_in
         self._lines: dict[str, _LineSums] = {}
 
     def read_traffic(
@@ -152,14 +159,18 @@ class LiveFigures:
         own = find_own_drafts(rows)
         rows = rows.append_column("own_accepted", pa.array(own.accepted_tokens))
         undrafted = pc.equal(pc.list_value_length(rows["draft_parents"]), 0)
-        named = pc.not_equal(rows["speculator"], "")
-        rows = rows.filter(pc.and_(named, pc.or_(pa.array(own.draft_tokens > 0), undrafted)))
-        seconds = pc.divide(pc.cast(pc.cast(rows["time"], pa.int64()), pa.float64()), 1e6 * self._slice_duration)
+        slices = pc.floor(pc.divide(_to_seconds(rows["time"]), self._slice_duration))
+        warm = pc.max_element_wise(
+            pc.multiply(slices, self._slice_duration), _to_seconds(rows["active_since"]), skip_nulls=False
+        )
+        is_warm = pc.greater_equal(_to_seconds(rows["start_time"]), pc.add(warm, self._burn_in))
+        rows = rows.append_column("slice", pc.cast(slices, pa.int64()))
+        rows = rows.filter(pc.and_(is_warm, pc.or_(pa.array(own.draft_tokens > 0), undrafted)))
         columns = {
             "speculator": rows["speculator"],
             "label": pc.fill_null(rows["label"], ""),
             "node": rows["node"],
-            "slice": pc.cast(pc.floor(seconds), pa.int64()),
+            "slice": rows["slice"],
             "requests": pc.cast(pc.equal(rows["verify_step"], 1), pa.int64()),
             "tokens": pc.if_else(pc.is_valid(rows["bonus"]), pc.add(rows["own_accepted"], 1), 0),
             "verify_steps": pc.cast(pc.is_valid(rows["bonus"]), pa.int64()),
@@ -188,6 +199,11 @@ class _SummedSteps:
         groups, where = np.unique(self._group[at], return_inverse=True)
         sums = [np.bincount(where, self._arrays[name][at], len(groups)).astype(np.float64) for name in _SUMS]
         return ServedTraffic(groups.astype(np.int64), sums[0].astype(np.int64), sums[1], sums[2], sums[3] / 1e6)
+
+
+def _to_seconds(times: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return Unix seconds."""
+    return pc.divide(pc.cast(pc.cast(times, pa.int64()), pa.float64()), 1e6)
 
 
 def _merge(parts: Iterable[pa.Table]) -> pa.Table:

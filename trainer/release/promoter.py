@@ -85,7 +85,7 @@ class Promoter:
         self._registry = registry
         self._audit = AuditLog(tables, registry, events)
         self._mover = AliasMover(tables, registry)
-        self._live_figures = LiveFigures(tables, settings.canary.slice_duration)
+        self._live_figures = LiveFigures(tables, settings.canary)
         self._clock = clock
         self._errors = ErrorTracker("promoter", self.metrics)
         self._metrics = PromoterMetrics(self.metrics)

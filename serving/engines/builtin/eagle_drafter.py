@@ -79,7 +79,7 @@ class EagleDrafter:
         weight_dtype: WeightDtype | None = None,
     ) -> None:
         shape = draft.shape
-        self.version = version
+        self._activate(version)
         self._device = embeddings_VH.device
         self._embeddings_VH = embeddings_VH
         self._width = width
@@ -160,7 +160,12 @@ class EagleDrafter:
             self._network.load_state_dict(packed.state_dict())
         else:
             self._network = packed
+        self._activate(version)
+
+    def _activate(self, version: str) -> None:
         self.version = version
+        self.active_since_us = time.time_ns() // 1000
+        """Unix time in microseconds from which the version drafts."""
 
     def clear_cache(self) -> None:
         """Forget the keys and values of all sequences."""

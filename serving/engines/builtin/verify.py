@@ -25,6 +25,7 @@ from schemas.speculator.acceptance import Verdict, accept, sampling_probs
 from schemas.trace.record import ROOT, U16, VerifyStep
 from serving.engines.base import TokenLogprobs
 from serving.engines.builtin.drafter import EMPTY_TREE, DraftTree
+from serving.engines.builtin.eagle_drafter import EagleDrafter
 from serving.engines.builtin.hybrid_drafter import NO_DRAFTS, Drafts, HybridDrafter
 from serving.engines.builtin.kernels import topk
 from serving.engines.builtin.kv_cache import RaggedBatch, Segment, TreeLayout
@@ -113,7 +114,7 @@ class Verifier:
             The outcome for each sequence that took part and did not fail.
         """
         started = time.perf_counter()
-        active = self.drafter.speculator.version if speculate and self.drafter.speculator else ""
+        active = self.drafter.speculator if speculate else None
         drafts = self._draft() if speculate else NO_DRAFTS
         # Sequences with equally many rows attend together if they lie side by side.
         scheduled = sorted(self.scheduler.schedule(drafts.trees), key=lambda s: (len(s.tokens), s.sequence.slot))
@@ -220,7 +221,12 @@ class Verifier:
         return ()
 
     def _commit(
-        self, scheduled: ScheduledSequence, rows: _TargetRows, verdict: Verdict | None, times: _StepTimes, active: str
+        self,
+        scheduled: ScheduledSequence,
+        rows: _TargetRows,
+        verdict: Verdict | None,
+        times: _StepTimes,
+        active: EagleDrafter | None,
     ) -> StepResult:
         """Advance the sequence by the accepted tokens and the bonus token, and write the trace record.
 
@@ -242,7 +248,8 @@ class Verifier:
             seq.speculators.append(tree.version)
         trace = None
         if seq.request.trace:
-            served_without_draft = not (tree.nodes or is_prefill) and seq.request.speculate
+            undrafted = not tree.nodes and not is_prefill and seq.request.speculate
+            version = active.version if active and undrafted else tree.version
             trace = VerifyStep(
                 verify_step=0 if is_prefill else seq.verify_steps,
                 position=position,
@@ -255,11 +262,12 @@ class Verifier:
                 bonus=output[-1] if output else None,
                 top_ids=rows.top_ids_mk[:, : self.trace_top_k].to(torch.int32).numpy(),
                 top_logprobs=rows.top_logprobs_mk[:, : self.trace_top_k].numpy(),
-                speculator=active if served_without_draft else tree.version,
+                speculator=version,
                 draft_us=times.draft_us if tree.nodes else 0,
                 verify_us=times.verify_us,
                 time_us=times.end_us,
                 draft_sources=tuple(int(node.source) for node in tree.nodes) if tree.needs_sources else None,
+                active_since_us=active.active_since_us if active and version else None,
             )
         logprobs = _output_logprobs(seq.request.logprobs, rows, deciding, output)
         return StepResult(seq, tuple(output), logprobs, rows.prompt_logprobs, is_prefill, tree, accepted, trace)

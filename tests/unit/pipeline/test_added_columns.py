@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pyarrow as pa
@@ -24,10 +25,11 @@ from schemas.trace.record import DraftSource, VerifyStep
 
 SOURCE = SourcePartition("traces", 0)
 MIXED = [int(DraftSource.SPECULATOR | DraftSource.SUFFIX), int(DraftSource.SUFFIX)]
+SWAPPED = datetime(2026, 5, 17, tzinfo=UTC)
 ADDED: dict[str, dict[str, object]] = {
     "accepted": {"last_chunk": True, "temperature": 0.75, "top_p": 0.5, "sampling_top_k": 20},
     "rejected": {"draft_sources": MIXED},
-    "traces": {"draft_sources": MIXED},
+    "traces": {"draft_sources": MIXED, "active_since": SWAPPED},
 }
 """Columns that the older release lacks, and their values in rows of this one."""
 
@@ -40,7 +42,9 @@ def older_rows(offset: int) -> dict[str, pa.Table]:
 
 def newer_rows(offset: int) -> dict[str, pa.Table]:
     def with_sources(step: VerifyStep) -> VerifyStep:
-        return replace(step, draft_sources=tuple(MIXED)) if step.draft_tokens else step
+        if not step.draft_tokens:
+            return step
+        return replace(step, draft_sources=tuple(MIXED), active_since_us=round(SWAPPED.timestamp() * 1e6))
 
     verify_steps = [with_sources(s) for s in conversation(range(9), 4)]
     sampling = {"temperature": 0.75, "top_p": 0.5, "sampling_top_k": 20}

@@ -269,6 +269,7 @@ def nan_features() -> VerifyStep:
         pytest.param(
             replace(SECOND, draft_sources=(2, 3), speculator=""), "contradiction", id="proposed by an unnamed version"
         ),
+        pytest.param(replace(SECOND, active_since_us=2**60), "bad_number", id="swap after the year 10000"),
         pytest.param(replace(SECOND, bonus=-3), "bad_token", id="negative bonus"),
         pytest.param(replace(SECOND, position=9), "contradiction", id="hole between positions"),
         pytest.param(replace(SECOND, verify_step=4), "contradiction", id="missing verify step"),
@@ -288,15 +289,15 @@ def test_draft_inside_the_prompt_is_a_dead_letter() -> None:
     assert reason(record(Chunk(ENVELOPE, (replace(FIRST, verify_step=0),)))) == "contradiction"
 
 
-def test_a_record_of_a_node_without_draft_sources_is_read() -> None:
+@pytest.mark.parametrize("fingerprint", sorted(trace.readable_fingerprints() - {trace.fingerprint()}))
+def test_a_record_of_an_older_node_is_read(fingerprint: str) -> None:
     newer = record()
     with pa.ipc.open_stream(newer.value[: -trace.CHECKSUM_BYTES]) as reader:
-        older = reader.read_all().drop_columns(["draft_sources"])
+        older = reader.read_all().drop_columns(list(trace.ADDED_COLUMNS))
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, older.schema) as writer:
         writer.write_table(older)
     value = sink.getvalue().to_pybytes()
-    (fingerprint,) = trace.readable_fingerprints() - {trace.fingerprint()}
     headers = tuple((name, fingerprint.encode() if name == "schema" else text) for name, text in newer.headers)
     built = build([replace(newer, value=value + trace.checksum(value), headers=headers)], 32)
     assert not built.dead_letters

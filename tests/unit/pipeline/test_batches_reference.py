@@ -123,6 +123,7 @@ def a_verify_step(rng: Rng, shape: Shape, number: int, position: int, root: int 
         draft_us=int(rng.integers(99)),
         verify_us=int(rng.integers(99)),
         time_us=int(rng.integers(2**50)),
+        active_since_us=int(rng.integers(2**50)) if rng.integers(2) else None,
     )
 
 
@@ -159,6 +160,7 @@ def valid(shape: Shape) -> Chunk:
         claim=Claim("file:///a", "0" * 32, 9) if shape.way == "claim-check" else None,
         preceding_tokens=before,
         vocab_size=shape.vocabulary,
+        start_us=int(rng.integers(2**50)) if rng.integers(2) else None,
     )
     return Chunk(envelope, tuple(verify_steps))
 
@@ -261,7 +263,7 @@ def other_features(rng: Rng, bits: U16) -> U16:
 
 def other_scalar(rng: Rng, name: str, value: Any) -> object:
     match name:
-        case "time_us":
+        case "time_us" | "active_since_us":
             return int(rng.choice([2**62, -1]))
         case "bonus":
             return None if rng.integers(2) else other_int(rng, value or 0)
@@ -278,7 +280,7 @@ def invalidate(rng: Rng, chunk: Chunk) -> Chunk:
     name = str(rng.choice([f for f in VerifyStep.__slots__ if f not in ("draft_us", "verify_us")]))
     value = getattr(r, name)
     match name:
-        case "verify_step" | "position" | "time_us" | "bonus" | "speculator":
+        case "verify_step" | "position" | "time_us" | "active_since_us" | "bonus" | "speculator":
             new: object = other_scalar(rng, name, value)
         case "tokens" | "draft_tokens":
             new = other_list(rng, value, lambda: other_int(rng, 3))
@@ -318,7 +320,7 @@ def with_null(rng: Rng) -> Callable[[pa.Table], Sequence[pa.Table]]:
 
     def change(table: pa.Table) -> Sequence[pa.Table]:
         name, row = str(rng.choice(SCHEMA.names)), int(rng.integers(table.num_rows))
-        values = (table[name].cast(pa.int64()) if name == "time" else table[name]).to_pylist()
+        values = (table[name].cast(pa.int64()) if name in ("time", "active_since") else table[name]).to_pylist()
         if isinstance(values[row], list) and values[row] and rng.integers(2):
             values[row][int(rng.integers(len(values[row])))] = None
         else:

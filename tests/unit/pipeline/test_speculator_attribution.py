@@ -87,6 +87,10 @@ def test_swap_during_a_request_changes_the_version_of_later_verify_steps_only(tm
     (swap_begun, swapped), (off_begun, _), _, (on_begun, _) = changes
     assert all(r.speculator == "day-0-head-0" for r in decoded if r.time_us < swap_begun)
     assert all(r.speculator == "1" for r in decoded if swapped < r.time_us < off_begun)
+    since = {r.speculator: r.active_since_us for r in decoded}
+    assert {(r.speculator, r.active_since_us) for r in decoded} == set(since.items()), "one time for each version"
+    assert since[""] is None
+    assert swap_begun <= (since["1"] or 0) <= swapped
     assert not [r for r in decoded if r.speculator == "2" and r.time_us < on_begun]
 
     assert (counts.captured, counts.dropped) == (counts.published, {})

@@ -100,6 +100,8 @@ def test_a_file_that_is_not_toml_is_named(tmp_path: Path) -> None:
 
 
 def test_contradicting_settings_are_rejected() -> None:
+    with pytest.raises(SettingsError, match=r"canary.burn_in must be below canary.slice_duration"):
+        load(environ={"AURORA_CANARY__SLICE_DURATION": "5s"})
     with pytest.raises(SettingsError, match=r"train.replay_batch_size must be below"):
         load(environ={"AURORA_TRAIN__REPLAY_BATCH_SIZE": "4", "AURORA_TRAIN__BATCH_SIZE": "4"})
 

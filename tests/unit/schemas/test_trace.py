@@ -59,6 +59,7 @@ def verify_steps(draw: st.DrawFn, width: int, k: int, way: Features) -> VerifySt
         verify_us=draw(st.integers(0, 2**31 - 1)),
         time_us=draw(st.integers(0, 2**52)),
         draft_sources=draw(st.none() | st.tuples(*[sources] * m)),
+        active_since_us=draw(st.none() | st.integers(0, 2**52)),
     )
 
 
@@ -89,6 +90,7 @@ def chunks(draw: st.DrawFn) -> Chunk:
         claim=Claim(draw(TEXT), draw(TEXT), draw(st.integers(1, 2**40))) if way == "claim-check" else None,
         preceding_tokens=tuple(before),
         vocab_size=draw(st.none() | st.integers(1, 2**31)),
+        start_us=draw(st.none() | st.integers(0, 2**52)),
     )
     return Chunk(envelope, tuple(made))
 
@@ -257,7 +259,7 @@ def test_features_that_do_not_match_the_envelope_are_rejected(envelope: Envelope
 
 
 def test_missing_envelope_fields_get_their_defaults() -> None:
-    added = ("claim", "preceding_tokens", "vocab_size")
+    added = ("claim", "preceding_tokens", "vocab_size", "start_us")
     old = {name: getattr(ENVELOPE, name) for name in Envelope.__slots__ if name not in added}
     schema = SCHEMA.with_metadata({"format": record.FORMAT, "envelope": json.dumps(old).encode()})
     assert decode(arrow(schema, [pa.array([], type=f.type) for f in SCHEMA])).envelope == ENVELOPE
@@ -279,14 +281,16 @@ def test_bf16_keeps_nan_and_infinity() -> None:
 
 
 def test_the_wire_schema_is_stable() -> None:
-    assert record.fingerprint() == "47c1dfc0180535d9"
+    assert record.fingerprint() == "27f4c0836742ee73"
 
 
-def test_a_chunk_of_a_node_without_draft_sources_is_readable() -> None:
+@pytest.mark.parametrize("missing", [["draft_sources", "active_since"], ["active_since"]])
+def test_a_chunk_of_a_node_without_added_columns_is_readable(missing: list[str]) -> None:
     with pa.ipc.open_stream(encode(CHUNK)[: -record.CHECKSUM_BYTES]) as reader:
         newer = reader.read_all()
-    older = newer.drop_columns("draft_sources")
+    older = newer.drop_columns(missing)
     [step] = decode(arrow(older.schema, older.combine_chunks().to_batches()[0].columns)).verify_steps
     assert plain(step) == plain(ONE)
-    shape = record.FORMAT + older.schema.remove_metadata().to_string() + ",".join(Envelope.__slots__)
+    names = [name for name in Envelope.__slots__ if name != "start_us"]
+    shape = record.FORMAT + older.schema.remove_metadata().to_string() + ",".join(names)
     assert hashlib.sha256(shape.encode()).hexdigest()[:16] in record.readable_fingerprints()

@@ -168,6 +168,15 @@ def tokens_before(verify_steps: list[VerifyStep], position: int) -> list[int]:
     return [t for r in verify_steps for t in r.tokens][:position]
 
 
+def test_every_chunk_names_the_time_of_the_first_row_of_its_request() -> None:
+    verify_steps = a_request(5, [(1, 2)] * 6)
+    chunks = assemble(verify_steps, inline(500))
+    assert len(chunks) > 1
+    assert {chunk.envelope.start_us for chunk in chunks} == {verify_steps[0].time_us}
+    without_start = assemble(verify_steps[1:], inline(500))
+    assert {chunk.envelope.start_us for chunk in without_start} == {None}
+
+
 @settings(deadline=None)
 @given(verify_steps=requests, budget=st.integers(400, 12_000), missing=st.sets(st.integers(0, 20)))
 def test_chunks_for_recompute_have_all_tokens_before_them_or_none(

@@ -420,7 +420,7 @@ def test_slices_are_served_on_time_while_the_registry_does_not_answer(
     registry: FakeRegistry, engine: FakeEngine
 ) -> None:
     registry.alias, registry.canary = "1", "2"
-    settings = Settings(serve=Serve(poll_interval=0.01), canary=Canary(share=0.5, slice_duration=0.05))
+    settings = Settings(serve=Serve(poll_interval=0.01), canary=Canary(share=0.5, slice_duration=0.05, burn_in=0))
     poller = VersionPoller(registry, engine, settings)  # type: ignore[arg-type]
     poller.start()
     eventually(lambda: poller.canary == "2" and registry.downloads == ["1", "2"])

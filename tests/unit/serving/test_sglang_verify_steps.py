@@ -11,6 +11,7 @@ import pytest
 from schemas.trace.decoder import decode
 from schemas.trace.record import ROOT, Chunk, Envelope, VerifyStep, encode
 from serving.engines.sglang.plugin.verify_steps import (
+    ActiveSpeculator,
     PrefillOutput,
     StepTimes,
     VerifyOutput,
@@ -44,7 +45,7 @@ def verified(**changed: object) -> VerifyOutput:
 
 
 def verify_step_of(**changed: object) -> VerifyStep:
-    return build_verify_step(verified(**changed), 1, "7", TIMES)
+    return build_verify_step(verified(**changed), 1, ActiveSpeculator("7", 2), TIMES)
 
 
 def test_links_become_parents_and_the_path_becomes_tokens() -> None:
@@ -52,7 +53,7 @@ def test_links_become_parents_and_the_path_becomes_tokens() -> None:
     assert (r.draft_tokens, r.draft_parents) == ((11, 12, 13), (ROOT, ROOT, 1))
     assert (r.tokens, r.accepted, r.bonus) == ((10, 12, 13), (1, 2), 99)
     assert (len(r.features), r.top_ids.shape, r.speculator) == (3, (4, K), "7")
-    assert (r.draft_us, r.verify_us, r.time_us) == (3, 5, 7)
+    assert (r.draft_us, r.verify_us, r.time_us, r.active_since_us) == (3, 5, 7, 2)
     assert all(math.isnan(logprob) for logprob in r.draft_logprobs)
 
 

@@ -11,12 +11,13 @@ import pytest
 from live_traffic import ServedRequest, rows_of
 
 from pipeline.delta import DeltaLog, HistoryExpiredError
-from schemas.settings import Tables
+from schemas.settings import Canary, Tables
 from schemas.trace.record import DraftSource
 from trainer.release.live_figures import MAX_COMMITS_BEHIND, LiveFigures, ServingPeriod
 from trainer.release.sequential_test import ServedTraffic
 
-LINE, SLICE = "target-draft", 10.0
+LINE = "target-draft"
+WITHOUT_BURN_IN = Canary(slice_duration=10, burn_in=0)
 T = 1_700_000_000.0
 SUFFIX = (int(DraftSource.SUFFIX),) * 3
 
@@ -51,7 +52,7 @@ def test_verify_steps_are_added_up_by_version_label_and_slice(tables: DeltaLog) 
         ServedRequest("2", T + 20, line="another"),
     ]
     tables.append("traces", rows_of(requests))
-    new, old = read_both(LiveFigures(tables, SLICE))
+    new, old = read_both(LiveFigures(tables, WITHOUT_BURN_IN))
     assert list(new) == list(old) == ["sql", ""]
     assert totals(old["sql"]) == (2, 40, 20, 0.2)
     assert len(old["sql"].group) == 2
@@ -60,18 +61,46 @@ def test_verify_steps_are_added_up_by_version_label_and_slice(tables: DeltaLog) 
     assert totals(old[""]) == (0, 0, 0, 0)
 
 
-def test_a_request_that_a_swap_cut_in_two_counts_on_both_sides(tables: DeltaLog) -> None:
+def test_a_request_that_began_under_another_version_counts_only_for_that_one(tables: DeltaLog) -> None:
     tables.append("traces", rows_of([ServedRequest("1", T, swapped_to="2")]))
-    new, old = read_both(LiveFigures(tables, SLICE))
+    new, old = read_both(LiveFigures(tables, WITHOUT_BURN_IN))
     assert totals(old[""]) == (1, 10, 5, 0.05)
-    assert totals(new[""]) == (0, 10, 5, 0.05)
+    assert totals(new[""]) == (0, 0, 0, 0)
+
+
+def test_a_request_counts_only_in_the_slice_in_which_it_began(tables: DeltaLog) -> None:
+    across = ServedRequest("1", T + 9, verify_steps=20, verify_step_s=0.1)
+    began_before = ServedRequest("1", T + 21, start=T + 19.5)
+    unknown = ServedRequest("1", T + 31, start=math.nan)
+    tables.append("traces", rows_of([across, began_before, unknown, ServedRequest("2", T)]))
+    new, old = read_both(LiveFigures(tables, WITHOUT_BURN_IN))
+    assert totals(old[""]) == (1, 20, 10, 1.0)
+    assert totals(new[""]) == (1, 20, 10, 0.1)
+
+
+def test_requests_that_begin_in_the_burn_in_of_a_slice_or_of_a_swap_count_for_no_version(tables: DeltaLog) -> None:
+    by_slice = [ServedRequest("1", T + at, label="slice") for at in (0, 2.9, 3, 9)]
+    by_swap = [ServedRequest("2", T + 10 + at, active_since=T + 14, label="swap") for at in (4, 6.9, 7, 9)]
+    earlier = [ServedRequest("1", T + 10 + at, label="swap") for at in (2, 3.5)]
+    tables.append("traces", rows_of([*by_slice, *by_swap, *earlier]))
+    new, old = read_both(LiveFigures(tables, Canary(slice_duration=10, burn_in=3)))
+    assert (totals(old["slice"])[0], totals(old["swap"])[0], totals(new["swap"])[0]) == (2, 1, 2)
+
+
+def test_rows_of_older_nodes_count_for_no_version(tables: DeltaLog) -> None:
+    rows = rows_of([ServedRequest("1", T), ServedRequest("2", T)])
+    nulls = pa.nulls(rows.num_rows, rows.schema.field("active_since").type)
+    for column in ("start_time", "active_since"):
+        older = rows.set_column(rows.schema.get_field_index(column), rows.schema.field(column), nulls)
+        tables.append("traces", older)
+    assert read_both(LiveFigures(tables, WITHOUT_BURN_IN)) == ({}, {})
 
 
 def test_verify_steps_without_a_draft_count_for_the_version_that_they_name(tables: DeltaLog) -> None:
     idle = [ServedRequest("2", T + 1, drafted=False), ServedRequest("", T + 1, drafted=False)]
     drafted = [ServedRequest("1", T), ServedRequest("1", T + 1), ServedRequest("2", T + 10)]
     tables.append("traces", rows_of([*idle, *drafted]))
-    new, old = read_both(LiveFigures(tables, SLICE))
+    new, old = read_both(LiveFigures(tables, WITHOUT_BURN_IN))
     assert totals(new[""]) == (2, 30, 20, 0.2)
     assert totals(old[""]) == (2, 40, 20, 0.2)
 
@@ -81,7 +110,7 @@ def test_verify_steps_of_the_suffix_drafter_count_for_no_version(tables: DeltaLo
     on_their_node = [ServedRequest("", T + at, accepted=3, sources=SUFFIX) for at in (0, 10)]
     elsewhere = [ServedRequest("", T, node="b", sources=SUFFIX), ServedRequest("", T + 1, node="b", drafted=False)]
     tables.append("traces", rows_of([*versions, *on_their_node, *elsewhere]))
-    new, old = read_both(LiveFigures(tables, SLICE))
+    new, old = read_both(LiveFigures(tables, WITHOUT_BURN_IN))
     assert totals(new[""]) == totals(old[""]) == (1, 20, 10, 0.1)
 
 
@@ -89,20 +118,20 @@ def test_accepted_tokens_count_as_far_as_the_version_proposed_them(tables: Delta
     mixed = ServedRequest("1", T, accepted=3, sources=(3, 1, 2))
     after_suffix = ServedRequest("1", T + 10, accepted=3, sources=(2, 3, 1))
     tables.append("traces", rows_of([mixed, after_suffix, ServedRequest("2", T + 20, accepted=2)]))
-    new, old = read_both(LiveFigures(tables, SLICE))
+    new, old = read_both(LiveFigures(tables, WITHOUT_BURN_IN))
     assert totals(old[""]) == totals(new[""]) == (1, 30, 10, 0.1)
 
 
 def test_only_whole_slices_of_a_period_count(tables: DeltaLog) -> None:
     tables.append("traces", rows_of(ServedRequest(v, T + at) for v in "12" for at in (0, 10, 20)))
-    new, old = read_both(LiveFigures(tables, SLICE), since=T + 5, until=T + 25)
+    new, old = read_both(LiveFigures(tables, WITHOUT_BURN_IN), since=T + 5, until=T + 25)
     assert len(new[""].group) == len(old[""].group) == 1
 
 
 def test_nodes_that_served_one_version_are_ignored_if_others_served_both(tables: DeltaLog) -> None:
     apart = [ServedRequest("1", T, node="a"), ServedRequest("2", T, node="b", accepted=2)]
     tables.append("traces", rows_of(apart))
-    live = LiveFigures(tables, SLICE)
+    live = LiveFigures(tables, WITHOUT_BURN_IN)
     new, old = read_both(live)
     assert (totals(new[""])[0], totals(old[""])[0]) == (1, 1)
     tables.append("traces", rows_of([ServedRequest("1", T + 10, node="c"), ServedRequest("2", T + 20, node="c")]))
@@ -113,7 +142,7 @@ def test_nodes_that_served_one_version_are_ignored_if_others_served_both(tables:
 def test_later_rows_are_added_and_a_restart_gives_the_same_sums(
     tables: DeltaLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    live = LiveFigures(tables, SLICE)
+    live = LiveFigures(tables, WITHOUT_BURN_IN)
     queries: list[str] = []
     query = tables.query
     monkeypatch.setattr(tables, "query", lambda sql, at: queries.append(sql) or query(sql, at))
@@ -121,14 +150,14 @@ def test_later_rows_are_added_and_a_restart_gives_the_same_sums(
         tables.append("traces", rows_of([ServedRequest("1", T + at), ServedRequest("2", T + at, accepted=2)]))
         new, old = read_both(live)
     assert len(queries) == 1
-    for mine, again in zip((new, old), read_both(LiveFigures(tables, SLICE)), strict=True):
+    for mine, again in zip((new, old), read_both(LiveFigures(tables, WITHOUT_BURN_IN)), strict=True):
         assert totals(mine[""]) == totals(again[""])
         assert mine[""].group.tolist() == again[""].group.tolist()
     assert totals(new[""]) == (4, 120, 40, 0.4)
 
 
 def test_rows_whose_commits_are_gone_are_queried(tables: DeltaLog, monkeypatch: pytest.MonkeyPatch) -> None:
-    live = LiveFigures(tables, SLICE)
+    live = LiveFigures(tables, WITHOUT_BURN_IN)
     tables.append("traces", rows_of([ServedRequest("1", T)]))
     read_both(live)
     tables.append("traces", rows_of([ServedRequest("1", T)]))
@@ -144,11 +173,11 @@ def test_rows_whose_commits_are_gone_are_queried(tables: DeltaLog, monkeypatch: 
 
 def test_an_earlier_period_is_queried_again_and_a_later_one_excludes_it(tables: DeltaLog) -> None:
     tables.append("traces", rows_of([ServedRequest("1", T), ServedRequest("1", T + 100)]))
-    live = LiveFigures(tables, SLICE)
+    live = LiveFigures(tables, WITHOUT_BURN_IN)
     assert totals(read_both(live, since=T + 50)[1][""])[0] == 1
     assert totals(read_both(live)[1][""])[0] == 2
     assert totals(read_both(live, since=T + 50)[1][""])[0] == 1
 
 
 def test_without_traffic_there_are_no_labels(tables: DeltaLog) -> None:
-    assert read_both(LiveFigures(tables, SLICE)) == ({}, {})
+    assert read_both(LiveFigures(tables, WITHOUT_BURN_IN)) == ({}, {})

@@ -17,6 +17,7 @@ SLICE = 10.0
 FLAGS = {
     "canary.share": 0.25,
     "canary.slice_duration": SLICE,
+    "canary.burn_in": 0,
     "promoter.canary_min_requests": 40,
     "promoter.watch_min_requests": 40,
     "promoter.watch_duration": 600,

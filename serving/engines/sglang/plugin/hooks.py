@@ -33,6 +33,7 @@ from serving.engines.sglang.plugin.recorder import (
     VerifiedRequest,
 )
 from serving.engines.sglang.plugin.trace_request import read_options, to_request
+from serving.engines.sglang.plugin.verify_steps import ActiveSpeculator
 from serving.traces.sampling import is_sampled
 
 log = structlog.get_logger()
@@ -97,6 +98,7 @@ class Hooks:
         self._traces = settings.traces
         self._recorder, self._transfer, self._limit, self._metrics = recorder, transfer, limit, metrics
         self._version = version
+        self._speculator = ActiveSpeculator("", 0)
         self._requests: dict[str, RecordedRequest] = {}
         self._failed_hooks: set[str] = set()
         self._cost_s = 0.0
@@ -205,8 +207,10 @@ class Hooks:
             self._metrics.steps_dropped.labels("queue_full").inc(len(members))
             return
         stamps = (self._start, self._drafted, self._verified)
-        pending = self._transfer.copy(found)
-        self._recorder.put(CapturedStep(members, pending, self._version(), stamps, time.time_ns() // 1000, width))
+        pending, time_us = self._transfer.copy(found), time.time_ns() // 1000
+        if (version := self._version()) != self._speculator.version:
+            self._speculator = ActiveSpeculator(version, time_us)
+        self._recorder.put(CapturedStep(members, pending, self._speculator, stamps, time_us, width))
 
     def _published(self, hidden: Tensor) -> Tensor | None:
         return None if self._traces.features == "recompute" else hidden

@@ -29,6 +29,7 @@ from serving.engines.base import Finish, Request
 from serving.engines.sglang.plugin.capture import PendingTensors, elapsed_us
 from serving.engines.sglang.plugin.metrics import CaptureLimit, PluginMetrics
 from serving.engines.sglang.plugin.verify_steps import (
+    ActiveSpeculator,
     PrefillOutput,
     StepTimes,
     VerifyOutput,
@@ -87,7 +88,7 @@ class CapturedStep:
 
     members: tuple[PromptPart | VerifiedRequest, ...]
     pending: PendingTensors
-    speculator: str
+    speculator: ActiveSpeculator
     stamps: tuple[Any, Any, Any]
     """Start, end of drafting, end of verification."""
     time_us: int

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,14 @@ from schemas.trace.record import ROOT, U16, VerifyStep
 
 Ints = npt.NDArray[np.int32]
 UNKNOWN = float("nan")
+
+
+class ActiveSpeculator(NamedTuple):
+    """The version that the server drafts with."""
+
+    version: str
+    since_us: int
+    """Unix time in microseconds of its first recorded step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +74,7 @@ class PrefillOutput:
     """[k]."""
 
 
-def build_verify_step(output: VerifyOutput, number: int, speculator: str, times: StepTimes) -> VerifyStep:
+def build_verify_step(output: VerifyOutput, number: int, speculator: ActiveSpeculator, times: StepTimes) -> VerifyStep:
     """Return the trace record of a verify step.
 
     Nodes without a link to them are left out: with equal probabilities SGLang may keep a node without its parent, and
@@ -94,7 +103,8 @@ def build_verify_step(output: VerifyOutput, number: int, speculator: str, times:
         bonus=int(output.chosen[path[-1]]),
         top_ids=output.top_ids[rows],
         top_logprobs=output.top_logprobs[rows],
-        speculator=speculator,
+        speculator=speculator.version,
+        active_since_us=speculator.since_us,
         draft_us=times.draft_us if kept else 0,
         verify_us=times.verify_us,
         time_us=times.time_us,

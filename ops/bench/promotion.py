@@ -5,7 +5,8 @@ distributions were measured on the recorded traffic of ``aurora bench learning``
 verify steps (standard deviation 14 to 24) that accept 0.41 to 0.64 draft tokens per step (0.28 to 0.41 between
 requests). Nodes and load are assumed: one node is up to some tenths faster than another, the load of a time slice
 moves all of its requests by 15 %, and one request in a hundred meets a stall that makes it four times as long. Some
-requests extend into the next slice and are served by two versions.
+requests extend into the next slice and count there too, for the version that is active then: this makes slices depend
+on each other.
 
 The test decides after every slice, as in the promoter.
 """

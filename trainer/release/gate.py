@@ -44,7 +44,8 @@ def estimate_gain(gained_R: F64, positions_R: F64, error: float) -> GainInterval
     together (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, section 12.5). Percentiles of resampled
     gains would be too narrow for few requests. The gain is a ratio of sums, and its standard error that of the
     linearized ratio (Cochran, "Sampling Techniques", 1977, section 2.11). A resample whose requests all have the same
-    gain has no standard error, and counts as infinitely far off on both sides.
+    gain has no standard error, and counts as infinitely far off on both sides. Where no request differs from another,
+    as when all have the same prompt, both bounds are the gain.
 
     Args:
         gained_R: Accepted tokens of the version minus those of the other one, by request.
@@ -59,6 +60,8 @@ def estimate_gain(gained_R: F64, positions_R: F64, error: float) -> GainInterval
         return None
     drawn_BR = np.random.default_rng(SEED).integers(requests, size=(RESAMPLES, requests))
     (gain,), (deviation,) = _compute_gains(gained_R[None], positions_R[None])
+    if not deviation:
+        return GainInterval(float(gain), float(gain), requests)
     gain_B, deviation_B = _compute_gains(gained_R[drawn_BR], positions_R[drawn_BR])
     has_deviation_B = deviation_B > 0
     off_B = np.divide(gain_B - gain, deviation_B, out=np.full(RESAMPLES, np.inf), where=has_deviation_B)

@@ -125,9 +125,15 @@ def test_the_interval_of_a_gain_equals_a_plain_bootstrap(requests: int) -> None:
 
 def test_too_few_requests_that_differ_have_no_interval() -> None:
     positions_R = np.full(20, 50.0)
-    for different in (0, 1, 2):
+    for different in (1, 2):
         assert estimate_gain(np.where(np.arange(20) < different, 9.0, 0.0), positions_R, ERROR) is None
     assert estimate_gain(np.array([9.0]), np.array([50.0]), ERROR) is None
+
+
+@pytest.mark.parametrize("gained", [0.0, 0.3])
+def test_requests_that_do_not_differ_have_exact_bounds(gained: float) -> None:
+    positions_R = np.arange(10.0, 90, 10)
+    assert estimate_gain(gained * positions_R, positions_R, ERROR) == pytest.approx((gained, gained, 8))
 
 
 @pytest.mark.parametrize("requests", [4, 8, 32])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import socket
 import threading
@@ -39,6 +40,7 @@ from trainer.loop.mlflow_curves import MlflowCurves
 from trainer.loop.warm_start import load_initial_draft
 from trainer.release.evaluation import Evaluation, HeldOutEvaluator
 from trainer.release.registration import PASSED_TAG, Registrar, TrainingLineage
+from trainer.release.registration_queue import RegistrationQueue, TrainingSnapshot
 from trainer.release.registry import RegistryError, SpeculatorRegistry
 from trainer.status import ErrorTracker, StatusServer, stop_on_signals
 
@@ -46,6 +48,8 @@ log = structlog.get_logger()
 
 LEASE_RENEWAL_INTERVAL_S = 300.0
 """Each renewal writes a row; a lease lasts hours."""
+REGISTRATION_TIMEOUT_S = 15.0
+"""How long a stopping trainer waits for a registration: half of what containers get to stop."""
 
 
 def run(settings: Settings) -> None:
@@ -107,10 +111,13 @@ class Trainer:
         )
         registry = SpeculatorRegistry(settings.registry)
         self._evaluator = HeldOutEvaluator(settings, target, registry)
-        self._registrar = Registrar(settings, target, registry, self._evaluator)
+        self._lineage = TrainingLineage()
+        # On its own thread it shares neither client nor scores.
+        own = SpeculatorRegistry(settings.registry)
+        registrar = Registrar(settings, target, own, HeldOutEvaluator(settings, target, own))
+        self._registrations = RegistrationQueue(registrar, target.line, self._lineage, self._errors, self._metrics)
         self._load_initial_draft = partial(load_initial_draft, settings, target, registry)
         self._checkpoints = Checkpoints(Path(train.checkpoint_dir) / target.line, TrainState)
-        self._line = target.line
         self._reader = f"trainer {target.line} {socket.gethostname()}:{Path(train.checkpoint_dir).resolve()}"
         self._curves = MlflowCurves(
             SpeculatorRegistry(settings.registry),
@@ -122,15 +129,13 @@ class Trainer:
         )
         self._lag_events = LagEvents(settings.kafka, target.line, self._metrics.lag_events_dropped)
         self._throughput = Throughput()
-        self._parent = self._day_0 = settings.speculator.day_0
+        self._day_0 = settings.speculator.day_0
         self._warm_started = False
         self._tokens_seen = 0
         self._figures: StepFigures | None = None
         self._score: HeldOutScore | None = None
-        self._registered: tuple[str, ...] = ()
         self._evaluations_since_registration = 0
         self._metrics.evaluations_since_registration.set_function(lambda: self._evaluations_since_registration)
-        self._lineage = TrainingLineage()
         self._checkpointed_step = 0
         self._versions_needed: dict[str, int] | None = None
         self._evaluated_step = 0
@@ -157,6 +162,8 @@ class Trainer:
             else:
                 self._learners.keep_alive()
                 self._stopping.wait(self._settings.poll_interval)
+            if self._registrations.poll():
+                self._evaluations_since_registration = 0
             if time.monotonic() >= evaluate_at or self._is_loss_rising():
                 self._evaluate()
                 evaluate_at = time.monotonic() + self._settings.registration_interval
@@ -167,6 +174,7 @@ class Trainer:
                 self._renew_lease()
                 renew_at = time.monotonic() + LEASE_RENEWAL_INTERVAL_S
         self._checkpoint()
+        self._registrations.close(REGISTRATION_TIMEOUT_S)
         self._learners.close()
         self._prefetcher.close()
         self._lag_events.close()
@@ -191,7 +199,7 @@ class Trainer:
             table_version_latest=self._loader.table_version,
             table_version_read=self._loader.cursor,
             acceptance_length=1 + score.accepted_per_step if score else None,
-            registered=list(self._registered),
+            registered=list(self._registrations.registered),
             evaluations_since_registration=self._evaluations_since_registration,
             steps_skipped=self._skipped,
             rollbacks=self._rollbacks,
@@ -210,15 +218,16 @@ class Trainer:
                     state, tensors = found
                     self._prefetcher.restore(state.data_loader)
                     self._learners.call(Learner.restore, tensors, state.step)
-                    self._parent, self._tokens_seen = state.parent, state.tokens_seen
-                    self._warm_started = state.warm_started
+                    self._lineage.start(state.parent)
+                    self._tokens_seen, self._warm_started = state.tokens_seen, state.warm_started
                     self._checkpointed_step, self._versions_needed = state.step, state.data_loader.versions_needed
                     good = self._checkpoints.read_good()
                     self._good = good[0] if good else None
                 else:
-                    self._parent, draft = self._load_initial_draft()
+                    parent, draft = self._load_initial_draft()
+                    self._lineage.start(parent)
                     self._learners.call(Learner.load_weights, draft.state_dict())
-                    self._warm_started = self._parent != self._day_0
+                    self._warm_started = parent != self._day_0
                 started = True
             if not started:
                 self._learners.keep_alive()
@@ -227,7 +236,7 @@ class Trainer:
             self._learners.call(Learner.use_warm_start_rate)
         if started and self._good is None:
             self._checkpoint(good=True)
-        log.info("training_started", step=self._learner.steps, parent=self._parent, cursor=self._loader.cursor)
+        log.info("training_started", step=self._learner.steps, parent=self._lineage.parent, cursor=self._loader.cursor)
 
     def _train_step(self, batch: StepBatch) -> None:
         learning_rate, counted = self._learner.learning_rate, (self._learner.steps, self._learner.skipped)
@@ -266,7 +275,7 @@ class Trainer:
         return True
 
     def _evaluate(self) -> None:
-        """Score the draft on the held-out set; then register it if it is better, or roll back if it diverged."""
+        """Score the draft on the held-out set; then submit it for registration, or roll back if it diverged."""
         samples = self._prefetcher.held_out
         if not samples or self._learner.steps == self._evaluated_step:
             return
@@ -282,7 +291,7 @@ class Trainer:
         if judgement.divergence:
             self._roll_back(judgement.divergence)
             return
-        self._register(draft, evaluation)
+        self._submit(draft, evaluation)
         if judgement.good:
             self._checkpoint(good=True)
 
@@ -314,37 +323,32 @@ class Trainer:
         self._learners.call(Learner.restore, tensors, state.step)
         with self._errors.catch("checkpoint", OSError):
             self._checkpoints.remove_after(state.step)
-        self._parent, self._versions_needed = state.parent, state.data_loader.versions_needed
+        self._versions_needed = state.data_loader.versions_needed
         self._checkpointed_step = self._evaluated_step = state.step
         self._losses.clear()
-        self._lineage.roll_back(state.step)
+        self._lineage.roll_back(state.step, state.parent)
+        self._registrations.drop_rolled_back()
         self._rollbacks += 1
         self._rollback_reason = reason
         self._metrics.divergence_rollbacks.inc()
 
-    def _register(self, draft: EagleDraft, evaluation: Evaluation) -> None:
-        """Register the draft if it is better than the version that was registered last."""
+    def _submit(self, draft: EagleDraft, evaluation: Evaluation) -> None:
+        """Submit a snapshot of the training for registration; training continues meanwhile."""
+        step = self._evaluated_step = self._learner.steps
         tags = {
-            "parent": self._parent,
             "tables": json.dumps(self._prefetcher.tables_read),
             PASSED_TAG: str(self._prefetcher.completed_version),
         }
         if self._curves.run:
             tags["curves"] = self._curves.run
-        metrics = {"step": float(self._learner.steps), "tokens_seen": float(self._tokens_seen)}
+        metrics = {"step": float(step), "tokens_seen": float(self._tokens_seen)}
         if self._figures:
             loss = self._figures.loss
             metrics |= {"loss_accepted": loss.accepted, "loss_rejected": loss.rejected}
-        with self._errors.catch("registry", RegistryError, CheckpointError):
-            version = self._registrar.register_if_better(draft, evaluation, tags, metrics)
-            self._evaluated_step = self._learner.steps
-            if version is not None:
-                self._parent = version
-                self._registered = (*self._registered, version)
-                self._evaluations_since_registration = 0
-                self._metrics.versions_registered.inc()
-                for span in self._lineage.close_version(self._line, version, self._learner.steps):
-                    spans.record(span)
+        # Without an average the draft is the one in training.
+        draft = copy.deepcopy(draft) if draft is self._learner.draft else draft
+        mark = self._lineage.mark(step)
+        self._registrations.submit(TrainingSnapshot(step, mark, draft, evaluation, tags, metrics))
 
     def _checkpoint(self, *, good: bool = False) -> None:
         """Write a checkpoint, unless the step has one already."""
@@ -354,7 +358,7 @@ class Trainer:
         state = TrainState(
             step=step,
             tokens_seen=self._tokens_seen,
-            parent=self._parent,
+            parent=self._lineage.parent,
             warm_started=self._warm_started,
             data_loader=self._prefetcher.state(),
             good=good,

@@ -85,7 +85,11 @@ def test_a_training_starts_with_the_weights_that_warm_start_names(world: World, 
         restarted = Trainer(settings, world.target, threading.Event())
         restarted._start()
         assert restarted._learner.learning_rate == trainer._learner.learning_rate
-        return trainer._parent, float(trainer._learner.draft.norm.weight.detach()[0]), trainer._learner.learning_rate
+        return (
+            trainer._lineage.parent,
+            float(trainer._learner.draft.norm.weight.detach()[0]),
+            trainer._learner.learning_rate,
+        )
 
     assert begun("alias") == (drafts["2"], 2.5, 1e-3)
     assert begun("day-0") == ("day-0-head-0", 1.0, 4e-3)

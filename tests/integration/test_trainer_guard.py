@@ -155,12 +155,12 @@ def test_a_batch_without_a_teacher_is_no_training_step(settings: Settings) -> No
     train(trainer, 4)
     step_batch = trainer._prefetcher.next_batch()
     assert step_batch
-    ((batch,),) = step_batch.batches
-    trainer._train_step(replace(step_batch, batches=((replace(batch, features_BTF=batch.features_BTF * torch.inf),),)))
-    before, losses, requests = trainer.status(), list(trainer._losses), dict(trainer._lineage._first_steps)
-    trainer._train_step(replace(step_batch, batches=((replace(batch, known_BT=batch.known_BT & False),),)))
+    (batch,) = step_batch.batches
+    trainer._train_step(replace(step_batch, batches=(replace(batch, features_BTF=batch.features_BTF * torch.inf),)))
+    before, losses, requests = trainer.status(), list(trainer._losses), dict(trainer._lineage._sections[-1].first_steps)
+    trainer._train_step(replace(step_batch, batches=(replace(batch, known_BT=batch.known_BT & False),)))
     assert str(trainer.status()) == str(before)
-    assert (trainer._losses, trainer._lineage._first_steps) == (deque(losses), requests)
+    assert (trainer._losses, trainer._lineage._sections[-1].first_steps) == (deque(losses), requests)
     assert b"aurora_train_steps_without_loss_total 1.0" in _metrics(trainer)
     assert b"aurora_train_steps_total 5.0" in _metrics(trainer)
     assert b"aurora_train_steps_skipped_total 1.0" in _metrics(trainer)

@@ -216,6 +216,6 @@ def test_a_first_start_uses_the_champion_of_its_line(world: World, tmp_path: Pat
     stopping = threading.Event()
     trainer = Trainer(world.settings, world.target, stopping)
     trainer._start()
-    assert trainer._parent == version
+    assert trainer._lineage.parent == version
     assert torch.equal(trainer._learner.draft.norm.weight, draft.norm.weight)
     assert torch.equal(world.target.day_0.norm.weight, torch.ones(HIDDEN))

@@ -85,6 +85,14 @@ class TrainMetrics:
             return Counter(f"aurora_train_{name}", text, labels, registry=registry)
 
         self.versions_registered = counter("versions_registered", "Registered versions.")
+        self.registrations_dropped = Counter(
+            "aurora_train_registrations_dropped",
+            "Snapshots given up before they were registered, by reason.",
+            ["reason"],
+            registry=registry,
+        )
+        for reason in ("replaced", "rolled_back", "shutdown"):
+            self.registrations_dropped.labels(reason)
         self.divergence_rollbacks = counter("divergence_rollbacks", "Rollbacks to the last good checkpoint.")
         self.steps_skipped = counter("steps_skipped", "Steps skipped because loss or gradient was not finite.")
         self.steps_without_loss = counter(

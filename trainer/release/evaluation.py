@@ -88,6 +88,7 @@ class HeldOutEvaluator:
         """
         aliases = self._registry.aliases(self._target.line)
         champion = aliases.get("champion", aliases.get("candidate"))
+        self.keep_only({champion})
         accepted = self.evaluate_version(champion, samples)
         loss = self._loss(self._versions[champion].draft, samples)
         return HeldOutScore(loss=loss, accepted_per_step=accepted_per_step(accepted, samples))

@@ -9,7 +9,8 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import islice
+from dataclasses import dataclass, field
+from itertools import islice, pairwise
 from pathlib import Path
 from string import Template
 
@@ -34,6 +35,8 @@ PASSED_TAG = "passed"
 """Tag of a version with the version of ``accepted`` up to which every sample had been due for training."""
 MAX_TRACKED_REQUESTS = 65_536
 """Requests in a training lineage; further ones are only counted."""
+MAX_VERSIONS = 8
+"""Versions whose requests are kept in case training is rolled back behind them."""
 _CARD = Path(__file__).with_name("card.md")
 _NOT_SHAPING = (
     "host",
@@ -145,53 +148,156 @@ class Registrar:
         return gain if is_better else None
 
 
-class TrainingLineage:
-    """Requests that training has seen since the last version, with the training step that saw each first.
+@dataclass(frozen=True, slots=True)
+class LineageRecord:
+    """What the weights of a step were learned from."""
 
-    Kept in memory: after a restart the lineage holds only the requests since then.
+    mark: int
+    step: int
+    parent: str
+    requests: tuple[str, ...]
+    """Requests that training has seen since the parent."""
+    untracked: int
+    """Requests beyond ``MAX_TRACKED_REQUESTS``, counted once for each training step."""
+    since: float
+    """Unix time of the parent's weights, or of the start."""
+    until: float
+    """Unix time of these weights."""
+
+
+@dataclass(slots=True)
+class _Section:
+    """Requests seen between two marks, with the training step that saw each first."""
+
+    mark: int
+    """The mark at its end."""
+    first_steps: dict[str, int] = field(default_factory=dict)
+    untracked: int = 0
+    step: int = 0
+    until: float = 0.0
+    version: str = ""
+    """The version that the weights at its end became."""
+
+    def add_older(self, older: _Section) -> None:
+        self.first_steps |= older.first_steps
+        self.untracked += older.untracked
+
+
+class TrainingLineage:
+    """The parent of the weights in training, and the requests that training has seen since.
+
+    A version is registered while training continues. A mark divides the requests that its weights have seen from later
+    ones; a request that is seen on both sides counts on both. Kept in memory: after a restart the lineage holds only
+    the requests since then.
     """
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
-        self._first_steps: dict[str, int] = {}
-        self._since = clock()
-        self.untracked = 0
-        """Requests beyond ``MAX_TRACKED_REQUESTS``, counted once for each training step."""
+        # The first section stands for everything before the start, the last one is not marked yet.
+        self._sections = [_Section(mark=-1, until=clock()), _Section(mark=0)]
+
+    @property
+    def parent(self) -> str:
+        """Version that the weights descend from: the one registered last, or the one that training started with."""
+        return self._sections[self._find_parent()].version
+
+    def start(self, parent: str) -> None:
+        """Set the version that training starts with."""
+        self._sections[0].version = parent
 
     def add(self, step: int, requests: Iterable[str]) -> None:
         """Add the requests of a training step."""
+        newest = self._sections[-1]
+        tracked = sum(len(section.first_steps) for section in self._sections[self._find_parent() + 1 :])
         for request in requests:
-            if len(self._first_steps) < MAX_TRACKED_REQUESTS:
-                self._first_steps.setdefault(request, step)
-            elif request not in self._first_steps:
-                self.untracked += 1
+            if request in newest.first_steps:
+                continue
+            if tracked < MAX_TRACKED_REQUESTS:
+                newest.first_steps[request] = step
+                tracked += 1
+            else:
+                newest.untracked += 1
 
-    def roll_back(self, step: int) -> None:
-        """Forget the requests first seen after a step to which the weights were restored."""
-        self._first_steps = {request: first for request, first in self._first_steps.items() if first <= step}
+    def mark(self, step: int) -> int:
+        """Return a mark for the weights of a step: they have seen the requests that were added up to now."""
+        newest = self._sections[-1]
+        newest.step, newest.until = step, self._clock()
+        self._sections.append(_Section(newest.mark + 1))
+        return newest.mark
 
-    def close_version(self, line: str, version: str, step: int) -> Iterator[Span]:
-        """Yield the spans of a new version, the parent first; then start an empty lineage."""
-        context, start, end = version_context(line, version), self._since, self._clock()
-        attributes: dict[str, AttributeValue] = {"line": line, "version": version, "step": step}
-        totals: dict[str, AttributeValue] = {"requests": len(self._first_steps), "untracked": self.untracked}
-        yield Span("register version", "version_trained", context, start, end, attributes={**attributes, **totals})
-        # Several choices of a request share its trace.
-        contexts = iter(dict.fromkeys(map(request_context, self._first_steps)))
-        while links := tuple(islice(contexts, MAX_LINKS)):
-            child = context.child()
-            yield Span(
-                "train version",
-                "requests_trained_on",
-                child,
-                start,
-                end,
-                context.span_id,
-                "internal",
-                links,
-                attributes,
-            )
-        self._first_steps, self._since, self.untracked = {}, end, 0
+    def has(self, mark: int) -> bool:
+        """Return whether the weights in training descend from those with a mark that was not dropped."""
+        return any(section.mark == mark for section in self._sections)
+
+    def read(self, mark: int) -> LineageRecord:
+        """Return what the weights with a mark were learned from; the lineage must have the mark."""
+        parent = self._find_parent()
+        sections = [section for section in self._sections[parent + 1 :] if section.mark <= mark]
+        return LineageRecord(
+            mark=mark,
+            step=sections[-1].step,
+            parent=self.parent,
+            requests=tuple(dict.fromkeys(request for section in sections for request in section.first_steps)),
+            untracked=sum(section.untracked for section in sections),
+            since=self._sections[parent].until,
+            until=sections[-1].until,
+        )
+
+    def register(self, version: str, record: LineageRecord) -> None:
+        """Begin a lineage at a version, unless training was rolled back behind its weights."""
+        for section in self._sections:
+            if section.mark == record.mark:
+                section.version = version
+        registered = [i for i, section in enumerate(self._sections) if section.version]
+        del self._sections[1 : max(1, registered[-min(len(registered), MAX_VERSIONS)])]
+
+    def keep(self, mark: int) -> None:
+        """Drop a mark whose weights become no version; their requests count for the next one."""
+        for older, newer in pairwise(list(self._sections)):
+            if older.mark == mark:
+                newer.add_older(older)
+                self._sections.remove(older)
+
+    def roll_back(self, step: int, parent: str) -> None:
+        """Return to the weights of an earlier step.
+
+        Args:
+            step: The earlier step.
+            parent: Version that its weights descended from when they were saved.
+        """
+        for section in reversed(self._sections[1:-1]):
+            if section.step > step:
+                self.keep(section.mark)
+        newest = self._sections[-1]
+        newest.first_steps = {request: first for request, first in newest.first_steps.items() if first <= step}
+        if self._find_parent() == 0:
+            self.start(parent)
+
+    def _find_parent(self) -> int:
+        return max((i for i, section in enumerate(self._sections) if section.version), default=0)
+
+
+def trained_on_spans(line: str, version: str, lineage: LineageRecord, end: float) -> Iterator[Span]:
+    """Yield the spans of a version that was registered at a Unix time, the parent first."""
+    context, start = version_context(line, version), lineage.since
+    attributes: dict[str, AttributeValue] = {"line": line, "version": version, "step": lineage.step}
+    totals: dict[str, AttributeValue] = {"requests": len(lineage.requests), "untracked": lineage.untracked}
+    yield Span("register version", "version_trained", context, start, end, attributes={**attributes, **totals})
+    # Several choices of a request share its trace.
+    contexts = iter(dict.fromkeys(map(request_context, lineage.requests)))
+    while links := tuple(islice(contexts, MAX_LINKS)):
+        child = context.child()
+        yield Span(
+            "train version",
+            "requests_trained_on",
+            child,
+            start,
+            end,
+            context.span_id,
+            "internal",
+            links,
+            attributes,
+        )
 
 
 def dump_shaping_settings(settings: Settings) -> str:

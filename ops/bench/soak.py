@@ -2,8 +2,8 @@
 
 A node as a process of its own, a registry and a broker; requests with and without grammars, tools and penalties, of
 which some clients disconnect early; the alias moved to another version every few seconds; the broker stopped and
-started twice. Afterwards no request may have failed, memory
-may not have grown, and every captured trace row must be accounted for: in the topic, or counted as dropped.
+started twice. Afterwards no request may have failed, memory may not have grown, and every captured trace row must be
+accounted for: in the topic, or counted as dropped.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from schemas.settings import Kafka, Registry, Settings, to_environ
 from schemas.speculator import checkpoint
 from schemas.speculator.network import EagleDraft
 from schemas.status import ServeStatus
+from serving.http.tools import choose_format
 from trainer.data.target import Target, read_target
 from trainer.release.registry import SpeculatorRegistry
 
@@ -71,6 +72,14 @@ OPTIONS: tuple[Mapping[str, Any], ...] = (
     {"tools": [_TOOL], "tool_choice": "required"},
 )
 """Further fields of requests, of which each request draws one set."""
+_TEMPLATE = """{% for tool in tools or [] %}{{ tool | tojson }}
+{% endfor %}{% for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content }}{% for call in message.tool_calls or [] %}<tool_call>
+{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}
+</tool_call>{% endfor %}<|im_end|>
+{% endfor %}<|im_start|>assistant
+"""
+"""Chat template with tools, for targets whose own one has none, as that of the demo's model."""
 _MAX_EVENTS = 24
 """Events after which a client disconnects early, at most."""
 
@@ -115,6 +124,8 @@ def run(settings: Settings, options: SoakOptions, say: Say) -> Report:
     folder = Path(settings.stack.data_dir) / "bench" / "soak"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    path = provide_tools(Path(settings.target.path), folder / "target")
+    settings = settings.model_copy(update={"target": settings.target.model_copy(update={"path": str(path)})})
     with _running_processes(settings, folder, say) as (node, broker, here):
         registry = SpeculatorRegistry(here.registry)
         versions = cycle(_register(registry, target, trained))
@@ -136,6 +147,20 @@ def run(settings: Settings, options: SoakOptions, say: Say) -> Report:
         result = SoakResult(load, status, count_topic_rows(here.kafka), tuple(memory), node.exit_code)
     about = {"options": asdict(options), "logs": str(folder)}
     return session.report(f"soak of {options.minutes:g} minutes", about, judge(result, options))
+
+
+def provide_tools(target: Path, folder: Path) -> Path:
+    """Return a target's folder whose chat template takes tools: its own, or a new one that links to its files."""
+    tokenizer = prompts.load_tokenizer(target)
+    if choose_format(tokenizer.chat_template, "auto") is not None:
+        return target
+    folder.mkdir()
+    for file in target.iterdir():
+        (folder / file.name).symlink_to(file.resolve())
+    template = folder / "chat_template.jinja"
+    template.unlink(missing_ok=True)
+    template.write_text(_TEMPLATE)
+    return folder
 
 
 def _inject_faults(

@@ -73,6 +73,7 @@ INVALID: dict[str, tuple[Any, ...]] = {
     "guided_regex": ("(", "[", "a{9,1}", 5, []),
     "prompt": ([], "", None, [VOCABULARY], [-1], [10**30], [True], [0] * MAX_LEN, [[1], []], {}),
 }
+_GRAMMARS = {"response_format", "structured_outputs", "guided_json", "guided_regex"}
 
 
 def random_request(random: Random) -> tuple[dict[str, Any], set[str]]:
@@ -84,6 +85,9 @@ def random_request(random: Random) -> tuple[dict[str, Any], set[str]]:
     body = {name: random.choice((INVALID if name in invalid else VALID)[name]) for name in sorted(names)}
     if "max_tokens" not in invalid and body.get("min_tokens") == 1 and body["max_tokens"] == 0:
         invalid.add("min_tokens")
+    if body.get("allowed_token_ids") is not None and invalid & _GRAMMARS:
+        # Next to a grammar, valid or not, they are rejected.
+        invalid.add("allowed_token_ids")
     return body, invalid
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from itertools import islice
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from echo_engine import byte_tokenizer
+from transformers import AutoTokenizer
 
 from ops.bench.soak import OPTIONS as REQUEST_OPTIONS
-from ops.bench.soak import MemorySample, SoakOptions, SoakResult, fit_growth, judge, random_requests
+from ops.bench.soak import MemorySample, SoakOptions, SoakResult, fit_growth, judge, provide_tools, random_requests
 from ops.loadgen.load import Load, Response
 from serving.http.requests import ChatRequest
 
@@ -44,6 +47,22 @@ def test_the_requests_are_valid_and_have_each_set_of_options() -> None:
     for request in requests:
         ChatRequest.model_validate(request.body)
     assert all(any(options.items() <= request.body.items() for request in requests) for options in REQUEST_OPTIONS)
+
+
+def test_a_target_without_tools_gets_a_template_with_tools_and_keeps_its_files(tmp_path: Path) -> None:
+    target, tokenizer = tmp_path / "target", byte_tokenizer()
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    tokenizer.save_pretrained(target)
+    (target / "model.safetensors").write_text("weights")
+    folder = provide_tools(target, tmp_path / "with_tools")
+    assert (folder / "model.safetensors").read_text() == "weights"
+    assert "tools" not in AutoTokenizer.from_pretrained(target).chat_template
+    chat = AutoTokenizer.from_pretrained(folder).apply_chat_template(
+        [{"role": "user", "content": "hello"}], tools=REQUEST_OPTIONS[-1]["tools"], tokenize=False
+    )
+    assert '"name": "answer"' in chat
+    assert "hello" in chat
+    assert provide_tools(folder, tmp_path / "again") == folder
 
 
 def result(**changed: Any) -> SoakResult:

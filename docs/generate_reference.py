@@ -85,6 +85,7 @@ COLUMNS = {
     "drafter); null if all are the version's.",
     "rejected.draft_sources": "As in `traces`, for each token of the branch.",
     "last_chunk": "Whether the chunk ends the request.",
+    "prompt_key": "Hash of the conversation's first user message, or of the prompt's token ids.",
     "finish": "Why the request ended: `stop`, `length` or `error`.",
     "temperature": "Sampling temperature; 0 is greedy.",
     "top_p": "Sampling top-p.",

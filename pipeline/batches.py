@@ -41,7 +41,7 @@ ClaimReader = Callable[[Claim, int, int], U16]
 
 _ENVELOPE_COLUMNS = (
     "request", "chunk", "node", "target", "line", "label", "feature_width", "top_k",
-    "finish", "temperature", "top_p", "sampling_top_k", "seed",
+    "finish", "temperature", "top_p", "sampling_top_k", "seed", "prompt_key",
 )  # fmt: skip
 """Columns that are fields of the envelope."""
 _TYPES = {f.name: f.type for schema in (ACCEPTED, TRACES) for f in schema}

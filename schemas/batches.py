@@ -66,11 +66,12 @@ ACCEPTED = pa.schema(
         pa.field("temperature", pa.float32()),
         pa.field("top_p", pa.float32()),
         pa.field("sampling_top_k", pa.int32()),
+        pa.field("prompt_key", pa.string()),
     ]
 )
 """One chunk of committed tokens per row. ``features`` is bf16 [n, F], or empty; ``teacher_*`` are [masked tokens, k],
 in order, before temperature. Temperature 0 is greedy. ``last_chunk`` and the sampling parameters are null in rows of
-older stream workers."""
+older stream workers, ``prompt_key`` in rows of older nodes."""
 
 REJECTED = pa.schema(
     [

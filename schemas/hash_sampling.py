@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+
+import numpy as np
 
 
 def hash_ratio(name: str, purpose: str = "") -> float:
@@ -23,3 +26,14 @@ def is_in_share(request: str, share: float) -> bool:
     Nodes and trainer decide by the same number, so a request that the nodes keep is not skipped by the trainer.
     """
     return hash_ratio(request, "aurora-lag") < share
+
+
+def prompt_key(prompt: str | Sequence[int]) -> str:
+    """Return the prompt key, 16 hexadecimal digits.
+
+    Args:
+        prompt: Text of the first user message, which all turns of a conversation have in common; or the prompt's token
+            ids, where messages are not known.
+    """
+    content = prompt.encode() if isinstance(prompt, str) else np.asarray(prompt, "<i4").tobytes()
+    return hashlib.blake2b(content, digest_size=8, person=b"aurora-prompt").hexdigest()

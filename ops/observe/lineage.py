@@ -113,13 +113,13 @@ def read_lineage(tables: DeltaLog, registry: SpeculatorRegistry, id_: str) -> li
     ]
 
 
-def is_trained_on(tags: Mapping[str, str], request: str, commits: Sequence[int | None]) -> TrainedOn:
-    """Return whether a version is trained on a request with samples in these commits of ``accepted``."""
+def is_trained_on(tags: Mapping[str, str], prompt_key: str, commits: Sequence[int | None]) -> TrainedOn:
+    """Return whether a version is trained on a request with this key and samples in these commits of ``accepted``."""
     from trainer.data.data_loader import is_held_out
     from trainer.release.registration import PASSED_TAG, SETTINGS_TAG
 
     shaped_by = json.loads(tags.get(SETTINGS_TAG, "{}"))
-    if is_held_out(request, shaped_by.get("train", {}).get("held_out_ratio", 0.0)):
+    if is_held_out(prompt_key, shaped_by.get("train", {}).get("held_out_ratio", 0.0)):
         return "held out"
     read = json.loads(tags.get("tables", "{}")).get("accepted", 0)
     passed = int(tags.get(PASSED_TAG, "0"))
@@ -149,6 +149,7 @@ def _read_versions(
 ) -> tuple[VersionLineage, ...]:
     from trainer.release.audit import read_moves
 
+    prompt_key = _read_prompt_key(tables, request)
     commits = [end for part in rows if part.table == "accepted" for end in (part.first_version, part.last_version)]
     moves = [move for move in read_moves(tables) if move.line == line]
     served = _read_first_served(tables, line)
@@ -156,7 +157,7 @@ def _read_versions(
     def relate(version: Version) -> VersionLineage:
         return VersionLineage(
             version=version.number,
-            trained_on=is_trained_on(version.tags, request, commits),
+            trained_on=is_trained_on(version.tags, prompt_key, commits),
             registered=version.registered,
             parent=version.tags.get("parent"),
             moves=tuple(move for move in moves if move.to_version == version.number),
@@ -164,6 +165,13 @@ def _read_versions(
         )
 
     return tuple(map(relate, registry.versions(line)))
+
+
+def _read_prompt_key(tables: DeltaLog, request: str) -> str:
+    from pipeline.delta import escape_sql
+
+    query = f"SELECT max(prompt_key) AS key FROM accepted WHERE request = '{escape_sql(request)}'"  # noqa: S608 - escaped
+    return tables.query(query).read_all()["key"][0].as_py() or request
 
 
 def _read_first_served(tables: DeltaLog, line: str) -> dict[str, datetime]:

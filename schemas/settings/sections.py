@@ -407,7 +407,7 @@ class Train(Section):
     """Maximum bytes of features of requests whose last chunk is not read yet. Beyond it, the oldest ones are trained
     on without it."""
     held_out_ratio: float = Field(0.15, gt=0, lt=1)
-    """Ratio of requests that are never trained on. The offline gate evaluates versions on the newest of them."""
+    """Ratio of prompts whose requests are not trained on. The offline gate evaluates versions on the newest of them."""
     held_out_samples: int = Field(32, ge=1)
     """Maximum samples in the held-out set."""
     divergence_threshold: float = Field(0.5, ge=0, lt=1)

@@ -82,8 +82,9 @@ SCHEMA = pa.schema(
 )
 ADDED_COLUMNS = ("draft_sources", "active_since")
 """Columns of ``SCHEMA`` that chunks of older nodes lack. They are read as null."""
-_FINGERPRINTS_OF_OLDER_NODES = ("b536faa160ee1a9e", "47c1dfc0180535d9")
-"""Wire schemas without ``draft_sources``, and without ``active_since`` and ``Envelope.start_us``."""
+_FINGERPRINTS_OF_OLDER_NODES = ("b536faa160ee1a9e", "47c1dfc0180535d9", "27f4c0836742ee73")
+"""Wire schemas without ``draft_sources``, without ``active_since`` and ``Envelope.start_us``, and without
+``Envelope.prompt_key``."""
 
 
 class DraftSource(IntFlag):
@@ -193,6 +194,8 @@ class Envelope:
     """Size of the target's vocabulary, the exclusive bound of token ids; None if the node does not send it."""
     start_us: Annotated[int, Field(ge=0, lt=TIME_END_US)] | None = None
     """Unix time of the request's first row in microseconds; None if it was dropped, or the node does not send it."""
+    prompt_key: str | None = None
+    """Hash of the prompt (``schemas.hash_sampling.prompt_key``); None if the node does not send it."""
 
 
 @dataclass(frozen=True, slots=True)

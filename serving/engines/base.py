@@ -60,6 +60,8 @@ class Request:
     prompt_logprobs: int | None = None
     """The same for the tokens of the prompt after the first. The target then reads the whole prompt."""
     label: str | None = None
+    prompt_key: str | None = None
+    """Hash of the first user message; None if the messages are not known."""
     cache_salt: str | None = None
     """Separates the request's cached prefixes from those of requests with another one."""
     group: str | None = None

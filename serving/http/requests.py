@@ -14,6 +14,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as AsgiMessage
 
+from schemas.hash_sampling import prompt_key
 from schemas.speculator.acceptance import MIN_TEMPERATURE
 from serving.http.api_object import ApiObject, check_texts
 from serving.http.errors import Reject, invalid_request
@@ -196,6 +197,11 @@ class CompletionBody(ApiObject):
         """The same for the tokens of the prompt."""
         return None
 
+    @property
+    def prompt_key(self) -> str | None:
+        """Hash of the first user message; None without messages."""
+        return None
+
     def choice_seed(self, number: int) -> int | None:
         """Return the seed of a choice: ``seed`` plus its number, so that each choice can be reproduced alone."""
         return None if self.seed is None else (self.seed + number + 2**63) % 2**64 - 2**63
@@ -275,6 +281,12 @@ class ChatRequest(CompletionBody):
     def answer_limit(self) -> int | None:
         """``max_completion_tokens``, or OpenAI's older ``max_tokens``."""
         return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def prompt_key(self) -> str | None:
+        """The same for all turns of a conversation, whatever its system prompt; None without a user message."""
+        first = next((message for message in self.messages if message.role == "user"), None)
+        return None if first is None else prompt_key(first.for_template()["content"])
 
     @property
     def alternatives(self) -> int | None:

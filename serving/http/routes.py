@@ -205,7 +205,7 @@ class Completions:
         """Return one request per choice, prompt by prompt; a single choice has the answer's own id."""
         label, longest = _label(http), self._engine.max_tokens
         may_trace, speculate = _is_on(http, "x-aurora-trace"), _is_on(http, "x-aurora-speculate")
-        several = len(prompts) * body.n > 1
+        several, key = len(prompts) * body.n > 1, body.prompt_key
         limit = longest if body.answer_limit is None else body.answer_limit
         return [
             Request(
@@ -229,6 +229,7 @@ class Completions:
                 logprobs=body.alternatives,
                 prompt_logprobs=body.prompt_alternatives,
                 label=label,
+                prompt_key=key,
                 cache_salt=body.cache_salt,
                 group=answer_id if several else None,
                 # Without output there is nothing to learn from.

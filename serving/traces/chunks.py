@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from schemas.hash_sampling import prompt_key
 from schemas.telemetry import trace_context
 from schemas.telemetry.spans import Span
 from schemas.telemetry.trace_context import TraceContext, request_context
@@ -155,6 +156,7 @@ class ChunkBuilder:
 
     def __init__(self, request: Request, origin: Origin, transport: FeatureTransport) -> None:
         self._request = request
+        self._prompt_key = request.prompt_key or prompt_key(request.prompt)
         self._origin = origin
         self._transport = transport
         self._verify_steps: list[VerifyStep] = []
@@ -224,6 +226,7 @@ class ChunkBuilder:
             preceding_tokens=self._before,
             vocab_size=self._origin.vocabulary,
             start_us=self._start_us,
+            prompt_key=self._prompt_key,
         )
 
 

@@ -19,6 +19,7 @@ import httpx
 import pytest
 from span_collector import Collector, collecting
 
+from schemas.hash_sampling import prompt_key
 from schemas.settings import Settings, load, to_environ
 from schemas.telemetry import trace_context
 from schemas.telemetry.trace_context import TraceContext
@@ -52,8 +53,8 @@ class Loop:
     def environ(self) -> dict[str, str]:
         return {**os.environ, **to_environ(self.settings), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
-    def ask(self, context: TraceContext) -> str:
-        body = {"model": self.settings.target.served_model_name, "prompt": "The capital of France is", "max_tokens": 24}
+    def ask(self, prompt: list[int], context: TraceContext) -> str:
+        body = {"model": self.settings.target.served_model_name, "prompt": prompt, "max_tokens": 24}
         answer = httpx.post(
             f"http://127.0.0.1:{self.settings.serve.port}/v1/completions",
             json={**body, "temperature": 0},
@@ -131,12 +132,13 @@ def test_one_trace_id_leads_from_a_request_to_the_version_trained_on_it(loop: Lo
     loop.start()
     context = trace_context.new_trace()
     share = loop.settings.train.held_out_ratio
-    asked: dict[str, TraceContext] = {}
-    while len(asked) < REQUESTS or not 4 <= sum(is_held_out(name, share) for name in asked) < len(asked):
-        asked[loop.ask(context)] = context
+    asked: dict[bool, list[tuple[str, TraceContext]]] = {False: [], True: []}
+    while len(asked[False]) + len(asked[True]) < REQUESTS or len(asked[True]) < 4 or not asked[False]:
+        prompt = list(range(sum(map(len, asked.values())) + 1, 40))
+        asked[is_held_out(prompt_key(prompt), share)].append((loop.ask(prompt, context), context))
         context = trace_context.new_trace()
-    request, context = next((name, of) for name, of in asked.items() if not is_held_out(name, share))
-    kept_back = next(name for name in asked if is_held_out(name, share))
+    request, context = asked[False][0]
+    kept_back, _ = asked[True][0]
     seen = loop.collector
     loop.until(lambda: seen.spans("train version", context.trace_id), "a version that learned from it")
     (learned, *_) = seen.spans("train version", context.trace_id)

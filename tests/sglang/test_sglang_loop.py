@@ -18,9 +18,11 @@ from sglang_server import PYTHON, Server
 from stream_worker import worker
 from trainer_world import RUN_PROMOTER, RUN_TRAINER, process
 
+from schemas.hash_sampling import prompt_key
 from schemas.settings import Settings, load
 from schemas.status import ServeStatus
 from serving.engines.sglang.node.sidecar import read_target_line
+from trainer.data.data_loader import is_held_out
 from trainer.release.registry import SpeculatorRegistry
 
 TOKENS = 32
@@ -120,6 +122,12 @@ def test_its_traces_train_a_version_that_it_serves(
     node: Node, prompts: list[list[int]], target_outputs: list[list[int]], tmp_path: Path
 ) -> None:
     settings, line = node.settings, read_target_line(node.settings).name
+    share = settings.train.held_out_ratio
+    learned = [i for i, prompt in enumerate(prompts) if not is_held_out(prompt_key(prompt), share)]
+    prompts, outputs = [prompts[i] for i in learned], [target_outputs[i] for i in learned]
+    line_break = prompts[0][-1]
+    variants = ([line_break] * number + prompts[0] for number in range(100))
+    compared_on = next(prompt for prompt in variants if is_held_out(prompt_key(prompt), share))
     before = acceptance_length(node.ask(prompts))
     with (
         worker(settings, tmp_path / "stream.log"),
@@ -127,10 +135,10 @@ def test_its_traces_train_a_version_that_it_serves(
         process(settings, RUN_PROMOTER, tmp_path / "promoter.log"),
     ):
         deadline = time.monotonic() + TRAIN_TIMEOUT_S
-        while acceptance_length(answers := node.ask(prompts)) < LEARNED:
+        while acceptance_length(answers := node.ask([*prompts, compared_on])[:-1]) < LEARNED:
             assert time.monotonic() < deadline, f"{acceptance_length(answers):.2f} after {TRAIN_TIMEOUT_S} s"
     assert before < 1.15
-    for answer, whole in zip(answers, target_outputs, strict=True):
+    for answer, whole in zip(answers, outputs, strict=True):
         output = answer["output_ids"]
         assert output == whole[: len(output)]
     status = node.status

@@ -82,6 +82,7 @@ def record_of(  # noqa: PLR0913 - one for each thing that a test may vary
     temperature: float = 0.0,
     top_p: float = 1.0,
     sampling_top_k: int = 0,
+    prompt_key: str | None = None,
 ) -> Record:
     """Return the record with the verify steps; their features only inline."""
     if features != "inline":
@@ -101,6 +102,7 @@ def record_of(  # noqa: PLR0913 - one for each thing that a test may vary
         top_p=top_p,
         sampling_top_k=sampling_top_k,
         finish=finish,
+        prompt_key=prompt_key,
     )
     headers = {"content-type": CONTENT_TYPE, "schema": fingerprint(), "rows": str(len(verify_steps))}
     value = encode(Chunk(envelope, tuple(verify_steps)))

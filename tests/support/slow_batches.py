@@ -121,6 +121,7 @@ def accepted_rows(record: Record, chunk: Chunk) -> Iterator[Row]:
         "temperature": envelope.temperature,
         "top_p": envelope.top_p,
         "sampling_top_k": envelope.sampling_top_k,
+        "prompt_key": envelope.prompt_key,
     }
 
 

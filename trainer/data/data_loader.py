@@ -1,11 +1,12 @@
 """The data loader: read samples, hold requests out, choose the samples of each step, and prefetch its batch.
 
-A hash of the request id splits requests: the held-out set is never trained on, and versions are compared on its newest
-samples. Samples are trained on in the order of their time, mixed with earlier ones from the replay buffer, for
-``train.max_epochs`` at most: a trainer without new traffic stops instead of overfitting to a few requests. While
-enough samples wait, the tables are not read: a slow trainer holds no more than one read of ``VERSIONS_PER_READ``
-commits beside its replay buffer, and skips nothing until it is ``train.max_lag`` behind. The more samples wait, the
-fewer are replayed, and none while more than one read is unread: a new sample teaches more than another epoch.
+A hash of the prompt key splits requests: the held-out set is never trained on, and versions are compared on its newest
+samples. All choices and retries of a prompt, and all turns of a conversation, are on one side. Samples are trained on
+in the order of their time, mixed with earlier ones from the replay buffer, for ``train.max_epochs`` at most: a trainer
+without new traffic stops instead of overfitting to a few requests. While enough samples wait, the tables are not read:
+a slow trainer holds no more than one read of ``VERSIONS_PER_READ`` commits beside its replay buffer, and skips nothing
+until it is ``train.max_lag`` behind. The more samples wait, the fewer are replayed, and none while more than one read
+is unread: a new sample teaches more than another epoch.
 
 A sample without features gets them from the frozen target when it is first used, and keeps them. Memory holds the
 replay buffer up to ``train.replay_memory_bytes``; further features are in files (``feature_files``).
@@ -305,7 +306,7 @@ class DataLoader:
     def _add(self, entries: Sequence[TableEntry]) -> None:
         branches: dict[str, int] = {}
         for entry in entries:
-            if is_held_out(entry.sample.request, self._settings.held_out_ratio):
+            if is_held_out(entry.sample.prompt_key, self._settings.held_out_ratio):
                 self._held_out.append(entry)
             else:
                 request = entry.sample.request
@@ -471,6 +472,11 @@ class Prefetcher(Generic[BatchT]):
         return self._thread.submit(function).result()
 
 
-def is_held_out(request: str, ratio: float) -> bool:
-    """Return whether a request belongs to the held-out set; the same for every trainer at all times."""
-    return hash_ratio(request) < ratio
+def is_held_out(prompt_key: str, ratio: float) -> bool:
+    """Return whether requests with a prompt key belong to the held-out set; the same for every trainer at all times.
+
+    Args:
+        prompt_key: As in the table ``accepted``; the request's id where that is null.
+        ratio: Share of the prompts that are held out.
+    """
+    return hash_ratio(prompt_key) < ratio

@@ -25,6 +25,7 @@ ACCEPTED_COLUMNS = (
     *("topic", "partition", "offset", "time", "request", "target", "line", "label", "speculator"),
     *("position", "tokens", "next_token", "features", "feature_width", "loss_mask"),
     *("top_k", "teacher_ids", "teacher_logprobs", "last_chunk", "temperature", "top_p", "sampling_top_k"),
+    "prompt_key",
 )
 REJECTED_COLUMNS = (
     *("topic", "partition", "offset", "target", "line", "root_position", "branch", "accepted_prefix"),
@@ -136,6 +137,8 @@ class Sample:
     """Traffic label of the request."""
     sampling: RequestSampling | None = None
     """None where it is unknown."""
+    prompt_key: str = ""
+    """What the held-out set is drawn by: the node's prompt key, or the request's id in rows of older nodes."""
     suffix_predicted: Tensor | None = None
     """[n] bool: whether the suffix drafter predicts the token after this one; None where it was not asked."""
     position: int = 0
@@ -200,6 +203,7 @@ def read_sample(row: Row, rejected: Sequence[Row]) -> Sample:
         time=row["time"].timestamp(),
         label=row["label"],
         sampling=_read_sampling(row),
+        prompt_key=row["prompt_key"] or row["request"],
         position=row["position"],
     )
 

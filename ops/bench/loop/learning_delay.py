@@ -91,13 +91,15 @@ def elapsed(learning: Sequence[Span], moment: float) -> float:
 
 def read_steps(settings: Settings, line: str, since: float) -> list[CommittedStep]:
     """Return the verify steps of a line since a moment that are not held out. Raises ``TableError``."""
-    columns = ["line", "request", "partition", "offset", "time"]
-    rows = DeltaLog(settings.tables).read("traces", columns).to_pylist()
+    tables, columns = DeltaLog(settings.tables), ["line", "request", "partition", "offset", "time"]
+    rows = tables.read("traces", columns).to_pylist()
     start, ratio = datetime.fromtimestamp(since, UTC), settings.train.held_out_ratio
+    chunks = tables.read("accepted", ["request", "prompt_key"]).to_pylist()
+    held_out = {row["request"] for row in chunks if is_held_out(row["prompt_key"] or row["request"], ratio)}
     return [
         CommittedStep(row["time"].timestamp(), row["partition"], row["offset"])
         for row in rows
-        if row["line"] == line and row["time"] >= start and not is_held_out(row["request"], ratio)
+        if row["line"] == line and row["time"] >= start and row["request"] not in held_out
     ]
 
 

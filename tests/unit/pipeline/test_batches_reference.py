@@ -161,6 +161,7 @@ def valid(shape: Shape) -> Chunk:
         preceding_tokens=before,
         vocab_size=shape.vocabulary,
         start_us=int(rng.integers(2**50)) if rng.integers(2) else None,
+        prompt_key=f"{shape.seed % 7:016x}" if rng.integers(2) else None,
     )
     return Chunk(envelope, tuple(verify_steps))
 

@@ -91,6 +91,7 @@ def chunks(draw: st.DrawFn) -> Chunk:
         preceding_tokens=tuple(before),
         vocab_size=draw(st.none() | st.integers(1, 2**31)),
         start_us=draw(st.none() | st.integers(0, 2**52)),
+        prompt_key=draw(st.none() | TEXT),
     )
     return Chunk(envelope, tuple(made))
 
@@ -281,16 +282,23 @@ def test_bf16_keeps_nan_and_infinity() -> None:
 
 
 def test_the_wire_schema_is_stable() -> None:
-    assert record.fingerprint() == "27f4c0836742ee73"
+    assert record.fingerprint() == "4827b9523596cac4"
 
 
-@pytest.mark.parametrize("missing", [["draft_sources", "active_since"], ["active_since"]])
-def test_a_chunk_of_a_node_without_added_columns_is_readable(missing: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("missing", "fields"),
+    [
+        (["draft_sources", "active_since"], ["start_us", "prompt_key"]),
+        (["active_since"], ["start_us", "prompt_key"]),
+        ([], ["prompt_key"]),
+    ],
+)
+def test_a_chunk_of_an_older_node_is_readable(missing: list[str], fields: list[str]) -> None:
     with pa.ipc.open_stream(encode(CHUNK)[: -record.CHECKSUM_BYTES]) as reader:
         newer = reader.read_all()
     older = newer.drop_columns(missing)
     [step] = decode(arrow(older.schema, older.combine_chunks().to_batches()[0].columns)).verify_steps
     assert plain(step) == plain(ONE)
-    names = [name for name in Envelope.__slots__ if name != "start_us"]
+    names = [name for name in Envelope.__slots__ if name not in fields]
     shape = record.FORMAT + older.schema.remove_metadata().to_string() + ",".join(names)
     assert hashlib.sha256(shape.encode()).hexdigest()[:16] in record.readable_fingerprints()

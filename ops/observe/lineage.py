@@ -115,7 +115,7 @@ def read_lineage(tables: DeltaLog, registry: SpeculatorRegistry, id_: str) -> li
 
 def is_trained_on(tags: Mapping[str, str], prompt_key: str, commits: Sequence[int | None]) -> TrainedOn:
     """Return whether a version is trained on a request with this key and samples in these commits of ``accepted``."""
-    from trainer.data.data_loader import is_held_out
+    from trainer.data.held_out import is_held_out
     from trainer.release.registration import PASSED_TAG, SETTINGS_TAG
 
     shaped_by = json.loads(tags.get(SETTINGS_TAG, "{}"))

@@ -23,7 +23,7 @@ from schemas.hash_sampling import prompt_key
 from schemas.settings import Settings, load, to_environ
 from schemas.telemetry import trace_context
 from schemas.telemetry.trace_context import TraceContext
-from trainer.data.data_loader import is_held_out
+from trainer.data.held_out import is_held_out
 
 PROCESSES = ("serve", "stream", "train", "promoter")
 REQUESTS = 12

@@ -22,7 +22,7 @@ from schemas.hash_sampling import prompt_key
 from schemas.settings import Settings, load
 from schemas.status import ServeStatus
 from serving.engines.sglang.node.sidecar import read_target_line
-from trainer.data.data_loader import is_held_out
+from trainer.data.held_out import is_held_out
 from trainer.release.registry import SpeculatorRegistry
 
 TOKENS = 32

@@ -14,7 +14,8 @@ from recorded import LINE, TARGET, WIDTH, conversation, record_of, tables_of
 from pipeline.delta import DeltaLog
 from schemas.batches import TABLES
 from schemas.settings import Tables, Train
-from trainer.data.data_loader import DataLoader, DataLoaderState, is_held_out
+from trainer.data.data_loader import DataLoader, DataLoaderState
+from trainer.data.held_out import is_held_out
 from trainer.data.samples import Sample
 
 RATIO = 0.25

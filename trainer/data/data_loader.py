@@ -1,12 +1,11 @@
 """The data loader: read samples, hold requests out, choose the samples of each step, and prefetch its batch.
 
-A hash of the prompt key splits requests: the held-out set is never trained on, and versions are compared on its newest
-samples. All choices and retries of a prompt, and all turns of a conversation, are on one side. Samples are trained on
-in the order of their time, mixed with earlier ones from the replay buffer, for ``train.max_epochs`` at most: a trainer
-without new traffic stops instead of overfitting to a few requests. While enough samples wait, the tables are not read:
-a slow trainer holds no more than one read of ``VERSIONS_PER_READ`` commits beside its replay buffer, and skips nothing
-until it is ``train.max_lag`` behind. The more samples wait, the fewer are replayed, and none while more than one read
-is unread: a new sample teaches more than another epoch.
+Versions are compared on the held-out set (``trainer.data.held_out``). The other samples are trained on in the order of
+their time, mixed with earlier ones from the replay buffer, for ``train.max_epochs`` at most: a trainer without new
+traffic stops instead of overfitting to a few requests. While enough samples wait, the tables are not read: a slow
+trainer holds no more than one read of ``VERSIONS_PER_READ`` commits beside its replay buffer, and skips nothing until
+it is ``train.max_lag`` behind. The more samples wait, the fewer are replayed, and none while more than one read is
+unread: a new sample teaches more than another epoch.
 
 A sample without features gets them from the frozen target when it is first used, and keeps them. Memory holds the
 replay buffer up to ``train.replay_memory_bytes``; further features are in files (``feature_files``).
@@ -27,9 +26,9 @@ import structlog
 from pydantic import BaseModel, ConfigDict
 
 from pipeline.delta import LOG_DAYS, DeltaLog
-from schemas.hash_sampling import hash_ratio
 from schemas.settings import Train
 from trainer.data.feature_files import FeatureFileError, FeatureFiles, load_features, spill_folder
+from trainer.data.held_out import HeldOutSet
 from trainer.data.lag import next_share, select_requests
 from trainer.data.replay_buffer import ReplayBuffer, compute_log_weights, draw_indices, staleness_weight
 from trainer.data.samples import ComputeStates, Sample, mark_suffix_predictions, recompute_features
@@ -74,7 +73,10 @@ class DataLoaderState(BaseModel):
     waiting: list[SampleKey]
     replay_buffer: list[tuple[SampleKey, int]]
     """With the epochs of each."""
-    held_out: list[SampleKey]
+    held_out: list[tuple[SampleKey, int]]
+    """With the number of samples that were drawn since the prompt of each was seen."""
+    left_held_out: list[str]
+    """Keys of the prompts that left the held-out set."""
     open_requests: list[ChunksKey]
     """Chunks of requests whose last chunk is not read yet."""
     newest_drafted_by: int = 0
@@ -97,20 +99,23 @@ class Snapshot:
     reached: Mapping[PartitionKey, int]
     waiting: tuple[TableEntry, ...]
     replay_buffer: tuple[tuple[TableEntry, int], ...]
-    held_out: tuple[TableEntry, ...]
+    held_out: tuple[tuple[TableEntry, int], ...]
+    left_held_out: tuple[str, ...]
     open_requests: tuple[tuple[ChunksKey, tuple[int, int]], ...]
     newest_drafted_by: int
     random: RandomState
 
     @property
     def completed_version(self) -> int:
-        """Version of ``accepted`` up to which every sample was handed out or held out."""
+        """Version of ``accepted`` up to which every sample was handed out, or belongs to a prompt that was held out."""
+        left = set(self.left_held_out)
         unread = [after[0] for _, after in self.open_requests]
-        return min([self.cursor, *unread, *(entry.after[0] for entry in self.waiting)])
+        waiting = [entry.after[0] for entry in self.waiting if entry.sample.prompt_key not in left]
+        return min([self.cursor, *unread, *waiting])
 
     def state(self) -> DataLoaderState:
         """Return the position, ready to be written."""
-        entries = [*self.waiting, *(entry for entry, _ in self.replay_buffer), *self.held_out]
+        entries = [*self.waiting, *(entry for entry, _ in (*self.replay_buffer, *self.held_out))]
         after = [*(entry.after for entry in entries), *(after for _, after in self.open_requests)]
         return DataLoaderState(
             cursor=self.cursor,
@@ -120,7 +125,8 @@ class Snapshot:
             reached=[(*source, offset) for source, offset in self.reached.items()],
             waiting=[e.key for e in self.waiting],
             replay_buffer=[(e.key, epochs) for e, epochs in self.replay_buffer],
-            held_out=[e.key for e in self.held_out],
+            held_out=[(e.key, age) for e, age in self.held_out],
+            left_held_out=list(self.left_held_out),
             open_requests=[key for key, _ in self.open_requests],
             newest_drafted_by=self.newest_drafted_by,
             random=self.random,
@@ -173,7 +179,7 @@ class DataLoader:
         # While the ranks train on one step, the next one is prefetched.
         self._files = FeatureFiles(spill_folder(settings, line), kept_steps=2 if shares_files else 0)
         self._replay_buffer: ReplayBuffer[TableEntry] = ReplayBuffer(settings, self._random, self._files)
-        self._held_out: deque[TableEntry] = deque(maxlen=settings.held_out_samples)
+        self._held_out = HeldOutSet(settings.held_out_ratio, settings.held_out_samples, self.counts)
 
     @property
     def cursor(self) -> int:
@@ -187,7 +193,7 @@ class DataLoader:
 
     @property
     def held_out(self) -> list[Sample]:
-        """The newest samples of the held-out set, oldest first."""
+        """The samples of the held-out set."""
         return [self._with_features(entry) for entry in self._held_out]
 
     @property
@@ -242,7 +248,8 @@ class DataLoader:
             reached=dict(self._reader.reached),
             waiting=tuple(self._waiting),
             replay_buffer=tuple((entry, entry.epochs) for entry in self._replay_buffer),
-            held_out=tuple(self._held_out),
+            held_out=self._held_out.ages,
+            left_held_out=self._held_out.left,
             open_requests=self._reader.open_requests,
             newest_drafted_by=self._reader.newest_drafted_by,
             random=self._random.getstate(),
@@ -257,8 +264,8 @@ class DataLoader:
         self._replay_buffer.clear()
         self._files.clear()
         self._reader.seek(state.reread_after, state.reread_rejected_after, state.reached)
-        epochs = dict(state.replay_buffer)
-        needed = {*state.waiting, *epochs, *state.held_out}
+        epochs, ages = dict(state.replay_buffer), dict(state.held_out)
+        needed = {*state.waiting, *epochs, *ages}
         returned = dict.fromkeys(key[:4] for key in needed)
         entries: dict[SampleKey, TableEntry] = {}
         replay_bytes = 0
@@ -282,7 +289,8 @@ class DataLoader:
         for entry in find("replay_buffer", epochs):
             self._replay_buffer.add(entry)
         self._limit_replay_buffer()
-        self._held_out = deque(find("held_out", state.held_out), maxlen=self._held_out.maxlen)
+        held_out = [(entry, ages[entry.key]) for entry in find("held_out", ages)]
+        self._held_out.restore(held_out, state.left_held_out)
         self._reader.newest_drafted_by = state.newest_drafted_by
         self._random.setstate(state.random)
 
@@ -304,18 +312,15 @@ class DataLoader:
         self.lag_s, self.share = lag, share
 
     def _add(self, entries: Sequence[TableEntry]) -> None:
-        branches: dict[str, int] = {}
-        for entry in entries:
-            if is_held_out(entry.sample.prompt_key, self._settings.held_out_ratio):
-                self._held_out.append(entry)
-            else:
-                request = entry.sample.request
-                branches[request] = branches.get(request, 0) + len(entry.sample.branches)
+        trained = [entry for one in entries for entry in self._held_out.add(one)]
+        branches: Counter[str] = Counter()
+        for entry in trained:
+            branches[entry.sample.request] += len(entry.sample.branches)
         kept = select_requests(branches, self.share)
-        for entry in entries:
+        for entry in trained:
             if entry.sample.request in kept:
                 self._waiting.append(entry)
-            elif entry.sample.request in branches:
+            else:
                 self.counts["samples_skipped"] += 1
                 self.counts["branches_skipped"] += len(entry.sample.branches)
 
@@ -404,7 +409,7 @@ class Prefetcher(Generic[BatchT]):
 
     @property
     def held_out(self) -> list[Sample]:
-        """The newest samples of the held-out set, oldest first."""
+        """The samples of the held-out set."""
         return self._call(lambda: self._loader.held_out)
 
     @property
@@ -414,7 +419,7 @@ class Prefetcher(Generic[BatchT]):
 
     @property
     def completed_version(self) -> int:
-        """Version of ``accepted`` up to which every sample was returned by ``next_batch`` or held out."""
+        """Version of ``accepted`` up to which every sample was returned, or belongs to a prompt that was held out."""
         return self._snapshot().completed_version
 
     def next_batch(self) -> BatchT | None:
@@ -470,13 +475,3 @@ class Prefetcher(Generic[BatchT]):
 
     def _call(self, function: Callable[[], T]) -> T:
         return self._thread.submit(function).result()
-
-
-def is_held_out(prompt_key: str, ratio: float) -> bool:
-    """Return whether requests with a prompt key belong to the held-out set; the same for every trainer at all times.
-
-    Args:
-        prompt_key: As in the table ``accepted``; the request's id where that is null.
-        ratio: Share of the prompts that are held out.
-    """
-    return hash_ratio(prompt_key) < ratio

@@ -23,7 +23,7 @@ from ops.demo.record import Swap
 from pipeline.delta import DeltaLog
 from pipeline.offsets import SourcePartition, transaction_id
 from schemas.settings import Settings, load
-from trainer.data.data_loader import is_held_out
+from trainer.data.held_out import is_held_out
 from trainer.release.registration import PASSED_TAG
 from trainer.release.registry import Version
 

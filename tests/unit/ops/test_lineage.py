@@ -7,7 +7,7 @@ import json
 import pytest
 
 from ops.observe.lineage import TrainedOn, is_trained_on
-from trainer.data.data_loader import is_held_out
+from trainer.data.held_out import is_held_out
 from trainer.release.registration import PASSED_TAG, SETTINGS_TAG
 
 SHARE = 0.5

@@ -21,7 +21,7 @@ from schemas.trace.record import Chunk, Envelope, VerifyStep
 from serving.engines.base import Request
 from serving.traces.chunks import message_bytes
 from serving.traces.sampling import MAX_WAIT_S, BudgetQueue, TokenBucket, is_sampled, predicted_share
-from trainer.data.data_loader import is_held_out
+from trainer.data.held_out import is_held_out
 
 ENVELOPE = Envelope(
     request="r",

@@ -9,7 +9,7 @@ import pytest
 import torch
 from data_loader_world import RATIO, MemoryLog, World, as_json, drain, names, requests
 
-from trainer.data.data_loader import is_held_out
+from trainer.data.held_out import is_held_out
 from trainer.data.table_reader import VERSIONS_PER_READ
 
 
@@ -26,7 +26,7 @@ def flood() -> World:
     return world
 
 
-def test_held_out_requests_are_never_trained_on(world: World) -> None:
+def test_requests_of_the_held_out_set_are_not_trained_on(world: World) -> None:
     trained, kept = requests(12), requests(5, held_out=True)
     world.commit([*trained[:6], *kept[:3], *trained[6:], *kept[3:]])
     loader = world.data_loader(max_epochs=2)
@@ -51,12 +51,13 @@ def test_the_held_out_set_has_its_ratio_and_is_the_same_in_every_process(world: 
     ]
 
 
-def test_only_the_newest_held_out_samples_are_kept(world: World) -> None:
+def test_held_out_samples_that_newer_ones_replace_are_trained_on(world: World) -> None:
     kept = requests(6, held_out=True)
     world.commit(kept)
     loader = world.data_loader(held_out_samples=2)
-    loader.poll()
+    assert drain(loader)[0] == kept[:4]
     assert names(loader.held_out) == kept[-2:]
+    assert loader.counts["samples_left_held_out"] == 4
 
 
 def test_new_samples_keep_the_order_of_the_table_mixed_with_replayed_ones(world: World) -> None:

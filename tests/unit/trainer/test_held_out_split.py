@@ -19,7 +19,7 @@ from schemas.batches import ACCEPTED, PARTITIONED_BY
 from serving.engines.base import Request
 from serving.engines.sglang.plugin.trace_request import TraceOptions, to_request
 from serving.traces.chunks import ChunkBuilder, ChunkSize, FeatureTransport, Origin
-from trainer.data.data_loader import is_held_out
+from trainer.data.held_out import is_held_out
 
 CONVERSATIONS = 24
 SYSTEM = "You are a helpful assistant."

@@ -19,8 +19,8 @@ is the tree mask. Serving computes the same token by token with a key/value cach
 (``Batch.own_BT``) contribute keys and values only.
 
 The teacher is the recorded top k, restricted to the draft vocabulary and renormalised; the unrecorded tail is ignored.
-Where less than ``MIN_KEPT_MASS`` of the target's probability is left, the position is not learned from: renormalising
-would turn tokens that the target hardly considers into certain ones.
+A position whose likeliest token is outside the vocabulary is not learned from: the draft cannot agree with the target
+there, and renormalising would teach the second choice in its place, as certain.
 
 Shapes: B samples, T tokens, K TTT steps, A nodes of one level, Q nodes of the sample with the most, k teacher width,
 D drafted tokens that were not accepted, F feature width, H hidden size, N heads, M key/value heads, G = N / M, E head
@@ -40,8 +40,6 @@ from torch.nn import functional as F
 from schemas.speculator.network import EagleDraft
 from trainer.data.batch import Batch
 from trainer.data.samples import Teacher
-
-MIN_KEPT_MASS = 0.1
 
 
 class DraftTeacher(NamedTuple):
@@ -133,7 +131,7 @@ def restrict_teacher(draft: EagleDraft, teacher: Teacher) -> DraftTeacher:
     probs = torch.where(kept, teacher.logprobs.exp(), 0)
     mass = probs.sum(dim=-1, keepdim=True)
     ids = torch.where(kept, (draft.t2d.cumsum(0) - 1)[teacher.ids], 0)
-    return DraftTeacher(ids, probs / mass.clamp_min(MIN_KEPT_MASS), mass.squeeze(-1) >= MIN_KEPT_MASS)
+    return DraftTeacher(ids, probs / mass.clamp_min(torch.finfo(mass.dtype).tiny), kept[..., 0])
 
 
 class DraftUnroll:

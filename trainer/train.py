@@ -34,7 +34,7 @@ from trainer.loop.checkpoints import Checkpoints, TrainState
 from trainer.loop.distributed import DistributedLearner, Ranks, follow_rank_0, join_ranks
 from trainer.loop.divergence_guard import LOSSES_KEPT, MAX_SKIPPED, HeldOutScore, Judgement, is_loss_rising, judge_state
 from trainer.loop.lag_events import LagEvents
-from trainer.loop.learner import Learner, draft_from_state, resolve_dtype
+from trainer.loop.learner import Learner, load_draft, resolve_dtype
 from trainer.loop.metrics import StepFigures, Throughput, TrainMetrics
 from trainer.loop.mlflow_curves import MlflowCurves
 from trainer.loop.warm_start import load_initial_draft
@@ -136,8 +136,7 @@ class Trainer:
         self._score: HeldOutScore | None = None
         self._evaluations_since_registration = 0
         self._metrics.evaluations_since_registration.set_function(lambda: self._evaluations_since_registration)
-        self._checkpointed_step = 0
-        self._versions_needed: dict[str, int] | None = None
+        self._written: TrainState | None = None
         self._evaluated_step = 0
         self._good: TrainState | None = None
         self._losses: deque[float] = deque(maxlen=LOSSES_KEPT)
@@ -164,10 +163,11 @@ class Trainer:
                 self._stopping.wait(self._settings.poll_interval)
             if self._registrations.poll():
                 self._evaluations_since_registration = 0
+            self._take_written()
             if time.monotonic() >= evaluate_at or self._is_loss_rising():
                 self._evaluate()
                 evaluate_at = time.monotonic() + self._settings.registration_interval
-            if time.monotonic() >= checkpoint_at:
+            if time.monotonic() >= checkpoint_at and self._checkpoints.writing is None:
                 self._checkpoint()
                 checkpoint_at = time.monotonic() + self._settings.checkpoint_interval
             if time.monotonic() >= renew_at:
@@ -175,6 +175,7 @@ class Trainer:
                 renew_at = time.monotonic() + LEASE_RENEWAL_INTERVAL_S
         self._checkpoint()
         self._registrations.close(REGISTRATION_TIMEOUT_S)
+        self._take_written(wait=True)
         self._learners.close()
         self._prefetcher.close()
         self._lag_events.close()
@@ -212,15 +213,15 @@ class Trainer:
         """Resume from the newest checkpoint, else start as the settings say; retry until everything is reachable."""
         started = False
         while not started and not self._stopping.is_set():
-            with self._errors.catch("start", TableError, RegistryError, CheckpointError):
+            with self._errors.catch("start", TableError, RegistryError, CheckpointError, OSError):
                 found = self._checkpoints.read_newest()
                 if found:
-                    state, tensors = found
+                    state, folder = found
                     self._prefetcher.restore(state.data_loader)
-                    self._learners.call(Learner.restore, tensors, state.step)
+                    self._learners.call(Learner.load, folder, state.step)
                     self._lineage.start(state.parent)
                     self._tokens_seen, self._warm_started = state.tokens_seen, state.warm_started
-                    self._checkpointed_step, self._versions_needed = state.step, state.data_loader.versions_needed
+                    self._written = state
                     good = self._checkpoints.read_good()
                     self._good = good[0] if good else None
                 else:
@@ -306,25 +307,25 @@ class Trainer:
             found = self._checkpoints.read_good()
             if found is None:
                 return None
-            return self._evaluator.evaluate(draft_from_state(found[1], self._learner.shape), samples).score
+            return self._evaluator.evaluate(load_draft(found[1], self._learner.shape), samples).score
 
         return judge_state(score, champion, score_last_good, self._settings.divergence_threshold)
 
     def _roll_back(self, reason: str) -> None:
         """Restore the last good checkpoint; the data loader keeps its position."""
+        self._take_written(wait=True)
         found = self._checkpoints.read_good()
         if found is None:
             log.error(
                 "rollback_failed", reason=reason, folder=self._settings.checkpoint_dir, error="no good checkpoint"
             )
             return
-        state, tensors = found
+        state, folder = found
         log.error("training_rolled_back", reason=reason, from_step=self._learner.steps, to_step=state.step)
-        self._learners.call(Learner.restore, tensors, state.step)
+        self._learners.call(Learner.load, folder, state.step)
         with self._errors.catch("checkpoint", OSError):
             self._checkpoints.remove_after(state.step)
-        self._versions_needed = state.data_loader.versions_needed
-        self._checkpointed_step = self._evaluated_step = state.step
+        self._written, self._evaluated_step = state, state.step
         self._losses.clear()
         self._lineage.roll_back(state.step, state.parent)
         self._registrations.drop_rolled_back()
@@ -351,25 +352,39 @@ class Trainer:
         self._registrations.submit(TrainingSnapshot(step, mark, draft, evaluation, tags, metrics))
 
     def _checkpoint(self, *, good: bool = False) -> None:
-        """Write a checkpoint, unless the step has one already."""
+        """Begin to write a checkpoint, unless the step has one already; then it may still become the good one."""
         step = self._learner.steps
-        if step == self._checkpointed_step and not (good and (self._good is None or self._good.step != step)):
-            return
-        state = TrainState(
-            step=step,
-            tokens_seen=self._tokens_seen,
-            parent=self._lineage.parent,
-            warm_started=self._warm_started,
-            data_loader=self._prefetcher.state(),
-            good=good,
-        )
+        self._take_written(wait=True)
         with self._errors.catch("checkpoint", OSError):
-            self._checkpoints.write(state, self._learners.call(Learner.state_tensors))
-            self._checkpointed_step, self._versions_needed = state.step, state.data_loader.versions_needed
-            if good:
-                self._good = state
+            # A training that has not started has nothing to resume.
+            if (step or good) and (self._written is None or self._written.step != step):
+                state = TrainState(
+                    step=step,
+                    tokens_seen=self._tokens_seen,
+                    parent=self._lineage.parent,
+                    warm_started=self._warm_started,
+                    data_loader=self._prefetcher.state(),
+                )
+                self._checkpoints.write(state, lambda folder: self._learners.call(Learner.save, folder), good=good)
+                self._good = state if good else self._good
+            elif good and (self._good is None or self._good.step != step):
+                self._checkpoints.mark_good(step)
+                self._good = self._written
+
+    def _take_written(self, *, wait: bool = False) -> None:
+        """Take note of a checkpoint whose writing has ended, and of a parent that was registered meanwhile."""
+        writing = self._checkpoints.writing
+        if writing and (wait or writing.done()):
+            with self._errors.catch("checkpoint", OSError):
+                self._written = self._checkpoints.take_written()
+        written = self._written
+        if written and written.parent != (parent := self._lineage.parent_at(written.step)):
+            self._written = written.model_copy(update={"parent": parent})
+            with self._errors.catch("checkpoint", OSError):
+                self._checkpoints.update(self._written)
 
     def _renew_lease(self) -> None:
         """Keep the versions that a restart would read again, even while nothing new arrives."""
         with self._errors.catch("cursors", TableError):
-            self._tables.save_cursor(self._reader, self._versions_needed or self._prefetcher.state().versions_needed)
+            kept = self._written.data_loader if self._written else self._prefetcher.state()
+            self._tables.save_cursor(self._reader, kept.versions_needed)

@@ -307,7 +307,7 @@ class Train(Section):
     port: int = Field(16067, ge=0, le=65535)
     """Port of ``/status`` and ``/metrics``; 0 selects a free port."""
     checkpoint_dir: str = ".aurora/train"
-    """Folder of the trainer's checkpoints."""
+    """Folder of the trainer's checkpoints, on a file system that all processes of ``torchrun`` share."""
     warm_start: str = "alias"
     """Initial weights of a trainer without a checkpoint: ``alias`` uses the champion, or the day-0 draft if there is
     no champion; ``day-0`` uses the day-0 draft; a number is a version of the line; any other text is a folder."""

@@ -63,6 +63,7 @@ def test_training_that_diverges_is_rolled_back_and_not_registered(
     train(sound, 60)
     set_champion(sound._learner.export_draft(), monkeypatch)
     sound._evaluate()
+    sound._take_written(wait=True)
     assert sound.status().rollbacks == 0
     good, step = weights(sound), sound.status().step
 

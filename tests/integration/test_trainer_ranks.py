@@ -11,11 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 from trainer_world import RUN_TRAINER, World, end, offline, process, step_of, until, write_target
 
 from schemas.settings import Train
+from trainer.loop.checkpoints import load_tensors
 
 SCRIPT = Path(__file__).parents[1] / "support" / "training_rank.py"
 STEPS = 12
@@ -65,7 +67,11 @@ def test_two_processes_have_the_losses_state_and_weights_of_one(tmp_path: Path) 
         which = f"{settings.parallel}, {settings.gradient_accumulation_steps} parts"
         folder = two / str(number)
         assert losses(folder) == pytest.approx(curve, rel=1e-4), which
-        assert load_file(folder / "state.safetensors").keys() == state.keys()
+        own = load_file(folder / "state.safetensors")
+        assert own.keys() == state.keys()
+        assert len(list((folder / "end").iterdir())) == 2, "each process writes its part"
+        for name, value in load_tensors(folder / "end").items():
+            assert torch.equal(value, own[name]), f"{name} on one process, {which}"
         for name, value in load_file(folder / "draft.safetensors").items():
             assert_close(value, draft[name], rtol=1e-3, atol=1e-4, msg=f"{name}, {which}")
     # Muon computes its update in bfloat16, where the last bit of a gradient can change a weight visibly.

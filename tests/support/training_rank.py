@@ -19,7 +19,15 @@ from schemas.speculator.network import DraftShape, EagleDraft, random_draft
 from trainer.data.batch import build_step_batch, collate
 from trainer.data.feature_files import FeatureFiles
 from trainer.data.samples import Branch, Sample, Teacher
-from trainer.loop.distributed import DistributedLearner, Ranks, TorchrunRanks, follow_rank_0, join_ranks
+from trainer.loop.checkpoints import load_tensors, save_tensors
+from trainer.loop.distributed import (
+    DistributedLearner,
+    Ranks,
+    TorchrunRanks,
+    follow_rank_0,
+    gather_tensor,
+    join_ranks,
+)
 from trainer.loop.learner import Learner
 
 SHAPE = DraftShape(16, 24, 2, 1, 8, 32, 20, 1e-6, 100.0, 64, (1, 2, 3))
@@ -50,22 +58,27 @@ def sample(seed: int, tokens: int = 6) -> Sample:
 
 
 def train(out: Path, steps: int, settings: Train, ranks: Ranks | TorchrunRanks) -> None:
-    """Train, and restore the state half-way, as after a restart."""
+    """Train, and restore the state half-way, as after a restart: of these ranks, then of one, and again of these."""
     embeddings = torch.randn(32, 16, generator=torch.Generator().manual_seed(0))
     learner = Learner(random_draft(SHAPE, 0), embeddings, settings, ranks)
     losses = []
     for step in range(steps):
         if step == steps // 2:
-            kept = {name: value.clone() for name, value in learner.state_tensors().items()}
+            learner.save(out / "sharded").result()
+            if ranks.rank == 0:
+                save_tensors(load_tensors(out / "sharded"), out / "whole").result()
+            if ranks.size > 1:
+                dist.barrier()
             learner = Learner(random_draft(SHAPE, 1), embeddings, settings, ranks)
-            learner.restore(kept, step)
+            learner.load(out / "whole", step)
         samples = [sample(step % 2 * SAMPLES + i) for i in range(SAMPLES)][ranks.rank :: ranks.size]
         parts = [
             collate(samples[i :: settings.gradient_accumulation_steps])
             for i in range(settings.gradient_accumulation_steps)
         ]
         losses.append(float(learner.step(*parts).total))
-    tensors, draft = learner.state_tensors(), learner.export_draft()
+    learner.save(out / "end").result()
+    tensors, draft = gather_state(learner), learner.export_draft()
     if ranks.rank == 0:
         write(out, {"losses": losses, "ranks": ranks.size}, tensors, draft)
 
@@ -89,9 +102,14 @@ def train_from_rank_0(out: Path, steps: int, settings: Train, ranks: Ranks | Tor
                 float(learners.step(build_step_batch(stored, ranks.size, settings.gradient_accumulation_steps)).total)
             )
         sent.append(sum(messages))
-    tensors, draft = learners.call(Learner.state_tensors), learners.call(Learner.export_draft)
+    tensors, draft = learners.call(gather_state), learners.call(Learner.export_draft)
     learners.close()
     write(out, {"losses": losses, "ranks": ranks.size, "sent": sent, "features": features}, tensors, draft)
+
+
+def gather_state(learner: Learner) -> dict[str, torch.Tensor]:
+    """Return the whole state; on all ranks."""
+    return {name: gather_tensor(value) for name, value in learner.state_tensors().items()}
 
 
 @contextmanager
@@ -117,7 +135,7 @@ def counting_bytes() -> Iterator[list[int]]:
 
 def write(out: Path, figures: dict[str, object], tensors: dict[str, torch.Tensor], draft: EagleDraft) -> None:
     """Write the results of a training."""
-    out.mkdir(parents=True)
+    out.mkdir(parents=True, exist_ok=True)
     (out / "curve.json").write_text(json.dumps(figures))
     save_file({name: value.contiguous() for name, value in tensors.items()}, out / "state.safetensors")
     save_file(draft.state_dict(), out / "draft.safetensors")

@@ -6,6 +6,7 @@ The engine's own tests run on a GPU if torch finds one.
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from schemas.settings import Train
 from schemas.speculator.network import DraftShape, random_draft
 from trainer.data.batch import collate
 from trainer.data.samples import Branch, Sample, Teacher
-from trainer.loop.learner import Learner, draft_from_state
+from trainer.loop.checkpoints import save_tensors
+from trainer.loop.learner import Learner, load_draft
 from trainer.objective.simulated_acceptance import simulate_acceptance
 
 SHAPE = DraftShape(8, 8, 2, 1, 4, 32, 16, 1e-6, 100.0, 64, (1, 2, 3), "eagle3.1")
@@ -91,18 +93,22 @@ def test_training_steps_on_a_gpu_give_the_same_losses_and_weights(optimizer: str
 
 @on_gpu
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_training_resumes_exactly_from_a_state_saved_on_a_gpu(optimizer: str) -> None:
+def test_training_resumes_exactly_from_a_state_saved_on_a_gpu(optimizer: str, tmp_path: Path) -> None:
     one, other = learner("cuda", optimizer=optimizer), learner("cuda", optimizer=optimizer)
     losses(one, 3)
-    other.restore({name: tensor.cpu() for name, tensor in one.state_tensors().items()}, one.steps)
-    assert losses(other, 3) == pytest.approx(losses(one, 3), rel=1e-5)
+    saving, steps = one.save(tmp_path), one.steps
+    expected = losses(one, 3)
+    saving.result()
+    other.load(tmp_path, steps)
+    assert losses(other, 3) == pytest.approx(expected, rel=1e-5)
 
 
 @on_gpu
-def test_simulated_acceptance_on_a_gpu_equals_that_on_a_cpu() -> None:
+def test_simulated_acceptance_on_a_gpu_equals_that_on_a_cpu(tmp_path: Path) -> None:
     draft = random_draft(SHAPE, 1)
     longer = [replace(w, request=f"again-{w.request}") for w in SAMPLES * 5]
     here = simulate_acceptance(draft, EMBEDDINGS, longer, 3)
     assert simulate_acceptance(draft, EMBEDDINGS.cuda(), longer, 3) == here
     state = {f"draft/{name}": value for name, value in draft.state_dict().items()}
-    assert simulate_acceptance(draft_from_state(state, SHAPE), EMBEDDINGS.cuda(), longer, 3) == here
+    save_tensors(state, tmp_path).result()
+    assert simulate_acceptance(load_draft(tmp_path, SHAPE), EMBEDDINGS.cuda(), longer, 3) == here

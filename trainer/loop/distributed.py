@@ -44,6 +44,8 @@ class Ranks:
     """The process group of a training without ``torchrun``: this process alone."""
 
     rank, size = 0, 1
+    checkpoint_group: dist.ProcessGroup | None = None
+    """For checkpoints, which another thread writes while the ranks train."""
 
     def wrap(self, module: nn.Module, parallel: Parallel) -> nn.Module:  # noqa: ARG002 - not sharded
         """Return the module whose gradients are averaged over all ranks."""
@@ -64,6 +66,7 @@ class TorchrunRanks(Ranks):
     def __init__(self, device: torch.device) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self._device = device
+        self.checkpoint_group = dist.new_group(backend="gloo")
 
     def wrap(self, module: nn.Module, parallel: Parallel) -> nn.Module:
         """Wrap the module with DDP (whole in every process) or FSDP2 (sharded)."""
@@ -180,8 +183,8 @@ def gather_tensor(tensor: Tensor) -> Tensor:
 
 
 def match_layout(sharded: Tensor, tensor: Tensor) -> Tensor:
-    """Return a copy of a whole tensor with the device and the sharding of another one."""
-    if isinstance(sharded, DTensor):
+    """Return a copy of a tensor, whole or in that layout, with the device and the sharding of another one."""
+    if isinstance(sharded, DTensor) and not isinstance(tensor, DTensor):
         return distribute_tensor(
             tensor.to(sharded.device, copy=True), sharded.device_mesh, sharded.placements, src_data_rank=None
         )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from concurrent.futures import Future, wait
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -13,6 +15,7 @@ from schemas.device import select_device
 from schemas.settings import Settings, Train
 from schemas.speculator.network import DraftShape, EagleDraft
 from trainer.data.batch import Batch
+from trainer.loop.checkpoints import load_tensors, save_tensors
 from trainer.loop.distributed import Ranks, TorchrunRanks, gather_tensor, match_layout
 from trainer.loop.optimizers import ExponentialMovingAverage, Optimizers
 from trainer.objective.losses import Loss, SumCounts, ttt_loss
@@ -42,6 +45,7 @@ class Learner:
         """The processes that train together."""
         self.shape = draft.shape
         self._device = embeddings_VH.device
+        self._saving: Future[None] | None = None
         self._module = self.ranks.wrap(_LossModule(draft, embeddings_VH, settings), settings.parallel)
         self._optimizers = Optimizers(draft, settings)
         self._rate_factor = 1.0
@@ -114,17 +118,35 @@ class Learner:
         return draft
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Return weights, average and optimizer state by name, unsharded; on all ranks.
+        """Return weights, average and optimizer state by name, sharded as they are.
 
         Together with ``steps`` they determine the next step.
         """
-        tensors = {f"{_DRAFT}{name}": gather_tensor(value) for name, value in self.draft.state_dict().items()}
+        tensors = {f"{_DRAFT}{name}": value for name, value in self.draft.state_dict().items()}
         if self._ema:
-            tensors |= {f"{_EMA}{name}": gather_tensor(value) for name, value in self._ema.values.items()}
-        return tensors | dict(self._optimizers.state_tensors(gather_tensor))
+            tensors |= {f"{_EMA}{name}": value for name, value in self._ema.values.items()}
+        return tensors | dict(self._optimizers.state_tensors())
+
+    def save(self, folder: Path) -> Future[None]:
+        """Copy the state and write it to a folder from another thread; on all ranks."""
+        if self._saving is not None:
+            wait([self._saving])
+        self._saving = save_tensors(self.state_tensors(), folder, self.ranks.checkpoint_group)
+        return self._saving
+
+    def load(self, folder: Path, steps: int) -> None:
+        """Load the state that ``save`` wrote, on any number of ranks; on all ranks.
+
+        Raises:
+            OSError: a file cannot be read.
+            KeyError: a weight is missing.
+            RuntimeError: a weight has another shape.
+        """
+        own = self.draft.state_dict()
+        self.restore(load_tensors(folder, layout=lambda path: own.get(path.partition("/")[2])), steps)
 
     def restore(self, tensors: Mapping[str, Tensor], steps: int) -> None:
-        """Load the state that ``state_tensors`` returned; on all ranks.
+        """Load the state that ``state_tensors`` returned, whole or sharded as it is here; on all ranks.
 
         An average or a moment that is missing starts anew.
 
@@ -188,9 +210,13 @@ class _LossModule(nn.Module):
         return loss
 
 
-def draft_from_state(tensors: Mapping[str, Tensor], shape: DraftShape) -> EagleDraft:
-    """Return the draft that ``Learner.export_draft`` returned when ``Learner.state_tensors`` returned ``tensors``."""
-    draft = EagleDraft(shape)
+def load_draft(folder: Path, shape: DraftShape) -> EagleDraft:
+    """Return the draft that ``Learner.export_draft`` returned when ``Learner.save`` wrote to a folder.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    draft, tensors = EagleDraft(shape), load_tensors(folder, (_DRAFT, _EMA))
     state = {name: tensors[f"{_DRAFT}{name}"] for name in draft.state_dict()}
     averages = {name: tensors[path] for name in state if (path := f"{_EMA}{name}") in tensors}
     draft.load_state_dict(state | averages)

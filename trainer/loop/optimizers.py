@@ -64,16 +64,12 @@ class Optimizers:
                 group["lr"] = rate * factor
             optimizer.step()
 
-    def state_tensors(self, gather: Callable[[Tensor], Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Yield the state of every parameter by name, as ``exp_avg/fc.weight``.
-
-        Args:
-            gather: Returns the whole of a sharded tensor.
-        """
+    def state_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the state of every parameter by name, as ``exp_avg/fc.weight``."""
         for optimizer in self._all:
             for parameter, state in optimizer.state.items():
                 for key, value in state.items():
-                    yield f"{key}/{self._names[parameter]}", gather(value)
+                    yield f"{key}/{self._names[parameter]}", value
 
     def restore(self, tensors: Mapping[str, Tensor], match_layout: Callable[[Tensor, Tensor], Tensor]) -> None:
         """Load the state that ``state_tensors`` returned; state of another optimizer is ignored and starts at zero.

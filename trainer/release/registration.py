@@ -201,6 +201,10 @@ class TrainingLineage:
         """Version that the weights descend from: the one registered last, or the one that training started with."""
         return self._sections[self._find_parent()].version
 
+    def parent_at(self, step: int) -> str:
+        """Return the version that the weights of an earlier step descend from, by what is known."""
+        return [section.version for section in self._sections if section.version and section.step <= step][-1]
+
     def start(self, parent: str) -> None:
         """Set the version that training starts with."""
         self._sections[0].version = parent

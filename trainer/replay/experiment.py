@@ -156,8 +156,9 @@ def run_variant(task: VariantTask) -> VariantResult:
     while batch := list(islice(stream, run.new_per_step)):
         run.train(batch)
         if time.monotonic() - saved >= settings.train.checkpoint_interval:
-            checkpoints.write(run.state(), run.state_tensors())
+            checkpoints.write(run.state(), run.save)
             saved = time.monotonic()
+    checkpoints.take_written()
     state = run.state()
     if not state.seen:
         raise UserError(

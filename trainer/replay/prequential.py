@@ -10,8 +10,10 @@ from __future__ import annotations
 import copy
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -164,11 +166,11 @@ class PrequentialRun:
         """Return the draft that would be served now."""
         return self._learner.export_draft()
 
-    def state_tensors(self) -> dict[str, Tensor]:
-        """Return the tensors that ``restore`` needs beside the state."""
-        return self._learner.state_tensors()
+    def save(self, folder: Path) -> Future[None]:
+        """Copy the tensors that ``restore`` needs beside the state, and write them from another thread."""
+        return self._learner.save(folder)
 
-    def restore(self, state: RunState, tensors: Mapping[str, Tensor], stream: Iterator[Sample]) -> None:
+    def restore(self, state: RunState, folder: Path, stream: Iterator[Sample]) -> None:
         """Restore a run with the same settings; consume the samples that it had seen from the stream."""
         epochs: dict[int, list[tuple[int, int]]] = {}
         for (number, part), count in state.replay_buffer:
@@ -178,7 +180,7 @@ class PrequentialRun:
             for part, count in epochs.get(number, []):
                 self._replay_buffer.add(_StreamEntry(sample=parts[part], epochs=count, key=(number, part)))
         self._random.setstate(state.random)
-        self._learner.restore(tensors, state.step)
+        self._learner.load(folder, state.step)
         self._scores, self._losses = list(state.scores), list(state.losses)
         self._seen, self._trained_tokens = state.seen, state.trained_tokens
         self._training_s, self._scoring_s = state.training_s, state.scoring_s

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from serving.engines.builtin import calibration
+from serving.engines.builtin.kv_cache import KVCache
 
 
 def test_forwards_and_drafts_cost_the_processor_time_that_they_took(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,7 +22,8 @@ def test_forwards_and_drafts_cost_the_processor_time_that_they_took(monkeypatch:
     monkeypatch.setattr(calibration, "_verify", verify)
     monkeypatch.setattr(calibration, "_draft", draft)
     monkeypatch.setattr(calibration.time, "thread_time", lambda: spent[0])
-    target: Any = SimpleNamespace(cache=SimpleNamespace(positions=100), device=torch.device("cpu"))
+    cache = KVCache(1, 8, 1, 100, 1)
+    target: Any = SimpleNamespace(cache=cache, device=torch.device("cpu"))
     speculator: Any = object()
     latency = calibration.calibrate(target, speculator, 8)
     for sequences in (1, 2, 4, 8):

@@ -142,6 +142,7 @@ def serve_requests(
         "draft_tree_width": 1,
         "adaptive_drafting": False,
         "prefix_cache_bytes": 0,
+        "max_model_len": max(len(request.prompt) + request.max_tokens for request in requests),
     }
     with recording.recording_engine(settings, len(requests), **serve) as (engine, recorder):
         if draft is not None:

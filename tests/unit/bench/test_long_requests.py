@@ -32,7 +32,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
         "target.path": str(write_tiny_target(folder / "target")),
         "speculator.draft_vocab_size": VOCABULARY,
         "stack.data_dir": str(folder),
-        "serve.max_model_len": 128,
+        "serve.max_model_len": 32,
         "serve.weight_dtype": "float32",
         "serve.num_speculative_tokens": 3,
         "kafka.max_message_bytes": 24_000,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle
 from typing import Any
 
@@ -52,6 +52,12 @@ class LongRequestPlan:
     epochs: int = 3
     """Passes over the traffic that the draft learns from."""
 
+    def within(self, context: int) -> LongRequestPlan:
+        """Return the plan for a target with this context."""
+        longest = min(self.longest, context)
+        shortest, max_tokens = min(self.shortest, longest // 4), min(self.max_tokens, longest // 8)
+        return replace(self, shortest=shortest, longest=longest, max_tokens=max_tokens)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ServedRequest:
@@ -92,10 +98,11 @@ def _join_turns(turns: Iterator[Sample], length: int) -> tuple[int, ...]:
 
 def measure(settings: Settings, traffic: RecordedTraffic, plan: LongRequestPlan, say: Say) -> Figure:
     """Serve and score the long requests; return by how much the live score of the draft differs from the gate's."""
-    requests = plan_requests(traffic, plan)
     base = trial_settings(settings, LearningTrial(PLAN[0], "mixed", 0))
     settings = settings.model_copy(update={"train": base.train, "speculator": base.speculator})
     target = read_target(settings)
+    plan = plan.within(target.day_0.shape.max_position_embeddings)
+    requests = plan_requests(traffic, plan)
     half = len(requests) // 2
     say(f"serving {half} requests of {plan.shortest} to {plan.longest} tokens without a draft")
     learned_from = [served.sample for served in serve_requests(settings, requests[:half], None)]

@@ -13,6 +13,7 @@ from sampling_requests import check_answer, random_request, running_tiny_node
 _CLIENTS = 8
 
 
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("drafter", ["eagle", "suffix", "hybrid"])
 def test_random_requests_are_answered_or_rejected_by_name(tmp_path: Path, drafter: str, full: bool) -> None:
     count = 5000 if full else 150

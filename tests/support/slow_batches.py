@@ -282,9 +282,9 @@ def _check_sources(r: VerifyStep, where: str) -> None:
     if r.draft_sources is None:
         return
     sources = list(r.draft_sources)
-    if any(source not in {1, 2, 3} for source in sources):
-        raise TraceError("contradiction", f"{where}: draft sources {sources}, expected only [1, 2, 3]")
-    if (r.speculator != "") != any(source in {1, 3} for source in sources):
+    if any(source not in range(1, 8) for source in sources):
+        raise TraceError("contradiction", f"{where}: draft sources {sources}, expected only [1, 2, 3, 4, 5, 6, 7]")
+    if (r.speculator != "") != any(source in {1, 3, 5, 7} for source in sources):
         raise TraceError("contradiction", f"{where}: draft sources {sources}, but the speculator is {r.speculator!r}")
 
 

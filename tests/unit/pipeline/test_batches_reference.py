@@ -96,7 +96,7 @@ def drafted_by(rng: Rng, drafted: int) -> tuple[tuple[int, ...] | None, str]:
     version = str(rng.integers(3)) if drafted else ""
     if rng.integers(2):
         return None, version
-    sources = tuple(rng.integers(1, 4, drafted).tolist())
+    sources = tuple(rng.integers(1, 8, drafted).tolist())
     return sources, version if any(source & DraftSource.SPECULATOR for source in sources) else ""
 
 
@@ -288,7 +288,7 @@ def invalidate(rng: Rng, chunk: Chunk) -> Chunk:
         case "draft_parents" | "accepted":
             new = other_list(rng, value, lambda: int(rng.integers(-2, 7)))
         case "draft_sources":
-            new = other_list(rng, value or (), lambda: int(rng.choice([-1, 0, 1, 2, 3, 4])))
+            new = other_list(rng, value or (), lambda: int(rng.choice([-1, 0, 1, 2, 4, 5, 7, 8])))
         case "draft_logprobs":
             new = other_list(rng, value, lambda: float(rng.choice([-1.0, np.nan, np.inf])))
         case "features":

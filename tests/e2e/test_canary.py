@@ -156,8 +156,8 @@ def settings(tmp_path: Path, broker: str, registry: str, free_port: Callable[[],
         "serve.num_speculative_tokens": 3,
         "train.learning_rate": 5e-3,
         "canary.share": 0.3,
-        "canary.slice_duration": 0.4,
-        "canary.burn_in": 0.05,
+        "canary.slice_duration": 1.5,
+        "canary.burn_in": 0.1,
         "promoter.canary_min_requests": 20,
     }
     return load(environ={}, flags=flags)

@@ -156,6 +156,7 @@ def lineage(records: Sequence[Record], wire: Sequence[pa.Table]) -> pa.Table:
                 "partition": record.partition,
                 "offset": record.offset,
                 "last_chunk": envelope["last"],
+                "start_time": envelope["start_us"],
                 "speculator": drafting[-1] if drafting else "",
                 "time": table["time"][-1].as_py(),
                 "day": day_of(record.time_us),

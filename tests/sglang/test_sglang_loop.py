@@ -93,6 +93,7 @@ def settings(
         "promoter.port": free_port(),
         "promoter.poll_interval": 0.5,
         "promoter.gate_min_samples": 1,
+        "promoter.gate_error": 0.5,
         "promoter.watch_duration": 0,
     }
     return load(environ={}, flags=flags)

@@ -28,7 +28,7 @@ from trainer.release.registry import SpeculatorRegistry
 TOKENS = 32
 LEARNED = 1.4
 """SGLang's own ``spec_accept_length``: bonus token included; 1 without any accepted draft token."""
-TRAIN_TIMEOUT_S = 300
+TRAIN_TIMEOUT_S = 420
 HELD_OUT_PROMPTS = 6
 """The gate needs several prompts, which differ, for the bounds of a gain."""
 

@@ -53,7 +53,7 @@ class GrammarMatcher:
         return logits_V.masked_fill_(torch.from_numpy(allowed_V == 0), -torch.inf)
 
     def constrain(self, tree: DraftTree, output: Seq[int], depth: int) -> DraftTree:
-        """Return a draft tree with the tokens that the grammar allows and those that it forces.
+        """Prune the draft tokens that the grammar forbids, and add the tokens that it forces.
 
         A forced token is the only one that the grammar allows, so the target accepts it wherever it accepts the tokens
         before it.
@@ -179,12 +179,11 @@ class GrammarCompiler:
             if self._tokens is None:
                 self._tokens = self._read_tokens()
             matcher = LLMatcher(self._tokens, text, limits=LIMITS, log_level=0)
-            # A grammar that no token of the vocabulary can begin fails here, and not in the middle of a request.
-            can_begin = any(matcher.compute_bitmask())
             if matcher.is_error():
                 raise GrammarError(_first_line(matcher.get_error()))
-            if not can_begin:
-                raise GrammarError("no token of the target begins it")
+            # Otherwise a grammar that the vocabulary cannot spell fails in the middle of a request.
+            if not any(matcher.compute_bitmask()):
+                raise GrammarError(f"no token of the target begins it: {_first_line(matcher.get_error())}")
             self._compiled[text] = grammar = Grammar(matcher)
             while len(self._compiled) > _MAX_CACHED or sum(map(len, self._compiled)) > _MAX_CACHED_BYTES:
                 self._compiled.popitem(last=False)

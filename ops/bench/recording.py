@@ -29,12 +29,14 @@ _UNLIMITED = FeatureTransport("inline", ChunkSize(sys.maxsize))
 _BATCH = 16
 _PROGRESS_EVERY = 25
 
+FinishedRequest = tuple[Request, tuple[VerifyStep, ...], Finish]
+
 
 class Recorder:
     """A ``TraceSink`` that keeps the verify steps of running requests and queues the requests that finished."""
 
     def __init__(self) -> None:
-        self.finished: SimpleQueue[tuple[Request, tuple[VerifyStep, ...], Finish]] = SimpleQueue()
+        self.finished: SimpleQueue[FinishedRequest] = SimpleQueue()
         self._verify_steps: dict[str, list[VerifyStep]] = {}
 
     def record(self, request: Request, verify_steps: tuple[VerifyStep, ...], finish: Finish | None) -> None:
@@ -68,6 +70,21 @@ def recording_engine(settings: Settings, waiting: int, **serve: Any) -> Iterator
         engine.stop()
 
 
+def run_requests(engine: Engine, recorder: Recorder, requests: Sequence[Request]) -> Iterator[FinishedRequest]:
+    """Submit all requests, and yield each with its verify steps when it finishes.
+
+    Raises:
+        UserError: a request failed, or the engine was stopped.
+    """
+    for request in requests:
+        engine.submit(request, lambda _output: None)
+    for _ in requests:
+        request, verify_steps, finish = recorder.finished.get()
+        if finish not in ("stop", "length"):
+            raise UserError(f"{request.id} ended with {finish!r}: {engine.health().error or 'the engine was stopped'}")
+        yield request, verify_steps, finish
+
+
 def record_requests(
     engine: Engine,
     recorder: Recorder,
@@ -85,12 +102,7 @@ def record_requests(
         on_recorded: Called after each request with the number of recorded requests.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for request in requests:
-        engine.submit(request, lambda _output: None)
-    for number in range(1, len(requests) + 1):
-        request, verify_steps, finish = recorder.finished.get()
-        if finish not in ("stop", "length"):
-            raise UserError(f"{request.id} ended with {finish!r}: {engine.health().error or 'the engine was stopped'}")
+    for number, (request, verify_steps, finish) in enumerate(run_requests(engine, recorder, requests), start=1):
         path = _trace_file(folder, request.id)
         unfinished = path.with_suffix(".part")
         unfinished.write_bytes(_encode_request(request, verify_steps, finish, engine.target, engine.line))

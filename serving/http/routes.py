@@ -406,7 +406,7 @@ async def _collect(generation: Generation) -> list[tuple[TextDelta, FinishReason
 
 
 def _usage(generation: Generation, prompt_tokens: int) -> RequestUsage:
-    # A prompt's cached tokens count once, as the prompt does: those that the target read for no choice.
+    # The choices of a prompt share its cached tokens. They count once: the tokens that the target read for no choice.
     cached: dict[tuple[int, ...], int] = {}
     for choice in generation.choices:
         prompt, tokens = choice.request.prompt, choice.stats.cached_tokens

@@ -34,7 +34,7 @@ def next_share(share: float, lag: float, previous_lag: float, max_lag: float) ->
 
 
 def select_requests(rejected_branches: Mapping[str, int], share: float) -> set[str]:
-    """Return the requests to keep of those that were read together, the ones with rejected branches first.
+    """Return which requests of one read to keep; requests with rejected branches have precedence.
 
     Args:
         rejected_branches: Rejected branches of each request.

@@ -85,11 +85,8 @@ class TrainMetrics:
             return Counter(f"aurora_train_{name}", text, labels, registry=registry)
 
         self.versions_registered = counter("versions_registered", "Registered versions.")
-        self.registrations_dropped = Counter(
-            "aurora_train_registrations_dropped",
-            "Snapshots given up before they were registered, by reason.",
-            ["reason"],
-            registry=registry,
+        self.registrations_dropped = counter(
+            "registrations_dropped", "Snapshots given up before they were registered, by reason.", "reason"
         )
         for reason in ("replaced", "rolled_back", "shutdown"):
             self.registrations_dropped.labels(reason)

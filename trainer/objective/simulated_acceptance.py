@@ -106,9 +106,10 @@ def simulate_chains(draft: EagleDraft, embeddings_VH: Tensor, batch: Batch, look
     accepted_BT = torch.zeros(roots_BT.shape, dtype=torch.float64, device=roots_BT.device)
     reach_A = accepted_BT.new_ones(len(root_A))
     unroll = DraftUnroll(draft, embeddings_VH, batch.tokens_BT, batch.features_BTF, batch.position_B)
+    tokens_BT = F.pad(batch.tokens_BT, (0, 1))
     hidden_AH = unroll.first(sample_A, root_A - 1)
     for k in range(lookahead):
-        committed_A = F.pad(batch.tokens_BT, (0, 1))[sample_A, root_A + k + 1]
+        committed_A = tokens_BT[sample_A, root_A + k + 1]
         rate_A, given_A = _accept(draft, draft.logits(hidden_AH), batch, (sample_A, root_A + k), committed_A)
         inside_A = root_A + k + 1 < batch.lengths_B[sample_A]
         accepted_BT[sample_A, root_A] += torch.where(inside_A, reach_A * rate_A, 0)

@@ -20,7 +20,6 @@ from ops.bench.learning.recorded_traffic import RecordedTraffic
 from ops.bench.learning.variants import PLAN, LearningTrial, trial_settings
 from ops.replay.trace_import import as_record
 from pipeline.batches import build
-from schemas.errors import UserError
 from schemas.settings import Settings
 from schemas.speculator.network import EagleDraft
 from schemas.trace.record import VerifyStep, encode
@@ -114,7 +113,7 @@ def measure(settings: Settings, traffic: RecordedTraffic, plan: LongRequestPlan,
 
 
 def compare(settings: Settings, target: Target, draft: EagleDraft, served: Sequence[ServedRequest]) -> Figure:
-    """Return by how much the accepted tokens per verify step differ from those that the gate's simulation finds."""
+    """Return the relative difference between live and simulated acceptance; both are accepted tokens per step."""
     lookahead = settings.serve.num_speculative_tokens
     live = sum_acceptance(count_accepted(one.verify_steps, lookahead) for one in served)
     parts = [part for one in served for part in _split(settings, one.sample)]
@@ -154,13 +153,7 @@ def serve_requests(
     with recording.recording_engine(settings, len(requests), **serve) as (engine, recorder):
         if draft is not None:
             engine.swap(draft, "long")
-        for request in requests:
-            engine.submit(request, lambda _output: None)
-        for _ in requests:
-            request, verify_steps, finish = recorder.finished.get()
-            if finish not in {"stop", "length"}:
-                reason = engine.health().error or "the engine was stopped"
-                raise UserError(f"{request.id} ended with {finish!r}: {reason}")
+        for request, verify_steps, _finish in recording.run_requests(engine, recorder, requests):
             yield _join_chunks(settings, request, verify_steps, Origin("bench", engine.target, engine.line))
 
 

@@ -182,7 +182,8 @@ class GrammarCompiler:
             if matcher.is_error():
                 raise GrammarError(_first_line(matcher.get_error()))
             # Otherwise a grammar that the vocabulary cannot spell fails in the middle of a request.
-            if not any(matcher.compute_bitmask()):
+            matcher.compute_bitmask()
+            if matcher.is_error():
                 raise GrammarError(f"no token of the target begins it: {_first_line(matcher.get_error())}")
             self._compiled[text] = grammar = Grammar(matcher)
             while len(self._compiled) > _MAX_CACHED or sum(map(len, self._compiled)) > _MAX_CACHED_BYTES:

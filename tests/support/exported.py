@@ -17,7 +17,7 @@ from serving.answers.answer_publisher import AnswerPublisher
 from serving.engines.builtin.kv_cache import KVCache
 from serving.engines.builtin.prefix_cache import PrefixCache
 from serving.engines.builtin.scoped_corpus import ScopedCorpus
-from serving.engines.sglang.plugin.metrics import PluginMetrics
+from serving.engines.plugin.metrics import PluginMetrics
 from serving.http import admin, routes, status, webhook
 from serving.http.generation import RequestMetrics
 from serving.http.server import Drain
@@ -66,7 +66,7 @@ def registries() -> dict[str, CollectorRegistry]:
     }
     register_process_metrics(found["every process"])
     node_application(found["serve"])
-    PluginMetrics(found["SGLang plugin"])
+    PluginMetrics("sglang", found["SGLang plugin"])
     drift = DriftStatus.model_construct(detected=0, dropped=0, traffic=[])
     counts = dict.fromkeys(StreamStatus.model_fields, 0)
     lists = {

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from schemas.speculator.network import EagleDraft
+from serving.engines.plugin.fused_tensors import fuse_tensors
 from serving.engines.sglang.node import weights
 
 KEY = "sesame"
@@ -112,7 +113,7 @@ class FakeSglang:
 
     def checksums(self) -> dict[str, str]:
         """Return the checksums; besides the draft's own also those of the target's embeddings and buffers."""
-        tensors = weights.server_tensors(self.tensors)
+        tensors = fuse_tensors(self.tensors)
         return {f"draft.{name}": self.checksum(value.float()) for name, value in tensors.items()} | {
             "draft.model.other": "0"
         }

@@ -7,6 +7,7 @@ import torch
 from version_registry import DRAFTS
 
 from schemas.speculator.network import EagleDraft
+from serving.engines.plugin.fused_tensors import fuse_tensors
 from serving.engines.sglang.node import weights
 
 # Results of the kernel of SGLang 0.5.21 for these bytes on an H200.
@@ -37,7 +38,7 @@ def test_a_cpu_checksum_is_the_start_of_a_sha_256() -> None:
 
 
 def test_server_tensors_are_fused_and_omit_the_line_tensors() -> None:
-    draft, tensors = DRAFTS["1"], weights.server_tensors(weights.draft_tensors(DRAFTS["1"]))
+    draft, tensors = DRAFTS["1"], fuse_tensors(weights.draft_tensors(DRAFTS["1"]))
     assert not [name for name in tensors if "d2t" in name or "t2d" in name or "midlayer" in name]
     attention = draft.midlayer.self_attn
     fused = torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]).bfloat16()

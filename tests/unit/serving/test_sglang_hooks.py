@@ -17,11 +17,11 @@ from schemas.speculator.checkpoint import CheckpointError
 from schemas.trace.record import VerifyStep
 from serving.answers.answer_counts import AnswerCounts
 from serving.engines.base import Finish, Request
-from serving.engines.sglang.plugin.capture import HostTransfer
+from serving.engines.plugin.capture import HostTransfer
+from serving.engines.plugin.metrics import CaptureLimit, PluginMetrics
+from serving.engines.plugin.recorder import MAX_QUEUED_STEPS, Recorder
 from serving.engines.sglang.plugin.hooks import Hooks
-from serving.engines.sglang.plugin.metrics import CaptureLimit, PluginMetrics
 from serving.engines.sglang.plugin.plugin import Plugin
-from serving.engines.sglang.plugin.recorder import MAX_QUEUED_STEPS, Recorder
 from serving.traces.accounting import TraceCounts
 from serving.traces.chunks import Origin
 
@@ -84,7 +84,7 @@ class Server:
     def __init__(self, settings: Settings, origin: Callable[[], Origin]) -> None:
         self.publisher = Publisher()
         self.registry = CollectorRegistry()
-        metrics, limit = PluginMetrics(self.registry), CaptureLimit(0.5)
+        metrics, limit = PluginMetrics("sglang", self.registry), CaptureLimit(0.5)
         self.answers = Answers()
         self.recorder = Recorder(self.publisher, origin, limit, metrics, self.answers)  # type: ignore[arg-type]
         transfer = HostTransfer(torch.device("cpu"))

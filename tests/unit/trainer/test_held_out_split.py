@@ -17,7 +17,8 @@ from recorded import LINE, TARGET, conversation
 from pipeline.delta import TABLE_PROPERTIES
 from schemas.batches import ACCEPTED, PARTITIONED_BY
 from serving.engines.base import Request
-from serving.engines.sglang.plugin.trace_request import TraceOptions, to_request
+from serving.engines.plugin.trace_options import TraceOptions
+from serving.engines.sglang.plugin.trace_request import to_request
 from serving.traces.chunks import ChunkBuilder, ChunkSize, FeatureTransport, Origin
 from trainer.data.held_out import is_held_out
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, multiprocessing
 
 from schemas.speculator.network import EagleDraft
+from serving.engines.plugin.fused_tensors import fuse_tensors
 
 Words = npt.NDArray[np.uint32]
 Checksums = Mapping[str, str]
@@ -37,7 +38,6 @@ REPLICATED = ("fc", "norm")
 
 _OF_THE_LINE = ("d2t", "t2d")
 """Tensors that a server reads once, at its start; they are the same for every version of a line."""
-_LAYER = "layers.0"
 
 _TILE = 8192
 """Words that a GPU sums up together."""
@@ -80,19 +80,8 @@ def serialize_shared(tensors: Mapping[str, Tensor]) -> str:
     return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def server_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return ``draft_tensors`` as a server of one rank holds them: by its own names, in the same dtype, some fused."""
-    found = {name.replace("midlayer", _LAYER): value for name, value in tensors.items()}
-    for fused, parts in (
-        ("self_attn.qkv_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-        ("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj")),
-    ):
-        found[f"{_LAYER}.{fused}.weight"] = torch.cat([found.pop(f"{_LAYER}.{part}.weight") for part in parts])
-    return {name if name.startswith("lm_head") else f"model.{name}": value for name, value in found.items()}
-
-
 def is_replicated(name: str) -> bool:
-    """Return whether every tensor-parallel rank holds the whole tensor; ``name`` is one of ``server_tensors``."""
+    """Return whether every tensor-parallel rank holds the whole tensor; ``name`` is one of ``fuse_tensors``."""
     module = name.removesuffix(".weight").rstrip("0123456789.").rsplit(".", 1)[-1]
     return module.endswith(REPLICATED)
 
@@ -131,7 +120,7 @@ class ExpectedChecksums:
         """Return the checksums of one scheme, by the server's names without ``DRAFT``."""
         if scheme not in self._cache:
             checksum, dtype = scheme
-            tensors = server_tensors(self._tensors)
+            tensors = fuse_tensors(self._tensors)
             self._cache[scheme] = {name: checksum(value.to(dtype)) for name, value in tensors.items()}
         return self._cache[scheme]
 

@@ -6,11 +6,10 @@ records nothing: the server runs unchanged, and its log says so once.
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
-import pkgutil
 from collections.abc import Mapping
 from importlib.metadata import version
+
+from serving.engines.plugin.signatures import changed_signatures, missing_fields
 
 VERSIONS = ("0.5.21",)
 """Versions that the tests in ``tests/sglang`` run."""
@@ -51,7 +50,7 @@ def check_installation() -> str | None:
     supported = f"this plugin supports SGLang {', '.join(VERSIONS)}"
     if installed not in VERSIONS:
         return f"SGLang {installed} is not supported: {supported}"
-    if changed := [*_changed_signatures(), *_missing_fields()]:
+    if changed := [*changed_signatures(SIGNATURES), *missing_fields(FIELDS)]:
         return f"SGLang {installed} differs from its release: {'; '.join(changed)}; {supported}"
     return None
 
@@ -71,25 +70,3 @@ def check_server(device: str, stages: int, *, is_eagle3: bool) -> str | None:
     if device not in DEVICES:
         return f"device {device} is not supported: only {' and '.join(DEVICES)}"
     return None
-
-
-def _changed_signatures() -> list[str]:
-    found = []
-    for target, expected in SIGNATURES.items():
-        try:
-            parameters = tuple(inspect.signature(pkgutil.resolve_name(target)).parameters)
-        except (AttributeError, ImportError) as error:
-            found.append(f"{target}: {error}")
-        else:
-            if parameters != expected:
-                found.append(f"{target} takes {', '.join(parameters)}")
-    return found
-
-
-def _missing_fields() -> list[str]:
-    found = []
-    for target, expected in FIELDS.items():
-        fields = {field.name for field in dataclasses.fields(pkgutil.resolve_name(target))}
-        if missing := [name for name in expected if name not in fields]:
-            found.append(f"{target} has no {', '.join(missing)}")
-    return found

@@ -7,56 +7,29 @@ A step is ``forward_batch_generation`` of the worker; it either prefills prompts
     RELEASE                                 a request frees its memory: it has ended, or is retracted and read again
 
 RELEASE may come a step late: with the overlap scheduler it follows the next ACCEPT.
+
+Letters: R recorded requests, B requests of the batch, n nodes of a request's draft tree (0 is the root), k teacher
+width, F feature width, V vocabulary, d longest path.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
-from functools import wraps
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
-import structlog
+import torch
 from torch import Tensor
 
 from schemas.settings import Settings
 from serving.engines.base import Finish
-from serving.engines.sglang.plugin import capture
-from serving.engines.sglang.plugin.capture import HostTransfer, TopTokens
-from serving.engines.sglang.plugin.metrics import CaptureLimit, PluginMetrics
-from serving.engines.sglang.plugin.recorder import (
-    CapturedStep,
-    PromptPart,
-    RecordedRequest,
-    Recorder,
-    RequestEnd,
-    VerifiedRequest,
-)
+from serving.engines.plugin import capture
+from serving.engines.plugin.capture import HostTransfer, TopTokens
+from serving.engines.plugin.metrics import CaptureLimit, PluginMetrics
+from serving.engines.plugin.recorder import PromptPart, RecordedRequest, Recorder, RequestEnd, VerifiedRequest
+from serving.engines.plugin.step_hooks import StepHooks, guard
 from serving.engines.sglang.plugin.trace_request import read_options, to_request
-from serving.engines.sglang.plugin.verify_steps import ActiveSpeculator
-from serving.traces.sampling import is_sampled
-
-log = structlog.get_logger()
 
 _FINISH: dict[str, Finish] = {"stop": "stop", "length": "length", "abort": "cancelled"}
-Hook = TypeVar("Hook", bound=Callable[..., Any])
-
-
-def guard(hook: Hook) -> Hook:
-    """Count a hook's error instead of raising it, which would end the server; count the hook's time."""
-
-    @wraps(hook)
-    def run(self: Hooks, *args: Any, **kwargs: Any) -> Any:
-        start = time.perf_counter()
-        try:
-            return hook(self, *args, **kwargs)
-        except Exception as error:  # noqa: BLE001 - a fault of ours, of any kind, would end the scheduler and every request with it
-            self.count_error(hook.__name__, error)
-            return None
-        finally:
-            self.add_cost(time.perf_counter() - start)
-
-    return run  # type: ignore[return-value]
 
 
 class _PrefillLogits(NamedTuple):
@@ -74,8 +47,8 @@ class _VerifyLogits(NamedTuple):
     top: TopTokens
 
 
-class Hooks:
-    """State of one scheduler process.
+class Hooks(StepHooks):
+    """Hooks of one scheduler process.
 
     Args:
         settings: Settings of traces and of this plugin.
@@ -95,36 +68,18 @@ class Hooks:
         metrics: PluginMetrics,
         version: Callable[[], str],
     ) -> None:
-        self._traces = settings.traces
-        self._recorder, self._transfer, self._limit, self._metrics = recorder, transfer, limit, metrics
+        super().__init__(settings.traces, recorder, transfer, limit, metrics)
         self._version = version
-        self._speculator = ActiveSpeculator("", 0)
         self._requests: dict[str, RecordedRequest] = {}
-        self._failed_hooks: set[str] = set()
-        self._cost_s = 0.0
         self._start: Any = None
         self._drafted: Any = None
         self._verified: Any = None
         self._prefill_logits: _PrefillLogits | None = None
 
-    def count_error(self, hook: str, error: Exception) -> None:
-        """Count a hook's error, and log the hook's first one."""
-        self._metrics.hook_errors.labels(hook).inc()
-        if hook not in self._failed_hooks:
-            self._failed_hooks.add(hook)
-            log.error("aurora_hook_failed", hook=hook, exc_info=error)
-
-    def add_cost(self, seconds: float) -> None:
-        """Count time that a hook took from the step."""
-        self._cost_s += seconds
-        self._limit.add_cost(seconds)
-
     @guard
     def on_step(self) -> None:
         """Start a step."""
-        self._metrics.hook_duration.observe(self._cost_s)
-        self._cost_s = 0.0
-        self._limit.start_step(time.monotonic())
+        self._start_step()
         self._prefill_logits = None
         self._start = self._drafted = self._verified = self._transfer.stamp()
 
@@ -155,7 +110,7 @@ class Hooks:
         found = capture.capture_prefill(
             self._published(hidden), result.next_token_ids, logits.top, self._transfer.index(rows), spans
         )
-        self._put(parts, found, hidden.shape[-1])
+        self._put_step(parts, found, hidden.shape[-1])
 
     @guard
     def on_verify_logits(self, verify_input: Any, batch: Any, logits_output: Any) -> _VerifyLogits | None:
@@ -167,7 +122,7 @@ class Hooks:
         if not rows:
             return None
         rows_R = None if len(rows) == len(batch.reqs) else self._transfer.index(rows)
-        top = capture.top_tokens_of_nodes(verify_input, logits_output.next_token_logits, rows_R, self._traces.top_k)
+        top = _top_tokens_of_nodes(verify_input, logits_output.next_token_logits, rows_R, self._traces.top_k)
         return _VerifyLogits(rows, rows_R, top)
 
     @guard
@@ -175,18 +130,16 @@ class Hooks:
         self, logits: _VerifyLogits, verify_input: Any, batch: Any, logits_output: Any, result: Any
     ) -> None:
         """Record the accepted nodes."""
-        members = []
+        members, speculator = [], self._active(self._version())
         for row in logits.rows:
             req = batch.reqs[row]
             recorded = self._requests[req.rid]
             recorded.verify_steps += 1
             committed = len(req.origin_input_ids) + len(req.output_ids)
-            members.append(VerifiedRequest(recorded, recorded.verify_steps, committed))
+            members.append(VerifiedRequest(recorded, recorded.verify_steps, speculator, committed))
         hidden = logits_output.hidden_states
-        found = capture.capture_verify_step(
-            verify_input, batch, self._published(hidden), result, logits.rows_R, logits.top
-        )
-        self._put(tuple(members), found, hidden.shape[-1])
+        found = _capture_verify_step(verify_input, batch, self._published(hidden), result, logits.rows_R, logits.top)
+        self._put_step(tuple(members), found, hidden.shape[-1])
 
     @guard
     def on_release(self, req: Any) -> None:
@@ -202,15 +155,10 @@ class Hooks:
         finish = _FINISH.get(req.finished_reason.to_json()["type"], "error")
         self._recorder.put(RequestEnd(recorded, tuple(req.output_ids_through_stop), finish))
 
-    def _put(self, members: tuple[PromptPart | VerifiedRequest, ...], found: dict[str, Tensor], width: int) -> None:
-        if self._recorder.is_full():
-            self._metrics.steps_dropped.labels("queue_full").inc(len(members))
-            return
-        stamps = (self._start, self._drafted, self._verified)
-        pending, time_us = self._transfer.copy(found), time.time_ns() // 1000
-        if (version := self._version()) != self._speculator.version:
-            self._speculator = ActiveSpeculator(version, time_us)
-        self._recorder.put(CapturedStep(members, pending, self._speculator, stamps, time_us, width))
+    def _put_step(
+        self, members: tuple[PromptPart | VerifiedRequest, ...], found: dict[str, Tensor], width: int
+    ) -> None:
+        self._put(members, found, width, (self._start, self._drafted), (self._drafted, self._verified))
 
     def _published(self, hidden: Tensor) -> Tensor | None:
         return None if self._traces.features == "recompute" else hidden
@@ -232,7 +180,7 @@ class Hooks:
         return rows, tuple(parts), spans
 
     def _prompt_part(self, req: Any, start: int, length: int) -> PromptPart | None:
-        recorded = self._requests.get(req.rid) or self._admit(req, start)
+        recorded = self._requests.get(req.rid) or self._admit_request(req, start)
         if recorded is None or recorded.is_stopped:
             return None
         end, prompt = start + length, recorded.request.prompt
@@ -241,22 +189,54 @@ class Hooks:
             return None
         return PromptPart(recorded, start, prompt[start:end], end == len(prompt))
 
-    def _admit(self, req: Any, start: int) -> RecordedRequest | None:
+    def _admit_request(self, req: Any, start: int) -> RecordedRequest | None:
         """Decide once, at the first part of its prompt, whether a request is recorded."""
         options = read_options(req)
-        if options.untraced or len(req.output_ids):
-            self._metrics.untraced.labels(options.untraced or "retracted").inc()
+        if not self._admit(req.rid, options, start):
             return None
-        if not self._recorder.sample(req.rid):
-            return None
-        if not is_sampled(req.rid, self._traces.sample_ratio * self._limit.request_ratio):
-            self._metrics.untraced.labels("capture_limit").inc()
-            return None
-        self._metrics.cached.inc(start)
         self._requests[req.rid] = recorded = RecordedRequest(to_request(req, options))
         return recorded
 
-    def _stop(self, recorded: RecordedRequest, reason: str) -> None:
-        if not recorded.is_stopped:
-            recorded.is_stopped = True
-            self._metrics.untraced.labels(reason).inc()
+
+def _top_tokens_of_nodes(verify_input: Any, logits: Tensor, rows_R: Tensor | None, k: int) -> TopTokens:
+    """Return [R, n, k] tokens at every node. Call it before sampling, which changes the logits in place."""
+    logits_BnV = logits.view(-1, verify_input.draft_token_num, logits.shape[-1])
+    return capture.top_tokens(_select(logits_BnV, rows_R), k)
+
+
+def _capture_verify_step(
+    verify_input: Any, batch: Any, hidden: Tensor | None, result: Any, rows_R: Tensor | None, top: TopTokens
+) -> dict[str, Tensor]:
+    """Return a verify step: the links of the draft tree, the accepted nodes, and the hidden states at these.
+
+    Args:
+        verify_input: SGLang's ``EagleVerifyInput``.
+        batch: Its ``ScheduleBatch``.
+        hidden: [B * n, F] captured hidden states of all nodes; None if they are not published.
+        result: Result of ``eagle_sample``.
+        rows_R: Recorded rows of the batch; None for all.
+        top: From ``_top_tokens_of_nodes``.
+    """
+    predict, accept_lens, accept_index = result
+    nodes = verify_input.draft_token_num
+    first_child = verify_input.retrieve_next_token
+    accepted_Rd = _select(accept_index, rows_R)
+    root_R1 = _select(torch.arange(0, len(first_child) * nodes, nodes, device=first_child.device), rows_R)[:, None]
+    found = {
+        "position": _select(batch.seq_lens, rows_R),
+        "draft_tokens": _select(verify_input.draft_token.view(-1, nodes), rows_R),
+        "first_child": _select(first_child, rows_R),
+        "next_sibling": _select(verify_input.retrieve_next_sibling, rows_R),
+        "chosen": _select(predict.view(-1, nodes), rows_R),
+        "accepted": accepted_Rd - root_R1,
+        "count": _select(accept_lens, rows_R),
+    }
+    found = {name: value.to(torch.int32, copy=True) for name, value in found.items()}
+    found |= {"top_ids": top.ids, "top_logprobs": top.logprobs}
+    if hidden is not None:
+        found["features"] = capture.bf16_bits(hidden[accepted_Rd.clamp(min=0).long()])
+    return found
+
+
+def _select(values: Tensor, rows_R: Tensor | None) -> Tensor:
+    return values if rows_R is None else values.index_select(0, rows_R)

@@ -1,48 +1,35 @@
-"""Trace options of a request, and SGLang's request as a ``Request``.
+"""SGLang's request: its trace options, and the request as a ``Request``.
 
 Both of SGLang's APIs pass ``custom_params`` of a request to the scheduler::
 
     {"custom_params": {"aurora_trace": "off"}}
     {"custom_params": {"aurora_label": "sql"}}
-
-This module imports no metrics library: another plugin may import it while the plugins are loaded.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from serving.engines.base import Request
+from serving.engines.plugin.trace_options import TraceOptions, read_fields
 
-TRACE, LABEL = "aurora_trace", "aurora_label"
 _HEALTH = "HEALTH_CHECK"
 _ALL_TOKENS = 1 << 30
 """SGLang's top-k without a limit."""
 
 
-@dataclass(frozen=True, slots=True)
-class TraceOptions:
-    """Whether a request is traced, and the label of its traffic."""
-
-    untraced: str | None = None
-    """Why the request is not traced; None if it is."""
-    label: str | None = None
-
-
 def read_options(req: Any) -> TraceOptions:
     """Return the options of SGLang's request."""
-    custom = req.sampling_params.custom_params or {}
-    if custom.get(TRACE) == "off":
-        return TraceOptions("opt_out")
+    untraced = None
     if req.rid.startswith(_HEALTH):
-        return TraceOptions("health")
-    if req.lora_id is not None:
-        return TraceOptions("lora")  # its target differs from the line's
-    if req.multimodal_inputs is not None:
-        return TraceOptions("multimodal")  # its prompt has more than tokens
-    label = custom.get(LABEL)
-    return TraceOptions(label=None if label is None else str(label))
+        untraced = "health"
+    elif req.lora_id is not None:
+        untraced = "lora"  # its target differs from the line's
+    elif req.multimodal_inputs is not None:
+        untraced = "multimodal"  # its prompt has more than tokens
+    elif len(req.output_ids):
+        untraced = "retracted"
+    return read_fields(req.sampling_params.custom_params, untraced)
 
 
 def to_request(req: Any, options: TraceOptions) -> Request:

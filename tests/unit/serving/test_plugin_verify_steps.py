@@ -1,4 +1,4 @@
-"""Trace records of SGLang's steps: links, accepted paths, and the end of a request."""
+"""Trace records of a server's steps: links, accepted paths, and the end of a request."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ import pytest
 
 from schemas.trace.decoder import decode
 from schemas.trace.record import ROOT, Chunk, Envelope, VerifyStep, encode
-from serving.engines.sglang.plugin.verify_steps import (
+from serving.engines.plugin.verify_steps import (
     ActiveSpeculator,
+    OutputLimit,
     PrefillOutput,
     StepTimes,
     VerifyOutput,
     build_prefill,
     build_verify_step,
     cut_at_end,
+    find_end,
+    new_tokens,
 )
 
 TIMES = StepTimes(draft_us=3, verify_us=5, time_us=7)
@@ -138,3 +141,27 @@ def test_the_records_can_be_encoded() -> None:
     assert [r.tokens for r in decode(encode(Chunk(envelope, verify_steps))).verify_steps] == [
         r.tokens for r in verify_steps
     ]
+
+
+@pytest.mark.parametrize(
+    ("stop_ids", "maximum", "end"),
+    [
+        pytest.param((), 9, None, id="the request continues"),
+        pytest.param((10,), 9, None, id="the root was committed before"),
+        pytest.param((12,), 9, (6, "stop"), id="an accepted token ends it"),
+        pytest.param((13, 99), 9, (7, "stop"), id="the first of two"),
+        pytest.param((99,), 8, (8, "stop"), id="the bonus token ends it, although it is the last one in any case"),
+        pytest.param((99,), 7, (7, "length"), id="the limit comes first"),
+    ],
+)
+def test_the_end_of_a_request_is_found_in_its_output(
+    stop_ids: tuple[int, ...], maximum: int, end: tuple[int, str] | None
+) -> None:
+    assert new_tokens(verify_step_of()) == (12, 13, 99)
+    assert find_end(verify_step_of(), OutputLimit(maximum, frozenset(stop_ids))) == end
+
+
+def test_a_prompt_adds_the_first_token_of_the_answer() -> None:
+    limit = OutputLimit(9, frozenset({3, 10}))
+    assert (new_tokens(prompt(0, 3, None)), find_end(prompt(0, 3, None), limit)) == ((), None)
+    assert (new_tokens(prompt(3, 1, 10)), find_end(prompt(3, 1, 10), limit)) == ((10,), (5, "stop"))

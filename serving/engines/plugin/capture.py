@@ -1,8 +1,8 @@
-"""Capture: takes the results of SGLang's steps as tensors of our own, and copies them to the host.
+"""Capture: takes the results of a server's steps as tensors of our own, and copies them to the host.
 
-Letters: R recorded requests, n nodes of a request's draft tree (0 is the root), k teacher width, F feature width, V
-vocabulary, d longest path. The capture is a fixed amount of work on the current stream: nothing waits for a value, and
-no result shares memory with the server's buffers.
+Letters: R recorded requests, T tokens of the step, B requests of the batch, k teacher width, F feature width, V
+vocabulary. The capture is a fixed amount of work on the current stream: nothing waits for a value, and no result shares
+memory with the server's buffers.
 
 On a GPU the server's stream makes the captured tensors, since its buffers belong to captured graphs and are overwritten
 in the next step. A second stream copies them to pinned memory and records an event; the reader waits for the event on
@@ -36,46 +36,6 @@ def top_tokens(logits: Tensor, k: int) -> TopTokens:
     return TopTokens(best.indices.int(), best.values - scores.logsumexp(dim=-1, keepdim=True))
 
 
-def top_tokens_of_nodes(verify_input: Any, logits: Tensor, rows_R: Tensor | None, k: int) -> TopTokens:
-    """Return [R, n, k] tokens at every node. Call it before sampling, which changes the logits in place."""
-    logits_BnV = logits.view(-1, verify_input.draft_token_num, logits.shape[-1])
-    return top_tokens(_select(logits_BnV, rows_R), k)
-
-
-def capture_verify_step(
-    verify_input: Any, batch: Any, hidden: Tensor | None, result: Any, rows_R: Tensor | None, top: TopTokens
-) -> dict[str, Tensor]:
-    """Return a verify step: the links of the draft tree, the accepted nodes, and the hidden states at these.
-
-    Args:
-        verify_input: SGLang's ``EagleVerifyInput``.
-        batch: Its ``ScheduleBatch``.
-        hidden: [B * n, F] captured hidden states of all nodes; None if they are not published.
-        result: Result of ``eagle_sample``.
-        rows_R: Recorded rows of the batch; None for all.
-        top: From ``top_tokens_of_nodes``.
-    """
-    predict, accept_lens, accept_index = result
-    nodes = verify_input.draft_token_num
-    first_child = verify_input.retrieve_next_token
-    accepted_Rd = _select(accept_index, rows_R)
-    root_R1 = _select(torch.arange(0, len(first_child) * nodes, nodes, device=first_child.device), rows_R)[:, None]
-    found = {
-        "position": _select(batch.seq_lens, rows_R),
-        "draft_tokens": _select(verify_input.draft_token.view(-1, nodes), rows_R),
-        "first_child": _select(first_child, rows_R),
-        "next_sibling": _select(verify_input.retrieve_next_sibling, rows_R),
-        "chosen": _select(predict.view(-1, nodes), rows_R),
-        "accepted": accepted_Rd - root_R1,
-        "count": _select(accept_lens, rows_R),
-    }
-    found = {name: value.to(torch.int32, copy=True) for name, value in found.items()}
-    found |= {"top_ids": top.ids, "top_logprobs": top.logprobs}
-    if hidden is not None:
-        found["features"] = _bf16_bits(hidden[accepted_Rd.clamp(min=0).long()])
-    return found
-
-
 def capture_prefill(
     hidden: Tensor | None, next_tokens: Tensor, top: TopTokens, rows_R: Tensor, spans: list[slice]
 ) -> dict[str, Tensor]:
@@ -94,8 +54,13 @@ def capture_prefill(
         "top_logprobs": top.logprobs.index_select(0, rows_R),
     }
     if hidden is not None:
-        found["features"] = _bf16_bits(torch.cat([hidden[span] for span in spans]))
+        found["features"] = bf16_bits(torch.cat([hidden[span] for span in spans]))
     return found
+
+
+def bf16_bits(hidden: Tensor) -> Tensor:
+    """Return bf16 bit patterns, in memory of their own if ``hidden`` is a fresh tensor."""
+    return hidden.to(torch.bfloat16).view(torch.int16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,12 +122,3 @@ def elapsed_us(start: Any, end: Any) -> int:
     if isinstance(start, float):
         return int((end - start) * 1e6)
     return int(start.elapsed_time(end) * 1e3)
-
-
-def _select(values: Tensor, rows_R: Tensor | None) -> Tensor:
-    return values if rows_R is None else values.index_select(0, rows_R)
-
-
-def _bf16_bits(hidden: Tensor) -> Tensor:
-    """Return bf16 bit patterns, in memory of their own if ``hidden`` is a fresh tensor."""
-    return hidden.to(torch.bfloat16).view(torch.int16)

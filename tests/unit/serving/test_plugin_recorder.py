@@ -1,4 +1,4 @@
-"""The origin of SGLang's traces names target and line as the built-in engine does."""
+"""The origin of a server's traces names target and line as the built-in engine does."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from schemas.settings import Speculator
 from schemas.speculator import checkpoint
 from schemas.speculator.day_0_draft import create_day_0_draft
 from schemas.speculator.target_fingerprint import target_fingerprint
-from serving.engines.sglang.plugin.recorder import read_origin
+from serving.engines.plugin.recorder import read_origin
 from serving.traces.chunks import Origin
 
 WIDTH = 3 * 32

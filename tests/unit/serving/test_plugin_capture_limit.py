@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from serving.engines.sglang.plugin.metrics import MIN_REQUEST_RATIO, WINDOW_S, CaptureLimit, adjust_ratio
+from serving.engines.plugin.metrics import MIN_REQUEST_RATIO, WINDOW_S, CaptureLimit, adjust_ratio
 
 
 def test_the_ratio_falls_until_the_cost_fits_the_limit() -> None:

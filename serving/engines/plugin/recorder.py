@@ -1,8 +1,8 @@
 """Recorder: turns captured steps into verify steps on its own thread, and hands them to the trace publisher.
 
-With the overlap scheduler SGLang starts a step before it has read the result of the one before, so a request may be
-decoded a little beyond its end. A verify step is published only when the server has committed its tokens; tokens beyond
-the end are cut.
+A server may start a step before it has read the result of the one before, so a request may be decoded a little beyond
+its end. A verify step is published only when the server has committed its tokens; tokens beyond the end are cut. Where
+the server does not report the end to the process that runs the steps, the recorder finds it in the output.
 """
 
 from __future__ import annotations
@@ -26,16 +26,19 @@ from schemas.speculator.target_fingerprint import target_fingerprint
 from schemas.trace.record import VerifyStep
 from serving.answers.answer_publisher import AnswerPublisher
 from serving.engines.base import Finish, Request
-from serving.engines.sglang.plugin.capture import PendingTensors, elapsed_us
-from serving.engines.sglang.plugin.metrics import CaptureLimit, PluginMetrics
-from serving.engines.sglang.plugin.verify_steps import (
+from serving.engines.plugin.capture import PendingTensors, elapsed_us
+from serving.engines.plugin.metrics import CaptureLimit, PluginMetrics
+from serving.engines.plugin.verify_steps import (
     ActiveSpeculator,
+    OutputLimit,
     PrefillOutput,
     StepTimes,
     VerifyOutput,
     build_prefill,
     build_verify_step,
     cut_at_end,
+    find_end,
+    new_tokens,
 )
 from serving.traces.chunks import Origin
 from serving.traces.publisher import TracePublisher
@@ -47,6 +50,9 @@ MAX_QUEUED_STEPS = 64
 _METRICS_INTERVAL_S = 1.0
 _LOG_INTERVAL_S = 60.0
 _CLOSE_S = 2.0
+
+Duration = tuple[Any, Any]
+"""Two stamps of ``HostTransfer``."""
 
 
 @dataclass(slots=True, eq=False)
@@ -60,6 +66,11 @@ class RecordedRequest:
     """No further step is recorded; set by the hooks."""
     uncommitted: deque[VerifyStep] = field(default_factory=deque)
     """Verify steps that the server may not have committed; used by the recorder's thread only."""
+    limit: OutputLimit | None = None
+    """What ends the request; None if the server reports the end. The recorder then fills the next two fields."""
+    output: list[int] = field(default_factory=list)
+    end: tuple[int, Finish] | None = None
+    """Tokens of prompt and answer together, and why the request ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +89,10 @@ class VerifiedRequest:
 
     recorded: RecordedRequest
     number: int
-    committed: int
-    """Tokens of the request that the server had committed before the step."""
+    speculator: ActiveSpeculator
+    """The version that drafted."""
+    committed: int | None
+    """Tokens of the request that the server had committed before the step; None: the root and all before it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +101,8 @@ class CapturedStep:
 
     members: tuple[PromptPart | VerifiedRequest, ...]
     pending: PendingTensors
-    speculator: ActiveSpeculator
-    stamps: tuple[Any, Any, Any]
-    """Start, end of drafting, end of verification."""
+    drafting: Duration
+    verification: Duration
     time_us: int
     width: int
     """F; also where features are not published."""
@@ -101,18 +113,14 @@ class RequestEnd:
     """The end of a request."""
 
     recorded: RecordedRequest
-    output: tuple[int, ...]
-    """The complete answer."""
+    output: tuple[int, ...] | None
+    """The complete answer; None for a request with a limit."""
     finish: Finish
-
-    @property
-    def total(self) -> int:
-        """Number of tokens of prompt and answer."""
-        return len(self.recorded.request.prompt) + len(self.output)
+    """Why it ended. For a request with a limit: if its output does not show that."""
 
 
 class Recorder:
-    """Takes steps from the scheduler's thread; never blocks it.
+    """Takes steps from the thread that runs them; never blocks it.
 
     Args:
         publisher: Not started yet.
@@ -205,34 +213,46 @@ class Recorder:
 
     def _process(self, item: CapturedStep | RequestEnd) -> None:
         if isinstance(item, RequestEnd):
-            recorded = item.recorded
-            self._publisher.record(recorded.request, cut_at_end(recorded.uncommitted, item.total), item.finish)
-            recorded.uncommitted.clear()
-            if self._answers is not None and item.finish in ("stop", "length"):
-                self._answers.publish(recorded.request, item.output)
+            self._publish_end(item)
             return
         arrays = {name: _to_array(tensor) for name, tensor in item.pending.wait().items()}
-        start, drafted, verified = item.stamps
-        times = StepTimes(elapsed_us(start, drafted), elapsed_us(drafted, verified), item.time_us)
+        times = StepTimes(elapsed_us(*item.drafting), elapsed_us(*item.verification), item.time_us)
         at = 0
         for row, member in enumerate(item.members):
             if isinstance(member, VerifiedRequest):
-                self._publish_committed(member)
                 output = _verify_output(arrays, row, item.width)
-                step = build_verify_step(output, member.number, item.speculator, times)
+                committed = output.position + 1 if member.committed is None else member.committed
+                self._publish_committed(member.recorded, committed)
+                step = build_verify_step(output, member.number, member.speculator, times)
             else:
                 length = len(member.tokens)
                 step = build_prefill(_prefill_output(arrays, row, slice(at, at + length), member, item.width), times)
                 at += length
-            member.recorded.uncommitted.append(step)
+            _append(member.recorded, step)
 
-    def _publish_committed(self, member: VerifiedRequest) -> None:
-        """Publish the verify steps whose tokens, the bonus token included, the server has committed."""
-        uncommitted, ready = member.recorded.uncommitted, []
-        while uncommitted and uncommitted[0].position + len(uncommitted[0].tokens) < member.committed:
+    def _publish_end(self, item: RequestEnd) -> None:
+        recorded = item.recorded
+        verify_steps, output, finish = tuple(recorded.uncommitted), item.output, item.finish
+        if output is not None:
+            verify_steps = cut_at_end(verify_steps, len(recorded.request.prompt) + len(output))
+        elif recorded.end is not None:
+            total, finish = recorded.end
+            verify_steps = cut_at_end(verify_steps, total)
+            length = total - len(recorded.request.prompt)
+            if length <= len(recorded.output):  # no step of the answer was dropped
+                output = tuple(recorded.output[:length])
+        self._publisher.record(recorded.request, verify_steps, finish)
+        recorded.uncommitted.clear()
+        if self._answers is not None and output is not None and finish in ("stop", "length"):
+            self._answers.publish(recorded.request, output)
+
+    def _publish_committed(self, recorded: RecordedRequest, committed: int) -> None:
+        """Publish the verify steps whose tokens, the bonus token included, are among the first ``committed`` ones."""
+        uncommitted, ready = recorded.uncommitted, []
+        while recorded.end is None and uncommitted and uncommitted[0].position + len(uncommitted[0].tokens) < committed:
             ready.append(uncommitted.popleft())
         if ready:
-            self._publisher.record(member.recorded.request, tuple(ready), None)
+            self._publisher.record(recorded.request, tuple(ready), None)
 
     def _export(self) -> None:
         self._metrics.update(self._publisher.counts(), self._answers.counts() if self._answers else None)
@@ -259,8 +279,8 @@ def read_origin(node: str, model: str, draft: str, width: int, fingerprint_cache
 
     Args:
         node: Name of the node.
-        model: SGLang's ``--model-path``.
-        draft: Its ``--speculative-draft-model-path``.
+        model: The server's target: a folder, or a name on the hub.
+        draft: The draft that it started with, likewise.
         width: F: values of a token's captured hidden states.
         fingerprint_cache: File with the hashes of the target's files; empty reads the whole target.
 
@@ -288,6 +308,16 @@ def _model_folder(path: str) -> Path:
         return Path(snapshot_download(path, local_files_only=True))
     except (HFValidationError, LocalEntryNotFoundError) as error:
         raise CheckpointError(f"{path}: neither a folder nor in the hub's cache") from error
+
+
+def _append(recorded: RecordedRequest, step: VerifyStep) -> None:
+    """Add a verify step, unless the request has ended before it."""
+    if recorded.end is not None:
+        return
+    recorded.uncommitted.append(step)
+    if recorded.limit is not None:
+        recorded.output += new_tokens(step)
+        recorded.end = find_end(step, recorded.limit)
 
 
 def _to_array(tensor: Tensor) -> Any:

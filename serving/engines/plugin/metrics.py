@@ -1,8 +1,8 @@
-"""Metrics of the plugin, and the limit of the time that its capture may take from SGLang.
+"""Metrics of a plugin, and the limit of the time that its capture may take from the server.
 
-SGLang exports metrics on its own ``/metrics`` (with ``--enable-metrics``) and collects them from files that each of its
-processes writes. So they are plain counters, not a collector, and they are created on first use, in the scheduler:
-SGLang sets the folder of these files only after the plugins were loaded.
+The server exports metrics on its own ``/metrics`` and collects them from files that each of its processes writes. So
+they are plain counters, not a collector, and they are created on first use, in the process that runs the steps: SGLang
+sets the folder of these files only after the plugins were loaded.
 """
 
 from __future__ import annotations
@@ -27,39 +27,44 @@ _DURATIONS_S = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
 
 
 class PluginMetrics:
-    """Counters since the start of the scheduler."""
+    """Counters since the start of the process.
 
-    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+    Args:
+        server: Middle part of the names: ``sglang`` or ``vllm``.
+        registry: For the counters.
+    """
+
+    def __init__(self, server: str, registry: CollectorRegistry = REGISTRY) -> None:
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(name, text, labels, registry=registry)
 
         def gauge(name: str, text: str, mode: Literal["livemax", "livemin"]) -> Gauge:
             return Gauge(name, text, multiprocess_mode=mode, registry=registry)
 
-        self.hook_errors = counter("aurora_sglang_hook_errors", "Hooks that failed; the server continued.", "hook")
+        self.hook_errors = counter(f"aurora_{server}_hook_errors", "Hooks that failed; the server continued.", "hook")
         self.untraced = counter(
-            "aurora_sglang_requests_untraced", "Requests that are not traced, or only in part.", "reason"
+            f"aurora_{server}_requests_untraced", "Requests that are not traced, or only in part.", "reason"
         )
         self.steps_dropped = counter(
-            "aurora_sglang_verify_steps_dropped", "Verify steps that were not recorded.", "reason"
+            f"aurora_{server}_verify_steps_dropped", "Verify steps that were not recorded.", "reason"
         )
         self.cached = counter(
-            "aurora_sglang_prompt_tokens_cached", "Prompt tokens from the prefix cache, which have no hidden states."
+            f"aurora_{server}_prompt_tokens_cached", "Prompt tokens from the prefix cache, which have no hidden states."
         )
         self.hook_duration = Histogram(
-            "aurora_sglang_hook_duration_seconds",
+            f"aurora_{server}_hook_duration_seconds",
             "Time of the hooks in a step.",
             buckets=_DURATIONS_S,
             registry=registry,
         )
         self.time_ratio = gauge(
-            "aurora_sglang_capture_time_ratio", "Share of the steps' time that the capture takes.", "livemax"
+            f"aurora_{server}_capture_time_ratio", "Share of the steps' time that the capture takes.", "livemax"
         )
         self.request_ratio = gauge(
-            "aurora_sglang_capture_request_ratio", "Share of the requests that the limit lets be traced.", "livemin"
+            f"aurora_{server}_capture_request_ratio", "Share of the requests that the limit lets be traced.", "livemin"
         )
         self.circuit_breaker_open = gauge(
-            "aurora_sglang_trace_circuit_breaker_open",
+            f"aurora_{server}_trace_circuit_breaker_open",
             "1 while the circuit breaker of the broker is not closed.",
             "livemax",
         )
@@ -118,7 +123,7 @@ class CaptureLimit:
     """Measures the time of the capture, and limits the requests that are recorded; for any thread.
 
     Args:
-        limit: Maximum share of the steps' time (``sglang.max_capture_ratio``).
+        limit: Maximum share of the steps' time (``max_capture_ratio``).
     """
 
     def __init__(self, limit: float) -> None:

@@ -1,4 +1,4 @@
-"""Trace records of SGLang's steps, built from arrays on the host. Nothing here depends on SGLang."""
+"""Trace records of a server's steps, built from arrays on the host."""
 
 from __future__ import annotations
 
@@ -11,9 +11,19 @@ import numpy as np
 import numpy.typing as npt
 
 from schemas.trace.record import ROOT, U16, VerifyStep
+from serving.engines.base import Finish
 
 Ints = npt.NDArray[np.int32]
 UNKNOWN = float("nan")
+
+
+@dataclass(frozen=True, slots=True)
+class OutputLimit:
+    """What ends a request, for a server that does not report the end to its plugin."""
+
+    total: int
+    """Maximum number of tokens of prompt and answer together."""
+    stop_ids: frozenset[int]
 
 
 class ActiveSpeculator(NamedTuple):
@@ -77,8 +87,8 @@ class PrefillOutput:
 def build_verify_step(output: VerifyOutput, number: int, speculator: ActiveSpeculator, times: StepTimes) -> VerifyStep:
     """Return the trace record of a verify step.
 
-    Nodes without a link to them are left out: with equal probabilities SGLang may keep a node without its parent, and
-    never reads it.
+    Nodes without a link to them are left out: rows of a batch may be padded, and with equal probabilities SGLang may
+    keep a node without its parent, and never reads it.
 
     Raises:
         ValueError: the links form no tree, or the accepted path does not follow them.
@@ -97,7 +107,7 @@ def build_verify_step(output: VerifyOutput, number: int, speculator: ActiveSpecu
         features=output.features[: len(path)],
         draft_tokens=tuple(output.draft_tokens[kept].tolist()),
         draft_parents=tuple(place[parents[node]] for node in kept),
-        # SGLang discards them, or has none: each token of a chain is the draft's likeliest.
+        # The servers discard them, or have none: each token of a chain is the draft's likeliest.
         draft_logprobs=(UNKNOWN,) * len(kept),
         accepted=tuple(place[node] for node in path[1:]),
         bonus=int(output.chosen[path[-1]]),
@@ -131,6 +141,25 @@ def build_prefill(output: PrefillOutput, times: StepTimes) -> VerifyStep:
         verify_us=times.verify_us,
         time_us=times.time_us,
     )
+
+
+def new_tokens(step: VerifyStep) -> tuple[int, ...]:
+    """Return the tokens of the answer that a verify step adds."""
+    if step.bonus is None:
+        return ()
+    return (*(step.tokens[1:] if step.verify_step else ()), step.bonus)
+
+
+def find_end(step: VerifyStep, limit: OutputLimit) -> tuple[int, Finish] | None:
+    """Return the number of tokens with which a request ends in a verify step, and why; None if it continues."""
+    added = new_tokens(step)
+    before = step.position + len(step.tokens) + 1 - len(added)
+    for total, token in enumerate(added, start=before + 1):
+        if token in limit.stop_ids:
+            return total, "stop"
+        if total >= limit.total:
+            return total, "length"
+    return None
 
 
 def cut_at_end(verify_steps: Iterable[VerifyStep], total: int) -> tuple[VerifyStep, ...]:

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import httpx
 import pytest
 from fake_sglang import KEY, FakeSglang, served
-from sglang_stand_in import ROOT, write_python
+from launched import Launched, answers
+from sglang_stand_in import write_python
 from tiny_target import write_tiny_target
 
-from schemas.settings import Settings, load, to_environ
+from schemas.settings import Settings, load
 from schemas.speculator import checkpoint
 from schemas.status import ServeStatus, SpeculatorStatus
-from serving.engines.sglang.node.sidecar import read_target_line
+from serving.engines.node.sidecar import read_target_line
 
 TOKEN = "turnip"
-RUN = "import sys; from schemas.settings import load; from serving.engines.sglang.node import launch; "
-RUN += "sys.exit(launch.run(load(), sys.argv[1:]))"
+MODULE = "serving.engines.sglang.node.launch"
 
 
 @pytest.fixture(scope="module")
@@ -51,33 +47,6 @@ def settings(target: Path, tmp_path: Path, free_port: Callable[[], int]) -> Sett
     return load(environ={}, flags=flags)
 
 
-class Launched:
-    """The launcher in its own process."""
-
-    def __init__(self, settings: Settings, log: Path, *flags: str) -> None:
-        self.log = log
-        self.url = f"http://127.0.0.1:{settings.serve.port}"
-        environ = {**os.environ, **to_environ(settings), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        with log.open("wb") as output:
-            command = [sys.executable, "-c", RUN, *flags]
-            self.process = subprocess.Popen(command, env=environ, stdout=output, stderr=output, cwd=log.parent)
-
-    def until(self, holds: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 60
-        while not holds():
-            assert self.process.poll() is None, self.log.read_text()
-            assert time.monotonic() < deadline, self.log.read_text()
-            time.sleep(0.05)
-
-    def ready(self) -> bool:
-        with suppress(httpx.HTTPError):
-            return httpx.get(f"{self.url}/ready").status_code == 200
-        return False
-
-    def ended(self) -> int:
-        return self.process.wait(60)
-
-
 @pytest.fixture
 def launched(
     settings: Settings, tmp_path: Path, free_port: Callable[[], int]
@@ -88,19 +57,13 @@ def launched(
     def start(*flags: str, **serve: object) -> tuple[Launched, str]:
         port = free_port()
         changed = settings.model_copy(update={"serve": settings.serve.model_copy(update=serve)})
-        started.append(Launched(changed, tmp_path / "launch.log", "--port", str(port), *flags))
+        started.append(Launched(MODULE, changed, tmp_path / "launch.log", "--port", str(port), *flags))
         return started[-1], f"http://127.0.0.1:{port}"
 
     yield start
     for one in started:
         one.process.kill()
         one.process.wait()
-
-
-def answers(url: str) -> bool:
-    with suppress(httpx.HTTPError):
-        return httpx.get(f"{url}/health").status_code == 200
-    return False
 
 
 def test_the_launcher_starts_a_server_with_the_day_0_draft_and_a_signal_ends_both(
@@ -185,7 +148,7 @@ def test_a_running_server_gets_a_sidecar_and_outlives_it(settings: Settings, tmp
     fake.draft, fake.paused, fake.open = str(folder), True, True
     with served(fake):
         url = settings.sglang.model_copy(update={"url": fake.url})
-        node = Launched(settings.model_copy(update={"sglang": url}), tmp_path / "log")
+        node = Launched(MODULE, settings.model_copy(update={"sglang": url}), tmp_path / "log")
         node.until(node.ready)
         assert not fake.paused
         assert not fake.open

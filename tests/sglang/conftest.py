@@ -9,55 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from built_in import train, verify_steps_of
+import traced_drafts
 from sglang_server import ENVIRONMENT, Server
 
 from pipeline import topics
-from schemas.settings import Settings, Speculator, load
-from schemas.speculator import checkpoint
-from schemas.speculator.day_0_draft import create_day_0_draft
-from schemas.speculator.target_fingerprint import target_fingerprint
+from schemas.settings import Settings, load
 
 Serving = Callable[..., Any]
+prompts = traced_drafts.prompts
+random_draft, trained_draft = traced_drafts.random_draft, traced_drafts.trained_draft
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _environment() -> None:
     if not (ENVIRONMENT / "stamp").exists():
         pytest.skip("SGLang's environment is missing: make test-sglang builds it and runs these tests")
-
-
-@pytest.fixture(scope="session")
-def prompts(smollm2: Path) -> list[list[int]]:
-    """Token ids of some prompts."""
-    from transformers import AutoTokenizer
-
-    tokenizer: Any = AutoTokenizer.from_pretrained(smollm2, local_files_only=True)
-    texts = ("Write a short story about a cat.", "What is the capital of France?", "Count from one to twenty.")
-    chats = [[{"role": "user", "content": text}] for text in texts]
-    return [
-        tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=False)
-        for chat in chats
-    ]
-
-
-@pytest.fixture(scope="session")
-def random_draft(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The day-0 draft as a version folder."""
-    folder = tmp_path_factory.mktemp("draft") / "version"
-    checkpoint.write_checkpoint(create_day_0_draft(smollm2, Speculator()), folder, target_fingerprint(smollm2))
-    return folder
-
-
-@pytest.fixture(scope="session")
-def trained_draft(
-    smollm2: Path, random_draft: Path, prompts: list[list[int]], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """A draft that is overfitted to the target's answers to ``prompts``, except for their ends."""
-    folder = tmp_path_factory.mktemp("trained") / "version"
-    requests = {f"learn-{number}": prompt for number, prompt in enumerate(prompts)}
-    train(smollm2, random_draft, folder, verify_steps_of(smollm2, random_draft, requests, 40, steps=1), steps=15)
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -16,12 +16,13 @@ import httpx
 import pytest
 from sglang_server import PYTHON, Server
 from stream_worker import worker
+from traced_drafts import loop_flags
 from trainer_world import RUN_PROMOTER, RUN_TRAINER, process
 
 from schemas.hash_sampling import prompt_key
 from schemas.settings import Settings, load
 from schemas.status import ServeStatus
-from serving.engines.sglang.node.sidecar import read_target_line
+from serving.engines.node.sidecar import read_target_line
 from trainer.data.held_out import is_held_out
 from trainer.release.registry import SpeculatorRegistry
 
@@ -61,40 +62,11 @@ def settings(
 ) -> Settings:
     """A line of the test's own, by a smaller draft vocabulary."""
     folder = tmp_path_factory.mktemp("loop")
-    flags = {
-        "target.path": str(smollm2),
+    flags = loop_flags(smollm2, broker, registry, folder, free_port) | {
         "speculator.draft_vocab_size": 8000,
-        "kafka.bootstrap_servers": broker,
-        "kafka.traces_topic": f"traces-{folder.name}",
-        "kafka.speculators_topic": f"speculators-{folder.name}",
-        "kafka.drift_topic": f"drift-{folder.name}",
-        "registry.tracking_uri": registry,
-        "tables.uri": str(folder / "tables"),
         "serve.engine": "sglang",
-        "serve.port": free_port(),
-        "serve.num_speculative_tokens": 3,
-        "serve.poll_interval": 0.5,
         "sglang.python": str(PYTHON),
         "sglang.draft_dir": str(folder / "sglang"),
-        "stream.port": free_port(),
-        "stream.group_id": f"group-{folder.name}",
-        "stream.data_dir": str(folder / "stream"),
-        "stream.flush_interval": 0.5,
-        "train.checkpoint_dir": str(folder / "train"),
-        "train.port": free_port(),
-        "train.learning_rate": 3e-3,
-        "train.warmup_steps": 1,
-        "train.batch_size": 3,
-        "train.replay_batch_size": 2,
-        "train.max_epochs": 60,
-        "train.held_out_ratio": 0.25,
-        "train.registration_interval": 15,
-        "train.poll_interval": 0.2,
-        "promoter.port": free_port(),
-        "promoter.poll_interval": 0.5,
-        "promoter.gate_min_samples": 1,
-        "promoter.gate_error": 0.5,
-        "promoter.watch_duration": 0,
     }
     return load(environ={}, flags=flags)
 

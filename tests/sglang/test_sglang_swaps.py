@@ -20,8 +20,9 @@ from traced_chunks import chunks_of, verify_steps_in
 from schemas.settings import Settings
 from schemas.speculator import checkpoint
 from schemas.trace.record import VerifyStep
+from serving.engines.node.server_client import ServerError
 from serving.engines.sglang.node import weights
-from serving.engines.sglang.node.client import SglangError, SglangServer
+from serving.engines.sglang.node.client import SglangServer
 from serving.engines.sglang.node.remote_engine import RemoteEngine, ServedDraft
 
 TOKENS = 40
@@ -214,7 +215,7 @@ class Breaks(Faulty):
 
     def end_update(self) -> bool:
         if self.should_fail():
-            raise SglangError("connection reset")
+            raise ServerError("connection reset")
         return super().end_update()
 
 
@@ -231,7 +232,7 @@ def test_a_failed_update_restores_the_draft_before(
     remote = Remote(server, random_draft, ServedDraft("2", drafts["2"]), link, shares_memory=True)
     remote.swap(trained_draft, "2")
     remote.link.armed = True  # type: ignore[attr-defined]
-    with pytest.raises(SglangError, match=r"version 9 is not served: .*; version 2 still serves"):
+    with pytest.raises(ServerError, match=r"version 9 is not served: .*; version 2 still serves"):
         remote.swap(random_draft, "9")
     answers = ask(server, prompts, f"after-{link.__name__}")
     assert output_ids(answers) == target_outputs

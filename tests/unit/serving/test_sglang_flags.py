@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from pydantic import SecretStr
 
 from schemas.settings import Settings, SettingsError, load
+from serving.engines.node.command_line import DraftFolder, Flags
 from serving.engines.sglang.node import flags
-from serving.engines.sglang.node.flags import DraftFolder, Flags
 
 DRAFT = DraftFolder(Path("/drafts/node-0"), "7")
 
@@ -98,17 +98,17 @@ def test_an_algorithm_contradicts_a_node_without_speculation() -> None:
     ],
 )
 def test_the_url_follows_from_the_flags(given: list[str], url: str) -> None:
-    assert Flags(tuple(given)).url == url
+    assert Flags(tuple(given)).url(flags.PORT) == url
 
 
 def test_the_key_of_the_settings_is_added_unless_the_flags_have_one() -> None:
     secret = settings_of(sglang__api_key="s")
     assert added([], secret).value("--admin-api-key") == "s"
-    assert Flags(()).key(secret) == SecretStr("s")
+    assert flags.key_of(Flags(()), secret) == SecretStr("s")
     given = ["--api-key", "users"]
     assert not added(given, secret).has("--admin-api-key")
-    assert Flags(tuple(given)).key(secret) == SecretStr("users")
-    assert Flags((*given, "--admin-api-key", "admins")).key(secret) == SecretStr("admins")
+    assert flags.key_of(Flags(tuple(given)), secret) == SecretStr("users")
+    assert flags.key_of(Flags((*given, "--admin-api-key", "admins")), secret) == SecretStr("admins")
 
 
 @given(st.lists(st.sampled_from(["--a", "--b=1", "--b", "2", "--c", ""])))

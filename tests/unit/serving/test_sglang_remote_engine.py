@@ -14,8 +14,9 @@ from schemas.settings import Settings
 from schemas.speculator.checkpoint import CheckpointError
 from schemas.speculator.network import EagleDraft, random_draft
 from serving.engines.base import SpeculationFixedError
+from serving.engines.node.server_client import ServerError
 from serving.engines.sglang.node import remote_engine, weights
-from serving.engines.sglang.node.client import SglangError, SglangServer
+from serving.engines.sglang.node.client import SglangServer
 from serving.engines.sglang.node.remote_engine import RemoteEngine, ServedDraft
 from serving.versions.poller import VersionPoller
 
@@ -103,7 +104,7 @@ def test_without_shared_memory_weights_are_sent_by_http(fake: FakeSglang, monkey
 def test_after_a_failed_update_weights_are_sent_by_http(fake: FakeSglang) -> None:
     engine = engine_of(fake, shares_memory=True)
     fake.faults = {"/begin_weight_update": [BROKEN]}
-    with pytest.raises(SglangError, match="version 1 still serves"):
+    with pytest.raises(ServerError, match="version 1 still serves"):
         engine.swap(DRAFTS["2"], "2")
     engine.swap(DRAFTS["2"], "2")
     assert serves(fake, "2")
@@ -116,7 +117,7 @@ def test_a_failed_call_restores_the_version_before(fake: FakeSglang, path: str, 
     engine = engine_of(fake)
     before = [] if path != "/weights_checker" else [(200, {"ranks": [{"checksums": fake.checksums()}]})]
     fake.faults = {path: [*before, fault]}  # type: ignore[list-item]
-    with pytest.raises(SglangError, match=r"version 2 is not served: .*; version 1 still serves") as failed:
+    with pytest.raises(ServerError, match=r"version 2 is not served: .*; version 1 still serves") as failed:
         engine.swap(DRAFTS["2"], "2")
     assert serves(fake, "1")
     health = engine.health()
@@ -129,7 +130,7 @@ def test_a_failed_call_restores_the_version_before(fake: FakeSglang, path: str, 
 def test_weights_that_did_not_arrive_are_detected_and_rolled_back(fake: FakeSglang) -> None:
     engine = engine_of(fake)
     fake.spoiled = {"midlayer.mlp.up_proj.weight"}
-    with pytest.raises(SglangError, match=r"than were sent: .*gate_up_proj.weight; version 1 still serves"):
+    with pytest.raises(ServerError, match=r"than were sent: .*gate_up_proj.weight; version 1 still serves"):
         engine.swap(DRAFTS["2"], "2")
     assert serves(fake, "1")
 
@@ -137,15 +138,15 @@ def test_weights_that_did_not_arrive_are_detected_and_rolled_back(fake: FakeSgla
 def test_a_failed_rollback_is_reported_and_requests_resume(fake: FakeSglang) -> None:
     engine = engine_of(fake)
     fake.faults = {"/update_weights_from_tensor": [None, BROKEN]}
-    with pytest.raises(SglangError, match=r"the version before could not be restored: .*it broke"):
+    with pytest.raises(ServerError, match=r"the version before could not be restored: .*it broke"):
         engine.swap(DRAFTS["2"], "2")
     assert not fake.paused
     unknown = engine_of(fake, served=None)
     fake.faults = {"/weights_checker": [BROKEN]}
-    with pytest.raises(SglangError, match="it broke"):
+    with pytest.raises(ServerError, match="it broke"):
         unknown.swap(DRAFTS["3"], "3")
     fake.faults = {"/begin_weight_update": [BROKEN]}
-    with pytest.raises(SglangError, match="it is not known which draft serves now"):
+    with pytest.raises(ServerError, match="it is not known which draft serves now"):
         unknown.swap(DRAFTS["3"], "3")
     assert not fake.paused
 
@@ -154,7 +155,7 @@ def test_requests_left_paused_resume_with_the_next_swap(fake: FakeSglang, monkey
     monkeypatch.setattr(remote_engine, "_RETRY_S", 0.0)
     engine = engine_of(fake)
     fake.faults = {"/continue_generation": [BROKEN] * 3}
-    with pytest.raises(SglangError, match="continue_generation"):
+    with pytest.raises(ServerError, match="continue_generation"):
         engine.swap(DRAFTS["2"], "2")
     assert fake.paused
     engine.swap(DRAFTS["2"], "2")
@@ -171,27 +172,27 @@ def test_a_starting_node_repairs_an_interrupted_swap(fake: FakeSglang, open_: bo
 
 
 def test_a_wrong_key_is_reported_with_the_name_of_the_setting(fake: FakeSglang) -> None:
-    with pytest.raises(SglangError, match=r"sglang\.api_key"):
+    with pytest.raises(ServerError, match=r"sglang\.api_key"):
         server_of(fake, key="open").info()
 
 
 def test_an_unreachable_server_is_reported_with_its_address() -> None:
     server = SglangServer("http://127.0.0.1:1", SecretStr(""), timeout_s=5)
     assert not server.is_healthy()
-    with pytest.raises(SglangError, match=r"http://127\.0\.0\.1:1/server_info"):
+    with pytest.raises(ServerError, match=r"http://127\.0\.0\.1:1/server_info"):
         server.info()
 
 
 def test_a_server_with_several_replicas_is_rejected(fake: FakeSglang) -> None:
     fake.replicas = 2
-    with pytest.raises(SglangError, match="--dp-size 1"):
+    with pytest.raises(ServerError, match="--dp-size 1"):
         engine_of(fake)
 
 
 def test_invalid_responses_are_reported(fake: FakeSglang) -> None:
     fake.faults = {"/model_info": [(200, "<html>"), (200, [1])]}
     for message in ("no JSON", "no object"):
-        with pytest.raises(SglangError, match=message):
+        with pytest.raises(ServerError, match=message):
             server_of(fake).info()
 
 
@@ -206,9 +207,9 @@ def test_health_counts_the_ended_requests(fake: FakeSglang) -> None:
         103,
     )
     assert (engine.finished, engine.failed) == (3, 0)
-    rows = engine.watch.counts()
+    rows = engine.counts()
     assert (rows.captured, rows.published, rows.rows_dropped, rows.pending) == (50, 40, 7, 3)
-    assert engine.watch.circuit_breaker == "open"
+    assert engine.circuit_breaker == "open"
 
 
 def test_speculation_cannot_be_switched_off(fake: FakeSglang) -> None:

@@ -12,9 +12,11 @@ from tiny_target import write_tiny_target
 
 from schemas.settings import Settings, SettingsError, load
 from schemas.speculator import checkpoint
+from serving.engines.node.server_client import ServerError
+from serving.engines.node.sidecar import read_target_line, write_first_draft
 from serving.engines.sglang.node import launch
-from serving.engines.sglang.node.client import SglangError, SglangServer
-from serving.engines.sglang.node.sidecar import read_served_draft, read_target_line, write_first_draft
+from serving.engines.sglang.node.client import SglangServer
+from serving.engines.sglang.node.launch import read_served_draft
 from serving.versions.alias_policy import RegistryAnswer
 from serving.versions.cache import RegistryError
 
@@ -45,13 +47,13 @@ def test_a_server_with_a_draft_of_another_line_is_not_supported(settings: Settin
     with served(fake):
         server = SglangServer(fake.url, settings.sglang.api_key, 5)
         fake.draft = str(tmp_path / "served")
-        with pytest.raises(SglangError, match=f"line {other.name}.*give {line.name}"):
+        with pytest.raises(ServerError, match=f"line {other.name}.*give {line.name}"):
             read_served_draft(server, line)
         fake.draft = str(tmp_path)
-        with pytest.raises(SglangError, match="no version of Aurora"):
+        with pytest.raises(ServerError, match="no version of Aurora"):
             read_served_draft(server, line)
         fake.release = "0.6.0"
-        with pytest.raises(SglangError, match=r"SGLang 0\.6\.0 is not supported; supported: 0\.5\.21"):
+        with pytest.raises(ServerError, match=r"SGLang 0\.6\.0 is not supported; supported: 0\.5\.21"):
             read_served_draft(server, line)
 
 
@@ -79,16 +81,17 @@ def test_a_server_starts_with_the_version_that_the_alias_names(settings: Setting
     seeded = settings.speculator.model_copy(update={"seed": 3})
     learned = read_target_line(settings.model_copy(update={"speculator": seeded})).day_0_draft
     checkpoint.write_checkpoint(learned, tmp_path / "learned", line.target)
-    folder, served = write_first_draft(settings, line, _Registry(tmp_path / "learned"))
-    assert (folder.version, served.version) == ("5", "5")
+    draft_dir = settings.sglang.draft_dir
+    folder, draft = write_first_draft(settings, line, _Registry(tmp_path / "learned"), draft_dir)
+    assert (folder.version, draft.fc.weight.equal(learned.fc.weight.bfloat16().float())) == ("5", True)
     assert checkpoint.read_checkpoint(folder.folder, line.name).fc.weight.equal(learned.fc.weight.bfloat16().float())
-    again, _ = write_first_draft(settings, line, _Registry(None))
+    again, _ = write_first_draft(settings, line, _Registry(None), draft_dir)
     assert (again.folder, again.version) == (folder.folder, "day-0-head-0")
     assert checkpoint.read_checkpoint(again.folder, line.name).fc.weight.equal(
         line.day_0_draft.fc.weight.bfloat16().float()
     )
     (tmp_path / "learned" / "extra").touch()
-    defective, _ = write_first_draft(settings, line, _Registry(tmp_path / "learned"))
+    defective, _ = write_first_draft(settings, line, _Registry(tmp_path / "learned"), draft_dir)
     assert defective.version == "day-0-head-0"
 
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 from pydantic import SecretStr
 
 from schemas.settings import Settings, SettingsError
+from serving.engines.node.command_line import DraftFolder, Flags
 
 PORT = 30000
 """SGLang's own default."""
-_WILDCARDS = ("0.0.0.0", "::", "[::]")  # noqa: S104 - compared with, never bound
 
 _NODE_FLAGS = {
     "--speculative-draft-model-path": "the node writes the draft that SGLang starts with",
@@ -24,56 +22,20 @@ _NODE_FLAGS = {
 _ALGORITHM = "EAGLE3"
 
 
-@dataclass(frozen=True, slots=True)
-class Flags:
-    """The user's flags, as ``--name value`` or ``--name=value``."""
-
-    given: tuple[str, ...]
-
-    def has(self, *names: str) -> bool:
-        """Return whether one of the names is among the flags."""
-        return any(flag.partition("=")[0] in names for flag in self.given)
-
-    def value(self, *names: str) -> str | None:
-        """Return the value of the last flag with one of the names; None without one."""
-        found = None
-        for flag, after in pairwise([*self.given, ""]):
-            name, equals, value = flag.partition("=")
-            if name in names:
-                found = value if equals else after
-        return found
-
-    @property
-    def is_single_machine(self) -> bool:
-        """Whether one machine runs the whole server."""
-        return int(self.value("--nnodes") or 1) == 1
-
-    @property
-    def node_rank(self) -> int:
-        """Rank of this machine among the machines of one server; requests go to the first."""
-        return int(self.value("--node-rank") or 0)
-
-    @property
-    def url(self) -> str:
-        """Address of the server, from this machine."""
-        host = self.value("--host") or "127.0.0.1"
-        if host in _WILDCARDS:
-            host = "127.0.0.1"
-        scheme = "https" if self.has("--ssl-certfile") else "http"
-        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{self.value('--port') or PORT}"
-
-    def key(self, settings: Settings) -> SecretStr:
-        """Return the key that the server requires for weight updates."""
-        given = self.value("--admin-api-key") or self.value("--api-key")
-        return settings.sglang.api_key if given is None else SecretStr(given)
+def is_single_machine(flags: Flags) -> bool:
+    """Return whether one machine runs the whole server."""
+    return int(flags.value("--nnodes") or 1) == 1
 
 
-@dataclass(frozen=True, slots=True)
-class DraftFolder:
-    """The draft that SGLang starts with."""
+def node_rank(flags: Flags) -> int:
+    """Return the rank of this machine among the machines of one server; requests go to the first."""
+    return int(flags.value("--node-rank") or 0)
 
-    folder: Path
-    version: str
+
+def key_of(flags: Flags, settings: Settings) -> SecretStr:
+    """Return the key that the server requires for weight updates."""
+    given = flags.value("--admin-api-key") or flags.value("--api-key")
+    return settings.sglang.api_key if given is None else SecretStr(given)
 
 
 def check(flags: Flags, settings: Settings) -> None:

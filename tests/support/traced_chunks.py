@@ -15,10 +15,10 @@ from schemas.trace.record import Chunk, VerifyStep
 
 
 def chunks_of(kafka: Kafka, request: str, timeout_s: float = 20) -> list[Chunk]:
-    """Return all chunks of a request once its last one is in the topic."""
+    """Return all chunks of a request, named by its id or by a label of its own, once its last one is in the topic."""
     deadline = time.monotonic() + timeout_s
     while True:
-        found = [chunk for chunk in every_chunk(kafka) if chunk.envelope.request == request]
+        found = [chunk for chunk in every_chunk(kafka) if request in (chunk.envelope.request, chunk.envelope.label)]
         if any(chunk.envelope.last for chunk in found):
             return sorted(found, key=lambda chunk: chunk.envelope.chunk)
         assert time.monotonic() < deadline, f"no last chunk of {request}"

@@ -1,4 +1,4 @@
-"""Sidecar of SGLang's server: its first draft, the version poller, and the operator's endpoints of a node."""
+"""Sidecar of a server: its first draft, the version poller, and the operator's endpoints of a node."""
 
 from __future__ import annotations
 
@@ -17,11 +17,9 @@ from schemas.speculator.checkpoint import CheckpointError
 from schemas.speculator.day_0_draft import SpeculatorLine, read_line
 from schemas.speculator.network import EagleDraft
 from schemas.telemetry.metrics import register_process_metrics
-from serving.engines.sglang.node.client import SglangError, SglangServer
-from serving.engines.sglang.node.flags import DraftFolder
-from serving.engines.sglang.node.remote_engine import RemoteEngine, ServedDraft
-from serving.engines.sglang.node.weights import compare_checksums, draft_tensors
-from serving.engines.sglang.plugin import compatibility
+from serving.engines.node.command_line import DraftFolder
+from serving.engines.node.server_client import ServerClient, ServerError
+from serving.engines.node.server_engine import ServerEngine
 from serving.http import admin, status, webhook
 from serving.http.server import BackgroundServer, Drain, bind
 from serving.versions.alias_policy import FollowedAliases, apply_answer
@@ -47,46 +45,23 @@ def read_target_line(settings: Settings) -> SpeculatorLine:
 
 
 def write_first_draft(
-    settings: Settings, line: SpeculatorLine, registry: MlflowRegistry
-) -> tuple[DraftFolder, ServedDraft]:
-    """Write the draft that SGLang starts with: the version that the alias names, or the day-0 draft.
+    settings: Settings, line: SpeculatorLine, registry: MlflowRegistry, draft_dir: str
+) -> tuple[DraftFolder, EagleDraft]:
+    """Write the draft that a server starts with: the version that the alias names, or the day-0 draft.
 
     Raises:
-        SettingsError: it cannot be written.
+        SettingsError: it cannot be written below ``draft_dir``, a setting of the engine's section.
     """
     version, draft = _read_alias(settings, line, registry) or (settings.speculator.day_0, line.day_0_draft)
     # One folder per node: a server that starts again must not find older versions.
-    folder = Path(settings.sglang.draft_dir).absolute() / settings.serve.node
+    folder = Path(draft_dir).absolute() / settings.serve.node
     try:
         shutil.rmtree(folder, ignore_errors=True)
         checkpoint.write_checkpoint(draft, folder, line.target)
     except OSError as error:
-        raise SettingsError(f"sglang.draft_dir: the draft cannot be written: {error}") from error
+        raise SettingsError(f"draft_dir {draft_dir}: the draft cannot be written: {error}") from error
     log.info("first_draft_written", version=version, line=line.name, folder=str(folder))
-    return DraftFolder(folder, version), ServedDraft(version, draft_tensors(draft))
-
-
-def read_served_draft(server: SglangServer, line: SpeculatorLine) -> ServedDraft | None:
-    """Return the draft of a running server, if it is still the one that the server started with.
-
-    Raises:
-        SglangError: the server is unreachable, or its draft is of another line: it must never get weights of this one.
-    """
-    info = server.info()
-    if info.version not in compatibility.VERSIONS:
-        supported = ", ".join(compatibility.VERSIONS)
-        raise SglangError(f"{server.url}: SGLang {info.version} is not supported; supported: {supported}")
-    folder = Path(info.draft or "")
-    try:
-        served_line = checkpoint.read_manifest(folder).line
-        if served_line != line.name:
-            message = f"drafts for line {served_line}; target.path and [speculator] give {line.name}"
-            raise SglangError(f"{server.url}: {message}")
-        served = ServedDraft(info.weight_version, draft_tensors(checkpoint.read_checkpoint(folder, line.name)))
-    except CheckpointError as error:
-        message = f"--speculative-draft-model-path is no version of Aurora: {error}"
-        raise SglangError(f"{server.url}: {message}") from error
-    return None if compare_checksums(server.checksums(), served.checksums).names else served
+    return DraftFolder(folder, version), draft
 
 
 class Sidecar:
@@ -97,7 +72,7 @@ class Sidecar:
     """
 
     def __init__(
-        self, settings: Settings, server: SglangServer, engine: RemoteEngine, registry: MlflowRegistry
+        self, settings: Settings, server: ServerClient, engine: ServerEngine, registry: MlflowRegistry
     ) -> None:
         serve = settings.serve
         self._server, self._engine, self._stack = server, engine, ExitStack()
@@ -109,7 +84,7 @@ class Sidecar:
         self.drain = Drain()
         app, metrics = admin.create_app(serve), CollectorRegistry()
         register_process_metrics(metrics)
-        reports = status.Reports(engine.watch, self._poller)
+        reports = status.Reports(engine, self._poller)
         status.add_routes(app, serve.node, engine, engine, metrics, reports, self.drain)
         webhook.add_route(app, serve.webhook_secret, engine.line, self._poller)
         admin_app = admin.create_app(serve) if serve.admin_port else app
@@ -137,16 +112,16 @@ class Sidecar:
                 continue
             try:
                 self._engine.start()
-            except SglangError as error:
+            except ServerError as error:
                 # The server serves in any case. The start is retried, and each reason logged once.
                 if str(error) != why:
-                    log.warning("sglang_engine_start_failed", why=str(error))
+                    log.warning("server_engine_start_failed", why=str(error))
                 why = str(error)
                 continue
             if self._poller:
                 self._poller.start()
                 self._is_polling = True
-            log.info("sglang_ready")
+            log.info("server_ready")
             return
 
 

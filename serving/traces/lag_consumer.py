@@ -1,35 +1,30 @@
 """Follows the lag of the trainer on its topic: the share of the requests that a node publishes.
 
-A thread of its own reads new events only, without a consumer group. An event holds until the next one, at most for its
-validity. Without events, which is also the case without a broker, a trainer or the topic, the node publishes all.
+An event holds until the next one, at most for its validity. Without events, which is also the case without a broker, a
+trainer or the topic, the node publishes all.
 """
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import structlog
-from confluent_kafka import OFFSET_END, Consumer, KafkaError, KafkaException, TopicPartition
+from confluent_kafka import Message
 from pydantic import ValidationError
 
 from schemas.events import TrainerLag
-from schemas.settings import Kafka, SettingsError
+from schemas.settings import Kafka
+from serving.topic_reader import TopicReader
 
 log = structlog.get_logger()
 
 MAX_VALID_S = 600.0
 """Longest validity of an event, whatever it says."""
-_POLL_S = 0.5
-_REQUEST_S = 5.0
-_RETRY_S = 5.0
-_HARMLESS = (KafkaError._PARTITION_EOF, KafkaError.GROUP_AUTHORIZATION_FAILED)
-"""Errors that stop no record, as in ``AnswerConsumer``."""
 
 
 class LagConsumer:
-    """Reads the lag events of a line.
+    """Reads the lag events of a line; events from before the start are not read.
 
     Args:
         kafka: Broker and topic.
@@ -47,25 +42,10 @@ class LagConsumer:
         elapsed: Callable[[], float] = time.monotonic,
     ) -> None:
         self._topic, self._clock, self._elapsed = kafka.lag_topic, clock, elapsed
-        options = {
-            "bootstrap.servers": kafka.bootstrap_servers,
-            "group.id": "aurora-lag",  # the client demands one; no group is joined, and no offset is committed
-            "enable.auto.commit": False,
-            "auto.offset.reset": "latest",
-            "allow.auto.create.topics": False,
-            "reconnect.backoff.max.ms": 2000,
-            "log_level": 0,
-        }
-        try:
-            self._consumer = Consumer({**kafka.client_options, **options})
-        except (KafkaException, ValueError) as error:
-            raise SettingsError(f"kafka.bootstrap_servers or kafka.client_options: {error}") from error
+        self._reader = TopicReader(kafka, self._topic, "lag", self._take_all)
         self._line = ""
         self._held: tuple[float, float] = (1.0, 0.0)
         """Share of the last event, and the time until which it holds."""
-        self._error: str | None = None
-        self._ending = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="trainer-lag", daemon=True)
 
     @property
     def share(self) -> float:
@@ -76,13 +56,11 @@ class LagConsumer:
     def start(self, line: str) -> None:
         """Start to read the events of a line."""
         self._line = line
-        self._thread.start()
+        self._reader.start()
 
     def stop(self) -> None:
-        """Stop; wait for the thread, unless the broker does not answer."""
-        self._ending.set()
-        if self._thread.is_alive():
-            self._thread.join(2 * _POLL_S)
+        """Stop to read."""
+        self._reader.stop()
 
     def take(self, value: bytes) -> None:
         """Follow an event, unless it is unknown, of another line, or older than its validity."""
@@ -97,41 +75,6 @@ class LagConsumer:
             log.info("trace_share_changed", share=event.share, trainer_lag_s=event.lag_s)
         self._held = event.share, self._elapsed() + min(event.valid_s, MAX_VALID_S)
 
-    def _run(self) -> None:
-        while not self._ending.is_set():
-            try:
-                self._read()
-            except KafkaException as error:
-                self._report(error.args[0].str())
-                self._ending.wait(_RETRY_S)
-            except Exception:
-                # An unforeseen error must not end this thread: the node would follow no event again.
-                log.exception("lag_consumer_failed")
-                self._ending.wait(_RETRY_S)
-        self._consumer.close()
-
-    def _read(self) -> None:
-        """Read until the end, from the end of the topic on.
-
-        Raises:
-            KafkaException: the broker or the topic is unreachable.
-        """
-        found = self._consumer.list_topics(self._topic, timeout=_REQUEST_S).topics[self._topic]
-        if found.error is not None:
-            raise KafkaException(found.error)
-        self._consumer.assign([TopicPartition(self._topic, partition, OFFSET_END) for partition in found.partitions])
-        self._error = None
-        while not self._ending.is_set():
-            message = self._consumer.poll(_POLL_S)
-            if message is None:
-                continue
-            if (error := message.error()) is None:
-                self.take(message.value() or b"")
-            elif error.code() not in _HARMLESS:
-                raise KafkaException(error)
-
-    def _report(self, error: str) -> None:
-        """Log why no events arrive when it changes."""
-        if error != self._error:
-            log.info("lag_topic_unreachable", topic=self._topic, error=error)
-        self._error = error
+    def _take_all(self, records: Sequence[Message]) -> None:
+        for record in records:
+            self.take(record.value() or b"")

@@ -14,7 +14,6 @@ from serving_node import eventually
 
 from schemas.events import TrainerLag
 from schemas.settings import Kafka
-from serving.traces import lag_consumer
 from serving.traces.lag_consumer import LagConsumer
 from trainer.loop.lag_events import LagEvents
 from trainer.loop.metrics import TrainMetrics
@@ -73,10 +72,9 @@ def test_a_node_follows_the_trainer_down_and_up_again(kafka: Kafka) -> None:
         eventually(lambda: node.share == 1.0, WITHIN_S)
 
 
-def test_a_node_finds_a_topic_that_is_created_later(kafka: Kafka, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lag_consumer, "_RETRY_S", 0.2)
+def test_a_node_finds_a_topic_that_is_created_later(kafka: Kafka) -> None:
     with node_of(kafka) as node:
-        eventually(lambda: node._error is not None, WITHIN_S)
+        eventually(lambda: node._reader.error is not None, WITHIN_S)
         assert node.share == 1
         create_topic(kafka)
         ask_until(trainer_of(kafka), node, 0.5)

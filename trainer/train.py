@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -112,9 +112,9 @@ class Trainer:
         registry = SpeculatorRegistry(settings.registry)
         self._evaluator = HeldOutEvaluator(settings, target, registry)
         self._lineage = TrainingLineage()
-        # On its own thread it shares neither client nor scores.
-        own = SpeculatorRegistry(settings.registry)
-        registrar = Registrar(settings, target, own, HeldOutEvaluator(settings, target, own))
+        # It runs on its own thread, but shares the scores of the champion: beside training, scoring takes ten times as
+        # long there.
+        registrar = Registrar(settings, target, SpeculatorRegistry(settings.registry), self._evaluator)
         self._registrations = RegistrationQueue(registrar, target.line, self._lineage, self._errors, self._metrics)
         self._load_initial_draft = partial(load_initial_draft, settings, target, registry)
         self._checkpoints = Checkpoints(Path(train.checkpoint_dir) / target.line, TrainState)
@@ -296,7 +296,7 @@ class Trainer:
         if judgement.good:
             self._checkpoint(good=True)
 
-    def _judge(self, score: HeldOutScore, samples: Sequence[Sample]) -> Judgement:
+    def _judge(self, score: HeldOutScore, samples: Mapping[Sample, float]) -> Judgement:
         if not self._settings.divergence_threshold:
             return Judgement(None, good=False)
         champion = None

@@ -409,7 +409,8 @@ class Train(Section):
     held_out_ratio: float = Field(0.15, gt=0, lt=1)
     """Ratio of prompts that are drawn for the held-out set, on which the offline gate evaluates versions."""
     held_out_samples: int = Field(32, ge=1)
-    """Maximum samples in the held-out set. Labels share it equally, and samples that leave it are trained on."""
+    """Maximum samples in the held-out set, which labels share equally. In the gate a label weighs what it has of the
+    newest samples, four times as many. Samples that leave the set are trained on."""
     divergence_threshold: float = Field(0.5, ge=0, lt=1)
     """The divergence guard restores the last good checkpoint when, on the same held-out set, the accepted tokens per
     step fall below this ratio of the champion's, or the loss exceeds the champion's divided by it; 0 disables the

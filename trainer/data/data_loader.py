@@ -73,10 +73,11 @@ class DataLoaderState(BaseModel):
     waiting: list[SampleKey]
     replay_buffer: list[tuple[SampleKey, int]]
     """With the epochs of each."""
-    held_out: list[tuple[SampleKey, int]]
-    """With the number of samples that were drawn since the prompt of each was seen."""
+    held_out: list[SampleKey]
     left_held_out: list[str]
     """Keys of the prompts that left the held-out set."""
+    recent_labels: list[str | None]
+    """Of the newest samples of all traffic."""
     open_requests: list[ChunksKey]
     """Chunks of requests whose last chunk is not read yet."""
     newest_drafted_by: int = 0
@@ -99,8 +100,9 @@ class Snapshot:
     reached: Mapping[PartitionKey, int]
     waiting: tuple[TableEntry, ...]
     replay_buffer: tuple[tuple[TableEntry, int], ...]
-    held_out: tuple[tuple[TableEntry, int], ...]
+    held_out: tuple[TableEntry, ...]
     left_held_out: tuple[str, ...]
+    recent_labels: tuple[str | None, ...]
     open_requests: tuple[tuple[ChunksKey, tuple[int, int]], ...]
     newest_drafted_by: int
     random: RandomState
@@ -115,7 +117,7 @@ class Snapshot:
 
     def state(self) -> DataLoaderState:
         """Return the position, ready to be written."""
-        entries = [*self.waiting, *(entry for entry, _ in (*self.replay_buffer, *self.held_out))]
+        entries = [*self.waiting, *(entry for entry, _ in self.replay_buffer), *self.held_out]
         after = [*(entry.after for entry in entries), *(after for _, after in self.open_requests)]
         return DataLoaderState(
             cursor=self.cursor,
@@ -125,8 +127,9 @@ class Snapshot:
             reached=[(*source, offset) for source, offset in self.reached.items()],
             waiting=[e.key for e in self.waiting],
             replay_buffer=[(e.key, epochs) for e, epochs in self.replay_buffer],
-            held_out=[(e.key, age) for e, age in self.held_out],
+            held_out=[e.key for e in self.held_out],
             left_held_out=list(self.left_held_out),
+            recent_labels=list(self.recent_labels),
             open_requests=[key for key, _ in self.open_requests],
             newest_drafted_by=self.newest_drafted_by,
             random=self.random,
@@ -192,9 +195,10 @@ class DataLoader:
         return len(self._waiting)
 
     @property
-    def held_out(self) -> list[Sample]:
-        """The samples of the held-out set."""
-        return [self._with_features(entry) for entry in self._held_out]
+    def held_out(self) -> dict[Sample, float]:
+        """The samples of the held-out set, each with its weight."""
+        weights = self._held_out.weights
+        return {self._with_features(entry): weights[entry.sample.label] for entry in self._held_out}
 
     @property
     def tables_read(self) -> dict[str, int]:
@@ -248,8 +252,9 @@ class DataLoader:
             reached=dict(self._reader.reached),
             waiting=tuple(self._waiting),
             replay_buffer=tuple((entry, entry.epochs) for entry in self._replay_buffer),
-            held_out=self._held_out.ages,
+            held_out=tuple(self._held_out),
             left_held_out=self._held_out.left,
+            recent_labels=self._held_out.recent_labels,
             open_requests=self._reader.open_requests,
             newest_drafted_by=self._reader.newest_drafted_by,
             random=self._random.getstate(),
@@ -264,8 +269,8 @@ class DataLoader:
         self._replay_buffer.clear()
         self._files.clear()
         self._reader.seek(state.reread_after, state.reread_rejected_after, state.reached)
-        epochs, ages = dict(state.replay_buffer), dict(state.held_out)
-        needed = {*state.waiting, *epochs, *ages}
+        epochs = dict(state.replay_buffer)
+        needed = {*state.waiting, *epochs, *state.held_out}
         returned = dict.fromkeys(key[:4] for key in needed)
         entries: dict[SampleKey, TableEntry] = {}
         replay_bytes = 0
@@ -289,8 +294,7 @@ class DataLoader:
         for entry in find("replay_buffer", epochs):
             self._replay_buffer.add(entry)
         self._limit_replay_buffer()
-        held_out = [(entry, ages[entry.key]) for entry in find("held_out", ages)]
-        self._held_out.restore(held_out, state.left_held_out)
+        self._held_out.restore(find("held_out", state.held_out), state.left_held_out, state.recent_labels)
         self._reader.newest_drafted_by = state.newest_drafted_by
         self._random.setstate(state.random)
 
@@ -408,8 +412,8 @@ class Prefetcher(Generic[BatchT]):
         self._chosen_at: Snapshot | None = None
 
     @property
-    def held_out(self) -> list[Sample]:
-        """The samples of the held-out set."""
+    def held_out(self) -> dict[Sample, float]:
+        """The samples of the held-out set, each with its weight."""
         return self._call(lambda: self._loader.held_out)
 
     @property

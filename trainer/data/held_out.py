@@ -7,8 +7,11 @@ training data at once.
 The set is stratified by label. When it is full, the label with the most prompts gives way: the one of them that was
 seen longest ago leaves. (Among the queues of a shared buffer this is "longest queue drop": Wei, Coyle and Hsiao, "An
 optimal buffer management policy for high-performance packet switching", 1991.) So a frequent label does not push out a
-rare one: a label with fewer prompts than the others loses none. A label that traffic does not contain any more leaves
-with time: a prompt stays while ``MAX_AGE`` times as many samples are drawn as the set can hold.
+rare one: a label with fewer prompts than the others loses none.
+
+Versions are compared on what traffic contains at present. A label's samples therefore weigh as much as the label has of
+the newest ``RECENT`` samples of all traffic (post-stratification: Cochran, "Sampling Techniques", 1977, section 5A.9),
+and a label that these do not contain leaves the set.
 
 The set depends on the order of the samples alone, not on the progress of the training.
 """
@@ -17,13 +20,12 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 
 from schemas.hash_sampling import hash_ratio
 from trainer.data.table_reader import TableEntry
 
-MAX_AGE = 4
-"""Times the set's capacity: drawn samples after which a prompt leaves that does not return."""
+RECENT = 4
+"""Times the set's capacity: newest samples, held out or not, that show which share of traffic a label has."""
 PROMPTS_REMEMBERED = 1 << 16
 """Prompts that left the set and are not held out again; far more than a replay buffer has samples."""
 
@@ -36,20 +38,6 @@ def is_held_out(prompt_key: str, ratio: float) -> bool:
         ratio: Share of the prompts that are drawn.
     """
     return hash_ratio(prompt_key) < ratio
-
-
-@dataclass(slots=True)
-class _Prompt:
-    """A prompt in the set."""
-
-    samples: deque[TableEntry] = field(default_factory=deque)
-    """The newest ones, oldest first."""
-    seen: int = 0
-    """Number of drawn samples when the newest of them was added."""
-
-    @property
-    def label(self) -> str | None:
-        return self.samples[-1].sample.label
 
 
 class HeldOutSet:
@@ -70,20 +58,27 @@ class HeldOutSet:
         self._capacity = capacity
         self._samples_per_prompt = max(1, capacity // 8)
         self._counts = counts
-        self._drawn = 0
-        self._prompts: dict[str, _Prompt] = {}
-        """By prompt key, the one that was seen longest ago first."""
+        self._prompts: dict[str, deque[TableEntry]] = {}
+        """Samples by prompt key, the prompt that was seen longest ago first; its oldest sample first."""
+        self._recent: deque[str | None] = deque(maxlen=RECENT * capacity)
+        """Labels of the newest samples of all traffic, the oldest one first."""
         self._left: dict[str, None] = {}
         """Keys of the prompts that left, the one that was seen longest ago first."""
         counts.update({"samples_left_held_out": 0, "samples_skipped_held_out": 0})
 
     def __iter__(self) -> Iterator[TableEntry]:
-        return (entry for prompt in self._prompts.values() for entry in prompt.samples)
+        return (entry for samples in self._prompts.values() for entry in samples)
 
     @property
-    def ages(self) -> tuple[tuple[TableEntry, int], ...]:
-        """The samples, each with the number of samples that were drawn since its prompt was seen."""
-        return tuple((entry, self._drawn - one.seen) for one in self._prompts.values() for entry in one.samples)
+    def weights(self) -> dict[str | None, float]:
+        """By label, the share of its samples in recent traffic relative to their share in the set."""
+        held, recent = Counter(entry.sample.label for entry in self), Counter(self._recent)
+        return {label: recent[label] / recent.total() / (held[label] / held.total()) for label in held}
+
+    @property
+    def recent_labels(self) -> tuple[str | None, ...]:
+        """Labels of the newest samples of all traffic, the oldest one first."""
+        return tuple(self._recent)
 
     @property
     def left(self) -> tuple[str, ...]:
@@ -95,47 +90,51 @@ class HeldOutSet:
 
         A prompt holds an eighth of the set at most: its oldest sample is skipped then, and never trained on.
         """
+        self._recent.append(entry.sample.label)
+        trained = [] if self._hold(entry) else [entry]
+        while (key := self._find_next()) is not None:
+            trained += self._release(key)
+        return trained
+
+    def restore(self, entries: Iterable[TableEntry], left: Iterable[str], recent_labels: Iterable[str | None]) -> None:
+        """Restore the set that yielded these entries, had these prompts that ``left``, and these ``recent_labels``."""
+        self._prompts.clear()
+        for entry in entries:
+            self._prompts.setdefault(entry.sample.prompt_key, deque()).append(entry)
+        self._left = dict.fromkeys(left)
+        self._recent.clear()
+        self._recent.extend(recent_labels)
+
+    def _hold(self, entry: TableEntry) -> bool:
+        """Add a sample to the set, or return False: it is not drawn, or its prompt left."""
         key = entry.sample.prompt_key
         if not is_held_out(key, self._ratio):
-            return [entry]
+            return False
         if key in self._left:
             self._remember(key)
-            return [entry]
-        prompt = self._prompts.pop(key, None) or _Prompt()
-        self._drawn += 1
-        self._prompts[key] = prompt
-        prompt.seen = self._drawn
-        prompt.samples.append(entry)
-        if len(prompt.samples) > self._samples_per_prompt:
-            prompt.samples.popleft()
+            return False
+        samples = self._prompts.pop(key, None) or deque[TableEntry]()
+        self._prompts[key] = samples
+        samples.append(entry)
+        if len(samples) > self._samples_per_prompt:
+            samples.popleft()
             self._counts["samples_skipped_held_out"] += 1
-        leaving: list[TableEntry] = []
-        while (next_key := self._find_next()) is not None:
-            leaving += self._release(next_key)
-        return leaving
-
-    def restore(self, ages: Iterable[tuple[TableEntry, int]], left: Iterable[str]) -> None:
-        """Restore the set that had these ``ages`` and these prompts that ``left``."""
-        self._drawn = 0
-        self._prompts.clear()
-        for entry, age in ages:
-            prompt = self._prompts.setdefault(entry.sample.prompt_key, _Prompt(seen=-age))
-            prompt.samples.append(entry)
-        self._left = dict.fromkeys(left)
+        return True
 
     def _find_next(self) -> str | None:
         """Return the key of the prompt that leaves next; None if all stay."""
-        oldest = next(iter(self._prompts), None)
-        if oldest is None or self._drawn - self._prompts[oldest].seen > MAX_AGE * self._capacity:
-            return oldest
-        if sum(len(prompt.samples) for prompt in self._prompts.values()) <= self._capacity:
-            return None
-        by_label = Counter(prompt.label for prompt in self._prompts.values())
-        most = max(by_label.values())
-        return next(key for key, prompt in self._prompts.items() if by_label[prompt.label] == most)
+        labels = {key: samples[-1].sample.label for key, samples in self._prompts.items()}
+        by_label = Counter(labels.values())
+        leaving = by_label.keys() - set(self._recent)
+        if not leaving:
+            if sum(map(len, self._prompts.values())) <= self._capacity:
+                return None
+            most = max(by_label.values())
+            leaving = {label for label, prompts in by_label.items() if prompts == most}
+        return next(key for key, label in labels.items() if label in leaving)
 
     def _release(self, key: str) -> Iterable[TableEntry]:
-        samples = self._prompts.pop(key).samples
+        samples = self._prompts.pop(key)
         self._counts["samples_left_held_out"] += len(samples)
         self._remember(key)
         return samples

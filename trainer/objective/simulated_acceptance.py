@@ -36,12 +36,17 @@ class SimulatedAcceptance(NamedTuple):
 
     tokens: float
     """Expected for sampled requests; whole for greedy ones."""
-    positions: int
+    positions: float
+    """Whole where the samples have no weights."""
 
     @property
     def accepted_per_step(self) -> float:
         """Accepted tokens per verify step, bonus token excluded."""
-        return self.tokens / max(self.positions, 1)
+        return self.tokens / self.positions if self.positions else 0.0
+
+    def weigh(self, weight: float) -> SimulatedAcceptance:
+        """Return the acceptance of a sample that stands for ``weight`` samples."""
+        return SimulatedAcceptance(self.tokens * weight, self.positions * weight)
 
 
 def sum_acceptance(parts: Iterable[SimulatedAcceptance]) -> SimulatedAcceptance:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,7 +32,8 @@ class Evaluation:
 
     score: HeldOutScore
     accepted: Mapping[Sample, SimulatedAcceptance]
-    """Simulated acceptance on each sample."""
+    """Simulated acceptance on each sample, weighted."""
+    weights: Mapping[Sample, float]
 
 
 @dataclass(slots=True)
@@ -41,11 +42,14 @@ class _KnownVersion:
 
     draft: EagleDraft
     accepted: dict[Sample, SimulatedAcceptance] = field(default_factory=dict)
-    """On samples of the last held-out set, which has most of its samples in common with the next."""
+    """On samples of the last held-out set, which has most of its samples in common with the next; without weights."""
 
 
 class HeldOutEvaluator:
-    """Evaluates drafts and registered versions of one line; scores each version only once on each sample."""
+    """Evaluates drafts and registered versions of one line; scores each version only once on each sample.
+
+    Threads may share it: at worst, both score a version on the same samples.
+    """
 
     def __init__(self, settings: Settings, target: Target, registry: SpeculatorRegistry) -> None:
         self._settings = settings
@@ -53,33 +57,37 @@ class HeldOutEvaluator:
         self._registry = registry
         self._versions: dict[str | None, _KnownVersion] = {}
 
-    def evaluate(self, draft: EagleDraft, samples: Sequence[Sample]) -> Evaluation:
+    def evaluate(self, draft: EagleDraft, samples: Mapping[Sample, float]) -> Evaluation:
         """Return the accepted term of the loss, and the acceptance of chains as long as a node drafts.
 
         Both are of the version that the draft would become: its weights are rounded as registered ones are.
+
+        Args:
+            draft: The draft.
+            samples: The held-out set with the samples' weights.
         """
         draft = round_weights(draft)
-        accepted = dict(zip(samples, self._simulate(draft, samples), strict=True))
+        simulated = zip(samples.items(), self._simulate(draft, list(samples)), strict=True)
+        accepted = {sample: one.weigh(weight) for (sample, weight), one in simulated}
         score = HeldOutScore(loss=self._loss(draft, samples), accepted_per_step=accepted_per_step(accepted, samples))
-        return Evaluation(score, accepted)
+        return Evaluation(score, accepted, samples)
 
-    def evaluate_version(self, version: str | None, samples: Sequence[Sample]) -> Mapping[Sample, SimulatedAcceptance]:
-        """Return the simulated acceptance of a version on each sample; None is the draft of day 0.
+    def evaluate_version(
+        self, version: str | None, samples: Mapping[Sample, float]
+    ) -> Mapping[Sample, SimulatedAcceptance]:
+        """Return the simulated acceptance of a version on each sample, weighted; None is the draft of day 0.
 
         Raises:
             RegistryError: no answer.
             CheckpointError: the registry's files differ from the registered ones.
         """
-        if version not in self._versions:
-            draft = self._target.day_0 if version is None else read_draft(self._registry, self._target.line, version)
-            self._versions[version] = _KnownVersion(draft)
-        known = self._versions[version]
+        known = self._know(version)
         missing = [sample for sample in samples if sample not in known.accepted]
         accepted = known.accepted | dict(zip(missing, self._simulate(known.draft, missing), strict=True))
         known.accepted = {sample: accepted[sample] for sample in samples}
-        return known.accepted
+        return {sample: accepted[sample].weigh(weight) for sample, weight in samples.items()}
 
-    def score_champion(self, samples: Sequence[Sample]) -> HeldOutScore:
+    def score_champion(self, samples: Mapping[Sample, float]) -> HeldOutScore:
         """Return the score of the champion; without one, of the version registered last, or else of the draft of day 0.
 
         Raises:
@@ -90,12 +98,19 @@ class HeldOutEvaluator:
         champion = aliases.get("champion", aliases.get("candidate"))
         self.keep_only({champion})
         accepted = self.evaluate_version(champion, samples)
-        loss = self._loss(self._versions[champion].draft, samples)
+        loss = self._loss(self._know(champion).draft, samples)
         return HeldOutScore(loss=loss, accepted_per_step=accepted_per_step(accepted, samples))
 
     def keep_only(self, versions: Collection[str | None]) -> None:
         """Drop the weights and figures of all other versions."""
         self._versions = {version: known for version, known in self._versions.items() if version in versions}
+
+    def _know(self, version: str | None) -> _KnownVersion:
+        known = self._versions.get(version)
+        if known is None:
+            draft = self._target.day_0 if version is None else read_draft(self._registry, self._target.line, version)
+            known = self._versions[version] = _KnownVersion(draft)
+        return known
 
     def _simulate(self, draft: EagleDraft, samples: Sequence[Sample]) -> list[SimulatedAcceptance]:
         embeddings_VH, lookahead = self._target.embeddings_VH, self._settings.serve.num_speculative_tokens
@@ -103,21 +118,21 @@ class HeldOutEvaluator:
             return simulate_each(draft, embeddings_VH, samples, lookahead)
 
     @torch.no_grad()
-    def _loss(self, draft: EagleDraft, samples: Sequence[Sample]) -> float | None:
+    def _loss(self, draft: EagleDraft, samples: Iterable[Sample]) -> float | None:
         """Return the accepted term of the loss; None if it is not finite."""
         train = self._settings.train.model_copy(
             update={"rejected_weight": 0.0, "rejection_weight": 0.0, "policy_weight": 0.0}
         )
         embeddings_VH = self._target.embeddings_VH
         draft = draft.to(embeddings_VH.device)
-        batches = map(collate, group_by_length(samples))
+        batches = map(collate, group_by_length(list(samples)))
         with autocast(train, embeddings_VH.device):
             losses = [ttt_loss(draft, embeddings_VH, batch.to(embeddings_VH.device), train) for batch in batches]
         loss = sum(part.accepted * part.positions for part in losses) / max(sum(part.positions for part in losses), 1)
         return loss if math.isfinite(loss) else None
 
 
-def accepted_per_step(accepted: Mapping[Sample, SimulatedAcceptance], samples: Sequence[Sample]) -> float:
+def accepted_per_step(accepted: Mapping[Sample, SimulatedAcceptance], samples: Iterable[Sample]) -> float:
     """Return the accepted tokens per step over samples."""
     return sum_acceptance(accepted[sample] for sample in samples).accepted_per_step
 

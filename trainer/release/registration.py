@@ -85,7 +85,7 @@ class Registrar:
             RegistryError: no answer; the next call tries again.
             CheckpointError: the registry's files differ from the registered ones.
         """
-        samples, gate = list(evaluation.accepted), self._settings.promoter
+        samples, gate = evaluation.weights, self._settings.promoter
         if len(samples) < gate.gate_min_samples:
             return None
         line = self._target.line
@@ -134,7 +134,7 @@ class Registrar:
 
     def _find_gain(self, evaluation: Evaluation, version: str | None, margin: float) -> GainInterval | None:
         """Return the gain of a draft over a version, or day 0; None if its lower bound does not exceed the margin."""
-        other = self._evaluator.evaluate_version(version, list(evaluation.accepted))
+        other = self._evaluator.evaluate_version(version, evaluation.weights)
         gain = compare_requests(evaluation.accepted, other, self._settings.promoter.gate_error)
         is_better = gain is not None and gain.low > margin
         log.info(

@@ -30,7 +30,7 @@ def learning_curve(
     """Return the accepted tokens per step over the last ``window`` tokens, at every score; of one label if given."""
     ends = list(accumulate(score.tokens for score in scores))
     values, first = [], 0
-    accepted, positions = 0.0, 0
+    accepted, positions = 0.0, 0.0
     for end, score in zip(ends, scores, strict=True):
         counted = label is None or score.label == label
         if counted:

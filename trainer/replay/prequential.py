@@ -58,7 +58,7 @@ class BatchScore(NamedTuple):
     output_tokens: int
     """Output tokens among them."""
     accepted: float
-    positions: int
+    positions: float
     static_accepted: float | None
     """Accepted tokens of the frozen draft; None where there is none."""
     drafters: DrafterScores | None = None

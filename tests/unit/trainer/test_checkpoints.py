@@ -56,6 +56,7 @@ def state(step: int, cursor: int = 5) -> TrainState:
         replay_buffer=[(("traces", 0, 6, 6, 0), 2)],
         held_out=[],
         left_held_out=[],
+        recent_labels=[],
         open_requests=[("traces", 0, 4, 5)],
         random=(3, (1, 2, 3), None),
     )

@@ -240,6 +240,7 @@ def test_a_restored_data_loader_returns_the_same_samples_in_the_same_order(steps
     assert drain(again) == wanted
     assert len(wanted) >= 7
     assert names(restored.held_out) == names(loader.held_out)
+    assert list(restored.held_out.values()) == list(loader.held_out.values())
     assert restored.tables_read == loader.tables_read
     branches = [len(w.branches) for w in loader.held_out]
     assert [len(w.branches) for w in restored.held_out] == branches

@@ -6,11 +6,12 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.data.held_out import MAX_AGE, HeldOutSet, is_held_out
+from trainer.data.held_out import RECENT, HeldOutSet, is_held_out
 from trainer.data.samples import Sample, Teacher
 from trainer.data.table_reader import TableEntry
 
@@ -43,9 +44,9 @@ class Stream:
         return self
 
     def restart(self) -> None:
-        ages, left = self.set.ages, self.set.left
+        before = self.set
         self.set = HeldOutSet(RATIO, self.capacity, Counter())
-        self.set.restore(ages, left)
+        self.set.restore(list(before), before.left, before.recent_labels)
 
     @property
     def numbers(self) -> list[int]:
@@ -151,12 +152,23 @@ def test_every_label_keeps_its_newest_prompts_up_to_an_equal_share(labels: list[
     assert sum(map(len, held_out.values())) == min(capacity, len(labels))
 
 
-def test_a_label_that_no_longer_arrives_leaves_with_time() -> None:
+def test_a_label_that_recent_traffic_does_not_contain_leaves() -> None:
     capacity = 8
-    fed = Stream(capacity).feed([Arrival(DRAWN[0], "rare")])
-    frequent = [Arrival(key, "frequent") for key in DRAWN[1 : MAX_AGE * capacity + 2]]
-    fed.feed(frequent[:-1])
-    assert 0 in fed.numbers
-    fed.feed(frequent[-1:])
-    assert 0 not in fed.numbers
-    assert prompts(fed.trained) >= {DRAWN[0]}
+    code = Arrival(next(key for key in map(str, range(400)) if key not in DRAWN), "code")
+    fed = Stream(capacity).feed([Arrival(DRAWN[0], "math")])
+    fed.feed([code] * (RECENT * capacity - 1))
+    assert fed.numbers == [0]
+    fed.feed([code])
+    assert fed.numbers == []
+    assert fed.trained[-1].key[2] == 0
+
+
+@settings(deadline=None)
+@given(arrivals, capacities)
+def test_weighted_samples_have_the_shares_of_recent_traffic(stream: list[Arrival], capacity: int) -> None:
+    fed = Stream(capacity).feed(stream)
+    recent = [arrival.label for arrival in stream[-RECENT * capacity :]]
+    held = [entry.sample.label for entry in fed.set]
+    assert fed.set.weights.keys() == set(held)
+    for label, weight in fed.set.weights.items():
+        assert weight * held.count(label) / len(held) == pytest.approx(recent.count(label) / len(recent))

@@ -127,7 +127,7 @@ def register(evaluator: HeldOutEvaluator, registry: MemoryVersions) -> Register:
     registrar = Registrar(settings(), target(), cast(SpeculatorRegistry, registry), evaluator)
 
     def evaluate_and_register(draft: EagleDraft, samples: list[Sample]) -> str | None:
-        return registrar.register_if_better(draft, evaluator.evaluate(draft, samples), {}, {})
+        return registrar.register_if_better(draft, evaluator.evaluate(draft, dict.fromkeys(samples, 1.0)), {}, {})
 
     return evaluate_and_register
 
@@ -175,15 +175,34 @@ def test_a_version_is_registered_with_figures_of_both_drafts_overall_and_on_each
 def test_a_mean_gain_is_registered_only_if_its_requests_agree(
     evaluator: HeldOutEvaluator, registry: MemoryVersions, gained: tuple[int, int], version: str | None
 ) -> None:
+    evaluation = gain_over_day_0(evaluator, dict.fromkeys(SAMPLES, 1.0), gained)
+    of_day_0 = evaluator.evaluate_version(None, evaluation.weights)
+    assert evaluation.score.accepted_per_step > sum_acceptance(of_day_0.values()).accepted_per_step
     registrar = Registrar(settings(), target(), cast(SpeculatorRegistry, registry), evaluator)
-    of_day_0 = evaluator.evaluate_version(None, SAMPLES)
+    assert registrar.register_if_better(draft_of(0), evaluation, {}, {}) == version
+
+
+@pytest.mark.parametrize(("code", "version"), [(1.0, None), (1.9, "1")])
+def test_a_draft_is_compared_on_the_traffic_that_the_weights_stand_for(
+    evaluator: HeldOutEvaluator, registry: MemoryVersions, code: float, version: str | None
+) -> None:
+    weights = {sample: code if sample.label == "code" else 2 - code for sample in SAMPLES}
+    evaluation = gain_over_day_0(evaluator, weights, (-3, 3))
+    registrar = Registrar(settings(), target(), cast(SpeculatorRegistry, registry), evaluator)
+    assert registrar.register_if_better(draft_of(0), evaluation, {}, {}) == version
+
+
+def gain_over_day_0(
+    evaluator: HeldOutEvaluator, weights: Mapping[Sample, float], gained: tuple[float, float]
+) -> Evaluation:
+    """Return the evaluation of a draft with so many accepted tokens more on each sample of math and of code."""
+    of_day_0 = evaluator.evaluate_version(None, dict.fromkeys(SAMPLES, 1.0))
     accepted = {
-        sample: SimulatedAcceptance(tokens + gained[number % 2], positions)
+        sample: SimulatedAcceptance(tokens + gained[number % 2], positions).weigh(weights[sample])
         for number, (sample, (tokens, positions)) in enumerate(of_day_0.items())
     }
     score = HeldOutScore(loss=1.0, accepted_per_step=sum_acceptance(accepted.values()).accepted_per_step)
-    assert score.accepted_per_step > sum_acceptance(of_day_0.values()).accepted_per_step
-    assert registrar.register_if_better(draft_of(0), Evaluation(score, accepted), {}, {}) == version
+    return Evaluation(score, accepted, weights)
 
 
 def test_a_waiting_candidate_must_be_beaten_too(register: Register, registry: MemoryVersions) -> None:
@@ -203,7 +222,7 @@ def test_a_draft_is_scored_with_the_weights_that_its_version_holds(
         near.lm_head.weight[1:].copy_(
             near.lm_head.weight[:1] * (1 + 1e-4 * torch.arange(1, len(near.lm_head.weight)))[:, None]
         )
-    evaluation = evaluator.evaluate(near, SAMPLES)
+    evaluation = evaluator.evaluate(near, dict.fromkeys(SAMPLES, 1.0))
     rounded = simulate_acceptance(round_weights(near), EMBEDDINGS_VH, SAMPLES, LOOKAHEAD)
     assert evaluation.score.accepted_per_step == rounded.accepted_per_step
     assert simulate_acceptance(near, EMBEDDINGS_VH, SAMPLES, LOOKAHEAD) != rounded

@@ -27,13 +27,6 @@ WIDE = replace(SHAPE, hidden_size=64, head_dim=32, intermediate_size=96)
 LAYER = "midlayer.self_attn"
 
 
-@pytest.fixture(scope="session")
-def python() -> Path:
-    """The Python that the other projects are installed in; a minute where they are not."""
-    subprocess.run(["make", "--no-print-directory", "trainer-peers"], cwd=ROOT, check=True)
-    return ROOT / ".venv-peers" / "bin" / "python"
-
-
 @pytest.fixture(scope="module")
 def draft() -> EagleDraft:
     """A random draft with gaps in its vocabulary, in numbers that bf16 holds exactly."""
@@ -64,18 +57,20 @@ def hold(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], of_the_tar
     assert not [name for name in expected if not torch.isfinite(found[name].float()).all()]
 
 
-def test_speculators_converts_and_reads_every_tensor(python: Path, draft: EagleDraft, tmp_path: Path) -> None:
+def test_speculators_converts_and_reads_every_tensor(peers_python: Path, draft: EagleDraft, tmp_path: Path) -> None:
     expected = {name.replace("midlayer.", "layers.0."): value for name, value in draft.state_dict().items()}
     of_the_target = {"embed_tokens.weight", "verifier_norm.weight", "verifier_lm_head.weight"}
-    hold(read(python, "speculators", draft, tmp_path), expected, of_the_target)
+    hold(read(peers_python, "speculators", draft, tmp_path), expected, of_the_target)
 
 
-def test_specforge_reads_every_tensor_under_the_same_name(python: Path, draft: EagleDraft, tmp_path: Path) -> None:
-    hold(read(python, "specforge", draft, tmp_path), draft.state_dict(), {"embed_tokens.weight"})
+def test_specforge_reads_every_tensor_under_the_same_name(
+    peers_python: Path, draft: EagleDraft, tmp_path: Path
+) -> None:
+    hold(read(peers_python, "specforge", draft, tmp_path), draft.state_dict(), {"embed_tokens.weight"})
 
 
-def test_sglang_reads_every_tensor(python: Path, draft: EagleDraft, tmp_path: Path) -> None:
-    found = read(python, "sglang", draft, tmp_path)
+def test_sglang_reads_every_tensor(peers_python: Path, draft: EagleDraft, tmp_path: Path) -> None:
+    found = read(peers_python, "sglang", draft, tmp_path)
     ours = draft.state_dict()
     kept = ours.pop("t2d").nonzero().flatten()
     expected = {

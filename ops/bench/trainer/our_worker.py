@@ -27,15 +27,15 @@ class AuroraTrainer:
 
     def __init__(self, weights: Tensors, config: Mapping[str, Any]) -> None:
         self._embeddings = weights["embed_tokens.weight"]
-        self._draft = EagleDraft(read_shape(config))
-        self._draft.load_state_dict({name: value for name, value in weights.items() if name != "embed_tokens.weight"})
+        self.draft = EagleDraft(read_shape(config))
+        self.draft.load_state_dict({name: value for name, value in weights.items() if name != "embed_tokens.weight"})
         self._learners: dict[tuple[int, str], Learner] = {}
         self._samples: tuple[Tensors, list[Sample]] = {}, []
 
     def step(self, sequences: Tensors, ttt_steps: int, way: str) -> float:
         """Collate the samples and train on them."""
         if self._samples[0] is not sequences:
-            head_DH = self._embeddings[: self._draft.shape.draft_vocab_size]
+            head_DH = self._embeddings[: self.draft.shape.draft_vocab_size]
             rows = zip(*(sequences[name] for name in ("tokens", "features", "last")), strict=True)
             samples = [build_sample(tokens, features, last, head_DH) for tokens, features, last in rows]
             self._samples = sequences, samples
@@ -56,7 +56,7 @@ class AuroraTrainer:
                     "rejected_weight": 0.0,
                 }
             )
-            self._learners = {(ttt_steps, dtype): Learner(self._draft, self._embeddings, train)}
+            self._learners = {(ttt_steps, dtype): Learner(self.draft, self._embeddings, train)}
         return self._learners[ttt_steps, dtype]
 
 

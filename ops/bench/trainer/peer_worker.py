@@ -71,7 +71,10 @@ class StepsCost:
 
 
 class Speculators:
-    """The EAGLE-3 model of ``speculators``, its head unfrozen, as its trainer runs it."""
+    """The EAGLE-3 model of ``speculators``, its head unfrozen, as its trainer runs it.
+
+    Weights with norms of the captured layers are EAGLE-3.1.
+    """
 
     modules: tuple[str, ...] = ("speculators.models.eagle3", "transformers.models.llama")
     ways: tuple[str, ...] = tuple(f"{form} {dtype}" for form in ("packed", "one by one") for dtype in TYPES)
@@ -92,19 +95,22 @@ class Speculators:
             default_proposal_method="greedy",
             verifier=verifier,
         )
-        self._model = Eagle3DraftModel(
+        normed = "fc_norm.0.weight" in weights
+        self.model = Eagle3DraftModel(
             Eagle3SpeculatorConfig(
                 transformer_layer_config=layer,
                 draft_vocab_size=config["draft_vocab_size"],
                 speculators_config=speculators_config,
+                fc_norm=normed,
+                norm_output=normed,
             )
         ).float()
         own = {name.replace("midlayer.", "layers.0."): value for name, value in weights.items()}
-        own["verifier_lm_head.weight"] = own["embed_tokens.weight"][: config["draft_vocab_size"]]
+        own["verifier_lm_head.weight"] = own["embed_tokens.weight"][own["t2d"]]
         own["verifier_norm.weight"] = torch.full([config["hidden_size"]], LAST_RMS)
-        self._model.load_state_dict(own)
-        self._model.lm_head.weight.requires_grad = True
-        self._trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+        self.model.load_state_dict(own)
+        self.model.lm_head.weight.requires_grad = True
+        self._trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self._optimizer = torch.optim.AdamW(self._trained, lr=LEARNING_RATE, fused=True)
         self._loss = resolve_loss_config("kl_div", "eager")
 
@@ -117,7 +123,7 @@ class Speculators:
         for pack in packs:
             tokens, features, last = (sequences[name][pack] for name in ("tokens", "features", "last"))
             with autocast_products(way):
-                _, loss, _ = self._model(
+                _, loss, _ = self.model(
                     hidden_states=features[:, :-1].float().flatten(0, 1)[None],
                     input_ids=tokens[:, 1:].reshape(1, -1),
                     document_ids=torch.arange(len(tokens)).repeat_interleave(rows)[None],
@@ -159,17 +165,17 @@ class SpecForge:
         draft.load_state_dict(weights)
         draft.embed_tokens.weight.requires_grad = False
         self._head = weights["embed_tokens.weight"]
-        self._model = eagle3.OnlineEagle3Model(draft, attention_backend="sdpa")
+        self.model = eagle3.OnlineEagle3Model(draft, attention_backend="sdpa")
         self._trained = [parameter for parameter in draft.parameters() if parameter.requires_grad]
         self._optimizer = torch.optim.AdamW(self._trained, lr=LEARNING_RATE, fused=True)
 
     def step(self, sequences: Tensors, ttt_steps: int, way: str) -> float:
         """Train on all sequences as one batch; row t reads token t + 1 and has the next one as its teacher."""
         tokens, features, last = (sequences[name] for name in ("tokens", "features", "last"))
-        self._model.length = ttt_steps
+        self.model.length = ttt_steps
         self._optimizer.zero_grad()
         with autocast_products(way):
-            losses, *_ = self._model(
+            losses, *_ = self.model(
                 input_ids=tokens[:, 1:],
                 attention_mask=torch.ones_like(tokens[:, 1:]),
                 loss_mask=torch.ones_like(tokens[:, 1:])[..., None],

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ops.bench.trainer.peer_worker import CONFIG, LAST_RMS, WEIGHTS, Tensors
 from schemas.draft_tree import rejected_branches
-from schemas.speculator.network import DraftShape, random_draft
+from schemas.speculator.network import DraftShape, EagleDraft, random_draft
 from schemas.trace.record import ROOT
 from trainer.data.samples import Branch, Sample, Teacher
 
@@ -70,15 +70,20 @@ def read_shape(config: Mapping[str, Any]) -> DraftShape:
 
 def write_data(folder: Path, shape: DraftShape, lengths: Sequence[int], tokens: int, seed: int) -> None:
     """Write the initial weights of every trainer, and for each length sequences of ``tokens`` tokens in total."""
-    weights = random_draft(shape, seed).state_dict()
-    torch.save({**weights, "embed_tokens.weight": random_embeddings(shape, seed)}, folder / WEIGHTS)
+    write_weights(folder, random_draft(shape, seed), random_embeddings(shape, seed))
+    for length in lengths:
+        sequences = random_sequences(shape, max(tokens // length, 1), length, seed + length)
+        torch.save(sequences, folder / case_file(length))
+
+
+def write_weights(folder: Path, draft: EagleDraft, embeddings_VH: Tensor) -> None:
+    """Write a draft with the target's embeddings, and its configuration, as every trainer reads them."""
+    shape = draft.shape
+    torch.save({**draft.state_dict(), "embed_tokens.weight": embeddings_VH}, folder / WEIGHTS)
     fixed = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False}
     rope = {"rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta}, "pad_token_id": None}
     config = {**asdict(shape), **fixed, **rope, "num_hidden_layers": 1, "target_hidden_size": shape.hidden_size}
     (folder / CONFIG).write_text(json.dumps(config))
-    for length in lengths:
-        sequences = random_sequences(shape, max(tokens // length, 1), length, seed + length)
-        torch.save(sequences, folder / case_file(length))
 
 
 def case_file(length: int) -> str:
@@ -106,9 +111,17 @@ def random_sequences(shape: DraftShape, number: int, length: int, seed: int) -> 
     }
 
 
-def build_sample(tokens: Tensor, features: Tensor, last_nH: Tensor, head_DH: Tensor) -> Sample:
-    """Return the sample of a sequence; its teacher is the likeliest tokens, as in traces."""
-    top = (last_nH @ head_DH.T).log_softmax(dim=-1).topk(TOP_K)
+def build_sample(tokens: Tensor, features: Tensor, last_nH: Tensor, head: Tensor, top_k: int = TOP_K) -> Sample:
+    """Return the sample of a sequence; its teacher is the likeliest tokens, as in traces.
+
+    Args:
+        tokens: [n].
+        features: [n, F].
+        last_nH: The target's last states.
+        head: Its output layer over the tokens that may be likely, [.., H].
+        top_k: Number of tokens that a trace records.
+    """
+    top = (last_nH @ head.T).log_softmax(dim=-1).topk(top_k)
     known = torch.ones(len(tokens), dtype=torch.bool)
     return Sample("request", tokens, None, features, known, Teacher(top.indices, top.values))
 

@@ -118,6 +118,17 @@ def own_settings(settings: Settings) -> Settings:
     return settings.model_copy(update=sections)
 
 
+def figure_names(domains: Sequence[str]) -> list[str]:
+    """Return the names of all figures of a run through these domains."""
+    return [
+        *(f"day0_speedup{suffix}" for suffix in ("", "_loaded", "_while_training")),
+        *(f"{name}{suffix}" for name in ("shift_speedup", "shift_over_none") for suffix in ("", "_loaded")),
+        *(f"trace_to_served_{share}_s" for share in ("p50", "p99")),
+        *(f"accepted_per_step_{domain}" for domain in domains),
+        *("versions_served", "failed_requests"),
+    ]
+
+
 def judge(record: LoopRecord) -> tuple[Figure, ...]:
     """Return the figures with their goals."""
     # Without a newer champion there is no static arm: the static draft is the adaptive one.

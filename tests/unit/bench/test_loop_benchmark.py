@@ -11,6 +11,7 @@ import pytest
 from ops.bench.harness import Figure, Rates, Report, TrialValues
 from ops.bench.loop.learning_delay import Delays
 from ops.bench.loop.loop_benchmark import (
+    figure_names,
     find_repeated,
     judge,
     loop_size,
@@ -76,6 +77,10 @@ def test_speedups_are_over_no_speculation_and_after_the_shift_over_the_static_dr
     assert found["day0_speedup_while_training"].value == pytest.approx(1.1)
     assert (found["shift_speedup"].value, found["shift_speedup"].met) == (1.25, True)
     assert found["shift_over_none"].value == 2
+
+
+def test_every_measured_figure_is_in_the_list_of_names() -> None:
+    assert [figure.name for figure in judge(RECORD)] == figure_names(RECORD.domains)
 
 
 def test_goals_follow_the_domain_and_the_concurrency() -> None:

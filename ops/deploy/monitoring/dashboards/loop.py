@@ -197,7 +197,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         ),
         Panel(
             "Acceptance length on the held-out set",
-            "Simulated on requests that are never trained on; bonus token included.",
+            "Simulated on samples that are not trained on while they are held out; bonus token included.",
             (Query("aurora_train_acceptance_length", "in training"),),
         ),
         Panel(

@@ -446,11 +446,12 @@ class Promoter(Section):
     candidate's gain must exceed. The trainer registers no version below it."""
     gate_error: float = Field(0.05, gt=0, le=0.5)
     """Offline gate: probability that the lower bound exceeds the true gain, so that a candidate without a gain passes.
-    A lower value needs more held-out requests."""
+    A lower value needs more held-out prompts. On a label, probability that a candidate without a loss loses."""
     gate_min_samples: int = Field(4, ge=1)
     """Offline gate: minimum held-out samples for a comparison."""
     gate_label_margin: float = Field(0.05, ge=0)
-    """Offline gate: maximum regression of a candidate on any label, in accepted tokens per step."""
+    """Offline gate: maximum regression of a candidate on any label, in accepted tokens per step. A larger one counts
+    where the upper bound of the candidate's gain on that label is negative."""
     gate_label_min_samples: int = Field(4, ge=1)
     """Offline gate: minimum held-out samples of a label for a separate comparison. Labels with fewer are pooled."""
     canary_margin: float = Field(0.05, gt=0, lt=1)

@@ -33,7 +33,7 @@ def figures(
         gain_low=gain,
         gain_high=gain,
         samples=samples,
-        requests=samples,
+        prompts=samples,
     )
     return {HELD_OUT_TAG: held_out.model_dump_json()}
 

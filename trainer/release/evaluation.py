@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -137,35 +137,39 @@ def accepted_per_step(accepted: Mapping[Sample, SimulatedAcceptance], samples: I
     return sum_acceptance(accepted[sample] for sample in samples).accepted_per_step
 
 
-def compare_requests(
+def compare_prompts(
     accepted: Mapping[Sample, SimulatedAcceptance], other: Mapping[Sample, SimulatedAcceptance], error: float
 ) -> GainInterval | None:
-    """Return the gain of a draft over another one on the same samples, by request: see ``estimate_gain``."""
-    by_request: dict[str, list[Sample]] = {}
-    for sample in sorted(accepted, key=lambda sample: sample.request):
-        by_request.setdefault(sample.request, []).append(sample)
+    """Return the gain of a draft over another one on the samples of ``accepted``: see ``estimate_gain``."""
+    by_prompt: dict[str, list[Sample]] = {}
+    for sample in sorted(accepted, key=lambda sample: sample.prompt_key):
+        by_prompt.setdefault(sample.prompt_key, []).append(sample)
     sums = [
         (sum_acceptance(accepted[sample] for sample in group), sum_acceptance(other[sample] for sample in group))
-        for group in by_request.values()
+        for group in by_prompt.values()
     ]
     rows = [(own.tokens - others.tokens, own.positions) for own, others in sums if own.positions]
-    gained_R, positions_R = np.array(rows, dtype=np.float64).reshape(-1, 2).T
-    return estimate_gain(gained_R, positions_R, error)
+    gained_P, positions_P = np.array(rows, dtype=np.float64).reshape(-1, 2).T
+    return estimate_gain(gained_P, positions_P, error)
 
 
 def compare_labels(
-    accepted: Mapping[Sample, SimulatedAcceptance], champion: Mapping[Sample, SimulatedAcceptance], min_samples: int
-) -> tuple[LabelComparison, ...]:
+    accepted: Mapping[Sample, SimulatedAcceptance],
+    champion: Mapping[Sample, SimulatedAcceptance],
+    min_samples: int,
+    error: float,
+) -> Iterator[LabelComparison]:
     """Compare a draft with the champion on each label; take labels with too few samples together."""
-    return tuple(
-        LabelComparison(
+    for label, samples in group_by_label(list(accepted), min_samples).items():
+        gain = compare_prompts({sample: accepted[sample] for sample in samples}, champion, error)
+        yield LabelComparison(
             label=label,
             accepted_per_step=accepted_per_step(accepted, samples),
             champion_accepted_per_step=accepted_per_step(champion, samples),
+            gain_low=gain and gain.low,
+            gain_high=gain and gain.high,
             samples=len(samples),
         )
-        for label, samples in group_by_label(list(accepted), min_samples).items()
-    )
 
 
 def group_by_label(samples: Sequence[Sample], min_samples: int) -> dict[str | None, list[Sample]]:

@@ -1,10 +1,11 @@
 """Decide which version may become candidate and which champion: pure functions over figures of the held-out set.
 
 Both versions are scored on the same samples. A version must beat the champion with the lower bound of its gain: where
-nothing was gained, the mean over a few requests exceeds zero every second time. Tags hold accepted tokens per step
-(bonus excluded); texts show acceptance length (bonus included).
+nothing was gained, the mean over a few prompts exceeds zero every second time. For the same reason a version loses on a
+label only where the upper bound of its gain there is negative. Tags hold accepted tokens per step (bonus excluded);
+texts show acceptance length (bonus included).
 
-Shapes: R requests, B resamples.
+Shapes: P prompts, B resamples.
 """
 
 from __future__ import annotations
@@ -26,59 +27,59 @@ HELD_OUT_TAG = "held_out"
 """Tag of a version with its ``HeldOutComparison``, as JSON."""
 RESAMPLES, SEED = 2000, 0
 MIN_SQUARES = 1e-9
-"""Sum of squared residuals, in tokens, below which requests have the same gain up to rounding."""
+"""Sum of squared residuals, in tokens, below which prompts have the same gain up to rounding."""
 
 
 class GainInterval(NamedTuple):
-    """Bounds of the gain of a version over another one on the same requests, in accepted tokens per step."""
+    """Bounds of the gain of a version over another one on the same prompts, in accepted tokens per step."""
 
     low: float
     high: float
-    requests: int
+    prompts: int
 
 
-def estimate_gain(gained_R: F64, positions_R: F64, error: float) -> GainInterval | None:
-    """Return the bounds of the gain over all positions, by a studentized bootstrap over requests.
+def estimate_gain(gained_P: F64, positions_P: F64, error: float) -> GainInterval | None:
+    """Return the bounds of the gain over all positions, by a studentized bootstrap over prompts.
 
-    Tokens of one request depend on each other, requests do not; so whole requests are resampled, for both versions
-    together (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, section 12.5). Percentiles of resampled
-    gains would be too narrow for few requests. The gain is a ratio of sums, and its standard error that of the
-    linearized ratio (Cochran, "Sampling Techniques", 1977, section 2.11). A resample whose requests all have the same
-    gain has no standard error, and counts as infinitely far off on both sides. Where no request differs from another,
-    as when all have the same prompt, both bounds are the gain.
+    Tokens of one prompt depend on each other, whether they are of one request, of its choices or of the turns of a
+    conversation; prompts do not. So whole prompts are resampled, for both versions together (Efron and Tibshirani, "An
+    Introduction to the Bootstrap", 1993, section 12.5). Percentiles of resampled gains would be too narrow for few
+    prompts. The gain is a ratio of sums, and its standard error that of the linearized ratio (Cochran, "Sampling
+    Techniques", 1977, section 2.11). A resample whose prompts all have the same gain has no standard error, and counts
+    as infinitely far off on both sides. Where no prompt differs from another, both bounds are the gain.
 
     Args:
-        gained_R: Accepted tokens of the version minus those of the other one, by request.
-        positions_R: Positions from which both drafted; above 0.
+        gained_P: Accepted tokens of the version minus those of the other one, by prompt.
+        positions_P: Positions from which both drafted; above 0.
         error: Probability with which the true gain is below the lower bound, and with which it is above the upper one.
 
     Returns:
-        None where too few requests differ for bounds.
+        None where too few prompts differ for bounds.
     """
-    requests = len(gained_R)
-    if requests < 2:
+    prompts = len(gained_P)
+    if prompts < 2:
         return None
-    drawn_BR = np.random.default_rng(SEED).integers(requests, size=(RESAMPLES, requests))
-    (gain,), (deviation,) = _compute_gains(gained_R[None], positions_R[None])
+    drawn_BP = np.random.default_rng(SEED).integers(prompts, size=(RESAMPLES, prompts))
+    (gain,), (deviation,) = _compute_gains(gained_P[None], positions_P[None])
     if not deviation:
-        return GainInterval(float(gain), float(gain), requests)
-    gain_B, deviation_B = _compute_gains(gained_R[drawn_BR], positions_R[drawn_BR])
+        return GainInterval(float(gain), float(gain), prompts)
+    gain_B, deviation_B = _compute_gains(gained_P[drawn_BP], positions_P[drawn_BP])
     has_deviation_B = deviation_B > 0
     off_B = np.divide(gain_B - gain, deviation_B, out=np.full(RESAMPLES, np.inf), where=has_deviation_B)
     above = np.quantile(off_B, 1 - error, method="higher")
     below = np.quantile(np.where(has_deviation_B, off_B, -np.inf), error, method="lower")
     if not np.isfinite([above, below]).all():
         return None
-    return GainInterval(float(gain - above * deviation), float(gain - below * deviation), requests)
+    return GainInterval(float(gain - above * deviation), float(gain - below * deviation), prompts)
 
 
-def _compute_gains(gained_BR: F64, positions_BR: F64) -> tuple[F64, F64]:
-    """Return [B] the gains over all positions and their standard errors; 0 where all requests have the same gain."""
-    requests, positions_B = gained_BR.shape[1], positions_BR.sum(axis=1)
-    gain_B = gained_BR.sum(axis=1) / positions_B
-    squares_B = ((gained_BR - gain_B[:, None] * positions_BR) ** 2).sum(axis=1)
+def _compute_gains(gained_BP: F64, positions_BP: F64) -> tuple[F64, F64]:
+    """Return [B] the gains over all positions and their standard errors; 0 where all prompts have the same gain."""
+    prompts, positions_B = gained_BP.shape[1], positions_BP.sum(axis=1)
+    gain_B = gained_BP.sum(axis=1) / positions_B
+    squares_B = ((gained_BP - gain_B[:, None] * positions_BP) ** 2).sum(axis=1)
     squares_B[squares_B < MIN_SQUARES] = 0
-    return gain_B, np.sqrt(squares_B * requests / (requests - 1)) / positions_B
+    return gain_B, np.sqrt(squares_B * prompts / (prompts - 1)) / positions_B
 
 
 class LabelComparison(BaseModel):
@@ -90,6 +91,9 @@ class LabelComparison(BaseModel):
     """Empty for traffic without a label; None for all labels with too few samples of their own, taken together."""
     accepted_per_step: float
     champion_accepted_per_step: float
+    gain_low: float | None = None
+    """Lower bound of the gain, by ``estimate_gain``; None where too few prompts differ for one."""
+    gain_high: float | None = None
     samples: int
 
     def __str__(self) -> str:
@@ -111,8 +115,8 @@ class HeldOutComparison(BaseModel):
     """Lower bound of the gain, by ``estimate_gain``; None in versions of trainers that compared means."""
     gain_high: float | None = None
     samples: int
-    requests: int = 0
-    """Held-out requests that the samples belong to."""
+    prompts: int = 0
+    """Held-out prompts that the samples belong to."""
     labels: tuple[LabelComparison, ...] = ()
 
     @classmethod
@@ -135,21 +139,25 @@ class HeldOutComparison(BaseModel):
             f"{name}/{label.label}": value
             for label in self.labels
             if label.label is not None
-            for name, value in label.model_dump(exclude={"label", "samples"}).items()
+            for name, value in label.model_dump(exclude={"label", "samples"}, exclude_none=True).items()
         }
         return self.model_dump(exclude={"champion", "labels"}, exclude_none=True) | by_label
 
     @property
     def interval(self) -> str:
-        """The bounds of the gain and the number of requests, for people."""
+        """The bounds of the gain and the number of prompts, for people."""
         if self.gain_low is None or self.gain_high is None:
             return "without an interval"
-        return f"gain {self.gain_low:+.3f} to {self.gain_high:+.3f} on {self.requests} requests"
+        return f"gain {self.gain_low:+.3f} to {self.gain_high:+.3f} on {self.prompts} prompts"
 
     def find_regression(self, margin: float, min_samples: int) -> LabelComparison | None:
-        """Return the label with the largest loss against the champion, if the loss exceeds the margin."""
-        large = [label for label in self.labels if label.samples >= min_samples]
-        worst = min(large, key=lambda one: one.accepted_per_step - one.champion_accepted_per_step, default=None)
+        """Return the label with the largest loss against the champion, if the loss exceeds the margin and is no chance.
+
+        It is none where the upper bound of the gain is negative: on one of several labels with few prompts each, a mean
+        falls below the margin more often than not.
+        """
+        worse = [label for label in self.labels if label.samples >= min_samples and (label.gain_high or 0) < 0]
+        worst = min(worse, key=lambda one: one.accepted_per_step - one.champion_accepted_per_step, default=None)
         if worst is None or worst.accepted_per_step >= worst.champion_accepted_per_step - margin:
             return None
         return worst

@@ -23,7 +23,7 @@ from schemas.speculator.network import DraftShape, EagleDraft
 from schemas.telemetry.spans import MAX_LINKS, AttributeValue, Span
 from schemas.telemetry.trace_context import request_context, version_context
 from trainer.data.target import Target
-from trainer.release.evaluation import Evaluation, HeldOutEvaluator, accepted_per_step, compare_labels, compare_requests
+from trainer.release.evaluation import Evaluation, HeldOutEvaluator, accepted_per_step, compare_labels, compare_prompts
 from trainer.release.gate import HELD_OUT_TAG, GainInterval, HeldOutComparison, judge_candidate
 from trainer.release.registry import SpeculatorRegistry
 
@@ -105,14 +105,16 @@ class Registrar:
             gain_low=gain.low,
             gain_high=gain.high,
             samples=len(samples),
-            requests=gain.requests,
-            labels=compare_labels(evaluation.accepted, of_champion, gate.gate_label_min_samples),
+            prompts=gain.prompts,
+            labels=tuple(
+                compare_labels(evaluation.accepted, of_champion, gate.gate_label_min_samples, gate.gate_error)
+            ),
         )
         metrics = {
             "acceptance_length": 1 + held_out.accepted_per_step,
             "held_out_gain_low": gain.low,
             "held_out_gain_high": gain.high,
-            "held_out_requests": float(gain.requests),
+            "held_out_prompts": float(gain.prompts),
             **metrics,
         }
         tags = {
@@ -135,14 +137,14 @@ class Registrar:
     def _find_gain(self, evaluation: Evaluation, version: str | None, margin: float) -> GainInterval | None:
         """Return the gain of a draft over a version, or day 0; None if its lower bound does not exceed the margin."""
         other = self._evaluator.evaluate_version(version, evaluation.weights)
-        gain = compare_requests(evaluation.accepted, other, self._settings.promoter.gate_error)
+        gain = compare_prompts(evaluation.accepted, other, self._settings.promoter.gate_error)
         is_better = gain is not None and gain.low > margin
         log.info(
             "draft_compared",
             line=self._target.line,
             version=version or self._settings.speculator.day_0,
             is_better=is_better,
-            requests=len({sample.request for sample in evaluation.accepted}),
+            prompts=len({sample.prompt_key for sample in evaluation.accepted}),
             interval=None if gain is None else (round(gain.low, 4), round(gain.high, 4)),
         )
         return gain if is_better else None

@@ -78,6 +78,7 @@ def sample(seed: int, label: str) -> Sample:
         known=torch.arange(12) >= 0,
         teacher=Teacher(teacher_ids, torch.zeros(12, 1)),
         label=label,
+        prompt_key=str(seed),
     )
 
 
@@ -166,13 +167,13 @@ def test_a_version_is_registered_with_figures_of_both_drafts_overall_and_on_each
     assert held_out.gain_low is not None
     assert held_out.gain_high is not None
     assert 0 < held_out.gain_low < gain < held_out.gain_high
-    assert held_out.requests == len(SAMPLES)
+    assert held_out.prompts == len(SAMPLES)
     metrics = json.loads(registry.tags_of["1"]["metrics"])
-    assert (metrics["held_out_gain_low"], metrics["held_out_requests"]) == (held_out.gain_low, len(SAMPLES))
+    assert (metrics["held_out_gain_low"], metrics["held_out_prompts"]) == (held_out.gain_low, len(SAMPLES))
 
 
 @pytest.mark.parametrize(("gained", "version"), [((3, 2), "1"), ((9, -8), None)])
-def test_a_mean_gain_is_registered_only_if_its_requests_agree(
+def test_a_mean_gain_is_registered_only_if_its_prompts_agree(
     evaluator: HeldOutEvaluator, registry: MemoryVersions, gained: tuple[int, int], version: str | None
 ) -> None:
     evaluation = gain_over_day_0(evaluator, dict.fromkeys(SAMPLES, 1.0), gained)

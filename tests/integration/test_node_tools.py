@@ -9,18 +9,12 @@ from typing import Any
 
 import pytest
 from api_node import MODEL, Node, running_node
+from tool_template import TEMPLATE
 from transformers import AutoTokenizer
 
 from schemas.settings import load
 from serving.engines.builtin.engine import BuiltinEngine
 
-TEMPLATE = """{% for tool in tools or [] %}{{ tool | tojson }}
-{% endfor %}{% for m in messages %}<|im_start|>{{ m.role }}
-{{ m.content }}{% for call in m.tool_calls or [] %}<tool_call>
-{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}
-</tool_call>{% endfor %}<|im_end|>
-{% endfor %}<|im_start|>assistant
-"""
 PARAMETERS = {
     "type": "object",
     "$defs": {"unit": {"enum": ["celsius", "kelvin"]}},

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 Alias = Literal["candidate", "canary", "champion", "previous"]
 ALIASES: tuple[Alias, ...] = get_args(Alias)
-AliasAction = Literal["promote", "start_canary", "end_canary", "rollback"]
+AliasAction = Literal["promote", "start_canary", "end_canary", "end_watch", "rollback"]
 
 AUDITED_TAG = "aurora.audited"
 """Tag of a line's registered model that holds an ``AuditState``, as JSON."""

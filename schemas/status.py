@@ -94,7 +94,8 @@ class ServeStatus(_Status):
     expected_tokens_per_second: list[float]
     """Expected output rate: entry 0 without drafts, entry n with drafts of the speculator up to depth n."""
     role: str | None
-    """Why the version is active: the name of the alias, ``canary`` or ``pinned``; None with the day-0 draft."""
+    """Why the version is active: the name of the alias, ``canary``, ``previous`` or ``pinned``; None with the day-0
+    draft."""
     pinned: str | None
     """Version pinned by an operator; None while the node follows the alias."""
     requests_running: int
@@ -139,9 +140,12 @@ class SpeculatorStatus(_Status):
     alias_version: str | None
     """Version named by the alias in the latest registry response that was not stale."""
     canary_version: str | None
-    """Version that alternates with the alias's version."""
+    """Canary that alternates with the alias's version."""
+    anchor_version: str | None
+    """Anchor of a post-promotion watch that alternates with the alias's version."""
     role: str | None
-    """Why ``version`` is active: the name of the alias, ``canary`` or ``pinned``; None with the day-0 draft."""
+    """Why ``version`` is active: the name of the alias, ``canary``, ``previous`` or ``pinned``; None with the day-0
+    draft."""
     update_blocked: str | None
     """Why the node does not follow the version named by the registry."""
     pending_version: str | None
@@ -286,19 +290,20 @@ class ComparedStatus(_Status):
 
 
 class ComparisonStatus(_Status):
-    """Comparison on live traffic: of a canary with the champion, or of a new champion with the previous one."""
+    """Comparison on live traffic: of a canary with the champion, or of the versions of a watch with the anchor."""
 
     kind: Literal["canary", "watch"]
     version: str
+    """The canary, or the champion, which is the last of the versions of a watch."""
     baseline: str
-    """Version that ``version`` is compared with."""
+    """The champion, or the anchor."""
     start_time: float
     """Unix time in seconds."""
     end_time: float
     """Unix time in seconds at which the comparison ends at the latest."""
     requests: int
     baseline_requests: int
-    """Requests on labels that both versions have served enough."""
+    """Requests on labels that both sides have served enough."""
     figures: list[ComparedStatus]
 
 

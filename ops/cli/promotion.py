@@ -88,10 +88,12 @@ def promote(  # noqa: PLR0913, PLR0917 - one for each flag
         objection = _objection(move.settings, of, found, to)
         if objection and not force:
             raise UserError(f"{objection}; --force promotes it anyway")
-        plan = plan_promotion if to == "champion" else plan_canary
         reason = why or (f"manual, despite: {objection}" if objection else "manual")
-        action = "promote" if to == "champion" else "start_canary"
-        changes = plan(of.aliases, found.number)
+        if to == "champion":
+            watched = move.settings.canary.anchor_share > 0
+            action, changes = "promote", plan_promotion(of.aliases, found.number, watched=watched)
+        else:
+            action, changes = "start_canary", plan_canary(of.aliases, found.number)
         wanted = new_intent(of.name, action, changes, actor=getpass.getuser(), why=reason)
         lifted = bool(found.quarantined)
         _print_changes(
@@ -115,18 +117,19 @@ def rollback(
 ) -> None:
     """Make the previous version champion again and quarantine the current champion."""
     with user_errors(), _registry_failures():
-        from trainer.release.alias_moves import new_intent, plan_rollback
+        from trainer.release.alias_moves import find_rollback_target, new_intent, plan_rollback
 
         move = _new_manual_move(load_settings(config, set_))
         of = move.find_line(line)
-        champion, previous = of.aliases.get("champion"), of.aliases.get("previous")
-        if champion is None or previous is None:
+        champion = of.aliases.get("champion")
+        target = find_rollback_target(of.aliases, move.audit.moves(of.name), move.registry.versions(of.name))
+        if champion is None or target is None:
             raise UserError(f"line {of.name}: nothing to roll back to; champion is {champion or 'none'}, previous none")
-        quarantined = find_version(move.registry, of, previous).quarantined
+        quarantined = find_version(move.registry, of, target).quarantined
         if quarantined and not force:
-            raise UserError(f"version {previous} is in quarantine: {quarantined}; promote another, or use --force")
+            raise UserError(f"version {target} is in quarantine: {quarantined}; promote another, or use --force")
         reason = why or "manual"
-        changes = plan_rollback(of.aliases, move.audit.moves(of.name), move.registry.versions(of.name))
+        changes = plan_rollback(of.aliases, target)
         wanted = new_intent(of.name, "rollback", changes, actor=getpass.getuser(), why=reason)
         _print_changes(wanted.changes, of, as_json=as_json, extra=[f"{champion} is quarantined: {reason}"])
         if dry_run:

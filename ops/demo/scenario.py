@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 _CATCH_UP_S = 60.0
 _DRAIN_S = 60.0
-_SETTLE_S = 30.0
+_SETTLE_S = 60.0
 _LAST_RESPONSES_S = 180.0
 _STOP_AND_CHECK_S = 70.0
 """Drain, stop of the stack and lossless check."""

@@ -143,7 +143,7 @@ def _describe_processes(overview: Overview) -> Iterator[tuple[str, tuple[str, st
 
 
 def _describe_node(serve: ServeStatus) -> tuple[str, str]:
-    role = f" ({serve.role})" if serve.role in ("pinned", "canary") else ""
+    role = f" ({serve.role})" if serve.role in ("pinned", "canary", "previous") else ""
     if not serve.speculating:
         drafting = "speculation off"
     else:

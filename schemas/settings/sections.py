@@ -467,14 +467,14 @@ class Promoter(Section):
     """Canary analysis: decision after ``canary_timeout``. ``rollback`` removes the canary without quarantine.
     ``estimate`` promotes it if no estimate, overall or on a label, is below the margin; ``canary_error`` does not hold
     then."""
-    watch_duration: Duration = Field(3600, ge=0)
-    """Post-promotion watch: time for which a new champion is compared with the previous one; 0 disables automatic
-    rollback."""
-    watch_min_ratio: float = Field(0.8, ge=0, lt=1)
-    """Post-promotion watch: a champion is rolled back when its tokens per second or its tokens per verify step fall
-    below this ratio of the previous champion's, on labels that both have served."""
+    watch_duration: Duration = Field(86_400, ge=0)
+    """Post-promotion watch: maximum time, from the first promotion after the anchor, for which the promoted versions
+    are compared with it; 0 disables automatic rollback."""
+    watch_min_ratio: float = Field(0.95, gt=0, lt=1)
+    """Post-promotion watch: ratio of the anchor's speed that the promoted versions must be shown to exceed together.
+    Then the champion becomes the next anchor."""
     watch_min_requests: int = Field(50, ge=1)
-    """Post-promotion watch: minimum requests of both versions, on such labels, before a rollback."""
+    """Post-promotion watch: minimum requests of the anchor and of the promoted versions before a decision."""
     cooldown: Duration = Field(3600, ge=0)
     """Time without automatic promotion after an automatic rollback. Each further rollback within ``cooldown_window``
     doubles it."""
@@ -483,14 +483,17 @@ class Promoter(Section):
 
 
 class Canary(Section):
-    """Canary serving, read by nodes and promoter."""
+    """Two or three versions served in turn, for canary analysis and post-promotion watch; read by nodes and
+    promoter."""
 
     share: float = Field(0.0, ge=0, le=1)
     """Ratio of time for which a node serves the version of the alias ``canary``: 1 makes it a canary node, 0 keeps it
     on the champion. A promoter with 0 runs no canary analysis."""
+    anchor_share: float = Field(0.1, ge=0, le=1)
+    """Ratio of time for which a node serves the anchor, the version of the alias ``previous``, during a post-promotion
+    watch. A slice of a canary remains one. A promoter with 0 watches no promotion."""
     slice_duration: Duration = Field(30, gt=0)
-    """Time for which a node serves one of the two versions before it draws again. The draw is seeded by the node's
-    name."""
+    """Time for which a node serves one of the versions before it draws again. The draw is seeded by the node's name."""
     burn_in: Duration = Field(5, ge=0)
     """Time after a swap, and after the start of each time slice, in which requests that begin count for no version. It
     must be below ``slice_duration``."""

@@ -104,6 +104,7 @@ def speculator_status(serve: Serve, engine: HotSwapEngine, poller: VersionPoller
         alias=serve.alias,
         alias_version=poller.alias_version if poller else None,
         canary_version=poller.canary if poller else None,
+        anchor_version=poller.anchor if poller else None,
         role=poller.role if poller else None,
         update_blocked=poller.update_blocked if poller else None,
         pending_version=poller.pending_version if poller else None,

@@ -57,7 +57,8 @@ class ActiveVersion:
         self.version: str | None = None
         """None with the day-0 draft."""
         self.role: str | None = None
-        """What selected the version: the followed alias, ``canary`` or ``pinned``; None with the day-0 draft."""
+        """What selected the version: the followed alias, ``canary``, ``previous`` or ``pinned``; None with the day-0
+        draft."""
         self.swap_count = self.failure_count = 0
         self.failed: FailedSwap | None = None
         """The swap that is to be tried again."""

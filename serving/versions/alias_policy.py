@@ -31,7 +31,7 @@ from pydantic import ValidationError
 from schemas.events import ALIASES, AUDITED_TAG, AuditState
 from schemas.hash_sampling import hash_ratio
 
-CHAMPION, CANARY = "champion", "canary"
+CHAMPION, CANARY, PREVIOUS = "champion", "canary", "previous"
 MAX_DISAGREEMENTS = 30
 
 
@@ -67,6 +67,9 @@ class FollowedAliases:
     main: FollowedAlias = FollowedAlias()
     """Of ``serve.alias``."""
     canary: FollowedAlias = FollowedAlias()
+    anchor: FollowedAlias = FollowedAlias()
+    """Of ``previous``, which names the anchor of a post-promotion watch while it names another version than the
+    champion."""
     moves: int = 0
     """The highest number seen."""
 
@@ -85,7 +88,7 @@ def parse_answer(aliases: Mapping[str, str], tag: str | None) -> RegistryAnswer:
 
 
 def apply_answer(
-    followed: FollowedAliases, answer: RegistryAnswer, alias: str, *, canary: bool
+    followed: FollowedAliases, answer: RegistryAnswer, alias: str, *, canary: bool, anchor: bool
 ) -> FollowedAliases | None:
     """Return what a node follows after an answer; None if the answer is stale.
 
@@ -94,6 +97,7 @@ def apply_answer(
         answer: Aliases and audit state.
         alias: Alias that the node follows.
         canary: Whether the node also follows ``canary``.
+        anchor: Whether the node also follows ``previous``.
     """
     moves = answer.audit.moves if answer.audit else 0
     if moves < followed.moves:
@@ -101,6 +105,7 @@ def apply_answer(
     return FollowedAliases(
         follow_alias(followed.main, answer, alias),
         follow_alias(followed.canary, answer, CANARY) if canary else FollowedAlias(),
+        follow_alias(followed.anchor, answer, PREVIOUS) if anchor else FollowedAlias(),
         moves,
     )
 
@@ -132,6 +137,14 @@ def explain_unfollowed(followed: FollowedAlias, answer: RegistryAnswer, alias: s
 def is_canary_slice(node: str, number: int, share: float) -> bool:
     """Return whether a node serves the canary in a time slice: true with probability ``share``, deterministic."""
     return hash_ratio(f"{node}/{number}") < share
+
+
+def is_anchor_slice(node: str, number: int, share: float) -> bool:
+    """Return whether a node serves the anchor in a time slice, if that is no slice of a canary.
+
+    The same draw decides as for the canary, from its other end: a slice is one of the canary or of the anchor.
+    """
+    return hash_ratio(f"{node}/{number}") >= 1 - share
 
 
 def slice_number(time_s: float, slice_s: float) -> int:

@@ -1,13 +1,13 @@
 """Version poller: keeps the engine on the version that this node must serve, on threads of its own.
 
 ``serving.versions.alias_policy`` selects the version from the registry's answers: the one of the followed alias or, in
-canary slices, the one of ``canary``. The cache downloads, checks and smoke-drafts it (``serving.versions.cache``); the
-active version is then swapped between two verify steps. Whatever fails, the engine keeps its draft. A defective version
-is rejected for good, a version whose swap fails is tried again less and less often, and a registry that is unreachable
-is polled less and less often.
+their time slices, the canary or the anchor of a post-promotion watch. The cache downloads, checks and smoke-drafts it
+(``serving.versions.cache``); the active version is then swapped between two verify steps. Whatever fails, the engine
+keeps its draft. A defective version is rejected for good, a version whose swap fails is tried again less and less
+often, and a registry that is unreachable is polled less and less often.
 
-While a canary is active, both versions are cached, and a thread that never waits for the registry swaps them where one
-time slice ends and the next begins.
+While there is a canary or an anchor, all versions of the slices are cached, and a thread that never waits for the
+registry swaps them where one time slice ends and the next begins.
 
 An operator can pin a version: it takes the same path, and stays active whatever the aliases name, until it is unpinned.
 """
@@ -33,10 +33,13 @@ from serving.versions.active_version import PINNED, ActiveVersion
 from serving.versions.alias_policy import (
     CANARY,
     CHAMPION,
+    PREVIOUS,
+    FollowedAlias,
     FollowedAliases,
     RegistryAnswer,
     apply_answer,
     explain_unfollowed,
+    is_anchor_slice,
     is_canary_slice,
     slice_number,
 )
@@ -84,6 +87,7 @@ class VersionPoller:
         self.alias = self._serve.alias
         """The followed alias."""
         self._serves_canaries = settings.canary.share > 0 and self.alias == CHAMPION
+        self._serves_anchors = settings.canary.anchor_share > 0 and self.alias == CHAMPION
         self._clock, self._monotonic = clock, monotonic
         self._policy = UpdatePolicy(settings.update, self._serve.node)
         self._cache = VersionCache(registry, engine)
@@ -111,8 +115,8 @@ class VersionPoller:
         self._requests: SimpleQueue[_PinRequest | None] = SimpleQueue()
         self._stopping, self._woken = threading.Event(), threading.Event()
         self._threads = [threading.Thread(target=self._run_polls, name="version-poller", daemon=True)]
-        if self._serves_canaries:
-            self._threads.append(threading.Thread(target=self._run_slices, name="canary-slices", daemon=True))
+        if self._serves_canaries or self._serves_anchors:
+            self._threads.append(threading.Thread(target=self._run_slices, name="version-slices", daemon=True))
 
     def start(self) -> None:
         """Start to poll."""
@@ -147,11 +151,17 @@ class VersionPoller:
     @property
     def canary(self) -> str | None:
         """The version that is served in canary slices, if any."""
-        return self._followed.canary.version if self._has_canary() else None
+        return self._find_other(self._followed.canary)
+
+    @property
+    def anchor(self) -> str | None:
+        """The version that is served in the slices of the anchor, if any."""
+        return self._find_other(self._followed.anchor)
 
     @property
     def role(self) -> str | None:
-        """What selected the active version: the alias, ``canary`` or ``pinned``; None with the day-0 draft."""
+        """What selected the active version: the alias, ``canary``, ``previous`` or ``pinned``; None with the day-0
+        draft."""
         return self._active.role
 
     @property
@@ -229,7 +239,9 @@ class VersionPoller:
     def _read_aliases(self) -> None:
         answer = self._registry.read_aliases()
         self._check_audit(answer)
-        followed = apply_answer(self._followed, answer, self.alias, canary=self._serves_canaries)
+        followed = apply_answer(
+            self._followed, answer, self.alias, canary=self._serves_canaries, anchor=self._serves_anchors
+        )
         if followed is None:
             self.stale_count += 1
             if not self._is_stale:
@@ -260,18 +272,17 @@ class VersionPoller:
             else:
                 self._behind_since = None
             is_behind = self._main is not None and self._main != self._active.version
-            if self._main is not None and is_behind and not (self._has_canary() or self._active.is_delayed(self._main)):
+            if self._main is not None and is_behind and not (self._in_slices or self._active.is_delayed(self._main)):
                 self._fetch(self._main)
         finally:
-            # A canary that has ended stops serving, also while the registry is unreachable.
+            # A canary or an anchor that has ended stops serving, also while the registry is unreachable.
             self._activate_selected()
-        if self._has_canary():
-            for version in (self._main, self._followed.canary.version):
-                if version is not None:
-                    self._fetch(version)
+        if versions := self._in_slices:
+            for version in versions:
+                self._fetch(version)
             self._activate_selected()
         with self._active.lock:
-            self._cache.retain((self._main, self._followed.canary.version) if self._has_canary() else ())
+            self._cache.retain(self._in_slices)
 
     def _update_to(self, version: str) -> None:
         """Fetch and activate another version of the alias; a newer one when its update is due."""
@@ -307,21 +318,34 @@ class VersionPoller:
             return False
         return True
 
-    def _has_canary(self) -> bool:
-        canary = self._followed.canary.version
-        return self._main is not None and canary not in (None, self._main) and not self._cache.is_rejected(canary)
+    def _find_other(self, followed: FollowedAlias) -> str | None:
+        """Return the version of another alias that is served in slices of its own, beside the followed one."""
+        version = followed.version
+        if self._main is None or version is None or version == self._main or self._cache.is_rejected(version):
+            return None
+        return version
+
+    @property
+    def _in_slices(self) -> tuple[str, ...]:
+        """The versions that are served in turn; empty where one version is served all the time."""
+        others = tuple(version for version in (self.canary, self.anchor) if version is not None)
+        return (self._main, *others) if others and self._main is not None else ()
 
     def _select(self) -> tuple[str | None, str]:
         """Return the version to serve now, and its role."""
         if self.pinned is not None:
             return self.pinned, PINNED
-        canary = self._followed.canary.version
-        both_cached = self._cache.is_cached(self._main) and self._cache.is_cached(canary)
-        number = slice_number(self._clock(), self._canary_settings.slice_duration)
-        is_canary = is_canary_slice(self._serve.node, number, self._canary_settings.share)
-        if self._has_canary() and both_cached and is_canary:
-            return canary, CANARY
+        settings, node = self._canary_settings, self._serve.node
+        number = slice_number(self._clock(), settings.slice_duration)
+        if self._is_ready(self.canary) and is_canary_slice(node, number, settings.share):
+            return self.canary, CANARY
+        if self._is_ready(self.anchor) and is_anchor_slice(node, number, settings.anchor_share):
+            return self.anchor, PREVIOUS
         return self._main, self.alias
+
+    def _is_ready(self, other: str | None) -> bool:
+        """Return whether a version can be swapped in for a slice, and the followed one after it."""
+        return other is not None and self._cache.is_cached(other) and self._cache.is_cached(self._main)
 
     def _activate_selected(self) -> None:
         """Activate the selected version, if it is cached. A swap that fails is tried again later."""

@@ -116,15 +116,14 @@ def test_the_watch_rolls_a_bad_champion_back_and_updates_the_audited_tag(setting
     fleet = Fleet(settings.model_copy(update={"canary": without}), tmp_path)
     good = fleet.register(0.3, "day-0-head-0", 1)
     fleet.poll()
-    fleet.serve({good: 2}, time.time() - 400)
     bad = fleet.register(9.0, good, 2)
     assert fleet.poll().aliases == {"candidate": bad, "champion": bad, "previous": good}
-    fleet.serve({bad: 0}, time.time())
+    fleet.serve({good: 2, bad: 0}, time.time())
     after = fleet.poll()
-    assert after.aliases == {"candidate": bad, "champion": good}
+    assert after.aliases == {"candidate": bad, "champion": good, "previous": good}
     assert after.audited is not None
     assert after.audited.aliases == after.aliases
     found = fleet.registry.version(fleet.name, bad)
     assert found is not None
-    assert "watch_min_ratio" in (found.quarantined or "")
+    assert f"against anchor {good}: worse" in (found.quarantined or "")
     assert {row["actor"] for row in history(fleet)} == {"trainer", "promoter"}

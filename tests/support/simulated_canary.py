@@ -1,4 +1,6 @@
-"""Rows of the table ``traces`` of a fleet that serves two versions in turn, under load that is not independent.
+"""Rows of the table ``traces`` of a fleet that serves two sides in turn, under load that is not independent.
+
+The sides are a canary and the champion, or the versions promoted since an anchor, one after the other, and the anchor.
 
 Acceptance and load of a slice follow first-order autoregressive processes, one of the fleet and one of each node, and
 so does the mix of two labels of very different acceptance. After a swap, verify steps accept less: for a while all of
@@ -9,6 +11,7 @@ Shapes: t slices, n nodes, q requests, r rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import cast
@@ -20,11 +23,12 @@ import pyarrow as pa
 from pipeline.delta import DeltaLog
 from schemas.batches import TRACES
 from schemas.trace.decoder import concat_ranges
-from serving.versions.alias_policy import is_canary_slice
+from serving.versions.alias_policy import is_anchor_slice, is_canary_slice
 
 F64 = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 LINE, CHAMPION, CANARY = "target-draft", "1", "2"
+"""The line and the versions of the sides; of the versions promoted since an anchor, the anchor and the first one."""
 _DRAFTED = 3
 
 
@@ -36,6 +40,7 @@ class Fleet:
     slices: int = 120
     slice_s: float = 10.0
     share: float = 0.3
+    """Of the slices that serve the canary or the anchor."""
     requests: float = 3.0
     """Mean number of requests that begin on a node in a slice."""
     verify_steps: float = 8.0
@@ -64,37 +69,38 @@ class SimulatedTables:
         return list(self._rows.to_batches())
 
 
-def simulate(fleet: Fleet, seed: int, gain: float, *, canary_from: int | None = None) -> tuple[DeltaLog, float]:
+def simulate(fleet: Fleet, seed: int, gain: float, lifetime_s: float = math.inf) -> tuple[DeltaLog, float]:
     """Return the tables of one run, and the Unix time at which it begins.
 
     Args:
         fleet: The fleet and its traffic.
         seed: Of all draws.
-        gain: Tokens per verify step of the canary over those of the champion.
-        canary_from: Slice from which on all nodes serve the canary, and before it none; None for alternating slices.
+        gain: Tokens per verify step of the newer side over those of the other.
+        lifetime_s: Time after which a version of the newer side is replaced by the next; infinite for a canary.
     """
     random = np.random.default_rng(seed)
     first = 100_000_000 + seed * fleet.slices
-    if canary_from is None:
-        is_canary_tn = np.array(
-            [
-                [is_canary_slice(f"node-{node}", first + at, fleet.share) for node in range(fleet.nodes)]
-                for at in range(fleet.slices)
-            ]
-        )
-    else:
-        is_canary_tn = np.repeat((np.arange(fleet.slices) >= canary_from)[:, None], fleet.nodes, axis=1)
-    rows = _draw_rows(fleet, random, is_canary_tn, gain, first * fleet.slice_s)
+    is_other = is_canary_slice if lifetime_s == math.inf else is_anchor_slice
+    is_other_tn = np.array(
+        [
+            [is_other(f"node-{node}", first + at, fleet.share) for node in range(fleet.nodes)]
+            for at in range(fleet.slices)
+        ]
+    )
+    is_new_tn = is_other_tn if lifetime_s == math.inf else ~is_other_tn
+    rows = _draw_rows(fleet, random, is_new_tn, gain, first * fleet.slice_s, lifetime_s)
     return cast(DeltaLog, SimulatedTables(rows)), first * fleet.slice_s
 
 
-def _draw_rows(fleet: Fleet, random: np.random.Generator, is_canary_tn: Bools, gain: float, begin: float) -> pa.Table:
+def _draw_rows(
+    fleet: Fleet, random: np.random.Generator, is_new_tn: Bools, gain: float, begin: float, lifetime_s: float
+) -> pa.Table:
     level_tn, load_tn = (_draw_levels(fleet, random) for _ in range(2))
     mix_t = 1 / (1 + np.exp(-_autoregress(random, (fleet.slices, 1), fleet.autocorrelation, 1.0)[:, 0]))
     slice_q, node_q = (
         np.repeat(at.ravel(), counts.ravel())
-        for counts in [random.poisson(fleet.requests, is_canary_tn.shape)]
-        for at in np.indices(is_canary_tn.shape)
+        for counts in [random.poisson(fleet.requests, is_new_tn.shape)]
+        for at in np.indices(is_new_tn.shape)
     )
     count = len(slice_q)
     start_q = (slice_q + random.random(count)) * fleet.slice_s
@@ -110,15 +116,17 @@ def _draw_rows(fleet: Fleet, random: np.random.Generator, is_canary_tn: Bools, g
     kept = time_r < fleet.slices * fleet.slice_s
     request_r, number_r, step_s_r, time_r = request_r[kept], number_r[kept], step_s_r[kept], time_r[kept]
     slice_r, node_r = (time_r / fleet.slice_s).astype(np.int64), node_q[request_r]
-    since_r = _active_since(is_canary_tn)[slice_r, node_r] * fleet.slice_s
+    is_new_r, age_r = is_new_tn[slice_r, node_r], np.floor(time_r / lifetime_s).astype(np.int64)
+    since_r = _active_since(is_new_tn)[slice_r, node_r] * fleet.slice_s
+    since_r = np.where(is_new_r & (age_r > 0), np.maximum(since_r, age_r * min(lifetime_s, time_r.max())), since_r)
     is_cold_r = (time_r < since_r + fleet.cold_s) | (start_q[request_r] < since_r)
     chance_r = np.clip(accepted_q[request_r] * np.exp(level_tn[slice_r, node_r]), 0.03, 0.95)
     chance_r = np.where(is_cold_r & (since_r > 0), (1 - fleet.penalty) * chance_r, chance_r)
-    chance_r = np.where(is_canary_tn[slice_r, node_r], ((1 + _DRAFTED * chance_r) * gain - 1) / _DRAFTED, chance_r)
+    chance_r = np.where(is_new_r, ((1 + _DRAFTED * chance_r) * gain - 1) / _DRAFTED, chance_r)
     accepted_r = random.binomial(_DRAFTED, np.clip(chance_r, 0, 1))
     return _to_table(
         {
-            "speculator": np.where(is_canary_tn[slice_r, node_r], CANARY, CHAMPION),
+            "speculator": np.where(is_new_r, (int(CANARY) + age_r).astype(str), CHAMPION),
             "label": np.where(is_chat_q[request_r], "chat", "code"),
             "node": np.char.add("node-", node_r.astype(str)),
             "time": ((begin + time_r) * 1e6).astype(np.int64),
@@ -145,10 +153,10 @@ def _autoregress(random: np.random.Generator, shape: tuple[int, int], autocorrel
     return values
 
 
-def _active_since(is_canary_tn: Bools) -> npt.NDArray[np.int64]:
-    """Return [t, n] the slice in which the version of a slice was swapped in."""
-    swapped = np.zeros(is_canary_tn.shape, np.int64)
-    swapped[1:] = np.where(is_canary_tn[1:] != is_canary_tn[:-1], np.arange(1, len(is_canary_tn))[:, None], 0)
+def _active_since(is_new_tn: Bools) -> npt.NDArray[np.int64]:
+    """Return [t, n] the slice at whose start the side of a slice was swapped in."""
+    swapped = np.zeros(is_new_tn.shape, np.int64)
+    swapped[1:] = np.where(is_new_tn[1:] != is_new_tn[:-1], np.arange(1, len(is_new_tn))[:, None], 0)
     since: npt.NDArray[np.int64] = np.maximum.accumulate(swapped, axis=0)
     return since
 

@@ -79,5 +79,5 @@ def loop_flags(target: Path, broker: str, registry: str, folder: Path, free_port
         "promoter.poll_interval": 0.5,
         "promoter.gate_min_samples": 1,
         "promoter.gate_error": 0.5,
-        "promoter.watch_duration": 0,
+        "canary.anchor_share": 0,
     }

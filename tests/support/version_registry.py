@@ -30,6 +30,7 @@ def _set() -> threading.Event:
 class FakeRegistry:
     alias: str | None = None
     canary: str | None = None
+    previous: str | None = None
     audited: AuditState | None = None
     unreadable: str | None = None
     unreachable: bool = False
@@ -55,7 +56,7 @@ class FakeRegistry:
         return RegistryAnswer(dict(self._aliases()), self.audited, self.unreadable)
 
     def _aliases(self) -> dict[Alias, str]:
-        named: dict[Alias, str | None] = {"champion": self.alias, "canary": self.canary}
+        named: dict[Alias, str | None] = {"champion": self.alias, "canary": self.canary, "previous": self.previous}
         return {alias: version for alias, version in named.items() if version is not None}
 
     def has_version(self, version: str) -> bool:

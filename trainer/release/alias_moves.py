@@ -64,12 +64,19 @@ def new_intent(
     )
 
 
-def plan_promotion(aliases: Mapping[str, str], version: str) -> list[AliasChange]:
-    """Return the changes that make a version champion; ``previous`` moves first, so that a rollback stays possible."""
-    champion = aliases.get("champion")
+def plan_promotion(aliases: Mapping[str, str], version: str, *, watched: bool) -> list[AliasChange]:
+    """Return the changes that make a version champion; ``previous`` moves first, so that a rollback stays possible.
+
+    Args:
+        aliases: Of the line.
+        version: The new champion.
+        watched: Whether promotions are watched. Then ``previous`` names the anchor, which only the end of a watch
+            moves; else it names the champion before.
+    """
+    champion, previous = aliases.get("champion"), aliases.get("previous")
     changes = [AliasChange(alias="champion", from_version=champion, to_version=version)]
-    if champion is not None and champion != version:
-        changes.insert(0, AliasChange(alias="previous", from_version=aliases.get("previous"), to_version=champion))
+    if champion not in {None, version} and not (watched and previous is not None):
+        changes.insert(0, AliasChange(alias="previous", from_version=previous, to_version=champion))
     if aliases.get("canary") == version:
         changes += plan_canary(aliases, None)
     return changes
@@ -80,26 +87,44 @@ def plan_canary(aliases: Mapping[str, str], version: str | None) -> list[AliasCh
     return [AliasChange(alias="canary", from_version=aliases.get("canary"), to_version=version)]
 
 
-def plan_rollback(
-    aliases: Mapping[str, str], moves: Sequence[AliasMoved], versions: Iterable[Version]
-) -> list[AliasChange]:
-    """Return the changes that make ``previous`` champion again and end the canary analysis.
+def plan_anchor(aliases: Mapping[str, str]) -> list[AliasChange]:
+    """Return the change that makes the champion the anchor, which ends a watch."""
+    return [AliasChange(alias="previous", from_version=aliases.get("previous"), to_version=aliases["champion"])]
 
-    ``previous`` moves to the last champion before it that is not in quarantine, or is removed if there is none.
+
+def find_rollback_target(
+    aliases: Mapping[str, str], moves: Sequence[AliasMoved], versions: Iterable[Version]
+) -> str | None:
+    """Return the version to which a rollback returns, or None if there is none.
+
+    It is the version that ``previous`` names. If that is the champion, which came through its watch, it is the last
+    other one that ``previous`` named and that is not in quarantine.
 
     Args:
-        aliases: With ``champion`` and ``previous``.
+        aliases: Of the line.
         moves: Recorded moves of the line, oldest first.
         versions: Of the line.
     """
-    champion, previous = aliases["champion"], aliases["previous"]
-    excluded = {version.number for version in versions if version.quarantined} | {champion, previous}
-    champions = [move.to_version for move in moves if move.alias == "champion" and move.to_version]
-    last = max((at for at, version in enumerate(champions) if version == previous), default=0)
-    earlier = [version for version in champions[:last] if version not in excluded]
+    champion, previous = aliases.get("champion"), aliases.get("previous")
+    if previous not in {None, champion}:
+        return previous
+    excluded = {version.number for version in versions if version.quarantined} | {champion, None}
+    named = (move.to_version for move in reversed(moves) if move.alias == "previous")
+    return next((version for version in named if version not in excluded), None)
+
+
+def plan_rollback(aliases: Mapping[str, str], version: str) -> list[AliasChange]:
+    """Return the changes that make an earlier version champion and anchor again and end the canary analysis.
+
+    ``previous`` moves first: nodes must not take the champion that is rolled back for an anchor.
+
+    Args:
+        aliases: Of the line.
+        version: The earlier version (``find_rollback_target``).
+    """
     return [
-        AliasChange(alias="champion", from_version=champion, to_version=previous),
-        AliasChange(alias="previous", from_version=previous, to_version=earlier[-1] if earlier else None),
+        AliasChange(alias="previous", from_version=aliases.get("previous"), to_version=version),
+        AliasChange(alias="champion", from_version=aliases.get("champion"), to_version=version),
         *plan_canary(aliases, None),
     ]
 

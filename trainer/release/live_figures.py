@@ -1,9 +1,9 @@
 """Sum the live traffic of versions by node, slice of time and label, from the verify steps in the table ``traces``.
 
-A slice is the time in which a node does not change between champion and canary (``canary.slice_duration``, counted from
-1970 by the node's clock, which also timestamps its verify steps). Each verify step counts for the version that it
-names. A bad version drafts seldom, but a verify step without a draft names the active version and counts for it. Steps
-that only other sources drafted count for no version.
+A slice is the time in which a node does not change between champion, canary and anchor (``canary.slice_duration``,
+counted from 1970 by the node's clock, which also timestamps its verify steps). Each verify step counts for the version
+that it names. A bad version drafts seldom, but a verify step without a draft names the active version and counts for
+it. Steps that only other sources drafted count for no version.
 
 After a swap the draft's cache has keys of the version before, and the planner knows nothing of the new one. A request
 therefore counts only if it began at least ``canary.burn_in`` after the swap and after the start of a slice, and only in
@@ -22,7 +22,7 @@ ratio is the ratio of their machines' rates. The state kept here can always be r
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
@@ -81,27 +81,34 @@ class LiveFigures:
         self._lines: dict[str, _LineSums] = {}
 
     def read_traffic(
-        self, line: str, new: ServingPeriod, old: ServingPeriod, since: float | None = None
+        self,
+        line: str,
+        new: Sequence[ServingPeriod],
+        old: Sequence[ServingPeriod],
+        since: float | None = None,
     ) -> tuple[dict[str, ServedTraffic], dict[str, ServedTraffic]]:
-        """Return the traffic of two versions by label, in the order in which labels first appeared.
+        """Return the traffic of two sides by label, in the order in which labels first appeared.
 
-        Only slices that lie wholly in a version's period count. Both results have all labels; a label that a version
-        did not serve has no groups there. If some nodes served both versions, nodes that served only one are ignored:
-        they may be other machines.
+        Only slices that lie wholly in a version's period count. Both results have all labels; a label that a side did
+        not serve has no groups there. If some nodes served both sides, nodes that served only one are ignored: they may
+        be other machines.
 
         Args:
-            line: Of both versions.
-            new: One version.
-            old: The other version.
-            since: Unix time from which sums are kept for other comparisons of the line, if earlier than both periods.
+            line: Of all versions.
+            new: One side: versions that are taken together.
+            old: The other side.
+            since: Unix time from which sums are kept for other comparisons of the line, if earlier than all periods.
 
         Raises:
             TableError: the table cannot be read.
         """
-        earliest = min(new.since, old.since)
+        earliest = min(period.since for period in (*new, *old))
         sums = self._refresh(line, earliest if since is None else min(since, earliest))
         steps = _SummedSteps(sums)
-        selected = [(steps.version == one.version) & self._is_within(steps.slice, one) for one in (new, old)]
+        selected = [
+            np.any([(steps.version == one.version) & self._is_within(steps.slice, one) for one in side], axis=0)
+            for side in (new, old)
+        ]
         labels = dict.fromkeys(map(str, steps.label[selected[0] | selected[1]].tolist()))
         nodes = [set(steps.node[side].tolist()) for side in selected]
         if both := nodes[0] & nodes[1]:

@@ -29,6 +29,7 @@ from trainer.release.alias_moves import (
     AliasMover,
     MoveError,
     new_intent,
+    plan_anchor,
     plan_canary,
     plan_promotion,
     plan_rollback,
@@ -81,7 +82,7 @@ class Promoter:
         self.metrics = CollectorRegistry()
         register_process_metrics(self.metrics)
         self._settings = settings.promoter
-        self._canary_share = settings.canary.share
+        self._canary = settings.canary
         self._registry = registry
         self._audit = AuditLog(tables, registry, events)
         self._mover = AliasMover(tables, registry)
@@ -122,12 +123,12 @@ class Promoter:
         self._cooldown_until = promotion_policy.find_cooldown_end(state.intents, now, self._settings)
         self._last_rollback = promotion_policy.find_last_rollback(state.intents)
         self._metrics.show_line(line.name, self._live, self._cooldown_until)
-        action = promotion_policy.choose_action(state, self._live, now, self._canary_share, self._settings)
+        action = promotion_policy.choose_action(state, self._live, now, self._canary, self._settings)
         self._log_action(line.name, action)
         if action.kind == "wait":
             return
         try:
-            self._take_action(line, action, state)
+            self._take_action(line, action)
             self._last_rollback = promotion_policy.find_last_rollback(self._mover.intents(line.name))
         finally:
             # Also after an incomplete move: the record follows the registry's aliases.
@@ -163,15 +164,17 @@ class Promoter:
 
     def _compare_versions(self, line: str, state: LineState, now: float) -> LiveComparisons:
         """Compare versions on live traffic if a canary analysis or a watch runs."""
-        canary = promotion_policy.find_canary_analysis(state, self._settings) if self._canary_share else None
-        watch = promotion_policy.find_watch(state, now, self._settings)
+        canary = promotion_policy.find_canary_analysis(state, self._settings) if self._canary.share else None
+        watch = promotion_policy.find_watch(state, self._settings) if self._canary.anchor_share else None
+        if watch is not None and now >= watch.until:
+            watch = None
         if canary is None and watch is None:
             self._live_figures.forget(line)
             return LiveComparisons()
-        since = min(period.since for one in (canary, watch) if one is not None for period in one.periods)
+        since = min(one.since for one in (canary, watch) if one is not None)
 
         def compare_live(one: CanaryAnalysis | PostPromotionWatch, criteria: Criteria) -> Comparison:
-            return compare(*self._live_figures.read_traffic(line, *one.periods, since), criteria)
+            return compare(*self._live_figures.read_traffic(line, *one.sides, since), criteria)
 
         return LiveComparisons(
             None
@@ -187,7 +190,7 @@ class Promoter:
         if changed or (self._live.canary is None and before is not None and before.why != action.why):
             log.info("action_chosen", line=line, action=action.kind, version=action.version, why=action.why)
 
-    def _take_action(self, line: Line, action: NextAction, state: LineState) -> None:
+    def _take_action(self, line: Line, action: NextAction) -> None:
         """Quarantine and move aliases; the quarantine comes first, so that no restart promotes the version again."""
         assert action.version is not None, "every action but waiting has a version"
         if action.quarantine:
@@ -202,22 +205,24 @@ class Promoter:
                 figures=dict(action.figures),
             )
             self._metrics.rollbacks.labels(alias).inc()
-        changes = self._plan_changes(line, action, state)
+        changes = self._plan_changes(line, action)
         figures = dict(action.figures) or self._held_out_figures(line.name, action.version)
         self._mover.move(
             new_intent(line.name, action.kind, changes, actor=promotion_policy.ACTOR, why=action.why, figures=figures)
         )
 
-    def _plan_changes(self, line: Line, action: NextAction, state: LineState) -> list[AliasChange]:
+    def _plan_changes(self, line: Line, action: NextAction) -> list[AliasChange]:
         match action.kind:
             case "promote":
-                return plan_promotion(line.aliases, action.version or "")
+                return plan_promotion(line.aliases, action.version or "", watched=self._canary.anchor_share > 0)
             case "start_canary":
                 return plan_canary(line.aliases, action.version)
             case "end_canary":
                 return plan_canary(line.aliases, None)
+            case "end_watch":
+                return plan_anchor(line.aliases)
             case _:
-                return plan_rollback(line.aliases, state.moves, self._registry.versions(line.name))
+                return plan_rollback(line.aliases, line.aliases["previous"])
 
     def _record_moves(self, line: Line) -> None:
         """Write the missing rows of a line."""
@@ -249,7 +254,7 @@ class PromoterMetrics:
             self.rollbacks.labels(alias)  # an increase is only seen after a sample of zero
         self._difference = Gauge(
             "aurora_promoter_canary_difference_ratio",
-            "Relative difference by which a canary is better than the champion, or a new champion than the one before.",
+            "Relative difference by which a canary is better than the champion, or a watch's versions than the anchor.",
             ["line", "kind", "figure"],
             registry=metrics,
         )

@@ -1,12 +1,18 @@
 """Decide the next action on a line: pure functions of the recorded moves and the live figures.
 
-    candidate ──gate──▶ canary ──canary analysis──▶ champion ──post-promotion watch──▶ stays
+    candidate ──gate──▶ canary ──canary analysis──▶ champion ──post-promotion watch──▶ anchor
                           │                            │
                           └────────── worse ───────────┴──▶ rolled back, and into quarantine
 
 If ``canary.share`` is 0, there is no canary analysis, and the gate alone makes a candidate champion. Every poll decides
 from scratch. Recorded moves and intents hold the start of a canary analysis or watch, the versions that had one, and
 the number of rollbacks; the traces hold the figures of versions.
+
+A version may be champion for less than a minute, which is too short to judge it, and each of many versions may lose
+less than a comparison with the one before can show. So a watch compares all versions that were promoted since the
+*anchor*, taken together, with the anchor, which nodes serve in a share of their time slices meanwhile. The alias
+``previous`` names the anchor: a watch runs while it names another version than ``champion``, and ends when it is moved
+there, or ``champion`` back.
 """
 
 from __future__ import annotations
@@ -17,15 +23,15 @@ from datetime import UTC, datetime
 from typing import Literal
 
 from schemas.events import Alias, AliasIntent, AliasMoved
-from schemas.settings import Promoter
+from schemas.settings import Canary, Promoter
 from trainer.release.gate import Verdict
 from trainer.release.live_figures import ServingPeriod
-from trainer.release.sequential_test import Comparison, Criteria, Estimate, decide, describe, find_below_margin
+from trainer.release.sequential_test import Comparison, Criteria, decide, find_below_margin
 
 ACTOR = "promoter"
 """Actor of the promoter's own moves in the audit log."""
 WATCH_MIN_GROUPS = 10
-"""Slices that a watch needs of both versions: the drop it looks for is much larger than that of a canary analysis."""
+"""Slices that a watch needs on each side. Fewer than in a canary analysis, as a bad champion serves most traffic."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,28 +57,37 @@ class CanaryAnalysis:
     until: float
 
     @property
-    def periods(self) -> tuple[ServingPeriod, ServingPeriod]:
+    def sides(self) -> tuple[tuple[ServingPeriod, ...], tuple[ServingPeriod, ...]]:
         """Periods of both versions that are compared."""
-        return ServingPeriod(self.version, self.since), ServingPeriod(self.baseline, self.since)
+        return (ServingPeriod(self.version, self.since),), (ServingPeriod(self.baseline, self.since),)
 
 
 @dataclass(frozen=True, slots=True)
 class PostPromotionWatch:
-    """A new champion compared with the one before, which served until the promotion; Unix seconds."""
+    """The versions promoted since the anchor, taken together, compared with the anchor, both serving at the same time;
+    Unix seconds.
+    """
 
-    version: str
+    promoted: tuple[ServingPeriod, ...]
+    """Oldest first, each since its promotion; the last one is champion."""
     baseline: str
-    since: float
+    """The anchor."""
     until: float
 
     @property
-    def periods(self) -> tuple[ServingPeriod, ServingPeriod]:
-        """Periods of both versions that are compared: as long before the promotion as after it."""
-        length = self.until - self.since
-        return (
-            ServingPeriod(self.version, self.since),
-            ServingPeriod(self.baseline, self.since - length, self.since),
-        )
+    def version(self) -> str:
+        """The champion."""
+        return self.promoted[-1].version
+
+    @property
+    def since(self) -> float:
+        """Time of the first promotion."""
+        return self.promoted[0].since
+
+    @property
+    def sides(self) -> tuple[tuple[ServingPeriod, ...], tuple[ServingPeriod, ...]]:
+        """Periods of both sides that are compared."""
+        return self.promoted, (ServingPeriod(self.baseline, self.since),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +102,10 @@ class LiveComparisons:
 class NextAction:
     """Next action on a line."""
 
-    kind: Literal["promote", "start_canary", "end_canary", "rollback", "wait"]
+    kind: Literal["promote", "start_canary", "end_canary", "end_watch", "rollback", "wait"]
     why: str
     version: str | None = None
-    """The version that is promoted, analysed or rolled back."""
+    """The version that is promoted, analysed, made the anchor or rolled back."""
     quarantine: bool = False
     """Whether the version must never be promoted again."""
     figures: Mapping[str, float] = field(default_factory=dict)
@@ -102,7 +117,7 @@ def canary_criteria(settings: Promoter) -> Criteria:
 
 
 def watch_criteria(settings: Promoter) -> Criteria:
-    """Return the criteria of a watch; it looks at each label on its own, at a tenth of the canary analysis' error."""
+    """Return the criteria of a watch. Watches follow one another all day, so each has a tenth of an analysis' error."""
     return Criteria(
         1 - settings.watch_min_ratio, settings.canary_error / 10, settings.watch_min_requests, WATCH_MIN_GROUPS
     )
@@ -125,19 +140,29 @@ def find_canary_analysis(state: LineState, settings: Promoter) -> CanaryAnalysis
     return CanaryAnalysis(canary, champion, since, since + settings.canary_timeout)
 
 
-def find_watch(state: LineState, now: float, settings: Promoter) -> PostPromotionWatch | None:
-    """Return the running watch: after a promotion, while there is a version to roll back to."""
-    promoted, previous = _last_move(state.moves, "champion"), state.aliases.get("previous")
-    if promoted is None or previous is None or promoted.from_version != previous:
+def find_watch(state: LineState, settings: Promoter) -> PostPromotionWatch | None:
+    """Return the watch of the versions that were promoted since the anchor; it may have lasted too long.
+
+    It began with the first of these promotions, or with a later move of ``previous``. None without such a promotion,
+    while the last move is not recorded, and while the anchor is in quarantine.
+    """
+    anchor, champion = state.aliases.get("previous"), state.aliases.get("champion")
+    to_anchor, to_champion = _last_move(state.moves, "previous"), _last_move(state.moves, "champion")
+    if anchor is None or champion in {None, anchor} or anchor in state.quarantined:
         return None
-    since = promoted.time.timestamp()
-    if now >= since + settings.watch_duration or promoted.to_version is None or previous in state.quarantined:
+    if to_anchor is None or to_champion is None or (to_anchor.to_version, to_champion.to_version) != (anchor, champion):
         return None
-    return PostPromotionWatch(promoted.to_version, previous, since, since + settings.watch_duration)
+    since = to_anchor.time.timestamp()
+    promoted = [
+        ServingPeriod(move.to_version, max(move.time.timestamp(), since))
+        for move in _promotions_since(state.moves, anchor)
+        if move.to_version is not None
+    ]
+    return PostPromotionWatch(tuple(promoted), anchor, promoted[0].since + settings.watch_duration)
 
 
 def choose_action(
-    state: LineState, live: LiveComparisons, now: float, canary_share: float, settings: Promoter
+    state: LineState, live: LiveComparisons, now: float, canary: Canary, settings: Promoter
 ) -> NextAction:
     """Return the next action on a line.
 
@@ -145,40 +170,15 @@ def choose_action(
         state: Recorded state of the line.
         live: Its canary analysis and watch.
         now: Unix time.
-        canary_share: ``canary.share``; 0 disables canary analysis.
+        canary: Of its shares, 0 disables canary analysis or watch.
         settings: Criteria and durations.
     """
-    if live.watch is not None and (drop := find_drop(live.watch[1], settings)) is not None:
-        watch, comparison = live.watch
-        why = (
-            f"version {watch.version} fell below promoter.watch_min_ratio of version {watch.baseline}: {describe(drop)}"
-        )
-        return NextAction("rollback", why, watch.version, quarantine=True, figures=collect_figures(comparison))
+    if canary.anchor_share and (ended := _end_watch(state, live, now, settings)) is not None:
+        return ended
     cooldown_until = find_cooldown_end(state.intents, now, settings)
-    if canary_share and (canary := state.aliases.get("canary")) is not None:
-        return _choose_for_canary(canary, state, live, now, cooldown_until, settings)
-    return _choose_for_candidate(state, canary_share, cooldown_until)
-
-
-def find_drop(comparison: Comparison, settings: Promoter) -> Estimate | None:
-    """Return an estimate whose whole interval lies below ``promoter.watch_min_ratio``.
-
-    Acceptance length counts overall and on each label. Tokens per second, which drop with the load of an hour, count
-    only if acceptance length has dropped too.
-    """
-    if not comparison.enough:
-        return None
-    floor = settings.watch_min_ratio - 1
-    estimates = (*comparison.overall, *comparison.labels)
-    lengths = {one.label: one for one in estimates if one.figure == "acceptance length"}
-    return next(
-        (
-            one
-            for one in estimates
-            if one.high < floor and (one.figure == "acceptance length" or lengths[one.label].high < 0)
-        ),
-        None,
-    )
+    if canary.share and (version := state.aliases.get("canary")) is not None:
+        return _choose_for_canary(version, state, live, now, cooldown_until, settings)
+    return _choose_for_candidate(state, canary.share, cooldown_until)
 
 
 def find_cooldown_end(intents: Sequence[tuple[AliasIntent, str]], now: float, settings: Promoter) -> float | None:
@@ -213,6 +213,26 @@ def collect_figures(comparison: Comparison) -> dict[str, float]:
         values = {"": one.new, "_before": one.old, "_difference": one.difference, "_low": one.low, "_high": one.high}
         figures |= {f"{name}{suffix}": round(value, 6) for suffix, value in values.items()}
     return figures
+
+
+def _end_watch(state: LineState, live: LiveComparisons, now: float, settings: Promoter) -> NextAction | None:
+    """Return the action that ends the watch of a line, or None if none runs or it continues."""
+    champion, anchor = state.aliases.get("champion"), state.aliases.get("previous")
+    if anchor in state.quarantined and champion not in {None, anchor}:
+        return NextAction("end_watch", f"anchor {anchor} is in quarantine", champion)
+    if live.watch is None:
+        watch = find_watch(state, settings)
+        if watch is None or now < watch.until:
+            return None
+        why = f"version {watch.version} stays: undecided against anchor {watch.baseline} after promoter.watch_duration"
+        return NextAction("end_watch", why, watch.version)
+    watch, comparison = live.watch
+    outcome, why = decide(comparison, watch_criteria(settings))
+    figures, count = collect_figures(comparison), len(watch.promoted)
+    why = f"{count} version{'s' if count > 1 else ''} up to {watch.version} against anchor {watch.baseline}: {why}"
+    if outcome == "rollback":
+        return NextAction("rollback", why, watch.version, quarantine=True, figures=figures)
+    return NextAction("end_watch", why, watch.version, figures=figures) if outcome == "promote" else None
 
 
 def _choose_for_canary(
@@ -264,6 +284,18 @@ def _choose_for_candidate(state: LineState, canary_share: float, cooldown_until:
 
 def _describe_cooldown(until: float) -> str:
     return f"nothing is promoted before {datetime.fromtimestamp(until, UTC):%H:%M:%S} UTC (promoter.cooldown)"
+
+
+def _promotions_since(moves: Sequence[AliasMoved], anchor: str) -> list[AliasMoved]:
+    """Return the recorded moves of ``champion`` since it last named the anchor, oldest first.
+
+    Moves that follow one another between two polls are recorded as one: the anchor may be missing where a move began.
+    """
+    since: list[AliasMoved] = []
+    for move in moves:
+        if move.alias == "champion":
+            since = [] if move.to_version == anchor else [*([] if move.from_version == anchor else since), move]
+    return since
 
 
 def _last_move(moves: Sequence[AliasMoved], alias: Alias) -> AliasMoved | None:

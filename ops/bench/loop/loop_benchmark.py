@@ -141,7 +141,7 @@ def judge(record: LoopRecord) -> tuple[Figure, ...]:
         *_speedups("shift_over_none", record.second, NONE, (None, SHIFT_OVER_NONE_LOADED_GOAL)),
         *_delay_figures(record.delays),
         *(_acceptance(run, domain) for domain in record.domains),
-        Figure("versions_served", len(run.swaps), detail={"registered": len(run.versions)}),
+        Figure("versions_served", len({swap.version for swap in run.swaps}), detail={"registered": len(run.versions)}),
         Figure("failed_requests", len(errors), goal=Goal(0, at_least=False), detail={"errors": errors[:5]}),
     )
 

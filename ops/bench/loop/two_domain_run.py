@@ -25,7 +25,7 @@ ADAPTIVE, STATIC, NONE = "adaptive", "static", "none"
 """Arms: the newest champion, the champion at the shift, and no speculation."""
 _PROGRESS_INTERVAL_S = 15.0
 _LAST_OUTPUTS_S = 180.0
-_SETTLE_S = 30.0
+_SETTLE_S = 60.0
 _POLL_S = 1.0
 
 

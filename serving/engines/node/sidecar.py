@@ -129,7 +129,7 @@ def _read_alias(settings: Settings, line: SpeculatorLine, registry: MlflowRegist
     """Return the version that the alias names; None if there is none yet, so that the poller brings it later."""
     alias = settings.serve.alias
     try:
-        followed = apply_answer(FollowedAliases(), registry.read_aliases(), alias, canary=False)
+        followed = apply_answer(FollowedAliases(), registry.read_aliases(), alias, canary=False, anchor=False)
         version = followed.main.version if followed else None
         if version is None:
             return None

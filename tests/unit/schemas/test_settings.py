@@ -73,6 +73,7 @@ def test_an_unknown_key_in_the_file_is_an_error_too(tmp_path: Path) -> None:
         ("AURORA_SERVE__PORT", "many", "serve.port"),
         ("AURORA_SERVE__PORT", "70000", "serve.port"),
         ("AURORA_TRAIN__HELD_OUT_RATIO", "1.5", "train.held_out_ratio"),
+        ("AURORA_PROMOTER__WATCH_MIN_RATIO", "0", "promoter.watch_min_ratio"),
         ("AURORA_PORT", "1", "SECTION__KEY"),
         ("AURORA_KAFKA__CLIENT_OPTIONS__DEEP__ER", "1", "kafka.client_options"),
     ],

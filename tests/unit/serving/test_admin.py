@@ -145,7 +145,8 @@ def test_the_status_shows_the_active_version_and_its_role(admin: Admin) -> None:
     state = admin.state()
     assert (state.line, state.alias, state.alias_version, state.pinned) == (LINE, "champion", "1", None)
     assert (state.speculating, state.registry_error, state.versions_rejected) == (True, None, [])
-    assert (state.role, state.canary_version, state.update_blocked) == ("champion", None, None)
+    assert (state.role, state.canary_version, state.anchor_version) == ("champion", None, None)
+    assert state.update_blocked is None
     assert [swap.version for swap in state.swaps] == ["1"]
 
 

@@ -20,6 +20,7 @@ from serving.versions.alias_policy import (
     apply_answer,
     explain_unfollowed,
     follow_alias,
+    is_anchor_slice,
     is_canary_slice,
     parse_answer,
     slice_number,
@@ -35,11 +36,11 @@ def answer(
     return RegistryAnswer(aliases, AuditState(moves=moves, aliases=recorded) if moves else None)
 
 
-def after(*answers: RegistryAnswer, alias: str = CHAMPION, canary: bool = True) -> FollowedAliases:
+def after(*answers: RegistryAnswer, alias: str = CHAMPION, canary: bool = True, anchor: bool = True) -> FollowedAliases:
     """Return the state after these answers; stale ones change nothing."""
     followed = FollowedAliases()
     for named in answers:
-        followed = apply_answer(followed, named, alias, canary=canary) or followed
+        followed = apply_answer(followed, named, alias, canary=canary, anchor=anchor) or followed
     return followed
 
 
@@ -67,7 +68,7 @@ def test_a_step_up_is_followed_before_it_is_recorded_and_a_rollback_after() -> N
 def test_a_stale_answer_is_recognized_by_fewer_or_missing_moves() -> None:
     now = after(answer("7", 11, "7"))
     for old in (answer("9", 10, "9"), answer("5", 10, "5"), answer("9"), RegistryAnswer({})):
-        assert apply_answer(now, old, CHAMPION, canary=True) is None
+        assert apply_answer(now, old, CHAMPION, canary=True, anchor=True) is None
 
 
 def test_an_answer_from_before_the_record_of_a_step_up_does_not_undo_it() -> None:
@@ -118,6 +119,14 @@ def test_a_deleted_canary_returns_only_with_a_record() -> None:
 
 def test_a_node_that_serves_no_canaries_follows_none() -> None:
     assert after(answer("5", canary="7"), canary=False).canary == FollowedAlias()
+
+
+def test_the_anchor_is_followed_down_only_with_a_record() -> None:
+    begun = RegistryAnswer({"champion": "7", "previous": "5"}, AuditState(moves=10, aliases={"previous": "5"}))
+    unrecorded = RegistryAnswer({"champion": "7", "previous": "3"}, begun.audit)
+    recorded = RegistryAnswer(unrecorded.aliases, AuditState(moves=11, aliases={"previous": "3"}))
+    assert [after(begun, later).anchor.version for later in (begun, unrecorded, recorded)] == ["5", "5", "3"]
+    assert after(begun, anchor=False).anchor == FollowedAlias()
 
 
 def test_an_unfollowed_version_is_explained() -> None:
@@ -185,7 +194,7 @@ class World:
         """Apply an answer with aliases and audit state of these moments, and check the invariants."""
         moves, recorded = self.past[audit].moves, self.past[audit].recorded
         named = RegistryAnswer({**_named(self.past[aliases])}, AuditState(moves=moves, aliases=recorded))
-        before, after_ = self.followed, apply_answer(self.followed, named, CHAMPION, canary=True)
+        before, after_ = self.followed, apply_answer(self.followed, named, CHAMPION, canary=True, anchor=True)
         assert (after_ is None) == (moves < before.moves)
         if after_ is None:
             return
@@ -248,6 +257,11 @@ def test_a_larger_share_keeps_the_slices_of_a_smaller_one(share: float, more: fl
     assert is_canary_slice(node, number, small) <= is_canary_slice(node, number, large)
     assert not is_canary_slice(node, number, 0.0)
     assert is_canary_slice(node, number, 1.0)
+    assert is_anchor_slice(node, number, small) <= is_anchor_slice(node, number, large)
+    assert not is_anchor_slice(node, number, 0.0)
+    assert is_anchor_slice(node, number, 1.0)
+    if share + more <= 1:
+        assert not (is_canary_slice(node, number, share) and is_anchor_slice(node, number, more))
 
 
 def test_a_canary_has_its_share_of_the_slices_independently_per_node() -> None:

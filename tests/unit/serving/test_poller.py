@@ -20,7 +20,7 @@ from schemas.speculator.checkpoint import CheckpointError
 from schemas.speculator.network import EagleDraft
 from serving.engines.base import EngineHealth, SwapResult
 from serving.versions.active_version import MAX_RETRY_DELAY_S
-from serving.versions.alias_policy import is_canary_slice, slice_number
+from serving.versions.alias_policy import is_anchor_slice, is_canary_slice, slice_number
 from serving.versions.cache import RegistryError, RejectedVersionError, UnknownVersionError
 from serving.versions.poller import MAX_POLL_DELAY_S, VersionPoller, poll_delay
 
@@ -204,8 +204,15 @@ class Clock:
     def advance_to_slice_of(self, role: str) -> None:
         """Advance to the next slice in which ``node-0`` serves the role."""
         self.now += SLICE_S
-        while is_canary_slice("node-0", slice_number(self.now, SLICE_S), SHARE) != (role == "canary"):
+        while role_of(slice_number(self.now, SLICE_S)) != role:
             self.now += SLICE_S
+
+
+def role_of(number: int) -> str:
+    """Return what ``node-0`` serves in a slice while there are a canary and an anchor."""
+    if is_canary_slice("node-0", number, SHARE):
+        return "canary"
+    return "previous" if is_anchor_slice("node-0", number, ANCHOR_SHARE) else "champion"
 
 
 def metrics(poller: VersionPoller) -> dict[str, float]:
@@ -266,7 +273,7 @@ def test_a_pin_is_tried_at_once_after_a_failed_swap(
     assert (engine.versions, running_poller.pinned) == (["1"], "1")
 
 
-SHARE, SLICE_S = 0.5, 30.0
+SHARE, ANCHOR_SHARE, SLICE_S = 0.5, 0.2, 30.0
 
 
 @pytest.fixture
@@ -414,6 +421,73 @@ def test_the_update_to_a_promoted_canary_is_not_delayed(
     registry.alias, registry.canary = "4", None
     lazy_poller.poll()
     assert (engine.versions, lazy_poller.role) == (["1", "2", "4"], "champion")
+
+
+@pytest.fixture
+def watch_poller(registry: FakeRegistry, engine: FakeEngine, clock: Clock) -> VersionPoller:
+    """A poller of a line whose champion, version 2, is watched against version 1."""
+    registry.alias, registry.previous = "2", "1"
+    settings = Settings(canary=Canary(share=SHARE, anchor_share=ANCHOR_SHARE, slice_duration=SLICE_S))
+    return VersionPoller(registry, engine, settings, clock)  # type: ignore[arg-type]
+
+
+def test_an_anchor_a_canary_and_the_champion_are_served_each_in_its_slices(
+    watch_poller: VersionPoller, registry: FakeRegistry, engine: FakeEngine, clock: Clock
+) -> None:
+    for role, version in (("champion", "2"), ("previous", "1"), ("canary", "2"), ("previous", "1")):
+        clock.advance_to_slice_of(role)
+        watch_poller.poll()
+        served_as = "champion" if role == "canary" else role
+        assert (engine.versions[-1], watch_poller.role, watch_poller.anchor) == (version, served_as, "1")
+    registry.canary = "3"
+    for role, version in (("champion", "2"), ("canary", "3"), ("previous", "1"), ("champion", "2")):
+        clock.advance_to_slice_of(role)
+        watch_poller.poll()
+        assert (engine.versions[-1], watch_poller.role) == (version, role)
+    assert sorted(registry.downloads) == ["1", "2", "3"]
+
+
+def test_versions_promoted_during_a_watch_are_swapped_in_beside_the_anchor(
+    watch_poller: VersionPoller, registry: FakeRegistry, engine: FakeEngine, clock: Clock
+) -> None:
+    clock.advance_to_slice_of("previous")
+    for registry.alias in ("2", "3", "4"):
+        watch_poller.poll()
+        assert (engine.versions[-1], watch_poller.role) == ("1", "previous")
+    clock.advance_to_slice_of("champion")
+    watch_poller.poll()
+    assert (engine.versions[-1], watch_poller.role) == ("4", "champion")
+    assert registry.downloads == ["2", "1", "3", "4"]
+
+
+@pytest.mark.parametrize(("champion", "anchor"), [("2", "2"), ("1", "1"), ("2", None)])
+def test_an_anchor_ends_at_once_when_the_watch_does(
+    watch_poller: VersionPoller,
+    registry: FakeRegistry,
+    engine: FakeEngine,
+    clock: Clock,
+    champion: str,
+    anchor: str | None,
+) -> None:
+    registry.record_audit()
+    clock.advance_to_slice_of("previous")
+    watch_poller.poll()
+    assert engine.versions[-1] == "1"
+    registry.alias, registry.previous = champion, anchor
+    registry.record_audit()
+    watch_poller.poll()
+    assert (engine.versions[-1], watch_poller.role, watch_poller.anchor) == (champion, "champion", None)
+
+
+def test_a_node_without_an_anchor_share_serves_no_anchor(
+    registry: FakeRegistry, engine: FakeEngine, clock: Clock
+) -> None:
+    registry.alias, registry.previous = "2", "1"
+    settings = Settings(canary=Canary(anchor_share=0, slice_duration=SLICE_S))
+    poller = VersionPoller(registry, engine, settings, clock)  # type: ignore[arg-type]
+    clock.advance_to_slice_of("previous")
+    poller.poll()
+    assert (engine.versions, poller.anchor, registry.downloads) == (["2"], None, ["2"])
 
 
 def test_slices_are_served_on_time_while_the_registry_does_not_answer(

@@ -18,7 +18,9 @@ from trainer.release.alias_moves import (
     AliasMover,
     MoveError,
     find_next_change,
+    find_rollback_target,
     new_intent,
+    plan_anchor,
     plan_canary,
     plan_promotion,
     plan_rollback,
@@ -108,28 +110,45 @@ def after(named: Mapping[str, str], move: AliasIntent) -> dict[str, str]:
 
 def test_a_promotion_makes_the_champion_previous_and_removes_the_canary() -> None:
     named = {"champion": "1", "previous": "0", "canary": "2", "candidate": "2"}
-    assert after(named, wanted(plan_promotion(named, "2"))) == {"champion": "2", "previous": "1", "candidate": "2"}
+    promoted = plan_promotion(named, "2", watched=False)
+    assert after(named, wanted(promoted)) == {"champion": "2", "previous": "1", "candidate": "2"}
+
+
+def test_while_promotions_are_watched_previous_keeps_the_anchor() -> None:
+    named = {"champion": "3", "previous": "1"}
+    for version in ("4", "1"):
+        promoted = plan_promotion(named, version, watched=True)
+        assert after(named, wanted(promoted)) == {"champion": version, "previous": "1"}
+    assert after({"champion": "1"}, wanted(plan_promotion({"champion": "1"}, "2", watched=True))) == {
+        "champion": "2",
+        "previous": "1",
+    }
+
+
+def test_the_end_of_a_watch_makes_the_champion_the_anchor() -> None:
+    named = {"champion": "3", "previous": "1"}
+    assert after(named, wanted(plan_anchor(named))) == {"champion": "3", "previous": "3"}
 
 
 def test_the_first_champion_has_no_previous() -> None:
-    assert after({"candidate": "1"}, wanted(plan_promotion({"candidate": "1"}, "1"))) == {
+    assert after({"candidate": "1"}, wanted(plan_promotion({"candidate": "1"}, "1", watched=False))) == {
         "champion": "1",
         "candidate": "1",
     }
 
 
 def test_previous_moves_before_the_champion() -> None:
-    first, second = wanted(plan_promotion({"champion": "1", "previous": "0"}, "2")).changes
+    first, second = wanted(plan_promotion({"champion": "1", "previous": "0"}, "2", watched=False)).changes
     assert (first.alias, first.to_version) == ("previous", "1")
     assert (second.alias, second.to_version) == ("champion", "2")
 
 
-def champion_moves(*versions: str) -> list[AliasMoved]:
+def previous_moves(*versions: str) -> list[AliasMoved]:
     return [
         AliasMoved(
             time=datetime.now(UTC),
             line=LINE,
-            alias="champion",
+            alias="previous",
             from_version=before,
             to_version=version,
             actor="promoter",
@@ -140,23 +159,28 @@ def champion_moves(*versions: str) -> list[AliasMoved]:
     ]
 
 
-def test_a_rollback_moves_the_champion_to_previous_and_previous_to_the_champion_before() -> None:
+def test_a_rollback_returns_to_previous_and_ends_a_canary() -> None:
     named = {"champion": "3", "previous": "2", "canary": "4"}
-    back = plan_rollback(named, champion_moves("1", "2", "3"), [])
-    assert after(named, wanted(back)) == {"champion": "2", "previous": "1"}
-    assert after(named, wanted(plan_rollback(named, [], []))) == {"champion": "2"}
+    assert find_rollback_target(named, previous_moves("1", "2"), []) == "2"
+    back = wanted(plan_rollback(named, "2"))
+    assert after(named, back) == {"champion": "2", "previous": "2"}
 
 
-def test_a_rollback_skips_champions_in_quarantine() -> None:
-    named, moves = {"champion": "4", "previous": "3"}, champion_moves("1", "2", "3", "4")
+def test_a_champion_that_came_through_its_watch_is_rolled_back_to_the_anchor_before_it() -> None:
+    named, moves = {"champion": "3", "previous": "3"}, previous_moves("1", "2", "3")
     bad = Version("2", datetime.now(UTC), {QUARANTINED_TAG: "worse"}, "", "")
-    assert after(named, wanted(plan_rollback(named, moves, [bad]))) == {"champion": "3", "previous": "1"}
+    assert find_rollback_target(named, moves, []) == "2"
+    assert find_rollback_target(named, moves, [bad]) == "1"
+    assert find_rollback_target(named, previous_moves("3"), []) is None
+    assert find_rollback_target({"champion": "1"}, [], []) is None
+    first, second = wanted(plan_rollback(named, "2")).changes
+    assert (first.alias, second.alias) == ("previous", "champion"), "no node may serve version 3 as an anchor"
 
 
 @settings(deadline=None)
-@given(ALIASES, VERSIONS)
-def test_the_changes_of_an_intent_end_in_its_aliases(named: dict[str, str], version: str) -> None:
-    move, now = wanted(plan_promotion(named, version)), dict(named)
+@given(ALIASES, VERSIONS, st.booleans())
+def test_the_changes_of_an_intent_end_in_its_aliases(named: dict[str, str], version: str, watched: bool) -> None:
+    move, now = wanted(plan_promotion(named, version, watched=watched)), dict(named)
     for _ in move.changes:
         change = find_next_change(move, now)
         assert change is not None
@@ -166,7 +190,7 @@ def test_the_changes_of_an_intent_end_in_its_aliases(named: dict[str, str], vers
 
 
 def test_an_alias_moved_by_hand_stops_the_move() -> None:
-    move = wanted(plan_promotion({"champion": "1"}, "2"))
+    move = wanted(plan_promotion({"champion": "1"}, "2", watched=False))
     with pytest.raises(MoveError, match="names version 7, but named 1"):
         find_next_change(move, {"champion": "7", "previous": "1"})
 
@@ -178,7 +202,7 @@ def test_after_a_crash_at_any_step_the_next_mover_leaves_one_of_two_legal_states
 ) -> None:
     rows, registry = MemoryIntents(), MemoryAliases(named)
     mover = mover_of(rows, registry)
-    move = wanted(plan_promotion(named, version))
+    move = wanted(plan_promotion(named, version, watched=False))
     crash_after(registry, steps, ("set_alias", "delete_alias"))
     crashed = False
     try:
@@ -199,7 +223,7 @@ def test_after_a_crash_at_any_step_the_next_mover_leaves_one_of_two_legal_states
 def test_after_a_crash_around_a_row_the_move_is_made_or_not_begun(steps: int) -> None:
     named = {"champion": "1"}
     rows, registry = MemoryIntents(), MemoryAliases(named)
-    move = wanted(plan_promotion(named, "2"))
+    move = wanted(plan_promotion(named, "2", watched=False))
     crash_after(rows, steps, ("append_after",))
     with pytest.raises(Crash):
         mover_of(rows, registry).move(move)
@@ -215,9 +239,9 @@ def test_one_of_two_movers_with_the_same_state_wins() -> None:
     rows, registry = MemoryIntents(), MemoryAliases({"champion": "1"})
     one, other = mover_of(rows, registry), mover_of(rows, registry)
     assert one.find_open(LINE) is other.find_open(LINE) is None
-    one.move(wanted(plan_promotion(registry.named, "2")))
+    one.move(wanted(plan_promotion(registry.named, "2", watched=False)))
     with pytest.raises(MoveError, match="by hand meanwhile"):
-        other.move(wanted(plan_promotion({"champion": "1"}, "3")))
+        other.move(wanted(plan_promotion({"champion": "1"}, "3", watched=False)))
     assert registry.named == {"champion": "2", "previous": "1"}
 
 
@@ -233,7 +257,7 @@ def test_a_mover_whose_row_comes_second_writes_nothing() -> None:
 
     registry.aliases = meanwhile  # type: ignore[method-assign]
     with pytest.raises(MoveError, match="another move came first"):
-        slow.move(wanted(plan_promotion({"champion": "1"}, "3")))
+        slow.move(wanted(plan_promotion({"champion": "1"}, "3", watched=False)))
     assert registry.named == {"champion": "1", "canary": "5"}
 
 
@@ -241,7 +265,7 @@ def test_while_a_move_is_open_no_other_begins() -> None:
     rows, registry = MemoryIntents(), MemoryAliases({"champion": "1"})
     crash_after(registry, 1, ("set_alias",))
     with pytest.raises(Crash):
-        mover_of(rows, registry).move(wanted(plan_promotion(registry.named, "2"), why="the newest"))
+        mover_of(rows, registry).move(wanted(plan_promotion(registry.named, "2", watched=False), why="the newest"))
     with pytest.raises(MoveError, match="is being moved: the newest"):
         mover_of(rows, MemoryAliases(registry.named)).move(wanted(plan_canary({}, "3")))
 
@@ -250,7 +274,7 @@ def test_a_move_crossed_by_hand_is_abandoned_with_a_reason() -> None:
     rows, registry = MemoryIntents(), MemoryAliases({"champion": "1"})
     crash_after(registry, 1, ("set_alias",))
     with pytest.raises(Crash):
-        mover_of(rows, registry).move(wanted(plan_promotion(registry.named, "2")))
+        mover_of(rows, registry).move(wanted(plan_promotion(registry.named, "2", watched=False)))
     by_hand = MemoryAliases({**registry.named, "champion": "9"})
     survivor = mover_of(rows, by_hand)
     survivor.finish_open(LINE)
@@ -261,7 +285,7 @@ def test_a_move_crossed_by_hand_is_abandoned_with_a_reason() -> None:
 
 def test_a_move_that_changes_nothing_is_not_written() -> None:
     rows = MemoryIntents()
-    mover_of(rows, MemoryAliases({"champion": "2"})).move(wanted(plan_promotion({"champion": "2"}, "2")))
+    mover_of(rows, MemoryAliases({"champion": "2"})).move(wanted(plan_promotion({"champion": "2"}, "2", watched=False)))
     assert rows.commits == []
 
 
@@ -269,10 +293,10 @@ def test_a_move_to_a_version_that_was_deleted_does_not_block_the_line() -> None:
     rows, registry = MemoryIntents(), MemoryAliases({"champion": "1"})
     crash_after(registry, 1, ("set_alias",))
     with pytest.raises(Crash):
-        mover_of(rows, registry).move(wanted(plan_promotion(registry.named, "2")))
+        mover_of(rows, registry).move(wanted(plan_promotion(registry.named, "2", watched=False)))
     survivor = mover_of(rows, without := MemoryAliases(registry.named))
     without.deleted = {"2"}
     survivor.finish_open(LINE)
     assert [state for _, state in survivor.intents(LINE)] == ["abandoned"]
-    survivor.move(wanted(plan_promotion(without.named, "3")))
+    survivor.move(wanted(plan_promotion(without.named, "3", watched=False)))
     assert without.named == {"champion": "3", "previous": "1"}

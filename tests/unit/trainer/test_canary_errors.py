@@ -29,8 +29,8 @@ def comparisons(fleet: Fleet, seed: int, gain: float) -> Iterator[Comparison]:
     live, seen = LiveFigures(tables, SETTINGS), 20.0
     while seen <= fleet.slices:
         until = begin + int(seen) * fleet.slice_s
-        periods = (ServingPeriod(version, begin, until) for version in (CANARY, CHAMPION))
-        yield compare(*live.read_traffic(LINE, *periods), CRITERIA)
+        sides = ([ServingPeriod(version, begin, until)] for version in (CANARY, CHAMPION))
+        yield compare(*live.read_traffic(LINE, *sides), CRITERIA)
         seen *= 1.15
 
 

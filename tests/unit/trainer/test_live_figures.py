@@ -39,7 +39,7 @@ def totals(served: ServedTraffic) -> tuple[int, float, float, float]:
 def read_both(
     live: LiveFigures, since: float = T, until: float = math.inf
 ) -> tuple[dict[str, ServedTraffic], dict[str, ServedTraffic]]:
-    return live.read_traffic(LINE, ServingPeriod("2", since, until), ServingPeriod("1", since, until))
+    return live.read_traffic(LINE, [ServingPeriod("2", since, until)], [ServingPeriod("1", since, until)])
 
 
 def test_verify_steps_are_added_up_by_version_label_and_slice(tables: DeltaLog) -> None:
@@ -126,6 +126,15 @@ def test_only_whole_slices_of_a_period_count(tables: DeltaLog) -> None:
     tables.append("traces", rows_of(ServedRequest(v, T + at) for v in "12" for at in (0, 10, 20)))
     new, old = read_both(LiveFigures(tables, WITHOUT_BURN_IN), since=T + 5, until=T + 25)
     assert len(new[""].group) == len(old[""].group) == 1
+
+
+def test_versions_of_one_side_are_taken_together_each_since_its_own_time(tables: DeltaLog) -> None:
+    tables.append("traces", rows_of(ServedRequest(v, T + at) for v in "123" for at in (0, 10, 20)))
+    promoted = [ServingPeriod("2", T), ServingPeriod("3", T + 15)]
+    new, old = LiveFigures(tables, WITHOUT_BURN_IN).read_traffic(LINE, promoted, [ServingPeriod("1", T)])
+    assert totals(new[""]) == (4, 80, 40, 0.4)
+    assert new[""].requests.tolist() == [1, 1, 2]
+    assert totals(old[""]) == (3, 60, 30, 0.3)
 
 
 def test_nodes_that_served_one_version_are_ignored_if_others_served_both(tables: DeltaLog) -> None:

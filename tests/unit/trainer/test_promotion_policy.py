@@ -9,8 +9,9 @@ from datetime import UTC, datetime
 import pytest
 
 from schemas.events import Alias, AliasIntent, AliasMoved
-from schemas.settings import Promoter
+from schemas.settings import Canary, Promoter
 from trainer.release.gate import Verdict
+from trainer.release.live_figures import ServingPeriod
 from trainer.release.promotion_policy import (
     CanaryAnalysis,
     LineState,
@@ -20,16 +21,15 @@ from trainer.release.promotion_policy import (
     choose_action,
     find_canary_analysis,
     find_cooldown_end,
-    find_drop,
     find_watch,
 )
 from trainer.release.sequential_test import Comparison, Estimate
 
 NOW = 1_000_000.0
-SETTINGS = Promoter(canary_timeout=1000, watch_duration=600, cooldown=100, cooldown_window=10_000, watch_min_ratio=0.8)
+SETTINGS = Promoter(canary_timeout=1000, watch_duration=600, cooldown=100, cooldown_window=10_000)
 PASSED, FAILED = Verdict(promote=True, why="better"), Verdict(promote=False, why="not better")
 ANALYSIS = CanaryAnalysis("3", "2", NOW - 100, NOW + 900)
-WATCH = PostPromotionWatch("3", "2", NOW - 100, NOW + 500)
+WATCH = PostPromotionWatch((ServingPeriod("3", NOW - 100),), "2", NOW + 500)
 
 
 def moved(alias: Alias, before: str | None, after: str | None, ago: float = 100) -> AliasMoved:
@@ -37,6 +37,10 @@ def moved(alias: Alias, before: str | None, after: str | None, ago: float = 100)
     return AliasMoved(
         time=time, line="l", alias=alias, from_version=before, to_version=after, actor="promoter", why="", figures={}
     )
+
+
+def replace_time(move: AliasMoved, ago: float) -> AliasMoved:
+    return move.model_copy(update={"time": datetime.fromtimestamp(NOW - ago, UTC)})
 
 
 def state_of(
@@ -86,7 +90,7 @@ NO_COMPARISON = LiveComparisons()
 def action(
     at: LineState, live: LiveComparisons = NO_COMPARISON, share: float = 0.1, settings: Promoter = SETTINGS
 ) -> NextAction:
-    return choose_action(at, live, NOW, share, settings)
+    return choose_action(at, live, NOW, Canary(share=share), settings)
 
 
 CANDIDATE = {"candidate": "3", "champion": "2"}
@@ -172,45 +176,87 @@ def test_a_canary_analysis_begins_with_the_last_move_of_canary_or_champion() -> 
     assert find_canary_analysis(state_of(moves=moves, champion="2"), SETTINGS) is None
 
 
+def watch_of(moves: Sequence[AliasMoved], champion: str, previous: str, *quarantined: str) -> PostPromotionWatch | None:
+    return find_watch(state_of(moves=moves, quarantined=quarantined, champion=champion, previous=previous), SETTINGS)
+
+
 def test_a_promotion_is_watched_and_a_rollback_is_not() -> None:
-    promoted = [moved("champion", "2", "3")]
-    found = find_watch(state_of(moves=promoted, champion="3", previous="2"), NOW, SETTINGS)
-    assert found == PostPromotionWatch("3", "2", NOW - 100, NOW + 500)
-    assert [period.since for period in found.periods] == [NOW - 100, NOW - 700]
-    assert find_watch(state_of(moves=promoted, champion="3"), NOW, SETTINGS) is None
-    assert find_watch(state_of(moves=promoted, champion="3", previous="2"), NOW + 500, SETTINGS) is None
-    back = [*promoted, moved("champion", "3", "2", 50)]
-    assert find_watch(state_of(moves=back, quarantined=["3"], champion="2", previous="3"), NOW, SETTINGS) is None
-    assert find_watch(state_of(moves=back, champion="2", previous="1"), NOW, SETTINGS) is None
+    promoted = [moved("champion", None, "2", 500), moved("champion", "2", "3"), moved("previous", None, "2")]
+    found = watch_of(promoted, "3", "2")
+    assert found == WATCH
+    assert found.sides == ((ServingPeriod("3", NOW - 100),), (ServingPeriod("2", NOW - 100),))
+    assert find_watch(state_of(moves=promoted, champion="3"), SETTINGS) is None
+    assert watch_of(promoted, "3", "2", "2") is None
+    assert watch_of(promoted, "4", "2") is None, "the last move is not recorded"
+    assert watch_of(promoted, "3", "1") is None, "the last move is not recorded"
+    assert watch_of([*promoted, moved("champion", "3", "2", 50)], "2", "2") is None
 
 
-def test_a_dropped_champion_is_rolled_back_and_quarantined_before_any_other_action() -> None:
-    at = state_of(PASSED, candidate="4", canary="4", champion="3", previous="2")
-    found = action(at, LiveComparisons(watch=(WATCH, comparison(-0.5)), canary=(ANALYSIS, comparison(0.1))))
-    assert (found.kind, found.version, found.quarantine) == ("rollback", "3", True)
-    assert "watch_min_ratio" in found.why
+def test_versions_promoted_during_a_watch_join_it_until_it_ends() -> None:
+    moves = [moved("champion", None, "1", 900), moved("champion", "1", "2", 90), moved("previous", None, "1", 90)]
+    moves += [moved("champion", "2", "3", 50), moved("champion", "3", "4", 10)]
+    promoted = (ServingPeriod("2", NOW - 90), ServingPeriod("3", NOW - 50), ServingPeriod("4", NOW - 10))
+    assert watch_of(moves, "4", "1") == PostPromotionWatch(promoted, "1", NOW + 510)
+    ended = [*moves, moved("previous", "1", "4", 8)]
+    assert watch_of(ended, "4", "4") is None
+    again = [*ended, moved("champion", "4", "5", 5)]
+    assert watch_of(again, "5", "4") == PostPromotionWatch((ServingPeriod("5", NOW - 5),), "4", NOW + 595)
+    after_rollback = [*again, moved("champion", "5", "4", 3), moved("champion", "4", "6", 1)]
+    assert watch_of(after_rollback, "6", "4") == PostPromotionWatch((ServingPeriod("6", NOW - 1),), "4", NOW + 599)
+
+
+def test_two_promotions_that_were_recorded_as_one_move_are_watched_with_the_version_that_is_known() -> None:
+    moves = [moved("previous", None, "2", 500), moved("champion", "1", "3", 90)]
+    assert watch_of(moves, "3", "2") == PostPromotionWatch((ServingPeriod("3", NOW - 90),), "2", NOW + 510)
+    from_anchor = [moved("previous", None, "2", 500), moved("champion", "2", "3", 90)]
+    assert watch_of([moved("champion", None, "1", 900), *from_anchor], "3", "2") == watch_of(moves, "3", "2")
+
+
+def test_previous_moved_by_hand_begins_a_watch() -> None:
+    moves = [moved("champion", None, "1", 900), moved("champion", "1", "2", 800), moved("previous", None, "1", 60)]
+    assert watch_of(moves, "2", "1") == PostPromotionWatch((ServingPeriod("2", NOW - 60),), "1", NOW + 540)
+
+
+WATCHED = state_of(PASSED, candidate="4", canary="4", champion="3", previous="2")
 
 
 @pytest.mark.parametrize(
-    ("compared", "drops"),
+    ("compared", "expected"),
     [
-        (comparison(-0.3), True),
-        (comparison(-0.195), False),
-        (comparison(-0.3, width=0.15), False),
-        (comparison(-0.3, enough=False), False),
-        (comparison(0.0, per_second=-0.5), False),
-        (comparison(-0.05, per_second=-0.5), True),
+        (comparison(-0.3), "rollback"),
+        (comparison(-0.03), "rollback"),
+        (comparison(0.0, per_second=-0.3), "rollback"),
+        (replace(comparison(0.1), labels=(estimate(-0.4, label="sql"),)), "rollback"),
+        (comparison(-0.3, width=0.4), "wait"),
+        (comparison(-0.3, enough=False), "wait"),
+        (comparison(0.0), "end_watch"),
+        (comparison(0.1), "end_watch"),
     ],
 )
-def test_a_drop_needs_its_whole_interval_and_a_lower_acceptance_length(compared: Comparison, drops: bool) -> None:
-    assert (find_drop(compared, SETTINGS) is not None) is drops
+def test_a_watch_ends_before_any_other_action(compared: Comparison, expected: str) -> None:
+    found = action(WATCHED, LiveComparisons(watch=(WATCH, compared), canary=(ANALYSIS, comparison(0.0, width=0.1))))
+    assert (found.kind, found.quarantine) == (expected, expected == "rollback")
+    if expected != "wait":
+        assert found.version == "3"
+        assert found.why.startswith("1 version up to 3 against anchor 2: ")
+        assert found.figures["acceptance_length_difference"] == compared.overall[1].difference
 
 
-def test_a_drop_on_one_label_counts() -> None:
-    on_sql = (estimate(-0.4, label="sql", figure="tokens per second"), estimate(-0.4, label="sql"))
-    found = find_drop(replace(comparison(0.1), labels=on_sql), SETTINGS)
-    assert found is not None
-    assert found.label == "sql"
+def test_an_undecided_watch_ends_after_its_duration_and_the_champion_stays() -> None:
+    moves = [moved("champion", "2", "3", 600), moved("previous", "1", "2", 600)]
+    at = replace(WATCHED, moves=moves)
+    found = action(at)
+    assert (found.kind, found.version, found.quarantine) == ("end_watch", "3", False)
+    assert "promoter.watch_duration" in found.why
+    younger = replace(WATCHED, moves=[replace_time(move, 599) for move in moves])
+    assert action(younger).kind == "wait"
+    unwatched = choose_action(at, NO_COMPARISON, NOW, Canary(share=0.1, anchor_share=0), SETTINGS)
+    assert unwatched.kind == "wait"
+
+
+def test_a_watch_whose_anchor_is_in_quarantine_ends() -> None:
+    found = action(replace(WATCHED, quarantined=["2"]))
+    assert (found.kind, found.version, found.quarantine) == ("end_watch", "3", False)
 
 
 @pytest.mark.parametrize(

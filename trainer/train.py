@@ -39,7 +39,7 @@ from trainer.loop.metrics import StepFigures, Throughput, TrainMetrics
 from trainer.loop.mlflow_curves import MlflowCurves
 from trainer.loop.warm_start import load_initial_draft
 from trainer.release.evaluation import Evaluation, HeldOutEvaluator
-from trainer.release.registration import PASSED_TAG, Registrar, TrainingLineage
+from trainer.release.registration import LINEAGE_TAG, PASSED_TAG, Registrar, TrainingLineage, resume_registration
 from trainer.release.registration_queue import RegistrationQueue, TrainingSnapshot
 from trainer.release.registry import RegistryError, SpeculatorRegistry
 from trainer.status import ErrorTracker, StatusServer, stop_on_signals
@@ -117,6 +117,7 @@ class Trainer:
         registrar = Registrar(settings, target, SpeculatorRegistry(settings.registry), self._evaluator)
         self._registrations = RegistrationQueue(registrar, target.line, self._lineage, self._errors, self._metrics)
         self._load_initial_draft = partial(load_initial_draft, settings, target, registry)
+        self._resume_registration = partial(resume_registration, registry, target.line)
         self._checkpoints = Checkpoints(Path(train.checkpoint_dir) / target.line, TrainState)
         self._reader = f"trainer {target.line} {socket.gethostname()}:{Path(train.checkpoint_dir).resolve()}"
         self._curves = MlflowCurves(
@@ -219,7 +220,7 @@ class Trainer:
                     state, folder = found
                     self._prefetcher.restore(state.data_loader)
                     self._learners.call(Learner.load, folder, state.step)
-                    self._lineage.start(state.parent)
+                    self._lineage.start(self._find_parent(state))
                     self._tokens_seen, self._warm_started = state.tokens_seen, state.warm_started
                     self._written = state
                     good = self._checkpoints.read_good()
@@ -238,6 +239,13 @@ class Trainer:
         if started and self._good is None:
             self._checkpoint(good=True)
         log.info("training_started", step=self._learner.steps, parent=self._lineage.parent, cursor=self._loader.cursor)
+
+    def _find_parent(self, state: TrainState) -> str:
+        """Return the parent of a checkpoint's weights, which may have been registered after the checkpoint."""
+        parent = None
+        with self._errors.catch("registry", RegistryError):
+            parent = self._resume_registration(state.lineage, state.step)
+        return parent or state.parent
 
     def _train_step(self, batch: StepBatch) -> None:
         learning_rate, counted = self._learner.learning_rate, (self._learner.steps, self._learner.skipped)
@@ -338,6 +346,7 @@ class Trainer:
         step = self._evaluated_step = self._learner.steps
         tags = {
             "tables": json.dumps(self._prefetcher.tables_read),
+            LINEAGE_TAG: self._lineage.id,
             PASSED_TAG: str(self._prefetcher.completed_version),
         }
         if self._curves.run:
@@ -362,6 +371,7 @@ class Trainer:
                     step=step,
                     tokens_seen=self._tokens_seen,
                     parent=self._lineage.parent,
+                    lineage=self._lineage.id,
                     warm_started=self._warm_started,
                     data_loader=self._prefetcher.state(),
                 )

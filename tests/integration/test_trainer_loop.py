@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import select
+import signal
 import socket
 import threading
 import uuid
@@ -33,6 +34,9 @@ from schemas.settings import load
 from schemas.speculator import checkpoint
 from trainer.release.gate import HeldOutComparison
 from trainer.train import Trainer
+
+SUPPORT = Path(__file__).resolve().parents[1] / "support"
+RUN_KILLED_TRAINER = ("-c", f"import sys; sys.path.append('{SUPPORT}'); import killed_trainer; killed_trainer.run()")
 
 
 @pytest.fixture
@@ -137,6 +141,25 @@ def test_a_stopped_or_killed_trainer_resumes_from_its_checkpoint(world: World, t
             "everything to be read",
         )
         assert end(trainer) == 0
+
+
+def test_a_registration_that_a_kill_interrupted_is_completed(world: World, tmp_path: Path) -> None:
+    settings, line, log = world.settings, world.target.line, tmp_path / "train.log"
+    world.serve(60)
+    with process(settings, RUN_KILLED_TRAINER, log) as killed:
+        assert killed.wait(120) == -signal.SIGKILL
+    assert [version.number for version in world.registry.versions(line)] == ["1"]
+    assert world.registry.aliases(line) == {}
+    with process(settings, RUN_TRAINER, log) as trainer:
+        until(lambda: len(parents_at_starts(log)) == 2, "the start")
+        assert world.registry.aliases(line)["candidate"]
+        assert end(trainer) == 0
+    assert parents_at_starts(log) == ["day-0-head-0", "1"]
+
+
+def parents_at_starts(log: Path) -> list[str]:
+    entries = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
+    return [entry["parent"] for entry in entries if entry["event"] == "training_started"]
 
 
 class Gate:

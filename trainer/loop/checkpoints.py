@@ -57,6 +57,8 @@ class TrainState(CheckpointState):
     tokens_seen: int
     parent: str
     """Version that the weights descend from: the one registered last, or the one that training started with."""
+    lineage: str = ""
+    """Of the weights: see ``TrainingLineage.id``."""
     warm_started: bool = False
     """Whether training began with a trained draft."""
     data_loader: DataLoaderState

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
@@ -31,6 +32,8 @@ log = structlog.get_logger()
 
 SETTINGS_TAG = "settings"
 """Tag of a version with the settings that shaped it, as JSON."""
+LINEAGE_TAG = "lineage"
+"""Tag of a version with ``TrainingLineage.id`` of its weights."""
 PASSED_TAG = "passed"
 """Tag of a version with the version of ``accepted`` up to which every sample had been due for training."""
 MAX_TRACKED_REQUESTS = 65_536
@@ -150,6 +153,29 @@ class Registrar:
         return gain if is_better else None
 
 
+def resume_registration(registry: SpeculatorRegistry, line: str, lineage: str, step: int) -> str | None:
+    """Complete a registration that ended with its process: name the version, and tell the weights' parent.
+
+    Args:
+        registry: Registry of versions.
+        line: Speculator line.
+        lineage: Of the weights with which training resumes.
+        step: Their training step.
+
+    Returns:
+        The newest version that these weights descend from; None if none of the lineage does.
+
+    Raises:
+        RegistryError: no answer.
+    """
+    versions = [version for version in registry.versions(line) if version.tags.get(LINEAGE_TAG) == lineage]
+    if versions and int(registry.aliases(line).get("candidate", 0)) < int(newest := versions[-1].number):
+        registry.set_alias(line, "candidate", newest)
+        log.warning("registration_resumed", line=line, version=newest)
+    steps = {version.number: json.loads(version.tags["metrics"])["step"] for version in versions}
+    return max((number for number in steps if steps[number] <= step), key=int, default=None)
+
+
 @dataclass(frozen=True, slots=True)
 class LineageRecord:
     """What the weights of a step were learned from."""
@@ -194,6 +220,9 @@ class TrainingLineage:
     """
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        self.id = uuid.uuid4().hex
+        """Names one course of the training, from a start or a rollback to the next: the versions of a course descend
+        from each other, and its later weights from them."""
         self._clock = clock
         # The first section stands for everything before the start, the last one is not marked yet.
         self._sections = [_Section(mark=-1, until=clock()), _Section(mark=0)]
@@ -271,6 +300,7 @@ class TrainingLineage:
             step: The earlier step.
             parent: Version that its weights descended from when they were saved.
         """
+        self.id = uuid.uuid4().hex
         for section in reversed(self._sections[1:-1]):
             if section.step > step:
                 self.keep(section.mark)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import cast
 
@@ -27,8 +28,8 @@ from trainer.objective.simulated_acceptance import (
 from trainer.release import evaluation
 from trainer.release.evaluation import Evaluation, HeldOutEvaluator
 from trainer.release.gate import HeldOutComparison
-from trainer.release.registration import Registrar
-from trainer.release.registry import SpeculatorRegistry
+from trainer.release.registration import LINEAGE_TAG, Registrar, resume_registration
+from trainer.release.registry import SpeculatorRegistry, Version
 
 TARGET = "a" * 32
 V = SHAPE.vocab_size
@@ -47,6 +48,9 @@ class MemoryVersions:
 
     def aliases(self, _line: str) -> dict[str, str]:
         return self.named
+
+    def versions(self, _line: str) -> list[Version]:
+        return [Version(number, datetime.now(UTC), tags, "", "") for number, tags in self.tags_of.items()]
 
     def tags(self, _line: str, version: str) -> Mapping[str, str]:
         return self.tags_of[version]
@@ -253,3 +257,34 @@ def test_samples_that_left_the_held_out_set_are_forgotten(
         registry.named.clear()
         register(better, chosen)
         assert scored == [5, *expected], "the draft, and the samples that are new to day 0"
+
+
+def test_a_version_that_its_process_did_not_name_becomes_candidate(registry: MemoryVersions) -> None:
+    register_steps(registry, {"1": ("a", 10), "2": ("a", 20)})
+    registry.named["candidate"] = "1"
+    assert resume(registry, "a", 20) == "2"
+    assert registry.named["candidate"] == "2"
+
+
+def test_a_newer_candidate_of_another_training_stays(registry: MemoryVersions) -> None:
+    register_steps(registry, {"1": ("a", 10), "2": ("b", 10)})
+    registry.named["candidate"] = "2"
+    assert resume(registry, "a", 10) == "1"
+    assert registry.named["candidate"] == "2"
+
+
+@pytest.mark.parametrize(("step", "parent"), [(5, None), (10, "8"), (19, "8"), (20, "10"), (99, "10")])
+def test_the_parent_of_resumed_weights_is_the_newest_version_of_their_course_that_is_not_later(
+    registry: MemoryVersions, step: int, parent: str | None
+) -> None:
+    register_steps(registry, {"8": ("a", 10), "9": ("b", 15), "10": ("a", 20)})
+    assert resume(registry, "a", step) == parent
+
+
+def resume(registry: MemoryVersions, lineage: str, step: int) -> str | None:
+    return resume_registration(cast(SpeculatorRegistry, registry), "line", lineage, step)
+
+
+def register_steps(registry: MemoryVersions, versions: Mapping[str, tuple[str, int]]) -> None:
+    for number, (lineage, step) in versions.items():
+        registry.tags_of[number] = {LINEAGE_TAG: lineage, "metrics": json.dumps({"step": step})}

@@ -47,6 +47,16 @@ def test_requests_of_rolled_back_steps_are_not_in_the_lineage() -> None:
     assert part.links == (request_context("a"),)
 
 
+def test_weights_after_a_rollback_are_of_another_course() -> None:
+    lineage = lineage_of()
+    before = lineage.id
+    assert before != lineage_of().id
+    lineage.mark(2)
+    assert lineage.id == before
+    lineage.roll_back(1, "day-0")
+    assert lineage.id != before
+
+
 def test_what_training_sees_while_a_version_is_registered_counts_for_the_next_one() -> None:
     lineage = lineage_of()
     lineage.add(1, ["a", "replayed"])

@@ -46,7 +46,7 @@ def test_every_move_of_a_promotion_has_a_row_and_an_event(world: World) -> None:
         None,
     )
     figures_of_row = json.loads(world.tables.read_in_order("promotions").to_pylist()[3]["figures"])
-    gain = {"gain_low": 0.2, "gain_high": 0.2, "requests": 20}
+    gain = {"gain_low": 0.2, "gain_high": 0.2, "prompts": 20}
     expected = {"accepted_per_step": 0.5, "champion_accepted_per_step": 0.3, "samples": 20, **gain}
     assert figures_of_row == pytest.approx(expected)
 

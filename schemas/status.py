@@ -258,6 +258,8 @@ class TrainStatus(_Status):
     """Version of ``accepted`` up to which the data loader has read."""
     acceptance_length: float | None
     """Simulated on the held-out set, bonus token included."""
+    draft_vocab_coverage: float | None
+    """Share of the traffic's output tokens within the draft vocabulary in training."""
     registered: list[str]
     """Versions registered since the start."""
     evaluations_since_registration: int

@@ -37,6 +37,7 @@ from trainer.loop.lag_events import LagEvents
 from trainer.loop.learner import Learner, load_draft, resolve_dtype
 from trainer.loop.metrics import StepFigures, Throughput, TrainMetrics
 from trainer.loop.mlflow_curves import MlflowCurves
+from trainer.loop.vocabulary_change import VocabularyChange
 from trainer.loop.warm_start import load_initial_draft
 from trainer.release.evaluation import Evaluation, HeldOutEvaluator
 from trainer.release.registration import LINEAGE_TAG, PASSED_TAG, Registrar, TrainingLineage, resume_registration
@@ -95,6 +96,7 @@ class Trainer:
         self._tables = DeltaLog(settings.tables)
         self._learner = Learner(target.new_draft(), target.embeddings_VH, train, ranks)
         self._learners = DistributedLearner(self._learner, ranks)
+        self._vocabulary = VocabularyChange(settings, self._learners, self._metrics)
         frozen = FrozenTarget(
             Path(settings.target.path), target.day_0.shape.capture_layers, target.embeddings_VH.device
         )
@@ -166,6 +168,8 @@ class Trainer:
                 self._evaluations_since_registration = 0
             self._take_written()
             if time.monotonic() >= evaluate_at or self._is_loss_rising():
+                with self._errors.catch("vocabulary", CheckpointError):
+                    self._vocabulary.update(self._prefetcher.token_counts)
                 self._evaluate()
                 evaluate_at = time.monotonic() + self._settings.registration_interval
             if time.monotonic() >= checkpoint_at and self._checkpoints.writing is None:
@@ -201,6 +205,7 @@ class Trainer:
             table_version_latest=self._loader.table_version,
             table_version_read=self._loader.cursor,
             acceptance_length=1 + score.accepted_per_step if score else None,
+            draft_vocab_coverage=self._vocabulary.coverage,
             registered=list(self._registrations.registered),
             evaluations_since_registration=self._evaluations_since_registration,
             steps_skipped=self._skipped,
@@ -352,6 +357,8 @@ class Trainer:
         if self._curves.run:
             tags["curves"] = self._curves.run
         metrics = {"step": float(step), "tokens_seen": float(self._tokens_seen)}
+        if self._vocabulary.coverage is not None:
+            metrics["draft_vocab_coverage"] = self._vocabulary.coverage
         if self._figures:
             loss = self._figures.loss
             metrics |= {"loss_accepted": loss.accepted, "loss_rejected": loss.rejected}

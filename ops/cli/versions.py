@@ -255,10 +255,13 @@ def _read_manifest(folder: Path) -> Manifest:
 
 
 def _relative_changes(folders: Sequence[Path], line: str) -> dict[str, float]:
-    """Return the norm of each tensor's change, divided by the norm of the tensor."""
+    """Return the norm of each tensor's change, divided by that of the tensor; of the head, for the tokens of both."""
     from schemas.speculator import checkpoint
 
     before, after = (checkpoint.read_checkpoint(folder, line).state_dict() for folder in folders)
+    both_V = before["t2d"] & after["t2d"]
+    for state in (before, after):
+        state["lm_head.weight"] = state["lm_head.weight"][(state["t2d"].cumsum(0) - 1)[both_V]]
     return {
         name: float((after[name] - value).norm() / value.norm().clamp_min(1e-12))
         for name, value in before.items()

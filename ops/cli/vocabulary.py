@@ -3,35 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ops.cli.terminal import AsJson, Config, Set, echo, echo_json, echo_note, load_settings, open_tables, user_errors
 from schemas.atomic_file import atomic_write
 from schemas.errors import UserError
+from trainer.data.draft_vocabulary import Halves, choose_ids, coverage, special_ids, sum_halves
 
 if TYPE_CHECKING:
     from pipeline.delta import DeltaLog
-
-Counts = Mapping[int, int]
-"""Token id -> count in the outputs."""
-
-
-@dataclass(frozen=True, slots=True)
-class Coverage:
-    """Shares of output tokens within a draft vocabulary. A token outside of it is always rejected."""
-
-    tokens: int
-    """Output tokens counted."""
-    chosen: float
-    unseen: float
-    """Share in one half of the requests with a vocabulary chosen on the other half: the estimate for new traffic."""
-    lowest: float
-    """Share with as many of the lowest ids, the vocabulary of day 0."""
 
 
 def vocabulary(
@@ -53,6 +37,7 @@ def vocabulary(
             raise UserError(f"{path} exists and defines a speculator line; --overwrite starts a new one")
         tables = open_tables(settings)
         from schemas.speculator.checkpoint import CheckpointError
+        from schemas.speculator.day_0_draft import read_config
         from schemas.speculator.target_fingerprint import target_fingerprint
 
         folder = Path(settings.target.path)
@@ -61,9 +46,9 @@ def vocabulary(
         except CheckpointError as error:
             raise UserError(str(error)) from error
         halves = count_tokens(tables, target)
-        total = _read(folder / "config.json")["vocab_size"]
+        total = read_config(folder)["vocab_size"]
         kept = special_ids(folder, total)
-        ids = choose_ids(_sum(halves), kept, size or settings.speculator.draft_vocab_size, total)
+        ids = choose_ids(sum_halves(halves), kept, size or settings.speculator.draft_vocab_size, total)
         atomic_write(path, json.dumps(ids) + "\n")
         covered = coverage(halves, kept, ids, total)
         if as_json:
@@ -75,7 +60,7 @@ def vocabulary(
         echo_note("nodes and trainer start the new line when they restart with this setting")
 
 
-def count_tokens(tables: DeltaLog, target: str) -> tuple[Counts, Counts]:
+def count_tokens(tables: DeltaLog, target: str) -> Halves:
     """Return token counts of the outputs of a target in table ``accepted``, for two halves of the requests.
 
     All lines count; prompts do not: a token counts if the target computed it.
@@ -96,59 +81,3 @@ def count_tokens(tables: DeltaLog, target: str) -> tuple[Counts, Counts]:
     if not any(halves):
         raise UserError(f"the table accepted has no outputs of target {target}; serve some traffic first")
     return halves
-
-
-def choose_ids(counts: Counts, kept: Collection[int], size: int, total: int) -> list[int]:
-    """Return the ids in ascending order: those of ``kept``, then the most frequent ones, the lowest first among equals.
-
-    Args:
-        counts: Token counts.
-        kept: Ids that are always included.
-        size: Number of ids.
-        total: Vocabulary size of the target.
-
-    Raises:
-        UserError: ``kept`` has more than ``size`` ids.
-    """
-    size = min(size, total)
-    if len(kept) > size:
-        raise UserError(
-            f"the target has {len(kept)} special tokens, so --size must be at least {len(kept)}, not {size}"
-        )
-    ranked = sorted(set(range(total)) - set(kept), key=lambda token: (-counts.get(token, 0), token))
-    return sorted([*kept, *ranked[: size - len(kept)]])
-
-
-def coverage(halves: tuple[Counts, Counts], kept: Collection[int], ids: Collection[int], total: int) -> Coverage:
-    """Return the coverage of the ids, of the lowest ids, and of a choice on other requests."""
-    counts, size = _sum(halves), len(ids)
-    tokens = sum(counts.values())
-    crossed = sum(_covered(seen, choose_ids(other, kept, size, total)) for seen, other in (halves, halves[::-1]))
-    return Coverage(tokens, _covered(counts, ids) / tokens, crossed / tokens, _covered(counts, range(size)) / tokens)
-
-
-def special_ids(folder: Path, total: int) -> list[int]:
-    """Return the special tokens of the tokenizer and the end-of-sequence tokens of the target."""
-    found: set[int] = set()
-    tokenizer = _read(folder / "tokenizer.json").get("added_tokens") or []
-    found.update(token["id"] for token in tokenizer if token.get("special"))
-    added = _read(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}
-    found.update(int(token) for token, described in added.items() if described.get("special"))
-    for name in ("config.json", "generation_config.json"):
-        ends = _read(folder / name).get("eos_token_id")
-        found.update(ends if isinstance(ends, list) else [] if ends is None else [ends])
-    return sorted(token for token in found if token < total)
-
-
-def _sum(halves: tuple[Counts, Counts]) -> dict[int, int]:
-    one, other = halves
-    return {token: one.get(token, 0) + other.get(token, 0) for token in one.keys() | other.keys()}
-
-
-def _covered(counts: Counts, ids: Collection[int]) -> int:
-    return sum(counts.get(token, 0) for token in ids)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    return found

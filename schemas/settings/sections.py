@@ -411,6 +411,12 @@ class Train(Section):
     held_out_samples: int = Field(32, ge=1)
     """Maximum samples in the held-out set, which labels share equally. In the gate a label weighs what it has of the
     newest samples, four times as many. Samples that leave the set are trained on."""
+    draft_vocab_min_coverage: float = Field(0.95, ge=0, lt=1)
+    """Share of the traffic's output tokens within the draft vocabulary below which the trainer changes it, if as many
+    tokens chosen by counts cover at least 0.02 more; 0 never changes it. It is not changed either if ``serve.engine``
+    is not ``builtin``: other servers read the draft vocabulary at their start only."""
+    draft_vocab_min_tokens: int = Field(20_000, ge=1)
+    """Output tokens that the trainer counts before it changes the draft vocabulary."""
     divergence_threshold: float = Field(0.5, ge=0, lt=1)
     """The divergence guard restores the last good checkpoint when, on the same held-out set, the accepted tokens per
     step fall below this ratio of the champion's, or the loss exceeds the champion's divided by it; 0 disables the

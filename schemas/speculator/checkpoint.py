@@ -33,6 +33,8 @@ CONFIG, WEIGHTS, MANIFEST = "config.json", "model.safetensors", "manifest.json"
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 DTYPE = torch.bfloat16
 """Type of a version's weights."""
+_TARGET_DIGITS = 12
+"""Digits of the target's fingerprint with which the name of a line begins."""
 _SHAPE = TypeAdapter(DraftShape)
 _NUMBERS = [
     name for name in DraftShape.__dataclass_fields__ if name not in ("capture_layers", "variant", "rope_scaling")
@@ -138,10 +140,16 @@ def shape_for_target(
 
 
 def line_name(target: str, shape: DraftShape, d2t: Tensor) -> str:
-    """Return the name of the speculator line, derived from target, capture layers, draft shape and d2t table."""
+    """Return the name of the speculator line, derived from target, capture layers, draft shape and d2t table.
+
+    Args:
+        target: Fingerprint of the target.
+        shape: Shape of every draft of the line.
+        d2t: Of the day-0 draft. Versions may draft from other tokens, as many.
+    """
     digest = hashlib.sha256(json.dumps(_to_config(shape), sort_keys=True).encode())
     digest.update(d2t.cpu().contiguous().numpy().tobytes())
-    return f"{target[:12]}-{digest.hexdigest()[:12]}"
+    return f"{target[:_TARGET_DIGITS]}-{digest.hexdigest()[:12]}"
 
 
 def round_weights(draft: EagleDraft) -> EagleDraft:
@@ -153,8 +161,17 @@ def round_weights(draft: EagleDraft) -> EagleDraft:
     return rounded
 
 
-def write_checkpoint(draft: EagleDraft, folder: Path, target: str, dtype: torch.dtype = DTYPE) -> Manifest:
+def write_checkpoint(
+    draft: EagleDraft, folder: Path, target: str, dtype: torch.dtype = DTYPE, *, line: str | None = None
+) -> Manifest:
     """Write a version to an empty or new folder, and read it back to verify that it loads.
+
+    Args:
+        draft: The version.
+        folder: Where its files are written.
+        target: Fingerprint of the target.
+        dtype: Type of the weights.
+        line: Its line; None for the line whose day-0 draft has the same draft vocabulary.
 
     Raises:
         CheckpointError: the draft contains a value that is not finite.
@@ -167,7 +184,7 @@ def write_checkpoint(draft: EagleDraft, folder: Path, target: str, dtype: torch.
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(_to_config(draft.shape), indent=1) + "\n")
     manifest = Manifest(
-        line=line_name(target, draft.shape, draft.d2t),
+        line=line or line_name(target, draft.shape, draft.d2t),
         target=target,
         sha256={name: hash_file(folder / name) for name in (CONFIG, WEIGHTS)},
     )
@@ -186,6 +203,8 @@ def read_checkpoint(folder: Path, line: str) -> EagleDraft:
     manifest = read_manifest(folder)
     if manifest.line != line:
         raise CheckpointError(f"{folder}: speculator line {manifest.line}, expected line {line}")
+    if not line.startswith(f"{manifest.target[:_TARGET_DIGITS]}-"):
+        raise CheckpointError(f"{folder}: line {line} is of another target than the manifest's {manifest.target}")
     foreign = sorted(p.name for p in folder.iterdir() if p.name not in (CONFIG, WEIGHTS, MANIFEST))
     if foreign:
         raise CheckpointError(f"{folder}: unknown files: {', '.join(foreign)}")
@@ -203,8 +222,6 @@ def read_checkpoint(folder: Path, line: str) -> EagleDraft:
             parameter.fill_(torch.nan)
     draft.load_state_dict({n: t.float() if t.is_floating_point() else t for n, t in tensors.items()})
     _check_values(draft)
-    if line_name(manifest.target, shape, draft.d2t) != manifest.line:
-        raise CheckpointError(f"{folder}: the line in the manifest does not match the shape and the d2t table")
     return draft
 
 

@@ -49,8 +49,13 @@ def read_line(target: Target, speculator: Speculator) -> SpeculatorLine:
     return SpeculatorLine(fingerprint, line_name(fingerprint, draft.shape, draft.d2t), draft)
 
 
-def create_day_0_draft(folder: Path, speculator: Speculator) -> EagleDraft:
+def create_day_0_draft(folder: Path, speculator: Speculator, kept_D: Tensor | None = None) -> EagleDraft:
     """Return the day-0 draft for the target in ``folder``.
+
+    Args:
+        folder: The target.
+        speculator: Shape, initial weights and draft vocabulary.
+        kept_D: Another draft vocabulary: its target token ids, ascending; None takes that of the settings.
 
     Raises:
         CheckpointError: the folder has no model, or the draft network does not support the model.
@@ -64,9 +69,9 @@ def create_day_0_draft(folder: Path, speculator: Speculator) -> EagleDraft:
         intermediate_size=speculator.intermediate_size,
         num_key_value_heads=speculator.num_key_value_heads,
     )
-    kept_D = None
-    if speculator.draft_vocab_file:
+    if kept_D is None and speculator.draft_vocab_file:
         kept_D = read_draft_vocabulary(Path(speculator.draft_vocab_file), shape.vocab_size)
+    if kept_D is not None:
         shape = replace(shape, draft_vocab_size=len(kept_D))
     draft = random_draft(shape, speculator.seed, kept_D)
     if speculator.init == "head":

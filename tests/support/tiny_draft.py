@@ -21,13 +21,19 @@ SHAPE = shape_for_target(
 )
 
 
-def oracle_draft(shape: DraftShape, head_VH: Tensor) -> EagleDraft:
-    """Return a draft that is sometimes accepted: it uses the target's own output layer."""
-    draft = random_draft(shape, seed=5)
+def oracle_draft(shape: DraftShape, head_VH: Tensor, kept_D: Tensor | None = None) -> EagleDraft:
+    """Return a draft that is sometimes accepted: it uses the target's own output layer.
+
+    Args:
+        shape: Shape of the draft.
+        head_VH: The target's output layer.
+        kept_D: Its draft vocabulary; None for the lowest ids.
+    """
+    draft = random_draft(shape, 5, kept_D)
     with torch.no_grad():
         draft.fc.weight.zero_()
         draft.fc.weight[:, -shape.hidden_size :] = torch.eye(shape.hidden_size)
         draft.midlayer.self_attn.o_proj.weight.zero_()
         draft.midlayer.mlp.down_proj.weight.zero_()
-        draft.lm_head.weight.copy_(head_VH)
+        draft.lm_head.weight.copy_(head_VH[draft.t2d])
     return draft

@@ -118,11 +118,11 @@ class World:
         self.tables.create()
         self.offset = 0
 
-    def serve(self, requests: int) -> None:
-        """Commit rows of new requests, as the stream does."""
+    def serve(self, requests: int, firsts: Sequence[int] = range(30)) -> None:
+        """Commit rows of new requests, which begin with these tokens in turn, as the stream does."""
         records = []
         for _ in range(requests):
-            verify_steps = request_of(self.offset % 30)
+            verify_steps = request_of(firsts[self.offset % len(firsts)])
             lineage = {"target": self.target.fingerprint, "line": self.target.line}
             records.append(
                 record_of(

@@ -57,12 +57,23 @@ def sample(seed: int, tokens: int = 6) -> Sample:
     )
 
 
+def head_over(first: int) -> dict[str, torch.Tensor]:
+    """Return head and vocabulary of an untrained draft over the tokens from the first one on."""
+    state = random_draft(SHAPE, 2, first + torch.arange(SHAPE.draft_vocab_size)).state_dict()
+    return {name: state[name] for name in ("lm_head.weight", "d2t", "t2d")}
+
+
 def train(out: Path, steps: int, settings: Train, ranks: Ranks | TorchrunRanks) -> None:
-    """Train, and restore the state half-way, as after a restart: of these ranks, then of one, and again of these."""
+    """Train, and restore the state half-way, as after a restart: of these ranks, then of one, and again of these.
+
+    After two steps the draft vocabulary changes.
+    """
     embeddings = torch.randn(32, 16, generator=torch.Generator().manual_seed(0))
     learner = Learner(random_draft(SHAPE, 0), embeddings, settings, ranks)
     losses = []
     for step in range(steps):
+        if step == 2:
+            learner.change_vocabulary(head_over(3))
         if step == steps // 2:
             learner.save(out / "sharded").result()
             if ranks.rank == 0:
@@ -94,6 +105,8 @@ def train_from_rank_0(out: Path, steps: int, settings: Train, ranks: Ranks | Tor
     files = FeatureFiles(folder) if learners.share_folder(folder) else None
     losses, sent, features = [], [], []
     for step in range(steps):
+        if step == 2:
+            learners.call(Learner.change_vocabulary, head_over(3))
         samples = [sample(step % 2 * SAMPLES + i, LONG) for i in range(SAMPLES)]
         features.append(sum(one.feature_bytes for one in samples[1 :: ranks.size]))
         stored = [files.store(one) for one in samples] if files else samples

@@ -27,6 +27,7 @@ from pydantic import BaseModel, ConfigDict
 
 from pipeline.delta import LOG_DAYS, DeltaLog
 from schemas.settings import Train
+from trainer.data.draft_vocabulary import Halves, TokenCounts
 from trainer.data.feature_files import FeatureFileError, FeatureFiles, load_features, spill_folder
 from trainer.data.held_out import HeldOutSet
 from trainer.data.lag import next_share, select_requests
@@ -82,6 +83,8 @@ class DataLoaderState(BaseModel):
     """Chunks of requests whose last chunk is not read yet."""
     newest_drafted_by: int = 0
     """Newest speculator version among the samples read."""
+    token_counts: tuple[dict[int, int], dict[int, int]] = ({}, {})
+    """Of the output tokens of the samples returned, by half of the requests."""
     random: RandomState
 
     @property
@@ -105,6 +108,7 @@ class Snapshot:
     recent_labels: tuple[str | None, ...]
     open_requests: tuple[tuple[ChunksKey, tuple[int, int]], ...]
     newest_drafted_by: int
+    token_counts: tuple[dict[int, int], dict[int, int]]
     random: RandomState
 
     @property
@@ -132,6 +136,7 @@ class Snapshot:
             recent_labels=list(self.recent_labels),
             open_requests=[key for key, _ in self.open_requests],
             newest_drafted_by=self.newest_drafted_by,
+            token_counts=self.token_counts,
             random=self.random,
         )
 
@@ -176,6 +181,7 @@ class DataLoader:
         self._compute_states = compute_states
         self._settings = settings
         self._random = random.Random(settings.seed)  # noqa: S311
+        self._token_counts = TokenCounts()
         self._waiting: deque[TableEntry] = deque()
         self._clock = clock
         self._shares_files = shares_files
@@ -237,6 +243,7 @@ class DataLoader:
         for entry in new:
             entry.epochs += 1
             self._replay_buffer.add(entry)
+            self._token_counts.add(entry.sample.request, entry.sample.own_output())
         self.counts["samples_new"] += len(new)
         self.counts["samples_replayed"] += len(replayed)
         samples = [sample for entry in new + replayed if (sample := self._prepare(entry))]
@@ -257,6 +264,7 @@ class DataLoader:
             recent_labels=self._held_out.recent_labels,
             open_requests=self._reader.open_requests,
             newest_drafted_by=self._reader.newest_drafted_by,
+            token_counts=self._token_counts.halves,
             random=self._random.getstate(),
         )
 
@@ -296,6 +304,7 @@ class DataLoader:
         self._limit_replay_buffer()
         self._held_out.restore(find("held_out", state.held_out), state.left_held_out, state.recent_labels)
         self._reader.newest_drafted_by = state.newest_drafted_by
+        self._token_counts = TokenCounts(state.token_counts)
         self._random.setstate(state.random)
 
     def close(self) -> None:
@@ -425,6 +434,11 @@ class Prefetcher(Generic[BatchT]):
     def completed_version(self) -> int:
         """Version of ``accepted`` up to which every sample was returned, or belongs to a prompt that was held out."""
         return self._snapshot().completed_version
+
+    @property
+    def token_counts(self) -> Halves:
+        """Counts of the output tokens of the samples returned, by half of the requests; older tokens count less."""
+        return self._snapshot().token_counts
 
     def next_batch(self) -> BatchT | None:
         """Return the batch of the next step; None while there is nothing to train on.

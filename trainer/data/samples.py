@@ -184,6 +184,11 @@ class Sample:
         """Return the committed tokens, ``next_token`` included."""
         return [*self.tokens.tolist(), *([] if self.next_token is None else [self.next_token])]
 
+    def own_output(self) -> list[int]:
+        """Return the output tokens that its own rows chose: over the samples of a request, each output token once."""
+        known, committed = self.known.tolist(), self.committed_tokens()
+        return [committed[row + 1] for row in self.own_rows if known[row] and row + 1 < len(committed)]
+
     @property
     def output_tokens(self) -> int:
         """Number of output tokens: each was chosen from a known distribution."""

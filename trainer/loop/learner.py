@@ -23,7 +23,7 @@ from trainer.objective.losses import Loss, SumCounts, ttt_loss
 # Norms multiply bf16 states by float32 weights on purpose; the missing fused GPU kernel for that costs little.
 warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
 
-_DRAFT, _EMA = "draft/", "ema/"
+_DRAFT, _EMA, _HEAD = "draft/", "ema/", "lm_head.weight"
 
 
 class Learner:
@@ -173,6 +173,28 @@ class Learner:
         self.draft.load_state_dict({name: match_layout(own.get(name, value), value) for name, value in weights.items()})
         if self._ema:
             self._ema = ExponentialMovingAverage(self.draft, self._settings.ema_decay)
+
+    def change_vocabulary(self, fresh: Mapping[str, Tensor]) -> None:
+        """Draft from other tokens, as many; on all ranks.
+
+        Tokens of both vocabularies keep their row of the head, of its average and of its moments. The other tokens of
+        the new one get the fresh row, and moments of zero.
+
+        Args:
+            fresh: ``lm_head.weight``, ``d2t`` and ``t2d`` of an untrained draft with the new vocabulary.
+        """
+        old_V, new_V = self.draft.t2d.cpu(), fresh["t2d"]
+        both_V = old_V & new_V
+        old_rows, new_rows = ((t2d.cumsum(0) - 1)[both_V] for t2d in (old_V, new_V))
+        tensors = {path: gather_tensor(value) for path, value in self.state_tensors().items()}
+        for path, value in tensors.items():
+            if not path.endswith(f"/{_HEAD}") or value.ndim != 2:
+                continue
+            is_weight = path.startswith((_DRAFT, _EMA))
+            changed_DH = fresh[_HEAD].to(value, copy=True) if is_weight else torch.zeros_like(value)
+            changed_DH[new_rows] = value[old_rows]
+            tensors[path] = changed_DH
+        self.restore(tensors | {f"{_DRAFT}{name}": fresh[name] for name in ("d2t", "t2d")}, self.steps)
 
     def _count(self, batches: tuple[Batch, ...]) -> SumCounts:
         """Return the denominators of the step's means; several batches need one more forward each to count them."""

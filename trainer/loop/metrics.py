@@ -99,6 +99,10 @@ class TrainMetrics:
             "evaluations_since_registration",
             "Evaluations on the held-out set since the last registration or the start.",
         )
+        self.draft_vocab_coverage = gauge(
+            "draft_vocab_coverage_ratio", "Share of the output tokens within the draft vocabulary in training."
+        )
+        self.draft_vocab_changes = counter("draft_vocab_changes", "Changes of the draft vocabulary in training.")
         self.lag_events_dropped = counter("lag_events_dropped", "Lag events that the broker did not take.")
         self._steps = counter("steps", "Training steps.")
         self._tokens = counter("tokens", "Tokens trained on, replayed samples included.")

@@ -149,7 +149,7 @@ def _sum_level(
     suffix_predicted_A = level.suffix_predicted_A[learned_A[: level.committed]]
     count_A = torch.where(suffix_predicted_A, train.suffix_predicted_weight, logits_AD.new_ones(committed))
     policy = logits_AD.new_zeros(())
-    chosen = _find_choices(level, k, choices) if train.rejection_weight or train.policy_weight else None
+    chosen = _find_choices(draft, level, k, choices) if train.rejection_weight or train.policy_weight else None
     if chosen is not None and len(chosen.choice_P):
         ratio_P = _probability_ratio(draft, logits_AD, chosen, choices)
         gain_P = choices.gain_P[chosen.choice_P].to(logits_AD.dtype)
@@ -178,14 +178,17 @@ def _divergences(train: Train, committed: int, *tensors: Tensor) -> Sequence[Ten
 
 
 class _LevelChoices(NamedTuple):
-    """Choices that one TTT step predicts: their index, and the index of their node among the learned ones."""
+    """Choices that one TTT step predicts: their index, and the index of their node among the learned ones.
+
+    A choice outside the draft vocabulary is excluded: a draft with another one made it, and this one never does.
+    """
 
     choice_P: Tensor
     node_P: Tensor
 
 
-def _find_choices(level: TreeLevel, k: int, choices: DraftChoices) -> _LevelChoices:
-    (choice_P,) = (choices.step_P == k).nonzero(as_tuple=True)
+def _find_choices(draft: EagleDraft, level: TreeLevel, k: int, choices: DraftChoices) -> _LevelChoices:
+    (choice_P,) = ((choices.step_P == k) & draft.t2d[choices.token_P]).nonzero(as_tuple=True)
     index_P = level.index_BT[choices.sample_P[choice_P], choices.row_P[choice_P]]
     learned_P = (index_P >= 0) & level.learned_A[index_P]
     return _LevelChoices(choice_P[learned_P], (level.learned_A.cumsum(0) - 1)[index_P[learned_P]])

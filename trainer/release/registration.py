@@ -130,7 +130,7 @@ class Registrar:
             SETTINGS_TAG: dump_shaping_settings(self._settings),
         }
         with tempfile.TemporaryDirectory() as folder:
-            checkpoint.write_checkpoint(draft, Path(folder), self._target.fingerprint)
+            checkpoint.write_checkpoint(draft, Path(folder), self._target.fingerprint, line=line)
             card = render_card(self._settings, draft.shape, tags, metrics)
             version = self._registry.register(line, Path(folder), tags, metrics, card)
         self._registry.set_alias(line, "candidate", version)

@@ -167,7 +167,7 @@ def run_variant(task: VariantTask) -> VariantResult:
     figures = state.model_dump(include=set(VariantResult.model_fields))
     result = VariantResult(variant=task.variant, counts=dict(counts), **figures)
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_checkpoint(run.export_draft(), folder / DRAFT, target.fingerprint)
+    checkpoint.write_checkpoint(run.export_draft(), folder / DRAFT, target.fingerprint, line=target.line)
     atomic_write(folder / _RESULT, result.model_dump_json() + "\n")
     shutil.rmtree(folder / _CHECKPOINTS, ignore_errors=True)
     return result

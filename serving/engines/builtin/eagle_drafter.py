@@ -39,7 +39,7 @@ from serving.engines.builtin.drafter import DraftNode, DraftTree
 from serving.engines.builtin.kernels import WeightDtype, topk
 from serving.engines.builtin.kv_cache import BatchLayout, KVCache, RaggedBatch, Segment, TreeLayout
 from serving.engines.builtin.noise import exponential_noise
-from serving.engines.builtin.packed_draft import PackedDraft, list_target_ids
+from serving.engines.builtin.packed_draft import PackedDraft
 from serving.engines.builtin.sequence import Sequence
 from serving.planner.acceptance_model import AcceptanceModel
 from serving.planner.latency_model import ForwardTiming
@@ -126,11 +126,10 @@ class EagleDrafter:
         """Return a packed copy of the given weights, the same one as long as the caller keeps them.
 
         Raises:
-            CheckpointError: the weights have another shape or vocabulary.
+            CheckpointError: the weights have another shape.
         """
-        own = self._network
-        if draft.shape != own.shape or not torch.equal(list_target_ids(draft), own.target_ids_D.cpu()):
-            raise CheckpointError("the draft's shape or vocabulary is not that of this node's line")
+        if draft.shape != self._network.shape:
+            raise CheckpointError("the draft's shape is not that of this node's line")
         if draft not in self._packed:
             self._packed[draft] = self._pack(draft)
         return self._packed[draft]
@@ -139,7 +138,7 @@ class EagleDrafter:
         """Run a smoke draft with the given weights over made-up features.
 
         Raises:
-            CheckpointError: the weights have another shape or vocabulary, or produce values that are not finite.
+            CheckpointError: the weights have another shape, or produce values that are not finite.
         """
         network, rows = self.pack(draft), 8
         generator = torch.Generator().manual_seed(0)

@@ -165,8 +165,8 @@ class BuiltinEngine:
         """Run a smoke draft with the given weights on the caller's thread.
 
         Raises:
-            CheckpointError: the weights have another shape or vocabulary, or produce values that are not finite; or the
-                drafter has no weights.
+            CheckpointError: the weights have another shape, or produce values that are not finite; or the drafter has
+                no weights.
         """
         self._require_speculator().check(draft)
 
@@ -174,7 +174,7 @@ class BuiltinEngine:
         """Swap in checked weights between two verify steps; block until done.
 
         Raises:
-            CheckpointError: the weights have another shape or vocabulary, or the drafter has no weights.
+            CheckpointError: the weights have another shape, or the drafter has no weights.
             EngineFullError: the engine has stopped, or stops before the swap.
         """
         packed = self._require_speculator().pack(draft)

@@ -70,7 +70,8 @@ class PackedDraft(nn.Module):
             self._lm_head = pack(draft.lm_head.weight, *([] if shape.is_normed else [draft.norm.weight]))
         self._unit = UnitNorm(shape.hidden_size, shape.rms_norm_eps).to(device)
         self._norm = RmsNorm(draft.norm.weight, shape.rms_norm_eps).to(device)
-        self.register_buffer("target_ids_D", list_target_ids(draft).to(device))
+        target_ids_D = draft.to_target_ids(torch.arange(shape.draft_vocab_size))
+        self.register_buffer("target_ids_D", target_ids_D.to(device))
         self.register_buffer("_rotations_Pe", _rotations(shape, positions).to(device), persistent=False)
 
     def fuse(self, features_TF: Tensor) -> Tensor:
@@ -119,11 +120,6 @@ class _SharedScaleInt8(PackedInt8):
 def _with_gains(weight_OI: Tensor, gains: Sequence[Tensor]) -> Tensor:
     """Scale a matrix by the gains [W] of the norms of its inputs, and by the factor that ``UnitNorm`` leaves out."""
     return weight_OI * torch.cat(list(gains)) * len(gains[0]) ** 0.5 if gains else weight_OI
-
-
-def list_target_ids(draft: EagleDraft) -> Tensor:
-    """Return the target token [D] of each token of the draft vocabulary."""
-    return draft.to_target_ids(torch.arange(draft.shape.draft_vocab_size))
 
 
 def fastest_dtype(device: torch.device) -> WeightDtype:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from prometheus_client import Metric
+from torch import Tensor
 
 from schemas.speculator.checkpoint import CheckpointError
 from schemas.speculator.network import EagleDraft
@@ -48,6 +49,8 @@ class ServerEngine(ABC):
     def __init__(self, name: str, target: str, line: str, version: str) -> None:
         self._name, self.target, self.line = name, target, line
         self._version, self._depth = version, 0
+        self._d2t: Tensor | None = None
+        """Draft vocabulary with which the server started, if it reads that only once."""
         self._error: str | None = None
         """Why the last swap failed."""
         self._lock = threading.Lock()
@@ -103,8 +106,14 @@ class ServerEngine(ABC):
         """Draft once with the given weights, in this process.
 
         Raises:
-            CheckpointError: the draft gives values that are not finite.
+            CheckpointError: the draft has another draft vocabulary than the server, which reads it once, or gives
+                values that are not finite.
         """
+        if self._d2t is not None and not torch.equal(draft.d2t, self._d2t):
+            raise CheckpointError(
+                f"the draft has another draft vocabulary than the one with which {self._name} started: restart the "
+                "server, and set train.draft_vocab_min_coverage = 0 to keep one vocabulary"
+            )
         shape = draft.shape
         with torch.inference_mode():
             hidden = draft.fuse(torch.ones(1, 1, shape.feature_width))

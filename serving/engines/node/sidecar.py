@@ -57,7 +57,7 @@ def write_first_draft(
     folder = Path(draft_dir).absolute() / settings.serve.node
     try:
         shutil.rmtree(folder, ignore_errors=True)
-        checkpoint.write_checkpoint(draft, folder, line.target)
+        checkpoint.write_checkpoint(draft, folder, line.target, line=line.name)
     except OSError as error:
         raise SettingsError(f"draft_dir {draft_dir}: the draft cannot be written: {error}") from error
     log.info("first_draft_written", version=version, line=line.name, folder=str(folder))

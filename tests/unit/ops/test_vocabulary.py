@@ -6,15 +6,17 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from recorded import TARGET, record_of, tables_of, verify_step_of
 from tiny_target import EOS, VOCABULARY, write_tiny_target
 from typer.testing import CliRunner
 
-from ops.cli import vocabulary
+from ops.cli import versions, vocabulary
 from ops.cli.main import app
 from pipeline.delta import DeltaLog
 from schemas.errors import UserError
 from schemas.settings import Settings, SettingsError, Speculator, Tables, load
+from schemas.speculator.checkpoint import write_checkpoint
 from schemas.speculator.day_0_draft import create_day_0_draft, read_draft_vocabulary
 from schemas.speculator.target_fingerprint import target_fingerprint
 from serving.engines.builtin.engine import BuiltinEngine
@@ -50,37 +52,6 @@ def test_a_request_is_in_one_half_only(tmp_path: Path) -> None:
     assert other
     assert one.keys().isdisjoint(other)
     assert set((one | other).values()) == {2}
-
-
-def test_special_ids_come_first_then_frequent_then_lowest_ids() -> None:
-    counts = {30: 5, 12: 9, 41: 5, 2: 1}
-    assert vocabulary.choose_ids(counts, [0, 50], 4, 60) == [0, 12, 30, 50]
-    assert vocabulary.choose_ids(counts, [0, 50], 8, 60) == [0, 1, 2, 3, 12, 30, 41, 50]
-    assert vocabulary.choose_ids(counts, [0, 12], 4, 60) == [0, 12, 30, 41]
-    assert vocabulary.choose_ids(counts, [], 99, 60) == list(range(60))
-    with pytest.raises(UserError, match="3 special tokens, so --size"):
-        vocabulary.choose_ids(counts, [1, 2, 3], 2, 60)
-
-
-def test_coverage_is_the_share_of_output_tokens_in_the_vocabulary() -> None:
-    halves = {40: 6, 1: 2}, {40: 3, 50: 5, 1: 4}
-    ids = vocabulary.choose_ids({40: 9, 50: 5, 1: 6}, [0], 3, 60)
-    assert ids == [0, 1, 40]
-    result = vocabulary.coverage(halves, [0], ids, 60)
-    # The first half chooses 0 1 40 and the second 0 1 50: of the other halves that is 7 of 12, and 2 of 8.
-    assert (result.tokens, result.chosen, result.lowest, result.unseen) == (20, 15 / 20, 6 / 20, 9 / 20)
-
-
-def test_special_ids_come_from_the_targets_files(tmp_path: Path) -> None:
-    def put(name: str, content: object) -> None:
-        (tmp_path / name).write_text(json.dumps(content))
-
-    put("config.json", {"eos_token_id": 9})
-    assert vocabulary.special_ids(tmp_path, 60) == [9]
-    put("generation_config.json", {"eos_token_id": [10, 11]})
-    put("tokenizer.json", {"added_tokens": [{"id": 3, "special": True}, {"id": 4, "special": False}]})
-    put("tokenizer_config.json", {"added_tokens_decoder": {"5": {"special": True}, "6": {}, "70": {"special": True}}})
-    assert vocabulary.special_ids(tmp_path, 60) == [3, 5, 9, 10, 11]
 
 
 def settings_of(folder: Path, file: Path, **flags: object) -> Settings:
@@ -144,6 +115,16 @@ def test_node_and_trainer_do_not_start_without_the_file(tmp_path: Path) -> None:
     for start in (BuiltinEngine, read_target):
         with pytest.raises(SettingsError, match=r"^speculator\.draft_vocab_file"):
             start(settings)
+
+
+def test_versions_with_different_vocabularies_are_compared_on_the_tokens_of_both(tmp_path: Path) -> None:
+    folder = write_tiny_target(tmp_path / "target")
+    old = create_day_0_draft(folder, Speculator(draft_vocab_size=16))
+    new = create_day_0_draft(folder, Speculator(draft_vocab_size=16), torch.arange(10, 26))
+    line = write_checkpoint(old, tmp_path / "old", TARGET).line
+    write_checkpoint(new, tmp_path / "new", TARGET, line=line)
+    changes = versions._relative_changes([tmp_path / "old", tmp_path / "new"], line)
+    assert set(changes.values()) == {0.0}, "every token has the target's own row"
 
 
 def test_without_a_file_day_0_uses_the_lowest_ids(tmp_path: Path) -> None:

@@ -280,8 +280,18 @@ def test_another_line_is_rejected_by_name(draft: EagleDraft, version: Path) -> N
 def test_a_manifest_with_a_forged_line_is_rejected(draft: EagleDraft, version: Path) -> None:
     manifest = json.loads((version / MANIFEST).read_text())
     (version / MANIFEST).write_text(json.dumps(manifest | {"line": "forged"}))
-    with pytest.raises(CheckpointError, match="does not match the shape"):
+    with pytest.raises(CheckpointError, match="line forged is of another target"):
         read_checkpoint(version, "forged")
+
+
+def test_a_version_of_a_line_may_draft_from_other_tokens(draft: EagleDraft, tmp_path: Path) -> None:
+    shape = draft.shape
+    other = random_draft(shape, 1, torch.arange(shape.draft_vocab_size) * 2)
+    assert line(other) != line(draft)
+    assert write_checkpoint(other, tmp_path, TARGET, line=line(draft)).line == line(draft)
+    assert torch.equal(read_checkpoint(tmp_path, line(draft)).t2d, other.t2d)
+    with pytest.raises(CheckpointError, match=f"expected line {line(other)}"):
+        read_checkpoint(tmp_path, line(other))
 
 
 def test_values_that_are_not_finite_are_not_written(draft: EagleDraft, tmp_path: Path) -> None:

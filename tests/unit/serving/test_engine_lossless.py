@@ -1,7 +1,7 @@
 """Output of the built-in engine equals the target's own, for every draft, swap and batch mix."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -18,6 +18,7 @@ from transformers import LlamaForCausalLM
 from schemas.settings import Settings, Speculator, load
 from schemas.speculator.day_0_draft import create_day_0_draft
 from schemas.speculator.network import EagleDraft, random_draft
+from schemas.trace.record import DraftSource
 from serving.engines.base import EngineFullError, Finish, Output, Request
 from serving.engines.builtin.engine import BuiltinEngine
 from serving.engines.builtin.kv_cache import RaggedBatch, Segment
@@ -330,3 +331,41 @@ def test_segments_in_one_batch_do_not_see_each_other(tmp_path: Path, draft_kv_he
         mixed = target.forward(torch.cat([first, second]), RaggedBatch([Segment(2, 0, 5), Segment(0, 0, 3)]))
         alone = target.forward(second, RaggedBatch([Segment(1, 0, 3)]))
     torch.testing.assert_close(mixed.last_TH[5:], alone.last_TH, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["chain", "tree", "merged chains", "merged trees"])
+def test_a_swap_to_another_draft_vocabulary_changes_no_output(tmp_path: Path, mode: str) -> None:
+    folder, size, recorder = write_tiny_target(tmp_path), 30, Recorder()
+    settings = settings_for(folder, **MODES[mode])
+    speculator = settings.speculator.model_copy(update={"draft_vocab_size": size})
+    engine = BuiltinEngine(settings.model_copy(update={"speculator": speculator}), recorder)
+    bench = Bench(engine, recorder, LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32), mode)
+    shape, head_VH = create_day_0_draft(folder, speculator).shape, bench.reference.lm_head.weight
+    vocabularies = {"low": range(size), "high": range(VOCABULARY - size, VOCABULARY)}
+    drafts = {name: oracle_draft(shape, head_VH, torch.tensor(ids)) for name, ids in vocabularies.items()}
+    engine.start()
+    sampled = Request("sampled", (5, 9, 2), 60, temperature=0.8, seed=3, ignore_eos=True)
+    unspeculated, _ = bench.generate(replace(sampled, id="alone", speculate=False))
+    requests = [*(Request(f"greedy {i}", (3 + i, 14, 15), 90, ignore_eos=True) for i in range(3)), sampled]
+    running = [bench.submit(request) for request in requests]
+    seen = [[outputs.get(timeout=60)] for outputs in running]
+    for name in ("high", "low") * 4:
+        engine.check(drafts[name])
+        engine.swap(drafts[name], name)
+        if seen[0][-1].finish is None:
+            seen[0].append(running[0].get(timeout=60))
+    outputs = [collect(*one) for one in zip(running, seen, strict=True)]
+    for request, (output, last) in zip(requests[:3], outputs, strict=False):
+        bench.assert_greedy(request, output, last.finish)
+    assert outputs[3][0] == unspeculated
+    engine.swap(drafts["high"], "high")
+    bench.generate(Request("last", (7, 8, 9, 10), 60, ignore_eos=True))
+    engine.stop()
+    accepted = dict.fromkeys(vocabularies, 0)
+    for step in (step for steps in recorder.verify_steps.values() for step in steps):
+        sources = step.draft_sources or (DraftSource.SPECULATOR,) * len(step.draft_tokens)
+        own = {i for i, source in enumerate(sources) if source & DraftSource.SPECULATOR}
+        if step.speculator in vocabularies:
+            assert {step.draft_tokens[i] for i in own} <= set(vocabularies[step.speculator])
+            accepted[step.speculator] += len(own.intersection(step.accepted))
+    assert accepted["high"] > 0

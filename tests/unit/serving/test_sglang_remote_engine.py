@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from pydantic import SecretStr
 from version_registry import DRAFTS, LINE, TARGET, FakeRegistry
 
 from schemas.settings import Settings
-from schemas.speculator.checkpoint import CheckpointError
+from schemas.speculator.checkpoint import CheckpointError, write_checkpoint
 from schemas.speculator.network import EagleDraft, random_draft
 from serving.engines.base import SpeculationFixedError
 from serving.engines.node.server_client import ServerError
@@ -226,6 +227,20 @@ def test_a_draft_with_values_that_are_not_finite_is_rejected(fake: FakeSglang) -
         bad.fc.weight.fill_(torch.inf)
     with pytest.raises(CheckpointError, match="not finite"):
         engine.check(bad)
+
+
+def test_a_version_with_another_draft_vocabulary_than_the_servers_is_rejected(fake: FakeSglang, tmp_path: Path) -> None:
+    shape = DRAFTS["1"].shape
+    other = random_draft(shape, 1, 2 * torch.arange(shape.draft_vocab_size))
+    write_checkpoint(other, tmp_path, TARGET, line=LINE)
+    fake.draft = str(tmp_path)
+    engine = engine_of(fake, other)
+    engine.check(random_draft(shape, 2, 2 * torch.arange(shape.draft_vocab_size)))
+    with pytest.raises(CheckpointError, match=r"another draft vocabulary.*restart the server"):
+        engine.check(DRAFTS["2"])
+    fake.draft = str(tmp_path / "gone")
+    with pytest.raises(ServerError, match="--speculative-draft-model-path is not readable"):
+        engine_of(fake, other)
 
 
 def test_the_version_poller_follows_the_alias(fake: FakeSglang) -> None:

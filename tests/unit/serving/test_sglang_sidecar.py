@@ -6,12 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from fake_sglang import KEY, FakeSglang, served
 from sglang_stand_in import write_python
 from tiny_target import write_tiny_target
 
 from schemas.settings import Settings, SettingsError, load
 from schemas.speculator import checkpoint
+from schemas.speculator.network import random_draft
 from serving.engines.node.server_client import ServerError
 from serving.engines.node.sidecar import read_target_line, write_first_draft
 from serving.engines.sglang.node import launch
@@ -85,6 +87,10 @@ def test_a_server_starts_with_the_version_that_the_alias_names(settings: Setting
     folder, draft = write_first_draft(settings, line, _Registry(tmp_path / "learned"), draft_dir)
     assert (folder.version, draft.fc.weight.equal(learned.fc.weight.bfloat16().float())) == ("5", True)
     assert checkpoint.read_checkpoint(folder.folder, line.name).fc.weight.equal(learned.fc.weight.bfloat16().float())
+    other = random_draft(learned.shape, 4, torch.arange(16) + 3)
+    checkpoint.write_checkpoint(other, tmp_path / "other", line.target, line=line.name)
+    moved, _ = write_first_draft(settings, line, _Registry(tmp_path / "other"), draft_dir)
+    assert torch.equal(checkpoint.read_checkpoint(moved.folder, line.name).d2t, other.d2t)
     again, _ = write_first_draft(settings, line, _Registry(None), draft_dir)
     assert (again.folder, again.version) == (folder.folder, "day-0-head-0")
     assert checkpoint.read_checkpoint(again.folder, line.name).fc.weight.equal(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from data_loader_world import RATIO, MemoryLog, World, as_json, drain, names, requests
 
+from trainer.data.draft_vocabulary import sum_halves
 from trainer.data.held_out import is_held_out
 from trainer.data.table_reader import VERSIONS_PER_READ
 
@@ -263,3 +264,22 @@ def test_branches_that_are_pending_at_a_checkpoint_are_restored(world: World) ->
         restored.poll()
         found += restored.next_samples()
     assert [(w.request, len(w.branches)) for w in found] == [(ids[0], 3), (ids[1], 3)]
+
+
+def test_every_output_token_is_counted_once_also_after_a_restart(world: World) -> None:
+    ids = requests(12)
+    world.commit([*ids, *requests(3, held_out=True)])
+    loader = world.data_loader(max_epochs=3, max_sample_tokens=4)
+    loader.poll()
+    for _ in range(4):
+        loader.next_samples()
+    state = as_json(loader)
+    assert 0 < Counter(sum_halves(state.token_counts)).total() < 12 * 7
+    resumed = world.data_loader(max_epochs=3, max_sample_tokens=4)
+    resumed.restore(state)
+    for one in (loader, resumed):
+        drain(one)
+        # Of each request 4 of 11 tokens are the prompt; the held-out requests are not counted.
+        outputs = Counter((number * 3 + i) % 19 for number in range(12) for i in range(4, 11))
+        assert Counter(sum_halves(one.snapshot().token_counts)) == outputs
+    assert loader.snapshot().token_counts == resumed.snapshot().token_counts

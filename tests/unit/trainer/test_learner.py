@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from schemas.settings import Train
 from schemas.speculator.network import DraftShape, EagleDraft, random_draft
 from trainer.data.batch import Batch, collate
 from trainer.data.samples import Branch, Sample, Teacher
-from trainer.loop.learner import Learner
+from trainer.loop.learner import Learner, load_draft
 
 SHAPE = DraftShape(8, 8, 2, 1, 4, 32, 16, 1e-6, 100.0, 64, (1, 2, 3))
 EMBEDDINGS = torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
@@ -157,6 +158,60 @@ def test_a_restored_learner_takes_the_same_steps(optimizer: str, ema: float) -> 
         assert torch.equal(through.step(batch(i)).total, resumed.step(batch(i)).total)
     for a, b in ((through.draft, resumed.draft), (through.export_draft(), resumed.export_draft())):
         assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def head_over(kept: range) -> dict[str, torch.Tensor]:
+    """Return head and vocabulary of an untrained draft over other tokens."""
+    state = random_draft(SHAPE, 7, torch.tensor(kept)).state_dict()
+    return {name: state[name] for name in ("lm_head.weight", "d2t", "t2d")}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_changed_vocabulary_keeps_all_that_is_known_of_the_tokens_of_both(optimizer: str) -> None:
+    one, fresh = learner(optimizer=optimizer, ema_decay=0.9), head_over(range(10, 26))
+    for i in range(3):
+        one.step(batch(i))
+    hidden = torch.randn(5, SHAPE.hidden_size, generator=torch.Generator().manual_seed(1))
+    before = {name: value.clone() for name, value in one.state_tensors().items()}
+    logits = [draft.logits(hidden) for draft in (one.draft, one.export_draft())]
+    one.change_vocabulary(fresh)
+    assert one.steps == 3
+    after = one.state_tensors()
+    assert after.keys() == before.keys()
+    heads = {"draft/lm_head.weight", "ema/lm_head.weight", "exp_avg/lm_head.weight", "exp_avg_sq/lm_head.weight"}
+    for name, value in after.items():
+        if name in heads:
+            assert torch.equal(value[:6], before[name][10:]), name  # tokens 10 to 15, which both have
+            new = fresh["lm_head.weight"] if name.startswith(("draft", "ema")) else torch.zeros(16, 8)
+            assert torch.equal(value[6:], new[6:]), name
+        elif name not in ("draft/d2t", "draft/t2d"):
+            assert torch.equal(value, before[name]), name
+    for draft, known in zip((one.draft, one.export_draft()), logits, strict=True):
+        assert draft.to_target_ids(torch.arange(16)).tolist() == list(range(10, 26))
+        assert draft.t2d.nonzero().flatten().tolist() == list(range(10, 26))
+        assert torch.equal(draft.logits(hidden)[:, :6], known[:, 10:])
+    assert one.step(batch(4)).total.isfinite()
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_a_change_to_the_same_vocabulary_changes_nothing(ema: float) -> None:
+    one, other = learner(ema_decay=ema), learner(ema_decay=ema)
+    for i in range(6):
+        if i in (0, 3):
+            other.change_vocabulary(head_over(range(16)) if i else other.draft.state_dict())
+        assert torch.equal(one.step(batch(i)).total, other.step(batch(i)).total)
+    assert_close(weights(one.export_draft()), weights(other.export_draft()), 0)
+
+
+def test_a_checkpoint_holds_the_changed_vocabulary(tmp_path: Path) -> None:
+    one, resumed = learner(ema_decay=0.9), learner(ema_decay=0.9)
+    one.step(batch(0))
+    one.change_vocabulary(head_over(range(10, 26)))
+    one.save(tmp_path).result()
+    resumed.load(tmp_path, one.steps)
+    assert torch.equal(load_draft(tmp_path, SHAPE).d2t, one.draft.d2t)
+    assert torch.equal(one.step(batch(1)).total, resumed.step(batch(1)).total)
+    assert torch.equal(resumed.draft.t2d, one.draft.t2d)
 
 
 def test_restoring_the_first_state_resets_the_moments() -> None:

@@ -475,6 +475,21 @@ def test_the_policy_term_raises_accepted_choices_and_lowers_rejected_ones() -> N
     assert loss.policy == pytest.approx(float(sum(terms).detach()) / 4)
 
 
+def test_a_choice_outside_the_draft_vocabulary_has_a_loss_and_is_no_choice() -> None:
+    draft, table = tiny_draft(), embeddings()
+    inside = within_vocabulary(sample(9, 1, 32, branches=[(2, 3, 2), (6, 2, 0)]))
+    first, second = inside.branches
+    # A draft with another vocabulary proposed the second branch.
+    outside = replace(inside, branches=(first, replace(second, tokens=(3, 6))))
+    train = settings(3, 1.0, 1.0, policy_weight=1.0, rejection_weight=2.0, rejected_min_prob=0.0)
+    loss = ttt_loss(draft, table, collate([outside]), train)
+    unknown = replace(outside, branches=(first, replace(second, tokens=(3, 6), draft_logprobs=(math.nan,) * 2)))
+    expected = ttt_loss(draft, table, collate([unknown]), train)
+    assert loss.policy == pytest.approx(expected.policy)
+    assert loss.accepted == pytest.approx(expected.accepted)
+    assert loss.nodes == ttt_loss(draft, table, collate([inside]), train).nodes > 0
+
+
 def test_training_overfits_one_small_batch_past_its_rejections() -> None:
     draft, table, w = tiny_draft(torch.float32), embeddings(torch.float32), certain_sample(5)
     optimizer = torch.optim.AdamW(draft.parameters(), lr=1e-2, weight_decay=0.0)

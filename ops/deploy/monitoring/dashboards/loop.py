@@ -241,6 +241,13 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             (Query("aurora_train_evaluations_since_registration", "{{instance}}"),),
         ),
         Panel(
+            "Coverage of the draft vocabulary",
+            "Share of the output tokens that the draft in training can propose. Below train.draft_vocab_min_coverage "
+            "the trainer changes the vocabulary, if another one covers clearly more.",
+            (Query("aurora_train_draft_vocab_coverage_ratio", "{{instance}}"),),
+            "percentunit",
+        ),
+        Panel(
             "Alias moves and rollbacks",
             "Recorded alias moves, and versions that the promoter rolled back, by alias.",
             (

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import structlog
 from torch import Tensor
 
+from schemas.speculator.checkpoint import CheckpointError, read_tensor
 from schemas.speculator.network import EagleDraft
 from serving.engines.base import SwapResult
 from serving.engines.node.server_client import ServerCounters, ServerError, ServerLoad
@@ -82,12 +84,17 @@ class RemoteEngine(ServerEngine):
         """Start with a server that answers.
 
         Raises:
-            ServerError: the server is unreachable or not supported.
+            ServerError: the server is unreachable or not supported, or its draft cannot be read.
         """
         info = self._server.info()
         if info.replicas > 1:
             raise ServerError("a server with data parallelism is not supported: start one per replica (--dp-size 1)")
         self._ranks, self._depth, self._version = info.ranks, info.depth, info.weight_version
+        if info.draft:
+            try:
+                self._d2t = read_tensor(Path(info.draft), "d2t")
+            except CheckpointError as error:
+                raise ServerError(f"--speculative-draft-model-path is not readable: {error}") from error
         with self._lock:
             self._repair()
             if self._served:

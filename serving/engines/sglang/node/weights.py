@@ -36,8 +36,8 @@ DRAFT = "draft."
 REPLICATED = ("fc", "norm")
 """Last parts of the names of modules that tensor parallelism does not shard."""
 
-_OF_THE_LINE = ("d2t", "t2d")
-"""Tensors that a server reads once, at its start; they are the same for every version of a line."""
+_READ_ONCE = ("d2t", "t2d")
+"""Tensors that a server reads at its start only: a version with others is not swapped in."""
 
 _TILE = 8192
 """Words that a GPU sums up together."""
@@ -52,7 +52,7 @@ def draft_tensors(draft: EagleDraft) -> dict[str, Tensor]:
     return {
         name: value.detach().to(torch.bfloat16).cpu().contiguous()
         for name, value in draft.state_dict().items()
-        if name not in _OF_THE_LINE
+        if name not in _READ_ONCE
     }
 
 

@@ -162,7 +162,8 @@ class Serve(Section):
     num_speculative_tokens: int = Field(6, ge=1, le=16)
     """Maximum depth of a speculator's draft: draft tokens in sequence per verify step."""
     draft_tree_width: int = Field(1, ge=1, le=8)
-    """Nodes that the speculator expands at each depth of a draft tree; 1 drafts chains."""
+    """Nodes that the speculator continues at each depth of a draft tree. With adaptive drafting up to three tokens
+    after a node are verified where each is worth it, also if one is continued; without it, 1 drafts chains."""
     draft_tree_nodes: int = Field(16, ge=1, le=128)
     """Maximum draft tokens of one request that the target verifies in one step."""
     device: Device = "auto"

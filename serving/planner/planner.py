@@ -33,6 +33,7 @@ This module does no I/O and needs no torch.
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -75,6 +76,8 @@ class DraftBudget:
     """Minimum acceptance probability of a token for which drafting and verifying it pays."""
     verify_threshold: float = 0.0
     """Minimum acceptance probability of a draft token for which verifying it pays."""
+    sibling_threshold: float = math.inf
+    """The same for a token beside those that the next draft step continues; the default drafts none."""
 
 
 class DraftPlan(NamedTuple):
@@ -288,14 +291,14 @@ class Planner:
 
     def _limit_speculator(self, drafting: int, price: float, row_prices: F64, rows: int) -> DraftBudget:
         """Return the budget of the planned depth, or now and then of one token more."""
+        first = max(rows - drafting, 0)
+        row = max(float(row_prices[rows] - row_prices[first]) / max(rows - first, 1), 0.0)
         self._until_deeper -= 1
         if self._until_deeper <= 0 and self.depth < self._max_depth:
             self._until_deeper = _DEEPER_INTERVAL
-            return DraftBudget(self.depth + 1)
-        first = max(rows - drafting, 0)
-        row = float(row_prices[rows] - row_prices[first]) / max(rows - first, 1)
+            return DraftBudget(self.depth + 1, sibling_threshold=row)
         step = price * self._latency.predict_step(drafting, 1) / drafting
-        return DraftBudget(self.depth, max(step + row, 0.0), max(row, 0.0))
+        return DraftBudget(self.depth, max(step + row, 0.0), row, row)
 
     def _plan_probe(self, outlooks: Sequence[SequenceOutlook]) -> DraftPlan:
         self._until_probe -= 1

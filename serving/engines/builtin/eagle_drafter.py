@@ -4,10 +4,11 @@ Row t of the draft pairs the target's features after token t with the embedding 
 Committed rows are computed once, from the target's features, and stay in the cache. The rows of draft tokens follow
 them in the same slot, computed from the draft's own hidden states; the next verify step overwrites them.
 
-With width 1 a draft is a chain: the draft's likeliest tokens for a greedy request, the tokens that the request's noise
-chooses from the draft's distribution for a sampled one. With a larger width it is a tree that grows where the draft is
-confident (EAGLE-2, Li et al., arXiv 2406.16858, section 4): each draft step extends the most promising nodes of the
-step before, and only the tokens that are worth a row of the target's forward are verified.
+A draft is a tree that grows where the draft is confident (EAGLE-2, Li et al., arXiv 2406.16858, section 4): each draft
+step extends the most promising nodes of the step before, as many as the width, and only the tokens that are worth a row
+of the target's forward are verified. With width 1 it is a chain of the draft's likeliest tokens for a greedy request,
+and of the tokens that the request's noise chooses from the draft's distribution for a sampled one. Other choices stand
+beside its tokens where they are worth a row: they take no draft step.
 
 Shape suffixes: B sequences, F frontier nodes of all trees (features after ``features_``), w width, T rows, H hidden
 size, D draft vocabulary, V target vocabulary.
@@ -50,6 +51,8 @@ I64 = npt.NDArray[np.int64]
 
 _CANDIDATES = 64
 """Likeliest tokens of the draft among which a sampled request's noise chooses."""
+_MAX_SIBLINGS = 3
+"""Tokens drafted after one node, unless the width is larger."""
 
 
 class EagleDrafter:
@@ -210,15 +213,18 @@ class EagleDrafter:
     def _extend(self, trees: list[_GrowingTree], hidden_FH: Tensor) -> None:
         """Draft the children of every frontier node; the most promising children become the frontier."""
         logprobs_FD = self._network.logits(hidden_FH).log_softmax(dim=-1)
-        greedy = all(tree.seq.is_greedy for tree in trees)
-        best = topk(logprobs_FD, self._width if greedy else min(_CANDIDATES, logprobs_FD.shape[-1]))
+        greedy, count = all(tree.seq.is_greedy for tree in trees), max(self._width, _MAX_SIBLINGS)
+        best = topk(logprobs_FD, min(count if greedy else _CANDIDATES, logprobs_FD.shape[-1]))
         logprobs_Fk = best.scores_Rk.cpu().numpy()
         tokens_Fk = self._network.target_ids_D[best.ids_Rk].cpu().numpy()
         row = 0
         for tree in trees:
             added: list[tuple[float, int, int]] = []
             for parent in tree.frontier:
-                for child, confidence in tree.rank_children(parent, logprobs_Fk[row], tokens_Fk[row], self._width):
+                ranked = tree.rank_children(parent, logprobs_Fk[row], tokens_Fk[row], count)
+                for rank, (child, confidence) in enumerate(ranked):
+                    if rank >= self._width and tree.estimate(parent, confidence) < tree.budget.sibling_threshold:
+                        break
                     token, logprob = int(tokens_Fk[row, child]), float(logprobs_Fk[row, child])
                     node = tree.add(token, parent, logprob, confidence)
                     added.append((-tree.nodes[node].chance, node, row))
@@ -286,10 +292,14 @@ class _GrowingTree:
         """
         if math.isnan(logprob):
             raise FloatingPointError("the speculator's scores are not finite")
-        above = 1.0 if parent == ROOT else self.nodes[parent].chance
-        chance = above * self.acceptance.estimate(confidence)
+        chance = self.estimate(parent, confidence)
         self.nodes.append(DraftNode(token, parent, self.depth_of(parent) + 1, logprob, confidence, chance))
         return len(self.nodes) - 1
+
+    def estimate(self, parent: int, confidence: float) -> float:
+        """Return the measured probability that the target accepts a token of this confidence after a node."""
+        above = 1.0 if parent == ROOT else self.nodes[parent].chance
+        return above * self.acceptance.estimate(confidence)
 
     def depth_of(self, node: int) -> int:
         """Return the depth of a node; 0 for ``ROOT``."""

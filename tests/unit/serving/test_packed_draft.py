@@ -1,6 +1,7 @@
 """The packed draft and its batched steps against the network itself, one row and one sequence at a time."""
 
 import gc
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -77,7 +78,7 @@ class PlainSequence:
         return result
 
     def check(self, tree: DraftTree, tokens: Sequence[int], features_TF: Tensor, tolerance: float) -> None:
-        """Assert that every node has the network's log-probability, and that each is among the likeliest."""
+        """Assert that every node has the network's log-probability, and that siblings are the likeliest tokens."""
         for node in range(len(tree.nodes)):
             path, above = [node], tree.nodes[node].parent
             while above != ROOT:
@@ -92,6 +93,19 @@ class PlainSequence:
             assert logprobs_D[drafted] >= logprobs_D.topk(siblings).values[-1] - tolerance
 
 
+def check_siblings(tree: DraftTree, width: int, sibling_threshold: float) -> None:
+    """Assert that each level continues ``width`` nodes, and holds further choices that are worth a row."""
+    parents = [node.parent for node in tree.nodes]
+    for depth in range(max(node.depth for node in tree.nodes)):
+        continued = [i for i in set(parents) if (0 if i == ROOT else tree.nodes[i].depth) == depth]
+        assert len(continued) == (1 if depth == 0 else width)
+        for parent in continued:
+            siblings = [node for node in tree.nodes if node.parent == parent]
+            assert width <= len(siblings) <= 3
+            assert all(node.chance >= sibling_threshold for node in siblings[width:])
+            assert sibling_threshold > 0 or len(siblings) == 3
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     seed=st.integers(0, 2**16),
@@ -101,12 +115,20 @@ class PlainSequence:
     width=st.integers(1, 3),
     depth=st.integers(1, 4),
     catch_up=st.integers(1, 3),
+    sibling_threshold=st.sampled_from([0.0, 0.02, math.inf]),
 )
 @torch.inference_mode()
 def test_drafted_trees_have_the_networks_probabilities(
-    seed: int, variant: Variant, lengths: list[int], slots: list[int], width: int, depth: int, catch_up: int
+    seed: int,
+    variant: Variant,
+    lengths: list[int],
+    slots: list[int],
+    width: int,
+    depth: int,
+    catch_up: int,
+    sibling_threshold: float,
 ) -> None:
-    draft = DRAFTS[variant]
+    draft, budget = DRAFTS[variant], DraftBudget(depth, sibling_threshold=sibling_threshold)
     drafter = EagleDrafter(
         draft, "1", EMBEDDINGS_VH, SLOTS, POSITIONS, width=width, depth=depth, weight_dtype="float32"
     )
@@ -117,14 +139,15 @@ def test_drafted_trees_have_the_networks_probabilities(
         synthetic_sequence(row[: length + 1], features_TF[:length], slot=slot, room=catch_up + depth + 1)
         for row, length, features_TF, slot in zip(tokens.tolist(), lengths, features, slots, strict=False)
     ]
-    drafter.draft(sequences, DraftBudget(depth), ACCEPTANCE)
+    drafter.draft(sequences, budget, ACCEPTANCE)
     for sequence, row, features_TF in zip(sequences, tokens.tolist(), features, strict=True):
         seen = len(sequence.tokens) - 1
         sequence.tokens += row[seen + 1 : seen + 1 + catch_up]
         sequence.unseen_features.append(features_TF[seen : seen + catch_up])
-    trees, _ = drafter.draft(sequences, DraftBudget(depth), ACCEPTANCE)
+    trees, _ = drafter.draft(sequences, budget, ACCEPTANCE)
     for tree, sequence, features_TF in zip(trees, sequences, features, strict=True):
         assert max(node.depth for node in tree.nodes) == depth
+        check_siblings(tree, width, sibling_threshold)
         PlainSequence(draft).check(tree, sequence.tokens, features_TF, 1e-3)
 
 

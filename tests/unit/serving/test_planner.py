@@ -242,6 +242,18 @@ def test_expensive_rows_lower_the_depth_and_raise_the_thresholds() -> None:
     assert cheap.depth >= expensive.depth > 0
     assert cheap.verify_threshold < expensive.verify_threshold
     assert cheap.verify_threshold <= cheap.draft_threshold
+    for budget in budgets:
+        assert budget.sibling_threshold == budget.verify_threshold
+
+
+def test_a_deeper_draft_than_planned_has_siblings_only_where_they_are_worth_a_row() -> None:
+    planner = Planner(latency(), MAX_DEPTH)
+    for _ in range(100):
+        planner.observe_drafts([], [reached(confidence=0.0, suffix_tokens=0, speculator_tokens=2, drafted_depth=3)])
+    budgets = [planner.plan(1, [ALONE]).budget for _ in range(12)]
+    assert len({budget.depth for budget in budgets}) == 2
+    assert len({budget.sibling_threshold for budget in budgets}) == 1
+    assert 0 < budgets[0].sibling_threshold < 1
 
 
 def test_selection_stops_at_the_row_where_a_forward_becomes_expensive() -> None:

@@ -294,7 +294,7 @@ def _promotions_since(moves: Sequence[AliasMoved], anchor: str) -> list[AliasMov
     since: list[AliasMoved] = []
     for move in moves:
         if move.alias == "champion":
-            since = [] if move.to_version == anchor else [*([] if move.from_version == anchor else since), move]
+            since = [move] if move.from_version == anchor else [*since, move]
     return since
 
 

@@ -238,10 +238,14 @@ class TracePublisher:
         is_ending = False
         while not is_ending:
             is_ending = self._ending.wait(_PAUSE_S)
-            for _ in range(self._captures.qsize()):
-                self._guard(partial(self._assemble, self._captures.get()))
-            self._guard(self._tick)
+            self._take_turn()
         self._drain()
+
+    def _take_turn(self) -> None:
+        """Process what was captured since the turn before."""
+        for _ in range(self._captures.qsize()):
+            self._guard(partial(self._assemble, self._captures.get()))
+        self._guard(self._tick)
 
     def _guard(self, work: Callable[[], None]) -> None:
         try:

@@ -90,9 +90,9 @@ class FakeProducer:
 
 
 class Bench:
-    """A publisher with a fake producer and a manual clock."""
+    """A publisher with a fake producer and a manual clock; its thread does not run if it is not ``started``."""
 
-    def __init__(self, *, lag: LagConsumer | None = None, **traces: Any) -> None:
+    def __init__(self, *, lag: LagConsumer | None = None, started: bool = True, **traces: Any) -> None:
         self.now = 0.0
         self.producers = [FakeProducer()]
         self.on_error: Callable[[Any], None] = lambda _: None
@@ -108,7 +108,9 @@ class Bench:
             lambda: self.now,
             lag,
         )
-        self.publisher.start(ORIGIN)
+        self.publisher._origin = ORIGIN
+        if started:
+            self.publisher.start(ORIGIN)
         self.sent = 0
 
     @property

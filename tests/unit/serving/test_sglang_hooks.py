@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import threading
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -223,13 +223,16 @@ def test_without_features_verify_steps_have_the_feature_width() -> None:
 
 
 def test_steps_above_the_queue_limit_are_dropped_and_counted() -> None:
-    def slow() -> Origin:
-        time.sleep(0.5)
+    prefilled = threading.Event()
+
+    def read_late() -> Origin:
+        prefilled.wait()
         return Origin("n", "t", "line", V)
 
-    server, reqs = Server(load(environ={}), slow), [request(f"r{number}") for number in range(MAX_QUEUED_STEPS + 3)]
-    for req in reqs:
-        server.prefill([req], [0], [3], [10])
+    server = Server(load(environ={}), read_late)
+    for number in range(MAX_QUEUED_STEPS + 3):
+        server.prefill([request(f"r{number}")], [0], [3], [10])
+    prefilled.set()
     assert server.count("aurora_sglang_verify_steps_dropped_total", reason="queue_full") == 3
 
 

@@ -7,6 +7,7 @@ overflows the stack, which ends a process.
 from __future__ import annotations
 
 import json
+import math
 import resource
 import selectors
 import subprocess
@@ -26,8 +27,10 @@ LIMITS = LLParserLimits(
 )
 """Limits of compilation and of each step of a matcher. The default limits let one step take twice as long."""
 MAX_GRAMMAR_BYTES = 128 << 10
-_MAX_CHECK_S = 3.0
-_MAX_START_S = 60.0
+_MAX_CPU_S = 3
+"""Processor time for one grammar; other programs of a busy machine do not count."""
+_MAX_WAIT_S = 60.0
+"""Time for the child's start, and for its answer: one that computes for so long ends itself earlier."""
 _MAX_MEMORY_BYTES = 1 << 30
 """Of the child's address space."""
 _STACK_BYTES = 2 << 20
@@ -58,7 +61,7 @@ class GrammarChecker:
         with suppress(BrokenPipeError):
             child.stdin.write(json.dumps(text) + "\n")
             child.stdin.flush()
-        answer = _read_line(child, _MAX_CHECK_S)
+        answer = _read_line(child)
         if not answer:
             _end(child)
             raise GrammarError("it is too complex to be compiled")
@@ -69,7 +72,7 @@ class GrammarChecker:
 def _start() -> subprocess.Popen[str]:
     pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
     child = subprocess.Popen([sys.executable, "-m", __name__], stdin=pipe, stdout=pipe, stderr=nowhere, text=True)
-    if not _read_line(child, _MAX_START_S):
+    if not _read_line(child):
         _end(child)
         raise GrammarError("the process that checks grammars does not start")
     return child
@@ -80,12 +83,12 @@ def _end(child: subprocess.Popen[str]) -> None:
     child.communicate()
 
 
-def _read_line(child: subprocess.Popen[str], seconds: float) -> str:
-    """Return the next line of a child; empty if it ended or takes longer."""
+def _read_line(child: subprocess.Popen[str]) -> str:
+    """Return the next line of a child; empty if it ended or takes too long."""
     assert child.stdout is not None
     with selectors.DefaultSelector() as selector:
         selector.register(child.stdout, selectors.EVENT_READ)
-        return child.stdout.readline() if selector.select(seconds) else ""
+        return child.stdout.readline() if selector.select(_MAX_WAIT_S) else ""
 
 
 class _Bytes:
@@ -104,11 +107,19 @@ def _answer() -> None:
     tokens = LLTokenizer(TokenizerWrapper(_Bytes()))
     _write("ready")
     for line in sys.stdin:
+        _limit_processor_time()
         matcher = LLMatcher(tokens, json.loads(line), limits=LIMITS, log_level=0)
         if not matcher.is_error():
             matcher.compute_ff_tokens()
             matcher.compute_bitmask()
         _write(json.dumps(matcher.get_error().partition("\n")[0]))
+
+
+def _limit_processor_time() -> None:
+    """Let the system end this process when it has computed for ``_MAX_CPU_S`` more, rounded up to a whole second."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(used.ru_utime + used.ru_stime) + _MAX_CPU_S, hard))
 
 
 def _write(line: str) -> None:

@@ -1,7 +1,9 @@
 """A grammar allows exactly the tokens that continue one of its texts, and forces a token that is the only one."""
 
 import json
+import signal
 from collections.abc import Sequence
+from threading import Timer
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from schemas.trace.record import ROOT, DraftSource
 from serving.engines.builtin.drafter import EMPTY_TREE, DraftNode, DraftTree
 from serving.engines.builtin.grammar import GrammarCompiler, GrammarMatcher
-from serving.engines.builtin.grammar_check import MAX_GRAMMAR_BYTES, GrammarChecker, GrammarError
+from serving.engines.builtin.grammar_check import _MAX_CPU_S, MAX_GRAMMAR_BYTES, GrammarChecker, GrammarError
 from serving.http.tools import json_grammar
 
 TOKENIZER = byte_tokenizer()
@@ -129,6 +131,15 @@ def test_a_checker_starts_again_after_its_process_ended() -> None:
     checker._child.kill()
     checker._child.wait()
     checker.check('start: "a"')
+
+
+def test_a_checker_that_the_machine_stops_for_a_while_rejects_nothing() -> None:
+    checker = GrammarChecker()
+    checker.check('start: "a"')
+    assert checker._child is not None
+    checker._child.send_signal(signal.SIGSTOP)
+    Timer(_MAX_CPU_S + 1, checker._child.send_signal, (signal.SIGCONT,)).start()
+    checker.check('start: "b"')
 
 
 def test_a_grammar_without_end_fails_its_matcher_alone() -> None:

@@ -177,8 +177,8 @@ class Serve(Section):
     max_num_seqs: int = Field(8, ge=1)
     """Maximum sequences decoded together. Further sequences wait."""
     max_prefill_stall: Duration = Field(0.06, gt=0)
-    """Maximum time that prompt tokens may add to a step while other requests decode. The node splits prompts
-    accordingly, from the measured cost of a token."""
+    """Maximum time that prompt tokens may add to a step while other requests decode. Target and speculator share it:
+    the node splits what they read of prompts accordingly, from the measured cost of a token."""
     max_model_len: int = Field(1024, ge=16)
     """Maximum tokens of a request, prompt and output together."""
     max_waiting_requests: int = Field(256, ge=1)

@@ -73,12 +73,19 @@ class LatencyModel:
         sequences: Seconds that a forward over as many sequences takes longer than over one with the same rows.
         first_step: Seconds of the first draft step by number of sequences.
         further_step: Seconds of each later draft step.
+        catch_up_row: Seconds that the first draft step takes longer for each further token that it reads.
     """
 
     def __init__(
-        self, rows: LatencyCurve, sequences: LatencyCurve, first_step: LatencyCurve, further_step: LatencyCurve
+        self,
+        rows: LatencyCurve,
+        sequences: LatencyCurve,
+        first_step: LatencyCurve,
+        further_step: LatencyCurve,
+        catch_up_row: float = 0.0,
     ) -> None:
         self._rows, self._sequences, self._first_step, self._further_step = rows, sequences, first_step, further_step
+        self.catch_up_row = catch_up_row
         self.pace = 1.0
         """Measured seconds per predicted second. If other processes slow the machine down as a whole, it follows
         quickly, and the curves keep their form."""

@@ -27,6 +27,10 @@ drafts every now and then as a probe: rarely while probes are rejected, soon aft
 its drafts are shorter than the limit, every twelfth verify step drafts one token more than planned. Suffix drafts need
 no probes: they are compared with the output also where they were not verified.
 
+**Prefill.** The target reads prompts next to running answers, and so does the speculator before it drafts from them.
+What both read in one verify step takes ``serve.max_prefill_stall`` at most. The speculator does not draft for a
+sequence before it has read all of it.
+
 This module does no I/O and needs no torch.
 """
 
@@ -64,6 +68,8 @@ _PROBE_DEPTH = 2
 _MIN_PROBE_INTERVAL = 4
 _MAX_PROBE_INTERVAL = 32
 """Verify steps between probes; the interval doubles from the minimum to the maximum."""
+_MIN_CATCH_UP = 16
+"""Tokens that the speculator may read in any case, so that it catches up with answers that grow meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +92,8 @@ class DraftPlan(NamedTuple):
     drafting: Sequence[int]
     """Indices of the sequences."""
     budget: DraftBudget
+    catch_up: Mapping[int, int] = {}
+    """How many of the tokens to catch up on it reads, by index. Where it does not read all, it does not draft."""
 
 
 class SequenceOutlook(NamedTuple):
@@ -95,7 +103,7 @@ class SequenceOutlook(NamedTuple):
     chances: Sequence[float] = ()
     """Acceptance probability of each token of the suffix draft, in descending order."""
     catch_up: int = 0
-    """Committed tokens that the speculator has not read."""
+    """Committed tokens that the speculator has not read, beyond those of one verify step."""
 
     @property
     def confidence(self) -> float:
@@ -115,10 +123,14 @@ class Planner:
         latency: Latency model of this machine, calibrated at start.
         max_depth: Maximum depth of the speculator's draft trees.
         adaptive: Whether to adapt the drafts; False drafts to ``max_depth`` and verifies all in every verify step.
+        max_prefill_stall: Seconds by which the reading of prompts may extend a verify step of decoding sequences.
     """
 
-    def __init__(self, latency: LatencyModel, max_depth: int, *, adaptive: bool = True) -> None:
+    def __init__(
+        self, latency: LatencyModel, max_depth: int, *, adaptive: bool = True, max_prefill_stall: float = math.inf
+    ) -> None:
         self._latency, self._max_depth, self._adaptive = latency, max_depth, adaptive
+        self._max_prefill_stall = max_prefill_stall
         self.suffix: Mapping[bool, AcceptanceModel] = {greedy: AcceptanceModel() for greedy in (True, False)}
         """Acceptance of the suffix drafter's tokens in greedy sequences (True) and in sampled ones (False)."""
         self._prices: dict[int, _Throughput] = {}
@@ -156,6 +168,22 @@ class Planner:
             decoding: Number of decoding sequences, those that may not draft included.
             outlooks: Outlook of each sequence that may draft.
         """
+        plan = self._choose_drafts(decoding, outlooks)
+        left = max(self._limit_catch_up(), _MIN_CATCH_UP)
+        drafting, catch_up = [], {}
+        # Those with the least to read first, so that most can draft.
+        for i in sorted(plan.drafting, key=lambda i: outlooks[i].catch_up):
+            if rows := min(outlooks[i].catch_up, left):
+                catch_up[i] = rows
+                left -= rows
+            if rows == outlooks[i].catch_up:
+                drafting.append(i)
+        if plan.drafting and not drafting and not self.depth:
+            # The probe is to follow when its sequence is read.
+            self._until_probe, self._probe_interval = 1, self._probe_interval // 2
+        return DraftPlan(drafting, plan.budget, catch_up)
+
+    def _choose_drafts(self, decoding: int, outlooks: Sequence[SequenceOutlook]) -> DraftPlan:
         if not self._adaptive or not outlooks:
             return DraftPlan(range(len(outlooks)), DraftBudget(self._max_depth if outlooks else 0))
         suffixes = [np.asarray(outlook.chances, np.float64) for outlook in outlooks]
@@ -199,12 +227,18 @@ class Planner:
         row_prices = self._price_rows(decoding, 1 + len(chances))
         return self._evaluate(np.asarray(chances, np.float64), row_prices).rows
 
-    def limit_prompt_rows(self, seconds: float, *, decode_rows: int, max_rows: int) -> int:
-        """Return how many prompt rows extend a forward over ``decode_rows`` by ``seconds`` at most; at least 1."""
+    def limit_prompt_rows(self, *, decode_rows: int, max_rows: int, catch_up: int = 0) -> int:
+        """Return how many prompt rows extend a verify step by the allowed stall at most; at least 1.
+
+        Args:
+            decode_rows: Rows of the forward for decoding sequences.
+            max_rows: Maximum to return.
+            catch_up: Tokens that the speculator catches up with in the same verify step.
+        """
         without = self._latency.predict_verify(1, decode_rows)
         rows = bisect.bisect_right(
             range(1, max_rows + 1),
-            seconds / self._latency.pace,
+            self._max_prefill_stall / self._latency.pace - catch_up * self._latency.catch_up_row,
             key=lambda rows: self._latency.predict_verify(1, decode_rows + rows) - without,
         )
         return max(rows, 1)
@@ -249,9 +283,14 @@ class Planner:
             self._steps_per_depth += _STEPS_RATE * (steps - self._steps_per_depth)
         self._throughput(verify.sequences).update(tokens, seconds)
         latency.update_verify(verify)
-        if self.depth:
-            # A probe's first draft step also consumes all tokens committed since the last one, which is not its price.
+        if self.depth and not plan.catch_up:
+            # A probe's first draft step also reads the tokens committed since the last one, which is not its price.
             latency.update_draft(draft_steps)
+
+    def _limit_catch_up(self) -> int:
+        """Return how many tokens the speculator can read in the time that a verify step has for prompts."""
+        seconds = self._latency.pace * self._latency.catch_up_row
+        return int(min(self._max_prefill_stall / seconds, 2**31)) if seconds else 2**31
 
     def _price(self, decoding: int) -> float:
         """Return the output tokens that a second is worth, at pace 1."""

@@ -28,6 +28,8 @@ _ROWS = (1, 2, 3, 4, 6, 8, 10, 12, 14, 16, 24, 32)
 """Fine where the tile of a matrix kernel may end."""
 _PREFIX = 256
 """Cached tokens of every sequence in a timed forward: what another sequence costs is mostly reading them."""
+_CATCH_UP = 128
+"""Tokens that a timed draft reads beyond those of a short one."""
 _TRIALS = 3
 
 
@@ -38,6 +40,7 @@ def calibrate(target: Target, speculator: EagleDrafter | None, slots: int) -> La
     """
     counts = sorted({1, min(2, slots), min(4, slots), slots})
     row_counts = [rows for rows in _ROWS if rows < target.cache.positions]
+    catch_up = min(_CATCH_UP, target.cache.positions // 2)
     with torch.inference_mode():
         # Memory that was never written reads as one cached page.
         target.cache.clear(slice(slots), slice(_PREFIX))
@@ -49,7 +52,12 @@ def calibrate(target: Target, speculator: EagleDrafter | None, slots: int) -> La
                 for depth in (1, 3)
                 for count in counts
                 if speculator is not None
-            },
+            }
+            | (
+                {("catch up", catch_up): partial(_draft, target, speculator, 1, 1, catch_up)}
+                if speculator is not None
+                else {}
+            ),
             time.thread_time if target.device.type == "cpu" else time.perf_counter,
         )
     rows = {count: fastest["rows", count] for count in row_counts}
@@ -61,6 +69,8 @@ def calibrate(target: Target, speculator: EagleDrafter | None, slots: int) -> La
     further = {
         count: max((fastest.get(("draft 3", count), 0.0) - step) / 2, step / 10) for count, step in first.items()
     }
+    longer = fastest.get(("catch up", catch_up), 0.0)
+    read = {catch_up: max(longer - first[1], longer / 10)}
     log.info(
         "latency_calibrated",
         **{
@@ -70,10 +80,13 @@ def calibrate(target: Target, speculator: EagleDrafter | None, slots: int) -> La
                 ("sequences_ms", sequences),
                 ("first_draft_step_ms", first),
                 ("further_draft_step_ms", further),
+                ("catch_up_ms", read),
             )
         },
     )
-    return LatencyModel(curve, LatencyCurve(sequences), LatencyCurve(first), LatencyCurve(further))
+    return LatencyModel(
+        curve, LatencyCurve(sequences), LatencyCurve(first), LatencyCurve(further), read[catch_up] / catch_up
+    )
 
 
 def _time_in_turns(
@@ -102,7 +115,10 @@ def _verify(target: Target, sequences: int, rows: int) -> None:
     topk(target.logits(target.forward(tokens_T, batch).last_TH), 8).ids_Rk.cpu()
 
 
-def _draft(target: Target, speculator: EagleDrafter, sequences: int, depth: int) -> None:
-    features_TF = torch.zeros(2, target.shape.feature_width, device=target.device)
-    drafting = [synthetic_sequence([0, 0, 0], features_TF, slot=slot, room=depth + 1) for slot in range(sequences)]
+def _draft(target: Target, speculator: EagleDrafter, sequences: int, depth: int, catch_up: int = 0) -> None:
+    rows = 2 + catch_up
+    features_TF = torch.zeros(rows, target.shape.feature_width, device=target.device)
+    drafting = [
+        synthetic_sequence([0] * (rows + 1), features_TF, slot=slot, room=depth + 1) for slot in range(sequences)
+    ]
     speculator.draft(drafting, DraftBudget(depth), {True: AcceptanceModel()})

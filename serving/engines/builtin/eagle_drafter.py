@@ -125,6 +125,15 @@ class EagleDrafter:
         drafts = {tree.seq.slot: DraftTree(tuple(tree.nodes), self.version) for tree in trees}
         return [drafts[seq.slot] for seq in sequences], timings
 
+    def read(self, seq: Sequence, count: int) -> None:
+        """Read the next ``count`` committed tokens of a sequence, of which it has more, without drafting."""
+        tokens_T, hidden_TH, batch = self._take_committed({seq: count})
+        if self._graphs:
+            self._run_forward(tokens_T, hidden_TH, batch)
+        else:
+            _, k_TME, v_TME = self._network.project(self._embeddings_VH[tokens_T], hidden_TH, batch.positions_T)
+            self._cache.write(0, batch, k_TME, v_TME)
+
     def pack(self, draft: EagleDraft) -> PackedDraft:
         """Return a packed copy of the given weights, the same one as long as the caller keeps them.
 
@@ -176,16 +185,8 @@ class EagleDrafter:
     def _consume_committed(self, sequences: list[Sequence]) -> Tensor:
         """Run the rows the draft has not seen; return the hidden states [B, H] after each sequence's last one."""
         network = self._network
-        unseen = [seq.tokens[seq.num_draft_cached_tokens + 1 :] for seq in sequences]
-        segments = [
-            Segment(seq.slot, seq.num_draft_cached_tokens, len(tokens))
-            for seq, tokens in zip(sequences, unseen, strict=True)
-        ]
-        batch = RaggedBatch(segments, self._device)
-        hidden_TH = network.fuse(torch.cat([features for seq in sequences for features in seq.unseen_features]))
-        tokens_T = torch.tensor([token for tokens in unseen for token in tokens], device=self._device)
-        for seq in sequences:
-            seq.num_draft_cached_tokens, seq.unseen_features = len(seq.tokens) - 1, []
+        counts = {seq: len(seq.tokens) - 1 - seq.num_draft_cached_tokens for seq in sequences}
+        tokens_T, hidden_TH, batch = self._take_committed(counts)
         if self._graphs:
             return self._run_forward(tokens_T, hidden_TH, batch)[batch.last_rows]
         # Only the last row of each sequence needs a hidden state; the rows before leave just their keys and values.
@@ -194,6 +195,18 @@ class EagleDrafter:
         last = batch.last_rows
         ends = ChainRows([(seq.slot, seq.num_draft_cached_tokens - 1) for seq in sequences])
         return network.finish(hidden_TH[last], self._cache.read(0, ends, q_TNE[last]))
+
+    def _take_committed(self, counts: Mapping[Sequence, int]) -> tuple[Tensor, Tensor, RaggedBatch]:
+        """Return tokens, hidden states [T, H] and places of so many rows of each sequence, and mark them as seen."""
+        tokens, features, segments = [], [], []
+        for seq, count in counts.items():
+            seen = seq.num_draft_cached_tokens
+            tokens += seq.tokens[seen + 1 : seen + 1 + count]
+            features += seq.take_features(count)
+            segments.append(Segment(seq.slot, seen, count))
+            seq.num_draft_cached_tokens += count
+        tokens_T = torch.tensor(tokens, device=self._device)
+        return tokens_T, self._network.fuse(torch.cat(features)), RaggedBatch(segments, self._device)
 
     def _consume_frontiers(self, trees: list[_GrowingTree], hidden_FH: Tensor) -> Tensor:
         """Run the frontier nodes of all trees; return the hidden states [F, H] after them."""

@@ -74,7 +74,12 @@ class BuiltinEngine:
         self.corpus = ScopedCorpus(scope, serve.suffix_corpus_bytes, settings.kafka.retention)
         speculator = None if serve.drafter == "suffix" else _create_speculator(settings, line, self._target)
         latency = calibrate(self._target, speculator, serve.max_num_seqs)
-        self._planner = Planner(latency, serve.num_speculative_tokens, adaptive=serve.adaptive_drafting)
+        self._planner = Planner(
+            latency,
+            serve.num_speculative_tokens,
+            adaptive=serve.adaptive_drafting,
+            max_prefill_stall=serve.max_prefill_stall,
+        )
         self._drafter = HybridDrafter(
             self._planner,
             speculator,
@@ -82,9 +87,7 @@ class BuiltinEngine:
             max_suffix_depth=serve.draft_tree_nodes if serve.adaptive_drafting else serve.num_speculative_tokens,
             max_nodes=serve.draft_tree_nodes,
         )
-        self._scheduler = Scheduler(
-            serve.max_num_seqs, serve.max_waiting_requests, serve.max_prefill_stall, self._planner
-        )
+        self._scheduler = Scheduler(serve.max_num_seqs, serve.max_waiting_requests, self._planner)
         self.prefix_cache = PrefixCache(
             self._target.cache, self._target.shape.feature_width, serve.prefix_cache_bytes, serve.prefix_scope
         )

@@ -84,6 +84,9 @@ class HybridDrafter:
         if self.speculator is not None:
             plan = self._planner.plan(decoding, [proposal.outlook for proposal in proposals])
             drafting = [proposals[i] for i in plan.drafting]
+            for i, rows in plan.catch_up.items():
+                if i not in plan.drafting:
+                    self.speculator.read(proposals[i].sequence, rows)
             if drafting:
                 drafted = [proposal.sequence for proposal in drafting]
                 trees, timings = self.speculator.draft(drafted, plan.budget, self._planner.speculator)
@@ -142,8 +145,9 @@ class HybridDrafter:
                     max_nodes=self._max_nodes,
                     min_chance=min_chance,
                 )
-            unread = len(seq.tokens) - seq.num_draft_cached_tokens
-            outlook = SequenceOutlook(seq.is_greedy, [node.chance for node in tree.nodes], unread)
+            # A verify step commits the root and at most a path of so many nodes.
+            catch_up = max(seq.num_cached_tokens - seq.num_draft_cached_tokens - self._max_nodes - 1, 0)
+            outlook = SequenceOutlook(seq.is_greedy, [node.chance for node in tree.nodes], catch_up)
             proposals.append(_Proposal(seq, outlook, tree))
         return proposals
 

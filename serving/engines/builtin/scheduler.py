@@ -1,6 +1,6 @@
 """Which sequences run, which of them may draft, and what each feeds to the target's forward.
 
-The scheduler decides and computes nothing: it holds the waiting queue, the slots and the prefill budget.
+The scheduler decides and computes nothing: it holds the waiting queue and the slots.
 """
 
 from __future__ import annotations
@@ -42,12 +42,11 @@ class Scheduler:
     Args:
         max_num_seqs: Number of slots.
         max_waiting: Maximum length of the waiting queue.
-        max_prefill_stall: Seconds by which prompts may extend a verify step while other sequences decode.
-        planner: Knows how long a forward takes.
+        planner: Knows the prefill budget of a verify step.
     """
 
-    def __init__(self, max_num_seqs: int, max_waiting: int, max_prefill_stall: float, planner: Planner) -> None:
-        self._max_waiting, self._max_prefill_stall, self._planner = max_waiting, max_prefill_stall, planner
+    def __init__(self, max_num_seqs: int, max_waiting: int, planner: Planner) -> None:
+        self._max_waiting, self._planner = max_waiting, planner
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self._free_slots = list(range(max_num_seqs))
@@ -91,7 +90,7 @@ class Scheduler:
         """Return the sequences that may draft in the next verify step."""
         return [seq for seq in self.decoding if seq.request.speculate and seq.room > 1]
 
-    def schedule(self, trees: Mapping[int, DraftTree]) -> list[ScheduledSequence]:
+    def schedule(self, trees: Mapping[int, DraftTree], catch_up: int = 0) -> list[ScheduledSequence]:
         """Return what each running sequence feeds to the target's forward.
 
         A decoding sequence feeds its root, the last token, and its draft tree. A prefilling sequence feeds a piece of
@@ -101,12 +100,13 @@ class Scheduler:
 
         Args:
             trees: Draft trees by slot.
+            catch_up: Tokens that the speculator caught up with in this verify step.
         """
         decode_rows = len(self.decoding) + sum(len(tree.nodes) for tree in trees.values())
         budget = MAX_PREFILL_TOKENS
         if decode_rows:
             budget = self._planner.limit_prompt_rows(
-                self._max_prefill_stall, decode_rows=decode_rows, max_rows=MAX_PREFILL_TOKENS
+                decode_rows=decode_rows, max_rows=MAX_PREFILL_TOKENS, catch_up=catch_up
             )
         scheduled = []
         reading: list[Sequence] = []

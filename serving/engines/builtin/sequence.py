@@ -146,6 +146,17 @@ class Sequence:
         self.request = replace(self.request, speculate=False)
         self.unseen_features.clear()
 
+    def take_features(self, count: int) -> list[Tensor]:
+        """Remove the oldest ``count`` tokens' features from the unseen ones and return them."""
+        taken: list[Tensor] = []
+        while count:
+            features_TF = self.unseen_features.pop(0)
+            taken.append(features_TF[:count])
+            if len(features_TF) > count:
+                self.unseen_features.insert(0, features_TF[count:])
+            count -= len(taken[-1])
+        return taken
+
     def truncate(self, tokens: list[int], eos_ids: Collection[int]) -> tuple[list[int], Finish | None]:
         """Cut decided tokens at the end of the output, so that the last output token is a bonus token."""
         room, request = self.room, self.request

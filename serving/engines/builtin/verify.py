@@ -117,7 +117,8 @@ class Verifier:
         active = self.drafter.speculator if speculate else None
         drafts = self._draft() if speculate else NO_DRAFTS
         # Sequences with equally many rows attend together if they lie side by side.
-        scheduled = sorted(self.scheduler.schedule(drafts.trees), key=lambda s: (len(s.tokens), s.sequence.slot))
+        scheduled = self.scheduler.schedule(drafts.trees, sum(drafts.plan.catch_up.values()))
+        scheduled.sort(key=lambda s: (len(s.tokens), s.sequence.slot))
         drafted = time.perf_counter()
         batch = RaggedBatch([_segment(s) for s in scheduled], self.target.device)
         rows = self._forward(scheduled, batch)

@@ -16,8 +16,8 @@ def test_forwards_and_drafts_cost_the_processor_time_that_they_took(monkeypatch:
     def verify(_target: Any, sequences: int, rows: int) -> None:
         spent[0] += 10 + rows + 2 * (sequences - 1)
 
-    def draft(_target: Any, _speculator: Any, sequences: int, depth: int) -> None:
-        spent[0] += sequences * (2 + depth)
+    def draft(_target: Any, _speculator: Any, sequences: int, depth: int, catch_up: int = 0) -> None:
+        spent[0] += sequences * (2 + depth) + catch_up / 4
 
     monkeypatch.setattr(calibration, "_verify", verify)
     monkeypatch.setattr(calibration, "_draft", draft)
@@ -31,4 +31,6 @@ def test_forwards_and_drafts_cost_the_processor_time_that_they_took(monkeypatch:
             assert latency.predict_verify(sequences, rows) == pytest.approx(10 + rows + 2 * (sequences - 1))
         for depth in (1, 2, 3, 6):
             assert latency.predict_draft(sequences, depth) == pytest.approx(sequences * (2 + depth))
-    assert calibration.calibrate(target, None, 8).predict_draft(4, 2) == 0.0
+    assert latency.catch_up_row == pytest.approx(1 / 4)
+    without = calibration.calibrate(target, None, 8)
+    assert (without.predict_draft(4, 2), without.catch_up_row) == (0.0, 0.0)

@@ -231,11 +231,11 @@ def test_a_prompt_longer_than_the_prefill_budget_is_read_in_pieces(bench: Bench)
 def test_prompt_pieces_respect_the_maximum_prefill_stall_while_others_decode(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    limits: list[tuple[float, int]] = []
+    limits: list[int] = []
 
-    def limit_prompt_rows(seconds: float, *, decode_rows: int, max_rows: int) -> int:
+    def limit_prompt_rows(*, decode_rows: int, max_rows: int, catch_up: int) -> int:
         assert decode_rows >= 1
-        limits.append((seconds, max_rows))
+        limits.append(max_rows)
         return 32
 
     monkeypatch.setattr(bench.engine._planner, "limit_prompt_rows", limit_prompt_rows)
@@ -247,7 +247,7 @@ def test_prompt_pieces_respect_the_maximum_prefill_stall_while_others_decode(
     bench.assert_greedy(request, output, last.finish)
     pieces = [len(r.tokens) for r in bench.recorder.verify_steps[request.id] if r.verify_step == 0]
     assert pieces == [32, 32, 32, 4]
-    assert set(limits) == {(0.06, MAX_PREFILL_TOKENS)}
+    assert set(limits) == {MAX_PREFILL_TOKENS}
     collect(running, [first])
 
 

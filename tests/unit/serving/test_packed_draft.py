@@ -114,7 +114,7 @@ def check_siblings(tree: DraftTree, width: int, sibling_threshold: float) -> Non
     slots=st.permutations(range(SLOTS)),
     width=st.integers(1, 3),
     depth=st.integers(1, 4),
-    catch_up=st.integers(1, 3),
+    reads=st.tuples(st.lists(st.integers(1, 60), max_size=4), st.integers(1, 3)),
     sibling_threshold=st.sampled_from([0.0, 0.02, math.inf]),
 )
 @torch.inference_mode()
@@ -125,9 +125,10 @@ def test_drafted_trees_have_the_networks_probabilities(
     slots: list[int],
     width: int,
     depth: int,
-    catch_up: int,
+    reads: tuple[list[int], int],
     sibling_threshold: float,
 ) -> None:
+    pieces, catch_up = reads
     draft, budget = DRAFTS[variant], DraftBudget(depth, sibling_threshold=sibling_threshold)
     drafter = EagleDrafter(
         draft, "1", EMBEDDINGS_VH, SLOTS, POSITIONS, width=width, depth=depth, weight_dtype="float32"
@@ -139,6 +140,10 @@ def test_drafted_trees_have_the_networks_probabilities(
         synthetic_sequence(row[: length + 1], features_TF[:length], slot=slot, room=catch_up + depth + 1)
         for row, length, features_TF, slot in zip(tokens.tolist(), lengths, features, slots, strict=False)
     ]
+    for count in pieces:
+        for sequence in sequences:
+            if count < len(sequence.tokens) - 1 - sequence.num_draft_cached_tokens:
+                drafter.read(sequence, count)
     drafter.draft(sequences, budget, ACCEPTANCE)
     for sequence, row, features_TF in zip(sequences, tokens.tolist(), features, strict=True):
         seen = len(sequence.tokens) - 1

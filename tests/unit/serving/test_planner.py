@@ -19,13 +19,16 @@ reached = partial(SpeculatorOutcome, greedy=True)
 """How far the two drafts of a greedy sequence were accepted."""
 
 
-def latency(row_ms: float = 2.0, base_ms: float = 40.0, first_ms: float = 4.0, further_ms: float = 2.0) -> LatencyModel:
+def latency(
+    row_ms: float = 2.0, base_ms: float = 40.0, first_ms: float = 4.0, further_ms: float = 2.0, catch_up_us: float = 0.0
+) -> LatencyModel:
     """A forward whose latency is linear in its rows, and draft steps that hardly depend on the number of sequences."""
     return LatencyModel(
         LatencyCurve({rows: (base_ms + row_ms * rows) / 1e3 for rows in (1, 2, 4, 8, 16, 32, 64)}),
         LatencyCurve({1: 0.0}),
         LatencyCurve({1: first_ms / 1e3, 8: 1.5 * first_ms / 1e3}),
         LatencyCurve({1: further_ms / 1e3}),
+        catch_up_us / 1e6,
     )
 
 
@@ -189,6 +192,14 @@ def test_a_probe_drafts_for_a_sequence_without_a_suffix_draft_that_has_the_fewes
     assert [list(plan.drafting) for plan in plans] == [[2]]
 
 
+def test_a_probe_follows_when_the_speculator_has_read_its_sequence() -> None:
+    planner = Planner(latency(catch_up_us=100.0), MAX_DEPTH, max_prefill_stall=0.01)
+    plans = [planner.plan(2, [SequenceOutlook(greedy=True, catch_up=left)] * 2) for left in (250, 150, 50)]
+    assert [(plan.drafting, plan.catch_up) for plan in plans] == [([], {0: 100}), ([], {0: 100}), ([0], {0: 50})]
+    until_next = next(i for i in range(1, 99) if planner.plan(1, [ALONE]).drafting)
+    assert until_next == 4, "the reading of the probe does not defer the next one"
+
+
 def test_the_catch_up_of_a_probe_does_not_raise_the_expected_draft_latency() -> None:
     model = latency()
     planner = Planner(model, MAX_DEPTH)
@@ -204,17 +215,53 @@ def test_the_catch_up_of_a_probe_does_not_raise_the_expected_draft_latency() -> 
 @pytest.mark.parametrize(("stall_ms", "rows"), [(0.5, 1), (2.0, 2), (31.0, 31), (1000.0, 128)])
 def test_prompt_rows_extend_a_verify_step_by_the_allowed_stall_at_most(stall_ms: float, rows: int) -> None:
     line = LatencyCurve({1: 0.021, 33: 0.053})
-    planner = Planner(LatencyModel(line, LatencyCurve({1: 0.0}), line, line), MAX_DEPTH)
-    assert planner.limit_prompt_rows(stall_ms / 1e3 + 1e-9, decode_rows=4, max_rows=128) == rows
+    model = LatencyModel(line, LatencyCurve({1: 0.0}), line, line)
+    planner = Planner(model, MAX_DEPTH, max_prefill_stall=stall_ms / 1e3 + 1e-9)
+    assert planner.limit_prompt_rows(decode_rows=4, max_rows=128) == rows
 
 
 def test_prompt_rows_follow_the_measured_forward_latency() -> None:
-    planner = Planner(latency(), MAX_DEPTH)
-    before = planner.limit_prompt_rows(0.05, decode_rows=4, max_rows=128)
+    planner = Planner(latency(), MAX_DEPTH, max_prefill_stall=0.05)
+    before = planner.limit_prompt_rows(decode_rows=4, max_rows=128)
     for _ in range(50):
         timing = ForwardTiming(4, 4, 4 * latency().predict_verify(4, 4))
         planner.observe_latency(DraftPlan((), DraftBudget(0)), 4, timing, [])
-    assert planner.limit_prompt_rows(0.05, decode_rows=4, max_rows=128) < before / 2
+    assert planner.limit_prompt_rows(decode_rows=4, max_rows=128) < before / 2
+
+
+@given(
+    unread=st.lists(st.integers(0, 400), min_size=1, max_size=6),
+    stall_ms=st.floats(0.1, 100),
+    row_us=st.floats(0, 2000),
+    adaptive=st.booleans(),
+)
+def test_target_and_speculator_together_read_prompts_within_the_allowed_stall(
+    unread: list[int], stall_ms: float, row_us: float, adaptive: bool
+) -> None:
+    """Until the speculator has read everything. A sequence drafts when it is read, and not before."""
+    model = latency(catch_up_us=row_us)
+    planner = Planner(model, MAX_DEPTH, adaptive=adaptive, max_prefill_stall=stall_ms / 1e3)
+    accepted = reached(confidence=0.0, suffix_tokens=0, speculator_tokens=MAX_DEPTH, drafted_depth=MAX_DEPTH)
+    for _ in range(60):
+        planner.observe_drafts([], [accepted])
+    drafted: set[int] = set()
+    steps = 0
+    while len(drafted) < len(unread):
+        plan = planner.plan(len(unread), [SequenceOutlook(greedy=True, catch_up=rows) for rows in unread])
+        read = sum(plan.catch_up.values())
+        prompt = planner.limit_prompt_rows(decode_rows=8, max_rows=128, catch_up=read)
+        seconds = read * model.catch_up_row
+        assert read <= 16 or seconds <= stall_ms / 1e3 + 1e-9
+        if prompt > 1:
+            seconds += model.predict_verify(1, 8 + prompt) - model.predict_verify(1, 8)
+            assert seconds <= stall_ms / 1e3 + 1e-9
+        for i, rows in plan.catch_up.items():
+            assert 0 < rows <= unread[i]
+            unread[i] -= rows
+        assert {i for i, rows in enumerate(unread) if rows == 0} == set(plan.drafting)
+        drafted.update(plan.drafting)
+        steps += 1
+        assert steps <= 1 + 6 * 400 / 16, "it catches up"
 
 
 def test_a_planner_that_is_not_adaptive_drafts_to_the_maximum_depth_and_verifies_all() -> None:

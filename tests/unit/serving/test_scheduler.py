@@ -14,10 +14,10 @@ TREE = DraftTree((DraftNode(7, -1, 1, -0.1, 0.9, 0.9), DraftNode(8, 0, 2, -0.1, 
 
 
 def scheduler_for(slots: int) -> Scheduler:
-    """A scheduler on a machine where every row takes 1 ms, with a stall of 4 ms for prompts."""
+    """A scheduler on a machine where a row takes 1 ms, and half of it to catch up, with a stall of 4 ms for prompts."""
     rows = LatencyCurve({1: 1e-3, 101: 101e-3})
-    planner = Planner(LatencyModel(rows, LatencyCurve({1: 0.0}), rows, rows), 3)
-    return Scheduler(slots, max_waiting=5, max_prefill_stall=4.5e-3, planner=planner)
+    model = LatencyModel(rows, LatencyCurve({1: 0.0}), rows, rows, catch_up_row=0.5e-3)
+    return Scheduler(slots, max_waiting=5, planner=Planner(model, 3, max_prefill_stall=4.5e-3))
 
 
 def sequence(name: str, prompt: int = 2, *, speculate: bool = True) -> Sequence:
@@ -86,3 +86,5 @@ def test_decoding_sequences_feed_root_and_draft_and_limit_the_prompt() -> None:
     decode(decoding)
     scheduled = scheduler.schedule({decoding.slot: TREE})
     assert [(s.tokens, s.logit_rows) for s in scheduled] == [([5, 7, 8], 3), ([1, 2, 3, 4], 0)]
+    assert [len(s.tokens) for s in scheduler.schedule({}, catch_up=2)] == [1, 3], "the speculator took 1 ms of it"
+    assert [len(s.tokens) for s in scheduler.schedule({}, catch_up=99)] == [1, 1]

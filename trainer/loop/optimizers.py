@@ -87,7 +87,7 @@ class Optimizers:
             optimizer.state.clear()
             for parameter in (p for group in optimizer.param_groups for p in group["params"]):
                 state = found.get(self._names[parameter], {})
-                if keys <= state.keys():
+                if state.keys() >= set(keys):
                     optimizer.state[parameter] = {
                         key: match_layout(parameter, state[key]) if state[key].ndim else state[key].to(parameter.device)
                         for key in keys
@@ -111,5 +111,6 @@ class ExponentialMovingAverage:
             self.values[name].lerp_(parameter.detach(), 1 - decay)
 
 
-def _state_keys(optimizer: torch.optim.Optimizer) -> set[str]:
-    return {"momentum_buffer"} if isinstance(optimizer, torch.optim.Muon) else {"exp_avg", "exp_avg_sq", "step"}
+def _state_keys(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    """Return the names of a parameter's state, in the same order on all ranks, which gather them in that order."""
+    return ("momentum_buffer",) if isinstance(optimizer, torch.optim.Muon) else ("step", "exp_avg", "exp_avg_sq")

@@ -135,7 +135,7 @@ def test_reading_the_state_changes_nothing(world: World, prefetcher_of: Prefetch
     while (step := prefetcher.next_batch()) is not None:
         steps.append(step)
         assert prefetcher.state() == prefetcher.state()
-        assert prefetcher.held_out == []
+        assert prefetcher.held_out == {}
     assert steps == drain(world.data_loader(**SETTINGS))
 
 

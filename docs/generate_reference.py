@@ -206,7 +206,7 @@ def metrics_page() -> str:
     text = [
         "# Metrics",
         _NOTE,
-        "Every process exports Prometheus metrics on `GET /metrics`; SGLang's own `/metrics` has those of the plugin.",
+        "Every process exports Prometheus metrics on `GET /metrics`; SGLang's and vLLM's own have those of the plugin.",
     ]
     for process, registry in registries().items():
         rows = [

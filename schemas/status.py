@@ -125,9 +125,9 @@ class ServeStatus(_Status):
     """Newest swaps, oldest first."""
     versions_rejected: list[RejectedVersionStatus]
     corpus: CorpusStatus | None = None
-    """None with SGLang, whose plugin exports its counts."""
+    """None with SGLang and vLLM, whose plugins export their counts."""
     prefix_cache: PrefixCacheStatus | None = None
-    """None with SGLang."""
+    """None with SGLang and vLLM."""
 
 
 class SpeculatorStatus(_Status):

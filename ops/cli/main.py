@@ -44,10 +44,10 @@ def serve(
     config: Config = None,
     set_: Set = None,
     engine: Annotated[
-        str | None, typer.Option("--engine", metavar="NAME", help="Override serve.engine: builtin or sglang.")
+        str | None, typer.Option("--engine", metavar="NAME", help="Override serve.engine: builtin, sglang or vllm.")
     ] = None,
     flags: Annotated[
-        list[str] | None, typer.Argument(metavar="-- SGLANG FLAGS", help="Flags of the SGLang server.")
+        list[str] | None, typer.Argument(metavar="-- SERVER FLAGS", help="Flags of SGLang's or vLLM's server.")
     ] = None,
 ) -> None:
     """Run a serving node."""
@@ -57,8 +57,12 @@ def serve(
             from serving.engines.sglang.node import launch
 
             raise typer.Exit(launch.run(settings, flags or []))
+        if settings.serve.engine == "vllm":
+            from serving.engines.vllm.node import vllm_launch
+
+            raise typer.Exit(vllm_launch.run(settings, flags or []))
         if flags:
-            raise SettingsError(f"{flags[0]}: flags are for SGLang's server: --engine sglang")
+            raise SettingsError(f"{flags[0]}: flags are for another server: --engine sglang or vllm")
         from serving.node import run
 
         run(settings)

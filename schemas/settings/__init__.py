@@ -31,6 +31,7 @@ from schemas.settings.sections import (
     Traces,
     Train,
     Update,
+    Vllm,
 )
 from schemas.settings.types import Duration
 
@@ -57,6 +58,7 @@ __all__ = [
     "Traces",
     "Train",
     "Update",
+    "Vllm",
     "load",
     "to_environ",
 ]

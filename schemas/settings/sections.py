@@ -132,15 +132,15 @@ class Serve(Section):
     """Port of the HTTP API; 0 selects a free port."""
     node: str = "node-0"
     """Name of the node, unique within the fleet."""
-    engine: Literal["builtin", "sglang"] = "builtin"
-    """Inference engine: the built-in engine, or SGLang's own server, which ``aurora serve`` starts."""
+    engine: Literal["builtin", "sglang", "vllm"] = "builtin"
+    """Inference engine: the built-in engine, or SGLang's or vLLM's own server, which ``aurora serve`` starts."""
     speculate: bool = True
     """Whether the node decodes speculatively. False serves the target alone."""
     drafter: Literal["hybrid", "eagle", "suffix"] = "hybrid"
-    """Drafters of the built-in engine; SGLang always uses the speculator alone. ``eagle`` is the speculator. ``suffix``
-    needs no training and uses no version: it continues the longest match of a request's last tokens in the request
-    itself and in recent traced answers, which ``suffix_scope`` selects. ``hybrid`` uses each where its tokens are worth
-    their time, and merges both drafts of a request into one tree."""
+    """Drafters of the built-in engine; SGLang and vLLM always use the speculator alone. ``eagle`` is the speculator.
+    ``suffix`` needs no training and uses no version: it continues the longest match of a request's last tokens in the
+    request itself and in recent traced answers, which ``suffix_scope`` selects. ``hybrid`` uses each where its tokens
+    are worth their time, and merges both drafts of a request into one tree."""
     suffix_scope: SuffixScope = "label"
     """Answers that the suffix drafter continues for a request, in addition to the request's own tokens: ``request``
     none, ``label`` those to requests with the same label, ``node`` all of this node, ``fleet`` all of all nodes. With
@@ -261,6 +261,23 @@ class Sglang(Section):
     """Folder for the draft with which SGLang starts. On a shared file system each node needs its own."""
     timeout: Duration = Field(120, gt=0)
     """Timeout of one step of a weight update. After it the node restores the previous version."""
+    max_capture_ratio: float = Field(0.05, gt=0, le=1)
+    """Maximum ratio of step time that capturing traces may take. Beyond it the plugin traces fewer new requests."""
+
+
+class Vllm(Section):
+    """vLLM's server with Aurora's plugin, and the node beside it."""
+
+    python: str = ""
+    """Python interpreter of the environment with vLLM; empty uses the node's."""
+    api_key: Secret = SecretStr("")
+    """Key that vLLM's development endpoints require, by which the node swaps versions; empty makes a new one at each
+    start. It is not the key of the API, which is vLLM's ``--api-key``."""
+    draft_dir: str = ".aurora/vllm"
+    """Folder for the draft with which vLLM starts, for newer versions on their way, and for metrics. On a shared file
+    system each node needs its own."""
+    timeout: Duration = Field(120, gt=0)
+    """Timeout of a weight update."""
     max_capture_ratio: float = Field(0.05, gt=0, le=1)
     """Maximum ratio of step time that capturing traces may take. Beyond it the plugin traces fewer new requests."""
 
@@ -555,6 +572,10 @@ class Stack(Section):
     """Port of the embedded MLflow server."""
 
 
+_SERVERS = {"sglang": "SGLang", "vllm": "vLLM"}
+"""Engines that are another project's server, with its name."""
+
+
 class Settings(Section):
     """All settings, by section."""
 
@@ -566,6 +587,7 @@ class Settings(Section):
     serve: Serve = Serve()
     traces: Traces = Traces()
     sglang: Sglang = Sglang()
+    vllm: Vllm = Vllm()
     stream: Stream = Stream()
     drift: Drift = Drift()
     train: Train = Train()
@@ -579,14 +601,23 @@ class Settings(Section):
     def _check_engine(self) -> Settings:
         # A child process gets every setting as a variable, where a default looks like a value that was set.
         drafter = self.serve.drafter
-        if self.serve.engine == "sglang" and drafter not in ("eagle", Serve.model_fields["drafter"].default):
+        server = _SERVERS.get(self.serve.engine)
+        if server is None:
+            return self
+        if drafter not in ("eagle", Serve.model_fields["drafter"].default):
             raise ValueError(
-                f"serve.drafter = {drafter!r} needs serve.engine = 'builtin'; SGLang drafts with the speculator alone "
-                "(serve.drafter = 'eagle')"
+                f"serve.drafter = {drafter!r} needs serve.engine = 'builtin'; {server} drafts with the speculator "
+                "alone (serve.drafter = 'eagle')"
             )
-        if self.serve.engine == "sglang" and self.serve.api_keys_file:
+        if self.serve.api_keys_file:
             raise ValueError(
-                "serve.api_keys_file needs serve.engine = 'builtin'; SGLang serves the API itself: pass its --api-key"
+                f"serve.api_keys_file needs serve.engine = 'builtin'; {server} serves the API itself: pass its "
+                "--api-key"
+            )
+        if self.serve.engine == "vllm" and self.serve.draft_tree_width > 1:
+            raise ValueError(
+                f"serve.draft_tree_width = {self.serve.draft_tree_width} needs serve.engine = 'builtin' or 'sglang'; "
+                "vLLM verifies chains only (serve.draft_tree_width = 1)"
             )
         return self
 

@@ -8,7 +8,7 @@ loading, so that a missing tensor is detected.
 An EAGLE-3.1 checkpoint sets ``fc_norm`` and ``norm_output`` in ``config.json`` and has a tensor ``fc_norm.i.weight``
 for each captured layer. SGLang from 0.5.21 and vLLM from 0.22.0 on read both keys and these names (their
 ``llama_eagle3.py``), as does the EAGLE-3 model of speculators 0.9.0. The converter of speculators 0.9.0 keeps the keys
-but loses the tensors.
+but loses the tensors. Layers are numbered as SGLang numbers them; vLLM and speculators count one more.
 """
 
 from __future__ import annotations

@@ -62,11 +62,12 @@ def registries() -> dict[str, CollectorRegistry]:
     """A registry per process, with all that it exports."""
     found = {
         process: CollectorRegistry()
-        for process in ("every process", "serve", "SGLang plugin", "stream", "train", "promoter")
+        for process in ("every process", "serve", "SGLang plugin", "vLLM plugin", "stream", "train", "promoter")
     }
     register_process_metrics(found["every process"])
     node_application(found["serve"])
     PluginMetrics("sglang", found["SGLang plugin"])
+    PluginMetrics("vllm", found["vLLM plugin"])
     drift = DriftStatus.model_construct(detected=0, dropped=0, traffic=[])
     counts = dict.fromkeys(StreamStatus.model_fields, 0)
     lists = {

@@ -57,7 +57,7 @@ def commands(command: Command, path: str) -> Iterator[str]:
 
 def metric_names() -> Iterator[str]:
     text = "\n".join(file.read_text() for folder in FOLDERS for file in (ROOT / folder).rglob("*.py"))
-    yield from re.findall(r"aurora_(?:serve|stream|train|promoter|sglang)_[a-z0-9_]+", text)
+    yield from re.findall(r"aurora_(?:serve|stream|train|promoter|sglang|vllm)_[a-z0-9_]+", text)
 
 
 def status_fields() -> Iterator[str]:

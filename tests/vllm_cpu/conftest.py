@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import traced_drafts
 from serving_node import MODEL, Node
 
 from ops.bench.serving.vllm_server import ENVIRONMENT, VllmServer, find_version, mode_arguments
@@ -16,6 +17,8 @@ from schemas.settings import load
 MAX_LEN = 512
 
 RunClient = Callable[[Sequence[str]], str]
+prompts = traced_drafts.prompts
+random_draft, trained_draft = traced_drafts.random_draft, traced_drafts.trained_draft
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -27,6 +27,7 @@ from ops.bench.serving.vllm_server import MODEL, VllmServer, draft_arguments, fi
 from schemas.errors import UserError
 from schemas.speculator import checkpoint
 from serving.engines.builtin.engine import BuiltinEngine
+from serving.engines.vllm.node.vllm_draft import write_vllm_draft
 from serving.http import routes
 from serving.http.generation import RequestMetrics
 from serving.http.server import BackgroundServer, Drain, bind
@@ -99,10 +100,11 @@ class VllmComparison:
         folder = Path(self._pool.settings.stack.data_dir).absolute() / "bench" / "vllm"
         with ExitStack() as stack:
             # A fixed path: what vLLM has compiled for a draft is cached by it.
-            draft = folder / "draft" if kind == "eagle3" else None
-            if draft is not None:
-                shutil.rmtree(draft, ignore_errors=True)
-                checkpoint.write_checkpoint(self._pool.trained, draft, self._engine(kind).target)
+            draft = None
+            if kind == "eagle3":
+                shutil.rmtree(folder / "version", ignore_errors=True)
+                checkpoint.write_checkpoint(self._pool.trained, folder / "version", self._engine(kind).target)
+                draft = write_vllm_draft(folder / "version", folder / "draft")
             serve, servers = self._pool.settings.serve, {}
             limits = ["--max-model-len", str(serve.max_model_len), "--max-num-seqs", str(max(BATCHES))]
             for mode in self._plan.modes:

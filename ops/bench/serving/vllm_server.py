@@ -17,7 +17,7 @@ MODEL = "target"
 
 _START_S = 900
 """Without ``--enforce-eager`` it compiles for minutes."""
-_ENVIRON = {
+ENVIRON = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     "VLLM_NO_USAGE_STATS": "1",
@@ -37,7 +37,7 @@ def mode_arguments(dtype: str, *, compiled: bool = False) -> list[str]:
 
 
 def draft_arguments(draft: Path, tokens: int) -> list[str]:
-    """Return the arguments for drafting ``tokens`` in a row with an EAGLE-3 version."""
+    """Return the arguments for drafting ``tokens`` in a row with a folder from ``write_vllm_draft``."""
     return [
         "--speculative-config",
         json.dumps({"method": "eagle3", "model": str(draft), "num_speculative_tokens": tokens}),
@@ -75,7 +75,7 @@ class VllmServer:
         self.url = f"http://127.0.0.1:{port}"
         where = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", MODEL]
         command = [str(ENVIRONMENT / "bin" / "vllm"), "serve", str(target), *where, *arguments]
-        self._process = Process("vllm", command, log, {**_ENVIRON, "OMP_NUM_THREADS": str(threads)})
+        self._process = Process("vllm", command, log, {**ENVIRON, "OMP_NUM_THREADS": str(threads)})
 
     def start(self) -> None:
         """Start, without waiting."""

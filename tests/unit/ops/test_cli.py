@@ -73,15 +73,15 @@ def test_a_set_option_without_a_value_is_an_error() -> None:
 
 
 def test_an_unknown_engine_lists_the_known_ones() -> None:
-    result = aurora("serve", "--engine", "vllm")
+    result = aurora("serve", "--engine", "tgi")
     assert result.exit_code == 2
-    assert "serve.engine: Input should be 'builtin' or 'sglang'" in result.stderr
+    assert "serve.engine: Input should be 'builtin', 'sglang' or 'vllm'" in result.stderr
 
 
 def test_sglang_flags_need_the_sglang_engine() -> None:
     result = aurora("serve", "--", "--tp-size", "2")
     assert (result.exit_code, result.stderr) == (
-        2, "aurora: --tp-size: flags are for SGLang's server: --engine sglang\n"
+        2, "aurora: --tp-size: flags are for another server: --engine sglang or vllm\n"
     )  # fmt: skip
     result = aurora("serve", "--engine", "sglang", "--", "--weight-version", "3")
     assert (result.exit_code, result.stderr) == (

@@ -14,7 +14,7 @@ from ops.deploy.monitoring.dashboards import loop
 
 DOCS = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
 SUFFIXES = {"counter": ("",), "histogram": ("_bucket", "_count", "_sum", ""), "gauge": ("",)}
-NAME = re.compile(r"\baurora_(?:serve|sglang|stream|train|promoter|build)_[a-z0-9_]*[a-z0-9]\b")
+NAME = re.compile(r"\baurora_(?:serve|sglang|vllm|stream|train|promoter|build)_[a-z0-9_]*[a-z0-9]\b")
 
 
 @pytest.fixture(scope="module")

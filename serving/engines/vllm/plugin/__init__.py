@@ -1,0 +1,1 @@
+"""Extension of vLLM's workers: records the decisions of the verifier, and swaps the draft."""

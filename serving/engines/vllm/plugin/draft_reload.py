@@ -1,0 +1,169 @@
+"""Replaces the weights of a worker's draft between two steps.
+
+vLLM's own layerwise reload copies new weights into the tensors that kernels and captured graphs use; on a CPU it also
+packs them again. A thread reads and checks the files of a version, while steps continue. Then the weights are loaded
+between two steps, and compared with those of the file. If anything fails, the weights before are loaded again.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import structlog
+import torch
+from torch import Tensor
+
+from schemas.errors import UserError, describe_error
+from schemas.speculator.checkpoint import MANIFEST, CheckpointError, hash_file, read_checkpoint, read_manifest
+from serving.engines.plugin.fused_tensors import fuse_tensors
+
+log = structlog.get_logger()
+
+_TABLES = {"d2t": "draft_id_to_target_id", "t2d": ""}
+"""The draft vocabulary, with vLLM's names."""
+
+
+class _Reading(threading.Thread):
+    """Reads and checks the files of a version."""
+
+    def __init__(self, folder: Path, line: str, digest: str) -> None:
+        super().__init__(name="aurora-read-version", daemon=True)
+        self.folder, self.line, self.digest = folder, line, digest
+        self.tensors: Mapping[str, Tensor] = {}
+        self.why: str | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.tensors = read_tensors(self.folder, self.line, self.digest)
+        except (CheckpointError, OSError) as error:
+            self.why = str(error)
+
+
+class DraftReload:
+    """The draft of one worker.
+
+    Args:
+        model: vLLM's draft model.
+        reload: Loads tensors into it, by their names in a version's file.
+        folder: Version with which the server has started.
+        version: Its name.
+
+    Raises:
+        CheckpointError: the folder contains no valid version.
+    """
+
+    def __init__(self, model: Any, reload: Any, folder: Path, version: str) -> None:
+        self.version = version
+        self._model, self._reload = model, reload
+        self._line = read_manifest(folder).line
+        self._served: Mapping[str, Tensor] = read_tensors(folder, self._line, hash_file(folder / MANIFEST))
+        self._reading: _Reading | None = None
+
+    def read(self, folder: Path, digest: str) -> bool:
+        """Start to read a version on a thread; return whether it is read. Call it until it is.
+
+        Args:
+            folder: Of the version.
+            digest: SHA-256 of its manifest.
+
+        Raises:
+            CheckpointError: the version is not valid.
+        """
+        reading = self._reading
+        if reading is None or (reading.folder, reading.digest) != (folder, digest):
+            self._reading = _Reading(folder, self._line, digest)
+            return False
+        if reading.is_alive():
+            return False
+        if reading.why:
+            self._reading = None
+            raise CheckpointError(reading.why)
+        return True
+
+    def load(self, version: str) -> float:
+        """Load the version that was read; return the seconds that it took.
+
+        Raises:
+            UserError: it is not loaded; the message says whether the version before still serves.
+        """
+        reading, self._reading = self._reading, None
+        if reading is None or reading.is_alive() or reading.why:
+            raise UserError("no version has been read")
+        start = time.perf_counter()
+        if not _equal(reading.tensors, self._served):
+            self._replace(reading.tensors)
+        self.version, self._served = version, reading.tensors
+        seconds = time.perf_counter() - start
+        log.info("aurora_draft_loaded", version=version, seconds=round(seconds, 3))
+        return seconds
+
+    def _replace(self, tensors: Mapping[str, Tensor]) -> None:
+        if (why := self._try(tensors)) is None:
+            return
+        log.warning("aurora_draft_not_loaded", why=why)
+        if second := self._try(self._served):
+            raise UserError(f"{why}; the version before could not be restored: {second}")
+        raise UserError(f"{why}; version {self.version} still serves")
+
+    def _try(self, tensors: Mapping[str, Tensor]) -> str | None:
+        """Load tensors; return why the server does not hold them."""
+        try:
+            self._reload(tensors)
+            wrong = differing(self._model, tensors)
+        except Exception as error:  # noqa: BLE001 - vLLM raises what it likes; the draft before must be restored
+            return describe_error(error)
+        return f"the server holds other weights than were loaded: {', '.join(wrong)}" if wrong else None
+
+
+def read_tensors(folder: Path, line: str, digest: str) -> dict[str, Tensor]:
+    """Return the tensors of a version's file after all checks, in the data type of the file.
+
+    Raises:
+        CheckpointError: a file is altered, or the version is another one than ``digest`` names.
+    """
+    if (found := hash_file(folder / MANIFEST)) != digest:
+        raise CheckpointError(f"{folder / MANIFEST}: SHA-256 {found[:16]}… is not the expected {digest[:16]}…")
+    draft = read_checkpoint(folder, line)
+    return {
+        name: value.to(torch.bfloat16) if value.is_floating_point() else value
+        for name, value in draft.state_dict().items()
+    }
+
+
+def differing(model: torch.nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of a model's tensors that hold other values than those of a file.
+
+    Tensors that a kernel has packed, or of which a tensor-parallel rank holds a part, have another shape and are not
+    compared.
+    """
+    own = {name: value for name, value in tensors.items() if name not in _TABLES}
+    expected = fuse_tensors(own) | {_TABLES["d2t"]: tensors["d2t"]}
+    held = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return [
+        name
+        for name, value in expected.items()
+        if name in held and held[name].shape == value.shape and not held[name].cpu().equal(value.to(held[name].dtype))
+    ]
+
+
+def reload_layerwise(worker: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Load tensors into the draft of vLLM's ``Worker``."""
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_processing, initialize_layerwise_reload
+
+    model = worker.model_runner.drafter.model
+    with set_current_vllm_config(worker.vllm_config), torch.no_grad():
+        initialize_layerwise_reload(model)
+        try:
+            model.load_weights(tensors.items())
+        finally:
+            finalize_layerwise_processing(model, worker.speculative_config.draft_model_config)
+
+
+def _equal(tensors: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
+    return all(value.equal(others[name]) for name, value in tensors.items())

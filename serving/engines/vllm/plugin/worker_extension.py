@@ -1,0 +1,118 @@
+"""``--worker-extension-cls``: methods that vLLM adds to its workers, and calls between two steps when our node asks.
+
+Every method returns a dictionary that JSON can carry; none raises.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing.util
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from schemas.errors import UserError, describe_error
+from schemas.settings import Settings, load
+from schemas.speculator.checkpoint import CheckpointError, read_shape
+from serving.answers.answer_publisher import AnswerPublisher
+from serving.engines.plugin.capture import HostTransfer
+from serving.engines.plugin.metrics import CaptureLimit, PluginMetrics
+from serving.engines.plugin.recorder import Recorder, read_origin
+from serving.engines.vllm.plugin import installation
+from serving.engines.vllm.plugin.draft_reload import DraftReload, reload_layerwise
+from serving.engines.vllm.plugin.runner_hooks import RunnerHooks
+from serving.traces.chunks import Origin
+from serving.traces.lag_consumer import LagConsumer
+from serving.traces.publisher import TracePublisher
+
+log = structlog.get_logger()
+
+
+class WorkerExtension:
+    """What vLLM's ``Worker`` gets. ``self`` is the worker."""
+
+    _aurora_draft: DraftReload | None = None
+
+    def aurora_start(self, folder: str, version: str) -> dict[str, Any]:
+        """Start to record and to accept versions, unless it has been done.
+
+        Args:
+            folder: Version with which the server has started, as it was registered.
+            version: Its name.
+
+        Returns:
+            ``version`` that drafts; ``why`` the server is not supported.
+        """
+        return _answer(lambda: {"version": self._aurora_started(Path(folder), version).version})
+
+    def aurora_read(self, folder: str, digest: str) -> dict[str, Any]:
+        """Call ``DraftReload.read``; return ``is_read``, or ``why`` the version is not valid."""
+        return _answer(lambda: {"is_read": self._aurora_reload().read(Path(folder), digest)})
+
+    def aurora_load(self, version: str) -> dict[str, Any]:
+        """Call ``DraftReload.load``; return the ``seconds`` without a step, or ``why`` it is not loaded."""
+        return _answer(lambda: {"seconds": self._aurora_reload().load(version)})
+
+    def _aurora_reload(self) -> DraftReload:
+        if self._aurora_draft is None:
+            raise UserError("aurora_start has not been called")
+        return self._aurora_draft
+
+    def _aurora_started(self, folder: Path, version: str) -> DraftReload:
+        if self._aurora_draft is None:
+            _configure_logs()
+            worker: Any = self
+            layers = read_shape(folder).capture_layers
+            if why := installation.check_installation() or installation.check_configuration(worker, layers):
+                raise UserError(why)
+            draft = DraftReload(worker.model_runner.drafter.model, partial(reload_layerwise, worker), folder, version)
+            settings = load()
+            # The ranks of a tensor-parallel group see the same.
+            if settings.traces.enabled and worker.rank == 0:
+                _create_hooks(worker, settings, draft, folder).install()
+            self._aurora_draft = draft
+        return self._aurora_draft
+
+
+def _answer(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return run()
+    except (UserError, CheckpointError) as error:
+        return {"why": str(error)}
+    except Exception as error:
+        # Any error would end the engine, and every request with it.
+        log.exception("aurora_call_failed")
+        return {"why": describe_error(error)}
+
+
+def _create_hooks(worker: Any, settings: Settings, draft: DraftReload, folder: Path) -> RunnerHooks:
+    target, width = worker.model_config.model, 3 * worker.model_config.get_hidden_size()
+    transfer, metrics = HostTransfer(worker.device), PluginMetrics("vllm")
+    limit = CaptureLimit(settings.vllm.max_capture_ratio)
+
+    def origin() -> Origin:
+        return read_origin(settings.serve.node, target, str(folder), width, settings.target.fingerprint_cache)
+
+    scope = settings.serve.suffix_scope
+    answers = None if scope == "request" else AnswerPublisher(settings.kafka, scope)
+    publisher = TracePublisher(settings.kafka, settings.traces, lag=LagConsumer(settings.kafka))
+    recorder = Recorder(publisher, origin, limit, metrics, answers)
+    # The worker lives in a child process of multiprocessing, which runs these and no functions of atexit.
+    multiprocessing.util.Finalize(None, recorder.close, exitpriority=10)
+    return RunnerHooks(worker.model_runner, settings, recorder, transfer, limit, metrics, lambda: draft.version)
+
+
+def _configure_logs() -> None:
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.format_exc_info,
+            structlog.processors.KeyValueRenderer(key_order=["event"]),
+        ],
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+    )

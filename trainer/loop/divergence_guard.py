@@ -38,6 +38,8 @@ class HeldOutScore(BaseModel):
     """Loss of the accepted term; None where it is not finite."""
     accepted_per_step: float
     """Simulated, bonus token excluded."""
+    draft_vocab: str = ""
+    """Digest of the draft vocabulary. Losses over different ones have other positions and are not comparable."""
 
 
 def is_loss_rising(losses: Sequence[float]) -> bool:
@@ -74,8 +76,10 @@ def find_divergence(score: HeldOutScore, reference: HeldOutScore, name: str, thr
             f"{score.accepted_per_step:.3f} accepted tokens per step on the held-out set, "
             f"{reference.accepted_per_step:.3f} of {name}"
         )
-    if reference.loss is not None and score.loss > max(
-        reference.loss / threshold, reference.loss + MIN_LOSS_DIFFERENCE
+    if (
+        reference.loss is not None
+        and reference.draft_vocab == score.draft_vocab
+        and score.loss > max(reference.loss / threshold, reference.loss + MIN_LOSS_DIFFERENCE)
     ):
         return f"loss {score.loss:.3f} on the held-out set, {reference.loss:.3f} of {name}"
     return None

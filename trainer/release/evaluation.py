@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -69,8 +70,7 @@ class HeldOutEvaluator:
         draft = round_weights(draft)
         simulated = zip(samples.items(), self._simulate(draft, list(samples)), strict=True)
         accepted = {sample: one.weigh(weight) for (sample, weight), one in simulated}
-        score = HeldOutScore(loss=self._loss(draft, samples), accepted_per_step=accepted_per_step(accepted, samples))
-        return Evaluation(score, accepted, samples)
+        return Evaluation(self._score(draft, accepted, samples), accepted, samples)
 
     def evaluate_version(
         self, version: str | None, samples: Mapping[Sample, float]
@@ -98,8 +98,7 @@ class HeldOutEvaluator:
         champion = aliases.get("champion", aliases.get("candidate"))
         self.keep_only({champion})
         accepted = self.evaluate_version(champion, samples)
-        loss = self._loss(self._know(champion).draft, samples)
-        return HeldOutScore(loss=loss, accepted_per_step=accepted_per_step(accepted, samples))
+        return self._score(self._know(champion).draft, accepted, samples)
 
     def keep_only(self, versions: Collection[str | None]) -> None:
         """Drop the weights and figures of all other versions."""
@@ -116,6 +115,15 @@ class HeldOutEvaluator:
         embeddings_VH, lookahead = self._target.embeddings_VH, self._settings.serve.num_speculative_tokens
         with autocast(self._settings.train, embeddings_VH.device):
             return simulate_each(draft, embeddings_VH, samples, lookahead)
+
+    def _score(
+        self, draft: EagleDraft, accepted: Mapping[Sample, SimulatedAcceptance], samples: Mapping[Sample, float]
+    ) -> HeldOutScore:
+        return HeldOutScore(
+            loss=self._loss(draft, samples),
+            accepted_per_step=accepted_per_step(accepted, samples),
+            draft_vocab=hashlib.sha256(draft.d2t.cpu().numpy().tobytes()).hexdigest()[:12],
+        )
 
     @torch.no_grad()
     def _loss(self, draft: EagleDraft, samples: Iterable[Sample]) -> float | None:

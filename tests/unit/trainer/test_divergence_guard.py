@@ -125,3 +125,11 @@ def test_a_falling_loss_is_no_rise() -> None:
 def test_few_losses_are_no_rise() -> None:
     assert not is_loss_rising([*noisy(2.0, EARLIER - 1), *noisy(60.0, RECENT)])
     assert not is_loss_rising([])
+
+
+def test_losses_over_different_draft_vocabularies_are_not_compared() -> None:
+    now = HeldOutScore(loss=11.0, accepted_per_step=1.2, draft_vocab="counted")
+    assert find_divergence(now, HeldOutScore(loss=0.1, accepted_per_step=1.2, draft_vocab="lowest"), "it", 0.5) is None
+    assert find_divergence(now, HeldOutScore(loss=0.1, accepted_per_step=1.2, draft_vocab="counted"), "it", 0.5)
+    worse = now.model_copy(update={"accepted_per_step": 0.5})
+    assert find_divergence(worse, HeldOutScore(loss=0.1, accepted_per_step=1.2, draft_vocab="lowest"), "it", 0.5)

@@ -18,6 +18,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from typing import NoReturn
 
 import faust
 import structlog
@@ -189,6 +190,10 @@ class StreamWorker:
         self._writer.reassign(sources)
         self._joining_since = None
 
+    def close(self) -> None:
+        """Wait for the current write to end, and for the drift events to be delivered."""
+        self._writer.close()
+
     async def watch(self) -> None:
         """Check the broker once a tick, seek again for records that do not arrive, and end a worker that is not live.
 
@@ -274,14 +279,20 @@ def run(settings: Settings) -> None:
         faust_worker.execute_from_commandline()
     except SystemExit as end:
         if end.code:
-            # A crash leaves clients in the middle of a call. Their threads fault when the interpreter ends, and the
-            # process would end by a signal instead of its exit code.
-            sys.stderr.flush()
-            os._exit(1)
+            _end_process(1)
     finally:
         watch.cancel()
-        spans.close()
         ShutdownTimer().start()
+        worker.close()
+        spans.close()
+    _end_process(0)
+
+
+def _end_process(code: int) -> NoReturn:
+    """End without the interpreter: threads of clients fault in its end, and a signal would replace the exit code."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _to_record(event: EventT[bytes]) -> Record:

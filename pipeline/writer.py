@@ -99,6 +99,11 @@ class TableWriter:
         self._thread.submit(self.drift.retain, assigned)
         self._thread.submit(self._deduplicator.retain, assigned)
 
+    def close(self) -> None:
+        """Wait for the current operation to end, and for the drift events to be delivered."""
+        self._thread.shutdown()
+        self.drift.close()
+
     def _write(self, records: Mapping[SourcePartition, Sequence[Record]]) -> WriteResult:
         """Select, build and commit."""
         selections = {

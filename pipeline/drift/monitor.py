@@ -41,6 +41,8 @@ SHOWN_TRAFFIC = 50
 """Versions and labels in status and metrics, those with the most requests: clients choose the labels."""
 DELIVERY_TIMEOUT_S = 300
 """Time for which the producer retries an event."""
+CLOSE_TIMEOUT_S = 5
+"""Time for which a worker that ends waits for its events to be delivered."""
 MAX_QUEUED_EVENTS = 1_000
 """Events that wait for the broker at most."""
 _POLL_S = 0.5
@@ -83,6 +85,10 @@ class DriftEventProducer:
     def poll(self) -> None:
         """Process the delivery reports of sent events."""
         self._producer.poll(0)
+
+    def close(self) -> None:
+        """Wait for the events to be delivered, for a short time: the next worker sends the newest again."""
+        self._producer.flush(CLOSE_TIMEOUT_S)
 
     def _on_delivery(self, error: KafkaError | None, _message: Message) -> None:
         if error is not None:
@@ -134,6 +140,10 @@ class DriftMonitor:
         """Drop the state of all other partitions."""
         retained = set(sources)
         self._partitions = {source: state for source, state in self._partitions.items() if source in retained}
+
+    def close(self) -> None:
+        """Wait for the events to be delivered."""
+        self._events.close()
 
     def status(self) -> DriftStatus:
         """Return the newest events, and the acceptance of each version and label over all partitions."""

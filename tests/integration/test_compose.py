@@ -23,7 +23,7 @@ import yaml
 from object_store import ObjectStore
 
 from schemas.settings import load
-from serving.engines.sglang.node.flags import Flags, check
+from serving.engines.sglang.node.flags import PORT, Flags, check
 from serving.engines.sglang.plugin import compatibility
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -99,7 +99,7 @@ def test_the_sglang_image_has_a_supported_version_and_a_valid_command(services: 
     settings = load(environ={name: str(value or "") for name, value in service["environment"].items()})
     server_flags = Flags(tuple(given.split()))
     check(server_flags, settings)
-    assert (command, server_flags.url) == ("serve --engine sglang", "http://127.0.0.1:30000")
+    assert (command, server_flags.url(PORT)) == ("serve --engine sglang", "http://127.0.0.1:30000")
 
 
 def test_start_is_ordered_by_health(services: dict[str, Any]) -> None:

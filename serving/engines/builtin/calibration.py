@@ -40,7 +40,7 @@ def calibrate(target: Target, speculator: EagleDrafter | None, slots: int) -> La
     """
     counts = sorted({1, min(2, slots), min(4, slots), slots})
     row_counts = [rows for rows in _ROWS if rows < target.cache.positions]
-    catch_up = min(_CATCH_UP, target.cache.positions // 2)
+    catch_up = min(_CATCH_UP, speculator.positions // 2) if speculator else _CATCH_UP
     with torch.inference_mode():
         # Memory that was never written reads as one cached page.
         target.cache.clear(slice(slots), slice(_PREFIX))

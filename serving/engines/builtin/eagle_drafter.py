@@ -86,6 +86,8 @@ class EagleDrafter:
         self._device = embeddings_VH.device
         self._embeddings_VH = embeddings_VH
         self._width = width
+        self.positions = positions
+        """Maximum length of a sequence with its draft."""
         entries = positions + (width * depth if width > 1 else 0)
         self._pack = partial(PackedDraft, positions=entries, device=self._device, dtype=weight_dtype)
         self._packed: WeakKeyDictionary[EagleDraft, PackedDraft] = WeakKeyDictionary()

@@ -73,7 +73,7 @@ class Training:
         """Train a step on a request and submit the weights; return their mark."""
         self.lineage.add(step, [request])
         mark = self.lineage.mark(step)
-        evaluation = Evaluation(HeldOutScore(loss=1.0, accepted_per_step=1.0), {})
+        evaluation = Evaluation(HeldOutScore(loss=1.0, accepted_per_step=1.0), {}, {})
         self.queue.submit(TrainingSnapshot(step, mark, DRAFT, evaluation, {"step": str(step)}, {}))
         self.queue.poll()
         return mark

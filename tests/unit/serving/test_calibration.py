@@ -24,7 +24,7 @@ def test_forwards_and_drafts_cost_the_processor_time_that_they_took(monkeypatch:
     monkeypatch.setattr(calibration.time, "thread_time", lambda: spent[0])
     cache = KVCache(1, 8, 1, 100, 1)
     target: Any = SimpleNamespace(cache=cache, device=torch.device("cpu"))
-    speculator: Any = object()
+    speculator: Any = SimpleNamespace(positions=1000)
     latency = calibration.calibrate(target, speculator, 8)
     for sequences in (1, 2, 4, 8):
         for rows in (sequences, 2 * sequences, 4 * sequences):

@@ -427,8 +427,8 @@ class Train(Section):
     held_out_ratio: float = Field(0.15, gt=0, lt=1)
     """Ratio of prompts that are drawn for the held-out set, on which the offline gate evaluates versions."""
     held_out_samples: int = Field(32, ge=1)
-    """Maximum samples in the held-out set, which labels share equally. In the gate a label weighs what it has of the
-    newest samples, four times as many. Samples that leave the set are trained on."""
+    """Maximum samples in the held-out set, which labels share equally. In the gate, the weight of a label is its share
+    of four times as many samples, the newest of all traffic. Samples that leave the set are trained on."""
     draft_vocab_min_coverage: float = Field(0.95, ge=0, lt=1)
     """Share of the traffic's output tokens within the draft vocabulary below which the trainer changes it, if as many
     tokens chosen by counts cover at least 0.02 more; 0 never changes it. It is not changed either if ``serve.engine``

@@ -83,7 +83,8 @@ class DraftBudget:
     verify_threshold: float = 0.0
     """Minimum acceptance probability of a draft token for which verifying it pays."""
     sibling_threshold: float = math.inf
-    """The same for a token beside those that the next draft step continues; the default drafts none."""
+    """Minimum acceptance probability of a sibling, a token that no further draft step continues. The default drafts no
+    siblings."""
 
 
 class DraftPlan(NamedTuple):

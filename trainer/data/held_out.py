@@ -9,9 +9,9 @@ seen longest ago leaves. (Among the queues of a shared buffer this is "longest q
 optimal buffer management policy for high-performance packet switching", 1991.) So a frequent label does not push out a
 rare one: a label with fewer prompts than the others loses none.
 
-Versions are compared on what traffic contains at present. A label's samples therefore weigh as much as the label has of
-the newest ``RECENT`` samples of all traffic (post-stratification: Cochran, "Sampling Techniques", 1977, section 5A.9),
-and a label that these do not contain leaves the set.
+Versions are compared on present traffic. The weight of a label is therefore its share of the newest samples of all
+traffic, ``RECENT`` times the set's capacity (post-stratification: Cochran, "Sampling Techniques", 1977, section 5A.9).
+A label that these samples do not contain leaves the set.
 
 The set depends on the order of the samples alone, not on the progress of the training.
 """
@@ -113,8 +113,7 @@ class HeldOutSet:
         if key in self._left:
             self._remember(key)
             return False
-        samples = self._prompts.pop(key, None) or deque[TableEntry]()
-        self._prompts[key] = samples
+        samples = self._prompts[key] = self._prompts.pop(key, deque[TableEntry]())
         samples.append(entry)
         if len(samples) > self._samples_per_prompt:
             samples.popleft()

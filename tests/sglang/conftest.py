@@ -23,7 +23,7 @@ random_draft, trained_draft = traced_drafts.random_draft, traced_drafts.trained_
 @pytest.fixture(scope="session", autouse=True)
 def _environment() -> None:
     if not (ENVIRONMENT / "stamp").exists():
-        pytest.skip("SGLang's environment is missing: make test-sglang builds it and runs these tests")
+        pytest.skip(f"{ENVIRONMENT.name} is missing: make test-sglang builds it and runs these tests")
 
 
 @pytest.fixture(scope="session")

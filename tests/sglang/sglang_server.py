@@ -6,6 +6,8 @@ speed, and the verifier takes the likeliest token whatever the temperature.
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -19,7 +21,8 @@ from schemas.settings import Settings, to_environ
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-ENVIRONMENT = ROOT / ".venv-sglang"
+VERSION = os.environ.get("SGLANG_UNDER_TEST", "0.5.23")
+ENVIRONMENT = ROOT / f".venv-sglang-{VERSION}"
 PYTHON = ENVIRONMENT / "bin" / "python"
 START_S = 240
 
@@ -34,7 +37,7 @@ _ARGUMENTS = (
     "--device", "cpu", "--dtype", "float32",
     "--prefill-attention-backend", "intel_amx", "--decode-attention-backend", "intel_amx",
     "--max-total-tokens", "20000", "--max-running-requests", "8", "--context-length", "2048",
-    "--chunked-prefill-size", "1024",
+    "--chunked-prefill-size", "1024", "--cuda-graph-backend-decode", "disabled",
 )  # fmt: skip
 
 
@@ -124,6 +127,11 @@ class Server:
     def post(self, path: str, body: Mapping[str, Any]) -> httpx.Response:
         """Any other call."""
         return self.client.post(path, json=dict(body))
+
+    def metric(self, name: str) -> float:
+        """Return the sum over all processes and labels."""
+        text = self.client.get("/metrics").text
+        return sum(float(value) for value in re.findall(rf"^{name}(?:{{[^}}]*}})? (\S+)$", text, re.MULTILINE))
 
     def close(self) -> None:
         """End it with everything that it started."""

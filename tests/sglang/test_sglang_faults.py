@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -32,11 +31,6 @@ class World:
     server: Server
     broker: Broker
     kafka: Kafka
-
-    def metric(self, name: str) -> float:
-        """Return the sum over all processes and labels."""
-        text = self.server.client.get("/metrics").text
-        return sum(float(value) for value in re.findall(rf"^{name}(?:{{[^}}]*}})? (\S+)$", text, re.MULTILINE))
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +92,7 @@ def check_top_tokens(target: Any, whole: list[int], r: VerifyStep) -> None:
 
 def test_prompt_tokens_from_the_prefix_cache_are_a_gap_in_the_trace(world: World, prompts: list[list[int]]) -> None:
     world.server.generate(prompts[0], 8, rid="first", sampling=WHOLE)
-    before = world.metric("aurora_sglang_prompt_tokens_cached_total")
+    before = world.server.metric("aurora_sglang_prompt_tokens_cached_total")
     answer = world.server.generate(prompts[0], 8, rid="second", sampling=WHOLE)
     chunks = chunks_of(world.kafka, "second")
     read = verify_steps_in(chunks)[0]
@@ -107,16 +101,16 @@ def test_prompt_tokens_from_the_prefix_cache_are_a_gap_in_the_trace(world: World
     assert (read.position, read.tokens) == (cached, tuple(prompts[0][cached:]))
     assert len(read.features) == len(read.tokens)
     assert chunks[0].envelope.chunk == 1
-    assert world.metric("aurora_sglang_prompt_tokens_cached_total") == before + cached
+    assert world.server.metric("aurora_sglang_prompt_tokens_cached_total") == before + cached
 
 
 def test_a_hook_that_raises_is_counted_and_the_server_continues(
     world: World, prompts: list[list[int]], target_outputs: list[list[int]]
 ) -> None:
-    before = world.metric("aurora_sglang_hook_errors_total")
+    before = world.server.metric("aurora_sglang_hook_errors_total")
     answer = world.server.generate(prompts[0], TOKENS, rid="faulty-1", sampling=WHOLE)
     assert answer["output_ids"] == target_outputs[0][:TOKENS]
-    assert world.metric("aurora_sglang_hook_errors_total") == before + 1
+    assert world.server.metric("aurora_sglang_hook_errors_total") == before + 1
     assert world.server.process.log.read_text().count("aurora_hook_failed") == 1
     world.server.generate(prompts[0], 8, rid="after", sampling=WHOLE)
     assert chunks_of(world.kafka, "after")
@@ -126,7 +120,7 @@ def test_the_servers_own_metrics_remain(world: World, prompts: list[list[int]]) 
     world.server.generate(prompts[0], 8, sampling=WHOLE)
     text = world.server.client.get("/metrics").text
     assert "sglang:e2e_request_latency_seconds_count" in text
-    assert world.metric("aurora_sglang_hook_duration_seconds_count") > 0
+    assert world.server.metric("aurora_sglang_hook_duration_seconds_count") > 0
 
 
 def test_an_unreachable_broker_changes_no_answer(
@@ -144,7 +138,7 @@ def test_an_unreachable_broker_changes_no_answer(
     print(f"{usual_s:.2f} s with a broker, {took_s:.2f} s without")
     assert with_broker == without == [tokens[:TOKENS] for tokens in target_outputs]
     deadline = time.monotonic() + 30
-    while not world.metric("aurora_serve_trace_rows_dropped_total"):
+    while not world.server.metric("aurora_serve_trace_rows_dropped_total"):
         assert time.monotonic() < deadline
         world.server.generate(prompts[0], 8, sampling=WHOLE)
-    assert took_s < 2 * usual_s  # a server that waited for the broker would take minutes
+    assert took_s < 5 * usual_s  # a server that waited for the broker would take minutes

@@ -86,6 +86,11 @@ def test_a_target_without_a_speculator_is_served_with_the_day_0_draft(
         assert output == whole[: len(output)]
     assert acceptance_length(answers) < 1.15
     assert {answer["meta_info"]["weight_version"] for answer in answers} == {"day-0-head-0"}
+    drafted = node.server.metric("aurora_sglang_draft_tokens_total")
+    again = node.ask(prompts)
+    drafted = node.server.metric("aurora_sglang_draft_tokens_total") - drafted
+    # The server drafts one token in half of the steps, to notice a better version.
+    assert 0 < drafted < 0.8 * sum(answer["meta_info"]["spec_verify_ct"] for answer in again)
     deadline = time.monotonic() + 30
     while not (status := node.status).engine_up:
         assert time.monotonic() < deadline

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
+from schemas.speculator.layouts import fuse_tensors
 from schemas.speculator.network import EagleDraft
-from serving.engines.plugin.fused_tensors import fuse_tensors
 from serving.engines.sglang.node import weights
 
 KEY = "sesame"
@@ -23,6 +23,7 @@ sglang:num_requests_total{is_streaming="false"} 2.0
 sglang:num_requests_total{is_streaming="true"} 1.0
 sglang:spec_verify_calls_total 40.0
 sglang:generation_tokens_total{is_streaming="false"} 103.0
+aurora_sglang_draft_tokens_total 90.0
 aurora_serve_trace_rows_captured_total 50.0
 aurora_serve_trace_rows_published_total 40.0
 aurora_serve_trace_rows_dropped_total{reason="too_large"} 3.0

@@ -6,8 +6,8 @@ import pytest
 import torch
 from version_registry import DRAFTS
 
+from schemas.speculator.layouts import fuse_tensors
 from schemas.speculator.network import EagleDraft
-from serving.engines.plugin.fused_tensors import fuse_tensors
 from serving.engines.sglang.node import weights
 
 # Results of the kernel of SGLang 0.5.21 for these bytes on an H200.

@@ -28,11 +28,12 @@ def function(parameters: tuple[str, ...]) -> Any:
     return made["made"]
 
 
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+@pytest.fixture(params=compatibility.SIGNATURES)
+def server(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A fake of SGLang as released: every hooked function and every record, by its full name."""
-    monkeypatch.setattr(compatibility, "version", lambda _: compatibility.VERSIONS[0])
-    parts: dict[str, Any] = {target: function(parameters) for target, parameters in compatibility.SIGNATURES.items()}
+    monkeypatch.setattr(compatibility, "version", lambda _: request.param)
+    signatures = compatibility.SIGNATURES[request.param]
+    parts: dict[str, Any] = {target: function(parameters) for target, parameters in signatures.items()}
     parts |= {target: dataclasses.make_dataclass("Record", fields) for target, fields in compatibility.FIELDS.items()}
     for target, part in parts.items():
         names = target.split(".")
@@ -63,7 +64,7 @@ def test_another_version_is_rejected_with_the_supported_ones(
     monkeypatch.setattr(compatibility, "version", lambda _: "9.9.9")
     assert (
         compatibility.check_installation()
-        == f"SGLang 9.9.9 is not supported: this plugin supports SGLang {', '.join(compatibility.VERSIONS)}"
+        == f"SGLang 9.9.9 is not supported: this plugin supports SGLang {', '.join(compatibility.SIGNATURES)}"
     )
 
 

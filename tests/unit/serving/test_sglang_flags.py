@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import SecretStr
@@ -14,6 +16,7 @@ from serving.engines.node.command_line import DraftFolder, Flags
 from serving.engines.sglang.node import flags
 
 DRAFT = DraftFolder(Path("/drafts/node-0"), "7")
+FOLDER = Path("/drafts")
 
 
 def settings_of(**values: object) -> Settings:
@@ -23,7 +26,8 @@ def settings_of(**values: object) -> Settings:
 def added(given: list[str], settings: Settings, draft: DraftFolder | None = DRAFT) -> Flags:
     given_flags = Flags(tuple(given))
     flags.check(given_flags, settings)
-    whole = flags.build_arguments(given_flags, settings, draft)
+    files = {flag: FOLDER / name for flag, (name, _) in flags.start_files(given_flags, settings).items()}
+    whole = flags.build_arguments(given_flags, settings, draft, files)
     assert whole[len(whole) - len(given) :] == given
     return Flags(tuple(whole[: len(whole) - len(given)]))
 
@@ -103,12 +107,53 @@ def test_the_url_follows_from_the_flags(given: list[str], url: str) -> None:
 
 def test_the_key_of_the_settings_is_added_unless_the_flags_have_one() -> None:
     secret = settings_of(sglang__api_key="s")
-    assert added([], secret).value("--admin-api-key") == "s"
+    assert added([], secret).value("--config") == "/drafts/server.yaml"
+    assert yaml.safe_load(flags.start_files(Flags(()), secret)["--config"][1]) == {"admin-api-key": "s"}
     assert flags.key_of(Flags(()), secret) == SecretStr("s")
     given = ["--api-key", "users"]
-    assert not added(given, secret).has("--admin-api-key")
+    assert not added(given, secret).has("--config")
     assert flags.key_of(Flags(tuple(given)), secret) == SecretStr("users")
     assert flags.key_of(Flags((*given, "--admin-api-key", "admins")), secret) == SecretStr("admins")
+
+
+@given(st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1))
+def test_no_key_is_on_the_command_line(key: str) -> None:
+    settings = settings_of(sglang__api_key=key, target__path="/models/m")
+    name, content = flags.start_files(Flags(()), settings)["--config"]
+    assert yaml.safe_load(content) == {"admin-api-key": key}
+    without = Flags(added([], settings_of(target__path="/models/m")).given)
+    assert [flag for flag in added([], settings).given if flag not in without.given] == ["--config", f"/drafts/{name}"]
+
+
+def test_a_configuration_file_of_the_user_and_a_key_of_the_settings_exclude_each_other() -> None:
+    flags.check(Flags(("--config", "mine.yaml")), Settings())
+    with pytest.raises(SettingsError, match=r"--config: SGLang reads one such file"):
+        flags.check(Flags(("--config", "mine.yaml")), settings_of(sglang__api_key="s"))
+
+
+def test_chains_adapt_between_no_draft_and_the_longest() -> None:
+    settings = settings_of(serve__num_speculative_tokens=4)
+    found = added([], settings)
+    assert found.has("--speculative-adaptive")
+    assert found.value("--speculative-adaptive-config") == "/drafts/adaptive.json"
+    given = Flags(("--speculative-num-steps=2",))
+    for flags_given, steps in ((Flags(()), [0, 1, 4]), (given, [0, 1, 2])):
+        content = flags.start_files(flags_given, settings)["--speculative-adaptive-config"][1]
+        assert json.loads(content) == {"1": {"candidate_steps": steps}}
+
+
+@pytest.mark.parametrize(
+    ("given", "values"),
+    [
+        ([], {"sglang__adaptive": False}),
+        ([], {"serve__draft_tree_width": 2}),
+        (["--speculative-eagle-topk", "2"], {}),
+        (["--speculative-adaptive"], {}),
+        (["--speculative-adaptive-config", "mine.json"], {}),
+    ],
+)
+def test_trees_and_choices_of_the_user_keep_their_size(given: list[str], values: dict[str, object]) -> None:
+    assert not added(given, settings_of(**values)).has("--speculative-adaptive", "--speculative-adaptive-config")
 
 
 @given(st.lists(st.sampled_from(["--a", "--b=1", "--b", "2", "--c", ""])))

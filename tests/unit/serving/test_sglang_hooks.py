@@ -16,9 +16,9 @@ from recording_publisher import Answers, Publisher
 from schemas.settings import Settings, load
 from schemas.speculator.checkpoint import CheckpointError
 from serving.engines.plugin.capture import HostTransfer
-from serving.engines.plugin.metrics import CaptureLimit, PluginMetrics
+from serving.engines.plugin.metrics import CaptureLimit
 from serving.engines.plugin.recorder import MAX_QUEUED_STEPS, Recorder
-from serving.engines.sglang.plugin.hooks import Hooks
+from serving.engines.sglang.plugin.hooks import Hooks, SglangMetrics
 from serving.engines.sglang.plugin.plugin import Plugin
 from serving.traces.chunks import Origin
 
@@ -32,7 +32,7 @@ class Server:
     def __init__(self, settings: Settings, origin: Callable[[], Origin]) -> None:
         self.publisher = Publisher()
         self.registry = CollectorRegistry()
-        metrics, limit = PluginMetrics("sglang", self.registry), CaptureLimit(0.5)
+        metrics, limit = SglangMetrics(self.registry), CaptureLimit(0.5)
         self.answers = Answers()
         self.recorder = Recorder(self.publisher, origin, limit, metrics, self.answers)  # type: ignore[arg-type]
         transfer = HostTransfer(torch.device("cpu"))
@@ -159,6 +159,7 @@ def test_only_traced_requests_of_a_batch_are_recorded(server: Server) -> None:
     assert publisher.requests["on"].label == "sql"
     assert server.count("aurora_sglang_requests_untraced_total", reason="opt_out") == 1
     assert server.count("aurora_sglang_prompt_tokens_cached_total") == 1
+    assert server.count("aurora_sglang_draft_tokens_total") == 4
 
 
 def test_complete_answers_of_traced_requests_are_published(server: Server) -> None:

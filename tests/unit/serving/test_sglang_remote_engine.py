@@ -203,7 +203,7 @@ def test_health_counts_the_ended_requests(fake: FakeSglang) -> None:
     assert (health.alive, health.requests_running, health.requests_waiting, health.draft_depth) == (True, 2, 1, 3)
     assert (health.verify_steps, health.draft_tokens, health.accepted_tokens, health.output_tokens) == (
         40,
-        120,
+        90,
         60,
         103,
     )

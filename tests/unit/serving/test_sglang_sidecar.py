@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from tiny_target import write_tiny_target
 
 from schemas.settings import Settings, SettingsError, load
 from schemas.speculator import checkpoint
+from schemas.speculator.draft_folder import write_draft_folder
+from schemas.speculator.layouts import Verifier
 from schemas.speculator.network import random_draft
 from serving.engines.node.server_client import ServerError
 from serving.engines.node.sidecar import read_target_line, write_first_draft
@@ -104,7 +107,7 @@ def test_a_server_starts_with_the_version_that_the_alias_names(settings: Setting
 @pytest.mark.parametrize(
     ("version", "plugin", "message"),
     [
-        ("0.5.22", "true", r"SGLang 0\.5\.22 is not supported; supported: 0\.5\.21"),
+        ("0.5.20", "true", r"SGLang 0\.5\.20 is not supported; supported: 0\.5\.21, 0\.5\.22, 0\.5\.23"),
         ("0.5.21", "false", "our plugin is not"),
     ],
 )
@@ -128,3 +131,15 @@ def test_flags_for_a_running_server_are_an_error(settings: Settings) -> None:
     update = {"sglang": settings.sglang.model_copy(update={"url": "http://127.0.0.1:1"})}
     with pytest.raises(SettingsError, match=r"sglang\.url"):
         launch.run(settings.model_copy(update=update), ["--tp-size", "2"])
+
+
+def test_a_draft_that_sglang_computes_differently_is_rejected_at_start(settings: Settings, tmp_path: Path) -> None:
+    day_0 = read_target_line(settings).day_0_draft
+    draft = random_draft(replace(day_0.shape, norm_before_residual=True), 1)
+    write_draft_folder(draft, tmp_path / "theirs", "vllm", Verifier("target", (), 3))
+    update = {
+        "sglang": settings.sglang.model_copy(update={"url": "http://127.0.0.1:1"}),
+        "speculator": settings.speculator.model_copy(update={"day_0_folder": str(tmp_path / "theirs")}),
+    }
+    with pytest.raises(SettingsError, match=r"norm_before_residual, which SGLang ignores; .*serve\.engine"):
+        launch.run(settings.model_copy(update=update), [])

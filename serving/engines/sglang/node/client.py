@@ -20,6 +20,7 @@ _SHARED = ["embed_tokens"]
 """The target's embeddings, which a draft uses too: large, and never changed."""
 
 _ENDED = ("sglang:num_requests_total", "sglang:spec_verify_calls_total", "sglang:generation_tokens_total")
+_DRAFTED = "aurora_sglang_draft_tokens_total"
 _TRACES = (
     "aurora_serve_trace_rows_captured_total",
     "aurora_serve_trace_rows_published_total",
@@ -87,12 +88,12 @@ class SglangServer(ServerClient):
         """Return the counters of ended requests; all 0 on a server without ``--enable-metrics``.
 
         Args:
-            depth: Draft tokens of each verify step.
+            depth: Maximum number of draft tokens of a verify step: as many are counted if our plugin counts none.
         """
-        requests, verify_steps, tokens, *traces = self.read_metrics((*_ENDED, *_TRACES))
+        requests, verify_steps, tokens, drafted, *traces = self.read_metrics((*_ENDED, _DRAFTED, *_TRACES))
         # Of a request's tokens the first comes from its prompt, and each verify step gives one bonus token.
         accepted = max(0, tokens - requests - verify_steps)
-        return ServerCounters(requests, verify_steps, verify_steps * depth, accepted, tokens, *traces)
+        return ServerCounters(requests, verify_steps, drafted or verify_steps * depth, accepted, tokens, *traces)
 
     def pause(self) -> None:
         """Pause every request in place."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import SecretStr
@@ -56,20 +58,42 @@ def check(flags: Flags, settings: Settings) -> None:
         raise SettingsError(f"--speculative-algorithm {algorithm}: this node serves drafts of {served}")
     if (flags.value("--dp-size", "--dp", "--data-parallel-size") or "1") != "1":
         raise SettingsError("--dp-size: updates reach one replica only; start one node per replica")
+    if flags.has("--config") and _hidden_key(flags, settings):
+        raise SettingsError(
+            "--config: SGLang reads one such file, and the node writes it for sglang.api_key; omit the flag"
+        )
     for name in ("--node-rank", "--nnodes"):
         if not (flags.value(name) or "0").isdecimal():
             raise SettingsError(f"{name}: must be a number")
 
 
-def build_arguments(flags: Flags, settings: Settings, draft: DraftFolder | None) -> list[str]:
+def start_files(flags: Flags, settings: Settings) -> dict[str, tuple[str, str]]:
+    """Return the files with which the server starts: name and content, by the flag that names the file.
+
+    A secret is in a file, because every user of the machine can read a command line. JSON is also YAML, which SGLang
+    expects.
+    """
+    files = {}
+    if key := _hidden_key(flags, settings):
+        files["--config"] = ("server.yaml", json.dumps({"admin-api-key": key}))
+    if _is_adaptive(flags, settings):
+        steps = sorted({0, 1, int(_steps(flags, settings))})
+        files["--speculative-adaptive-config"] = ("adaptive.json", json.dumps({"1": {"candidate_steps": steps}}))
+    return files
+
+
+def build_arguments(
+    flags: Flags, settings: Settings, draft: DraftFolder | None, files: Mapping[str, Path]
+) -> list[str]:
     """Return the arguments of SGLang's server, the user's flags last.
 
     Args:
         flags: Checked flags of the user.
         settings: Settings of the node.
         draft: The draft to start with; None on a node without speculation.
+        files: Where ``start_files`` were written.
     """
-    added = {
+    added: dict[str, str | None] = {
         "--model-path": settings.target.path,
         "--served-model-name": settings.target.served_model_name,
         "--enable-metrics": None,
@@ -80,21 +104,37 @@ def build_arguments(flags: Flags, settings: Settings, draft: DraftFolder | None)
             "--speculative-draft-model-path": str(draft.folder),
             "--weight-version": draft.version,
         }
-    key = settings.sglang.api_key.get_secret_value()
-    if key and not flags.has("--api-key", "--admin-api-key"):
-        added["--admin-api-key"] = key
+        if _is_adaptive(flags, settings):
+            added["--speculative-adaptive"] = None
+    added |= {name: str(path) for name, path in files.items()}
     if flags.has("--model"):
         del added["--model-path"]
     kept = {name: value for name, value in added.items() if not flags.has(name)}
     return [part for name, value in kept.items() for part in (name, value) if part is not None] + list(flags.given)
 
 
+def _hidden_key(flags: Flags, settings: Settings) -> str:
+    """Return the key of the settings, unless the flags have one."""
+    return "" if flags.has("--api-key", "--admin-api-key") else settings.sglang.api_key.get_secret_value()
+
+
+def _is_adaptive(flags: Flags, settings: Settings) -> bool:
+    chosen = flags.has("--speculative-adaptive", "--speculative-adaptive-config")
+    return settings.serve.speculate and settings.sglang.adaptive and not chosen and _width(flags, settings) == "1"
+
+
+def _width(flags: Flags, settings: Settings) -> str:
+    return flags.value("--speculative-eagle-topk") or str(settings.serve.draft_tree_width)
+
+
+def _steps(flags: Flags, settings: Settings) -> str:
+    return flags.value("--speculative-num-steps") or str(settings.serve.num_speculative_tokens)
+
+
 def _draft_size(flags: Flags, settings: Settings) -> dict[str, str | None]:
     """Return the flags for the number of draft tokens; SGLang's number includes the root, that of the settings not."""
-    serve = settings.serve
-    steps = flags.value("--speculative-num-steps") or str(serve.num_speculative_tokens)
-    width = flags.value("--speculative-eagle-topk") or str(serve.draft_tree_width)
-    nodes = steps if width == "1" else str(serve.draft_tree_nodes)
+    steps, width = _steps(flags, settings), _width(flags, settings)
+    nodes = steps if width == "1" else str(settings.serve.draft_tree_nodes)
     return {
         "--speculative-num-steps": steps,
         "--speculative-eagle-topk": width,

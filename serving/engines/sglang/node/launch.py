@@ -71,7 +71,7 @@ def run(settings: Settings, arguments: Sequence[str]) -> int:
 
 def _start(settings: Settings, given: Flags, signals: list[int]) -> int:
     """Start a server, and wait until it ends."""
-    line = read_target_line(settings)
+    line = _read_line(settings)
     registry = MlflowRegistry(settings.registry, line.name)
     folder, served = None, None
     if settings.serve.speculate:
@@ -86,16 +86,45 @@ def _start(settings: Settings, given: Flags, signals: list[int]) -> int:
             engine = RemoteEngine(server, line.target, line.name, served, shares_memory=flags.is_single_machine(given))
             sidecar = Sidecar(settings, server, engine, registry)
             stack.callback(sidecar.close)
-        arguments = flags.build_arguments(given, settings, folder)
+        arguments = flags.build_arguments(given, settings, folder, _write_start_files(given, settings))
         child = ChildProcess([_python(settings), "-m", "sglang.launch_server", *arguments], to_environ(settings))
         stack.callback(child.signal, signal.SIGKILL)
         log.info("server_started", pid=child.pid, url=url, line=line.name)
         return supervise(child, signals, settings.serve, sidecar.drain.start if sidecar else None)
 
 
+def _read_line(settings: Settings) -> SpeculatorLine:
+    line = read_target_line(settings)
+    if line.day_0_draft.shape.norm_before_residual:
+        raise SettingsError(
+            "speculator.day_0_folder: the draft has norm_before_residual, which SGLang ignores; choose the engine "
+            "builtin or vllm (serve.engine)"
+        )
+    return line
+
+
+def _write_start_files(given: Flags, settings: Settings) -> dict[str, Path]:
+    """Write the files with which the server starts, readable to this user alone; return their paths by flag.
+
+    Raises:
+        SettingsError: one cannot be written.
+    """
+    folder, paths = Path(settings.sglang.draft_dir).absolute(), {}
+    for flag, (name, content) in flags.start_files(given, settings).items():
+        path = paths[flag] = folder / f"{settings.serve.node}-{name}"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)
+            path.touch(mode=0o600)
+            path.write_text(content)
+        except OSError as error:
+            raise SettingsError(f"sglang.draft_dir {folder}: {name} cannot be written: {error}") from error
+    return paths
+
+
 def _attach(settings: Settings, signals: list[int]) -> int:
     """Run the sidecar of a server that another process has started, until a signal arrives."""
-    line = read_target_line(settings)
+    line = _read_line(settings)
     with ExitStack() as stack:
         server = SglangServer(settings.sglang.url, settings.sglang.api_key, settings.sglang.timeout)
         registry = MlflowRegistry(settings.registry, line.name)
@@ -115,8 +144,8 @@ def read_served_draft(server: SglangServer, line: SpeculatorLine) -> ServedDraft
         ServerError: the server is unreachable, or its draft is of another line: it must never get weights of this one.
     """
     info = server.info()
-    if info.version not in compatibility.VERSIONS:
-        supported = ", ".join(compatibility.VERSIONS)
+    if info.version not in compatibility.SIGNATURES:
+        supported = ", ".join(compatibility.SIGNATURES)
         raise ServerError(f"{server.url}: SGLang {info.version} is not supported; supported: {supported}")
     folder = Path(info.draft or "")
     try:
@@ -149,8 +178,8 @@ def _check_environment(settings: Settings) -> None:
         version, has_plugin = json.loads(query.stdout.strip().rsplit("\n", 1)[-1])
     except (OSError, subprocess.SubprocessError, ValueError) as error:
         raise SettingsError(f"{name}: SGLang is not installed there: docs/guides/sglang.md") from error
-    if version not in compatibility.VERSIONS:
-        supported = ", ".join(compatibility.VERSIONS)
+    if version not in compatibility.SIGNATURES:
+        supported = ", ".join(compatibility.SIGNATURES)
         raise SettingsError(f"{name}: SGLang {version} is not supported; supported: {supported}")
     if not has_plugin:
         raise SettingsError(f'{name}: our plugin is not installed there: pip install "aurora-stream[sglang]"')

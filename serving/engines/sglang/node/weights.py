@@ -23,8 +23,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, multiprocessing
 
+from schemas.speculator.layouts import fuse_tensors
 from schemas.speculator.network import EagleDraft
-from serving.engines.plugin.fused_tensors import fuse_tensors
 
 Words = npt.NDArray[np.uint32]
 Checksums = Mapping[str, str]

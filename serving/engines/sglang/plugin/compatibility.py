@@ -11,9 +11,6 @@ from importlib.metadata import version
 
 from serving.engines.plugin.signatures import changed_signatures, missing_fields
 
-VERSIONS = ("0.5.21",)
-"""Versions that the tests in ``tests/sglang`` run."""
-
 OTHER_WORKER = "this draft is served by an unsupported worker: only drafts of a single layer are supported"
 DEVICES = ("cpu", "cuda")
 
@@ -25,15 +22,28 @@ ACCEPT = "sglang.srt.speculative.eagle_utils.eagle_sample"
 SAMPLE = "sglang.srt.model_executor.model_runner.ModelRunner.sample"
 RELEASE = "sglang.srt.mem_cache.common.release_kv_cache"
 
-SIGNATURES: Mapping[str, tuple[str, ...]] = {
+Signatures = Mapping[str, tuple[str, ...]]
+"""Parameters by function."""
+
+_ACCEPT_0_5_21 = ("verify_input", "batch", "logits_output", "grammar_mask", "uno_target_max_top_k")
+_COMMON: Signatures = {
     STEP: ("self", "batch", "on_publish", "grammar_barrier", "pp_proxy_tensors"),
     PREFILL: ("self", "batch", "on_publish", "pp_proxy_tensors", "coordination_plan"),
     VERIFY: ("self", "batch", "pp_proxy_tensors", "grammar_barrier"),
-    ACCEPT: ("verify_input", "batch", "logits_output", "grammar_mask", "uno_target_max_top_k"),
     SAMPLE: ("self", "logits_output", "forward_batch"),
-    RELEASE: ("req", "tree_cache", "is_insert"),
 }
-"""Parameters of every hooked function."""
+_FROM_0_5_22: Signatures = {
+    **_COMMON,
+    ACCEPT: (*_ACCEPT_0_5_21, "watermark_state", "watermark_full_mask"),
+    RELEASE: ("req", "tree_cache", "checkpoint"),
+}
+SIGNATURES: Mapping[str, Signatures] = {
+    "0.5.21": {**_COMMON, ACCEPT: _ACCEPT_0_5_21, RELEASE: ("req", "tree_cache", "is_insert")},
+    "0.5.22": _FROM_0_5_22,
+    "0.5.23": _FROM_0_5_22,
+}
+"""Parameters of every hooked function, by supported version; the tests in ``tests/sglang`` run the first and the last.
+The hooks use the parameters that all versions share."""
 
 FIELDS: Mapping[str, tuple[str, ...]] = {
     "sglang.srt.speculative.eagle_info.EagleVerifyInput": (
@@ -47,10 +57,10 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
 def check_installation() -> str | None:
     """Return why the installed SGLang cannot be recorded; None if it can."""
     installed = version("sglang")
-    supported = f"this plugin supports SGLang {', '.join(VERSIONS)}"
-    if installed not in VERSIONS:
+    supported = f"this plugin supports SGLang {', '.join(SIGNATURES)}"
+    if installed not in SIGNATURES:
         return f"SGLang {installed} is not supported: {supported}"
-    if changed := [*changed_signatures(SIGNATURES), *missing_fields(FIELDS)]:
+    if changed := [*changed_signatures(SIGNATURES[installed]), *missing_fields(FIELDS)]:
         return f"SGLang {installed} differs from its release: {'; '.join(changed)}; {supported}"
     return None
 

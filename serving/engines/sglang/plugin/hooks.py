@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from prometheus_client import REGISTRY, CollectorRegistry, Counter
 from torch import Tensor
 
 from schemas.settings import Settings
@@ -47,6 +48,14 @@ class _VerifyLogits(NamedTuple):
     top: TopTokens
 
 
+class SglangMetrics(PluginMetrics):
+    """Counters of our plugin, with what SGLang itself does not count."""
+
+    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+        super().__init__("sglang", registry)
+        self.draft_tokens = Counter("aurora_sglang_draft_tokens", "Draft tokens of all requests.", registry=registry)
+
+
 class Hooks(StepHooks):
     """Hooks of one scheduler process.
 
@@ -65,11 +74,11 @@ class Hooks(StepHooks):
         recorder: Recorder,
         transfer: HostTransfer,
         limit: CaptureLimit,
-        metrics: PluginMetrics,
+        metrics: SglangMetrics,
         version: Callable[[], str],
     ) -> None:
         super().__init__(settings.traces, recorder, transfer, limit, metrics)
-        self._version = version
+        self._version, self._draft_tokens = version, metrics.draft_tokens
         self._requests: dict[str, RecordedRequest] = {}
         self._start: Any = None
         self._drafted: Any = None
@@ -118,6 +127,7 @@ class Hooks(StepHooks):
         if batch.forward_mode.is_idle():
             return None
         self._verified = self._transfer.stamp()
+        self._draft_tokens.inc(len(batch.reqs) * (verify_input.draft_token_num - 1))
         rows = [i for i, req in enumerate(batch.reqs) if self._is_recorded(req)]
         if not rows:
             return None

@@ -169,9 +169,9 @@ def _create_hooks(settings: Settings, worker: Any) -> Hooks | None:
 
     from serving.answers.answer_publisher import AnswerPublisher
     from serving.engines.plugin.capture import HostTransfer
-    from serving.engines.plugin.metrics import CaptureLimit, PluginMetrics
+    from serving.engines.plugin.metrics import CaptureLimit
     from serving.engines.plugin.recorder import Recorder, read_origin
-    from serving.engines.sglang.plugin.hooks import Hooks
+    from serving.engines.sglang.plugin.hooks import Hooks, SglangMetrics
     from serving.traces.lag_consumer import LagConsumer
     from serving.traces.publisher import TracePublisher
 
@@ -182,7 +182,7 @@ def _create_hooks(settings: Settings, worker: Any) -> Hooks | None:
     if why := compatibility.check_server(device.type, parallel.pp_size, is_eagle3=is_eagle3):
         log.error(DISABLED, why=why)
         return None
-    transfer, metrics = HostTransfer(device), PluginMetrics("sglang")
+    transfer, metrics = HostTransfer(device), SglangMetrics()
     limit = CaptureLimit(settings.sglang.max_capture_ratio)
     width = 3 * worker.target_worker.model_runner.model_config.hidden_size
 

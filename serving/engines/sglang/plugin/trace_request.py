@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from serving.engines.base import Request
-from serving.engines.plugin.trace_options import TraceOptions, read_fields
+from serving.engines.plugin.trace_options import TraceOptions, Untraced, read_fields
 
 _HEALTH = "HEALTH_CHECK"
 _ALL_TOKENS = 1 << 30
@@ -20,7 +20,7 @@ _ALL_TOKENS = 1 << 30
 
 def read_options(req: Any) -> TraceOptions:
     """Return the options of SGLang's request."""
-    untraced = None
+    untraced: Untraced | None = None
     if req.rid.startswith(_HEALTH):
         untraced = "health"
     elif req.lora_id is not None:

@@ -1,9 +1,9 @@
-"""Stand-ins, in plain PyTorch, for the CPU operators that SGLang 0.5.21 calls while it decodes with EAGLE-3.
+"""Stand-ins, in plain PyTorch, for the CPU operators that SGLang 0.5.21 to 0.5.23 call while it decodes with EAGLE-3.
 
 The real ones are compiled from SGLang's sources and are on no package index. What each must do was read from the Triton
 kernel that does it on a GPU (``sglang/kernels/ops``) and from the place that calls it. They follow signatures that are
-private to this version, and are slow: what runs on them shows the server's control path, and nothing about its kernels
-or its speed.
+private to these versions, and are slow: what runs on them shows the server's control path, and nothing about its
+kernels or its speed.
 """
 
 import torch

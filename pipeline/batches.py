@@ -59,6 +59,7 @@ class Record:
     key: bytes | None
     value: bytes | None
     headers: tuple[tuple[str, bytes | None], ...]
+    """Bytes of a name that are not UTF-8 are lone surrogates (``os.fsdecode``)."""
 
     def header(self, name: str) -> str | None:
         """Return the text of a header, the last one of that name; None if it is missing."""
@@ -126,6 +127,14 @@ def build(
         rows[name] = pa.concat_tables([TABLES[name].empty_table(), *(part[name] for part in builder.parts)])
     reasons = Counter(error.reason for error in rejected.values())
     return BuiltBatch(rows, reasons, tuple(builder.written), builder.chunk_gaps)
+
+
+def build_unread(record: Record, crashes: int) -> BuiltBatch:
+    """Build the dead letter of a record at which workers have ended, without opening it."""
+    error = TraceError("crash", f"{crashes} workers ended at this record")
+    rows = {name: schema.empty_table() for name, schema in TABLES.items()}
+    rows["dead_letters"] = pa.Table.from_pylist([_build_dead_letter(record, error)], schema=DEAD_LETTERS)
+    return BuiltBatch(rows, {error.reason: 1}, (), 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,10 +274,18 @@ def _open(record: Record) -> OpenedChunk:
     """
     if record.value is None:
         raise TraceError("empty", "a record without a value")
+    for name, _ in record.headers:
+        if (text := escape_name(name)) != name:
+            raise TraceError("bad_header", f"the name {text[:200]!r} of a header is not UTF-8")
     check_headers(record.header)
     chunk = open_chunk(record.value)
     check_envelope(chunk, record.header)
     return chunk
+
+
+def escape_name(name: str) -> str:
+    r"""Return the name of a header with ``\\xff`` for each byte that is not UTF-8 (``transport.CommittedApp``)."""
+    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def _split_into_runs(records: Iterable[_OpenRecord]) -> Iterator[list[_OpenRecord]]:
@@ -319,5 +336,5 @@ def _build_dead_letter(record: Record, error: TraceError) -> dict[str, object]:
         "size": None if record.value is None else len(record.value),
         "key": record.key,
         "value": record.value,
-        "headers": [{"name": name, "value": value} for name, value in record.headers],
+        "headers": [{"name": escape_name(name), "value": value} for name, value in record.headers],
     }

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterable
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any
 
-from confluent_kafka import KafkaError, KafkaException, TopicPartition
+from confluent_kafka import Consumer, IsolationLevel, KafkaError, KafkaException, TopicPartition
 from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported without saying so
     AdminClient,
     ListOffsetsResultInfo,
     OffsetSpec,
 )
 
-from pipeline.offsets import SourcePartition
+from pipeline.offsets import LogRange, SourcePartition
 from schemas.errors import UserError
 from schemas.settings import Kafka, SettingsError
 
 TIMEOUT_S = 15.0
 WATERMARK_TIMEOUT_S = 10.0
 _PROBE_S = 2.0
+_PROBE_BYTES = 64 << 10
+"""What a probe fetches at once; the broker returns a larger record as a whole."""
 _AUTH_ERRORS = frozenset({KafkaError._AUTHENTICATION, KafkaError.SASL_AUTHENTICATION_FAILED, KafkaError._SSL})
 
 
@@ -100,8 +104,8 @@ class Watermarks:
         self._auth_errors = AuthErrorListener()
         self._admin = self._connect()
 
-    def read(self, sources: Iterable[SourcePartition]) -> dict[SourcePartition, tuple[int, int]]:
-        """Return for each partition the offset of its oldest record, and the offset after its newest record.
+    def read(self, sources: Iterable[SourcePartition]) -> dict[SourcePartition, LogRange]:
+        """Return the range of offsets of each partition.
 
         Raises:
             BrokerUnreachableError: the broker did not return an offset of one of them.
@@ -111,12 +115,21 @@ class Watermarks:
             return {}
         self._auth_errors.last = None
         admin = self._admin
-        starts, ends = (
-            admin.list_offsets(dict.fromkeys(partitions.values(), spec), request_timeout=WATERMARK_TIMEOUT_S)
-            for spec in (OffsetSpec.earliest(), OffsetSpec.latest())  # type: ignore[no-untyped-call]
+        starts, stable_ends, ends = (
+            admin.list_offsets(
+                dict.fromkeys(partitions.values(), spec), isolation_level=isolation, request_timeout=WATERMARK_TIMEOUT_S
+            )
+            for spec, isolation in (
+                (OffsetSpec.earliest(), IsolationLevel.READ_UNCOMMITTED),  # type: ignore[no-untyped-call]
+                (OffsetSpec.latest(), IsolationLevel.READ_COMMITTED),  # type: ignore[no-untyped-call]
+                (OffsetSpec.latest(), IsolationLevel.READ_UNCOMMITTED),  # type: ignore[no-untyped-call]
+            )
         )
         try:
-            return {source: (_read_offset(starts[tp]), _read_offset(ends[tp])) for source, tp in partitions.items()}
+            return {
+                source: LogRange(_read_offset(starts[tp]), _read_offset(stable_ends[tp]), _read_offset(ends[tp]))
+                for source, tp in partitions.items()
+            }
         except KafkaException as error:
             admin.poll(0)
             # A client keeps the leaders that it knew before they were unreachable, and is rejected by them later.
@@ -128,6 +141,70 @@ class Watermarks:
 
     def _connect(self) -> AdminClient:
         return AdminClient(client_config(self._settings, error_cb=self._auth_errors))
+
+
+class RecordProbe:
+    """Reads one record with a consumer of its own, because Faust may skip records. Blocks while it does. Thread-safe.
+
+    It belongs to no group, commits nothing, and receives committed records only.
+    """
+
+    def __init__(self, settings: Kafka) -> None:
+        self._settings = settings
+        self._consumer: Consumer | None = None
+        self._lock = threading.Lock()
+
+    def find_record(self, source: SourcePartition, offset: int) -> int:
+        """Return the offset of the first record from ``offset`` on that a consumer receives.
+
+        Without such a record, return the offset at which the broker says that the log ends.
+
+        Raises:
+            BrokerUnreachableError: the broker did not answer, or its log does not reach to ``offset``.
+        """
+        with self._lock:
+            consumer = self._consumer = self._consumer or self._connect()
+            try:
+                consumer.assign([TopicPartition(source.topic, source.partition, offset)])
+                return _poll_offset(consumer)
+            except KafkaException as error:
+                self._consumer = None
+                consumer.close()
+                raise BrokerUnreachableError(
+                    f"offset {offset} of {source.topic}/{source.partition} on {self._settings.bootstrap_servers} "
+                    f"(kafka.bootstrap_servers): {error.args[0].str()}"
+                ) from error
+            finally:
+                with suppress(RuntimeError):  # it is closed
+                    consumer.unassign()
+
+    def _connect(self) -> Consumer:
+        options = {
+            "group.id": "aurora-probe",  # required, and not used
+            "enable.auto.commit": False,
+            "enable.partition.eof": True,
+            "isolation.level": "read_committed",
+            "auto.offset.reset": "error",
+            "fetch.message.max.bytes": _PROBE_BYTES,
+            "fetch.wait.max.ms": 100,
+            # The client remembers this pause in the next probe.
+            "fetch.queue.backoff.ms": 10,
+        }
+        return Consumer(client_config(self._settings, **options))
+
+
+def _poll_offset(consumer: Consumer) -> int:
+    deadline = time.monotonic() + WATERMARK_TIMEOUT_S
+    while time.monotonic() < deadline:
+        message = consumer.poll(0.5)
+        if message is None:
+            continue
+        error, offset = message.error(), message.offset()
+        if error is not None and (error.code() != KafkaError._PARTITION_EOF or offset is None):
+            raise KafkaException(error)
+        if offset is not None:
+            return offset
+    raise KafkaException(KafkaError(KafkaError._TIMED_OUT))
 
 
 def _read_offset(result: Future[ListOffsetsResultInfo]) -> int:

@@ -19,6 +19,7 @@ from faust.transport.drivers.aiokafka import credentials_to_aiokafka_auth
 from faust.types.auth import CredentialsT
 
 from pipeline.broker import TopicError
+from pipeline.transport import CommittedApp
 from schemas.settings import Kafka, Settings, SettingsError
 
 log = structlog.get_logger()
@@ -57,13 +58,13 @@ SUPPORTED_OPTIONS = frozenset(
 
 
 def create_app(settings: Settings) -> faust.App:
-    """Create the Faust app. It reads records and commits offsets; it has no tables and declares no topics."""
+    """Create the Faust app. It reads committed records and commits offsets; it has no tables and declares no topics."""
     kafka, stream = settings.kafka, settings.stream
     if ignored := find_ignored_options(kafka.client_options):
         log.warning("kafka_client_options_ignored", options=ignored, by="the stream's consumer")
     # Faust limits what it holds by a number of records: allow no more of the largest ones than the buffer holds.
     records = max(1, min(stream.flush_records, BUFFER_BYTES // kafka.max_message_bytes))
-    return faust.App(
+    return CommittedApp(
         stream.group_id,
         broker=[f"kafka://{address.strip()}" for address in kafka.bootstrap_servers.split(",")],
         broker_credentials=build_credentials(kafka.client_options),

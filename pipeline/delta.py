@@ -61,8 +61,11 @@ WRITER_PROPERTIES = WriterProperties(
     column_properties=dict.fromkeys(RAW_COLUMNS, ColumnProperties(dictionary_enabled=False, statistics_enabled="NONE")),
 )
 """Encoding of the files of every table. ``docs/benchmarks/results.md`` has the measurements."""
-_SQL_OPTIONS = {"datafusion.catalog.information_schema": "true"}
-"""Needed for SHOW TABLES."""
+_SQL_OPTIONS = {
+    "datafusion.catalog.information_schema": "true",
+    "datafusion.sql_parser.enable_ident_normalization": "true",
+}
+"""For SHOW TABLES, and for names in any case."""
 
 Moment = int | datetime
 """A version of a table: its number, or the time at which it was the newest one (UTC if the time has no zone)."""
@@ -84,9 +87,13 @@ def translate_errors(subject: str) -> Iterator[None]:
     # The library's readers raise errors of the store as Arrow errors.
     except (DeltaError, OSError, pa.ArrowException) as error:
         raise TableError(f"{subject}: {_flatten(error)}; check tables.uri and tables.storage_options") from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of the library's Rust code: it is no Exception, and not exported
+            raise
+        raise TableError(f"{subject}: {_flatten(error)}; check tables.uri") from error
 
 
-def _flatten(error: Exception) -> str:
+def _flatten(error: BaseException) -> str:
     """Return the message in one line. The library writes it as a coloured tree."""
     return " ".join(re.sub(r"\x1b\[[0-9;]*m|↳", " ", str(error)).split())
 
@@ -149,6 +156,11 @@ class TableSnapshot:
         self._appends = appends + 1
 
 
+def tables_in(sql: str) -> list[str]:
+    """Return the tables that a query names, in any case."""
+    return [name for name in TABLES if re.search(rf"\b{name}\b", sql, re.IGNORECASE)]
+
+
 class DeltaLog:
     """The tables of ``schemas.batches.TABLES`` below one address.
 
@@ -160,7 +172,7 @@ class DeltaLog:
 
     def __init__(self, settings: Tables) -> None:
         self._uri = settings.uri
-        in_object_store = "://" in settings.uri and not settings.uri.startswith("file:")
+        in_object_store = "://" in settings.uri
         self._options = {**(STORE_OPTIONS if in_object_store else {}), **settings.storage_options}
         self._snapshots: dict[str, TableSnapshot] = {}
 
@@ -297,8 +309,7 @@ class DeltaLog:
             at: Tables of which an earlier version is queried.
         """
         engine = QueryBuilder(_SQL_OPTIONS)
-        named = [name for name in TABLES if re.search(rf"\b{name}\b", sql)]
-        for name in named or TABLES:
+        for name in tables_in(sql) or TABLES:
             moment = (at or {}).get(name)
             engine.register(name, self.open(name) if moment is None else self._open_at(name, moment))
         with _translate_query_errors():

@@ -1,8 +1,10 @@
 """Liveness and readiness of a stream worker: the progress of its partitions, and the timers that end a stuck process.
 
-A worker is *live* while it makes progress or has none to make. That includes a worker without partitions, one whose
-broker is unreachable, and one whose store is slow or fails. A worker that is not live for ``STALL_TIMEOUT_S`` ends
-itself, and its supervisor restarts it. A worker is *ready* if nothing keeps the next record from the tables.
+A partition makes progress when its next offset moves. A worker is *live* while every partition makes progress or has
+none to make: its log ends at the next offset, or its next record is in the buffer and waits for the tables. A worker
+without partitions, or whose broker is unreachable, or whose store is slow or fails, is live, too. A worker that is not
+live for ``STALL_TIMEOUT_S`` ends itself, and its supervisor restarts it. A worker is *ready* if nothing keeps the next
+record from the tables.
 """
 
 from __future__ import annotations
@@ -13,35 +15,44 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import structlog
 
-from pipeline.offsets import SourcePartition
+from pipeline.offsets import LogRange, SourcePartition
 from schemas.status import PartitionStatus
 
 log = structlog.get_logger()
 
 TICK_S = 1.0
 PROGRESS_TIMEOUT_S = 15.0
-"""A worker is not live if records wait and none arrives for so long, or if the watch loop does not run for so long."""
+"""A worker is not live if a partition makes no progress for so long, or if the watch loop does not run for so long."""
+TRANSACTION_TIMEOUT_S = 90.0
+"""A worker is not ready if a transaction keeps records from it for so long. Producers' own timeout is commonly 60 s."""
 JOIN_TIMEOUT_S = 90.0
-"""The same for the group's assignment, which may wait for other workers (``consumer.REBALANCE_TIMEOUT_S``)."""
+"""A worker is not live if the group's assignment takes so long; it may wait for ``consumer.REBALANCE_TIMEOUT_S``."""
 WRITE_TIMEOUT_S = 900.0
-"""The same for one attempt to read or write the tables: longer than the timeouts and retries of the store."""
+"""A worker is not live after so long in one attempt to read or write the tables. The store's timeouts and retries are
+shorter."""
 STALL_TIMEOUT_S = 60.0
 """A worker that is not live for so long ends itself."""
 SHUTDOWN_TIMEOUT_S = 8.0
 """Time for calls that still run when everything else has ended. Supervisors commonly wait 15 s."""
 
+_EMPTY_LOG = LogRange(0, 0, 0)
+
 
 @dataclass(slots=True)
 class _PartitionProgress:
     next_offset: int | None = None
-    log_end: int = 0
+    log: LogRange = _EMPTY_LOG
     out_of_range: bool = False
     """True if the next offset lies outside the log: it has to be compared with the tables again."""
+    buffered: Counter[int] = field(default_factory=Counter)
+    """Offsets of the records in the buffer."""
     last_progress: float = 0.0
+    last_stable: float = 0.0
+    """When the log had no open transaction, or the stable part of it grew."""
     last_seek: float = 0.0
 
 
@@ -54,43 +65,77 @@ class ProgressTracker:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._partitions: dict[SourcePartition, _PartitionProgress] = {}
-        self._buffered: Counter[SourcePartition] = Counter()
 
     def assign(self, sources: Iterable[SourcePartition]) -> None:
         """Start again with these partitions. Records in the buffer stay counted."""
-        self._partitions = {source: _PartitionProgress(last_progress=self._clock()) for source in sources}
+        now, before = self._clock(), self._partitions
+        self._partitions = {
+            source: _PartitionProgress(
+                last_progress=now,
+                last_stable=now,
+                buffered=before[source].buffered if source in before else Counter(),
+            )
+            for source in sources
+        }
 
-    def add_buffered(self, source: SourcePartition) -> None:
+    def add_buffered(self, source: SourcePartition, offset: int) -> None:
         """Count a record of the partition that was read into the buffer."""
-        self._buffered[source] += 1
+        if source in self._partitions:
+            self._partitions[source].buffered[offset] += 1
 
-    def remove_buffered(self, source: SourcePartition) -> None:
+    def remove_buffered(self, source: SourcePartition, offset: int) -> None:
         """Count a buffered record as written, skipped or deferred."""
-        self._buffered[source] -= 1
-        self._reset_stall(source)
+        if source in self._partitions:
+            buffered = self._partitions[source].buffered
+            buffered[offset] -= 1
+            if buffered[offset] <= 0:
+                del buffered[offset]
+
+    def next_offset(self, source: SourcePartition) -> int | None:
+        """Return the next offset of the tables; None if it is unknown."""
+        return self._partitions[source].next_offset if source in self._partitions else None
 
     def set_next_offset(self, source: SourcePartition, offset: int) -> None:
         """Set the next offset of the tables."""
         if source in self._partitions:
-            self._partitions[source].next_offset = offset
+            partition = self._partitions[source]
+            if partition.next_offset is None or offset > partition.next_offset:
+                partition.last_progress = self._clock()
+            partition.next_offset = offset
 
-    def set_log_range(self, source: SourcePartition, start: int, end: int) -> None:
-        """Set the range of offsets on the broker: records from ``start`` up to, but not including, ``end``."""
+    def set_log(self, source: SourcePartition, log: LogRange) -> None:
+        """Set the range of the partition's offsets on the broker."""
         if source in self._partitions:
-            p = self._partitions[source]
-            p.log_end, p.out_of_range = end, p.next_offset is not None and not start <= p.next_offset <= end
+            partition = self._partitions[source]
+            if log.stable_end >= log.end or log.stable_end != partition.log.stable_end:
+                partition.last_stable = self._clock()
+            partition.log = log
+            partition.out_of_range = (
+                partition.next_offset is not None and not log.start <= partition.next_offset <= log.end
+            )
 
     def reset_stalls(self) -> None:
-        """Restart the stall timers: no record could arrive, because reading was blocked or the broker unreachable."""
-        for source in self._partitions:
-            self._reset_stall(source)
+        """Restart the stall timers: no record could arrive, because the broker was unreachable."""
+        for partition in self._partitions.values():
+            partition.last_progress = self._clock()
+
+    def postpone_stalls(self, seconds: float) -> None:
+        """Leave out a time in which no record could arrive, because reading waited for the tables."""
+        for partition in self._partitions.values():
+            partition.last_progress = min(partition.last_progress + seconds, self._clock())
 
     def stalled_s(self, source: SourcePartition) -> float:
-        """Return for how long records of a partition have waited on the broker while none was in the buffer."""
+        """Return for how long the next offset has not moved, although its record should have arrived."""
         partition = self._partitions[source]
-        if self._buffered[source] or partition.next_offset is None or partition.next_offset >= partition.log_end:
-            self._reset_stall(source)
+        next_offset = partition.next_offset
+        if next_offset is None or next_offset >= partition.log.stable_end or next_offset in partition.buffered:
+            partition.last_progress = self._clock()
         return self._clock() - partition.last_progress
+
+    def transaction_s(self, source: SourcePartition) -> float:
+        """Return for how long an open transaction has kept records of a partition from all consumers."""
+        partition = self._partitions[source]
+        return 0.0 if partition.log.stable_end >= partition.log.end else self._clock() - partition.last_stable
 
     def record_seek(self, source: SourcePartition) -> None:
         """Record that the consumer was sent to the next offset."""
@@ -120,17 +165,14 @@ class ProgressTracker:
             PartitionStatus(
                 partition=source.partition,
                 next_offset=partition.next_offset,
-                end_offset=max(partition.log_end, partition.next_offset),
-                lag=max(partition.log_end - partition.next_offset, 0),
+                end_offset=max(partition.log.end, partition.next_offset),
+                lag=max(partition.log.end - partition.next_offset, 0),
                 stalled_s=round(self.stalled_s(source), 1),
+                transaction_s=round(self.transaction_s(source), 1),
             )
             for source, partition in sorted(self._partitions.items())
             if partition.next_offset is not None
         ]
-
-    def _reset_stall(self, source: SourcePartition) -> None:
-        if source in self._partitions:
-            self._partitions[source].last_progress = self._clock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +186,9 @@ class HealthSnapshot:
     writing_s: float
     """Duration of the current attempt to read or write the tables."""
     stalled_s: Mapping[int, float]
-    """By partition: records wait on the broker and none arrived."""
+    """By partition: its next offset did not move, although its record should have arrived."""
+    transaction_s: Mapping[int, float]
+    """By partition: an open transaction keeps records from all consumers."""
     without_offset: tuple[int, ...]
     """Partitions whose next offset was not read from the tables yet."""
     error: str | None
@@ -161,7 +205,7 @@ def liveness_problems(health: HealthSnapshot) -> list[str]:
     if health.writing_s > WRITE_TIMEOUT_S:
         problems.append(f"the tables have not answered for {health.writing_s:.0f} s (tables.uri)")
     problems += [
-        f"partition {partition}: records wait and none has arrived for {seconds:.0f} s"
+        f"partition {partition}: records wait, and the next offset has not moved for {seconds:.0f} s"
         for partition, seconds in sorted(health.stalled_s.items())
         if seconds > PROGRESS_TIMEOUT_S
     ]
@@ -175,6 +219,11 @@ def readiness_problems(health: HealthSnapshot) -> list[str]:
         problems.append("the group has not assigned partitions yet")
     if health.without_offset:
         problems.append(f"the tables have not returned the next offset of partitions {list(health.without_offset)}")
+    problems += [
+        f"partition {partition}: records wait for a producer's transaction, which has been open for {seconds:.0f} s"
+        for partition, seconds in sorted(health.transaction_s.items())
+        if seconds > TRANSACTION_TIMEOUT_S
+    ]
     if health.error:
         problems.append(health.error)
     return problems

@@ -52,6 +52,9 @@ MAX_CLOCK_SKEW = timedelta(hours=1)
 FENCE = "maintenance"
 """Application transaction of every commit that removes files. Of two that began on one version the second is
 rejected."""
+_COUNTED = ("expired", "compacted", "written", "vacuumed")
+MAINTENANCE_ACTIONS = (*_COUNTED, "failed")
+"""What is counted of maintenance: files by action, and failed runs over a table."""
 _MAX_HOLD_HOURS = 24 * 366 * 20
 """Age of a hold whose commit is no longer in the log. The library counts in 64 bits of milliseconds."""
 VACUUM_INTERVAL_S = 3600.0
@@ -215,7 +218,7 @@ class MaintenanceThread(threading.Thread):
         self._interval_s = settings.maintenance_interval
         self._is_leader = is_leader
         self.files: Counter[str] = Counter()
-        """Files by action, and ``failed`` runs over a table."""
+        """Files by action: one of ``MAINTENANCE_ACTIONS``."""
 
     def run(self) -> None:
         """Run maintenance until the process ends."""
@@ -235,7 +238,7 @@ class MaintenanceThread(threading.Thread):
 
     def _run_once(self, *, vacuum: bool) -> None:
         for done in self._maintenance.run(vacuum=vacuum):
-            counts = {name: getattr(done, name) for name in ("expired", "compacted", "written", "vacuumed")}
+            counts = {name: getattr(done, name) for name in _COUNTED}
             self.files.update(counts)
             if done.error:
                 self.files["failed"] += 1

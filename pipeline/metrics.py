@@ -11,8 +11,10 @@ from faust.web import Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Metric, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
+from pipeline.dead_letters.reasons import REASONS
+from pipeline.maintenance import MAINTENANCE_ACTIONS
 from schemas.status import DriftStatus, StreamStatus
-from schemas.telemetry.metrics import register_process_metrics
+from schemas.telemetry.metrics import counts_by, register_process_metrics
 
 
 @dataclass
@@ -37,6 +39,8 @@ class StreamCounters:
     table_errors: int = 0
     records_lost: int = 0
     """Records that the broker deleted before they were read."""
+    hole_offsets: int = 0
+    """Offsets at which no consumer receives a record."""
     last_commit_time: float | None = None
     """Unix time."""
 
@@ -52,11 +56,13 @@ _COUNTERS = {
     "commits_fenced": "Commits rejected because another worker had written",
     "table_errors": "Failed reads and writes of the tables",
     "records_lost": "Records that the broker deleted before they were read",
+    "hole_offsets": "Offsets at which no consumer receives a record: ends of transactions, and aborted records",
 }
 _PARTITION_GAUGES = {
     "next_offset": ("next_offset", "Next offset of the tables"),
     "lag_records": ("lag", "Records on the broker that the tables lack"),
-    "partition_stalled_seconds": ("stalled_s", "Time for which records waited on the broker and none arrived"),
+    "partition_stalled_seconds": ("stalled_s", "Time for which records waited and the next offset did not move"),
+    "partition_transaction_seconds": ("transaction_s", "Time for which records waited for an open transaction"),
 }
 _TRAFFIC_GAUGES = {
     "first_token_acceptance_ratio": (
@@ -103,8 +109,14 @@ class StreamCollector:
         status = self._status
         for name, text in _COUNTERS.items():
             yield CounterMetricFamily(f"aurora_stream_{name}", text, value=getattr(status, name))
-        yield _labelled_counter("dead_letters", "Unusable records", "reason", status.dead_letters)
-        yield _labelled_counter("maintenance_files", "Files handled by maintenance", "action", status.maintenance_files)
+        yield counts_by("aurora_stream_dead_letters", "Unusable records", "reason", REASONS, status.dead_letters)
+        yield counts_by(
+            "aurora_stream_maintenance_files",
+            "Files handled by maintenance",
+            "action",
+            MAINTENANCE_ACTIONS,
+            status.maintenance_files,
+        )
         for name, (attribute, text) in _PARTITION_GAUGES.items():
             gauge = GaugeMetricFamily(f"aurora_stream_{name}", text, labels=["partition"])
             for partition in status.partitions:
@@ -142,10 +154,3 @@ def exposition(status: StreamStatus) -> bytes:
     register_process_metrics(registry)
     registry.register(StreamCollector(status))
     return generate_latest(registry)
-
-
-def _labelled_counter(name: str, text: str, label: str, values: dict[str, int]) -> Metric:
-    counter = CounterMetricFamily(f"aurora_stream_{name}", text, labels=[label])
-    for value, number in values.items():
-        counter.add_metric([value], number)
-    return counter

@@ -14,8 +14,10 @@ offset that the table contains. Delta stores this number but enforces nothing, s
 4. A record below the next offset is skipped, the record at the next offset is selected, and a record above it is
    deferred: the consumer jumped over records and must seek back.
 5. Records that the broker deleted before they were read are recorded as lost, in the commit that moves past them.
+6. A hole is a run of offsets at which no consumer receives a record: the end of a transaction takes an offset, and so
+   do the records of an aborted one. A second consumer confirms a hole, and the commit that moves past it records it.
 
-The protocol needs a topic whose offsets have no holes: no transactions and no compaction.
+The protocol needs a topic without compaction: there, a hole may have been a record.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, wait
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 import pyarrow as pa
@@ -34,6 +37,10 @@ COMMIT_ORDER = ("dead_letters", "rejected", "traces", "accepted")
 """``accepted`` is committed last: a reader that sees a row of it finds all other rows of that record. The other tables
 may be committed in any order, or at the same time."""
 LOST_TO_RETENTION = "lost_to_retention"
+SKIPPED = "skipped"
+HOLE = "hole"
+NEVER_READ = (LOST_TO_RETENTION, SKIPPED, HOLE)
+"""Reasons of rows in ``dead_letters`` that stand for offsets, not for a record."""
 MAX_ATTEMPTS = 20
 """Attempts of one commit while writers of other partitions take the next version of the table first."""
 
@@ -45,14 +52,26 @@ class SourcePartition(NamedTuple):
     partition: int
 
 
+class LogRange(NamedTuple):
+    """Offsets of a partition on the broker: from ``start`` up to, but not including, ``end``."""
+
+    start: int
+    stable_end: int
+    """Consumers receive records up to this offset. It is below ``end`` while a transaction is open."""
+    end: int
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows of a run of records without holes, up to and including ``last_offset``. ``rows`` has every table of
-    ``COMMIT_ORDER``."""
+    """Rows of a run of records up to and including ``last_offset``. ``rows`` has every table of ``COMMIT_ORDER``."""
 
     source: SourcePartition
     last_offset: int
     rows: Mapping[str, pa.Table]
+    holes: tuple[range, ...] = ()
+    """Holes between the records, or behind the last one. The commit adds the row that records them."""
+    time_us: int = 0
+    """Unix time of that row, in microseconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +85,8 @@ class RecordSelection:
     """Records above the next offset: the broker delivers them again."""
     has_gap: bool
     """True if later records were delivered without the record at the next offset: the consumer must seek back."""
+    holes: tuple[range, ...] = ()
+    """Holes between the selected records."""
 
 
 class ConflictError(RuntimeError):
@@ -105,14 +126,20 @@ class SnapshotStore(Protocol):
         """Return the newest version of a table."""
 
 
-def select_records(next_offset: int, offsets: Sequence[int]) -> RecordSelection:
-    """Decide for each of ``offsets`` whether its record is selected, skipped or deferred."""
+def select_records(next_offset: int, offsets: Sequence[int], holes: Sequence[range] = ()) -> RecordSelection:
+    """Decide for each of ``offsets`` whether its record is selected, skipped or deferred. ``holes`` are confirmed."""
     selected: list[int] = []
+    passed: list[range] = []
+    ahead: list[range] = []
     skipped = deferred = 0
     has_gap = False
     for i, offset in enumerate(offsets):
+        while offset > next_offset and (hole := next((hole for hole in holes if next_offset in hole), None)):
+            ahead.append(range(next_offset, min(hole.stop, offset)))
+            next_offset = ahead[-1].stop
         if offset == next_offset:
             selected.append(i)
+            passed, ahead = [*passed, *ahead], []
             next_offset += 1
             has_gap = False
         elif offset < next_offset:
@@ -120,7 +147,13 @@ def select_records(next_offset: int, offsets: Sequence[int]) -> RecordSelection:
         else:
             deferred += 1
             has_gap = True
-    return RecordSelection(tuple(selected), skipped, deferred, has_gap)
+    return RecordSelection(tuple(selected), skipped, deferred, has_gap, tuple(passed))
+
+
+def find_gaps(next_offset: int, offsets: Iterable[int]) -> list[range]:
+    """Return the runs of offsets from the next one on that are missing before the last of ``offsets``, in order."""
+    delivered = sorted({offset for offset in offsets if offset >= next_offset})
+    return [range(before + 1, after) for before, after in pairwise([next_offset - 1, *delivered]) if after > before + 1]
 
 
 def find_lost_offsets(source: SourcePartition, next_offset: int, log_start: int, log_end: int) -> range:
@@ -181,8 +214,17 @@ class OffsetCommitter:
             self.invalidate(last)
             raise
 
-    def record_loss(self, source: SourcePartition, lost: range, time_us: int) -> None:
-        """Record that the broker deleted ``lost`` before it was read, and move past it.
+    def record_loss(
+        self, source: SourcePartition, lost: range, time_us: int, reason: str = LOST_TO_RETENTION, why: str = ""
+    ) -> None:
+        """Record that the records at ``lost`` will not be read, and move past them.
+
+        Args:
+            source: Their partition.
+            lost: Offsets from the next one on.
+            time_us: Unix time of the row that records it, in microseconds.
+            reason: ``LOST_TO_RETENTION`` or ``SKIPPED``.
+            why: What the row says beside the offsets. By default, that the broker deleted the records.
 
         A separate transaction holds the last offset that is recorded as lost. After a crash ``dead_letters`` may be
         ahead of the other tables, and the loss must not be recorded twice.
@@ -193,9 +235,8 @@ class OffsetCommitter:
         def loss_rows(snapshot: Snapshot) -> tuple[pa.Table, dict[str, int]]:
             recorded = snapshot.transaction(loss_id)
             unrecorded = range(lost.start if recorded is None else max(lost.start, recorded + 1), lost.stop)
-            return _build_loss_rows(source, unrecorded, time_us), {
-                loss_id: max(last, -1 if recorded is None else recorded)
-            }
+            rows = _build_offset_rows(source, [unrecorded], time_us, reason, why or _deleted(unrecorded))
+            return rows, {loss_id: max(last, -1 if recorded is None else recorded)}
 
         self.next_offset(source)
         try:
@@ -223,9 +264,13 @@ class OffsetCommitter:
     def _missing_rows(self, name: str, batch: Batch) -> pa.Table:
         """Return the rows of a batch that a table does not contain yet."""
         rows, next_offset = batch.rows[name], self._next[batch.source][name]
-        if not rows.num_rows or pc.min(rows["offset"]).as_py() >= next_offset:
-            return rows  # without a filter, which would copy them
-        return rows.filter(pc.greater_equal(rows["offset"], next_offset))
+        if rows.num_rows and pc.min(rows["offset"]).as_py() < next_offset:  # a filter copies the rows
+            rows = rows.filter(pc.greater_equal(rows["offset"], next_offset))
+        if name != "dead_letters" or not batch.holes:
+            return rows
+        holes = [range(max(hole.start, next_offset), hole.stop) for hole in batch.holes]
+        why = "no consumer receives a record there: these are ends of transactions, or records of aborted ones"
+        return pa.concat_tables([rows, _build_offset_rows(batch.source, holes, batch.time_us, HOLE, why)])
 
     def _advance(
         self,
@@ -279,21 +324,25 @@ def _read_next_offset(snapshot: Snapshot, table: str, source: SourcePartition) -
     return 0 if last is None else last + 1
 
 
-def _build_loss_rows(source: SourcePartition, lost: range, time_us: int) -> pa.Table:
-    if not lost:
+def _build_offset_rows(
+    source: SourcePartition, offsets: Sequence[range], time_us: int, reason: str, why: str
+) -> pa.Table:
+    """Return the one row that stands for runs of offsets whose records are not in the tables; none without offsets."""
+    runs = [run for run in offsets if run]
+    if not runs:
         return DEAD_LETTERS.empty_table()
-    detail = (
-        f"offsets {lost.start} to {lost.stop - 1}: the broker deleted {len(lost)} records before they were read; "
-        f"keep them longer with kafka.retention"
-    )
     row = {
         **dict.fromkeys(DEAD_LETTERS.names),
         "topic": source.topic,
         "partition": source.partition,
-        "offset": lost.start,
+        "offset": runs[0].start,
         "time": time_us,
         "day": day_of(time_us),
-        "reason": LOST_TO_RETENTION,
-        "detail": detail,
+        "reason": reason,
+        "detail": f"offsets {', '.join(f'{run.start} to {run.stop - 1}' for run in runs)}: {why}",
     }
     return pa.Table.from_pylist([row], schema=DEAD_LETTERS)
+
+
+def _deleted(lost: range) -> str:
+    return f"the broker deleted {len(lost)} records before they were read; keep them longer with kafka.retention"

@@ -171,6 +171,18 @@ def create(settings: Kafka, timeout_s: float = TIMEOUT_S) -> None:
         check_traces_topic(found[settings.traces_topic], settings)
 
 
+def check(settings: Kafka) -> None:
+    """Check that the traces topic on the broker loses no records.
+
+    Raises:
+        TopicError: the broker does not answer, or the topic is missing or unsuitable.
+    """
+    found = _describe_topics(connect(settings), declare_topics(settings)[:1])
+    if settings.traces_topic not in found:
+        raise TopicError(f"topic {settings.traces_topic} is missing on the broker; restart the stream to create it")
+    check_traces_topic(found[settings.traces_topic], settings)
+
+
 def check_traces_topic(found: Topic, settings: Kafka) -> None:
     """Check that no record can be lost unnoticed in a traces topic, and that it accepts all records.
 

@@ -245,7 +245,8 @@ def _count_chunks(tables: DeltaLog, since: datetime | None) -> ChunkCounts:
 def _count_dead_letters(tables: DeltaLog, since: datetime | None) -> dict[str, int]:
     rows = _query_rows(
         tables,
-        f"select reason, count(*) as letters from dead_letters where {_since(since)} group by 1 order by 2 desc, 1",  # noqa: S608 - names of columns
+        f"select reason, count(*) as letters from dead_letters where reason <> 'hole' and {_since(since)} "  # noqa: S608 - names of columns
+        f"group by 1 order by 2 desc, 1",
     )
     return {row["reason"]: row["letters"] for row in rows}
 

@@ -2,12 +2,12 @@
 
 Faust only delivers records. ``offsets`` decides which of them are written, ``batches`` builds their rows, and
 ``writer`` commits the rows. Faust is known to skip records and to stop delivering. Skipped records show as a gap in the
-offsets. A worker that makes no progress while records wait ends itself, so that its supervisor restarts it. Three tasks
-run side by side::
+offsets. A second consumer shows whether a gap is a hole, where no consumer receives a record. A worker that makes no
+progress while records wait ends itself, so that its supervisor restarts it. Three tasks run side by side::
 
     _read      Faust ──▶ buffer       waits while the buffer is full
-    _commit    buffer ──▶ writer      waits while the tables are slow; seeks back after a gap
-    watch      broker ──▶ progress    seeks again for records that do not arrive; the process ends without it
+    _commit    buffer ──▶ writer      waits while the tables are slow; passes holes, and seeks back after other gaps
+    watch      broker ──▶ progress    does the same where no record arrives; the process ends without it
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from faust.types import TP, AppT, EventT, StreamT
 
 from pipeline import topics
 from pipeline.batches import Record
-from pipeline.broker import BrokerUnreachableError, Watermarks
+from pipeline.broker import BrokerUnreachableError, RecordProbe, TopicError, Watermarks
 from pipeline.consumer import BUFFER_BYTES, COMMIT_BYTES, RecordBuffer, check_connection, create_app
 from pipeline.delta import DeltaLog
 from pipeline.health import (
@@ -40,7 +40,7 @@ from pipeline.health import (
 )
 from pipeline.maintenance import MaintenanceThread
 from pipeline.metrics import StreamCounters, add_endpoints
-from pipeline.offsets import ForeignLogError, SourcePartition, find_lost_offsets
+from pipeline.offsets import ForeignLogError, LogRange, SourcePartition, find_gaps, find_lost_offsets
 from pipeline.writer import TableWriter
 from schemas.settings import Settings
 from schemas.status import StreamStatus
@@ -51,6 +51,8 @@ log = structlog.get_logger()
 SEEK_INTERVAL_S = 5.0
 """The consumer seeks to the next offset again if records wait and none arrives for so long."""
 SEEK_TIMEOUT_S = 30.0
+TOPIC_CHECK_S = 60.0
+"""A hole is passed only if the topic was found not to be compacted this recently."""
 
 
 class StreamWorker:
@@ -65,12 +67,14 @@ class StreamWorker:
         first = SourcePartition(settings.kafka.traces_topic, 0)
         self.maintenance = MaintenanceThread(settings.tables, lambda: first in self._progress.sources())
         self._watermarks = Watermarks(settings.kafka)
+        self._probe = RecordProbe(settings.kafka)
         stream = settings.stream
         self._buffer: RecordBuffer[EventT[bytes]] = RecordBuffer(
             stream.flush_records, COMMIT_BYTES, stream.flush_interval, BUFFER_BYTES
         )
         self._seek_offsets: dict[SourcePartition, int] = {}
         """Offset of the last seek after a gap."""
+        self._topic_checked = time.monotonic()
         self._broker_error: str | None = None
         self._unreachable_since: float | None = None
         self._joining_since: float | None = time.monotonic()
@@ -107,7 +111,7 @@ class StreamWorker:
 
     async def _read(self, stream: StreamT[bytes]) -> None:
         async for event in stream.noack().events():
-            self._progress.add_buffered(SourcePartition(*event.message.tp))
+            self._progress.add_buffered(SourcePartition(*event.message.tp), event.message.offset)
             await self._buffer.put(event, _to_record(event).size)
 
     async def _commit(self) -> None:
@@ -116,7 +120,7 @@ class StreamWorker:
                 events = await self._buffer.take_batch()
                 await self._write(events)
                 for event in events:
-                    self._progress.remove_buffered(SourcePartition(*event.message.tp))
+                    self._progress.remove_buffered(SourcePartition(*event.message.tp), event.message.offset)
         except Exception as error:  # noqa: BLE001 - without this task nothing is written: end the process after any error
             await self.app.crash(error)
 
@@ -131,7 +135,11 @@ class StreamWorker:
                 self.counters.records_deferred += 1
         for source in set(self._progress.without_offset()) & records.keys():
             await self._verify_offset(source)
-        result = await self._writer.write(records)
+        holes = {
+            source: await self._find_holes(source, [record.offset for record in delivered])
+            for source, delivered in records.items()
+        }
+        result = await self._writer.write(records, holes)
         for source, next_offset in result.next_offsets.items():
             self._progress.set_next_offset(source, next_offset)
         for event in events:
@@ -139,11 +147,34 @@ class StreamWorker:
                 event.ack()
         for source in result.gaps:
             if self._seek_offsets.get(source) != result.next_offsets[source]:
-                await self._seek_back(source)
+                await self._seek_back(source, await self._verify_offset(source))
 
-    async def _seek_back(self, source: SourcePartition) -> None:
+    async def _find_holes(self, source: SourcePartition, delivered: Sequence[int]) -> list[range]:
+        """Return the gaps before delivered records that are holes, up to the first one that is not."""
+        holes: list[range] = []
+        next_offset = self._progress.next_offset(source)
+        for gap in [] if next_offset is None else find_gaps(next_offset, delivered):
+            hole = range(gap.start, min(await self._find_record(source, gap.start), gap.stop))
+            holes.append(hole)
+            if hole != gap:
+                break
+        return holes
+
+    async def _find_record(self, source: SourcePartition, offset: int) -> int:
+        """Return the offset of the first record from ``offset`` on that a second consumer receives, or of the log's
+        end; ``offset`` itself while the broker does not answer, and if the topic has been compacted."""
+        try:
+            found = await asyncio.to_thread(self._probe.find_record, source, offset)
+            if found > offset and time.monotonic() > self._topic_checked + TOPIC_CHECK_S:
+                await asyncio.to_thread(topics.check, self.settings.kafka)
+                self._topic_checked = time.monotonic()
+        except (BrokerUnreachableError, TopicError) as error:
+            log.warning("probe_failed", partition=source.partition, why=str(error))
+            return offset
+        return found
+
+    async def _seek_back(self, source: SourcePartition, next_offset: int) -> None:
         """Move the consumer to the next offset of the tables."""
-        next_offset = await self._verify_offset(source)
         if TP(*source) not in self.app.consumer.assignment():
             return
         self._seek_offsets[source] = next_offset
@@ -163,14 +194,14 @@ class StreamWorker:
         """
         # The tables first: the log that is read afterwards is never older than their content.
         next_offset = await self._writer.next_offset(source)
-        start, end = await self._read_watermarks(source)
-        if find_lost_offsets(source, next_offset, start, end):
-            next_offset = await self._writer.record_loss(source, start)
-        self._progress.set_log_range(source, start, end)
+        log_range = await self._read_watermarks(source)
+        if find_lost_offsets(source, next_offset, log_range.start, log_range.end):
+            next_offset = await self._writer.record_loss(source, log_range.start)
+        self._progress.set_log(source, log_range)
         self._progress.set_next_offset(source, next_offset)
         return next_offset
 
-    async def _read_watermarks(self, source: SourcePartition) -> tuple[int, int]:
+    async def _read_watermarks(self, source: SourcePartition) -> LogRange:
         """Return the range of the broker's log as soon as the broker answers."""
         while True:
             try:
@@ -224,30 +255,42 @@ class StreamWorker:
             if self._unreachable_since is not None:
                 log.info("broker_reachable", after_s=round(time.monotonic() - self._unreachable_since))
             self._unreachable_since = self._broker_error = None
-            for source, (start, end) in watermarks.items():
-                self._progress.set_log_range(source, start, end)
+            for source, log_range in watermarks.items():
+                self._progress.set_log(source, log_range)
         if self._unreachable_since is not None and self._joining_since is not None:
             self._joining_since = time.monotonic()
-        if self._unreachable_since is not None or self._joining_since is not None or self._buffer.full:
+        if self._unreachable_since is not None or self._joining_since is not None:
             self._progress.reset_stalls()
+        elif self._buffer.full:
+            self._progress.postpone_stalls(time.monotonic() - self._last_watched)
 
     async def _recover(self) -> None:
-        """Read the next offsets that are unknown, and seek back for records that do not arrive."""
+        """Read the next offsets that are unknown, and advance partitions whose next record does not arrive."""
         try:
             for source in self._progress.unverified():
                 await self._verify_offset(source)
             for source in self._progress.stalled(SEEK_INTERVAL_S):
-                await self._seek_back(source)
+                await self._advance(source)
         except ForeignLogError as error:
             await self.app.crash(error)
 
+    async def _advance(self, source: SourcePartition) -> None:
+        """Pass a hole at the next offset, or seek back to it."""
+        next_offset = await self._verify_offset(source)
+        end = await self._find_record(source, next_offset)
+        if end > next_offset:
+            self._progress.set_next_offset(source, await self._writer.record_hole(source, range(next_offset, end)))
+        else:
+            await self._seek_back(source, next_offset)
+
     def _health(self) -> HealthSnapshot:
-        now = time.monotonic()
+        now, sources = time.monotonic(), self._progress.sources()
         return HealthSnapshot(
             unwatched_s=now - self._last_watched,
             joining_s=0.0 if self._joining_since is None else now - self._joining_since,
             writing_s=self._writer.attempt_s,
-            stalled_s={source.partition: self._progress.stalled_s(source) for source in self._progress.sources()},
+            stalled_s={source.partition: self._progress.stalled_s(source) for source in sources},
+            transaction_s={source.partition: self._progress.transaction_s(source) for source in sources},
             without_offset=tuple(source.partition for source in self._progress.without_offset()),
             error=self._writer.error or self._broker_error,
         )

@@ -11,7 +11,8 @@ from typing import TypeVar
 
 import structlog
 
-from pipeline.batches import BuiltBatch, Record, build
+from pipeline.batches import BuiltBatch, Record, build, build_unread
+from pipeline.crashes import MAX_CRASHES, CrashCounter
 from pipeline.deduplication import Deduplicator
 from pipeline.delta import DeltaLog, TableError
 from pipeline.drift.monitor import DriftEventProducer, DriftMonitor
@@ -67,6 +68,7 @@ class TableWriter:
         self.drift = DriftMonitor(settings.drift, tables, DriftEventProducer(settings.kafka))
         self._deduplicator = Deduplicator(tables, settings.stream.duplicate_window)
         self._claims = ClaimStore(settings.traces)
+        self._crashes = CrashCounter(tables, settings.stream.flush_records)
         self._context_tokens = settings.stream.context_tokens
         self._thread = ThreadPoolExecutor(1, "tables")
         self._attempt_started: float | None = None
@@ -77,13 +79,19 @@ class TableWriter:
         started = self._attempt_started
         return 0.0 if started is None else time.monotonic() - started
 
-    async def write(self, records: Mapping[SourcePartition, Sequence[Record]]) -> WriteResult:
-        """Write the selected ones of these records. Return when the tables contain them."""
-        return await self._retry(lambda: self._write(records))
+    async def write(
+        self, records: Mapping[SourcePartition, Sequence[Record]], holes: Mapping[SourcePartition, Sequence[range]]
+    ) -> WriteResult:
+        """Write the selected ones of these records, and record the holes between them. Return when the tables do."""
+        return await self._retry(lambda: self._write(records, holes))
 
     async def next_offset(self, source: SourcePartition) -> int:
-        """Return the next offset of a partition."""
-        return await self._retry(lambda: self._committer.next_offset(source))
+        """Return the next offset of a partition, as the tables have it."""
+        return await self._retry(lambda: self._read_next_offset(source))
+
+    async def record_hole(self, source: SourcePartition, hole: range) -> int:
+        """Record a hole at the next offset that no record follows yet. Return the next offset after it."""
+        return await self._retry(lambda: self._record_hole(source, hole))
 
     async def record_loss(self, source: SourcePartition, log_start: int) -> int:
         """Record the offsets before ``log_start`` that the broker deleted unread. Return the next offset after them."""
@@ -104,10 +112,40 @@ class TableWriter:
         self._thread.shutdown()
         self.drift.close()
 
-    def _write(self, records: Mapping[SourcePartition, Sequence[Record]]) -> WriteResult:
-        """Select, build and commit."""
+    def _write(
+        self, records: Mapping[SourcePartition, Sequence[Record]], holes: Mapping[SourcePartition, Sequence[range]]
+    ) -> WriteResult:
+        """Write the records together, or one by one where workers have ended."""
+        gaps: set[SourcePartition] = set()
+        for part in self._split(records):
+            before = {source: self._committer.next_offset(source) for source in part}
+            try:
+                gaps |= self._write_part(part, holes)
+            except Exception:
+                self._crashes.fail(part)
+                raise
+            self._crashes.pass_(source for source in part if self._committer.next_offset(source) > before[source])
+        return WriteResult({source: self._committer.next_offset(source) for source in records}, tuple(sorted(gaps)))
+
+    def _split(
+        self, records: Mapping[SourcePartition, Sequence[Record]]
+    ) -> Iterator[Mapping[SourcePartition, Sequence[Record]]]:
+        for source in records:
+            self._crashes.begin(source, self._committer.next_offset(source))
+        if together := {s: of_source for s, of_source in records.items() if not self._crashes.is_careful(s)}:
+            yield together
+        for source in records.keys() - together.keys():
+            for record in records[source]:
+                self._crashes.begin(source, self._committer.next_offset(source))
+                yield {source: [record]}
+
+    def _write_part(
+        self, records: Mapping[SourcePartition, Sequence[Record]], holes: Mapping[SourcePartition, Sequence[range]]
+    ) -> set[SourcePartition]:
+        """Select, build and commit. Return the partitions with a gap."""
+        starts = {source: self._committer.next_offset(source) for source in records}
         selections = {
-            source: select_records(self._committer.next_offset(source), [record.offset for record in delivered])
+            source: select_records(starts[source], [record.offset for record in delivered], holes[source])
             for source, delivered in records.items()
         }
         selected = {
@@ -116,26 +154,48 @@ class TableWriter:
             if selection.selected
         }
         started = time.time()
-        built = {source: self._build(source, of_source) for source, of_source in selected.items()}
+        built = {source: self._build(source, starts[source], of_source) for source, of_source in selected.items()}
         if built:
-            self._committer.commit([Batch(source, selected[source][-1].offset, built[source].rows) for source in built])
-            self._counters.commits += 1
-            self._counters.last_commit_time = time.time()
+            self._commit(
+                [
+                    Batch(source, selected[source][-1].offset, batch.rows, selections[source].holes, _now_us())
+                    for source, batch in built.items()
+                ]
+            )
             versions = {name: self._tables.snapshot_version(name) for name in COMMIT_ORDER}
             for span in _build_spans(selected, versions, self._group_id, started, time.time()):
                 spans.record(span)
         for source, batch in built.items():
             self._count(selected[source], batch)
-            first, last = selected[source][0].offset, selected[source][-1].offset
-            self._deduplicator.advance(source, last + 1, batch.written)
-            self.drift.observe(source, range(first, last + 1), batch.rows["traces"])
+            offsets = range(starts[source], selected[source][-1].offset + 1)
+            self._deduplicator.advance(source, offsets.stop, batch.written)
+            self.drift.observe(source, offsets, batch.rows["traces"])
         self._counters.records_skipped += sum(selection.skipped for selection in selections.values())
         self._counters.records_deferred += sum(selection.deferred for selection in selections.values())
-        next_offsets = {source: self._committer.next_offset(source) for source in records}
-        return WriteResult(next_offsets, tuple(source for source, selection in selections.items() if selection.has_gap))
+        return {source for source, selection in selections.items() if selection.has_gap}
 
-    def _build(self, source: SourcePartition, records: Sequence[Record]) -> BuiltBatch:
-        window = self._deduplicator.window(source, records[0].offset)
+    def _commit(self, batches: Sequence[Batch]) -> None:
+        self._committer.commit(batches)
+        self._counters.commits += 1
+        self._counters.last_commit_time = time.time()
+        self._counters.hole_offsets += sum(len(hole) for batch in batches for hole in batch.holes)
+
+    def _read_next_offset(self, source: SourcePartition) -> int:
+        self._committer.invalidate([source])
+        return self._committer.next_offset(source)
+
+    def _record_hole(self, source: SourcePartition, hole: range) -> int:
+        if hole.start == self._committer.next_offset(source):
+            rows = build((), self._context_tokens).rows
+            self._commit([Batch(source, hole.stop - 1, rows, (hole,), _now_us())])
+        return self._committer.next_offset(source)
+
+    def _build(self, source: SourcePartition, next_offset: int, records: Sequence[Record]) -> BuiltBatch:
+        window = self._deduplicator.window(source, next_offset)
+        crashes = self._crashes.begin(source, next_offset)
+        if crashes >= MAX_CRASHES:
+            log.error("record_ends_workers", partition=source.partition, offset=records[0].offset, crashes=crashes)
+            return build_unread(records[0], crashes)
         return build(records, self._context_tokens, self._claims.get, window)
 
     def _count(self, records: Sequence[Record], batch: BuiltBatch) -> None:
@@ -148,7 +208,7 @@ class TableWriter:
         next_offset = self._committer.next_offset(source)
         lost = find_lost_offsets(source, next_offset, log_start, max(log_start, next_offset))
         if lost:
-            self._committer.record_loss(source, lost, time.time_ns() // 1000)
+            self._committer.record_loss(source, lost, _now_us())
             self._counters.records_lost += len(lost)
             log.error("records_lost_to_retention", partition=source.partition, first=lost.start, records=len(lost))
         return self._committer.next_offset(source)
@@ -178,6 +238,10 @@ class TableWriter:
             return work()
         finally:
             self._attempt_started = None
+
+
+def _now_us() -> int:
+    return time.time_ns() // 1000
 
 
 def _build_spans(

@@ -23,7 +23,7 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer
 from pipeline.broker import TopicError, client_config, connect
 from pipeline.dead_letters.reasons import DUPLICATE
 from pipeline.delta import DeltaLog, escape_sql
-from pipeline.offsets import LOST_TO_RETENTION
+from pipeline.offsets import HOLE, LOST_TO_RETENTION, SKIPPED
 from schemas.batches import REPLAYS
 from schemas.errors import UserError
 from schemas.settings import Kafka
@@ -32,6 +32,11 @@ REPLAY_OF = "replay-of"
 """Header of a replayed record: the address of its dead letter."""
 PERMANENT = frozenset({DUPLICATE, "empty", "truncated", "corrupt"})
 """Reasons that no setting and no other worker version can resolve."""
+_NEVER_READ = {
+    LOST_TO_RETENTION: "lost to retention before they were read",
+    SKIPPED: "skipped before they were read",
+    HOLE: "offsets without a record",
+}
 BATCH_RECORDS = 64
 """Dead letters that are read and published together."""
 BATCH_BYTES = 16 << 20
@@ -180,9 +185,10 @@ class DeadLetterQueue:
         return dead_letters
 
     def read_contents(self, addresses: Sequence[RecordAddress]) -> dict[RecordAddress, RecordContent]:
-        """Return the content of dead letters. A loss has no content and is not in the result."""
+        """Return the content of dead letters. Records that were never read are not in the result."""
         columns = 'topic, partition, "offset", key, value, headers'
-        where = f"{_condition(DeadLetterFilter(tuple(addresses)))} and reason <> {_quote(LOST_TO_RETENTION)}"
+        never_read = ", ".join(map(_quote, _NEVER_READ))
+        where = f"{_condition(DeadLetterFilter(tuple(addresses)))} and reason not in ({never_read})"
         rows = self._select(f"select {columns} from dead_letters where {where}")  # noqa: S608 - quoted
         return {
             _address(row): RecordContent(
@@ -233,8 +239,8 @@ class DeadLetterQueue:
 
 
 def _exclusion_reason(dead_letter: DeadLetter, *, named: bool, again: bool) -> str | None:
-    if dead_letter.reason == LOST_TO_RETENTION:
-        return "lost to retention before they were read, so there is nothing to publish"
+    if dead_letter.reason in _NEVER_READ:
+        return f"{_NEVER_READ[dead_letter.reason]}, so there is nothing to publish"
     if dead_letter.size is None:
         return "without a value"
     if dead_letter.replays and not again:
@@ -258,6 +264,8 @@ def _condition(wanted: DeadLetterFilter) -> str:
         )
     if wanted.reason is not None:
         conditions.append(f"reason = {_quote(wanted.reason)}")
+    elif not wanted.addresses:
+        conditions.append(f"reason <> {_quote(HOLE)}")  # nothing is missing there, and there may be many
     if wanted.since is not None:
         conditions.append(f"time >= to_timestamp_micros({round(wanted.since.timestamp() * 1e6)})")
         conditions.append(f"day >= {_quote(f'{wanted.since.astimezone(UTC):%Y-%m-%d}')}")

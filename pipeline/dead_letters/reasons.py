@@ -48,6 +48,10 @@ REASONS = {
         "The speculator line cannot be the name of a folder.",
         "Correct it in the engine that writes these traces: letters, digits, dot, dash and underscore, at most 128.",
     ),
+    "bad_header": Reason(
+        "The name of a header is not UTF-8. The dead letter has the name with escapes.",
+        "Find the other producer of the topic, or the process that rewrites headers between node and worker.",
+    ),
     "header_mismatch": Reason("A header contradicts the envelope of its record.", _REWRITTEN),
     "wrong_count": Reason("The header rows differs from the number of verify steps in the record.", _REWRITTEN),
     "contradiction": Reason(
@@ -59,7 +63,11 @@ REASONS = {
         "A feature, log-probability or sampling parameter is infinite or NaN, or a time is out of range.",
         "Check the target on that node: its states overflow, or its weights are damaged. For a time, check its clock.",
     ),
-    "too_large": Reason("A number does not fit into its column, or the features exceed the size of a row.", _REPORT),
+    "too_large": Reason(
+        "A number does not fit into its column, the features exceed the size of a row, or the record becomes far "
+        "larger when it is decompressed.",
+        _REPORT,
+    ),
     "claim_foreign": Reason(
         "The claim check names a file outside the claim store of this worker.",
         "Set traces.claim_check_uri of nodes and workers to the same address, then replay the dead letters.",
@@ -79,6 +87,18 @@ REASONS = {
     "lost_to_retention": Reason(
         "The broker deleted records before a worker had read them. The detail says which.",
         "Raise kafka.retention above the longest outage of the workers. The records are lost.",
+    ),
+    "skipped": Reason(
+        "A person moved the stream past the record with `aurora stream skip`. The detail says who and why.",
+        "Read the record from the broker while it is kept there, if it is needed.",
+    ),
+    "hole": Reason(
+        "No consumer receives a record at these offsets: a transaction ended there, or was aborted.",
+        "Do nothing: no record is missing.",
+    ),
+    "crash": Reason(
+        "Workers ended again and again while they handled this record, so it was not read.",
+        "Look for the cause in the ends of their logs and in their memory limit. Replay it after a fix.",
     ),
     UNREADABLE: Reason(
         "Reading the record failed with an unexpected error.",

@@ -8,6 +8,7 @@ chunk as ``VerifyStep`` objects, for readers of single steps.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from pydantic import ValidationError
 
+from schemas.trace.ipc_sizes import declared_bytes
 from schemas.trace.record import (
     ADDED_COLUMNS,
     CHECKSUM_BYTES,
@@ -35,6 +37,9 @@ Bools = npt.NDArray[np.bool_]
 Ints = npt.NDArray[np.int64]
 Array = npt.NDArray[Any]
 
+MAX_CHUNK_BYTES = 256 << 20
+"""Size of a chunk after decompression. A node cuts chunks by their size before compression, at
+``kafka.max_message_bytes``."""
 _LENGTH_BOUND = 2**31
 """Replaces larger numbers of an envelope; no list is as long."""
 _NO_VALUE = -2
@@ -56,7 +61,8 @@ def open_chunk(value: bytes) -> OpenedChunk:
     """Return a chunk with its rows in Arrow columns.
 
     Raises:
-        TraceError: the bytes were truncated or altered, have another format, or the envelope is invalid.
+        TraceError: the bytes were truncated or altered, have another format, are too large when decompressed, or the
+            envelope is invalid.
     """
     if len(value) <= CHECKSUM_BYTES:
         raise TraceError("truncated", f"{len(value)} bytes are too few for a trace chunk")
@@ -64,11 +70,13 @@ def open_chunk(value: bytes) -> OpenedChunk:
     if checksum(stream) != value[-CHECKSUM_BYTES:]:
         raise TraceError("corrupt", f"checksum mismatch: the {len(value)} bytes were truncated or altered")
     try:
+        if (size := declared_bytes(stream)) > MAX_CHUNK_BYTES:
+            raise TraceError("too_large", f"{len(value)} bytes become {size} when decompressed, over {MAX_CHUNK_BYTES}")
         with pa.ipc.open_stream(stream, options=_SINGLE_THREADED) as reader:
             schema, batches = reader.schema, list(reader)
         for batch in batches:
             batch.validate(full=True)
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowInvalid, OSError, struct.error) as error:
         raise TraceError("not_arrow", f"not an Arrow stream: {error}") from error
     metadata = schema.metadata or {}
     if metadata.get(b"format") != FORMAT.encode():

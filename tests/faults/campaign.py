@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import count
 from pathlib import Path
 from signal import SIGKILL
 from threading import Event
@@ -16,13 +17,14 @@ from threading import Event
 from comparison import ComparisonResult, compare
 from deltalake import DeltaTable
 from restarted_worker import NO_VARIABLES, TIMEOUT_S, RestartedWorker
-from stream_worker import Publisher, rows_of_records, wait_until
+from stream_worker import Ledger, Publisher, rows_of_records, transactional_publisher, wait_until
 from traffic import MESSAGE_FAULTS, Traffic
 
 from pipeline import topics
 from pipeline.delta import DeltaLog
 from pipeline.offsets import COMMIT_ORDER, SourcePartition, transaction_id
 from schemas.settings import Settings
+from schemas.trace.record import Chunk
 
 FAULT_RATIO = 0.02
 FAULTS = (
@@ -42,6 +44,10 @@ FAULTS = (
     *MESSAGE_FAULTS,
     "clock jumped",
     "node with a wrong clock",
+    "transaction committed",
+    "transaction aborted",
+    "record that decompresses to a gigabyte",
+    "record that ends every worker",
 )
 
 
@@ -68,6 +74,18 @@ class Tally:
             f"dead letters {rows['dead_letters']:,} with {rows['rows_in_dead_letters']:,} rows, "
             f"lost {rows['lost']:,}, duplicated {rows['duplicated']:,}"
         )
+
+
+@contextmanager
+def _running(work: Callable[[], None], over: Event) -> Iterator[None]:
+    """Run ``work`` on a thread while the block runs; at its end set ``over``, wait, and raise the thread's error."""
+    with ThreadPoolExecutor(1) as threads:
+        done = threads.submit(work)
+        try:
+            yield
+        finally:
+            over.set()
+            done.result()
 
 
 class Campaign:
@@ -107,6 +125,11 @@ class Campaign:
         """Number of faulty messages by fault."""
         return self._traffic.message_faults
 
+    @property
+    def ledger(self) -> Ledger:
+        """The records that the broker acknowledged."""
+        return self._publisher.ledger
+
     def inject(self, fault: str) -> None:
         """Count and print an injected fault."""
         self.faults[fault] += 1
@@ -114,11 +137,11 @@ class Campaign:
 
     @contextmanager
     def worker(
-        self, settings: Settings | None = None, variables: Mapping[str, str] = NO_VARIABLES
+        self, settings: Settings | None = None, variables: Mapping[str, str] = NO_VARIABLES, before: str = ""
     ) -> Iterator[RestartedWorker]:
-        """Run a worker, and restart it whenever it ends, until the block ends."""
+        """Run a worker, and restart it whenever it ends, until the block ends. ``before`` is as for ``worker``."""
         number = len(self._workers)
-        worker = RestartedWorker(settings or self.settings, self._folder / f"worker-{number}.log", variables)
+        worker = RestartedWorker(settings or self.settings, self._folder / f"worker-{number}.log", variables, before)
         self._workers.append(worker)
         try:
             yield worker
@@ -138,13 +161,34 @@ class Campaign:
                 over.wait(pause_s)
             self._traffic.close()
 
-        with ThreadPoolExecutor(1) as threads:
-            done = threads.submit(publish)
-            try:
+        with _running(publish, over):
+            yield
+
+    def send_poison(self, fault: str, made: Chunk, value: bytes, reason: str) -> None:
+        """Send a record under the key and headers of a chunk. It becomes a dead letter with a reason."""
+        self._publisher.send(made, value, reason)
+        self.inject(fault)
+
+    @contextmanager
+    def transactions(self, pause_s: float = 0.1) -> Iterator[None]:
+        """Publish one transaction after the other until the block ends. Every second one is aborted."""
+        over = Event()
+        publisher = transactional_publisher(self.settings)
+
+        def publish() -> None:
+            for number in count():
+                aborted = number % 2 == 1
+                with publisher.transaction(abort=aborted):
+                    publisher.send_many(range(5 * number, 5 * number + 5))
+                self.faults["transaction aborted" if aborted else "transaction committed"] += 1
+                if over.wait(pause_s):
+                    return
+
+        try:
+            with _running(publish, over):
                 yield
-            finally:
-                over.set()
-                done.result()
+        finally:
+            self.ledger.records += publisher.ledger.records
 
     def has_torn_commit(self) -> bool:
         """Return whether the tables contain a partition up to different offsets."""

@@ -32,12 +32,14 @@ class RestartedWorker:
     kill are missing.
     """
 
-    def __init__(self, settings: Settings, log: Path, variables: Mapping[str, str] = NO_VARIABLES) -> None:
+    def __init__(
+        self, settings: Settings, log: Path, variables: Mapping[str, str] = NO_VARIABLES, before: str = ""
+    ) -> None:
         self.log = log
         self.counts: Counter[str] = Counter()
         self.status: StreamStatus | None = None
         """Last status of the running process."""
-        self._settings, self._variables = settings, variables
+        self._settings, self._variables, self._before = settings, variables, before
         self._process: subprocess.Popen[bytes] | None = None
         self._signalled = self._ended = False
         self._thread = threading.Thread(target=self._run, name="worker")
@@ -85,7 +87,7 @@ class RestartedWorker:
             self.status, self._signalled = None, False
             self.counts["starts"] += 1
             last: StreamStatus | None = None
-            with worker(self._settings, self.log, self._variables) as self._process:
+            with worker(self._settings, self.log, self._variables, before=self._before) as self._process:
                 while self._process.poll() is None:
                     last = self.status = self._read_status() or last
                     time.sleep(POLL_S)

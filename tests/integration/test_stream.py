@@ -10,19 +10,35 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
+import pyarrow.compute as pc
 import pytest
+import raw_batches
 from confluent_kafka import Consumer, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient  # type: ignore[attr-defined]  # re-exported without saying so
-from stream_worker import Publisher, chunk, claimed_chunks, rows_of_records, stream_settings, wait_until, worker
+from stream_worker import (
+    Publisher,
+    chunk,
+    claimed_chunks,
+    offsets_never_read,
+    offsets_without_record,
+    rows_of_records,
+    stream_settings,
+    transactional_publisher,
+    wait_until,
+    worker,
+)
+from typer.testing import CliRunner
 
+from ops.cli.main import app
 from pipeline import topics
 from pipeline.batches import build
 from pipeline.deduplication import DeduplicationWindow
 from pipeline.delta import DeltaLog
-from pipeline.offsets import LOST_TO_RETENTION
+from pipeline.offsets import HOLE, LOST_TO_RETENTION, NEVER_READ, SKIPPED
 from schemas.claim_store import ClaimStore
-from schemas.settings import Settings, Traces
+from schemas.settings import Settings, Traces, to_environ
 from schemas.status import StreamStatus
+from schemas.trace import record as trace
 from schemas.trace.record import Chunk, encode
 
 
@@ -60,6 +76,8 @@ class Stage:
         )
         for name, rows in build(records, self.settings.stream.context_tokens, claimed, known).rows.items():
             stored = self.tables.read(name).sort_by([("partition", "ascending"), ("offset", "ascending")])
+            if name == "dead_letters":
+                stored = stored.filter(~pc.field("reason").isin(NEVER_READ))
             assert stored.equals(rows), name
 
 
@@ -138,6 +156,113 @@ def test_records_lost_to_retention_are_counted_and_recorded_as_dead_letters(stag
     assert sorted((row["partition"], row["offset"]) for row in offsets) == [
         (p, offset) for p in stage.partitions() for offset in range(deleted[p], stage.end(p))
     ]
+
+
+UNREACHABLE_PROBE = """
+from pipeline import broker, health
+def fail(*_):
+    raise broker.BrokerUnreachableError("no answer")
+broker.RecordProbe.find_record = fail
+health.PROGRESS_TIMEOUT_S = 4.0
+"""
+
+
+def test_holes_of_transactions_are_passed_and_recorded_while_traffic_continues(stage: Stage) -> None:
+    publisher = transactional_publisher(stage.settings)
+    with worker(stage.settings, stage.log) as process:
+        for number in range(12):
+            with publisher.transaction(abort=number % 3 == 1):
+                publisher.send_many(range(10 * number, 10 * number + 6))
+            stage.publisher.send_many(range(10 * number + 6, 10 * number + 9))
+        stage.publisher.ledger.records += publisher.ledger.records
+        records = stage.publisher.ledger.records
+        assert stage.stored(len(records)), stage.log.read_text()[-5_000:]
+        assert wait_until(lambda: sum(p.lag for p in stage.status().partitions) == 0, 30), stage.status()
+        status = stage.status()
+        assert process.poll() is None
+    expected = offsets_without_record(stage.settings, stage.publisher.ledger)
+    assert len(expected) > 24
+    assert offsets_never_read(stage.tables, HOLE) == expected
+    assert (status.hole_offsets, status.records_lost, status.not_live) == (len(expected), 0, [])
+    assert not status.dead_letters
+    stage.assert_equal_to_the_ledger()
+
+
+def test_records_behind_an_open_transaction_wait_and_are_counted_as_lag(stage: Stage) -> None:
+    publisher = transactional_publisher(stage.settings)
+    stage.publisher.send_many(range(10))
+    with worker(stage.settings, stage.log):
+        assert stage.stored(10), stage.log.read_text()[-5_000:]
+        with publisher.transaction():
+            publisher.send_many(range(10, 50))
+            stage.publisher.send_many(range(50, 90))
+            assert wait_until(lambda: sum(p.lag for p in stage.status().partitions) == 80, 30), stage.status()
+            assert wait_until(lambda: all(p.transaction_s > 1 for p in stage.status().partitions), 30)
+            assert [p.stalled_s for p in stage.status().partitions] == [0] * len(stage.partitions())
+            assert rows_of_records(stage.tables) == 10
+        assert stage.stored(90), stage.log.read_text()[-5_000:]
+    stage.publisher.ledger.records += publisher.ledger.records
+    stage.assert_equal_to_the_ledger()
+
+
+def test_worker_that_cannot_pass_an_offset_is_not_live_until_a_person_skips_it(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in to_environ(stage.settings).items():
+        monkeypatch.setenv(name, value)
+    publisher = transactional_publisher(stage.settings)
+    first = chunk(0, np.random.default_rng(0))
+    with publisher.transaction():
+        publisher.send(first, encode(first))
+    stage.publisher.send(first, encode(first), "duplicate")
+    stage.publisher.flush()
+    (record,) = publisher.ledger.records
+    number = 1
+    with worker(stage.settings, stage.log, before=UNREACHABLE_PROBE):
+        assert stage.stored(1), stage.log.read_text()[-5_000:]
+
+        def not_live_while_traffic_continues() -> bool:
+            nonlocal number
+            stage.publisher.send_many(range(number, number + 5))
+            number += 5
+            return any(f"partition {record.partition}:" in problem for problem in stage.status().not_live)
+
+        assert wait_until(not_live_while_traffic_continues, 30), stage.status()
+        address = f"{record.topic}/{record.partition}/{record.offset}"
+        refused = CliRunner().invoke(app, ["stream", "skip", address, "--why", "a test"])
+        assert refused.exit_code == 2
+        assert f"the next offset of this partition is {record.offset + 1}" in refused.output
+        address = f"{record.topic}/{record.partition}/{record.offset + 1}"
+        skipped = CliRunner().invoke(app, ["stream", "skip", address, "--why", "a test"])
+        assert skipped.exit_code == 0, skipped.output
+        stage.publisher.ledger.records += publisher.ledger.records
+        assert stage.stored(len(stage.publisher.ledger.records)), stage.log.read_text()[-5_000:]
+        assert wait_until(lambda: not stage.status().not_live, 20), stage.status()
+    assert offsets_never_read(stage.tables, SKIPPED) == [(record.partition, record.offset + 1)]
+    details = stage.tables.read("dead_letters").filter(pc.field("reason") == SKIPPED)["detail"].to_pylist()
+    assert [detail.endswith(": a test") for detail in details] == [True]
+    stage.assert_equal_to_the_ledger()
+
+
+def test_record_with_a_header_name_that_is_not_utf8_is_a_dead_letter_and_those_behind_it_arrive(stage: Stage) -> None:
+    made = [chunk(request, np.random.default_rng(request)) for request in range(3)]
+
+    def headers(one: Chunk) -> raw_batches.Headers:
+        names = {"content-type": trace.CONTENT_TYPE, "schema": trace.fingerprint(), "rows": str(len(one.verify_steps))}
+        names |= {raw_batches.PLACEHOLDER: ""} if one is made[1] else {}
+        return [(name, text.encode()) for name, text in names.items()]
+
+    kafka, records = stage.settings.kafka, [(b"key", encode(one), headers(one)) for one in made]
+    raw_batches.send(kafka.bootstrap_servers, kafka.traces_topic, 0, records)
+    with worker(stage.settings, stage.log) as process:
+        assert stage.stored(3), stage.log.read_text()[-5_000:]
+        stage.publisher.send_many(range(3, 40))
+        assert stage.stored(40), stage.log.read_text()[-5_000:]
+        assert process.poll() is None
+    (letter,) = stage.tables.read("dead_letters").to_pylist()
+    assert (letter["partition"], letter["offset"], letter["reason"]) == (0, 1, "bad_header")
+    assert letter["value"] == encode(made[1])
+    assert letter["headers"][-1]["name"] == r"\xff\xfe" * 8
 
 
 def test_worker_waits_while_a_table_cannot_be_written(stage: Stage) -> None:

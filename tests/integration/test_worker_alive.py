@@ -158,7 +158,7 @@ def test_worker_with_a_hanging_reader_is_not_live_and_ends_itself(stage: Stage) 
         return hanging.answer("/live") == 503 and bool(statuses[-1].not_live)
 
     assert wait_until(not_live, 60), stage.read_log()
-    assert "records wait and none has arrived" in statuses[-1].not_live[0]
+    assert "records wait, and the next offset has not moved" in statuses[-1].not_live[0]
     assert hanging.process.wait(60) == 1
     stage.start()
     assert stage.stored(30), stage.read_log()

@@ -3,11 +3,14 @@
     python -P foreign_readers.py READER VERSION OUT
 
 writes what each of the reader's parameters and vocabulary tables holds then to OUT (safetensors). A parameter that the
-reader makes and no tensor of the version reaches is NaN.
+reader makes and no tensor of the version reaches is NaN. Two readers write a folder of their own beside the version:
+``speculators`` what it converts to ``converted``, ``specforge`` what it saves to ``saved``. ``exported`` reads the
+folder of that name beside the version, which is in the layout of speculators.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 from collections.abc import Callable
@@ -26,13 +29,27 @@ def speculators(version: Path, target: Path) -> dict[str, Tensor]:
     from speculators import SpeculatorModel
     from speculators.convert.entrypoints import convert_model
 
-    with tempfile.TemporaryDirectory() as converted:
-        # Aurora's layers are numbered by their outputs, speculators' by how many layers have run.
-        layers = [i + 1 for i in AutoConfig.from_pretrained(version).eagle_config["eagle_aux_hidden_state_layer_ids"]]
-        convert_model(str(version), str(target), "eagle3", converted, eagle_aux_hidden_state_layer_ids=layers)
-        written = set(load_file(Path(converted) / "model.safetensors"))
-        read: Any = SpeculatorModel.from_pretrained(converted)
-    held = dict(read.state_dict())
+    converted = version.parent / "converted"
+    # Aurora's layers are numbered by their outputs, speculators' by how many layers have run.
+    layers = [i + 1 for i in AutoConfig.from_pretrained(version).eagle_config["eagle_aux_hidden_state_layer_ids"]]
+    convert_model(str(version), str(target), "eagle3", str(converted), eagle_aux_hidden_state_layer_ids=layers)
+    return _read_speculators(SpeculatorModel, converted)
+
+
+def exported(version: Path, target: Path) -> dict[str, Tensor]:
+    """The model that speculators trains, from a folder that was exported for it."""
+    from speculators import SpeculatorModel
+
+    folder = version.parent / "exported"
+    config = json.loads((folder / "config.json").read_text())
+    config["speculators_config"]["verifier"]["name_or_path"] = str(target)
+    (folder / "config.json").write_text(json.dumps(config))
+    return _read_speculators(SpeculatorModel, folder)
+
+
+def _read_speculators(model: Any, folder: Path) -> dict[str, Tensor]:
+    written = set(load_file(folder / "model.safetensors"))
+    held = dict(model.from_pretrained(str(folder)).state_dict())
     return {name: value if name in written else torch.full_like(value, torch.nan) for name, value in held.items()}
 
 
@@ -42,7 +59,10 @@ def specforge(version: Path, _target: Path) -> dict[str, Tensor]:
 
     model = blank(LlamaForCausalLMEagle3(AutoConfig.from_pretrained(version)))
     model.load_state_dict(load_file(version / "model.safetensors"), strict=False)
-    return dict(model.state_dict())
+    read = {name: value.clone() for name, value in model.state_dict().items()}
+    torch.nn.init.ones_(model.embed_tokens.weight)  # a trainer takes the target's
+    model.save_pretrained(version.parent / "saved")
+    return read
 
 
 def sglang(version: Path, _target: Path) -> dict[str, Tensor]:
@@ -77,6 +97,7 @@ def blank(model: Any) -> Any:
 
 READERS: dict[str, Callable[[Path, Path], dict[str, Tensor]]] = {
     "speculators": speculators,
+    "exported": exported,
     "specforge": specforge,
     "sglang": sglang,
 }

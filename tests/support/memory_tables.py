@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.offsets import COMMIT_ORDER, LOST_TO_RETENTION, ConflictError, SourcePartition
+from pipeline.offsets import COMMIT_ORDER, NEVER_READ, ConflictError, SourcePartition
 from schemas.batches import TABLES
 
 
@@ -37,12 +37,12 @@ class MemoryTable:
             rows += zip(commit["partition"].to_pylist(), commit["offset"].to_pylist(), reasons, strict=True)
         return rows
 
-    @property
-    def lost(self) -> list[range]:
-        """Return the recorded losses."""
-        details = [d or "" for c in self.commits if "detail" in c.column_names for d in c["detail"].to_pylist()]
-        matches = [re.match(r"offsets (\d+) to (\d+):", detail) for detail in details]
-        return [range(int(match[1]), int(match[2]) + 1) for match in matches if match]
+    def never_read(self, reason: str) -> list[int]:
+        """Return the offsets that were recorded with a reason of ``NEVER_READ``."""
+        letters = [row for commit in self.commits if "detail" in commit.column_names for row in commit.to_pylist()]
+        details = [row["detail"].split(":")[0] for row in letters if row["reason"] == reason]
+        runs = [map(int, run) for detail in details for run in re.findall(r"(\d+) to (\d+)", detail)]
+        return [offset for first, last in runs for offset in range(first, last + 1)]
 
 
 class MemorySnapshot:
@@ -74,7 +74,7 @@ class MemoryTables:
         return MemorySnapshot(self.tables[name], self)
 
     def offsets(self, name: str) -> list[int]:
-        return [offset for _, offset, reason in self.tables[name].rows if reason != LOST_TO_RETENTION]
+        return [offset for _, offset, reason in self.tables[name].rows if reason not in NEVER_READ]
 
     def read(self, name: str) -> pa.Table:
         return pa.concat_tables([TABLES[name].empty_table(), *self.tables[name].commits])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -15,10 +16,11 @@ from types import MappingProxyType
 
 import numpy as np
 from bfloat16 import to_bf16
-from confluent_kafka import KafkaError, Message, Producer
+from confluent_kafka import Consumer, KafkaError, Message, Producer, TopicPartition
 
 from pipeline.batches import Record
 from pipeline.delta import DeltaLog
+from pipeline.offsets import NEVER_READ
 from schemas.claim_store import ClaimStore
 from schemas.settings import Kafka, Settings, Stream, Tables, to_environ
 from schemas.trace import record as trace
@@ -146,7 +148,8 @@ def stream_settings(broker: str, folder: Path, port: int) -> Settings:
 class Publisher:
     """Sends records like a node."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, **options: object) -> None:
+        """Connect. ``options`` are those of librdkafka's producer."""
         self.ledger = Ledger()
         self._topic = settings.kafka.traces_topic
         self._producer = Producer(
@@ -155,8 +158,22 @@ class Publisher:
                 "bootstrap.servers": settings.kafka.bootstrap_servers,
                 "enable.idempotence": True,
                 "log_level": 0,
+                **options,
             }
         )
+
+    @contextmanager
+    def transaction(self, *, abort: bool = False) -> Iterator[None]:
+        """Send what the block sends in one transaction. The records of an aborted one are not in the ledger."""
+        kept = len(self.ledger.records)
+        self._producer.begin_transaction()
+        yield
+        self.flush()
+        if abort:
+            self._producer.abort_transaction()
+            del self.ledger.records[kept:]
+        else:
+            self._producer.commit_transaction()
 
     def send(self, made: Chunk, value: bytes | None, reason: str = "", time_ms: int = 0) -> None:
         """Send ``value`` under the key and headers of a chunk.
@@ -217,9 +234,37 @@ def worker(
             process.wait()
 
 
+def transactional_publisher(settings: Settings) -> Publisher:
+    """Return a publisher whose records are sent in transactions."""
+    made = Publisher(settings, **{"transactional.id": f"publisher-{settings.stream.group_id}"})
+    made._producer.init_transactions(30)
+    return made
+
+
 def rows_of_records(tables: DeltaLog) -> int:
     """Return the number of records in the tables: each has one row in one of two tables."""
-    return tables.row_count("accepted") + tables.row_count("dead_letters")
+    letters = tables.read("dead_letters", ["reason"])["reason"].to_pylist()
+    return tables.row_count("accepted") + sum(reason not in NEVER_READ for reason in letters)
+
+
+def offsets_never_read(tables: DeltaLog, reason: str) -> list[tuple[int, int]]:
+    """Return partition and offset of what the tables record with a reason of ``NEVER_READ``, in order."""
+    return sorted(
+        (row["partition"], offset)
+        for row in tables.read("dead_letters", ["partition", "reason", "detail"]).to_pylist()
+        if row["reason"] == reason
+        for first, last in re.findall(r"(\d+) to (\d+)", row["detail"].split(":")[0])
+        for offset in range(int(first), int(last) + 1)
+    )
+
+
+def offsets_without_record(settings: Settings, ledger: Ledger) -> list[tuple[int, int]]:
+    """Return partition and offset of everything in the log that is not in the ledger, in order."""
+    topic, known = settings.kafka.traces_topic, {(record.partition, record.offset) for record in ledger.records}
+    consumer = Consumer({"bootstrap.servers": settings.kafka.bootstrap_servers, "group.id": "watermarks"})
+    ends = [consumer.get_watermark_offsets(TopicPartition(topic, p), 10)[1] for p in range(settings.kafka.partitions)]
+    consumer.close()
+    return [at for p, end in enumerate(ends) for offset in range(end) if (at := (p, offset)) not in known]
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:

@@ -136,5 +136,6 @@ def test_ctrl_c_ends_a_rebuild_with_its_counts(capsys: pytest.CaptureFixture[str
         yield RebuildCounts(9, published=4)
         raise KeyboardInterrupt
 
-    assert _report_progress(parts(), RebuildCounts(9)).published == 4
+    counts, cut_short = _report_progress(parts(), RebuildCounts(9))
+    assert (counts.published, cut_short) == (4, True)
     assert "4 of 9 answers published" in capsys.readouterr().err

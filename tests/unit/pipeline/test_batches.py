@@ -404,6 +404,13 @@ def test_dead_letter_keeps_headers_and_row_count() -> None:
         assert only_row(built.rows["dead_letters"])["rows"] is None
 
 
+def test_header_whose_name_is_not_utf8_makes_a_dead_letter_that_shows_its_bytes() -> None:
+    headers = ((b"n\xff\xc3\xb6".decode(errors="surrogateescape"), b"1"), *record().headers)
+    assert reason(record(headers=headers)) == "bad_header"
+    row = only_row(build([record(headers=headers)], 32).rows["dead_letters"])
+    assert row["headers"][0] == {"name": "n\\xffö", "value": b"1"}  # type: ignore[index]
+
+
 @given(cut=st.integers(0, 2_000), flip=st.integers(0, 7), junk=st.binary(max_size=40))
 def test_altered_bytes_are_one_dead_letter_and_never_an_error(cut: int, flip: int, junk: bytes) -> None:
     value = encode(EXAMPLE)

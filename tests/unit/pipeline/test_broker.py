@@ -36,4 +36,4 @@ def test_partition_without_a_leader_is_unreachable_and_the_client_is_replaced(mo
     watermarks, source = Watermarks(Kafka()), SourcePartition("traces", 0)
     with pytest.raises(BrokerUnreachableError, match=r"kafka\.bootstrap_servers"):
         watermarks.read([source])
-    assert watermarks.read([source]) == {source: (7, 7)}
+    assert watermarks.read([source]) == {source: (7, 7, 7)}

@@ -11,15 +11,18 @@ import pytest
 from pipeline.health import (
     JOIN_TIMEOUT_S,
     PROGRESS_TIMEOUT_S,
+    TRANSACTION_TIMEOUT_S,
     WRITE_TIMEOUT_S,
     HealthSnapshot,
     ProgressTracker,
     liveness_problems,
     readiness_problems,
 )
-from pipeline.offsets import SourcePartition
+from pipeline.offsets import LogRange, SourcePartition
 
-WELL = HealthSnapshot(unwatched_s=1, joining_s=0, writing_s=0, stalled_s={}, without_offset=(), error=None)
+WELL = HealthSnapshot(
+    unwatched_s=1, joining_s=0, writing_s=0, stalled_s={}, transaction_s={}, without_offset=(), error=None
+)
 ZERO, ONE = SourcePartition("traces", 0), SourcePartition("traces", 1)
 
 
@@ -29,6 +32,8 @@ ZERO, ONE = SourcePartition("traces", 0), SourcePartition("traces", 1)
         (WELL, True, True),
         (replace(WELL, stalled_s={0: PROGRESS_TIMEOUT_S - 1}), True, True),
         (replace(WELL, stalled_s={0: PROGRESS_TIMEOUT_S + 1}), False, False),
+        (replace(WELL, transaction_s={0: TRANSACTION_TIMEOUT_S - 1}), True, True),
+        (replace(WELL, transaction_s={0: TRANSACTION_TIMEOUT_S + 1}), True, False),
         (replace(WELL, joining_s=JOIN_TIMEOUT_S - 1), True, False),
         (replace(WELL, joining_s=JOIN_TIMEOUT_S + 1), False, False),
         (replace(WELL, writing_s=WRITE_TIMEOUT_S - 1), True, True),
@@ -57,19 +62,54 @@ def progress() -> tuple[ProgressTracker, Clock]:
     made.assign([ZERO, ONE])
     for source in (ZERO, ONE):
         made.set_next_offset(source, 0)
-        made.set_log_range(source, 0, 10)
+        made.set_log(source, LogRange(0, 10, 10))
     return made, clock
 
 
-def test_partition_is_stalled_while_records_wait_and_none_arrives() -> None:
+def test_partition_is_stalled_while_records_wait_and_the_next_one_does_not_arrive() -> None:
     made, clock = progress()
-    made.add_buffered(ONE)
+    made.add_buffered(ONE, 0)
     clock.now += 7
     assert (made.stalled_s(ZERO), made.stalled_s(ONE)) == (7, 0)
     assert made.stalled(5) == [ZERO]
-    made.remove_buffered(ONE)
+    made.remove_buffered(ONE, 0)
     clock.now += 3
     assert (made.stalled_s(ZERO), made.stalled_s(ONE)) == (10, 3)
+
+
+def test_partition_is_stalled_while_only_later_records_arrive() -> None:
+    made, clock = progress()
+    for offset in range(1, 10):
+        made.add_buffered(ZERO, offset)
+        clock.now += 2
+        made.remove_buffered(ZERO, offset)
+        made.set_next_offset(ZERO, 0)
+    assert made.stalled_s(ZERO) == 18
+    made.set_next_offset(ZERO, 1)
+    assert made.stalled_s(ZERO) == 0
+
+
+def test_partition_is_not_stalled_behind_an_open_transaction_which_has_a_timer_of_its_own() -> None:
+    made, clock = progress()
+    made.set_next_offset(ZERO, 10)
+    made.set_log(ZERO, LogRange(0, 10, 30))
+    clock.now += 60
+    made.set_log(ZERO, LogRange(0, 10, 50))
+    assert (made.stalled_s(ZERO), made.transaction_s(ZERO)) == (0, 60)
+    assert [(status.lag, status.transaction_s) for status in made.statuses()] == [(40, 60), (10, 0)]
+    made.set_log(ZERO, LogRange(0, 30, 50))
+    assert made.transaction_s(ZERO) == 0
+    made.set_log(ZERO, LogRange(0, 50, 50))
+    clock.now += 7
+    assert (made.stalled_s(ZERO), made.transaction_s(ZERO)) == (7, 0)
+
+
+def test_time_in_which_reading_waits_for_the_tables_is_left_out() -> None:
+    made, clock = progress()
+    for _ in range(10):
+        clock.now += 3
+        made.postpone_stalls(1)
+    assert made.stalled_s(ZERO) == 20
 
 
 def test_partition_that_is_read_to_its_end_is_not_stalled() -> None:
@@ -77,7 +117,7 @@ def test_partition_that_is_read_to_its_end_is_not_stalled() -> None:
     made.set_next_offset(ZERO, 10)
     clock.now += 100
     assert made.stalled_s(ZERO) == 0
-    made.set_log_range(ZERO, 0, 11)
+    made.set_log(ZERO, LogRange(0, 11, 11))
     clock.now += 2
     assert made.stalled_s(ZERO) == 2
 
@@ -104,12 +144,12 @@ def test_partition_is_not_stalled_right_after_a_seek() -> None:
 def test_partition_is_unverified_until_its_offset_lies_in_the_log() -> None:
     made, _ = progress()
     assert not made.unverified()
-    made.set_log_range(ZERO, 3, 10)
+    made.set_log(ZERO, LogRange(3, 10, 10))
     assert made.unverified() == [ZERO]
     made.set_next_offset(ZERO, 3)
-    made.set_log_range(ZERO, 3, 10)
+    made.set_log(ZERO, LogRange(3, 10, 10))
     assert not made.unverified()
-    made.set_log_range(ONE, 0, 10)
+    made.set_log(ONE, LogRange(0, 10, 10))
     made.assign([ONE])
     assert made.without_offset() == made.unverified() == [ONE]
 
@@ -117,10 +157,10 @@ def test_partition_is_unverified_until_its_offset_lies_in_the_log() -> None:
 def test_unassigned_partitions_are_ignored() -> None:
     made, _ = progress()
     made.assign([ONE])
-    made.add_buffered(ZERO)
-    made.remove_buffered(ZERO)
+    made.add_buffered(ZERO, 5)
+    made.remove_buffered(ZERO, 5)
     made.set_next_offset(ZERO, 5)
-    made.set_log_range(ZERO, 0, 9)
+    made.set_log(ZERO, LogRange(0, 9, 9))
     assert made.sources() == [ONE]
     assert not made.statuses()
 

@@ -18,13 +18,16 @@ from memory_tables import Crash, MemoryTables, crash_after, nothing
 from pipeline.delta import DeltaLog
 from pipeline.offsets import (
     COMMIT_ORDER,
+    HOLE,
     LOST_TO_RETENTION,
+    SKIPPED,
     Batch,
     ConflictError,
     FencedError,
     ForeignLogError,
     OffsetCommitter,
     SourcePartition,
+    find_gaps,
     find_lost_offsets,
     select_records,
     transaction_id,
@@ -69,6 +72,64 @@ def test_selected_records_are_contiguous_and_every_record_is_counted(next_offset
     selected = [offsets[i] for i in selection.selected]
     assert selected == list(range(next_offset, next_offset + len(selected)))
     assert len(selected) + selection.skipped + selection.deferred == len(offsets)
+
+
+@given(
+    st.integers(0, 20),
+    st.lists(st.booleans(), min_size=1, max_size=30),
+    st.lists(st.integers(0, 30)),
+)
+def test_all_records_around_holes_are_selected_once_the_holes_are_confirmed(
+    start: int, has_record: list[bool], behind: list[int]
+) -> None:
+    """The log from ``start`` on, of which some offsets have no record; ``behind`` is delivered once more."""
+    records = [start + i for i, there in enumerate(has_record) if there]
+    gaps = find_gaps(start, [*records, *behind])
+    assert [offset for gap in find_gaps(start, records) for offset in gap] == [
+        offset for offset in range(start, max(records, default=start)) if offset not in records
+    ]
+    selection = select_records(start, records, find_gaps(start, records))
+    assert [records[i] for i in selection.selected] == records
+    assert not selection.has_gap
+    assert list(selection.holes) == find_gaps(start, records)
+    assert all(set(records).isdisjoint(gap) for gap in gaps)
+
+
+def test_gap_that_is_a_hole_in_part_only_is_passed_up_to_the_record_that_is_missing() -> None:
+    selection = select_records(5, [5, 9], [range(6, 8)])
+    assert (selection.selected, selection.holes, selection.deferred, selection.has_gap) == ((0,), (), 1, True)
+    selection = select_records(5, [5, 9], [range(6, 9)])
+    assert (selection.selected, selection.holes, selection.has_gap) == ((0, 1), (range(6, 9),), False)
+
+
+def test_record_in_a_confirmed_hole_is_selected() -> None:
+    assert select_records(5, [6], [range(5, 8)]).selected == (0,)
+
+
+def test_hole_is_recorded_once_although_a_crash_left_tables_behind() -> None:
+    tables = MemoryTables()
+    none = {name: TABLES[name].empty_table() for name in COMMIT_ORDER}
+    first = Batch(SOURCE, 4, {**none, "traces": rows("traces", range(2))}, (range(2, 5),))
+    tables.before_append = crash_after(1)
+    with pytest.raises(Crash):
+        OffsetCommitter(tables).commit([first])
+    tables.before_append = nothing
+    assert OffsetCommitter(tables).next_offset(SOURCE) == 0
+    longer = Batch(SOURCE, 8, {**none, "traces": rows("traces", range(2))}, (range(2, 6), range(7, 9)))
+    OffsetCommitter(tables).commit([longer])
+    assert tables.tables["dead_letters"].never_read(HOLE) == [2, 3, 4, 5, 7, 8]
+    assert OffsetCommitter(tables).next_offset(SOURCE) == 9
+
+
+def test_skipped_offset_is_recorded_with_its_reason_and_fences_the_worker_that_waits_for_it() -> None:
+    tables = MemoryTables()
+    waiting, person = OffsetCommitter(tables), OffsetCommitter(tables)
+    waiting.commit([batch(range(3))])
+    person.record_loss(SOURCE, range(3, 4), 0, SKIPPED, "skipped by ann: it is broken")
+    assert tables.tables["dead_letters"].never_read(SKIPPED) == [3]
+    with pytest.raises(FencedError):
+        waiting.commit([batch(range(3, 5))])
+    assert waiting.next_offset(SOURCE) == 4
 
 
 def test_records_between_next_offset_and_log_start_are_lost() -> None:
@@ -237,6 +298,21 @@ class SynchronousPool(Executor):
         return future
 
 
+def hole_at(first: int, end: int, markers: set[int]) -> range:
+    """Return the hole that begins at an offset, as a second consumer sees it; empty at a record."""
+    return range(first, next((offset for offset in range(first, end) if offset not in markers), end))
+
+
+def batch_of(offsets: list[int], holes: tuple[range, ...]) -> Batch:
+    """Return a batch of records with holes between or behind them."""
+    last = max([*offsets, *(hole.stop - 1 for hole in holes)])
+    made = {
+        name: pa.concat_tables([TABLES[name].empty_table(), *(rows(name, range(o, o + 1)) for o in offsets)])
+        for name in COMMIT_ORDER
+    }
+    return Batch(SOURCE, last, made, holes)
+
+
 class Worker:
     """A worker that behaves like ``pipeline.worker``, with a consumer at any position of the log."""
 
@@ -244,26 +320,37 @@ class Worker:
         self.committer = OffsetCommitter(tables, SynchronousPool())
         self.position = 0
 
-    def deliver(self, log_start: int, log_end: int, count: int) -> None:
-        """Write delivered records. After a gap seek the consumer to the next offset."""
-        offsets = list(range(max(self.position, log_start), min(self.position + count, log_end)))
-        self.position += len(offsets)
+    def deliver(self, log_start: int, log_end: int, count: int, markers: set[int]) -> None:
+        """Write delivered records and pass holes. After another gap seek the consumer to the next offset.
+
+        Args:
+            log_start: First offset of the log.
+            log_end: The offset after its last one.
+            count: Offsets that the consumer moves.
+            markers: Offsets at which no consumer receives a record.
+        """
+        passed = range(max(self.position, log_start), min(self.position + count, log_end))
+        offsets = [offset for offset in passed if offset not in markers]
+        self.position += len(passed)
         next_offset = self.committer.next_offset(SOURCE)
         lost = find_lost_offsets(SOURCE, next_offset, log_start, log_end)
         if lost:
             self.committer.record_loss(SOURCE, lost, 0)
             next_offset = self.committer.next_offset(SOURCE)
-        selection = select_records(next_offset, offsets)
+        holes = [hole for gap in find_gaps(next_offset, offsets) if (hole := hole_at(gap.start, gap.stop, markers))]
+        selection = select_records(next_offset, offsets, holes)
         if selection.selected:
-            selected = [offsets[i] for i in selection.selected]
-            self.committer.commit([batch(range(selected[0], selected[-1] + 1))])
+            self.committer.commit([batch_of([offsets[i] for i in selection.selected], selection.holes)])
+        elif hole := hole_at(next_offset, log_end, markers):
+            self.committer.commit([batch_of([], (hole,))])
         if selection.has_gap:
             self.position = self.committer.next_offset(SOURCE)
 
 
 class ExactlyOnce(RuleBasedStateMachine):
     """Two workers believe that they own one partition. Consumers jump, workers crash between two commits or are
-    overtaken during one, and the broker deletes old records. The tables contain every other record once."""
+    overtaken during one, the broker deletes old records, and transactions leave holes. The tables contain every other
+    record once, and every hole is recorded as one."""
 
     workers = st.integers(0, 1)
 
@@ -272,15 +359,21 @@ class ExactlyOnce(RuleBasedStateMachine):
         self.tables = MemoryTables()
         self.pair = [Worker(self.tables), Worker(self.tables)]
         self.start = self.end = 0
+        self.markers: set[int] = set()
 
     @rule(count=st.integers(1, 8))
     def publish(self, count: int) -> None:
         self.end += count
 
+    @rule(count=st.integers(1, 3))
+    def transaction_ends(self, count: int) -> None:
+        self.markers.update(range(self.end, self.end + count))
+        self.end += count
+
     @rule(who=workers, count=st.integers(1, 6))
     def deliver(self, who: int, count: int) -> None:
         try:
-            self.pair[who].deliver(self.start, self.end, count)
+            self.pair[who].deliver(self.start, self.end, count, self.markers)
         except FencedError:
             self.pair[who].position = self.pair[who].committer.next_offset(SOURCE)
 
@@ -332,16 +425,21 @@ class ExactlyOnce(RuleBasedStateMachine):
             assert offsets == sorted(set(offsets))
 
     def teardown(self) -> None:
-        """Let one worker finish: every record is in the tables, or recorded as lost."""
+        """Let one worker finish: every record is in the tables, or recorded as lost, and every hole as a hole."""
         worker = Worker(self.tables)
         for _ in range(3):
-            worker.deliver(self.start, self.end, self.end + 1)
-        lost = [offset for losses in self.tables.tables["dead_letters"].lost for offset in losses]
+            worker.deliver(self.start, self.end, self.end + 1, self.markers)
+        letters = self.tables.tables["dead_letters"]
+        lost, holes = letters.never_read(LOST_TO_RETENTION), letters.never_read(HOLE)
         assert len(lost) == len(set(lost)), "a loss is recorded once"
+        assert len(holes) == len(set(holes)), "a hole is recorded once"
+        assert self.markers.issuperset(holes)
+        assert set(holes).issuperset(self.markers.difference(range(self.start)))
         for name in COMMIT_ORDER:
             kept = set(self.tables.offsets(name))
-            assert kept.union(lost) == set(range(self.end))
-            assert kept.issuperset(range(self.start, self.end))
+            assert kept.isdisjoint(self.markers)
+            assert kept.union(lost, holes) == set(range(self.end))
+            assert kept.issuperset(set(range(self.start, self.end)) - self.markers)
 
 
 TestExactlyOnce = ExactlyOnce.TestCase

@@ -202,6 +202,39 @@ def test_sql_command_prints_every_format(tables: DeltaLog) -> None:
     assert json.loads(aurora("sql", "select 1 as one from traces where false", "--json").stdout) == []
 
 
+def test_sql_command_writes_no_json_that_other_programs_reject(tables: DeltaLog) -> None:
+    write(tables, record_of("r", a_tree(), 0))
+    query = "select cast('NaN' as double) as n, make_array(cast('inf' as double), 1.5) as list from traces"
+    assert json.loads(aurora("sql", f"{query} where verify_step = 0", "--json").stdout, parse_constant=pytest.fail) == [
+        {"n": None, "list": [None, 1.5]}
+    ]
+
+
+def test_sql_command_finds_tables_in_any_case(tables: DeltaLog) -> None:
+    write(tables, record_of("r", a_tree(), 0))
+    count = "SELECT count(*) AS n FROM TRACES"
+    assert json.loads(aurora("sql", count, "--json").stdout)[0]["n"] > 0
+    assert json.loads(aurora("sql", count, "--json", "--version", "0").stdout) == [{"n": 0}]
+
+
+@pytest.mark.parametrize("folder", ["a b", "a#b", "a?b", "a%b", "ü", "a*b", "{x}", "a~b", "a:b"])
+def test_tables_live_in_a_folder_of_any_name(tmp_path: Path, folder: str) -> None:
+    tables = DeltaLog(Tables(uri=str(tmp_path / folder)))
+    write(tables, record_of("r", a_tree(), 0))
+    assert DeltaLog(Tables(uri=str(tmp_path / folder))).row_count("traces") > 0
+    assert [path.name for path in tmp_path.iterdir()] == [folder]
+
+
+@pytest.mark.parametrize("folder", ["a|b", "[x]", "a^b"])
+def test_a_panic_of_the_library_is_an_error_with_the_address(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / folder)
+    with pytest.raises(TableError, match=rf"{re.escape(folder)}/tables/.*check tables\.uri"):
+        write(DeltaLog(Tables(uri="tables")), record_of("r", a_tree(), 0))
+
+
 def test_sql_command_reads_earlier_versions(tables: DeltaLog) -> None:
     for n in range(3):
         write(tables, record_of(f"r{n}", a_tree(), n))

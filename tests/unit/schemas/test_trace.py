@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from contextlib import suppress
 from dataclasses import replace
 from typing import get_args
 
@@ -15,8 +16,9 @@ from bfloat16 import from_bf16, to_bf16
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from schemas.trace import record
-from schemas.trace.decoder import decode
+from schemas.trace import decoder, record
+from schemas.trace.decoder import decode, open_chunk
+from schemas.trace.ipc_sizes import declared_bytes
 from schemas.trace.record import ROOT, SCHEMA, Chunk, Claim, Envelope, Features, TraceError, VerifyStep, encode
 
 TOKEN = st.integers(0, 2**31 - 1)
@@ -176,6 +178,57 @@ def arrow(schema: pa.Schema, arrays: list[pa.Array]) -> bytes:
     with pa.ipc.new_stream(sink, schema) as writer:
         writer.write_batch(pa.record_batch(arrays, schema=schema))
     return signed(sink.getvalue().to_pybytes())
+
+
+def compressed(schema: pa.Schema, batch: pa.RecordBatch) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+        writer.write_batch(batch)
+    return bytes(sink.getvalue())
+
+
+@settings(deadline=None)
+@given(chunks())
+def test_declared_bytes_are_those_of_the_decompressed_buffers(chunk: Chunk) -> None:
+    value = encode(chunk)[: -record.CHECKSUM_BYTES]
+    with pa.ipc.open_stream(value) as reader:
+        buffers = [buffer for batch in reader for column in batch.columns for buffer in column.buffers()]
+    assert declared_bytes(pa.py_buffer(value)) == sum(buffer.size for buffer in buffers if buffer)
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.dictionary(pa.int8(), pa.binary())])
+def test_a_few_bytes_that_decompress_to_many_are_rejected(kind: pa.DataType) -> None:
+    zeros = bytes(decoder.MAX_CHUNK_BYTES + 1)
+    schema = pa.schema([pa.field("features", kind)])
+    value = signed(compressed(schema, pa.record_batch([pa.array([zeros]).cast(kind)], schema=schema)))
+    assert len(value) < 100_000
+    with pytest.raises(TraceError, match="decompressed") as refused:
+        decode(value)
+    assert refused.value.reason == "too_large"
+
+
+def test_a_buffer_that_declares_more_than_memory_holds_is_rejected_before_it_is_allocated() -> None:
+    schema = pa.schema([pa.field("features", pa.int64())])
+    stream = compressed(schema, pa.record_batch([pa.array([7] * 1_000)], schema=schema))
+    declared = (8_000).to_bytes(8, "little")
+    assert stream.count(declared) == 1
+    for size in (1 << 40, 2**63 - 1):
+        with pytest.raises(TraceError) as refused:
+            decode(signed(stream.replace(declared, size.to_bytes(8, "little"))))
+        assert refused.value.reason == "too_large"
+
+
+@settings(max_examples=300, deadline=None)
+@given(chunks(), st.data())
+def test_altered_streams_with_a_valid_checksum_end_in_a_trace_error_or_a_chunk(
+    chunk: Chunk, data: st.DataObject
+) -> None:
+    stream = bytearray(encode(chunk)[: -record.CHECKSUM_BYTES])
+    for _ in range(data.draw(st.integers(1, 4))):
+        stream[data.draw(st.integers(0, len(stream) - 1))] = data.draw(st.integers(0, 255))
+    with suppress(TraceError, pa.ArrowException, ValueError, KeyError, OverflowError):
+        open_chunk(signed(bytes(stream)))
+    assert pa.total_allocated_bytes() < decoder.MAX_CHUNK_BYTES
 
 
 def test_the_error_for_another_format_names_it() -> None:

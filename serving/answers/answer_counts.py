@@ -11,6 +11,8 @@ from typing import Literal
 from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily
 
+from schemas.telemetry.metrics import counts_by
+
 
 @dataclass(frozen=True, slots=True)
 class AnswerCounts:
@@ -55,9 +57,5 @@ class AnswerAccounting:
         """Yield the metrics at scrape time."""
         counts = self.counts()
         yield CounterMetricFamily(f"aurora_serve_answers_{self._stage}", f"Answers {self._stage}.", value=counts.done)
-        dropped = CounterMetricFamily(
-            f"aurora_serve_answers_not_{self._stage}", f"Answers not {self._stage}, by reason.", labels=["reason"]
-        )
-        for reason, answers in counts.dropped.items():
-            dropped.add_metric([reason], answers)
-        yield dropped
+        name, text = f"aurora_serve_answers_not_{self._stage}", f"Answers not {self._stage}, by reason."
+        yield counts_by(name, text, "reason", (), counts.dropped)

@@ -12,11 +12,12 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Literal, get_args
 
 from prometheus_client import CollectorRegistry, Histogram
-from prometheus_client import Counter as PrometheusCounter
 
 from schemas.telemetry import spans
+from schemas.telemetry.metrics import counter_by
 from schemas.telemetry.spans import Span
 from schemas.telemetry.trace_context import TraceContext
 from serving.engines.base import Engine, EngineFullError, Output, Request, RequestStats
@@ -25,6 +26,9 @@ from serving.http.echo import Echo
 from serving.http.errors import ApiError, unavailable
 from serving.http.responses import AnswerBuilder, ChoiceUsage, FinishReason
 from serving.http.tool_calls import ToolCallParser
+
+Outcome = Literal["stop", "length", "cancelled", "failed", "rejected"]
+"""How a choice ended; ``rejected`` counts requests that did not start."""
 
 _ALIVE_CHECK_S = 5.0
 _BUCKETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0, 10.0, 30.0)
@@ -39,8 +43,8 @@ class RequestMetrics:
             return Histogram(name, text, buckets=(*_BUCKETS, *more), registry=registry)
 
         self._outcomes: Counter[str] = Counter()
-        self._requests = PrometheusCounter(
-            "aurora_serve_requests", "Choices of requests by outcome.", ["outcome"], registry=registry
+        self._requests = counter_by(
+            "aurora_serve_requests", "Choices of requests by outcome.", "outcome", get_args(Outcome), registry
         )
         self.first_token = histogram(
             "aurora_serve_time_to_first_token_seconds", "Time from the request to its first token."
@@ -53,8 +57,8 @@ class RequestMetrics:
             "aurora_serve_e2e_request_latency_seconds", "Time from the request to its last token.", 60.0, 120.0, 300.0
         )
 
-    def count(self, outcome: str) -> None:
-        """Count a choice (stop, length, cancelled, failed), or a request that was rejected before it started."""
+    def count(self, outcome: Outcome) -> None:
+        """Count a choice, or a request that was rejected before it started."""
         self._outcomes[outcome] += 1
         self._requests.labels(outcome).inc()
 

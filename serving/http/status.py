@@ -15,9 +15,9 @@ from schemas.status import CorpusStatus, PrefixCacheStatus, ServeStatus
 from serving.answers.answer_consumer import AnswerConsumer
 from serving.answers.answer_counts import AnswerCounts
 from serving.answers.answer_publisher import AnswerPublisher
+from serving.answers.scoped_corpus import ScopedCorpus
 from serving.engines.base import HotSwapEngine
 from serving.engines.builtin.prefix_cache import PrefixCache
-from serving.engines.builtin.scoped_corpus import ScopedCorpus
 from serving.http.server import Drain
 from serving.traces.accounting import TraceCounts
 from serving.versions.poller import VersionPoller

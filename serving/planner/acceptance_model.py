@@ -137,6 +137,37 @@ class SpeculatorModel:
         return SpeculatorEstimate(reached, self._exceeded[group].estimate(1 - reached[0]))
 
 
+class ChainModel:
+    """Acceptance of the speculator's chains next to suffix drafts of similar confidence, where one of both is verified.
+
+    The output shows how good the other one was only as far as it goes, and it goes further the better the verified one
+    was. So a depth has the rate of those tokens alone whose parents are in the output.
+    """
+
+    def __init__(self, depth: int) -> None:
+        self._rates = [[_AcceptanceRate() for _ in range(depth)] for _ in range(len(_CONFIDENCE_EDGES) + 1)]
+
+    def update(self, confidence: float, chain: Sequence[int], output: Sequence[int], weight: float) -> None:
+        """Learn from one chain and the output tokens of its verify step, whichever chain was verified."""
+        for rate, token, chosen in zip(self._rates[confidence_group(confidence)], chain, output, strict=False):
+            rate.update(accepted=token == chosen, weight=weight)
+            if token != chosen:
+                return
+
+    def expect(self, confidence: float) -> float:
+        """Return the expected number of accepted tokens of a chain next to a suffix draft of this confidence.
+
+        Without a suffix draft, the prior of a depth is the rate of the depth before, and that of the first is 0. The
+        prior next to a suffix draft is the rate without one.
+        """
+        group, expected, reached, prior = confidence_group(confidence), 0.0, 1.0, 0.0
+        for alone, rate in zip(self._rates[0], self._rates[group], strict=True):
+            prior = alone.estimate(prior)
+            reached *= rate.estimate(prior) if group else prior
+            expected += reached
+        return expected
+
+
 def confidence_group(confidence: float) -> int:
     """Return the group of suffix drafts with a similar confidence; 0 is that without a draft."""
     return bisect.bisect(_CONFIDENCE_EDGES, confidence)

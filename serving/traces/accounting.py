@@ -6,10 +6,12 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+from schemas.telemetry.metrics import counts_by
 
 DropReason = Literal[
     "queue_full",
@@ -49,12 +51,13 @@ class TraceCounts:
         """Yield the counts as metrics."""
         yield CounterMetricFamily("aurora_serve_trace_rows_captured", "Trace rows captured.", value=self.captured)
         yield CounterMetricFamily("aurora_serve_trace_rows_published", "Trace rows acknowledged.", value=self.published)
-        dropped = CounterMetricFamily(
-            "aurora_serve_trace_rows_dropped", "Trace rows dropped, by reason.", labels=["reason"]
+        yield counts_by(
+            "aurora_serve_trace_rows_dropped",
+            "Trace rows dropped, by reason.",
+            "reason",
+            get_args(DropReason),
+            self.dropped,
         )
-        for reason, rows in self.dropped.items():
-            dropped.add_metric([reason], rows)
-        yield dropped
         yield GaugeMetricFamily("aurora_serve_trace_rows_pending", "Trace rows not yet published.", value=self.pending)
         yield GaugeMetricFamily(
             "aurora_serve_trace_queue_bytes", "Bytes of the pending rows.", value=self.pending_bytes

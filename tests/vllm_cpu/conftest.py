@@ -6,9 +6,11 @@ import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import httpx
 import pytest
 import traced_drafts
 from serving_node import MODEL, Node
+from vllm_node import WHOLE
 
 from ops.bench.serving.vllm_server import ENVIRONMENT, VllmServer, find_version, mode_arguments
 from ops.local.process import ONE_THREAD
@@ -59,6 +61,19 @@ def vllm(smollm2: Path, free_port: Callable[[], int], tmp_path_factory: pytest.T
         yield server
     finally:
         server.stop()
+
+
+@pytest.fixture(scope="session")
+def target_outputs(vllm: VllmServer, prompts: list[list[int]]) -> list[list[int]]:
+    """vLLM's answers without speculation and without our extension."""
+
+    def ask(prompt: list[int]) -> list[int]:
+        body = {"prompt": prompt, "max_tokens": 40, "temperature": 0, "return_token_ids": True, "model": MODEL}
+        answer = httpx.post(f"{vllm.url}/v1/completions", json=body | WHOLE, timeout=120).raise_for_status()
+        found: list[int] = answer.json()["choices"][0]["token_ids"]
+        return found
+
+    return [ask(prompt) for prompt in prompts]
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,8 @@ from schemas.status import ServeStatus
 PYTHON = ENVIRONMENT / "bin" / "python"
 START_S = 400
 KEY = "sesame"
+WHOLE = {"ignore_eos": True}
+"""Option of a request whose answer has its maximum length."""
 
 
 class VllmNode:

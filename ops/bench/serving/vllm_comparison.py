@@ -6,7 +6,6 @@ way to run it that may be the fastest on this machine; the faster one counts.
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,9 +24,9 @@ from ops.bench.harness import BY_PROCESSOR_TIME, Figure, Goal, Rates, Selection,
 from ops.bench.serving.single_stream import common_prefix
 from ops.bench.serving.vllm_server import MODEL, VllmServer, draft_arguments, find_version, is_answering, mode_arguments
 from schemas.errors import UserError
-from schemas.speculator import checkpoint
+from schemas.speculator.draft_folder import write_draft_folder
+from schemas.speculator.layouts import Verifier
 from serving.engines.builtin.engine import BuiltinEngine
-from serving.engines.vllm.node.vllm_draft import write_vllm_draft
 from serving.http import routes
 from serving.http.generation import RequestMetrics
 from serving.http.server import BackgroundServer, Drain, bind
@@ -102,9 +101,9 @@ class VllmComparison:
             # A fixed path: what vLLM has compiled for a draft is cached by it.
             draft = None
             if kind == "eagle3":
-                shutil.rmtree(folder / "version", ignore_errors=True)
-                checkpoint.write_checkpoint(self._pool.trained, folder / "version", self._engine(kind).target)
-                draft = write_vllm_draft(folder / "version", folder / "draft")
+                draft = folder / "draft"
+                verifier = Verifier(self._pool.settings.target.path, (), self._plan.draft_tokens)
+                write_draft_folder(self._pool.trained, draft, "vllm", verifier)
             serve, servers = self._pool.settings.serve, {}
             limits = ["--max-model-len", str(serve.max_model_len), "--max-num-seqs", str(max(BATCHES))]
             for mode in self._plan.modes:

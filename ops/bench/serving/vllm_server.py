@@ -37,7 +37,7 @@ def mode_arguments(dtype: str, *, compiled: bool = False) -> list[str]:
 
 
 def draft_arguments(draft: Path, tokens: int) -> list[str]:
-    """Return the arguments for drafting ``tokens`` in a row with a folder from ``write_vllm_draft``."""
+    """Return the arguments for drafting ``tokens`` in a row with a folder from ``write_draft_folder``."""
     return [
         "--speculative-config",
         json.dumps({"method": "eagle3", "model": str(draft), "num_speculative_tokens": tokens}),

@@ -22,6 +22,7 @@ from schemas.speculator.checkpoint import CheckpointError
 from schemas.speculator.day_0_draft import SpeculatorLine, read_config, read_line
 from schemas.speculator.network import EagleDraft
 from schemas.trace.record import DraftSource
+from serving.answers.scoped_corpus import ScopedCorpus
 from serving.engines.base import (
     AnswerSink,
     EngineFullError,
@@ -40,7 +41,6 @@ from serving.engines.builtin.logits_processors import create_processors
 from serving.engines.builtin.packed_draft import PackedDraft
 from serving.engines.builtin.prefix_cache import PrefixCache
 from serving.engines.builtin.scheduler import Scheduler
-from serving.engines.builtin.scoped_corpus import ScopedCorpus
 from serving.engines.builtin.sequence import Sequence
 from serving.engines.builtin.suffix_drafter import SuffixDrafter
 from serving.engines.builtin.target import Target

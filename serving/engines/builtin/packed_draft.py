@@ -70,6 +70,7 @@ class PackedDraft(nn.Module):
             self._lm_head = pack(draft.lm_head.weight, *([] if shape.is_normed else [draft.norm.weight]))
         self._unit = UnitNorm(shape.hidden_size, shape.rms_norm_eps).to(device)
         self._norm = RmsNorm(draft.norm.weight, shape.rms_norm_eps).to(device)
+        self._hidden_norm = RmsNorm(layer.hidden_norm.weight, shape.rms_norm_eps).to(device)
         target_ids_D = draft.to_target_ids(torch.arange(shape.draft_vocab_size))
         self.register_buffer("target_ids_D", target_ids_D.to(device))
         self.register_buffer("_rotations_Pe", _rotations(shape, positions).to(device), persistent=False)
@@ -94,6 +95,8 @@ class PackedDraft(nn.Module):
 
     def finish(self, hidden_TH: Tensor, attended_TNE: Tensor) -> Tensor:
         """Return the hidden states [T, H] for ``logits`` and for the next step: residual, attention, MLP."""
+        if self.shape.norm_before_residual:
+            hidden_TH = self._hidden_norm(hidden_TH)
         residual_TH = self._out(attended_TNE.flatten(1)).add_(hidden_TH)
         gate, up = self._gate_up(self._unit(residual_TH)).chunk(2, dim=-1)
         out: Tensor = self._down(F.silu(gate).mul_(up)).add_(residual_TH)

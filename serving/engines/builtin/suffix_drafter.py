@@ -11,8 +11,8 @@ import math
 
 from schemas.suffix_corpus import END, MAX_MATCH, Match, choose_longest
 from schemas.trace.record import ROOT, DraftSource
+from serving.answers.scoped_corpus import ScopedCorpus
 from serving.engines.builtin.drafter import EMPTY_TREE, DraftNode, DraftTree
-from serving.engines.builtin.scoped_corpus import ScopedCorpus
 from serving.engines.builtin.sequence import Sequence
 from serving.planner.acceptance_model import AcceptanceModel
 

@@ -9,12 +9,19 @@ from __future__ import annotations
 
 import threading
 from collections import Counter as Counts
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, get_args
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
+from schemas.telemetry.metrics import counter_by
+from serving.answers.answer_consumer import Unconsumed
 from serving.answers.answer_counts import AnswerCounts
-from serving.traces.accounting import TraceCounts
+from serving.answers.answer_publisher import Unpublished
+from serving.answers.shared_corpus import SharedCorpus
+from serving.engines.plugin.row_drafter import RowCounts
+from serving.engines.plugin.trace_options import Untraced
+from serving.traces.accounting import DropReason, TraceCounts
 
 WINDOW_S = 2.0
 """Busy time of the steps after which the ratio is adjusted."""
@@ -35,18 +42,26 @@ class PluginMetrics:
     """
 
     def __init__(self, server: str, registry: CollectorRegistry = REGISTRY) -> None:
-        def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(name, text, labels, registry=registry)
+        def counter(name: str, text: str, label: str = "", values: Sequence[str] = ()) -> Counter:
+            if label:
+                return counter_by(name, text, label, values, registry)
+            return Counter(name, text, registry=registry)
 
         def gauge(name: str, text: str, mode: Literal["livemax", "livemin"]) -> Gauge:
             return Gauge(name, text, multiprocess_mode=mode, registry=registry)
 
         self.hook_errors = counter(f"aurora_{server}_hook_errors", "Hooks that failed; the server continued.", "hook")
         self.untraced = counter(
-            f"aurora_{server}_requests_untraced", "Requests that are not traced, or only in part.", "reason"
+            f"aurora_{server}_requests_untraced",
+            "Requests that are not traced, or only in part.",
+            "reason",
+            get_args(Untraced),
         )
         self.steps_dropped = counter(
-            f"aurora_{server}_verify_steps_dropped", "Verify steps that were not recorded.", "reason"
+            f"aurora_{server}_verify_steps_dropped",
+            "Verify steps that were not recorded.",
+            "reason",
+            ("queue_full", "malformed"),
         )
         self.cached = counter(
             f"aurora_{server}_prompt_tokens_cached", "Prompt tokens from the prefix cache, which have no hidden states."
@@ -70,7 +85,9 @@ class PluginMetrics:
         )
         self._captured = counter("aurora_serve_trace_rows_captured", "Trace rows captured.")
         self._published = counter("aurora_serve_trace_rows_published", "Trace rows acknowledged.")
-        self._dropped = counter("aurora_serve_trace_rows_dropped", "Trace rows dropped, by reason.", "reason")
+        self._dropped = counter(
+            "aurora_serve_trace_rows_dropped", "Trace rows dropped, by reason.", "reason", get_args(DropReason)
+        )
         self._without_features = counter(
             "aurora_serve_trace_rows_without_features",
             "Trace rows whose features were dropped for traces.max_bytes_per_second.",
@@ -81,7 +98,12 @@ class PluginMetrics:
         )
         self._unsampled = counter("aurora_serve_trace_requests_unsampled", "Requests outside the sample.")
         self._answers = counter("aurora_serve_answers_published", "Answers published.")
-        self._unpublished = counter("aurora_serve_answers_not_published", "Answers not published, by reason.", "reason")
+        self._unpublished = counter(
+            "aurora_serve_answers_not_published",
+            "Answers not published, by reason.",
+            "reason",
+            get_args(Unpublished),
+        )
         self._exported: Counts[str] = Counts()
 
     def update(self, counts: TraceCounts, answers: AnswerCounts | None) -> None:
@@ -97,6 +119,73 @@ class PluginMetrics:
             self._raise(self._answers, "answers", answers.done)
             for reason, count in answers.dropped.items():
                 self._raise(self._unpublished.labels(reason), f"answers {reason}", count)
+
+    def _raise(self, counter: Counter, name: str, value: int) -> None:
+        counter.inc(value - self._exported[name])
+        self._exported[name] = value
+
+
+class SuffixMetrics:
+    """Counters of the suffix drafter and its corpus; the corpus stays empty where nothing is traced.
+
+    Args:
+        server: Middle part of the names of what the built-in engine does not have.
+        registry: For the counters.
+    """
+
+    def __init__(self, server: str, registry: CollectorRegistry = REGISTRY) -> None:
+        def counter(name: str, text: str) -> Counter:
+            return Counter(name, text, registry=registry)
+
+        self.failures = counter("aurora_serve_drafter_failures", "Failures of the suffix drafter; each turned it off.")
+        self._rows = counter(
+            f"aurora_{server}_suffix_rows", "Drafts whose first tokens the suffix drafter's took the place of."
+        )
+        self._rows_without_lookup = counter(
+            f"aurora_{server}_suffix_rows_without_lookup",
+            "Drafts for which the suffix drafter had no time in the step.",
+        )
+        self._draft_tokens = counter(
+            "aurora_serve_suffix_draft_tokens", "Draft tokens that only the suffix drafter proposed."
+        )
+        self._accepted_tokens = counter(
+            "aurora_serve_suffix_accepted_tokens", "Accepted draft tokens that only the suffix drafter proposed."
+        )
+        self._consumed = counter("aurora_serve_answers_consumed", "Answers consumed.")
+        self._unconsumed = counter_by(
+            "aurora_serve_answers_not_consumed",
+            "Answers not consumed, by reason.",
+            "reason",
+            get_args(Unconsumed),
+            registry,
+        )
+        self._corpus_tokens = Gauge(
+            "aurora_serve_corpus_tokens", "Tokens in the corpus.", multiprocess_mode="livemax", registry=registry
+        )
+        self._corpus_bytes = Gauge(
+            "aurora_serve_corpus_bytes", "Bytes of the corpus.", multiprocess_mode="livemax", registry=registry
+        )
+        self._overflowed = counter(
+            "aurora_serve_corpus_overflowed", "Answers dropped before there was time to insert them into the corpus."
+        )
+        self._exported: Counts[str] = Counts()
+
+    def update(self, counts: RowCounts) -> None:
+        """Raise the counters of drafts to the drafter's counts."""
+        self._raise(self._rows, "rows", counts.rows)
+        self._raise(self._rows_without_lookup, "rows without lookup", counts.rows_without_lookup)
+        self._raise(self._draft_tokens, "draft tokens", counts.draft_tokens)
+        self._raise(self._accepted_tokens, "accepted tokens", counts.accepted_tokens)
+
+    def update_corpus(self, shared: SharedCorpus) -> None:
+        """Raise the counters of answers to its counts; from another thread than ``update``."""
+        counts = shared.counts()
+        self._raise(self._consumed, "consumed", counts.done)
+        for reason, answers in counts.dropped.items():
+            self._raise(self._unconsumed.labels(reason), f"not consumed {reason}", answers)
+        self._raise(self._overflowed, "overflowed", shared.corpus.overflowed)
+        self._corpus_tokens.set(shared.corpus.num_tokens)
+        self._corpus_bytes.set(shared.corpus.nbytes)
 
     def _raise(self, counter: Counter, name: str, value: int) -> None:
         counter.inc(value - self._exported[name])

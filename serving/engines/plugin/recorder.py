@@ -25,9 +25,11 @@ from schemas.speculator.checkpoint import CheckpointError, read_manifest, read_s
 from schemas.speculator.target_fingerprint import target_fingerprint
 from schemas.trace.record import VerifyStep
 from serving.answers.answer_publisher import AnswerPublisher
+from serving.answers.shared_corpus import SharedCorpus
 from serving.engines.base import Finish, Request
 from serving.engines.plugin.capture import PendingTensors, elapsed_us
-from serving.engines.plugin.metrics import CaptureLimit, PluginMetrics
+from serving.engines.plugin.metrics import CaptureLimit, PluginMetrics, SuffixMetrics
+from serving.engines.plugin.row_drafter import RowDraft
 from serving.engines.plugin.verify_steps import (
     ActiveSpeculator,
     OutputLimit,
@@ -93,6 +95,8 @@ class VerifiedRequest:
     """The version that drafted."""
     committed: int | None
     """Tokens of the request that the server had committed before the step; None: the root and all before it."""
+    draft: RowDraft | None = None
+    """What was drafted; None where the speculator alone drafts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +123,14 @@ class RequestEnd:
     """Why it ended. For a request with a limit: if its output does not show that."""
 
 
+@dataclass(frozen=True, slots=True)
+class ReportedCorpus:
+    """A corpus with its metrics."""
+
+    shared: SharedCorpus
+    metrics: SuffixMetrics
+
+
 class Recorder:
     """Takes steps from the thread that runs them; never blocks it.
 
@@ -128,6 +140,7 @@ class Recorder:
         limit: Counts the time of this thread.
         metrics: Counters.
         answers: Publishes the answers, with the same origin; None where no node drafts from them.
+        corpus: Gets the answers, too; None where the server does not draft from them.
     """
 
     def __init__(
@@ -137,8 +150,9 @@ class Recorder:
         limit: CaptureLimit,
         metrics: PluginMetrics,
         answers: AnswerPublisher | None = None,
+        corpus: ReportedCorpus | None = None,
     ) -> None:
-        self._answers = answers
+        self._answers, self._corpus = answers, corpus
         self._publisher, self._read_origin, self._limit, self._metrics = publisher, read_origin, limit, metrics
         self._queue: SimpleQueue[CapturedStep | RequestEnd | None] = SimpleQueue()
         self.is_disabled = False
@@ -190,6 +204,8 @@ class Recorder:
         self._publisher.close(_CLOSE_S / 2)
         if self._answers is not None:
             self._answers.close(_CLOSE_S / 4)
+        if self._corpus is not None:
+            self._corpus.shared.stop()
         self._export()
         self._log("aurora_traces_closed")
 
@@ -203,6 +219,8 @@ class Recorder:
             self._publisher.start(origin)
             if self._answers is not None:
                 self._answers.start(origin.node, origin.line)
+            if self._corpus is not None:
+                self._corpus.shared.start(origin.line)
             log.info("aurora_recording_started", target=origin.target, line=origin.line)
             return True
         self.is_disabled = True
@@ -223,7 +241,8 @@ class Recorder:
                 output = _verify_output(arrays, row, item.width)
                 committed = output.position + 1 if member.committed is None else member.committed
                 self._publish_committed(member.recorded, committed)
-                step = build_verify_step(output, member.number, member.speculator, times)
+                sources = member.draft.sources() if member.draft else None
+                step = build_verify_step(output, member.number, member.speculator, times, sources)
             else:
                 length = len(member.tokens)
                 step = build_prefill(_prefill_output(arrays, row, slice(at, at + length), member, item.width), times)
@@ -243,8 +262,12 @@ class Recorder:
                 output = tuple(recorded.output[:length])
         self._publisher.record(recorded.request, verify_steps, finish)
         recorded.uncommitted.clear()
-        if self._answers is not None and output is not None and finish in ("stop", "length"):
+        if output is None or finish not in ("stop", "length"):
+            return
+        if self._answers is not None:
             self._answers.publish(recorded.request, output)
+        if self._corpus is not None:
+            self._corpus.shared.add(recorded.request, output)
 
     def _publish_committed(self, recorded: RecordedRequest, committed: int) -> None:
         """Publish the verify steps whose tokens, the bonus token included, are among the first ``committed`` ones."""
@@ -256,6 +279,8 @@ class Recorder:
 
     def _export(self) -> None:
         self._metrics.update(self._publisher.counts(), self._answers.counts() if self._answers else None)
+        if self._corpus is not None:
+            self._corpus.metrics.update_corpus(self._corpus.shared)
         self._metrics.circuit_breaker_open.set(int(self._publisher.circuit_breaker != "closed"))
         self._metrics.time_ratio.set(self._limit.time_ratio)
         self._metrics.request_ratio.set(self._limit.request_ratio)

@@ -21,7 +21,7 @@ from serving.engines.plugin.recorder import (
     Recorder,
     VerifiedRequest,
 )
-from serving.engines.plugin.trace_options import TraceOptions
+from serving.engines.plugin.trace_options import TraceOptions, Untraced
 from serving.engines.plugin.verify_steps import ActiveSpeculator
 from serving.traces.sampling import is_sampled
 
@@ -70,6 +70,9 @@ class StepHooks:
         self._recorder, self._transfer, self._limit, self._metrics = recorder, transfer, limit, metrics
         self._speculator = ActiveSpeculator("", 0)
         self._failed_hooks: set[str] = set()
+        for name in dir(self):
+            if name.startswith("on_"):
+                metrics.hook_errors.labels(name)
         self._cost_s = 0.0
 
     def count_error(self, hook: str, error: Exception) -> None:
@@ -108,7 +111,7 @@ class StepHooks:
         self._metrics.cached.inc(cached)
         return True
 
-    def _stop(self, recorded: RecordedRequest, reason: str) -> None:
+    def _stop(self, recorded: RecordedRequest, reason: Untraced) -> None:
         """Record no further step of a request."""
         if not recorded.is_stopped:
             recorded.is_stopped = True

@@ -7,21 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 TRACE, LABEL = "aurora_trace", "aurora_label"
+Untraced = Literal[
+    "opt_out", "capture_limit", "health", "lora", "multimodal", "no_tokens", "retracted", "mixed", "continued"
+]
+"""Why a request is not traced, or only in part."""
 
 
 @dataclass(frozen=True, slots=True)
 class TraceOptions:
     """Whether a request is traced, and the label of its traffic."""
 
-    untraced: str | None = None
+    untraced: Untraced | None = None
     """Why the request is not traced; None if it is."""
     label: str | None = None
 
 
-def read_fields(fields: Mapping[str, Any] | None, untraced: str | None = None) -> TraceOptions:
+def read_fields(fields: Mapping[str, Any] | None, untraced: Untraced | None = None) -> TraceOptions:
     """Return the options that a client gives in ``fields``; ``untraced`` is a reason of the server's own."""
     given = fields or {}
     if given.get(TRACE) == "off":

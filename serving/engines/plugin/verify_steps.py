@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from schemas.trace.record import ROOT, U16, VerifyStep
+from schemas.trace.record import ROOT, U16, DraftSource, VerifyStep
 from serving.engines.base import Finish
 
 Ints = npt.NDArray[np.int32]
@@ -84,22 +84,42 @@ class PrefillOutput:
     """[k]."""
 
 
-def build_verify_step(output: VerifyOutput, number: int, speculator: ActiveSpeculator, times: StepTimes) -> VerifyStep:
+def build_verify_step(
+    output: VerifyOutput,
+    number: int,
+    speculator: ActiveSpeculator,
+    times: StepTimes,
+    sources: Sequence[int] | None = None,
+) -> VerifyStep:
     """Return the trace record of a verify step.
 
     Nodes without a link to them are left out: rows of a batch may be padded, and with equal probabilities SGLang may
     keep a node without its parent, and never reads it.
 
+    Args:
+        output: The request in the step.
+        number: Of the verify step.
+        speculator: Version that drafted.
+        times: Of the step.
+        sources: ``DraftSource`` of the nodes of a chain; None if the speculator proposed all. Nodes behind these fill a
+            row and are left out. If they were accepted none the less, no version shall count them: they have the source
+            of the suffix drafter, whose chain they follow.
+
     Raises:
         ValueError: the links form no tree, or the accepted path does not follow them.
     """
     parents = _parents(output.first_child.tolist(), output.next_sibling.tolist())
+    path = list(output.accepted)
+    if sources is not None:
+        parents = {node: parent for node, parent in parents.items() if node <= max(len(sources), len(path) - 1)}
+        sources = (*sources, *(DraftSource.SUFFIX for _ in parents))[: len(parents)]
     kept = sorted(parents)
     place = {0: ROOT, **{node: i for i, node in enumerate(kept)}}
-    path = list(output.accepted)
     if path[:1] != [0] or any(parents.get(b) != a for a, b in pairwise(path)):
         raise ValueError(f"accepted nodes {path} are no path in {parents}")
     rows = [0, *kept]
+    is_named = not sources or any(source & DraftSource.SPECULATOR for source in sources)
+    is_mixed = sources is not None and any(source != DraftSource.SPECULATOR for source in sources)
     return VerifyStep(
         verify_step=number,
         position=output.position,
@@ -113,11 +133,12 @@ def build_verify_step(output: VerifyOutput, number: int, speculator: ActiveSpecu
         bonus=int(output.chosen[path[-1]]),
         top_ids=output.top_ids[rows],
         top_logprobs=output.top_logprobs[rows],
-        speculator=speculator.version,
-        active_since_us=speculator.since_us,
+        speculator=speculator.version if is_named else "",
+        active_since_us=speculator.since_us if is_named else None,
         draft_us=times.draft_us if kept else 0,
         verify_us=times.verify_us,
         time_us=times.time_us,
+        draft_sources=tuple(map(int, sources)) if sources and is_mixed else None,
     )
 
 

@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from schemas.trace.record import ROOT, DraftSource
+from serving.answers.scoped_corpus import ScopedCorpus
 from serving.engines.base import Request
 from serving.engines.builtin.drafter import DraftNode, DraftTree
 from serving.engines.builtin.hybrid_drafter import HybridDrafter, list_outcomes
-from serving.engines.builtin.scoped_corpus import ScopedCorpus
 from serving.engines.builtin.sequence import Sequence
 from serving.engines.builtin.suffix_drafter import SuffixDrafter
 from serving.planner.latency_model import ForwardTiming, LatencyCurve, LatencyModel

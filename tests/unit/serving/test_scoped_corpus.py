@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from schemas.settings.sections import SuffixScope
 from schemas.suffix_corpus import BYTES_PER_TOKEN, Match
-from serving.engines.builtin.scoped_corpus import ScopedCorpus
+from serving.answers.scoped_corpus import ScopedCorpus
 
 MAX_BYTES = 1000 * BYTES_PER_TOKEN
 ANSWER = [5, 6, 7]

@@ -17,10 +17,10 @@ from schemas.speculator.checkpoint import CheckpointError
 from schemas.speculator.network import random_draft
 from schemas.suffix_corpus import BYTES_PER_TOKEN, MAX_MATCH, Match
 from schemas.trace.record import ROOT, DraftSource, VerifyStep
+from serving.answers.scoped_corpus import ScopedCorpus
 from serving.engines.base import Finish, Output, Request
 from serving.engines.builtin.drafter import DraftTree
 from serving.engines.builtin.engine import BuiltinEngine
-from serving.engines.builtin.scoped_corpus import ScopedCorpus
 from serving.engines.builtin.sequence import Sequence
 from serving.engines.builtin.suffix_drafter import SuffixDrafter, grow_tree
 from serving.planner.acceptance_model import AcceptanceModel, DraftOutcome

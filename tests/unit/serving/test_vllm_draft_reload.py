@@ -17,8 +17,8 @@ from schemas.settings import Speculator
 from schemas.speculator import checkpoint
 from schemas.speculator.checkpoint import MANIFEST, CheckpointError, hash_file
 from schemas.speculator.day_0_draft import create_day_0_draft
+from schemas.speculator.layouts import fuse_tensors
 from schemas.speculator.target_fingerprint import target_fingerprint
-from serving.engines.plugin.fused_tensors import fuse_tensors
 from serving.engines.vllm.plugin.draft_reload import DraftReload
 
 

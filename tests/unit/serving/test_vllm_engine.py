@@ -16,13 +16,14 @@ from tiny_target import write_tiny_target
 from schemas.settings import Speculator
 from schemas.speculator import checkpoint
 from schemas.speculator.day_0_draft import create_day_0_draft
+from schemas.speculator.draft_folder import write_draft_folder
+from schemas.speculator.layouts import LAYERS, Verifier
 from schemas.speculator.network import EagleDraft
 from schemas.speculator.target_fingerprint import target_fingerprint
 from serving.engines.base import SpeculationFixedError
 from serving.engines.node.command_line import DraftFolder
 from serving.engines.node.server_client import ServerError
 from serving.engines.vllm.node.vllm_client import VllmClient
-from serving.engines.vllm.node.vllm_draft import LAYERS, write_vllm_draft
 from serving.engines.vllm.node.vllm_engine import VllmEngine
 from serving.engines.vllm.plugin import developer_endpoints
 from serving.engines.vllm.plugin.developer_endpoints import DeveloperEndpoints
@@ -71,7 +72,8 @@ def test_a_version_is_written_read_and_loaded(
 
 def test_vllm_gets_the_layers_by_its_own_numbers(target: Path, draft: EagleDraft, tmp_path: Path) -> None:
     checkpoint.write_checkpoint(draft, tmp_path / "version", target_fingerprint(target))
-    folder = write_vllm_draft(tmp_path / "version", tmp_path / "loaded")
+    folder = tmp_path / "loaded"
+    write_draft_folder(draft, folder, "vllm", Verifier("target", (), 3))
     config = json.loads((folder / "config.json").read_text())
     assert config[LAYERS] == [layer + 1 for layer in draft.shape.capture_layers]
     assert config["eagle_config"][LAYERS] == list(draft.shape.capture_layers)

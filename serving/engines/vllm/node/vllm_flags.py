@@ -50,7 +50,7 @@ def build_vllm_arguments(flags: Flags, settings: Settings, draft: Path | None) -
     Args:
         flags: Checked flags of the user.
         settings: Settings of the node.
-        draft: The draft to start with, from ``write_vllm_draft``; None on a node without speculation.
+        draft: The draft to start with, from ``write_draft_folder``; None on a node without speculation.
     """
     added = {
         "--served-model-name": settings.target.served_model_name,

@@ -22,13 +22,14 @@ import structlog
 from pydantic import SecretStr
 
 from schemas.settings import Settings, SettingsError, to_environ
+from schemas.speculator.draft_folder import write_draft_folder
+from schemas.speculator.layouts import Verifier
 from schemas.telemetry import logs
 from serving.engines.node.child_process import ChildProcess, record_signals, supervise
 from serving.engines.node.command_line import Flags
 from serving.engines.node.sidecar import Sidecar, read_target_line, write_first_draft
 from serving.engines.vllm.node import vllm_flags
 from serving.engines.vllm.node.vllm_client import VllmClient
-from serving.engines.vllm.node.vllm_draft import write_vllm_draft
 from serving.engines.vllm.node.vllm_engine import VllmEngine
 from serving.engines.vllm.plugin import installation
 from serving.versions.cache import MlflowRegistry
@@ -66,8 +67,11 @@ def _start(settings: Settings, given: Flags, signals: list[int]) -> int:
     serve, line = settings.serve, read_target_line(settings)
     registry = MlflowRegistry(settings.registry, line.name)
     folder = Path(settings.vllm.draft_dir).absolute()
-    draft = write_first_draft(settings, line, registry, settings.vllm.draft_dir)[0] if serve.speculate else None
-    loaded = write_vllm_draft(draft.folder, folder / f"{serve.node}-loaded") if draft else None
+    draft = loaded = None
+    if serve.speculate:
+        draft, weights = write_first_draft(settings, line, registry, settings.vllm.draft_dir)
+        loaded = folder / f"{serve.node}-loaded"
+        write_draft_folder(weights, loaded, "vllm", Verifier(settings.target.path, (), serve.num_speculative_tokens))
     key = settings.vllm.api_key.get_secret_value() or secrets.token_urlsafe(32)
     url = given.url(vllm_flags.DEFAULT_PORT)
     with ExitStack() as stack:

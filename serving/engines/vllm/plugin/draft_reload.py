@@ -19,7 +19,7 @@ from torch import Tensor
 
 from schemas.errors import UserError, describe_error
 from schemas.speculator.checkpoint import MANIFEST, CheckpointError, hash_file, read_checkpoint, read_manifest
-from serving.engines.plugin.fused_tensors import fuse_tensors
+from schemas.speculator.layouts import fuse_tensors
 
 log = structlog.get_logger()
 

@@ -41,7 +41,7 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
         "req_id", "prompt_token_ids", "mm_features", "sampling_params", "num_computed_tokens", "lora_request",
         "prompt_embeds",
     ),
-    "vllm.v1.core.sched.output.CachedRequestData": ("resumed_req_ids",),
+    "vllm.v1.core.sched.output.CachedRequestData": ("resumed_req_ids", "all_token_ids"),
 }  # fmt: skip
 """Fields that the hooks read."""
 
@@ -79,9 +79,19 @@ def check_configuration(worker: Any, capture_layers: Sequence[int]) -> str | Non
             parallel.pipeline_parallel_size != 1 or parallel.data_parallel_size != 1
         ),
         "a target with multimodal positions is not supported": runner.uses_mrope,
+        "only drafts of the likeliest tokens are supported (draft_sample_method greedy)": (
+            speculative.draft_sample_method != "greedy"
+        ),
         f"device {worker.device.type} is not supported: only cpu and cuda": worker.device.type not in ("cpu", "cuda"),
         f"the draft reads the states after layers {tuple(capture_layers)}, the server gives those before {read}": (
             read != tuple(layer + 1 for layer in capture_layers)
         ),
     }
     return next((why for why, applies in reasons.items() if applies), None)
+
+
+def check_suffix_drafter(worker: Any) -> str | None:
+    """Return why the suffix drafter cannot draft in a worker; None if it can."""
+    if worker.parallel_config.tensor_parallel_size != 1:
+        return "the ranks of a tensor-parallel group must draft the same tokens; each has a corpus of its own"
+    return None

@@ -35,8 +35,9 @@ from serving.engines.plugin.recorder import (
     RequestEnd,
     VerifiedRequest,
 )
+from serving.engines.plugin.row_drafter import RowDraft
 from serving.engines.plugin.step_hooks import StepHooks, guard
-from serving.engines.plugin.trace_options import TraceOptions, read_fields
+from serving.engines.plugin.trace_options import TraceOptions, Untraced, read_fields
 from serving.engines.plugin.verify_steps import ActiveSpeculator, OutputLimit
 
 
@@ -95,6 +96,8 @@ class RunnerHooks(StepHooks):
         limit: Limits the recorded requests.
         metrics: Counters.
         version: Returns the version of the draft.
+        verified_draft: Returns what was drafted for a request, in the step whose tokens were sampled last; None if the
+            speculator alone drafts.
     """
 
     def __init__(
@@ -106,9 +109,10 @@ class RunnerHooks(StepHooks):
         limit: CaptureLimit,
         metrics: PluginMetrics,
         version: Callable[[], str],
+        verified_draft: Callable[[str], RowDraft | None] | None = None,
     ) -> None:
         super().__init__(settings.traces, recorder, transfer, limit, metrics)
-        self._runner, self._version = runner, version
+        self._runner, self._version, self._verified_draft = runner, version, verified_draft
         self._requests: dict[str, _Followed] = {}
         self._started: Any = None
         self._drafting: Duration = (transfer.stamp(), transfer.stamp())
@@ -215,7 +219,8 @@ class RunnerHooks(StepHooks):
         for row, name in enumerate(batch):
             followed = self._requests.get(name)
             if followed is not None and not followed.recorded.is_stopped:
-                _add(rows, followed, row, at, logits, tokens[name], drafted[row])
+                draft = self._verified_draft(name) if self._verified_draft and drafted[row] else None
+                _add(rows, followed, row, at, logits, tokens[name], drafted[row], draft)
             at += tokens[name]
             logits += 1 + drafted[row]
         return rows
@@ -257,7 +262,16 @@ class RunnerHooks(StepHooks):
         return found
 
 
-def _add(rows: _Rows, followed: _Followed, row: int, at: int, logits: int, length: int, drafted: int) -> None:
+def _add(
+    rows: _Rows,
+    followed: _Followed,
+    row: int,
+    at: int,
+    logits: int,
+    length: int,
+    drafted: int,
+    draft: RowDraft | None,
+) -> None:
     """Add a request whose ``length`` tokens begin at ``at``, and whose logits begin at ``logits``."""
     recorded, start = followed.recorded, followed.read
     prompt = recorded.request.prompt
@@ -269,7 +283,7 @@ def _add(rows: _Rows, followed: _Followed, row: int, at: int, logits: int, lengt
         rows.part_spans.append(slice(at, at + length))
         return
     recorded.verify_steps += 1
-    rows.verified.append(VerifiedRequest(recorded, recorded.verify_steps, followed.speculator, None))
+    rows.verified.append(VerifiedRequest(recorded, recorded.verify_steps, followed.speculator, None, draft))
     rows.verified_rows.append(row)
     rows.roots.append(at)
     rows.root_logits.append(logits)
@@ -280,7 +294,7 @@ def _read_options(new: Any) -> TraceOptions:
     """Return the options of vLLM's request, which clients pass as ``vllm_xargs``."""
     if new.prompt_token_ids is None or new.prompt_embeds is not None or new.sampling_params is None:
         return TraceOptions("no_tokens")
-    untraced = None
+    untraced: Untraced | None = None
     if new.lora_request is not None:
         untraced = "lora"  # its target differs from the line's
     elif new.mm_features:

@@ -19,11 +19,14 @@ from schemas.errors import UserError, describe_error
 from schemas.settings import Settings, load
 from schemas.speculator.checkpoint import CheckpointError, read_shape
 from serving.answers.answer_publisher import AnswerPublisher
+from serving.answers.shared_corpus import SharedCorpus
 from serving.engines.plugin.capture import HostTransfer
-from serving.engines.plugin.metrics import CaptureLimit, PluginMetrics
-from serving.engines.plugin.recorder import Recorder, read_origin
+from serving.engines.plugin.metrics import CaptureLimit, PluginMetrics, SuffixMetrics
+from serving.engines.plugin.recorder import Recorder, ReportedCorpus, read_origin
+from serving.engines.plugin.row_drafter import RowDrafter
 from serving.engines.vllm.plugin import installation
 from serving.engines.vllm.plugin.draft_reload import DraftReload, reload_layerwise
+from serving.engines.vllm.plugin.hybrid_hooks import HybridHooks
 from serving.engines.vllm.plugin.runner_hooks import RunnerHooks
 from serving.traces.chunks import Origin
 from serving.traces.lag_consumer import LagConsumer
@@ -70,10 +73,7 @@ class WorkerExtension:
             if why := installation.check_installation() or installation.check_configuration(worker, layers):
                 raise UserError(why)
             draft = DraftReload(worker.model_runner.drafter.model, partial(reload_layerwise, worker), folder, version)
-            settings = load()
-            # The ranks of a tensor-parallel group see the same.
-            if settings.traces.enabled and worker.rank == 0:
-                _create_hooks(worker, settings, draft, folder).install()
+            _install_hooks(worker, load(), draft, folder)
             self._aurora_draft = draft
         return self._aurora_draft
 
@@ -89,10 +89,38 @@ def _answer(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return {"why": describe_error(error)}
 
 
-def _create_hooks(worker: Any, settings: Settings, draft: DraftReload, folder: Path) -> RunnerHooks:
+def _install_hooks(worker: Any, settings: Settings, draft: DraftReload, folder: Path) -> None:
+    hybrid, corpus, recording = None, None, None
+    runner, transfer, version = worker.model_runner, HostTransfer(worker.device), lambda: draft.version
+    if settings.serve.drafter == "hybrid":
+        if why := installation.check_suffix_drafter(worker):
+            log.warning("aurora_suffix_drafter_off", why=why)
+        else:
+            depth, vocabulary = worker.speculative_config.num_speculative_tokens, worker.model_config.get_vocab_size()
+            corpus = ReportedCorpus(SharedCorpus(settings, vocabulary), SuffixMetrics("vllm"))
+            drafter = RowDrafter(corpus.shared.corpus, depth, vocabulary)
+            hybrid = HybridHooks(runner, drafter, transfer, corpus.metrics, version)
+    # The ranks of a tensor-parallel group see the same.
+    if settings.traces.enabled and worker.rank == 0:
+        metrics, limit = PluginMetrics("vllm"), CaptureLimit(settings.vllm.max_capture_ratio)
+        recorder = _create_recorder(worker, settings, folder, limit, metrics, corpus)
+        verified_draft = hybrid.verified_draft if hybrid else None
+        recording = RunnerHooks(runner, settings, recorder, transfer, limit, metrics, version, verified_draft)
+    # The recording ones last: they read what the others have noted of the step.
+    for hooks in (hybrid, recording):
+        if hooks is not None:
+            hooks.install()
+
+
+def _create_recorder(
+    worker: Any,
+    settings: Settings,
+    folder: Path,
+    limit: CaptureLimit,
+    metrics: PluginMetrics,
+    corpus: ReportedCorpus | None,
+) -> Recorder:
     target, width = worker.model_config.model, 3 * worker.model_config.get_hidden_size()
-    transfer, metrics = HostTransfer(worker.device), PluginMetrics("vllm")
-    limit = CaptureLimit(settings.vllm.max_capture_ratio)
 
     def origin() -> Origin:
         return read_origin(settings.serve.node, target, str(folder), width, settings.target.fingerprint_cache)
@@ -100,10 +128,10 @@ def _create_hooks(worker: Any, settings: Settings, draft: DraftReload, folder: P
     scope = settings.serve.suffix_scope
     answers = None if scope == "request" else AnswerPublisher(settings.kafka, scope)
     publisher = TracePublisher(settings.kafka, settings.traces, lag=LagConsumer(settings.kafka))
-    recorder = Recorder(publisher, origin, limit, metrics, answers)
+    recorder = Recorder(publisher, origin, limit, metrics, answers, corpus)
     # The worker lives in a child process of multiprocessing, which runs these and no functions of atexit.
     multiprocessing.util.Finalize(None, recorder.close, exitpriority=10)
-    return RunnerHooks(worker.model_runner, settings, recorder, transfer, limit, metrics, lambda: draft.version)
+    return recorder
 
 
 def _configure_logs() -> None:

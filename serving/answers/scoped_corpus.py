@@ -43,8 +43,8 @@ _QUEUE_SHARE = 8
 class ScopedCorpus:
     """A ``SuffixCorpus`` in which a request finds only answers of its scope.
 
-    The engine's thread calls all methods but ``offer``, which hands it answers of other nodes and of an earlier process
-    of this node.
+    The thread that drafts calls all methods but ``offer``, which hands it answers of other nodes and of an earlier
+    process of this node.
 
     Args:
         scope: Whose answers a request is drafted from.
@@ -80,6 +80,11 @@ class ScopedCorpus:
     def num_tokens(self) -> int:
         """Number of tokens in the corpus; callable from any thread."""
         return self._corpus.num_tokens if self._corpus else 0
+
+    @property
+    def overflowed(self) -> int:
+        """Answers that waited and were dropped before there was time to insert them."""
+        return self._overflowed
 
     def find(self, label: str | None, tokens: Sequence[int], depth: int) -> Match:
         """Return the longest match of the end of ``tokens`` in the answers that a request with this label may use.

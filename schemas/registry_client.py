@@ -19,6 +19,7 @@ import mlflow
 from mlflow import environment_variables as mlflow_settings
 from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.tracking import MlflowClient
 from requests import RequestException
 
@@ -31,7 +32,9 @@ __all__ = [
     "MlflowException",
     "Param",
     "connect",
+    "delete_artifacts",
     "download",
+    "download_model",
     "is_not_found",
     "model_name",
 ]
@@ -72,6 +75,35 @@ def connect(settings: Registry) -> MlflowClient:
 
 def download(client: MlflowClient, uri: str, line: str, version: str, folder: Path) -> Path:
     """Download the files of a version into a folder below the given one and return its path."""
-    # With `models:/name/version` MLflow would add a file, which the checkpoint contract rejects.
-    source = client.get_model_version_download_uri(model_name(line), version)
+    return _download(client, uri, model_name(line), version, folder)
+
+
+def download_model(settings: Registry, named: str, folder: Path) -> Path:
+    """Download the files of a registered model of any name into a folder below the given one and return its path.
+
+    Args:
+        settings: The registry.
+        named: ``NAME@ALIAS`` or ``NAME/VERSION``.
+        folder: Where the files are written.
+
+    Raises:
+        ValueError: the name has another form.
+    """
+    client, (name, at, alias) = connect(settings), named.partition("@")
+    name, slash, version = (name, "/", "") if at else named.rpartition("/")
+    if not name or not slash or not (alias if at else version):
+        raise ValueError("expected models:/NAME@ALIAS or models:/NAME/VERSION")
+    if at:
+        version = client.get_model_version_by_alias(name, alias).version
+    return _download(client, settings.tracking_uri, name, version, folder)
+
+
+def delete_artifacts(client: MlflowClient, uri: str, name: str, version: str) -> None:
+    """Delete the files of a version of a registered model; do nothing if they are deleted."""
+    source = client.get_model_version_download_uri(name, version)
+    get_artifact_repository(source, tracking_uri=uri, registry_uri=uri).delete_artifacts()
+
+
+def _download(client: MlflowClient, uri: str, name: str, version: str, folder: Path) -> Path:
+    source = client.get_model_version_download_uri(name, version)
     return Path(mlflow.artifacts.download_artifacts(source, dst_path=str(folder), tracking_uri=uri))

@@ -3,7 +3,8 @@
 Some serving engines load a wrong export without an error and then accept no draft token. Both ends are therefore
 strict: every tensor is checked by name, shape and type when it is written and when it is read; files are checked
 against the SHA-256 in the manifest; only safetensors and JSON are opened; and parameters are filled with NaN before
-loading, so that a missing tensor is detected.
+loading, so that a missing tensor is detected. Files that a registry or a model hub adds, such as ``README.md``, are
+ignored.
 
 An EAGLE-3.1 checkpoint sets ``fc_norm`` and ``norm_output`` in ``config.json`` and has a tensor ``fc_norm.i.weight``
 for each captured layer. SGLang from 0.5.21 and vLLM from 0.22.0 on read both keys and these names (their
@@ -36,9 +37,10 @@ DTYPE = torch.bfloat16
 _TARGET_DIGITS = 12
 """Digits of the target's fingerprint with which the name of a line begins."""
 _SHAPE = TypeAdapter(DraftShape)
-_NUMBERS = [
-    name for name in DraftShape.__dataclass_fields__ if name not in ("capture_layers", "variant", "rope_scaling")
-]
+_NO_NUMBERS = ("capture_layers", "variant", "rope_scaling", "norm_before_residual")
+_NUMBERS = [name for name in DraftShape.__dataclass_fields__ if name not in _NO_NUMBERS]
+_ADDED = {"README.md", "LICENSE", ".gitattributes", ".cache", "registered_model_meta"}
+"""Files that registries and model hubs add to a folder; nothing reads them."""
 
 
 class CheckpointError(ValueError):
@@ -147,7 +149,7 @@ def line_name(target: str, shape: DraftShape, d2t: Tensor) -> str:
         shape: Shape of every draft of the line.
         d2t: Of the day-0 draft. Versions may draft from other tokens, as many.
     """
-    digest = hashlib.sha256(json.dumps(_to_config(shape), sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(to_config(shape), sort_keys=True).encode())
     digest.update(d2t.cpu().contiguous().numpy().tobytes())
     return f"{target[:_TARGET_DIGITS]}-{digest.hexdigest()[:12]}"
 
@@ -182,7 +184,7 @@ def write_checkpoint(
         for name, value in draft.state_dict().items()
     }
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / CONFIG).write_text(json.dumps(_to_config(draft.shape), indent=1) + "\n")
+    (folder / CONFIG).write_text(json.dumps(to_config(draft.shape), indent=1) + "\n")
     manifest = Manifest(
         line=line or line_name(target, draft.shape, draft.d2t),
         target=target,
@@ -205,7 +207,7 @@ def read_checkpoint(folder: Path, line: str) -> EagleDraft:
         raise CheckpointError(f"{folder}: speculator line {manifest.line}, expected line {line}")
     if not line.startswith(f"{manifest.target[:_TARGET_DIGITS]}-"):
         raise CheckpointError(f"{folder}: line {line} is of another target than the manifest's {manifest.target}")
-    foreign = sorted(p.name for p in folder.iterdir() if p.name not in (CONFIG, WEIGHTS, MANIFEST))
+    foreign = sorted(p.name for p in folder.iterdir() if p.name not in {CONFIG, WEIGHTS, MANIFEST, *_ADDED})
     if foreign:
         raise CheckpointError(f"{folder}: unknown files: {', '.join(foreign)}")
     for name in (CONFIG, WEIGHTS):
@@ -215,6 +217,15 @@ def read_checkpoint(folder: Path, line: str) -> EagleDraft:
         tensors = load_file(folder / WEIGHTS)
     except SafetensorError as error:
         raise CheckpointError(f"{folder / WEIGHTS}: not safetensors: {error}") from error
+    return build_draft(shape, tensors)
+
+
+def build_draft(shape: DraftShape, tensors: Mapping[str, Tensor]) -> EagleDraft:
+    """Return the draft in float32 with the tensors of a version.
+
+    Raises:
+        CheckpointError: a tensor has a wrong name, shape, type or value.
+    """
     _check_tensors(tensors, shape)
     draft = EagleDraft(shape)
     with torch.no_grad():
@@ -298,7 +309,8 @@ def _check_values(draft: EagleDraft) -> None:
         raise CheckpointError("t2d: the mask and d2t contain different tokens")
 
 
-def _to_config(shape: DraftShape) -> dict[str, Any]:
+def to_config(shape: DraftShape) -> dict[str, Any]:
+    """Return the content of a version's ``config.json``."""
     # The line is a hash of this dictionary: an optional key is present only in drafts that need it.
     scaled = rotary.to_config(shape.rope_scaling) if shape.rope_scaling else {}
     return {
@@ -328,6 +340,7 @@ def _to_config(shape: DraftShape) -> dict[str, Any]:
         },
         **({"rope_scaling": scaled} if scaled else {}),
         **({"fc_norm": True, "norm_output": True} if shape.is_normed else {}),
+        **({"norm_before_residual": True} if shape.norm_before_residual else {}),
     }
 
 
@@ -337,6 +350,7 @@ def _from_config(config: Mapping[str, Any]) -> DraftShape:
         layers = config["eagle_config"]["eagle_aux_hidden_state_layer_ids"]
         variant: Variant = "eagle3.1" if config.get("fc_norm") else "eagle3"
         given = {**values, "capture_layers": layers, "variant": variant}
+        given["norm_before_residual"] = config.get("norm_before_residual", False)
         shape = replace(_SHAPE.validate_json(json.dumps(given), strict=True), rope_scaling=rotary.parse_scaling(config))
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{CONFIG}: key missing or malformed: {error}") from error
@@ -347,9 +361,9 @@ def _from_config(config: Mapping[str, Any]) -> DraftShape:
         raise CheckpointError(f"{CONFIG}: {error}") from error
     if not 0 < min(values.values()) <= max(values.values()) < 2**31:
         raise CheckpointError(f"{CONFIG}: a number is not positive, or too large")
-    if dict(config) != _to_config(shape):
+    if dict(config) != to_config(shape):
         different = sorted(
-            k for k in config.keys() | _to_config(shape).keys() if config.get(k) != _to_config(shape).get(k)
+            k for k in config.keys() | to_config(shape).keys() if config.get(k) != to_config(shape).get(k)
         )
         raise CheckpointError(f"{CONFIG}: unexpected values for {', '.join(different)}")
     return shape

@@ -16,12 +16,13 @@ from schemas.speculator.checkpoint import (
     CheckpointError,
     line_name,
     read_tensor,
+    round_weights,
     shape_for_target,
 )
+from schemas.speculator.draft_folder import TARGET_EMBEDDINGS, TARGET_OUTPUT, read_draft_folder
 from schemas.speculator.network import EagleDraft, random_draft
 from schemas.speculator.target_fingerprint import target_fingerprint
 
-_EMBEDDINGS, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 _RANDOM_FACTOR = 0.3
 """Factor on the random weights of ``fc``, beside the identity that passes the highest captured layer through."""
 
@@ -69,7 +70,12 @@ def create_day_0_draft(folder: Path, speculator: Speculator, kept_D: Tensor | No
         intermediate_size=speculator.intermediate_size,
         num_key_value_heads=speculator.num_key_value_heads,
     )
-    if kept_D is None and speculator.draft_vocab_file:
+    if speculator.day_0_folder:
+        trained = _read_trained(Path(speculator.day_0_folder), folder, config)
+        if kept_D is None:
+            return trained
+        shape = trained.shape
+    elif kept_D is None and speculator.draft_vocab_file:
         kept_D = read_draft_vocabulary(Path(speculator.draft_vocab_file), shape.vocab_size)
     if kept_D is not None:
         shape = replace(shape, draft_vocab_size=len(kept_D))
@@ -77,6 +83,13 @@ def create_day_0_draft(folder: Path, speculator: Speculator, kept_D: Tensor | No
     if speculator.init == "head":
         initialize_near_output(draft, read_output_layer(folder, tied=bool(config.get("tie_word_embeddings"))))
     return draft
+
+
+def _read_trained(folder: Path, target_folder: Path, target: dict[str, Any]) -> EagleDraft:
+    try:
+        return round_weights(read_draft_folder(folder, target_folder, target).draft)
+    except (CheckpointError, OSError) as error:
+        raise CheckpointError(f"speculator.day_0_folder: {error}") from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -102,7 +115,7 @@ def read_output_layer(folder: Path, *, tied: bool) -> Tensor:
         CheckpointError: no shard contains it.
     """
     try:
-        return read_tensor(folder, _EMBEDDINGS if tied else _OUTPUT)
+        return read_tensor(folder, TARGET_EMBEDDINGS if tied else TARGET_OUTPUT)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; set speculator.init = 'random' if it has no such tensor") from error
 
@@ -113,7 +126,7 @@ def read_embeddings(folder: Path) -> Tensor:
     Raises:
         CheckpointError: no shard contains them.
     """
-    return read_tensor(folder, _EMBEDDINGS)
+    return read_tensor(folder, TARGET_EMBEDDINGS)
 
 
 def initialize_near_output(draft: EagleDraft, output_VH: Tensor) -> None:

@@ -9,6 +9,9 @@ There are two variants. In EAGLE-3 that hidden state is the layer's output befor
 step to step. EAGLE-3.1 also normalizes each captured layer before ``fc``, so that layers with large values do not
 dominate.
 
+A draft with ``norm_before_residual``, as speculators trains them, adds attention's output to the normalized hidden
+state instead of to the hidden state itself.
+
 Shape suffixes: B sequences, T rows, F feature width, H hidden size, N heads, M key/value heads, E head size, D draft
 vocabulary.
 """
@@ -49,6 +52,7 @@ class DraftShape:
     """Layers whose output is captured, numbered from 0 like SGLang's ``eagle_aux_hidden_state_layer_ids``."""
     variant: Variant = "eagle3"
     rope_scaling: Scaling | None = None
+    norm_before_residual: bool = False
 
     @property
     def feature_width(self) -> int:
@@ -114,6 +118,8 @@ class EagleDraft(nn.Module):
     def finish(self, hidden_BTH: Tensor, attended_BNTE: Tensor) -> Tensor:
         """Return the hidden states [B, T, H] for ``logits`` and for the next step: residual, attention, MLP."""
         layer = self.midlayer
+        if self.shape.norm_before_residual:
+            hidden_BTH = layer.hidden_norm(hidden_BTH)
         residual = hidden_BTH + layer.self_attn.o_proj(attended_BNTE.transpose(1, 2).flatten(2))
         out: Tensor = residual + layer.mlp(layer.post_attention_layernorm(residual))
         return self.norm(out) if self.shape.is_normed else out

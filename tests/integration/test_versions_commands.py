@@ -15,12 +15,14 @@ import killed_promoter
 import pytest
 from killed_promoter import OneLine
 from promoter_world import figures
+from recorded import record_of, tables_of, verify_step_of
 from tiny_draft import SHAPE
 from typer.testing import CliRunner, Result
 
 from ops.cli.main import app
 from pipeline.delta import DeltaLog
 from schemas.events import AUDITED_TAG, AuditState
+from schemas.registry_client import delete_artifacts
 from schemas.settings import Settings, load
 from schemas.speculator import checkpoint
 from schemas.speculator.network import random_draft
@@ -248,3 +250,29 @@ def test_a_command_finishes_an_unfinished_move_and_stops(desk: Desk) -> None:
     assert "which is now finished; nothing else was done" in stopped.stderr
     assert desk.aliases == {"champion": "1", "previous": "1"}
     assert desk.asked("history")["moves"][-1]["actor"] == "someone"
+
+
+def test_prune_deletes_versions_and_files_that_nothing_needs(desk: Desk) -> None:
+    run = desk.registry.version(desk.line, "1").run  # type: ignore[union-attr]
+    planned = desk.asked("prune", "--keep", "1", "--dry-run")
+    assert planned["deleted"] == ["1"]
+    assert planned["kept"] == {"3": "among the newest", "2": "parent of 3"}
+    assert [one.number for one in desk.registry.versions(desk.line)] == ["1", "2", "3"]
+    assert desk.asked("prune", "--keep", "1")["deleted"] == ["1"]
+    assert [one.number for one in desk.registry.versions(desk.line)] == ["2", "3"]
+    assert desk.registry._client.list_artifacts(run) == []
+    assert desk.asked("prune", "--keep", "1")["deleted"] == []
+
+
+def test_prune_keeps_what_is_named_or_was_served_lately(desk: Desk) -> None:
+    steps = [verify_step_of(0, 0, [1, 2], 3)]
+    rows = tables_of(record_of("request", steps, 0, line=desk.line))
+    DeltaLog(desk.settings.tables).append("traces", rows["traces"])
+    assert desk.asked("prune", "--keep", "1", "--dry-run", "--served", "2020-01-01")["kept"]["1"] == "served by a node"
+    desk.run("promote", "1")
+    assert desk.asked("prune", "--keep", "1", "--dry-run")["kept"]["1"] == "is champion"
+
+
+def test_an_interrupted_deletion_is_completed(desk: Desk) -> None:
+    delete_artifacts(desk.registry._client, desk.settings.registry.tracking_uri, f"aurora.{desk.line}", "1")
+    assert desk.asked("prune", "--keep", "1")["deleted"] == ["1"]

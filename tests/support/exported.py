@@ -14,16 +14,19 @@ from schemas.status import DriftStatus, StreamStatus
 from schemas.telemetry.metrics import register_process_metrics
 from serving.answers.answer_consumer import AnswerConsumer
 from serving.answers.answer_publisher import AnswerPublisher
+from serving.answers.scoped_corpus import ScopedCorpus
 from serving.engines.builtin.kv_cache import KVCache
 from serving.engines.builtin.prefix_cache import PrefixCache
-from serving.engines.builtin.scoped_corpus import ScopedCorpus
-from serving.engines.plugin.metrics import PluginMetrics
+from serving.engines.plugin.metrics import PluginMetrics, SuffixMetrics
+from serving.engines.sglang.plugin.hooks import SglangMetrics
 from serving.http import admin, routes, status, webhook
 from serving.http.generation import RequestMetrics
 from serving.http.server import Drain
 from serving.traces.publisher import TracePublisher
 from serving.versions.poller import VersionPoller
+from trainer import train
 from trainer.loop.metrics import TrainMetrics
+from trainer.release import promoter
 from trainer.release.promoter import PromoterMetrics
 from trainer.status import ErrorTracker
 
@@ -66,8 +69,9 @@ def registries() -> dict[str, CollectorRegistry]:
     }
     register_process_metrics(found["every process"])
     node_application(found["serve"])
-    PluginMetrics("sglang", found["SGLang plugin"])
+    SglangMetrics(found["SGLang plugin"])
     PluginMetrics("vllm", found["vLLM plugin"])
+    SuffixMetrics("vllm", found["vLLM plugin"])
     drift = DriftStatus.model_construct(detected=0, dropped=0, traffic=[])
     counts = dict.fromkeys(StreamStatus.model_fields, 0)
     lists = {
@@ -80,9 +84,9 @@ def registries() -> dict[str, CollectorRegistry]:
     }
     found["stream"].register(StreamCollector(StreamStatus.model_construct(**counts | lists)))
     TrainMetrics(found["train"])
-    ErrorTracker("train", found["train"])
+    ErrorTracker("train", train.PARTS, found["train"])
     PromoterMetrics(found["promoter"])
-    ErrorTracker("promoter", found["promoter"])
+    ErrorTracker("promoter", promoter.PARTS, found["promoter"])
     return found
 
 

@@ -19,6 +19,7 @@ from schemas.registry_client import (
     MlflowException,
     Param,
     connect,
+    delete_artifacts,
     download,
     is_not_found,
     model_name,
@@ -154,6 +155,20 @@ class SpeculatorRegistry:
             )
             self._client.set_terminated(run)
             return str(version.version)
+
+    def delete(self, line: str, version: str) -> None:
+        """Delete a version and its files; if the registry stops answering meanwhile, another call completes it.
+
+        Its run is marked as deleted, and keeps its figures until ``mlflow gc``.
+        """
+        name = model_name(line)
+        with self._wrap_errors():
+            run = self._client.get_model_version(name, version).run_id
+            # The files first: without the version, nothing would lead to them.
+            delete_artifacts(self._client, self._uri, name, version)
+            self._client.delete_model_version(name, version)
+            if run:
+                self._client.delete_run(run)
 
     def start_run(self, line: str, tags: Mapping[str, str], parameters: Mapping[str, object]) -> str:
         """Start a run among those of a line, for the metrics of a training, and return its id."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,11 @@ from safetensors.torch import load_file, save_file
 from tiny_target import write_tiny_target
 
 from schemas.settings import Speculator, Target
-from schemas.speculator.checkpoint import CheckpointError
+from schemas.speculator.checkpoint import CheckpointError, line_name, round_weights
 from schemas.speculator.day_0_draft import create_day_0_draft, read_embeddings, read_line
-from schemas.speculator.network import EagleDraft
+from schemas.speculator.draft_folder import write_draft_folder
+from schemas.speculator.layouts import Verifier
+from schemas.speculator.network import EagleDraft, random_draft
 
 NEAR = Speculator(draft_vocab_size=16)
 RANDOM = Speculator(draft_vocab_size=16, init="random")
@@ -68,3 +71,24 @@ def test_the_error_for_an_unusable_output_layer_names_the_setting_to_change(targ
     with pytest.raises(CheckpointError, match=r"no tensor lm_head\.weight.*speculator\.init = 'random'"):
         create_day_0_draft(target, NEAR)
     assert create_day_0_draft(target, RANDOM).shape.draft_vocab_size == 16
+
+
+def test_a_line_begins_with_a_trained_draft_of_any_shape(target: Path, tmp_path: Path) -> None:
+    shape = replace(create_day_0_draft(target, NEAR).shape, intermediate_size=7, capture_layers=(0, 2, 6))
+    trained = round_weights(random_draft(shape, 5, torch.arange(16) * 3))
+    write_draft_folder(trained, tmp_path / "theirs", "speculators", Verifier("target", (), 3))
+    begun = RANDOM.model_copy(update={"day_0_folder": str(tmp_path / "theirs"), "draft_vocab_file": "nowhere"})
+    line = read_line(Target(path=str(target)), begun)
+    assert line.day_0_draft.shape == shape
+    assert line.name == line_name(line.target, shape, trained.d2t)
+    assert torch.equal(line.day_0_draft.fc.weight, trained.fc.weight)
+    assert (begun.day_0, RANDOM.day_0) == ("day-0-theirs", "day-0-random-0")
+    other = create_day_0_draft(target, begun, torch.arange(16) + 40)
+    assert other.shape == shape
+    assert other.t2d.nonzero().flatten().tolist() == list(range(40, 56))
+
+
+def test_the_error_for_an_unusable_trained_draft_names_the_setting(target: Path, tmp_path: Path) -> None:
+    begun = NEAR.model_copy(update={"day_0_folder": str(tmp_path / "nowhere")})
+    with pytest.raises(CheckpointError, match=r"speculator\.day_0_folder: .*nowhere: no readable config\.json"):
+        create_day_0_draft(target, begun)

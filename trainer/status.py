@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,10 +12,11 @@ from types import TracebackType
 from typing import Self
 
 import structlog
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from pydantic import BaseModel
 
 from schemas.settings import SettingsError
+from schemas.telemetry.metrics import counter_by
 
 log = structlog.get_logger()
 
@@ -29,15 +30,28 @@ def stop_on_signals() -> threading.Event:
 
 
 class ErrorTracker:
-    """Current errors by part of the process, and a counter of errors by part."""
+    """Current errors by part of the process, and a counter of errors by part.
 
-    def __init__(self, process: str, metrics: CollectorRegistry) -> None:
-        self._errors = Counter(f"aurora_{process}_errors", "Failed calls, by part.", ["part"], registry=metrics)
+    Args:
+        process: Its name in the metric.
+        parts: All parts of the process.
+        metrics: Takes the counter.
+    """
+
+    def __init__(self, process: str, parts: Sequence[str], metrics: CollectorRegistry) -> None:
+        self._parts = parts
+        self._errors = counter_by(f"aurora_{process}_errors", "Failed calls, by part.", "part", parts, metrics)
         self._current: dict[str, str] = {}
 
     @contextmanager
     def catch(self, part: str, *kinds: type[Exception]) -> Iterator[None]:
-        """Suppress and count errors of these kinds; the part counts as failing until it next ends without one."""
+        """Suppress and count errors of these kinds; the part counts as failing until it next ends without one.
+
+        Raises:
+            ValueError: ``part`` is none of the process.
+        """
+        if part not in self._parts:
+            raise ValueError(f"{part}: no part among {', '.join(self._parts)}")
         try:
             yield
         except kinds as error:

@@ -29,6 +29,7 @@ from trainer.data.batch import StepBatch, build_step_batch
 from trainer.data.data_loader import DataLoader, DataLoaderError, Prefetcher
 from trainer.data.feature_files import spill_folder
 from trainer.data.samples import Sample
+from trainer.data.self_generation import SelfGeneration, stream_samples
 from trainer.data.target import FrozenTarget, Target, read_target
 from trainer.loop.checkpoints import Checkpoints, TrainState
 from trainer.loop.distributed import DistributedLearner, Ranks, follow_rank_0, join_ranks
@@ -40,17 +41,29 @@ from trainer.loop.mlflow_curves import MlflowCurves
 from trainer.loop.vocabulary_change import VocabularyChange
 from trainer.loop.warm_start import load_initial_draft
 from trainer.release.evaluation import Evaluation, HeldOutEvaluator
-from trainer.release.registration import LINEAGE_TAG, PASSED_TAG, Registrar, TrainingLineage, resume_registration
+from trainer.release.registration import (
+    LINEAGE_TAG,
+    PASSED_TAG,
+    SELF_GENERATED_TAG,
+    Registrar,
+    SelfGeneratedData,
+    TrainingLineage,
+    resume_registration,
+)
 from trainer.release.registration_queue import RegistrationQueue, TrainingSnapshot
 from trainer.release.registry import RegistryError, SpeculatorRegistry
 from trainer.status import ErrorTracker, StatusServer, stop_on_signals
 
 log = structlog.get_logger()
 
+PARTS = ("start", "tables", "cursors", "vocabulary", "registry", "registration", "curves", "checkpoint")
+"""Whose errors are counted."""
 LEASE_RENEWAL_INTERVAL_S = 300.0
 """Each renewal writes a row; a lease lasts hours."""
 REGISTRATION_TIMEOUT_S = 15.0
 """How long a stopping trainer waits for a registration: half of what containers get to stop."""
+SELF_GENERATION_TIMEOUT_S = 5.0
+"""How long a stopping trainer waits for a forward of the generating target."""
 
 
 def run(settings: Settings) -> None:
@@ -91,7 +104,7 @@ class Trainer:
         register_process_metrics(self.metrics_registry)
         self._settings = train
         self._stopping = stopping
-        self._errors = ErrorTracker("train", self.metrics_registry)
+        self._errors = ErrorTracker("train", PARTS, self.metrics_registry)
         self._metrics = TrainMetrics(self.metrics_registry)
         self._tables = DeltaLog(settings.tables)
         self._learner = Learner(target.new_draft(), target.embeddings_VH, train, ranks)
@@ -108,9 +121,11 @@ class Trainer:
             frozen.compute_states,
             shares_files=self._learners.share_folder(spill_folder(train, target.line)),
         )
-        self._prefetcher = Prefetcher(
-            self._loader, lambda samples: build_step_batch(samples, ranks.size, train.gradient_accumulation_steps)
-        )
+        self._collate = partial(build_step_batch, ranks=ranks.size, parts=train.gradient_accumulation_steps)
+        self._prefetcher = Prefetcher(self._loader, self._collate)
+        source = partial(stream_samples, settings, target.day_0.shape.capture_layers, target.embeddings_VH.device)
+        self._self_generation = SelfGeneration(train, source)
+        self._rows_read = 0
         registry = SpeculatorRegistry(settings.registry)
         self._evaluator = HeldOutEvaluator(settings, target, registry)
         self._lineage = TrainingLineage()
@@ -132,9 +147,10 @@ class Trainer:
         )
         self._lag_events = LagEvents(settings.kafka, target.line, self._metrics.lag_events_dropped)
         self._throughput = Throughput()
-        self._day_0 = settings.speculator.day_0
+        # A day-0 draft from a folder is trained.
+        self._untrained = None if settings.speculator.day_0_folder else settings.speculator.day_0
         self._warm_started = False
-        self._tokens_seen = 0
+        self._tokens_seen = self._self_generated_tokens = 0
         self._figures: StepFigures | None = None
         self._score: HeldOutScore | None = None
         self._evaluations_since_registration = 0
@@ -159,17 +175,23 @@ class Trainer:
                 batch = self._prefetcher.next_batch()
             self._metrics.update_data_loader(self._loader)
             self._lag_events.update(self._loader.lag_s, self._loader.share)
+            if batch or self._loader.counts["rows"] != self._rows_read:
+                self._rows_read = self._loader.counts["rows"]
+                self._self_generation.see_traffic()
             if batch:
                 self._train_step(batch)
+            elif generated := self._self_generation.next_samples(lambda: self._prefetcher.replayed):
+                self._train_step(self._collate(generated), is_generated=True)
             else:
                 self._learners.keep_alive()
                 self._stopping.wait(self._settings.poll_interval)
+            self._metrics.update_self_generation(self._self_generation.counts)
             if self._registrations.poll():
                 self._evaluations_since_registration = 0
             self._take_written()
             if time.monotonic() >= evaluate_at or self._is_loss_rising():
                 with self._errors.catch("vocabulary", CheckpointError):
-                    self._vocabulary.update(self._prefetcher.token_counts)
+                    self._update_vocabulary()
                 self._evaluate()
                 evaluate_at = time.monotonic() + self._settings.registration_interval
             if time.monotonic() >= checkpoint_at and self._checkpoints.writing is None:
@@ -178,6 +200,7 @@ class Trainer:
             if time.monotonic() >= renew_at:
                 self._renew_lease()
                 renew_at = time.monotonic() + LEASE_RENEWAL_INTERVAL_S
+        self._self_generation.close(SELF_GENERATION_TIMEOUT_S)
         self._checkpoint()
         self._registrations.close(REGISTRATION_TIMEOUT_S)
         self._take_written(wait=True)
@@ -217,16 +240,17 @@ class Trainer:
 
     def _start(self) -> None:
         """Resume from the newest checkpoint, else start as the settings say; retry until everything is reachable."""
-        started = False
+        started, paused_s = False, 0.0
         while not started and not self._stopping.is_set():
             with self._errors.catch("start", TableError, RegistryError, CheckpointError, OSError):
                 found = self._checkpoints.read_newest()
                 if found:
                     state, folder = found
                     self._prefetcher.restore(state.data_loader)
+                    self._tokens_seen, self._warm_started = state.tokens_seen, state.warm_started
+                    self._self_generated_tokens, paused_s = state.self_generated_tokens, state.paused_s
                     self._learners.call(Learner.load, folder, state.step)
                     self._lineage.start(self._find_parent(state))
-                    self._tokens_seen, self._warm_started = state.tokens_seen, state.warm_started
                     self._written = state
                     good = self._checkpoints.read_good()
                     self._good = good[0] if good else None
@@ -234,13 +258,14 @@ class Trainer:
                     parent, draft = self._load_initial_draft()
                     self._lineage.start(parent)
                     self._learners.call(Learner.load_weights, draft.state_dict())
-                    self._warm_started = parent != self._day_0
+                    self._warm_started = parent != self._untrained
                 started = True
             if not started:
                 self._learners.keep_alive()
                 self._stopping.wait(self._settings.poll_interval)
         if self._warm_started:
             self._learners.call(Learner.use_warm_start_rate)
+        self._self_generation.restore(paused_s, has_traffic=self._warm_started or self._tokens_seen > 0)
         if started and self._good is None:
             self._checkpoint(good=True)
         log.info("training_started", step=self._learner.steps, parent=self._lineage.parent, cursor=self._loader.cursor)
@@ -252,13 +277,17 @@ class Trainer:
             parent = self._resume_registration(state.lineage, state.step)
         return parent or state.parent
 
-    def _train_step(self, batch: StepBatch) -> None:
+    def _train_step(self, batch: StepBatch, *, is_generated: bool = False) -> None:
         learning_rate, counted = self._learner.learning_rate, (self._learner.steps, self._learner.skipped)
         loss = self._learners.step(batch)
         if (self._learner.steps, self._learner.skipped) == counted:
             self._metrics.steps_without_loss.inc()
             return
-        self._tokens_seen += batch.tokens
+        if is_generated:
+            self._self_generated_tokens += batch.tokens
+            self._metrics.self_generated_tokens.inc(batch.tokens)
+        else:
+            self._tokens_seen += batch.tokens
         self._figures = StepFigures(
             loss=loss,
             learning_rate=learning_rate,
@@ -271,7 +300,7 @@ class Trainer:
         self._metrics.update_step(self._figures, batch.tokens)
         self._curves.add(self._learner.steps, self._figures.curves)
         if not self._learner.skipped:
-            self._lineage.add(self._learner.steps, batch.requests)
+            self._lineage.add(self._learner.steps, () if is_generated else batch.requests)
             self._losses.append(float(loss.total))
             return
         self._skipped += 1
@@ -288,9 +317,16 @@ class Trainer:
         self._losses.clear()
         return True
 
+    def _update_vocabulary(self) -> None:
+        """Change the draft vocabulary if the traffic calls for it, or self-generated data before any traffic."""
+        if any(counts := self._prefetcher.token_counts):
+            self._vocabulary.update(counts)
+        else:
+            self._vocabulary.update(self._self_generation.token_counts, is_generated=True)
+
     def _evaluate(self) -> None:
         """Score the draft on the held-out set; then submit it for registration, or roll back if it diverged."""
-        samples = self._prefetcher.held_out
+        samples = self._prefetcher.held_out or self._self_generation.held_out
         if not samples or self._learner.steps == self._evaluated_step:
             return
         draft = self._learners.call(Learner.export_draft)
@@ -354,6 +390,9 @@ class Trainer:
             LINEAGE_TAG: self._lineage.id,
             PASSED_TAG: str(self._prefetcher.completed_version),
         }
+        if self._self_generated_tokens:
+            data = SelfGeneratedData(tokens=self._self_generated_tokens, held_out=bool(self._self_generation.held_out))
+            tags[SELF_GENERATED_TAG] = data.model_dump_json()
         if self._curves.run:
             tags["curves"] = self._curves.run
         metrics = {"step": float(step), "tokens_seen": float(self._tokens_seen)}
@@ -377,6 +416,8 @@ class Trainer:
                 state = TrainState(
                     step=step,
                     tokens_seen=self._tokens_seen,
+                    self_generated_tokens=self._self_generated_tokens,
+                    paused_s=self._self_generation.paused_s,
                     parent=self._lineage.parent,
                     lineage=self._lineage.id,
                     warm_started=self._warm_started,

@@ -14,13 +14,13 @@ from collections.abc import Mapping
 import numpy as np
 
 from schemas.settings import Settings
+from serving.answers.scoped_corpus import ScopedCorpus
 from serving.engines.base import Request
-from serving.engines.builtin.scoped_corpus import ScopedCorpus
 from serving.engines.builtin.sequence import Sequence
 from serving.engines.builtin.suffix_drafter import SuffixDrafter
 from serving.planner.acceptance_model import AcceptanceModel
+from trainer.objective.simulated_acceptance import F64
 from trainer.replay.past_requests import PastRequest
-from trainer.replay.verify_steps import F64
 
 
 class NodeSuffixReplay:

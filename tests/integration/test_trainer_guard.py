@@ -8,14 +8,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from trainer_world import World, offline, write_target
 
 from schemas.settings import Settings
+from schemas.speculator.draft_folder import write_draft_folder
+from schemas.speculator.layouts import Verifier
 from schemas.speculator.network import EagleDraft
 from trainer.data.samples import Sample
-from trainer.objective.simulated_acceptance import SimulatedAcceptance
+from trainer.data.target import read_target
+from trainer.objective.simulated_acceptance import SampleChains
 from trainer.release.evaluation import HeldOutEvaluator
 from trainer.release.registry import SpeculatorRegistry
 from trainer.train import Trainer
@@ -94,8 +98,9 @@ def test_a_slow_slide_below_the_champion_is_rolled_back(settings: Settings, monk
         champion.norm.weight[0] = 1.25
     set_champion(champion, monkeypatch)
 
-    def simulate(_: HeldOutEvaluator, draft: EagleDraft, samples: Sequence[Sample]) -> list[SimulatedAcceptance]:
-        return [SimulatedAcceptance(round(1000 * draft.norm.weight[0].item()), 1000) for _ in samples]
+    def simulate(_: HeldOutEvaluator, draft: EagleDraft, samples: Sequence[Sample]) -> list[SampleChains]:
+        accepted = draft.norm.weight[0].item()
+        return [SampleChains(np.array([1]), np.zeros((1, 1)), np.array([accepted])) for _ in samples]
 
     monkeypatch.setattr(HeldOutEvaluator, "_simulate", simulate)
     trainer = trainer_of(world, settings)
@@ -202,3 +207,18 @@ def _metrics(trainer: Trainer) -> bytes:
     from prometheus_client import generate_latest
 
     return generate_latest(trainer.metrics_registry)
+
+
+@pytest.mark.parametrize("named", ["", "theirs"])
+def test_a_day_0_draft_from_a_folder_is_trained_on_as_a_trained_one(
+    settings: Settings, tmp_path: Path, named: str
+) -> None:
+    folder = str(tmp_path / named) if named else ""
+    if named:
+        draft = read_target(settings).day_0
+        write_draft_folder(draft, tmp_path / named, "vllm", Verifier("target", (), 3))
+    update = {"speculator": settings.speculator.model_copy(update={"day_0_folder": folder})}
+    world = World(settings.model_copy(update=update))
+    trainer = trainer_of(world, world.settings)
+    assert trainer._warm_started is bool(named)
+    assert trainer._lineage.parent == world.settings.speculator.day_0

@@ -58,6 +58,7 @@ def world(registry: str, broker: str, tmp_path: Path, free_port: Callable[[], in
         "train.registration_interval": 1.5,
         "train.checkpoint_interval": 1,
         "train.poll_interval": 0.1,
+        "train.self_generation": 0,
         "promoter.port": free_port(),
         "promoter.poll_interval": 0.2,
         "promoter.gate_min_samples": 4,

@@ -54,6 +54,7 @@ def flags(registry: str, broker: str, tmp_path: Path, free_port: Callable[[], in
         "train.registration_interval": 1.0,
         "train.checkpoint_interval": 0.5,
         "train.poll_interval": 0.1,
+        "train.self_generation": 0,
         "promoter.port": free_port(),
         "promoter.poll_interval": 0.2,
         "promoter.gate_min_samples": 4,

@@ -10,17 +10,19 @@ VOCABULARY = 61
 EOS = 0
 
 
-def write_tiny_target(folder: Path, *, seed: int = 0, scale: float = 0.35) -> Path:
+def write_tiny_target(
+    folder: Path, *, seed: int = 0, scale: float = 0.35, vocabulary: int = VOCABULARY, hidden: int = 32
+) -> Path:
     """Save a model whose weights are fp16 numbers and whose next token depends on more than the last one."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
+        vocab_size=vocabulary,
+        hidden_size=hidden,
         intermediate_size=48,
         num_hidden_layers=8,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=8,
+        head_dim=hidden // 4,
         max_position_embeddings=256,
         rms_norm_eps=1e-5,
         tie_word_embeddings=False,

@@ -75,6 +75,7 @@ def loop_flags(target: Path, broker: str, registry: str, folder: Path, free_port
         "train.held_out_ratio": 0.25,
         "train.registration_interval": 15,
         "train.poll_interval": 0.2,
+        "train.self_generation": 0,
         "promoter.port": free_port(),
         "promoter.poll_interval": 0.5,
         "promoter.gate_min_samples": 1,

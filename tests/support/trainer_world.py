@@ -104,6 +104,7 @@ def offline(folder: Path, **train: object) -> Settings:
         "train.max_epochs": 60,
         "train.registration_interval": 1e6,
         "train.poll_interval": 0.1,
+        "train.self_generation": 0,
         "promoter.gate_min_samples": 4,
     }
     return load(environ={}, flags=flags | {f"train.{name}": value for name, value in train.items()})

@@ -188,7 +188,9 @@ class DataLoader:
         # While the ranks train on one step, the next one is prefetched.
         self._files = FeatureFiles(spill_folder(settings, line), kept_steps=2 if shares_files else 0)
         self._replay_buffer: ReplayBuffer[TableEntry] = ReplayBuffer(settings, self._random, self._files)
-        self._held_out = HeldOutSet(settings.held_out_ratio, settings.held_out_samples, self.counts)
+        self._held_out = HeldOutSet(
+            settings.held_out_ratio, settings.held_out_samples, settings.held_out_bytes, self.counts
+        )
 
     @property
     def cursor(self) -> int:
@@ -210,6 +212,11 @@ class DataLoader:
     def tables_read(self) -> dict[str, int]:
         """Version of each table up to which rows were read."""
         return {"accepted": self._reader.cursor, "rejected": self._reader.rejected_cursor}
+
+    @property
+    def replayed(self) -> list[Sample]:
+        """The samples of the replay buffer, perhaps without features."""
+        return [entry.sample for entry in self._replay_buffer]
 
     def poll(self) -> None:
         """Read the next commits, unless enough samples wait to be trained on.
@@ -424,6 +431,11 @@ class Prefetcher(Generic[BatchT]):
     def held_out(self) -> dict[Sample, float]:
         """The samples of the held-out set, each with its weight."""
         return self._call(lambda: self._loader.held_out)
+
+    @property
+    def replayed(self) -> list[Sample]:
+        """The samples of the replay buffer, perhaps without features."""
+        return self._call(lambda: self._loader.replayed)
 
     @property
     def tables_read(self) -> dict[str, int]:

@@ -4,16 +4,16 @@ A hash of the prompt key draws the prompts. A prompt enters the set with its new
 them; they are trained on from then on, and so are later requests with the prompt. So no prompt is in the set and in the
 training data at once.
 
-The set is stratified by label. When it is full, the label with the most prompts gives way: the one of them that was
-seen longest ago leaves. (Among the queues of a shared buffer this is "longest queue drop": Wei, Coyle and Hsiao, "An
-optimal buffer management policy for high-performance packet switching", 1991.) So a frequent label does not push out a
-rare one: a label with fewer prompts than the others loses none.
+The set is stratified by label. When it is full, in samples or in bytes, the label with the most prompts gives way: the
+one of them that was seen longest ago leaves. (Among the queues of a shared buffer this is "longest queue drop": Wei,
+Coyle and Hsiao, "An optimal buffer management policy for high-performance packet switching", 1991.) So a frequent label
+does not push out a rare one: a label with fewer prompts than the others loses none.
 
 Versions are compared on present traffic. The weight of a label is therefore its share of the newest samples of all
 traffic, ``RECENT`` times the set's capacity (post-stratification: Cochran, "Sampling Techniques", 1977, section 5A.9).
 A label that these samples do not contain leaves the set.
 
-The set depends on the order of the samples alone, not on the progress of the training.
+The set depends on the order and the sizes of the samples alone, not on the progress of the training.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 
 from schemas.hash_sampling import hash_ratio
+from trainer.data.samples import own_tensors
 from trainer.data.table_reader import TableEntry
 
 RECENT = 4
@@ -46,16 +47,18 @@ class HeldOutSet:
     Iterating yields the samples, those of the prompt that was seen longest ago first.
     """
 
-    def __init__(self, ratio: float, capacity: int, counts: Counter[str]) -> None:
+    def __init__(self, ratio: float, capacity: int, max_bytes: int, counts: Counter[str]) -> None:
         """Start empty.
 
         Args:
             ratio: Share of the prompts that are drawn.
             capacity: Maximum number of samples.
+            max_bytes: Maximum bytes of their tensors, features that are to be recomputed included.
             counts: Counts the samples that leave to be trained on, and those that are skipped.
         """
         self._ratio = ratio
         self._capacity = capacity
+        self._max_bytes = max_bytes
         self._samples_per_prompt = max(1, capacity // 8)
         self._counts = counts
         self._prompts: dict[str, deque[TableEntry]] = {}
@@ -68,6 +71,11 @@ class HeldOutSet:
 
     def __iter__(self) -> Iterator[TableEntry]:
         return (entry for samples in self._prompts.values() for entry in samples)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the samples' tensors, features that are to be recomputed included."""
+        return sum(entry.sample.feature_bytes + entry.sample.other_bytes for entry in self)
 
     @property
     def weights(self) -> dict[str | None, float]:
@@ -114,6 +122,7 @@ class HeldOutSet:
             self._remember(key)
             return False
         samples = self._prompts[key] = self._prompts.pop(key, deque[TableEntry]())
+        entry.sample = own_tensors(entry.sample)
         samples.append(entry)
         if len(samples) > self._samples_per_prompt:
             samples.popleft()
@@ -126,7 +135,7 @@ class HeldOutSet:
         by_label = Counter(labels.values())
         leaving = by_label.keys() - set(self._recent)
         if not leaving:
-            if sum(map(len, self._prompts.values())) <= self._capacity:
+            if sum(map(len, self._prompts.values())) <= self._capacity and self.bytes <= self._max_bytes:
                 return None
             most = max(by_label.values())
             leaving = {label for label, prompts in by_label.items() if prompts == most}

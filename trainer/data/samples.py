@@ -32,8 +32,9 @@ REJECTED_COLUMNS = (
     *("draft_logprobs", "top_k", "teacher_ids", "teacher_logprobs", "draft_sources"),
 )
 
-LOOKAHEAD_TOKENS = 16
-"""Tokens that a part of a request keeps after its own rows: the longest chain that is trained or scored."""
+LOOKAHEAD_TOKENS = 17
+"""Tokens that a part of a request keeps after its own rows: the longest chain that is trained or scored, and the bonus
+token after it."""
 
 UNLABELLED = "(none)"
 """Name of the traffic without a label."""

@@ -55,6 +55,10 @@ class TrainState(CheckpointState):
     """The state of a training, without tensors."""
 
     tokens_seen: int
+    self_generated_tokens: int = 0
+    """Tokens of generated samples that were trained on beside them."""
+    paused_s: float = 0.0
+    """Seconds without traffic, which bound the self-generation of one pause."""
     parent: str
     """Version that the weights descend from: the one registered last, or the one that training started with."""
     lineage: str = ""

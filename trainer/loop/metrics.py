@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
@@ -95,6 +95,14 @@ class TrainMetrics:
         self.steps_without_loss = counter(
             "steps_without_loss", "Batches from which nothing could be learned; they are no training steps."
         )
+        self.self_generated_tokens = counter(
+            "self_generated_tokens", "Tokens trained on that the target generated itself; part of all tokens."
+        )
+        self._self_generated = {
+            "samples": counter("self_generated_samples", "Samples that the target generated itself."),
+            "failures": counter("self_generation_failures", "Failures that ended self-generation until a restart."),
+        }
+        self._counted = dict.fromkeys(self._self_generated, 0)
         self.evaluations_since_registration = gauge(
             "evaluations_since_registration",
             "Evaluations on the held-out set since the last registration or the start.",
@@ -164,6 +172,12 @@ class TrainMetrics:
             self._dropped[reason] = rows.get(kind, 0)
         for place, size in loader.replay_bytes.items():
             self._replay_bytes.labels(place).set(size)
+
+    def update_self_generation(self, counts: Mapping[str, int]) -> None:
+        """Record what ``SelfGeneration.counts`` has counted."""
+        for kind, counter in self._self_generated.items():
+            counter.inc((count := counts[kind]) - self._counted[kind])
+            self._counted[kind] = count
 
     def update_score(self, score: HeldOutScore) -> None:
         """Record a score on the held-out set."""

@@ -20,6 +20,9 @@ from trainer.loop.metrics import TrainMetrics
 
 log = structlog.get_logger()
 
+MIN_GENERATED_TOKENS = 5_000
+"""Self-generated output tokens that are counted before they change the vocabulary."""
+
 
 class VocabularyChange:
     """Measures the coverage of the draft vocabulary, and changes it in the learners of all ranks."""
@@ -32,11 +35,12 @@ class VocabularyChange:
         self._learners, self._metrics = learners, metrics
         self._kept = special_ids(self._folder, learners.learner.shape.vocab_size)
 
-    def update(self, halves: Halves) -> None:
+    def update(self, halves: Halves, *, is_generated: bool = False) -> None:
         """Measure the coverage; change the vocabulary if another one covers clearly more.
 
         Args:
             halves: Counts of the traffic's output tokens.
+            is_generated: They are those of self-generated data, of which fewer suffice: traffic corrects the choice.
 
         Raises:
             CheckpointError: the target's output layer cannot be read; nothing has changed.
@@ -47,13 +51,14 @@ class VocabularyChange:
         current = draft.t2d.nonzero().flatten().tolist()
         self.coverage = share_covered(counts, current)
         self._metrics.draft_vocab_coverage.set(self.coverage)
+        min_tokens = self._train.draft_vocab_min_tokens
         proposal = propose_vocabulary(
             halves,
             current,
             self._kept,
             draft.shape.vocab_size,
             min_coverage=self._min_coverage,
-            min_tokens=self._train.draft_vocab_min_tokens,
+            min_tokens=min(min_tokens, MIN_GENERATED_TOKENS) if is_generated else min_tokens,
         )
         if proposal is None:
             return

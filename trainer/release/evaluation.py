@@ -22,7 +22,13 @@ from trainer.data.target import Target
 from trainer.loop.divergence_guard import HeldOutScore
 from trainer.loop.learner import autocast
 from trainer.objective.losses import ttt_loss
-from trainer.objective.simulated_acceptance import SimulatedAcceptance, simulate_each, sum_acceptance
+from trainer.objective.simulated_acceptance import (
+    SampleChains,
+    SimulatedAcceptance,
+    simulate_each,
+    sum_acceptance,
+    walk_requests,
+)
 from trainer.release.gate import GainInterval, LabelComparison, estimate_gain
 from trainer.release.registry import SpeculatorRegistry
 
@@ -42,8 +48,8 @@ class _KnownVersion:
     """A version that drafts are compared with."""
 
     draft: EagleDraft
-    accepted: dict[Sample, SimulatedAcceptance] = field(default_factory=dict)
-    """On samples of the last held-out set, which has most of its samples in common with the next; without weights."""
+    chains: dict[Sample, SampleChains] = field(default_factory=dict)
+    """On samples of the last held-out set, which has most of its samples in common with the next."""
 
 
 class HeldOutEvaluator:
@@ -68,8 +74,7 @@ class HeldOutEvaluator:
             samples: The held-out set with the samples' weights.
         """
         draft = round_weights(draft)
-        simulated = zip(samples.items(), self._simulate(draft, list(samples)), strict=True)
-        accepted = {sample: one.weigh(weight) for (sample, weight), one in simulated}
+        accepted = _weigh_walks(samples, self._simulate(draft, list(samples)))
         return Evaluation(self._score(draft, accepted, samples), accepted, samples)
 
     def evaluate_version(
@@ -82,10 +87,10 @@ class HeldOutEvaluator:
             CheckpointError: the registry's files differ from the registered ones.
         """
         known = self._know(version)
-        missing = [sample for sample in samples if sample not in known.accepted]
-        accepted = known.accepted | dict(zip(missing, self._simulate(known.draft, missing), strict=True))
-        known.accepted = {sample: accepted[sample] for sample in samples}
-        return {sample: accepted[sample].weigh(weight) for sample, weight in samples.items()}
+        missing = [sample for sample in samples if sample not in known.chains]
+        chains = known.chains | dict(zip(missing, self._simulate(known.draft, missing), strict=True))
+        known.chains = chains = {sample: chains[sample] for sample in samples}
+        return _weigh_walks(samples, list(chains.values()))
 
     def score_champion(self, samples: Mapping[Sample, float]) -> HeldOutScore:
         """Return the score of the champion; without one, of the version registered last, or else of the draft of day 0.
@@ -111,7 +116,7 @@ class HeldOutEvaluator:
             known = self._versions[version] = _KnownVersion(draft)
         return known
 
-    def _simulate(self, draft: EagleDraft, samples: Sequence[Sample]) -> list[SimulatedAcceptance]:
+    def _simulate(self, draft: EagleDraft, samples: Sequence[Sample]) -> list[SampleChains]:
         embeddings_VH, lookahead = self._target.embeddings_VH, self._settings.serve.num_speculative_tokens
         with autocast(self._settings.train, embeddings_VH.device):
             return simulate_each(draft, embeddings_VH, samples, lookahead)
@@ -140,6 +145,11 @@ class HeldOutEvaluator:
         return loss if math.isfinite(loss) else None
 
 
+def _weigh_walks(samples: Mapping[Sample, float], chains: Sequence[SampleChains]) -> dict[Sample, SimulatedAcceptance]:
+    walks = zip(samples.items(), walk_requests(list(samples), chains), strict=True)
+    return {sample: walk.weigh(weight) for (sample, weight), walk in walks}
+
+
 def accepted_per_step(accepted: Mapping[Sample, SimulatedAcceptance], samples: Iterable[Sample]) -> float:
     """Return the accepted tokens per step over samples."""
     return sum_acceptance(accepted[sample] for sample in samples).accepted_per_step
@@ -152,13 +162,12 @@ def compare_prompts(
     by_prompt: dict[str, list[Sample]] = {}
     for sample in sorted(accepted, key=lambda sample: sample.prompt_key):
         by_prompt.setdefault(sample.prompt_key, []).append(sample)
-    sums = [
-        (sum_acceptance(accepted[sample] for sample in group), sum_acceptance(other[sample] for sample in group))
-        for group in by_prompt.values()
-    ]
-    rows = [(own.tokens - others.tokens, own.positions) for own, others in sums if own.positions]
-    gained_P, positions_P = np.array(rows, dtype=np.float64).reshape(-1, 2).T
-    return estimate_gain(gained_P, positions_P, error)
+    own_P2, other_P2 = (
+        np.array([sum_acceptance(of[sample] for sample in group) for group in by_prompt.values()]).reshape(-1, 2)
+        for of in (accepted, other)
+    )
+    has_steps_P = own_P2[:, 1] > 0
+    return estimate_gain(own_P2[has_steps_P], other_P2[has_steps_P], error)
 
 
 def compare_labels(

@@ -5,7 +5,7 @@ nothing was gained, the mean over a few prompts exceeds zero every second time. 
 label only where the upper bound of its gain there is negative. Tags hold accepted tokens per step (bonus excluded);
 texts show acceptance length (bonus included).
 
-Shapes: P prompts, B resamples.
+Shapes: P prompts, B resamples, 2 = accepted tokens and verify steps.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ HELD_OUT_TAG = "held_out"
 """Tag of a version with its ``HeldOutComparison``, as JSON."""
 RESAMPLES, SEED = 2000, 0
 MIN_SQUARES = 1e-9
-"""Sum of squared residuals, in tokens, below which prompts have the same gain up to rounding."""
+"""Sum of squared residuals, in accepted tokens, below which prompts have the same gain up to rounding."""
 
 
 class GainInterval(NamedTuple):
@@ -38,32 +38,33 @@ class GainInterval(NamedTuple):
     prompts: int
 
 
-def estimate_gain(gained_P: F64, positions_P: F64, error: float) -> GainInterval | None:
-    """Return the bounds of the gain over all positions, by a studentized bootstrap over prompts.
+def estimate_gain(own_P2: F64, other_P2: F64, error: float) -> GainInterval | None:
+    """Return the bounds of the gain over all prompts, by a studentized bootstrap over them.
 
     Tokens of one prompt depend on each other, whether they are of one request, of its choices or of the turns of a
     conversation; prompts do not. So whole prompts are resampled, for both versions together (Efron and Tibshirani, "An
     Introduction to the Bootstrap", 1993, section 12.5). Percentiles of resampled gains would be too narrow for few
-    prompts. The gain is a ratio of sums, and its standard error that of the linearized ratio (Cochran, "Sampling
-    Techniques", 1977, section 2.11). A resample whose prompts all have the same gain has no standard error, and counts
-    as infinitely far off on both sides. Where no prompt differs from another, both bounds are the gain.
+    prompts. The gain is a difference of two ratios of sums, since each version runs its own verify steps, and its
+    standard error that of the linearized ratios (Cochran, "Sampling Techniques", 1977, sections 2.11 and 6.17). A
+    resample whose prompts all have the same gain has no standard error, and counts as infinitely far off on both sides.
+    Where no prompt differs from another, both bounds are the gain.
 
     Args:
-        gained_P: Accepted tokens of the version minus those of the other one, by prompt.
-        positions_P: Positions from which both drafted; above 0.
+        own_P2: Accepted tokens and verify steps of the version, by prompt; steps are above 0.
+        other_P2: The same of the other one.
         error: Probability with which the true gain is below the lower bound, and with which it is above the upper one.
 
     Returns:
         None where too few prompts differ for bounds.
     """
-    prompts = len(gained_P)
+    prompts = len(own_P2)
     if prompts < 2:
         return None
     drawn_BP = np.random.default_rng(SEED).integers(prompts, size=(RESAMPLES, prompts))
-    (gain,), (deviation,) = _compute_gains(gained_P[None], positions_P[None])
+    (gain,), (deviation,) = _compute_gains(own_P2[None], other_P2[None])
     if not deviation:
         return GainInterval(float(gain), float(gain), prompts)
-    gain_B, deviation_B = _compute_gains(gained_P[drawn_BP], positions_P[drawn_BP])
+    gain_B, deviation_B = _compute_gains(own_P2[drawn_BP], other_P2[drawn_BP])
     has_deviation_B = deviation_B > 0
     off_B = np.divide(gain_B - gain, deviation_B, out=np.full(RESAMPLES, np.inf), where=has_deviation_B)
     above = np.quantile(off_B, 1 - error, method="higher")
@@ -73,13 +74,21 @@ def estimate_gain(gained_P: F64, positions_P: F64, error: float) -> GainInterval
     return GainInterval(float(gain - above * deviation), float(gain - below * deviation), prompts)
 
 
-def _compute_gains(gained_BP: F64, positions_BP: F64) -> tuple[F64, F64]:
-    """Return [B] the gains over all positions and their standard errors; 0 where all prompts have the same gain."""
-    prompts, positions_B = gained_BP.shape[1], positions_BP.sum(axis=1)
-    gain_B = gained_BP.sum(axis=1) / positions_B
-    squares_B = ((gained_BP - gain_B[:, None] * positions_BP) ** 2).sum(axis=1)
-    squares_B[squares_B < MIN_SQUARES] = 0
-    return gain_B, np.sqrt(squares_B * prompts / (prompts - 1)) / positions_B
+def _compute_gains(own_BP2: F64, other_BP2: F64) -> tuple[F64, F64]:
+    """Return [B] the gains over all prompts and their standard errors; 0 where all prompts have the same gain."""
+    prompts = own_BP2.shape[1]
+    (own_B, change_BP, steps_B), (other_B, other_change_BP, other_steps_B) = map(_linearize, (own_BP2, other_BP2))
+    squares_B = ((change_BP - other_change_BP) ** 2).sum(axis=1)
+    squares_B[squares_B * steps_B * other_steps_B < MIN_SQUARES] = 0
+    return own_B - other_B, np.sqrt(squares_B * prompts / (prompts - 1))
+
+
+def _linearize(counts_BP2: F64) -> tuple[F64, F64, F64]:
+    """Return [B] accepted tokens per step, [B, P] by how much each prompt changes them, and [B] all verify steps."""
+    tokens_BP, steps_BP = counts_BP2[..., 0], counts_BP2[..., 1]
+    steps_B = steps_BP.sum(axis=1)
+    ratio_B = tokens_BP.sum(axis=1) / steps_B
+    return ratio_B, (tokens_BP - ratio_B[:, None] * steps_BP) / steps_B[:, None], steps_B
 
 
 class LabelComparison(BaseModel):

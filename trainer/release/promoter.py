@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 import structlog
-from prometheus_client import CollectorRegistry, Counter, Gauge
+from prometheus_client import CollectorRegistry, Gauge
 from pydantic import ValidationError
 
 from pipeline.delta import DeltaLog, TableError
@@ -23,7 +23,7 @@ from schemas.events import QUARANTINED_TAG, AliasChange
 from schemas.settings import Settings
 from schemas.status import ComparedStatus, ComparisonStatus, PromoterStatus
 from schemas.telemetry import logs, spans
-from schemas.telemetry.metrics import register_process_metrics
+from schemas.telemetry.metrics import counter_by, register_process_metrics
 from trainer.release import promotion_policy
 from trainer.release.alias_moves import (
     AliasMover,
@@ -49,6 +49,10 @@ from trainer.release.sequential_test import Comparison, Criteria, compare
 from trainer.status import ErrorTracker, StatusServer, stop_on_signals
 
 log = structlog.get_logger()
+
+PARTS = ("registry", "tables", "moves", "broker")
+"""Whose errors are counted."""
+_ALIASES = ("candidate", "canary", "champion", "previous")
 
 
 def run(settings: Settings) -> None:
@@ -88,7 +92,7 @@ class Promoter:
         self._mover = AliasMover(tables, registry)
         self._live_figures = LiveFigures(tables, settings.canary)
         self._clock = clock
-        self._errors = ErrorTracker("promoter", self.metrics)
+        self._errors = ErrorTracker("promoter", PARTS, self.metrics)
         self._metrics = PromoterMetrics(self.metrics)
         self._alias_moves = 0
         self._line: Line | None = None
@@ -241,17 +245,16 @@ class PromoterMetrics:
     """Prometheus metrics of the promoter."""
 
     def __init__(self, metrics: CollectorRegistry) -> None:
-        self.alias_moves = Counter(
-            "aurora_promoter_alias_moves", "Recorded alias moves, by alias.", ["alias"], registry=metrics
+        self.alias_moves = counter_by(
+            "aurora_promoter_alias_moves", "Recorded alias moves, by alias.", "alias", _ALIASES, metrics
         )
-        self.rollbacks = Counter(
+        self.rollbacks = counter_by(
             "aurora_promoter_rollbacks",
             "Versions that the promoter rolled back, by the alias that they had.",
-            ["alias"],
-            registry=metrics,
+            "alias",
+            ("canary", "champion"),
+            metrics,
         )
-        for alias in ("canary", "champion"):
-            self.rollbacks.labels(alias)  # an increase is only seen after a sample of zero
         self._difference = Gauge(
             "aurora_promoter_canary_difference_ratio",
             "Relative difference by which a canary is better than the champion, or a watch's versions than the anchor.",

@@ -16,6 +16,7 @@ from pathlib import Path
 from string import Template
 
 import structlog
+from pydantic import BaseModel, ConfigDict
 
 from schemas.build_info import code_revision
 from schemas.settings import Settings
@@ -36,6 +37,8 @@ LINEAGE_TAG = "lineage"
 """Tag of a version with ``TrainingLineage.id`` of its weights."""
 PASSED_TAG = "passed"
 """Tag of a version with the version of ``accepted`` up to which every sample had been due for training."""
+SELF_GENERATED_TAG = "self_generated"
+"""Tag of a version that learned from self-generated data: its ``SelfGeneratedData``, as JSON."""
 MAX_TRACKED_REQUESTS = 65_536
 """Requests in a training lineage; further ones are only counted."""
 MAX_VERSIONS = 8
@@ -52,8 +55,24 @@ _NOT_SHAPING = (
     "checkpoint_interval",
     "metrics_interval",
     "registration_interval",
+    "self_generation_target_bytes",
 )
 """Settings of the trainer that do not affect the weights."""
+
+
+class SelfGeneratedData(BaseModel):
+    """What a version owes to data that the target generated itself."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tokens: int
+    """Trained on since the training started, replayed ones each time."""
+    held_out: bool
+    """Whether the held-out set was self-generated too, because there was no traffic."""
+
+    def __str__(self) -> str:
+        held_out = ", and so is its held-out set" if self.held_out else ""
+        return f"{self.tokens:,} tokens that the target generated itself{held_out}"
 
 
 class Registrar:
@@ -100,19 +119,7 @@ class Registrar:
         waits = judge_candidate(candidate, champion, tags_of_candidate, gate).promote
         if gain is None or (waits and self._find_gain(evaluation, candidate, 0) is None):
             return None
-        of_champion = self._evaluator.evaluate_version(champion, samples)
-        held_out = HeldOutComparison(
-            accepted_per_step=evaluation.score.accepted_per_step,
-            champion=champion or self._settings.speculator.day_0,
-            champion_accepted_per_step=accepted_per_step(of_champion, samples),
-            gain_low=gain.low,
-            gain_high=gain.high,
-            samples=len(samples),
-            prompts=gain.prompts,
-            labels=tuple(
-                compare_labels(evaluation.accepted, of_champion, gate.gate_label_min_samples, gate.gate_error)
-            ),
-        )
+        held_out = self._describe(evaluation, champion, gain)
         metrics = {
             "acceptance_length": 1 + held_out.accepted_per_step,
             "held_out_gain_low": gain.low,
@@ -122,20 +129,83 @@ class Registrar:
         }
         tags = {
             **tags,
-            "line": line,
-            "target": self._target.fingerprint,
-            "code": code_revision(),
+            **self._identity,
             "metrics": json.dumps(metrics),
             HELD_OUT_TAG: held_out.model_dump_json(),
             SETTINGS_TAG: dump_shaping_settings(self._settings),
         }
-        with tempfile.TemporaryDirectory() as folder:
-            checkpoint.write_checkpoint(draft, Path(folder), self._target.fingerprint, line=line)
-            card = render_card(self._settings, draft.shape, tags, metrics)
-            version = self._registry.register(line, Path(folder), tags, metrics, card)
+        version = self._write(draft, tags, metrics, render_card(self._settings, draft.shape, tags, metrics))
         self._registry.set_alias(line, "candidate", version)
         log.info("version_registered", line=line, version=version, **held_out.model_dump())
         return version
+
+    def compare(self, evaluation: Evaluation) -> HeldOutComparison | None:
+        """Compare a draft with the champion, or day 0; None if the held-out set is empty.
+
+        Raises:
+            RegistryError: no answer.
+            CheckpointError: the registry's files differ from the registered ones.
+        """
+        if not evaluation.weights:
+            return None
+        champion = self._registry.aliases(self._target.line).get("champion")
+        of_champion = self._evaluator.evaluate_version(champion, evaluation.weights)
+        gain = compare_prompts(evaluation.accepted, of_champion, self._settings.promoter.gate_error)
+        return self._describe(evaluation, champion, gain)
+
+    def register_imported(
+        self, draft: EagleDraft, held_out: HeldOutComparison | None, tags: Mapping[str, str], card: str
+    ) -> tuple[str, bool]:
+        """Register a draft that was trained elsewhere, whatever its figures.
+
+        Args:
+            draft: The draft.
+            held_out: From ``compare``; None if it was not scored.
+            tags: Where it comes from.
+            card: Description in Markdown.
+
+        Returns:
+            The new version, and whether it is candidate: it passes the gate, and no other candidate waits.
+
+        Raises:
+            RegistryError: no answer.
+        """
+        scored = {HELD_OUT_TAG: held_out.model_dump_json()} if held_out else {}
+        metrics = {"acceptance_length": 1 + held_out.accepted_per_step} if held_out else {}
+        tags = {**tags, **self._identity, "metrics": json.dumps(metrics), **scored}
+        version = self._write(draft, tags, metrics, card)
+        aliases, gate = self._registry.aliases(self._target.line), self._settings.promoter
+        passes = judge_candidate(version, aliases.get("champion"), tags, gate).promote
+        is_candidate = passes and "candidate" not in aliases
+        if is_candidate:
+            self._registry.set_alias(self._target.line, "candidate", version)
+        return version, is_candidate
+
+    @property
+    def _identity(self) -> dict[str, str]:
+        return {"line": self._target.line, "target": self._target.fingerprint, "code": code_revision()}
+
+    def _describe(self, evaluation: Evaluation, champion: str | None, gain: GainInterval | None) -> HeldOutComparison:
+        samples, gate = evaluation.weights, self._settings.promoter
+        of_champion = self._evaluator.evaluate_version(champion, samples)
+        return HeldOutComparison(
+            accepted_per_step=evaluation.score.accepted_per_step,
+            champion=champion or self._settings.speculator.day_0,
+            champion_accepted_per_step=accepted_per_step(of_champion, samples),
+            gain_low=gain and gain.low,
+            gain_high=gain and gain.high,
+            samples=len(samples),
+            prompts=gain.prompts if gain else len({sample.prompt_key for sample in samples}),
+            labels=tuple(
+                compare_labels(evaluation.accepted, of_champion, gate.gate_label_min_samples, gate.gate_error)
+            ),
+        )
+
+    def _write(self, draft: EagleDraft, tags: Mapping[str, str], metrics: Mapping[str, float], card: str) -> str:
+        line = self._target.line
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint.write_checkpoint(draft, Path(folder), self._target.fingerprint, line=line)
+            return self._registry.register(line, Path(folder), tags, metrics, card)
 
     def _find_gain(self, evaluation: Evaluation, version: str | None, margin: float) -> GainInterval | None:
         """Return the gain of a draft over a version, or day 0; None if its lower bound does not exceed the margin."""
@@ -356,7 +426,8 @@ def render_card(settings: Settings, shape: DraftShape, tags: Mapping[str, str], 
         metrics: Of the training.
     """
     held_out = HeldOutComparison.from_tags(tags)
-    tables = json.loads(tags.get("tables", "{}"))
+    tables, generated = json.loads(tags.get("tables", "{}")), tags.get(SELF_GENERATED_TAG)
+    read = [f"`{name}` up to version {version}" for name, version in tables.items()]
     fields = {
         "name": settings.target.served_model_name,
         "folder": Path(settings.target.path).name,
@@ -364,7 +435,8 @@ def render_card(settings: Settings, shape: DraftShape, tags: Mapping[str, str], 
         "target": tags["target"],
         "code": tags["code"],
         "parent": tags.get("parent", "none"),
-        "tables": ", ".join(f"`{name}` up to version {version}" for name, version in tables.items()) or "none",
+        "data": ", ".join([*read, *([str(SelfGeneratedData.model_validate_json(generated))] if generated else [])])
+        or "none",
         "variant": shape.variant,
         "hidden": shape.hidden_size,
         "mlp": shape.intermediate_size,

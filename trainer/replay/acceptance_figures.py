@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from trainer.replay.verify_steps import F64, ExpectedSteps
+from trainer.objective.simulated_acceptance import F64
+from trainer.replay.verify_steps import ExpectedSteps
 
 RESAMPLES = 1000
 SEED = 0
@@ -53,7 +54,7 @@ class AcceptanceFigures(NamedTuple):
     by_depth: tuple[float, ...]
     """Fraction of the verify steps that accepted a token of each depth, among those that could."""
     all_positions: float
-    """Accepted tokens per position over all positions; for greedy requests, as in the gate."""
+    """Accepted tokens per position over all positions; for greedy requests, as in learning curves."""
 
     @property
     def acceptance_length(self) -> Interval:

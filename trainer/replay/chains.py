@@ -21,9 +21,9 @@ from torch import Tensor
 
 from schemas.speculator.network import EagleDraft
 from trainer.objective.sampled_acceptance import coupled_acceptance, read_choice_probs
+from trainer.objective.simulated_acceptance import F64
 from trainer.objective.training_time_test import DraftUnroll
 from trainer.replay.past_requests import PastRequest
-from trainer.replay.verify_steps import F64
 
 ROOTS_PER_UNROLL = 512
 """Chains that are computed together; bounds the memory of a long request."""

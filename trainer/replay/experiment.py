@@ -39,7 +39,8 @@ DRAFT = "draft"
 _IRRELEVANT_SETTINGS = (
     *("host", "port", "checkpoint_dir", "poll_interval", "num_threads", "catch_up_steps"),
     *("registration_interval", "checkpoint_interval", "metrics_interval", "max_lag"),
-    *("replay_buffer_bytes", "replay_memory_bytes", "spill_dir"),
+    *("replay_buffer_bytes", "replay_memory_bytes", "spill_dir", "self_generation", "self_generation_idle"),
+    *("self_generation_share", "self_generation_target_bytes"),
 )
 """Settings of the trainer that change no number of an experiment."""
 

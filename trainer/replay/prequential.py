@@ -1,8 +1,10 @@
 """Prequential learning: score every batch of a stream of samples before training on it.
 
 The score is the acceptance of simulated chains (``trainer.objective.simulated_acceptance``) over all positions, bonus
-token excluded. Replayed samples come from earlier batches, from the replay buffer that the trainer uses. Nothing
-is held out: the draft is scored on what comes next.
+token excluded: drafts of different seeds and settings are compared on the same ones. Serving accepts less, because a
+verify step often begins where a draft token was rejected; ``DrafterScores`` has its figures. Replayed samples come from
+earlier batches, from the replay buffer that the trainer uses. Nothing is held out: the draft is scored on what comes
+next.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
+import torch
 from torch import Tensor
 
 from schemas.settings import Train
@@ -26,9 +28,9 @@ from trainer.data.replay_buffer import ReplayBuffer, ReplayEntry
 from trainer.data.samples import UNLABELLED, Branch, Sample, mark_suffix_predictions, split_sample
 from trainer.loop.checkpoints import CheckpointState
 from trainer.loop.learner import Learner
-from trainer.objective.simulated_acceptance import simulate_batch, simulate_chains
+from trainer.objective.simulated_acceptance import F64, simulate_chains
 from trainer.replay.request_evaluation import merge_acceptance
-from trainer.replay.verify_steps import F64, ExpectedSteps, expect_steps
+from trainer.replay.verify_steps import ExpectedSteps, expect_steps
 
 StreamKey = tuple[int, int]
 """Number of a sample in the stream, and of its part."""
@@ -193,24 +195,23 @@ class PrequentialRun:
         for label, indices in by_label.items():
             samples = [batch[i] for i in indices]
             collated = collate([replace(s, branches=()) for s in samples]).to(self._embeddings_VH.device)
-            found = simulate_batch(draft, self._embeddings_VH, collated, self._lookahead)
+            accepted, positions = simulate_positions(draft, self._embeddings_VH, collated, self._lookahead)
             static = None
             if self.static is not None:
-                static = simulate_batch(self.static, self._embeddings_VH, collated, self._lookahead).tokens
+                static, _ = simulate_positions(self.static, self._embeddings_VH, collated, self._lookahead)
             tokens, output_tokens = sum(s.committed for s in samples), sum(s.output_tokens for s in samples)
             drafters = None
             if suffix is not None:
                 drafters = self._score_drafters(draft, collated, [suffix[i] for i in indices])
-            yield BatchScore(label, tokens, output_tokens, found.tokens, found.positions, static, drafters)
+            yield BatchScore(label, tokens, output_tokens, accepted, positions, static, drafters)
 
     def _score_drafters(self, draft: EagleDraft, batch: Batch, suffix: Sequence[F64]) -> DrafterScores:
         """Walk the verify steps of every sample with each drafter."""
         roots_BT = batch.known_BT.cumsum(dim=1) > 1
-        chains_BT = simulate_chains(draft, self._embeddings_VH, batch, self._lookahead, roots_BT & batch.known_BT)
+        chains = simulate_chains(draft, self._embeddings_VH, batch, self._lookahead, roots_BT & batch.known_BT)
         walks: list[list[ExpectedSteps]] = []
         for b, suffix_RK in enumerate(suffix):
-            accepted_R = chains_BT[b][roots_BT[b]][: len(suffix_RK)].cpu().numpy()
-            eagle_RK = (np.arange(self._lookahead) < accepted_R[:, None]).astype(np.float64)
+            eagle_RK = chains.reach_BTK[b][roots_BT[b]][: len(suffix_RK)].cpu().numpy()
             parts = [eagle_RK], [suffix_RK], [eagle_RK, suffix_RK]
             walks.append([expect_steps(merge_acceptance(drafts)) for drafts in parts])
         return DrafterScores(
@@ -238,6 +239,17 @@ class PrequentialRun:
         parts = split_sample(sample, self._train.max_sample_tokens, self._train.context_tokens)
         nodes = self._branch_nodes
         return parts if nodes is None else [cut_branches(part, nodes) for part in parts]
+
+
+def simulate_positions(draft: EagleDraft, embeddings_VH: Tensor, batch: Batch, lookahead: int) -> tuple[float, int]:
+    """Count the accepted tokens of chains of ``lookahead`` tokens from all positions, and the positions.
+
+    A chain starts after every token with a known target distribution, if the sample has ``lookahead`` more tokens.
+    """
+    token_T = torch.arange(batch.tokens_BT.shape[1], device=batch.lengths_B.device)
+    roots_BT = batch.known_BT & (token_T > 0) & (token_T + lookahead < batch.lengths_B[:, None])
+    chains = simulate_chains(draft, embeddings_VH, batch, lookahead, roots_BT)
+    return float(chains.accepted_BTK.sum()), int(roots_BT.sum())
 
 
 def cut_branches(sample: Sample, nodes: int) -> Sample:

@@ -20,11 +20,12 @@ from torch import Tensor
 
 from schemas.errors import UserError
 from trainer.data.samples import UNLABELLED
+from trainer.objective.simulated_acceptance import F64
 from trainer.replay.acceptance_figures import AcceptanceFigures, Interval, compare_steps, compute_figures
 from trainer.replay.chains import acceptance_probabilities
 from trainer.replay.named_drafts import NamedDraft
 from trainer.replay.past_requests import PastRequest
-from trainer.replay.verify_steps import F64, ExpectedSteps, expect_steps
+from trainer.replay.verify_steps import ExpectedSteps, expect_steps
 
 ALL, GREEDY, SAMPLED = "all", "greedy", "sampled"
 

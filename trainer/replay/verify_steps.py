@@ -3,8 +3,7 @@
 Where a verify step starts depends on what the steps before it accepted, so serving's accepted tokens per step is not a
 mean over all positions. For a greedy request the steps follow from the tokens. For a sampled one each draft token is
 accepted with a probability: then all possible steps count with their probability, and the figures are expectations
-*given the tokens*. The probability that a step starts at a position is the sum, over earlier positions, of the
-probability that a step started there and ended here.
+*given the tokens*.
 
 Shapes: R positions at which a verify step may start, K longest draft.
 """
@@ -14,9 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-F64 = npt.NDArray[np.float64]
+from trainer.objective.simulated_acceptance import F64, expect_starts
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +28,7 @@ class ExpectedSteps:
     accepted_K: tuple[float, ...]
     """By depth from 1, verify steps that did."""
     all_positions_accepted: float
-    """Accepted tokens of the same chains from all positions with K later tokens. For a greedy request
-    ``trainer.objective.simulated_acceptance`` counts the same."""
+    """Accepted tokens of the same chains from all positions with K later tokens."""
     all_positions: int
 
 
@@ -46,24 +43,14 @@ def expect_steps(probs_RK: F64) -> ExpectedSteps:
     """
     positions, longest = probs_RK.shape
     reach_RK = probs_RK.cumprod(axis=1)
-    starts = np.zeros(positions + 1)
-    starts[0] = 1.0
-    accepted_K, possible_K = np.zeros(longest), np.zeros(longest)
-    for root in range(positions):
-        if not starts[root]:
-            continue
-        most = min(longest, positions - 1 - root)
-        reach = reach_RK[root, :most]
-        possible_K[:most] += starts[root]
-        accepted_K[:most] += starts[root] * reach
-        # Probabilities of accepting exactly 0, 1, .. most tokens.
-        exactly = np.append(1.0, reach) - np.append(reach, 0.0)
-        starts[root + 1 : root + 2 + most] += starts[root] * exactly
+    inside_RK = np.arange(positions)[:, None] + np.arange(1, longest + 1) < positions
+    starts_R = expect_starts(reach_RK * inside_RK)
+    accepted_K = starts_R @ (reach_RK * inside_RK)
     all_positions = max(positions - longest + 1, 0)
     return ExpectedSteps(
-        verify_steps=float(starts[:positions].sum()),
+        verify_steps=float(starts_R.sum()),
         accepted=float(accepted_K.sum()),
-        possible_K=tuple(possible_K.tolist()),
+        possible_K=tuple((starts_R @ inside_RK).tolist()),
         accepted_K=tuple(accepted_K.tolist()),
         all_positions_accepted=float(reach_RK[:all_positions].sum()),
         all_positions=all_positions,

@@ -113,16 +113,16 @@ def measure(settings: Settings, traffic: RecordedTraffic, plan: LongRequestPlan,
 
 
 def compare(settings: Settings, target: Target, draft: EagleDraft, served: Sequence[ServedRequest]) -> Figure:
-    """Return the relative difference between live and simulated acceptance; both are accepted tokens per step."""
+    """Return the relative difference between the live and the simulated accepted tokens per step."""
     lookahead = settings.serve.num_speculative_tokens
-    live = sum_acceptance(count_accepted(one.verify_steps, lookahead) for one in served)
+    live = sum_acceptance(count_accepted(one, lookahead) for one in served)
     parts = [part for one in served for part in _split(settings, one.sample)]
     gate = simulate_acceptance(draft, target.embeddings_VH, parts, lookahead)
     detail: dict[str, Any] = {
         "live_accepted_per_step": round(live.accepted_per_step, 4),
         "gate_accepted_per_step": round(gate.accepted_per_step, 4),
-        "verify_steps": live.positions,
-        "positions": gate.positions,
+        "verify_steps": live.verify_steps,
+        "gate_verify_steps": round(gate.verify_steps, 1),
         "tokens": [min(one.sample.committed for one in served), max(one.sample.committed for one in served)],
         "chunks": [min(one.chunks for one in served), max(one.chunks for one in served)],
     }
@@ -132,9 +132,17 @@ def compare(settings: Settings, target: Target, draft: EagleDraft, served: Seque
     return Figure(NAME, difference, goal=Goal(TOLERANCE, at_least=False), detail=detail)
 
 
-def count_accepted(verify_steps: Sequence[VerifyStep], lookahead: int) -> SimulatedAcceptance:
-    """Count the accepted tokens of the steps with whole chains, as the simulation counts no others."""
-    whole = [len(step.accepted) for step in verify_steps if len(step.draft_tokens) == lookahead]
+def count_accepted(served: ServedRequest, lookahead: int) -> SimulatedAcceptance:
+    """Count the accepted tokens of the verify steps that drafted as many tokens as the request had room for.
+
+    The others began before the draft had read the prompt.
+    """
+    last = served.sample.committed - 1
+    whole = [
+        len(step.accepted)
+        for step in served.verify_steps
+        if step.verify_step and len(step.draft_tokens) >= min(lookahead, last - 1 - step.position)
+    ]
     return SimulatedAcceptance(sum(whole), len(whole))
 
 

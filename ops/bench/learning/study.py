@@ -11,6 +11,7 @@ from statistics import fmean, median
 from typing import Any
 
 from ops.bench.harness import Figure, Goal, Report, Say, Session
+from ops.bench.learning.day_0 import measure_day_0
 from ops.bench.learning.learning_figures import (
     LEVELS,
     SeedInterval,
@@ -112,6 +113,8 @@ class Study:
     session: Session
     traffic: RecordedTraffic
     runs: tuple[VariantRuns, ...]
+    day_0: Figure | None = None
+    """None in a small plan."""
     long_requests: Figure | None = None
     """None where a selection of variants was asked for."""
 
@@ -143,8 +146,8 @@ class Study:
             "variants": [_summarize(runs, self.compare(runs)) for runs in self.runs],
         }
         ordered = self.find("base", "ordered")
-        long = (self.long_requests,) if self.long_requests else ()
-        figures = (*_mixed_figures(self.base), *(_ordered_figures(ordered) if ordered else ()), *long)
+        others = filter(None, (self.day_0, self.long_requests))
+        figures = (*_mixed_figures(self.base), *(_ordered_figures(ordered) if ordered else ()), *others)
         return self.session.report("Learning from traffic", about, figures)
 
 
@@ -169,9 +172,10 @@ def run(
         VariantRuns(variant, order, tuple(results[LearningTrial(variant, order, seed)] for seed in range(seeds)))
         for variant, order in wanted
     )
+    day_0 = None if quick else measure_day_0(settings, traffic, say)
     plan = LongRequestPlan(QUICK_LONG_REQUESTS if quick else LONG_REQUESTS)
     long_requests = measure(settings, traffic, plan, say) if is_whole else None
-    return Study(session, traffic, tuple(runs), long_requests)
+    return Study(session, traffic, tuple(runs), day_0, long_requests)
 
 
 def run_long_requests(settings: Settings, say: Say, requests: int) -> Report:

@@ -61,11 +61,13 @@ LOOKAHEAD = 4
 
 _IRRELEVANT = (
     *("host", "port", "checkpoint_dir", "poll_interval", "num_threads", "seed", "registration_interval"),
-    *("checkpoint_interval", "held_out_ratio", "held_out_samples", "staleness_half_life", "warm_start_learning_rate"),
+    *("checkpoint_interval", "held_out_ratio", "held_out_samples", "held_out_bytes"),
+    *("staleness_half_life", "warm_start_learning_rate"),
     *("gradient_accumulation_steps", "parallel", "catch_up_steps", "join_timeout", "join_bytes", "max_lag"),
-    *("replay_buffer_bytes", "replay_memory_bytes", "spill_dir"),
+    *("replay_buffer_bytes", "replay_memory_bytes", "spill_dir", "self_generation", "self_generation_idle"),
+    *("self_generation_share", "self_generation_target_bytes"),
 )
-"""Settings of the trainer without effect here: nothing is held out, and no version is registered."""
+"""Settings of the trainer without effect here: nothing is held out or generated, and no version is registered."""
 
 _REPLAYED = "which samples are replayed"
 _REJECTED = "weight of rejected branches"

@@ -12,11 +12,12 @@ from xml.etree import ElementTree as ET
 
 import pytest
 import torch
+from chat_target import write_chat_target
 from tiny_target import VOCABULARY, write_tiny_target
 from typer.testing import CliRunner
 
 from ops.bench import prompts, recording
-from ops.bench.learning import learning_figures, recorded_traffic, study, trials, variants
+from ops.bench.learning import day_0, learning_figures, recorded_traffic, study, trials, variants
 from ops.bench.learning.learning_figures import mean_interval, paired_interval
 from ops.bench.learning.learning_page import (
     base_chart,
@@ -35,12 +36,13 @@ from schemas.errors import UserError
 from schemas.settings import Settings, load
 from serving.engines.base import Request
 from serving.engines.builtin.engine import BuiltinEngine
+from trainer.data.batch import collate
 from trainer.data.samples import Branch, Sample, Teacher
 from trainer.data.target import read_target
 from trainer.objective.simulated_acceptance import simulate_acceptance
 from trainer.replay.learning_curve import learning_curve, tokens_to_level
 from trainer.replay.named_drafts import NamedDraft
-from trainer.replay.prequential import BatchScore, PrequentialRun, cut_branches
+from trainer.replay.prequential import BatchScore, PrequentialRun, cut_branches, simulate_positions
 from trainer.replay.request_evaluation import evaluate, list_drafters
 
 TINY = Variant(
@@ -171,7 +173,7 @@ def test_every_batch_is_scored_before_it_is_trained_on(settings: Settings, recor
     result = run(settings, recorded)
     target = read_target(variants.trial_settings(settings, LearningTrial(TINY, "mixed", 0)))
     first = order_stream(recorded, "mixed", 0)[:4]
-    untrained = simulate_acceptance(target.new_draft(), target.embeddings_VH, first, 4)
+    untrained = simulate_positions(target.new_draft(), target.embeddings_VH, collate(first), 4)
     scored = result.scores[: len({asked.label for asked in first})]
     assert (sum(p.accepted for p in scored), sum(p.positions for p in scored)) == untrained
 
@@ -487,3 +489,44 @@ def test_the_command_writes_json_and_a_page(
 def test_committed_tokens_include_the_one_without_features() -> None:
     asked = replace(sample_of(tokens=5), next_token=3)
     assert (asked.committed, asked.output_tokens) == (6, 3)
+
+
+# Before any traffic
+
+
+@pytest.fixture(scope="module")
+def writing(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """With a target that has a chat template, and two seconds of processor time to learn in."""
+    folder = tmp_path_factory.mktemp("day-0")
+    target = settings.target.model_copy(update={"path": str(write_chat_target(folder / "target"))})
+    train = settings.train.model_copy(update={"self_generation": 1.0})
+    stack = settings.stack.model_copy(update={"data_dir": str(folder)})
+    return settings.model_copy(update={"target": target, "train": train, "stack": stack})
+
+
+def test_a_draft_learns_before_any_traffic_and_its_result_is_kept(writing: Settings, recorded: RecordedTraffic) -> None:
+    lines: list[str] = []
+    figure = day_0.measure_day_0(writing, recorded, lines.append)
+    assert figure.name == "day0_accepted"
+    assert figure.detail["accepted"].keys() == figure.detail["untrained"].keys() == set(prompts.DOMAINS)
+    assert figure.value == pytest.approx(sum(figure.detail["accepted"].values()) / 4)
+    assert figure.detail["accepted"] != figure.detail["untrained"]
+    assert min(figure.detail[name] for name in ("samples", "steps", "trained_tokens")) > 0
+    assert len(lines) == 1
+    assert day_0.measure_day_0(writing, recorded, lines.append) == figure
+    assert len(lines) == 1, "it is not measured twice"
+
+
+def test_a_target_that_cannot_write_has_no_figure(settings: Settings, recorded: RecordedTraffic) -> None:
+    figure = day_0.measure_day_0(settings, recorded, lambda _line: None)
+    assert figure.value is None
+    assert "self_generation_failed" in str(figure)
+
+
+def test_each_domain_is_scored_on_its_own_requests(settings: Settings, recorded: RecordedTraffic) -> None:
+    target = read_target(settings)
+    found = day_0.simulate_domains(target.day_0, target.embeddings_VH, recorded.requests)
+    for domain in prompts.DOMAINS:
+        own = [replace(one, branches=()) for one in recorded.requests if one.label == domain]
+        alone = simulate_acceptance(target.day_0, target.embeddings_VH, own, 3)
+        assert found[domain] == pytest.approx(alone.accepted_per_step, abs=1e-4)

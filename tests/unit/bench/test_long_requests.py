@@ -98,19 +98,19 @@ def test_a_served_step_accepts_what_the_simulation_finds_at_its_root(
         batch = collate([replace(one.sample, branches=())])
         roots_BT = torch.zeros(batch.tokens_BT.shape, dtype=torch.bool)
         roots_BT[0, [step.position for step in steps]] = True
-        found_BT = simulate_chains(draft, embeddings_VH, batch, 3, roots_BT)
-        assert int(found_BT.sum()) == sum(len(step.accepted) for step in steps)
-        accepted += int(found_BT.sum())
+        found = int(simulate_chains(draft, embeddings_VH, batch, 3, roots_BT).accepted_BTK.sum())
+        assert found == sum(len(step.accepted) for step in steps)
+        accepted += found
     assert accepted
 
 
-def test_the_figure_is_the_difference_between_the_served_draft_and_the_gate(
+def test_the_gate_counts_the_verify_steps_of_the_node(
     settings: Settings, draft: EagleDraft, served: list[ServedRequest]
 ) -> None:
     figure = long_requests.compare(settings, read_target(settings), draft, served)
-    live, gate = figure.detail["live_accepted_per_step"], figure.detail["gate_accepted_per_step"]
-    assert figure.detail["verify_steps"] < figure.detail["positions"]
-    assert figure.value == pytest.approx(abs(live / gate - 1), abs=5e-3)
+    assert figure.value == 0
+    assert figure.detail["verify_steps"] == figure.detail["gate_verify_steps"] > len(served)
+    assert figure.detail["live_accepted_per_step"] > 0
 
 
 def test_the_benchmark_serves_half_of_the_requests_with_what_it_learned_from_the_others(

@@ -1,9 +1,8 @@
-"""The draft network in both variants, as served and as trained, against its definition written row by row."""
+"""The draft network in every variant, as served and as trained, against its definition written row by row."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -20,16 +19,23 @@ HIDDEN, HEADS, KV_HEADS, SIZE, EPS, THETA = 16, 4, 2, 4, 1e-5, 100.0
 TOKENS = [3, 1, 4, 1, 5, 9, 2]
 """The last token is the root of the verify step."""
 STEPS = 4
-VARIANTS: Sequence[Variant] = ("eagle3", "eagle3.1")
 
 
 def shaped(variant: Variant) -> DraftShape:
     return DraftShape(HIDDEN, 24, HEADS, KV_HEADS, SIZE, 32, 20, EPS, THETA, 64, (1, 2, 3), variant)
 
 
-def lively(variant: Variant) -> EagleDraft:
+SHAPES = {
+    "eagle3": shaped("eagle3"),
+    "eagle3.1": shaped("eagle3.1"),
+    "eagle3 norm_before_residual": replace(shaped("eagle3"), norm_before_residual=True),
+    "eagle3.1 norm_before_residual": replace(shaped("eagle3.1"), norm_before_residual=True),
+}
+
+
+def lively(kind: str) -> EagleDraft:
     """A draft whose every weight matters, norms included: a missing one would show."""
-    draft = random_draft(shaped(variant), seed=2)
+    draft = random_draft(SHAPES[kind], seed=2)
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for parameter in draft.parameters():
@@ -60,6 +66,7 @@ class Plain:
     def __init__(self, draft: EagleDraft) -> None:
         self._w = dict(draft.state_dict())
         self._normed = draft.shape.variant == "eagle3.1"
+        self._adds_normed = draft.shape.norm_before_residual
         self._keys: list[list[Tensor]] = []
         self._values: list[list[Tensor]] = []
 
@@ -87,7 +94,8 @@ class Plain:
             turned = self._turn(q[head * SIZE : (head + 1) * SIZE], position)
             weights = torch.stack([turned @ keys[of] / math.sqrt(SIZE) for keys in self._keys]).softmax(0)
             heads.append(sum(w * values[of] for w, values in zip(weights, self._values, strict=True)))
-        residual = hidden_H + self._w[f"{layer}.self_attn.o_proj.weight"] @ torch.cat(heads)
+        base_H = self._rms(hidden_H, f"{layer}.hidden_norm") if self._adds_normed else hidden_H
+        residual = base_H + self._w[f"{layer}.self_attn.o_proj.weight"] @ torch.cat(heads)
         x = self._rms(residual, f"{layer}.post_attention_layernorm")
         gate, up, down = (self._w[f"{layer}.mlp.{name}_proj.weight"] for name in ("gate", "up", "down"))
         out = residual + down @ (torch.nn.functional.silu(gate @ x) * (up @ x))
@@ -122,10 +130,10 @@ def plain_chain(draft: EagleDraft) -> list[tuple[int, float, Tensor]]:
     return chain
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("kind", SHAPES)
 @torch.no_grad()
-def test_a_served_chain_equals_the_definition(variant: Variant) -> None:
-    draft = lively(variant)
+def test_a_served_chain_equals_the_definition(kind: str) -> None:
+    draft = lively(kind)
     drafter = EagleDrafter(draft, "1", embeddings_VH(), slots=1, positions=32, weight_dtype="float32")
     sequence = synthetic_sequence(list(TOKENS), features_TF(), room=21)
     trees, _ = drafter.draft([sequence], DraftBudget(STEPS), {True: AcceptanceModel()})
@@ -134,10 +142,10 @@ def test_a_served_chain_equals_the_definition(variant: Variant) -> None:
     assert [node.logprob for node in trees[0].nodes] == pytest.approx([p for _, p, _ in wanted], abs=1e-4)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("kind", SHAPES)
 @torch.no_grad()
-def test_a_trained_chain_equals_the_definition(variant: Variant) -> None:
-    draft = lively(variant)
+def test_a_trained_chain_equals_the_definition(kind: str) -> None:
+    draft = lively(kind)
     features_BTF = torch.cat([features_TF(), torch.zeros(1, draft.shape.feature_width)])[None]
     row = torch.tensor([len(TOKENS) - 2])
     unroll = DraftUnroll(draft, embeddings_VH(), torch.tensor([TOKENS]), features_BTF)

@@ -64,10 +64,10 @@ def test_rows_without_a_prompt_key_count_by_request() -> None:
     assert interval.prompts == 8
 
 
-def test_a_prompt_without_positions_does_not_count() -> None:
+def test_a_prompt_without_verify_steps_does_not_count() -> None:
     samples = [replace(sample(None), prompt_key=f"p{number}") for number in range(16)]
     own = {one: SimulatedAcceptance(number % 3, 10 * (number > 0)) for number, one in enumerate(samples)}
-    interval = compare_prompts(own, {one: SimulatedAcceptance(0, own[one].positions) for one in samples}, error=0.05)
+    interval = compare_prompts(own, {one: SimulatedAcceptance(0, own[one].verify_steps) for one in samples}, error=0.05)
     assert interval is not None
     assert interval.prompts == 15
 

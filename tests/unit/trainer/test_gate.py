@@ -111,51 +111,56 @@ def test_a_version_without_an_interval_is_not_promoted() -> None:
     assert (verdict.promote, "without an interval" in verdict.why) == (False, True)
 
 
-def plain_gain(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Return the gain and its standard error of (gained tokens, positions) by prompt."""
-    positions = sum(p for _, p in pairs)
-    gain = sum(d for d, _ in pairs) / positions
-    squares = sum((d - gain * p) ** 2 for d, p in pairs)
-    return gain, math.sqrt(squares / (len(pairs) - 1) * len(pairs)) / positions
+def plain_gain(own: Sequence[Sequence[float]], other: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Return the gain and its standard error of (accepted tokens, verify steps) of two versions by prompt."""
+    own_steps, other_steps = sum(steps for _, steps in own), sum(steps for _, steps in other)
+    ratio, other_ratio = sum(tokens for tokens, _ in own) / own_steps, sum(tokens for tokens, _ in other) / other_steps
+    squares = sum(
+        ((a - ratio * s) / own_steps - (b - other_ratio * t) / other_steps) ** 2
+        for (a, s), (b, t) in zip(own, other, strict=True)
+    )
+    return ratio - other_ratio, math.sqrt(squares / (len(own) - 1) * len(own))
 
 
 @pytest.mark.parametrize("prompts", [5, 12, 40])
 def test_the_interval_of_a_gain_equals_a_plain_bootstrap(prompts: int) -> None:
-    gained_P, positions_P = simulate_prompts(np.random.default_rng(prompts), prompts, gain=0.1)
-    pairs = list(zip(gained_P.tolist(), positions_P.tolist(), strict=True))
-    gain, deviation = plain_gain(pairs)
+    own_P2, other_P2 = simulate_prompts(np.random.default_rng(prompts), prompts, gain=0.1)
+    own, other = own_P2.tolist(), other_P2.tolist()
+    gain, deviation = plain_gain(own, other)
     off = []
     for drawn in np.random.default_rng(SEED).integers(prompts, size=(RESAMPLES, prompts)).tolist():
-        again, spread = plain_gain([pairs[p] for p in drawn])
+        again, spread = plain_gain([own[p] for p in drawn], [other[p] for p in drawn])
         off.append((again - gain) / spread if spread > 1e-12 else math.inf)
     above = sorted(off)[math.ceil((RESAMPLES - 1) * (1 - ERROR))]
     below = sorted(-one if one == math.inf else one for one in off)[math.floor((RESAMPLES - 1) * ERROR)]
-    interval = estimate_gain(gained_P, positions_P, ERROR)
+    interval = estimate_gain(own_P2, other_P2, ERROR)
     assert interval == pytest.approx((gain - above * deviation, gain - below * deviation, prompts))
-    assert interval == estimate_gain(gained_P, positions_P, ERROR), "the same prompts have the same interval"
+    assert interval == estimate_gain(own_P2, other_P2, ERROR), "the same prompts have the same interval"
 
 
 def test_too_few_prompts_that_differ_have_no_interval() -> None:
-    positions_P = np.full(20, 50.0)
+    other_P2 = np.tile([3.0, 50.0], (20, 1))
     for different in (1, 2):
-        assert estimate_gain(np.where(np.arange(20) < different, 9.0, 0.0), positions_P, ERROR) is None
-    assert estimate_gain(np.array([9.0]), np.array([50.0]), ERROR) is None
+        own_P2 = other_P2 + np.where(np.arange(20) < different, 9.0, 0.0)[:, None] * [1, -0.5]
+        assert estimate_gain(own_P2, other_P2, ERROR) is None
+    assert estimate_gain(own_P2[:1], other_P2[:1], ERROR) is None
 
 
 @pytest.mark.parametrize("gained", [0.0, 0.3])
 def test_prompts_that_do_not_differ_have_exact_bounds(gained: float) -> None:
-    positions_P = np.arange(10.0, 90, 10)
-    assert estimate_gain(gained * positions_P, positions_P, ERROR) == pytest.approx((gained, gained, 8))
+    steps_P = np.arange(10.0, 90, 10)
+    own_P2, other_P2 = (np.stack([a * s, s], axis=1) for a, s in ((0.2 + gained, steps_P), (0.2, 1.5 * steps_P)))
+    assert estimate_gain(own_P2, other_P2, ERROR) == pytest.approx((gained, gained, 8))
 
 
 @pytest.mark.parametrize("prompts", [4, 8, 32])
 def test_a_candidate_equal_to_the_champion_passes_at_most_at_the_nominal_rate(prompts: int) -> None:
     trials, passed, above_zero = 600, 0, 0
     for trial in range(trials):
-        gained_P, positions_P = simulate_prompts(np.random.default_rng([prompts, trial]), prompts, gain=0.0)
-        interval = estimate_gain(gained_P, positions_P, ERROR)
+        own_P2, other_P2 = simulate_prompts(np.random.default_rng([prompts, trial]), prompts, gain=0.0)
+        interval = estimate_gain(own_P2, other_P2, ERROR)
         passed += interval is not None and interval.low > 0
-        above_zero += gained_P.sum() > 0
+        above_zero += gain_of_means(own_P2, other_P2) > 0
     assert passed / trials <= ERROR + 3 * math.sqrt(ERROR * (1 - ERROR) / trials)
     assert above_zero / trials > 0.4, "a comparison of means passes every second one"
 
@@ -164,19 +169,27 @@ def test_a_true_gain_passes_with_enough_prompts() -> None:
     passed = {}
     for prompts in (8, 200):
         draws = (simulate_prompts(np.random.default_rng(trial), prompts, gain=0.1) for trial in range(200))
-        found = [estimate_gain(gained_P, positions_P, ERROR) for gained_P, positions_P in draws]
+        found = [estimate_gain(own_P2, other_P2, ERROR) for own_P2, other_P2 in draws]
         passed[prompts] = sum(one is not None and one.low > 0 for one in found) / len(found)
     assert passed[8] < 0.5
     assert passed[200] > 0.95
 
 
 def simulate_prompts(generator: np.random.Generator, prompts: int, gain: float) -> tuple[F64, F64]:
-    """Return gained tokens and positions of prompts of different lengths, on which each version has its own luck."""
-    positions_P = generator.integers(10, 120, size=prompts)
+    """Return accepted tokens and verify steps, of a version and the champion, of prompts of different lengths.
+
+    On each prompt each version has its own luck with its tokens and its number of steps.
+    """
+    steps_2P = generator.integers(10, 120, size=prompts) + generator.integers(0, 10, size=(2, prompts))
     base_P, luck_2P = generator.uniform(0.1, 0.7, size=prompts), generator.normal(0, 0.05, size=(2, prompts))
     chance_2P = np.clip(base_P + luck_2P + np.array([[gain / 3], [0]]), 0, 1)
-    own_P, champion_P = generator.binomial(3 * positions_P, chance_2P)
-    return (own_P - champion_P).astype(np.float64), positions_P.astype(np.float64)
+    counts_2P2 = np.stack([generator.binomial(3 * steps_2P, chance_2P), steps_2P], axis=-1).astype(np.float64)
+    return counts_2P2[0], counts_2P2[1]
+
+
+def gain_of_means(own_P2: F64, other_P2: F64) -> float:
+    (own, steps), (other, other_steps) = own_P2.sum(axis=0), other_P2.sum(axis=0)
+    return float(own / steps - other / other_steps)
 
 
 def test_a_candidate_equal_to_the_champion_on_four_labels_seldom_loses_on_one() -> None:
@@ -184,22 +197,22 @@ def test_a_candidate_equal_to_the_champion_on_four_labels_seldom_loses_on_one() 
     for trial in range(trials):
         labels = []
         for label in range(4):
-            gained_P, positions_P = simulate_prompts(np.random.default_rng([label, trial]), 8, gain=0.0)
-            interval, mean = estimate_gain(gained_P, positions_P, ERROR), gained_P.sum() / positions_P.sum()
+            own_P2, other_P2 = simulate_prompts(np.random.default_rng([label, trial]), 8, gain=0.0)
+            interval, mean = estimate_gain(own_P2, other_P2, ERROR), gain_of_means(own_P2, other_P2)
             labels.append(compare_label(str(label), 0.5 + mean, interval and interval.high, 8))
         held_out = HeldOutComparison(
             accepted_per_step=1, champion="3", champion_accepted_per_step=0, samples=32, labels=tuple(labels)
         )
         lost += held_out.find_regression(margin=0.05, min_samples=4) is not None
         below_margin += any(label.accepted_per_step < 0.45 for label in labels)
-    assert lost / trials <= 4 * ERROR
+    assert lost / trials <= 4 * ERROR + 3 * math.sqrt(4 * ERROR * (1 - 4 * ERROR) / trials)
     assert below_margin / trials > 0.4, "means lose on a label almost every second time"
 
 
 def test_a_true_loss_on_a_label_is_found() -> None:
     found = 0
     for trial in range(200):
-        gained_P, positions_P = simulate_prompts(np.random.default_rng(trial), 16, gain=-0.3)
-        interval = estimate_gain(gained_P, positions_P, ERROR)
+        own_P2, other_P2 = simulate_prompts(np.random.default_rng(trial), 16, gain=-0.3)
+        interval = estimate_gain(own_P2, other_P2, ERROR)
         found += interval is not None and interval.high < 0
     assert found / 200 > 0.9

@@ -25,15 +25,16 @@ class Arrival(NamedTuple):
 
     prompt: str
     label: str | None = None
+    tokens: int = 0
 
 
 class Stream:
     """A held-out set that is fed with samples, and what it gave to be trained on."""
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, max_bytes: int = 1 << 30) -> None:
         self.counts: Counter[str] = Counter()
-        self.capacity = capacity
-        self.set = HeldOutSet(RATIO, capacity, self.counts)
+        self.capacity, self.max_bytes = capacity, max_bytes
+        self.set = HeldOutSet(RATIO, capacity, max_bytes, self.counts)
         self.arrived: list[TableEntry] = []
         self.trained: list[TableEntry] = []
 
@@ -45,7 +46,7 @@ class Stream:
 
     def restart(self) -> None:
         before = self.set
-        self.set = HeldOutSet(RATIO, self.capacity, Counter())
+        self.set = HeldOutSet(RATIO, self.capacity, self.max_bytes, Counter())
         self.set.restore(list(before), before.left, before.recent_labels)
 
     @property
@@ -56,10 +57,10 @@ class Stream:
 def entry_of(arrival: Arrival, number: int) -> TableEntry:
     sample = Sample(
         request=f"request-{number}",
-        tokens=NOTHING,
+        tokens=torch.zeros(arrival.tokens, dtype=torch.int64),
         next_token=None,
-        features=NOTHING,
-        known=NOTHING,
+        features=torch.zeros(arrival.tokens + 1, 8, dtype=torch.bfloat16)[1:],
+        known=torch.zeros(arrival.tokens, dtype=torch.bool),
         teacher=Teacher(NOTHING, NOTHING),
         label=arrival.label,
         prompt_key=arrival.prompt,
@@ -72,7 +73,9 @@ def prompts(entries: Sequence[TableEntry]) -> set[str]:
 
 
 LABELS = (None, "code", "math", "sql")
-arrivals = st.lists(st.builds(Arrival, st.sampled_from([*DRAWN[:12], "trained"]), st.sampled_from(LABELS)), max_size=60)
+arrivals = st.lists(
+    st.builds(Arrival, st.sampled_from([*DRAWN[:12], "trained"]), st.sampled_from(LABELS), st.just(0)), max_size=60
+)
 capacities = st.integers(1, 24)
 
 
@@ -172,3 +175,30 @@ def test_weighted_samples_have_the_shares_of_recent_traffic(stream: list[Arrival
     assert fed.set.weights.keys() == set(held)
     for label, weight in fed.set.weights.items():
         assert weight * held.count(label) / len(held) == pytest.approx(recent.count(label) / len(recent))
+
+
+sized = st.lists(
+    st.builds(Arrival, st.sampled_from(DRAWN[:12]), st.sampled_from(LABELS), st.integers(0, 40)), max_size=40
+)
+
+
+@settings(deadline=None)
+@given(sized, st.integers(0, 4096))
+def test_the_samples_of_the_set_have_at_most_its_bytes(stream: list[Arrival], max_bytes: int) -> None:
+    fed = Stream(16, max_bytes)
+    for arrival in stream:
+        fed.feed([arrival])
+        sizes = [
+            sum(tensor.untyped_storage().nbytes() for tensor in (one.tokens, one.features, one.known)) + len(one)
+            for one in (entry.sample for entry in fed.set)
+        ]
+        assert fed.set.bytes == sum(sizes) <= max_bytes
+    assert len(list(fed.set)) + len(fed.trained) + fed.counts["samples_skipped_held_out"] == len(stream)
+
+
+def test_prompts_leave_a_set_that_is_full_in_bytes_as_one_that_is_full_in_samples() -> None:
+    by_bytes, by_samples = Stream(16, max_bytes=4 * 260), Stream(4)
+    for fed in (by_bytes, by_samples):
+        fed.feed([Arrival(key, "code" if n % 3 else "math", tokens=10) for n, key in enumerate(DRAWN[:12])])
+    assert by_bytes.numbers == by_samples.numbers
+    assert len(by_bytes.numbers) == 4

@@ -42,7 +42,7 @@ class FakeRegistry:
 
 
 def curves_of(runs: FakeRegistry) -> tuple[MlflowCurves, ErrorTracker]:
-    failures = ErrorTracker("train", CollectorRegistry())
+    failures = ErrorTracker("train", ("curves",), CollectorRegistry())
     return MlflowCurves(runs, failures, "line", 3600, {}, {}), failures
 
 

@@ -20,6 +20,7 @@ from trainer.data.samples import Sample, Teacher
 from trainer.data.target import Target
 from trainer.loop.divergence_guard import HeldOutScore
 from trainer.objective.simulated_acceptance import (
+    SampleChains,
     SimulatedAcceptance,
     simulate_acceptance,
     simulate_each,
@@ -142,9 +143,7 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Numbers of samples that were scored, by call with any."""
     calls: list[int] = []
 
-    def counting(
-        draft: EagleDraft, table: Tensor, samples: Sequence[Sample], lookahead: int
-    ) -> list[SimulatedAcceptance]:
+    def counting(draft: EagleDraft, table: Tensor, samples: Sequence[Sample], lookahead: int) -> list[SampleChains]:
         if samples:
             calls.append(len(samples))
         return simulate_each(draft, table, samples, lookahead)
@@ -203,8 +202,8 @@ def gain_over_day_0(
     """Return the evaluation of a draft with so many accepted tokens more on each sample of math and of code."""
     of_day_0 = evaluator.evaluate_version(None, dict.fromkeys(SAMPLES, 1.0))
     accepted = {
-        sample: SimulatedAcceptance(tokens + gained[number % 2], positions).weigh(weights[sample])
-        for number, (sample, (tokens, positions)) in enumerate(of_day_0.items())
+        sample: SimulatedAcceptance(tokens + gained[number % 2], verify_steps).weigh(weights[sample])
+        for number, (sample, (tokens, verify_steps)) in enumerate(of_day_0.items())
     }
     score = HeldOutScore(loss=1.0, accepted_per_step=sum_acceptance(accepted.values()).accepted_per_step)
     return Evaluation(score, accepted, weights)

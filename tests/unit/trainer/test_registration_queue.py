@@ -59,7 +59,7 @@ class Training:
         self.now = 0.0
         self.registry, self.lineage, self.metrics = BlockedRegistry(), TrainingLineage(), CollectorRegistry()
         self.lineage.start("day-0")
-        self.errors = ErrorTracker("train", self.metrics)
+        self.errors = ErrorTracker("train", ("registration",), self.metrics)
         self.queue = RegistrationQueue(
             cast(Registrar, self.registry),
             "line",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import numpy as np
@@ -16,10 +17,11 @@ from schemas.speculator.acceptance import sampling_probs
 from schemas.speculator.network import DraftShape, random_draft
 from trainer.data.batch import collate
 from trainer.data.samples import RequestSampling, Sample, Teacher
-from trainer.objective.simulated_acceptance import simulate_batch
+from trainer.objective.simulated_acceptance import simulate_acceptance
 from trainer.replay.acceptance_figures import compare_steps, compute_figures
 from trainer.replay.chains import acceptance_probabilities
 from trainer.replay.past_requests import PastRequest, RequestService
+from trainer.replay.prequential import simulate_positions
 from trainer.replay.request_evaluation import merge_acceptance
 from trainer.replay.verify_steps import ExpectedSteps, expect_steps
 
@@ -105,18 +107,21 @@ def past(sampling: RequestSampling = GREEDY, *, tokens: int = 14) -> tuple[PastR
 EMBEDDINGS = torch.randn(VOCABULARY, 8, generator=torch.Generator().manual_seed(3))
 
 
-def test_greedy_replay_over_all_positions_equals_simulated_acceptance() -> None:
+def test_greedy_replay_equals_the_score_of_the_gate_and_over_all_positions_that_of_learning_curves() -> None:
     one, _ = past(tokens=40)
     one.tokens_N.copy_(one.tokens_N % 4)
     draft = random_draft(SHAPE, 4)
     with torch.no_grad():
         draft.lm_head.weight[4:] = 0
-    known = torch.arange(39) >= 4
-    sample = Sample("r", one.tokens_N[:-1], int(one.tokens_N[-1]), one.features_NF, known, one.teacher[1:])
-    expected = simulate_batch(draft, EMBEDDINGS, collate([sample]), LONGEST)
+    known = torch.arange(39) >= 3
+    sample = Sample("r", one.tokens_N[:-1], int(one.tokens_N[-1]), one.features_NF, known, one.teacher)
+    expected = simulate_acceptance(draft, EMBEDDINGS, [sample], LONGEST)
     found = expect_steps(acceptance_probabilities(draft, EMBEDDINGS, one, LONGEST))
-    assert (found.all_positions_accepted, found.all_positions) == (expected.tokens, expected.positions)
-    assert 0 < expected.tokens < LONGEST * expected.positions
+    assert (found.accepted, found.verify_steps) == expected
+    assert 0 < expected.tokens < LONGEST * expected.verify_steps
+    answer = replace(sample, known=torch.arange(39) >= 4, teacher=one.teacher[1:])
+    positions = simulate_positions(draft, EMBEDDINGS, collate([answer]), LONGEST)
+    assert (found.all_positions_accepted, found.all_positions) == positions
 
 
 def test_a_sampled_token_is_accepted_with_the_probability_that_the_draft_proposed_it() -> None:

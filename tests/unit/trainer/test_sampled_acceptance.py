@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import product
 
@@ -21,7 +22,7 @@ from trainer.objective.sampled_acceptance import (
     read_choice_probs,
     rejection_acceptance,
 )
-from trainer.objective.simulated_acceptance import simulate_each
+from trainer.objective.simulated_acceptance import simulate_acceptance, simulate_each
 
 PLAIN = RequestSampling(1.0, 1.0, 0)
 TARGET = (0.5, 0.3, 0.2)
@@ -57,8 +58,10 @@ def sampled(tokens: Sequence[int], p: Sequence[float], sampling: RequestSampling
 
 
 def score(draft: EagleDraft, samples: Sequence[Sample], lookahead: int = 1) -> list[float]:
+    """Return the mean acceptance of the whole chains of each sample."""
     table = torch.zeros(draft.shape.vocab_size, 8)
-    return [one.accepted_per_step for one in simulate_each(draft, table, samples, lookahead)]
+    each = simulate_each(draft, table, samples, lookahead)
+    return [float(chains.accepted_R[:-lookahead].mean()) for chains in each]
 
 
 @given(distributions(4), distributions(4))
@@ -162,13 +165,24 @@ def test_a_sample_is_scored_by_the_distributions_that_it_was_served_with(samplin
     assert found == pytest.approx(expected, abs=1e-5)
 
 
-def test_the_score_of_a_chain_is_its_acceptance_over_all_outputs_of_the_target() -> None:
-    draft, mean = constant_draft((0.2, 0.5, 0.3)), 0.0
+def test_the_verify_steps_are_those_of_serving_over_all_outputs_of_the_target() -> None:
+    draft, found = constant_draft((0.2, 0.5, 0.3)), [0.0, 0.0]
     rate = 0.2 + 0.3 + 0.2
-    for output in product(range(3), repeat=3):
-        (found,) = score(draft, [sampled([0, 1, *output], TARGET, PLAIN)], lookahead=3)
-        mean += found * TARGET[output[0]] * TARGET[output[1]] * TARGET[output[2]]
-    assert mean == pytest.approx(rate + rate**2 + rate**3, rel=1e-5)
+
+    def serve(room: int) -> tuple[float, float]:
+        """Return expected accepted tokens and verify steps until `room` tokens are put out, the last one as a bonus."""
+        accepted, steps = 0.0, float(room > 0)
+        for kept in range(min(2, room - 1) + 1):
+            chance = rate**kept * (1 if kept == min(2, room - 1) else 1 - rate)
+            later = serve(room - kept - 1)
+            accepted, steps = accepted + chance * (kept + later[0]), steps + chance * later[1]
+        return accepted, steps
+
+    for output in product(range(3), repeat=4):
+        chance = math.prod(TARGET[token] for token in output)
+        walked = simulate_acceptance(draft, torch.zeros(3, 8), [sampled([0, 1, 0, *output], TARGET, PLAIN)], 2)
+        found = [mean + chance * value for mean, value in zip(found, walked, strict=True)]
+    assert found == pytest.approx(serve(4), rel=1e-5)
 
 
 def test_samples_of_different_sampling_and_record_width_are_scored_as_each_alone() -> None:

@@ -172,7 +172,9 @@ class PartitionStatus(_Status):
     lag: int
     """Records on the broker that the tables do not contain."""
     stalled_s: float
-    """Time for which records have waited on the broker and none has arrived."""
+    """Time for which records have waited on the broker and the next offset has not moved."""
+    transaction_s: float = 0.0
+    """Time for which records have waited for a producer's open transaction."""
 
 
 class TrafficStatus(_Status):
@@ -223,6 +225,8 @@ class StreamStatus(_Status):
     table_errors: int
     records_lost: int
     """Records that retention deleted before they were read."""
+    hole_offsets: int = 0
+    """Offsets at which no consumer receives a record: ends of transactions, and records of aborted ones."""
     buffer_bytes: int
     """Size of the records that were read and are not yet in the tables."""
     not_live: list[str]

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ops.cli.terminal import (
+    INTERRUPTED,
     AsJson,
     Config,
     DryRun,
@@ -78,15 +79,17 @@ def rebuild(
             echo_note(f"answers before {kept:%Y-%m-%dT%H:%M:%SZ} are not published: the topic keeps kafka.retention")
         tables = open_tables(settings)
         requests = answers_topic.list_finished(tables, max(first, kept), last)
-        counts = answers_topic.RebuildCounts(len(requests))
+        counts, cut_short = answers_topic.RebuildCounts(len(requests)), False
         if not dry_run:
-            counts = _report_progress(answers_topic.rebuild(tables, settings.kafka, requests, scope), counts)
+            counts, cut_short = _report_progress(answers_topic.rebuild(tables, settings.kafka, requests, scope), counts)
         if as_json:
             echo_json(asdict(counts))
         else:
             Console().print(_build_counts_table(counts))
         if dry_run:
             echo_note("nothing was published")
+        if cut_short:
+            raise typer.Exit(INTERRUPTED)
 
 
 def build_tables(found: TopicStats, now: datetime) -> Iterator[Table]:
@@ -111,14 +114,15 @@ def _format_age(now: datetime, time: datetime | None) -> str:
     return f"{(now - time).total_seconds() / 60:.0f} min ago" if time else "-"
 
 
-def _report_progress(parts: Iterator[RebuildCounts], counts: RebuildCounts) -> RebuildCounts:
-    """Print the progress of a rebuild; return the counts at its end, or when Ctrl-C ended it."""
+def _report_progress(parts: Iterator[RebuildCounts], counts: RebuildCounts) -> tuple[RebuildCounts, bool]:
+    """Print the progress of a rebuild; return the counts at its end, and whether Ctrl-C ended it early."""
     try:
         for counts in parts:  # noqa: PLR1704 - the last counts are the result
             echo_note(f"{counts.published} of {counts.requests} answers published")
     except KeyboardInterrupt:
         echo_note("stopped: nodes use the answers that were published")
-    return counts
+        return counts, True
+    return counts, False
 
 
 def _build_counts_table(counts: RebuildCounts) -> Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Self
 
@@ -35,7 +36,8 @@ def up(
             stack.up_detached(settings, echo)
             echo("the stack is ready; `aurora status` shows it, `aurora down` stops it")
         else:
-            with _StatusLine() as line:
+            # Ctrl-C and SIGTERM are how this command ends.
+            with suppress(KeyboardInterrupt), _StatusLine() as line:
                 stack.up(settings, line.print, line.update)
 
 

@@ -15,10 +15,13 @@ from ops.cli import (
     config,
     corpus,
     dlq,
+    import_export,
     local_stack,
     observation,
     promotion,
+    pruning,
     replay,
+    stream,
     tables,
     topics,
     traces,
@@ -68,14 +71,7 @@ def serve(
         run(settings)
 
 
-@app.command(rich_help_panel=_PROCESSES)
-def stream(config: Config = None, set_: Set = None) -> None:
-    """Run a stream worker."""
-    with user_errors():
-        settings = load_settings(config, set_)
-        from pipeline.worker import run
-
-        run(settings)
+app.add_typer(stream.app, name="stream", rich_help_panel=_PROCESSES)
 
 
 @app.command(rich_help_panel=_PROCESSES)
@@ -113,6 +109,9 @@ app.add_typer(corpus.app, name="corpus", rich_help_panel=_DATA)
 app.add_typer(dlq.app, name="dlq", rich_help_panel=_DATA)
 versions.app.command()(promotion.promote)
 versions.app.command()(promotion.rollback)
+versions.app.command("import")(import_export.import_)
+versions.app.command()(import_export.export)
+versions.app.command()(pruning.prune)
 app.add_typer(versions.app, name="versions", rich_help_panel=_VERSIONS)
 app.add_typer(replay.app, name="replay", rich_help_panel=_VERSIONS)
 app.command(rich_help_panel=_VERSIONS)(vocabulary.vocabulary)

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from ops.cli.terminal import (
+    INTERRUPTED,
     AsJson,
     Config,
     DryRun,
@@ -217,6 +218,8 @@ def load(  # noqa: PLR0913, PLR0917 - one for each flag
             echo_json(summary)
         else:
             Console().print(build_table(summary))
+    if cut_short:
+        raise typer.Exit(INTERRUPTED)
     if running.errors:
         raise typer.Exit(1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from pipeline.delta import DeltaLog
 
 USER_ERROR = 2
+INTERRUPTED = 130
+"""As a shell reports a command that Ctrl-C ended: a benchmark that was cut must not pass for a complete one."""
 _UNITS = {"s": timedelta(seconds=1), "m": timedelta(minutes=1), "h": timedelta(hours=1), "d": timedelta(days=1)}
 
 Config = Annotated[Path | None, typer.Option("--config", help="Settings file. Default: aurora.toml if it exists.")]
@@ -78,13 +81,13 @@ def open_tables(settings: Settings) -> DeltaLog:
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Print errors that a user can fix as one line and exit with code 2; exit silently on Ctrl-C."""
+    """Print errors that a user can fix as one line and exit with code 2; exit silently with 130 on Ctrl-C."""
     try:
         yield
     except (UserError, SettingsError) as error:
         fail(str(error), code=USER_ERROR)
     except KeyboardInterrupt:
-        raise typer.Exit(0) from None
+        raise typer.Exit(INTERRUPTED) from None
 
 
 def echo(text: str) -> None:
@@ -99,7 +102,24 @@ def echo_note(text: str) -> None:
 
 def echo_json(value: object, default: Callable[[Any], Any] | None = None) -> None:
     """Print a value as indented JSON."""
-    sys.stdout.write(json.dumps(value, indent=2, default=default) + "\n")
+    sys.stdout.write(to_json(value, default, indent=2) + "\n")
+
+
+def to_json(value: object, default: Callable[[Any], Any] | None = None, indent: int | None = None) -> str:
+    """Return a value as JSON, with null in place of NaN and infinities, which JSON lacks."""
+    return json.dumps(_without_nan(value), default=default, indent=indent, allow_nan=False)
+
+
+def _without_nan(value: object) -> object:
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case list() | tuple():
+            return [_without_nan(one) for one in value]
+        case dict():
+            return {key: _without_nan(one) for key, one in value.items()}
+        case _:
+            return value
 
 
 def fail(text: str, code: int) -> NoReturn:

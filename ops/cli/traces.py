@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import csv
-import json
-import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
@@ -28,6 +26,7 @@ from ops.cli.terminal import (
     new_table,
     open_tables,
     parse_time,
+    to_json,
     user_errors,
 )
 from schemas.errors import UserError
@@ -83,7 +82,7 @@ def tail(
         rows, version = read_newest_steps(tables, count)
         for part in chain([rows], follow_steps(tables, version, POLL_S) if follow else []):
             for row in part.to_pylist():
-                echo(json.dumps(row, default=_json_value) if as_json else _format_verify_step(row))
+                echo(to_json(row, _json_value) if as_json else _format_verify_step(row))
             sys.stdout.flush()
 
 
@@ -149,9 +148,9 @@ def _table_states(query: str, version: int | None, at: str | None) -> dict[str, 
     Raises:
         UserError: a version with several tables.
     """
-    from schemas.batches import TABLES
+    from pipeline.delta import tables_in
 
-    named = [name for name in TABLES if re.search(rf"\b{name}\b", query)]
+    named = tables_in(query)
     if at is not None:
         if version is not None:
             raise UserError("--version and --at exclude each other")
@@ -238,7 +237,7 @@ def _write_json(rows: Iterator[dict[str, Any]]) -> None:
     """Write an array row by row: a result may exceed the memory."""
     ending = "[]\n"
     for number, row in enumerate(rows):
-        sys.stdout.write(("[\n" if number == 0 else ",\n") + json.dumps(row, default=_json_value))
+        sys.stdout.write(("[\n" if number == 0 else ",\n") + to_json(row, _json_value))
         ending = "\n]\n"
     sys.stdout.write(ending)
 
@@ -262,7 +261,7 @@ def _print_table(names: Sequence[str], rows: Iterator[dict[str, Any]]) -> None:
 
 def _cell(value: object) -> object:
     if isinstance(value, list | dict):
-        return json.dumps(value, default=_json_value)
+        return to_json(value, _json_value)
     return "" if value is None else _json_value(value)
 
 

@@ -43,6 +43,10 @@ def run(settings: Settings, options: DemoOptions) -> int:
         UserError: the demo cannot start.
     """
     folder = Path(settings.stack.data_dir) / "demo"
+    if "self_generation" not in settings.train.model_fields_set:
+        # The demo shows what is learned from traffic, and its node needs the processor when it starts.
+        train = settings.train.model_copy(update={"self_generation": 0.0})
+        settings = settings.model_copy(update={"train": train})
     with DemoScreen(live=options.live and not options.as_json, to_stderr=options.as_json) as screen:
         finished = run_demo(settings, options, screen)
         write_results(finished, folder)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import json
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +27,11 @@ _SECRETS = tuple(
 )
 """Settings whose values no message shows."""
 
+_SERVICE_LINK = re.compile(r"_SERVICE_(HOST|PORT(_\w+)?)$|_PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?$")
+_SERVICE_ADDRESS = re.compile(r"(tcp|udp|sctp)://")
+"""Variables that Kubernetes sets for each Service of a namespace: a Service ``aurora-serve`` sets
+``AURORA_SERVE_PORT=tcp://..``."""
+
 
 class SettingsError(ValueError):
     """An invalid setting; the message names the setting, its source and the fix."""
@@ -34,6 +41,8 @@ def load(
     file: Path | None = None, environ: Mapping[str, str] | None = None, flags: Mapping[str, Any] | None = None
 ) -> Settings:
     """Return the settings from the file, the environment and the flags; a later source overrides an earlier one.
+
+    Variables whose names cannot be settings are ignored, unless they resemble one: other programs set variables too.
 
     Args:
         file: Settings file, which must exist; None reads ``aurora.toml`` of the working folder if there is one.
@@ -45,7 +54,7 @@ def load(
     """
     values = _read_file(file)
     for name, value in (os.environ if environ is None else environ).items():
-        if name.startswith(PREFIX):
+        if name.startswith(PREFIX) and _names_setting(name, value):
             _insert(values, name.removeprefix(PREFIX).lower().split("__"), value, name)
     for name, value in (flags or {}).items():
         if value is not None:
@@ -80,20 +89,47 @@ def _read_file(file: Path | None) -> dict[str, Any]:
         return {}
     path = file or FILE
     try:
-        return tomllib.loads(path.read_text())
+        content = path.read_bytes()
     except FileNotFoundError as error:
         raise SettingsError(f"{path}: no such settings file") from error
+    except OSError as error:  # a folder, or a file of another user
+        raise SettingsError(f"{path}: not a readable settings file: {error.strerror}") from error
+    try:
+        return tomllib.loads(_decode(content))
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8") from error
     except tomllib.TOMLDecodeError as error:
         raise SettingsError(f"{path}: not valid TOML: {error}") from error
+
+
+def _decode(content: bytes) -> str:
+    """Return a file's text: UTF-8, or UTF-16 with the byte order mark that Windows' editors write."""
+    utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return content.decode("utf-16" if utf_16 else "utf-8-sig")
+
+
+def _names_setting(name: str, value: str) -> bool:
+    """Return whether a variable is meant as a setting.
+
+    Raises:
+        SettingsError: it names no setting, but nearly one.
+    """
+    if "__" in name.removeprefix(PREFIX):
+        return True
+    if not (_SERVICE_LINK.search(name) or _SERVICE_ADDRESS.match(value)) and (nearest := _nearest_variable(name)):
+        raise SettingsError(f"{name}: a setting is named SECTION__KEY; did you mean {nearest!r}?")
+    return False
+
+
+def _nearest_variable(name: str) -> str | None:
+    known = [_variable(section, key) for section, fields in _KEYS.items() for key in fields]
+    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.85)), None)
 
 
 def _insert(values: dict[str, Any], path: list[str], value: Any, source: str) -> None:
     """Insert a value under its section and key."""
     if len(path) < 2 or not all(path):
-        known = [_variable(section, key) for section, fields in _KEYS.items() for key in fields]
-        nearest = difflib.get_close_matches(source, known, n=1, cutoff=0.85)
-        hint = f"did you mean {nearest[0]!r}?" if nearest else "an example is AURORA_KAFKA__BOOTSTRAP_SERVERS"
-        raise SettingsError(f"{source}: a setting is named SECTION__KEY; {hint}")
+        raise SettingsError(f"{source}: a setting has a section and a key, such as kafka.bootstrap_servers")
     for part in path[:-1]:
         values = values.setdefault(part, {})
         if not isinstance(values, dict):

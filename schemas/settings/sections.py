@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, SecretStr, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, model_validator
 
-from schemas.settings.types import Duration, Options, Secret, Section, parse_duration
+from schemas.settings.types import (
+    Duration,
+    LocalPath,
+    Location,
+    Options,
+    Secret,
+    Section,
+    parse_duration,
+    strip_listener,
+)
 
 Device = Literal["auto", "cpu", "cuda"]
 PrefixScope = Literal["request", "label", "node"]
@@ -22,7 +32,7 @@ DAY_0 = "day-0"
 class Kafka(Section):
     """The Kafka broker and its topics."""
 
-    bootstrap_servers: str = "127.0.0.1:19092"
+    bootstrap_servers: Annotated[str, AfterValidator(strip_listener)] = "127.0.0.1:19092"
     """Addresses of brokers, ``host:port``, separated by commas."""
     traces_topic: str = "aurora.traces.v1"
     """Topic of the trace records."""
@@ -49,7 +59,7 @@ class Kafka(Section):
 class Tables(Section):
     """The Delta tables."""
 
-    uri: str = ".aurora/tables"
+    uri: Location = ".aurora/tables"
     """Folder or object-store prefix of the Delta tables."""
     storage_options: Options = Field(default_factory=dict)
     """Object-store options of the Delta library, such as endpoint, keys and timeouts."""
@@ -86,11 +96,11 @@ class Registry(Section):
 class Target(Section):
     """The target model."""
 
-    path: str = ".aurora/models/smollm2-135m-instruct"
+    path: LocalPath = ".aurora/models/smollm2-135m-instruct"
     """Folder of the target in Hugging Face format: ``config.json``, safetensors and tokenizer."""
     served_model_name: str = "smollm2-135m-instruct"
     """Name of the model in the HTTP API."""
-    fingerprint_cache: str = ".aurora/target-fingerprints.json"
+    fingerprint_cache: LocalPath = ".aurora/target-fingerprints.json"
     """File with the hashes of the target's files, so that a process does not read the whole target at each start.
     Processes of several machines may share it next to a shared target; empty keeps no hashes."""
 
@@ -101,7 +111,7 @@ class Speculator(Section):
     draft_vocab_size: int = Field(8192, ge=16)
     """Size of the draft vocabulary. The day-0 draft uses the lowest token ids, which byte-pair tokenizers order by
     frequency."""
-    draft_vocab_file: str = ""
+    draft_vocab_file: LocalPath = ""
     """File with the token ids of the draft vocabulary, as ``aurora vocabulary`` writes it. It overrides
     ``draft_vocab_size``."""
     intermediate_size: int = Field(0, ge=0)
@@ -116,11 +126,15 @@ class Speculator(Section):
     the highest captured layer passed through to it. ``random`` uses random weights only."""
     seed: int = 0
     """Seed of the random weights. Nodes and trainer must use the same seed."""
+    day_0_folder: str = ""
+    """Folder of a trained EAGLE-3 draft, as SGLang, SpecForge, vLLM or speculators load it, with which the line begins.
+    It overrides the other settings of this section. Nodes and trainer must use the same files."""
 
     @property
     def day_0(self) -> str:
         """Version string of the day-0 draft, such as ``day-0-head-0``; within a line it identifies the weights."""
-        return f"{DAY_0}-{self.init}-{self.seed}"
+        named = PurePath(self.day_0_folder).name
+        return f"{DAY_0}-{named}" if named else f"{DAY_0}-{self.init}-{self.seed}"
 
 
 class Serve(Section):
@@ -137,10 +151,10 @@ class Serve(Section):
     speculate: bool = True
     """Whether the node decodes speculatively. False serves the target alone."""
     drafter: Literal["hybrid", "eagle", "suffix"] = "hybrid"
-    """Drafters of the built-in engine; SGLang and vLLM always use the speculator alone. ``eagle`` is the speculator.
-    ``suffix`` needs no training and uses no version: it continues the longest match of a request's last tokens in the
-    request itself and in recent traced answers, which ``suffix_scope`` selects. ``hybrid`` uses each where its tokens
-    are worth their time, and merges both drafts of a request into one tree."""
+    """Drafters of the node; SGLang always uses the speculator alone. ``eagle`` is the speculator. ``suffix`` needs no
+    training and uses no version: it continues the longest match of a request's last tokens in the request itself and in
+    recent traced answers, which ``suffix_scope`` selects. ``hybrid`` uses each where its tokens are worth their time,
+    and merges both drafts of a request into one tree; with vLLM, which has no ``suffix``, it takes the better one."""
     suffix_scope: SuffixScope = "label"
     """Answers that the suffix drafter continues for a request, in addition to the request's own tokens: ``request``
     none, ``label`` those to requests with the same label, ``node`` all of this node, ``fleet`` all of all nodes. With
@@ -195,7 +209,7 @@ class Serve(Section):
     need to notice. After it new requests are rejected."""
     drain_timeout: Duration = Field(8, ge=0)
     """Time for running requests to finish, after ``drain_delay``. Requests that still run then end with an error."""
-    api_keys_file: str = ""
+    api_keys_file: LocalPath = ""
     """File with the API keys of ``/v1``, one per line; empty accepts requests without a key. The node reads it at each
     request, so keys can be rotated without a restart."""
     admin_host: str = "127.0.0.1"
@@ -204,7 +218,7 @@ class Serve(Section):
     """Port of the admin API; 0 serves it on ``port``."""
     admin_token: Secret = SecretStr("")
     """Bearer token of the admin API. Without a token the admin API is closed."""
-    admin_tokens_file: str = ""
+    admin_tokens_file: LocalPath = ""
     """File with further tokens of the admin API, one per line. The node reads it at each call, so tokens can be rotated
     without a restart."""
     webhook_secret: Secret = SecretStr("")
@@ -230,7 +244,7 @@ class Traces(Section):
     features: Literal["inline", "claim-check", "recompute"] = "inline"
     """How the target's hidden states reach the trainer: in the records, in files of an object store, or not at all.
     With ``recompute`` the trainer runs the target itself."""
-    claim_check_uri: str = ".aurora/claims"
+    claim_check_uri: Location = ".aurora/claims"
     """Folder or object-store prefix of claim-check files. Nodes and stream workers must use the same."""
     claim_check_options: Options = Field(default_factory=dict)
     """Options of Arrow's S3 file system for an ``s3://`` URI, such as region, endpoint_override, access_key and
@@ -250,15 +264,19 @@ class Traces(Section):
 class Sglang(Section):
     """SGLang's server with Aurora's plugin, and the node beside it."""
 
-    python: str = ""
+    python: LocalPath = ""
     """Python interpreter of the environment with SGLang; empty uses the node's."""
     url: str = ""
     """Address of a running server whose versions the node manages; empty starts a server."""
     api_key: Secret = SecretStr("")
     """SGLang's ``--admin-api-key``, or its ``--api-key`` if it has no other. The node sends it as
     ``Authorization: Bearer``."""
-    draft_dir: str = ".aurora/sglang"
-    """Folder for the draft with which SGLang starts. On a shared file system each node needs its own."""
+    draft_dir: LocalPath = ".aurora/sglang"
+    """Folder for the draft and the configuration with which SGLang starts. On a shared file system each node needs its
+    own."""
+    adaptive: bool = True
+    """Let SGLang draft less, down to nothing, while the draft is not accepted (``--speculative-adaptive``). It does so
+    for chains; trees (``serve.draft_tree_width`` above 1) have a fixed size."""
     timeout: Duration = Field(120, gt=0)
     """Timeout of one step of a weight update. After it the node restores the previous version."""
     max_capture_ratio: float = Field(0.05, gt=0, le=1)
@@ -268,12 +286,12 @@ class Sglang(Section):
 class Vllm(Section):
     """vLLM's server with Aurora's plugin, and the node beside it."""
 
-    python: str = ""
+    python: LocalPath = ""
     """Python interpreter of the environment with vLLM; empty uses the node's."""
     api_key: Secret = SecretStr("")
     """Key that vLLM's development endpoints require, by which the node swaps versions; empty makes a new one at each
     start. It is not the key of the API, which is vLLM's ``--api-key``."""
-    draft_dir: str = ".aurora/vllm"
+    draft_dir: LocalPath = ".aurora/vllm"
     """Folder for the draft with which vLLM starts, for newer versions on their way, and for metrics. On a shared file
     system each node needs its own."""
     timeout: Duration = Field(120, gt=0)
@@ -295,7 +313,7 @@ class Stream(Section):
     """Buffered records that trigger a commit."""
     flush_interval: Duration = Field(1.0, gt=0)
     """Age of the oldest buffered record that triggers a commit."""
-    data_dir: str = ".aurora/stream"
+    data_dir: LocalPath = ".aurora/stream"
     """Folder for Faust's local state."""
     context_tokens: int = Field(32, ge=1)
     """Tokens stored before the root of a rejected branch."""
@@ -324,7 +342,7 @@ class Train(Section):
     """Address on which ``/status`` and ``/metrics`` listen."""
     port: int = Field(16067, ge=0, le=65535)
     """Port of ``/status`` and ``/metrics``; 0 selects a free port."""
-    checkpoint_dir: str = ".aurora/train"
+    checkpoint_dir: LocalPath = ".aurora/train"
     """Folder of the trainer's checkpoints, on a file system that all processes of ``torchrun`` share."""
     warm_start: str = "alias"
     """Initial weights of a trainer without a checkpoint: ``alias`` uses the champion, or the day-0 draft if there is
@@ -402,7 +420,7 @@ class Train(Section):
     """Maximum size of the replay buffer, in memory and on disk together. Beyond it, the oldest samples are removed."""
     replay_memory_bytes: int = Field(2 << 30, ge=1024)
     """Maximum size of the replay buffer in memory. Beyond it, the features of the oldest samples are in files."""
-    spill_dir: str = ""
+    spill_dir: LocalPath = ""
     """Folder on a local disk for these files; empty uses ``checkpoint_dir``. The trainer deletes them when it starts
     and when it ends."""
     replay_half_life: float = Field(0.0, ge=0)
@@ -415,6 +433,17 @@ class Train(Section):
     equally."""
     max_epochs: int = Field(8, ge=1)
     """Maximum epochs over a sample. A trainer without new samples then waits."""
+    self_generation: Duration = Field(600, ge=0)
+    """Time for which the target generates prompts and answers to train on, before the first traffic and in each pause
+    of it. One thread of the trainer generates beside the training; traffic ends both. 0 disables it."""
+    self_generation_idle: Duration = Field(60, ge=0)
+    """Time without new samples of traffic and without anything left to train on, after which the target answers past
+    prompts again."""
+    self_generation_share: float = Field(1.0, gt=0, le=1)
+    """Share of that time for which the target generates, and for which generated samples are trained on; both rest in
+    between."""
+    self_generation_target_bytes: int = Field(1 << 30, ge=0)
+    """Maximum size of the target's weight files for it. The trainer holds the whole target in memory, in float32."""
     max_sample_tokens: int = Field(512, ge=2)
     """Maximum tokens of a sample that are learned from. Longer requests become several samples."""
     context_tokens: int = Field(1024, ge=0)
@@ -429,6 +458,9 @@ class Train(Section):
     held_out_samples: int = Field(32, ge=1)
     """Maximum samples in the held-out set, which labels share equally. In the gate, the weight of a label is its share
     of four times as many samples, the newest of all traffic. Samples that leave the set are trained on."""
+    held_out_bytes: int = Field(4 << 30, ge=1024)
+    """Maximum size of the held-out set, which is kept in memory beside the replay buffer. Beyond it, prompts leave the
+    set as if it held too many samples."""
     draft_vocab_min_coverage: float = Field(0.95, ge=0, lt=1)
     """Share of the traffic's output tokens within the draft vocabulary below which the trainer changes it, if as many
     tokens chosen by counts cover at least 0.02 more; 0 never changes it. It is not changed either if ``serve.engine``
@@ -562,7 +594,7 @@ class Telemetry(Section):
 class Stack(Section):
     """The embedded stack of ``aurora up`` and ``aurora demo``."""
 
-    data_dir: str = ".aurora"
+    data_dir: LocalPath = ".aurora"
     """Folder for data and logs of all processes."""
     kafka_port: int = Field(19092, ge=1, le=65535)
     """Port of the embedded Kafka broker."""
@@ -606,8 +638,8 @@ class Settings(Section):
             return self
         if drafter not in ("eagle", Serve.model_fields["drafter"].default):
             raise ValueError(
-                f"serve.drafter = {drafter!r} needs serve.engine = 'builtin'; {server} drafts with the speculator "
-                "alone (serve.drafter = 'eagle')"
+                f"serve.drafter = {drafter!r} needs serve.engine = 'builtin'; {server} always drafts with the "
+                "speculator (serve.drafter = 'eagle')"
             )
         if self.serve.api_keys_file:
             raise ValueError(

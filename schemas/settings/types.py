@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
+from urllib.parse import unquote, urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, SecretStr
 
@@ -14,6 +16,7 @@ MASK = "**********"
 _MASK_ERROR = "is the mask that `aurora config show` prints in place of a secret; write the secret itself"
 _SECRET_WORDS = ("secret", "password", "key", "token", "authorization")
 _DURATION = re.compile(r"(\d+(?:\.\d*)?(?:e[+-]?\d+)?)\s*(ms|s|m|h|d)?")
+_UNUSABLE = re.compile(r"[\[\]^|\\\x00-\x1f]|%[0-9A-Fa-f]{2}")
 _UNIT_SECONDS = {"ms": 1e-3, "s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
@@ -46,6 +49,42 @@ def parse_duration(value: Any) -> Any:
     return float(duration[1]) * _UNIT_SECONDS[duration[2] or "s"]
 
 
+def strip_listener(servers: str) -> str:
+    """Return broker addresses without ``PLAINTEXT://``, as Kafka writes its listeners and not every client reads them.
+
+    Raises:
+        ValueError: an address names another protocol, which the clients take from an option.
+    """
+    found = [server.strip().rpartition("://") for server in servers.split(",")]
+    for protocol, _, server in found:
+        if protocol and protocol.upper() != "PLAINTEXT":
+            raise ValueError(
+                f"{protocol}://{server}: write {server}, and the protocol as security.protocol in kafka.client_options"
+            )
+    return ",".join(server for _, _, server in found)
+
+
+def expand_home(path: str) -> str:
+    """Return a path with the home folder in place of a leading ``~``."""
+    return os.path.expanduser(path)  # noqa: PTH111 - a Path would lose "" and the end of "dir/"
+
+
+def normalize_location(location: str) -> str:
+    """Return a folder without ``file:`` and ``~``; every other address as it is.
+
+    Raises:
+        ValueError: the folder is on another host, or its name cannot be part of an address.
+    """
+    if location.startswith("file:"):
+        address = urlsplit(location)
+        if address.netloc not in ("", "localhost"):
+            raise ValueError("a folder of this machine is file:///path, with three slashes")
+        location = unquote(address.path)
+    if "://" not in location and (unusable := _UNUSABLE.search(location)):
+        raise ValueError(f"the Delta library cannot open a folder with {unusable[0]!r} in its name; rename it")
+    return expand_home(location)
+
+
 def _parse_table(value: Any) -> Any:
     """Return a table from its JSON text, the form that environment variables use."""
     return json.loads(value) if isinstance(value, str) else value
@@ -76,6 +115,12 @@ def _reject_masks(options: dict[str, str]) -> dict[str, str]:
 Duration = Annotated[float, BeforeValidator(parse_duration), Field(allow_inf_nan=False)]
 """A time span: seconds in code; in files, variables and flags also a number with a unit, such as ``500ms`` or
 ``14d``."""
+
+LocalPath = Annotated[str, AfterValidator(expand_home)]
+"""A file or folder of this machine, which may begin with ``~``; empty has a meaning of its own."""
+
+Location = Annotated[str, Field(min_length=1), AfterValidator(normalize_location)]
+"""A folder, or a prefix in an object store."""
 
 Secret = Annotated[SecretStr, AfterValidator(_reject_mask)]
 """A secret, masked in all output."""

@@ -117,6 +117,7 @@ def loop(broker: str, registry: str, smollm2: Path, tmp_path: Path, free_port: C
             "train.max_epochs": 60,
             "train.registration_interval": 3,
             "train.poll_interval": 0.2,
+            "train.self_generation": 0,
             "promoter.gate_error": 0.5,
             "promoter.poll_interval": 0.3,
         }

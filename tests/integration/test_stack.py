@@ -83,7 +83,9 @@ def eventually(what: Callable[[], bool], seconds: float = 60) -> bool:
 def here(tmp_path: Path, smollm2: Path, free_port: Callable[[], int]) -> Iterator[Here]:
     flags: dict[str, object] = {f"{part}.port": free_port() for part in ("serve", "stream", "train", "promoter")}
     flags |= {f"stack.{name}_port": free_port() for name in ("kafka", "kafka_controller", "mlflow")}
-    place = Here(tmp_path.resolve(), load(environ={}, flags=flags | {"target.path": str(smollm2)}))
+    place = Here(
+        tmp_path.resolve(), load(environ={}, flags=flags | {"target.path": str(smollm2), "train.self_generation": 0})
+    )
     yield place
     left = place.processes()
     for process in left.values():

@@ -22,7 +22,7 @@ def test_top_draws_a_screen_and_ends_on_ctrl_c(tmp_path: Path, free_port: Callab
         screen, code = drawn([part for flag in flags for part in ("--set", flag)], until="node node-0")
     assert "node node-0" in screen
     assert "silent" in screen
-    assert code == 0
+    assert code == 130
 
 
 def drawn(flags: list[str], until: str, timeout_s: float = 30) -> tuple[str, int]:

@@ -109,7 +109,12 @@ def own_settings(settings: Settings) -> Settings:
         },
         "traces": {"claim_check_uri": str(folder / "claims"), "claim_check_options": {}},
         "stream": {"host": _LOOPBACK, "port": free_port(), "data_dir": str(folder / "stream")},
-        "train": {"host": _LOOPBACK, "port": free_port(), "checkpoint_dir": str(folder / "train")},
+        "train": {
+            "host": _LOOPBACK,
+            "port": free_port(),
+            "checkpoint_dir": str(folder / "train"),
+            "self_generation": 0.0,  # the figures state what traffic teaches
+        },
         "promoter": {"host": _LOOPBACK, "port": free_port()},
         "stack": {"data_dir": str(folder), **ports},
         "registry": {"tracking_uri": Registry().tracking_uri},

@@ -97,7 +97,8 @@ def _check_line(context: CheckContext) -> Iterator[Finding]:
             "registry",
             found,
             "a new line starts from day 0; if that is not intended, set target.path, speculator.variant, "
-            "draft_vocab_size, draft_vocab_file, intermediate_size and num_key_value_heads as for the old line",
+            "draft_vocab_size, draft_vocab_file, intermediate_size, num_key_value_heads and day_0_folder as for the "
+            "old line",
         )
     else:
         yield ok("registry", "no versions yet: day 0")

@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 from ops.cli.main import app
 from ops.cli.terminal import parse_time
 from schemas.errors import UserError
+from schemas.settings import Settings
 
 
 @pytest.fixture(autouse=True)
@@ -118,6 +119,14 @@ def test_status_without_processes_exits_1(free_port: object) -> None:
     result = aurora("status", *ports)
     assert result.exit_code == 1
     assert "nothing runs here" in result.stderr
+
+
+def test_a_command_that_ctrl_c_ends_exits_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_settings: Settings) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trainer.train.run", interrupted)
+    assert CliRunner().invoke(app, ["train"]).exit_code == 130
 
 
 def test_down_without_a_stack_prints_a_line() -> None:

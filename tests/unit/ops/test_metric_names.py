@@ -28,6 +28,25 @@ def unknown(text: str, exported: set[str]) -> set[str]:
     return set(NAME.findall(text)) - exported
 
 
+def test_every_counter_starts_at_zero() -> None:
+    """An alert sees no increase in the first sample of a series. Hooks add their names when they are installed."""
+    counters = [family for one in registries().values() for family in one.collect() if family.type == "counter"]
+    empty = {family.name for family in counters if not [s for s in family.samples if s.name.endswith("_total")]}
+    assert len(counters) > 60
+    assert empty == {"aurora_sglang_hook_errors", "aurora_vllm_hook_errors"}
+
+
+def test_tests_of_alerts_use_label_values_that_are_exported() -> None:
+    samples = [sample for one in registries().values() for family in one.collect() for sample in family.samples]
+    known = {(sample.name, label, value) for sample in samples for label, value in sample.labels.items()}
+    series = re.findall(r"(aurora_\w+_total)\{(.*?)\}", (RULES.parent / "aurora.test.yml").read_text())
+    used = {
+        (name, *pair) for name, labels in series for pair in re.findall(r'(reason|outcome|part|alias)="(\w+)"', labels)
+    }
+    assert len(used) > 4
+    assert used - known == set()
+
+
 def test_panels_and_annotations_query_exported_metrics(exported: set[str]) -> None:
     queries = [*loop.queries(), *(query for query, _ in loop.ANNOTATIONS.values())]
     assert len({name for query in queries for name in NAME.findall(query)}) > 30

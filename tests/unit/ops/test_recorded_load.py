@@ -79,7 +79,8 @@ def test_an_open_load_sends_requests_when_due_at_the_scaled_pace() -> None:
         assert load.wait(60)
         assert sorted(r.label or "" for r in node.engine.requests) == ["l0", "l1", "l2", "l3"]
     started = sorted(one.started for one in load.responses)
-    assert 0.3 <= started[-1] - started[0] < 3
+    # The times are those of another clock than the one that waits.
+    assert 0.29 < started[-1] - started[0] < 3
     assert all(late >= 0 for late in load.lateness_s)
     assert (len(load.responses), load.errors) == (4, [])
 
@@ -110,6 +111,7 @@ def test_ctrl_c_abandons_running_requests_and_prints_the_summary(settings: Setti
         eventually(lambda: len(node.engine.ended) == 3)
     found: dict[str, Any] = json.loads(result.stdout)
     assert (found["cut_short"], found["sent"], found["succeeded"], found["failed"]) == (True, 3, 0, 0)
+    assert result.exit_code == 130
 
 
 def _interrupt_when(holds: Any) -> None:

@@ -53,6 +53,26 @@ def test_the_error_for_a_misspelled_variable_names_the_nearest_variable() -> Non
         load(environ={"AURORA_KAFKA_BOOTSTRAP_SERVERS": "kafka:9092"})
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("AURORA_SERVICE_HOST", "10.0.0.1"),
+        ("AURORA_SERVE_PORT", "tcp://10.0.0.1:8000"),
+        ("AURORA_SERVE_SERVICE_PORT_HTTP", "8000"),
+        ("AURORA_SERVE_PORT_8000_TCP_ADDR", "10.0.0.1"),
+        ("AURORA_KAFKA_BOOTSTRAP_SERVICE_HOST", "10.0.0.2"),
+        ("AURORA_POSTGRES_URL", "postgres://of-another-program"),
+    ],
+)
+def test_variables_that_cannot_be_settings_are_ignored(name: str, value: str) -> None:
+    assert load(environ={name: value}) == load(environ={})
+
+
+def test_a_variable_that_nearly_names_a_setting_is_an_error() -> None:
+    with pytest.raises(SettingsError, match=r"AURORA_SERVE_PORT: .* did you mean 'AURORA_SERVE__PORT'"):
+        load(environ={"AURORA_SERVE_PORT": "8001"})
+
+
 def test_the_error_for_a_key_without_a_near_match_lists_the_known_keys() -> None:
     with pytest.raises(SettingsError, match=r"known keys: .*bootstrap"):
         load(environ={"AURORA_KAFKA__XQZW": "1"})
@@ -74,7 +94,6 @@ def test_an_unknown_key_in_the_file_is_an_error_too(tmp_path: Path) -> None:
         ("AURORA_SERVE__PORT", "70000", "serve.port"),
         ("AURORA_TRAIN__HELD_OUT_RATIO", "1.5", "train.held_out_ratio"),
         ("AURORA_PROMOTER__WATCH_MIN_RATIO", "0", "promoter.watch_min_ratio"),
-        ("AURORA_PORT", "1", "SECTION__KEY"),
         ("AURORA_KAFKA__CLIENT_OPTIONS__DEEP__ER", "1", "kafka.client_options"),
     ],
 )
@@ -91,6 +110,69 @@ def test_all_errors_are_reported_at_once() -> None:
 def test_a_named_file_must_exist(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="no such settings file"):
         load(tmp_path / "missing.toml", {})
+
+
+TEXT = '[target]\nserved_model_name = "größer"\n'
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_file_in_a_unicode_encoding_is_read(tmp_path: Path, encoding: str) -> None:
+    file = tmp_path / "aurora.toml"
+    file.write_bytes(TEXT.encode(encoding))
+    assert load(file, {}).target.served_model_name == "größer"
+
+
+def test_a_file_in_another_encoding_is_an_error_that_names_the_place(tmp_path: Path) -> None:
+    file = tmp_path / "aurora.toml"
+    file.write_bytes(TEXT.encode("latin-1"))
+    with pytest.raises(SettingsError, match=r"aurora\.toml: not UTF-8 \(.* at byte 32\): save it as UTF-8"):
+        load(file, {})
+
+
+def test_a_folder_is_no_settings_file(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="not a readable settings file: Is a directory"):
+        load(tmp_path, {})
+
+
+def test_addresses_of_brokers_may_name_the_plaintext_protocol() -> None:
+    servers = load(
+        environ={"AURORA_KAFKA__BOOTSTRAP_SERVERS": "PLAINTEXT://one:9092, two:9092"}
+    ).kafka.bootstrap_servers
+    assert servers == "one:9092,two:9092"
+    with pytest.raises(SettingsError, match=r"write one:9093, and the protocol as security\.protocol"):
+        load(environ={"AURORA_KAFKA__BOOTSTRAP_SERVERS": "SASL_SSL://one:9093"})
+
+
+@pytest.mark.parametrize("name", ["tables.uri", "traces.claim_check_uri"])
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("~/tables", "/home/me/tables"),
+        ("file:///data/my%20tables", "/data/my tables"),
+        ("file:/data", "/data"),
+        ("s3://bucket/tables", "s3://bucket/tables"),
+        ("data", "data"),
+    ],
+)
+def test_a_location_is_a_folder_or_an_address(
+    monkeypatch: pytest.MonkeyPatch, name: str, given: str, expected: str
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    section, key = name.split(".")
+    assert getattr(getattr(load(environ={}, flags={name: given}), section), key) == expected
+
+
+@pytest.mark.parametrize("folder", ["a|b", "[x]", "a^b", "a%20b", "file:///a%7Cb", "a\tb"])
+def test_a_folder_that_the_delta_library_cannot_open_is_rejected(folder: str) -> None:
+    with pytest.raises(SettingsError, match=r"tables\.uri: .*cannot open a folder with"):
+        load(environ={}, flags={"tables.uri": folder})
+
+
+@pytest.mark.parametrize("name", ["target.path", "train.checkpoint_dir", "stack.data_dir", "sglang.draft_dir"])
+def test_a_path_may_begin_in_the_home_folder(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    section, key = name.split(".")
+    assert getattr(getattr(load(environ={}, flags={name: "~/x"}), section), key) == "/home/me/x"
 
 
 def test_a_file_that_is_not_toml_is_named(tmp_path: Path) -> None:

@@ -155,14 +155,16 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             (
                 Query("sum by (partition) (aurora_stream_lag_records)", "records of partition {{partition}}"),
                 Query("max (aurora_stream_partition_stalled_seconds)", "stalled, s"),
+                Query("max (aurora_stream_partition_transaction_seconds)", "open transaction, s"),
             ),
         ),
         Panel(
             "Rejected records and failed commits",
-            "Dead letters by reason, records lost to retention, and commits that were fenced or failed.",
+            "Dead letters by reason, records lost to retention, holes, and commits that were fenced or failed.",
             (
                 Query(_rate("aurora_stream_dead_letters", "reason"), "dead letters, {{reason}}"),
                 Query(_rate("aurora_stream_records_lost"), "lost to retention"),
+                Query(_rate("aurora_stream_hole_offsets"), "offsets in holes"),
                 Query(_rate("aurora_stream_commits_fenced"), "fenced"),
                 Query(_rate("aurora_stream_table_errors"), "table errors"),
             ),

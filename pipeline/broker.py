@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import Future
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 from confluent_kafka import Consumer, IsolationLevel, KafkaError, KafkaException, TopicPartition
 from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported without saying so
@@ -143,6 +143,15 @@ class Watermarks:
         return AdminClient(client_config(self._settings, error_cb=self._auth_errors))
 
 
+class FoundRecord(NamedTuple):
+    """The first record from an offset on."""
+
+    offset: int
+    """Of the record, or of the log's end."""
+    time: float | None
+    """Unix time at which the broker received it; None at the log's end."""
+
+
 class RecordProbe:
     """Reads one record with a consumer of its own, because Faust may skip records. Blocks while it does. Thread-safe.
 
@@ -154,10 +163,8 @@ class RecordProbe:
         self._consumer: Consumer | None = None
         self._lock = threading.Lock()
 
-    def find_record(self, source: SourcePartition, offset: int) -> int:
-        """Return the offset of the first record from ``offset`` on that a consumer receives.
-
-        Without such a record, return the offset at which the broker says that the log ends.
+    def find_record(self, source: SourcePartition, offset: int) -> FoundRecord:
+        """Return the first record from ``offset`` on that a consumer receives, or the log's end as the broker says.
 
         Raises:
             BrokerUnreachableError: the broker did not answer, or its log does not reach to ``offset``.
@@ -166,7 +173,7 @@ class RecordProbe:
             consumer = self._consumer = self._consumer or self._connect()
             try:
                 consumer.assign([TopicPartition(source.topic, source.partition, offset)])
-                return _poll_offset(consumer)
+                return _poll_record(consumer)
             except KafkaException as error:
                 self._consumer = None
                 consumer.close()
@@ -193,7 +200,7 @@ class RecordProbe:
         return Consumer(client_config(self._settings, **options))
 
 
-def _poll_offset(consumer: Consumer) -> int:
+def _poll_record(consumer: Consumer) -> FoundRecord:
     deadline = time.monotonic() + WATERMARK_TIMEOUT_S
     while time.monotonic() < deadline:
         message = consumer.poll(0.5)
@@ -203,7 +210,7 @@ def _poll_offset(consumer: Consumer) -> int:
         if error is not None and (error.code() != KafkaError._PARTITION_EOF or offset is None):
             raise KafkaException(error)
         if offset is not None:
-            return offset
+            return FoundRecord(offset, None if error is not None else message.timestamp()[1] / 1e3)
     raise KafkaException(KafkaError(KafkaError._TIMED_OUT))
 
 

@@ -50,6 +50,10 @@ class _PartitionProgress:
     """True if the next offset lies outside the log: it has to be compared with the tables again."""
     buffered: Counter[int] = field(default_factory=Counter)
     """Offsets of the records in the buffer."""
+    times: dict[int, float] = field(default_factory=dict)
+    """Unix times of the records in the buffer, by offset."""
+    found: tuple[int, float] | None = None
+    """An offset, and the Unix time of the first record from it on that a second consumer received."""
     last_progress: float = 0.0
     last_stable: float = 0.0
     """When the log had no open transaction, or the stable part of it grew."""
@@ -74,14 +78,16 @@ class ProgressTracker:
                 last_progress=now,
                 last_stable=now,
                 buffered=before[source].buffered if source in before else Counter(),
+                times=before[source].times if source in before else {},
             )
             for source in sources
         }
 
-    def add_buffered(self, source: SourcePartition, offset: int) -> None:
-        """Count a record of the partition that was read into the buffer."""
+    def add_buffered(self, source: SourcePartition, offset: int, time: float) -> None:
+        """Count a record of the partition that was read into the buffer; ``time`` is the broker's, in Unix seconds."""
         if source in self._partitions:
             self._partitions[source].buffered[offset] += 1
+            self._partitions[source].times[offset] = time
 
     def remove_buffered(self, source: SourcePartition, offset: int) -> None:
         """Count a buffered record as written, skipped or deferred."""
@@ -90,6 +96,7 @@ class ProgressTracker:
             buffered[offset] -= 1
             if buffered[offset] <= 0:
                 del buffered[offset]
+                self._partitions[source].times.pop(offset, None)
 
     def next_offset(self, source: SourcePartition) -> int | None:
         """Return the next offset of the tables; None if it is unknown."""
@@ -123,6 +130,31 @@ class ProgressTracker:
         """Leave out a time in which no record could arrive, because reading waited for the tables."""
         for partition in self._partitions.values():
             partition.last_progress = min(partition.last_progress + seconds, self._clock())
+
+    def set_found(self, source: SourcePartition, offset: int, time: float) -> None:
+        """Set the time of the first record from ``offset`` on, which is not in the buffer."""
+        if source in self._partitions:
+            self._partitions[source].found = (offset, time)
+
+    def oldest_unread_time(self, source: SourcePartition) -> float | None:
+        """Return the Unix time of the record at the next offset; None without one, or while its time is unknown."""
+        partition = self._partitions[source]
+        next_offset = partition.next_offset
+        if next_offset is None or next_offset >= partition.log.end:
+            return None
+        if partition.found is not None and partition.found[0] == next_offset:
+            return partition.found[1]
+        return partition.times.get(next_offset)
+
+    def undated(self) -> list[SourcePartition]:
+        """Return the partitions with a record to read whose time is unknown."""
+        return [
+            source
+            for source, partition in self._partitions.items()
+            if partition.next_offset is not None
+            and partition.next_offset < partition.log.stable_end
+            and self.oldest_unread_time(source) is None
+        ]
 
     def stalled_s(self, source: SourcePartition) -> float:
         """Return for how long the next offset has not moved, although its record should have arrived."""
@@ -169,6 +201,7 @@ class ProgressTracker:
                 lag=max(partition.log.end - partition.next_offset, 0),
                 stalled_s=round(self.stalled_s(source), 1),
                 transaction_s=round(self.transaction_s(source), 1),
+                oldest_unread_time=self.oldest_unread_time(source),
             )
             for source, partition in sorted(self._partitions.items())
             if partition.next_offset is not None

@@ -219,13 +219,19 @@ class MaintenanceThread(threading.Thread):
         self._is_leader = is_leader
         self.files: Counter[str] = Counter()
         """Files by action: one of ``MAINTENANCE_ACTIONS``."""
+        self.last_success: float | None = None
+        """Unix time of the last run in which no table failed, or of the moment at which this worker was found to be the
+        one that runs maintenance; None on another worker."""
 
     def run(self) -> None:
         """Run maintenance until the process ends."""
         next_vacuum = time.monotonic()
         while True:
             time.sleep(self._interval_s)
-            if self._is_leader():
+            if not self._is_leader():
+                self.last_success = None
+            else:
+                self.last_success = self.last_success or time.time()
                 vacuum = time.monotonic() >= next_vacuum
                 try:
                     self._run_once(vacuum=vacuum)
@@ -237,7 +243,10 @@ class MaintenanceThread(threading.Thread):
                     next_vacuum = time.monotonic() + VACUUM_INTERVAL_S
 
     def _run_once(self, *, vacuum: bool) -> None:
-        for done in self._maintenance.run(vacuum=vacuum):
+        results = self._maintenance.run(vacuum=vacuum)
+        if not any(done.error for done in results):
+            self.last_success = time.time()
+        for done in results:
             counts = {name: getattr(done, name) for name in _COUNTED}
             self.files.update(counts)
             if done.error:

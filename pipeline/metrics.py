@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import faust
 from faust.web import Response
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Metric, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Histogram, Metric, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from pipeline.dead_letters.reasons import REASONS
@@ -45,6 +46,31 @@ class StreamCounters:
     """Unix time."""
 
 
+class StreamTimes:
+    """Histograms of a stream worker. Written by the writer's thread."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._commit = Histogram(
+            "aurora_stream_commit_duration_seconds",
+            "Time from the building of a batch's rows to the commit of the last table",
+            buckets=(0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 300),
+            registry=self.registry,
+        )
+        self._delay = Histogram(
+            "aurora_stream_record_delay_seconds",
+            "Time from the arrival of a record at the broker to its commit to the tables",
+            buckets=(0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 300, 1800, 3600, 6 * 3600, 86_400),
+            registry=self.registry,
+        )
+
+    def observe(self, commit_s: float, delays_s: Iterable[float]) -> None:
+        """Observe a commit, and the delays of its records."""
+        self._commit.observe(commit_s)
+        for delay_s in delays_s:
+            self._delay.observe(max(delay_s, 0.0))  # the broker's clock may be ahead
+
+
 _COUNTERS = {
     "rows_written": "Verify steps written to the traces table",
     "consumed_bytes": "Bytes of the records that were written",
@@ -76,8 +102,11 @@ _TRAFFIC_GAUGES = {
 }
 
 
-def add_endpoints(app: faust.App, status: Callable[[], StreamStatus]) -> None:
+def add_endpoints(app: faust.App, status: Callable[[], StreamStatus], times: StreamTimes) -> None:
     """Add the HTTP endpoints to the app's web server."""
+    registry = times.registry
+    register_process_metrics(registry)
+    registry.register(StreamCollector(status))
 
     def answer(problems: Sequence[str]) -> Response:
         return app.web.json({"why": list(problems)}, status=503 if problems else 200)
@@ -92,7 +121,7 @@ def add_endpoints(app: faust.App, status: Callable[[], StreamStatus]) -> None:
         return app.web.bytes(status().model_dump_json().encode(), content_type="application/json")
 
     async def metrics(*_: object) -> Response:
-        return app.web.bytes(exposition(status()), headers={"Content-Type": CONTENT_TYPE_LATEST})
+        return app.web.bytes(generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     for path, view in (("/live", live), ("/ready", ready), ("/status", as_json), ("/metrics", metrics)):
         app.page(path)(view)
@@ -101,12 +130,12 @@ def add_endpoints(app: faust.App, status: Callable[[], StreamStatus]) -> None:
 class StreamCollector:
     """The stream worker's metrics, collected from its status."""
 
-    def __init__(self, status: StreamStatus) -> None:
-        self._status = status
+    def __init__(self, status: Callable[[], StreamStatus]) -> None:
+        self._status, self._start = status, time.time()
 
     def collect(self) -> Iterator[Metric]:
         """Yield the metrics."""
-        status = self._status
+        status = self._status()
         for name, text in _COUNTERS.items():
             yield CounterMetricFamily(f"aurora_stream_{name}", text, value=getattr(status, name))
         yield counts_by("aurora_stream_dead_letters", "Unusable records", "reason", REASONS, status.dead_letters)
@@ -122,16 +151,47 @@ class StreamCollector:
             for partition in status.partitions:
                 gauge.add_metric([str(partition.partition)], getattr(partition, attribute))
             yield gauge
+        yield from _time_metrics(status, self._start)
         yield from drift_metrics(status.drift)
         yield GaugeMetricFamily("aurora_stream_buffer_bytes", "Bytes read and not written yet", status.buffer_bytes)
         yield GaugeMetricFamily("aurora_stream_live", "1 if the worker is live", not status.not_live)
         yield GaugeMetricFamily(
             "aurora_stream_ready", "1 if the next record would reach the tables", not status.not_ready
         )
-        if status.last_commit_time is not None:
-            yield GaugeMetricFamily(
-                "aurora_stream_last_commit_timestamp_seconds", "Unix time of the last commit", status.last_commit_time
-            )
+
+
+def _time_metrics(status: StreamStatus, start: float) -> Iterator[Metric]:
+    """Yield the Unix times from which alerts derive ages, and what they are compared with.
+
+    Args:
+        status: Of the worker.
+        start: Unix time of the worker's start, from which a worker without a commit counts.
+    """
+    unread = GaugeMetricFamily(
+        "aurora_stream_oldest_unread_timestamp_seconds",
+        "Unix time at which the broker received the oldest record that the tables lack; no series where they lack none",
+        labels=["partition"],
+    )
+    for partition in status.partitions:
+        if partition.oldest_unread_time is not None:
+            unread.add_metric([str(partition.partition)], partition.oldest_unread_time)
+    yield unread
+    for name, text, value in (
+        (
+            "last_commit_timestamp_seconds",
+            "Unix time of the last commit, or of the worker's start before the first one",
+            status.last_commit_time or start,
+        ),
+        (
+            "last_maintenance_timestamp_seconds",
+            "Unix time of the last maintenance run without an error, on the worker that runs maintenance",
+            status.last_maintenance_time,
+        ),
+        ("maintenance_interval_seconds", "tables.maintenance_interval", status.maintenance_interval_s),
+        ("retention_seconds", "kafka.retention: how long the broker keeps a record", status.retention_s),
+    ):
+        if value is not None:
+            yield GaugeMetricFamily(f"aurora_stream_{name}", text, value)
 
 
 def drift_metrics(drift: DriftStatus) -> Iterator[Metric]:
@@ -146,11 +206,3 @@ def drift_metrics(drift: DriftStatus) -> Iterator[Metric]:
             labels = [traffic.line, traffic.speculator, traffic.label or ""]
             gauge.add_metric(labels, getattr(traffic.acceptance, attribute))
         yield gauge
-
-
-def exposition(status: StreamStatus) -> bytes:
-    """Return the status in the Prometheus text format."""
-    registry = CollectorRegistry()
-    register_process_metrics(registry)
-    registry.register(StreamCollector(status))
-    return generate_latest(registry)

@@ -39,7 +39,7 @@ from pipeline.health import (
     readiness_problems,
 )
 from pipeline.maintenance import MaintenanceThread
-from pipeline.metrics import StreamCounters, add_endpoints
+from pipeline.metrics import StreamCounters, StreamTimes, add_endpoints
 from pipeline.offsets import ForeignLogError, LogRange, SourcePartition, find_gaps, find_lost_offsets
 from pipeline.writer import TableWriter
 from schemas.settings import Settings
@@ -51,6 +51,8 @@ log = structlog.get_logger()
 SEEK_INTERVAL_S = 5.0
 """The consumer seeks to the next offset again if records wait and none arrives for so long."""
 SEEK_TIMEOUT_S = 30.0
+DATE_INTERVAL_S = 30.0
+"""The time of an unread record that is not in the buffer is looked up this often: the buffer has it sooner or later."""
 TOPIC_CHECK_S = 60.0
 """A hole is passed only if the topic was found not to be compacted this recently."""
 
@@ -60,8 +62,8 @@ class StreamWorker:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.counters = StreamCounters()
-        self._writer = TableWriter(settings, self.counters)
+        self.counters, times = StreamCounters(), StreamTimes()
+        self._writer = TableWriter(settings, self.counters, times)
         self._progress = ProgressTracker()
         # One worker of the group runs maintenance: the one that owns the first partition.
         first = SourcePartition(settings.kafka.traces_topic, 0)
@@ -74,7 +76,7 @@ class StreamWorker:
         )
         self._seek_offsets: dict[SourcePartition, int] = {}
         """Offset of the last seek after a gap."""
-        self._topic_checked = time.monotonic()
+        self._topic_checked = self._dated = time.monotonic()
         self._broker_error: str | None = None
         self._unreachable_since: float | None = None
         self._joining_since: float | None = time.monotonic()
@@ -92,7 +94,7 @@ class StreamWorker:
         self.app.on_partitions_revoked.connect(self._on_revoked)
         self.app.on_partitions_assigned.connect(self._on_assigned)
         self.app.task(self._commit)
-        add_endpoints(self.app, self.status)
+        add_endpoints(self.app, self.status, times)
 
     def status(self) -> StreamStatus:
         """Return the worker's status for its HTTP endpoints."""
@@ -106,12 +108,16 @@ class StreamWorker:
             not_ready=readiness_problems(health),
             drift=self._writer.drift.status(),
             maintenance_files=dict(self.maintenance.files),
+            last_maintenance_time=self.maintenance.last_success,
+            maintenance_interval_s=self.settings.tables.maintenance_interval,
+            retention_s=self.settings.kafka.retention,
             error=health.error,
         )
 
     async def _read(self, stream: StreamT[bytes]) -> None:
         async for event in stream.noack().events():
-            self._progress.add_buffered(SourcePartition(*event.message.tp), event.message.offset)
+            source = SourcePartition(*event.message.tp)
+            self._progress.add_buffered(source, event.message.offset, event.message.timestamp)
             await self._buffer.put(event, _to_record(event).size)
 
     async def _commit(self) -> None:
@@ -165,13 +171,15 @@ class StreamWorker:
         end; ``offset`` itself while the broker does not answer, and if the topic has been compacted."""
         try:
             found = await asyncio.to_thread(self._probe.find_record, source, offset)
-            if found > offset and time.monotonic() > self._topic_checked + TOPIC_CHECK_S:
+            if found.time is not None:
+                self._progress.set_found(source, offset, found.time)
+            if found.offset > offset and time.monotonic() > self._topic_checked + TOPIC_CHECK_S:
                 await asyncio.to_thread(topics.check, self.settings.kafka)
                 self._topic_checked = time.monotonic()
         except (BrokerUnreachableError, TopicError) as error:
             log.warning("probe_failed", partition=source.partition, why=str(error))
             return offset
-        return found
+        return found.offset
 
     async def _seek_back(self, source: SourcePartition, next_offset: int) -> None:
         """Move the consumer to the next offset of the tables."""
@@ -271,6 +279,10 @@ class StreamWorker:
                 await self._verify_offset(source)
             for source in self._progress.stalled(SEEK_INTERVAL_S):
                 await self._advance(source)
+            if time.monotonic() > self._dated + DATE_INTERVAL_S:
+                self._dated = time.monotonic()
+                for source in self._progress.undated():
+                    await self._find_record(source, self._progress.next_offset(source) or 0)
         except ForeignLogError as error:
             await self.app.crash(error)
 

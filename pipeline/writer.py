@@ -16,7 +16,7 @@ from pipeline.crashes import MAX_CRASHES, CrashCounter
 from pipeline.deduplication import Deduplicator
 from pipeline.delta import DeltaLog, TableError
 from pipeline.drift.monitor import DriftEventProducer, DriftMonitor
-from pipeline.metrics import StreamCounters
+from pipeline.metrics import StreamCounters, StreamTimes
 from pipeline.offsets import (
     COMMIT_ORDER,
     Batch,
@@ -58,11 +58,11 @@ class WriteResult:
 class TableWriter:
     """Runs one operation after the other on its thread. Use it on one event loop."""
 
-    def __init__(self, settings: Settings, counters: StreamCounters) -> None:
+    def __init__(self, settings: Settings, counters: StreamCounters, times: StreamTimes) -> None:
         self.error: str | None = None
         """Error of the last attempt; None once an attempt succeeds."""
         self._group_id = settings.stream.group_id
-        self._counters = counters
+        self._counters, self._times = counters, times
         self._tables = tables = DeltaLog(settings.tables)
         self._committer = OffsetCommitter(tables, ThreadPoolExecutor(len(COMMIT_ORDER) - 1, "table"))
         self.drift = DriftMonitor(settings.drift, tables, DriftEventProducer(settings.kafka))
@@ -162,8 +162,10 @@ class TableWriter:
                     for source, batch in built.items()
                 ]
             )
+            ended = time.time()
+            self._times.observe(ended - started, [ended - r.time_us / 1e6 for rs in selected.values() for r in rs])
             versions = {name: self._tables.snapshot_version(name) for name in COMMIT_ORDER}
-            for span in _build_spans(selected, versions, self._group_id, started, time.time()):
+            for span in _build_spans(selected, versions, self._group_id, started, ended):
                 spans.record(span)
         for source, batch in built.items():
             self._count(selected[source], batch)

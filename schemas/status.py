@@ -93,6 +93,11 @@ class ServeStatus(_Status):
     """Draft tokens per request and verify step along the deepest path; 0 while drafting does not pay."""
     expected_tokens_per_second: list[float]
     """Expected output rate: entry 0 without drafts, entry n with drafts of the speculator up to depth n."""
+    speedup: float | None = None
+    """Recent output rate of decoding over the rate that the planner expects without drafts; None before the first
+    verify step, and with SGLang and vLLM."""
+    saved_s: float = 0.0
+    """Seconds of decoding that drafts have saved, as the planner expects; negative if they have cost time."""
     role: str | None
     """Why the version is active: the name of the alias, ``canary``, ``previous`` or ``pinned``; None with the day-0
     draft."""
@@ -175,6 +180,9 @@ class PartitionStatus(_Status):
     """Time for which records have waited on the broker and the next offset has not moved."""
     transaction_s: float = 0.0
     """Time for which records have waited for a producer's open transaction."""
+    oldest_unread_time: float | None = None
+    """Unix time at which the broker received the oldest record that the tables do not contain; None if they contain
+    all, or while it is unknown."""
 
 
 class TrafficStatus(_Status):
@@ -236,6 +244,13 @@ class StreamStatus(_Status):
     drift: DriftStatus
     maintenance_files: dict[str, int]
     """Table files by maintenance action, and the failed maintenance runs."""
+    last_maintenance_time: float | None = None
+    """Unix time of the last maintenance run without an error, or at which this worker was to begin with them; None on a
+    worker that runs none."""
+    maintenance_interval_s: float = 0.0
+    """``tables.maintenance_interval``."""
+    retention_s: float = 0.0
+    """``kafka.retention``."""
     error: str | None
 
 

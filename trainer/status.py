@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Self
 
 import structlog
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, generate_latest
 from pydantic import BaseModel
 
 from schemas.settings import SettingsError
@@ -42,6 +42,8 @@ class ErrorTracker:
         self._parts = parts
         self._errors = counter_by(f"aurora_{process}_errors", "Failed calls, by part.", "part", parts, metrics)
         self._current: dict[str, str] = {}
+        ready = Gauge(f"aurora_{process}_ready", "1 while the last call of every part succeeded.", registry=metrics)
+        ready.set_function(lambda: not self._current)
 
     @contextmanager
     def catch(self, part: str, *kinds: type[Exception]) -> Iterator[None]:

@@ -150,6 +150,7 @@ def _describe_node(serve: ServeStatus) -> tuple[str, str]:
         drafting = f"drafting {serve.draft_depth}" if serve.draft_depth else "drafting does not pay off"
     activity = f"version {serve.speculator or 'none'}{role}, {drafting}, "
     activity += "" if serve.acceptance_length is None else f"acceptance length {serve.acceptance_length:.2f}, "
+    activity += "" if serve.speedup is None else f"{describe_speedup(serve.speedup, serve.saved_s)}, "
     activity += f"{serve.requests_finished:,} requests finished, {serve.requests_failed} failed"
     dropped = f", {serve.rows_dropped:,} dropped" if serve.rows_dropped else ""
     return activity + _suffix(serve.registry_error), f"{serve.rows_pending:,} rows to publish{dropped}"
@@ -196,6 +197,11 @@ def _describe_comparison(comparison: ComparisonStatus) -> str:
             f"until {_local_time(comparison.end_time)} at the latest",
         ]
     )
+
+
+def describe_speedup(speedup: float, saved_s: float) -> str:
+    """Describe what drafts give: the present speed-up, and the seconds of decoding that they have saved."""
+    return f"{speedup:.2f}x without drafts, {abs(saved_s):,.0f} s {'saved' if saved_s >= 0 else 'lost'}"
 
 
 def describe_drift(event: DriftEvent) -> str:

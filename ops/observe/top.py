@@ -18,7 +18,7 @@ from ops.observe.status import Overview, StatusClient, describe_drift
 from schemas.settings import Settings
 from schemas.status import ServeStatus
 
-_HEIGHT = 10
+_HEIGHT = 11
 _EVENTS = 6
 _HISTORY = 480
 """Polls whose figures are drawn."""
@@ -127,6 +127,7 @@ def _node_panel(history: History) -> Panel:
     rows: dict[str, str | Text] = {
         "output tokens/s": Text(format_value(rates.tokens_per_s if rates else None, ".1f"), style="bold"),
         "expected without drafting": format_value(plain_rate, ".1f"),
+        "speed-up by drafts": Text(_speedup(node), style="bold green" if node.saved_s >= 0 else "bold yellow"),
         "acceptance length": Text(format_value(rates.acceptance_length if rates else None, ".2f"), style="bold green"),
         "suffix drafter": format_value(rates.suffix_accepted_per_step if rates else None, "+.2f"),
         "draft depth": str(node.draft_depth) if node.speculating else "off",
@@ -135,6 +136,10 @@ def _node_panel(history: History) -> Panel:
         "rows dropped": Text(f"{node.rows_dropped:,}", style="yellow" if node.rows_dropped else "green"),
     }
     return figures_panel(f"node {node.node}", rows, _HEIGHT)
+
+
+def _speedup(node: ServeStatus) -> str:
+    return "-" if node.speedup is None else f"{node.speedup:.2f}x, {node.saved_s:+,.0f} s saved"
 
 
 def _stream_panel(history: History) -> Panel:

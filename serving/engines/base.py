@@ -109,6 +109,8 @@ class RequestStats:
     """Accepted tokens that the suffix drafter proposed and the speculator did not."""
     cached_tokens: int = 0
     """Prompt tokens from the prefix cache."""
+    queue_s: float | None = None
+    """Seconds for which the request waited for a slot; None if the engine does not know, or it never had one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +149,12 @@ class EngineHealth:
     suffix_accepted_tokens: int = 0
     drafter_failures: int = 0
     """Failures of a drafter; each turned speculation off."""
+    speedup: float | None = None
+    """Recent output rate over the expected rate without drafts; None if the engine does not know."""
+    decoding_s: float = 0.0
+    """Seconds of verify steps that drafted or could draft, and read no prompt."""
+    undrafted_s: float = 0.0
+    """Expected seconds of the same output without drafts."""
     error: str | None = None
     """Why the engine failed."""
 

@@ -53,6 +53,9 @@ class RequestMetrics:
             "aurora_serve_inter_token_latency_seconds",
             "Time per output token after the first; the tokens of a verify step share its time.",
         )
+        self.queue_time = histogram(
+            "aurora_serve_request_queue_time_seconds", "Time for which a choice waited for a slot.", 60.0, 120.0
+        )
         self.e2e = histogram(
             "aurora_serve_e2e_request_latency_seconds", "Time from the request to its last token.", 60.0, 120.0, 300.0
         )
@@ -258,6 +261,8 @@ class Generation:
     def _end(self, choice: Choice, output: Output) -> None:
         self._running.remove(choice.index)
         choice.stats = output.stats or choice.stats
+        if choice.stats.queue_s is not None:
+            self._metrics.queue_time.observe(choice.stats.queue_s)
         stopped = choice.answer.stopped
         if output.finish == "error":
             self._metrics.count("failed")

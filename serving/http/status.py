@@ -118,10 +118,10 @@ class Reports(NamedTuple):
 
 
 class EngineMetrics:
-    """The engine's counters, read at scrape time."""
+    """The engine's counters and the node's readiness, read at scrape time."""
 
-    def __init__(self, engine: HotSwapEngine) -> None:
-        self._engine = engine
+    def __init__(self, engine: HotSwapEngine, drain: Drain) -> None:
+        self._engine, self._drain = engine, drain
 
     def collect(self) -> Iterator[Metric]:
         """Yield the metrics at scrape time."""
@@ -146,6 +146,16 @@ class EngineMetrics:
                 "Failures of a drafter; each turned speculation off.",
                 health.drafter_failures,
             ),
+            (
+                "aurora_serve_decoding_seconds",
+                "Time of the verify steps that read no prompt, while speculation is on.",
+                health.decoding_s,
+            ),
+            (
+                "aurora_serve_undrafted_decoding_seconds",
+                "Time that these verify steps' output would have taken without drafts, as the planner expects.",
+                health.undrafted_s,
+            ),
         ):
             yield CounterMetricFamily(name, text, value=value)
         rates = GaugeMetricFamily(
@@ -156,6 +166,12 @@ class EngineMetrics:
         for depth, rate in enumerate(health.expected_tokens_per_second):
             rates.add_metric([str(depth)], rate)
         yield rates
+        if health.speedup is not None:
+            yield GaugeMetricFamily(
+                "aurora_serve_speculation_speedup_ratio",
+                "Recent output rate of decoding over the rate that the planner expects without drafts.",
+                value=health.speedup,
+            )
         for name, text, value in (
             (
                 "aurora_serve_draft_depth",
@@ -165,6 +181,11 @@ class EngineMetrics:
             ("aurora_serve_requests_running", "Requests that are decoded.", health.requests_running),
             ("aurora_serve_requests_waiting", "Requests that wait for a slot.", health.requests_waiting),
             ("aurora_serve_engine_up", "1 while the engine runs.", int(health.alive)),
+            (
+                "aurora_serve_ready",
+                "1 while the node takes requests: its engine runs, and it does not drain.",
+                int(health.alive and not self._drain.is_draining),
+            ),
         ):
             yield GaugeMetricFamily(name, text, value=value)
 
@@ -179,7 +200,7 @@ def add_routes(
     drain: Drain,
 ) -> None:
     """Add the endpoints to the application, and all collectors to ``metrics``."""
-    for source in (EngineMetrics(engine), *reports):
+    for source in (EngineMetrics(engine, drain), *reports):
         if source is not None:
             metrics.register(source)
 
@@ -232,6 +253,8 @@ def serve_status(
         speculating=health.speculating,
         draft_depth=health.draft_depth,
         expected_tokens_per_second=list(health.expected_tokens_per_second),
+        speedup=health.speedup,
+        saved_s=health.undrafted_s - health.decoding_s,
         role=poller.role if poller else None,
         pinned=poller.pinned if poller else None,
         requests_running=health.requests_running,

@@ -54,6 +54,7 @@ from serving.planner.acceptance_model import (
     confidence_group,
 )
 from serving.planner.latency_model import F64, ForwardTiming, LatencyModel
+from serving.planner.speedup import Speedup
 
 _STEPS_RATE = 0.05
 _PRICE_RATE = 0.03
@@ -134,6 +135,7 @@ class Planner:
         self._max_prefill_stall = max_prefill_stall
         self.suffix: Mapping[bool, AcceptanceModel] = {greedy: AcceptanceModel() for greedy in (True, False)}
         """Acceptance of the suffix drafter's tokens in greedy sequences (True) and in sampled ones (False)."""
+        self.speedup = Speedup(latency)
         self._prices: dict[int, _Throughput] = {}
         self._until_deeper = _DEEPER_INTERVAL
         self._steps_per_depth = 1.0

@@ -35,6 +35,8 @@ class TraceCounts:
     dropped: dict[str, int]
     pending: int
     pending_bytes: int
+    sampled: int = 0
+    """Requests in the sample."""
     unsampled: int = 0
     """Requests outside the sample; none of their rows is captured."""
     without_features: int = 0
@@ -73,6 +75,11 @@ class TraceCounts:
             value=self.bytes_over_budget,
         )
         yield CounterMetricFamily(
+            "aurora_serve_trace_requests_sampled",
+            "Requests in the sample: their rows are captured.",
+            value=self.sampled,
+        )
+        yield CounterMetricFamily(
             "aurora_serve_trace_requests_unsampled", "Requests outside the sample.", value=self.unsampled
         )
 
@@ -87,14 +94,15 @@ class TraceAccounting:
         self._dropped: Counter[str] = Counter()
         self._pending = 0
         self._bytes = 0
-        self._unsampled = 0
+        self._sampled = self._unsampled = 0
         self._without_features = 0
         self._bytes_over_budget = 0
 
-    def skip_request(self) -> None:
-        """Count a request outside the sample."""
+    def count_request(self, *, sampled: bool) -> None:
+        """Count a request in the sample, or outside it."""
         with self._lock:
-            self._unsampled += 1
+            self._sampled += sampled
+            self._unsampled += not sampled
 
     def capture(self, rows: int, size: int, limit: int) -> bool:
         """Count rows as pending, or as dropped if ``size`` more bytes exceed ``limit``."""
@@ -148,6 +156,7 @@ class TraceAccounting:
                 dropped,
                 self._pending,
                 self._bytes,
+                sampled=self._sampled,
                 unsampled=self._unsampled,
                 without_features=self._without_features,
                 bytes_over_budget=self._bytes_over_budget,

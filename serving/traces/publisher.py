@@ -160,11 +160,10 @@ class TracePublisher:
             self._lag.start(origin.line)
 
     def sample(self, request: str) -> bool:
-        """Return whether a request is traced. Call it once per request: it counts the ones that are not."""
-        if is_sampled(request, self._traces.sample_ratio):
-            return True
-        self._accounting.skip_request()
-        return False
+        """Return whether a request is traced. Call it once per request: it counts them."""
+        sampled = is_sampled(request, self._traces.sample_ratio)
+        self._accounting.count_request(sampled=sampled)
+        return sampled
 
     def record(self, request: Request, verify_steps: tuple[VerifyStep, ...], finish: Finish | None) -> None:
         """Take the next verify steps of a request. Never blocks, never raises."""

@@ -86,7 +86,8 @@ class EchoEngine:
 
     def health(self) -> EngineHealth:
         alive, rates = not self.dead and self.error is None, (50.0, 60.0, 66.0, 64.0)
-        return EngineHealth(alive, self.version, self.speculating, 3, rates, 0, 0, 4, 12, 6, 10, error=self.error)
+        counts = (0, 0, 4, 12, 6, 10)
+        return EngineHealth(alive, self.version, self.speculating, 3, rates, *counts, speedup=1.2, error=self.error)
 
     def _generate(self, request: Request, on_output: Callable[[Output], None]) -> None:
         output, whole = self._echo(request)
@@ -130,7 +131,7 @@ class EchoEngine:
         drafted = 3 * verify_steps if request.speculate else 0
         versions = ("day-0-head-0",) if request.speculate else ()
         cached = dict(zip((one.id for one in self.requests), self.cached_tokens, strict=False)).get(request.id, 0)
-        stats = RequestStats(verify_steps, drafted, drafted // 3, versions, cached_tokens=cached)
+        stats = RequestStats(verify_steps, drafted, drafted // 3, versions, cached_tokens=cached, queue_s=0.0)
         on_output(Output(tokens, _scores_for(request, tokens), finish=finish, stats=stats))
 
 

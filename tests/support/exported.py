@@ -8,7 +8,7 @@ from echo_engine import EchoEngine, byte_tokenizer
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
-from pipeline.metrics import StreamCollector
+from pipeline.metrics import StreamCollector, StreamTimes
 from schemas.settings import Settings, Traces
 from schemas.status import DriftStatus, StreamStatus
 from schemas.telemetry.metrics import register_process_metrics
@@ -82,7 +82,9 @@ def registries() -> dict[str, CollectorRegistry]:
         "maintenance_files": {},
         "drift": drift,
     }
-    found["stream"].register(StreamCollector(StreamStatus.model_construct(**counts | lists)))
+    stream = StreamStatus.model_construct(**counts | lists)
+    found["stream"].register(StreamCollector(lambda: stream))
+    found["stream"].register(StreamTimes().registry)
     TrainMetrics(found["train"])
     ErrorTracker("train", train.PARTS, found["train"])
     PromoterMetrics(found["promoter"])

@@ -216,6 +216,9 @@ class BuiltinEngine:
             suffix_accepted_tokens=self._suffix_accepted_tokens,
             drafter_failures=self._drafter_failures,
             output_tokens=self._output_tokens,
+            speedup=self._planner.speedup.ratio if self._speculating else 1.0,
+            decoding_s=self._planner.speedup.decoding_s,
+            undrafted_s=self._planner.speedup.undrafted_s,
             error=self._error,
         )
 

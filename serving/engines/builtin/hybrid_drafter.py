@@ -98,13 +98,16 @@ class HybridDrafter:
         trees_by_slot = {p.sequence.slot: tree for p, tree in zip(proposals, selected, strict=True) if tree.nodes}
         return Drafts(trees_by_slot, tuple(timings), plan, tuple(proposals))
 
-    def observe(self, drafts: Drafts, outputs: dict[int, list[int]], verify: ForwardTiming | None) -> None:
+    def observe(
+        self, drafts: Drafts, outputs: dict[int, list[int]], verify: ForwardTiming | None, draft_seconds: float = 0.0
+    ) -> None:
         """Learn from a verify step.
 
         Args:
             drafts: The drafts of the verify step.
             outputs: Accepted tokens and bonus token by slot.
             verify: Duration of the target's forward; None if it read prompts.
+            draft_seconds: Time for which the step drafted.
         """
         outcomes: list[DraftOutcome] = []
         reached: list[SpeculatorOutcome] = []
@@ -126,6 +129,7 @@ class HybridDrafter:
         if verify is not None:
             tokens = sum(map(len, outputs.values()))
             self._planner.observe_latency(drafts.plan, tokens, verify, drafts.timings)
+            self._planner.speedup.add(tokens, verify, draft_seconds)
 
     def finish(self, seq: Sequence) -> None:
         """Learn from a sequence whose output is complete."""

@@ -6,6 +6,7 @@ The scheduler decides and computes nothing: it holds the waiting queue and the s
 from __future__ import annotations
 
 import heapq
+import time
 from collections import deque
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
@@ -67,6 +68,7 @@ class Scheduler:
         while self.waiting and self._free_slots:
             seq = self.waiting.popleft()
             seq.slot = heapq.heappop(self._free_slots)
+            seq.queue_s = time.monotonic() - seq.submitted
             self.running.append(seq)
 
     def cancel_waiting(self, request_ids: Collection[str]) -> list[Sequence]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
@@ -43,6 +44,10 @@ class Sequence:
     tokens: list[int]
     slot: int = -1
     """The sequence's place in the KV caches of target and draft; -1 while it waits."""
+    submitted: float = field(default_factory=time.monotonic)
+    """Monotonic time at which the request arrived."""
+    queue_s: float | None = None
+    """Seconds for which it waited for its slot; None while it waits."""
     processors: tuple[LogitsProcessor, ...] = ()
     """Change the target's logits, in this order."""
     grammar: GrammarMatcher | None = None
@@ -129,6 +134,7 @@ class Sequence:
             tuple(self.speculators),
             self.suffix_accepted_tokens,
             self.num_prefix_tokens,
+            self.queue_s,
         )
 
     @contextmanager

@@ -143,7 +143,7 @@ class Verifier:
             # A row costs more than its share of the forward: on a GPU its tokens cost the host more than the forward.
             timing = ForwardTiming(len(scheduled), len(batch.slots_T), time.perf_counter() - drafted)
             with self.contain_drafter():
-                self.drafter.observe(drafts, outputs, None if reads_prompt else timing)
+                self.drafter.observe(drafts, outputs, None if reads_prompt else timing, drafted - started)
         return results
 
     def load_prefixes(self) -> list[StepResult]:

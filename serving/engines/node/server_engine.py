@@ -174,7 +174,9 @@ class ServerEngine(ABC):
         """Return the counts of trace rows."""
         rows = self.state.counters
         pending = max(0, rows.captured - rows.published - rows.dropped)
-        return TraceCounts(rows.captured, rows.published, {"server": rows.dropped}, pending, 0, rows.unsampled)
+        return TraceCounts(
+            rows.captured, rows.published, {"server": rows.dropped}, pending, 0, unsampled=rows.unsampled
+        )
 
     def collect(self) -> Iterator[Metric]:
         """Yield no metrics: the plugin's are on the server's own ``/metrics``."""

@@ -96,6 +96,9 @@ class PluginMetrics:
             "aurora_serve_trace_over_budget_bytes",
             "Trace bytes beyond traces.max_bytes_per_second, of rows without features.",
         )
+        self._sampled = counter(
+            "aurora_serve_trace_requests_sampled", "Requests in the sample: their rows are captured."
+        )
         self._unsampled = counter("aurora_serve_trace_requests_unsampled", "Requests outside the sample.")
         self._answers = counter("aurora_serve_answers_published", "Answers published.")
         self._unpublished = counter(
@@ -110,6 +113,7 @@ class PluginMetrics:
         """Raise the counters of rows and answers to the publishers' counts."""
         self._raise(self._captured, "captured", counts.captured)
         self._raise(self._published, "published", counts.published)
+        self._raise(self._sampled, "sampled", counts.sampled)
         self._raise(self._unsampled, "unsampled", counts.unsampled)
         self._raise(self._without_features, "without features", counts.without_features)
         self._raise(self._over_budget, "over budget", counts.bytes_over_budget)

@@ -6,7 +6,7 @@ from io import StringIO
 
 from rich.console import Console
 
-from ops.observe.status import Overview, build_status_table
+from ops.observe.status import Overview, build_status_table, describe_speedup
 from schemas.status import ComparedStatus, ComparisonStatus, PromoterStatus
 
 
@@ -64,3 +64,8 @@ def test_a_promoter_without_a_comparison_shows_its_versions() -> None:
         error=None,
     )
     assert "champion 7, candidate none" in shown(promoter)
+
+
+def test_the_speed_up_is_described_as_time_saved_or_lost() -> None:
+    assert describe_speedup(1.424, 3600.4) == "1.42x without drafts, 3,600 s saved"
+    assert describe_speedup(0.9, -12.0) == "0.90x without drafts, 12 s lost"

@@ -68,6 +68,8 @@ def test_the_screen_shows_rates_versions_and_events() -> None:
         verify_steps=40,
         accepted_tokens=60,
         output_tokens=100,
+        speedup=1.42,
+        saved_s=1234.0,
         speculator="7",
         swaps=[swap],
         versions_rejected=[refused],
@@ -76,6 +78,7 @@ def test_the_screen_shows_rates_versions_and_events() -> None:
     screen = shown(history)
     assert "25.0" in screen
     assert "2.50" in screen
+    assert "1.42x, +1,234 s saved" in screen
     assert "version 7 is champion" in screen
     assert "version 7 swapped in, 12 ms, 3 requests in flight" in screen
     assert "version 8 rejected: tensor fc.weight is missing [x]" in screen

@@ -68,7 +68,7 @@ def progress() -> tuple[ProgressTracker, Clock]:
 
 def test_partition_is_stalled_while_records_wait_and_the_next_one_does_not_arrive() -> None:
     made, clock = progress()
-    made.add_buffered(ONE, 0)
+    made.add_buffered(ONE, 0, 1.0)
     clock.now += 7
     assert (made.stalled_s(ZERO), made.stalled_s(ONE)) == (7, 0)
     assert made.stalled(5) == [ZERO]
@@ -80,7 +80,7 @@ def test_partition_is_stalled_while_records_wait_and_the_next_one_does_not_arriv
 def test_partition_is_stalled_while_only_later_records_arrive() -> None:
     made, clock = progress()
     for offset in range(1, 10):
-        made.add_buffered(ZERO, offset)
+        made.add_buffered(ZERO, offset, 1.0)
         clock.now += 2
         made.remove_buffered(ZERO, offset)
         made.set_next_offset(ZERO, 0)
@@ -154,10 +154,46 @@ def test_partition_is_unverified_until_its_offset_lies_in_the_log() -> None:
     assert made.without_offset() == made.unverified() == [ONE]
 
 
+def unread_times(tracker: ProgressTracker) -> list[float | None]:
+    return [status.oldest_unread_time for status in tracker.statuses()]
+
+
+def test_the_oldest_unread_record_is_the_one_at_the_next_offset() -> None:
+    made, _ = progress()
+    for offset in range(3):
+        made.add_buffered(ZERO, offset, 1_000.0 + offset)
+    assert unread_times(made) == [1_000.0, None]
+    made.remove_buffered(ZERO, 0)
+    made.set_next_offset(ZERO, 1)
+    assert unread_times(made) == [1_001.0, None]
+    made.set_next_offset(ZERO, 10)
+    assert unread_times(made) == [None, None], "all is read"
+
+
+def test_an_unread_record_outside_the_buffer_is_dated_by_a_second_consumer() -> None:
+    made, _ = progress()
+    assert made.undated() == [ZERO, ONE]
+    made.set_found(ZERO, 0, 500.0)
+    made.set_next_offset(ONE, 10)
+    assert made.undated() == []
+    assert unread_times(made) == [500.0, None]
+    made.set_next_offset(ZERO, 1)
+    assert made.undated() == [ZERO], "the time was that of another record"
+
+
+def test_records_in_the_buffer_keep_their_times_in_a_new_assignment() -> None:
+    made, _ = progress()
+    made.add_buffered(ZERO, 0, 1_000.0)
+    made.assign([ZERO])
+    made.set_next_offset(ZERO, 0)
+    made.set_log(ZERO, LogRange(0, 10, 10))
+    assert unread_times(made) == [1_000.0]
+
+
 def test_unassigned_partitions_are_ignored() -> None:
     made, _ = progress()
     made.assign([ONE])
-    made.add_buffered(ZERO, 5)
+    made.add_buffered(ZERO, 5, 1.0)
     made.remove_buffered(ZERO, 5)
     made.set_next_offset(ZERO, 5)
     made.set_log(ZERO, LogRange(0, 9, 9))

@@ -24,7 +24,7 @@ from ops.cli.main import app
 from pipeline import holds
 from pipeline.compaction import list_data_files
 from pipeline.delta import DeltaLog, HistoryExpiredError
-from pipeline.maintenance import Maintenance, MaintenanceResult
+from pipeline.maintenance import Maintenance, MaintenanceResult, MaintenanceThread
 from pipeline.offsets import COMMIT_ORDER, Batch, OffsetCommitter, SourcePartition
 from schemas.batches import TABLES, day_of
 from schemas.errors import UserError
@@ -273,6 +273,17 @@ def test_failure_of_one_table_does_not_affect_the_others(world: World, tmp_path:
     done = {of_one.table: of_one for of_one in Maintenance(world.settings).run()}
     assert "tables.uri" in (done["rejected"].error or "")
     assert done["accepted"].compacted == 3
+
+
+def test_the_thread_dates_the_last_run_without_a_failed_table(world: World, tmp_path: Path) -> None:
+    thread = MaintenanceThread(world.settings, lambda: True)
+    thread._run_once(vacuum=False)
+    succeeded = thread.last_success
+    assert succeeded is not None
+    (tmp_path / "rejected").rename(tmp_path / "away")
+    (tmp_path / "rejected").write_text("a file where the table was")
+    thread._run_once(vacuum=False)
+    assert (thread.last_success, thread.files["failed"]) == (succeeded, 1)
 
 
 def test_retention_hold_outlives_leases_and_retention_until_it_is_released(world: World) -> None:

@@ -108,3 +108,19 @@ def test_output_is_never_longer_than_its_limit(engine: BuiltinEngine) -> None:
     prompt = tuple(1 + i % (VOCABULARY - 1) for i in range(90))
     tokens, _, _ = generate(engine, Request("to the limit", prompt, 50, ignore_eos=True))
     assert len(prompt) + len(tokens) == engine.max_tokens
+
+
+def test_the_engine_compares_its_verify_steps_with_those_without_drafts(engine: BuiltinEngine) -> None:
+    before = engine.health()
+    _, _, last = generate(engine, Request("compared", PROMPT, 30, ignore_eos=True))
+    after = engine.health()
+    assert after.decoding_s > before.decoding_s
+    assert after.undrafted_s > before.undrafted_s
+    assert after.speedup is not None
+    assert last.stats is not None
+    assert last.stats.queue_s is not None
+    engine.speculate(on=False)
+    generate(engine, Request("plain", PROMPT, 5, ignore_eos=True))
+    plain = engine.health()
+    engine.speculate(on=True)
+    assert (plain.speedup, plain.decoding_s) == (1.0, after.decoding_s)

@@ -251,6 +251,7 @@ def test_status_and_metrics_count_the_requests(node: Node) -> None:
     assert node.metric("aurora_serve_requests_total", outcome="length") == 1
     assert node.metric("aurora_serve_time_to_first_token_seconds_count") == 2
     assert node.metric("aurora_serve_inter_token_latency_seconds_count") == 3
+    assert node.metric("aurora_serve_request_queue_time_seconds_count") == 2
     assert node.metric("aurora_serve_draft_tokens_total") == 12
     assert (status.draft_depth, status.expected_tokens_per_second) == (3, [50.0, 60.0, 66.0, 64.0])
     assert node.metric("aurora_serve_draft_depth") == 3

@@ -42,6 +42,16 @@ def test_sequences_wait_for_a_slot_in_order() -> None:
     assert (scheduler.running, third.slot) == ([second, third], 0)
 
 
+def test_a_sequence_knows_how_long_it_waited_for_its_slot() -> None:
+    scheduler, waiting = scheduler_for(1), sequence("a")
+    waiting.submitted -= 7
+    scheduler.add(waiting)
+    assert waiting.stats.queue_s is None
+    scheduler.admit()
+    assert waiting.stats.queue_s is not None
+    assert waiting.stats.queue_s >= 7
+
+
 def test_a_full_queue_rejects_and_cancelled_sequences_leave_it() -> None:
     scheduler = scheduler_for(1)
     for name in "abcde":

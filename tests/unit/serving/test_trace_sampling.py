@@ -269,7 +269,7 @@ def test_only_unsampled_requests_are_counted_as_unsampled() -> None:
     sampled = [bench.publisher.sample(f"chatcmpl-{i}") for i in range(200)]
     counts = bench.publisher.close(1)
     assert sampled == [is_sampled(f"chatcmpl-{i}", 0.5) for i in range(200)]
-    assert (counts.unsampled, counts.captured) == (sampled.count(False), 0)
+    assert (counts.unsampled, counts.sampled, counts.captured) == (sampled.count(False), sampled.count(True), 0)
     metrics = {s.name: s.value for metric in bench.publisher.collect() for s in metric.samples}
     assert metrics["aurora_serve_trace_requests_unsampled_total"] == sampled.count(False)
 

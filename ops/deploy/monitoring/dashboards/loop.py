@@ -72,6 +72,32 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             ),
         ),
         Panel(
+            "Speed-up by drafts",
+            "Output rate of decoding over the rate without drafts, as the planner expects it: 1 is no gain. By node "
+            "over recent verify steps, and of the fleet over the interval.",
+            (
+                Query("aurora_serve_speculation_speedup_ratio", "{{instance}}"),
+                Query(
+                    f"sum (rate(aurora_serve_undrafted_decoding_seconds_total[{_INTERVAL}])) / "
+                    f"sum (rate(aurora_serve_decoding_seconds_total[{_INTERVAL}]))",
+                    "fleet",
+                ),
+            ),
+            "x",
+        ),
+        Panel(
+            "Time saved",
+            "Seconds of decoding that drafts have saved since the nodes started; it falls while they cost time.",
+            (
+                Query(
+                    "aurora_serve_undrafted_decoding_seconds_total - aurora_serve_decoding_seconds_total",
+                    "{{instance}}",
+                ),
+            ),
+            "s",
+            signed=True,
+        ),
+        Panel(
             "Acceptance length",
             "Tokens per verify step: 1 + accepted tokens per step (bonus token included); and 1 + those that only the "
             "suffix drafter proposed.",
@@ -109,6 +135,15 @@ ROWS: dict[str, tuple[Panel, ...]] = {
                 Query(_rate("aurora_serve_prefix_cache_evictions"), "evicted blocks per second"),
                 Query("sum (aurora_serve_prefix_cache_bytes) / 1048576", "MiB"),
             ),
+        ),
+        Panel(
+            "Time in the queue",
+            "From the arrival of a request to its slot.",
+            (
+                Query(_quantile(0.5, "aurora_serve_request_queue_time_seconds"), "p50"),
+                Query(_quantile(0.99, "aurora_serve_request_queue_time_seconds"), "p99"),
+            ),
+            "s",
         ),
         Panel(
             "Time to first token",
@@ -159,6 +194,28 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             ),
         ),
         Panel(
+            "Age of the oldest unread record",
+            "Since the broker received it. At 75 % of kafka.retention an alert pages.",
+            (
+                Query(
+                    "time() - min by (partition) (aurora_stream_oldest_unread_timestamp_seconds)",
+                    "partition {{partition}}",
+                ),
+            ),
+            "s",
+        ),
+        Panel(
+            "Time from the broker to the tables",
+            "Of each record, and of the commits within it.",
+            (
+                Query(_quantile(0.5, "aurora_stream_record_delay_seconds"), "record, p50"),
+                Query(_quantile(0.99, "aurora_stream_record_delay_seconds"), "record, p99"),
+                Query(_quantile(0.5, "aurora_stream_commit_duration_seconds"), "commit, p50"),
+                Query(_quantile(0.99, "aurora_stream_commit_duration_seconds"), "commit, p99"),
+            ),
+            "s",
+        ),
+        Panel(
             "Rejected records and failed commits",
             "Dead letters by reason, records lost to retention, holes, and commits that were fenced or failed.",
             (
@@ -182,10 +239,15 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         ),
         Panel(
             "Health",
-            "1 for engines that run and workers that make progress. Circuit breakers: 0 closed, 1 half open, 2 open.",
+            "1 for engines that run, workers that make progress and processes that are ready. Circuit breakers: 0 "
+            "closed, 1 half open, 2 open.",
             (
                 Query("aurora_serve_engine_up", "engine of {{instance}}"),
                 Query("aurora_stream_live", "worker {{instance}}"),
+                Query("aurora_serve_ready", "node {{instance}} ready"),
+                Query("aurora_stream_ready", "worker {{instance}} ready"),
+                Query("aurora_train_ready", "trainer ready"),
+                Query("aurora_promoter_ready", "promoter ready"),
                 Query("aurora_serve_trace_circuit_breaker_state", "circuit breaker of {{instance}}"),
             ),
         ),

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from email.message import Message
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
+from urllib.parse import urlsplit
 
 import structlog
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, generate_latest
@@ -72,11 +75,85 @@ class ErrorTracker:
         return "; ".join(f"{part}: {why}" for part, why in self._current.items()) or None
 
 
+MAX_FORM_BYTES = 16 << 10
+"""Maximum size of a form that a page accepts."""
+_REQUEST_TIMEOUT_S = 10.0
+"""How long a client may take to send a request."""
+
+
+@dataclass(frozen=True, slots=True)
+class PageAnswer:
+    """Answer to a request for a page."""
+
+    status: HTTPStatus
+    body: bytes
+    content_type: str = "text/html; charset=utf-8"
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+class Pages(Protocol):
+    """Pages beside ``/status`` and ``/metrics``; called from the server's threads."""
+
+    def get(self, path: str, query: str) -> PageAnswer | None:
+        """Return a page; None if there is none at the path."""
+
+    def post(self, path: str, headers: Message[str, str], form: bytes) -> PageAnswer | None:
+        """Accept a form of ``application/x-www-form-urlencoded``; None if none is accepted at the path."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """Answers requests with routes of the process and with further pages."""
+
+    timeout = _REQUEST_TIMEOUT_S
+    routes: Mapping[str, Callable[[], PageAnswer]]
+    further: Pages | None
+
+    def do_GET(self) -> None:
+        url = urlsplit(self.path)
+        if route := self.routes.get(url.path):
+            self._answer(route())
+        else:
+            self._answer(self.further.get(url.path, url.query) if self.further else None)
+
+    def do_POST(self) -> None:
+        length = self.headers.get("Content-Length", "")
+        if self.headers.get_content_type() != "application/x-www-form-urlencoded":
+            self.send_error(HTTPStatus.UNSUPPORTED_MEDIA_TYPE)
+        elif not length.isdecimal():
+            self.send_error(HTTPStatus.LENGTH_REQUIRED)
+        elif int(length) > MAX_FORM_BYTES:
+            self.send_error(HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
+        else:
+            form, path = self.rfile.read(int(length)), urlsplit(self.path).path
+            self._answer(self.further.post(path, self.headers, form) if self.further else None)
+
+    def log_message(self, *_: object) -> None:
+        """Requests are not logged."""
+
+    def _answer(self, answer: PageAnswer | None) -> None:
+        if answer is None:
+            self.send_error(HTTPStatus.NOT_FOUND)
+            return
+        self.send_response(answer.status)
+        self.send_header("Content-Type", answer.content_type)
+        self.send_header("Content-Length", str(len(answer.body)))
+        for name, value in answer.headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(answer.body)
+
+
 class StatusServer:
-    """Serves ``GET /status`` and ``GET /metrics`` from its own thread while the context is open."""
+    """Serves ``GET /status``, ``GET /metrics`` and pages from its own thread while the context is open."""
 
     def __init__(
-        self, section: str, host: str, port: int, status: Callable[[], BaseModel], metrics: CollectorRegistry
+        self,
+        section: str,
+        host: str,
+        port: int,
+        status: Callable[[], BaseModel],
+        metrics: CollectorRegistry,
+        pages: Pages | None = None,
     ) -> None:
         """Bind the address.
 
@@ -86,29 +163,18 @@ class StatusServer:
             port: 0 takes a free port.
             status: Returns the current status; called from the server's threads.
             metrics: Registry of the process.
+            pages: Further pages, if any.
 
         Raises:
             SettingsError: the address cannot be bound.
         """
-        pages: dict[str, Callable[[], tuple[str, bytes]]] = {
-            "/status": lambda: ("application/json", status().model_dump_json().encode()),
-            "/metrics": lambda: (CONTENT_TYPE_LATEST, generate_latest(metrics)),
+        own: dict[str, Callable[[], PageAnswer]] = {
+            "/status": lambda: PageAnswer(HTTPStatus.OK, status().model_dump_json().encode(), "application/json"),
+            "/metrics": lambda: PageAnswer(HTTPStatus.OK, generate_latest(metrics), CONTENT_TYPE_LATEST),
         }
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                if (page := pages.get(self.path)) is None:
-                    self.send_error(HTTPStatus.NOT_FOUND)
-                    return
-                content_type, body = page()
-                self.send_response(HTTPStatus.OK)
-                self.send_header("Content-Type", content_type)
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-
-            def log_message(self, *_: object) -> None:
-                """Requests are not logged."""
+        class Handler(_Handler):
+            routes, further = own, pages
 
         try:
             self._server = ThreadingHTTPServer((host, port), Handler)

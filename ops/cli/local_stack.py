@@ -34,7 +34,8 @@ def up(
         settings = load_settings(config, set_)
         if detach:
             stack.up_detached(settings, echo)
-            echo("the stack is ready; `aurora status` shows it, `aurora down` stops it")
+            page = stack.page_address(settings)
+            echo(f"the stack is ready; {page} and `aurora status` show it, `aurora down` stops it")
         else:
             # Ctrl-C and SIGTERM are how this command ends.
             with suppress(KeyboardInterrupt), _StatusLine() as line:

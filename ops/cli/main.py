@@ -86,12 +86,14 @@ def train(config: Config = None, set_: Set = None) -> None:
 
 @app.command(rich_help_panel=_PROCESSES)
 def promoter(config: Config = None, set_: Set = None) -> None:
-    """Run the promoter, which moves aliases to better versions."""
+    """Run the promoter, which moves aliases to better versions and serves the loop's page."""
     with user_errors():
         settings = load_settings(config, set_)
+        from ops.web.loop_page import LoopPage
         from trainer.release.promoter import run
 
-        run(settings)
+        with LoopPage(settings) as page:
+            run(settings, page)
 
 
 app.command(rich_help_panel=_LOCAL)(local_stack.up)

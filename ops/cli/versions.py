@@ -41,7 +41,7 @@ def list_(config: Config = None, set_: Set = None, line: LineOption = None, as_j
         settings = load_settings(config, set_)
         registry = connect_registry(settings)
         of = find_line(settings, registry, line)
-        listed = [_version_json(version, of) for version in registry.versions(of.name)]
+        listed = [describe_version(version, of) for version in registry.versions(of.name)]
         if as_json:
             echo_json({"line": of.name, "versions": listed})
             return
@@ -70,7 +70,7 @@ def show(
         ]
         if as_json:
             details = {
-                **_version_json(found, of),
+                **describe_version(found, of),
                 "card": found.card,
                 "tags": {name: _parse_tag(name, value) for name, value in found.tags.items()},
                 "files": manifest.sha256,
@@ -174,7 +174,8 @@ def _read_moves(settings: Any, line: str) -> list[AliasMoved]:
     return []
 
 
-def _version_json(version: Version, line: Line) -> dict[str, Any]:
+def describe_version(version: Version, line: Line) -> dict[str, Any]:
+    """Return number, aliases, parent and held-out figures of a version, for tables and JSON."""
     figures = _parse_tag("held_out", version.tags.get("held_out", "{}"))
     figures = figures if isinstance(figures, dict) else {}
     return {

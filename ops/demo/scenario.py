@@ -26,7 +26,7 @@ from ops.demo.record import (
 from ops.demo.screen import DemoScreen, DemoView
 from ops.demo.stack_monitor import StackMonitor, build_version_records, newest_rate, read_versions
 from ops.loadgen.load import Load, Prompt, Response, chat_request, read_api_key
-from ops.local.stack import Stack
+from ops.local.stack import Stack, page_address
 from pipeline.delta import DeltaLog
 
 if TYPE_CHECKING:
@@ -122,6 +122,7 @@ class Scenario:
         unsent = min((_TRIALS[1] + 1) * block + self.concurrency, len(other) // 2)
         first, second, reserved = cycle(one), cycle(other[:-unsent]), cycle(other[-unsent:])
         self.stack.start()
+        self.screen.say(f"the loop is at {page_address(self.stack.settings)}")
         try:
             self._catch_up()
             self._warm_up(reserved)

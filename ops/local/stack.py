@@ -122,11 +122,16 @@ def up(settings: Settings, say: Say, show: Callable[[Stack], None]) -> None:
     """
     with running_stack(settings, say) as stack:
         stack.start()
-        say("the stack is ready; Ctrl-C or `aurora down` stops it")
+        say(f"the stack is ready; {page_address(settings)} shows it, Ctrl-C or `aurora down` stops it")
         while True:
             stack.tick()
             show(stack)
             time.sleep(0.5)
+
+
+def page_address(settings: Settings) -> str:
+    """Return the address of the loop's page on this machine."""
+    return f"http://{settings.promoter.host}:{settings.promoter.port}/"
 
 
 def up_detached(settings: Settings, say: Say, timeout_s: float = 600) -> None:

@@ -492,9 +492,11 @@ class Promoter(Section):
     """The promoter, which moves aliases."""
 
     host: str = "127.0.0.1"
-    """Address on which ``/status`` and ``/metrics`` listen."""
+    """Address on which the loop's page, ``/status`` and ``/metrics`` listen."""
     port: int = Field(16068, ge=0, le=65535)
-    """Port of ``/status`` and ``/metrics``; 0 selects a free port."""
+    """Port of the loop's page, ``/status`` and ``/metrics``; 0 selects a free port."""
+    admin_token: Secret = SecretStr("")
+    """Token with which the loop's page promotes and rolls back. Without it the page is read-only."""
     poll_interval: Duration = Field(2.0, gt=0)
     """Interval between two checks of the registry and the tables."""
     gate_margin: float = 0.0

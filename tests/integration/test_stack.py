@@ -103,6 +103,11 @@ def test_up_restarts_a_killed_stream_worker_and_down_stops_all(here: Here) -> No
     assert up.returncode == 0, up.stdout + up.stderr
     assert set(here.status()["parts"]) == set(PARTS)  # type: ignore[call-overload]
 
+    page = f"http://127.0.0.1:{here.settings.promoter.port}/"
+    assert page in up.stdout
+    assert eventually(lambda: "node " in httpx.get(page).text, 30), httpx.get(page).text
+    assert "no status from" not in httpx.get(page).text
+
     second = here.aurora("up")
     assert second.returncode == 2
     assert "already runs" in second.stderr

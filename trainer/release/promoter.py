@@ -46,7 +46,7 @@ from trainer.release.promotion_policy import (
 )
 from trainer.release.registry import Line, RegistryError, SpeculatorRegistry
 from trainer.release.sequential_test import Comparison, Criteria, compare
-from trainer.status import ErrorTracker, StatusServer, stop_on_signals
+from trainer.status import ErrorTracker, Pages, StatusServer, stop_on_signals
 
 log = structlog.get_logger()
 
@@ -55,8 +55,12 @@ PARTS = ("registry", "tables", "moves", "broker")
 _ALIASES = ("candidate", "canary", "champion", "previous")
 
 
-def run(settings: Settings) -> None:
+def run(settings: Settings, pages: Pages | None = None) -> None:
     """Promote versions until SIGTERM or SIGINT.
+
+    Args:
+        settings: All settings.
+        pages: Pages to serve beside the status.
 
     Raises:
         SettingsError: the address of the status page is in use, or a Kafka option is unknown.
@@ -66,8 +70,8 @@ def run(settings: Settings) -> None:
     stopping = stop_on_signals()
     registry, tables = SpeculatorRegistry(settings.registry), DeltaLog(settings.tables)
     promoter = Promoter(settings, registry, tables, KafkaEvents(settings.kafka))
-    page = settings.promoter
-    with StatusServer("promoter", page.host, page.port, promoter.status, promoter.metrics):
+    at = settings.promoter
+    with StatusServer("promoter", at.host, at.port, promoter.status, promoter.metrics, pages):
         promoter.run(stopping)
     spans.close()
 

@@ -111,7 +111,7 @@ def test_a_process_runs_as_compose_runs_it(compose: dict[str, Any], name: str) -
     assert [listed["containerPort"] for listed in one["ports"]] == [port]
     ours = {variable["name"] for variable in one["env"]}
     there = {key for key in service["environment"] if key.startswith(f"AURORA_{name.upper()}__")}
-    assert there - {"AURORA_SERVE__ADMIN_TOKEN"} <= ours
+    assert there - {"AURORA_SERVE__ADMIN_TOKEN", "AURORA_PROMOTER__ADMIN_TOKEN"} <= ours
 
 
 @pytest.mark.parametrize("name", PROCESSES)

@@ -6,10 +6,9 @@ import dataclasses
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from typing import Any
 
 import pytest
+from released_server import function, install_fakes
 
 from serving.engines.sglang.plugin import compatibility
 
@@ -22,45 +21,18 @@ def test_importing_the_plugin_does_not_import_the_metrics_library() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT).returncode == 0
 
 
-def function(parameters: tuple[str, ...]) -> Any:
-    made: dict[str, Any] = {}
-    exec(f"def made({', '.join(parameters)}): pass", made)
-    return made["made"]
-
-
-@pytest.fixture(params=compatibility.SIGNATURES)
-def server(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """A fake of SGLang as released: every hooked function and every record, by its full name."""
+@pytest.fixture(params=compatibility.SIGNATURES, autouse=True)
+def _server(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fake of SGLang as released."""
     monkeypatch.setattr(compatibility, "version", lambda _: request.param)
-    signatures = compatibility.SIGNATURES[request.param]
-    parts: dict[str, Any] = {target: function(parameters) for target, parameters in signatures.items()}
-    parts |= {target: dataclasses.make_dataclass("Record", fields) for target, fields in compatibility.FIELDS.items()}
-    for target, part in parts.items():
-        names = target.split(".")
-        depth = next((i for i, name in enumerate(names) if name[:1].isupper()), len(names) - 1)
-        for end in range(1, depth + 1):
-            name = ".".join(names[:end])
-            if name not in sys.modules or not hasattr(sys.modules[name], "of_the_test"):
-                module = ModuleType(name)
-                module.__path__ = []
-                module.of_the_test = True  # type: ignore[attr-defined]
-                monkeypatch.setitem(sys.modules, name, module)
-        holder: Any = sys.modules[".".join(names[:depth])]
-        for name in names[depth:-1]:
-            if not hasattr(holder, name):
-                setattr(holder, name, SimpleNamespace())
-            holder = getattr(holder, name)
-        setattr(holder, names[-1], part)
-    return parts
+    install_fakes(monkeypatch, compatibility.SIGNATURES[request.param], compatibility.FIELDS)
 
 
-def test_a_released_server_is_supported(server: dict[str, Any]) -> None:
+def test_a_released_server_is_supported() -> None:
     assert compatibility.check_installation() is None
 
 
-def test_another_version_is_rejected_with_the_supported_ones(
-    server: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_version_is_rejected_with_the_supported_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compatibility, "version", lambda _: "9.9.9")
     assert (
         compatibility.check_installation()
@@ -68,7 +40,7 @@ def test_another_version_is_rejected_with_the_supported_ones(
     )
 
 
-def test_a_changed_signature_or_record_is_named(server: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_changed_signature_or_record_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     module, _, name = compatibility.ACCEPT.rpartition(".")
     monkeypatch.setattr(sys.modules[module], name, function(("verify_input", "batch")))
     record, _, name = next(iter(compatibility.FIELDS)).rpartition(".")
@@ -79,7 +51,7 @@ def test_a_changed_signature_or_record_is_named(server: dict[str, Any], monkeypa
     assert "has no retrieve_next_token" in why
 
 
-def test_a_missing_function_is_named(server: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_function_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     module, _, name = compatibility.RELEASE.rpartition(".")
     monkeypatch.delattr(sys.modules[module], name)
     assert compatibility.RELEASE in (compatibility.check_installation() or "")

@@ -12,8 +12,9 @@ from typing import Any
 
 from serving.engines.plugin.signatures import changed_signatures, missing_fields
 
-VERSIONS = ("0.32.0",)
-"""Versions that the tests in ``tests/vllm_cpu`` run."""
+VERSIONS = ("0.32.0", "0.33.0")
+"""Supported versions. The tests in ``tests/vllm_cpu`` run the first. The source of the second was read: what this
+plugin calls, wraps and reads of it equals the first."""
 
 _RUNNER = "vllm.v1.worker.gpu_model_runner.GPUModelRunner"
 _RELOAD = "vllm.model_executor.model_loader.reload"
@@ -47,6 +48,8 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
 
 SECOND_RUNNER = "vLLM's second model runner is not supported: set VLLM_USE_V2_MODEL_RUNNER=0"
 METHOD = "eagle3"
+LOSSLESS = ("standard", "block")
+"""Values of ``rejection_sample_method`` with which the output keeps the target's distribution."""
 
 
 def check_installation() -> str | None:
@@ -81,6 +84,9 @@ def check_configuration(worker: Any, capture_layers: Sequence[int]) -> str | Non
         "a target with multimodal positions is not supported": runner.uses_mrope,
         "only drafts of the likeliest tokens are supported (draft_sample_method greedy)": (
             speculative.draft_sample_method != "greedy"
+        ),
+        f"only lossless verification is supported (rejection_sample_method {' or '.join(LOSSLESS)})": (
+            speculative.rejection_sample_method not in LOSSLESS
         ),
         f"device {worker.device.type} is not supported: only cpu and cuda": worker.device.type not in ("cpu", "cuda"),
         f"the draft reads the states after layers {tuple(capture_layers)}, the server gives those before {read}": (

@@ -23,6 +23,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from schemas.speculator import rotary
 from schemas.speculator.checkpoint import CONFIG, CheckpointError, default_capture_layers, to_config
@@ -44,6 +45,8 @@ _RENAMED = {
 }
 _OF_THE_TARGET = re.compile(r"verifier_(lm_head|norm)\.weight|.*rotary_emb\.inv_freq")
 """Tensors that a folder may repeat from the target or that follow from the configuration."""
+_HEAD_ROWS = 64
+"""The servers pad the head to a multiple of so many rows."""
 _FUSED = (
     ("self_attn.qkv_proj.weight", ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight")),
     ("mlp.gate_up_proj.weight", ("mlp.gate_proj.weight", "mlp.up_proj.weight")),
@@ -213,14 +216,66 @@ def rename_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def fuse_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors of a version, without its vocabulary tables, as SGLang's and vLLM's server of one rank holds them.
+    """Return tensors of a version, without its vocabulary tables, as a rank of SGLang's and vLLM's server holds them.
 
     Both name them alike, and fuse the same ones.
+
+    Args:
+        tensors: Of a version, or from ``shard_tensors``.
     """
     found = {name.replace(_OURS, _THEIRS): value for name, value in tensors.items()}
     for fused, parts in _FUSED:
         found[_THEIRS + fused] = torch.cat([found.pop(_THEIRS + part) for part in parts])
     return {name if name.startswith("lm_head") else f"model.{name}": value for name, value in found.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Which part of each tensor a tensor-parallel rank of a server holds."""
+
+    rank: int = 0
+    ranks: int = 1
+
+
+def shard_tensors(tensors: Mapping[str, Tensor], key_heads: int, shard: Shard) -> dict[str, Tensor]:
+    """Return the parts of a version's tensors that a rank of SGLang's or vLLM's server holds, before they are fused.
+
+    Both divide queries, keys, values and the halves of the MLP by rows, the matrices behind these by columns, and the
+    head by rows, to which they add rows of zeros up to a multiple of 64, or of 64 times the ranks if these do not
+    divide it. With more ranks than key heads, ranks share a key head.
+
+    Args:
+        tensors: Of a version.
+        key_heads: Heads of keys and values.
+        shard: Of one rank.
+
+    Raises:
+        ValueError: a tensor cannot be divided so.
+    """
+    return {name: _part_of(name, value, key_heads, shard).contiguous() for name, value in tensors.items()}
+
+
+def _part_of(name: str, value: Tensor, key_heads: int, shard: Shard) -> Tensor:
+    module = name.removesuffix(".weight").rsplit(".", 1)[-1]
+    if module in ("k_proj", "v_proj"):
+        parts = min(shard.ranks, key_heads)
+        return _divide(name, value, 0, Shard(shard.rank * parts // shard.ranks, parts))
+    if module in ("q_proj", "gate_proj", "up_proj"):
+        return _divide(name, value, 0, shard)
+    if module in ("o_proj", "down_proj"):
+        return _divide(name, value, 1, shard)
+    if name == HEAD:
+        rows = len(value) + -len(value) % _HEAD_ROWS
+        rows += -rows % (_HEAD_ROWS * shard.ranks) if rows % shard.ranks else 0
+        return _divide(name, functional.pad(value, (0, 0, 0, rows - len(value))), 0, shard)
+    return value
+
+
+def _divide(name: str, value: Tensor, dim: int, shard: Shard) -> Tensor:
+    size, rest = divmod(value.shape[dim], shard.ranks)
+    if rest:
+        raise ValueError(f"{name}: {value.shape[dim]} rows or columns cannot be divided by {shard.ranks} ranks")
+    return value.narrow(dim, shard.rank * size, size)
 
 
 def split_tensors(tensors: Mapping[str, Tensor], shape: DraftShape) -> dict[str, Tensor]:

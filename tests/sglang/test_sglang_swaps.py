@@ -14,11 +14,11 @@ import pytest
 import torch
 from pydantic import SecretStr
 from sglang_server import ROOT, Server, eagle
-from torch import Tensor
 from traced_chunks import chunks_of, verify_steps_in
 
 from schemas.settings import Settings
 from schemas.speculator import checkpoint
+from schemas.speculator.network import EagleDraft
 from schemas.trace.record import VerifyStep
 from serving.engines.node.server_client import ServerError
 from serving.engines.sglang.node import weights
@@ -58,11 +58,11 @@ def server(serving: Any, random_draft: Path, traced: Settings) -> Iterator[Serve
 
 
 @pytest.fixture(scope="module")
-def drafts(random_draft: Path, trained_draft: Path) -> dict[str, dict[str, Tensor]]:
+def drafts(random_draft: Path, trained_draft: Path) -> dict[str, EagleDraft]:
     line = checkpoint.read_manifest(random_draft).line
     return {
-        "day-0-head-0": weights.draft_tensors(checkpoint.read_checkpoint(random_draft, line)),
-        "2": weights.draft_tensors(checkpoint.read_checkpoint(trained_draft, line)),
+        "day-0-head-0": checkpoint.read_checkpoint(random_draft, line),
+        "2": checkpoint.read_checkpoint(trained_draft, line),
     }
 
 
@@ -125,7 +125,7 @@ def test_a_swap_loses_no_request_and_each_verify_step_names_its_draft(
     trained_draft: Path,
     prompts: list[list[int]],
     target_outputs: list[list[int]],
-    drafts: dict[str, dict[str, Tensor]],
+    drafts: dict[str, EagleDraft],
 ) -> None:
     remote = Remote(server, random_draft, ServedDraft("day-0-head-0", drafts["day-0-head-0"]))
     with ThreadPoolExecutor() as pool:
@@ -160,7 +160,7 @@ def test_the_next_node_resumes_a_server_whose_node_died_during_an_update(
     trained_draft: Path,
     prompts: list[list[int]],
     target_outputs: list[list[int]],
-    drafts: dict[str, dict[str, Tensor]],
+    drafts: dict[str, EagleDraft],
     updates: bool,
 ) -> None:
     arguments = [server.url, KEY, str(random_draft), "day-0-head-0" if updates else ""]
@@ -226,7 +226,7 @@ def test_a_failed_update_restores_the_draft_before(
     trained_draft: Path,
     prompts: list[list[int]],
     target_outputs: list[list[int]],
-    drafts: dict[str, dict[str, Tensor]],
+    drafts: dict[str, EagleDraft],
     link: type[Faulty],
 ) -> None:
     remote = Remote(server, random_draft, ServedDraft("2", drafts["2"]), link, shares_memory=True)

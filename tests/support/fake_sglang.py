@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from schemas.speculator.layouts import fuse_tensors
+from schemas.speculator.layouts import Shard, fuse_tensors, shard_tensors
 from schemas.speculator.network import EagleDraft
 from serving.engines.sglang.node import weights
 
@@ -40,6 +40,7 @@ class FakeSglang:
     def __init__(self, draft: EagleDraft, version: str, *, ranks: int = 1) -> None:
         self.tensors: dict[str, Tensor] = weights.draft_tensors(draft)
         self.version, self.ranks, self.replicas = version, ranks, 1
+        self.key_heads = draft.shape.num_key_value_heads
         self.checksum: Callable[[Tensor], str] = weights.checksum_cpu
         self.paused = self.open = False
         self.calls: list[str] = []
@@ -70,7 +71,7 @@ class FakeSglang:
             "/model_info": {"weight_version": self.version},
             "/v1/loads": {"loads": [{"num_running_reqs": 2, "num_waiting_reqs": 1}]},
             "/metrics": METRICS,
-            "/weights_checker": {"success": True, "ranks": [{"checksums": self.checksums()}] * self.ranks},
+            "/weights_checker": {"success": True, "ranks": [self.rank(number) for number in range(self.ranks)]},
         }
         if path in about:
             return 200, about[path]
@@ -112,12 +113,12 @@ class FakeSglang:
         self.tensors |= {name: value for name, value in named.items() if name not in self.spoiled}
         self.version = body["weight_version"]
 
-    def checksums(self) -> dict[str, str]:
-        """Return the checksums; besides the draft's own also those of the target's embeddings and buffers."""
-        tensors = fuse_tensors(self.tensors)
-        return {f"draft.{name}": self.checksum(value.float()) for name, value in tensors.items()} | {
-            "draft.model.other": "0"
-        }
+    def rank(self, number: int) -> dict[str, Any]:
+        """Return the checksums of a rank; besides the draft's own also one of another tensor."""
+        parts = fuse_tensors(shard_tensors(self.tensors, self.key_heads, Shard(number, self.ranks)))
+        checksums = {f"draft.{name}": self.checksum(value.float()) for name, value in parts.items()}
+        models = [{"role": "draft", "tp_rank": number, "tp_size": self.ranks}]
+        return {"checksums": checksums | {"draft.model.other": "0"}, "parallelism_info": models}
 
 
 @contextmanager

@@ -30,11 +30,13 @@ from schemas.speculator.layouts import (
     LAYOUTS,
     Layout,
     ReadDraft,
+    Shard,
     StoredDraft,
     Verifier,
     from_layout,
     fuse_tensors,
     rename_tensors,
+    shard_tensors,
     split_tensors,
     to_layout,
 )
@@ -117,6 +119,45 @@ def test_fused_and_prefixed_tensors_of_a_server_are_split_and_renamed(draft: Eag
     found = split_tensors(rename_tensors(held), draft.shape)
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], value) for name, value in tensors.items())
+
+
+def wide_draft() -> EagleDraft:
+    """Return a draft of eight heads, two of keys, with a head of 70 rows."""
+    shape = dataclasses.replace(
+        SHAPE, num_attention_heads=8, num_key_value_heads=2, intermediate_size=24, vocab_size=100, draft_vocab_size=70
+    )
+    return random_draft(shape, 3, torch.arange(70))
+
+
+def test_ranks_hold_parts_that_make_up_the_draft() -> None:
+    draft = wide_draft()
+    tensors = {name: value for name, value in draft.state_dict().items() if name not in ("d2t", "t2d")}
+    parts = [shard_tensors(tensors, 2, Shard(rank, 4)) for rank in range(4)]
+    columns = ("o_proj.weight", "down_proj.weight")
+    for name, value in tensors.items():
+        held = [part[name] for part in parts]
+        if name.endswith(("k_proj.weight", "v_proj.weight")):
+            assert torch.equal(torch.cat(held[::2]), value), "two ranks share a head of keys"
+            assert torch.equal(torch.cat(held[1::2]), value)
+        elif name == "lm_head.weight":
+            assert torch.equal(torch.cat(held)[:70], value)
+            assert [len(part) for part in held] == [32] * 4
+            assert not torch.cat(held)[70:].any()
+        elif held[0].shape != value.shape:
+            assert torch.equal(torch.cat(held, dim=1 if name.endswith(columns) else 0), value)
+        else:
+            assert all(torch.equal(part, value) for part in held)
+            assert name.startswith(("fc", "norm")) or "norm" in name
+
+
+def test_a_head_is_padded_to_rows_that_the_ranks_divide() -> None:
+    head = {"lm_head.weight": torch.ones(100, 2)}
+    assert [len(shard_tensors(head, 1, Shard(0, ranks))["lm_head.weight"]) for ranks in (1, 2, 3)] == [128, 64, 64]
+
+
+def test_tensors_that_ranks_cannot_share_are_named() -> None:
+    with pytest.raises(ValueError, match=r"q_proj.weight: 9 rows or columns cannot be divided by 2 ranks"):
+        shard_tensors({"midlayer.self_attn.q_proj.weight": torch.zeros(9, 4)}, 1, Shard(0, 2))
 
 
 def draft_of(shape: DraftShape = SHAPE) -> EagleDraft:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
+from tiny_draft import SHAPE
 from version_registry import DRAFTS
 
-from schemas.speculator.layouts import fuse_tensors
-from schemas.speculator.network import EagleDraft
+from schemas.speculator.layouts import Shard, fuse_tensors
+from schemas.speculator.network import EagleDraft, random_draft
 from serving.engines.sglang.node import weights
+from serving.engines.sglang.node.weights import ExpectedChecksums, RankChecksums
 
 # Results of the kernel of SGLang 0.5.21 for these bytes on an H200.
 GPU_CHECKSUMS = {
@@ -46,28 +51,56 @@ def test_server_tensors_are_fused_and_omit_the_line_tensors() -> None:
     assert tensors["lm_head.weight"].equal(draft.lm_head.weight.bfloat16())
 
 
-def differing(ranks: list[dict[str, str]], draft: EagleDraft) -> set[str]:
-    return set(weights.compare_checksums(ranks, weights.ExpectedChecksums(weights.draft_tensors(draft))).names)
+def expected_of(draft: EagleDraft) -> ExpectedChecksums:
+    return ExpectedChecksums(weights.draft_tensors(draft), draft.shape.num_key_value_heads)
+
+
+def reported_by(draft: EagleDraft, ranks: int = 1, scheme: weights.ChecksumScheme = weights.SCHEMES[0]) -> list[Any]:
+    """Return the checksums of a server with so many ranks that holds a draft."""
+    shards = [Shard(rank, ranks) for rank in range(ranks)]
+    found = [expected_of(draft).compute(scheme, shard) for shard in shards]
+    return [
+        RankChecksums({weights.DRAFT + name: value for name, value in checksums.items()}, shard)
+        for checksums, shard in zip(found, shards, strict=True)
+    ]
+
+
+def differing(ranks: list[Any], draft: EagleDraft) -> set[str]:
+    return set(weights.compare_checksums(ranks, expected_of(draft)).names)
 
 
 @pytest.mark.parametrize("scheme", weights.SCHEMES)
 def test_a_draft_is_recognized_in_any_dtype_and_a_changed_tensor_is_named(scheme: weights.ChecksumScheme) -> None:
-    expected = weights.ExpectedChecksums(weights.draft_tensors(DRAFTS["1"]))
-    reported = {weights.DRAFT + name: value for name, value in expected.compute(scheme).items()}
-    assert weights.compare_checksums([reported], expected) == weights.ChecksumDifference((), scheme)
-    reported["draft.model.layers.0.mlp.down_proj.weight"] = "0" * 16
-    assert differing([reported], DRAFTS["1"]) == {"model.layers.0.mlp.down_proj.weight"}
-    assert "model.fc.weight" in differing([reported], DRAFTS["2"])
+    (reported,) = reported_by(DRAFTS["1"], scheme=scheme)
+    assert weights.compare_checksums([reported], expected_of(DRAFTS["1"])) == weights.ChecksumDifference((), scheme)
+    down = "model.layers.0.mlp.down_proj.weight"
+    changed = replace(reported, checksums={**reported.checksums, weights.DRAFT + down: "0" * 16})
+    assert differing([changed], DRAFTS["1"]) == {down}
+    assert "model.fc.weight" in differing([changed], DRAFTS["2"])
 
 
-def test_only_replicated_tensors_of_several_ranks_are_compared() -> None:
-    expected = weights.ExpectedChecksums(weights.draft_tensors(DRAFTS["1"])).compute(weights.SCHEMES[0])
-    sharded = {
-        weights.DRAFT + name: value if weights.is_replicated(name) else "shard" for name, value in expected.items()
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_each_rank_is_compared_with_its_part(ranks: int) -> None:
+    draft, layer = random_draft(SHAPE, seed=5), "model.layers.0"
+    torch.nn.init.normal_(draft.midlayer.self_attn.o_proj.weight)
+    reported = reported_by(draft, ranks)
+    assert differing(reported, draft) == set()
+    exchanged = [replace(rank, shard=other.shard) for rank, other in zip(reported, reversed(reported), strict=True)]
+    assert differing(exchanged, draft) == {
+        "lm_head.weight",
+        *(f"{layer}.self_attn.{name}.weight" for name in ("qkv_proj", "o_proj")),
+        *(f"{layer}.mlp.{name}.weight" for name in ("gate_up_proj", "down_proj")),
     }
-    assert differing([sharded, sharded], DRAFTS["1"]) == set()
-    assert differing([sharded, sharded | {"draft.model.fc.weight": "old"}], DRAFTS["1"]) == {"model.fc.weight"}
+    qkv = f"{layer}.self_attn.qkv_proj.weight"
+    last = replace(reported[-1], checksums={**reported[-1].checksums, weights.DRAFT + qkv: "0" * 16})
+    assert differing([*reported[:-1], last], draft) == {qkv}
+
+
+def test_a_number_of_ranks_that_cannot_hold_the_draft_is_named() -> None:
+    rank = RankChecksums({}, Shard(0, 5))
+    with pytest.raises(ValueError, match="cannot be divided by 5 ranks"):
+        weights.compare_checksums([rank], expected_of(DRAFTS["1"]))
 
 
 def test_a_server_without_ranks_differs() -> None:
-    assert weights.compare_checksums([], weights.ExpectedChecksums(weights.draft_tensors(DRAFTS["1"]))).names
+    assert weights.compare_checksums([], expected_of(DRAFTS["1"])).names

@@ -39,7 +39,7 @@ def server_of(fake: FakeSglang, key: str = KEY) -> SglangServer:
 def engine_of(
     fake: FakeSglang, served: EagleDraft | None = DRAFTS["1"], *, shares_memory: bool = False
 ) -> RemoteEngine:
-    began = ServedDraft("1", weights.draft_tensors(served)) if served else None
+    began = ServedDraft("1", served) if served else None
     engine = RemoteEngine(server_of(fake), TARGET, LINE, began, shares_memory=shares_memory)
     engine.start()
     fake.calls.clear()
@@ -116,7 +116,7 @@ def test_after_a_failed_update_weights_are_sent_by_http(fake: FakeSglang) -> Non
 @pytest.mark.parametrize("fault", [REJECTED, BROKEN, None])
 def test_a_failed_call_restores_the_version_before(fake: FakeSglang, path: str, fault: object) -> None:
     engine = engine_of(fake)
-    before = [] if path != "/weights_checker" else [(200, {"ranks": [{"checksums": fake.checksums()}]})]
+    before = [] if path != "/weights_checker" else [(200, {"ranks": [fake.rank(0)]})]
     fake.faults = {path: [*before, fault]}  # type: ignore[list-item]
     with pytest.raises(ServerError, match=r"version 2 is not served: .*; version 1 still serves") as failed:
         engine.swap(DRAFTS["2"], "2")

@@ -17,16 +17,20 @@ from schemas.settings import Speculator
 from schemas.speculator import checkpoint
 from schemas.speculator.checkpoint import MANIFEST, CheckpointError, hash_file
 from schemas.speculator.day_0_draft import create_day_0_draft
-from schemas.speculator.layouts import fuse_tensors
+from schemas.speculator.layouts import Shard, fuse_tensors, shard_tensors
 from schemas.speculator.target_fingerprint import target_fingerprint
 from serving.engines.vllm.plugin.draft_reload import DraftReload
 
+KEY_HEADS = 2
+"""Of ``write_tiny_target``."""
+
 
 class Model:
-    """vLLM's draft model, in float32. Like a kernel of a CPU it keeps one matrix in another shape."""
+    """vLLM's draft model in one worker, in float32. Like a kernel of a CPU it keeps one matrix in another shape."""
 
     def __init__(self) -> None:
         self.held: dict[str, Tensor] = {}
+        self.shard, self.spoiled = Shard(), "model.norm.weight"
         self.fails = 0
         self.spoils = False
 
@@ -36,12 +40,13 @@ class Model:
             self.held = {name: torch.zeros_like(value) for name, value in self.held.items()}
             raise KeyError("no such tensor")
         own = {name: value for name, value in tensors.items() if name not in ("d2t", "t2d")}
-        self.held = {name: value.float() for name, value in fuse_tensors(own).items()}
+        parts = fuse_tensors(shard_tensors(own, KEY_HEADS, self.shard))
+        self.held = {name: value.float() for name, value in parts.items()}
         self.held["draft_id_to_target_id"] = tensors["d2t"]
         self.held["model.fc.weight"] = torch.empty(0)
         if self.spoils:
             self.spoils = False
-            self.held["model.norm.weight"] = self.held["model.norm.weight"] + 1
+            self.held[self.spoiled] = self.held[self.spoiled] + 1
 
     def named_parameters(self) -> Any:
         return [(name, torch.nn.Parameter(value, requires_grad=False)) for name, value in self.held.items()]
@@ -65,7 +70,7 @@ def model() -> Model:
 
 @pytest.fixture
 def draft(model: Model, versions: dict[str, Path]) -> DraftReload:
-    found = DraftReload(model, model.load, versions["1"], "1")
+    found = DraftReload(model, model.load, versions["1"], "1", Shard())
     model.load(found._served)
     return found
 
@@ -105,6 +110,20 @@ def test_a_failed_load_restores_the_version_before(
     with pytest.raises(UserError, match=r"(no such tensor|model\.norm\.weight).*; version 1 still serves"):
         draft.load("2")
     assert (draft.version, holds(model, versions["1"])) == ("1", True)
+    read(draft, versions["2"])
+    draft.load("2")
+    assert holds(model, versions["2"])
+
+
+@pytest.mark.parametrize("spoiled", ["lm_head.weight", "model.layers.0.self_attn.qkv_proj.weight"])
+def test_a_rank_compares_its_parts_of_the_tensors(model: Model, versions: dict[str, Path], spoiled: str) -> None:
+    model.shard, model.spoiled = Shard(1, 2), spoiled
+    draft = DraftReload(model, model.load, versions["1"], "1", model.shard)
+    model.load(draft._served)
+    read(draft, versions["2"])
+    model.spoils = True
+    with pytest.raises(UserError, match=rf"{spoiled}; version 1 still serves"):
+        draft.load("2")
     read(draft, versions["2"])
     draft.load("2")
     assert holds(model, versions["2"])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pydantic import SecretStr
 
+from schemas.speculator.layouts import Shard
 from serving.engines.node.server_client import (
     QUERY_TIMEOUT_S,
     CallRejectedError,
@@ -14,7 +16,7 @@ from serving.engines.node.server_client import (
     ServerCounters,
     ServerLoad,
 )
-from serving.engines.sglang.node.weights import Checksums
+from serving.engines.sglang.node.weights import RankChecksums
 
 _SHARED = ["embed_tokens"]
 """The target's embeddings, which a draft uses too: large, and never changed."""
@@ -136,7 +138,13 @@ class SglangServer(ServerClient):
             return False
         return True
 
-    def checksums(self) -> list[Checksums]:
+    def checksums(self) -> list[RankChecksums]:
         """Return the checksums of the draft, by rank and tensor."""
         body = {"action": "checksum", "selector": "draft", "skip_tensor_list": _SHARED}
-        return [rank["checksums"] for rank in self._json("POST", "/weights_checker", body).get("ranks", [])]
+        ranks = self._json("POST", "/weights_checker", body).get("ranks", [])
+        return [RankChecksums(rank["checksums"], _read_shard(rank["parallelism_info"])) for rank in ranks]
+
+
+def _read_shard(models: Sequence[Mapping[str, Any]]) -> Shard:
+    """Return the place of a process among the tensor-parallel ones, which is the same for all of its models."""
+    return Shard(int(models[0]["tp_rank"]), int(models[0]["tp_size"]))

@@ -31,7 +31,7 @@ from serving.engines.node.sidecar import Sidecar, read_target_line, write_first_
 from serving.engines.sglang.node import flags
 from serving.engines.sglang.node.client import SglangServer
 from serving.engines.sglang.node.remote_engine import RemoteEngine, ServedDraft
-from serving.engines.sglang.node.weights import compare_checksums, draft_tensors
+from serving.engines.sglang.node.weights import compare_checksums
 from serving.engines.sglang.plugin import compatibility
 from serving.versions.cache import MlflowRegistry
 
@@ -76,7 +76,7 @@ def _start(settings: Settings, given: Flags, signals: list[int]) -> int:
     folder, served = None, None
     if settings.serve.speculate:
         folder, draft = write_first_draft(settings, line, registry, settings.sglang.draft_dir)
-        served = ServedDraft(folder.version, draft_tensors(draft))
+        served = ServedDraft(folder.version, draft)
     with ExitStack() as stack:
         sidecar: Sidecar | None = None
         url = given.url(flags.PORT)
@@ -153,11 +153,14 @@ def read_served_draft(server: SglangServer, line: SpeculatorLine) -> ServedDraft
         if served_line != line.name:
             message = f"drafts for line {served_line}; target.path and [speculator] give {line.name}"
             raise ServerError(f"{server.url}: {message}")
-        served = ServedDraft(info.weight_version, draft_tensors(checkpoint.read_checkpoint(folder, line.name)))
+        served = ServedDraft(info.weight_version, checkpoint.read_checkpoint(folder, line.name))
     except CheckpointError as error:
         message = f"--speculative-draft-model-path is no version of Aurora: {error}"
         raise ServerError(f"{server.url}: {message}") from error
-    return None if compare_checksums(server.checksums(), served.checksums).names else served
+    try:
+        return None if compare_checksums(server.checksums(), served.checksums).names else served
+    except ValueError as error:
+        raise ServerError(f"{server.url}: the weights cannot be compared: {error}") from error
 
 
 def _python(settings: Settings) -> str:

@@ -11,11 +11,10 @@ requests; it runs first whenever a node starts.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import structlog
-from torch import Tensor
 
 from schemas.speculator.checkpoint import CheckpointError, read_tensor
 from schemas.speculator.network import EagleDraft
@@ -44,12 +43,12 @@ class ServedDraft:
 
     Args:
         version: Its name.
-        tensors: From ``weights.draft_tensors``.
+        draft: Its weights.
     """
 
-    def __init__(self, version: str, tensors: Mapping[str, Tensor]) -> None:
-        self.version, self.tensors = version, tensors
-        self.checksums = ExpectedChecksums(tensors)
+    def __init__(self, version: str, draft: EagleDraft) -> None:
+        self.version, self.tensors = version, draft_tensors(draft)
+        self.checksums = ExpectedChecksums(self.tensors, draft.shape.num_key_value_heads)
 
 
 class RemoteEngine(ServerEngine):
@@ -106,7 +105,7 @@ class RemoteEngine(ServerEngine):
 
     def _swap(self, weights: EagleDraft, version: str) -> SwapResult:
         """Replace the weights while requests are paused; no pause if the server holds them already."""
-        draft = ServedDraft(version, draft_tensors(weights))
+        draft = ServedDraft(version, weights)
         if self._needs_repair:
             self._repair()
         if not self._differing(draft):
@@ -197,7 +196,10 @@ class RemoteEngine(ServerEngine):
 
     def _differing(self, draft: ServedDraft) -> tuple[str, ...]:
         """Return the tensors that the server holds otherwise than the draft."""
-        difference = compare_checksums(self._server.checksums(), draft.checksums, self._schemes)
+        try:
+            difference = compare_checksums(self._server.checksums(), draft.checksums, self._schemes)
+        except ValueError as error:
+            raise ServerError(f"the weights cannot be compared: {error}") from error
         if difference.scheme:
             self._schemes = (difference.scheme,)
         return difference.names

@@ -23,7 +23,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, multiprocessing
 
-from schemas.speculator.layouts import fuse_tensors
+from schemas.speculator.layouts import Shard, fuse_tensors, shard_tensors
 from schemas.speculator.network import EagleDraft
 
 Words = npt.NDArray[np.uint32]
@@ -33,9 +33,6 @@ ChecksumScheme = tuple[Callable[[Tensor], str], torch.dtype]
 
 DRAFT = "draft."
 """Prefix of a draft's tensors in the server's checksums."""
-REPLICATED = ("fc", "norm")
-"""Last parts of the names of modules that tensor parallelism does not shard."""
-
 _READ_ONCE = ("d2t", "t2d")
 """Tensors that a server reads at its start only: a version with others is not swapped in."""
 
@@ -80,12 +77,6 @@ def serialize_shared(tensors: Mapping[str, Tensor]) -> str:
     return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def is_replicated(name: str) -> bool:
-    """Return whether every tensor-parallel rank holds the whole tensor; ``name`` is one of ``fuse_tensors``."""
-    module = name.removesuffix(".weight").rstrip("0123456789.").rsplit(".", 1)[-1]
-    return module.endswith(REPLICATED)
-
-
 def checksum_cpu(tensor: Tensor) -> str:
     """Return the checksum of a tensor on a CPU."""
     return hashlib.sha256(_bytes(tensor).data).hexdigest()[:16]
@@ -105,24 +96,38 @@ SCHEMES: tuple[ChecksumScheme, ...] = tuple(
 )
 
 
+@dataclass(frozen=True, slots=True)
+class RankChecksums:
+    """What a tensor-parallel rank of the server holds."""
+
+    checksums: Checksums
+    """By the server's names."""
+    shard: Shard
+
+
 class ExpectedChecksums:
-    """The checksums of a server of one rank that holds a draft; each scheme is computed on first use.
+    """The checksums of a server that holds a draft; each scheme is computed on first use, for each rank.
 
     Args:
         tensors: From ``draft_tensors``.
+        key_heads: Heads of keys and values.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._tensors = tensors
-        self._cache: dict[ChecksumScheme, Checksums] = {}
+    def __init__(self, tensors: Mapping[str, Tensor], key_heads: int) -> None:
+        self._tensors, self._key_heads = tensors, key_heads
+        self._cache: dict[tuple[ChecksumScheme, Shard], Checksums] = {}
 
-    def compute(self, scheme: ChecksumScheme) -> Checksums:
-        """Return the checksums of one scheme, by the server's names without ``DRAFT``."""
-        if scheme not in self._cache:
+    def compute(self, scheme: ChecksumScheme, shard: Shard) -> Checksums:
+        """Return the checksums of one scheme and rank, by the server's names without ``DRAFT``.
+
+        Raises:
+            ValueError: no server divides the draft into so many ranks.
+        """
+        if (scheme, shard) not in self._cache:
             checksum, dtype = scheme
-            tensors = fuse_tensors(self._tensors)
-            self._cache[scheme] = {name: checksum(value.to(dtype)) for name, value in tensors.items()}
-        return self._cache[scheme]
+            tensors = fuse_tensors(shard_tensors(self._tensors, self._key_heads, shard))
+            self._cache[scheme, shard] = {name: checksum(value.to(dtype)) for name, value in tensors.items()}
+        return self._cache[scheme, shard]
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,26 +141,30 @@ class ChecksumDifference:
 
 
 def compare_checksums(
-    ranks: Sequence[Checksums], expected: ExpectedChecksums, schemes: Sequence[ChecksumScheme] = SCHEMES
+    ranks: Sequence[RankChecksums], expected: ExpectedChecksums, schemes: Sequence[ChecksumScheme] = SCHEMES
 ) -> ChecksumDifference:
-    """Compare a server's checksums with those of a draft.
-
-    With several ranks only replicated tensors are compared: the others are sharded.
+    """Compare a server's checksums with those of a draft: each rank's with those of its part.
 
     Args:
-        ranks: Checksums of each rank, by the server's names.
+        ranks: Of the server.
         expected: Checksums of the draft.
         schemes: Schemes to try, in this order.
+
+    Raises:
+        ValueError: no server divides the draft into so many ranks.
     """
     nearest: tuple[str, ...] | None = None
     for scheme in schemes:
-        checksums = expected.compute(scheme)
-        compared = [name for name in checksums if len(ranks) == 1 or is_replicated(name)]
-        differing = tuple(name for name in compared if any(rank.get(DRAFT + name) != checksums[name] for rank in ranks))
+        differing = dict.fromkeys(
+            name
+            for rank in ranks
+            for name, checksum in expected.compute(scheme, rank.shard).items()
+            if rank.checksums.get(DRAFT + name) != checksum
+        )
         if not differing and ranks:
             return ChecksumDifference((), scheme)
         if nearest is None or len(differing) < len(nearest):
-            nearest = differing
+            nearest = tuple(differing)
     return ChecksumDifference(nearest or ("all",), None)
 
 

@@ -18,8 +18,15 @@ import torch
 from torch import Tensor
 
 from schemas.errors import UserError, describe_error
-from schemas.speculator.checkpoint import MANIFEST, CheckpointError, hash_file, read_checkpoint, read_manifest
-from schemas.speculator.layouts import fuse_tensors
+from schemas.speculator.checkpoint import (
+    MANIFEST,
+    CheckpointError,
+    hash_file,
+    read_checkpoint,
+    read_manifest,
+    read_shape,
+)
+from schemas.speculator.layouts import Shard, fuse_tensors, shard_tensors
 
 log = structlog.get_logger()
 
@@ -52,14 +59,16 @@ class DraftReload:
         reload: Loads tensors into it, by their names in a version's file.
         folder: Version with which the server has started.
         version: Its name.
+        shard: Part of each tensor that this worker holds, where tensor parallelism divides it.
 
     Raises:
         CheckpointError: the folder contains no valid version.
     """
 
-    def __init__(self, model: Any, reload: Any, folder: Path, version: str) -> None:
+    def __init__(self, model: Any, reload: Any, folder: Path, version: str, shard: Shard) -> None:
         self.version = version
-        self._model, self._reload = model, reload
+        self._model, self._reload, self._shard = model, reload, shard
+        self._key_heads = read_shape(folder).num_key_value_heads
         self._line = read_manifest(folder).line
         self._served: Mapping[str, Tensor] = read_tensors(folder, self._line, hash_file(folder / MANIFEST))
         self._reading: _Reading | None = None
@@ -114,7 +123,7 @@ class DraftReload:
         """Load tensors; return why the server does not hold them."""
         try:
             self._reload(tensors)
-            wrong = differing(self._model, tensors)
+            wrong = differing(self._model, tensors, self._key_heads, self._shard)
         except Exception as error:  # noqa: BLE001 - vLLM raises what it likes; the draft before must be restored
             return describe_error(error)
         return f"the server holds other weights than were loaded: {', '.join(wrong)}" if wrong else None
@@ -135,14 +144,19 @@ def read_tensors(folder: Path, line: str, digest: str) -> dict[str, Tensor]:
     }
 
 
-def differing(model: torch.nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of a model's tensors that hold other values than those of a file.
+def differing(model: torch.nn.Module, tensors: Mapping[str, Tensor], key_heads: int, shard: Shard) -> list[str]:
+    """Return the names of a model's tensors that hold other values than those of a file, or a rank's part of these.
 
-    Tensors that a kernel has packed, or of which a tensor-parallel rank holds a part, have another shape and are not
-    compared.
+    Tensors that a kernel has packed have another shape and are not compared.
+
+    Args:
+        model: vLLM's draft model.
+        tensors: Of the file.
+        key_heads: Heads of keys and values.
+        shard: Part of each tensor that this worker holds.
     """
     own = {name: value for name, value in tensors.items() if name not in _TABLES}
-    expected = fuse_tensors(own) | {_TABLES["d2t"]: tensors["d2t"]}
+    expected = fuse_tensors(shard_tensors(own, key_heads, shard)) | {_TABLES["d2t"]: tensors["d2t"]}
     held = {name: parameter.detach() for name, parameter in model.named_parameters()}
     return [
         name

@@ -18,6 +18,7 @@ import structlog
 from schemas.errors import UserError, describe_error
 from schemas.settings import Settings, load
 from schemas.speculator.checkpoint import CheckpointError, read_shape
+from schemas.speculator.layouts import Shard
 from serving.answers.answer_publisher import AnswerPublisher
 from serving.answers.shared_corpus import SharedCorpus
 from serving.engines.plugin.capture import HostTransfer
@@ -72,10 +73,17 @@ class WorkerExtension:
             layers = read_shape(folder).capture_layers
             if why := installation.check_installation() or installation.check_configuration(worker, layers):
                 raise UserError(why)
-            draft = DraftReload(worker.model_runner.drafter.model, partial(reload_layerwise, worker), folder, version)
+            reload, shard = partial(reload_layerwise, worker), _read_shard(worker)
+            draft = DraftReload(worker.model_runner.drafter.model, reload, folder, version, shard)
             _install_hooks(worker, load(), draft, folder)
             self._aurora_draft = draft
         return self._aurora_draft
+
+
+def _read_shard(worker: Any) -> Shard:
+    """Return which part of the draft's tensors a worker holds; pipelines and replicas are rejected."""
+    ranks = worker.parallel_config.tensor_parallel_size
+    return Shard(worker.rank % ranks, ranks)
 
 
 def _answer(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:

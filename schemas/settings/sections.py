@@ -151,10 +151,10 @@ class Serve(Section):
     speculate: bool = True
     """Whether the node decodes speculatively. False serves the target alone."""
     drafter: Literal["hybrid", "eagle", "suffix"] = "hybrid"
-    """Drafters of the node; SGLang always uses the speculator alone. ``eagle`` is the speculator. ``suffix`` needs no
-    training and uses no version: it continues the longest match of a request's last tokens in the request itself and in
-    recent traced answers, which ``suffix_scope`` selects. ``hybrid`` uses each where its tokens are worth their time,
-    and merges both drafts of a request into one tree; with vLLM, which has no ``suffix``, it takes the better one."""
+    """Drafters of the node. ``eagle`` is the speculator. ``suffix`` needs no training and uses no version: it continues
+    the longest match of a request's last tokens in the request itself and in recent traced answers, which
+    ``suffix_scope`` selects. ``hybrid`` uses each where its tokens are worth their time, and merges both drafts of a
+    request into one tree; with SGLang and vLLM, which have no ``suffix``, it takes the better chain."""
     suffix_scope: SuffixScope = "label"
     """Answers that the suffix drafter continues for a request, in addition to the request's own tokens: ``request``
     none, ``label`` those to requests with the same label, ``node`` all of this node, ``fleet`` all of all nodes. With
@@ -640,8 +640,8 @@ class Settings(Section):
             return self
         if drafter not in ("eagle", Serve.model_fields["drafter"].default):
             raise ValueError(
-                f"serve.drafter = {drafter!r} needs serve.engine = 'builtin'; {server} always drafts with the "
-                "speculator (serve.drafter = 'eagle')"
+                f"serve.drafter = {drafter!r} needs serve.engine = 'builtin'; with {server} the suffix drafter only "
+                "drafts next to the speculator (serve.drafter = 'hybrid')"
             )
         if self.serve.api_keys_file:
             raise ValueError(

@@ -154,14 +154,19 @@ class ChainModel:
             if token != chosen:
                 return
 
-    def expect(self, confidence: float) -> float:
+    def expect(self, confidence: float, depth: int) -> float:
         """Return the expected number of accepted tokens of a chain next to a suffix draft of this confidence.
 
-        Without a suffix draft, the prior of a depth is the rate of the depth before, and that of the first is 0. The
-        prior next to a suffix draft is the rate without one.
+        Args:
+            confidence: Of the suffix draft.
+            depth: Tokens of the chain.
+
+        Returns:
+            Without a suffix draft, the prior of a depth is the rate of the depth before, and that of the first is 0.
+            The prior next to a suffix draft is the rate without one.
         """
         group, expected, reached, prior = confidence_group(confidence), 0.0, 1.0, 0.0
-        for alone, rate in zip(self._rates[0], self._rates[group], strict=True):
+        for alone, rate in zip(self._rates[0][:depth], self._rates[group][:depth], strict=True):
             prior = alone.estimate(prior)
             reached *= rate.estimate(prior) if group else prior
             expected += reached

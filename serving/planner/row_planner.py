@@ -1,4 +1,4 @@
-"""Whose tokens a server verifies that takes one chain of the same number of draft tokens for every sequence.
+"""Whose tokens a server verifies that takes one chain of the same number of draft tokens for all sequences of a step.
 
 The speculator has drafted them already. The chain of the suffix drafter takes the place of its first tokens where more
 of it are expected to be accepted, by what was measured of each. The speculator's tokens behind a shorter chain are kept
@@ -42,7 +42,7 @@ class RowPlanner:
     """Decides from measurements.
 
     Args:
-        depth: Draft tokens of a row.
+        depth: Maximum number of draft tokens of a row.
         vocabulary: Size of the target's vocabulary. A prompt may have other numbers in it, which must not be verified.
     """
 
@@ -67,9 +67,9 @@ class RowPlanner:
             chances.append(chance)
         return SuffixChain(tuple(tokens), tuple(features), tuple(chances))
 
-    def prefers(self, chain: SuffixChain, *, greedy: bool) -> bool:
-        """Return whether a suffix chain is worth more than the speculator's."""
-        return sum(chain.chances) > self._speculator[greedy].expect(chain.confidence)
+    def prefers(self, chain: SuffixChain, depth: int, *, greedy: bool) -> bool:
+        """Return whether a suffix chain is worth more than the speculator's of ``depth`` tokens."""
+        return sum(chain.chances) > self._speculator[greedy].expect(chain.confidence, depth)
 
     def observe(
         self, chain: SuffixChain, speculator: Sequence[int], output: Sequence[int], *, greedy: bool, weight: float

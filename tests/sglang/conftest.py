@@ -33,6 +33,7 @@ def traced(broker: str) -> Settings:
         "kafka.bootstrap_servers": broker,
         "kafka.traces_topic": f"traces-{uuid.uuid4().hex}",
         "serve.node": "sglang-0",
+        "serve.drafter": "eagle",
     }
     settings = load(environ={}, flags=flags)
     topics.create(settings.kafka)

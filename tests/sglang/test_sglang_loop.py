@@ -65,6 +65,7 @@ def settings(
     flags = loop_flags(smollm2, broker, registry, folder, free_port) | {
         "speculator.draft_vocab_size": 8000,
         "serve.engine": "sglang",
+        "serve.drafter": "eagle",
         "sglang.python": str(PYTHON),
         "sglang.draft_dir": str(folder / "sglang"),
     }

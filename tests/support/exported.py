@@ -70,6 +70,7 @@ def registries() -> dict[str, CollectorRegistry]:
     register_process_metrics(found["every process"])
     node_application(found["serve"])
     SglangMetrics(found["SGLang plugin"])
+    SuffixMetrics("sglang", found["SGLang plugin"])
     PluginMetrics("vllm", found["vLLM plugin"])
     SuffixMetrics("vllm", found["vLLM plugin"])
     drift = DriftStatus.model_construct(detected=0, dropped=0, traffic=[])

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from prometheus_client import CollectorRegistry
 from recording_publisher import Answers, Publisher
+from unread_corpus import UnreadCorpus
 
 from schemas.settings import load
-from serving.answers.shared_corpus import SharedCorpus
 from serving.engines.plugin.capture import HostTransfer
 from serving.engines.plugin.metrics import CaptureLimit, PluginMetrics, SuffixMetrics
 from serving.engines.plugin.recorder import Recorder, ReportedCorpus
@@ -67,13 +67,6 @@ class Runner:
 
     def propose_draft_token_ids(self, *_: Any) -> Any:
         return self.drafts
-
-
-class UnreadCorpus(SharedCorpus):
-    """Reads no topic."""
-
-    def start(self, line: str) -> None:
-        self.started = line
 
 
 class Server:

@@ -1,4 +1,4 @@
-"""The suffix drafter of a server that verifies one chain of the same number of draft tokens for every request.
+"""The suffix drafter of a server that verifies one chain of the same number of draft tokens for all requests of a step.
 
 The thread that runs the server's steps calls it: with the output tokens of a step, then with the requests for which the
 speculator has drafted. It returns the chains that take the place of the speculator's tokens.
@@ -81,7 +81,7 @@ class RowDrafter:
 
     Args:
         corpus: Earlier answers.
-        depth: n.
+        depth: Maximum of n.
         vocabulary: Size of the target's vocabulary.
         clock: Monotonic seconds.
     """
@@ -89,7 +89,7 @@ class RowDrafter:
     def __init__(
         self, corpus: ScopedCorpus, depth: int, vocabulary: int, clock: Callable[[], float] = time.perf_counter
     ) -> None:
-        self._corpus, self._depth, self._clock = corpus, depth, clock
+        self._corpus, self._clock = corpus, clock
         self._planner = RowPlanner(depth, vocabulary)
         self._sequences: dict[str, _Sequence] = {}
         self._version: str | None = None
@@ -142,14 +142,14 @@ class RowDrafter:
         if version != self._version:
             self._version = version
             self._planner.start_version()
-        deadline = self._deadline()
+        deadline, depth = self._deadline(), speculator.tensors["tokens"].shape[1]
         rows = {row: self._sequences[name] for row, name in enumerate(names) if name and name in self._sequences}
-        chains = self._look_up(rows, deadline)
+        chains = self._look_up(rows, depth, deadline)
         self._add_answers(deadline)
         drafts = {}
         for row, sequence in rows.items():
             chain = chains.get(row, NO_CHAIN)
-            is_preferred = bool(chain.tokens) and self._planner.prefers(chain, greedy=sequence.greedy)
+            is_preferred = bool(chain.tokens) and self._planner.prefers(chain, depth, greedy=sequence.greedy)
             self.counts.rows += is_preferred
             drafts[names[row] or ""] = RowDraft(chain, is_preferred, speculator, row)
         return drafts
@@ -169,18 +169,18 @@ class RowDrafter:
             if self._clock() > deadline:
                 return
 
-    def _look_up(self, rows: Mapping[int, _Sequence], deadline: float) -> dict[int, SuffixChain]:
+    def _look_up(self, rows: Mapping[int, _Sequence], depth: int, deadline: float) -> dict[int, SuffixChain]:
         """Return the chains of as many rows as there is time for; the others are first in the next step."""
         chains = {}
         for row in sorted(rows, key=lambda row: (row < self._first, row)):
             if self._clock() > deadline:
                 self._first = row
                 break
-            chains[row] = self._chain(rows[row])
+            chains[row] = self._chain(rows[row], depth)
         self.counts.rows_without_lookup += len(rows) - len(chains)
         return chains
 
-    def _chain(self, sequence: _Sequence) -> SuffixChain:
-        own = sequence.history.find(sequence.tokens, self._depth)
-        match = choose_longest(own, self._corpus.find(sequence.label, sequence.tokens[-MAX_MATCH:], self._depth))
+    def _chain(self, sequence: _Sequence, depth: int) -> SuffixChain:
+        own = sequence.history.find(sequence.tokens, depth)
+        match = choose_longest(own, self._corpus.find(sequence.label, sequence.tokens[-MAX_MATCH:], depth))
         return self._planner.chain(match, greedy=sequence.greedy)

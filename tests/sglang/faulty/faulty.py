@@ -1,4 +1,4 @@
-"""A second plugin that breaks ours: our hooks raise for requests with a certain name."""
+"""A second plugin that breaks ours: our hooks raise for requests with a certain name or parameter."""
 
 from __future__ import annotations
 
@@ -10,12 +10,17 @@ NAME = "faulty"
 
 
 def register() -> None:
-    """Replace a function that our plugin has not imported yet."""
-    original = trace_request.read_options
+    """Replace functions that our plugin has not imported yet."""
+    read_options, is_greedy = trace_request.read_options, trace_request.is_greedy
 
-    def faulty(req: Any) -> Any:
+    def faulty_options(req: Any) -> Any:
         if req.rid.startswith(NAME):
             raise RuntimeError("raised on purpose")
-        return original(req)
+        return read_options(req)
 
-    trace_request.read_options = faulty
+    def faulty_greedy(sampling: Any) -> bool:
+        if NAME in (sampling.custom_params or {}):
+            raise RuntimeError("raised on purpose")
+        return is_greedy(sampling)
+
+    trace_request.read_options, trace_request.is_greedy = faulty_options, faulty_greedy

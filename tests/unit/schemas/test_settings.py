@@ -192,7 +192,7 @@ def test_contradicting_settings_are_rejected() -> None:
 def test_a_drafter_that_sglang_cannot_host_is_rejected_by_both_names() -> None:
     with pytest.raises(SettingsError, match=r"serve\.drafter = 'suffix' needs serve\.engine = 'builtin'"):
         load(environ={}, flags={"serve.engine": "sglang", "serve.drafter": "suffix"})
-    for drafter in (None, "eagle"):
+    for drafter in (None, "eagle", "hybrid"):
         settings = load(environ={}, flags={"serve.engine": "sglang", "serve.drafter": drafter})
         assert load(environ=to_environ(settings)) == settings
 

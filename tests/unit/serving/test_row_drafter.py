@@ -61,6 +61,19 @@ def test_many_waiting_answers_are_added_over_several_steps() -> None:
     assert (sizes[0] < sizes[-1], sizes[-1]) == (True, 8 * len(answer))
 
 
+def test_a_speculator_that_is_right_keeps_its_rows() -> None:
+    drafter, tokens, right = drafter_of(), [1, 2, 3, 4, 5, 1, 2], [97, 98, 99]
+    drafter.begin("a", tokens, None, greedy=True)
+    preferred = []
+    for _ in range(20):
+        drafter.restart("a", tokens)
+        drafts = drafter.draft(["a"], PendingTensors({"tokens": torch.tensor([right])}, None), "1")
+        preferred.append(drafts["a"].is_preferred)
+        drafter.observe({"a": [*right, 96]}, drafts)
+    assert preferred[0]
+    assert not any(preferred[-5:])
+
+
 def test_accepted_tokens_of_the_suffix_drafter_are_counted() -> None:
     drafter = drafter_of()
     drafter.begin("a", [1, 2, 3, 4, 5, 1, 2], None, greedy=True)

@@ -9,7 +9,7 @@ import pytest
 from schemas.suffix_corpus import END, NO_MATCH, Match
 from schemas.trace.record import DraftSource
 from serving.planner.acceptance_model import ChainModel
-from serving.planner.row_planner import NO_CHAIN, RowPlanner, token_sources
+from serving.planner.row_planner import NO_CHAIN, RowPlanner, SuffixChain, token_sources
 
 SPECULATOR, SUFFIX = DraftSource.SPECULATOR, DraftSource.SUFFIX
 BOTH = SPECULATOR | SUFFIX
@@ -54,7 +54,7 @@ def test_a_suffix_chain_takes_the_place_of_an_untrained_draft_and_not_of_a_bette
     chosen, match = planner(), Match(4, [[1, 2, 3]])
 
     def prefers(*, greedy: bool = True) -> bool:
-        return chosen.prefers(chosen.chain(match, greedy=greedy), greedy=greedy)
+        return chosen.prefers(chosen.chain(match, greedy=greedy), 3, greedy=greedy)
 
     assert prefers()
     observe(chosen, match, [4, 5, 6], [4, 5, 6, 7], 60)
@@ -63,6 +63,15 @@ def test_a_suffix_chain_takes_the_place_of_an_untrained_draft_and_not_of_a_bette
     chosen.start_version()
     observe(chosen, match, [8, 8, 8], [1, 2, 3, 7], 60)
     assert prefers(), "the acceptance of the version before is forgotten"
+
+
+def test_a_shorter_row_is_compared_with_as_many_tokens_of_the_speculator() -> None:
+    chosen, chain = planner(), SuffixChain((1,), ((0.6, 4),), (0.6,))
+    for _ in range(60):  # half of the speculator's first tokens are right, and all behind these
+        chosen.observe(chain, [1, 2, 3], [1, 2, 3, 7], greedy=True, weight=1.0)
+        chosen.observe(chain, [9, 2, 3], [1, 8], greedy=True, weight=1.0)
+    assert not chosen.prefers(chain, 3, greedy=True)
+    assert chosen.prefers(chain, 1, greedy=True)
 
 
 def test_a_suffix_chain_that_is_not_verified_is_measured_as_far_as_the_output_goes() -> None:
@@ -88,7 +97,7 @@ def test_the_expected_tokens_of_a_chain_do_not_depend_on_which_chain_was_verifie
         row = speculator if verified == "speculator" else suffix
         accepted = next((i for i, token in enumerate(row) if token != truth[i]), depth)
         model.update(0.6, speculator, truth[: accepted + 1], weight=0.3)
-        total += model.expect(0.6) if step >= steps // 2 else 0.0
+        total += model.expect(0.6, depth) if step >= steps // 2 else 0.0
     expected = rate + rate**2 + rate**3
     assert total / (steps // 2) == pytest.approx(expected, abs=0.2)
 
@@ -98,4 +107,4 @@ def test_tokens_behind_a_mismatch_say_nothing_of_their_depth() -> None:
     for _ in range(200):
         model.update(0.6, [99, 2], [1, 2], weight=1.0)
         model.update(0.6, [1, 99], [1, 2], weight=1.0)
-    assert model.expect(0.6) == pytest.approx(0.5, abs=0.05)
+    assert model.expect(0.6, 2) == pytest.approx(0.5, abs=0.05)

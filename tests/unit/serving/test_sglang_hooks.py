@@ -3,113 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from bfloat16 import from_bf16
-from prometheus_client import CollectorRegistry
-from recording_publisher import Answers, Publisher
+from sglang_scheduler import F, Server, V, request
 
-from schemas.settings import Settings, load
+from schemas.settings import load
 from schemas.speculator.checkpoint import CheckpointError
-from serving.engines.plugin.capture import HostTransfer
-from serving.engines.plugin.metrics import CaptureLimit
-from serving.engines.plugin.recorder import MAX_QUEUED_STEPS, Recorder
-from serving.engines.sglang.plugin.hooks import Hooks, SglangMetrics
+from serving.engines.plugin.recorder import MAX_QUEUED_STEPS
 from serving.engines.sglang.plugin.plugin import Plugin
 from serving.traces.chunks import Origin
-
-F, V = 4, 50
-PROMPT = [3, 4, 5]
-
-
-class Server:
-    """Calls the hooks in SGLang's order."""
-
-    def __init__(self, settings: Settings, origin: Callable[[], Origin]) -> None:
-        self.publisher = Publisher()
-        self.registry = CollectorRegistry()
-        metrics, limit = SglangMetrics(self.registry), CaptureLimit(0.5)
-        self.answers = Answers()
-        self.recorder = Recorder(self.publisher, origin, limit, metrics, self.answers)  # type: ignore[arg-type]
-        transfer = HostTransfer(torch.device("cpu"))
-        self.hooks = Hooks(settings, self.recorder, transfer, limit, metrics, lambda: "7")
-
-    def prefill(
-        self, reqs: Sequence[Any], starts: Sequence[int], lengths: Sequence[int], chosen: Sequence[int]
-    ) -> None:
-        """Run a prefill step. The hidden states of a token are its position."""
-        positions = [p for start, n in zip(starts, lengths, strict=True) for p in range(start, start + n)]
-        output = SimpleNamespace(next_token_logits=scores(chosen), hidden_states=states(positions))
-        self.hooks.on_step()
-        self.hooks.on_prefill_logits(output)
-        output.next_token_logits.zero_()  # as the sampler does
-        batch = SimpleNamespace(forward_mode=MODE, reqs=reqs, prefix_lens=list(starts), extend_lens=list(lengths))
-        self.hooks.on_prefill(SimpleNamespace(logits_output=output, next_token_ids=torch.tensor(chosen)), batch)
-
-    def verify(self, reqs: Sequence[Any], positions: Sequence[int], drafts: Sequence[list[int]], chosen: Any) -> None:
-        """Run a verify step with chains of two draft tokens; ``chosen`` is [B, 3], the target's choice at each node."""
-        chosen = torch.tensor(chosen)
-        counts = [
-            1 + next((i for i, token in enumerate(draft[1:]) if token != row[i]), len(draft) - 1)
-            for draft, row in zip(drafts, chosen.tolist(), strict=True)
-        ]
-        first = torch.arange(len(reqs))[:, None] * 3
-        kept = torch.arange(3) < torch.tensor(counts)[:, None]
-        result = (chosen.flatten().int(), torch.tensor(counts), torch.where(kept, first + torch.arange(3), -1))
-        nodes = [p + i for p in positions for i in range(3)]
-        output = SimpleNamespace(next_token_logits=scores(chosen.flatten().tolist()), hidden_states=states(nodes))
-        verify_input = SimpleNamespace(
-            draft_token=torch.tensor(drafts).flatten(),
-            draft_token_num=3,
-            retrieve_next_token=torch.tensor([[1, 2, -1]] * len(reqs)),
-            retrieve_next_sibling=torch.full((len(reqs), 3), -1),
-        )
-        batch = SimpleNamespace(forward_mode=MODE, reqs=reqs, seq_lens=torch.tensor(positions))
-        self.hooks.on_step()
-        self.hooks.on_drafted()
-        if logits := self.hooks.on_verify_logits(verify_input, batch, output):
-            self.hooks.on_accepted(logits, verify_input, batch, output, result)
-
-    def end(self, req: Any, kind: str | None = "length") -> None:
-        """Release a request; ``kind`` None stands for one that is retracted."""
-        req.finished_reason = kind and SimpleNamespace(to_json=lambda: {"type": kind})
-        self.hooks.on_release(req)
-
-    def count(self, name: str, **labels: str) -> float:
-        return self.registry.get_sample_value(name, labels) or 0.0
-
-    def close(self) -> Publisher:
-        self.recorder.close()
-        return self.publisher
-
-
-MODE = SimpleNamespace(is_idle=lambda: False)
-
-
-def scores(chosen: Sequence[int]) -> torch.Tensor:
-    return torch.nn.functional.one_hot(torch.tensor(chosen), V).float() * 5
-
-
-def states(positions: Sequence[int]) -> torch.Tensor:
-    return torch.tensor(positions)[:, None].expand(-1, F).float()
-
-
-def request(name: str, *chosen: int, custom: dict[str, Any] | None = None, **changed: Any) -> Any:
-    """Return SGLang's request with the committed part of its answer."""
-    sampling = SimpleNamespace(
-        custom_params=custom, top_k=1, top_p=1.0, temperature=1.0, sampling_seed=None, max_new_tokens=9
-    )
-    req = SimpleNamespace(
-        rid=name, origin_input_ids=list(PROMPT), output_ids=list(chosen), sampling_params=sampling, lora_id=None,
-        multimodal_inputs=None, finished_reason=None, **changed,
-    )  # fmt: skip
-    req.finished = lambda: req.finished_reason is not None
-    req.output_ids_through_stop = req.output_ids
-    return req
 
 
 @pytest.fixture

@@ -47,7 +47,7 @@ The hooks use the parameters that all versions share."""
 
 FIELDS: Mapping[str, tuple[str, ...]] = {
     "sglang.srt.speculative.eagle_info.EagleVerifyInput": (
-        "draft_token", "retrieve_next_token", "retrieve_next_sibling", "draft_token_num",
+        "draft_token", "retrieve_next_token", "retrieve_next_sibling", "draft_token_num", "draft_probs",
     ),
     "sglang.srt.layers.logits_processor.LogitsProcessorOutput": ("next_token_logits", "hidden_states"),
 }  # fmt: skip
@@ -79,4 +79,21 @@ def check_server(device: str, stages: int, *, is_eagle3: bool) -> str | None:
         return f"a pipeline of {stages} stages is not supported: --pp-size 1"
     if device not in DEVICES:
         return f"device {device} is not supported: only {' and '.join(DEVICES)}"
+    return None
+
+
+def check_suffix_drafter(ranks: int, width: int, *, compares_probabilities: bool) -> str | None:
+    """Return why the suffix drafter cannot draft in a server with its configuration; None if it can.
+
+    Args:
+        ranks: Tensor-parallel processes.
+        width: Nodes that the speculator continues at each depth.
+        compares_probabilities: Whether the sampler compares the target's probabilities with the speculator's.
+    """
+    if ranks != 1:
+        return "the ranks of a tensor-parallel group must draft the same tokens; each has a corpus of its own"
+    if width != 1:
+        return "only chains are overwritten: --speculative-eagle-topk 1 (serve.draft_tree_width = 1)"
+    if compares_probabilities:
+        return "--speculative-use-rejection-sampling expects tokens that the speculator has sampled"
     return None

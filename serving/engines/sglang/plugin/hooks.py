@@ -27,6 +27,7 @@ from serving.engines.plugin import capture
 from serving.engines.plugin.capture import HostTransfer, TopTokens
 from serving.engines.plugin.metrics import CaptureLimit, PluginMetrics
 from serving.engines.plugin.recorder import PromptPart, RecordedRequest, Recorder, RequestEnd, VerifiedRequest
+from serving.engines.plugin.row_drafter import RowDraft
 from serving.engines.plugin.step_hooks import StepHooks, guard
 from serving.engines.sglang.plugin.trace_request import read_options, to_request
 
@@ -66,6 +67,8 @@ class Hooks(StepHooks):
         limit: Limits the recorded requests.
         metrics: Counters.
         version: Returns the version of the server's draft.
+        verified_draft: Returns what was drafted for a request, in the step whose tokens were sampled last; None if the
+            speculator alone drafts.
     """
 
     def __init__(
@@ -76,9 +79,10 @@ class Hooks(StepHooks):
         limit: CaptureLimit,
         metrics: SglangMetrics,
         version: Callable[[], str],
+        verified_draft: Callable[[str], RowDraft | None] | None = None,
     ) -> None:
         super().__init__(settings.traces, recorder, transfer, limit, metrics)
-        self._version, self._draft_tokens = version, metrics.draft_tokens
+        self._version, self._draft_tokens, self._verified_draft = version, metrics.draft_tokens, verified_draft
         self._requests: dict[str, RecordedRequest] = {}
         self._start: Any = None
         self._drafted: Any = None
@@ -146,7 +150,8 @@ class Hooks(StepHooks):
             recorded = self._requests[req.rid]
             recorded.verify_steps += 1
             committed = len(req.origin_input_ids) + len(req.output_ids)
-            members.append(VerifiedRequest(recorded, recorded.verify_steps, speculator, committed))
+            draft = self._verified_draft(req.rid) if self._verified_draft else None
+            members.append(VerifiedRequest(recorded, recorded.verify_steps, speculator, committed, draft))
         hidden = logits_output.hidden_states
         found = _capture_verify_step(verify_input, batch, self._published(hidden), result, logits.rows_R, logits.top)
         self._put_step(tuple(members), found, hidden.shape[-1])

@@ -32,10 +32,15 @@ def read_options(req: Any) -> TraceOptions:
     return read_fields(req.sampling_params.custom_params, untraced)
 
 
+def is_greedy(sampling: Any) -> bool:
+    """Return whether a request with these parameters decodes greedily: SGLang turns temperature 0 into a top-k of 1."""
+    return bool(sampling.top_k == 1)
+
+
 def to_request(req: Any, options: TraceOptions) -> Request:
-    """Return SGLang's request as a ``Request``. SGLang turns temperature 0 into a top-k of 1."""
+    """Return SGLang's request as a ``Request``."""
     sampling = req.sampling_params
-    greedy = sampling.top_k == 1
+    greedy = is_greedy(sampling)
     return Request(
         id=req.rid,
         prompt=tuple(req.origin_input_ids),

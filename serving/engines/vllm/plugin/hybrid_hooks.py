@@ -5,62 +5,24 @@ likeliest tokens: its rejection sampler then takes any draft as certain, so the 
 drafter made it (``installation.check_configuration`` rejects other drafts). The draft is overwritten before vLLM copies
 it to the host, where grammars, penalties and forbidden words read it.
 
-The suffix drafter needs the tokens of the step on the host. On a GPU it waits for them after the draft's kernels have
-been queued, and the device drafts meanwhile.
-
 Letters: B requests of the batch, n draft tokens of a row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
-import structlog
-import torch
 from torch import Tensor
 
-from serving.engines.plugin.capture import HostTransfer, PendingTensors
+from serving.engines.plugin.capture import HostTransfer
 from serving.engines.plugin.metrics import SuffixMetrics
-from serving.engines.plugin.row_drafter import RowDraft, RowDrafter
+from serving.engines.plugin.row_drafter import RowDrafter
+from serving.engines.plugin.row_hooks import RowHooks, contain
 from serving.engines.plugin.trace_options import LABEL
 
-log = structlog.get_logger()
 
-Hook = TypeVar("Hook", bound=Callable[..., Any])
-
-
-class _Sampled(NamedTuple):
-    """Output tokens of a step on their way to the host."""
-
-    names: list[str | None]
-    """Request of each row; None where its prompt is not read to the end."""
-    drafts: dict[str, RowDraft]
-    """The drafts that were verified."""
-    tokens: PendingTensors
-
-
-def _contain(hook: Hook) -> Hook:
-    """Turn the suffix drafter off at an error, which would end the server; the speculator drafts alone from then on."""
-
-    @wraps(hook)
-    def run(self: HybridHooks, *args: Any) -> Any:
-        if self._is_off:
-            return None
-        try:
-            return hook(self, *args)
-        except Exception:
-            self._is_off = True
-            self._drafts, self._sampled = {}, None
-            self._metrics.failures.inc()
-            log.exception("aurora_suffix_drafter_failed", hook=hook.__name__)
-            return None
-
-    return run  # type: ignore[return-value]
-
-
-class HybridHooks:
+class HybridHooks(RowHooks):
     """Hooks of one worker.
 
     Args:
@@ -79,12 +41,8 @@ class HybridHooks:
         metrics: SuffixMetrics,
         version: Callable[[], str],
     ) -> None:
-        self._runner, self._drafter, self._transfer, self._version = runner, drafter, transfer, version
-        self._metrics = metrics
-        self._is_off = False
-        self._drafts: dict[str, RowDraft] = {}
-        """Drafts that no step has verified yet."""
-        self._sampled: _Sampled | None = None
+        super().__init__(drafter, transfer, metrics, version)
+        self._runner = runner
 
     def install(self) -> None:
         """Wrap the three methods of the runner."""
@@ -108,11 +66,7 @@ class HybridHooks:
         runner.execute_model, runner._sample = execute_model, sample_rows
         runner.propose_draft_token_ids = propose_draft_token_ids
 
-    def verified_draft(self, name: str) -> RowDraft | None:
-        """Return the draft of a request that the step verified whose tokens were sampled last."""
-        return self._sampled.drafts.get(name) if self._sampled is not None else None
-
-    @_contain
+    @contain
     def on_scheduled(self, scheduled: Any) -> None:
         """Note which requests have ended, begin, or continue after a pause."""
         self._read_output()
@@ -131,7 +85,7 @@ class HybridHooks:
         for name, tokens in scheduled.scheduled_cached_reqs.all_token_ids.items():
             self._drafter.restart(name, tokens)
 
-    @_contain
+    @contain
     def on_sampled(self, sampled: Tensor) -> None:
         """Start to copy the output to the host.
 
@@ -143,40 +97,13 @@ class HybridHooks:
         discarded = self._runner.discard_request_mask.np
         names = [None if discarded[row] else name for row, name in enumerate(batch)]
         verified = {name: self._drafts.pop(name) for name in batch if name in self._drafts}
-        self._sampled = _Sampled(names, verified, self._transfer.copy({"tokens": sampled}))
+        self._keep_output(names, verified, sampled)
 
-    @_contain
+    @contain
     def on_drafted(self, drafts_Bn: Tensor) -> Tensor | None:
         """Return the [B, n] draft with the rows of the suffix drafter; None if it has none."""
-        sampled = self._sampled
-        if sampled is None:
+        output = self._output
+        if output is None:
             return None
         self._read_output()
-        pending = self._transfer.copy({"tokens": drafts_Bn})
-        drafts = self._drafter.draft(sampled.names, pending, self._version())
-        suffix_Bn = self._suffix_tokens(drafts, drafts_Bn)
-        self._drafts |= drafts
-        self._metrics.update(self._drafter.counts)
-        return suffix_Bn
-
-    def _read_output(self) -> None:
-        """Wait for the output of the last step, and let the drafter learn from it once."""
-        if self._sampled is None:
-            return
-        sampled, self._sampled = self._sampled, None
-        tokens = sampled.tokens.wait()["tokens"].tolist()
-        outputs = {
-            name: [token for token in row if token >= 0]
-            for name, row in zip(sampled.names, tokens, strict=False)
-            if name is not None
-        }
-        self._drafter.observe(outputs, sampled.drafts)
-
-    def _suffix_tokens(self, drafts: dict[str, RowDraft], drafts_Bn: Tensor) -> Tensor | None:
-        chains = {draft.row: draft.chain.tokens for draft in drafts.values() if draft.is_preferred}
-        if not chains:
-            return None
-        batch, depth = drafts_Bn.shape
-        filled = [[*chains.get(row, ()), *[-1] * depth][:depth] for row in range(batch)]
-        suffix_Bn = self._transfer.index([token for row in filled for token in row]).view(batch, depth)
-        return torch.where(suffix_Bn >= 0, suffix_Bn.to(drafts_Bn.dtype), drafts_Bn)
+        return self._draft_rows(output.names, drafts_Bn)

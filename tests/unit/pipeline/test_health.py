@@ -166,6 +166,8 @@ def test_the_oldest_unread_record_is_the_one_at_the_next_offset() -> None:
     made.remove_buffered(ZERO, 0)
     made.set_next_offset(ZERO, 1)
     assert unread_times(made) == [1_001.0, None]
+    made.remove_buffered(ZERO, 1)
+    assert unread_times(made) == [None, None], "only a later record is in the buffer"
     made.set_next_offset(ZERO, 10)
     assert unread_times(made) == [None, None], "all is read"
 

@@ -48,6 +48,8 @@ _VERSIONS, _MOVES, _EVENTS, _TRAFFIC = 12, 8, 6, 8
 _SPANS_S = (600.0, 1200.0, 2400.0, HISTORY_S)
 """Spans of the charts; a quarter of each is a round time."""
 _FORM_FIELDS = 12
+_FORCE = "despite the gate or a quarantine"
+"""Label of the box on the form."""
 _TEMPLATES = Path(__file__).parent
 _HEADERS = {
     "Cache-Control": "no-store",
@@ -123,7 +125,7 @@ class LoopPage:
 
     def _move(self, sent: Mapping[str, str]) -> None:
         registry = SpeculatorRegistry(self._settings.registry)
-        moves = ManualMoves(self._settings, registry)
+        moves = ManualMoves(self._settings, registry, override=f'the box "{_FORCE}"')
         line = next((line for line in registry.lines() if line.name == sent.get("line")), None)
         if line is None:
             raise MoveError(f"no line {sent.get('line', '')!r} in the registry")
@@ -161,6 +163,7 @@ class LoopPage:
             "sent": {"version": "", "why": ""} | dict(sent),
             "error": error,
             "may_move": self._has_token,
+            "force": _FORCE,
         }
         return _page(status, render_page(_TEMPLATES / "move_page.html", **values), {})
 

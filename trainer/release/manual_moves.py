@@ -49,12 +49,18 @@ class ManualMoves:
 
     Every method raises ``MoveError`` if the move must not be made, and ``RegistryError`` or ``TableError`` if the
     registry or the tables do not answer; ``registry_failures`` explains the first of these.
+
+    Args:
+        settings: All settings.
+        registry: Of the versions.
+        override: What a person gives to set ``force``, for messages.
     """
 
-    def __init__(self, settings: Settings, registry: SpeculatorRegistry) -> None:
+    def __init__(self, settings: Settings, registry: SpeculatorRegistry, override: str = "--force") -> None:
         tables = DeltaLog(settings.tables)
         self._settings = settings
         self._registry = registry
+        self._override = override
         self._audit = AuditLog(tables, registry, KafkaEvents(settings.kafka))
         self._mover = AliasMover(tables, registry)
 
@@ -88,7 +94,7 @@ class ManualMoves:
             raise MoveError(f"version {version.number} is already {to}")
         objection = self._object(line, version, to)
         if objection and not force:
-            raise MoveError(f"{objection}; --force promotes it anyway")
+            raise MoveError(f"{objection}; {self._override} promotes it anyway")
         reason = why or (f"manual, despite: {objection}" if objection else "manual")
         if to == "champion":
             watched = self._settings.canary.anchor_share > 0
@@ -110,7 +116,9 @@ class ManualMoves:
             )
         quarantined = next((version.quarantined for version in versions if version.number == target), None)
         if quarantined and not force:
-            raise MoveError(f"version {target} is in quarantine: {quarantined}; promote another, or use --force")
+            raise MoveError(
+                f"version {target} is in quarantine: {quarantined}; promote another, or use {self._override}"
+            )
         changes = plan_rollback(line.aliases, target)
         return ManualMove(
             new_intent(line.name, "rollback", changes, actor=actor, why=why or "manual"), quarantined=champion

@@ -239,6 +239,16 @@ def test_a_move_that_must_not_be_made_is_explained_on_the_form(
     assert served.world.registry.named["champion"] == "1"
 
 
+def test_the_gate_is_overridden_by_the_box_alone(serve: Callable[..., Served]) -> None:
+    served = serve()
+    served.world.registry.registered["2"] = {}
+    rejected = served.promote("2")
+    assert rejected.status_code == 409
+    assert "the box &#34;despite the gate or a quarantine&#34; promotes it anyway" in rejected.text
+    assert served.promote("2", force="on").status_code == 303
+    assert served.world.registry.named["champion"] == "2"
+
+
 def test_other_bodies_than_forms_are_rejected(serve: Callable[..., Served]) -> None:
     served = serve()
     assert httpx.post(f"{served.url}/move", json={"token": TOKEN}).status_code == 415

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from object_store import ObjectStore
 
 from ops.bench.embedded_kafka import free_port as unused_port
+from ops.bench.object_store import ObjectStore
 from ops.local.kafka import Broker
 from ops.local.mlflow_server import RegistryServer
 from schemas.telemetry import logs

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from campaign import Campaign
-from object_store import ObjectStore
 from proxy import Fault, Proxy
 from restarted_worker import TIMEOUT_S
 from stream_worker import wait_until
 
+from ops.bench.object_store import ObjectStore
 from schemas.settings import Settings
 
 SHORT_TIMEOUTS = {"timeout": "3s", "connect_timeout": "1s", "max_retries": "2", "retry_timeout": "6s"}

@@ -20,8 +20,8 @@ from typing import Any
 
 import pytest
 import yaml
-from object_store import ObjectStore
 
+from ops.bench.object_store import ObjectStore
 from schemas.settings import load
 from serving.engines.sglang.node.flags import PORT, Flags, check
 from serving.engines.sglang.plugin import compatibility

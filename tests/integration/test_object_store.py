@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pyarrow as pa
 import pytest
-from object_store import KEY, SECRET, ObjectStore
 from recorded import conversation, record_of, tables_of
 
+from ops.bench.object_store import KEY, SECRET, ObjectStore
 from pipeline.delta import DeltaLog, TableError
 from pipeline.maintenance import Maintenance
 from pipeline.offsets import (

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +19,7 @@ from deltalake import (
     ColumnProperties,
     CommitProperties,
     DeltaTable,
+    PostCommitHookProperties,
     QueryBuilder,
     Transaction,
     WriterProperties,
@@ -25,28 +28,37 @@ from deltalake import (
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 from deltalake.fs import DeltaStorageHandler
 from deltalake.schema import Schema
-from pyarrow.fs import FileSystem, PyFileSystem
+from pyarrow.fs import FileSystem, FileType, PyFileSystem
 
-from pipeline.offsets import ConflictError, SourcePartition, transaction_id
+from pipeline.offsets import ConflictError, FencedError, SourcePartition, transaction_id
 from schemas.batches import CURSORS, PARTITIONED_BY, TABLES, day_of
 from schemas.errors import UserError
 from schemas.settings import Tables
 
 LOG_DAYS = 16
 """Days for which the commits of a table are kept: more than any reader's lease."""
+CHECKPOINT_COMMITS = 100
+"""Opening a table reads its newest checkpoint and the commits that follow it. Maintenance writes a checkpoint after so
+many commits."""
 TABLE_PROPERTIES = {
-    "delta.checkpointInterval": "100",
+    "delta.checkpointInterval": str(CHECKPOINT_COMMITS),
     "delta.logRetentionDuration": f"interval {LOG_DAYS} days",
     # Maintenance cleans the log, off the path of the commits.
     "delta.enableExpiredLogCleanup": "false",
 }
-"""Properties of every table. Opening a table reads its newest checkpoint and the commits that follow it."""
+"""Properties of every table."""
 OLDEST = "oldest"
 """Application transaction whose version is the one after which all added rows can be read. Maintenance raises it in a
 commit before it deletes any file."""
-REOPEN_AFTER = 50
-"""Appends through one handle. Each append leaves its file list in the handle, which slows the next one: from 14 ms to
-80 ms after 1,000 appends on two cores. Opening a table takes 12 ms."""
+REOPEN_AFTER = 400
+"""Appends through one handle. Each one lists the commits since the checkpoint that the handle was opened with, and
+keeps their files: a request lists 1,000 commits."""
+COMMIT_RETRIES = 100
+"""Commits of others that may take the next version while a commit is made. A retry writes a new log entry only."""
+MAX_FOLLOWED = 200
+"""Commits of others that a handle reads one by one to follow its application transactions."""
+_FENCED = "Concurrent transaction failed"
+"""Message of the library's error for a commit with an application transaction that a commit since has set."""
 STORE_OPTIONS = {"connect_timeout": "5s", "timeout": "20s", "max_retries": "3", "retry_timeout": "40s"}
 """Defaults for an object store; ``tables.storage_options`` overrides them. A request without an answer fails within a
 minute, and the stream retries it. The library's own default is three minutes."""
@@ -61,6 +73,8 @@ WRITER_PROPERTIES = WriterProperties(
     column_properties=dict.fromkeys(RAW_COLUMNS, ColumnProperties(dictionary_enabled=False, statistics_enabled="NONE")),
 )
 """Encoding of the files of every table. ``docs/benchmarks/results.md`` has the measurements."""
+_NO_HOOKS = PostCommitHookProperties(create_checkpoint=False, cleanup_expired_logs=False)
+"""Maintenance writes checkpoints and cleans the log. A checkpoint reads every commit since the last one, twice."""
 _SQL_OPTIONS = {
     "datafusion.catalog.information_schema": "true",
     "datafusion.sql_parser.enable_ident_normalization": "true",
@@ -99,25 +113,50 @@ def _flatten(error: BaseException) -> str:
 
 
 class TableSnapshot:
-    """One version of a table with an open handle. An append directly follows that version, or fails."""
+    """An open handle on a table, which knows the application transactions of its version.
 
-    def __init__(self, table: DeltaTable) -> None:
-        self._table = table
+    It moves when it appends and when it is refreshed. It follows the transactions that were asked for through the
+    commits of others between, so that each of them is searched in the log only once.
+    """
+
+    def __init__(self, open_newest: Callable[[], DeltaTable], store: Callable[[], FileSystem]) -> None:
+        """Open the newest version.
+
+        Args:
+            open_newest: Opens the table.
+            store: Returns the file system with the table's folder as its root.
+        """
+        self._open_newest = open_newest
+        self._open_store = store
+        self._store: FileSystem | None = None
+        self._transactions: dict[str, int | None] = {}
         self._appends = 0
-
-    @property
-    def needs_reopen(self) -> bool:
-        """True after ``REOPEN_AFTER`` appends, and after any failed append."""
-        return self._appends >= REOPEN_AFTER
+        self._lock = threading.Lock()
+        self.table = open_newest()
 
     @property
     def version(self) -> int:
         """Version of this snapshot."""
-        return self._table.version()
+        return self.table.version()
 
     def refresh(self) -> None:
-        """Move to the newest version of the table."""
-        self._table.update_incremental()
+        """Move to the newest version of the table.
+
+        Raises:
+            TableError: the store failed.
+        """
+        with self._lock:
+            before = self.version
+            if self._appends >= REOPEN_AFTER:
+                self.table, self._appends = self._open_newest(), 0
+            else:
+                appends, self._appends = self._appends, REOPEN_AFTER
+                with translate_errors(f"log of {self.table.table_uri}"):
+                    self.table.update_incremental()
+                self._appends = appends
+            if self.version < before:
+                self._transactions.clear()  # the table was created anew
+            self._follow(range(before + 1, self.version + 1))
 
     def transaction(self, app_id: str) -> int | None:
         """Return the version of an application transaction in this snapshot.
@@ -125,35 +164,70 @@ class TableSnapshot:
         Raises:
             TableError: the log of the table cannot be read; the handle holds only a part of it.
         """
-        with translate_errors(f"log of {self._table.table_uri}"):
-            return self._table.transaction_version(app_id)
+        if app_id not in self._transactions:
+            with translate_errors(f"log of {self.table.table_uri}"):
+                self._transactions[app_id] = self.table.transaction_version(app_id)
+        return self._transactions[app_id]
 
-    def append(self, rows: pa.Table, transactions: Mapping[str, int]) -> None:
-        """Add rows and set transaction versions in one commit that directly follows this snapshot.
+    def append(self, rows: pa.Table, transactions: Mapping[str, int], retries: int = COMMIT_RETRIES) -> None:
+        """Add rows and set transaction versions in one commit, and move the snapshot behind it.
+
+        The files are written once. Commits of others since this snapshot only delay the commit, up to ``retries`` of
+        them. With no retries the commit directly follows this snapshot.
 
         Raises:
-            ConflictError: the table has a newer version. Nothing was added.
+            FencedError: a commit since this snapshot has set one of the transactions, or this commit was made and its
+                answer lost.
+            ConflictError: nothing was added: the table's columns have changed, or others took every next version.
             TableError: the store failed. The commit may or may not have been made.
         """
+        before = self.version
+        # After an error the handle is opened anew.
         appends, self._appends = self._appends, REOPEN_AFTER
-        # No retries: a retry would put the commit on a version that nothing has checked.
         commit = CommitProperties(
             app_transactions=[Transaction(app_id, version) for app_id, version in transactions.items()],
-            max_commit_retries=0,
+            max_commit_retries=retries,
         )
-        with translate_errors(f"append to {self._table.table_uri}"):
+        with translate_errors(f"append to {self.table.table_uri}"):
             try:
                 write_deltalake(
-                    self._table,
+                    self.table,
                     rows,
                     mode="append",
                     schema_mode=SCHEMA_MODE,
                     commit_properties=commit,
+                    post_commithook_properties=_NO_HOOKS,
                     writer_properties=WRITER_PROPERTIES,
                 )
             except CommitFailedError as error:
-                raise ConflictError(str(error)) from error
+                if _FENCED in str(error):
+                    raise FencedError(
+                        f"append to {self.table.table_uri}: another worker has set one of {sorted(transactions)} since "
+                        f"version {before}"
+                    ) from error
+                raise ConflictError(f"append to {self.table.table_uri}: {_flatten(error)}") from error
         self._appends = appends + 1
+        self._follow(range(before + 1, self.version))
+        self._transactions |= transactions
+        if self._appends >= REOPEN_AFTER:
+            with suppress(TableError):  # the commit was made; the next refresh opens the table
+                self.refresh()
+
+    def _follow(self, versions: range) -> None:
+        """Read the transactions that commits of others have set."""
+        if not self._transactions or not versions:
+            return
+        if len(versions) > MAX_FOLLOWED:
+            self._transactions.clear()
+            return
+        try:
+            with translate_errors(f"log of {self.table.table_uri}"):
+                self._store = self._store or self._open_store()
+                for version in versions:
+                    newer = _read_transactions(self._store, version)
+                    self._transactions |= {key: newer[key] for key in newer.keys() & self._transactions.keys()}
+        except TableError:
+            self._transactions.clear()  # each is searched in the log again
 
 
 def tables_in(sql: str) -> list[str]:
@@ -164,8 +238,8 @@ def tables_in(sql: str) -> list[str]:
 class DeltaLog:
     """The tables of ``schemas.batches.TABLES`` below one address.
 
-    A table that does not exist is created empty. Nullable columns that a table of an older release lacks are added; its
-    rows have null there.
+    The handle of a table is kept, and reads only the commits since its last use. A table that does not exist is created
+    empty. Nullable columns that a table of an older release lacks are added; its rows have null there.
 
     Every method raises ``TableError`` if the store fails. Not thread-safe.
     """
@@ -182,7 +256,7 @@ class DeltaLog:
             self.open(name)
 
     def open(self, name: str) -> DeltaTable:
-        """Return a handle on the newest version of a table."""
+        """Return a new handle on the newest version of a table."""
         address = self._address(name)
         with self.translate_errors(name):
             try:
@@ -195,25 +269,28 @@ class DeltaLog:
     # Writing
 
     def snapshot(self, name: str) -> TableSnapshot:
-        """Return the newest version of a table, to append to."""
-        cached = self._snapshots.get(name)
-        if cached is None or cached.needs_reopen:
-            cached = self._snapshots[name] = TableSnapshot(self.open(name))
-            return cached
-        with self.translate_errors(name):
-            cached.refresh()
-        return cached
+        """Return the kept handle of a table, at its newest version."""
+        kept = self._snapshots.get(name)
+        if kept is None:
+            kept = self._snapshots[name] = TableSnapshot(lambda: self.open(name), lambda: self.filesystem(name))
+        else:
+            with self.translate_errors(name):
+                kept.refresh()
+        return kept
 
     def snapshot_version(self, name: str) -> int:
-        """Return the version of the last ``snapshot``; after an append, the version that the append made."""
+        """Return the version of the kept handle of a table; after an append, the version that the append made."""
         return self._snapshots[name].version
 
     def append(self, name: str, rows: pa.Table) -> None:
         """Add rows to a table without source partitions, outside the exactly-once protocol."""
-        table = self.open(name)
+        snapshot = self.snapshot(name)
         with self.translate_errors(name):
             rows = rows.cast(TABLES[name])
-            write_deltalake(table, rows, mode="append", schema_mode=SCHEMA_MODE, writer_properties=WRITER_PROPERTIES)
+            try:
+                snapshot.append(rows, {})
+            except ConflictError as error:
+                raise TableError(str(error)) from error
 
     def append_after(self, name: str, version: int, rows: pa.Table) -> bool:
         """Add rows directly after ``version``. Return False, and add nothing, if the table has a newer version."""
@@ -221,7 +298,7 @@ class DeltaLog:
         if snapshot.version != version:
             return False
         try:
-            snapshot.append(rows.cast(TABLES[name]), {})
+            snapshot.append(rows.cast(TABLES[name]), {}, retries=0)
         except ConflictError:
             return False
         return True
@@ -244,7 +321,7 @@ class DeltaLog:
 
     def version(self, name: str) -> int:
         """Return the newest version of a table; 0 is the empty table."""
-        return self.open(name).version()
+        return self.snapshot(name).version
 
     def version_at(self, name: str, moment: Moment) -> int:
         """Return the version of a table at a moment."""
@@ -253,7 +330,7 @@ class DeltaLog:
     def read(self, name: str, columns: Sequence[str] | None = None, at: Moment | None = None) -> pa.Table:
         """Return all rows of the newest or an earlier version of a table, in no order."""
         schema = _schema(name, columns)
-        table = self.open(name) if at is None else self._open_at(name, at)
+        table = self.snapshot(name).table if at is None else self._open_at(name, at)
         missing = _missing_columns(schema, table)
         with self.translate_errors(name):
             present = [column for column in schema.names if column not in missing.names]
@@ -263,11 +340,17 @@ class DeltaLog:
         return rows.select(schema.names).cast(schema)
 
     def read_added(
-        self, name: str, after_version: int, up_to_version: int, columns: Sequence[str] | None = None
+        self,
+        name: str,
+        after_version: int,
+        up_to_version: int,
+        columns: Sequence[str] | None = None,
+        line: str | None = None,
     ) -> pa.Table:
         """Return the rows that the commits ``after_version + 1 .. up_to_version`` added, in the order of the commits.
 
-        Only the files that those commits added are read. ``after_version=0`` reads from the beginning.
+        Only the files that those commits added are read; with a ``line`` only its files. ``after_version=0`` reads from
+        the beginning.
 
         Raises:
             HistoryExpiredError: maintenance has deleted some of those files. Continue from ``oldest_readable``, or use
@@ -276,10 +359,11 @@ class DeltaLog:
         schema = _schema(name, columns)
         if after_version >= up_to_version:
             return schema.empty_table()
-        table = self.open(name)
-        self._check_readable(name, table, after_version)
+        snapshot = self.snapshot(name)
+        self._check_readable(name, snapshot, after_version)
         with self.translate_errors(name):
-            commits = _read_changes(table, range(after_version + 1, up_to_version + 1), schema.names)
+            where = None if line is None else f"line = '{escape_sql(line)}'"
+            commits = _read_changes(snapshot.table, range(after_version + 1, up_to_version + 1), schema.names, where)
         commits.sort(key=lambda commit: commit[0])
         if not commits:
             return schema.empty_table()
@@ -311,7 +395,7 @@ class DeltaLog:
         engine = QueryBuilder(_SQL_OPTIONS)
         for name in tables_in(sql) or TABLES:
             moment = (at or {}).get(name)
-            engine.register(name, self.open(name) if moment is None else self._open_at(name, moment))
+            engine.register(name, self.snapshot(name).table if moment is None else self._open_at(name, moment))
         with _translate_query_errors():
             result = pa.RecordBatchReader.from_stream(engine.execute(sql))
         schema = pa.schema([field.with_type(_without_views(field.type)) for field in result.schema])
@@ -324,7 +408,7 @@ class DeltaLog:
 
     def oldest_readable(self, name: str) -> int:
         """Return the version after which all added rows can still be read."""
-        return _read_oldest(self.open(name))
+        return self.snapshot(name).transaction(OLDEST) or 0
 
     def check_readable(self, name: str, after_version: int) -> None:
         """Check that all rows added after a version can still be read.
@@ -332,20 +416,24 @@ class DeltaLog:
         Raises:
             HistoryExpiredError: they cannot.
         """
-        self._check_readable(name, self.open(name), after_version)
+        self._check_readable(name, self.snapshot(name), after_version)
 
     def last_offset(self, name: str, source: SourcePartition, version: int | None = None) -> int:
         """Return the last offset of a partition in the newest or an earlier version of a table; -1 without records."""
-        table = self.open(name) if version is None else self._open_at(name, version)
-        with self.translate_errors(name):
-            last = table.transaction_version(transaction_id(name, source))
+        app_id = transaction_id(name, source)
+        if version is None:
+            last = self.snapshot(name).transaction(app_id)
+        else:
+            table = self._open_at(name, version)
+            with self.translate_errors(name):
+                last = table.transaction_version(app_id)
         return -1 if last is None else last
 
     # The following methods read the log of a table alone.
 
     def row_count(self, name: str) -> int:
         """Return the number of rows of a table."""
-        return int(self.open(name).count())
+        return int(self.snapshot(name).table.count())
 
     def size(self, name: str) -> int:
         """Return the bytes of the files of the newest version of a table."""
@@ -353,7 +441,7 @@ class DeltaLog:
 
     def file_sizes(self, name: str) -> dict[str, int]:
         """Return path and bytes of the files of the newest version of a table."""
-        table = self.open(name)
+        table = self.snapshot(name).table
         with self.translate_errors(name):
             files = pa.table(table.get_add_actions(flatten=True))
         return dict(zip(files["path"].to_pylist(), files["size_bytes"].to_pylist(), strict=True))
@@ -363,6 +451,15 @@ class DeltaLog:
     def filesystem(self, name: str) -> FileSystem:
         """Return a file system with the folder of a table as its root."""
         return PyFileSystem(DeltaStorageHandler(self._address(name), self._options))
+
+    def checkpoint_version(self, name: str) -> int:
+        """Return the version of a table's newest checkpoint; -1 without one."""
+        with self.translate_errors(name):
+            store, path = self.filesystem(name), "_delta_log/_last_checkpoint"
+            if store.get_file_info(path).type == FileType.NotFound:
+                return -1
+            with store.open_input_stream(path) as file:
+                return int(json.loads(file.read())["version"])
 
     def commit_time(self, name: str, version: int) -> datetime | None:
         """Return the time of a commit by the store's clock; None if the log does not contain the commit."""
@@ -387,8 +484,8 @@ class DeltaLog:
         with translate_errors(f"table {name} at {self._address(name)}"):
             yield
 
-    def _check_readable(self, name: str, table: DeltaTable, after_version: int) -> None:
-        oldest = _read_oldest(table)
+    def _check_readable(self, name: str, snapshot: TableSnapshot, after_version: int) -> None:
+        oldest = snapshot.transaction(OLDEST) or 0
         if after_version < oldest:
             raise HistoryExpiredError(
                 f"table {name} at {self._address(name)}: rows added after version {after_version} can be read only "
@@ -441,8 +538,11 @@ def _missing_columns(schema: pa.Schema, table: DeltaTable) -> pa.Schema:
     return pa.schema([field for field in schema if field.name not in present])
 
 
-def _read_oldest(table: DeltaTable) -> int:
-    return table.transaction_version(OLDEST) or 0
+def _read_transactions(store: FileSystem, version: int) -> dict[str, int]:
+    """Return the application transactions that a commit has set."""
+    with store.open_input_stream(f"_delta_log/{version:020}.json") as file:
+        actions = [json.loads(line) for line in file.read().splitlines() if b'"txn"' in line]
+    return {action["txn"]["appId"]: action["txn"]["version"] for action in actions if "txn" in action}
 
 
 @contextmanager
@@ -470,7 +570,9 @@ def _without_views(kind: pa.DataType) -> pa.DataType:
     return kind
 
 
-def _read_changes(table: DeltaTable, versions: range, columns: Sequence[str]) -> list[tuple[int, pa.RecordBatch]]:
+def _read_changes(
+    table: DeltaTable, versions: range, columns: Sequence[str], where: str | None
+) -> list[tuple[int, pa.RecordBatch]]:
     """Return the rows that the commits of these versions added, by commit."""
     for first in versions:
         try:
@@ -480,6 +582,7 @@ def _read_changes(table: DeltaTable, versions: range, columns: Sequence[str]) ->
                     ending_version=versions[-1],
                     # Quoted: the library parses them as SQL, where "offset" is a keyword.
                     columns=[f'"{column}"' for column in [*columns, "_commit_version"]],
+                    predicate=where,
                 )
             )
             return [part for batch in changes for part in _split_by_commit(batch)]

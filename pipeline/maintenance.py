@@ -1,10 +1,10 @@
-"""Table maintenance: compaction of small files, retention of old days, and vacuum of files that no reader needs.
+"""Table maintenance: checkpoints, compaction of small files, retention of old days, and vacuum of unneeded files.
 
 Maintenance runs beside the stream, on table handles of its own. It never changes the application transactions of a
-source partition. If a commit of the stream conflicts with one of maintenance, the stream retries it on the newer
-version, as it does after commits of other workers. Two maintenance runs at the same time fence each other by a
-transaction of their own, and the next run does the rejected work. So no leader election is needed. The worker that owns
-partition 0 of the traces topic runs maintenance, only because a second run would repeat the work.
+source partition, so it fences no worker: the stream's commits are put behind those of maintenance. Two maintenance runs
+at the same time fence each other by a transaction of their own, and the next run does the rejected work. So no leader
+election is needed. The worker that owns partition 0 of the traces topic runs maintenance, only because a second run
+would repeat the work.
 
 A reader that tails a table (``DeltaLog.read_added``) needs the files that each commit added, even if they were
 compacted or expired since. These rules decide which files vacuum may delete:
@@ -40,7 +40,7 @@ from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
 from deltalake.transaction import AddAction, RemoveAction
 
 from pipeline.compaction import group_small_files, list_data_files, write_merged_file
-from pipeline.delta import LOG_DAYS, OLDEST, SCHEMA_MODE, DeltaLog, TableError
+from pipeline.delta import CHECKPOINT_COMMITS, LOG_DAYS, OLDEST, SCHEMA_MODE, DeltaLog, TableError
 from pipeline.holds import HOLD_PREFIX, list_holds
 from schemas.batches import PARTITIONED_BY, TABLES
 from schemas.settings import Tables
@@ -57,6 +57,8 @@ MAINTENANCE_ACTIONS = (*_COUNTED, "failed")
 """What is counted of maintenance: files by action, and failed runs over a table."""
 _MAX_HOLD_HOURS = 24 * 366 * 20
 """Age of a hold whose commit is no longer in the log. The library counts in 64 bits of milliseconds."""
+CHECKPOINT_INTERVAL_S = 60.0
+"""The logs are checked this often for ``CHECKPOINT_COMMITS`` commits without a checkpoint."""
 VACUUM_INTERVAL_S = 3600.0
 """Vacuum lists every file of the tables and every commit of their logs."""
 
@@ -117,7 +119,28 @@ class Maintenance:
             check_clock(self._log.store_clock())
         except TableError as error:
             return [MaintenanceResult(name, error=str(error)) for name in names]
-        return [self._maintain(name, vacuum, dry_run) for name in names]
+        done = [self._maintain(name, vacuum, dry_run) for name in names]
+        if not dry_run:
+            self.write_checkpoints()
+        return done
+
+    def write_checkpoints(self) -> int:
+        """Write a checkpoint of every table with ``CHECKPOINT_COMMITS`` commits since the last one.
+
+        Returns:
+            The number of tables whose checkpoint failed. The next run writes it.
+        """
+        failed = 0
+        for name in TABLES:
+            try:
+                with self._log.translate_errors(name):
+                    table = self._log.snapshot(name).table
+                    if table.version() - self._log.checkpoint_version(name) >= CHECKPOINT_COMMITS:
+                        table.create_checkpoint()
+            except TableError as error:
+                failed += 1
+                log.warning("checkpoint_failed", table=name, why=str(error))
+        return failed
 
     def _maintain(self, name: str, vacuum: bool, dry_run: bool) -> MaintenanceResult:
         done: Counter[str] = Counter()
@@ -226,21 +249,27 @@ class MaintenanceThread(threading.Thread):
     def run(self) -> None:
         """Run maintenance until the process ends."""
         next_vacuum = time.monotonic()
+        next_run = next_vacuum + self._interval_s
         while True:
-            time.sleep(self._interval_s)
+            time.sleep(min(self._interval_s, CHECKPOINT_INTERVAL_S))
             if not self._is_leader():
                 self.last_success = None
-            else:
-                self.last_success = self.last_success or time.time()
-                vacuum = time.monotonic() >= next_vacuum
-                try:
+                continue
+            self.last_success = self.last_success or time.time()
+            now = time.monotonic()
+            runs, vacuum = now >= next_run, now >= next_vacuum
+            try:
+                if runs:
                     self._run_once(vacuum=vacuum)
-                except Exception:
-                    # Any error: a thread that ends would do so silently, and the tables would fill up.
-                    self.files["failed"] += 1
-                    log.exception("maintenance_failed")
-                if vacuum:
-                    next_vacuum = time.monotonic() + VACUUM_INTERVAL_S
+                else:
+                    self.files["failed"] += self._maintenance.write_checkpoints()
+            except Exception:
+                # Any error: a thread that ends would do so silently, and the tables would fill up.
+                self.files["failed"] += 1
+                log.exception("maintenance_failed")
+            if runs:
+                next_run = time.monotonic() + self._interval_s
+                next_vacuum = time.monotonic() + VACUUM_INTERVAL_S if vacuum else next_vacuum
 
     def _run_once(self, *, vacuum: bool) -> None:
         results = self._maintenance.run(vacuum=vacuum)

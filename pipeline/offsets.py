@@ -1,16 +1,17 @@
 """The exactly-once protocol between Kafka offsets and Delta tables. The tables are the truth; Kafka only delivers.
 
 Each record becomes rows of four tables, and every row is a function of that one record. For each table and source
-partition the Delta log carries an application transaction ``<table>/<topic>/<partition>``. Its version is the last
-offset that the table contains. Delta stores this number but enforces nothing, so this module enforces five rules:
+partition the Delta log carries an application transaction ``<table>/<topic>/<partition>``. Its version is an offset:
+the table contains the rows of all records up to it, and none of a later record. These rules keep it so:
 
-1. A table contains all records of a partition up to the transaction version, and none after it. Rows and version
-   change in one commit, and the next commit begins where the last one ended.
-2. A commit applies only to the snapshot it was decided on. The version is checked on a snapshot, and the write uses
-   that same snapshot. Delta rejects the write if another commit came in between. If two workers believe that they own
-   a partition, one of them is fenced.
-3. The next offset of a partition is the lowest next offset of its tables. A crash between the commits of two tables
-   leaves some tables ahead. The records are delivered again, and each table adds only the records it lacks.
+1. Rows and version change in one commit, and a commit adds only rows behind the version that it replaces.
+2. A worker decides on the version that it knows, and commits through the table handle with which it learned it. Delta
+   rejects the commit if any commit since has set the same transaction, and puts it behind all others: they concern
+   other partitions. If two workers believe that they own a partition, one of them is fenced.
+3. The next offset of a partition follows the version of ``accepted``, which is committed last, and for every batch. The
+   other tables are committed only if they get rows. So a table may lag behind ``accepted``: the records between have no
+   rows in it. After a crash between the commits of two tables it may be ahead: the records are delivered again, and
+   each table adds only the rows that it lacks.
 4. A record below the next offset is skipped, the record at the next offset is selected, and a record above it is
    deferred: the consumer jumped over records and must seek back.
 5. Records that the broker deleted before they were read are recorded as lost, in the commit that moves past them.
@@ -34,15 +35,16 @@ import pyarrow.compute as pc
 from schemas.batches import DEAD_LETTERS, TABLES, day_of
 
 COMMIT_ORDER = ("dead_letters", "rejected", "traces", "accepted")
-"""``accepted`` is committed last: a reader that sees a row of it finds all other rows of that record. The other tables
-may be committed in any order, or at the same time."""
+"""``accepted`` is committed last: what it contains, the other tables contain. They may be committed in any order, or at
+the same time."""
+LAST_TABLE = COMMIT_ORDER[-1]
 LOST_TO_RETENTION = "lost_to_retention"
 SKIPPED = "skipped"
 HOLE = "hole"
 NEVER_READ = (LOST_TO_RETENTION, SKIPPED, HOLE)
 """Reasons of rows in ``dead_letters`` that stand for offsets, not for a record."""
-MAX_ATTEMPTS = 20
-"""Attempts of one commit while writers of other partitions take the next version of the table first."""
+MAX_ATTEMPTS = 5
+"""Attempts of one commit, each with a new upload, while others change the table's columns or exhaust its retries."""
 
 
 class SourcePartition(NamedTuple):
@@ -90,7 +92,7 @@ class RecordSelection:
 
 
 class ConflictError(RuntimeError):
-    """The table has a newer version than the snapshot. Nothing was written."""
+    """The table has changed in another way than by added rows, or too often. Nothing was written."""
 
 
 class FencedError(RuntimeError):
@@ -102,16 +104,17 @@ class ForeignLogError(RuntimeError):
 
 
 class Snapshot(Protocol):
-    """One version of a table."""
+    """A handle on one version of a table. It moves with its own commits."""
 
     def transaction(self, app_id: str) -> int | None:
         """Return the version of an application transaction in this snapshot."""
 
     def append(self, rows: pa.Table, transactions: Mapping[str, int]) -> None:
-        """Add rows and set transaction versions in one commit that directly follows this snapshot.
+        """Add rows and set transaction versions in one commit, and move the snapshot behind it.
 
         Raises:
-            ConflictError: the table has a newer version.
+            FencedError: a commit after this snapshot has set one of these transactions.
+            ConflictError: nothing was written for another reason. Try again on a new snapshot.
         """
 
 
@@ -123,7 +126,7 @@ class SnapshotStore(Protocol):
     """The tables that records are written to."""
 
     def snapshot(self, name: str) -> Snapshot:
-        """Return the newest version of a table."""
+        """Return a snapshot of the newest version of a table."""
 
 
 def select_records(next_offset: int, offsets: Sequence[int], holes: Sequence[range] = ()) -> RecordSelection:
@@ -181,38 +184,46 @@ class OffsetCommitter:
         """With a ``pool`` all tables but the last are written at the same time."""
         self._tables = tables
         self._pool = pool
+        self._snapshots: dict[str, Snapshot] = {}
         self._next: dict[SourcePartition, dict[str, int]] = {}
+        """By table, the offset from which on it has no rows."""
 
     def next_offset(self, source: SourcePartition) -> int:
         """Return the next offset of a partition. Read it from the tables if it is not cached."""
         if source not in self._next:
-            self._next[source] = {
-                name: _read_next_offset(self._tables.snapshot(name), name, source) for name in COMMIT_ORDER
-            }
-        return min(self._next[source].values())
+            self._next[source] = {name: _read_next_offset(self._snapshot(name), name, source) for name in COMMIT_ORDER}
+        return self._next[source][LAST_TABLE]
 
     def invalidate(self, sources: Iterable[SourcePartition]) -> None:
         """Drop cached offsets, so that they are read again: after an assignment, and after any failed commit."""
+        self._snapshots.clear()
         for source in sources:
             self._next.pop(source, None)
 
-    def commit(self, batches: Sequence[Batch]) -> None:
+    def commit(self, batches: Sequence[Batch]) -> tuple[str, ...]:
         """Write batches that begin at the next offsets of their partitions, at most one batch for each partition.
+
+        Returns:
+            The tables that were committed.
 
         Raises:
             FencedError: another worker wrote. No row is duplicated, and the next offsets are read again.
-            ConflictError: other writers were faster in every attempt. Try again.
+            ConflictError: others changed the table in every attempt. Try again.
         """
-        for batch in batches:
-            self.next_offset(batch.source)
-        last = {batch.source: batch.last_offset for batch in batches}
+        sources = [batch.source for batch in batches]
+        for source in sources:
+            self.next_offset(source)
         try:
-            self._for_each(COMMIT_ORDER[:-1], lambda name: self._append(name, batches, last))
-            self._append(COMMIT_ORDER[-1], batches, last)
+            missing = {name: self._missing_rows(name, batches) for name in COMMIT_ORDER}
+            with_rows = [name for name in COMMIT_ORDER[:-1] if missing[name]]
+            last = {batch.source: batch.last_offset for batch in batches}
+            self._for_each(with_rows, lambda name: self._append(name, missing[name], last))
+            self._append(LAST_TABLE, missing[LAST_TABLE], last, move=sources)
         except BaseException:
             # Only the tables know how far the commit got.
-            self.invalidate(last)
+            self.invalidate(sources)
             raise
+        return (*with_rows, LAST_TABLE)
 
     def record_loss(
         self, source: SourcePartition, lost: range, time_us: int, reason: str = LOST_TO_RETENTION, why: str = ""
@@ -240,12 +251,17 @@ class OffsetCommitter:
 
         self.next_offset(source)
         try:
-            self._advance("dead_letters", {source: last}, loss_rows, even_if_ahead=True)
-            for name in COMMIT_ORDER[1:]:
-                self._advance(name, {source: last}, _constant(TABLES[name].empty_table()))
+            self._advance("dead_letters", {source: last}, loss_rows)
+            self._append(LAST_TABLE, {}, {source: last}, move=[source])
         except BaseException:
             self.invalidate([source])
             raise
+
+    def _snapshot(self, name: str) -> Snapshot:
+        """Return the snapshot of a table through which it is committed; a new one after ``invalidate``."""
+        if name not in self._snapshots:
+            self._snapshots[name] = self._tables.snapshot(name)
+        return self._snapshots[name]
 
     def _for_each(self, names: Sequence[str], write: Callable[[str], None]) -> None:
         """Write tables. Return or raise only when no write is in progress."""
@@ -256,13 +272,25 @@ class OffsetCommitter:
         for done in wait([self._pool.submit(write, name) for name in names]).done:
             done.result()
 
-    def _append(self, name: str, batches: Sequence[Batch], last: Mapping[SourcePartition, int]) -> None:
-        """Bring one table up to the ends of the batches."""
-        rows = pa.concat_tables([TABLES[name].empty_table(), *(self._missing_rows(name, batch) for batch in batches)])
-        self._advance(name, last, _constant(rows))
+    def _append(
+        self,
+        name: str,
+        rows: Mapping[SourcePartition, pa.Table],
+        last: Mapping[SourcePartition, int],
+        *,
+        move: Iterable[SourcePartition] = (),
+    ) -> None:
+        """Add the rows of some partitions to one table, and move it to the ends of their batches; also those of
+        ``move``, without rows."""
+        added = pa.concat_tables([TABLES[name].empty_table(), *rows.values()])
+        self._advance(name, {source: last[source] for source in {*rows, *move}}, lambda _: (added, {}))
 
-    def _missing_rows(self, name: str, batch: Batch) -> pa.Table:
-        """Return the rows of a batch that a table does not contain yet."""
+    def _missing_rows(self, name: str, batches: Iterable[Batch]) -> dict[SourcePartition, pa.Table]:
+        """Return the rows of batches that a table does not contain yet, of the partitions with such rows."""
+        missing = {batch.source: self._missing_of_batch(name, batch) for batch in batches}
+        return {source: rows for source, rows in missing.items() if rows.num_rows}
+
+    def _missing_of_batch(self, name: str, batch: Batch) -> pa.Table:
         rows, next_offset = batch.rows[name], self._next[batch.source][name]
         if rows.num_rows and pc.min(rows["offset"]).as_py() < next_offset:  # a filter copies the rows
             rows = rows.filter(pc.greater_equal(rows["offset"], next_offset))
@@ -272,22 +300,12 @@ class OffsetCommitter:
         why = "no consumer receives a record there: these are ends of transactions, or records of aborted ones"
         return pa.concat_tables([rows, _build_offset_rows(batch.source, holes, batch.time_us, HOLE, why)])
 
-    def _advance(
-        self,
-        name: str,
-        last: Mapping[SourcePartition, int],
-        content: CommitContent,
-        *,
-        even_if_ahead: bool = False,
-    ) -> None:
+    def _advance(self, name: str, last: Mapping[SourcePartition, int], content: CommitContent) -> None:
         """Move one table to ``last`` in a fenced commit. The rows may depend on the snapshot they are added to."""
         known = {source: self._next[source][name] for source in last}
         ends = {source: max(known[source], offset + 1) for source, offset in last.items()}
-        if ends == known and not even_if_ahead:
-            return
-        conflict: ConflictError | None = None
+        snapshot, conflict = self._snapshot(name), ConflictError()
         for _ in range(MAX_ATTEMPTS):
-            snapshot = self._tables.snapshot(name)
             for source, expected in known.items():
                 found = _read_next_offset(snapshot, name, source)
                 if found != expected:
@@ -296,27 +314,24 @@ class OffsetCommitter:
                         f"another worker wrote there"
                     )
             rows, transactions = content(snapshot)
+            if not rows.num_rows and (name != LAST_TABLE or ends == known):
+                return
             moved = {transaction_id(name, source): end - 1 for source, end in ends.items() if end > 0}
             try:
                 snapshot.append(rows, {**moved, **transactions})
             except ConflictError as error:
                 conflict = error
+                snapshot = self._snapshots[name] = self._tables.snapshot(name)
                 continue
             for source, end in ends.items():
                 self._next[source][name] = end
             return
-        raise ConflictError(
-            f"{name}: other writers took the next version in each of {MAX_ATTEMPTS} attempts"
-        ) from conflict
+        raise ConflictError(f"{name}: others changed the table in each of {MAX_ATTEMPTS} attempts") from conflict
 
 
 def transaction_id(table: str, source: SourcePartition) -> str:
     """Return the name of the application transaction that holds the last offset of a partition in a table."""
     return f"{table}/{source.topic}/{source.partition}"
-
-
-def _constant(rows: pa.Table) -> CommitContent:
-    return lambda _: (rows, {})
 
 
 def _read_next_offset(snapshot: Snapshot, table: str, source: SourcePartition) -> int:

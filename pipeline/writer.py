@@ -156,7 +156,7 @@ class TableWriter:
         started = time.time()
         built = {source: self._build(source, starts[source], of_source) for source, of_source in selected.items()}
         if built:
-            self._commit(
+            committed = self._commit(
                 [
                     Batch(source, selected[source][-1].offset, batch.rows, selections[source].holes, _now_us())
                     for source, batch in built.items()
@@ -164,7 +164,7 @@ class TableWriter:
             )
             ended = time.time()
             self._times.observe(ended - started, [ended - r.time_us / 1e6 for rs in selected.values() for r in rs])
-            versions = {name: self._tables.snapshot_version(name) for name in COMMIT_ORDER}
+            versions = {name: self._tables.snapshot_version(name) for name in committed}
             for span in _build_spans(selected, versions, self._group_id, started, ended):
                 spans.record(span)
         for source, batch in built.items():
@@ -176,11 +176,12 @@ class TableWriter:
         self._counters.records_deferred += sum(selection.deferred for selection in selections.values())
         return {source for source, selection in selections.items() if selection.has_gap}
 
-    def _commit(self, batches: Sequence[Batch]) -> None:
-        self._committer.commit(batches)
+    def _commit(self, batches: Sequence[Batch]) -> tuple[str, ...]:
+        committed = self._committer.commit(batches)
         self._counters.commits += 1
         self._counters.last_commit_time = time.time()
         self._counters.hole_offsets += sum(len(hole) for batch in batches for hole in batch.holes)
+        return committed
 
     def _read_next_offset(self, source: SourcePartition) -> int:
         self._committer.invalidate([source])
@@ -257,7 +258,7 @@ def _build_spans(
 
     Args:
         records: The committed records by partition, ordered by offset.
-        table_versions: By table, the version that the commit made.
+        table_versions: By table that was committed, the version that the commit made.
         group_id: The consumer group.
         start: Unix time at which building the rows began.
         end: Unix time at which the last table was committed.

@@ -22,7 +22,7 @@ from traffic import MESSAGE_FAULTS, Traffic
 
 from pipeline import topics
 from pipeline.delta import DeltaLog
-from pipeline.offsets import COMMIT_ORDER, SourcePartition, transaction_id
+from pipeline.offsets import COMMIT_ORDER, LAST_TABLE, SourcePartition, transaction_id
 from schemas.settings import Settings
 from schemas.trace.record import Chunk
 
@@ -191,15 +191,17 @@ class Campaign:
             self.ledger.records += publisher.ledger.records
 
     def has_torn_commit(self) -> bool:
-        """Return whether the tables contain a partition up to different offsets."""
+        """Return whether a table is ahead of ``accepted``, which is committed last."""
         topic = self.settings.kafka.traces_topic
         address = self.settings.tables.uri.rstrip("/")
         tables = {name: DeltaTable(f"{address}/{name}") for name in COMMIT_ORDER}
         sources = [SourcePartition(topic, partition) for partition in range(self.settings.kafka.partitions)]
-        return any(
-            len({table.transaction_version(transaction_id(name, source)) for name, table in tables.items()}) > 1
+        ends = {
+            (name, source): table.transaction_version(transaction_id(name, source)) or -1
+            for name, table in tables.items()
             for source in sources
-        )
+        }
+        return any(end > ends[LAST_TABLE, source] for (_, source), end in ends.items())
 
     def settle(self) -> None:
         """Block until the tables contain all published records."""

@@ -75,6 +75,8 @@ def test_store_accepts_one_of_two_commits_on_the_same_version(object_store: Obje
     rows = batch(0).rows["accepted"]
     first.append(rows, {transaction_id("accepted", SOURCE): 0})
     with pytest.raises(ConflictError):
+        second.append(rows, {}, retries=0)
+    with pytest.raises(FencedError):
         second.append(rows, {transaction_id("accepted", SOURCE): 0})
     assert DeltaLog(settings).row_count("accepted") == 1
 

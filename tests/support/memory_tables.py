@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.offsets import COMMIT_ORDER, NEVER_READ, ConflictError, SourcePartition
+from pipeline.offsets import COMMIT_ORDER, NEVER_READ, ConflictError, FencedError, SourcePartition
 from schemas.batches import TABLES
 
 
@@ -21,12 +21,29 @@ def nothing() -> None:
     """Do nothing."""
 
 
+@dataclass(frozen=True)
+class MemoryCommit:
+    """Rows and the transactions that were set with them."""
+
+    rows: pa.Table
+    transactions: Mapping[str, int]
+    changes_columns: bool = False
+
+
 @dataclass
 class MemoryTable:
     """A table as a list of commits."""
 
-    commits: list[pa.Table] = field(default_factory=list)
-    transactions: dict[str, int] = field(default_factory=dict)
+    log: list[MemoryCommit] = field(default_factory=list)
+
+    @property
+    def commits(self) -> list[pa.Table]:
+        """Return the rows of each commit."""
+        return [commit.rows for commit in self.log]
+
+    def change_columns(self) -> None:
+        """Add a column, as another process does: a commit that was decided before is rejected."""
+        self.log.append(MemoryCommit(pa.table({"partition": [], "offset": []}), {}, changes_columns=True))
 
     @property
     def rows(self) -> list[tuple[int, int, str]]:
@@ -37,28 +54,36 @@ class MemoryTable:
             rows += zip(commit["partition"].to_pylist(), commit["offset"].to_pylist(), reasons, strict=True)
         return rows
 
-    def never_read(self, reason: str) -> list[int]:
-        """Return the offsets that were recorded with a reason of ``NEVER_READ``."""
+    def never_read(self, reason: str, partition: int = 0) -> list[int]:
+        """Return the offsets of a partition that were recorded with a reason of ``NEVER_READ``."""
         letters = [row for commit in self.commits if "detail" in commit.column_names for row in commit.to_pylist()]
-        details = [row["detail"].split(":")[0] for row in letters if row["reason"] == reason]
+        details = [
+            row["detail"].split(":")[0] for row in letters if (row["reason"], row["partition"]) == (reason, partition)
+        ]
         runs = [map(int, run) for detail in details for run in re.findall(r"(\d+) to (\d+)", detail)]
         return [offset for first, last in runs for offset in range(first, last + 1)]
 
 
 class MemorySnapshot:
+    """A version of a table, with the conflicts that Delta finds."""
+
     def __init__(self, table: MemoryTable, tables: MemoryTables) -> None:
         self._table, self._tables = table, tables
-        self._version, self._transactions = len(table.commits), dict(table.transactions)
+        self._version = len(table.log)
 
     def transaction(self, app_id: str) -> int | None:
-        return self._transactions.get(app_id)
+        set_by = [commit.transactions for commit in self._table.log[: self._version] if app_id in commit.transactions]
+        return set_by[-1][app_id] if set_by else None
 
     def append(self, rows: pa.Table, transactions: Mapping[str, int]) -> None:
         self._tables.before_append()
-        if len(self._table.commits) != self._version:
-            raise ConflictError("the table has a newer version")
-        self._table.commits.append(rows)
-        self._table.transactions |= transactions
+        since = self._table.log[self._version :]
+        if any(commit.changes_columns for commit in since):
+            raise ConflictError("metadata changed")
+        if any(commit.transactions.keys() & transactions.keys() for commit in since):
+            raise FencedError("another worker has set a transaction of this commit")
+        self._table.log.append(MemoryCommit(rows, dict(transactions)))
+        self._version = len(self._table.log)
         self._tables.after_append()
 
 
@@ -73,8 +98,9 @@ class MemoryTables:
     def snapshot(self, name: str) -> MemorySnapshot:
         return MemorySnapshot(self.tables[name], self)
 
-    def offsets(self, name: str) -> list[int]:
-        return [offset for _, offset, reason in self.tables[name].rows if reason not in NEVER_READ]
+    def offsets(self, name: str, partition: int = 0) -> list[int]:
+        rows = self.tables[name].rows
+        return [offset for of, offset, reason in rows if of == partition and reason not in NEVER_READ]
 
     def read(self, name: str) -> pa.Table:
         return pa.concat_tables([TABLES[name].empty_table(), *self.tables[name].commits])

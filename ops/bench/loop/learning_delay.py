@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from ops.demo.record import Swap
-from pipeline.delta import DeltaLog, TableSnapshot
-from pipeline.offsets import SourcePartition, transaction_id
+from pipeline.delta import DeltaLog
+from pipeline.offsets import SourcePartition
 from schemas.settings import Settings
 from trainer.data.held_out import is_held_out
 from trainer.release.registration import PASSED_TAG
@@ -120,10 +120,6 @@ def read_served_versions(
 
 def _last_offsets(log: DeltaLog, settings: Settings, accepted: int) -> dict[int, int]:
     """Return the last offset of each partition in a version of ``accepted``."""
-    table = log.open("accepted")
-    with log.translate_errors("accepted"):
-        table.load_as_version(accepted)
-    state = TableSnapshot(table)
     topic, partitions = settings.kafka.traces_topic, range(settings.kafka.partitions)
-    last = {p: state.transaction(transaction_id("accepted", SourcePartition(topic, p))) for p in partitions}
-    return {partition: offset for partition, offset in last.items() if offset is not None}
+    last = {p: log.last_offset("accepted", SourcePartition(topic, p), accepted) for p in partitions}
+    return {partition: offset for partition, offset in last.items() if offset >= 0}

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from recorded import LINE, TARGET, WIDTH, conversation, record_of, tables_of
 
@@ -50,11 +51,16 @@ class MemoryLog:
         return 0
 
     def read_added(
-        self, name: str, after_version: int, up_to_version: int, columns: Sequence[str] | None = None
+        self,
+        name: str,
+        after_version: int,
+        up_to_version: int,
+        columns: Sequence[str] | None = None,
+        line: str | None = None,
     ) -> pa.Table:
         self.read.append((name, after_version, up_to_version))
-        commits = self._commits[name][after_version:up_to_version]
-        return pa.concat_tables([TABLES[name].empty_table(), *commits]).select(columns or TABLES[name].names)
+        rows = pa.concat_tables([TABLES[name].empty_table(), *self._commits[name][after_version:up_to_version]])
+        return (rows if line is None else rows.filter(pc.field("line") == line)).select(columns or TABLES[name].names)
 
 
 class World:

@@ -135,7 +135,7 @@ class TableReader:
         Args:
             tables: The tables to read.
             target: Target fingerprint of the rows to read.
-            line: Speculator line of the rows to read; rows of other lines or targets are counted.
+            line: Speculator line of the rows to read; rows of other targets are counted.
             settings: Bounds of samples and of open requests.
             counts: Counts rows and branches by kind.
             clock: Measures how long no chunk of a request arrived, in seconds.
@@ -269,7 +269,8 @@ class TableReader:
         return list(self._read(up_to, rejected_up_to, all_rejected=all_rejected))
 
     def _read(self, up_to: int, rejected_up_to: int, *, all_rejected: bool) -> Iterator[_ChunkRow]:
-        accepted = self._tables.read_added("accepted", self.cursor, up_to, ACCEPTED_COLUMNS).to_pylist()
+        line = self._identity["line"]
+        accepted = self._tables.read_added("accepted", self.cursor, up_to, ACCEPTED_COLUMNS, line).to_pylist()
         # Within a commit the tables keep no order.
         accepted.sort(key=lambda row: (row["time"], _record_key(row)))
         needed = _last_offsets(row for row in accepted if self._is_ours(row))
@@ -277,7 +278,7 @@ class TableReader:
         seen = _last_offsets(row for _, row in rejected)
         while read_up_to < rejected_up_to and (all_rejected or not _covers(seen, needed)):
             begin, read_up_to = read_up_to, min(read_up_to + VERSIONS_PER_READ, rejected_up_to)
-            added = self._tables.read_added("rejected", begin, read_up_to, REJECTED_COLUMNS).to_pylist()
+            added = self._tables.read_added("rejected", begin, read_up_to, REJECTED_COLUMNS, line).to_pylist()
             added.sort(key=lambda row: (_record_key(row), row["root_position"], row["branch"]))
             seen = _merge_offsets(seen, _last_offsets(added))
             rejected += [(begin, row) for row in added if self._is_ours(row)]

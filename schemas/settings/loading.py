@@ -9,6 +9,7 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,8 @@ def load(
         SettingsError: the file is unreadable, a key is unknown, or a value is invalid.
     """
     values = _read_file(file)
-    for name, value in (os.environ if environ is None else environ).items():
+    # Sorted: a variable of options comes before those of single ones, which are inserted into it.
+    for name, value in sorted((os.environ if environ is None else environ).items()):
         if name.startswith(PREFIX) and _names_setting(name, value):
             _insert(values, name.removeprefix(PREFIX).lower().split("__"), value, name)
     for name, value in (flags or {}).items():
@@ -131,10 +133,22 @@ def _insert(values: dict[str, Any], path: list[str], value: Any, source: str) ->
     if len(path) < 2 or not all(path):
         raise SettingsError(f"{source}: a setting has a section and a key, such as kafka.bootstrap_servers")
     for part in path[:-1]:
-        values = values.setdefault(part, {})
-        if not isinstance(values, dict):
+        inner = _read_table(values.get(part, {}))
+        if not isinstance(inner, dict):
             raise SettingsError(f"{source}: {part!r} is a value, not a section")
+        values[part] = inner
+        values = inner
     values[path[-1]] = value
+
+
+def _read_table(value: Any) -> Any:
+    """Return the table that a variable holds as JSON; every other value as it is."""
+    if not isinstance(value, str):
+        return value
+    with suppress(ValueError):
+        if isinstance(table := json.loads(value), dict):
+            return table
+    return value
 
 
 def _explain(error: Any) -> str:

@@ -202,6 +202,17 @@ def test_client_options_keep_their_dots() -> None:
     assert load(environ={"AURORA_KAFKA__CLIENT_OPTIONS": value}).kafka.client_options["ssl.ca.location"] == "/ca"
 
 
+def test_a_variable_of_one_option_is_inserted_into_those_of_the_file_and_of_a_parent(tmp_path: Path) -> None:
+    single = {"AURORA_KAFKA__CLIENT_OPTIONS__SASL.PASSWORD": "geheim"}
+    file = tmp_path / "aurora.toml"
+    file.write_text('[kafka.client_options]\n"sasl.username" = "offen"\n')
+    settings = load(file, single)
+    assert settings.kafka.client_options == {"sasl.username": "offen", "sasl.password": "geheim"}
+    assert load(environ={**single, **to_environ(settings)}) == settings, "a child has the variable, too"
+    with pytest.raises(SettingsError, match="'port' is a value, not a section"):
+        load(environ={"AURORA_SERVE__PORT": "80", "AURORA_SERVE__PORT__X": "1"})
+
+
 def test_a_secret_appears_only_in_the_environment_of_a_child() -> None:
     settings = load(environ={"AURORA_SERVE__ADMIN_TOKEN": "geheim"})
     assert settings.serve.admin_token.get_secret_value() == "geheim"

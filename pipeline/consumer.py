@@ -78,6 +78,7 @@ def create_app(settings: Settings) -> faust.App:
         broker_max_poll_records=records,
         consumer_max_fetch_size=max(1 << 20, FETCH_MESSAGES * kafka.max_message_bytes),
         consumer_auto_offset_reset="earliest",
+        consumer_group_instance_id=stream.static_member or None,
         stream_buffer_maxsize=records,
         datadir=_create_data_dir(stream.data_dir),
         store="memory://",

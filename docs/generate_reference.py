@@ -1,6 +1,7 @@
 """Write the pages of ``docs/reference/`` from the code: ``python docs/generate_reference.py`` (``make reference``).
 
-A test compares the pages with what this module builds, so that none of them is stale.
+It also writes the schema of the Helm chart's values, which holds the settings. A test compares the files with what the
+code builds, so that none of them is stale.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from exported import exported_metrics, node_application, registries  # noqa: E40
 from prometheus_client import CollectorRegistry  # noqa: E402
 
 from ops.cli.main import app  # noqa: E402
+from ops.deploy import chart_schema  # noqa: E402
 from schemas import batches, status  # noqa: E402
 from schemas.settings import Duration, Settings, sections  # noqa: E402
 from serving.http import requests  # noqa: E402
@@ -429,3 +431,4 @@ if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)
     for file, content in pages().items():
         (FOLDER / file).write_text(content)
+    chart_schema.FILE.write_text(chart_schema.build())

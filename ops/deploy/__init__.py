@@ -1,1 +1,1 @@
-"""Images, compose files, Kubernetes manifests and monitoring."""
+"""Images, compose files, a Helm chart and monitoring."""

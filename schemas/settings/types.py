@@ -14,8 +14,9 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 MASK = "**********"
 """Shown in place of a secret."""
 _MASK_ERROR = "is the mask that `aurora config show` prints in place of a secret; write the secret itself"
+DURATION = re.compile(r"(\d+(?:\.\d*)?(?:e[+-]?\d+)?)\s*(ms|s|m|h|d)?")
+"""The text of a duration: a number and its unit."""
 _SECRET_WORDS = ("secret", "password", "key", "token", "authorization")
-_DURATION = re.compile(r"(\d+(?:\.\d*)?(?:e[+-]?\d+)?)\s*(ms|s|m|h|d)?")
 _UNUSABLE = re.compile(r"[\[\]^|\\\x00-\x1f]|%[0-9A-Fa-f]{2}")
 _UNIT_SECONDS = {"ms": 1e-3, "s": 1, "m": 60, "h": 3600, "d": 86_400}
 
@@ -43,7 +44,7 @@ def parse_duration(value: Any) -> Any:
     """
     if not isinstance(value, str):
         return value
-    duration = _DURATION.fullmatch(value.strip())
+    duration = DURATION.fullmatch(value.strip())
     if duration is None:
         raise ValueError("not a duration; write seconds, or a number with a unit such as 500ms, 30s, 5m, 2h or 14d")
     return float(duration[1]) * _UNIT_SECONDS[duration[2] or "s"]

@@ -14,6 +14,7 @@ import pytest
 import typer.main
 
 from ops.cli.main import app
+from ops.deploy import chart_schema
 from schemas.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,8 +99,9 @@ def test_paths_exist(page: Path) -> None:
     assert [path for path in named if not (ROOT / path).exists()] == []
 
 
-def test_reference_pages_are_those_of_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reference_pages_and_the_schema_of_the_chart_are_those_of_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [*sys.path])
     built = runpy.run_path(str(ROOT / "docs" / "generate_reference.py"))["pages"]()
     kept = {page.name: page.read_text() for page in (ROOT / "docs" / "reference").glob("*.md")}
     assert kept == built, "make reference"
+    assert chart_schema.FILE.read_text() == chart_schema.build(), "make reference"

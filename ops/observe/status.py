@@ -204,11 +204,12 @@ def describe_speedup(speedup: float, saved_s: float) -> str:
     return f"{speedup:.2f}x without drafts, {abs(saved_s):,.0f} s {'saved' if saved_s >= 0 else 'lost'}"
 
 
-def describe_drift(event: DriftEvent) -> str:
-    """Describe a drift event in local time."""
+def describe_drift(event: DriftEvent, *, utc: bool = False) -> str:
+    """Describe a drift event, in local time or in UTC."""
     before, after = event.before, event.after
-    detected, since = event.time.astimezone(), event.since.astimezone()
-    at = since.strftime("%H:%M" if since.date() == detected.date() else "%Y-%m-%d %H:%M")
+    zone = UTC if utc else None
+    detected, since = event.time.astimezone(zone), event.since.astimezone(zone)
+    at = since.strftime("%H:%M" if since.date() == detected.date() else "%Y-%m-%d %H:%M") + (" UTC" if utc else "")
     label = "" if event.label is None else f" on label {_printable(event.label)}"
     return (
         f"version {_printable(event.speculator)}{label} is accepted "

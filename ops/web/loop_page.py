@@ -223,7 +223,7 @@ def render_loop(state: LoopState, now: float, named: str | None, *, may_move: bo
         comparisons=[_comparison(one) for one in (overview.promoter.comparisons if overview.promoter else [])],
         promoter=_promoter_lines(state),
         moves=_moves(state, of),
-        drift=[describe_drift(event) for event in reversed(overview.stream.drift.newest[-_EVENTS:])]
+        drift=[describe_drift(event, utc=True) for event in reversed(overview.stream.drift.newest[-_EVENTS:])]
         if overview.stream
         else [],
         traffic=_traffic(state),

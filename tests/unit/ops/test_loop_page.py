@@ -47,7 +47,7 @@ def test_the_page_shows_the_whole_loop() -> None:
         "+3.4% -1.6% to +8.4%",
         "quarantine: rolled back: worse on label sql",
         "+0.030 to +0.110",
-        "is accepted less often",
+        "is accepted less often since 19:44 UTC",
         "2 corrupt",
         "1 duplicate",
         "aurora.traces.v1/1/20394",

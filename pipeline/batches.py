@@ -137,6 +137,17 @@ def build_unread(record: Record, crashes: int) -> BuiltBatch:
     return BuiltBatch(rows, {error.reason: 1}, (), 0)
 
 
+def identify(value: bytes | None) -> ChunkIdentity | None:
+    """Return the identity of the chunk in the value of a record; None if it is no readable chunk."""
+    try:
+        chunk = open_chunk(value or b"")
+        time_us = int(VerifyStepColumns([chunk]).time[-1])
+    except Exception:  # noqa: BLE001 - foreign bytes make a codec raise anything
+        return None
+    envelope = chunk.envelope
+    return ChunkIdentity(envelope.node, envelope.request, envelope.chunk, time_us)
+
+
 @dataclass(frozen=True, slots=True)
 class _OpenRecord:
     """A record with valid bytes and a valid envelope."""

@@ -9,11 +9,21 @@ from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from confluent_kafka import Consumer, IsolationLevel, KafkaError, KafkaException, TopicPartition
+from confluent_kafka import (
+    Consumer,
+    IsolationLevel,
+    KafkaError,
+    KafkaException,
+    Message,
+    TopicCollection,
+    TopicPartition,
+    Uuid,
+)
 from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported without saying so
     AdminClient,
     ListOffsetsResultInfo,
     OffsetSpec,
+    TopicDescription,
 )
 
 from pipeline.offsets import LogRange, SourcePartition
@@ -25,6 +35,9 @@ WATERMARK_TIMEOUT_S = 10.0
 _PROBE_S = 2.0
 _PROBE_BYTES = 64 << 10
 """What a probe fetches at once; the broker returns a larger record as a whole."""
+_NO_ID = str(Uuid(0, 0))
+"""What a broker without topic ids returns."""
+_MISSING = frozenset({KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION})
 _AUTH_ERRORS = frozenset({KafkaError._AUTHENTICATION, KafkaError.SASL_AUTHENTICATION_FAILED, KafkaError._SSL})
 
 
@@ -32,8 +45,24 @@ class TopicError(UserError):
     """A topic cannot be reached, created or used. The message names the setting to change."""
 
 
-class BrokerUnreachableError(RuntimeError):
+class BrokerError(RuntimeError):
+    """The broker cannot be asked about a topic."""
+
+
+class BrokerUnreachableError(BrokerError):
     """The broker does not answer. The message names the setting with its address."""
+
+
+class TopicMissingError(BrokerError):
+    """The broker answers, and does not have the topic."""
+
+
+class TopicState(NamedTuple):
+    """A topic as the broker describes it."""
+
+    topic_id: str | None
+    """Kafka's id of the topic's log: another one once the topic was deleted and created anew. None without ids."""
+    partitions: int
 
 
 class AuthErrorListener:
@@ -93,7 +122,7 @@ def connect(settings: Kafka, timeout_s: float = TIMEOUT_S) -> AdminClient:
 
 
 class Watermarks:
-    """Reads the first and the last offset of partitions from the broker. Blocks while it does. Thread-safe.
+    """Reads the ids of topics and the first and last offsets of partitions. Blocks while it does. Thread-safe.
 
     It has a client of its own: while a broker is unreachable, requests of Faust's consumer wait in the same queue as
     its fetches, and would delay them when the broker is back.
@@ -104,17 +133,34 @@ class Watermarks:
         self._auth_errors = AuthErrorListener()
         self._admin = self._connect()
 
+    def describe(self, topic: str) -> TopicState:
+        """Return the id and the number of partitions of a topic.
+
+        Raises:
+            TopicMissingError: the broker does not have the topic.
+            BrokerUnreachableError: the broker did not answer.
+        """
+        admin = self._begin()
+        try:
+            described: TopicDescription = admin.describe_topics(
+                TopicCollection([topic]), request_timeout=WATERMARK_TIMEOUT_S
+            )[topic].result()
+        except KafkaException as error:
+            raise self._translate(admin, error, topic) from error
+        topic_id = str(described.topic_id)
+        return TopicState(None if topic_id == _NO_ID else topic_id, len(described.partitions))
+
     def read(self, sources: Iterable[SourcePartition]) -> dict[SourcePartition, LogRange]:
         """Return the range of offsets of each partition.
 
         Raises:
+            TopicMissingError: the broker does not have one of them.
             BrokerUnreachableError: the broker did not return an offset of one of them.
         """
-        partitions = {source: TopicPartition(source.topic, source.partition) for source in sources}
+        partitions = {source: TopicPartition(source.broker_topic, source.partition) for source in sources}
         if not partitions:
             return {}
-        self._auth_errors.last = None
-        admin = self._admin
+        admin = self._begin()
         starts, stable_ends, ends = (
             admin.list_offsets(
                 dict.fromkeys(partitions.values(), spec), isolation_level=isolation, request_timeout=WATERMARK_TIMEOUT_S
@@ -131,13 +177,24 @@ class Watermarks:
                 for source, tp in partitions.items()
             }
         except KafkaException as error:
-            admin.poll(0)
-            # A client keeps the leaders that it knew before they were unreachable, and is rejected by them later.
-            self._admin = self._connect()
-            why = f"{self._auth_errors.last} (kafka.client_options)" if self._auth_errors.last else error.args[0].str()
-            raise BrokerUnreachableError(
-                f"broker at {self._settings.bootstrap_servers} (kafka.bootstrap_servers): {why}"
-            ) from error
+            raise self._translate(admin, error, next(iter(partitions)).broker_topic) from error
+
+    def _begin(self) -> AdminClient:
+        self._auth_errors.last = None
+        return self._admin
+
+    def _translate(self, admin: AdminClient, error: KafkaException, topic: str) -> BrokerError:
+        address = f"{self._settings.bootstrap_servers} (kafka.bootstrap_servers)"
+        if error.args[0].code() in _MISSING:
+            return TopicMissingError(
+                f"topic {topic} does not exist on the broker at {address}: it was deleted, or another broker is meant. "
+                f"`aurora topics apply` and a starting stream worker create it, empty"
+            )
+        admin.poll(0)
+        # A client keeps the leaders that it knew before they were unreachable, and is rejected by them later.
+        self._admin = self._connect()
+        why = f"{self._auth_errors.last} (kafka.client_options)" if self._auth_errors.last else error.args[0].str()
+        return BrokerUnreachableError(f"broker at {address}: {why}")
 
     def _connect(self) -> AdminClient:
         return AdminClient(client_config(self._settings, error_cb=self._auth_errors))
@@ -148,8 +205,13 @@ class FoundRecord(NamedTuple):
 
     offset: int
     """Of the record, or of the log's end."""
-    time: float | None
-    """Unix time at which the broker received it; None at the log's end."""
+    message: Message | None
+    """None at the log's end."""
+
+    @property
+    def time(self) -> float | None:
+        """Unix time at which the broker received the record; None at the log's end."""
+        return None if self.message is None else self.message.timestamp()[1] / 1e3
 
 
 class RecordProbe:
@@ -172,7 +234,7 @@ class RecordProbe:
         with self._lock:
             consumer = self._consumer = self._consumer or self._connect()
             try:
-                consumer.assign([TopicPartition(source.topic, source.partition, offset)])
+                consumer.assign([TopicPartition(source.broker_topic, source.partition, offset)])
                 return _poll_record(consumer)
             except KafkaException as error:
                 self._consumer = None
@@ -210,7 +272,7 @@ def _poll_record(consumer: Consumer) -> FoundRecord:
         if error is not None and (error.code() != KafkaError._PARTITION_EOF or offset is None):
             raise KafkaException(error)
         if offset is not None:
-            return FoundRecord(offset, None if error is not None else message.timestamp()[1] / 1e3)
+            return FoundRecord(offset, message if error is None else None)
     raise KafkaException(KafkaError(KafkaError._TIMED_OUT))
 
 

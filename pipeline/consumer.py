@@ -57,7 +57,7 @@ SUPPORTED_OPTIONS = frozenset(
 """Options of ``kafka.client_options``, in librdkafka's names, that the Faust consumer supports."""
 
 
-def create_app(settings: Settings) -> faust.App:
+def create_app(settings: Settings) -> CommittedApp:
     """Create the Faust app. It reads committed records and commits offsets; it has no tables and declares no topics."""
     kafka, stream = settings.kafka, settings.stream
     if ignored := find_ignored_options(kafka.client_options):

@@ -104,7 +104,7 @@ class Deduplicator:
         if at != next_offset:
             offsets = range(max(0, next_offset - self._size), next_offset)
             rows = self._tables.read_offsets("traces", source, offsets, COLUMNS)
-            window = DeduplicationWindow(self._size, _read_written(source, rows))
+            window = DeduplicationWindow(self._size, read_written(source, rows))
             self._windows[source] = next_offset, window
         return window
 
@@ -120,7 +120,7 @@ class Deduplicator:
         self._windows[source] = next_offset, window
 
 
-def _read_written(source: SourcePartition, rows: pa.Table) -> Iterator[WrittenRecord]:
+def read_written(source: SourcePartition, rows: pa.Table) -> Iterator[WrittenRecord]:
     """Yield the records of rows of ``traces``, ordered by offset."""
     rows = rows.sort_by([("offset", "ascending"), ("position", "ascending")])
     offsets = rows["offset"].to_numpy()

@@ -153,6 +153,11 @@ class StreamCollector:
             yield gauge
         yield from _time_metrics(status, self._start)
         yield from drift_metrics(status.drift)
+        yield GaugeMetricFamily(
+            "aurora_stream_topic_log",
+            "Number of the topic's log that is read: one more for each time the topic was created anew",
+            status.topic_log,
+        )
         yield GaugeMetricFamily("aurora_stream_buffer_bytes", "Bytes read and not written yet", status.buffer_bytes)
         yield GaugeMetricFamily("aurora_stream_live", "1 if the worker is live", not status.not_live)
         yield GaugeMetricFamily(

@@ -41,17 +41,33 @@ LAST_TABLE = COMMIT_ORDER[-1]
 LOST_TO_RETENTION = "lost_to_retention"
 SKIPPED = "skipped"
 HOLE = "hole"
-NEVER_READ = (LOST_TO_RETENTION, SKIPPED, HOLE)
+TOPIC_RECREATED = "topic_recreated"
+NEVER_READ = (LOST_TO_RETENTION, SKIPPED, HOLE, TOPIC_RECREATED)
 """Reasons of rows in ``dead_letters`` that stand for offsets, not for a record."""
 MAX_ATTEMPTS = 5
 """Attempts of one commit, each with a new upload, while others change the table's columns or exhaust its retries."""
+
+
+_LOG_SEPARATOR = "@"
+"""No topic on a broker has it in its name."""
 
 
 class SourcePartition(NamedTuple):
     """A Kafka partition that records are read from."""
 
     topic: str
+    """The topic's name in the tables: ``pipeline.topic_logs`` gives each log of a topic one of its own."""
     partition: int
+
+    @property
+    def broker_topic(self) -> str:
+        """The topic's name on the broker."""
+        return self.topic.partition(_LOG_SEPARATOR)[0]
+
+
+def log_name(topic: str, number: int) -> str:
+    """Return the name in the tables of a topic's log."""
+    return topic if number == 1 else f"{topic}{_LOG_SEPARATOR}{number}"
 
 
 class LogRange(NamedTuple):
@@ -101,6 +117,14 @@ class FencedError(RuntimeError):
 
 class ForeignLogError(RuntimeError):
     """The topic is not the one that the tables were filled from."""
+
+
+CUT_LOG = (
+    "the log was cut (by an unclean leader election, or by restoring a broker's disk), or is another one on a broker "
+    "without topic ids (kafka.bootstrap_servers). Restore the log; or stop all workers and run `aurora stream "
+    "new-log`: they will read the topic from its start, under another name in the tables"
+)
+"""What happened, and what to do, where a log lacks records that the tables have."""
 
 
 class Snapshot(Protocol):
@@ -168,8 +192,7 @@ def find_lost_offsets(source: SourcePartition, next_offset: int, log_start: int,
     if log_end < next_offset:
         raise ForeignLogError(
             f"{source.topic}/{source.partition} ends at offset {log_end}, but the tables already contain records up to "
-            f"{next_offset - 1}: the topic was created anew, or kafka.bootstrap_servers names another broker. Set "
-            f"kafka.traces_topic to a topic that the tables do not know, or set tables.uri to new tables"
+            f"{next_offset - 1}: {CUT_LOG}"
         )
     return range(next_offset, max(next_offset, log_start))
 

@@ -1,17 +1,25 @@
-"""What the stream changes in Faust's transport: it reads committed records only, and any header name."""
+"""What the stream changes in Faust's transport.
+
+It reads committed records only, from offsets that the tables decide, and any header name.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import aiokafka
 import faust
 from aiokafka.consumer import fetcher
-from aiokafka.errors import CorruptRecordException
+from aiokafka.errors import CorruptRecordException, IllegalStateError
 from aiokafka.record.default_records import DefaultRecordBatch, _DefaultRecordBatchPy
 from aiokafka.record.memory_records import _MemoryRecordsPy
 from faust.transport.drivers.aiokafka import AIOKafkaConsumerThread, Consumer, Transport
+from faust.types import TP
+
+ReadStarts = Callable[[set[TP]], Awaitable[Mapping[TP, int]]]
+"""Returns the offsets at which reading begins. Partitions without one begin at the group's offset."""
 
 
 class _CommittedConsumerThread(AIOKafkaConsumerThread):  # type: ignore[misc]  # Faust has no types
@@ -26,6 +34,16 @@ class _CommittedConsumer(Consumer):  # type: ignore[misc]
     def _new_consumer_thread(self) -> AIOKafkaConsumerThread:
         return _CommittedConsumerThread(self, loop=self.loop, beacon=self.beacon)
 
+    async def seek_to_committed(self) -> Mapping[TP, int]:
+        # Faust calls it after every assignment, before the first fetch.
+        committed = await super().seek_to_committed()
+        starts = await self.app.read_starts(self.assignment())
+        starts = {tp: offset for tp, offset in starts.items() if tp in self.assignment()}
+        if starts:
+            with suppress(IllegalStateError):  # it was revoked meanwhile
+                await self.seek_wait(starts)
+        return {**committed, **starts}
+
 
 class _CommittedTransport(Transport):  # type: ignore[misc]
     Consumer = _CommittedConsumer
@@ -34,8 +52,10 @@ class _CommittedTransport(Transport):  # type: ignore[misc]
 class CommittedApp(faust.App):  # type: ignore[misc]
     """A Faust app that does not receive records of open and aborted transactions, and reads any header name.
 
-    Header names that are not UTF-8 have a surrogate for each byte that is not.
+    Header names that are not UTF-8 have a surrogate for each byte that is not. Set ``read_starts`` before it runs.
     """
+
+    read_starts: ReadStarts
 
     def _new_transport(self) -> Transport:
         return _CommittedTransport(self.conf.broker_consumer, self)

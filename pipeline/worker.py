@@ -3,7 +3,9 @@
 Faust only delivers records. ``offsets`` decides which of them are written, ``batches`` builds their rows, and
 ``writer`` commits the rows. Faust is known to skip records and to stop delivering. Skipped records show as a gap in the
 offsets. A second consumer shows whether a gap is a hole, where no consumer receives a record. A worker that makes no
-progress while records wait ends itself, so that its supervisor restarts it. Three tasks run side by side::
+progress while records wait ends itself, so that its supervisor restarts it. So does one whose topic was deleted and
+created anew: its consumer has positions and records of a log that no longer exists (``topic_logs``). Three tasks run
+side by side::
 
     _read      Faust ──▶ buffer       waits while the buffer is full
     _commit    buffer ──▶ writer      waits while the tables are slow; passes holes, and seeks back after other gaps
@@ -24,9 +26,9 @@ import faust
 import structlog
 from faust.types import TP, AppT, EventT, StreamT
 
-from pipeline import topics
+from pipeline import topic_logs, topics
 from pipeline.batches import Record
-from pipeline.broker import BrokerUnreachableError, RecordProbe, TopicError, Watermarks
+from pipeline.broker import BrokerError, RecordProbe, TopicError, TopicMissingError, Watermarks
 from pipeline.consumer import BUFFER_BYTES, COMMIT_BYTES, RecordBuffer, check_connection, create_app
 from pipeline.delta import DeltaLog
 from pipeline.health import (
@@ -40,7 +42,8 @@ from pipeline.health import (
 )
 from pipeline.maintenance import MaintenanceThread
 from pipeline.metrics import StreamCounters, StreamTimes, add_endpoints
-from pipeline.offsets import ForeignLogError, LogRange, SourcePartition, find_gaps, find_lost_offsets
+from pipeline.offsets import CUT_LOG, ForeignLogError, LogRange, SourcePartition, find_gaps, find_lost_offsets
+from pipeline.topic_logs import Evidence, LastRecord, TopicLog
 from pipeline.writer import TableWriter
 from schemas.settings import Settings
 from schemas.status import StreamStatus
@@ -51,6 +54,9 @@ log = structlog.get_logger()
 SEEK_INTERVAL_S = 5.0
 """The consumer seeks to the next offset again if records wait and none arrives for so long."""
 SEEK_TIMEOUT_S = 30.0
+START_TIMEOUT_S = 10.0
+"""Without the next offsets of the tables by then, reading begins at the group's offset, and seeks follow."""
+SETTLE_TIMEOUT_S = 30.0
 DATE_INTERVAL_S = 30.0
 """The time of an unread record that is not in the buffer is looked up this often: the buffer has it sooner or later."""
 TOPIC_CHECK_S = 60.0
@@ -60,16 +66,17 @@ TOPIC_CHECK_S = 60.0
 class StreamWorker:
     """Writes the records that Faust delivers, seeks back after a gap, and watches its own progress."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, topic_log: TopicLog, watermarks: Watermarks, probe: RecordProbe) -> None:
         self.settings = settings
         self.counters, times = StreamCounters(), StreamTimes()
+        self._topic_log = topic_log
         self._writer = TableWriter(settings, self.counters, times)
         self._progress = ProgressTracker()
         # One worker of the group runs maintenance: the one that owns the first partition.
-        first = SourcePartition(settings.kafka.traces_topic, 0)
+        first = topic_log.source(0)
         self.maintenance = MaintenanceThread(settings.tables, lambda: first in self._progress.sources())
-        self._watermarks = Watermarks(settings.kafka)
-        self._probe = RecordProbe(settings.kafka)
+        self._watermarks = watermarks
+        self._probe = probe
         stream = settings.stream
         self._buffer: RecordBuffer[EventT[bytes]] = RecordBuffer(
             stream.flush_records, COMMIT_BYTES, stream.flush_interval, BUFFER_BYTES
@@ -78,10 +85,12 @@ class StreamWorker:
         """Offset of the last seek after a gap."""
         self._topic_checked = self._dated = time.monotonic()
         self._broker_error: str | None = None
+        self._topic_missing = False
         self._unreachable_since: float | None = None
         self._joining_since: float | None = time.monotonic()
         self._last_watched = self._last_live = time.monotonic()
         self.app = create_app(settings)
+        self.app.read_starts = self._read_starts
         topic = self.app.topic(
             settings.kafka.traces_topic,
             key_type=bytes,
@@ -102,6 +111,7 @@ class StreamWorker:
         return StreamStatus(
             **{name: value for name, value in vars(self.counters).items() if name != "dead_letters"},
             dead_letters=dict(self.counters.dead_letters),
+            topic_log=self._topic_log.number,
             partitions=self._progress.statuses(),
             buffer_bytes=self._buffer.bytes,
             not_live=liveness_problems(health),
@@ -116,9 +126,9 @@ class StreamWorker:
 
     async def _read(self, stream: StreamT[bytes]) -> None:
         async for event in stream.noack().events():
-            source = SourcePartition(*event.message.tp)
+            source = self._source(event.message.tp)
             self._progress.add_buffered(source, event.message.offset, event.message.timestamp)
-            await self._buffer.put(event, _to_record(event).size)
+            await self._buffer.put(event, _to_record(event, source).size)
 
     async def _commit(self) -> None:
         try:
@@ -126,7 +136,7 @@ class StreamWorker:
                 events = await self._buffer.take_batch()
                 await self._write(events)
                 for event in events:
-                    self._progress.remove_buffered(SourcePartition(*event.message.tp), event.message.offset)
+                    self._progress.remove_buffered(self._source(event.message.tp), event.message.offset)
         except Exception as error:  # noqa: BLE001 - without this task nothing is written: end the process after any error
             await self.app.crash(error)
 
@@ -136,11 +146,16 @@ class StreamWorker:
         records: dict[SourcePartition, list[Record]] = {}
         for event in events:
             if event.message.tp in assigned:
-                records.setdefault(SourcePartition(*event.message.tp), []).append(_to_record(event))
+                source = self._source(event.message.tp)
+                records.setdefault(source, []).append(_to_record(event, source))
             else:
                 self.counters.records_deferred += 1
-        for source in set(self._progress.without_offset()) & records.keys():
-            await self._verify_offset(source)
+        # After the records were read: an id never returns, so they are of the log that had it when the worker started.
+        await self._verify_topic()
+        for source, delivered in records.items():
+            next_offset = self._progress.next_offset(source)
+            if next_offset is None or delivered[0].offset < next_offset:
+                await self._verify_offset(source, compare=True)
         holes = {
             source: await self._find_holes(source, [record.offset for record in delivered])
             for source, delivered in records.items()
@@ -149,7 +164,7 @@ class StreamWorker:
         for source, next_offset in result.next_offsets.items():
             self._progress.set_next_offset(source, next_offset)
         for event in events:
-            if event.message.offset < result.next_offsets.get(SourcePartition(*event.message.tp), 0):
+            if event.message.offset < result.next_offsets.get(self._source(event.message.tp), 0):
                 event.ack()
         for source in result.gaps:
             if self._seek_offsets.get(source) != result.next_offsets[source]:
@@ -173,49 +188,110 @@ class StreamWorker:
             found = await asyncio.to_thread(self._probe.find_record, source, offset)
             if found.time is not None:
                 self._progress.set_found(source, offset, found.time)
+            if found.offset > offset:
+                await self._verify_topic()
             if found.offset > offset and time.monotonic() > self._topic_checked + TOPIC_CHECK_S:
                 await asyncio.to_thread(topics.check, self.settings.kafka)
                 self._topic_checked = time.monotonic()
-        except (BrokerUnreachableError, TopicError) as error:
+        except (BrokerError, TopicError) as error:
             log.warning("probe_failed", partition=source.partition, why=str(error))
             return offset
         return found.offset
 
     async def _seek_back(self, source: SourcePartition, next_offset: int) -> None:
         """Move the consumer to the next offset of the tables."""
-        if TP(*source) not in self.app.consumer.assignment():
+        tp = _to_tp(source)
+        if tp not in self.app.consumer.assignment():
             return
         self._seek_offsets[source] = next_offset
         self._progress.record_seek(source)
         self.counters.seeks += 1
         log.warning("consumer_seeked_back", topic=source.topic, partition=source.partition, offset=next_offset)
         try:
-            await asyncio.wait_for(self.app.consumer.seek_wait({TP(*source): next_offset}), SEEK_TIMEOUT_S)
+            await asyncio.wait_for(self.app.consumer.seek_wait({tp: next_offset}), SEEK_TIMEOUT_S)
         except Exception as error:  # noqa: BLE001 - errors of Faust, aiokafka and asyncio: the watch seeks again, and the watchdog ends the process
             log.warning("seek_failed", partition=source.partition, why=repr(error))
 
-    async def _verify_offset(self, source: SourcePartition) -> int:
-        """Return the next offset, after recording the offsets that the broker has deleted before it.
+    async def _verify_topic(self) -> None:
+        """Return once the topic is known to have the log that the worker reads, or to be deleted without a successor.
 
         Raises:
-            ForeignLogError: the topic ends before the next offset.
+            TopicRecreatedError: the topic was deleted and created anew.
         """
+        while self._topic_log.topic_id is not None:
+            try:
+                described = await asyncio.to_thread(self._watermarks.describe, self._topic_log.topic)
+            except TopicMissingError:
+                return
+            except BrokerError:
+                await asyncio.sleep(TICK_S)  # the watch logs it
+            else:
+                self._topic_log.check_id(described.topic_id)
+                return
+
+    async def _verify_offset(self, source: SourcePartition, *, compare: bool = False) -> int:
+        """Return the next offset, after recording the offsets that the broker has deleted before it.
+
+        Args:
+            source: The partition.
+            compare: Also compare the last record of the tables with the one in the log. This is done whenever the next
+                offset was unknown.
+
+        Raises:
+            ForeignLogError: the log is not the one that the tables were filled from.
+        """
+        compare = compare or self._progress.next_offset(source) is None
         # The tables first: the log that is read afterwards is never older than their content.
         next_offset = await self._writer.next_offset(source)
+        last = await self._writer.last_record(source) if compare else None
         log_range = await self._read_watermarks(source)
+        await self._verify_topic()
+        if last is not None:
+            await self._compare_record(source, last, log_range)
         if find_lost_offsets(source, next_offset, log_range.start, log_range.end):
             next_offset = await self._writer.record_loss(source, log_range.start)
         self._progress.set_log(source, log_range)
         self._progress.set_next_offset(source, next_offset)
         return next_offset
 
+    async def _compare_record(self, source: SourcePartition, last: LastRecord, log_range: LogRange) -> None:
+        """Compare the last record of the tables with the one at its offset in the log.
+
+        Raises:
+            ForeignLogError: they differ.
+        """
+        while True:
+            try:
+                evidence = await asyncio.to_thread(topic_logs.compare, last, source, log_range, self._probe)
+            except BrokerError:
+                await asyncio.sleep(TICK_S)
+                log_range = await self._read_watermarks(source)
+                continue
+            if evidence is Evidence.OTHER:
+                raise ForeignLogError(
+                    f"{source.topic}/{source.partition}/{last.offset}: the broker has another record there than the "
+                    f"tables: {CUT_LOG}"
+                )
+            return
+
     async def _read_watermarks(self, source: SourcePartition) -> LogRange:
         """Return the range of the broker's log as soon as the broker answers."""
         while True:
             try:
                 return (await asyncio.to_thread(self._watermarks.read, [source]))[source]
-            except BrokerUnreachableError:
+            except BrokerError:
                 await asyncio.sleep(TICK_S)  # the watch logs it
+
+    async def _read_starts(self, assigned: set[TP]) -> dict[TP, int]:
+        """Return the next offsets of the tables, at which reading begins after an assignment."""
+
+        async def read() -> dict[TP, int]:
+            return {tp: await self._writer.next_offset(self._source(tp)) for tp in sorted(assigned)}
+
+        try:
+            return await asyncio.wait_for(read(), START_TIMEOUT_S)
+        except TimeoutError:
+            return {}
 
     async def _on_revoked(self, _app: AppT, _revoked: set[TP], **_: object) -> None:
         self._joining_since = time.monotonic()
@@ -223,7 +299,7 @@ class StreamWorker:
     async def _on_assigned(self, _app: AppT, assigned: set[TP], **_: object) -> None:
         """Drop cached offsets: another worker may have written since."""
         log.info("partitions_assigned", partitions=sorted(tp.partition for tp in assigned))
-        sources = [SourcePartition(*tp) for tp in assigned]
+        sources = [self._source(tp) for tp in assigned]
         self._seek_offsets.clear()
         self._progress.assign(sources)
         self._writer.reassign(sources)
@@ -241,7 +317,11 @@ class StreamWorker:
         Watchdog(lambda: self._last_live).start()
         recovery: asyncio.Task[None] | None = None
         while not self.app.should_stop:
-            await self._check_broker()
+            try:
+                await self._check_broker()
+            except ForeignLogError as error:
+                await self.app.crash(error)
+                return
             if recovery is None or recovery.done():
                 recovery = asyncio.create_task(self._recover())
             self._last_watched = time.monotonic()
@@ -250,15 +330,22 @@ class StreamWorker:
             await asyncio.sleep(TICK_S)
 
     async def _check_broker(self) -> None:
-        """Read how far the log reaches. While the broker is unreachable, no partition counts as stalled."""
-        sources = self._progress.sources() or [SourcePartition(self.settings.kafka.traces_topic, 0)]
+        """Read how far the log reaches. While the broker or the topic is missing, no partition counts as stalled.
+
+        Raises:
+            TopicRecreatedError: the topic was deleted and created anew.
+        """
+        sources = self._progress.sources() or [self._topic_log.source(0)]
         try:
+            described = await asyncio.to_thread(self._watermarks.describe, self._topic_log.topic)
+            self._topic_log.check_id(described.topic_id)
             watermarks = await asyncio.to_thread(self._watermarks.read, sources)
-        except BrokerUnreachableError as error:
-            if self._unreachable_since is None:
-                self._unreachable_since = time.monotonic()
-                log.warning("broker_unreachable", why=str(error))
-            self._broker_error = str(error)
+        except BrokerError as error:
+            missing = isinstance(error, TopicMissingError)
+            if self._unreachable_since is None or missing != self._topic_missing:
+                log.warning("topic_missing" if missing else "broker_unreachable", why=str(error))
+            self._unreachable_since = self._unreachable_since or time.monotonic()
+            self._broker_error, self._topic_missing = str(error), missing
         else:
             if self._unreachable_since is not None:
                 log.info("broker_reachable", after_s=round(time.monotonic() - self._unreachable_since))
@@ -295,6 +382,10 @@ class StreamWorker:
         else:
             await self._seek_back(source, next_offset)
 
+    def _source(self, tp: TP) -> SourcePartition:
+        """Return a partition of the broker under its name in the tables."""
+        return self._topic_log.source(tp.partition)
+
     def _health(self) -> HealthSnapshot:
         now, sources = time.monotonic(), self._progress.sources()
         return HealthSnapshot(
@@ -321,10 +412,14 @@ def run(settings: Settings) -> None:
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
     topics.create(settings.kafka)
     check_connection(settings.kafka)
-    DeltaLog(settings.tables).create()
+    tables = DeltaLog(settings.tables)
+    tables.create()
+    watermarks, probe = Watermarks(settings.kafka), RecordProbe(settings.kafka)
+    # Before the consumer starts: what it reads is of the log that the topic has now, or of a later one.
+    topic_log = _settle(settings.kafka.traces_topic, tables, watermarks, probe)
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
-    worker = StreamWorker(settings)
+    worker = StreamWorker(settings, topic_log, watermarks, probe)
     faust_worker = faust.Worker(worker.app, loop=loop, quiet=True, override_logging=False, redirect_stdouts=False)
     # The spinner would write to the terminal, and between the lines of a log file.
     faust_worker.spinner = None
@@ -343,6 +438,18 @@ def run(settings: Settings) -> None:
     _end_process(0)
 
 
+def _settle(topic: str, tables: DeltaLog, watermarks: Watermarks, probe: RecordProbe) -> TopicLog:
+    """Return the log that the topic has now. It takes a moment until all brokers know a topic that was just created."""
+    deadline = time.monotonic() + SETTLE_TIMEOUT_S
+    while True:
+        try:
+            return topic_logs.settle(topic, tables, watermarks, probe, time.time_ns() // 1000)
+        except BrokerError as error:
+            if time.monotonic() > deadline:
+                raise TopicError(str(error)) from error
+            time.sleep(TICK_S)
+
+
 def _end_process(code: int) -> NoReturn:
     """End without the interpreter: threads of clients fault in its end, and a signal would replace the exit code."""
     sys.stdout.flush()
@@ -350,11 +457,15 @@ def _end_process(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _to_record(event: EventT[bytes]) -> Record:
+def _to_tp(source: SourcePartition) -> TP:
+    return TP(source.broker_topic, source.partition)
+
+
+def _to_record(event: EventT[bytes], source: SourcePartition) -> Record:
     message = event.message
     return Record(
-        topic=message.topic,
-        partition=message.partition,
+        topic=source.topic,
+        partition=source.partition,
         offset=message.offset,
         time_us=round(message.timestamp * 1e6),
         key=message.key,

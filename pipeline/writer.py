@@ -27,6 +27,7 @@ from pipeline.offsets import (
     find_lost_offsets,
     select_records,
 )
+from pipeline.topic_logs import LastRecord, read_last_record
 from schemas.claim_store import ClaimStore, ClaimStoreError
 from schemas.settings import Settings
 from schemas.telemetry import spans
@@ -88,6 +89,10 @@ class TableWriter:
     async def next_offset(self, source: SourcePartition) -> int:
         """Return the next offset of a partition, as the tables have it."""
         return await self._retry(lambda: self._read_next_offset(source))
+
+    async def last_record(self, source: SourcePartition) -> LastRecord | None:
+        """Return the last record that the tables have of a partition; None if they no longer have it."""
+        return await self._retry(lambda: read_last_record(self._tables, source, self._committer.next_offset(source)))
 
     async def record_hole(self, source: SourcePartition, hole: range) -> int:
         """Record a hole at the next offset that no record follows yet. Return the next offset after it."""
@@ -268,7 +273,7 @@ def _build_spans(
         for first in range(0, len(of_source), MAX_LINKS):
             run = of_source[first : first + MAX_LINKS]
             yield Span(
-                name=f"process {source.topic}",
+                name=f"process {source.broker_topic}",
                 event="batch_committed",
                 context=context.child(),
                 start=start,
@@ -279,7 +284,7 @@ def _build_spans(
                     "messaging.system": "kafka",
                     "messaging.operation.name": "process",
                     "messaging.operation.type": "process",
-                    "messaging.destination.name": source.topic,
+                    "messaging.destination.name": source.broker_topic,
                     "messaging.destination.partition.id": str(source.partition),
                     "messaging.consumer.group.name": group_id,
                     "messaging.batch.message_count": len(run),

@@ -46,8 +46,9 @@ LINEAGE = [
 ]
 """Columns of every row: its Kafka record, its request, and the version that served it (the last one of the chunk).
 
-``time`` is the node's time. ``day`` is the UTC day of the Kafka record's timestamp, so a node's clock cannot move a row
-to another partition.
+``topic`` is the topic's name, with ``@2`` for its second log: after it was deleted and created anew, its offsets began
+again. ``time`` is the node's time. ``day`` is the UTC day of the Kafka record's timestamp, so a node's clock cannot
+move a row to another partition.
 """
 
 ACCEPTED = pa.schema(

@@ -212,6 +212,8 @@ class DriftStatus(_Status):
 class StreamStatus(_Status):
     """A stream worker and its partitions."""
 
+    topic_log: int = 1
+    """Number of the topic's log that is read: one more for each time the topic was created anew."""
     partitions: list[PartitionStatus]
     rows_written: int
     consumed_bytes: int

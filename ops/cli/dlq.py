@@ -140,7 +140,7 @@ def _build_table(letters: Sequence[DeadLetter], settings: Settings) -> Table:
         column.no_wrap = True
     for letter in letters:
         address = letter.address
-        is_trace = address.topic == settings.kafka.traces_topic
+        is_trace = address.topic == settings.kafka.traces_topic  # PARTITION/OFFSET names a record of the first log
         table.add_row(
             f"{address.partition}/{address.offset}" if is_trace else str(address),
             f"{letter.time:%Y-%m-%d %H:%M:%S}",

@@ -23,7 +23,7 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer
 from pipeline.broker import TopicError, client_config, connect
 from pipeline.dead_letters.reasons import DUPLICATE
 from pipeline.delta import DeltaLog, escape_sql
-from pipeline.offsets import HOLE, LOST_TO_RETENTION, SKIPPED
+from pipeline.offsets import HOLE, LOST_TO_RETENTION, SKIPPED, TOPIC_RECREATED
 from schemas.batches import REPLAYS
 from schemas.errors import UserError
 from schemas.settings import Kafka
@@ -36,6 +36,7 @@ _NEVER_READ = {
     LOST_TO_RETENTION: "lost to retention before they were read",
     SKIPPED: "skipped before they were read",
     HOLE: "offsets without a record",
+    TOPIC_RECREATED: "end of a log that was deleted",
 }
 BATCH_RECORDS = 64
 """Dead letters that are read and published together."""

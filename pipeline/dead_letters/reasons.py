@@ -96,6 +96,10 @@ REASONS = {
         "No consumer receives a record at these offsets: a transaction ended there, or was aborted.",
         "Do nothing: no record is missing.",
     ),
+    "topic_recreated": Reason(
+        "The topic was deleted and created anew. From this offset on, the tables have its records under another name.",
+        "Find who deleted the topic. Records of the old log that no worker had read are lost.",
+    ),
     "crash": Reason(
         "Workers ended again and again while they handled this record, so it was not read.",
         "Look for the cause in the ends of their logs and in their memory limit. Replay it after a fix.",

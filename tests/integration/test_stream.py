@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import urllib.request
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow.compute as pc
 import pytest
 import raw_batches
-from confluent_kafka import Consumer, KafkaException, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient  # type: ignore[attr-defined]  # re-exported without saying so
 from stream_worker import (
     Publisher,
@@ -31,10 +31,10 @@ from typer.testing import CliRunner
 
 from ops.cli.main import app
 from pipeline import topics
-from pipeline.batches import build
+from pipeline.batches import Record, build
 from pipeline.deduplication import DeduplicationWindow
 from pipeline.delta import DeltaLog
-from pipeline.offsets import HOLE, LOST_TO_RETENTION, NEVER_READ, SKIPPED
+from pipeline.offsets import HOLE, LOST_TO_RETENTION, NEVER_READ, SKIPPED, TOPIC_RECREATED
 from schemas.claim_store import ClaimStore
 from schemas.settings import Settings, Traces, to_environ
 from schemas.status import StreamStatus
@@ -68,14 +68,34 @@ class Stage:
     def status(self) -> StreamStatus:
         return StreamStatus.model_validate_json(self.get("/status"))
 
+    def delete_topic(self) -> None:
+        topic = self.settings.kafka.traces_topic
+        self.admin.delete_topics([topic])[topic].result(10)
+        assert wait_until(lambda: topic not in self.admin.list_topics(timeout=10).topics, 20)
+
+    def recreate_topic(self) -> list[Record]:
+        """Delete the topic, create it anew, and return the records that it had."""
+        self.delete_topic()
+        topics.create(self.settings.kafka)
+        old, self.publisher = self.publisher.ledger.records, Publisher(self.settings)
+        return old
+
+    def assert_equal_to_the_logs(self, old: list[Record]) -> None:
+        """Compare the tables with the records of two logs of the topic."""
+        name = f"{self.settings.kafka.traces_topic}@2"
+        new = [replace(record, topic=name) for record in self.publisher.ledger.records]
+        self.publisher.ledger.records = [*old, *new]
+        self.assert_equal_to_the_ledger()
+
     def assert_equal_to_the_ledger(self) -> None:
-        records = sorted(self.publisher.ledger.records, key=lambda r: (r.partition, r.offset))
+        records = sorted(self.publisher.ledger.records, key=lambda r: (r.topic, r.partition, r.offset))
         claimed, known = (
             ClaimStore(self.settings.traces).get,
             DeduplicationWindow(self.settings.stream.duplicate_window),
         )
         for name, rows in build(records, self.settings.stream.context_tokens, claimed, known).rows.items():
-            stored = self.tables.read(name).sort_by([("partition", "ascending"), ("offset", "ascending")])
+            order = [("topic", "ascending"), ("partition", "ascending"), ("offset", "ascending")]
+            stored = self.tables.read(name).sort_by(order)
             if name == "dead_letters":
                 stored = stored.filter(~pc.field("reason").isin(NEVER_READ))
             assert stored.equals(rows), name
@@ -135,7 +155,28 @@ def test_group_offset_ahead_of_the_tables_is_ignored(stage: Stage) -> None:
         assert stage.stored(40), stage.log.read_text()[-5_000:]
         stage.publisher.send_many(range(40, 60))
         assert stage.stored(60), stage.log.read_text()[-5_000:]
-        assert stage.status().seeks > 0
+    stage.assert_equal_to_the_ledger()
+
+
+def test_group_that_was_reset_does_not_make_a_worker_read_the_topic_again(stage: Stage) -> None:
+    stage.publisher.send_many(range(60))
+    with worker(stage.settings, stage.log):
+        assert stage.stored(60), stage.log.read_text()[-5_000:]
+    group = stage.settings.stream.group_id
+
+    def deleted() -> bool:
+        try:
+            stage.admin.delete_consumer_groups([group])[group].result(10)
+        except KafkaException as error:
+            return bool(error.args[0].code() == KafkaError.GROUP_ID_NOT_FOUND)
+        return True
+
+    assert wait_until(deleted, 40)
+    with worker(stage.settings, stage.log):
+        stage.publisher.send_many(range(60, 80))
+        assert stage.stored(80), stage.log.read_text()[-5_000:]
+        status = stage.status()
+    assert (status.records_skipped, status.records_deferred, status.seeks) == (0, 0, 0)
     stage.assert_equal_to_the_ledger()
 
 
@@ -313,16 +354,120 @@ def test_claim_checks_wait_for_their_store_and_become_dead_letters_without_their
     assert all(stage.tables.read("accepted")["features"].to_pylist())
 
 
-def test_worker_rejects_tables_that_were_filled_from_another_topic(stage: Stage) -> None:
+def test_topic_created_anew_while_no_worker_runs_is_read_from_its_start(stage: Stage) -> None:
+    stage.publisher.send_many(range(40))
+    with worker(stage.settings, stage.log):
+        assert stage.stored(40), stage.log.read_text()[-5_000:]
+    ends = [stage.end(partition) for partition in stage.partitions()]
+    old = stage.recreate_topic()
+    stage.publisher.send_many(range(100, 200))
+    assert all(stage.end(partition) > ends[partition] for partition in stage.partitions())
+    with worker(stage.settings, stage.log):
+        assert stage.stored(140), stage.log.read_text()[-5_000:]
+        assert stage.status().topic_log == 2
+        assert stage.status().records_lost == 0
+    with worker(stage.settings, stage.log):
+        stage.publisher.send_many(range(200, 210))
+        assert stage.stored(150), stage.log.read_text()[-5_000:]
+        assert stage.status().topic_log == 2
+    stage.assert_equal_to_the_logs(old)
+    assert stage.log.read_text().count("topic_recreated") == 1
+    topic = stage.settings.kafka.traces_topic
+    letters = stage.tables.read("dead_letters").sort_by("partition").to_pylist()
+    assert [(row["topic"], row["partition"], row["offset"], row["reason"]) for row in letters] == [
+        (topic, partition, ends[partition], TOPIC_RECREATED) for partition in stage.partitions()
+    ]
+    assert all(f"under {topic}@2" in row["detail"] for row in letters)
+
+
+def test_topic_created_anew_while_a_worker_runs_is_read_from_its_start(stage: Stage) -> None:
+    stage.publisher.send_many(range(40))
+    with worker(stage.settings, stage.log) as process:
+        assert stage.stored(40), stage.log.read_text()[-5_000:]
+        old = stage.recreate_topic()
+        stage.publisher.send_many(range(100, 200))
+        assert process.wait(60) == 1, stage.log.read_text()[-5_000:]
+    with worker(stage.settings, stage.log):
+        assert stage.stored(140), stage.log.read_text()[-5_000:]
+        assert stage.status().topic_log == 2
+    stage.assert_equal_to_the_logs(old)
+
+
+def test_deleted_topic_is_named_by_a_worker_that_lives_on(stage: Stage) -> None:
+    stage.publisher.send_many(range(10))
+    with worker(stage.settings, stage.log) as process:
+        assert stage.stored(10), stage.log.read_text()[-5_000:]
+        stage.delete_topic()
+        assert wait_until(lambda: "does not exist on the broker" in (stage.status().error or ""), 30), stage.status()
+        assert stage.status().not_live == []
+        assert any("does not exist" in problem for problem in stage.status().not_ready)
+        assert process.poll() is None
+    text = stage.log.read_text()
+    assert (text.count("topic_missing"), text.count("broker_unreachable")) == (1, 0)
+
+
+def test_copy_of_the_topic_under_another_id_is_continued_where_the_tables_end(stage: Stage) -> None:
+    stage.publisher.send_many(range(40))
+    with worker(stage.settings, stage.log):
+        assert stage.stored(40), stage.log.read_text()[-5_000:]
+    stage.recreate_topic()
+    stage.publisher.send_many(range(40))
+    stage.publisher.send_many(range(40, 60))
+    with worker(stage.settings, stage.log):
+        assert stage.stored(60), stage.log.read_text()[-5_000:]
+        assert (stage.status().topic_log, stage.status().records_skipped) == (1, 0)
+    assert stage.log.read_text().count("topic_id_changed") == 1
+    assert stage.tables.row_count("accepted") == 60
+    stored = stage.tables.read("accepted", ["topic", "request"])
+    assert sorted(stored["request"].to_pylist()) == sorted(f"request-{number}" for number in range(60))
+    assert set(stored["topic"].to_pylist()) == {stage.settings.kafka.traces_topic}
+
+
+BROKER_WITHOUT_TOPIC_IDS = """
+from pipeline import broker
+describe = broker.Watermarks.describe
+broker.Watermarks.describe = lambda *of: describe(*of)._replace(topic_id=None)
+"""
+
+
+def test_log_that_has_other_records_under_the_same_id_is_not_read_until_a_person_declares_it_new(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in to_environ(stage.settings).items():
+        monkeypatch.setenv(name, value)
+    stage.publisher.send_many(range(40))
+    with worker(stage.settings, stage.log, before=BROKER_WITHOUT_TOPIC_IDS):
+        assert stage.stored(40), stage.log.read_text()[-5_000:]
+    old = stage.recreate_topic()
+    stage.publisher.send_many(range(100, 200))
+    with worker(stage.settings, stage.log, before=BROKER_WITHOUT_TOPIC_IDS) as process:
+        assert process.wait(60) == 1, stage.log.read_text()[-5_000:]
+    assert "the broker has another record there than the tables" in stage.log.read_text()
+    assert "aurora stream new-log" in stage.log.read_text()
+    assert rows_of_records(stage.tables) == 40
+    declared = CliRunner().invoke(app, ["stream", "new-log", "--why", "a test"])
+    assert declared.exit_code == 0, declared.output
+    assert f"{stage.settings.kafka.traces_topic}@2" in declared.output
+    with worker(stage.settings, stage.log, before=BROKER_WITHOUT_TOPIC_IDS):
+        assert stage.stored(140), stage.log.read_text()[-5_000:]
+    stage.assert_equal_to_the_logs(old)
+
+
+def test_records_deleted_behind_the_next_offset_are_counted_as_lost_in_the_same_log(stage: Stage) -> None:
     stage.publisher.send_many(range(20))
     with worker(stage.settings, stage.log):
         assert stage.stored(20), stage.log.read_text()[-5_000:]
-    topic = stage.settings.kafka.traces_topic
-    stage.admin.delete_topics([topic])[topic].result(10)
-    assert wait_until(lambda: topic not in stage.admin.list_topics(timeout=10).topics, 20)
-    with worker(stage.settings, stage.log) as process:
-        assert process.wait(60) == 1
-    assert "the topic was created anew" in stage.log.read_text()
+    stored = [stage.end(partition) for partition in stage.partitions()]
+    stage.publisher.send_many(range(20, 60))
+    starts = [stored[partition] + 5 for partition in stage.partitions()]
+    cut = [TopicPartition(stage.settings.kafka.traces_topic, p, start) for p, start in enumerate(starts)]
+    for done in stage.admin.delete_records(cut).values():
+        done.result(10)
+    with worker(stage.settings, stage.log):
+        assert stage.stored(60 - 5 * len(starts)), stage.log.read_text()[-5_000:]
+        assert (stage.status().topic_log, stage.status().records_lost) == (1, 5 * len(starts))
+    lost = [(p, offset) for p in stage.partitions() for offset in range(stored[p], starts[p])]
+    assert offsets_never_read(stage.tables, LOST_TO_RETENTION) == lost
 
 
 def test_compaction_runs_beside_commits_and_fences_none(stage: Stage) -> None:

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from ops.cli.terminal import AsJson, Config, Set, echo, echo_json, echo_note, load_settings, user_errors
+from schemas.errors import UserError
 from schemas.settings import Settings
 from schemas.telemetry import logs
 
@@ -162,6 +163,13 @@ def learning(  # noqa: PLR0913, PLR0917 - one for each flag
         int | None,
         typer.Option(min=2, metavar="N", help="Serve and score N requests of 1,000 to 4,000 tokens, and end."),
     ] = None,
+    sampled: Annotated[
+        bool,
+        typer.Option(
+            "--sampled",
+            help="Record or replay requests at temperature 0.8 that are drafted with trees, in recorded order.",
+        ),
+    ] = False,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with curves and tables.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -170,13 +178,23 @@ def learning(  # noqa: PLR0913, PLR0917 - one for each flag
         from ops.bench.learning import recorded_traffic, study
 
         if record is not None:
-            recorded_traffic.record_traffic(settings, record, echo_note)
+            kind = recorded_traffic.SAMPLED if sampled else recorded_traffic.GREEDY
+            recorded_traffic.record_traffic(settings, record, echo_note, kind)
             return
         if long_requests is not None:
+            if sampled:
+                raise UserError("--long-requests: they are greedy; leave out --sampled")
             study.run_long_requests(settings, echo_note, long_requests).print(as_json=as_json)
             return
         result = study.run(
-            settings, echo_note, quick=quick, only=tuple(only or ()), seeds=seeds, tokens=tokens, processes=processes
+            settings,
+            echo_note,
+            quick=quick,
+            only=tuple(only or ()),
+            seeds=seeds,
+            tokens=tokens,
+            processes=processes,
+            sampled=sampled,
         )
         if html is not None:
             from ops.bench.learning.learning_page import render_learning_page

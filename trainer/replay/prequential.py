@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -138,7 +139,7 @@ class PrequentialRun:
         """Score the next samples of the stream, then train on them.
 
         Args:
-            batch: The samples; greedy ones if ``suffix`` is given.
+            batch: The samples.
             suffix: For each sample [R, K]: 1 where the suffix draft from a root is accepted to a depth, 0 where it is
                 not; None scores no suffix drafter.
         """
@@ -211,7 +212,9 @@ class PrequentialRun:
         chains = simulate_chains(draft, self._embeddings_VH, batch, self._lookahead, roots_BT & batch.known_BT)
         walks: list[list[ExpectedSteps]] = []
         for b, suffix_RK in enumerate(suffix):
-            eagle_RK = chains.reach_BTK[b][roots_BT[b]][: len(suffix_RK)].cpu().numpy()
+            reach_RK = chains.reach_BTK[b][roots_BT[b]][: len(suffix_RK)].cpu().numpy()
+            before_RK = np.pad(reach_RK, ((0, 0), (1, 0)), constant_values=1.0)[:, :-1]
+            eagle_RK = np.divide(reach_RK, before_RK, out=np.zeros_like(reach_RK), where=before_RK > 0)
             parts = [eagle_RK], [suffix_RK], [eagle_RK, suffix_RK]
             walks.append([expect_steps(merge_acceptance(drafts)) for drafts in parts])
         return DrafterScores(

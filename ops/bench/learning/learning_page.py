@@ -86,10 +86,10 @@ def _describe(comparison: VariantComparison) -> str:
 
 
 def _group_by_question(study: Study) -> dict[str, list[VariantRuns]]:
-    """Return the variants on the mixed stream by question, after the base if they are compared with it."""
+    """Return the variants in the order of the base by question, after the base if they are compared with it."""
     groups: dict[str, list[VariantRuns]] = {}
     for runs in study.runs:
-        if runs.order == "mixed" and runs.variant.name != "base":
+        if runs.order == study.base.order and runs.variant.name != "base":
             first = [study.base] if runs.variant.against == "base" else []
             groups.setdefault(runs.variant.question, first).append(runs)
     return groups
@@ -97,10 +97,13 @@ def _group_by_question(study: Study) -> dict[str, list[VariantRuns]]:
 
 def _headline(mixed: VariantRuns, ordered: VariantRuns | None) -> list[tuple[str, str]]:
     figures = [
-        (_tokens(median_reached(mixed.tokens_to(level))), f"tokens of mixed traffic to acceptance length {1 + level:g}")
+        (
+            _tokens(median_reached(mixed.tokens_to(level))),
+            f"tokens of {mixed.order} traffic to acceptance length {1 + level:g}",
+        )
         for level in LEVELS
     ]
-    figures.append((f"{1 + median(mixed.final):.2f}", "acceptance length at the end of the mixed stream"))
+    figures.append((f"{1 + median(mixed.final):.2f}", f"acceptance length at the end of the {mixed.order} stream"))
     if ordered:
         ratio = f"{median(ordered.over_static):.2f} : 1"
         figures.append((ratio, "tokens per verify step, over a draft that was frozen after the first domain"))

@@ -1,10 +1,10 @@
 """Recorded traffic of all domains, served with a speculator that learns from it, as in a running stack.
 
-Requests are greedy, so the outputs do not depend on the draft: one recording serves every order of the stream. Only the
-rejected branches depend on the draft, and they come from drafts of growing quality: the traffic is served in segments,
-the first one with the random draft of day 0. After each segment a learner trains on its samples once, with as many
-replayed ones, and its weights serve the next segment. Every segment holds equally many requests of each domain, so a
-longer recording begins with the whole of a shorter one.
+Requests are greedy and drafted with chains, or sampled and drafted with trees. Either way the outputs do not depend on
+the draft: one recording serves every order of the stream. Only the rejected branches depend on the draft, and they come
+from drafts of growing quality: the traffic is served in segments, the first one with the random draft of day 0. After
+each segment a learner trains on its samples once, with as many replayed ones, and its weights serve the next segment.
+Every segment holds equally many requests of each domain, so a longer recording begins with the whole of a shorter one.
 """
 
 from __future__ import annotations
@@ -37,9 +37,24 @@ MAX_TOKENS = 96
 """Longest recorded output."""
 SEGMENT_PER_DOMAIN = 15
 """Requests of each domain in a segment."""
-DRAFT_TOKENS = 8
-"""Of every verify step, so that branches of any lookahead up to it can be cut from the recording."""
 _NEW_PER_STEP = 4
+
+
+@dataclass(frozen=True, slots=True)
+class TrafficKind:
+    """How the requests of a recording are sampled and drafted."""
+
+    folder: str
+    temperature: float
+    depth: int
+    """Draft tokens in sequence of every verify step; branches of any lookahead up to it can be cut from the
+    recording."""
+    tree_width: int
+    """``serve.draft_tree_width``."""
+
+
+GREEDY = TrafficKind("learning", temperature=0.0, depth=8, tree_width=1)
+SAMPLED = TrafficKind("learning-sampled", temperature=prompts.SAMPLED, depth=4, tree_width=3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +88,12 @@ class RecordedTraffic:
         return sum(sample.committed for sample in self.requests)
 
 
-def traffic_folder(settings: Settings) -> Path:
+def traffic_folder(settings: Settings, kind: TrafficKind = GREEDY) -> Path:
     """Return the folder of the recording."""
-    return recording.recordings_folder(settings, "learning")
+    return recording.recordings_folder(settings, kind.folder)
 
 
-def plan_segments(settings: Settings, per_domain: int) -> list[list[Request]]:
+def plan_segments(settings: Settings, per_domain: int, kind: TrafficKind = GREEDY) -> list[list[Request]]:
     """Return the requests by segment, in the order in which they are sent."""
     tokenizer = prompts.load_tokenizer(Path(settings.target.path))
     by_domain = []
@@ -87,7 +102,8 @@ def plan_segments(settings: Settings, per_domain: int) -> list[list[Request]]:
         if per_domain > len(texts):
             raise UserError(f"--record {per_domain}: {domain} has {len(texts)} training prompts")
         texts_ids = prompts.tokenize(tokenizer, texts[:per_domain])
-        by_domain.append(prompts.training_requests(domain, texts_ids, per_domain, MAX_TOKENS))
+        requests = prompts.training_requests(domain, texts_ids, per_domain, MAX_TOKENS)
+        by_domain.append([replace(request, temperature=kind.temperature) for request in requests])
     return split_segments(by_domain)
 
 
@@ -101,10 +117,10 @@ def split_segments(by_domain: Sequence[Sequence[Request]]) -> list[list[Request]
     return segments
 
 
-def record_traffic(settings: Settings, per_domain: int, say: Say) -> None:
+def record_traffic(settings: Settings, per_domain: int, say: Say, kind: TrafficKind = GREEDY) -> None:
     """Record the traffic; requests that are recorded already are trained on, but not served again."""
     provide_target(settings.target, say)
-    folder, segments = traffic_folder(settings), plan_segments(settings, per_domain)
+    folder, segments = traffic_folder(settings, kind), plan_segments(settings, per_domain, kind)
     number = sum(map(len, segments))
     if not recording.find_missing(folder, [request for segment in segments for request in segment]):
         say(f"{number} requests are recorded in {folder} already")
@@ -113,21 +129,24 @@ def record_traffic(settings: Settings, per_domain: int, say: Say) -> None:
     drafting = {
         "speculate": True,
         "drafter": "eagle",
-        "num_speculative_tokens": DRAFT_TOKENS,
-        "draft_tree_width": 1,
+        "num_speculative_tokens": kind.depth,
+        "draft_tree_width": kind.tree_width,
         "adaptive_drafting": False,
     }
     with recording.recording_engine(settings, max(map(len, segments)), **drafting) as (engine, recorder):
-        for served in SegmentRecording(settings, engine, recorder, folder).run(segments):
+        for served in SegmentRecording(settings, engine, recorder, kind).run(segments):
             say(f"segment {served.segment + 1} of {len(segments)}: {served}")
 
 
 class SegmentRecording:
     """An engine, and the learner whose weights it gets after each segment."""
 
-    def __init__(self, settings: Settings, engine: BuiltinEngine, recorder: recording.Recorder, folder: Path) -> None:
+    def __init__(
+        self, settings: Settings, engine: BuiltinEngine, recorder: recording.Recorder, kind: TrafficKind = GREEDY
+    ) -> None:
         self._target = read_target(settings).to(select_device(settings.train.device, "train.device"))
-        self._engine, self._recorder, self._folder = engine, recorder, folder
+        self._engine, self._recorder, self._kind = engine, recorder, kind
+        self._folder = traffic_folder(settings, kind)
         self._train = settings.train
         self._learner = Learner(self._target.new_draft(), self._target.embeddings_VH, settings.train)
         generator = random.Random(settings.train.seed)  # noqa: S311
@@ -176,7 +195,9 @@ class SegmentRecording:
             "target": self._target.fingerprint,
             "line": self._target.line,
             "max_tokens": MAX_TOKENS,
-            "draft_tokens": DRAFT_TOKENS,
+            "draft_tokens": self._kind.depth,
+            "draft_tree_width": self._kind.tree_width,
+            "temperature": self._kind.temperature,
             "segments": [[request.id for request in segment] for segment in segments],
         }
         unfinished = self._folder / f"{INDEX}.part"
@@ -184,12 +205,13 @@ class SegmentRecording:
         unfinished.replace(self._folder / INDEX)
 
 
-def read_traffic(settings: Settings, tokens: int | None = None) -> RecordedTraffic:
+def read_traffic(settings: Settings, tokens: int | None = None, kind: TrafficKind = GREEDY) -> RecordedTraffic:
     """Read the recorded traffic in the order in which it was sent, up to so many tokens or all."""
-    folder, target = traffic_folder(settings), settings.target
+    folder, target = traffic_folder(settings, kind), settings.target
     fingerprint = target_fingerprint(Path(target.path), target.fingerprint_cache)
     if not (folder / INDEX).exists():
-        raise UserError(f"no traffic is recorded in {folder}; `aurora bench learning --record 200` records some")
+        command = "aurora bench learning --record 200" + (" --sampled" if kind is SAMPLED else "")
+        raise UserError(f"no traffic is recorded in {folder}; `{command}` records some")
     digest, requests, so_far = hashlib.sha256(fingerprint.encode()), [], 0
     for name in (name for segment in json.loads((folder / INDEX).read_text())["segments"] for name in segment):
         if tokens is not None and so_far >= tokens:

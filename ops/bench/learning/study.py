@@ -26,7 +26,7 @@ from ops.bench.learning.learning_figures import (
     ratio_to_static,
 )
 from ops.bench.learning.long_requests import LongRequestPlan, measure
-from ops.bench.learning.recorded_traffic import RecordedTraffic, read_traffic
+from ops.bench.learning.recorded_traffic import GREEDY, SAMPLED, RecordedTraffic, read_traffic
 from ops.bench.learning.trials import TrialResult, run_trials
 from ops.bench.learning.variants import QUICK_VARIANTS, LearningTrial, Order, Variant, select_variants
 from schemas.settings import Settings
@@ -124,10 +124,8 @@ class Study:
 
     @property
     def base(self) -> VariantRuns:
-        """The base on the mixed stream, which every plan contains."""
-        mixed = self.find("base", "mixed")
-        assert mixed is not None, "every plan contains the base"
-        return mixed
+        """The base on the mixed stream, or in recorded order: every plan begins with it."""
+        return self.runs[0]
 
     def compare(self, runs: VariantRuns) -> VariantComparison | None:
         """Compare a variant with the one that it names; None if that is the variant itself."""
@@ -138,6 +136,7 @@ class Study:
         """Report the figures of the base, and every variant beside them."""
         about = {
             "traffic": {
+                "order": self.base.order,
                 "requests": len(self.traffic.requests),
                 "tokens": self.traffic.tokens,
                 "answered": sum(request.output_tokens for request in self.traffic.requests),
@@ -147,7 +146,7 @@ class Study:
         }
         ordered = self.find("base", "ordered")
         others = filter(None, (self.day_0, self.long_requests))
-        figures = (*_mixed_figures(self.base), *(_ordered_figures(ordered) if ordered else ()), *others)
+        figures = (*_base_figures(self.base), *(_ordered_figures(ordered) if ordered else ()), *others)
         return self.session.report("Learning from traffic", about, figures)
 
 
@@ -160,21 +159,34 @@ def run(
     seeds: int = 3,
     tokens: int | None = None,
     processes: int = 1,
+    sampled: bool = False,
 ) -> Study:
-    """Run the trials without a result, and collect all."""
+    """Run the trials without a result, and collect all.
+
+    Args:
+        settings: Target, recordings, and everything that variants do not change.
+        say: Reports progress.
+        quick: Run fewer variants and seeds over less traffic.
+        only: Variants whose names begin with one of these; all if empty.
+        seeds: Trials of each variant.
+        tokens: Tokens of the recorded traffic to use; all if None.
+        processes: Number of parallel trials.
+        sampled: Use the sampled recording, in recorded order, and measure nothing else.
+    """
     session, is_whole = Session(settings.train.num_threads), not only
     if quick:
         tokens, seeds, only = tokens or QUICK_TOKENS, min(seeds, QUICK_SEEDS), only or QUICK_VARIANTS
-    wanted = [(variant, order) for variant in select_variants(only) for order in variant.orders]
+    orders: tuple[Order, ...] = ("recorded",) if sampled else ()
+    wanted = [(variant, order) for variant in select_variants(only) for order in orders or variant.orders]
     trials = [LearningTrial(variant, order, seed) for seed in range(seeds) for variant, order in wanted]
-    traffic, results = run_trials(settings, trials, tokens, processes, say)
+    traffic, results = run_trials(settings, trials, tokens, processes, say, SAMPLED if sampled else GREEDY)
     runs = (
         VariantRuns(variant, order, tuple(results[LearningTrial(variant, order, seed)] for seed in range(seeds)))
         for variant, order in wanted
     )
-    day_0 = None if quick else measure_day_0(settings, traffic, say)
+    day_0 = None if quick or sampled else measure_day_0(settings, traffic, say)
     plan = LongRequestPlan(QUICK_LONG_REQUESTS if quick else LONG_REQUESTS)
-    long_requests = measure(settings, traffic, plan, say) if is_whole else None
+    long_requests = measure(settings, traffic, plan, say) if is_whole and not sampled else None
     return Study(session, traffic, tuple(runs), day_0, long_requests)
 
 
@@ -185,18 +197,18 @@ def run_long_requests(settings: Settings, say: Say, requests: int) -> Report:
     return session.report("Long requests", {}, [figure])
 
 
-def _mixed_figures(mixed: VariantRuns) -> Iterator[Figure]:
+def _base_figures(base: VariantRuns) -> Iterator[Figure]:
     for level in LEVELS:
-        tokens = mixed.tokens_to(level)
+        tokens = base.tokens_to(level)
         answered = [
             None if reached is None else count_output_tokens(result.scores, reached)
-            for reached, result in zip(tokens, mixed.seeds, strict=True)
+            for reached, result in zip(tokens, base.seeds, strict=True)
         ]
         name = f"tokens_to_accepted_per_step_{level:.1f}".replace(".", "_")
         goal = Goal(GOAL_TOKENS, at_least=False) if level == 1 else None
         detail = {"seeds": tokens, "answered": median_reached(answered)}
         yield Figure(name, median_reached(tokens), "tokens", goal, detail=detail)
-    levels = [level_at(learning_curve(result.scores), GOAL_TOKENS) for result in mixed.seeds]
+    levels = [level_at(learning_curve(result.scores), GOAL_TOKENS) for result in base.seeds]
     known = [level for level in levels if level is not None]
     yield Figure(
         f"accepted_per_step_at_{GOAL_TOKENS // 1000}k_tokens",
@@ -204,7 +216,7 @@ def _mixed_figures(mixed: VariantRuns) -> Iterator[Figure]:
         goal=Goal(1.0, at_least=True),
         detail={"seeds": known} if known else {"why": "the stream is shorter"},
     )
-    yield Figure("final_accepted_per_step", median(mixed.final), detail={"seeds": _rounded(mixed.final)})
+    yield Figure("final_accepted_per_step", median(base.final), detail={"seeds": _rounded(base.final)})
 
 
 def _ordered_figures(ordered: VariantRuns) -> Iterator[Figure]:

@@ -15,13 +15,13 @@ from pydantic import BaseModel, ConfigDict
 
 from ops.bench import prompts
 from ops.bench.harness import Say
-from ops.bench.learning.recorded_traffic import RecordedTraffic, read_traffic
+from ops.bench.learning.recorded_traffic import GREEDY, RecordedTraffic, TrafficKind, read_traffic
 from ops.bench.learning.variants import LearningTrial, Order, trial_settings, variant_values
 from ops.replay.process_pool import run_in_processes
 from ops.replay.suffix_replay import NodeSuffixReplay
 from schemas.device import select_device
 from schemas.settings import Settings
-from trainer.data.samples import RequestSampling, Sample
+from trainer.data.samples import Sample
 from trainer.data.target import read_target
 from trainer.replay.learning_curve import final_accepted_per_step, mean_accepted_per_step
 from trainer.replay.past_requests import PastRequest, RequestService
@@ -54,8 +54,10 @@ def order_stream(traffic: RecordedTraffic, order: Order, seed: int) -> list[Samp
     """Return the requests in the order of the stream.
 
     A mixed stream is shuffled by the seed. An ordered one has one domain after the other, each shuffled in itself, and
-    the seed selects the first domain.
+    the seed selects the first domain. The recorded order is the same for every seed.
     """
+    if order == "recorded":
+        return list(traffic.requests)
     shuffled = random.Random(seed).sample(traffic.requests, len(traffic.requests))  # noqa: S311
     if order == "mixed":
         return shuffled
@@ -65,13 +67,14 @@ def order_stream(traffic: RecordedTraffic, order: Order, seed: int) -> list[Samp
 
 
 def as_past_request(sample: Sample, number: int) -> PastRequest:
-    """Return a greedy request of the stream, which begins when the one before it has ended."""
+    """Return a request of the stream, which begins when the one before it has ended."""
     assert sample.next_token is not None, "a recorded request holds its last token"
+    assert sample.sampling is not None, "a recorded request holds how it was sampled"
     began = datetime.fromtimestamp(number, UTC)
     return PastRequest(
         request=sample.request,
         label=sample.label,
-        sampling=RequestSampling(0.0, 1.0, 0),
+        sampling=sample.sampling,
         service=RequestService("bench", began, began),
         tokens_N=torch.cat([sample.tokens, torch.tensor([sample.next_token])]),
         features_NF=sample.features,
@@ -126,7 +129,12 @@ def result_file(settings: Settings, trial: LearningTrial, digest: str) -> Path:
 
 
 def run_trials(
-    settings: Settings, trials: Sequence[LearningTrial], tokens: int | None, processes: int, say: Say
+    settings: Settings,
+    trials: Sequence[LearningTrial],
+    tokens: int | None,
+    processes: int,
+    say: Say,
+    kind: TrafficKind = GREEDY,
 ) -> tuple[RecordedTraffic, dict[LearningTrial, TrialResult]]:
     """Run the trials without a result; return the traffic and all results.
 
@@ -136,8 +144,9 @@ def run_trials(
         tokens: Tokens of the recorded traffic to use; all if None.
         processes: Number of parallel trials.
         say: Called before the first trial and after each one.
+        kind: Which recording is read.
     """
-    traffic = read_traffic(settings, tokens)
+    traffic = read_traffic(settings, tokens, kind)
     files = {trial: result_file(settings, trial, traffic.digest) for trial in trials}
     # Variants with equal settings are run once.
     missing = list({file: trial for trial, file in files.items() if not file.exists()}.values())
@@ -146,7 +155,7 @@ def run_trials(
         f"{len(missing)} of {len(trials)} trials are new"
     )
     started = time.monotonic()
-    for number, (trial, result) in enumerate(_run_each(settings, missing, traffic, tokens, processes), start=1):
+    for number, (trial, result) in enumerate(_run_each(missing, traffic, processes, (settings, tokens, kind)), start=1):
         files[trial].parent.mkdir(parents=True, exist_ok=True)
         unfinished = files[trial].with_suffix(".part")
         unfinished.write_text(result.model_dump_json() + "\n")
@@ -160,16 +169,16 @@ def run_trials(
 
 
 def _run_each(
-    settings: Settings,
     trials: Sequence[LearningTrial],
     traffic: RecordedTraffic,
-    tokens: int | None,
     processes: int,
+    read: tuple[Settings, int | None, TrafficKind],
 ) -> Iterator[tuple[LearningTrial, TrialResult]]:
+    """Run the trials here or in processes, each of which reads the traffic by the arguments ``read``."""
     if processes == 1 or len(trials) < 2:
-        yield from ((trial, run_trial(settings, traffic, trial)) for trial in trials)
+        yield from ((trial, run_trial(read[0], traffic, trial)) for trial in trials)
         return
-    yield from run_in_processes(_TrialProcess.run, trials, processes, _TrialProcess.start, (settings, tokens))
+    yield from run_in_processes(_TrialProcess.run, trials, processes, _TrialProcess.start, read)
 
 
 class _TrialProcess:
@@ -179,8 +188,8 @@ class _TrialProcess:
     traffic: RecordedTraffic
 
     @classmethod
-    def start(cls, settings: Settings, tokens: int | None) -> None:
-        cls.settings, cls.traffic = settings, read_traffic(settings, tokens)
+    def start(cls, settings: Settings, tokens: int | None, kind: TrafficKind) -> None:
+        cls.settings, cls.traffic = settings, read_traffic(settings, tokens, kind)
 
     @classmethod
     def run(cls, trial: LearningTrial) -> TrialResult:

@@ -13,8 +13,9 @@ from schemas.errors import UserError
 from schemas.settings import Settings
 
 SettingValue = float | int | str
-Order = Literal["mixed", "ordered"]
-"""All domains mixed, or one domain after the other."""
+Order = Literal["mixed", "ordered", "recorded"]
+"""All domains mixed; one domain after the other; or as the requests were sent, so that the branches of a request come
+from a draft that had learned from the requests before it."""
 
 _RATE = 1.5e-3
 _REPLAY = 3

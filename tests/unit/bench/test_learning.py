@@ -87,12 +87,8 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     recorder = recording.Recorder()
     engine = BuiltinEngine(made, recorder)
     engine.start()
-    served = list(
-        recorded_traffic.SegmentRecording(made, engine, recorder, recorded_traffic.traffic_folder(made)).run(requests())
-    )
-    again = list(
-        recorded_traffic.SegmentRecording(made, engine, recorder, recorded_traffic.traffic_folder(made)).run(requests())
-    )
+    served = list(recorded_traffic.SegmentRecording(made, engine, recorder).run(requests()))
+    again = list(recorded_traffic.SegmentRecording(made, engine, recorder).run(requests()))
     engine.stop()
     assert [s.output_tokens for s in served] == [4 * PER_DOMAIN * 14]
     assert not again, "what is recorded is not served again"
@@ -147,6 +143,51 @@ def test_missing_traffic_names_the_flag_that_records_it(settings: Settings, tmp_
         recorded_traffic.read_traffic(elsewhere)
 
 
+@pytest.fixture(scope="module")
+def sampled(settings: Settings) -> RecordedTraffic:
+    """Recorded requests that were sampled and drafted with trees."""
+    kind = recorded_traffic.SAMPLED
+    drafting = {"num_speculative_tokens": kind.depth, "draft_tree_width": kind.tree_width}
+    segments = [[replace(one, temperature=kind.temperature, seed=3) for one in segment] for segment in requests()]
+    with recording.recording_engine(settings, 64, **drafting) as (engine, recorder):
+        list(recorded_traffic.SegmentRecording(settings, engine, recorder, kind).run(segments))
+    return recorded_traffic.read_traffic(settings, kind=kind)
+
+
+def test_a_sampled_recording_holds_sampled_requests_with_the_branches_of_trees(
+    recorded: RecordedTraffic, sampled: RecordedTraffic
+) -> None:
+    assert {one.sampling and one.sampling.temperature for one in recorded.requests} == {0.0}
+    assert {one.sampling and one.sampling.temperature for one in sampled.requests} == {prompts.SAMPLED}
+    assert sampled.digest != recorded.digest
+
+    def most_siblings(traffic: RecordedTraffic) -> int:
+        firsts: dict[tuple[str, int], set[int]] = {}
+        for one in traffic.requests:
+            for branch in one.branches:
+                firsts.setdefault((one.request, branch.root), set()).add(branch.tokens[0])
+        return max(map(len, firsts.values()))
+
+    assert most_siblings(recorded) == 1
+    assert most_siblings(sampled) > 1
+
+
+def test_sampled_requests_are_walked_by_their_probabilities(settings: Settings, sampled: RecordedTraffic) -> None:
+    made = variants.trial_settings(settings, LearningTrial(TINY, "recorded", 0))
+    target = read_target(made)
+    learning = PrequentialRun(target.new_draft(), target.embeddings_VH, made.train, seed=0, lookahead=3)
+    for _ in range(4):
+        learning.train(sampled.requests)
+    (one,) = whole = [replace(sampled.requests[0], branches=())]
+    walked = simulate_acceptance(learning.export_draft(), target.embeddings_VH, whole, 3)
+    assert walked.verify_steps % 1, "the number of verify steps is an expectation"
+    learning.train(whole, [NodeSuffixReplay(made).accept(trials.as_past_request(one, 0))])
+    scores = learning.state().scores[-1].drafters
+    assert scores is not None
+    assert scores.eagle.verify_steps == pytest.approx(walked.verify_steps)
+    assert scores.hybrid.verify_steps <= min(scores.eagle.verify_steps, scores.suffix.verify_steps)
+
+
 # Streams
 
 
@@ -164,6 +205,10 @@ def test_both_orders_hold_the_same_requests_and_the_seed_shuffles_them(recorded:
     ]
     assert len({tuple(stream) for stream in streams}) == 4
     assert len({tuple(sorted(stream)) for stream in streams}) == 1
+
+
+def test_the_recorded_order_is_that_of_the_recording_for_every_seed(recorded: RecordedTraffic) -> None:
+    assert order_stream(recorded, "recorded", 0) == order_stream(recorded, "recorded", 1) == [*recorded.requests]
 
 
 # Runs
@@ -408,6 +453,17 @@ def test_the_report_contains_the_figures_of_the_base_and_every_variant(small: st
         other["hybrid"]["mean"] - summary["variants"][0]["hybrid"]["mean"], abs=2e-4
     )
     assert other["seeds"] == 2
+
+
+def test_a_study_of_sampled_traffic_runs_every_variant_in_recorded_order(
+    settings: Settings, sampled: RecordedTraffic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(variants, "PLAN", (TINY, replace(TINY, name="lambda-0", question="weight")))
+    found = study.run(settings, lambda _line: None, seeds=1, sampled=True)
+    assert found.traffic.digest == sampled.digest
+    assert [(runs.variant.name, runs.order) for runs in found.runs] == [("base", "recorded"), ("lambda-0", "recorded")]
+    assert (found.day_0, found.long_requests) == (None, None)
+    assert "tokens of recorded traffic" in render_learning_page(found)
 
 
 def test_the_page_is_self_contained_and_contains_every_variant(small: study.Study) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from schemas.speculator.acceptance import MIN_TEMPERATURE
+from schemas.speculator.draft_context import LOOKAHEAD_TOKENS
 from schemas.suffix_corpus import SequenceHistory, likeliest_chain
 from schemas.trace.record import DraftSource
 
@@ -31,10 +32,6 @@ REJECTED_COLUMNS = (
     *("topic", "partition", "offset", "target", "line", "root_position", "branch", "accepted_prefix"),
     *("draft_logprobs", "top_k", "teacher_ids", "teacher_logprobs", "draft_sources"),
 )
-
-LOOKAHEAD_TOKENS = 17
-"""Tokens that a part of a request keeps after its own rows: the longest chain that is trained or scored, and the bonus
-token after it."""
 
 UNLABELLED = "(none)"
 """Name of the traffic without a label."""

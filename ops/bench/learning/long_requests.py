@@ -4,15 +4,20 @@ A long request is a conversation: recorded requests of one domain in a row, and 
 answers. The first half of the requests is served without a draft, and a draft learns from it and from the recorded
 traffic. The other half is served with that draft. Its traces travel in chunks of the size of a Kafka message, are
 joined and split as in the trainer, and are scored as held-out requests.
+
+Node and gate are compared from the same starts: for each verify step of the node, what the node accepted, and what the
+gate's simulation accepts from there. The walk of the gate, which finds its own starts, is reported beside it.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
 from typing import Any
+
+import numpy as np
 
 from ops.bench import recording
 from ops.bench.harness import Figure, Goal, Say
@@ -21,6 +26,7 @@ from ops.bench.learning.variants import PLAN, LearningTrial, trial_settings
 from ops.replay.trace_import import as_record
 from pipeline.batches import build
 from schemas.settings import Settings
+from schemas.speculator.checkpoint import round_weights
 from schemas.speculator.network import EagleDraft
 from schemas.trace.record import VerifyStep, encode
 from serving.engines.base import Request
@@ -29,11 +35,20 @@ from trainer.data.batch import collate
 from trainer.data.samples import Sample, join_samples, read_sample, split_sample
 from trainer.data.target import Target, read_target
 from trainer.loop.learner import Learner
-from trainer.objective.simulated_acceptance import SimulatedAcceptance, simulate_acceptance, sum_acceptance
+from trainer.objective.simulated_acceptance import (
+    SampleChains,
+    SimulatedAcceptance,
+    simulate_each,
+    sum_acceptance,
+    walk_requests,
+)
+from trainer.release.gate import estimate_gain
 
 NAME = "long_requests_live_off_gate"
 TOLERANCE = 0.02
 """Largest relative difference between the live score of a draft and the gate's."""
+_ERROR = 0.025
+"""Probability that the true difference is below its interval, and that it is above."""
 _NEW_PER_STEP = 4
 
 
@@ -113,37 +128,57 @@ def measure(settings: Settings, traffic: RecordedTraffic, plan: LongRequestPlan,
 
 
 def compare(settings: Settings, target: Target, draft: EagleDraft, served: Sequence[ServedRequest]) -> Figure:
-    """Return the relative difference between the live and the simulated accepted tokens per step."""
+    """Return the relative difference between the live and the simulated accepted tokens of the same verify steps."""
     lookahead = settings.serve.num_speculative_tokens
-    live = sum_acceptance(count_accepted(one, lookahead) for one in served)
-    parts = [part for one in served for part in _split(settings, one.sample)]
-    gate = simulate_acceptance(draft, target.embeddings_VH, parts, lookahead)
+    parts = [_split(settings, one.sample) for one in served]
+    simulated = iter(simulate_each(draft, target.embeddings_VH, [part for own in parts for part in own], lookahead))
+    chains = [[next(simulated) for _ in own] for own in parts]
+    counted = [find_whole_steps(one, lookahead) for one in served]
+    lives = [SimulatedAcceptance(sum(accepted.values()), len(accepted)) for accepted in counted]
+    gates = [_sum_at(own, accepted) for own, accepted in zip(chains, counted, strict=True)]
+    live, gate = sum_acceptance(lives), sum_acceptance(gates)
+    walk = sum_acceptance(
+        walked for own, found in zip(parts, chains, strict=True) for walked in walk_requests(own, found)
+    )
     detail: dict[str, Any] = {
         "live_accepted_per_step": round(live.accepted_per_step, 4),
         "gate_accepted_per_step": round(gate.accepted_per_step, 4),
         "verify_steps": live.verify_steps,
-        "gate_verify_steps": round(gate.verify_steps, 1),
+        "walk_accepted_per_step": round(walk.accepted_per_step, 4),
+        "walk_verify_steps": round(walk.verify_steps, 1),
         "tokens": [min(one.sample.committed for one in served), max(one.sample.committed for one in served)],
         "chunks": [min(one.chunks for one in served), max(one.chunks for one in served)],
     }
     if not gate.tokens:
         return Figure(NAME, None, detail={**detail, "why": "the gate's simulation accepts no token"})
+    has_steps_P = np.array([own.verify_steps > 0 for own in lives])
+    if bounds := estimate_gain(np.array(lives)[has_steps_P], np.array(gates)[has_steps_P], _ERROR):
+        detail["live_off_gate_95"] = [round(bound / gate.accepted_per_step, 4) for bound in (bounds.low, bounds.high)]
     difference = abs(live.accepted_per_step / gate.accepted_per_step - 1)
     return Figure(NAME, difference, goal=Goal(TOLERANCE, at_least=False), detail=detail)
 
 
-def count_accepted(served: ServedRequest, lookahead: int) -> SimulatedAcceptance:
-    """Count the accepted tokens of the verify steps that drafted as many tokens as the request had room for.
+def find_whole_steps(served: ServedRequest, lookahead: int) -> dict[int, int]:
+    """Return the accepted tokens, by position of the root, of the steps that drafted as far as the request had room.
 
     The others began before the draft had read the prompt.
     """
     last = served.sample.committed - 1
-    whole = [
-        len(step.accepted)
+    return {
+        step.position: len(step.accepted)
         for step in served.verify_steps
         if step.verify_step and len(step.draft_tokens) >= min(lookahead, last - 1 - step.position)
-    ]
-    return SimulatedAcceptance(sum(whole), len(whole))
+    }
+
+
+def _sum_at(chains: Sequence[SampleChains], positions: Collection[int]) -> SimulatedAcceptance:
+    """Return the accepted tokens of the chains of a request from these roots, each of which is a verify step."""
+    accepted = {
+        int(position): float(tokens)
+        for part in chains
+        for position, tokens in zip(part.position_R, part.accepted_R, strict=True)
+    }
+    return SimulatedAcceptance(sum(accepted[position] for position in positions), len(positions))
 
 
 def serve_requests(
@@ -184,7 +219,7 @@ def _split(settings: Settings, sample: Sample) -> list[Sample]:
 
 
 def _train(settings: Settings, target: Target, samples: Sequence[Sample], epochs: int) -> EagleDraft:
-    """Return the draft of day 0 after so many passes over the samples."""
+    """Return the version that the draft of day 0 becomes after so many passes over the samples."""
     learner = Learner(target.new_draft(), target.embeddings_VH, settings.train)
     parts = [part for sample in samples for part in _split(settings, sample)]
     order = random.Random(0)  # noqa: S311
@@ -192,4 +227,4 @@ def _train(settings: Settings, target: Target, samples: Sequence[Sample], epochs
         order.shuffle(parts)
         for start in range(0, len(parts), _NEW_PER_STEP):
             learner.step(collate(parts[start : start + _NEW_PER_STEP]))
-    return learner.export_draft()
+    return round_weights(learner.export_draft())

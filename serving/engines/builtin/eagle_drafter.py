@@ -1,6 +1,8 @@
 """The EAGLE-3 drafter: a draft network with its own KV cache.
 
 Row t of the draft pairs the target's features after token t with the embedding of token t + 1, at rotary position t.
+It reads as much of a long prompt as it was trained to attend to (``schemas.speculator.draft_context``); its positions
+begin with the first row that it reads, which changes nothing because rotary attention depends on their differences.
 Committed rows are computed once, from the target's features, and stay in the cache. The rows of draft tokens follow
 them in the same slot, computed from the draft's own hidden states; the next verify step overwrites them.
 
@@ -187,7 +189,7 @@ class EagleDrafter:
     def _consume_committed(self, sequences: list[Sequence]) -> Tensor:
         """Run the rows the draft has not seen; return the hidden states [B, H] after each sequence's last one."""
         network = self._network
-        counts = {seq: len(seq.tokens) - 1 - seq.num_draft_cached_tokens for seq in sequences}
+        counts = {seq: len(seq.tokens) - 1 - seq.num_draft_seen_tokens for seq in sequences}
         tokens_T, hidden_TH, batch = self._take_committed(counts)
         if self._graphs:
             return self._run_forward(tokens_T, hidden_TH, batch)[batch.last_rows]
@@ -202,10 +204,10 @@ class EagleDrafter:
         """Return tokens, hidden states [T, H] and places of so many rows of each sequence, and mark them as seen."""
         tokens, features, segments = [], [], []
         for seq, count in counts.items():
-            seen = seq.num_draft_cached_tokens
+            seen = seq.num_draft_seen_tokens
             tokens += seq.tokens[seen + 1 : seen + 1 + count]
             features += seq.take_features(count)
-            segments.append(Segment(seq.slot, seen, count))
+            segments.append(Segment(seq.slot, seq.num_draft_cached_tokens, count))
             seq.num_draft_cached_tokens += count
         tokens_T = torch.tensor(tokens, device=self._device)
         return tokens_T, self._network.fuse(torch.cat(features)), RaggedBatch(segments, self._device)

@@ -20,6 +20,7 @@ from schemas.device import select_device
 from schemas.settings import Settings, SettingsError
 from schemas.speculator.checkpoint import CheckpointError
 from schemas.speculator.day_0_draft import SpeculatorLine, read_config, read_line
+from schemas.speculator.draft_context import count_skipped
 from schemas.speculator.network import EagleDraft
 from schemas.trace.record import DraftSource
 from serving.answers.scoped_corpus import ScopedCorpus
@@ -70,6 +71,7 @@ class BuiltinEngine:
         self.target, self.line, self.weight_dtype = line.target, line.name, self._target.weight_dtype
         self.vocabulary, self.eos_ids = self._target.shape.vocab_size, self._target.eos_ids
         self.max_tokens = serve.max_model_len
+        self._context_tokens = settings.train.context_tokens
         scope = "request" if serve.drafter == "eagle" else serve.suffix_scope
         self.corpus = ScopedCorpus(scope, serve.suffix_corpus_bytes, settings.kafka.retention)
         speculator = None if serve.drafter == "suffix" else _create_speculator(settings, line, self._target)
@@ -152,6 +154,7 @@ class BuiltinEngine:
             grammar=grammar,
             keeps_features=self._drafter.speculator is not None,
             root=self.prefix_cache.choose_root(request),
+            num_draft_skipped_tokens=count_skipped(len(request.prompt), self._context_tokens),
         )
         with self._mail:
             self._check_open()

@@ -150,7 +150,7 @@ class HybridDrafter:
                     min_chance=min_chance,
                 )
             # A verify step commits the root and at most a path of so many nodes.
-            catch_up = max(seq.num_cached_tokens - seq.num_draft_cached_tokens - self._max_nodes - 1, 0)
+            catch_up = max(seq.num_cached_tokens - seq.num_draft_seen_tokens - self._max_nodes - 1, 0)
             outlook = SequenceOutlook(seq.is_greedy, [node.chance for node in tree.nodes], catch_up)
             proposals.append(_Proposal(seq, outlook, tree))
         return proposals

@@ -54,8 +54,10 @@ class Sequence:
     """One of ``processors``, if the output must match a grammar."""
     num_cached_tokens: int = 0
     """Tokens committed to the target's KV cache."""
+    num_draft_skipped_tokens: int = 0
+    """Tokens at the beginning of the prompt that the speculator does not read."""
     num_draft_cached_tokens: int = 0
-    """Tokens in the speculator's KV cache."""
+    """Tokens in the speculator's KV cache, from the first that it reads on."""
     history: SequenceHistory = field(default_factory=SequenceHistory)
     """Where the sequence repeats itself."""
     unseen_features: list[Tensor] = field(default_factory=list)
@@ -125,6 +127,11 @@ class Sequence:
         return self.max_len - len(self.tokens)
 
     @property
+    def num_draft_seen_tokens(self) -> int:
+        """Tokens that the speculator has read or skips."""
+        return self.num_draft_skipped_tokens + self.num_draft_cached_tokens
+
+    @property
     def stats(self) -> RequestStats:
         """How the request was decoded so far."""
         return RequestStats(
@@ -189,15 +196,19 @@ class Sequence:
         self.draft_tokens += draft_tokens
         self.accepted_tokens += len(accepted)
         self.suffix_accepted_tokens += sum(source == DraftSource.SUFFIX for source in accepted)
+        self._keep_features(features_TF)
         self.num_cached_tokens += len(features_TF)
         self.tokens += output
-        if self.request.speculate and self.keeps_features:
-            self.unseen_features.append(features_TF)
 
     def extend_prefix(self, features_TF: Tensor) -> None:
         """Advance by prompt tokens from the prefix cache, with their features."""
+        self._keep_features(features_TF.float())
         self.num_prefix_tokens += len(features_TF)
         self.num_cached_tokens += len(features_TF)
         self.num_shared_tokens = self.num_cached_tokens
-        if self.request.speculate and self.keeps_features:
-            self.unseen_features.append(features_TF.float())
+
+    def _keep_features(self, features_TF: Tensor) -> None:
+        """Keep the features of the next tokens as far as the speculator reads them."""
+        read_TF = features_TF[max(self.num_draft_skipped_tokens - self.num_cached_tokens, 0) :]
+        if self.request.speculate and self.keeps_features and len(read_TF):
+            self.unseen_features.append(read_TF)

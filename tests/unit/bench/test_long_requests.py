@@ -17,6 +17,7 @@ from ops.bench.learning.recorded_traffic import RecordedTraffic
 from schemas.settings import Settings, load
 from schemas.speculator.network import EagleDraft
 from serving.engines.builtin import packed_draft
+from serving.planner.planner import Planner
 from trainer.data.batch import collate
 from trainer.data.samples import Sample, Teacher
 from trainer.data.target import read_target
@@ -109,8 +110,32 @@ def test_the_gate_counts_the_verify_steps_of_the_node(
 ) -> None:
     figure = long_requests.compare(settings, read_target(settings), draft, served)
     assert figure.value == 0
-    assert figure.detail["verify_steps"] == figure.detail["gate_verify_steps"] > len(served)
-    assert figure.detail["live_accepted_per_step"] > 0
+    assert figure.detail["verify_steps"] == figure.detail["walk_verify_steps"] > len(served)
+    assert figure.detail["live_accepted_per_step"] == figure.detail["walk_accepted_per_step"] > 0
+    assert figure.detail["live_off_gate_95"] == [0, 0]
+
+
+def test_steps_before_the_draft_has_read_the_prompt_count_on_neither_side(
+    settings: Settings, traffic: RecordedTraffic, draft: EagleDraft, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed_draft, "fastest_dtype", lambda _device: "float32")
+    monkeypatch.setattr(Planner, "_limit_catch_up", lambda _self: 16)
+    read_slowly = list(serve_requests(settings, plan_requests(traffic, PLAN), draft))
+    figure = long_requests.compare(settings, read_target(settings), draft, read_slowly)
+    assert figure.value == 0
+    assert 0 < figure.detail["verify_steps"] < figure.detail["walk_verify_steps"]
+
+
+def test_the_node_attends_to_as_much_of_a_prompt_as_the_gate(
+    settings: Settings, traffic: RecordedTraffic, draft: EagleDraft, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed_draft, "fastest_dtype", lambda _device: "float32")
+    limits = {"context_tokens": 10, "max_sample_tokens": 64}
+    near = settings.model_copy(update={"train": settings.train.model_copy(update=limits)})
+    served = list(serve_requests(near, plan_requests(traffic, PLAN), draft))
+    target = read_target(near)
+    assert long_requests.compare(near, target, draft, served).value == 0
+    assert long_requests.compare(settings, target, draft, served).value, "the rows before these make a difference"
 
 
 def test_the_benchmark_serves_half_of_the_requests_with_what_it_learned_from_the_others(

@@ -56,8 +56,8 @@ def make_features(draft: EagleDraft, rows: int, seed: int) -> Tensor:
 class PlainSequence:
     """One sequence through the network, row by row, with all keys and values in plain lists."""
 
-    def __init__(self, draft: EagleDraft) -> None:
-        self._draft = draft
+    def __init__(self, draft: EagleDraft, skipped: int = 0) -> None:
+        self._draft, self._skipped = draft, skipped
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
 
@@ -65,7 +65,8 @@ class PlainSequence:
         """Return the hidden state and the log-probabilities [D] after a row; rows from ``position`` on are replaced."""
         hidden = hidden_H.view(1, 1, -1)
         q, k, v = self._draft.project(EMBEDDINGS_VH[token].view(1, 1, -1), hidden, torch.tensor([[position]]))
-        self._keys[position:], self._values[position:] = [k], [v]
+        row = position - self._skipped
+        self._keys[row:], self._values[row:] = [k], [v]
         sharing = q.shape[1] // k.shape[1]
         keys, values = (torch.cat(x, dim=2).repeat_interleave(sharing, 1) for x in (self._keys, self._values))
         hidden = self._draft.finish(hidden, F.scaled_dot_product_attention(q, keys, values))
@@ -73,7 +74,7 @@ class PlainSequence:
 
     def read(self, tokens: Sequence[int], features_TF: Tensor) -> tuple[Tensor, Tensor]:
         """Run committed rows; return what ``step`` returns after the last one."""
-        for row, features_F in enumerate(features_TF):
+        for row, features_F in list(enumerate(features_TF))[self._skipped :]:
             result = self.step(tokens[row + 1], self._draft.fuse(features_F.view(1, 1, -1)).flatten(), row)
         return result
 
@@ -114,7 +115,7 @@ def check_siblings(tree: DraftTree, width: int, sibling_threshold: float) -> Non
     slots=st.permutations(range(SLOTS)),
     width=st.integers(1, 3),
     depth=st.integers(1, 4),
-    reads=st.tuples(st.lists(st.integers(1, 60), max_size=4), st.integers(1, 3)),
+    reads=st.tuples(st.lists(st.integers(1, 60), max_size=4), st.integers(1, 3), st.sampled_from([0, 2, 19])),
     sibling_threshold=st.sampled_from([0.0, 0.02, math.inf]),
 )
 @torch.inference_mode()
@@ -125,10 +126,10 @@ def test_drafted_trees_have_the_networks_probabilities(
     slots: list[int],
     width: int,
     depth: int,
-    reads: tuple[list[int], int],
+    reads: tuple[list[int], int, int],
     sibling_threshold: float,
 ) -> None:
-    pieces, catch_up = reads
+    pieces, catch_up, skipped = reads
     draft, budget = DRAFTS[variant], DraftBudget(depth, sibling_threshold=sibling_threshold)
     drafter = EagleDrafter(
         draft, "1", EMBEDDINGS_VH, SLOTS, POSITIONS, width=width, depth=depth, weight_dtype="float32"
@@ -140,9 +141,12 @@ def test_drafted_trees_have_the_networks_probabilities(
         synthetic_sequence(row[: length + 1], features_TF[:length], slot=slot, room=catch_up + depth + 1)
         for row, length, features_TF, slot in zip(tokens.tolist(), lengths, features, slots, strict=False)
     ]
+    for sequence in sequences:
+        sequence.num_draft_skipped_tokens = min(skipped, len(sequence.tokens) - 2)
+        sequence.take_features(sequence.num_draft_skipped_tokens)
     for count in pieces:
         for sequence in sequences:
-            if count < len(sequence.tokens) - 1 - sequence.num_draft_cached_tokens:
+            if count < len(sequence.tokens) - 1 - sequence.num_draft_seen_tokens:
                 drafter.read(sequence, count)
     drafter.draft(sequences, budget, ACCEPTANCE)
     for sequence, row, features_TF in zip(sequences, tokens.tolist(), features, strict=True):
@@ -153,7 +157,8 @@ def test_drafted_trees_have_the_networks_probabilities(
     for tree, sequence, features_TF in zip(trees, sequences, features, strict=True):
         assert max(node.depth for node in tree.nodes) == depth
         check_siblings(tree, width, sibling_threshold)
-        PlainSequence(draft).check(tree, sequence.tokens, features_TF, 1e-3)
+        plain = PlainSequence(draft, sequence.num_draft_skipped_tokens)
+        plain.check(tree, sequence.tokens, features_TF, 1e-3)
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,11 @@ from recorded import LINE, TARGET, WIDTH, conversation, record_of, tables_of
 from torch import Tensor
 
 from schemas.settings import Train
+from schemas.speculator.draft_context import LOOKAHEAD_TOKENS, count_skipped
 from schemas.speculator.network import DraftShape, EagleDraft, Projected, random_draft
 from schemas.trace.record import VerifyStep
 from trainer.data.batch import collate
-from trainer.data.samples import LOOKAHEAD_TOKENS, Sample, join_samples, split_sample
+from trainer.data.samples import Sample, Teacher, join_samples, split_sample
 from trainer.data.table_reader import VERSIONS_PER_READ, TableReader
 from trainer.objective.losses import ttt_loss
 from trainer.objective.simulated_acceptance import SimulatedAcceptance, simulate_acceptance
@@ -117,6 +118,15 @@ def test_every_row_belongs_to_one_sample_with_at_most_the_context_before_it(max_
     again = [piece for part in parts for piece in split_sample(part, max_tokens, context)]
     assert [(p.position, p.own_rows, len(p)) for p in again] == [(p.position, p.own_rows, len(p)) for p in parts]
     assert sum(len(part.branches) for part in parts) == len(ANSWERED) - 1
+
+
+@given(prompt=st.integers(1, 3000), context=st.integers(0, 1200))
+def test_a_node_skips_the_tokens_that_the_first_sample_of_a_request_does_not_hold(prompt: int, context: int) -> None:
+    tokens = torch.zeros(prompt + 3, dtype=torch.int64)
+    known = torch.arange(prompt + 3) >= prompt - 1
+    teacher = Teacher(torch.zeros(4, 1, dtype=torch.int64), torch.zeros(4, 1))
+    first, *_ = split_sample(Sample("r", tokens, None, torch.zeros(prompt + 3, 0), known, teacher), 512, context)
+    assert count_skipped(prompt, context) == first.position
 
 
 def test_a_long_request_is_trained_at_the_positions_at_which_it_was_served(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,9 +16,12 @@ vocabulary.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
+from schemas.speculator.draft_context import count_skipped
 from schemas.speculator.network import EagleDraft
 from trainer.objective.sampled_acceptance import coupled_acceptance, read_choice_probs
 from trainer.objective.simulated_acceptance import F64
@@ -30,12 +33,25 @@ ROOTS_PER_UNROLL = 512
 
 
 @torch.inference_mode()
-def acceptance_probabilities(draft: EagleDraft, embeddings_VH: Tensor, past: PastRequest, longest: int) -> F64:
+def acceptance_probabilities(
+    draft: EagleDraft, embeddings_VH: Tensor, past: PastRequest, longest: int, context_tokens: int | None = None
+) -> F64:
     """Return [R, K]: the probability that the draft's token at each depth is accepted, given the ones before it.
 
     Row i is the root at ``past.prompt + i``; the last token of the request is no root. Values past the end are 0. Each
     request is computed alone, so that its figures do not depend on other requests.
+
+    Args:
+        draft: The draft.
+        embeddings_VH: The target's token embeddings.
+        past: The request.
+        longest: K.
+        context_tokens: ``train.context_tokens``, to which nodes limit what the draft reads of a prompt; None for all.
     """
+    skipped = 0 if context_tokens is None else count_skipped(past.prompt, context_tokens)
+    past = replace(
+        past, tokens_N=past.tokens_N[skipped:], features_NF=past.features_NF[skipped:], prompt=past.prompt - skipped
+    )
     roots = torch.arange(past.prompt, len(past.tokens_N) - 1)
     found = torch.zeros(len(roots), longest, dtype=torch.float64)
     for start in range(0, len(roots), ROOTS_PER_UNROLL):

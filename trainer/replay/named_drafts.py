@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from schemas.errors import UserError
@@ -24,6 +24,8 @@ class NamedDraft:
     version: str
     """Number in the registry, version of day 0, or folder."""
     draft: EagleDraft
+    context_tokens: int | None = None
+    """``train.context_tokens`` of the nodes; None for all of a prompt."""
 
     @property
     def short(self) -> str:
@@ -40,7 +42,8 @@ def load_drafts(settings: Settings, target: Target, names: Sequence[str]) -> lis
     Raises:
         UserError: an unknown version, alias or folder, a draft of another line, or an unreachable registry.
     """
-    return [_load(settings, target, name) for name in names]
+    limit = settings.train.context_tokens
+    return [replace(_load(settings, target, name), context_tokens=limit) for name in names]
 
 
 def _load(settings: Settings, target: Target, name: str) -> NamedDraft:

@@ -248,7 +248,7 @@ def _accept_version(version: NamedDraft, embeddings_VH: Tensor, one: PastRequest
     recorded, width = one.features_NF.shape[1], version.draft.shape.feature_width
     if width != recorded:
         raise UserError(f"{version}: feature width is {width}, recorded were {recorded} values")
-    return acceptance_probabilities(version.draft, embeddings_VH, one, lookahead)
+    return acceptance_probabilities(version.draft, embeddings_VH, one, lookahead, version.context_tokens)
 
 
 def merge_acceptance(parts: Sequence[F64]) -> F64:

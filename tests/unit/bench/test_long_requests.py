@@ -119,7 +119,7 @@ def test_steps_before_the_draft_has_read_the_prompt_count_on_neither_side(
     settings: Settings, traffic: RecordedTraffic, draft: EagleDraft, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packed_draft, "fastest_dtype", lambda _device: "float32")
-    monkeypatch.setattr(Planner, "_limit_catch_up", lambda _self: 16)
+    monkeypatch.setattr(Planner, "_limit_catch_up", lambda _self: 100)
     read_slowly = list(serve_requests(settings, plan_requests(traffic, PLAN), draft))
     figure = long_requests.compare(settings, read_target(settings), draft, read_slowly)
     assert figure.value == 0

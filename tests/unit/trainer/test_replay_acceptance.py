@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as of_numpy
 
 from schemas.speculator.acceptance import sampling_probs
+from schemas.speculator.draft_context import count_skipped
 from schemas.speculator.network import DraftShape, random_draft
 from trainer.data.batch import collate
 from trainer.data.samples import RequestSampling, Sample, Teacher
@@ -122,6 +123,20 @@ def test_greedy_replay_equals_the_score_of_the_gate_and_over_all_positions_that_
     answer = replace(sample, known=torch.arange(39) >= 4, teacher=one.teacher[1:])
     positions = simulate_positions(draft, EMBEDDINGS, collate([answer]), LONGEST)
     assert (found.all_positions_accepted, found.all_positions) == positions
+
+
+def test_a_replayed_draft_reads_as_much_of_a_prompt_as_a_node() -> None:
+    one, _ = past(RequestSampling(0.9, 0.95, 0), tokens=60)
+    long, near = replace(one, prompt=40, teacher=one.teacher[36:]), count_skipped(40, 12)
+    tail = replace(long, tokens_N=one.tokens_N[near:], features_NF=one.features_NF[near:], prompt=40 - near)
+    draft = random_draft(SHAPE, 4)
+    whole, found, limited, unlimited = (
+        acceptance_probabilities(draft, EMBEDDINGS, request, LONGEST, context)
+        for request, context in ((long, None), (tail, None), (long, 12), (long, 40))
+    )
+    assert (limited == found).all()
+    assert (limited != whole).any()
+    assert (unlimited == whole).all()
 
 
 def test_a_sampled_token_is_accepted_with_the_probability_that_the_draft_proposed_it() -> None:

@@ -452,7 +452,8 @@ class Train(Section):
     max_sample_tokens: int = Field(512, ge=2)
     """Maximum tokens of a sample that are learned from. Longer requests become several samples."""
     context_tokens: int = Field(1024, ge=0)
-    """Tokens of the request before those of a sample that the draft attends to. Nodes attend to the whole request."""
+    """Tokens of the request before those of a sample that the draft attends to. On nodes of the built-in engine the
+    draft reads as many tokens before the end of a prompt; other engines let it read the whole prompt."""
     join_timeout: Duration = Field(120, gt=0)
     """Time without a new chunk after which a request is trained on without its last chunk."""
     join_bytes: int = Field(256 << 20, ge=0)

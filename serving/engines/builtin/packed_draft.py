@@ -3,15 +3,16 @@
 It computes what ``EagleDraft`` computes, in as few operations as possible: on a CPU a draft step of a small target
 spends as long in small operations as in its weights.
 
-- Queries, keys and values are one product, and so are gate and up.
+- Queries and keys are one product, and so are gate and up.
 - A norm whose output feeds only a matrix has its gain in the matrix.
 - Rotary angles are read from a table. The outputs of the query and key projections are reordered so that the two
   numbers that a rotation mixes are neighbours: a rotation is then one complex product. The order does not change the
   products of queries and keys.
 
-On a CPU the weights are int8, half the bytes of fp16: rounding changes the proposals but never the output, and loses
-0.4 % of the accepted tokens (docs/benchmarks/results.md). They are fp16 on a GPU, and on a CPU without instructions for
-8-bit products (VNNI), where inputs have 7 bits and the loss is 1.4 %.
+On a CPU most weights are int8, half the bytes of fp16: rounding changes the proposals but never the output
+(docs/benchmarks/results.md). Two matrices are too uneven for 8 bits and stay fp16: ``fc``, whose inputs have outliers,
+and the values, which begin as the embeddings passed through, so that one weight of each output dwarfs the others. All
+are fp16 on a GPU, and on a CPU without instructions for 8-bit products (VNNI), where inputs have 7 bits.
 
 Shape suffixes as in ``schemas.speculator.network``; P positions, e = E / 2 rotations, O outputs, I inputs.
 """
@@ -58,11 +59,12 @@ class PackedDraft(nn.Module):
         self.shape = shape
         with torch.no_grad():
             fc_gains = [norm.get_parameter("weight") for norm in draft.fc_norm] if shape.is_normed else []
-            # Features of a prompt's first token can be larger by orders of magnitude: every row has its own scale.
-            self._fc = pack_linear(dtype, _with_gains(draft.fc.weight, fc_gains).to(device))
+            uneven: WeightDtype = "float16" if dtype == "int8" else dtype
+            self._fc = pack_linear(uneven, _with_gains(draft.fc.weight, fc_gains).to(device))
             queries, keys = (_pair(p.weight, shape.head_dim) for p in (attention.q_proj, attention.k_proj))
-            qkv = torch.cat([queries, keys, attention.v_proj.weight])
-            self._qkv = pack(qkv, layer.input_layernorm.weight, layer.hidden_norm.weight)
+            input_gains = layer.input_layernorm.weight, layer.hidden_norm.weight
+            self._queries_keys = pack(torch.cat([queries, keys]), *input_gains)
+            self._values = pack_linear(uneven, _with_gains(attention.v_proj.weight, input_gains).to(device))
             self._out = pack(attention.o_proj.weight)
             gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
             self._gate_up = pack(gate_up, layer.post_attention_layernorm.weight)
@@ -86,12 +88,13 @@ class PackedDraft(nn.Module):
         """Return queries [T, N, E], keys and values [T, M, E] of the rows at their rotary positions."""
         shape = self.shape
         heads, kv_heads = shape.num_attention_heads, shape.num_key_value_heads
-        x_T2H = self._unit(torch.stack([embeddings_TH, hidden_TH], dim=1))
-        qkv_TGE = self._qkv(x_T2H.flatten(1)).view(len(hidden_TH), heads + 2 * kv_heads, shape.head_dim)
-        pairs_TGe = torch.view_as_complex(qkv_TGE[:, : heads + kv_heads].unflatten(-1, (-1, 2)))
+        x_TX = self._unit(torch.stack([embeddings_TH, hidden_TH], dim=1)).flatten(1)
+        qk_TGE = self._queries_keys(x_TX).view(len(hidden_TH), heads + kv_heads, shape.head_dim)
+        v_TME = self._values(x_TX).view(len(hidden_TH), kv_heads, shape.head_dim)
+        pairs_TGe = torch.view_as_complex(qk_TGE.unflatten(-1, (-1, 2)))
         rotated_TGe = pairs_TGe * self._rotations_Pe.index_select(0, positions_T)[:, None]
         qk_TGE = torch.view_as_real(rotated_TGe).flatten(-2)
-        return qk_TGE[:, :heads], qk_TGE[:, heads:], qkv_TGE[:, heads + kv_heads :]
+        return qk_TGE[:, :heads], qk_TGE[:, heads:], v_TME
 
     def finish(self, hidden_TH: Tensor, attended_TNE: Tensor) -> Tensor:
         """Return the hidden states [T, H] for ``logits`` and for the next step: residual, attention, MLP."""

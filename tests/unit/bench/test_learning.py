@@ -157,8 +157,11 @@ def sampled(settings: Settings) -> RecordedTraffic:
 def test_a_sampled_recording_holds_sampled_requests_with_the_branches_of_trees(
     recorded: RecordedTraffic, sampled: RecordedTraffic
 ) -> None:
-    assert {one.sampling and one.sampling.temperature for one in recorded.requests} == {0.0}
-    assert {one.sampling and one.sampling.temperature for one in sampled.requests} == {prompts.SAMPLED}
+    assert all(one.sampling is not None and one.sampling.greedy for one in recorded.requests)
+    assert all(
+        one.sampling is not None and one.sampling.temperature == pytest.approx(prompts.SAMPLED)
+        for one in sampled.requests
+    )
     assert sampled.digest != recorded.digest
 
     def most_siblings(traffic: RecordedTraffic) -> int:
@@ -168,8 +171,7 @@ def test_a_sampled_recording_holds_sampled_requests_with_the_branches_of_trees(
                 firsts.setdefault((one.request, branch.root), set()).add(branch.tokens[0])
         return max(map(len, firsts.values()))
 
-    assert most_siblings(recorded) == 1
-    assert most_siblings(sampled) > 1
+    assert most_siblings(sampled) > most_siblings(recorded)
 
 
 def test_sampled_requests_are_walked_by_their_probabilities(settings: Settings, sampled: RecordedTraffic) -> None:

@@ -521,7 +521,12 @@ class DeltaLog:
         return table
 
     def _address(self, name: str) -> str:
-        return f"{self._uri.rstrip('/')}/{name}" if "://" in self._uri else str(Path(self._uri).resolve() / name)
+        return table_address(self._uri, name)
+
+
+def table_address(uri: str, name: str) -> str:
+    """Return the address of a table below ``tables.uri``; that of a folder is absolute."""
+    return f"{uri.rstrip('/')}/{name}" if "://" in uri else str(Path(uri).resolve() / name)
 
 
 def escape_sql(text: str) -> str:

@@ -17,7 +17,7 @@ os.environ.setdefault("MLFLOW_CONFIGURE_LOGGING", "false")
 
 import mlflow
 from mlflow import environment_variables as mlflow_settings
-from mlflow.entities import Metric, Param
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.tracking import MlflowClient
@@ -28,6 +28,9 @@ from schemas.settings import Registry
 __all__ = [
     "FAILURES",
     "PREFIX",
+    "Dataset",
+    "DatasetInput",
+    "InputTag",
     "Metric",
     "MlflowException",
     "Param",

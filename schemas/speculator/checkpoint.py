@@ -3,8 +3,8 @@
 Some serving engines load a wrong export without an error and then accept no draft token. Both ends are therefore
 strict: every tensor is checked by name, shape and type when it is written and when it is read; files are checked
 against the SHA-256 in the manifest; only safetensors and JSON are opened; and parameters are filled with NaN before
-loading, so that a missing tensor is detected. Files that a registry or a model hub adds, such as ``README.md``, are
-ignored.
+loading, so that a missing tensor is detected. The manifest lists the files that count. Those that MLflow reads, and
+those that a model hub adds, are ignored.
 
 An EAGLE-3.1 checkpoint sets ``fc_norm`` and ``norm_output`` in ``config.json`` and has a tensor ``fc_norm.i.weight``
 for each captured layer. SGLang from 0.5.21 and vLLM from 0.22.0 on read both keys and these names (their
@@ -31,6 +31,9 @@ from schemas.speculator import rotary
 from schemas.speculator.network import DraftShape, EagleDraft, Variant
 
 CONFIG, WEIGHTS, MANIFEST = "config.json", "model.safetensors", "manifest.json"
+CARD, MLMODEL, REQUIREMENTS, PYTHON_ENVIRONMENT = "README.md", "MLmodel", "requirements.txt", "python_env.yaml"
+INPUT_EXAMPLE = "input_example.json"
+"""Files that make a version an MLflow model; nodes read none of them."""
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 DTYPE = torch.bfloat16
 """Type of a version's weights."""
@@ -39,8 +42,11 @@ _TARGET_DIGITS = 12
 _SHAPE = TypeAdapter(DraftShape)
 _NO_NUMBERS = ("capture_layers", "variant", "rope_scaling", "norm_before_residual")
 _NUMBERS = [name for name in DraftShape.__dataclass_fields__ if name not in _NO_NUMBERS]
-_ADDED = {"README.md", "LICENSE", ".gitattributes", ".cache", "registered_model_meta"}
-"""Files that registries and model hubs add to a folder; nothing reads them."""
+_NOT_LISTED = {
+    *(CARD, MLMODEL, REQUIREMENTS, PYTHON_ENVIRONMENT, INPUT_EXAMPLE),
+    *("LICENSE", ".gitattributes", ".cache", "registered_model_meta"),
+}
+"""Files that a manifest does not list: registries, model hubs and people add and change them; no node reads them."""
 
 
 class CheckpointError(ValueError):
@@ -207,7 +213,7 @@ def read_checkpoint(folder: Path, line: str) -> EagleDraft:
         raise CheckpointError(f"{folder}: speculator line {manifest.line}, expected line {line}")
     if not line.startswith(f"{manifest.target[:_TARGET_DIGITS]}-"):
         raise CheckpointError(f"{folder}: line {line} is of another target than the manifest's {manifest.target}")
-    foreign = sorted(p.name for p in folder.iterdir() if p.name not in {CONFIG, WEIGHTS, MANIFEST, *_ADDED})
+    foreign = sorted(p.name for p in folder.iterdir() if p.name not in {CONFIG, WEIGHTS, MANIFEST, *_NOT_LISTED})
     if foreign:
         raise CheckpointError(f"{folder}: unknown files: {', '.join(foreign)}")
     for name in (CONFIG, WEIGHTS):

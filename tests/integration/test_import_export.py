@@ -74,6 +74,16 @@ def weights(draft: EagleDraft) -> dict[str, torch.Tensor]:
     return {name: value.bfloat16().float() if value.is_floating_point() else value for name, value in state.items()}
 
 
+def register_theirs(desk: Desk, name: str, folder: str) -> None:
+    """Register a folder as another team's model, with the alias ``best``."""
+    client = connect(desk.settings.registry)
+    client.create_registered_model(name)
+    run = client.create_run(client.create_experiment(name)).info.run_id
+    client.log_artifacts(run, folder, "draft")
+    client.create_model_version(name, f"runs:/{run}/draft", run)
+    client.set_registered_model_alias(name, "best", "1")
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_draft_is_imported_served_by_its_line_and_exported_again(desk: Desk, layout: Layout) -> None:
     kept = torch.arange(32) + 8 * (torch.arange(32) > 10)
@@ -158,12 +168,8 @@ def test_a_draft_of_another_shape_begins_a_line_that_the_setting_follows(desk: D
 
 
 def test_a_model_in_mlflow_is_imported_by_its_alias(desk: Desk) -> None:
-    client, name = connect(desk.settings.registry), f"their-draft-{uuid.uuid4().hex}"
-    client.create_registered_model(name)
-    run = client.create_run(client.create_experiment(name)).info.run_id
-    client.log_artifacts(run, desk.write(desk.day_0(), "sglang"), "draft")
-    client.create_model_version(name, f"runs:/{run}/draft", run)
-    client.set_registered_model_alias(name, "best", "1")
+    name = f"their-draft-{uuid.uuid4().hex}"
+    register_theirs(desk, name, desk.write(desk.day_0(), "sglang"))
     done = desk.asked("import", f"models:/{name}@best")
     assert done["version"] == "1"
     assert desk.asked("show", "1", f"--line={done['line']}")["tags"]["imported_from"] == f"models:/{name}@best"
@@ -187,18 +193,18 @@ def test_errors_name_what_is_wrong_where_and_what_to_do(desk: Desk) -> None:
 
 def test_the_commands_of_the_guide_work_in_their_order(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(desk.folder)
-    desk.write(random_draft(desk.day_0().shape, 7), "sglang", "my-draft")
+    register_theirs(desk, "their-draft", desk.write(random_draft(desk.day_0().shape, 7), "sglang", "my-draft"))
     commands = [
         shlex.split(line, comments=True)
         for block in re.findall(r"^```sh\n(.*?)^```", GUIDE.read_text(), re.MULTILINE | re.DOTALL)
         for line in block.splitlines()
         if line.startswith("aurora versions ")
     ]
-    assert [command[2] for command in commands][:3] == ["import", "import", "export"]
+    assert [command[2] for command in commands] == ["import"] * 4 + ["export"]
+    assert sum(word.startswith("models:/") for command in commands for word in command) == 2
     for command in commands:
-        if not any(word.startswith("models:/") for word in command):
-            desk.run(*command[2:])
-    (folder,) = (command[command.index("--to") + 1] for command in commands[2:3])
+        desk.run(*command[2:])
+    folder = commands[-1][commands[-1].index("--to") + 1]
     line = read_line(desk.settings.target, desk.settings.speculator)
     assert (desk.folder / folder / "config.json").exists()
     registry_files = World(desk.settings).registry.download(line.name, "1", desk.folder)

@@ -238,6 +238,13 @@ def drop_rootless_branches(sample: Sample) -> Sample:
     return replace(sample, branches=tuple(b for b in sample.branches if 0 < b.root < len(sample)))
 
 
+def continues(chunks: Sequence[Sample], chunk: Sample) -> bool:
+    """Return whether no token between consecutive chunks of a request and the next one is missing."""
+    last = chunks[-1]
+    repeats = chunk.position == chunks[0].position == 0 and len(chunk) > len(last)
+    return chunk.position == last.position + len(last) or repeats
+
+
 def join_samples(chunks: Sequence[Sample]) -> Sample:
     """Join the chunks of one request that follow each other.
 

@@ -32,6 +32,7 @@ from trainer.data.samples import (
     REJECTED_COLUMNS,
     Row,
     Sample,
+    continues,
     drop_rootless_branches,
     join_samples,
     provides_features,
@@ -104,9 +105,7 @@ class OpenRequest:
 
     def continues_with(self, chunk: Sample) -> bool:
         """Return whether no token between the chunks and the next one is missing."""
-        last = self.chunks[-1]
-        repeats = chunk.position == self.chunks[0].position == 0 and len(chunk) > len(last)
-        return chunk.position == last.position + len(last) or repeats
+        return continues(self.chunks, chunk)
 
     def add(self, row: Row, chunk: Sample, after: tuple[int, int], now: float) -> None:
         """Append the next chunk."""

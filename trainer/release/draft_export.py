@@ -10,6 +10,7 @@ from string import Template
 from pydantic import ValidationError
 
 from schemas.settings import Settings
+from schemas.speculator.checkpoint import CARD
 from schemas.speculator.draft_folder import write_draft_folder
 from schemas.speculator.layouts import Layout, Verifier
 from schemas.speculator.network import EagleDraft
@@ -17,7 +18,6 @@ from trainer.release.draft_import import IMPORTED_FROM_TAG
 from trainer.release.gate import HeldOutComparison
 from trainer.release.registry import Version
 
-CARD = "README.md"
 _TEMPLATE = Path(__file__).with_name("exported_card.md")
 
 

@@ -18,8 +18,9 @@ from string import Template
 import structlog
 from pydantic import BaseModel, ConfigDict
 
+from pipeline.delta import table_address
 from schemas.build_info import code_revision
-from schemas.settings import Settings
+from schemas.settings import Settings, Tables
 from schemas.speculator import checkpoint
 from schemas.speculator.network import DraftShape, EagleDraft
 from schemas.telemetry.spans import MAX_LINKS, AttributeValue, Span
@@ -27,7 +28,8 @@ from schemas.telemetry.trace_context import request_context, version_context
 from trainer.data.target import Target
 from trainer.release.evaluation import Evaluation, HeldOutEvaluator, accepted_per_step, compare_labels, compare_prompts
 from trainer.release.gate import HELD_OUT_TAG, GainInterval, HeldOutComparison, judge_candidate
-from trainer.release.registry import SpeculatorRegistry
+from trainer.release.registry import SpeculatorRegistry, TrainingTable
+from trainer.release.scoring_model import write_model_files
 
 log = structlog.get_logger()
 
@@ -204,8 +206,10 @@ class Registrar:
     def _write(self, draft: EagleDraft, tags: Mapping[str, str], metrics: Mapping[str, float], card: str) -> str:
         line = self._target.line
         with tempfile.TemporaryDirectory() as folder:
-            checkpoint.write_checkpoint(draft, Path(folder), self._target.fingerprint, line=line)
-            return self._registry.register(line, Path(folder), tags, metrics, card)
+            manifest = checkpoint.write_checkpoint(draft, Path(folder), self._target.fingerprint, line=line)
+            write_model_files(Path(folder), self._settings, manifest, card, self._target.embeddings_VH.device)
+            trained_on = find_training_tables(self._settings.tables, tags)
+            return self._registry.register(line, Path(folder), tags, metrics, card, trained_on)
 
     def _find_gain(self, evaluation: Evaluation, version: str | None, margin: float) -> GainInterval | None:
         """Return the gain of a draft over a version, or day 0; None if its lower bound does not exceed the margin."""
@@ -404,6 +408,12 @@ def trained_on_spans(line: str, version: str, lineage: LineageRecord, end: float
             links,
             attributes,
         )
+
+
+def find_training_tables(tables: Tables, tags: Mapping[str, str]) -> list[TrainingTable]:
+    """Return the tables that the tag ``tables`` of a version names; an imported version has none."""
+    read: dict[str, int] = json.loads(tags.get("tables", "{}"))
+    return [TrainingTable(name, table_address(tables.uri, name), version) for name, version in read.items()]
 
 
 def dump_shaping_settings(settings: Settings) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +17,9 @@ from schemas.events import AUDITED_TAG, QUARANTINED_TAG, Alias, AuditState
 from schemas.registry_client import (
     FAILURES,
     PREFIX,
+    Dataset,
+    DatasetInput,
+    InputTag,
     Metric,
     MlflowException,
     Param,
@@ -26,8 +31,10 @@ from schemas.registry_client import (
 )
 from schemas.settings import Registry as RegistrySettings
 
-_ARTIFACT = "speculator"
+_ARTIFACT, _MLMODEL = "speculator", "MLmodel"
 _PAGE_SIZE = 200
+_CONTEXT, _LOGGED_MODELS = "mlflow.data.context", "mlflow.log-model.history"
+"""Tags from which MLflow's pages read the purpose of a dataset, and the models of a run."""
 
 
 class RegistryError(RuntimeError):
@@ -41,6 +48,23 @@ class MetricPoint(NamedTuple):
     value: float
     step: int
     time_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingTable:
+    """A Delta table up to one of its versions, from which a speculator version has learned."""
+
+    name: str
+    uri: str
+    """Of the table: a folder or an address in an object store."""
+    version: int
+
+    def to_dataset(self) -> Any:
+        """Return the table as a dataset in MLflow, whose own classes would need pandas."""
+        source = json.dumps({"path": self.uri, "delta_table_version": self.version})
+        # MLflow takes datasets of one name and digest for the same.
+        digest = f"v{self.version}-{hashlib.sha256(source.encode()).hexdigest()[:8]}"
+        return DatasetInput(Dataset(self.name, digest, "delta_table", source), [InputTag(_CONTEXT, "training")])
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,9 +160,24 @@ class SpeculatorRegistry:
             self._client.set_registered_model_tag(model_name(line), AUDITED_TAG, audited.model_dump_json())
 
     def register(
-        self, line: str, folder: Path, tags: Mapping[str, str], metrics: Mapping[str, float], card: str = ""
+        self,
+        line: str,
+        folder: Path,
+        tags: Mapping[str, str],
+        metrics: Mapping[str, float],
+        card: str = "",
+        trained_on: Sequence[TrainingTable] = (),
     ) -> str:
-        """Upload a checkpoint folder as the line's next version, with its card, and return its number."""
+        """Upload a checkpoint folder as the line's next version, and return its number.
+
+        Args:
+            line: Speculator line.
+            folder: With the version; with ``MLmodel`` it is a model for MLflow.
+            tags: Of the version.
+            metrics: Of its run.
+            card: Description in Markdown.
+            trained_on: Tables that its run names as datasets.
+        """
         model = model_name(line)
         with self._wrap_errors():
             try:
@@ -146,13 +185,18 @@ class SpeculatorRegistry:
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
-            run = self._client.create_run(self._experiment(model)).info.run_id
+            created = self._client.create_run(self._experiment(model)).info
+            run = created.run_id
             for name, value in metrics.items():
                 self._client.log_metric(run, name, value)
+            if trained_on:
+                self._client.log_inputs(run, [table.to_dataset() for table in trained_on])
             self._client.log_artifacts(run, str(folder), _ARTIFACT)
-            version = self._client.create_model_version(
-                model, f"runs:/{run}/{_ARTIFACT}", run, tags=dict(tags), description=card or None
-            )
+            if (folder / _MLMODEL).exists():
+                self._client.set_tag(run, _LOGGED_MODELS, _describe_model(run, folder))
+            # An address runs:/.. is one for clients: MLflow's pages could not read the schema there.
+            source = f"{created.artifact_uri.rstrip('/')}/{_ARTIFACT}"
+            version = self._client.create_model_version(model, source, run, tags=dict(tags), description=card or None)
             self._client.set_terminated(run)
             return str(version.version)
 
@@ -224,6 +268,13 @@ class SpeculatorRegistry:
             yield
         except FAILURES as error:
             raise RegistryError(f"registry.tracking_uri {self._uri}: {error}") from error
+
+
+def _describe_model(run: str, folder: Path) -> str:
+    """Return the tag with which MLflow's page of a run lists its model and the flavours."""
+    model = json.loads((folder / _MLMODEL).read_text())
+    described = {name: model[name] for name in ("flavors", "utc_time_created", "mlflow_version")}
+    return json.dumps([{"artifact_path": _ARTIFACT, "run_id": run, **described}])
 
 
 def _version(found: Any) -> Version:

@@ -30,7 +30,7 @@ from trainer.release import evaluation
 from trainer.release.evaluation import Evaluation, HeldOutEvaluator
 from trainer.release.gate import HeldOutComparison
 from trainer.release.registration import LINEAGE_TAG, Registrar, resume_registration
-from trainer.release.registry import SpeculatorRegistry, Version
+from trainer.release.registry import SpeculatorRegistry, TrainingTable, Version
 
 TARGET = "a" * 32
 V = SHAPE.vocab_size
@@ -57,7 +57,13 @@ class MemoryVersions:
         return self.tags_of[version]
 
     def register(
-        self, _line: str, folder: Path, tags: Mapping[str, str], _figures: Mapping[str, float], _card: str
+        self,
+        _line: str,
+        folder: Path,
+        tags: Mapping[str, str],
+        _figures: Mapping[str, float],
+        _card: str,
+        _trained_on: Sequence[TrainingTable],
     ) -> str:
         version = str(len(self.tags_of) + 1)
         self.tags_of[version] = tags

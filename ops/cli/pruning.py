@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -28,6 +27,7 @@ from schemas.settings import Settings
 if TYPE_CHECKING:
     from datetime import datetime
 
+    from pipeline.delta import DeltaLog
     from trainer.release.registry import Line
     from trainer.release.version_retention import RetentionPlan
 
@@ -45,20 +45,20 @@ def prune(
 ) -> None:
     """Delete versions and their files, but none that is new, named, served lately, an anchor, or a parent of these."""
     with user_errors():
+        from trainer.release.audit import read_moves
         from trainer.release.registry import RegistryError
-        from trainer.release.version_retention import plan_retention
+        from trainer.release.version_retention import delete_versions, find_anchors, plan_retention
 
         settings, since = load_settings(config, set_), parse_time(served)
         registry = connect_registry(settings)
         of = find_line(settings, registry, line)
-        versions, anchors = registry.versions(of.name), _find_anchors(settings, of.name)
-        plan = plan_retention(versions, of.aliases, keep, _find_served(settings, of.name, since), anchors)
+        tables = open_tables(settings)
+        recent, anchors = _find_served(settings, tables, of.name, since), find_anchors(read_moves(tables), of.name)
+        plan = plan_retention(registry.versions(of.name), of.aliases, keep, recent, anchors)
         deleted: list[str] = []
         try:
-            for number in () if dry_run else plan.deleted:
-                if number not in registry.aliases(of.name).values():
-                    registry.delete(of.name, number)
-                    deleted.append(number)
+            for number in () if dry_run else delete_versions(registry, of.name, plan.deleted):
+                deleted.append(number)  # noqa: PERF402 - a failure leaves what was deleted before
         except RegistryError as error:
             raise UserError(f"{len(deleted)} versions were deleted, then: {error}; repeat the command") from error
         if as_json:
@@ -68,32 +68,17 @@ def prune(
         _print_plan(of, plan, dry_run=dry_run)
 
 
-def _find_anchors(settings: Settings, line: str) -> set[str]:
-    """Return the versions that ``previous`` has named, by the recorded moves: a rollback may return to them."""
-    from trainer.release.audit import read_moves
-
-    moves = read_moves(open_tables(settings))
-    return {move.to_version for move in moves if move.line == line and move.alias == "previous" and move.to_version}
-
-
-def _find_served(settings: Settings, line: str, since: datetime) -> set[str]:
+def _find_served(settings: Settings, tables: DeltaLog, line: str, since: datetime) -> set[str]:
     """Return the versions in the traces since a time, and the one that the node of the settings serves."""
     from ops.observe.status import StatusClient
-    from pipeline.delta import escape_sql
+    from trainer.release.version_retention import find_served
 
-    # The column `day` selects files. It is that of the record's timestamp: a node's clock may be a day off.
-    found = open_tables(settings).query(
-        "SELECT DISTINCT speculator FROM traces "  # noqa: S608 - escaped
-        f"WHERE line = '{escape_sql(line)}' AND day >= DATE '{since - timedelta(days=1):%Y-%m-%d}' "
-        f'AND "time" >= to_timestamp_micros({round(since.timestamp() * 1e6)})'
-    )
-    versions = {str(row["speculator"]) for row in found.read_all().to_pylist()}
     client = StatusClient(settings)
     try:
         node = client.fetch().serve
     finally:
         client.close()
-    return versions | ({node.speculator} if node and node.line == line else set())
+    return find_served(tables, line, since) | ({node.speculator} if node and node.line == line else set())
 
 
 def _print_plan(line: Line, plan: RetentionPlan, *, dry_run: bool) -> None:

@@ -544,6 +544,12 @@ class Promoter(Section):
     doubles it."""
     cooldown_window: Duration = Field(86_400, ge=0)
     """Time for which a rollback counts towards the cooldown of later ones."""
+    keep_versions: int = Field(100, ge=0)
+    """Number of newest versions of each line to keep; 0 keeps all. Older ones are deleted with their files, but none
+    that an alias names, that was an anchor, that a node has served within ``keep_served``, or that is a parent of a
+    kept one."""
+    keep_served: Duration = Field(7 * 86_400, ge=0)
+    """Time for which the traces of a version keep it from being deleted."""
 
 
 class Canary(Section):

@@ -18,12 +18,13 @@ from ops.local.mlflow_server import server_command
 from ops.local.process import Process
 from ops.observe.doctor.checks import CheckContext, Finding
 from ops.observe.doctor.services import check_registry
+from schemas.registry_client import connect
 from schemas.settings import Registry, Settings
 from schemas.speculator import checkpoint
 from schemas.speculator.network import random_draft
 from serving.versions.cache import MlflowRegistry
 from serving.versions.cache import RegistryError as NodeRegistryError
-from trainer.release.registry import RegistryError, SpeculatorRegistry
+from trainer.release.registry import RegistryError, SpeculatorRegistry, TrainingTable
 
 ROOT = Path(__file__).resolve().parents[2]
 PASSWORD = "a password of twelve and more"
@@ -107,6 +108,23 @@ def test_the_trainer_registers_the_promoter_moves_aliases_and_a_node_only_reads(
         as_node.set_alias(line, "champion", version)
     with pytest.raises(RegistryError, match=r"(?i)permission denied"):
         as_node.register(line, tmp_path / "draft", {"line": line}, {})
+
+
+def test_deleting_versions_needs_the_right_to_manage_model_and_experiment(accounts: Accounts, tmp_path: Path) -> None:
+    line = checkpoint.write_checkpoint(random_draft(SHAPE, 1), tmp_path / "draft", uuid.uuid4().hex).line
+    trainer = SpeculatorRegistry(accounts.settings("trainer"))
+    table = TrainingTable("accepted", str(tmp_path), 3)
+    as_trainer = [trainer.register(line, tmp_path / "draft", {}, {}, trained_on=[table]) for _ in range(2)]
+    experiment = connect(accounts.settings("trainer")).get_experiment_by_name(f"aurora.{line}").experiment_id
+    of_model = {"resource_type": "registered_model", "resource_id": f"aurora.{line}"}
+    of_experiment = {"resource_type": "experiment", "resource_id": experiment}
+    promoter = SpeculatorRegistry(accounts.settings("promoter"))
+    with pytest.raises(RegistryError, match=r"(?i)permission denied"):
+        promoter.delete(line, as_trainer[0])
+    for resource in (of_model, of_experiment):
+        accounts.admin("3.0/mlflow/users/permissions/grant", username="promoter", permission="MANAGE", **resource)
+    promoter.delete(line, as_trainer[0])
+    assert [version.number for version in promoter.versions(line)] == as_trainer[1:]
 
 
 @pytest.mark.parametrize("user", ["", "node"])

@@ -39,13 +39,14 @@ def figures(
 
 
 class MemoryRegistry:
-    """One line; ``breaks`` is called before each alias move."""
+    """One line; ``breaks`` is called before each alias move, and ``deletes`` before each deletion."""
 
     def __init__(self) -> None:
         self.named: dict[str, str] = {}
         self.registered: dict[str, dict[str, str]] = {}
         self.audited: AuditState | None = None
         self.breaks: Callable[[Alias], None] = lambda _: None
+        self.deletes: Callable[[str], None] = lambda _: None
 
     def lines(self) -> list[Line]:
         return [Line(LINE, dict(self.named), self.audited)] if self.registered else []
@@ -65,6 +66,10 @@ class MemoryRegistry:
 
     def version(self, line: str, number: str) -> Version | None:
         return next((version for version in self.versions(line) if version.number == number), None)
+
+    def delete(self, line: str, version: str) -> None:
+        self.deletes(version)
+        del self.registered[version]
 
     def quarantine(self, line: str, number: str, why: str) -> None:
         self.registered[number][QUARANTINED_TAG] = why

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 import structlog
-from prometheus_client import CollectorRegistry, Gauge
+from prometheus_client import CollectorRegistry, Counter, Gauge
 from pydantic import ValidationError
 
 from pipeline.delta import DeltaLog, TableError
@@ -46,11 +46,12 @@ from trainer.release.promotion_policy import (
 )
 from trainer.release.registry import Line, RegistryError, SpeculatorRegistry
 from trainer.release.sequential_test import Comparison, Criteria, compare
+from trainer.release.version_retention import VersionPruner
 from trainer.status import ErrorTracker, Pages, StatusServer, stop_on_signals
 
 log = structlog.get_logger()
 
-PARTS = ("registry", "tables", "moves", "broker")
+PARTS = ("registry", "tables", "moves", "broker", "pruning")
 """Whose errors are counted."""
 _ALIASES = ("candidate", "canary", "champion", "previous")
 
@@ -95,6 +96,7 @@ class Promoter:
         self._audit = AuditLog(tables, registry, events)
         self._mover = AliasMover(tables, registry)
         self._live_figures = LiveFigures(tables, settings.canary)
+        self._pruner = VersionPruner(settings.promoter, registry, tables, clock)
         self._clock = clock
         self._errors = ErrorTracker("promoter", PARTS, self.metrics)
         self._metrics = PromoterMetrics(self.metrics)
@@ -112,13 +114,17 @@ class Promoter:
             stopping.wait(self._settings.poll_interval)
 
     def poll(self) -> None:
-        """Handle every line once: finish an open move, record moves, and take the next action."""
+        """Handle every line once: finish an open move, record moves, take the next action, and delete old versions."""
         with self._errors.catch("registry", RegistryError):
             lines = self._registry.lines()
             self._metrics.clear_comparisons()
             for line in lines:
                 with self._errors.catch("tables", TableError), self._errors.catch("moves", MoveError):
                     self._poll_line(line)
+            for line in filter(lambda line: self._pruner.is_due(line.name), lines):
+                # Whatever an artifact store raises, promotion continues.
+                with self._errors.catch("pruning", Exception):
+                    self._prune(line.name)
         with self._errors.catch("broker", BrokerError):
             self._audit.send_events()
 
@@ -239,6 +245,11 @@ class Promoter:
             self._metrics.alias_moves.labels(move.alias).inc()
             self._alias_moves += 1
 
+    def _prune(self, line: str) -> None:
+        for version in self._pruner.prune(line, self._audit.moves(line)):
+            self._metrics.versions_pruned.inc()
+            log.info("version_pruned", line=line, version=version)
+
     def _held_out_figures(self, line: str, version: str) -> dict[str, float]:
         with suppress(ValidationError):
             return HeldOutComparison.from_tags(self._registry.tags(line, version)).figures
@@ -258,6 +269,9 @@ class PromoterMetrics:
             "alias",
             ("canary", "champion"),
             metrics,
+        )
+        self.versions_pruned = Counter(
+            "aurora_promoter_versions_pruned", "Versions deleted by promoter.keep_versions.", registry=metrics
         )
         self._difference = Gauge(
             "aurora_promoter_canary_difference_ratio",

@@ -134,6 +134,14 @@ def loop(  # noqa: PLR0913, PLR0917 - one for each flag
     concurrency: Annotated[int, typer.Option(min=1, help="Concurrent requests of the traffic.")] = 4,
     max_tokens: Annotated[int, typer.Option(min=8, help="Longest output, in tokens.")] = 128,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete the data of earlier runs of this benchmark.")] = False,
+    import_: Annotated[
+        str | None,
+        typer.Option(
+            "--import",
+            metavar="NAME",
+            help="Begin with this draft of `aurora bench speculator`, trained on the first domain; learn the second.",
+        ),
+    ] = None,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with curves and figures.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -142,7 +150,8 @@ def loop(  # noqa: PLR0913, PLR0917 - one for each flag
         from ops.bench.loop.loop_benchmark import loop_size, run
 
         size = loop_size(quick=quick, minutes=minutes, concurrency=concurrency, max_tokens=max_tokens)
-        run(settings, echo_note, domains=domains, size=size, fresh=fresh, html=html).print(as_json=as_json)
+        report = run(settings, echo_note, domains=domains, size=size, fresh=fresh, html=html, imported=import_)
+        report.print(as_json=as_json)
 
 
 @app.command()

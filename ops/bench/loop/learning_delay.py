@@ -106,7 +106,11 @@ def read_steps(settings: Settings, line: str, since: float) -> list[CommittedSte
 def read_served_versions(
     settings: Settings, registered: Sequence[Version], swaps: Sequence[Swap]
 ) -> list[ServedVersion]:
-    """Return the versions that were swapped in, with the records they were trained on. Raises ``TableError``."""
+    """Return the versions that were swapped in, with the records they were trained on; imported ones have none.
+
+    Raises:
+        TableError: the tables cannot be read.
+    """
     log = DeltaLog(settings.tables)
     first = {swap.version: swap.time for swap in sorted(swaps, key=lambda swap: swap.time, reverse=True)}
     return [
@@ -114,7 +118,7 @@ def read_served_versions(
             version.number, first[version.number], _last_offsets(log, settings, int(version.tags[PASSED_TAG]))
         )
         for version in registered
-        if version.number in first
+        if version.number in first and PASSED_TAG in version.tags
     ]
 
 

@@ -4,6 +4,9 @@ Broker, node, stream, tables, trainer, registry and promoter run as processes of
 traffic has one domain, then another. After each domain the trainer is stopped, and held-out prompts are run in turn
 with the newest champion, without speculation, and after the shift with the version that was champion at the shift: the
 value of a draft that was trained once.
+
+With an imported draft, which was trained on the first domain, only the second one is learned: the figures show what a
+draft that a fleet already has gains from learning on.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from pydantic import SecretStr
 from ops.bench import prompts
 from ops.bench.embedded_kafka import free_port
 from ops.bench.harness import Figure, Goal, Report, Say, Session, compare_arms, percentile
+from ops.bench.loop.imported_draft import find_draft
 from ops.bench.loop.learning_delay import Delays
 from ops.bench.loop.node_comparison import ComparisonResult
 from ops.bench.loop.two_domain_run import ADAPTIVE, NONE, STATIC, YOUNG_S, LoopRecord, LoopSize, TwoDomainRun
@@ -44,21 +48,40 @@ DELAY_GOAL = Goal(60, at_least=False)
 _HEADLINE = {
     "day0_speedup": "times the speed of no speculation, after the first domain",
     "shift_speedup": "times the speed of the champion at the shift, after the second domain",
+    "imported_speedup": "times the speed of no speculation: the imported draft, on the first domain",
+    "import_shift_speedup": "times the speed of the imported draft itself, after the second domain",
     "trace_to_served_p50_s": "seconds from a verify step to a version that was trained on it, median",
 }
+"""Of the figures that a run has."""
 
 
-def run(settings: Settings, say: Say, *, domains: str, size: LoopSize, fresh: bool, html: Path | None) -> Report:
+def run(
+    settings: Settings,
+    say: Say,
+    *,
+    domains: str,
+    size: LoopSize,
+    fresh: bool,
+    html: Path | None,
+    imported: str | None = None,
+) -> Report:
     """Run the loop, and stop all of it."""
     pair = parse_domains(domains)
+    draft = None if imported is None else find_draft(settings, imported)
     if html:
         write_page("--html", html, "")
     session, here = Session(settings.serve.num_threads), own_settings(settings)
     with running_stack(here, say, restart=False) as stack:
         if fresh:
             wipe_data(here)
-        record = TwoDomainRun(stack, pair, size, say).run()
-    about = {"domains": pair, **asdict(size), **summarize(record), "logs": f"{here.stack.data_dir}/logs"}
+        record = TwoDomainRun(stack, pair, size, say, draft).run()
+    about = {
+        "domains": pair,
+        "imported": imported,
+        **asdict(size),
+        **summarize(record),
+        "logs": f"{here.stack.data_dir}/logs",
+    }
     report = session.report(f"the loop through {' and '.join(pair)} prompts", about, judge(record))
     if html:
         write_page("--html", html, render_loop_page(record, report))
@@ -123,13 +146,15 @@ def own_settings(settings: Settings) -> Settings:
     return settings.model_copy(update=sections)
 
 
-def figure_names(domains: Sequence[str]) -> list[str]:
+def figure_names(domains: Sequence[str], *, imported: bool = False) -> list[str]:
     """Return the names of all figures of a run through these domains."""
+    prefix = "import_" if imported else ""
     return [
-        *(f"day0_speedup{suffix}" for suffix in ("", "_loaded", "_while_training")),
-        *(f"{name}{suffix}" for name in ("shift_speedup", "shift_over_none") for suffix in ("", "_loaded")),
+        *(["imported_speedup"] if imported else ["day0_speedup"]),
+        *(["imported_speedup_loaded"] if imported else ["day0_speedup_loaded", "day0_speedup_while_training"]),
+        *(f"{prefix}{name}{suffix}" for name in ("shift_speedup", "shift_over_none") for suffix in ("", "_loaded")),
         *(f"trace_to_served_{share}_s" for share in ("p50", "p99")),
-        *(f"accepted_per_step_{domain}" for domain in domains),
+        *(f"accepted_per_step_{domain}" for domain in (domains[1:] if imported else domains)),
         *("versions_served", "failed_requests"),
     ]
 
@@ -139,13 +164,17 @@ def judge(record: LoopRecord) -> tuple[Figure, ...]:
     # Without a newer champion there is no static arm: the static draft is the adaptive one.
     static = STATIC if all(STATIC in result.rates for result in record.second) else ADAPTIVE
     run, errors = record.run, [request.error for request in record.run.failed]
+    prefix, over_none_loaded = ("import_", None) if record.training is None else ("", SHIFT_OVER_NONE_LOADED_GOAL)
+    if record.training is None:
+        first = _speedups("imported_speedup", record.first, NONE, (None, None))
+    else:
+        first = _day_0_speedups(record.first, record.training, record.domains[0])
     return (
-        *_speedups("day0_speedup", record.first, NONE, (DAY_0_GOALS.get(record.domains[0], DAY_0_GOAL), DAY_0_GOAL)),
-        _speedup("day0_speedup_while_training", record.training, NONE),
-        *_speedups("shift_speedup", record.second, static, (SHIFT_GOAL, None), at_shift=record.at_shift),
-        *_speedups("shift_over_none", record.second, NONE, (None, SHIFT_OVER_NONE_LOADED_GOAL)),
+        *first,
+        *_speedups(f"{prefix}shift_speedup", record.second, static, (SHIFT_GOAL, None), at_shift=record.at_shift),
+        *_speedups(f"{prefix}shift_over_none", record.second, NONE, (None, over_none_loaded)),
         *_delay_figures(record.delays),
-        *(_acceptance(run, domain) for domain in record.domains),
+        *(_acceptance(run, domain) for domain in record.learned),
         Figure("versions_served", len({swap.version for swap in run.swaps}), detail={"registered": len(run.versions)}),
         Figure("failed_requests", len(errors), goal=Goal(0, at_least=False), detail={"errors": errors[:5]}),
     )
@@ -157,7 +186,7 @@ def summarize(record: LoopRecord) -> dict[str, Any]:
     return {
         "traffic": demo["domains"],
         "with_trainer_running_tokens_per_s": {
-            domain: _rounded(last_rate(_of_domain(record.run, domain).succeeded)) for domain in record.domains
+            domain: _rounded(last_rate(_of_domain(record.run, domain).succeeded)) for domain in record.learned
         },
         "at_shift": record.at_shift,
         "swaps": demo["swaps"],
@@ -173,6 +202,11 @@ def summarize(record: LoopRecord) -> dict[str, Any]:
         ],
         "seconds": demo["duration_s"],
     }
+
+
+def _day_0_speedups(first: Sequence[ComparisonResult], training: ComparisonResult, domain: str) -> Iterator[Figure]:
+    yield from _speedups("day0_speedup", first, NONE, (DAY_0_GOALS.get(domain, DAY_0_GOAL), DAY_0_GOAL))
+    yield _speedup("day0_speedup_while_training", training, NONE)
 
 
 def _speedups(
@@ -239,11 +273,13 @@ def render_loop_page(record: LoopRecord, report: Report) -> str:
     """Return the page of a run."""
     run, figures = record.run, {figure.name: figure for figure in report.figures}
     date = datetime.fromtimestamp(run.started, UTC).strftime("%d %B %Y")
-    requests = f"{len(run.requests)} requests with {' then '.join(record.domains)} prompts"
+    requests = f"{len(run.requests)} requests with {' then '.join(record.learned)} prompts"
     return render_page(
         Path(__file__).with_name("loop.html"),
         subtitle=f"{requests}, {run.ended - run.started:.0f} seconds from start to end, {date}.",
-        headline_figures=[(format_number(figures[name].value), text) for name, text in _HEADLINE.items()],
+        headline_figures=[
+            (format_number(figures[name].value), text) for name, text in _HEADLINE.items() if name in figures
+        ],
         rolling=ROLLING,
         acceptance_length=acceptance_chart(run),
         loss=loss_chart(run),

@@ -1,14 +1,20 @@
-"""One run of the loop on a running stack: learn, pause the trainer and measure, in one domain and then in another."""
+"""One run of the loop on a running stack: learn, pause the trainer and measure, in one domain and then in another.
+
+With an imported draft the first domain is not learned: the draft is its champion from the start.
+"""
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
+from pathlib import Path
 
 from ops.bench import prompts
 from ops.bench.harness import Say
+from ops.bench.loop.imported_draft import import_draft
 from ops.bench.loop.learning_delay import Delays, Span, measure_delays, read_served_versions, read_steps
 from ops.bench.loop.node_comparison import ComparisonResult, ComparisonSize, NodeArm, ServingNode, compare_on_node
 from ops.demo.record import EDGE, DemoRun, Swap, acceptance_length
@@ -52,8 +58,8 @@ class LoopRecord:
 
     domains: tuple[str, str]
     run: DemoRun
-    training: ComparisonResult
-    """The first domain, at the concurrency of the traffic, beside a running trainer."""
+    training: ComparisonResult | None
+    """The first domain, at the concurrency of the traffic, beside a running trainer; None with an imported draft."""
     first: tuple[ComparisonResult, ...]
     """The first domain with the trainer paused: one request at a time, then the concurrency of the traffic if above."""
     second: tuple[ComparisonResult, ...]
@@ -62,12 +68,29 @@ class LoopRecord:
     """The champion when the second domain began; None if there was none."""
     delays: Delays
 
+    @property
+    def learned(self) -> tuple[str, ...]:
+        """The domains whose traffic the trainer has learned from."""
+        return self.domains[1:] if self.training is None else self.domains
+
 
 class TwoDomainRun:
     """One run through two domains."""
 
-    def __init__(self, stack: Stack, domains: tuple[str, str], size: LoopSize, say: Say) -> None:
+    def __init__(
+        self, stack: Stack, domains: tuple[str, str], size: LoopSize, say: Say, imported: Path | None = None
+    ) -> None:
+        """Prepare a run.
+
+        Args:
+            stack: Not started.
+            domains: In the order of the traffic.
+            size: How long, and how much.
+            say: Takes notes on the progress.
+            imported: Folder of a draft that was trained on the first domain; None learns that domain.
+        """
         self._stack, self._domains, self._size, self._say = stack, domains, size, say
+        self._imported = imported
         self._monitor = StackMonitor(stack, self._report_progress)
         self._started = time.time()
         self._phase = "starting"
@@ -87,9 +110,13 @@ class TwoDomainRun:
         try:
             self._stack.start()
             self._node = self._serving_node()
-            self._learn(one, traffic[one], self._size.minutes[0])
-            training = self._measure_while_training(traffic[one])
-            at_shift = self._pause_trainer()
+            training: ComparisonResult | None = None
+            if self._imported is None:
+                self._learn(one, traffic[one], self._size.minutes[0])
+                training = self._measure_while_training(traffic[one])
+                at_shift = self._pause_trainer()
+            else:
+                at_shift = self._serve_imported(self._imported)
             first = self._measure(held_out[one], champion_arms(at_shift))
             self._resume_trainer()
             self._learn(other, traffic[other], self._size.minutes[1])
@@ -126,18 +153,35 @@ class TwoDomainRun:
         # One block more: the last prompts warm up, and their answers stay in the corpus.
         return compare_on_node(self._node, arms, list(islice(traffic, size.prompts * (size.trials + 1))), size)
 
+    def _serve_imported(self, folder: Path) -> str:
+        """Make an imported draft the champion, with which node and trainer begin, and return its version."""
+        self._phase = "importing"
+        self._stack.supervisor.stop(["train"])
+        self._say(f"importing {folder}")
+        version = import_draft(self._stack.settings, folder)
+        # The trainer has begun with the day-0 draft.
+        shutil.rmtree(self._stack.settings.train.checkpoint_dir, ignore_errors=True)
+        if (active := self._await_champion()) != version:
+            raise UserError(f"the node serves {active}, not the imported version {version}; see its log")
+        return version
+
     def _pause_trainer(self) -> str | None:
         """Stop the trainer, wait until the node serves the champion, and return the active version."""
         self._phase = "paused"
         self._say("stopping the trainer to measure")
         self._stack.supervisor.stop(["train"])
+        version = self._await_champion()
+        self._learning[-1] = (self._learning[-1][0], time.time())
+        return version
+
+    def _await_champion(self) -> str | None:
+        """Wait until the node serves the champion, and return the active version; None for the day-0 draft."""
         promoter, serve = self._stack.settings.promoter, self._stack.settings.serve
         settled = time.monotonic() + promoter.poll_interval + serve.poll_interval + _POLL_S
         deadline = time.monotonic() + _SETTLE_S
         while time.monotonic() < settled or (not self._serves_champion and time.monotonic() < deadline):
             time.sleep(_POLL_S)
             self._monitor.sample()
-        self._learning[-1] = (self._learning[-1][0], time.time())
         serving = self._monitor.overview.serve
         if serving is None:
             raise UserError(f"no answer from the node: {self._monitor.overview.silent.get('serve')}")
@@ -173,7 +217,7 @@ class TwoDomainRun:
 
     def _record(
         self,
-        training: ComparisonResult,
+        training: ComparisonResult | None,
         first: tuple[ComparisonResult, ...],
         second: tuple[ComparisonResult, ...],
         at_shift: str | None,

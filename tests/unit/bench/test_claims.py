@@ -29,7 +29,10 @@ REPORTED: Mapping[str, list[str]] = {
     "aurora bench serving": serving_benchmark.figure_names(concurrent_requests.FULL),
     "aurora bench stream": stream_benchmark.figure_names(),
     "aurora bench trainer": trainer_benchmark.figure_names(trainer_benchmark.FULL),
-    "aurora bench loop": loop_benchmark.figure_names(prompts.ALL_DOMAINS),
+    "aurora bench loop": [
+        *loop_benchmark.figure_names(prompts.ALL_DOMAINS),
+        *loop_benchmark.figure_names(prompts.ALL_DOMAINS, imported=True),
+    ],
     "make demo": list(summarize_run(DemoRun(started=0, ended=1))),
 }
 """Names of the figures that a command reports."""

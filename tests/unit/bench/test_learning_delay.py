@@ -100,7 +100,8 @@ def test_the_offsets_of_a_version_are_those_that_it_was_trained_on_and_not_those
         )
         for n, trained_on in enumerate([1, 2, 2])
     ]
-    swaps = [Swap("1", 7.0, 0, 0.1), Swap("0", 3.0, 0, 0.1), Swap("1", 5.0, 0, 0.1)]
+    registered.append(Version("9", datetime.fromtimestamp(0, UTC), {"imported_from": "elsewhere"}, card="", run=""))
+    swaps = [Swap("1", 7.0, 0, 0.1), Swap("0", 3.0, 0, 0.1), Swap("1", 5.0, 0, 0.1), Swap("9", 2.0, 0, 0.1)]
     assert read_served_versions(settings, registered, swaps) == [
         ServedVersion("0", 3.0, {0: 0}),
         ServedVersion("1", 5.0, {0: 1}),

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from ops.bench.harness import Figure, Rates, Report, TrialValues
+from ops.bench.loop.imported_draft import find_draft
 from ops.bench.loop.learning_delay import Delays
 from ops.bench.loop.loop_benchmark import (
     figure_names,
@@ -136,6 +137,36 @@ def test_without_a_newer_champion_the_shift_speedup_is_1() -> None:
     same = replace(RECORD, second=(measured(adaptive=40, none=20),))
     assert (by_name(same)["shift_speedup"].value, by_name(same)["shift_speedup"].met) == (1, False)
     assert by_name(same)["shift_over_none"].value == 2
+
+
+IMPORTED = replace(RECORD, training=None, run=replace(RECORD.run, requests=tuple(map(answered, range(40, 80)))))
+
+
+def test_an_imported_draft_is_compared_with_itself_frozen() -> None:
+    found = by_name(IMPORTED)
+    assert list(found) == figure_names(IMPORTED.domains, imported=True)
+    assert (found["import_shift_speedup"].value, found["import_shift_speedup"].met) == (1.25, True)
+    assert found["import_shift_speedup"].summary()["at_shift"] == "1"
+    assert (found["imported_speedup"].value, found["import_shift_over_none"].value) == (1.5, 2)
+    assert {name for name, figure in found.items() if figure.goal} == {
+        *("import_shift_speedup", "trace_to_served_p50_s", "failed_requests")
+    }
+    assert summarize(IMPORTED)["with_trainer_running_tokens_per_s"] == {"math": pytest.approx(20)}
+    html = render_loop_page(IMPORTED, replace(REPORT, figures=judge(IMPORTED)))
+    assert "requests with math prompts" in html
+    assert "the imported draft itself" in html
+
+
+def test_a_draft_is_found_by_the_name_of_its_cache_or_by_its_folder(tmp_path: Path) -> None:
+    here = load(environ={}, flags={"stack.data_dir": str(tmp_path)})
+    cached, other = tmp_path / "bench" / "speculators" / "code", tmp_path / "other"
+    for folder in (cached, other):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+    assert find_draft(here, "code") == cached
+    assert find_draft(here, str(other)) == other
+    with pytest.raises(UserError, match=r"--import math: no draft in .*aurora bench speculator"):
+        find_draft(here, "math")
 
 
 def test_swaps_to_pinned_versions_are_excluded() -> None:

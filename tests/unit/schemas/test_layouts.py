@@ -183,6 +183,61 @@ def test_each_project_gets_the_layers_by_its_own_numbers(layout: Layout) -> None
         assert config[LAYERS] == [2, 4, 6]
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_folder_has_the_names_and_values_that_its_project_reads(layout: Layout) -> None:
+    adds_normed = layout != "sglang"
+    draft = draft_of(dataclasses.replace(SHAPE, norm_before_residual=adds_normed))
+    stored = export(draft, layout)
+    layer = "layers.0." if layout == "speculators" else "midlayer."
+    assert stored.tensors["d2t"].tolist() == [0, 0, 1, 1, 3, 3, 3, 8, 12, 14]
+    assert stored.tensors["t2d"].nonzero().flatten().tolist() == [0, 1, 3, 4, 7, 8, 9, 15, 20, 23]
+    assert torch.equal(stored.tensors["fc.weight"], draft.fc.weight)
+    assert torch.equal(stored.tensors[HEAD], draft.lm_head.weight)
+    assert torch.equal(stored.tensors[f"{layer}self_attn.k_proj.weight"], draft.midlayer.self_attn.k_proj.weight)
+    assert bool(stored.config.get("norm_before_residual")) is adds_normed
+
+
+def test_a_server_holds_queries_before_keys_before_values_and_the_gate_first() -> None:
+    tensors = {name: value for name, value in draft_of().state_dict().items() if name not in ("d2t", "t2d")}
+    fused, layer = fuse_tensors(tensors), draft_of().midlayer
+    attention = layer.self_attn
+    parts = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
+    assert torch.equal(fused["model.layers.0.self_attn.qkv_proj.weight"], torch.cat(parts))
+    assert torch.equal(
+        fused["model.layers.0.mlp.gate_up_proj.weight"],
+        torch.cat([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight]),
+    )
+
+
+def test_norms_of_captured_layers_are_read_by_the_names_of_low_middle_and_high() -> None:
+    draft = draft_of(dataclasses.replace(SHAPE, variant="eagle3.1"))
+    stored = export(draft, "sglang")
+    norms = {f"fc_norm.{i}.weight": torch.full((8,), float(i)) for i in range(3)}
+    names = {f"fc_norm.{i}.weight": f"aux_norm_{name}.weight" for i, name in enumerate(("low", "mid", "high"))}
+    tensors = {names.get(name, name): value for name, value in {**stored.tensors, **norms}.items()}
+    config = {**stored.config, "use_aux_norm": True, "fc_norm": None}
+    found = from_layout(StoredDraft(config, tensors), TARGET)
+    assert found.shape == draft.shape
+    assert all(torch.equal(found.tensors[name], value) for name, value in norms.items())
+
+
+def test_a_folder_with_a_tensor_more_or_less_is_not_imported(target: Path, tmp_path: Path) -> None:
+    write_draft_folder(draft_of(), tmp_path / "draft", "sglang", VERIFIER)
+    tensors = load_file(tmp_path / "draft" / WEIGHTS)
+    without = {name: value for name, value in tensors.items() if name != "midlayer.mlp.up_proj.weight"}
+    for changed_to, says in (
+        (without, "missing tensors: midlayer.mlp.up_proj.weight"),
+        (tensors | {"midlayer.extra.weight": torch.ones(1)}, "unknown tensors: midlayer.extra.weight"),
+        (
+            tensors | {"fc.weight": tensors["fc.weight"].T.contiguous()},
+            r"fc.weight: shape \[24, 8\], expected \[8, 24\]",
+        ),
+    ):
+        save_file(changed_to, tmp_path / "draft" / WEIGHTS)
+        with pytest.raises(CheckpointError, match=says):
+            read_draft_folder(tmp_path / "draft", target, TARGET)
+
+
 @pytest.mark.parametrize(
     ("keys", "layers"),
     [
@@ -358,7 +413,7 @@ def test_a_shard_that_is_cut_is_named(target: Path, tmp_path: Path) -> None:
         read_draft_folder(tmp_path / "draft", target, TARGET)
 
 
-@pytest.mark.parametrize("added", ["README.md", ".gitattributes", "registered_model_meta", "LICENSE"])
+@pytest.mark.parametrize("added", ["README.md", ".gitattributes", "registered_model_meta", "LICENSE", "MLmodel"])
 def test_files_that_a_registry_or_hub_adds_do_not_make_a_version_invalid(added: str, tmp_path: Path) -> None:
     draft = draft_of()
     line = write_checkpoint(draft, tmp_path, "ab" * 16).line

@@ -27,6 +27,8 @@ T = TypeVar("T")
 
 REBALANCE_TIMEOUT_S = 60.0
 """Time that the group waits in a rebalance for workers that do not come back."""
+REQUEST_TIMEOUT_S = 30.0
+"""Timeout of a request to the broker, unless the session timeout is longer."""
 COMMIT_BYTES = 16 << 20
 """Target size of the records of one commit. The rows of all tables are built in memory and take several times this."""
 BUFFER_BYTES = 4 * COMMIT_BYTES
@@ -71,7 +73,8 @@ def create_app(settings: Settings) -> CommittedApp:
         broker_session_timeout=stream.session_timeout,
         broker_heartbeat_interval=stream.session_timeout / 4,
         broker_rebalance_timeout=REBALANCE_TIMEOUT_S,
-        broker_request_timeout=30.0,
+        # Faust refuses a shorter one than the session timeout.
+        broker_request_timeout=max(REQUEST_TIMEOUT_S, stream.session_timeout),
         # A worker without partitions, or with unreachable tables, reads nothing and is healthy. If it left the group
         # for that, it would not join again.
         broker_max_poll_interval=_FOREVER_S,

@@ -72,6 +72,13 @@ def test_worker_that_reads_nothing_for_days_stays_in_its_group() -> None:
     assert create_app(Settings()).conf.broker_max_poll_interval > 30 * 86400
 
 
+def test_no_session_timeout_is_longer_than_a_request_may_take_which_faust_refuses() -> None:
+    for timeout in (10.0, 60.0):
+        conf = create_app(Settings(stream=Stream(session_timeout=timeout, static_member="worker-0"))).conf
+        assert conf.broker_request_timeout >= conf.broker_session_timeout == timeout
+        assert conf.consumer_group_instance_id == "worker-0"
+
+
 def create_buffer(linger_s: float = SOON_S) -> RecordBuffer[int]:
     return RecordBuffer(batch_records=4, batch_bytes=100, linger_s=linger_s, max_bytes=200)
 

@@ -288,6 +288,8 @@ class Vllm(Section):
 
     python: LocalPath = ""
     """Python interpreter of the environment with vLLM; empty uses the node's."""
+    url: str = ""
+    """Address of a running server with Aurora's extension whose versions the node manages; empty starts a server."""
     api_key: Secret = SecretStr("")
     """Key that vLLM's development endpoints require, by which the node swaps versions; empty makes a new one at each
     start. It is not the key of the API, which is vLLM's ``--api-key``."""

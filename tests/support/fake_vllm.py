@@ -52,6 +52,9 @@ class FakeVllm:
             case "aurora_start":
                 self.version = self.version or arguments[1]
                 return {"version": self.version}
+            case "aurora_attach":
+                self.version = self.version or "attached"
+                return {"version": self.version, "depth": 5}
             case "aurora_read":
                 folder = Path(arguments[0])
                 assert hash_file(folder / MANIFEST) == arguments[1]

@@ -312,17 +312,17 @@ def read_origin(node: str, model: str, draft: str, width: int, fingerprint_cache
     Raises:
         CheckpointError: the draft is no version of Aurora, or belongs to another target.
     """
-    folder = _model_folder(draft)
+    folder = model_folder(draft)
     manifest, shape = read_manifest(folder), read_shape(folder)
     if width != 3 * shape.hidden_size:
         raise CheckpointError(f"{folder}: needs {3 * shape.hidden_size} values per token, the server has {width}")
-    target = target_fingerprint(_model_folder(model), fingerprint_cache)
+    target = target_fingerprint(model_folder(model), fingerprint_cache)
     if manifest.target != target:
         raise CheckpointError(f"{folder}: is a draft for target {manifest.target}, the server runs {target}")
     return Origin(node, target, manifest.line, shape.vocab_size)
 
 
-def _model_folder(path: str) -> Path:
+def model_folder(path: str) -> Path:
     """Return a folder, or the cached folder of a name on the Hugging Face hub: the server has loaded it from there."""
     if Path(path).is_dir():
         return Path(path)

@@ -17,9 +17,10 @@ from schemas.settings import Speculator
 from schemas.speculator import checkpoint
 from schemas.speculator.checkpoint import MANIFEST, CheckpointError, hash_file
 from schemas.speculator.day_0_draft import create_day_0_draft
-from schemas.speculator.layouts import Shard, fuse_tensors, shard_tensors
+from schemas.speculator.draft_folder import write_draft_folder
+from schemas.speculator.layouts import Shard, Verifier, fuse_tensors, shard_tensors
 from schemas.speculator.target_fingerprint import target_fingerprint
-from serving.engines.vllm.plugin.draft_reload import DraftReload
+from serving.engines.vllm.plugin.draft_reload import ATTACHED, DraftReload, read_foreign_draft, read_held_draft
 
 KEY_HEADS = 2
 """Of ``write_tiny_target``."""
@@ -70,7 +71,7 @@ def model() -> Model:
 
 @pytest.fixture
 def draft(model: Model, versions: dict[str, Path]) -> DraftReload:
-    found = DraftReload(model, model.load, versions["1"], "1", Shard())
+    found = DraftReload(model, model.load, read_held_draft(versions["1"], "1"), Shard())
     model.load(found._served)
     return found
 
@@ -118,7 +119,7 @@ def test_a_failed_load_restores_the_version_before(
 @pytest.mark.parametrize("spoiled", ["lm_head.weight", "model.layers.0.self_attn.qkv_proj.weight"])
 def test_a_rank_compares_its_parts_of_the_tensors(model: Model, versions: dict[str, Path], spoiled: str) -> None:
     model.shard, model.spoiled = Shard(1, 2), spoiled
-    draft = DraftReload(model, model.load, versions["1"], "1", model.shard)
+    draft = DraftReload(model, model.load, read_held_draft(versions["1"], "1"), model.shard)
     model.load(draft._served)
     read(draft, versions["2"])
     model.spoils = True
@@ -127,6 +128,42 @@ def test_a_rank_compares_its_parts_of_the_tensors(model: Model, versions: dict[s
     read(draft, versions["2"])
     draft.load("2")
     assert holds(model, versions["2"])
+
+
+def test_a_draft_that_somebody_else_has_started_with_is_restored_if_a_version_fails(
+    model: Model, versions: dict[str, Path], tmp_path: Path
+) -> None:
+    target, line = versions["1"].parent / "target", checkpoint.read_manifest(versions["1"]).line
+    foreign = checkpoint.read_checkpoint(versions["2"], line)
+    foreign.norm.weight.data += 5
+    write_draft_folder(foreign, tmp_path / "own", "vllm", Verifier("target", (), 3))
+    held = read_foreign_draft(tmp_path / "own", target, versions["1"], "1")
+    assert (held.version, held.line) == (ATTACHED, line)
+    draft = DraftReload(model, model.load, held, Shard())
+    model.load(held.tensors)
+    read(draft, versions["2"])
+    model.fails = 1
+    with pytest.raises(UserError, match="version attached still serves"):
+        draft.load("2")
+    assert model.held["model.norm.weight"].equal(foreign.norm.weight.data.bfloat16().float())
+    read(draft, versions["2"])
+    draft.load("2")
+    assert (draft.version, holds(model, versions["2"])) == ("2", True)
+
+
+def test_a_draft_with_the_weights_of_the_first_version_has_its_name(versions: dict[str, Path], tmp_path: Path) -> None:
+    target, line = versions["1"].parent / "target", checkpoint.read_manifest(versions["1"]).line
+    own = checkpoint.read_checkpoint(versions["1"], line)
+    write_draft_folder(own, tmp_path / "own", "vllm", Verifier("target", (), 3))
+    assert read_foreign_draft(tmp_path / "own", target, versions["1"], "7").version == "7"
+
+
+def test_a_draft_of_another_shape_is_rejected(versions: dict[str, Path], tmp_path: Path) -> None:
+    target = versions["1"].parent / "target"
+    wider = create_day_0_draft(target, Speculator(draft_vocab_size=32))
+    write_draft_folder(wider, tmp_path / "own", "vllm", Verifier("target", (), 3))
+    with pytest.raises(CheckpointError, match=r"another shape than line .* speculator\.day_0_folder"):
+        read_foreign_draft(tmp_path / "own", target, versions["1"], "1")
 
 
 def test_a_failed_restoration_is_reported(draft: DraftReload, model: Model, versions: dict[str, Path]) -> None:

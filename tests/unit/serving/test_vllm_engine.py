@@ -70,6 +70,25 @@ def test_a_version_is_written_read_and_loaded(
     assert not (tmp_path / "incoming").exists()
 
 
+def test_a_node_attaches_to_a_server_that_another_process_has_started(
+    fake: FakeVllm, target: Path, draft: EagleDraft, tmp_path: Path
+) -> None:
+    fingerprint = target_fingerprint(target)
+    line = checkpoint.line_name(fingerprint, draft.shape, draft.d2t)
+    client = VllmClient(fake.url, SecretStr(KEY), 5)
+    attached = VllmEngine(client, fingerprint, line, FIRST, 3, tmp_path / "incoming", 5, is_own=False)
+    fake.faults["aurora_attach"] = "only drafts of the method eagle3 are supported"
+    with pytest.raises(ServerError, match=r"eagle3 are supported; vllm\.url needs a server with our extension"):
+        attached.start()
+    del fake.faults["aurora_attach"]
+    attached.start()
+    assert (attached.health().speculator, attached.health().draft_depth) == ("attached", 5)
+    attached.swap(draft, "4")
+    assert attached.health().speculator == "4"
+    attached.stop()
+    client.close()
+
+
 def test_vllm_gets_the_layers_by_its_own_numbers(target: Path, draft: EagleDraft, tmp_path: Path) -> None:
     checkpoint.write_checkpoint(draft, tmp_path / "version", target_fingerprint(target))
     folder = tmp_path / "loaded"

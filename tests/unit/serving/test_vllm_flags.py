@@ -9,7 +9,7 @@ import pytest
 
 from schemas.settings import Settings, SettingsError, load
 from serving.engines.node.command_line import Flags
-from serving.engines.vllm.node import vllm_flags
+from serving.engines.vllm.node import vllm_flags, vllm_launch
 
 DRAFT = Path("/drafts/node-0-loaded")
 
@@ -67,3 +67,16 @@ def test_draft_trees_are_rejected_since_vllm_verifies_chains() -> None:
     with pytest.raises(SettingsError, match="vLLM verifies chains only"):
         load(environ={}, flags={"serve.engine": "vllm", "serve.draft_tree_width": 2})
     load(environ={}, flags={"serve.engine": "sglang", "serve.draft_tree_width": 2})
+
+
+@pytest.mark.parametrize(
+    ("given", "key", "message"),
+    [
+        (["--port", "9"], "sesame", r"vllm\.url names a running server: flags have no effect"),
+        ([], "", r"vllm\.api_key: the server at vllm\.url was started with one"),
+    ],
+)
+def test_a_running_server_takes_no_flags_and_needs_its_key(given: list[str], key: str, message: str) -> None:
+    settings = load(environ={}, flags={"vllm.url": "http://127.0.0.1:1", "vllm.api_key": key})
+    with pytest.raises(SettingsError, match=message):
+        vllm_launch.run(settings, given)

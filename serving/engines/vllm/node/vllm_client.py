@@ -54,6 +54,18 @@ class VllmClient(ServerClient):
         """
         return str(self._call_workers("aurora_start", str(draft.folder), draft.version)[0]["version"])
 
+    def attach(self, draft: DraftFolder) -> tuple[str, int]:
+        """Start to record and to accept versions in a server that somebody else has started.
+
+        Args:
+            draft: The version with which the line begins.
+
+        Returns:
+            The version that drafts, and the depth of its drafts.
+        """
+        answer = self._call_workers("aurora_attach", str(draft.folder), draft.version)[0]
+        return str(answer["version"]), int(answer["depth"])
+
     def read(self, folder: Path, digest: str) -> bool:
         """Let the workers read a version's files; return whether all have read them. Call it until they have."""
         answers = self._call_workers("aurora_read", str(folder), digest)

@@ -33,6 +33,7 @@ class VllmEngine(ServerEngine):
         depth: Draft tokens, one after the other.
         folder: For versions on their way to the server, which reads them there.
         timeout_s: Timeout of a swap.
+        is_own: Whether this node starts the server; another one may draft with other weights and another depth.
     """
 
     def __init__(
@@ -44,9 +45,11 @@ class VllmEngine(ServerEngine):
         depth: int,
         folder: Path,
         timeout_s: float,
+        *,
+        is_own: bool = True,
     ) -> None:
         super().__init__("vLLM", target, line, draft.version if draft else "")
-        self._draft = draft
+        self._draft, self._is_own = draft, is_own
         self._server, self._depth, self._folder, self._timeout_s = server, depth, folder, timeout_s
 
     def start(self) -> None:
@@ -55,8 +58,15 @@ class VllmEngine(ServerEngine):
         Raises:
             ServerError: the server is unreachable or not supported.
         """
-        if self._draft:
+        if self._draft and self._is_own:
             self._version = self._server.start(self._draft)
+        elif self._draft:
+            try:
+                self._version, self._depth = self._server.attach(self._draft)
+            except ServerError as error:
+                raise ServerError(
+                    f"{error}; vllm.url needs a server with our extension: docs/guides/vllm.md#attach-to-a-server"
+                ) from error
         self._watch()
 
     def _swap(self, weights: EagleDraft, version: str) -> SwapResult:

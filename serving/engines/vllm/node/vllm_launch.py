@@ -1,4 +1,4 @@
-"""A node whose engine is vLLM's own server, started here as a child process.
+"""A node whose engine is vLLM's own server, started here as a child process or running already.
 
 The server answers the API on its own address, with our extension in its workers. The sidecar in this process swaps its
 versions and answers the operator's endpoints on ``serve.host:serve.port``. This process ends when the server does, with
@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -25,7 +26,7 @@ from schemas.settings import Settings, SettingsError, to_environ
 from schemas.speculator.draft_folder import write_draft_folder
 from schemas.speculator.layouts import Verifier
 from schemas.telemetry import logs
-from serving.engines.node.child_process import ChildProcess, record_signals, supervise
+from serving.engines.node.child_process import POLL_S, ChildProcess, record_signals, supervise
 from serving.engines.node.command_line import Flags
 from serving.engines.node.sidecar import Sidecar, read_target_line, write_first_draft
 from serving.engines.vllm.node import vllm_flags
@@ -58,8 +59,37 @@ def run(settings: Settings, arguments: Sequence[str]) -> int:
     given = Flags(tuple(arguments))
     vllm_flags.check_flags(given, settings)
     with record_signals() as signals:
+        if settings.vllm.url:
+            if arguments:
+                raise SettingsError("vllm.url names a running server: flags have no effect on it; omit them")
+            return _attach(settings, signals)
         _check_environment(settings)
         return _start(settings, given, signals)
+
+
+def _attach(settings: Settings, signals: list[int]) -> int:
+    """Run the sidecar of a server that another process has started, until a signal arrives.
+
+    Raises:
+        SettingsError: ``vllm.api_key`` is missing, or the draft cannot be written.
+    """
+    if not settings.vllm.api_key.get_secret_value():
+        raise SettingsError("vllm.api_key: the server at vllm.url was started with one; set the same")
+    line = read_target_line(settings)
+    registry = MlflowRegistry(settings.registry, line.name)
+    folder = Path(settings.vllm.draft_dir).absolute()
+    draft, _ = write_first_draft(settings, line, registry, settings.vllm.draft_dir)
+    with ExitStack() as stack:
+        server = VllmClient(settings.vllm.url, settings.vllm.api_key, settings.vllm.timeout)
+        incoming, depth = folder / f"{settings.serve.node}-incoming", settings.serve.num_speculative_tokens
+        timeout = settings.vllm.timeout
+        engine = VllmEngine(server, line.target, line.name, draft, depth, incoming, timeout, is_own=False)
+        sidecar = Sidecar(settings, server, engine, registry)
+        stack.callback(sidecar.close)
+        while not signals:
+            time.sleep(POLL_S)
+        sidecar.drain.start()
+        return 0
 
 
 def _start(settings: Settings, given: Flags, signals: list[int]) -> int:

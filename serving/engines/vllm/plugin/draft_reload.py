@@ -7,9 +7,11 @@ between two steps, and compared with those of the file. If anything fails, the w
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from schemas.errors import UserError, describe_error
 from schemas.speculator.checkpoint import (
+    CONFIG,
     MANIFEST,
     CheckpointError,
     hash_file,
@@ -26,12 +29,31 @@ from schemas.speculator.checkpoint import (
     read_manifest,
     read_shape,
 )
+from schemas.speculator.draft_folder import read_draft_folder
 from schemas.speculator.layouts import Shard, fuse_tensors, shard_tensors
+from schemas.speculator.network import EagleDraft
 
 log = structlog.get_logger()
 
 _TABLES = {"d2t": "draft_id_to_target_id", "t2d": ""}
 """The draft vocabulary, with vLLM's names."""
+
+
+ATTACHED = "attached"
+"""Version that drafts in a server that somebody else started with a draft that is no version of the line."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HeldDraft:
+    """The draft that a server has started with."""
+
+    version: str
+    line: str
+    """Of the versions that may be loaded."""
+    key_heads: int
+    """Heads of keys and values."""
+    tensors: Mapping[str, Tensor]
+    """By their names in a version's file."""
 
 
 class _Reading(threading.Thread):
@@ -57,20 +79,14 @@ class DraftReload:
     Args:
         model: vLLM's draft model.
         reload: Loads tensors into it, by their names in a version's file.
-        folder: Version with which the server has started.
-        version: Its name.
+        held: What it holds.
         shard: Part of each tensor that this worker holds, where tensor parallelism divides it.
-
-    Raises:
-        CheckpointError: the folder contains no valid version.
     """
 
-    def __init__(self, model: Any, reload: Any, folder: Path, version: str, shard: Shard) -> None:
-        self.version = version
+    def __init__(self, model: Any, reload: Any, held: HeldDraft, shard: Shard) -> None:
+        self.version = held.version
         self._model, self._reload, self._shard = model, reload, shard
-        self._key_heads = read_shape(folder).num_key_value_heads
-        self._line = read_manifest(folder).line
-        self._served: Mapping[str, Tensor] = read_tensors(folder, self._line, hash_file(folder / MANIFEST))
+        self._line, self._key_heads, self._served = held.line, held.key_heads, held.tensors
         self._reading: _Reading | None = None
 
     def read(self, folder: Path, digest: str) -> bool:
@@ -129,6 +145,39 @@ class DraftReload:
         return f"the server holds other weights than were loaded: {', '.join(wrong)}" if wrong else None
 
 
+def read_held_draft(folder: Path, version: str) -> HeldDraft:
+    """Return the version with which a server has started.
+
+    Raises:
+        CheckpointError: the folder contains no valid version.
+    """
+    line = read_manifest(folder).line
+    tensors = read_tensors(folder, line, hash_file(folder / MANIFEST))
+    return HeldDraft(version, line, read_shape(folder).num_key_value_heads, tensors)
+
+
+def read_foreign_draft(own: Path, target: Path, folder: Path, version: str) -> HeldDraft:
+    """Return the draft with which somebody else has started a server.
+
+    Args:
+        own: Folder of this draft.
+        target: Folder of the target.
+        folder: Of the version with which the line begins here.
+        version: Its name, which the draft gets if it has the same weights.
+
+    Raises:
+        CheckpointError: one of the folders is not readable, or the draft has another shape than the line.
+    """
+    first = read_held_draft(folder, version)
+    draft = read_draft_folder(own, target, json.loads((target / CONFIG).read_text())).draft
+    if draft.shape != read_shape(folder):
+        raise CheckpointError(
+            f"{own}: the draft has another shape than line {first.line}: name this folder in speculator.day_0_folder"
+        )
+    tensors = _in_file_types(draft)
+    return replace(first, version=version if _equal(tensors, first.tensors) else ATTACHED, tensors=tensors)
+
+
 def read_tensors(folder: Path, line: str, digest: str) -> dict[str, Tensor]:
     """Return the tensors of a version's file after all checks, in the data type of the file.
 
@@ -137,7 +186,10 @@ def read_tensors(folder: Path, line: str, digest: str) -> dict[str, Tensor]:
     """
     if (found := hash_file(folder / MANIFEST)) != digest:
         raise CheckpointError(f"{folder / MANIFEST}: SHA-256 {found[:16]}… is not the expected {digest[:16]}…")
-    draft = read_checkpoint(folder, line)
+    return _in_file_types(read_checkpoint(folder, line))
+
+
+def _in_file_types(draft: EagleDraft) -> dict[str, Tensor]:
     return {
         name: value.to(torch.bfloat16) if value.is_floating_point() else value
         for name, value in draft.state_dict().items()

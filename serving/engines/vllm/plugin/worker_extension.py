@@ -23,10 +23,16 @@ from serving.answers.answer_publisher import AnswerPublisher
 from serving.answers.shared_corpus import SharedCorpus
 from serving.engines.plugin.capture import HostTransfer
 from serving.engines.plugin.metrics import CaptureLimit, PluginMetrics, SuffixMetrics
-from serving.engines.plugin.recorder import Recorder, ReportedCorpus, read_origin
+from serving.engines.plugin.recorder import Recorder, ReportedCorpus, model_folder, read_origin
 from serving.engines.plugin.row_drafter import RowDrafter
 from serving.engines.vllm.plugin import installation
-from serving.engines.vllm.plugin.draft_reload import DraftReload, reload_layerwise
+from serving.engines.vllm.plugin.draft_reload import (
+    DraftReload,
+    HeldDraft,
+    read_foreign_draft,
+    read_held_draft,
+    reload_layerwise,
+)
 from serving.engines.vllm.plugin.hybrid_hooks import HybridHooks
 from serving.engines.vllm.plugin.runner_hooks import RunnerHooks
 from serving.traces.chunks import Origin
@@ -51,7 +57,25 @@ class WorkerExtension:
         Returns:
             ``version`` that drafts; ``why`` the server is not supported.
         """
-        return _answer(lambda: {"version": self._aurora_started(Path(folder), version).version})
+        return _answer(lambda: {"version": self._aurora_started(Path(folder), version, is_own=True).version})
+
+    def aurora_attach(self, folder: str, version: str) -> dict[str, Any]:
+        """Start to record and to accept versions in a server that somebody else has started, unless it has been done.
+
+        Args:
+            folder: Version with which the line begins; the server may have started with another draft of its shape.
+            version: Its name.
+
+        Returns:
+            ``version`` that drafts; ``depth`` of its drafts; ``why`` the server is not supported.
+        """
+        worker: Any = self
+
+        def attach() -> dict[str, Any]:
+            started = self._aurora_started(Path(folder), version, is_own=False)
+            return {"version": started.version, "depth": worker.speculative_config.num_speculative_tokens}
+
+        return _answer(attach)
 
     def aurora_read(self, folder: str, digest: str) -> dict[str, Any]:
         """Call ``DraftReload.read``; return ``is_read``, or ``why`` the version is not valid."""
@@ -66,18 +90,25 @@ class WorkerExtension:
             raise UserError("aurora_start has not been called")
         return self._aurora_draft
 
-    def _aurora_started(self, folder: Path, version: str) -> DraftReload:
+    def _aurora_started(self, folder: Path, version: str, *, is_own: bool) -> DraftReload:
         if self._aurora_draft is None:
             _configure_logs()
             worker: Any = self
             layers = read_shape(folder).capture_layers
             if why := installation.check_installation() or installation.check_configuration(worker, layers):
                 raise UserError(why)
-            reload, shard = partial(reload_layerwise, worker), _read_shard(worker)
-            draft = DraftReload(worker.model_runner.drafter.model, reload, folder, version, shard)
+            held = read_held_draft(folder, version) if is_own else _read_foreign(worker, folder, version)
+            reload = partial(reload_layerwise, worker)
+            draft = DraftReload(worker.model_runner.drafter.model, reload, held, _read_shard(worker))
             _install_hooks(worker, load(), draft, folder)
             self._aurora_draft = draft
         return self._aurora_draft
+
+
+def _read_foreign(worker: Any, folder: Path, version: str) -> HeldDraft:
+    """Read the files from which vLLM has loaded its draft."""
+    own = model_folder(worker.speculative_config.draft_model_config.model)
+    return read_foreign_draft(own, model_folder(worker.model_config.model), folder, version)
 
 
 def _read_shard(worker: Any) -> Shard:

@@ -34,7 +34,7 @@ def import_draft(settings: Settings, folder: Path) -> str:
     Raises:
         UserError: a command failed, or the draft is not of the settings' line, or the line has versions already.
     """
-    found = _run_versions(settings, "import", str(folder))
+    found: dict[str, Any] = json.loads(_run_versions(settings, "import", str(folder), "--json"))
     if not found["line_of_settings"]:
         raise UserError(
             f"--import {folder}: its line {found['line']} is not that of the settings; set speculator.* and "
@@ -47,11 +47,10 @@ def import_draft(settings: Settings, folder: Path) -> str:
     return version
 
 
-def _run_versions(settings: Settings, *arguments: str) -> dict[str, Any]:
-    """Run ``aurora versions`` and return its JSON."""
-    command = [sys.executable, "-m", "ops.cli.main", "versions", *arguments, "--json"]
+def _run_versions(settings: Settings, *arguments: str) -> str:
+    """Run ``aurora versions`` and return its output."""
+    command = [sys.executable, "-m", "ops.cli.main", "versions", *arguments]
     ended = subprocess.run(command, env=os.environ | to_environ(settings), capture_output=True, text=True, check=False)
     if ended.returncode:
         raise UserError(f"aurora versions {' '.join(arguments)}: {ended.stderr.strip()}")
-    answer: dict[str, Any] = json.loads(ended.stdout)
-    return answer
+    return ended.stdout

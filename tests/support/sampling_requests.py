@@ -96,7 +96,7 @@ def check_answer(node: Node, body: dict[str, Any], invalid: set[str]) -> None:
     # json.dumps also writes numbers that are no JSON, as careless clients do.
     content = json.dumps({"model": MODEL, **body})
     headers = {"content-type": "application/json"}
-    answer = httpx.post(f"{node.url}/v1/completions", content=content, headers=headers, timeout=60)
+    answer = httpx.post(f"{node.url}/v1/completions", content=content, headers=headers, timeout=300)
     assert node.engine.health().alive
     if invalid:
         assert answer.status_code == 400, (body, answer.text)

@@ -116,7 +116,8 @@ def test_the_servers_own_draft_serves_until_a_version_has_the_alias_and_a_killed
     trained_draft: Path,
     tmp_path: Path,
 ) -> None:
-    expected = target_outputs[0][:TOKENS]
+    expected, line = target_outputs[0][:TOKENS], read_target_line(settings).name
+    registry = SpeculatorRegistry(settings.registry)
     with node(settings, tmp_path / "first.log") as first:
         eventually(lambda: status_of(settings).speculator == "attached")
         assert complete(settings, prompts[0], "own") == expected
@@ -126,16 +127,20 @@ def test_the_servers_own_draft_serves_until_a_version_has_the_alias_and_a_killed
         assert first.pid is not None
         os.kill(first.pid, signal.SIGKILL)
     assert complete(settings, prompts[0], "alone") == expected
-    line, registry = read_target_line(settings).name, SpeculatorRegistry(settings.registry)
     version = registry.register(line, trained_draft, {}, {})
-    with node(settings, tmp_path / "second.log"):
-        eventually(lambda: status_of(settings).speculator == "attached")
-        registry.set_alias(line, "champion", version)
-        eventually(lambda: status_of(settings).speculator == version)
-        assert complete(settings, prompts[0], "swapped") == expected
-        steps = verify_steps_in(chunks_of(settings.kafka, "swapped"))
-        assert {step.speculator for step in steps if step.verify_step > 1} == {version}
-        assert sum(len(step.accepted) for step in steps) > 3
+    try:
+        with node(settings, tmp_path / "second.log"):
+            eventually(lambda: status_of(settings).speculator == "attached")
+            registry.set_alias(line, "champion", version)
+            eventually(lambda: status_of(settings).speculator == version)
+            assert complete(settings, prompts[0], "swapped") == expected
+            steps = verify_steps_in(chunks_of(settings.kafka, "swapped"))
+            assert {step.speculator for step in steps if step.verify_step > 1} == {version}
+            assert sum(len(step.accepted) for step in steps) > 3
+    finally:
+        # The nodes of other tests serve the same line.
+        registry.delete_alias(line, "champion")
+        registry.delete(line, version)
     assert server.alive
 
 

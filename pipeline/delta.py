@@ -239,7 +239,8 @@ class DeltaLog:
     """The tables of ``schemas.batches.TABLES`` below one address.
 
     The handle of a table is kept, and reads only the commits since its last use. A table that does not exist is created
-    empty. Nullable columns that a table of an older release lacks are added; its rows have null there.
+    empty. Nullable columns that a table of an older release lacks are added; its rows have null there. Nullable columns
+    that a newer release has added are left alone; new rows have null there. Any other difference is an error.
 
     Every method raises ``TableError`` if the store fails. Not thread-safe.
     """
@@ -263,6 +264,7 @@ class DeltaLog:
                 table = DeltaTable(address, storage_options=self._options)
             except TableNotFoundError:
                 return self._create(name, address)
+            _check_schema(name, table)
             missing = _missing_columns(TABLES[name], table)
             return self._add_columns(table, missing) if missing else table
 
@@ -536,6 +538,50 @@ def escape_sql(text: str) -> str:
 
 def _schema(name: str, columns: Sequence[str] | None) -> pa.Schema:
     return TABLES[name] if columns is None else pa.schema([TABLES[name].field(column) for column in columns])
+
+
+def find_conflicts(schema: pa.Schema, found: Schema) -> list[str]:
+    """Return a line for every difference of a table's columns that is neither an added nor a missing nullable column.
+
+    Args:
+        schema: Columns of this release.
+        found: Columns of the table.
+    """
+    ours = {field.name: field for field in Schema.from_arrow(schema).fields}
+    theirs = {field.name: field for field in found.fields}
+    conflicts = []
+    for name, field in ours.items():
+        other = theirs.get(name)
+        if other is None:
+            conflicts += [] if field.nullable else [f"- {name}: the table lacks it, and this release requires it"]
+        elif other.type != field.type:
+            conflicts.append(
+                f"~ {name}: {_name_type(other.type)} in the table, {_name_type(field.type)} in this release"
+            )
+        elif field.nullable and not other.nullable:
+            conflicts.append(f"~ {name}: not null in the table, nullable in this release")
+    added = [field for name, field in theirs.items() if name not in ours and not field.nullable]
+    return [*conflicts, *(f"+ {field.name}: not null in the table, unknown to this release" for field in added)]
+
+
+def _name_type(kind: object) -> str:
+    """Return the name of a type as the log of a table has it."""
+    to_json: Callable[[], str] = kind.to_json  # type: ignore[attr-defined]  # of every type of the library
+    return to_json().strip('"')
+
+
+def _check_schema(name: str, table: DeltaTable) -> None:
+    conflicts = find_conflicts(TABLES[name], table.schema())
+    found = tuple(table.metadata().partition_columns)
+    if found != tuple(PARTITIONED_BY[name]):
+        conflicts.append(
+            f"~ partitioned by {list(found)} in the table, by {list(PARTITIONED_BY[name])} in this release"
+        )
+    if conflicts:
+        raise TableError(
+            f"table {name} at {table.table_uri} has other columns than this release reads and writes: "
+            f"{'; '.join(conflicts)}. Run the release that made it, or set tables.uri to new tables"
+        )
 
 
 def _missing_columns(schema: pa.Schema, table: DeltaTable) -> pa.Schema:

@@ -21,12 +21,15 @@ import structlog
 
 from pipeline.offsets import LogRange, SourcePartition
 from schemas.status import PartitionStatus
+from schemas.trace.record import FORMAT
 
 log = structlog.get_logger()
 
 TICK_S = 1.0
 PROGRESS_TIMEOUT_S = 15.0
 """A worker is not live if a partition makes no progress for so long, or if the watch loop does not run for so long."""
+PAUSE_RETRY_S = 30.0
+"""A paused partition is read again this often: `aurora stream skip` may have moved it."""
 TRANSACTION_TIMEOUT_S = 90.0
 """A worker is not ready if a transaction keeps records from it for so long. Producers' own timeout is commonly 60 s."""
 JOIN_TIMEOUT_S = 90.0
@@ -58,6 +61,8 @@ class _PartitionProgress:
     last_stable: float = 0.0
     """When the log had no open transaction, or the stable part of it grew."""
     last_seek: float = 0.0
+    paused_by: str | None = None
+    """The trace format of the record at the next offset, if this worker cannot read it."""
 
 
 class ProgressTracker:
@@ -108,7 +113,20 @@ class ProgressTracker:
             partition = self._partitions[source]
             if partition.next_offset is None or offset > partition.next_offset:
                 partition.last_progress = self._clock()
+                partition.paused_by = None
             partition.next_offset = offset
+
+    def pause(self, source: SourcePartition, paused_by: str) -> bool:
+        """Pause a partition until its next offset moves. Return False if it was paused already."""
+        if source not in self._partitions or self._partitions[source].paused_by == paused_by:
+            return False
+        self._partitions[source].paused_by = paused_by
+        self._partitions[source].last_seek = self._clock()
+        return True
+
+    def paused(self) -> dict[int, str]:
+        """Return the trace formats of records that pause their partitions, by partition."""
+        return {s.partition: p.paused_by for s, p in self._partitions.items() if p.paused_by}
 
     def set_log(self, source: SourcePartition, log: LogRange) -> None:
         """Set the range of the partition's offsets on the broker."""
@@ -160,7 +178,8 @@ class ProgressTracker:
         """Return for how long the next offset has not moved, although its record should have arrived."""
         partition = self._partitions[source]
         next_offset = partition.next_offset
-        if next_offset is None or next_offset >= partition.log.stable_end or next_offset in partition.buffered:
+        waits = next_offset in partition.buffered or partition.paused_by
+        if next_offset is None or next_offset >= partition.log.stable_end or waits:
             partition.last_progress = self._clock()
         return self._clock() - partition.last_progress
 
@@ -175,9 +194,15 @@ class ProgressTracker:
             self._partitions[source].last_seek = self._clock()
 
     def stalled(self, after_s: float) -> list[SourcePartition]:
-        """Return the partitions that are stalled for more than ``after_s``, also since the last seek."""
+        """Return the partitions that are stalled for more than ``after_s``, also since the last seek, and the paused
+        ones that are due to be read again."""
         now = self._clock()
-        return [s for s, p in self._partitions.items() if min(self.stalled_s(s), now - p.last_seek) > after_s]
+        return [
+            source
+            for source, partition in self._partitions.items()
+            if min(self.stalled_s(source), now - partition.last_seek) > after_s
+            or (partition.paused_by and now - partition.last_seek > PAUSE_RETRY_S)
+        ]
 
     def unverified(self) -> list[SourcePartition]:
         """Return the partitions whose next offset is unknown or lies outside the log."""
@@ -202,6 +227,7 @@ class ProgressTracker:
                 stalled_s=round(self.stalled_s(source), 1),
                 transaction_s=round(self.transaction_s(source), 1),
                 oldest_unread_time=self.oldest_unread_time(source),
+                paused_by=partition.paused_by,
             )
             for source, partition in sorted(self._partitions.items())
             if partition.next_offset is not None
@@ -224,6 +250,8 @@ class HealthSnapshot:
     """By partition: an open transaction keeps records from all consumers."""
     without_offset: tuple[int, ...]
     """Partitions whose next offset was not read from the tables yet."""
+    paused: Mapping[int, str]
+    """By partition: the trace format of the record at its next offset, which this worker cannot read."""
     error: str | None
     """Last error of the broker or the tables, if it persists."""
 
@@ -256,6 +284,11 @@ def readiness_problems(health: HealthSnapshot) -> list[str]:
         f"partition {partition}: records wait for a producer's transaction, which has been open for {seconds:.0f} s"
         for partition, seconds in sorted(health.transaction_s.items())
         if seconds > TRANSACTION_TIMEOUT_S
+    ]
+    problems += [
+        f"partition {partition} is paused: its next record has the format {found}, this worker reads {FORMAT}; upgrade "
+        f"the stream workers, or pass the record with `aurora stream skip`"
+        for partition, found in sorted(health.paused.items())
     ]
     if health.error:
         problems.append(health.error)

@@ -89,6 +89,7 @@ _PARTITION_GAUGES = {
     "lag_records": ("lag", "Records on the broker that the tables lack"),
     "partition_stalled_seconds": ("stalled_s", "Time for which records waited and the next offset did not move"),
     "partition_transaction_seconds": ("transaction_s", "Time for which records waited for an open transaction"),
+    "partition_paused": ("is_paused", "1 if the next record has another major version of the trace format"),
 }
 _TRAFFIC_GAUGES = {
     "first_token_acceptance_ratio": (

@@ -30,17 +30,19 @@ HeaderReader = Callable[[str], str | None]
 """Returns the text of a header; None without one."""
 
 
+def find_other_version(header: HeaderReader) -> str | None:
+    """Return the trace format in a record's header if it is another major version than this worker reads."""
+    name, _, major = (header("format") or record.FORMAT).partition("/")
+    return f"{name}/{major}" if name == record.FORMAT_NAME and major != str(record.FORMAT_MAJOR) else None
+
+
 def check_headers(header: HeaderReader) -> None:
-    """Check that this worker can read the schema and the content type that the headers name.
+    """Check the content type that the headers name. The record itself names its format.
 
     Raises:
-        TraceError: it cannot.
+        TraceError: it is another one.
     """
-    schema, content = header("schema"), header("content-type")
-    if schema not in record.readable_fingerprints():
-        raise TraceError(
-            "foreign_schema", f"header schema is {schema!r}, this worker reads {sorted(record.readable_fingerprints())}"
-        )
+    content = header("content-type")
     if content != record.CONTENT_TYPE:
         raise TraceError("foreign_content", f"header content-type is {content!r}, expected {record.CONTENT_TYPE!r}")
 

@@ -19,7 +19,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 import faust
@@ -163,12 +163,19 @@ class StreamWorker:
         result = await self._writer.write(records, holes)
         for source, next_offset in result.next_offsets.items():
             self._progress.set_next_offset(source, next_offset)
+        self._pause(result.paused)
         for event in events:
             if event.message.offset < result.next_offsets.get(self._source(event.message.tp), 0):
                 event.ack()
         for source in result.gaps:
             if self._seek_offsets.get(source) != result.next_offsets[source]:
                 await self._seek_back(source, await self._verify_offset(source))
+
+    def _pause(self, paused: Mapping[SourcePartition, str]) -> None:
+        """Pause partitions whose next record this worker cannot read."""
+        for source, found in paused.items():
+            if self._progress.pause(source, found):
+                log.error("partition_paused", topic=source.topic, partition=source.partition, format=found)
 
     async def _find_holes(self, source: SourcePartition, delivered: Sequence[int]) -> list[range]:
         """Return the gaps before delivered records that are holes, up to the first one that is not."""
@@ -395,6 +402,7 @@ class StreamWorker:
             stalled_s={source.partition: self._progress.stalled_s(source) for source in sources},
             transaction_s={source.partition: self._progress.transaction_s(source) for source in sources},
             without_offset=tuple(source.partition for source in self._progress.without_offset()),
+            paused=self._progress.paused(),
             error=self._writer.error or self._broker_error,
         )
 

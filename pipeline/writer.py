@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import structlog
 
@@ -28,6 +28,7 @@ from pipeline.offsets import (
     select_records,
 )
 from pipeline.topic_logs import LastRecord, read_last_record
+from pipeline.validation import find_other_version
 from schemas.claim_store import ClaimStore, ClaimStoreError
 from schemas.settings import Settings
 from schemas.telemetry import spans
@@ -54,6 +55,29 @@ class WriteResult:
     next_offsets: Mapping[SourcePartition, int]
     gaps: tuple[SourcePartition, ...]
     """Partitions whose record at the next offset was not delivered, although later ones were."""
+    paused: Mapping[SourcePartition, str]
+    """Partitions whose record at the next offset has another major version of the trace format, with that version."""
+
+
+class Writable(NamedTuple):
+    """The records of a partition that can be written."""
+
+    records: Sequence[Record]
+    holes: tuple[range, ...]
+    """Holes between them."""
+    paused_by: str | None
+    """The trace format of the record behind them, if it is another major version."""
+
+
+def cut_at_other_version(records: Sequence[Record], holes: tuple[range, ...]) -> Writable:
+    """Cut selected records before the first one with another major version of the trace format.
+
+    It is no dead letter, because nothing is wrong with it: an upgraded worker reads it.
+    """
+    for number, record in enumerate(records):
+        if other := find_other_version(record.header):
+            return Writable(records[:number], tuple(hole for hole in holes if hole.stop < record.offset), other)
+    return Writable(records, holes, None)
 
 
 class TableWriter:
@@ -122,15 +146,17 @@ class TableWriter:
     ) -> WriteResult:
         """Write the records together, or one by one where workers have ended."""
         gaps: set[SourcePartition] = set()
+        paused: dict[SourcePartition, str] = {}
         for part in self._split(records):
             before = {source: self._committer.next_offset(source) for source in part}
             try:
-                gaps |= self._write_part(part, holes)
+                gaps |= self._write_part(part, holes, paused)
             except Exception:
                 self._crashes.fail(part)
                 raise
             self._crashes.pass_(source for source in part if self._committer.next_offset(source) > before[source])
-        return WriteResult({source: self._committer.next_offset(source) for source in records}, tuple(sorted(gaps)))
+        next_offsets = {source: self._committer.next_offset(source) for source in records}
+        return WriteResult(next_offsets, tuple(sorted(gaps - paused.keys())), paused)
 
     def _split(
         self, records: Mapping[SourcePartition, Sequence[Record]]
@@ -145,25 +171,29 @@ class TableWriter:
                 yield {source: [record]}
 
     def _write_part(
-        self, records: Mapping[SourcePartition, Sequence[Record]], holes: Mapping[SourcePartition, Sequence[range]]
+        self,
+        records: Mapping[SourcePartition, Sequence[Record]],
+        holes: Mapping[SourcePartition, Sequence[range]],
+        paused: dict[SourcePartition, str],
     ) -> set[SourcePartition]:
-        """Select, build and commit. Return the partitions with a gap."""
+        """Select, build and commit. Return the partitions with a gap, and add those that pause to ``paused``."""
         starts = {source: self._committer.next_offset(source) for source in records}
         selections = {
             source: select_records(starts[source], [record.offset for record in delivered], holes[source])
             for source, delivered in records.items()
         }
-        selected = {
-            source: [records[source][i] for i in selection.selected]
+        writable = {
+            source: cut_at_other_version([records[source][i] for i in selection.selected], selection.holes)
             for source, selection in selections.items()
-            if selection.selected
         }
+        paused |= {source: cut.paused_by for source, cut in writable.items() if cut.paused_by}
+        selected = {source: cut.records for source, cut in writable.items() if cut.records}
         started = time.time()
         built = {source: self._build(source, starts[source], of_source) for source, of_source in selected.items()}
         if built:
             committed = self._commit(
                 [
-                    Batch(source, selected[source][-1].offset, batch.rows, selections[source].holes, _now_us())
+                    Batch(source, selected[source][-1].offset, batch.rows, writable[source].holes, _now_us())
                     for source, batch in built.items()
                 ]
             )
@@ -178,7 +208,10 @@ class TableWriter:
             self._deduplicator.advance(source, offsets.stop, batch.written)
             self.drift.observe(source, offsets, batch.rows["traces"])
         self._counters.records_skipped += sum(selection.skipped for selection in selections.values())
-        self._counters.records_deferred += sum(selection.deferred for selection in selections.values())
+        self._counters.records_deferred += sum(
+            selection.deferred + len(selection.selected) - len(writable[source].records)
+            for source, selection in selections.items()
+        )
         return {source for source, selection in selections.items() if selection.has_gap}
 
     def _commit(self, batches: Sequence[Batch]) -> tuple[str, ...]:

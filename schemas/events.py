@@ -3,6 +3,9 @@
 ``aurora.speculators.v1``   alias moves: compacted, key ``line/alias``.
 ``aurora.drift.v1``         drift of a version's acceptance: deleted after ``kafka.retention``, key ``line/speculator``.
 ``aurora.lag.v1``           lag of a trainer: deleted after ``kafka.retention``, key ``line``.
+
+The version of a format is in the name of its topic. Within a version, releases add fields with defaults only, and
+readers ignore fields that they do not know.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ QUARANTINED_TAG = "aurora.quarantined"
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="ignore")
 
 
 class AliasMoved(_Record):

@@ -1,6 +1,7 @@
 """Responses of ``GET /status``, one model per process: JSON for ``aurora status``, the demo and scripts.
 
-``GET /metrics`` on the same port serves Prometheus metrics for dashboards.
+``GET /metrics`` on the same port serves Prometheus metrics for dashboards. Processes of a newer release may answer with
+further fields, which readers ignore.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from schemas.settings.sections import PrefixScope, SuffixScope
 
 
 class _Status(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="ignore")
 
 
 class SwapStatus(_Status):
@@ -183,6 +184,13 @@ class PartitionStatus(_Status):
     oldest_unread_time: float | None = None
     """Unix time at which the broker received the oldest record that the tables do not contain; None if they contain
     all, or while it is unknown."""
+    paused_by: str | None = None
+    """Trace format of the next record, if the worker cannot read it: another major version."""
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether the worker cannot read the next record."""
+        return self.paused_by is not None
 
 
 class TrafficStatus(_Status):

@@ -11,7 +11,7 @@ from pipeline.delta import DeltaLog
 from pipeline.offsets import Batch, OffsetCommitter, SourcePartition
 from schemas.errors import UserError
 from schemas.trace.decoder import decode
-from schemas.trace.record import CONTENT_TYPE, TraceError, fingerprint
+from schemas.trace.record import CONTENT_TYPE, SCHEMA_ID, TraceError
 
 INDEX = "order.json"
 """File that lists the traces of a folder in order."""
@@ -63,6 +63,6 @@ def as_record(name: str, value: bytes, offset: int) -> Record:
         TraceError: it is not a chunk.
     """
     verify_steps = decode(value).verify_steps
-    headers = {"content-type": CONTENT_TYPE, "schema": fingerprint(), "rows": str(len(verify_steps))}
+    headers = {"content-type": CONTENT_TYPE, "schema": SCHEMA_ID, "rows": str(len(verify_steps))}
     encoded = tuple((key, text.encode()) for key, text in headers.items())
     return Record(TOPIC, 0, offset, verify_steps[-1].time_us, name.encode(), value, encoded)

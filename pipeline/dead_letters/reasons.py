@@ -30,8 +30,8 @@ REASONS = {
         "Find the other producer of the topic, or give the nodes a topic of their own (kafka.traces_topic).",
     ),
     "foreign_schema": Reason(
-        "This worker does not read the schema version in the header, or the columns of the record.",
-        _UPGRADE,
+        "A column of the record is missing or has another type, although it has this major version of the format.",
+        _REPORT,
     ),
     "foreign_format": Reason("The record names another format.", _UPGRADE),
     "truncated": Reason(

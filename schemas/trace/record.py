@@ -29,13 +29,11 @@ The envelope names how the features reach the trainer:
 
 from __future__ import annotations
 
-import hashlib
 import struct
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import IntFlag
-from functools import cache
 from typing import Annotated, Literal
 
 import numpy as np
@@ -44,7 +42,12 @@ import pyarrow as pa
 from pydantic import Field, NonNegativeInt, PositiveInt, TypeAdapter
 
 CONTENT_TYPE = "application/vnd.apache.arrow.stream"
-FORMAT = "aurora.trace/3"
+FORMAT_NAME, FORMAT_MAJOR = "aurora.trace", 3
+FORMAT = f"{FORMAT_NAME}/{FORMAT_MAJOR}"
+"""Name and major version. Within a major version, releases add nullable columns, and fields with defaults to the
+envelope; readers ignore what they do not know, and read what is missing as null."""
+SCHEMA_ID = "4827b9523596cac4"
+"""The header ``schema``. Readers of this release ignore it; those before it read no record with another value."""
 ROOT = -1
 """Parent of a draft token that follows the root."""
 
@@ -82,9 +85,6 @@ SCHEMA = pa.schema(
 )
 ADDED_COLUMNS = ("draft_sources", "active_since")
 """Columns of ``SCHEMA`` that chunks of older nodes lack. They are read as null."""
-_FINGERPRINTS_OF_OLDER_NODES = ("b536faa160ee1a9e", "47c1dfc0180535d9", "27f4c0836742ee73")
-"""Wire schemas without ``draft_sources``, without ``active_since`` and ``Envelope.start_us``, and without
-``Envelope.prompt_key``."""
 
 
 class DraftSource(IntFlag):
@@ -208,23 +208,6 @@ class Chunk:
 
 ENVELOPE_JSON = TypeAdapter(Envelope)
 """Serializer of the envelope in the schema's metadata."""
-
-
-@cache
-def fingerprint() -> str:
-    """Return the id of the wire schema, which a header carries so that consumers reject a foreign record unparsed."""
-    shape = FORMAT + SCHEMA.to_string() + ",".join(f.name for f in fields(Envelope))
-    return hashlib.sha256(shape.encode()).hexdigest()[:16]
-
-
-@cache
-def readable_fingerprints() -> frozenset[str]:
-    """Return the ids of all readable wire schemas: a topic outlives the nodes that wrote to it.
-
-    When a column is added to ``ADDED_COLUMNS``, or a field with a default to the envelope, the fingerprint without it
-    stays in this set.
-    """
-    return frozenset({fingerprint(), *_FINGERPRINTS_OF_OLDER_NODES})
 
 
 def encode(chunk: Chunk) -> bytes:

@@ -11,7 +11,7 @@ from schemas.hash_sampling import prompt_key
 from schemas.telemetry import trace_context
 from schemas.telemetry.spans import Span
 from schemas.telemetry.trace_context import TraceContext, request_context
-from schemas.trace.record import CONTENT_TYPE, Chunk, Envelope, Features, VerifyStep, fingerprint
+from schemas.trace.record import CONTENT_TYPE, FORMAT, SCHEMA_ID, Chunk, Envelope, Features, VerifyStep
 from serving.engines.base import Finish, Request
 
 FRAME_BYTES = 8192
@@ -85,7 +85,8 @@ def message_headers(chunk: Chunk, context: TraceContext) -> Headers:
     versions = [step.speculator for step in chunk.verify_steps if step.speculator]
     fields = {
         "content-type": CONTENT_TYPE,
-        "schema": fingerprint(),
+        "format": FORMAT,
+        "schema": SCHEMA_ID,
         "node": chunk.envelope.node,
         "target": chunk.envelope.target,
         "speculator": versions[-1] if versions else "",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -37,7 +38,7 @@ from pipeline.delta import DeltaLog
 from pipeline.offsets import HOLE, LOST_TO_RETENTION, NEVER_READ, SKIPPED, TOPIC_RECREATED
 from schemas.claim_store import ClaimStore
 from schemas.settings import Settings, Traces, to_environ
-from schemas.status import StreamStatus
+from schemas.status import PartitionStatus, StreamStatus
 from schemas.trace import record as trace
 from schemas.trace.record import Chunk, encode
 
@@ -289,7 +290,7 @@ def test_record_with_a_header_name_that_is_not_utf8_is_a_dead_letter_and_those_b
     made = [chunk(request, np.random.default_rng(request)) for request in range(3)]
 
     def headers(one: Chunk) -> raw_batches.Headers:
-        names = {"content-type": trace.CONTENT_TYPE, "schema": trace.fingerprint(), "rows": str(len(one.verify_steps))}
+        names = {"content-type": trace.CONTENT_TYPE, "schema": trace.SCHEMA_ID, "rows": str(len(one.verify_steps))}
         names |= {raw_batches.PLACEHOLDER: ""} if one is made[1] else {}
         return [(name, text.encode()) for name, text in names.items()]
 
@@ -304,6 +305,54 @@ def test_record_with_a_header_name_that_is_not_utf8_is_a_dead_letter_and_those_b
     assert (letter["partition"], letter["offset"], letter["reason"]) == (0, 1, "bad_header")
     assert letter["value"] == encode(made[1])
     assert letter["headers"][-1]["name"] == r"\xff\xfe" * 8
+
+
+PAUSES_ARE_SHORT = """
+from pipeline import health
+health.PAUSE_RETRY_S = 1.0
+health.PROGRESS_TIMEOUT_S = 4.0
+"""
+
+
+def test_record_of_another_major_version_pauses_its_partition_alone_and_is_no_dead_letter(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in to_environ(stage.settings).items():
+        monkeypatch.setenv(name, value)
+    made = [chunk(request, np.random.default_rng(request)) for request in range(3)]
+
+    def headers(one: Chunk) -> raw_batches.Headers:
+        names = {"content-type": trace.CONTENT_TYPE, "rows": str(len(one.verify_steps))}
+        names |= {"format": "aurora.trace/4" if one is made[1] else trace.FORMAT}
+        return [(name, text.encode()) for name, text in names.items()]
+
+    def of(partition: int) -> PartitionStatus:
+        unknown = PartitionStatus(partition=partition, next_offset=-1, end_offset=-1, lag=0, stalled_s=0)
+        return next((one for one in stage.status().partitions if one.partition == partition), unknown)
+
+    kafka = stage.settings.kafka
+    records = [(b"key", b"of a later release" if one is made[1] else encode(one), headers(one)) for one in made]
+    raw_batches.send(kafka.bootstrap_servers, kafka.traces_topic, 0, records)
+    with worker(stage.settings, stage.log, before=PAUSES_ARE_SHORT) as process:
+        assert stage.stored(1), stage.log.read_text()[-5_000:]
+        assert wait_until(lambda: of(0).paused_by == "aurora.trace/4", 40), stage.status()
+        stage.publisher.send_many(range(3, 60))
+        elsewhere = stage.end(1)
+        assert wait_until(lambda: of(1).next_offset == elsewhere, 40), stage.status()
+        time.sleep(6)  # longer than a partition may stall, and than a few retries
+        status = stage.status()
+        assert (of(0).next_offset, of(0).paused_by) == (1, "aurora.trace/4")
+        assert (status.not_live, status.dead_letters, stage.tables.row_count("dead_letters")) == ([], {}, 0)
+        assert ["aurora.trace/4" in problem for problem in status.not_ready] == [True]
+        skipped = CliRunner().invoke(app, ["stream", "skip", "0/1", "--why", "a test"])
+        assert skipped.exit_code == 0, skipped.output
+        assert wait_until(lambda: sum(p.lag for p in stage.status().partitions) == 0, 40), stage.status()
+        assert stage.status().not_ready == []
+        assert process.poll() is None
+    rows = stage.tables.read("accepted", ["partition", "offset"]).to_pylist()
+    assert sorted(row["offset"] for row in rows if row["partition"] == 0) == [
+        offset for offset in range(stage.end(0)) if offset != 1
+    ]
 
 
 def test_worker_waits_while_a_table_cannot_be_written(stage: Stage) -> None:

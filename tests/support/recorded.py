@@ -9,7 +9,7 @@ import pyarrow as pa
 from bfloat16 import to_bf16
 
 from pipeline.batches import Record, build
-from schemas.trace.record import CONTENT_TYPE, Chunk, Envelope, Features, VerifyStep, encode, fingerprint
+from schemas.trace.record import CONTENT_TYPE, SCHEMA_ID, Chunk, Envelope, Features, VerifyStep, encode
 from serving.traces.chunks import drop_features
 
 WIDTH, TOP_K = 24, 3
@@ -104,7 +104,7 @@ def record_of(  # noqa: PLR0913 - one for each thing that a test may vary
         finish=finish,
         prompt_key=prompt_key,
     )
-    headers = {"content-type": CONTENT_TYPE, "schema": fingerprint(), "rows": str(len(verify_steps))}
+    headers = {"content-type": CONTENT_TYPE, "schema": SCHEMA_ID, "rows": str(len(verify_steps))}
     value = encode(Chunk(envelope, tuple(verify_steps)))
     as_bytes = tuple((name, text.encode()) for name, text in headers.items())
     return Record("traces", partition, offset, 1_700_000_000_000_000, request.encode(), value, as_bytes)

@@ -214,11 +214,7 @@ def _build_dead_letter(record: Record, reason: str, detail: str) -> Row:
 
 
 def _check_headers(record: Record) -> None:
-    schema, content = record.header("schema"), record.header("content-type")
-    if schema not in trace.readable_fingerprints():
-        raise TraceError(
-            "foreign_schema", f"header schema is {schema!r}, this worker reads {sorted(trace.readable_fingerprints())}"
-        )
+    content = record.header("content-type")
     if content != trace.CONTENT_TYPE:
         raise TraceError("foreign_content", f"header content-type is {content!r}, expected {trace.CONTENT_TYPE!r}")
 

@@ -186,7 +186,7 @@ class Publisher:
         """
         headers: Headers = [
             ("content-type", trace.CONTENT_TYPE.encode()),
-            ("schema", trace.fingerprint().encode()),
+            ("schema", trace.SCHEMA_ID.encode()),
             ("rows", str(len(made.verify_steps)).encode()),
         ]
         self._producer.produce(

@@ -20,7 +20,7 @@ from pipeline.delta import DeltaLog
 from schemas.settings import Settings, load, to_environ
 from schemas.speculator import checkpoint
 from schemas.speculator.network import EagleDraft
-from schemas.trace.record import CONTENT_TYPE, Chunk, VerifyStep, encode, fingerprint
+from schemas.trace.record import CONTENT_TYPE, SCHEMA_ID, Chunk, VerifyStep, encode
 from serving.engines.base import Finish, Output, Request
 from serving.engines.builtin import packed_draft
 from serving.engines.builtin.engine import BuiltinEngine
@@ -120,7 +120,7 @@ def store(settings: Settings, engine: BuiltinEngine, recorder: Recorder) -> int:
         made += [builder.add(done) for done in recorder.verify_steps[name]]
         made.append(builder.end(finish))
     chunks = [chunk for chunk in made if chunk is not None]
-    headers = {"content-type": CONTENT_TYPE, "schema": fingerprint()}
+    headers = {"content-type": CONTENT_TYPE, "schema": SCHEMA_ID}
     records = []
     for offset, chunk in enumerate(chunks):
         result = {**headers, "rows": str(len(chunk.verify_steps))}

@@ -12,13 +12,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
-from deltalake import DeltaTable, Schema, write_deltalake
+from deltalake import CommitProperties, DeltaTable, Schema, Transaction, write_deltalake
 from recorded import conversation, record_of, tables_of
 
 from pipeline.compaction import list_data_files
-from pipeline.delta import TABLE_PROPERTIES, DeltaLog
+from pipeline.delta import TABLE_PROPERTIES, DeltaLog, TableError
 from pipeline.maintenance import Maintenance
-from pipeline.offsets import COMMIT_ORDER, Batch, OffsetCommitter, SourcePartition
+from pipeline.offsets import COMMIT_ORDER, Batch, OffsetCommitter, SourcePartition, transaction_id
 from schemas.batches import PARTITIONED_BY, TABLES
 from schemas.settings import Tables
 from schemas.trace.record import DraftSource, VerifyStep
@@ -144,13 +144,73 @@ def test_processes_that_open_an_older_table_together_add_the_column_once(older: 
     assert DeltaLog(older).version("traces") == 3
 
 
-def test_this_release_writes_to_tables_with_a_column_of_a_newer_one(settings: Tables) -> None:
+@pytest.fixture
+def newer(settings: Tables) -> Tables:
+    """Tables with a record of this release, to which a newer one adds a column, and a record with values in it."""
     log = DeltaLog(settings)
     log.create()
-    for name in COMMIT_ORDER:
-        newer = Schema.from_arrow(pa.schema([pa.field("newer", pa.string())])).fields
-        DeltaTable(f"{settings.uri}/{name}").alter.add_columns(newer)
     OffsetCommitter(log).commit([Batch(SOURCE, 0, newer_rows(0))])
-    assert set(log.read("traces")["offset"].to_pylist()) == {0}
-    assert log.query("select distinct newer from traces").read_all()["newer"].to_pylist() == [None]
-    assert not any(result.error for result in Maintenance(settings).run())
+    for name in COMMIT_ORDER:
+        column = Schema.from_arrow(pa.schema([pa.field("newer", pa.string())])).fields
+        DeltaTable(f"{settings.uri}/{name}").alter.add_columns(column)
+        rows = newer_rows(1)[name]
+        transaction = Transaction(transaction_id(name, SOURCE), 1)
+        write_deltalake(
+            f"{settings.uri}/{name}",
+            rows.append_column("newer", pa.array(["yes"] * rows.num_rows)),
+            mode="append",
+            commit_properties=CommitProperties(app_transactions=[transaction]),
+        )
+    return settings
+
+
+def test_worker_that_runs_while_a_newer_release_adds_a_column_continues(settings: Tables) -> None:
+    log = DeltaLog(settings)
+    committer = OffsetCommitter(log)
+    committer.commit([Batch(SOURCE, 0, newer_rows(0))])
+    for name in COMMIT_ORDER:
+        column = Schema.from_arrow(pa.schema([pa.field("newer", pa.string())])).fields
+        DeltaTable(f"{settings.uri}/{name}").alter.add_columns(column)
+    committer.commit([Batch(SOURCE, 1, newer_rows(1))])
+    assert set(log.read("traces")["offset"].to_pylist()) == {0, 1}
+
+
+@pytest.mark.parametrize("name", ADDED)
+def test_rows_of_a_newer_release_are_read_and_continued(newer: Tables, name: str) -> None:
+    log = DeltaLog(newer)
+    committer = OffsetCommitter(log)
+    assert committer.next_offset(SOURCE) == 2
+    committer.commit([Batch(SOURCE, 2, newer_rows(2))])
+    for rows in (
+        log.read(name),
+        log.read_added(name, 0, log.version(name)),
+        log.read_offsets(name, SOURCE, range(9), TABLES[name].names),
+    ):
+        assert rows.schema == TABLES[name]
+        assert set(rows["offset"].to_pylist()) == {0, 1, 2}
+    found = log.query(f'select distinct "offset", newer from {name}').read_all().to_pylist()
+    assert {row["offset"]: row["newer"] for row in found} == {0: None, 1: "yes", 2: None}
+
+
+def test_compaction_and_vacuum_keep_a_column_of_a_newer_release(newer: Tables) -> None:
+    log = DeltaLog(newer)
+    done = {result.table: result for result in Maintenance(newer).run()}
+    assert [result.error for result in done.values() if result.error] == []
+    assert done["traces"].compacted == 2
+    found = log.query('select distinct "offset", newer from traces').read_all().to_pylist()
+    assert {row["offset"]: row["newer"] for row in found} == {0: None, 1: "yes"}
+
+
+def test_every_other_difference_is_refused_with_the_columns(settings: Tables) -> None:
+    kept = [field for field in TABLES["traces"] if field.name not in {"node", "offset"}]
+    columns = [*kept, pa.field("offset", pa.string()), pa.field("newer", pa.int64(), nullable=False)]
+    DeltaTable.create(f"{settings.uri}/traces", pa.schema(columns))
+    with pytest.raises(TableError, match=r"tables\.uri") as refused:
+        DeltaLog(settings).create()
+    for difference in (
+        "- node: the table lacks it",
+        "~ offset: string in the table, long in this release",
+        "+ newer: not null in the table",
+        "~ partitioned by [] in the table, by ['line', 'day'] in this release",
+    ):
+        assert difference in str(refused.value)

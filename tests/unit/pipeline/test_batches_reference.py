@@ -173,7 +173,7 @@ def send(chunk: Chunk, offset: int, partition: int = 0, value: bytes | None = No
     bare = chunk if way == "inline" else replace(chunk, verify_steps=tuple(map(drop_features, verify_steps)))
     headers = {
         "content-type": trace.CONTENT_TYPE,
-        "schema": trace.fingerprint(),
+        "schema": trace.SCHEMA_ID,
         "node": chunk.envelope.node,
         "target": chunk.envelope.target,
         "rows": str(len(verify_steps)),

@@ -10,6 +10,7 @@ import pytest
 
 from pipeline.health import (
     JOIN_TIMEOUT_S,
+    PAUSE_RETRY_S,
     PROGRESS_TIMEOUT_S,
     TRANSACTION_TIMEOUT_S,
     WRITE_TIMEOUT_S,
@@ -21,7 +22,7 @@ from pipeline.health import (
 from pipeline.offsets import LogRange, SourcePartition
 
 WELL = HealthSnapshot(
-    unwatched_s=1, joining_s=0, writing_s=0, stalled_s={}, transaction_s={}, without_offset=(), error=None
+    unwatched_s=1, joining_s=0, writing_s=0, stalled_s={}, transaction_s={}, without_offset=(), paused={}, error=None
 )
 ZERO, ONE = SourcePartition("traces", 0), SourcePartition("traces", 1)
 
@@ -40,6 +41,7 @@ ZERO, ONE = SourcePartition("traces", 0), SourcePartition("traces", 1)
         (replace(WELL, writing_s=WRITE_TIMEOUT_S + 1), False, False),
         (replace(WELL, unwatched_s=2 * PROGRESS_TIMEOUT_S), False, False),
         (replace(WELL, without_offset=(1,)), True, False),
+        (replace(WELL, paused={1: "aurora.trace/4"}), True, False),
         (replace(WELL, error="the table does not answer (tables.uri)"), True, False),
     ],
 )
@@ -53,6 +55,22 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+def test_paused_partition_is_live_not_stalled_and_read_again_until_its_next_offset_moves() -> None:
+    tracker, clock = progress()
+    tracker.set_next_offset(ZERO, 3)
+    assert tracker.pause(ZERO, "aurora.trace/4")
+    assert not tracker.pause(ZERO, "aurora.trace/4")
+    clock.now += PAUSE_RETRY_S - 1
+    assert (tracker.paused(), tracker.stalled_s(ZERO)) == ({0: "aurora.trace/4"}, 0)
+    assert ZERO not in tracker.stalled(5)
+    clock.now += 2
+    assert ZERO in tracker.stalled(5)
+    tracker.record_seek(ZERO)
+    assert ZERO not in tracker.stalled(5)
+    tracker.set_next_offset(ZERO, 4)
+    assert tracker.paused() == {}
 
 
 def progress() -> tuple[ProgressTracker, Clock]:

@@ -75,7 +75,7 @@ class Log:
 
 
 def record_of(made: Chunk, offset: int, value: bytes | None = None) -> Record:
-    headers = {"content-type": trace.CONTENT_TYPE, "schema": trace.fingerprint(), "rows": str(len(made.verify_steps))}
+    headers = {"content-type": trace.CONTENT_TYPE, "schema": trace.SCHEMA_ID, "rows": str(len(made.verify_steps))}
     content = encode(made) if value is None else value
     named = tuple((name, text.encode()) for name, text in headers.items())
     return Record(TOPIC, 0, offset, NOW_US, made.envelope.request.encode(), content, named)

@@ -17,7 +17,7 @@ from trace_bench import ORIGIN, Bench, FakeProducer, a_verify_step, eventually
 
 from schemas.settings import Kafka, SettingsError, Traces
 from schemas.telemetry import trace_context
-from schemas.trace.record import CONTENT_TYPE, fingerprint
+from schemas.trace.record import CONTENT_TYPE, FORMAT, SCHEMA_ID
 from serving.engines.base import Request
 from serving.traces.publisher import OVERDUE_S, connect
 
@@ -50,7 +50,8 @@ def test_a_finished_request_is_one_message_with_its_headers() -> None:
     assert published_by.trace_id == trace_context.request_context(chunk.envelope.request).trace_id
     assert headers == {
         "content-type": CONTENT_TYPE.encode(),
-        "schema": fingerprint().encode(),
+        "format": FORMAT.encode(),
+        "schema": SCHEMA_ID.encode(),
         "node": b"node-a",
         "target": b"t" * 32,
         "speculator": b"7",

@@ -20,7 +20,7 @@ from faust.types.auth import CredentialsT
 
 from pipeline.broker import TopicError
 from pipeline.transport import CommittedApp
-from schemas.settings import Kafka, Settings, SettingsError
+from schemas.settings import Kafka, Settings, SettingsError, Stream
 
 log = structlog.get_logger()
 T = TypeVar("T")
@@ -29,11 +29,11 @@ REBALANCE_TIMEOUT_S = 60.0
 """Time that the group waits in a rebalance for workers that do not come back."""
 REQUEST_TIMEOUT_S = 30.0
 """Timeout of a request to the broker, unless the session timeout is longer."""
-COMMIT_BYTES = 16 << 20
-"""Target size of the records of one commit. The rows of all tables are built in memory and take several times this."""
-BUFFER_BYTES = 4 * COMMIT_BYTES
-"""Records that are read while a commit runs. With half of it a worker reads too little meanwhile, and writes large
-messages to the tables a third more slowly."""
+BUFFERED_COMMITS = 4
+"""Commits whose records are read ahead while one runs. With half of it a worker reads too little meanwhile, and writes
+large messages to the tables a third more slowly."""
+FLUSH_INTERVALS_S = (1.0, 10.0)
+"""Defaults of ``stream.flush_interval`` for tables in a folder and in an object store."""
 FETCH_MESSAGES = 8
 """Messages of the largest size that one fetch may return for a partition. The next fetch is sent when they are used."""
 _FOREVER_S = 365 * 86400.0
@@ -59,13 +59,23 @@ SUPPORTED_OPTIONS = frozenset(
 """Options of ``kafka.client_options``, in librdkafka's names, that the Faust consumer supports."""
 
 
+def buffer_bytes(stream: Stream) -> int:
+    """Return how many bytes of records a worker holds."""
+    return BUFFERED_COMMITS * stream.flush_bytes
+
+
+def flush_interval_s(settings: Settings) -> float:
+    """Return the age of the oldest buffered record that triggers a commit."""
+    return settings.stream.flush_interval or FLUSH_INTERVALS_S["://" in settings.tables.uri]
+
+
 def create_app(settings: Settings) -> CommittedApp:
     """Create the Faust app. It reads committed records and commits offsets; it has no tables and declares no topics."""
     kafka, stream = settings.kafka, settings.stream
     if ignored := find_ignored_options(kafka.client_options):
         log.warning("kafka_client_options_ignored", options=ignored, by="the stream's consumer")
     # Faust limits what it holds by a number of records: allow no more of the largest ones than the buffer holds.
-    records = max(1, min(stream.flush_records, BUFFER_BYTES // kafka.max_message_bytes))
+    records = max(1, min(stream.flush_records, buffer_bytes(stream) // kafka.max_message_bytes))
     return CommittedApp(
         stream.group_id,
         broker=[f"kafka://{address.strip()}" for address in kafka.bootstrap_servers.split(",")],

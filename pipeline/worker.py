@@ -29,7 +29,7 @@ from faust.types import TP, AppT, EventT, StreamT
 from pipeline import topic_logs, topics
 from pipeline.batches import Record
 from pipeline.broker import BrokerError, RecordProbe, TopicError, TopicMissingError, Watermarks
-from pipeline.consumer import BUFFER_BYTES, COMMIT_BYTES, RecordBuffer, check_connection, create_app
+from pipeline.consumer import RecordBuffer, buffer_bytes, check_connection, create_app, flush_interval_s
 from pipeline.delta import DeltaLog
 from pipeline.health import (
     TICK_S,
@@ -79,7 +79,7 @@ class StreamWorker:
         self._probe = probe
         stream = settings.stream
         self._buffer: RecordBuffer[EventT[bytes]] = RecordBuffer(
-            stream.flush_records, COMMIT_BYTES, stream.flush_interval, BUFFER_BYTES
+            stream.flush_records, stream.flush_bytes, flush_interval_s(settings), buffer_bytes(stream)
         )
         self._seek_offsets: dict[SourcePartition, int] = {}
         """Offset of the last seek after a gap."""

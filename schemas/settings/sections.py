@@ -311,10 +311,14 @@ class Stream(Section):
     """Port of ``/status`` and ``/metrics``."""
     group_id: str = "aurora-stream"
     """Kafka consumer group."""
-    flush_records: int = Field(256, ge=1)
-    """Buffered records that trigger a commit."""
-    flush_interval: Duration = Field(1.0, gt=0)
-    """Age of the oldest buffered record that triggers a commit."""
+    flush_bytes: int = Field(16 << 20, ge=1 << 10)
+    """Bytes of buffered records that trigger a commit. A worker reads up to four times as many meanwhile, and the rows
+    of a commit take several times this in memory."""
+    flush_interval: Duration = Field(0, ge=0)
+    """Age of the oldest buffered record that triggers a commit. 0 stands for 1 s with tables in a folder, and for 10 s
+    in an object store, where a commit takes some 20 requests."""
+    flush_records: int = Field(1024, ge=1)
+    """Buffered records that trigger a commit, however small they are. After a crash as many are written one by one."""
     data_dir: LocalPath = ".aurora/stream"
     """Folder for Faust's local state."""
     context_tokens: int = Field(32, ge=1)

@@ -44,8 +44,7 @@ consumer.RecordBuffer.put = hanging
 """
 STORE_IS_SLOW = """
 import time
-from pipeline import delta, worker
-worker.COMMIT_BYTES, worker.BUFFER_BYTES = 20_000, 40_000
+from pipeline import delta
 append = delta.TableSnapshot.append
 def slowly(self, rows, transactions):
     time.sleep(0.15)
@@ -96,8 +95,8 @@ class Stage:
     free_port: Callable[[], int]
     undo: ExitStack
 
-    def start(self, before: str = "") -> Worker:
-        stream = self.settings.stream.model_copy(update={"port": self.free_port()})
+    def start(self, before: str = "", **changed: object) -> Worker:
+        stream = self.settings.stream.model_copy(update={"port": self.free_port(), **changed})
         settings = self.settings.model_copy(update={"stream": stream})
         process = self.undo.enter_context(worker(settings, self.log, before=before))
         return Worker(process, f"http://127.0.0.1:{stream.port}")
@@ -191,7 +190,7 @@ def test_slow_store_shows_as_lag_and_memory_stays_bounded(stage: Stage) -> None:
         made = chunk(request, rng)
         stage.publisher.send(made, encode(made))
     stage.publisher.flush()
-    slow = stage.start(STORE_IS_SLOW)
+    slow = stage.start(STORE_IS_SLOW, flush_bytes=BUFFER_BYTES // 4)
     seen: list[StreamStatus] = []
     lags_seen: list[float] = []
 

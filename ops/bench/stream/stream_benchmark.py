@@ -29,6 +29,7 @@ from ops.bench.stream import store_commits, topic_drain
 from ops.bench.stream.recorded_messages import TraceMessage, build_messages, read_recorded
 from ops.bench.stream.topic_drain import DrainCost, TopicFactory
 from pipeline.broker import client_config
+from pipeline.consumer import flush_interval_s
 from pipeline.delta import DeltaLog
 from pipeline.offsets import SourcePartition
 from schemas.errors import UserError
@@ -203,7 +204,7 @@ def _measure_latency(factory: TopicFactory, messages: Sequence[TraceMessage], ev
                 raise UserError(f"{missing} records were not readable after {_VISIBLE_TIMEOUT_S:.0f} s")
             time.sleep(_POLL_S)
     waits = [after - before for before, after in zip(published, visible, strict=True)]
-    detail = {"messages_per_s": round(1 / every_s, 1), "flush_s": settings.stream.flush_interval}
+    detail = {"messages_per_s": round(1 / every_s, 1), "flush_s": flush_interval_s(settings)}
     return [
         Figure(name, percentile(waits, share), "s", detail=detail)
         for name, share in zip(_VISIBLE, (0.5, 0.99), strict=True)

@@ -23,7 +23,6 @@ from ops.local.parts import is_answering
 from ops.local.process import Process
 from pipeline import topics
 from pipeline.broker import client_config
-from pipeline.consumer import COMMIT_BYTES
 from pipeline.delta import DeltaLog
 from pipeline.offsets import SourcePartition, transaction_id
 from schemas.errors import UserError
@@ -148,7 +147,7 @@ def drain_bare_loop(settings: Settings) -> DrainCost:
             value = message.value() or b""
             part.append(value)
             size += len(value)
-            if len(part) >= settings.stream.flush_records or size >= COMMIT_BYTES:
+            if len(part) >= settings.stream.flush_records or size >= settings.stream.flush_bytes:
                 _append(table, part)
                 part, size = [], 0
         if part:

@@ -11,6 +11,7 @@ from ops.bench.stream.recorded_messages import DRAFT_TOKENS, OUTPUTS_JOINED, bui
 from ops.bench.stream.stream_benchmark import FULL, QUICK, SIZES, DrainTrials, StreamSize, figure_names, judge
 from ops.bench.stream.topic_drain import DrainCost
 from pipeline.batches import Record, build
+from schemas.settings import Stream
 from schemas.trace.record import Chunk, Envelope, VerifyStep
 
 
@@ -94,6 +95,4 @@ def test_every_measured_figure_is_in_the_list_of_names() -> None:
 
 @pytest.mark.parametrize("size", [QUICK, FULL])
 def test_a_trial_has_enough_messages_for_several_commits(size: StreamSize) -> None:
-    from pipeline.consumer import COMMIT_BYTES
-
-    assert size.mib << 20 >= 4 * COMMIT_BYTES
+    assert size.mib << 20 >= 4 * Stream().flush_bytes

@@ -9,8 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.consumer import BUFFER_BYTES, RecordBuffer, build_credentials, create_app, find_ignored_options
-from schemas.settings import Kafka, Settings, SettingsError, Stream
+from pipeline.consumer import (
+    RecordBuffer,
+    buffer_bytes,
+    build_credentials,
+    create_app,
+    find_ignored_options,
+    flush_interval_s,
+)
+from schemas.settings import Kafka, Settings, SettingsError, Stream, Tables
 
 SOON_S = 0.001
 LONG_S = 600.0
@@ -63,9 +70,18 @@ def test_unsupported_options_are_ignored_except_security_options() -> None:
 
 @pytest.mark.parametrize("largest", [10_000, 1_000_000, 64 << 20])
 def test_faust_buffers_no_more_bytes_than_the_limit_or_one_message(largest: int) -> None:
-    conf = create_app(Settings(kafka=Kafka(max_message_bytes=largest), stream=Stream(flush_records=1_000))).conf
-    assert conf.stream_buffer_maxsize * largest <= max(BUFFER_BYTES, largest)
-    assert conf.broker_max_poll_records * largest <= max(BUFFER_BYTES, largest)
+    stream = Stream(flush_bytes=1 << 20)
+    conf = create_app(Settings(kafka=Kafka(max_message_bytes=largest), stream=stream)).conf
+    assert conf.stream_buffer_maxsize * largest <= max(buffer_bytes(stream), largest)
+    assert conf.broker_max_poll_records * largest <= max(buffer_bytes(stream), largest)
+
+
+def test_commits_to_an_object_store_are_less_frequent_by_default() -> None:
+    def interval(uri: str, **stream: float) -> float:
+        return flush_interval_s(Settings(tables=Tables(uri=uri), stream=Stream(**stream)))
+
+    assert (interval("/tables"), interval("s3://bucket/tables")) == (1, 10)
+    assert interval("s3://bucket/tables", flush_interval=0.5) == 0.5
 
 
 def test_worker_that_reads_nothing_for_days_stays_in_its_group() -> None:

@@ -55,7 +55,7 @@ def write() -> None:
 @pytest.fixture
 def tables(tmp_path: Path) -> Tables:
     shutil.copytree(GOLDEN / "tables", tmp_path / "tables")
-    return Tables(uri=str(tmp_path / "tables"), **YEARS)  # type: ignore[arg-type]
+    return Tables(uri=str(tmp_path / "tables"), **YEARS)
 
 
 @pytest.fixture

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
+import subprocess
 import sys
-import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from pyarrow.fs import S3FileSystem
@@ -102,7 +103,9 @@ class StoreRequest(NamedTuple):
 
 
 class CountingProxy:
-    """Forwards requests to a store and counts them.
+    """Forwards requests to a store and counts them, in a process of its own.
+
+    The Delta library keeps Python's lock during some requests, so a thread of the client's process would not answer.
 
     Args:
         port: Port to listen on.
@@ -112,35 +115,41 @@ class CountingProxy:
 
     def __init__(self, port: int, upstream: int, upload_s: float = 0.0) -> None:
         self.port = port
+        command = [sys.executable, "-m", __name__, str(port), str(upstream), str(upload_s)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.take_requests()
+
+    def take_requests(self) -> list[StoreRequest]:
+        """Return the requests since the last call."""
+        to_proxy, from_proxy = self._process.stdin, self._process.stdout
+        assert to_proxy is not None
+        assert from_proxy is not None
+        to_proxy.write("take\n")
+        to_proxy.flush()
+        return [StoreRequest(*request) for request in json.loads(from_proxy.readline())]
+
+    def close(self) -> None:
+        """End the process and close every connection."""
+        self._process.kill()
+        self._process.communicate()
+
+
+class _ProxyServer:
+    """The process of a ``CountingProxy``. It answers every line of its input with the requests since the last one."""
+
+    def __init__(self, upstream: int, upload_s: float) -> None:
         self._upstream = upstream
         self._upload_s = upload_s
         self._requests: list[StoreRequest] = []
         self._serving: set[asyncio.Task[None]] = set()
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="counting-proxy", daemon=True)
-        self._thread.start()
-        self._server = self._run(asyncio.start_server(self._serve, _HOST, port))
 
-    def take_requests(self) -> list[StoreRequest]:
-        """Return the requests since the last call."""
-        taken, self._requests = self._requests, []
-        return taken
-
-    def close(self) -> None:
-        """Close every connection."""
-        self._run(self._finish())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-
-    def _run(self, work: Coroutine[Any, Any, Any]) -> Any:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(10)
-
-    async def _finish(self) -> None:
-        self._server.close()
-        for task in self._serving:
-            task.cancel()
-        await asyncio.gather(*self._serving, return_exceptions=True)
+    async def run(self, port: int) -> None:
+        """Serve until the input ends."""
+        await asyncio.start_server(self._serve, _HOST, port)
+        while await asyncio.to_thread(sys.stdin.readline):
+            taken, self._requests = self._requests, []
+            sys.stdout.write(json.dumps(taken) + "\n")
+            sys.stdout.flush()
 
     async def _serve(self, reader: asyncio.StreamReader, client: asyncio.StreamWriter) -> None:
         # Kept, because the event loop keeps only a weak reference to a task that waits for a stream.
@@ -183,3 +192,7 @@ async def _forward_answers(reader: asyncio.StreamReader, client: asyncio.StreamW
         while data := await reader.read(1 << 16):
             client.write(data)
             await client.drain()
+
+
+if __name__ == "__main__":
+    asyncio.run(_ProxyServer(int(sys.argv[2]), float(sys.argv[3])).run(int(sys.argv[1])))

@@ -107,6 +107,11 @@ def translate_errors(subject: str) -> Iterator[None]:
         raise TableError(f"{subject}: {_flatten(error)}; check tables.uri") from error
 
 
+def store_options(settings: Tables) -> dict[str, str]:
+    """Return the options with which the library opens tables."""
+    return {**(STORE_OPTIONS if "://" in settings.uri else {}), **settings.storage_options}
+
+
 def _flatten(error: BaseException) -> str:
     """Return the message in one line. The library writes it as a coloured tree."""
     return " ".join(re.sub(r"\x1b\[[0-9;]*m|↳", " ", str(error)).split())
@@ -247,8 +252,7 @@ class DeltaLog:
 
     def __init__(self, settings: Tables) -> None:
         self._uri = settings.uri
-        in_object_store = "://" in settings.uri
-        self._options = {**(STORE_OPTIONS if in_object_store else {}), **settings.storage_options}
+        self._options = store_options(settings)
         self._snapshots: dict[str, TableSnapshot] = {}
 
     def create(self) -> None:

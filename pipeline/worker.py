@@ -30,7 +30,7 @@ from pipeline import topic_logs, topics
 from pipeline.batches import Record
 from pipeline.broker import BrokerError, RecordProbe, TopicError, TopicMissingError, Watermarks
 from pipeline.consumer import RecordBuffer, buffer_bytes, check_connection, create_app, flush_interval_s
-from pipeline.delta import DeltaLog
+from pipeline.delta import DeltaLog, TableError
 from pipeline.health import (
     TICK_S,
     HealthSnapshot,
@@ -43,6 +43,7 @@ from pipeline.health import (
 from pipeline.maintenance import MaintenanceThread
 from pipeline.metrics import StreamCounters, StreamTimes, add_endpoints
 from pipeline.offsets import CUT_LOG, ForeignLogError, LogRange, SourcePartition, find_gaps, find_lost_offsets
+from pipeline.store_probe import UnsafeStoreError, check_store
 from pipeline.topic_logs import Evidence, LastRecord, TopicLog
 from pipeline.writer import TableWriter
 from schemas.settings import Settings
@@ -412,7 +413,7 @@ def run(settings: Settings) -> None:
 
     Raises:
         TopicError: the broker does not answer, rejects the credentials, or lacks a topic.
-        TableError: the tables cannot be opened or created.
+        TableError: the tables cannot be opened or created, or their store confirms several commits of one version.
     """
     logs.configure("stream")
     spans.configure("stream", settings.telemetry)
@@ -420,6 +421,12 @@ def run(settings: Settings) -> None:
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
     topics.create(settings.kafka)
     check_connection(settings.kafka)
+    try:
+        check_store(settings.tables)
+    except UnsafeStoreError:
+        raise
+    except TableError as error:
+        log.warning("store_not_probed", why=str(error))
     tables = DeltaLog(settings.tables)
     tables.create()
     watermarks, probe = Watermarks(settings.kafka), RecordProbe(settings.kafka)

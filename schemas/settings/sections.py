@@ -56,13 +56,27 @@ class Kafka(Section):
     """Options passed unchanged to every Kafka client, by their librdkafka names. Use them for SASL and TLS."""
 
 
+def _refuse_unsafe(options: dict[str, str]) -> dict[str, str]:
+    for name, value in options.items():
+        key, set_to = name.lower(), value.strip().lower()
+        if (key.endswith("allow_unsafe_rename") and set_to not in {"false", "0", "no", "off", ""}) or (
+            key.endswith("conditional_put") and set_to == "disabled"
+        ):
+            raise ValueError(
+                f"{name} = {value!r} lets two commits replace each other, so that rows are lost; remove it, and use a "
+                f"store with conditional writes"
+            )
+    return options
+
+
 class Tables(Section):
     """The Delta tables."""
 
     uri: Location = ".aurora/tables"
     """Folder or object-store prefix of the Delta tables."""
-    storage_options: Options = Field(default_factory=dict)
-    """Object-store options of the Delta library, such as endpoint, keys and timeouts."""
+    storage_options: Annotated[Options, AfterValidator(_refuse_unsafe)] = Field(default_factory=dict)
+    """Object-store options of the Delta library, such as endpoint, keys and timeouts. Options with which commits can
+    replace each other are refused."""
     maintenance_interval: Duration = Field(600, gt=0)
     """Interval between two maintenance runs of the stream worker: compaction, retention and vacuum."""
     target_file_size_mb: int = Field(128, ge=1)

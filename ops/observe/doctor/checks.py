@@ -67,7 +67,7 @@ Check = Callable[[CheckContext], Iterable[Finding]]
 
 
 def run_checks(settings: Settings) -> Iterator[Finding]:
-    """Yield the findings of all checks; change nothing."""
+    """Yield the findings of all checks; leave nothing behind."""
     from ops.observe.doctor import host, processes, services
 
     checks: Sequence[Check] = (

@@ -109,6 +109,7 @@ def check_tables(context: CheckContext) -> Iterator[Finding]:
     from deltalake import DeltaTable
 
     from pipeline.delta import DeltaLog, TableError, translate_errors
+    from pipeline.store_probe import UnsafeStoreError, check_store
 
     settings = context.settings.tables
     try:
@@ -118,8 +119,15 @@ def check_tables(context: CheckContext) -> Iterator[Finding]:
             yield ok("tables", f"none at {settings.uri} yet; a stream worker creates them")
             return
         log = DeltaLog(settings)
-        if not is_local(settings.uri):
-            context.clocks["table store"] = log.store_clock().timestamp() - time.time()
+        try:
+            check_store(settings)
+            if not is_local(settings.uri):
+                context.clocks["table store"] = log.store_clock().timestamp() - time.time()
+        except UnsafeStoreError as error:
+            yield problem("tables", str(error), "set tables.uri to a store with conditional writes")
+        except TableError as error:
+            found = f"the store was not probed, because it could not be written: {error}"
+            yield warning("tables", found, "run `aurora doctor` with the credentials of a stream worker")
         counted = "select line, count(*) as rows from accepted group by line order by rows desc"
         rows = {row["line"]: row["rows"] for row in log.query(counted).read_all().to_pylist()}
         dead = log.row_count("dead_letters")

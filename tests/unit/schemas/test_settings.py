@@ -245,6 +245,28 @@ def test_invalid_options_are_rejected_without_being_shown(name: str) -> None:
         assert "geheim" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("AWS_S3_ALLOW_UNSAFE_RENAME", "true"),
+        ("allow_unsafe_rename", "1"),
+        ("mount_allow_unsafe_rename", "True"),
+        ("aws_conditional_put", "disabled"),
+        ("conditional_put", " Disabled"),
+    ],
+)
+def test_store_options_with_which_commits_can_replace_each_other_are_refused_by_name(name: str, value: str) -> None:
+    with pytest.raises(
+        SettingsError, match=rf"tables\.storage_options: .*{name}.* lets two commits replace each other"
+    ):
+        load(environ={}, flags={"tables.storage_options": {name: value}})
+
+
+@pytest.mark.parametrize(("name", "value"), [("AWS_S3_ALLOW_UNSAFE_RENAME", "false"), ("conditional_put", "etag")])
+def test_store_options_that_keep_commits_apart_are_accepted(name: str, value: str) -> None:
+    assert load(environ={}, flags={"tables.storage_options": {name: value}}).tables.storage_options == {name: value}
+
+
 def test_the_mask_of_an_option_is_rejected_as_a_value() -> None:
     with pytest.raises(SettingsError, match=r"kafka\.client_options: .*sasl\.password.*aurora config show"):
         load(environ={}, flags={"kafka.client_options": {"sasl.password": "**********"}})

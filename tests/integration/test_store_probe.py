@@ -45,19 +45,21 @@ def test_store_that_replaces_commits_is_refused(
     object_store: ObjectStore, broker: str, tmp_path: Path, free_port: Callable[[], int]
 ) -> None:
     port = free_port()
-    with overwriting_proxy(object_store, port) as confirmed:
+    with overwriting_proxy(object_store, port) as finish:
         unsafe = tables_at(object_store, "unsafe", object_store.options(port))
         for _ in range(3):
             with pytest.raises(UnsafeStoreError, match=r"tables\.uri.*If-None-Match"):
                 check_store(unsafe)
-        assert all("_probe-" in path for path in confirmed)
-        assert files_of(tables_at(object_store, "unsafe", object_store.options())) == []
+        assert files_of(unsafe) == []
         settings = stream_settings(broker, tmp_path, free_port()).model_copy(update={"tables": unsafe})
         topics.create(settings.kafka)
         with worker(settings, tmp_path / "worker.log") as process:
             assert process.wait(60) == 1
         assert "If-None-Match" in (tmp_path / "worker.log").read_text()
         assert files_of(unsafe) == []
+        confirmed = finish()
+    assert confirmed
+    assert all("_probe-" in path for path in confirmed)
 
 
 def test_doctor_reports_a_store_that_replaces_commits(object_store: ObjectStore, free_port: Callable[[], int]) -> None:

@@ -554,10 +554,10 @@ def test_committed_tokens_include_the_one_without_features() -> None:
 
 @pytest.fixture(scope="module")
 def writing(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    """With a target that has a chat template, and two seconds of processor time to learn in."""
+    """With a target that has a chat template, and eight seconds of processor time to learn in."""
     folder = tmp_path_factory.mktemp("day-0")
     target = settings.target.model_copy(update={"path": str(write_chat_target(folder / "target"))})
-    train = settings.train.model_copy(update={"self_generation": 1.0})
+    train = settings.train.model_copy(update={"self_generation": 4.0})
     stack = settings.stack.model_copy(update={"data_dir": str(folder)})
     return settings.model_copy(update={"target": target, "train": train, "stack": stack})
 

@@ -68,7 +68,7 @@ def target_outputs(vllm: VllmServer, prompts: list[list[int]]) -> list[list[int]
     """vLLM's answers without speculation and without our extension."""
 
     def ask(prompt: list[int]) -> list[int]:
-        body = {"prompt": prompt, "max_tokens": 40, "temperature": 0, "return_token_ids": True, "model": MODEL}
+        body = {"prompt": prompt, "max_tokens": 120, "temperature": 0, "return_token_ids": True, "model": MODEL}
         answer = httpx.post(f"{vllm.url}/v1/completions", json=body | WHOLE, timeout=120).raise_for_status()
         found: list[int] = answer.json()["choices"][0]["token_ids"]
         return found

@@ -120,7 +120,7 @@ def compare(a: VerifyStep, b: VerifyStep, *, same_drafts: bool) -> None:
 def test_a_target_without_a_speculator_is_served_with_the_day_0_draft(
     engine_node: VllmNode, prompts: list[list[int]], target_outputs: list[list[int]]
 ) -> None:
-    assert engine_node.complete_all(prompts, 40, "first", **WHOLE) == target_outputs
+    assert engine_node.complete_all(prompts, 40, "first", **WHOLE) == [tokens[:40] for tokens in target_outputs]
     eventually(lambda: engine_node.status.output_tokens >= 40 * len(prompts))
     status = engine_node.status
     assert (status.speculator, status.line) == ("day-0-head-0", read_target_line(engine_node.settings).name)
@@ -224,7 +224,7 @@ def test_a_swap_loses_no_request_and_each_verify_step_names_the_version_that_dra
 ) -> None:
     swap(engine, random_draft, "day-0-head-0")
     with ThreadPoolExecutor() as pool:
-        answering = pool.submit(engine_node.complete_all, prompts, 40, "swapped", **WHOLE)
+        answering = pool.submit(engine_node.complete_all, prompts, 120, "swapped", **WHOLE)
         eventually(lambda: engine_node.status.requests_running == len(prompts))
         pause_ms = swap(engine, trained_draft, "2")
         answers = answering.result()
@@ -261,7 +261,7 @@ def test_a_version_that_cannot_be_read_leaves_the_one_before(
     with pytest.raises(ServerError, match="no version has been read"):
         client.load("9")
     before = engine_node.status.accepted_tokens
-    assert engine_node.complete_all(prompts, 40, "kept", **WHOLE) == target_outputs
+    assert engine_node.complete_all(prompts, 40, "kept", **WHOLE) == [tokens[:40] for tokens in target_outputs]
     eventually(lambda: engine_node.status.accepted_tokens > before + 10)
 
 
@@ -277,7 +277,7 @@ def test_its_traces_train_a_version_that_it_serves(
     swap(engine, random_draft, "day-0-head-0")
     share = settings.train.held_out_ratio
     learned = [i for i, prompt in enumerate(prompts) if not is_held_out(prompt_key(prompt), share)]
-    prompts, outputs = [prompts[i] for i in learned], [target_outputs[i] for i in learned]
+    prompts, outputs = [prompts[i] for i in learned], [target_outputs[i][:40] for i in learned]
     line_break = prompts[0][-1]
     variants = ([line_break] * number + prompts[0] for number in range(100))
     compared_on = [prompt for prompt in variants if is_held_out(prompt_key(prompt), share)][:HELD_OUT_PROMPTS]

@@ -188,6 +188,19 @@ def test_a_packed_step_equals_the_networks(
         assert (found - wanted).norm() < tolerance * wanted.norm()
 
 
+@pytest.mark.parametrize("variant", list(DRAFTS))
+@torch.inference_mode()
+def test_fc_and_values_of_an_int8_draft_are_not_rounded_to_8_bits(variant: Variant) -> None:
+    draft = make_draft(variant)
+    packed = PackedDraft(draft, POSITIONS, CPU, "int8")
+    features_TF, positions_T = make_features(draft, 9, seed=3), torch.arange(9)
+    hidden_TH = draft.fuse(features_TF[None])[0]
+    *_, wanted_TME = draft.project(EMBEDDINGS_VH[None, :9], hidden_TH[None], positions_T[None])
+    *_, found_TME = packed.project(EMBEDDINGS_VH[:9], hidden_TH, positions_T)
+    for found, wanted in ((packed.fuse(features_TF), hidden_TH), (found_TME.transpose(0, 1), wanted_TME[0])):
+        assert (found - wanted).norm() < 1e-3 * wanted.norm()
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 2**16),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from confluent_kafka import Consumer, TopicPartition
@@ -11,7 +11,7 @@ from confluent_kafka import Consumer, TopicPartition
 from pipeline.batches import Record, build
 from schemas.settings import Kafka
 from schemas.trace.decoder import decode
-from schemas.trace.record import Chunk, VerifyStep
+from schemas.trace.record import Chunk, DraftSource, VerifyStep
 
 
 def chunks_of(kafka: Kafka, request: str, timeout_s: float = 20) -> list[Chunk]:
@@ -63,3 +63,22 @@ def all_tokens(verify_steps: Sequence[VerifyStep]) -> list[int]:
         *(token for r in verify_steps for token in r.tokens),
         *([] if verify_steps[-1].bonus is None else [verify_steps[-1].bonus]),
     ]
+
+
+def count_accepted_by_source(chunks: Iterable[Chunk], version: str) -> dict[str, int]:
+    """Return how many draft tokens of the speculator's ``version`` and of the suffix drafter alone were accepted.
+
+    Every draft token names its source, and a verify step names the version if the speculator drafted or nothing did.
+    """
+    accepted = {"suffix": 0, "version": 0}
+    for chunk in chunks:
+        for step in chunk.verify_steps:
+            if not step.verify_step:
+                continue
+            sources = step.draft_sources or (DraftSource.SPECULATOR,) * len(step.draft_tokens)
+            assert len(sources) == len(step.draft_tokens)
+            is_drafted = any(source & DraftSource.SPECULATOR for source in sources) or not sources
+            assert step.speculator == (version if is_drafted else "")
+            for node in step.accepted:
+                accepted["version" if sources[node] & DraftSource.SPECULATOR else "suffix"] += 1
+    return accepted

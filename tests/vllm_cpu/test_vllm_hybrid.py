@@ -10,14 +10,14 @@ import pytest
 from confluent_kafka import Producer
 from pydantic import SecretStr
 from serving_node import eventually
-from traced_chunks import chunks_of, every_chunk, rows_of
+from traced_chunks import chunks_of, count_accepted_by_source, every_chunk, rows_of
 from traced_drafts import loop_flags
 from vllm_node import KEY, PYTHON, WHOLE, VllmNode
 
 from pipeline import topics
 from schemas.answers import Answer, cut_answer, encode
 from schemas.settings import load
-from schemas.trace.record import Chunk, DraftSource
+from schemas.trace.record import Chunk
 from serving.engines.node.sidecar import read_target_line
 from serving.engines.vllm.node.vllm_client import VllmClient
 
@@ -102,22 +102,13 @@ def test_answers_of_other_nodes_are_continued(
 
 
 def test_the_traces_name_the_source_of_each_token(hybrid_node: VllmNode, prompts: list[list[int]]) -> None:
-    kafka, accepted = hybrid_node.settings.kafka, {"suffix": 0, "version": 0}
+    kafka = hybrid_node.settings.kafka
 
     def asked() -> list[Chunk]:
         return [chunk for chunk in every_chunk(kafka) if (chunk.envelope.label or "").startswith("asked-")]
 
     eventually(lambda: sum(chunk.envelope.last for chunk in asked()) == 2 * len(prompts))
-    for chunk in asked():
-        for step in chunk.verify_steps:
-            if not step.verify_step:
-                continue
-            sources = step.draft_sources or (DraftSource.SPECULATOR,) * len(step.draft_tokens)
-            assert len(sources) == len(step.draft_tokens)
-            is_drafted = any(source & DraftSource.SPECULATOR for source in sources) or not sources
-            assert step.speculator == ("day-0-head-0" if is_drafted else "")
-            for node in step.accepted:
-                accepted["version" if sources[node] & DraftSource.SPECULATOR else "suffix"] += 1
+    accepted = count_accepted_by_source(asked(), "day-0-head-0")
     assert accepted["suffix"] > TOKENS
     assert accepted["version"] <= 3, "an untrained draft is not accepted"
     rows = rows_of(kafka)
